@@ -1,0 +1,173 @@
+//! Who a client says it is, and the proof it brought.
+//!
+//! Names are checked once, here, and carry no control character afterwards, so that no later sink (a log line, a
+//! table look-up, an IMAP command) has to fear them. Secrets print as `[redacted]` in every build and are wiped when
+//! dropped. This room does not parse IMAP, does not route and does not decide whether a login is right: the
+//! mailbox server does. Called by `imap` (which builds the values), `route` and `backend` (which read them).
+
+use std::fmt;
+
+use zeroize::{Zeroize, ZeroizeOnDrop};
+
+/// Longest accepted user name, in bytes. RFC 3501 sets no limit; Dovecot's servers refuse names over this anyway.
+pub const MAX_USER_NAME: usize = 512;
+
+/// A user name as the client wrote it: UTF-8, 1 to [`MAX_USER_NAME`] bytes, no control character.
+#[derive(Clone, PartialEq, Eq, Hash)]
+pub struct UserName(Box<str>);
+
+impl UserName {
+    /// Checks `bytes`.
+    ///
+    /// # Errors
+    /// [`InvalidName`] says which rule the name breaks; it never repeats the name.
+    pub fn new(bytes: &[u8]) -> Result<Self, InvalidName> {
+        let text = std::str::from_utf8(bytes).map_err(|_| InvalidName::NotUtf8)?;
+        if text.is_empty() {
+            return Err(InvalidName::Empty);
+        }
+        if text.len() > MAX_USER_NAME {
+            return Err(InvalidName::TooLong);
+        }
+        if text.chars().any(char::is_control) {
+            return Err(InvalidName::Control);
+        }
+        Ok(Self(text.into()))
+    }
+
+    /// The name as the client wrote it: what the server is given.
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+
+    /// The name routes are asked for: ASCII letters in lower case, as Dovecot's default `%Lu` has it.
+    pub fn routing_key(&self) -> String {
+        self.0.to_ascii_lowercase()
+    }
+}
+
+impl fmt::Display for UserName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl fmt::Debug for UserName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Debug::fmt(&self.0, f)
+    }
+}
+
+/// Why a user name was refused.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum InvalidName {
+    /// No byte in it.
+    #[error("the user name is empty")]
+    Empty,
+    /// Over [`MAX_USER_NAME`] bytes.
+    #[error("the user name is too long")]
+    TooLong,
+    /// Not UTF-8.
+    #[error("the user name is not UTF-8")]
+    NotUtf8,
+    /// NUL, CR, LF or another control character in it.
+    #[error("the user name has a control character")]
+    Control,
+}
+
+/// A password or token: wiped when dropped, never printed.
+#[derive(Clone, Zeroize, ZeroizeOnDrop)]
+pub struct Secret(Vec<u8>);
+
+impl Secret {
+    /// Takes the bytes over; the caller keeps no copy.
+    pub fn new(bytes: Vec<u8>) -> Self {
+        Self(bytes)
+    }
+
+    /// The secret itself, for the one place that sends it to the server.
+    pub fn expose(&self) -> &[u8] {
+        &self.0
+    }
+}
+
+impl fmt::Debug for Secret {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("[redacted]")
+    }
+}
+
+/// How the client logged in: the label of metrics and log records.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Mechanism {
+    /// The LOGIN command (RFC 3501 section 6.2.3).
+    Login,
+    /// SASL PLAIN (RFC 4616).
+    SaslPlain,
+    /// SASL LOGIN (an expired draft that many clients speak).
+    SaslLogin,
+}
+
+impl Mechanism {
+    /// All of them, in label order: metrics resolve their children once.
+    pub const ALL: [Self; 3] = [Self::Login, Self::SaslPlain, Self::SaslLogin];
+
+    /// Label text.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Login => "login",
+            Self::SaslPlain => "sasl-plain",
+            Self::SaslLogin => "sasl-login",
+        }
+    }
+}
+
+/// What one login attempt brought.
+#[derive(Debug, Clone)]
+pub struct Credentials {
+    /// Whose password it is.
+    pub user: UserName,
+    /// On whose behalf (RFC 4616), where it differs from `user`. Never dropped on the way: routed by and passed on, or
+    /// the login is refused.
+    pub authzid: Option<UserName>,
+    /// The password.
+    pub password: Secret,
+    /// How it arrived.
+    pub mechanism: Mechanism,
+}
+
+impl Credentials {
+    /// The name whose mailbox is asked for: the one to route by.
+    pub fn mailbox_user(&self) -> &UserName {
+        self.authzid.as_ref().unwrap_or(&self.user)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_are_refused_by_rule() {
+        assert_eq!(UserName::new(b""), Err(InvalidName::Empty));
+        assert_eq!(UserName::new(&[b'a'; MAX_USER_NAME + 1]), Err(InvalidName::TooLong));
+        assert_eq!(UserName::new(b"a\xffb"), Err(InvalidName::NotUtf8));
+        for control in ["a\0b", "a\rb", "a\nb", "a\x7fb", "a\u{85}b", "\tb"] {
+            assert_eq!(UserName::new(control.as_bytes()), Err(InvalidName::Control), "{control:?}");
+        }
+        assert!(UserName::new(&[b'a'; MAX_USER_NAME]).is_ok());
+        assert_eq!(UserName::new("Zoë@Example.org".as_bytes()).unwrap().routing_key(), "zoë@example.org");
+    }
+
+    #[test]
+    fn secrets_never_print() {
+        let credentials = Credentials {
+            user: UserName::new(b"alice").unwrap(),
+            authzid: None,
+            password: Secret::new(b"hunter2".to_vec()),
+            mechanism: Mechanism::Login,
+        };
+        let printed = format!("{credentials:?} {credentials:#?}");
+        assert!(printed.contains("[redacted]") && !printed.contains("hunter2"), "{printed}");
+    }
+}
