@@ -1,1 +1,627 @@
-//! Stub.
+//! Every metric: names, help texts, labels, buckets, and methods named after what happened.
+//!
+//! Children are resolved once, when the configuration is built, so that the path of a login does no label look-up.
+//! Labels are bounded: listeners, backends, routes and servers come from the configuration (or from an SRV record,
+//! whose servers are dropped again with [`BackendMetrics::forget_server`]), the rest from closed enums. No label ever
+//! holds a user, an address of a client or a text that a peer sent. Each instance has a registry of its own: nothing
+//! here is global.
+
+use std::time::Duration;
+
+use prometheus::{
+    GaugeVec, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry,
+    TextEncoder,
+};
+
+use crate::failure::Reason;
+use crate::identity::Mechanism;
+
+/// Seconds from a millisecond to a minute: handshakes, look-ups, logins.
+const PHASE_BUCKETS: &[f64] =
+    &[0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0];
+/// Seconds from one to a week: phones stay in IDLE for days.
+const SESSION_BUCKETS: &[f64] =
+    &[1.0, 5.0, 15.0, 60.0, 300.0, 900.0, 1800.0, 3600.0, 14400.0, 43200.0, 86400.0, 259200.0, 604800.0];
+
+/// How a login attempt ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum LoginOutcome {
+    /// A server took it.
+    Accepted,
+    /// A server, or a policy of ours, said no.
+    Refused,
+    /// No server could answer, or the look-up failed.
+    Unavailable,
+    /// No route knows the user.
+    UnknownUser,
+}
+
+impl LoginOutcome {
+    const ALL: [Self; 4] = [Self::Accepted, Self::Refused, Self::Unavailable, Self::UnknownUser];
+
+    /// Label text.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Accepted => "accepted",
+            Self::Refused => "refused",
+            Self::Unavailable => "unavailable",
+            Self::UnknownUser => "unknown_user",
+        }
+    }
+}
+
+/// What a route said.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum LookupResult {
+    /// It knows the user.
+    Found,
+    /// It does not.
+    Unknown,
+    /// It could not tell.
+    Failed,
+}
+
+impl LookupResult {
+    const ALL: [Self; 3] = [Self::Found, Self::Unknown, Self::Failed];
+
+    /// Label text.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Found => "found",
+            Self::Unknown => "unknown",
+            Self::Failed => "failed",
+        }
+    }
+}
+
+/// The configured names that become label values, in the configuration's order.
+#[derive(Debug, Default)]
+pub struct Names {
+    /// Addresses as written.
+    pub listeners: Vec<String>,
+    /// Backend names.
+    pub backends: Vec<String>,
+    /// Route labels.
+    pub routes: Vec<String>,
+}
+
+/// All metrics of one running instance.
+#[derive(Debug)]
+pub struct Metrics {
+    registry: Registry,
+    listeners: Vec<ListenerMetrics>,
+    backends: Vec<BackendMetrics>,
+    routes: Vec<RouteMetrics>,
+    unrouted_logins: LoginCounters,
+    failures: Vec<IntCounter>,
+    certificate_expiry: GaugeVec,
+    draining: IntGauge,
+    panics: IntCounter,
+}
+
+impl Metrics {
+    /// Registers everything for the given names.
+    pub fn new(names: &Names) -> Self {
+        let families = Families::new();
+        let failures = Reason::ALL
+            .iter()
+            .map(|reason| families.failures.with_label_values(&[reason.side().as_str(), reason.as_str()]))
+            .collect();
+        families.build_info.with_label_values(&[env!("CARGO_PKG_VERSION")]).set(1);
+        Self {
+            listeners: names.listeners.iter().map(|name| ListenerMetrics::new(&families, name)).collect(),
+            backends: names.backends.iter().map(|name| BackendMetrics::new(&families, name)).collect(),
+            routes: names.routes.iter().map(|name| RouteMetrics::new(&families, name)).collect(),
+            unrouted_logins: LoginCounters::new(&families, ""),
+            failures,
+            certificate_expiry: families.certificate_expiry.clone(),
+            draining: families.draining.clone(),
+            panics: families.panics.clone(),
+            registry: families.registry,
+        }
+    }
+
+    /// The text that Prometheus scrapes.
+    pub fn render(&self) -> String {
+        TextEncoder::new().encode_to_string(&self.registry.gather()).unwrap_or_else(|error| {
+            tracing::error!(%error, "metrics could not be rendered");
+            String::new()
+        })
+    }
+
+    /// Metrics of the listener at this place in the configuration.
+    pub fn listener(&self, index: usize) -> &ListenerMetrics {
+        &self.listeners[index]
+    }
+
+    /// Metrics of the backend at this place in the configuration.
+    pub fn backend(&self, index: usize) -> &BackendMetrics {
+        &self.backends[index]
+    }
+
+    /// Metrics of the route at this place in the configuration.
+    pub fn route(&self, index: usize) -> &RouteMetrics {
+        &self.routes[index]
+    }
+
+    /// A login attempt was answered; `backend` is absent where the attempt was never routed.
+    pub fn login(&self, backend: Option<usize>, mechanism: Mechanism, outcome: LoginOutcome) {
+        let counters = backend.map_or(&self.unrouted_logins, |index| &self.backends[index].logins);
+        counters.0[mechanism as usize][outcome as usize].inc();
+    }
+
+    /// Something failed, for this reason.
+    pub fn failure(&self, reason: Reason) {
+        self.failures[reason as usize].inc();
+    }
+
+    /// A certificate was loaded that ends at `expiry` (seconds since 1970).
+    pub fn certificate(&self, file: &str, expiry: i64) {
+        #[expect(clippy::cast_precision_loss, reason = "seconds since 1970 fit an f64 exactly for 285 million years")]
+        self.certificate_expiry.with_label_values(&[file]).set(expiry as f64);
+    }
+
+    /// The process has begun to stop.
+    pub fn draining(&self) {
+        self.draining.set(1);
+    }
+
+    /// The counter a panic hook raises.
+    pub fn panics(&self) -> IntCounter {
+        self.panics.clone()
+    }
+}
+
+/// Why a connection was turned away at the door.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Refusal {
+    /// `limits.sessions` reached.
+    Full,
+    /// accept(2) failed, for example for want of descriptors.
+    AcceptError,
+}
+
+/// Metrics of one listener.
+#[derive(Debug)]
+pub struct ListenerMetrics {
+    sessions: IntGauge,
+    sessions_total: IntCounter,
+    refused_full: IntCounter,
+    refused_accept_error: IntCounter,
+    tls_handshake: Histogram,
+}
+
+impl ListenerMetrics {
+    fn new(families: &Families, name: &str) -> Self {
+        Self {
+            sessions: families.sessions.with_label_values(&[name]),
+            sessions_total: families.sessions_total.with_label_values(&[name]),
+            refused_full: families.refused.with_label_values(&[name, "full"]),
+            refused_accept_error: families.refused.with_label_values(&[name, "accept_error"]),
+            tls_handshake: families.tls_handshake.with_label_values(&[name]),
+        }
+    }
+
+    /// A client connected; the session counts as open until the guard drops.
+    pub fn session_opened(&self) -> OpenGuard {
+        self.sessions_total.inc();
+        OpenGuard::new(&self.sessions)
+    }
+
+    /// A connection was turned away.
+    pub fn refused(&self, refusal: Refusal) {
+        match refusal {
+            Refusal::Full => self.refused_full.inc(),
+            Refusal::AcceptError => self.refused_accept_error.inc(),
+        }
+    }
+
+    /// A TLS handshake with a client succeeded.
+    pub fn tls_handshake(&self, took: Duration) {
+        self.tls_handshake.observe(took.as_secs_f64());
+    }
+}
+
+/// Metrics of one backend.
+#[derive(Debug)]
+pub struct BackendMetrics {
+    name: String,
+    sessions: IntGauge,
+    sessions_total: IntCounter,
+    logins: LoginCounters,
+    server_connect: Histogram,
+    server_login: Histogram,
+    login: Histogram,
+    session_length: Histogram,
+    to_client: IntCounter,
+    to_server: IntCounter,
+    server_up: IntGaugeVec,
+    server_sessions: IntGaugeVec,
+    insecure: IntGauge,
+}
+
+impl BackendMetrics {
+    fn new(families: &Families, name: &str) -> Self {
+        let one = &[name];
+        Self {
+            name: name.to_owned(),
+            sessions: families.backend_sessions.with_label_values(one),
+            sessions_total: families.backend_sessions_total.with_label_values(one),
+            logins: LoginCounters::new(families, name),
+            server_connect: families.server_connect.with_label_values(one),
+            server_login: families.server_login.with_label_values(one),
+            login: families.login.with_label_values(one),
+            session_length: families.session_length.with_label_values(one),
+            to_client: families.bytes.with_label_values(&[name, "to_client"]),
+            to_server: families.bytes.with_label_values(&[name, "to_server"]),
+            server_up: families.server_up.clone(),
+            server_sessions: families.server_sessions.clone(),
+            insecure: families.insecure.with_label_values(one),
+        }
+    }
+
+    /// A session was handed to the backend; it counts as open until the guard drops.
+    pub fn session_established(&self) -> OpenGuard {
+        self.sessions_total.inc();
+        OpenGuard::new(&self.sessions)
+    }
+
+    /// A relayed session ended after `length`.
+    pub fn session_ended(&self, length: Duration) {
+        self.session_length.observe(length.as_secs_f64());
+    }
+
+    /// A connection to a server stood after `took`.
+    pub fn server_connected(&self, took: Duration) {
+        self.server_connect.observe(took.as_secs_f64());
+    }
+
+    /// A server answered a login after `took`, counted from the connection.
+    pub fn server_answered(&self, took: Duration) {
+        self.server_login.observe(took.as_secs_f64());
+    }
+
+    /// A login succeeded `took` after the client's command was complete.
+    pub fn logged_in(&self, took: Duration) {
+        self.login.observe(took.as_secs_f64());
+    }
+
+    /// Counters of relayed bytes: to the client, to the server.
+    pub fn byte_counters(&self) -> (IntCounter, IntCounter) {
+        (self.to_client.clone(), self.to_server.clone())
+    }
+
+    /// Whether certificates of this backend's servers go unchecked.
+    pub fn set_insecure(&self, insecure: bool) {
+        self.insecure.set(insecure.into());
+    }
+
+    /// Gauges of one server.
+    pub fn server(&self, server: &str) -> ServerMetrics {
+        let labels = &[self.name.as_str(), server];
+        let metrics = ServerMetrics {
+            up: self.server_up.with_label_values(labels),
+            sessions: self.server_sessions.with_label_values(labels),
+        };
+        metrics.up.set(1);
+        metrics
+    }
+
+    /// The server is gone from DNS: its series end.
+    pub fn forget_server(&self, server: &str) {
+        let labels = &[self.name.as_str(), server];
+        // An error says that the series does not exist, which is what is asked for.
+        let _ = self.server_up.remove_label_values(labels);
+        let _ = self.server_sessions.remove_label_values(labels);
+    }
+}
+
+/// Metrics of one server.
+#[derive(Debug)]
+pub struct ServerMetrics {
+    up: IntGauge,
+    sessions: IntGauge,
+}
+
+impl ServerMetrics {
+    /// The server is taken for alive, or not.
+    pub fn set_up(&self, up: bool) {
+        self.up.set(up.into());
+    }
+
+    /// A session runs on the server until the guard drops.
+    pub fn session_established(&self) -> OpenGuard {
+        OpenGuard::new(&self.sessions)
+    }
+}
+
+/// Metrics of one route.
+#[derive(Debug)]
+pub struct RouteMetrics {
+    lookup: Histogram,
+    results: [IntCounter; LookupResult::ALL.len()],
+    users: IntGauge,
+}
+
+impl RouteMetrics {
+    fn new(families: &Families, name: &str) -> Self {
+        Self {
+            lookup: families.route_lookup.with_label_values(&[name]),
+            results: LookupResult::ALL.map(|result| families.lookups.with_label_values(&[name, result.as_str()])),
+            users: families.table_users.with_label_values(&[name]),
+        }
+    }
+
+    /// The route answered after `took`.
+    pub fn answered(&self, result: LookupResult, took: Duration) {
+        self.results[result as usize].inc();
+        self.lookup.observe(took.as_secs_f64());
+    }
+
+    /// The route holds this many entries.
+    pub fn set_users(&self, users: usize) {
+        self.users.set(i64::try_from(users).unwrap_or(i64::MAX));
+    }
+}
+
+/// One more of something, until dropped.
+#[derive(Debug)]
+pub struct OpenGuard(IntGauge);
+
+impl OpenGuard {
+    fn new(gauge: &IntGauge) -> Self {
+        gauge.inc();
+        Self(gauge.clone())
+    }
+}
+
+impl Drop for OpenGuard {
+    fn drop(&mut self) {
+        self.0.dec();
+    }
+}
+
+/// Login counters of one backend, by mechanism and outcome.
+#[derive(Debug)]
+struct LoginCounters([[IntCounter; LoginOutcome::ALL.len()]; Mechanism::ALL.len()]);
+
+impl LoginCounters {
+    fn new(families: &Families, backend: &str) -> Self {
+        Self(Mechanism::ALL.map(|mechanism| {
+            LoginOutcome::ALL
+                .map(|outcome| families.logins.with_label_values(&[backend, mechanism.as_str(), outcome.as_str()]))
+        }))
+    }
+}
+
+/// The metric families: the one place where names and help texts stand.
+struct Families {
+    registry: Registry,
+    build_info: IntGaugeVec,
+    sessions: IntGaugeVec,
+    sessions_total: IntCounterVec,
+    refused: IntCounterVec,
+    backend_sessions: IntGaugeVec,
+    backend_sessions_total: IntCounterVec,
+    logins: IntCounterVec,
+    tls_handshake: HistogramVec,
+    route_lookup: HistogramVec,
+    lookups: IntCounterVec,
+    server_connect: HistogramVec,
+    server_login: HistogramVec,
+    login: HistogramVec,
+    session_length: HistogramVec,
+    bytes: IntCounterVec,
+    failures: IntCounterVec,
+    server_up: IntGaugeVec,
+    server_sessions: IntGaugeVec,
+    certificate_expiry: GaugeVec,
+    table_users: IntGaugeVec,
+    insecure: IntGaugeVec,
+    draining: IntGauge,
+    panics: IntCounter,
+}
+
+impl Families {
+    fn new() -> Self {
+        let registry = Registry::new();
+        let families = Self {
+            build_info: gauges("vestibule_build_info", "Always 1; the version is in the label.", &["version"]),
+            sessions: gauges("vestibule_sessions", "Open client connections, logged in or not.", &["listener"]),
+            sessions_total: counters("vestibule_sessions_total", "Client connections accepted.", &["listener"]),
+            refused: counters(
+                "vestibule_connections_refused_total",
+                "Client connections turned away at the door, by reason.",
+                &["listener", "reason"],
+            ),
+            backend_sessions: gauges("vestibule_backend_sessions", "Logged-in sessions being relayed.", &["backend"]),
+            backend_sessions_total: counters(
+                "vestibule_backend_sessions_total",
+                "Sessions handed to a server after a successful login.",
+                &["backend"],
+            ),
+            logins: counters(
+                "vestibule_logins_total",
+                "Login attempts answered; the backend is empty where none was found.",
+                &["backend", "mechanism", "outcome"],
+            ),
+            tls_handshake: histograms(
+                "vestibule_tls_handshake_seconds",
+                "TLS handshakes with clients that succeeded.",
+                PHASE_BUCKETS,
+                &["listener"],
+            ),
+            route_lookup: histograms(
+                "vestibule_route_lookup_seconds",
+                "Time a route took to answer.",
+                PHASE_BUCKETS,
+                &["route"],
+            ),
+            lookups: counters(
+                "vestibule_route_lookups_total",
+                "Questions to a route, by its answer.",
+                &["route", "result"],
+            ),
+            server_connect: histograms(
+                "vestibule_server_connect_seconds",
+                "TCP connections to servers that succeeded.",
+                PHASE_BUCKETS,
+                &["backend"],
+            ),
+            server_login: histograms(
+                "vestibule_server_login_seconds",
+                "From the connection to the server's answer to the login, TLS included.",
+                PHASE_BUCKETS,
+                &["backend"],
+            ),
+            login: histograms(
+                "vestibule_login_seconds",
+                "Whole successful logins, from the client's complete command to the OK.",
+                PHASE_BUCKETS,
+                &["backend"],
+            ),
+            session_length: histograms(
+                "vestibule_session_seconds",
+                "Length of relayed sessions, from the accepted connection to its end.",
+                SESSION_BUCKETS,
+                &["backend"],
+            ),
+            bytes: counters(
+                "vestibule_bytes_total",
+                "Bytes relayed after login, before encryption.",
+                &["backend", "direction"],
+            ),
+            failures: counters(
+                "vestibule_failures_total",
+                "What went wrong, by the side that must act and the reason.",
+                &["side", "reason"],
+            ),
+            server_up: gauges(
+                "vestibule_server_up",
+                "1 while the server is taken for alive, 0 after a failure until it is tried again.",
+                &["backend", "server"],
+            ),
+            server_sessions: gauges(
+                "vestibule_server_sessions",
+                "Logged-in sessions being relayed to the server.",
+                &["backend", "server"],
+            ),
+            certificate_expiry: float_gauges(
+                "vestibule_certificate_expiry_timestamp_seconds",
+                "When a served certificate ends, in seconds since 1970.",
+                &["certificate"],
+            ),
+            table_users: gauges("vestibule_table_users", "Entries a route holds in memory.", &["route"]),
+            insecure: gauges(
+                "vestibule_backend_insecure",
+                "1 where certificates of the backend's servers are not checked.",
+                &["backend"],
+            ),
+            draining: valid(IntGauge::new("vestibule_draining", "1 once the process has begun to stop.")),
+            panics: valid(IntCounter::new("vestibule_panics_total", "Panics caught; each ended one session.")),
+            registry,
+        };
+        families.register_all();
+        families
+    }
+
+    fn register_all(&self) {
+        let collectors: [Box<dyn prometheus::core::Collector>; 23] = [
+            Box::new(self.build_info.clone()),
+            Box::new(self.sessions.clone()),
+            Box::new(self.sessions_total.clone()),
+            Box::new(self.refused.clone()),
+            Box::new(self.backend_sessions.clone()),
+            Box::new(self.backend_sessions_total.clone()),
+            Box::new(self.logins.clone()),
+            Box::new(self.tls_handshake.clone()),
+            Box::new(self.route_lookup.clone()),
+            Box::new(self.lookups.clone()),
+            Box::new(self.server_connect.clone()),
+            Box::new(self.server_login.clone()),
+            Box::new(self.login.clone()),
+            Box::new(self.session_length.clone()),
+            Box::new(self.bytes.clone()),
+            Box::new(self.failures.clone()),
+            Box::new(self.server_up.clone()),
+            Box::new(self.server_sessions.clone()),
+            Box::new(self.certificate_expiry.clone()),
+            Box::new(self.table_users.clone()),
+            Box::new(self.insecure.clone()),
+            Box::new(self.draining.clone()),
+            Box::new(self.panics.clone()),
+        ];
+        for collector in collectors {
+            valid(self.registry.register(collector));
+        }
+        valid(self.registry.register(Box::new(prometheus::process_collector::ProcessCollector::for_self())));
+    }
+}
+
+fn gauges(name: &str, help: &str, labels: &[&str]) -> IntGaugeVec {
+    valid(IntGaugeVec::new(Opts::new(name, help), labels))
+}
+
+fn float_gauges(name: &str, help: &str, labels: &[&str]) -> GaugeVec {
+    valid(GaugeVec::new(Opts::new(name, help), labels))
+}
+
+fn counters(name: &str, help: &str, labels: &[&str]) -> IntCounterVec {
+    valid(IntCounterVec::new(Opts::new(name, help), labels))
+}
+
+fn histograms(name: &str, help: &str, buckets: &[f64], labels: &[&str]) -> HistogramVec {
+    valid(HistogramVec::new(HistogramOpts::new(name, help).buckets(buckets.to_vec()), labels))
+}
+
+/// Names and labels of this file are constants: that they are well formed and unique is what the test below shows.
+fn valid<T>(result: prometheus::Result<T>) -> T {
+    result.expect("the constant names, labels and buckets of this file are valid and unique")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn metrics() -> Metrics {
+        Metrics::new(&Names {
+            listeners: vec!["[::]:993".into()],
+            backends: vec!["shard-a".into()],
+            routes: vec!["table".into()],
+        })
+    }
+
+    #[test]
+    fn every_series_exists_before_the_first_event() {
+        let text = metrics().render();
+        for line in [
+            r#"vestibule_logins_total{backend="",mechanism="login",outcome="unknown_user"} 0"#,
+            r#"vestibule_logins_total{backend="shard-a",mechanism="sasl-plain",outcome="accepted"} 0"#,
+            r#"vestibule_failures_total{reason="starttls_injection",side="client"} 0"#,
+            r#"vestibule_bytes_total{backend="shard-a",direction="to_client"} 0"#,
+            "process_resident_memory_bytes",
+        ] {
+            assert!(text.contains(line), "{line} is missing in\n{text}");
+        }
+    }
+
+    #[test]
+    fn guards_count_down_again() {
+        let metrics = metrics();
+        let open = metrics.listener(0).session_opened();
+        assert!(metrics.render().contains(r#"vestibule_sessions{listener="[::]:993"} 1"#));
+        drop(open);
+        let text = metrics.render();
+        assert!(text.contains(r#"vestibule_sessions{listener="[::]:993"} 0"#), "{text}");
+        assert!(text.contains(r#"vestibule_sessions_total{listener="[::]:993"} 1"#), "{text}");
+    }
+
+    #[test]
+    fn a_server_gone_from_dns_leaves_no_series() {
+        let metrics = metrics();
+        metrics.backend(0).server("mail-1:143").set_up(false);
+        assert!(metrics.render().contains(r#"vestibule_server_up{backend="shard-a",server="mail-1:143"} 0"#));
+        metrics.backend(0).forget_server("mail-1:143");
+        assert!(!metrics.render().contains("mail-1:143"));
+    }
+}

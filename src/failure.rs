@@ -1,0 +1,120 @@
+//! Why something did not work, and whose fault that is.
+//!
+//! One closed vocabulary for replies, metrics and log records: a [`Reason`] names the fault, its [`Side`] says who must
+//! act. This room holds words only. `session` and `backend::connect` make the values, `metrics` counts them.
+
+/// Who must act on a failure.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Side {
+    /// The mail client, or whoever connects as one.
+    Client,
+    /// The source of routes.
+    Directory,
+    /// The mailbox servers.
+    Backend,
+    /// Vestibule itself.
+    Internal,
+    /// Nobody: the operator stops or drains the process.
+    Shutdown,
+}
+
+impl Side {
+    /// Label text.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Client => "client",
+            Self::Directory => "directory",
+            Self::Backend => "backend",
+            Self::Internal => "internal",
+            Self::Shutdown => "shutdown",
+        }
+    }
+}
+
+macro_rules! reasons {
+    ($($(#[$doc:meta])* $side:ident $variant:ident = $label:literal,)*) => {
+        /// What went wrong, in one word that metrics and log records share.
+        #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+        pub enum Reason { $($(#[$doc])* $variant,)* }
+
+        impl Reason {
+            /// All of them, so that metrics resolve their counters once and every series exists from the start.
+            pub const ALL: &[Self] = &[$(Self::$variant,)*];
+
+            /// Label text.
+            pub fn as_str(self) -> &'static str {
+                match self { $(Self::$variant => $label,)* }
+            }
+
+            /// Who must act.
+            pub fn side(self) -> Side {
+                match self { $(Self::$variant => Side::$side,)* }
+            }
+        }
+    };
+}
+
+reasons! {
+    /// The TLS handshake failed or took too long.
+    Client Handshake = "handshake",
+    /// Not logged in within `limits.login`.
+    Client LoginDeadline = "login_deadline",
+    /// Bytes pipelined behind STARTTLS (the CVE-2011-0411 family).
+    Client StartTlsInjection = "starttls_injection",
+    /// HTTP or SMTP spoken to an IMAP port (CVE-2021-3618, ALPACA).
+    Client ForeignProtocol = "foreign_protocol",
+    /// A TLS hello on a port that speaks plaintext first.
+    Client TlsOnPlainPort = "tls_on_plain_port",
+    /// `limits.bad_commands` reached.
+    Client TooManyBadCommands = "too_many_bad_commands",
+    /// `limits.failed_logins` reached.
+    Client TooManyFailedLogins = "too_many_failed_logins",
+    /// A command line or SASL response over `limits.line`.
+    Client LineTooLong = "line_too_long",
+    /// A literal over `limits.literal`, or too many of them.
+    Client LiteralTooLong = "literal_too_long",
+    /// The connection ended before a login succeeded.
+    Client Disconnected = "disconnected",
+    /// The client asked for another user's mailbox and the backend's configuration forbids it.
+    Client AuthzidRefused = "authzid_refused",
+    /// A route source could not answer.
+    Directory LookupFailed = "lookup_failed",
+    /// No route knows the user.
+    Directory UnknownUser = "unknown_user",
+    /// No address is known for the server: DNS has not answered, or has none.
+    Backend Resolve = "resolve",
+    /// The server's address leads back to one of our own listeners.
+    Backend Loop = "loop",
+    /// Refused, unreachable or too slow to accept a connection.
+    Backend Connect = "connect",
+    /// The TLS handshake with the server failed, or its certificate is not trusted.
+    Backend ServerTls = "tls",
+    /// The greeting was not `* OK`.
+    Backend Greeting = "greeting",
+    /// The server said BYE or closed before it answered the login.
+    Backend Bye = "bye",
+    /// STARTTLS is configured, but the server does not offer it or refuses it.
+    Backend StartTlsUnavailable = "starttls_unavailable",
+    /// Plaintext followed the server's answer to STARTTLS (response injection).
+    Backend StartTlsResidue = "starttls_residue",
+    /// The server broke the protocol, or said more before its answer than is allowed.
+    Backend Protocol = "protocol",
+    /// NO with [UNAVAILABLE], [INUSE] or [SERVERBUG].
+    Backend Overloaded = "overloaded",
+    /// BAD in answer to the login.
+    Backend LoginBad = "login_bad",
+    /// The server offers no way to log in that the configuration permits.
+    Backend LoginDisabled = "login_disabled",
+    /// The server has no PLAIN, which alone can carry an authorization identity.
+    Backend AuthzidUnsupported = "authzid_unsupported",
+    /// No answer within `limits.connect` or `limits.server_login`.
+    Backend LoginTimeout = "login_timeout",
+    /// The backend has no server at all (an SRV name with no answer).
+    Backend NoServer = "no_server",
+    /// A session ended in a panic.
+    Internal Panic = "panic",
+    /// `limits.sessions` reached.
+    Internal SessionLimit = "session_limit",
+    /// Ended by the operator's stop.
+    Shutdown Drain = "drain",
+}
