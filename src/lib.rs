@@ -1,13 +1,22 @@
 //! Vestibule: an IMAP proxy and load balancer.
+pub mod admin;
+pub mod backend;
 pub mod cli;
 pub mod config;
 pub mod demo;
+pub mod explain;
 pub mod failure;
 pub mod identity;
 pub mod imap;
+pub mod limits;
+pub mod listener;
+pub mod logging;
 pub mod metrics;
 pub mod relay;
 pub mod rendezvous;
 pub mod route;
+pub mod server;
+pub mod session;
+pub mod shutdown;
 pub mod stream;
 pub mod tls;

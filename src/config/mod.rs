@@ -153,6 +153,7 @@ pub struct Problem {
 }
 #[derive(Debug, Clone)]
 pub struct Report(pub Vec<Problem>);
+impl Report { pub fn new(problems: Vec<Problem>) -> Self { Self(problems) } }
 impl std::fmt::Display for Report {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         for p in &self.0 {

@@ -1,0 +1,352 @@
+//! Reach one server and log in there.
+//!
+//! Dial, PROXY header, TLS, then the dialogue that `imap::backend_login` decides. The whole attempt has one deadline;
+//! until the server's first byte the shorter `limits.connect` holds, so that a dead machine is noticed soon. What failed is told in
+//! one word, with the server's health informed where the server is to blame; which server comes next is the session's
+//! decision. Called by `session`.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpStream;
+use tokio::time::{self, timeout_at};
+use tokio_rustls::TlsStream;
+use zeroize::Zeroizing;
+
+use super::{Backend, Server, proxy_header};
+use crate::config::{ClientInfo, Limits, TlsMode};
+use crate::failure::Reason;
+use crate::identity::Credentials;
+use crate::imap::backend_login::{Attempt, BackendLogin, ServerFault, ServerStep};
+use crate::imap::client_id::ClientId;
+use crate::imap::tag::Tag;
+use crate::stream::{self, Stream};
+
+/// One read from a server before login: its lines are short.
+const READ: usize = 4096;
+
+/// A login to be made.
+#[derive(Debug)]
+pub struct Request<'a> {
+    /// What the client brought.
+    pub credentials: &'a Credentials,
+    /// The client's tag: the server's answer is given under it.
+    pub tag: &'a Tag,
+    /// The client's own ID pairs.
+    pub client_id: &'a ClientId,
+    /// Whom the server shall see.
+    pub client: SocketAddr,
+    /// Where the client connected to.
+    pub listener: SocketAddr,
+    /// One id in our log and the server's.
+    pub session_id: &'a str,
+    /// Deadlines and caps.
+    pub limits: &'a Limits,
+}
+
+/// How one server answered.
+#[derive(Debug)]
+pub enum Outcome {
+    /// Logged in.
+    Accepted(Established),
+    /// The server said no: a complete line for the client, and whether it counts as a failed login.
+    Refused {
+        /// Ends with CRLF, carries the client's tag.
+        reply: Vec<u8>,
+        /// Against `limits.failed_logins`.
+        counts: bool,
+    },
+    /// It could not answer.
+    Unavailable(Fault),
+}
+
+/// A logged-in connection.
+#[derive(Debug)]
+pub struct Established {
+    /// To the server.
+    pub stream: Stream,
+    /// What the client gets first: untagged lines, the tagged OK, and what followed it.
+    pub to_client: Vec<u8>,
+    /// Which of the server's addresses it is.
+    pub address: SocketAddr,
+    /// How long the connection took, implicit TLS included.
+    pub connect: Duration,
+    /// How long the login took from there.
+    pub login: Duration,
+}
+
+/// Why a server could not answer.
+#[derive(Debug)]
+pub struct Fault {
+    /// The word for metrics.
+    pub reason: Reason,
+    /// The sentence for logs; never for the client.
+    pub detail: String,
+    /// Whether another server may do better.
+    pub try_next: bool,
+    /// Whether the server's health suffers; never for what a client can provoke.
+    blames_server: bool,
+}
+
+impl Fault {
+    /// The backend has no server to try.
+    pub fn no_server() -> Self {
+        let detail = "the backend has no server just now".to_owned();
+        Self { reason: Reason::NoServer, detail, try_next: false, blames_server: false }
+    }
+
+    fn of_server(reason: Reason, detail: impl ToString) -> Self {
+        Self { reason, detail: detail.to_string(), try_next: true, blames_server: true }
+    }
+}
+
+impl From<ServerFault> for Fault {
+    fn from(fault: ServerFault) -> Self {
+        let reason = match fault {
+            ServerFault::Greeting => Reason::Greeting,
+            ServerFault::Bye => Reason::Bye,
+            ServerFault::StartTlsNotOffered | ServerFault::StartTlsRefused => Reason::StartTlsUnavailable,
+            ServerFault::StartTlsResidue => Reason::StartTlsResidue,
+            ServerFault::Protocol | ServerFault::TooMuchUntagged => Reason::Protocol,
+            ServerFault::LoginDisabled => Reason::LoginDisabled,
+            ServerFault::Overloaded => Reason::Overloaded,
+            ServerFault::LoginBad => Reason::LoginBad,
+            ServerFault::AuthzidUnsupported => Reason::AuthzidUnsupported,
+        };
+        Self {
+            reason,
+            detail: fault.as_str().to_owned(),
+            try_next: fault.try_next_server(),
+            blames_server: fault.blames_server(),
+        }
+    }
+}
+
+/// Logs in on `server`, within `deadline`.
+pub async fn login(
+    backend: &Backend,
+    server: &Arc<Server>,
+    request: &Request<'_>,
+    deadline: time::Instant,
+) -> Outcome {
+    let metrics = backend.metrics.backend(backend.id.0);
+    let first_byte = deadline.min(time::Instant::now() + request.limits.connect);
+    let began = Instant::now();
+    let outcome = match reach(backend, server, request, first_byte).await {
+        Err(fault) => Outcome::Unavailable(fault),
+        Ok((stream, address)) => {
+            let connect = began.elapsed();
+            metrics.server_connected(connect);
+            server.prefer(address);
+            let connected = Instant::now();
+            let mut outcome = Dialogue::new(backend, server, request, stream, address).run(first_byte, deadline).await;
+            let login = connected.elapsed();
+            if !matches!(outcome, Outcome::Unavailable(_)) {
+                metrics.server_answered(login);
+            }
+            if let Outcome::Accepted(established) = &mut outcome {
+                (established.connect, established.login) = (connect, login);
+            }
+            outcome
+        }
+    };
+    match &outcome {
+        Outcome::Accepted(_) | Outcome::Refused { .. } => server.answered(),
+        Outcome::Unavailable(fault) if fault.blames_server => server.failed(&fault.detail),
+        Outcome::Unavailable(_) => {}
+    }
+    outcome
+}
+
+/// Connects to the first address that answers; each gets its share of the time left.
+async fn reach(
+    backend: &Backend,
+    server: &Server,
+    request: &Request<'_>,
+    deadline: time::Instant,
+) -> Result<(Stream, SocketAddr), Fault> {
+    let addresses = timeout_at(deadline, server.addresses()).await.unwrap_or_default();
+    let mut fault = Fault::of_server(Reason::Resolve, "no address is known for the server");
+    for (tried, address) in addresses.iter().enumerate() {
+        let left = deadline.saturating_duration_since(time::Instant::now());
+        let share = left / u32::try_from(addresses.len() - tried).unwrap_or(u32::MAX);
+        match time::timeout(share, TcpStream::connect(address)).await {
+            Ok(Ok(socket)) => {
+                stream::set_options(&socket, request.limits.keepalive);
+                return Ok((open(backend, server, request, socket, deadline).await?, *address));
+            }
+            Ok(Err(error)) => fault = Fault::of_server(Reason::Connect, format!("{address}: {error}")),
+            Err(_) => fault = Fault::of_server(Reason::Connect, format!("{address}: no connection within the deadline")),
+        }
+    }
+    Err(fault)
+}
+
+/// PROXY header and implicit TLS.
+async fn open(
+    backend: &Backend,
+    server: &Server,
+    request: &Request<'_>,
+    mut socket: TcpStream,
+    deadline: time::Instant,
+) -> Result<Stream, Fault> {
+    let header = match backend.client_info {
+        ClientInfo::ProxyV1 => proxy_header::version_1(request.client, request.listener),
+        ClientInfo::ProxyV2 => proxy_header::version_2(request.client, request.listener),
+        ClientInfo::Id | ClientInfo::None => Vec::new(),
+    };
+    if !header.is_empty() {
+        match timeout_at(deadline, socket.write_all(&header)).await {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => return Err(Fault::of_server(Reason::Connect, error)),
+            Err(_) => return Err(Fault::of_server(Reason::Connect, "the PROXY header was not taken in time")),
+        }
+    }
+    match backend.mode {
+        TlsMode::Implicit => encrypt(backend, server, socket, deadline).await,
+        TlsMode::None | TlsMode::StartTls => Ok(Stream::Plain(socket)),
+    }
+}
+
+async fn encrypt(
+    backend: &Backend,
+    server: &Server,
+    socket: TcpStream,
+    deadline: time::Instant,
+) -> Result<Stream, Fault> {
+    let Some(tls) = &backend.tls else { return Ok(Stream::Plain(socket)) };
+    match timeout_at(deadline, tls.connect(socket, &server.tls_name)).await {
+        Ok(Ok(stream)) => Ok(Stream::Tls(Box::new(TlsStream::Client(stream)))),
+        Ok(Err(error)) => Err(Fault::of_server(Reason::ServerTls, error)),
+        Err(_) => Err(Fault::of_server(Reason::ServerTls, "no TLS handshake within the deadline")),
+    }
+}
+
+/// The words exchanged with a server until it has answered the login.
+struct Dialogue<'a> {
+    backend: &'a Backend,
+    server: &'a Server,
+    machine: BackendLogin<'a>,
+    stream: Stream,
+    address: SocketAddr,
+}
+
+impl<'a> Dialogue<'a> {
+    fn new(backend: &'a Backend, server: &'a Server, request: &'a Request<'a>, stream: Stream, address: SocketAddr) -> Self {
+        let id = match backend.client_info {
+            ClientInfo::None => Vec::new(),
+            ClientInfo::ProxyV1 | ClientInfo::ProxyV2 => request.client_id.pairs().to_vec(),
+            ClientInfo::Id => identified(request),
+        };
+        let machine = BackendLogin::new(Attempt {
+            credentials: request.credentials,
+            tag: request.tag,
+            starttls: backend.mode == TlsMode::StartTls,
+            id,
+            max_line: request.limits.line,
+            max_untagged_lines: request.limits.untagged_lines,
+            max_untagged_bytes: request.limits.untagged_bytes,
+        });
+        Self { backend, server, machine, stream, address }
+    }
+
+    /// The first byte must come before `first_byte`, the answer before `deadline`.
+    async fn run(mut self, first_byte: time::Instant, deadline: time::Instant) -> Outcome {
+        let mut due = first_byte;
+        loop {
+            let mut out = Zeroizing::new(Vec::with_capacity(READ));
+            let step = self.machine.step(&mut out);
+            let exchange = self.exchange(&out, matches!(step, ServerStep::NeedInput));
+            match timeout_at(due, exchange).await {
+                Err(_) => return Outcome::Unavailable(self.timed_out(due == first_byte)),
+                Ok(Err(fault)) => return Outcome::Unavailable(self.pardoned(fault)),
+                Ok(Ok(())) => {}
+            }
+            match step {
+                ServerStep::NeedInput => due = deadline,
+                ServerStep::StartTls => match self.start_tls(deadline).await {
+                    Ok(encrypted) => self = encrypted,
+                    Err(fault) => return Outcome::Unavailable(fault),
+                },
+                ServerStep::Accepted { to_client } => {
+                    return Outcome::Accepted(Established {
+                        stream: self.stream,
+                        to_client,
+                        address: self.address,
+                        connect: Duration::ZERO,
+                        login: Duration::ZERO,
+                    });
+                }
+                ServerStep::Refused { reply, counts } => {
+                    // Nothing more is wanted of this connection, and whether the server hears of it is its concern.
+                    let _ = timeout_at(deadline, self.stream.shutdown()).await;
+                    return Outcome::Refused { reply, counts };
+                }
+                ServerStep::Unavailable(fault) => return Outcome::Unavailable(self.explained(fault)),
+            }
+        }
+    }
+
+    /// Sends what the machine said, then reads once where it asks for more.
+    async fn exchange(&mut self, out: &[u8], read: bool) -> Result<(), Fault> {
+        let broken = |error: std::io::Error| Fault::of_server(Reason::Bye, error);
+        if !out.is_empty() {
+            self.stream.write_all(out).await.map_err(broken)?;
+            self.stream.flush().await.map_err(broken)?;
+        }
+        if read {
+            let mut buffer = Vec::with_capacity(READ);
+            if self.stream.read_buf(&mut buffer).await.map_err(broken)? == 0 {
+                let detail = format!("the server closed the connection ({})", self.machine.state());
+                return Err(Fault::of_server(Reason::Bye, detail));
+            }
+            self.machine.input(&buffer);
+        }
+        Ok(())
+    }
+
+    async fn start_tls(mut self, deadline: time::Instant) -> Result<Self, Fault> {
+        let Stream::Plain(socket) = self.stream else {
+            return Err(Fault::of_server(Reason::Protocol, "TLS is already active"));
+        };
+        self.stream = encrypt(self.backend, self.server, socket, deadline).await?;
+        self.machine.tls_established();
+        Ok(self)
+    }
+
+    fn timed_out(&self, before_first_byte: bool) -> Fault {
+        let detail = format!("no answer within the deadline ({})", self.machine.state());
+        // A server that greets but is slow with this login may be waiting for what only this user needs.
+        Fault { reason: Reason::LoginTimeout, detail, try_next: true, blames_server: before_first_byte }
+    }
+
+    fn explained(&self, fault: ServerFault) -> Fault {
+        let mut fault = Fault::from(fault);
+        fault.detail = format!("{} ({})", fault.detail, self.machine.state());
+        self.pardoned(fault)
+    }
+
+    /// What happens once the login is sent may be the client's doing (a password over the server's line limit, say), and no
+    /// client shall be able to make servers look dead.
+    fn pardoned(&self, mut fault: Fault) -> Fault {
+        fault.blames_server &= !self.machine.login_sent();
+        fault
+    }
+}
+
+/// The client's own pairs and what we add: the names are Dovecot's, which honours them from `login_trusted_networks`.
+fn identified(request: &Request<'_>) -> Vec<(Vec<u8>, Option<Vec<u8>>)> {
+    let client = request.client.ip().to_canonical();
+    let listener = request.listener.ip().to_canonical();
+    let ours = [
+        ("x-session-id", request.session_id.to_owned()),
+        ("x-originating-ip", client.to_string()),
+        ("x-originating-port", request.client.port().to_string()),
+        ("x-connected-ip", listener.to_string()),
+        ("x-connected-port", request.listener.port().to_string()),
+    ];
+    let ours = ours.into_iter().map(|(key, value)| (key.as_bytes().to_vec(), Some(value.into_bytes())));
+    request.client_id.pairs().iter().cloned().chain(ours).collect()
+}

@@ -1,0 +1,216 @@
+//! Reads the arguments of a complete command: astrings, and the list of ID.
+//!
+//! Liberal where real clients are: an atom may hold any printable character but the specials that end it, and quoted
+//! strings may hold 8-bit characters. Strict where it matters: a quoted string must end, nothing may follow the last
+//! argument but spaces. Values are wiped when dropped, for any of them may be a password. Called by `prelogin`.
+
+use zeroize::Zeroizing;
+
+use super::framing::{announced, without_line_end};
+
+/// The command does not fit the grammar.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Malformed;
+
+/// An argument's bytes.
+pub(super) type Value = Zeroizing<Vec<u8>>;
+
+/// What is left of a command.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Arguments<'a>(&'a [u8]);
+
+impl<'a> Arguments<'a> {
+    /// `bytes` end with the command's line end.
+    pub(super) fn new(bytes: &'a [u8]) -> Self {
+        Self(without_line_end(bytes))
+    }
+
+    /// A word up to the next space; empty at the end.
+    pub(super) fn word(&mut self) -> &'a [u8] {
+        self.skip_spaces();
+        let end = self.0.iter().position(|byte| matches!(byte, b' ' | b'\r' | b'\n')).unwrap_or(self.0.len());
+        let (word, rest) = self.0.split_at(end);
+        self.0 = rest;
+        word
+    }
+
+    /// An atom, a quoted string or a literal, behind at least one space.
+    pub(super) fn astring(&mut self) -> Result<Value, Malformed> {
+        self.space()?;
+        match self.0.first().ok_or(Malformed)? {
+            b'"' => self.quoted(),
+            b'{' => self.literal(),
+            _ => self.atom(),
+        }
+    }
+
+    /// The list of ID: pairs of a string and a string or NIL; NIL or `()` is an empty one (RFC 2971 section 3.1).
+    pub(super) fn pairs(&mut self, most: usize) -> Result<Vec<(Value, Option<Value>)>, Malformed> {
+        self.space()?;
+        if let Some(rest) = strip_prefix_ignoring_case(self.0, b"NIL") {
+            self.0 = rest;
+            return Ok(Vec::new());
+        }
+        self.0 = self.0.strip_prefix(b"(").ok_or(Malformed)?;
+        let mut pairs = Vec::new();
+        loop {
+            self.skip_spaces();
+            if let Some(rest) = self.0.strip_prefix(b")") {
+                self.0 = rest;
+                return Ok(pairs);
+            }
+            if pairs.len() == most {
+                return Err(Malformed);
+            }
+            let key = self.string()?;
+            self.space()?;
+            let value = match strip_prefix_ignoring_case(self.0, b"NIL") {
+                Some(rest) => {
+                    self.0 = rest;
+                    None
+                }
+                None => Some(self.string()?),
+            };
+            pairs.push((key, value));
+        }
+    }
+
+    /// Nothing but spaces is left.
+    pub(super) fn end(mut self) -> Result<(), Malformed> {
+        self.skip_spaces();
+        if self.0.is_empty() { Ok(()) } else { Err(Malformed) }
+    }
+
+    fn string(&mut self) -> Result<Value, Malformed> {
+        match self.0.first().ok_or(Malformed)? {
+            b'"' => self.quoted(),
+            b'{' => self.literal(),
+            _ => Err(Malformed),
+        }
+    }
+
+    fn space(&mut self) -> Result<(), Malformed> {
+        let before = self.0.len();
+        self.skip_spaces();
+        if self.0.len() < before { Ok(()) } else { Err(Malformed) }
+    }
+
+    fn skip_spaces(&mut self) {
+        let spaces = self.0.iter().take_while(|byte| **byte == b' ').count();
+        self.0 = &self.0[spaces..];
+    }
+
+    fn atom(&mut self) -> Result<Value, Malformed> {
+        let ends = |byte: &u8| *byte <= b' ' || *byte == 0x7f || matches!(byte, b'(' | b')' | b'{' | b'"' | b'\\');
+        let end = self.0.iter().position(ends).unwrap_or(self.0.len());
+        let (atom, rest) = self.0.split_at(end);
+        if atom.is_empty() || rest.first().is_some_and(|byte| *byte != b' ') {
+            return Err(Malformed);
+        }
+        self.0 = rest;
+        Ok(Zeroizing::new(atom.to_vec()))
+    }
+
+    fn quoted(&mut self) -> Result<Value, Malformed> {
+        let mut value = Zeroizing::new(Vec::with_capacity(self.0.len()));
+        let mut bytes = self.0.iter().enumerate().skip(1);
+        while let Some((index, byte)) = bytes.next() {
+            match byte {
+                b'"' => {
+                    self.0 = &self.0[index + 1..];
+                    return self.separated().map(|()| value);
+                }
+                // A backslash hides what follows it. RFC 3501 allows only \" and \\; old clients send others.
+                b'\\' => value.push(*bytes.next().ok_or(Malformed)?.1),
+                b'\r' | b'\n' | 0 => return Err(Malformed),
+                other => value.push(*other),
+            }
+        }
+        Err(Malformed)
+    }
+
+    fn literal(&mut self) -> Result<Value, Malformed> {
+        let line_end = self.0.iter().position(|byte| *byte == b'\n').ok_or(Malformed)? + 1;
+        let (line, rest) = self.0.split_at(line_end);
+        // The line must be the announcement and nothing else.
+        let size = announced(line).filter(|_| line.iter().filter(|byte| **byte == b'{').count() == 1).ok_or(Malformed)?.size;
+        if rest.len() < size {
+            return Err(Malformed);
+        }
+        let (value, rest) = rest.split_at(size);
+        self.0 = rest;
+        self.separated().map(|()| Zeroizing::new(value.to_vec()))
+    }
+
+    /// A string is followed by a space, the end of its list, or nothing.
+    fn separated(&self) -> Result<(), Malformed> {
+        match self.0.first() {
+            None | Some(b' ' | b')') => Ok(()),
+            Some(_) => Err(Malformed),
+        }
+    }
+}
+
+fn strip_prefix_ignoring_case<'a>(bytes: &'a [u8], prefix: &[u8]) -> Option<&'a [u8]> {
+    let (start, rest) = bytes.split_at_checked(prefix.len())?;
+    start.eq_ignore_ascii_case(prefix).then_some(rest)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn two(bytes: &[u8]) -> Result<(Vec<u8>, Vec<u8>), Malformed> {
+        let mut arguments = Arguments::new(bytes);
+        let pair = (arguments.astring()?.to_vec(), arguments.astring()?.to_vec());
+        arguments.end().map(|()| pair)
+    }
+
+    #[test]
+    fn strings_in_every_form() {
+        for (input, first, second) in [
+            (&b" user pass\r\n"[..], &b"user"[..], &b"pass"[..]),
+            (b" user  p*s%s]#+  \n", b"user", b"p*s%s]#+"),
+            (b" \"us er\" \"\"\r\n", b"us er", b""),
+            (br#" "a\"b" "c\\d\e""#, b"a\"b", b"c\\de"),
+            (b" \"\xc3\xa4\" \xff\xfe\r\n", b"\xc3\xa4", b"\xff\xfe"),
+            (b" {4}\r\nus\r\n {3+}\r\n{5}\r\n", b"us\r\n", b"{5}"),
+            (b" {0}\r\n {1+}\nx\r\n", b"", b"x"),
+        ] {
+            assert_eq!(two(input), Ok((first.to_vec(), second.to_vec())), "{}", input.escape_ascii());
+        }
+    }
+
+    #[test]
+    fn what_is_no_pair_of_strings() {
+        for input in [
+            &b"\r\n"[..], b" user\r\n", b"user pass\r\n", b" user pass more\r\n", b" (user) pass\r\n", b" user \"pass\r\n",
+            b" \"user\"pass\r\n", b" user pa\"ss\r\n", b" user pa\\ss\r\n", b" user \"a\\\r\n", b" us\0er pass\r\n",
+            b" us\x7fer pass\r\n", b" \"us\0er\" pass\r\n", b" user {5}\r\npas\r\n", b" user {2}\r\npass\r\n", b" user x{2}\r\nab\r\n",
+            b" {3x}\r\nabc pass\r\n", b" user a(b\r\n",
+        ] {
+            assert_eq!(two(input), Err(Malformed), "{}", input.escape_ascii());
+        }
+    }
+
+    #[test]
+    fn id_lists() {
+        let read = |bytes: &[u8]| {
+            let mut arguments = Arguments::new(bytes);
+            let pairs = arguments.pairs(2)?;
+            arguments.end()?;
+            Ok(pairs.into_iter().map(|(key, value)| (key.to_vec(), value.map(|value| value.to_vec()))).collect::<Vec<_>>())
+        };
+        assert_eq!(read(b" NIL\r\n"), Ok(vec![]));
+        assert_eq!(read(b" ( )\r\n"), Ok(vec![]));
+        let pair = |key: &str, value: Option<&str>| (key.into(), value.map(|value| value.as_bytes().to_vec()));
+        assert_eq!(
+            read(b" (\"name\" \"x\" {2+}\r\nos nil)\r\n"),
+            Ok(vec![pair("name", Some("x")), pair("os", None)])
+        );
+        for bad in [&b" (\"a\")\r\n"[..], b" (\"a\" b)\r\n", b" (\"a\" \"b\"\r\n", b" ((\"a\" \"b\"))\r\n", b" x\r\n",
+            b" (\"a\" NIL \"b\" NIL \"c\" NIL)\r\n"] {
+            assert_eq!(read(bad), Err(Malformed), "{}", bad.escape_ascii());
+        }
+    }
+}

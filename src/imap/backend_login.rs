@@ -1,0 +1,539 @@
+//! The server until it has accepted or refused a login: bytes in, bytes and steps out.
+//!
+//! The login takes the form the server can take: AUTHENTICATE PLAIN with an initial response (RFC 4959) where it is
+//! advertised, else LOGIN, quoted where that is possible and with literals it asked for or waits for where not. One
+//! round trip where the greeting carries capabilities. Lines are read by hand, not through the codec, which refuses an OK
+//! without text and 8-bit text that real servers send. What the server says is untrusted: bounded, matched by exact tag,
+//! and forgotten when TLS begins. Called by `backend::connect`.
+
+use zeroize::Zeroizing;
+
+use super::capability::{self, Capabilities};
+use super::client_id::Pair;
+use super::framing::{Caps, Frame, Framer, announced, without_line_end};
+use super::sasl;
+use super::tag::Tag;
+use crate::identity::Credentials;
+
+/// A login process of Dovecot reads 1 KiB of command line; a longer initial response waits to be asked for.
+const MAX_INITIAL_RESPONSE: usize = 900;
+/// RFC 7888 section 5: with LITERAL- only these may go without being asked for.
+const MAX_LITERAL_MINUS: usize = 4096;
+
+/// One login to be made on one connection.
+#[derive(Debug)]
+pub struct Attempt<'a> {
+    /// What the client brought.
+    pub credentials: &'a Credentials,
+    /// What the answer is given under.
+    pub tag: &'a Tag,
+    /// Demand TLS before anything else.
+    pub starttls: bool,
+    /// Pairs for ID; none: no ID is sent.
+    pub id: Vec<Pair>,
+    /// Bytes of a line.
+    pub max_line: usize,
+    /// Untagged lines before the answer.
+    pub max_untagged_lines: usize,
+    /// Bytes of them together.
+    pub max_untagged_bytes: usize,
+}
+
+/// What the caller does next; what is in `out` is sent first.
+#[derive(Debug)]
+pub enum ServerStep {
+    /// Read more.
+    NeedInput,
+    /// Perform the handshake, then call [`BackendLogin::tls_established`].
+    StartTls,
+    /// Logged in: these bytes are the client's.
+    Accepted {
+        /// Untagged lines, the OK under the client's tag, and what followed it.
+        to_client: Vec<u8>,
+    },
+    /// The server said no.
+    Refused {
+        /// A complete line under the client's tag.
+        reply: Vec<u8>,
+        /// Whether it is a failed login, and not a matter of limits or maintenance.
+        counts: bool,
+    },
+    /// The server could not answer.
+    Unavailable(ServerFault),
+}
+
+/// Why a server could not answer a login.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ServerFault {
+    /// The greeting was not `* OK`.
+    Greeting,
+    /// `* BYE` before the answer.
+    Bye,
+    /// TLS is demanded and not offered.
+    StartTlsNotOffered,
+    /// TLS was offered and then refused.
+    StartTlsRefused,
+    /// Plaintext followed the answer to STARTTLS: somebody may have put it there.
+    StartTlsResidue,
+    /// Something that is no IMAP, or not at this place.
+    Protocol,
+    /// More before the answer than is allowed.
+    TooMuchUntagged,
+    /// LOGINDISABLED, and no PLAIN either.
+    LoginDisabled,
+    /// NO with `[UNAVAILABLE]`, `[INUSE]` or `[SERVERBUG]`.
+    Overloaded,
+    /// BAD in answer to the login.
+    LoginBad,
+    /// An authorization identity, and no PLAIN to carry it.
+    AuthzidUnsupported,
+}
+
+impl ServerFault {
+    /// A sentence for logs.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Greeting => "the greeting was not * OK",
+            Self::Bye => "the server said BYE before it answered",
+            Self::StartTlsNotOffered => "STARTTLS is configured but the server does not offer it",
+            Self::StartTlsRefused => "the server refused STARTTLS",
+            Self::StartTlsResidue => "plaintext followed the server's answer to STARTTLS",
+            Self::Protocol => "the server broke the protocol",
+            Self::TooMuchUntagged => "the server said too much before its answer",
+            Self::LoginDisabled => "the server allows neither LOGIN nor AUTHENTICATE PLAIN",
+            Self::Overloaded => "the server answered that it is unavailable, in use or at fault",
+            Self::LoginBad => "the server answered BAD to the login",
+            Self::AuthzidUnsupported => "the server has no AUTHENTICATE PLAIN to carry the authorization identity",
+        }
+    }
+
+    /// Whether another server may answer where this one did not.
+    pub fn try_next_server(self) -> bool {
+        !matches!(self, Self::LoginBad)
+    }
+
+    /// Whether the server's health suffers: never from what a client can provoke by what it sends.
+    pub fn blames_server(self) -> bool {
+        match self {
+            Self::Greeting
+            | Self::Bye
+            | Self::StartTlsNotOffered
+            | Self::StartTlsRefused
+            | Self::StartTlsResidue
+            | Self::Protocol
+            | Self::TooMuchUntagged
+            | Self::LoginDisabled => true,
+            // A mailbox in use is one user's trouble.
+            Self::Overloaded | Self::LoginBad | Self::AuthzidUnsupported => false,
+        }
+    }
+}
+
+/// The dialogue so far.
+#[derive(Debug)]
+pub struct BackendLogin<'a> {
+    attempt: Attempt<'a>,
+    framer: Framer,
+    phase: Phase,
+    encrypted: bool,
+    /// As last heard; nothing while unknown.
+    capabilities: Option<Capabilities>,
+    /// Parts of the login that wait to be asked for.
+    parts: std::vec::IntoIter<Zeroizing<Vec<u8>>>,
+    /// For the client, ahead of the answer.
+    untagged: Vec<u8>,
+    untagged_lines: usize,
+    /// A CAPABILITY line came with the login's answer.
+    told_after_login: bool,
+    /// The server's OK without its tag, while its capabilities are asked for.
+    accepted: Vec<u8>,
+}
+
+/// What the server is expected to answer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Phase {
+    Greeting,
+    Capability,
+    StartTls,
+    Handshake,
+    Login,
+    CapabilityAfterLogin,
+}
+
+/// A line of the server, taken apart.
+enum Line<'a> {
+    Continuation,
+    Untagged(&'a [u8]),
+    Tagged { tag: &'a [u8], status: Status, text: &'a [u8] },
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Status {
+    Ok,
+    No,
+    Bad,
+}
+
+impl<'a> BackendLogin<'a> {
+    /// For a fresh connection, before its greeting.
+    pub fn new(attempt: Attempt<'a>) -> Self {
+        let caps = Caps { line: attempt.max_line, literal: 0 };
+        Self {
+            attempt,
+            framer: Framer::new(caps),
+            phase: Phase::Greeting,
+            encrypted: false,
+            capabilities: None,
+            parts: Vec::new().into_iter(),
+            untagged: Vec::new(),
+            untagged_lines: 0,
+            told_after_login: false,
+            accepted: Vec::new(),
+        }
+    }
+
+    /// Bytes from the server.
+    pub fn input(&mut self, bytes: &[u8]) {
+        self.framer.input(bytes);
+    }
+
+    /// The handshake succeeded: what was heard before it counts for nothing.
+    pub fn tls_established(&mut self) {
+        self.encrypted = true;
+        self.capabilities = None;
+        self.untagged_lines = 0;
+    }
+
+    /// What is waited for, for logs.
+    pub fn state(&self) -> &'static str {
+        match self.phase {
+            Phase::Greeting => "waiting for the greeting",
+            Phase::Capability => "asked for capabilities",
+            Phase::StartTls => "asked for STARTTLS",
+            Phase::Handshake => "TLS handshake",
+            Phase::Login => "login sent",
+            Phase::CapabilityAfterLogin => "logged in, asked for capabilities",
+        }
+    }
+
+    /// Whether the server has what the client sent, in whole or in part.
+    pub fn login_sent(&self) -> bool {
+        matches!(self.phase, Phase::Login | Phase::CapabilityAfterLogin)
+    }
+
+    /// Goes on as far as the input allows; what the server is to be sent is appended to `out`.
+    pub fn step(&mut self, out: &mut Zeroizing<Vec<u8>>) -> ServerStep {
+        if self.phase == Phase::Handshake {
+            if let Err(fault) = self.proceed(out) {
+                return ServerStep::Unavailable(fault);
+            }
+        }
+        loop {
+            match self.framer.line() {
+                Frame::Complete => {}
+                Frame::Incomplete => return ServerStep::NeedInput,
+                _ => return ServerStep::Unavailable(ServerFault::Protocol),
+            }
+            let line = self.framer.take();
+            match self.line(without_line_end(&line), out) {
+                Ok(None) => {}
+                Ok(Some(step)) => return step,
+                Err(fault) => return ServerStep::Unavailable(fault),
+            }
+        }
+    }
+
+    fn line(&mut self, line: &[u8], out: &mut Zeroizing<Vec<u8>>) -> Result<Option<ServerStep>, ServerFault> {
+        let parsed = Line::parse(line).ok_or(match self.phase {
+            Phase::Greeting => ServerFault::Greeting,
+            _ => ServerFault::Protocol,
+        })?;
+        if self.phase == Phase::Greeting {
+            self.greeting(&parsed)?;
+            self.proceed(out)?;
+            return Ok(None);
+        }
+        match parsed {
+            Line::Untagged(content) => self.untagged(line, content).map(|()| None),
+            Line::Continuation => {
+                let part = self.parts.next().filter(|_| self.phase == Phase::Login).ok_or(ServerFault::Protocol)?;
+                out.extend_from_slice(&part);
+                Ok(None)
+            }
+            Line::Tagged { tag, status, text } => self.tagged(tag, status, text, out),
+        }
+    }
+
+    fn greeting(&mut self, line: &Line<'_>) -> Result<(), ServerFault> {
+        let Line::Untagged(content) = line else { return Err(ServerFault::Greeting) };
+        match status(content) {
+            Some((Status::Ok, text)) => {
+                self.capabilities = Capabilities::from_code(text);
+                Ok(())
+            }
+            _ if is_word(content, b"BYE") => Err(ServerFault::Bye),
+            // PREAUTH among them: whose mailbox would that be?
+            _ => Err(ServerFault::Greeting),
+        }
+    }
+
+    /// Sends the next command: capabilities where they are unknown, STARTTLS where it is due, else the login.
+    fn proceed(&mut self, out: &mut Zeroizing<Vec<u8>>) -> Result<(), ServerFault> {
+        let Some(capabilities) = &self.capabilities else {
+            out.extend_from_slice(b"C CAPABILITY\r\n");
+            self.phase = Phase::Capability;
+            return Ok(());
+        };
+        if self.attempt.starttls && !self.encrypted {
+            if !capabilities.has("STARTTLS") {
+                return Err(ServerFault::StartTlsNotOffered);
+            }
+            out.extend_from_slice(b"S STARTTLS\r\n");
+            self.phase = Phase::StartTls;
+            return Ok(());
+        }
+        let parts = login(self.attempt.credentials, capabilities)?;
+        if capabilities.has("ID") && !self.attempt.id.is_empty() {
+            id(&self.attempt.id, out);
+        }
+        self.parts = parts.into_iter();
+        if let Some(first) = self.parts.next() {
+            out.extend_from_slice(&first);
+        }
+        self.phase = Phase::Login;
+        Ok(())
+    }
+
+    fn untagged(&mut self, line: &[u8], content: &[u8]) -> Result<(), ServerFault> {
+        if is_word(content, b"BYE") {
+            return Err(ServerFault::Bye);
+        }
+        // Behind a literal the line would go on, and no server has one to send here.
+        if status(content).is_none() && announced(line).is_some() {
+            return Err(ServerFault::Protocol);
+        }
+        self.untagged_lines += 1;
+        if self.untagged_lines > self.attempt.max_untagged_lines
+            || self.untagged.len() + line.len() > self.attempt.max_untagged_bytes
+        {
+            return Err(ServerFault::TooMuchUntagged);
+        }
+        if is_word(content, b"CAPABILITY") {
+            let capabilities = Capabilities::new(&content[b"CAPABILITY".len()..]);
+            if self.phase == Phase::Login {
+                self.told_after_login = true;
+                self.pass_on(&[b"* CAPABILITY ", &capabilities.after_login()]);
+            }
+            self.capabilities = Some(capabilities);
+            return Ok(());
+        }
+        let after_login_began = matches!(self.phase, Phase::Login | Phase::CapabilityAfterLogin);
+        if after_login_began && !is_word(content, b"ID") {
+            self.pass_on(&[line]);
+        }
+        Ok(())
+    }
+
+    fn pass_on(&mut self, line: &[&[u8]]) {
+        for part in line {
+            self.untagged.extend_from_slice(part);
+        }
+        self.untagged.extend_from_slice(b"\r\n");
+    }
+
+    fn tagged(
+        &mut self,
+        tag: &[u8],
+        status: Status,
+        text: &[u8],
+        out: &mut Zeroizing<Vec<u8>>,
+    ) -> Result<Option<ServerStep>, ServerFault> {
+        match (self.phase, tag, status) {
+            (Phase::Capability, b"C", Status::Ok) => {
+                // A server that names none can do what every server can.
+                self.capabilities.get_or_insert_default();
+                self.proceed(out)?;
+                Ok(None)
+            }
+            (Phase::StartTls, b"S", Status::Ok) if self.framer.has_leftover() => Err(ServerFault::StartTlsResidue),
+            (Phase::StartTls, b"S", Status::Ok) => {
+                self.phase = Phase::Handshake;
+                Ok(Some(ServerStep::StartTls))
+            }
+            (Phase::StartTls, b"S", _) => Err(ServerFault::StartTlsRefused),
+            // Whether the server likes our ID does not matter.
+            (Phase::Login, b"I", _) => Ok(None),
+            (Phase::Login, b"L", Status::Ok) => Ok(self.logged_in(text, out)),
+            (Phase::Login, b"L", Status::No) => self.refused(text).map(Some),
+            (Phase::Login, b"L", Status::Bad) => Err(ServerFault::LoginBad),
+            (Phase::CapabilityAfterLogin, b"D", _) => {
+                let known = self.capabilities.take().map(|capabilities| capabilities.after_login());
+                let text = std::mem::take(&mut self.accepted);
+                Ok(Some(self.accept(known.as_deref(), &text)))
+            }
+            _ => Err(ServerFault::Protocol),
+        }
+    }
+
+    /// The client is told the capabilities with the OK. Where the server told none, it is asked.
+    fn logged_in(&mut self, text: &[u8], out: &mut Zeroizing<Vec<u8>>) -> Option<ServerStep> {
+        if let Some(capabilities) = Capabilities::from_code(text) {
+            let text = capability::code(text).map_or(text, |(_, _, rest)| rest);
+            return Some(self.accept(Some(&capabilities.after_login()), text));
+        }
+        if self.told_after_login {
+            return Some(self.accept(None, text));
+        }
+        self.accepted = text.to_vec();
+        self.capabilities = None;
+        self.phase = Phase::CapabilityAfterLogin;
+        out.extend_from_slice(b"D CAPABILITY\r\n");
+        None
+    }
+
+    /// `text` is what follows OK, without a capability code.
+    fn accept(&mut self, capabilities: Option<&[u8]>, text: &[u8]) -> ServerStep {
+        let mut to_client = std::mem::take(&mut self.untagged);
+        let code = match capabilities {
+            None => Vec::new(),
+            // There is one place for a code, and the server's own stays in it.
+            Some(list) if capability::code(text).is_some() => {
+                to_client.extend_from_slice(&[b"* CAPABILITY ", list, b"\r\n"].concat());
+                Vec::new()
+            }
+            Some(list) => [b"[CAPABILITY ", list, b"] "].concat(),
+        };
+        // resp-text must not be empty (RFC 3501 section 9), whatever the server thought.
+        let text = if text.is_empty() { b"Logged in." } else { text };
+        to_client.extend_from_slice(&[self.attempt.tag.as_str().as_bytes(), b" OK ", &code, text, b"\r\n"].concat());
+        let framer = std::mem::replace(&mut self.framer, Framer::new(Caps { line: 0, literal: 0 }));
+        to_client.extend_from_slice(&framer.into_leftover());
+        ServerStep::Accepted { to_client }
+    }
+
+    fn refused(&self, text: &[u8]) -> Result<ServerStep, ServerFault> {
+        let code = capability::code(text).map(|(code, ..)| code);
+        let is = |names: &[&str]| code.is_some_and(|code| names.iter().any(|name| code.eq_ignore_ascii_case(name.as_bytes())));
+        if is(&["UNAVAILABLE", "INUSE", "SERVERBUG"]) {
+            return Err(ServerFault::Overloaded);
+        }
+        let counts = code.is_none() || is(&["AUTHENTICATIONFAILED", "AUTHORIZATIONFAILED", "EXPIRED"]);
+        let added: &[u8] = if code.is_none() { b"[AUTHENTICATIONFAILED] " } else { b"" };
+        let text: &[u8] = if text.is_empty() { b"Authentication failed." } else { text };
+        let reply = [self.attempt.tag.as_str().as_bytes(), b" NO ", added, text, b"\r\n"].concat();
+        Ok(ServerStep::Refused { reply, counts })
+    }
+}
+
+impl<'a> Line<'a> {
+    fn parse(line: &'a [u8]) -> Option<Self> {
+        if line.first() == Some(&b'+') {
+            return Some(Self::Continuation);
+        }
+        let split = line.iter().position(|byte| *byte == b' ')?;
+        let (tag, content) = (&line[..split], &line[split + 1..]);
+        if tag == b"*" {
+            return Some(Self::Untagged(content));
+        }
+        let (status, text) = status(content)?;
+        Some(Self::Tagged { tag, status, text })
+    }
+}
+
+/// `OK text`, `NO text`, `BAD text`, with or without text.
+fn status(content: &[u8]) -> Option<(Status, &[u8])> {
+    let end = content.iter().position(|byte| *byte == b' ').unwrap_or(content.len());
+    let text = content.get(end + 1..).unwrap_or_default();
+    let word = &content[..end];
+    let statuses = [("OK", Status::Ok), ("NO", Status::No), ("BAD", Status::Bad)];
+    let (_, status) = statuses.into_iter().find(|(name, _)| word.eq_ignore_ascii_case(name.as_bytes()))?;
+    Some((status, text))
+}
+
+fn is_word(content: &[u8], word: &[u8]) -> bool {
+    content.get(..word.len()).is_some_and(|start| start.eq_ignore_ascii_case(word))
+        && content.get(word.len()).is_none_or(|byte| *byte == b' ')
+}
+
+/// The login command in parts: the first is sent at once, each further one when the server asks.
+fn login(credentials: &Credentials, capabilities: &Capabilities) -> Result<Vec<Zeroizing<Vec<u8>>>, ServerFault> {
+    let plain = capabilities.has("AUTH=PLAIN");
+    let disabled = capabilities.has("LOGINDISABLED");
+    if plain && capabilities.has("SASL-IR") {
+        return Ok(authenticate(credentials, true));
+    }
+    if credentials.authzid.is_some() {
+        return if plain { Ok(authenticate(credentials, false)) } else { Err(ServerFault::AuthzidUnsupported) };
+    }
+    match (disabled, plain) {
+        (true, true) => Ok(authenticate(credentials, false)),
+        (true, false) => Err(ServerFault::LoginDisabled),
+        (false, _) => Ok(login_command(credentials, capabilities)),
+    }
+}
+
+fn authenticate(credentials: &Credentials, initial_response: bool) -> Vec<Zeroizing<Vec<u8>>> {
+    let response = sasl::plain_response(credentials);
+    if initial_response && response.len() <= MAX_INITIAL_RESPONSE {
+        return vec![joined(&[b"L AUTHENTICATE PLAIN ", &response, b"\r\n"])];
+    }
+    vec![joined(&[b"L AUTHENTICATE PLAIN\r\n"]), joined(&[&response, b"\r\n"])]
+}
+
+fn login_command(credentials: &Credentials, capabilities: &Capabilities) -> Vec<Zeroizing<Vec<u8>>> {
+    let mut parts = Vec::new();
+    let mut current = joined(&[b"L LOGIN"]);
+    for argument in [credentials.user.as_str().as_bytes(), credentials.password.expose()] {
+        if is_quotable(argument) {
+            current = joined(&[&current, b" ", &quoted(argument)]);
+        } else if capabilities.has("LITERAL+") || capabilities.has("LITERAL-") && argument.len() <= MAX_LITERAL_MINUS {
+            current = joined(&[&current, format!(" {{{}+}}\r\n", argument.len()).as_bytes(), argument]);
+        } else {
+            parts.push(joined(&[&current, format!(" {{{}}}\r\n", argument.len()).as_bytes()]));
+            current = joined(&[argument]);
+        }
+    }
+    parts.push(joined(&[&current, b"\r\n"]));
+    parts
+}
+
+/// RFC 3501 section 9: quoted strings are 7-bit, without CR, LF and NUL.
+fn is_quotable(bytes: &[u8]) -> bool {
+    bytes.iter().all(|byte| byte.is_ascii() && !matches!(byte, 0 | b'\r' | b'\n'))
+}
+
+fn quoted(bytes: &[u8]) -> Zeroizing<Vec<u8>> {
+    let mut quoted = Zeroizing::new(Vec::with_capacity(2 * bytes.len() + 2));
+    quoted.push(b'"');
+    for byte in bytes {
+        if matches!(byte, b'"' | b'\\') {
+            quoted.push(b'\\');
+        }
+        quoted.push(*byte);
+    }
+    quoted.push(b'"');
+    quoted
+}
+
+/// One allocation of the right size: nothing is left behind by a growing buffer.
+fn joined(parts: &[&[u8]]) -> Zeroizing<Vec<u8>> {
+    Zeroizing::new(parts.concat())
+}
+
+/// `I ID (…)`. Pairs that cannot be quoted are left out.
+fn id(pairs: &[Pair], out: &mut Zeroizing<Vec<u8>>) {
+    out.extend_from_slice(b"I ID (");
+    let sendable = pairs.iter().filter(|(key, value)| is_quotable(key) && value.as_deref().is_none_or(is_quotable));
+    for (index, (key, value)) in sendable.enumerate() {
+        if index > 0 {
+            out.push(b' ');
+        }
+        out.extend_from_slice(&quoted(key));
+        out.push(b' ');
+        match value {
+            Some(value) => out.extend_from_slice(&quoted(value)),
+            None => out.extend_from_slice(b"NIL"),
+        }
+    }
+    out.extend_from_slice(b")\r\n");
+}

@@ -1,0 +1,306 @@
+//! Bytes to complete commands and lines, each with a cap, in linear time however the bytes arrive.
+//!
+//! The framer owns the buffer, wipes it, and gives back what follows the last command taken. It knows lines and
+//! literals (RFC 3501 section 4.3, RFC 7888) and nothing else of IMAP: whether a literal is wanted is the caller's
+//! decision. Bare LF ends a line like CRLF, as Dovecot has it. Called by `prelogin` and `backend_login`.
+
+use zeroize::{Zeroize, Zeroizing};
+
+/// More literals in one command before login are an attack: LOGIN has two.
+const MAX_LITERALS: u32 = 4;
+
+/// What stands at the front of the buffer.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum Frame {
+    /// Not yet a whole command.
+    Incomplete,
+    /// The client waits for leave to send a literal of this size: [`Framer::accept_literal`] or [`Framer::abandon`].
+    Literal,
+    /// A whole command: [`Framer::take`] has it.
+    Complete,
+    /// The line is over the cap. Where it ends is not known: the connection cannot go on.
+    LineTooLong,
+    /// A literal is over the cap, or there are too many.
+    LiteralTooLong,
+}
+
+/// Caps, in bytes.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Caps {
+    /// A command or response without its literals.
+    pub(super) line: usize,
+    /// One literal.
+    pub(super) literal: usize,
+}
+
+/// The buffer, and how far it was looked through.
+#[derive(Debug)]
+pub(super) struct Framer {
+    caps: Caps,
+    buffer: Zeroizing<Vec<u8>>,
+    /// First byte of the current command.
+    start: usize,
+    /// Everything before it was looked through and is never looked at again.
+    scanned: usize,
+    /// First byte of the line being looked for the end of.
+    line: usize,
+    /// End of the literal being read, or of the one the client waits to send.
+    literal_end: Option<usize>,
+    waiting: bool,
+    literals: u32,
+    literal_bytes: usize,
+}
+
+impl Framer {
+    pub(super) fn new(caps: Caps) -> Self {
+        Self {
+            caps,
+            buffer: Zeroizing::new(Vec::new()),
+            start: 0,
+            scanned: 0,
+            line: 0,
+            literal_end: None,
+            waiting: false,
+            literals: 0,
+            literal_bytes: 0,
+        }
+    }
+
+    /// Appends what arrived. Memory that is outgrown is wiped, which `Vec` would not do.
+    pub(super) fn input(&mut self, bytes: &[u8]) {
+        self.forget_consumed();
+        let needed = self.buffer.len() + bytes.len();
+        if needed > self.buffer.capacity() {
+            let mut larger = Zeroizing::new(Vec::with_capacity(needed.max(2 * self.buffer.capacity())));
+            larger.extend_from_slice(&self.buffer);
+            self.buffer = larger;
+        }
+        self.buffer.extend_from_slice(bytes);
+    }
+
+    /// Looks for the end of a command, literals included.
+    pub(super) fn command(&mut self) -> Frame {
+        if self.waiting {
+            return Frame::Literal;
+        }
+        loop {
+            if let Some(end) = self.literal_end {
+                if self.buffer.len() < end {
+                    return Frame::Incomplete;
+                }
+                (self.scanned, self.line, self.literal_end) = (end, end, None);
+            }
+            match self.line() {
+                Frame::Complete => {}
+                other => return other,
+            }
+            let Some(announced) = announced(&self.buffer[self.line..self.scanned]) else { return Frame::Complete };
+            self.literals += 1;
+            if announced.size > self.caps.literal || self.literals > MAX_LITERALS {
+                return Frame::LiteralTooLong;
+            }
+            self.literal_bytes += announced.size;
+            self.literal_end = Some(self.scanned + announced.size);
+            if announced.synchronising {
+                self.waiting = true;
+                return Frame::Literal;
+            }
+        }
+    }
+
+    /// Looks for the end of a line; what looks like a literal is text.
+    pub(super) fn line(&mut self) -> Frame {
+        let found = self.buffer[self.scanned..].iter().position(|byte| *byte == b'\n');
+        let end = found.map_or(self.buffer.len(), |at| self.scanned + at + 1);
+        self.scanned = end;
+        if end - self.start - self.literal_bytes > self.caps.line {
+            return Frame::LineTooLong;
+        }
+        if found.is_some() { Frame::Complete } else { Frame::Incomplete }
+    }
+
+    /// The client may send the literal it announced.
+    pub(super) fn accept_literal(&mut self) {
+        self.waiting = false;
+    }
+
+    /// The client gets no leave, so its command ends here.
+    pub(super) fn abandon(&mut self) {
+        self.waiting = false;
+        self.literal_end = None;
+        self.end_command();
+    }
+
+    /// What is known of the current command, complete or not.
+    pub(super) fn so_far(&self) -> &[u8] {
+        &self.buffer[self.start..self.scanned]
+    }
+
+    /// Removes the complete command, line end included.
+    pub(super) fn take(&mut self) -> Zeroizing<Vec<u8>> {
+        let command = Zeroizing::new(self.so_far().to_vec());
+        self.end_command();
+        command
+    }
+
+    /// Whether bytes follow the last command taken.
+    pub(super) fn has_leftover(&self) -> bool {
+        self.start < self.buffer.len()
+    }
+
+    /// The first byte not yet taken.
+    pub(super) fn first_byte(&self) -> Option<u8> {
+        self.buffer.get(self.start).copied()
+    }
+
+    /// What follows the last command taken.
+    pub(super) fn into_leftover(self) -> Vec<u8> {
+        self.buffer[self.start..].to_vec()
+    }
+
+    fn end_command(&mut self) {
+        (self.start, self.line) = (self.scanned, self.scanned);
+        (self.literals, self.literal_bytes) = (0, 0);
+    }
+
+    fn forget_consumed(&mut self) {
+        let gone = self.start;
+        if gone == 0 {
+            return;
+        }
+        let left = self.buffer.len() - gone;
+        self.buffer.copy_within(gone.., 0);
+        self.buffer[left..].zeroize();
+        self.buffer.truncate(left);
+        (self.start, self.scanned, self.line) = (0, self.scanned - gone, self.line - gone);
+        self.literal_end = self.literal_end.map(|end| end - gone);
+    }
+}
+
+/// A literal announced at the end of a line.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) struct Announced {
+    pub(super) size: usize,
+    pub(super) synchronising: bool,
+}
+
+/// Reads `{n}` or `{n+}` at the end of `line`, which still has its line end. A size beyond `usize` is taken as the
+/// largest, which is over every cap.
+pub(super) fn announced(line: &[u8]) -> Option<Announced> {
+    let inner = without_line_end(line).strip_suffix(b"}")?;
+    let (inner, synchronising) = match inner.strip_suffix(b"+") {
+        Some(inner) => (inner, false),
+        None => (inner, true),
+    };
+    let open = inner.iter().rposition(|byte| !byte.is_ascii_digit())?;
+    let digits = &inner[open + 1..];
+    if inner[open] != b'{' || digits.is_empty() {
+        return None;
+    }
+    let size = digits.iter().try_fold(0_usize, |sum, digit| sum.checked_mul(10)?.checked_add((digit - b'0').into()));
+    Some(Announced { size: size.unwrap_or(usize::MAX), synchronising })
+}
+
+/// `line` without its CRLF or LF.
+pub(super) fn without_line_end(line: &[u8]) -> &[u8] {
+    let line = line.strip_suffix(b"\n").unwrap_or(line);
+    line.strip_suffix(b"\r").unwrap_or(line)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const CAPS: Caps = Caps { line: 64, literal: 32 };
+
+    fn framer(bytes: &[u8]) -> Framer {
+        let mut framer = Framer::new(CAPS);
+        framer.input(bytes);
+        framer
+    }
+
+    #[test]
+    fn announcements() {
+        let read = |line: &[u8]| announced(line).map(|it| (it.size, it.synchronising));
+        assert_eq!(read(b"a LOGIN {5}\r\n"), Some((5, true)));
+        assert_eq!(read(b"a LOGIN {0+}\n"), Some((0, false)));
+        assert_eq!(read(b"{99999999999999999999999}\r\n"), Some((usize::MAX, true)));
+        for none in [&b"a {}\r\n"[..], b"a {+}\r\n", b"a {x5}\r\n", b"a 5}\r\n", b"{5} \r\n", b"}\r\n", b"5}\r\n", b"{-1}\r\n"] {
+            assert_eq!(read(none), None, "{}", none.escape_ascii());
+        }
+    }
+
+    #[test]
+    fn any_split_gives_the_same_commands() {
+        let input = b"a NOOP\r\nb LOGIN {2+}\r\n\r\n {3+}\r\nx\ny\nc X";
+        for split in 0..=input.len() {
+            let mut framer = framer(&input[..split]);
+            let mut commands = Vec::new();
+            for rest in [&input[split..], b""] {
+                while framer.command() == Frame::Complete {
+                    commands.push(framer.take().to_vec());
+                }
+                framer.input(rest);
+            }
+            assert_eq!(commands, [&b"a NOOP\r\n"[..], b"b LOGIN {2+}\r\n\r\n {3+}\r\nx\ny\n"], "split at {split}");
+            assert_eq!(framer.into_leftover(), b"c X");
+        }
+    }
+
+    #[test]
+    fn a_synchronising_literal_waits_for_leave() {
+        let mut framer = framer(b"a LOGIN {3}\r\n");
+        assert_eq!(framer.command(), Frame::Literal);
+        assert_eq!(framer.command(), Frame::Literal, "asking again changes nothing");
+        framer.accept_literal();
+        assert_eq!(framer.command(), Frame::Incomplete);
+        framer.input(b"abc x\r\nb");
+        assert_eq!(framer.command(), Frame::Complete);
+        assert_eq!(&framer.take()[..], b"a LOGIN {3}\r\nabc x\r\n");
+        assert_eq!(framer.into_leftover(), b"b");
+    }
+
+    #[test]
+    fn an_abandoned_literal_leaves_what_follows() {
+        let mut framer = framer(b"a LOGIN {3}\r\nb NOOP\r\n");
+        assert_eq!(framer.command(), Frame::Literal);
+        framer.abandon();
+        assert_eq!(framer.command(), Frame::Complete);
+        assert_eq!(&framer.take()[..], b"b NOOP\r\n");
+    }
+
+    #[test]
+    fn caps_hold_to_the_byte() {
+        let line = |length: usize| framer(&[vec![b'x'; length], b"\r\n".to_vec()].concat()).command();
+        assert_eq!((line(62), line(63)), (Frame::Complete, Frame::LineTooLong));
+        assert_eq!(framer(&[b'x'; 65]).command(), Frame::LineTooLong, "without waiting for the end");
+        assert_eq!(framer(b"a {32}\r\n").command(), Frame::Literal);
+        assert_eq!(framer(b"a {33}\r\n").command(), Frame::LiteralTooLong);
+        assert_eq!(framer(b"a {4294967296+}\r\n").command(), Frame::LiteralTooLong);
+        assert_eq!(framer(&b"{0+}\r\n".repeat(4)).command(), Frame::Incomplete);
+        assert_eq!(framer(&b"{0+}\r\n".repeat(5)).command(), Frame::LiteralTooLong);
+        assert_eq!(framer(&b"{32+}\r\n0123456789abcdef0123456789abcdef".repeat(4)).command(), Frame::Incomplete);
+    }
+
+    #[test]
+    fn every_byte_is_looked_at_once() {
+        let mut framer = Framer::new(Caps { line: 1 << 20, literal: 0 });
+        let mut looked_at = 0;
+        for _ in 0..(1 << 16) {
+            framer.input(b"x");
+            let before = framer.scanned;
+            assert_eq!(framer.command(), Frame::Incomplete);
+            looked_at += framer.scanned - before;
+        }
+        assert_eq!(looked_at, 1 << 16);
+    }
+
+    #[test]
+    fn consumed_bytes_are_wiped_from_the_buffer() {
+        let mut framer = framer(b"a LOGIN u secret\r\nb");
+        assert_eq!(framer.command(), Frame::Complete);
+        framer.take();
+        framer.input(b"");
+        assert_eq!(&framer.buffer[..], b"b");
+    }
+}

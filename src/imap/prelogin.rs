@@ -1,0 +1,500 @@
+//! The client before it has logged in: bytes in, replies and steps out.
+//!
+//! Knows the eight commands of this state, the two SASL mechanisms, and when to stop listening. It does not know whether
+//! a password is right and never sees a server. Everything about one login attempt lives in the [`LoginRequest`] it
+//! hands out; after a refusal nothing of it is left here. RFC 3501 section 6.1 and 6.2, RFC 4959 (SASL-IR), RFC 7888
+//! (LITERAL+), RFC 2971 (ID), RFC 5161 (ENABLE); where clients expect more than these say, Dovecot is followed.
+
+use zeroize::Zeroizing;
+
+use super::arguments::{Arguments, Malformed};
+use super::client_id::{self, ClientId};
+use super::framing::{Caps, Frame, Framer, without_line_end};
+use super::sasl::{self, Invalid};
+use super::tag::Tag;
+use super::{capability, reply};
+use crate::identity::{Credentials, Mechanism};
+
+/// Commands, good ones too: a client that never logs in may not go on for ever within its deadline.
+const MAX_COMMANDS: u32 = 1000;
+/// First words of other protocols' first lines.
+const FOREIGN_VERBS: [&str; 16] = [
+    "GET", "POST", "HEAD", "PUT", "DELETE", "OPTIONS", "CONNECT", "TRACE", "PATCH", "PRI", "EHLO", "HELO", "LHLO", "MAIL",
+    "RCPT", "DATA",
+];
+/// First byte of a TLS handshake record.
+const TLS_HANDSHAKE: u8 = 0x16;
+
+/// How far the connection can be trusted with a password.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Transport {
+    /// In clear, by the operator's decision: login allowed.
+    Plain,
+    /// In clear, TLS to come: login refused.
+    StartTls,
+    /// Encrypted.
+    Tls,
+}
+
+/// What is allowed.
+#[derive(Debug, Clone, Copy)]
+pub struct Policy {
+    /// See [`Transport`].
+    pub transport: Transport,
+    /// Bytes of a command line or a SASL response.
+    pub max_line: usize,
+    /// Bytes of a literal.
+    pub max_literal: usize,
+    /// The bad command that ends the connection.
+    pub max_bad_commands: u32,
+    /// The failed login that ends the connection.
+    pub max_failed_logins: u32,
+}
+
+/// What the caller does next.
+#[derive(Debug)]
+pub enum Step {
+    /// Send the replies, read more, hand it to [`Prelogin::input`].
+    NeedInput,
+    /// Send the replies, perform the handshake, begin anew with [`Transport::Tls`] and no greeting.
+    StartTls,
+    /// Find out whether these credentials are good; then [`Prelogin::refused`], [`Prelogin::unavailable`], or
+    /// [`Prelogin::into_leftover`].
+    Login(LoginRequest),
+    /// Send the replies and close.
+    Close(CloseReason),
+}
+
+/// One login command.
+#[derive(Debug)]
+pub struct LoginRequest {
+    /// To answer under.
+    pub tag: Tag,
+    /// What it brought.
+    pub credentials: Credentials,
+}
+
+/// Why a connection closes before login.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum CloseReason {
+    /// The client asked for it.
+    Logout,
+    /// See [`Policy::max_bad_commands`].
+    TooManyBadCommands,
+    /// See [`Policy::max_failed_logins`].
+    TooManyFailedLogins,
+    /// See [`Policy::max_line`].
+    LineTooLong,
+    /// See [`Policy::max_literal`].
+    LiteralTooLong,
+    /// Bytes came with STARTTLS (CVE-2011-0411).
+    StartTlsInjection,
+    /// HTTP or SMTP (CVE-2021-3618).
+    ForeignProtocol,
+    /// A TLS hello where plaintext is spoken.
+    TlsOnPlainPort,
+}
+
+/// Why the proxy ends a connection that did nothing wrong.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Bye {
+    /// Not logged in in time.
+    LoginDeadline,
+    /// The process stops.
+    Shutdown,
+}
+
+/// The dialogue so far.
+#[derive(Debug)]
+pub struct Prelogin {
+    policy: Policy,
+    framer: Framer,
+    state: State,
+    commands: u32,
+    bad_commands: u32,
+    failed_logins: u32,
+    client_id: Option<ClientId>,
+    /// Replied to already; the next step says so.
+    closing: Option<CloseReason>,
+}
+
+#[derive(Debug)]
+enum State {
+    /// Waiting for a command.
+    Command,
+    /// Waiting for the response of a SASL exchange.
+    Sasl(Tag, Exchange),
+}
+
+#[derive(Debug)]
+enum Exchange {
+    Plain,
+    LoginUser,
+    LoginPassword(Zeroizing<Vec<u8>>),
+}
+
+/// What a command led to: `None` goes on.
+type Next = Option<Step>;
+
+impl Prelogin {
+    /// For a fresh connection, or anew after STARTTLS.
+    pub fn new(policy: Policy) -> Self {
+        Self {
+            policy,
+            framer: Framer::new(Caps { line: policy.max_line, literal: policy.max_literal }),
+            state: State::Command,
+            commands: 0,
+            bad_commands: 0,
+            failed_logins: 0,
+            client_id: None,
+            closing: None,
+        }
+    }
+
+    /// The first line of a connection.
+    pub fn greet(&self, out: &mut Vec<u8>) {
+        let capabilities = capability::before_login(self.policy.transport);
+        reply::untagged(&format!("OK [CAPABILITY {capabilities}] {}", reply::READY), out);
+    }
+
+    /// Bytes from the client.
+    pub fn input(&mut self, bytes: &[u8]) {
+        self.framer.input(bytes);
+    }
+
+    /// Goes on as far as the input allows; replies are appended to `out`.
+    pub fn step(&mut self, out: &mut Vec<u8>) -> Step {
+        loop {
+            if let Some(reason) = self.closing.take() {
+                return Step::Close(reason);
+            }
+            let next = match &self.state {
+                State::Command => self.next_command(out),
+                State::Sasl(..) => self.next_response(out),
+            };
+            if let Some(step) = next {
+                return step;
+            }
+        }
+    }
+
+    /// The attempt was refused with `answer`, a complete line; `counts` against [`Policy::max_failed_logins`].
+    pub fn refused(&mut self, answer: &[u8], counts: bool, out: &mut Vec<u8>) {
+        out.extend_from_slice(answer);
+        if counts {
+            self.count_failed_login(out);
+        }
+    }
+
+    /// The attempt could not be decided.
+    pub fn unavailable(&mut self, tag: &Tag, out: &mut Vec<u8>) {
+        reply::unavailable(tag, out);
+    }
+
+    /// What the client said of itself.
+    pub fn client_id(&self) -> &ClientId {
+        static NOTHING: ClientId = ClientId::empty();
+        self.client_id.as_ref().unwrap_or(&NOTHING)
+    }
+
+    /// What followed the login command: the server's, once it has accepted.
+    pub fn into_leftover(self) -> Vec<u8> {
+        self.framer.into_leftover()
+    }
+
+    /// The farewell for `why`.
+    pub fn bye(&self, why: Bye, out: &mut Vec<u8>) {
+        let text = match why {
+            Bye::LoginDeadline => "Login took too long.",
+            Bye::Shutdown => "[UNAVAILABLE] Server shutting down, connect again.",
+        };
+        reply::bye(text, out);
+    }
+
+    fn next_command(&mut self, out: &mut Vec<u8>) -> Next {
+        let plaintext = self.policy.transport != Transport::Tls;
+        if self.commands == 0 && plaintext && self.framer.first_byte() == Some(TLS_HANDSHAKE) {
+            return Some(Step::Close(CloseReason::TlsOnPlainPort));
+        }
+        match self.framer.command() {
+            Frame::Incomplete => Some(Step::NeedInput),
+            Frame::Complete => {
+                let command = self.framer.take();
+                self.command(&command, out)
+            }
+            Frame::Literal => {
+                if self.wants_literal() {
+                    self.framer.accept_literal();
+                    out.extend_from_slice(b"+ OK\r\n");
+                } else {
+                    // Without leave the client sends no literal: a password stays where it is.
+                    let command = self.framer.so_far().to_vec();
+                    self.framer.abandon();
+                    return self.command(&command, out);
+                }
+                None
+            }
+            Frame::LineTooLong => self.over_cap(CloseReason::LineTooLong, "The line is too long.", out),
+            Frame::LiteralTooLong => self.over_cap(CloseReason::LiteralTooLong, "The literal is too long.", out),
+        }
+    }
+
+    /// Only a login, and ID, have a use for literals.
+    fn wants_literal(&self) -> bool {
+        let mut arguments = Arguments::new(self.framer.so_far());
+        let tag = Tag::new(arguments.word());
+        let verb = arguments.word();
+        let login = verb.eq_ignore_ascii_case(b"LOGIN") || verb.eq_ignore_ascii_case(b"AUTHENTICATE");
+        let wanted = login && self.policy.transport != Transport::StartTls || verb.eq_ignore_ascii_case(b"ID");
+        tag.is_some() && wanted
+    }
+
+    fn over_cap(&mut self, reason: CloseReason, text: &str, out: &mut Vec<u8>) -> Next {
+        let tag = Tag::new(Arguments::new(self.framer.so_far()).word());
+        reply::bad(tag.as_ref(), text, out);
+        reply::bye(text, out);
+        Some(Step::Close(reason))
+    }
+
+    fn command(&mut self, command: &[u8], out: &mut Vec<u8>) -> Next {
+        let mut arguments = Arguments::new(command);
+        let first = arguments.word();
+        let mut after_first = arguments;
+        let verb = after_first.word();
+        if self.commands == 0 && is_foreign(first, verb) {
+            return Some(Step::Close(CloseReason::ForeignProtocol));
+        }
+        self.commands += 1;
+        if self.commands > MAX_COMMANDS {
+            reply::bye("Too many commands without a login.", out);
+            return Some(Step::Close(CloseReason::TooManyBadCommands));
+        }
+        let Some(tag) = Tag::new(first) else {
+            return self.bad_command(None, "Error in IMAP command: no valid tag.", out);
+        };
+        let Some(name) = Command::named(verb) else {
+            let text = if Command::named(first).is_some() {
+                "The first word of a line is the command's tag, not the command. Put one before it, like: a login user pass"
+            } else {
+                "Error in IMAP command: not known, or not allowed before login."
+            };
+            return self.bad_command(Some(&tag), text, out);
+        };
+        match self.run(name, &tag, after_first, out) {
+            Ok(next) => next,
+            Err(Malformed) => self.bad_command(Some(&tag), "Error in IMAP command: wrong arguments.", out),
+        }
+    }
+
+    fn run(&mut self, name: Command, tag: &Tag, mut arguments: Arguments<'_>, out: &mut Vec<u8>) -> Result<Next, Malformed> {
+        match name {
+            Command::Login => return self.login(tag, arguments, out),
+            Command::Authenticate => return self.authenticate(tag, arguments, out),
+            Command::Id => self.id(tag, arguments, out)?,
+            Command::Enable => {
+                if arguments.word().is_empty() {
+                    return Err(Malformed);
+                }
+                reply::untagged("ENABLED", out);
+                reply::ok(tag, "ENABLE has no effect before login.", out);
+            }
+            Command::Noop => {
+                arguments.end()?;
+                reply::ok(tag, "NOOP completed.", out);
+            }
+            Command::Capability => {
+                arguments.end()?;
+                reply::untagged(&format!("CAPABILITY {}", capability::before_login(self.policy.transport)), out);
+                reply::ok(tag, "Capabilities before login listed; there are more after it.", out);
+            }
+            Command::Logout => {
+                arguments.end()?;
+                reply::bye("Logging out", out);
+                reply::ok(tag, "Logout completed.", out);
+                return Ok(Some(Step::Close(CloseReason::Logout)));
+            }
+            Command::StartTls => {
+                arguments.end()?;
+                return Ok(self.start_tls(tag, out));
+            }
+        }
+        Ok(None)
+    }
+
+    fn start_tls(&mut self, tag: &Tag, out: &mut Vec<u8>) -> Next {
+        match self.policy.transport {
+            Transport::Tls => self.bad_command(Some(tag), "TLS is already active.", out),
+            Transport::Plain => self.bad_command(Some(tag), "TLS is not available on this port.", out),
+            // Whoever sent more could not yet know our answer: that is how commands are smuggled into a TLS session.
+            Transport::StartTls if self.framer.has_leftover() => Some(Step::Close(CloseReason::StartTlsInjection)),
+            Transport::StartTls => {
+                reply::ok(tag, "Begin TLS negotiation now.", out);
+                Some(Step::StartTls)
+            }
+        }
+    }
+
+    fn id(&mut self, tag: &Tag, mut arguments: Arguments<'_>, out: &mut Vec<u8>) -> Result<(), Malformed> {
+        let pairs = arguments.pairs(client_id::MAX_PAIRS)?;
+        arguments.end()?;
+        // The first ID counts, as for Dovecot.
+        self.client_id.get_or_insert_with(|| {
+            ClientId::new(pairs.into_iter().map(|(key, value)| (key.to_vec(), value.map(|value| value.to_vec()))))
+        });
+        reply::untagged("ID (\"name\" \"Vestibule\")", out);
+        reply::ok(tag, "ID completed.", out);
+        Ok(())
+    }
+
+    fn login(&mut self, tag: &Tag, mut arguments: Arguments<'_>, out: &mut Vec<u8>) -> Result<Next, Malformed> {
+        if self.policy.transport == Transport::StartTls {
+            return Ok(self.refuse_in_clear(tag, out));
+        }
+        let user = arguments.astring()?;
+        let password = arguments.astring()?;
+        arguments.end()?;
+        Ok(self.attempt(tag, sasl::credentials(&user, &password, Mechanism::Login), out))
+    }
+
+    fn authenticate(&mut self, tag: &Tag, mut arguments: Arguments<'_>, out: &mut Vec<u8>) -> Result<Next, Malformed> {
+        if self.policy.transport == Transport::StartTls {
+            return Ok(self.refuse_in_clear(tag, out));
+        }
+        let mechanism = arguments.astring()?;
+        let initial = Zeroizing::new(arguments.word().to_vec());
+        arguments.end()?;
+        let exchange = if mechanism.eq_ignore_ascii_case(b"PLAIN") {
+            Exchange::Plain
+        } else if mechanism.eq_ignore_ascii_case(b"LOGIN") {
+            Exchange::LoginUser
+        } else {
+            reply::no(tag, "[CANNOT] Mechanism not supported. Offered: PLAIN, LOGIN.", out);
+            return Ok(None);
+        };
+        if initial.is_empty() {
+            self.challenge(tag.clone(), exchange, out);
+            return Ok(None);
+        }
+        // RFC 4959: "=" is an initial response of no bytes.
+        let initial = if initial[..] == *b"=" { Zeroizing::new(Vec::new()) } else { initial };
+        Ok(self.response(tag.clone(), exchange, &initial, out))
+    }
+
+    fn challenge(&mut self, tag: Tag, exchange: Exchange, out: &mut Vec<u8>) {
+        out.extend_from_slice(match &exchange {
+            Exchange::Plain => b"+ \r\n",
+            // "Username:" and "Password:" in base64, as every server of this mechanism asks.
+            Exchange::LoginUser => b"+ VXNlcm5hbWU6\r\n",
+            Exchange::LoginPassword(_) => b"+ UGFzc3dvcmQ6\r\n",
+        });
+        self.state = State::Sasl(tag, exchange);
+    }
+
+    fn next_response(&mut self, out: &mut Vec<u8>) -> Next {
+        match self.framer.line() {
+            Frame::Complete => {}
+            Frame::LineTooLong => {
+                if let State::Sasl(tag, _) = &self.state {
+                    reply::bad(Some(tag), "The response is too long.", out);
+                }
+                reply::bye("The response is too long.", out);
+                return Some(Step::Close(CloseReason::LineTooLong));
+            }
+            _ => return Some(Step::NeedInput),
+        }
+        let line = self.framer.take();
+        let State::Sasl(tag, exchange) = std::mem::replace(&mut self.state, State::Command) else { return None };
+        let response = without_line_end(&line);
+        if response == b"*" {
+            reply::bad(Some(&tag), "Authentication aborted by client.", out);
+            return None;
+        }
+        self.response(tag, exchange, response, out)
+    }
+
+    /// A response in base64, initial or not.
+    fn response(&mut self, tag: Tag, exchange: Exchange, response: &[u8], out: &mut Vec<u8>) -> Next {
+        let message = match sasl::decode(response.trim_ascii_end()) {
+            Ok(message) => message,
+            Err(invalid) => return self.attempt(&tag, Err(invalid), out),
+        };
+        match exchange {
+            Exchange::Plain => self.attempt(&tag, sasl::plain(&message), out),
+            Exchange::LoginUser => {
+                self.challenge(tag, Exchange::LoginPassword(message), out);
+                None
+            }
+            Exchange::LoginPassword(user) => {
+                self.attempt(&tag, sasl::credentials(&user, &message, Mechanism::SaslLogin), out)
+            }
+        }
+    }
+
+    fn attempt(&mut self, tag: &Tag, credentials: Result<Credentials, Invalid>, out: &mut Vec<u8>) -> Next {
+        let text = match credentials {
+            Ok(credentials) => return Some(Step::Login(LoginRequest { tag: tag.clone(), credentials })),
+            Err(Invalid::Base64) => "Invalid base64 in the response.".to_owned(),
+            Err(Invalid::Form) => "Invalid credentials: wrong form, or NUL, CR or LF in the password.".to_owned(),
+            Err(Invalid::Name(name)) => format!("Invalid credentials: {name}."),
+        };
+        self.bad_command(Some(tag), &text, out)
+    }
+
+    fn refuse_in_clear(&mut self, tag: &Tag, out: &mut Vec<u8>) -> Next {
+        reply::privacy_required(tag, out);
+        self.count_failed_login(out);
+        None
+    }
+
+    fn count_failed_login(&mut self, out: &mut Vec<u8>) {
+        self.failed_logins += 1;
+        if self.failed_logins >= self.policy.max_failed_logins {
+            reply::bye("Too many failed logins.", out);
+            self.closing = Some(CloseReason::TooManyFailedLogins);
+        }
+    }
+
+    fn bad_command(&mut self, tag: Option<&Tag>, text: &str, out: &mut Vec<u8>) -> Next {
+        reply::bad(tag, text, out);
+        self.bad_commands += 1;
+        if self.bad_commands < self.policy.max_bad_commands {
+            return None;
+        }
+        reply::bye("Too many invalid IMAP commands.", out);
+        Some(Step::Close(CloseReason::TooManyBadCommands))
+    }
+}
+
+/// The commands of RFC 3501 sections 6.1 and 6.2, and the extensions that hold before login.
+#[derive(Debug, Clone, Copy)]
+enum Command {
+    Authenticate,
+    Capability,
+    Enable,
+    Id,
+    Login,
+    Logout,
+    Noop,
+    StartTls,
+}
+
+impl Command {
+    fn named(word: &[u8]) -> Option<Self> {
+        let commands = [
+            ("AUTHENTICATE", Self::Authenticate),
+            ("CAPABILITY", Self::Capability),
+            ("ENABLE", Self::Enable),
+            ("ID", Self::Id),
+            ("LOGIN", Self::Login),
+            ("LOGOUT", Self::Logout),
+            ("NOOP", Self::Noop),
+            ("STARTTLS", Self::StartTls),
+        ];
+        commands.into_iter().find(|(name, _)| word.eq_ignore_ascii_case(name.as_bytes())).map(|(_, command)| command)
+    }
+}
+
+/// A verb of HTTP or SMTP may be somebody's tag: then an IMAP command follows it.
+fn is_foreign(first: &[u8], second: &[u8]) -> bool {
+    FOREIGN_VERBS.iter().any(|verb| first.eq_ignore_ascii_case(verb.as_bytes())) && Command::named(second).is_none()
+}

@@ -1,0 +1,647 @@
+//! Transcripts of both dialogues, run at every split of the input: however the bytes arrive, the same is said.
+
+use proptest::prelude::*;
+use zeroize::Zeroizing;
+
+use super::backend_login::{Attempt, BackendLogin, ServerFault, ServerStep};
+use super::client_id::Pair;
+use super::prelogin::{CloseReason, Policy, Prelogin, Step, Transport};
+use super::tag::Tag;
+use crate::identity::{Credentials, Mechanism, Secret, UserName};
+
+fn policy(transport: Transport) -> Policy {
+    Policy { transport, max_line: 1024, max_literal: 256, max_bad_commands: 3, max_failed_logins: 5 }
+}
+
+/// Everything a client session said and did, as text: `S: …` for replies, `! …` for steps.
+fn client(transport: Transport, chunks: &[&[u8]]) -> String {
+    let mut prelogin = Prelogin::new(policy(transport));
+    let mut log = String::new();
+    for chunk in chunks {
+        prelogin.input(chunk);
+        loop {
+            let mut out = Vec::new();
+            let step = prelogin.step(&mut out);
+            log += &out.escape_ascii().to_string().replace("\\r\\n", "\n");
+            match step {
+                Step::NeedInput => break,
+                Step::Login(login) => {
+                    let Credentials { user, authzid, password, mechanism } = &login.credentials;
+                    let authzid = authzid.as_ref().map(|name| format!(" for {name}")).unwrap_or_default();
+                    let password = String::from_utf8_lossy(password.expose()).into_owned();
+                    log += &format!("! {} login of {user}{authzid} with \"{password}\" by {}\n", login.tag, mechanism.as_str());
+                    let mut out = Vec::new();
+                    let refusal = format!("{} NO refused\r\n", login.tag);
+                    prelogin.refused(refusal.as_bytes(), true, &mut out);
+                    log += &out.escape_ascii().to_string().replace("\\r\\n", "\n");
+                }
+                Step::StartTls => return log + "! start TLS\n",
+                Step::Close(reason) => return log + &format!("! close: {reason:?}\n"),
+            }
+        }
+    }
+    log
+}
+
+/// Runs `input` whole, byte by byte, and cut in two at every place.
+fn client_at_every_split(transport: Transport, input: &[u8]) -> String {
+    let whole = client(transport, &[input]);
+    let bytes: Vec<&[u8]> = input.chunks(1).collect();
+    assert_eq!(client(transport, &bytes), whole, "byte by byte");
+    for split in 1..input.len() {
+        assert_eq!(client(transport, &[&input[..split], &input[split..]]), whole, "split at {split}");
+    }
+    whole
+}
+
+#[track_caller]
+fn check(transport: Transport, input: &[u8], expected: &str) {
+    let said = client_at_every_split(transport, input);
+    assert_eq!(said, expected, "\n--- said:\n{said}--- expected:\n{expected}");
+}
+
+#[test]
+fn greetings() {
+    for (transport, expected) in [
+        (Transport::Tls, "* OK [CAPABILITY IMAP4rev1 SASL-IR LITERAL+ ID ENABLE AUTH=PLAIN AUTH=LOGIN] Vestibule ready.\r\n"),
+        (Transport::StartTls, "* OK [CAPABILITY IMAP4rev1 SASL-IR LITERAL+ ID ENABLE STARTTLS LOGINDISABLED] Vestibule ready.\r\n"),
+    ] {
+        let mut out = Vec::new();
+        Prelogin::new(policy(transport)).greet(&mut out);
+        assert_eq!(String::from_utf8(out).unwrap(), expected);
+    }
+}
+
+#[test]
+fn commands_before_login() {
+    check(
+        Transport::Tls,
+        b"a NOOP\r\nb capability  \r\nc ENABLE QRESYNC\nd ID NIL\r\ne ID (\"name\" \"x\" \"os\" NIL)\r\nf LOGOUT\r\ng NOOP\r\n",
+        "a OK NOOP completed.\n\
+         * CAPABILITY IMAP4rev1 SASL-IR LITERAL+ ID ENABLE AUTH=PLAIN AUTH=LOGIN\n\
+         b OK Capabilities before login listed; there are more after it.\n\
+         * ENABLED\nc OK ENABLE has no effect before login.\n\
+         * ID (\\\"name\\\" \\\"Vestibule\\\")\nd OK ID completed.\n\
+         * ID (\\\"name\\\" \\\"Vestibule\\\")\ne OK ID completed.\n\
+         * BYE Logging out\nf OK Logout completed.\n! close: Logout\n",
+    );
+}
+
+#[test]
+fn the_third_bad_command_ends_it() {
+    check(
+        Transport::Tls,
+        b"a SELECT INBOX\r\n\r\nlogin user pass\r\nz NOOP\r\n",
+        "a BAD Error in IMAP command: not known, or not allowed before login.\n\
+         * BAD Error in IMAP command: no valid tag.\n\
+         login BAD The first word of a line is the command\\'s tag, not the command. Put one before it, like: a login user pass\n\
+         * BYE Too many invalid IMAP commands.\n! close: TooManyBadCommands\n",
+    );
+}
+
+#[test]
+fn login_in_every_form() {
+    for input in [
+        &b"a LOGIN alice secret\r\n"[..],
+        b"a login \"alice\" \"secret\"  \r\n",
+        b"a LOGIN {5+}\r\nalice {6+}\r\nsecret\r\n",
+        b"a LOGIN alice {6+}\nsecret\n",
+    ] {
+        check(Transport::Tls, input, "! a login of alice with \"secret\" by login\na NO refused\n");
+        check(Transport::Plain, input, "! a login of alice with \"secret\" by login\na NO refused\n");
+    }
+    check(
+        Transport::Tls,
+        b"a LOGIN {5}\r\nalice {6}\r\nsecret\r\n",
+        "+ OK\n+ OK\n! a login of alice with \"secret\" by login\na NO refused\n",
+    );
+    check(
+        Transport::Tls,
+        b"a LOGIN \"al\\\\ice\" \"se\\\"cret\"\r\nb LOGIN alice \"p\xc3\xa4\"\r\n",
+        "! a login of al\\ice with \"se\"cret\" by login\na NO refused\n! b login of alice with \"pä\" by login\nb NO refused\n",
+    );
+}
+
+#[test]
+fn authenticate_in_every_form() {
+    // \0alice\0secret
+    let plain = "! a login of alice with \"secret\" by sasl-plain\na NO refused\n";
+    check(Transport::Tls, b"a AUTHENTICATE PLAIN AGFsaWNlAHNlY3JldA==\r\n", plain);
+    check(Transport::Tls, b"a authenticate plain AGFsaWNlAHNlY3JldA\r\n", plain);
+    check(Transport::Tls, b"a AUTHENTICATE PLAIN\r\nAGFsaWNlAHNlY3JldA==\r\n", &format!("+ \n{plain}"));
+    // bob\0alice\0secret
+    check(
+        Transport::Tls,
+        b"a AUTHENTICATE PLAIN Ym9iAGFsaWNlAHNlY3JldA==\r\n",
+        "! a login of alice for bob with \"secret\" by sasl-plain\na NO refused\n",
+    );
+    let login = "! a login of alice with \"secret\" by sasl-login\na NO refused\n";
+    check(
+        Transport::Tls,
+        b"a AUTHENTICATE LOGIN\r\nYWxpY2U=\r\nc2VjcmV0\r\n",
+        &format!("+ VXNlcm5hbWU6\n+ UGFzc3dvcmQ6\n{login}"),
+    );
+    check(Transport::Tls, b"a AUTHENTICATE LOGIN YWxpY2U=\r\nc2VjcmV0\r\n", &format!("+ UGFzc3dvcmQ6\n{login}"));
+    check(
+        Transport::Tls,
+        b"a AUTHENTICATE PLAIN\r\n*\r\nb AUTHENTICATE CRAM-MD5\r\nc NOOP\r\n",
+        "+ \na BAD Authentication aborted by client.\n\
+         b NO [CANNOT] Mechanism not supported. Offered: PLAIN, LOGIN.\nc OK NOOP completed.\n",
+    );
+    check(
+        Transport::Tls,
+        b"a AUTHENTICATE PLAIN =\r\nb AUTHENTICATE PLAIN !!!\r\nc NOOP\r\n",
+        "a BAD Invalid credentials: wrong form, or NUL, CR or LF in the password.\n\
+         b BAD Invalid base64 in the response.\nc OK NOOP completed.\n",
+    );
+}
+
+#[test]
+fn five_failed_logins_end_it() {
+    let said = client_at_every_split(Transport::Tls, &b"a LOGIN alice x\r\n".repeat(6));
+    assert_eq!(said.matches("! a login").count(), 5);
+    assert!(said.ends_with("a NO refused\n* BYE Too many failed logins.\n! close: TooManyFailedLogins\n"), "{said}");
+}
+
+#[test]
+fn no_password_in_clear() {
+    let no = "NO [PRIVACYREQUIRED] Login is not allowed without TLS: use STARTTLS first.";
+    check(Transport::StartTls, b"a LOGIN alice secret\r\n", &format!("a {no}\n"));
+    // Neither a literal nor a continuation is asked for.
+    check(Transport::StartTls, b"a LOGIN alice {6}\r\nb NOOP\r\n", &format!("a {no}\nb OK NOOP completed.\n"));
+    check(Transport::StartTls, b"a LOGIN {5}\r\n", &format!("a {no}\n"));
+    check(Transport::StartTls, b"a AUTHENTICATE PLAIN\r\n", &format!("a {no}\n"));
+    // A literal that comes unasked is swallowed with its command, not run.
+    check(Transport::StartTls, b"a LOGIN alice {10+}\r\nx LOGOUT\r\n\r\nb NOOP\r\n", &format!("a {no}\nb OK NOOP completed.\n"));
+    let said = client_at_every_split(Transport::StartTls, &b"a LOGIN alice secret\r\n".repeat(6));
+    assert!(said.ends_with("! close: TooManyFailedLogins\n"), "{said}");
+}
+
+#[test]
+fn starttls_and_what_follows_it() {
+    check(Transport::StartTls, b"a STARTTLS\r\n", "a OK Begin TLS negotiation now.\n! start TLS\n");
+    check(Transport::Tls, b"a STARTTLS\r\n", "a BAD TLS is already active.\n");
+    check(Transport::Plain, b"a STARTTLS\r\n", "a BAD TLS is not available on this port.\n");
+    // Not at every split: what arrives after the answer is the handshake's.
+    for pipelined in [&b"a STARTTLS\r\nb LOGIN alice secret\r\n"[..], b"a STARTTLS\r\n\x16", b"a STARTTLS\n\n"] {
+        assert_eq!(client(Transport::StartTls, &[pipelined]), "! close: StartTlsInjection\n");
+    }
+}
+
+#[test]
+fn other_protocols_get_no_answer() {
+    for input in [&b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"[..], b"post /x HTTP/1.0\r\n", b"EHLO client\r\n", b"MAIL FROM:<a>\r\n", b"DATA\r\n"] {
+        check(Transport::Tls, input, "! close: ForeignProtocol\n");
+    }
+    check(Transport::Tls, b"GET NOOP\r\nGET / HTTP/1.1\r\n", "GET OK NOOP completed.\nGET BAD Error in IMAP command: not known, or not allowed before login.\n");
+    check(Transport::StartTls, b"\x16\x03\x01\x02\x00", "! close: TlsOnPlainPort\n");
+    check(Transport::Plain, b"\x16\x03\x01\x02\x00", "! close: TlsOnPlainPort\n");
+}
+
+#[test]
+fn caps_are_answered_and_then_the_connection_ends() {
+    let long = [b"a LOGIN alice ", &[b'x'; 2000][..]].concat();
+    let over_line = "The line is too long.";
+    assert_eq!(client(Transport::Tls, &[&long]), format!("a BAD {over_line}\n* BYE {over_line}\n! close: LineTooLong\n"));
+    assert_eq!(client(Transport::Tls, &[&[b'x'; 2000]]), format!("* BAD {over_line}\n* BYE {over_line}\n! close: LineTooLong\n"));
+    let over_literal = "a BAD The literal is too long.\n* BYE The literal is too long.\n! close: LiteralTooLong\n";
+    for input in [&b"a LOGIN alice {257}\r\n"[..], b"a LOGIN alice {257+}\r\n", b"a LOGIN {4294967296}\r\n", b"a LOGIN {0+}\r\n{0+}\r\n{0+}\r\n{0+}\r\n{0+}\r\n"] {
+        check(Transport::Tls, input, over_literal);
+    }
+    let response = [b"a AUTHENTICATE PLAIN\r\n", &[b'A'; 2000][..]].concat();
+    assert_eq!(
+        client(Transport::Tls, &[&response]),
+        "+ \na BAD The response is too long.\n* BYE The response is too long.\n! close: LineTooLong\n"
+    );
+}
+
+#[test]
+fn controls_are_refused_where_they_are_read() {
+    for (input, tagged) in [
+        (&b"a LOGIN {3+}\r\na\rb x\r\n"[..], true),
+        (b"a LOGIN {3+}\r\na\0b x\r\n", true),
+        (b"a LOGIN alice {3+}\r\na\nb\r\n", true),
+        (b"a LOGIN alice {3+}\r\na\0b\r\n", true),
+        (b"a LOGIN al\x07ice x\r\n", true),
+        (b"a AUTHENTICATE PLAIN AGFsDWljZQB4\r\n", true),
+        (b"a\x01 LOGIN alice x\r\n", false),
+        (b"a\0 LOGIN alice x\r\n", false),
+    ] {
+        let said = client_at_every_split(Transport::Tls, input);
+        assert!(said.starts_with(if tagged { "a BAD" } else { "* BAD" }) && !said.contains("login of"), "{said}");
+    }
+}
+
+#[test]
+fn what_follows_the_login_is_the_servers() {
+    let input = b"a LOGIN alice secret\r\nb SELECT INBOX\r\nc FETCH 1 FLAGS\r\n";
+    for split in 0..input.len() {
+        let mut prelogin = Prelogin::new(policy(Transport::Tls));
+        prelogin.input(&input[..split]);
+        let mut out = Vec::new();
+        let first = prelogin.step(&mut out);
+        let fed = matches!(first, Step::NeedInput);
+        if fed {
+            prelogin.input(&input[split..]);
+            assert!(matches!(prelogin.step(&mut out), Step::Login(_)));
+        }
+        let mut rest = prelogin.into_leftover();
+        if !fed {
+            rest.extend_from_slice(&input[split..]);
+        }
+        assert_eq!(rest, b"b SELECT INBOX\r\nc FETCH 1 FLAGS\r\n", "split at {split}");
+    }
+}
+
+#[test]
+fn the_clients_id_is_kept_and_its_claims_are_not() {
+    let mut prelogin = Prelogin::new(policy(Transport::Tls));
+    prelogin.input(b"a ID (\"name\" \"mutt\" \"x-originating-ip\" \"192.0.2.9\")\r\nb ID (\"name\" \"other\")\r\n");
+    prelogin.step(&mut Vec::new());
+    assert_eq!(prelogin.client_id().pairs(), [(b"name".to_vec(), Some(b"mutt".to_vec()))]);
+}
+
+#[test]
+fn nothing_hostile_is_taken_for_a_login() {
+    for input in [
+        &b"a LOGIN ((((((((((\r\n"[..], b"a LOGIN \"\r\n", b"a LOGIN {\r\n", b"a LOGIN {}\r\n", b"a LOGIN alice\r\n", b"a LOGIN\r\n",
+        b"a AUTHENTICATE\r\n", b"a AUTHENTICATE PLAIN x y\r\n", b"a ID (\"a\r\n", b"* LOGIN alice x\r\n", b"+ LOGIN alice x\r\n",
+        b"\xff\xfe LOGIN alice x\r\n",
+    ] {
+        let said = client_at_every_split(Transport::Tls, input);
+        assert!(said.contains("BAD ") && !said.contains("login of"), "{}: {said}", input.escape_ascii());
+    }
+    let commands = b"a NOOP\r\n".repeat(1100);
+    assert!(client(Transport::Tls, &[&commands]).ends_with("! close: TooManyBadCommands\n"));
+    assert_eq!(CloseReason::Logout, CloseReason::Logout);
+}
+
+proptest! {
+    /// imap-codec writes, we read: the same user and password come out, in whichever form the codec chose.
+    #[test]
+    fn what_the_codec_writes_is_read_the_same(user in "[ -~]{1,20}", password in "[ -~\u{e4}\u{20ac}]{0,40}") {
+        use imap_codec::CommandCodec;
+        use imap_codec::encode::{Encoder, Fragment};
+        use imap_codec::imap_types::command::{Command, CommandBody};
+        use imap_codec::imap_types::core::Tag as CodecTag;
+
+        let body = CommandBody::login(user.as_str(), password.as_str());
+        prop_assume!(body.is_ok());
+        let command = Command::new(CodecTag::unvalidated("a"), body.unwrap()).unwrap();
+        let mut bytes = Vec::new();
+        for fragment in CommandCodec::default().encode(&command) {
+            match fragment {
+                Fragment::Line { data } | Fragment::Literal { data, .. } => bytes.extend(data),
+            }
+        }
+        let mut prelogin = Prelogin::new(policy(Transport::Tls));
+        prelogin.input(&bytes);
+        let Step::Login(login) = prelogin.step(&mut Vec::new()) else {
+            return Err(TestCaseError::fail(format!("no login in {}", bytes.escape_ascii())));
+        };
+        prop_assert_eq!(login.credentials.user.as_str(), user.as_str());
+        prop_assert_eq!(login.credentials.password.expose(), password.as_bytes());
+    }
+
+    #[test]
+    fn no_input_panics_or_differs_by_split(input in proptest::collection::vec(prop_oneof![
+        Just(b"a LOGIN ".to_vec()), Just(b"\r\n".to_vec()), Just(b"{3+}\r\n".to_vec()), Just(b"{3}\r\n".to_vec()), Just(b"\"".to_vec()),
+        Just(b"a AUTHENTICATE PLAIN ".to_vec()), Just(b"a ID (".to_vec()), proptest::collection::vec(any::<u8>(), 0..6),
+    ], 0..12), split in 0_usize..80) {
+        let input = input.concat();
+        let split = split.min(input.len());
+        prop_assert_eq!(client(Transport::Tls, &[&input]), client(Transport::Tls, &[&input[..split], &input[split..]]));
+    }
+}
+
+struct Server {
+    starttls: bool,
+    id: Vec<Pair>,
+    credentials: Credentials,
+}
+
+impl Server {
+    fn new(user: &str, password: &[u8]) -> Self {
+        Self {
+            starttls: false,
+            id: Vec::new(),
+            credentials: Credentials {
+                user: UserName::new(user.as_bytes()).unwrap(),
+                authzid: None,
+                password: Secret::new(password.to_vec()),
+                mechanism: Mechanism::Login,
+            },
+        }
+    }
+
+    /// Lines of a dialogue: `S: ` is what the server says, `C: ` what must be said to it, `! ` the step that must come.
+    /// The server's bytes between two of our lines arrive whole, and once more byte by byte.
+    #[track_caller]
+    fn check(&self, dialogue: &str) {
+        for bytewise in [false, true] {
+            let said = self.run(dialogue, bytewise);
+            let expected = dialogue.lines().map(str::trim).filter(|line| !line.is_empty()).collect::<Vec<_>>().join("\n");
+            assert_eq!(said, expected, "bytewise: {bytewise}\n--- said:\n{said}\n--- expected:\n{expected}\n");
+        }
+    }
+
+    fn run(&self, dialogue: &str, bytewise: bool) -> String {
+        let tag = Tag::new(b"tag1").unwrap();
+        let mut machine = BackendLogin::new(Attempt {
+            credentials: &self.credentials,
+            tag: &tag,
+            starttls: self.starttls,
+            id: self.id.clone(),
+            max_line: 1024,
+            max_untagged_lines: 4,
+            max_untagged_bytes: 512,
+        });
+        let mut log: Vec<String> = Vec::new();
+        let lines: Vec<&str> = dialogue.lines().map(str::trim).filter(|line| !line.is_empty()).collect();
+        let mut index = 0;
+        while index < lines.len() {
+            // All that the server says in a row arrives together, as packets do.
+            let mut batch = Vec::new();
+            while let Some(line) = lines.get(index).and_then(|line| line.strip_prefix("S: ")) {
+                batch.extend_from_slice(&unescape(line));
+                log.push(lines[index].to_owned());
+                index += 1;
+            }
+            let chunks: Vec<&[u8]> = if bytewise { batch.chunks(1).collect() } else { vec![&batch] };
+            let mut ended = false;
+            for chunk in chunks {
+                machine.input(chunk);
+                ended |= Self::steps(&mut machine, &mut log);
+                if ended {
+                    break;
+                }
+            }
+            if ended {
+                break;
+            }
+            while lines.get(index).is_some_and(|line| !line.starts_with("S: ")) {
+                index += 1;
+            }
+        }
+        log.join("\n")
+    }
+
+    fn steps(machine: &mut BackendLogin<'_>, log: &mut Vec<String>) -> bool {
+        loop {
+            let mut out = Zeroizing::new(Vec::new());
+            let step = machine.step(&mut out);
+            if !out.is_empty() {
+                for line in out.split_inclusive(|byte| *byte == b'\n') {
+                    log.push(format!("C: {}", escape(line)));
+                }
+            }
+            match step {
+                ServerStep::NeedInput => return false,
+                ServerStep::StartTls => {
+                    log.push("! start TLS".to_owned());
+                    machine.tls_established();
+                }
+                ServerStep::Accepted { to_client } => {
+                    log.extend(to_client.split_inclusive(|byte| *byte == b'\n').map(|line| format!("! client: {}", escape(line))));
+                    return true;
+                }
+                ServerStep::Refused { reply, counts } => {
+                    log.push(format!("! refused{}: {}", if counts { "" } else { " (not counted)" }, escape(&reply)));
+                    return true;
+                }
+                ServerStep::Unavailable(fault) => {
+                    log.push(format!("! unavailable: {fault:?}"));
+                    return true;
+                }
+            }
+        }
+    }
+}
+
+/// Lines end with CRLF, which is not written; `\q` ends one with a bare LF.
+fn unescape(line: &str) -> Vec<u8> {
+    match line.strip_suffix("\\q") {
+        Some(bare) => [bare.as_bytes(), b"\n"].concat(),
+        None => [line.as_bytes(), b"\r\n"].concat(),
+    }
+}
+
+fn escape(line: &[u8]) -> String {
+    match line.strip_suffix(b"\r\n") {
+        Some(line) => String::from_utf8_lossy(line).into_owned(),
+        None => format!("{}\\", String::from_utf8_lossy(line)),
+    }
+}
+
+fn alice() -> Server {
+    Server::new("alice", b"secret")
+}
+
+#[test]
+fn one_round_trip_with_sasl_ir_and_id() {
+    let mut server = alice();
+    server.id = vec![(b"name".to_vec(), Some(b"mu\"tt".to_vec())), (b"os".to_vec(), None), (b"bad".to_vec(), Some(vec![0xff]))];
+    server.check(
+        r#"
+        S: * OK [CAPABILITY IMAP4rev1 SASL-IR ID AUTH=PLAIN] ready
+        C: I ID ("name" "mu\"tt" "os" NIL)
+        C: L AUTHENTICATE PLAIN AGFsaWNlAHNlY3JldA==
+        S: * ID ("name" "Dovecot")
+        S: I OK ID completed.
+        S: L OK [CAPABILITY IMAP4rev1 IDLE AUTH=PLAIN STARTTLS] Logged in
+        S: * 1 EXISTS
+        ! client: tag1 OK [CAPABILITY IMAP4rev1 IDLE] Logged in
+        ! client: * 1 EXISTS
+        "#
+        .replace("        S: * 1 EXISTS\n", "")
+        .replace("        ! client: * 1 EXISTS\n", "")
+        .as_str(),
+    );
+}
+
+#[test]
+fn what_the_server_says_after_its_ok_reaches_the_client() {
+    let server = alice();
+    let said = server.run("S: * OK [CAPABILITY IMAP4rev1] hi\nC: x\nS: L OK [CAPABILITY X] in\nS: * 3 EXISTS\nS: half", false);
+    assert!(said.ends_with("! client: tag1 OK [CAPABILITY X] in\n! client: * 3 EXISTS\n! client: half"), "{said}");
+}
+
+#[test]
+fn login_quoted_where_there_is_no_sasl_ir() {
+    Server::new("al\"ice", b"se\\cret").check(
+        r#"
+        S: * OK [CAPABILITY IMAP4rev1 AUTH=PLAIN] ready
+        C: L LOGIN "al\"ice" "se\\cret"
+        S: L OK [CAPABILITY IMAP4rev1] Logged in
+        ! client: tag1 OK [CAPABILITY IMAP4rev1] Logged in
+        "#,
+    );
+}
+
+#[test]
+fn what_cannot_be_quoted_goes_as_a_literal() {
+    let eight_bit = Server::new("alice", "pä".as_bytes());
+    eight_bit.check(
+        "S: * OK [CAPABILITY IMAP4rev1 LITERAL+] ready
+         C: L LOGIN \"alice\" {3+}
+         C: pä
+         S: L NO [AUTHENTICATIONFAILED] no
+         ! refused: tag1 NO [AUTHENTICATIONFAILED] no",
+    );
+    eight_bit.check(
+        "S: * OK [CAPABILITY IMAP4rev1 LITERAL-] ready
+         C: L LOGIN \"alice\" {3+}
+         C: pä
+         S: L NO [AUTHENTICATIONFAILED] no
+         ! refused: tag1 NO [AUTHENTICATIONFAILED] no",
+    );
+    Server::new("älice", "pä".as_bytes()).check(
+        "S: * OK [CAPABILITY IMAP4rev1] ready
+         C: L LOGIN {6}
+         S: + OK
+         C: älice {3}
+         S: +
+         C: pä
+         S: L OK
+         C: D CAPABILITY
+         S: * CAPABILITY IMAP4rev1 IDLE
+         S: D OK done
+         ! client: tag1 OK [CAPABILITY IMAP4rev1 IDLE] Logged in.",
+    );
+    // A server that refuses the literal never sees the password.
+    eight_bit.check(
+        "S: * OK [CAPABILITY IMAP4rev1] ready
+         C: L LOGIN \"alice\" {3}
+         S: L BAD no literals here
+         ! unavailable: LoginBad",
+    );
+}
+
+#[test]
+fn plain_with_a_continuation_where_login_cannot_be() {
+    alice().check(
+        "S: * OK [CAPABILITY IMAP4rev1 AUTH=PLAIN LOGINDISABLED] ready
+         C: L AUTHENTICATE PLAIN
+         S: +
+         C: AGFsaWNlAHNlY3JldA==
+         S: L OK [CAPABILITY IMAP4rev1] in
+         ! client: tag1 OK [CAPABILITY IMAP4rev1] in",
+    );
+    alice().check("S: * OK [CAPABILITY IMAP4rev1 LOGINDISABLED] ready\n! unavailable: LoginDisabled");
+    let mut long = alice();
+    long.credentials.password = Secret::new(vec![b'x'; 900]);
+    let said = long.run("S: * OK [CAPABILITY IMAP4rev1 SASL-IR AUTH=PLAIN] ready\nC: x\nS: +", false);
+    assert!(said.contains("C: L AUTHENTICATE PLAIN\nS: +\nC: AGFsaWNlAHh4"), "{said}");
+}
+
+#[test]
+fn an_authorization_identity_is_carried_or_nothing_is_sent() {
+    let mut server = alice();
+    server.credentials.authzid = Some(UserName::new(b"bob").unwrap());
+    server.check(
+        "S: * OK [CAPABILITY IMAP4rev1 AUTH=PLAIN] ready
+         C: L AUTHENTICATE PLAIN
+         S: +
+         C: Ym9iAGFsaWNlAHNlY3JldA==
+         S: L OK [CAPABILITY IMAP4rev1] in
+         ! client: tag1 OK [CAPABILITY IMAP4rev1] in",
+    );
+    server.check("S: * OK [CAPABILITY IMAP4rev1] ready\n! unavailable: AuthzidUnsupported");
+}
+
+#[test]
+fn unknown_capabilities_are_asked_for() {
+    alice().check(
+        r#"
+        S: * OK old server\q
+        C: C CAPABILITY
+        S: * CAPABILITY IMAP4rev1
+        S: C OK
+        C: L LOGIN "alice" "secret"
+        S: * OK [ALERT] Quota at 99 %
+        S: L OK [READ-WRITE] Schön
+        C: D CAPABILITY
+        S: * CAPABILITY IMAP4rev1 IDLE LOGINDISABLED
+        S: D OK
+        ! client: * OK [ALERT] Quota at 99 %
+        ! client: * CAPABILITY IMAP4rev1 IDLE
+        ! client: tag1 OK [READ-WRITE] Schön
+        "#,
+    );
+    // A line with the answer is as good as a code in it.
+    alice().check(
+        r#"
+        S: * OK [CAPABILITY IMAP4rev1] ready
+        C: L LOGIN "alice" "secret"
+        S: * CAPABILITY IMAP4rev1 UIDPLUS AUTH=PLAIN
+        S: L OK in
+        ! client: * CAPABILITY IMAP4rev1 UIDPLUS
+        ! client: tag1 OK in
+        "#,
+    );
+}
+
+#[test]
+fn starttls_with_a_server() {
+    let mut server = alice();
+    server.starttls = true;
+    server.check(
+        "S: * OK [CAPABILITY IMAP4rev1 STARTTLS LOGINDISABLED] ready
+         C: S STARTTLS
+         S: S OK go
+         ! start TLS
+         C: C CAPABILITY
+         S: * CAPABILITY IMAP4rev1 SASL-IR AUTH=PLAIN
+         S: C OK
+         C: L AUTHENTICATE PLAIN AGFsaWNlAHNlY3JldA==
+         S: L OK [CAPABILITY IMAP4rev1] in
+         ! client: tag1 OK [CAPABILITY IMAP4rev1] in",
+    );
+    server.check("S: * OK [CAPABILITY IMAP4rev1 AUTH=PLAIN] ready\n! unavailable: StartTlsNotOffered");
+    server.check("S: * OK [CAPABILITY IMAP4rev1 STARTTLS] ready\nC: S STARTTLS\nS: S NO\n! unavailable: StartTlsRefused");
+    let residue = "S: * OK [CAPABILITY IMAP4rev1 STARTTLS] ready\nC: S STARTTLS\nS: S OK go\nS: L OK [CAPABILITY X] injected";
+    assert!(server.run(residue, false).ends_with("! unavailable: StartTlsResidue"));
+}
+
+#[test]
+fn greetings_that_are_none() {
+    for greeting in ["* PREAUTH welcome", "* NO", "* BAD x", "220 smtp ready", "", "a OK hi", "+ hi"] {
+        alice().check(&format!("S: {greeting}\n! unavailable: Greeting").replace("S: \n", "S: \\q\n"));
+    }
+    alice().check("S: * BYE too busy\n! unavailable: Bye");
+}
+
+#[test]
+fn refusals() {
+    let refused = |answer: &str, expected: &str| {
+        alice().check(&format!("S: * OK [CAPABILITY IMAP4rev1] x\nC: L LOGIN \"alice\" \"secret\"\nS: {answer}\n! {expected}"));
+    };
+    refused("L NO [AUTHENTICATIONFAILED] Wrong", "refused: tag1 NO [AUTHENTICATIONFAILED] Wrong");
+    refused("L NO [EXPIRED] Old password", "refused: tag1 NO [EXPIRED] Old password");
+    refused("L NO Invalid", "refused: tag1 NO [AUTHENTICATIONFAILED] Invalid");
+    refused("L NO", "refused: tag1 NO [AUTHENTICATIONFAILED] Authentication failed.");
+    refused("l no x", "unavailable: Protocol");
+    refused("L NO [LIMIT] Too many", "refused (not counted): tag1 NO [LIMIT] Too many");
+    refused("L NO [ALERT] Büro geschlossen", "refused (not counted): tag1 NO [ALERT] Büro geschlossen");
+    for outage in ["UNAVAILABLE", "INUSE", "serverbug"] {
+        refused(&format!("L NO [{outage}] x"), "unavailable: Overloaded");
+    }
+    refused("L BAD what", "unavailable: LoginBad");
+    refused("* BYE shutting down", "unavailable: Bye");
+    refused("X OK forged", "unavailable: Protocol");
+    refused("+ more?", "unavailable: Protocol");
+    refused("* LIST () {5}", "unavailable: Protocol");
+    assert!(ServerFault::Overloaded.try_next_server() && !ServerFault::Overloaded.blames_server());
+}
+
+#[test]
+fn a_server_that_talks_too_much_is_left() {
+    let talk = |line: &str, count: usize| {
+        let lines = format!("S: {line}\n").repeat(count);
+        alice().run(&format!("S: * OK [CAPABILITY IMAP4rev1] x\nC: y\n{lines}S: L OK [CAPABILITY X] in"), false)
+    };
+    assert!(talk("* OK still here", 4).ends_with("! client: tag1 OK [CAPABILITY X] in"));
+    assert!(talk("* OK still here", 5).ends_with("! unavailable: TooMuchUntagged"));
+    assert!(talk(&format!("* OK {}", "x".repeat(300)), 2).ends_with("! unavailable: TooMuchUntagged"));
+    assert!(talk(&format!("* OK {}", "x".repeat(2000)), 1).ends_with("! unavailable: Protocol"));
+}

@@ -1,0 +1,107 @@
+//! Accepts connections and hands each to a session of its own. Nothing else happens between two accepts.
+//!
+//! An accept that fails never ends a listener: a connection gone again is skipped, and a lack of descriptors is reported
+//! once in a while with what to raise, and waited out. Called by `server`.
+
+use std::io;
+use std::net::{Ipv6Addr, SocketAddr, SocketAddrV6};
+use std::sync::Arc;
+use std::time::Duration;
+
+use socket2::{Domain, Protocol, Socket, Type};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::Semaphore;
+
+use crate::config::{self, ListenerTls};
+use crate::metrics::Refusal;
+use crate::server::Live;
+use crate::session::{self, Arrival};
+use crate::shutdown::Drain;
+
+/// Connections the kernel may keep waiting; it caps this by net.core.somaxconn.
+const BACKLOG: i32 = 4096;
+/// After an accept that failed for lack of something, which trying at once would not bring back.
+const PAUSE: Duration = Duration::from_millis(100);
+/// EMFILE and ENFILE: the process's and the system's descriptors are used up.
+const OUT_OF_DESCRIPTORS: [i32; 2] = [24, 23];
+
+/// A bound port.
+#[derive(Debug)]
+pub struct Listener {
+    socket: TcpListener,
+    address: SocketAddr,
+    index: usize,
+    tls: ListenerTls,
+}
+
+impl Listener {
+    /// Binds. `[::]` also takes IPv4, unless `others` hold an IPv4 listener on the same port.
+    ///
+    /// # Errors
+    /// What the system says: in use, not permitted, no such address.
+    pub fn bind(index: usize, listener: &config::Listener, others: &[config::Listener]) -> io::Result<Self> {
+        let address = listener.address;
+        let socket = Socket::new(Domain::for_address(address), Type::STREAM.nonblocking(), Some(Protocol::TCP))?;
+        if let SocketAddr::V6(v6) = address {
+            socket.set_only_v6(!takes_ipv4(v6, others))?;
+        }
+        socket.set_reuse_address(true)?;
+        socket.bind(&address.into())?;
+        socket.listen(BACKLOG)?;
+        let socket = TcpListener::from_std(socket.into())?;
+        let address = socket.local_addr()?;
+        Ok(Self { socket, address, index, tls: listener.tls })
+    }
+
+    /// The address as bound: port 0 has become a real one.
+    pub fn address(&self) -> SocketAddr {
+        self.address
+    }
+
+    /// Accepts until the drain begins. `permits` bounds the open connections of all listeners together.
+    pub async fn run(self, live: Arc<Live>, permits: Arc<Semaphore>, drain: Drain) {
+        let begun = drain.begun().clone();
+        let accept = async {
+            loop {
+                match self.socket.accept().await {
+                    Ok((socket, peer)) => self.welcome(socket, peer, &live, &permits, &drain),
+                    Err(error) => self.accept_failed(&error, &live).await,
+                }
+            }
+        };
+        begun.run_until_cancelled(accept).await;
+    }
+
+    fn welcome(&self, socket: TcpStream, peer: SocketAddr, live: &Arc<Live>, permits: &Arc<Semaphore>, drain: &Drain) {
+        let metrics = live.metrics.listener(self.index);
+        let Ok(permit) = permits.clone().try_acquire_owned() else {
+            metrics.refused(Refusal::Full);
+            if self.tls != ListenerTls::Implicit {
+                // The connection is closed either way; a client that does not get the reason loses nothing.
+                let _ = socket.try_write(b"* BYE [UNAVAILABLE] Too many connections, try again later.\r\n");
+            }
+            return;
+        };
+        let open = metrics.session_opened();
+        let arrival = Arrival { socket, peer, listener: self.index, tls: self.tls, live: live.clone(), drain: drain.clone() };
+        drain.spawn(session::serve(arrival, (permit, open)));
+    }
+
+    async fn accept_failed(&self, error: &io::Error, live: &Live) {
+        if error.kind() == io::ErrorKind::ConnectionAborted {
+            return;
+        }
+        live.metrics.listener(self.index).refused(Refusal::AcceptError);
+        if error.raw_os_error().is_some_and(|code| OUT_OF_DESCRIPTORS.contains(&code)) {
+            tracing::error!(listener = %self.address, %error, "no descriptor left to accept a connection: raise LimitNOFILE or lower limits.sessions");
+        } else {
+            tracing::error!(listener = %self.address, %error, "a connection could not be accepted");
+        }
+        tokio::time::sleep(PAUSE).await;
+    }
+}
+
+fn takes_ipv4(address: SocketAddrV6, others: &[config::Listener]) -> bool {
+    *address.ip() == Ipv6Addr::UNSPECIFIED
+        && !others.iter().any(|other| other.address.is_ipv4() && other.address.port() == address.port())
+}

@@ -1,0 +1,391 @@
+//! One client connection from accept to close: the story.
+//!
+//! | step | where | deadline | when it fails |
+//! |---|---|---|---|
+//! | 1 TLS handshake | [`Session::encrypt`] | `limits.handshake` | the connection closes |
+//! | 2 who is it | `imap::prelogin` in [`Session::log_in`] | `limits.login`, from accept | BYE |
+//! | 3 which backend | `route` in [`Session::attempt`] | `limits.lookup` | NO `[UNAVAILABLE]`, or refused when unknown |
+//! | 4 which server | `backend` in [`Session::attempt`] | `limits.server_login`, over all servers | next server, then NO `[UNAVAILABLE]` |
+//! | 5 log in there | `backend::connect` | a share of the above | the server's NO is passed on, never retried |
+//! | 6 answer the client | [`Relayed::run`] | none | |
+//! | 7 relay | `relay` | `limits.idle`, `limits.half_close` | |
+//! | 8 one record | [`record::Record`] | always | |
+//!
+//! This file alone knows the order. After a refusal nothing of the attempt is left: the next login is parsed, routed and
+//! sent to a server connection of its own. Called by `listener`.
+
+mod id;
+mod record;
+
+use std::io;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpStream;
+use tokio::time::{self, timeout, timeout_at};
+use tokio_rustls::TlsStream;
+use zeroize::Zeroizing;
+
+use self::record::Record;
+use crate::backend::connect::{self, Established, Outcome, Request};
+use crate::backend::{Backend, Server};
+use crate::config::ListenerTls;
+use crate::failure::Reason;
+use crate::imap::prelogin::{Bye, CloseReason, LoginRequest, Policy, Prelogin, Step, Transport};
+use crate::imap::reply;
+use crate::metrics::LoginOutcome;
+use crate::relay::{End, Limits, Opening, Relay};
+use crate::route::RouteError;
+use crate::server::Live;
+use crate::shutdown::Drain;
+use crate::stream::{self, Stream};
+
+/// One read from a client before login.
+const READ: usize = 4096;
+/// A client that is told BYE has this long to take it.
+const FAREWELL: Duration = Duration::from_secs(2);
+
+/// An accepted connection and what it needs.
+pub struct Arrival {
+    /// As accepted.
+    pub socket: TcpStream,
+    /// The client.
+    pub peer: SocketAddr,
+    /// Place of the listener in the configuration.
+    pub listener: usize,
+    /// How TLS begins there.
+    pub tls: ListenerTls,
+    /// The configuration this session keeps.
+    pub live: Arc<Live>,
+    /// When to stop.
+    pub drain: Drain,
+}
+
+/// Serves a connection to its end. `held` lives as long as the session: its permit and its gauge.
+pub async fn serve<H: Send + 'static>(arrival: Arrival, held: H) {
+    let drain = arrival.drain.clone();
+    let Some(relayed) = Session::new(&arrival).log_in(arrival.socket, arrival.tls).await else { return };
+    // A task of its own, so that nothing of the login phase stays allocated for the days a phone may idle.
+    drain.spawn(async move {
+        relayed.run().await;
+        drop(held);
+    });
+}
+
+/// A client that has not logged in yet.
+struct Session {
+    live: Arc<Live>,
+    drain: Drain,
+    peer: SocketAddr,
+    local: SocketAddr,
+    listener: usize,
+    login_by: time::Instant,
+    record: Record,
+}
+
+/// How a login attempt ended.
+enum Attempted {
+    Accepted { backend: Arc<Backend>, server: Arc<Server>, established: Box<Established> },
+    Refused { reply: Vec<u8>, counts: bool },
+    Unavailable,
+}
+
+impl Session {
+    fn new(arrival: &Arrival) -> Self {
+        stream::set_options(&arrival.socket, arrival.live.limits.keepalive);
+        let local = arrival.socket.local_addr().unwrap_or(arrival.peer);
+        Self {
+            live: arrival.live.clone(),
+            drain: arrival.drain.clone(),
+            peer: arrival.peer,
+            local,
+            listener: arrival.listener,
+            login_by: time::Instant::now() + arrival.live.limits.login,
+            record: Record::new(id::new(arrival.peer), arrival.peer, local, arrival.live.metrics.clone()),
+        }
+    }
+
+    /// Steps 1 to 5: talks to the client until a server has accepted it, or until it is gone.
+    async fn log_in(mut self, socket: TcpStream, tls: ListenerTls) -> Option<Relayed> {
+        let (mut stream, transport) = match tls {
+            ListenerTls::Implicit => (self.encrypt(socket).await?, Transport::Tls),
+            ListenerTls::StartTls => (Stream::Plain(socket), Transport::StartTls),
+            ListenerTls::None => (Stream::Plain(socket), Transport::Plain),
+        };
+        let mut prelogin = Prelogin::new(self.policy(transport));
+        let mut out = Vec::new();
+        prelogin.greet(&mut out);
+        loop {
+            let step = prelogin.step(&mut out);
+            self.send(&mut stream, &mut out).await?;
+            match step {
+                Step::NeedInput => self.receive(&mut stream, &mut prelogin).await?,
+                Step::StartTls => {
+                    let Stream::Plain(socket) = stream else { return None };
+                    stream = self.encrypt(socket).await?;
+                    // Nothing learnt in clear is believed: a new parser, new counters, no ID.
+                    prelogin = Prelogin::new(self.policy(Transport::Tls));
+                }
+                Step::Login(request) => match self.attempt(&request, &prelogin).await {
+                    Attempted::Accepted { backend, server, established } => {
+                        let leftover = prelogin.into_leftover();
+                        return Some(self.relayed(stream, leftover, &backend, server, *established));
+                    }
+                    Attempted::Refused { reply, counts } => prelogin.refused(&reply, counts, &mut out),
+                    Attempted::Unavailable => prelogin.unavailable(&request.tag, &mut out),
+                },
+                Step::Close(reason) => {
+                    if let Some(reason) = failure(reason) {
+                        self.record.failed(reason);
+                    }
+                    self.record.ended_by("proxy");
+                    close(stream).await;
+                    return None;
+                }
+            }
+        }
+    }
+
+    fn policy(&self, transport: Transport) -> Policy {
+        let limits = &self.live.limits;
+        Policy {
+            transport,
+            max_line: limits.line,
+            max_literal: limits.literal,
+            max_bad_commands: limits.bad_commands,
+            max_failed_logins: limits.failed_logins,
+        }
+    }
+
+    /// Step 1.
+    async fn encrypt(&mut self, socket: TcpStream) -> Option<Stream> {
+        let began = Instant::now();
+        let due = self.login_by.min(time::Instant::now() + self.live.limits.handshake);
+        let tls = self.live.tls.as_ref()?;
+        let handshake = tls.acceptor().accept(socket);
+        let error = tokio::select! {
+            accepted = timeout_at(due, handshake) => match accepted {
+                Ok(Ok(accepted)) => {
+                    let stream = Stream::Tls(Box::new(TlsStream::Server(accepted)));
+                    let took = began.elapsed();
+                    self.live.metrics.listener(self.listener).tls_handshake(took);
+                    self.record.encrypted(took, stream.tls_facts());
+                    return Some(stream);
+                }
+                Ok(Err(error)) => error,
+                Err(_) => io::ErrorKind::TimedOut.into(),
+            },
+            () = self.drain.begun().cancelled() => {
+                self.record.failed(Reason::Drain);
+                return None;
+            }
+        };
+        self.record.detail(error.to_string());
+        self.record.failed(Reason::Handshake);
+        None
+    }
+
+    /// Sends what is in `out` and empties it. `None`: the session is over.
+    async fn send(&mut self, stream: &mut Stream, out: &mut Vec<u8>) -> Option<()> {
+        if out.is_empty() {
+            return Some(());
+        }
+        let write = async {
+            stream.write_all(out).await?;
+            stream.flush().await
+        };
+        // Replies are short: a client that does not take them within the deadline takes nothing at all.
+        let due = self.login_by.max(time::Instant::now() + FAREWELL);
+        let result = timeout_at(due, write).await;
+        out.clear();
+        match result {
+            Ok(Ok(())) => Some(()),
+            Ok(Err(_)) => self.gone(Reason::Disconnected),
+            Err(_) => self.gone(Reason::LoginDeadline),
+        }
+    }
+
+    /// Reads once. `None`: the session is over, and the client has been told where it could be.
+    async fn receive(&mut self, stream: &mut Stream, prelogin: &mut Prelogin) -> Option<()> {
+        let mut buffer = Zeroizing::new(Vec::with_capacity(READ));
+        let (bye, reason) = tokio::select! {
+            read = timeout_at(self.login_by, stream.read_buf(&mut *buffer)) => match read {
+                Ok(Ok(read)) if read > 0 => {
+                    prelogin.input(&buffer);
+                    return Some(());
+                }
+                Ok(_) => return self.gone(Reason::Disconnected),
+                Err(_) => (Bye::LoginDeadline, Reason::LoginDeadline),
+            },
+            () = self.drain.begun().cancelled() => (Bye::Shutdown, Reason::Drain),
+        };
+        let mut out = Vec::new();
+        prelogin.bye(bye, &mut out);
+        // The session ends whether or not the client takes its farewell.
+        let farewell = async {
+            stream.write_all(&out).await?;
+            stream.shutdown().await
+        };
+        let _ = timeout(FAREWELL, farewell).await;
+        self.record.ended_by("proxy");
+        self.record.failed(reason);
+        None
+    }
+
+    fn gone(&mut self, reason: Reason) -> Option<()> {
+        self.record.ended_by("client");
+        self.record.failed(reason);
+        None
+    }
+
+    /// Steps 3 to 5, for one login command.
+    async fn attempt(&mut self, login: &LoginRequest, prelogin: &Prelogin) -> Attempted {
+        let began = Instant::now();
+        let live = self.live.clone();
+        let user = login.credentials.mailbox_user();
+        self.record.attempt(user, login.credentials.mechanism);
+        let backend = match timeout(live.limits.lookup, live.router.route(user, &live.metrics)).await {
+            Ok(Ok(routed)) => {
+                let backend = live.backends.backend(routed.backend);
+                self.record.routed(routed.route, &backend.name, began.elapsed());
+                backend
+            }
+            Ok(Err(RouteError::Unknown)) => {
+                self.record.attempt_failed(Reason::UnknownUser, LoginOutcome::UnknownUser, None);
+                return Attempted::Refused { reply: reply::authentication_failed(&login.tag), counts: true };
+            }
+            Ok(Err(error)) => return self.lookup_failed(&error.to_string()),
+            Err(_) => return self.lookup_failed("no answer within limits.lookup"),
+        };
+        if login.credentials.authzid.is_some() && !backend.allows_authzid {
+            self.record.attempt_failed(Reason::AuthzidRefused, LoginOutcome::Refused, Some(backend.id));
+            return Attempted::Refused { reply: reply::authorization_failed(&login.tag), counts: true };
+        }
+        let request = Request {
+            credentials: &login.credentials,
+            tag: &login.tag,
+            client_id: prelogin.client_id(),
+            client: self.peer,
+            listener: self.local,
+            session_id: self.record.session_id(),
+            limits: &live.limits,
+        };
+        let (outcome, server) = log_in_somewhere(&live, backend, &request).await;
+        match (outcome, server) {
+            (Outcome::Accepted(established), Some(server)) => {
+                let metrics = live.metrics.backend(backend.id.0);
+                metrics.logged_in(began.elapsed());
+                self.record.accepted(backend.id, &server.name, &established, began.elapsed());
+                Attempted::Accepted { backend: backend.clone(), server, established: Box::new(established) }
+            }
+            (Outcome::Refused { reply, counts }, server) => {
+                self.record.refused(backend.id, server.as_ref().map(|server| server.name.as_str()));
+                Attempted::Refused { reply, counts }
+            }
+            (Outcome::Unavailable(fault), _) => {
+                self.record.detail(fault.detail);
+                self.record.attempt_failed(fault.reason, LoginOutcome::Unavailable, Some(backend.id));
+                Attempted::Unavailable
+            }
+            // `log_in_somewhere` names the server with every acceptance.
+            (Outcome::Accepted(_), None) => Attempted::Unavailable,
+        }
+    }
+
+    fn lookup_failed(&mut self, error: &str) -> Attempted {
+        tracing::warn!(session = self.record.session_id(), %error, "route lookup failed");
+        self.record.detail(error.to_owned());
+        self.record.attempt_failed(Reason::LookupFailed, LoginOutcome::Unavailable, None);
+        Attempted::Unavailable
+    }
+
+    fn relayed(
+        mut self,
+        client: Stream,
+        to_server: Vec<u8>,
+        backend: &Backend,
+        server: Arc<Server>,
+        established: Established,
+    ) -> Relayed {
+        let metrics = self.live.metrics.backend(backend.id.0);
+        let (client_bytes, server_bytes) = metrics.byte_counters();
+        let opening = Opening { to_client: established.to_client, to_server, client_bytes, server_bytes };
+        let limits = Limits { idle: self.live.limits.idle, half_close: self.live.limits.half_close };
+        self.record.open_on(metrics.session_established(), server.metrics.session_established());
+        Relayed {
+            relay: Relay::new(client, established.stream, opening, limits),
+            over: self.drain.over().clone(),
+            record: self.record,
+        }
+    }
+}
+
+/// Step 4: the user's servers in order, until one gives an answer that counts for all of them.
+async fn log_in_somewhere(
+    live: &Live,
+    backend: &Backend,
+    request: &Request<'_>,
+) -> (Outcome, Option<Arc<Server>>) {
+    let deadline = time::Instant::now() + live.limits.server_login;
+    let user = request.credentials.mailbox_user().routing_key();
+    let servers = timeout_at(deadline.min(time::Instant::now() + live.limits.connect), backend.candidates(&user)).await;
+    let servers = servers.unwrap_or_default();
+    let mut outcome = Outcome::Unavailable(connect::Fault::no_server());
+    for (tried, server) in servers.iter().enumerate() {
+        let now = time::Instant::now();
+        // While there is another server, one that hangs gets half of what is left.
+        let due = if tried + 1 < servers.len() { now + (deadline - now) / 2 } else { deadline };
+        outcome = connect::login(backend, server, request, due).await;
+        let Outcome::Unavailable(fault) = &outcome else { return (outcome, Some(server.clone())) };
+        tracing::info!(session = request.session_id, server = %server.name, reason = fault.reason.as_str(), detail = %fault.detail, "server could not take the login");
+        live.metrics.failure(fault.reason);
+        if !fault.try_next || time::Instant::now() >= deadline {
+            break;
+        }
+    }
+    (outcome, None)
+}
+
+/// A client that has logged in.
+struct Relayed {
+    relay: Relay<Stream, Stream>,
+    over: tokio_util::sync::CancellationToken,
+    record: Record,
+}
+
+impl Relayed {
+    /// Steps 6 and 7: the OK and what followed it go first, then bytes both ways.
+    async fn run(self) {
+        let Self { mut relay, over, mut record } = self;
+        let end = tokio::select! {
+            end = relay.run() => end,
+            () = over.cancelled() => End::Drained,
+        };
+        let (to_client, to_server) = relay.moved();
+        record.relayed(end, to_client, to_server);
+        let (client, server) = relay.into_parts();
+        tokio::join!(close(client), close(server));
+    }
+}
+
+/// Says goodbye at the TLS level, to a peer that may no longer listen.
+async fn close(mut stream: Stream) {
+    // Whatever the result, the socket closes when the stream drops here.
+    let _ = timeout(FAREWELL, stream.shutdown()).await;
+}
+
+/// The fault in a close, where it is one.
+fn failure(reason: CloseReason) -> Option<Reason> {
+    match reason {
+        CloseReason::Logout => None,
+        CloseReason::TooManyBadCommands => Some(Reason::TooManyBadCommands),
+        CloseReason::TooManyFailedLogins => Some(Reason::TooManyFailedLogins),
+        CloseReason::LineTooLong => Some(Reason::LineTooLong),
+        CloseReason::LiteralTooLong => Some(Reason::LiteralTooLong),
+        CloseReason::StartTlsInjection => Some(Reason::StartTlsInjection),
+        CloseReason::ForeignProtocol => Some(Reason::ForeignProtocol),
+        CloseReason::TlsOnPlainPort => Some(Reason::TlsOnPlainPort),
+    }
+}

@@ -1,0 +1,119 @@
+//! How the process stops: a signal, a drain, a bounded wait.
+//!
+//! A drain has two edges. At the first, listeners stop and clients that have not logged in are told BYE. Relayed sessions
+//! cannot be spoken into safely (they may be inside a literal), so they run on until they end or until the second
+//! edge, when the grace time is over. Called by `server`, watched by `listener` and `session`.
+
+use std::future::Future;
+use std::io;
+use std::time::Duration;
+
+use tokio::signal::unix::{SignalKind, signal};
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+/// The state of a drain, shared by everything that must stop.
+#[derive(Debug, Clone, Default)]
+pub struct Drain {
+    begun: CancellationToken,
+    over: CancellationToken,
+    sessions: TaskTracker,
+}
+
+impl Drain {
+    /// Runs a session that the drain waits for.
+    pub fn spawn(&self, session: impl Future<Output = ()> + Send + 'static) {
+        self.sessions.spawn(session);
+    }
+
+    /// The first edge: no new sessions, no new logins.
+    pub fn begun(&self) -> &CancellationToken {
+        &self.begun
+    }
+
+    /// The second edge: the grace time is over.
+    pub fn over(&self) -> &CancellationToken {
+        &self.over
+    }
+
+    /// Sessions under way.
+    pub fn open_sessions(&self) -> usize {
+        self.sessions.len()
+    }
+
+    /// Drains: begins, waits up to `grace` or until `hurry` for sessions to end by themselves, then ends the rest.
+    /// Returns how many had to be ended.
+    pub async fn run(&self, grace: Duration, hurry: impl Future<Output = ()>) -> usize {
+        self.begun.cancel();
+        self.sessions.close();
+        tokio::select! {
+            () = self.sessions.wait() => return 0,
+            () = tokio::time::sleep(grace) => {}
+            () = hurry => {}
+        }
+        let forced = self.sessions.len();
+        self.over.cancel();
+        self.sessions.wait().await;
+        forced
+    }
+}
+
+/// SIGTERM and SIGINT, each time one arrives.
+#[derive(Debug)]
+pub struct StopSignals {
+    terminate: tokio::signal::unix::Signal,
+    interrupt: tokio::signal::unix::Signal,
+}
+
+impl StopSignals {
+    /// Takes the signals over from their default action.
+    ///
+    /// # Errors
+    /// The system refuses a handler.
+    pub fn new() -> io::Result<Self> {
+        Ok(Self { terminate: signal(SignalKind::terminate())?, interrupt: signal(SignalKind::interrupt())? })
+    }
+
+    /// Waits for the next one.
+    pub async fn next(&mut self) {
+        tokio::select! {
+            _ = self.terminate.recv() => {}
+            _ = self.interrupt.recv() => {}
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::future::pending;
+
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn sessions_that_end_in_time_are_not_forced() {
+        let drain = Drain::default();
+        let begun = drain.begun().clone();
+        drain.spawn(async move { begun.cancelled().await });
+        assert_eq!(drain.run(Duration::from_secs(60), pending()).await, 0);
+        assert!(!drain.over().is_cancelled());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn the_rest_is_ended_after_the_grace_time() {
+        let drain = Drain::default();
+        let over = drain.over().clone();
+        drain.spawn(async move { over.cancelled().await });
+        let began = tokio::time::Instant::now();
+        assert_eq!(drain.run(Duration::from_secs(60), pending()).await, 1);
+        assert_eq!(began.elapsed(), Duration::from_secs(60));
+        assert_eq!(drain.open_sessions(), 0);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_second_signal_ends_the_grace_time() {
+        let drain = Drain::default();
+        let over = drain.over().clone();
+        drain.spawn(async move { over.cancelled().await });
+        assert_eq!(drain.run(Duration::from_secs(60), async {}).await, 1);
+    }
+}
