@@ -11,7 +11,9 @@ const RESERVED: u64 = 256;
 /// which would hold passwords.
 pub fn prepare(sessions: usize) {
     let descriptors = getrlimit(Resource::Nofile);
-    if let Err(error) = setrlimit(Resource::Nofile, Rlimit { current: descriptors.maximum, maximum: descriptors.maximum }) {
+    if let Err(error) =
+        setrlimit(Resource::Nofile, Rlimit { current: descriptors.maximum, maximum: descriptors.maximum })
+    {
         tracing::warn!(%error, "the limit of descriptors could not be raised");
     }
     let wanted = 2 * sessions as u64 + RESERVED;

@@ -83,7 +83,8 @@ impl Listener {
             return;
         };
         let open = metrics.session_opened();
-        let arrival = Arrival { socket, peer, listener: self.index, tls: self.tls, live: live.clone(), drain: drain.clone() };
+        let arrival =
+            Arrival { socket, peer, listener: self.index, tls: self.tls, live: live.clone(), drain: drain.clone() };
         drain.spawn(session::serve(arrival, (permit, open)));
     }
 

@@ -125,12 +125,7 @@ impl From<ServerFault> for Fault {
 }
 
 /// Logs in on `server`, within `deadline`.
-pub async fn login(
-    backend: &Backend,
-    server: &Arc<Server>,
-    request: &Request<'_>,
-    deadline: time::Instant,
-) -> Outcome {
+pub async fn login(backend: &Backend, server: &Arc<Server>, request: &Request<'_>, deadline: time::Instant) -> Outcome {
     let metrics = backend.metrics.backend(backend.id.0);
     let first_byte = deadline.min(time::Instant::now() + request.limits.connect);
     let began = Instant::now();
@@ -178,7 +173,9 @@ async fn reach(
                 return Ok((open(backend, server, request, socket, deadline).await?, *address));
             }
             Ok(Err(error)) => fault = Fault::of_server(Reason::Connect, format!("{address}: {error}")),
-            Err(_) => fault = Fault::of_server(Reason::Connect, format!("{address}: no connection within the deadline")),
+            Err(_) => {
+                fault = Fault::of_server(Reason::Connect, format!("{address}: no connection within the deadline"))
+            }
         }
     }
     Err(fault)
@@ -234,7 +231,13 @@ struct Dialogue<'a> {
 }
 
 impl<'a> Dialogue<'a> {
-    fn new(backend: &'a Backend, server: &'a Server, request: &'a Request<'a>, stream: Stream, address: SocketAddr) -> Self {
+    fn new(
+        backend: &'a Backend,
+        server: &'a Server,
+        request: &'a Request<'a>,
+        stream: Stream,
+        address: SocketAddr,
+    ) -> Self {
         let id = match backend.client_info {
             ClientInfo::None => Vec::new(),
             ClientInfo::ProxyV1 | ClientInfo::ProxyV2 => request.client_id.pairs().to_vec(),

@@ -5,7 +5,7 @@
 //! DNS fails, the last good answer stays in use. Answers are untrusted: an address that leads back to one of our own
 //! listeners is left out, and the number of servers an SRV record may name is bounded.
 
-use std::net::{IpAddr, SocketAddr, UdpSocket};
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -16,7 +16,7 @@ use hickory_resolver::proto::rr::RData;
 use tokio_util::sync::CancellationToken;
 
 use super::{Backend, Server};
-use crate::config::{self, Host};
+use crate::config::{self, Host, is_local};
 
 /// An SRV answer may name this many servers; further ones are ignored.
 const MAX_SERVICES: usize = 64;
@@ -100,15 +100,9 @@ impl OwnAddresses {
     pub fn contains(&self, address: SocketAddr) -> bool {
         let ip = address.ip().to_canonical();
         self.0.iter().any(|own| {
-            own.port() == address.port()
-                && (own.ip().to_canonical() == ip || own.ip().is_unspecified() && is_local(ip))
+            own.port() == address.port() && (own.ip().to_canonical() == ip || own.ip().is_unspecified() && is_local(ip))
         })
     }
-}
-
-/// Whether the address is one of this machine's: only then can a socket be bound to it.
-fn is_local(address: IpAddr) -> bool {
-    UdpSocket::bind((address, 0)).is_ok()
 }
 
 /// Keeps the addresses of a server with a name up to date until `stop`.

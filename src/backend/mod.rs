@@ -52,7 +52,9 @@ impl Backends {
             Resolver::build(&config.resolver)
                 .map_err(|error| {
                     let place = &config.backends[0].place;
-                    problems.push(config.problem(place, format!("servers are given by name, but DNS cannot be used: {error}")));
+                    problems.push(
+                        config.problem(place, format!("servers are given by name, but DNS cannot be used: {error}")),
+                    );
                 })
                 .ok()
         } else {
@@ -67,13 +69,8 @@ impl Backends {
         for backend in &self.list {
             for (index, group) in backend.groups.iter().enumerate() {
                 if group.service.is_some() {
-                    let service = discover::follow_service(
-                        resolver.clone(),
-                        backend.clone(),
-                        index,
-                        own.clone(),
-                        stop.clone(),
-                    );
+                    let service =
+                        discover::follow_service(resolver.clone(), backend.clone(), index, own.clone(), stop.clone());
                     tasks.spawn(service);
                     continue;
                 }
@@ -109,7 +106,12 @@ pub struct Backend {
 }
 
 impl Backend {
-    fn build(config: &Config, backend: &config::Backend, id: BackendId, metrics: Arc<Metrics>) -> Result<Self, Problem> {
+    fn build(
+        config: &Config,
+        backend: &config::Backend,
+        id: BackendId,
+        metrics: Arc<Metrics>,
+    ) -> Result<Self, Problem> {
         let tls = ClientTls::build(config, backend)?;
         let own = metrics.backend(id.0);
         own.set_insecure(backend.tls.mode != TlsMode::None && matches!(backend.tls.trust, Trust::Insecure));
@@ -289,7 +291,9 @@ impl Server {
     fn publish(&self, addresses: Vec<SocketAddr>) {
         let first = self.addresses.borrow().as_ref().and_then(|known| known.first().copied());
         self.addresses.send_replace(Some(addresses));
-        if let Some(first) = first.filter(|first| self.addresses.borrow().as_ref().is_some_and(|now| now.contains(first))) {
+        if let Some(first) =
+            first.filter(|first| self.addresses.borrow().as_ref().is_some_and(|now| now.contains(first)))
+        {
             self.prefer(first);
         }
     }

@@ -41,8 +41,12 @@ mod tests {
 
     #[test]
     fn availability_comes_before_priority_before_hash() {
-        let candidates =
-            [candidate("down", 0, false), candidate("spare", 20, true), candidate("a", 10, true), candidate("b", 10, true)];
+        let candidates = [
+            candidate("down", 0, false),
+            candidate("spare", 20, true),
+            candidate("a", 10, true),
+            candidate("b", 10, true),
+        ];
         let mut first = [0; 4];
         for user in 0..100 {
             let order = order(&format!("user{user}"), &candidates);

@@ -1,124 +1,289 @@
-//! Stub, replaced by the config room.
-#![allow(missing_docs)]
-use std::{
-    collections::BTreeMap,
-    net::{IpAddr, SocketAddr},
-    path::{Path, PathBuf},
-    time::Duration,
-};
+//! The configuration: a YAML file, checked, as plain values.
+//!
+//! [`load`] reads the file as `file` describes it, finds all mistakes it can, and hands out a [`Config`] in which every name
+//! is resolved and every number is within its bounds. It opens none of the files the configuration names; the rooms
+//! that use them report with the [`Place`] they are named at. Called by `main`, the demo and the tests; read by
+//! every room that is configured.
+
+mod check;
+mod file;
+mod locate;
+mod read;
+mod report;
+mod values;
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::io::Read as _;
+use std::net::{IpAddr, SocketAddr, UdpSocket};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use self::locate::{Index, Position};
+use self::read::Reader;
+pub use self::report::{Located, Place, Problem, Report};
+
+/// A larger file is no configuration: users belong into a table.
+const MAX_FILE: u64 = 16 * 1024 * 1024;
+
+/// A checked configuration.
 #[derive(Debug, Clone)]
 pub struct Config {
+    /// The file it came from.
     pub file: PathBuf,
+    /// At least one.
     pub listeners: Vec<Listener>,
+    /// At least one where a listener speaks TLS.
     pub certificates: Vec<Certificate>,
+    /// At least one; [`BackendId`] counts here.
     pub backends: Vec<Backend>,
+    /// At least one.
     pub routes: Vec<Route>,
+    /// Deadlines and caps.
     pub limits: Limits,
+    /// Where metrics and health are answered.
     pub admin: Option<SocketAddr>,
+    /// Log records.
     pub log: Log,
+    /// DNS.
     pub resolver: Resolver,
 }
+
+impl Config {
+    /// A mistake found later, by a room that uses what stands at `place`.
+    pub fn problem(&self, place: &Place, message: impl Into<String>) -> Problem {
+        Problem { file: self.file.clone(), place: place.clone(), message: message.into(), help: None }
+    }
+}
+
+/// A port that clients connect to.
 #[derive(Debug, Clone)]
 pub struct Listener {
+    /// Port 0 takes any free one.
     pub address: SocketAddr,
+    /// How TLS begins.
     pub tls: ListenerTls,
+    /// In the file.
     pub place: Place,
 }
+
+/// How TLS begins on a listener.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ListenerTls {
+    /// At once.
     Implicit,
+    /// In clear, then STARTTLS; no login before.
     StartTls,
+    /// Never: passwords travel in clear.
     None,
 }
+
+/// A certificate and its key.
 #[derive(Debug, Clone)]
 pub struct Certificate {
+    /// PEM file of the chain.
     pub cert: Located<PathBuf>,
+    /// PEM file of the key.
     pub key: Located<PathBuf>,
 }
+
+/// A named set of equivalent servers.
 #[derive(Debug, Clone)]
 pub struct Backend {
+    /// Unique; also the label of metrics.
     pub name: String,
+    /// At least one.
     pub servers: Vec<Server>,
+    /// TLS towards them.
     pub tls: ServerTls,
+    /// What they learn of the client.
     pub client_info: ClientInfo,
+    /// Whether a client may log in on behalf of another user.
     pub authzid: bool,
+    /// In the file.
     pub place: Place,
 }
+
+/// What servers learn of the client.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ClientInfo {
+    /// The command ID with x-originating-ip and its kin.
     Id,
+    /// A PROXY protocol header, version 1.
     ProxyV1,
+    /// A PROXY protocol header, version 2.
     ProxyV2,
+    /// Nothing, not even the client's own ID.
     None,
 }
+
+/// Where servers are.
 #[derive(Debug, Clone)]
 pub enum Server {
-    Address { name: String, host: Host, port: u16, weight: u32, place: Place },
-    Srv { name: String, place: Place },
+    /// One server.
+    Address {
+        /// As written: its label in metrics and logs.
+        name: String,
+        /// Address or DNS name.
+        host: Host,
+        /// Never 0.
+        port: u16,
+        /// 1 to 1000.
+        weight: u32,
+        /// In the file.
+        place: Place,
+    },
+    /// All servers that an SRV record lists.
+    Srv {
+        /// `_imap._tcp.example.org`.
+        name: String,
+        /// In the file.
+        place: Place,
+    },
 }
-#[derive(Debug, Clone)]
+
+/// A server's host.
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Host {
+    /// An address.
     Ip(IpAddr),
+    /// A DNS name, in lower case.
     Name(String),
 }
+
+/// TLS towards servers.
 #[derive(Debug, Clone)]
 pub struct ServerTls {
+    /// How it begins.
     pub mode: TlsMode,
+    /// Whom to trust.
     pub trust: Trust,
+    /// The name certificates must carry, instead of the server's.
     pub server_name: Option<String>,
 }
+
+/// How TLS begins towards servers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum TlsMode {
+    /// Never.
     None,
+    /// In clear, then STARTTLS, without which nothing is sent.
     StartTls,
+    /// At once.
     Implicit,
 }
+
+/// Whom to trust among servers.
 #[derive(Debug, Clone)]
 pub enum Trust {
+    /// The system's root certificates.
     System,
+    /// The roots in a PEM file.
     Ca(Located<PathBuf>),
+    /// Keys with these SHA-256 digests (of the SubjectPublicKeyInfo), and no others.
     Pin(Vec<[u8; 32]>),
+    /// Anybody.
     Insecure,
 }
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+
+/// A backend's place in [`Config::backends`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct BackendId(pub usize);
+
+/// One source that maps users to backends.
 #[derive(Debug, Clone)]
 pub enum Route {
+    /// A text file.
     Table(Located<PathBuf>),
+    /// Domains, in lower case.
     Domain(BTreeMap<String, BackendId>),
+    /// A share of all users each.
     Hash(Vec<BackendId>),
+    /// Everybody.
     Default(BackendId),
 }
-#[derive(Debug, Clone)]
+
+/// Deadlines and caps.
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Limits {
+    /// A TLS handshake with a client. Default 10 s.
     pub handshake: Duration,
+    /// From the accepted connection to the last login command, whatever happens in between. Default 60 s.
     pub login: Duration,
+    /// One question to all routes. Default 5 s.
     pub lookup: Duration,
+    /// From the first SYN to a server to its first byte, TLS included. Default 5 s.
     pub connect: Duration,
+    /// One login over all servers tried. Default 30 s.
     pub server_login: Duration,
+    /// Bytes of a command line or a SASL response before login. Default 64 KiB.
     pub line: usize,
+    /// Bytes of a literal before login. Default 64 KiB.
     pub literal: usize,
+    /// The bad command that ends a connection. Default 3.
     pub bad_commands: u32,
+    /// The failed login that ends a connection. Default 5.
     pub failed_logins: u32,
+    /// Silence that ends a relayed session; never under 30 minutes (RFC 9051 section 5.4). Default: none ends it.
     pub idle: Option<Duration>,
+    /// Silence that ends a relayed session of which one side has finished. Default 60 s.
     pub half_close: Duration,
+    /// What relayed sessions get to finish when the process stops. Default 60 s.
     pub drain: Duration,
+    /// Silence after which TCP asks whether the peer is still there. Default 2 min.
     pub keepalive: Option<Duration>,
+    /// Open client connections, logged in or not. Default 100,000.
     pub sessions: usize,
+    /// Lines a server may send ahead of its answer to a login. Default 64.
     pub untagged_lines: usize,
+    /// Bytes of those. Default 64 KiB.
     pub untagged_bytes: usize,
 }
-#[derive(Debug, Clone)]
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self {
+            handshake: Duration::from_secs(10),
+            login: Duration::from_secs(60),
+            lookup: Duration::from_secs(5),
+            connect: Duration::from_secs(5),
+            server_login: Duration::from_secs(30),
+            line: 64 * 1024,
+            literal: 64 * 1024,
+            bad_commands: 3,
+            failed_logins: 5,
+            idle: None,
+            half_close: Duration::from_secs(60),
+            drain: Duration::from_secs(60),
+            keepalive: Some(Duration::from_secs(120)),
+            sessions: 100_000,
+            untagged_lines: 64,
+            untagged_bytes: 64 * 1024,
+        }
+    }
+}
+
+/// Log records.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Log {
+    /// How they look.
     pub format: LogFormat,
+    /// The least important that is written.
     pub level: Level,
 }
+
+/// How log records look.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum LogFormat {
+    /// For people.
     Text,
+    /// One object a line.
     Json,
 }
+
+/// How important a log record is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[expect(missing_docs, reason = "the words say it")]
 pub enum Level {
     Error,
     Warn,
@@ -126,58 +291,68 @@ pub enum Level {
     Debug,
     Trace,
 }
-#[derive(Debug, Clone)]
+
+/// DNS.
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Resolver {
+    /// None: the system's.
     pub servers: Vec<SocketAddr>,
+    /// Of one question to one server. Default 3 s.
     pub timeout: Duration,
 }
-#[derive(Debug, Clone)]
-pub struct Place {
-    pub line: usize,
-    pub column: usize,
-    pub key: String,
+
+/// Reads and checks a file.
+///
+/// # Errors
+/// All mistakes that could be found.
+pub fn load(path: &Path) -> Result<Config, Report> {
+    let text = read_file(path).map_err(|message| fault(path, Position::START, message))?;
+    parse(path, &text)
 }
-#[derive(Debug, Clone)]
-pub struct Located<T> {
-    pub value: T,
-    pub place: Place,
-}
-#[derive(Debug, Clone)]
-pub struct Problem {
-    pub file: PathBuf,
-    pub line: usize,
-    pub column: usize,
-    pub key: String,
-    pub message: String,
-    pub help: Option<String>,
-}
-#[derive(Debug, Clone)]
-pub struct Report(pub Vec<Problem>);
-impl Report { pub fn new(problems: Vec<Problem>) -> Self { Self(problems) } }
-impl std::fmt::Display for Report {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        for p in &self.0 {
-            writeln!(f, "{}:{}:{}: {}: {}", p.file.display(), p.line, p.column, p.key, p.message)?;
+
+/// Checks `text`, which is, or could be, the content of `file`.
+///
+/// # Errors
+/// All mistakes that could be found.
+pub fn parse(file: &Path, text: &str) -> Result<Config, Report> {
+    let mut reader = Reader::new(file, Index::new(text));
+    reader.duplicates();
+    let value: serde_yaml::Value = match serde_yaml::from_str(text) {
+        Ok(serde_yaml::Value::Null) => return Err(fault(file, Position::START, "the file is empty".to_owned())),
+        Ok(value) => value,
+        // A key that stands twice is told with both its places already.
+        Err(_) if !reader.problems.is_empty() => return Err(Report::new(reader.problems)),
+        Err(error) => {
+            let position =
+                error.location().map_or(Position::START, |at| Position { line: at.line(), column: at.column() });
+            return Err(fault(file, position, format!("not YAML: {error}")));
         }
-        Ok(())
+    };
+    match check::config(&mut reader, file, value) {
+        Some(config) if reader.problems.is_empty() => Ok(config),
+        _ => Err(Report::new(reader.problems)),
     }
 }
-impl std::error::Error for Report {}
-impl Config {
-    pub fn problem(&self, place: &Place, message: impl Into<String>) -> Problem {
-        Problem {
-            file: self.file.clone(),
-            line: place.line,
-            column: place.column,
-            key: place.key.clone(),
-            message: message.into(),
-            help: None,
-        }
+
+/// Whether the address is one of this machine's: only then can a socket be bound to it.
+pub fn is_local(address: IpAddr) -> bool {
+    UdpSocket::bind((address, 0)).is_ok()
+}
+
+fn read_file(path: &Path) -> Result<String, String> {
+    let mut bytes = Vec::new();
+    let opened = fs::File::open(path).map_err(|error| error.to_string())?;
+    opened.take(MAX_FILE + 1).read_to_end(&mut bytes).map_err(|error| error.to_string())?;
+    if bytes.len() as u64 > MAX_FILE {
+        return Err("the file is over 16 MiB: users belong into a table of its own".to_owned());
     }
+    String::from_utf8(bytes).map_err(|error| format!("not UTF-8 at byte {}", error.utf8_error().valid_up_to()))
 }
-pub fn load(_path: &Path) -> Result<Config, Report> {
-    Err(Report(vec![]))
+
+fn fault(file: &Path, position: Position, message: String) -> Report {
+    let place = Place { line: position.line, column: position.column, key: String::new() };
+    Report::new(vec![Problem { file: file.to_owned(), place, message, help: None }])
 }
-pub fn parse(_file: &Path, _text: &str) -> Result<Config, Report> {
-    Err(Report(vec![]))
-}
+
+#[cfg(test)]
+mod tests;

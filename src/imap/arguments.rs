@@ -133,7 +133,8 @@ impl<'a> Arguments<'a> {
         let line_end = self.0.iter().position(|byte| *byte == b'\n').ok_or(Malformed)? + 1;
         let (line, rest) = self.0.split_at(line_end);
         // The line must be the announcement and nothing else.
-        let size = announced(line).filter(|_| line.iter().filter(|byte| **byte == b'{').count() == 1).ok_or(Malformed)?.size;
+        let size =
+            announced(line).filter(|_| line.iter().filter(|byte| **byte == b'{').count() == 1).ok_or(Malformed)?.size;
         if rest.len() < size {
             return Err(Malformed);
         }
@@ -184,10 +185,24 @@ mod tests {
     #[test]
     fn what_is_no_pair_of_strings() {
         for input in [
-            &b"\r\n"[..], b" user\r\n", b"user pass\r\n", b" user pass more\r\n", b" (user) pass\r\n", b" user \"pass\r\n",
-            b" \"user\"pass\r\n", b" user pa\"ss\r\n", b" user pa\\ss\r\n", b" user \"a\\\r\n", b" us\0er pass\r\n",
-            b" us\x7fer pass\r\n", b" \"us\0er\" pass\r\n", b" user {5}\r\npas\r\n", b" user {2}\r\npass\r\n", b" user x{2}\r\nab\r\n",
-            b" {3x}\r\nabc pass\r\n", b" user a(b\r\n",
+            &b"\r\n"[..],
+            b" user\r\n",
+            b"user pass\r\n",
+            b" user pass more\r\n",
+            b" (user) pass\r\n",
+            b" user \"pass\r\n",
+            b" \"user\"pass\r\n",
+            b" user pa\"ss\r\n",
+            b" user pa\\ss\r\n",
+            b" user \"a\\\r\n",
+            b" us\0er pass\r\n",
+            b" us\x7fer pass\r\n",
+            b" \"us\0er\" pass\r\n",
+            b" user {5}\r\npas\r\n",
+            b" user {2}\r\npass\r\n",
+            b" user x{2}\r\nab\r\n",
+            b" {3x}\r\nabc pass\r\n",
+            b" user a(b\r\n",
         ] {
             assert_eq!(two(input), Err(Malformed), "{}", input.escape_ascii());
         }
@@ -199,17 +214,23 @@ mod tests {
             let mut arguments = Arguments::new(bytes);
             let pairs = arguments.pairs(2)?;
             arguments.end()?;
-            Ok(pairs.into_iter().map(|(key, value)| (key.to_vec(), value.map(|value| value.to_vec()))).collect::<Vec<_>>())
+            Ok(pairs
+                .into_iter()
+                .map(|(key, value)| (key.to_vec(), value.map(|value| value.to_vec())))
+                .collect::<Vec<_>>())
         };
         assert_eq!(read(b" NIL\r\n"), Ok(vec![]));
         assert_eq!(read(b" ( )\r\n"), Ok(vec![]));
         let pair = |key: &str, value: Option<&str>| (key.into(), value.map(|value| value.as_bytes().to_vec()));
-        assert_eq!(
-            read(b" (\"name\" \"x\" {2+}\r\nos nil)\r\n"),
-            Ok(vec![pair("name", Some("x")), pair("os", None)])
-        );
-        for bad in [&b" (\"a\")\r\n"[..], b" (\"a\" b)\r\n", b" (\"a\" \"b\"\r\n", b" ((\"a\" \"b\"))\r\n", b" x\r\n",
-            b" (\"a\" NIL \"b\" NIL \"c\" NIL)\r\n"] {
+        assert_eq!(read(b" (\"name\" \"x\" {2+}\r\nos nil)\r\n"), Ok(vec![pair("name", Some("x")), pair("os", None)]));
+        for bad in [
+            &b" (\"a\")\r\n"[..],
+            b" (\"a\" b)\r\n",
+            b" (\"a\" \"b\"\r\n",
+            b" ((\"a\" \"b\"))\r\n",
+            b" x\r\n",
+            b" (\"a\" NIL \"b\" NIL \"c\" NIL)\r\n",
+        ] {
             assert_eq!(read(bad), Err(Malformed), "{}", bad.escape_ascii());
         }
     }

@@ -413,7 +413,9 @@ impl<'a> BackendLogin<'a> {
 
     fn refused(&self, text: &[u8]) -> Result<ServerStep, ServerFault> {
         let code = capability::code(text).map(|(code, ..)| code);
-        let is = |names: &[&str]| code.is_some_and(|code| names.iter().any(|name| code.eq_ignore_ascii_case(name.as_bytes())));
+        let is = |names: &[&str]| {
+            code.is_some_and(|code| names.iter().any(|name| code.eq_ignore_ascii_case(name.as_bytes())))
+        };
         if is(&["UNAVAILABLE", "INUSE", "SERVERBUG"]) {
             return Err(ServerFault::Overloaded);
         }

@@ -70,7 +70,8 @@ mod tests {
 
     #[test]
     fn a_logged_in_client_is_not_told_how_to_log_in() {
-        let list = Capabilities::new(b"IMAP4rev1  auth=PLAIN AUTH=LOGIN starttls IDLE LOGINDISABLED UNAUTHENTICATE SASL-IR");
+        let list =
+            Capabilities::new(b"IMAP4rev1  auth=PLAIN AUTH=LOGIN starttls IDLE LOGINDISABLED UNAUTHENTICATE SASL-IR");
         assert!(list.has("StartTLS") && list.has("AUTH=plain") && !list.has("AUTH"));
         assert_eq!(list.after_login(), b"IMAP4rev1 IDLE");
     }

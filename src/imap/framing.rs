@@ -225,7 +225,9 @@ mod tests {
         assert_eq!(read(b"a LOGIN {5}\r\n"), Some((5, true)));
         assert_eq!(read(b"a LOGIN {0+}\n"), Some((0, false)));
         assert_eq!(read(b"{99999999999999999999999}\r\n"), Some((usize::MAX, true)));
-        for none in [&b"a {}\r\n"[..], b"a {+}\r\n", b"a {x5}\r\n", b"a 5}\r\n", b"{5} \r\n", b"}\r\n", b"5}\r\n", b"{-1}\r\n"] {
+        for none in
+            [&b"a {}\r\n"[..], b"a {+}\r\n", b"a {x5}\r\n", b"a 5}\r\n", b"{5} \r\n", b"}\r\n", b"5}\r\n", b"{-1}\r\n"]
+        {
             assert_eq!(read(none), None, "{}", none.escape_ascii());
         }
     }

@@ -19,8 +19,8 @@ use crate::identity::{Credentials, Mechanism};
 const MAX_COMMANDS: u32 = 1000;
 /// First words of other protocols' first lines.
 const FOREIGN_VERBS: [&str; 16] = [
-    "GET", "POST", "HEAD", "PUT", "DELETE", "OPTIONS", "CONNECT", "TRACE", "PATCH", "PRI", "EHLO", "HELO", "LHLO", "MAIL",
-    "RCPT", "DATA",
+    "GET", "POST", "HEAD", "PUT", "DELETE", "OPTIONS", "CONNECT", "TRACE", "PATCH", "PRI", "EHLO", "HELO", "LHLO",
+    "MAIL", "RCPT", "DATA",
 ];
 /// First byte of a TLS handshake record.
 const TLS_HANDSHAKE: u8 = 0x16;
@@ -286,7 +286,13 @@ impl Prelogin {
         }
     }
 
-    fn run(&mut self, name: Command, tag: &Tag, mut arguments: Arguments<'_>, out: &mut Vec<u8>) -> Result<Next, Malformed> {
+    fn run(
+        &mut self,
+        name: Command,
+        tag: &Tag,
+        mut arguments: Arguments<'_>,
+        out: &mut Vec<u8>,
+    ) -> Result<Next, Malformed> {
         match name {
             Command::Login => return self.login(tag, arguments, out),
             Command::Authenticate => return self.authenticate(tag, arguments, out),

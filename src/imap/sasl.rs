@@ -74,7 +74,10 @@ mod tests {
 
     #[test]
     fn plain_messages() {
-        let read = |message: &[u8]| plain(message).map(|it| (it.user.to_string(), it.authzid.map(|name| name.to_string()), it.password.expose().to_vec()));
+        let read = |message: &[u8]| {
+            plain(message)
+                .map(|it| (it.user.to_string(), it.authzid.map(|name| name.to_string()), it.password.expose().to_vec()))
+        };
         assert_eq!(read(b"\0alice\0p w"), Ok(("alice".into(), None, b"p w".to_vec())));
         assert_eq!(read(b"alice\0alice\0x"), Ok(("alice".into(), None, b"x".to_vec())));
         assert_eq!(read(b"bob\0alice\0\xff"), Ok(("alice".into(), Some("bob".into()), b"\xff".to_vec())));

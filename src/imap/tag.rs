@@ -40,7 +40,22 @@ mod tests {
         for good in ["a", "A0001", "a:b", "a/b", "a=b", "a]b", "1.2-3_4", &"x".repeat(126)] {
             assert!(Tag::new(good.as_bytes()).is_some(), "{good}");
         }
-        for bad in ["", "*", "+", "a+b", "a b", "a\"b", "a\\b", "a(b", "a{5}", "a%", "a\0", "a\x7f", "\u{e4}", &"x".repeat(127)] {
+        for bad in [
+            "",
+            "*",
+            "+",
+            "a+b",
+            "a b",
+            "a\"b",
+            "a\\b",
+            "a(b",
+            "a{5}",
+            "a%",
+            "a\0",
+            "a\x7f",
+            "\u{e4}",
+            &"x".repeat(127),
+        ] {
             assert!(Tag::new(bad.as_bytes()).is_none(), "{bad:?}");
         }
     }

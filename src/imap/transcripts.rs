@@ -29,7 +29,11 @@ fn client(transport: Transport, chunks: &[&[u8]]) -> String {
                     let Credentials { user, authzid, password, mechanism } = &login.credentials;
                     let authzid = authzid.as_ref().map(|name| format!(" for {name}")).unwrap_or_default();
                     let password = String::from_utf8_lossy(password.expose()).into_owned();
-                    log += &format!("! {} login of {user}{authzid} with \"{password}\" by {}\n", login.tag, mechanism.as_str());
+                    log += &format!(
+                        "! {} login of {user}{authzid} with \"{password}\" by {}\n",
+                        login.tag,
+                        mechanism.as_str()
+                    );
                     let mut out = Vec::new();
                     let refusal = format!("{} NO refused\r\n", login.tag);
                     prelogin.refused(refusal.as_bytes(), true, &mut out);
@@ -63,8 +67,14 @@ fn check(transport: Transport, input: &[u8], expected: &str) {
 #[test]
 fn greetings() {
     for (transport, expected) in [
-        (Transport::Tls, "* OK [CAPABILITY IMAP4rev1 SASL-IR LITERAL+ ID ENABLE AUTH=PLAIN AUTH=LOGIN] Vestibule ready.\r\n"),
-        (Transport::StartTls, "* OK [CAPABILITY IMAP4rev1 SASL-IR LITERAL+ ID ENABLE STARTTLS LOGINDISABLED] Vestibule ready.\r\n"),
+        (
+            Transport::Tls,
+            "* OK [CAPABILITY IMAP4rev1 SASL-IR LITERAL+ ID ENABLE AUTH=PLAIN AUTH=LOGIN] Vestibule ready.\r\n",
+        ),
+        (
+            Transport::StartTls,
+            "* OK [CAPABILITY IMAP4rev1 SASL-IR LITERAL+ ID ENABLE STARTTLS LOGINDISABLED] Vestibule ready.\r\n",
+        ),
     ] {
         let mut out = Vec::new();
         Prelogin::new(policy(transport)).greet(&mut out);
@@ -172,7 +182,11 @@ fn no_password_in_clear() {
     check(Transport::StartTls, b"a LOGIN {5}\r\n", &format!("a {no}\n"));
     check(Transport::StartTls, b"a AUTHENTICATE PLAIN\r\n", &format!("a {no}\n"));
     // A literal that comes unasked is swallowed with its command, not run.
-    check(Transport::StartTls, b"a LOGIN alice {10+}\r\nx LOGOUT\r\n\r\nb NOOP\r\n", &format!("a {no}\nb OK NOOP completed.\n"));
+    check(
+        Transport::StartTls,
+        b"a LOGIN alice {10+}\r\nx LOGOUT\r\n\r\nb NOOP\r\n",
+        &format!("a {no}\nb OK NOOP completed.\n"),
+    );
     let said = client_at_every_split(Transport::StartTls, &b"a LOGIN alice secret\r\n".repeat(6));
     assert!(said.ends_with("! close: TooManyFailedLogins\n"), "{said}");
 }
@@ -190,10 +204,20 @@ fn starttls_and_what_follows_it() {
 
 #[test]
 fn other_protocols_get_no_answer() {
-    for input in [&b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"[..], b"post /x HTTP/1.0\r\n", b"EHLO client\r\n", b"MAIL FROM:<a>\r\n", b"DATA\r\n"] {
+    for input in [
+        &b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"[..],
+        b"post /x HTTP/1.0\r\n",
+        b"EHLO client\r\n",
+        b"MAIL FROM:<a>\r\n",
+        b"DATA\r\n",
+    ] {
         check(Transport::Tls, input, "! close: ForeignProtocol\n");
     }
-    check(Transport::Tls, b"GET NOOP\r\nGET / HTTP/1.1\r\n", "GET OK NOOP completed.\nGET BAD Error in IMAP command: not known, or not allowed before login.\n");
+    check(
+        Transport::Tls,
+        b"GET NOOP\r\nGET / HTTP/1.1\r\n",
+        "GET OK NOOP completed.\nGET BAD Error in IMAP command: not known, or not allowed before login.\n",
+    );
     check(Transport::StartTls, b"\x16\x03\x01\x02\x00", "! close: TlsOnPlainPort\n");
     check(Transport::Plain, b"\x16\x03\x01\x02\x00", "! close: TlsOnPlainPort\n");
 }
@@ -202,10 +226,21 @@ fn other_protocols_get_no_answer() {
 fn caps_are_answered_and_then_the_connection_ends() {
     let long = [b"a LOGIN alice ", &[b'x'; 2000][..]].concat();
     let over_line = "The line is too long.";
-    assert_eq!(client(Transport::Tls, &[&long]), format!("a BAD {over_line}\n* BYE {over_line}\n! close: LineTooLong\n"));
-    assert_eq!(client(Transport::Tls, &[&[b'x'; 2000]]), format!("* BAD {over_line}\n* BYE {over_line}\n! close: LineTooLong\n"));
+    assert_eq!(
+        client(Transport::Tls, &[&long]),
+        format!("a BAD {over_line}\n* BYE {over_line}\n! close: LineTooLong\n")
+    );
+    assert_eq!(
+        client(Transport::Tls, &[&[b'x'; 2000]]),
+        format!("* BAD {over_line}\n* BYE {over_line}\n! close: LineTooLong\n")
+    );
     let over_literal = "a BAD The literal is too long.\n* BYE The literal is too long.\n! close: LiteralTooLong\n";
-    for input in [&b"a LOGIN alice {257}\r\n"[..], b"a LOGIN alice {257+}\r\n", b"a LOGIN {4294967296}\r\n", b"a LOGIN {0+}\r\n{0+}\r\n{0+}\r\n{0+}\r\n{0+}\r\n"] {
+    for input in [
+        &b"a LOGIN alice {257}\r\n"[..],
+        b"a LOGIN alice {257+}\r\n",
+        b"a LOGIN {4294967296}\r\n",
+        b"a LOGIN {0+}\r\n{0+}\r\n{0+}\r\n{0+}\r\n{0+}\r\n",
+    ] {
         check(Transport::Tls, input, over_literal);
     }
     let response = [b"a AUTHENTICATE PLAIN\r\n", &[b'A'; 2000][..]].concat();
@@ -264,8 +299,17 @@ fn the_clients_id_is_kept_and_its_claims_are_not() {
 #[test]
 fn nothing_hostile_is_taken_for_a_login() {
     for input in [
-        &b"a LOGIN ((((((((((\r\n"[..], b"a LOGIN \"\r\n", b"a LOGIN {\r\n", b"a LOGIN {}\r\n", b"a LOGIN alice\r\n", b"a LOGIN\r\n",
-        b"a AUTHENTICATE\r\n", b"a AUTHENTICATE PLAIN x y\r\n", b"a ID (\"a\r\n", b"* LOGIN alice x\r\n", b"+ LOGIN alice x\r\n",
+        &b"a LOGIN ((((((((((\r\n"[..],
+        b"a LOGIN \"\r\n",
+        b"a LOGIN {\r\n",
+        b"a LOGIN {}\r\n",
+        b"a LOGIN alice\r\n",
+        b"a LOGIN\r\n",
+        b"a AUTHENTICATE\r\n",
+        b"a AUTHENTICATE PLAIN x y\r\n",
+        b"a ID (\"a\r\n",
+        b"* LOGIN alice x\r\n",
+        b"+ LOGIN alice x\r\n",
         b"\xff\xfe LOGIN alice x\r\n",
     ] {
         let said = client_at_every_split(Transport::Tls, input);
@@ -340,7 +384,8 @@ impl Server {
     fn check(&self, dialogue: &str) {
         for bytewise in [false, true] {
             let said = self.run(dialogue, bytewise);
-            let expected = dialogue.lines().map(str::trim).filter(|line| !line.is_empty()).collect::<Vec<_>>().join("\n");
+            let expected =
+                dialogue.lines().map(str::trim).filter(|line| !line.is_empty()).collect::<Vec<_>>().join("\n");
             assert_eq!(said, expected, "bytewise: {bytewise}\n--- said:\n{said}\n--- expected:\n{expected}\n");
         }
     }
@@ -402,7 +447,11 @@ impl Server {
                     machine.tls_established();
                 }
                 ServerStep::Accepted { to_client } => {
-                    log.extend(to_client.split_inclusive(|byte| *byte == b'\n').map(|line| format!("! client: {}", escape(line))));
+                    log.extend(
+                        to_client
+                            .split_inclusive(|byte| *byte == b'\n')
+                            .map(|line| format!("! client: {}", escape(line))),
+                    );
                     return true;
                 }
                 ServerStep::Refused { reply, counts } => {
@@ -440,7 +489,8 @@ fn alice() -> Server {
 #[test]
 fn one_round_trip_with_sasl_ir_and_id() {
     let mut server = alice();
-    server.id = vec![(b"name".to_vec(), Some(b"mu\"tt".to_vec())), (b"os".to_vec(), None), (b"bad".to_vec(), Some(vec![0xff]))];
+    server.id =
+        vec![(b"name".to_vec(), Some(b"mu\"tt".to_vec())), (b"os".to_vec(), None), (b"bad".to_vec(), Some(vec![0xff]))];
     server.check(
         r#"
         S: * OK [CAPABILITY IMAP4rev1 SASL-IR ID AUTH=PLAIN] ready
@@ -462,7 +512,8 @@ fn one_round_trip_with_sasl_ir_and_id() {
 #[test]
 fn what_the_server_says_after_its_ok_reaches_the_client() {
     let server = alice();
-    let said = server.run("S: * OK [CAPABILITY IMAP4rev1] hi\nC: x\nS: L OK [CAPABILITY X] in\nS: * 3 EXISTS\nS: half", false);
+    let said =
+        server.run("S: * OK [CAPABILITY IMAP4rev1] hi\nC: x\nS: L OK [CAPABILITY X] in\nS: * 3 EXISTS\nS: half", false);
     assert!(said.ends_with("! client: tag1 OK [CAPABILITY X] in\n! client: * 3 EXISTS\n! client: half"), "{said}");
 }
 
@@ -598,8 +649,10 @@ fn starttls_with_a_server() {
          ! client: tag1 OK [CAPABILITY IMAP4rev1] in",
     );
     server.check("S: * OK [CAPABILITY IMAP4rev1 AUTH=PLAIN] ready\n! unavailable: StartTlsNotOffered");
-    server.check("S: * OK [CAPABILITY IMAP4rev1 STARTTLS] ready\nC: S STARTTLS\nS: S NO\n! unavailable: StartTlsRefused");
-    let residue = "S: * OK [CAPABILITY IMAP4rev1 STARTTLS] ready\nC: S STARTTLS\nS: S OK go\nS: L OK [CAPABILITY X] injected";
+    server
+        .check("S: * OK [CAPABILITY IMAP4rev1 STARTTLS] ready\nC: S STARTTLS\nS: S NO\n! unavailable: StartTlsRefused");
+    let residue =
+        "S: * OK [CAPABILITY IMAP4rev1 STARTTLS] ready\nC: S STARTTLS\nS: S OK go\nS: L OK [CAPABILITY X] injected";
     assert!(server.run(residue, false).ends_with("! unavailable: StartTlsResidue"));
 }
 
@@ -614,7 +667,9 @@ fn greetings_that_are_none() {
 #[test]
 fn refusals() {
     let refused = |answer: &str, expected: &str| {
-        alice().check(&format!("S: * OK [CAPABILITY IMAP4rev1] x\nC: L LOGIN \"alice\" \"secret\"\nS: {answer}\n! {expected}"));
+        alice().check(&format!(
+            "S: * OK [CAPABILITY IMAP4rev1] x\nC: L LOGIN \"alice\" \"secret\"\nS: {answer}\n! {expected}"
+        ));
     };
     refused("L NO [AUTHENTICATIONFAILED] Wrong", "refused: tag1 NO [AUTHENTICATIONFAILED] Wrong");
     refused("L NO [EXPIRED] Old password", "refused: tag1 NO [EXPIRED] Old password");

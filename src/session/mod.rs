@@ -323,11 +323,7 @@ impl Session {
 }
 
 /// Step 4: the user's servers in order, until one gives an answer that counts for all of them.
-async fn log_in_somewhere(
-    live: &Live,
-    backend: &Backend,
-    request: &Request<'_>,
-) -> (Outcome, Option<Arc<Server>>) {
+async fn log_in_somewhere(live: &Live, backend: &Backend, request: &Request<'_>) -> (Outcome, Option<Arc<Server>>) {
     let deadline = time::Instant::now() + live.limits.server_login;
     let user = request.credentials.mailbox_user().routing_key();
     let servers = timeout_at(deadline.min(time::Instant::now() + live.limits.connect), backend.candidates(&user)).await;

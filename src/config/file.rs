@@ -1,0 +1,235 @@
+//! The configuration as written: one struct a map of the YAML, whose doc comments are the reference.
+//!
+//! Lists of maps are kept as plain YAML here, so that `check` reads their items one by one and a mistake in one does not
+//! hide those in the next.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+
+use serde::Deserialize;
+use serde_yaml::{Mapping, Value};
+
+use super::values::{ServerEntry, Size, Span, TlsEntry, Words};
+
+/// The whole file.
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub(super) struct File {
+    /// Ports that clients connect to: [`ListenerMap`].
+    pub(super) listeners: Vec<Value>,
+    /// What clients are shown.
+    pub(super) tls: TlsSection,
+    /// Named sets of servers: [`BackendMap`].
+    pub(super) backends: Mapping,
+    /// Asked in order; the first that knows the user wins: [`RouteMap`].
+    pub(super) routes: Vec<Value>,
+    /// Deadlines and caps.
+    pub(super) limits: LimitsMap,
+    /// Metrics and health.
+    pub(super) admin: AdminMap,
+    /// Log records.
+    pub(super) log: LogMap,
+    /// DNS.
+    pub(super) resolver: ResolverMap,
+}
+
+/// An item of `listeners`.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct ListenerMap {
+    /// Address and port. `[::]` takes IPv4 too.
+    pub(super) address: String,
+    /// How TLS begins.
+    pub(super) tls: TlsWord,
+}
+
+/// How TLS begins, on either side.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub(super) enum TlsWord {
+    /// At once (port 993).
+    Implicit,
+    /// In clear, then the command STARTTLS (port 143).
+    StartTls,
+    /// Never.
+    None,
+}
+
+/// `tls` of the file.
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub(super) struct TlsSection {
+    /// Chosen by SNI; the first is the default: [`CertificateMap`].
+    pub(super) certificates: Vec<Value>,
+}
+
+/// An item of `tls.certificates`.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct CertificateMap {
+    /// PEM file: the certificate, then its intermediates.
+    pub(super) cert: PathBuf,
+    /// PEM file: its private key, not encrypted.
+    pub(super) key: PathBuf,
+}
+
+/// A value of `backends`.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct BackendMap {
+    /// `"host:port"`, or [`ServerMap`].
+    pub(super) servers: Vec<Value>,
+    /// A word, or [`TlsMap`].
+    #[serde(default)]
+    pub(super) tls: Option<TlsEntry>,
+    /// What servers learn of the client.
+    #[serde(default)]
+    pub(super) client_info: ClientInfoWord,
+    /// Whether a client may log in on behalf of another user (RFC 4616).
+    #[serde(default)]
+    pub(super) authzid: AuthzidWord,
+}
+
+/// An item of `servers` that is no word.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct ServerMap {
+    /// `host:port`.
+    pub(super) address: Option<String>,
+    /// Share of users among the backend's servers, 1 to 1000.
+    pub(super) weight: Option<u32>,
+    /// A DNS name whose SRV record lists the servers.
+    pub(super) srv: Option<String>,
+}
+
+/// `tls` of a backend that is no word.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct TlsMap {
+    /// How TLS begins.
+    pub(super) mode: TlsWord,
+    /// PEM file of root certificates, instead of the system's.
+    pub(super) ca: Option<PathBuf>,
+    /// The name certificates must carry, instead of the server's.
+    pub(super) server_name: Option<String>,
+    /// `sha256:` and the base64 of the SHA-256 of a certificate's public key (SubjectPublicKeyInfo).
+    pub(super) pin: Option<Words>,
+    /// `true`: certificates go unchecked.
+    pub(super) insecure: Option<bool>,
+}
+
+/// `client_info`.
+#[derive(Debug, Clone, Copy, Default, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub(super) enum ClientInfoWord {
+    /// The command ID with x-originating-ip and its kin.
+    #[default]
+    Id,
+    /// A PROXY protocol header, version 1.
+    #[serde(rename = "proxy-v1")]
+    ProxyV1,
+    /// A PROXY protocol header, version 2.
+    #[serde(rename = "proxy-v2")]
+    ProxyV2,
+    /// Nothing.
+    None,
+}
+
+/// `authzid`.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub(super) enum AuthzidWord {
+    /// The login is refused.
+    #[default]
+    Refuse,
+    /// Route by it and pass it on; the server decides.
+    Allow,
+}
+
+/// An item of `routes`: exactly one key.
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub(super) struct RouteMap {
+    /// A text file: user and backend a line.
+    pub(super) table: Option<PathBuf>,
+    /// Domains and their backends.
+    pub(super) domain: Option<BTreeMap<String, String>>,
+    /// Backends that share all users by consistent hashing.
+    pub(super) hash: Option<Vec<String>>,
+    /// The backend of everybody else.
+    pub(super) default: Option<String>,
+}
+
+/// `limits`; absent keys have their defaults, see [`super::Limits`].
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub(super) struct LimitsMap {
+    pub(super) handshake: Option<Span>,
+    pub(super) login: Option<Span>,
+    pub(super) lookup: Option<Span>,
+    pub(super) connect: Option<Span>,
+    pub(super) server_login: Option<Span>,
+    pub(super) line: Option<Size>,
+    pub(super) literal: Option<Size>,
+    pub(super) bad_commands: Option<u32>,
+    pub(super) failed_logins: Option<u32>,
+    pub(super) idle: Option<Span>,
+    pub(super) half_close: Option<Span>,
+    pub(super) drain: Option<Span>,
+    pub(super) keepalive: Option<Span>,
+    pub(super) sessions: Option<u32>,
+    pub(super) untagged_lines: Option<u32>,
+    pub(super) untagged_bytes: Option<Size>,
+}
+
+/// `admin`.
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub(super) struct AdminMap {
+    /// Where /metrics, /health and /ready are answered. Absent: nowhere.
+    pub(super) address: Option<String>,
+}
+
+/// `log`.
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub(super) struct LogMap {
+    /// How records look.
+    pub(super) format: FormatWord,
+    /// The least important level that is written.
+    pub(super) level: LevelWord,
+}
+
+/// `log.format`.
+#[derive(Debug, Clone, Copy, Default, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub(super) enum FormatWord {
+    #[default]
+    Text,
+    Json,
+}
+
+/// `log.level`.
+#[derive(Debug, Clone, Copy, Default, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub(super) enum LevelWord {
+    Error,
+    Warn,
+    #[default]
+    Info,
+    Debug,
+    Trace,
+}
+
+/// `resolver`.
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub(super) struct ResolverMap {
+    /// Name servers, `ip:port`. Absent: the system's.
+    pub(super) servers: Vec<String>,
+    /// Of one question to one server.
+    pub(super) timeout: Option<Span>,
+}
+
+/// The server entry is used by `check`.
+pub(super) type Server = ServerEntry;

@@ -1,0 +1,242 @@
+//! Configurations that are right, and what is said of those that are not.
+
+use std::path::Path;
+
+use super::*;
+
+const MINIMAL: &str = "\
+listeners: [{address: '127.0.0.1:1143', tls: none}]
+backends: {a: {servers: ['192.0.2.1:143']}}
+routes: [{default: a}]
+";
+
+#[track_caller]
+fn mistakes(text: &str) -> Vec<String> {
+    let report = parse(Path::new("v.yaml"), text).expect_err("the configuration has a mistake");
+    report.problems().iter().map(ToString::to_string).collect()
+}
+
+/// `MINIMAL` and more.
+#[track_caller]
+fn with(more: &str) -> Vec<String> {
+    mistakes(&format!("{MINIMAL}{more}"))
+}
+
+#[test]
+fn the_least_configuration_has_all_defaults() {
+    let config = parse(Path::new("v.yaml"), MINIMAL).unwrap();
+    assert_eq!(config.limits, Limits::default());
+    assert_eq!(config.backends[0].client_info, ClientInfo::Id);
+    assert!(!config.backends[0].authzid);
+    assert_eq!(config.log, Log { format: LogFormat::Text, level: Level::Info });
+    assert_eq!(config.admin, None);
+}
+
+#[test]
+fn every_shipped_configuration_is_right() {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("config");
+    let mut files = 0;
+    for entry in fs::read_dir(folder).unwrap() {
+        let path = entry.unwrap().path();
+        if path.extension().is_some_and(|extension| extension == "yaml") {
+            load(&path).unwrap_or_else(|report| panic!("{report}"));
+            files += 1;
+        }
+    }
+    assert!(files >= 4, "{files} files found");
+}
+
+#[test]
+fn the_reference_names_every_key_and_its_default() {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("config/reference.yaml");
+    let text = fs::read_to_string(&path).unwrap();
+    let source = include_str!("file.rs");
+    let keys: Vec<&str> = source
+        .lines()
+        .filter_map(|line| line.trim().strip_prefix("pub(super) ")?.split_once(':').map(|(key, _)| key))
+        .filter(|key| key.bytes().all(|byte| byte.is_ascii_lowercase() || byte == b'_'))
+        .collect();
+    assert!(keys.len() > 35, "{keys:?}");
+    for key in keys {
+        assert!(text.contains(&format!("{key}:")), "reference.yaml does not mention {key}");
+    }
+    assert_eq!(load(&path).unwrap().limits, Limits::default(), "the reference shows the defaults");
+}
+
+#[test]
+fn unknown_keys_get_the_nearest_known_one() {
+    assert_eq!(with("limts: {}\n"), ["v.yaml:4:1: limts: unknown key; did you mean `limits`?"]);
+    assert_eq!(with("limits: {conect: 1s}\n"), ["v.yaml:4:10: limits.conect: unknown key; did you mean `connect`?"]);
+    let said = mistakes(
+        "listeners: [{adress: '[::]:143', tls: none}]\nbackends: {a: {servers: ['192.0.2.1:1']}}\nroutes: [{default: a}]\n",
+    );
+    assert_eq!(
+        said,
+        [
+            "v.yaml:1:13: listeners[0]: the key `address` is missing",
+            "v.yaml:1:14: listeners[0].adress: unknown key; did you mean `address`?"
+        ]
+    );
+}
+
+#[test]
+fn all_mistakes_are_listed_at_once() {
+    let said = mistakes(
+        "listeners:
+  - address: 993
+    tls: implict
+  - address: localhost:143
+    tls: none
+backends:
+  shard-a:
+    servers: ['10.0.0.1', 'mail:0', {address: 'm:143', weight: 0}, {weight: 3}, 'm:143']
+    tls: {mode: none, insecure: true}
+    colour: red
+routes:
+  - default: shard-b
+  - table: users.txt
+  - {hash: [shard-a], default: shard-a}
+limits: {idle: 10m, line: 5, bad_commands: -1, connect: fast}
+admin: {address: ':9143'}
+",
+    );
+    let expected = [
+        "v.yaml:2:5: listeners[0].address: expected a string, found a number",
+        "v.yaml:3:5: listeners[0].tls: expected one of implicit, starttls, none; did you mean `implicit`?",
+        "v.yaml:4:5: listeners[1].address: expected an address and a port, like \"[::]:993\", found \"localhost:143\"",
+        "v.yaml:8:15: backends.shard-a.servers[0]: expected host:port, like 10.0.0.11:143, [2001:db8::1]:143 or mail.internal:143, found \"10.0.0.1\"",
+        "v.yaml:8:27: backends.shard-a.servers[1]: expected host:port, like 10.0.0.11:143, [2001:db8::1]:143 or mail.internal:143, found \"mail:0\"",
+        "v.yaml:8:56: backends.shard-a.servers[2].weight: expected a number from 1 to 1000",
+        "v.yaml:8:68: backends.shard-a.servers[3]: the key `address` is missing (or `srv`)",
+        "v.yaml:8:81: backends.shard-a.servers[4]: the same server stands in this backend already",
+        "v.yaml:9:23: backends.shard-a.tls.insecure: has no effect with mode none",
+        "v.yaml:10:5: backends.shard-a.colour: unknown key; known: servers, tls, client_info, authzid",
+        "v.yaml:12:5: routes[0].default: no backend is declared as \"shard-b\"; did you mean `shard-a`?",
+        "v.yaml:14:5: routes[2]: expected exactly one of table, domain, hash, default",
+        "v.yaml:15:10: limits.idle: expected off or a duration from 30m to 1year",
+        "v.yaml:15:21: limits.line: expected a size from 1024 to 16777216 bytes",
+        "v.yaml:15:30: limits.bad_commands: expected a whole number, found a number",
+        "v.yaml:15:48: limits.connect: expected a duration with its unit, like 10s or 30m, found a text of another form",
+        "v.yaml:16:9: admin.address: expected an address and a port, like \"127.0.0.1:9143\", found \":9143\"",
+    ];
+    for line in expected {
+        assert!(said.iter().any(|other| other == line), "{line}\nis missing in\n{}", said.join("\n"));
+    }
+    assert_eq!(said.len(), expected.len(), "{}", said.join("\n"));
+}
+
+#[test]
+fn a_key_that_stands_twice_is_told_with_both_places() {
+    assert_eq!(with("routes: []\n"), ["v.yaml:4:1: routes: the key stands twice; the first time in line 3"]);
+    let backend = MINIMAL.replace("{a: {", "{a: {tls: none}, a: {");
+    assert_eq!(mistakes(&backend), ["v.yaml:2:28: backends.a: the key stands twice; the first time in line 2"]);
+}
+
+#[test]
+fn values_that_may_be_secrets_are_not_shown() {
+    for text in [
+        "admin: {address: {password: hunter2}}\n",
+        "limits: {connect: hunter2}\n",
+        "limits: hunter2\n",
+        "log: {level: hunter2}\n",
+        "log: [hunter2]\n",
+        "password: hunter2\n",
+        "tls: {certificates: [{cert: [hunter2], key: hunter2}]}\n",
+    ] {
+        let said = with(text).join("\n");
+        assert!(!said.contains("hunter2"), "{said}");
+    }
+}
+
+#[test]
+fn contradictions() {
+    let tls = |tls: &str| mistakes(&MINIMAL.replace("143']}}", &format!("143'], tls: {tls}}}}}")));
+    assert!(
+        tls("{mode: implicit, ca: x, insecure: true}")[0]
+            .contains("backends.a.tls: ca and insecure exclude each other")
+    );
+    assert!(tls("{mode: starttls, pin: abc}")[0].contains("backends.a.tls.pin: expected sha256:"));
+    assert!(
+        tls("{mode: starttls, server_name: 'a b'}")[0].contains("backends.a.tls.server_name: expected a host name")
+    );
+    assert!(
+        tls("no")[0].contains("backends.a.tls: expected one of implicit, starttls, none"),
+        "YAML 1.1 would read false"
+    );
+    assert!(tls("false")[0].contains("found true or false"));
+    let need = mistakes(&MINIMAL.replace("tls: none}", "tls: implicit}"));
+    assert_eq!(need, ["v.yaml:1:1: tls.certificates: a listener speaks TLS, so at least one certificate is needed"]);
+    let after = mistakes(&MINIMAL.replace("[{default: a}]", "[{default: a}, {table: x}]"));
+    assert!(after[0].contains("routes[1]: is never asked"), "{after:?}");
+    let twice = mistakes(&MINIMAL.replace("tls: none}]", "tls: none}, {address: '127.0.0.1:1143', tls: none}]"));
+    assert!(
+        twice[0].contains("listeners[1].address: 127.0.0.1:1143 is another listener's address already"),
+        "{twice:?}"
+    );
+}
+
+#[test]
+fn a_proxy_pointed_at_itself() {
+    let loops = |listener: &str, server: &str| {
+        let text = MINIMAL.replace("127.0.0.1:1143", listener).replace("192.0.2.1:143", server);
+        parse(Path::new("v.yaml"), &text).is_err()
+    };
+    assert!(loops("127.0.0.1:1143", "127.0.0.1:1143"));
+    assert!(loops("0.0.0.0:1143", "127.0.0.1:1143"));
+    assert!(loops("[::]:1143", "127.0.0.1:1143"));
+    assert!(loops("127.0.0.1:1143", "[::ffff:127.0.0.1]:1143"));
+    assert!(!loops("127.0.0.1:1143", "127.0.0.1:1144"));
+    assert!(!loops("[::]:1143", "192.0.2.1:1143"));
+    assert!(!loops("127.0.0.1:0", "127.0.0.1:143"));
+}
+
+#[test]
+fn servers_in_every_form() {
+    let servers = "['10.0.0.11:143', '[2001:db8::1]:143', 'Mail-A2.internal:143', {address: 'm:1', weight: 2}, {srv: _imap._tcp.shard-a.internal}]";
+    let config = parse(Path::new("v.yaml"), &MINIMAL.replace("['192.0.2.1:143']", servers)).unwrap();
+    let hosts: Vec<String> = config.backends[0]
+        .servers
+        .iter()
+        .map(|server| match server {
+            Server::Address { host: Host::Ip(ip), port, weight, .. } => format!("{ip} {port} {weight}"),
+            Server::Address { host: Host::Name(name), port, weight, .. } => format!("{name} {port} {weight}"),
+            Server::Srv { name, .. } => format!("srv {name}"),
+        })
+        .collect();
+    assert_eq!(
+        hosts,
+        ["10.0.0.11 143 1", "2001:db8::1 143 1", "mail-a2.internal 143 1", "m 1 2", "srv _imap._tcp.shard-a.internal"]
+    );
+}
+
+#[test]
+fn files_that_are_no_configuration() {
+    let folder = tempfile::tempdir().unwrap();
+    let said = |content: &[u8]| {
+        let path = folder.path().join("v.yaml");
+        fs::write(&path, content).unwrap();
+        load(&path).unwrap_err().to_string()
+    };
+    assert!(said(b"").contains("the file is empty"));
+    assert!(said(b"# nothing\n").contains("the file is empty"));
+    assert!(said(b"\xff\xfe").contains("not UTF-8 at byte 0"));
+    assert!(said(b"a: [\n").contains("not YAML"));
+    assert!(said(b"a:\n\t- b\n").contains("not YAML"));
+    assert!(said(b"- a\n").contains("expected a map, found a list"));
+    assert!(said(&vec![b'#'; 17 << 20]).contains("over 16 MiB"));
+    assert!(load(folder.path()).unwrap_err().to_string().contains("directory"));
+    assert!(
+        load(&folder.path().join("absent.yaml")).unwrap_err().to_string().contains("absent.yaml:1:1: No such file")
+    );
+    let bomb = "a: &a [x,x,x,x,x,x,x,x,x]\nb: &b [*a,*a,*a,*a,*a,*a,*a,*a,*a]\nc: &c [*b,*b,*b,*b,*b,*b,*b,*b,*b]\nd: &d [*c,*c,*c,*c,*c,*c,*c,*c,*c]\ne: &e [*d,*d,*d,*d,*d,*d,*d,*d,*d]\nf: &f [*e,*e,*e,*e,*e,*e,*e,*e,*e]\ng: [*f,*f,*f,*f,*f,*f,*f,*f,*f]\n";
+    assert!(said(bomb.as_bytes()).contains("v.yaml:"));
+}
+
+#[test]
+fn paths_count_from_the_files_folder() {
+    let text = MINIMAL.replace("{default: a}", "{table: users.txt}");
+    let config = parse(Path::new("/etc/vestibule/v.yaml"), &text).unwrap();
+    let Route::Table(table) = &config.routes[0] else { panic!("a table") };
+    assert_eq!(table.value, Path::new("/etc/vestibule/users.txt"));
+    assert_eq!((table.place.line, table.place.key.as_str()), (3, "routes[0].table"));
+}

@@ -1,0 +1,151 @@
+//! Values with a form of their own: durations, sizes, and things that are one word or a map.
+
+use std::fmt;
+use std::time::Duration;
+
+use serde::de::value::SeqAccessDeserializer;
+use serde::de::{self, Deserialize, Deserializer, MapAccess, SeqAccess, Visitor, value::MapAccessDeserializer};
+
+use super::file::{ServerMap, TlsMap, TlsWord};
+
+/// `10s`, `2m`, `1h 30m`; `off` where the key allows it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Span(pub(super) Option<Duration>);
+
+impl<'de> Deserialize<'de> for Span {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Words;
+        impl Visitor<'_> for Words {
+            type Value = Span;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("a duration with its unit, like 10s or 30m")
+            }
+
+            fn visit_str<E: de::Error>(self, text: &str) -> Result<Span, E> {
+                if text == "off" {
+                    return Ok(Span(None));
+                }
+                let duration = humantime::parse_duration(text);
+                duration
+                    .map(|duration| Span(Some(duration)))
+                    .map_err(|_| E::invalid_type(de::Unexpected::Str(text), &self))
+            }
+        }
+        deserializer.deserialize_any(Words)
+    }
+}
+
+/// A number of bytes, or `64KiB`, `1MiB`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Size(pub(super) usize);
+
+impl<'de> Deserialize<'de> for Size {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Words;
+        impl Visitor<'_> for Words {
+            type Value = Size;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("a size, like 64KiB, or a number of bytes")
+            }
+
+            fn visit_u64<E: de::Error>(self, bytes: u64) -> Result<Size, E> {
+                usize::try_from(bytes).map(Size).map_err(|_| E::invalid_type(de::Unexpected::Unsigned(bytes), &self))
+            }
+
+            fn visit_str<E: de::Error>(self, text: &str) -> Result<Size, E> {
+                let units = [("KiB", 1 << 10), ("MiB", 1 << 20), ("B", 1)];
+                let with_unit = units.iter().find_map(|(unit, factor)| Some((text.strip_suffix(unit)?, *factor)));
+                let (number, factor) = with_unit.unwrap_or((text, 1));
+                let size = number.trim().parse::<usize>().ok().and_then(|number| number.checked_mul(factor));
+                size.map(Size).ok_or_else(|| E::invalid_type(de::Unexpected::Str(text), &self))
+            }
+        }
+        deserializer.deserialize_any(Words)
+    }
+}
+
+/// `"host:port"`, or a map.
+#[derive(Debug)]
+pub(super) enum ServerEntry {
+    Word(String),
+    Map(ServerMap),
+}
+
+impl<'de> Deserialize<'de> for ServerEntry {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Either;
+        impl<'de> Visitor<'de> for Either {
+            type Value = ServerEntry;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("\"host:port\", {address: \"host:port\", weight: 2} or {srv: _imap._tcp.example.org}")
+            }
+
+            fn visit_str<E>(self, text: &str) -> Result<ServerEntry, E> {
+                Ok(ServerEntry::Word(text.to_owned()))
+            }
+
+            fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<ServerEntry, A::Error> {
+                ServerMap::deserialize(MapAccessDeserializer::new(map)).map(ServerEntry::Map)
+            }
+        }
+        deserializer.deserialize_any(Either)
+    }
+}
+
+/// `none`, `starttls`, `implicit`, or a map.
+#[derive(Debug)]
+pub(super) enum TlsEntry {
+    Word(TlsWord),
+    Map(TlsMap),
+}
+
+impl<'de> Deserialize<'de> for TlsEntry {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Either;
+        impl<'de> Visitor<'de> for Either {
+            type Value = TlsEntry;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("none, starttls, implicit, or a map with mode and ca, server_name, pin or insecure")
+            }
+
+            fn visit_str<E: de::Error>(self, text: &str) -> Result<TlsEntry, E> {
+                TlsWord::deserialize(de::value::StrDeserializer::<E>::new(text)).map(TlsEntry::Word)
+            }
+
+            fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<TlsEntry, A::Error> {
+                TlsMap::deserialize(MapAccessDeserializer::new(map)).map(TlsEntry::Map)
+            }
+        }
+        deserializer.deserialize_any(Either)
+    }
+}
+
+/// One word or a list of words.
+#[derive(Debug)]
+pub(super) struct Words(pub(super) Vec<String>);
+
+impl<'de> Deserialize<'de> for Words {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Either;
+        impl<'de> Visitor<'de> for Either {
+            type Value = Words;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("a word or a list of words")
+            }
+
+            fn visit_str<E>(self, text: &str) -> Result<Words, E> {
+                Ok(Words(vec![text.to_owned()]))
+            }
+
+            fn visit_seq<A: SeqAccess<'de>>(self, list: A) -> Result<Words, A::Error> {
+                Vec::deserialize(SeqAccessDeserializer::new(list)).map(Words)
+            }
+        }
+        deserializer.deserialize_any(Either)
+    }
+}
