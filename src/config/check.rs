@@ -408,7 +408,7 @@ fn limits(reader: &mut Reader<'_>, written: &LimitsMap) -> Limits {
         ),
         half_close: bounded(reader, "limits.half_close", written.half_close, default.half_close, seconds(1, hour)),
         drain: bounded(reader, "limits.drain", written.drain, default.drain, seconds(0, 7 * day)),
-        idle: or_off(reader, "limits.idle", written.idle, default.idle, seconds(1800, 365 * day)),
+        idle: or_off(reader, "limits.idle", written.idle, default.idle, seconds(1800, 30 * day)),
         keepalive: or_off(reader, "limits.keepalive", written.keepalive, default.keepalive, seconds(10, day)),
         line: size(reader, "limits.line", written.line, default.line, 1024..=16 << 20),
         literal: size(reader, "limits.literal", written.literal, default.literal, 256..=16 << 20),

@@ -1,0 +1,647 @@
+//! A tiny IMAP server on imap-codec: one user, one INBOX, enough for mail clients to read and flag.
+//!
+//! It is the demo's mailbox server and, in tests, the well-behaved server behind the proxy. It is no product: it has no
+//! TLS, no limits beyond a line's length, and forgets everything when it ends.
+
+use std::borrow::Cow;
+use std::num::NonZeroU32;
+use std::sync::Arc;
+
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD;
+use imap_codec::decode::{CommandDecodeError, Decoder};
+use imap_codec::encode::Encoder;
+use imap_codec::imap_types::IntoStatic;
+use imap_codec::imap_types::auth::AuthMechanism;
+use imap_codec::imap_types::body::{BasicFields, Body, BodyStructure, SpecificFields};
+use imap_codec::imap_types::command::{Command, CommandBody};
+use imap_codec::imap_types::core::{IString, Literal, NString, QuotedChar, Tag, Text, Vec1};
+use imap_codec::imap_types::envelope::{Address, Envelope};
+use imap_codec::imap_types::fetch::{
+    Macro, MacroOrMessageDataItemNames, MessageDataItem, MessageDataItemName, Section,
+};
+use imap_codec::imap_types::flag::{Flag, FlagFetch, FlagPerm, StoreResponse, StoreType};
+use imap_codec::imap_types::mailbox::{ListMailbox, Mailbox as MailboxName};
+use imap_codec::imap_types::response::{
+    Capability, Code, CodeOther, CommandContinuationRequest, Data, Greeting, Response, Status,
+};
+use imap_codec::imap_types::search::SearchKey;
+use imap_codec::imap_types::sequence::SequenceSet;
+use imap_codec::imap_types::status::{StatusDataItem, StatusDataItemName};
+use imap_codec::{CommandCodec, GreetingCodec, ResponseCodec};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
+use tokio::net::TcpListener;
+use tokio_util::sync::CancellationToken;
+
+use super::mailbox::{Mailbox, Message};
+
+/// A command over this is refused.
+const MAX_COMMAND: usize = 64 * 1024;
+const UID_VALIDITY: u32 = 1;
+
+/// Accepts connections until `stop`.
+pub async fn serve(listener: TcpListener, mailbox: Arc<Mailbox>, stop: CancellationToken) {
+    let accept = async {
+        while let Ok((socket, _)) = listener.accept().await {
+            let connection = Connection::new(socket, mailbox.clone());
+            let stop = stop.clone();
+            tokio::spawn(async move {
+                // A client that is gone needs no answer.
+                let _ = stop.run_until_cancelled(connection.run()).await;
+            });
+        }
+    };
+    stop.run_until_cancelled(accept).await;
+}
+
+/// One client.
+struct Connection<S> {
+    socket: S,
+    mailbox: Arc<Mailbox>,
+    input: Vec<u8>,
+    output: Vec<u8>,
+    logged_in: bool,
+    /// Whether INBOX is open, and may be changed.
+    selected: Option<Access>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Access {
+    ReadOnly,
+    ReadWrite,
+}
+
+/// How a command ends: the word and the text of its tagged answer.
+enum Done {
+    Ok(Option<Code<'static>>, &'static str),
+    No(Option<Code<'static>>, &'static str),
+    Bad(&'static str),
+}
+
+impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
+    fn new(socket: S, mailbox: Arc<Mailbox>) -> Self {
+        Self { socket, mailbox, input: Vec::new(), output: Vec::new(), logged_in: false, selected: None }
+    }
+
+    async fn run(mut self) -> std::io::Result<()> {
+        let text = format!("{} ready", self.mailbox.server);
+        if let Ok(greeting) = Greeting::ok(Some(Code::Capability(capabilities(false))), &text) {
+            self.output.extend(GreetingCodec::default().encode(&greeting).dump());
+        }
+        self.send().await?;
+        while let Some(command) = self.command().await? {
+            let logout = matches!(command.body, CommandBody::Logout);
+            let tag = command.tag.clone();
+            let done = self.execute(command).await?;
+            self.answer(tag, done);
+            self.send().await?;
+            if logout {
+                break;
+            }
+        }
+        self.socket.shutdown().await
+    }
+
+    async fn send(&mut self) -> std::io::Result<()> {
+        self.socket.write_all(&self.output).await?;
+        self.socket.flush().await?;
+        self.output.clear();
+        Ok(())
+    }
+
+    /// The next command; `None`: the client is gone. The codec is asked only when a line is complete, for decoding a
+    /// growing buffer again and again takes quadratic time.
+    async fn command(&mut self) -> std::io::Result<Option<Command<'static>>> {
+        let mut asked_for = 0;
+        let mut looked_at = 0;
+        loop {
+            let complete = self.input[looked_at..].contains(&b'\n');
+            looked_at = self.input.len();
+            if complete {
+                match CommandCodec::default().decode(&self.input) {
+                    Ok((rest, command)) => {
+                        let command = command.into_static();
+                        self.input = rest.to_vec();
+                        return Ok(Some(command));
+                    }
+                    Err(CommandDecodeError::LiteralFound { length, .. }) if (length as usize) <= MAX_COMMAND => {
+                        // The codec says so again until the literal is there: ask once a literal.
+                        let literals = self.input.windows(3).filter(|window| window == b"}\r\n").count();
+                        if literals > asked_for {
+                            asked_for = literals;
+                            self.respond(&continuation());
+                            self.send().await?;
+                        }
+                    }
+                    Err(CommandDecodeError::Incomplete) => {}
+                    Err(_) => {
+                        self.malformed().await?;
+                        (asked_for, looked_at) = (0, 0);
+                        continue;
+                    }
+                }
+            }
+            if self.input.len() > MAX_COMMAND || self.socket.read_buf(&mut self.input).await? == 0 {
+                return Ok(None);
+            }
+        }
+    }
+
+    async fn malformed(&mut self) -> std::io::Result<()> {
+        let end = self.input.iter().position(|byte| *byte == b'\n').map_or(self.input.len(), |at| at + 1);
+        let line: Vec<u8> = self.input.drain(..end).collect();
+        let tag = line.split(|byte| *byte == b' ').next().and_then(|tag| Tag::try_from(tag).ok());
+        if let Ok(status) = Status::bad(tag, None, "command not understood") {
+            self.respond(&Response::Status(status));
+        }
+        self.send().await
+    }
+
+    fn respond(&mut self, response: &Response<'_>) {
+        self.output.extend(ResponseCodec::default().encode(response).dump());
+    }
+
+    fn data(&mut self, data: Data<'_>) {
+        self.respond(&Response::Data(data));
+    }
+
+    fn answer(&mut self, tag: Tag<'static>, done: Done) {
+        let status = match done {
+            Done::Ok(code, text) => Status::ok(Some(tag), code, text),
+            Done::No(code, text) => Status::no(Some(tag), code, text),
+            Done::Bad(text) => Status::bad(Some(tag), None, text),
+        };
+        // The texts are constants without line breaks.
+        if let Ok(status) = status {
+            self.respond(&Response::Status(status));
+        }
+    }
+
+    async fn execute(&mut self, command: Command<'static>) -> std::io::Result<Done> {
+        Ok(match command.body {
+            CommandBody::Capability => {
+                self.data(Data::Capability(capabilities(self.logged_in)));
+                Done::Ok(None, "capabilities listed")
+            }
+            CommandBody::Noop | CommandBody::Check => Done::Ok(None, "done"),
+            CommandBody::Id { .. } => {
+                self.data(Data::Id { parameters: None });
+                Done::Ok(None, "noted")
+            }
+            CommandBody::Logout => {
+                if let Ok(bye) = Status::bye(None, "see you") {
+                    self.respond(&Response::Status(bye));
+                }
+                Done::Ok(None, "logged out")
+            }
+            CommandBody::Login { username, password } if !self.logged_in => {
+                self.log_in(username.as_ref(), password.declassify().as_ref())
+            }
+            CommandBody::Authenticate { mechanism: AuthMechanism::Plain, initial_response } if !self.logged_in => {
+                let response = match initial_response {
+                    Some(response) => Some(response.declassify().to_vec()),
+                    None => self.ask_for_response().await?,
+                };
+                self.authenticate(response.as_deref())
+            }
+            CommandBody::Authenticate { .. } => Done::No(None, "PLAIN only"),
+            _ if !self.logged_in => Done::Bad("log in first"),
+            CommandBody::List { mailbox_wildcard, .. } => self.list(&mailbox_wildcard, false),
+            CommandBody::Lsub { mailbox_wildcard, .. } => self.list(&mailbox_wildcard, true),
+            CommandBody::Status { mailbox: MailboxName::Inbox, item_names } => self.status(&item_names),
+            CommandBody::Select { mailbox: MailboxName::Inbox, .. } => self.select(Access::ReadWrite),
+            CommandBody::Examine { mailbox: MailboxName::Inbox, .. } => self.select(Access::ReadOnly),
+            CommandBody::Select { .. } | CommandBody::Examine { .. } | CommandBody::Status { .. } => {
+                Done::No(None, "there is only INBOX")
+            }
+            CommandBody::Idle => self.idle().await?,
+            _ if self.selected.is_none() => Done::Bad("select a mailbox first"),
+            CommandBody::Fetch { sequence_set, macro_or_item_names, uid, .. } => {
+                self.fetch(&sequence_set, macro_or_item_names, uid)
+            }
+            CommandBody::Store { sequence_set, kind, response, flags, uid, .. } => {
+                self.store(&sequence_set, kind, response, &flags, uid)
+            }
+            CommandBody::Search { criteria, .. } => self.search(&criteria),
+            CommandBody::Close | CommandBody::Unselect => {
+                self.selected = None;
+                Done::Ok(None, "closed")
+            }
+            _ => Done::No(None, "not in this demo"),
+        })
+    }
+
+    fn log_in(&mut self, user: &[u8], password: &[u8]) -> Done {
+        if user.eq_ignore_ascii_case(self.mailbox.user.as_bytes()) && password == self.mailbox.password.as_bytes() {
+            self.logged_in = true;
+            return Done::Ok(Some(Code::Capability(capabilities(true))), "logged in");
+        }
+        Done::No(Some(code("AUTHENTICATIONFAILED")), "wrong user or password")
+    }
+
+    fn authenticate(&mut self, response: Option<&[u8]>) -> Done {
+        let Some(response) = response else { return Done::Bad("no response") };
+        match *response.split(|byte| *byte == 0).collect::<Vec<_>>() {
+            [authzid, user, password] if authzid.is_empty() || authzid == user => self.log_in(user, password),
+            [..] => Done::No(Some(code("AUTHORIZATIONFAILED")), "only for yourself"),
+        }
+    }
+
+    /// Sends `+` and reads the line that follows, as base64.
+    async fn ask_for_response(&mut self) -> std::io::Result<Option<Vec<u8>>> {
+        self.respond(&Response::CommandContinuationRequest(CommandContinuationRequest::base64(&b""[..])));
+        self.send().await?;
+        let line = self.line().await?;
+        Ok(line.and_then(|line| STANDARD.decode(line.trim_ascii()).ok()))
+    }
+
+    async fn line(&mut self) -> std::io::Result<Option<Vec<u8>>> {
+        loop {
+            if let Some(end) = self.input.iter().position(|byte| *byte == b'\n') {
+                return Ok(Some(self.input.drain(..=end).collect()));
+            }
+            if self.input.len() > MAX_COMMAND || self.socket.read_buf(&mut self.input).await? == 0 {
+                return Ok(None);
+            }
+        }
+    }
+
+    async fn idle(&mut self) -> std::io::Result<Done> {
+        self.respond(&continuation());
+        self.send().await?;
+        Ok(match self.line().await? {
+            Some(line) if line.trim_ascii().eq_ignore_ascii_case(b"DONE") => Done::Ok(None, "idle no more"),
+            _ => Done::Bad("expected DONE"),
+        })
+    }
+
+    fn list(&mut self, wildcard: &ListMailbox<'_>, subscribed: bool) -> Done {
+        let pattern = match wildcard {
+            ListMailbox::Token(token) => token.as_ref().to_vec(),
+            ListMailbox::String(string) => string.as_ref().to_vec(),
+        };
+        let inbox = pattern.eq_ignore_ascii_case(b"INBOX") || pattern.iter().any(|byte| matches!(byte, b'*' | b'%'));
+        if inbox {
+            let (items, delimiter, mailbox) = (Vec::new(), QuotedChar::try_from('/').ok(), MailboxName::Inbox);
+            self.data(match subscribed {
+                true => Data::Lsub { items, delimiter, mailbox },
+                false => Data::List { items, delimiter, mailbox },
+            });
+        }
+        Done::Ok(None, "listed")
+    }
+
+    fn status(&mut self, names: &[StatusDataItemName]) -> Done {
+        let (count, unseen) = self.counts();
+        let items: Vec<StatusDataItem> = names
+            .iter()
+            .filter_map(|name| match name {
+                StatusDataItemName::Messages => Some(StatusDataItem::Messages(count)),
+                StatusDataItemName::Recent => Some(StatusDataItem::Recent(0)),
+                StatusDataItemName::Unseen => Some(StatusDataItem::Unseen(unseen)),
+                StatusDataItemName::UidNext => NonZeroU32::new(count + 1).map(StatusDataItem::UidNext),
+                StatusDataItemName::UidValidity => NonZeroU32::new(UID_VALIDITY).map(StatusDataItem::UidValidity),
+                _ => None,
+            })
+            .collect();
+        self.data(Data::Status { mailbox: MailboxName::Inbox, items: Cow::Owned(items) });
+        Done::Ok(None, "status told")
+    }
+
+    fn counts(&self) -> (u32, u32) {
+        let messages = self.mailbox.messages();
+        let unseen = messages.iter().filter(|message| !message.is_seen()).count();
+        (number(messages.len()), number(unseen))
+    }
+
+    fn select(&mut self, access: Access) -> Done {
+        let (count, _) = self.counts();
+        let flags = [Flag::Answered, Flag::Flagged, Flag::Deleted, Flag::Seen, Flag::Draft];
+        self.data(Data::Flags(flags.to_vec()));
+        self.data(Data::Exists(count));
+        self.data(Data::Recent(0));
+        let mut permanent: Vec<FlagPerm<'_>> = flags.into_iter().map(FlagPerm::Flag).collect();
+        permanent.push(FlagPerm::Asterisk);
+        let codes = [
+            Some(Code::PermanentFlags(permanent)),
+            Code::uidvalidity(UID_VALIDITY).ok(),
+            Code::uidnext(count + 1).ok(),
+        ];
+        for code in codes.into_iter().flatten() {
+            if let Ok(status) = Status::ok(None, Some(code), "so it is") {
+                self.respond(&Response::Status(status));
+            }
+        }
+        self.selected = Some(access);
+        match access {
+            Access::ReadWrite => Done::Ok(Some(Code::ReadWrite), "INBOX is open"),
+            Access::ReadOnly => Done::Ok(Some(Code::ReadOnly), "INBOX is open"),
+        }
+    }
+
+    /// Positions from 1 of the messages in `set`; UIDs are positions too.
+    fn chosen(&self, set: &SequenceSet) -> Vec<NonZeroU32> {
+        let count = number(self.mailbox.messages().len());
+        let Some(largest) = NonZeroU32::new(count) else { return Vec::new() };
+        let mut chosen: Vec<NonZeroU32> = set.iter(largest).filter(|position| *position <= largest).collect();
+        chosen.sort_unstable();
+        chosen.dedup();
+        chosen
+    }
+
+    fn fetch(&mut self, set: &SequenceSet, items: MacroOrMessageDataItemNames<'static>, uid: bool) -> Done {
+        let mut names = match items {
+            MacroOrMessageDataItemNames::MessageDataItemNames(names) => names,
+            MacroOrMessageDataItemNames::Macro(kind) => expanded(kind),
+        };
+        if uid && !names.contains(&MessageDataItemName::Uid) {
+            names.insert(0, MessageDataItemName::Uid);
+        }
+        let reads = self.selected == Some(Access::ReadWrite) && names.iter().any(sets_seen);
+        if reads && !names.contains(&MessageDataItemName::Flags) {
+            names.push(MessageDataItemName::Flags);
+        }
+        let mailbox = self.mailbox.clone();
+        for position in self.chosen(set) {
+            let mut messages = mailbox.messages();
+            let Some(message) = messages.get_mut(position.get() as usize - 1) else { continue };
+            if reads {
+                message.store(StoreType::Add, &[Flag::Seen]);
+            }
+            let items: Vec<MessageDataItem<'_>> =
+                names.iter().filter_map(|name| item(name, message, position)).collect();
+            if let Ok(items) = Vec1::try_from(items) {
+                self.data(Data::Fetch { seq: position, items });
+            }
+        }
+        Done::Ok(None, "fetched")
+    }
+
+    fn store(
+        &mut self,
+        set: &SequenceSet,
+        kind: StoreType,
+        response: StoreResponse,
+        flags: &[Flag<'static>],
+        uid: bool,
+    ) -> Done {
+        if self.selected != Some(Access::ReadWrite) {
+            return Done::No(None, "the mailbox is read-only");
+        }
+        let mailbox = self.mailbox.clone();
+        for position in self.chosen(set) {
+            let mut messages = mailbox.messages();
+            let Some(message) = messages.get_mut(position.get() as usize - 1) else { continue };
+            message.store(kind, flags);
+            let mut names = vec![MessageDataItemName::Flags];
+            if uid {
+                names.insert(0, MessageDataItemName::Uid);
+            }
+            let items: Vec<MessageDataItem<'_>> =
+                names.iter().filter_map(|name| item(name, message, position)).collect();
+            if response == StoreResponse::Answer
+                && let Ok(items) = Vec1::try_from(items)
+            {
+                self.data(Data::Fetch { seq: position, items });
+            }
+        }
+        Done::Ok(None, "stored")
+    }
+
+    fn search(&mut self, keys: &Vec1<SearchKey<'_>>) -> Done {
+        let messages = self.mailbox.messages();
+        let largest = NonZeroU32::new(number(messages.len())).unwrap_or(NonZeroU32::MIN);
+        let found = messages.iter().zip(1_u32..).filter_map(|(message, position)| {
+            let position = NonZeroU32::new(position)?;
+            keys.as_ref().iter().all(|key| matches_key(key, message, position, largest)).then_some(position)
+        });
+        let found: Vec<NonZeroU32> = found.collect();
+        drop(messages);
+        self.data(Data::Search(found));
+        Done::Ok(None, "searched")
+    }
+}
+
+/// A response code of RFC 5530, which the codec has no names for.
+fn code(name: &'static str) -> Code<'static> {
+    Code::Other(CodeOther::unvalidated(name.as_bytes()))
+}
+
+fn number(count: usize) -> u32 {
+    u32::try_from(count).unwrap_or(u32::MAX)
+}
+
+fn continuation() -> Response<'static> {
+    let basic = CommandContinuationRequest::basic(None, "go on");
+    Response::CommandContinuationRequest(basic.unwrap_or_else(|_| CommandContinuationRequest::base64(&b""[..])))
+}
+
+fn capabilities(logged_in: bool) -> Vec1<Capability<'static>> {
+    let words: &[&str] =
+        if logged_in { &["ID", "IDLE", "UNSELECT"] } else { &["ID", "SASL-IR", "AUTH=PLAIN", "LITERAL+"] };
+    let mut list = vec![Capability::Imap4Rev1];
+    list.extend(words.iter().filter_map(|word| Capability::try_from(*word).ok()));
+    Vec1::try_from(list).unwrap_or_else(|_| Vec1::from(Capability::Imap4Rev1))
+}
+
+fn expanded(kind: Macro) -> Vec<MessageDataItemName<'static>> {
+    use MessageDataItemName as Name;
+    let mut names = vec![Name::Flags, Name::InternalDate, Name::Rfc822Size];
+    match kind {
+        Macro::Full => names.extend([Name::Envelope, Name::Body]),
+        Macro::All => names.push(Name::Envelope),
+        _ => {}
+    }
+    names
+}
+
+/// RFC 3501 section 6.4.5: reading a body marks it as read.
+fn sets_seen(name: &MessageDataItemName<'_>) -> bool {
+    matches!(
+        name,
+        MessageDataItemName::BodyExt { peek: false, .. }
+            | MessageDataItemName::Rfc822
+            | MessageDataItemName::Rfc822Text
+    )
+}
+
+fn item(
+    name: &MessageDataItemName<'static>,
+    message: &Message,
+    position: NonZeroU32,
+) -> Option<MessageDataItem<'static>> {
+    use MessageDataItemName as Name;
+    let (header, body) = message.split();
+    Some(match name {
+        Name::Uid => MessageDataItem::Uid(position),
+        Name::Flags => MessageDataItem::Flags(message.flags().iter().cloned().map(FlagFetch::Flag).collect()),
+        Name::Rfc822Size => MessageDataItem::Rfc822Size(number(message.text.len())),
+        Name::Rfc822 => MessageDataItem::Rfc822(literal(message.text.as_bytes())?),
+        Name::Rfc822Header => MessageDataItem::Rfc822Header(literal(header.as_bytes())?),
+        Name::Rfc822Text => MessageDataItem::Rfc822Text(literal(body.as_bytes())?),
+        Name::Envelope => MessageDataItem::Envelope(envelope(message)),
+        Name::Body => MessageDataItem::Body(structure(body)?),
+        Name::BodyStructure => MessageDataItem::BodyStructure(structure(body)?),
+        Name::InternalDate => MessageDataItem::InternalDate(internal_date()?),
+        Name::BodyExt { section, partial, .. } => {
+            let whole = match section {
+                None => message.text.clone(),
+                Some(Section::Header(_)) => header.to_owned(),
+                Some(Section::Text(_) | Section::Part(_)) => body.to_owned(),
+                Some(Section::HeaderFields(_, fields)) => message.fields(&texts(fields), true),
+                Some(Section::HeaderFieldsNot(_, fields)) => message.fields(&texts(fields), false),
+                Some(Section::Mime(_)) => message.fields(&["content-type".to_owned()], true),
+            };
+            let (origin, part) = match partial {
+                None => (None, whole.as_bytes()),
+                Some((from, length)) => {
+                    let from_byte = (*from as usize).min(whole.len());
+                    let end = from_byte.saturating_add(length.get() as usize).min(whole.len());
+                    (Some(*from), &whole.as_bytes()[from_byte..end])
+                }
+            };
+            MessageDataItem::BodyExt { section: section.clone(), origin, data: literal(part)? }
+        }
+        _ => return None,
+    })
+}
+
+fn texts(fields: &Vec1<imap_codec::imap_types::core::AString<'_>>) -> Vec<String> {
+    fields.as_ref().iter().map(|field| String::from_utf8_lossy(field.as_ref()).into_owned()).collect()
+}
+
+fn literal(bytes: &[u8]) -> Option<NString<'static>> {
+    Literal::try_from(bytes.to_vec()).ok().map(|literal| NString(Some(IString::Literal(literal))))
+}
+
+fn nstring(text: Option<&str>) -> NString<'static> {
+    NString(text.and_then(|text| IString::try_from(text.to_owned()).ok()))
+}
+
+fn envelope(message: &Message) -> Envelope<'static> {
+    let address = |field: &str| {
+        let text = message.field(field).unwrap_or_default();
+        let (name, address) = text.split_once('<').map_or((None, text), |(name, rest)| (Some(name.trim()), rest));
+        let (mailbox, host) = address.trim_end_matches('>').split_once('@').unwrap_or((address, "localhost"));
+        Address { name: nstring(name), adl: NString(None), mailbox: nstring(Some(mailbox)), host: nstring(Some(host)) }
+    };
+    Envelope {
+        date: nstring(message.field("date")),
+        subject: nstring(message.field("subject")),
+        from: vec![address("from")],
+        sender: vec![address("from")],
+        reply_to: vec![address("from")],
+        to: vec![address("to")],
+        cc: Vec::new(),
+        bcc: Vec::new(),
+        in_reply_to: NString(None),
+        message_id: nstring(message.field("message-id")),
+    }
+}
+
+fn structure(body: &str) -> Option<BodyStructure<'static>> {
+    let string = |text: &'static str| IString::try_from(text).ok();
+    let basic = BasicFields {
+        parameter_list: vec![(string("charset")?, string("us-ascii")?)],
+        id: NString(None),
+        description: NString(None),
+        content_transfer_encoding: string("7bit")?,
+        size: number(body.len()),
+    };
+    let specific = SpecificFields::Text { subtype: string("plain")?, number_of_lines: number(body.lines().count()) };
+    Some(BodyStructure::Single { body: Body { basic, specific }, extension_data: None })
+}
+
+/// All messages came on the day the demo was written for.
+fn internal_date() -> Option<imap_codec::imap_types::datetime::DateTime> {
+    let day = chrono::NaiveDate::from_ymd_opt(2026, 11, 23)?.and_hms_opt(12, 0, 0)?;
+    let date = day.and_local_timezone(chrono::FixedOffset::east_opt(0)?).single()?;
+    imap_codec::imap_types::datetime::DateTime::try_from(date).ok()
+}
+
+fn matches_key(key: &SearchKey<'_>, message: &Message, position: NonZeroU32, largest: NonZeroU32) -> bool {
+    let has = |flag: Flag<'static>| message.flags().contains(&flag);
+    match key {
+        SearchKey::And(keys) => keys.as_ref().iter().all(|key| matches_key(key, message, position, largest)),
+        SearchKey::Or(one, other) => {
+            matches_key(one, message, position, largest) || matches_key(other, message, position, largest)
+        }
+        SearchKey::Not(key) => !matches_key(key, message, position, largest),
+        SearchKey::SequenceSet(set) | SearchKey::Uid(set) => set.iter(largest).any(|chosen| chosen == position),
+        SearchKey::Seen => has(Flag::Seen),
+        SearchKey::Unseen => !has(Flag::Seen),
+        SearchKey::Flagged => has(Flag::Flagged),
+        SearchKey::Deleted => has(Flag::Deleted),
+        SearchKey::Undeleted => !has(Flag::Deleted),
+        SearchKey::New | SearchKey::Recent => false,
+        SearchKey::Subject(text) => contains(message.field("subject"), text.as_ref()),
+        SearchKey::From(text) => contains(message.field("from"), text.as_ref()),
+        SearchKey::Text(text) | SearchKey::Body(text) => contains(Some(&message.text), text.as_ref()),
+        SearchKey::Header(name, text) => {
+            contains(message.field(&String::from_utf8_lossy(name.as_ref())), text.as_ref())
+        }
+        _ => true,
+    }
+}
+
+fn contains(text: Option<&str>, part: &[u8]) -> bool {
+    let part = String::from_utf8_lossy(part).to_ascii_lowercase();
+    text.is_some_and(|text| text.to_ascii_lowercase().contains(&part))
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::io::{DuplexStream, duplex};
+
+    use super::*;
+
+    async fn dialogue(input: &str) -> String {
+        let (mut client, server): (DuplexStream, DuplexStream) = duplex(1 << 16);
+        let mailbox = Arc::new(Mailbox::new("shard-a", "alice", "secret"));
+        let server = tokio::spawn(Connection::new(server, mailbox).run());
+        client.write_all(input.as_bytes()).await.unwrap();
+        client.shutdown().await.unwrap();
+        let mut said = String::new();
+        client.read_to_string(&mut said).await.unwrap();
+        server.await.unwrap().unwrap();
+        said
+    }
+
+    #[tokio::test]
+    async fn a_whole_session() {
+        let said = dialogue(
+            "a LOGIN alice wrong\r\nb LOGIN {5}\r\nalice {6+}\r\nsecret\r\nc LIST \"\" *\r\nd STATUS INBOX (MESSAGES UNSEEN)\r\n\
+             e SELECT INBOX\r\nf FETCH 1 (FLAGS BODY[HEADER.FIELDS (X-Served-By)])\r\ng UID STORE 2 +FLAGS (\\Flagged)\r\n\
+             h SEARCH UNSEEN\r\ni IDLE\r\nDONE\r\nj FETCH 1:* (UID FLAGS ENVELOPE BODYSTRUCTURE RFC822.SIZE INTERNALDATE)\r\nk NONSENSE\r\nl LOGOUT\r\n",
+        )
+        .await;
+        for part in [
+            "* OK [CAPABILITY IMAP4rev1 ID SASL-IR AUTH=PLAIN LITERAL+] shard-a ready\r\n",
+            "a NO [AUTHENTICATIONFAILED]",
+            "b OK [CAPABILITY IMAP4rev1 ID IDLE UNSELECT]",
+            "* LIST () \"/\" INBOX\r\n",
+            "* STATUS INBOX (MESSAGES 3 UNSEEN 3)\r\n",
+            "* 3 EXISTS\r\n",
+            "e OK [READ-WRITE]",
+            "X-Served-By: shard-a\r\n",
+            "* 2 FETCH (UID 2 FLAGS (\\Flagged))\r\n",
+            "* SEARCH 2 3\r\n",
+            "i OK",
+            "\"Welcome\"",
+            "k BAD",
+            "* BYE see you\r\nl OK logged out\r\n",
+        ] {
+            assert!(said.contains(part), "{part} is missing in\n{said}");
+        }
+    }
+
+    #[tokio::test]
+    async fn authenticate_with_and_without_initial_response() {
+        let with = dialogue("a AUTHENTICATE PLAIN AGFsaWNlAHNlY3JldA==\r\nb LOGOUT\r\n").await;
+        assert!(with.contains("\r\na OK "), "{with}");
+        let without = dialogue("a AUTHENTICATE PLAIN\r\nAGFsaWNlAHNlY3JldA==\r\nb LOGOUT\r\n").await;
+        assert!(without.contains("\r\n+ \r\na OK "), "{without}");
+        let wrong = dialogue("a AUTHENTICATE PLAIN AGJvYgBzZWNyZXQ=\r\nb SELECT INBOX\r\n").await;
+        assert!(wrong.contains("\r\na NO [AUTHENTICATIONFAILED]") && wrong.contains("\r\nb BAD "), "{wrong}");
+    }
+}
