@@ -43,6 +43,7 @@ const UID_VALIDITY: u32 = 1;
 pub async fn serve(listener: TcpListener, mailbox: Arc<Mailbox>, stop: CancellationToken) {
     let accept = async {
         while let Ok((socket, _)) = listener.accept().await {
+            crate::stream::set_options(&socket, None);
             let connection = Connection::new(socket, mailbox.clone());
             let stop = stop.clone();
             tokio::spawn(async move {
@@ -616,9 +617,9 @@ mod tests {
         )
         .await;
         for part in [
-            "* OK [CAPABILITY IMAP4rev1 ID SASL-IR AUTH=PLAIN LITERAL+] shard-a ready\r\n",
+            "* OK [CAPABILITY IMAP4REV1 ID SASL-IR AUTH=PLAIN LITERAL+] shard-a ready\r\n",
             "a NO [AUTHENTICATIONFAILED]",
-            "b OK [CAPABILITY IMAP4rev1 ID IDLE UNSELECT]",
+            "b OK [CAPABILITY IMAP4REV1 ID IDLE UNSELECT]",
             "* LIST () \"/\" INBOX\r\n",
             "* STATUS INBOX (MESSAGES 3 UNSEEN 3)\r\n",
             "* 3 EXISTS\r\n",
