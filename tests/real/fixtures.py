@@ -181,7 +181,7 @@ class Dovecot:
         lines = [f"{user}:{{PLAIN}}{password}" for user, password in self.users.items()]
         users = self.folder.write("users", "\n".join(lines) + "\n")
         path = self.folder.path
-        haproxy_listener = f"inet_listener proxied {{ port = {self.haproxy_port}\n haproxy = yes }}" if haproxy else ""
+        haproxy_listener = f"inet_listener proxied {{\n port = {self.haproxy_port}\n haproxy = yes\n }}" if haproxy else ""
         self.configuration = self.folder.write("dovecot.conf", f"""
             base_dir = {path}/run
             state_dir = {path}/state

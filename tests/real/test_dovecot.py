@@ -1,0 +1,231 @@
+"""Two Dovecot shards behind the proxy: plain, STARTTLS and TLS."""
+
+import os
+import re
+import signal
+import unittest
+
+from fixtures import PASSWORDS, Certificates, Dovecot, Folder, Proxy, wait_for
+from mail import Raw, connect, context, message, subjects
+
+ALICE, BOB, CAROL = "alice@example.org", "bob@example.net", "carol@example.org"
+TEMPLATE = """
+listeners:
+  - {{address: "127.0.0.1:{{tls}}", tls: implicit}}
+  - {{address: "127.0.0.1:{{starttls}}", tls: starttls}}
+  - {{address: "127.0.0.1:{{plain}}", tls: none}}
+tls: {{certificates: [{{cert: {cert}, key: {key}}}]}}
+backends:
+  shard-a: {{servers: ["localhost:{a}"], tls: {tls}, client_info: {info}}}
+  shard-b: {{servers: ["localhost:{b}"], tls: {tls}, client_info: {info}}}
+routes:
+  - table: users.txt
+  - domain: {{example.net: shard-b}}
+limits: {{connect: 2s, server_login: 4s, drain: 2s}}
+admin: {{address: "127.0.0.1:{{admin}}"}}
+log: {{format: json}}
+"""
+
+
+class Shards(unittest.TestCase):
+    """Starts both shards once; each test starts the proxies it needs."""
+
+    @classmethod
+    def setUpClass(cls):
+        cls.folder = Folder()
+        cls.addClassCleanup(cls.folder.remove)
+        cls.certificates = Certificates(cls.folder)
+        cls.a = Dovecot(cls.certificates, haproxy=True)
+        cls.addClassCleanup(cls.a.close)
+        cls.b = Dovecot(cls.certificates, haproxy=True)
+        cls.addClassCleanup(cls.b.close)
+
+    def proxy(self, tls="none", ports=("port", "port"), info="id", ca=None):
+        ca = ca or self.certificates.ca
+        folder = Folder()
+        self.addCleanup(folder.remove)
+        folder.write("users.txt", f"{ALICE} shard-a\n@example.org shard-b\n")
+        modes = {
+            "none": "none",
+            "starttls": f"{{mode: starttls, ca: {ca}}}",
+            "implicit": f"{{mode: implicit, ca: {ca}}}",
+        }
+        text = TEMPLATE.format(cert=self.certificates.cert, key=self.certificates.key, tls=modes[tls], info=info,
+                               a=getattr(self.a, ports[0]), b=getattr(self.b, ports[1]))
+        proxy = Proxy(text, folder)
+        self.addCleanup(proxy.close)
+        return proxy
+
+    def each_user_reads_and_writes(self, tls, ports):
+        proxy = self.proxy(tls, ports)
+        for port in ("tls", "starttls", "plain"):
+            for user, home, other in ((ALICE, self.a, self.b), (BOB, self.b, self.a), (CAROL, self.b, self.a)):
+                subject = f"{tls}-{port}-{user.split('@')[0]}"
+                client = connect(proxy, self.certificates, port)
+                client.login(user, PASSWORDS[user])
+                self.assertEqual(client.append("INBOX", None, None, message(subject))[0], "OK")
+                self.assertIn(subject, subjects(client))
+                client.logout()
+                self.assertTrue(any(subject in text for text in home.messages(user)), "on the user's own shard")
+                self.assertFalse(any(subject in text for text in other.messages(user)), "and on no other")
+        log = proxy.stop()
+        self.assertEqual(log.count('"outcome":"accepted"'), 9, log)
+        for password in PASSWORDS.values():
+            self.assertNotIn(password, log)
+
+    def test_plain_shards(self):
+        self.each_user_reads_and_writes("none", ("port", "port"))
+
+    def test_starttls_shards(self):
+        self.each_user_reads_and_writes("starttls", ("port", "port"))
+
+    def test_tls_shards(self):
+        self.each_user_reads_and_writes("implicit", ("tls_port", "tls_port"))
+
+    def test_untrusted_server_certificate_is_unavailable(self):
+        folder = Folder()
+        self.addCleanup(folder.remove)
+        proxy = self.proxy("implicit", ("tls_port", "tls_port"), ca=Certificates(folder).ca)
+        client = Raw(proxy.ports["plain"])
+        client.line()
+        self.assertTrue(client.command("a", f"LOGIN {ALICE} wonderland")[-1].startswith(b"a NO [UNAVAILABLE]"))
+        self.assertEqual(proxy.metric("vestibule_failures_total", side="backend", reason="tls"), 1)
+
+    def test_login_by_sasl(self):
+        proxy = self.proxy()
+        for command in (b"AUTHENTICATE PLAIN AGFsaWNlQGV4YW1wbGUub3JnAHdvbmRlcmxhbmQ=",
+                        b"AUTHENTICATE PLAIN\r\nAGFsaWNlQGV4YW1wbGUub3JnAHdvbmRlcmxhbmQ=",
+                        b"AUTHENTICATE LOGIN\r\nYWxpY2VAZXhhbXBsZS5vcmc=\r\nd29uZGVybGFuZA=="):
+            client = Raw(proxy.ports["tls"], context(self.certificates.ca))
+            client.line()
+            self.assertTrue(client.command("a", command)[-1].startswith(b"a OK [CAPABILITY IMAP4rev1 "), command)
+            client.close()
+
+    def test_wrong_password_then_the_right_one(self):
+        proxy = self.proxy()
+        client = Raw(proxy.ports["tls"], context(self.certificates.ca))
+        client.line()
+        self.assertTrue(client.command("a", f"LOGIN {ALICE} wrong")[-1].startswith(b"a NO [AUTHENTICATIONFAILED]"))
+        self.assertTrue(client.command("b", f"LOGIN nobody@nowhere.test x")[-1].startswith(b"b NO [AUTHENTICATIONFAILED]"))
+        # Routed anew: bob's mailbox is on the other shard.
+        self.assertTrue(client.command("c", f"LOGIN {BOB} builder")[-1].startswith(b"c OK"))
+        self.assertTrue(client.command("d", "SELECT INBOX")[-1].startswith(b"d OK"))
+        self.assertEqual(proxy.metric("vestibule_logins_total", outcome="refused"), 1)
+        self.assertEqual(proxy.metric("vestibule_logins_total", outcome="unknown_user"), 1)
+
+    def test_commands_pipelined_behind_login(self):
+        proxy = self.proxy()
+        client = Raw(proxy.ports["tls"], context(self.certificates.ca))
+        client.send(f"a LOGIN {ALICE} wonderland\r\nb SELECT INBOX\r\nc NOOP\r\nd LOGOUT\r\n".encode())
+        tagged = [line[:4] for line in client.until(b"d ") if line[:2] in (b"a ", b"b ", b"c ", b"d ")]
+        self.assertEqual(tagged, [b"a OK", b"b OK", b"c OK", b"d OK"])
+        self.assertEqual(client.line(), b"", "the server closed, and so did the proxy")
+
+    def test_odd_passwords(self):
+        users = {f"user{index}@example.org": password for index, password in enumerate(
+            ['qu"ote', "back\\slash", "pässwörd", "x" * 900, "p%c*{5}"])}
+        server = Dovecot(self.certificates, users=users)
+        self.addCleanup(server.close)
+        text = f"""
+listeners: [{{address: "127.0.0.1:{{plain}}", tls: none}}]
+backends: {{only: {{servers: ["127.0.0.1:{server.port}"]}}}}
+routes: [{{default: only}}]
+admin: {{address: "127.0.0.1:{{admin}}"}}
+"""
+        proxy = Proxy(text)
+        self.addCleanup(proxy.close)
+        for user, password in users.items():
+            client = Raw(proxy.ports["plain"])
+            client.line()
+            secret = password.encode()
+            answer = client.command("a", f"LOGIN {user} {{{len(secret)}+}}\r\n".encode() + secret)[-1]
+            self.assertTrue(answer.startswith(b"a OK"), (password, answer))
+            client.close()
+
+    def seen_address(self, proxy, server):
+        """Logs in from 127.0.0.2 and says which address the server saw, and under which session id."""
+        client = Raw(proxy.ports["tls"], context(self.certificates.ca), source="127.0.0.2")
+        client.line()
+        client.command("a", 'ID ("name" "test" "x-originating-ip" "192.0.2.66")')
+        before = len(server.log())
+        self.assertTrue(client.command("b", f"LOGIN {ALICE} wonderland")[-1].startswith(b"b OK"))
+        line = wait_for("the server's log line", lambda: re.search(r"Login: .*rip=([^,]*), session=<([^>]*)>", server.log()[before:]))
+        client.close()
+        return line[1], line[2]
+
+    def test_id_tells_the_clients_address_and_the_session(self):
+        proxy = self.proxy(info="id")
+        address, session = self.seen_address(proxy, self.a)
+        self.assertEqual(address, "127.0.0.2")
+        self.assertIn(f'"session":"{session}"', proxy.stop(), "one word finds the session in both logs")
+
+    def test_proxy_headers_tell_the_clients_address(self):
+        for info in ("proxy-v1", "proxy-v2"):
+            proxy = self.proxy(info=info, ports=("haproxy_port", "haproxy_port"))
+            self.assertEqual(self.seen_address(proxy, self.a)[0], "127.0.0.2", info)
+
+    def test_client_info_none_tells_nothing(self):
+        self.assertEqual(self.seen_address(self.proxy(info="none"), self.a)[0], "127.0.0.1")
+
+    def test_a_dead_server_leaves_the_client_connected(self):
+        server = Dovecot(self.certificates)
+        self.addCleanup(server.close)
+        text = f"""
+listeners: [{{address: "127.0.0.1:{{plain}}", tls: none}}]
+backends: {{only: {{servers: ["127.0.0.1:{server.port}"]}}}}
+routes: [{{default: only}}]
+limits: {{connect: 1s, server_login: 2s}}
+admin: {{address: "127.0.0.1:{{admin}}"}}
+"""
+        proxy = Proxy(text)
+        self.addCleanup(proxy.close)
+        client = Raw(proxy.ports["plain"])
+        client.line()
+        server.kill()
+        self.assertTrue(client.command("a", f"LOGIN {ALICE} wonderland")[-1].startswith(b"a NO [UNAVAILABLE]"))
+        self.assertEqual(proxy.metric("vestibule_server_up", backend="only"), 0)
+        server.start()
+        self.assertTrue(client.command("b", f"LOGIN {ALICE} wonderland")[-1].startswith(b"b OK"), "the same connection")
+        self.assertEqual(proxy.metric("vestibule_server_up", backend="only"), 1)
+        client.close()
+        # A server that is there but says nothing: stopped, not dead.
+        os.killpg(server.process.child.pid, signal.SIGSTOP)
+        client = Raw(proxy.ports["plain"])
+        client.line()
+        self.assertTrue(client.command("c", f"LOGIN {ALICE} wonderland")[-1].startswith(b"c NO [UNAVAILABLE]"))
+        self.assertTrue(client.command("d", "NOOP")[-1].startswith(b"d OK"))
+
+    def test_the_next_server_takes_over(self):
+        dead = Dovecot(self.certificates)
+        dead.close()
+        text = f"""
+listeners: [{{address: "127.0.0.1:{{plain}}", tls: none}}]
+backends: {{pair: {{servers: ["127.0.0.1:{dead.port}", "127.0.0.1:{self.a.port}"]}}}}
+routes: [{{default: pair}}]
+admin: {{address: "127.0.0.1:{{admin}}"}}
+"""
+        proxy = Proxy(text)
+        self.addCleanup(proxy.close)
+        for user, password in ((ALICE, "wonderland"), (BOB, "builder"), (CAROL, "pass word")):
+            client = Raw(proxy.ports["plain"])
+            client.line()
+            self.assertTrue(client.command("a", f'LOGIN {user} "{password}"')[-1].startswith(b"a OK"), user)
+            client.close()
+
+    def test_stop_says_bye_and_lets_sessions_finish(self):
+        proxy = self.proxy()
+        waiting = Raw(proxy.ports["plain"])
+        waiting.line()
+        relayed = Raw(proxy.ports["plain"])
+        relayed.line()
+        relayed.command("a", f"LOGIN {ALICE} wonderland")
+        proxy.process.child.send_signal(signal.SIGTERM)
+        self.assertTrue(waiting.line().startswith(b"* BYE [UNAVAILABLE]"))
+        self.assertEqual(waiting.line(), b"")
+        self.assertTrue(relayed.command("b", "NOOP")[-1].startswith(b"b OK"), "within the grace time")
+        relayed.command("c", "LOGOUT")
+        self.assertEqual(proxy.process.child.wait(10), 0)
+
+
+if __name__ == "__main__":
+    unittest.main()
