@@ -1,0 +1,50 @@
+"""Cyrus and Courier as single backends: other greetings, other capabilities, other ways to log in."""
+
+import unittest
+
+from fixtures import PASSWORDS, Courier, Cyrus, Proxy
+from mail import Raw, connect, message, subjects
+
+
+class OtherServers(unittest.TestCase):
+    def proxy(self, server):
+        proxy = Proxy(f"""
+listeners: [{{address: "127.0.0.1:{{plain}}", tls: none}}]
+backends: {{only: {{servers: ["127.0.0.1:{server.port}"]}}}}
+routes: [{{default: only}}]
+admin: {{address: "127.0.0.1:{{admin}}"}}
+""")
+        self.addCleanup(proxy.close)
+        return proxy
+
+    def reads_and_writes(self, server):
+        self.addCleanup(server.close)
+        proxy = self.proxy(server)
+        for user, password in PASSWORDS.items():
+            client = connect(proxy, None, "plain")
+            client.login(user, password)
+            subject = f"for-{user.split('@')[0]}"
+            self.assertEqual(client.append("INBOX", None, None, message(subject))[0], "OK", server.log())
+            self.assertEqual(subjects(client), [subject], "one's own mail and nobody else's")
+            client.logout()
+        client = Raw(proxy.ports["plain"])
+        client.line()
+        user, password = next(iter(PASSWORDS.items()))
+        self.assertTrue(client.command("a", f"LOGIN {user} wrong")[-1].startswith(b"a NO ["))
+        answer = client.command("b", f"LOGIN {user} {password}")
+        # Whatever the server itself says, the client is told the capabilities with or before the OK.
+        self.assertTrue(any(b"CAPABILITY IMAP4" in line for line in answer), answer)
+        self.assertTrue(answer[-1].startswith(b"b OK"), answer)
+        client.send(b"c SELECT INBOX\r\nd FETCH 1 FLAGS\r\ne LOGOUT\r\n")
+        client.until(b"e OK")
+        self.assertEqual(client.line(), b"")
+
+    def test_courier(self):
+        self.reads_and_writes(Courier())
+
+    def test_cyrus(self):
+        self.reads_and_writes(Cyrus())
+
+
+if __name__ == "__main__":
+    unittest.main()
