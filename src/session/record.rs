@@ -218,5 +218,6 @@ impl Drop for Record {
 }
 
 fn milliseconds(duration: Duration) -> f64 {
-    duration.as_secs_f64() * 1000.0
+    // To the microsecond: more digits say nothing.
+    (duration.as_secs_f64() * 1_000_000.0).round() / 1000.0
 }

@@ -1,0 +1,151 @@
+"""Mail clients that people use, reading and writing through the proxy: curl, mbsync, mutt, openssl s_client.
+
+imaplib is the client of the other files.
+"""
+
+import shlex
+import subprocess
+import unittest
+
+from fixtures import PASSWORDS, PATIENCE, Certificates, Dovecot, Folder, Proxy, program
+from mail import message
+
+ALICE, BOB = "alice@example.org", "bob@example.net"
+
+
+class Clients(unittest.TestCase):
+    @classmethod
+    def setUpClass(cls):
+        cls.folder = Folder()
+        cls.addClassCleanup(cls.folder.remove)
+        cls.certificates = Certificates(cls.folder)
+        cls.a = Dovecot(cls.certificates)
+        cls.addClassCleanup(cls.a.close)
+        cls.b = Dovecot(cls.certificates)
+        cls.addClassCleanup(cls.b.close)
+        cls.proxy = Proxy(f"""
+listeners:
+  - {{address: "127.0.0.1:{{tls}}", tls: implicit}}
+  - {{address: "127.0.0.1:{{starttls}}", tls: starttls}}
+tls: {{certificates: [{{cert: {cls.certificates.cert}, key: {cls.certificates.key}}}]}}
+backends:
+  shard-a: {{servers: ["127.0.0.1:{cls.a.port}"]}}
+  shard-b: {{servers: ["127.0.0.1:{cls.b.tls_port}"], tls: {{mode: implicit, ca: {cls.certificates.ca}}}}}
+routes: [{{domain: {{example.org: shard-a, example.net: shard-b}}}}]
+admin: {{address: "127.0.0.1:{{admin}}"}}
+""")
+        cls.addClassCleanup(cls.proxy.close)
+
+    def run_program(self, *command, **options):
+        done = subprocess.run([str(word) for word in command], capture_output=True, timeout=PATIENCE, **options)
+        self.assertEqual(done.returncode, 0, f"{command}\n{done.stdout.decode()}\n{done.stderr.decode()}\n{self.proxy.log()}")
+        return done.stdout.decode(errors="replace")
+
+    def home(self, user):
+        return self.a if user == ALICE else self.b
+
+    def assert_only_at_home(self, user, subject):
+        other = self.b if user == ALICE else self.a
+        self.assertTrue(any(subject in text for text in self.home(user).messages(user)), subject)
+        self.assertFalse(any(subject in text for text in other.messages(user)), subject)
+
+    def test_curl(self):
+        mail = self.folder.path / "mail.eml"
+        for user in (ALICE, BOB):
+            for scheme, port in (("imaps", "tls"), ("imap", "starttls")):
+                subject = f"curl-{scheme}-{user.split('@')[0]}"
+                mail.write_bytes(message(subject))
+                url = f"{scheme}://localhost:{self.proxy.ports[port]}/INBOX"
+                curl = [program("curl"), "-sS", "--ssl-reqd", "--cacert", self.certificates.ca, "--user",
+                        f"{user}:{PASSWORDS[user]}"]
+                self.run_program(*curl, "-T", mail, url)
+                self.assert_only_at_home(user, subject)
+                listed = self.run_program(*curl, url, "-X", f'SEARCH SUBJECT "{subject}"')
+                number = listed.split()[-1]
+                self.assertIn(f"Subject: {subject}", self.run_program(*curl, f"{url};MAILINDEX={number}"))
+
+    def test_mbsync_pushes_and_pulls(self):
+        for user in (ALICE, BOB):
+            name = user.split("@")[0]
+            local = self.folder.path / f"mbsync-{name}"
+            for part in ("cur", "new", "tmp"):
+                (local / "INBOX" / part).mkdir(parents=True)
+            (local / "INBOX/new/1.local").write_bytes(message(f"mbsync-push-{name}"))
+            configuration = self.folder.write(f"mbsyncrc-{name}", f"""
+IMAPAccount account
+Host localhost
+Port {self.proxy.ports['tls']}
+User {user}
+Pass {PASSWORDS[user]}
+SSLType IMAPS
+CertificateFile {self.certificates.ca}
+
+IMAPStore far
+Account account
+
+MaildirStore near
+Path {local}/
+Inbox {local}/INBOX
+
+Channel channel
+Far :far:
+Near :near:
+Patterns INBOX
+Sync All
+Create Both
+SyncState *
+""", 0o600)
+            self.run_program(program("mbsync"), "-c", configuration, "-a")
+            self.assert_only_at_home(user, f"mbsync-push-{name}")
+            curl = [program("curl"), "-sS", "--cacert", self.certificates.ca, "--user", f"{user}:{PASSWORDS[user]}"]
+            mail = self.folder.path / "pull.eml"
+            mail.write_bytes(message(f"mbsync-pull-{name}"))
+            self.run_program(*curl, "-T", mail, f"imaps://localhost:{self.proxy.ports['tls']}/INBOX")
+            self.run_program(program("mbsync"), "-c", configuration, "-a")
+            pulled = [path.read_text() for path in local.glob("INBOX/*/*") if path.is_file() and path.parent.name in ("cur", "new")]
+            self.assertTrue(any(f"mbsync-pull-{name}" in text for text in pulled))
+
+    def test_mutt_copies_between_folders(self):
+        mail = self.folder.path / "mutt.mbox"
+        mail.write_text("From test Mon Nov 23 12:00:00 2026\n" + message("mutt-copy").decode().replace("\r", "") + "\n")
+        configuration = self.folder.write("muttrc", f"""
+set ssl_force_tls=yes
+set ssl_ca_certificates_file="{self.certificates.ca}"
+set imap_user="{ALICE}"
+set imap_pass="{PASSWORDS[ALICE]}"
+set header_cache=""
+set copy=no
+set confirmappend=no
+set confirmcreate=no
+set delete=no
+set quit=yes
+set wait_key=no
+""", 0o600)
+        for scheme, port in (("imaps", "tls"), ("imap", "starttls")):
+            url = f"{scheme}://localhost:{self.proxy.ports[port]}/INBOX"
+            push = f"push <copy-message><kill-line>{url}<enter><quit>"
+            command = shlex.join([program("mutt"), "-n", "-F", str(configuration), "-f", str(mail), "-e", push])
+            # mutt wants a terminal.
+            self.run_program(program("script"), "-qefc", command, "/dev/null", stdin=subprocess.DEVNULL,
+                             env={"TERM": "xterm", "HOME": str(self.folder.path), "PATH": "/usr/bin:/bin"})
+        copies = [text for text in self.a.messages(ALICE) if "mutt-copy" in text]
+        self.assertEqual(len(copies), 2)
+
+    def test_openssl_s_client(self):
+        for extra, port in (((), "tls"), (("-starttls", "imap"), "starttls")):
+            said = self.run_program(
+                program("openssl"), "s_client", "-quiet", "-crlf", "-verify_return_error", "-CAfile", self.certificates.ca,
+                "-servername", "localhost", "-alpn", "imap", *extra, "-connect", f"localhost:{self.proxy.ports[port]}",
+                input=f"a LOGIN {ALICE} {PASSWORDS[ALICE]}\nb SELECT INBOX\nc LOGOUT\n".encode())
+            for line in ("a OK [CAPABILITY IMAP4rev1", "b OK [READ-WRITE]", "c OK"):
+                self.assertIn(line, said)
+
+    def test_alpn_of_another_protocol_is_refused(self):
+        done = subprocess.run([program("openssl"), "s_client", "-alpn", "h2,http/1.1", "-connect",
+                               f"localhost:{self.proxy.ports['tls']}"], input=b"", capture_output=True, timeout=PATIENCE)
+        self.assertIn(b"no application protocol", done.stderr)
+        self.assertNotEqual(done.returncode, 0)
+
+
+if __name__ == "__main__":
+    unittest.main()

@@ -1,0 +1,150 @@
+"""An IMAP compliance run: the same commands to the server itself and through the proxy, with the same answers.
+
+The commands walk through the states of RFC 3501 section 3 and its extensions that the server has: mailboxes, appending, fetching
+in every form, flags, searching, sorting, copying, moving, idling, literals of many sizes, pipelining, errors, compression.
+What differs by nature (times, UIDVALIDITY, modification sequences) is masked; everything else must be equal byte for byte.
+"""
+
+import re
+import unittest
+import zlib
+
+from fixtures import Certificates, Dovecot, Folder, Proxy
+from mail import Raw, context, message
+
+USER, PASSWORD = "alice@example.org", "wonderland"
+MULTIPART = (b"From: a@example.org\r\nTo: b@example.org\r\nSubject: =?utf-8?q?p=C3=A4rts?=\r\nMIME-Version: 1.0\r\n"
+             b"Content-Type: multipart/mixed; boundary=b\r\n\r\n--b\r\nContent-Type: text/plain\r\n\r\none\r\n--b\r\n"
+             b"Content-Type: application/octet-stream\r\nContent-Transfer-Encoding: base64\r\n\r\nAAECAw==\r\n--b--\r\n")
+
+
+def append(mailbox, text, flags=b"", plus=b"+"):
+    return b"APPEND %s %s{%d%s}\r\n%s" % (mailbox, flags, len(text), plus, text)
+
+
+COMMANDS = [
+    b"CAPABILITY", b"NOOP", b"ID NIL", b"ENABLE CONDSTORE", b"NAMESPACE", b"LIST \"\" *", b"LIST \"\" \"\"", b"LSUB \"\" *",
+    b"CREATE work", b"CREATE work/deep", b"CREATE work", b"CREATE {6+}\r\nquoted", b"SUBSCRIBE work", b"LSUB \"\" *",
+    b"LIST (SUBSCRIBED) \"\" * RETURN (CHILDREN STATUS (MESSAGES))", b"RENAME work/deep work/deeper", b"DELETE work/deeper", b"DELETE absent",
+    b"STATUS INBOX (MESSAGES RECENT UIDNEXT UNSEEN)",
+    append(b"INBOX", message("one")), append(b"INBOX", message("two", "x" * 100 + "\r\n"), b"(\\Seen \\Flagged keyword) "),
+    append(b"INBOX", MULTIPART), append(b"INBOX", message("big", ("y" * 76 + "\r\n") * 20000)), append(b"absent", message("none")),
+    append(b"INBOX", message("dated"), b"(\\Draft) \"17-Jul-1996 02:44:25 -0700\" "),
+    b"FETCH 1 FLAGS", b"EXAMINE INBOX", b"STORE 1 +FLAGS (\\Seen)", b"CLOSE", b"SELECT absent", b"SELECT INBOX",
+    b"FETCH 1:* (UID FLAGS RFC822.SIZE)", b"FETCH 1 ALL", b"FETCH 2 FULL", b"FETCH 1 FAST", b"FETCH 3 BODYSTRUCTURE", b"FETCH 3 BODY",
+    b"FETCH 3 (BODY[1] BODY[2.MIME] BODY[HEADER.FIELDS (SUBJECT)] BODY[TEXT]<0.10>)", b"FETCH 1 BODY.PEEK[]", b"FETCH 4 BODY[]",
+    b"FETCH 4 BODY[]<1000000.5000>", b"FETCH 5 (INTERNALDATE ENVELOPE)", b"FETCH 99 FLAGS", b"FETCH 0 FLAGS", b"FETCH 1 NONSENSE",
+    b"UID FETCH 1:* (FLAGS)", b"UID FETCH 1000:* (UID)", b"FETCH 3 BINARY[2]", b"FETCH 3 (BINARY.SIZE[2])",
+    b"STORE 1 +FLAGS (\\Flagged)", b"STORE 1 -FLAGS.SILENT (\\Flagged)", b"STORE 1:2 FLAGS (\\Deleted \\Answered)", b"UID STORE 3 +FLAGS (custom)",
+    b"SEARCH ALL", b"SEARCH DELETED", b"SEARCH SUBJECT one", b"SEARCH NOT SEEN OR FLAGGED LARGER 1000", b"SEARCH CHARSET UTF-8 SUBJECT {6+}\r\np\xc3\xa4rts",
+    b"SEARCH CHARSET NONE SUBJECT x", b"SEARCH RETURN (MIN MAX COUNT) ALL", b"UID SEARCH KEYWORD custom", b"SEARCH", b"SORT (SUBJECT) UTF-8 ALL",
+    b"THREAD REFERENCES UTF-8 ALL", b"SEARCH BEFORE 1-Jan-2000", b"SEARCH HEADER Message-ID two",
+    b"COPY 1 work", b"COPY 1 absent", b"UID COPY 2:3 work", b"UID MOVE 5 work", b"EXPUNGE", b"SEARCH ALL", b"UID EXPUNGE 1:*",
+    b"SELECT work", b"FETCH 1:* (FLAGS BODY.PEEK[HEADER.FIELDS (SUBJECT)])", b"UNSELECT", b"CHECK",
+    b"SELECT INBOX (CONDSTORE)", b"STATUS work (MESSAGES UNSEEN)", b"GETQUOTAROOT INBOX", b"NONSENSE", b"SELECT", b"", b"FETCH",
+    b"LIST \"unbalanced", b"LOGIN again again", b"STARTTLS", b"AUTHENTICATE PLAIN", b"DELETE work", b"UNSUBSCRIBE work",
+]
+
+
+def masked(line):
+    line = re.sub(rb"UIDVALIDITY \d+", b"UIDVALIDITY n", line)
+    line = re.sub(rb"APPENDUID \d+", b"APPENDUID n", line)
+    line = re.sub(rb"COPYUID \d+", b"COPYUID n", line)
+    line = re.sub(rb"(HIGHESTMODSEQ|MODSEQ \(|MODSEQ) ?\(?\d+", rb"\1 n", line)
+    line = re.sub(rb'INTERNALDATE "[^"]*2026[^"]*"', b"INTERNALDATE now", line)
+    return re.sub(rb"\(\d\.\d+ \+ \d\.\d+ (\+ \d\.\d+ )?secs\)\.?", b"(time)", line)
+
+
+def read_answer(client, tag):
+    """Lines and literals up to the tagged one."""
+    lines = []
+    while True:
+        line = client.line()
+        assert line, f"closed after {lines[-3:]}"
+        lines.append(masked(line))
+        literal = re.search(rb"\{(\d+)\}$", line)
+        if literal:
+            size = int(literal[1])
+            while len(client.pending) < size:
+                client.pending += client.socket.recv(65536)
+            lines.append(client.pending[:size])
+            client.pending = client.pending[size:]
+        elif line.startswith(tag + b" "):
+            return lines
+
+
+def transcript(client):
+    """Answers to all commands, the special dialogues, and the last words."""
+    result = []
+    for number, command in enumerate(COMMANDS):
+        tag = b"t%d" % number
+        client.send(tag + b" " + command + b"\r\n")
+        result.append((command[:60], read_answer(client, tag)))
+    client.send(b"s1 APPEND INBOX {5}\r\n")
+    result.append(("synchronising literal", masked(client.line())))
+    client.send(b"a: b\n\r\n")
+    result.append(("its answer", read_answer(client, b"s1")))
+    client.send(b"i1 IDLE\r\n")
+    result.append(("IDLE", client.line()))
+    client.send(b"DONE\r\n")
+    result.append(("DONE", read_answer(client, b"i1")))
+    client.send(b"p1 NOOP\r\np2 SELECT INBOX\r\np3 FETCH 1 UID\r\np4 NOOP\r\n")
+    for tag in (b"p1", b"p2", b"p3", b"p4"):
+        result.append(("pipelined", read_answer(client, tag)))
+    client.send(b"z1 COMPRESS DEFLATE\r\n")
+    answer = read_answer(client, b"z1")
+    result.append(("COMPRESS", answer))
+    if answer[-1].startswith(b"z1 OK"):
+        deflate, inflate = zlib.compressobj(9, zlib.DEFLATED, -15), zlib.decompressobj(-15)
+        client.send(deflate.compress(b"z2 NOOP\r\nz3 LOGOUT\r\n") + deflate.flush(zlib.Z_SYNC_FLUSH))
+        said = b""
+        while b"z3 " not in said:
+            said += inflate.decompress(client.socket.recv(65536))
+        result.append(("compressed", said))
+    else:
+        client.send(b"z3 LOGOUT\r\n")
+        result.append(("LOGOUT", read_answer(client, b"z3")))
+    result.append(("closed", client.line()))
+    return result
+
+
+class Compliance(unittest.TestCase):
+    def test_the_same_answers_through_the_proxy(self):
+        folder = Folder()
+        self.addCleanup(folder.remove)
+        certificates = Certificates(folder)
+        transcripts = []
+        for through in (False, True):
+            # A fresh server each time: the same commands meet the same mailbox.
+            server = Dovecot(certificates)
+            self.addCleanup(server.close)
+            if through:
+                proxy = Proxy(f"""
+listeners: [{{address: "127.0.0.1:{{tls}}", tls: implicit}}]
+tls: {{certificates: [{{cert: {certificates.cert}, key: {certificates.key}}}]}}
+backends: {{only: {{servers: ["127.0.0.1:{server.port}"], tls: {{mode: starttls, ca: {certificates.ca}, server_name: localhost}}}}}}
+routes: [{{default: only}}]
+admin: {{address: "127.0.0.1:{{admin}}"}}
+""")
+                self.addCleanup(proxy.close)
+                port = proxy.ports["tls"]
+            else:
+                port = server.tls_port
+            client = Raw(port, context(certificates.ca))
+            client.line()
+            login = client.command("l", f"LOGIN {USER} {PASSWORD}")
+            self.assertTrue(login[-1].startswith(b"l OK [CAPABILITY IMAP4rev1 "), login)
+            transcripts.append(transcript(client))
+            client.close()
+        direct, proxied = transcripts
+        self.assertGreater(len(direct), 100, "commands were compared")
+        # The commands did something: most of them are good, and the server said so.
+        good = sum(1 for _, answer in direct if isinstance(answer, list) and b" OK" in answer[-1])
+        self.assertGreater(good, 60)
+        for (command, expected), (_, got) in zip(direct, proxied):
+            self.assertEqual(got, expected, command)
+        self.assertEqual(len(direct), len(proxied))
+
+
+if __name__ == "__main__":
+    unittest.main()

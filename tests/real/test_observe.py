@@ -1,0 +1,138 @@
+"""What operators look at: the alerts, and the dashboard over a real Prometheus that scrapes the running proxy."""
+
+import json
+import re
+import subprocess
+import unittest
+import urllib.parse
+import urllib.request
+
+from fixtures import PATIENCE, REPOSITORY, Certificates, Dovecot, Folder, Process, Proxy, answers, free_port, program, wait_for
+from mail import Raw, connect, message
+
+DASHBOARDS = REPOSITORY / "dashboards"
+# Grafana fills these in; $__rate_interval is four scrapes.
+VARIABLES = {"$__rate_interval": "10s", "$datasource": "", "$job": ".*", "$listener": ".*", "$backend": ".*"}
+
+
+def panels():
+    board = json.loads((DASHBOARDS / "vestibule.json").read_text())
+    return [panel for panel in board["panels"] if panel["type"] != "row"]
+
+
+def expressions():
+    for panel in panels():
+        for target in panel["targets"]:
+            yield panel["title"], target["expr"]
+
+
+def metrics_of_the_source():
+    source = (REPOSITORY / "src/metrics.rs").read_text().split("#[cfg(test)]")[0]
+    return set(re.findall(r'"(vestibule_\w+)"', source))
+
+
+def metrics_in(text):
+    return {re.sub(r"_(bucket|sum|count)$", "", name) for name in re.findall(r"vestibule_\w+", text)}
+
+
+class Files(unittest.TestCase):
+    def test_alerts_fire_and_stay_silent(self):
+        for command in (["check", "rules", "alerts.yaml"], ["test", "rules", "alerts_test.yaml"]):
+            done = subprocess.run([program("promtool"), *command], cwd=DASHBOARDS, capture_output=True, text=True, timeout=PATIENCE)
+            self.assertEqual(done.returncode, 0, done.stdout + done.stderr)
+
+    def test_every_alert_has_a_case(self):
+        alerts = set(re.findall(r"- alert: (\w+)", (DASHBOARDS / "alerts.yaml").read_text()))
+        cases = (DASHBOARDS / "alerts_test.yaml").read_text()
+        self.assertGreater(len(alerts), 10)
+        for alert in alerts:
+            self.assertIn(f"alertname: {alert}, exp_alerts: []", cases, "silent once")
+            self.assertIn(f"alertname: {alert}\n        exp_alerts:\n          - ", cases, "fires once")
+
+    def test_dashboard_and_alerts_know_the_metrics(self):
+        known = metrics_of_the_source()
+        self.assertGreater(len(known), 20)
+        shown = set().union(*(metrics_in(expression) for _, expression in expressions()))
+        self.assertEqual(shown, known, "every metric has a panel, and no panel an unknown metric")
+        alerts = re.findall(r"(?s)expr: (.*?)\n        (?:for|labels):", (DASHBOARDS / "alerts.yaml").read_text())
+        self.assertLessEqual(set().union(*map(metrics_in, alerts)), known)
+
+    def test_every_panel_says_what_it_means(self):
+        for panel in panels():
+            self.assertTrue(panel["description"], panel["title"])
+            self.assertTrue(panel["fieldConfig"]["defaults"]["unit"], panel["title"])
+
+
+class Dashboard(unittest.TestCase):
+    """Traffic of every kind, then every panel's query."""
+
+    def setUp(self):
+        self.folder = Folder()
+        self.addCleanup(self.folder.remove)
+        certificates = Certificates(self.folder)
+        server = Dovecot(certificates)
+        self.addCleanup(server.close)
+        self.folder.write("users.txt", "alice@example.org good\nbob@example.net dead\n")
+        self.proxy = Proxy(f"""
+listeners:
+  - {{address: "127.0.0.1:{{tls}}", tls: implicit}}
+  - {{address: "127.0.0.1:{{plain}}", tls: none}}
+tls: {{certificates: [{{cert: {certificates.cert}, key: {certificates.key}}}]}}
+backends:
+  good: {{servers: ["127.0.0.1:{server.port}"]}}
+  dead: {{servers: ["127.0.0.1:{free_port()}"]}}
+routes: [{{table: users.txt}}]
+admin: {{address: "127.0.0.1:{{admin}}"}}
+""", self.folder)
+        self.addCleanup(self.proxy.close)
+        self.certificates = certificates
+        self.port = free_port()
+        configuration = self.folder.write("prometheus.yml", f"""
+global: {{scrape_interval: 500ms, scrape_timeout: 500ms}}
+scrape_configs:
+  - job_name: vestibule
+    static_configs: [{{targets: ["127.0.0.1:{self.proxy.ports['admin']}"]}}]
+""")
+        prometheus = Process([program("prometheus"), f"--config.file={configuration}", f"--storage.tsdb.path={self.folder.path}/tsdb",
+                              f"--web.listen-address=127.0.0.1:{self.port}"], self.folder.path / "prometheus.log")
+        self.addCleanup(prometheus.kill)
+        wait_for("Prometheus", lambda: answers(self.port))
+
+    def traffic(self):
+        client = connect(self.proxy, self.certificates)
+        client.login("alice@example.org", "wonderland")
+        client.append("INBOX", None, None, message("metrics"))
+        client.logout()
+        raw = Raw(self.proxy.ports["plain"])
+        raw.line()
+        raw.command("a", "LOGIN alice@example.org wrong")
+        raw.command("b", "LOGIN bob@example.net builder")
+        raw.command("c", "LOGIN nobody@nowhere.test x")
+        raw.close()
+
+    def query(self, expression):
+        for name, value in VARIABLES.items():
+            expression = expression.replace("${" + name[1:] + "}", value).replace(name, value)
+        url = f"http://127.0.0.1:{self.port}/api/v1/query?" + urllib.parse.urlencode({"query": expression})
+        with urllib.request.urlopen(url, timeout=PATIENCE) as answer:
+            return [sample for sample in json.load(answer)["data"]["result"] if sample["value"][1] != "NaN"]
+
+    def test_no_panel_is_empty(self):
+        checked = 0
+        # Rates need two scrapes that differ: traffic goes on while they are waited for.
+        for title, expression in expressions():
+            def filled():
+                result = self.query(expression)
+                if not result:
+                    self.traffic()
+                return result
+            try:
+                wait_for("a sample", filled)
+            except AssertionError:
+                self.fail(f"{title}: nothing comes back from {expression}")
+            checked += 1
+        self.assertGreater(checked, 30)
+
+
+if __name__ == "__main__":
+    unittest.main()
