@@ -16,7 +16,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use anyhow::Context as _;
-use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, IsCa, KeyPair};
+use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, DnType, IsCa, KeyPair, KeyUsagePurpose};
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 
@@ -89,11 +89,16 @@ impl Folder {
     /// A certificate authority of the demo's own, and a certificate by it for this machine's loopback names.
     fn write_certificates(&self) -> anyhow::Result<()> {
         let mut authority = CertificateParams::new(Vec::new())?;
+        authority.distinguished_name.push(DnType::CommonName, "Vestibule demo authority");
+        authority.key_usages = vec![KeyUsagePurpose::KeyCertSign];
         authority.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
         let authority = CertifiedIssuer::self_signed(authority, KeyPair::generate()?)?;
         let names = ["localhost", "127.0.0.1", "::1"].map(str::to_owned);
         let key = KeyPair::generate()?;
-        let certificate = CertificateParams::new(names.to_vec())?.signed_by(&key, &authority)?;
+        // OpenSSL takes a certificate with its issuer's own name for a self-signed one.
+        let mut certificate = CertificateParams::new(names.to_vec())?;
+        certificate.distinguished_name.push(DnType::CommonName, "localhost");
+        let certificate = certificate.signed_by(&key, &authority)?;
         self.write("ca.pem", &authority.pem())?;
         self.write("cert.pem", &certificate.pem())?;
         self.write("key.pem", &key.serialize_pem())?;

@@ -7,7 +7,7 @@ import unittest
 import urllib.parse
 import urllib.request
 
-from fixtures import PATIENCE, REPOSITORY, Certificates, Dovecot, Folder, Process, Proxy, answers, free_port, program, wait_for
+from fixtures import PATIENCE, REPOSITORY, Certificates, Dovecot, Folder, Process, Proxy, free_port, program, wait_for
 from mail import Raw, connect, message
 
 DASHBOARDS = REPOSITORY / "dashboards"
@@ -96,7 +96,14 @@ scrape_configs:
         prometheus = Process([program("prometheus"), f"--config.file={configuration}", f"--storage.tsdb.path={self.folder.path}/tsdb",
                               f"--web.listen-address=127.0.0.1:{self.port}"], self.folder.path / "prometheus.log")
         self.addCleanup(prometheus.kill)
-        wait_for("Prometheus", lambda: answers(self.port))
+        wait_for("Prometheus", self.prometheus_is_ready)
+
+    def prometheus_is_ready(self):
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/-/ready", timeout=PATIENCE) as answer:
+                return answer.status == 200
+        except OSError:
+            return False
 
     def traffic(self):
         client = connect(self.proxy, self.certificates)
