@@ -50,14 +50,20 @@ async fn starttls_then_login() {
     let certificates = Certificates::new();
     let (proxy, _server) = starttls(&certificates, "").await;
     let mut client = Client::connect(proxy.listeners()[0]).await;
-    assert!(client.ask("a LOGIN alice {6}").await.starts_with("a NO [PRIVACYREQUIRED]"), "the literal is not asked for");
+    assert!(
+        client.ask("a LOGIN alice {6}").await.starts_with("a NO [PRIVACYREQUIRED]"),
+        "the literal is not asked for"
+    );
     assert!(client.ask("b AUTHENTICATE PLAIN").await.starts_with("b NO [PRIVACYREQUIRED]"));
     assert_eq!(client.ask("c STARTTLS").await, "c OK Begin TLS negotiation now.");
     let (socket, pending) = client.into_parts();
     assert!(pending.is_empty());
     let mut client = Line::new(certificates.encrypt(socket).await);
     // No greeting, a new list, and the failures before TLS are forgotten.
-    assert_eq!(client.ask("d CAPABILITY").await, "* CAPABILITY IMAP4rev1 SASL-IR LITERAL+ ID ENABLE AUTH=PLAIN AUTH=LOGIN");
+    assert_eq!(
+        client.ask("d CAPABILITY").await,
+        "* CAPABILITY IMAP4rev1 SASL-IR LITERAL+ ID ENABLE AUTH=PLAIN AUTH=LOGIN"
+    );
     client.line().await;
     assert_eq!(client.ask("e STARTTLS").await, "e BAD TLS is already active.");
     assert_eq!(client.ask("a LOGIN alice secret").await, "a OK [CAPABILITY IMAP4rev1 IDLE] in");
@@ -100,7 +106,8 @@ async fn deadlines_before_login() {
     assert_eq!(silent.line().await, "* BYE Login took too long.");
     silent.assert_closed().await;
     no_hello.assert_closed().await;
-    eventually("the counts", || failures(&proxy, "login_deadline") == 2.0 && failures(&proxy, "handshake") == 1.0).await;
+    eventually("the counts", || failures(&proxy, "login_deadline") == 2.0 && failures(&proxy, "handshake") == 1.0)
+        .await;
     assert_eq!(metric(&proxy, "vestibule_sessions", &[]), 0.0);
 }
 
@@ -189,8 +196,14 @@ async fn megabytes_both_ways_past_a_slow_reader() {
     let (mut down, mut up) = (Vec::new(), Vec::new());
     in_time("the transfers", async {
         tokio::join!(
-            async { client_write.write_all(&pattern).await.unwrap(); client_write.shutdown().await.unwrap(); },
-            async { server_write.write_all(&pattern).await.unwrap(); server_write.shutdown().await.unwrap(); },
+            async {
+                client_write.write_all(&pattern).await.unwrap();
+                client_write.shutdown().await.unwrap();
+            },
+            async {
+                server_write.write_all(&pattern).await.unwrap();
+                server_write.shutdown().await.unwrap();
+            },
             async {
                 // Reads a little at a time: the proxy must not buffer the rest, and must lose nothing.
                 let mut buffer = [0; 1021];
@@ -199,7 +212,9 @@ async fn megabytes_both_ways_past_a_slow_reader() {
                     tokio::task::yield_now().await;
                 }
             },
-            async { server_read.read_to_end(&mut up).await.unwrap(); },
+            async {
+                server_read.read_to_end(&mut up).await.unwrap();
+            },
         )
     })
     .await;

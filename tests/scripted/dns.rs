@@ -96,14 +96,10 @@ async fn a_name_is_followed_and_its_last_answer_kept() {
     }
     // It is back, and the name has moved to where nobody listens.
     dns.set("mail.test", a(IpAddr::V4(Ipv4Addr::new(127, 0, 0, 77))));
-    let moved = async {
-        while logs_in(address).await.starts_with("a OK") {}
-    };
+    let moved = async { while logs_in(address).await.starts_with("a OK") {} };
     crate::support::in_time("the move", moved).await;
     dns.set("mail.test", a(server.address.ip()));
-    let back = async {
-        while !logs_in(address).await.starts_with("a OK") {}
-    };
+    let back = async { while !logs_in(address).await.starts_with("a OK") {} };
     crate::support::in_time("the return", back).await;
 }
 
@@ -113,7 +109,10 @@ async fn servers_of_an_srv_record_come_and_go() {
     let (first, spare) = (Scripted::new(GOOD).await, Scripted::new(GOOD).await);
     dns.set("one.test", a(first.address.ip()));
     dns.set("two.test", a(spare.address.ip()));
-    dns.set("_imap._tcp.shard.test", vec![srv(10, first.address.port(), "one.test."), srv(20, spare.address.port(), "two.test.")]);
+    dns.set(
+        "_imap._tcp.shard.test",
+        vec![srv(10, first.address.port(), "one.test."), srv(20, spare.address.port(), "two.test.")],
+    );
     let text = format!(
         "backends: {{only: {{servers: [{{srv: _imap._tcp.shard.test}}]}}}}\nroutes: [{{default: only}}]\nresolver: {{servers: ['{}']}}\n",
         dns.address

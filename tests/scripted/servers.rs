@@ -80,7 +80,10 @@ async fn the_next_server_is_tried_and_the_client_sees_nothing_of_it() {
 async fn a_refused_password_is_tried_on_no_other_server() {
     let refuse = "S: * OK [CAPABILITY IMAP4rev1] x\nC: *\nS: L NO [AUTHENTICATIONFAILED] Wrong.";
     let (one, other) = (Scripted::new(refuse).await, Scripted::new(refuse).await);
-    let text = format!("backends: {{pair: {{servers: ['{}', '{}']}}}}\nroutes: [{{default: pair}}]\n", one.address, other.address);
+    let text = format!(
+        "backends: {{pair: {{servers: ['{}', '{}']}}}}\nroutes: [{{default: pair}}]\n",
+        one.address, other.address
+    );
     let proxy = proxy(&text).await;
     let mut client = Client::connect(proxy.listeners()[0]).await;
     assert_eq!(client.ask("a LOGIN alice wrong").await, "a NO [AUTHENTICATIONFAILED] Wrong.");
@@ -213,7 +216,8 @@ async fn whom_a_server_must_be() {
     let script = format!("!TLS\n{GOOD}");
     let server = Scripted::with_tls(&script, &certificates).await;
     let port = server.address.port();
-    let der = rustls_pemfile::certs(&mut &std::fs::read(certificates.path("cert.pem")).unwrap()[..]).next().unwrap().unwrap();
+    let der =
+        rustls_pemfile::certs(&mut &std::fs::read(certificates.path("cert.pem")).unwrap()[..]).next().unwrap().unwrap();
     let pin = {
         use base64::Engine as _;
         use x509_parser::prelude::{FromDer, X509Certificate};

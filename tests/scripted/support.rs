@@ -39,9 +39,9 @@ pub async fn start(text: &str) -> Running {
 /// The sum of the samples of a metric whose labels contain all of `labels`.
 pub fn metric(proxy: &Running, name: &str, labels: &[&str]) -> f64 {
     let text = proxy.metrics().render();
-    let samples = text.lines().filter(|line| {
-        line.split(['{', ' ']).next() == Some(name) && labels.iter().all(|label| line.contains(label))
-    });
+    let samples = text
+        .lines()
+        .filter(|line| line.split(['{', ' ']).next() == Some(name) && labels.iter().all(|label| line.contains(label)));
     samples.map(|line| line.rsplit(' ').next().unwrap().parse::<f64>().unwrap()).sum()
 }
 
@@ -144,7 +144,8 @@ impl Scripted {
         let address = listener.local_addr().unwrap();
         let connections = Arc::new(AtomicUsize::new(0));
         let counter = connections.clone();
-        let script: Arc<Vec<String>> = Arc::new(script.lines().map(|line| line.trim().to_owned()).filter(|line| !line.is_empty()).collect());
+        let script: Arc<Vec<String>> =
+            Arc::new(script.lines().map(|line| line.trim().to_owned()).filter(|line| !line.is_empty()).collect());
         tokio::spawn(async move {
             while let Ok((socket, _)) = listener.accept().await {
                 counter.fetch_add(1, Ordering::SeqCst);
@@ -222,7 +223,9 @@ impl Certificates {
         let names = vec!["localhost".to_owned(), "127.0.0.1".to_owned()];
         let certificate = CertificateParams::new(names).unwrap().signed_by(&key, &authority).unwrap();
         let folder = tempfile::tempdir().unwrap();
-        for (name, text) in [("ca.pem", authority.pem()), ("cert.pem", certificate.pem()), ("key.pem", key.serialize_pem())] {
+        for (name, text) in
+            [("ca.pem", authority.pem()), ("cert.pem", certificate.pem()), ("key.pem", key.serialize_pem())]
+        {
             std::fs::write(folder.path().join(name), text).unwrap();
         }
         Self {
@@ -239,7 +242,11 @@ impl Certificates {
 
     /// The `tls` section of a configuration.
     pub fn section(&self) -> String {
-        format!("tls: {{certificates: [{{cert: {}, key: {}}}]}}\n", self.path("cert.pem").display(), self.path("key.pem").display())
+        format!(
+            "tls: {{certificates: [{{cert: {}, key: {}}}]}}\n",
+            self.path("cert.pem").display(),
+            self.path("key.pem").display()
+        )
     }
 
     fn acceptor(&self) -> TlsAcceptor {
