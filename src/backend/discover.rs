@@ -29,7 +29,7 @@ const RETRY: [Duration; 2] = [Duration::from_secs(1), Duration::from_secs(30)];
 
 /// The process's way to DNS.
 #[derive(Debug, Clone)]
-pub struct Resolver(TokioResolver);
+pub(super) struct Resolver(TokioResolver);
 
 /// One line of an SRV answer.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -45,7 +45,7 @@ impl Resolver {
     ///
     /// # Errors
     /// The system's configuration cannot be read.
-    pub fn build(config: &config::Resolver) -> Result<Self, String> {
+    pub(super) fn build(config: &config::Resolver) -> Result<Self, String> {
         let mut builder = if config.servers.is_empty() {
             TokioResolver::builder_tokio().map_err(|error| error.to_string())?
         } else {
