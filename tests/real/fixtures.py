@@ -385,6 +385,8 @@ virtdomains: userid
 defaultdomain: localhost
 unixhierarchysep: yes
 autocreate_quota: 0
+delete_mode: immediate
+imapidlepoll: 1
 autocreate_post: yes
 allowplaintext: yes
 sasl_mech_list: PLAIN LOGIN
