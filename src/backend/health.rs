@@ -11,7 +11,7 @@ const LONGEST_PAUSE: Duration = Duration::from_secs(30);
 
 /// What is known of one server.
 #[derive(Debug, Default)]
-pub struct Health {
+pub(super) struct Health {
     failing: Option<Failing>,
 }
 
@@ -25,7 +25,7 @@ impl Health {
     /// A session could not use the server. Says whether that is news.
     ///
     /// Failures within a pause (logins that were under way together) do not lengthen it.
-    pub fn failed(&mut self, now: Instant) -> bool {
+    pub(super) fn failed(&mut self, now: Instant) -> bool {
         let news = self.failing.is_none();
         let pause = match &self.failing {
             None => FIRST_PAUSE,
@@ -37,12 +37,12 @@ impl Health {
     }
 
     /// The server answered a login, whichever way. Says whether that is news.
-    pub fn answered(&mut self) -> bool {
+    pub(super) fn answered(&mut self) -> bool {
         self.failing.take().is_some()
     }
 
     /// Whether the server comes before those that are failing.
-    pub fn is_available(&self, now: Instant) -> bool {
+    pub(super) fn is_available(&self, now: Instant) -> bool {
         self.failing.as_ref().is_none_or(|failing| now >= failing.retry_at)
     }
 }

@@ -8,7 +8,7 @@ use crate::rendezvous;
 
 /// What the choice depends on.
 #[derive(Debug, Clone, Copy)]
-pub struct Candidate<'a> {
+pub(super) struct Candidate<'a> {
     /// The server's name as configured: part of the hash.
     pub name: &'a str,
     /// Share among servers of the same priority.
@@ -20,7 +20,7 @@ pub struct Candidate<'a> {
 }
 
 /// Positions of `candidates` in the order in which they are to be tried for `user`.
-pub fn order(user: &str, candidates: &[Candidate<'_>]) -> Vec<usize> {
+pub(super) fn order(user: &str, candidates: &[Candidate<'_>]) -> Vec<usize> {
     let score = |index: &usize| {
         let candidate = &candidates[*index];
         rendezvous::score(user.as_bytes(), candidate.name.as_bytes(), candidate.weight)

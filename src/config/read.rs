@@ -68,10 +68,10 @@ impl<'a> Reader<'a> {
             if missing.is_some_and(|name| left_out.iter().any(|other| other == name)) {
                 return None;
             }
-            if let Some(unknown) = backticked(&message).first().filter(|_| message.starts_with("unknown field")) {
-                if steps.last().is_none_or(|last| !matches!(last, Segment::Map { key } if key == unknown)) {
-                    steps.push(Segment::Map { key: (*unknown).to_owned() });
-                }
+            if let Some(unknown) = backticked(&message).first().filter(|_| message.starts_with("unknown field"))
+                && steps.last().is_none_or(|last| !matches!(last, Segment::Map { key } if key == unknown))
+            {
+                steps.push(Segment::Map { key: (*unknown).to_owned() });
             }
             let (text, help) = told(&message);
             self.problem_with_help(&path(key, &steps), text, help);

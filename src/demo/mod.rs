@@ -4,6 +4,7 @@
 //! `run` does. Called by `main`.
 
 pub mod imap_server;
+mod items;
 pub mod mailbox;
 mod once;
 

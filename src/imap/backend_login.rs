@@ -223,10 +223,10 @@ impl<'a> BackendLogin<'a> {
 
     /// Goes on as far as the input allows; what the server is to be sent is appended to `out`.
     pub fn step(&mut self, out: &mut Zeroizing<Vec<u8>>) -> ServerStep {
-        if self.phase == Phase::Handshake {
-            if let Err(fault) = self.proceed(out) {
-                return ServerStep::Unavailable(fault);
-            }
+        if self.phase == Phase::Handshake
+            && let Err(fault) = self.proceed(out)
+        {
+            return ServerStep::Unavailable(fault);
         }
         loop {
             match self.framer.line() {

@@ -118,7 +118,7 @@ class Process:
 class Proxy:
     """The real binary, on a configuration. `{tls}`, `{starttls}`, `{plain}`, `{admin}` in it become free ports."""
 
-    def __init__(self, configuration, folder=None):
+    def __init__(self, configuration, folder=None, environment=None):
         assert VESTIBULE.exists(), f"{VESTIBULE} is not built: run tests/run"
         self.folder = folder or Folder()
         self.owns_folder = folder is None
@@ -126,7 +126,8 @@ class Proxy:
         for name, port in self.ports.items():
             configuration = configuration.replace("{" + name + "}", str(port))
         self.file = self.folder.write("vestibule.yaml", configuration)
-        self.process = Process([VESTIBULE, "run", "--config", self.file], self.folder.path / "vestibule.log")
+        self.process = Process([VESTIBULE, "run", "--config", self.file], self.folder.path / "vestibule.log",
+                               env={**os.environ, **(environment or {})})
         wait_for("the proxy", self._ready)
 
     def _ready(self):
@@ -233,6 +234,10 @@ class Dovecot:
             }}
             service anvil {{
               chroot =
+              # No growing delay after failed logins: the tests make some on purpose.
+              unix_listener anvil-auth-penalty {{
+                mode = 0
+              }}
             }}
         """)
         self.start()
@@ -380,6 +385,8 @@ virtdomains: userid
 defaultdomain: localhost
 unixhierarchysep: yes
 autocreate_quota: 0
+delete_mode: immediate
+imapidlepoll: 1
 autocreate_post: yes
 allowplaintext: yes
 sasl_mech_list: PLAIN LOGIN

@@ -1,1 +1,11 @@
-fn main() {}
+//! The library over loopback, against peers that are scripted to do what real ones do not do on demand.
+//!
+//! Ports are the system's choice, everything waited for has one deadline, nothing sleeps.
+
+#![expect(clippy::unwrap_used, unreachable_pub, reason = "a test's panic is its failure; one binary has no outside")]
+
+mod client;
+mod dns;
+mod house;
+mod servers;
+mod support;

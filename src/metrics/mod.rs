@@ -6,22 +6,15 @@
 //! holds a user, an address of a client or a text that a peer sent. Each instance has a registry of its own: nothing
 //! here is global.
 
+mod families;
+
 use std::time::Duration;
 
-use prometheus::{
-    GaugeVec, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry,
-    TextEncoder,
-};
+use prometheus::{GaugeVec, Histogram, IntCounter, IntGauge, IntGaugeVec, Registry, TextEncoder};
 
+use self::families::Families;
 use crate::failure::Reason;
 use crate::identity::Mechanism;
-
-/// Seconds from a millisecond to a minute: handshakes, look-ups, logins.
-const PHASE_BUCKETS: &[f64] =
-    &[0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0];
-/// Seconds from one to a week: phones stay in IDLE for days.
-const SESSION_BUCKETS: &[f64] =
-    &[1.0, 5.0, 15.0, 60.0, 300.0, 900.0, 1800.0, 3600.0, 14400.0, 43200.0, 86400.0, 259200.0, 604800.0];
 
 /// How a login attempt ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -392,191 +385,6 @@ impl LoginCounters {
                 .map(|outcome| families.logins.with_label_values(&[backend, mechanism.as_str(), outcome.as_str()]))
         }))
     }
-}
-
-/// The metric families: the one place where names and help texts stand.
-struct Families {
-    registry: Registry,
-    build_info: IntGaugeVec,
-    sessions: IntGaugeVec,
-    sessions_total: IntCounterVec,
-    refused: IntCounterVec,
-    backend_sessions: IntGaugeVec,
-    backend_sessions_total: IntCounterVec,
-    logins: IntCounterVec,
-    tls_handshake: HistogramVec,
-    route_lookup: HistogramVec,
-    lookups: IntCounterVec,
-    server_connect: HistogramVec,
-    server_login: HistogramVec,
-    login: HistogramVec,
-    session_length: HistogramVec,
-    bytes: IntCounterVec,
-    failures: IntCounterVec,
-    server_up: IntGaugeVec,
-    server_sessions: IntGaugeVec,
-    certificate_expiry: GaugeVec,
-    table_users: IntGaugeVec,
-    insecure: IntGaugeVec,
-    draining: IntGauge,
-    panics: IntCounter,
-}
-
-impl Families {
-    fn new() -> Self {
-        let registry = Registry::new();
-        let families = Self {
-            build_info: gauges("vestibule_build_info", "Always 1; the version is in the label.", &["version"]),
-            sessions: gauges("vestibule_sessions", "Open client connections, logged in or not.", &["listener"]),
-            sessions_total: counters("vestibule_sessions_total", "Client connections accepted.", &["listener"]),
-            refused: counters(
-                "vestibule_connections_refused_total",
-                "Client connections turned away at the door, by reason.",
-                &["listener", "reason"],
-            ),
-            backend_sessions: gauges("vestibule_backend_sessions", "Logged-in sessions being relayed.", &["backend"]),
-            backend_sessions_total: counters(
-                "vestibule_backend_sessions_total",
-                "Sessions handed to a server after a successful login.",
-                &["backend"],
-            ),
-            logins: counters(
-                "vestibule_logins_total",
-                "Login attempts answered; the backend is empty where none was found.",
-                &["backend", "mechanism", "outcome"],
-            ),
-            tls_handshake: histograms(
-                "vestibule_tls_handshake_seconds",
-                "TLS handshakes with clients that succeeded.",
-                PHASE_BUCKETS,
-                &["listener"],
-            ),
-            route_lookup: histograms(
-                "vestibule_route_lookup_seconds",
-                "Time a route took to answer.",
-                PHASE_BUCKETS,
-                &["route"],
-            ),
-            lookups: counters(
-                "vestibule_route_lookups_total",
-                "Questions to a route, by its answer.",
-                &["route", "result"],
-            ),
-            server_connect: histograms(
-                "vestibule_server_connect_seconds",
-                "TCP connections to servers that succeeded.",
-                PHASE_BUCKETS,
-                &["backend"],
-            ),
-            server_login: histograms(
-                "vestibule_server_login_seconds",
-                "From the connection to the server's answer to the login, TLS included.",
-                PHASE_BUCKETS,
-                &["backend"],
-            ),
-            login: histograms(
-                "vestibule_login_seconds",
-                "Whole successful logins, from the client's complete command to the OK.",
-                PHASE_BUCKETS,
-                &["backend"],
-            ),
-            session_length: histograms(
-                "vestibule_session_seconds",
-                "Length of relayed sessions, from the accepted connection to its end.",
-                SESSION_BUCKETS,
-                &["backend"],
-            ),
-            bytes: counters(
-                "vestibule_bytes_total",
-                "Bytes relayed after login, before encryption.",
-                &["backend", "direction"],
-            ),
-            failures: counters(
-                "vestibule_failures_total",
-                "What went wrong, by the side that must act and the reason.",
-                &["side", "reason"],
-            ),
-            server_up: gauges(
-                "vestibule_server_up",
-                "1 while the server is taken for alive, 0 after a failure until it is tried again.",
-                &["backend", "server"],
-            ),
-            server_sessions: gauges(
-                "vestibule_server_sessions",
-                "Logged-in sessions being relayed to the server.",
-                &["backend", "server"],
-            ),
-            certificate_expiry: float_gauges(
-                "vestibule_certificate_expiry_timestamp_seconds",
-                "When a served certificate ends, in seconds since 1970.",
-                &["certificate"],
-            ),
-            table_users: gauges("vestibule_table_users", "Entries a route holds in memory.", &["route"]),
-            insecure: gauges(
-                "vestibule_backend_insecure",
-                "1 where certificates of the backend's servers are not checked.",
-                &["backend"],
-            ),
-            draining: valid(IntGauge::new("vestibule_draining", "1 once the process has begun to stop.")),
-            panics: valid(IntCounter::new("vestibule_panics_total", "Panics caught; each ended one session.")),
-            registry,
-        };
-        families.register_all();
-        families
-    }
-
-    fn register_all(&self) {
-        let collectors: [Box<dyn prometheus::core::Collector>; 23] = [
-            Box::new(self.build_info.clone()),
-            Box::new(self.sessions.clone()),
-            Box::new(self.sessions_total.clone()),
-            Box::new(self.refused.clone()),
-            Box::new(self.backend_sessions.clone()),
-            Box::new(self.backend_sessions_total.clone()),
-            Box::new(self.logins.clone()),
-            Box::new(self.tls_handshake.clone()),
-            Box::new(self.route_lookup.clone()),
-            Box::new(self.lookups.clone()),
-            Box::new(self.server_connect.clone()),
-            Box::new(self.server_login.clone()),
-            Box::new(self.login.clone()),
-            Box::new(self.session_length.clone()),
-            Box::new(self.bytes.clone()),
-            Box::new(self.failures.clone()),
-            Box::new(self.server_up.clone()),
-            Box::new(self.server_sessions.clone()),
-            Box::new(self.certificate_expiry.clone()),
-            Box::new(self.table_users.clone()),
-            Box::new(self.insecure.clone()),
-            Box::new(self.draining.clone()),
-            Box::new(self.panics.clone()),
-        ];
-        for collector in collectors {
-            valid(self.registry.register(collector));
-        }
-        valid(self.registry.register(Box::new(prometheus::process_collector::ProcessCollector::for_self())));
-    }
-}
-
-fn gauges(name: &str, help: &str, labels: &[&str]) -> IntGaugeVec {
-    valid(IntGaugeVec::new(Opts::new(name, help), labels))
-}
-
-fn float_gauges(name: &str, help: &str, labels: &[&str]) -> GaugeVec {
-    valid(GaugeVec::new(Opts::new(name, help), labels))
-}
-
-fn counters(name: &str, help: &str, labels: &[&str]) -> IntCounterVec {
-    valid(IntCounterVec::new(Opts::new(name, help), labels))
-}
-
-fn histograms(name: &str, help: &str, buckets: &[f64], labels: &[&str]) -> HistogramVec {
-    valid(HistogramVec::new(HistogramOpts::new(name, help).buckets(buckets.to_vec()), labels))
-}
-
-/// Names and labels of this file are constants: that they are well formed and unique is what the test below shows.
-fn valid<T>(result: prometheus::Result<T>) -> T {
-    result.expect("the constant names, labels and buckets of this file are valid and unique")
 }
 
 #[cfg(test)]

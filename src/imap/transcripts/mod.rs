@@ -1,0 +1,4 @@
+//! Transcripts of both dialogues, run at every split of the input: however the bytes arrive, the same is said.
+
+mod client;
+mod server;

@@ -1,0 +1,366 @@
+//! What a server says until it has answered a login, and what it is told.
+
+use zeroize::Zeroizing;
+
+use crate::identity::{Credentials, Mechanism, Secret, UserName};
+use crate::imap::backend_login::{Attempt, BackendLogin, ServerFault, ServerStep};
+use crate::imap::client_id::Pair;
+use crate::imap::tag::Tag;
+
+/// How the server's bytes are cut into reads.
+#[derive(Debug, Clone, Copy)]
+enum Cut {
+    Whole,
+    Bytes,
+    At(usize),
+}
+
+struct Server {
+    starttls: bool,
+    id: Vec<Pair>,
+    credentials: Credentials,
+}
+
+impl Server {
+    fn new(user: &str, password: &[u8]) -> Self {
+        Self {
+            starttls: false,
+            id: Vec::new(),
+            credentials: Credentials {
+                user: UserName::new(user.as_bytes()).unwrap(),
+                authzid: None,
+                password: Secret::new(password.to_vec()),
+                mechanism: Mechanism::Login,
+            },
+        }
+    }
+
+    /// Lines of a dialogue: `S: ` is what the server says, `C: ` what must be said to it, `! ` the step that must come.
+    /// The server's bytes between two of our lines arrive whole, byte by byte, and cut in two at every place.
+    #[track_caller]
+    fn check(&self, dialogue: &str) {
+        let expected = dialogue.lines().map(str::trim).filter(|line| !line.is_empty()).collect::<Vec<_>>().join("\n");
+        let longest = dialogue.len();
+        for cut in [Cut::Whole, Cut::Bytes].into_iter().chain((1..longest).map(Cut::At)) {
+            let said = self.run(dialogue, cut);
+            assert_eq!(said, expected, "{cut:?}\n--- said:\n{said}\n--- expected:\n{expected}\n");
+        }
+    }
+
+    fn run(&self, dialogue: &str, cut: Cut) -> String {
+        let tag = Tag::new(b"tag1").unwrap();
+        let mut machine = BackendLogin::new(Attempt {
+            credentials: &self.credentials,
+            tag: &tag,
+            starttls: self.starttls,
+            id: self.id.clone(),
+            max_line: 1024,
+            max_untagged_lines: 4,
+            max_untagged_bytes: 512,
+        });
+        let mut log: Vec<String> = Vec::new();
+        let lines: Vec<&str> = dialogue.lines().map(str::trim).filter(|line| !line.is_empty()).collect();
+        let mut index = 0;
+        while index < lines.len() {
+            // All that the server says in a row arrives together, as packets do.
+            let mut batch = Vec::new();
+            while let Some(line) = lines.get(index).and_then(|line| line.strip_prefix("S: ")) {
+                batch.extend_from_slice(&unescape(line));
+                log.push(lines[index].to_owned());
+                index += 1;
+            }
+            let chunks: Vec<&[u8]> = match cut {
+                Cut::Whole => vec![&batch],
+                Cut::Bytes => batch.chunks(1).collect(),
+                Cut::At(place) => {
+                    let (first, second) = batch.split_at(place.min(batch.len()));
+                    vec![first, second]
+                }
+            };
+            let mut ended = false;
+            for chunk in chunks {
+                machine.input(chunk);
+                ended |= Self::steps(&mut machine, &mut log);
+                if ended {
+                    break;
+                }
+            }
+            if ended {
+                break;
+            }
+            while lines.get(index).is_some_and(|line| !line.starts_with("S: ")) {
+                index += 1;
+            }
+        }
+        log.join("\n")
+    }
+
+    fn steps(machine: &mut BackendLogin<'_>, log: &mut Vec<String>) -> bool {
+        loop {
+            let mut out = Zeroizing::new(Vec::new());
+            let step = machine.step(&mut out);
+            if !out.is_empty() {
+                for line in out.split_inclusive(|byte| *byte == b'\n') {
+                    log.push(format!("C: {}", escape(line)));
+                }
+            }
+            match step {
+                ServerStep::NeedInput => return false,
+                ServerStep::StartTls => {
+                    log.push("! start TLS".to_owned());
+                    machine.tls_established();
+                }
+                ServerStep::Accepted { to_client } => {
+                    log.extend(
+                        to_client
+                            .split_inclusive(|byte| *byte == b'\n')
+                            .map(|line| format!("! client: {}", escape(line))),
+                    );
+                    return true;
+                }
+                ServerStep::Refused { reply, counts } => {
+                    log.push(format!("! refused{}: {}", if counts { "" } else { " (not counted)" }, escape(&reply)));
+                    return true;
+                }
+                ServerStep::Unavailable(fault) => {
+                    log.push(format!("! unavailable: {fault:?}"));
+                    return true;
+                }
+            }
+        }
+    }
+}
+
+/// Lines end with CRLF, which is not written; `\q` ends one with a bare LF.
+fn unescape(line: &str) -> Vec<u8> {
+    match line.strip_suffix("\\q") {
+        Some(bare) => [bare.as_bytes(), b"\n"].concat(),
+        None => [line.as_bytes(), b"\r\n"].concat(),
+    }
+}
+
+fn escape(line: &[u8]) -> String {
+    match line.strip_suffix(b"\r\n") {
+        Some(line) => String::from_utf8_lossy(line).into_owned(),
+        None => format!("{}\\", String::from_utf8_lossy(line)),
+    }
+}
+
+fn alice() -> Server {
+    Server::new("alice", b"secret")
+}
+
+#[test]
+fn one_round_trip_with_sasl_ir_and_id() {
+    let mut server = alice();
+    server.id =
+        vec![(b"name".to_vec(), Some(b"mu\"tt".to_vec())), (b"os".to_vec(), None), (b"bad".to_vec(), Some(vec![0xff]))];
+    server.check(
+        r#"
+        S: * OK [CAPABILITY IMAP4rev1 SASL-IR ID AUTH=PLAIN] ready
+        C: I ID ("name" "mu\"tt" "os" NIL)
+        C: L AUTHENTICATE PLAIN AGFsaWNlAHNlY3JldA==
+        S: * ID ("name" "Dovecot")
+        S: I OK ID completed.
+        S: L OK [CAPABILITY IMAP4rev1 IDLE AUTH=PLAIN STARTTLS] Logged in
+        S: * 1 EXISTS
+        ! client: tag1 OK [CAPABILITY IMAP4rev1 IDLE] Logged in
+        ! client: * 1 EXISTS
+        "#
+        .replace("        S: * 1 EXISTS\n", "")
+        .replace("        ! client: * 1 EXISTS\n", "")
+        .as_str(),
+    );
+}
+
+#[test]
+fn what_the_server_says_after_its_ok_reaches_the_client() {
+    let server = alice();
+    let said = server
+        .run("S: * OK [CAPABILITY IMAP4rev1] hi\nC: x\nS: L OK [CAPABILITY X] in\nS: * 3 EXISTS\nS: half", Cut::Whole);
+    assert!(said.ends_with("! client: tag1 OK [CAPABILITY X] in\n! client: * 3 EXISTS\n! client: half"), "{said}");
+}
+
+#[test]
+fn login_quoted_where_there_is_no_sasl_ir() {
+    Server::new("al\"ice", b"se\\cret").check(
+        r#"
+        S: * OK [CAPABILITY IMAP4rev1 AUTH=PLAIN] ready
+        C: L LOGIN "al\"ice" "se\\cret"
+        S: L OK [CAPABILITY IMAP4rev1] Logged in
+        ! client: tag1 OK [CAPABILITY IMAP4rev1] Logged in
+        "#,
+    );
+}
+
+#[test]
+fn what_cannot_be_quoted_goes_as_a_literal() {
+    let eight_bit = Server::new("alice", "pä".as_bytes());
+    eight_bit.check(
+        "S: * OK [CAPABILITY IMAP4rev1 LITERAL+] ready
+         C: L LOGIN \"alice\" {3+}
+         C: pä
+         S: L NO [AUTHENTICATIONFAILED] no
+         ! refused: tag1 NO [AUTHENTICATIONFAILED] no",
+    );
+    eight_bit.check(
+        "S: * OK [CAPABILITY IMAP4rev1 LITERAL-] ready
+         C: L LOGIN \"alice\" {3+}
+         C: pä
+         S: L NO [AUTHENTICATIONFAILED] no
+         ! refused: tag1 NO [AUTHENTICATIONFAILED] no",
+    );
+    Server::new("älice", "pä".as_bytes()).check(
+        "S: * OK [CAPABILITY IMAP4rev1] ready
+         C: L LOGIN {6}
+         S: + OK
+         C: älice {3}
+         S: +
+         C: pä
+         S: L OK
+         C: D CAPABILITY
+         S: * CAPABILITY IMAP4rev1 IDLE
+         S: D OK done
+         ! client: tag1 OK [CAPABILITY IMAP4rev1 IDLE] Logged in.",
+    );
+    // A server that refuses the literal never sees the password.
+    eight_bit.check(
+        "S: * OK [CAPABILITY IMAP4rev1] ready
+         C: L LOGIN \"alice\" {3}
+         S: L BAD no literals here
+         ! unavailable: LoginBad",
+    );
+}
+
+#[test]
+fn plain_with_a_continuation_where_login_cannot_be() {
+    alice().check(
+        "S: * OK [CAPABILITY IMAP4rev1 AUTH=PLAIN LOGINDISABLED] ready
+         C: L AUTHENTICATE PLAIN
+         S: +
+         C: AGFsaWNlAHNlY3JldA==
+         S: L OK [CAPABILITY IMAP4rev1] in
+         ! client: tag1 OK [CAPABILITY IMAP4rev1] in",
+    );
+    alice().check("S: * OK [CAPABILITY IMAP4rev1 LOGINDISABLED] ready\n! unavailable: LoginDisabled");
+    let mut long = alice();
+    long.credentials.password = Secret::new(vec![b'x'; 900]);
+    let said = long.run("S: * OK [CAPABILITY IMAP4rev1 SASL-IR AUTH=PLAIN] ready\nC: x\nS: +", Cut::Whole);
+    assert!(said.contains("C: L AUTHENTICATE PLAIN\nS: +\nC: AGFsaWNlAHh4"), "{said}");
+}
+
+#[test]
+fn an_authorization_identity_is_carried_or_nothing_is_sent() {
+    let mut server = alice();
+    server.credentials.authzid = Some(UserName::new(b"bob").unwrap());
+    server.check(
+        "S: * OK [CAPABILITY IMAP4rev1 AUTH=PLAIN] ready
+         C: L AUTHENTICATE PLAIN
+         S: +
+         C: Ym9iAGFsaWNlAHNlY3JldA==
+         S: L OK [CAPABILITY IMAP4rev1] in
+         ! client: tag1 OK [CAPABILITY IMAP4rev1] in",
+    );
+    server.check("S: * OK [CAPABILITY IMAP4rev1] ready\n! unavailable: AuthzidUnsupported");
+}
+
+#[test]
+fn unknown_capabilities_are_asked_for() {
+    alice().check(
+        r#"
+        S: * OK old server\q
+        C: C CAPABILITY
+        S: * CAPABILITY IMAP4rev1
+        S: C OK
+        C: L LOGIN "alice" "secret"
+        S: * OK [ALERT] Quota at 99 %
+        S: L OK [READ-WRITE] Schön
+        C: D CAPABILITY
+        S: * CAPABILITY IMAP4rev1 IDLE LOGINDISABLED
+        S: D OK
+        ! client: * OK [ALERT] Quota at 99 %
+        ! client: * CAPABILITY IMAP4rev1 IDLE
+        ! client: tag1 OK [READ-WRITE] Schön
+        "#,
+    );
+    // A line with the answer is as good as a code in it.
+    alice().check(
+        r#"
+        S: * OK [CAPABILITY IMAP4rev1] ready
+        C: L LOGIN "alice" "secret"
+        S: * CAPABILITY IMAP4rev1 UIDPLUS AUTH=PLAIN
+        S: L OK in
+        ! client: * CAPABILITY IMAP4rev1 UIDPLUS
+        ! client: tag1 OK in
+        "#,
+    );
+}
+
+#[test]
+fn starttls_with_a_server() {
+    let mut server = alice();
+    server.starttls = true;
+    server.check(
+        "S: * OK [CAPABILITY IMAP4rev1 STARTTLS LOGINDISABLED] ready
+         C: S STARTTLS
+         S: S OK go
+         ! start TLS
+         C: C CAPABILITY
+         S: * CAPABILITY IMAP4rev1 SASL-IR AUTH=PLAIN
+         S: C OK
+         C: L AUTHENTICATE PLAIN AGFsaWNlAHNlY3JldA==
+         S: L OK [CAPABILITY IMAP4rev1] in
+         ! client: tag1 OK [CAPABILITY IMAP4rev1] in",
+    );
+    server.check("S: * OK [CAPABILITY IMAP4rev1 AUTH=PLAIN] ready\n! unavailable: StartTlsNotOffered");
+    server
+        .check("S: * OK [CAPABILITY IMAP4rev1 STARTTLS] ready\nC: S STARTTLS\nS: S NO\n! unavailable: StartTlsRefused");
+    let residue =
+        "S: * OK [CAPABILITY IMAP4rev1 STARTTLS] ready\nC: S STARTTLS\nS: S OK go\nS: L OK [CAPABILITY X] injected";
+    assert!(server.run(residue, Cut::Whole).ends_with("! unavailable: StartTlsResidue"));
+}
+
+#[test]
+fn greetings_that_are_none() {
+    for greeting in ["* PREAUTH welcome", "* NO", "* BAD x", "220 smtp ready", "", "a OK hi", "+ hi"] {
+        alice().check(&format!("S: {greeting}\n! unavailable: Greeting").replace("S: \n", "S: \\q\n"));
+    }
+    alice().check("S: * BYE too busy\n! unavailable: Bye");
+}
+
+#[test]
+fn refusals() {
+    let refused = |answer: &str, expected: &str| {
+        alice().check(&format!(
+            "S: * OK [CAPABILITY IMAP4rev1] x\nC: L LOGIN \"alice\" \"secret\"\nS: {answer}\n! {expected}"
+        ));
+    };
+    refused("L NO [AUTHENTICATIONFAILED] Wrong", "refused: tag1 NO [AUTHENTICATIONFAILED] Wrong");
+    refused("L NO [EXPIRED] Old password", "refused: tag1 NO [EXPIRED] Old password");
+    refused("L NO Invalid", "refused: tag1 NO [AUTHENTICATIONFAILED] Invalid");
+    refused("L NO", "refused: tag1 NO [AUTHENTICATIONFAILED] Authentication failed.");
+    refused("l no x", "unavailable: Protocol");
+    refused("L NO [LIMIT] Too many", "refused (not counted): tag1 NO [LIMIT] Too many");
+    refused("L NO [ALERT] Büro geschlossen", "refused (not counted): tag1 NO [ALERT] Büro geschlossen");
+    for outage in ["UNAVAILABLE", "INUSE", "serverbug"] {
+        refused(&format!("L NO [{outage}] x"), "unavailable: Overloaded");
+    }
+    refused("L BAD what", "unavailable: LoginBad");
+    refused("* BYE shutting down", "unavailable: Bye");
+    refused("X OK forged", "unavailable: Protocol");
+    refused("+ more?", "unavailable: Protocol");
+    refused("* LIST () {5}", "unavailable: Protocol");
+    assert!(ServerFault::Overloaded.try_next_server() && !ServerFault::Overloaded.blames_server());
+}
+
+#[test]
+fn a_server_that_talks_too_much_is_left() {
+    let talk = |line: &str, count: usize| {
+        let lines = format!("S: {line}\n").repeat(count);
+        alice().run(&format!("S: * OK [CAPABILITY IMAP4rev1] x\nC: y\n{lines}S: L OK [CAPABILITY X] in"), Cut::Whole)
+    };
+    assert!(talk("* OK still here", 4).ends_with("! client: tag1 OK [CAPABILITY X] in"));
+    assert!(talk("* OK still here", 5).ends_with("! unavailable: TooMuchUntagged"));
+    assert!(talk(&format!("* OK {}", "x".repeat(300)), 2).ends_with("! unavailable: TooMuchUntagged"));
+    assert!(talk(&format!("* OK {}", "x".repeat(2000)), 1).ends_with("! unavailable: Protocol"));
+}

@@ -1,0 +1,62 @@
+"""What is shipped to machines: the systemd unit, the Debian package, the Dockerfile."""
+
+import os
+import re
+import subprocess
+import unittest
+
+from fixtures import PATIENCE, REPOSITORY, VESTIBULE, Folder, program
+
+
+def run(*command, **options):
+    return subprocess.run([str(word) for word in command], capture_output=True, text=True, timeout=4 * PATIENCE, **options)
+
+
+class Deploy(unittest.TestCase):
+    def setUp(self):
+        self.folder = Folder()
+        self.addCleanup(self.folder.remove)
+
+    def test_the_unit_is_valid_and_hardened(self):
+        text = (REPOSITORY / "deploy/vestibule.service").read_text()
+        # The program is not installed here; nor is the documentation.
+        text = text.replace("/usr/bin/vestibule", str(VESTIBULE)).replace("Documentation=file:/usr/share/doc/vestibule/README.md", "")
+        unit = self.folder.write("vestibule.service", text)
+        done = run(program("systemd-analyze"), "verify", unit)
+        self.assertEqual((done.returncode, done.stderr.strip()), (0, ""), done.stderr)
+        done = run(program("systemd-analyze"), "security", "--offline=yes", "--threshold=20", unit)
+        self.assertEqual(done.returncode, 0, done.stdout + done.stderr)
+        for setting in ("Type=notify", "User=vestibule", "ExecStartPre=/usr/bin/vestibule check", "LimitCORE=0", "NoNewPrivileges=yes"):
+            self.assertIn(setting, (REPOSITORY / "deploy/vestibule.service").read_text())
+
+    def test_the_debian_package(self):
+        # Fast instead of small: what is looked at is the content.
+        done = run(REPOSITORY / "deploy/build-deb", VESTIBULE, self.folder.path, env={**os.environ, "DPKG_DEB_COMPRESSOR_TYPE": "gzip", "DPKG_DEB_COMPRESSOR_LEVEL": "1"})
+        self.assertEqual(done.returncode, 0, done.stderr)
+        package = next(self.folder.path.glob("vestibule_*.deb"))
+        listed = run("dpkg-deb", "-c", package).stdout
+        for path in ("./usr/bin/vestibule", "./lib/systemd/system/vestibule.service", "./etc/vestibule/vestibule.yaml",
+                     "./usr/share/doc/vestibule/examples/reference.yaml", "./usr/share/doc/vestibule/examples/vestibule.json"):
+            self.assertRegex(listed, re.escape(path) + r"\n")
+        self.assertIn("/etc/vestibule/vestibule.yaml", run("dpkg-deb", "-I", package, "conffiles").stdout)
+        unpacked = self.folder.path / "unpacked"
+        self.assertEqual(run("dpkg-deb", "-x", package, unpacked).returncode, 0)
+        self.assertIn("vestibule", run(unpacked / "usr/bin/vestibule", "--version").stdout)
+        done = run(program("lintian"), "--allow-root", "--fail-on", "error", "--no-tag-display-limit",
+                   "--suppress-tags", "no-manual-page,no-copyright-file,embedded-library", package, env={**os.environ, "LC_ALL": "C"})
+        self.assertEqual(done.returncode, 0, done.stdout + done.stderr)
+
+    def test_the_dockerfile_copies_what_exists(self):
+        text = (REPOSITORY / "deploy/Dockerfile").read_text()
+        sources = [source for line in re.findall(r"^COPY (?!--from)(.*)$", text, re.M) for source in line.split()[:-1]]
+        self.assertGreaterEqual(len(sources), 4)
+        for source in sources:
+            self.assertTrue((REPOSITORY / source).exists(), source)
+        # What Cargo.toml names must be in the build stage, or cargo refuses to begin.
+        for path in re.findall(r'^path = "(.*)"', (REPOSITORY / "Cargo.toml").read_text(), re.M):
+            self.assertTrue(any(path.startswith(source) for source in sources), path)
+        self.assertIn("USER vestibule", text)
+
+
+if __name__ == "__main__":
+    unittest.main()

@@ -1,0 +1,93 @@
+"""A test suite for IMAP servers, written by others: IMAPClient's livetest, against each server itself and through the proxy.
+
+What fails directly may fail through the proxy; whatever passes directly must pass through it. Courier is not here: it does
+not let a session make a mailbox again that it has deleted, which is how every test of the suite begins.
+"""
+
+import os
+import re
+import subprocess
+import sys
+import unittest
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+
+from fixtures import CACHE, PASSWORDS, PATIENCE, Certificates, Cyrus, Dovecot, Folder, Proxy
+
+USER = "alice@example.org"
+LIBRARY = CACHE / "python"
+
+
+def livetest(folder, name, port, ca=None):
+    """Runs the suite against a port of localhost, over TLS where `ca` is given; the result of every test by its name."""
+    assert (LIBRARY / "imapclient/livetest.py").exists(), "IMAPClient is not unpacked: run tests/run"
+    options = f"ssl = true\nssl_ca_file = {ca}" if ca else "ssl = false"
+    configuration = folder.write(f"{name}.ini", f"""[DEFAULT]
+host = localhost
+port = {port}
+username = {USER}
+password = {PASSWORDS[USER]}
+{options}
+""")
+    done = subprocess.run([sys.executable, "-m", "imapclient.livetest", configuration, "-v"], capture_output=True, text=True,
+                          timeout=6 * PATIENCE, env={**os.environ, "PYTHONPATH": str(LIBRARY)})
+    results, name_of_test, seen = {}, None, Counter()
+    for line in done.stderr.split("\n=====")[0].splitlines():
+        if begun := re.match(r"(test_\w+) \(", line):
+            # With and without UIDs the suite gives its tests the same names, in the same order.
+            seen[begun[1]] += 1
+            name_of_test = f"{begun[1]} {seen[begun[1]]}"
+        if ended := re.search(r"(?:^|\.\.\. )(ok$|FAIL$|ERROR$|skipped )", line):
+            results[name_of_test] = ended[1].strip()
+    ran = re.search(r"^Ran (\d+) tests", done.stderr, re.M)
+    assert ran and int(ran[1]) == len(results), f"{name}: {len(results)} results read\n{done.stderr}"
+    # These are of the client's own time limits: the outcome hangs on who is faster.
+    results = {test: result for test, result in results.items() if not test.startswith("test_small_")}
+    return results, done.stderr
+
+
+class Livetest(unittest.TestCase):
+    """Each server twice, fresh each time: two sessions of the suite must not meet in one mailbox."""
+
+    def setUp(self):
+        self.folder = Folder()
+        self.addCleanup(self.folder.remove)
+        self.certificates = Certificates(self.folder)
+
+    def start(self, server):
+        self.addCleanup(server.close)
+        return server
+
+    def proxy(self, server, tls):
+        proxy = Proxy(f"""
+listeners: [{{address: "127.0.0.1:{{tls}}", tls: implicit}}]
+tls: {{certificates: [{{cert: {self.certificates.cert}, key: {self.certificates.key}}}]}}
+backends: {{only: {{servers: ["localhost:{server.port}"], tls: {tls}}}}}
+routes: [{{default: only}}]
+admin: {{address: "127.0.0.1:{{admin}}"}}
+""")
+        self.addCleanup(proxy.close)
+        return proxy
+
+    def no_worse_through_the_proxy(self, make, least_passed, tls="none"):
+        direct, behind = self.start(make()), self.start(make())
+        proxy = self.proxy(behind, tls)
+        with ThreadPoolExecutor() as pool:
+            running = [pool.submit(livetest, self.folder, "direct", direct.port),
+                       pool.submit(livetest, self.folder, "proxied", proxy.ports["tls"], self.certificates.ca)]
+            (expected, _), (got, output) = (each.result() for each in running)
+        passed = {name for name, result in expected.items() if result == "ok"}
+        self.assertGreaterEqual(len(passed), least_passed, expected)
+        self.assertEqual(got, {**got, **{name: "ok" for name in passed}}, output)
+        self.assertGreater(proxy.metric("vestibule_logins_total", outcome="accepted"), 3, "the suite went through the proxy")
+
+    def test_dovecot(self):
+        self.no_worse_through_the_proxy(lambda: Dovecot(self.certificates), 45,
+                                        f"{{mode: starttls, ca: {self.certificates.ca}}}")
+
+    def test_cyrus(self):
+        self.no_worse_through_the_proxy(Cyrus, 40)
+
+
+if __name__ == "__main__":
+    unittest.main()

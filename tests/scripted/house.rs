@@ -1,0 +1,109 @@
+//! The house's own rules: which room may use which, and how large a room may be.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+/// What each room may use of the others. A new arrow is a decision: make it here, and say why in the commit.
+const ALLOWED: &[(&str, &[&str])] = &[
+    ("main", &["cli", "config", "demo", "explain", "identity", "limits", "logging", "metrics", "server", "shutdown"]),
+    ("cli", &[]),
+    ("demo", &["cli", "config", "logging", "server", "shutdown", "stream"]),
+    ("explain", &["backend", "config", "identity", "route", "server"]),
+    ("server", &["admin", "backend", "config", "listener", "metrics", "route", "shutdown", "tls"]),
+    ("listener", &["config", "metrics", "server", "session", "shutdown"]),
+    (
+        "session",
+        &[
+            "backend", "config", "failure", "identity", "imap", "metrics", "relay", "route", "server", "shutdown",
+            "stream",
+        ],
+    ),
+    ("backend", &["config", "failure", "identity", "imap", "metrics", "rendezvous", "stream", "tls"]),
+    ("route", &["config", "identity", "metrics", "rendezvous"]),
+    ("admin", &["metrics"]),
+    ("tls", &["config", "metrics"]),
+    ("imap", &["identity"]),
+    ("logging", &["config"]),
+    ("metrics", &["failure", "identity"]),
+    ("config", &[]),
+    ("failure", &[]),
+    ("identity", &[]),
+    ("limits", &[]),
+    ("relay", &[]),
+    ("rendezvous", &[]),
+    ("shutdown", &[]),
+    ("stream", &[]),
+];
+
+fn sources() -> Vec<PathBuf> {
+    fn walk(folder: &Path, found: &mut Vec<PathBuf>) {
+        for entry in fs::read_dir(folder).unwrap() {
+            let path = entry.unwrap().path();
+            if path.is_dir() {
+                walk(&path, found);
+            } else if path.extension().is_some_and(|extension| extension == "rs") {
+                found.push(path);
+            }
+        }
+    }
+    let mut found = Vec::new();
+    walk(&Path::new(env!("CARGO_MANIFEST_DIR")).join("src"), &mut found);
+    assert!(found.len() > 30, "{} files", found.len());
+    found
+}
+
+fn room(path: &Path) -> String {
+    let inside = path.strip_prefix(Path::new(env!("CARGO_MANIFEST_DIR")).join("src")).unwrap();
+    inside.iter().next().unwrap().to_str().unwrap().trim_end_matches(".rs").to_owned()
+}
+
+/// The first names behind `crate::` (or `vestibule::` in main), in groups too.
+fn uses(text: &str) -> Vec<String> {
+    let mut found = Vec::new();
+    for prefix in ["crate::", "vestibule::"] {
+        for (at, _) in text.match_indices(prefix) {
+            let rest = &text[at + prefix.len()..];
+            let group = rest.strip_prefix('{').and_then(|rest| rest.split_once('}')).map_or(rest, |(group, _)| group);
+            let parts: Vec<&str> = if rest.starts_with('{') { group.split(',').collect() } else { vec![rest] };
+            for part in parts {
+                let name: String =
+                    part.trim().chars().take_while(|letter| letter.is_ascii_lowercase() || *letter == '_').collect();
+                found.push(name);
+            }
+        }
+    }
+    found
+}
+
+#[test]
+fn rooms_use_only_what_they_may() {
+    let allowed: BTreeMap<&str, &[&str]> = ALLOWED.iter().copied().collect();
+    let mut arrows = 0;
+    for path in sources() {
+        let from = room(&path);
+        if from == "lib" {
+            continue;
+        }
+        let may = allowed.get(from.as_str()).unwrap_or_else(|| panic!("the room {from} is not in the table"));
+        let text = fs::read_to_string(&path).unwrap();
+        // Documentation may name anything.
+        let code: String =
+            text.lines().filter(|line| !line.trim_start().starts_with("//")).map(|line| format!("{line}\n")).collect();
+        for to in
+            uses(&code).into_iter().filter(|to| !to.is_empty() && *to != from && allowed.contains_key(to.as_str()))
+        {
+            assert!(may.contains(&to.as_str()), "{} uses {to}, which {from} may not", path.display());
+            arrows += 1;
+        }
+    }
+    assert!(arrows > 50, "{arrows} uses were looked at");
+}
+
+#[test]
+fn no_file_has_more_than_one_room_in_it() {
+    for path in sources() {
+        let lines = fs::read_to_string(&path).unwrap().lines().count();
+        assert!(lines <= 560, "{} has {lines} lines", path.display());
+    }
+}

@@ -1,0 +1,275 @@
+//! Servers that fail in every way, and what the client and the metrics see of it.
+
+use crate::support::{Certificates, Client, GOOD, Scripted, metric, proxy};
+
+const UNAVAILABLE: &str = "a NO [UNAVAILABLE] The mailbox is temporarily unavailable, try again later.";
+
+/// One server, short deadlines.
+async fn alone(script: &str) -> (vestibule::server::Running, Scripted) {
+    let server = Scripted::new(script).await;
+    let text = format!(
+        "backends: {{only: {{servers: ['{}']}}}}\nroutes: [{{default: only}}]\nlimits: {{connect: 300ms, server_login: 600ms}}\n",
+        server.address
+    );
+    (proxy(&text).await, server)
+}
+
+#[track_caller]
+fn failures(proxy: &vestibule::server::Running, reason: &str) -> f64 {
+    metric(proxy, "vestibule_failures_total", &[&format!("reason=\"{reason}\"")])
+}
+
+#[tokio::test]
+async fn every_way_to_fail_before_the_answer_is_unavailable() {
+    let login = "S: * OK [CAPABILITY IMAP4rev1] x\nC: *\n";
+    for (script, reason) in [
+        ("...", "login_timeout"),
+        ("S: * BYE not today", "bye"),
+        ("S: * PREAUTH welcome", "greeting"),
+        ("S: 220 smtp.example ESMTP", "greeting"),
+        (&format!("{login}..."), "login_timeout"),
+        (&format!("{login}S: * BYE overloaded\n..."), "bye"),
+        (login, "bye"),
+        (&format!("{login}S: L NO [UNAVAILABLE] x"), "overloaded"),
+        (&format!("{login}S: L NO [INUSE] x"), "overloaded"),
+        (&format!("{login}S: L NO [SERVERBUG] x"), "overloaded"),
+        (&format!("{login}S: L BAD x"), "login_bad"),
+        (&format!("{login}S: X OK forged"), "protocol"),
+        ("S: * OK [CAPABILITY IMAP4rev1 LOGINDISABLED] x\n...", "login_disabled"),
+    ] {
+        let (proxy, _server) = alone(script).await;
+        let mut client = Client::connect(proxy.listeners()[0]).await;
+        assert_eq!(client.ask("a LOGIN alice secret").await, UNAVAILABLE, "{script}");
+        assert_eq!(failures(&proxy, reason), 1.0, "{script}\n{}", proxy.metrics().render());
+        assert_eq!(client.ask("c NOOP").await, "c OK NOOP completed.", "the connection is kept");
+        assert_eq!(metric(&proxy, "vestibule_logins_total", &["outcome=\"unavailable\"", "backend=\"only\""]), 1.0);
+        proxy.stop().await;
+    }
+}
+
+#[tokio::test]
+async fn nobody_listens() {
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = listener.local_addr().unwrap();
+    drop(listener);
+    let proxy = proxy(&format!("backends: {{only: {{servers: ['{address}']}}}}\nroutes: [{{default: only}}]\n")).await;
+    let mut client = Client::connect(proxy.listeners()[0]).await;
+    assert_eq!(client.ask("a LOGIN alice secret").await, UNAVAILABLE);
+    assert_eq!(failures(&proxy, "connect"), 1.0);
+    assert_eq!(metric(&proxy, "vestibule_server_up", &[]), 0.0);
+}
+
+#[tokio::test]
+async fn the_next_server_is_tried_and_the_client_sees_nothing_of_it() {
+    for broken in ["...", "S: * BYE x", "S: * OK [CAPABILITY IMAP4rev1] x\nC: *\nS: L NO [UNAVAILABLE] x"] {
+        let (bad, good) = (Scripted::new(broken).await, Scripted::new(GOOD).await);
+        let text = format!(
+            "backends: {{pair: {{servers: ['{}', '{}']}}}}\nroutes: [{{default: pair}}]\nlimits: {{connect: 300ms, server_login: 10s}}\n",
+            bad.address, good.address
+        );
+        let proxy = proxy(&text).await;
+        // Whichever of the two is alice's first server.
+        let mut client = Client::connect(proxy.listeners()[0]).await;
+        assert_eq!(client.ask("a LOGIN alice secret").await, "a OK [CAPABILITY IMAP4rev1 IDLE] in", "{broken}");
+        assert_eq!(client.ask("b NOOP").await, "b OK relayed");
+        assert_eq!(good.connections(), 1);
+    }
+}
+
+#[tokio::test]
+async fn a_refused_password_is_tried_on_no_other_server() {
+    let refuse = "S: * OK [CAPABILITY IMAP4rev1] x\nC: *\nS: L NO [AUTHENTICATIONFAILED] Wrong.";
+    let (one, other) = (Scripted::new(refuse).await, Scripted::new(refuse).await);
+    let text = format!(
+        "backends: {{pair: {{servers: ['{}', '{}']}}}}\nroutes: [{{default: pair}}]\n",
+        one.address, other.address
+    );
+    let proxy = proxy(&text).await;
+    let mut client = Client::connect(proxy.listeners()[0]).await;
+    assert_eq!(client.ask("a LOGIN alice wrong").await, "a NO [AUTHENTICATIONFAILED] Wrong.");
+    assert_eq!(one.connections() + other.connections(), 1);
+    // And again on a connection of its own.
+    assert_eq!(client.ask("b LOGIN alice wrong").await, "b NO [AUTHENTICATIONFAILED] Wrong.");
+    assert_eq!(one.connections() + other.connections(), 2);
+    for tag in ["c", "d"] {
+        client.ask(&format!("{tag} LOGIN alice wrong")).await;
+    }
+    assert_eq!(client.ask("e LOGIN alice wrong").await, "e NO [AUTHENTICATIONFAILED] Wrong.");
+    assert_eq!(client.line().await, "* BYE Too many failed logins.");
+    client.assert_closed().await;
+    assert_eq!(failures(&proxy, "too_many_failed_logins"), 1.0);
+}
+
+#[tokio::test]
+async fn answers_are_relayed_with_their_codes() {
+    for (answer, expected) in [
+        ("L NO [LIMIT] Too many sessions", "a NO [LIMIT] Too many sessions"),
+        ("L NO [ALERT] Schönen Gruß", "a NO [ALERT] Schönen Gruß"),
+        ("L NO just no", "a NO [AUTHENTICATIONFAILED] just no"),
+    ] {
+        let (proxy, _server) = alone(&format!("S: * OK [CAPABILITY IMAP4rev1] x\nC: *\nS: {answer}")).await;
+        assert_eq!(Client::connect(proxy.listeners()[0]).await.ask("a LOGIN alice x").await, expected);
+    }
+}
+
+#[tokio::test]
+async fn what_the_server_says_around_its_ok_reaches_the_client() {
+    let script = r#"
+        S: * OK old server
+        C: C CAPABILITY
+        S: * CAPABILITY IMAP4rev1
+        S: C OK
+        C: L LOGIN "alice" "secret"
+        S: * OK [ALERT] Quota
+        S: L OK
+        C: D CAPABILITY
+        S: * CAPABILITY IMAP4rev1 IDLE AUTH=PLAIN
+        S: D OK
+        S: * 3 EXISTS
+        C: b NOOP
+        S: b OK done
+        ...
+    "#;
+    let (proxy, _server) = alone(script).await;
+    let mut client = Client::connect(proxy.listeners()[0]).await;
+    client.send("a LOGIN alice secret\r\nb NOOP\r\n").await;
+    for expected in ["* OK [ALERT] Quota", "a OK [CAPABILITY IMAP4rev1 IDLE] Logged in.", "* 3 EXISTS", "b OK done"] {
+        assert_eq!(client.line().await, expected);
+    }
+}
+
+#[tokio::test]
+async fn the_server_learns_who_the_client_is() {
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    let proxy = proxy(&format!("backends: {{only: {{servers: ['{address}']}}}}\nroutes: [{{default: only}}]\n")).await;
+    let mut client = Client::connect(proxy.listeners()[0]).await;
+    let port = client.stream.local_addr().unwrap().port();
+    client.send("a ID (\"name\" \"phone\" \"x-originating-ip\" \"192.0.2.1\" \"X-Session-ID\" \"forged\")\r\n").await;
+    assert_eq!(client.line().await, "* ID (\"name\" \"Vestibule\")");
+    assert_eq!(client.line().await, "a OK ID completed.");
+    client.send("b LOGIN alice secret\r\n").await;
+    let (socket, _) = listener.accept().await.unwrap();
+    let mut server = crate::support::Line::new(socket);
+    server.send("* OK [CAPABILITY IMAP4rev1 ID] hi\r\n").await;
+    let id = server.line().await;
+    assert!(id.starts_with("I ID (\"name\" \"phone\" \"x-session-id\" \""), "{id}");
+    assert!(id.contains(&format!("\"x-originating-ip\" \"127.0.0.1\" \"x-originating-port\" \"{port}\"")), "{id}");
+    assert!(!id.contains("forged") && !id.contains("192.0.2.1"), "{id}");
+    assert_eq!(server.line().await, "L LOGIN \"alice\" \"secret\"", "in one round trip");
+}
+
+#[tokio::test]
+async fn plaintext_behind_starttls_fails_the_server() {
+    let certificates = Certificates::new();
+    // Both lines must arrive together, so they are sent by hand and not by a script.
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    let ca = certificates.path("ca.pem");
+    let proxy = proxy(&format!(
+        "backends: {{only: {{servers: ['{address}'], tls: {{mode: starttls, ca: {}}}}}}}\nroutes: [{{default: only}}]\n",
+        ca.display()
+    ))
+    .await;
+    let mut client = Client::connect(proxy.listeners()[0]).await;
+    client.send("a LOGIN alice secret\r\n").await;
+    let mut server = crate::support::Line::new(listener.accept().await.unwrap().0);
+    server.send("* OK [CAPABILITY IMAP4rev1 STARTTLS] x\r\n").await;
+    assert_eq!(server.line().await, "S STARTTLS");
+    server.send("S OK go\r\nL OK [CAPABILITY X] injected\r\n").await;
+    assert_eq!(client.line().await, UNAVAILABLE);
+    server.assert_closed().await;
+    assert_eq!(failures(&proxy, "starttls_residue"), 1.0);
+}
+
+#[tokio::test]
+async fn starttls_and_its_refusals() {
+    let certificates = Certificates::new();
+    let good = "S: * OK [CAPABILITY IMAP4rev1 STARTTLS LOGINDISABLED] x\nC: S STARTTLS\nS: S OK go\n!TLS\nC: C CAPABILITY\n\
+                S: * CAPABILITY IMAP4rev1\nS: C OK\nC: L LOGIN \"alice\" \"secret\"\nS: L OK [CAPABILITY IMAP4rev1] in\n...";
+    for (script, expected, reason) in [
+        (good, "a OK [CAPABILITY IMAP4rev1] in", None),
+        ("S: * OK [CAPABILITY IMAP4rev1] no tls\n...", UNAVAILABLE, Some("starttls_unavailable")),
+        ("S: * OK [CAPABILITY IMAP4rev1 STARTTLS] x\nC: *\nS: S NO x\n...", UNAVAILABLE, Some("starttls_unavailable")),
+        ("S: * OK [CAPABILITY IMAP4rev1 STARTTLS] x\nC: *\nS: S OK x\nC: *\nS: no handshake", UNAVAILABLE, Some("tls")),
+    ] {
+        let server = Scripted::with_tls(script, &certificates).await;
+        let ca = certificates.path("ca.pem");
+        let proxy = proxy(&format!(
+            "backends: {{only: {{servers: ['{}'], tls: {{mode: starttls, ca: {}}}}}}}\nroutes: [{{default: only}}]\nlimits: {{connect: 2s}}\n",
+            server.address,
+            ca.display()
+        ))
+        .await;
+        let mut client = Client::connect(proxy.listeners()[0]).await;
+        assert_eq!(client.ask("a LOGIN alice secret").await, expected, "{script}");
+        if let Some(reason) = reason {
+            assert_eq!(failures(&proxy, reason), 1.0, "{script}");
+        }
+    }
+}
+
+#[tokio::test]
+async fn whom_a_server_must_be() {
+    let certificates = Certificates::new();
+    let strangers = Certificates::new();
+    let script = format!("!TLS\n{GOOD}");
+    let server = Scripted::with_tls(&script, &certificates).await;
+    let port = server.address.port();
+    let der =
+        rustls_pemfile::certs(&mut &std::fs::read(certificates.path("cert.pem")).unwrap()[..]).next().unwrap().unwrap();
+    let pin = {
+        use base64::Engine as _;
+        use x509_parser::prelude::{FromDer, X509Certificate};
+        let (_, parsed) = X509Certificate::from_der(&der).unwrap();
+        let digest = aws_lc_rs::digest::digest(&aws_lc_rs::digest::SHA256, parsed.public_key().raw);
+        base64::engine::general_purpose::STANDARD.encode(digest)
+    };
+    let (ca, other_ca) = (certificates.path("ca.pem"), strangers.path("ca.pem"));
+    let wrong_pin = "A".repeat(43) + "=";
+    for (tls, accepted) in [
+        (format!("ca: {}", ca.display()), true),
+        (format!("ca: {}", other_ca.display()), false),
+        (format!("ca: {}, server_name: localhost", ca.display()), true),
+        (format!("ca: {}, server_name: mail.example.org", ca.display()), false),
+        (format!("pin: 'sha256:{pin}'"), true),
+        (format!("pin: ['sha256:{wrong_pin}', 'sha256:{pin}']"), true),
+        (format!("pin: 'sha256:{wrong_pin}'"), false),
+        ("insecure: true".to_owned(), true),
+    ] {
+        let proxy = proxy(&format!(
+            "backends: {{only: {{servers: ['127.0.0.1:{port}'], tls: {{mode: implicit, {tls}}}}}}}\nroutes: [{{default: only}}]\n"
+        ))
+        .await;
+        let mut client = Client::connect(proxy.listeners()[0]).await;
+        let answer = client.ask("a LOGIN alice secret").await;
+        assert_eq!(answer.starts_with("a OK"), accepted, "{tls}: {answer}");
+        assert_eq!(failures(&proxy, "tls"), if accepted { 0.0 } else { 1.0 }, "{tls}");
+        let insecure = if tls.starts_with("insecure") { 1.0 } else { 0.0 };
+        assert_eq!(metric(&proxy, "vestibule_backend_insecure", &[]), insecure);
+    }
+}
+
+#[tokio::test]
+async fn an_authorization_identity_is_routed_by_or_refused() {
+    // bob\0alice\0secret
+    let command = "a AUTHENTICATE PLAIN Ym9iAGFsaWNlAHNlY3JldA==";
+    let script = "S: * OK [CAPABILITY IMAP4rev1 SASL-IR AUTH=PLAIN] x\nC: L AUTHENTICATE PLAIN Ym9iAGFsaWNlAHNlY3JldA==\nS: L OK [CAPABILITY IMAP4rev1] in\n...";
+    let server = Scripted::new(script).await;
+    let folder = tempfile::tempdir().unwrap();
+    std::fs::write(folder.path().join("users"), "bob of-bob\nalice of-alice\n").unwrap();
+    let with = |authzid: &str| {
+        format!(
+            "backends:\n  of-bob: {{servers: ['{}'], authzid: {authzid}}}\n  of-alice: {{servers: ['127.0.0.1:1']}}\nroutes: [{{table: {}}}]\n",
+            server.address,
+            folder.path().join("users").display()
+        )
+    };
+    let allowed = proxy(&with("allow")).await;
+    assert_eq!(Client::connect(allowed.listeners()[0]).await.ask(command).await, "a OK [CAPABILITY IMAP4rev1] in");
+    let refused = proxy(&with("refuse")).await;
+    let answer = Client::connect(refused.listeners()[0]).await.ask(command).await;
+    assert_eq!(answer, "a NO [AUTHORIZATIONFAILED] Logging in on behalf of another user is not allowed.");
+    assert_eq!(server.connections(), 1, "the server was not asked");
+    assert_eq!(failures(&refused, "authzid_refused"), 1.0);
+}

@@ -1,0 +1,266 @@
+//! The proxy in this process, scripted mailbox servers, and a client that speaks lines.
+
+use std::future::Future;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
+
+use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, DnType, IsCa, KeyPair};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
+use tokio::net::{TcpListener, TcpStream};
+use tokio_rustls::rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};
+use tokio_rustls::rustls::{ClientConfig, RootCertStore, ServerConfig};
+use tokio_rustls::{TlsAcceptor, TlsConnector};
+use vestibule::config;
+use vestibule::server::{self, Running};
+
+/// Whatever is waited for comes within this time, or the test fails.
+pub const PATIENCE: Duration = Duration::from_secs(20);
+
+/// Fails instead of hanging.
+pub async fn in_time<T>(what: &str, future: impl Future<Output = T>) -> T {
+    tokio::time::timeout(PATIENCE, future).await.unwrap_or_else(|_| panic!("waited in vain for {what}"))
+}
+
+/// The proxy on a configuration. `backends`, `routes` and more are given; a plain listener is there already.
+pub async fn proxy(rest: &str) -> Running {
+    let text = format!("listeners: [{{address: '127.0.0.1:0', tls: none}}]\n{rest}");
+    start(&text).await
+}
+
+/// The proxy on a whole configuration.
+pub async fn start(text: &str) -> Running {
+    let config = config::parse(Path::new("test.yaml"), text).unwrap_or_else(|report| panic!("{report}"));
+    server::start(config).await.unwrap_or_else(|error| panic!("{error:#}"))
+}
+
+/// The sum of the samples of a metric whose labels contain all of `labels`.
+pub fn metric(proxy: &Running, name: &str, labels: &[&str]) -> f64 {
+    let text = proxy.metrics().render();
+    let samples = text
+        .lines()
+        .filter(|line| line.split(['{', ' ']).next() == Some(name) && labels.iter().all(|label| line.contains(label)));
+    samples.map(|line| line.rsplit(' ').next().unwrap().parse::<f64>().unwrap()).sum()
+}
+
+/// Asks until the answer is yes; events of the proxy have no other signal.
+pub async fn eventually(what: &str, mut condition: impl FnMut() -> bool) {
+    in_time(what, async {
+        while !condition() {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    })
+    .await;
+}
+
+/// A connection that speaks lines.
+pub struct Line<S> {
+    pub stream: S,
+    pending: Vec<u8>,
+}
+
+pub type Client = Line<TcpStream>;
+
+impl Line<TcpStream> {
+    /// Connects, and reads the greeting.
+    pub async fn connect(address: SocketAddr) -> Self {
+        let mut client = Self::silent(address).await;
+        assert!(client.line().await.starts_with("* OK [CAPABILITY IMAP4rev1 "));
+        client
+    }
+
+    /// Connects and reads nothing.
+    pub async fn silent(address: SocketAddr) -> Self {
+        Self::new(in_time("a connection", TcpStream::connect(address)).await.unwrap())
+    }
+}
+
+impl<S: AsyncRead + AsyncWrite + Unpin> Line<S> {
+    pub fn new(stream: S) -> Self {
+        Self { stream, pending: Vec::new() }
+    }
+
+    pub async fn send(&mut self, text: impl AsRef<[u8]>) {
+        in_time("a write", async {
+            self.stream.write_all(text.as_ref()).await?;
+            self.stream.flush().await
+        })
+        .await
+        .unwrap();
+    }
+
+    /// One line without its end; empty where the stream ends, in whichever way.
+    pub async fn line(&mut self) -> String {
+        loop {
+            if let Some(end) = self.pending.iter().position(|byte| *byte == b'\n') {
+                let line: Vec<u8> = self.pending.drain(..=end).collect();
+                return String::from_utf8_lossy(&line).trim_end().to_owned();
+            }
+            match in_time("a line", self.stream.read_buf(&mut self.pending)).await {
+                Ok(0) | Err(_) => return String::from_utf8_lossy(&std::mem::take(&mut self.pending)).into_owned(),
+                Ok(_) => {}
+            }
+        }
+    }
+
+    /// Sends a line and reads one.
+    pub async fn ask(&mut self, text: &str) -> String {
+        self.send(format!("{text}\r\n")).await;
+        self.line().await
+    }
+
+    /// Nothing comes any more.
+    pub async fn assert_closed(&mut self) {
+        assert_eq!(self.line().await, "");
+    }
+
+    /// What was read but not asked for.
+    pub fn into_parts(self) -> (S, Vec<u8>) {
+        (self.stream, self.pending)
+    }
+}
+
+/// A server that plays the same script to everybody: `S: ` lines are said, `C: ` lines are awaited, and must be said to it; `C: *`
+/// is any line. At the end it closes, or stays silent if the script ends with `...`.
+pub struct Scripted {
+    pub address: SocketAddr,
+    connections: Arc<AtomicUsize>,
+}
+
+impl Scripted {
+    pub async fn new(script: &str) -> Self {
+        Self::start(script, None).await
+    }
+
+    /// `!TLS` in the script performs a handshake as the server.
+    pub async fn with_tls(script: &str, certificates: &Certificates) -> Self {
+        Self::start(script, Some(certificates.acceptor())).await
+    }
+
+    async fn start(script: &str, acceptor: Option<TlsAcceptor>) -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let connections = Arc::new(AtomicUsize::new(0));
+        let counter = connections.clone();
+        let script: Arc<Vec<String>> =
+            Arc::new(script.lines().map(|line| line.trim().to_owned()).filter(|line| !line.is_empty()).collect());
+        tokio::spawn(async move {
+            while let Ok((socket, _)) = listener.accept().await {
+                counter.fetch_add(1, Ordering::SeqCst);
+                tokio::spawn(play(Line::new(socket), script.clone(), acceptor.clone()));
+            }
+        });
+        Self { address, connections }
+    }
+
+    /// How many have connected.
+    pub fn connections(&self) -> usize {
+        self.connections.load(Ordering::SeqCst)
+    }
+}
+
+async fn play(mut line: Line<TcpStream>, script: Arc<Vec<String>>, acceptor: Option<TlsAcceptor>) {
+    let end = perform(&mut line, &script).await;
+    if let Some(acceptor) = acceptor.filter(|_| script.get(end).is_some_and(|step| step == "!TLS")) {
+        let (socket, pending) = line.into_parts();
+        assert!(pending.is_empty(), "the proxy sent more than it should before TLS");
+        if let Ok(tls) = acceptor.accept(socket).await {
+            perform(&mut Line::new(tls), &script[end + 1..]).await;
+        }
+    }
+}
+
+/// Plays up to the end, or to `!TLS`; says where it stopped.
+async fn perform<S: AsyncRead + AsyncWrite + Unpin>(line: &mut Line<S>, script: &[String]) -> usize {
+    for (index, step) in script.iter().enumerate() {
+        if step == "!TLS" {
+            return index;
+        }
+        if step == "..." {
+            // Until the proxy gives up.
+            while !line.line().await.is_empty() {}
+        } else if let Some(text) = step.strip_prefix("S: ") {
+            line.send(format!("{text}\r\n")).await;
+        } else if let Some(expected) = step.strip_prefix("C: ") {
+            let said = line.line().await;
+            if expected != "*" && said != expected {
+                // The client of the test gets this as the server's answer, and shows it in its assertion.
+                line.send(format!("* BYE script: expected {expected:?}, was told {said:?}\r\n")).await;
+                return script.len();
+            }
+        }
+    }
+    script.len()
+}
+
+/// A server that accepts alice, one round trip.
+pub const GOOD: &str = r#"
+    S: * OK [CAPABILITY IMAP4rev1] good
+    C: L LOGIN "alice" "secret"
+    S: L OK [CAPABILITY IMAP4rev1 IDLE] in
+    C: *
+    S: b OK relayed
+    ...
+"#;
+
+/// A test's certificate authority and a certificate for `localhost` and 127.0.0.1.
+pub struct Certificates {
+    pub folder: tempfile::TempDir,
+    certificate: CertificateDer<'static>,
+    key: PrivateKeyDer<'static>,
+    ca: CertificateDer<'static>,
+}
+
+impl Certificates {
+    pub fn new() -> Self {
+        let mut authority = CertificateParams::new(Vec::new()).unwrap();
+        authority.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+        authority.distinguished_name.push(DnType::CommonName, "test authority");
+        let authority = CertifiedIssuer::self_signed(authority, KeyPair::generate().unwrap()).unwrap();
+        let key = KeyPair::generate().unwrap();
+        let names = vec!["localhost".to_owned(), "127.0.0.1".to_owned()];
+        let certificate = CertificateParams::new(names).unwrap().signed_by(&key, &authority).unwrap();
+        let folder = tempfile::tempdir().unwrap();
+        for (name, text) in
+            [("ca.pem", authority.pem()), ("cert.pem", certificate.pem()), ("key.pem", key.serialize_pem())]
+        {
+            std::fs::write(folder.path().join(name), text).unwrap();
+        }
+        Self {
+            certificate: certificate.der().clone(),
+            key: PrivateKeyDer::try_from(key.serialize_der()).unwrap(),
+            ca: authority.der().clone(),
+            folder,
+        }
+    }
+
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
+    }
+
+    /// The `tls` section of a configuration.
+    pub fn section(&self) -> String {
+        format!(
+            "tls: {{certificates: [{{cert: {}, key: {}}}]}}\n",
+            self.path("cert.pem").display(),
+            self.path("key.pem").display()
+        )
+    }
+
+    fn acceptor(&self) -> TlsAcceptor {
+        let config = ServerConfig::builder().with_no_client_auth();
+        let config = config.with_single_cert(vec![self.certificate.clone()], self.key.clone_key()).unwrap();
+        TlsAcceptor::from(Arc::new(config))
+    }
+
+    /// A TLS client over `socket`, which must verify the proxy.
+    pub async fn encrypt(&self, socket: TcpStream) -> tokio_rustls::client::TlsStream<TcpStream> {
+        let mut roots = RootCertStore::empty();
+        roots.add(self.ca.clone()).unwrap();
+        let config = ClientConfig::builder().with_root_certificates(roots).with_no_client_auth();
+        let connector = TlsConnector::from(Arc::new(config));
+        in_time("a handshake", connector.connect(ServerName::try_from("localhost").unwrap(), socket)).await.unwrap()
+    }
+}
