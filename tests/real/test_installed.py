@@ -64,7 +64,7 @@ class Installed(unittest.TestCase):
 
     def mailbox_server(self):
         """The demo's server that has alice's mail, on this machine's loopback."""
-        output = self.folder.path / "demo"
+        output = self.machine.folder.path / "demo"
         ports = [word for name in ("tls", "starttls", "admin") for word in (f"--{name}-port", "0")]
         demo = Process(self.machine.inside("/usr/bin/vestibule", "demo", "--folder", "/root/demo", *ports), output)
         self.addCleanup(demo.kill)
