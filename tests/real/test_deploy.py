@@ -34,7 +34,7 @@ class Deploy(unittest.TestCase):
         stripped = self.folder.path / "vestibule"
         self.assertEqual(run("strip", "-o", stripped, VESTIBULE).returncode, 0)
         done = run(REPOSITORY / "deploy/build-deb", stripped, self.folder.path, 
-                   env={**os.environ, "DEB_BUILD_OPTIONS": "noautodbgsym", "DPKG_DEB_COMPRESSOR_TYPE": "none"})
+                   env={**os.environ, "DEB_BUILD_OPTIONS": "noautodbgsym"})
         self.assertEqual(done.returncode, 0, done.stderr)
         package = next(self.folder.path.glob("vestibule_*.deb"))
         listed = run("dpkg-deb", "-c", package).stdout
