@@ -7,7 +7,7 @@
 
 use std::fmt;
 
-use zeroize::{Zeroize, ZeroizeOnDrop};
+use zeroize::{Zeroize, ZeroizeOnDrop, Zeroizing};
 
 /// Longest accepted user name, in bytes. RFC 3501 sets no limit; Dovecot's servers refuse names over this anyway.
 pub const MAX_USER_NAME: usize = 512;
@@ -97,6 +97,18 @@ impl fmt::Debug for Secret {
     }
 }
 
+/// Appends to a buffer that may hold a secret. Memory that is outgrown is wiped, which `Vec` alone would not do.
+pub fn append_wiped(buffer: &mut Zeroizing<Vec<u8>>, bytes: &[u8]) {
+    let needed = buffer.len() + bytes.len();
+    if needed > buffer.capacity() {
+        let mut larger = Zeroizing::new(Vec::with_capacity(needed.max(2 * buffer.capacity())));
+        larger.extend_from_slice(buffer);
+        // The old one is wiped as it drops.
+        *buffer = larger;
+    }
+    buffer.extend_from_slice(bytes);
+}
+
 /// How the client logged in: the label of metrics and log records.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Mechanism {
@@ -157,6 +169,15 @@ mod tests {
         }
         assert!(UserName::new(&[b'a'; MAX_USER_NAME]).is_ok());
         assert_eq!(UserName::new("Zoë@Example.org".as_bytes()).unwrap().routing_key(), "zoë@example.org");
+    }
+
+    #[test]
+    fn appending_keeps_what_was_there() {
+        let mut buffer = Zeroizing::new(Vec::with_capacity(2));
+        for part in [&b"a"[..], b"bcd", b"", b"efghijklmnop"] {
+            append_wiped(&mut buffer, part);
+        }
+        assert_eq!(&buffer[..], b"abcdefghijklmnop");
     }
 
     #[test]

@@ -13,7 +13,7 @@ use super::client_id::Pair;
 use super::framing::{Caps, Frame, Framer, announced, without_line_end};
 use super::sasl;
 use super::tag::Tag;
-use crate::identity::Credentials;
+use crate::identity::{Credentials, append_wiped};
 
 /// A login process of Dovecot reads 1 KiB of command line; a longer initial response waits to be asked for.
 const MAX_INITIAL_RESPONSE: usize = 900;
@@ -257,7 +257,7 @@ impl<'a> BackendLogin<'a> {
             Line::Untagged(content) => self.untagged(line, content).map(|()| None),
             Line::Continuation => {
                 let part = self.parts.next().filter(|_| self.phase == Phase::Login).ok_or(ServerFault::Protocol)?;
-                out.extend_from_slice(&part);
+                append_wiped(out, &part);
                 Ok(None)
             }
             Line::Tagged { tag, status, text } => self.tagged(tag, status, text, out),
@@ -298,7 +298,7 @@ impl<'a> BackendLogin<'a> {
         }
         self.parts = parts.into_iter();
         if let Some(first) = self.parts.next() {
-            out.extend_from_slice(&first);
+            append_wiped(out, &first);
         }
         self.phase = Phase::Login;
         Ok(())

@@ -6,6 +6,8 @@
 
 use zeroize::{Zeroize, Zeroizing};
 
+use crate::identity::append_wiped;
+
 /// More literals in one command before login are an attack: LOGIN has two.
 const MAX_LITERALS: u32 = 4;
 
@@ -66,16 +68,10 @@ impl Framer {
         }
     }
 
-    /// Appends what arrived. Memory that is outgrown is wiped, which `Vec` would not do.
+    /// Appends what arrived.
     pub(super) fn input(&mut self, bytes: &[u8]) {
         self.forget_consumed();
-        let needed = self.buffer.len() + bytes.len();
-        if needed > self.buffer.capacity() {
-            let mut larger = Zeroizing::new(Vec::with_capacity(needed.max(2 * self.buffer.capacity())));
-            larger.extend_from_slice(&self.buffer);
-            self.buffer = larger;
-        }
-        self.buffer.extend_from_slice(bytes);
+        append_wiped(&mut self.buffer, bytes);
     }
 
     /// Looks for the end of a command, literals included.

@@ -6,8 +6,9 @@ import signal
 import socket
 import subprocess
 import unittest
+import urllib.request
 
-from fixtures import PATIENCE, REPOSITORY, VESTIBULE, Certificates, Folder, Process, program, wait_for
+from fixtures import PATIENCE, REPOSITORY, VESTIBULE, Certificates, Folder, Process, answers, free_port, program, wait_for
 
 
 def run(*arguments, **options):
@@ -114,6 +115,33 @@ routes: [{{default: a}}]
             done = run("run", "--config", file)
         self.assertEqual(done.returncode, 70)
         self.assertIn(f"127.0.0.1:{port} cannot be bound (listeners[0].address): Address already in use", done.stderr)
+
+    def test_running_out_of_descriptors_ends_nothing(self):
+        port, admin = free_port(), free_port()
+        file = self.configuration(f"""
+listeners: [{{address: "127.0.0.1:{port}", tls: none}}]
+backends: {{a: {{servers: ["127.0.0.1:1"]}}}}
+routes: [{{default: a}}]
+limits: {{sessions: 1000}}
+admin: {{address: "127.0.0.1:{admin}"}}
+""")
+        process = Process([program("prlimit"), "--nofile=48:48", VESTIBULE, "run", "--config", file], self.folder.path / "log")
+        self.addCleanup(process.kill)
+        wait_for("the proxy", lambda: answers(port, b"* OK"))
+        self.assertIn("descriptors do not suffice for limits.sessions", process.text())
+        clients = [socket.create_connection(("127.0.0.1", port), PATIENCE) for _ in range(60)]
+        wait_for("the advice", lambda: "no descriptor left to accept a connection: raise LimitNOFILE" in process.text())
+        served = clients[0]
+        self.assertTrue(served.recv(4096).startswith(b"* OK"))
+        served.sendall(b"a NOOP\r\n")
+        self.assertEqual(served.recv(4096), b"a OK NOOP completed.\r\n", "who was there stays")
+        for client in clients[:40]:
+            client.close()
+        for client in clients[40:]:
+            self.assertTrue(client.recv(4096).startswith(b"* OK"), "who waited is served")
+            client.close()
+        wait_for("all to be gone", lambda: f'vestibule_sessions{{listener="127.0.0.1:{port}"}} 0' in
+                 urllib.request.urlopen(f"http://127.0.0.1:{admin}/metrics", timeout=PATIENCE).read().decode())
 
     def test_readiness_is_told_to_systemd(self):
         file = self.configuration("""
