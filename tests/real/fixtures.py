@@ -4,6 +4,7 @@ Everything listens on loopback, on ports the system chose, in folders that are r
 test that started it. A part that is not installed is a failure that says what to run, never a test left out.
 """
 
+import atexit
 import os
 import pwd
 import re
@@ -96,18 +97,26 @@ class Certificates:
 
 
 class Process:
-    """A program that runs until the test ends, with its output in a file."""
+    """A program that runs until the test ends, with its output in a file.
+
+    Also where a test ends before it could keep what it started, and where the tests themselves are killed: the kernel then
+    ends the program. It does so too when the thread ends that started it: start programs in the main thread.
+    """
 
     def __init__(self, command, log, **options):
         self.log = Path(log)
+        command = [program("setpriv"), "--pdeathsig", "KILL", *(str(word) for word in command)]
         with self.log.open("ab") as output:
-            self.child = subprocess.Popen([str(word) for word in command], stdin=subprocess.DEVNULL, stdout=output,
-                                          stderr=output, start_new_session=True, **options)
+            self.child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=output,
+                                          start_new_session=True, **options)
+        atexit.register(self.kill)
 
     def text(self):
         return self.log.read_text(errors="replace")
 
     def kill(self):
+        """The program and what it started, at once."""
+        atexit.unregister(self.kill)
         try:
             os.killpg(self.child.pid, signal.SIGKILL)
         except ProcessLookupError:
