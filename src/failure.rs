@@ -113,8 +113,6 @@ reasons! {
     Backend NoServer = "no_server",
     /// A session ended in a panic.
     Internal Panic = "panic",
-    /// `limits.sessions` reached.
-    Internal SessionLimit = "session_limit",
     /// Ended by the operator's stop.
     Shutdown Drain = "drain",
 }

@@ -1,4 +1,39 @@
 //! Vestibule: an IMAP proxy and load balancer.
+//!
+//! ```text
+//!             ┌─────────────────────────── Vestibule ───────────────────────────┐
+//!   client ──▶│ listener ▶ session ▶ imap::prelogin ▶ route ▶ backend ▶ relay   │──▶ mailbox server
+//!             └─────────────────────────────────────────────────────────────────┘
+//! ```
+//!
+//! # Words
+//! A *listener* is a port clients connect to. A *backend* is a named set of equivalent *servers*. A *route* is one source
+//! that maps a user to a backend. A *session* is one client connection from accept to close.
+//!
+//! # The life of a session
+//! | step | where |
+//! |---|---|
+//! | accepted, one permit | [`listener::Listener::run`] |
+//! | TLS, if it begins at once or by STARTTLS | `session::Session::encrypt`, [`tls::server`] |
+//! | commands until a login is complete | [`imap::prelogin::Prelogin::step`] |
+//! | which backend | [`route::Router::route`] |
+//! | which server, and which next | [`backend::Backend::candidates`] |
+//! | connect and log in there | [`backend::connect::login`], [`imap::backend_login::BackendLogin::step`] |
+//! | bytes both ways | [`relay::Relay::run`] |
+//! | one record | `session::record::Record`, when it drops |
+//!
+//! [`session`] alone knows this order. [`server`] builds everything from a [`config::Config`] and starts it.
+//!
+//! # What always holds
+//! - Nothing is bound before everything is built; `check` runs the same code.
+//! - Bytes that came with STARTTLS are never looked at, on either side; what was learnt in clear is forgotten.
+//! - Leftover is data: what followed the login goes to the server, what followed its OK to the client, in order.
+//! - After a login nothing is parsed. After a refusal nothing is relayed.
+//! - "Unknown user" and "lookup failed" are different answers, and only the first goes on to the next route.
+//! - A route names a declared backend; nothing that was looked up becomes a network address.
+//! - Secrets are [`identity::Secret`] or wiped buffers; they reach no log, metric or error text.
+//! - What a client can provoke never makes a server look dead.
+
 pub mod admin;
 pub mod backend;
 pub mod cli;

@@ -225,6 +225,7 @@ async fn encrypt(
 struct Dialogue<'a> {
     backend: &'a Backend,
     server: &'a Server,
+    session_id: &'a str,
     machine: BackendLogin<'a>,
     stream: Stream,
     address: SocketAddr,
@@ -252,7 +253,7 @@ impl<'a> Dialogue<'a> {
             max_untagged_lines: request.limits.untagged_lines,
             max_untagged_bytes: request.limits.untagged_bytes,
         });
-        Self { backend, server, machine, stream, address }
+        Self { backend, server, session_id: request.session_id, machine, stream, address }
     }
 
     /// The first byte must come before `first_byte`, the answer before `deadline`.
@@ -261,6 +262,7 @@ impl<'a> Dialogue<'a> {
         loop {
             let mut out = Zeroizing::new(Vec::with_capacity(READ));
             let step = self.machine.step(&mut out);
+            tracing::trace!(session = self.session_id, server = %self.server.name, state = self.machine.state(), "login dialogue");
             let exchange = self.exchange(&out, matches!(step, ServerStep::NeedInput));
             match timeout_at(due, exchange).await {
                 Err(_) => return Outcome::Unavailable(self.timed_out(due == first_byte)),

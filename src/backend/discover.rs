@@ -17,6 +17,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::{Backend, Server};
 use crate::config::{self, Host, is_local};
+use crate::failure::Reason;
 
 /// An SRV answer may name this many servers; further ones are ignored.
 const MAX_SERVICES: usize = 64;
@@ -106,14 +107,20 @@ impl OwnAddresses {
 }
 
 /// Keeps the addresses of a server with a name up to date until `stop`.
-pub(super) async fn follow_server(resolver: Resolver, server: Arc<Server>, own: OwnAddresses, stop: CancellationToken) {
+pub(super) async fn follow_server(
+    resolver: Resolver,
+    backend: Arc<Backend>,
+    server: Arc<Server>,
+    own: OwnAddresses,
+    stop: CancellationToken,
+) {
     let Host::Name(name) = &server.host else { return };
     let mut schedule = Schedule::default();
     let keep = async {
         loop {
             let answer = resolver.addresses(name).await;
             if let Ok((addresses, _)) = &answer {
-                server.publish(own_left_out(addresses, &server, &own));
+                server.publish(own_left_out(addresses, &backend, &server, &own));
             } else {
                 server.publish_if_first();
             }
@@ -169,7 +176,7 @@ async fn refresh_service(
         };
         match resolver.addresses(&service.target).await {
             Ok((addresses, valid)) => {
-                server.publish(own_left_out(&addresses, &server, own));
+                server.publish(own_left_out(&addresses, backend, &server, own));
                 until = until.min(valid);
             }
             Err(error) => {
@@ -184,10 +191,11 @@ async fn refresh_service(
     Ok(until)
 }
 
-fn own_left_out(addresses: &[IpAddr], server: &Server, own: &OwnAddresses) -> Vec<SocketAddr> {
+fn own_left_out(addresses: &[IpAddr], backend: &Backend, server: &Server, own: &OwnAddresses) -> Vec<SocketAddr> {
     let all = addresses.iter().map(|ip| SocketAddr::new(*ip, server.port));
     let (ours, theirs): (Vec<_>, Vec<_>) = all.partition(|address| own.contains(*address));
     if !ours.is_empty() {
+        backend.metrics.failure(Reason::Loop);
         tracing::error!(server = %server.name, ?ours, "DNS points a server at our own listener: address left out");
     }
     theirs

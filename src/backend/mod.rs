@@ -75,7 +75,13 @@ impl Backends {
                     continue;
                 }
                 for server in group.current() {
-                    tasks.spawn(discover::follow_server(resolver.clone(), server, own.clone(), stop.clone()));
+                    tasks.spawn(discover::follow_server(
+                        resolver.clone(),
+                        backend.clone(),
+                        server,
+                        own.clone(),
+                        stop.clone(),
+                    ));
                 }
             }
         }

@@ -127,7 +127,7 @@ class Process:
 class Proxy:
     """The real binary, on a configuration. `{tls}`, `{starttls}`, `{plain}`, `{admin}` in it become free ports."""
 
-    def __init__(self, configuration, folder=None):
+    def __init__(self, configuration, folder=None, environment=None):
         assert VESTIBULE.exists(), f"{VESTIBULE} is not built: run tests/run"
         self.folder = folder or Folder()
         self.owns_folder = folder is None
@@ -135,7 +135,8 @@ class Proxy:
         for name, port in self.ports.items():
             configuration = configuration.replace("{" + name + "}", str(port))
         self.file = self.folder.write("vestibule.yaml", configuration)
-        self.process = Process([VESTIBULE, "run", "--config", self.file], self.folder.path / "vestibule.log")
+        self.process = Process([VESTIBULE, "run", "--config", self.file], self.folder.path / "vestibule.log",
+                               env={**os.environ, **(environment or {})})
         wait_for("the proxy", self._ready)
 
     def _ready(self):
@@ -242,6 +243,10 @@ class Dovecot:
             }}
             service anvil {{
               chroot =
+              # No growing delay after failed logins: the tests make some on purpose.
+              unix_listener anvil-auth-penalty {{
+                mode = 0
+              }}
             }}
         """)
         self.start()

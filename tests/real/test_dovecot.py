@@ -1,5 +1,6 @@
 """Two Dovecot shards behind the proxy: plain, STARTTLS and TLS."""
 
+import base64
 import os
 import re
 import signal
@@ -120,6 +121,29 @@ class Shards(unittest.TestCase):
         tagged = [line[:4] for line in client.until(b"d ") if line[:2] in (b"a ", b"b ", b"c ", b"d ")]
         self.assertEqual(tagged, [b"a OK", b"b OK", b"c OK", b"d OK"])
         self.assertEqual(client.line(), b"", "the server closed, and so did the proxy")
+
+    def test_no_secret_is_logged_at_any_level(self):
+        text = TEMPLATE.format(cert=self.certificates.cert, key=self.certificates.key, tls="none", info="id",
+                               a=self.a.port, b=self.b.port)
+        folder = Folder()
+        self.addCleanup(folder.remove)
+        folder.write("users.txt", "* shard-a\n")
+        proxy = Proxy(text.replace("format: json", "format: json, level: trace"), folder, environment={"RUST_LOG": "trace"})
+        self.addCleanup(proxy.close)
+        encoded = base64.b64encode(f"\0{ALICE}\0wonderland".encode())
+        for command in (f"LOGIN {ALICE} wonderland".encode(), f"LOGIN {ALICE} {{10+}}\r\nwonderland".encode(),
+                        b"AUTHENTICATE PLAIN " + encoded, b"AUTHENTICATE PLAIN\r\n" + encoded,
+                        f"LOGIN {ALICE} wonderland2".encode(), f"LOGIN wonderland {ALICE} x".encode()):
+            for port in ("tls", "plain"):
+                client = Raw(proxy.ports[port], context(self.certificates.ca) if port == "tls" else None)
+                client.line()
+                client.command("a", command)
+                client.close()
+        log = proxy.stop()
+        self.assertIn('"level":"TRACE"', log, "the level is in force")
+        self.assertIn(ALICE, log)
+        for secret in ("wonderland", encoded.decode(), str(list(b"wonderland"))[1:-1]):
+            self.assertNotIn(secret, log)
 
     def test_odd_passwords(self):
         users = {f"user{index}@example.org": password for index, password in enumerate(

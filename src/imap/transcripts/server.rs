@@ -7,6 +7,14 @@ use crate::imap::backend_login::{Attempt, BackendLogin, ServerFault, ServerStep}
 use crate::imap::client_id::Pair;
 use crate::imap::tag::Tag;
 
+/// How the server's bytes are cut into reads.
+#[derive(Debug, Clone, Copy)]
+enum Cut {
+    Whole,
+    Bytes,
+    At(usize),
+}
+
 struct Server {
     starttls: bool,
     id: Vec<Pair>,
@@ -28,18 +36,18 @@ impl Server {
     }
 
     /// Lines of a dialogue: `S: ` is what the server says, `C: ` what must be said to it, `! ` the step that must come.
-    /// The server's bytes between two of our lines arrive whole, and once more byte by byte.
+    /// The server's bytes between two of our lines arrive whole, byte by byte, and cut in two at every place.
     #[track_caller]
     fn check(&self, dialogue: &str) {
-        for bytewise in [false, true] {
-            let said = self.run(dialogue, bytewise);
-            let expected =
-                dialogue.lines().map(str::trim).filter(|line| !line.is_empty()).collect::<Vec<_>>().join("\n");
-            assert_eq!(said, expected, "bytewise: {bytewise}\n--- said:\n{said}\n--- expected:\n{expected}\n");
+        let expected = dialogue.lines().map(str::trim).filter(|line| !line.is_empty()).collect::<Vec<_>>().join("\n");
+        let longest = dialogue.len();
+        for cut in [Cut::Whole, Cut::Bytes].into_iter().chain((1..longest).map(Cut::At)) {
+            let said = self.run(dialogue, cut);
+            assert_eq!(said, expected, "{cut:?}\n--- said:\n{said}\n--- expected:\n{expected}\n");
         }
     }
 
-    fn run(&self, dialogue: &str, bytewise: bool) -> String {
+    fn run(&self, dialogue: &str, cut: Cut) -> String {
         let tag = Tag::new(b"tag1").unwrap();
         let mut machine = BackendLogin::new(Attempt {
             credentials: &self.credentials,
@@ -61,7 +69,14 @@ impl Server {
                 log.push(lines[index].to_owned());
                 index += 1;
             }
-            let chunks: Vec<&[u8]> = if bytewise { batch.chunks(1).collect() } else { vec![&batch] };
+            let chunks: Vec<&[u8]> = match cut {
+                Cut::Whole => vec![&batch],
+                Cut::Bytes => batch.chunks(1).collect(),
+                Cut::At(place) => {
+                    let (first, second) = batch.split_at(place.min(batch.len()));
+                    vec![first, second]
+                }
+            };
             let mut ended = false;
             for chunk in chunks {
                 machine.input(chunk);
@@ -161,8 +176,8 @@ fn one_round_trip_with_sasl_ir_and_id() {
 #[test]
 fn what_the_server_says_after_its_ok_reaches_the_client() {
     let server = alice();
-    let said =
-        server.run("S: * OK [CAPABILITY IMAP4rev1] hi\nC: x\nS: L OK [CAPABILITY X] in\nS: * 3 EXISTS\nS: half", false);
+    let said = server
+        .run("S: * OK [CAPABILITY IMAP4rev1] hi\nC: x\nS: L OK [CAPABILITY X] in\nS: * 3 EXISTS\nS: half", Cut::Whole);
     assert!(said.ends_with("! client: tag1 OK [CAPABILITY X] in\n! client: * 3 EXISTS\n! client: half"), "{said}");
 }
 
@@ -230,7 +245,7 @@ fn plain_with_a_continuation_where_login_cannot_be() {
     alice().check("S: * OK [CAPABILITY IMAP4rev1 LOGINDISABLED] ready\n! unavailable: LoginDisabled");
     let mut long = alice();
     long.credentials.password = Secret::new(vec![b'x'; 900]);
-    let said = long.run("S: * OK [CAPABILITY IMAP4rev1 SASL-IR AUTH=PLAIN] ready\nC: x\nS: +", false);
+    let said = long.run("S: * OK [CAPABILITY IMAP4rev1 SASL-IR AUTH=PLAIN] ready\nC: x\nS: +", Cut::Whole);
     assert!(said.contains("C: L AUTHENTICATE PLAIN\nS: +\nC: AGFsaWNlAHh4"), "{said}");
 }
 
@@ -302,7 +317,7 @@ fn starttls_with_a_server() {
         .check("S: * OK [CAPABILITY IMAP4rev1 STARTTLS] ready\nC: S STARTTLS\nS: S NO\n! unavailable: StartTlsRefused");
     let residue =
         "S: * OK [CAPABILITY IMAP4rev1 STARTTLS] ready\nC: S STARTTLS\nS: S OK go\nS: L OK [CAPABILITY X] injected";
-    assert!(server.run(residue, false).ends_with("! unavailable: StartTlsResidue"));
+    assert!(server.run(residue, Cut::Whole).ends_with("! unavailable: StartTlsResidue"));
 }
 
 #[test]
@@ -342,7 +357,7 @@ fn refusals() {
 fn a_server_that_talks_too_much_is_left() {
     let talk = |line: &str, count: usize| {
         let lines = format!("S: {line}\n").repeat(count);
-        alice().run(&format!("S: * OK [CAPABILITY IMAP4rev1] x\nC: y\n{lines}S: L OK [CAPABILITY X] in"), false)
+        alice().run(&format!("S: * OK [CAPABILITY IMAP4rev1] x\nC: y\n{lines}S: L OK [CAPABILITY X] in"), Cut::Whole)
     };
     assert!(talk("* OK still here", 4).ends_with("! client: tag1 OK [CAPABILITY X] in"));
     assert!(talk("* OK still here", 5).ends_with("! unavailable: TooMuchUntagged"));
