@@ -326,13 +326,13 @@ class Unpacked:
 class Courier(Unpacked):
     """Courier IMAP with users in userdb."""
 
-    def __init__(self):
+    def __init__(self, users=None):
         super().__init__("courier")
         self.port = free_port()
         path = self.folder.path
         nobody = pwd.getpwnam("nobody")
         lines = []
-        for user, password in PASSWORDS.items():
+        for user, password in (users or PASSWORDS).items():
             home = path / "mail" / user
             for part in ("cur", "new", "tmp"):
                 (home / "Maildir" / part).mkdir(parents=True)
@@ -372,7 +372,7 @@ class Courier(Unpacked):
 class Cyrus(Unpacked):
     """Cyrus IMAP with users in sasldb; a user's INBOX is made at the first login."""
 
-    def __init__(self):
+    def __init__(self, users=None):
         super().__init__("cyrus")
         self.port = free_port()
         path = self.folder.path
@@ -380,7 +380,7 @@ class Cyrus(Unpacked):
         for part in ("config", "spool", "sasl", "sockets"):
             (state / part).mkdir(parents=True)
         sasldb = state / "sasl/sasldb2"
-        for user, password in PASSWORDS.items():
+        for user, password in (users or PASSWORDS).items():
             name, realm = user.split("@")
             subprocess.run([program("saslpasswd2"), "-c", "-p", "-f", sasldb, "-u", realm, name],
                            input=password.encode(), check=True)
