@@ -30,7 +30,7 @@ password = {PASSWORDS[USER]}
 {options}
 """)
     done = subprocess.run([sys.executable, "-m", "imapclient.livetest", configuration, "-v"], capture_output=True, text=True,
-                          timeout=6 * PATIENCE, env={**os.environ, "PYTHONPATH": str(LIBRARY)})
+                          timeout=6 * PATIENCE, env={**os.environ, "PYTHONPATH": str(LIBRARY), "PYTHONDONTWRITEBYTECODE": "1"})
     results, name_of_test, seen = {}, None, Counter()
     for line in done.stderr.split("\n=====")[0].splitlines():
         if begun := re.match(r"(test_\w+) \(", line):
