@@ -428,7 +428,9 @@ EVENTS {{
             export PATH=/usr/sbin:/usr/bin:/sbin:/bin:/usr/lib/cyrus/bin
             mkdir -p /run/cyrus/proc /run/cyrus/lock /run/cyrus/socket /var/lib/cyrus
             chown -R 996:8 /run/cyrus /var/lib/cyrus
-            exec /usr/sbin/cyrmaster -C /etc/imapd.conf -M /etc/cyrus.conf
+            # The shell stays: who changes its user, as this server does, is no longer ended with its parent.
+            /usr/sbin/cyrmaster -C /etc/imapd.conf -M /etc/cyrus.conf &
+            wait
         """, "log")
         wait_for(f"Cyrus ({path})", lambda: self._alive() and answers(self.port, b"* OK"))
 
