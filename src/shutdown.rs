@@ -8,7 +8,7 @@ use std::future::Future;
 use std::io;
 use std::time::Duration;
 
-use tokio::signal::unix::{SignalKind, signal};
+use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
@@ -58,11 +58,13 @@ impl Drain {
     }
 }
 
-/// SIGTERM and SIGINT, each time one arrives.
+/// SIGTERM and SIGINT, each time one arrives. SIGHUP, whose default would end all sessions, is noted and ignored: there is no
+/// reload yet.
 #[derive(Debug)]
 pub struct StopSignals {
-    terminate: tokio::signal::unix::Signal,
-    interrupt: tokio::signal::unix::Signal,
+    terminate: Signal,
+    interrupt: Signal,
+    hangup: Signal,
 }
 
 impl StopSignals {
@@ -71,14 +73,21 @@ impl StopSignals {
     /// # Errors
     /// The system refuses a handler.
     pub fn new() -> io::Result<Self> {
-        Ok(Self { terminate: signal(SignalKind::terminate())?, interrupt: signal(SignalKind::interrupt())? })
+        Ok(Self {
+            terminate: signal(SignalKind::terminate())?,
+            interrupt: signal(SignalKind::interrupt())?,
+            hangup: signal(SignalKind::hangup())?,
+        })
     }
 
     /// Waits for the next one.
     pub async fn next(&mut self) {
-        tokio::select! {
-            _ = self.terminate.recv() => {}
-            _ = self.interrupt.recv() => {}
+        loop {
+            tokio::select! {
+                _ = self.terminate.recv() => return,
+                _ = self.interrupt.recv() => return,
+                _ = self.hangup.recv() => tracing::warn!("SIGHUP ignored: a changed configuration takes a restart"),
+            }
         }
     }
 }

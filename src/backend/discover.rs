@@ -172,7 +172,7 @@ async fn refresh_service(
         };
         let server = match known.iter().find(same) {
             Some(server) => server.clone(),
-            None => Arc::new(backend.discovered(&service.target, service.port, service.priority, service.weight)),
+            None => Arc::new(backend.discovered(name, &service.target, service.port, service.priority, service.weight)),
         };
         match resolver.addresses(&service.target).await {
             Ok((addresses, valid)) => {

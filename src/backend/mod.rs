@@ -171,10 +171,10 @@ impl Backend {
     }
 
     /// A server that an SRV record names. Its certificate must be for the domain that was asked for: see `tls::client`.
-    fn discovered(&self, target: &str, port: u16, priority: u16, weight: u32) -> Server {
+    fn discovered(&self, service: &str, target: &str, port: u16, priority: u16, weight: u32) -> Server {
         let name = format!("{target}:{port}");
-        let domain = self.groups.iter().find_map(|group| group.service.as_deref()).map_or(target, service_domain);
-        let tls_name = ServerName::try_from(domain.to_owned())
+        // The configuration was checked: it is a name. Were it none, no certificate would be for this address.
+        let tls_name = ServerName::try_from(service_domain(service).to_owned())
             .unwrap_or_else(|_| ServerName::from(std::net::IpAddr::from([0, 0, 0, 0])));
         let metrics = self.metrics.backend(self.id.0).server(&name);
         Server::new(name, Host::Name(target.to_owned()), port, weight, priority, tls_name, metrics)

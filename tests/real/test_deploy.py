@@ -20,7 +20,7 @@ class Deploy(unittest.TestCase):
     def test_the_unit_is_valid_and_hardened(self):
         text = (REPOSITORY / "deploy/vestibule.service").read_text()
         # The program is not installed here; nor is the documentation.
-        text = text.replace("/usr/bin/vestibule", str(VESTIBULE)).replace("Documentation=file:/usr/share/doc/vestibule/README.md", "")
+        text = re.sub(r"^Documentation=.*$", "", text, flags=re.M).replace("/usr/bin/vestibule", str(VESTIBULE))
         unit = self.folder.write("vestibule.service", text)
         done = run(program("systemd-analyze"), "verify", unit)
         self.assertEqual((done.returncode, done.stderr.strip()), (0, ""), done.stderr)
@@ -30,20 +30,22 @@ class Deploy(unittest.TestCase):
             self.assertIn(setting, (REPOSITORY / "deploy/vestibule.service").read_text())
 
     def test_the_debian_package(self):
-        # Fast instead of small: what is looked at is the content.
-        done = run(REPOSITORY / "deploy/build-deb", VESTIBULE, self.folder.path, env={**os.environ, "DPKG_DEB_COMPRESSOR_TYPE": "gzip", "DPKG_DEB_COMPRESSOR_LEVEL": "1"})
+        # Debug information takes a minute to pack and is not looked at.
+        stripped = self.folder.path / "vestibule"
+        self.assertEqual(run("strip", "-o", stripped, VESTIBULE).returncode, 0)
+        done = run(REPOSITORY / "deploy/build-deb", stripped, self.folder.path, env={**os.environ, "DEB_BUILD_OPTIONS": "noautodbgsym"})
         self.assertEqual(done.returncode, 0, done.stderr)
         package = next(self.folder.path.glob("vestibule_*.deb"))
         listed = run("dpkg-deb", "-c", package).stdout
         for path in ("./usr/bin/vestibule", "./lib/systemd/system/vestibule.service", "./etc/vestibule/vestibule.yaml",
-                     "./usr/share/doc/vestibule/examples/reference.yaml", "./usr/share/doc/vestibule/examples/vestibule.json"):
-            self.assertRegex(listed, re.escape(path) + r"\n")
+                     "./usr/lib/sysusers.d/vestibule.conf", "./usr/lib/tmpfiles.d/vestibule.conf",
+                     "./usr/share/vestibule/grafana/vestibule.json"):
+            self.assertRegex(listed, re.escape(path) + r"\n", listed)
         self.assertIn("/etc/vestibule/vestibule.yaml", run("dpkg-deb", "-I", package, "conffiles").stdout)
         unpacked = self.folder.path / "unpacked"
         self.assertEqual(run("dpkg-deb", "-x", package, unpacked).returncode, 0)
         self.assertIn("vestibule", run(unpacked / "usr/bin/vestibule", "--version").stdout)
-        done = run(program("lintian"), "--allow-root", "--fail-on", "error", "--no-tag-display-limit",
-                   "--suppress-tags", "no-manual-page,no-copyright-file,embedded-library", package, env={**os.environ, "LC_ALL": "C"})
+        done = run(program("lintian"), "--allow-root", "--fail-on", "error", package, env={**os.environ, "LC_ALL": "C"})
         self.assertEqual(done.returncode, 0, done.stdout + done.stderr)
 
     def test_the_dockerfile_copies_what_exists(self):
@@ -55,7 +57,7 @@ class Deploy(unittest.TestCase):
         # What Cargo.toml names must be in the build stage, or cargo refuses to begin.
         for path in re.findall(r'^path = "(.*)"', (REPOSITORY / "Cargo.toml").read_text(), re.M):
             self.assertTrue(any(path.startswith(source) for source in sources), path)
-        self.assertIn("USER vestibule", text)
+        self.assertRegex(text, r"(?m)^USER \d+:\d+$")
 
 
 if __name__ == "__main__":
