@@ -115,7 +115,7 @@ impl Families {
             ),
             server_up: gauges(
                 "vestibule_server_up",
-                "1 while the server is taken for alive, 0 after a failure until it is tried again.",
+                "1 while the server is taken for alive, 0 after a failure until it answers a login again.",
                 &["backend", "server"],
             ),
             server_sessions: gauges(
