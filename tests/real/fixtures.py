@@ -4,6 +4,7 @@ Everything listens on loopback, on ports the system chose, in folders that are r
 test that started it. A part that is not installed is a failure that says what to run, never a test left out.
 """
 
+import atexit
 import os
 import pwd
 import re
@@ -96,18 +97,26 @@ class Certificates:
 
 
 class Process:
-    """A program that runs until the test ends, with its output in a file."""
+    """A program that runs until the test ends, with its output in a file.
+
+    Also where a test ends before it could keep what it started, and where the tests themselves are killed: the kernel then
+    ends the program. It does so too when the thread ends that started it: start programs in the main thread.
+    """
 
     def __init__(self, command, log, **options):
         self.log = Path(log)
+        command = [program("setpriv"), "--pdeathsig", "KILL", *(str(word) for word in command)]
         with self.log.open("ab") as output:
-            self.child = subprocess.Popen([str(word) for word in command], stdin=subprocess.DEVNULL, stdout=output,
-                                          stderr=output, start_new_session=True, **options)
+            self.child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=output,
+                                          start_new_session=True, **options)
+        atexit.register(self.kill)
 
     def text(self):
         return self.log.read_text(errors="replace")
 
     def kill(self):
+        """The program and what it started, at once."""
+        atexit.unregister(self.kill)
         try:
             os.killpg(self.child.pid, signal.SIGKILL)
         except ProcessLookupError:
@@ -317,13 +326,13 @@ class Unpacked:
 class Courier(Unpacked):
     """Courier IMAP with users in userdb."""
 
-    def __init__(self):
+    def __init__(self, users=None):
         super().__init__("courier")
         self.port = free_port()
         path = self.folder.path
         nobody = pwd.getpwnam("nobody")
         lines = []
-        for user, password in PASSWORDS.items():
+        for user, password in (users or PASSWORDS).items():
             home = path / "mail" / user
             for part in ("cur", "new", "tmp"):
                 (home / "Maildir" / part).mkdir(parents=True)
@@ -363,7 +372,7 @@ class Courier(Unpacked):
 class Cyrus(Unpacked):
     """Cyrus IMAP with users in sasldb; a user's INBOX is made at the first login."""
 
-    def __init__(self):
+    def __init__(self, users=None):
         super().__init__("cyrus")
         self.port = free_port()
         path = self.folder.path
@@ -371,7 +380,7 @@ class Cyrus(Unpacked):
         for part in ("config", "spool", "sasl", "sockets"):
             (state / part).mkdir(parents=True)
         sasldb = state / "sasl/sasldb2"
-        for user, password in PASSWORDS.items():
+        for user, password in (users or PASSWORDS).items():
             name, realm = user.split("@")
             subprocess.run([program("saslpasswd2"), "-c", "-p", "-f", sasldb, "-u", realm, name],
                            input=password.encode(), check=True)
@@ -419,7 +428,9 @@ EVENTS {{
             export PATH=/usr/sbin:/usr/bin:/sbin:/bin:/usr/lib/cyrus/bin
             mkdir -p /run/cyrus/proc /run/cyrus/lock /run/cyrus/socket /var/lib/cyrus
             chown -R 996:8 /run/cyrus /var/lib/cyrus
-            exec /usr/sbin/cyrmaster -C /etc/imapd.conf -M /etc/cyrus.conf
+            # The shell stays: who changes its user, as this server does, is no longer ended with its parent.
+            /usr/sbin/cyrmaster -C /etc/imapd.conf -M /etc/cyrus.conf &
+            wait
         """, "log")
         wait_for(f"Cyrus ({path})", lambda: self._alive() and answers(self.port, b"* OK"))
 

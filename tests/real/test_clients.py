@@ -64,8 +64,8 @@ admin: {{address: "127.0.0.1:{{admin}}"}}
                 self.assertIn(f"Subject: {subject}", self.run_program(*curl, f"{url};MAILINDEX={number}"))
 
     def test_mbsync_pushes_and_pulls(self):
-        for user in (ALICE, BOB):
-            name = user.split("@")[0]
+        for user, port, encryption in ((ALICE, "tls", "IMAPS"), (BOB, "tls", "IMAPS"), (ALICE, "starttls", "STARTTLS")):
+            name = f"{user.split('@')[0]}-{port}"
             local = self.folder.path / f"mbsync-{name}"
             for part in ("cur", "new", "tmp"):
                 (local / "INBOX" / part).mkdir(parents=True)
@@ -73,10 +73,10 @@ admin: {{address: "127.0.0.1:{{admin}}"}}
             configuration = self.folder.write(f"mbsyncrc-{name}", f"""
 IMAPAccount account
 Host localhost
-Port {self.proxy.ports['tls']}
+Port {self.proxy.ports[port]}
 User {user}
 Pass {PASSWORDS[user]}
-SSLType IMAPS
+SSLType {encryption}
 CertificateFile {self.certificates.ca}
 
 IMAPStore far
@@ -120,6 +120,32 @@ set confirmcreate=no
             self.run_program(program("mutt"), "-n", "-F", configuration, "-e", f"set record={url}", "-s", subject, BOB,
                              input=b"Hello.\n", env={"TERM": "xterm", "HOME": str(self.folder.path), "PATH": "/usr/bin:/bin"})
             self.assert_only_at_home(ALICE, subject)
+
+    def test_mutt_reads(self):
+        # It wants a terminal, and is told what to type: copy these messages into a file, leave.
+        mail = self.folder.path / "mail-for-mutt.eml"
+        mail.write_bytes(message("for-mutt", "Read by mutt.\r\n"))
+        self.run_program(program("curl"), "-sS", "--cacert", self.certificates.ca, "--user", f"{BOB}:{PASSWORDS[BOB]}", "-T", mail,
+                         f"imaps://localhost:{self.proxy.ports['tls']}/INBOX")
+        for scheme, port in (("imaps", "tls"), ("imap", "starttls")):
+            copies = self.folder.path / f"mutt-copies-{scheme}"
+            configuration = self.folder.write(f"muttrc-{scheme}", f"""
+set ssl_force_tls=yes
+set ssl_ca_certificates_file="{self.certificates.ca}"
+set imap_user="{BOB}"
+set imap_pass="{PASSWORDS[BOB]}"
+set folder="{self.folder.path}"
+set wait_key=no
+set confirmappend=no
+set confirmcreate=no
+set delete=no
+set quit=yes
+push "<tag-pattern>~s for-mutt<enter><tag-prefix><copy-message>{copies}<enter><quit>"
+""", 0o600)
+            url = f"{scheme}://localhost:{self.proxy.ports[port]}/INBOX"
+            self.run_program(program("script"), "-qec", f"mutt -n -F {configuration} -f {url}", "/dev/null", stdin=subprocess.DEVNULL,
+                             env={"TERM": "xterm", "HOME": str(self.folder.path), "PATH": "/usr/bin:/bin", "LINES": "24", "COLUMNS": "80"})
+            self.assertIn("Read by mutt.", copies.read_text())
 
     def test_openssl_s_client(self):
         for extra, port in (((), "tls"), (("-starttls", "imap"), "starttls")):

@@ -145,27 +145,6 @@ class Shards(unittest.TestCase):
         for secret in ("wonderland", encoded.decode(), str(list(b"wonderland"))[1:-1]):
             self.assertNotIn(secret, log)
 
-    def test_odd_passwords(self):
-        users = {f"user{index}@example.org": password for index, password in enumerate(
-            ['qu"ote', "back\\slash", "pässwörd", "x" * 900, "p%c*{5}"])}
-        server = Dovecot(self.certificates, users=users)
-        self.addCleanup(server.close)
-        text = f"""
-listeners: [{{address: "127.0.0.1:{{plain}}", tls: none}}]
-backends: {{only: {{servers: ["127.0.0.1:{server.port}"]}}}}
-routes: [{{default: only}}]
-admin: {{address: "127.0.0.1:{{admin}}"}}
-"""
-        proxy = Proxy(text)
-        self.addCleanup(proxy.close)
-        for user, password in users.items():
-            client = Raw(proxy.ports["plain"])
-            client.line()
-            secret = password.encode()
-            answer = client.command("a", f"LOGIN {user} {{{len(secret)}+}}\r\n".encode() + secret)[-1]
-            self.assertTrue(answer.startswith(b"a OK"), (password, answer))
-            client.close()
-
     def seen_address(self, proxy, server):
         """Logs in from 127.0.0.2 and says which address the server saw, and under which session id."""
         client = Raw(proxy.ports["tls"], context(self.certificates.ca), source="127.0.0.2")

@@ -1,0 +1,101 @@
+"""Passwords that are not plain words, in every form a client may send them, to servers that take them in different ways.
+
+Dovecot and Cyrus advertise AUTH=PLAIN with SASL-IR, Courier neither: what cannot be quoted reaches it as a literal.
+"""
+
+import base64
+import unittest
+
+from fixtures import Certificates, Courier, Cyrus, Dovecot, Folder, Proxy
+from mail import Raw
+
+PASSWORDS = {
+    "quote@example.org": 'qu"ote',
+    "backslash@example.org": "back\\slash",
+    "eight-bit@example.org": "pässwörd",
+    "special@example.org": "p%c*{5} (x) ]",
+    "literal@example.org": "x{5+}",
+    "long@example.org": "x" * 900,
+}
+
+
+def quoted(text):
+    return b'"' + text.replace("\\", "\\\\").replace('"', '\\"').encode() + b'"'
+
+
+def send_quoted(client, user, password):
+    return client.command("a", b"LOGIN " + quoted(user) + b" " + quoted(password))
+
+
+def send_literals(client, user, password):
+    """Both as literals that wait for the server, RFC 3501 section 4.3."""
+    user, password = user.encode(), password.encode()
+    client.send(b"a LOGIN {%d}\r\n" % len(user))
+    assert client.line().startswith(b"+")
+    client.send(user + b" {%d}\r\n" % len(password))
+    assert client.line().startswith(b"+")
+    client.send(password + b"\r\n")
+    return client.until(b"a ")
+
+
+def send_literal_plus(client, user, password):
+    """RFC 7888: without waiting."""
+    password = password.encode()
+    return client.command("a", b"LOGIN " + user.encode() + b" {%d+}\r\n" % len(password) + password)
+
+
+def send_sasl(client, user, password):
+    return client.command("a", b"AUTHENTICATE PLAIN " + base64.b64encode(f"\0{user}\0{password}".encode()))
+
+
+class OddPasswords(unittest.TestCase):
+    def every_form(self, server, users):
+        self.addCleanup(server.close)
+        proxy = Proxy(f"""
+listeners: [{{address: "127.0.0.1:{{plain}}", tls: none}}]
+backends: {{only: {{servers: ["127.0.0.1:{server.port}"]}}}}
+routes: [{{default: only}}]
+admin: {{address: "127.0.0.1:{{admin}}"}}
+""")
+        self.addCleanup(proxy.close)
+        logins = 0
+        for send in (send_quoted, send_literals, send_literal_plus, send_sasl):
+            for user, password in users.items():
+                # In quotes IMAP4rev1 has seven bits only.
+                if send == send_quoted and not password.isascii():
+                    continue
+                with self.subTest(form=send.__name__, user=user):
+                    client = Raw(proxy.ports["plain"])
+                    self.addCleanup(client.close)
+                    client.line()
+                    answer = send(client, user, password)
+                    self.assertTrue(answer[-1].startswith(b"a OK"), answer)
+                    # Nothing of the login is left over where the server or the client would read it.
+                    self.assertTrue(client.command("b", "NOOP")[-1].startswith(b"b OK"))
+                    client.command("c", "LOGOUT")
+                    logins += 1
+        self.assertEqual(logins, 4 * len(users) - 1)
+        # And a wrong one is refused in the same words of the server, not as a fault.
+        client = Raw(proxy.ports["plain"])
+        self.addCleanup(client.close)
+        client.line()
+        self.assertTrue(send_literals(client, "quote@example.org", 'qu"ot')[-1].startswith(b"a NO [AUTHENTICATIONFAILED]"))
+        self.assertEqual(proxy.metric("vestibule_logins_total", outcome="refused"), 1)
+        self.assertEqual(proxy.metric("vestibule_logins_total", outcome="accepted"), logins)
+
+    def test_dovecot(self):
+        folder = Folder()
+        self.addCleanup(folder.remove)
+        self.every_form(Dovecot(Certificates(folder), users=PASSWORDS), PASSWORDS)
+
+    def test_cyrus(self):
+        self.every_form(Cyrus(PASSWORDS), PASSWORDS)
+
+    def test_courier(self):
+        # Its userdb keeps what crypt(3) made of a password, which reads the first few hundred bytes.
+        users = {**PASSWORDS, "long@example.org": "x" * 200}
+        self.every_form(Courier(users), users)
+
+
+if __name__ == "__main__":
+    unittest.main()
