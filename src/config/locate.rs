@@ -83,7 +83,11 @@ impl Index {
             *key = Some(full.clone());
             let position = Position::of(start);
             match self.positions.get(&full) {
-                Some(first) => self.duplicates.push((full, *first, position)),
+                Some(first) => {
+                    // What is below it has been told with it.
+                    *key = Some(format!("{full} (again)"));
+                    self.duplicates.push((full, *first, position));
+                }
                 None => {
                     self.positions.insert(full, position);
                 }
@@ -135,7 +139,7 @@ mod tests {
 
     #[test]
     fn keys_that_stand_twice() {
-        let index = Index::new("a: {x: 1, x: 2}\nb: 1\na: 3\n");
+        let index = Index::new("a: {x: 1, x: 2}\nb: 1\na: {x: 3}\n");
         let found: Vec<_> =
             index.duplicates.iter().map(|(path, first, second)| (path.as_str(), first.line, second.line)).collect();
         assert_eq!(found, [("a.x", 1, 1), ("a", 1, 3)]);

@@ -10,6 +10,7 @@ mod file;
 mod locate;
 mod read;
 mod report;
+mod tree;
 mod values;
 
 use std::collections::BTreeMap;
@@ -22,6 +23,7 @@ use std::time::Duration;
 use self::locate::{Index, Position};
 use self::read::Reader;
 pub use self::report::{Located, Place, Problem, Report};
+use self::tree::Tree;
 
 /// A larger file is no configuration: users belong into a table.
 const MAX_FILE: u64 = 16 * 1024 * 1024;
@@ -315,13 +317,14 @@ pub fn load(path: &Path) -> Result<Config, Report> {
 /// # Errors
 /// All mistakes that could be found.
 pub fn parse(file: &Path, text: &str) -> Result<Config, Report> {
+    let is_blank = |line: &str| line.trim().is_empty() || line.trim_start().starts_with('#');
+    if text.lines().all(is_blank) {
+        return Err(fault(file, Position::START, "the file is empty".to_owned()));
+    }
     let mut reader = Reader::new(file, Index::new(text));
     reader.duplicates();
-    let value: serde_yaml::Value = match serde_yaml::from_str(text) {
-        Ok(serde_yaml::Value::Null) => return Err(fault(file, Position::START, "the file is empty".to_owned())),
-        Ok(value) => value,
-        // A key that stands twice is told with both its places already.
-        Err(_) if !reader.problems.is_empty() => return Err(Report::new(reader.problems)),
+    let value = match serde_yaml::from_str(text) {
+        Ok(Tree(value)) => value,
         Err(error) => {
             let position =
                 error.location().map_or(Position::START, |at| Position { line: at.line(), column: at.column() });

@@ -128,8 +128,15 @@ admin: {address: ':9143'}
 #[test]
 fn a_key_that_stands_twice_is_told_with_both_places() {
     assert_eq!(with("routes: []\n"), ["v.yaml:4:1: routes: the key stands twice; the first time in line 3"]);
-    let backend = MINIMAL.replace("{a: {", "{a: {tls: none}, a: {");
-    assert_eq!(mistakes(&backend), ["v.yaml:2:28: backends.a: the key stands twice; the first time in line 2"]);
+    let backend = MINIMAL.replace("143']}}", "143']}, a: {tls: none}}");
+    assert_eq!(mistakes(&backend), ["v.yaml:2:45: backends.a: the key stands twice; the first time in line 2"]);
+}
+
+#[test]
+fn a_key_that_stands_twice_hides_nothing() {
+    let said = with("routes: [{default: z}]\ncolour: red\nlog: {level: info, level: loud}\n");
+    let keys: Vec<&str> = said.iter().map(|line| line.split(": ").nth(1).unwrap()).collect();
+    assert_eq!(keys, ["routes", "colour", "log.level"], "{said:?}");
 }
 
 #[test]
