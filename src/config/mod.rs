@@ -7,9 +7,12 @@
 
 mod check;
 mod file;
+mod limits;
 mod locate;
 mod read;
 mod report;
+mod routes;
+mod servers;
 mod tree;
 mod values;
 

@@ -1,0 +1,167 @@
+//! `backends`: servers, TLS towards them, and what they learn of the client. Called by `check`.
+
+use std::net::{IpAddr, SocketAddr};
+use std::path::Path;
+
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD;
+use serde_yaml::Value;
+
+use super::check::located;
+use super::file::{AuthzidWord, BackendMap, ClientInfoWord, Server as ServerWords, ServerMap, TlsMap, TlsWord};
+use super::locate::child;
+use super::read::Reader;
+use super::values::TlsEntry;
+use super::{Backend, ClientInfo, Host, Server, ServerTls, TlsMode, Trust};
+
+/// Longer names would be unwieldy labels.
+const MAX_NAME: usize = 64;
+/// RFC 1035 section 2.3.4.
+const MAX_HOST: usize = 253;
+
+/// One backend. `None`: it cannot be read at all.
+pub(super) fn backend(reader: &mut Reader<'_>, folder: &Path, name: String, value: Value) -> Option<Backend> {
+    let key = child("backends", &name);
+    if name.is_empty() || name.len() > MAX_NAME || !name.bytes().all(|byte| byte.is_ascii_graphic() && byte != b'#') {
+        reader.problem(&key, "the name of a backend has 1 to 64 printable ASCII characters, without space and #");
+    }
+    let written: BackendMap = reader.read(&key, value)?;
+    let mut servers: Vec<Server> = Vec::new();
+    if written.servers.is_empty() {
+        reader.problem(&child(&key, "servers"), "at least one server is needed");
+    }
+    for (index, item) in written.servers.into_iter().enumerate() {
+        let key = format!("{key}.servers[{index}]");
+        let Some(server) = server(reader, &key, item) else { continue };
+        if servers.iter().any(|other| server_name(other) == server_name(&server)) {
+            reader.problem(&key, "the same server stands in this backend already");
+        }
+        servers.push(server);
+    }
+    let tls = server_tls(reader, folder, &child(&key, "tls"), written.tls);
+    let client_info = match written.client_info {
+        ClientInfoWord::Id => ClientInfo::Id,
+        ClientInfoWord::ProxyV1 => ClientInfo::ProxyV1,
+        ClientInfoWord::ProxyV2 => ClientInfo::ProxyV2,
+        ClientInfoWord::None => ClientInfo::None,
+    };
+    let authzid = written.authzid == AuthzidWord::Allow;
+    Some(Backend { name, servers, tls, client_info, authzid, place: reader.place(&key) })
+}
+
+fn server_name(server: &Server) -> &str {
+    match server {
+        Server::Address { name, .. } | Server::Srv { name, .. } => name,
+    }
+}
+
+fn server(reader: &mut Reader<'_>, key: &str, item: Value) -> Option<Server> {
+    let map = match reader.read::<ServerWords>(key, item)? {
+        ServerWords::Word(address) => ServerMap { address: Some(address), weight: None, srv: None },
+        ServerWords::Map(map) => map,
+    };
+    let place = reader.place(key);
+    match map {
+        ServerMap { address: None, srv: Some(name), weight: None } => {
+            let name = name.trim_end_matches('.').to_ascii_lowercase();
+            if !name.starts_with('_') || !is_host(&name) {
+                reader.problem(&child(key, "srv"), "expected the name of an SRV record, like _imap._tcp.example.org");
+                return None;
+            }
+            Some(Server::Srv { name, place })
+        }
+        ServerMap { address: Some(name), srv: None, weight } => {
+            let weight = weight.unwrap_or(1);
+            if !(1..=1000).contains(&weight) {
+                reader.problem(&child(key, "weight"), "expected a number from 1 to 1000");
+            }
+            let Some((host, port)) = host_and_port(&name) else {
+                let message = "expected host:port, like 10.0.0.11:143, [2001:db8::1]:143 or mail.internal:143";
+                reader.problem(key, format!("{message}, found {name:?}"));
+                return None;
+            };
+            Some(Server::Address { name, host, port, weight, place })
+        }
+        ServerMap { srv: Some(_), address: None, weight: Some(_) } => {
+            reader.problem(&child(key, "weight"), "weights of servers behind an SRV record stand in the record");
+            None
+        }
+        ServerMap { srv: Some(_), address: Some(_), .. } => {
+            reader.problem(key, "address and srv exclude each other");
+            None
+        }
+        ServerMap { srv: None, address: None, .. } => {
+            reader.problem(key, "the key `address` is missing (or `srv`)");
+            None
+        }
+    }
+}
+
+fn host_and_port(text: &str) -> Option<(Host, u16)> {
+    if let Ok(address) = text.parse::<SocketAddr>() {
+        return (address.port() != 0).then_some((Host::Ip(address.ip()), address.port()));
+    }
+    let (host, port) = text.rsplit_once(':')?;
+    let port = port.parse().ok().filter(|port| *port != 0)?;
+    let name = host.trim_end_matches('.').to_ascii_lowercase();
+    // What ends in a number is a mistyped address, not a name.
+    let address_like = name.rsplit('.').next().is_some_and(|last| last.bytes().all(|byte| byte.is_ascii_digit()));
+    (is_host(&name) && !address_like).then_some((Host::Name(name), port))
+}
+
+fn is_host(name: &str) -> bool {
+    let label = |label: &str| {
+        (1..=63).contains(&label.len())
+            && label.bytes().all(|byte| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'_'))
+            && !label.starts_with('-')
+            && !label.ends_with('-')
+    };
+    name.len() <= MAX_HOST && name.split('.').all(label)
+}
+
+fn server_tls(reader: &mut Reader<'_>, folder: &Path, key: &str, entry: Option<TlsEntry>) -> ServerTls {
+    let map = match entry {
+        None => TlsMap { mode: TlsWord::None, ca: None, server_name: None, pin: None, insecure: None },
+        Some(TlsEntry::Word(mode)) => TlsMap { mode, ca: None, server_name: None, pin: None, insecure: None },
+        Some(TlsEntry::Map(map)) => map,
+    };
+    let mode = match map.mode {
+        TlsWord::None => TlsMode::None,
+        TlsWord::StartTls => TlsMode::StartTls,
+        TlsWord::Implicit => TlsMode::Implicit,
+    };
+    let insecure = map.insecure.unwrap_or(false);
+    let chosen = [("ca", map.ca.is_some()), ("pin", map.pin.is_some()), ("insecure", insecure)];
+    let chosen: Vec<&str> = chosen.into_iter().filter_map(|(name, given)| given.then_some(name)).collect();
+    if chosen.len() > 1 {
+        reader.problem(key, format!("{} exclude each other", chosen.join(" and ")));
+    }
+    if mode == TlsMode::None
+        && let Some(name) = chosen.first().copied().or(map.server_name.as_ref().map(|_| "server_name"))
+    {
+        reader.problem(&child(key, name), "has no effect with mode none");
+    }
+    if let Some(name) = map.server_name.as_deref().filter(|name| !is_host(name) && name.parse::<IpAddr>().is_err()) {
+        reader.problem(&child(key, "server_name"), format!("expected a host name, found {name:?}"));
+    }
+    let trust = if insecure {
+        Trust::Insecure
+    } else if let Some(pins) = map.pin {
+        let key = child(key, "pin");
+        Trust::Pin(pins.0.iter().filter_map(|pin| self::pin(reader, &key, pin)).collect())
+    } else if let Some(ca) = map.ca {
+        Trust::Ca(located(reader, folder, &child(key, "ca"), &ca))
+    } else {
+        Trust::System
+    };
+    ServerTls { mode, trust, server_name: map.server_name }
+}
+
+fn pin(reader: &mut Reader<'_>, key: &str, text: &str) -> Option<[u8; 32]> {
+    let digest = text.strip_prefix("sha256:").and_then(|digest| STANDARD.decode(digest).ok());
+    let digest = digest.and_then(|digest| <[u8; 32]>::try_from(digest).ok());
+    if digest.is_none() {
+        reader.problem(key, "expected sha256: and 44 characters of base64");
+    }
+    digest
+}
