@@ -26,30 +26,34 @@ pub(super) fn config(reader: &mut Reader<'_>, file: &Path, value: Value) -> Opti
     let listeners = listeners(reader, written.listeners);
     let certificates = certificates(reader, folder, written.tls.certificates);
     let wants_tls = listeners.iter().any(|listener| listener.tls != ListenerTls::None);
-    if wants_tls && certificates.is_empty() {
+    if wants_tls && certificates.is_empty() && !reader.blamed("tls") {
         reader.problem("tls.certificates", "a listener speaks TLS, so at least one certificate is needed");
     }
     let mut names = Vec::new();
     let mut backends = Vec::new();
     for (name, value) in written.backends {
-        let Some(name) = name.as_str().map(str::to_owned) else {
-            reader.problem("backends", "the name of a backend must be a text");
-            continue;
-        };
+        // Others were told, and taken out, before.
+        let Value::String(name) = name else { continue };
         names.push(name.clone());
         backends.extend(backend(reader, folder, name, value));
     }
-    if names.is_empty() {
+    if names.is_empty() && !reader.blamed("backends") {
         reader.problem("backends", "at least one backend is needed");
     }
     pointed_at_itself(reader, &listeners, &backends);
     let routes = routes(reader, folder, &names, written.routes);
     let admin = written.admin.address.and_then(|text| socket_address(reader, "admin.address", &text, "127.0.0.1:9143"));
+    let addresses: Vec<SocketAddr> = listeners.iter().map(|listener| listener.address).collect();
     if let Some(address) = admin
-        && address.port() != 0
-        && listeners.iter().any(|listener| listener.address == address)
+        && let Some(own) = addresses.iter().find(|own| same_place(**own, address) || takes(**own, address, &addresses))
     {
-        reader.problem("admin.address", format!("{address} is a listener's address already"));
+        reader.problem(
+            "admin.address",
+            match *own == address {
+                true => format!("{address} is a listener's address already"),
+                false => format!("{address} and {own}, a listener's address, overlap: one of them could not be bound"),
+            },
+        );
     }
     let servers = written.resolver.servers.iter().enumerate().filter_map(|(index, text)| {
         socket_address(reader, &format!("resolver.servers[{index}]"), text, "127.0.0.1:53")
@@ -87,7 +91,7 @@ fn level(word: LevelWord) -> Level {
 }
 
 fn listeners(reader: &mut Reader<'_>, items: Vec<Value>) -> Vec<Listener> {
-    if items.is_empty() {
+    if items.is_empty() && !reader.blamed("listeners") {
         reader.problem("listeners", "at least one listener is needed");
     }
     let mut listeners: Vec<Listener> = Vec::new();
@@ -96,8 +100,16 @@ fn listeners(reader: &mut Reader<'_>, items: Vec<Value>) -> Vec<Listener> {
         let Some(written) = reader.read::<ListenerMap>(&key, item) else { continue };
         let address_key = child(&key, "address");
         let Some(address) = socket_address(reader, &address_key, &written.address, "[::]:993") else { continue };
-        if address.port() != 0 && listeners.iter().any(|other| other.address == address) {
-            reader.problem(&address_key, format!("{address} is another listener's address already"));
+        if let Some(other) = listeners.iter().map(|other| other.address).find(|other| same_place(*other, address)) {
+            reader.problem(
+                &address_key,
+                match other == address {
+                    true => format!("{address} is another listener's address already"),
+                    false => format!(
+                        "{address} and {other}, another listener's address, overlap: one of them could not be bound"
+                    ),
+                },
+            );
         }
         let tls = match written.tls {
             TlsWord::Implicit => ListenerTls::Implicit,
@@ -130,19 +142,37 @@ pub(super) fn located(reader: &Reader<'_>, folder: &Path, key: &str, path: &Path
 
 /// A server that is one of our own listeners would feed every login back to us.
 fn pointed_at_itself(reader: &mut Reader<'_>, listeners: &[Listener], backends: &[Backend]) {
+    let addresses: Vec<SocketAddr> = listeners.iter().map(|listener| listener.address).collect();
     for server in backends.iter().flat_map(|backend| &backend.servers) {
         let Server::Address { name, host: Host::Ip(ip), port, place, .. } = server else { continue };
-        let ip = ip.to_canonical();
-        let own = listeners.iter().find(|listener| {
-            let address = listener.address;
-            let same = address.ip().to_canonical() == ip || address.ip().is_unspecified() && is_local(ip);
-            address.port() == *port && same
-        });
-        if let Some(own) = own {
-            let message = format!("{name} is the listener {} of this proxy: it would connect to itself", own.address);
+        let target = SocketAddr::new(ip.to_canonical(), *port);
+        if let Some(own) = addresses.iter().find(|own| takes(**own, target, &addresses) && is_own(**own, target)) {
+            let message = format!("{name} is the listener {own} of this proxy: it would connect to itself");
             reader.problem(&place.key, message);
         }
     }
+}
+
+/// Whether two sockets of one address family cannot both be bound.
+fn same_place(one: SocketAddr, other: SocketAddr) -> bool {
+    one.is_ipv4() == other.is_ipv4() && (takes(one, other, &[]) || takes(other, one, &[]))
+}
+
+/// `own` takes connections to `target`; an unspecified one only those to addresses of this machine.
+fn is_own(own: SocketAddr, target: SocketAddr) -> bool {
+    !own.ip().is_unspecified() || is_local(target.ip())
+}
+
+/// Whether what is bound to `own` also takes `other`, an address and port that may be unspecified too. `[::]` takes
+/// IPv4 unless one of `listeners` does so on its port, see `Listener::bind`. Port 0 takes a free port.
+fn takes(own: SocketAddr, other: SocketAddr, listeners: &[SocketAddr]) -> bool {
+    let (ip, port) = (own.ip().to_canonical(), own.port());
+    if port == 0 || port != other.port() {
+        return false;
+    }
+    let same_family = ip.is_ipv4() == other.ip().to_canonical().is_ipv4();
+    let with_ipv4 = || !listeners.iter().any(|other| other.is_ipv4() && other.port() == port);
+    ip == other.ip().to_canonical() || ip.is_unspecified() && (same_family || ip.is_ipv6() && with_ipv4())
 }
 
 fn socket_address(reader: &mut Reader<'_>, key: &str, text: &str, example: &str) -> Option<SocketAddr> {

@@ -77,8 +77,8 @@ pub(super) struct CertificateMap {
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(super) struct BackendMap {
-    /// `"host:port"`, or [`ServerMap`].
-    pub(super) servers: Vec<Value>,
+    /// `"host:port"`, or [`ServerMap`]. Needed; `check` says so, and what else is wrong with the backend.
+    pub(super) servers: Option<Vec<Value>>,
     /// A word, or [`TlsMap`].
     #[serde(default)]
     pub(super) tls: Option<TlsEntry>,
@@ -97,7 +97,7 @@ pub(super) struct ServerMap {
     /// `host:port`.
     pub(super) address: Option<String>,
     /// Share of users among the backend's servers, 1 to 1000.
-    pub(super) weight: Option<u32>,
+    pub(super) weight: Option<i64>,
     /// A DNS name whose SRV record lists the servers.
     pub(super) srv: Option<String>,
 }
@@ -171,14 +171,14 @@ pub(super) struct LimitsMap {
     pub(super) server_login: Option<Span>,
     pub(super) line: Option<Size>,
     pub(super) literal: Option<Size>,
-    pub(super) bad_commands: Option<u32>,
-    pub(super) failed_logins: Option<u32>,
+    pub(super) bad_commands: Option<i64>,
+    pub(super) failed_logins: Option<i64>,
     pub(super) idle: Option<Span>,
     pub(super) half_close: Option<Span>,
     pub(super) drain: Option<Span>,
     pub(super) keepalive: Option<Span>,
-    pub(super) sessions: Option<u32>,
-    pub(super) untagged_lines: Option<u32>,
+    pub(super) sessions: Option<i64>,
+    pub(super) untagged_lines: Option<i64>,
     pub(super) untagged_bytes: Option<Size>,
 }
 

@@ -110,13 +110,11 @@ fn size(
     }
 }
 
-fn number(reader: &mut Reader<'_>, key: &str, written: Option<u32>, default: u32, bounds: RangeInclusive<u32>) -> u32 {
-    match written {
-        None => default,
-        Some(number) if bounds.contains(&number) => number,
-        Some(_) => {
-            reader.problem(key, format!("expected a number from {} to {}", bounds.start(), bounds.end()));
-            default
-        }
-    }
+fn number(reader: &mut Reader<'_>, key: &str, written: Option<i64>, default: u32, bounds: RangeInclusive<u32>) -> u32 {
+    let Some(written) = written else { return default };
+    let within = u32::try_from(written).ok().filter(|number| bounds.contains(number));
+    within.unwrap_or_else(|| {
+        reader.problem(key, format!("expected a number from {} to {}", bounds.start(), bounds.end()));
+        default
+    })
 }

@@ -7,6 +7,9 @@ use std::collections::HashMap;
 
 use saphyr_parser::{Event, Marker, Parser};
 
+/// A configuration needs six levels. Of much deeper texts, paths would be quadratic in size and reading in time.
+const MAX_DEPTH: usize = 64;
+
 /// Line and column, both counted from 1.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Position {
@@ -28,25 +31,56 @@ pub(super) struct Index {
     positions: HashMap<String, Position>,
     /// Keys that stand twice in one map: the path, the first and the second position.
     pub(super) duplicates: Vec<(String, Position, Position)>,
+    /// Where a second document begins.
+    pub(super) second_document: Option<Position>,
+    /// Where a level beyond [`MAX_DEPTH`] begins.
+    pub(super) too_deep: Option<Position>,
 }
 
 /// A map or list being read.
 enum Level {
-    Map { path: String, key: Option<String> },
-    List { path: String, next: usize },
+    /// `seen` holds the keys of this map alone: the paths of `{a: {b: 1}, a.b: 2}` are equal, its keys are not.
+    Map {
+        path: String,
+        key: Option<String>,
+        seen: HashMap<String, Position>,
+    },
+    List {
+        path: String,
+        next: usize,
+    },
 }
 
 impl Index {
-    /// Reads as far as the text is YAML; what is behind a syntax error has no position.
+    /// Reads the first document as far as it is YAML; what is behind a syntax error has no position.
     pub(super) fn new(text: &str) -> Self {
         let mut index = Self::default();
         let mut levels: Vec<Level> = Vec::new();
+        let mut begun = false;
         for event in Parser::new_from_str(text) {
-            let Ok((event, span)) = event else { break };
+            let (event, span) = match event {
+                Ok(event) => event,
+                Err(error) => {
+                    // The scanner runs ahead of the parser and may meet its own limit of 255 flow levels first.
+                    if error.info() == "recursion limit exceeded" {
+                        index.too_deep = Some(Position::of(error.marker()));
+                    }
+                    break;
+                }
+            };
+            if levels.len() > MAX_DEPTH {
+                index.too_deep = Some(Position::of(&span.start));
+                break;
+            }
             match event {
+                Event::DocumentStart(_) if begun => {
+                    index.second_document = Some(Position::of(&span.start));
+                    break;
+                }
+                Event::DocumentStart(_) => begun = true,
                 Event::MappingStart(..) => {
                     let path = index.value(&mut levels, &span.start);
-                    levels.push(Level::Map { path, key: None });
+                    levels.push(Level::Map { path, key: None, seen: HashMap::new() });
                 }
                 Event::SequenceStart(..) => {
                     let path = index.value(&mut levels, &span.start);
@@ -78,18 +112,19 @@ impl Index {
     }
 
     fn scalar(&mut self, levels: &mut [Level], text: &str, start: &Marker) {
-        if let Some(Level::Map { path, key: key @ None }) = levels.last_mut() {
+        if let Some(Level::Map { path, key: key @ None, seen }) = levels.last_mut() {
             let full = child(path, text);
             *key = Some(full.clone());
             let position = Position::of(start);
-            match self.positions.get(&full) {
+            match seen.get(text) {
                 Some(first) => {
                     // What is below it has been told with it.
                     *key = Some(format!("{full} (again)"));
                     self.duplicates.push((full, *first, position));
                 }
                 None => {
-                    self.positions.insert(full, position);
+                    seen.insert(text.to_owned(), position);
+                    self.positions.entry(full).or_insert(position);
                 }
             }
         } else {
@@ -102,7 +137,7 @@ impl Index {
         match levels.last_mut() {
             None => String::new(),
             // A map as a key has no path; serde refuses it later.
-            Some(Level::Map { key, path }) => key.take().unwrap_or_else(|| path.clone()),
+            Some(Level::Map { key, path, .. }) => key.take().unwrap_or_else(|| path.clone()),
             Some(Level::List { path, next }) => {
                 let full = format!("{path}[{next}]");
                 *next += 1;
@@ -143,5 +178,25 @@ mod tests {
         let found: Vec<_> =
             index.duplicates.iter().map(|(path, first, second)| (path.as_str(), first.line, second.line)).collect();
         assert_eq!(found, [("a.x", 1, 1), ("a", 1, 3)]);
+    }
+
+    #[test]
+    fn equal_paths_are_not_equal_keys() {
+        assert_eq!(Index::new("a: {b: 1}\na.b: 2\n").duplicates, []);
+    }
+
+    #[test]
+    fn a_second_document_is_not_read() {
+        let index = Index::new("a: 1\n---\na: 2\n");
+        assert_eq!(index.duplicates, []);
+        assert_eq!(index.second_document, Some(Position { line: 2, column: 1 }));
+        assert_eq!(Index::new("---\na: 1\n").second_document, None);
+    }
+
+    #[test]
+    fn depth_costs_nothing() {
+        let index = Index::new(&"- ".repeat(20_000));
+        assert!(index.too_deep.is_some());
+        assert!(index.positions.len() <= MAX_DEPTH + 1, "{}", index.positions.len());
     }
 }

@@ -8,6 +8,7 @@
 mod check;
 mod file;
 mod limits;
+mod local;
 mod locate;
 mod read;
 mod report;
@@ -19,12 +20,13 @@ mod values;
 use std::collections::BTreeMap;
 use std::fs;
 use std::io::Read as _;
-use std::net::{IpAddr, SocketAddr, UdpSocket};
+use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use self::locate::{Index, Position};
-use self::read::Reader;
+pub use self::local::is_local;
+use self::locate::Index;
+use self::read::{Reader, no_yaml};
 pub use self::report::{Located, Place, Problem, Report};
 use self::tree::Tree;
 
@@ -311,7 +313,7 @@ pub struct Resolver {
 /// # Errors
 /// All mistakes that could be found.
 pub fn load(path: &Path) -> Result<Config, Report> {
-    let text = read_file(path).map_err(|message| fault(path, Position::START, message))?;
+    let text = read_file(path).map_err(|message| fault(path, message))?;
     parse(path, &text)
 }
 
@@ -320,29 +322,23 @@ pub fn load(path: &Path) -> Result<Config, Report> {
 /// # Errors
 /// All mistakes that could be found.
 pub fn parse(file: &Path, text: &str) -> Result<Config, Report> {
+    // Some editors put a byte order mark ahead of a text; it says nothing.
+    let text = text.strip_prefix('\u{feff}').unwrap_or(text);
+    let mut reader = Reader::new(file, Index::new(text));
+    if !reader.structure() {
+        return reader.finish(None);
+    }
     let is_blank = |line: &str| line.trim().is_empty() || line.trim_start().starts_with('#');
     if text.lines().all(is_blank) {
-        return Err(fault(file, Position::START, "the file is empty".to_owned()));
+        return Err(fault(file, "the file is empty".to_owned()));
     }
-    let mut reader = Reader::new(file, Index::new(text));
-    reader.duplicates();
-    let value = match serde_yaml::from_str(text) {
+    let mut value = match serde_yaml::from_str(text) {
         Ok(Tree(value)) => value,
-        Err(error) => {
-            let position =
-                error.location().map_or(Position::START, |at| Position { line: at.line(), column: at.column() });
-            return Err(fault(file, position, format!("not YAML: {error}")));
-        }
+        Err(error) => return Err(Report::new(vec![no_yaml(file, text, &error)])),
     };
-    match check::config(&mut reader, file, value) {
-        Some(config) if reader.problems.is_empty() => Ok(config),
-        _ => Err(Report::new(reader.problems)),
-    }
-}
-
-/// Whether the address is one of this machine's: only then can a socket be bound to it.
-pub fn is_local(address: IpAddr) -> bool {
-    UdpSocket::bind((address, 0)).is_ok()
+    reader.tidy("", &mut value);
+    let config = check::config(&mut reader, file, value);
+    reader.finish(config)
 }
 
 fn read_file(path: &Path) -> Result<String, String> {
@@ -355,8 +351,9 @@ fn read_file(path: &Path) -> Result<String, String> {
     String::from_utf8(bytes).map_err(|error| format!("not UTF-8 at byte {}", error.utf8_error().valid_up_to()))
 }
 
-fn fault(file: &Path, position: Position, message: String) -> Report {
-    let place = Place { line: position.line, column: position.column, key: String::new() };
+/// A mistake of the whole file.
+fn fault(file: &Path, message: String) -> Report {
+    let place = Place { line: 1, column: 1, key: String::new() };
     Report::new(vec![Problem { file: file.to_owned(), place, message, help: None }])
 }
 

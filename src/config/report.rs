@@ -41,7 +41,9 @@ impl fmt::Display for Problem {
         let Place { line, column, key } = &self.place;
         write!(f, "{}:{line}:{column}: ", self.file.display())?;
         if !key.is_empty() {
-            write!(f, "{key}: ")?;
+            // A key is the operator's own, but a line break in it would make two lines of one problem.
+            let shown: String = key.chars().map(|char| if char.is_control() { '\u{fffd}' } else { char }).collect();
+            write!(f, "{shown}: ")?;
         }
         f.write_str(&self.message)?;
         match &self.help {
@@ -84,9 +86,14 @@ pub(super) fn suggestion(word: &str, known: &[&str]) -> Option<String> {
     let distance = |other: &str| strsim::damerau_levenshtein(&word.to_lowercase(), other);
     let nearest = known.iter().min_by_key(|other| distance(other))?;
     if distance(nearest) <= nearest.len().div_ceil(3) {
-        return Some(format!("did you mean `{nearest}`?"));
+        return Some(did_you_mean(nearest));
     }
     Some(format!("known: {}", known.join(", ")))
+}
+
+/// The help for a word that is nearly `word`.
+pub(super) fn did_you_mean(word: &str) -> String {
+    format!("did you mean `{word}`?")
 }
 
 #[cfg(test)]

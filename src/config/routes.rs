@@ -14,7 +14,7 @@ use super::{BackendId, Route};
 
 /// All routes; `names` are those of the backends, in their order.
 pub(super) fn routes(reader: &mut Reader<'_>, folder: &Path, names: &[String], items: Vec<Value>) -> Vec<Route> {
-    if items.is_empty() {
+    if items.is_empty() && !reader.blamed("routes") {
         reader.problem("routes", "at least one route is needed, such as {default: BACKEND}");
     }
     let declared: HashMap<&str, BackendId> =
@@ -44,11 +44,19 @@ fn route(
         }
         RouteMap { domain: Some(domains), table: None, hash: None, default: None } => {
             let key = child(key, "domain");
+            if domains.is_empty() && !reader.blamed(&key) {
+                reader.problem(&key, "at least one domain is needed, like example.org: BACKEND");
+            }
             let mut known = BTreeMap::new();
             for (domain, name) in domains {
                 let place = child(&key, &domain);
+                let domain = domain.strip_prefix('@').unwrap_or(&domain).to_ascii_lowercase();
+                if !is_domain(&domain) {
+                    reader.problem(&place, "no user name can end in this; expected a domain, like example.org");
+                    continue;
+                }
                 let Some(backend) = declared_backend(reader, declared, &place, &name) else { continue };
-                if known.insert(domain.trim_start_matches('@').to_ascii_lowercase(), backend).is_some() {
+                if known.insert(domain, backend).is_some() {
                     reader.problem(&place, "the same domain in other letter case stands here already");
                 }
             }
@@ -74,10 +82,18 @@ fn route(
             declared_backend(reader, declared, &child(key, "default"), &name).map(Route::Default)
         }
         RouteMap { .. } => {
-            reader.problem(key, "expected exactly one of table, domain, hash, default");
+            if !reader.blamed(key) {
+                reader.problem(key, "expected exactly one of table, domain, hash, default");
+            }
             None
         }
     }
+}
+
+/// What may stand behind the last `@` of a user name; any script, as the name is compared as it was sent.
+fn is_domain(text: &str) -> bool {
+    !text.is_empty()
+        && !text.contains(|char: char| matches!(char, '@' | '*') || char.is_whitespace() || char.is_control())
 }
 
 fn declared_backend(
@@ -87,7 +103,8 @@ fn declared_backend(
     name: &str,
 ) -> Option<BackendId> {
     let found = declared.get(name).copied();
-    if found.is_none() {
+    // A backend that could not be read is declared all the same.
+    if found.is_none() && !reader.is_told("backends") && !reader.blamed(&child("backends", name)) {
         let mut known: Vec<&str> = declared.keys().copied().collect();
         known.sort_unstable();
         reader.problem_with_help(key, format!("no backend is declared as {name:?}"), suggestion(name, &known));

@@ -27,13 +27,17 @@ pub(super) fn backend(reader: &mut Reader<'_>, folder: &Path, name: String, valu
     }
     let written: BackendMap = reader.read(&key, value)?;
     let mut servers: Vec<Server> = Vec::new();
-    if written.servers.is_empty() {
-        reader.problem(&child(&key, "servers"), "at least one server is needed");
+    let servers_key = child(&key, "servers");
+    if written.servers.is_none() && !reader.blamed(&servers_key) {
+        reader.problem(&key, "the key `servers` is missing");
     }
-    for (index, item) in written.servers.into_iter().enumerate() {
+    if written.servers.as_ref().is_some_and(Vec::is_empty) {
+        reader.problem(&servers_key, "at least one server is needed");
+    }
+    for (index, item) in written.servers.unwrap_or_default().into_iter().enumerate() {
         let key = format!("{key}.servers[{index}]");
         let Some(server) = server(reader, &key, item) else { continue };
-        if servers.iter().any(|other| server_name(other) == server_name(&server)) {
+        if servers.iter().any(|other| is_same(other, &server)) {
             reader.problem(&key, "the same server stands in this backend already");
         }
         servers.push(server);
@@ -49,9 +53,14 @@ pub(super) fn backend(reader: &mut Reader<'_>, folder: &Path, name: String, valu
     Some(Backend { name, servers, tls, client_info, authzid, place: reader.place(&key) })
 }
 
-fn server_name(server: &Server) -> &str {
-    match server {
-        Server::Address { name, .. } | Server::Srv { name, .. } => name,
+/// However they are written.
+fn is_same(one: &Server, other: &Server) -> bool {
+    match (one, other) {
+        (Server::Address { host, port, .. }, Server::Address { host: other_host, port: other_port, .. }) => {
+            (host, port) == (other_host, other_port)
+        }
+        (Server::Srv { name, .. }, Server::Srv { name: other, .. }) => name == other,
+        _ => false,
     }
 }
 
@@ -71,7 +80,7 @@ fn server(reader: &mut Reader<'_>, key: &str, item: Value) -> Option<Server> {
             Some(Server::Srv { name, place })
         }
         ServerMap { address: Some(name), srv: None, weight } => {
-            let weight = weight.unwrap_or(1);
+            let weight = u32::try_from(weight.unwrap_or(1)).unwrap_or(0);
             if !(1..=1000).contains(&weight) {
                 reader.problem(&child(key, "weight"), "expected a number from 1 to 1000");
             }
@@ -80,6 +89,11 @@ fn server(reader: &mut Reader<'_>, key: &str, item: Value) -> Option<Server> {
                 reader.problem(key, format!("{message}, found {name:?}"));
                 return None;
             };
+            if let Host::Ip(ip) = host
+                && (ip.to_canonical().is_unspecified() || ip.to_canonical().is_multicast())
+            {
+                reader.problem(key, format!("{ip} is no address a server can have"));
+            }
             Some(Server::Address { name, host, port, weight, place })
         }
         ServerMap { srv: Some(_), address: None, weight: Some(_) } => {
@@ -91,7 +105,9 @@ fn server(reader: &mut Reader<'_>, key: &str, item: Value) -> Option<Server> {
             None
         }
         ServerMap { srv: None, address: None, .. } => {
-            reader.problem(key, "the key `address` is missing (or `srv`)");
+            if !reader.blamed(key) {
+                reader.problem(key, "the key `address` is missing (or `srv`)");
+            }
             None
         }
     }
@@ -102,7 +118,9 @@ fn host_and_port(text: &str) -> Option<(Host, u16)> {
         return (address.port() != 0).then_some((Host::Ip(address.ip()), address.port()));
     }
     let (host, port) = text.rsplit_once(':')?;
-    let port = port.parse().ok().filter(|port| *port != 0)?;
+    // `parse` alone would take "+143".
+    let digits = port.bytes().all(|byte| byte.is_ascii_digit());
+    let port = port.parse().ok().filter(|port| digits && *port != 0)?;
     let name = host.trim_end_matches('.').to_ascii_lowercase();
     // What ends in a number is a mistyped address, not a name.
     let address_like = name.rsplit('.').next().is_some_and(|last| last.bytes().all(|byte| byte.is_ascii_digit()));
@@ -148,7 +166,13 @@ fn server_tls(reader: &mut Reader<'_>, folder: &Path, key: &str, entry: Option<T
         Trust::Insecure
     } else if let Some(pins) = map.pin {
         let key = child(key, "pin");
-        Trust::Pin(pins.0.iter().filter_map(|pin| self::pin(reader, &key, pin)).collect())
+        if pins.words.is_empty() && !reader.blamed(&key) {
+            reader.problem(&key, "at least one pin is needed");
+        }
+        let place = |index| if pins.is_list { format!("{key}[{index}]") } else { key.clone() };
+        Trust::Pin(
+            pins.words.iter().enumerate().filter_map(|(index, pin)| digest(reader, &place(index), pin)).collect(),
+        )
     } else if let Some(ca) = map.ca {
         Trust::Ca(located(reader, folder, &child(key, "ca"), &ca))
     } else {
@@ -157,7 +181,7 @@ fn server_tls(reader: &mut Reader<'_>, folder: &Path, key: &str, entry: Option<T
     ServerTls { mode, trust, server_name: map.server_name }
 }
 
-fn pin(reader: &mut Reader<'_>, key: &str, text: &str) -> Option<[u8; 32]> {
+fn digest(reader: &mut Reader<'_>, key: &str, text: &str) -> Option<[u8; 32]> {
     let digest = text.strip_prefix("sha256:").and_then(|digest| STANDARD.decode(digest).ok());
     let digest = digest.and_then(|digest| <[u8; 32]>::try_from(digest).ok());
     if digest.is_none() {

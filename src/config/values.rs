@@ -126,7 +126,11 @@ impl<'de> Deserialize<'de> for TlsEntry {
 
 /// One word or a list of words.
 #[derive(Debug)]
-pub(super) struct Words(pub(super) Vec<String>);
+pub(super) struct Words {
+    pub(super) words: Vec<String>,
+    /// How they are written, which their places depend on.
+    pub(super) is_list: bool,
+}
 
 impl<'de> Deserialize<'de> for Words {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
@@ -139,11 +143,12 @@ impl<'de> Deserialize<'de> for Words {
             }
 
             fn visit_str<E>(self, text: &str) -> Result<Words, E> {
-                Ok(Words(vec![text.to_owned()]))
+                Ok(Words { words: vec![text.to_owned()], is_list: false })
             }
 
             fn visit_seq<A: SeqAccess<'de>>(self, list: A) -> Result<Words, A::Error> {
-                Vec::deserialize(SeqAccessDeserializer::new(list)).map(Words)
+                let words = Vec::deserialize(SeqAccessDeserializer::new(list))?;
+                Ok(Words { words, is_list: true })
             }
         }
         deserializer.deserialize_any(Either)
