@@ -47,6 +47,7 @@ pub mod limits;
 pub mod listener;
 pub mod logging;
 pub mod metrics;
+pub mod record_layer;
 pub mod relay;
 pub mod rendezvous;
 pub mod route;

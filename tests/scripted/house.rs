@@ -30,6 +30,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ("failure", &[]),
     ("identity", &[]),
     ("limits", &[]),
+    ("record_layer", &[]),
     ("relay", &[]),
     ("rendezvous", &[]),
     ("shutdown", &[]),
