@@ -56,3 +56,4 @@ pub mod session;
 pub mod shutdown;
 pub mod stream;
 pub mod tls;
+pub mod waiting;

@@ -10,19 +10,19 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ("cli", &[]),
     ("demo", &["cli", "config", "logging", "server", "shutdown", "stream"]),
     ("explain", &["backend", "config", "identity", "route", "server"]),
-    ("server", &["admin", "backend", "config", "listener", "metrics", "route", "shutdown", "tls"]),
+    ("server", &["admin", "backend", "config", "listener", "metrics", "route", "session", "shutdown", "tls"]),
     ("listener", &["config", "metrics", "server", "session", "shutdown"]),
     (
         "session",
         &[
             "backend", "config", "failure", "identity", "imap", "metrics", "relay", "route", "server", "shutdown",
-            "stream",
+            "stream", "tls", "waiting",
         ],
     ),
-    ("backend", &["config", "failure", "identity", "imap", "metrics", "rendezvous", "stream", "tls"]),
+    ("backend", &["config", "failure", "identity", "imap", "metrics", "relay", "rendezvous", "stream", "tls"]),
     ("route", &["config", "identity", "metrics", "rendezvous"]),
     ("admin", &["metrics"]),
-    ("tls", &["config", "metrics"]),
+    ("tls", &["config", "metrics", "record_layer"]),
     ("imap", &["identity"]),
     ("logging", &["config"]),
     ("metrics", &["failure", "identity"]),
@@ -31,10 +31,11 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ("identity", &[]),
     ("limits", &[]),
     ("record_layer", &[]),
-    ("relay", &[]),
+    ("relay", &["record_layer"]),
     ("rendezvous", &[]),
     ("shutdown", &[]),
-    ("stream", &[]),
+    ("stream", &["relay", "tls"]),
+    ("waiting", &[]),
 ];
 
 fn sources() -> Vec<PathBuf> {
