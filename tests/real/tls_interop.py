@@ -1,0 +1,332 @@
+"""What the TLS interoperability tests share: peers that speak TLS by other libraries, a conversation through one of them, big
+mail, and a middleman that alters records.
+
+A peer is a process: plain bytes on one socket, TLS on another. The tests speak IMAP on the plain one, whatever the library,
+and whichever side of TLS it plays.
+"""
+
+import atexit
+import functools
+import hashlib
+import imaplib
+import random
+import re
+import socket
+import subprocess
+import threading
+from pathlib import Path
+
+from fixtures import PASSWORDS, PATIENCE, Certificates, Dovecot, Folder, Process, Proxy, program, wait_for
+from mail import Raw, message
+
+SOURCES = Path(__file__).parent / "tls_peers"
+PACKAGES = {"openssl": ["openssl"], "gnutls": ["gnutls"], "nss": ["nss"]}
+ALICE = "alice@example.org"
+BIG = 20 << 20
+SUITES = {
+    "1.3": ("TLS_AES_128_GCM_SHA256", "TLS_AES_256_GCM_SHA384", "TLS_CHACHA20_POLY1305_SHA256"),
+    "1.2": ("TLS_ECDHE_ECDSA_WITH_AES_128_GCM_SHA256", "TLS_ECDHE_ECDSA_WITH_AES_256_GCM_SHA384",
+            "TLS_ECDHE_ECDSA_WITH_CHACHA20_POLY1305_SHA256"),
+}
+
+
+def each_suite():
+    """All (version, suite) that the proxy has."""
+    return [(version, suite) for version, suites in SUITES.items() for suite in suites]
+
+
+def gnutls_priority(version, suite=None):
+    """The priority string of one version, and one suite of it."""
+    text = f"NORMAL:-VERS-ALL:+VERS-TLS{version}"
+    if suite:
+        cipher = "CHACHA20-POLY1305" if "CHACHA20" in suite else "AES-128-GCM" if "AES_128" in suite else "AES-256-GCM"
+        text += f":-CIPHER-ALL:+{cipher}"
+    return text
+
+
+def big_message(subject, size=BIG):
+    """A mail of `size` bytes and some, the same for the same subject. Nothing in it begins a command of openssl s_client,
+    wherever it is cut: those are upper case, or k."""
+    lines = random.Random(subject).randbytes(size // 78 * 38).hex()
+    return message(subject, "".join(f"{lines[at:at + 76]}\r\n" for at in range(0, len(lines), 76)))
+
+
+def digest(data):
+    return hashlib.sha256(data).hexdigest()
+
+
+@functools.cache
+def build(library):
+    """Compiles a peer; its path."""
+    folder = Folder()
+    atexit.register(folder.remove)
+    output = folder.path / library
+    flags = subprocess.run([program("pkg-config"), "--cflags", "--libs", *PACKAGES[library]], check=True, capture_output=True,
+                           text=True).stdout.split()
+    subprocess.run([program("cc"), "-O1", "-Wall", "-Wextra", "-Werror", "-o", output, SOURCES / "peer.c",
+                    SOURCES / f"{library}.c", *flags], check=True)
+    return output
+
+
+def nss_database(certificates, folder):
+    """The authority's certificate, and the server's with its key, as NSS wants them; the database's name."""
+    path = folder.path / "nssdb"
+    if not path.exists():
+        path.mkdir()
+        bundle = folder.path / "server.p12"
+        for command in (
+            ["openssl", "pkcs12", "-export", "-in", certificates.cert, "-inkey", certificates.key, "-name", "server",
+             "-passout", "pass:secret", "-out", bundle],
+            ["certutil", "-N", "-d", f"sql:{path}", "--empty-password"],
+            ["certutil", "-A", "-d", f"sql:{path}", "-n", "ca", "-t", "C,,", "-i", certificates.ca],
+            ["pk12util", "-i", bundle, "-d", f"sql:{path}", "-W", "secret", "-K", ""],
+        ):
+            subprocess.run([program(command[0]), *command[1:]], check=True, capture_output=True)
+    return f"sql:{path}"
+
+
+class Conversation(Raw):
+    """IMAP on a socket that is already connected."""
+
+    def __init__(self, connected):
+        connected.settimeout(PATIENCE)
+        self.socket = connected
+        self.pending = b""
+
+    def report(self):
+        """What the process said beside."""
+        return self.process.text()
+
+    def exactly(self, size):
+        data = bytearray(size)
+        have = min(size, len(self.pending))
+        data[:have], self.pending = self.pending[:have], self.pending[have:]
+        view = memoryview(data)
+        while have < size:
+            got = self.socket.recv_into(view[have:])
+            assert got, f"the stream ended {size - have} bytes early"
+            have += got
+        return bytes(data)
+
+    def login(self, user=ALICE):
+        answer = self.command("a1", f"LOGIN {user} {PASSWORDS[user]}")[-1]
+        assert answer.startswith(b"a1 OK"), answer
+
+    def select(self, mailbox):
+        answer = self.command("a2", f"SELECT {mailbox}")[-1]
+        assert answer.startswith(b"a2 OK"), answer
+
+    def ask_for_message(self, number=1):
+        """Sends FETCH, and reads up to the literal; its length."""
+        self.send(f"a3 FETCH {number} BODY.PEEK[]\r\n".encode())
+        return int(re.search(rb"\{(\d+)\}$", self.until(f"* {number} FETCH".encode())[-1])[1])
+
+    def rest_of_message(self, size):
+        body = self.exactly(size)
+        assert self.until(b"a3 ")[-1].startswith(b"a3 OK")
+        return body
+
+    def fetch(self, number=1):
+        return self.rest_of_message(self.ask_for_message(number))
+
+    def append(self, mailbox, text):
+        self.send(f"a4 APPEND {mailbox} {{{len(text)}}}\r\n".encode())
+        assert self.until(b"+ ")
+        self.socket.settimeout(2 * PATIENCE)
+        self.send(text + b"\r\n")
+        answer = self.until(b"a4 ")[-1]
+        assert answer.startswith(b"a4 OK"), answer
+
+    def noop(self):
+        answer = self.command("a5", "NOOP")[-1]
+        assert answer.startswith(b"a5 OK"), answer
+
+    def logout(self):
+        said = self.command("a6", "LOGOUT")
+        assert any(line.startswith(b"* BYE") for line in said) and said[-1].startswith(b"a6 OK"), said
+        self.finish()
+
+    def finish(self):
+        """Nothing follows but the end."""
+        assert self.line() == b"", "nothing follows LOGOUT"
+
+
+class Peer(Conversation):
+    """A process that speaks TLS by `library` on the socket `tls`; options as in tls_peers/peer.h."""
+
+    def __init__(self, library, tls, role="client", plain=None, **options):
+        ours, theirs = (None, plain) if plain else socket.socketpair()
+        self.control, control = socket.socketpair()
+        words = {"role": role, "tls": tls.fileno(), "plain": theirs.fileno(), "control": control.fileno(), **options}
+        self.folder = Folder()
+        passed = (tls.fileno(), theirs.fileno(), control.fileno())
+        self.process = Process([build(library), *(f"{key}={value}" for key, value in words.items())], self.folder.path / "log",
+                               pass_fds=passed)
+        for given in (tls, theirs, control):
+            given.close()
+        if ours:
+            super().__init__(ours)
+
+    def reports(self, pattern):
+        """Waits for a line of the report that matches whole."""
+        return wait_for(f"{pattern!r}; the peer said:\n{self.report()}",
+                        lambda: re.search(rf"^{pattern}$", self.report(), re.MULTILINE))
+
+    def tell(self, command):
+        """Has the peer do something, and waits until it has."""
+        before = self.report().count(f"did {command}\n")
+        self.control.sendall(command.encode() + b"\n")
+        wait_for(f"{command}; the peer said:\n{self.report()}", lambda: self.report().count(f"did {command}\n") > before)
+
+    def counts(self):
+        """Key updates sent and received, tickets sent; the peer must be at its end."""
+        found = self.reports(r"end: updates sent (\d+) received (-?\d+), tickets sent (\d+)")
+        return tuple(int(number) for number in found.groups())
+
+    def close(self):
+        if hasattr(self, "socket"):
+            self.socket.close()
+        self.control.close()
+        self.process.kill()
+        self.folder.remove()
+
+
+class Tool(Conversation):
+    """A command line client: its standard input and output are the conversation, what it says beside goes to a file."""
+
+    def __init__(self, command):
+        ours, theirs = socket.socketpair()
+        self.folder = Folder()
+        descriptor = theirs.fileno()
+        self.process = Process(["bash", "-c", f'exec "$@" <&{descriptor} >&{descriptor}', "bash", *command], self.folder.path / "log",
+                               pass_fds=(descriptor,))
+        theirs.close()
+        super().__init__(ours)
+
+    def finish(self):
+        # tstclnt stays until its input ends, too.
+        self.socket.shutdown(socket.SHUT_WR)
+        super().finish()
+
+    def close(self):
+        self.socket.close()
+        self.process.kill()
+        self.folder.remove()
+
+
+class Middleman:
+    """Between a TLS client and a TLS server: passes records on, and alters one when told to.
+
+    `alter` gets the next application data record of the client and answers with the bytes that go on in its place.
+    """
+
+    def __init__(self, port, alter=None):
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.listener.settimeout(PATIENCE)
+        self.port = self.listener.getsockname()[1]
+        self.server_port = port
+        self.alter = alter
+        self.armed = threading.Event()
+        self.altered = 0
+        self.sockets = []
+        self.threads = [threading.Thread(target=self._accept, daemon=True)]
+        self.threads[0].start()
+
+    def _accept(self):
+        client, _ = self.listener.accept()
+        server = socket.create_connection(("127.0.0.1", self.server_port), timeout=PATIENCE)
+        self.sockets = [client, server]
+        back = threading.Thread(target=self._copy, args=(server, client), daemon=True)
+        self.threads.append(back)
+        back.start()
+        self._forward(client.makefile("rb"), server)
+
+    def _forward(self, client, server):
+        try:
+            while header := client.read(5):
+                record = header + client.read(int.from_bytes(header[3:5]))
+                if self.armed.is_set() and record[0] == 23 and not self.altered:
+                    self.altered += 1
+                    record = self.alter(record)
+                server.sendall(record)
+            server.shutdown(socket.SHUT_WR)
+        except OSError:
+            pass
+
+    @staticmethod
+    def _copy(source, sink):
+        try:
+            while data := source.recv(65536):
+                sink.sendall(data)
+            sink.shutdown(socket.SHUT_WR)
+        except OSError:
+            pass
+
+    def close(self):
+        for opened in (self.listener, *self.sockets):
+            opened.close()
+
+
+def store_directly(dovecot, mailbox, text, user=ALICE):
+    """Puts a message into a mailbox of its own, past the proxy."""
+    client = imaplib.IMAP4("127.0.0.1", dovecot.port, timeout=2 * PATIENCE)
+    client.login(user, PASSWORDS[user])
+    client.create(mailbox)
+    assert client.append(mailbox, None, None, text)[0] == "OK"
+    client.logout()
+
+
+def take_directly(dovecot, mailbox, user=ALICE):
+    """The digests of all messages of a mailbox, which is emptied."""
+    client = imaplib.IMAP4("127.0.0.1", dovecot.port, timeout=2 * PATIENCE)
+    client.login(user, PASSWORDS[user])
+    assert client.select(mailbox)[0] == "OK"
+    numbers = client.search(None, "ALL")[1][0].split()
+    found = [digest(client.fetch(number, "(BODY.PEEK[])")[1][0][1]) for number in numbers]
+    client.store("1:*", "+FLAGS.SILENT", "\\Deleted") if numbers else None
+    client.expunge()
+    client.logout()
+    return found
+
+
+class Scene:
+    """One Dovecot with a big and a medium message in the mailbox `big` and an empty mailbox `up`, and certificates."""
+
+    def __init__(self, test):
+        self.folder = Folder()
+        test.addClassCleanup(self.folder.remove)
+        self.certificates = Certificates(self.folder)
+        self.dovecot = Dovecot(self.certificates)
+        test.addClassCleanup(self.dovecot.close)
+        self.down, self.medium, self.up = big_message("down"), big_message("medium", 1 << 20), big_message("up")
+        store_directly(self.dovecot, "big", self.down)
+        store_directly(self.dovecot, "big", self.medium)
+        store_directly(self.dovecot, "up", message("first"))
+        take_directly(self.dovecot, "up")
+
+    def proxy(self, port=None, mode="none", limits="{}"):
+        """A proxy before the server at `port`, or before Dovecot."""
+        tls = "none" if mode == "none" else f"{{mode: {mode}, ca: {self.certificates.ca}}}"
+        return Proxy(f"""
+listeners:
+  - {{address: "127.0.0.1:{{tls}}", tls: implicit}}
+  - {{address: "127.0.0.1:{{starttls}}", tls: starttls}}
+  - {{address: "127.0.0.1:{{plain}}", tls: none}}
+tls: {{certificates: [{{cert: {self.certificates.cert}, key: {self.certificates.key}}}]}}
+backends: {{shard: {{servers: ["localhost:{port or self.dovecot.port}"], tls: {tls}}}}}
+routes: [{{domain: {{example.org: shard}}}}]
+limits: {limits}
+admin: {{address: "127.0.0.1:{{admin}}"}}
+""")
+
+    def peer_options(self, library, version=None, suite=None, role="client"):
+        """What a peer of this library must be told of certificates and suites."""
+        if library == "nss":
+            options = {"ca": nss_database(self.certificates, self.folder)}
+        elif role == "client":
+            options = {"ca": self.certificates.ca}
+        else:
+            options = {"cert": self.certificates.cert, "key": self.certificates.key}
+        if version and library == "gnutls":
+            return {**options, "cipher": gnutls_priority(version, suite)}
+        return {**options, **({"version": version} if version else {}), **({"cipher": suite} if suite else {})}
