@@ -34,6 +34,8 @@
 //! - Secrets are [`identity::Secret`] or wiped buffers; they reach no log, metric or error text.
 //! - What a client can provoke never makes a server look dead.
 
+#![forbid(unsafe_code)]
+
 pub mod admin;
 pub mod backend;
 pub mod cli;
