@@ -11,7 +11,10 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ("cli", &[]),
     ("demo", &["cli", "config", "logging", "server", "shutdown", "stream"]),
     ("explain", &["backend", "config", "identity", "route", "server"]),
-    ("server", &["admin", "backend", "config", "listener", "metrics", "route", "session", "shutdown", "tls"]),
+    (
+        "server",
+        &["admin", "backend", "config", "listener", "metrics", "route", "session", "shutdown", "tls", "workers"],
+    ),
     ("listener", &["config", "metrics", "server", "session", "shutdown"]),
     (
         "session",
@@ -37,6 +40,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ("shutdown", &[]),
     ("stream", &["relay", "tls"]),
     ("waiting", &[]),
+    ("workers", &[]),
 ];
 
 fn sources() -> Vec<PathBuf> {
