@@ -61,18 +61,6 @@ pub enum End {
     Drained,
 }
 
-impl End {
-    /// Text of the log record.
-    pub fn as_str(self) -> &'static str {
-        match self {
-            Self::Client | Self::ClientStalled | Self::ClientTls(_) => "client",
-            Self::Server | Self::ServerStalled | Self::ServerTls(_) => "server",
-            Self::Idle => "idle",
-            Self::Drained => "drained",
-        }
-    }
-}
-
 /// How a run of the relay came to its end.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Outcome {

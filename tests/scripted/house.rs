@@ -9,7 +9,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ("main", &["cli", "config", "demo", "explain", "identity", "limits", "logging", "metrics", "server", "shutdown"]),
     ("allocator", &[]),
     ("cli", &[]),
-    ("demo", &["cli", "config", "logging", "server", "shutdown", "stream"]),
+    ("demo", &["cli", "config", "logging", "server", "shutdown"]),
     ("explain", &["backend", "config", "identity", "route", "server"]),
     (
         "server",
