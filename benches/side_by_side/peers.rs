@@ -1,0 +1,167 @@
+//! The proxies: their configurations, which stand as files beside this one, and how they are started.
+
+use std::fs::{self, File};
+use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, bail};
+use rustix::process::{Pid, Signal, kill_process};
+
+/// A proxy that takes part.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Peer {
+    Nginx,
+    Haproxy,
+    Dovecot,
+    Vestibule,
+}
+
+impl Peer {
+    pub(crate) const ALL: [Self; 4] = [Self::Nginx, Self::Haproxy, Self::Dovecot, Self::Vestibule];
+
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::Nginx => "nginx",
+            Self::Haproxy => "haproxy",
+            Self::Dovecot => "dovecot",
+            Self::Vestibule => "vestibule",
+        }
+    }
+
+    fn template(self) -> (&'static str, &'static str) {
+        match self {
+            Self::Nginx => ("nginx.conf", include_str!("peers/nginx.conf")),
+            Self::Haproxy => ("haproxy.cfg", include_str!("peers/haproxy.cfg")),
+            Self::Dovecot => ("dovecot.conf", include_str!("peers/dovecot.conf")),
+            Self::Vestibule => ("vestibule.yaml", include_str!("peers/vestibule.yaml")),
+        }
+    }
+
+    /// What its configuration says for a server that speaks TLS, or that does not; `None`: it has no such thing.
+    fn server_tls(self, tls: bool) -> Option<&'static str> {
+        match (self, tls) {
+            (Self::Nginx, true) => None,
+            (Self::Nginx, false) => Some(""),
+            (Self::Haproxy, true) => Some("ssl verify none"),
+            (Self::Haproxy, false) => Some(""),
+            (Self::Dovecot, true) => Some("ssl=any-cert"),
+            (Self::Dovecot, false) => Some(""),
+            (Self::Vestibule, true) => Some("{mode: implicit, insecure: true}"),
+            (Self::Vestibule, false) => Some("none"),
+        }
+    }
+
+    pub(crate) fn can_encrypt_to_servers(self) -> bool {
+        self.server_tls(true).is_some()
+    }
+
+    fn command(self, vestibule: &Path, configuration: &Path) -> Command {
+        let mut command = Command::new(match self {
+            Self::Nginx => Path::new("/usr/sbin/nginx"),
+            Self::Haproxy => Path::new("/usr/sbin/haproxy"),
+            Self::Dovecot => Path::new("/usr/sbin/dovecot"),
+            Self::Vestibule => vestibule,
+        });
+        match self {
+            Self::Nginx => command.arg("-c").arg(configuration),
+            Self::Haproxy => command.arg("-db").arg("-f").arg(configuration),
+            Self::Dovecot => command.arg("-F").arg("-c").arg(configuration),
+            Self::Vestibule => command.arg("run").arg("--config").arg(configuration),
+        };
+        command
+    }
+
+    pub(crate) fn version(self, vestibule: &Path) -> String {
+        let mut command = self.command(vestibule, Path::new("/nonexistent"));
+        let program = command.get_program().to_owned();
+        command = Command::new(program);
+        command.arg(if self == Self::Vestibule || self == Self::Dovecot { "--version" } else { "-v" });
+        let output = command.output();
+        let text = output.map(|output| [output.stdout, output.stderr].concat()).unwrap_or_default();
+        String::from_utf8_lossy(&text).lines().next().unwrap_or("not there").to_owned()
+    }
+}
+
+/// Ports of the stand-in.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Standin {
+    pub(crate) plain: u16,
+    pub(crate) tls: u16,
+    pub(crate) directory: u16,
+}
+
+/// A proxy that runs. It ends when this drops.
+pub(crate) struct Running {
+    child: Child,
+    pub(crate) tls: SocketAddr,
+    pub(crate) plain: SocketAddr,
+}
+
+impl Running {
+    pub(crate) fn pid(&self) -> u32 {
+        self.child.id()
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        let _ = kill_process(Pid::from_child(&self.child), Signal::TERM);
+        let patience = Instant::now() + Duration::from_secs(10);
+        while Instant::now() < patience {
+            if matches!(self.child.try_wait(), Ok(Some(_))) {
+                return;
+            }
+            thread::sleep(Duration::from_millis(20));
+        }
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// Starts a proxy in front of the stand-in, and returns when it accepts connections.
+pub(crate) fn start(
+    peer: Peer,
+    vestibule: &Path,
+    folder: &Path,
+    standin: Standin,
+    server_tls: bool,
+) -> anyhow::Result<Running> {
+    let words = peer.server_tls(server_tls).context("it cannot speak TLS to servers")?;
+    let (tls, plain, admin) = (free_port()?, free_port()?, free_port()?);
+    let (name, template) = peer.template();
+    let server = if server_tls { standin.tls } else { standin.plain };
+    let mut text = template.replace("@FOLDER@", &folder.display().to_string()).replace("@SERVER_TLS@", words);
+    for (word, port) in
+        [("TLS", tls), ("PLAIN", plain), ("ADMIN", admin), ("SERVER", server), ("DIRECTORY", standin.directory)]
+    {
+        text = text.replace(&format!("@{word}@"), &port.to_string());
+    }
+    let configuration: PathBuf = folder.join(name);
+    fs::write(&configuration, text)?;
+    fs::create_dir_all(folder.join("dovecot"))?;
+    // One record a session goes to a file, as it would in earnest.
+    let log = File::create(folder.join(format!("{}.out", peer.name())))?;
+    let mut command = peer.command(vestibule, &configuration);
+    command.stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log);
+    let child = command.spawn().with_context(|| format!("{} does not start", peer.name()))?;
+    let at = |port| SocketAddr::from((Ipv4Addr::LOCALHOST, port));
+    let mut running = Running { child, tls: at(tls), plain: at(plain) };
+    let patience = Instant::now() + Duration::from_secs(20);
+    while TcpStream::connect(running.tls).is_err() {
+        if let Some(status) = running.child.try_wait()? {
+            bail!("{} ended at once ({status}): see {}", peer.name(), folder.display());
+        }
+        if Instant::now() > patience {
+            bail!("{} does not listen", peer.name());
+        }
+        thread::sleep(Duration::from_millis(50));
+    }
+    Ok(running)
+}
+
+fn free_port() -> anyhow::Result<u16> {
+    Ok(TcpListener::bind("127.0.0.1:0")?.local_addr()?.port())
+}
