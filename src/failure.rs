@@ -75,6 +75,10 @@ reasons! {
     Client LiteralTooLong = "literal_too_long",
     /// The connection ended before a login succeeded.
     Client Disconnected = "disconnected",
+    /// The client broke the rules of TLS after its login: a record that does not authenticate, a message out of place.
+    Client TlsViolation = "tls_violation",
+    /// The client took nothing for `limits.stall` while bytes waited for it.
+    Client Stalled = "stalled",
     /// The client asked for another user's mailbox and the backend's configuration forbids it.
     Client AuthzidRefused = "authzid_refused",
     /// A route source could not answer.
@@ -89,6 +93,10 @@ reasons! {
     Backend Connect = "connect",
     /// The TLS handshake with the server failed, or its certificate is not trusted.
     Backend ServerTls = "tls",
+    /// The server broke the rules of TLS after the login.
+    Backend ServerTlsViolation = "tls_violation",
+    /// The server took nothing for `limits.stall` while bytes waited for it.
+    Backend ServerStalled = "stalled",
     /// The greeting was not `* OK`.
     Backend Greeting = "greeting",
     /// The server said BYE or closed before it answered the login.
@@ -111,6 +119,8 @@ reasons! {
     Backend LoginTimeout = "login_timeout",
     /// The backend has no server at all (an SRV name with no answer).
     Backend NoServer = "no_server",
+    /// The system refused what a session needs to go on.
+    Internal System = "system",
     /// A session ended in a panic.
     Internal Panic = "panic",
     /// Ended by the operator's stop.

@@ -34,6 +34,8 @@
 //! - Secrets are [`identity::Secret`] or wiped buffers; they reach no log, metric or error text.
 //! - What a client can provoke never makes a server look dead.
 
+#![forbid(unsafe_code)]
+
 pub mod admin;
 pub mod backend;
 pub mod cli;
@@ -47,6 +49,7 @@ pub mod limits;
 pub mod listener;
 pub mod logging;
 pub mod metrics;
+pub mod record_layer;
 pub mod relay;
 pub mod rendezvous;
 pub mod route;
@@ -55,3 +58,4 @@ pub mod session;
 pub mod shutdown;
 pub mod stream;
 pub mod tls;
+pub mod waiting;

@@ -15,7 +15,7 @@ use tokio::sync::Semaphore;
 use crate::config::{self, ListenerTls};
 use crate::metrics::Refusal;
 use crate::server::Live;
-use crate::session::{self, Arrival};
+use crate::session::{self, Arrival, Held, Room};
 use crate::shutdown::Drain;
 
 /// Connections the kernel may keep waiting; it caps this by net.core.somaxconn.
@@ -32,6 +32,19 @@ pub struct Listener {
     address: SocketAddr,
     index: usize,
     tls: ListenerTls,
+}
+
+/// What all listeners share.
+#[derive(Clone)]
+pub struct House {
+    /// The configuration, built.
+    pub live: Arc<Live>,
+    /// Bounds the open connections of all listeners together.
+    pub permits: Arc<Semaphore>,
+    /// When to stop.
+    pub drain: Drain,
+    /// Where silent sessions wait.
+    pub room: Arc<Room>,
 }
 
 impl Listener {
@@ -58,23 +71,23 @@ impl Listener {
         self.address
     }
 
-    /// Accepts until the drain begins. `permits` bounds the open connections of all listeners together.
-    pub async fn run(self, live: Arc<Live>, permits: Arc<Semaphore>, drain: Drain) {
-        let begun = drain.begun().clone();
+    /// Accepts until the drain begins.
+    pub async fn run(self, house: House) {
+        let begun = house.drain.begun().clone();
         let accept = async {
             loop {
                 match self.socket.accept().await {
-                    Ok((socket, peer)) => self.welcome(socket, peer, &live, &permits, &drain),
-                    Err(error) => self.accept_failed(&error, &live).await,
+                    Ok((socket, peer)) => self.welcome(socket, peer, &house),
+                    Err(error) => self.accept_failed(&error, &house.live).await,
                 }
             }
         };
         begun.run_until_cancelled(accept).await;
     }
 
-    fn welcome(&self, socket: TcpStream, peer: SocketAddr, live: &Arc<Live>, permits: &Arc<Semaphore>, drain: &Drain) {
-        let metrics = live.metrics.listener(self.index);
-        let Ok(permit) = permits.clone().try_acquire_owned() else {
+    fn welcome(&self, socket: TcpStream, peer: SocketAddr, house: &House) {
+        let metrics = house.live.metrics.listener(self.index);
+        let Ok(permit) = house.permits.clone().try_acquire_owned() else {
             metrics.refused(Refusal::Full);
             if self.tls != ListenerTls::Implicit {
                 // The connection is closed either way; a client that does not get the reason loses nothing.
@@ -82,10 +95,18 @@ impl Listener {
             }
             return;
         };
-        let open = metrics.session_opened();
-        let arrival =
-            Arrival { socket, peer, listener: self.index, tls: self.tls, live: live.clone(), drain: drain.clone() };
-        drain.spawn(session::serve(arrival, (permit, open)));
+        let held = Held { permit, open: metrics.session_opened() };
+        let arrival = Arrival {
+            socket,
+            peer,
+            listener: self.index,
+            tls: self.tls,
+            live: house.live.clone(),
+            drain: house.drain.clone(),
+            room: house.room.clone(),
+            held,
+        };
+        house.drain.spawn(session::serve(arrival));
     }
 
     async fn accept_failed(&self, error: &io::Error, live: &Live) {

@@ -1,5 +1,7 @@
 //! The `vestibule` program: arguments, logging, configuration, then the library.
 
+mod allocator;
+
 use std::path::Path;
 use std::process::ExitCode;
 

@@ -15,9 +15,10 @@ use tokio_util::task::TaskTracker;
 use crate::admin::Admin;
 use crate::backend::{Backends, OwnAddresses};
 use crate::config::{Config, Limits, Report};
-use crate::listener::Listener;
+use crate::listener::{House, Listener};
 use crate::metrics::{Metrics, Names};
 use crate::route::{self, Router};
+use crate::session::Room;
 use crate::shutdown::Drain;
 use crate::tls::server::ServerTls;
 
@@ -100,10 +101,22 @@ pub async fn start(config: Config) -> anyhow::Result<Running> {
     if let Some(tls) = &live.tls {
         tls.publish(&live.metrics);
     }
+    let room = Arc::new(Room::new(live.metrics.silent_sessions()).context("silent sessions cannot be watched")?);
+    let (waiting, over, stop) = (room.clone(), drain.over().clone(), stop_background.clone());
+    background.spawn(async move {
+        let closing = async {
+            tokio::select! {
+                () = over.cancelled() => {}
+                () = stop.cancelled() => {}
+            }
+        };
+        waiting.run(closing).await;
+    });
     let permits = Arc::new(Semaphore::new(config.limits.sessions));
+    let house = House { live: live.clone(), permits, drain: drain.clone(), room };
     for (listener, configured) in listeners.into_iter().zip(&config.listeners) {
         tracing::info!(address = %listener.address(), tls = ?configured.tls, "listening");
-        background.spawn(listener.run(live.clone(), permits.clone(), drain.clone()));
+        background.spawn(listener.run(house.clone()));
     }
     let admin_address = admin.as_ref().map(Admin::address);
     if let Some(admin) = admin {

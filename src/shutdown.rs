@@ -11,6 +11,7 @@ use std::time::Duration;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
+use tokio_util::task::task_tracker::TaskTrackerToken;
 
 /// The state of a drain, shared by everything that must stop.
 #[derive(Debug, Clone, Default)]
@@ -24,6 +25,11 @@ impl Drain {
     /// Runs a session that the drain waits for.
     pub fn spawn(&self, session: impl Future<Output = ()> + Send + 'static) {
         self.sessions.spawn(session);
+    }
+
+    /// A session that the drain waits for as long as this is held, whichever task it is in.
+    pub fn count(&self) -> TaskTrackerToken {
+        self.sessions.token()
     }
 
     /// The first edge: no new sessions, no new logins.

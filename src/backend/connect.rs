@@ -12,7 +12,6 @@ use std::time::{Duration, Instant};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::time::{self, timeout_at};
-use tokio_rustls::TlsStream;
 use zeroize::Zeroizing;
 
 use super::{Backend, Server, proxy_header};
@@ -22,7 +21,9 @@ use crate::identity::Credentials;
 use crate::imap::backend_login::{Attempt, BackendLogin, ServerFault, ServerStep};
 use crate::imap::client_id::ClientId;
 use crate::imap::tag::Tag;
-use crate::stream::{self, Stream};
+use crate::relay::Leg;
+use crate::stream::{self, Encrypted, Stream};
+use crate::tls::handover::Secrets;
 
 /// One read from a server before login: its lines are short.
 const READ: usize = 4096;
@@ -66,7 +67,7 @@ pub enum Outcome {
 #[derive(Debug)]
 pub struct Established {
     /// To the server.
-    pub stream: Stream,
+    pub leg: Leg<TcpStream>,
     /// What the client gets first: untagged lines, the tagged OK, and what followed it.
     pub to_client: Vec<u8>,
     /// Which of the server's addresses it is.
@@ -214,8 +215,9 @@ async fn encrypt(
     deadline: time::Instant,
 ) -> Result<Stream, Fault> {
     let Some(tls) = &backend.tls else { return Ok(Stream::Plain(socket)) };
-    match timeout_at(deadline, tls.connect(socket, &server.tls_name)).await {
-        Ok(Ok(stream)) => Ok(Stream::Tls(Box::new(TlsStream::Client(stream)))),
+    let secrets = Arc::new(Secrets::default());
+    match timeout_at(deadline, tls.connect(socket, &server.tls_name, secrets.clone())).await {
+        Ok(Ok(tls)) => Ok(Stream::Tls(Box::new(Encrypted { tls, secrets }))),
         Ok(Err(error)) => Err(Fault::of_server(Reason::ServerTls, error)),
         Err(_) => Err(Fault::of_server(Reason::ServerTls, "no TLS handshake within the deadline")),
     }
@@ -276,13 +278,11 @@ impl<'a> Dialogue<'a> {
                     Err(fault) => return Outcome::Unavailable(fault),
                 },
                 ServerStep::Accepted { to_client } => {
-                    return Outcome::Accepted(Established {
-                        stream: self.stream,
-                        to_client,
-                        address: self.address,
-                        connect: Duration::ZERO,
-                        login: Duration::ZERO,
-                    });
+                    return match timeout_at(deadline, self.established(to_client)).await {
+                        Ok(Ok(established)) => Outcome::Accepted(established),
+                        Ok(Err(fault)) => Outcome::Unavailable(fault),
+                        Err(_) => Outcome::Unavailable(Fault::of_server(Reason::LoginTimeout, "no end of TLS in time")),
+                    };
                 }
                 ServerStep::Refused { reply, counts } => {
                     // Nothing more is wanted of this connection, and whether the server hears of it is its concern.
@@ -292,6 +292,13 @@ impl<'a> Dialogue<'a> {
                 ServerStep::Unavailable(fault) => return Outcome::Unavailable(self.explained(fault)),
             }
         }
+    }
+
+    /// The connection without rustls. What rustls had decrypted beyond the answer goes to the client too.
+    async fn established(self, mut to_client: Vec<u8>) -> Result<Established, Fault> {
+        let (leg, more) = self.stream.into_leg().await.map_err(|error| Fault::of_server(Reason::ServerTls, error))?;
+        to_client.extend(more);
+        Ok(Established { leg, to_client, address: self.address, connect: Duration::ZERO, login: Duration::ZERO })
     }
 
     /// Sends what the machine said, then reads once where it asks for more.

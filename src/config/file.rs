@@ -175,6 +175,7 @@ pub(super) struct LimitsMap {
     pub(super) failed_logins: Option<i64>,
     pub(super) idle: Option<Span>,
     pub(super) half_close: Option<Span>,
+    pub(super) stall: Option<Span>,
     pub(super) drain: Option<Span>,
     pub(super) keepalive: Option<Span>,
     pub(super) sessions: Option<i64>,

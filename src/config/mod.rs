@@ -235,6 +235,8 @@ pub struct Limits {
     pub idle: Option<Duration>,
     /// Silence that ends a relayed session of which one side has finished. Default 60 s.
     pub half_close: Duration,
+    /// A side that takes no byte for this long, while bytes wait for it, ends a relayed session. Default 5 min.
+    pub stall: Duration,
     /// What relayed sessions get to finish when the process stops. Default 60 s.
     pub drain: Duration,
     /// Silence after which TCP asks whether the peer is still there. Default 2 min.
@@ -261,6 +263,7 @@ impl Default for Limits {
             failed_logins: 5,
             idle: None,
             half_close: Duration::from_secs(60),
+            stall: Duration::from_secs(300),
             drain: Duration::from_secs(60),
             keepalive: Some(Duration::from_secs(120)),
             sessions: 100_000,

@@ -35,6 +35,7 @@ pub(super) struct Families {
     pub(super) certificate_expiry: GaugeVec,
     pub(super) table_users: IntGaugeVec,
     pub(super) insecure: IntGaugeVec,
+    pub(super) silent: IntGauge,
     pub(super) draining: IntGauge,
     pub(super) panics: IntCounter,
 }
@@ -134,6 +135,10 @@ impl Families {
                 "1 where certificates of the backend's servers are not checked.",
                 &["backend"],
             ),
+            silent: valid(IntGauge::new(
+                "vestibule_silent_sessions",
+                "Logged-in sessions that are silent just now and wait without a task or a buffer.",
+            )),
             draining: valid(IntGauge::new("vestibule_draining", "1 once the process has begun to stop.")),
             panics: valid(IntCounter::new("vestibule_panics_total", "Panics caught; each ended one session.")),
             registry,
@@ -143,7 +148,7 @@ impl Families {
     }
 
     fn register_all(&self) {
-        let collectors: [Box<dyn prometheus::core::Collector>; 23] = [
+        let collectors: [Box<dyn prometheus::core::Collector>; 24] = [
             Box::new(self.build_info.clone()),
             Box::new(self.sessions.clone()),
             Box::new(self.sessions_total.clone()),
@@ -165,6 +170,7 @@ impl Families {
             Box::new(self.certificate_expiry.clone()),
             Box::new(self.table_users.clone()),
             Box::new(self.insecure.clone()),
+            Box::new(self.silent.clone()),
             Box::new(self.draining.clone()),
             Box::new(self.panics.clone()),
         ];

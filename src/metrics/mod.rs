@@ -88,6 +88,7 @@ pub struct Metrics {
     unrouted_logins: LoginCounters,
     failures: Vec<IntCounter>,
     certificate_expiry: GaugeVec,
+    silent: IntGauge,
     draining: IntGauge,
     panics: IntCounter,
 }
@@ -108,6 +109,7 @@ impl Metrics {
             unrouted_logins: LoginCounters::new(&families, ""),
             failures,
             certificate_expiry: families.certificate_expiry.clone(),
+            silent: families.silent.clone(),
             draining: families.draining.clone(),
             panics: families.panics.clone(),
             registry: families.registry,
@@ -152,6 +154,11 @@ impl Metrics {
     pub fn certificate(&self, file: &str, expiry: i64) {
         #[expect(clippy::cast_precision_loss, reason = "seconds since 1970 fit an f64 exactly for 285 million years")]
         self.certificate_expiry.with_label_values(&[file]).set(expiry as f64);
+    }
+
+    /// The gauge of silent sessions, for the room they wait in.
+    pub fn silent_sessions(&self) -> IntGauge {
+        self.silent.clone()
     }
 
     /// The process has begun to stop.

@@ -7,8 +7,8 @@
 //! | 3 which backend | `route` in [`Session::attempt`] | `limits.lookup` | NO `[UNAVAILABLE]`, or refused when unknown |
 //! | 4 which server | `backend` in [`Session::attempt`] | `limits.server_login`, over all servers | next server, then NO `[UNAVAILABLE]` |
 //! | 5 log in there | `backend::connect` | a share of the above | the server's NO is passed on, never retried |
-//! | 6 answer the client | [`Relayed::run`] | none | |
-//! | 7 relay | `relay` | `limits.idle`, `limits.half_close` | |
+//! | 6 answer the client | [`relayed::Relayed`] | none | |
+//! | 7 relay | `relay`, `waiting` | `limits.idle`, `limits.stall`, `limits.half_close` | |
 //! | 8 one record | [`record::Record`] | always | |
 //!
 //! This file alone knows the order. After a refusal nothing of the attempt is left: the next login is parsed, routed and
@@ -16,6 +16,7 @@
 
 mod id;
 mod record;
+mod relayed;
 
 use std::io;
 use std::net::SocketAddr;
@@ -24,23 +25,26 @@ use std::time::{Duration, Instant};
 
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
+use tokio::sync::OwnedSemaphorePermit;
 use tokio::time::{self, timeout, timeout_at};
-use tokio_rustls::TlsStream;
 use zeroize::Zeroizing;
 
 use self::record::Record;
+pub use self::relayed::Quiet;
+use self::relayed::{Kept, Relayed};
 use crate::backend::connect::{self, Established, Outcome, Request};
 use crate::backend::{Backend, Server};
 use crate::config::ListenerTls;
 use crate::failure::Reason;
 use crate::imap::prelogin::{Bye, CloseReason, LoginRequest, Policy, Prelogin, Step, Transport};
 use crate::imap::reply;
-use crate::metrics::LoginOutcome;
-use crate::relay::{End, Limits, Opening, Relay};
+use crate::metrics::{LoginOutcome, OpenGuard};
 use crate::route::RouteError;
 use crate::server::Live;
 use crate::shutdown::Drain;
-use crate::stream::{self, Stream};
+use crate::stream::{self, Encrypted, Stream};
+use crate::tls::handover::Secrets;
+use crate::waiting::WaitingRoom;
 
 /// One read from a client before login.
 const READ: usize = 4096;
@@ -61,23 +65,39 @@ pub struct Arrival {
     pub live: Arc<Live>,
     /// When to stop.
     pub drain: Drain,
+    /// Where it waits while it is silent.
+    pub room: Arc<Room>,
+    /// Its share of what is limited and counted.
+    pub held: Held,
 }
 
-/// Serves a connection to its end. `held` lives as long as the session: its permit and its gauge.
-pub async fn serve<H: Send + 'static>(arrival: Arrival, held: H) {
-    let drain = arrival.drain.clone();
-    let Some(relayed) = Session::new(&arrival).log_in(arrival.socket, arrival.tls).await else { return };
-    // A task of its own, so that nothing of the login phase stays allocated for the days a phone may idle.
-    drain.spawn(async move {
-        relayed.run().await;
-        drop(held);
-    });
+/// What a session holds as long as it lives.
+#[derive(Debug)]
+pub struct Held {
+    /// Of `limits.sessions`.
+    pub permit: OwnedSemaphorePermit,
+    /// In the listener's gauge.
+    pub open: OpenGuard,
+}
+
+/// Where silent sessions wait.
+pub type Room = WaitingRoom<Quiet>;
+
+/// Serves a connection until it is logged in, or to its end.
+pub async fn serve(arrival: Arrival) {
+    let tls = arrival.tls;
+    let (session, socket) = Session::new(arrival);
+    let Some(relayed) = session.log_in(socket, tls).await else { return };
+    // A task of its own, so that nothing of the login phase stays allocated while bytes are relayed.
+    tokio::spawn(relayed.run());
 }
 
 /// A client that has not logged in yet.
 struct Session {
     live: Arc<Live>,
     drain: Drain,
+    room: Arc<Room>,
+    held: Held,
     peer: SocketAddr,
     local: SocketAddr,
     listener: usize,
@@ -93,18 +113,13 @@ enum Attempted {
 }
 
 impl Session {
-    fn new(arrival: &Arrival) -> Self {
-        stream::set_options(&arrival.socket, arrival.live.limits.keepalive);
-        let local = arrival.socket.local_addr().unwrap_or(arrival.peer);
-        Self {
-            live: arrival.live.clone(),
-            drain: arrival.drain.clone(),
-            peer: arrival.peer,
-            local,
-            listener: arrival.listener,
-            login_by: time::Instant::now() + arrival.live.limits.login,
-            record: Record::new(id::new(arrival.peer), arrival.peer, local, arrival.live.metrics.clone()),
-        }
+    fn new(arrival: Arrival) -> (Self, TcpStream) {
+        let Arrival { socket, peer, listener, live, drain, room, held, .. } = arrival;
+        stream::set_options(&socket, live.limits.keepalive);
+        let local = socket.local_addr().unwrap_or(peer);
+        let login_by = time::Instant::now() + live.limits.login;
+        let record = Record::new(id::new(peer), peer, local, live.metrics.clone());
+        (Self { live, drain, room, held, peer, local, listener, login_by, record }, socket)
     }
 
     /// Steps 1 to 5: talks to the client until a server has accepted it, or until it is gone.
@@ -130,8 +145,7 @@ impl Session {
                 }
                 Step::Login(request) => match self.attempt(&request, &prelogin).await {
                     Attempted::Accepted { backend, server, established } => {
-                        let leftover = prelogin.into_leftover();
-                        return Some(self.relayed(stream, leftover, &backend, server, *established));
+                        return self.relayed(stream, prelogin.into_leftover(), &backend, &server, *established).await;
                     }
                     Attempted::Refused { reply, counts } => prelogin.refused(&reply, counts, &mut out),
                     Attempted::Unavailable => prelogin.unavailable(&request.tag, &mut out),
@@ -164,11 +178,12 @@ impl Session {
         let began = Instant::now();
         let due = self.login_by.min(time::Instant::now() + self.live.limits.handshake);
         let tls = self.live.tls.as_ref()?;
-        let handshake = tls.acceptor().accept(socket);
+        let secrets = Arc::new(Secrets::default());
+        let handshake = tls.accept(socket, secrets.clone());
         let error = tokio::select! {
             accepted = timeout_at(due, handshake) => match accepted {
-                Ok(Ok(accepted)) => {
-                    let stream = Stream::Tls(Box::new(TlsStream::Server(accepted)));
+                Ok(Ok(tls)) => {
+                    let stream = Stream::Tls(Box::new(Encrypted { tls, secrets }));
                     let took = began.elapsed();
                     self.live.metrics.listener(self.listener).tls_handshake(took);
                     self.record.encrypted(took, stream.tls_facts());
@@ -301,24 +316,32 @@ impl Session {
         Attempted::Unavailable
     }
 
-    fn relayed(
+    /// The end of the login: rustls lets go of the client's connection, and all that is kept is packed up.
+    async fn relayed(
         mut self,
-        client: Stream,
-        to_server: Vec<u8>,
+        stream: Stream,
+        mut to_server: Vec<u8>,
         backend: &Backend,
-        server: Arc<Server>,
+        server: &Server,
         established: Established,
-    ) -> Relayed {
+    ) -> Option<Relayed> {
+        let due = self.login_by.max(time::Instant::now() + FAREWELL);
+        let Ok(Ok((client, more))) = timeout_at(due, stream.into_leg()).await else {
+            return self.gone(Reason::Disconnected).and(None);
+        };
+        to_server.extend(more);
         let metrics = self.live.metrics.backend(backend.id.0);
-        let (client_bytes, server_bytes) = metrics.byte_counters();
-        let opening = Opening { to_client: established.to_client, to_server, client_bytes, server_bytes };
-        let limits = Limits { idle: self.live.limits.idle, half_close: self.live.limits.half_close };
         self.record.open_on(metrics.session_established(), server.metrics.session_established());
-        Relayed {
-            relay: Relay::new(client, established.stream, opening, limits),
-            over: self.drain.over().clone(),
+        let kept = Kept {
+            _counted: self.drain.count(),
+            live: self.live,
+            backend: backend.id,
+            room: self.room,
+            drain: self.drain,
             record: self.record,
-        }
+            _held: self.held,
+        };
+        Some(Relayed::new(client, established.leg, established.to_client, to_server, kept))
     }
 }
 
@@ -342,28 +365,6 @@ async fn log_in_somewhere(live: &Live, backend: &Backend, request: &Request<'_>)
         }
     }
     (outcome, None)
-}
-
-/// A client that has logged in.
-struct Relayed {
-    relay: Relay<Stream, Stream>,
-    over: tokio_util::sync::CancellationToken,
-    record: Record,
-}
-
-impl Relayed {
-    /// Steps 6 and 7: the OK and what followed it go first, then bytes both ways.
-    async fn run(self) {
-        let Self { mut relay, over, mut record } = self;
-        let end = tokio::select! {
-            end = relay.run() => end,
-            () = over.cancelled() => End::Drained,
-        };
-        let (to_client, to_server) = relay.moved();
-        record.relayed(end, to_client, to_server);
-        let (client, server) = relay.into_parts();
-        tokio::join!(close(client), close(server));
-    }
 }
 
 /// Says goodbye at the TLS level, to a peer that may no longer listen.

@@ -158,9 +158,28 @@ impl Record {
     pub(super) fn relayed(&mut self, end: End, to_client: u64, to_server: u64) {
         (self.to_client, self.to_server) = (to_client, to_server);
         self.ended_by = end.as_str();
-        if end == End::Drained {
-            self.failed(Reason::Drain);
-        }
+        let reason = match end {
+            End::Client | End::Server | End::Idle => return,
+            End::ClientStalled => Reason::Stalled,
+            End::ServerStalled => Reason::ServerStalled,
+            End::ClientTls(violation) => {
+                self.detail(violation.to_string());
+                Reason::TlsViolation
+            }
+            End::ServerTls(violation) => {
+                self.detail(violation.to_string());
+                Reason::ServerTlsViolation
+            }
+            End::Drained => Reason::Drain,
+        };
+        self.failed(reason);
+    }
+
+    /// The system would not let the session rest, or come back.
+    pub(super) fn lost(&mut self, error: &std::io::Error) {
+        self.ended_by = "proxy";
+        self.detail(error.to_string());
+        self.failed(Reason::System);
     }
 }
 

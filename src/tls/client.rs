@@ -9,23 +9,24 @@ use std::sync::Arc;
 
 use aws_lc_rs::digest::{SHA256, digest};
 use tokio::net::TcpStream;
-use tokio_rustls::TlsConnector;
-use tokio_rustls::client::TlsStream;
 use tokio_rustls::rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
 use tokio_rustls::rustls::crypto::{CryptoProvider, verify_tls12_signature, verify_tls13_signature};
 use tokio_rustls::rustls::pki_types::{CertificateDer, ServerName, UnixTime};
 use tokio_rustls::rustls::{
     CertificateError, ClientConfig, DigitallySignedStruct, Error, RootCertStore, SignatureScheme,
 };
+use tokio_rustls::{TlsConnector, TlsStream};
 use x509_parser::prelude::{FromDer, X509Certificate};
 
+use super::handover::Secrets;
+use super::records::Records;
 use super::{provider, read_certificates};
 use crate::config::{Backend, Config, Problem, TlsMode, Trust};
 
 /// How to reach the servers of one backend under TLS.
 #[derive(Clone)]
 pub struct ClientTls {
-    connector: TlsConnector,
+    config: ClientConfig,
     server_name: Option<ServerName<'static>>,
 }
 
@@ -68,10 +69,11 @@ impl ClientTls {
             }
         };
         client.alpn_protocols = vec![b"imap".to_vec()];
-        Ok(Some(Self { connector: TlsConnector::from(Arc::new(client)), server_name }))
+        client.enable_secret_extraction = true;
+        Ok(Some(Self { config: client, server_name }))
     }
 
-    /// Performs the handshake; `host` is the configured name of the server.
+    /// Performs the handshake; `host` is the configured name of the server. `secrets` is told the connection's own.
     ///
     /// # Errors
     /// What rustls says: untrusted, wrong name, expired, wrong pin, no TLS at all.
@@ -79,9 +81,13 @@ impl ClientTls {
         &self,
         socket: TcpStream,
         host: &ServerName<'static>,
-    ) -> std::io::Result<TlsStream<TcpStream>> {
+        secrets: Arc<Secrets>,
+    ) -> std::io::Result<TlsStream<Records<TcpStream>>> {
         let name = self.server_name.as_ref().unwrap_or(host).clone();
-        self.connector.connect(name, socket).await
+        // A configuration of its own is what gives a connection a key log of its own; all it holds is shared.
+        let mut config = self.config.clone();
+        config.key_log = secrets;
+        Ok(TlsStream::Client(TlsConnector::from(Arc::new(config)).connect(name, Records::new(socket)).await?))
     }
 }
 

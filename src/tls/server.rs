@@ -11,15 +11,18 @@ use std::fs;
 use std::path::Path;
 use std::sync::Arc;
 
-use tokio_rustls::TlsAcceptor;
+use tokio::net::TcpStream;
 use tokio_rustls::rustls::ServerConfig;
 use tokio_rustls::rustls::crypto::aws_lc_rs::Ticketer;
 use tokio_rustls::rustls::pki_types::PrivateKeyDer;
 use tokio_rustls::rustls::server::{ClientHello, NoServerSessionStorage, ResolvesServerCert};
 use tokio_rustls::rustls::sign::CertifiedKey;
+use tokio_rustls::{TlsAcceptor, TlsStream};
 use x509_parser::extensions::GeneralName;
 use x509_parser::prelude::{FromDer, X509Certificate};
 
+use super::handover::Secrets;
+use super::records::Records;
 use super::{provider, read_certificates};
 use crate::config::{Certificate, Config, Problem};
 use crate::metrics::Metrics;
@@ -29,7 +32,7 @@ const ALPN: &[u8] = b"imap";
 
 /// What clients are shown.
 pub struct ServerTls {
-    acceptor: TlsAcceptor,
+    config: ServerConfig,
     expiries: Vec<(String, i64)>,
 }
 
@@ -57,15 +60,25 @@ impl ServerTls {
         if !problems.is_empty() {
             return Err(problems);
         }
-        match acceptor(by_name) {
-            Ok(acceptor) => Ok(Some(Self { acceptor, expiries })),
+        match server_config(by_name) {
+            Ok(server) => Ok(Some(Self { config: server, expiries })),
             Err(error) => Err(vec![config.problem(&config.certificates[0].cert.place, error)]),
         }
     }
 
-    /// Performs handshakes.
-    pub fn acceptor(&self) -> &TlsAcceptor {
-        &self.acceptor
+    /// Performs the handshake. `secrets` is told the connection's own.
+    ///
+    /// # Errors
+    /// What rustls says: no common version or cipher, no TLS at all.
+    pub async fn accept(
+        &self,
+        socket: TcpStream,
+        secrets: Arc<Secrets>,
+    ) -> std::io::Result<TlsStream<Records<TcpStream>>> {
+        // A configuration of its own is what gives a connection a key log of its own; all it holds is shared.
+        let mut config = self.config.clone();
+        config.key_log = secrets;
+        Ok(TlsStream::Server(TlsAcceptor::from(Arc::new(config)).accept(Records::new(socket)).await?))
     }
 
     /// Sets the expiry gauges.
@@ -76,7 +89,7 @@ impl ServerTls {
     }
 }
 
-fn acceptor(certificates: ByName) -> Result<TlsAcceptor, String> {
+fn server_config(certificates: ByName) -> Result<ServerConfig, String> {
     let mut config = ServerConfig::builder_with_provider(provider())
         .with_safe_default_protocol_versions()
         .map_err(|error| error.to_string())?
@@ -87,7 +100,8 @@ fn acceptor(certificates: ByName) -> Result<TlsAcceptor, String> {
     config.session_storage = Arc::new(NoServerSessionStorage {});
     config.ticketer = Ticketer::new().map_err(|error| error.to_string())?;
     config.send_tls13_tickets = 1;
-    Ok(TlsAcceptor::from(Arc::new(config)))
+    config.enable_secret_extraction = true;
+    Ok(config)
 }
 
 /// One certificate with its key, and what the certificate says of itself.

@@ -1,0 +1,222 @@
+//! Keys of one direction as plain data: made from what rustls extracts, advanced by KeyUpdate.
+
+use aws_lc_rs::aead::{self, LessSafeKey, Nonce, UnboundKey};
+use thiserror::Error;
+use tokio_rustls::rustls::crypto::aws_lc_rs::cipher_suite as suite;
+use tokio_rustls::rustls::crypto::tls13::{Hkdf, HkdfExpander, OkmBlock};
+use tokio_rustls::rustls::{ConnectionTrafficSecrets, SupportedCipherSuite};
+use zeroize::Zeroizing;
+
+/// How many KeyUpdates may have happened during a login, before the connection was handed over. A peer that sends more
+/// has its connection closed at its next KeyUpdate.
+pub const MAX_ROLL: usize = 1024;
+/// Of the nonce, and so of the static part.
+const IV: usize = 12;
+/// The longest key.
+const KEY: usize = 32;
+/// The longest traffic secret: SHA-384's output.
+const SECRET: usize = 48;
+
+/// The protocol.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Version {
+    /// RFC 5246.
+    Tls12,
+    /// RFC 8446.
+    Tls13,
+}
+
+/// The AEAD.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[expect(missing_docs, reason = "the names are the standard's")]
+pub enum Cipher {
+    Aes128Gcm,
+    Aes256Gcm,
+    Chacha20Poly1305,
+}
+
+impl Cipher {
+    fn algorithm(self) -> &'static aead::Algorithm {
+        match self {
+            Self::Aes128Gcm => &aead::AES_128_GCM,
+            Self::Aes256Gcm => &aead::AES_256_GCM,
+            Self::Chacha20Poly1305 => &aead::CHACHA20_POLY1305,
+        }
+    }
+
+    fn key_length(self) -> usize {
+        match self {
+            Self::Aes128Gcm => 16,
+            Self::Aes256Gcm | Self::Chacha20Poly1305 => 32,
+        }
+    }
+
+    fn tls13_suite(self) -> SupportedCipherSuite {
+        match self {
+            Self::Aes128Gcm => suite::TLS13_AES_128_GCM_SHA256,
+            Self::Aes256Gcm => suite::TLS13_AES_256_GCM_SHA384,
+            Self::Chacha20Poly1305 => suite::TLS13_CHACHA20_POLY1305_SHA256,
+        }
+    }
+
+    /// How many records one key may seal: rustls's own figure for the suite.
+    pub(super) fn confidentiality_limit(self) -> u64 {
+        match self.tls13_suite() {
+            SupportedCipherSuite::Tls13(suite) => suite.common.confidentiality_limit,
+            SupportedCipherSuite::Tls12(suite) => suite.common.confidentiality_limit,
+        }
+    }
+
+    /// rustls's key derivation for the suite.
+    fn hkdf(self) -> Option<&'static dyn Hkdf> {
+        match self.tls13_suite() {
+            SupportedCipherSuite::Tls13(suite) => Some(suite.hkdf_provider),
+            SupportedCipherSuite::Tls12(_) => None,
+        }
+    }
+}
+
+/// The chain of traffic secrets does not lead to the keys in use.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Error)]
+#[error("no traffic secret for the keys in use")]
+pub struct UnknownSecret;
+
+/// What one direction needs, wiped when dropped.
+pub struct Keys {
+    cipher: Cipher,
+    key: Zeroizing<[u8; KEY]>,
+    iv: [u8; IV],
+    /// TLS 1.3: where the next keys come from. It may be older than `key`: see [`Keys::advance`].
+    secret: Zeroizing<[u8; SECRET]>,
+    secret_length: u8,
+    sequence: u64,
+}
+
+impl Keys {
+    /// Keys as rustls extracts them. `secret` is the traffic secret that its key log told, empty for TLS 1.2. `None`: a
+    /// cipher that is not known here.
+    pub fn new(extracted: &ConnectionTrafficSecrets, sequence: u64, secret: &[u8]) -> Option<Self> {
+        let (cipher, key, iv) = match extracted {
+            ConnectionTrafficSecrets::Aes128Gcm { key, iv } => (Cipher::Aes128Gcm, key, iv),
+            ConnectionTrafficSecrets::Aes256Gcm { key, iv } => (Cipher::Aes256Gcm, key, iv),
+            ConnectionTrafficSecrets::Chacha20Poly1305 { key, iv } => (Cipher::Chacha20Poly1305, key, iv),
+            _ => return None,
+        };
+        Self::from_parts(cipher, key.as_ref(), iv.as_ref(), sequence, secret)
+    }
+
+    fn from_parts(cipher: Cipher, key: &[u8], iv: &[u8], sequence: u64, secret: &[u8]) -> Option<Self> {
+        let mut keys = Self {
+            cipher,
+            key: Zeroizing::new([0; KEY]),
+            iv: iv.try_into().ok()?,
+            secret: Zeroizing::new([0; SECRET]),
+            secret_length: u8::try_from(secret.len()).ok()?,
+            sequence,
+        };
+        keys.key.get_mut(..cipher.key_length())?.copy_from_slice(key.get(..cipher.key_length())?);
+        keys.secret.get_mut(..secret.len())?.copy_from_slice(secret);
+        Some(keys)
+    }
+
+    /// Keys of a TLS 1.3 traffic secret, from its first record (RFC 8446 section 7.3).
+    pub fn from_secret(cipher: Cipher, secret: &[u8]) -> Option<Self> {
+        let expander = cipher.hkdf()?.expander_for_okm(&OkmBlock::new(secret));
+        let mut key = Zeroizing::new([0; KEY]);
+        expand(&*expander, b"key", &mut key[..cipher.key_length()])?;
+        let mut iv = [0; IV];
+        expand(&*expander, b"iv", &mut iv)?;
+        Self::from_parts(cipher, &*key, &iv, 0, secret)
+    }
+
+    /// The keys that follow a KeyUpdate (RFC 8446 section 7.2).
+    ///
+    /// rustls's key log tells a connection's first secret only. Where the peer changed keys while rustls still had the
+    /// connection, that secret is behind the keys, and is rolled forward to them first.
+    ///
+    /// # Errors
+    /// [`UnknownSecret`], where [`MAX_ROLL`] steps do not lead to the keys.
+    pub(super) fn advance(&self) -> Result<Self, UnknownSecret> {
+        let mut current = Self::from_secret(self.cipher, self.secret()).ok_or(UnknownSecret)?;
+        for _ in 0..MAX_ROLL {
+            let next = current.next().ok_or(UnknownSecret)?;
+            if *current.key == *self.key && current.iv == self.iv {
+                return Ok(next);
+            }
+            current = next;
+        }
+        Err(UnknownSecret)
+    }
+
+    fn next(&self) -> Option<Self> {
+        let expander = self.cipher.hkdf()?.expander_for_okm(&OkmBlock::new(self.secret()));
+        let mut secret = Zeroizing::new([0; SECRET]);
+        let length = self.secret().len();
+        expand(&*expander, b"traffic upd", &mut secret[..length])?;
+        Self::from_secret(self.cipher, &secret[..length])
+    }
+
+    pub(super) fn cipher(&self) -> Cipher {
+        self.cipher
+    }
+
+    /// Of the next record.
+    pub(super) fn sequence(&self) -> u64 {
+        self.sequence
+    }
+
+    /// One record is done. `None`: there are no more numbers.
+    pub(super) fn count(&mut self) -> Option<()> {
+        self.sequence = self.sequence.checked_add(1)?;
+        Some(())
+    }
+
+    /// The ready-made cipher: 0.15 µs, some 600 bytes.
+    pub(super) fn aead(&self) -> LessSafeKey {
+        let key = UnboundKey::new(self.cipher.algorithm(), &self.key[..self.cipher.key_length()]);
+        // The only error is a key of the wrong length, and the cipher gives the length.
+        LessSafeKey::new(key.expect("the key has its cipher's length"))
+    }
+
+    /// RFC 8446 section 5.3, RFC 7905 section 2, and rustls's choice for the explicit nonce of TLS 1.2 with AES-GCM.
+    pub(super) fn nonce(&self) -> [u8; IV] {
+        let mut nonce = self.iv;
+        for (byte, sequence) in nonce[IV - 8..].iter_mut().zip(self.sequence.to_be_bytes()) {
+            *byte ^= sequence;
+        }
+        nonce
+    }
+
+    /// TLS 1.2 with AES-GCM: the nonce of a received record (RFC 5288 section 3).
+    pub(super) fn explicit_nonce(&self, explicit: [u8; 8]) -> [u8; IV] {
+        let mut nonce = self.iv;
+        nonce[IV - 8..].copy_from_slice(&explicit);
+        nonce
+    }
+
+    fn secret(&self) -> &[u8] {
+        &self.secret[..usize::from(self.secret_length)]
+    }
+
+    #[cfg(test)]
+    pub(super) fn jump_for_test(&mut self, sequence: u64) {
+        self.sequence = sequence;
+    }
+}
+
+impl std::fmt::Debug for Keys {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Keys").field("cipher", &self.cipher).field("sequence", &self.sequence).finish_non_exhaustive()
+    }
+}
+
+pub(super) fn nonce(bytes: [u8; IV]) -> Nonce {
+    Nonce::assume_unique_for_key(bytes)
+}
+
+/// HKDF-Expand-Label with an empty context (RFC 8446 section 7.1). `None`: more is asked than the hash can give.
+fn expand(expander: &dyn HkdfExpander, label: &[u8], out: &mut [u8]) -> Option<()> {
+    let length = u16::try_from(out.len()).ok()?.to_be_bytes();
+    let label_length = [u8::try_from("tls13 ".len() + label.len()).ok()?];
+    expander.expand_slice(&[&length, &label_length, b"tls13 ", label, &[0]], out).ok()
+}

@@ -1,0 +1,178 @@
+//! What arrives: one record at a time, opened where it lies.
+
+use std::ops::Range;
+
+use aws_lc_rs::aead::{Aad, LessSafeKey};
+
+use super::handshake::{Asked, Messages};
+use super::keys::{Cipher, Keys, Version, nonce};
+use super::violation::{AlertCode, Violation};
+use super::{ContentType, HEADER, MAX_PLAINTEXT, Role, TAG};
+
+/// Records in a row that carry nothing: rustls's own limit for KeyUpdates and empty records.
+const MAX_EMPTY: u8 = 32;
+/// Ahead of a TLS 1.2 record's ciphertext, with AES-GCM.
+const EXPLICIT_NONCE: usize = 8;
+
+/// What a record was.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Opened {
+    /// Plaintext, at this place of the record.
+    Data(Range<usize>),
+    /// Nothing that concerns the caller.
+    Nothing,
+    /// The peer has new keys and wants the same of us: call `Sealer::key_update`.
+    KeyUpdateRequested,
+    /// TLS 1.2: call `Sealer::decline_renegotiation`.
+    Renegotiation,
+    /// close_notify: what follows is not to be read.
+    Closed,
+}
+
+/// The receiving direction.
+#[derive(Debug)]
+pub struct Opener {
+    version: Version,
+    role: Role,
+    keys: Keys,
+    aead: LessSafeKey,
+    messages: Messages,
+    /// Records without data, since the last one with data.
+    empty: u8,
+    closed: bool,
+}
+
+impl Opener {
+    pub(super) fn new(version: Version, role: Role, keys: Keys) -> Self {
+        let aead = keys.aead();
+        Self { version, role, keys, aead, messages: Messages::default(), empty: 0, closed: false }
+    }
+
+    pub(super) fn role(&self) -> Role {
+        self.role
+    }
+
+    pub(super) fn can_rest(&self) -> bool {
+        !self.messages.is_inside() && !self.closed
+    }
+
+    pub(super) fn into_keys(self) -> Keys {
+        self.keys
+    }
+
+    #[cfg(test)]
+    pub(super) fn keys_for_test(&mut self) -> &mut Keys {
+        &mut self.keys
+    }
+
+    /// Opens `record`, which is whole, header included, as [`super::record_length`] cut it.
+    ///
+    /// # Errors
+    /// What the peer did wrong; the channel must not be read from again.
+    pub fn open(&mut self, record: &mut [u8]) -> Result<Opened, Violation> {
+        if self.closed {
+            return Ok(Opened::Closed);
+        }
+        let (kind, plain) = match self.version {
+            Version::Tls13 => self.decrypt_13(record)?,
+            Version::Tls12 => self.decrypt_12(record)?,
+        };
+        self.keys.count().ok_or(Violation::Exhausted)?;
+        if plain.len() > MAX_PLAINTEXT {
+            return Err(Violation::RecordOverflow);
+        }
+        if kind != ContentType::Handshake as u8 && self.messages.is_inside() {
+            return Err(Violation::UnexpectedMessage);
+        }
+        if kind == ContentType::Data as u8 && !plain.is_empty() {
+            self.empty = 0;
+            return Ok(Opened::Data(plain));
+        }
+        self.empty += 1;
+        if self.empty > MAX_EMPTY {
+            return Err(Violation::TooManyEmpty);
+        }
+        match kind {
+            kind if kind == ContentType::Data as u8 => Ok(Opened::Nothing),
+            kind if kind == ContentType::Alert as u8 => self.alert(&record[plain]),
+            kind if kind == ContentType::Handshake as u8 => self.handshake(&record[plain]),
+            _ => Err(Violation::UnexpectedMessage),
+        }
+    }
+
+    /// RFC 8446 section 5.2: type of the content, and where it lies, padding removed.
+    fn decrypt_13(&mut self, record: &mut [u8]) -> Result<(u8, Range<usize>), Violation> {
+        let (header, sealed) = record.split_at_mut(HEADER);
+        // Change-cipher-spec has no place after the handshake, and nothing else may come in clear.
+        if header[0] != ContentType::Data as u8 {
+            return Err(Violation::UnexpectedMessage);
+        }
+        if sealed.len() > MAX_PLAINTEXT + 256 {
+            return Err(Violation::RecordOverflow);
+        }
+        let aad = Aad::from(&*header);
+        let inner = self.aead.open_in_place(nonce(self.keys.nonce()), aad, sealed).map_err(|_| Violation::BadRecord)?;
+        if inner.len() > MAX_PLAINTEXT + 1 {
+            return Err(Violation::RecordOverflow);
+        }
+        let end = inner.iter().rposition(|&byte| byte != 0).ok_or(Violation::UnexpectedMessage)?;
+        Ok((inner[end], HEADER..HEADER + end))
+    }
+
+    /// RFC 5246 section 6.2.3.3, RFC 5288 section 3, RFC 7905 section 2.
+    fn decrypt_12(&mut self, record: &mut [u8]) -> Result<(u8, Range<usize>), Violation> {
+        let (header, sealed) = record.split_at_mut(HEADER);
+        let explicit = if self.keys.cipher() == Cipher::Chacha20Poly1305 { 0 } else { EXPLICIT_NONCE };
+        let length = sealed.len().checked_sub(explicit + TAG).ok_or(Violation::BadRecord)?;
+        // The additional data are built, not taken from the header, so the header must be what they say.
+        if header[1..3] != [3, 3] || usize::from(u16::from_be_bytes([header[3], header[4]])) != sealed.len() {
+            return Err(Violation::BadRecord);
+        }
+        let (given, sealed) = sealed.split_at_mut(explicit);
+        let bytes = match <[u8; EXPLICIT_NONCE]>::try_from(&*given) {
+            Ok(given) => self.keys.explicit_nonce(given),
+            Err(_) => self.keys.nonce(),
+        };
+        let aad = Aad::from(aad_12(self.keys.sequence(), header[0], length));
+        self.aead.open_in_place(nonce(bytes), aad, sealed).map_err(|_| Violation::BadRecord)?;
+        Ok((header[0], HEADER + explicit..HEADER + explicit + length))
+    }
+
+    fn alert(&mut self, content: &[u8]) -> Result<Opened, Violation> {
+        let &[level, code] = content else { return Err(Violation::Malformed) };
+        let code = AlertCode(code);
+        match (self.version, level) {
+            (_, 1 | 2) if code == AlertCode::CLOSE_NOTIFY => {
+                self.closed = true;
+                Ok(Opened::Closed)
+            }
+            (Version::Tls13, 1) if code == AlertCode::USER_CANCELED => Ok(Opened::Nothing),
+            (Version::Tls12, 1) => Ok(Opened::Nothing),
+            (_, 1 | 2) => Err(Violation::AlertReceived(code)),
+            _ => Err(Violation::IllegalValue),
+        }
+    }
+
+    fn handshake(&mut self, content: &[u8]) -> Result<Opened, Violation> {
+        match self.messages.take(self.version, self.role, content)? {
+            Asked::Nothing => Ok(Opened::Nothing),
+            Asked::Renegotiation => Ok(Opened::Renegotiation),
+            Asked::KeyUpdate { answer } => {
+                self.keys = self.keys.advance().map_err(|_| Violation::UnexpectedMessage)?;
+                self.aead = self.keys.aead();
+                Ok(if answer { Opened::KeyUpdateRequested } else { Opened::Nothing })
+            }
+        }
+    }
+}
+
+/// Additional data of a TLS 1.2 record (RFC 5246 section 6.2.3.3).
+pub(super) fn aad_12(sequence: u64, kind: u8, length: usize) -> [u8; 13] {
+    let mut aad = [0; 13];
+    aad[..8].copy_from_slice(&sequence.to_be_bytes());
+    aad[8] = kind;
+    (aad[9], aad[10]) = (3, 3);
+    // A plaintext fits its length field: MAX_RECORD bounds both directions.
+    [aad[11], aad[12]] = (length as u16).to_be_bytes();
+    aad
+}

@@ -1,0 +1,158 @@
+//! What is sent: one record at a time, sealed where it lies.
+
+use aws_lc_rs::aead::{Aad, LessSafeKey};
+use thiserror::Error;
+
+use super::keys::{Cipher, Keys, Version, nonce};
+use super::open::aad_12;
+use super::violation::AlertCode;
+use super::{ContentType, HEADER, Layout, MAX_PLAINTEXT, TAG};
+
+/// Kept of the cipher's limit for alerts, KeyUpdates and the records of one relay round.
+const RESERVE: u64 = 64;
+/// No number behind this is used: rustls's own limit.
+const LAST_SEQUENCE: u64 = 0xffff_ffff_ffff_0000;
+/// The longest thing said that is no data: a KeyUpdate of five bytes.
+const SHORT: usize = 8;
+
+/// One key has sealed all it may (TLS 1.2, which has no KeyUpdate), or nothing may be sent any more.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Error)]
+#[error("nothing more may be sent under this key")]
+pub struct Exhausted;
+
+/// The sending direction.
+#[derive(Debug)]
+pub struct Sealer {
+    version: Version,
+    keys: Keys,
+    aead: LessSafeKey,
+    limit: u64,
+    closed: bool,
+}
+
+impl Sealer {
+    pub(super) fn new(version: Version, keys: Keys) -> Self {
+        let aead = keys.aead();
+        let limit = keys.cipher().confidentiality_limit().min(LAST_SEQUENCE);
+        Self { version, keys, aead, limit, closed: false }
+    }
+
+    pub(super) fn version(&self) -> Version {
+        self.version
+    }
+
+    pub(super) fn is_closed(&self) -> bool {
+        self.closed
+    }
+
+    pub(super) fn into_keys(self) -> Keys {
+        self.keys
+    }
+
+    #[cfg(test)]
+    pub(super) fn keys_for_test(&mut self) -> &mut Keys {
+        &mut self.keys
+    }
+
+    #[cfg(test)]
+    pub(super) fn say_for_test(&mut self, kind: ContentType, content: &[u8], out: &mut Vec<u8>) {
+        self.say(kind, content, out).unwrap();
+    }
+
+    /// Room a record needs.
+    pub fn layout(&self) -> Layout {
+        match (self.version, self.keys.cipher()) {
+            (Version::Tls13, _) => Layout { prefix: HEADER, suffix: 1 + TAG },
+            (Version::Tls12, Cipher::Chacha20Poly1305) => Layout { prefix: HEADER, suffix: TAG },
+            (Version::Tls12, _) => Layout { prefix: HEADER + 8, suffix: TAG },
+        }
+    }
+
+    /// Seals the `length` bytes of data that lie behind the prefix in `record`. Returns the record's length.
+    ///
+    /// # Errors
+    /// [`Exhausted`]: the connection must be closed.
+    ///
+    /// # Panics
+    /// If `length` exceeds [`MAX_PLAINTEXT`] or `record` has no room for the layout.
+    pub fn seal(&mut self, record: &mut [u8], length: usize) -> Result<usize, Exhausted> {
+        if self.closed || self.keys.sequence() >= self.limit {
+            return Err(Exhausted);
+        }
+        self.seal_as(ContentType::Data, record, length)
+    }
+
+    /// Whether new keys are due: call [`Sealer::key_update`] before more than a few records are sealed.
+    pub fn wants_key_update(&self) -> bool {
+        self.version == Version::Tls13 && self.keys.sequence() + RESERVE >= self.limit
+    }
+
+    /// Appends a KeyUpdate to `out` and takes the next keys; asks for none of the peer (RFC 8446 section 4.6.3).
+    ///
+    /// # Errors
+    /// [`Exhausted`], also for TLS 1.2, which has no such message.
+    pub fn key_update(&mut self, out: &mut Vec<u8>) -> Result<(), Exhausted> {
+        if self.version != Version::Tls13 || self.closed {
+            return Err(Exhausted);
+        }
+        let next = self.keys.advance().map_err(|_| Exhausted)?;
+        self.say(ContentType::Handshake, &[24, 0, 0, 1, 0], out)?;
+        self.keys = next;
+        self.aead = self.keys.aead();
+        Ok(())
+    }
+
+    /// Appends the warning that a new handshake is not wanted (RFC 5246 section 7.2.2).
+    ///
+    /// # Errors
+    /// [`Exhausted`].
+    pub fn decline_renegotiation(&mut self, out: &mut Vec<u8>) -> Result<(), Exhausted> {
+        self.say(ContentType::Alert, &[1, AlertCode::NO_RENEGOTIATION.0], out)
+    }
+
+    /// Appends close_notify, or a fatal alert, to `out`. It is the last record: nothing is sealed behind it.
+    pub fn close(&mut self, alert: AlertCode, out: &mut Vec<u8>) {
+        if self.closed {
+            return;
+        }
+        let level = if alert == AlertCode::CLOSE_NOTIFY { 1 } else { 2 };
+        // With no number left for a last record the connection ends without one.
+        let _ = self.say(ContentType::Alert, &[level, alert.0], out);
+        self.closed = true;
+    }
+
+    fn say(&mut self, kind: ContentType, content: &[u8], out: &mut Vec<u8>) -> Result<(), Exhausted> {
+        let mut record = [0; HEADER + 8 + SHORT + 1 + TAG];
+        let prefix = self.layout().prefix;
+        record[prefix..prefix + content.len()].copy_from_slice(content);
+        let length = self.seal_as(kind, &mut record, content.len())?;
+        out.extend_from_slice(&record[..length]);
+        Ok(())
+    }
+
+    fn seal_as(&mut self, kind: ContentType, record: &mut [u8], length: usize) -> Result<usize, Exhausted> {
+        assert!(length <= MAX_PLAINTEXT, "a record of {length} bytes");
+        let Layout { prefix, suffix } = self.layout();
+        let bytes = self.keys.nonce();
+        let total = prefix + length + suffix;
+        let outer = if self.version == Version::Tls13 { ContentType::Data } else { kind };
+        let [high, low] = ((total - HEADER) as u16).to_be_bytes();
+        let header = [outer as u8, 3, 3, high, low];
+        record[..HEADER].copy_from_slice(&header);
+        record[HEADER..prefix].copy_from_slice(&bytes[bytes.len() - (prefix - HEADER)..]);
+        let (content, tag) = record[prefix..total].split_at_mut(length + suffix - TAG);
+        let sealed = match self.version {
+            Version::Tls13 => {
+                content[length] = kind as u8;
+                self.aead.seal_in_place_separate_tag(nonce(bytes), Aad::from(header), content)
+            }
+            Version::Tls12 => {
+                let aad = aad_12(self.keys.sequence(), kind as u8, length);
+                self.aead.seal_in_place_separate_tag(nonce(bytes), Aad::from(aad), content)
+            }
+        };
+        tag.copy_from_slice(sealed.map_err(|_| Exhausted)?.as_ref());
+        self.keys.count().ok_or(Exhausted)?;
+        Ok(total)
+    }
+}

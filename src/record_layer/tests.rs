@@ -1,0 +1,493 @@
+//! RFC 8448's records, and rustls as the peer: every suite, both roles, every split.
+
+use std::io::{Read, Write};
+use std::sync::{Arc, Mutex};
+
+use proptest::prelude::*;
+use tokio_rustls::rustls::crypto::CryptoProvider;
+use tokio_rustls::rustls::crypto::aws_lc_rs::{self, cipher_suite as suite};
+use tokio_rustls::rustls::pki_types::{PrivateKeyDer, ServerName};
+use tokio_rustls::rustls::{
+    ClientConfig, ClientConnection, Connection, KeyLog, RootCertStore, ServerConfig, ServerConnection,
+    SupportedCipherSuite,
+};
+
+use super::*;
+
+const SUITES: [SupportedCipherSuite; 6] = [
+    suite::TLS13_AES_128_GCM_SHA256,
+    suite::TLS13_AES_256_GCM_SHA384,
+    suite::TLS13_CHACHA20_POLY1305_SHA256,
+    suite::TLS_ECDHE_ECDSA_WITH_AES_128_GCM_SHA256,
+    suite::TLS_ECDHE_ECDSA_WITH_AES_256_GCM_SHA384,
+    suite::TLS_ECDHE_ECDSA_WITH_CHACHA20_POLY1305_SHA256,
+];
+
+#[derive(Debug, Default)]
+struct Told(Mutex<(Vec<u8>, Vec<u8>)>);
+
+impl KeyLog for Told {
+    fn log(&self, label: &str, _random: &[u8], secret: &[u8]) {
+        let mut told = self.0.lock().unwrap();
+        match label {
+            "CLIENT_TRAFFIC_SECRET_0" => told.0 = secret.to_vec(),
+            "SERVER_TRAFFIC_SECRET_0" => told.1 = secret.to_vec(),
+            _ => {}
+        }
+    }
+}
+
+/// A handshake in memory, between two rustls, and what their key log told.
+fn pair(suite: SupportedCipherSuite) -> (Connection, Connection, Arc<Told>) {
+    let provider = Arc::new(CryptoProvider { cipher_suites: vec![suite], ..aws_lc_rs::default_provider() });
+    let made = rcgen::generate_simple_self_signed(vec!["localhost".to_owned()]).unwrap();
+    let key = PrivateKeyDer::try_from(made.signing_key.serialize_der()).unwrap();
+    let mut roots = RootCertStore::empty();
+    roots.add(made.cert.der().clone()).unwrap();
+    let told = Arc::new(Told::default());
+    let version = [suite.version()];
+    let mut server = ServerConfig::builder_with_provider(provider.clone())
+        .with_protocol_versions(&version)
+        .unwrap()
+        .with_no_client_auth()
+        .with_single_cert(vec![made.cert.der().clone()], key)
+        .unwrap();
+    server.enable_secret_extraction = true;
+    server.key_log = told.clone();
+    let mut client = ClientConfig::builder_with_provider(provider)
+        .with_protocol_versions(&version)
+        .unwrap()
+        .with_root_certificates(roots)
+        .with_no_client_auth();
+    client.enable_secret_extraction = true;
+    let name = ServerName::try_from("localhost").unwrap();
+    let mut client = Connection::from(ClientConnection::new(Arc::new(client), name).unwrap());
+    let mut server = Connection::from(ServerConnection::new(Arc::new(server)).unwrap());
+    while client.is_handshaking() || server.is_handshaking() || client.wants_write() || server.wants_write() {
+        transfer(&mut client, &mut server);
+        transfer(&mut server, &mut client);
+    }
+    (client, server, told)
+}
+
+fn transfer(from: &mut Connection, to: &mut Connection) {
+    let bytes = output(from);
+    input(to, &bytes);
+}
+
+fn output(from: &mut Connection) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    while from.wants_write() {
+        from.write_tls(&mut bytes).unwrap();
+    }
+    bytes
+}
+
+fn input(to: &mut Connection, mut bytes: &[u8]) {
+    while !bytes.is_empty() {
+        to.read_tls(&mut bytes).unwrap();
+        to.process_new_packets().unwrap();
+    }
+}
+
+fn plaintext(of: &mut Connection) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    // WouldBlock: that was all.
+    let _ = of.reader().read_to_end(&mut bytes);
+    bytes
+}
+
+/// Takes a connection over from rustls.
+fn take_over(connection: Connection, role: Role, told: &Told) -> Channel {
+    let version = match connection.protocol_version() {
+        Some(tokio_rustls::rustls::ProtocolVersion::TLSv1_3) => Version::Tls13,
+        _ => Version::Tls12,
+    };
+    let extracted = connection.dangerous_extract_secrets().unwrap();
+    let (client, server) = told.0.lock().unwrap().clone();
+    let (send, receive) = if role == Role::Client { (client, server) } else { (server, client) };
+    let receive = Keys::new(&extracted.rx.1, extracted.rx.0, &receive).unwrap();
+    Channel::new(version, role, receive, Keys::new(&extracted.tx.1, extracted.tx.0, &send).unwrap())
+}
+
+/// One end ours, the other rustls.
+fn ends(suite: SupportedCipherSuite, role: Role) -> (Channel, Connection) {
+    let (client, server, told) = pair(suite);
+    match role {
+        Role::Client => (take_over(client, role, &told), server),
+        Role::Server => (take_over(server, role, &told), client),
+    }
+}
+
+fn sealed(channel: &mut Channel, data: &[u8]) -> Vec<u8> {
+    let mut out = Vec::new();
+    for part in data.chunks(MAX_PLAINTEXT) {
+        let layout = channel.sealer.layout();
+        let mut record = vec![0xee; layout.prefix];
+        record.extend_from_slice(part);
+        record.resize(record.len() + layout.suffix, 0xee);
+        let length = channel.sealer.seal(&mut record, part.len()).unwrap();
+        assert_eq!(length, record.len());
+        out.extend_from_slice(&record);
+    }
+    out
+}
+
+/// Opens all records of `bytes`: the data, and what else happened.
+fn opened(channel: &mut Channel, mut bytes: &[u8]) -> Result<(Vec<u8>, Vec<Opened>), Violation> {
+    let (mut data, mut events) = (Vec::new(), Vec::new());
+    while let Some(length) = record_length(bytes)? {
+        let mut record = bytes[..length].to_vec();
+        bytes = &bytes[length..];
+        match channel.opener.open(&mut record)? {
+            Opened::Data(range) => data.extend_from_slice(&record[range]),
+            Opened::Nothing => {}
+            event => events.push(event),
+        }
+    }
+    Ok((data, events))
+}
+
+fn hex(text: &str) -> Vec<u8> {
+    let digits: String = text.split_whitespace().collect();
+    (0..digits.len()).step_by(2).map(|at| u8::from_str_radix(&digits[at..at + 2], 16).unwrap()).collect()
+}
+
+/// RFC 8448 section 3, "Simple 1-RTT Handshake": its application secrets and the records under them.
+mod rfc8448 {
+    use super::*;
+
+    const CLIENT_SECRET: &str = "9e40646ce79a7f9dc05af8889bce6552875afa0b06df0087f792ebb7c17504a5";
+    const SERVER_SECRET: &str = "a11af9f05531f856ad47116b45a950328204b4f44bfb6b3a4b4f1f3fcb631643";
+    const CLIENT_DATA: &str = "1703030043a23f7054b62c94d0affafe8228ba55cbefacea42f914aa66bcab3f2b9819a8a5b46b395bd54a9a20441e\
+        2b62974e1f5a6292a2977014bd1e3deae63aeebb21694915e4";
+    const SERVER_DATA: &str = "17030300432e937e11ef4ac740e538ad36005fc4a46932fc3225d05f82aa1b36e30efaf97d90e6dffc602dcb501a59a8\
+        fcc49c4bf2e5f0a21c0047c2abf332540dd032e167c2955d";
+    const CLIENT_ALERT: &str = "1703030013c9872760655666b74d7ff1153efd6db6d0b0e3";
+    const SERVER_ALERT: &str = "1703030013b58fd67166ebf599d24720cfbe7efa7a8864a9";
+
+    fn keys(secret: &str, sequence: u64) -> Keys {
+        let mut keys = Keys::from_secret(Cipher::Aes128Gcm, &hex(secret)).unwrap();
+        for _ in 0..sequence {
+            keys.count().unwrap();
+        }
+        keys
+    }
+
+    /// The server's first record under these keys is its ticket: data follow as the second.
+    fn channel(role: Role) -> Channel {
+        match role {
+            Role::Client => Channel::new(Version::Tls13, role, keys(SERVER_SECRET, 1), keys(CLIENT_SECRET, 0)),
+            Role::Server => Channel::new(Version::Tls13, role, keys(CLIENT_SECRET, 0), keys(SERVER_SECRET, 1)),
+        }
+    }
+
+    #[test]
+    fn records_are_sealed_as_written_there() {
+        let data: Vec<u8> = (0..50).collect();
+        for (role, record, alert) in
+            [(Role::Client, CLIENT_DATA, CLIENT_ALERT), (Role::Server, SERVER_DATA, SERVER_ALERT)]
+        {
+            let mut channel = channel(role);
+            assert_eq!(sealed(&mut channel, &data), hex(record));
+            let mut out = Vec::new();
+            channel.sealer.close(AlertCode::CLOSE_NOTIFY, &mut out);
+            assert_eq!(out, hex(alert));
+        }
+    }
+
+    #[test]
+    fn records_are_opened_as_written_there() {
+        let data: Vec<u8> = (0..50).collect();
+        for (role, record, alert) in
+            [(Role::Server, CLIENT_DATA, CLIENT_ALERT), (Role::Client, SERVER_DATA, SERVER_ALERT)]
+        {
+            let both = [hex(record), hex(alert)].concat();
+            assert_eq!(opened(&mut channel(role), &both).unwrap(), (data.clone(), vec![Opened::Closed]));
+        }
+    }
+}
+
+#[test]
+fn both_directions_of_every_suite_carry_what_rustls_says_and_hears() {
+    for suite in SUITES {
+        for role in [Role::Client, Role::Server] {
+            let (mut channel, mut peer) = ends(suite, role);
+            for round in 0..3_u8 {
+                let data: Vec<u8> = (0..40_000_u32).map(|at| (at % 251) as u8 ^ round).collect();
+                input(&mut peer, &sealed(&mut channel, &data[..12_000]));
+                assert!(plaintext(&mut peer) == data[..12_000], "{suite:?} {role:?}");
+                peer.writer().write_all(&data).unwrap();
+                let (got, events) = opened(&mut channel, &output(&mut peer)).unwrap();
+                assert!(got == data && events.is_empty(), "{suite:?} {role:?}");
+                channel = channel.rest().wake();
+            }
+            peer.send_close_notify();
+            assert_eq!(opened(&mut channel, &output(&mut peer)).unwrap().1, [Opened::Closed]);
+            assert!(!channel.can_rest());
+            let mut out = Vec::new();
+            channel.sealer.close(AlertCode::CLOSE_NOTIFY, &mut out);
+            peer.read_tls(&mut &out[..]).unwrap();
+            assert!(peer.process_new_packets().unwrap().peer_has_closed());
+            assert_eq!(channel.sealer.seal(&mut [0; 64], 1), Err(Exhausted));
+        }
+    }
+}
+
+#[test]
+fn keys_change_on_either_sides_wish() {
+    for suite in &SUITES[..3] {
+        for role in [Role::Client, Role::Server] {
+            let (mut channel, mut peer) = ends(*suite, role);
+            for _ in 0..5 {
+                // The peer changes its keys and asks us to.
+                peer.refresh_traffic_keys().unwrap();
+                peer.writer().write_all(b"after").unwrap();
+                let (got, events) = opened(&mut channel, &output(&mut peer)).unwrap();
+                assert_eq!((got, events), (b"after".to_vec(), vec![Opened::KeyUpdateRequested]));
+                let mut out = Vec::new();
+                channel.sealer.key_update(&mut out).unwrap();
+                out.extend(sealed(&mut channel, b"answered"));
+                // We change ours unasked.
+                channel.sealer.key_update(&mut out).unwrap();
+                out.extend(sealed(&mut channel, b" twice"));
+                input(&mut peer, &out);
+                assert_eq!(plaintext(&mut peer), b"answered twice");
+                channel = channel.rest().wake();
+            }
+        }
+    }
+}
+
+#[test]
+fn keys_that_changed_before_the_hand_over_are_found_again() {
+    let (mut client, mut server, told) = pair(SUITES[0]);
+    for _ in 0..7 {
+        client.refresh_traffic_keys().unwrap();
+        transfer(&mut client, &mut server);
+        server.writer().write_all(b"x").unwrap();
+        transfer(&mut server, &mut client);
+        plaintext(&mut client);
+    }
+    let mut channel = take_over(server, Role::Server, &told);
+    client.refresh_traffic_keys().unwrap();
+    client.writer().write_all(b"still here").unwrap();
+    assert_eq!(opened(&mut channel, &output(&mut client)).unwrap().0, b"still here");
+    let mut out = Vec::new();
+    channel.sealer.key_update(&mut out).unwrap();
+    out.extend(sealed(&mut channel, b"so are we"));
+    input(&mut client, &out);
+    assert_eq!(plaintext(&mut client), b"so are we");
+}
+
+#[test]
+fn keys_that_the_chain_never_reaches_end_the_connection() {
+    let (mut client, server, told) = pair(SUITES[0]);
+    told.0.lock().unwrap().0[0] ^= 1;
+    let mut channel = take_over(server, Role::Server, &told);
+    client.refresh_traffic_keys().unwrap();
+    assert_eq!(opened(&mut channel, &output(&mut client)), Err(Violation::UnexpectedMessage));
+}
+
+#[test]
+fn no_changed_bit_passes() {
+    for suite in SUITES {
+        let (mut channel, mut peer) = ends(suite, Role::Server);
+        peer.writer().write_all(b"a1 NOOP\r\n").unwrap();
+        let record = output(&mut peer);
+        for bit in 0..record.len() * 8 {
+            let mut changed = record.clone();
+            changed[bit / 8] ^= 1 << (bit % 8);
+            // A changed length makes another record, or none yet; the whole of these bytes is tried as one.
+            assert!(channel.opener.open(&mut changed).is_err(), "{suite:?}: bit {bit}");
+        }
+        assert_eq!(opened(&mut channel, &record).unwrap().0, b"a1 NOOP\r\n");
+    }
+}
+
+/// A channel and one that seals for it, both ours: to say what rustls never says.
+fn twins(version: Version) -> (Channel, Channel) {
+    let keys = |byte: u8| Keys::from_secret(Cipher::Aes128Gcm, &[byte; 32]).unwrap();
+    (Channel::new(version, Role::Server, keys(1), keys(2)), Channel::new(version, Role::Client, keys(2), keys(1)))
+}
+
+/// Seals `inner`, which ends with its type and padding, as one TLS 1.3 record.
+fn record_13(from: &mut Channel, inner: &[u8]) -> Vec<u8> {
+    let keys = from.sealer.keys_for_test();
+    let mut content = inner.to_vec();
+    let length = (inner.len() + TAG) as u16;
+    let header = [23, 3, 3, length.to_be_bytes()[0], length.to_be_bytes()[1]];
+    let aad = ::aws_lc_rs::aead::Aad::from(header);
+    let tag = keys.aead().seal_in_place_separate_tag(super::keys::nonce(keys.nonce()), aad, &mut content).unwrap();
+    keys.count().unwrap();
+    [&header[..], &content, tag.as_ref()].concat()
+}
+
+#[test]
+fn what_may_not_come_after_a_tls_13_handshake() {
+    use Violation::{AlertReceived, IllegalValue, Malformed, RecordOverflow, UnexpectedMessage};
+    let too_long = [vec![b'x'; MAX_PLAINTEXT + 1], vec![23]].concat();
+    let padded_too_long = [vec![b'x', 23], vec![0; MAX_PLAINTEXT]].concat();
+    let cases: &[(&[u8], Violation)] = &[
+        (&[0, 0, 0], UnexpectedMessage),                // padding alone
+        (&[1, 20], UnexpectedMessage),                  // a protected change-cipher-spec
+        (&[22], UnexpectedMessage),                     // an empty handshake fragment
+        (&[1, 0, 0, 0, 22], UnexpectedMessage),         // ClientHello
+        (&[4, 0, 0, 1, 0, 22], UnexpectedMessage),      // a ticket from a client
+        (&[13, 0, 0, 1, 0, 22], UnexpectedMessage),     // CertificateRequest
+        (&[24, 0, 0, 2, 0, 0, 22], Malformed),          // KeyUpdate of two bytes
+        (&[24, 0, 0, 1, 2, 22], IllegalValue),          // KeyUpdate with an unknown request
+        (&[24, 0, 0, 1, 0, 24, 22], UnexpectedMessage), // a message behind a KeyUpdate
+        (&[2, 40, 21], AlertReceived(AlertCode(40))),
+        (&[1, 40, 21], AlertReceived(AlertCode(40))),
+        (&[2, 21], Malformed),
+        (&[3, 0, 21], IllegalValue),
+        (&too_long, RecordOverflow),
+        (&padded_too_long, RecordOverflow),
+    ];
+    for (inner, violation) in cases {
+        let (mut ours, mut theirs) = twins(Version::Tls13);
+        let record = record_13(&mut theirs, inner);
+        assert_eq!(opened(&mut ours, &record), Err(*violation), "{:?}", &inner[inner.len().saturating_sub(8)..]);
+    }
+    let (mut ours, _) = twins(Version::Tls13);
+    assert_eq!(opened(&mut ours, &[20, 3, 3, 0, 1, 1]), Err(UnexpectedMessage));
+    assert_eq!(opened(&mut ours, &[21, 3, 3, 0, 2, 1, 0]), Err(UnexpectedMessage));
+    assert_eq!(opened(&mut ours, b"a1 LOGOUT\r\n"), Err(Violation::NotTls));
+    assert_eq!(record_length(&[23, 3, 3, 0x48, 1]), Err(RecordOverflow));
+    assert_eq!(record_length(&[23, 3, 3, 0x48]), Ok(None));
+}
+
+#[test]
+fn padding_and_empty_records_are_taken_and_bounded() {
+    let (mut ours, mut theirs) = twins(Version::Tls13);
+    let padded = record_13(&mut theirs, &[b"hello".as_slice(), &[23], &[0; 999]].concat());
+    assert_eq!(opened(&mut ours, &padded).unwrap().0, b"hello");
+    for _ in 0..32 {
+        assert_eq!(opened(&mut ours, &record_13(&mut theirs, &[23, 0, 0])).unwrap(), (vec![], vec![]));
+    }
+    assert_eq!(opened(&mut ours, &record_13(&mut theirs, &[1, 23])).unwrap().0, [1]);
+    for _ in 0..32 {
+        opened(&mut ours, &record_13(&mut theirs, &[23])).unwrap();
+    }
+    assert_eq!(opened(&mut ours, &record_13(&mut theirs, &[23])), Err(Violation::TooManyEmpty));
+}
+
+#[test]
+fn messages_may_be_split_over_records_and_not_interleaved() {
+    let ticket = [&[4, 0, 0, 200][..], &[9; 200]].concat();
+    for cut in 1..ticket.len() {
+        let (mut theirs, mut ours) = twins(Version::Tls13);
+        let first = record_13(&mut theirs, &[&ticket[..cut], &[22]].concat());
+        let second = record_13(&mut theirs, &[&ticket[cut..], &[24, 0, 0, 1, 1, 22]].concat());
+        assert_eq!(opened(&mut ours, &first).unwrap(), (vec![], vec![]));
+        assert!(!ours.can_rest());
+        assert_eq!(opened(&mut ours, &second).unwrap().1, [Opened::KeyUpdateRequested], "cut at {cut}");
+        assert!(ours.can_rest());
+    }
+    let (mut theirs, mut ours) = twins(Version::Tls13);
+    opened(&mut ours, &record_13(&mut theirs, &[&ticket[..50], &[22]].concat())).unwrap();
+    let between = record_13(&mut theirs, b"data\x17");
+    assert_eq!(opened(&mut ours, &between), Err(Violation::UnexpectedMessage));
+}
+
+#[test]
+fn tls_12_declines_to_begin_again_and_ignores_warnings() {
+    let (mut ours, mut theirs) = twins(Version::Tls12);
+    let mut out = Vec::new();
+    theirs.sealer.say_for_test(ContentType::Handshake, &[1, 0, 0, 1, 0], &mut out);
+    theirs.sealer.decline_renegotiation(&mut out).unwrap();
+    assert_eq!(opened(&mut ours, &out).unwrap().1, [Opened::Renegotiation]);
+    let mut answer = Vec::new();
+    ours.sealer.decline_renegotiation(&mut answer).unwrap();
+    assert_eq!(opened(&mut theirs, &answer).unwrap(), (vec![], vec![]));
+    answer.clear();
+    ours.sealer.say_for_test(ContentType::Handshake, &[0, 0, 0, 0], &mut answer);
+    assert_eq!(opened(&mut theirs, &answer).unwrap().1, [Opened::Renegotiation]);
+    answer.clear();
+    ours.sealer.say_for_test(ContentType::Handshake, &[24, 0, 0, 1, 0], &mut answer);
+    assert_eq!(opened(&mut theirs, &answer), Err(Violation::UnexpectedMessage));
+    assert_eq!(ours.sealer.key_update(&mut answer), Err(Exhausted));
+}
+
+#[test]
+fn a_key_seals_no_more_than_it_may() {
+    let (mut ours, mut theirs) = twins(Version::Tls13);
+    let limit = Cipher::Aes128Gcm.confidentiality_limit();
+    for end in [&mut ours.sealer.keys_for_test(), &mut theirs.opener.keys_for_test()] {
+        end.jump_for_test(limit - 64);
+    }
+    assert!(ours.sealer.wants_key_update());
+    let mut bytes = Vec::new();
+    ours.sealer.key_update(&mut bytes).unwrap();
+    assert!(!ours.sealer.wants_key_update());
+    bytes.extend(sealed(&mut ours, b"new keys"));
+    assert_eq!(opened(&mut theirs, &bytes).unwrap().0, b"new keys");
+    let (mut ours, mut theirs) = twins(Version::Tls12);
+    ours.sealer.keys_for_test().jump_for_test(limit - 1);
+    theirs.opener.keys_for_test().jump_for_test(limit - 1);
+    let mut bytes = sealed(&mut ours, b"last");
+    assert_eq!(ours.sealer.seal(&mut [0; 64], 1), Err(Exhausted));
+    ours.sealer.close(AlertCode::CLOSE_NOTIFY, &mut bytes);
+    assert_eq!(opened(&mut theirs, &bytes).unwrap(), (b"last".to_vec(), vec![Opened::Closed]));
+}
+
+#[test]
+fn a_channel_at_rest_is_small() {
+    assert!(size_of::<Dormant>() <= 232, "{}", size_of::<Dormant>());
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(64))]
+
+    /// Whatever rustls sends, in whatever pieces, with key updates anywhere.
+    #[test]
+    fn rustls_is_understood(
+        suite in 0..SUITES.len(),
+        pieces in prop::collection::vec((0..3_usize, prop::collection::vec(any::<u8>(), 0..40_000)), 1..6),
+    ) {
+        let suite = SUITES[suite];
+        let (mut channel, mut peer) = ends(suite, Role::Server);
+        let mut sent = Vec::new();
+        let mut bytes = Vec::new();
+        for (updates, piece) in pieces {
+            for _ in 0..updates {
+                if suite.tls13().is_some() {
+                    peer.refresh_traffic_keys().unwrap();
+                }
+            }
+            for part in piece.chunks(30_000) {
+                peer.writer().write_all(part).unwrap();
+                bytes.extend(output(&mut peer));
+            }
+            sent.extend(piece);
+        }
+        let (got, _) = opened(&mut channel, &bytes).unwrap();
+        prop_assert!(got == sent);
+    }
+
+    /// No bytes make the opener panic, and none pass that rustls did not seal.
+    #[test]
+    fn noise_is_refused(version in any::<bool>(), bytes in prop::collection::vec(any::<u8>(), 0..600)) {
+        let (mut channel, _) = twins(if version { Version::Tls13 } else { Version::Tls12 });
+        let mut record = [&[23, 3, 3, 0, 0][..], &bytes].concat();
+        prop_assert!(channel.opener.open(&mut record).is_err());
+    }
+
+    /// Messages mean the same at every split over records.
+    #[test]
+    fn splits_of_messages_mean_the_same(cuts in prop::collection::vec(1..64_usize, 0..8)) {
+        let stream = [&[4, 0, 0, 30][..], &[7; 30], &[4, 0, 0, 0], &[24, 0, 0, 1, 1]].concat();
+        let (mut theirs, mut ours) = twins(Version::Tls13);
+        let mut rest = &stream[..];
+        let mut events = Vec::new();
+        for cut in cuts.into_iter().chain([stream.len()]) {
+            let (part, behind) = rest.split_at(cut.min(rest.len()));
+            rest = behind;
+            if !part.is_empty() {
+                events.extend(opened(&mut ours, &record_13(&mut theirs, &[part, &[22]].concat())).unwrap().1);
+            }
+        }
+        prop_assert_eq!(events, [Opened::KeyUpdateRequested]);
+    }
+}

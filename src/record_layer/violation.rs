@@ -1,0 +1,66 @@
+//! What a peer may not do, and the alert that answers it.
+
+use thiserror::Error;
+
+/// An alert's number (RFC 8446 section 6).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct AlertCode(pub u8);
+
+impl AlertCode {
+    /// The peer will send nothing more.
+    pub const CLOSE_NOTIFY: Self = Self(0);
+    pub(super) const UNEXPECTED_MESSAGE: Self = Self(10);
+    pub(super) const BAD_RECORD_MAC: Self = Self(20);
+    pub(super) const RECORD_OVERFLOW: Self = Self(22);
+    pub(super) const ILLEGAL_PARAMETER: Self = Self(47);
+    pub(super) const DECODE_ERROR: Self = Self(50);
+    pub(super) const USER_CANCELED: Self = Self(90);
+    pub(super) const NO_RENEGOTIATION: Self = Self(100);
+}
+
+/// Why a connection cannot go on. The text is for logs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Error)]
+pub enum Violation {
+    /// The bytes are no record.
+    #[error("not a TLS record")]
+    NotTls,
+    /// A record, or what it carries, is longer than allowed.
+    #[error("a TLS record is too long")]
+    RecordOverflow,
+    /// Authentication failed: bytes were changed on the way, or lost.
+    #[error("a TLS record does not authenticate")]
+    BadRecord,
+    /// A type of record or message that has no place after the handshake.
+    #[error("a TLS message that is not allowed now")]
+    UnexpectedMessage,
+    /// Too many records in a row that carry nothing.
+    #[error("too many TLS records without data")]
+    TooManyEmpty,
+    /// A message that cannot be read.
+    #[error("a TLS message that cannot be read")]
+    Malformed,
+    /// A message with a value that is not allowed.
+    #[error("a TLS message with a value that is not allowed")]
+    IllegalValue,
+    /// So many records were received that the sequence number would wrap.
+    #[error("too many TLS records under one key")]
+    Exhausted,
+    /// The peer ended the connection itself, with this alert.
+    #[error("TLS alert {} received", .0.0)]
+    AlertReceived(AlertCode),
+}
+
+impl Violation {
+    /// The alert that tells the peer, where one does.
+    pub fn alert(self) -> Option<AlertCode> {
+        match self {
+            Self::NotTls | Self::UnexpectedMessage | Self::TooManyEmpty => Some(AlertCode::UNEXPECTED_MESSAGE),
+            Self::RecordOverflow => Some(AlertCode::RECORD_OVERFLOW),
+            Self::BadRecord => Some(AlertCode::BAD_RECORD_MAC),
+            Self::Malformed => Some(AlertCode::DECODE_ERROR),
+            Self::IllegalValue => Some(AlertCode::ILLEGAL_PARAMETER),
+            Self::Exhausted => Some(AlertCode::CLOSE_NOTIFY),
+            Self::AlertReceived(_) => None,
+        }
+    }
+}

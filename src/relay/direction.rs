@@ -1,0 +1,151 @@
+//! One way of a relayed session: what one leg receives, the other sends.
+
+use std::task::{Context, Poll, ready};
+
+use prometheus::IntCounter;
+use tokio::time::Instant;
+
+use super::leg::{Broken, Leg, Received, Socket};
+use super::scratch::{self, ROUND, Scratch};
+use crate::record_layer::{MAX_PLAINTEXT, Violation};
+
+/// Rounds before other sessions of the worker get their turn: at most 512 KiB, a quarter of a millisecond.
+const TURN: usize = 2;
+
+/// See the module.
+#[derive(Debug)]
+pub(super) struct Direction {
+    /// Goes first: read before the relay began.
+    opening: Vec<u8>,
+    state: State,
+    /// Writing failed, not reading.
+    pub(super) write_failed: bool,
+    pub(super) moved: u64,
+    counter: IntCounter,
+    /// Records a round: grows while the receiver takes all of them, so that one who does not keeps little here.
+    round: u8,
+    /// Since when the receiver has taken nothing of what waits for it, and how far it was then.
+    stalled: Option<(Instant, u64)>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum State {
+    /// The sender may still send.
+    Open,
+    /// The sender has finished; the receiver is yet to be told.
+    Ending,
+    Done,
+}
+
+impl Direction {
+    pub(super) fn new(opening: Vec<u8>, counter: IntCounter) -> Self {
+        Self { opening, state: State::Open, write_failed: false, moved: 0, counter, round: 1, stalled: None }
+    }
+
+    /// As after a rest.
+    pub(super) fn resumed(moved: u64, counter: IntCounter) -> Self {
+        Self { moved, ..Self::new(Vec::new(), counter) }
+    }
+
+    pub(super) fn is_open(&self) -> bool {
+        self.state == State::Open
+    }
+
+    pub(super) fn is_done(&self) -> bool {
+        self.state == State::Done
+    }
+
+    /// Since when the receiver has taken nothing, while something waits for it.
+    pub(super) fn stalled_since(&self) -> Option<Instant> {
+        self.stalled.map(|(since, _)| since)
+    }
+
+    /// Moves what there is. Ready when the direction is done.
+    ///
+    /// # Errors
+    /// The sender broke the rules of TLS.
+    pub(super) fn poll<S: Socket>(
+        &mut self,
+        context: &mut Context<'_>,
+        from: &mut Leg<S>,
+        to: &mut Leg<S>,
+    ) -> Poll<Result<(), Violation>> {
+        if self.is_done() {
+            return Poll::Ready(Ok(()));
+        }
+        let result = scratch::with(|scratch| self.poll_move(context, from, to, scratch));
+        self.watch(to);
+        match ready!(result) {
+            Ok(()) => {}
+            Err(Broken::Tls(violation)) => return Poll::Ready(Err(violation)),
+            Err(Broken::Socket(error)) => {
+                tracing::debug!(%error, "a relayed write failed");
+                self.write_failed = true;
+                to.discard_unsent();
+            }
+        }
+        self.state = State::Done;
+        Poll::Ready(Ok(()))
+    }
+
+    /// Ready when the direction is done; a socket's error is the receiver's.
+    fn poll_move<S: Socket>(
+        &mut self,
+        context: &mut Context<'_>,
+        from: &mut Leg<S>,
+        to: &mut Leg<S>,
+        scratch: &mut Scratch,
+    ) -> Poll<Result<(), Broken>> {
+        if !self.opening.is_empty() {
+            let opening = std::mem::take(&mut self.opening);
+            self.count(opening.len());
+            to.poll_send_bytes(context, scratch, &opening)?;
+        }
+        for _ in 0..TURN {
+            ready!(to.poll_flush(context))?;
+            if self.state == State::Ending {
+                return to.poll_finish(context).map_err(Broken::from);
+            }
+            match from.poll_receive(context, scratch, to.layout(), self.round.into()) {
+                Poll::Pending => return Poll::Pending,
+                // A broken connection and a TLS stream cut off without close_notify end like a closed one: whether
+                // mail was lost is for the protocol above to notice, and it does (literals carry their length).
+                Poll::Ready(Err(Broken::Socket(error))) => {
+                    tracing::debug!(%error, "a relayed read failed");
+                    self.state = State::Ending;
+                }
+                Poll::Ready(Err(violation)) => return Poll::Ready(Err(violation)),
+                Poll::Ready(Ok(Received::End)) => self.state = State::Ending,
+                Poll::Ready(Ok(received)) => {
+                    let (Received::InSlots(length) | Received::Opened(length)) = received else { continue };
+                    self.count(length);
+                    to.poll_send(context, scratch, received)?;
+                    self.round = match length {
+                        _ if to.has_unsent() => 1,
+                        length if length * 4 >= usize::from(self.round) * MAX_PLAINTEXT * 3 => {
+                            (self.round * 2).min(ROUND as u8)
+                        }
+                        _ => self.round,
+                    };
+                }
+            }
+        }
+        // There may be more: after the others.
+        context.waker().wake_by_ref();
+        Poll::Pending
+    }
+
+    fn count(&mut self, length: usize) {
+        self.moved += length as u64;
+        self.counter.inc_by(length as u64);
+    }
+
+    /// Notes whether the receiver gets on.
+    fn watch<S: Socket>(&mut self, to: &Leg<S>) {
+        self.stalled = match self.stalled {
+            _ if !to.has_unsent() => None,
+            Some((since, flushed)) if flushed == to.flushed() => Some((since, flushed)),
+            _ => Some((Instant::now(), to.flushed())),
+        };
+    }
+}

@@ -1,0 +1,276 @@
+//! Bytes both ways until both sides are done; nothing is parsed.
+//!
+//! A session that moves bytes is a task with a [`Relay`]. No buffer belongs to it: what a read brings lies in scratch
+//! memory of the worker thread and goes out at once, up to sixteen full records with one read and one write. Only what a slow peer
+//! does not take is kept, at most one round's worth, and as long as it is kept its source is not read: that is the
+//! backpressure. A session that has been silent for a while is not even a task: [`Relay::rest`] takes it down to two
+//! sockets and their keys, and [`Resting::wake`] makes it a relay again.
+//!
+//! A side that finishes is passed on as a half-close, and the other may go on talking for `half_close` after its last
+//! byte. A write that fails ends its own direction only, so that the last words of a server (`* BYE …`) still reach a
+//! client that is still sending. What breaks the rules of TLS ends the session with an alert. Called by `session`, after
+//! the login.
+
+mod direction;
+mod leg;
+mod scratch;
+
+use std::future::poll_fn;
+use std::io;
+use std::pin::pin;
+use std::task::{Context, Poll, ready};
+use std::time::Duration;
+
+use prometheus::IntCounter;
+use tokio::net::TcpStream;
+use tokio::time::{Instant, sleep_until};
+
+use self::direction::Direction;
+pub use self::leg::{Leg, RestingLeg, Socket};
+use crate::record_layer::Violation;
+
+/// When a relayed session is ended without either side asking for it.
+#[derive(Debug, Clone, Copy)]
+pub struct Limits {
+    /// No byte in either direction for this long; `None`: never.
+    pub idle: Option<Duration>,
+    /// No byte for this long after one side has finished.
+    pub half_close: Duration,
+    /// A side has taken nothing for this long while bytes wait for it.
+    pub stall: Duration,
+}
+
+/// Who ended a relayed session.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum End {
+    /// The client closed, or its connection broke.
+    Client,
+    /// The server closed, or its connection broke.
+    Server,
+    /// `limits.idle` passed in silence.
+    Idle,
+    /// The client took nothing for `limits.stall`.
+    ClientStalled,
+    /// The server took nothing for `limits.stall`.
+    ServerStalled,
+    /// The client broke the rules of TLS.
+    ClientTls(Violation),
+    /// The server broke the rules of TLS.
+    ServerTls(Violation),
+    /// The operator stops the process.
+    Drained,
+}
+
+impl End {
+    /// Text of the log record.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Client | Self::ClientStalled | Self::ClientTls(_) => "client",
+            Self::Server | Self::ServerStalled | Self::ServerTls(_) => "server",
+            Self::Idle => "idle",
+            Self::Drained => "drained",
+        }
+    }
+}
+
+/// How a run of the relay came to its end.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Outcome {
+    /// The session is over: [`Relay::close`].
+    Ended(End),
+    /// Nothing has moved for a while and nothing waits: [`Relay::rest`].
+    Quiet,
+}
+
+/// A relay between two connections.
+#[derive(Debug)]
+pub struct Relay<S> {
+    client: Leg<S>,
+    server: Leg<S>,
+    up: Direction,
+    down: Direction,
+    limits: Limits,
+    first_done: Option<End>,
+    last_byte: Instant,
+}
+
+/// What is already read when the relay begins, and where bytes are counted.
+#[derive(Debug)]
+pub struct Opening {
+    /// Bytes for the client, ahead of what the server sends from now on.
+    pub to_client: Vec<u8>,
+    /// Bytes for the server, ahead of what the client sends from now on.
+    pub to_server: Vec<u8>,
+    /// Counter of bytes to the client.
+    pub client_bytes: IntCounter,
+    /// Counter of bytes to the server.
+    pub server_bytes: IntCounter,
+}
+
+impl<S: Socket> Relay<S> {
+    /// Nothing moves before [`Relay::run`].
+    pub fn new(client: Leg<S>, server: Leg<S>, opening: Opening, limits: Limits) -> Self {
+        Self {
+            client,
+            server,
+            up: Direction::new(opening.to_server, opening.server_bytes),
+            down: Direction::new(opening.to_client, opening.client_bytes),
+            limits,
+            first_done: None,
+            last_byte: Instant::now(),
+        }
+    }
+
+    /// Moves bytes until both directions are done, a limit is reached, or nothing has moved for `rest_after`. Dropping
+    /// the future loses nothing: it may be called again.
+    pub async fn run(&mut self, rest_after: Option<Duration>) -> Outcome {
+        let mut timer = pin!(sleep_until(self.last_byte + Duration::from_secs(24 * 3600)));
+        let mut armed = false;
+        poll_fn(|context| {
+            if let Poll::Ready(end) = self.poll_bytes(context) {
+                return Poll::Ready(Outcome::Ended(end));
+            }
+            while let Some((due, outcome)) = self.due(rest_after) {
+                // Bytes move the time on, and the timer is left as it is until it fires.
+                if !armed || due < timer.deadline() {
+                    timer.as_mut().reset(due);
+                    armed = true;
+                }
+                ready!(timer.as_mut().poll(context));
+                if Instant::now() >= due {
+                    return Poll::Ready(outcome);
+                }
+                armed = false;
+            }
+            Poll::Pending
+        })
+        .await
+    }
+
+    /// Bytes to the client and to the server so far.
+    pub fn moved(&self) -> (u64, u64) {
+        (self.down.moved, self.up.moved)
+    }
+
+    /// Says goodbye to both, as long as they take it. The sockets close when the relay drops.
+    pub async fn close(&mut self) {
+        poll_fn(|context| {
+            // A peer that can be told nothing any more is told nothing.
+            let client = self.client.poll_finish(context).is_ready();
+            let server = self.server.poll_finish(context).is_ready();
+            if client && server { Poll::Ready(()) } else { Poll::Pending }
+        })
+        .await;
+    }
+
+    fn poll_bytes(&mut self, context: &mut Context<'_>) -> Poll<End> {
+        let before = self.moved();
+        loop {
+            if let Poll::Ready(result) = self.up.poll(context, &mut self.client, &mut self.server) {
+                if let Err(violation) = result {
+                    self.client.fail(violation);
+                    return Poll::Ready(End::ClientTls(violation));
+                }
+                self.first_done.get_or_insert(if self.up.write_failed { End::Server } else { End::Client });
+            }
+            if let Poll::Ready(result) = self.down.poll(context, &mut self.server, &mut self.client) {
+                if let Err(violation) = result {
+                    self.server.fail(violation);
+                    return Poll::Ready(End::ServerTls(violation));
+                }
+                self.first_done.get_or_insert(if self.down.write_failed { End::Client } else { End::Server });
+            }
+            // Reading from the server may have left something for it, an answer to a KeyUpdate: its own direction was
+            // polled before.
+            if !(self.server.has_unsent() && self.up.is_open() && self.up.stalled_since().is_none()) {
+                break;
+            }
+        }
+        if self.moved() != before {
+            self.last_byte = Instant::now();
+        }
+        match self.first_done {
+            Some(end) if self.up.is_done() && self.down.is_done() => Poll::Ready(end),
+            _ => Poll::Pending,
+        }
+    }
+
+    /// What happens next if no byte moves, and when.
+    fn due(&self, rest_after: Option<Duration>) -> Option<(Instant, Outcome)> {
+        let silence = match self.first_done {
+            Some(end) => Some((self.last_byte + self.limits.half_close, Outcome::Ended(end))),
+            None => self.limits.idle.map(|idle| (self.last_byte + idle, Outcome::Ended(End::Idle))),
+        };
+        let stalled = |direction: &Direction, end| {
+            let since = direction.stalled_since()?;
+            Some((since + self.limits.stall, Outcome::Ended(end)))
+        };
+        let rest = rest_after.filter(|_| self.can_rest()).map(|after| (self.last_byte + after, Outcome::Quiet));
+        let due = [silence, stalled(&self.down, End::ClientStalled), stalled(&self.up, End::ServerStalled), rest];
+        due.into_iter().flatten().min_by_key(|(at, _)| *at)
+    }
+
+    fn can_rest(&self) -> bool {
+        self.up.is_open() && self.down.is_open() && self.client.can_rest() && self.server.can_rest()
+    }
+}
+
+/// A silent session: two sockets, their keys, and what has moved.
+#[derive(Debug)]
+pub struct Resting {
+    /// Towards the client.
+    pub client: RestingLeg,
+    /// Towards the server.
+    pub server: RestingLeg,
+    last_byte: Instant,
+    to_client: u64,
+    to_server: u64,
+}
+
+impl Relay<TcpStream> {
+    /// After [`Outcome::Quiet`].
+    ///
+    /// # Errors
+    /// The system would not let go of a socket; the session is lost.
+    pub fn rest(self) -> io::Result<Resting> {
+        let (to_client, to_server) = self.moved();
+        Ok(Resting {
+            client: self.client.rest()?,
+            server: self.server.rest()?,
+            last_byte: self.last_byte,
+            to_client,
+            to_server,
+        })
+    }
+}
+
+impl Resting {
+    /// When `limits.idle` ends the session.
+    pub fn idle_until(&self, limits: &Limits) -> Option<Instant> {
+        limits.idle.map(|idle| self.last_byte + idle)
+    }
+
+    /// A relay again, on this runtime.
+    ///
+    /// # Errors
+    /// The system would not take a socket; the session is lost.
+    pub fn wake(
+        self,
+        limits: Limits,
+        client_bytes: IntCounter,
+        server_bytes: IntCounter,
+    ) -> io::Result<Relay<TcpStream>> {
+        Ok(Relay {
+            client: self.client.wake()?,
+            server: self.server.wake()?,
+            up: Direction::resumed(self.to_server, server_bytes),
+            down: Direction::resumed(self.to_client, client_bytes),
+            limits,
+            first_done: None,
+            last_byte: self.last_byte,
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests;

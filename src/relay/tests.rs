@@ -1,0 +1,124 @@
+//! The relay over pipes in memory, with time that stands still.
+
+use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream, duplex};
+use tokio::task::JoinHandle;
+
+use super::*;
+
+impl Socket for DuplexStream {
+    fn try_read_vectored(&self, _buffers: &mut [std::io::IoSliceMut<'_>]) -> io::Result<usize> {
+        Err(io::ErrorKind::WouldBlock.into())
+    }
+}
+
+const LIMITS: Limits = Limits { idle: None, half_close: Duration::from_secs(60), stall: Duration::from_secs(300) };
+
+struct Ends {
+    client: DuplexStream,
+    server: DuplexStream,
+    relay: JoinHandle<(Outcome, (u64, u64))>,
+}
+
+fn start(pipe: usize, limits: Limits, to_client: &[u8], to_server: &[u8]) -> Ends {
+    let (client, relay_client) = duplex(pipe);
+    let (server, relay_server) = duplex(pipe);
+    let counter = || IntCounter::new("bytes", "bytes").unwrap();
+    let opening = Opening {
+        to_client: to_client.to_vec(),
+        to_server: to_server.to_vec(),
+        client_bytes: counter(),
+        server_bytes: counter(),
+    };
+    let mut relay = Relay::new(Leg::plain(relay_client), Leg::plain(relay_server), opening, limits);
+    let relay = tokio::spawn(async move {
+        let outcome = relay.run(None).await;
+        (outcome, relay.moved())
+    });
+    Ends { client, server, relay }
+}
+
+#[tokio::test]
+async fn what_was_read_early_goes_first() {
+    let mut ends = start(64, LIMITS, b"a OK\r\n", b"b NOOP\r\n");
+    ends.client.write_all(b"c NOOP\r\n").await.unwrap();
+    ends.server.write_all(b"b OK\r\n").await.unwrap();
+    ends.client.shutdown().await.unwrap();
+    let (mut up, mut down) = (String::new(), String::new());
+    ends.server.read_to_string(&mut up).await.unwrap();
+    ends.server.shutdown().await.unwrap();
+    ends.client.read_to_string(&mut down).await.unwrap();
+    assert_eq!((up.as_str(), down.as_str()), ("b NOOP\r\nc NOOP\r\n", "a OK\r\nb OK\r\n"));
+    assert_eq!(ends.relay.await.unwrap(), (Outcome::Ended(End::Client), (12, 16)));
+}
+
+#[tokio::test]
+async fn a_megabyte_passes_through_a_narrow_pipe_unchanged() {
+    let mut ends = start(7, LIMITS, b"", b"");
+    let sent: Vec<u8> = (0..1_000_000_u32).map(|i| (i.wrapping_mul(2_654_435_761) >> 24) as u8).collect();
+    let expected = sent.clone();
+    let writer = tokio::spawn(async move {
+        ends.server.write_all(&sent).await.unwrap();
+        ends.server.shutdown().await.unwrap();
+        ends.server
+    });
+    let mut got = Vec::new();
+    ends.client.read_to_end(&mut got).await.unwrap();
+    assert!(got == expected, "bytes differ");
+    drop(ends.client);
+    drop(writer.await.unwrap());
+    assert_eq!(ends.relay.await.unwrap().0, Outcome::Ended(End::Server));
+}
+
+#[tokio::test]
+async fn a_side_that_does_not_read_stops_the_other() {
+    let mut ends = start(16, LIMITS, b"", b"");
+    let mut accepted = 0;
+    // Duplex (16) + one read kept (16) + duplex (16): more than that is never taken from the sender.
+    while let Ok(written) = tokio::time::timeout(Duration::from_millis(50), ends.server.write(&[b'x'; 16])).await {
+        accepted += written.unwrap();
+        assert!(accepted <= 48, "{accepted} bytes taken for a client that reads nothing");
+    }
+    let mut got = vec![0; accepted];
+    ends.client.read_exact(&mut got).await.unwrap();
+    ends.server.write_all(b"more").await.unwrap();
+}
+
+#[tokio::test]
+async fn last_words_of_a_server_reach_a_client_that_still_sends() {
+    let mut ends = start(1024, LIMITS, b"", b"");
+    ends.server.write_all(b"* BYE shutting down\r\n").await.unwrap();
+    drop(ends.server);
+    ends.client.write_all(b"a NOOP\r\n").await.unwrap();
+    let mut got = String::new();
+    ends.client.read_to_string(&mut got).await.unwrap();
+    assert_eq!(got, "* BYE shutting down\r\n");
+    assert_eq!(ends.relay.await.unwrap().0, Outcome::Ended(End::Server));
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_idle_limit_counts_from_the_last_byte() {
+    let limits = Limits { idle: Some(Duration::from_secs(1800)), ..LIMITS };
+    let mut ends = start(1024, limits, b"", b"");
+    let began = Instant::now();
+    tokio::time::sleep(Duration::from_secs(1700)).await;
+    ends.client.write_all(b"a NOOP\r\n").await.unwrap();
+    assert_eq!(ends.relay.await.unwrap().0, Outcome::Ended(End::Idle));
+    assert_eq!(began.elapsed().as_secs(), 3500);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_half_closed_session_that_falls_silent_ends() {
+    let mut ends = start(1024, LIMITS, b"", b"");
+    ends.client.shutdown().await.unwrap();
+    let began = Instant::now();
+    assert_eq!(ends.relay.await.unwrap().0, Outcome::Ended(End::Client));
+    assert_eq!(began.elapsed().as_secs(), 60);
+}
+
+#[tokio::test(start_paused = true)]
+async fn without_an_idle_limit_silence_lasts() {
+    let mut ends = start(1024, LIMITS, b"", b"");
+    tokio::time::sleep(Duration::from_secs(30 * 24 * 3600)).await;
+    ends.client.write_all(b"x").await.unwrap();
+    assert_eq!(ends.server.read_u8().await.unwrap(), b'x');
+}

@@ -1,0 +1,143 @@
+//! Takes an established connection from rustls: its secrets become a channel of the record layer.
+//!
+//! rustls hands over keys and sequence numbers; the traffic secrets behind them, which KeyUpdate needs, its key log tells
+//! during the handshake, to a [`Secrets`] that belongs to the one connection. Everything rustls has read is decrypted and
+//! carried along, and so is what it never saw, so that no byte is lost at the moment of the change. Called by `stream`.
+
+use std::io::{self, Read, Write};
+use std::sync::{Mutex, PoisonError};
+
+use tokio::io::AsyncWriteExt;
+use tokio_rustls::TlsStream;
+use tokio_rustls::rustls::{self, KeyLog, ProtocolVersion};
+use zeroize::Zeroizing;
+
+use super::records::Records;
+use crate::record_layer::{Channel, Keys, Role, Version};
+
+/// The traffic secrets of one connection (TLS 1.3), as its handshake told them.
+#[derive(Default)]
+pub struct Secrets(Mutex<Told>);
+
+#[derive(Default)]
+struct Told {
+    client: Zeroizing<Vec<u8>>,
+    server: Zeroizing<Vec<u8>>,
+}
+
+const CLIENT: &str = "CLIENT_TRAFFIC_SECRET_0";
+const SERVER: &str = "SERVER_TRAFFIC_SECRET_0";
+
+impl KeyLog for Secrets {
+    fn log(&self, label: &str, _client_random: &[u8], secret: &[u8]) {
+        let mut told = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        match label {
+            CLIENT => told.client = Zeroizing::new(secret.to_vec()),
+            SERVER => told.server = Zeroizing::new(secret.to_vec()),
+            _ => {}
+        }
+    }
+
+    fn will_log(&self, label: &str) -> bool {
+        matches!(label, CLIENT | SERVER)
+    }
+}
+
+impl std::fmt::Debug for Secrets {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Secrets")
+    }
+}
+
+/// A connection without rustls.
+#[derive(Debug)]
+pub struct Established<S> {
+    /// The socket, open both ways.
+    pub socket: S,
+    /// Seals and opens from here on.
+    pub channel: Channel,
+    /// Already decrypted, and read by nobody yet.
+    pub plaintext: Vec<u8>,
+    /// Already read from the socket, and not yet opened.
+    pub records: Vec<u8>,
+    /// The peer has said that it will send no more.
+    pub closed: bool,
+}
+
+/// Takes the connection over. What rustls still had to send is sent first.
+///
+/// # Errors
+/// The connection broke, or rustls found something wrong with it.
+pub async fn take_over<S>(mut stream: TlsStream<Records<S>>, secrets: &Secrets) -> io::Result<Established<S>>
+where
+    S: tokio::io::AsyncRead + tokio::io::AsyncWrite + Unpin,
+{
+    // An answer to a KeyUpdate waits in rustls for the next write; an empty one fetches it.
+    connection(&mut stream).writer().write_all(&[])?;
+    stream.flush().await?;
+    let (records, connection) = match stream {
+        TlsStream::Server(stream) => {
+            let (records, connection) = stream.into_inner();
+            (records, rustls::Connection::Server(connection))
+        }
+        TlsStream::Client(stream) => {
+            let (records, connection) = stream.into_inner();
+            (records, rustls::Connection::Client(connection))
+        }
+    };
+    debug_assert!(records.is_between_records());
+    let (plaintext, closed, channel) = extract(connection, secrets)?;
+    let (socket, records) = records.into_parts();
+    Ok(Established { socket, channel, plaintext, records, closed })
+}
+
+fn connection<S>(stream: &mut TlsStream<S>) -> Borrowed<'_> {
+    match stream {
+        TlsStream::Server(stream) => Borrowed::Server(stream.get_mut().1),
+        TlsStream::Client(stream) => Borrowed::Client(stream.get_mut().1),
+    }
+}
+
+/// Either side's connection, borrowed from its stream.
+enum Borrowed<'a> {
+    Server(&'a mut rustls::ServerConnection),
+    Client(&'a mut rustls::ClientConnection),
+}
+
+impl Borrowed<'_> {
+    fn writer(&mut self) -> rustls::Writer<'_> {
+        match self {
+            Self::Server(connection) => connection.writer(),
+            Self::Client(connection) => connection.writer(),
+        }
+    }
+}
+
+fn extract(mut connection: rustls::Connection, secrets: &Secrets) -> io::Result<(Vec<u8>, bool, Channel)> {
+    let mut plaintext = Vec::new();
+    let closed = match connection.reader().read_to_end(&mut plaintext) {
+        Ok(_) => true,
+        Err(error) if error.kind() == io::ErrorKind::WouldBlock => false,
+        // The stream ended without close_notify: an end all the same.
+        Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => true,
+        Err(error) => return Err(error),
+    };
+    let role = match &connection {
+        rustls::Connection::Client(_) => Role::Client,
+        rustls::Connection::Server(_) => Role::Server,
+    };
+    let version = match connection.protocol_version() {
+        Some(ProtocolVersion::TLSv1_3) => Version::Tls13,
+        _ => Version::Tls12,
+    };
+    let extracted = connection.dangerous_extract_secrets().map_err(io::Error::other)?;
+    let told = secrets.0.lock().unwrap_or_else(PoisonError::into_inner);
+    let (send, receive) = match role {
+        Role::Client => (&told.client, &told.server),
+        Role::Server => (&told.server, &told.client),
+    };
+    let unknown = || io::Error::other("a cipher the record layer does not know");
+    let receive = Keys::new(&extracted.rx.1, extracted.rx.0, receive).ok_or_else(unknown)?;
+    let send = Keys::new(&extracted.tx.1, extracted.tx.0, send).ok_or_else(unknown)?;
+    Ok((plaintext, closed, Channel::new(version, role, receive, send)))
+}

@@ -1,0 +1,181 @@
+//! A socket that gives rustls whole records, one at a time.
+//!
+//! rustls keeps what it has read of a record that is not complete, and gives it to nobody; a connection that shall be
+//! taken from it at any moment must therefore never have handed it half a record. So the reading is done here, into a
+//! buffer of ours: a record goes out when all of it is there, and the next one in a call of its own. What is left when
+//! the connection is handed over, whole records and the beginning of one, is [`Records::into_parts`]. Bytes that are no
+//! record pass as they are: rustls knows what to say of them.
+
+use std::io;
+use std::pin::Pin;
+use std::task::{Context, Poll, ready};
+
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+
+use crate::record_layer::record_length;
+
+/// One read of the socket: a handshake message, a login or a reply fits.
+const READ: usize = 4096;
+
+/// See the module.
+#[derive(Debug)]
+pub struct Records<S> {
+    socket: S,
+    /// Read from the socket, and not yet given to rustls from `start`.
+    buffer: Vec<u8>,
+    start: usize,
+    /// So much of the record at `start` is still to be given, known to be there.
+    releasing: usize,
+}
+
+impl<S> Records<S> {
+    /// Nothing is read yet.
+    pub fn new(socket: S) -> Self {
+        Self { socket, buffer: Vec::new(), start: 0, releasing: 0 }
+    }
+
+    /// The socket itself.
+    pub fn socket(&self) -> &S {
+        &self.socket
+    }
+
+    /// The socket, and what was read from it that rustls never saw.
+    pub fn into_parts(mut self) -> (S, Vec<u8>) {
+        self.buffer.drain(..self.start);
+        (self.socket, self.buffer)
+    }
+
+    /// Whether rustls was given all of the records it was given any of.
+    pub fn is_between_records(&self) -> bool {
+        self.releasing == 0
+    }
+
+    /// Bytes that rustls may have now: up to the end of the first record, if all of it is there.
+    fn available(&mut self) -> usize {
+        if self.releasing == 0 {
+            let buffered = &self.buffer[self.start..];
+            self.releasing = match record_length(buffered) {
+                Ok(Some(length)) if length <= buffered.len() => length,
+                Ok(_) => 0,
+                Err(_) => buffered.len(),
+            };
+        }
+        self.releasing
+    }
+
+    fn release(&mut self, to: &mut ReadBuf<'_>) {
+        let given = self.releasing.min(to.remaining());
+        to.put_slice(&self.buffer[self.start..self.start + given]);
+        self.start += given;
+        self.releasing -= given;
+        if self.start == self.buffer.len() {
+            self.buffer.clear();
+            self.start = 0;
+        }
+    }
+}
+
+impl<S: AsyncRead + Unpin> Records<S> {
+    /// Reads once. Ready with `false` at the end of the stream.
+    fn poll_fill(&mut self, context: &mut Context<'_>) -> Poll<io::Result<bool>> {
+        self.buffer.drain(..self.start);
+        self.start = 0;
+        let length = self.buffer.len();
+        self.buffer.resize(length + READ, 0);
+        let mut space = ReadBuf::new(&mut self.buffer[length..]);
+        let result = Pin::new(&mut self.socket).poll_read(context, &mut space);
+        let read = space.filled().len();
+        self.buffer.truncate(length + read);
+        ready!(result)?;
+        Poll::Ready(Ok(read > 0))
+    }
+}
+
+impl<S: AsyncRead + Unpin> AsyncRead for Records<S> {
+    fn poll_read(mut self: Pin<&mut Self>, context: &mut Context<'_>, to: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        while self.available() == 0 {
+            if !ready!(self.poll_fill(context))? {
+                // An end inside a record: rustls sees the stream end, and the session with it.
+                return Poll::Ready(Ok(()));
+            }
+        }
+        self.release(to);
+        Poll::Ready(Ok(()))
+    }
+}
+
+impl<S: AsyncWrite + Unpin> AsyncWrite for Records<S> {
+    fn poll_write(mut self: Pin<&mut Self>, context: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.socket).poll_write(context, bytes)
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        bytes: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.socket).poll_write_vectored(context, bytes)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.socket.is_write_vectored()
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.socket).poll_flush(context)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.socket).poll_shutdown(context)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::io::{AsyncReadExt, AsyncWriteExt, duplex};
+
+    use super::*;
+
+    #[tokio::test]
+    async fn only_whole_records_pass_and_one_at_a_time() {
+        let stream = [&[22, 3, 1, 0, 3][..], b"abc", &[23, 3, 3, 0, 2], b"de", &[23, 3, 3, 0, 9], b"fg"].concat();
+        for cut in 0..=stream.len() {
+            let (mut peer, socket) = duplex(64);
+            let mut records = Records::new(socket);
+            peer.write_all(&stream[..cut]).await.unwrap();
+            let mut got = Vec::new();
+            for length in [8, 7] {
+                if got.len() + length > cut {
+                    break;
+                }
+                // A reader with little room gets a record in pieces, and never a piece of an incomplete one.
+                let mut piece = [0; 5];
+                let mut left = length;
+                while left > 0 {
+                    let read = records.read(&mut piece).await.unwrap();
+                    assert!(read <= left, "{read} bytes, of a record with {left} left");
+                    got.extend_from_slice(&piece[..read]);
+                    left -= read;
+                }
+                assert!(records.is_between_records());
+            }
+            peer.write_all(&stream[cut..]).await.unwrap();
+            drop(peer);
+            let rest = stream.len() - got.len();
+            let (mut socket, mut buffered) = records.into_parts();
+            socket.read_to_end(&mut buffered).await.unwrap();
+            assert_eq!(buffered, stream[got.len()..]);
+            assert_eq!(buffered.len(), rest);
+        }
+    }
+
+    #[tokio::test]
+    async fn what_is_no_record_passes_as_it_is() {
+        let (mut peer, socket) = duplex(64);
+        peer.write_all(b"a1 LOGIN u p\r\n").await.unwrap();
+        drop(peer);
+        let mut got = Vec::new();
+        Records::new(socket).read_to_end(&mut got).await.unwrap();
+        assert_eq!(got, b"a1 LOGIN u p\r\n");
+    }
+}
