@@ -225,23 +225,26 @@ class Middleman:
     """Between a TLS client and a TLS server: passes records on, and alters one, once it is told to.
 
     `alter` gets the next application data record of the client, or of the server, and answers with the bytes that go on in its
-    place; `None` cuts the connection there.
+    place; with `last`, this direction ends behind them. Where the client is connected already, it is `accepted`.
     """
 
-    def __init__(self, port, alter, of_server=False):
+    def __init__(self, port, alter, of_server=False, last=False, accepted=None):
         self.listener = socket.create_server(("127.0.0.1", 0))
         self.listener.settimeout(PATIENCE)
         self.port = self.listener.getsockname()[1]
         self.server_port = port
         self.alter = alter
         self.of_server = of_server
+        self.last = last
+        self.accepted = accepted
         self.armed = threading.Event()
         self.altered = threading.Event()
         self.sockets = []
         threading.Thread(target=self._accept, daemon=True).start()
 
     def _accept(self):
-        client, _ = self.listener.accept()
+        client = self.accepted or self.listener.accept()[0]
+        client.setblocking(True)
         server = socket.create_connection(("127.0.0.1", self.server_port))
         self.sockets = [client, server]
         altered, other = (server, client) if self.of_server else (client, server)
@@ -255,10 +258,11 @@ class Middleman:
                 record = header + records.read(int.from_bytes(header[3:5], "big"))
                 if self.armed.is_set() and record[0] == 23 and not self.altered.is_set():
                     self.altered.set()
-                    record = self.alter(record)
-                    if record is None:
+                    sink.sendall(self.alter(record))
+                    if self.last:
                         break
-                sink.sendall(record)
+                else:
+                    sink.sendall(record)
             sink.shutdown(socket.SHUT_WR)
         except OSError:
             pass
