@@ -59,3 +59,4 @@ pub mod shutdown;
 pub mod stream;
 pub mod tls;
 pub mod waiting;
+pub mod workers;

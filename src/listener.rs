@@ -34,6 +34,48 @@ pub struct Listener {
     tls: ListenerTls,
 }
 
+/// Binds one socket for each worker. `[::]` also takes IPv4, unless `others` hold an IPv4 listener on the same port.
+///
+/// # Errors
+/// What the system says: in use, not permitted, no such address.
+pub fn bind(
+    listener: &config::Listener,
+    others: &[config::Listener],
+    workers: usize,
+) -> io::Result<Vec<std::net::TcpListener>> {
+    let only_v6 = match listener.address {
+        SocketAddr::V6(v6) => !takes_ipv4(v6, others),
+        SocketAddr::V4(_) => false,
+    };
+    // Sockets that share a port would share it with another process of ours too, and clients with it: so the first
+    // look is without sharing.
+    let mut first = socket(listener.address, only_v6, false)?;
+    if workers > 1 {
+        drop(first);
+        first = socket(listener.address, only_v6, true)?;
+    }
+    let address = first.local_addr()?;
+    let mut sockets = vec![first];
+    for _ in 1..workers {
+        sockets.push(socket(address, only_v6, true)?);
+    }
+    Ok(sockets)
+}
+
+fn socket(address: SocketAddr, only_v6: bool, share: bool) -> io::Result<std::net::TcpListener> {
+    let socket = Socket::new(Domain::for_address(address), Type::STREAM.nonblocking(), Some(Protocol::TCP))?;
+    if address.is_ipv6() {
+        socket.set_only_v6(only_v6)?;
+    }
+    socket.set_reuse_address(true)?;
+    socket.set_reuse_port(share)?;
+    // Inherited by what is accepted.
+    socket.set_tcp_nodelay(true)?;
+    socket.bind(&address.into())?;
+    socket.listen(BACKLOG)?;
+    Ok(socket.into())
+}
+
 /// What all listeners share.
 #[derive(Clone)]
 pub struct House {
@@ -48,22 +90,13 @@ pub struct House {
 }
 
 impl Listener {
-    /// Binds. `[::]` also takes IPv4, unless `others` hold an IPv4 listener on the same port.
+    /// The listener of one worker, on its runtime.
     ///
     /// # Errors
-    /// What the system says: in use, not permitted, no such address.
-    pub fn bind(index: usize, listener: &config::Listener, others: &[config::Listener]) -> io::Result<Self> {
-        let address = listener.address;
-        let socket = Socket::new(Domain::for_address(address), Type::STREAM.nonblocking(), Some(Protocol::TCP))?;
-        if let SocketAddr::V6(v6) = address {
-            socket.set_only_v6(!takes_ipv4(v6, others))?;
-        }
-        socket.set_reuse_address(true)?;
-        socket.bind(&address.into())?;
-        socket.listen(BACKLOG)?;
-        let socket = TcpListener::from_std(socket.into())?;
+    /// The system has no room to register it.
+    pub fn new(index: usize, tls: ListenerTls, socket: std::net::TcpListener) -> io::Result<Self> {
         let address = socket.local_addr()?;
-        Ok(Self { socket, address, index, tls: listener.tls })
+        Ok(Self { socket: TcpListener::from_std(socket)?, address, index, tls })
     }
 
     /// The address as bound: port 0 has become a real one.

@@ -48,7 +48,7 @@ fn dispatch(command: Command) -> anyhow::Result<ExitCode> {
 }
 
 fn runtime() -> anyhow::Result<tokio::runtime::Runtime> {
-    tokio::runtime::Builder::new_multi_thread().enable_all().build().context("no runtime")
+    tokio::runtime::Builder::new_current_thread().enable_all().build().context("no runtime")
 }
 
 async fn run(file: &Path) -> anyhow::Result<ExitCode> {

@@ -3,7 +3,8 @@
 //! [`Live`] is what a session needs, as one immutable value; each session keeps the one it began with. Called by `main`
 //! (`run`, `check`, `route`), by the demo and by the tests.
 
-use std::net::SocketAddr;
+use std::io;
+use std::net::{SocketAddr, TcpListener};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -14,13 +15,14 @@ use tokio_util::task::TaskTracker;
 
 use crate::admin::Admin;
 use crate::backend::{Backends, OwnAddresses};
-use crate::config::{Config, Limits, Report};
-use crate::listener::{House, Listener};
+use crate::config::{self, Config, Limits, Report};
+use crate::listener::{self, House, Listener};
 use crate::metrics::{Metrics, Names};
 use crate::route::{self, Router};
 use crate::session::Room;
 use crate::shutdown::Drain;
 use crate::tls::server::ServerTls;
+use crate::workers::Worker;
 
 /// Everything a session asks or uses.
 pub struct Live {
@@ -78,11 +80,11 @@ pub struct Running {
 /// A [`Report`] of the configuration's problems, or an address that cannot be bound.
 pub async fn start(config: Config) -> anyhow::Result<Running> {
     let live = Arc::new(Live::build(&config)?);
-    let mut listeners = Vec::new();
-    for (index, listener) in config.listeners.iter().enumerate() {
-        let bound = Listener::bind(index, listener, &config.listeners)
+    let mut sockets = Vec::new();
+    for listener in &config.listeners {
+        let bound = listener::bind(listener, &config.listeners, config.limits.workers)
             .with_context(|| format!("{} cannot be bound ({})", listener.address, listener.place.key))?;
-        listeners.push(bound);
+        sockets.push(bound);
     }
     let drain = Drain::default();
     let background = TaskTracker::new();
@@ -95,28 +97,26 @@ pub async fn start(config: Config) -> anyhow::Result<Running> {
                 .with_context(|| format!("{address} cannot be bound (admin.address)"))?,
         ),
     };
-    let addresses: Vec<SocketAddr> = listeners.iter().map(Listener::address).collect();
+    let addresses = sockets.iter().map(|of_listener| of_listener[0].local_addr()).collect::<io::Result<Vec<_>>>()?;
     live.backends.start(&OwnAddresses::new(addresses.clone()), &background, &stop_background);
     live.router.publish(&live.metrics);
     if let Some(tls) = &live.tls {
         tls.publish(&live.metrics);
     }
-    let room = Arc::new(Room::new(live.metrics.silent_sessions()).context("silent sessions cannot be watched")?);
-    let (waiting, over, stop) = (room.clone(), drain.over().clone(), stop_background.clone());
-    background.spawn(async move {
-        let closing = async {
-            tokio::select! {
-                () = over.cancelled() => {}
-                () = stop.cancelled() => {}
-            }
-        };
-        waiting.run(closing).await;
-    });
-    let permits = Arc::new(Semaphore::new(config.limits.sessions));
-    let house = House { live: live.clone(), permits, drain: drain.clone(), room };
-    for (listener, configured) in listeners.into_iter().zip(&config.listeners) {
-        tracing::info!(address = %listener.address(), tls = ?configured.tls, "listening");
-        background.spawn(listener.run(house.clone()));
+    for (address, configured) in addresses.iter().zip(&config.listeners) {
+        tracing::info!(%address, tls = ?configured.tls, "listening");
+    }
+    let starting = Starting {
+        live: live.clone(),
+        permits: Arc::new(Semaphore::new(config.limits.sessions)),
+        drain: drain.clone(),
+        stop: stop_background.clone(),
+        background: background.clone(),
+    };
+    for _ in 0..config.limits.workers {
+        // One socket of each listener.
+        let mine = sockets.iter_mut().filter_map(Vec::pop).zip(&config.listeners).collect();
+        starting.worker(mine).context("a worker could not be started")?;
     }
     let admin_address = admin.as_ref().map(Admin::address);
     if let Some(admin) = admin {
@@ -124,6 +124,50 @@ pub async fn start(config: Config) -> anyhow::Result<Running> {
         background.spawn(admin.run(stop_background.clone()));
     }
     Ok(Running { listeners: addresses, admin: admin_address, live, drain, background, stop_background })
+}
+
+/// What workers are made of.
+struct Starting {
+    live: Arc<Live>,
+    permits: Arc<Semaphore>,
+    drain: Drain,
+    stop: CancellationToken,
+    background: TaskTracker,
+}
+
+impl Starting {
+    /// Starts a worker that accepts from `sockets`, and ends when all is stopped.
+    fn worker(&self, sockets: Vec<(TcpListener, &config::Listener)>) -> io::Result<()> {
+        let worker = Worker::new()?;
+        let guard = worker.enter();
+        let house = House {
+            live: self.live.clone(),
+            permits: self.permits.clone(),
+            drain: self.drain.clone(),
+            room: Arc::new(Room::new(self.live.metrics.silent_sessions())?),
+        };
+        let listeners = sockets.into_iter().enumerate();
+        let listeners: Vec<Listener> = listeners
+            .map(|(index, (socket, configured))| Listener::new(index, configured.tls, socket))
+            .collect::<io::Result<_>>()?;
+        drop(guard);
+        let (over, stop, running) = (self.drain.over().clone(), self.stop.clone(), self.background.token());
+        worker.start(async move {
+            for listener in listeners {
+                tokio::spawn(listener.run(house.clone()));
+            }
+            let closing = async {
+                tokio::select! {
+                    () = over.cancelled() => {}
+                    () = stop.cancelled() => {}
+                }
+            };
+            house.room.run(closing).await;
+            // Those let out end on this thread, and the stop waits for them.
+            stop.cancelled().await;
+            drop(running);
+        })
+    }
 }
 
 impl Running {

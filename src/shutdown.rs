@@ -6,6 +6,7 @@
 
 use std::future::Future;
 use std::io;
+use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::signal::unix::{Signal, SignalKind, signal};
@@ -15,7 +16,10 @@ use tokio_util::task::task_tracker::TaskTrackerToken;
 
 /// The state of a drain, shared by everything that must stop.
 #[derive(Debug, Clone, Default)]
-pub struct Drain {
+pub struct Drain(Arc<Edges>);
+
+#[derive(Debug, Default)]
+struct Edges {
     begun: CancellationToken,
     over: CancellationToken,
     sessions: TaskTracker,
@@ -24,42 +28,42 @@ pub struct Drain {
 impl Drain {
     /// Runs a session that the drain waits for.
     pub fn spawn(&self, session: impl Future<Output = ()> + Send + 'static) {
-        self.sessions.spawn(session);
+        self.0.sessions.spawn(session);
     }
 
     /// A session that the drain waits for as long as this is held, whichever task it is in.
     pub fn count(&self) -> TaskTrackerToken {
-        self.sessions.token()
+        self.0.sessions.token()
     }
 
     /// The first edge: no new sessions, no new logins.
     pub fn begun(&self) -> &CancellationToken {
-        &self.begun
+        &self.0.begun
     }
 
     /// The second edge: the grace time is over.
     pub fn over(&self) -> &CancellationToken {
-        &self.over
+        &self.0.over
     }
 
     /// Sessions under way.
     pub fn open_sessions(&self) -> usize {
-        self.sessions.len()
+        self.0.sessions.len()
     }
 
     /// Drains: begins, waits up to `grace` or until `hurry` for sessions to end by themselves, then ends the rest.
     /// Returns how many had to be ended.
     pub async fn run(&self, grace: Duration, hurry: impl Future<Output = ()>) -> usize {
-        self.begun.cancel();
-        self.sessions.close();
+        self.0.begun.cancel();
+        self.0.sessions.close();
         tokio::select! {
-            () = self.sessions.wait() => return 0,
+            () = self.0.sessions.wait() => return 0,
             () = tokio::time::sleep(grace) => {}
             () = hurry => {}
         }
-        let forced = self.sessions.len();
-        self.over.cancel();
-        self.sessions.wait().await;
+        let forced = self.0.sessions.len();
+        self.0.over.cancel();
+        self.0.sessions.wait().await;
         forced
     }
 }

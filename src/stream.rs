@@ -1,10 +1,10 @@
 //! One connection before its login is done, plain or encrypted, to a client or to a server.
 //!
-//! The rest of the code reads and writes without knowing which it is. This room sets the socket options that every
-//! connection has and starts no handshake (`tls` does). When the login is done, [`Stream::into_leg`] makes it one side of
+//! The rest of the code reads and writes without knowing which it is. This room starts no handshake (`tls` does). When the login is done, [`Stream::into_leg`] makes it one side of
 //! a relay. Called by `session` and `backend::connect`.
 
 use std::io;
+use std::os::fd::AsFd;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
@@ -74,20 +74,14 @@ pub struct TlsFacts {
     pub server_name: Option<Box<str>>,
 }
 
-/// Options of every connection: no Nagle delay, keepalive probes after `keepalive` of silence (three, a quarter of that apart).
+/// Probes after `time` of silence, three, a quarter of that apart: so that a session whose peer is gone is noticed to be
+/// dead.
 ///
-/// Failures are logged and otherwise ignored: a connection without keepalive still carries mail.
-pub fn set_options(socket: &TcpStream, keepalive: Option<Duration>) {
-    let options = || -> io::Result<()> {
-        socket.set_nodelay(true)?;
-        if let Some(time) = keepalive {
-            let probes = TcpKeepalive::new().with_time(time).with_interval(time / 4).with_retries(3);
-            SockRef::from(socket).set_tcp_keepalive(&probes)?;
-        }
-        Ok(())
-    };
-    if let Err(error) = options() {
-        tracing::debug!(%error, "socket options not set");
+/// A failure is logged and otherwise ignored: a connection without keepalive still carries mail.
+pub fn keep_alive(socket: impl AsFd, time: Duration) {
+    let probes = TcpKeepalive::new().with_time(time).with_interval(time / 4).with_retries(3);
+    if let Err(error) = SockRef::from(&socket).set_tcp_keepalive(&probes) {
+        tracing::debug!(%error, "no keepalive");
     }
 }
 

@@ -22,7 +22,7 @@ use crate::imap::backend_login::{Attempt, BackendLogin, ServerFault, ServerStep}
 use crate::imap::client_id::ClientId;
 use crate::imap::tag::Tag;
 use crate::relay::Leg;
-use crate::stream::{self, Encrypted, Stream};
+use crate::stream::{Encrypted, Stream};
 use crate::tls::handover::Secrets;
 
 /// One read from a server before login: its lines are short.
@@ -170,7 +170,8 @@ async fn reach(
         let share = left / u32::try_from(addresses.len() - tried).unwrap_or(u32::MAX);
         match time::timeout(share, TcpStream::connect(address)).await {
             Ok(Ok(socket)) => {
-                stream::set_options(&socket, request.limits.keepalive);
+                // Where it fails, replies are late and not lost.
+                let _ = socket.set_nodelay(true);
                 return Ok((open(backend, server, request, socket, deadline).await?, *address));
             }
             Ok(Err(error)) => fault = Fault::of_server(Reason::Connect, format!("{address}: {error}")),

@@ -97,7 +97,7 @@ impl Backends {
 #[derive(Debug)]
 pub struct Backend {
     /// As configured.
-    pub name: String,
+    pub name: Arc<str>,
     /// Its place in the configuration.
     pub id: BackendId,
     /// TLS towards the servers, and how it begins.
@@ -142,7 +142,7 @@ impl Backend {
         }
         groups.push(Group::fixed(fixed));
         Ok(Self {
-            name: backend.name.clone(),
+            name: backend.name.as_str().into(),
             id,
             tls,
             mode: backend.tls.mode,
@@ -226,7 +226,7 @@ impl Group {
 #[derive(Debug)]
 pub struct Server {
     /// As configured, or `target:port` of an SRV record: the label of metrics and logs.
-    pub name: String,
+    pub name: Arc<str>,
     host: Host,
     port: u16,
     weight: u32,
@@ -254,6 +254,7 @@ impl Server {
             Host::Name(_) => None,
         };
         let addresses = watch::Sender::new(addresses);
+        let name = name.into();
         Self { name, host, port, weight, priority, tls_name, addresses, health: Mutex::default(), metrics }
     }
 

@@ -179,6 +179,7 @@ pub(super) struct LimitsMap {
     pub(super) drain: Option<Span>,
     pub(super) keepalive: Option<Span>,
     pub(super) sessions: Option<i64>,
+    pub(super) workers: Option<i64>,
     pub(super) untagged_lines: Option<i64>,
     pub(super) untagged_bytes: Option<Size>,
 }

@@ -45,8 +45,10 @@ pub(super) fn limits(reader: &mut Reader<'_>, written: &LimitsMap) -> Limits {
     limits.failed_logins =
         number(reader, "limits.failed_logins", written.failed_logins, limits.failed_logins, 1..=1000);
     let sessions = number(reader, "limits.sessions", written.sessions, 100_000, 1..=10_000_000);
+    let workers = number(reader, "limits.workers", written.workers, limits.workers as u32, 1..=1024);
     let lines = number(reader, "limits.untagged_lines", written.untagged_lines, 64, 1..=100_000);
-    (limits.sessions, limits.untagged_lines) = (sessions as usize, lines as usize);
+    (limits.sessions, limits.workers) = (sessions as usize, workers as usize);
+    limits.untagged_lines = lines as usize;
     limits
 }
 

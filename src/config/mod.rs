@@ -243,6 +243,8 @@ pub struct Limits {
     pub keepalive: Option<Duration>,
     /// Open client connections, logged in or not. Default 100,000.
     pub sessions: usize,
+    /// Threads that serve sessions. Default: one a core.
+    pub workers: usize,
     /// Lines a server may send ahead of its answer to a login. Default 64.
     pub untagged_lines: usize,
     /// Bytes of those. Default 64 KiB.
@@ -267,6 +269,7 @@ impl Default for Limits {
             drain: Duration::from_secs(60),
             keepalive: Some(Duration::from_secs(120)),
             sessions: 100_000,
+            workers: std::thread::available_parallelism().map_or(1, usize::from),
             untagged_lines: 64,
             untagged_bytes: 64 * 1024,
         }

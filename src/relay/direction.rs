@@ -12,6 +12,9 @@ use crate::record_layer::{MAX_PLAINTEXT, Violation};
 /// Rounds before other sessions of the worker get their turn: at most 512 KiB, a quarter of a millisecond.
 const TURN: usize = 2;
 
+/// Less than this is conversation, not transfer.
+const LINE: usize = 4096;
+
 /// See the module.
 #[derive(Debug)]
 pub(super) struct Direction {
@@ -117,11 +120,15 @@ impl Direction {
                 Poll::Ready(Err(violation)) => return Poll::Ready(Err(violation)),
                 Poll::Ready(Ok(Received::End)) => self.state = State::Ending,
                 Poll::Ready(Ok(received)) => {
-                    let (Received::InSlots(length) | Received::Opened(length)) = received else { continue };
+                    let (Received::InSlots(length) | Received::Opened(length) | Received::InPipe(length)) = received
+                    else {
+                        continue;
+                    };
                     self.count(length);
                     to.poll_send(context, scratch, received)?;
                     self.round = match length {
                         _ if to.has_unsent() => 1,
+                        ..LINE => 1,
                         length if length * 4 >= usize::from(self.round) * MAX_PLAINTEXT * 3 => {
                             (self.round * 2).min(ROUND as u8)
                         }

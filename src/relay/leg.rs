@@ -10,9 +10,10 @@ use std::pin::Pin;
 use std::task::{Context, Poll, ready};
 
 use thiserror::Error;
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::io::{AsyncRead, AsyncWrite, Interest, ReadBuf};
 use tokio::net::TcpStream;
 
+use super::pipe::Pipe;
 use super::scratch::{ROUND, Scratch, stride};
 use crate::record_layer::{
     AlertCode, Channel, Dormant, HEADER, Layout, MAX_PLAINTEXT, Opened, Violation, record_length,
@@ -28,11 +29,31 @@ pub trait Socket: AsyncRead + AsyncWrite + Unpin {
     /// # Errors
     /// `WouldBlock`: nothing is.
     fn try_read_vectored(&self, buffers: &mut [IoSliceMut<'_>]) -> io::Result<usize>;
+
+    /// Moves what is there already into the pipe; 0 is the end of the stream.
+    ///
+    /// # Errors
+    /// `WouldBlock`: nothing is. Any other: this cannot be done with this socket.
+    fn try_fill(&self, pipe: &Pipe) -> io::Result<usize>;
+
+    /// Moves bytes of the pipe out.
+    ///
+    /// # Errors
+    /// `WouldBlock`: the peer takes none now.
+    fn try_empty(&self, pipe: &Pipe, length: usize) -> io::Result<usize>;
 }
 
 impl Socket for TcpStream {
     fn try_read_vectored(&self, buffers: &mut [IoSliceMut<'_>]) -> io::Result<usize> {
         self.try_read_vectored(buffers)
+    }
+
+    fn try_fill(&self, pipe: &Pipe) -> io::Result<usize> {
+        self.try_io(Interest::READABLE, || pipe.fill(self))
+    }
+
+    fn try_empty(&self, pipe: &Pipe, length: usize) -> io::Result<usize> {
+        self.try_io(Interest::WRITABLE, || pipe.empty(self, length))
     }
 }
 
@@ -56,6 +77,8 @@ pub(super) enum Received {
     InSlots(usize),
     /// So much plaintext, at the places in `Scratch::opened`.
     Opened(usize),
+    /// So much plaintext, in `Scratch::pipe`: only between plain sockets.
+    InPipe(usize),
 }
 
 /// See the module.
@@ -175,6 +198,11 @@ impl<S: Socket> Leg<S> {
         round: usize,
     ) -> Poll<Result<Received, Broken>> {
         if layout == Layout::default() {
+            if round == ROUND
+                && let Some(filled) = self.fill_pipe(scratch)
+            {
+                return Poll::Ready(Ok(if filled == 0 { Received::End } else { Received::InPipe(filled) }));
+            }
             let read = ready!(self.poll_read(context, &mut scratch.outbound[..round * MAX_PLAINTEXT]))?;
             return Poll::Ready(Ok(if read == 0 { Received::End } else { Received::InSlots(read) }));
         }
@@ -188,6 +216,14 @@ impl<S: Socket> Leg<S> {
             read += self.socket.try_read_vectored(&mut scratch.further_slots(layout)[..round - 1]).unwrap_or(0);
         }
         Poll::Ready(Ok(Received::InSlots(read)))
+    }
+
+    /// `None`: nothing is there, or it must be read in the ordinary way.
+    fn fill_pipe(&self, scratch: &mut Scratch) -> Option<usize> {
+        if scratch.pipe.is_none() {
+            scratch.pipe = Pipe::new().ok();
+        }
+        self.socket.try_fill(scratch.pipe.as_ref()?).ok()
     }
 
     fn poll_receive_tls(
@@ -266,6 +302,7 @@ impl<S: Socket> Leg<S> {
         let layout = self.layout();
         let length = match received {
             Received::End => return Ok(()),
+            Received::InPipe(length) => return self.send_pipe(scratch, length),
             Received::Opened(_) if self.tls.is_none() && scratch.opened.len() <= PIECES => {
                 return self.poll_write_pieces(context, scratch);
             }
@@ -288,6 +325,26 @@ impl<S: Socket> Leg<S> {
             }
         };
         self.poll_write(context, &scratch.outbound[..sealed])
+    }
+
+    /// Sends what is in the pipe; what the peer does not take comes out of it.
+    fn send_pipe(&mut self, scratch: &mut Scratch, length: usize) -> Result<(), Broken> {
+        let Some(pipe) = scratch.pipe.take() else { return Ok(()) };
+        let mut left = length;
+        while left > 0 {
+            match self.socket.try_empty(&pipe, left) {
+                Ok(moved) if moved > 0 => left -= moved,
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    pipe.take(left, &mut self.unsent)?;
+                    break;
+                }
+                Ok(_) => return Err(io::Error::from(io::ErrorKind::WriteZero).into()),
+                Err(error) => return Err(error.into()),
+            }
+        }
+        // After an error it is not put back: the next transfer makes a new, empty one.
+        scratch.pipe = Some(pipe);
+        Ok(())
     }
 
     /// Sends `plaintext`, in the order of all that is sent.

@@ -13,6 +13,7 @@
 
 mod direction;
 mod leg;
+mod pipe;
 mod scratch;
 
 use std::future::poll_fn;
@@ -27,6 +28,7 @@ use tokio::time::{Instant, sleep_until};
 
 use self::direction::Direction;
 pub use self::leg::{Leg, RestingLeg, Socket};
+pub use self::pipe::Pipe;
 use crate::record_layer::Violation;
 
 /// When a relayed session is ended without either side asking for it.
@@ -61,18 +63,6 @@ pub enum End {
     Drained,
 }
 
-impl End {
-    /// Text of the log record.
-    pub fn as_str(self) -> &'static str {
-        match self {
-            Self::Client | Self::ClientStalled | Self::ClientTls(_) => "client",
-            Self::Server | Self::ServerStalled | Self::ServerTls(_) => "server",
-            Self::Idle => "idle",
-            Self::Drained => "drained",
-        }
-    }
-}
-
 /// How a run of the relay came to its end.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Outcome {
@@ -92,6 +82,8 @@ pub struct Relay<S> {
     limits: Limits,
     first_done: Option<End>,
     last_byte: Instant,
+    /// When the relay began, or woke: sockets that were just registered have not told yet what they have.
+    begun: Instant,
 }
 
 /// What is already read when the relay begins, and where bytes are counted.
@@ -118,6 +110,7 @@ impl<S: Socket> Relay<S> {
             limits,
             first_done: None,
             last_byte: Instant::now(),
+            begun: Instant::now(),
         }
     }
 
@@ -205,7 +198,8 @@ impl<S: Socket> Relay<S> {
             let since = direction.stalled_since()?;
             Some((since + self.limits.stall, Outcome::Ended(end)))
         };
-        let rest = rest_after.filter(|_| self.can_rest()).map(|after| (self.last_byte + after, Outcome::Quiet));
+        let quiet = self.last_byte.max(self.begun);
+        let rest = rest_after.filter(|_| self.can_rest()).map(|after| (quiet + after, Outcome::Quiet));
         let due = [silence, stalled(&self.down, End::ClientStalled), stalled(&self.up, End::ServerStalled), rest];
         due.into_iter().flatten().min_by_key(|(at, _)| *at)
     }
@@ -268,9 +262,12 @@ impl Resting {
             limits,
             first_done: None,
             last_byte: self.last_byte,
+            begun: Instant::now(),
         })
     }
 }
 
+#[cfg(test)]
+mod socket_tests;
 #[cfg(test)]
 mod tests;

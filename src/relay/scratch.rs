@@ -4,6 +4,7 @@ use std::cell::RefCell;
 use std::io::IoSliceMut;
 use std::ops::Range;
 
+use super::pipe::Pipe;
 use crate::record_layer::{Layout, MAX_PLAINTEXT, MAX_RECORD};
 
 /// Full records that one round moves at most: 256 KiB of plaintext. Twice as many bring 5 % (`benches/`), and a slow
@@ -17,6 +18,7 @@ thread_local! {
         inbound: vec![0; SIZE].into_boxed_slice(),
         outbound: vec![0; SIZE].into_boxed_slice(),
         opened: Vec::new(),
+        pipe: None,
     });
 }
 
@@ -28,6 +30,8 @@ pub(super) struct Scratch {
     pub(super) outbound: Box<[u8]>,
     /// Where in `inbound` plaintext lies.
     pub(super) opened: Vec<Range<usize>>,
+    /// For bulk between plain sockets; made when first needed, empty between two calls.
+    pub(super) pipe: Option<Pipe>,
 }
 
 /// Lends the thread's memory.

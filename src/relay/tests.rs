@@ -9,6 +9,14 @@ impl Socket for DuplexStream {
     fn try_read_vectored(&self, _buffers: &mut [std::io::IoSliceMut<'_>]) -> io::Result<usize> {
         Err(io::ErrorKind::WouldBlock.into())
     }
+
+    fn try_fill(&self, _pipe: &Pipe) -> io::Result<usize> {
+        Err(io::ErrorKind::Unsupported.into())
+    }
+
+    fn try_empty(&self, _pipe: &Pipe, _length: usize) -> io::Result<usize> {
+        Err(io::ErrorKind::Unsupported.into())
+    }
 }
 
 const LIMITS: Limits = Limits { idle: None, half_close: Duration::from_secs(60), stall: Duration::from_secs(300) };

@@ -11,6 +11,7 @@ mod domain;
 mod hash;
 mod table;
 
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crate::config::{self, BackendId, Config, Problem};
@@ -52,7 +53,7 @@ impl Source {
 /// The routes of one configuration.
 #[derive(Debug)]
 pub struct Router {
-    routes: Vec<(String, Source)>,
+    routes: Vec<(Arc<str>, Source)>,
 }
 
 /// Where a user belongs, and which route said so.
@@ -61,7 +62,7 @@ pub struct Routed<'a> {
     /// The backend.
     pub backend: BackendId,
     /// Label of the route that answered.
-    pub route: &'a str,
+    pub route: &'a Arc<str>,
 }
 
 /// Why a user could not be routed.
@@ -131,7 +132,7 @@ impl Router {
                 config::Route::Hash(backends) => Source::Hash(hash::Hash::new(config, backends)),
                 config::Route::Default(backend) => Source::Default(*backend),
             };
-            routes.push((label, source));
+            routes.push((Arc::from(label), source));
         }
         if problems.is_empty() { Ok(Self { routes }) } else { Err(problems) }
     }
@@ -160,7 +161,7 @@ impl Router {
             match answer {
                 Answer::Found(backend) => return Ok(Routed { backend, route: label }),
                 Answer::Unknown => {}
-                Answer::Failed(reason) => return Err(RouteError::Failed { route: label.clone(), reason }),
+                Answer::Failed(reason) => return Err(RouteError::Failed { route: label.to_string(), reason }),
             }
         }
         Err(RouteError::Unknown)

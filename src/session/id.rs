@@ -1,24 +1,42 @@
 //! Names for sessions: one word that finds a session in our log and in the server's.
 
 use std::net::SocketAddr;
+use std::sync::LazyLock;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use base64::Engine as _;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 
+const LENGTH: usize = 16;
+
+/// See [`new`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(super) struct SessionId([u8; LENGTH]);
+
+impl SessionId {
+    pub(super) fn as_str(&self) -> &str {
+        // base64 is ASCII.
+        std::str::from_utf8(&self.0).unwrap_or_default()
+    }
+}
+
 /// A new id: 48 bits of time in microseconds, the client's port and a counter, in 16 characters. Distinct within the
 /// process, and over several machines as far as the same microsecond, port and count do not meet. Dovecot takes up to 64.
-pub(super) fn new(peer: SocketAddr) -> String {
+pub(super) fn new(peer: SocketAddr) -> SessionId {
     static COUNT: AtomicU32 = AtomicU32::new(0);
-    let count = COUNT.fetch_add(1, Ordering::Relaxed).wrapping_add(std::process::id() << 16);
+    static PROCESS: LazyLock<u32> = LazyLock::new(std::process::id);
+    let count = COUNT.fetch_add(1, Ordering::Relaxed).wrapping_add(*PROCESS << 16);
     let micros = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_micros());
     let mut bytes = [0; 12];
     #[expect(clippy::cast_possible_truncation, reason = "the lower 48 bits are wanted")]
     bytes[..6].copy_from_slice(&(micros as u64).to_be_bytes()[2..]);
     bytes[6..8].copy_from_slice(&peer.port().to_be_bytes());
     bytes[8..].copy_from_slice(&count.to_be_bytes());
-    URL_SAFE_NO_PAD.encode(bytes)
+    let mut text = [b'A'; LENGTH];
+    // Twelve bytes are sixteen characters.
+    let _ = URL_SAFE_NO_PAD.encode_slice(bytes, &mut text);
+    SessionId(text)
 }
 
 #[cfg(test)]
@@ -30,8 +48,10 @@ mod tests {
     #[test]
     fn ids_are_distinct_and_short() {
         let peer = "192.0.2.1:4000".parse().unwrap();
-        let ids: HashSet<String> = (0..10_000).map(|_| new(peer)).collect();
+        let ids: HashSet<SessionId> = (0..10_000).map(|_| new(peer)).collect();
         assert_eq!(ids.len(), 10_000);
-        assert!(ids.iter().all(|id| id.len() == 16 && id.bytes().all(|byte| byte.is_ascii_graphic() && byte != b'"')));
+        assert!(ids.iter().all(
+            |id| id.as_str().len() == 16 && id.as_str().bytes().all(|byte| byte.is_ascii_graphic() && byte != b'"')
+        ));
     }
 }

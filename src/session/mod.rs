@@ -29,7 +29,7 @@ use tokio::sync::OwnedSemaphorePermit;
 use tokio::time::{self, timeout, timeout_at};
 use zeroize::Zeroizing;
 
-use self::record::Record;
+use self::record::{EndedBy, Record};
 pub use self::relayed::Quiet;
 use self::relayed::{Kept, Relayed};
 use crate::backend::connect::{self, Established, Outcome, Request};
@@ -42,7 +42,7 @@ use crate::metrics::{LoginOutcome, OpenGuard};
 use crate::route::RouteError;
 use crate::server::Live;
 use crate::shutdown::Drain;
-use crate::stream::{self, Encrypted, Stream};
+use crate::stream::{Encrypted, Stream};
 use crate::tls::handover::Secrets;
 use crate::waiting::WaitingRoom;
 
@@ -115,10 +115,9 @@ enum Attempted {
 impl Session {
     fn new(arrival: Arrival) -> (Self, TcpStream) {
         let Arrival { socket, peer, listener, live, drain, room, held, .. } = arrival;
-        stream::set_options(&socket, live.limits.keepalive);
         let local = socket.local_addr().unwrap_or(peer);
         let login_by = time::Instant::now() + live.limits.login;
-        let record = Record::new(id::new(peer), peer, local, live.metrics.clone());
+        let record = Record::new(id::new(peer), peer, local, live.clone());
         (Self { live, drain, room, held, peer, local, listener, login_by, record }, socket)
     }
 
@@ -154,7 +153,7 @@ impl Session {
                     if let Some(reason) = failure(reason) {
                         self.record.failed(reason);
                     }
-                    self.record.ended_by("proxy");
+                    self.record.ended_by(EndedBy::Proxy);
                     close(stream).await;
                     return None;
                 }
@@ -244,13 +243,13 @@ impl Session {
             stream.shutdown().await
         };
         let _ = timeout(FAREWELL, farewell).await;
-        self.record.ended_by("proxy");
+        self.record.ended_by(EndedBy::Proxy);
         self.record.failed(reason);
         None
     }
 
     fn gone(&mut self, reason: Reason) -> Option<()> {
-        self.record.ended_by("client");
+        self.record.ended_by(EndedBy::Client);
         self.record.failed(reason);
         None
     }
@@ -296,7 +295,7 @@ impl Session {
                 Attempted::Accepted { backend: backend.clone(), server, established: Box::new(established) }
             }
             (Outcome::Refused { reply, counts }, server) => {
-                self.record.refused(backend.id, server.as_ref().map(|server| server.name.as_str()));
+                self.record.refused(backend.id, server.as_ref().map(|server| &server.name));
                 Attempted::Refused { reply, counts }
             }
             (Outcome::Unavailable(fault), _) => {
@@ -330,12 +329,10 @@ impl Session {
             return self.gone(Reason::Disconnected).and(None);
         };
         to_server.extend(more);
-        let metrics = self.live.metrics.backend(backend.id.0);
-        self.record.open_on(metrics.session_established(), server.metrics.session_established());
+        self.record.open_on(backend.id, server);
         let kept = Kept {
             _counted: self.drain.count(),
-            live: self.live,
-            backend: backend.id,
+            keepalive_set: false,
             room: self.room,
             drain: self.drain,
             record: self.record,

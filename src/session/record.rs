@@ -3,88 +3,157 @@
 //! Attempts and failures are counted here too, so that a metric and the record never tell different stories. No secret
 //! reaches this file: it is handed names and words.
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
+use std::num::NonZeroU32;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use prometheus::IntCounter;
+
+use crate::backend::Server;
 use crate::backend::connect::Established;
 use crate::config::BackendId;
 use crate::failure::{Reason, Side};
 use crate::identity::{Mechanism, UserName};
-use crate::metrics::{LoginOutcome, Metrics, OpenGuard};
+use crate::metrics::{LoginOutcome, OpenGuard};
 use crate::relay::End;
+use crate::server::Live;
+use crate::session::id::SessionId;
 use crate::stream::TlsFacts;
 
-/// What is known of a session so far.
+/// What is known of a session so far. It is most of what an idle session keeps, so it is packed: a test holds its size.
 pub(super) struct Record {
-    metrics: Arc<Metrics>,
+    live: Arc<Live>,
     began: Instant,
-    session: String,
-    client: SocketAddr,
-    listener: SocketAddr,
+    session: SessionId,
+    client: Address,
+    listener: Address,
     tls: Option<TlsFacts>,
     user: Option<UserName>,
     mechanism: Option<Mechanism>,
-    route: Option<Box<str>>,
-    backend: Option<Box<str>>,
-    relayed_on: Option<BackendId>,
-    server: Option<Box<str>>,
-    address: Option<SocketAddr>,
+    route: Option<Arc<str>>,
+    backend: Option<Arc<str>>,
+    server: Option<Arc<str>>,
+    address: Option<Address>,
     attempts: u32,
     outcome: Option<LoginOutcome>,
     failure: Option<Reason>,
     detail: Option<Box<str>>,
-    ended_by: &'static str,
+    ended_by: EndedBy,
     times: Times,
     to_client: u64,
     to_server: u64,
-    open: Option<(OpenGuard, OpenGuard)>,
+    relaying: Option<Relaying>,
+}
+
+/// Whose doing the end was.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum EndedBy {
+    Client,
+    Server,
+    Proxy,
+    Idle,
+    Drain,
+}
+
+impl EndedBy {
+    fn as_str(self) -> &'static str {
+        match self {
+            Self::Client => "client",
+            Self::Server => "server",
+            Self::Proxy => "proxy",
+            Self::Idle => "idle",
+            Self::Drain => "drained",
+        }
+    }
+}
+
+/// An address in two thirds of a [`SocketAddr`]'s room.
+#[derive(Debug, Clone, Copy)]
+struct Address {
+    ip: IpAddr,
+    port: u16,
+}
+
+impl From<SocketAddr> for Address {
+    fn from(address: SocketAddr) -> Self {
+        Self { ip: address.ip().to_canonical(), port: address.port() }
+    }
+}
+
+impl std::fmt::Display for Address {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        SocketAddr::new(self.ip, self.port).fmt(f)
+    }
+}
+
+/// Gauges of a relayed session, and the backend it counts for.
+struct Relaying {
+    backend: u16,
+    _backend_sessions: OpenGuard,
+    _server_sessions: OpenGuard,
 }
 
 /// How long each phase took.
 #[derive(Default)]
 struct Times {
-    tls: Option<Duration>,
-    route: Option<Duration>,
-    connect: Option<Duration>,
-    server_login: Option<Duration>,
-    login: Option<Duration>,
+    tls: Option<Took>,
+    route: Option<Took>,
+    connect: Option<Took>,
+    server_login: Option<Took>,
+    login: Option<Took>,
+}
+
+/// Microseconds, at least one, up to 71 minutes.
+#[derive(Clone, Copy)]
+struct Took(NonZeroU32);
+
+impl From<Duration> for Took {
+    fn from(duration: Duration) -> Self {
+        let micros = u32::try_from(duration.as_micros()).unwrap_or(u32::MAX);
+        Self(NonZeroU32::new(micros).unwrap_or(NonZeroU32::MIN))
+    }
+}
+
+impl Took {
+    fn milliseconds(self) -> f64 {
+        f64::from(self.0.get()) / 1000.0
+    }
 }
 
 impl Record {
-    pub(super) fn new(session: String, client: SocketAddr, listener: SocketAddr, metrics: Arc<Metrics>) -> Self {
+    pub(super) fn new(session: SessionId, client: SocketAddr, listener: SocketAddr, live: Arc<Live>) -> Self {
         Self {
-            metrics,
+            live,
             began: Instant::now(),
             session,
-            client: SocketAddr::new(client.ip().to_canonical(), client.port()),
-            listener: SocketAddr::new(listener.ip().to_canonical(), listener.port()),
+            client: client.into(),
+            listener: listener.into(),
             tls: None,
             user: None,
             mechanism: None,
             route: None,
             backend: None,
-            relayed_on: None,
             server: None,
             address: None,
             attempts: 0,
             outcome: None,
             failure: None,
             detail: None,
-            ended_by: "client",
+            ended_by: EndedBy::Client,
             times: Times::default(),
             to_client: 0,
             to_server: 0,
-            open: None,
+            relaying: None,
         }
     }
 
     pub(super) fn session_id(&self) -> &str {
-        &self.session
+        self.session.as_str()
     }
 
     pub(super) fn encrypted(&mut self, took: Duration, facts: Option<TlsFacts>) {
-        self.times.tls = Some(took);
+        self.times.tls = Some(took.into());
         self.tls = facts;
     }
 
@@ -97,47 +166,52 @@ impl Record {
         self.times.route = None;
     }
 
-    pub(super) fn routed(&mut self, route: &str, backend: &str, took: Duration) {
-        self.route = Some(route.into());
-        self.backend = Some(backend.into());
-        self.times.route = Some(took);
+    pub(super) fn routed(&mut self, route: &Arc<str>, backend: &Arc<str>, took: Duration) {
+        self.route = Some(route.clone());
+        self.backend = Some(backend.clone());
+        self.times.route = Some(took.into());
     }
 
     /// The attempt ended without an answer of a server.
     pub(super) fn attempt_failed(&mut self, reason: Reason, outcome: LoginOutcome, backend: Option<BackendId>) {
         // A failure of a server was counted when that server was tried.
         if reason.side() != Side::Backend || reason == Reason::NoServer {
-            self.metrics.failure(reason);
+            self.live.metrics.failure(reason);
         }
         self.failure = Some(reason);
         self.answered(outcome, backend);
     }
 
-    pub(super) fn refused(&mut self, backend: BackendId, server: Option<&str>) {
-        self.server = server.map(Into::into);
+    pub(super) fn refused(&mut self, backend: BackendId, server: Option<&Arc<str>>) {
+        self.server = server.cloned();
         self.answered(LoginOutcome::Refused, Some(backend));
     }
 
-    pub(super) fn accepted(&mut self, backend: BackendId, server: &str, established: &Established, took: Duration) {
-        self.server = Some(server.into());
-        self.address = Some(established.address);
-        self.times.connect = Some(established.connect);
-        self.times.server_login = Some(established.login);
-        self.times.login = Some(took);
-        self.relayed_on = Some(backend);
+    pub(super) fn accepted(
+        &mut self,
+        backend: BackendId,
+        server: &Arc<str>,
+        established: &Established,
+        took: Duration,
+    ) {
+        self.server = Some(server.clone());
+        self.address = Some(established.address.into());
+        self.times.connect = Some(established.connect.into());
+        self.times.server_login = Some(established.login.into());
+        self.times.login = Some(took.into());
         self.answered(LoginOutcome::Accepted, Some(backend));
     }
 
     fn answered(&mut self, outcome: LoginOutcome, backend: Option<BackendId>) {
         self.outcome = Some(outcome);
         if let Some(mechanism) = self.mechanism {
-            self.metrics.login(backend.map(|id| id.0), mechanism, outcome);
+            self.live.metrics.login(backend.map(|id| id.0), mechanism, outcome);
         }
     }
 
     /// The session ends for this reason.
     pub(super) fn failed(&mut self, reason: Reason) {
-        self.metrics.failure(reason);
+        self.live.metrics.failure(reason);
         self.failure = Some(reason);
     }
 
@@ -146,18 +220,38 @@ impl Record {
         self.detail = Some(detail.into());
     }
 
-    pub(super) fn ended_by(&mut self, side: &'static str) {
+    pub(super) fn ended_by(&mut self, side: EndedBy) {
         self.ended_by = side;
     }
 
-    /// Gauges of the backend and the server, until the record drops.
-    pub(super) fn open_on(&mut self, backend: OpenGuard, server: OpenGuard) {
-        self.open = Some((backend, server));
+    /// The login is done: counts for the backend and the server until the record drops.
+    pub(super) fn open_on(&mut self, backend: BackendId, server: &Server) {
+        self.relaying = Some(Relaying {
+            backend: backend.0 as u16,
+            _backend_sessions: self.live.metrics.backend(backend.0).session_established(),
+            _server_sessions: server.metrics.session_established(),
+        });
+    }
+
+    /// The configuration the session began with.
+    pub(super) fn live(&self) -> &Live {
+        &self.live
+    }
+
+    /// Where bytes of the relay are counted: to the client, to the server.
+    pub(super) fn byte_counters(&self) -> (IntCounter, IntCounter) {
+        let backend = self.relaying.as_ref().map_or(0, |relaying| relaying.backend);
+        self.live.metrics.backend(backend.into()).byte_counters()
     }
 
     pub(super) fn relayed(&mut self, end: End, to_client: u64, to_server: u64) {
         (self.to_client, self.to_server) = (to_client, to_server);
-        self.ended_by = end.as_str();
+        self.ended_by = match end {
+            End::Client | End::ClientStalled | End::ClientTls(_) => EndedBy::Client,
+            End::Server | End::ServerStalled | End::ServerTls(_) => EndedBy::Server,
+            End::Idle => EndedBy::Idle,
+            End::Drained => EndedBy::Drain,
+        };
         let reason = match end {
             End::Client | End::Server | End::Idle => return,
             End::ClientStalled => Reason::Stalled,
@@ -177,7 +271,7 @@ impl Record {
 
     /// The system would not let the session rest, or come back.
     pub(super) fn lost(&mut self, error: &std::io::Error) {
-        self.ended_by = "proxy";
+        self.ended_by = EndedBy::Proxy;
         self.detail(error.to_string());
         self.failed(Reason::System);
     }
@@ -186,19 +280,19 @@ impl Record {
 impl Drop for Record {
     fn drop(&mut self) {
         let length = self.began.elapsed();
-        if let Some(backend) = self.relayed_on {
-            self.metrics.backend(backend.0).session_ended(length);
+        if let Some(relaying) = &self.relaying {
+            self.live.metrics.backend(relaying.backend.into()).session_ended(length);
         }
         if std::thread::panicking() {
             self.failure = Some(Reason::Panic);
-            self.metrics.failure(Reason::Panic);
-            self.ended_by = "proxy";
+            self.live.metrics.failure(Reason::Panic);
+            self.ended_by = EndedBy::Proxy;
         }
         macro_rules! emit {
             ($level:ident) => {
                 tracing::$level!(
                     target: "vestibule::session",
-                    session = self.session,
+                    session = self.session.as_str(),
                     client = %self.client,
                     listener = %self.listener,
                     tls = self.tls.as_ref().map(|tls| tls.version),
@@ -211,15 +305,15 @@ impl Drop for Record {
                     server = self.server.as_deref(),
                     address = self.address.map(tracing::field::display),
                     outcome = self.outcome.map_or("none", LoginOutcome::as_str),
-                    ended_by = self.ended_by,
+                    ended_by = self.ended_by.as_str(),
                     side = self.failure.map(|reason| reason.side().as_str()),
                     reason = self.failure.map(Reason::as_str),
                     detail = self.detail.as_deref(),
-                    tls_ms = self.times.tls.map(milliseconds),
-                    route_ms = self.times.route.map(milliseconds),
-                    connect_ms = self.times.connect.map(milliseconds),
-                    server_login_ms = self.times.server_login.map(milliseconds),
-                    login_ms = self.times.login.map(milliseconds),
+                    tls_ms = self.times.tls.map(Took::milliseconds),
+                    route_ms = self.times.route.map(Took::milliseconds),
+                    connect_ms = self.times.connect.map(Took::milliseconds),
+                    server_login_ms = self.times.server_login.map(Took::milliseconds),
+                    login_ms = self.times.login.map(Took::milliseconds),
                     seconds = length.as_secs_f64(),
                     to_client = self.to_client,
                     to_server = self.to_server,
@@ -236,7 +330,12 @@ impl Drop for Record {
     }
 }
 
-fn milliseconds(duration: Duration) -> f64 {
-    // To the microsecond: more digits say nothing.
-    (duration.as_secs_f64() * 1_000_000.0).round() / 1000.0
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_record_is_small() {
+        assert!(size_of::<Record>() <= 320, "{}", size_of::<Record>());
+    }
 }

@@ -10,10 +10,9 @@ use tokio_util::task::task_tracker::TaskTrackerToken;
 
 use super::record::Record;
 use super::{FAREWELL, Held, Room};
-use crate::config::BackendId;
 use crate::relay::{End, Leg, Limits, Opening, Outcome, Relay, Resting};
-use crate::server::Live;
 use crate::shutdown::Drain;
+use crate::stream::keep_alive;
 use crate::waiting::Waiting;
 
 /// Silence after which a session gives its task and buffers up. Coming back costs some 20 µs, so that a client that talks every
@@ -34,11 +33,11 @@ pub struct Quiet {
 
 /// What a session keeps for all of its life after the login.
 pub(super) struct Kept {
-    pub(super) live: Arc<Live>,
-    pub(super) backend: BackendId,
     pub(super) room: Arc<Room>,
     pub(super) drain: Drain,
     pub(super) record: Record,
+    /// On both sockets.
+    pub(super) keepalive_set: bool,
     /// The drain waits until it drops.
     pub(super) _counted: TaskTrackerToken,
     pub(super) _held: Held,
@@ -46,7 +45,7 @@ pub(super) struct Kept {
 
 impl Kept {
     fn limits(&self) -> Limits {
-        let limits = &self.live.limits;
+        let limits = &self.record.live().limits;
         Limits { idle: limits.idle, half_close: limits.half_close, stall: limits.stall }
     }
 }
@@ -60,7 +59,7 @@ impl Relayed {
         to_server: Vec<u8>,
         kept: Kept,
     ) -> Self {
-        let (client_bytes, server_bytes) = kept.live.metrics.backend(kept.backend.0).byte_counters();
+        let (client_bytes, server_bytes) = kept.record.byte_counters();
         let opening = Opening { to_client, to_server, client_bytes, server_bytes };
         Self { relay: Relay::new(client, server, opening, kept.limits()), kept: Box::new(kept) }
     }
@@ -92,8 +91,14 @@ impl Relayed {
 fn put_aside(relay: Relay<TcpStream>, mut kept: Box<Kept>) {
     let room = kept.room.clone();
     match relay.rest() {
-        // One that does not get in stays as it is.
         Ok(resting) => {
+            // Only who is silent can be gone unnoticed; most sessions end before they are, and save the calls.
+            if let Some(time) = kept.record.live().limits.keepalive.filter(|_| !kept.keepalive_set) {
+                kept.keepalive_set = true;
+                keep_alive(&resting.client.socket, time);
+                keep_alive(&resting.server.socket, time);
+            }
+            // One that does not get in stays as it is.
             if let Err(quiet) = room.enter(Box::new(Quiet { resting, kept })) {
                 quiet.resume(None);
             }
@@ -105,7 +110,7 @@ fn put_aside(relay: Relay<TcpStream>, mut kept: Box<Kept>) {
 impl Quiet {
     fn resume(self, rest_after: Option<Duration>) {
         let Self { resting, mut kept } = self;
-        let (client_bytes, server_bytes) = kept.live.metrics.backend(kept.backend.0).byte_counters();
+        let (client_bytes, server_bytes) = kept.record.byte_counters();
         match resting.wake(kept.limits(), client_bytes, server_bytes) {
             Ok(relay) => drop(tokio::spawn(Relayed { relay, kept }.run_until(rest_after))),
             Err(error) => kept.record.lost(&error),

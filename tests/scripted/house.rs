@@ -9,9 +9,12 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ("main", &["cli", "config", "demo", "explain", "identity", "limits", "logging", "metrics", "server", "shutdown"]),
     ("allocator", &[]),
     ("cli", &[]),
-    ("demo", &["cli", "config", "logging", "server", "shutdown", "stream"]),
+    ("demo", &["cli", "config", "logging", "server", "shutdown"]),
     ("explain", &["backend", "config", "identity", "route", "server"]),
-    ("server", &["admin", "backend", "config", "listener", "metrics", "route", "session", "shutdown", "tls"]),
+    (
+        "server",
+        &["admin", "backend", "config", "listener", "metrics", "route", "session", "shutdown", "tls", "workers"],
+    ),
     ("listener", &["config", "metrics", "server", "session", "shutdown"]),
     (
         "session",
@@ -37,6 +40,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ("shutdown", &[]),
     ("stream", &["relay", "tls"]),
     ("waiting", &[]),
+    ("workers", &[]),
 ];
 
 fn sources() -> Vec<PathBuf> {

@@ -1,0 +1,245 @@
+//! The relay over real sockets: every pair of plain and TLS, bulk past a slow reader, key changes, wrong records.
+
+use std::sync::Arc;
+
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::task::JoinHandle;
+
+use super::*;
+use crate::record_layer::{Channel, Cipher, Keys, MAX_PLAINTEXT, Opened, Role, Version, record_length};
+
+const SIZE: usize = 12 << 20;
+const LIMITS: Limits = Limits { idle: None, half_close: Duration::from_secs(60), stall: Duration::from_secs(300) };
+
+/// A test's end of a leg.
+struct Far {
+    socket: TcpStream,
+    channel: Option<Channel>,
+    received: Vec<u8>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    Plain,
+    Tls(Version, Cipher),
+}
+
+const KINDS: [Kind; 4] = [
+    Kind::Plain,
+    Kind::Tls(Version::Tls13, Cipher::Aes128Gcm),
+    Kind::Tls(Version::Tls12, Cipher::Aes256Gcm),
+    Kind::Tls(Version::Tls12, Cipher::Chacha20Poly1305),
+];
+
+async fn connected() -> (TcpStream, TcpStream) {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let (near, far) = tokio::join!(TcpStream::connect(listener.local_addr().unwrap()), listener.accept());
+    (near.unwrap(), far.unwrap().0)
+}
+
+async fn leg(kind: Kind) -> (Leg<TcpStream>, Far) {
+    let (near, far) = connected().await;
+    let Kind::Tls(version, cipher) = kind else {
+        return (Leg::plain(near), Far { socket: far, channel: None, received: Vec::new() });
+    };
+    let keys = |byte: u8| Keys::from_secret(cipher, &[byte; 32][..]).unwrap();
+    let ours = Channel::new(version, Role::Server, keys(1), keys(2));
+    let theirs = Channel::new(version, Role::Client, keys(2), keys(1));
+    (Leg::tls(near, ours, Vec::new(), false), Far { socket: far, channel: Some(theirs), received: Vec::new() })
+}
+
+impl Far {
+    async fn send(&mut self, data: &[u8]) {
+        for part in data.chunks(MAX_PLAINTEXT) {
+            let record = match &mut self.channel {
+                None => part.to_vec(),
+                Some(channel) => {
+                    let layout = channel.sealer.layout();
+                    let mut record = vec![0; layout.prefix];
+                    record.extend_from_slice(part);
+                    record.resize(record.len() + layout.suffix, 0);
+                    let length = channel.sealer.seal(&mut record, part.len()).unwrap();
+                    record.truncate(length);
+                    record
+                }
+            };
+            self.socket.write_all(&record).await.unwrap();
+        }
+    }
+
+    /// The next piece of data; empty at the end.
+    async fn receive(&mut self) -> Vec<u8> {
+        loop {
+            if let Some(channel) = &mut self.channel
+                && let Some(length) = record_length(&self.received).unwrap()
+                && length <= self.received.len()
+            {
+                let mut record: Vec<u8> = self.received.drain(..length).collect();
+                match channel.opener.open(&mut record).unwrap() {
+                    Opened::Data(range) => return record[range].to_vec(),
+                    Opened::Closed => return Vec::new(),
+                    _ => continue,
+                }
+            }
+            let mut buffer = vec![0; 200_000];
+            let read = self.socket.read(&mut buffer).await.unwrap();
+            assert!(read > 0 || self.channel.is_none(), "the end, without close_notify");
+            buffer.truncate(read);
+            if self.channel.is_none() {
+                return buffer;
+            }
+            self.received.extend(buffer);
+        }
+    }
+
+    async fn finish(&mut self) {
+        if let Some(channel) = &mut self.channel {
+            let mut last = Vec::new();
+            channel.sealer.close(crate::record_layer::AlertCode::CLOSE_NOTIFY, &mut last);
+            self.socket.write_all(&last).await.unwrap();
+        }
+        self.socket.shutdown().await.unwrap();
+    }
+}
+
+fn start(client: Leg<TcpStream>, server: Leg<TcpStream>) -> JoinHandle<(Outcome, (u64, u64))> {
+    let counter = || IntCounter::new("bytes", "bytes").unwrap();
+    let opening =
+        Opening { to_client: Vec::new(), to_server: Vec::new(), client_bytes: counter(), server_bytes: counter() };
+    let mut relay = Relay::new(client, server, opening, LIMITS);
+    tokio::spawn(async move {
+        let outcome = relay.run(None).await;
+        // Ended by the test's end of it, or given up as a session would.
+        let _ = tokio::time::timeout(Duration::from_secs(2), relay.close()).await;
+        (outcome, relay.moved())
+    })
+}
+
+fn noise(length: usize) -> Arc<Vec<u8>> {
+    Arc::new((0..length as u32).map(|at| (at.wrapping_mul(2_654_435_761) >> 24) as u8).collect())
+}
+
+#[tokio::test]
+async fn bulk_both_ways_past_a_slow_reader_arrives_unchanged_between_all_kinds() {
+    let data = noise(SIZE);
+    for client_kind in KINDS {
+        for server_kind in KINDS {
+            let (client_leg, mut client) = leg(client_kind).await;
+            let (server_leg, mut server) = leg(server_kind).await;
+            let relay = start(client_leg, server_leg);
+            let sent = data.clone();
+            let server = tokio::spawn(async move {
+                server.send(&sent).await;
+                let mut got = Vec::new();
+                while got.len() < SIZE {
+                    got.extend(server.receive().await);
+                }
+                server.finish().await;
+                assert!(server.receive().await.is_empty());
+                got
+            });
+            // Nothing is read until the sender can send no more; then all at once, a pause after each quarter.
+            let mut got = Vec::new();
+            while got.len() < SIZE {
+                if got.len() % (SIZE / 4) < 100_000 {
+                    for _ in 0..50 {
+                        tokio::task::yield_now().await;
+                    }
+                }
+                got.extend(client.receive().await);
+            }
+            assert!(got == *data, "down: {client_kind:?} {server_kind:?}");
+            client.send(&data).await;
+            assert!(client.receive().await.is_empty());
+            client.finish().await;
+            assert!(server.await.unwrap() == *data, "up: {client_kind:?} {server_kind:?}");
+            let (outcome, moved) = relay.await.unwrap();
+            assert_eq!((outcome, moved), (Outcome::Ended(End::Server), (SIZE as u64, SIZE as u64)));
+        }
+    }
+}
+
+#[tokio::test]
+async fn both_peers_may_change_keys_at_any_moment() {
+    let kind = KINDS[1];
+    let (client_leg, mut client) = leg(kind).await;
+    let (server_leg, mut server) = leg(kind).await;
+    let relay = start(client_leg, server_leg);
+    for round in 0..20_u8 {
+        for (from, to) in [(true, false), (false, true)] {
+            let (sender, receiver) = if from { (&mut client, &mut server) } else { (&mut server, &mut client) };
+            assert_ne!(from, to);
+            let mut update = Vec::new();
+            sender.channel.as_mut().unwrap().sealer.key_update(&mut update).unwrap();
+            sender.socket.write_all(&update).await.unwrap();
+            sender.send(&[round; 3000]).await;
+            let mut got = Vec::new();
+            while got.len() < 3000 {
+                got.extend(receiver.receive().await);
+            }
+            assert_eq!(got, [round; 3000]);
+        }
+    }
+    client.finish().await;
+    assert!(server.receive().await.is_empty());
+    server.finish().await;
+    assert_eq!(relay.await.unwrap().0, Outcome::Ended(End::Client));
+}
+
+#[tokio::test]
+async fn what_came_before_a_wrong_record_passes_and_the_wrong_one_is_answered_by_an_alert() {
+    for wrong_server in [false, true] {
+        let (client_leg, mut client) = leg(KINDS[1]).await;
+        let (server_leg, mut server) = leg(KINDS[1]).await;
+        let relay = start(client_leg, server_leg);
+        let (wrong, other) = if wrong_server { (&mut server, &mut client) } else { (&mut client, &mut server) };
+        wrong.send(b"* still good\r\n").await;
+        wrong.socket.write_all(&[&[23, 3, 3, 0, 40][..], &[7; 40]].concat()).await.unwrap();
+        assert_eq!(other.receive().await, b"* still good\r\n");
+        assert!(other.receive().await.is_empty(), "the other side is closed in order");
+        let mut record = Vec::new();
+        wrong.socket.read_to_end(&mut record).await.unwrap();
+        let violation = wrong.channel.as_mut().unwrap().opener.open(&mut record).unwrap_err();
+        assert_eq!(violation, Violation::AlertReceived(crate::record_layer::AlertCode(20)));
+        let end = if wrong_server { End::ServerTls } else { End::ClientTls };
+        assert_eq!(relay.await.unwrap().0, Outcome::Ended(end(Violation::BadRecord)));
+    }
+}
+
+#[tokio::test]
+async fn a_relay_rests_and_wakes_with_its_keys() {
+    let (client_leg, mut client) = leg(KINDS[1]).await;
+    let (server_leg, mut server) = leg(KINDS[2]).await;
+    let counter = || IntCounter::new("bytes", "bytes").unwrap();
+    let opening = Opening {
+        to_client: b"* first\r\n".to_vec(),
+        to_server: Vec::new(),
+        client_bytes: counter(),
+        server_bytes: counter(),
+    };
+    let mut relay = Relay::new(client_leg, server_leg, opening, LIMITS);
+    for round in 0..3_u64 {
+        assert_eq!(relay.run(Some(Duration::from_millis(1))).await, Outcome::Quiet);
+        assert_eq!(relay.moved(), (9 + 6 * round, 6 * round));
+        let resting = relay.rest().unwrap();
+        client.send(b"a NOOP").await;
+        server.send(b"* OK..").await;
+        resting.client.socket.set_nonblocking(true).unwrap();
+        relay = resting.wake(LIMITS, counter(), counter()).unwrap();
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_side_that_takes_nothing_is_given_up() {
+    let (client_leg, client) = leg(Kind::Plain).await;
+    let (server_leg, mut server) = leg(Kind::Plain).await;
+    let relay = start(client_leg, server_leg);
+    let sender = tokio::spawn(async move {
+        let piece = vec![b'x'; 1 << 20];
+        while server.socket.write_all(&piece).await.is_ok() {}
+    });
+    assert_eq!(relay.await.unwrap().0, Outcome::Ended(End::ClientStalled));
+    drop(client);
+    sender.await.unwrap();
+}
