@@ -166,7 +166,7 @@ class KeyUpdates(Interoperability):
                 peer.noop()
                 peer.logout()
 
-    def test_openssl_s_client_in_mid_download_and_upload(self):
+    def test_openssl_s_client_in_mid_download(self):
         client = self.tool(program("openssl"), "s_client", "-brief", "-verify_return_error", "-CAfile", self.scene.certificates.ca,
                            "-tls1_3", "-connect", f"127.0.0.1:{self.proxy.ports['tls']}")
         self.assertIn(b"* OK", client.line(), client.report())
