@@ -7,9 +7,9 @@ What their servers do is in test_tls_servers.py, what no library would send in t
 import socket
 import unittest
 
-from fixtures import PATIENCE, program
+from fixtures import PATIENCE, program, wait_for
 from mail import Raw
-from tls_interop import (PACKAGES, Peer, Scene, Tool, digest, each_suite, gnutls_priority, nss_database, take_directly)
+from tls_interop import (BIG, PACKAGES, SUITES, Peer, Scene, Tool, digest, each_suite, gnutls_priority, nss_database, take_directly)
 
 
 class Interoperability(unittest.TestCase):
@@ -98,6 +98,217 @@ class Suites(Interoperability):
             for version, suite in each_suite():
                 with self.subTest(library=library, suite=suite):
                     self.reads_and_writes(self.peer(library, version, suite, "starttls"))
+
+
+class KeyUpdates(Interoperability):
+    """Keys that change in the middle of transfers, many times."""
+
+    # How often, in bytes. rustls, and who does as it does, takes 32 of them with no data between, and a client that downloads
+    # sends none. GnuTLS itself takes no more than eight a second, so it seldom asks for any.
+    EVERY = {("openssl", 0): 1_000_000, ("openssl", 1): 1_000_000, ("gnutls", 0): 1_000_000, ("gnutls", 1): 8_000_000,
+             ("nss", 0): 1_000_000, ("nss", 1): 1_000_000}
+
+    def test_by_the_client(self):
+        for (library, request), every in self.EVERY.items():
+            for suite in SUITES["1.3"]:
+                with self.subTest(library=library, request=request, suite=suite):
+                    peer = self.peer(library, "1.3", suite, update_every=every, request=request)
+                    self.reads_and_writes(peer)
+                    sent, received, _ = peer.counts()
+                    self.assertGreaterEqual(sent, 2 * BIG // every - 1)
+                    if library == "openssl":
+                        # Who is asked twice before it sends anything may answer once.
+                        self.assertEqual(received > 0, bool(request), peer.report())
+
+    def test_uploads_with_hundreds(self):
+        for library, request in (("openssl", 0), ("openssl", 1), ("gnutls", 0), ("nss", 0), ("nss", 1)):
+            with self.subTest(library=library, request=request):
+                peer = self.peer(library, "1.3", update_every=50_000, request=request)
+                peer.login()
+                peer.append("up", self.scene.up)
+                self.assertEqual(take_directly(self.scene.dovecot, "up"), [digest(self.scene.up)])
+                peer.logout()
+                self.assertGreaterEqual(peer.counts()[0], BIG // 50_000 - 1)
+
+    def test_a_flood_of_them_ends_the_session(self):
+        neighbour = self.peer("openssl")
+        neighbour.login()
+        peer = self.peer("openssl", "1.3")
+        peer.login()
+        peer.tell("flood")
+        peer.reports("alert 10")
+        neighbour.noop()
+
+    def test_while_idle(self):
+        """Nothing is sent for the key update to ride on; asked ones are answered all the same."""
+        for library in PACKAGES:
+            with self.subTest(library=library):
+                peer = self.peer(library, "1.3")
+                peer.login()
+                for _ in range(4):
+                    peer.tell("update")
+                    peer.tell("request")
+                    peer.noop()
+                peer.logout()
+                sent, received, _ = peer.counts()
+                self.assertEqual(sent, 8)
+                if library == "openssl":
+                    self.assertEqual(received, 4)
+
+    def test_a_row_of_them(self):
+        """As many as a hasty client may send without a byte between; the proxy may refuse absurd numbers, not these."""
+        for library in ("openssl", "nss"):
+            with self.subTest(library=library):
+                peer = self.peer(library, "1.3")
+                peer.login()
+                for _ in range(20):
+                    peer.tell("update")
+                peer.noop()
+                peer.logout()
+
+    def test_openssl_s_client_in_mid_download(self):
+        client = self.tool(program("openssl"), "s_client", "-brief", "-verify_return_error", "-CAfile", self.scene.certificates.ca,
+                           "-tls1_3", "-connect", f"127.0.0.1:{self.proxy.ports['tls']}")
+        self.assertIn(b"* OK", client.line(), client.report())
+        client.login()
+        client.select("big")
+        size = client.ask_for_message()
+        body = b""
+        for letter in (b"k\n", b"K\n") * 5:
+            body += client.exactly(size // 11)
+            client.send(letter)
+        body += client.exactly(size - len(body))
+        self.assertEqual(digest(body), digest(self.scene.down))
+        self.assertTrue(client.until(b"a3 ")[-1].startswith(b"a3 OK"))
+        client.noop()
+        self.assertGreaterEqual(client.report().count("KEYUPDATE"), 10, client.report())
+
+
+class Records(Interoperability):
+    """Records of all shapes."""
+
+    def test_padded(self):
+        for library, paddings in (("openssl", (512, 16384)), ("gnutls", (1, 300, 8000))):
+            for padding in paddings:
+                for suite in SUITES["1.3"]:
+                    with self.subTest(library=library, padding=padding, suite=suite):
+                        self.reads_and_writes(self.peer(library, "1.3", suite, padding=padding))
+
+    def test_tiny(self):
+        for library in ("openssl", "gnutls"):
+            for version in SUITES:
+                with self.subTest(library=library, version=version):
+                    self.reads_and_writes(self.peer(library, version, fragment=512))
+
+    def test_with_a_limit_announced(self):
+        """Kept or not taken up, by RFC 8449 the server's choice; but never half."""
+        for library, limit in (("openssl", 1), ("openssl", 4), ("gnutls", 512), ("gnutls", 16384), ("nss", 64), ("nss", 16385)):
+            for version in SUITES:
+                with self.subTest(library=library, limit=limit, version=version):
+                    self.reads_and_writes(self.peer(library, version, limit=limit))
+
+    def test_empty_between_others(self):
+        for version in SUITES:
+            with self.subTest(version=version):
+                peer = self.peer("gnutls", version)
+                peer.tell("empty")
+                peer.login()
+                for _ in range(5):
+                    peer.tell("empty")
+                    peer.tell("empty")
+                    peer.noop()
+                peer.logout()
+
+
+class Closing(Interoperability):
+    """Every way to end."""
+
+    def each(self, check, libraries=tuple(PACKAGES)):
+        """Runs `check` on a logged-in client of each library and version."""
+        for library in libraries:
+            for version in SUITES:
+                with self.subTest(library=library, version=version):
+                    peer = self.peer(library, version)
+                    peer.login()
+                    check(peer)
+
+    def test_close_notify_is_answered(self):
+        def check(peer):
+            peer.tell("close")
+            peer.reports("close_notify")
+            peer.reports("end: .*")
+
+        self.each(check)
+
+    def test_half_close_still_hears_the_last_words(self):
+        """What was asked before the client's close_notify is answered in full, down to the last byte of a big message."""
+        def check(peer):
+            peer.select("big")
+            size = peer.ask_for_message()
+            first = peer.exactly(1000)
+            peer.send(b"a9 LOGOUT\r\n")
+            peer.tell("close")
+            self.assertEqual(digest(first + peer.exactly(size - 1000)), digest(self.scene.down), peer.report())
+            said = peer.until(b"a9 ")
+            self.assertTrue(any(line.startswith(b"* BYE") for line in said), said)
+            self.assertEqual(peer.line(), b"")
+            peer.reports("close_notify")
+
+        self.each(check)
+
+    def test_tcp_that_ends_without_close_notify(self):
+        def check(peer):
+            before = self.proxy.log().count("session ended")
+            peer.tell("drop")
+            wait_for("the session to end", lambda: self.proxy.log().count("session ended") > before)
+            peer.reports("close_notify|broken .*|alert .*")
+
+        self.each(check, ("openssl", "gnutls"))
+
+    def test_server_closes_first(self):
+        """LOGOUT: the proxy says close_notify by itself, and TCP ends after it."""
+        def check(peer):
+            peer.logout()
+            peer.reports("close_notify")
+
+        self.each(check)
+
+
+class Renegotiation(Interoperability):
+    """Asked for in TLS 1.2, after the login: refused; the session goes on or ends, but does not hang."""
+
+    def test_refused(self):
+        for library in PACKAGES:
+            with self.subTest(library=library):
+                neighbour = self.peer("openssl")
+                neighbour.login()
+                peer = self.peer(library, "1.2")
+                peer.login()
+                peer.tell("renegotiate")
+                # no_renegotiation is 100; what the library makes of it is its own affair.
+                peer.reports("warning 100|broken .*|alert .*")
+                neighbour.noop()
+                neighbour.logout()
+
+    def test_session_goes_on(self):
+        """GnuTLS takes the refusal for what it is."""
+        peer = self.peer("gnutls", "1.2")
+        peer.login()
+        peer.tell("renegotiate")
+        peer.reports("warning 100")
+        peer.noop()
+        peer.select("big")
+        self.assertEqual(digest(peer.fetch()), digest(self.scene.down))
+        peer.logout()
+
+    def test_openssl_s_client(self):
+        client = self.tool(program("openssl"), "s_client", "-brief", "-CAfile", self.scene.certificates.ca, "-tls1_2", "-connect",
+                           f"127.0.0.1:{self.proxy.ports['tls']}")
+        self.assertIn(b"* OK", client.line(), client.report())
+        client.login()
+        client.send(b"R\n")
+        wait_for("s_client to give up", lambda: "no renegotiation" in client.report())
+        self.assertEqual(client.line(), b"")
 
 
 NSS_LETTERS = {

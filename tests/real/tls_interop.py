@@ -169,17 +169,24 @@ class Peer(Conversation):
 
     def reports(self, pattern):
         """Waits for a line of the report that matches whole."""
-        return wait_for(f"{pattern!r}; the peer said:\n{self.report()}",
-                        lambda: re.search(rf"^{pattern}$", self.report(), re.MULTILINE))
+        return self._wait(pattern, lambda: re.search(rf"^(?:{pattern})$", self.report(), re.MULTILINE))
 
     def tell(self, command):
         """Has the peer do something, and waits until it has."""
         before = self.report().count(f"did {command}\n")
         self.control.sendall(command.encode() + b"\n")
-        wait_for(f"{command}; the peer said:\n{self.report()}", lambda: self.report().count(f"did {command}\n") > before)
+        self._wait(f"did {command}", lambda: self.report().count(f"did {command}\n") > before)
+
+    def _wait(self, what, condition):
+        try:
+            return wait_for(what, condition)
+        except AssertionError as error:
+            raise AssertionError(f"{error}; the peer said:\n{self.report()}") from None
 
     def counts(self):
-        """Key updates sent and received, tickets sent; the peer must be at its end."""
+        """Key updates sent and received, tickets sent. Ends the peer, which knows them only then."""
+        if hasattr(self, "socket"):
+            self.socket.close()
         found = self.reports(r"end: updates sent (\d+) received (-?\d+), tickets sent (\d+)")
         return tuple(int(number) for number in found.groups())
 
@@ -215,41 +222,48 @@ class Tool(Conversation):
 
 
 class Middleman:
-    """Between a TLS client and a TLS server: passes records on, and alters one when told to.
+    """Between a TLS client and a TLS server: passes records on, and alters one, once it is told to.
 
-    `alter` gets the next application data record of the client and answers with the bytes that go on in its place.
+    `alter` gets the next application data record of the client, or of the server, and answers with the bytes that go on in its
+    place; with `last`, this direction ends behind them. Where the client is connected already, it is `accepted`.
     """
 
-    def __init__(self, port, alter=None):
+    def __init__(self, port, alter, of_server=False, last=False, accepted=None):
         self.listener = socket.create_server(("127.0.0.1", 0))
         self.listener.settimeout(PATIENCE)
         self.port = self.listener.getsockname()[1]
         self.server_port = port
         self.alter = alter
+        self.of_server = of_server
+        self.last = last
+        self.accepted = accepted
         self.armed = threading.Event()
-        self.altered = 0
+        self.altered = threading.Event()
         self.sockets = []
-        self.threads = [threading.Thread(target=self._accept, daemon=True)]
-        self.threads[0].start()
+        threading.Thread(target=self._accept, daemon=True).start()
 
     def _accept(self):
-        client, _ = self.listener.accept()
-        server = socket.create_connection(("127.0.0.1", self.server_port), timeout=PATIENCE)
+        client = self.accepted or self.listener.accept()[0]
+        client.setblocking(True)
+        server = socket.create_connection(("127.0.0.1", self.server_port))
         self.sockets = [client, server]
-        back = threading.Thread(target=self._copy, args=(server, client), daemon=True)
-        self.threads.append(back)
-        back.start()
-        self._forward(client.makefile("rb"), server)
+        altered, other = (server, client) if self.of_server else (client, server)
+        threading.Thread(target=self._copy, args=(other, altered), daemon=True).start()
+        self._alter(altered, other)
 
-    def _forward(self, client, server):
+    def _alter(self, source, sink):
+        records = source.makefile("rb")
         try:
-            while header := client.read(5):
-                record = header + client.read(int.from_bytes(header[3:5]))
-                if self.armed.is_set() and record[0] == 23 and not self.altered:
-                    self.altered += 1
-                    record = self.alter(record)
-                server.sendall(record)
-            server.shutdown(socket.SHUT_WR)
+            while header := records.read(5):
+                record = header + records.read(int.from_bytes(header[3:5], "big"))
+                if self.armed.is_set() and record[0] == 23 and not self.altered.is_set():
+                    self.altered.set()
+                    sink.sendall(self.alter(record))
+                    if self.last:
+                        break
+                else:
+                    sink.sendall(record)
+            sink.shutdown(socket.SHUT_WR)
         except OSError:
             pass
 

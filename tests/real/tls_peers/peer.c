@@ -74,6 +74,7 @@ static void obey(const char *command) {
     say("does %s", command);
     if (!strcmp(command, "update")) tls_update(false), updates++;
     else if (!strcmp(command, "request")) tls_update(true), updates++;
+    else if (!strcmp(command, "flood")) for (int i = 0; i < 100; i++) tls_update(false);
     else if (!strcmp(command, "ticket")) tls_ticket();
     else if (!strcmp(command, "renegotiate")) tls_renegotiate();
     else if (!strcmp(command, "empty")) tls_empty_record();
@@ -82,17 +83,6 @@ static void obey(const char *command) {
     else if (!strcmp(command, "drop")) shutdown(options.tls, SHUT_WR), closed = true;
     else fail("unknown command %s", command);
     say("did %s", command);
-}
-
-/* One command, if one has come. Lines come whole: the test sends them one by one. */
-static bool step_control(void) {
-    char line[64];
-    ssize_t got = recv(options.control, line, sizeof line - 1, MSG_DONTWAIT);
-    if (got == 0) exit(0); /* the test is over */
-    if (got < 0) return false;
-    line[got] = 0;
-    for (char *command = strtok(line, "\n"); command; command = strtok(NULL, "\n")) obey(command);
-    return true;
 }
 
 static bool step_up(void) {
@@ -112,6 +102,23 @@ static bool step_up(void) {
     if (sent == TLS_LATER) return false;
     if (sent == TLS_BROKEN) return write_broken = true; /* reading goes on: an alert may be there */
     up.start += sent, moved += sent;
+    return true;
+}
+
+/* One command, if one has come. Lines come whole: the test sends them one by one. What the test sent on the plain side
+ * before it goes out first; but nothing holds up `drop`, as nothing holds up a cable that breaks. */
+static bool step_control(void) {
+    char line[64];
+    ssize_t got = recv(options.control, line, sizeof line - 1, MSG_DONTWAIT | MSG_PEEK);
+    if (got == 0) exit(0); /* the test is over */
+    if (got < 0) return false;
+    if (strncmp(line, "drop", 4)) {
+        while (step_up()) {}
+        if (!empty(&up)) return false;
+    }
+    recv(options.control, line, got, MSG_DONTWAIT);
+    line[got] = 0;
+    for (char *command = strtok(line, "\n"); command; command = strtok(NULL, "\n")) obey(command);
     return true;
 }
 
@@ -170,7 +177,7 @@ int main(int count, char **words) {
         bool progress = step_up();
         progress |= step_down();
         step_due();
-        if (empty(&up)) progress |= step_control();
+        progress |= step_control();
         if (!progress) wait_for_more();
     }
     say("end: updates sent %ld received %ld, tickets sent %ld", updates, tls_updates_received(), tickets);

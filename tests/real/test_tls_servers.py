@@ -1,0 +1,192 @@
+"""The proxy's leg to the server, against TLS that is not ours: OpenSSL, GnuTLS and NSS terminate TLS before a Dovecot, on long
+transfers both ways, with key updates, late tickets, padding, every way to close, and renegotiation.
+"""
+
+import socket
+import unittest
+
+from fixtures import PASSWORDS, PATIENCE, wait_for
+from mail import context
+from tls_interop import ALICE, BIG, PACKAGES, SUITES, Conversation, Peer, Scene, digest, each_suite, take_directly
+
+
+class Servers(unittest.TestCase):
+    @classmethod
+    def setUpClass(cls):
+        cls.scene = Scene(cls)
+        cls.listeners, cls.proxies = {}, {}
+        for mode in ("implicit", "starttls"):
+            listener = cls.listeners[mode] = socket.create_server(("127.0.0.1", 0))
+            cls.addClassCleanup(listener.close)
+            listener.settimeout(PATIENCE)
+            cls.proxies[mode] = cls.scene.proxy(listener.getsockname()[1], mode)
+            cls.addClassCleanup(cls.proxies[mode].close)
+
+    def session(self, library, version=None, suite=None, mode="implicit", **options):
+        """A client that is logged in, and the server's end of TLS."""
+        plain = socket.create_connection(("127.0.0.1", self.proxies[mode].ports["tls"]), timeout=PATIENCE)
+        client = Conversation(context(self.scene.certificates.ca).wrap_socket(plain, server_hostname="localhost"))
+        self.addCleanup(client.close)
+        client.line()
+        client.send(f"a1 LOGIN {ALICE} {PASSWORDS[ALICE]}\r\n".encode())
+        tls, _ = self.listeners[mode].accept()
+        dovecot = socket.create_connection(("127.0.0.1", self.scene.dovecot.port), timeout=PATIENCE)
+        for each in (tls, dovecot):
+            each.setblocking(True)
+        if mode == "starttls":
+            self.offer_starttls(tls, dovecot)
+        server = Peer(library, tls, "server", dovecot, **self.scene.peer_options(library, version, suite, "server"), **options)
+        self.addCleanup(server.close)
+        answer = client.until(b"a1 ")[-1]
+        self.assertTrue(answer.startswith(b"a1 OK"), f"{answer}\n{server.report()}\n{self.proxies[mode].log()}")
+        if suite and library != "gnutls":
+            server.reports(f"handshake TLSv{version} {suite}")
+        return client, server
+
+    @staticmethod
+    def offer_starttls(tls, dovecot):
+        """Says what a server says before TLS, and keeps the greeting of the real one, which comes once only."""
+        before = Conversation(tls)
+        before.send(b"* OK [CAPABILITY IMAP4rev1 STARTTLS] ready\r\n")
+        line = before.line()
+        assert line.upper().endswith(b" STARTTLS"), line
+        before.send(line.split()[0] + b" OK go\r\n")
+        greeting = Conversation(dovecot)
+        greeting.line()
+        assert before.pending == greeting.pending == b""
+        for each in (tls, dovecot):
+            each.setblocking(True)
+
+    def reads_and_writes(self, client):
+        """A big message each way, unharmed; then LOGOUT."""
+        client.select("big")
+        self.assertEqual(digest(client.fetch()), digest(self.scene.down))
+        client.append("up", self.scene.up)
+        self.assertEqual(take_directly(self.scene.dovecot, "up"), [digest(self.scene.up)])
+        client.noop()
+        client.logout()
+        client.close()
+
+    def test_each_suite(self):
+        for library in PACKAGES:
+            for version, suite in each_suite():
+                for mode in self.proxies:
+                    with self.subTest(library=library, suite=suite, mode=mode):
+                        client, server = self.session(library, version, suite, mode)
+                        self.reads_and_writes(client)
+                        server.reports("close_notify")
+
+    def test_key_updates_of_the_server(self):
+        # How often, in bytes: as the clients' in test_tls_interop.py.
+        every = {("openssl", 0): 1_000_000, ("openssl", 1): 1_000_000, ("gnutls", 0): 1_000_000, ("gnutls", 1): 8_000_000,
+                 ("nss", 0): 1_000_000, ("nss", 1): 1_000_000}
+        for (library, request), every in every.items():
+            for suite in SUITES["1.3"]:
+                with self.subTest(library=library, request=request, suite=suite):
+                    client, server = self.session(library, "1.3", suite, update_every=every, request=request)
+                    self.reads_and_writes(client)
+                    sent, received, _ = server.counts()
+                    self.assertGreaterEqual(sent, 2 * BIG // every - 1)
+                    if library == "openssl":
+                        self.assertEqual(received > 0, bool(request), server.report())
+
+    def test_hundreds_of_key_updates_during_a_download(self):
+        """Asked ones too: nothing of ours goes out meanwhile but the answers."""
+        for library, request in (("openssl", 0), ("openssl", 1), ("gnutls", 0), ("nss", 0), ("nss", 1)):
+            with self.subTest(library=library, request=request):
+                client, server = self.session(library, "1.3", update_every=50_000, request=request)
+                client.select("big")
+                self.assertEqual(digest(client.fetch()), digest(self.scene.down))
+                client.noop()
+                client.logout()
+                client.close()
+                self.assertGreaterEqual(server.counts()[0], BIG // 50_000 - 1)
+
+    def test_key_updates_while_idle(self):
+        for library in PACKAGES:
+            with self.subTest(library=library):
+                client, server = self.session(library, "1.3")
+                for _ in range(4):
+                    server.tell("update")
+                    server.tell("request")
+                    client.noop()
+                client.logout()
+                client.close()
+                sent, received, _ = server.counts()
+                self.assertEqual(sent, 8)
+                if library == "openssl":
+                    self.assertEqual(received, 4)
+
+    def test_late_tickets(self):
+        """In the middle of the data, and while nothing else is said."""
+        for library in PACKAGES:
+            with self.subTest(library=library):
+                client, server = self.session(library, "1.3", ticket_every=1_000_000)
+                for _ in range(4):
+                    server.tell("ticket")
+                    client.noop()
+                self.reads_and_writes(client)
+                self.assertGreaterEqual(server.counts()[2], 2 * BIG // 1_000_000 - 1)
+
+    def test_padded(self):
+        for library, paddings in (("openssl", (512, 16384)), ("gnutls", (1, 300, 8000))):
+            for padding in paddings:
+                with self.subTest(library=library, padding=padding):
+                    self.reads_and_writes(self.session(library, "1.3", padding=padding)[0])
+
+    def test_tiny_records_and_limits(self):
+        for library, options in (("openssl", {"fragment": 512}), ("gnutls", {"fragment": 512}), ("gnutls", {"limit": 512}),
+                                 ("nss", {"limit": 64})):
+            for version in SUITES:
+                with self.subTest(library=library, version=version, **options):
+                    self.reads_and_writes(self.session(library, version, **options)[0])
+
+    def test_empty_records(self):
+        for version in SUITES:
+            with self.subTest(version=version):
+                client, server = self.session("gnutls", version)
+                for _ in range(5):
+                    server.tell("empty")
+                    server.tell("empty")
+                    client.noop()
+                client.logout()
+
+    def test_close_notify_of_the_server(self):
+        for library in PACKAGES:
+            for version in SUITES:
+                with self.subTest(library=library, version=version):
+                    client, server = self.session(library, version)
+                    server.tell("close")
+                    self.assertEqual(client.line(), b"")
+                    client.close()
+                    server.reports("close_notify")
+
+    def test_tcp_that_ends_in_mid_message(self):
+        """Without close_notify, and a literal without its rest: the client's stream ends, and does not before what had come."""
+        for library in ("openssl", "gnutls"):
+            for version in SUITES:
+                with self.subTest(library=library, version=version):
+                    client, server = self.session(library, version)
+                    client.select("big")
+                    client.ask_for_message()
+                    client.exactly(100_000)
+                    server.tell("drop")
+                    with self.assertRaisesRegex(AssertionError, "stream ended"):
+                        client.exactly(BIG)
+
+    def test_renegotiation_asked_by_the_server(self):
+        """Refused: the session goes on or ends, but does not hang."""
+        for library in PACKAGES:
+            with self.subTest(library=library):
+                client, server = self.session(library, "1.2")
+                neighbour, _ = self.session("openssl")
+                server.tell("renegotiate")
+                # Something for the answer to ride on.
+                client.send(b"a7 NOOP\r\n")
+                wait_for("an answer", lambda: "warning 100" in server.report() or "broken" in server.report()
+                         or "alert" in server.report())
+                neighbour.noop()
+
+
+if __name__ == "__main__":
+    unittest.main()

@@ -1,0 +1,144 @@
+"""Records that no library would send, after the login: the session ends with the right alert and is counted, and the sessions
+beside it go on. A middleman makes them out of good ones.
+"""
+
+import socket
+import unittest
+
+from fixtures import PASSWORDS, PATIENCE, wait_for
+from mail import context
+from tls_interop import ALICE, SUITES, Conversation, Middleman, Peer, Scene
+
+UNEXPECTED, BAD_MAC, OVERFLOW = 10, 20, 22
+
+
+def header(kind, size):
+    return bytes([kind, 3, 3]) + size.to_bytes(2, "big")
+
+
+def flipped(record, at):
+    return record[:at] + bytes([record[at] ^ 1]) + record[at + 1:]
+
+
+# What becomes of a record, and the alert that answers it, in TLS 1.3 and 1.2. A change of the record's type is found by the
+# type in the one and by the authentication in the other.
+WRONG = {
+    "a bit of the tag": (lambda record: flipped(record, len(record) - 1), BAD_MAC, BAD_MAC),
+    "a bit of the ciphertext": (lambda record: flipped(record, 14), BAD_MAC, BAD_MAC),
+    "a bit of the first byte": (lambda record: flipped(record, 5), BAD_MAC, BAD_MAC),
+    "longer than said": (lambda record: record[:3] + (len(record) - 6).to_bytes(2, "big") + record[5:-1], BAD_MAC, BAD_MAC),
+    "said twice": (lambda record: record + record, BAD_MAC, BAD_MAC),
+    "in clear": (lambda record: header(23, 32) + b"a7 NOOP\r\n".ljust(32), BAD_MAC, BAD_MAC),
+    "too short for a tag": (lambda record: header(23, 3) + b"abc", BAD_MAC, BAD_MAC),
+    "empty": (lambda record: header(23, 0), BAD_MAC, BAD_MAC),
+    "length ffff": (lambda record: header(23, 0xFFFF) + bytes(0xFFFF), OVERFLOW, OVERFLOW),
+    "one byte over what sealing may add": (lambda record: header(23, 16384 + 2049) + bytes(16384 + 2049), OVERFLOW, OVERFLOW),
+    "over what TLS 1.3 may add": (lambda record: header(23, 16384 + 257) + bytes(16384 + 257), OVERFLOW, BAD_MAC),
+    "a handshake message in clear": (lambda record: header(22, 4) + bytes(4) + record, UNEXPECTED, BAD_MAC),
+    "an alert in clear": (lambda record: header(21, 2) + b"\x02\x28" + record, UNEXPECTED, BAD_MAC),
+    "close_notify in clear": (lambda record: header(21, 2) + b"\x01\x00" + record, UNEXPECTED, BAD_MAC),
+    "a change of ciphers": (lambda record: header(20, 1) + b"\x01" + record, UNEXPECTED, BAD_MAC),
+    "an unknown type": (lambda record: header(99, 16) + bytes(16), UNEXPECTED, UNEXPECTED),
+    "no TLS at all": (lambda record: b"GET / HTTP/1.1\r\nHost: mail.test\r\n\r\n", UNEXPECTED, UNEXPECTED),
+}
+
+
+class Wrong(unittest.TestCase):
+    @classmethod
+    def setUpClass(cls):
+        cls.scene = Scene(cls)
+        cls.proxy = cls.scene.proxy()
+        cls.addClassCleanup(cls.proxy.close)
+
+    def python_client(self, proxy):
+        plain = socket.create_connection(("127.0.0.1", proxy.ports["tls"]), timeout=PATIENCE)
+        client = Conversation(context(self.scene.certificates.ca).wrap_socket(plain, server_hostname="localhost"))
+        self.addCleanup(client.close)
+        client.line()
+        return client
+
+    def each(self, check):
+        for version in SUITES:
+            for suite in SUITES[version]:
+                for what, (alter, *alerts) in WRONG.items():
+                    with self.subTest(what=what, suite=suite):
+                        check(version, suite, alter, alerts[version == "1.2"], what == "said twice")
+
+    def violations(self, proxy, side):
+        return proxy.metric("vestibule_failures_total", side=side, reason="tls_violation")
+
+    def test_from_the_client(self):
+        neighbour = self.python_client(self.proxy)
+        neighbour.login()
+
+        def check(version, suite, alter, alert, once_is_good):
+            middleman = Middleman(self.proxy.ports["tls"], alter)
+            self.addCleanup(middleman.close)
+            tls = socket.create_connection(("127.0.0.1", middleman.port))
+            peer = Peer("openssl", tls, **self.scene.peer_options("openssl", version, suite))
+            self.addCleanup(peer.close)
+            peer.line()
+            peer.login()
+            before = self.violations(self.proxy, "client")
+            middleman.armed.set()
+            peer.send(b"a7 NOOP\r\n")
+            if not once_is_good:
+                self.assertEqual(peer.line(), b"")
+            self.assertTrue(middleman.altered.wait(PATIENCE))
+            peer.reports(f"alert {alert}")
+            wait_for("the count", lambda: self.violations(self.proxy, "client") == before + 1)
+            neighbour.noop()
+
+        self.each(check)
+
+    def test_from_the_server(self):
+        listener = socket.create_server(("127.0.0.1", 0))
+        self.addCleanup(listener.close)
+        listener.settimeout(PATIENCE)
+        # The one server that proxies know of; where the middleman stands is said at each connection.
+        proxy = self.scene.proxy(listener.getsockname()[1], "implicit")
+        self.addCleanup(proxy.close)
+
+        def check(version, suite, alter, alert, once_is_good):
+            behind = socket.create_server(("127.0.0.1", 0))
+            self.addCleanup(behind.close)
+            client = self.python_client(proxy)
+            client.send(f"a1 LOGIN {ALICE} {PASSWORDS[ALICE]}\r\n".encode())
+            middleman = Middleman(behind.getsockname()[1], alter, of_server=True, accepted=listener.accept()[0])
+            self.addCleanup(middleman.close)
+            tls, _ = behind.accept()
+            dovecot = socket.create_connection(("127.0.0.1", self.scene.dovecot.port))
+            server = Peer("openssl", tls, "server", dovecot, **self.scene.peer_options("openssl", version, suite, "server"))
+            self.addCleanup(server.close)
+            self.assertTrue(client.until(b"a1 ")[-1].startswith(b"a1 OK"))
+            before = self.violations(proxy, "backend")
+            middleman.armed.set()
+            client.send(b"a7 NOOP\r\n")
+            if not once_is_good:
+                self.assertEqual(client.line(), b"", "nothing that was altered comes through")
+            self.assertTrue(middleman.altered.wait(PATIENCE))
+            server.reports(f"alert {alert}")
+            wait_for("the count", lambda: self.violations(proxy, "backend") == before + 1)
+
+        self.each(check)
+
+    def test_a_record_that_is_cut_off(self):
+        """Half a record, then TCP ends: the session ends, and what was cut off reaches nobody."""
+        for version in SUITES:
+            with self.subTest(version=version):
+                middleman = Middleman(self.proxy.ports["tls"], lambda record: record[:len(record) // 2], last=True)
+                self.addCleanup(middleman.close)
+                tls = socket.create_connection(("127.0.0.1", middleman.port))
+                peer = Peer("openssl", tls, **self.scene.peer_options("openssl", version))
+                self.addCleanup(peer.close)
+                peer.line()
+                peer.login()
+                ended = self.proxy.log().count("session ended")
+                middleman.armed.set()
+                peer.send(b"a7 NOOP\r\n")
+                wait_for("the session to end", lambda: self.proxy.log().count("session ended") > ended)
+                self.assertNotIn(b"a7", peer.line())
+
+
+if __name__ == "__main__":
+    unittest.main()
