@@ -132,6 +132,7 @@ impl Listener {
         let arrival = Arrival {
             socket,
             peer,
+            local: self.address,
             listener: self.index,
             tls: self.tls,
             live: house.live.clone(),

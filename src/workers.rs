@@ -10,9 +10,9 @@ use std::thread;
 
 use tokio::runtime::{Builder, EnterGuard, Runtime};
 
-/// Tasks run between two looks for new events: with many busy sessions the others are not kept waiting by more than as
-/// many turns (a quarter of a millisecond each at the most).
-const EVENT_INTERVAL: u32 = 8;
+/// Tasks run between two looks for new events: beside sessions that move much, the others are kept waiting by so many
+/// turns of them (`relay`, a tenth of a millisecond each).
+const EVENT_INTERVAL: u32 = 4;
 
 /// A worker that has not begun yet.
 pub struct Worker(Runtime);

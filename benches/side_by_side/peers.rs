@@ -2,6 +2,7 @@
 
 use std::fs::{self, File};
 use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::thread;
@@ -133,6 +134,16 @@ pub(crate) fn start(
     let (tls, plain, admin) = (free_port()?, free_port()?, free_port()?);
     let (name, template) = peer.template();
     let server = if server_tls { standin.tls } else { standin.plain };
+    // A folder of its own for each start: a program may still be cleaning up its last.
+    let own = tempfile::Builder::new()
+        .prefix(peer.name())
+        .permissions(PermissionsExt::from_mode(0o755))
+        .tempdir_in(folder)?;
+    let own = own.keep();
+    for file in ["cert.pem", "key.pem", "both.pem"] {
+        fs::copy(folder.join(file), own.join(file))?;
+    }
+    let folder = own.as_path();
     let mut text = template.replace("@FOLDER@", &folder.display().to_string()).replace("@SERVER_TLS@", words);
     for (word, port) in
         [("TLS", tls), ("PLAIN", plain), ("ADMIN", admin), ("SERVER", server), ("DIRECTORY", standin.directory)]

@@ -9,8 +9,8 @@ use super::leg::{Broken, Leg, Received, Socket};
 use super::scratch::{self, ROUND, Scratch};
 use crate::record_layer::{MAX_PLAINTEXT, Violation};
 
-/// Rounds before other sessions of the worker get their turn: at most 512 KiB, a quarter of a millisecond.
-const TURN: usize = 2;
+/// Moved before other sessions of the worker get their turn: a round, a tenth of a millisecond.
+const TURN: usize = ROUND * MAX_PLAINTEXT / 2;
 
 /// Less than this is conversation, not transfer.
 const LINE: usize = 4096;
@@ -63,7 +63,7 @@ impl Direction {
         self.stalled.map(|(since, _)| since)
     }
 
-    /// Moves what there is. Ready when the direction is done.
+    /// Moves what there is. Ready when the direction is done. `last`: the other direction is.
     ///
     /// # Errors
     /// The sender broke the rules of TLS.
@@ -72,11 +72,12 @@ impl Direction {
         context: &mut Context<'_>,
         from: &mut Leg<S>,
         to: &mut Leg<S>,
+        last: bool,
     ) -> Poll<Result<(), Violation>> {
         if self.is_done() {
             return Poll::Ready(Ok(()));
         }
-        let result = scratch::with(|scratch| self.poll_move(context, from, to, scratch));
+        let result = scratch::with(|scratch| self.poll_move(context, from, to, last, scratch));
         self.watch(to);
         match ready!(result) {
             Ok(()) => {}
@@ -97,6 +98,7 @@ impl Direction {
         context: &mut Context<'_>,
         from: &mut Leg<S>,
         to: &mut Leg<S>,
+        last: bool,
         scratch: &mut Scratch,
     ) -> Poll<Result<(), Broken>> {
         if !self.opening.is_empty() {
@@ -104,10 +106,11 @@ impl Direction {
             self.count(opening.len());
             to.poll_send_bytes(context, scratch, &opening)?;
         }
-        for _ in 0..TURN {
+        let mut moved = 0;
+        while moved < TURN {
             ready!(to.poll_flush(context))?;
             if self.state == State::Ending {
-                return to.poll_finish(context).map_err(Broken::from);
+                return to.poll_finish(context, last).map_err(Broken::from);
             }
             match from.poll_receive(context, scratch, to.layout(), self.round.into()) {
                 Poll::Pending => return Poll::Pending,
@@ -125,6 +128,7 @@ impl Direction {
                         continue;
                     };
                     self.count(length);
+                    moved += length;
                     to.poll_send(context, scratch, received)?;
                     self.round = match length {
                         _ if to.has_unsent() => 1,

@@ -364,6 +364,9 @@ impl<S: Socket> Leg<S> {
 
     /// Writes plaintext from where it was opened.
     fn poll_write_pieces(&mut self, context: &mut Context<'_>, scratch: &Scratch) -> Result<(), Broken> {
+        if let [range] = &scratch.opened[..] {
+            return self.poll_write(context, &scratch.inbound[range.clone()]);
+        }
         let mut slices = [IoSlice::new(&[]); PIECES];
         for (slice, range) in slices.iter_mut().zip(&scratch.opened) {
             *slice = IoSlice::new(&scratch.inbound[range.clone()]);
@@ -416,8 +419,9 @@ impl<S: Socket> Leg<S> {
         self.flushed
     }
 
-    /// Says that nothing more will be sent: close_notify, then FIN.
-    pub(super) fn poll_finish(&mut self, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+    /// Says that nothing more will be sent: close_notify, then FIN. `last`: nothing more is expected either, and the
+    /// FIN comes with the close.
+    pub(super) fn poll_finish(&mut self, context: &mut Context<'_>, last: bool) -> Poll<io::Result<()>> {
         if self.finished {
             return Poll::Ready(Ok(()));
         }
@@ -425,7 +429,7 @@ impl<S: Socket> Leg<S> {
             tls.sealer.close(AlertCode::CLOSE_NOTIFY, &mut self.unsent);
         }
         let flushed = ready!(self.poll_flush(context));
-        self.finished = flushed.is_err() || Pin::new(&mut self.socket).poll_shutdown(context)?.is_ready();
+        self.finished = flushed.is_err() || last || Pin::new(&mut self.socket).poll_shutdown(context)?.is_ready();
         if self.finished { Poll::Ready(flushed) } else { Poll::Pending }
     }
 

@@ -149,8 +149,8 @@ impl<S: Socket> Relay<S> {
     pub async fn close(&mut self) {
         poll_fn(|context| {
             // A peer that can be told nothing any more is told nothing.
-            let client = self.client.poll_finish(context).is_ready();
-            let server = self.server.poll_finish(context).is_ready();
+            let client = self.client.poll_finish(context, true).is_ready();
+            let server = self.server.poll_finish(context, true).is_ready();
             if client && server { Poll::Ready(()) } else { Poll::Pending }
         })
         .await;
@@ -159,14 +159,16 @@ impl<S: Socket> Relay<S> {
     fn poll_bytes(&mut self, context: &mut Context<'_>) -> Poll<End> {
         let before = self.moved();
         loop {
-            if let Poll::Ready(result) = self.up.poll(context, &mut self.client, &mut self.server) {
+            if let Poll::Ready(result) = self.up.poll(context, &mut self.client, &mut self.server, self.down.is_done())
+            {
                 if let Err(violation) = result {
                     self.client.fail(violation);
                     return Poll::Ready(End::ClientTls(violation));
                 }
                 self.first_done.get_or_insert(if self.up.write_failed { End::Server } else { End::Client });
             }
-            if let Poll::Ready(result) = self.down.poll(context, &mut self.server, &mut self.client) {
+            if let Poll::Ready(result) = self.down.poll(context, &mut self.server, &mut self.client, self.up.is_done())
+            {
                 if let Err(violation) = result {
                     self.server.fail(violation);
                     return Poll::Ready(End::ServerTls(violation));

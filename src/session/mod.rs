@@ -57,6 +57,8 @@ pub struct Arrival {
     pub socket: TcpStream,
     /// The client.
     pub peer: SocketAddr,
+    /// What the listener is bound to.
+    pub local: SocketAddr,
     /// Place of the listener in the configuration.
     pub listener: usize,
     /// How TLS begins there.
@@ -114,8 +116,9 @@ enum Attempted {
 
 impl Session {
     fn new(arrival: Arrival) -> (Self, TcpStream) {
-        let Arrival { socket, peer, listener, live, drain, room, held, .. } = arrival;
-        let local = socket.local_addr().unwrap_or(peer);
+        let Arrival { socket, peer, local, listener, live, drain, room, held, .. } = arrival;
+        // A socket bound to one address has no other; of `[::]` only the connection knows.
+        let local = if local.ip().is_unspecified() { socket.local_addr().unwrap_or(local) } else { local };
         let login_by = time::Instant::now() + live.limits.login;
         let record = Record::new(id::new(peer), peer, local, live.clone());
         (Self { live, drain, room, held, peer, local, listener, login_by, record }, socket)
