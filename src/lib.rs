@@ -19,7 +19,9 @@
 //! | which backend | [`route::Router::route`] |
 //! | which server, and which next | [`backend::Backend::candidates`] |
 //! | connect and log in there | [`backend::connect::login`], [`imap::backend_login::BackendLogin::step`] |
-//! | bytes both ways | [`relay::Relay::run`] |
+//! | rustls lets go of both connections | [`stream::Stream::into_leg`], [`tls::handover`] |
+//! | bytes both ways | [`relay::Relay::run`], [`record_layer`] |
+//! | silence: two sockets and their keys | [`waiting::WaitingRoom`] |
 //! | one record | `session::record::Record`, when it drops |
 //!
 //! [`session`] alone knows this order. [`server`] builds everything from a [`config::Config`] and starts it.
@@ -31,6 +33,7 @@
 //! - After a login nothing is parsed. After a refusal nothing is relayed.
 //! - "Unknown user" and "lookup failed" are different answers, and only the first goes on to the next route.
 //! - A route names a declared backend; nothing that was looked up becomes a network address.
+//! - A session lives on the worker that accepted it ([`workers`]); nothing of its login stays allocated behind it.
 //! - Secrets are [`identity::Secret`] or wiped buffers; they reach no log, metric or error text.
 //! - What a client can provoke never makes a server look dead.
 

@@ -28,7 +28,7 @@ struct Options {
     #[arg(long, value_delimiter = ',')]
     only: Vec<String>,
     /// Rounds of CPU measurements; the table shows their medians.
-    #[arg(long, default_value_t = 5)]
+    #[arg(long, default_value_t = 3)]
     rounds: usize,
     /// Writes the table to benches/RESULTS.md.
     #[arg(long)]
@@ -55,6 +55,9 @@ impl Options {
         Peer::ALL.into_iter().filter(wanted).collect()
     }
 }
+
+/// Of each figure in a round: short ones, for what disturbs a machine comes and goes.
+const SAMPLES: usize = 3;
 
 /// Everything the measurements need.
 struct Scene {
@@ -140,34 +143,42 @@ impl Scene {
             Ok((used, answer))
         };
         if self.options.wants("login") {
-            let count = self.options.count(2000, 200);
+            let count = self.options.count(800, 200);
             measure("login 100 full")?;
-            figures.login.push(measure(&format!("login {count} full"))?.0 / count as f64);
-            let (used, answer) = measure(&format!("login {count} resumed"))?;
-            // Workers that do not share their tickets resume by chance: that is no figure.
-            if answer == count.to_string() {
-                figures.resumed.push(used / count as f64);
+            for _ in 0..SAMPLES {
+                figures.login.push(measure(&format!("login {count} full"))?.0 / count as f64);
+                let (used, answer) = measure(&format!("login {count} resumed"))?;
+                // Workers that do not share their tickets resume by chance: that is no figure.
+                if answer == count.to_string() {
+                    figures.resumed.push(used / count as f64);
+                }
             }
         }
         if self.options.wants("noop") {
-            let count = self.options.count(10_000, 1000);
-            let (used, answer) = measure(&format!("noop {count}"))?;
-            figures.noop.push(used / count as f64);
-            let (p50, p99) = two(&answer)?;
-            figures.noop_p50.push(p50 / 1e6);
-            figures.noop_p99.push(p99 / 1e6);
-            let (_, answer) = measure(&format!("beside {}", self.options.count(3000, 300)))?;
+            let count = self.options.count(4000, 1000);
+            for _ in 0..SAMPLES {
+                let (used, answer) = measure(&format!("noop {count}"))?;
+                figures.noop.push(used / count as f64);
+                let (p50, p99) = two(&answer)?;
+                figures.noop_p50.push(p50 / 1e6);
+                figures.noop_p99.push(p99 / 1e6);
+            }
+            let (_, answer) = measure(&format!("beside {}", self.options.count(5, 1)))?;
             figures.beside_p99.push(two(&answer)?.1 / 1e6);
         }
         if self.options.wants("bulk") {
-            let mib = self.options.count(1024, 128);
+            let mib = self.options.count(384, 128);
             let gigabytes = mib as f64 * 1.048_576e-3;
-            figures.down.push(measure(&format!("down {mib}"))?.0 / gigabytes);
-            figures.up.push(measure(&format!("up {mib}"))?.0 / gigabytes);
+            for _ in 0..SAMPLES {
+                figures.down.push(measure(&format!("down {mib}"))?.0 / gigabytes);
+                figures.up.push(measure(&format!("up {mib}"))?.0 / gigabytes);
+            }
             let mut plain = self.load(running.plain, false)?;
-            let before = account::cpu(running.pid());
-            plain.ask(&format!("down {mib}"))?;
-            figures.plain_down.push((account::cpu(running.pid()) - before).as_secs_f64() / gigabytes);
+            for _ in 0..SAMPLES {
+                let before = account::cpu(running.pid());
+                plain.ask(&format!("down {mib}"))?;
+                figures.plain_down.push((account::cpu(running.pid()) - before).as_secs_f64() / gigabytes);
+            }
         }
         Ok(())
     }

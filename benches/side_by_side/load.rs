@@ -4,7 +4,7 @@
 //! |---|---|---|
 //! | `login COUNT full\|resumed` | connect, TLS, LOGIN, LOGOUT, close, over two threads | how many were resumed |
 //! | `noop COUNT` | NOOPs on one connection | p50 and p99 in microseconds |
-//! | `beside COUNT` | the same, while two other connections download | p50 and p99 |
+//! | `beside SECONDS` | the same for so long, while two other connections download | p50 and p99 |
 //! | `down MIB`, `up MIB` | a FETCH or an APPEND on each of two connections, together so much | nothing |
 //! | `open COUNT` | logs in until so many sessions are idle | nothing |
 //! | `close` | ends them | nothing |
@@ -50,8 +50,8 @@ pub(crate) fn run() -> anyhow::Result<()> {
         let count: usize = words.next().map_or(Ok(0), str::parse)?;
         let answer = match command {
             "login" => logins(&target, count, words.next() == Some("resumed"))?,
-            "noop" => noops(&mut Connection::open(&target, None)?, count)?,
-            "beside" => beside(&target, count)?,
+            "noop" => noops(&mut Connection::open(&target, None)?, |done, _| done < count)?,
+            "beside" => beside(&target, Duration::from_secs(count as u64))?,
             "down" => both(&target, move |connection| connection.fetch(count / THREADS))?,
             "up" => both(&target, move |connection| connection.append(count / THREADS))?,
             "open" => open(&target, &mut idle, count)?,
@@ -97,19 +97,20 @@ fn join(threads: Vec<thread::JoinHandle<anyhow::Result<()>>>) -> anyhow::Result<
     Ok(String::new())
 }
 
-fn noops(connection: &mut Connection, count: usize) -> anyhow::Result<String> {
-    let mut times = Vec::with_capacity(count);
-    for _ in 0..count {
+fn noops(connection: &mut Connection, goes_on: impl Fn(usize, Duration) -> bool) -> anyhow::Result<String> {
+    let mut times = Vec::new();
+    let all = Instant::now();
+    while goes_on(times.len(), all.elapsed()) {
         let began = Instant::now();
         connection.command("n NOOP", "n OK")?;
         times.push(began.elapsed());
     }
     times.sort_unstable();
-    let micros = |share: usize| times[count * share / 100].as_secs_f64() * 1e6;
+    let micros = |share: usize| times[times.len() * share / 100].as_secs_f64() * 1e6;
     Ok(format!("{:.1} {:.1}", micros(50), micros(99)))
 }
 
-fn beside(target: &Target, count: usize) -> anyhow::Result<String> {
+fn beside(target: &Target, time: Duration) -> anyhow::Result<String> {
     let stop = Arc::new(AtomicBool::new(false));
     let threads: Vec<_> = (0..THREADS)
         .map(|_| {
@@ -123,7 +124,7 @@ fn beside(target: &Target, count: usize) -> anyhow::Result<String> {
             })
         })
         .collect();
-    let answer = noops(&mut Connection::open(target, None)?, count);
+    let answer = noops(&mut Connection::open(target, None)?, |done, passed| done < 20 || passed < time);
     stop.store(true, Ordering::Relaxed);
     join(threads)?;
     answer

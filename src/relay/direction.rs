@@ -131,7 +131,7 @@ impl Direction {
                     moved += length;
                     to.poll_send(context, scratch, received)?;
                     self.round = match length {
-                        _ if to.has_unsent() => 1,
+                        _ if to.has_unsent() => (self.round / 2).max(1),
                         ..LINE => 1,
                         length if length * 4 >= usize::from(self.round) * MAX_PLAINTEXT * 3 => {
                             (self.round * 2).min(ROUND as u8)

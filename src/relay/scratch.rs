@@ -7,8 +7,8 @@ use std::ops::Range;
 use super::pipe::Pipe;
 use crate::record_layer::{Layout, MAX_PLAINTEXT, MAX_RECORD};
 
-/// Full records that one round moves at most: 256 KiB of plaintext. Twice as many bring 5 % (`benches/`), and a slow
-/// peer's session keeps up to a round.
+/// Full records that one round moves at most: 256 KiB of plaintext. A session whose peer stops taking them keeps up to as
+/// much.
 pub(super) const ROUND: usize = 16;
 /// One of either buffer. Pages that no transfer has touched cost nothing.
 const SIZE: usize = ROUND * MAX_RECORD;

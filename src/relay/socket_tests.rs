@@ -243,3 +243,19 @@ async fn a_side_that_takes_nothing_is_given_up() {
     drop(client);
     sender.await.unwrap();
 }
+
+/// What a session costs beside its socket: a task that moves bytes, and what is left of it in silence. A figure that grows
+/// is memory of every session of every user.
+#[tokio::test]
+async fn sizes() {
+    let (client, _far) = leg(KINDS[1]).await;
+    let (server, _far) = leg(KINDS[1]).await;
+    let counter = || IntCounter::new("bytes", "bytes").unwrap();
+    let opening =
+        Opening { to_client: Vec::new(), to_server: Vec::new(), client_bytes: counter(), server_bytes: counter() };
+    let mut relay = Relay::new(client, server, opening, LIMITS);
+    assert!(size_of_val(&relay) <= 480, "a relay: {}", size_of_val(&relay));
+    let running = size_of_val(&relay.run(None));
+    assert!(running <= 320, "its run: {running}");
+    assert!(size_of::<Resting>() <= 64, "at rest: {}", size_of::<Resting>());
+}

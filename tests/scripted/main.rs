@@ -8,4 +8,5 @@ mod client;
 mod dns;
 mod house;
 mod servers;
+mod silent;
 mod support;
