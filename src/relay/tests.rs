@@ -130,3 +130,48 @@ async fn without_an_idle_limit_silence_lasts() {
     ends.client.write_all(b"x").await.unwrap();
     assert_eq!(ends.server.read_u8().await.unwrap(), b'x');
 }
+
+/// Three records in two pieces, cut at every byte, come out as they went in.
+#[tokio::test]
+async fn records_may_be_cut_anywhere() {
+    use crate::record_layer::{Channel, Cipher, Keys, Role, Version};
+    let keys = |byte: u8| Keys::from_secret(Cipher::Aes128Gcm, &[byte; 32]).unwrap();
+    for version in [Version::Tls13, Version::Tls12] {
+        let seal = |stream: &mut Vec<u8>, channel: &mut Channel, text: &[u8]| {
+            let layout = channel.sealer.layout();
+            let mut record = vec![0; layout.prefix + text.len() + layout.suffix];
+            record[layout.prefix..layout.prefix + text.len()].copy_from_slice(text);
+            channel.sealer.seal(&mut record, text.len()).unwrap();
+            stream.extend(record);
+        };
+        let mut stream = Vec::new();
+        let mut peer = Channel::new(version, Role::Client, keys(2), keys(1));
+        for text in [&b"a NOOP\r\n"[..], b"b", b"c FETCH 1:* ALL\r\n"] {
+            seal(&mut stream, &mut peer, text);
+        }
+        for cut in 0..=stream.len() {
+            let (mut client, relay_client) = duplex(1024);
+            let (mut server, relay_server) = duplex(1024);
+            let ours = Channel::new(version, Role::Server, keys(1), keys(2));
+            // What was read before the relay began may be cut anywhere too.
+            let early = stream[..cut / 2].to_vec();
+            let counter = || IntCounter::new("bytes", "bytes").unwrap();
+            let opening = Opening {
+                to_client: Vec::new(),
+                to_server: Vec::new(),
+                client_bytes: counter(),
+                server_bytes: counter(),
+            };
+            let leg = Leg::tls(relay_client, ours, early, false);
+            let mut relay = Relay::new(leg, Leg::plain(relay_server), opening, LIMITS);
+            let relay = tokio::spawn(async move { relay.run(None).await });
+            client.write_all(&stream[cut / 2..cut]).await.unwrap();
+            tokio::task::yield_now().await;
+            client.write_all(&stream[cut..]).await.unwrap();
+            let mut got = [0; 26];
+            server.read_exact(&mut got).await.unwrap();
+            assert_eq!(&got, b"a NOOP\r\nbc FETCH 1:* ALL\r\n", "{version:?} cut at {cut}");
+            relay.abort();
+        }
+    }
+}

@@ -5,7 +5,9 @@ use std::time::Duration;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use vestibule::server::Running;
 
-use crate::support::{Certificates, Client, GOOD, Line, Scripted, eventually, in_time, metric, proxy, start};
+use crate::support::{
+    Certificates, Client, GOOD, Line, Scripted, eventually, in_time, metric, proxy, start, tls_session,
+};
 
 async fn with_good_server(more: &str) -> (Running, Scripted) {
     let server = Scripted::new(GOOD).await;
@@ -171,23 +173,7 @@ async fn half_close_lets_the_last_words_through() {
 #[tokio::test]
 async fn megabytes_both_ways_past_a_slow_reader() {
     const SIZE: usize = 8 << 20;
-    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
-    let address = listener.local_addr().unwrap();
-    let certificates = Certificates::new();
-    let text = format!(
-        "listeners: [{{address: '127.0.0.1:0', tls: implicit}}]\n{}backends: {{only: {{servers: ['{address}']}}}}\nroutes: [{{default: only}}]\n",
-        certificates.section()
-    );
-    let proxy = start(&text).await;
-    let socket = tokio::net::TcpStream::connect(proxy.listeners()[0]).await.unwrap();
-    let mut client = Line::new(certificates.encrypt(socket).await);
-    client.line().await;
-    client.send("a LOGIN alice secret\r\n").await;
-    let mut server = Line::new(listener.accept().await.unwrap().0);
-    server.send("* OK [CAPABILITY IMAP4rev1] x\r\n").await;
-    server.line().await;
-    server.send("L OK [CAPABILITY IMAP4rev1] in\r\n").await;
-    client.line().await;
+    let (_proxy, client, server) = tls_session("").await;
     let pattern: Vec<u8> = (0..SIZE).map(|index| (index * 31 % 251) as u8).collect();
     let (client, _) = client.into_parts();
     let (server, _) = server.into_parts();

@@ -1,34 +1,8 @@
 //! Sessions that fall silent give up their task, and nobody notices.
 
-use tokio::net::TcpListener;
 use vestibule::server::Running;
 
 use crate::support::*;
-
-type Tls = Line<tokio_rustls::client::TlsStream<tokio::net::TcpStream>>;
-
-/// The proxy, with TLS in front, and a logged-in session's two ends.
-async fn session(more: &str) -> (Running, Tls, Client) {
-    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-    let certificates = Certificates::new();
-    let text = format!(
-        "listeners: [{{address: '127.0.0.1:0', tls: implicit}}]\n{}backends: {{only: {{servers: ['{}']}}}}\n\
-         routes: [{{default: only}}]\n{more}",
-        certificates.section(),
-        listener.local_addr().unwrap()
-    );
-    let proxy = start(&text).await;
-    let socket = tokio::net::TcpStream::connect(proxy.listeners()[0]).await.unwrap();
-    let mut client = Line::new(certificates.encrypt(socket).await);
-    client.line().await;
-    client.send("a LOGIN alice secret\r\n").await;
-    let mut server = Line::new(listener.accept().await.unwrap().0);
-    server.send("* OK [CAPABILITY IMAP4rev1] x\r\n").await;
-    server.line().await;
-    server.send("L OK [CAPABILITY IMAP4rev1] in\r\n").await;
-    assert!(client.line().await.starts_with("a OK"));
-    (proxy, client, server)
-}
 
 async fn silence(proxy: &Running, sessions: f64) {
     eventually("silence", || metric(proxy, "vestibule_silent_sessions", &[]) == sessions).await;
@@ -36,7 +10,7 @@ async fn silence(proxy: &Running, sessions: f64) {
 
 #[tokio::test]
 async fn a_silent_session_wakes_for_either_side() {
-    let (proxy, mut client, mut server) = session("").await;
+    let (proxy, mut client, mut server) = tls_session("").await;
     silence(&proxy, 1.0).await;
     server.send("* 5 EXISTS\r\n").await;
     assert_eq!(client.line().await, "* 5 EXISTS");
@@ -56,7 +30,7 @@ async fn a_silent_session_wakes_for_either_side() {
 
 #[tokio::test]
 async fn a_stop_ends_silent_sessions_in_order() {
-    let (proxy, mut client, mut server) = session("limits: {drain: 100ms}\n").await;
+    let (proxy, mut client, mut server) = tls_session("limits: {drain: 100ms}\n").await;
     silence(&proxy, 1.0).await;
     assert_eq!(in_time("the stop", proxy.drain(std::future::pending())).await, 1);
     // rustls tells an end without close_notify as an error, which `line` would take for an end too: this reads itself.

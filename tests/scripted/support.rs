@@ -195,6 +195,32 @@ async fn perform<S: AsyncRead + AsyncWrite + Unpin>(line: &mut Line<S>, script: 
     script.len()
 }
 
+/// A client of the proxy over TLS.
+pub type TlsClient = Line<tokio_rustls::client::TlsStream<TcpStream>>;
+
+/// The proxy with TLS in front, and the two ends of a session that has just logged in.
+pub async fn tls_session(more: &str) -> (Running, TlsClient, Client) {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let certificates = Certificates::new();
+    let text = format!(
+        "listeners: [{{address: '127.0.0.1:0', tls: implicit}}]\n{}backends: {{only: {{servers: ['{}']}}}}\n\
+         routes: [{{default: only}}]\n{more}",
+        certificates.section(),
+        listener.local_addr().unwrap()
+    );
+    let proxy = start(&text).await;
+    let socket = TcpStream::connect(proxy.listeners()[0]).await.unwrap();
+    let mut client = Line::new(certificates.encrypt(socket).await);
+    client.line().await;
+    client.send("a LOGIN alice secret\r\n").await;
+    let mut server = Line::new(listener.accept().await.unwrap().0);
+    server.send("* OK [CAPABILITY IMAP4rev1] x\r\n").await;
+    server.line().await;
+    server.send("L OK [CAPABILITY IMAP4rev1] in\r\n").await;
+    assert!(client.line().await.starts_with("a OK"));
+    (proxy, client, server)
+}
+
 /// A server that accepts alice, one round trip.
 pub const GOOD: &str = r#"
     S: * OK [CAPABILITY IMAP4rev1] good
