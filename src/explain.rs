@@ -5,6 +5,7 @@
 
 use std::fmt::Write as _;
 
+use tokio::runtime::Handle;
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -12,47 +13,84 @@ use tokio_util::task::TaskTracker;
 use crate::backend::OwnAddresses;
 use crate::config::Config;
 use crate::identity::UserName;
-use crate::route::Answer;
+use crate::route::{Answer, Origin, Question, Target};
 use crate::server::Live;
 
-/// The text for `user`, and whether a backend was found.
+/// The text for `user`, and whether a server would be asked to log the user in.
 pub async fn explain(config: &Config, live: &Live, user: &UserName) -> (String, bool) {
     let mut text = format!("user     {user}\nasked as {}\n", user.routing_key());
+    let (tasks, stop) = (TaskTracker::new(), CancellationToken::new());
+    live.router.start(&live.metrics, &Handle::current(), &tasks, &stop);
+    let question = Question { user: user.routing_key().into(), visitor: None };
     let mut found = None;
-    for step in live.router.explain(user).await {
-        let answer = match step.answer {
-            Answer::Found(backend) => {
-                found = Some(backend);
-                format!("found: {}", config.backends[backend.0].name)
+    for step in live.router.explain(&question).await {
+        let answer = match &step.answer {
+            Answer::Found(target) => {
+                found = Some(target.clone());
+                format!("found: {}", describe(config, target))
             }
             Answer::Unknown => "does not know the user".to_owned(),
             Answer::Failed(reason) => format!("failed: {reason}"),
         };
-        line(&mut text, format_args!("route    {}: {answer} ({} µs)", step.route, step.took.as_micros()));
+        let origin = match step.origin {
+            Origin::Memory => String::new(),
+            Origin::Asked => ", asked now".to_owned(),
+            Origin::Cache(age) => format!(", kept for {} s", age.as_secs()),
+            Origin::Stale(age) => format!(", stale: kept for {} s, and its source is down", age.as_secs()),
+        };
+        line(&mut text, format_args!("route    {}: {answer} ({} µs{origin})", step.route, step.took.as_micros()));
     }
-    let Some(backend) = found else {
+    let Some(target) = found else {
         text.push_str("backend  none: the login is refused\n");
         return (text, false);
     };
-    let backend = live.backends.backend(backend);
+    let Target::Place(place) = &*target else {
+        text.push_str("backend  none: the route itself answers the login\n");
+        return (text, false);
+    };
+    let backend = live.backends.backend(place.backend);
     line(&mut text, format_args!("backend  {}", backend.name));
-    let (tasks, stop) = (TaskTracker::new(), CancellationToken::new());
     let own = OwnAddresses::new(config.listeners.iter().map(|listener| listener.address).collect());
     live.backends.start(&own, &tasks, &stop);
     let wait = config.resolver.timeout * 3;
-    let servers = timeout(wait, backend.candidates(&user.routing_key())).await.unwrap_or_default();
+    let mut servers = timeout(wait, backend.candidates(&question.user)).await.unwrap_or_default();
+    if let Some(only) = &place.server {
+        servers.retain(|server| *server.name == **only);
+    }
     for (rank, server) in servers.iter().enumerate() {
         let addresses = timeout(wait, server.addresses()).await.unwrap_or_default();
         let addresses: Vec<String> = addresses.iter().map(ToString::to_string).collect();
         let resolved = if addresses.is_empty() { "no address known".to_owned() } else { addresses.join(", ") };
-        let place = if rank == 0 { "first" } else { "next" };
-        line(&mut text, format_args!("server   {place}: {} ({resolved})", server.name));
+        let rank = if rank == 0 { "first" } else { "next" };
+        line(&mut text, format_args!("server   {rank}: {} ({resolved})", server.name));
     }
     if servers.is_empty() {
         text.push_str("server   none known: logins get NO [UNAVAILABLE]\n");
     }
     stop.cancel();
     (text, true)
+}
+
+fn describe(config: &Config, target: &Target) -> String {
+    match target {
+        Target::Place(place) => {
+            let mut text = config.backends[place.backend.0].name.clone();
+            for (name, value) in [
+                ("server", place.server.as_deref()),
+                ("user", place.user.as_ref().map(UserName::as_str)),
+                ("credentials", place.login.as_ref().map(|_| "of the route's")),
+            ] {
+                if let Some(value) = value {
+                    line(&mut text, format_args!(", {name} {value}"));
+                    text.pop();
+                }
+            }
+            text
+        }
+        Target::Refuse(reason) => format!("NO [CONTACTADMIN] {reason}"),
+        Target::Denied(reason) => format!("NO [AUTHENTICATIONFAILED] {reason}"),
+        Target::Maintenance(reason) => format!("NO [UNAVAILABLE] {reason}"),
+    }
 }
 
 fn line(text: &mut String, content: std::fmt::Arguments<'_>) {

@@ -85,6 +85,10 @@ reasons! {
     Directory LookupFailed = "lookup_failed",
     /// No route knows the user.
     Directory UnknownUser = "unknown_user",
+    /// The route refuses this user.
+    Directory RouteRefused = "refused",
+    /// The route says that the user's mailbox is under maintenance.
+    Directory RouteMaintenance = "maintenance",
     /// No address is known for the server: DNS has not answered, or has none.
     Backend Resolve = "resolve",
     /// The server's address leads back to one of our own listeners.

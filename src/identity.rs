@@ -76,7 +76,7 @@ pub enum InvalidName {
 }
 
 /// A password or token: wiped when dropped, never printed.
-#[derive(Clone, Zeroize, ZeroizeOnDrop)]
+#[derive(Clone, PartialEq, Eq, Zeroize, ZeroizeOnDrop)]
 pub struct Secret(Vec<u8>);
 
 impl Secret {
@@ -153,6 +153,17 @@ impl Credentials {
     pub fn mailbox_user(&self) -> &UserName {
         self.authzid.as_ref().unwrap_or(&self.user)
     }
+}
+
+/// What a server is logged in with.
+#[derive(Debug, Clone, Copy)]
+pub struct ServerLogin<'a> {
+    /// Whose password it is.
+    pub user: &'a UserName,
+    /// Whose mailbox is asked for, where that is another's.
+    pub authzid: Option<&'a UserName>,
+    /// The password.
+    pub password: &'a Secret,
 }
 
 #[cfg(test)]

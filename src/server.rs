@@ -9,6 +9,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context as _;
+use tokio::runtime::Handle;
 use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -50,7 +51,7 @@ impl Live {
             routes: route::labels(&config.routes),
         }));
         let tls = ServerTls::build(config);
-        let router = Router::build(config);
+        let router = Router::build(config, &metrics);
         let backends = Backends::build(config, &metrics);
         match (tls, router, backends) {
             (Ok(tls), Ok(router), Ok(backends)) => {
@@ -99,7 +100,7 @@ pub async fn start(config: Config) -> anyhow::Result<Running> {
     };
     let addresses = sockets.iter().map(|of_listener| of_listener[0].local_addr()).collect::<io::Result<Vec<_>>>()?;
     live.backends.start(&OwnAddresses::new(addresses.clone()), &background, &stop_background);
-    live.router.publish(&live.metrics);
+    live.router.start(&live.metrics, &Handle::current(), &background, &stop_background);
     if let Some(tls) = &live.tls {
         tls.publish(&live.metrics);
     }

@@ -17,7 +17,7 @@ use zeroize::Zeroizing;
 use super::{Backend, Server, proxy_header};
 use crate::config::{ClientInfo, Limits, TlsMode};
 use crate::failure::Reason;
-use crate::identity::Credentials;
+use crate::identity::ServerLogin;
 use crate::imap::backend_login::{Attempt, BackendLogin, ServerFault, ServerStep};
 use crate::imap::client_id::ClientId;
 use crate::imap::tag::Tag;
@@ -31,8 +31,8 @@ const READ: usize = 4096;
 /// A login to be made.
 #[derive(Debug)]
 pub struct Request<'a> {
-    /// What the client brought.
-    pub credentials: &'a Credentials,
+    /// What to log in with.
+    pub login: ServerLogin<'a>,
     /// The client's tag: the server's answer is given under it.
     pub tag: &'a Tag,
     /// The client's own ID pairs.
@@ -248,7 +248,7 @@ impl<'a> Dialogue<'a> {
             ClientInfo::Id => identified(request),
         };
         let machine = BackendLogin::new(Attempt {
-            credentials: request.credentials,
+            login: request.login,
             tag: request.tag,
             starttls: backend.mode == TlsMode::StartTls,
             id,

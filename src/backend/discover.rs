@@ -10,13 +10,12 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use hickory_resolver::TokioResolver;
-use hickory_resolver::config::{ConnectionConfig, NameServerConfig, ResolverConfig};
-use hickory_resolver::net::runtime::TokioRuntimeProvider;
 use hickory_resolver::proto::rr::RData;
 use tokio_util::sync::CancellationToken;
 
 use super::{Backend, Server};
 use crate::config::{self, Host, is_local};
+use crate::dns;
 use crate::failure::Reason;
 
 /// An SRV answer may name this many servers; further ones are ignored.
@@ -42,20 +41,9 @@ struct Service {
 }
 
 impl Resolver {
-    /// The configured name servers, or the system's.
-    ///
-    /// # Errors
-    /// The system's configuration cannot be read.
+    /// See [`dns::resolver`].
     pub(super) fn build(config: &config::Resolver) -> Result<Self, String> {
-        let mut builder = if config.servers.is_empty() {
-            TokioResolver::builder_tokio().map_err(|error| error.to_string())?
-        } else {
-            let servers = config.servers.iter().map(|server| name_server(*server)).collect();
-            let servers = ResolverConfig::from_parts(None, vec![], servers);
-            TokioResolver::builder_with_config(servers, TokioRuntimeProvider::default())
-        };
-        builder.options_mut().timeout = config.timeout;
-        builder.build().map(Self).map_err(|error| error.to_string())
+        dns::resolver(&config.servers, config.timeout).map(Self)
     }
 
     async fn addresses(&self, name: &str) -> Result<(Vec<IpAddr>, Instant), String> {
@@ -77,14 +65,6 @@ impl Resolver {
         });
         Ok((services.take(MAX_SERVICES).collect(), answer.valid_until()))
     }
-}
-
-fn name_server(address: SocketAddr) -> NameServerConfig {
-    let connections = [ConnectionConfig::udp(), ConnectionConfig::tcp()].map(|mut connection| {
-        connection.port = address.port();
-        connection
-    });
-    NameServerConfig::new(address.ip(), true, connections.into())
 }
 
 /// Addresses that would lead a connection back to ourselves.

@@ -175,7 +175,8 @@ fn takes(own: SocketAddr, other: SocketAddr, listeners: &[SocketAddr]) -> bool {
     ip == other.ip().to_canonical() || ip.is_unspecified() && (same_family || ip.is_ipv6() && with_ipv4())
 }
 
-fn socket_address(reader: &mut Reader<'_>, key: &str, text: &str, example: &str) -> Option<SocketAddr> {
+/// An IP address and a port.
+pub(super) fn socket_address(reader: &mut Reader<'_>, key: &str, text: &str, example: &str) -> Option<SocketAddr> {
     let parsed = text.parse().ok();
     if parsed.is_none() {
         reader.problem(key, format!("expected an address and a port, like {example:?}, found {text:?}"));

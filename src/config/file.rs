@@ -3,7 +3,6 @@
 //! Lists of maps are kept as plain YAML here, so that `check` reads their items one by one and a mistake in one does not
 //! hide those in the next.
 
-use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use serde::Deserialize;
@@ -21,7 +20,7 @@ pub(super) struct File {
     pub(super) tls: TlsSection,
     /// Named sets of servers: [`BackendMap`].
     pub(super) backends: Mapping,
-    /// Asked in order; the first that knows the user wins: [`RouteMap`].
+    /// Asked in order; the first that knows the user wins: `routes::maps`.
     pub(super) routes: Vec<Value>,
     /// Deadlines and caps.
     pub(super) limits: LimitsMap,
@@ -144,20 +143,6 @@ pub(super) enum AuthzidWord {
     Refuse,
     /// Route by it and pass it on; the server decides.
     Allow,
-}
-
-/// An item of `routes`: exactly one key.
-#[derive(Debug, Default, Deserialize)]
-#[serde(deny_unknown_fields, default)]
-pub(super) struct RouteMap {
-    /// A text file: user and backend a line.
-    pub(super) table: Option<PathBuf>,
-    /// Domains and their backends.
-    pub(super) domain: Option<BTreeMap<String, String>>,
-    /// Backends that share all users by consistent hashing.
-    pub(super) hash: Option<Vec<String>>,
-    /// The backend of everybody else.
-    pub(super) default: Option<String>,
 }
 
 /// `limits`; absent keys have their defaults, see [`super::Limits`].

@@ -113,7 +113,14 @@ fn size(
     }
 }
 
-fn number(reader: &mut Reader<'_>, key: &str, written: Option<i64>, default: u32, bounds: RangeInclusive<u32>) -> u32 {
+/// A number within bounds.
+pub(super) fn number(
+    reader: &mut Reader<'_>,
+    key: &str,
+    written: Option<i64>,
+    default: u32,
+    bounds: RangeInclusive<u32>,
+) -> u32 {
     let Some(written) = written else { return default };
     let within = u32::try_from(written).ok().filter(|number| bounds.contains(number));
     within.unwrap_or_else(|| {

@@ -6,6 +6,7 @@
 //! every room that is configured.
 
 mod check;
+mod directory;
 mod file;
 mod limits;
 mod local;
@@ -24,6 +25,9 @@ use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+pub use self::directory::{
+    ANSWER_FIELDS, Asking, Cache, Dns, DnsQuestion, Http, HttpStyle, Ldap, LdapScope, Network, Redis, RedisPlace, Sql,
+};
 pub use self::local::is_local;
 use self::locate::Index;
 use self::read::{Reader, no_yaml};
@@ -204,10 +208,58 @@ pub enum Route {
     Table(Located<PathBuf>),
     /// Domains, in lower case.
     Domain(BTreeMap<String, BackendId>),
+    /// Rules, tried in order.
+    Regex(Vec<RegexRule>),
     /// A share of all users each.
-    Hash(Vec<BackendId>),
+    Hash {
+        /// Whose hash.
+        style: HashStyle,
+        /// At least one, each backend once.
+        shares: Vec<HashShare>,
+    },
     /// Everybody.
     Default(BackendId),
+    /// A database.
+    Sql(Box<Sql>),
+    /// A directory.
+    Ldap(Box<Ldap>),
+    /// A service.
+    Http(Box<Http>),
+    /// Redis or Valkey.
+    Redis(Box<Redis>),
+    /// DNS.
+    Dns(Box<Dns>),
+}
+
+/// A pattern and where those who match it belong.
+#[derive(Debug, Clone)]
+pub struct RegexRule {
+    /// A regular expression.
+    pub pattern: String,
+    /// Written like a line of a table, with `$1` for what was caught.
+    pub to: String,
+    /// In the file.
+    pub place: Place,
+}
+
+/// Whose way of hashing.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum HashStyle {
+    /// Rendezvous hashing.
+    Vestibule,
+    /// The ring of Dovecot's director.
+    Director,
+}
+
+/// A backend's share of users.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct HashShare {
+    /// Whose.
+    pub backend: BackendId,
+    /// 1 to 1000.
+    pub weight: u32,
+    /// What the director called its servers; empty in other styles.
+    pub hosts: Vec<String>,
 }
 
 /// Deadlines and caps.

@@ -110,7 +110,7 @@ admin: {address: ':9143'}
         "v.yaml:9:23: backends.shard-a.tls.insecure: has no effect with mode none",
         "v.yaml:10:5: backends.shard-a.colour: unknown key; known: servers, tls, client_info, authzid",
         "v.yaml:12:5: routes[0].default: no backend is declared as \"shard-b\"; did you mean `shard-a`?",
-        "v.yaml:14:5: routes[2]: expected exactly one of table, domain, hash, default",
+        "v.yaml:14:5: routes[2]: expected exactly one of table, domain, regex, hash, default, sql, ldap, http, redis, dns",
         "v.yaml:15:10: limits.idle: expected off or a duration from 30m to 30days",
         "v.yaml:15:21: limits.line: expected a size from 1024 to 16777216 bytes",
         "v.yaml:15:30: limits.bad_commands: expected a number from 1 to 1000",

@@ -7,6 +7,7 @@ use serde::de::value::SeqAccessDeserializer;
 use serde::de::{self, Deserialize, Deserializer, MapAccess, SeqAccess, Visitor, value::MapAccessDeserializer};
 
 use super::file::{ServerMap, TlsMap, TlsWord};
+use super::routes::{CacheMap, HashMap};
 
 /// `10s`, `2m`, `1h 30m`; `off` where the key allows it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -118,6 +119,64 @@ impl<'de> Deserialize<'de> for TlsEntry {
 
             fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<TlsEntry, A::Error> {
                 TlsMap::deserialize(MapAccessDeserializer::new(map)).map(TlsEntry::Map)
+            }
+        }
+        deserializer.deserialize_any(Either)
+    }
+}
+
+/// `off`, or a map.
+#[derive(Debug)]
+pub(super) enum CacheEntry {
+    Off,
+    Map(CacheMap),
+}
+
+impl<'de> Deserialize<'de> for CacheEntry {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Either;
+        impl<'de> Visitor<'de> for Either {
+            type Value = CacheEntry;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("off, or a map with ttl, negative, stale, entries or file")
+            }
+
+            fn visit_str<E: de::Error>(self, text: &str) -> Result<CacheEntry, E> {
+                if text == "off" { Ok(CacheEntry::Off) } else { Err(E::invalid_type(de::Unexpected::Str(text), &self)) }
+            }
+
+            fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<CacheEntry, A::Error> {
+                CacheMap::deserialize(MapAccessDeserializer::new(map)).map(CacheEntry::Map)
+            }
+        }
+        deserializer.deserialize_any(Either)
+    }
+}
+
+/// A list of backends, or a map.
+#[derive(Debug)]
+pub(super) enum HashEntry {
+    List(Vec<String>),
+    Map(HashMap),
+}
+
+impl<'de> Deserialize<'de> for HashEntry {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Either;
+        impl<'de> Visitor<'de> for Either {
+            type Value = HashEntry;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("a list of backends, or a map with backends and style")
+            }
+
+            fn visit_seq<A: SeqAccess<'de>>(self, list: A) -> Result<HashEntry, A::Error> {
+                Vec::deserialize(SeqAccessDeserializer::new(list)).map(HashEntry::List)
+            }
+
+            fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<HashEntry, A::Error> {
+                HashMap::deserialize(MapAccessDeserializer::new(map)).map(HashEntry::Map)
             }
         }
         deserializer.deserialize_any(Either)

@@ -13,7 +13,7 @@ use super::client_id::Pair;
 use super::framing::{Caps, Frame, Framer, announced, without_line_end};
 use super::sasl;
 use super::tag::Tag;
-use crate::identity::{Credentials, append_wiped};
+use crate::identity::{ServerLogin, append_wiped};
 
 /// A login process of Dovecot reads 1 KiB of command line; a longer initial response waits to be asked for.
 const MAX_INITIAL_RESPONSE: usize = 900;
@@ -23,8 +23,8 @@ const MAX_LITERAL_MINUS: usize = 4096;
 /// One login to be made on one connection.
 #[derive(Debug)]
 pub struct Attempt<'a> {
-    /// What the client brought.
-    pub credentials: &'a Credentials,
+    /// What to log in with.
+    pub login: ServerLogin<'a>,
     /// What the answer is given under.
     pub tag: &'a Tag,
     /// Demand TLS before anything else.
@@ -292,7 +292,7 @@ impl<'a> BackendLogin<'a> {
             self.phase = Phase::StartTls;
             return Ok(());
         }
-        let parts = login(self.attempt.credentials, capabilities)?;
+        let parts = login(&self.attempt.login, capabilities)?;
         if capabilities.has("ID") && !self.attempt.id.is_empty() {
             id(&self.attempt.id, out);
         }
@@ -458,7 +458,7 @@ fn is_word(content: &[u8], word: &[u8]) -> bool {
 }
 
 /// The login command in parts: the first is sent at once, each further one when the server asks.
-fn login(credentials: &Credentials, capabilities: &Capabilities) -> Result<Vec<Zeroizing<Vec<u8>>>, ServerFault> {
+fn login(credentials: &ServerLogin<'_>, capabilities: &Capabilities) -> Result<Vec<Zeroizing<Vec<u8>>>, ServerFault> {
     let plain = capabilities.has("AUTH=PLAIN");
     let disabled = capabilities.has("LOGINDISABLED");
     if plain && capabilities.has("SASL-IR") {
@@ -474,7 +474,7 @@ fn login(credentials: &Credentials, capabilities: &Capabilities) -> Result<Vec<Z
     }
 }
 
-fn authenticate(credentials: &Credentials, initial_response: bool) -> Vec<Zeroizing<Vec<u8>>> {
+fn authenticate(credentials: &ServerLogin<'_>, initial_response: bool) -> Vec<Zeroizing<Vec<u8>>> {
     let response = sasl::plain_response(credentials);
     if initial_response && response.len() <= MAX_INITIAL_RESPONSE {
         return vec![joined(&[b"L AUTHENTICATE PLAIN ", &response, b"\r\n"])];
@@ -482,7 +482,7 @@ fn authenticate(credentials: &Credentials, initial_response: bool) -> Vec<Zeroiz
     vec![joined(&[b"L AUTHENTICATE PLAIN\r\n"]), joined(&[&response, b"\r\n"])]
 }
 
-fn login_command(credentials: &Credentials, capabilities: &Capabilities) -> Vec<Zeroizing<Vec<u8>>> {
+fn login_command(credentials: &ServerLogin<'_>, capabilities: &Capabilities) -> Vec<Zeroizing<Vec<u8>>> {
     let mut parts = Vec::new();
     let mut current = joined(&[b"L LOGIN"]);
     for argument in [credentials.user.as_str().as_bytes(), credentials.password.expose()] {

@@ -46,6 +46,27 @@ pub fn authorization_failed(tag: &Tag) -> Vec<u8> {
     out
 }
 
+/// The route has checked the password, and says so in its words.
+pub fn authentication_denied(tag: &Tag, text: &str) -> Vec<u8> {
+    let mut out = Vec::new();
+    line(&mut out, &[tag.as_str(), " NO [AUTHENTICATIONFAILED] ", text]);
+    out
+}
+
+/// The login is refused for good, for the operator's reason.
+pub fn contact_admin(tag: &Tag, text: &str) -> Vec<u8> {
+    let mut out = Vec::new();
+    line(&mut out, &[tag.as_str(), " NO [CONTACTADMIN] ", text]);
+    out
+}
+
+/// The login is refused for now, for the operator's reason.
+pub fn maintenance(tag: &Tag, text: &str) -> Vec<u8> {
+    let mut out = Vec::new();
+    line(&mut out, &[tag.as_str(), " NO [UNAVAILABLE] ", text]);
+    out
+}
+
 /// No server could answer; the client may try again on the same connection.
 pub(super) fn unavailable(tag: &Tag, out: &mut Vec<u8>) {
     no(tag, "[UNAVAILABLE] The mailbox is temporarily unavailable, try again later.", out);

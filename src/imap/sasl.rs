@@ -7,7 +7,7 @@ use base64::alphabet::STANDARD;
 use base64::engine::{DecodePaddingMode, GeneralPurpose, GeneralPurposeConfig};
 use zeroize::Zeroizing;
 
-use crate::identity::{Credentials, InvalidName, Mechanism, Secret, UserName};
+use crate::identity::{Credentials, InvalidName, Mechanism, Secret, ServerLogin, UserName};
 
 const BASE64: GeneralPurpose = GeneralPurpose::new(
     &STANDARD,
@@ -53,8 +53,8 @@ pub(super) fn credentials(user: &[u8], password: &[u8], mechanism: Mechanism) ->
 }
 
 /// The response of PLAIN in base64, as a server is sent it.
-pub(super) fn plain_response(credentials: &Credentials) -> Zeroizing<Vec<u8>> {
-    let authzid = credentials.authzid.as_ref().map_or("", UserName::as_str).as_bytes();
+pub(super) fn plain_response(credentials: &ServerLogin<'_>) -> Zeroizing<Vec<u8>> {
+    let authzid = credentials.authzid.map_or("", UserName::as_str).as_bytes();
     let password = credentials.password.expose();
     let user = credentials.user.as_str().as_bytes();
     let mut message = Zeroizing::new(Vec::with_capacity(authzid.len() + user.len() + password.len() + 2));
@@ -101,7 +101,12 @@ mod tests {
     #[test]
     fn what_is_written_is_what_is_read() {
         let credentials = plain(b"bob\0alice\0pass").unwrap();
-        let message = decode(&plain_response(&credentials)).unwrap();
+        let login = ServerLogin {
+            user: &credentials.user,
+            authzid: credentials.authzid.as_ref(),
+            password: &credentials.password,
+        };
+        let message = decode(&plain_response(&login)).unwrap();
         assert_eq!(&message[..], b"bob\0alice\0pass");
     }
 }

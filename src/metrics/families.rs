@@ -34,6 +34,11 @@ pub(super) struct Families {
     pub(super) server_sessions: IntGaugeVec,
     pub(super) certificate_expiry: GaugeVec,
     pub(super) table_users: IntGaugeVec,
+    pub(super) load_failed: IntGaugeVec,
+    pub(super) route_asked: HistogramVec,
+    pub(super) route_cache: IntCounterVec,
+    pub(super) route_cached: IntGaugeVec,
+    pub(super) route_failing: IntGaugeVec,
     pub(super) insecure: IntGaugeVec,
     pub(super) silent: IntGauge,
     pub(super) draining: IntGauge,
@@ -130,6 +135,28 @@ impl Families {
                 &["certificate"],
             ),
             table_users: gauges("vestibule_table_users", "Entries a route holds in memory.", &["route"]),
+            load_failed: gauges(
+                "vestibule_table_load_failed",
+                "1 while the file of a route has mistakes and an older version is in use.",
+                &["route"],
+            ),
+            route_asked: histograms(
+                "vestibule_route_question_seconds",
+                "Questions to the source of a route, answers kept and shared left out.",
+                PHASE_BUCKETS,
+                &["route"],
+            ),
+            route_cache: counters(
+                "vestibule_route_cache_total",
+                "Look-ups by what the kept answers had: hit, miss, or stale while the source is down.",
+                &["route", "state"],
+            ),
+            route_cached: gauges("vestibule_route_cached_users", "Answers a route keeps.", &["route"]),
+            route_failing: gauges(
+                "vestibule_route_failing",
+                "1 while the last question to the source of a route failed.",
+                &["route"],
+            ),
             insecure: gauges(
                 "vestibule_backend_insecure",
                 "1 where certificates of the backend's servers are not checked.",
@@ -148,7 +175,7 @@ impl Families {
     }
 
     fn register_all(&self) {
-        let collectors: [Box<dyn prometheus::core::Collector>; 24] = [
+        let collectors: [Box<dyn prometheus::core::Collector>; 29] = [
             Box::new(self.build_info.clone()),
             Box::new(self.sessions.clone()),
             Box::new(self.sessions_total.clone()),
@@ -169,6 +196,11 @@ impl Families {
             Box::new(self.server_sessions.clone()),
             Box::new(self.certificate_expiry.clone()),
             Box::new(self.table_users.clone()),
+            Box::new(self.load_failed.clone()),
+            Box::new(self.route_asked.clone()),
+            Box::new(self.route_cache.clone()),
+            Box::new(self.route_cached.clone()),
+            Box::new(self.route_failing.clone()),
             Box::new(self.insecure.clone()),
             Box::new(self.silent.clone()),
             Box::new(self.draining.clone()),

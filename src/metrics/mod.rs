@@ -7,12 +7,14 @@
 //! here is global.
 
 mod families;
+mod route;
 
 use std::time::Duration;
 
 use prometheus::{GaugeVec, Histogram, IntCounter, IntGauge, IntGaugeVec, Registry, TextEncoder};
 
 use self::families::Families;
+pub use self::route::{LookupResult, RouteMetrics};
 use crate::failure::Reason;
 use crate::identity::Mechanism;
 
@@ -39,30 +41,6 @@ impl LoginOutcome {
             Self::Refused => "refused",
             Self::Unavailable => "unavailable",
             Self::UnknownUser => "unknown_user",
-        }
-    }
-}
-
-/// What a route said.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum LookupResult {
-    /// It knows the user.
-    Found,
-    /// It does not.
-    Unknown,
-    /// It could not tell.
-    Failed,
-}
-
-impl LookupResult {
-    const ALL: [Self; 3] = [Self::Found, Self::Unknown, Self::Failed];
-
-    /// Label text.
-    pub fn as_str(self) -> &'static str {
-        match self {
-            Self::Found => "found",
-            Self::Unknown => "unknown",
-            Self::Failed => "failed",
         }
     }
 }
@@ -332,35 +310,6 @@ impl ServerMetrics {
     /// A session runs on the server until the guard drops.
     pub fn session_established(&self) -> OpenGuard {
         OpenGuard::new(&self.sessions)
-    }
-}
-
-/// Metrics of one route.
-#[derive(Debug)]
-pub struct RouteMetrics {
-    lookup: Histogram,
-    results: [IntCounter; LookupResult::ALL.len()],
-    users: IntGauge,
-}
-
-impl RouteMetrics {
-    fn new(families: &Families, name: &str) -> Self {
-        Self {
-            lookup: families.route_lookup.with_label_values(&[name]),
-            results: LookupResult::ALL.map(|result| families.lookups.with_label_values(&[name, result.as_str()])),
-            users: families.table_users.with_label_values(&[name]),
-        }
-    }
-
-    /// The route answered after `took`.
-    pub fn answered(&self, result: LookupResult, took: Duration) {
-        self.results[result as usize].inc();
-        self.lookup.observe(took.as_secs_f64());
-    }
-
-    /// The route holds this many entries.
-    pub fn set_users(&self, users: usize) {
-        self.users.set(i64::try_from(users).unwrap_or(i64::MAX));
     }
 }
 

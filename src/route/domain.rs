@@ -1,25 +1,26 @@
 //! Route by the part of the user name behind its last `@`.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use super::Answer;
+use super::target::Target;
 use crate::config::BackendId;
 
 /// Domains and their backends.
 #[derive(Debug)]
-pub(super) struct Domains(BTreeMap<String, BackendId>);
+pub(super) struct Domains(BTreeMap<String, Arc<Target>>);
 
 impl Domains {
     /// `domains` are in lower case already.
-    pub(super) fn new(domains: BTreeMap<String, BackendId>) -> Self {
-        Self(domains)
+    pub(super) fn new(domains: &BTreeMap<String, BackendId>) -> Self {
+        Self(domains.iter().map(|(domain, backend)| (domain.clone(), Target::backend(*backend).into())).collect())
     }
 
     /// A name without `@`, or with an undeclared domain, is unknown.
-    pub(super) fn lookup(&self, key: &str) -> Answer {
-        key.rsplit_once('@')
-            .and_then(|(_, domain)| self.0.get(domain))
-            .map_or(Answer::Unknown, |backend| Answer::Found(*backend))
+    pub(super) fn lookup(&self, user: &str) -> Answer {
+        let target = user.rsplit_once('@').and_then(|(_, domain)| self.0.get(domain));
+        target.cloned().map_or(Answer::Unknown, Answer::Found)
     }
 
     /// Number of domains.
@@ -34,9 +35,10 @@ mod tests {
 
     #[test]
     fn the_last_at_sign_counts() {
-        let domains = Domains::new(BTreeMap::from([("a.test".into(), BackendId(0)), ("b.test".into(), BackendId(1))]));
-        assert_eq!(domains.lookup("alice@a.test"), Answer::Found(BackendId(0)));
-        assert_eq!(domains.lookup("odd@a.test@b.test"), Answer::Found(BackendId(1)));
+        let domains = Domains::new(&BTreeMap::from([("a.test".into(), BackendId(0)), ("b.test".into(), BackendId(1))]));
+        let found = |index| Answer::Found(Target::backend(BackendId(index)).into());
+        assert_eq!(domains.lookup("alice@a.test"), found(0));
+        assert_eq!(domains.lookup("odd@a.test@b.test"), found(1));
         for unknown in ["alice", "alice@c.test", "alice@", "a.test"] {
             assert_eq!(domains.lookup(unknown), Answer::Unknown, "{unknown}");
         }

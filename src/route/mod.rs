@@ -2,51 +2,89 @@
 //!
 //! A source that cannot tell (`Failed`) ends the search: asking on would let a default route send a user to the wrong
 //! shard during an outage. Only "unknown" goes on to the next source. Answers name declared backends and nothing else:
-//! no source can make up a network address. This room does not know servers. Called by `session` for every login and
-//! by the command `route` to explain.
+//! no source can make up a network address, but for the networks its configuration allows. This room does not know
+//! servers. Called by `session` for every login and by the command `route` to explain.
 //!
-//! A new source is a file of its own here and a variant of [`Source`].
+//! A new source is a file of its own here. One that answers from memory is a variant of [`Source`]; one that asks
+//! somebody is a variant of [`directory::Directory`], and `asked` keeps, bounds and repeats its questions.
 
+mod asked;
+#[cfg(test)]
+mod asked_tests;
+mod cache;
+mod director;
+mod directory;
+mod dns;
 mod domain;
 mod hash;
+mod question;
+mod regex;
 mod table;
+mod target;
+mod warm;
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use crate::config::{self, BackendId, Config, Problem};
-use crate::identity::UserName;
+use tokio::runtime::Handle;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+use self::asked::Asked;
+use self::directory::Directory;
+pub use self::question::{Question, Visitor};
+use self::target::Declared;
+pub use self::target::{Login, Place, Target};
+use crate::config::{self, Config, Problem};
 use crate::metrics::{LookupResult, Metrics};
 
 /// What a source says of a user.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Answer {
-    /// The user's mailbox is in this backend.
-    Found(BackendId),
+    /// The source knows the user.
+    Found(Arc<Target>),
     /// The source does not know the user.
     Unknown,
     /// The source could not tell, for the reason given (never shown to clients).
     Failed(String),
 }
 
+/// Where an answer is from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Origin {
+    /// From memory.
+    Memory,
+    /// The directory was asked.
+    Asked,
+    /// It said so this long ago.
+    Cache(Duration),
+    /// It said so this long ago, and does not answer now.
+    Stale(Duration),
+}
+
 /// A closed set: one variant a source, one file each.
 #[derive(Debug)]
 enum Source {
-    Table(table::Table),
+    Table(Arc<table::Table>),
     Domain(domain::Domains),
+    Regex(regex::Rules),
     Hash(hash::Hash),
-    Default(BackendId),
+    Default(Arc<Target>),
+    Asked(Arc<Asked>),
 }
 
 impl Source {
-    /// Asynchronous for the sources that ask a directory over the network; the ones of today answer from memory.
-    async fn lookup(&self, key: &str) -> Answer {
-        match self {
-            Self::Table(table) => table.lookup(key),
-            Self::Domain(domains) => domains.lookup(key),
-            Self::Hash(hash) => hash.lookup(key),
-            Self::Default(backend) => Answer::Found(*backend),
-        }
+    async fn lookup(&self, question: &Question) -> (Answer, Origin) {
+        let user = &*question.user;
+        let answer = match self {
+            Self::Table(table) => table.lookup(user),
+            Self::Domain(domains) => domains.lookup(user),
+            Self::Regex(rules) => rules.lookup(user),
+            Self::Hash(hash) => hash.lookup(user),
+            Self::Default(target) => Answer::Found(target.clone()),
+            Self::Asked(asked) => return asked.lookup(question.clone()).await,
+        };
+        (answer, Origin::Memory)
     }
 }
 
@@ -57,10 +95,10 @@ pub struct Router {
 }
 
 /// Where a user belongs, and which route said so.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone)]
 pub struct Routed<'a> {
-    /// The backend.
-    pub backend: BackendId,
+    /// The answer.
+    pub target: Arc<Target>,
     /// Label of the route that answered.
     pub route: &'a Arc<str>,
 }
@@ -88,6 +126,8 @@ pub struct Explained<'a> {
     pub route: &'a str,
     /// What it said.
     pub answer: Answer,
+    /// From where.
+    pub origin: Origin,
     /// How long it took.
     pub took: Duration,
 }
@@ -106,60 +146,73 @@ fn kind(route: &config::Route) -> &'static str {
     match route {
         config::Route::Table(_) => "table",
         config::Route::Domain(_) => "domain",
-        config::Route::Hash(_) => "hash",
+        config::Route::Regex(_) => "regex",
+        config::Route::Hash { .. } => "hash",
         config::Route::Default(_) => "default",
+        config::Route::Sql(_) => "sql",
+        config::Route::Ldap(_) => "ldap",
+        config::Route::Http(_) => "http",
+        config::Route::Redis(_) => "redis",
+        config::Route::Dns(_) => "dns",
     }
 }
 
 impl Router {
-    /// Loads every source.
+    /// Loads every file and connects to nobody.
     ///
     /// # Errors
     /// All problems of all sources: a table that cannot be read, a line of it that is wrong.
-    pub fn build(config: &Config) -> Result<Self, Vec<Problem>> {
+    pub fn build(config: &Config, metrics: &Metrics) -> Result<Self, Vec<Problem>> {
+        let declared = Declared::new(config);
         let mut problems = Vec::new();
         let mut routes = Vec::new();
-        for (label, route) in labels(&config.routes).into_iter().zip(&config.routes) {
-            let source = match route {
-                config::Route::Table(path) => match table::Table::load(config, path) {
-                    Ok(table) => Source::Table(table),
-                    Err(found) => {
-                        problems.extend(found);
-                        continue;
-                    }
-                },
-                config::Route::Domain(domains) => Source::Domain(domain::Domains::new(domains.clone())),
-                config::Route::Hash(backends) => Source::Hash(hash::Hash::new(config, backends)),
-                config::Route::Default(backend) => Source::Default(*backend),
-            };
-            routes.push((Arc::from(label), source));
+        for (index, (label, route)) in labels(&config.routes).into_iter().zip(&config.routes).enumerate() {
+            match source(config, route, &declared, metrics, index) {
+                Ok(source) => routes.push((Arc::from(label), source)),
+                Err(found) => problems.extend(found),
+            }
         }
         if problems.is_empty() { Ok(Self { routes }) } else { Err(problems) }
     }
 
-    /// Sets the gauges that do not change until the next load.
-    pub fn publish(&self, metrics: &Metrics) {
+    /// Begins to watch tables, to ask on `runtime`, and to keep caches in their files, until `stop`.
+    pub fn start(&self, metrics: &Metrics, runtime: &Handle, tasks: &TaskTracker, stop: &CancellationToken) {
         for (index, (_, source)) in self.routes.iter().enumerate() {
+            let metrics = metrics.route(index);
             match source {
-                Source::Table(table) => metrics.route(index).set_users(table.len()),
-                Source::Domain(domains) => metrics.route(index).set_users(domains.len()),
+                Source::Table(table) => {
+                    metrics.set_users(table.len());
+                    let follow = table.clone().follow(metrics.clone());
+                    let stop = stop.clone();
+                    tasks.spawn_on(async move { stop.run_until_cancelled(follow).await }, runtime);
+                }
+                Source::Asked(asked) => {
+                    asked.start(runtime.clone());
+                    tasks.spawn_on(asked.clone().keep_file(stop.clone()), runtime);
+                }
+                Source::Domain(domains) => metrics.set_users(domains.len()),
+                Source::Regex(rules) => metrics.set_users(rules.len()),
                 Source::Hash(_) | Source::Default(_) => {}
             }
         }
+    }
+
+    /// Whether any source decides by more than the user.
+    pub fn wants_visitor(&self) -> bool {
+        self.routes.iter().any(|(_, source)| matches!(source, Source::Asked(asked) if asked.wants_visitor()))
     }
 
     /// Asks the sources in order. The caller sets the deadline.
     ///
     /// # Errors
     /// [`RouteError::Unknown`] and [`RouteError::Failed`] are never mixed: see the module's text.
-    pub async fn route(&self, user: &UserName, metrics: &Metrics) -> Result<Routed<'_>, RouteError> {
-        let key = user.routing_key();
+    pub async fn route(&self, question: &Question, metrics: &Metrics) -> Result<Routed<'_>, RouteError> {
         for (index, (label, source)) in self.routes.iter().enumerate() {
             let asked = Instant::now();
-            let answer = source.lookup(&key).await;
+            let (answer, _) = source.lookup(question).await;
             metrics.route(index).answered(result(&answer), asked.elapsed());
             match answer {
-                Answer::Found(backend) => return Ok(Routed { backend, route: label }),
+                Answer::Found(target) => return Ok(Routed { target, route: label }),
                 Answer::Unknown => {}
                 Answer::Failed(reason) => return Err(RouteError::Failed { route: label.to_string(), reason }),
             }
@@ -168,20 +221,43 @@ impl Router {
     }
 
     /// Asks the sources as [`Router::route`] does, and keeps every answer.
-    pub async fn explain(&self, user: &UserName) -> Vec<Explained<'_>> {
-        let key = user.routing_key();
+    pub async fn explain(&self, question: &Question) -> Vec<Explained<'_>> {
         let mut explained = Vec::new();
         for (label, source) in &self.routes {
             let asked = Instant::now();
-            let answer = source.lookup(&key).await;
+            let (answer, origin) = source.lookup(question).await;
             let last = answer != Answer::Unknown;
-            explained.push(Explained { route: label, answer, took: asked.elapsed() });
+            explained.push(Explained { route: label, answer, origin, took: asked.elapsed() });
             if last {
                 break;
             }
         }
         explained
     }
+}
+
+fn source(
+    config: &Config,
+    route: &config::Route,
+    declared: &Declared,
+    metrics: &Metrics,
+    index: usize,
+) -> Result<Source, Vec<Problem>> {
+    let asked = |directory: Directory, asking: &config::Asking| {
+        Source::Asked(Arc::new(Asked::new(directory, asking, declared.clone(), metrics.route(index).clone())))
+    };
+    Ok(match route {
+        config::Route::Table(path) => Source::Table(Arc::new(table::Table::load(config, path, declared)?)),
+        config::Route::Domain(domains) => Source::Domain(domain::Domains::new(domains)),
+        config::Route::Regex(rules) => Source::Regex(regex::Rules::build(config, rules, declared)?),
+        config::Route::Hash { style, shares } => Source::Hash(hash::Hash::new(config, *style, shares)),
+        config::Route::Default(backend) => Source::Default(Target::backend(*backend).into()),
+        config::Route::Dns(dns) => asked(Directory::Dns(Box::new(dns::Dns::new(config, dns, declared))), &dns.asking),
+        config::Route::Sql(_) | config::Route::Ldap(_) | config::Route::Http(_) | config::Route::Redis(_) => {
+            let place = config.listeners[0].place.clone();
+            return Err(vec![config.problem(&place, "this kind of route is not built yet")]);
+        }
+    })
 }
 
 fn result(answer: &Answer) -> LookupResult {

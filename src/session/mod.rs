@@ -36,10 +36,12 @@ use crate::backend::connect::{self, Established, Outcome, Request};
 use crate::backend::{Backend, Server};
 use crate::config::ListenerTls;
 use crate::failure::Reason;
+use crate::identity::{Credentials, ServerLogin};
 use crate::imap::prelogin::{Bye, CloseReason, LoginRequest, Policy, Prelogin, Step, Transport};
 use crate::imap::reply;
+use crate::imap::tag::Tag;
 use crate::metrics::{LoginOutcome, OpenGuard};
-use crate::route::RouteError;
+use crate::route::{Place, Question, RouteError, Routed, Target, Visitor};
 use crate::server::Live;
 use crate::shutdown::Drain;
 use crate::stream::{Encrypted, Stream};
@@ -263,11 +265,15 @@ impl Session {
         let live = self.live.clone();
         let user = login.credentials.mailbox_user();
         self.record.attempt(user, login.credentials.mechanism);
-        let backend = match timeout(live.limits.lookup, live.router.route(user, &live.metrics)).await {
-            Ok(Ok(routed)) => {
-                let backend = live.backends.backend(routed.backend);
-                self.record.routed(routed.route, &backend.name, began.elapsed());
-                backend
+        let question = self.question(login);
+        let (target, backend) = match timeout(live.limits.lookup, live.router.route(&question, &live.metrics)).await {
+            Ok(Ok(Routed { target, route })) => {
+                let backend = match &*target {
+                    Target::Place(place) => Some(live.backends.backend(place.backend)),
+                    Target::Refuse(_) | Target::Denied(_) | Target::Maintenance(_) => None,
+                };
+                self.record.routed(route, backend.map(|backend| &backend.name), began.elapsed());
+                (target, backend)
             }
             Ok(Err(RouteError::Unknown)) => {
                 self.record.attempt_failed(Reason::UnknownUser, LoginOutcome::UnknownUser, None);
@@ -276,12 +282,15 @@ impl Session {
             Ok(Err(error)) => return self.lookup_failed(&error.to_string()),
             Err(_) => return self.lookup_failed("no answer within limits.lookup"),
         };
+        let (Target::Place(place), Some(backend)) = (&*target, backend) else {
+            return self.verdict(&login.tag, &target);
+        };
         if login.credentials.authzid.is_some() && !backend.allows_authzid {
             self.record.attempt_failed(Reason::AuthzidRefused, LoginOutcome::Refused, Some(backend.id));
             return Attempted::Refused { reply: reply::authorization_failed(&login.tag), counts: true };
         }
         let request = Request {
-            credentials: &login.credentials,
+            login: server_login(&login.credentials, place),
             tag: &login.tag,
             client_id: prelogin.client_id(),
             client: self.peer,
@@ -289,7 +298,7 @@ impl Session {
             session_id: self.record.session_id(),
             limits: &live.limits,
         };
-        let (outcome, server) = log_in_somewhere(&live, backend, &request).await;
+        let (outcome, server) = log_in_somewhere(&live, backend, place, &question.user, &request).await;
         match (outcome, server) {
             (Outcome::Accepted(established), Some(server)) => {
                 let metrics = live.metrics.backend(backend.id.0);
@@ -308,6 +317,40 @@ impl Session {
             }
             // `log_in_somewhere` names the server with every acceptance.
             (Outcome::Accepted(_), None) => Attempted::Unavailable,
+        }
+    }
+
+    fn question(&self, login: &LoginRequest) -> Question {
+        let visitor = self.live.router.wants_visitor().then(|| {
+            Arc::new(Visitor {
+                client: self.peer,
+                listener: self.local,
+                session: self.record.session_id().into(),
+                tls: self.record.tls_version(),
+                attempt: self.record.attempts(),
+                credentials: login.credentials.clone(),
+            })
+        });
+        Question { user: login.credentials.mailbox_user().routing_key().into(), visitor }
+    }
+
+    /// The route's own word, instead of a server's.
+    fn verdict(&mut self, tag: &Tag, target: &Target) -> Attempted {
+        match target {
+            Target::Refuse(text) => {
+                self.record.attempt_failed(Reason::RouteRefused, LoginOutcome::Refused, None);
+                Attempted::Refused { reply: reply::contact_admin(tag, text), counts: false }
+            }
+            Target::Denied(text) => {
+                self.record.denied();
+                Attempted::Refused { reply: reply::authentication_denied(tag, text), counts: true }
+            }
+            Target::Maintenance(text) => {
+                self.record.attempt_failed(Reason::RouteMaintenance, LoginOutcome::Unavailable, None);
+                Attempted::Refused { reply: reply::maintenance(tag, text), counts: false }
+            }
+            // Only a place has a backend, and those without one come here.
+            Target::Place(_) => Attempted::Unavailable,
         }
     }
 
@@ -346,11 +389,19 @@ impl Session {
 }
 
 /// Step 4: the user's servers in order, until one gives an answer that counts for all of them.
-async fn log_in_somewhere(live: &Live, backend: &Backend, request: &Request<'_>) -> (Outcome, Option<Arc<Server>>) {
+async fn log_in_somewhere(
+    live: &Live,
+    backend: &Backend,
+    place: &Place,
+    user: &str,
+    request: &Request<'_>,
+) -> (Outcome, Option<Arc<Server>>) {
     let deadline = time::Instant::now() + live.limits.server_login;
-    let user = request.credentials.mailbox_user().routing_key();
-    let servers = timeout_at(deadline.min(time::Instant::now() + live.limits.connect), backend.candidates(&user)).await;
-    let servers = servers.unwrap_or_default();
+    let servers = timeout_at(deadline.min(time::Instant::now() + live.limits.connect), backend.candidates(user)).await;
+    let mut servers = servers.unwrap_or_default();
+    if let Some(only) = &place.server {
+        servers.retain(|server| *server.name == **only);
+    }
     let mut outcome = Outcome::Unavailable(connect::Fault::no_server());
     for (tried, server) in servers.iter().enumerate() {
         let now = time::Instant::now();
@@ -365,6 +416,24 @@ async fn log_in_somewhere(live: &Live, backend: &Backend, request: &Request<'_>)
         }
     }
     (outcome, None)
+}
+
+/// What the server is logged in with: the client's own credentials, under the name the route gave; or those the route
+/// gave, where it has checked the client's.
+fn server_login<'a>(credentials: &'a Credentials, place: &'a Place) -> ServerLogin<'a> {
+    let mailbox = place.user.as_ref().unwrap_or(credentials.mailbox_user());
+    match &place.login {
+        Some(login) if place.proven => ServerLogin {
+            user: login.master.as_ref().unwrap_or(mailbox),
+            authzid: login.master.is_some().then_some(mailbox),
+            password: &login.password,
+        },
+        _ => ServerLogin {
+            user: if credentials.authzid.is_some() { &credentials.user } else { mailbox },
+            authzid: credentials.authzid.is_some().then_some(mailbox),
+            password: &credentials.password,
+        },
+    }
 }
 
 /// Says goodbye at the TLS level, to a peer that may no longer listen.

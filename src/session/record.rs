@@ -152,6 +152,15 @@ impl Record {
         self.session.as_str()
     }
 
+    /// Login commands so far, the one under way included.
+    pub(super) fn attempts(&self) -> u32 {
+        self.attempts
+    }
+
+    pub(super) fn tls_version(&self) -> Option<&'static str> {
+        self.tls.as_ref().map(|tls| tls.version)
+    }
+
     pub(super) fn encrypted(&mut self, took: Duration, facts: Option<TlsFacts>) {
         self.times.tls = Some(took.into());
         self.tls = facts;
@@ -166,9 +175,9 @@ impl Record {
         self.times.route = None;
     }
 
-    pub(super) fn routed(&mut self, route: &Arc<str>, backend: &Arc<str>, took: Duration) {
+    pub(super) fn routed(&mut self, route: &Arc<str>, backend: Option<&Arc<str>>, took: Duration) {
         self.route = Some(route.clone());
-        self.backend = Some(backend.clone());
+        self.backend = backend.cloned();
         self.times.route = Some(took.into());
     }
 
@@ -180,6 +189,11 @@ impl Record {
         }
         self.failure = Some(reason);
         self.answered(outcome, backend);
+    }
+
+    /// The route has checked the password, and it was wrong.
+    pub(super) fn denied(&mut self) {
+        self.answered(LoginOutcome::Refused, None);
     }
 
     pub(super) fn refused(&mut self, backend: BackendId, server: Option<&Arc<str>>) {
@@ -321,9 +335,11 @@ impl Drop for Record {
                 )
             };
         }
+        let is_answer =
+            |reason| matches!(reason, Reason::UnknownUser | Reason::RouteRefused | Reason::RouteMaintenance);
         match self.failure.map(Reason::side) {
             None | Some(Side::Client | Side::Shutdown) => emit!(info),
-            Some(Side::Directory) if self.failure == Some(Reason::UnknownUser) => emit!(info),
+            Some(Side::Directory) if self.failure.is_some_and(is_answer) => emit!(info),
             Some(Side::Directory | Side::Backend) => emit!(warn),
             Some(Side::Internal) => emit!(error),
         }

@@ -2,7 +2,7 @@
 
 use zeroize::Zeroizing;
 
-use crate::identity::{Credentials, Mechanism, Secret, UserName};
+use crate::identity::{Credentials, Mechanism, Secret, ServerLogin, UserName};
 use crate::imap::backend_login::{Attempt, BackendLogin, ServerFault, ServerStep};
 use crate::imap::client_id::Pair;
 use crate::imap::tag::Tag;
@@ -50,7 +50,11 @@ impl Server {
     fn run(&self, dialogue: &str, cut: Cut) -> String {
         let tag = Tag::new(b"tag1").unwrap();
         let mut machine = BackendLogin::new(Attempt {
-            credentials: &self.credentials,
+            login: ServerLogin {
+                user: &self.credentials.user,
+                authzid: self.credentials.authzid.as_ref(),
+                password: &self.credentials.password,
+            },
             tag: &tag,
             starttls: self.starttls,
             id: self.id.clone(),

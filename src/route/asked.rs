@@ -1,0 +1,254 @@
+//! A directory and what keeps it from being asked too much: a bound on questions at a time, a deadline, one question in
+//! flight a user, answers kept (see `cache`), and stale ones used while it is down.
+//!
+//! Sessions run on many threads and end whenever their clients like. Questions therefore run elsewhere, on the runtime
+//! this is started with: what is under way is finished and kept although nobody waits any more. Called by `route`.
+
+use std::collections::HashMap;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::time::{Duration, Instant};
+
+use tokio::runtime::Handle;
+use tokio::sync::{Semaphore, watch};
+use tokio::time::{Instant as Due, timeout, timeout_at};
+use tokio_util::sync::CancellationToken;
+
+use super::cache::{Cache, Kept, Looked};
+use super::directory::Directory;
+use super::question::Question;
+use super::target::Declared;
+use super::{Answer, Origin, warm};
+use crate::config;
+use crate::metrics::RouteMetrics;
+
+/// A directory that failed is left alone for this long by those who have a stale answer.
+const REST: Duration = Duration::from_secs(1);
+/// A wait for a connection that is worth a word.
+const BUSY: Duration = Duration::from_millis(100);
+/// How often answers are written to their file.
+const SAVE: Duration = Duration::from_secs(60);
+
+/// A directory, asked with care.
+#[derive(Debug)]
+pub(super) struct Asked {
+    directory: Directory,
+    declared: Declared,
+    /// Of one question, waiting for a place included.
+    timeout: Duration,
+    places: Semaphore,
+    cache: Option<Cache>,
+    /// Where answers are kept for the next start.
+    file: Option<PathBuf>,
+    flights: Mutex<HashMap<Arc<str>, Flight>>,
+    /// When it failed last, if nothing has succeeded since.
+    failed: Mutex<Option<Instant>>,
+    runtime: OnceLock<Handle>,
+    metrics: RouteMetrics,
+}
+
+/// A question under way: the answer, once it is there.
+type Flight = watch::Receiver<Option<Answer>>;
+
+impl Asked {
+    /// Asks nothing yet.
+    pub(super) fn new(
+        directory: Directory,
+        asking: &config::Asking,
+        declared: Declared,
+        metrics: RouteMetrics,
+    ) -> Self {
+        Self {
+            directory,
+            declared,
+            timeout: asking.timeout,
+            places: Semaphore::new(asking.connections),
+            cache: asking.cache.clone().map(Cache::new),
+            file: asking.cache.as_ref().and_then(|cache| cache.file.clone()),
+            flights: Mutex::default(),
+            failed: Mutex::default(),
+            runtime: OnceLock::new(),
+            metrics,
+        }
+    }
+
+    /// Where questions run from now on.
+    pub(super) fn start(&self, runtime: Handle) {
+        // Once: a second start would be with the same runtime.
+        let _ = self.runtime.set(runtime);
+    }
+
+    /// Reads the file of kept answers, then writes it now and then, and once more at `stop`.
+    pub(super) async fn keep_file(self: Arc<Self>, stop: CancellationToken) {
+        let Some(path) = self.file.clone() else { return };
+        self.on_disk(path.clone(), "read", |asked, path, cache| {
+            let read = warm::load(path, cache, &asked.declared)?;
+            asked.metrics.set_cached(cache.len());
+            tracing::info!(route = asked.metrics.label(), users = read, "answers kept from the last run");
+            Ok(())
+        })
+        .await;
+        loop {
+            let stopped = timeout(SAVE, stop.cancelled()).await.is_ok();
+            self.on_disk(path.clone(), "written", |asked, path, cache| warm::save(path, cache, &asked.declared)).await;
+            if stopped {
+                return;
+            }
+        }
+    }
+
+    /// Off the threads that serve: a disk may be slow.
+    async fn on_disk(
+        self: &Arc<Self>,
+        path: PathBuf,
+        done: &str,
+        act: impl FnOnce(&Self, &Path, &Cache) -> io::Result<()> + Send + 'static,
+    ) {
+        let asked = self.clone();
+        let file = path.display().to_string();
+        let act =
+            tokio::task::spawn_blocking(move || asked.cache.as_ref().map_or(Ok(()), |cache| act(&asked, &path, cache)));
+        if let Ok(Err(error)) = act.await {
+            tracing::error!(%file, %error, "kept answers could not be {done}");
+        }
+    }
+
+    /// Whether the answer may depend on more than the user.
+    pub(super) fn wants_visitor(&self) -> bool {
+        self.cache.is_none()
+    }
+
+    /// The answer, and where it is from.
+    pub(super) async fn lookup(self: &Arc<Self>, question: Question) -> (Answer, Origin) {
+        let Some(cache) = &self.cache else { return (landed(self.ask_elsewhere(question)).await, Origin::Asked) };
+        let user = question.user;
+        let now = Instant::now();
+        match cache.look(&user, now) {
+            Looked::Fresh(kept) => (self.kept(&kept), Origin::Cache(now - kept.asked)),
+            Looked::Ageing(kept) => {
+                self.fly(&user);
+                (self.kept(&kept), Origin::Cache(now - kept.asked))
+            }
+            Looked::Stale(kept) if self.is_resting(now) => (self.stale(&kept), Origin::Stale(now - kept.asked)),
+            Looked::Stale(kept) => match landed(self.fly(&user)).await {
+                Answer::Failed(_) => (self.stale(&kept), Origin::Stale(now - kept.asked)),
+                answer => (answer, Origin::Asked),
+            },
+            Looked::Nothing => {
+                self.metrics.cache_missed();
+                (landed(self.fly(&user)).await, Origin::Asked)
+            }
+        }
+    }
+
+    fn kept(&self, kept: &Kept) -> Answer {
+        self.metrics.cache_hit();
+        answer(kept)
+    }
+
+    fn stale(&self, kept: &Kept) -> Answer {
+        self.metrics.stale_answer();
+        answer(kept)
+    }
+
+    /// The question for `user` that is under way, or a new one.
+    fn fly(self: &Arc<Self>, user: &Arc<str>) -> Flight {
+        let mut flights = self.flights.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(flight) = flights.get(user) {
+            return flight.clone();
+        }
+        let (sender, flight) = watch::channel(None);
+        flights.insert(user.clone(), flight.clone());
+        drop(flights);
+        let landing = Landing { asked: self.clone(), user: user.clone() };
+        self.spawn(async move {
+            let asked = &landing.asked;
+            let answer = asked.ask(&Question { user: landing.user.clone(), visitor: None }).await;
+            if let Some(cache) = &asked.cache {
+                match &answer {
+                    Answer::Found(target) => cache.keep(landing.user.clone(), Some(target.clone()), Instant::now()),
+                    Answer::Unknown => cache.keep(landing.user.clone(), None, Instant::now()),
+                    Answer::Failed(_) => {}
+                }
+                asked.metrics.set_cached(cache.len());
+            }
+            // Taken off before the answer is told, so that who asks then does not get an old one.
+            drop(landing);
+            sender.send_replace(Some(answer));
+        });
+        flight
+    }
+
+    fn ask_elsewhere(self: &Arc<Self>, question: Question) -> Flight {
+        let (sender, flight) = watch::channel(None);
+        let asked = self.clone();
+        self.spawn(async move {
+            let answer = asked.ask(&question).await;
+            sender.send_replace(Some(answer));
+        });
+        flight
+    }
+
+    fn spawn(&self, question: impl Future<Output = ()> + Send + 'static) {
+        match self.runtime.get() {
+            Some(runtime) => drop(runtime.spawn(question)),
+            None => drop(tokio::spawn(question)),
+        }
+    }
+
+    /// One question, within the deadline.
+    async fn ask(&self, question: &Question) -> Answer {
+        let began = Instant::now();
+        let due = Due::now() + self.timeout;
+        let mut waited = self.timeout;
+        let answer = timeout_at(due, async {
+            let _place = self.places.acquire().await;
+            waited = began.elapsed();
+            self.directory.ask(question).await
+        });
+        let answer = answer.await.unwrap_or_else(|_| {
+            let busy =
+                if waited < BUSY { String::new() } else { format!(", {waited:.1?} of it for a free connection") };
+            Answer::Failed(format!("no answer within {:?}{busy}", self.timeout))
+        });
+        self.metrics.asked(began.elapsed());
+        let mut failed = self.failed.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Answer::Failed(reason) = &answer {
+            if failed.is_none() {
+                tracing::warn!(route = self.metrics.label(), %reason, "a route's source fails");
+            }
+            *failed = Some(Instant::now());
+        } else if failed.take().is_some() {
+            tracing::info!(route = self.metrics.label(), "the route's source answers again");
+        }
+        self.metrics.set_failing(failed.is_some());
+        answer
+    }
+
+    fn is_resting(&self, now: Instant) -> bool {
+        let failed = self.failed.lock().unwrap_or_else(PoisonError::into_inner);
+        failed.is_some_and(|failed| now.saturating_duration_since(failed) < REST)
+    }
+}
+
+/// Takes a question off the list of those under way, whatever ends it.
+struct Landing {
+    asked: Arc<Asked>,
+    user: Arc<str>,
+}
+
+impl Drop for Landing {
+    fn drop(&mut self) {
+        self.asked.flights.lock().unwrap_or_else(PoisonError::into_inner).remove(&self.user);
+    }
+}
+
+async fn landed(mut flight: Flight) -> Answer {
+    let answer = flight.wait_for(Option::is_some).await.ok().and_then(|answer| answer.clone());
+    answer.unwrap_or_else(|| Answer::Failed("the question was given up".to_owned()))
+}
+
+fn answer(kept: &Kept) -> Answer {
+    kept.target.clone().map_or(Answer::Unknown, Answer::Found)
+}

@@ -1,0 +1,156 @@
+//! What a directory said, kept for a while. Decides by the time handed in; asks nobody. Called by `asked`.
+//!
+//! A found user is fresh for `ttl`; in its last fifth it is asked for again while the old answer is used. After that the
+//! answer is stale: good only while the directory is down, for `stale` longer. An unknown user is fresh for `negative`
+//! and never used stale: who was added meanwhile would be turned away as if by a directory that answers.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use quick_cache::sync;
+
+use super::target::Target;
+use crate::config;
+
+/// A kept answer; `None`: the user is unknown.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Kept {
+    pub(super) target: Option<Arc<Target>>,
+    pub(super) asked: Instant,
+}
+
+/// What is there for a user.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum Looked {
+    /// Good, no question needed.
+    Fresh(Kept),
+    /// Good, and soon not: ask again meanwhile.
+    Ageing(Kept),
+    /// Good only if the directory is down.
+    Stale(Kept),
+    /// Nothing that may be used.
+    Nothing,
+}
+
+/// Answers of one directory, at most `entries` of them; those asked for least go first.
+#[derive(Debug)]
+pub(super) struct Cache {
+    rules: config::Cache,
+    kept: sync::Cache<Arc<str>, Kept>,
+}
+
+impl Cache {
+    pub(super) fn new(rules: config::Cache) -> Self {
+        Self { kept: sync::Cache::new(rules.entries), rules }
+    }
+
+    pub(super) fn look(&self, user: &str, now: Instant) -> Looked {
+        let Some(kept) = self.kept.get(user) else { return Looked::Nothing };
+        let age = now.saturating_duration_since(kept.asked);
+        if kept.target.is_none() {
+            return if age < self.rules.negative { Looked::Fresh(kept) } else { Looked::Nothing };
+        }
+        if age < self.rules.ttl / 5 * 4 {
+            Looked::Fresh(kept)
+        } else if age < self.rules.ttl {
+            Looked::Ageing(kept)
+        } else if age < self.rules.ttl + self.rules.stale {
+            Looked::Stale(kept)
+        } else {
+            Looked::Nothing
+        }
+    }
+
+    pub(super) fn keep(&self, user: Arc<str>, target: Option<Arc<Target>>, asked: Instant) {
+        self.kept.insert(user, Kept { target, asked });
+    }
+
+    /// Number of answers held.
+    pub(super) fn len(&self) -> usize {
+        self.kept.len()
+    }
+
+    /// Found users whose answers a file may keep, and how old each is.
+    pub(super) fn storable(&self, now: Instant) -> Vec<(Arc<str>, Arc<Target>, Duration)> {
+        let stored = self.kept.iter().filter_map(|(user, kept)| {
+            let target = kept.target.filter(|target| !target.is_secret())?;
+            let age = now.saturating_duration_since(kept.asked);
+            (age < self.rules.ttl + self.rules.stale).then_some((user, target, age))
+        });
+        stored.collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::BackendId;
+
+    fn seconds(count: u64) -> Duration {
+        Duration::from_secs(count)
+    }
+
+    fn cache(entries: usize) -> Cache {
+        let rules =
+            config::Cache { ttl: seconds(100), negative: seconds(10), stale: seconds(1000), entries, file: None };
+        Cache::new(rules)
+    }
+
+    #[test]
+    fn a_found_user_ages_and_goes_stale() {
+        let cache = cache(10);
+        let now = Instant::now();
+        let target = Arc::new(Target::backend(BackendId(0)));
+        cache.keep("alice".into(), Some(target.clone()), now);
+        let kept = Kept { target: Some(target), asked: now };
+        for (after, expected) in [
+            (0, Looked::Fresh(kept.clone())),
+            (79, Looked::Fresh(kept.clone())),
+            (80, Looked::Ageing(kept.clone())),
+            (99, Looked::Ageing(kept.clone())),
+            (100, Looked::Stale(kept.clone())),
+            (1099, Looked::Stale(kept)),
+            (1100, Looked::Nothing),
+        ] {
+            assert_eq!(cache.look("alice", now + seconds(after)), expected, "after {after} s");
+        }
+        assert_eq!(cache.look("bob", now), Looked::Nothing);
+    }
+
+    #[test]
+    fn an_unknown_user_is_never_stale() {
+        let cache = cache(10);
+        let now = Instant::now();
+        cache.keep("mallory".into(), None, now);
+        assert!(matches!(cache.look("mallory", now + seconds(9)), Looked::Fresh(Kept { target: None, .. })));
+        assert_eq!(cache.look("mallory", now + seconds(10)), Looked::Nothing);
+    }
+
+    #[test]
+    fn it_stays_within_its_bound() {
+        let cache = cache(100);
+        let now = Instant::now();
+        for user in 0..10_000 {
+            cache.keep(format!("user{user}").into(), None, now);
+        }
+        assert!(cache.len() <= 100, "{}", cache.len());
+    }
+
+    #[test]
+    fn no_secret_and_no_unknown_user_is_stored() {
+        let cache = cache(10);
+        let now = Instant::now();
+        let mut place = Target::backend(BackendId(1));
+        cache.keep("alice".into(), Some(Arc::new(place.clone())), now);
+        cache.keep("bob".into(), None, now);
+        if let Target::Place(place) = &mut place {
+            let password = crate::identity::Secret::new(b"x".to_vec());
+            place.login = Some(super::super::target::Login { master: None, password });
+        }
+        cache.keep("carol".into(), Some(Arc::new(place)), now);
+        let stored = cache.storable(now + seconds(7));
+        assert_eq!(stored.len(), 1);
+        assert_eq!((&*stored[0].0, stored[0].2), ("alice", seconds(7)));
+        assert!(cache.storable(now + seconds(1100)).is_empty());
+    }
+}

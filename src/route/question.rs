@@ -1,0 +1,32 @@
+//! What a source is asked. Made by `session` for a login, and by the command `route`.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+
+use crate::identity::Credentials;
+
+/// A question to a source.
+#[derive(Debug, Clone)]
+pub struct Question {
+    /// The user's routing name.
+    pub user: Arc<str>,
+    /// Who asks. Absent where the answer is kept for others: it may depend on nothing but the user then.
+    pub visitor: Option<Arc<Visitor>>,
+}
+
+/// One login attempt, for sources that decide by more than the user.
+#[derive(Debug)]
+pub struct Visitor {
+    /// The client.
+    pub client: SocketAddr,
+    /// Where it connected to.
+    pub listener: SocketAddr,
+    /// One id in our log and the source's.
+    pub session: Box<str>,
+    /// The version of TLS it speaks.
+    pub tls: Option<&'static str>,
+    /// How many logins it has tried on this connection, this one included.
+    pub attempt: u32,
+    /// What it brought.
+    pub credentials: Credentials,
+}

@@ -1,0 +1,285 @@
+//! What a source may say of a user: a place, or a verdict. And how sources write it down.
+//!
+//! A directory answers with named fields (columns, attributes, JSON), or with one text (a line of a table, a value in
+//! Redis, a TXT record):
+//!
+//! ```text
+//! shard-a
+//! shard-a server=10.0.0.11:143 user=alice.b
+//! refuse: The account was closed.
+//! maintenance: Your mailbox is being moved.
+//! ```
+//!
+//! Whatever it says is untrusted: a backend must be declared, names must be names, and what does not fit makes the
+//! look-up fail, so that no later source is asked in its stead. Called by the sources of `route`.
+
+use std::collections::{BTreeMap, HashMap};
+
+use crate::config::{BackendId, Config};
+use crate::identity::{Secret, UserName};
+
+/// Longest text of a verdict, in bytes: it becomes one line of a reply.
+const MAX_TEXT: usize = 200;
+/// What of a directory's wrong value goes to the log.
+const MAX_SHOWN: usize = 64;
+
+/// A source's answer for a user it knows.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Target {
+    /// Log in there.
+    Place(Place),
+    /// The login is refused for good: NO `[CONTACTADMIN]` with this text.
+    Refuse(Box<str>),
+    /// The source checked the password, and it was wrong: NO `[AUTHENTICATIONFAILED]`.
+    Denied(Box<str>),
+    /// The login is refused for now: NO `[UNAVAILABLE]` with this text.
+    Maintenance(Box<str>),
+}
+
+/// Where a mailbox is, and how to log in there.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Place {
+    /// A declared backend.
+    pub backend: BackendId,
+    /// One of its servers, by its name in the configuration, and no other.
+    pub server: Option<Box<str>>,
+    /// The user's name there, instead of the one normalisation gave.
+    pub user: Option<UserName>,
+    /// To log in with there, instead of what the client brought. Used only where the client's identity is proven:
+    /// otherwise any password would open the mailbox.
+    pub login: Option<Login>,
+    /// The source has checked the client's password.
+    pub proven: bool,
+}
+
+/// Credentials a source hands out.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Login {
+    /// A master user; none: the user's own name.
+    pub master: Option<UserName>,
+    /// The password that belongs to it.
+    pub password: Secret,
+}
+
+impl Target {
+    /// A backend, and nothing said beyond it.
+    pub fn backend(backend: BackendId) -> Self {
+        Self::Place(Place { backend, server: None, user: None, login: None, proven: false })
+    }
+
+    /// Whether it holds a secret, which no file may keep.
+    pub fn is_secret(&self) -> bool {
+        matches!(self, Self::Place(Place { login: Some(_), .. }))
+    }
+}
+
+/// The fields a directory may answer with; empty ones count as absent.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct Fields<'a> {
+    pub(super) backend: Option<&'a str>,
+    pub(super) server: Option<&'a str>,
+    pub(super) user: Option<&'a str>,
+    pub(super) master: Option<&'a str>,
+    pub(super) password: Option<&'a str>,
+    pub(super) refuse: Option<&'a str>,
+    pub(super) maintenance: Option<&'a str>,
+}
+
+impl<'a> Fields<'a> {
+    /// By the name of a field; a name that is none is left out.
+    pub(super) fn set(&mut self, name: &str, value: &'a str) {
+        let field = match name {
+            "backend" => &mut self.backend,
+            "server" => &mut self.server,
+            "user" => &mut self.user,
+            "master" => &mut self.master,
+            "password" => &mut self.password,
+            "refuse" => &mut self.refuse,
+            "maintenance" => &mut self.maintenance,
+            _ => return,
+        };
+        *field = Some(value).filter(|value| !value.is_empty());
+    }
+}
+
+/// The backends of a configuration by name: what answers are checked against.
+#[derive(Debug, Clone)]
+pub(super) struct Declared {
+    own: Vec<Box<str>>,
+    by_name: HashMap<Box<str>, BackendId>,
+}
+
+impl Declared {
+    pub(super) fn new(config: &Config) -> Self {
+        Self::of(config.backends.iter().map(|backend| backend.name.as_str().into()).collect())
+    }
+
+    fn of(own: Vec<Box<str>>) -> Self {
+        let by_name = own.iter().enumerate().map(|(index, name)| (name.clone(), BackendId(index))).collect();
+        Self { own, by_name }
+    }
+
+    /// With what a directory calls them, beside their own names.
+    pub(super) fn with_names(mut self, names: &BTreeMap<String, BackendId>) -> Self {
+        self.by_name.extend(names.iter().map(|(name, backend)| (name.as_str().into(), *backend)));
+        self
+    }
+
+    /// What a backend is called here.
+    pub(super) fn name(&self, backend: BackendId) -> Option<&str> {
+        self.own.get(backend.0).map(AsRef::as_ref)
+    }
+
+    #[cfg(test)]
+    pub(super) fn named<const N: usize>(names: [&str; N]) -> Self {
+        Self::of(names.into_iter().map(Into::into).collect())
+    }
+
+    /// The target in `fields`; `None` where they hold nothing: the source does not know the user.
+    ///
+    /// # Errors
+    /// A sentence for the log: what in the answer is wrong.
+    pub(super) fn fields(&self, fields: Fields<'_>) -> Result<Option<Target>, String> {
+        if let Some(text) = fields.refuse {
+            return Ok(Some(Target::Refuse(sentence(text))));
+        }
+        if let Some(text) = fields.maintenance {
+            return Ok(Some(Target::Maintenance(sentence(text))));
+        }
+        let Some(name) = fields.backend else {
+            let rest = [fields.server, fields.user, fields.master, fields.password];
+            return match rest.iter().all(Option::is_none) {
+                true => Ok(None),
+                false => Err("the answer names no backend".to_owned()),
+            };
+        };
+        let user = |name: &str, what: &str| {
+            UserName::new(name.as_bytes()).map_err(|error| format!("the answer's {what}: {error}"))
+        };
+        let login = match (fields.master, fields.password) {
+            (None, None) => None,
+            (Some(_), None) => return Err("the answer has a master user without a password".to_owned()),
+            (master, Some(password)) => Some(Login {
+                master: master.map(|name| user(name, "master")).transpose()?,
+                password: Secret::new(password.as_bytes().to_vec()),
+            }),
+        };
+        Ok(Some(Target::Place(Place {
+            backend: self.backend(name)?,
+            server: fields.server.map(Into::into),
+            user: fields.user.map(|name| user(name, "user")).transpose()?,
+            login,
+            proven: false,
+        })))
+    }
+
+    /// The target in one text, see the module's text; `None` where it is blank.
+    ///
+    /// # Errors
+    /// As [`Declared::fields`].
+    pub(super) fn text(&self, text: &str) -> Result<Option<Target>, String> {
+        let text = text.trim();
+        let mut fields = Fields::default();
+        for verdict in ["refuse", "maintenance"] {
+            if let Some(reason) = text.strip_prefix(verdict).and_then(|rest| rest.strip_prefix(':')) {
+                let reason = reason.trim();
+                fields.set(verdict, if reason.is_empty() { "Login is not possible." } else { reason });
+                return self.fields(fields);
+            }
+        }
+        let mut words = text.split_ascii_whitespace();
+        fields.backend = words.next();
+        for word in words {
+            match word.split_once('=') {
+                Some((name @ ("server" | "user"), value)) if !value.is_empty() => fields.set(name, value),
+                _ => return Err(format!("expected server=HOST:PORT or user=NAME, found {}", shown(word))),
+            }
+        }
+        self.fields(fields)
+    }
+
+    fn backend(&self, name: &str) -> Result<BackendId, String> {
+        self.by_name.get(name).copied().ok_or_else(|| {
+            let mut known: Vec<&str> = self.by_name.keys().map(AsRef::as_ref).collect();
+            known.sort_unstable();
+            format!("no backend is declared as {}; declared: {}", shown(name), known.join(", "))
+        })
+    }
+}
+
+/// One line that a client may be shown: printable ASCII, and no bracket in front that would pass for a response code.
+fn sentence(text: &str) -> Box<str> {
+    let clean = text.chars().map(|char| if char.is_ascii() && !char.is_ascii_control() { char } else { '?' });
+    let clean: String = clean.take(MAX_TEXT).collect();
+    clean.trim_start_matches(['[', ' ']).into()
+}
+
+/// A directory's value for the log: quoted, and not longer than a line.
+fn shown(value: &str) -> String {
+    let short: String = value.chars().take(MAX_SHOWN).collect();
+    format!("{short:?}")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn declared() -> Declared {
+        Declared::named(["shard-a", "shard-b"])
+    }
+
+    #[test]
+    fn one_text_says_it_all() {
+        let declared = declared();
+        assert_eq!(declared.text(" shard-b "), Ok(Some(Target::backend(BackendId(1)))));
+        assert_eq!(declared.text("  "), Ok(None));
+        let Ok(Some(Target::Place(place))) = declared.text("shard-a server=10.0.0.1:143 user=alice.b") else {
+            panic!()
+        };
+        assert_eq!(place.server.as_deref(), Some("10.0.0.1:143"));
+        assert_eq!(place.user.unwrap().as_str(), "alice.b");
+        assert_eq!(declared.text("refuse: Gone. Ask us."), Ok(Some(Target::Refuse("Gone. Ask us.".into()))));
+        assert_eq!(declared.text("maintenance:"), Ok(Some(Target::Maintenance("Login is not possible.".into()))));
+    }
+
+    #[test]
+    fn what_does_not_fit_is_an_error() {
+        let declared = declared();
+        for (text, part) in [
+            ("shard-c", "no backend is declared as \"shard-c\"; declared: shard-a, shard-b"),
+            ("shard-a shard-b", "expected server=HOST:PORT"),
+            ("shard-a user=", "expected server=HOST:PORT"),
+            ("shard-a password=x", "expected server=HOST:PORT"),
+            ("shard-a\nx", "expected"),
+        ] {
+            let error = declared.text(text).unwrap_err();
+            assert!(error.contains(part), "{text}: {error}");
+        }
+        let only = |name: &str, value: &'static str| {
+            let mut fields = Fields::default();
+            fields.set(name, value);
+            declared.fields(fields)
+        };
+        assert!(only("user", "alice").is_err() && only("master", "x").is_err());
+        assert_eq!(only("backend", ""), Ok(None));
+        assert_eq!(only("other", "x"), Ok(None));
+    }
+
+    #[test]
+    fn a_verdict_is_one_harmless_line() {
+        let hostile = "[ALERT] a\r\nb OK \u{202e}x".to_owned() + &"y".repeat(1000);
+        let Ok(Some(Target::Refuse(text))) = declared().text(&format!("refuse: {hostile}")) else { panic!() };
+        assert!(text.starts_with("ALERT] a??b OK ?x") && text.len() <= MAX_TEXT, "{text}");
+    }
+
+    #[test]
+    fn fields_with_a_password_are_secret() {
+        let fields =
+            Fields { backend: Some("shard-a"), master: Some("root"), password: Some("pw"), ..Fields::default() };
+        let target = declared().fields(fields).unwrap().unwrap();
+        assert!(target.is_secret() && !format!("{target:?}").contains("pw\""));
+        assert!(!Target::backend(BackendId(0)).is_secret());
+        let alone = Fields { backend: Some("shard-a"), master: Some("root"), ..Fields::default() };
+        assert!(declared().fields(alone).is_err());
+    }
+}
