@@ -13,7 +13,7 @@ use tokio_util::task::TaskTracker;
 use crate::backend::OwnAddresses;
 use crate::config::Config;
 use crate::identity::UserName;
-use crate::route::{Answer, Origin, Question, Target};
+use crate::route::{Answer, At, Origin, Question, Target};
 use crate::server::Live;
 
 /// The text for `user`, and whether a server would be asked to log the user in.
@@ -53,10 +53,7 @@ pub async fn explain(config: &Config, live: &Live, user: &UserName) -> (String, 
     let own = OwnAddresses::new(config.listeners.iter().map(|listener| listener.address).collect());
     live.backends.start(&own, &tasks, &stop);
     let wait = config.resolver.timeout * 3;
-    let mut servers = timeout(wait, backend.candidates(&question.user)).await.unwrap_or_default();
-    if let Some(only) = &place.server {
-        servers.retain(|server| *server.name == **only);
-    }
+    let servers = timeout(wait, live.servers(place, &question.user)).await.unwrap_or_default();
     for (rank, server) in servers.iter().enumerate() {
         let addresses = timeout(wait, server.addresses()).await.unwrap_or_default();
         let addresses: Vec<String> = addresses.iter().map(ToString::to_string).collect();
@@ -75,8 +72,13 @@ fn describe(config: &Config, target: &Target) -> String {
     match target {
         Target::Place(place) => {
             let mut text = config.backends[place.backend.0].name.clone();
+            let at = match &place.at {
+                At::Any => None,
+                At::Server(server) => Some(server.to_string()),
+                At::Address(address) => Some(address.to_string()),
+            };
             for (name, value) in [
-                ("server", place.server.as_deref()),
+                ("server", at.as_deref()),
                 ("user", place.user.as_ref().map(UserName::as_str)),
                 ("credentials", place.login.as_ref().map(|_| "of the route's")),
             ] {
@@ -88,7 +90,7 @@ fn describe(config: &Config, target: &Target) -> String {
             text
         }
         Target::Refuse(reason) => format!("NO [CONTACTADMIN] {reason}"),
-        Target::Denied(reason) => format!("NO [AUTHENTICATIONFAILED] {reason}"),
+        Target::Denied(_) => "NO [AUTHENTICATIONFAILED]".to_owned(),
         Target::Maintenance(reason) => format!("NO [UNAVAILABLE] {reason}"),
     }
 }

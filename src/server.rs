@@ -15,11 +15,11 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::admin::Admin;
-use crate::backend::{Backends, OwnAddresses};
+use crate::backend::{Backends, OwnAddresses, Server};
 use crate::config::{self, Config, Limits, Report};
 use crate::listener::{self, House, Listener};
 use crate::metrics::{Metrics, Names};
-use crate::route::{self, Router};
+use crate::route::{self, At, Place, Router};
 use crate::session::Room;
 use crate::shutdown::Drain;
 use crate::tls::server::ServerTls;
@@ -61,6 +61,22 @@ impl Live {
                 let found = [tls.err(), router.err(), backends.err()];
                 Err(Report::new(found.into_iter().flatten().flatten().collect()))
             }
+        }
+    }
+}
+
+impl Live {
+    /// The servers to try for `user` in this place, in order; waits for DNS only while it has never answered.
+    pub async fn servers(&self, place: &Place, user: &str) -> Vec<Arc<Server>> {
+        let backend = self.backends.backend(place.backend);
+        match &place.at {
+            At::Any => backend.candidates(user).await,
+            At::Server(name) => {
+                let mut servers = backend.candidates(user).await;
+                servers.retain(|server| *server.name == **name);
+                servers
+            }
+            At::Address(address) => backend.at(*address).into_iter().collect(),
         }
     }
 }

@@ -10,6 +10,7 @@ mod health;
 mod proxy_header;
 mod select;
 
+use std::collections::HashMap;
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
@@ -26,6 +27,9 @@ use self::select::Candidate;
 use crate::config::{self, BackendId, ClientInfo, Config, Host, Problem, TlsMode, Trust};
 use crate::metrics::{Metrics, ServerMetrics};
 use crate::tls::client::ClientTls;
+
+/// Undeclared servers that routes may name, a backend. Each is a label of metrics.
+const MAX_GUESTS: usize = 256;
 
 /// All backends of one configuration.
 #[derive(Debug)]
@@ -108,6 +112,8 @@ pub struct Backend {
     /// Whether a client may ask for another user's mailbox.
     pub allows_authzid: bool,
     groups: Vec<Group>,
+    /// Servers that a route names by their addresses.
+    guests: Mutex<HashMap<SocketAddr, Arc<Server>>>,
     metrics: Arc<Metrics>,
 }
 
@@ -149,6 +155,7 @@ impl Backend {
             client_info: backend.client_info,
             allows_authzid: backend.authzid,
             groups,
+            guests: Mutex::default(),
             metrics,
         })
     }
@@ -162,6 +169,33 @@ impl Backend {
         let now = Instant::now();
         let candidates: Vec<Candidate<'_>> = servers.iter().map(|server| server.candidate(now)).collect();
         select::order(user, &candidates).into_iter().map(|index| servers[index].clone()).collect()
+    }
+
+    /// A server that is not declared, which a route's configuration allows. `None`: [`MAX_GUESTS`] of them have sessions.
+    pub fn at(&self, address: SocketAddr) -> Option<Arc<Server>> {
+        let mut guests = self.guests.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(known) = guests.get(&address) {
+            return Some(known.clone());
+        }
+        let own = self.metrics.backend(self.id.0);
+        if guests.len() >= MAX_GUESTS {
+            guests.retain(|_, server| {
+                let in_use = Arc::strong_count(server) > 1 || server.metrics.sessions() > 0;
+                if !in_use {
+                    own.forget_server(&server.name);
+                }
+                in_use
+            });
+        }
+        if guests.len() >= MAX_GUESTS {
+            tracing::error!(backend = %self.name, %address, "a route names more servers than {MAX_GUESTS} at a time");
+            return None;
+        }
+        let (name, host) = (address.to_string(), Host::Ip(address.ip()));
+        let (tls_name, metrics) = (ServerName::from(address.ip()), own.server(&name));
+        let server = Arc::new(Server::new(name, host, address.port(), 1, 0, tls_name, metrics));
+        guests.insert(address, server.clone());
+        Some(server)
     }
 
     fn needs_dns(&self) -> bool {

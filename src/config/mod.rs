@@ -25,6 +25,8 @@ use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use zeroize::Zeroizing;
+
 pub use self::directory::{
     ANSWER_FIELDS, Asking, Cache, Dns, DnsQuestion, Http, HttpStyle, Ldap, LdapScope, Network, Redis, RedisPlace, Sql,
 };
@@ -64,6 +66,19 @@ impl Config {
     /// A mistake found later, by a room that uses what stands at `place`.
     pub fn problem(&self, place: &Place, message: impl Into<String>) -> Problem {
         Problem { file: self.file.clone(), place: place.clone(), message: message.into(), help: None }
+    }
+}
+
+impl Located<PathBuf> {
+    /// The secret in the file: its text without the line end.
+    ///
+    /// # Errors
+    /// The file cannot be read, is empty, or is no text. Never its content.
+    pub fn read_secret(&self, config: &Config) -> Result<Zeroizing<String>, Problem> {
+        let fault = |message: &str| config.problem(&self.place, format!("{}: {message}", self.value.display()));
+        let bytes = fs::read(&self.value).map(Zeroizing::new).map_err(|error| fault(&error.to_string()))?;
+        let text = std::str::from_utf8(&bytes).map_err(|_| fault("not UTF-8"))?.trim_end_matches(['\r', '\n']);
+        if text.is_empty() { Err(fault("is empty")) } else { Ok(Zeroizing::new(text.to_owned())) }
     }
 }
 

@@ -32,10 +32,10 @@ pub(super) fn bye(text: &str, out: &mut Vec<u8>) {
     line(out, &["* BYE ", text]);
 }
 
-/// The wrong password, the unknown user: one answer for both.
-pub fn authentication_failed(tag: &Tag) -> Vec<u8> {
+/// The wrong password, the unknown user: one answer for both, unless a route has words of its own.
+pub fn authentication_failed(tag: &Tag, text: Option<&str>) -> Vec<u8> {
     let mut out = Vec::new();
-    no(tag, "[AUTHENTICATIONFAILED] Authentication failed.", &mut out);
+    line(&mut out, &[tag.as_str(), " NO [AUTHENTICATIONFAILED] ", text.unwrap_or("Authentication failed.")]);
     out
 }
 
@@ -43,13 +43,6 @@ pub fn authentication_failed(tag: &Tag) -> Vec<u8> {
 pub fn authorization_failed(tag: &Tag) -> Vec<u8> {
     let mut out = Vec::new();
     no(tag, "[AUTHORIZATIONFAILED] Logging in on behalf of another user is not allowed.", &mut out);
-    out
-}
-
-/// The route has checked the password, and says so in its words.
-pub fn authentication_denied(tag: &Tag, text: &str) -> Vec<u8> {
-    let mut out = Vec::new();
-    line(&mut out, &[tag.as_str(), " NO [AUTHENTICATIONFAILED] ", text]);
     out
 }
 

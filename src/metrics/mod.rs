@@ -307,6 +307,11 @@ impl ServerMetrics {
         self.up.set(up.into());
     }
 
+    /// Sessions it has.
+    pub fn sessions(&self) -> i64 {
+        self.sessions.get()
+    }
+
     /// A session runs on the server until the guard drops.
     pub fn session_established(&self) -> OpenGuard {
         OpenGuard::new(&self.sessions)

@@ -9,7 +9,7 @@ use crate::record_layer::{Layout, MAX_PLAINTEXT, MAX_RECORD};
 
 /// Full records that one round moves at most: 256 KiB of plaintext. A session whose peer stops taking them keeps up to as
 /// much.
-pub(super) const ROUND: usize = 16;
+pub(super) const ROUND: usize = 32;
 /// One of either buffer. Pages that no transfer has touched cost nothing.
 const SIZE: usize = ROUND * MAX_RECORD;
 

@@ -4,11 +4,15 @@
 
 use super::question::Question;
 use super::target::Target;
-use super::{Answer, dns};
+use super::{Answer, dns, http, ldap, redis, sql};
 
 /// A directory.
 #[derive(Debug)]
 pub(super) enum Directory {
+    Sql(Box<sql::Sql>),
+    Ldap(Box<ldap::Directory>),
+    Http(Box<http::Http>),
+    Redis(Box<redis::Redis>),
     Dns(Box<dns::Dns>),
     /// For tests of what is around it.
     #[cfg(test)]
@@ -19,6 +23,10 @@ impl Directory {
     /// One question. The caller sets the deadline and bounds how many are asked at a time.
     pub(super) async fn ask(&self, question: &Question) -> Answer {
         match self {
+            Self::Sql(sql) => sql.ask(question).await,
+            Self::Ldap(ldap) => ldap.ask(question).await,
+            Self::Http(http) => http.ask(question).await,
+            Self::Redis(redis) => redis.ask(question).await,
             Self::Dns(dns) => dns.ask(question).await,
             #[cfg(test)]
             Self::Scripted(scripted) => scripted.ask(question).await,

@@ -17,8 +17,12 @@ mod directory;
 mod dns;
 mod domain;
 mod hash;
+mod http;
+mod ldap;
 mod question;
+mod redis;
 mod regex;
+mod sql;
 mod table;
 mod target;
 mod warm;
@@ -34,7 +38,7 @@ use self::asked::Asked;
 use self::directory::Directory;
 pub use self::question::{Question, Visitor};
 use self::target::Declared;
-pub use self::target::{Login, Place, Target};
+pub use self::target::{At, Denied, Login, Place, Target};
 use crate::config::{self, Config, Problem};
 use crate::metrics::{LookupResult, Metrics};
 
@@ -252,11 +256,19 @@ fn source(
         config::Route::Regex(rules) => Source::Regex(regex::Rules::build(config, rules, declared)?),
         config::Route::Hash { style, shares } => Source::Hash(hash::Hash::new(config, *style, shares)),
         config::Route::Default(backend) => Source::Default(Target::backend(*backend).into()),
-        config::Route::Dns(dns) => asked(Directory::Dns(Box::new(dns::Dns::new(config, dns, declared))), &dns.asking),
-        config::Route::Sql(_) | config::Route::Ldap(_) | config::Route::Http(_) | config::Route::Redis(_) => {
-            let place = config.listeners[0].place.clone();
-            return Err(vec![config.problem(&place, "this kind of route is not built yet")]);
+        config::Route::Sql(sql) => {
+            asked(Directory::Sql(Box::new(sql::Sql::build(config, sql, declared)?)), &sql.asking)
         }
+        config::Route::Ldap(ldap) => {
+            asked(Directory::Ldap(Box::new(ldap::Directory::build(config, ldap, declared)?)), &ldap.asking)
+        }
+        config::Route::Http(http) => {
+            asked(Directory::Http(Box::new(http::Http::build(config, http, declared)?)), &http.asking)
+        }
+        config::Route::Redis(redis) => {
+            asked(Directory::Redis(Box::new(redis::Redis::build(config, redis, declared)?)), &redis.asking)
+        }
+        config::Route::Dns(dns) => asked(Directory::Dns(Box::new(dns::Dns::new(config, dns, declared))), &dns.asking),
     })
 }
 

@@ -305,6 +305,7 @@ fn at((line, message): &Wrong) -> String {
 
 #[cfg(test)]
 mod tests {
+    use super::super::target::At;
     use super::*;
     use crate::config::BackendId;
 
@@ -332,7 +333,7 @@ mod tests {
     fn a_line_may_say_more_than_a_backend() {
         let table = parse("a shard-a server=h:1 user=b #x\nc refuse: Bill #7 is open.\nd shard-a\n").unwrap();
         let Target::Place(place) = &*table.lookup("a").unwrap() else { panic!() };
-        assert_eq!((place.server.as_deref(), place.user.as_ref().unwrap().as_str()), (Some("h:1"), "b"));
+        assert_eq!((&place.at, place.user.as_ref().unwrap().as_str()), (&At::Server("h:1".into()), "b"));
         assert_eq!(table.lookup("c"), Some(Target::Refuse("Bill #7 is open.".into()).into()));
         assert_eq!(table.lookup("d"), backend(0));
     }

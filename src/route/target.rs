@@ -14,6 +14,8 @@
 //! look-up fail, so that no later source is asked in its stead. Called by the sources of `route`.
 
 use std::collections::{BTreeMap, HashMap};
+use std::net::SocketAddr;
+use std::time::Duration;
 
 use crate::config::{BackendId, Config};
 use crate::identity::{Secret, UserName};
@@ -31,7 +33,7 @@ pub enum Target {
     /// The login is refused for good: NO `[CONTACTADMIN]` with this text.
     Refuse(Box<str>),
     /// The source checked the password, and it was wrong: NO `[AUTHENTICATIONFAILED]`.
-    Denied(Box<str>),
+    Denied(Denied),
     /// The login is refused for now: NO `[UNAVAILABLE]` with this text.
     Maintenance(Box<str>),
 }
@@ -41,8 +43,8 @@ pub enum Target {
 pub struct Place {
     /// A declared backend.
     pub backend: BackendId,
-    /// One of its servers, by its name in the configuration, and no other.
-    pub server: Option<Box<str>>,
+    /// Where within it.
+    pub at: At,
     /// The user's name there, instead of the one normalisation gave.
     pub user: Option<UserName>,
     /// To log in with there, instead of what the client brought. Used only where the client's identity is proven:
@@ -50,6 +52,27 @@ pub struct Place {
     pub login: Option<Login>,
     /// The source has checked the client's password.
     pub proven: bool,
+}
+
+/// Where within a backend.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub enum At {
+    /// Any server, as the backend chooses.
+    #[default]
+    Any,
+    /// The server of this name in the configuration, and no other.
+    Server(Box<str>),
+    /// An address that the route's configuration allows, where no server is declared.
+    Address(SocketAddr),
+}
+
+/// A wrong password, in a source's words.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Denied {
+    /// What the client is told; absent: what everybody is told.
+    pub text: Option<Box<str>>,
+    /// How long the client waits for it.
+    pub wait: Duration,
 }
 
 /// Credentials a source hands out.
@@ -64,7 +87,7 @@ pub struct Login {
 impl Target {
     /// A backend, and nothing said beyond it.
     pub fn backend(backend: BackendId) -> Self {
-        Self::Place(Place { backend, server: None, user: None, login: None, proven: false })
+        Self::Place(Place { backend, at: At::Any, user: None, login: None, proven: false })
     }
 
     /// Whether it holds a secret, which no file may keep.
@@ -166,7 +189,7 @@ impl Declared {
         };
         Ok(Some(Target::Place(Place {
             backend: self.backend(name)?,
-            server: fields.server.map(Into::into),
+            at: fields.server.map_or(At::Any, |server| At::Server(server.into())),
             user: fields.user.map(|name| user(name, "user")).transpose()?,
             login,
             proven: false,
@@ -208,7 +231,7 @@ impl Declared {
 }
 
 /// One line that a client may be shown: printable ASCII, and no bracket in front that would pass for a response code.
-fn sentence(text: &str) -> Box<str> {
+pub(super) fn sentence(text: &str) -> Box<str> {
     let clean = text.chars().map(|char| if char.is_ascii() && !char.is_ascii_control() { char } else { '?' });
     let clean: String = clean.take(MAX_TEXT).collect();
     clean.trim_start_matches(['[', ' ']).into()
@@ -236,7 +259,7 @@ mod tests {
         let Ok(Some(Target::Place(place))) = declared.text("shard-a server=10.0.0.1:143 user=alice.b") else {
             panic!()
         };
-        assert_eq!(place.server.as_deref(), Some("10.0.0.1:143"));
+        assert_eq!(place.at, At::Server("10.0.0.1:143".into()));
         assert_eq!(place.user.unwrap().as_str(), "alice.b");
         assert_eq!(declared.text("refuse: Gone. Ask us."), Ok(Some(Target::Refuse("Gone. Ask us.".into()))));
         assert_eq!(declared.text("maintenance:"), Ok(Some(Target::Maintenance("Login is not possible.".into()))));

@@ -14,7 +14,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use serde::{Deserialize, Serialize};
 
 use super::cache::Cache;
-use super::target::{Declared, Fields, Target};
+use super::target::{At, Declared, Fields, Target};
 
 /// A line of the file.
 #[derive(Debug, Serialize, Deserialize)]
@@ -99,7 +99,10 @@ fn written(target: &Target, declared: &Declared) -> Written {
     match target {
         Target::Place(place) => Written {
             backend: declared.name(place.backend).map(str::to_owned),
-            server: place.server.as_deref().map(str::to_owned),
+            server: match &place.at {
+                At::Server(server) => Some(server.to_string()),
+                At::Any | At::Address(_) => None,
+            },
             as_user: place.user.as_ref().map(|user| user.as_str().to_owned()),
             ..Written::default()
         },

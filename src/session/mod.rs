@@ -277,13 +277,13 @@ impl Session {
             }
             Ok(Err(RouteError::Unknown)) => {
                 self.record.attempt_failed(Reason::UnknownUser, LoginOutcome::UnknownUser, None);
-                return Attempted::Refused { reply: reply::authentication_failed(&login.tag), counts: true };
+                return Attempted::Refused { reply: reply::authentication_failed(&login.tag, None), counts: true };
             }
             Ok(Err(error)) => return self.lookup_failed(&error.to_string()),
             Err(_) => return self.lookup_failed("no answer within limits.lookup"),
         };
         let (Target::Place(place), Some(backend)) = (&*target, backend) else {
-            return self.verdict(&login.tag, &target);
+            return self.verdict(&login.tag, &target).await;
         };
         if login.credentials.authzid.is_some() && !backend.allows_authzid {
             self.record.attempt_failed(Reason::AuthzidRefused, LoginOutcome::Refused, Some(backend.id));
@@ -335,15 +335,16 @@ impl Session {
     }
 
     /// The route's own word, instead of a server's.
-    fn verdict(&mut self, tag: &Tag, target: &Target) -> Attempted {
+    async fn verdict(&mut self, tag: &Tag, target: &Target) -> Attempted {
         match target {
             Target::Refuse(text) => {
                 self.record.attempt_failed(Reason::RouteRefused, LoginOutcome::Refused, None);
                 Attempted::Refused { reply: reply::contact_admin(tag, text), counts: false }
             }
-            Target::Denied(text) => {
+            Target::Denied(denied) => {
                 self.record.denied();
-                Attempted::Refused { reply: reply::authentication_denied(tag, text), counts: true }
+                time::sleep(denied.wait).await;
+                Attempted::Refused { reply: reply::authentication_failed(tag, denied.text.as_deref()), counts: true }
             }
             Target::Maintenance(text) => {
                 self.record.attempt_failed(Reason::RouteMaintenance, LoginOutcome::Unavailable, None);
@@ -397,11 +398,8 @@ async fn log_in_somewhere(
     request: &Request<'_>,
 ) -> (Outcome, Option<Arc<Server>>) {
     let deadline = time::Instant::now() + live.limits.server_login;
-    let servers = timeout_at(deadline.min(time::Instant::now() + live.limits.connect), backend.candidates(user)).await;
-    let mut servers = servers.unwrap_or_default();
-    if let Some(only) = &place.server {
-        servers.retain(|server| *server.name == **only);
-    }
+    let known_by = deadline.min(time::Instant::now() + live.limits.connect);
+    let servers = timeout_at(known_by, live.servers(place, user)).await.unwrap_or_default();
     let mut outcome = Outcome::Unavailable(connect::Fault::no_server());
     for (tried, server) in servers.iter().enumerate() {
         let now = time::Instant::now();

@@ -5,6 +5,7 @@
 //! that was asked for, because the host names in the answer come from DNS, which anybody may have forged (RFC 6125
 //! section 6.5.1 and RFC 6186 section 6). With `pin`, the key itself is compared and chain and name are not.
 
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use aws_lc_rs::digest::{SHA256, digest};
@@ -21,7 +22,7 @@ use x509_parser::prelude::{FromDer, X509Certificate};
 use super::handover::Secrets;
 use super::records::Records;
 use super::{provider, read_certificates};
-use crate::config::{Backend, Config, Problem, TlsMode, Trust};
+use crate::config::{Backend, Config, Located, Place, Problem, TlsMode, Trust};
 
 /// How to reach the servers of one backend under TLS.
 #[derive(Clone)]
@@ -64,8 +65,9 @@ impl ClientTls {
                 .dangerous()
                 .with_custom_certificate_verifier(Arc::new(Relaxed { provider, pins: None }))
                 .with_no_client_auth(),
-            trust @ (Trust::System | Trust::Ca(_)) => {
-                builder.with_root_certificates(roots(config, backend, trust)?).with_no_client_auth()
+            Trust::System => builder.with_root_certificates(roots(config, None, &backend.place)?).with_no_client_auth(),
+            Trust::Ca(ca) => {
+                builder.with_root_certificates(roots(config, Some(ca), &backend.place)?).with_no_client_auth()
             }
         };
         client.alpn_protocols = vec![b"imap".to_vec()];
@@ -91,9 +93,27 @@ impl ClientTls {
     }
 }
 
-fn roots(config: &Config, backend: &Backend, trust: &Trust) -> Result<RootCertStore, Problem> {
+/// TLS towards a directory: verified by the roots in `ca`, or the system's.
+///
+/// # Errors
+/// A `ca` file that cannot be used, no root certificate on the system.
+pub fn verified(config: &Config, ca: Option<&Located<PathBuf>>, place: &Place) -> Result<ClientConfig, Problem> {
+    let roots = roots(config, ca, place)?;
+    let builder = ClientConfig::builder_with_provider(provider()).with_safe_default_protocol_versions();
+    let builder = builder.map_err(|error| config.problem(place, error.to_string()))?;
+    Ok(builder.with_root_certificates(roots).with_no_client_auth())
+}
+
+/// TLS in which nobody is trusted: for a client that needs a configuration and speaks plaintext.
+pub fn nobody() -> ClientConfig {
+    let builder = ClientConfig::builder_with_provider(provider());
+    let builder = builder.with_safe_default_protocol_versions().expect("the provider has suites of both versions");
+    builder.with_root_certificates(RootCertStore::empty()).with_no_client_auth()
+}
+
+fn roots(config: &Config, ca: Option<&Located<PathBuf>>, place: &Place) -> Result<RootCertStore, Problem> {
     let mut store = RootCertStore::empty();
-    if let Trust::Ca(path) = trust {
+    if let Some(path) = ca {
         let fault = |message: String| config.problem(&path.place, format!("{}: {message}", path.value.display()));
         for certificate in read_certificates(&path.value).map_err(fault)? {
             store.add(certificate).map_err(|error| fault(error.to_string()))?;
@@ -105,7 +125,7 @@ fn roots(config: &Config, backend: &Backend, trust: &Trust) -> Result<RootCertSt
     store.add_parsable_certificates(found.certs);
     if store.is_empty() {
         let message = "no root certificates on this system to verify the servers with: install ca-certificates, or name a ca, a pin or insecure";
-        return Err(config.problem(&backend.place, message));
+        return Err(config.problem(place, message));
     }
     Ok(store)
 }

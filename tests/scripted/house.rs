@@ -24,7 +24,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
         ],
     ),
     ("backend", &["config", "dns", "failure", "identity", "imap", "metrics", "relay", "rendezvous", "stream", "tls"]),
-    ("route", &["config", "dns", "identity", "metrics", "rendezvous", "template"]),
+    ("route", &["config", "dns", "identity", "metrics", "rendezvous", "template", "tls"]),
     ("admin", &["metrics"]),
     ("tls", &["config", "metrics", "record_layer"]),
     ("imap", &["identity"]),

@@ -1,0 +1,361 @@
+//! Route by a service that is asked over HTTP/1.1 or 2, with connections that are kept.
+//!
+//! `style: json` posts an object with the user, and with what is known of the visitor where answers are not kept, and
+//! reads one whose keys are the fields of an answer (see `target`); 404 says that the user is unknown, 401 and 403 that
+//! the password is wrong. `style: nginx-auth-http` speaks the headers of nginx's mail module, so that an auth server
+//! written for it serves here as it is. Whatever else comes is a failure; a body over [`MAX_BODY`] is one too.
+
+use std::collections::HashMap;
+use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
+use std::time::Duration;
+
+use http_body_util::{BodyExt as _, Full, Limited};
+use hyper::body::Bytes;
+use hyper::header::{AUTHORIZATION, CONTENT_TYPE, HeaderMap, HeaderName, HeaderValue};
+use hyper::{Method, Request, Response, StatusCode, Uri};
+use hyper_rustls::{HttpsConnector, HttpsConnectorBuilder};
+use hyper_util::client::legacy::Client;
+use hyper_util::client::legacy::connect::HttpConnector;
+use hyper_util::rt::{TokioExecutor, TokioTimer};
+use percent_encoding::{AsciiSet, CONTROLS, percent_encode};
+use serde::{Deserialize, Serialize};
+use tokio::sync::OnceCell;
+use tokio_rustls::rustls::ClientConfig;
+use zeroize::Zeroizing;
+
+use super::Answer;
+use super::directory::answer;
+use super::question::{Question, Visitor};
+use super::target::{At, Declared, Denied, Fields, Login, Place, Target, sentence};
+use crate::config::{self, BackendId, Config, Host, HttpStyle, Network, Problem, Server};
+use crate::identity::{Secret, UserName};
+use crate::tls;
+
+/// An answer has no business being longer.
+const MAX_BODY: usize = 64 * 1024;
+/// A connection that nobody has used for this long is closed.
+const IDLE: Duration = Duration::from_secs(60);
+/// `Auth-Wait` is honoured up to here.
+const LONGEST_WAIT: Duration = Duration::from_secs(30);
+/// What nginx escapes in `Auth-User` and `Auth-Pass` since 1.5.9; bytes over 0x7e are escaped in any case.
+const MAIL_AUTH: &AsciiSet = &CONTROLS.add(b' ').add(b'"').add(b'%');
+
+/// A request a user.
+pub(super) struct Http {
+    url: Uri,
+    style: HttpStyle,
+    headers: HeaderMap,
+    password: bool,
+    tls: Option<ClientConfig>,
+    connections: usize,
+    client: OnceCell<Client<HttpsConnector<HttpConnector>, Full<Bytes>>>,
+    /// Servers by their addresses: how nginx's protocol names them.
+    servers: HashMap<SocketAddr, (BackendId, Box<str>)>,
+    backend: Option<BackendId>,
+    networks: Vec<Network>,
+    declared: Declared,
+}
+
+impl std::fmt::Debug for Http {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        // Headers may hold what only the service shall know.
+        f.debug_struct("Http").field("url", &self.url).field("style", &self.style).finish_non_exhaustive()
+    }
+}
+
+/// What `style: json` sends.
+#[derive(Serialize)]
+struct Asked<'a> {
+    user: &'a str,
+    protocol: &'static str,
+    #[serde(flatten, skip_serializing_if = "Option::is_none")]
+    visitor: Option<AskedBy<'a>>,
+}
+
+#[derive(Serialize)]
+struct AskedBy<'a> {
+    client: IpAddr,
+    client_port: u16,
+    listener: SocketAddr,
+    session: &'a str,
+    mechanism: &'static str,
+    tls: Option<&'static str>,
+    attempt: u32,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    login: Option<&'a str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    password: Option<&'a str>,
+}
+
+/// What `style: json` reads; other keys are left alone.
+#[derive(Default, Deserialize)]
+#[serde(default)]
+struct Said {
+    backend: Option<String>,
+    server: Option<String>,
+    user: Option<String>,
+    master: Option<String>,
+    password: Option<Zeroizing<String>>,
+    refuse: Option<String>,
+    maintenance: Option<String>,
+}
+
+impl Http {
+    /// # Errors
+    /// A URL that is none, a token file or a `ca` that cannot be read.
+    pub(super) fn build(config: &Config, http: &config::Http, declared: &Declared) -> Result<Self, Vec<Problem>> {
+        let told = |problem| vec![problem];
+        let url: Uri = http
+            .url
+            .value
+            .parse()
+            .map_err(|error| told(config.problem(&http.url.place, format!("the URL cannot be used: {error}"))))?;
+        let tls = (url.scheme_str() == Some("https"))
+            .then(|| tls::client::verified(config, http.ca.as_ref(), &http.url.place))
+            .transpose()
+            .map_err(told)?;
+        let mut headers = HeaderMap::new();
+        for (name, value) in &http.headers {
+            // The configuration was checked for what a header may be.
+            if let (Ok(name), Ok(mut value)) = (HeaderName::try_from(name), HeaderValue::try_from(value)) {
+                value.set_sensitive(true);
+                headers.insert(name, value);
+            }
+        }
+        if let Some(file) = &http.token {
+            let token = file.read_secret(config).map_err(told)?;
+            let mut value = HeaderValue::try_from(format!("Bearer {}", *token))
+                .map_err(|_| told(config.problem(&file.place, "the token cannot stand in a header")))?;
+            value.set_sensitive(true);
+            headers.insert(AUTHORIZATION, value);
+        }
+        Ok(Self {
+            url,
+            style: http.style,
+            headers,
+            password: http.password,
+            tls,
+            connections: http.asking.connections,
+            client: OnceCell::new(),
+            servers: servers(config),
+            backend: http.backend,
+            networks: http.networks.clone(),
+            declared: declared.clone().with_names(&http.asking.names),
+        })
+    }
+
+    pub(super) async fn ask(&self, question: &Question) -> Answer {
+        let request = match self.style {
+            HttpStyle::Json => self.json(question),
+            HttpStyle::NginxAuthHttp => match &question.visitor {
+                Some(visitor) => self.nginx(question, visitor),
+                // The command `route` has no password to ask with.
+                None => return Answer::Failed("this style is asked with a client's password only".to_owned()),
+            },
+        };
+        let request = match request {
+            Ok(request) => request,
+            Err(reason) => return Answer::Failed(reason),
+        };
+        let client = self.client.get_or_init(|| async { self.connect() }).await;
+        let (head, body) = match client.request(request).await {
+            Ok(response) => response.into_parts(),
+            Err(error) => return Answer::Failed(chain(&error)),
+        };
+        match self.style {
+            HttpStyle::NginxAuthHttp => self.read_nginx(&Response::from_parts(head, ())),
+            HttpStyle::Json => match Limited::new(body, MAX_BODY).collect().await {
+                Ok(body) => self.read_json(head.status, &Zeroizing::new(body.to_bytes().to_vec())),
+                Err(error) => Answer::Failed(format!("the answer's body: {error}")),
+            },
+        }
+    }
+
+    fn connect(&self) -> Client<HttpsConnector<HttpConnector>, Full<Bytes>> {
+        let mut tcp = HttpConnector::new();
+        tcp.enforce_http(false);
+        tcp.set_nodelay(true);
+        let builder = HttpsConnectorBuilder::new();
+        // Without TLS in the URL this configuration is never used.
+        let tls = self.tls.clone().unwrap_or_else(tls::client::nobody);
+        let connector = builder.with_tls_config(tls).https_or_http().enable_http1().enable_http2().wrap_connector(tcp);
+        Client::builder(TokioExecutor::new())
+            .pool_timer(TokioTimer::new())
+            .timer(TokioTimer::new())
+            .pool_idle_timeout(IDLE)
+            .pool_max_idle_per_host(self.connections)
+            .build(connector)
+    }
+
+    fn json(&self, question: &Question) -> Result<Request<Full<Bytes>>, String> {
+        let visitor = question.visitor.as_deref();
+        let secret = |visitor: &'_ Visitor| self.password.then(|| visitor.credentials.password.expose().to_vec());
+        let secret = visitor.and_then(secret).map(Zeroizing::new);
+        let password = secret.as_deref().map(|bytes| std::str::from_utf8(bytes)).transpose();
+        let asked = Asked {
+            user: &question.user,
+            protocol: "imap",
+            visitor: visitor
+                .map(|visitor| {
+                    Ok::<_, String>(AskedBy {
+                        client: visitor.client.ip().to_canonical(),
+                        client_port: visitor.client.port(),
+                        listener: visitor.listener,
+                        session: &visitor.session,
+                        mechanism: visitor.credentials.mechanism.as_str(),
+                        tls: visitor.tls,
+                        attempt: visitor.attempt,
+                        login: self.password.then(|| visitor.credentials.user.as_str()),
+                        password: password.map_err(|_| "the password is not UTF-8, which JSON needs".to_owned())?,
+                    })
+                })
+                .transpose()?,
+        };
+        let body = serde_json::to_vec(&asked).map_err(|error| error.to_string())?;
+        let mut request = self.request(Method::POST, body)?;
+        request.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
+        Ok(request)
+    }
+
+    fn nginx(&self, question: &Question, visitor: &Visitor) -> Result<Request<Full<Bytes>>, String> {
+        let mut request = self.request(Method::GET, Vec::new())?;
+        let credentials = &visitor.credentials;
+        let escaped = |bytes: &[u8]| Zeroizing::new(percent_encode(bytes, MAIL_AUTH).to_string());
+        let user = escaped(question.user.as_bytes());
+        let password = escaped(credentials.password.expose());
+        let attempt = visitor.attempt.to_string();
+        let address = visitor.client.ip().to_canonical().to_string();
+        let mut headers = vec![
+            // LOGIN and PLAIN are both "plain" there.
+            ("auth-method", "plain"),
+            ("auth-user", user.as_str()),
+            ("auth-pass", password.as_str()),
+            ("auth-protocol", "imap"),
+            ("auth-login-attempt", attempt.as_str()),
+            ("client-ip", address.as_str()),
+            ("client-host", "[UNAVAILABLE]"),
+        ];
+        if let Some(version) = visitor.tls {
+            headers.extend([("auth-ssl", "on"), ("auth-ssl-protocol", version)]);
+        }
+        for (name, value) in headers {
+            let mut value = HeaderValue::try_from(value).map_err(|_| format!("{name} cannot stand in a header"))?;
+            value.set_sensitive(true);
+            request.headers_mut().insert(HeaderName::from_static(name), value);
+        }
+        Ok(request)
+    }
+
+    fn request(&self, method: Method, body: Vec<u8>) -> Result<Request<Full<Bytes>>, String> {
+        let request = Request::builder().method(method).uri(self.url.clone()).body(Full::from(body));
+        let mut request = request.map_err(|error| error.to_string())?;
+        request.headers_mut().extend(self.headers.clone());
+        Ok(request)
+    }
+
+    fn read_json(&self, status: StatusCode, body: &[u8]) -> Answer {
+        match status {
+            StatusCode::NOT_FOUND | StatusCode::NO_CONTENT => return Answer::Unknown,
+            StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN if self.password => {
+                return Answer::Found(Target::Denied(Denied::default()).into());
+            }
+            StatusCode::OK => {}
+            other => return Answer::Failed(format!("the service answers {other}")),
+        }
+        // serde's own message would repeat what it could not read.
+        let Ok(said) = serde_json::from_slice::<Said>(body) else {
+            return Answer::Failed("the answer is no JSON object with text fields".to_owned());
+        };
+        let fields = [
+            ("backend", said.backend.as_deref()),
+            ("server", said.server.as_deref()),
+            ("user", said.user.as_deref()),
+            ("master", said.master.as_deref()),
+            ("password", said.password.as_ref().map(|password| password.as_str())),
+            ("refuse", said.refuse.as_deref()),
+            ("maintenance", said.maintenance.as_deref()),
+        ];
+        let mut read = Fields::default();
+        for (name, value) in fields {
+            read.set(name, value.unwrap_or_default());
+        }
+        answer(self.declared.fields(read).map(|target| target.map(|target| self.proven(target))))
+    }
+
+    /// A service that was told the password has checked it.
+    fn proven(&self, mut target: Target) -> Target {
+        if let Target::Place(place) = &mut target {
+            place.proven = self.password;
+        }
+        target
+    }
+
+    fn read_nginx(&self, response: &Response<()>) -> Answer {
+        let header = |name: &str| {
+            response.headers().get(name).map(HeaderValue::as_bytes).and_then(|value| std::str::from_utf8(value).ok())
+        };
+        // nginx reads the headers of any answer; one that is an error of the service itself has none of them.
+        let Some(status) = header("auth-status") else {
+            return Answer::Failed(format!("the answer ({}) has no Auth-Status", response.status()));
+        };
+        if status != "OK" {
+            let wait = header("auth-wait")
+                .and_then(|seconds| seconds.parse().ok())
+                .map_or(Duration::ZERO, Duration::from_secs);
+            let denied = Denied { text: Some(sentence(status)), wait: wait.min(LONGEST_WAIT) };
+            return Answer::Found(Target::Denied(denied).into());
+        }
+        let address = || {
+            let ip: IpAddr = header("auth-server")?.parse().ok()?;
+            let port: u16 = header("auth-port")?.parse().ok().filter(|port| *port != 0)?;
+            Some(SocketAddr::new(ip.to_canonical(), port))
+        };
+        let Some(address) = address() else {
+            return Answer::Failed("the answer has no Auth-Server and Auth-Port that are an address".to_owned());
+        };
+        let (backend, at) = match (self.servers.get(&address), self.backend) {
+            (Some((backend, server)), _) => (*backend, At::Server(server.clone())),
+            (None, Some(backend)) if self.networks.iter().any(|network| network.contains(address.ip())) => {
+                (backend, At::Address(address))
+            }
+            (None, _) => {
+                return Answer::Failed(format!(
+                    "the answer names {address}, which is no declared server and in no network of this route"
+                ));
+            }
+        };
+        let user = match header("auth-user").map(|name| UserName::new(name.as_bytes())).transpose() {
+            Ok(user) => user,
+            Err(error) => return Answer::Failed(format!("the answer's Auth-User: {error}")),
+        };
+        let login = header("auth-pass")
+            .map(|password| Login { master: None, password: Secret::new(password.as_bytes().to_vec()) });
+        Answer::Found(Arc::new(Target::Place(Place { backend, at, user, login, proven: true })))
+    }
+}
+
+/// The servers that are configured by an address.
+fn servers(config: &Config) -> HashMap<SocketAddr, (BackendId, Box<str>)> {
+    let mut servers = HashMap::new();
+    for (index, backend) in config.backends.iter().enumerate() {
+        for server in &backend.servers {
+            if let Server::Address { name, host: Host::Ip(ip), port, .. } = server {
+                let address = SocketAddr::new(ip.to_canonical(), *port);
+                servers.entry(address).or_insert_with(|| (BackendId(index), name.as_str().into()));
+            }
+        }
+    }
+    servers
+}
+
+/// An error and what caused it, in one line.
+fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(inner) = cause {
+        text = format!("{text}: {inner}");
+        cause = inner.source();
+    }
+    text.replace(char::is_control, " ")
+}
