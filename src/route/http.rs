@@ -18,7 +18,6 @@ use hyper_rustls::{HttpsConnector, HttpsConnectorBuilder};
 use hyper_util::client::legacy::Client;
 use hyper_util::client::legacy::connect::HttpConnector;
 use hyper_util::rt::{TokioExecutor, TokioTimer};
-use percent_encoding::{AsciiSet, CONTROLS, percent_encode};
 use serde::{Deserialize, Serialize};
 use tokio::sync::OnceCell;
 use tokio_rustls::rustls::ClientConfig;
@@ -38,8 +37,6 @@ const MAX_BODY: usize = 64 * 1024;
 const IDLE: Duration = Duration::from_secs(60);
 /// `Auth-Wait` is honoured up to here.
 const LONGEST_WAIT: Duration = Duration::from_secs(30);
-/// What nginx escapes in `Auth-User` and `Auth-Pass` since 1.5.9; bytes over 0x7e are escaped in any case.
-const MAIL_AUTH: &AsciiSet = &CONTROLS.add(b' ').add(b'"').add(b'%');
 
 /// A request a user.
 pub(super) struct Http {
@@ -221,26 +218,25 @@ impl Http {
     fn nginx(&self, question: &Question, visitor: &Visitor) -> Result<Request<Full<Bytes>>, String> {
         let mut request = self.request(Method::GET, Vec::new())?;
         let credentials = &visitor.credentials;
-        let escaped = |bytes: &[u8]| Zeroizing::new(percent_encode(bytes, MAIL_AUTH).to_string());
         let user = escaped(question.user.as_bytes());
         let password = escaped(credentials.password.expose());
         let attempt = visitor.attempt.to_string();
         let address = visitor.client.ip().to_canonical().to_string();
         let mut headers = vec![
             // LOGIN and PLAIN are both "plain" there.
-            ("auth-method", "plain"),
-            ("auth-user", user.as_str()),
-            ("auth-pass", password.as_str()),
-            ("auth-protocol", "imap"),
-            ("auth-login-attempt", attempt.as_str()),
-            ("client-ip", address.as_str()),
-            ("client-host", "[UNAVAILABLE]"),
+            ("auth-method", &b"plain"[..]),
+            ("auth-user", &user),
+            ("auth-pass", &password),
+            ("auth-protocol", b"imap"),
+            ("auth-login-attempt", attempt.as_bytes()),
+            ("client-ip", address.as_bytes()),
+            ("client-host", b"[UNAVAILABLE]"),
         ];
         if let Some(version) = visitor.tls {
-            headers.extend([("auth-ssl", "on"), ("auth-ssl-protocol", version)]);
+            headers.extend([("auth-ssl", &b"on"[..]), ("auth-ssl-protocol", version.as_bytes())]);
         }
         for (name, value) in headers {
-            let mut value = HeaderValue::try_from(value).map_err(|_| format!("{name} cannot stand in a header"))?;
+            let mut value = HeaderValue::from_bytes(value).map_err(|_| format!("{name} cannot stand in a header"))?;
             value.set_sensitive(true);
             request.headers_mut().insert(HeaderName::from_static(name), value);
         }
@@ -264,7 +260,9 @@ impl Http {
             other => return Answer::Failed(format!("the service answers {other}")),
         }
         // serde's own message would repeat what it could not read.
-        let Ok(said) = serde_json::from_slice::<Said>(body) else {
+        // And it would take a list for an object.
+        let said = body.trim_ascii_start().starts_with(b"{").then(|| serde_json::from_slice::<Said>(body).ok());
+        let Some(said) = said.flatten() else {
             return Answer::Failed("the answer is no JSON object with text fields".to_owned());
         };
         let fields = [
@@ -347,6 +345,18 @@ fn servers(config: &Config) -> HashMap<SocketAddr, (BackendId, Box<str>)> {
         }
     }
     servers
+}
+
+/// As nginx 1.22 writes `Auth-User` and `Auth-Pass`: spaces, `%` and control characters escaped, all else as it is.
+fn escaped(bytes: &[u8]) -> Zeroizing<Vec<u8>> {
+    let mut escaped = Zeroizing::new(Vec::with_capacity(3 * bytes.len()));
+    for byte in bytes {
+        match byte {
+            0..=b' ' | b'%' | 0x7f => escaped.extend_from_slice(format!("%{byte:02X}").as_bytes()),
+            other => escaped.push(*other),
+        }
+    }
+    escaped
 }
 
 /// An error and what caused it, in one line.

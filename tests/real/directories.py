@@ -1,0 +1,314 @@
+"""Directories that routes ask: databases, LDAP, Redis, DNS, each a real server on loopback with data of the test's own.
+
+Every one knows `row(user, **fields)`, `start()`, `kill()` (at once, its data stay), `hold()` and `release()` (it hangs).
+"""
+
+import os
+import pwd
+import shutil
+import signal
+import sqlite3
+import subprocess
+from pathlib import Path
+from textwrap import dedent
+
+from fixtures import PATIENCE, Folder, Process, answers, free_port, program, wait_for
+
+FIELDS = ("backend", "server", "user", "refuse", "maintenance")
+
+
+class Directory:
+    """What they have in common."""
+
+    def __init__(self, user=None):
+        self.folder = Folder()
+        self.path = self.folder.path
+        self.port = free_port()
+        self.user = user
+
+    def own(self, *paths):
+        """The server runs as a user of its own, as it would anywhere."""
+        if self.user:
+            account = pwd.getpwnam(self.user)
+            for path in paths:
+                os.chown(path, account.pw_uid, account.pw_gid)
+
+    def run(self, command):
+        if self.user:
+            command = [program("setpriv"), "--reuid", self.user, "--regid", self.user, "--clear-groups", *command]
+        self.process = Process(command, self.path / "log", cwd=self.path)
+
+    def ready(self):
+        assert self.process.child.poll() is None, f"it ended:\n{self.process.text()}"
+        return answers(self.port)
+
+    def kill(self):
+        self.process.kill()
+
+    def hold(self):
+        self._signal(signal.SIGSTOP)
+
+    def release(self):
+        self._signal(signal.SIGCONT)
+
+    def _signal(self, number):
+        """To the process and all below it: some have groups of their own."""
+        found = [self.process.child.pid]
+        for pid in found:
+            os.kill(pid, number)
+            found += map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split())
+
+    def close(self):
+        self.kill()
+        self.folder.remove()
+
+
+class Postgres(Directory):
+    PASSWORD = "pg secret"
+
+    def __init__(self, certificates):
+        super().__init__("postgres")
+        self.bin = max(Path("/usr/lib/postgresql").glob("*/bin"), key=lambda path: int(path.parent.name))
+        self.data = self.path / "data"
+        self.data.mkdir()
+        key, password = self.path / "key.pem", self.folder.write("initial", self.PASSWORD, 0o600)
+        shutil.copy(certificates.key, key)
+        key.chmod(0o600)
+        self.own(self.path, self.data, key, password)
+        done = subprocess.run([program("setpriv"), "--reuid", "postgres", "--regid", "postgres", "--clear-groups",
+                               self.bin / "initdb", "-D", self.data, "-U", "vestibule", "-A", "scram-sha-256", "-N",
+                               "--pwfile", password, "--locale=C", "-E", "UTF8"], capture_output=True, text=True, cwd=self.path)
+        assert done.returncode == 0, done.stderr
+        with (self.data / "postgresql.conf").open("a") as settings:
+            settings.write(f"""
+                port = {self.port}
+                listen_addresses = '127.0.0.1'
+                unix_socket_directories = ''
+                fsync = off
+                ssl = on
+                ssl_cert_file = '{certificates.cert}'
+                ssl_key_file = '{key}'
+            """)
+        (self.data / "pg_hba.conf").write_text("hostssl all all 127.0.0.1/32 scram-sha-256\n")
+        self.start()
+        columns = ", ".join(f"\"{field}\" text" for field in FIELDS)
+        self.sql(f"CREATE TABLE mailbox (name text, {columns})")
+
+    def start(self):
+        self.run([self.bin / "postgres", "-D", self.data])
+        wait_for("PostgreSQL", lambda: self.ready() and self.sql("SELECT 1", check=False))
+
+    def sql(self, text, check=True):
+        done = subprocess.run([self.bin / "psql", "-h", "127.0.0.1", "-p", str(self.port), "-U", "vestibule", "-d", "postgres",
+                               "-v", "ON_ERROR_STOP=1", "-tAc", text], capture_output=True, text=True, timeout=PATIENCE,
+                              env={**os.environ, "PGPASSWORD": self.PASSWORD})
+        assert not check or done.returncode == 0, done.stderr
+        return done.returncode == 0
+
+    def row(self, user, /, **fields):
+        names = ", ".join(["name", *(f'"{field}"' for field in fields)])
+        values = ", ".join("'" + value.replace("'", "''") + "'" for value in [user, *fields.values()])
+        self.sql(f"INSERT INTO mailbox ({names}) VALUES ({values})")
+
+
+class MariaDb(Directory):
+    PASSWORD = "maria secret"
+
+    def __init__(self, certificates):
+        super().__init__("mysql")
+        self.data = self.path / "data"
+        self.data.mkdir()
+        self.own(self.path, self.data)
+        self.certificates = certificates
+        done = subprocess.run([program("mariadb-install-db"), "--no-defaults", f"--datadir={self.data}", "--user=mysql",
+                               "--auth-root-authentication-method=normal", "--skip-test-db"],
+                              capture_output=True, text=True, cwd=self.path)
+        assert done.returncode == 0, done.stderr + done.stdout
+        self.start()
+        columns = ", ".join(f"`{field}` varchar(200)" for field in FIELDS)
+        self.sql(f"CREATE DATABASE mail; CREATE TABLE mail.mailbox (name varchar(500), {columns}); "
+                 f"CREATE USER vestibule@'%' IDENTIFIED BY '{self.PASSWORD}' REQUIRE SSL; GRANT SELECT ON mail.* TO vestibule@'%'")
+
+    def start(self):
+        self.run([program("mariadbd"), "--no-defaults", f"--datadir={self.data}", "--user=mysql", f"--port={self.port}",
+                  "--bind-address=127.0.0.1", f"--socket={self.path}/socket", f"--ssl-cert={self.certificates.cert}",
+                  f"--ssl-key={self._key()}", "--character-set-server=utf8mb4", "--innodb-flush-log-at-trx-commit=0",
+                  f"--pid-file={self.path}/pid"])
+        wait_for("MariaDB", lambda: self.ready() and self.sql("SELECT 1", check=False))
+
+    def _key(self):
+        key = self.path / "key.pem"
+        shutil.copy(self.certificates.key, key)
+        key.chmod(0o600)
+        self.own(key)
+        return key
+
+    def sql(self, text, check=True):
+        done = subprocess.run([program("mariadb"), "--no-defaults", f"--socket={self.path}/socket", "-u", "root",
+                               "--default-character-set=utf8mb4", "-e", text], capture_output=True, text=True, timeout=PATIENCE)
+        assert not check or done.returncode == 0, done.stderr
+        return done.returncode == 0
+
+    def row(self, user, /, **fields):
+        names = ", ".join(["name", *(f"`{field}`" for field in fields)])
+        values = ", ".join("'" + value.replace("\\", "\\\\").replace("'", "''") + "'" for value in [user, *fields.values()])
+        self.sql(f"INSERT INTO mail.mailbox ({names}) VALUES ({values})")
+
+
+class Sqlite(Directory):
+    """A file: it does not stop, and it hangs while somebody writes."""
+
+    def __init__(self):
+        super().__init__()
+        self.file = self.path / "mail.db"
+        self.database = sqlite3.connect(self.file, isolation_level=None)
+        self.database.execute(f"CREATE TABLE mailbox (name, {', '.join(FIELDS)})")
+
+    def row(self, user, /, **fields):
+        names, places = ", ".join(["name", *fields]), ", ".join("?" * (len(fields) + 1))
+        self.database.execute(f"INSERT INTO mailbox ({names}) VALUES ({places})", [user, *fields.values()])
+
+    def hold(self):
+        self.database.execute("BEGIN EXCLUSIVE")
+
+    def release(self):
+        self.database.execute("COMMIT")
+
+    def close(self):
+        self.database.close()
+        self.folder.remove()
+
+
+class OpenLdap(Directory):
+    PASSWORD = "ldap secret"
+    ATTRIBUTES = {"backend": "mailHost", "server": "l", "user": "uid", "refuse": "description", "maintenance": "title"}
+
+    def __init__(self, certificates):
+        super().__init__("openldap")
+        self.tls_port = free_port()
+        (self.path / "data").mkdir()
+        key = self.path / "key.pem"
+        shutil.copy(certificates.key, key)
+        self.own(self.path, self.path / "data", key)
+        self.settings = self.folder.write("slapd.conf", dedent(f"""
+            include /etc/ldap/schema/core.schema
+            include /etc/ldap/schema/cosine.schema
+            include /etc/ldap/schema/inetorgperson.schema
+            include /etc/ldap/schema/misc.schema
+            modulepath /usr/lib/ldap
+            moduleload back_mdb
+            pidfile {self.path}/pid
+            TLSCertificateFile {certificates.cert}
+            TLSCertificateKeyFile {key}
+            database mdb
+            suffix "dc=test"
+            rootdn "cn=vestibule,dc=test"
+            rootpw "{self.PASSWORD}"
+            directory {self.path}/data
+            dbnosync
+        """))
+        self.start()
+        self.ldif("dn: dc=test\nobjectClass: dcObject\nobjectClass: organization\no: test\ndc: test\n")
+
+    def start(self):
+        self.run([program("slapd"), "-d", "0", "-f", self.settings, "-h",
+                  f"ldap://127.0.0.1:{self.port}/ ldaps://127.0.0.1:{self.tls_port}/"])
+        wait_for("OpenLDAP", self.ready)
+
+    def ldif(self, text):
+        done = subprocess.run([program("ldapadd"), "-x", "-H", f"ldap://127.0.0.1:{self.port}", "-D", "cn=vestibule,dc=test",
+                               "-w", self.PASSWORD], input=text, capture_output=True, text=True, timeout=PATIENCE)
+        assert done.returncode == 0, done.stderr
+
+    def row(self, user, /, **fields):
+        self.rows = getattr(self, "rows", 0) + 1
+        lines = [f"dn: cn={self.rows},dc=test", "objectClass: inetOrgPerson", "objectClass: inetLocalMailRecipient",
+                 f"cn: {self.rows}", "sn: x", f"mail: {user}"]
+        lines += [f"{self.ATTRIBUTES[field]}: {value}" for field, value in fields.items()]
+        self.ldif("\n".join(lines) + "\n")
+
+
+class Redis(Directory):
+    PASSWORD = "redis secret"
+
+    def __init__(self, certificates=None, extra=(), port=None):
+        super().__init__()
+        self.port = port or self.port
+        self.extra = list(extra)
+        self.certificates = certificates
+        self.start()
+
+    def start(self):
+        command = [program("redis-server"), "--bind", "127.0.0.1", "--port", str(self.port), "--dir", str(self.path),
+                   "--requirepass", self.PASSWORD, "--masterauth", self.PASSWORD, "--appendonly", "yes",
+                   "--appendfsync", "always", *self.extra]
+        if self.certificates:
+            self.tls_port = getattr(self, "tls_port", None) or free_port()
+            command += ["--tls-port", str(self.tls_port), "--tls-cert-file", str(self.certificates.cert), "--tls-key-file",
+                        str(self.certificates.key), "--tls-ca-cert-file", str(self.certificates.ca), "--tls-auth-clients", "no"]
+        self.run(command)
+        wait_for("Redis", lambda: self.ready() and self.command("PING") == "PONG")
+
+    def command(self, *words):
+        done = subprocess.run([program("redis-cli"), "-p", str(self.port), "--no-auth-warning", *words], capture_output=True,
+                              text=True, timeout=PATIENCE, env={**os.environ, "REDISCLI_AUTH": self.PASSWORD})
+        return done.stdout.strip()
+
+    def row(self, user, /, **fields):
+        assert self.command("SET", f"mailbox:{user}", text(fields)) == "OK"
+
+
+class Sentinel(Directory):
+    """Watches a Redis named `mail`."""
+
+    def __init__(self, master):
+        super().__init__()
+        self.settings = self.folder.write("sentinel.conf", f"""
+port {self.port}
+bind 127.0.0.1
+dir {self.path}
+sentinel monitor mail 127.0.0.1 {master.port} 1
+sentinel auth-pass mail "{master.PASSWORD}"
+sentinel down-after-milliseconds mail 500
+sentinel failover-timeout mail 3000
+""")
+        self.start()
+
+    def start(self):
+        self.run([program("redis-server"), self.settings, "--sentinel"])
+        wait_for("the Sentinel", self.ready)
+
+    def command(self, *words):
+        return subprocess.run([program("redis-cli"), "-p", str(self.port), *words], capture_output=True, text=True,
+                              timeout=PATIENCE).stdout.strip()
+
+
+class DnsServer(Directory):
+    """dnsmasq, which reads its records when it starts."""
+
+    def __init__(self):
+        super().__init__()
+        self.records = []
+        self.start()
+
+    def start(self):
+        settings = self.folder.write("dnsmasq.conf", "\n".join(self.records) + "\n")
+        self.run([program("dnsmasq"), "--keep-in-foreground", f"--conf-file={settings}", "--no-resolv", "--no-hosts",
+                  "--listen-address=127.0.0.1", "--bind-interfaces", f"--port={self.port}", "--pid-file=",
+                  "--local=/example.org/example.net/", "--log-facility=-", "--user=root"])
+        wait_for("dnsmasq", self.ready)
+
+    def row(self, user, /, **fields):
+        local, domain = user.split("@")
+        self.records.append(f'txt-record={local}._mailbox.{domain},"{text(fields)}"')
+        self.kill()
+        self.start()
+
+
+def text(fields):
+    """An answer as one text, see src/route/target.rs."""
+    for verdict in ("refuse", "maintenance"):
+        if verdict in fields:
+            return f"{verdict}: {fields[verdict]}"
+    words = [f"{name}={value}" for name, value in fields.items() if name != "backend"]
+    return " ".join([fields["backend"], *words])

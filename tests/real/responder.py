@@ -1,0 +1,108 @@
+"""A small HTTP service that knows where users are: JSON, or the headers of nginx's mail module. HTTP/1.1, kept alive."""
+
+import json
+import ssl
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import unquote
+
+from fixtures import PASSWORDS, free_port
+
+
+class Responder:
+    """Threads of this process: it does not crash, it closes its port, and it hangs where it is told to."""
+
+    def __init__(self, certificates=None):
+        self.port = free_port()
+        self.certificates = certificates
+        self.users = {}
+        self.questions = []
+        self.connections = set()
+        self.token = None
+        self.goes_on = threading.Event()
+        self.goes_on.set()
+        self.start()
+
+    def start(self):
+        responder = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def setup(self):
+                super().setup()
+                responder.connections.add(self.connection)
+
+            def finish(self):
+                responder.connections.discard(self.connection)
+
+            def log_message(self, *_):
+                pass
+
+            def answer(self, status, body=b"", **headers):
+                self.send_response(status)
+                for name, value in headers.items():
+                    self.send_header(name.replace("_", "-"), value)
+                self.send_header("Content-Length", str(len(body)))
+                try:
+                    self.end_headers()
+                    self.wfile.write(body)
+                except OSError:
+                    pass  # Who asked has given up.
+
+            def do_POST(self):
+                question = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                responder.questions.append((question, dict(self.headers), self.client_address))
+                responder.goes_on.wait()
+                if responder.token and self.headers.get("Authorization") != f"Bearer {responder.token}":
+                    return self.answer(500)
+                user = question["user"]
+                if "password" in question and question["password"] != PASSWORDS.get(user, "none"):
+                    return self.answer(401)
+                if user not in responder.users:
+                    return self.answer(404)
+                said = responder.users[user]
+                body = said if isinstance(said, bytes) else json.dumps(said).encode()
+                self.answer(200, body, Content_Type="application/json")
+
+            def do_GET(self):
+                """nginx's mail_auth_http."""
+                question = {name.lower(): value for name, value in self.headers.items()}
+                responder.questions.append((question, dict(self.headers), self.client_address))
+                responder.goes_on.wait()
+                user, password = unquote(question["auth-user"]), unquote(question["auth-pass"])
+                said = responder.users.get(user)
+                if said is None or PASSWORDS.get(user, said.get("password")) != password:
+                    return self.answer(200, Auth_Status="Invalid login or password", Auth_Wait="1")
+                headers = {name: value for name, value in said.items() if name.startswith("Auth")}
+                self.answer(200, Auth_Status="OK", **headers)
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", self.port), Handler)
+        self.server.daemon_threads = True
+        if self.certificates:
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            context.load_cert_chain(self.certificates.cert, self.certificates.key)
+            self.server.socket = context.wrap_socket(self.server.socket, server_side=True)
+        threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
+
+    def row(self, user, /, **fields):
+        self.users[user] = fields
+
+    def kill(self):
+        self.server.shutdown()
+        self.server.server_close()
+        for connection in list(self.connections):
+            try:
+                connection.shutdown(2)
+            except OSError:
+                pass
+
+    def hold(self):
+        self.goes_on.clear()
+
+    def release(self):
+        self.goes_on.set()
+
+    def close(self):
+        self.release()
+        self.kill()

@@ -1,0 +1,335 @@
+"""Routes that ask real directories, with two real Dovecot shards behind: found, unknown, verdicts, hostile names, a
+directory that stops, that hangs, and that has fewer connections than there are logins."""
+
+import concurrent.futures
+import time
+import unittest
+
+import directories
+from fixtures import PASSWORDS, Certificates, Dovecot, Folder, Proxy, free_port, wait_for
+from mail import Raw
+
+ALICE, BOB, CAROL = "alice@example.org", "bob@example.net", "carol@example.org"
+# Who would be found if any of these were not only a name.
+HOSTILE = ["' OR '1'='1", "x') OR ('1'='1", '" OR ""="', "alice@example.org'--", "*", "alice*", "*)(mail=*", "(|(mail=*))",
+           "a\\2a", "alice@example.org\\", "%{user}", "%%", "mailbox:alice", "..", "a..b@example.org", "@", "@example.org",
+           "\u202ealice@example.org", "zo\u00eb@example.org", "alice\u00a0@example.org", "a" * 500]
+TEMPLATE = """
+listeners: [{{address: "127.0.0.1:{{plain}}", tls: none}}]
+backends:
+  shard-a: {{servers: ["127.0.0.1:{a}"]}}
+  shard-b: {{servers: ["127.0.0.1:{b}"]}}
+routes:
+{route}
+limits: {{drain: 1s, failed_logins: 1000, bad_commands: 1000}}
+admin: {{address: "127.0.0.1:{{admin}}"}}
+"""
+
+
+class Client:
+    """One connection, many login attempts."""
+
+    def __init__(self, proxy):
+        self.raw = Raw(proxy.ports["plain"])
+        self.raw.until(b"* OK")
+
+    def login(self, user, password="wrong"):
+        """The tagged answer to LOGIN, with literals, as names may hold anything."""
+        user, password = user.encode(), password.encode()
+        return self.raw.command("a", b"LOGIN {%d+}\r\n%s {%d+}\r\n%s" % (len(user), user, len(password), password))[-1].decode()
+
+
+class Directories:
+    """Two shards for all; each test its own proxy. Subclasses say which directory."""
+
+    directory = None
+
+    @classmethod
+    def setUpClass(cls):
+        cls.folder = Folder()
+        cls.addClassCleanup(cls.folder.remove)
+        cls.certificates = Certificates(cls.folder)
+        cls.a, cls.b = Dovecot(cls.certificates), Dovecot(cls.certificates)
+        cls.addClassCleanup(cls.a.close)
+        cls.addClassCleanup(cls.b.close)
+        cls.directory = cls.make()
+        cls.addClassCleanup(cls.directory.close)
+        for user, fields in cls.rows().items():
+            cls.directory.row(user, **fields)
+
+    @classmethod
+    def rows(cls):
+        return {
+            ALICE: {"backend": "shard-a"},
+            BOB: {"backend": "shard-b", "server": f"127.0.0.1:{cls.b.port}"},
+            "alias@example.org": {"backend": "shard-b", "user": CAROL},
+            "closed@example.org": {"refuse": "The account was closed."},
+            "moving@example.org": {"maintenance": "Your mailbox moves."},
+            "lost@example.org": {"backend": "shard-x"},
+        }
+
+    def proxy(self, more="cache: off", timeout="1s", connections=4):
+        lines = self.route() + [f"timeout: {timeout}", f"connections: {connections}", more]
+        kind, *keys = lines
+        route = f"  - {kind}:\n" + "\n".join(f"      {key}" for key in keys)
+        text = TEMPLATE.format(a=self.a.port, b=self.b.port, route=route)
+        folder = Folder()
+        self.addCleanup(folder.remove)
+        folder.write("password", getattr(self.directory, "PASSWORD", "none") + "\n", 0o600)
+        proxy = Proxy(text, folder)
+        self.addCleanup(proxy.close)
+        return proxy
+
+    def good(self, proxy, user=ALICE, backend="shard-a"):
+        before = proxy.metric("vestibule_backend_sessions_total", backend=backend)
+        answer = Client(proxy).login(user, PASSWORDS.get(user, PASSWORDS[CAROL]))
+        self.assertRegex(answer, "^a OK", proxy.log())
+        # Counted when the relay begins, which the client may not wait for.
+        wait_for("the session", lambda: proxy.metric("vestibule_backend_sessions_total", backend=backend) == before + 1)
+
+    def answers(self, proxy, user, start):
+        answer = Client(proxy).login(user, "wrong")
+        self.assertTrue(answer.startswith("a " + start), f"{user}: {answer}\n{proxy.log()}")
+
+
+class AnyDirectory(Directories):
+    """What every directory must do."""
+
+    def test_users_find_their_shards(self):
+        proxy = self.proxy()
+        self.good(proxy)
+        self.good(proxy, BOB, "shard-b")
+        self.good(proxy, "alias@example.org", "shard-b")
+        self.answers(proxy, "closed@example.org", "NO [CONTACTADMIN] The account was closed.")
+        self.answers(proxy, "moving@example.org", "NO [UNAVAILABLE] Your mailbox moves.")
+        self.answers(proxy, "nobody@example.org", "NO [AUTHENTICATIONFAILED]")
+        self.answers(proxy, "lost@example.org", "NO [UNAVAILABLE]")
+        self.assertIn("shard-x", proxy.log())
+        self.assertNotIn(getattr(self.directory, "PASSWORD", "no password"), proxy.log())
+
+    def test_hostile_names_are_only_names(self):
+        proxy = self.proxy()
+        client = Client(proxy)
+        for name in HOSTILE:
+            self.assertRegex(client.login(name), r"^a (NO \[AUTHENTICATIONFAILED\]|BAD)", f"{name!r}\n{proxy.log()}")
+        for control in ("alice@example.org\r\n", "alice\0", "\n"):
+            self.assertRegex(client.login(control), "^a BAD", repr(control))
+        self.assertEqual(proxy.metric("vestibule_route_lookups_total", result="failed"), 0, proxy.log())
+        self.assertEqual(proxy.metric("vestibule_route_lookups_total", result="found"), 0)
+        self.good(proxy)
+
+    def test_more_logins_than_connections(self):
+        proxy = self.proxy(connections=1, timeout="20s")
+        clients = [Client(proxy) for _ in range(30)]
+        with concurrent.futures.ThreadPoolExecutor(30) as pool:
+            results = list(pool.map(lambda client: client.login(ALICE, PASSWORDS[ALICE]), clients))
+        for result in results:
+            self.assertRegex(result, "^a OK", proxy.log())
+
+    def test_it_hangs(self):
+        proxy = self.proxy()
+        self.good(proxy)
+        self.directory.hold()
+        try:
+            began = time.monotonic()
+            self.answers(proxy, ALICE, "NO [UNAVAILABLE]")
+            self.assertGreater(time.monotonic() - began, 0.5)
+            self.assertEqual(proxy.metric("vestibule_route_failing"), 1)
+        finally:
+            self.directory.release()
+        wait_for("the directory", lambda: Client(proxy).login(ALICE, PASSWORDS[ALICE]).startswith("a OK"))
+        self.assertEqual(proxy.metric("vestibule_route_failing"), 0)
+
+    def test_kept_answers_outlive_it(self):
+        proxy = self.proxy("cache: {ttl: 1s, negative: 1s}")
+        self.good(proxy)
+        self.answers(proxy, "nobody@example.org", "NO [AUTHENTICATIONFAILED]")
+        self.directory.hold()
+        try:
+            # Until its time is over the answer is fresh, and nobody knows that the directory hangs.
+            wait_for("a stale answer", lambda: Client(proxy).login(ALICE, PASSWORDS[ALICE]).startswith("a OK")
+                     and proxy.metric("vestibule_route_cache_total", state="stale") > 0)
+            self.answers(proxy, BOB, "NO [UNAVAILABLE]")
+            # An unknown user is not known to be unknown for longer than the directory said.
+            wait_for("the end of the negative answer",
+                     lambda: Client(proxy).login("nobody@example.org").startswith("a NO [UNAVAILABLE]"))
+        finally:
+            self.directory.release()
+        wait_for("the directory", lambda: Client(proxy).login(BOB, PASSWORDS[BOB]).startswith("a OK"))
+
+
+class AnyServer(AnyDirectory):
+    """And those that are processes of their own."""
+
+    def test_it_stops_and_comes_back(self):
+        proxy = self.proxy()
+        self.good(proxy)
+        self.directory.kill()
+        self.answers(proxy, ALICE, "NO [UNAVAILABLE]")
+        self.answers(proxy, "nobody@example.org", "NO [UNAVAILABLE]")
+        self.directory.start()
+        wait_for("the directory", lambda: Client(proxy).login(ALICE, PASSWORDS[ALICE]).startswith("a OK"))
+        self.answers(proxy, "nobody@example.org", "NO [AUTHENTICATIONFAILED]")
+
+
+class PostgreSql(AnyServer, unittest.TestCase):
+    @classmethod
+    def make(cls):
+        return directories.Postgres(cls.certificates)
+
+    def route(self):
+        return ["sql", f"url: postgres://vestibule@localhost:{self.directory.port}/postgres", "password_file: password",
+                f"ca: {self.certificates.ca}", 'query: SELECT * FROM mailbox WHERE name = %{user}']
+
+    def test_what_a_query_may_not_answer(self):
+        for query, reason in (("SELECT 1 AS backend WHERE %{user} = %{user}", "the column backend is INT4: cast it"),
+                              ("SELECT 'shard-a' AS host WHERE %{user} = %{user}", "no column is called as one of"),
+                              ("SELECT name AS backend FROM mailbox WHERE %{user} = %{user}", "more than one row"),
+                              ("SELECT backend FROM nowhere WHERE name = %{user}", "nowhere")):
+            route = self.route()[:-1] + [f'query: "{query}"']
+            self.route = lambda route=route: route
+            proxy = self.proxy()
+            self.answers(proxy, ALICE, "NO [UNAVAILABLE]")
+            self.assertIn(reason, proxy.log())
+            proxy.close()
+            del self.route
+
+    def test_its_certificate_is_checked(self):
+        other = Certificates(Folder())
+        route = [line if not line.startswith("ca:") else f"ca: {other.ca}" for line in self.route()]
+        self.route = lambda: route
+        self.answers(self.proxy(), ALICE, "NO [UNAVAILABLE]")
+
+
+class MariaDb(AnyServer, unittest.TestCase):
+    @classmethod
+    def make(cls):
+        return directories.MariaDb(cls.certificates)
+
+    def route(self):
+        return ["sql", f"url: mariadb://vestibule@localhost:{self.directory.port}/mail", "password_file: password",
+                f"ca: {self.certificates.ca}", 'query: SELECT * FROM mailbox WHERE BINARY name = %{user}']
+
+
+class Sqlite(AnyDirectory, unittest.TestCase):
+    @classmethod
+    def make(cls):
+        return directories.Sqlite()
+
+    def route(self):
+        return ["sql", f"url: sqlite://{self.directory.file}", 'query: SELECT * FROM mailbox WHERE name = %{user}']
+
+
+class OpenLdap(AnyServer, unittest.TestCase):
+    @classmethod
+    def make(cls):
+        return directories.OpenLdap(cls.certificates)
+
+    def route(self):
+        attributes = ", ".join(f"{field}: {name}" for field, name in self.directory.ATTRIBUTES.items())
+        return ["ldap", *self.way(), 'bind: "cn=vestibule,dc=test"', "password_file: password", 'base: "dc=test"',
+                'filter: "(mail=%{user})"', f"attributes: {{{attributes}}}"]
+
+    def way(self):
+        return [f"url: ldap://localhost:{self.directory.port}", "starttls: true", f"ca: {self.certificates.ca}"]
+
+    def test_tls_from_the_start(self):
+        self.way = lambda: [f"url: ldaps://localhost:{self.directory.tls_port}", f"ca: {self.certificates.ca}"]
+        self.good(self.proxy())
+        other = Certificates(Folder())
+        self.way = lambda: [f"url: ldaps://localhost:{self.directory.tls_port}", f"ca: {other.ca}"]
+        self.answers(self.proxy(), ALICE, "NO [UNAVAILABLE]")
+
+    def test_two_entries_are_no_answer(self):
+        for _ in range(2):
+            self.directory.row("twice@example.org", backend="shard-a")
+        proxy = self.proxy()
+        self.answers(proxy, "twice@example.org", "NO [UNAVAILABLE]")
+        self.assertIn("more than one entry", proxy.log())
+
+    def test_names_of_its_own(self):
+        self.directory.row("old@example.org", backend="imap3.internal", user=CAROL)
+        proxy = self.proxy("names: {imap3.internal: shard-b}")
+        self.good(proxy, "old@example.org", "shard-b")
+
+
+class Redis(AnyServer, unittest.TestCase):
+    @classmethod
+    def make(cls):
+        return directories.Redis(cls.certificates)
+
+    def route(self):
+        return ["redis", f"url: redis://localhost:{self.directory.port}/0", "password_file: password",
+                'key: "mailbox:%{user}"']
+
+    def test_hashes_and_tls(self):
+        self.directory.command("HSET", f"hash:{CAROL}", "shard", "shard-b")
+        self.route = lambda: ["redis", f"url: rediss://localhost:{self.directory.tls_port}", "password_file: password",
+                              f"ca: {self.certificates.ca}", 'key: "hash:%{user}"', "field: shard"]
+        proxy = self.proxy()
+        self.good(proxy, CAROL, "shard-b")
+        self.answers(proxy, "nobody@example.org", "NO [AUTHENTICATIONFAILED]")
+        self.directory.command("SET", "hash:string@example.org", "shard-a")
+        self.answers(proxy, "string@example.org", "NO [UNAVAILABLE]")
+
+    def test_sentinels_name_the_next_master(self):
+        replica = directories.Redis(extra=["--replicaof", "127.0.0.1", str(self.directory.port)])
+        self.addCleanup(replica.close)
+        wait_for("the replica", lambda: replica.command("GET", f"mailbox:{ALICE}") == "shard-a")
+        sentinel = directories.Sentinel(self.directory)
+        self.addCleanup(sentinel.close)
+        wait_for("the Sentinel", lambda: "num-slaves\n1" in sentinel.command("SENTINEL", "MASTER", "mail"))
+        self.route = lambda: ["redis", f'sentinels: ["redis://localhost:{sentinel.port}"]', "master: mail",
+                              "password_file: password", 'key: "mailbox:%{user}"']
+        proxy = self.proxy()
+        self.good(proxy)
+        self.directory.kill()
+        try:
+            wait_for("the new master", lambda: Client(proxy).login(ALICE, PASSWORDS[ALICE]).startswith("a OK"))
+        finally:
+            self.directory.start()
+
+    def test_a_cluster(self):
+        nodes = []
+        for _ in range(3):
+            # The port of the cluster's own talk would be 10,000 higher, which there may not be.
+            settings = ["--cluster-enabled", "yes", "--cluster-node-timeout", "2000", "--cluster-port", str(free_port())]
+            nodes.append(directories.Redis(extra=settings))
+            self.addCleanup(nodes[-1].close)
+        addresses = [f"127.0.0.1:{node.port}" for node in nodes]
+        made = nodes[0].command("--cluster", "create", *addresses, "--cluster-yes")
+        self.assertIn("All 16384 slots covered", made)
+        wait_for("the cluster", lambda: all("cluster_state:ok" in node.command("CLUSTER", "INFO") for node in nodes))
+        for user, fields in self.rows().items():
+            self.assertEqual(nodes[0].command("-c", "SET", f"mailbox:{user}", directories.text(fields)).splitlines()[-1], "OK")
+        urls = ", ".join(f'"redis://{address}"' for address in addresses[:2])
+        self.route = lambda: ["redis", f"cluster: [{urls}]", "password_file: password", 'key: "mailbox:%{user}"']
+        proxy = self.proxy()
+        self.good(proxy)
+        self.good(proxy, BOB, "shard-b")
+        self.answers(proxy, "closed@example.org", "NO [CONTACTADMIN]")
+        self.answers(proxy, "nobody@example.org", "NO [AUTHENTICATIONFAILED]")
+
+
+class Dns(AnyServer, unittest.TestCase):
+    @classmethod
+    def make(cls):
+        return directories.DnsServer()
+
+    def route(self):
+        return ["dns", 'txt: "%{local}._mailbox.%{domain}"', f'servers: ["127.0.0.1:{self.directory.port}"]']
+
+    def test_srv_records_name_servers(self):
+        self.directory.records.append("srv-host=_imap._tcp.example.org,mail-b.internal,143,20")
+        self.directory.records.append("srv-host=_imap._tcp.example.org,mail-a.internal,143,10")
+        self.directory.kill()
+        self.directory.start()
+        self.route = lambda: ["dns", 'srv: "_imap._tcp.%{domain}"', f'servers: ["127.0.0.1:{self.directory.port}"]',
+                              "names: {mail-a.internal: shard-a}"]
+        proxy = self.proxy()
+        self.good(proxy)
+        self.answers(proxy, BOB, "NO [AUTHENTICATIONFAILED]")
+
+
+if __name__ == "__main__":
+    unittest.main()

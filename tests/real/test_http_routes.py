@@ -1,0 +1,202 @@
+"""Routes over HTTP: a JSON service, and one written for nginx's mail module, which nginx itself asks too."""
+
+import unittest
+
+from directories import Directory
+from fixtures import PASSWORDS, Certificates, Folder, free_port, program, wait_for
+from mail import Raw
+from responder import Responder
+from test_directories import ALICE, BOB, CAROL, AnyServer, Client, Directories
+
+
+class Nginx(Directory):
+    """nginx with a configuration of the test's own."""
+
+    def __init__(self, settings):
+        super().__init__()
+        self.settings = self.folder.write("nginx.conf", settings.replace("PORT", str(self.port)).replace("FOLDER", str(self.path)))
+        self.start()
+
+    def start(self):
+        self.run([program("nginx"), "-c", self.settings, "-p", self.path])
+        wait_for("nginx", self.ready)
+
+
+BASE = "daemon off; master_process off; pid FOLDER/pid; error_log stderr info; user root; "
+
+
+class Json(AnyServer, unittest.TestCase):
+    @classmethod
+    def make(cls):
+        return Responder()
+
+    def route(self):
+        return ["http", f"url: http://localhost:{self.directory.port}/where"]
+
+    def test_a_question_that_is_kept_tells_of_the_user_alone(self):
+        proxy = self.proxy("cache: {ttl: 1m}")
+        self.good(proxy)
+        self.assertEqual(self.directory.questions[-1][0], {"user": ALICE, "protocol": "imap"})
+
+    def test_a_question_that_is_not_kept_tells_of_the_visitor(self):
+        proxy = self.proxy()
+        self.good(proxy)
+        question = self.directory.questions[-1][0]
+        self.assertEqual({name: question[name] for name in ("user", "client", "mechanism", "attempt", "tls")},
+                         {"user": ALICE, "client": "127.0.0.1", "mechanism": "login", "attempt": 1, "tls": None})
+        self.assertNotIn("password", question)
+        self.assertIn(question["session"], proxy.log())
+
+    def test_connections_are_kept(self):
+        proxy = self.proxy()
+        before = len(self.directory.questions)
+        for _ in range(5):
+            self.good(proxy)
+        ports = {client for _, _, client in self.directory.questions[before:]}
+        self.assertEqual(len(ports), 1, ports)
+
+    def test_a_service_that_checks_passwords_may_hand_out_others(self):
+        self.directory.row(CAROL, backend="shard-b", user=BOB, password=PASSWORDS[BOB])
+        self.route = lambda: ["http", f"url: http://localhost:{self.directory.port}/", "password: true"]
+        proxy = self.proxy()
+        self.good(proxy, CAROL, "shard-b")
+        self.answers(proxy, CAROL, "NO [AUTHENTICATIONFAILED]")
+        # One that does not check them may not: or any password would do.
+        self.route = lambda: ["http", f"url: http://localhost:{self.directory.port}/"]
+        proxy = self.proxy()
+        self.answers(proxy, CAROL, "NO [AUTHENTICATIONFAILED]")
+        self.assertNotIn(PASSWORDS[BOB], proxy.log())
+
+    def test_answers_that_are_none(self):
+        for body in (b"", b"[]", b"{", b'{"backend": 7}', b'{"backend": "shard-a"' + b" " * 70_000 + b"}", b"\xff"):
+            self.directory.users["odd@example.org"] = body
+            proxy = self.proxy()
+            self.answers(proxy, "odd@example.org", "NO [UNAVAILABLE]")
+            proxy.close()
+        del self.directory.users["odd@example.org"]
+
+    def test_a_token_and_headers_are_sent_and_not_logged(self):
+        self.directory.token = "very-secret-token"
+        self.addCleanup(setattr, self.directory, "token", None)
+        self.route = lambda: ["http", f"url: http://localhost:{self.directory.port}/", "token_file: password",
+                              "headers: {X-Who: vestibule}"]
+        self.directory.PASSWORD = self.directory.token
+        try:
+            proxy = self.proxy()
+        finally:
+            del self.directory.PASSWORD
+        self.good(proxy)
+        self.assertEqual(self.directory.questions[-1][1]["x-who"], "vestibule")
+        self.assertNotIn(self.directory.token, proxy.log())
+
+    def test_tls_and_http_2(self):
+        settings = BASE + f"""
+            events {{}}
+            http {{
+              access_log FOLDER/access '$server_protocol $status';
+              server {{
+                listen 127.0.0.1:PORT ssl http2;
+                ssl_certificate {self.certificates.cert};
+                ssl_certificate_key {self.certificates.key};
+                location / {{ proxy_pass http://127.0.0.1:{self.directory.port}; }}
+              }}
+            }}"""
+        settings = settings.replace("access_log FOLDER/access '$server_protocol $status';",
+                                    "log_format short '$server_protocol $status'; access_log FOLDER/access short;")
+        nginx = Nginx(settings)
+        self.addCleanup(nginx.close)
+        self.route = lambda: ["http", f"url: https://localhost:{nginx.port}/", f"ca: {self.certificates.ca}"]
+        self.good(self.proxy())
+        wait_for("the log", lambda: "HTTP/2.0 200" in (nginx.path / "access").read_text())
+        other = Certificates(Folder())
+        self.route = lambda: ["http", f"url: https://localhost:{nginx.port}/", f"ca: {other.ca}"]
+        self.answers(self.proxy(), ALICE, "NO [UNAVAILABLE]")
+
+
+class AuthHttp(Directories, unittest.TestCase):
+    """An auth server for nginx's mail module is asked by nginx and by us, and says the same."""
+
+    @classmethod
+    def make(cls):
+        return Responder()
+
+    @classmethod
+    def rows(cls):
+        a, b = ({"Auth_Server": "127.0.0.1", "Auth_Port": str(port)} for port in (cls.a.port, cls.b.port))
+        return {ALICE: a, BOB: b, "odd @\"%\u00e9": {**a, "password": "p%20 \"w\u00f6rd\""},
+                "alias": {**b, "password": "mine", "Auth_User": CAROL, "Auth_Pass": PASSWORDS[CAROL]}}
+
+    def route(self):
+        return ["http", f"url: http://localhost:{self.directory.port}/auth", "style: nginx-auth-http"]
+
+    def proxy(self, more="cache: off", **options):
+        return super().proxy(more, **options)
+
+    def nginx(self):
+        nginx = Nginx("load_module /usr/lib/nginx/modules/ngx_mail_module.so; " + BASE + f"""
+            events {{}}
+            mail {{
+              auth_http 127.0.0.1:{self.directory.port}/auth;
+              server {{ listen 127.0.0.1:PORT; protocol imap; }}
+            }}""")
+        self.addCleanup(nginx.close)
+        return nginx
+
+    def test_the_same_users_on_the_same_shards_as_with_nginx(self):
+        nginx, proxy = self.nginx(), self.proxy()
+        for user, password in ((ALICE, PASSWORDS[ALICE]), (BOB, PASSWORDS[BOB]), ("alias", "mine")):
+            asked = []
+            for port in (nginx.port, proxy.ports["plain"]):
+                raw = Raw(port)
+                raw.until(b"* OK")
+                self.assertRegex(raw.command("a", f'LOGIN {user} "{password}"')[-1], b"^a OK", proxy.log())
+                asked.append(self.directory.questions[-1][0])
+            theirs, ours = asked
+            for name in ("auth-method", "auth-user", "auth-pass", "auth-protocol", "auth-login-attempt", "client-ip"):
+                self.assertEqual(ours[name], theirs[name], name)
+        self.assertEqual(proxy.metric("vestibule_backend_sessions_total", backend="shard-b"), 2)
+
+    def test_hostile_names_reach_the_auth_server_as_nginx_would_write_them(self):
+        nginx, proxy = self.nginx(), self.proxy()
+        user, password = "odd @\"%\u00e9".encode(), "p%20 \"w\u00f6rd\"".encode()
+        asked = []
+        for port in (nginx.port, proxy.ports["plain"]):
+            raw = Raw(port)
+            raw.until(b"* OK")
+            raw.send(b"a LOGIN {%d}\r\n" % len(user))
+            raw.until(b"+")
+            raw.send(user + b" {%d}\r\n" % len(password))
+            raw.until(b"+")
+            raw.send(password + b"\r\n")
+            # The shard does not know this user, so neither gets in; the question is what matters.
+            raw.line()
+            asked.append(self.directory.questions[-1][0])
+        theirs, ours = asked
+        self.assertEqual((ours["auth-user"], ours["auth-pass"]), (theirs["auth-user"], theirs["auth-pass"]))
+
+    def test_a_wrong_password_is_told_after_the_wait(self):
+        proxy = self.proxy()
+        client = Client(proxy)
+        self.assertEqual(client.login(ALICE), "a NO [AUTHENTICATIONFAILED] Invalid login or password")
+        self.assertEqual(client.login(ALICE, PASSWORDS[ALICE])[:4], "a OK", "the connection lives on")
+        self.assertEqual(self.directory.questions[-1][0]["auth-login-attempt"], "2")
+        self.assertEqual(proxy.metric("vestibule_route_failing"), 0)
+
+    def test_addresses_must_be_declared_or_allowed(self):
+        port = free_port()
+        self.directory.row("stray", Auth_Server="127.0.0.1", Auth_Port=str(port), password="x")
+        self.directory.row("guest", Auth_Server="127.0.0.2", Auth_Port=str(self.a.port), password="x")
+        proxy = self.proxy()
+        self.assertRegex(Client(proxy).login("stray", "x"), r"NO \[UNAVAILABLE\]")
+        self.assertIn(f"127.0.0.1:{port}, which is no declared server", proxy.log())
+        # Dovecot listens on 127.0.0.1 alone: that somebody tried is what shows the difference.
+        route = self.route() + ["backend: shard-b", "networks: [127.0.0.2/32]"]
+        self.route = lambda: route
+        proxy = self.proxy()
+        self.assertRegex(Client(proxy).login("stray", "x"), r"NO \[UNAVAILABLE\]")
+        self.assertRegex(Client(proxy).login("guest", "x"), r"NO \[UNAVAILABLE\]")
+        self.assertIn(f"127.0.0.2:{self.a.port}: Connection refused", proxy.log())
+
+
+if __name__ == "__main__":
+    unittest.main()
