@@ -18,10 +18,18 @@ use crate::server::Live;
 
 /// The text for `user`, and whether a server would be asked to log the user in.
 pub async fn explain(config: &Config, live: &Live, user: &UserName) -> (String, bool) {
-    let mut text = format!("user     {user}\nasked as {}\n", user.routing_key());
+    let mut text = format!("user     {user}\n");
+    let names = match live.naming.names(user) {
+        Ok(names) => names,
+        Err(refused) => {
+            line(&mut text, format_args!("refused  {refused}"));
+            return (text, false);
+        }
+    };
+    line(&mut text, format_args!("asked as {}", names.routing));
     let (tasks, stop) = (TaskTracker::new(), CancellationToken::new());
     live.router.start(&live.metrics, &Handle::current(), &tasks, &stop);
-    let question = Question { user: user.routing_key().into(), visitor: None };
+    let question = Question { user: names.routing, visitor: None };
     let mut found = None;
     for step in live.router.explain(&question).await {
         let answer = match &step.answer {
@@ -48,6 +56,7 @@ pub async fn explain(config: &Config, live: &Live, user: &UserName) -> (String, 
         text.push_str("backend  none: the route itself answers the login\n");
         return (text, false);
     };
+    line(&mut text, format_args!("login as {}", place.user.as_ref().unwrap_or(&names.server)));
     let backend = live.backends.backend(place.backend);
     line(&mut text, format_args!("backend  {}", backend.name));
     let own = OwnAddresses::new(config.listeners.iter().map(|listener| listener.address).collect());

@@ -81,6 +81,10 @@ reasons! {
     Client Stalled = "stalled",
     /// The client asked for another user's mailbox and the backend's configuration forbids it.
     Client AuthzidRefused = "authzid_refused",
+    /// The name has characters that `users` does not allow.
+    Client NameRefused = "name_refused",
+    /// The client is a proxy, and too many came before it: a circle.
+    Client ProxyLoop = "proxy_loop",
     /// A route source could not answer.
     Directory LookupFailed = "lookup_failed",
     /// No route knows the user.
@@ -119,6 +123,10 @@ reasons! {
     Backend LoginDisabled = "login_disabled",
     /// The server has no PLAIN, which alone can carry an authorization identity.
     Backend AuthzidUnsupported = "authzid_unsupported",
+    /// The server does not have the mechanism of the client's login, or the user's name there is another.
+    Backend MechanismUnsupported = "mechanism_unsupported",
+    /// A server refers users to a place that is no declared server, or in a circle.
+    Backend Referral = "referral",
     /// No answer within `limits.connect` or `limits.server_login`.
     Backend LoginTimeout = "login_timeout",
     /// The backend has no server at all (an SRV name with no answer).

@@ -4,7 +4,7 @@
 //! (`run`, `check`, `route`), by the demo and by the tests.
 
 use std::io;
-use std::net::{SocketAddr, TcpListener};
+use std::net::{IpAddr, SocketAddr, TcpListener};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -16,11 +16,12 @@ use tokio_util::task::TaskTracker;
 
 use crate::admin::Admin;
 use crate::backend::{Backends, OwnAddresses, Server};
-use crate::config::{self, Config, Limits, Report};
+use crate::config::{self, Config, Limits, Network, Report};
+use crate::identity::{Mechanisms, Naming};
 use crate::listener::{self, House, Listener};
 use crate::metrics::{Metrics, Names};
 use crate::route::{self, At, Place, Router};
-use crate::session::Room;
+use crate::session::{Refusals, Room};
 use crate::shutdown::Drain;
 use crate::tls::server::ServerTls;
 use crate::workers::Worker;
@@ -30,11 +31,19 @@ pub struct Live {
     /// Who belongs where.
     pub router: Router,
     /// The servers.
-    pub backends: Backends,
+    pub backends: Arc<Backends>,
     /// What clients are shown; absent where every listener is plain.
     pub tls: Option<ServerTls>,
+    /// What users are called.
+    pub naming: Naming,
+    /// From where logins on behalf of others may come; `None`: from everywhere.
+    pub master_networks: Option<Vec<Network>>,
+    /// Ways to log in that each listener offers; `None`: those that the backends have.
+    pub mechanisms: Vec<Option<Mechanisms>>,
+    /// How long servers take to refuse a login.
+    pub refusals: Refusals,
     /// Deadlines and caps.
-    pub limits: Limits,
+    pub limits: Arc<Limits>,
     /// What is counted.
     pub metrics: Arc<Metrics>,
 }
@@ -55,7 +64,18 @@ impl Live {
         let backends = Backends::build(config, &metrics);
         match (tls, router, backends) {
             (Ok(tls), Ok(router), Ok(backends)) => {
-                Ok(Self { router, backends, tls, limits: config.limits.clone(), metrics })
+                let mechanisms = config.listeners.iter().map(|listener| listener.mechanisms).collect();
+                Ok(Self {
+                    router,
+                    backends: Arc::new(backends),
+                    tls,
+                    naming: config.naming.clone(),
+                    master_networks: config.master_networks.clone(),
+                    mechanisms,
+                    refusals: Refusals::default(),
+                    limits: Arc::new(config.limits.clone()),
+                    metrics,
+                })
             }
             (tls, router, backends) => {
                 let found = [tls.err(), router.err(), backends.err()];
@@ -66,6 +86,16 @@ impl Live {
 }
 
 impl Live {
+    /// Ways to log in that the listener at this place offers just now.
+    pub fn mechanisms(&self, listener: usize) -> Mechanisms {
+        self.mechanisms[listener].unwrap_or_else(|| self.backends.offered())
+    }
+
+    /// Whether a login on behalf of another user may come from there.
+    pub fn allows_masters_from(&self, client: IpAddr) -> bool {
+        self.master_networks.as_ref().is_none_or(|networks| networks.iter().any(|network| network.contains(client)))
+    }
+
     /// The servers to try for `user` in this place, in order; waits for DNS only while it has never answered.
     pub async fn servers(&self, place: &Place, user: &str) -> Vec<Arc<Server>> {
         let backend = self.backends.backend(place.backend);
@@ -116,6 +146,9 @@ pub async fn start(config: Config) -> anyhow::Result<Running> {
     };
     let addresses = sockets.iter().map(|of_listener| of_listener[0].local_addr()).collect::<io::Result<Vec<_>>>()?;
     live.backends.start(&OwnAddresses::new(addresses.clone()), &background, &stop_background);
+    if let Some(interval) = config.limits.probe {
+        live.backends.clone().probe(interval, live.limits.clone(), &background, &stop_background);
+    }
     live.router.start(&live.metrics, &Handle::current(), &background, &stop_background);
     if let Some(tls) = &live.tls {
         tls.publish(&live.metrics);

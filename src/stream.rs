@@ -50,6 +50,12 @@ impl Stream {
         Some(TlsFacts { version, server_name })
     }
 
+    /// The certificate the other side has shown, in DER.
+    pub fn peer_certificate(&self) -> Option<&[u8]> {
+        let Self::Tls(encrypted) = self else { return None };
+        encrypted.tls.get_ref().1.peer_certificates()?.first().map(AsRef::as_ref)
+    }
+
     /// The connection as one side of a relay, without rustls, and what it has received that nobody has read.
     ///
     /// # Errors

@@ -18,11 +18,11 @@ use super::{Backend, Server, proxy_header};
 use crate::config::{ClientInfo, Limits, TlsMode};
 use crate::failure::Reason;
 use crate::identity::ServerLogin;
-use crate::imap::backend_login::{Attempt, BackendLogin, ServerFault, ServerStep};
+use crate::imap::backend_login::{Attempt, BackendLogin, Offer, Referral, ServerFault, ServerStep};
 use crate::imap::client_id::ClientId;
 use crate::imap::tag::Tag;
 use crate::relay::Leg;
-use crate::stream::{Encrypted, Stream};
+use crate::stream::{Encrypted, Stream, TlsFacts};
 use crate::tls::handover::Secrets;
 
 /// One read from a server before login: its lines are short.
@@ -31,8 +31,8 @@ const READ: usize = 4096;
 /// A login to be made.
 #[derive(Debug)]
 pub struct Request<'a> {
-    /// What to log in with.
-    pub login: ServerLogin<'a>,
+    /// What to log in with; none: only to see what the server offers.
+    pub login: Option<ServerLogin<'a>>,
     /// The client's tag: the server's answer is given under it.
     pub tag: &'a Tag,
     /// The client's own ID pairs.
@@ -41,6 +41,8 @@ pub struct Request<'a> {
     pub client: SocketAddr,
     /// Where the client connected to.
     pub listener: SocketAddr,
+    /// How the client came, where it came over TLS.
+    pub tls: Option<&'a TlsFacts>,
     /// One id in our log and the server's.
     pub session_id: &'a str,
     /// Deadlines and caps.
@@ -49,7 +51,7 @@ pub struct Request<'a> {
 
 /// How one server answered.
 #[derive(Debug)]
-pub enum Outcome {
+pub enum Outcome<'a> {
     /// Logged in.
     Accepted(Established),
     /// The server said no: a complete line for the client, and whether it counts as a failed login.
@@ -59,6 +61,12 @@ pub enum Outcome {
         /// Against `limits.failed_logins`.
         counts: bool,
     },
+    /// It asks the client something, in these words, and waits for [`Paused::respond`].
+    Challenged(Box<Paused<'a>>, Vec<u8>),
+    /// It sends the user elsewhere.
+    Referred(Referral),
+    /// It was only looked at.
+    Seen(Offer),
     /// It could not answer.
     Unavailable(Fault),
 }
@@ -98,6 +106,11 @@ impl Fault {
         Self { reason: Reason::NoServer, detail, try_next: false, blames_server: false }
     }
 
+    /// A referral that is not followed.
+    pub fn referral(detail: String) -> Self {
+        Self { reason: Reason::Referral, detail, try_next: false, blames_server: false }
+    }
+
     fn of_server(reason: Reason, detail: impl ToString) -> Self {
         Self { reason, detail: detail.to_string(), try_next: true, blames_server: true }
     }
@@ -115,6 +128,8 @@ impl From<ServerFault> for Fault {
             ServerFault::Overloaded => Reason::Overloaded,
             ServerFault::LoginBad => Reason::LoginBad,
             ServerFault::AuthzidUnsupported => Reason::AuthzidUnsupported,
+            ServerFault::MechanismUnsupported => Reason::MechanismUnsupported,
+            ServerFault::TooManyChallenges => Reason::Protocol,
         };
         Self {
             reason,
@@ -126,34 +141,48 @@ impl From<ServerFault> for Fault {
 }
 
 /// Logs in on `server`, within `deadline`.
-pub async fn login(backend: &Backend, server: &Arc<Server>, request: &Request<'_>, deadline: time::Instant) -> Outcome {
-    let metrics = backend.metrics.backend(backend.id.0);
+pub async fn login<'a>(
+    backend: &'a Backend,
+    server: &Arc<Server>,
+    request: &'a Request<'a>,
+    deadline: time::Instant,
+) -> Outcome<'a> {
     let first_byte = deadline.min(time::Instant::now() + request.limits.connect);
     let began = Instant::now();
-    let outcome = match reach(backend, server, request, first_byte).await {
-        Err(fault) => Outcome::Unavailable(fault),
+    match reach(backend, server, request, first_byte).await {
+        Err(fault) => {
+            // Nobody logs in: a server that cannot be looked at is not judged by that.
+            if fault.blames_server && request.login.is_some() {
+                server.failed(&fault.detail);
+            }
+            Outcome::Unavailable(fault)
+        }
         Ok((stream, address)) => {
             let connect = began.elapsed();
-            metrics.server_connected(connect);
+            if request.login.is_some() {
+                backend.metrics.backend(backend.id.0).server_connected(connect);
+            }
             server.prefer(address);
-            let connected = Instant::now();
-            let mut outcome = Dialogue::new(backend, server, request, stream, address).run(first_byte, deadline).await;
-            let login = connected.elapsed();
-            if !matches!(outcome, Outcome::Unavailable(_)) {
-                metrics.server_answered(login);
-            }
-            if let Outcome::Accepted(established) = &mut outcome {
-                (established.connect, established.login) = (connect, login);
-            }
-            outcome
+            Dialogue::new(backend, server, request, stream, address, connect).run(first_byte, deadline).await
         }
-    };
-    match &outcome {
-        Outcome::Accepted(_) | Outcome::Refused { .. } => server.answered(),
-        Outcome::Unavailable(fault) if fault.blames_server => server.failed(&fault.detail),
-        Outcome::Unavailable(_) => {}
     }
-    outcome
+}
+
+/// A login that waits for the client's answer to a challenge.
+pub struct Paused<'a>(Dialogue<'a>);
+
+impl std::fmt::Debug for Paused<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Paused").field("server", &self.0.server.name).finish_non_exhaustive()
+    }
+}
+
+impl<'a> Paused<'a> {
+    /// Goes on with what the client said, as it stands in its line, within `deadline`.
+    pub async fn respond(mut self, line: &[u8], deadline: time::Instant) -> Outcome<'a> {
+        self.0.machine.respond(line);
+        self.0.run(deadline, deadline).await
+    }
 }
 
 /// Connects to the first address that answers; each gets its share of the time left.
@@ -192,6 +221,8 @@ async fn open(
     deadline: time::Instant,
 ) -> Result<Stream, Fault> {
     let header = match backend.client_info {
+        ClientInfo::ProxyV1 if request.login.is_none() => proxy_header::LOCAL_1.to_vec(),
+        ClientInfo::ProxyV2 if request.login.is_none() => proxy_header::local_2(),
         ClientInfo::ProxyV1 => proxy_header::version_1(request.client, request.listener),
         ClientInfo::ProxyV2 => proxy_header::version_2(request.client, request.listener),
         ClientInfo::Id | ClientInfo::None => Vec::new(),
@@ -227,25 +258,30 @@ async fn encrypt(
 /// The words exchanged with a server until it has answered the login.
 struct Dialogue<'a> {
     backend: &'a Backend,
-    server: &'a Server,
+    server: Arc<Server>,
     session_id: &'a str,
     machine: BackendLogin<'a>,
     stream: Stream,
     address: SocketAddr,
+    /// How long the connection took, and since when it stands.
+    connect: Duration,
+    connected: Instant,
+    is_login: bool,
 }
 
 impl<'a> Dialogue<'a> {
     fn new(
         backend: &'a Backend,
-        server: &'a Server,
+        server: &Arc<Server>,
         request: &'a Request<'a>,
         stream: Stream,
         address: SocketAddr,
+        connect: Duration,
     ) -> Self {
         let id = match backend.client_info {
             ClientInfo::None => Vec::new(),
             ClientInfo::ProxyV1 | ClientInfo::ProxyV2 => request.client_id.pairs().to_vec(),
-            ClientInfo::Id => identified(request),
+            ClientInfo::Id => identified(backend, request),
         };
         let machine = BackendLogin::new(Attempt {
             login: request.login,
@@ -256,11 +292,37 @@ impl<'a> Dialogue<'a> {
             max_untagged_lines: request.limits.untagged_lines,
             max_untagged_bytes: request.limits.untagged_bytes,
         });
-        Self { backend, server, session_id: request.session_id, machine, stream, address }
+        Self {
+            backend,
+            server: server.clone(),
+            session_id: request.session_id,
+            machine,
+            stream,
+            address,
+            connect,
+            connected: Instant::now(),
+            is_login: request.login.is_some(),
+        }
     }
 
     /// The first byte must come before `first_byte`, the answer before `deadline`.
-    async fn run(mut self, first_byte: time::Instant, deadline: time::Instant) -> Outcome {
+    async fn run(self, first_byte: time::Instant, deadline: time::Instant) -> Outcome<'a> {
+        let (backend, server, connected, is_login) = (self.backend, self.server.clone(), self.connected, self.is_login);
+        let outcome = self.talk(first_byte, deadline).await;
+        if is_login {
+            match &outcome {
+                Outcome::Accepted(_) | Outcome::Refused { .. } | Outcome::Referred(_) => {
+                    backend.metrics.backend(backend.id.0).server_answered(connected.elapsed());
+                    server.answered();
+                }
+                Outcome::Unavailable(fault) if fault.blames_server => server.failed(&fault.detail),
+                Outcome::Unavailable(_) | Outcome::Challenged(..) | Outcome::Seen(_) => {}
+            }
+        }
+        outcome
+    }
+
+    async fn talk(mut self, first_byte: time::Instant, deadline: time::Instant) -> Outcome<'a> {
         let mut due = first_byte;
         loop {
             let mut out = Zeroizing::new(Vec::with_capacity(READ));
@@ -268,7 +330,7 @@ impl<'a> Dialogue<'a> {
             tracing::trace!(session = self.session_id, server = %self.server.name, state = self.machine.state(), "login dialogue");
             let exchange = self.exchange(&out, matches!(step, ServerStep::NeedInput));
             match timeout_at(due, exchange).await {
-                Err(_) => return Outcome::Unavailable(self.timed_out(due == first_byte)),
+                Err(_) => return Outcome::Unavailable(self.timed_out(due == first_byte && first_byte != deadline)),
                 Ok(Err(fault)) => return Outcome::Unavailable(self.pardoned(fault)),
                 Ok(Ok(())) => {}
             }
@@ -278,7 +340,9 @@ impl<'a> Dialogue<'a> {
                     Ok(encrypted) => self = encrypted,
                     Err(fault) => return Outcome::Unavailable(fault),
                 },
+                ServerStep::Challenge(line) => return Outcome::Challenged(Box::new(Paused(self)), line),
                 ServerStep::Accepted { to_client } => {
+                    self.judge_id();
                     return match timeout_at(deadline, self.established(to_client)).await {
                         Ok(Ok(established)) => Outcome::Accepted(established),
                         Ok(Err(fault)) => Outcome::Unavailable(fault),
@@ -286,12 +350,31 @@ impl<'a> Dialogue<'a> {
                     };
                 }
                 ServerStep::Refused { reply, counts } => {
-                    // Nothing more is wanted of this connection, and whether the server hears of it is its concern.
-                    let _ = timeout_at(deadline, self.stream.shutdown()).await;
+                    self.judge_id();
+                    self.leave(deadline).await;
                     return Outcome::Refused { reply, counts };
+                }
+                ServerStep::Referred(referral) => {
+                    self.leave(deadline).await;
+                    return Outcome::Referred(referral);
+                }
+                ServerStep::Seen(offer) => {
+                    self.leave(deadline).await;
+                    return Outcome::Seen(offer);
                 }
                 ServerStep::Unavailable(fault) => return Outcome::Unavailable(self.explained(fault)),
             }
+        }
+    }
+
+    /// Nothing more is wanted of this connection, and whether the server hears of it is its concern.
+    async fn leave(&mut self, deadline: time::Instant) {
+        let _ = timeout_at(deadline, self.stream.shutdown()).await;
+    }
+
+    fn judge_id(&self) {
+        if let Some(answer) = self.machine.id_answer().filter(|_| self.backend.client_info == ClientInfo::Id) {
+            self.server.answered_id(answer);
         }
     }
 
@@ -299,7 +382,8 @@ impl<'a> Dialogue<'a> {
     async fn established(self, mut to_client: Vec<u8>) -> Result<Established, Fault> {
         let (leg, more) = self.stream.into_leg().await.map_err(|error| Fault::of_server(Reason::ServerTls, error))?;
         to_client.extend(more);
-        Ok(Established { leg, to_client, address: self.address, connect: Duration::ZERO, login: Duration::ZERO })
+        let login = self.connected.elapsed();
+        Ok(Established { leg, to_client, address: self.address, connect: self.connect, login })
     }
 
     /// Sends what the machine said, then reads once where it asks for more.
@@ -324,7 +408,7 @@ impl<'a> Dialogue<'a> {
         let Stream::Plain(socket) = self.stream else {
             return Err(Fault::of_server(Reason::Protocol, "TLS is already active"));
         };
-        self.stream = encrypt(self.backend, self.server, socket, deadline).await?;
+        self.stream = encrypt(self.backend, &self.server, socket, deadline).await?;
         self.machine.tls_established();
         Ok(self)
     }
@@ -349,17 +433,30 @@ impl<'a> Dialogue<'a> {
     }
 }
 
+/// What a proxy tells the next one: how many more may follow. Dovecot begins with as many.
+const FIRST_TTL: u8 = 6;
+
 /// The client's own pairs and what we add: the names are Dovecot's, which honours them from `login_trusted_networks`.
-fn identified(request: &Request<'_>) -> Vec<(Vec<u8>, Option<Vec<u8>>)> {
+fn identified(backend: &Backend, request: &Request<'_>) -> Vec<(Vec<u8>, Option<Vec<u8>>)> {
+    if request.login.is_none() {
+        return Vec::new();
+    }
     let client = request.client.ip().to_canonical();
     let listener = request.listener.ip().to_canonical();
+    let ttl = request.client_id.ttl().map_or(FIRST_TTL, |ttl| ttl.saturating_sub(1));
     let ours = [
-        ("x-session-id", request.session_id.to_owned()),
-        ("x-originating-ip", client.to_string()),
-        ("x-originating-port", request.client.port().to_string()),
-        ("x-connected-ip", listener.to_string()),
-        ("x-connected-port", request.listener.port().to_string()),
+        ("x-session-id", Some(request.session_id.to_owned())),
+        ("x-originating-ip", Some(client.to_string())),
+        ("x-originating-port", Some(request.client.port().to_string())),
+        ("x-connected-ip", Some(listener.to_string())),
+        ("x-connected-port", Some(request.listener.port().to_string())),
+        ("x-proxy-ttl", Some(ttl.to_string())),
+        ("x-client-transport", Some(if request.tls.is_some() { "TLS" } else { "insecure" }.to_owned())),
+        ("x-connected-name", request.tls.and_then(|tls| tls.server_name.as_deref()).map(str::to_owned)),
     ];
-    let ours = ours.into_iter().map(|(key, value)| (key.as_bytes().to_vec(), Some(value.into_bytes())));
-    request.client_id.pairs().iter().cloned().chain(ours).collect()
+    let ours = ours.into_iter().filter_map(|(key, value)| Some((key.as_bytes().to_vec(), Some(value?.into_bytes()))));
+    let forward = backend.forward.iter();
+    let forward =
+        forward.map(|(key, value)| (format!("x-forward-{key}").into_bytes(), Some(value.clone().into_bytes())));
+    request.client_id.pairs().iter().cloned().chain(ours).chain(forward).collect()
 }

@@ -7,13 +7,15 @@
 pub mod connect;
 mod discover;
 mod health;
+mod probe;
 mod proxy_header;
 mod select;
 
-use std::collections::HashMap;
-use std::net::SocketAddr;
+use std::collections::{BTreeMap, HashMap};
+use std::net::{IpAddr, SocketAddr};
+use std::sync::atomic::{AtomicBool, AtomicU16, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use tokio::sync::watch;
 use tokio_rustls::rustls::pki_types::ServerName;
@@ -24,7 +26,9 @@ pub use self::discover::OwnAddresses;
 use self::discover::Resolver;
 use self::health::Health;
 use self::select::Candidate;
-use crate::config::{self, BackendId, ClientInfo, Config, Host, Problem, TlsMode, Trust};
+use crate::config::{self, BackendId, ClientInfo, Config, Host, Limits, Problem, TlsMode, Trust};
+use crate::identity::{Mechanism, Mechanisms, Secret, UserName};
+use crate::imap::backend_login::IdAnswer;
 use crate::metrics::{Metrics, ServerMetrics};
 use crate::tls::client::ClientTls;
 
@@ -36,6 +40,8 @@ const MAX_GUESTS: usize = 256;
 pub struct Backends {
     list: Vec<Arc<Backend>>,
     resolver: Option<Resolver>,
+    /// A set of mechanisms.
+    offered: AtomicU16,
 }
 
 impl Backends {
@@ -64,7 +70,24 @@ impl Backends {
         } else {
             None
         };
-        if problems.is_empty() { Ok(Self { list, resolver }) } else { Err(problems) }
+        if !problems.is_empty() {
+            return Err(problems);
+        }
+        let backends = Self { list, resolver, offered: AtomicU16::new(Mechanisms::PASSWORDS.to_bits()) };
+        backends.consider_offers();
+        Ok(backends)
+    }
+
+    /// Begins to ask servers what they offer, every `interval`, until `stop`.
+    pub fn probe(
+        self: Arc<Self>,
+        interval: Duration,
+        limits: Arc<Limits>,
+        tasks: &TaskTracker,
+        stop: &CancellationToken,
+    ) {
+        let stop = stop.clone();
+        tasks.spawn(async move { stop.run_until_cancelled(probe::follow(self, interval, limits)).await });
     }
 
     /// Begins to resolve names, until `stop`.
@@ -91,9 +114,67 @@ impl Backends {
         }
     }
 
+    /// The declared server that a referral names, and its backend.
+    pub fn find(&self, host: &str, port: u16) -> Option<(&Arc<Backend>, Arc<Server>)> {
+        self.list.iter().find_map(|backend| {
+            let servers = backend.groups.iter().flat_map(Group::current);
+            servers
+                .filter(|server| server.port == port)
+                .find(|server| server.is_at(host))
+                .map(|server| (backend, server))
+        })
+    }
+
+    /// Ways to log in that the backends' servers have, as far as they are known.
+    pub fn offered(&self) -> Mechanisms {
+        Mechanisms::from_bits(self.offered.load(Ordering::Relaxed))
+    }
+
+    /// What every backend whose servers have been seen can take. A password can be brought in any form.
+    fn consider_offers(&self) {
+        let passwords = Mechanisms::PASSWORDS;
+        let mut offered: Mechanisms = Mechanism::ALL.into_iter().collect();
+        let mut seen = false;
+        for backend in &self.list {
+            for server in backend.groups.iter().flat_map(Group::current) {
+                let Some(offer) = server.offer() else { continue };
+                seen = true;
+                let takes_passwords = offer.has(Mechanism::Login) || offer.has(Mechanism::SaslPlain);
+                let relayed: Mechanisms = offer.iter().filter(|mechanism| mechanism.is_relayed()).collect();
+                let can = if takes_passwords { relayed.or(passwords) } else { relayed };
+                offered = offered.and(can.with(Mechanism::External));
+            }
+            if backend.login.is_none() {
+                let others = Mechanism::ALL.into_iter().filter(|mechanism| *mechanism != Mechanism::External);
+                offered = offered.and(others.collect());
+            }
+        }
+        // With nothing to offer clients would not even learn why they cannot log in.
+        let has_any = seen && offered.iter().any(|mechanism| mechanism != Mechanism::External);
+        let offered =
+            if has_any { offered } else { passwords.or(offered.and(Mechanisms::default().with(Mechanism::External))) };
+        self.offered.store(offered.to_bits(), Ordering::Relaxed);
+    }
+
     /// The backend a route named: ids come from the same configuration.
     pub fn backend(&self, id: BackendId) -> &Arc<Backend> {
         &self.list[id.0]
+    }
+}
+
+/// Credentials of the proxy's own.
+#[derive(Debug)]
+pub struct OwnLogin {
+    /// Who logs in on behalf of the user; `None`: the user, whose password is always this.
+    pub master: Option<UserName>,
+    /// The password.
+    pub password: Secret,
+}
+
+impl OwnLogin {
+    fn read(config: &Config, login: &config::MasterLogin) -> Result<Self, Problem> {
+        let password = login.password.read_secret(config)?;
+        Ok(Self { master: login.master.clone(), password: Secret::new(password.as_bytes().to_vec()) })
     }
 }
 
@@ -111,6 +192,12 @@ pub struct Backend {
     client_info: ClientInfo,
     /// Whether a client may ask for another user's mailbox.
     pub allows_authzid: bool,
+    /// What servers are logged in with where the client's identity is proven and it has no password for them.
+    pub login: Option<OwnLogin>,
+    /// Whether a server's referral is followed.
+    pub follows_referrals: bool,
+    /// Sent with ID as `x-forward-KEY`.
+    forward: BTreeMap<String, String>,
     groups: Vec<Group>,
     /// Servers that a route names by their addresses.
     guests: Mutex<HashMap<SocketAddr, Arc<Server>>>,
@@ -154,6 +241,9 @@ impl Backend {
             mode: backend.tls.mode,
             client_info: backend.client_info,
             allows_authzid: backend.authzid,
+            login: backend.login.as_ref().map(|login| OwnLogin::read(config, login)).transpose()?,
+            follows_referrals: backend.follows_referrals,
+            forward: backend.forward.clone(),
             groups,
             guests: Mutex::default(),
             metrics,
@@ -269,6 +359,10 @@ pub struct Server {
     /// `None` until DNS answered or failed for the first time.
     addresses: watch::Sender<Option<Vec<SocketAddr>>>,
     health: Mutex<Health>,
+    /// Ways to log in that it had when it was last asked.
+    offer: Mutex<Option<Mechanisms>>,
+    /// Whether it was told already that the server does not say that it trusts us.
+    distrust_told: AtomicBool,
     /// Its gauges.
     pub metrics: ServerMetrics,
 }
@@ -289,7 +383,19 @@ impl Server {
         };
         let addresses = watch::Sender::new(addresses);
         let name = name.into();
-        Self { name, host, port, weight, priority, tls_name, addresses, health: Mutex::default(), metrics }
+        Self {
+            name,
+            host,
+            port,
+            weight,
+            priority,
+            tls_name,
+            addresses,
+            health: Mutex::default(),
+            offer: Mutex::default(),
+            distrust_told: AtomicBool::new(false),
+            metrics,
+        }
     }
 
     /// Its addresses, the one that answered last in front; waits for DNS only while it has never answered.
@@ -300,6 +406,35 @@ impl Server {
     /// Whether it comes before failing servers just now.
     pub fn is_available(&self) -> bool {
         self.health().is_available(Instant::now())
+    }
+
+    fn is_at(&self, host: &str) -> bool {
+        let address: Option<IpAddr> = host.parse().ok();
+        let resolved = || self.addresses.borrow().iter().flatten().any(|known| Some(known.ip()) == address);
+        match &self.host {
+            Host::Name(name) => name == host || resolved(),
+            Host::Ip(ip) => Some(ip.to_canonical()) == address.map(|address| address.to_canonical()),
+        }
+    }
+
+    fn offer(&self) -> Option<Mechanisms> {
+        *self.offer.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn offers(&self, offer: Option<Mechanisms>) {
+        *self.offer.lock().unwrap_or_else(PoisonError::into_inner) = offer;
+    }
+
+    /// What it said to an ID with the client's address in it.
+    fn answered_id(&self, answer: IdAnswer) {
+        let trusts = answer == IdAnswer::Trusted;
+        self.metrics.set_trusts(trusts);
+        if !trusts && !self.distrust_told.swap(true, Ordering::Relaxed) {
+            tracing::info!(
+                server = %self.name,
+                "server does not say that it trusts our ID (Dovecot does since 2.4): see login_trusted_networks there"
+            );
+        }
     }
 
     /// A session could not use it.

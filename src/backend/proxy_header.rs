@@ -7,6 +7,14 @@ const SIGNATURE: &[u8] = b"\r\n\r\n\0\r\nQUIT\n";
 /// Version 2, command PROXY.
 const VERSION_AND_COMMAND: u8 = 0x21;
 
+/// The line of version 1 for a connection of the proxy's own.
+pub(super) const LOCAL_1: &[u8] = b"PROXY UNKNOWN\r\n";
+
+/// The header of version 2 for a connection of the proxy's own: the command LOCAL, and no addresses.
+pub(super) fn local_2() -> Vec<u8> {
+    [SIGNATURE, &[0x20, 0, 0, 0]].concat()
+}
+
 /// Both ends of the client's connection, brought to one address family.
 enum Pair {
     V4(Ipv4Addr, Ipv4Addr),

@@ -8,22 +8,25 @@ use std::time::Duration;
 
 use serde_yaml::Value;
 
-use super::file::{CertificateMap, File, FormatWord, LevelWord, ListenerMap, TlsWord};
+use super::file::{CertificateMap, CertificateUserWord, File, FormatWord, LevelWord, ListenerMap, TlsWord};
 use super::limits::{bounded, limits, seconds};
 use super::locate::child;
 use super::read::Reader;
+use super::report::suggestion;
 use super::routes::routes;
 use super::servers::backend;
+use super::users::users;
 use super::{
-    Backend, Certificate, Config, Host, Level, Listener, ListenerTls, Located, Log, LogFormat, Resolver, Server,
-    is_local,
+    Backend, Certificate, CertificateUser, ClientCertificates, Config, Host, Level, Listener, ListenerTls, Located,
+    Log, LogFormat, Resolver, Server, is_local,
 };
+use crate::identity::{Mechanism, Mechanisms};
 
 /// The whole file. `None`, or problems in `reader`: it is no configuration.
 pub(super) fn config(reader: &mut Reader<'_>, file: &Path, value: Value) -> Option<Config> {
     let folder = file.parent().unwrap_or(Path::new(""));
     let written: File = reader.read("", value)?;
-    let listeners = listeners(reader, written.listeners);
+    let listeners = listeners(reader, folder, written.listeners);
     let certificates = certificates(reader, folder, written.tls.certificates);
     let wants_tls = listeners.iter().any(|listener| listener.tls != ListenerTls::None);
     if wants_tls && certificates.is_empty() && !reader.blamed("tls") {
@@ -60,12 +63,15 @@ pub(super) fn config(reader: &mut Reader<'_>, file: &Path, value: Value) -> Opti
     });
     let servers = servers.collect();
     let timeout = bounded(reader, "resolver.timeout", written.resolver.timeout, Duration::from_secs(3), seconds(1, 60));
+    let (naming, master_networks) = users(reader, written.users);
     Some(Config {
         file: file.to_owned(),
         listeners,
         certificates,
         backends,
         routes,
+        naming,
+        master_networks,
         limits: limits(reader, &written.limits),
         admin,
         log: Log { format: format(written.log.format), level: level(written.log.level) },
@@ -90,7 +96,7 @@ fn level(word: LevelWord) -> Level {
     }
 }
 
-fn listeners(reader: &mut Reader<'_>, items: Vec<Value>) -> Vec<Listener> {
+fn listeners(reader: &mut Reader<'_>, folder: &Path, items: Vec<Value>) -> Vec<Listener> {
     if items.is_empty() && !reader.blamed("listeners") {
         reader.problem("listeners", "at least one listener is needed");
     }
@@ -116,9 +122,53 @@ fn listeners(reader: &mut Reader<'_>, items: Vec<Value>) -> Vec<Listener> {
             TlsWord::StartTls => ListenerTls::StartTls,
             TlsWord::None => ListenerTls::None,
         };
-        listeners.push(Listener { address, tls, place: reader.place(&address_key) });
+        let mechanisms = written.mechanisms.map(|names| mechanisms(reader, &child(&key, "mechanisms"), &names));
+        let client_certificates = written.client_certificates.map(|map| {
+            let key = child(&key, "client_certificates");
+            if tls == ListenerTls::None {
+                reader.problem(&key, "has no effect with tls: none");
+            }
+            ClientCertificates {
+                ca: located(reader, folder, &child(&key, "ca"), &map.ca),
+                required: map.required,
+                user: match map.user {
+                    CertificateUserWord::SanEmail => CertificateUser::SanEmail,
+                    CertificateUserWord::SanDns => CertificateUser::SanDns,
+                    CertificateUserWord::CommonName => CertificateUser::CommonName,
+                },
+            }
+        });
+        let place = reader.place(&address_key);
+        listeners.push(Listener { address, tls, mechanisms, client_certificates, place });
     }
     listeners
+}
+
+/// Ways to log in, by their SASL names; `login` is the command too.
+fn mechanisms(reader: &mut Reader<'_>, key: &str, names: &[String]) -> Mechanisms {
+    if names.is_empty() {
+        reader.problem(key, "at least one mechanism is needed, or nobody can log in");
+    }
+    let mut mechanisms = Mechanisms::default();
+    for (index, name) in names.iter().enumerate() {
+        match Mechanism::by_sasl_name(name.as_bytes()) {
+            Some(Mechanism::SaslLogin) => {
+                mechanisms = mechanisms.with(Mechanism::SaslLogin).with(Mechanism::Login);
+            }
+            Some(mechanism) => mechanisms = mechanisms.with(mechanism),
+            None => {
+                let known: Vec<String> = Mechanism::ALL
+                    .into_iter()
+                    .map(|known| known.sasl_name().to_ascii_lowercase())
+                    .filter(|name| !name.is_empty())
+                    .collect();
+                let known: Vec<&str> = known.iter().map(String::as_str).collect();
+                let message = format!("{name:?} is no mechanism that can be offered");
+                reader.problem_with_help(&format!("{key}[{index}]"), message, suggestion(name, &known));
+            }
+        }
+    }
+    mechanisms
 }
 
 fn certificates(reader: &mut Reader<'_>, folder: &Path, items: Vec<Value>) -> Vec<Certificate> {

@@ -3,6 +3,7 @@
 //! Lists of maps are kept as plain YAML here, so that `check` reads their items one by one and a mistake in one does not
 //! hide those in the next.
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use serde::Deserialize;
@@ -22,6 +23,8 @@ pub(super) struct File {
     pub(super) backends: Mapping,
     /// Asked in order; the first that knows the user wins: `routes::maps`.
     pub(super) routes: Vec<Value>,
+    /// What users are called.
+    pub(super) users: UsersMap,
     /// Deadlines and caps.
     pub(super) limits: LimitsMap,
     /// Metrics and health.
@@ -40,6 +43,39 @@ pub(super) struct ListenerMap {
     pub(super) address: String,
     /// How TLS begins.
     pub(super) tls: TlsWord,
+    /// Ways to log in that are offered, instead of those that the backends have.
+    #[serde(default)]
+    pub(super) mechanisms: Option<Vec<String>>,
+    /// Certificates of clients.
+    #[serde(default)]
+    pub(super) client_certificates: Option<ClientCertificatesMap>,
+}
+
+/// `client_certificates` of a listener.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct ClientCertificatesMap {
+    /// PEM file of the roots that clients' certificates must lead to.
+    pub(super) ca: PathBuf,
+    /// Whether a client without one is turned away.
+    #[serde(default)]
+    pub(super) required: bool,
+    /// Where the user's name stands in it.
+    #[serde(default)]
+    pub(super) user: CertificateUserWord,
+}
+
+/// `client_certificates.user`.
+#[derive(Debug, Clone, Copy, Default, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub(super) enum CertificateUserWord {
+    /// The first e-mail address among the alternative names.
+    #[default]
+    SanEmail,
+    /// The first DNS name among them.
+    SanDns,
+    /// The common name of the subject.
+    CommonName,
 }
 
 /// How TLS begins, on either side.
@@ -87,6 +123,106 @@ pub(super) struct BackendMap {
     /// Whether a client may log in on behalf of another user (RFC 4616).
     #[serde(default)]
     pub(super) authzid: AuthzidWord,
+    /// What servers are logged in with where the client has no password for them.
+    #[serde(default)]
+    pub(super) login: Option<LoginMap>,
+    /// What is done when a server sends a user elsewhere.
+    #[serde(default)]
+    pub(super) referrals: ReferralsWord,
+    /// Sent with ID as `x-forward-KEY`.
+    #[serde(default)]
+    pub(super) forward: BTreeMap<String, String>,
+}
+
+/// `login` of a backend.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct LoginMap {
+    /// A user who may log in on behalf of others.
+    pub(super) master: Option<String>,
+    /// A file with the password.
+    pub(super) password_file: PathBuf,
+}
+
+/// `referrals`.
+#[derive(Debug, Clone, Copy, Default, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub(super) enum ReferralsWord {
+    /// Log in there, if it is a declared server.
+    #[default]
+    Follow,
+    /// The client is told.
+    Relay,
+}
+
+/// `users`.
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub(super) struct UsersMap {
+    /// Letters from A to Z.
+    pub(super) case: CaseWord,
+    /// Characters beyond ASCII.
+    pub(super) unicode: UnicodeWord,
+    /// Characters that stand for `@`.
+    pub(super) separators: Option<String>,
+    /// Of names without one.
+    pub(super) default_domain: Option<String>,
+    /// What begins a detail.
+    pub(super) detail: Option<String>,
+    /// What servers are given.
+    pub(super) server: ServerNameWord,
+    /// What log records say.
+    pub(super) log: LogNameWord,
+    /// Logins on behalf of others.
+    pub(super) masters: MastersMap,
+}
+
+/// `users.masters`.
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub(super) struct MastersMap {
+    /// Between the user and the master user.
+    pub(super) separator: Option<String>,
+    /// From where such logins may come; absent: from everywhere.
+    pub(super) networks: Option<Vec<String>>,
+}
+
+/// `users.case`.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub(super) enum CaseWord {
+    #[default]
+    Lower,
+    Keep,
+}
+
+/// `users.unicode`.
+#[derive(Debug, Clone, Copy, Default, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub(super) enum UnicodeWord {
+    #[default]
+    Keep,
+    Refuse,
+    Precis,
+}
+
+/// `users.server`.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub(super) enum ServerNameWord {
+    #[default]
+    AsSent,
+    Normalised,
+}
+
+/// `users.log`.
+#[derive(Debug, Clone, Copy, Default, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub(super) enum LogNameWord {
+    #[default]
+    AsSent,
+    Normalised,
+    Hashed,
 }
 
 /// An item of `servers` that is no word.
@@ -163,6 +299,7 @@ pub(super) struct LimitsMap {
     pub(super) stall: Option<Span>,
     pub(super) drain: Option<Span>,
     pub(super) keepalive: Option<Span>,
+    pub(super) probe: Option<Span>,
     pub(super) sessions: Option<i64>,
     pub(super) workers: Option<i64>,
     pub(super) untagged_lines: Option<i64>,

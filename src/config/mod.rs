@@ -16,6 +16,7 @@ mod report;
 mod routes;
 mod servers;
 mod tree;
+mod users;
 mod values;
 
 use std::collections::BTreeMap;
@@ -26,6 +27,8 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use zeroize::Zeroizing;
+
+use crate::identity::{Mechanisms, Naming, UserName};
 
 pub use self::directory::{
     ANSWER_FIELDS, Asking, Cache, Dns, DnsQuestion, Http, HttpStyle, Ldap, LdapScope, Network, Redis, RedisPlace, Sql,
@@ -52,6 +55,10 @@ pub struct Config {
     pub backends: Vec<Backend>,
     /// At least one.
     pub routes: Vec<Route>,
+    /// What users are called.
+    pub naming: Naming,
+    /// From where logins on behalf of others may come; `None`: from everywhere.
+    pub master_networks: Option<Vec<Network>>,
     /// Deadlines and caps.
     pub limits: Limits,
     /// Where metrics and health are answered.
@@ -89,8 +96,34 @@ pub struct Listener {
     pub address: SocketAddr,
     /// How TLS begins.
     pub tls: ListenerTls,
+    /// Ways to log in that are offered; `None`: those that the backends have.
+    pub mechanisms: Option<Mechanisms>,
+    /// Certificates of clients.
+    pub client_certificates: Option<ClientCertificates>,
     /// In the file.
     pub place: Place,
+}
+
+/// Certificates that clients show.
+#[derive(Debug, Clone)]
+pub struct ClientCertificates {
+    /// PEM file of the roots they must lead to.
+    pub ca: Located<PathBuf>,
+    /// Whether a client without one is turned away.
+    pub required: bool,
+    /// Where the user's name stands.
+    pub user: CertificateUser,
+}
+
+/// Where in a certificate the user's name stands.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum CertificateUser {
+    /// The first e-mail address among the alternative names.
+    SanEmail,
+    /// The first DNS name among them.
+    SanDns,
+    /// The common name of the subject.
+    CommonName,
 }
 
 /// How TLS begins on a listener.
@@ -126,8 +159,23 @@ pub struct Backend {
     pub client_info: ClientInfo,
     /// Whether a client may log in on behalf of another user.
     pub authzid: bool,
+    /// What servers are logged in with where the client has no password for them.
+    pub login: Option<MasterLogin>,
+    /// Whether a server's referral is followed; else the client is told.
+    pub follows_referrals: bool,
+    /// Sent with ID as `x-forward-KEY`.
+    pub forward: BTreeMap<String, String>,
     /// In the file.
     pub place: Place,
+}
+
+/// Credentials of the proxy's own.
+#[derive(Debug, Clone)]
+pub struct MasterLogin {
+    /// Who logs in on behalf of the user; `None`: the user, whose password is always this.
+    pub master: Option<UserName>,
+    /// A file with the password.
+    pub password: Located<PathBuf>,
 }
 
 /// What servers learn of the client.
@@ -290,7 +338,7 @@ pub struct Limits {
     pub connect: Duration,
     /// One login over all servers tried. Default 30 s.
     pub server_login: Duration,
-    /// Bytes of a command line or a SASL response before login. Default 64 KiB.
+    /// Bytes of a command line or a SASL response before login. Default 96 KiB: a token of 64 KiB in base64.
     pub line: usize,
     /// Bytes of a literal before login. Default 64 KiB.
     pub literal: usize,
@@ -308,6 +356,8 @@ pub struct Limits {
     pub drain: Duration,
     /// Silence after which TCP asks whether the peer is still there. Default 2 min.
     pub keepalive: Option<Duration>,
+    /// How often servers are asked what they offer. Default 1 min.
+    pub probe: Option<Duration>,
     /// Open client connections, logged in or not. Default 100,000.
     pub sessions: usize,
     /// Threads that serve sessions. Default: one a core.
@@ -326,7 +376,7 @@ impl Default for Limits {
             lookup: Duration::from_secs(5),
             connect: Duration::from_secs(5),
             server_login: Duration::from_secs(30),
-            line: 64 * 1024,
+            line: 96 * 1024,
             literal: 64 * 1024,
             bad_commands: 3,
             failed_logins: 5,
@@ -335,6 +385,7 @@ impl Default for Limits {
             stall: Duration::from_secs(300),
             drain: Duration::from_secs(60),
             keepalive: Some(Duration::from_secs(120)),
+            probe: Some(Duration::from_secs(60)),
             sessions: 100_000,
             workers: std::thread::available_parallelism().map_or(1, usize::from),
             untagged_lines: 64,

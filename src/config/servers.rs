@@ -8,11 +8,14 @@ use base64::engine::general_purpose::STANDARD;
 use serde_yaml::Value;
 
 use super::check::located;
-use super::file::{AuthzidWord, BackendMap, ClientInfoWord, Server as ServerWords, ServerMap, TlsMap, TlsWord};
+use super::file::{
+    AuthzidWord, BackendMap, ClientInfoWord, LoginMap, ReferralsWord, Server as ServerWords, ServerMap, TlsMap, TlsWord,
+};
 use super::locate::child;
 use super::read::Reader;
 use super::values::TlsEntry;
-use super::{Backend, ClientInfo, Host, Server, ServerTls, TlsMode, Trust};
+use super::{Backend, ClientInfo, Host, MasterLogin, Server, ServerTls, TlsMode, Trust};
+use crate::identity::UserName;
 
 /// Longer names would be unwieldy labels.
 const MAX_NAME: usize = 64;
@@ -50,7 +53,36 @@ pub(super) fn backend(reader: &mut Reader<'_>, folder: &Path, name: String, valu
         ClientInfoWord::None => ClientInfo::None,
     };
     let authzid = written.authzid == AuthzidWord::Allow;
-    Some(Backend { name, servers, tls, client_info, authzid, place: reader.place(&key) })
+    let login = written.login.and_then(|login| master_login(reader, folder, &child(&key, "login"), login));
+    let follows_referrals = matches!(written.referrals, ReferralsWord::Follow);
+    let forward_key = child(&key, "forward");
+    for (name, value) in &written.forward {
+        // RFC 2971 section 3.3 has 30 bytes for a key, of which `x-forward-` takes ten.
+        let is_key = (1..=20).contains(&name.len()) && name.bytes().all(|byte| byte.is_ascii_graphic() && byte != b'"');
+        if !is_key || value.len() > 1024 || !value.bytes().all(|byte| (b' '..0x7f).contains(&byte)) {
+            reader.problem(
+                &child(&forward_key, name),
+                "expected up to 20 characters without spaces, and a value of ASCII text",
+            );
+        }
+    }
+    if client_info != ClientInfo::Id && !written.forward.is_empty() {
+        reader.problem(&forward_key, "is sent with client_info: id only");
+    }
+    let (forward, place) = (written.forward, reader.place(&key));
+    Some(Backend { name, servers, tls, client_info, authzid, login, follows_referrals, forward, place })
+}
+
+fn master_login(reader: &mut Reader<'_>, folder: &Path, key: &str, written: LoginMap) -> Option<MasterLogin> {
+    let master = match written.master.map(|name| UserName::new(name.as_bytes())).transpose() {
+        Ok(master) => master,
+        Err(error) => {
+            reader.problem(&child(key, "master"), error.to_string());
+            return None;
+        }
+    };
+    let password = located(reader, folder, &child(key, "password_file"), &written.password_file);
+    Some(MasterLogin { master, password })
 }
 
 /// However they are written.

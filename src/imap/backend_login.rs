@@ -1,8 +1,9 @@
 //! The server until it has accepted or refused a login: bytes in, bytes and steps out.
 //!
 //! The login takes the form the server can take: AUTHENTICATE PLAIN with an initial response (RFC 4959) where it is
-//! advertised, else LOGIN, quoted where that is possible and with literals it asked for or waits for where not. One
-//! round trip where the greeting carries capabilities. Lines are read by hand, not through the codec, which refuses an OK
+//! advertised, else LOGIN, quoted where that is possible and with literals it asked for or waits for where not. A
+//! mechanism that is relayed goes as it came, challenge by challenge. One round trip where the greeting carries
+//! capabilities. Lines are read by hand, not through the codec, which refuses an OK
 //! without text and 8-bit text that real servers send. What the server says is untrusted: bounded, matched by exact tag,
 //! and forgotten when TLS begins. Called by `backend::connect`.
 
@@ -11,20 +12,19 @@ use zeroize::Zeroizing;
 use super::capability::{self, Capabilities};
 use super::client_id::Pair;
 use super::framing::{Caps, Frame, Framer, announced, without_line_end};
-use super::sasl;
+use super::login_command;
+pub use super::server_fault::ServerFault;
 use super::tag::Tag;
-use crate::identity::{ServerLogin, append_wiped};
+use crate::identity::{Mechanisms, ServerLogin, append_wiped};
 
-/// A login process of Dovecot reads 1 KiB of command line; a longer initial response waits to be asked for.
-const MAX_INITIAL_RESPONSE: usize = 900;
-/// RFC 7888 section 5: with LITERAL- only these may go without being asked for.
-const MAX_LITERAL_MINUS: usize = 4096;
+/// SCRAM has two, a refused token one.
+const MAX_CHALLENGES: usize = 4;
 
 /// One login to be made on one connection.
 #[derive(Debug)]
 pub struct Attempt<'a> {
-    /// What to log in with.
-    pub login: ServerLogin<'a>,
+    /// What to log in with; none: only to see what the server offers.
+    pub login: Option<ServerLogin<'a>>,
     /// What the answer is given under.
     pub tag: &'a Tag,
     /// Demand TLS before anything else.
@@ -58,75 +58,32 @@ pub enum ServerStep {
         /// Whether it is a failed login, and not a matter of limits or maintenance.
         counts: bool,
     },
+    /// The server asks the client something: this is what follows `+ `. The answer goes to [`BackendLogin::respond`].
+    Challenge(Vec<u8>),
+    /// The server knows where the user is: elsewhere.
+    Referred(Referral),
+    /// There was nothing to log in with, and this is what the server offers.
+    Seen(Offer),
     /// The server could not answer.
     Unavailable(ServerFault),
 }
 
-/// Why a server could not answer a login.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum ServerFault {
-    /// The greeting was not `* OK`.
-    Greeting,
-    /// `* BYE` before the answer.
-    Bye,
-    /// TLS is demanded and not offered.
-    StartTlsNotOffered,
-    /// TLS was offered and then refused.
-    StartTlsRefused,
-    /// Plaintext followed the answer to STARTTLS: somebody may have put it there.
-    StartTlsResidue,
-    /// Something that is no IMAP, or not at this place.
-    Protocol,
-    /// More before the answer than is allowed.
-    TooMuchUntagged,
-    /// LOGINDISABLED, and no PLAIN either.
-    LoginDisabled,
-    /// NO with `[UNAVAILABLE]`, `[INUSE]` or `[SERVERBUG]`.
-    Overloaded,
-    /// BAD in answer to the login.
-    LoginBad,
-    /// An authorization identity, and no PLAIN to carry it.
-    AuthzidUnsupported,
+/// Where a server sends a user to (RFC 2221).
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Referral {
+    /// An address or a DNS name, in lower case.
+    pub host: String,
+    /// 143 where none is given (RFC 5092 section 2).
+    pub port: u16,
+    /// The server's answer for the client, should it not be followed.
+    pub reply: Vec<u8>,
 }
 
-impl ServerFault {
-    /// A sentence for logs.
-    pub fn as_str(self) -> &'static str {
-        match self {
-            Self::Greeting => "the greeting was not * OK",
-            Self::Bye => "the server said BYE before it answered",
-            Self::StartTlsNotOffered => "STARTTLS is configured but the server does not offer it",
-            Self::StartTlsRefused => "the server refused STARTTLS",
-            Self::StartTlsResidue => "plaintext followed the server's answer to STARTTLS",
-            Self::Protocol => "the server broke the protocol",
-            Self::TooMuchUntagged => "the server said too much before its answer",
-            Self::LoginDisabled => "the server allows neither LOGIN nor AUTHENTICATE PLAIN",
-            Self::Overloaded => "the server answered that it is unavailable, in use or at fault",
-            Self::LoginBad => "the server answered BAD to the login",
-            Self::AuthzidUnsupported => "the server has no AUTHENTICATE PLAIN to carry the authorization identity",
-        }
-    }
-
-    /// Whether another server may answer where this one did not.
-    pub fn try_next_server(self) -> bool {
-        !matches!(self, Self::LoginBad)
-    }
-
-    /// Whether the server's health suffers: never from what a client can provoke by what it sends.
-    pub fn blames_server(self) -> bool {
-        match self {
-            Self::Greeting
-            | Self::Bye
-            | Self::StartTlsNotOffered
-            | Self::StartTlsRefused
-            | Self::StartTlsResidue
-            | Self::Protocol
-            | Self::TooMuchUntagged
-            | Self::LoginDisabled => true,
-            // A mailbox in use is one user's trouble.
-            Self::Overloaded | Self::LoginBad | Self::AuthzidUnsupported => false,
-        }
-    }
+/// What a server offers before login.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Offer {
+    /// Ways to log in.
+    pub mechanisms: Mechanisms,
 }
 
 /// The dialogue so far.
@@ -140,6 +97,11 @@ pub struct BackendLogin<'a> {
     capabilities: Option<Capabilities>,
     /// Parts of the login that wait to be asked for.
     parts: std::vec::IntoIter<Zeroizing<Vec<u8>>>,
+    /// The client's answer to a challenge, to be sent.
+    response: Option<Zeroizing<Vec<u8>>>,
+    challenges: usize,
+    /// What the server said to our ID.
+    id_answer: Option<IdAnswer>,
     /// For the client, ahead of the answer.
     untagged: Vec<u8>,
     untagged_lines: usize,
@@ -147,6 +109,15 @@ pub struct BackendLogin<'a> {
     told_after_login: bool,
     /// The server's OK without its tag, while its capabilities are asked for.
     accepted: Vec<u8>,
+}
+
+/// What the server said to an ID with fields that only trusted proxies may send.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum IdAnswer {
+    /// "Trusted ID completed.", as Dovecot has it since 2.4.
+    Trusted,
+    /// Anything else; older Dovecots never say whether they trust.
+    Silent,
 }
 
 /// What the server is expected to answer.
@@ -162,9 +133,14 @@ enum Phase {
 
 /// A line of the server, taken apart.
 enum Line<'a> {
-    Continuation,
+    /// With what follows `+ `.
+    Continuation(&'a [u8]),
     Untagged(&'a [u8]),
-    Tagged { tag: &'a [u8], status: Status, text: &'a [u8] },
+    Tagged {
+        tag: &'a [u8],
+        status: Status,
+        text: &'a [u8],
+    },
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -185,6 +161,9 @@ impl<'a> BackendLogin<'a> {
             encrypted: false,
             capabilities: None,
             parts: Vec::new().into_iter(),
+            response: None,
+            challenges: 0,
+            id_answer: None,
             untagged: Vec::new(),
             untagged_lines: 0,
             told_after_login: false,
@@ -202,6 +181,23 @@ impl<'a> BackendLogin<'a> {
         self.encrypted = true;
         self.capabilities = None;
         self.untagged_lines = 0;
+    }
+
+    /// The client's answer to [`ServerStep::Challenge`], as it stands in its line.
+    pub fn respond(&mut self, line: &[u8]) {
+        self.response = Some(login_command::joined(&[line, b"\r\n"]));
+    }
+
+    /// What the server said to our ID, if it was sent and answered.
+    pub fn id_answer(&self) -> Option<IdAnswer> {
+        self.id_answer
+    }
+
+    /// What the server offers before login, as far as it is known.
+    pub fn offer(&self) -> Option<Offer> {
+        // After the login it tells of other things.
+        let capabilities = self.capabilities.as_ref().filter(|_| self.phase != Phase::CapabilityAfterLogin)?;
+        Some(Offer { mechanisms: capabilities.mechanisms() })
     }
 
     /// What is waited for, for logs.
@@ -223,10 +219,15 @@ impl<'a> BackendLogin<'a> {
 
     /// Goes on as far as the input allows; what the server is to be sent is appended to `out`.
     pub fn step(&mut self, out: &mut Zeroizing<Vec<u8>>) -> ServerStep {
-        if self.phase == Phase::Handshake
-            && let Err(fault) = self.proceed(out)
-        {
-            return ServerStep::Unavailable(fault);
+        if self.phase == Phase::Handshake {
+            match self.proceed(out) {
+                Err(fault) => return ServerStep::Unavailable(fault),
+                Ok(Some(step)) => return step,
+                Ok(None) => {}
+            }
+        }
+        if let Some(response) = self.response.take() {
+            append_wiped(out, &response);
         }
         loop {
             match self.framer.line() {
@@ -250,18 +251,31 @@ impl<'a> BackendLogin<'a> {
         })?;
         if self.phase == Phase::Greeting {
             self.greeting(&parsed)?;
-            self.proceed(out)?;
-            return Ok(None);
+            return self.proceed(out);
         }
         match parsed {
             Line::Untagged(content) => self.untagged(line, content).map(|()| None),
-            Line::Continuation => {
-                let part = self.parts.next().filter(|_| self.phase == Phase::Login).ok_or(ServerFault::Protocol)?;
-                append_wiped(out, &part);
-                Ok(None)
-            }
+            Line::Continuation(_) if self.phase != Phase::Login => Err(ServerFault::Protocol),
+            Line::Continuation(text) => match self.parts.next() {
+                Some(part) => {
+                    append_wiped(out, &part);
+                    Ok(None)
+                }
+                None => self.challenge(text).map(Some),
+            },
             Line::Tagged { tag, status, text } => self.tagged(tag, status, text, out),
         }
+    }
+
+    fn challenge(&mut self, text: &[u8]) -> Result<ServerStep, ServerFault> {
+        if !matches!(self.attempt.login, Some(ServerLogin::Relayed { .. })) {
+            return Err(ServerFault::Protocol);
+        }
+        self.challenges += 1;
+        if self.challenges > MAX_CHALLENGES {
+            return Err(ServerFault::TooManyChallenges);
+        }
+        Ok(ServerStep::Challenge(text.to_vec()))
     }
 
     fn greeting(&mut self, line: &Line<'_>) -> Result<(), ServerFault> {
@@ -278,11 +292,11 @@ impl<'a> BackendLogin<'a> {
     }
 
     /// Sends the next command: capabilities where they are unknown, STARTTLS where it is due, else the login.
-    fn proceed(&mut self, out: &mut Zeroizing<Vec<u8>>) -> Result<(), ServerFault> {
+    fn proceed(&mut self, out: &mut Zeroizing<Vec<u8>>) -> Result<Option<ServerStep>, ServerFault> {
         let Some(capabilities) = &self.capabilities else {
             out.extend_from_slice(b"C CAPABILITY\r\n");
             self.phase = Phase::Capability;
-            return Ok(());
+            return Ok(None);
         };
         if self.attempt.starttls && !self.encrypted {
             if !capabilities.has("STARTTLS") {
@@ -290,18 +304,23 @@ impl<'a> BackendLogin<'a> {
             }
             out.extend_from_slice(b"S STARTTLS\r\n");
             self.phase = Phase::StartTls;
-            return Ok(());
+            return Ok(None);
         }
-        let parts = login(&self.attempt.login, capabilities)?;
+        let Some(login) = &self.attempt.login else {
+            let mechanisms = capabilities.mechanisms();
+            out.extend_from_slice(b"Q LOGOUT\r\n");
+            return Ok(Some(ServerStep::Seen(Offer { mechanisms })));
+        };
+        let parts = login_command::in_parts(login, capabilities)?;
         if capabilities.has("ID") && !self.attempt.id.is_empty() {
-            id(&self.attempt.id, out);
+            login_command::id(&self.attempt.id, out);
         }
         self.parts = parts.into_iter();
         if let Some(first) = self.parts.next() {
             append_wiped(out, &first);
         }
         self.phase = Phase::Login;
-        Ok(())
+        Ok(None)
     }
 
     fn untagged(&mut self, line: &[u8], content: &[u8]) -> Result<(), ServerFault> {
@@ -352,8 +371,7 @@ impl<'a> BackendLogin<'a> {
             (Phase::Capability, b"C", Status::Ok) => {
                 // A server that names none can do what every server can.
                 self.capabilities.get_or_insert_default();
-                self.proceed(out)?;
-                Ok(None)
+                self.proceed(out)
             }
             (Phase::StartTls, b"S", Status::Ok) if self.framer.has_leftover() => Err(ServerFault::StartTlsResidue),
             (Phase::StartTls, b"S", Status::Ok) => {
@@ -362,7 +380,12 @@ impl<'a> BackendLogin<'a> {
             }
             (Phase::StartTls, b"S", _) => Err(ServerFault::StartTlsRefused),
             // Whether the server likes our ID does not matter.
-            (Phase::Login, b"I", _) => Ok(None),
+            (Phase::Login, b"I", _) => {
+                let trusted = status == Status::Ok
+                    && text.get(..10).is_some_and(|start| start.eq_ignore_ascii_case(b"Trusted ID"));
+                self.id_answer = Some(if trusted { IdAnswer::Trusted } else { IdAnswer::Silent });
+                Ok(None)
+            }
             (Phase::Login, b"L", Status::Ok) => Ok(self.logged_in(text, out)),
             (Phase::Login, b"L", Status::No) => self.refused(text).map(Some),
             (Phase::Login, b"L", Status::Bad) => Err(ServerFault::LoginBad),
@@ -419,6 +442,13 @@ impl<'a> BackendLogin<'a> {
         if is(&["UNAVAILABLE", "INUSE", "SERVERBUG"]) {
             return Err(ServerFault::Overloaded);
         }
+        if is(&["REFERRAL"])
+            && let Some((_, url, _)) = capability::code(text)
+            && let Some((host, port)) = referred(url)
+        {
+            let reply = [self.attempt.tag.as_str().as_bytes(), b" NO ", text, b"\r\n"].concat();
+            return Ok(ServerStep::Referred(Referral { host, port, reply }));
+        }
         let counts = code.is_none() || is(&["AUTHENTICATIONFAILED", "AUTHORIZATIONFAILED", "EXPIRED"]);
         let added: &[u8] = if code.is_none() { b"[AUTHENTICATIONFAILED] " } else { b"" };
         let text: &[u8] = if text.is_empty() { b"Authentication failed." } else { text };
@@ -429,8 +459,9 @@ impl<'a> BackendLogin<'a> {
 
 impl<'a> Line<'a> {
     fn parse(line: &'a [u8]) -> Option<Self> {
-        if line.first() == Some(&b'+') {
-            return Some(Self::Continuation);
+        if let Some(text) = line.strip_prefix(b"+") {
+            // Some servers leave the space out where nothing follows.
+            return Some(Self::Continuation(text.strip_prefix(b" ").unwrap_or(text)));
         }
         let split = line.iter().position(|byte| *byte == b' ')?;
         let (tag, content) = (&line[..split], &line[split + 1..]);
@@ -457,85 +488,13 @@ fn is_word(content: &[u8], word: &[u8]) -> bool {
         && content.get(word.len()).is_none_or(|byte| *byte == b' ')
 }
 
-/// The login command in parts: the first is sent at once, each further one when the server asks.
-fn login(credentials: &ServerLogin<'_>, capabilities: &Capabilities) -> Result<Vec<Zeroizing<Vec<u8>>>, ServerFault> {
-    let plain = capabilities.has("AUTH=PLAIN");
-    let disabled = capabilities.has("LOGINDISABLED");
-    if plain && capabilities.has("SASL-IR") {
-        return Ok(authenticate(credentials, true));
-    }
-    if credentials.authzid.is_some() {
-        return if plain { Ok(authenticate(credentials, false)) } else { Err(ServerFault::AuthzidUnsupported) };
-    }
-    match (disabled, plain) {
-        (true, true) => Ok(authenticate(credentials, false)),
-        (true, false) => Err(ServerFault::LoginDisabled),
-        (false, _) => Ok(login_command(credentials, capabilities)),
-    }
-}
-
-fn authenticate(credentials: &ServerLogin<'_>, initial_response: bool) -> Vec<Zeroizing<Vec<u8>>> {
-    let response = sasl::plain_response(credentials);
-    if initial_response && response.len() <= MAX_INITIAL_RESPONSE {
-        return vec![joined(&[b"L AUTHENTICATE PLAIN ", &response, b"\r\n"])];
-    }
-    vec![joined(&[b"L AUTHENTICATE PLAIN\r\n"]), joined(&[&response, b"\r\n"])]
-}
-
-fn login_command(credentials: &ServerLogin<'_>, capabilities: &Capabilities) -> Vec<Zeroizing<Vec<u8>>> {
-    let mut parts = Vec::new();
-    let mut current = joined(&[b"L LOGIN"]);
-    for argument in [credentials.user.as_str().as_bytes(), credentials.password.expose()] {
-        if is_quotable(argument) {
-            current = joined(&[&current, b" ", &quoted(argument)]);
-        } else if capabilities.has("LITERAL+") || capabilities.has("LITERAL-") && argument.len() <= MAX_LITERAL_MINUS {
-            current = joined(&[&current, format!(" {{{}+}}\r\n", argument.len()).as_bytes(), argument]);
-        } else {
-            parts.push(joined(&[&current, format!(" {{{}}}\r\n", argument.len()).as_bytes()]));
-            current = joined(&[argument]);
-        }
-    }
-    parts.push(joined(&[&current, b"\r\n"]));
-    parts
-}
-
-/// RFC 3501 section 9: quoted strings are 7-bit, without CR, LF and NUL.
-fn is_quotable(bytes: &[u8]) -> bool {
-    bytes.iter().all(|byte| byte.is_ascii() && !matches!(byte, 0 | b'\r' | b'\n'))
-}
-
-fn quoted(bytes: &[u8]) -> Zeroizing<Vec<u8>> {
-    let mut quoted = Zeroizing::new(Vec::with_capacity(2 * bytes.len() + 2));
-    quoted.push(b'"');
-    for byte in bytes {
-        if matches!(byte, b'"' | b'\\') {
-            quoted.push(b'\\');
-        }
-        quoted.push(*byte);
-    }
-    quoted.push(b'"');
-    quoted
-}
-
-/// One allocation of the right size: nothing is left behind by a growing buffer.
-fn joined(parts: &[&[u8]]) -> Zeroizing<Vec<u8>> {
-    Zeroizing::new(parts.concat())
-}
-
-/// `I ID (…)`. Pairs that cannot be quoted are left out.
-fn id(pairs: &[Pair], out: &mut Zeroizing<Vec<u8>>) {
-    out.extend_from_slice(b"I ID (");
-    let sendable = pairs.iter().filter(|(key, value)| is_quotable(key) && value.as_deref().is_none_or(is_quotable));
-    for (index, (key, value)) in sendable.enumerate() {
-        if index > 0 {
-            out.push(b' ');
-        }
-        out.extend_from_slice(&quoted(key));
-        out.push(b' ');
-        match value {
-            Some(value) => out.extend_from_slice(&quoted(value)),
-            None => out.extend_from_slice(b"NIL"),
-        }
-    }
-    out.extend_from_slice(b")\r\n");
+/// `imap://user;AUTH=*@host:port/`, RFC 5092 section 11.
+fn referred(url: &[u8]) -> Option<(String, u16)> {
+    let rest = std::str::from_utf8(url).ok()?.strip_prefix("imap://")?;
+    let authority = rest.split(['/', '?']).next()?;
+    let place = authority.rsplit_once('@').map_or(authority, |(_, place)| place);
+    // An IPv6 address would need brackets, which end a response code.
+    let (host, port) = place.split_once(':').map_or((place, None), |(host, port)| (host, Some(port)));
+    let port = port.map_or(Some(143), |port| port.parse().ok().filter(|port| *port != 0))?;
+    (!host.is_empty()).then(|| (host.to_ascii_lowercase(), port))
 }

@@ -1,13 +1,23 @@
 //! Capability lists: what the proxy advertises, what a server said, and what of that a logged-in client is told.
 
 use super::prelogin::Transport;
+use crate::identity::{Mechanism, Mechanisms};
 
 /// What the proxy itself can do before login; the server says after login what it can do (RFC 3501 section 6.1.1).
-pub(super) fn before_login(transport: Transport) -> &'static str {
-    match transport {
-        Transport::StartTls => "IMAP4rev1 SASL-IR LITERAL+ ID ENABLE STARTTLS LOGINDISABLED",
-        Transport::Plain | Transport::Tls => "IMAP4rev1 SASL-IR LITERAL+ ID ENABLE AUTH=PLAIN AUTH=LOGIN",
+pub(super) fn before_login(transport: Transport, mechanisms: Mechanisms) -> String {
+    let mut list = "IMAP4rev1 SASL-IR LITERAL+ ID ENABLE".to_owned();
+    if transport == Transport::StartTls {
+        list.push_str(" STARTTLS LOGINDISABLED");
+        return list;
     }
+    for mechanism in mechanisms.iter().map(Mechanism::sasl_name).filter(|name| !name.is_empty()) {
+        list.push_str(" AUTH=");
+        list.push_str(mechanism);
+    }
+    if !mechanisms.has(Mechanism::Login) {
+        list.push_str(" LOGINDISABLED");
+    }
+    list
 }
 
 /// A server's list.
@@ -29,6 +39,16 @@ impl Capabilities {
     /// Whether `word` is in the list, in any letter case.
     pub(super) fn has(&self, word: &str) -> bool {
         self.0.iter().any(|other| other.eq_ignore_ascii_case(word.as_bytes()))
+    }
+
+    /// Mechanisms that the server offers.
+    pub(super) fn mechanisms(&self) -> Mechanisms {
+        let names = self.0.iter().filter_map(|word| {
+            let (start, name) = word.split_at_checked(5)?;
+            start.eq_ignore_ascii_case(b"AUTH=").then(|| Mechanism::by_sasl_name(name)).flatten()
+        });
+        let offered: Mechanisms = names.collect();
+        if self.has("LOGINDISABLED") { offered } else { offered.with(Mechanism::Login) }
     }
 
     /// The list for a client that has logged in: without what holds only before login, and without UNAUTHENTICATE,
@@ -78,8 +98,19 @@ mod tests {
 
     #[test]
     fn before_tls_there_is_no_way_to_log_in() {
-        let list = before_login(Transport::StartTls);
+        let list = before_login(Transport::StartTls, Mechanisms::PASSWORDS);
         assert!(list.contains("LOGINDISABLED") && list.contains("STARTTLS") && !list.contains("AUTH="));
-        assert!(!before_login(Transport::Tls).contains("STARTTLS"));
+        let list = before_login(Transport::Tls, Mechanisms::PASSWORDS);
+        assert_eq!(list, "IMAP4rev1 SASL-IR LITERAL+ ID ENABLE AUTH=PLAIN AUTH=LOGIN");
+        let list = before_login(Transport::Tls, [Mechanism::XOauth2].into_iter().collect());
+        assert_eq!(list, "IMAP4rev1 SASL-IR LITERAL+ ID ENABLE AUTH=XOAUTH2 LOGINDISABLED");
+    }
+
+    #[test]
+    fn what_a_server_offers() {
+        let list = Capabilities::new(b"IMAP4rev1 AUTH=PLAIN auth=scram-sha-256 AUTH=SCRAM-SHA-256-PLUS LOGINDISABLED");
+        let names: Vec<&str> = list.mechanisms().iter().map(Mechanism::sasl_name).collect();
+        assert_eq!(names, ["PLAIN", "SCRAM-SHA-256"]);
+        assert!(Capabilities::new(b"IMAP4rev1").mechanisms().has(Mechanism::Login));
     }
 }

@@ -10,22 +10,40 @@ pub type Pair = (Vec<u8>, Option<Vec<u8>>);
 
 /// Pairs that are safe to send on: within the limits, quotable, and none that a proxy uses to tell about the client.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct ClientId(Vec<Pair>);
+pub struct ClientId {
+    pairs: Vec<Pair>,
+    ttl: Option<u8>,
+}
 
 impl ClientId {
     /// Keeps what may be sent on. Keys that begin with `x-` are left out: servers that trust us would believe them.
     pub(super) fn new(pairs: impl IntoIterator<Item = Pair>) -> Self {
-        Self(pairs.into_iter().filter(|(key, value)| may_pass(key, value.as_deref())).collect())
+        let mut id = Self::empty();
+        for (key, value) in pairs {
+            if key.eq_ignore_ascii_case(b"x-proxy-ttl") {
+                // Anybody may say it: who does can only bring itself closer to a refusal.
+                let ttl = value.as_deref().and_then(|value| std::str::from_utf8(value).ok()?.parse().ok());
+                id.ttl = Some(ttl.unwrap_or(0));
+            } else if may_pass(&key, value.as_deref()) {
+                id.pairs.push((key, value));
+            }
+        }
+        id
     }
 
     /// Of a client that has said nothing.
     pub(super) const fn empty() -> Self {
-        Self(Vec::new())
+        Self { pairs: Vec::new(), ttl: None }
+    }
+
+    /// How many more proxies may follow, where the client is one and says so.
+    pub fn ttl(&self) -> Option<u8> {
+        self.ttl
     }
 
     /// What is left of the client's pairs.
     pub fn pairs(&self) -> &[Pair] {
-        &self.0
+        &self.pairs
     }
 }
 
@@ -58,5 +76,9 @@ mod tests {
             (b"os".to_vec(), None),
         ]);
         assert_eq!(id.pairs(), [pair("name", "Thunderbird"), (b"os".to_vec(), None)]);
+        assert_eq!(id.ttl(), None);
+        for (said, heard) in [("3", 3), ("0", 0), ("many", 0), ("-1", 0), ("300", 0)] {
+            assert_eq!(ClientId::new([pair("X-Proxy-TTL", said)]).ttl(), Some(heard), "{said}");
+        }
     }
 }

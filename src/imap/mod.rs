@@ -12,9 +12,11 @@ pub mod backend_login;
 pub mod capability;
 pub mod client_id;
 mod framing;
+mod login_command;
 pub mod prelogin;
 pub mod reply;
-mod sasl;
+pub mod sasl;
+mod server_fault;
 pub mod tag;
 #[cfg(test)]
 mod transcripts;

@@ -1,6 +1,6 @@
 //! The client before it has logged in: bytes in, replies and steps out.
 //!
-//! Knows the eight commands of this state, the two SASL mechanisms, and when to stop listening. It does not know whether
+//! Knows the eight commands of this state, the SASL mechanisms, and when to stop listening. It does not know whether
 //! a password is right and never sees a server. Everything about one login attempt lives in the [`LoginRequest`] it
 //! hands out; after a refusal nothing of it is left here. RFC 3501 section 6.1 and 6.2, RFC 4959 (SASL-IR), RFC 7888
 //! (LITERAL+), RFC 2971 (ID), RFC 5161 (ENABLE); where clients expect more than these say, Dovecot is followed.
@@ -13,7 +13,7 @@ use super::framing::{Caps, Frame, Framer, without_line_end};
 use super::sasl::{self, Invalid};
 use super::tag::Tag;
 use super::{capability, reply};
-use crate::identity::{Credentials, Mechanism};
+use crate::identity::{Credentials, Mechanism, Mechanisms, UserName};
 
 /// Commands, good ones too: a client that never logs in may not go on for ever within its deadline.
 const MAX_COMMANDS: u32 = 1000;
@@ -37,7 +37,7 @@ pub enum Transport {
 }
 
 /// What is allowed.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub struct Policy {
     /// See [`Transport`].
     pub transport: Transport,
@@ -49,6 +49,10 @@ pub struct Policy {
     pub max_bad_commands: u32,
     /// The failed login that ends the connection.
     pub max_failed_logins: u32,
+    /// Ways to log in that are offered.
+    pub mechanisms: Mechanisms,
+    /// Whose certificate the client has shown.
+    pub certificate: Option<UserName>,
 }
 
 /// What the caller does next.
@@ -58,9 +62,11 @@ pub enum Step {
     NeedInput,
     /// Send the replies, perform the handshake, begin anew with [`Transport::Tls`] and no greeting.
     StartTls,
-    /// Find out whether these credentials are good; then [`Prelogin::refused`], [`Prelogin::unavailable`], or
-    /// [`Prelogin::into_leftover`].
+    /// Find out whether these credentials are good; then [`Prelogin::refused`], [`Prelogin::unavailable`],
+    /// [`Prelogin::challenge`], or [`Prelogin::into_leftover`].
     Login(LoginRequest),
+    /// The client's answer to a challenge: the server's to judge, as it stands in the line.
+    Response(Zeroizing<Vec<u8>>),
     /// Send the replies and close.
     Close(CloseReason),
 }
@@ -124,6 +130,8 @@ enum State {
     Command,
     /// Waiting for the response of a SASL exchange.
     Sasl(Tag, Exchange),
+    /// Waiting for the response to a server's challenge.
+    Relayed(Tag),
 }
 
 #[derive(Debug)]
@@ -131,6 +139,9 @@ enum Exchange {
     Plain,
     LoginUser,
     LoginPassword(Zeroizing<Vec<u8>>),
+    External,
+    /// The first message of a mechanism whose others go to the server.
+    First(Mechanism),
 }
 
 /// What a command led to: `None` goes on.
@@ -140,8 +151,8 @@ impl Prelogin {
     /// For a fresh connection, or anew after STARTTLS.
     pub fn new(policy: Policy) -> Self {
         Self {
-            policy,
             framer: Framer::new(Caps { line: policy.max_line, literal: policy.max_literal }),
+            policy,
             state: State::Command,
             commands: 0,
             bad_commands: 0,
@@ -153,7 +164,7 @@ impl Prelogin {
 
     /// The first line of a connection.
     pub fn greet(&self, out: &mut Vec<u8>) {
-        let capabilities = capability::before_login(self.policy.transport);
+        let capabilities = capability::before_login(self.policy.transport, self.offered());
         reply::untagged(&format!("OK [CAPABILITY {capabilities}] {}", reply::READY), out);
     }
 
@@ -170,7 +181,7 @@ impl Prelogin {
             }
             let next = match &self.state {
                 State::Command => self.next_command(out),
-                State::Sasl(..) => self.next_response(out),
+                State::Sasl(..) | State::Relayed(_) => self.next_response(out),
             };
             if let Some(step) = next {
                 return step;
@@ -189,6 +200,23 @@ impl Prelogin {
     /// The attempt could not be decided.
     pub fn unavailable(&mut self, tag: &Tag, out: &mut Vec<u8>) {
         reply::unavailable(tag, out);
+    }
+
+    /// The server the attempt was passed to asks something: `line` is what follows `+ `. The client's answer is the next
+    /// step.
+    pub fn challenge(&mut self, tag: &Tag, line: &[u8], out: &mut Vec<u8>) {
+        out.extend_from_slice(b"+ ");
+        out.extend_from_slice(line);
+        out.extend_from_slice(b"\r\n");
+        self.state = State::Relayed(tag.clone());
+    }
+
+    /// What may be used: EXTERNAL only with a certificate.
+    fn offered(&self) -> Mechanisms {
+        let without = Mechanism::ALL
+            .into_iter()
+            .filter(|mechanism| *mechanism != Mechanism::External || self.policy.certificate.is_some());
+        self.policy.mechanisms.and(without.collect())
     }
 
     /// What the client said of itself.
@@ -310,7 +338,8 @@ impl Prelogin {
             }
             Command::Capability => {
                 arguments.end()?;
-                reply::untagged(&format!("CAPABILITY {}", capability::before_login(self.policy.transport)), out);
+                let capabilities = capability::before_login(self.policy.transport, self.offered());
+                reply::untagged(&format!("CAPABILITY {capabilities}"), out);
                 reply::ok(tag, "Capabilities before login listed; there are more after it.", out);
             }
             Command::Logout => {
@@ -359,6 +388,10 @@ impl Prelogin {
         let user = arguments.astring()?;
         let password = arguments.astring()?;
         arguments.end()?;
+        if !self.offered().has(Mechanism::Login) {
+            reply::no(tag, "[CANNOT] LOGIN is disabled: use AUTHENTICATE.", out);
+            return Ok(None);
+        }
         Ok(self.attempt(tag, sasl::credentials(&user, &password, Mechanism::Login), out))
     }
 
@@ -369,26 +402,32 @@ impl Prelogin {
         let mechanism = arguments.astring()?;
         let initial = Zeroizing::new(arguments.word().to_vec());
         arguments.end()?;
-        let exchange = if mechanism.eq_ignore_ascii_case(b"PLAIN") {
-            Exchange::Plain
-        } else if mechanism.eq_ignore_ascii_case(b"LOGIN") {
-            Exchange::LoginUser
-        } else {
-            reply::no(tag, "[CANNOT] Mechanism not supported. Offered: PLAIN, LOGIN.", out);
-            return Ok(None);
+        let known = Mechanism::by_sasl_name(&mechanism).filter(|mechanism| self.offered().has(*mechanism));
+        let exchange = match known {
+            Some(Mechanism::SaslPlain) => Exchange::Plain,
+            Some(Mechanism::SaslLogin) => Exchange::LoginUser,
+            Some(Mechanism::External) => Exchange::External,
+            Some(relayed) if relayed.is_relayed() => Exchange::First(relayed),
+            _ => {
+                let offered: Vec<&str> =
+                    self.offered().iter().map(Mechanism::sasl_name).filter(|name| !name.is_empty()).collect();
+                let text = format!("[CANNOT] Mechanism not supported. Offered: {}.", offered.join(", "));
+                reply::no(tag, &text, out);
+                return Ok(None);
+            }
         };
         if initial.is_empty() {
-            self.challenge(tag.clone(), exchange, out);
+            self.ask(tag.clone(), exchange, out);
             return Ok(None);
         }
         // RFC 4959: "=" is an initial response of no bytes.
         let initial = if initial[..] == *b"=" { Zeroizing::new(Vec::new()) } else { initial };
-        Ok(self.response(tag.clone(), exchange, &initial, out))
+        Ok(self.response(&tag.clone(), exchange, &initial, out))
     }
 
-    fn challenge(&mut self, tag: Tag, exchange: Exchange, out: &mut Vec<u8>) {
+    fn ask(&mut self, tag: Tag, exchange: Exchange, out: &mut Vec<u8>) {
         out.extend_from_slice(match &exchange {
-            Exchange::Plain => b"+ \r\n",
+            Exchange::Plain | Exchange::External | Exchange::First(_) => b"+ \r\n",
             // "Username:" and "Password:" in base64, as every server of this mechanism asks.
             Exchange::LoginUser => b"+ VXNlcm5hbWU6\r\n",
             Exchange::LoginPassword(_) => b"+ UGFzc3dvcmQ6\r\n",
@@ -400,7 +439,7 @@ impl Prelogin {
         match self.framer.line() {
             Frame::Complete => {}
             Frame::LineTooLong => {
-                if let State::Sasl(tag, _) = &self.state {
+                if let State::Sasl(tag, _) | State::Relayed(tag) = &self.state {
                     reply::bad(Some(tag), "The response is too long.", out);
                 }
                 reply::bye("The response is too long.", out);
@@ -409,29 +448,39 @@ impl Prelogin {
             _ => return Some(Step::NeedInput),
         }
         let line = self.framer.take();
-        let State::Sasl(tag, exchange) = std::mem::replace(&mut self.state, State::Command) else { return None };
         let response = without_line_end(&line);
-        if response == b"*" {
-            reply::bad(Some(&tag), "Authentication aborted by client.", out);
-            return None;
+        match std::mem::replace(&mut self.state, State::Command) {
+            State::Command => None,
+            // The server is told of an abort too: it has the last word.
+            State::Relayed(_) => Some(Step::Response(Zeroizing::new(response.to_vec()))),
+            State::Sasl(tag, _) if response == b"*" => {
+                reply::bad(Some(&tag), "Authentication aborted by client.", out);
+                None
+            }
+            State::Sasl(tag, exchange) => self.response(&tag, exchange, response, out),
         }
-        self.response(tag, exchange, response, out)
     }
 
     /// A response in base64, initial or not.
-    fn response(&mut self, tag: Tag, exchange: Exchange, response: &[u8], out: &mut Vec<u8>) -> Next {
+    fn response(&mut self, tag: &Tag, exchange: Exchange, response: &[u8], out: &mut Vec<u8>) -> Next {
         let message = match sasl::decode(response.trim_ascii_end()) {
             Ok(message) => message,
-            Err(invalid) => return self.attempt(&tag, Err(invalid), out),
+            Err(invalid) => return self.attempt(tag, Err(invalid), out),
         };
         match exchange {
-            Exchange::Plain => self.attempt(&tag, sasl::plain(&message), out),
+            Exchange::Plain => self.attempt(tag, sasl::plain(&message), out),
+            Exchange::First(mechanism) => self.attempt(tag, sasl::first_message(mechanism, &message), out),
+            Exchange::External => {
+                let owner = self.policy.certificate.clone();
+                let read = owner.as_ref().map_or(Err(Invalid::Form), |owner| sasl::external(&message, owner));
+                self.attempt(tag, read, out)
+            }
             Exchange::LoginUser => {
-                self.challenge(tag, Exchange::LoginPassword(message), out);
+                self.ask(tag.clone(), Exchange::LoginPassword(message), out);
                 None
             }
             Exchange::LoginPassword(user) => {
-                self.attempt(&tag, sasl::credentials(&user, &message, Mechanism::SaslLogin), out)
+                self.attempt(tag, sasl::credentials(&user, &message, Mechanism::SaslLogin), out)
             }
         }
     }

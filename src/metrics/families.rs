@@ -31,6 +31,7 @@ pub(super) struct Families {
     pub(super) bytes: IntCounterVec,
     pub(super) failures: IntCounterVec,
     pub(super) server_up: IntGaugeVec,
+    pub(super) server_trusts: IntGaugeVec,
     pub(super) server_sessions: IntGaugeVec,
     pub(super) certificate_expiry: GaugeVec,
     pub(super) table_users: IntGaugeVec,
@@ -124,6 +125,11 @@ impl Families {
                 "1 while the server is taken for alive, 0 after a failure until it answers a login again.",
                 &["backend", "server"],
             ),
+            server_trusts: gauges(
+                "vestibule_server_trusts_id",
+                "1: the server says that it trusts our ID; 0: it does not (Dovecot before 2.4 never says so); -1: not heard yet.",
+                &["backend", "server"],
+            ),
             server_sessions: gauges(
                 "vestibule_server_sessions",
                 "Logged-in sessions being relayed to the server.",
@@ -175,7 +181,7 @@ impl Families {
     }
 
     fn register_all(&self) {
-        let collectors: [Box<dyn prometheus::core::Collector>; 29] = [
+        let collectors: [Box<dyn prometheus::core::Collector>; 30] = [
             Box::new(self.build_info.clone()),
             Box::new(self.sessions.clone()),
             Box::new(self.sessions_total.clone()),
@@ -193,6 +199,7 @@ impl Families {
             Box::new(self.bytes.clone()),
             Box::new(self.failures.clone()),
             Box::new(self.server_up.clone()),
+            Box::new(self.server_trusts.clone()),
             Box::new(self.server_sessions.clone()),
             Box::new(self.certificate_expiry.clone()),
             Box::new(self.table_users.clone()),

@@ -214,6 +214,7 @@ pub struct BackendMetrics {
     to_client: IntCounter,
     to_server: IntCounter,
     server_up: IntGaugeVec,
+    server_trusts: IntGaugeVec,
     server_sessions: IntGaugeVec,
     insecure: IntGauge,
 }
@@ -233,6 +234,7 @@ impl BackendMetrics {
             to_client: families.bytes.with_label_values(&[name, "to_client"]),
             to_server: families.bytes.with_label_values(&[name, "to_server"]),
             server_up: families.server_up.clone(),
+            server_trusts: families.server_trusts.clone(),
             server_sessions: families.server_sessions.clone(),
             insecure: families.insecure.with_label_values(one),
         }
@@ -279,9 +281,11 @@ impl BackendMetrics {
         let labels = &[self.name.as_str(), server];
         let metrics = ServerMetrics {
             up: self.server_up.with_label_values(labels),
+            trusts: self.server_trusts.with_label_values(labels),
             sessions: self.server_sessions.with_label_values(labels),
         };
         metrics.up.set(1);
+        metrics.trusts.set(-1);
         metrics
     }
 
@@ -290,6 +294,7 @@ impl BackendMetrics {
         let labels = &[self.name.as_str(), server];
         // An error says that the series does not exist, which is what is asked for.
         let _ = self.server_up.remove_label_values(labels);
+        let _ = self.server_trusts.remove_label_values(labels);
         let _ = self.server_sessions.remove_label_values(labels);
     }
 }
@@ -298,10 +303,16 @@ impl BackendMetrics {
 #[derive(Debug)]
 pub struct ServerMetrics {
     up: IntGauge,
+    trusts: IntGauge,
     sessions: IntGauge,
 }
 
 impl ServerMetrics {
+    /// Whether the server says that it trusts our ID.
+    pub fn set_trusts(&self, trusts: bool) {
+        self.trusts.set(trusts.into());
+    }
+
     /// The server is taken for alive, or not.
     pub fn set_up(&self, up: bool) {
         self.up.set(up.into());

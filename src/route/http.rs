@@ -187,7 +187,10 @@ impl Http {
 
     fn json(&self, question: &Question) -> Result<Request<Full<Bytes>>, String> {
         let visitor = question.visitor.as_deref();
-        let secret = |visitor: &'_ Visitor| self.password.then(|| visitor.credentials.password.expose().to_vec());
+        let secret = |visitor: &'_ Visitor| {
+            let password = visitor.credentials.password().filter(|_| self.password)?;
+            Some(password.expose().to_vec())
+        };
         let secret = visitor.and_then(secret).map(Zeroizing::new);
         let password = secret.as_deref().map(|bytes| std::str::from_utf8(bytes)).transpose();
         let asked = Asked {
@@ -217,9 +220,10 @@ impl Http {
 
     fn nginx(&self, question: &Question, visitor: &Visitor) -> Result<Request<Full<Bytes>>, String> {
         let mut request = self.request(Method::GET, Vec::new())?;
-        let credentials = &visitor.credentials;
         let user = escaped(question.user.as_bytes());
-        let password = escaped(credentials.password.expose());
+        // nginx knows "external" and "none" too, but for protocols and logins that are not these.
+        let password = visitor.credentials.password().ok_or("this style is asked with a password only")?;
+        let password = escaped(password.expose());
         let attempt = visitor.attempt.to_string();
         let address = visitor.client.ip().to_canonical().to_string();
         let mut headers = vec![

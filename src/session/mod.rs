@@ -4,17 +4,19 @@
 //! |---|---|---|---|
 //! | 1 TLS handshake | [`Session::encrypt`] | `limits.handshake` | the connection closes |
 //! | 2 who is it | `imap::prelogin` in [`Session::log_in`] | `limits.login`, from accept | BYE |
-//! | 3 which backend | `route` in [`Session::attempt`] | `limits.lookup` | NO `[UNAVAILABLE]`, or refused when unknown |
-//! | 4 which server | `backend` in [`Session::attempt`] | `limits.server_login`, over all servers | next server, then NO `[UNAVAILABLE]` |
+//! | 3 which backend | `route` in [`attempt`] | `limits.lookup` | NO `[UNAVAILABLE]`, or refused when unknown |
+//! | 4 which server | `backend` in [`attempt`] | `limits.server_login`, over all servers | next server, then NO `[UNAVAILABLE]` |
 //! | 5 log in there | `backend::connect` | a share of the above | the server's NO is passed on, never retried |
 //! | 6 answer the client | [`relayed::Relayed`] | none | |
 //! | 7 relay | `relay`, `waiting` | `limits.idle`, `limits.stall`, `limits.half_close` | |
 //! | 8 one record | [`record::Record`] | always | |
 //!
-//! This file alone knows the order. After a refusal nothing of the attempt is left: the next login is parsed, routed and
+//! This file and `attempt` alone know the order. After a refusal nothing of the attempt is left: the next login is parsed, routed and
 //! sent to a server connection of its own. Called by `listener`.
 
+mod attempt;
 mod id;
+mod pace;
 mod record;
 mod relayed;
 
@@ -29,19 +31,17 @@ use tokio::sync::OwnedSemaphorePermit;
 use tokio::time::{self, timeout, timeout_at};
 use zeroize::Zeroizing;
 
+use self::attempt::Attempted;
+pub use self::pace::Refusals;
 use self::record::{EndedBy, Record};
 pub use self::relayed::Quiet;
 use self::relayed::{Kept, Relayed};
-use crate::backend::connect::{self, Established, Outcome, Request};
+use crate::backend::connect::Established;
 use crate::backend::{Backend, Server};
 use crate::config::ListenerTls;
 use crate::failure::Reason;
-use crate::identity::{Credentials, ServerLogin};
-use crate::imap::prelogin::{Bye, CloseReason, LoginRequest, Policy, Prelogin, Step, Transport};
-use crate::imap::reply;
-use crate::imap::tag::Tag;
-use crate::metrics::{LoginOutcome, OpenGuard};
-use crate::route::{Place, Question, RouteError, Routed, Target, Visitor};
+use crate::imap::prelogin::{Bye, CloseReason, Policy, Prelogin, Step, Transport};
+use crate::metrics::OpenGuard;
 use crate::server::Live;
 use crate::shutdown::Drain;
 use crate::stream::{Encrypted, Stream};
@@ -109,13 +109,6 @@ struct Session {
     record: Record,
 }
 
-/// How a login attempt ended.
-enum Attempted {
-    Accepted { backend: Arc<Backend>, server: Arc<Server>, established: Box<Established> },
-    Refused { reply: Vec<u8>, counts: bool },
-    Unavailable,
-}
-
 impl Session {
     fn new(arrival: Arrival) -> (Self, TcpStream) {
         let Arrival { socket, peer, local, listener, live, drain, room, held, .. } = arrival;
@@ -133,7 +126,7 @@ impl Session {
             ListenerTls::StartTls => (Stream::Plain(socket), Transport::StartTls),
             ListenerTls::None => (Stream::Plain(socket), Transport::Plain),
         };
-        let mut prelogin = Prelogin::new(self.policy(transport));
+        let mut prelogin = Prelogin::new(self.policy(transport, &stream));
         let mut out = Vec::new();
         prelogin.greet(&mut out);
         loop {
@@ -145,9 +138,9 @@ impl Session {
                     let Stream::Plain(socket) = stream else { return None };
                     stream = self.encrypt(socket).await?;
                     // Nothing learnt in clear is believed: a new parser, new counters, no ID.
-                    prelogin = Prelogin::new(self.policy(Transport::Tls));
+                    prelogin = Prelogin::new(self.policy(Transport::Tls, &stream));
                 }
-                Step::Login(request) => match self.attempt(&request, &prelogin).await {
+                Step::Login(mut request) => match self.attempt(&mut request, &mut stream, &mut prelogin).await? {
                     Attempted::Accepted { backend, server, established } => {
                         return self.relayed(stream, prelogin.into_leftover(), &backend, &server, *established).await;
                     }
@@ -155,25 +148,28 @@ impl Session {
                     Attempted::Unavailable => prelogin.unavailable(&request.tag, &mut out),
                 },
                 Step::Close(reason) => {
-                    if let Some(reason) = failure(reason) {
-                        self.record.failed(reason);
-                    }
-                    self.record.ended_by(EndedBy::Proxy);
-                    close(stream).await;
+                    self.closed(reason);
+                    close(&mut stream).await;
                     return None;
                 }
+                // Only `attempt` passes challenges on, and it takes what comes back.
+                Step::Response(_) => {}
             }
         }
     }
 
-    fn policy(&self, transport: Transport) -> Policy {
+    fn policy(&self, transport: Transport, stream: &Stream) -> Policy {
         let limits = &self.live.limits;
+        let tls = self.live.tls.as_ref();
+        let certificate = stream.peer_certificate().and_then(|certificate| tls?.owner(self.listener, certificate));
         Policy {
             transport,
             max_line: limits.line,
             max_literal: limits.literal,
             max_bad_commands: limits.bad_commands,
             max_failed_logins: limits.failed_logins,
+            mechanisms: self.live.mechanisms(self.listener),
+            certificate,
         }
     }
 
@@ -183,7 +179,7 @@ impl Session {
         let due = self.login_by.min(time::Instant::now() + self.live.limits.handshake);
         let tls = self.live.tls.as_ref()?;
         let secrets = Arc::new(Secrets::default());
-        let handshake = tls.accept(socket, secrets.clone());
+        let handshake = tls.accept(self.listener, socket, secrets.clone());
         let error = tokio::select! {
             accepted = timeout_at(due, handshake) => match accepted {
                 Ok(Ok(tls)) => {
@@ -253,113 +249,17 @@ impl Session {
         None
     }
 
+    fn closed(&mut self, reason: CloseReason) {
+        if let Some(reason) = failure(reason) {
+            self.record.failed(reason);
+        }
+        self.record.ended_by(EndedBy::Proxy);
+    }
+
     fn gone(&mut self, reason: Reason) -> Option<()> {
         self.record.ended_by(EndedBy::Client);
         self.record.failed(reason);
         None
-    }
-
-    /// Steps 3 to 5, for one login command.
-    async fn attempt(&mut self, login: &LoginRequest, prelogin: &Prelogin) -> Attempted {
-        let began = Instant::now();
-        let live = self.live.clone();
-        let user = login.credentials.mailbox_user();
-        self.record.attempt(user, login.credentials.mechanism);
-        let question = self.question(login);
-        let (target, backend) = match timeout(live.limits.lookup, live.router.route(&question, &live.metrics)).await {
-            Ok(Ok(Routed { target, route })) => {
-                let backend = match &*target {
-                    Target::Place(place) => Some(live.backends.backend(place.backend)),
-                    Target::Refuse(_) | Target::Denied(_) | Target::Maintenance(_) => None,
-                };
-                self.record.routed(route, backend.map(|backend| &backend.name), began.elapsed());
-                (target, backend)
-            }
-            Ok(Err(RouteError::Unknown)) => {
-                self.record.attempt_failed(Reason::UnknownUser, LoginOutcome::UnknownUser, None);
-                return Attempted::Refused { reply: reply::authentication_failed(&login.tag, None), counts: true };
-            }
-            Ok(Err(error)) => return self.lookup_failed(&error.to_string()),
-            Err(_) => return self.lookup_failed("no answer within limits.lookup"),
-        };
-        let (Target::Place(place), Some(backend)) = (&*target, backend) else {
-            return self.verdict(&login.tag, &target).await;
-        };
-        if login.credentials.authzid.is_some() && !backend.allows_authzid {
-            self.record.attempt_failed(Reason::AuthzidRefused, LoginOutcome::Refused, Some(backend.id));
-            return Attempted::Refused { reply: reply::authorization_failed(&login.tag), counts: true };
-        }
-        let request = Request {
-            login: server_login(&login.credentials, place),
-            tag: &login.tag,
-            client_id: prelogin.client_id(),
-            client: self.peer,
-            listener: self.local,
-            session_id: self.record.session_id(),
-            limits: &live.limits,
-        };
-        let (outcome, server) = log_in_somewhere(&live, backend, place, &question.user, &request).await;
-        match (outcome, server) {
-            (Outcome::Accepted(established), Some(server)) => {
-                let metrics = live.metrics.backend(backend.id.0);
-                metrics.logged_in(began.elapsed());
-                self.record.accepted(backend.id, &server.name, &established, began.elapsed());
-                Attempted::Accepted { backend: backend.clone(), server, established: Box::new(established) }
-            }
-            (Outcome::Refused { reply, counts }, server) => {
-                self.record.refused(backend.id, server.as_ref().map(|server| &server.name));
-                Attempted::Refused { reply, counts }
-            }
-            (Outcome::Unavailable(fault), _) => {
-                self.record.detail(fault.detail);
-                self.record.attempt_failed(fault.reason, LoginOutcome::Unavailable, Some(backend.id));
-                Attempted::Unavailable
-            }
-            // `log_in_somewhere` names the server with every acceptance.
-            (Outcome::Accepted(_), None) => Attempted::Unavailable,
-        }
-    }
-
-    fn question(&self, login: &LoginRequest) -> Question {
-        let visitor = self.live.router.wants_visitor().then(|| {
-            Arc::new(Visitor {
-                client: self.peer,
-                listener: self.local,
-                session: self.record.session_id().into(),
-                tls: self.record.tls_version(),
-                attempt: self.record.attempts(),
-                credentials: login.credentials.clone(),
-            })
-        });
-        Question { user: login.credentials.mailbox_user().routing_key().into(), visitor }
-    }
-
-    /// The route's own word, instead of a server's.
-    async fn verdict(&mut self, tag: &Tag, target: &Target) -> Attempted {
-        match target {
-            Target::Refuse(text) => {
-                self.record.attempt_failed(Reason::RouteRefused, LoginOutcome::Refused, None);
-                Attempted::Refused { reply: reply::contact_admin(tag, text), counts: false }
-            }
-            Target::Denied(denied) => {
-                self.record.denied();
-                time::sleep(denied.wait).await;
-                Attempted::Refused { reply: reply::authentication_failed(tag, denied.text.as_deref()), counts: true }
-            }
-            Target::Maintenance(text) => {
-                self.record.attempt_failed(Reason::RouteMaintenance, LoginOutcome::Unavailable, None);
-                Attempted::Refused { reply: reply::maintenance(tag, text), counts: false }
-            }
-            // Only a place has a backend, and those without one come here.
-            Target::Place(_) => Attempted::Unavailable,
-        }
-    }
-
-    fn lookup_failed(&mut self, error: &str) -> Attempted {
-        tracing::warn!(session = self.record.session_id(), %error, "route lookup failed");
-        self.record.detail(error.to_owned());
-        self.record.attempt_failed(Reason::LookupFailed, LoginOutcome::Unavailable, None);
-        Attempted::Unavailable
     }
 
     /// The end of the login: rustls lets go of the client's connection, and all that is kept is packed up.
@@ -389,53 +289,8 @@ impl Session {
     }
 }
 
-/// Step 4: the user's servers in order, until one gives an answer that counts for all of them.
-async fn log_in_somewhere(
-    live: &Live,
-    backend: &Backend,
-    place: &Place,
-    user: &str,
-    request: &Request<'_>,
-) -> (Outcome, Option<Arc<Server>>) {
-    let deadline = time::Instant::now() + live.limits.server_login;
-    let known_by = deadline.min(time::Instant::now() + live.limits.connect);
-    let servers = timeout_at(known_by, live.servers(place, user)).await.unwrap_or_default();
-    let mut outcome = Outcome::Unavailable(connect::Fault::no_server());
-    for (tried, server) in servers.iter().enumerate() {
-        let now = time::Instant::now();
-        // While there is another server, one that hangs gets half of what is left.
-        let due = if tried + 1 < servers.len() { now + (deadline - now) / 2 } else { deadline };
-        outcome = connect::login(backend, server, request, due).await;
-        let Outcome::Unavailable(fault) = &outcome else { return (outcome, Some(server.clone())) };
-        tracing::info!(session = request.session_id, server = %server.name, reason = fault.reason.as_str(), detail = %fault.detail, "server could not take the login");
-        live.metrics.failure(fault.reason);
-        if !fault.try_next || time::Instant::now() >= deadline {
-            break;
-        }
-    }
-    (outcome, None)
-}
-
-/// What the server is logged in with: the client's own credentials, under the name the route gave; or those the route
-/// gave, where it has checked the client's.
-fn server_login<'a>(credentials: &'a Credentials, place: &'a Place) -> ServerLogin<'a> {
-    let mailbox = place.user.as_ref().unwrap_or(credentials.mailbox_user());
-    match &place.login {
-        Some(login) if place.proven => ServerLogin {
-            user: login.master.as_ref().unwrap_or(mailbox),
-            authzid: login.master.is_some().then_some(mailbox),
-            password: &login.password,
-        },
-        _ => ServerLogin {
-            user: if credentials.authzid.is_some() { &credentials.user } else { mailbox },
-            authzid: credentials.authzid.is_some().then_some(mailbox),
-            password: &credentials.password,
-        },
-    }
-}
-
 /// Says goodbye at the TLS level, to a peer that may no longer listen.
-async fn close(mut stream: Stream) {
+async fn close(stream: &mut Stream) {
     // Whatever the result, the socket closes when the stream drops here.
     let _ = timeout(FAREWELL, stream.shutdown()).await;
 }

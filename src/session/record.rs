@@ -10,8 +10,8 @@ use std::time::{Duration, Instant};
 
 use prometheus::IntCounter;
 
-use crate::backend::Server;
 use crate::backend::connect::Established;
+use crate::backend::{Backend, Server};
 use crate::config::BackendId;
 use crate::failure::{Reason, Side};
 use crate::identity::{Mechanism, UserName};
@@ -148,8 +148,8 @@ impl Record {
         }
     }
 
-    pub(super) fn session_id(&self) -> &str {
-        self.session.as_str()
+    pub(super) fn session(&self) -> SessionId {
+        self.session
     }
 
     /// Login commands so far, the one under way included.
@@ -157,8 +157,8 @@ impl Record {
         self.attempts
     }
 
-    pub(super) fn tls_version(&self) -> Option<&'static str> {
-        self.tls.as_ref().map(|tls| tls.version)
+    pub(super) fn tls(&self) -> Option<&TlsFacts> {
+        self.tls.as_ref()
     }
 
     pub(super) fn encrypted(&mut self, took: Duration, facts: Option<TlsFacts>) {
@@ -201,19 +201,15 @@ impl Record {
         self.answered(LoginOutcome::Refused, Some(backend));
     }
 
-    pub(super) fn accepted(
-        &mut self,
-        backend: BackendId,
-        server: &Arc<str>,
-        established: &Established,
-        took: Duration,
-    ) {
+    pub(super) fn accepted(&mut self, backend: &Backend, server: &Arc<str>, established: &Established, took: Duration) {
+        // A referral may have led to another than the route named.
+        self.backend = Some(backend.name.clone());
         self.server = Some(server.clone());
         self.address = Some(established.address.into());
         self.times.connect = Some(established.connect.into());
         self.times.server_login = Some(established.login.into());
         self.times.login = Some(took.into());
-        self.answered(LoginOutcome::Accepted, Some(backend));
+        self.answered(LoginOutcome::Accepted, Some(backend.id));
     }
 
     fn answered(&mut self, outcome: LoginOutcome, backend: Option<BackendId>) {

@@ -12,11 +12,14 @@ use std::path::Path;
 use std::sync::Arc;
 
 use tokio::net::TcpStream;
-use tokio_rustls::rustls::ServerConfig;
 use tokio_rustls::rustls::crypto::aws_lc_rs::Ticketer;
 use tokio_rustls::rustls::pki_types::PrivateKeyDer;
-use tokio_rustls::rustls::server::{ClientHello, NoServerSessionStorage, ResolvesServerCert};
+use tokio_rustls::rustls::server::danger::ClientCertVerifier;
+use tokio_rustls::rustls::server::{
+    ClientHello, NoServerSessionStorage, ProducesTickets, ResolvesServerCert, WebPkiClientVerifier,
+};
 use tokio_rustls::rustls::sign::CertifiedKey;
+use tokio_rustls::rustls::{RootCertStore, ServerConfig};
 use tokio_rustls::{TlsAcceptor, TlsStream};
 use x509_parser::extensions::GeneralName;
 use x509_parser::prelude::{FromDer, X509Certificate};
@@ -24,7 +27,8 @@ use x509_parser::prelude::{FromDer, X509Certificate};
 use super::handover::Secrets;
 use super::records::Records;
 use super::{provider, read_certificates};
-use crate::config::{Certificate, Config, Problem};
+use crate::config::{Certificate, CertificateUser, ClientCertificates, Config, Problem};
+use crate::identity::UserName;
 use crate::metrics::Metrics;
 
 /// The ALPN name of IMAP (RFC 7301 registry).
@@ -32,7 +36,8 @@ const ALPN: &[u8] = b"imap";
 
 /// What clients are shown.
 pub struct ServerTls {
-    config: ServerConfig,
+    /// One a listener: tickets of one that asks for certificates are no good at another.
+    listeners: Vec<(ServerConfig, Option<CertificateUser>)>,
     expiries: Vec<(String, i64)>,
 }
 
@@ -60,25 +65,60 @@ impl ServerTls {
         if !problems.is_empty() {
             return Err(problems);
         }
-        match server_config(by_name) {
-            Ok(server) => Ok(Some(Self { config: server, expiries })),
-            Err(error) => Err(vec![config.problem(&config.certificates[0].cert.place, error)]),
+        let by_name = Arc::new(by_name);
+        let ticketer = Ticketer::new();
+        let fault = |error: String| vec![config.problem(&config.certificates[0].cert.place, error)];
+        let ticketer = ticketer.map_err(|error| fault(error.to_string()))?;
+        let mut listeners = Vec::new();
+        for listener in &config.listeners {
+            let built = match &listener.client_certificates {
+                None => (server_config(by_name.clone(), None, ticketer.clone()).map_err(fault)?, None),
+                Some(wanted) => {
+                    let verifier = verifier(config, wanted).map_err(|problem| vec![problem])?;
+                    let own = Ticketer::new().map_err(|error| fault(error.to_string()))?;
+                    (server_config(by_name.clone(), Some(verifier), own).map_err(fault)?, Some(wanted.user))
+                }
+            };
+            listeners.push(built);
         }
+        Ok(Some(Self { listeners, expiries }))
     }
 
-    /// Performs the handshake. `secrets` is told the connection's own.
+    /// Performs the handshake of a connection to the listener at this place in the configuration. `secrets` is told the
+    /// connection's own.
     ///
     /// # Errors
     /// What rustls says: no common version or cipher, no TLS at all.
     pub async fn accept(
         &self,
+        listener: usize,
         socket: TcpStream,
         secrets: Arc<Secrets>,
     ) -> std::io::Result<TlsStream<Records<TcpStream>>> {
         // A configuration of its own is what gives a connection a key log of its own; all it holds is shared.
-        let mut config = self.config.clone();
+        let mut config = self.listeners[listener].0.clone();
         config.key_log = secrets;
         Ok(TlsStream::Server(TlsAcceptor::from(Arc::new(config)).accept(Records::new(socket)).await?))
+    }
+
+    /// Whose certificate it is, by the rule of the listener. `None`: it names nobody.
+    pub fn owner(&self, listener: usize, certificate: &[u8]) -> Option<UserName> {
+        let rule = self.listeners[listener].1?;
+        let (_, parsed) = X509Certificate::from_der(certificate).ok()?;
+        let alternatives = parsed.subject_alternative_name().ok().flatten();
+        let mut alternatives = alternatives.iter().flat_map(|names| &names.value.general_names);
+        let name = match rule {
+            CertificateUser::SanEmail => alternatives.find_map(|name| match name {
+                GeneralName::RFC822Name(name) => Some(*name),
+                _ => None,
+            })?,
+            CertificateUser::SanDns => alternatives.find_map(|name| match name {
+                GeneralName::DNSName(name) => Some(*name),
+                _ => None,
+            })?,
+            CertificateUser::CommonName => parsed.subject().iter_common_name().next()?.as_str().ok()?,
+        };
+        UserName::new(name.as_bytes()).ok()
     }
 
     /// Sets the expiry gauges.
@@ -89,19 +129,38 @@ impl ServerTls {
     }
 }
 
-fn server_config(certificates: ByName) -> Result<ServerConfig, String> {
-    let mut config = ServerConfig::builder_with_provider(provider())
+fn server_config(
+    certificates: Arc<ByName>,
+    verifier: Option<Arc<dyn ClientCertVerifier>>,
+    ticketer: Arc<dyn ProducesTickets>,
+) -> Result<ServerConfig, String> {
+    let builder = ServerConfig::builder_with_provider(provider())
         .with_safe_default_protocol_versions()
-        .map_err(|error| error.to_string())?
-        .with_no_client_auth()
-        .with_cert_resolver(Arc::new(certificates));
+        .map_err(|error| error.to_string())?;
+    let mut config = match verifier {
+        Some(verifier) => builder.with_client_cert_verifier(verifier),
+        None => builder.with_no_client_auth(),
+    }
+    .with_cert_resolver(certificates);
     config.alpn_protocols = vec![ALPN.to_vec()];
     config.ignore_client_order = true;
     config.session_storage = Arc::new(NoServerSessionStorage {});
-    config.ticketer = Ticketer::new().map_err(|error| error.to_string())?;
+    config.ticketer = ticketer;
     config.send_tls13_tickets = 1;
     config.enable_secret_extraction = true;
     Ok(config)
+}
+
+fn verifier(config: &Config, wanted: &ClientCertificates) -> Result<Arc<dyn ClientCertVerifier>, Problem> {
+    let file = wanted.ca.value.display();
+    let fault = |message: String| config.problem(&wanted.ca.place, format!("{file}: {message}"));
+    let mut roots = RootCertStore::empty();
+    for certificate in read_certificates(&wanted.ca.value).map_err(fault)? {
+        roots.add(certificate).map_err(|error| fault(error.to_string()))?;
+    }
+    let builder = WebPkiClientVerifier::builder_with_provider(Arc::new(roots), provider());
+    let builder = if wanted.required { builder } else { builder.allow_unauthenticated() };
+    Ok(builder.build().map_err(|error| fault(error.to_string()))?)
 }
 
 /// One certificate with its key, and what the certificate says of itself.

@@ -13,7 +13,10 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ("explain", &["backend", "config", "identity", "route", "server"]),
     (
         "server",
-        &["admin", "backend", "config", "listener", "metrics", "route", "session", "shutdown", "tls", "workers"],
+        &[
+            "admin", "backend", "config", "identity", "listener", "metrics", "route", "session", "shutdown", "tls",
+            "workers",
+        ],
     ),
     ("listener", &["config", "metrics", "server", "session", "shutdown"]),
     (
@@ -26,11 +29,11 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ("backend", &["config", "dns", "failure", "identity", "imap", "metrics", "relay", "rendezvous", "stream", "tls"]),
     ("route", &["config", "dns", "identity", "metrics", "rendezvous", "template", "tls"]),
     ("admin", &["metrics"]),
-    ("tls", &["config", "metrics", "record_layer"]),
+    ("tls", &["config", "identity", "metrics", "record_layer"]),
     ("imap", &["identity"]),
     ("logging", &["config"]),
     ("metrics", &["failure", "identity"]),
-    ("config", &["template"]),
+    ("config", &["identity", "template"]),
     ("dns", &[]),
     ("failure", &[]),
     ("identity", &[]),

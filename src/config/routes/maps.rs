@@ -39,8 +39,7 @@ pub(super) struct RouteMap {
 #[serde(deny_unknown_fields)]
 pub(super) struct RegexMap {
     /// Found anywhere in the user's name; `^` and `$` tie it down.
-    #[serde(rename = "match")]
-    pub(super) pattern: String,
+    pub(super) r#match: String,
     /// As a line of a table has it; `$1`, `${name}` are what the pattern caught.
     pub(super) to: String,
 }

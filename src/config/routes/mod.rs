@@ -131,7 +131,7 @@ fn by_regex(reader: &mut Reader<'_>, key: &str, items: Vec<Value>) -> Vec<RegexR
     for (index, item) in items.into_iter().enumerate() {
         let key = format!("{key}[{index}]");
         let Some(written) = reader.read::<RegexMap>(&key, item) else { continue };
-        rules.push(RegexRule { pattern: written.pattern, to: written.to, place: reader.place(&key) });
+        rules.push(RegexRule { pattern: written.r#match, to: written.to, place: reader.place(&key) });
     }
     rules
 }

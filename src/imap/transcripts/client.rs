@@ -2,11 +2,19 @@
 
 use proptest::prelude::*;
 
-use crate::identity::Credentials;
+use crate::identity::{Credentials, Mechanism, Proof};
 use crate::imap::prelogin::{Policy, Prelogin, Step, Transport};
 
 fn policy(transport: Transport) -> Policy {
-    Policy { transport, max_line: 1024, max_literal: 256, max_bad_commands: 3, max_failed_logins: 5 }
+    Policy {
+        transport,
+        max_line: 1024,
+        max_literal: 256,
+        max_bad_commands: 3,
+        max_failed_logins: 5,
+        mechanisms: Mechanism::ALL.into_iter().collect(),
+        certificate: None,
+    }
 }
 
 /// Everything a client session said and did, as text: `S: …` for replies, `! …` for steps.
@@ -22,9 +30,13 @@ fn client(transport: Transport, chunks: &[&[u8]]) -> String {
             match step {
                 Step::NeedInput => break,
                 Step::Login(login) => {
-                    let Credentials { user, authzid, password, mechanism } = &login.credentials;
+                    let Credentials { user, authzid, mechanism, proof } = &login.credentials;
                     let authzid = authzid.as_ref().map(|name| format!(" for {name}")).unwrap_or_default();
-                    let password = String::from_utf8_lossy(password.expose()).into_owned();
+                    let password = match proof {
+                        Proof::Password(secret) | Proof::Message(secret) => secret.expose(),
+                        Proof::Certificate => b"a certificate",
+                    };
+                    let password = String::from_utf8_lossy(password).replace('\x01', "^A");
                     log += &format!(
                         "! {} login of {user}{authzid} with \"{password}\" by {}\n",
                         login.tag,
@@ -35,6 +47,7 @@ fn client(transport: Transport, chunks: &[&[u8]]) -> String {
                     prelogin.refused(refusal.as_bytes(), true, &mut out);
                     log += &out.escape_ascii().to_string().replace("\\r\\n", "\n");
                 }
+                Step::Response(line) => log += &format!("! response {}\n", line.escape_ascii()),
                 Step::StartTls => return log + "! start TLS\n",
                 Step::Close(reason) => return log + &format!("! close: {reason:?}\n"),
             }
@@ -65,7 +78,7 @@ fn greetings() {
     for (transport, expected) in [
         (
             Transport::Tls,
-            "* OK [CAPABILITY IMAP4rev1 SASL-IR LITERAL+ ID ENABLE AUTH=PLAIN AUTH=LOGIN] Vestibule ready.\r\n",
+            "* OK [CAPABILITY IMAP4rev1 SASL-IR LITERAL+ ID ENABLE AUTH=PLAIN AUTH=LOGIN AUTH=XOAUTH2 AUTH=OAUTHBEARER AUTH=SCRAM-SHA-1 AUTH=SCRAM-SHA-256] Vestibule ready.\r\n",
         ),
         (
             Transport::StartTls,
@@ -84,7 +97,7 @@ fn commands_before_login() {
         Transport::Tls,
         b"a NOOP\r\nb capability  \r\nc ENABLE QRESYNC\nd ID NIL\r\ne ID (\"name\" \"x\" \"os\" NIL)\r\nf LOGOUT\r\ng NOOP\r\n",
         "a OK NOOP completed.\n\
-         * CAPABILITY IMAP4rev1 SASL-IR LITERAL+ ID ENABLE AUTH=PLAIN AUTH=LOGIN\n\
+         * CAPABILITY IMAP4rev1 SASL-IR LITERAL+ ID ENABLE AUTH=PLAIN AUTH=LOGIN AUTH=XOAUTH2 AUTH=OAUTHBEARER AUTH=SCRAM-SHA-1 AUTH=SCRAM-SHA-256\n\
          b OK Capabilities before login listed; there are more after it.\n\
          * ENABLED\nc OK ENABLE has no effect before login.\n\
          * ID (\\\"name\\\" \\\"Vestibule\\\")\nd OK ID completed.\n\
@@ -152,7 +165,7 @@ fn authenticate_in_every_form() {
         Transport::Tls,
         b"a AUTHENTICATE PLAIN\r\n*\r\nb AUTHENTICATE CRAM-MD5\r\nc NOOP\r\n",
         "+ \na BAD Authentication aborted by client.\n\
-         b NO [CANNOT] Mechanism not supported. Offered: PLAIN, LOGIN.\nc OK NOOP completed.\n",
+         b NO [CANNOT] Mechanism not supported. Offered: PLAIN, LOGIN, XOAUTH2, OAUTHBEARER, SCRAM-SHA-1, SCRAM-SHA-256.\nc OK NOOP completed.\n",
     );
     check(
         Transport::Tls,
@@ -339,7 +352,7 @@ proptest! {
             return Err(TestCaseError::fail(format!("no login in {}", bytes.escape_ascii())));
         };
         prop_assert_eq!(login.credentials.user.as_str(), user.as_str());
-        prop_assert_eq!(login.credentials.password.expose(), password.as_bytes());
+        prop_assert_eq!(login.credentials.password().unwrap().expose(), password.as_bytes());
     }
 
     #[test]
@@ -351,4 +364,68 @@ proptest! {
         let split = split.min(input.len());
         prop_assert_eq!(client(Transport::Tls, &[&input]), client(Transport::Tls, &[&input[..split], &input[split..]]));
     }
+}
+
+#[test]
+fn mechanisms_that_are_relayed_begin_with_a_name() {
+    let user = "! a login of alice with \"user=alice^Aauth=Bearer t^A^A\" by xoauth2\na NO refused\n";
+    check(Transport::Tls, b"a AUTHENTICATE XOAUTH2 dXNlcj1hbGljZQFhdXRoPUJlYXJlciB0AQE=\r\n", user);
+    check(
+        Transport::Tls,
+        b"a authenticate xoauth2\r\ndXNlcj1hbGljZQFhdXRoPUJlYXJlciB0AQE=\r\n",
+        &format!("+ \n{user}"),
+    );
+    check(
+        Transport::Tls,
+        b"a AUTHENTICATE SCRAM-SHA-256 biwsbj1hbGljZSxyPXg=\r\n",
+        "! a login of alice with \"n,,n=alice,r=x\" by scram-sha-256\na NO refused\n",
+    );
+    check(
+        Transport::Tls,
+        b"a AUTHENTICATE SCRAM-SHA-256 cD10bHMtdW5pcXVlLCxuPWFsaWNlLHI9eA==\r\nb NOOP\r\n",
+        "a BAD Invalid credentials: wrong form, or NUL, CR or LF in the password.\nb OK NOOP completed.\n",
+    );
+}
+
+#[test]
+fn what_is_not_offered_is_refused() {
+    let refused = "a NO [CANNOT] Mechanism not supported. Offered: PLAIN, LOGIN, XOAUTH2, OAUTHBEARER, SCRAM-SHA-1, SCRAM-SHA-256.\n";
+    for name in ["SCRAM-SHA-256-PLUS", "EXTERNAL", "CRAM-MD5", "ANONYMOUS"] {
+        check(Transport::Tls, format!("a AUTHENTICATE {name} =\r\n").as_bytes(), refused);
+    }
+    let mut policy = policy(Transport::Tls);
+    policy.mechanisms = [Mechanism::External].into_iter().collect();
+    policy.certificate = Some(crate::identity::UserName::new(b"alice").unwrap());
+    let mut prelogin = Prelogin::new(policy);
+    let mut out = Vec::new();
+    prelogin.greet(&mut out);
+    prelogin.input(b"a LOGIN alice secret\r\nb AUTHENTICATE EXTERNAL =\r\n");
+    let Step::Login(login) = prelogin.step(&mut out) else { panic!() };
+    assert_eq!(
+        out.escape_ascii().to_string(),
+        "* OK [CAPABILITY IMAP4rev1 SASL-IR LITERAL+ ID ENABLE AUTH=EXTERNAL LOGINDISABLED] Vestibule ready.\\r\\n\
+         a NO [CANNOT] LOGIN is disabled: use AUTHENTICATE.\\r\\n"
+    );
+    assert_eq!((login.credentials.user.as_str(), login.credentials.mechanism), ("alice", Mechanism::External));
+}
+
+#[test]
+fn a_challenge_is_passed_on_and_its_answer_brought_back() {
+    let mut prelogin = Prelogin::new(policy(Transport::Tls));
+    let mut out = Vec::new();
+    prelogin.input(b"a AUTHENTICATE SCRAM-SHA-1 biwsbj1hbGljZSxyPXg=\r\n");
+    let Step::Login(login) = prelogin.step(&mut out) else { panic!() };
+    prelogin.challenge(&login.tag, b"c2VydmVy", &mut out);
+    assert_eq!(out, b"+ c2VydmVy\r\n");
+    for (line, response) in [(&b"Y2xpZW50\r\n"[..], &b"Y2xpZW50"[..]), (b"*\r\n", b"*"), (b"\n", b"")] {
+        assert!(matches!(prelogin.step(&mut out), Step::NeedInput));
+        prelogin.input(line);
+        let Step::Response(got) = prelogin.step(&mut out) else { panic!() };
+        assert_eq!(&got[..], response);
+        prelogin.challenge(&login.tag, b"", &mut out);
+    }
+    prelogin.input(&[b'x'; 2000]);
+    out.clear();
+    assert!(matches!(prelogin.step(&mut out), Step::Close(_)));
+    assert!(out.starts_with(b"a BAD The response is too long."));
 }

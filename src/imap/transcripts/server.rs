@@ -2,7 +2,7 @@
 
 use zeroize::Zeroizing;
 
-use crate::identity::{Credentials, Mechanism, Secret, ServerLogin, UserName};
+use crate::identity::{Credentials, Mechanism, PasswordLogin, Proof, Secret, ServerLogin, UserName};
 use crate::imap::backend_login::{Attempt, BackendLogin, ServerFault, ServerStep};
 use crate::imap::client_id::Pair;
 use crate::imap::tag::Tag;
@@ -17,6 +17,7 @@ enum Cut {
 
 struct Server {
     starttls: bool,
+    only_looks: bool,
     id: Vec<Pair>,
     credentials: Credentials,
 }
@@ -25,12 +26,13 @@ impl Server {
     fn new(user: &str, password: &[u8]) -> Self {
         Self {
             starttls: false,
+            only_looks: false,
             id: Vec::new(),
             credentials: Credentials {
                 user: UserName::new(user.as_bytes()).unwrap(),
                 authzid: None,
-                password: Secret::new(password.to_vec()),
                 mechanism: Mechanism::Login,
+                proof: Proof::Password(Secret::new(password.to_vec())),
             },
         }
     }
@@ -50,11 +52,14 @@ impl Server {
     fn run(&self, dialogue: &str, cut: Cut) -> String {
         let tag = Tag::new(b"tag1").unwrap();
         let mut machine = BackendLogin::new(Attempt {
-            login: ServerLogin {
-                user: &self.credentials.user,
-                authzid: self.credentials.authzid.as_ref(),
-                password: &self.credentials.password,
-            },
+            login: (!self.only_looks).then_some(match &self.credentials.proof {
+                Proof::Message(first) => ServerLogin::Relayed { mechanism: self.credentials.mechanism, first },
+                _ => ServerLogin::Password(PasswordLogin {
+                    user: &self.credentials.user,
+                    authzid: self.credentials.authzid.as_ref(),
+                    password: self.credentials.password().unwrap(),
+                }),
+            }),
             tag: &tag,
             starttls: self.starttls,
             id: self.id.clone(),
@@ -124,6 +129,19 @@ impl Server {
                 }
                 ServerStep::Refused { reply, counts } => {
                     log.push(format!("! refused{}: {}", if counts { "" } else { " (not counted)" }, escape(&reply)));
+                    return true;
+                }
+                ServerStep::Challenge(line) => {
+                    log.push(format!("! challenge: {}", line.escape_ascii()));
+                    machine.respond(b"YW5zd2Vy");
+                }
+                ServerStep::Referred(referral) => {
+                    log.push(format!("! referred to {} {}: {}", referral.host, referral.port, escape(&referral.reply)));
+                    return true;
+                }
+                ServerStep::Seen(offer) => {
+                    let names: Vec<&str> = offer.mechanisms.iter().map(Mechanism::as_str).collect();
+                    log.push(format!("! seen: {}", names.join(" ")));
                     return true;
                 }
                 ServerStep::Unavailable(fault) => {
@@ -248,7 +266,7 @@ fn plain_with_a_continuation_where_login_cannot_be() {
     );
     alice().check("S: * OK [CAPABILITY IMAP4rev1 LOGINDISABLED] ready\n! unavailable: LoginDisabled");
     let mut long = alice();
-    long.credentials.password = Secret::new(vec![b'x'; 900]);
+    long.credentials.proof = Proof::Password(Secret::new(vec![b'x'; 900]));
     let said = long.run("S: * OK [CAPABILITY IMAP4rev1 SASL-IR AUTH=PLAIN] ready\nC: x\nS: +", Cut::Whole);
     assert!(said.contains("C: L AUTHENTICATE PLAIN\nS: +\nC: AGFsaWNlAHh4"), "{said}");
 }
@@ -367,4 +385,118 @@ fn a_server_that_talks_too_much_is_left() {
     assert!(talk("* OK still here", 5).ends_with("! unavailable: TooMuchUntagged"));
     assert!(talk(&format!("* OK {}", "x".repeat(300)), 2).ends_with("! unavailable: TooMuchUntagged"));
     assert!(talk(&format!("* OK {}", "x".repeat(2000)), 1).ends_with("! unavailable: Protocol"));
+}
+
+fn relayed(mechanism: Mechanism, message: &[u8]) -> Server {
+    let mut server = Server::new("alice", b"");
+    server.credentials.mechanism = mechanism;
+    server.credentials.proof = Proof::Message(Secret::new(message.to_vec()));
+    server
+}
+
+#[test]
+fn a_mechanism_is_relayed_challenge_by_challenge() {
+    relayed(Mechanism::ScramSha256, b"n,,n=alice,r=x").check(
+        "S: * OK [CAPABILITY IMAP4rev1 SASL-IR AUTH=PLAIN AUTH=SCRAM-SHA-256] x
+         C: L AUTHENTICATE SCRAM-SHA-256 biwsbj1hbGljZSxyPXg=
+         S: + cj14eSxzPXosaT00MDk2
+         ! challenge: cj14eSxzPXosaT00MDk2
+         C: YW5zd2Vy
+         S: + dj1zaWc=
+         ! challenge: dj1zaWc=
+         C: YW5zd2Vy
+         S: L OK [CAPABILITY IMAP4rev1 IDLE] in
+         ! client: tag1 OK [CAPABILITY IMAP4rev1 IDLE] in",
+    );
+    // Without SASL-IR the first message waits to be asked for; an empty challenge may lack its space.
+    relayed(Mechanism::XOauth2, b"user=alice\x01auth=Bearer t\x01\x01").check(
+        "S: * OK [CAPABILITY IMAP4rev1 AUTH=XOAUTH2] x
+         C: L AUTHENTICATE XOAUTH2
+         S: +
+         C: dXNlcj1hbGljZQFhdXRoPUJlYXJlciB0AQE=
+         S: + eyJzdGF0dXMiOiI0MDEifQ==
+         ! challenge: eyJzdGF0dXMiOiI0MDEifQ==
+         C: YW5zd2Vy
+         S: L NO [AUTHENTICATIONFAILED] expired
+         ! refused: tag1 NO [AUTHENTICATIONFAILED] expired",
+    );
+}
+
+#[test]
+fn a_mechanism_the_server_lacks_is_not_tried() {
+    relayed(Mechanism::ScramSha1, b"n,,n=alice,r=x").check(
+        "S: * OK [CAPABILITY IMAP4rev1 SASL-IR AUTH=PLAIN AUTH=SCRAM-SHA-1-PLUS] x
+         ! unavailable: MechanismUnsupported",
+    );
+}
+
+#[test]
+fn challenges_have_an_end_and_their_place() {
+    let endless = "         S: + eA==
+         ! challenge: eA==
+         C: YW5zd2Vy\n"
+        .repeat(4);
+    relayed(Mechanism::ScramSha1, b"n,,n=alice,r=x").check(&format!(
+        "S: * OK [CAPABILITY SASL-IR AUTH=SCRAM-SHA-1] x
+         C: L AUTHENTICATE SCRAM-SHA-1 biwsbj1hbGljZSxyPXg=\n{endless}         S: + eA==
+         ! unavailable: TooManyChallenges"
+    ));
+    // A password has nothing more to say.
+    Server::new("alice", b"secret").check(
+        "S: * OK [CAPABILITY SASL-IR AUTH=PLAIN] x
+         C: L AUTHENTICATE PLAIN AGFsaWNlAHNlY3JldA==
+         S: + eA==
+         ! unavailable: Protocol",
+    );
+}
+
+#[test]
+fn referrals_name_a_place() {
+    for (url, place) in [
+        ("imap://alice;AUTH=*@mail2.internal:1143/", "mail2.internal 1143"),
+        ("imap://Mail2.Internal/", "mail2.internal 143"),
+        ("imap://10.0.0.2", "10.0.0.2 143"),
+    ] {
+        Server::new("alice", b"secret").check(&format!(
+            "S: * OK [CAPABILITY SASL-IR AUTH=PLAIN] x
+             C: L AUTHENTICATE PLAIN AGFsaWNlAHNlY3JldA==
+             S: L NO [REFERRAL {url}] try there
+             ! referred to {place}: tag1 NO [REFERRAL {url}] try there"
+        ));
+    }
+    // What is no place is an answer like any other.
+    for url in ["imap://", "http://x/", "imap://h:0/", "imap://h:x/"] {
+        Server::new("alice", b"secret").check(&format!(
+            "S: * OK [CAPABILITY SASL-IR AUTH=PLAIN] x
+             C: L AUTHENTICATE PLAIN AGFsaWNlAHNlY3JldA==
+             S: L NO [REFERRAL {url}] try there
+             ! refused (not counted): tag1 NO [REFERRAL {url}] try there"
+        ));
+    }
+}
+
+#[test]
+fn a_look_ends_with_logout() {
+    let mut server = Server::new("alice", b"secret");
+    server.only_looks = true;
+    server.check(
+        "S: * OK [CAPABILITY IMAP4rev1 AUTH=PLAIN AUTH=XOAUTH2 LOGINDISABLED] x
+         C: Q LOGOUT
+         ! seen: sasl-plain xoauth2",
+    );
+    server.starttls = true;
+    server.check(
+        "S: * OK hello
+         C: C CAPABILITY
+         S: * CAPABILITY IMAP4rev1 STARTTLS LOGINDISABLED
+         S: C OK
+         C: S STARTTLS
+         S: S OK
+         ! start TLS
+         C: C CAPABILITY
+         S: * CAPABILITY IMAP4rev1 AUTH=SCRAM-SHA-256
+         S: C OK
+         C: Q LOGOUT
+         ! seen: login scram-sha-256",
+    );
 }

@@ -5,9 +5,15 @@
 //! dropped. This room does not parse IMAP, does not route and does not decide whether a login is right: the
 //! mailbox server does. Called by `imap` (which builds the values), `route` and `backend` (which read them).
 
+mod credentials;
+mod names;
+
 use std::fmt;
 
 use zeroize::{Zeroize, ZeroizeOnDrop, Zeroizing};
+
+pub use self::credentials::{Credentials, Mechanism, Mechanisms, PasswordLogin, Proof, ServerLogin};
+pub use self::names::{LogName, NameRefused, Names, Naming, UnicodeRule};
 
 /// Longest accepted user name, in bytes. RFC 3501 sets no limit; Dovecot's servers refuse names over this anyway.
 pub const MAX_USER_NAME: usize = 512;
@@ -38,11 +44,6 @@ impl UserName {
     /// The name as the client wrote it: what the server is given.
     pub fn as_str(&self) -> &str {
         &self.0
-    }
-
-    /// The name routes are asked for: ASCII letters in lower case, as Dovecot's default `%Lu` has it.
-    pub fn routing_key(&self) -> String {
-        self.0.to_ascii_lowercase()
     }
 }
 
@@ -109,63 +110,6 @@ pub fn append_wiped(buffer: &mut Zeroizing<Vec<u8>>, bytes: &[u8]) {
     buffer.extend_from_slice(bytes);
 }
 
-/// How the client logged in: the label of metrics and log records.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum Mechanism {
-    /// The LOGIN command (RFC 3501 section 6.2.3).
-    Login,
-    /// SASL PLAIN (RFC 4616).
-    SaslPlain,
-    /// SASL LOGIN (an expired draft that many clients speak).
-    SaslLogin,
-}
-
-impl Mechanism {
-    /// All of them, in label order: metrics resolve their children once.
-    pub const ALL: [Self; 3] = [Self::Login, Self::SaslPlain, Self::SaslLogin];
-
-    /// Label text.
-    pub fn as_str(self) -> &'static str {
-        match self {
-            Self::Login => "login",
-            Self::SaslPlain => "sasl-plain",
-            Self::SaslLogin => "sasl-login",
-        }
-    }
-}
-
-/// What one login attempt brought.
-#[derive(Debug, Clone)]
-pub struct Credentials {
-    /// Whose password it is.
-    pub user: UserName,
-    /// On whose behalf (RFC 4616), where it differs from `user`. Never dropped on the way: routed by and passed on, or
-    /// the login is refused.
-    pub authzid: Option<UserName>,
-    /// The password.
-    pub password: Secret,
-    /// How it arrived.
-    pub mechanism: Mechanism,
-}
-
-impl Credentials {
-    /// The name whose mailbox is asked for: the one to route by.
-    pub fn mailbox_user(&self) -> &UserName {
-        self.authzid.as_ref().unwrap_or(&self.user)
-    }
-}
-
-/// What a server is logged in with.
-#[derive(Debug, Clone, Copy)]
-pub struct ServerLogin<'a> {
-    /// Whose password it is.
-    pub user: &'a UserName,
-    /// Whose mailbox is asked for, where that is another's.
-    pub authzid: Option<&'a UserName>,
-    /// The password.
-    pub password: &'a Secret,
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -179,7 +123,6 @@ mod tests {
             assert_eq!(UserName::new(control.as_bytes()), Err(InvalidName::Control), "{control:?}");
         }
         assert!(UserName::new(&[b'a'; MAX_USER_NAME]).is_ok());
-        assert_eq!(UserName::new("Zoë@Example.org".as_bytes()).unwrap().routing_key(), "zoë@example.org");
     }
 
     #[test]
@@ -196,8 +139,8 @@ mod tests {
         let credentials = Credentials {
             user: UserName::new(b"alice").unwrap(),
             authzid: None,
-            password: Secret::new(b"hunter2".to_vec()),
             mechanism: Mechanism::Login,
+            proof: Proof::Password(Secret::new(b"hunter2".to_vec())),
         };
         let printed = format!("{credentials:?} {credentials:#?}");
         assert!(printed.contains("[redacted]") && !printed.contains("hunter2"), "{printed}");

@@ -1,0 +1,250 @@
+//! One user, three names: what routes are asked, what servers are given, what log records say.
+//!
+//! Clients write a name as they like; the rules here say which spellings are one user. They are applied in this order: a
+//! master user is split off, Unicode is checked, letters are folded, a separator becomes `@`, a domain is added, and for
+//! routes the detail is left out. Pure. Called by `session` for every login and by the command `route`.
+
+use std::fmt::Write as _;
+use std::sync::Arc;
+
+use aws_lc_rs::digest::{SHA256, digest};
+use precis_profiles::UsernameCaseMapped;
+use precis_profiles::precis_core::profile::Profile as _;
+
+use super::UserName;
+
+/// The rules, from `users` in the configuration.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Naming {
+    /// ASCII letters become lower case. Default: they do.
+    pub lower_case: bool,
+    /// What else there may be.
+    pub unicode: UnicodeRule,
+    /// Characters that stand for `@` in a name without one: the last of them in it counts.
+    pub separators: Box<[char]>,
+    /// What a name without a domain gets.
+    pub default_domain: Option<Box<str>>,
+    /// What begins a detail in the local part, which routes are not asked for.
+    pub detail: Option<char>,
+    /// Servers are given the normalised name instead of what the client sent.
+    pub server_normalised: bool,
+    /// What log records say.
+    pub log: LogName,
+    /// What stands between a user and a master user's name: `alice*admin`.
+    pub master_separator: Option<char>,
+}
+
+/// What a name may hold beyond ASCII.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum UnicodeRule {
+    /// Anything, as it was sent.
+    #[default]
+    Keep,
+    /// Nothing: the login is refused.
+    Refuse,
+    /// What PRECIS's UsernameCaseMapped allows (RFC 8265 section 3.3), in its form.
+    Precis,
+}
+
+/// What log records call a user.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum LogName {
+    /// As the client wrote it.
+    #[default]
+    AsSent,
+    /// By the rules.
+    Normalised,
+    /// The first 16 hexadecimal digits of the normalised name's SHA-256: who knows the name finds the records.
+    Hashed,
+}
+
+impl Default for Naming {
+    fn default() -> Self {
+        Self {
+            lower_case: true,
+            unicode: UnicodeRule::Keep,
+            separators: Box::default(),
+            default_domain: None,
+            detail: None,
+            server_normalised: false,
+            log: LogName::AsSent,
+            master_separator: None,
+        }
+    }
+}
+
+/// A user's three names.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Names {
+    /// What routes are asked for.
+    pub routing: Arc<str>,
+    /// What servers are given.
+    pub server: UserName,
+    /// What log records say.
+    pub log: UserName,
+}
+
+/// The name breaks a rule of the configuration, or of PRECIS.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("the user name has characters that are not allowed here")]
+pub struct NameRefused;
+
+impl Naming {
+    /// A master user's login, taken apart: whose mailbox, and who logs in. `None` where it is none.
+    pub fn split_master(&self, sent: &UserName) -> Option<(UserName, UserName)> {
+        let (user, master) = sent.as_str().rsplit_once(self.master_separator?)?;
+        // What is empty is no name, and the whole is somebody's own then.
+        Some((UserName::new(user.as_bytes()).ok()?, UserName::new(master.as_bytes()).ok()?))
+    }
+
+    /// The three names of `sent`.
+    ///
+    /// # Errors
+    /// A character that the rules do not allow.
+    pub fn names(&self, sent: &UserName) -> Result<Names, NameRefused> {
+        let whole = self.normalised(sent.as_str())?;
+        let routing = self.without_detail(&whole);
+        let server = match self.server_normalised {
+            true => UserName::new(whole.as_bytes()).map_err(|_| NameRefused)?,
+            false => sent.clone(),
+        };
+        let log = match self.log {
+            LogName::AsSent => sent.clone(),
+            LogName::Normalised => UserName::new(whole.as_bytes()).map_err(|_| NameRefused)?,
+            LogName::Hashed => hashed(&whole),
+        };
+        Ok(Names { routing: routing.into(), server, log })
+    }
+
+    fn normalised(&self, sent: &str) -> Result<String, NameRefused> {
+        let mut name = match self.unicode {
+            UnicodeRule::Refuse if !sent.is_ascii() => return Err(NameRefused),
+            UnicodeRule::Keep | UnicodeRule::Refuse => sent.to_owned(),
+            // The profile is for what stands before and behind `@`; the sign itself is in it too.
+            UnicodeRule::Precis => UsernameCaseMapped::new().enforce(sent).map_err(|_| NameRefused)?.into_owned(),
+        };
+        if self.lower_case {
+            name.make_ascii_lowercase();
+        }
+        if !name.contains('@')
+            && let Some((at, separator)) = name.char_indices().rfind(|(_, char)| self.separators.contains(char))
+        {
+            name.replace_range(at..at + separator.len_utf8(), "@");
+        }
+        if let Some(domain) = self.default_domain.as_deref().filter(|_| !name.contains('@')) {
+            name.push('@');
+            name.push_str(domain);
+        }
+        UserName::new(name.as_bytes()).map_err(|_| NameRefused)?;
+        Ok(name)
+    }
+
+    /// `alice+work@example.org` is alice's; a name that is nothing but detail is left as it is.
+    fn without_detail(&self, name: &str) -> String {
+        let Some(detail) = self.detail else { return name.to_owned() };
+        let (local, domain) = match name.rfind('@') {
+            Some(at) => name.split_at(at),
+            None => (name, ""),
+        };
+        match local.split_once(detail) {
+            Some((user, _)) if !user.is_empty() => format!("{user}{domain}"),
+            _ => name.to_owned(),
+        }
+    }
+}
+
+fn hashed(name: &str) -> UserName {
+    let mut text = String::new();
+    for byte in digest(&SHA256, name.as_bytes()).as_ref().iter().take(8) {
+        // Writing to a String cannot fail.
+        let _ = write!(text, "{byte:02x}");
+    }
+    UserName(text.into())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn name(text: &str) -> UserName {
+        UserName::new(text.as_bytes()).unwrap()
+    }
+
+    fn routing(naming: &Naming, sent: &str) -> Option<String> {
+        naming.names(&name(sent)).ok().map(|names| names.routing.to_string())
+    }
+
+    #[test]
+    fn by_default_letters_fold_for_routes_and_nothing_else_changes() {
+        let names = Naming::default().names(&name("Zo\u{cb}+X@Example.ORG")).unwrap();
+        assert_eq!(&*names.routing, "zo\u{cb}+x@example.org");
+        assert_eq!((names.server.as_str(), names.log.as_str()), ("Zo\u{cb}+X@Example.ORG", "Zo\u{cb}+X@Example.ORG"));
+    }
+
+    #[test]
+    fn every_rule_in_its_order() {
+        let naming = Naming {
+            separators: ['%', '!'].into(),
+            default_domain: Some("example.org".into()),
+            detail: Some('+'),
+            server_normalised: true,
+            log: LogName::Normalised,
+            ..Naming::default()
+        };
+        for (sent, routed, server) in [
+            ("Alice", "alice@example.org", "alice@example.org"),
+            ("alice%B.test", "alice@b.test", "alice@b.test"),
+            ("a!b%c.test", "a!b@c.test", "a!b@c.test"),
+            ("alice%x@b.test", "alice%x@b.test", "alice%x@b.test"),
+            ("Alice+Work@b.test", "alice@b.test", "alice+work@b.test"),
+            ("+only@b.test", "+only@b.test", "+only@b.test"),
+            ("alice+a+b", "alice@example.org", "alice+a+b@example.org"),
+        ] {
+            let names = naming.names(&name(sent)).unwrap();
+            assert_eq!(
+                (&*names.routing, names.server.as_str(), names.log.as_str()),
+                (routed, server, server),
+                "{sent}"
+            );
+        }
+    }
+
+    #[test]
+    fn unicode_by_rule() {
+        let rule = |unicode| Naming { unicode, ..Naming::default() };
+        assert_eq!(routing(&rule(UnicodeRule::Refuse), "zo\u{eb}"), None);
+        assert_eq!(routing(&rule(UnicodeRule::Refuse), "Zoe"), Some("zoe".into()));
+        let precis = rule(UnicodeRule::Precis);
+        // RFC 8265 section 3.3: width, case, composition.
+        assert_eq!(routing(&precis, "Zo\u{cb}@x.test"), Some("zo\u{eb}@x.test".into()));
+        assert_eq!(routing(&precis, "zoe\u{308}"), Some("zo\u{eb}".into()));
+        assert_eq!(routing(&precis, "\u{ff21}lice"), Some("alice".into()));
+        for refused in ["a b", "\u{202e}alice", "hen\u{2163}", "\u{a0}"] {
+            assert_eq!(routing(&precis, refused), None, "{refused:?}");
+        }
+    }
+
+    #[test]
+    fn a_name_too_long_for_its_domain_is_refused() {
+        let naming = Naming { default_domain: Some("example.org".into()), ..Naming::default() };
+        assert_eq!(routing(&naming, &"a".repeat(505)), None);
+    }
+
+    #[test]
+    fn master_users_are_split_off() {
+        let naming = Naming { master_separator: Some('*'), ..Naming::default() };
+        assert_eq!(naming.split_master(&name("a*b*root")), Some((name("a*b"), name("root"))));
+        for none in ["alice", "*root", "alice*"] {
+            assert_eq!(naming.split_master(&name(none)), None, "{none}");
+        }
+        assert_eq!(Naming::default().split_master(&name("alice*root")), None);
+    }
+
+    #[test]
+    fn a_hashed_name_tells_nothing() {
+        let naming = Naming { log: LogName::Hashed, ..Naming::default() };
+        let names = naming.names(&name("Alice")).unwrap();
+        // The SHA-256 of "alice".
+        assert_eq!(names.log.as_str(), "2bd806c97f0e00af");
+    }
+}
