@@ -180,7 +180,8 @@ class Proxy:
 class Dovecot:
     """A Dovecot of its own; mail in Maildirs below `mail`."""
 
-    def __init__(self, certificates, users=None, haproxy=False, trusted=True):
+    def __init__(self, certificates, users=None, haproxy=False, trusted=True, mechanisms="plain login", extra=""):
+        """`extra` is configuration ahead of the passdb; in it `{path}` is the server's folder."""
         self.users = users or PASSWORDS
         self.folder = Folder()
         self.port, self.tls_port, self.haproxy_port = free_port(), free_port(), free_port()
@@ -188,7 +189,9 @@ class Dovecot:
         self.mail.mkdir()
         nobody = pwd.getpwnam("nobody")
         os.chown(self.mail, nobody.pw_uid, nobody.pw_gid)
+        # A password may bring fields of passwd-file along, behind colons.
         lines = [f"{user}:{{PLAIN}}{password}" for user, password in self.users.items()]
+        extra = extra.replace("{path}", str(self.folder.path))
         users = self.folder.write("users", "\n".join(lines) + "\n")
         path = self.folder.path
         haproxy_listener = f"inet_listener proxied {{\n port = {self.haproxy_port}\n haproxy = yes\n }}" if haproxy else ""
@@ -204,7 +207,7 @@ class Dovecot:
             ssl_cert = <{certificates.cert}
             ssl_key = <{certificates.key}
             disable_plaintext_auth = no
-            auth_mechanisms = plain login
+            auth_mechanisms = {mechanisms}
             auth_failure_delay = 0
             login_trusted_networks = {'127.0.0.0/8' if trusted else ''}
             haproxy_trusted_networks = 127.0.0.0/8
@@ -219,6 +222,7 @@ class Dovecot:
               inbox = yes
               separator = /
             }}
+            {extra}
             passdb {{
               driver = passwd-file
               args = scheme=PLAIN username_format=%u {users}

@@ -1,0 +1,338 @@
+"""Ways to log in other than a password in clear: tokens, SCRAM, certificates, master users, referrals; and names."""
+
+import base64
+import hashlib
+import hmac
+import json
+import os
+import re
+import subprocess
+import unittest
+
+from fixtures import PASSWORDS, PATIENCE, Certificates, Dovecot, Folder, Proxy, free_port, program, wait_for
+from mail import Raw, context
+
+ALICE, BOB, CAROL = "alice@example.org", "bob@example.net", "carol@example.org"
+KEY = b"the key that signs tokens"
+ALL = "plain login scram-sha-1 scram-sha-256 xoauth2 oauthbearer"
+OAUTH = """
+auth_master_user_separator = *
+passdb {
+  driver = oauth2
+  mechanisms = xoauth2 oauthbearer
+  args = {path}/oauth2.conf
+}
+passdb {
+  driver = passwd-file
+  mechanisms = plain login
+  master = yes
+  args = scheme=PLAIN {path}/masters
+}
+"""
+TEMPLATE = """
+listeners:
+  - {{address: "127.0.0.1:{{tls}}", tls: implicit, {listener}}}
+  - {{address: "127.0.0.1:{{plain}}", tls: none}}
+tls: {{certificates: [{{cert: {cert}, key: {key}}}]}}
+backends:
+  shard-a: {{servers: ["127.0.0.1:{a}"], authzid: allow, {backend}}}
+{more}
+routes: [{{default: shard-a}}]
+users: {{{users}}}
+limits: {{drain: 1s, failed_logins: 1000, probe: 1s}}
+admin: {{address: "127.0.0.1:{{admin}}"}}
+"""
+
+
+def token(user, key=KEY):
+    """A JSON Web Token, as Dovecot checks it by itself."""
+    def part(value):
+        return base64.urlsafe_b64encode(value).rstrip(b"=")
+    head = part(json.dumps({"alg": "HS256", "typ": "JWT"}).encode())
+    body = part(json.dumps({"sub": user, "exp": 4102444800, "iat": 1700000000, "scope": "mail"}).encode())
+    return (head + b"." + body + b"." + part(hmac.new(key, head + b"." + body, hashlib.sha256).digest())).decode()
+
+
+def xoauth2(user, bearer):
+    return base64.b64encode(f"user={user}\x01auth=Bearer {bearer}\x01\x01".encode())
+
+
+def oauthbearer(user, bearer):
+    return base64.b64encode(f"n,a={user},\x01host=localhost\x01port=993\x01auth=Bearer {bearer}\x01\x01".encode())
+
+
+def scram(raw, name, user, password):
+    """RFC 5802 by hand, so that each step is seen; the tagged line at its end."""
+    algorithm = {"SCRAM-SHA-1": "sha1", "SCRAM-SHA-256": "sha256"}[name]
+    first = f"n={user},r=abcdefghij".encode()
+    raw.send(f"a AUTHENTICATE {name} ".encode() + base64.b64encode(b"n,," + first) + b"\r\n")
+    line = raw.line()
+    if not line.startswith(b"+ "):
+        return line
+    challenge = base64.b64decode(line[2:])
+    parts = dict(part.split(b"=", 1) for part in challenge.split(b","))
+    salted = hashlib.pbkdf2_hmac(algorithm, password.encode(), base64.b64decode(parts[b"s"]), int(parts[b"i"]))
+
+    def mac(key, text):
+        return hmac.new(key, text, algorithm).digest()
+
+    last = b"c=biws,r=" + parts[b"r"]
+    client_key = mac(salted, b"Client Key")
+    whole = first + b"," + challenge + b"," + last
+    proof = bytes(a ^ b for a, b in zip(client_key, mac(hashlib.new(algorithm, client_key).digest(), whole)))
+    raw.send(base64.b64encode(last + b",p=" + base64.b64encode(proof)) + b"\r\n")
+    line = raw.line()
+    if line.startswith(b"+ "):
+        signature = base64.b64encode(mac(mac(salted, b"Server Key"), whole))
+        assert base64.b64decode(line[2:]) == b"v=" + signature, "the server has shown that it knows the password too"
+        raw.send(b"\r\n")
+        line = raw.until(b"a ")[-1]
+    return line
+
+
+class Credentials(unittest.TestCase):
+    @classmethod
+    def setUpClass(cls):
+        cls.folder = Folder()
+        cls.addClassCleanup(cls.folder.remove)
+        cls.certificates = Certificates(cls.folder)
+        cls.server = cls.dovecot(ALL, OAUTH)
+
+    @classmethod
+    def dovecot(cls, mechanisms, extra="", users=None):
+        # The files must be there before Dovecot is.
+        folder = Folder()
+        cls.addClassCleanup(folder.remove)
+        (folder.path / "keys/default/HS256").mkdir(parents=True)
+        (folder.path / "keys/default/HS256/default").write_bytes(base64.b64encode(KEY))
+        folder.write("oauth2.conf", f"introspection_mode = local\nusername_attribute = sub\n"
+                                    f"local_validation_key_dict = fs:posix:prefix={folder.path}/keys/\n")
+        folder.write("masters", "admin:{PLAIN}master secret\n")
+        server = Dovecot(cls.certificates, users=users, mechanisms=mechanisms, extra=extra.replace("{path}", str(folder.path)))
+        cls.addClassCleanup(server.close)
+        return server
+
+    def proxy(self, listener="", backend="", more="", users="", server=None, files=None, port=None, plain=None):
+        """`port` is the mailbox server's, where that is not Dovecot; `plain` is the proxy's own."""
+        text = TEMPLATE.format(cert=self.certificates.cert, key=self.certificates.key, a=port or (server or self.server).port,
+                               listener=listener, backend=backend, more=more, users=users)
+        if plain:
+            text = text.replace("{plain}", str(plain))
+        folder = Folder()
+        self.addCleanup(folder.remove)
+        for name, content in (files or {}).items():
+            folder.write(name, content, 0o600)
+        proxy = Proxy(text, folder)
+        self.addCleanup(proxy.close)
+        return proxy
+
+    def raw(self, proxy, certificate=None):
+        tls = context(self.certificates.ca)
+        if certificate:
+            tls.load_cert_chain(*certificate)
+        raw = Raw(proxy.ports["tls"], tls)
+        self.greeting = raw.until(b"* OK")[-1]
+        return raw
+
+    def offered(self, proxy):
+        self.raw(proxy)
+        return {name.decode() for name in re.findall(rb"AUTH=(\S+?)[\] ]", self.greeting)}
+
+    def ready(self, proxy):
+        """Servers have been asked what they have."""
+        wait_for("the offer", lambda: "XOAUTH2" in self.offered(proxy))
+        return proxy
+
+    def test_what_all_backends_have_is_offered(self):
+        proxy = self.ready(self.proxy())
+        self.assertEqual(self.offered(proxy),
+                         {"PLAIN", "LOGIN", "XOAUTH2", "OAUTHBEARER", "SCRAM-SHA-1", "SCRAM-SHA-256"})
+        other = self.dovecot("plain scram-sha-256")
+        proxy = self.proxy(more=f'  shard-b: {{servers: ["127.0.0.1:{other.port}"]}}')
+        wait_for("the offer", lambda: self.offered(proxy) == {"PLAIN", "LOGIN", "SCRAM-SHA-256"})
+        other.kill()
+        wait_for("the offer of those that are left", lambda: "XOAUTH2" in self.offered(proxy))
+        proxy = self.proxy(listener="mechanisms: [xoauth2, plain]")
+        self.assertEqual(self.offered(proxy), {"PLAIN", "XOAUTH2"})
+        self.assertIn(b"LOGINDISABLED", self.greeting)
+
+    def test_tokens_by_curl(self):
+        proxy = self.ready(self.proxy())
+        for mechanism in ("XOAUTH2", "OAUTHBEARER"):
+            for bearer, code in ((token(ALICE), 0), (token(ALICE, b"another key"), 67)):
+                done = subprocess.run([program("curl"), "--silent", "--show-error", "--cacert", self.certificates.ca, "--user",
+                                       ALICE, "--oauth2-bearer", bearer, "--login-options", f"AUTH={mechanism}",
+                                       f"imaps://localhost:{proxy.ports['tls']}/"], capture_output=True, text=True, timeout=PATIENCE)
+                self.assertEqual(done.returncode, code, f"{mechanism}: {done.stderr}\n{proxy.log()}")
+        # This curl takes OAUTHBEARER wherever it is offered.
+        self.assertEqual(proxy.metric("vestibule_logins_total", mechanism="oauthbearer", outcome="accepted"), 2)
+        self.assertEqual(proxy.metric("vestibule_logins_total", mechanism="oauthbearer", outcome="refused"), 2)
+        self.assertNotIn(token(ALICE), proxy.log())
+        self.assertNotIn(xoauth2(ALICE, token(ALICE)).decode(), proxy.log())
+
+    def test_a_refused_token_is_explained_to_the_client(self):
+        raw = self.raw(self.ready(self.proxy()))
+        for name, message in (("XOAUTH2", xoauth2), ("OAUTHBEARER", oauthbearer)):
+            raw.send(f"a AUTHENTICATE {name} ".encode() + message(ALICE, "nonsense") + b"\r\n")
+            line = raw.line()
+            self.assertTrue(line.startswith(b"+ "), line)
+            self.assertIn("status", json.loads(base64.b64decode(line[2:])))
+            raw.send(b"\r\n" if name == "XOAUTH2" else b"AQ==\r\n")
+            self.assertRegex(raw.line(), rb"^a NO \[AUTHENTICATIONFAILED\]")
+        # The connection is as good as before.
+        self.assertRegex(raw.command("b", b"AUTHENTICATE XOAUTH2 " + xoauth2(ALICE, token(ALICE)))[-1], b"^b OK")
+
+    def test_an_exchange_is_aborted(self):
+        raw = self.raw(self.ready(self.proxy()))
+        raw.send(b"a AUTHENTICATE SCRAM-SHA-256 " + base64.b64encode(f"n,,n={ALICE},r=abcdefgh".encode()) + b"\r\n")
+        self.assertTrue(raw.line().startswith(b"+ "))
+        raw.send(b"*\r\n")
+        self.assertRegex(raw.line(), b"^a (BAD|NO)")
+        self.assertRegex(raw.command("b", b"AUTHENTICATE XOAUTH2 " + xoauth2(ALICE, token(ALICE)))[-1], b"^b OK")
+
+    def test_scram_is_between_client_and_server(self):
+        proxy = self.ready(self.proxy())
+        for name in ("SCRAM-SHA-1", "SCRAM-SHA-256"):
+            self.assertRegex(scram(self.raw(proxy), name, ALICE, PASSWORDS[ALICE]), b"^a OK", proxy.log())
+            self.assertRegex(scram(self.raw(proxy), name, ALICE, "wrong"), rb"^a NO \[AUTHENTICATIONFAILED\]")
+        self.assertNotIn(PASSWORDS[ALICE], proxy.log())
+        raw = self.raw(proxy)
+        binding = base64.b64encode(f"p=tls-exporter,,n={ALICE},r=abcdefgh".encode())
+        self.assertRegex(raw.command("a", b"AUTHENTICATE SCRAM-SHA-256 " + binding)[-1], b"^a BAD")
+        self.assertRegex(raw.command("a", b"AUTHENTICATE SCRAM-SHA-256-PLUS " + binding)[-1], b"^a NO")
+
+    def test_scram_by_mbsync(self):
+        proxy = self.ready(self.proxy())
+        folder = Folder()
+        self.addCleanup(folder.remove)
+        (folder.path / "mail").mkdir()
+        settings = folder.write("mbsyncrc", f"""
+IMAPAccount proxy
+Host localhost
+Port {proxy.ports['tls']}
+User {ALICE}
+Pass "{PASSWORDS[ALICE]}"
+SSLType IMAPS
+CertificateFile {self.certificates.ca}
+AuthMechs SCRAM-SHA-256
+
+IMAPStore far
+Account proxy
+
+MaildirStore near
+Inbox {folder.path}/mail/INBOX
+
+Channel all
+Far :far:
+Near :near:
+Create Near
+SyncState *
+""")
+        done = subprocess.run([program("mbsync"), "-c", settings, "all"], capture_output=True, text=True, timeout=PATIENCE,
+                              env={**os.environ, "HOME": str(folder.path)})
+        self.assertEqual(done.returncode, 0, f"{done.stderr}\n{proxy.log()}")
+        self.assertEqual(proxy.metric("vestibule_logins_total", mechanism="scram-sha-256", outcome="accepted"), 1)
+
+    def test_a_long_token(self):
+        proxy = self.ready(self.proxy())
+        for size, answer in ((5_000, rb"^(\+ |a NO)"), (65_536, rb"^(\+ |a NO)"), (120_000, b"^a BAD The response is too long")):
+            raw = self.raw(proxy)
+            raw.send(b"a AUTHENTICATE XOAUTH2\r\n")
+            self.assertEqual(raw.line(), b"+ ")
+            raw.send(xoauth2(ALICE, "x" * size) + b"\r\n")
+            self.assertRegex(raw.line(), answer, size)
+
+    def certificate(self, names):
+        """Of a client: its chain and its key."""
+        path = self.folder.path
+        base = f"client-{len(list(path.glob('client-*.pem')))}"
+        key, request, cert = path / f"{base}-key.pem", path / f"{base}.csr", path / f"{base}.pem"
+        extensions = self.folder.write(f"{base}.ext", f"subjectAltName={names}\nextendedKeyUsage=clientAuth\n")
+        Certificates._run("openssl", "req", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-subj",
+                          "/CN=a person", "-keyout", key, "-out", request)
+        Certificates._run("openssl", "x509", "-req", "-in", request, "-CA", self.certificates.ca, "-CAkey", path / "ca-key.pem",
+                          "-CAcreateserial", "-days", "30", "-extfile", extensions, "-out", cert)
+        return cert, key
+
+    def test_certificates(self):
+        wanted = f"client_certificates: {{ca: {self.certificates.ca}}}"
+        login = "login: {master: admin, password_file: master}"
+        proxy = self.proxy(listener=wanted, backend=login, files={"master": "master secret\n"})
+        alice, nobody = self.certificate(f"email:{ALICE}"), self.certificate("DNS:somebody.test")
+        raw = self.raw(proxy, alice)
+        self.assertIn(b"AUTH=EXTERNAL", self.greeting)
+        self.assertRegex(raw.command("a", "AUTHENTICATE EXTERNAL =")[-1], b"^a OK", proxy.log())
+        self.assertIn(b"* LIST", b"\n".join(raw.command("b", 'LIST "" INBOX')))
+        self.assertIn(f"user=<{ALICE}>", self.server.log())
+        # A resumed session is still alice's.
+        for certificate in (nobody, None):
+            raw = self.raw(proxy, certificate)
+            self.assertNotIn(b"EXTERNAL", self.greeting)
+            self.assertRegex(raw.command("a", "AUTHENTICATE EXTERNAL =")[-1], b"^a NO")
+            self.assertRegex(raw.command("b", f'LOGIN {BOB} "{PASSWORDS[BOB]}"')[-1], b"^b OK", "a password will do as ever")
+        self.assertNotIn("master secret", proxy.log())
+        other = Certificates(Folder())
+        with self.assertRaises(OSError):
+            self.raw(proxy, (other.cert, other.key)).line()
+        proxy = self.proxy(listener=f"client_certificates: {{ca: {self.certificates.ca}, required: true}}")
+        with self.assertRaises((OSError, AssertionError)):
+            self.raw(proxy)
+
+    def test_master_users(self):
+        proxy = self.proxy(users='masters: {separator: "*", networks: [127.0.0.1/32]}')
+        for command in (f'LOGIN "{ALICE}*admin" "master secret"',
+                        "AUTHENTICATE PLAIN " + base64.b64encode(f"{ALICE}\0admin\0master secret".encode()).decode()):
+            raw = self.raw(proxy)
+            self.assertRegex(raw.command("a", command)[-1], b"^a OK", proxy.log())
+            raw = self.raw(proxy)
+            self.assertRegex(raw.command("a", command.replace("master secret", "wrong"))[-1], b"^a (NO|OK)")
+        self.assertIn(f'user="{ALICE}"', proxy.log(), "the mailbox is alice's")
+        proxy = self.proxy(users='masters: {separator: "*", networks: [10.0.0.0/8]}')
+        self.assertRegex(self.raw(proxy).command("a", f'LOGIN "{ALICE}*admin" "master secret"')[-1],
+                         rb"^a NO \[AUTHORIZATIONFAILED\]")
+
+    def test_referrals(self):
+        elsewhere = f"{PASSWORDS[CAROL]}::::::nologin=y host=127.0.0.1 port={self.server.port}"
+        first = self.dovecot("plain login", users={CAROL: elsewhere})
+        declared = f'  shard-b: {{servers: ["127.0.0.1:{self.server.port}"]}}'
+        command = f'LOGIN {CAROL} "{PASSWORDS[CAROL]}"'
+        proxy = self.proxy(server=first, more=declared)
+        raw = self.raw(proxy)
+        self.assertRegex(raw.command("a", command)[-1], b"^a OK", proxy.log() + first.log())
+        wait_for("the session", lambda: proxy.metric("vestibule_backend_sessions_total", backend="shard-b") == 1)
+        proxy = self.proxy(server=first)
+        self.assertRegex(self.raw(proxy).command("a", command)[-1], rb"^a NO \[UNAVAILABLE\]")
+        self.assertIn("which is no declared server", proxy.log())
+        proxy = self.proxy(server=first, backend="referrals: relay")
+        self.assertRegex(self.raw(proxy).command("a", command)[-1], rb"^a NO \[REFERRAL imap://")
+
+    def test_names(self):
+        proxy = self.proxy(users='default_domain: example.org, detail: "+", server: normalised, log: hashed, separators: "%"')
+        for name in ("Alice", "ALICE%example.org", "alice@EXAMPLE.org"):
+            self.assertRegex(self.raw(proxy).command("a", f'LOGIN "{name}" "{PASSWORDS[ALICE]}"')[-1], b"^a OK", name)
+        hashed = hashlib.sha256(ALICE.encode()).hexdigest()[:16]
+        wait_for("the records", lambda: proxy.log().count(f'user="{hashed}"') == 3)
+        self.assertNotIn("alice", proxy.log().lower())
+        proxy = self.proxy(users="unicode: refuse")
+        self.assertRegex(self.raw(proxy).command("a", b'LOGIN {5+}\r\nzo\xc3\xab1 "x"')[-1], rb"^a NO \[AUTHENTICATIONFAILED\]")
+
+    def test_two_proxies_in_a_circle(self):
+        """Each takes the other for the mailbox server."""
+        port = free_port()
+        first = self.proxy(port=port)
+        second = self.proxy(port=first.ports["plain"], plain=port)
+        self.assertRegex(self.raw(first).command("a", f'LOGIN {ALICE} "x"')[-1], rb"^a NO \[UNAVAILABLE\]")
+        loops = first.metric("vestibule_failures_total", reason="proxy_loop") + second.metric("vestibule_failures_total", reason="proxy_loop")
+        self.assertEqual(loops, 1, first.log() + second.log())
+
+    def test_the_server_learns_who_it_is(self):
+        proxy = self.proxy(backend="forward: {site: north}")
+        self.assertRegex(self.raw(proxy).command("a", f'LOGIN {ALICE} "{PASSWORDS[ALICE]}"')[-1], b"^a OK")
+        # Dovecot 2.3 does not say whether it trusts us.
+        self.assertEqual(proxy.metric("vestibule_server_trusts_id"), 0)
+        self.assertEqual(proxy.log().count("does not say that it trusts our ID"), 1)
+        self.assertRegex(self.server.log(), r"rip=127\.0\.0\.1")
+
+
+if __name__ == "__main__":
+    unittest.main()
