@@ -39,16 +39,23 @@ pub enum Command {
         #[arg(short, long, value_name = "FILE")]
         config: PathBuf,
     },
-    /// Tell which route answers for a user, which backend, which server now
+    /// Tell which route answers for a user, which backend, which server now; or who would move with another configuration
     #[command(
-        after_help = "Example:\n  vestibule route --config /etc/vestibule/vestibule.yaml alice@example.org\n\nExit 0: a backend was found; 1: none; 64: that is no user name; 78: the configuration is wrong"
+        after_help = "Example:\n  vestibule route --config /etc/vestibule/vestibule.yaml alice@example.org\n  vestibule route --config /etc/vestibule/vestibule.yaml --diff new.yaml --users users.txt\n\nExit 0: a backend was found (--diff: nobody moves); 1: none (--diff: somebody moves); 64: that is no user name; 78: a configuration is wrong"
     )]
     Route {
         /// The configuration file
         #[arg(short, long, value_name = "FILE")]
         config: PathBuf,
         /// The user name as a client would send it
-        user: String,
+        #[arg(required_unless_present = "diff", conflicts_with = "diff")]
+        user: Option<String>,
+        /// Another configuration: list the users that it sends elsewhere
+        #[arg(long, value_name = "NEW", requires = "users")]
+        diff: Option<PathBuf>,
+        /// The users to compare, the first word of each line; a table will do
+        #[arg(long, value_name = "FILE", requires = "diff")]
+        users: Option<PathBuf>,
     },
     /// Show the main job on an embedded default: two tiny mailbox servers, a certificate, the proxy in front
     #[command(
@@ -113,9 +120,13 @@ mod tests {
 
     #[test]
     fn mistakes_are_usage_errors() {
-        for wrong in
-            [&["vestibule"][..], &["vestibule", "run"], &["vestibule", "route", "-c", "x"], &["vestibule", "dance"]]
-        {
+        for wrong in [
+            &["vestibule"][..],
+            &["vestibule", "run"],
+            &["vestibule", "route", "-c", "x"],
+            &["vestibule", "route", "-c", "x", "--diff", "y"],
+            &["vestibule", "dance"],
+        ] {
             assert!(Arguments::try_parse_from(wrong).unwrap_err().use_stderr(), "{wrong:?}");
         }
         assert!(!Arguments::try_parse_from(["vestibule", "run", "--help"]).unwrap_err().use_stderr());

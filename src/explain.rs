@@ -1,4 +1,5 @@
-//! The command `route`: which route answers for a user, which backend, which server now, and why.
+//! The command `route`: which route answers for a user, which backend, which server now, and why; and who would move
+//! between two configurations.
 //!
 //! Uses the same code as a login and connects to no mailbox server. It knows nothing of the running process, so a
 //! server that the running process takes for dead is still listed where it belongs. Called by `main`.
@@ -28,7 +29,7 @@ pub async fn explain(config: &Config, live: &Live, user: &UserName) -> (String, 
     };
     line(&mut text, format_args!("asked as {}", names.routing));
     let (tasks, stop) = (TaskTracker::new(), CancellationToken::new());
-    live.router.start(&live.metrics, &Handle::current(), &tasks, &stop);
+    live.router.start_once(&Handle::current());
     let question = Question { user: names.routing, visitor: None };
     let mut found = None;
     for step in live.router.explain(&question).await {
@@ -75,6 +76,56 @@ pub async fn explain(config: &Config, live: &Live, user: &UserName) -> (String, 
     }
     stop.cancel();
     (text, true)
+}
+
+/// Writes a line for every user in `users` (the first word of each line) whom the second configuration sends elsewhere, and
+/// a summary. Says how many there are. A user whom either cannot place for now counts as moved: nobody could tell.
+///
+/// # Errors
+/// `out` cannot be written.
+pub async fn diff(
+    old: (&Config, &Live),
+    new: (&Config, &Live),
+    users: &[u8],
+    mut out: impl std::io::Write,
+) -> std::io::Result<usize> {
+    for (_, live) in [old, new] {
+        live.router.start_once(&Handle::current());
+    }
+    let (mut compared, mut moved) = (0, 0);
+    for line in users.split(|byte| *byte == b'\n') {
+        let word = line.trim_ascii().split(u8::is_ascii_whitespace).next().unwrap_or_default();
+        // Comments of a table, its domains and its rest are no users.
+        if word.is_empty() || word.starts_with(b"#") || word.starts_with(b"@") || word == b"*" {
+            continue;
+        }
+        let Ok(user) = UserName::new(word) else {
+            writeln!(out, "{}: no user name", word.escape_ascii())?;
+            continue;
+        };
+        compared += 1;
+        let (before, after) = (place(old.0, old.1, &user).await, place(new.0, new.1, &user).await);
+        if before != after {
+            moved += 1;
+            writeln!(out, "{user}: {before} -> {after}")?;
+        }
+    }
+    writeln!(out, "{moved} of {compared} users would move")?;
+    Ok(moved)
+}
+
+/// Where a user belongs, in the words of `explain`.
+async fn place(config: &Config, live: &Live, user: &UserName) -> String {
+    let names = match live.naming.names(user) {
+        Ok(names) => names,
+        Err(refused) => return refused.to_string(),
+    };
+    let question = Question { user: names.routing, visitor: None };
+    match timeout(live.limits.lookup, live.router.route(&question, &live.metrics)).await {
+        Ok(Ok(routed)) => describe(config, &routed.target),
+        Ok(Err(error)) => error.to_string(),
+        Err(_) => "no answer".to_owned(),
+    }
 }
 
 fn describe(config: &Config, target: &Target) -> String {

@@ -39,7 +39,8 @@ fn dispatch(command: Command) -> anyhow::Result<ExitCode> {
     match command {
         Command::Run { config } => runtime()?.block_on(run(&config)),
         Command::Check { config } => check(&config),
-        Command::Route { config, user } => route(&config, &user),
+        Command::Route { config, diff: Some(new), users: Some(users), .. } => diff(&config, &new, &users),
+        Command::Route { config, user, .. } => route(&config, &user.unwrap_or_default()),
         Command::Demo(options) => {
             runtime()?.block_on(demo::run(options))?;
             Ok(ExitCode::SUCCESS)
@@ -90,6 +91,15 @@ fn route(file: &Path, user: &str) -> anyhow::Result<ExitCode> {
     let (text, found) = runtime()?.block_on(explain::explain(&config, &live, &user));
     print!("{text}");
     Ok(if found { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+/// Who would move.
+fn diff(old: &Path, new: &Path, users: &Path) -> anyhow::Result<ExitCode> {
+    let (old, new) = (build(old)?, build(new)?);
+    let names = std::fs::read(users).with_context(|| users.display().to_string())?;
+    let out = std::io::stdout().lock();
+    let moved = runtime()?.block_on(explain::diff((&old.0, &old.1), (&new.0, &new.1), &names, out))?;
+    Ok(if moved == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
 fn build(file: &Path) -> anyhow::Result<(Config, Live)> {

@@ -5,8 +5,7 @@
 //! this is started with: what is under way is finished and kept although nobody waits any more. Called by `route`.
 
 use std::collections::HashMap;
-use std::io;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -79,38 +78,37 @@ impl Asked {
         let _ = self.runtime.set(runtime);
     }
 
-    /// Reads the file of kept answers, then writes it now and then, and once more at `stop`.
+    /// Reads the file of kept answers.
+    pub(super) fn read_file(&self) {
+        let (Some(path), Some(cache)) = (&self.file, &self.cache) else { return };
+        match warm::load(path, cache, &self.declared) {
+            Ok(users) => {
+                self.metrics.set_cached(cache.len());
+                tracing::info!(route = self.metrics.label(), users, "answers kept from the last run");
+            }
+            Err(error) => {
+                tracing::error!(file = %path.display(), %error, "kept answers could not be read");
+            }
+        }
+    }
+
+    /// Writes the file now and then, and once more at `stop`.
     pub(super) async fn keep_file(self: Arc<Self>, stop: CancellationToken) {
-        let Some(path) = self.file.clone() else { return };
-        self.on_disk(path.clone(), "read", |asked, path, cache| {
-            let read = warm::load(path, cache, &asked.declared)?;
-            asked.metrics.set_cached(cache.len());
-            tracing::info!(route = asked.metrics.label(), users = read, "answers kept from the last run");
-            Ok(())
-        })
-        .await;
-        loop {
+        while self.file.is_some() {
             let stopped = timeout(SAVE, stop.cancelled()).await.is_ok();
-            self.on_disk(path.clone(), "written", |asked, path, cache| warm::save(path, cache, &asked.declared)).await;
-            if stopped {
+            let asked = self.clone();
+            // Off the thread that asks: a disk may be slow.
+            let written = tokio::task::spawn_blocking(move || asked.write_file()).await;
+            if stopped || written.is_err() {
                 return;
             }
         }
     }
 
-    /// Off the threads that serve: a disk may be slow.
-    async fn on_disk(
-        self: &Arc<Self>,
-        path: PathBuf,
-        done: &str,
-        act: impl FnOnce(&Self, &Path, &Cache) -> io::Result<()> + Send + 'static,
-    ) {
-        let asked = self.clone();
-        let file = path.display().to_string();
-        let act =
-            tokio::task::spawn_blocking(move || asked.cache.as_ref().map_or(Ok(()), |cache| act(&asked, &path, cache)));
-        if let Ok(Err(error)) = act.await {
-            tracing::error!(%file, %error, "kept answers could not be {done}");
+    fn write_file(&self) {
+        let (Some(path), Some(cache)) = (&self.file, &self.cache) else { return };
+        if let Err(error) = warm::save(path, cache, &self.declared) {
+            tracing::error!(file = %path.display(), %error, "kept answers could not be written");
         }
     }
 

@@ -179,6 +179,16 @@ impl Router {
         if problems.is_empty() { Ok(Self { routes }) } else { Err(problems) }
     }
 
+    /// For a command that asks and ends: kept answers are read and not written, and nothing is watched.
+    pub fn start_once(&self, runtime: &Handle) {
+        for (_, source) in &self.routes {
+            if let Source::Asked(asked) = source {
+                asked.start(runtime.clone());
+                asked.read_file();
+            }
+        }
+    }
+
     /// Begins to watch tables, to ask on `runtime`, and to keep caches in their files, until `stop`.
     pub fn start(&self, metrics: &Metrics, runtime: &Handle, tasks: &TaskTracker, stop: &CancellationToken) {
         for (index, (_, source)) in self.routes.iter().enumerate() {
@@ -192,6 +202,7 @@ impl Router {
                 }
                 Source::Asked(asked) => {
                     asked.start(runtime.clone());
+                    asked.read_file();
                     tasks.spawn_on(asked.clone().keep_file(stop.clone()), runtime);
                 }
                 Source::Domain(domains) => metrics.set_users(domains.len()),

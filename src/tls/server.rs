@@ -160,7 +160,7 @@ fn verifier(config: &Config, wanted: &ClientCertificates) -> Result<Arc<dyn Clie
     }
     let builder = WebPkiClientVerifier::builder_with_provider(Arc::new(roots), provider());
     let builder = if wanted.required { builder } else { builder.allow_unauthenticated() };
-    Ok(builder.build().map_err(|error| fault(error.to_string()))?)
+    builder.build().map_err(|error| fault(error.to_string()))
 }
 
 /// One certificate with its key, and what the certificate says of itself.

@@ -1,0 +1,230 @@
+"""Routes that need no directory, in the running program: tables that change, kept answers over a restart, Dovecot's own
+director, and what the clock tells."""
+
+import os
+import re
+import statistics
+import subprocess
+import time
+import unittest
+
+import directories
+from fixtures import PASSWORDS, PATIENCE, VESTIBULE, Certificates, Dovecot, Folder, Process, Proxy, free_port, program, wait_for
+from test_directories import ALICE, BOB, CAROL, Client
+
+BASE = """
+listeners: [{{address: "127.0.0.1:{{plain}}", tls: none}}]
+backends:
+  shard-a: {{servers: ["127.0.0.1:{a}"]}}
+  shard-b: {{servers: ["127.0.0.1:{b}"]}}
+limits: {{drain: 1s, failed_logins: 1000}}
+admin: {{address: "127.0.0.1:{{admin}}"}}
+routes:
+"""
+
+
+def vestibule(*words):
+    return subprocess.run([VESTIBULE, *map(str, words)], capture_output=True, text=True, timeout=PATIENCE)
+
+
+class Routes(unittest.TestCase):
+    @classmethod
+    def setUpClass(cls):
+        cls.folder = Folder()
+        cls.addClassCleanup(cls.folder.remove)
+        cls.certificates = Certificates(cls.folder)
+        cls.a, cls.b = Dovecot(cls.certificates), Dovecot(cls.certificates)
+        cls.addClassCleanup(cls.a.close)
+        cls.addClassCleanup(cls.b.close)
+
+    def proxy(self, routes, files=None, folder=None):
+        if not folder:
+            folder = Folder()
+            self.addCleanup(folder.remove)
+        for name, text in (files or {}).items():
+            folder.write(name, text)
+        proxy = Proxy(BASE.format(a=self.a.port, b=self.b.port) + routes, folder)
+        self.addCleanup(proxy.close)
+        return proxy
+
+    def lands_on(self, proxy, user, backend):
+        """Whether a login succeeds there."""
+        before = proxy.metric("vestibule_backend_sessions_total", backend=backend)
+        if not Client(proxy).login(user, PASSWORDS[user]).startswith("a OK"):
+            return False
+        return proxy.metric("vestibule_backend_sessions_total", backend=backend) > before
+
+    def test_a_table_changes_under_the_running_process(self):
+        proxy = self.proxy("  - table: users.txt\n", {"users.txt": f"{ALICE} shard-a\n"})
+        table = proxy.folder.path / "users.txt"
+        self.assertTrue(self.lands_on(proxy, ALICE, "shard-a"))
+        # Written in place, and moved into place.
+        table.write_text(f"{ALICE} shard-b\n{BOB} shard-b\n")
+        wait_for("the new table", lambda: self.lands_on(proxy, ALICE, "shard-b"))
+        beside = proxy.folder.write("new", f"{ALICE} shard-a\n{BOB} refuse: Closed.\n")
+        os.rename(beside, table)
+        wait_for("the next table", lambda: self.lands_on(proxy, ALICE, "shard-a"))
+        self.assertEqual(Client(proxy).login(BOB, "x"), "a NO [CONTACTADMIN] Closed.")
+        # One with a mistake changes nothing, and is told with its line.
+        table.write_text(f"{ALICE} shard-b\n{BOB} shard-x\n")
+        wait_for("the complaint", lambda: "users.txt:2: no backend is declared as \"shard-x\"" in proxy.log())
+        wait_for("the gauge", lambda: proxy.metric("vestibule_table_load_failed", route="table") == 1)
+        self.assertTrue(self.lands_on(proxy, ALICE, "shard-a"))
+        table.unlink()
+        wait_for("the next complaint", lambda: "No such file" in proxy.log())
+        self.assertTrue(self.lands_on(proxy, ALICE, "shard-a"))
+        table.write_text(f"{ALICE} shard-b\n")
+        wait_for("the good one", lambda: self.lands_on(proxy, ALICE, "shard-b"))
+        self.assertEqual(proxy.metric("vestibule_table_load_failed", route="table"), 0)
+        self.assertEqual(proxy.metric("vestibule_table_users", route="table"), 1)
+
+    def test_kept_answers_over_a_restart(self):
+        directory = directories.Redis()
+        self.addCleanup(directory.close)
+        directory.row(ALICE, backend="shard-b")
+        routes = (f"  - redis: {{url: 'redis://127.0.0.1:{directory.port}', password_file: password, key: 'mailbox:%{{user}}', "
+                  "timeout: 500ms, cache: {file: kept}}\n")
+        folder = Folder()
+        self.addCleanup(folder.remove)
+        folder.write("password", directory.PASSWORD, 0o600)
+        proxy = self.proxy(routes, folder=folder)
+        self.assertTrue(self.lands_on(proxy, ALICE, "shard-b"))
+        proxy.stop()
+        kept = folder.path / "kept"
+        self.assertEqual(kept.stat().st_mode & 0o777, 0o600)
+        self.assertIn(ALICE, kept.read_text())
+        directory.kill()
+        proxy = self.proxy(routes, folder=folder)
+        wait_for("the kept answers", lambda: proxy.metric("vestibule_route_cached_users", route="redis") == 1)
+        self.assertTrue(self.lands_on(proxy, ALICE, "shard-b"))
+        self.assertIn("NO [UNAVAILABLE]", Client(proxy).login(BOB, "x"))
+        explained = vestibule("route", "--config", proxy.file, ALICE).stdout
+        self.assertRegex(explained, r"route    redis: found: shard-b \(\d+ \u00b5s, kept for \d+ s\)")
+
+    def test_a_directors_users_stay_where_they_are(self):
+        """Dovecot's director itself says where it would have them."""
+        folder = Folder()
+        self.addCleanup(folder.remove)
+        hosts = {"10.0.0.11": 1, "10.0.0.12": 1, "10.0.0.13": 3}
+        port = free_port()
+        director = program("dovecot").replace("sbin/dovecot", "lib/dovecot/director")
+        self.assertTrue(os.path.exists(director), director)
+        settings = folder.write("dovecot.conf", f"""
+            base_dir = {folder.path}/run
+            state_dir = {folder.path}/state
+            log_path = {folder.path}/log
+            instance_name = director-{port}
+            protocols = imap
+            listen = 127.0.0.1
+            ssl = no
+            director_servers = 127.0.0.1:{port}
+            director_mail_servers = {" ".join(hosts)}
+            service director {{
+              chroot =
+              unix_listener director-admin {{
+                mode = 0600
+              }}
+              unix_listener login/director {{
+                mode = 0666
+              }}
+              fifo_listener login/proxy-notify {{
+                mode = 0666
+              }}
+              inet_listener {{
+                address = 127.0.0.1
+                port = {port}
+              }}
+            }}
+            service imap-login {{
+              executable = imap-login director
+              chroot =
+              inet_listener imap {{
+                port = {free_port()}
+              }}
+            }}
+            service stats {{
+              chroot =
+            }}
+            service anvil {{
+              chroot =
+            }}
+            passdb {{
+              driver = static
+              args = proxy=y nopassword=y
+            }}
+        """)
+        process = Process([program("dovecot"), "-F", "-c", settings], folder.path / "output")
+        self.addCleanup(process.kill)
+
+        def doveadm(*words):
+            return subprocess.run([program("doveadm"), "-c", settings, "director", *words], capture_output=True, text=True,
+                                  timeout=PATIENCE)
+        wait_for("the director", lambda: doveadm("status").returncode == 0)
+        for host, weight in hosts.items():
+            done = doveadm("add", host, str(100 * weight))
+            self.assertEqual(done.returncode, 0, done.stderr)
+        names = [f"Backend{number}" for number in range(len(hosts))]
+        shares = "\n".join(f"        {name}: {{weight: {weight}, host: {host}}}" for name, (host, weight) in zip(names, hosts.items()))
+        servers = "\n".join(f'  {name}: {{servers: ["{host}:143"]}}' for name, host in zip(names, hosts))
+        configuration = folder.write("vestibule.yaml", f"""
+listeners: [{{address: "127.0.0.1:0", tls: none}}]
+backends:
+{servers}
+routes:
+  - hash:
+      style: director
+      backends:
+{shares}
+""")
+        seen = set()
+        users = [f"User{number}@Example.org" for number in range(60)] + ["alice", "z\u00f6e@example.org"]
+        for user in users:
+            status = doveadm("status", user).stdout
+            theirs = re.search(r"Hashed: (\S+)", status)[1]
+            ours = vestibule("route", "--config", configuration, user).stdout
+            place = list(hosts).index(theirs)
+            self.assertIn(f"found: {names[place]} ", ours, f"{user}: {status}")
+            seen.add(theirs)
+        self.assertEqual(seen, set(hosts))
+
+    def test_who_would_move(self):
+        folder = Folder()
+        self.addCleanup(folder.remove)
+        text = BASE.format(a=1143, b=2143).replace("{plain}", "0").replace("{admin}", "0")
+        users = folder.write("users.txt", "# all\n" + "".join(f"user{number}@example.org shard-a\n" for number in range(1000)) + "@x shard-a\n")
+        old = folder.write("old.yaml", text + "  - hash: [shard-a, shard-b]\n")
+        same = folder.write("same.yaml", text + "  - hash: [shard-b, shard-a]\n")
+        new = folder.write("new.yaml", text.replace("limits:", "  shard-c: {servers: ['127.0.0.1:3143']}\nlimits:")
+                           + "  - hash: [shard-a, shard-b, shard-c]\n")
+        done = vestibule("route", "--config", old, "--diff", same, "--users", users)
+        self.assertEqual((done.returncode, done.stdout), (0, "0 of 1000 users would move\n"), done.stderr)
+        done = vestibule("route", "--config", old, "--diff", new, "--users", users)
+        self.assertEqual(done.returncode, 1, done.stderr)
+        lines = done.stdout.splitlines()
+        self.assertTrue(250 < len(lines) - 1 < 420, lines[-1])
+        for line in lines[:-1]:
+            self.assertRegex(line, r"^user\d+@example.org: shard-[ab] -> shard-c$")
+        self.assertEqual(lines[-1], f"{len(lines) - 1} of 1000 users would move")
+
+    def test_the_clock_does_not_tell_who_exists(self):
+        """A wrong password and a name that no route knows are answered as late."""
+        slow = Dovecot(self.certificates, extra="auth_failure_delay = 1s")
+        self.addCleanup(slow.close)
+        text = BASE.format(a=slow.port, b=self.b.port) + "  - domain: {example.org: shard-a}\n"
+        proxy = Proxy(text)
+        self.addCleanup(proxy.close)
+
+        def took(user):
+            client = Client(proxy)
+            began = time.monotonic()
+            self.assertRegex(client.login(user, "wrong"), "^a NO")
+            return time.monotonic() - began
+        wrong = [took(ALICE) for _ in range(5)]
+        unknown = [took(f"user{number}@nowhere.test") for number in range(5)]
+        self.assertGreater(statistics.median(wrong), 0.3)
+        self.assertGreater(min(unknown), min(wrong) * 0.8, (wrong, unknown))
+        self.assertLess(max(unknown), max(wrong) * 1.5, (wrong, unknown))
+
+
+if __name__ == "__main__":
+    unittest.main()
