@@ -16,6 +16,7 @@
 //! | accepted, one permit | [`listener::Listener::run`] |
 //! | TLS, if it begins at once or by STARTTLS | `session::Session::encrypt`, [`tls::server`] |
 //! | commands until a login is complete | [`imap::prelogin::Prelogin::step`] |
+//! | what the user is called | [`identity::Naming::names`] |
 //! | which backend | [`route::Router::route`] |
 //! | which server, and which next | [`backend::Backend::candidates`] |
 //! | connect and log in there | [`backend::connect::login`], [`imap::backend_login::BackendLogin::step`] |
@@ -32,7 +33,9 @@
 //! - Leftover is data: what followed the login goes to the server, what followed its OK to the client, in order.
 //! - After a login nothing is parsed. After a refusal nothing is relayed.
 //! - "Unknown user" and "lookup failed" are different answers, and only the first goes on to the next route.
-//! - A route names a declared backend; nothing that was looked up becomes a network address.
+//! - A route names a declared backend; what was looked up becomes a network address only within the networks that the
+//!   configuration of that route spells out.
+//! - Credentials that a route or the configuration holds are used only for a client that has proven who it is.
 //! - A session lives on the worker that accepted it ([`workers`]); nothing of its login stays allocated behind it.
 //! - Secrets are [`identity::Secret`] or wiped buffers; they reach no log, metric or error text.
 //! - What a client can provoke never makes a server look dead.

@@ -14,7 +14,7 @@
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{SocketAddr, TcpStream};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, LazyLock};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -165,6 +165,10 @@ struct Connection {
 impl Connection {
     fn open(target: &Target, config: Option<Arc<ClientConfig>>) -> anyhow::Result<Self> {
         static USERS: AtomicUsize = AtomicUsize::new(0);
+/// So many names are used over and over; all different without it.
+static NAMES: LazyLock<usize> = LazyLock::new(|| {
+    std::env::var("VESTIBULE_BENCH_NAMES").ok().and_then(|names| names.parse().ok()).unwrap_or(usize::MAX)
+});
         let socket = TcpStream::connect(target.address).context("connect")?;
         socket.set_nodelay(true)?;
         socket.set_read_timeout(Some(PATIENCE))?;
@@ -183,7 +187,7 @@ impl Connection {
         let capacity = if target.tls { 512 } else { 256 * 1024 };
         let mut opened = Self { stream: BufReader::with_capacity(capacity, stream), handshake };
         opened.line("* OK")?;
-        let user = USERS.fetch_add(1, Ordering::Relaxed);
+        let user = USERS.fetch_add(1, Ordering::Relaxed) % *NAMES;
         opened.command(&format!("a LOGIN user{user:06}@example.org secret"), "a OK")?;
         Ok(opened)
     }

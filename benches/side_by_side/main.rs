@@ -4,7 +4,7 @@
 //! the same load, one after the other, over and over, so that a noisy machine is noisy for all; the table shows medians,
 //! and ratios are what travels between machines. The program is three: the driver, which reads clocks and memory of the
 //! proxy's whole process tree; the load (`load`) and the stand-in (`standin`), which run as processes of their own.
-//! Everything stays on loopback and stops by itself.
+//! `benches/routes` uses the latter two alone. Everything stays on loopback and stops by itself.
 
 mod account;
 mod certificate;
@@ -23,6 +23,7 @@ fn main() -> ExitCode {
     let result = match std::env::var(ROLE).as_deref() {
         Ok("standin") => standin::run(),
         Ok("load") => load::run(),
+        Ok("certificate") => std::env::args().nth(1).map_or(Ok(()), |folder| certificate::write(folder.as_ref())),
         _ => driver::run(),
     };
     match result {

@@ -1,0 +1,152 @@
+//! What a table of many users costs: time to load, memory once loaded, time of a look-up.
+//!
+//! `cargo bench --bench tables` makes tables of a thousand, a million and ten million users in random order in a temporary
+//! folder, loads each in a process of its own, and looks up names at random, known and unknown. The memory is that of the
+//! loaded table alone: anonymous pages now, less those before it was loaded.
+
+use std::fmt::Write as _;
+use std::fs;
+use std::path::Path;
+use std::process::{Command, ExitCode};
+use std::sync::Arc;
+use std::time::Instant;
+
+use anyhow::{Context as _, ensure};
+use vestibule::config;
+use vestibule::metrics::{Metrics, Names};
+use vestibule::route::{Question, RouteError, Router};
+
+/// The program's own: what is measured is what it would use.
+#[global_allocator]
+static ALLOCATOR: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;
+
+const SIZES: [usize; 3] = [1_000, 1_000_000, 10_000_000];
+const LOOKUPS: usize = 1_000_000;
+
+fn main() -> ExitCode {
+    let result = match std::env::var("VESTIBULE_BENCH_TABLE") {
+        Ok(folder) => measure(Path::new(&folder)),
+        Err(_) => all(),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("tables: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn all() -> anyhow::Result<()> {
+    println!("| users | file | load | memory | a user | look-up, known | look-up, unknown |");
+    println!("|---|---|---|---|---|---|---|");
+    for users in SIZES {
+        let folder = tempfile::tempdir()?;
+        write_table(folder.path(), users)?;
+        let mut child = Command::new(std::env::current_exe()?);
+        // As src/allocator.rs has it.
+        child.env("MALLOC_CONF", "background_thread:true,dirty_decay_ms:1000,muzzy_decay_ms:0");
+        ensure!(child.env("VESTIBULE_BENCH_TABLE", folder.path()).status()?.success(), "the measuring process failed");
+    }
+    Ok(())
+}
+
+/// Numbers that look random and repeat: SplitMix64.
+fn random(state: &mut u64) -> u64 {
+    *state = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
+    let mut mixed = *state;
+    mixed = (mixed ^ (mixed >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    mixed ^ (mixed >> 31)
+}
+
+/// First name, last name, number, and one of a thousand domains, as providers have them.
+fn name(number: u64) -> String {
+    const FIRST: [&str; 16] = [
+        "anna", "ben", "carla", "david", "emma", "felix", "greta", "hugo", "ida", "jonas", "klara", "liam", "mia", "noah",
+        "olivia", "paul",
+    ];
+    const LAST: [&str; 16] = [
+        "meyer", "smith", "rossi", "novak", "garcia", "larsen", "dubois", "kowalski", "silva", "jansen", "weber", "moreau",
+        "costa", "nagy", "popov", "khan",
+    ];
+    let (first, last) = (FIRST[(number % 16) as usize], LAST[(number / 16 % 16) as usize]);
+    format!("{first}.{last}{}@domain{}.example", number / 256, number % 997)
+}
+
+fn write_table(folder: &Path, users: usize) -> anyhow::Result<()> {
+    let mut order: Vec<u32> = (0..u32::try_from(users)?).collect();
+    let mut state = 1;
+    for place in (1..order.len()).rev() {
+        order.swap(place, usize::try_from(random(&mut state) % (place as u64 + 1))?);
+    }
+    let mut text = String::new();
+    for number in order {
+        let number = u64::from(number);
+        let _ = writeln!(text, "{} shard-{}", name(number), random(&mut number.clone()) % 8);
+    }
+    fs::write(folder.join("users.txt"), text)?;
+    let backends: Vec<String> = (0..8).map(|number| format!("shard-{number}: {{servers: ['10.0.0.{number}:143']}}")).collect();
+    let text = format!(
+        "listeners: [{{address: '127.0.0.1:1143', tls: none}}]\nbackends: {{{}}}\nroutes: [{{table: users.txt}}]\n",
+        backends.join(", ")
+    );
+    Ok(fs::write(folder.join("vestibule.yaml"), text)?)
+}
+
+fn measure(folder: &Path) -> anyhow::Result<()> {
+    let config = config::load(&folder.join("vestibule.yaml"))?;
+    let metrics = Metrics::new(&Names { routes: vec!["table".to_owned()], ..Names::default() });
+    let file = fs::metadata(folder.join("users.txt"))?.len();
+    let before = anonymous_pages()?;
+    let began = Instant::now();
+    let router = Router::build(&config, &metrics).map_err(|problems| anyhow::anyhow!("{problems:?}"))?;
+    let load = began.elapsed();
+    // What was needed to load it goes back first.
+    std::thread::sleep(std::time::Duration::from_secs(3));
+    let memory = anonymous_pages()?.saturating_sub(before);
+    let users = fs::read_to_string(folder.join("users.txt"))?.lines().count() as u64;
+    let runtime = tokio::runtime::Builder::new_current_thread().build()?;
+    let known = runtime.block_on(look_up(&router, &metrics, |random| name(random % users), true))?;
+    let unknown = runtime.block_on(look_up(&router, &metrics, |random| name(users + random % users), false))?;
+    println!(
+        "| {users} | {:.1} MB | {:.2} s | {:.1} MB | {:.1} B | {known:.2} µs | {unknown:.2} µs |",
+        file as f64 / 1e6,
+        load.as_secs_f64(),
+        memory as f64 / 1e6,
+        memory as f64 / users as f64
+    );
+    Ok(())
+}
+
+/// Microseconds a look-up, making up the names left out.
+async fn look_up(
+    router: &Router,
+    metrics: &Metrics,
+    name: impl Fn(u64) -> String,
+    expected: bool,
+) -> anyhow::Result<f64> {
+    let mut state = 7;
+    let questions: Vec<Question> = (0..LOOKUPS)
+        .map(|_| Question { user: Arc::from(name(random(&mut state))), visitor: None })
+        .collect();
+    let began = Instant::now();
+    let mut found = 0;
+    for question in &questions {
+        match router.route(question, metrics).await {
+            Ok(_) => found += 1,
+            Err(RouteError::Unknown) => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
+    let took = began.elapsed();
+    ensure!(found == if expected { LOOKUPS } else { 0 }, "{found} found");
+    Ok(took.as_secs_f64() * 1e6 / LOOKUPS as f64)
+}
+
+fn anonymous_pages() -> anyhow::Result<u64> {
+    let text = fs::read_to_string("/proc/self/status")?;
+    let line = text.lines().find_map(|line| line.strip_prefix("RssAnon:")).context("no RssAnon")?;
+    let kilobytes: u64 = line.trim().trim_end_matches(" kB").parse()?;
+    Ok(kilobytes * 1024)
+}
