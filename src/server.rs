@@ -146,9 +146,7 @@ pub async fn start(config: Config) -> anyhow::Result<Running> {
     };
     let addresses = sockets.iter().map(|of_listener| of_listener[0].local_addr()).collect::<io::Result<Vec<_>>>()?;
     live.backends.start(&OwnAddresses::new(addresses.clone()), &background, &stop_background);
-    if let Some(interval) = config.limits.probe {
-        live.backends.clone().probe(interval, live.limits.clone(), &background, &stop_background);
-    }
+    live.backends.watch(&live.limits, &background, &stop_background);
     live.router.start(&live.metrics, &Handle::current(), &background, &stop_background);
     if let Some(tls) = &live.tls {
         tls.publish(&live.metrics);

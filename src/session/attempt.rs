@@ -9,8 +9,8 @@ use tokio::time::{self, timeout, timeout_at};
 use zeroize::Zeroizing;
 
 use super::{Session, close};
-use crate::backend::connect::{self, Established, Outcome, Request};
-use crate::backend::{Backend, Server};
+use crate::backend::connect::{self, Established, Fault, Outcome, Purpose, Request};
+use crate::backend::{Backend, Seat, Server, Stop, Tour};
 use crate::failure::Reason;
 use crate::identity::{Credentials, Names, PasswordLogin, Proof, Secret, ServerLogin, UserName};
 use crate::imap::prelogin::{LoginRequest, Prelogin, Step};
@@ -26,13 +26,20 @@ const MAX_REFERRALS: usize = 2;
 
 /// How a login attempt ended.
 pub(super) enum Attempted {
-    Accepted { backend: Arc<Backend>, server: Arc<Server>, established: Box<Established> },
+    Accepted { backend: Arc<Backend>, seat: Seat, established: Box<Established> },
     Refused { reply: Vec<u8>, counts: bool },
     Unavailable,
 }
 
 /// How the servers tried have answered, and the one that did.
-type Answered<'a> = (Outcome<'a>, Option<(Arc<Backend>, Arc<Server>)>);
+type Answered<'a> = (Outcome<'a>, Option<Answerer>);
+
+/// A server, and the login's place there.
+struct Answerer {
+    backend: Arc<Backend>,
+    server: Arc<Server>,
+    seat: Seat,
+}
 
 impl Session {
     /// `None`: the session is over.
@@ -91,6 +98,7 @@ impl Session {
         let tls = self.record.tls().cloned();
         let request = Request {
             login: Some(server_login),
+            purpose: Purpose::Session,
             tag: &login.tag,
             client_id: &client_id,
             client: self.peer,
@@ -113,27 +121,27 @@ impl Session {
     fn answered(
         &mut self,
         outcome: Outcome<'_>,
-        answered: Option<(Arc<Backend>, Arc<Server>)>,
+        answered: Option<Answerer>,
         routed: &Backend,
         began: Instant,
     ) -> Attempted {
         let took = began.elapsed();
         match (outcome, answered) {
-            (Outcome::Accepted(established), Some((backend, server))) => {
+            (Outcome::Accepted(established), Some(Answerer { backend, server, seat })) => {
                 self.live.metrics.backend(backend.id.0).logged_in(took);
                 self.record.accepted(&backend, &server.name, &established, took);
-                Attempted::Accepted { backend, server, established: Box::new(established) }
+                Attempted::Accepted { backend, seat, established: Box::new(established) }
             }
             (Outcome::Refused { reply, counts }, answered) => {
                 if counts {
                     self.live.refusals.add(took);
                 }
-                self.record.refused(routed.id, answered.as_ref().map(|(_, server)| &server.name));
+                self.record.refused(routed.id, answered.as_ref().map(|answered| &answered.server.name));
                 Attempted::Refused { reply, counts }
             }
             // Not followed: the client may know better.
             (Outcome::Referred(referral), answered) => {
-                self.record.refused(routed.id, answered.as_ref().map(|(_, server)| &server.name));
+                self.record.refused(routed.id, answered.as_ref().map(|answered| &answered.server.name));
                 Attempted::Refused { reply: referral.reply, counts: false }
             }
             (Outcome::Unavailable(fault), _) => {
@@ -288,65 +296,75 @@ async fn log_in_somewhere<'a>(live: &'a Live, place: &Place, user: &str, request
     let known_by = deadline.min(time::Instant::now() + live.limits.connect);
     let backend = live.backends.backend(place.backend);
     let servers = timeout_at(known_by, live.servers(place, user)).await.unwrap_or_default();
-    let mut outcome = Outcome::Unavailable(connect::Fault::no_server());
-    for (tried, server) in servers.iter().enumerate() {
+    let mut tour = Tour::new(backend, servers);
+    let mut outcome = Outcome::Unavailable(Fault::no_server());
+    loop {
+        let (server, seat) = match tour.next(deadline).await {
+            Stop::At(server, seat) => (server, seat),
+            Stop::Full => return (Outcome::Unavailable(Fault::full()), None),
+            Stop::End => return (outcome, None),
+        };
         let now = time::Instant::now();
         // While there is another server, one that hangs gets half of what is left.
-        let due = if tried + 1 < servers.len() { now + (deadline - now) / 2 } else { deadline };
-        outcome = connect::login(backend, server, request, due).await;
+        let due = if tour.has_more() { now + deadline.saturating_duration_since(now) / 2 } else { deadline };
+        outcome = connect::login(backend, &server, request, due).await;
         match &outcome {
             Outcome::Unavailable(fault) => {
-                report(live, server, request, fault);
+                report(live, &server, request, fault);
                 if !fault.try_next || time::Instant::now() >= deadline {
-                    break;
+                    return (outcome, None);
                 }
             }
-            Outcome::Referred(_) => return follow(live, outcome, backend, server, request, deadline).await,
-            _ => return (outcome, Some((backend.clone(), server.clone()))),
+            Outcome::Referred(_) => {
+                let from = Answerer { backend: backend.clone(), server, seat };
+                return follow(live, outcome, from, request, deadline).await;
+            }
+            _ => return (outcome, Some(Answerer { backend: backend.clone(), server, seat })),
         }
     }
-    (outcome, None)
 }
 
 /// To where a server sends the user, as far as its backend allows.
 async fn follow<'a>(
     live: &'a Live,
     mut outcome: Outcome<'a>,
-    backend: &'a Arc<Backend>,
-    server: &Arc<Server>,
+    mut at: Answerer,
     request: &'a Request<'a>,
     deadline: time::Instant,
 ) -> Answered<'a> {
-    let (mut backend, mut server) = (backend, server.clone());
-    let mut visited = vec![server.name.clone()];
+    let mut visited = vec![at.server.name.clone()];
     while let Outcome::Referred(referral) = &outcome {
-        if !backend.follows_referrals {
+        if !at.backend.follows_referrals {
             break;
         }
         let place = format!("{}:{}", referral.host, referral.port);
-        let next = live.backends.find(&referral.host, referral.port);
-        let fault = match next {
-            None => connect::Fault::referral(format!("{} refers to {place}, which is no declared server", server.name)),
+        let from = &at.server.name;
+        let fault = match live.backends.find(&referral.host, referral.port) {
+            None => Fault::referral(format!("{from} refers to {place}, which is no declared server")),
             Some((_, next)) if visited.contains(&next.name) || visited.len() > MAX_REFERRALS => {
-                connect::Fault::referral(format!("referrals go in a circle: {} refers to {place}", server.name))
+                Fault::referral(format!("referrals go in a circle: {from} refers to {place}"))
             }
-            Some((next_backend, next)) => {
-                (backend, server) = (next_backend, next);
-                visited.push(server.name.clone());
-                outcome = connect::login(backend, &server, request, deadline).await;
-                if let Outcome::Unavailable(fault) = &outcome {
-                    report(live, &server, request, fault);
+            Some((backend, next)) => match Tour::new(backend, vec![next]).next(deadline).await {
+                Stop::At(server, seat) => {
+                    visited.push(server.name.clone());
+                    outcome = connect::login(backend, &server, request, deadline).await;
+                    if let Outcome::Unavailable(fault) = &outcome {
+                        report(live, &server, request, fault);
+                    }
+                    at = Answerer { backend: backend.clone(), server, seat };
+                    continue;
                 }
-                continue;
-            }
+                Stop::Full => return (Outcome::Unavailable(Fault::full()), None),
+                Stop::End => Fault::referral(format!("{from} refers to {place}, which gets no logins now")),
+            },
         };
-        report(live, &server, request, &fault);
+        report(live, &at.server, request, &fault);
         return (Outcome::Unavailable(fault), None);
     }
-    (outcome, Some((backend.clone(), server)))
+    (outcome, Some(at))
 }
 
-fn report(live: &Live, server: &Server, request: &Request<'_>, fault: &connect::Fault) {
+fn report(live: &Live, server: &Server, request: &Request<'_>, fault: &Fault) {
     tracing::info!(session = request.session_id, server = %server.name, reason = fault.reason.as_str(), detail = %fault.detail, "server could not take the login");
     live.metrics.failure(fault.reason);
 }

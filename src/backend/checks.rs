@@ -1,0 +1,162 @@
+//! Asks servers whether they are well, and what they offer before login, so that clients are offered just that.
+//!
+//! One task a backend, a check a server every `interval`, give or take a tenth, so that neither many servers nor many
+//! proxies are asked in step. One connection serves both questions. A server that is down by the operator's word is left
+//! alone. What the results mean is `health`'s matter. Called by `Backends::watch`.
+
+use std::collections::HashMap;
+use std::net::{Ipv4Addr, SocketAddr};
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::task::JoinSet;
+use tokio::time::{self, Instant};
+
+use super::connect::{self, Outcome, Purpose, Request, Seen};
+use super::health::Depth;
+use super::reach::dial;
+use super::{Backend, Backends, Group, Server, chance};
+use crate::config::{self, CheckKind, Config, Limits, Mode, Problem};
+use crate::identity::{PasswordLogin, Secret, ServerLogin, UserName};
+use crate::imap::client_id::ClientId;
+use crate::imap::tag::Tag;
+use crate::metrics::CheckMetrics;
+
+/// Servers of an SRV record come and go: they are looked for this often.
+const LOOK_AGAIN: Duration = Duration::from_secs(1);
+
+/// A backend's checks, ready for use.
+#[derive(Debug)]
+pub(super) struct Watch {
+    check: config::Check,
+    account: Option<(UserName, Secret)>,
+}
+
+impl Watch {
+    /// Reads the password of the account that logs in.
+    pub(super) fn build(config: &Config, check: &config::Check) -> Result<Self, Problem> {
+        let account = match &check.kind {
+            CheckKind::Login { account, password } => {
+                let password = password.read_secret(config)?;
+                Some((account.clone(), Secret::new(password.as_bytes().to_vec())))
+            }
+            CheckKind::Tcp | CheckKind::Tls | CheckKind::Imap => None,
+        };
+        Ok(Self { check: check.clone(), account })
+    }
+}
+
+/// What is next for one server.
+struct Course {
+    due: Instant,
+    under_way: bool,
+    metrics: CheckMetrics,
+}
+
+/// Checks the backend's servers again and again.
+pub(super) async fn follow(backends: Arc<Backends>, backend: Arc<Backend>, limits: Arc<Limits>) {
+    let Some(watch) = &backend.watch else { return };
+    let kind = watch.check.kind.as_str();
+    let own = backend.metrics.backend(backend.id.0);
+    let mut courses: HashMap<Arc<str>, Course> = HashMap::new();
+    let mut running: JoinSet<Arc<str>> = JoinSet::new();
+    loop {
+        let servers: Vec<Arc<Server>> = backend.groups.iter().flat_map(Group::current).collect();
+        courses.retain(|name, _| servers.iter().any(|server| server.name == *name));
+        let now = Instant::now();
+        let mut next = now + LOOK_AGAIN;
+        for server in servers {
+            let course = courses.entry(server.name.clone()).or_insert_with(|| Course {
+                due: now,
+                under_way: false,
+                metrics: own.checks(&server.name, kind),
+            });
+            if course.under_way {
+                continue;
+            }
+            if course.due <= now && server.mode() != Mode::Down {
+                course.under_way = true;
+                let metrics = course.metrics.clone();
+                let (backends, backend, limits) = (backends.clone(), backend.clone(), limits.clone());
+                running.spawn(async move {
+                    check(&backend, &server, &limits, &metrics).await;
+                    backends.consider_offers();
+                    server.name.clone()
+                });
+            } else if course.due > now {
+                next = next.min(course.due);
+            }
+        }
+        tokio::select! {
+            Some(done) = running.join_next() => {
+                // One that panicked stays under way; there is none.
+                if let Some(course) = done.ok().and_then(|name| courses.get_mut(&name)) {
+                    course.under_way = false;
+                    course.due = Instant::now() + watch.check.interval.mul_f64(0.9 + 0.2 * chance());
+                }
+            }
+            () = time::sleep_until(next) => {}
+        }
+    }
+}
+
+async fn check(backend: &Backend, server: &Arc<Server>, limits: &Limits, metrics: &CheckMetrics) {
+    let Some(watch) = &backend.watch else { return };
+    let began = Instant::now();
+    let result = asked(backend, server, watch, limits).await;
+    metrics.checked(result.is_ok(), began.elapsed());
+    let depth = match watch.check.kind {
+        CheckKind::Tcp | CheckKind::Tls => Depth::Connection,
+        CheckKind::Imap | CheckKind::Login { .. } => Depth::Dialogue,
+    };
+    match &result {
+        Ok(seen) => {
+            if let Some(ends) = seen.certificate_ends {
+                metrics.certificate(ends);
+            }
+            server.offers(seen.offer.map(|offer| offer.mechanisms));
+            server.checked(Ok(()), depth);
+        }
+        Err(detail) => {
+            tracing::debug!(backend = %backend.name, server = %server.name, %detail, "check failed");
+            // A server that cannot be asked restricts nobody.
+            server.offers(None);
+            server.checked(Err(detail), depth);
+        }
+    }
+}
+
+/// What the server has shown; an error says in a sentence what is wrong with it.
+async fn asked(backend: &Backend, server: &Arc<Server>, watch: &Watch, limits: &Limits) -> Result<Seen, String> {
+    let deadline = Instant::now() + watch.check.timeout;
+    let purpose = match watch.check.kind {
+        CheckKind::Tcp => return dial(server, deadline).await.map(|_| Seen::default()).map_err(|fault| fault.detail),
+        CheckKind::Tls => Purpose::CheckTls,
+        CheckKind::Imap | CheckKind::Login { .. } => Purpose::Check,
+    };
+    let nothing = ClientId::default();
+    let tag = Tag::new(b"check").ok_or("no tag")?;
+    let nobody = SocketAddr::from((Ipv4Addr::UNSPECIFIED, 0));
+    let login = watch
+        .account
+        .as_ref()
+        .map(|(user, password)| ServerLogin::Password(PasswordLogin { user, authzid: None, password }));
+    let request = Request {
+        login,
+        purpose,
+        tag: &tag,
+        client_id: &nothing,
+        client: nobody,
+        listener: nobody,
+        tls: None,
+        session_id: "check",
+        limits,
+    };
+    match connect::login(backend, server, &request, deadline).await {
+        Outcome::Seen(seen) => Ok(seen),
+        Outcome::Unavailable(fault) => Err(fault.detail),
+        Outcome::Refused { .. } => Err("the server refused the login of the check's account".to_owned()),
+        Outcome::Referred(_) => Err("the server sends the check's account elsewhere".to_owned()),
+        Outcome::Accepted(_) | Outcome::Challenged(..) => Err("the server answered what it was not asked".to_owned()),
+    }
+}
