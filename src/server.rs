@@ -229,6 +229,11 @@ impl Running {
         self.admin
     }
 
+    /// The servers, with what is known of them.
+    pub fn backends(&self) -> &Arc<Backends> {
+        &self.live.backends
+    }
+
     /// What is counted.
     pub fn metrics(&self) -> &Arc<Metrics> {
         &self.live.metrics
