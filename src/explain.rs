@@ -12,7 +12,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::backend::OwnAddresses;
-use crate::config::Config;
+use crate::config::{Balance, Config, Mode};
 use crate::identity::UserName;
 use crate::route::{Answer, At, Origin, Question, Target};
 use crate::server::Live;
@@ -64,18 +64,36 @@ pub async fn explain(config: &Config, live: &Live, user: &UserName) -> (String, 
     live.backends.start(&own, &tasks, &stop);
     let wait = config.resolver.timeout * 3;
     let servers = timeout(wait, live.servers(place, &question.user)).await.unwrap_or_default();
+    if matches!(place.at, At::Any) {
+        line(&mut text, format_args!("balance  {}: {}", backend.balance.as_str(), decided(backend.balance)));
+    }
     for (rank, server) in servers.iter().enumerate() {
         let addresses = timeout(wait, server.addresses()).await.unwrap_or_default();
         let addresses: Vec<String> = addresses.iter().map(ToString::to_string).collect();
         let resolved = if addresses.is_empty() { "no address known".to_owned() } else { addresses.join(", ") };
         let rank = if rank == 0 { "first" } else { "next" };
-        line(&mut text, format_args!("server   {rank}: {} ({resolved})", server.name));
+        let weight = if server.weight() == 1 { String::new() } else { format!(", weight {}", server.weight()) };
+        let most = server.max_sessions().map(|most| format!(", {most} sessions at most")).unwrap_or_default();
+        line(&mut text, format_args!("server   {rank}: {} ({resolved}){weight}{most}", server.name));
+    }
+    for server in backend.servers().iter().filter(|server| server.mode() != Mode::Up) {
+        line(&mut text, format_args!("server   no logins: {} (state {})", server.name, server.mode().as_str()));
     }
     if servers.is_empty() {
         text.push_str("server   none known: logins get NO [UNAVAILABLE]\n");
     }
     stop.cancel();
     (text, true)
+}
+
+/// What the order of servers rests on.
+fn decided(balance: Balance) -> &'static str {
+    match balance {
+        Balance::UserHash => "the user's name decides, and the next one counts while the first is failing",
+        Balance::BoundedHash { .. } => "the user's name decides, until the first has more than its share of sessions",
+        Balance::LeastSessions => "the running process knows who has fewer sessions; with none anywhere, for example",
+        Balance::RoundRobin => "the running process knows whose turn it is; after the start",
+    }
 }
 
 /// Writes a line for every user in `users` (the first word of each line) whom the second configuration sends elsewhere, and
