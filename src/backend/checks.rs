@@ -9,12 +9,13 @@ use std::net::{Ipv4Addr, SocketAddr};
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::task::JoinSet;
+use tokio::task::{AbortHandle, JoinSet};
 use tokio::time::{self, Instant};
 
 use super::connect::{self, Outcome, Purpose, Request, Seen};
 use super::health::Depth;
 use super::reach::dial;
+use super::server::ServerState;
 use super::{Backend, Backends, Group, Server, chance};
 use crate::config::{self, CheckKind, Config, Limits, Mode, Problem};
 use crate::identity::{PasswordLogin, Secret, ServerLogin, UserName};
@@ -48,9 +49,26 @@ impl Watch {
 
 /// What is next for one server.
 struct Course {
+    /// Of which server: another may get the same name.
+    state: Arc<ServerState>,
     due: Instant,
-    under_way: bool,
+    under_way: Option<AbortHandle>,
     metrics: CheckMetrics,
+}
+
+impl Course {
+    fn is_under_way(&self) -> bool {
+        self.under_way.as_ref().is_some_and(|check| !check.is_finished())
+    }
+}
+
+impl Drop for Course {
+    fn drop(&mut self) {
+        // The server is gone: nothing more is to be told of it.
+        if let Some(check) = &self.under_way {
+            check.abort();
+        }
+    }
 }
 
 /// Checks the backend's servers again and again.
@@ -59,42 +77,46 @@ pub(super) async fn follow(backends: Arc<Backends>, backend: Arc<Backend>, limit
     let kind = watch.check.kind.as_str();
     let own = backend.metrics.backend(backend.id.0);
     let mut courses: HashMap<Arc<str>, Course> = HashMap::new();
-    let mut running: JoinSet<Arc<str>> = JoinSet::new();
+    // Whatever is under way ends with this.
+    let mut running = JoinSet::new();
+    let comes_and_goes = backend.groups.iter().any(|group| group.service.is_some());
     loop {
         let servers: Vec<Arc<Server>> = backend.groups.iter().flat_map(Group::current).collect();
-        courses.retain(|name, _| servers.iter().any(|server| server.name == *name));
+        courses.retain(|name, course| {
+            let is_it = |server: &Arc<Server>| Arc::ptr_eq(&server.state, &course.state);
+            let stays = servers.iter().any(is_it);
+            if !stays && !servers.iter().any(|server| server.name == *name) {
+                // A check may have ended after its series did.
+                own.forget_server(name);
+            }
+            stays
+        });
         let now = Instant::now();
-        let mut next = now + LOOK_AGAIN;
+        let mut next = now + if comes_and_goes { LOOK_AGAIN } else { watch.check.interval };
         for server in servers {
             let course = courses.entry(server.name.clone()).or_insert_with(|| Course {
+                state: server.state.clone(),
                 due: now,
-                under_way: false,
+                under_way: None,
                 metrics: own.checks(&server.name, kind),
             });
-            if course.under_way {
-                continue;
-            }
-            if course.due <= now && server.mode() != Mode::Down {
-                course.under_way = true;
+            if course.due > now {
+                next = next.min(course.due);
+            } else if server.mode() == Mode::Down {
+                next = next.min(now + LOOK_AGAIN);
+            } else if !course.is_under_way() {
+                course.due = now + watch.check.interval.mul_f64(0.9 + 0.2 * chance());
+                next = next.min(course.due);
                 let metrics = course.metrics.clone();
                 let (backends, backend, limits) = (backends.clone(), backend.clone(), limits.clone());
-                running.spawn(async move {
+                course.under_way = Some(running.spawn(async move {
                     check(&backend, &server, &limits, &metrics).await;
                     backends.consider_offers();
-                    server.name.clone()
-                });
-            } else if course.due > now {
-                next = next.min(course.due);
+                }));
             }
         }
         tokio::select! {
-            Some(done) = running.join_next() => {
-                // One that panicked stays under way; there is none.
-                if let Some(course) = done.ok().and_then(|name| courses.get_mut(&name)) {
-                    course.under_way = false;
-                    course.due = Instant::now() + watch.check.interval.mul_f64(0.9 + 0.2 * chance());
-                }
-            }
+            Some(_) = running.join_next() => {}
             () = time::sleep_until(next) => {}
         }
     }

@@ -289,7 +289,9 @@ impl<'a> Dialogue<'a> {
                     server.answered();
                 }
                 Outcome::Unavailable(Fault { blow: Some(blow), detail, .. }) => server.failed(*blow, detail),
-                Outcome::Unavailable(_) | Outcome::Challenged(..) | Outcome::Seen(_) => {}
+                // It has shown all that its breaker is about, and no slow client shall keep others from it.
+                Outcome::Challenged(..) => server.answered(),
+                Outcome::Unavailable(_) | Outcome::Seen(_) => {}
             }
         }
         outcome

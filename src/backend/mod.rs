@@ -498,13 +498,4 @@ fn publish_if_first<T>(published: &watch::Sender<Option<Vec<T>>>) {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_domain_of_a_service() {
-        assert_eq!(service_domain("_imap._tcp.shard-a.internal"), "shard-a.internal");
-        assert_eq!(service_domain("_imaps._tcp.example.org."), "example.org");
-        assert_eq!(service_domain("example.org"), "example.org");
-    }
-}
+mod tests;
