@@ -12,8 +12,8 @@ use tokio::sync::watch;
 use tokio_rustls::rustls::pki_types::ServerName;
 
 use super::health::{Blow, Depth, Health, News, Standing, Thresholds, Trial};
-use super::seats::{Seat, Seats};
 use super::select::Candidate;
+use super::slots::{Slot, Slots};
 use super::{first_known, publish_if_first};
 use crate::config::{self, Host, Mode};
 use crate::identity::Mechanisms;
@@ -60,7 +60,7 @@ impl Terms {
 #[derive(Debug)]
 pub(super) enum Admission {
     /// It may try.
-    Seat(Seat),
+    Slot(Slot),
     /// There is no place just now.
     Full,
     /// The server is failing, or somebody else tries it out: a last resort.
@@ -81,7 +81,7 @@ pub(super) struct ServerState {
     distrust_told: AtomicBool,
     /// What the operator has asked for, whatever the configuration says.
     mode: Mutex<Option<Mode>>,
-    pub(super) seats: Seats,
+    pub(super) slots: Slots,
     pub(super) metrics: ServerMetrics,
 }
 
@@ -98,7 +98,7 @@ impl ServerState {
             offer: Mutex::default(),
             distrust_told: AtomicBool::new(false),
             mode: Mutex::default(),
-            seats: Seats::default(),
+            slots: Slots::default(),
             metrics,
         })
     }
@@ -149,7 +149,7 @@ impl Server {
 
     /// Sessions it has, logins under way included.
     pub fn sessions(&self) -> u32 {
-        self.state.seats.taken()
+        self.state.slots.taken()
     }
 
     /// Sessions it may have.
@@ -199,15 +199,15 @@ impl Server {
         if self.state.health().standing(now) == Standing::Failing {
             return Admission::Failing;
         }
-        let Some(seat) = Seat::take(self) else { return Admission::Full };
+        let Some(slot) = Slot::take(self) else { return Admission::Full };
         let mut health = self.state.health();
         if health.standing(now) == Standing::Alive {
-            return Admission::Seat(seat);
+            return Admission::Slot(slot);
         }
         let trial = health.begin_trial(now);
         self.state.metrics.set_breaker(health.breaker() as i64);
         drop(health);
-        if trial.is_some() { Admission::Seat(seat.on_trial(trial)) } else { Admission::Failing }
+        if trial.is_some() { Admission::Slot(slot.on_trial(trial)) } else { Admission::Failing }
     }
 
     fn asked_mode(&self) -> Option<Mode> {
@@ -303,7 +303,7 @@ impl Server {
             weight: self.weight,
             priority: self.priority,
             available: health.standing(now) != Standing::Failing,
-            sessions: self.state.seats.taken(),
+            sessions: self.state.slots.taken(),
             ramp: health.ramp(now, self.terms.slow_start),
         }
     }

@@ -1,4 +1,4 @@
-//! The servers that one login tries, one after the other, with a seat at each.
+//! The servers that one login tries, one after the other, with a slot at each.
 //!
 //! In the order that `select` found. A server that is failing, or that somebody else tries out just now, comes when
 //! there is no other; one that is full is passed over where another has a place, and where none has one, the login waits in
@@ -10,8 +10,8 @@ use std::sync::Arc;
 
 use tokio::time::Instant;
 
-use super::seats::Seat;
 use super::server::Admission;
+use super::slots::Slot;
 use super::{Backend, Server};
 use crate::config::Mode;
 
@@ -29,8 +29,8 @@ pub struct Tour<'a> {
 /// What comes next.
 #[derive(Debug)]
 pub enum Stop {
-    /// This server, where there is a seat.
-    At(Arc<Server>, Seat),
+    /// This server, where there is a slot.
+    At(Arc<Server>, Slot),
     /// No server has a place, and none came free in time.
     Full,
     /// There is no other server.
@@ -53,7 +53,7 @@ impl<'a> Tour<'a> {
     pub async fn next(&mut self, due: Instant) -> Stop {
         while let Some(server) = self.ahead.pop_front() {
             match server.admit() {
-                Admission::Seat(seat) => return Stop::At(server, seat),
+                Admission::Slot(slot) => return Stop::At(server, slot),
                 Admission::Full if self.backend.balance.is_sticky() => return self.wait(&[server], due).await,
                 Admission::Full => self.full.push(server),
                 Admission::Failing => self.last_resort.push_back(server),
@@ -72,8 +72,8 @@ impl<'a> Tour<'a> {
             if server.mode() != Mode::Up {
                 continue;
             }
-            return match Seat::take(&server) {
-                Some(seat) => Stop::At(server, seat),
+            return match Slot::take(&server) {
+                Some(slot) => Stop::At(server, slot),
                 None => self.wait(&[server], due).await,
             };
         }
@@ -86,7 +86,7 @@ impl<'a> Tour<'a> {
         let queue = self.backend.queue.join(self.backend.queue_limits.length, |length| metrics.queue(length));
         let Some(queue) = queue else { return Stop::Full };
         match queue.wait(servers, until.min(due)).await {
-            Some((server, seat)) => Stop::At(server, seat),
+            Some((server, slot)) => Stop::At(server, slot),
             None => Stop::Full,
         }
     }

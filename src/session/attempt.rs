@@ -10,7 +10,7 @@ use zeroize::Zeroizing;
 
 use super::{Session, close};
 use crate::backend::connect::{self, Established, Fault, Outcome, Purpose, Request};
-use crate::backend::{Backend, Seat, Server, Stop, Tour};
+use crate::backend::{Backend, Server, Slot, Stop, Tour};
 use crate::failure::Reason;
 use crate::identity::{Credentials, Names, PasswordLogin, Proof, Secret, ServerLogin, UserName};
 use crate::imap::prelogin::{LoginRequest, Prelogin, Step};
@@ -26,7 +26,7 @@ const MAX_REFERRALS: usize = 2;
 
 /// How a login attempt ended.
 pub(super) enum Attempted {
-    Accepted { backend: Arc<Backend>, seat: Seat, established: Box<Established> },
+    Accepted { backend: Arc<Backend>, slot: Slot, established: Box<Established> },
     Refused { reply: Vec<u8>, counts: bool },
     Unavailable,
 }
@@ -38,7 +38,7 @@ type Answered<'a> = (Outcome<'a>, Option<Answerer>);
 struct Answerer {
     backend: Arc<Backend>,
     server: Arc<Server>,
-    seat: Seat,
+    slot: Slot,
 }
 
 impl Session {
@@ -127,10 +127,10 @@ impl Session {
     ) -> Attempted {
         let took = began.elapsed();
         match (outcome, answered) {
-            (Outcome::Accepted(established), Some(Answerer { backend, server, seat })) => {
+            (Outcome::Accepted(established), Some(Answerer { backend, server, slot })) => {
                 self.live.metrics.backend(backend.id.0).logged_in(took);
                 self.record.accepted(&backend, &server.name, &established, took);
-                Attempted::Accepted { backend, seat, established: Box::new(established) }
+                Attempted::Accepted { backend, slot, established: Box::new(established) }
             }
             (Outcome::Refused { reply, counts }, answered) => {
                 if counts {
@@ -299,8 +299,8 @@ async fn log_in_somewhere<'a>(live: &'a Live, place: &Place, user: &str, request
     let mut tour = Tour::new(backend, servers);
     let mut outcome = Outcome::Unavailable(Fault::no_server());
     loop {
-        let (server, seat) = match tour.next(deadline).await {
-            Stop::At(server, seat) => (server, seat),
+        let (server, slot) = match tour.next(deadline).await {
+            Stop::At(server, slot) => (server, slot),
             Stop::Full => return (Outcome::Unavailable(Fault::full()), None),
             Stop::End => return (outcome, None),
         };
@@ -316,10 +316,10 @@ async fn log_in_somewhere<'a>(live: &'a Live, place: &Place, user: &str, request
                 }
             }
             Outcome::Referred(_) => {
-                let from = Answerer { backend: backend.clone(), server, seat };
+                let from = Answerer { backend: backend.clone(), server, slot };
                 return follow(live, outcome, from, request, deadline).await;
             }
-            _ => return (outcome, Some(Answerer { backend: backend.clone(), server, seat })),
+            _ => return (outcome, Some(Answerer { backend: backend.clone(), server, slot })),
         }
     }
 }
@@ -345,13 +345,13 @@ async fn follow<'a>(
                 Fault::referral(format!("referrals go in a circle: {from} refers to {place}"))
             }
             Some((backend, next)) => match Tour::new(backend, vec![next]).next(deadline).await {
-                Stop::At(server, seat) => {
+                Stop::At(server, slot) => {
                     visited.push(server.name.clone());
                     outcome = connect::login(backend, &server, request, deadline).await;
                     if let Outcome::Unavailable(fault) = &outcome {
                         report(live, &server, request, fault);
                     }
-                    at = Answerer { backend: backend.clone(), server, seat };
+                    at = Answerer { backend: backend.clone(), server, slot };
                     continue;
                 }
                 Stop::Full => return (Outcome::Unavailable(Fault::full()), None),

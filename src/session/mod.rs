@@ -37,7 +37,7 @@ use self::record::{EndedBy, Record};
 pub use self::relayed::Quiet;
 use self::relayed::{Kept, Relayed};
 use crate::backend::connect::Established;
-use crate::backend::{Backend, Seat};
+use crate::backend::{Backend, Slot};
 use crate::config::ListenerTls;
 use crate::failure::Reason;
 use crate::imap::prelogin::{Bye, CloseReason, Policy, Prelogin, Step, Transport};
@@ -141,8 +141,8 @@ impl Session {
                     prelogin = Prelogin::new(self.policy(Transport::Tls, &stream));
                 }
                 Step::Login(mut request) => match self.attempt(&mut request, &mut stream, &mut prelogin).await? {
-                    Attempted::Accepted { backend, seat, established } => {
-                        return self.relayed(stream, prelogin.into_leftover(), &backend, seat, *established).await;
+                    Attempted::Accepted { backend, slot, established } => {
+                        return self.relayed(stream, prelogin.into_leftover(), &backend, slot, *established).await;
                     }
                     Attempted::Refused { reply, counts } => prelogin.refused(&reply, counts, &mut out),
                     Attempted::Unavailable => prelogin.unavailable(&request.tag, &mut out),
@@ -268,7 +268,7 @@ impl Session {
         stream: Stream,
         mut to_server: Vec<u8>,
         backend: &Backend,
-        seat: Seat,
+        slot: Slot,
         established: Established,
     ) -> Option<Relayed> {
         let due = self.login_by.max(time::Instant::now() + FAREWELL);
@@ -276,7 +276,7 @@ impl Session {
             return self.gone(Reason::Disconnected).and(None);
         };
         to_server.extend(more);
-        self.record.open_on(backend.id, seat);
+        self.record.open_on(backend.id, slot);
         let kept = Kept {
             _counted: self.drain.count(),
             keepalive_set: false,

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use prometheus::IntCounter;
 
 use crate::backend::connect::Established;
-use crate::backend::{Backend, Seat, SessionSeat};
+use crate::backend::{Backend, SessionSlot, Slot};
 use crate::config::BackendId;
 use crate::failure::{Reason, Side};
 use crate::identity::{Mechanism, UserName};
@@ -91,7 +91,7 @@ impl std::fmt::Display for Address {
 struct Relaying {
     backend: u16,
     _backend_sessions: OpenGuard,
-    _seat: SessionSeat,
+    _slot: SessionSlot,
 }
 
 /// How long each phase took.
@@ -235,11 +235,11 @@ impl Record {
     }
 
     /// The login is done: counts for the backend and the server until the record drops.
-    pub(super) fn open_on(&mut self, backend: BackendId, seat: Seat) {
+    pub(super) fn open_on(&mut self, backend: BackendId, slot: Slot) {
         self.relaying = Some(Relaying {
             backend: backend.0 as u16,
             _backend_sessions: self.live.metrics.backend(backend.0).session_established(),
-            _seat: seat.established(),
+            _slot: slot.established(),
         });
     }
 

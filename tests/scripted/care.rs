@@ -268,8 +268,8 @@ async fn a_refused_password_is_tried_on_no_other_server_by_any_balance() {
         let mut client = Client::connect(proxy.listeners()[0]).await;
         assert_eq!(client.ask("a LOGIN alice wrong").await, "a NO [AUTHENTICATIONFAILED] Wrong.");
         assert_eq!(one.connections() + other.connections(), 1, "{balance}");
-        let seats = proxy.backends().list()[0].servers().iter().map(|server| server.sessions()).sum::<u32>();
-        assert_eq!(seats, 0, "its place is free again");
+        let taken = proxy.backends().list()[0].servers().iter().map(|server| server.sessions()).sum::<u32>();
+        assert_eq!(taken, 0, "its place is free again");
     }
 }
 

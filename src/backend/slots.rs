@@ -1,7 +1,7 @@
 //! Places at a server: who has one, who waits for one. First come, first served.
 //!
-//! A login takes a [`Seat`] before it connects, and keeps it for as long as the session lives; dropping it is giving it
-//! back. A server without `max_sessions` always has another. A seat that is given back goes from hand to hand to who has
+//! A login takes a [`Slot`] before it connects, and keeps it for as long as the session lives; dropping it is giving it
+//! back. A server without `max_sessions` always has another. A slot that is given back goes from hand to hand to who has
 //! waited longest, so that no newcomer overtakes. Called by `tour`.
 
 use std::collections::VecDeque;
@@ -16,7 +16,7 @@ use super::server::{Server, ServerState};
 
 /// The places of one server.
 #[derive(Debug, Default)]
-pub(super) struct Seats(Mutex<Inner>);
+pub(super) struct Slots(Mutex<Inner>);
 
 #[derive(Debug, Default)]
 struct Inner {
@@ -27,11 +27,11 @@ struct Inner {
 /// A login that waits, at one server or several.
 #[derive(Debug)]
 struct Waiter {
-    /// `None` once it has a seat, or has given up.
-    hand: Mutex<Option<oneshot::Sender<Seat>>>,
+    /// `None` once it has a slot, or has given up.
+    hand: Mutex<Option<oneshot::Sender<Slot>>>,
 }
 
-impl Seats {
+impl Slots {
     /// How many are taken.
     pub(super) fn taken(&self) -> u32 {
         self.lock().taken
@@ -56,16 +56,16 @@ impl Seats {
 
 /// A login's place at a server, and whether it is the one that tries it out.
 #[derive(Debug)]
-pub struct Seat {
+pub struct Slot {
     /// `None` only while it changes hands.
     state: Option<Arc<ServerState>>,
     trial: Option<Trial>,
 }
 
-impl Seat {
+impl Slot {
     /// A place at `server`, where it has one.
     pub(super) fn take(server: &Server) -> Option<Self> {
-        let has_one = server.state.seats.take(server.terms.max_sessions, |_| {});
+        let has_one = server.state.slots.take(server.terms.max_sessions, |_| {});
         has_one.then(|| Self::at(&server.state))
     }
 
@@ -76,14 +76,14 @@ impl Seat {
     }
 
     /// The login was taken: the place is the session's.
-    pub fn established(mut self) -> SessionSeat {
+    pub fn established(mut self) -> SessionSlot {
         self.end_trial();
-        // A seat has its state until it drops, or becomes this.
+        // A slot has its state until it drops, or becomes this.
         let state = self.state.take();
         if let Some(state) = &state {
             state.metrics.session_opened();
         }
-        SessionSeat(state)
+        SessionSlot(state)
     }
 
     fn at(state: &Arc<ServerState>) -> Self {
@@ -97,7 +97,7 @@ impl Seat {
     }
 }
 
-impl Drop for Seat {
+impl Drop for Slot {
     fn drop(&mut self) {
         self.end_trial();
         if let Some(state) = self.state.take() {
@@ -108,9 +108,9 @@ impl Drop for Seat {
 
 /// A session's place at its server: a pointer, for it is kept with every idle session.
 #[derive(Debug)]
-pub struct SessionSeat(Option<Arc<ServerState>>);
+pub struct SessionSlot(Option<Arc<ServerState>>);
 
-impl Drop for SessionSeat {
+impl Drop for SessionSlot {
     fn drop(&mut self) {
         if let Some(state) = self.0.take() {
             state.metrics.session_closed();
@@ -122,7 +122,7 @@ impl Drop for SessionSeat {
 /// To who has waited longest, or to nobody.
 fn give_back(state: &Arc<ServerState>) {
     loop {
-        let mut inner = state.seats.lock();
+        let mut inner = state.slots.lock();
         let Some(waiter) = inner.waiting.pop_front() else {
             inner.taken -= 1;
             return;
@@ -130,9 +130,9 @@ fn give_back(state: &Arc<ServerState>) {
         drop(inner);
         let hand = waiter.hand.lock().unwrap_or_else(PoisonError::into_inner).take();
         let Some(hand) = hand else { continue };
-        match hand.send(Seat::at(state)) {
+        match hand.send(Slot::at(state)) {
             Ok(()) => return,
-            // It has just given up. The seat is still ours to give.
+            // It has just given up. The slot is still ours to give.
             Err(mut refused) => drop(refused.state.take()),
         }
     }
@@ -161,19 +161,19 @@ pub(super) struct InQueue<'a, F: Fn(u32)> {
 }
 
 impl<F: Fn(u32)> InQueue<'_, F> {
-    /// Waits for a seat at any of `servers` until `due`.
-    pub(super) async fn wait(self, servers: &[Arc<Server>], due: Instant) -> Option<(Arc<Server>, Seat)> {
-        let (hand, seat) = oneshot::channel();
+    /// Waits for a slot at any of `servers` until `due`.
+    pub(super) async fn wait(self, servers: &[Arc<Server>], due: Instant) -> Option<(Arc<Server>, Slot)> {
+        let (hand, slot) = oneshot::channel();
         let waiting = AtServers { waiter: Arc::new(Waiter { hand: Mutex::new(Some(hand)) }), servers };
         for server in servers {
             let wait = |inner: &mut Inner| inner.waiting.push_back(waiting.waiter.clone());
-            if server.state.seats.take(server.terms.max_sessions, wait) {
-                return Some((server.clone(), Seat::at(&server.state)));
+            if server.state.slots.take(server.terms.max_sessions, wait) {
+                return Some((server.clone(), Slot::at(&server.state)));
             }
         }
-        let seat = timeout_at(due, seat).await.ok()?.ok()?;
-        let is_there = |server: &&Arc<Server>| seat.state.as_ref().is_some_and(|at| Arc::ptr_eq(at, &server.state));
-        servers.iter().find(is_there).cloned().map(|server| (server, seat))
+        let slot = timeout_at(due, slot).await.ok()?.ok()?;
+        let is_there = |server: &&Arc<Server>| slot.state.as_ref().is_some_and(|at| Arc::ptr_eq(at, &server.state));
+        servers.iter().find(is_there).cloned().map(|server| (server, slot))
     }
 }
 
@@ -193,7 +193,7 @@ impl Drop for AtServers<'_> {
     fn drop(&mut self) {
         self.waiter.hand.lock().unwrap_or_else(PoisonError::into_inner).take();
         for server in self.servers {
-            server.state.seats.lock().waiting.retain(|waiter| !Arc::ptr_eq(waiter, &self.waiter));
+            server.state.slots.lock().waiting.retain(|waiter| !Arc::ptr_eq(waiter, &self.waiter));
         }
     }
 }
@@ -211,24 +211,24 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn seats_go_from_hand_to_hand_in_order() {
+    async fn slots_go_from_hand_to_hand_in_order() {
         let (server, queue) = (Server::for_tests("a", Some(1)), Queue::default());
         let servers = [server.clone()];
-        let seat = Seat::take(&server).unwrap();
-        assert!(Seat::take(&server).is_none());
+        let slot = Slot::take(&server).unwrap();
+        assert!(Slot::take(&server).is_none());
         let mut first = Box::pin(queue.join(2, |_| {}).unwrap().wait(&servers, soon()));
         let mut second = Box::pin(queue.join(2, |_| {}).unwrap().wait(&servers, soon()));
         assert!(futures_util::poll!(&mut first).is_pending() && futures_util::poll!(&mut second).is_pending());
         assert!(queue.join(2, |_| {}).is_none(), "the queue is bounded");
-        drop(seat);
-        assert!(Seat::take(&server).is_none(), "a newcomer does not overtake");
-        let (_, seat) = first.await.unwrap();
+        drop(slot);
+        assert!(Slot::take(&server).is_none(), "a newcomer does not overtake");
+        let (_, slot) = first.await.unwrap();
         assert!(futures_util::poll!(&mut second).is_pending());
-        drop(seat.established());
-        let (at, seat) = second.await.unwrap();
-        assert_eq!((&*at.name, server.state.seats.taken()), ("a", 1));
-        drop(seat);
-        assert_eq!(server.state.seats.taken(), 0);
+        drop(slot.established());
+        let (at, slot) = second.await.unwrap();
+        assert_eq!((&*at.name, server.state.slots.taken()), ("a", 1));
+        drop(slot);
+        assert_eq!(server.state.slots.taken(), 0);
         assert!(queue.join(1, |_| {}).is_some(), "both have left the queue");
     }
 
@@ -236,7 +236,7 @@ mod tests {
     async fn who_gives_up_is_passed_over() {
         let (server, queue) = (Server::for_tests("a", Some(1)), Queue::default());
         let servers = [server.clone()];
-        let seat = Seat::take(&server).unwrap();
+        let slot = Slot::take(&server).unwrap();
         let began = Instant::now();
         let due = began + Duration::from_secs(5);
         let mut patient = Box::pin(queue.join(9, |_| {}).unwrap().wait(&servers, soon()));
@@ -247,41 +247,41 @@ mod tests {
         assert!(queue.join(9, |_| {}).unwrap().wait(&servers, due).await.is_none());
         assert_eq!(began.elapsed().as_secs(), 5);
         assert!(futures_util::poll!(&mut patient).is_pending());
-        drop(seat);
+        drop(slot);
         assert!(patient.await.is_some());
-        assert_eq!(server.state.seats.taken(), 0);
-        assert!(server.state.seats.lock().waiting.is_empty());
+        assert_eq!(server.state.slots.taken(), 0);
+        assert!(server.state.slots.lock().waiting.is_empty());
     }
 
     #[tokio::test(start_paused = true)]
-    async fn the_first_of_several_servers_to_have_a_seat_is_taken() {
+    async fn the_first_of_several_servers_to_have_a_slot_is_taken() {
         let (one, other, queue) = (Server::for_tests("a", Some(1)), Server::for_tests("b", Some(1)), Queue::default());
         let servers = [one.clone(), other.clone()];
-        let (_kept, freed) = (Seat::take(&one).unwrap(), Seat::take(&other).unwrap());
+        let (_kept, freed) = (Slot::take(&one).unwrap(), Slot::take(&other).unwrap());
         let mut waiting = Box::pin(queue.join(9, |_| {}).unwrap().wait(&servers, soon()));
         assert!(futures_util::poll!(&mut waiting).is_pending());
         drop(freed);
         assert_eq!(&*waiting.await.unwrap().0.name, "b");
-        assert_eq!((one.state.seats.taken(), other.state.seats.taken()), (1, 0));
-        assert!(one.state.seats.lock().waiting.is_empty(), "nobody waits there any more");
+        assert_eq!((one.state.slots.taken(), other.state.slots.taken()), (1, 0));
+        assert!(one.state.slots.lock().waiting.is_empty(), "nobody waits there any more");
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_seat_handed_to_somebody_who_has_just_gone_is_not_lost() {
+    async fn a_slot_handed_to_somebody_who_has_just_gone_is_not_lost() {
         let (server, queue) = (Server::for_tests("a", Some(1)), Queue::default());
         let servers = [server.clone()];
-        let seat = Seat::take(&server).unwrap();
+        let slot = Slot::take(&server).unwrap();
         let mut waiting = Box::pin(queue.join(9, |_| {}).unwrap().wait(&servers, soon()));
         assert!(futures_util::poll!(&mut waiting).is_pending());
-        drop(seat);
-        // It has the seat in its hand and is never asked again.
+        drop(slot);
+        // It has the slot in its hand and is never asked again.
         drop(waiting);
-        assert_eq!(server.state.seats.taken(), 0);
-        assert!(Seat::take(&server).is_some());
+        assert_eq!(server.state.slots.taken(), 0);
+        assert!(Slot::take(&server).is_some());
     }
 
     #[test]
-    fn a_sessions_seat_is_a_pointer() {
-        assert_eq!(size_of::<SessionSeat>(), size_of::<usize>());
+    fn a_sessions_slot_is_a_pointer() {
+        assert_eq!(size_of::<SessionSlot>(), size_of::<usize>());
     }
 }
