@@ -247,10 +247,12 @@ impl Running {
         self.live.metrics.draining();
         tracing::info!(sessions = self.drain.open_sessions(), grace_seconds = grace.as_secs(), "draining");
         let over = self.drain.over().clone();
-        let sessions = self.live.sessions.clone();
+        let (sessions, stopped) = (self.live.sessions.clone(), self.stop_background.clone());
         self.background.spawn(async move {
-            over.cancelled().await;
-            sessions.close();
+            // All may end by themselves before the grace time is over.
+            if stopped.run_until_cancelled(over.cancelled()).await.is_some() {
+                sessions.close();
+            }
         });
         let forced = self.drain.run(grace, hurry).await;
         self.stop_background.cancel();
