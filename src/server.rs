@@ -22,6 +22,7 @@ use crate::listener::{self, House, Listener};
 use crate::metrics::{Metrics, Names};
 use crate::route::{self, At, Place, Router};
 use crate::session::{Refusals, Room};
+use crate::sessions::Sessions;
 use crate::shutdown::Drain;
 use crate::tls::server::ServerTls;
 use crate::workers::Worker;
@@ -40,8 +41,10 @@ pub struct Live {
     pub master_networks: Option<Vec<Network>>,
     /// Ways to log in that each listener offers; `None`: those that the backends have.
     pub mechanisms: Vec<Option<Mechanisms>>,
+    /// Who is logged in where.
+    pub sessions: Arc<Sessions>,
     /// How long servers take to refuse a login.
-    pub refusals: Refusals,
+    pub refusals: Arc<Refusals>,
     /// Deadlines and caps.
     pub limits: Arc<Limits>,
     /// What is counted.
@@ -72,7 +75,8 @@ impl Live {
                     naming: config.naming.clone(),
                     master_networks: config.master_networks.clone(),
                     mechanisms,
-                    refusals: Refusals::default(),
+                    sessions: Arc::default(),
+                    refusals: Arc::default(),
                     limits: Arc::new(config.limits.clone()),
                     metrics,
                 })
@@ -245,6 +249,14 @@ impl Running {
         let grace = self.live.limits.drain;
         self.live.metrics.draining();
         tracing::info!(sessions = self.drain.open_sessions(), grace_seconds = grace.as_secs(), "draining");
+        let over = self.drain.over().clone();
+        let (sessions, stopped) = (self.live.sessions.clone(), self.stop_background.clone());
+        self.background.spawn(async move {
+            // All may end by themselves before the grace time is over.
+            if stopped.run_until_cancelled(over.cancelled()).await.is_some() {
+                sessions.close();
+            }
+        });
         let forced = self.drain.run(grace, hurry).await;
         self.stop_background.cancel();
         self.background.close();

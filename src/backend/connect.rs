@@ -140,6 +140,11 @@ impl Fault {
         Self { reason: Reason::ServersFull, detail, try_next: false, blow: None }
     }
 
+    /// The operator, or the user's other sessions, end this login.
+    pub fn told(reason: Reason, detail: String, try_next: bool) -> Self {
+        Self { reason, detail, try_next, blow: None }
+    }
+
     pub(super) fn of_server(reason: Reason, detail: impl ToString) -> Self {
         Self { reason, detail: detail.to_string(), try_next: true, blow: Some(Blow::Other) }
     }

@@ -54,6 +54,12 @@ impl Terms {
         let thresholds = Thresholds { failures: care.failures, rise, fall };
         Self { max_sessions, mode, thresholds, slow_start: care.slow_start }
     }
+
+    #[cfg(test)]
+    fn open() -> Self {
+        let thresholds = Thresholds { failures: 3, rise: 2, fall: 3 };
+        Self { max_sessions: None, mode: Mode::Up, thresholds, slow_start: None }
+    }
 }
 
 /// How a login is received.
@@ -130,6 +136,25 @@ impl Server {
             terms,
             state: self.state.clone(),
         })
+    }
+
+    /// A server for tests of other rooms.
+    #[cfg(test)]
+    pub(crate) fn named(backend: &str, name: &str) -> Self {
+        let names = crate::metrics::Names { backends: vec![backend.to_owned()], ..Default::default() };
+        let host = Host::Ip([127, 0, 0, 1].into());
+        let metrics = crate::metrics::Metrics::new(&names).backend(0).server(name);
+        Self {
+            name: name.into(),
+            backend: backend.into(),
+            state: ServerState::new(&host, 143, metrics),
+            host,
+            port: 143,
+            weight: 1,
+            priority: 0,
+            tls_name: ServerName::from(IpAddr::from([127, 0, 0, 1])),
+            terms: Terms::open(),
+        }
     }
 
     /// Its gauges.
@@ -308,23 +333,9 @@ impl Server {
         }
     }
 
-    /// A server with its gauges and nothing behind it.
+    /// A server that has but so many places.
     #[cfg(test)]
     pub(super) fn for_tests(name: &str, max_sessions: Option<u32>) -> Arc<Self> {
-        let names = crate::metrics::Names { backends: vec!["b".into()], ..Default::default() };
-        let metrics = crate::metrics::Metrics::new(&names);
-        let host = Host::Ip(IpAddr::from([192, 0, 2, 1]));
-        let thresholds = Thresholds { failures: 3, rise: 2, fall: 3 };
-        Arc::new(Self {
-            name: name.into(),
-            backend: "b".into(),
-            state: ServerState::new(&host, 143, metrics.backend(0).server(name)),
-            host,
-            port: 143,
-            weight: 1,
-            priority: 0,
-            tls_name: ServerName::from(IpAddr::from([192, 0, 2, 1])),
-            terms: Terms { max_sessions, mode: Mode::Up, thresholds, slow_start: None },
-        })
+        Self::named("b", name).on(Terms { max_sessions, ..Terms::open() })
     }
 }

@@ -14,6 +14,8 @@ use vestibule::server::Running;
 use crate::support::{Certificates, Client, GOOD, Line, Scripted, eventually, in_time, metric, proxy};
 
 const UNAVAILABLE: &str = "a NO [UNAVAILABLE] The mailbox is temporarily unavailable, try again later.";
+/// By the user's name like user-hash, but a user may be on two servers at once: a login leaves the others alone.
+const NOT_STICKY: &str = "balance: {kind: bounded-hash, factor: 10}";
 const BALANCES: [&str; 4] = ["user-hash", "bounded-hash", "least-sessions", "round-robin"];
 
 /// A mailbox server that everybody may log in to, and that can be stopped, started again and told to be silent.
@@ -198,7 +200,7 @@ async fn some_failures_in_a_row_open_the_breaker() {
 
 #[tokio::test]
 async fn one_login_at_a_time_tries_a_server_out() {
-    let (proxy, first, other) = pair("check: off", "limits: {connect: 2s}\n").await;
+    let (proxy, first, other) = pair(NOT_STICKY, "limits: {connect: 2s}\n").await;
     first.stop().await;
     session(&proxy).await;
     assert_eq!(up(&proxy, &first), 0.0);
@@ -347,7 +349,7 @@ async fn a_full_server_is_passed_over_unless_the_user_belongs_there() {
 
 #[tokio::test]
 async fn a_drained_server_keeps_its_sessions_and_gets_no_logins() {
-    let (proxy, first, other) = pair("check: off", "").await;
+    let (proxy, first, other) = pair(NOT_STICKY, "").await;
     let mut old = session(&proxy).await;
     let there = server(&proxy, &first);
     there.set_mode(Some(Mode::Drain));

@@ -14,18 +14,19 @@ const ALLOWED: &[(&str, &[&str])] = &[
     (
         "server",
         &[
-            "admin", "backend", "config", "identity", "listener", "metrics", "route", "session", "shutdown", "tls",
-            "workers",
+            "admin", "backend", "config", "identity", "listener", "metrics", "route", "session", "sessions",
+            "shutdown", "tls", "workers",
         ],
     ),
     ("listener", &["config", "metrics", "server", "session", "shutdown"]),
     (
         "session",
         &[
-            "backend", "config", "failure", "identity", "imap", "metrics", "relay", "route", "server", "shutdown",
-            "stream", "tls", "waiting",
+            "backend", "config", "failure", "identity", "imap", "metrics", "relay", "route", "server", "sessions",
+            "shutdown", "stream", "tls", "waiting",
         ],
     ),
+    ("sessions", &["backend"]),
     ("backend", &["config", "dns", "failure", "identity", "imap", "metrics", "relay", "rendezvous", "stream", "tls"]),
     ("route", &["config", "dns", "identity", "metrics", "rendezvous", "template", "tls"]),
     ("admin", &["metrics"]),
