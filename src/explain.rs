@@ -12,15 +12,14 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::backend::OwnAddresses;
-use crate::config::{Balance, Config, Mode};
 use crate::identity::UserName;
 use crate::route::{Answer, At, Origin, Question, Target};
 use crate::server::Live;
 
 /// The text for `user`, and whether a server would be asked to log the user in.
-pub async fn explain(config: &Config, live: &Live, user: &UserName) -> (String, bool) {
+pub async fn explain(live: &Live, user: &UserName) -> (String, bool) {
     let mut text = format!("user     {user}\n");
-    let names = match live.naming.names(user) {
+    let names = match live.config.naming.names(user) {
         Ok(names) => names,
         Err(refused) => {
             line(&mut text, format_args!("refused  {refused}"));
@@ -36,7 +35,7 @@ pub async fn explain(config: &Config, live: &Live, user: &UserName) -> (String, 
         let answer = match &step.answer {
             Answer::Found(target) => {
                 found = Some(target.clone());
-                format!("found: {}", describe(config, target))
+                format!("found: {}", describe(live, target))
             }
             Answer::Unknown => "does not know the user".to_owned(),
             Answer::Failed(reason) => format!("failed: {reason}"),
@@ -60,12 +59,12 @@ pub async fn explain(config: &Config, live: &Live, user: &UserName) -> (String, 
     line(&mut text, format_args!("login as {}", place.user.as_ref().unwrap_or(&names.server)));
     let backend = live.backends.backend(place.backend);
     line(&mut text, format_args!("backend  {}", backend.name));
-    let own = OwnAddresses::new(config.listeners.iter().map(|listener| listener.address).collect());
+    let own = OwnAddresses::new(live.config.listeners.iter().map(|listener| listener.address).collect());
     live.backends.start(&own, &tasks, &stop);
-    let wait = config.resolver.timeout * 3;
-    let servers = timeout(wait, live.servers(place, &question.user)).await.unwrap_or_default();
+    let wait = live.config.resolver.timeout * 3;
+    let servers = timeout(wait, live.servers(place, &place.mailbox(&question.user))).await.unwrap_or_default();
     if matches!(place.at, At::Any) {
-        line(&mut text, format_args!("balance  {}: {}", backend.balance.as_str(), decided(backend.balance)));
+        line(&mut text, format_args!("balance  {}: {}", backend.balance.as_str(), backend.balance.decided_by()));
     }
     for (rank, server) in servers.iter().enumerate() {
         let addresses = timeout(wait, server.addresses()).await.unwrap_or_default();
@@ -76,7 +75,7 @@ pub async fn explain(config: &Config, live: &Live, user: &UserName) -> (String, 
         let most = server.max_sessions().map(|most| format!(", {most} sessions at most")).unwrap_or_default();
         line(&mut text, format_args!("server   {rank}: {} ({resolved}){weight}{most}", server.name));
     }
-    for server in backend.servers().iter().filter(|server| server.mode() != Mode::Up) {
+    for server in backend.servers().iter().filter(|server| !server.takes_logins()) {
         line(&mut text, format_args!("server   no logins: {} (state {})", server.name, server.mode().as_str()));
     }
     if servers.is_empty() {
@@ -86,28 +85,13 @@ pub async fn explain(config: &Config, live: &Live, user: &UserName) -> (String, 
     (text, true)
 }
 
-/// What the order of servers rests on.
-fn decided(balance: Balance) -> &'static str {
-    match balance {
-        Balance::UserHash => "the user's name decides, and the next one counts while the first is failing",
-        Balance::BoundedHash { .. } => "the user's name decides, until the first has more than its share of sessions",
-        Balance::LeastSessions => "the running process knows who has fewer sessions; with none anywhere, for example",
-        Balance::RoundRobin => "the running process knows whose turn it is; after the start",
-    }
-}
-
 /// Writes a line for every user in `users` (the first word of each line) whom the second configuration sends elsewhere, and
 /// a summary. Says how many there are. A user whom either cannot place for now counts as moved: nobody could tell.
 ///
 /// # Errors
 /// `out` cannot be written.
-pub async fn diff(
-    old: (&Config, &Live),
-    new: (&Config, &Live),
-    users: &[u8],
-    mut out: impl std::io::Write,
-) -> std::io::Result<usize> {
-    for (_, live) in [old, new] {
+pub async fn diff(old: &Live, new: &Live, users: &[u8], mut out: impl std::io::Write) -> std::io::Result<usize> {
+    for live in [old, new] {
         live.router.start_once(&Handle::current());
     }
     let (mut compared, mut moved) = (0, 0);
@@ -122,7 +106,7 @@ pub async fn diff(
             continue;
         };
         compared += 1;
-        let (before, after) = (place(old.0, old.1, &user).await, place(new.0, new.1, &user).await);
+        let (before, after) = (place(old, &user).await, place(new, &user).await);
         if before != after {
             moved += 1;
             writeln!(out, "{user}: {before} -> {after}")?;
@@ -133,23 +117,23 @@ pub async fn diff(
 }
 
 /// Where a user belongs, in the words of `explain`.
-async fn place(config: &Config, live: &Live, user: &UserName) -> String {
-    let names = match live.naming.names(user) {
+async fn place(live: &Live, user: &UserName) -> String {
+    let names = match live.config.naming.names(user) {
         Ok(names) => names,
         Err(refused) => return refused.to_string(),
     };
     let question = Question { user: names.routing, visitor: None };
     match timeout(live.limits.lookup, live.router.route(&question, &live.metrics)).await {
-        Ok(Ok(routed)) => describe(config, &routed.target),
+        Ok(Ok(routed)) => describe(live, &routed.target),
         Ok(Err(error)) => error.to_string(),
         Err(_) => "no answer".to_owned(),
     }
 }
 
-fn describe(config: &Config, target: &Target) -> String {
+fn describe(live: &Live, target: &Target) -> String {
     match target {
         Target::Place(place) => {
-            let mut text = config.backends[place.backend.0].name.clone();
+            let mut text = live.backends.backend(place.backend).name.to_string();
             let at = match &place.at {
                 At::Any => None,
                 At::Server(server) => Some(server.to_string()),

@@ -56,6 +56,7 @@ pub mod limits;
 pub mod listener;
 pub mod logging;
 pub mod metrics;
+pub mod occupancy;
 pub mod record_layer;
 pub mod relay;
 pub mod rendezvous;

@@ -192,6 +192,11 @@ impl Server {
         self.asked_mode().unwrap_or(self.terms.mode)
     }
 
+    /// Whether it is meant to get logins: it is neither drained nor down.
+    pub fn takes_logins(&self) -> bool {
+        self.mode() == Mode::Up
+    }
+
     /// Overrides the configuration, also the next one, until it is called again with `None`. Sessions stay where they are.
     pub fn set_mode(&self, mode: Option<Mode>) {
         let before = self.mode();

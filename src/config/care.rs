@@ -55,6 +55,20 @@ impl Balance {
         }
     }
 
+    /// What the order of servers rests on, for operators.
+    pub fn decided_by(self) -> &'static str {
+        match self {
+            Self::UserHash => "the user's name decides, and the next one counts while the first is failing",
+            Self::BoundedHash { .. } => {
+                "the user's name decides, and the next one counts while the first is failing or has more than its share"
+            }
+            Self::LeastSessions => {
+                "the running process knows which of two drawn has fewer sessions; this order is an example"
+            }
+            Self::RoundRobin => "the running process knows whose turn it is; this is the order after its start",
+        }
+    }
+
     /// Whether a user must not be served by two servers at once: a login waits for its server sooner than go elsewhere.
     pub fn is_sticky(self) -> bool {
         self == Self::UserHash

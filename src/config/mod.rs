@@ -277,7 +277,7 @@ pub enum Trust {
 pub struct BackendId(pub usize);
 
 /// One source that maps users to backends.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq)]
 pub enum Route {
     /// A text file.
     Table(Located<PathBuf>),
@@ -307,7 +307,7 @@ pub enum Route {
 }
 
 /// A pattern and where those who match it belong.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct RegexRule {
     /// A regular expression.
     pub pattern: String,

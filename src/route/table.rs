@@ -18,7 +18,7 @@ use std::collections::HashMap;
 use std::fs;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::Path;
-use std::sync::{Arc, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::time::{Duration, SystemTime};
 
 use tokio::time;
@@ -39,8 +39,8 @@ const LOOK: Duration = Duration::from_secs(1);
 pub(super) struct Table {
     path: Located<std::path::PathBuf>,
     declared: Declared,
-    /// Of the version that was loaded first.
-    first: Stamp,
+    /// Of the version that was looked at last, loaded or refused.
+    loaded: Mutex<Stamp>,
     index: RwLock<Arc<Index>>,
 }
 
@@ -58,14 +58,20 @@ impl Table {
         declared: &Declared,
     ) -> Result<Self, Vec<Problem>> {
         // Taken before the file is read: a change meanwhile is a change.
-        let first = Stamp::of(&path.value);
+        let loaded = Mutex::new(Stamp::of(&path.value));
         let index = read(&path.value, declared).map_err(|wrong| {
             let shown = path.value.display();
             let told = wrong.into_iter().map(|wrong| config.problem(&path.place, format!("{shown}{}", at(&wrong))));
             told.collect::<Vec<_>>()
         })?;
         let index = RwLock::new(Arc::new(index));
-        Ok(Self { path: path.clone(), declared: declared.clone(), first, index })
+        Ok(Self { path: path.clone(), declared: declared.clone(), loaded, index })
+    }
+
+    /// Whether loading the file again would bring the same: it has not changed, and its backends have not.
+    pub(super) fn is_current(&self, path: &Path, declared: &Declared) -> bool {
+        let loaded = *self.loaded.lock().unwrap_or_else(PoisonError::into_inner);
+        self.path.value == path && self.declared == *declared && loaded == Stamp::of(path)
     }
 
     /// The exact name, else its domain, else everybody.
@@ -84,7 +90,7 @@ impl Table {
 
     /// Looks at the file for ever, and loads it when it has changed.
     pub(super) async fn follow(self: Arc<Self>, metrics: RouteMetrics) {
-        let mut loaded = self.first;
+        let mut loaded = *self.loaded.lock().unwrap_or_else(PoisonError::into_inner);
         let mut seen = loaded;
         loop {
             time::sleep(LOOK).await;
@@ -106,6 +112,9 @@ impl Table {
             }
             metrics.set_users(self.len());
             metrics.set_load_failed(!wrong.is_empty());
+            // Old answers of a bad file are not to be taken for those of the file.
+            let known = if wrong.is_empty() { loaded } else { Stamp(None) };
+            *self.loaded.lock().unwrap_or_else(PoisonError::into_inner) = known;
         }
     }
 

@@ -8,6 +8,7 @@ mod care;
 mod client;
 mod dns;
 mod house;
+mod reload;
 mod servers;
 mod silent;
 mod support;
