@@ -17,7 +17,8 @@ backends:
     check: CHECK
     MORE
 routes: [{default: trio}]
-limits: {connect: 1s, server_login: 10s, drain: 1s}
+# Dovecot starts a process for each connection: on a busy machine a greeting may take a second.
+limits: {drain: 1s}
 admin: {address: "127.0.0.1:{admin}"}
 """
 
@@ -33,7 +34,7 @@ class Trio(unittest.TestCase):
             cls.servers.append(Dovecot(cls.certificates, users={**USERS, "probe": "probing"}))
             cls.addClassCleanup(cls.servers[-1].close)
 
-    def proxy(self, check="{interval: 200ms, timeout: 500ms, fall: 2}", more="", port="port"):
+    def proxy(self, check="{interval: 200ms, timeout: 3s, fall: 2}", more="", port="port"):
         servers = ", ".join(f'"localhost:{getattr(server, port)}"' for server in self.servers)
         text = TEMPLATE.replace("SERVERS", servers).replace("CHECK", check).replace("MORE", more)
         proxy = Proxy(text)
@@ -68,7 +69,7 @@ class Trio(unittest.TestCase):
                     except Exception as error:  # whatever it is, a user has seen it
                         failed.append(f"{balance} {user}: {error!r}")
 
-            threads = [threading.Thread(target=users_come_and_go, args=(user,)) for user in list(USERS)[:4]]
+            threads = [threading.Thread(target=users_come_and_go, args=(user,)) for user in list(USERS)[:3]]
             for thread in threads:
                 thread.start()
             try:
@@ -87,35 +88,33 @@ class Trio(unittest.TestCase):
                 over.set()
                 for thread in threads:
                     thread.join()
-            self.assertEqual(failed, [])
+            self.assertEqual(failed, [], proxy.log())
             proxy.close()
 
     def test_checks_notice_who_hangs_and_traffic_moves_there_and_back(self):
         proxy = self.proxy()
-        homes = {}
-        for user in USERS:
-            before = self.sessions(proxy)
-            client = self.log_in(proxy, user)
-            homes[user] = [after - now for after, now in zip(self.sessions(proxy), before)].index(1)
-            self.addCleanup(client.close)
-        self.assertEqual(set(homes.values()), {0, 1, 2}, "all have users")
+        before = self.where_all_are(proxy)
+        self.assertTrue(all(before), f"all have users: {before}")
         os.killpg(self.servers[0].process.child.pid, signal.SIGSTOP)
         try:
             wait_for("the checks", lambda: self.up(proxy, self.servers[0]) == 0)
-            before = self.sessions(proxy)
-            for user in USERS:
-                self.addCleanup(self.log_in(proxy, user).close)
-            moved = [after - now for after, now in zip(self.sessions(proxy), before)]
-            self.assertEqual(moved[0], 0, "nobody is sent there")
-            self.assertEqual(sum(moved), len(USERS))
+            during = self.where_all_are(proxy)
+            self.assertEqual(during[0], 0, "nobody is sent there")
+            self.assertTrue(during[1] >= before[1] and during[2] >= before[2], "and nobody else moves")
         finally:
             os.killpg(self.servers[0].process.child.pid, signal.SIGCONT)
         wait_for("the checks", lambda: self.up(proxy, self.servers[0]) == 1)
-        before = self.sessions(proxy)
-        for user in USERS:
-            self.addCleanup(self.log_in(proxy, user).close)
-        moved = [after - now for after, now in zip(self.sessions(proxy), before)]
-        self.assertEqual(moved, [list(homes.values()).count(home) for home in range(3)], "all are at home again")
+        self.assertEqual(self.where_all_are(proxy), before, "all are at home again")
+
+    def where_all_are(self, proxy):
+        """How many users each server has when all are logged in; all log out again."""
+        clients = [self.log_in(proxy, user) for user in USERS]
+        sessions = self.sessions(proxy)
+        self.assertEqual(sum(sessions), len(USERS))
+        for client in clients:
+            client.close()
+        wait_for("the end of the sessions", lambda: sum(self.sessions(proxy)) == 0)
+        return sessions
 
     def test_an_account_logs_in_for_the_check(self):
         password = self.folder.write("probe", "probing\n")

@@ -289,6 +289,25 @@ async fn turns_and_counts_share_sessions_out() {
 }
 
 #[tokio::test]
+async fn a_server_that_comes_back_is_given_little_at_first() {
+    for (slow, expected) in [("slow_start: 1h, ", 0..=2), ("", 5..=7)] {
+        let (proxy, first, _other) = pair(&format!("{slow}balance: round-robin, check: {{interval: 100ms}}"), "").await;
+        first.stop().await;
+        session(&proxy).await;
+        session(&proxy).await;
+        assert_eq!(up(&proxy, &first), 0.0, "one of two turns was there");
+        first.start().await;
+        eventually("the server's return", || up(&proxy, &first) == 1.0).await;
+        let before = first.logins();
+        for _ in 0..12 {
+            session(&proxy).await;
+        }
+        let taken = first.logins() - before;
+        assert!(expected.contains(&taken), "{slow:?}: {taken} of twelve");
+    }
+}
+
+#[tokio::test]
 async fn logins_wait_for_a_place_in_order_and_not_without_bound() {
     let server = Mailbox::new().await;
     let text = format!(
