@@ -18,7 +18,7 @@
 //! | commands until a login is complete | [`imap::prelogin::Prelogin::step`] |
 //! | what the user is called | [`identity::Naming::names`] |
 //! | which backend | [`route::Router::route`] |
-//! | which server, and which next | [`backend::Backend::candidates`] |
+//! | which server, and which next | [`backend::Backend::candidates`], [`backend::Tour::next`] |
 //! | connect and log in there | [`backend::connect::login`], [`imap::backend_login::BackendLogin::step`] |
 //! | rustls lets go of both connections | [`stream::Stream::into_leg`], [`tls::handover`] |
 //! | bytes both ways | [`relay::Relay::run`], [`record_layer`] |

@@ -145,22 +145,18 @@ pub(super) struct Queue {
 }
 
 impl Queue {
-    /// A place in the queue, unless `longest` are there already. `changed` is told its length.
-    pub(super) fn join<F: Fn(u32)>(&self, longest: u32, changed: F) -> Option<InQueue<'_, F>> {
+    /// A place in the queue, unless `longest` are there already.
+    pub(super) fn join(&self, longest: u32) -> Option<InQueue<'_>> {
         let join = |length| (length < longest).then_some(length + 1);
-        let before = self.length.fetch_update(Ordering::Relaxed, Ordering::Relaxed, join).ok()?;
-        changed(before + 1);
-        Some(InQueue { queue: self, changed })
+        self.length.fetch_update(Ordering::Relaxed, Ordering::Relaxed, join).ok()?;
+        Some(InQueue(self))
     }
 }
 
 /// A place in a queue, until it drops.
-pub(super) struct InQueue<'a, F: Fn(u32)> {
-    queue: &'a Queue,
-    changed: F,
-}
+pub(super) struct InQueue<'a>(&'a Queue);
 
-impl<F: Fn(u32)> InQueue<'_, F> {
+impl InQueue<'_> {
     /// Waits for a slot at any of `servers` until `due`.
     pub(super) async fn wait(self, servers: &[Arc<Server>], due: Instant) -> Option<(Arc<Server>, Slot)> {
         let (hand, slot) = oneshot::channel();
@@ -177,9 +173,9 @@ impl<F: Fn(u32)> InQueue<'_, F> {
     }
 }
 
-impl<F: Fn(u32)> Drop for InQueue<'_, F> {
+impl Drop for InQueue<'_> {
     fn drop(&mut self) {
-        (self.changed)(self.queue.length.fetch_sub(1, Ordering::Relaxed) - 1);
+        self.0.length.fetch_sub(1, Ordering::Relaxed);
     }
 }
 
@@ -216,10 +212,10 @@ mod tests {
         let servers = [server.clone()];
         let slot = Slot::take(&server).unwrap();
         assert!(Slot::take(&server).is_none());
-        let mut first = Box::pin(queue.join(2, |_| {}).unwrap().wait(&servers, soon()));
-        let mut second = Box::pin(queue.join(2, |_| {}).unwrap().wait(&servers, soon()));
+        let mut first = Box::pin(queue.join(2).unwrap().wait(&servers, soon()));
+        let mut second = Box::pin(queue.join(2).unwrap().wait(&servers, soon()));
         assert!(futures_util::poll!(&mut first).is_pending() && futures_util::poll!(&mut second).is_pending());
-        assert!(queue.join(2, |_| {}).is_none(), "the queue is bounded");
+        assert!(queue.join(2).is_none(), "the queue is bounded");
         drop(slot);
         assert!(Slot::take(&server).is_none(), "a newcomer does not overtake");
         let (_, slot) = first.await.unwrap();
@@ -229,7 +225,7 @@ mod tests {
         assert_eq!((&*at.name, server.state.slots.taken()), ("a", 1));
         drop(slot);
         assert_eq!(server.state.slots.taken(), 0);
-        assert!(queue.join(1, |_| {}).is_some(), "both have left the queue");
+        assert!(queue.join(1).is_some(), "both have left the queue");
     }
 
     #[tokio::test(start_paused = true)]
@@ -239,12 +235,12 @@ mod tests {
         let slot = Slot::take(&server).unwrap();
         let began = Instant::now();
         let due = began + Duration::from_secs(5);
-        let mut patient = Box::pin(queue.join(9, |_| {}).unwrap().wait(&servers, soon()));
+        let mut patient = Box::pin(queue.join(9).unwrap().wait(&servers, soon()));
         {
-            let mut gone = Box::pin(queue.join(9, |_| {}).unwrap().wait(&servers, soon()));
+            let mut gone = Box::pin(queue.join(9).unwrap().wait(&servers, soon()));
             assert!(futures_util::poll!(&mut gone).is_pending());
         }
-        assert!(queue.join(9, |_| {}).unwrap().wait(&servers, due).await.is_none());
+        assert!(queue.join(9).unwrap().wait(&servers, due).await.is_none());
         assert_eq!(began.elapsed().as_secs(), 5);
         assert!(futures_util::poll!(&mut patient).is_pending());
         drop(slot);
@@ -258,7 +254,7 @@ mod tests {
         let (one, other, queue) = (Server::for_tests("a", Some(1)), Server::for_tests("b", Some(1)), Queue::default());
         let servers = [one.clone(), other.clone()];
         let (_kept, freed) = (Slot::take(&one).unwrap(), Slot::take(&other).unwrap());
-        let mut waiting = Box::pin(queue.join(9, |_| {}).unwrap().wait(&servers, soon()));
+        let mut waiting = Box::pin(queue.join(9).unwrap().wait(&servers, soon()));
         assert!(futures_util::poll!(&mut waiting).is_pending());
         drop(freed);
         assert_eq!(&*waiting.await.unwrap().0.name, "b");
@@ -271,7 +267,7 @@ mod tests {
         let (server, queue) = (Server::for_tests("a", Some(1)), Queue::default());
         let servers = [server.clone()];
         let slot = Slot::take(&server).unwrap();
-        let mut waiting = Box::pin(queue.join(9, |_| {}).unwrap().wait(&servers, soon()));
+        let mut waiting = Box::pin(queue.join(9).unwrap().wait(&servers, soon()));
         assert!(futures_util::poll!(&mut waiting).is_pending());
         drop(slot);
         // It has the slot in its hand and is never asked again.

@@ -82,9 +82,8 @@ impl<'a> Tour<'a> {
 
     async fn wait(&mut self, servers: &[Arc<Server>], due: Instant) -> Stop {
         let until = *self.queue_until.get_or_insert_with(|| Instant::now() + self.backend.queue_limits.timeout);
-        let metrics = self.backend.metrics.backend(self.backend.id.0);
-        let queue = self.backend.queue.join(self.backend.queue_limits.length, |length| metrics.queue(length));
-        let Some(queue) = queue else { return Stop::Full };
+        let Some(queue) = self.backend.queue.join(self.backend.queue_limits.length) else { return Stop::Full };
+        let _counted = self.backend.metrics.backend(self.backend.id.0).login_queued();
         match queue.wait(servers, until.min(due)).await {
             Some((server, slot)) => Stop::At(server, slot),
             None => Stop::Full,

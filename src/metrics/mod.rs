@@ -304,9 +304,9 @@ impl BackendMetrics {
         self.insecure.set(insecure.into());
     }
 
-    /// So many logins wait for a place.
-    pub fn queue(&self, length: u32) {
-        self.queue.set(length.into());
+    /// A login waits for a place, until the guard drops.
+    pub fn login_queued(&self) -> OpenGuard {
+        OpenGuard::new(&self.queue)
     }
 }
 

@@ -175,7 +175,7 @@ class Shards(unittest.TestCase):
         self.addCleanup(server.close)
         text = f"""
 listeners: [{{address: "127.0.0.1:{{plain}}", tls: none}}]
-backends: {{only: {{servers: ["127.0.0.1:{server.port}"]}}}}
+backends: {{only: {{servers: ["127.0.0.1:{server.port}"], check: {{interval: 200ms, rise: 1}}}}}}
 routes: [{{default: only}}]
 limits: {{connect: 1s, server_login: 2s}}
 admin: {{address: "127.0.0.1:{{admin}}"}}
@@ -186,10 +186,10 @@ admin: {{address: "127.0.0.1:{{admin}}"}}
         client.line()
         server.kill()
         self.assertTrue(client.command("a", f"LOGIN {ALICE} wonderland")[-1].startswith(b"a NO [UNAVAILABLE]"))
-        self.assertEqual(proxy.metric("vestibule_server_up", backend="only"), 0)
+        wait_for("the checks", lambda: proxy.metric("vestibule_server_up", backend="only") == 0)
         server.start()
         self.assertTrue(client.command("b", f"LOGIN {ALICE} wonderland")[-1].startswith(b"b OK"), "the same connection")
-        self.assertEqual(proxy.metric("vestibule_server_up", backend="only"), 1)
+        wait_for("the checks", lambda: proxy.metric("vestibule_server_up", backend="only") == 1)
         client.close()
         # A server that is there but says nothing: stopped, not dead.
         os.killpg(server.process.child.pid, signal.SIGSTOP)
