@@ -59,7 +59,7 @@ impl Live {
             backends: config.backends.iter().map(|backend| backend.name.clone()).collect(),
             routes: route::labels(&config.routes),
         }));
-        let tls = ServerTls::build(config);
+        let tls = ServerTls::build(config, None);
         let router = Router::build(config, &metrics);
         let backends = Backends::build(config, &metrics);
         match (tls, router, backends) {
@@ -151,7 +151,7 @@ pub async fn start(config: Config) -> anyhow::Result<Running> {
     }
     live.router.start(&live.metrics, &Handle::current(), &background, &stop_background);
     if let Some(tls) = &live.tls {
-        tls.publish(&live.metrics);
+        tls.start(&live.metrics, &Handle::current(), &background, &stop_background);
     }
     for (address, configured) in addresses.iter().zip(&config.listeners) {
         tracing::info!(%address, tls = ?configured.tls, "listening");

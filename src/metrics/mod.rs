@@ -66,6 +66,8 @@ pub struct Metrics {
     unrouted_logins: LoginCounters,
     failures: Vec<IntCounter>,
     certificate_expiry: GaugeVec,
+    certificate_load_failed: IntGaugeVec,
+    ticket_keys_load_failed: IntGauge,
     silent: IntGauge,
     draining: IntGauge,
     panics: IntCounter,
@@ -87,6 +89,8 @@ impl Metrics {
             unrouted_logins: LoginCounters::new(&families, ""),
             failures,
             certificate_expiry: families.certificate_expiry.clone(),
+            certificate_load_failed: families.certificate_load_failed.clone(),
+            ticket_keys_load_failed: families.ticket_keys_load_failed.clone(),
             silent: families.silent.clone(),
             draining: families.draining.clone(),
             panics: families.panics.clone(),
@@ -132,6 +136,16 @@ impl Metrics {
     pub fn certificate(&self, file: &str, expiry: i64) {
         #[expect(clippy::cast_precision_loss, reason = "seconds since 1970 fit an f64 exactly for 285 million years")]
         self.certificate_expiry.with_label_values(&[file]).set(expiry as f64);
+    }
+
+    /// The certificate's files could be used as they are now, or not.
+    pub fn certificate_load_failed(&self, file: &str, failed: bool) {
+        self.certificate_load_failed.with_label_values(&[file]).set(failed.into());
+    }
+
+    /// The files of ticket keys could be used as they are now, or not.
+    pub fn ticket_keys_load_failed(&self, failed: bool) {
+        self.ticket_keys_load_failed.set(failed.into());
     }
 
     /// The gauge of silent sessions, for the room they wait in.
