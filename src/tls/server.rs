@@ -242,3 +242,6 @@ fn verifier(config: &Config, wanted: &ClientCertificates) -> Result<(Arc<dyn Cli
 fn now() -> i64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs().cast_signed())
 }
+
+#[cfg(test)]
+mod tests;
