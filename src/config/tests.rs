@@ -167,8 +167,8 @@ fn tls_of_listeners() {
     assert_eq!(
         mistakes(&plain),
         [
-            "v.yaml:1:50: listeners[0].tls_min: has no effect with tls: none",
-            "v.yaml:1:66: listeners[0].sni: has no effect with tls: none",
+            "v.yaml:1:52: listeners[0].tls_min: has no effect with tls: none",
+            "v.yaml:1:68: listeners[0].sni: has no effect with tls: none",
         ]
     );
 }
