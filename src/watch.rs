@@ -12,6 +12,9 @@ use std::time::Duration;
 
 /// How often files are looked at, and how long one must rest before it is loaded.
 pub const LOOK: Duration = Duration::from_secs(1);
+/// Files that could not be loaded are due again after so many looks though they have not changed: what was wrong may have
+/// been the system, out of descriptors for example.
+const RETRY: u32 = 60;
 
 /// Files that are loaded together.
 #[derive(Debug)]
@@ -19,27 +22,36 @@ pub struct Watch {
     paths: Vec<PathBuf>,
     loaded: Vec<Stamp>,
     seen: Vec<Stamp>,
+    /// Looks until another try.
+    retry: Option<u32>,
 }
 
 impl Watch {
     /// Takes the files for loaded as they are now: to be called before they are read, so that a change meanwhile is one.
     pub fn new(paths: Vec<PathBuf>) -> Self {
         let loaded = stamps(&paths);
-        Self { paths, seen: loaded.clone(), loaded }
+        Self { paths, seen: loaded.clone(), loaded, retry: None }
     }
 
     /// Looks at the files. Whether they are to be loaded: one of them has changed since that was last due, and none since
-    /// the last look.
+    /// the last look. Or it is time for another try, see [`Watch::failed`].
     pub fn is_due(&mut self) -> bool {
         let now = stamps(&self.paths);
         self.look(now)
     }
 
+    /// What was due could not be loaded: it is due again in a minute, if it does not change before.
+    pub fn failed(&mut self) {
+        self.retry = Some(RETRY);
+    }
+
     fn look(&mut self, now: Vec<Stamp>) -> bool {
         let before = std::mem::replace(&mut self.seen, now);
-        let due = self.seen != self.loaded && self.seen == before;
+        self.retry = self.retry.map(|looks| looks.saturating_sub(1));
+        let due = (self.seen != self.loaded || self.retry == Some(0)) && self.seen == before;
         if due {
             self.loaded.clone_from(&self.seen);
+            self.retry = None;
         }
         due
     }
@@ -77,9 +89,13 @@ mod tests {
         vec![Stamp(Some([version; 5]))]
     }
 
+    fn watch() -> Watch {
+        Watch { paths: Vec::new(), loaded: stamp(1), seen: stamp(1), retry: None }
+    }
+
     #[test]
     fn a_change_is_loaded_once_it_rests() {
-        let mut watch = Watch { paths: Vec::new(), loaded: stamp(1), seen: stamp(1) };
+        let mut watch = watch();
         let looks = [(1, false), (2, false), (3, false), (3, true), (3, false), (4, false), (3, false), (3, false)];
         for (step, (version, due)) in looks.into_iter().enumerate() {
             assert_eq!(watch.look(stamp(version)), due, "look {step}");
@@ -88,9 +104,22 @@ mod tests {
 
     #[test]
     fn a_file_that_goes_is_a_change_too() {
-        let mut watch = Watch { paths: Vec::new(), loaded: stamp(1), seen: stamp(1) };
+        let mut watch = watch();
         assert!(!watch.look(vec![Stamp(None)]));
         assert!(watch.look(vec![Stamp(None)]));
+    }
+
+    #[test]
+    fn what_failed_is_tried_again_without_a_change() {
+        let mut watch = watch();
+        watch.failed();
+        assert!((1..RETRY).all(|_| !watch.look(stamp(1))));
+        assert!(watch.look(stamp(1)), "once");
+        assert!((0..2 * RETRY).all(|_| !watch.look(stamp(1))));
+        // A change comes first, and is the try.
+        watch.failed();
+        assert!(!watch.look(stamp(2)) && watch.look(stamp(2)));
+        assert!((0..2 * RETRY).all(|_| !watch.look(stamp(2))));
     }
 
     #[test]

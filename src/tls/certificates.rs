@@ -25,10 +25,6 @@ use crate::config::{Certificate, Config, Problem};
 use crate::metrics::Metrics;
 use crate::watch::Watch;
 
-/// Files that cannot be used are tried again after so many looks, whether they change or not: what was wrong may have
-/// been the system, out of descriptors for example.
-const RETRY: u32 = 60;
-
 /// All certificates.
 pub(super) struct Certificates {
     followed: Mutex<Vec<Followed>>,
@@ -140,8 +136,6 @@ struct Followed {
     loaded: Loaded,
     /// What is wrong with the files as they are now.
     trouble: Option<String>,
-    /// Since the files were last read.
-    looks: u32,
 }
 
 impl Followed {
@@ -153,20 +147,23 @@ impl Followed {
         };
         let all = [&files.cert, &files.key].into_iter().chain(&files.ocsp);
         // Ahead of reading: a change meanwhile is a change.
-        let watch = Watch::new(all.cloned().collect());
+        let mut watch = Watch::new(all.cloned().collect());
         let mut loaded = Loaded::read(&files)?;
         loaded.response = files.response()?;
         let trouble = loaded.staple(&files, now);
-        Ok(Self { files, watch, loaded, trouble, looks: 0 })
+        if trouble.is_some() {
+            watch.failed();
+        }
+        Ok(Self { files, watch, loaded, trouble })
     }
 
     /// Whether something was loaded, or tried to be.
     fn look(&mut self, now: i64) -> bool {
-        self.looks += 1;
-        let retries = self.trouble.is_some() && self.looks >= RETRY;
-        if self.watch.is_due() || retries {
-            self.looks = 0;
+        if self.watch.is_due() {
             self.trouble = self.load(now);
+            if self.trouble.is_some() {
+                self.watch.failed();
+            }
             return true;
         }
         let ends = self.loaded.response.as_ref().is_some_and(|response| response.is_over(now));

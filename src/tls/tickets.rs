@@ -155,7 +155,11 @@ impl Tickets {
                 *trouble = None;
             }
             Err(message) => {
-                tracing::error!("{message}; the old ticket keys stay in use");
+                watch.failed();
+                // Said once, not at every try.
+                if trouble.as_ref() != Some(&message) {
+                    tracing::error!("{message}; the old ticket keys stay in use");
+                }
                 *trouble = Some(message);
             }
         }
