@@ -69,4 +69,5 @@ pub mod stream;
 pub mod template;
 pub mod tls;
 pub mod waiting;
+pub mod watch;
 pub mod workers;

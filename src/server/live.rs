@@ -49,7 +49,7 @@ impl Live {
             Some(previous) => previous.metrics.renewed(&names),
             None => Metrics::new(&names),
         });
-        let tls = ServerTls::build(&config);
+        let tls = ServerTls::build(&config, previous.and_then(|previous| previous.tls.as_ref()));
         let known = previous.map(|previous| (&previous.config, &previous.router));
         let router = Router::build(&config, &metrics, known);
         let backends = Backends::build(&config, &metrics, previous.map(|previous| &*previous.backends));

@@ -186,6 +186,7 @@ impl Running {
         let mut now = self.lock();
         let opening = now.doors.bind(&live.config, &mut Vec::new())?;
         let stop = self.stop_background.child_token();
+        before.metrics.retire(&live.metrics);
         self.begin(&live, &stop, now.doors.addresses_with(&live.config, &opening));
         let change = match now.doors.swap(&live, opening, &self.workplaces) {
             Ok(change) => change,
@@ -205,11 +206,7 @@ impl Running {
             }
         }
         drop(now);
-        before.metrics.retire(&live.metrics);
         before.backends.retire(&live.backends);
-        if let Some(tls) = &live.tls {
-            tls.publish(&live.metrics);
-        }
         let mut unchanged = Vec::new();
         for (key, is_same) in [
             ("limits.workers", before.config.limits.workers == live.config.limits.workers),
@@ -230,7 +227,7 @@ impl Running {
         }
         live.router.start(&live.metrics, &Handle::current(), &self.background, stop);
         if let Some(tls) = &live.tls {
-            tls.publish(&live.metrics);
+            tls.start(&live.metrics, &Handle::current(), &self.background, stop);
         }
     }
 

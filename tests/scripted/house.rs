@@ -53,9 +53,9 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ),
     ("sessions", &["backend"]),
     ("backend", &["config", "dns", "failure", "identity", "imap", "metrics", "relay", "rendezvous", "stream", "tls"]),
-    ("route", &["config", "dns", "identity", "metrics", "rendezvous", "template", "tls"]),
+    ("route", &["config", "dns", "identity", "metrics", "rendezvous", "template", "tls", "watch"]),
     ("admin", &["metrics"]),
-    ("tls", &["config", "identity", "metrics", "record_layer"]),
+    ("tls", &["config", "identity", "metrics", "record_layer", "watch"]),
     ("imap", &["identity"]),
     ("logging", &["config"]),
     ("metrics", &["failure", "identity"]),
@@ -72,6 +72,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ("stream", &["relay", "tls"]),
     ("template", &[]),
     ("waiting", &[]),
+    ("watch", &[]),
     ("workers", &[]),
 ];
 
