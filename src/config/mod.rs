@@ -53,6 +53,8 @@ pub struct Config {
     pub listeners: Vec<Listener>,
     /// At least one where a listener speaks TLS.
     pub certificates: Vec<Certificate>,
+    /// Files of secrets behind session tickets: the first seals, all open. Empty: the process makes its own.
+    pub ticket_keys: Vec<Located<PathBuf>>,
     /// At least one; [`BackendId`] counts here.
     pub backends: Vec<Backend>,
     /// At least one.
@@ -65,6 +67,10 @@ pub struct Config {
     pub limits: Limits,
     /// Where metrics and health are answered.
     pub admin: Option<SocketAddr>,
+    /// Where the program's own commands are answered.
+    pub control: Option<PathBuf>,
+    /// Whom to become once all ports are bound.
+    pub run_as: Option<RunAs>,
     /// Log records.
     pub log: Log,
     /// DNS.
@@ -91,6 +97,15 @@ impl Located<PathBuf> {
     }
 }
 
+/// A user to become.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct RunAs {
+    /// By name.
+    pub user: String,
+    /// By name; `None`: the user's.
+    pub group: Option<String>,
+}
+
 /// A port that clients connect to.
 #[derive(Debug, Clone)]
 pub struct Listener {
@@ -100,6 +115,10 @@ pub struct Listener {
     pub tls: ListenerTls,
     /// Ways to log in that are offered; `None`: those that the backends have.
     pub mechanisms: Option<Mechanisms>,
+    /// The oldest version of TLS that is spoken. Default 1.2.
+    pub tls_min: TlsVersion,
+    /// Whether a client must ask for a server that there is a certificate for. Default no.
+    pub strict_sni: bool,
     /// Certificates of clients.
     pub client_certificates: Option<ClientCertificates>,
     /// In the file.
@@ -139,6 +158,15 @@ pub enum ListenerTls {
     None,
 }
 
+/// A version of TLS.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum TlsVersion {
+    /// RFC 5246.
+    Tls12,
+    /// RFC 8446.
+    Tls13,
+}
+
 /// A certificate and its key.
 #[derive(Debug, Clone)]
 pub struct Certificate {
@@ -146,6 +174,8 @@ pub struct Certificate {
     pub cert: Located<PathBuf>,
     /// PEM file of the key.
     pub key: Located<PathBuf>,
+    /// DER file of an OCSP response about the certificate.
+    pub ocsp: Option<Located<PathBuf>>,
 }
 
 /// A named set of equivalent servers.

@@ -49,7 +49,7 @@ impl Live {
             Some(previous) => previous.metrics.renewed(&names),
             None => Metrics::new(&names),
         });
-        let tls = ServerTls::build(&config);
+        let tls = ServerTls::build(&config, previous.and_then(|previous| previous.tls.as_ref()));
         let known = previous.map(|previous| (&previous.config, &previous.router));
         let router = Router::build(&config, &metrics, known);
         let backends = Backends::build(&config, &metrics, previous.map(|previous| &*previous.backends));
@@ -94,5 +94,20 @@ impl Live {
             }
             At::Address(address) => backend.at(*address).into_iter().collect(),
         }
+    }
+}
+
+/// What connections are served with from now on.
+#[derive(Clone)]
+pub struct Desk {
+    /// The configuration, built.
+    pub live: Arc<Live>,
+    /// The listener's place in it.
+    pub index: usize,
+}
+
+impl std::fmt::Debug for Desk {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Desk").field("index", &self.index).finish_non_exhaustive()
     }
 }
