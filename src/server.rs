@@ -40,6 +40,8 @@ pub struct Live {
     pub master_networks: Option<Vec<Network>>,
     /// Ways to log in that each listener offers; `None`: those that the backends have.
     pub mechanisms: Vec<Option<Mechanisms>>,
+    /// From where each listener is told by PROXY headers whose connections they are; `None`: nobody says so.
+    pub proxy_protocol: Vec<Option<Vec<Network>>>,
     /// How long servers take to refuse a login.
     pub refusals: Refusals,
     /// Deadlines and caps.
@@ -65,6 +67,7 @@ impl Live {
         match (tls, router, backends) {
             (Ok(tls), Ok(router), Ok(backends)) => {
                 let mechanisms = config.listeners.iter().map(|listener| listener.mechanisms).collect();
+                let proxy_protocol = config.listeners.iter().map(|listener| listener.proxy_protocol.clone()).collect();
                 Ok(Self {
                     router,
                     backends: Arc::new(backends),
@@ -72,6 +75,7 @@ impl Live {
                     naming: config.naming.clone(),
                     master_networks: config.master_networks.clone(),
                     mechanisms,
+                    proxy_protocol,
                     refusals: Refusals::default(),
                     limits: Arc::new(config.limits.clone()),
                     metrics,

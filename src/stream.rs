@@ -47,7 +47,9 @@ impl Stream {
             TlsStream::Server(server) => server.get_ref().1.server_name().map(Into::into),
             TlsStream::Client(_) => None,
         };
-        Some(TlsFacts { version, server_name })
+        let alpn = common.alpn_protocol().is_some();
+        let certificate = common.peer_certificates().is_some();
+        Some(TlsFacts { version, server_name, alpn, certificate })
     }
 
     /// The certificate the other side has shown, in DER.
@@ -78,6 +80,10 @@ pub struct TlsFacts {
     pub version: &'static str,
     /// The name the client asked for (SNI).
     pub server_name: Option<Box<str>>,
+    /// Whether ALPN agreed on something, which can only be `imap`.
+    pub alpn: bool,
+    /// Whether the client showed a certificate, which was verified.
+    pub certificate: bool,
 }
 
 /// Probes after `time` of silence, three, a quarter of that apart: so that a session whose peer is gone is noticed to be

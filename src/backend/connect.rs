@@ -14,13 +14,14 @@ use tokio::net::TcpStream;
 use tokio::time::{self, timeout_at};
 use zeroize::Zeroizing;
 
-use super::{Backend, Server, proxy_header};
+use super::{Backend, Server};
 use crate::config::{ClientInfo, Limits, TlsMode};
 use crate::failure::Reason;
 use crate::identity::ServerLogin;
 use crate::imap::backend_login::{Attempt, BackendLogin, Offer, Referral, ServerFault, ServerStep};
 use crate::imap::client_id::ClientId;
 use crate::imap::tag::Tag;
+use crate::proxy_protocol::{self, ClientTls};
 use crate::relay::Leg;
 use crate::stream::{Encrypted, Stream, TlsFacts};
 use crate::tls::handover::Secrets;
@@ -221,10 +222,18 @@ async fn open(
     deadline: time::Instant,
 ) -> Result<Stream, Fault> {
     let header = match backend.client_info {
-        ClientInfo::ProxyV1 if request.login.is_none() => proxy_header::LOCAL_1.to_vec(),
-        ClientInfo::ProxyV2 if request.login.is_none() => proxy_header::local_2(),
-        ClientInfo::ProxyV1 => proxy_header::version_1(request.client, request.listener),
-        ClientInfo::ProxyV2 => proxy_header::version_2(request.client, request.listener),
+        ClientInfo::ProxyV1 if request.login.is_none() => proxy_protocol::LOCAL_1.to_vec(),
+        ClientInfo::ProxyV2 if request.login.is_none() => proxy_protocol::local_2(),
+        ClientInfo::ProxyV1 => proxy_protocol::version_1(request.client, request.listener),
+        ClientInfo::ProxyV2 => {
+            let tls = request.tls.map(|tls| ClientTls {
+                version: tls.version,
+                server_name: tls.server_name.as_deref(),
+                alpn: tls.alpn,
+                certificate: tls.certificate,
+            });
+            proxy_protocol::version_2(request.client, request.listener, tls.as_ref())
+        }
         ClientInfo::Id | ClientInfo::None => Vec::new(),
     };
     if !header.is_empty() {

@@ -8,7 +8,6 @@ pub mod connect;
 mod discover;
 mod health;
 mod probe;
-mod proxy_header;
 mod select;
 
 use std::collections::{BTreeMap, HashMap};

@@ -49,6 +49,17 @@ pub(super) struct ListenerMap {
     /// Certificates of clients.
     #[serde(default)]
     pub(super) client_certificates: Option<ClientCertificatesMap>,
+    /// Balancers in front, that say whose connection they pass on.
+    #[serde(default)]
+    pub(super) proxy_protocol: Option<ProxyProtocolMap>,
+}
+
+/// `proxy_protocol` of a listener.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct ProxyProtocolMap {
+    /// Networks from which every connection begins with a PROXY header; from all others there is none at all.
+    pub(super) from: Vec<String>,
 }
 
 /// `client_certificates` of a listener.
@@ -285,6 +296,7 @@ pub(super) enum AuthzidWord {
 #[derive(Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub(super) struct LimitsMap {
+    pub(super) proxy_header: Option<Span>,
     pub(super) handshake: Option<Span>,
     pub(super) login: Option<Span>,
     pub(super) lookup: Option<Span>,

@@ -1,4 +1,4 @@
-//! Steps 3 to 5 of a session, for one login command: who is it, where does the mailbox lie, and will a server have it.
+//! Steps 4 to 6 of a session, for one login command: who is it, where does the mailbox lie, and will a server have it.
 //!
 //! Nothing of an attempt outlives it but its answer and what the record keeps. Called by `session`.
 

@@ -7,6 +7,7 @@
 mod client;
 mod dns;
 mod house;
+mod proxy_protocol;
 mod servers;
 mod silent;
 mod support;
