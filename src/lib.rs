@@ -64,6 +64,7 @@ pub mod rendezvous;
 pub mod route;
 pub mod server;
 pub mod session;
+pub mod sessions;
 pub mod shutdown;
 pub mod stream;
 pub mod template;

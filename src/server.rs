@@ -22,6 +22,7 @@ use crate::listener::{self, House, Listener};
 use crate::metrics::{Metrics, Names};
 use crate::route::{self, At, Place, Router};
 use crate::session::{Refusals, Room};
+use crate::sessions::Sessions;
 use crate::shutdown::Drain;
 use crate::tls::server::ServerTls;
 use crate::workers::Worker;
@@ -42,8 +43,10 @@ pub struct Live {
     pub mechanisms: Vec<Option<Mechanisms>>,
     /// From where each listener is told by PROXY headers whose connections they are; `None`: nobody says so.
     pub proxy_protocol: Vec<Option<Vec<Network>>>,
+    /// Who is logged in where.
+    pub sessions: Arc<Sessions>,
     /// How long servers take to refuse a login.
-    pub refusals: Refusals,
+    pub refusals: Arc<Refusals>,
     /// Deadlines and caps.
     pub limits: Arc<Limits>,
     /// What is counted.
@@ -63,7 +66,7 @@ impl Live {
         }));
         let tls = ServerTls::build(config);
         let router = Router::build(config, &metrics);
-        let backends = Backends::build(config, &metrics);
+        let backends = Backends::build(config, &metrics, None);
         match (tls, router, backends) {
             (Ok(tls), Ok(router), Ok(backends)) => {
                 let mechanisms = config.listeners.iter().map(|listener| listener.mechanisms).collect();
@@ -76,7 +79,8 @@ impl Live {
                     master_networks: config.master_networks.clone(),
                     mechanisms,
                     proxy_protocol,
-                    refusals: Refusals::default(),
+                    sessions: Arc::default(),
+                    refusals: Arc::default(),
                     limits: Arc::new(config.limits.clone()),
                     metrics,
                 })
@@ -246,6 +250,14 @@ impl Running {
         let grace = self.live.limits.drain;
         self.live.metrics.draining();
         tracing::info!(sessions = self.drain.open_sessions(), grace_seconds = grace.as_secs(), "draining");
+        let over = self.drain.over().clone();
+        let (sessions, stopped) = (self.live.sessions.clone(), self.stop_background.clone());
+        self.background.spawn(async move {
+            // All may end by themselves before the grace time is over.
+            if stopped.run_until_cancelled(over.cancelled()).await.is_some() {
+                sessions.close();
+            }
+        });
         let forced = self.drain.run(grace, hurry).await;
         self.stop_background.cancel();
         self.background.close();

@@ -84,7 +84,7 @@ fn lines_that_break_the_rules() {
         "PROXY\r\n",
         "PROXY TCP4 192.0.2.1 198.51.100.2 4000 993\n",
         "PROXY TCP4 192.0.2.1 198.51.100.2 4000 993\rx",
-        "PROXY TCP4 192.0.2.1\0198.51.100.2 4000 993\r\n",
+        "PROXY TCP4 192.0.2.1\x00198.51.100.2 4000 993\r\n",
     ] {
         refused(line.as_bytes());
     }

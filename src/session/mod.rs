@@ -33,13 +33,12 @@ use tokio::sync::OwnedSemaphorePermit;
 use tokio::time::{self, timeout, timeout_at};
 use zeroize::Zeroizing;
 
-use self::attempt::Attempted;
+use self::attempt::{Attempted, Seated};
 pub use self::pace::Refusals;
 use self::record::{EndedBy, Record};
 pub use self::relayed::Quiet;
 use self::relayed::{Kept, Relayed};
 use crate::backend::connect::Established;
-use crate::backend::{Backend, Server};
 use crate::config::ListenerTls;
 use crate::failure::Reason;
 use crate::imap::prelogin::{Bye, CloseReason, Policy, Prelogin, Step, Transport};
@@ -144,8 +143,8 @@ impl Session {
                     prelogin = Prelogin::new(self.policy(Transport::Tls, &stream));
                 }
                 Step::Login(mut request) => match self.attempt(&mut request, &mut stream, &mut prelogin).await? {
-                    Attempted::Accepted { backend, server, established } => {
-                        return self.relayed(stream, prelogin.into_leftover(), &backend, &server, *established).await;
+                    Attempted::Accepted { seated, established } => {
+                        return self.relayed(stream, prelogin.into_leftover(), seated, *established).await;
                     }
                     Attempted::Refused { reply, counts } => prelogin.refused(&reply, counts, &mut out),
                     Attempted::Unavailable => prelogin.unavailable(&request.tag, &mut out),
@@ -270,8 +269,7 @@ impl Session {
         mut self,
         stream: Stream,
         mut to_server: Vec<u8>,
-        backend: &Backend,
-        server: &Server,
+        seated: Seated,
         established: Established,
     ) -> Option<Relayed> {
         let due = self.login_by.max(time::Instant::now() + FAREWELL);
@@ -279,12 +277,13 @@ impl Session {
             return self.gone(Reason::Disconnected).and(None);
         };
         to_server.extend(more);
-        self.record.open_on(backend.id, server);
+        self.record.open_on(seated.backend.id, &seated.server);
+        seated.seat.settle();
         let kept = Kept {
             _counted: self.drain.count(),
             keepalive_set: false,
             room: self.room,
-            drain: self.drain,
+            seat: seated.seat,
             record: self.record,
             _held: self.held,
         };

@@ -14,8 +14,8 @@ const ALLOWED: &[(&str, &[&str])] = &[
     (
         "server",
         &[
-            "admin", "backend", "config", "identity", "listener", "metrics", "route", "session", "shutdown", "tls",
-            "workers",
+            "admin", "backend", "config", "identity", "listener", "metrics", "route", "session", "sessions",
+            "shutdown", "tls", "workers",
         ],
     ),
     ("listener", &["config", "metrics", "server", "session", "shutdown"]),
@@ -32,12 +32,14 @@ const ALLOWED: &[(&str, &[&str])] = &[
             "relay",
             "route",
             "server",
+            "sessions",
             "shutdown",
             "stream",
             "tls",
             "waiting",
         ],
     ),
+    ("sessions", &["backend"]),
     (
         "backend",
         &[
