@@ -232,7 +232,7 @@ async fn open(
         ClientInfo::ProxyV1 => proxy_protocol::version_1(request.client, request.listener),
         ClientInfo::ProxyV2 => {
             let tls = request.tls.map(|tls| ClientTls {
-                version: tls.version,
+                version: tls.version.as_str(),
                 server_name: tls.server_name.as_deref(),
                 alpn: tls.alpn,
                 certificate: tls.certificate,

@@ -228,7 +228,7 @@ impl Session {
                 client: self.peer,
                 listener: self.local,
                 session: self.record.session().as_str().into(),
-                tls: self.record.tls().map(|tls| tls.version),
+                tls: self.record.tls().map(|tls| tls.version.as_str()),
                 attempt: self.record.attempts(),
                 credentials: login.credentials.clone(),
             })

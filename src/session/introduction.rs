@@ -12,7 +12,7 @@ use tokio::time::{self, timeout_at};
 use super::{Session, id};
 use crate::failure::Reason;
 use crate::proxy_protocol::{Header, Origin, parse};
-use crate::stream::TlsFacts;
+use crate::stream::{TlsFacts, TlsVersion};
 
 /// Most headers come in one piece that fits.
 const READ: usize = 512;
@@ -101,7 +101,7 @@ impl From<Header<'_>> for Said {
             other => other,
         };
         let tls = header.tls.map(|tls| TlsFacts {
-            version: tls.version,
+            version: TlsVersion::named(tls.version),
             server_name: tls.server_name.map(Into::into),
             alpn: tls.alpn,
             certificate: tls.certificate,

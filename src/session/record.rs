@@ -346,7 +346,7 @@ impl Drop for Record {
                     session = self.session.as_str(),
                     client = %self.client,
                     listener = %self.listener,
-                    tls = self.tls.as_ref().map(|tls| tls.version),
+                    tls = self.tls.as_ref().map(|tls| tls.version.as_str()),
                     sni = self.tls.as_ref().and_then(|tls| tls.server_name.as_deref()),
                     user = self.user.as_ref().map(UserName::as_str),
                     mechanism = self.mechanism.map(Mechanism::as_str),
