@@ -1,4 +1,4 @@
-"""PROXY headers: HAProxy and Vestibule in front of Vestibule, Dovecot behind it."""
+"""PROXY headers: HAProxy, nginx and Vestibule in front of Vestibule, Dovecot behind it."""
 
 import re
 import unittest
@@ -124,6 +124,24 @@ class Balanced(unittest.TestCase):
         record = self.record(proxy, 1)
         self.assertIn('"tls":"TLSv1_3"', record)
         self.assertIn('"sni":"localhost"', record)
+
+    def test_nginx_in_front(self):
+        """Version 1, TLS passed through."""
+        proxy = self.inner()
+        port = free_port()
+        folder = Folder()
+        self.addCleanup(folder.remove)
+        settings = folder.write("nginx.conf", f"""
+load_module /usr/lib/nginx/modules/ngx_stream_module.so;
+daemon off; master_process off; pid {folder.path}/pid; error_log stderr info; user root;
+events {{}}
+stream {{ server {{ listen 127.0.0.1:{port}; proxy_pass 127.0.0.1:{proxy.ports['tls']}; proxy_protocol on; }} }}
+""")
+        nginx = Process([program("nginx"), "-c", settings, "-p", folder.path], folder.path / "log")
+        self.addCleanup(nginx.kill)
+        wait_for("nginx", lambda: answers(port))
+        self.assertIn("rip=127.0.0.2", self.login(port), nginx.text())
+        self.assertIn('"client":"127.0.0.2:', self.record(proxy, 1))
 
     def test_haproxys_health_checks(self):
         """LOCAL: served, no failure, and no record but for those who look for it. A plain TCP check is no header."""
