@@ -19,7 +19,7 @@ pub fn run(table: &[u8]) {
     static AROUND: LazyLock<Around> = LazyLock::new(Around::new);
     let around = &*AROUND;
     fs::write(&around.path, table).expect("the folder can be written");
-    let built = Router::build(&around.config, &around.metrics);
+    let built = Router::build(&around.config, &around.metrics, None);
     fs::remove_file(&around.path).expect("it is there");
     if let Err(problems) = built {
         assert!(!problems.is_empty());

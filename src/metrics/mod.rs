@@ -111,6 +111,7 @@ impl Metrics {
             }
         }
         self.families.certificate_expiry.reset();
+        self.families.certificate_load_failed.reset();
     }
 
     /// The text that Prometheus scrapes.
@@ -151,6 +152,16 @@ impl Metrics {
     pub fn certificate(&self, file: &str, expiry: i64) {
         #[expect(clippy::cast_precision_loss, reason = "seconds since 1970 fit an f64 exactly for 285 million years")]
         self.families.certificate_expiry.with_label_values(&[file]).set(expiry as f64);
+    }
+
+    /// The certificate's files could be used as they are now, or not.
+    pub fn certificate_load_failed(&self, file: &str, failed: bool) {
+        self.families.certificate_load_failed.with_label_values(&[file]).set(failed.into());
+    }
+
+    /// The files of ticket keys could be used as they are now, or not.
+    pub fn ticket_keys_load_failed(&self, failed: bool) {
+        self.families.ticket_keys_load_failed.set(failed.into());
     }
 
     /// The gauge of silent sessions, for the room they wait in.

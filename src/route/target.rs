@@ -134,7 +134,7 @@ impl<'a> Fields<'a> {
 }
 
 /// The backends of a configuration by name: what answers are checked against.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Declared {
     own: Vec<Box<str>>,
     by_name: HashMap<Box<str>, BackendId>,

@@ -59,7 +59,7 @@ impl Session {
         let live = self.live.clone();
         split_master(&live, &mut login.credentials);
         let login = &*login;
-        let names = match live.naming.names(login.credentials.mailbox_user()) {
+        let names = match live.config.naming.names(login.credentials.mailbox_user()) {
             Ok(names) => names,
             Err(_) => {
                 self.record.attempt(login.credentials.mailbox_user(), login.credentials.mechanism);
@@ -276,7 +276,7 @@ impl Session {
 fn split_master(live: &Live, credentials: &mut Credentials) {
     if credentials.authzid.is_none()
         && matches!(credentials.proof, Proof::Password(_))
-        && let Some((mailbox, master)) = live.naming.split_master(&credentials.user)
+        && let Some((mailbox, master)) = live.config.naming.split_master(&credentials.user)
     {
         credentials.authzid = Some(mailbox);
         credentials.user = master;

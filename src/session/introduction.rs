@@ -27,7 +27,7 @@ impl Session {
     /// `None`: the session is over, without a word.
     pub(super) async fn introduced(&mut self, socket: &mut TcpStream) -> Option<()> {
         let live = self.live.clone();
-        let Some(networks) = &live.proxy_protocol[self.listener] else { return Some(()) };
+        let Some(networks) = &live.config.listeners[self.listener].proxy_protocol else { return Some(()) };
         if !networks.iter().any(|network| network.contains(self.peer.ip())) {
             return self.not_introduced("the address is not among those of proxy_protocol.from".to_owned());
         }

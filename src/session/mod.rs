@@ -29,7 +29,6 @@ use std::time::{Duration, Instant};
 
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
-use tokio::sync::OwnedSemaphorePermit;
 use tokio::time::{self, timeout, timeout_at};
 use zeroize::Zeroizing;
 
@@ -43,6 +42,7 @@ use crate::config::ListenerTls;
 use crate::failure::Reason;
 use crate::imap::prelogin::{Bye, CloseReason, Policy, Prelogin, Step, Transport};
 use crate::metrics::OpenGuard;
+use crate::occupancy::Occupant;
 use crate::server::Live;
 use crate::shutdown::Drain;
 use crate::stream::{Encrypted, Stream};
@@ -80,7 +80,7 @@ pub struct Arrival {
 #[derive(Debug)]
 pub struct Held {
     /// Of `limits.sessions`.
-    pub permit: OwnedSemaphorePermit,
+    pub occupant: Occupant,
     /// In the listener's gauge.
     pub open: OpenGuard,
 }

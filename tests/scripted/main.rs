@@ -9,6 +9,7 @@ mod defences;
 mod dns;
 mod house;
 mod proxy_protocol;
+mod reload;
 mod servers;
 mod silent;
 mod support;

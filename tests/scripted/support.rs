@@ -37,7 +37,7 @@ pub async fn start(text: &str) -> Running {
     if !text.contains("probe:") {
         config.limits.probe = None;
     }
-    server::start(config).await.unwrap_or_else(|error| panic!("{error:#}"))
+    server::start(config, Vec::new()).await.unwrap_or_else(|error| panic!("{error:#}"))
 }
 
 /// The sum of the samples of a metric whose labels contain all of `labels`.
