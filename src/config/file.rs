@@ -9,7 +9,7 @@ use std::path::PathBuf;
 use serde::Deserialize;
 use serde_yaml::{Mapping, Value};
 
-use super::values::{ServerEntry, Size, Span, TlsEntry, TlsVersionWord, Words};
+use super::values::{BalanceEntry, CheckEntry, ServerEntry, Size, Span, TlsEntry, TlsVersionWord, Words};
 
 /// The whole file.
 #[derive(Debug, Default, Deserialize)]
@@ -164,6 +164,101 @@ pub(super) struct BackendMap {
     /// Sent with ID as `x-forward-KEY`.
     #[serde(default)]
     pub(super) forward: BTreeMap<String, String>,
+    /// Which server a login goes to: a word, or [`BalanceMap`].
+    #[serde(default)]
+    pub(super) balance: Option<BalanceEntry>,
+    /// How servers are asked whether they are well: `off`, a word, or [`CheckMap`].
+    #[serde(default)]
+    pub(super) check: Option<CheckEntry>,
+    /// How long a server that came back takes to its full weight.
+    #[serde(default)]
+    pub(super) slow_start: Option<Span>,
+    /// When logins stop going to a server by themselves.
+    #[serde(default)]
+    pub(super) breaker: BreakerMap,
+    /// Sessions of each server that does not say otherwise.
+    #[serde(default)]
+    pub(super) max_sessions: Option<i64>,
+    /// Logins that wait for a free place.
+    #[serde(default)]
+    pub(super) queue: QueueMap,
+}
+
+/// `balance` that is no word.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct BalanceMap {
+    pub(super) kind: BalanceWord,
+    /// How many times its fair share a server may have, with bounded-hash.
+    pub(super) factor: Option<f64>,
+}
+
+/// `balance`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub(super) enum BalanceWord {
+    UserHash,
+    BoundedHash,
+    LeastSessions,
+    RoundRobin,
+}
+
+/// `check` that is no word.
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub(super) struct CheckMap {
+    pub(super) kind: CheckWord,
+    /// From one check to the next.
+    pub(super) interval: Option<Span>,
+    /// For all of a check.
+    pub(super) timeout: Option<Span>,
+    /// Good ones in a row that bring a server back.
+    pub(super) rise: Option<i64>,
+    /// Failed ones in a row that take a server out.
+    pub(super) fall: Option<i64>,
+    /// Who logs in.
+    pub(super) account: Option<String>,
+    /// A file with the password.
+    pub(super) password_file: Option<PathBuf>,
+}
+
+/// `check.kind`.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub(super) enum CheckWord {
+    Tcp,
+    Tls,
+    #[default]
+    Imap,
+    Login,
+}
+
+/// `breaker`.
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub(super) struct BreakerMap {
+    /// In a row; a refused connection counts for all of them.
+    pub(super) failures: Option<i64>,
+}
+
+/// `queue`.
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub(super) struct QueueMap {
+    /// Logins at a time, a backend.
+    pub(super) length: Option<i64>,
+    /// How long each waits.
+    pub(super) timeout: Option<Span>,
+}
+
+/// `state` of a server.
+#[derive(Debug, Clone, Copy, Default, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub(super) enum StateWord {
+    #[default]
+    Up,
+    Drain,
+    Down,
 }
 
 /// `login` of a backend.
@@ -258,7 +353,7 @@ pub(super) enum LogNameWord {
 }
 
 /// An item of `servers` that is no word.
-#[derive(Debug, Deserialize)]
+#[derive(Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(super) struct ServerMap {
     /// `host:port`.
@@ -267,6 +362,11 @@ pub(super) struct ServerMap {
     pub(super) weight: Option<i64>,
     /// A DNS name whose SRV record lists the servers.
     pub(super) srv: Option<String>,
+    /// Sessions it may have at a time; behind an SRV record each server.
+    pub(super) max_sessions: Option<i64>,
+    /// Whether it gets logins; behind an SRV record all servers.
+    #[serde(default)]
+    pub(super) state: StateWord,
 }
 
 /// `tls` of a backend that is no word.
@@ -332,7 +432,6 @@ pub(super) struct LimitsMap {
     pub(super) stall: Option<Span>,
     pub(super) drain: Option<Span>,
     pub(super) keepalive: Option<Span>,
-    pub(super) probe: Option<Span>,
     pub(super) sessions: Option<i64>,
     pub(super) workers: Option<i64>,
     pub(super) untagged_lines: Option<i64>,
