@@ -15,11 +15,11 @@ listeners:
   - {{address: "127.0.0.1:{{tls}}", tls: implicit}}
   - {{address: "127.0.0.1:{{plain}}", tls: none}}
 tls: {{certificates: [{{cert: {cert}, key: {key}}}]}}
-backends: {{only: {{servers: ["127.0.0.1:{server}"], tls: {tls}}}}}
+backends: {{only: {{servers: ["127.0.0.1:{server}"], tls: {tls}, check: off}}}}
 routes: [{{default: only}}]
 admin: {{address: "127.0.0.1:{{admin}}"}}
 log: {{level: trace}}
-limits: {{workers: 1, probe: off}}
+limits: {{workers: 1}}
 """
 
 

@@ -159,16 +159,15 @@ stream {{ server {{ listen 127.0.0.1:{port}; proxy_pass 127.0.0.1:{proxy.ports['
             self.assertNotRegex(proxy.log(), r'"level":"INFO".*"session ended"')
 
     def test_vestibule_in_front(self):
-        """A chain of two, by both versions; the probes of the first are no failures of the second."""
+        """A chain of two, by both versions; the checks by the first are no failures of the second."""
         inner = self.inner()
         for number, info in enumerate(("proxy-v1", "proxy-v2"), 1):
             outer = Proxy(f"""
 listeners: [{{address: "127.0.0.1:{{tls}}", tls: implicit}}]
 tls: {{certificates: [{{cert: {self.certificates.cert}, key: {self.certificates.key}}}]}}
-backends: {{inner: {{servers: ["127.0.0.1:{inner.ports['plain']}"], client_info: {info}}}}}
+backends: {{inner: {{servers: ["127.0.0.1:{inner.ports['plain']}"], client_info: {info}, check: {{kind: imap, interval: 100ms}}}}}}
 routes: [{{default: inner}}]
 admin: {{address: "127.0.0.1:{{admin}}"}}
-limits: {{probe: 1s}}
 """)
             self.addCleanup(outer.close)
             said = self.login(outer.ports["tls"])
@@ -177,6 +176,9 @@ limits: {{probe: 1s}}
             self.assertEqual("secured" in said, info == "proxy-v2", said)
             record = self.record(inner, number)
             self.assertEqual('"sni":"localhost"' in record, info == "proxy-v2", record)
+            checks = lambda: outer.metric("vestibule_server_checks_total", backend="inner")
+            before = checks()
+            wait_for("checks", lambda: checks() > before + 1)
             self.assertEqual(outer.metric("vestibule_server_up", backend="inner"), 1)
             outer.close()
         self.assertEqual(inner.metric("vestibule_failures_total"), 0, inner.log())
