@@ -27,8 +27,10 @@ pub(super) struct File {
     pub(super) users: UsersMap,
     /// Deadlines and caps.
     pub(super) limits: LimitsMap,
-    /// Metrics and health.
+    /// Metrics and health; commands.
     pub(super) admin: AdminMap,
+    /// Whom to become once all ports are bound.
+    pub(super) run_as: Option<RunAsMap>,
     /// Log records.
     pub(super) log: LogMap,
     /// DNS.
@@ -444,6 +446,19 @@ pub(super) struct LimitsMap {
 pub(super) struct AdminMap {
     /// Where /metrics, /health and /ready are answered. Absent: nowhere.
     pub(super) address: Option<String>,
+    /// The Unix socket on which the program's own commands are answered. Absent: nowhere.
+    pub(super) control: Option<PathBuf>,
+}
+
+/// `run_as`.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct RunAsMap {
+    /// By name.
+    pub(super) user: String,
+    /// By name. Absent: the user's.
+    #[serde(default)]
+    pub(super) group: Option<String>,
 }
 
 /// `log`.

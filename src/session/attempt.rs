@@ -97,6 +97,7 @@ impl Session {
         prelogin: &mut Prelogin,
         began: Instant,
     ) -> Option<Result<Attempted, Held>> {
+        self.up_to_date();
         let live = self.live.clone();
         let question = self.question(names, login);
         let target = match timeout(live.limits.lookup, live.router.route(&question, &live.metrics)).await {
@@ -334,7 +335,7 @@ fn server_login<'a>(
     }
 }
 
-/// Step 4: the user's servers in order, until one gives an answer that counts for all of them; and where it sends the
+/// Step 5: the user's servers in order, until one gives an answer that counts for all of them; and where it sends the
 /// user, if that is a declared server.
 async fn log_in_somewhere<'a>(
     live: &'a Live,
@@ -372,7 +373,7 @@ async fn log_in_somewhere<'a>(
     }
 }
 
-/// Step 5, in a place of the user's on that server: where its users must be served by one server at a time, their sessions
+/// Step 6, in a place of the user's on that server: where its users must be served by one server at a time, their sessions
 /// on others end first.
 async fn log_in_at<'a>(
     live: &'a Live,

@@ -29,6 +29,7 @@ use std::time::{Duration, Instant};
 
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
+use tokio::sync::watch;
 use tokio::time::{self, timeout, timeout_at};
 use zeroize::Zeroizing;
 
@@ -43,7 +44,7 @@ use crate::failure::Reason;
 use crate::imap::prelogin::{Bye, CloseReason, Policy, Prelogin, Step, Transport};
 use crate::metrics::OpenGuard;
 use crate::occupancy::Occupant;
-use crate::server::Live;
+use crate::server::{Desk, Live};
 use crate::shutdown::Drain;
 use crate::stream::{Encrypted, Stream};
 use crate::tls::handover::Secrets;
@@ -66,8 +67,10 @@ pub struct Arrival {
     pub listener: usize,
     /// How TLS begins there.
     pub tls: ListenerTls,
-    /// The configuration this session keeps.
+    /// The configuration that holds now.
     pub live: Arc<Live>,
+    /// Where the next one appears.
+    pub desk: watch::Receiver<Desk>,
     /// When to stop.
     pub drain: Drain,
     /// Where it waits while it is silent.
@@ -100,6 +103,7 @@ pub async fn serve(arrival: Arrival) {
 /// A client that has not logged in yet.
 struct Session {
     live: Arc<Live>,
+    desk: watch::Receiver<Desk>,
     drain: Drain,
     room: Arc<Room>,
     held: Held,
@@ -112,12 +116,12 @@ struct Session {
 
 impl Session {
     fn new(arrival: Arrival) -> (Self, TcpStream) {
-        let Arrival { socket, peer, local, listener, live, drain, room, held, .. } = arrival;
+        let Arrival { socket, peer, local, listener, live, desk, drain, room, held, .. } = arrival;
         // A socket bound to one address has no other; of `[::]` only the connection knows.
         let local = if local.ip().is_unspecified() { socket.local_addr().unwrap_or(local) } else { local };
         let login_by = time::Instant::now() + live.limits.login;
         let record = Record::new(id::new(peer), peer, local, live.clone());
-        (Self { live, drain, room, held, peer, local, listener, login_by, record }, socket)
+        (Self { live, desk, drain, room, held, peer, local, listener, login_by, record }, socket)
     }
 
     /// Steps 1 to 6: talks to the client until a server has accepted it, or until it is gone.
@@ -172,6 +176,16 @@ impl Session {
             max_failed_logins: limits.failed_logins,
             mechanisms: self.live.mechanisms(self.listener),
             certificate,
+        }
+    }
+
+    /// A login is routed by the configuration that holds when it is made; all else stays as the client was greeted with.
+    fn up_to_date(&mut self) {
+        // A listener that is gone has no place in the next configuration: the last it had a place in goes on.
+        if self.desk.has_changed().is_ok_and(|changed| changed) {
+            let Desk { live, index } = self.desk.borrow_and_update().clone();
+            (self.live, self.listener) = (live.clone(), index);
+            self.record.now_under(live);
         }
     }
 
