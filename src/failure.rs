@@ -55,6 +55,8 @@ macro_rules! reasons {
 }
 
 reasons! {
+    /// No PROXY header, a wrong one, or from where none is believed.
+    Client ProxyHeader = "proxy_header",
     /// The TLS handshake failed or took too long.
     Client Handshake = "handshake",
     /// Not logged in within `limits.login`.

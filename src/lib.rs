@@ -14,6 +14,7 @@
 //! | step | where |
 //! |---|---|
 //! | accepted, one permit | [`listener::Listener::run`] |
+//! | whose connection a balancer passes on | [`proxy_protocol::parse`] |
 //! | TLS, if it begins at once or by STARTTLS | `session::Session::encrypt`, [`tls::server`] |
 //! | commands until a login is complete | [`imap::prelogin::Prelogin::step`] |
 //! | what the user is called | [`identity::Naming::names`] |
@@ -61,6 +62,7 @@ pub mod metrics;
 pub mod occupancy;
 pub mod operate;
 pub mod privileges;
+pub mod proxy_protocol;
 pub mod record_layer;
 pub mod relay;
 pub mod rendezvous;

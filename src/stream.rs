@@ -38,16 +38,19 @@ pub struct Encrypted {
 }
 
 impl Stream {
-    /// TLS version and server name, for the log record: `("TLSv1_3", "imap.example.org")`.
+    /// How the other side came, for the log record and for servers.
     pub fn tls_facts(&self) -> Option<TlsFacts> {
         let Self::Tls(encrypted) = self else { return None };
         let common = encrypted.tls.get_ref().1;
-        let version = common.protocol_version().and_then(|version| version.as_str()).unwrap_or("unknown");
+        let version = common.protocol_version().and_then(|version| version.as_str()).unwrap_or_default();
+        let version = TlsVersion::named(version);
         let server_name = match &encrypted.tls {
             TlsStream::Server(server) => server.get_ref().1.server_name().map(Into::into),
             TlsStream::Client(_) => None,
         };
-        Some(TlsFacts { version, server_name })
+        let alpn = common.alpn_protocol().is_some();
+        let certificate = common.peer_certificates().is_some();
+        Some(TlsFacts { version, server_name, alpn, certificate })
     }
 
     /// The certificate the other side has shown, in DER.
@@ -74,10 +77,50 @@ impl Stream {
 /// What a log record says of a TLS connection.
 #[derive(Debug, Clone)]
 pub struct TlsFacts {
-    /// As rustls writes it: `TLSv1_2`, `TLSv1_3`.
-    pub version: &'static str,
+    /// Which.
+    pub version: TlsVersion,
     /// The name the client asked for (SNI).
     pub server_name: Option<Box<str>>,
+    /// Whether ALPN agreed on something, which can only be `imap`.
+    pub alpn: bool,
+    /// Whether the client showed a certificate, which was verified.
+    pub certificate: bool,
+}
+
+/// A version of TLS, in one byte: sessions keep it. The old ones are those of balancers that ended TLS ahead of us.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum TlsVersion {
+    /// 1.0.
+    V10,
+    /// 1.1.
+    V11,
+    /// 1.2.
+    V12,
+    /// 1.3.
+    V13,
+    /// Nobody said.
+    Unknown,
+}
+
+impl TlsVersion {
+    /// By its name in log records.
+    pub fn named(name: &str) -> Self {
+        [Self::V10, Self::V11, Self::V12, Self::V13]
+            .into_iter()
+            .find(|version| version.as_str() == name)
+            .unwrap_or(Self::Unknown)
+    }
+
+    /// As rustls writes it.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::V10 => "TLSv1_0",
+            Self::V11 => "TLSv1_1",
+            Self::V12 => "TLSv1_2",
+            Self::V13 => "TLSv1_3",
+            Self::Unknown => "unknown",
+        }
+    }
 }
 
 /// Probes after `time` of silence, three, a quarter of that apart: so that a session whose peer is gone is noticed to be

@@ -8,7 +8,6 @@ mod checks;
 pub mod connect;
 mod discover;
 mod health;
-mod proxy_header;
 mod reach;
 mod select;
 mod server;

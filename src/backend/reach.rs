@@ -10,9 +10,10 @@ use tokio::time::{self, timeout_at};
 
 use super::connect::{Fault, Purpose, Request};
 use super::health::Blow;
-use super::{Backend, Server, proxy_header};
+use super::{Backend, Server};
 use crate::config::{ClientInfo, TlsMode};
 use crate::failure::Reason;
+use crate::proxy_protocol::{self, ClientTls};
 use crate::stream::{Encrypted, Stream};
 use crate::tls::handover::Secrets;
 
@@ -64,10 +65,18 @@ async fn open(
 ) -> Result<Stream, Fault> {
     let is_session = request.purpose == Purpose::Session;
     let header = match backend.client_info {
-        ClientInfo::ProxyV1 if !is_session => proxy_header::LOCAL_1.to_vec(),
-        ClientInfo::ProxyV2 if !is_session => proxy_header::local_2(),
-        ClientInfo::ProxyV1 => proxy_header::version_1(request.client, request.listener),
-        ClientInfo::ProxyV2 => proxy_header::version_2(request.client, request.listener),
+        ClientInfo::ProxyV1 if !is_session => proxy_protocol::LOCAL_1.to_vec(),
+        ClientInfo::ProxyV2 if !is_session => proxy_protocol::local_2(),
+        ClientInfo::ProxyV1 => proxy_protocol::version_1(request.client, request.listener),
+        ClientInfo::ProxyV2 => {
+            let tls = request.tls.map(|tls| ClientTls {
+                version: tls.version.as_str(),
+                server_name: tls.server_name.as_deref(),
+                alpn: tls.alpn,
+                certificate: tls.certificate,
+            });
+            proxy_protocol::version_2(request.client, request.listener, tls.as_ref())
+        }
         ClientInfo::Id | ClientInfo::None => Vec::new(),
     };
     if !header.is_empty() {

@@ -18,7 +18,7 @@ use super::servers::backend;
 use super::users::users;
 use super::{
     Backend, Certificate, CertificateUser, ClientCertificates, Config, Host, Level, Listener, ListenerTls, Located,
-    Log, LogFormat, Resolver, RunAs, Server, TlsVersion, is_local,
+    Log, LogFormat, Network, Resolver, RunAs, Server, TlsVersion, is_local,
 };
 use crate::identity::{Mechanism, Mechanisms};
 
@@ -161,10 +161,38 @@ fn listeners(reader: &mut Reader<'_>, folder: &Path, items: Vec<Value>) -> Vec<L
                 },
             }
         });
+        let proxy_protocol = written.proxy_protocol.map(|map| {
+            let key = child(&child(&key, "proxy_protocol"), "from");
+            if map.from.is_empty() {
+                reader.problem(&key, "at least one network is needed, or nobody is let in");
+            }
+            networks(reader, &key, &map.from)
+        });
         let place = reader.place(&address_key);
-        listeners.push(Listener { address, tls, mechanisms, tls_min, strict_sni, client_certificates, place });
+        listeners.push(Listener {
+            address,
+            tls,
+            mechanisms,
+            tls_min,
+            strict_sni,
+            client_certificates,
+            proxy_protocol,
+            place,
+        });
     }
     listeners
+}
+
+/// Those that can be read.
+pub(super) fn networks(reader: &mut Reader<'_>, key: &str, texts: &[String]) -> Vec<Network> {
+    let mut networks = Vec::new();
+    for (index, text) in texts.iter().enumerate() {
+        match Network::parse(text) {
+            Some(network) => networks.push(network),
+            None => reader.problem(&format!("{key}[{index}]"), "expected a network, like 10.0.0.0/8"),
+        }
+    }
+    networks
 }
 
 /// Ways to log in, by their SASL names; `login` is the command too.

@@ -57,6 +57,17 @@ pub(super) struct ListenerMap {
     /// Certificates of clients.
     #[serde(default)]
     pub(super) client_certificates: Option<ClientCertificatesMap>,
+    /// Balancers in front, that say whose connection they pass on.
+    #[serde(default)]
+    pub(super) proxy_protocol: Option<ProxyProtocolMap>,
+}
+
+/// `proxy_protocol` of a listener.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct ProxyProtocolMap {
+    /// Networks from which every connection begins with a PROXY header; from all others there is none at all.
+    pub(super) from: Vec<String>,
 }
 
 /// `sni` of a listener.
@@ -408,6 +419,7 @@ pub(super) enum AuthzidWord {
 #[derive(Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub(super) struct LimitsMap {
+    pub(super) proxy_header: Option<Span>,
     pub(super) handshake: Option<Span>,
     pub(super) login: Option<Span>,
     pub(super) lookup: Option<Span>,

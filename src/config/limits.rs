@@ -14,6 +14,13 @@ pub(super) fn limits(reader: &mut Reader<'_>, written: &LimitsMap) -> Limits {
     let hour = 3600;
     let day = 24 * hour;
     let mut limits = Limits {
+        proxy_header: bounded(
+            reader,
+            "limits.proxy_header",
+            written.proxy_header,
+            default.proxy_header,
+            seconds(0, 60),
+        ),
         handshake: bounded(reader, "limits.handshake", written.handshake, default.handshake, seconds(1, 300)),
         login: bounded(reader, "limits.login", written.login, default.login, seconds(1, hour)),
         lookup: bounded(reader, "limits.lookup", written.lookup, default.lookup, seconds(0, 300)),

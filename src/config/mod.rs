@@ -121,6 +121,8 @@ pub struct Listener {
     pub strict_sni: bool,
     /// Certificates of clients.
     pub client_certificates: Option<ClientCertificates>,
+    /// From where every connection begins with a PROXY header, and nobody else is let in; `None`: there are no headers.
+    pub proxy_protocol: Option<Vec<Network>>,
     /// In the file.
     pub place: Place,
 }
@@ -370,6 +372,8 @@ pub struct HashShare {
 /// Deadlines and caps.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Limits {
+    /// From the accepted connection to the end of its PROXY header, where there must be one. Default 3 s.
+    pub proxy_header: Duration,
     /// A TLS handshake with a client. Default 10 s.
     pub handshake: Duration,
     /// From the accepted connection to the last login command, whatever happens in between. Default 60 s.
@@ -411,6 +415,7 @@ pub struct Limits {
 impl Default for Limits {
     fn default() -> Self {
         Self {
+            proxy_header: Duration::from_secs(3),
             handshake: Duration::from_secs(10),
             login: Duration::from_secs(60),
             lookup: Duration::from_secs(5),

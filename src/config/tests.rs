@@ -473,3 +473,24 @@ fn more_mistakes_than_anybody_reads() {
     assert_eq!(said.len(), 201);
     assert!(said[200].ends_with("there are more mistakes than these 200"), "{}", said[200]);
 }
+
+#[test]
+fn balancers_are_networks() {
+    let listener = |setting: &str| MINIMAL.replace("tls: none}", &format!("tls: none, proxy_protocol: {setting}}}"));
+    let config = parse(Path::new("v.yaml"), &listener("{from: [10.0.0.0/8, '2001:db8::1']}")).unwrap();
+    let networks = config.listeners[0].proxy_protocol.as_ref().unwrap();
+    assert!(networks[0].contains("10.1.2.3".parse().unwrap()) && networks.len() == 2);
+    assert_eq!(
+        mistakes(&listener("{from: [balancer.internal]}")),
+        ["v.yaml:1:76: listeners[0].proxy_protocol.from[0]: expected a network, like 10.0.0.0/8"]
+    );
+    assert_eq!(
+        mistakes(&listener("{from: []}")),
+        ["v.yaml:1:69: listeners[0].proxy_protocol.from: at least one network is needed, or nobody is let in"]
+    );
+    assert_eq!(mistakes(&listener("{}")), ["v.yaml:1:52: listeners[0].proxy_protocol: the key `from` is missing"]);
+    assert_eq!(
+        with("limits: {proxy_header: 2m}\n"),
+        ["v.yaml:4:10: limits.proxy_header: expected a duration from 100ms to 1m"]
+    );
+}

@@ -1,6 +1,7 @@
 //! `users`: what users are called, and who may log in as whom. Called by `check`.
 
 use super::Network;
+use super::check::networks;
 use super::file::{CaseWord, LogNameWord, ServerNameWord, UnicodeWord, UsersMap};
 use super::read::Reader;
 use crate::identity::{LogName, Naming, UnicodeRule};
@@ -22,18 +23,7 @@ pub(super) fn users(reader: &mut Reader<'_>, written: UsersMap) -> (Naming, Opti
     if master_separator.is_some() && master_separator == detail {
         reader.problem("users.masters.separator", "is what begins a detail already");
     }
-    let networks = written.masters.networks.map(|texts| {
-        let mut networks = Vec::new();
-        for (index, text) in texts.iter().enumerate() {
-            match Network::parse(text) {
-                Some(network) => networks.push(network),
-                None => {
-                    reader.problem(&format!("users.masters.networks[{index}]"), "expected a network, like 10.0.0.0/8")
-                }
-            }
-        }
-        networks
-    });
+    let networks = written.masters.networks.map(|texts| networks(reader, "users.masters.networks", &texts));
     let naming = Naming {
         lower_case: written.case == CaseWord::Lower,
         unicode: match written.unicode {

@@ -132,9 +132,11 @@ impl Framer {
         &self.buffer[self.start..self.scanned]
     }
 
-    /// Removes the complete command, line end included.
+    /// Removes the complete command, line end included. No copy of it stays here: who was refused may say nothing more for a
+    /// minute.
     pub(super) fn take(&mut self) -> Zeroizing<Vec<u8>> {
         let command = Zeroizing::new(self.so_far().to_vec());
+        self.buffer[self.start..self.scanned].zeroize();
         self.end_command();
         command
     }
@@ -298,6 +300,7 @@ mod tests {
         let mut framer = framer(b"a LOGIN u secret\r\nb");
         assert_eq!(framer.command(), Frame::Complete);
         framer.take();
+        assert!(framer.buffer.starts_with(&[0; 18]), "at once");
         framer.input(b"");
         assert_eq!(&framer.buffer[..], b"b");
     }

@@ -256,7 +256,7 @@ impl Prelogin {
                     out.extend_from_slice(b"+ OK\r\n");
                 } else {
                     // Without leave the client sends no literal: a password stays where it is.
-                    let command = self.framer.so_far().to_vec();
+                    let command = Zeroizing::new(self.framer.so_far().to_vec());
                     self.framer.abandon();
                     return self.command(&command, out);
                 }

@@ -1,4 +1,4 @@
-//! Steps 3 to 5 of a session, for one login command: who is it, where does the mailbox lie, and will a server have it.
+//! Steps 4 to 6 of a session, for one login command: who is it, where does the mailbox lie, and will a server have it.
 //!
 //! Nothing of an attempt outlives it but its answer and what the record keeps. Called by `session`.
 
@@ -233,7 +233,7 @@ impl Session {
                 client: self.peer,
                 listener: self.local,
                 session: self.record.session().as_str().into(),
-                tls: self.record.tls().map(|tls| tls.version),
+                tls: self.record.tls().map(|tls| tls.version.as_str()),
                 attempt: self.record.attempts(),
                 credentials: login.credentials.clone(),
             })
@@ -335,7 +335,7 @@ fn server_login<'a>(
     }
 }
 
-/// Step 4: the user's servers in order, until one gives an answer that counts for all of them; and where it sends the
+/// Step 5: the user's servers in order, until one gives an answer that counts for all of them; and where it sends the
 /// user, if that is a declared server.
 async fn log_in_somewhere<'a>(
     live: &'a Live,
@@ -373,7 +373,7 @@ async fn log_in_somewhere<'a>(
     }
 }
 
-/// Step 5, in a place of the user's on that server: where its users must be served by one server at a time, their sessions
+/// Step 6, in a place of the user's on that server: where its users must be served by one server at a time, their sessions
 /// on others end first.
 async fn log_in_at<'a>(
     live: &'a Live,

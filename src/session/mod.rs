@@ -2,20 +2,22 @@
 //!
 //! | step | where | deadline | when it fails |
 //! |---|---|---|---|
-//! | 1 TLS handshake | [`Session::encrypt`] | `limits.handshake` | the connection closes |
-//! | 2 who is it | `imap::prelogin` in [`Session::log_in`] | `limits.login`, from accept | BYE |
-//! | 3 which backend | `route` in [`attempt`] | `limits.lookup` | NO `[UNAVAILABLE]`, or refused when unknown |
-//! | 4 which server | `backend` in [`attempt`] | `limits.server_login`, over all servers | next server, then NO `[UNAVAILABLE]` |
-//! | 5 log in there | `backend::connect` | a share of the above | the server's NO is passed on, never retried |
-//! | 6 answer the client | [`relayed::Relayed`] | none | |
-//! | 7 relay | `relay`, `waiting` | `limits.idle`, `limits.stall`, `limits.half_close` | |
-//! | 8 one record | [`record::Record`] | always | |
+//! | 1 whose connection it is | `proxy_protocol` in [`introduction`], where a balancer is in front | `limits.proxy_header` | the connection closes |
+//! | 2 TLS handshake | [`Session::encrypt`] | `limits.handshake` | the connection closes |
+//! | 3 who is it | `imap::prelogin` in [`Session::log_in`] | `limits.login`, from accept | BYE |
+//! | 4 which backend | `route` in [`attempt`] | `limits.lookup` | NO `[UNAVAILABLE]`, or refused when unknown |
+//! | 5 which server | `backend` in [`attempt`] | `limits.server_login`, over all servers | next server, then NO `[UNAVAILABLE]` |
+//! | 6 log in there | `backend::connect` | a share of the above | the server's NO is passed on, never retried |
+//! | 7 answer the client | [`relayed::Relayed`] | none | |
+//! | 8 relay | `relay`, `waiting` | `limits.idle`, `limits.stall`, `limits.half_close` | |
+//! | 9 one record | [`record::Record`] | always | |
 //!
 //! This file and `attempt` alone know the order. After a refusal nothing of the attempt is left: the next login is parsed, routed and
 //! sent to a server connection of its own. Called by `listener`.
 
 mod attempt;
 mod id;
+mod introduction;
 mod pace;
 mod record;
 mod relayed;
@@ -122,8 +124,9 @@ impl Session {
         (Self { live, desk, drain, room, held, peer, local, listener, login_by, record }, socket)
     }
 
-    /// Steps 1 to 5: talks to the client until a server has accepted it, or until it is gone.
-    async fn log_in(mut self, socket: TcpStream, tls: ListenerTls) -> Option<Relayed> {
+    /// Steps 1 to 6: talks to the client until a server has accepted it, or until it is gone.
+    async fn log_in(mut self, mut socket: TcpStream, tls: ListenerTls) -> Option<Relayed> {
+        self.introduced(&mut socket).await?;
         let (mut stream, transport) = match tls {
             ListenerTls::Implicit => (self.encrypt(socket).await?, Transport::Tls),
             ListenerTls::StartTls => (Stream::Plain(socket), Transport::StartTls),
@@ -186,7 +189,7 @@ impl Session {
         }
     }
 
-    /// Step 1.
+    /// Step 2.
     async fn encrypt(&mut self, socket: TcpStream) -> Option<Stream> {
         let began = Instant::now();
         let due = self.login_by.min(time::Instant::now() + self.live.limits.handshake);

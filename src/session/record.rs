@@ -42,6 +42,7 @@ pub(super) struct Record {
     failure: Option<Reason>,
     detail: Option<Box<str>>,
     ended_by: EndedBy,
+    is_check: bool,
     times: Times,
     to_client: u64,
     to_server: u64,
@@ -143,6 +144,7 @@ impl Record {
             failure: None,
             detail: None,
             ended_by: EndedBy::Client,
+            is_check: false,
             times: Times::default(),
             to_client: 0,
             to_server: 0,
@@ -161,6 +163,23 @@ impl Record {
 
     pub(super) fn tls(&self) -> Option<&TlsFacts> {
         self.tls.as_ref()
+    }
+
+    /// A balancer has said whose connection it is, and how that client came to it.
+    pub(super) fn introduced(
+        &mut self,
+        session: SessionId,
+        client: SocketAddr,
+        listener: SocketAddr,
+        tls: Option<TlsFacts>,
+    ) {
+        (self.session, self.client, self.listener, self.tls) = (session, client.into(), listener.into(), tls);
+    }
+
+    /// A balancer only looks whether we are alive, which it does all day: it may leave when it has seen enough, and its
+    /// record is for those who look for it.
+    pub(super) fn is_check(&mut self) {
+        self.is_check = true;
     }
 
     pub(super) fn encrypted(&mut self, took: Duration, facts: Option<TlsFacts>) {
@@ -223,6 +242,9 @@ impl Record {
 
     /// The session ends for this reason.
     pub(super) fn failed(&mut self, reason: Reason) {
+        if self.is_check && self.attempts == 0 && matches!(reason, Reason::Disconnected | Reason::Handshake) {
+            return;
+        }
         self.live.metrics.failure(reason);
         self.failure = Some(reason);
     }
@@ -329,7 +351,7 @@ impl Drop for Record {
                     session = self.session.as_str(),
                     client = %self.client,
                     listener = %self.listener,
-                    tls = self.tls.as_ref().map(|tls| tls.version),
+                    tls = self.tls.as_ref().map(|tls| tls.version.as_str()),
                     sni = self.tls.as_ref().and_then(|tls| tls.server_name.as_deref()),
                     user = self.user.as_ref().map(UserName::as_str),
                     mechanism = self.mechanism.map(Mechanism::as_str),
@@ -358,6 +380,7 @@ impl Drop for Record {
         let is_answer =
             |reason| matches!(reason, Reason::UnknownUser | Reason::RouteRefused | Reason::RouteMaintenance);
         match self.failure.map(Reason::side) {
+            None if self.is_check && self.attempts == 0 => emit!(debug),
             None | Some(Side::Client | Side::Shutdown) => emit!(info),
             Some(Side::Directory) if self.failure.is_some_and(is_answer) => emit!(info),
             Some(Side::Directory | Side::Backend) => emit!(warn),

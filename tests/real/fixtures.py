@@ -180,7 +180,8 @@ class Proxy:
 class Dovecot:
     """A Dovecot of its own; mail in Maildirs below `mail`."""
 
-    def __init__(self, certificates, users=None, haproxy=False, trusted=True, mechanisms="plain login", extra=""):
+    def __init__(self, certificates, users=None, haproxy=False, trusted=True, mechanisms="plain login", extra="",
+                 log_elements=""):
         """`extra` is configuration ahead of the passdb; in it `{path}` is the server's folder."""
         self.users = users or PASSWORDS
         self.folder = Folder()
@@ -211,7 +212,7 @@ class Dovecot:
             auth_failure_delay = 0
             login_trusted_networks = {'127.0.0.0/8' if trusted else ''}
             haproxy_trusted_networks = 127.0.0.0/8
-            login_log_format_elements = user=<%u> method=%m rip=%r session=<%{{session}}>
+            login_log_format_elements = user=<%u> method=%m rip=%r session=<%{{session}}> {log_elements}
             mail_location = maildir:{path}/mail/%u
             mail_max_userip_connections = 100
             first_valid_uid = 1

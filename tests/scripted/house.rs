@@ -65,6 +65,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
             "imap",
             "metrics",
             "occupancy",
+            "proxy_protocol",
             "relay",
             "route",
             "server",
@@ -76,7 +77,22 @@ const ALLOWED: &[(&str, &[&str])] = &[
         ],
     ),
     ("sessions", &["backend"]),
-    ("backend", &["config", "dns", "failure", "identity", "imap", "metrics", "relay", "rendezvous", "stream", "tls"]),
+    (
+        "backend",
+        &[
+            "config",
+            "dns",
+            "failure",
+            "identity",
+            "imap",
+            "metrics",
+            "proxy_protocol",
+            "relay",
+            "rendezvous",
+            "stream",
+            "tls",
+        ],
+    ),
     ("route", &["config", "dns", "identity", "metrics", "rendezvous", "template", "tls", "watch"]),
     ("admin", &["metrics"]),
     ("tls", &["config", "identity", "metrics", "record_layer", "watch"]),
@@ -89,6 +105,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ("identity", &[]),
     ("limits", &[]),
     ("occupancy", &[]),
+    ("proxy_protocol", &[]),
     ("record_layer", &[]),
     ("relay", &["record_layer"]),
     ("rendezvous", &[]),
@@ -169,5 +186,39 @@ fn no_file_has_more_than_one_room_in_it() {
     for path in sources() {
         let lines = fs::read_to_string(&path).unwrap().lines().count();
         assert!(lines <= 560, "{} has {lines} lines", path.display());
+    }
+}
+
+#[test]
+fn every_defence_has_a_test_that_exists() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let text = fs::read_to_string(root.join("tests/DEFENCES.md")).unwrap();
+    let rows: Vec<(usize, &str)> = text
+        .lines()
+        .filter_map(|line| {
+            let (number, rest) = line.strip_prefix("| ")?.split_once(" | ")?;
+            Some((number.parse().ok()?, rest))
+        })
+        .collect();
+    let numbers: Vec<usize> = rows.iter().map(|(number, _)| *number).collect();
+    assert_eq!(numbers, (1..=20).collect::<Vec<_>>());
+    for (number, row) in rows {
+        let mut shown = 0;
+        for name in row.split('`').skip(1).step_by(2) {
+            if name == "src/guard" {
+                shown += 1;
+            }
+            let Some((file, test)) = name.split_once("::") else { continue };
+            let source =
+                fs::read_to_string(root.join(file)).unwrap_or_else(|error| panic!("{number}: {file}: {error}"));
+            let written = if file.ends_with(".py") { format!("    def {test}(self") } else { format!("fn {test}(") };
+            let at = source.find(&written).unwrap_or_else(|| panic!("{number}: {name} does not exist"));
+            // A function that is no test shows nothing.
+            let attribute = source[..at].trim_end_matches("async ").lines().rfind(|line| !line.trim().is_empty());
+            let is_test = attribute.is_some_and(|line| line.contains("#[test") || line.contains("#[tokio::test"));
+            assert!(file.ends_with(".py") || is_test, "{number}: {name} is no test");
+            shown += 1;
+        }
+        assert!(shown > 0, "{number} has no test");
     }
 }

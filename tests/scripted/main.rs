@@ -6,8 +6,10 @@
 
 mod care;
 mod client;
+mod defences;
 mod dns;
 mod house;
+mod proxy_protocol;
 mod reload;
 mod servers;
 mod silent;

@@ -1,0 +1,92 @@
+//! What servers say while they are logged in to. Cut anywhere, the same bytes lead to the same end; what goes to the client is
+//! bounded, and an answer that goes there is whole lines.
+
+use vestibule::identity::{Mechanism, PasswordLogin, Secret, ServerLogin, UserName};
+use vestibule::imap::backend_login::{Attempt, BackendLogin, ServerStep};
+use vestibule::imap::tag::Tag;
+use zeroize::Zeroizing;
+
+const MAX_UNTAGGED: usize = 4096;
+
+pub fn run(input: &[u8]) {
+    // The first byte chooses; the others are spoken as they are, so that the dictionary fits.
+    let Some((&choice, bytes)) = input.split_first() else { return };
+    let [user, authzid] =
+        [&b"alice@example.org"[..], b"bob@example.net"].map(|name| UserName::new(name).expect("a name"));
+    let password = Secret::new(if choice & 2 != 0 { b"pass \"word\\".to_vec() } else { vec![0xff, b'\n', 7] });
+    let login = match choice & 0x18 {
+        0 => None,
+        8 => Some(ServerLogin::Relayed {
+            mechanism: if choice & 1 != 0 { Mechanism::XOauth2 } else { Mechanism::ScramSha256 },
+            first: &password,
+        }),
+        _ => {
+            let authzid = (choice & 1 != 0).then_some(&authzid);
+            Some(ServerLogin::Password(PasswordLogin { user: &user, authzid, password: &password }))
+        }
+    };
+    let starttls = choice & 4 != 0;
+    let whole = end(login, starttls, bytes.chunks(bytes.len().max(1)));
+    // Bytes that arrive together with the answer to STARTTLS are refused, those that arrive later belong to TLS.
+    if !starttls {
+        assert_eq!(whole, end(login, starttls, bytes.chunks(1)), "byte by byte");
+    }
+}
+
+/// How it ended, and what the server was sent.
+fn end<'a>(login: Option<ServerLogin<'_>>, starttls: bool, pieces: impl Iterator<Item = &'a [u8]>) -> String {
+    let tag = Tag::new(b"a1").expect("a tag");
+    let attempt = Attempt {
+        login,
+        tag: &tag,
+        starttls,
+        id: vec![(b"name".to_vec(), Some(b"Vestibule".to_vec()))],
+        max_line: 1024,
+        max_untagged_lines: 20,
+        max_untagged_bytes: MAX_UNTAGGED,
+    };
+    let mut dialogue = BackendLogin::new(attempt);
+    let mut sent = Zeroizing::new(Vec::new());
+    let mut ended = None;
+    let mut after = Vec::new();
+    for piece in pieces {
+        if ended.is_some() {
+            // What comes behind the answer is relayed: it is the client's, in order, whether it came with the answer or after.
+            after.extend_from_slice(piece);
+            continue;
+        }
+        dialogue.input(piece);
+        loop {
+            match dialogue.step(&mut sent) {
+                ServerStep::NeedInput => break,
+                ServerStep::StartTls => dialogue.tls_established(),
+                ServerStep::Accepted { to_client } => {
+                    ended = Some(Ok(to_client));
+                    break;
+                }
+                ServerStep::Refused { reply, counts } => {
+                    assert!(reply.starts_with(b"a1 NO") && reply.ends_with(b"\r\n"), "{reply:?}");
+                    return format!("refused {counts} {reply:?} {:?}", *sent);
+                }
+                ServerStep::Challenge(line) => {
+                    assert!(!line.contains(&b'\n'), "{line:?}");
+                    dialogue.respond(b"cmVzcG9uc2U=");
+                }
+                ServerStep::Referred(referral) => {
+                    assert!(referral.reply.starts_with(b"a1 NO") && referral.reply.ends_with(b"\r\n"), "{referral:?}");
+                    return format!("{referral:?} {:?}", *sent);
+                }
+                ServerStep::Seen(offer) => return format!("{offer:?} {:?}", *sent),
+                ServerStep::Unavailable(fault) => return format!("{fault:?} {:?}", *sent),
+            }
+        }
+    }
+    match ended {
+        Some(Ok::<Vec<u8>, ()>(mut to_client)) => {
+            assert!(to_client.len() <= MAX_UNTAGGED + 2048 + 65536, "what is kept for the client is bounded");
+            to_client.extend_from_slice(&after);
+            format!("accepted {to_client:?} {:?}", *sent)
+        }
+        _ => format!("open {:?}", *sent),
+    }
+}

@@ -1,0 +1,12 @@
+//! The configuration file: any text is a configuration or a report of what is wrong, which can be printed.
+
+use std::path::Path;
+
+use vestibule::config;
+
+pub fn run(input: &[u8]) {
+    let Ok(text) = std::str::from_utf8(input) else { return };
+    if let Err(report) = config::parse(Path::new("vestibule.yaml"), text) {
+        assert!(!report.to_string().is_empty());
+    }
+}

@@ -1,0 +1,66 @@
+//! What clients say before they are logged in: framing, commands, SASL payloads. Cut anywhere, the same bytes lead to the same
+//! replies and the same steps.
+
+use vestibule::identity::{Mechanism, Mechanisms, Proof, UserName};
+use vestibule::imap::prelogin::{LoginRequest, Policy, Prelogin, Step, Transport};
+use vestibule::imap::reply;
+
+pub fn run(input: &[u8]) {
+    // The first byte chooses; the others are spoken as they are, so that the dictionary fits.
+    let Some((&choice, bytes)) = input.split_first() else { return };
+    let transport = [Transport::Tls, Transport::Plain, Transport::StartTls][usize::from(choice % 3)];
+    let policy = Policy {
+        transport,
+        max_line: 1024,
+        max_literal: 256,
+        max_bad_commands: 10,
+        max_failed_logins: 3,
+        mechanisms: if choice & 0x40 == 0 { Mechanism::ALL.into_iter().collect() } else { Mechanisms::PASSWORDS },
+        certificate: (choice & 0x80 == 0).then(|| UserName::new(b"carol").expect("a user name")),
+    };
+    // After STARTTLS the bytes that follow are looked at only as far as they have come: that is its purpose.
+    let whole = transcript(&policy, bytes.chunks(bytes.len().max(1)));
+    if transport == Transport::StartTls {
+        return;
+    }
+    assert_eq!(whole, transcript(&policy, bytes.chunks(1)), "byte by byte");
+    assert_eq!(whole, transcript(&policy, bytes.chunks(usize::from(choice) + 2)), "in pieces");
+}
+
+/// All replies and steps, as text.
+fn transcript<'a>(policy: &Policy, pieces: impl Iterator<Item = &'a [u8]>) -> String {
+    let mut dialogue = Prelogin::new(policy.clone());
+    let mut replies = Vec::new();
+    let mut steps = String::new();
+    // Whose challenge waits for an answer.
+    let mut asked = None;
+    for piece in pieces {
+        dialogue.input(piece);
+        loop {
+            match dialogue.step(&mut replies) {
+                Step::NeedInput => break,
+                Step::StartTls => return format!("{steps}starttls {replies:?}"),
+                Step::Close(reason) => return format!("{steps}{reason:?} {replies:?}"),
+                Step::Login(LoginRequest { tag, credentials }) => {
+                    let proof = match &credentials.proof {
+                        Proof::Password(secret) | Proof::Message(secret) => secret.expose(),
+                        Proof::Certificate => b"",
+                    };
+                    steps += &format!("{tag:?} {credentials:?} {proof:?}\n");
+                    if matches!(credentials.proof, Proof::Message(_)) {
+                        dialogue.challenge(&tag, b"Y2hhbGxlbmdl", &mut replies);
+                        asked = Some(tag);
+                    } else {
+                        dialogue.refused(&reply::authentication_failed(&tag, None), true, &mut replies);
+                    }
+                }
+                Step::Response(line) => {
+                    steps += &format!("response {:?}\n", *line);
+                    let tag = asked.take().expect("nobody answers what was not asked");
+                    dialogue.refused(&reply::authentication_failed(&tag, None), true, &mut replies);
+                }
+            }
+        }
+    }
+    format!("{steps}open {replies:?} {:?}", dialogue.client_id())
+}

@@ -1,0 +1,104 @@
+//! SASL messages of every mechanism, with the base64 already right so that what is in it is reached. With an initial response or
+//! after a continuation they are the same login; names have no controls; what is relayed reaches the server as it was.
+
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD;
+use vestibule::identity::{Credentials, Mechanism, Mechanisms, Proof, ServerLogin, UserName};
+use vestibule::imap::backend_login::{Attempt, BackendLogin, ServerStep};
+use vestibule::imap::prelogin::{Policy, Prelogin, Step, Transport};
+use vestibule::imap::sasl::renamed;
+use vestibule::imap::tag::Tag;
+use zeroize::Zeroizing;
+
+/// The first byte chooses the mechanism, the rest is the message. Of LOGIN it is two, with a zero between them.
+pub fn run(input: &[u8]) {
+    let Some((&choice, message)) = input.split_first() else { return };
+    let mechanisms: Vec<Mechanism> = Mechanism::ALL.into_iter().filter(|known| !known.sasl_name().is_empty()).collect();
+    let mechanism = mechanisms[usize::from(choice) % mechanisms.len()];
+    let messages: Vec<&[u8]> = match mechanism {
+        Mechanism::SaslLogin => message.splitn(2, |byte| *byte == 0).collect(),
+        _ => vec![message],
+    };
+    let read = login(mechanism, &messages, false);
+    assert_eq!(format!("{read:?}"), format!("{:?}", login(mechanism, &messages, true)), "with an initial response");
+    let Some(credentials) = read else { return };
+    assert_eq!(credentials.mechanism, mechanism);
+    for name in [Some(&credentials.user), credentials.authzid.as_ref()].into_iter().flatten() {
+        assert!(!name.as_str().is_empty() && !name.as_str().contains(|char: char| char.is_ascii_control()), "{name:?}");
+    }
+    assert_ne!(credentials.authzid.as_ref(), Some(&credentials.user), "that asks for nothing");
+    match &credentials.proof {
+        Proof::Password(password) => {
+            let behind = [b"\0", credentials.user.as_str().as_bytes(), b"\0", password.expose()].concat();
+            match mechanism {
+                Mechanism::SaslPlain => assert!(message.ends_with(&behind)),
+                _ => assert_eq!([b"\0", message].concat(), behind),
+            }
+        }
+        Proof::Message(first) => {
+            assert_eq!(first.expose(), message);
+            assert_eq!(relayed(mechanism, &credentials), message, "to the last byte");
+            let other = UserName::new("d,a=v\u{e9}".as_bytes()).expect("a name");
+            if let Some(renamed) = renamed(mechanism, first, &other) {
+                let again = login(mechanism, &[renamed.expose()], true).expect("still a message");
+                assert_eq!((again.user, again.authzid), (other, None));
+            }
+        }
+        Proof::Certificate => assert_eq!(credentials.user.as_str(), "carol"),
+    }
+}
+
+/// What the client's login brings, if it is one.
+fn login(mechanism: Mechanism, messages: &[&[u8]], at_once: bool) -> Option<Credentials> {
+    let mut dialogue = Prelogin::new(Policy {
+        transport: Transport::Tls,
+        max_line: 128 * 1024,
+        max_literal: 1024,
+        max_bad_commands: 10,
+        max_failed_logins: 10,
+        mechanisms: Mechanism::ALL.into_iter().collect::<Mechanisms>(),
+        certificate: Some(UserName::new(b"carol").expect("a name")),
+    });
+    let mut lines = vec![format!("a AUTHENTICATE {}", mechanism.sasl_name())];
+    for (index, message) in messages.iter().enumerate() {
+        let encoded = STANDARD.encode(message);
+        match (index, at_once) {
+            // RFC 4959: an empty one is written so.
+            (0, true) => lines[0] += &format!(" {}", if encoded.is_empty() { "=" } else { &encoded }),
+            _ => lines.push(encoded),
+        }
+    }
+    let mut replies = Vec::new();
+    for line in lines {
+        dialogue.input(format!("{line}\r\n").as_bytes());
+        match dialogue.step(&mut replies) {
+            Step::NeedInput => {}
+            Step::Login(request) => return Some(request.credentials),
+            Step::Close(_) => return None,
+            Step::StartTls | Step::Response(_) => panic!("nobody asked for that"),
+        }
+    }
+    None
+}
+
+/// The message as the server gets it.
+fn relayed(mechanism: Mechanism, credentials: &Credentials) -> Vec<u8> {
+    let Proof::Message(first) = &credentials.proof else { return Vec::new() };
+    let tag = Tag::new(b"a1").expect("a tag");
+    let mut dialogue = BackendLogin::new(Attempt {
+        login: Some(ServerLogin::Relayed { mechanism, first }),
+        tag: &tag,
+        starttls: false,
+        id: Vec::new(),
+        max_line: 1024,
+        max_untagged_lines: 20,
+        max_untagged_bytes: 1024,
+    });
+    let mut sent = Zeroizing::new(Vec::new());
+    let name = mechanism.sasl_name();
+    dialogue.input(format!("* OK [CAPABILITY IMAP4rev1 SASL-IR AUTH={name}] x\r\n").as_bytes());
+    assert!(matches!(dialogue.step(&mut sent), ServerStep::NeedInput));
+    let line = std::str::from_utf8(&sent).expect("base64 is ASCII");
+    let encoded = line.trim_end().rsplit(' ').next().unwrap_or_default();
+    STANDARD.decode(encoded).expect("base64")
+}

@@ -1,0 +1,184 @@
+//! Headers read at every cut, and every rule broken.
+
+use std::net::SocketAddr;
+
+use super::read::*;
+use super::tlv::{self, kind};
+use super::*;
+
+fn address(text: &str) -> SocketAddr {
+    text.parse().unwrap()
+}
+
+fn client(from: &str, to: &str) -> Origin {
+    Origin::Client { client: address(from), listener: address(to) }
+}
+
+/// The header, which is the same however much of what follows it is there, and is waited for up to its last byte.
+#[track_caller]
+fn whole(header: &[u8]) -> Header<'_> {
+    for end in 0..header.len() {
+        assert_eq!(parse(&header[..end]), Ok(None), "cut at {end}");
+    }
+    let read = parse(header).unwrap().unwrap();
+    assert_eq!(read.length, header.len());
+    let more = [header, b"\x16\x03\x01 and more\r\n"].concat();
+    assert_eq!(parse(&more), Ok(Some(read)));
+    read
+}
+
+#[track_caller]
+fn refused(header: &[u8]) -> String {
+    parse(header).unwrap_err().to_string()
+}
+
+/// A header of version 2: command, family, addresses and fields.
+fn binary(command: u8, family: u8, block: &[u8]) -> Vec<u8> {
+    let length = u16::try_from(block.len()).unwrap().to_be_bytes();
+    [&SIGNATURE[..], &[command, family], &length[..], block].concat()
+}
+
+/// With IPv4 addresses ahead.
+fn with_fields(fields: &[u8]) -> Vec<u8> {
+    binary(0x21, 0x11, &[&[192, 0, 2, 1, 198, 51, 100, 2, 0x0f, 0xa0, 0x03, 0xe1], fields].concat())
+}
+
+fn field(number: u8, value: &[u8]) -> Vec<u8> {
+    let mut out = Vec::new();
+    tlv::put(&mut out, number, value);
+    out
+}
+
+#[test]
+fn lines_of_version_1() {
+    let read = whole(b"PROXY TCP4 192.0.2.1 198.51.100.2 4000 993\r\n");
+    assert_eq!((read.origin, read.tls), (client("192.0.2.1:4000", "198.51.100.2:993"), None));
+    let read = whole(b"PROXY TCP6 2001:db8::1 ::1 0 65535\r\n");
+    assert_eq!(read.origin, client("[2001:db8::1]:0", "[::1]:65535"));
+    for untold in [LOCAL_1, b"PROXY UNKNOWN ffff::1 anything at all\r\n"] {
+        assert_eq!(whole(untold).origin, Origin::Untold);
+    }
+    // The longest that there can be.
+    let long = format!("PROXY UNKNOWN {}\r\n", "x".repeat(91));
+    assert_eq!((long.len(), whole(long.as_bytes()).origin), (107, Origin::Untold));
+}
+
+#[test]
+fn lines_that_break_the_rules() {
+    for line in [
+        "PROXY TCP4 192.0.2.1 198.51.100.2 4000\r\n",
+        "PROXY TCP4 192.0.2.1 198.51.100.2 4000 993 \r\n",
+        "PROXY TCP4  192.0.2.1 198.51.100.2 4000 993\r\n",
+        "PROXY TCP4 192.0.2.1 198.51.100.2 4000 993 1\r\n",
+        "PROXY TCP4 192.0.2.1 198.51.100.2 04000 993\r\n",
+        "PROXY TCP4 192.0.2.1 198.51.100.2 +4000 993\r\n",
+        "PROXY TCP4 192.0.2.1 198.51.100.2 65536 993\r\n",
+        "PROXY TCP4 192.0.2.01 198.51.100.2 4000 993\r\n",
+        "PROXY TCP4 2001:db8::1 ::1 4000 993\r\n",
+        "PROXY TCP6 192.0.2.1 198.51.100.2 4000 993\r\n",
+        "PROXY TCP6 fe80::1%eth0 ::1 4000 993\r\n",
+        "PROXY UDP4 192.0.2.1 198.51.100.2 4000 993\r\n",
+        "PROXY tcp4 192.0.2.1 198.51.100.2 4000 993\r\n",
+        "PROXY UNKNOWNS\r\n",
+        "PROXY \r\n",
+        "PROXY\r\n",
+        "PROXY TCP4 192.0.2.1 198.51.100.2 4000 993\n",
+        "PROXY TCP4 192.0.2.1 198.51.100.2 4000 993\rx",
+        "PROXY TCP4 192.0.2.1\x00198.51.100.2 4000 993\r\n",
+    ] {
+        refused(line.as_bytes());
+    }
+    let long = format!("PROXY UNKNOWN {}", "x".repeat(93));
+    assert_eq!(refused(long.as_bytes()), "the line is too long");
+    let long = format!("PROXY UNKNOWN {}\r\n", "x".repeat(92));
+    assert_eq!(refused(long.as_bytes()), "the line is too long, or no text");
+}
+
+#[test]
+fn other_protocols_are_not_waited_for() {
+    for (said, wrong) in [
+        (&b"\x16\x03\x01"[..], 1),
+        (b"a LOGIN alice secret\r\n", 1),
+        (b"POST / HTTP/1.1\r\n", 2),
+        (b"\r\n\r\n\0\r\nQUIT\r", 12),
+        (b"\r\na NOOP\r\n", 3),
+    ] {
+        assert_eq!(parse(&said[..wrong - 1]), Ok(None));
+        assert_eq!(refused(&said[..wrong]), "no PROXY header");
+    }
+}
+
+#[test]
+fn headers_of_version_2() {
+    let v4 = with_fields(b"");
+    assert_eq!((whole(&v4).origin, whole(&v4).tls), (client("192.0.2.1:4000", "198.51.100.2:993"), None));
+    let v6 = version_2(address("[2001:db8::1]:1"), address("[::1]:2"), None);
+    assert_eq!(whole(&v6).origin, client("[2001:db8::1]:1", "[::1]:2"));
+    assert_eq!(whole(&local_2()).origin, Origin::Balancer);
+    // Of LOCAL all that follows is ignored, as it is of an unspecified family.
+    for block in [&b""[..], b"whatever there is"] {
+        assert_eq!(whole(&binary(0x20, 0x11, block)).origin, Origin::Balancer);
+        assert_eq!(whole(&binary(0x21, 0x00, block)).origin, Origin::Untold);
+    }
+    for (family, length) in [(0x12, 12), (0x22, 36), (0x31, 216), (0x32, 216)] {
+        assert_eq!(whole(&binary(0x21, family, &vec![b'/'; length])).origin, Origin::Untold);
+        refused(&binary(0x21, family, &vec![b'/'; length - 1]));
+    }
+}
+
+#[test]
+fn binary_headers_that_break_the_rules() {
+    let block = [0; 36];
+    assert_eq!(refused(&binary(0x11, 0x11, &block)), "neither version 2 nor a command of it");
+    assert_eq!(refused(&binary(0x22, 0x11, &block)), "neither version 2 nor a command of it");
+    assert_eq!(refused(&binary(0x21, 0x13, &block)), "an unknown family of addresses");
+    assert_eq!(refused(&binary(0x21, 0x41, &block)), "an unknown family of addresses");
+    assert_eq!(refused(&binary(0x21, 0x11, &block[..11])), "the header is too short for its addresses");
+    assert_eq!(refused(&binary(0x21, 0x21, &block[..35])), "the header is too short for its addresses");
+    // Told by its length, before it has come.
+    let long = binary(0x21, 0x11, &[4; 4097]);
+    assert_eq!(refused(&long[..FIXED]), "the header is too long");
+    refused(&with_fields(&[4]));
+    refused(&with_fields(&[4, 0]));
+    refused(&with_fields(&[4, 0, 2, 0]));
+    assert_eq!(parse(&with_fields(&[4, 0, 1, 0])).unwrap().unwrap().tls, None);
+}
+
+#[test]
+fn the_clients_tls() {
+    let told = ClientTls { version: "TLSv1_3", server_name: Some("mail.test"), alpn: true, certificate: true };
+    for told in [told, ClientTls { version: "TLSv1_2", server_name: None, alpn: false, certificate: false }] {
+        let header = version_2(address("192.0.2.1:4000"), address("198.51.100.2:993"), Some(&told));
+        let read = whole(&header);
+        assert_eq!((read.origin, read.tls), (client("192.0.2.1:4000", "198.51.100.2:993"), Some(told)));
+        // The number of the last field alone may change: then there is no checksum.
+        for at in (FIXED..header.len()).filter(|at| *at != header.len() - 7) {
+            let mut wrong = header.clone();
+            wrong[at] ^= 0x10;
+            assert!(parse(&wrong).is_err() || parse(&wrong).unwrap().unwrap().tls != Some(told), "changed at {at}");
+        }
+        let mut wrong = header.clone();
+        wrong[FIXED] ^= 1;
+        assert_eq!(refused(&wrong), "the checksum is wrong");
+    }
+    // No name is in these, so nothing is borrowed from them.
+    let ssl = |value: &[u8]| {
+        let header = with_fields(&field(kind::SSL, value));
+        parse(&header).map(|header| header.unwrap().tls.map(|tls| ClientTls { server_name: None, ..tls }))
+    };
+    let unknown = ClientTls { version: "unknown", server_name: None, alpn: false, certificate: false };
+    assert_eq!(ssl(&[1, 0, 0, 0, 1]), Ok(Some(unknown)));
+    // Not TLS, whatever else it is.
+    assert_eq!(ssl(&[0, 0, 0, 0, 0]), Ok(None));
+    // A certificate that was not verified is none.
+    assert_eq!(ssl(&[7, 0, 0, 0, 1]), Ok(Some(unknown)));
+    assert_eq!(ssl(&[7, 0, 0, 0, 0]), Ok(Some(ClientTls { certificate: true, ..unknown })));
+    assert!(ssl(&[1, 0, 0, 0]).is_err());
+    assert!(ssl(&[1, 0, 0, 0, 0, 0x21, 0, 9, b'T']).is_err());
+    for name in [&b""[..], b"a\r\nb", b"a b", b"a\0", b"\xff", &[b'x'; 256]] {
+        assert_eq!(refused(&with_fields(&field(kind::AUTHORITY, name))), "the server name is no name");
+    }
+    let twice = field(kind::AUTHORITY, b"mail.test").repeat(2);
+    assert_eq!(refused(&with_fields(&twice)), "a field stands twice");
+    assert_eq!(refused(&with_fields(&field(kind::CRC32C, &[0; 3]))), "the checksum is wrong");
+}

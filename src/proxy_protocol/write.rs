@@ -1,0 +1,136 @@
+//! Headers as sent to servers.
+
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+
+use super::tlv::{self, kind};
+use super::{ClientTls, FIXED, SIGNATURE};
+
+/// Version 2, command PROXY.
+const VERSION_AND_COMMAND: u8 = 0x21;
+
+/// The line of version 1 for a connection of the proxy's own.
+pub const LOCAL_1: &[u8] = b"PROXY UNKNOWN\r\n";
+
+/// The header of version 2 for a connection of the proxy's own: the command LOCAL, and no addresses.
+pub fn local_2() -> Vec<u8> {
+    [&SIGNATURE[..], &[0x20, 0, 0, 0]].concat()
+}
+
+/// Both ends of the client's connection, brought to one address family.
+enum Pair {
+    V4(Ipv4Addr, Ipv4Addr),
+    V6(Ipv6Addr, Ipv6Addr),
+}
+
+impl Pair {
+    fn new(client: IpAddr, listener: IpAddr) -> Self {
+        match (client.to_canonical(), listener.to_canonical()) {
+            (IpAddr::V4(client), IpAddr::V4(listener)) => Self::V4(client, listener),
+            (client, listener) => Self::V6(as_v6(client), as_v6(listener)),
+        }
+    }
+}
+
+fn as_v6(address: IpAddr) -> Ipv6Addr {
+    match address {
+        IpAddr::V4(v4) => v4.to_ipv6_mapped(),
+        IpAddr::V6(v6) => v6,
+    }
+}
+
+/// The line of version 1.
+pub fn version_1(client: SocketAddr, listener: SocketAddr) -> Vec<u8> {
+    let (family, from, to) = match Pair::new(client.ip(), listener.ip()) {
+        Pair::V4(from, to) => ("TCP4", from.to_string(), to.to_string()),
+        Pair::V6(from, to) => ("TCP6", from.to_string(), to.to_string()),
+    };
+    format!("PROXY {family} {from} {to} {} {}\r\n", client.port(), listener.port()).into_bytes()
+}
+
+/// The binary header of version 2. Of a client that came over TLS it says how, and ends with a checksum.
+pub fn version_2(client: SocketAddr, listener: SocketAddr, tls: Option<&ClientTls<'_>>) -> Vec<u8> {
+    let mut header = [&SIGNATURE[..], &[VERSION_AND_COMMAND, 0, 0, 0]].concat();
+    let family = match Pair::new(client.ip(), listener.ip()) {
+        Pair::V4(from, to) => {
+            header.extend([from.octets(), to.octets()].concat());
+            0x11
+        }
+        Pair::V6(from, to) => {
+            header.extend([from.octets(), to.octets()].concat());
+            0x21
+        }
+    };
+    header.extend(client.port().to_be_bytes());
+    header.extend(listener.port().to_be_bytes());
+    if let Some(tls) = tls {
+        fields(tls, &mut header);
+        tlv::put(&mut header, kind::CRC32C, &[0; 4]);
+    }
+    // Some hundred bytes, for a name has 255 at most.
+    let length = u16::try_from(header.len() - FIXED).unwrap_or(u16::MAX).to_be_bytes();
+    header[FIXED - 3..FIXED].copy_from_slice(&[family, length[0], length[1]]);
+    if tls.is_some() {
+        let sum = tlv::checksum([&header, &[], &[]]);
+        let at = header.len() - sum.len();
+        header[at..].copy_from_slice(&sum);
+    }
+    header
+}
+
+fn fields(tls: &ClientTls<'_>, out: &mut Vec<u8>) {
+    if tls.alpn {
+        tlv::put(out, kind::ALPN, b"imap");
+    }
+    if let Some(name) = tls.server_name.filter(|name| name.len() <= 255) {
+        tlv::put(out, kind::AUTHORITY, name.as_bytes());
+    }
+    let flags = tlv::CLIENT_SSL | if tls.certificate { tlv::CLIENT_CERTIFICATE_NOW } else { 0 };
+    // Zero: there was a certificate, and it is good.
+    let verified = u32::from(!tls.certificate);
+    let mut ssl = [&[flags][..], &verified.to_be_bytes()].concat();
+    if let Some((_, version)) = tlv::VERSIONS.iter().find(|(ours, _)| *ours == tls.version) {
+        tlv::put(&mut ssl, kind::SSL_VERSION, version.as_bytes());
+    }
+    tlv::put(out, kind::SSL, &ssl);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn address(text: &str) -> SocketAddr {
+        text.parse().unwrap()
+    }
+
+    #[test]
+    fn version_1_lines() {
+        let line = |client, listener| String::from_utf8(version_1(address(client), address(listener))).unwrap();
+        assert_eq!(line("192.0.2.1:4000", "198.51.100.2:993"), "PROXY TCP4 192.0.2.1 198.51.100.2 4000 993\r\n");
+        assert_eq!(line("[2001:db8::1]:4000", "[::1]:993"), "PROXY TCP6 2001:db8::1 ::1 4000 993\r\n");
+        // A dual-stack listener sees IPv4 clients as mapped addresses.
+        assert_eq!(line("[::ffff:192.0.2.1]:1", "[::ffff:192.0.2.2]:2"), "PROXY TCP4 192.0.2.1 192.0.2.2 1 2\r\n");
+    }
+
+    #[test]
+    fn version_2_headers() {
+        let v4 = version_2(address("192.0.2.1:4000"), address("198.51.100.2:993"), None);
+        assert_eq!(&v4[..16], b"\r\n\r\n\0\r\nQUIT\n\x21\x11\0\x0c");
+        assert_eq!(&v4[16..], [192, 0, 2, 1, 198, 51, 100, 2, 0x0f, 0xa0, 0x03, 0xe1]);
+        let v6 = version_2(address("[2001:db8::1]:1"), address("[::1]:2"), None);
+        assert_eq!((&v6[12..16], v6.len()), (&[0x21, 0x21, 0, 36][..], 52));
+    }
+
+    #[test]
+    fn version_2_tells_of_tls() {
+        let tls = ClientTls { version: "TLSv1_3", server_name: Some("mail.test"), alpn: true, certificate: false };
+        let header = version_2(address("192.0.2.1:4000"), address("198.51.100.2:993"), Some(&tls));
+        let fields = b"\x01\0\x04imap\x02\0\x09mail.test\x20\0\x0f\x01\0\0\0\x01\x21\0\x07TLSv1.3\x03\0\x04";
+        assert_eq!(&header[28..header.len() - 4], fields);
+        assert_eq!(usize::from(header[15]), header.len() - FIXED);
+        // Calculated apart from this program.
+        assert_eq!(header[header.len() - 4..], [0xf0, 0x6b, 0x50, 0xaf]);
+        let certified = ClientTls { certificate: true, alpn: false, server_name: None, ..tls };
+        let header = version_2(address("192.0.2.1:4000"), address("198.51.100.2:993"), Some(&certified));
+        assert_eq!(&header[28..36], b"\x20\0\x0f\x03\0\0\0\0");
+    }
+}

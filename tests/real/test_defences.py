@@ -1,0 +1,105 @@
+"""Defences that show only from outside of the process: see tests/DEFENCES.md."""
+
+import base64
+import re
+import secrets
+import unittest
+from pathlib import Path
+
+from fixtures import Certificates, Dovecot, Folder, Proxy, wait_for
+from mail import Raw, context
+
+ALICE = "alice@example.org"
+CONFIGURATION = """
+listeners:
+  - {{address: "127.0.0.1:{{tls}}", tls: implicit}}
+  - {{address: "127.0.0.1:{{plain}}", tls: none}}
+tls: {{certificates: [{{cert: {cert}, key: {key}}}]}}
+backends: {{only: {{servers: ["127.0.0.1:{server}"], tls: {tls}, check: off}}}}
+routes: [{{default: only}}]
+admin: {{address: "127.0.0.1:{{admin}}"}}
+log: {{level: trace}}
+limits: {{workers: 1}}
+"""
+
+
+def memory(pid):
+    """All that a process could write to, as far as it is there."""
+    with open(f"/proc/{pid}/mem", "rb", buffering=0) as image:
+        for line in Path(f"/proc/{pid}/maps").read_text().splitlines():
+            start, end, access = re.match(r"([0-9a-f]+)-([0-9a-f]+) (\S+)", line).groups()
+            start, end = int(start, 16), int(end, 16)
+            if access.startswith("rw"):
+                try:
+                    image.seek(start)
+                    yield image.read(end - start)
+                except OSError:
+                    # What the kernel keeps for itself.
+                    continue
+
+
+def traces(pid, words):
+    """Which of `words` are in a process's memory, and how often."""
+    found = {}
+    for part in memory(pid):
+        for word in words:
+            count = part.count(word)
+            if count:
+                found[word] = found.get(word, 0) + count
+    return found
+
+
+class Wiped(unittest.TestCase):
+    """Passwords are long and random here, so that each is found where it is and nowhere else."""
+
+    @classmethod
+    def setUpClass(cls):
+        cls.folder = Folder()
+        cls.addClassCleanup(cls.folder.remove)
+        cls.certificates = Certificates(cls.folder)
+        cls.password = secrets.token_hex(24)
+        cls.dovecot = Dovecot(cls.certificates, users={ALICE: cls.password})
+        cls.addClassCleanup(cls.dovecot.close)
+
+    def left_behind(self, port, tls="none", server=None):
+        """Logins of each form, good and bad, some of them still open; then what of the passwords is in memory."""
+        proxy = Proxy(CONFIGURATION.format(cert=self.certificates.cert, key=self.certificates.key, tls=tls,
+                                           server=server or self.dovecot.port))
+        self.addCleanup(proxy.close)
+        pid = proxy.process.child.pid
+        wrong = secrets.token_hex(24)
+        encoded = {}
+        for password in (self.password, wrong):
+            message = base64.b64encode(f"\0{ALICE}\0{password}".encode()).decode()
+            alone = base64.b64encode(password.encode()).decode()
+            encoded[password] = [password, message[-40:-4], alone[:40]]
+            for command in (f"LOGIN {ALICE} {password}", f'LOGIN {ALICE} "{password}"', f"LOGIN {ALICE} {{{len(password)}+}}\r\n{password}",
+                            f"AUTHENTICATE PLAIN {message}", f"AUTHENTICATE PLAIN\r\n{message}",
+                            f"AUTHENTICATE LOGIN\r\n{base64.b64encode(ALICE.encode()).decode()}\r\n{alone}"):
+                client = Raw(proxy.ports[port], context(self.certificates.ca) if port == "tls" else None)
+                self.addCleanup(client.close)
+                client.line()
+                answer = client.command("a", command)[-1]
+                self.assertEqual(answer.startswith(b"a OK"), password == self.password, answer)
+                if password == self.password:
+                    self.assertTrue(client.command("b", "NOOP")[-1].startswith(b"b OK"))
+        words = [word.encode() for forms in encoded.values() for word in forms]
+        # What is looked for would be found: the user's name is in the records of open sessions.
+        self.assertTrue(traces(pid, [ALICE.encode()]))
+        return traces(pid, words)
+
+    def test_in_clear(self):
+        self.assertEqual(self.left_behind("plain"), {})
+
+    def test_over_tls(self):
+        """rustls decrypts in a buffer of its own and does not wipe it: the last record of a connection is there until the next one
+        arrives, or until its memory is used again. That is one copy a connection, of twelve; none is ours."""
+        self.assertLessEqual(sum(self.left_behind("tls").values()), 12)
+
+    def test_to_a_server_with_tls(self):
+        tls = f"{{mode: implicit, ca: {self.certificates.ca}}}"
+        self.assertEqual(self.left_behind("plain", tls, self.dovecot.tls_port), {})
+
+
+if __name__ == "__main__":
+    unittest.main()

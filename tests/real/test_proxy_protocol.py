@@ -1,0 +1,201 @@
+"""PROXY headers: HAProxy, nginx and Vestibule in front of Vestibule, Dovecot behind it."""
+
+import re
+import unittest
+
+from fixtures import PASSWORDS, Certificates, Dovecot, Folder, Process, Proxy, answers, free_port, program, wait_for
+from mail import Raw, context
+
+ALICE = "alice@example.org"
+
+# Behind a balancer on every port. Dovecot is told by version 2.
+INNER = """
+listeners:
+  - {{address: "127.0.0.1:{{tls}}", tls: implicit, proxy_protocol: {{from: [127.0.0.1]}}}}
+  - {{address: "127.0.0.1:{{starttls}}", tls: starttls, proxy_protocol: {{from: [127.0.0.1]}}}}
+  - {{address: "127.0.0.1:{{plain}}", tls: none, proxy_protocol: {{from: [127.0.0.1]}}}}
+tls: {{certificates: [{{cert: {cert}, key: {key}}}]}}
+backends: {{only: {{servers: ["127.0.0.1:{server}"], client_info: {info}}}}}
+routes: [{{default: only}}]
+admin: {{address: "127.0.0.1:{{admin}}"}}
+log: {{format: json, level: {level}}}
+"""
+
+
+class HAProxy:
+    """Lines of `listen` sections, in TCP mode."""
+
+    def __init__(self, sections):
+        self.folder = Folder()
+        text = "global\n  log stdout format raw local0\ndefaults\n  mode tcp\n  timeout connect 10s\n  timeout client 60s\n  timeout server 60s\n"
+        file = self.folder.write("haproxy.cfg", text + sections)
+        self.process = Process([program("haproxy"), "-db", "-f", file], self.folder.path / "log")
+
+    def close(self):
+        self.process.kill()
+        self.folder.remove()
+
+
+class Balanced(unittest.TestCase):
+    @classmethod
+    def setUpClass(cls):
+        cls.folder = Folder()
+        cls.addClassCleanup(cls.folder.remove)
+        cls.certificates = Certificates(cls.folder)
+        pem = cls.certificates.cert.read_text() + cls.certificates.key.read_text()
+        cls.pem = cls.folder.write("both.pem", pem)
+        cls.dovecot = Dovecot(cls.certificates, haproxy=True, trusted=False, log_elements="name=<%{local_name}> %c")
+        cls.addClassCleanup(cls.dovecot.close)
+
+    def inner(self, info="proxy-v2", level="info"):
+        port = self.dovecot.haproxy_port if info.startswith("proxy") else self.dovecot.port
+        proxy = Proxy(INNER.format(cert=self.certificates.cert, key=self.certificates.key, server=port, info=info, level=level))
+        self.addCleanup(proxy.close)
+        return proxy
+
+    def haproxy(self, sections):
+        haproxy = HAProxy(sections)
+        self.addCleanup(haproxy.close)
+        return haproxy
+
+    def login(self, port, tls=True, starttls=False):
+        """Logs in from 127.0.0.2, and gives what Dovecot logged of it."""
+        before = len(self.dovecot.log())
+        client = Raw(port, context(self.certificates.ca) if tls and not starttls else None, source="127.0.0.2")
+        self.addCleanup(client.close)
+        client.line()
+        if starttls:
+            self.assertTrue(client.command("s", "STARTTLS")[-1].startswith(b"s OK"))
+            client.socket = context(self.certificates.ca).wrap_socket(client.socket, server_hostname="localhost")
+        self.assertTrue(client.command("a", f"LOGIN {ALICE} {PASSWORDS[ALICE]}")[-1].startswith(b"a OK"))
+        self.assertTrue(client.command("b", "SELECT INBOX")[-1].startswith(b"b OK"))
+        line = wait_for("the server's log line", lambda: re.search(r"Login: .*", self.dovecot.log()[before:]))
+        client.close()
+        return line[0]
+
+    def record(self, proxy, number):
+        """The record of the login that was the proxy's `number`th."""
+        records = lambda: [line for line in proxy.log().splitlines() if '"outcome":"accepted"' in line]
+        return wait_for("the record", lambda: records()[number - 1:])[0]
+
+    def test_dovecot_takes_the_tls_fields(self):
+        """The same login in clear and over TLS: of the latter Dovecot logs that it was secured, though the way to it is not."""
+        proxy = Proxy(INNER.format(cert=self.certificates.cert, key=self.certificates.key, server=self.dovecot.haproxy_port,
+                                   info="proxy-v2", level="info").replace(", proxy_protocol: {from: [127.0.0.1]}", ""))
+        self.addCleanup(proxy.close)
+        said = self.login(proxy.ports["tls"])
+        self.assertIn("rip=127.0.0.2", said)
+        self.assertRegex(said, "name=<localhost>.*secured")
+        said = self.login(proxy.ports["plain"], tls=False)
+        self.assertIn("rip=127.0.0.2", said)
+        # Empty elements are left out of the line.
+        self.assertNotRegex(said, "name=|secured")
+        self.assertNotIn("haproxy", self.dovecot.log().lower(), "nothing was wrong with a header")
+
+    def test_haproxy_in_front(self):
+        """TCP passed through, with both versions, in front of each kind of listener."""
+        proxy = self.inner()
+        logins = 0
+        for version in ("send-proxy", "send-proxy-v2"):
+            for kind in ("tls", "starttls", "plain"):
+                port = free_port()
+                logins += 1
+                haproxy = self.haproxy(f"listen one\n  bind 127.0.0.1:{port}\n  server v 127.0.0.1:{proxy.ports[kind]} {version}\n")
+                wait_for("HAProxy", lambda: answers(port))
+                said = self.login(port, tls=kind != "plain", starttls=kind == "starttls")
+                self.assertIn("rip=127.0.0.2", said, f"{version} {kind}")
+                haproxy.close()
+                record = self.record(proxy, logins)
+                self.assertIn('"client":"127.0.0.2:', record)
+                self.assertIn(f'"listener":"127.0.0.1:{port}"', record, "the balancer's address is what was connected to")
+
+    def test_haproxy_ends_tls(self):
+        """TLS is the balancer's: the record, and Dovecot, know of it all the same."""
+        proxy = self.inner()
+        port = free_port()
+        self.haproxy(f"""listen one
+  bind 127.0.0.1:{port} ssl crt {self.pem} alpn imap
+  server v 127.0.0.1:{proxy.ports['plain']} send-proxy-v2 proxy-v2-options ssl,cert-cn,ssl-cipher,authority,crc32c,unique-id
+""")
+        wait_for("HAProxy", lambda: answers(port))
+        said = self.login(port)
+        self.assertIn("rip=127.0.0.2", said)
+        self.assertRegex(said, "name=<localhost>.*secured")
+        record = self.record(proxy, 1)
+        self.assertIn('"tls":"TLSv1_3"', record)
+        self.assertIn('"sni":"localhost"', record)
+
+    def test_nginx_in_front(self):
+        """Version 1, TLS passed through."""
+        proxy = self.inner()
+        port = free_port()
+        folder = Folder()
+        self.addCleanup(folder.remove)
+        settings = folder.write("nginx.conf", f"""
+load_module /usr/lib/nginx/modules/ngx_stream_module.so;
+daemon off; master_process off; pid {folder.path}/pid; error_log stderr info; user root;
+events {{}}
+stream {{ server {{ listen 127.0.0.1:{port}; proxy_pass 127.0.0.1:{proxy.ports['tls']}; proxy_protocol on; }} }}
+""")
+        nginx = Process([program("nginx"), "-c", settings, "-p", folder.path], folder.path / "log")
+        self.addCleanup(nginx.kill)
+        wait_for("nginx", lambda: answers(port))
+        self.assertIn("rip=127.0.0.2", self.login(port), nginx.text())
+        self.assertIn('"client":"127.0.0.2:', self.record(proxy, 1))
+
+    def test_haproxys_health_checks(self):
+        """LOCAL: served, no failure, and no record but for those who look for it. A plain TCP check is no header."""
+        for kind, wanted in (("plain", "tcp-check expect string *\\ OK"), ("tls", None)):
+            proxy = self.inner(level="debug")
+            port = free_port()
+            check = f"  option tcp-check\n  {wanted}\n" if wanted else ""
+            self.haproxy(f"""listen one
+  bind 127.0.0.1:{port}
+{check}  server v 127.0.0.1:{proxy.ports[kind]} send-proxy-v2 check inter 100ms
+""")
+            ended = r'"level":"DEBUG".*"message":"session ended".*'
+            wait_for("health checks", lambda: len(re.findall(ended, proxy.log())) >= 3)
+            self.assertEqual(proxy.metric("vestibule_failures_total"), 0, proxy.log())
+            self.assertNotRegex(proxy.log(), r'"level":"INFO".*"session ended"')
+
+    def test_vestibule_in_front(self):
+        """A chain of two, by both versions; the checks by the first are no failures of the second."""
+        inner = self.inner()
+        for number, info in enumerate(("proxy-v1", "proxy-v2"), 1):
+            outer = Proxy(f"""
+listeners: [{{address: "127.0.0.1:{{tls}}", tls: implicit}}]
+tls: {{certificates: [{{cert: {self.certificates.cert}, key: {self.certificates.key}}}]}}
+backends: {{inner: {{servers: ["127.0.0.1:{inner.ports['plain']}"], client_info: {info}, check: {{kind: imap, interval: 100ms}}}}}}
+routes: [{{default: inner}}]
+admin: {{address: "127.0.0.1:{{admin}}"}}
+""")
+            self.addCleanup(outer.close)
+            said = self.login(outer.ports["tls"])
+            self.assertIn("rip=127.0.0.2", said, info)
+            # Version 1 has no words for TLS.
+            self.assertEqual("secured" in said, info == "proxy-v2", said)
+            record = self.record(inner, number)
+            self.assertEqual('"sni":"localhost"' in record, info == "proxy-v2", record)
+            checks = lambda: outer.metric("vestibule_server_checks_total", backend="inner")
+            before = checks()
+            wait_for("checks", lambda: checks() > before + 1)
+            self.assertEqual(outer.metric("vestibule_server_up", backend="inner"), 1)
+            outer.close()
+        self.assertEqual(inner.metric("vestibule_failures_total"), 0, inner.log())
+
+    def test_without_a_header_nobody_comes_in(self):
+        """A client that goes around the balancer, from its network and from another."""
+        proxy = self.inner()
+        for number, source in enumerate(("127.0.0.1", "127.0.0.3"), 1):
+            client = Raw(proxy.ports["plain"], source=source)
+            self.addCleanup(client.close)
+            try:
+                client.send(b"a LOGIN alice@example.org wonderland\r\n")
+                self.assertEqual(client.line(), b"")
+            except ConnectionError:
+                pass
+            wait_for("the count", lambda: proxy.metric("vestibule_failures_total", reason="proxy_header") == number)
+
+
+if __name__ == "__main__":
+    unittest.main()

@@ -1,0 +1,100 @@
+//! Defences that no other file here shows; tests/DEFENCES.md has all of them.
+
+use std::io::{Read as _, Write as _};
+use std::net::{SocketAddr, TcpStream};
+use std::sync::Arc;
+
+use tokio::net::TcpListener;
+use tokio_rustls::rustls::pki_types::ServerName;
+use tokio_rustls::rustls::{ClientConfig, ClientConnection, HandshakeKind, RootCertStore, Stream};
+
+use crate::support::{Certificates, Client, Line, PATIENCE, in_time, start};
+
+/// A handshake and a greeting, by a client that keeps its tickets in `config`; how the handshake was, and whether data could have
+/// been sent ahead of it.
+fn handshake(config: &Arc<ClientConfig>, address: SocketAddr) -> (Option<HandshakeKind>, bool) {
+    let mut socket = TcpStream::connect(address).unwrap();
+    socket.set_read_timeout(Some(PATIENCE)).unwrap();
+    let mut connection = ClientConnection::new(config.clone(), ServerName::try_from("localhost").unwrap()).unwrap();
+    let early = connection.early_data().is_some();
+    let mut stream = Stream::new(&mut connection, &mut socket);
+    let mut greeting = [0; 5];
+    stream.read_exact(&mut greeting).unwrap();
+    assert_eq!(&greeting, b"* OK ");
+    stream.write_all(b"a LOGOUT\r\n").unwrap();
+    // The ticket comes with it, in TLS 1.3.
+    let mut rest = Vec::new();
+    let _ = stream.read_to_end(&mut rest);
+    (connection.handshake_kind(), early)
+}
+
+#[tokio::test]
+async fn a_ticket_is_good_where_it_was_given_and_carries_no_early_data() {
+    let certificates = Certificates::new();
+    let ca = certificates.path("ca.pem");
+    let proxy = start(&format!(
+        "listeners:\n  - {{address: '127.0.0.1:0', tls: implicit}}\n\
+         \x20 - {{address: '127.0.0.1:0', tls: implicit, client_certificates: {{ca: {}}}}}\n{}\
+         backends: {{only: {{servers: ['127.0.0.1:1']}}}}\nroutes: [{{default: only}}]\n",
+        ca.display(),
+        certificates.section()
+    ))
+    .await;
+    let (open, asking) = (proxy.listeners()[0], proxy.listeners()[1]);
+    let pem = std::fs::read(ca).unwrap();
+    tokio::task::spawn_blocking(move || {
+        let mut roots = RootCertStore::empty();
+        roots.add(rustls_pemfile::certs(&mut &pem[..]).next().unwrap().unwrap()).unwrap();
+        for version in [&tokio_rustls::rustls::version::TLS13, &tokio_rustls::rustls::version::TLS12] {
+            let config = ClientConfig::builder_with_protocol_versions(&[version]).with_root_certificates(roots.clone());
+            let mut config = config.with_no_client_auth();
+            config.enable_early_data = true;
+            let config = Arc::new(config);
+            assert_eq!(handshake(&config, open), (Some(HandshakeKind::Full), false));
+            assert_eq!(handshake(&config, open), (Some(HandshakeKind::Resumed), false), "{version:?}");
+            // Whoever comes there must be asked for a certificate.
+            assert_eq!(handshake(&config, asking), (Some(HandshakeKind::Full), false), "{version:?}");
+            assert_eq!(handshake(&config, asking), (Some(HandshakeKind::Resumed), false), "{version:?}");
+            assert_eq!(handshake(&config, open), (Some(HandshakeKind::Full), false), "{version:?}");
+        }
+    })
+    .await
+    .unwrap();
+}
+
+#[tokio::test]
+async fn what_was_said_before_tls_is_forgotten() {
+    let certificates = Certificates::new();
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let proxy = start(&format!(
+        "listeners: [{{address: '127.0.0.1:0', tls: starttls}}]\n{}backends: {{only: {{servers: ['{}']}}}}\n\
+         routes: [{{default: only}}]\nlimits: {{bad_commands: 3}}\n",
+        certificates.section(),
+        listener.local_addr().unwrap()
+    ))
+    .await;
+    let mut client = Client::connect(proxy.listeners()[0]).await;
+    client.send("a ID (\"name\" \"injected\")\r\n").await;
+    assert!(client.line().await.starts_with("* ID "));
+    assert!(client.line().await.starts_with("a OK"));
+    for _ in 0..2 {
+        assert!(client.ask("b NONSENSE").await.starts_with("b BAD"));
+    }
+    assert!(client.ask("c STARTTLS").await.starts_with("c OK"));
+    let mut client = Line::new(certificates.encrypt(client.into_parts().0).await);
+    // Two more would be four.
+    for _ in 0..2 {
+        assert!(client.ask("d NONSENSE").await.starts_with("d BAD"));
+    }
+    client.send("e LOGIN alice secret\r\n").await;
+    let mut server = Line::new(in_time("the login", listener.accept()).await.unwrap().0);
+    server.send("* OK [CAPABILITY IMAP4rev1 ID STARTTLS] x\r\n").await;
+    let id = server.line().await;
+    assert!(id.starts_with("I ID (\"x-session-id\" "), "{id}");
+    assert_eq!(server.line().await, "L LOGIN \"alice\" \"secret\"");
+    server.send("I OK\r\nL OK [CAPABILITY IMAP4rev1 STARTTLS LOGINDISABLED AUTH=PLAIN IDLE] in\r\n").await;
+    assert_eq!(client.line().await, "e OK [CAPABILITY IMAP4rev1 IDLE] in", "nothing asks for a second STARTTLS");
+    // One that comes all the same is the server's to refuse, as every command after the login.
+    client.send("f STARTTLS\r\n").await;
+    assert_eq!(server.line().await, "f STARTTLS");
+}

@@ -1,0 +1,219 @@
+//! Behind a balancer that says whose connections it passes on, and what servers are told of them.
+
+use std::net::SocketAddr;
+
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::{TcpListener, TcpStream};
+use vestibule::proxy_protocol::{ClientTls, Header, Origin, local_2, parse, version_1, version_2};
+use vestibule::server::Running;
+
+use crate::support::{Certificates, Client, GOOD, Line, Scripted, eventually, in_time, metric, start};
+
+const CLIENT: &str = "192.0.2.7:4000";
+const FRONT: &str = "198.51.100.2:993";
+
+fn address(text: &str) -> SocketAddr {
+    text.parse().unwrap()
+}
+
+fn headers() -> [Vec<u8>; 2] {
+    [version_1(address(CLIENT), address(FRONT)), version_2(address(CLIENT), address(FRONT), None)]
+}
+
+/// Listeners in clear, with STARTTLS and with TLS, that believe 127.0.0.1 and nobody else.
+async fn behind_a_balancer(certificates: &Certificates, server: SocketAddr, more: &str) -> Running {
+    let listener = |tls: &str| format!("{{address: '127.0.0.1:0', tls: {tls}, proxy_protocol: {{from: [127.0.0.1]}}}}");
+    let listeners = ["none", "starttls", "implicit"].map(listener).join(", ");
+    let section = certificates.section();
+    start(&format!(
+        "listeners: [{listeners}]\n{section}backends: {{only: {{servers: ['{server}'], client_info: proxy-v2}}}}\n\
+         routes: [{{default: only}}]\n{more}"
+    ))
+    .await
+}
+
+fn refused(proxy: &Running) -> f64 {
+    metric(proxy, "vestibule_failures_total", &["reason=\"proxy_header\""])
+}
+
+/// A server that shows the header it was sent, then lets alice in.
+struct Shown(TcpListener);
+
+impl Shown {
+    async fn new() -> Self {
+        Self(TcpListener::bind("127.0.0.1:0").await.unwrap())
+    }
+
+    fn address(&self) -> SocketAddr {
+        self.0.local_addr().unwrap()
+    }
+
+    /// The header of the next login, and the rest of the dialogue.
+    async fn header(&self) -> Vec<u8> {
+        let mut socket = in_time("a login", self.0.accept()).await.unwrap().0;
+        let mut header = vec![0; 16];
+        in_time("a header", socket.read_exact(&mut header)).await.unwrap();
+        let fixed = header.len();
+        header.resize(fixed + usize::from(header[15]), 0);
+        in_time("a header", socket.read_exact(&mut header[fixed..])).await.unwrap();
+        let mut line = Line::new(socket);
+        line.send("* OK [CAPABILITY IMAP4rev1] x\r\n").await;
+        assert_eq!(line.line().await, "L LOGIN \"alice\" \"secret\"");
+        line.send("L OK [CAPABILITY IMAP4rev1] in\r\n").await;
+        header
+    }
+}
+
+async fn log_in<S: tokio::io::AsyncRead + tokio::io::AsyncWrite + Unpin>(client: &mut Line<S>) {
+    client.send("a LOGIN alice secret\r\n").await;
+    assert_eq!(client.line().await, "a OK [CAPABILITY IMAP4rev1] in");
+}
+
+/// Connects, and sends the header cut at each of `cuts`, waiting for nothing in between but that it was taken.
+async fn introduced(address: SocketAddr, header: &[u8], cut: usize) -> TcpStream {
+    let mut socket = TcpStream::connect(address).await.unwrap();
+    socket.set_nodelay(true).unwrap();
+    socket.write_all(&header[..cut]).await.unwrap();
+    tokio::task::yield_now().await;
+    socket.write_all(&header[cut..]).await.unwrap();
+    socket
+}
+
+#[tokio::test]
+async fn the_client_is_whom_the_header_names() {
+    let certificates = Certificates::new();
+    let server = Shown::new().await;
+    let proxy = behind_a_balancer(&certificates, server.address(), "").await;
+    let named = Origin::Client { client: address(CLIENT), listener: address(FRONT) };
+    for header in headers() {
+        for cut in 0..header.len() {
+            let mut client = Client::new(introduced(proxy.listeners()[0], &header, cut).await);
+            client.line().await;
+            let (sent, ()) = tokio::join!(server.header(), log_in(&mut client));
+            assert_eq!(parse(&sent), Ok(Some(Header { length: sent.len(), origin: named, tls: None })), "cut at {cut}");
+        }
+    }
+    assert_eq!(refused(&proxy), 0.0);
+}
+
+#[tokio::test]
+async fn tls_begins_right_behind_the_header() {
+    let certificates = Certificates::new();
+    let server = Shown::new().await;
+    let proxy = behind_a_balancer(&certificates, server.address(), "").await;
+    let named = Origin::Client { client: address(CLIENT), listener: address(FRONT) };
+    for header in headers() {
+        for (listener, cut) in [(2, 0), (2, 1), (2, 20), (1, 0), (1, 20)] {
+            let mut socket = introduced(proxy.listeners()[listener], &header, cut).await;
+            if listener == 1 {
+                let mut plain = Line::new(socket);
+                plain.line().await;
+                assert_eq!(plain.ask("s STARTTLS").await, "s OK Begin TLS negotiation now.");
+                socket = plain.into_parts().0;
+            }
+            let mut client = Line::new(certificates.encrypt(socket).await);
+            if listener == 2 {
+                client.line().await;
+            }
+            let (sent, ()) = tokio::join!(server.header(), log_in(&mut client));
+            let told = parse(&sent).unwrap().unwrap();
+            let tls = ClientTls { version: "TLSv1_3", server_name: Some("localhost"), alpn: false, certificate: false };
+            assert_eq!((told.origin, told.tls), (named, Some(tls)), "in one piece with what the header began");
+        }
+    }
+}
+
+#[tokio::test]
+async fn tls_that_ended_at_the_balancer_is_passed_on() {
+    let certificates = Certificates::new();
+    let server = Shown::new().await;
+    let proxy = behind_a_balancer(&certificates, server.address(), "").await;
+    let tls = ClientTls { version: "TLSv1_2", server_name: Some("mail.test"), alpn: true, certificate: false };
+    let header = version_2(address(CLIENT), address(FRONT), Some(&tls));
+    let mut client = Client::new(introduced(proxy.listeners()[0], &header, 0).await);
+    client.line().await;
+    let (sent, ()) = tokio::join!(server.header(), log_in(&mut client));
+    assert_eq!(sent, header, "word for word");
+}
+
+#[tokio::test]
+async fn no_header_or_a_wrong_one_closes_without_a_word() {
+    let certificates = Certificates::new();
+    let proxy = behind_a_balancer(&certificates, address("127.0.0.1:1"), "limits: {proxy_header: 200ms}\n").await;
+    let [line, binary] = headers();
+    let mut spoilt = binary.clone();
+    spoilt[12] = 0x31;
+    for (number, said) in [
+        &b"a LOGIN alice secret\r\n"[..],
+        b"\x16\x03\x01\x02\x00\x01\x00\x01\x7c\x03\x03",
+        b"PROXY TCP4 192.0.2.1 198.51.100.2 4000\r\n",
+        &spoilt,
+        // Half a header, and nothing more: the deadline ends it.
+        &line[..line.len() - 1],
+        &binary[..binary.len() - 1],
+        b"",
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        for listener in [0, 1, 2] {
+            let before = refused(&proxy);
+            let mut client = Client::silent(proxy.listeners()[listener]).await;
+            client.send(said).await;
+            client.assert_closed().await;
+            eventually("the count", || refused(&proxy) == before + 1.0).await;
+            assert!(proxy.metrics().render().contains("vestibule_sessions"), "case {number}");
+        }
+    }
+    // A peer that leaves in the middle is not waited for.
+    let mut client = Client::silent(proxy.listeners()[0]).await;
+    client.send(&binary[..20]).await;
+    drop(client);
+    eventually("the count", || refused(&proxy) == 22.0).await;
+    assert_eq!(metric(&proxy, "vestibule_sessions", &[]), 0.0);
+}
+
+#[tokio::test]
+async fn from_elsewhere_no_header_is_believed_and_nobody_let_in() {
+    let certificates = Certificates::new();
+    let server = Scripted::new(GOOD).await;
+    let proxy = behind_a_balancer(&certificates, server.address, "").await;
+    for said in [&headers()[1][..], b"a LOGIN alice secret\r\n"] {
+        let before = refused(&proxy);
+        let socket = tokio::net::TcpSocket::new_v4().unwrap();
+        socket.bind(address("127.0.0.2:0")).unwrap();
+        let mut client = Line::new(socket.connect(proxy.listeners()[0]).await.unwrap());
+        // It may be gone already.
+        let _ = client.stream.write_all(said).await;
+        client.assert_closed().await;
+        eventually("the count", || refused(&proxy) == before + 1.0).await;
+    }
+    assert_eq!(server.connections(), 0);
+    // Where the listener has no such setting, a header is a bad command, and no more.
+    let proxy = crate::support::proxy(&format!(
+        "backends: {{only: {{servers: ['{}']}}}}\nroutes: [{{default: only}}]\n",
+        server.address
+    ))
+    .await;
+    let mut client = Client::connect(proxy.listeners()[0]).await;
+    client.send(&headers()[0]).await;
+    assert!(client.line().await.contains(" BAD "));
+}
+
+#[tokio::test]
+async fn a_balancer_that_looks_whether_we_live_is_no_failure() {
+    let certificates = Certificates::new();
+    let server = Scripted::new("S: * OK [CAPABILITY IMAP4rev1] x\nC: *\n...").await;
+    let proxy = behind_a_balancer(&certificates, server.address, "").await;
+    let mut check = Client::silent(proxy.listeners()[0]).await;
+    check.send(local_2()).await;
+    assert!(check.line().await.starts_with("* OK [CAPABILITY IMAP4rev1 "), "served as everybody is");
+    assert!(check.ask("a NOOP").await.starts_with("a OK"));
+    drop(check);
+    // With TLS, a look is over before the handshake.
+    let mut check = Client::silent(proxy.listeners()[2]).await;
+    check.send(local_2()).await;
+    drop(check);
+    eventually("the end", || metric(&proxy, "vestibule_sessions", &[]) == 0.0).await;
+    assert_eq!(metric(&proxy, "vestibule_failures_total", &[]), 0.0);
+}
