@@ -17,7 +17,7 @@ use crate::imap::prelogin::{LoginRequest, Prelogin, Step};
 use crate::imap::tag::Tag;
 use crate::imap::{reply, sasl};
 use crate::metrics::LoginOutcome;
-use crate::route::{Place, Question, RouteError, Routed, Target, Visitor};
+use crate::route::{Place, Question, RouteError, Routed, Target, Visitor, VisitorTls};
 use crate::server::Live;
 use crate::stream::Stream;
 
@@ -26,8 +26,19 @@ const MAX_REFERRALS: usize = 2;
 
 /// How a login attempt ended.
 pub(super) enum Attempted {
-    Accepted { backend: Arc<Backend>, server: Arc<Server>, established: Box<Established> },
-    Refused { reply: Vec<u8>, counts: bool },
+    Accepted {
+        backend: Arc<Backend>,
+        server: Arc<Server>,
+        established: Box<Established>,
+    },
+    Refused {
+        reply: Vec<u8>,
+        counts: bool,
+    },
+    /// Refused, and the connection ends.
+    Dismissed {
+        reply: Vec<u8>,
+    },
     Unavailable,
 }
 
@@ -58,7 +69,7 @@ impl Session {
             self.record.attempt_failed(Reason::ProxyLoop, LoginOutcome::Unavailable, None);
             return Some(Attempted::Unavailable);
         }
-        let question = self.question(&names, login);
+        let question = self.question(&names, login, stream);
         let target = match timeout(live.limits.lookup, live.router.route(&question, &live.metrics)).await {
             Ok(Ok(Routed { target, route })) => {
                 let backend = match &*target {
@@ -173,13 +184,19 @@ impl Session {
         }
     }
 
-    fn question(&self, names: &Names, login: &LoginRequest) -> Question {
+    fn question(&self, names: &Names, login: &LoginRequest, stream: &Stream) -> Question {
+        let asks_certificate = || self.live.tls.as_ref().is_some_and(|tls| tls.asks_certificate(self.listener));
         let visitor = self.live.router.wants_visitor().then(|| {
             Arc::new(Visitor {
                 client: self.peer,
                 listener: self.local,
                 session: self.record.session().as_str().into(),
-                tls: self.record.tls().map(|tls| tls.version),
+                tls: self.record.tls().map(|tls| VisitorTls {
+                    version: tls.version,
+                    cipher: stream.cipher(),
+                    asks_certificate: asks_certificate(),
+                    certificate: stream.peer_certificate().map(Into::into),
+                }),
                 attempt: self.record.attempts(),
                 credentials: login.credentials.clone(),
             })
@@ -205,7 +222,11 @@ impl Session {
             Target::Denied(denied) => {
                 self.record.denied();
                 time::sleep(denied.wait).await;
-                Attempted::Refused { reply: reply::authentication_failed(tag, denied.text.as_deref()), counts: true }
+                let reply = reply::authentication_failed(tag, denied.text.as_deref());
+                match denied.closes {
+                    true => Attempted::Dismissed { reply: reply::dismissed(reply) },
+                    false => Attempted::Refused { reply, counts: true },
+                }
             }
             Target::Maintenance(text) => {
                 self.record.attempt_failed(Reason::RouteMaintenance, LoginOutcome::Unavailable, None);

@@ -101,6 +101,11 @@ impl ServerTls {
         Ok(TlsStream::Server(TlsAcceptor::from(Arc::new(config)).accept(Records::new(socket)).await?))
     }
 
+    /// Whether the listener asks clients for certificates.
+    pub fn asks_certificate(&self, listener: usize) -> bool {
+        self.listeners[listener].1.is_some()
+    }
+
     /// Whose certificate it is, by the rule of the listener. `None`: it names nobody.
     pub fn owner(&self, listener: usize, certificate: &[u8]) -> Option<UserName> {
         let rule = self.listeners[listener].1?;
