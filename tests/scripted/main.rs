@@ -7,6 +7,7 @@
 mod client;
 mod dns;
 mod house;
+mod mechanisms;
 mod servers;
 mod silent;
 mod support;
