@@ -11,10 +11,10 @@ use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use crate::backend::OwnAddresses;
+use crate::backend::{OwnAddresses, Server};
 use crate::config::Config;
 use crate::identity::UserName;
-use crate::route::{Answer, At, Origin, Question, Target};
+use crate::route::{Answer, At, Origin, Place, Question, Target};
 use crate::server::Live;
 
 /// The text for `user`, and whether a server would be asked to log the user in.
@@ -68,14 +68,26 @@ pub async fn explain(config: &Config, live: &Live, user: &UserName) -> (String, 
         let addresses = timeout(wait, server.addresses()).await.unwrap_or_default();
         let addresses: Vec<String> = addresses.iter().map(ToString::to_string).collect();
         let resolved = if addresses.is_empty() { "no address known".to_owned() } else { addresses.join(", ") };
+        let why = why(place, server, rank, servers.len());
         let rank = if rank == 0 { "first" } else { "next" };
-        line(&mut text, format_args!("server   {rank}: {} ({resolved})", server.name));
+        line(&mut text, format_args!("server   {rank}: {} ({resolved}), {why}", server.name));
     }
     if servers.is_empty() {
         text.push_str("server   none known: logins get NO [UNAVAILABLE]\n");
     }
     stop.cancel();
     (text, true)
+}
+
+/// Why a server stands at its rank.
+fn why(place: &Place, server: &Server, rank: usize, of: usize) -> String {
+    let of_its_kind = format!("of priority {} and weight {}", server.priority(), server.weight());
+    match (&place.at, rank) {
+        (At::Server(_) | At::Address(_), _) => "named by the route".to_owned(),
+        (At::Any, 0) if of == 1 => "the only one".to_owned(),
+        (At::Any, 0) => format!("the user's by hash, {of_its_kind}"),
+        (At::Any, _) => format!("should those before it fail, {of_its_kind}"),
+    }
 }
 
 /// Writes a line for every user in `users` (the first word of each line) whom the second configuration sends elsewhere, and

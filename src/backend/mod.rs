@@ -403,6 +403,16 @@ impl Server {
         first_known(&self.addresses).await
     }
 
+    /// Its share among servers of the same priority.
+    pub fn weight(&self) -> u32 {
+        self.weight
+    }
+
+    /// Of its SRV record: lower is asked first. 0 where it has none.
+    pub fn priority(&self) -> u16 {
+        self.priority
+    }
+
     /// Whether it comes before failing servers just now.
     pub fn is_available(&self) -> bool {
         self.health().is_available(Instant::now())

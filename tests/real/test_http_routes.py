@@ -48,7 +48,7 @@ class Json(AnyServer, unittest.TestCase):
         self.assertEqual({name: question[name] for name in ("user", "client", "mechanism", "attempt", "tls")},
                          {"user": ALICE, "client": "127.0.0.1", "mechanism": "login", "attempt": 1, "tls": None})
         self.assertNotIn("password", question)
-        self.assertIn(question["session"], proxy.log())
+        wait_for("its record", lambda: question["session"] in proxy.log())
 
     def test_connections_are_kept(self):
         proxy = self.proxy()
@@ -57,6 +57,36 @@ class Json(AnyServer, unittest.TestCase):
             self.good(proxy)
         ports = {client for _, _, client in self.directory.questions[before:]}
         self.assertEqual(len(ports), 1, ports)
+
+    def test_many_logins_of_one_user_are_one_question(self):
+        proxy = self.proxy("cache: {ttl: 1m}", timeout="20s")
+        before = len(self.directory.questions)
+        clients = [Client(proxy) for _ in range(20)]
+        self.directory.hold()
+        try:
+            for client in clients:
+                client.raw.send(f'a LOGIN {ALICE} "{PASSWORDS[ALICE]}"\r\n'.encode())
+            wait_for("all to have missed", lambda: proxy.metric("vestibule_route_cache_total", state="miss") == len(clients))
+        finally:
+            self.directory.release()
+        for client in clients:
+            self.assertRegex(client.raw.until(b"a ")[-1], b"^a OK")
+        self.assertEqual(len(self.directory.questions) - before, 1)
+
+    def test_an_answer_is_renewed_before_it_ends(self):
+        proxy = self.proxy("cache: {ttl: 3s}")
+        self.good(proxy)
+        before = len(self.directory.questions)
+        self.directory.hold()
+        try:
+            # The question behind the back gets no answer, and the client does not wait for it.
+            def renewing():
+                self.assertRegex(Client(proxy).login(ALICE, PASSWORDS[ALICE]), "^a OK")
+                return len(self.directory.questions) > before
+            wait_for("the next question", renewing)
+            self.assertEqual(proxy.metric("vestibule_route_cache_total", state="stale"), 0)
+        finally:
+            self.directory.release()
 
     def test_a_service_that_checks_passwords_may_hand_out_others(self):
         self.directory.row(CAROL, backend="shard-b", user=BOB, password=PASSWORDS[BOB])
