@@ -156,6 +156,11 @@ impl Backends {
         self.offered.store(offered.to_bits(), Ordering::Relaxed);
     }
 
+    /// Whether a client may ask for another user's mailbox on any of them.
+    pub fn any_allows_authzid(&self) -> bool {
+        self.list.iter().any(|backend| backend.allows_authzid)
+    }
+
     /// The backend a route named: ids come from the same configuration.
     pub fn backend(&self, id: BackendId) -> &Arc<Backend> {
         &self.list[id.0]

@@ -69,6 +69,12 @@ impl Session {
             self.record.attempt_failed(Reason::ProxyLoop, LoginOutcome::Unavailable, None);
             return Some(Attempted::Unavailable);
         }
+        // Before anybody is looked up: the answer shall be the same whether the mailbox exists.
+        let may_ask = live.allows_masters_from(self.peer.ip()) && live.backends.any_allows_authzid();
+        if login.credentials.authzid.is_some() && !may_ask {
+            self.record.attempt_failed(Reason::AuthzidRefused, LoginOutcome::Refused, None);
+            return Some(Attempted::Refused { reply: reply::authorization_failed(&login.tag), counts: true });
+        }
         let question = self.question(&names, login, stream);
         let target = match timeout(live.limits.lookup, live.router.route(&question, &live.metrics)).await {
             Ok(Ok(Routed { target, route })) => {
@@ -87,10 +93,10 @@ impl Session {
         };
         let Target::Place(place) = &*target else { return Some(self.verdict(&login.tag, &target).await) };
         let backend = live.backends.backend(place.backend);
-        if login.credentials.authzid.is_some() && !(backend.allows_authzid && live.allows_masters_from(self.peer.ip()))
-        {
+        if login.credentials.authzid.is_some() && !backend.allows_authzid {
+            // Others allow it: those who are asked for there, and those who do not exist, get one answer.
             self.record.attempt_failed(Reason::AuthzidRefused, LoginOutcome::Refused, Some(backend.id));
-            return Some(Attempted::Refused { reply: reply::authorization_failed(&login.tag), counts: true });
+            return Some(self.refused_late(&login.tag, began).await);
         }
         let renamed = renamed(&login.credentials, place, &names);
         let server_login = server_login(&login.credentials, place, &names, backend, renamed.as_ref());
@@ -204,9 +210,13 @@ impl Session {
         Question { user: names.routing.clone(), visitor }
     }
 
-    /// Says so as late as a server says that a password is wrong: nobody shall learn from the clock who exists.
     async fn no_such_user(&mut self, tag: &Tag, reason: Reason, began: Instant) -> Attempted {
         self.record.attempt_failed(reason, LoginOutcome::UnknownUser, None);
+        self.refused_late(tag, began).await
+    }
+
+    /// Says so as late as a server says that a password is wrong: nobody shall learn from the clock who exists.
+    async fn refused_late(&mut self, tag: &Tag, began: Instant) -> Attempted {
         let late = self.live.refusals.any_of(self.record.session().as_str());
         time::sleep(late.saturating_sub(began.elapsed())).await;
         Attempted::Refused { reply: reply::authentication_failed(tag, None), counts: true }
