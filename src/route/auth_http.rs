@@ -8,6 +8,8 @@ use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
 use aws_lc_rs::digest::{SHA1_FOR_LEGACY_USE_ONLY, digest};
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD;
 use hyper::header::{HeaderMap, HeaderName, HeaderValue};
 use x509_parser::prelude::{FromDer as _, X509Certificate};
 use x509_parser::x509::{AttributeTypeAndValue, X509Name};
@@ -40,11 +42,11 @@ pub(super) enum Verdict {
     AskAgain(Duration),
 }
 
-/// The headers of a question.
+/// The headers of a question, with the client's whole certificate where `pass_certificate`.
 ///
 /// # Errors
 /// A sentence for the log: the client did not log in by something that this protocol knows.
-pub(super) fn question(question: &Question, visitor: &Visitor) -> Result<HeaderMap, String> {
+pub(super) fn question(question: &Question, visitor: &Visitor, pass_certificate: bool) -> Result<HeaderMap, String> {
     let (method, password): (_, &[u8]) = match &visitor.credentials.proof {
         // LOGIN and PLAIN are both "plain" there.
         Proof::Password(password) => ("plain", password.expose()),
@@ -79,6 +81,9 @@ pub(super) fn question(question: &Question, visitor: &Visitor) -> Result<HeaderM
         add("auth-ssl-issuer", distinguished_name(parsed.issuer()).as_bytes())?;
         add("auth-ssl-serial", serial(parsed.raw_serial()).as_bytes())?;
         add("auth-ssl-fingerprint", hexadecimal(digest(&SHA1_FOR_LEGACY_USE_ONLY, der).as_ref()).as_bytes())?;
+        if pass_certificate {
+            add("auth-ssl-cert", escaped_pem(der).as_bytes())?;
+        }
     }
     Ok(headers)
 }
@@ -198,6 +203,18 @@ fn value_2253(value: &str) -> String {
         }
     }
     written
+}
+
+/// PEM with its spaces and line ends escaped, which is all that nginx escapes of it.
+fn escaped_pem(der: &[u8]) -> String {
+    let mut escaped = "-----BEGIN%20CERTIFICATE-----%0A".to_owned();
+    for (at, letter) in STANDARD.encode(der).chars().enumerate() {
+        if at > 0 && at % 64 == 0 {
+            escaped.push_str("%0A");
+        }
+        escaped.push(letter);
+    }
+    escaped + "%0A-----END%20CERTIFICATE-----%0A"
 }
 
 /// The number without the zero byte that only keeps it positive.

@@ -43,6 +43,7 @@ pub(super) struct Http {
     style: HttpStyle,
     headers: HeaderMap,
     password: bool,
+    client_certificate: bool,
     tls: Option<ClientConfig>,
     connections: usize,
     client: OnceCell<Client<HttpsConnector<HttpConnector>, Full<Bytes>>>,
@@ -131,6 +132,7 @@ impl Http {
             style: http.style,
             headers,
             password: http.password,
+            client_certificate: http.client_certificate,
             tls,
             connections: http.asking.connections,
             client: OnceCell::new(),
@@ -227,7 +229,7 @@ impl Http {
 
     fn nginx(&self, question: &Question, visitor: &Visitor) -> Result<Request<Full<Bytes>>, String> {
         let mut request = self.request(Method::GET, Vec::new())?;
-        request.headers_mut().extend(auth_http::question(question, visitor)?);
+        request.headers_mut().extend(auth_http::question(question, visitor, self.client_certificate)?);
         Ok(request)
     }
 

@@ -182,7 +182,8 @@ class AuthHttp(Directories, unittest.TestCase):
         nginx = self.nginx(f"""
             listen 127.0.0.1:PORT ssl; protocol imap; imap_auth plain login external;
             ssl_certificate {cert}; ssl_certificate_key {key}; ssl_protocols TLSv1.2 TLSv1.3;
-            ssl_client_certificate {ca}; ssl_verify_client optional;""")
+            ssl_client_certificate {ca}; ssl_verify_client optional;
+            auth_http_pass_client_cert on;""")
         proxy = Proxy(f"""
 listeners:
   - {{address: "127.0.0.1:{{tls}}", tls: implicit, client_certificates: {{ca: {ca}}}, mechanisms: [plain, external]}}
@@ -190,7 +191,7 @@ tls: {{certificates: [{{cert: {cert}, key: {key}}}]}}
 backends:
   shard-a: {{servers: ["127.0.0.1:{self.a.port}"]}}
   shard-b: {{servers: ["127.0.0.1:{self.b.port}"]}}
-routes: [{{http: {{url: "http://localhost:{self.directory.port}/auth", style: nginx-auth-http}}}}]
+routes: [{{http: {{url: "http://localhost:{self.directory.port}/auth", style: nginx-auth-http, client_certificate: true}}}}]
 admin: {{address: "127.0.0.1:{{admin}}"}}
 """)
         self.addCleanup(proxy.close)

@@ -91,6 +91,9 @@ class Routes(unittest.TestCase):
         proxy = self.proxy(routes, folder=folder)
         self.assertTrue(self.lands_on(proxy, ALICE, "shard-b"))
         proxy.stop()
+        explained = vestibule("route", "--config", proxy.file, CAROL)
+        self.assertRegex(explained.stdout, r"route    redis: does not know the user \(\d+ \u00b5s, asked now\)\nbackend  none")
+        self.assertEqual(explained.returncode, 1)
         kept = folder.path / "kept"
         self.assertEqual(kept.stat().st_mode & 0o777, 0o600)
         self.assertIn(ALICE, kept.read_text())
@@ -101,6 +104,9 @@ class Routes(unittest.TestCase):
         self.assertIn("NO [UNAVAILABLE]", Client(proxy).login(BOB, "x"))
         explained = vestibule("route", "--config", proxy.file, ALICE).stdout
         self.assertRegex(explained, r"route    redis: found: shard-b \(\d+ \u00b5s, kept for \d+ s\)")
+        self.assertRegex(vestibule("route", "--config", proxy.file, BOB).stdout, r"route    redis: failed: .*refused.* \(\d+ \u00b5s, asked now\)")
+        short = folder.write("short.yaml", proxy.file.read_text().replace("{file: kept}", "{file: kept, ttl: 1s}"))
+        wait_for("its end", lambda: re.search(r"stale: kept for \d+ s, and its source is down", vestibule("route", "--config", short, ALICE).stdout))
 
     def test_a_directors_users_stay_where_they_are(self):
         """Dovecot's director itself says where it would have them."""
