@@ -272,14 +272,14 @@ set record=imaps://localhost:{proxy.ports['tls']}/INBOX
             raw.send(xoauth2(ALICE, "x" * size) + b"\r\n")
             self.assertRegex(raw.line(), answer, size)
 
-    def certificate(self, names):
+    def certificate(self, names, subject="/CN=a person"):
         """Of a client: its chain and its key."""
         path = self.folder.path
         base = f"client-{len(list(path.glob('client-*.pem')))}"
         key, request, cert = path / f"{base}-key.pem", path / f"{base}.csr", path / f"{base}.pem"
         extensions = self.folder.write(f"{base}.ext", f"subjectAltName={names}\nextendedKeyUsage=clientAuth\n")
         Certificates._run("openssl", "req", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-subj",
-                          "/CN=a person", "-keyout", key, "-out", request)
+                          subject, "-keyout", key, "-out", request)
         Certificates._run("openssl", "x509", "-req", "-in", request, "-CA", self.certificates.ca, "-CAkey", path / "ca-key.pem",
                           "-CAcreateserial", "-days", "30", "-extfile", extensions, "-out", cert)
         return cert, key
@@ -307,6 +307,15 @@ set record=imaps://localhost:{proxy.ports['tls']}/INBOX
         proxy = self.proxy(listener=f"client_certificates: {{ca: {self.certificates.ca}, required: true}}")
         with self.assertRaises((OSError, AssertionError)):
             self.raw(proxy)
+
+    def test_where_a_certificate_has_the_name(self):
+        login = "login: {master: admin, password_file: master}"
+        certificate = self.certificate("email:email@example.org,DNS:device.example.org", "/O=Example/CN=common@example.org")
+        for rule, user in (("san-email", "email@example.org"), ("san-dns", "device.example.org"), ("common-name", "common@example.org")):
+            wanted = f"client_certificates: {{ca: {self.certificates.ca}, user: {rule}}}"
+            raw = self.raw(self.proxy(listener=wanted, backend=login, files={"master": "master secret\n"}), certificate)
+            self.assertRegex(raw.command("a", "AUTHENTICATE EXTERNAL =")[-1], b"^a OK", rule)
+            self.assertIn(f"user=<{user}>", self.server.log())
 
     def test_a_fixed_password(self):
         """The server knows one password for all that is ours alone; who the client is its certificate shows."""

@@ -343,6 +343,12 @@ class Redis(AnyServer, unittest.TestCase):
         self.answers(proxy, "nobody@example.org", "NO [AUTHENTICATIONFAILED]")
         self.directory.command("SET", "hash:string@example.org", "shard-a")
         self.answers(proxy, "string@example.org", "NO [UNAVAILABLE]")
+        folder = Folder()
+        self.addCleanup(folder.remove)
+        other = Certificates(folder)
+        route = [line if not line.startswith("ca:") else f"ca: {other.ca}" for line in self.route()]
+        self.route = lambda: route
+        self.answers(self.proxy(), CAROL, "NO [UNAVAILABLE]")
 
     def test_sentinels_name_the_next_master(self):
         replica = directories.Redis(extra=["--replicaof", "127.0.0.1", str(self.directory.port)])
