@@ -28,6 +28,8 @@ class Responder:
 
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
+            # Head and body are two writes: the second shall not wait until the first is acknowledged.
+            disable_nagle_algorithm = True
 
             def setup(self):
                 super().setup()
