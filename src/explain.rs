@@ -11,16 +11,15 @@ use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use crate::backend::{OwnAddresses, Server};
-use crate::config::Config;
+use crate::backend::OwnAddresses;
 use crate::identity::UserName;
-use crate::route::{Answer, At, Origin, Place, Question, Target};
+use crate::route::{Answer, At, Origin, Question, Target};
 use crate::server::Live;
 
 /// The text for `user`, and whether a server would be asked to log the user in.
-pub async fn explain(config: &Config, live: &Live, user: &UserName) -> (String, bool) {
+pub async fn explain(live: &Live, user: &UserName) -> (String, bool) {
     let mut text = format!("user     {user}\n");
-    let names = match live.naming.names(user) {
+    let names = match live.config.naming.names(user) {
         Ok(names) => names,
         Err(refused) => {
             line(&mut text, format_args!("refused  {refused}"));
@@ -36,7 +35,7 @@ pub async fn explain(config: &Config, live: &Live, user: &UserName) -> (String, 
         let answer = match &step.answer {
             Answer::Found(target) => {
                 found = Some(target.clone());
-                format!("found: {}", describe(config, target))
+                format!("found: {}", describe(live, target))
             }
             Answer::Unknown => "does not know the user".to_owned(),
             Answer::Failed(reason) => format!("failed: {reason}"),
@@ -60,17 +59,27 @@ pub async fn explain(config: &Config, live: &Live, user: &UserName) -> (String, 
     line(&mut text, format_args!("login as {}", place.user.as_ref().unwrap_or(&names.server)));
     let backend = live.backends.backend(place.backend);
     line(&mut text, format_args!("backend  {}", backend.name));
-    let own = OwnAddresses::new(config.listeners.iter().map(|listener| listener.address).collect());
+    let own = OwnAddresses::new(live.config.listeners.iter().map(|listener| listener.address).collect());
     live.backends.start(&own, &tasks, &stop);
-    let wait = config.resolver.timeout * 3;
-    let servers = timeout(wait, live.servers(place, &question.user)).await.unwrap_or_default();
+    let wait = live.config.resolver.timeout * 3;
+    let servers = timeout(wait, live.servers(place, &place.mailbox(&question.user))).await.unwrap_or_default();
+    match place.at {
+        At::Any => {
+            line(&mut text, format_args!("balance  {}: {}", backend.balance.as_str(), backend.balance.decided_by()));
+        }
+        At::Server(_) | At::Address(_) => text.push_str("balance  none: the route names the server\n"),
+    }
     for (rank, server) in servers.iter().enumerate() {
         let addresses = timeout(wait, server.addresses()).await.unwrap_or_default();
         let addresses: Vec<String> = addresses.iter().map(ToString::to_string).collect();
         let resolved = if addresses.is_empty() { "no address known".to_owned() } else { addresses.join(", ") };
-        let why = why(place, server, rank, servers.len());
         let rank = if rank == 0 { "first" } else { "next" };
-        line(&mut text, format_args!("server   {rank}: {} ({resolved}), {why}", server.name));
+        let weight = if server.weight() == 1 { String::new() } else { format!(", weight {}", server.weight()) };
+        let most = server.max_sessions().map(|most| format!(", {most} sessions at most")).unwrap_or_default();
+        line(&mut text, format_args!("server   {rank}: {} ({resolved}){weight}{most}", server.name));
+    }
+    for server in backend.servers().iter().filter(|server| !server.takes_logins()) {
+        line(&mut text, format_args!("server   no logins: {} (state {})", server.name, server.mode().as_str()));
     }
     if servers.is_empty() {
         text.push_str("server   none known: logins get NO [UNAVAILABLE]\n");
@@ -79,29 +88,13 @@ pub async fn explain(config: &Config, live: &Live, user: &UserName) -> (String, 
     (text, true)
 }
 
-/// Why a server stands at its rank.
-fn why(place: &Place, server: &Server, rank: usize, of: usize) -> String {
-    let of_its_kind = format!("of priority {} and weight {}", server.priority(), server.weight());
-    match (&place.at, rank) {
-        (At::Server(_) | At::Address(_), _) => "named by the route".to_owned(),
-        (At::Any, 0) if of == 1 => "the only one".to_owned(),
-        (At::Any, 0) => format!("the user's by hash, {of_its_kind}"),
-        (At::Any, _) => format!("should those before it fail, {of_its_kind}"),
-    }
-}
-
 /// Writes a line for every user in `users` (the first word of each line) whom the second configuration sends elsewhere, and
 /// a summary. Says how many there are. A user whom either cannot place for now counts as moved: nobody could tell.
 ///
 /// # Errors
 /// `out` cannot be written.
-pub async fn diff(
-    old: (&Config, &Live),
-    new: (&Config, &Live),
-    users: &[u8],
-    mut out: impl std::io::Write,
-) -> std::io::Result<usize> {
-    for (_, live) in [old, new] {
+pub async fn diff(old: &Live, new: &Live, users: &[u8], mut out: impl std::io::Write) -> std::io::Result<usize> {
+    for live in [old, new] {
         live.router.start_once(&Handle::current());
     }
     let (mut compared, mut moved) = (0, 0);
@@ -116,7 +109,7 @@ pub async fn diff(
             continue;
         };
         compared += 1;
-        let (before, after) = (place(old.0, old.1, &user).await, place(new.0, new.1, &user).await);
+        let (before, after) = (place(old, &user).await, place(new, &user).await);
         if before != after {
             moved += 1;
             writeln!(out, "{user}: {before} -> {after}")?;
@@ -127,23 +120,23 @@ pub async fn diff(
 }
 
 /// Where a user belongs, in the words of `explain`.
-async fn place(config: &Config, live: &Live, user: &UserName) -> String {
-    let names = match live.naming.names(user) {
+async fn place(live: &Live, user: &UserName) -> String {
+    let names = match live.config.naming.names(user) {
         Ok(names) => names,
         Err(refused) => return refused.to_string(),
     };
     let question = Question { user: names.routing, visitor: None };
     match timeout(live.limits.lookup, live.router.route(&question, &live.metrics)).await {
-        Ok(Ok(routed)) => describe(config, &routed.target),
+        Ok(Ok(routed)) => describe(live, &routed.target),
         Ok(Err(error)) => error.to_string(),
         Err(_) => "no answer".to_owned(),
     }
 }
 
-fn describe(config: &Config, target: &Target) -> String {
+fn describe(live: &Live, target: &Target) -> String {
     match target {
         Target::Place(place) => {
-            let mut text = config.backends[place.backend.0].name.clone();
+            let mut text = live.backends.backend(place.backend).name.to_string();
             let at = match &place.at {
                 At::Any => None,
                 At::Server(server) => Some(server.to_string()),

@@ -10,11 +10,13 @@ use std::time::Duration;
 
 use socket2::{Domain, Protocol, Socket, Type};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::Semaphore;
+use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
 
 use crate::config::{self, ListenerTls};
 use crate::metrics::Refusal;
-use crate::server::Live;
+use crate::occupancy::Occupancy;
+use crate::server::Desk;
 use crate::session::{self, Arrival, Held, Room};
 use crate::shutdown::Drain;
 
@@ -25,13 +27,13 @@ const PAUSE: Duration = Duration::from_millis(100);
 /// EMFILE and ENFILE: the process's and the system's descriptors are used up.
 const OUT_OF_DESCRIPTORS: [i32; 2] = [24, 23];
 
-/// A bound port.
+/// A port of one worker.
 #[derive(Debug)]
 pub struct Listener {
     socket: TcpListener,
     address: SocketAddr,
-    index: usize,
-    tls: ListenerTls,
+    desk: watch::Receiver<Desk>,
+    closed: CancellationToken,
 }
 
 /// Binds one socket for each worker. `[::]` also takes IPv4, unless `others` hold an IPv4 listener on the same port.
@@ -76,13 +78,11 @@ fn socket(address: SocketAddr, only_v6: bool, share: bool) -> io::Result<std::ne
     Ok(socket.into())
 }
 
-/// What all listeners share.
+/// What all listeners of a worker share, whatever the configuration.
 #[derive(Clone)]
 pub struct House {
-    /// The configuration, built.
-    pub live: Arc<Live>,
     /// Bounds the open connections of all listeners together.
-    pub permits: Arc<Semaphore>,
+    pub occupancy: Arc<Occupancy>,
     /// When to stop.
     pub drain: Drain,
     /// Where silent sessions wait.
@@ -90,52 +90,55 @@ pub struct House {
 }
 
 impl Listener {
-    /// The listener of one worker, on its runtime.
+    /// The listener of one worker, on its runtime, until `closed`.
     ///
     /// # Errors
     /// The system has no room to register it.
-    pub fn new(index: usize, tls: ListenerTls, socket: std::net::TcpListener) -> io::Result<Self> {
+    pub fn new(
+        socket: std::net::TcpListener,
+        desk: watch::Receiver<Desk>,
+        closed: CancellationToken,
+    ) -> io::Result<Self> {
         let address = socket.local_addr()?;
-        Ok(Self { socket: TcpListener::from_std(socket)?, address, index, tls })
+        socket.set_nonblocking(true)?;
+        Ok(Self { socket: TcpListener::from_std(socket)?, address, desk, closed })
     }
 
-    /// The address as bound: port 0 has become a real one.
-    pub fn address(&self) -> SocketAddr {
-        self.address
-    }
-
-    /// Accepts until the drain begins.
+    /// Accepts until it is closed, or the drain begins.
     pub async fn run(self, house: House) {
         let begun = house.drain.begun().clone();
         let accept = async {
             loop {
                 match self.socket.accept().await {
                     Ok((socket, peer)) => self.welcome(socket, peer, &house),
-                    Err(error) => self.accept_failed(&error, &house.live).await,
+                    Err(error) => self.accept_failed(&error).await,
                 }
             }
         };
-        begun.run_until_cancelled(accept).await;
+        self.closed.run_until_cancelled(begun.run_until_cancelled(accept)).await;
     }
 
     fn welcome(&self, socket: TcpStream, peer: SocketAddr, house: &House) {
-        let metrics = house.live.metrics.listener(self.index);
-        let Ok(permit) = house.permits.clone().try_acquire_owned() else {
+        let Desk { live, index } = self.desk.borrow().clone();
+        let tls = live.config.listeners[index].tls;
+        let metrics = live.metrics.listener(index);
+        let Some(occupant) = house.occupancy.enter(live.limits.sessions) else {
             metrics.refused(Refusal::Full);
-            if self.tls != ListenerTls::Implicit {
+            if tls != ListenerTls::Implicit {
                 // The connection is closed either way; a client that does not get the reason loses nothing.
                 let _ = socket.try_write(b"* BYE [UNAVAILABLE] Too many connections, try again later.\r\n");
             }
             return;
         };
-        let held = Held { permit, open: metrics.session_opened() };
+        let held = Held { occupant, open: metrics.session_opened() };
         let arrival = Arrival {
             socket,
             peer,
             local: self.address,
-            listener: self.index,
-            tls: self.tls,
-            live: house.live.clone(),
+            listener: index,
+            tls,
+            live,
+            desk: self.desk.clone(),
             drain: house.drain.clone(),
             room: house.room.clone(),
             held,
@@ -143,11 +146,13 @@ impl Listener {
         house.drain.spawn(session::serve(arrival));
     }
 
-    async fn accept_failed(&self, error: &io::Error, live: &Live) {
+    async fn accept_failed(&self, error: &io::Error) {
         if error.kind() == io::ErrorKind::ConnectionAborted {
             return;
         }
-        live.metrics.listener(self.index).refused(Refusal::AcceptError);
+        let Desk { live, index } = self.desk.borrow().clone();
+        live.metrics.listener(index).refused(Refusal::AcceptError);
+        drop(live);
         if error.raw_os_error().is_some_and(|code| OUT_OF_DESCRIPTORS.contains(&code)) {
             tracing::error!(listener = %self.address, %error, "no descriptor left to accept a connection: raise LimitNOFILE or lower limits.sessions");
         } else {

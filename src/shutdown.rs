@@ -14,6 +14,15 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tokio_util::task::task_tracker::TaskTrackerToken;
 
+/// How a process stops.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Manner {
+    /// Clients that have not logged in are told to come back.
+    Stop,
+    /// A successor takes new clients; those that are logging in may finish.
+    Retire,
+}
+
 /// The state of a drain, shared by everything that must stop.
 #[derive(Debug, Clone, Default)]
 pub struct Drain(Arc<Edges>);
@@ -53,8 +62,10 @@ impl Drain {
 
     /// Drains: begins, waits up to `grace` or until `hurry` for sessions to end by themselves, then ends the rest.
     /// Returns how many had to be ended.
-    pub async fn run(&self, grace: Duration, hurry: impl Future<Output = ()>) -> usize {
-        self.0.begun.cancel();
+    pub async fn run(&self, grace: Duration, hurry: impl Future<Output = ()>, manner: Manner) -> usize {
+        if manner == Manner::Stop {
+            self.0.begun.cancel();
+        }
         self.0.sessions.close();
         tokio::select! {
             () = self.0.sessions.wait() => return 0,
@@ -62,22 +73,31 @@ impl Drain {
             () = hurry => {}
         }
         let forced = self.0.sessions.len();
+        self.0.begun.cancel();
         self.0.over.cancel();
         self.0.sessions.wait().await;
         forced
     }
 }
 
-/// SIGTERM and SIGINT, each time one arrives. SIGHUP, whose default would end all sessions, is noted and ignored: there is no
-/// reload yet.
+/// What the operator asks for by a signal.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Asked {
+    /// SIGTERM or SIGINT.
+    Stop,
+    /// SIGHUP.
+    Reload,
+}
+
+/// The signals, each time one arrives.
 #[derive(Debug)]
-pub struct StopSignals {
+pub struct Signals {
     terminate: Signal,
     interrupt: Signal,
     hangup: Signal,
 }
 
-impl StopSignals {
+impl Signals {
     /// Takes the signals over from their default action.
     ///
     /// # Errors
@@ -91,14 +111,17 @@ impl StopSignals {
     }
 
     /// Waits for the next one.
-    pub async fn next(&mut self) {
-        loop {
-            tokio::select! {
-                _ = self.terminate.recv() => return,
-                _ = self.interrupt.recv() => return,
-                _ = self.hangup.recv() => tracing::warn!("SIGHUP ignored: a changed configuration takes a restart"),
-            }
+    pub async fn next(&mut self) -> Asked {
+        tokio::select! {
+            _ = self.terminate.recv() => Asked::Stop,
+            _ = self.interrupt.recv() => Asked::Stop,
+            _ = self.hangup.recv() => Asked::Reload,
         }
+    }
+
+    /// Waits for the next that stops.
+    pub async fn stop(&mut self) {
+        while self.next().await != Asked::Stop {}
     }
 }
 
@@ -113,7 +136,7 @@ mod tests {
         let drain = Drain::default();
         let begun = drain.begun().clone();
         drain.spawn(async move { begun.cancelled().await });
-        assert_eq!(drain.run(Duration::from_secs(60), pending()).await, 0);
+        assert_eq!(drain.run(Duration::from_secs(60), pending(), Manner::Stop).await, 0);
         assert!(!drain.over().is_cancelled());
     }
 
@@ -123,7 +146,7 @@ mod tests {
         let over = drain.over().clone();
         drain.spawn(async move { over.cancelled().await });
         let began = tokio::time::Instant::now();
-        assert_eq!(drain.run(Duration::from_secs(60), pending()).await, 1);
+        assert_eq!(drain.run(Duration::from_secs(60), pending(), Manner::Stop).await, 1);
         assert_eq!(began.elapsed(), Duration::from_secs(60));
         assert_eq!(drain.open_sessions(), 0);
     }
@@ -133,6 +156,6 @@ mod tests {
         let drain = Drain::default();
         let over = drain.over().clone();
         drain.spawn(async move { over.cancelled().await });
-        assert_eq!(drain.run(Duration::from_secs(60), async {}).await, 1);
+        assert_eq!(drain.run(Duration::from_secs(60), async {}, Manner::Stop).await, 1);
     }
 }

@@ -4,32 +4,41 @@
 //! know why a user belongs to a backend (`route` does) and speaks to no client. Called by `server`, which builds and
 //! starts it, and by `session` for each login.
 
+mod checks;
 pub mod connect;
 mod discover;
 mod health;
-mod probe;
 mod proxy_header;
+mod reach;
 mod select;
+mod server;
+mod slots;
+mod tour;
 
 use std::collections::{BTreeMap, HashMap};
-use std::net::{IpAddr, SocketAddr};
-use std::sync::atomic::{AtomicBool, AtomicU16, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Duration, Instant};
+use std::hash::{BuildHasher as _, RandomState};
+use std::net::SocketAddr;
+use std::sync::atomic::{AtomicU16, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
 
 use tokio::sync::watch;
 use tokio_rustls::rustls::pki_types::ServerName;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
+use self::checks::Watch;
 pub use self::discover::OwnAddresses;
-use self::discover::Resolver;
-use self::health::Health;
-use self::select::Candidate;
-use crate::config::{self, BackendId, ClientInfo, Config, Host, Limits, Problem, TlsMode, Trust};
+use self::discover::{Resolver, Service};
+use self::select::{Candidate, Luck};
+pub use self::server::Server;
+use self::server::{ServerState, Terms};
+use self::slots::Queue;
+pub use self::slots::{SessionSlot, Slot};
+pub use self::tour::{Stop, Tour};
+use crate::config::{self, BackendId, Balance, ClientInfo, Config, Host, Limits, Mode, Problem, TlsMode, Trust};
 use crate::identity::{Mechanism, Mechanisms, Secret, UserName};
-use crate::imap::backend_login::IdAnswer;
-use crate::metrics::{Metrics, ServerMetrics};
+use crate::metrics::Metrics;
 use crate::tls::client::ClientTls;
 
 /// Undeclared servers that routes may name, a backend. Each is a label of metrics.
@@ -45,15 +54,17 @@ pub struct Backends {
 }
 
 impl Backends {
-    /// Builds everything; connects to nothing and asks DNS nothing yet.
+    /// Builds everything; connects to nothing and asks DNS nothing yet. What was learnt of servers that stay is taken over
+    /// from `previous`.
     ///
     /// # Errors
     /// All problems: `ca` files, server names, a system without resolver configuration.
-    pub fn build(config: &Config, metrics: &Arc<Metrics>) -> Result<Self, Vec<Problem>> {
+    pub fn build(config: &Config, metrics: &Arc<Metrics>, previous: Option<&Self>) -> Result<Self, Vec<Problem>> {
         let mut problems = Vec::new();
         let mut list = Vec::new();
         for (index, backend) in config.backends.iter().enumerate() {
-            match Backend::build(config, backend, BackendId(index), metrics.clone()) {
+            let previous = previous.and_then(|previous| previous.named(&backend.name));
+            match Backend::build(config, backend, BackendId(index), metrics.clone(), previous) {
                 Ok(backend) => list.push(Arc::new(backend)),
                 Err(problem) => problems.push(problem),
             }
@@ -78,20 +89,19 @@ impl Backends {
         Ok(backends)
     }
 
-    /// Begins to ask servers what they offer, every `interval`, until `stop`.
-    pub fn probe(
-        self: Arc<Self>,
-        interval: Duration,
-        limits: Arc<Limits>,
-        tasks: &TaskTracker,
-        stop: &CancellationToken,
-    ) {
-        let stop = stop.clone();
-        tasks.spawn(async move { stop.run_until_cancelled(probe::follow(self, interval, limits)).await });
+    /// Begins to check servers, until `stop`.
+    pub fn watch(self: &Arc<Self>, limits: &Arc<Limits>, tasks: &TaskTracker, stop: &CancellationToken) {
+        for backend in self.list.iter().filter(|backend| backend.watch.is_some()) {
+            let (stop, watching) = (stop.clone(), checks::follow(self.clone(), backend.clone(), limits.clone()));
+            tasks.spawn(async move { stop.run_until_cancelled(watching).await });
+        }
     }
 
     /// Begins to resolve names, until `stop`.
     pub fn start(&self, own: &OwnAddresses, tasks: &TaskTracker, stop: &CancellationToken) {
+        for server in self.list.iter().flat_map(|backend| backend.servers()) {
+            server.show();
+        }
         let Some(resolver) = &self.resolver else { return };
         for backend in &self.list {
             for (index, group) in backend.groups.iter().enumerate() {
@@ -161,6 +171,28 @@ impl Backends {
         self.list.iter().any(|backend| backend.allows_authzid)
     }
 
+    /// The backend of that name.
+    pub fn named(&self, name: &str) -> Option<&Arc<Backend>> {
+        self.list.iter().find(|backend| &*backend.name == name)
+    }
+
+    /// All backends, in the configuration's order.
+    pub fn list(&self) -> &[Arc<Backend>] {
+        &self.list
+    }
+
+    /// Ends the series of servers that `successor` does not have.
+    pub fn retire(&self, successor: &Self) {
+        for backend in &self.list {
+            let stays = successor.named(&backend.name);
+            for server in backend.servers() {
+                if !stays.is_some_and(|stays| stays.servers().iter().any(|other| other.name == server.name)) {
+                    self.list[backend.id.0].metrics.backend(backend.id.0).forget_server(&server.name);
+                }
+            }
+        }
+    }
+
     /// The backend a route named: ids come from the same configuration.
     pub fn backend(&self, id: BackendId) -> &Arc<Backend> {
         &self.list[id.0]
@@ -203,6 +235,15 @@ pub struct Backend {
     pub follows_referrals: bool,
     /// Sent with ID as `x-forward-KEY`.
     forward: BTreeMap<String, String>,
+    /// Which server comes first.
+    pub balance: Balance,
+    watch: Option<Watch>,
+    queue: Queue,
+    queue_limits: config::Queue,
+    /// How far each server is behind its turn, by name.
+    credits: Mutex<HashMap<Arc<str>, f64>>,
+    /// Of servers that a route names by address.
+    guest_terms: Terms,
     groups: Vec<Group>,
     /// Servers that a route names by their addresses.
     guests: Mutex<HashMap<SocketAddr, Arc<Server>>>,
@@ -215,32 +256,49 @@ impl Backend {
         backend: &config::Backend,
         id: BackendId,
         metrics: Arc<Metrics>,
+        previous: Option<&Arc<Self>>,
     ) -> Result<Self, Problem> {
         let tls = ClientTls::build(config, backend)?;
+        let label: Arc<str> = backend.name.as_str().into();
         let own = metrics.backend(id.0);
         own.set_insecure(backend.tls.mode != TlsMode::None && matches!(backend.tls.trust, Trust::Insecure));
         let mut fixed = Vec::new();
         let mut groups = Vec::new();
         for server in &backend.servers {
             match server {
-                config::Server::Srv { name, .. } => groups.push(Group::service(name.clone())),
-                config::Server::Address { name, host, port, weight, place } => {
+                config::Server::Srv { name, max_sessions, mode, .. } => {
+                    let terms = Terms::new(&backend.care, *max_sessions, *mode);
+                    let known = previous.and_then(|previous| {
+                        let group = previous.groups.iter().find(|group| group.service.as_ref() == Some(name))?;
+                        group.servers.borrow().clone()
+                    });
+                    let known = known.map(|servers| servers.iter().map(|server| server.on(terms)).collect());
+                    groups.push(Group::service(name.clone(), terms, known));
+                }
+                config::Server::Address { name, host, port, weight, max_sessions, mode, place } => {
                     let tls_name = tls_name(host).map_err(|message| config.problem(place, message))?;
-                    fixed.push(Arc::new(Server::new(
-                        name.clone(),
-                        host.clone(),
-                        *port,
-                        *weight,
-                        0,
+                    let known = previous.and_then(|previous| previous.fixed(name));
+                    let state = known.map(|known| known.state.clone());
+                    fixed.push(Arc::new(Server {
+                        name: name.as_str().into(),
+                        backend: label.clone(),
+                        host: host.clone(),
+                        port: *port,
+                        weight: *weight,
+                        priority: 0,
                         tls_name,
-                        own.server(name),
-                    )));
+                        terms: Terms::new(&backend.care, *max_sessions, *mode),
+                        state: state.unwrap_or_else(|| ServerState::new(host, *port, own.server(name))),
+                    }));
                 }
             }
         }
-        groups.push(Group::fixed(fixed));
+        let guest_terms = Terms::new(&backend.care, None, Mode::Up);
+        groups.push(Group::fixed(fixed, guest_terms));
+        let guests = previous.map(|previous| previous.lock_guests().clone()).unwrap_or_default();
+        let guests = guests.into_iter().map(|(address, server)| (address, server.on(guest_terms))).collect();
         Ok(Self {
-            name: backend.name.as_str().into(),
+            name: label,
             id,
             tls,
             mode: backend.tls.mode,
@@ -249,33 +307,79 @@ impl Backend {
             login: backend.login.as_ref().map(|login| OwnLogin::read(config, login)).transpose()?,
             follows_referrals: backend.follows_referrals,
             forward: backend.forward.clone(),
+            balance: backend.care.balance,
+            watch: backend.care.check.as_ref().map(|check| Watch::build(config, check)).transpose()?,
+            queue: Queue::default(),
+            queue_limits: backend.care.queue,
+            credits: Mutex::default(),
+            guest_terms,
             groups,
-            guests: Mutex::default(),
+            guests: Mutex::new(guests),
             metrics,
         })
     }
 
-    /// The servers to try for `user`, in order; waits for DNS only while it has never answered.
+    /// All servers that are known just now, those that routes named by address too.
+    pub fn servers(&self) -> Vec<Arc<Server>> {
+        let guests: Vec<Arc<Server>> = self.lock_guests().values().cloned().collect();
+        self.groups.iter().flat_map(Group::current).chain(guests).collect()
+    }
+
+    /// The server that the configuration calls so.
+    fn fixed(&self, name: &str) -> Option<Arc<Server>> {
+        let fixed = self.groups.iter().filter(|group| group.service.is_none());
+        fixed.flat_map(Group::current).find(|server| &*server.name == name)
+    }
+
+    fn lock_guests(&self) -> MutexGuard<'_, HashMap<SocketAddr, Arc<Server>>> {
+        // Nothing in here panics halfway through a change.
+        self.guests.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whether all sessions of a user must be on one server: two that share a mailbox's storage would damage its index.
+    pub fn serves_a_user_by_one_server(&self) -> bool {
+        self.balance.is_sticky()
+    }
+
+    /// The servers to try for `user`, in order, without those that are drained or down; waits for DNS only while it has
+    /// never answered.
     pub async fn candidates(&self, user: &str) -> Vec<Arc<Server>> {
         let mut servers = Vec::new();
         for group in &self.groups {
             servers.extend(group.first_known().await);
         }
+        servers.retain(|server| server.mode() == Mode::Up);
         let now = Instant::now();
         let candidates: Vec<Candidate<'_>> = servers.iter().map(|server| server.candidate(now)).collect();
-        select::order(user, &candidates).into_iter().map(|index| servers[index].clone()).collect()
+        let order = self.ordered(user, &candidates, &servers);
+        order.into_iter().map(|index| servers[index].clone()).collect()
+    }
+
+    fn ordered(&self, user: &str, candidates: &[Candidate<'_>], servers: &[Arc<Server>]) -> Vec<usize> {
+        if self.balance != Balance::RoundRobin {
+            let mut luck = Luck { chance: &mut chance, credits: &mut [] };
+            return select::order(self.balance, user, candidates, &mut luck);
+        }
+        // What is lost with a panic elsewhere is whose turn it is.
+        let mut known = self.credits.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut credits: Vec<f64> =
+            servers.iter().map(|server| known.get(&server.name).copied().unwrap_or_default()).collect();
+        let order =
+            select::order(self.balance, user, candidates, &mut Luck { chance: &mut chance, credits: &mut credits });
+        *known = servers.iter().map(|server| server.name.clone()).zip(credits).collect();
+        order
     }
 
     /// A server that is not declared, which a route's configuration allows. `None`: [`MAX_GUESTS`] of them have sessions.
     pub fn at(&self, address: SocketAddr) -> Option<Arc<Server>> {
-        let mut guests = self.guests.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut guests = self.lock_guests();
         if let Some(known) = guests.get(&address) {
             return Some(known.clone());
         }
         let own = self.metrics.backend(self.id.0);
         if guests.len() >= MAX_GUESTS {
             guests.retain(|_, server| {
-                let in_use = Arc::strong_count(server) > 1 || server.metrics.sessions() > 0;
+                let in_use = Arc::strong_count(server) > 1 || server.sessions() > 0;
                 if !in_use {
                     own.forget_server(&server.name);
                 }
@@ -287,8 +391,17 @@ impl Backend {
             return None;
         }
         let (name, host) = (address.to_string(), Host::Ip(address.ip()));
-        let (tls_name, metrics) = (ServerName::from(address.ip()), own.server(&name));
-        let server = Arc::new(Server::new(name, host, address.port(), 1, 0, tls_name, metrics));
+        let server = Arc::new(Server {
+            state: ServerState::new(&host, address.port(), own.server(&name)),
+            name: name.into(),
+            backend: self.name.clone(),
+            host,
+            port: address.port(),
+            weight: 1,
+            priority: 0,
+            tls_name: ServerName::from(address.ip()),
+            terms: self.guest_terms,
+        });
         guests.insert(address, server.clone());
         Some(server)
     }
@@ -300,13 +413,17 @@ impl Backend {
     }
 
     /// A server that an SRV record names. Its certificate must be for the domain that was asked for: see `tls::client`.
-    fn discovered(&self, service: &str, target: &str, port: u16, priority: u16, weight: u32) -> Server {
-        let name = format!("{target}:{port}");
+    /// `known` is what was learnt of it before.
+    fn discovered(&self, group: &Group, name: &str, service: &Service, known: Option<Arc<ServerState>>) -> Server {
         // The configuration was checked: it is a name. Were it none, no certificate would be for this address.
-        let tls_name = ServerName::try_from(service_domain(service).to_owned())
+        let tls_name = ServerName::try_from(service_domain(name).to_owned())
             .unwrap_or_else(|_| ServerName::from(std::net::IpAddr::from([0, 0, 0, 0])));
-        let metrics = self.metrics.backend(self.id.0).server(&name);
-        Server::new(name, Host::Name(target.to_owned()), port, weight, priority, tls_name, metrics)
+        let Service { target, port, priority, weight } = service.clone();
+        let (name, host) = (format!("{target}:{port}"), Host::Name(target));
+        let state =
+            known.unwrap_or_else(|| ServerState::new(&host, port, self.metrics.backend(self.id.0).server(&name)));
+        let (backend, terms) = (self.name.clone(), group.terms);
+        Server { name: name.into(), backend, host, port, weight, priority, tls_name, terms, state }
     }
 
     /// The servers of an SRV entry are now these.
@@ -317,25 +434,37 @@ impl Backend {
                 self.metrics.backend(self.id.0).forget_server(&old.name);
             }
         }
+        for server in &servers {
+            server.show();
+        }
         self.groups[group].servers.send_replace(Some(servers));
     }
+}
+
+/// From 0 up to 1. Good enough for sharing out: the standard library's own random state, which nobody can foresee.
+fn chance() -> f64 {
+    let bits = RandomState::new().hash_one(0_u8);
+    #[expect(clippy::cast_precision_loss, reason = "53 bits fit an f64 exactly")]
+    let chance = (bits >> 11) as f64 / (1_u64 << 53) as f64;
+    chance
 }
 
 /// Servers that come and go together: the fixed ones, or those of one SRV entry.
 #[derive(Debug)]
 struct Group {
     service: Option<String>,
+    terms: Terms,
     /// `None` until DNS answered or failed for the first time.
     servers: watch::Sender<Option<Vec<Arc<Server>>>>,
 }
 
 impl Group {
-    fn fixed(servers: Vec<Arc<Server>>) -> Self {
-        Self { service: None, servers: watch::Sender::new(Some(servers)) }
+    fn fixed(servers: Vec<Arc<Server>>, terms: Terms) -> Self {
+        Self { service: None, terms, servers: watch::Sender::new(Some(servers)) }
     }
 
-    fn service(name: String) -> Self {
-        Self { service: Some(name), servers: watch::Sender::new(None) }
+    fn service(name: String, terms: Terms, known: Option<Vec<Arc<Server>>>) -> Self {
+        Self { service: Some(name), terms, servers: watch::Sender::new(known) }
     }
 
     fn current(&self) -> Vec<Arc<Server>> {
@@ -348,163 +477,6 @@ impl Group {
 
     fn publish_if_first(&self) {
         publish_if_first(&self.servers);
-    }
-}
-
-/// One mailbox server.
-#[derive(Debug)]
-pub struct Server {
-    /// As configured, or `target:port` of an SRV record: the label of metrics and logs.
-    pub name: Arc<str>,
-    host: Host,
-    port: u16,
-    weight: u32,
-    priority: u16,
-    tls_name: ServerName<'static>,
-    /// `None` until DNS answered or failed for the first time.
-    addresses: watch::Sender<Option<Vec<SocketAddr>>>,
-    health: Mutex<Health>,
-    /// Ways to log in that it had when it was last asked.
-    offer: Mutex<Option<Mechanisms>>,
-    /// Whether it was told already that the server does not say that it trusts us.
-    distrust_told: AtomicBool,
-    /// Its gauges.
-    pub metrics: ServerMetrics,
-}
-
-impl Server {
-    fn new(
-        name: String,
-        host: Host,
-        port: u16,
-        weight: u32,
-        priority: u16,
-        tls_name: ServerName<'static>,
-        metrics: ServerMetrics,
-    ) -> Self {
-        let addresses = match &host {
-            Host::Ip(ip) => Some(vec![SocketAddr::new(*ip, port)]),
-            Host::Name(_) => None,
-        };
-        let addresses = watch::Sender::new(addresses);
-        let name = name.into();
-        Self {
-            name,
-            host,
-            port,
-            weight,
-            priority,
-            tls_name,
-            addresses,
-            health: Mutex::default(),
-            offer: Mutex::default(),
-            distrust_told: AtomicBool::new(false),
-            metrics,
-        }
-    }
-
-    /// Its addresses, the one that answered last in front; waits for DNS only while it has never answered.
-    pub async fn addresses(&self) -> Vec<SocketAddr> {
-        first_known(&self.addresses).await
-    }
-
-    /// Its share among servers of the same priority.
-    pub fn weight(&self) -> u32 {
-        self.weight
-    }
-
-    /// Of its SRV record: lower is asked first. 0 where it has none.
-    pub fn priority(&self) -> u16 {
-        self.priority
-    }
-
-    /// Whether it comes before failing servers just now.
-    pub fn is_available(&self) -> bool {
-        self.health().is_available(Instant::now())
-    }
-
-    fn is_at(&self, host: &str) -> bool {
-        let address: Option<IpAddr> = host.parse().ok();
-        let resolved = || self.addresses.borrow().iter().flatten().any(|known| Some(known.ip()) == address);
-        match &self.host {
-            Host::Name(name) => name == host || resolved(),
-            Host::Ip(ip) => Some(ip.to_canonical()) == address.map(|address| address.to_canonical()),
-        }
-    }
-
-    fn offer(&self) -> Option<Mechanisms> {
-        *self.offer.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn offers(&self, offer: Option<Mechanisms>) {
-        *self.offer.lock().unwrap_or_else(PoisonError::into_inner) = offer;
-    }
-
-    /// What it said to an ID with the client's address in it.
-    fn answered_id(&self, answer: IdAnswer) {
-        let trusts = answer == IdAnswer::Trusted;
-        self.metrics.set_trusts(trusts);
-        if !trusts && !self.distrust_told.swap(true, Ordering::Relaxed) {
-            tracing::info!(
-                server = %self.name,
-                "server does not say that it trusts our ID (Dovecot does since 2.4): see login_trusted_networks there"
-            );
-        }
-    }
-
-    /// A session could not use it.
-    fn failed(&self, error: &str) {
-        if self.health().failed(Instant::now()) {
-            tracing::warn!(server = %self.name, %error, "server is failing and passed over for a while");
-        }
-        self.metrics.set_up(false);
-    }
-
-    /// It answered a login, whichever way.
-    fn answered(&self) {
-        if self.health().answered() {
-            tracing::info!(server = %self.name, "server answers again");
-            self.metrics.set_up(true);
-        }
-    }
-
-    /// `address` answered: it is tried first from now on.
-    fn prefer(&self, address: SocketAddr) {
-        self.addresses.send_if_modified(|known| match known {
-            Some(known) if known.first() != Some(&address) => {
-                known.sort_by_key(|other| *other != address);
-                true
-            }
-            _ => false,
-        });
-    }
-
-    fn publish(&self, addresses: Vec<SocketAddr>) {
-        let first = self.addresses.borrow().as_ref().and_then(|known| known.first().copied());
-        self.addresses.send_replace(Some(addresses));
-        if let Some(first) =
-            first.filter(|first| self.addresses.borrow().as_ref().is_some_and(|now| now.contains(first)))
-        {
-            self.prefer(first);
-        }
-    }
-
-    fn publish_if_first(&self) {
-        publish_if_first(&self.addresses);
-    }
-
-    fn candidate(&self, now: Instant) -> Candidate<'_> {
-        Candidate {
-            name: &self.name,
-            weight: self.weight,
-            priority: self.priority,
-            available: self.health().is_available(now),
-        }
-    }
-
-    fn health(&self) -> std::sync::MutexGuard<'_, Health> {
-        // A panic elsewhere leaves two plain fields behind, which are valid whatever they hold.
-        self.health.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -536,13 +508,4 @@ fn publish_if_first<T>(published: &watch::Sender<Option<Vec<T>>>) {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_domain_of_a_service() {
-        assert_eq!(service_domain("_imap._tcp.shard-a.internal"), "shard-a.internal");
-        assert_eq!(service_domain("_imaps._tcp.example.org."), "example.org");
-        assert_eq!(service_domain("example.org"), "example.org");
-    }
-}
+mod tests;

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use serde_yaml::Value;
 
-use super::file::{CertificateMap, CertificateUserWord, File, FormatWord, LevelWord, ListenerMap, TlsWord};
+use super::file::{CertificateMap, CertificateUserWord, File, FormatWord, LevelWord, ListenerMap, SniWord, TlsWord};
 use super::limits::{bounded, limits, seconds};
 use super::locate::child;
 use super::read::Reader;
@@ -18,7 +18,7 @@ use super::servers::backend;
 use super::users::users;
 use super::{
     Backend, Certificate, CertificateUser, ClientCertificates, Config, Host, Level, Listener, ListenerTls, Located,
-    Log, LogFormat, Resolver, Server, is_local,
+    Log, LogFormat, Resolver, RunAs, Server, TlsVersion, is_local,
 };
 use crate::identity::{Mechanism, Mechanisms};
 
@@ -28,6 +28,7 @@ pub(super) fn config(reader: &mut Reader<'_>, file: &Path, value: Value) -> Opti
     let written: File = reader.read("", value)?;
     let listeners = listeners(reader, folder, written.listeners);
     let certificates = certificates(reader, folder, written.tls.certificates);
+    let ticket_keys = written.tls.ticket_keys.map(|files| ticket_keys(reader, folder, &files)).unwrap_or_default();
     let wants_tls = listeners.iter().any(|listener| listener.tls != ListenerTls::None);
     if wants_tls && certificates.is_empty() && !reader.blamed("tls") {
         reader.problem("tls.certificates", "a listener speaks TLS, so at least one certificate is needed");
@@ -45,6 +46,18 @@ pub(super) fn config(reader: &mut Reader<'_>, file: &Path, value: Value) -> Opti
     }
     pointed_at_itself(reader, &listeners, &backends);
     let routes = routes(reader, folder, &names, written.routes);
+    let control = written.admin.control.map(|path| folder.join(path));
+    // A Unix socket's name has 108 bytes, its end included (unix(7)).
+    if control.as_ref().is_some_and(|path| path.as_os_str().len() > 90) {
+        reader.problem("admin.control", "the path is too long for a Unix socket: at most 90 bytes");
+    }
+    let run_as = written.run_as.map(|map| RunAs { user: map.user, group: map.group });
+    for (key, name) in run_as.iter().flat_map(|run_as| [("user", Some(&run_as.user)), ("group", run_as.group.as_ref())])
+    {
+        if name.is_some_and(|name| name.is_empty() || name.contains(['\0', ':', '/'])) {
+            reader.problem(&child("run_as", key), "expected a name, like vestibule");
+        }
+    }
     let admin = written.admin.address.and_then(|text| socket_address(reader, "admin.address", &text, "127.0.0.1:9143"));
     let addresses: Vec<SocketAddr> = listeners.iter().map(|listener| listener.address).collect();
     if let Some(address) = admin
@@ -68,12 +81,15 @@ pub(super) fn config(reader: &mut Reader<'_>, file: &Path, value: Value) -> Opti
         file: file.to_owned(),
         listeners,
         certificates,
+        ticket_keys,
         backends,
         routes,
         naming,
         master_networks,
         limits: limits(reader, &written.limits),
         admin,
+        control,
+        run_as,
         log: Log { format: format(written.log.format), level: level(written.log.level) },
         resolver: Resolver { servers, timeout },
     })
@@ -123,6 +139,13 @@ fn listeners(reader: &mut Reader<'_>, folder: &Path, items: Vec<Value>) -> Vec<L
             TlsWord::None => ListenerTls::None,
         };
         let mechanisms = written.mechanisms.map(|names| mechanisms(reader, &child(&key, "mechanisms"), &names));
+        for (name, given) in [("tls_min", written.tls_min.is_some()), ("sni", written.sni.is_some())] {
+            if given && tls == ListenerTls::None {
+                reader.problem(&child(&key, name), "has no effect with tls: none");
+            }
+        }
+        let tls_min = written.tls_min.map_or(TlsVersion::Tls12, |word| word.0);
+        let strict_sni = written.sni == Some(SniWord::Strict);
         let client_certificates = written.client_certificates.map(|map| {
             let key = child(&key, "client_certificates");
             if tls == ListenerTls::None {
@@ -139,7 +162,7 @@ fn listeners(reader: &mut Reader<'_>, folder: &Path, items: Vec<Value>) -> Vec<L
             }
         });
         let place = reader.place(&address_key);
-        listeners.push(Listener { address, tls, mechanisms, client_certificates, place });
+        listeners.push(Listener { address, tls, mechanisms, tls_min, strict_sni, client_certificates, place });
     }
     listeners
 }
@@ -179,10 +202,27 @@ fn certificates(reader: &mut Reader<'_>, folder: &Path, items: Vec<Value>) -> Ve
             certificates.push(Certificate {
                 cert: located(reader, folder, &child(&key, "cert"), &written.cert),
                 key: located(reader, folder, &child(&key, "key"), &written.key),
+                ocsp: written.ocsp.map(|path| located(reader, folder, &child(&key, "ocsp"), &path)),
             });
         }
     }
     certificates
+}
+
+fn ticket_keys(reader: &mut Reader<'_>, folder: &Path, files: &[PathBuf]) -> Vec<Located<PathBuf>> {
+    if files.is_empty() {
+        reader.problem(
+            "tls.ticket_keys",
+            "at least one file is needed; without the key the process makes its own secret",
+        );
+    }
+    let key = |index: usize| format!("tls.ticket_keys[{index}]");
+    for (index, file) in files.iter().enumerate() {
+        if files[..index].contains(file) {
+            reader.problem(&key(index), "the same file stands in this list already");
+        }
+    }
+    files.iter().enumerate().map(|(index, file)| located(reader, folder, &key(index), file)).collect()
 }
 
 /// Relative paths count from the configuration file's folder.

@@ -9,7 +9,7 @@ use std::path::PathBuf;
 use serde::Deserialize;
 use serde_yaml::{Mapping, Value};
 
-use super::values::{ServerEntry, Size, Span, TlsEntry, Words};
+use super::values::{BalanceEntry, CheckEntry, ServerEntry, Size, Span, TlsEntry, TlsVersionWord, Words};
 
 /// The whole file.
 #[derive(Debug, Default, Deserialize)]
@@ -27,8 +27,10 @@ pub(super) struct File {
     pub(super) users: UsersMap,
     /// Deadlines and caps.
     pub(super) limits: LimitsMap,
-    /// Metrics and health.
+    /// Metrics and health; commands.
     pub(super) admin: AdminMap,
+    /// Whom to become once all ports are bound.
+    pub(super) run_as: Option<RunAsMap>,
     /// Log records.
     pub(super) log: LogMap,
     /// DNS.
@@ -46,9 +48,25 @@ pub(super) struct ListenerMap {
     /// Ways to log in that are offered, instead of those that the backends have.
     #[serde(default)]
     pub(super) mechanisms: Option<Vec<String>>,
+    /// The oldest version of TLS that is spoken.
+    #[serde(default)]
+    pub(super) tls_min: Option<TlsVersionWord>,
+    /// Whom a client must ask for.
+    #[serde(default)]
+    pub(super) sni: Option<SniWord>,
     /// Certificates of clients.
     #[serde(default)]
     pub(super) client_certificates: Option<ClientCertificatesMap>,
+}
+
+/// `sni` of a listener.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub(super) enum SniWord {
+    /// Any server, or none: the first certificate serves where no other does.
+    Any,
+    /// A server that there is a certificate for.
+    Strict,
 }
 
 /// `client_certificates` of a listener.
@@ -96,6 +114,8 @@ pub(super) enum TlsWord {
 pub(super) struct TlsSection {
     /// Chosen by SNI; the first is the default: [`CertificateMap`].
     pub(super) certificates: Vec<Value>,
+    /// Files of secrets behind the session tickets: the first seals, all open. Absent: a secret of the process's own.
+    pub(super) ticket_keys: Option<Vec<PathBuf>>,
 }
 
 /// An item of `tls.certificates`.
@@ -106,6 +126,9 @@ pub(super) struct CertificateMap {
     pub(super) cert: PathBuf,
     /// PEM file: its private key, not encrypted.
     pub(super) key: PathBuf,
+    /// DER file: an OCSP response about it, for clients that ask.
+    #[serde(default)]
+    pub(super) ocsp: Option<PathBuf>,
 }
 
 /// A value of `backends`.
@@ -132,6 +155,101 @@ pub(super) struct BackendMap {
     /// Sent with ID as `x-forward-KEY`.
     #[serde(default)]
     pub(super) forward: BTreeMap<String, String>,
+    /// Which server a login goes to: a word, or [`BalanceMap`].
+    #[serde(default)]
+    pub(super) balance: Option<BalanceEntry>,
+    /// How servers are asked whether they are well: `off`, a word, or [`CheckMap`].
+    #[serde(default)]
+    pub(super) check: Option<CheckEntry>,
+    /// How long a server that came back takes to its full weight.
+    #[serde(default)]
+    pub(super) slow_start: Option<Span>,
+    /// When logins stop going to a server by themselves.
+    #[serde(default)]
+    pub(super) breaker: BreakerMap,
+    /// Sessions of each server that does not say otherwise.
+    #[serde(default)]
+    pub(super) max_sessions: Option<i64>,
+    /// Logins that wait for a free place.
+    #[serde(default)]
+    pub(super) queue: QueueMap,
+}
+
+/// `balance` that is no word.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct BalanceMap {
+    pub(super) kind: BalanceWord,
+    /// How many times its fair share a server may have, with bounded-hash.
+    pub(super) factor: Option<f64>,
+}
+
+/// `balance`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub(super) enum BalanceWord {
+    UserHash,
+    BoundedHash,
+    LeastSessions,
+    RoundRobin,
+}
+
+/// `check` that is no word.
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub(super) struct CheckMap {
+    pub(super) kind: CheckWord,
+    /// From one check to the next.
+    pub(super) interval: Option<Span>,
+    /// For all of a check.
+    pub(super) timeout: Option<Span>,
+    /// Good ones in a row that bring a server back.
+    pub(super) rise: Option<i64>,
+    /// Failed ones in a row that take a server out.
+    pub(super) fall: Option<i64>,
+    /// Who logs in.
+    pub(super) account: Option<String>,
+    /// A file with the password.
+    pub(super) password_file: Option<PathBuf>,
+}
+
+/// `check.kind`.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub(super) enum CheckWord {
+    Tcp,
+    Tls,
+    #[default]
+    Imap,
+    Login,
+}
+
+/// `breaker`.
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub(super) struct BreakerMap {
+    /// In a row; a refused connection counts for all of them.
+    pub(super) failures: Option<i64>,
+}
+
+/// `queue`.
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub(super) struct QueueMap {
+    /// Logins at a time, a backend.
+    pub(super) length: Option<i64>,
+    /// How long each waits.
+    pub(super) timeout: Option<Span>,
+}
+
+/// `state` of a server.
+#[derive(Debug, Clone, Copy, Default, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub(super) enum StateWord {
+    #[default]
+    Up,
+    Drain,
+    Down,
 }
 
 /// `login` of a backend.
@@ -226,7 +344,7 @@ pub(super) enum LogNameWord {
 }
 
 /// An item of `servers` that is no word.
-#[derive(Debug, Deserialize)]
+#[derive(Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(super) struct ServerMap {
     /// `host:port`.
@@ -235,6 +353,11 @@ pub(super) struct ServerMap {
     pub(super) weight: Option<i64>,
     /// A DNS name whose SRV record lists the servers.
     pub(super) srv: Option<String>,
+    /// Sessions it may have at a time; behind an SRV record each server.
+    pub(super) max_sessions: Option<i64>,
+    /// Whether it gets logins; behind an SRV record all servers.
+    #[serde(default)]
+    pub(super) state: StateWord,
 }
 
 /// `tls` of a backend that is no word.
@@ -299,7 +422,6 @@ pub(super) struct LimitsMap {
     pub(super) stall: Option<Span>,
     pub(super) drain: Option<Span>,
     pub(super) keepalive: Option<Span>,
-    pub(super) probe: Option<Span>,
     pub(super) sessions: Option<i64>,
     pub(super) workers: Option<i64>,
     pub(super) untagged_lines: Option<i64>,
@@ -312,6 +434,19 @@ pub(super) struct LimitsMap {
 pub(super) struct AdminMap {
     /// Where /metrics, /health and /ready are answered. Absent: nowhere.
     pub(super) address: Option<String>,
+    /// The Unix socket on which the program's own commands are answered. Absent: nowhere.
+    pub(super) control: Option<PathBuf>,
+}
+
+/// `run_as`.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct RunAsMap {
+    /// By name.
+    pub(super) user: String,
+    /// By name. Absent: the user's.
+    #[serde(default)]
+    pub(super) group: Option<String>,
 }
 
 /// `log`.

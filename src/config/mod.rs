@@ -5,6 +5,7 @@
 //! that use them report with the [`Place`] they are named at. Called by `main`, the demo and the tests; read by
 //! every room that is configured.
 
+mod care;
 mod check;
 mod directory;
 mod file;
@@ -30,6 +31,7 @@ use zeroize::Zeroizing;
 
 use crate::identity::{Mechanisms, Naming, UserName};
 
+pub use self::care::{Balance, Care, Check, CheckKind, Mode, Queue};
 pub use self::directory::{
     ANSWER_FIELDS, Asking, Cache, Dns, DnsQuestion, Http, HttpStyle, Ldap, LdapScope, Network, Redis, RedisPlace, Sql,
 };
@@ -51,6 +53,8 @@ pub struct Config {
     pub listeners: Vec<Listener>,
     /// At least one where a listener speaks TLS.
     pub certificates: Vec<Certificate>,
+    /// Files of secrets behind session tickets: the first seals, all open. Empty: the process makes its own.
+    pub ticket_keys: Vec<Located<PathBuf>>,
     /// At least one; [`BackendId`] counts here.
     pub backends: Vec<Backend>,
     /// At least one.
@@ -63,6 +67,10 @@ pub struct Config {
     pub limits: Limits,
     /// Where metrics and health are answered.
     pub admin: Option<SocketAddr>,
+    /// Where the program's own commands are answered.
+    pub control: Option<PathBuf>,
+    /// Whom to become once all ports are bound.
+    pub run_as: Option<RunAs>,
     /// Log records.
     pub log: Log,
     /// DNS.
@@ -89,6 +97,15 @@ impl Located<PathBuf> {
     }
 }
 
+/// A user to become.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct RunAs {
+    /// By name.
+    pub user: String,
+    /// By name; `None`: the user's.
+    pub group: Option<String>,
+}
+
 /// A port that clients connect to.
 #[derive(Debug, Clone)]
 pub struct Listener {
@@ -98,6 +115,10 @@ pub struct Listener {
     pub tls: ListenerTls,
     /// Ways to log in that are offered; `None`: those that the backends have.
     pub mechanisms: Option<Mechanisms>,
+    /// The oldest version of TLS that is spoken. Default 1.2.
+    pub tls_min: TlsVersion,
+    /// Whether a client must ask for a server that there is a certificate for. Default no.
+    pub strict_sni: bool,
     /// Certificates of clients.
     pub client_certificates: Option<ClientCertificates>,
     /// In the file.
@@ -137,6 +158,15 @@ pub enum ListenerTls {
     None,
 }
 
+/// A version of TLS.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum TlsVersion {
+    /// RFC 5246.
+    Tls12,
+    /// RFC 8446.
+    Tls13,
+}
+
 /// A certificate and its key.
 #[derive(Debug, Clone)]
 pub struct Certificate {
@@ -144,6 +174,8 @@ pub struct Certificate {
     pub cert: Located<PathBuf>,
     /// PEM file of the key.
     pub key: Located<PathBuf>,
+    /// DER file of an OCSP response about the certificate.
+    pub ocsp: Option<Located<PathBuf>>,
 }
 
 /// A named set of equivalent servers.
@@ -165,6 +197,8 @@ pub struct Backend {
     pub follows_referrals: bool,
     /// Sent with ID as `x-forward-KEY`.
     pub forward: BTreeMap<String, String>,
+    /// How servers are chosen, watched and limited.
+    pub care: Care,
     /// In the file.
     pub place: Place,
 }
@@ -204,6 +238,10 @@ pub enum Server {
         port: u16,
         /// 1 to 1000.
         weight: u32,
+        /// Sessions it may have at a time.
+        max_sessions: Option<u32>,
+        /// Whether it gets logins.
+        mode: Mode,
         /// In the file.
         place: Place,
     },
@@ -211,6 +249,10 @@ pub enum Server {
     Srv {
         /// `_imap._tcp.example.org`.
         name: String,
+        /// Sessions that each may have at a time.
+        max_sessions: Option<u32>,
+        /// Whether they get logins.
+        mode: Mode,
         /// In the file.
         place: Place,
     },
@@ -265,7 +307,7 @@ pub enum Trust {
 pub struct BackendId(pub usize);
 
 /// One source that maps users to backends.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq)]
 pub enum Route {
     /// A text file.
     Table(Located<PathBuf>),
@@ -295,7 +337,7 @@ pub enum Route {
 }
 
 /// A pattern and where those who match it belong.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct RegexRule {
     /// A regular expression.
     pub pattern: String,
@@ -356,8 +398,6 @@ pub struct Limits {
     pub drain: Duration,
     /// Silence after which TCP asks whether the peer is still there. Default 2 min.
     pub keepalive: Option<Duration>,
-    /// How often servers are asked what they offer. Default 1 min.
-    pub probe: Option<Duration>,
     /// Open client connections, logged in or not. Default 100,000.
     pub sessions: usize,
     /// Threads that serve sessions. Default: one a core.
@@ -385,7 +425,6 @@ impl Default for Limits {
             stall: Duration::from_secs(300),
             drain: Duration::from_secs(60),
             keepalive: Some(Duration::from_secs(120)),
-            probe: Some(Duration::from_secs(60)),
             sessions: 100_000,
             workers: std::thread::available_parallelism().map_or(1, usize::from),
             untagged_lines: 64,

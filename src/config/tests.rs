@@ -114,7 +114,7 @@ admin: {address: ':9143'}
         "v.yaml:8:68: backends.shard-a.servers[3]: the key `address` is missing (or `srv`)",
         "v.yaml:8:81: backends.shard-a.servers[4]: the same server stands in this backend already",
         "v.yaml:9:23: backends.shard-a.tls.insecure: has no effect with mode none",
-        "v.yaml:10:5: backends.shard-a.colour: unknown key; known: servers, tls, client_info, authzid, login, referrals, forward",
+        "v.yaml:10:5: backends.shard-a.colour: unknown key; known: servers, tls, client_info, authzid, login, referrals, forward, balance, check, slow_start, breaker, max_sessions, queue",
         "v.yaml:12:5: routes[0].default: no backend is declared as \"shard-b\"; did you mean `shard-a`?",
         "v.yaml:14:5: routes[2]: expected exactly one of table, domain, regex, hash, default, sql, ldap, http, redis, dns",
         "v.yaml:15:10: limits.idle: expected off or a duration from 30m to 30days",
@@ -127,6 +127,107 @@ admin: {address: ':9143'}
         assert!(said.iter().any(|other| other == line), "{line}\nis missing in\n{}", said.join("\n"));
     }
     assert_eq!(said.len(), expected.len(), "{}", said.join("\n"));
+}
+
+#[test]
+fn tls_of_listeners() {
+    let listeners = |first: &str, tls: &str| {
+        let listener = format!("listeners: [{{address: '127.0.0.1:993', tls: implicit, {first}}}]");
+        format!(
+            "{listener}\n{}tls: {{certificates: [{{cert: c, key: k}}], {tls}}}\n",
+            MINIMAL.split_once('\n').unwrap().1
+        )
+    };
+    for (written, tls_min, strict_sni) in [
+        ("", TlsVersion::Tls12, false),
+        ("tls_min: '1.3', sni: strict", TlsVersion::Tls13, true),
+        ("tls_min: 1.3, sni: any", TlsVersion::Tls13, false),
+        ("tls_min: 1.2", TlsVersion::Tls12, false),
+    ] {
+        let config = parse(Path::new("v.yaml"), &listeners(written, "")).unwrap();
+        let listener = &config.listeners[0];
+        assert_eq!((listener.tls_min, listener.strict_sni), (tls_min, strict_sni), "{written}");
+    }
+    assert_eq!(
+        mistakes(&listeners("tls_min: '1.1', sni: strickt", "ticket_keys: [a, b, a]")),
+        [
+            "v.yaml:1:55: listeners[0].tls_min: expected a version of TLS, \"1.2\" or \"1.3\", found a text of another form",
+            "v.yaml:1:71: listeners[0].sni: expected one of any, strict; did you mean `strict`?",
+            "v.yaml:4:62: tls.ticket_keys[2]: the same file stands in this list already",
+        ]
+    );
+    assert_eq!(
+        mistakes(&listeners("tls_min: 1.0", "ticket_keys: []")),
+        [
+            "v.yaml:1:55: listeners[0].tls_min: expected a version of TLS, \"1.2\" or \"1.3\", found a number with a fraction",
+            "v.yaml:4:42: tls.ticket_keys: at least one file is needed; without the key the process makes its own secret",
+        ]
+    );
+    let plain = MINIMAL.replace("tls: none", "tls: none, tls_min: '1.2', sni: any");
+    assert_eq!(
+        mistakes(&plain),
+        [
+            "v.yaml:1:52: listeners[0].tls_min: has no effect with tls: none",
+            "v.yaml:1:68: listeners[0].sni: has no effect with tls: none",
+        ]
+    );
+}
+
+#[test]
+fn care_of_servers_has_rules() {
+    let of = |more: &str| mistakes(&MINIMAL.replace("143']}}", &format!("143'], {more}}}}}")));
+    for (more, expected) in [
+        (
+            "balance: fair",
+            "2:44: backends.a.balance: expected one of user-hash, bounded-hash, least-sessions, round-robin",
+        ),
+        (
+            "balance: {kind: round-robin, factor: 2}",
+            "2:73: backends.a.balance.factor: has an effect with bounded-hash only",
+        ),
+        (
+            "balance: {kind: bounded-hash, factor: 1}",
+            "2:74: backends.a.balance.factor: expected a number from 1.01 to 10",
+        ),
+        ("check: pop3", "2:44: backends.a.check: expected one of tcp, tls, imap, login"),
+        ("check: tls", "2:44: backends.a.check: there is no TLS to check: the backend has tls none"),
+        ("check: {account: probe}", "2:52: backends.a.check.account: has an effect with kind login only"),
+        ("check: {kind: login, password_file: p}", "2:44: backends.a.check: a login needs the key `account`"),
+        ("check: {interval: 0s}", "2:52: backends.a.check.interval: expected a duration from 100ms to 1day"),
+        ("check: {rise: 0}", "2:52: backends.a.check.rise: expected a number from 1 to 1000"),
+        (
+            "slow_start: 30s",
+            "2:44: backends.a.slow_start: has no effect with balance user-hash: a user's sessions meet on one server",
+        ),
+        ("breaker: {failures: 0}", "2:54: backends.a.breaker.failures: expected a number from 1 to 1000"),
+        ("max_sessions: 0", "2:44: backends.a.max_sessions: expected a number from 1 to 10000000"),
+        ("queue: {length: -1}", "2:52: backends.a.queue.length: expected a number from 0 to 1000000"),
+    ] {
+        assert_eq!(of(more), [format!("v.yaml:{expected}")], "{more}");
+    }
+    let said = mistakes(&MINIMAL.replace("'192.0.2.1:143'", "{address: '192.0.2.1:143', state: dwon}"));
+    assert_eq!(
+        said,
+        ["v.yaml:2:53: backends.a.servers[0].state: expected one of up, drain, down; did you mean `down`?"]
+    );
+}
+
+#[test]
+fn care_of_servers_has_defaults() {
+    let config = parse(Path::new("v.yaml"), MINIMAL).unwrap();
+    let care = &config.backends[0].care;
+    assert_eq!((care.balance, care.slow_start, care.failures), (Balance::UserHash, None, 3));
+    let check = care.check.as_ref().unwrap();
+    assert_eq!((check.kind.as_str(), check.interval, check.rise, check.fall), ("imap", Duration::from_secs(10), 2, 3));
+    assert!(matches!(config.backends[0].servers[0], Server::Address { max_sessions: None, mode: Mode::Up, .. }));
+    let text = MINIMAL.replace(
+        "143']}}",
+        "143', {address: '192.0.2.2:143', max_sessions: 2, state: drain}], max_sessions: 7, check: off}}",
+    );
+    let config = parse(Path::new("v.yaml"), &text).unwrap();
+    assert!(config.backends[0].care.check.is_none());
+    assert!(matches!(config.backends[0].servers[0], Server::Address { max_sessions: Some(7), mode: Mode::Up, .. }));
+    assert!(matches!(config.backends[0].servers[1], Server::Address { max_sessions: Some(2), mode: Mode::Drain, .. }));
 }
 
 #[test]

@@ -12,6 +12,7 @@ const SESSION_BUCKETS: &[f64] =
     &[1.0, 5.0, 15.0, 60.0, 300.0, 900.0, 1800.0, 3600.0, 14400.0, 43200.0, 86400.0, 259200.0, 604800.0];
 
 /// The metric families: the one place where names and help texts stand.
+#[derive(Debug)]
 pub(super) struct Families {
     pub(super) registry: Registry,
     pub(super) build_info: IntGaugeVec,
@@ -30,10 +31,18 @@ pub(super) struct Families {
     pub(super) session_length: HistogramVec,
     pub(super) bytes: IntCounterVec,
     pub(super) failures: IntCounterVec,
+    pub(super) queue: IntGaugeVec,
     pub(super) server_up: IntGaugeVec,
+    pub(super) server_breaker: IntGaugeVec,
+    pub(super) server_mode: IntGaugeVec,
+    pub(super) server_checks: IntCounterVec,
+    pub(super) server_check: HistogramVec,
+    pub(super) server_certificate: GaugeVec,
     pub(super) server_trusts: IntGaugeVec,
     pub(super) server_sessions: IntGaugeVec,
     pub(super) certificate_expiry: GaugeVec,
+    pub(super) certificate_load_failed: IntGaugeVec,
+    pub(super) ticket_keys_load_failed: IntGauge,
     pub(super) table_users: IntGaugeVec,
     pub(super) load_failed: IntGaugeVec,
     pub(super) route_asked: HistogramVec,
@@ -43,6 +52,8 @@ pub(super) struct Families {
     pub(super) insecure: IntGaugeVec,
     pub(super) silent: IntGauge,
     pub(super) draining: IntGauge,
+    pub(super) reloads: IntCounterVec,
+    pub(super) reload_failed: IntGauge,
     pub(super) panics: IntCounter,
 }
 
@@ -120,9 +131,40 @@ impl Families {
                 "What went wrong, by the side that must act and the reason.",
                 &["side", "reason"],
             ),
+            queue: gauges(
+                "vestibule_backend_queue_length",
+                "Logins that wait for a free place, because all servers have max_sessions.",
+                &["backend"],
+            ),
             server_up: gauges(
                 "vestibule_server_up",
-                "1 while the server is taken for alive, 0 after a failure until it answers a login again.",
+                "1 while the server is taken for alive: its checks pass, its breaker is closed, and it is not down by the operator's word.",
+                &["backend", "server"],
+            ),
+            server_breaker: gauges(
+                "vestibule_server_breaker",
+                "0: closed; 1: one login tries the server out; 2: open after failed logins.",
+                &["backend", "server"],
+            ),
+            server_mode: gauges(
+                "vestibule_server_mode",
+                "What the operator wants: 0 up, 1 drain (no new logins), 2 down.",
+                &["backend", "server"],
+            ),
+            server_checks: counters(
+                "vestibule_server_checks_total",
+                "Checks of servers, by their kind and how they ended.",
+                &["backend", "server", "kind", "outcome"],
+            ),
+            server_check: histograms(
+                "vestibule_server_check_seconds",
+                "Length of checks, whatever their outcome.",
+                PHASE_BUCKETS,
+                &["backend"],
+            ),
+            server_certificate: float_gauges(
+                "vestibule_server_certificate_expiry_timestamp_seconds",
+                "When the certificate that a server showed its last check ends, in seconds since 1970.",
                 &["backend", "server"],
             ),
             server_trusts: gauges(
@@ -140,6 +182,15 @@ impl Families {
                 "When a served certificate ends, in seconds since 1970.",
                 &["certificate"],
             ),
+            certificate_load_failed: gauges(
+                "vestibule_certificate_load_failed",
+                "1 while files of a certificate cannot be used and what was loaded before is served.",
+                &["certificate"],
+            ),
+            ticket_keys_load_failed: valid(IntGauge::new(
+                "vestibule_ticket_keys_load_failed",
+                "1 while the files of ticket keys cannot be used and those loaded before are in use.",
+            )),
             table_users: gauges("vestibule_table_users", "Entries a route holds in memory.", &["route"]),
             load_failed: gauges(
                 "vestibule_table_load_failed",
@@ -173,15 +224,27 @@ impl Families {
                 "Logged-in sessions that are silent just now and wait without a task or a buffer.",
             )),
             draining: valid(IntGauge::new("vestibule_draining", "1 once the process has begun to stop.")),
+            reloads: counters(
+                "vestibule_reloads_total",
+                "Configurations loaded again, or refused for their mistakes.",
+                &["outcome"],
+            ),
+            reload_failed: valid(IntGauge::new(
+                "vestibule_reload_failed",
+                "1 while the last configuration that was to be loaded had mistakes and an older one is in use.",
+            )),
             panics: valid(IntCounter::new("vestibule_panics_total", "Panics caught; each ended one session.")),
             registry,
         };
+        for outcome in ["loaded", "refused"] {
+            families.reloads.with_label_values(&[outcome]);
+        }
         families.register_all();
         families
     }
 
     fn register_all(&self) {
-        let collectors: [Box<dyn prometheus::core::Collector>; 30] = [
+        let collectors: [Box<dyn prometheus::core::Collector>; 40] = [
             Box::new(self.build_info.clone()),
             Box::new(self.sessions.clone()),
             Box::new(self.sessions_total.clone()),
@@ -198,10 +261,18 @@ impl Families {
             Box::new(self.session_length.clone()),
             Box::new(self.bytes.clone()),
             Box::new(self.failures.clone()),
+            Box::new(self.queue.clone()),
             Box::new(self.server_up.clone()),
+            Box::new(self.server_breaker.clone()),
+            Box::new(self.server_mode.clone()),
+            Box::new(self.server_checks.clone()),
+            Box::new(self.server_check.clone()),
+            Box::new(self.server_certificate.clone()),
             Box::new(self.server_trusts.clone()),
             Box::new(self.server_sessions.clone()),
             Box::new(self.certificate_expiry.clone()),
+            Box::new(self.certificate_load_failed.clone()),
+            Box::new(self.ticket_keys_load_failed.clone()),
             Box::new(self.table_users.clone()),
             Box::new(self.load_failed.clone()),
             Box::new(self.route_asked.clone()),
@@ -211,6 +282,8 @@ impl Families {
             Box::new(self.insecure.clone()),
             Box::new(self.silent.clone()),
             Box::new(self.draining.clone()),
+            Box::new(self.reloads.clone()),
+            Box::new(self.reload_failed.clone()),
             Box::new(self.panics.clone()),
         ];
         for collector in collectors {

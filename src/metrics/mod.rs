@@ -8,13 +8,17 @@
 
 mod families;
 mod route;
+mod server;
 
+use std::sync::Arc;
 use std::time::Duration;
 
-use prometheus::{GaugeVec, Histogram, IntCounter, IntGauge, IntGaugeVec, Registry, TextEncoder};
+use prometheus::{Histogram, IntCounter, IntGauge, TextEncoder};
 
 use self::families::Families;
 pub use self::route::{LookupResult, RouteMetrics};
+use self::server::ServerFamilies;
+pub use self::server::{CheckMetrics, ServerMetrics};
 use crate::failure::Reason;
 use crate::identity::Mechanism;
 
@@ -59,44 +63,64 @@ pub struct Names {
 /// All metrics of one running instance.
 #[derive(Debug)]
 pub struct Metrics {
-    registry: Registry,
+    families: Arc<Families>,
     listeners: Vec<ListenerMetrics>,
     backends: Vec<BackendMetrics>,
     routes: Vec<RouteMetrics>,
     unrouted_logins: LoginCounters,
     failures: Vec<IntCounter>,
-    certificate_expiry: GaugeVec,
-    silent: IntGauge,
-    draining: IntGauge,
-    panics: IntCounter,
 }
 
 impl Metrics {
     /// Registers everything for the given names.
     pub fn new(names: &Names) -> Self {
         let families = Families::new();
+        families.build_info.with_label_values(&[env!("CARGO_PKG_VERSION")]).set(1);
+        Self::of(Arc::new(families), names)
+    }
+
+    /// The same counts, resolved for the names of another configuration.
+    pub fn renewed(&self, names: &Names) -> Self {
+        Self::of(self.families.clone(), names)
+    }
+
+    fn of(families: Arc<Families>, names: &Names) -> Self {
         let failures = Reason::ALL
             .iter()
             .map(|reason| families.failures.with_label_values(&[reason.side().as_str(), reason.as_str()]))
             .collect();
-        families.build_info.with_label_values(&[env!("CARGO_PKG_VERSION")]).set(1);
         Self {
             listeners: names.listeners.iter().map(|name| ListenerMetrics::new(&families, name)).collect(),
             backends: names.backends.iter().map(|name| BackendMetrics::new(&families, name)).collect(),
             routes: names.routes.iter().map(|name| RouteMetrics::new(&families, name)).collect(),
             unrouted_logins: LoginCounters::new(&families, ""),
             failures,
-            certificate_expiry: families.certificate_expiry.clone(),
-            silent: families.silent.clone(),
-            draining: families.draining.clone(),
-            panics: families.panics.clone(),
-            registry: families.registry,
+            families,
         }
+    }
+
+    /// Ends the series of states that `successor` no longer has: nobody would ever set them again. Counters stay, and so do
+    /// gauges of sessions, which are open yet.
+    pub fn retire(&self, successor: &Self) {
+        for route in &self.routes {
+            if !successor.routes.iter().any(|other| other.label() == route.label()) {
+                route.forget(&self.families);
+            }
+        }
+        for backend in &self.backends {
+            if !successor.backends.iter().any(|other| other.name == backend.name) {
+                // An error says that the series does not exist, which is what is asked for.
+                let _ = self.families.insecure.remove_label_values(&[&backend.name]);
+                let _ = self.families.queue.remove_label_values(&[&backend.name]);
+            }
+        }
+        self.families.certificate_expiry.reset();
+        self.families.certificate_load_failed.reset();
     }
 
     /// The text that Prometheus scrapes.
     pub fn render(&self) -> String {
-        TextEncoder::new().encode_to_string(&self.registry.gather()).unwrap_or_else(|error| {
+        TextEncoder::new().encode_to_string(&self.families.registry.gather()).unwrap_or_else(|error| {
             tracing::error!(%error, "metrics could not be rendered");
             String::new()
         })
@@ -131,22 +155,39 @@ impl Metrics {
     /// A certificate was loaded that ends at `expiry` (seconds since 1970).
     pub fn certificate(&self, file: &str, expiry: i64) {
         #[expect(clippy::cast_precision_loss, reason = "seconds since 1970 fit an f64 exactly for 285 million years")]
-        self.certificate_expiry.with_label_values(&[file]).set(expiry as f64);
+        self.families.certificate_expiry.with_label_values(&[file]).set(expiry as f64);
+    }
+
+    /// The certificate's files could be used as they are now, or not.
+    pub fn certificate_load_failed(&self, file: &str, failed: bool) {
+        self.families.certificate_load_failed.with_label_values(&[file]).set(failed.into());
+    }
+
+    /// The files of ticket keys could be used as they are now, or not.
+    pub fn ticket_keys_load_failed(&self, failed: bool) {
+        self.families.ticket_keys_load_failed.set(failed.into());
     }
 
     /// The gauge of silent sessions, for the room they wait in.
     pub fn silent_sessions(&self) -> IntGauge {
-        self.silent.clone()
+        self.families.silent.clone()
+    }
+
+    /// A configuration was to be loaded again, and was or was not.
+    pub fn reloaded(&self, succeeded: bool) {
+        let outcome = if succeeded { "loaded" } else { "refused" };
+        self.families.reloads.with_label_values(&[outcome]).inc();
+        self.families.reload_failed.set((!succeeded).into());
     }
 
     /// The process has begun to stop.
     pub fn draining(&self) {
-        self.draining.set(1);
+        self.families.draining.set(1);
     }
 
     /// The counter a panic hook raises.
     pub fn panics(&self) -> IntCounter {
-        self.panics.clone()
+        self.families.panics.clone()
     }
 }
 
@@ -213,9 +254,8 @@ pub struct BackendMetrics {
     session_length: Histogram,
     to_client: IntCounter,
     to_server: IntCounter,
-    server_up: IntGaugeVec,
-    server_trusts: IntGaugeVec,
-    server_sessions: IntGaugeVec,
+    queue: IntGauge,
+    servers: ServerFamilies,
     insecure: IntGauge,
 }
 
@@ -233,9 +273,8 @@ impl BackendMetrics {
             session_length: families.session_length.with_label_values(one),
             to_client: families.bytes.with_label_values(&[name, "to_client"]),
             to_server: families.bytes.with_label_values(&[name, "to_server"]),
-            server_up: families.server_up.clone(),
-            server_trusts: families.server_trusts.clone(),
-            server_sessions: families.server_sessions.clone(),
+            queue: families.queue.with_label_values(one),
+            servers: ServerFamilies::new(families, name),
             insecure: families.insecure.with_label_values(one),
         }
     }
@@ -276,56 +315,9 @@ impl BackendMetrics {
         self.insecure.set(insecure.into());
     }
 
-    /// Gauges of one server.
-    pub fn server(&self, server: &str) -> ServerMetrics {
-        let labels = &[self.name.as_str(), server];
-        let metrics = ServerMetrics {
-            up: self.server_up.with_label_values(labels),
-            trusts: self.server_trusts.with_label_values(labels),
-            sessions: self.server_sessions.with_label_values(labels),
-        };
-        metrics.up.set(1);
-        metrics.trusts.set(-1);
-        metrics
-    }
-
-    /// The server is gone from DNS: its series end.
-    pub fn forget_server(&self, server: &str) {
-        let labels = &[self.name.as_str(), server];
-        // An error says that the series does not exist, which is what is asked for.
-        let _ = self.server_up.remove_label_values(labels);
-        let _ = self.server_trusts.remove_label_values(labels);
-        let _ = self.server_sessions.remove_label_values(labels);
-    }
-}
-
-/// Metrics of one server.
-#[derive(Debug)]
-pub struct ServerMetrics {
-    up: IntGauge,
-    trusts: IntGauge,
-    sessions: IntGauge,
-}
-
-impl ServerMetrics {
-    /// Whether the server says that it trusts our ID.
-    pub fn set_trusts(&self, trusts: bool) {
-        self.trusts.set(trusts.into());
-    }
-
-    /// The server is taken for alive, or not.
-    pub fn set_up(&self, up: bool) {
-        self.up.set(up.into());
-    }
-
-    /// Sessions it has.
-    pub fn sessions(&self) -> i64 {
-        self.sessions.get()
-    }
-
-    /// A session runs on the server until the guard drops.
-    pub fn session_established(&self) -> OpenGuard {
-        OpenGuard::new(&self.sessions)
+    /// So many logins wait for a place.
+    pub fn queue(&self, length: u32) {
+        self.queue.set(length.into());
     }
 }
 

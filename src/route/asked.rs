@@ -37,7 +37,7 @@ pub(super) struct Asked {
     /// Of one question, waiting for a place included.
     timeout: Duration,
     places: Semaphore,
-    cache: Option<Cache>,
+    cache: Option<Arc<Cache>>,
     /// Where answers are kept for the next start.
     file: Option<PathBuf>,
     flights: Mutex<HashMap<Arc<str>, Flight>>,
@@ -63,13 +63,19 @@ impl Asked {
             declared,
             timeout: asking.timeout,
             places: Semaphore::new(asking.connections),
-            cache: asking.cache.clone().map(Cache::new),
+            cache: asking.cache.clone().map(|rules| Arc::new(Cache::new(rules))),
             file: asking.cache.as_ref().and_then(|cache| cache.file.clone()),
             flights: Mutex::default(),
             failed: Mutex::default(),
             runtime: OnceLock::new(),
             metrics,
         }
+    }
+
+    /// With the answers that `previous`, which asked the same question, has kept.
+    pub(super) fn with_answers_of(self, previous: Option<&Self>) -> Self {
+        let kept = previous.and_then(|previous| previous.cache.clone());
+        Self { cache: kept.or(self.cache), ..self }
     }
 
     /// Where questions run from now on.
@@ -81,6 +87,10 @@ impl Asked {
     /// Reads the file of kept answers.
     pub(super) fn read_file(&self) {
         let (Some(path), Some(cache)) = (&self.file, &self.cache) else { return };
+        // What is in memory is younger than the file.
+        if cache.len() > 0 {
+            return;
+        }
         match warm::load(path, cache, &self.declared) {
             Ok(users) => {
                 self.metrics.set_cached(cache.len());
@@ -109,6 +119,14 @@ impl Asked {
         let (Some(path), Some(cache)) = (&self.file, &self.cache) else { return };
         if let Err(error) = warm::save(path, cache, &self.declared) {
             tracing::error!(file = %path.display(), %error, "kept answers could not be written");
+        }
+    }
+
+    /// Nothing is known of the user any more, and a question under way is not waited for.
+    pub(super) fn forget(&self, user: &str) {
+        self.flights.lock().unwrap_or_else(PoisonError::into_inner).remove(user);
+        if let Some(cache) = &self.cache {
+            cache.forget(user);
         }
     }
 
@@ -159,11 +177,11 @@ impl Asked {
         let (sender, flight) = watch::channel(None);
         flights.insert(user.clone(), flight.clone());
         drop(flights);
-        let landing = Landing { asked: self.clone(), user: user.clone() };
+        let landing = Landing { asked: self.clone(), user: user.clone(), flight: flight.clone() };
         self.spawn(async move {
             let asked = &landing.asked;
             let answer = asked.ask(&Question { user: landing.user.clone(), visitor: None }).await;
-            if let Some(cache) = &asked.cache {
+            if let Some(cache) = asked.cache.as_ref().filter(|_| landing.is_awaited()) {
                 match &answer {
                     Answer::Found(target) => cache.keep(landing.user.clone(), Some(target.clone()), Instant::now()),
                     Answer::Unknown => cache.keep(landing.user.clone(), None, Instant::now()),
@@ -234,11 +252,22 @@ impl Asked {
 struct Landing {
     asked: Arc<Asked>,
     user: Arc<str>,
+    flight: Flight,
+}
+
+impl Landing {
+    /// Unless the user was forgotten meanwhile: then the answer may be older than what it was forgotten for.
+    fn is_awaited(&self) -> bool {
+        let flights = self.asked.flights.lock().unwrap_or_else(PoisonError::into_inner);
+        flights.get(&self.user).is_some_and(|flight| flight.same_channel(&self.flight))
+    }
 }
 
 impl Drop for Landing {
     fn drop(&mut self) {
-        self.asked.flights.lock().unwrap_or_else(PoisonError::into_inner).remove(&self.user);
+        if self.is_awaited() {
+            self.asked.flights.lock().unwrap_or_else(PoisonError::into_inner).remove(&self.user);
+        }
     }
 }
 

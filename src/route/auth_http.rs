@@ -15,7 +15,7 @@ use x509_parser::prelude::{FromDer as _, X509Certificate};
 use x509_parser::x509::{AttributeTypeAndValue, X509Name};
 use zeroize::Zeroizing;
 
-use super::question::{Question, Visitor, VisitorTls};
+use super::question::{Question, Visitor};
 use super::target::{Denied, Login, sentence};
 use crate::identity::{Proof, Secret, UserName};
 
@@ -73,9 +73,19 @@ pub(super) fn question(question: &Question, visitor: &Visitor, pass_certificate:
     if let Some(cipher) = tls.cipher {
         add("auth-ssl-cipher", openssl_name(cipher).as_bytes())?;
     }
-    let Some(verify) = verified(tls) else { return Ok(headers) };
-    add("auth-ssl-verify", verify.as_bytes())?;
+    if !tls.asks_certificate {
+        return Ok(headers);
+    }
     let certificate = tls.certificate.as_deref().map(|der| (der, X509Certificate::from_der(der)));
+    add(
+        "auth-ssl-verify",
+        match &certificate {
+            None => b"NONE",
+            // A session that is resumed has it from the ticket, and nobody has looked at its end since.
+            Some((_, Ok((_, parsed)))) if parsed.validity().is_valid() => b"SUCCESS",
+            Some(_) => b"FAILED:certificate has expired",
+        },
+    )?;
     if let Some((der, Ok((_, parsed)))) = certificate {
         add("auth-ssl-subject", distinguished_name(parsed.subject()).as_bytes())?;
         add("auth-ssl-issuer", distinguished_name(parsed.issuer()).as_bytes())?;
@@ -86,11 +96,6 @@ pub(super) fn question(question: &Question, visitor: &Visitor, pass_certificate:
         }
     }
     Ok(headers)
-}
-
-/// What nginx says of the client's certificate. A bad one ended the handshake here.
-fn verified(tls: &VisitorTls) -> Option<&'static str> {
-    tls.asks_certificate.then_some(if tls.certificate.is_some() { "SUCCESS" } else { "NONE" })
 }
 
 /// # Errors

@@ -27,22 +27,22 @@ use std::time::{Duration, Instant};
 
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
-use tokio::sync::OwnedSemaphorePermit;
+use tokio::sync::watch;
 use tokio::time::{self, timeout, timeout_at};
 use zeroize::Zeroizing;
 
-use self::attempt::Attempted;
+use self::attempt::{Attempted, Seated};
 pub use self::pace::Refusals;
 use self::record::{EndedBy, Record};
 pub use self::relayed::Quiet;
 use self::relayed::{Kept, Relayed};
 use crate::backend::connect::Established;
-use crate::backend::{Backend, Server};
 use crate::config::ListenerTls;
 use crate::failure::Reason;
 use crate::imap::prelogin::{Bye, CloseReason, Policy, Prelogin, Step, Transport};
 use crate::metrics::OpenGuard;
-use crate::server::Live;
+use crate::occupancy::Occupant;
+use crate::server::{Desk, Live};
 use crate::shutdown::Drain;
 use crate::stream::{Encrypted, Stream};
 use crate::tls::handover::Secrets;
@@ -65,8 +65,10 @@ pub struct Arrival {
     pub listener: usize,
     /// How TLS begins there.
     pub tls: ListenerTls,
-    /// The configuration this session keeps.
+    /// The configuration that holds now.
     pub live: Arc<Live>,
+    /// Where the next one appears.
+    pub desk: watch::Receiver<Desk>,
     /// When to stop.
     pub drain: Drain,
     /// Where it waits while it is silent.
@@ -79,7 +81,7 @@ pub struct Arrival {
 #[derive(Debug)]
 pub struct Held {
     /// Of `limits.sessions`.
-    pub permit: OwnedSemaphorePermit,
+    pub occupant: Occupant,
     /// In the listener's gauge.
     pub open: OpenGuard,
 }
@@ -99,6 +101,7 @@ pub async fn serve(arrival: Arrival) {
 /// A client that has not logged in yet.
 struct Session {
     live: Arc<Live>,
+    desk: watch::Receiver<Desk>,
     drain: Drain,
     room: Arc<Room>,
     held: Held,
@@ -111,12 +114,12 @@ struct Session {
 
 impl Session {
     fn new(arrival: Arrival) -> (Self, TcpStream) {
-        let Arrival { socket, peer, local, listener, live, drain, room, held, .. } = arrival;
+        let Arrival { socket, peer, local, listener, live, desk, drain, room, held, .. } = arrival;
         // A socket bound to one address has no other; of `[::]` only the connection knows.
         let local = if local.ip().is_unspecified() { socket.local_addr().unwrap_or(local) } else { local };
         let login_by = time::Instant::now() + live.limits.login;
         let record = Record::new(id::new(peer), peer, local, live.clone());
-        (Self { live, drain, room, held, peer, local, listener, login_by, record }, socket)
+        (Self { live, desk, drain, room, held, peer, local, listener, login_by, record }, socket)
     }
 
     /// Steps 1 to 5: talks to the client until a server has accepted it, or until it is gone.
@@ -141,8 +144,8 @@ impl Session {
                     prelogin = Prelogin::new(self.policy(Transport::Tls, &stream));
                 }
                 Step::Login(mut request) => match self.attempt(&mut request, &mut stream, &mut prelogin).await? {
-                    Attempted::Accepted { backend, server, established } => {
-                        return self.relayed(stream, prelogin.into_leftover(), &backend, &server, *established).await;
+                    Attempted::Accepted { seated, established } => {
+                        return self.relayed(stream, prelogin.into_leftover(), seated, *established).await;
                     }
                     Attempted::Refused { reply, counts } => prelogin.refused(&reply, counts, &mut out),
                     Attempted::Dismissed { mut reply } => {
@@ -176,6 +179,16 @@ impl Session {
             max_failed_logins: limits.failed_logins,
             mechanisms: self.live.mechanisms(self.listener),
             certificate,
+        }
+    }
+
+    /// A login is routed by the configuration that holds when it is made; all else stays as the client was greeted with.
+    fn up_to_date(&mut self) {
+        // A listener that is gone has no place in the next configuration: the last it had a place in goes on.
+        if self.desk.has_changed().is_ok_and(|changed| changed) {
+            let Desk { live, index } = self.desk.borrow_and_update().clone();
+            (self.live, self.listener) = (live.clone(), index);
+            self.record.now_under(live);
         }
     }
 
@@ -273,8 +286,7 @@ impl Session {
         mut self,
         stream: Stream,
         mut to_server: Vec<u8>,
-        backend: &Backend,
-        server: &Server,
+        seated: Seated,
         established: Established,
     ) -> Option<Relayed> {
         let due = self.login_by.max(time::Instant::now() + FAREWELL);
@@ -282,12 +294,13 @@ impl Session {
             return self.gone(Reason::Disconnected).and(None);
         };
         to_server.extend(more);
-        self.record.open_on(backend.id, server);
+        self.record.open_on(seated.backend.id, seated.slot);
+        seated.seat.settle();
         let kept = Kept {
             _counted: self.drain.count(),
             keepalive_set: false,
             room: self.room,
-            drain: self.drain,
+            seat: seated.seat,
             record: self.record,
             _held: self.held,
         };

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use prometheus::IntCounter;
 
 use crate::backend::connect::Established;
-use crate::backend::{Backend, Server};
+use crate::backend::{Backend, SessionSlot, Slot};
 use crate::config::BackendId;
 use crate::failure::{Reason, Side};
 use crate::identity::{Mechanism, UserName};
@@ -19,6 +19,8 @@ use crate::metrics::{LoginOutcome, OpenGuard};
 use crate::relay::End;
 use crate::server::Live;
 use crate::session::id::SessionId;
+use crate::session::relayed::Over;
+use crate::sessions::Why;
 use crate::stream::TlsFacts;
 
 /// What is known of a session so far. It is most of what an idle session keeps, so it is packed: a test holds its size.
@@ -91,7 +93,7 @@ impl std::fmt::Display for Address {
 struct Relaying {
     backend: u16,
     _backend_sessions: OpenGuard,
-    _server_sessions: OpenGuard,
+    _slot: SessionSlot,
 }
 
 /// How long each phase took.
@@ -184,7 +186,7 @@ impl Record {
     /// The attempt ended without an answer of a server.
     pub(super) fn attempt_failed(&mut self, reason: Reason, outcome: LoginOutcome, backend: Option<BackendId>) {
         // A failure of a server was counted when that server was tried.
-        if reason.side() != Side::Backend || reason == Reason::NoServer {
+        if reason.side() != Side::Backend || matches!(reason, Reason::NoServer | Reason::ServersFull) {
             self.live.metrics.failure(reason);
         }
         self.failure = Some(reason);
@@ -235,15 +237,20 @@ impl Record {
     }
 
     /// The login is done: counts for the backend and the server until the record drops.
-    pub(super) fn open_on(&mut self, backend: BackendId, server: &Server) {
+    pub(super) fn open_on(&mut self, backend: BackendId, slot: Slot) {
         self.relaying = Some(Relaying {
             backend: backend.0 as u16,
             _backend_sessions: self.live.metrics.backend(backend.0).session_established(),
-            _server_sessions: server.metrics.session_established(),
+            _slot: slot.established(),
         });
     }
 
-    /// The configuration the session began with.
+    /// Another configuration holds from now on.
+    pub(super) fn now_under(&mut self, live: Arc<Live>) {
+        self.live = live;
+    }
+
+    /// The configuration of the session's last login.
     pub(super) fn live(&self) -> &Live {
         &self.live
     }
@@ -254,13 +261,16 @@ impl Record {
         self.live.metrics.backend(backend.into()).byte_counters()
     }
 
-    pub(super) fn relayed(&mut self, end: End, to_client: u64, to_server: u64) {
+    pub(super) fn relayed(&mut self, over: Over, to_client: u64, to_server: u64) {
         (self.to_client, self.to_server) = (to_client, to_server);
+        let end = match over {
+            Over::Ended(end) => end,
+            Over::Told(why) => return self.told(why),
+        };
         self.ended_by = match end {
             End::Client | End::ClientStalled | End::ClientTls(_) => EndedBy::Client,
             End::Server | End::ServerStalled | End::ServerTls(_) => EndedBy::Server,
             End::Idle => EndedBy::Idle,
-            End::Drained => EndedBy::Drain,
         };
         let reason = match end {
             End::Client | End::Server | End::Idle => return,
@@ -274,9 +284,13 @@ impl Record {
                 self.detail(violation.to_string());
                 Reason::ServerTlsViolation
             }
-            End::Drained => Reason::Drain,
         };
         self.failed(reason);
+    }
+
+    fn told(&mut self, why: Why) {
+        self.ended_by = EndedBy::Drain;
+        self.failed(reason(why));
     }
 
     /// The system would not let the session rest, or come back.
@@ -284,6 +298,16 @@ impl Record {
         self.ended_by = EndedBy::Proxy;
         self.detail(error.to_string());
         self.failed(Reason::System);
+    }
+}
+
+/// The word for a session that was told to end.
+pub(super) fn reason(why: Why) -> Reason {
+    match why {
+        Why::Stopped => Reason::Drain,
+        Why::Kicked => Reason::Kicked,
+        Why::Moved => Reason::Moved,
+        Why::Drained => Reason::ServerDrained,
     }
 }
 

@@ -1,20 +1,24 @@
 //! TLS of both sides: what clients are shown, and what servers must show.
 //!
-//! [`server`] builds the side that clients connect to, [`client`] the side that connects to servers; [`records`] and
+//! [`server`] builds the side that clients connect to, with `certificates` (and `ocsp`) and `tickets`; [`client`] the side that connects to servers; [`records`] and
 //! [`handover`] take the connection from rustls once the login is done. Both sides use one
 //! provider (aws-lc) with AES-128-GCM first: it is the fastest on hardware with AES instructions, and SHA-384, which
 //! the 256-bit suites bring along, has no hardware help on common processors.
 
+mod certificates;
 pub mod client;
 pub mod handover;
+mod ocsp;
 pub mod records;
 pub mod server;
+mod tickets;
 
 use std::path::Path;
 use std::sync::Arc;
 
 use tokio_rustls::rustls::crypto::{CryptoProvider, aws_lc_rs};
 use tokio_rustls::rustls::pki_types::CertificateDer;
+use x509_parser::prelude::{FromDer as _, X509Certificate};
 
 /// The process's crypto provider: TLS 1.3 and 1.2, AES-128-GCM preferred.
 fn provider() -> Arc<CryptoProvider> {
@@ -33,6 +37,12 @@ fn provider() -> Arc<CryptoProvider> {
         ],
         ..aws_lc_rs::default_provider()
     })
+}
+
+/// When a certificate (in DER) ends, in seconds since 1970. `None`: it cannot be read.
+pub fn ends(certificate: &[u8]) -> Option<i64> {
+    let (_, parsed) = X509Certificate::from_der(certificate).ok()?;
+    Some(parsed.validity().not_after.timestamp())
 }
 
 /// All certificates of a PEM file, at least one.

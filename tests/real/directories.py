@@ -45,21 +45,23 @@ class Directory:
 
     def kill(self):
         # Those that are held up would not see that their parent is gone.
-        for pid in self._signal(signal.SIGSTOP):
+        for pid in self._stopped():
             os.kill(pid, signal.SIGKILL)
         self.process.kill()
 
     def hold(self):
-        self._signal(signal.SIGSTOP)
+        self._stopped()
 
     def release(self):
-        self._signal(signal.SIGCONT)
+        for pid in self._stopped():
+            os.kill(pid, signal.SIGCONT)
 
-    def _signal(self, number):
-        """To the process and all below it: some have groups of their own. Nobody where it was killed. Says to whom."""
+    def _stopped(self):
+        """Stops the process and all below it, some of which have groups of their own, and says who they are. Nobody where it
+        was killed. Who is stopped neither ends nor begins another, so the list is whole."""
         found = [] if self.process.child.poll() is not None else [self.process.child.pid]
         for pid in found:
-            os.kill(pid, number)
+            os.kill(pid, signal.SIGSTOP)
             found += map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split())
         return found
 

@@ -4,10 +4,12 @@
 
 #![expect(clippy::unwrap_used, unreachable_pub, reason = "a test's panic is its failure; one binary has no outside")]
 
+mod care;
 mod client;
 mod dns;
 mod house;
 mod mechanisms;
+mod reload;
 mod servers;
 mod silent;
 mod support;

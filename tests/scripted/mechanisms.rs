@@ -58,7 +58,7 @@ async fn what_servers_offer_and_what_of_it_is_offered() {
         "listeners:\n- {{address: '127.0.0.1:0', tls: implicit}}\n- {{address: '127.0.0.1:0', tls: none}}\n\
          - {{address: '127.0.0.1:0', tls: starttls}}\n\
          - {{address: '127.0.0.1:0', tls: none, mechanisms: [scram-sha-256, oauthbearer]}}\n\
-         {}backends: {{only: {{servers: ['{}']}}}}\nroutes: [{{default: only}}]\nlimits: {{probe: 1s}}\n",
+         {}backends: {{only: {{servers: ['{}'], check: {{interval: 100ms}}}}}}\nroutes: [{{default: only}}]\n",
         certificates.section(),
         server.address
     ))

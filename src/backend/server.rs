@@ -1,0 +1,346 @@
+//! One mailbox server: what the configuration (or an SRV record) says of it, and what is learnt of it.
+//!
+//! The first is as old as the configuration; the second ([`ServerState`]) is handed on to the next one, so that a reload
+//! forgets neither who is down nor how many sessions a server has. Called by `backend`.
+
+use std::net::{IpAddr, SocketAddr};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use tokio::sync::watch;
+use tokio_rustls::rustls::pki_types::ServerName;
+
+use super::health::{Blow, Depth, Health, News, Standing, Thresholds, Trial};
+use super::select::Candidate;
+use super::slots::{Slot, Slots};
+use super::{first_known, publish_if_first};
+use crate::config::{self, Host, Mode};
+use crate::identity::Mechanisms;
+use crate::imap::backend_login::IdAnswer;
+use crate::metrics::ServerMetrics;
+
+/// One mailbox server.
+#[derive(Debug)]
+pub struct Server {
+    /// As configured, or `target:port` of an SRV record: the label of metrics and logs.
+    pub name: Arc<str>,
+    /// The backend it is one of.
+    pub backend: Arc<str>,
+    pub(super) host: Host,
+    pub(super) port: u16,
+    pub(super) weight: u32,
+    pub(super) priority: u16,
+    pub(super) tls_name: ServerName<'static>,
+    pub(super) terms: Terms,
+    pub(super) state: Arc<ServerState>,
+}
+
+/// On what terms a server is used.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Terms {
+    /// Sessions at a time, logins under way included.
+    pub(super) max_sessions: Option<u32>,
+    /// What the configuration wants of it.
+    pub(super) mode: Mode,
+    pub(super) thresholds: Thresholds,
+    pub(super) slow_start: Option<Duration>,
+}
+
+impl Terms {
+    pub(super) fn new(care: &config::Care, max_sessions: Option<u32>, mode: Mode) -> Self {
+        // Without checks nobody asks for their thresholds.
+        let (rise, fall) = care.check.as_ref().map_or((1, 1), |check| (check.rise, check.fall));
+        let thresholds = Thresholds { failures: care.failures, rise, fall };
+        Self { max_sessions, mode, thresholds, slow_start: care.slow_start }
+    }
+
+    #[cfg(test)]
+    fn open() -> Self {
+        let thresholds = Thresholds { failures: 3, rise: 2, fall: 3 };
+        Self { max_sessions: None, mode: Mode::Up, thresholds, slow_start: None }
+    }
+}
+
+/// How a login is received.
+#[derive(Debug)]
+pub(super) enum Admission {
+    /// It may try.
+    Slot(Slot),
+    /// There is no place just now.
+    Full,
+    /// The server is failing, or somebody else tries it out: a last resort.
+    Failing,
+    /// The operator wants no login here.
+    Shut,
+}
+
+/// What is learnt of a server; outlives a configuration.
+#[derive(Debug)]
+pub(super) struct ServerState {
+    /// `None` until DNS answered or failed for the first time.
+    addresses: watch::Sender<Option<Vec<SocketAddr>>>,
+    health: Mutex<Health>,
+    /// Ways to log in that it had when it was last asked.
+    offer: Mutex<Option<Mechanisms>>,
+    /// Whether it was told already that the server does not say that it trusts us.
+    distrust_told: AtomicBool,
+    /// What the operator has asked for, whatever the configuration says.
+    mode: Mutex<Option<Mode>>,
+    pub(super) slots: Slots,
+    pub(super) metrics: ServerMetrics,
+}
+
+impl ServerState {
+    /// Of a server that has just been heard of.
+    pub(super) fn new(host: &Host, port: u16, metrics: ServerMetrics) -> Arc<Self> {
+        let addresses = match host {
+            Host::Ip(ip) => Some(vec![SocketAddr::new(*ip, port)]),
+            Host::Name(_) => None,
+        };
+        Arc::new(Self {
+            addresses: watch::Sender::new(addresses),
+            health: Mutex::default(),
+            offer: Mutex::default(),
+            distrust_told: AtomicBool::new(false),
+            mode: Mutex::default(),
+            slots: Slots::default(),
+            metrics,
+        })
+    }
+
+    /// Where nothing was learnt from a trial, the next login may try.
+    pub(super) fn end_trial(&self, trial: Trial) {
+        let mut health = self.health();
+        health.end_trial(trial);
+        self.metrics.set_breaker(health.breaker() as i64);
+    }
+
+    fn health(&self) -> MutexGuard<'_, Health> {
+        // A panic elsewhere leaves plain fields behind, which are valid whatever they hold.
+        self.health.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Server {
+    /// The same server, of a configuration with other terms.
+    pub(super) fn on(&self, terms: Terms) -> Arc<Self> {
+        Arc::new(Self {
+            name: self.name.clone(),
+            backend: self.backend.clone(),
+            host: self.host.clone(),
+            port: self.port,
+            weight: self.weight,
+            priority: self.priority,
+            tls_name: self.tls_name.clone(),
+            terms,
+            state: self.state.clone(),
+        })
+    }
+
+    /// A server for tests of other rooms.
+    #[cfg(test)]
+    pub(crate) fn named(backend: &str, name: &str) -> Self {
+        let names = crate::metrics::Names { backends: vec![backend.to_owned()], ..Default::default() };
+        let host = Host::Ip([127, 0, 0, 1].into());
+        let metrics = crate::metrics::Metrics::new(&names).backend(0).server(name);
+        Self {
+            name: name.into(),
+            backend: backend.into(),
+            state: ServerState::new(&host, 143, metrics),
+            host,
+            port: 143,
+            weight: 1,
+            priority: 0,
+            tls_name: ServerName::from(IpAddr::from([127, 0, 0, 1])),
+            terms: Terms::open(),
+        }
+    }
+
+    /// Its gauges.
+    pub fn metrics(&self) -> &ServerMetrics {
+        &self.state.metrics
+    }
+
+    /// Its addresses, the one that answered last in front; waits for DNS only while it has never answered.
+    pub async fn addresses(&self) -> Vec<SocketAddr> {
+        first_known(&self.state.addresses).await
+    }
+
+    /// Whether logins go there sooner than to servers that are failing.
+    pub fn is_available(&self) -> bool {
+        self.state.health().standing(Instant::now()) != Standing::Failing
+    }
+
+    /// Sessions it has, logins under way included.
+    pub fn sessions(&self) -> u32 {
+        self.state.slots.taken()
+    }
+
+    /// Sessions it may have.
+    pub fn max_sessions(&self) -> Option<u32> {
+        self.terms.max_sessions
+    }
+
+    /// Its share among the backend's servers.
+    pub fn weight(&self) -> u32 {
+        self.weight
+    }
+
+    /// What is wanted of it: by the operator, else by the configuration.
+    pub fn mode(&self) -> Mode {
+        self.asked_mode().unwrap_or(self.terms.mode)
+    }
+
+    /// Whether it is meant to get logins: it is neither drained nor down.
+    pub fn takes_logins(&self) -> bool {
+        self.mode() == Mode::Up
+    }
+
+    /// Overrides the configuration, also the next one, until it is called again with `None`. Sessions stay where they are.
+    pub fn set_mode(&self, mode: Option<Mode>) {
+        let before = self.mode();
+        *self.state.mode.lock().unwrap_or_else(PoisonError::into_inner) = mode;
+        let after = self.mode();
+        if before != after {
+            tracing::info!(backend = %self.backend, server = %self.name, mode = after.as_str(), "server's mode was set");
+        }
+        self.show();
+    }
+
+    /// Sets its gauges, for what the configuration says may be new.
+    pub(super) fn show(&self) {
+        let (health, mode) = (self.state.health(), self.mode());
+        self.state.metrics.set_up(health.is_alive() && mode != Mode::Down);
+        self.state.metrics.set_breaker(health.breaker() as i64);
+        self.state.metrics.set_mode(match mode {
+            Mode::Up => 0,
+            Mode::Drain => 1,
+            Mode::Down => 2,
+        });
+    }
+
+    /// A login asks for a place.
+    pub(super) fn admit(&self) -> Admission {
+        if self.mode() != Mode::Up {
+            return Admission::Shut;
+        }
+        let now = Instant::now();
+        if self.state.health().standing(now) == Standing::Failing {
+            return Admission::Failing;
+        }
+        let Some(slot) = Slot::take(self) else { return Admission::Full };
+        let mut health = self.state.health();
+        if health.standing(now) == Standing::Alive {
+            return Admission::Slot(slot);
+        }
+        let trial = health.begin_trial(now);
+        self.state.metrics.set_breaker(health.breaker() as i64);
+        drop(health);
+        if trial.is_some() { Admission::Slot(slot.on_trial(trial)) } else { Admission::Failing }
+    }
+
+    fn asked_mode(&self) -> Option<Mode> {
+        *self.state.mode.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(super) fn is_at(&self, host: &str) -> bool {
+        let address: Option<IpAddr> = host.parse().ok();
+        let resolved = || self.state.addresses.borrow().iter().flatten().any(|known| Some(known.ip()) == address);
+        match &self.host {
+            Host::Name(name) => name == host || resolved(),
+            Host::Ip(ip) => Some(ip.to_canonical()) == address.map(|address| address.to_canonical()),
+        }
+    }
+
+    pub(super) fn offer(&self) -> Option<Mechanisms> {
+        *self.state.offer.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(super) fn offers(&self, offer: Option<Mechanisms>) {
+        *self.state.offer.lock().unwrap_or_else(PoisonError::into_inner) = offer;
+    }
+
+    /// What it said to an ID with the client's address in it.
+    pub(super) fn answered_id(&self, answer: IdAnswer) {
+        let trusts = answer == IdAnswer::Trusted;
+        self.state.metrics.set_trusts(trusts);
+        if !trusts && !self.state.distrust_told.swap(true, Ordering::Relaxed) {
+            tracing::info!(
+                server = %self.name,
+                "server does not say that it trusts our ID (Dovecot does since 2.4): see login_trusted_networks there"
+            );
+        }
+    }
+
+    /// A login could not use it.
+    pub(super) fn failed(&self, blow: Blow, error: &str) {
+        let news = self.state.health().failed(blow, Instant::now(), self.terms.thresholds);
+        self.tell(news, error);
+    }
+
+    /// It answered a login, whichever way.
+    pub(super) fn answered(&self) {
+        let news = self.state.health().answered(Instant::now());
+        self.tell(news, "");
+    }
+
+    /// A check ended; an error says that it failed.
+    pub(super) fn checked(&self, result: Result<(), &str>, depth: Depth) {
+        let news = self.state.health().checked(result.is_ok(), depth, Instant::now(), self.terms.thresholds);
+        self.tell(news, result.err().unwrap_or_default());
+    }
+
+    fn tell(&self, news: News, error: &str) {
+        let (backend, server) = (&self.backend, &self.name);
+        match news {
+            Some(false) => tracing::warn!(%backend, %server, %error, "server is failing and passed over"),
+            Some(true) => tracing::info!(%backend, %server, "server is alive again"),
+            None => {}
+        }
+        self.show();
+    }
+
+    /// `address` answered: it is tried first from now on.
+    pub(super) fn prefer(&self, address: SocketAddr) {
+        self.state.addresses.send_if_modified(|known| match known {
+            Some(known) if known.first() != Some(&address) => {
+                known.sort_by_key(|other| *other != address);
+                true
+            }
+            _ => false,
+        });
+    }
+
+    pub(super) fn publish(&self, addresses: Vec<SocketAddr>) {
+        let first = self.state.addresses.borrow().as_ref().and_then(|known| known.first().copied());
+        self.state.addresses.send_replace(Some(addresses));
+        if let Some(first) =
+            first.filter(|first| self.state.addresses.borrow().as_ref().is_some_and(|now| now.contains(first)))
+        {
+            self.prefer(first);
+        }
+    }
+
+    pub(super) fn publish_if_first(&self) {
+        publish_if_first(&self.state.addresses);
+    }
+
+    pub(super) fn candidate(&self, now: Instant) -> Candidate<'_> {
+        let health = self.state.health();
+        Candidate {
+            name: &self.name,
+            weight: self.weight,
+            priority: self.priority,
+            available: health.standing(now) != Standing::Failing,
+            sessions: self.state.slots.taken(),
+            ramp: health.ramp(now, self.terms.slow_start),
+        }
+    }
+
+    /// A server that has but so many places.
+    #[cfg(test)]
+    pub(super) fn for_tests(name: &str, max_sessions: Option<u32>) -> Arc<Self> {
+        Self::named("b", name).on(Terms { max_sessions, ..Terms::open() })
+    }
+}
