@@ -63,8 +63,11 @@ pub async fn explain(live: &Live, user: &UserName) -> (String, bool) {
     live.backends.start(&own, &tasks, &stop);
     let wait = live.config.resolver.timeout * 3;
     let servers = timeout(wait, live.servers(place, &place.mailbox(&question.user))).await.unwrap_or_default();
-    if matches!(place.at, At::Any) {
-        line(&mut text, format_args!("balance  {}: {}", backend.balance.as_str(), backend.balance.decided_by()));
+    match place.at {
+        At::Any => {
+            line(&mut text, format_args!("balance  {}: {}", backend.balance.as_str(), backend.balance.decided_by()));
+        }
+        At::Server(_) | At::Address(_) => text.push_str("balance  none: the route names the server\n"),
     }
     for (rank, server) in servers.iter().enumerate() {
         let addresses = timeout(wait, server.addresses()).await.unwrap_or_default();

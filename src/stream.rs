@@ -53,6 +53,12 @@ impl Stream {
         Some(TlsFacts { version, server_name, alpn, certificate })
     }
 
+    /// The cipher suite, as rustls calls it: `TLS13_AES_128_GCM_SHA256`.
+    pub fn cipher(&self) -> Option<&'static str> {
+        let Self::Tls(encrypted) = self else { return None };
+        encrypted.tls.get_ref().1.negotiated_cipher_suite()?.suite().as_str()
+    }
+
     /// The certificate the other side has shown, in DER.
     pub fn peer_certificate(&self) -> Option<&[u8]> {
         let Self::Tls(encrypted) = self else { return None };

@@ -165,6 +165,11 @@ impl Backends {
         self.offered.store(offered.to_bits(), Ordering::Relaxed);
     }
 
+    /// Whether a client may ask for another user's mailbox on any of them.
+    pub fn any_allows_authzid(&self) -> bool {
+        self.list.iter().any(|backend| backend.allows_authzid)
+    }
+
     /// The backend of that name.
     pub fn named(&self, name: &str) -> Option<&Arc<Backend>> {
         self.list.iter().find(|backend| &*backend.name == name)

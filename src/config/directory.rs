@@ -105,6 +105,8 @@ pub struct Http {
     pub token: Option<Located<PathBuf>>,
     /// Whether the source is told the password, and says whether it is right.
     pub password: bool,
+    /// Whether `style: nginx-auth-http` is told the client's whole certificate.
+    pub client_certificate: bool,
     /// The backend of addresses in `networks`.
     pub backend: Option<BackendId>,
     /// Addresses the source may name although no server is declared there.

@@ -388,6 +388,12 @@ impl<'a> BackendLogin<'a> {
             }
             (Phase::Login, b"L", Status::Ok) => Ok(self.logged_in(text, out)),
             (Phase::Login, b"L", Status::No) => self.refused(text).map(Some),
+            // Behind a challenge that is the client's doing: it broke off, or said what makes no sense.
+            (Phase::Login, b"L", Status::Bad) if self.challenges > 0 => {
+                let text: &[u8] = if text.is_empty() { b"Authentication aborted." } else { text };
+                let reply = [self.attempt.tag.as_str().as_bytes(), b" BAD ", text, b"\r\n"].concat();
+                Ok(Some(ServerStep::Refused { reply, counts: true }))
+            }
             (Phase::Login, b"L", Status::Bad) => Err(ServerFault::LoginBad),
             (Phase::CapabilityAfterLogin, b"D", _) => {
                 let known = self.capabilities.take().map(|capabilities| capabilities.after_login());

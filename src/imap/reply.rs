@@ -39,6 +39,12 @@ pub fn authentication_failed(tag: &Tag, text: Option<&str>) -> Vec<u8> {
     out
 }
 
+/// A refusal, and the connection ends.
+pub fn dismissed(mut refusal: Vec<u8>) -> Vec<u8> {
+    bye("Authentication failed.", &mut refusal);
+    refusal
+}
+
 /// The client asked for another user's mailbox and may not.
 pub fn authorization_failed(tag: &Tag) -> Vec<u8> {
     let mut out = Vec::new();

@@ -34,7 +34,8 @@ impl Ring {
     }
 
     pub(super) fn lookup(&self, user: &str) -> Option<&Arc<Target>> {
-        let user = point(&user.to_lowercase()).max(1);
+        // ASCII alone: Dovecot's %L leaves all other letters as they are.
+        let user = point(&user.to_ascii_lowercase()).max(1);
         let next = self.0.partition_point(|(point, _)| *point < user);
         self.0.get(next).or(self.0.first()).map(|(_, target)| target)
     }
@@ -87,5 +88,13 @@ mod tests {
         assert_eq!(ring.lookup("alice"), Some(&target(0)));
         let ring = Ring(vec![(1, target(0)), (user, target(1)), (user, target(2))]);
         assert_eq!(ring.lookup("Alice"), Some(&target(1)), "its own point counts");
+    }
+
+    #[test]
+    fn letters_beyond_ascii_keep_their_case() {
+        let target = |index| Arc::new(Target::backend(BackendId(index)));
+        let user = point("z\u{d6}e");
+        let ring = Ring(vec![(user - 1, target(1)), (user, target(0))]);
+        assert_eq!(ring.lookup("Z\u{d6}E"), Some(&target(0)));
     }
 }

@@ -2,8 +2,8 @@
 //!
 //! `style: json` posts an object with the user, and with what is known of the visitor where answers are not kept, and
 //! reads one whose keys are the fields of an answer (see `target`); 404 says that the user is unknown, 401 and 403 that
-//! the password is wrong. `style: nginx-auth-http` speaks the headers of nginx's mail module, so that an auth server
-//! written for it serves here as it is. Whatever else comes is a failure; a body over [`MAX_BODY`] is one too.
+//! the password is wrong. `style: nginx-auth-http` speaks the headers of nginx's mail module (see `auth_http`), so that an
+//! auth server written for it serves here as it is. Whatever else comes is a failure; a body over [`MAX_BODY`] is one too.
 
 use std::collections::HashMap;
 use std::net::{IpAddr, SocketAddr};
@@ -11,7 +11,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use http_body_util::{BodyExt as _, Full, Limited};
-use hyper::body::Bytes;
+use hyper::body::{Bytes, Incoming};
 use hyper::header::{AUTHORIZATION, CONTENT_TYPE, HeaderMap, HeaderName, HeaderValue};
 use hyper::{Method, Request, Response, StatusCode, Uri};
 use hyper_rustls::{HttpsConnector, HttpsConnectorBuilder};
@@ -24,19 +24,18 @@ use tokio_rustls::rustls::ClientConfig;
 use zeroize::Zeroizing;
 
 use super::Answer;
+use super::auth_http::{self, Verdict};
 use super::directory::answer;
 use super::question::{Question, Visitor};
-use super::target::{At, Declared, Denied, Fields, Login, Place, Target, sentence};
+use super::target::{At, Declared, Denied, Fields, Login, Place, Target};
 use crate::config::{self, BackendId, Config, Host, HttpStyle, Network, Problem, Server};
-use crate::identity::{Secret, UserName};
+use crate::identity::UserName;
 use crate::tls;
 
 /// An answer has no business being longer.
 const MAX_BODY: usize = 64 * 1024;
 /// A connection that nobody has used for this long is closed.
 const IDLE: Duration = Duration::from_secs(60);
-/// `Auth-Wait` is honoured up to here.
-const LONGEST_WAIT: Duration = Duration::from_secs(30);
 
 /// A request a user.
 pub(super) struct Http {
@@ -44,6 +43,7 @@ pub(super) struct Http {
     style: HttpStyle,
     headers: HeaderMap,
     password: bool,
+    client_certificate: bool,
     tls: Option<ClientConfig>,
     connections: usize,
     client: OnceCell<Client<HttpsConnector<HttpConnector>, Full<Bytes>>>,
@@ -132,6 +132,7 @@ impl Http {
             style: http.style,
             headers,
             password: http.password,
+            client_certificate: http.client_certificate,
             tls,
             connections: http.asking.connections,
             client: OnceCell::new(),
@@ -143,30 +144,38 @@ impl Http {
     }
 
     pub(super) async fn ask(&self, question: &Question) -> Answer {
-        let request = match self.style {
-            HttpStyle::Json => self.json(question),
-            HttpStyle::NginxAuthHttp => match &question.visitor {
-                Some(visitor) => self.nginx(question, visitor),
-                // The command `route` has no password to ask with.
-                None => return Answer::Failed("this style is asked with a client's password only".to_owned()),
-            },
+        let asked = match self.style {
+            HttpStyle::Json => self.ask_json(question).await,
+            HttpStyle::NginxAuthHttp => self.ask_nginx(question).await,
         };
-        let request = match request {
-            Ok(request) => request,
-            Err(reason) => return Answer::Failed(reason),
-        };
-        let client = self.client.get_or_init(|| async { self.connect() }).await;
-        let (head, body) = match client.request(request).await {
-            Ok(response) => response.into_parts(),
-            Err(error) => return Answer::Failed(chain(&error)),
-        };
-        match self.style {
-            HttpStyle::NginxAuthHttp => self.read_nginx(&Response::from_parts(head, ())),
-            HttpStyle::Json => match Limited::new(body, MAX_BODY).collect().await {
-                Ok(body) => self.read_json(head.status, &Zeroizing::new(body.to_bytes().to_vec())),
-                Err(error) => Answer::Failed(format!("the answer's body: {error}")),
-            },
+        asked.unwrap_or_else(Answer::Failed)
+    }
+
+    async fn ask_json(&self, question: &Question) -> Result<Answer, String> {
+        let (head, body) = self.send(self.json(question)?).await?.into_parts();
+        let body =
+            Limited::new(body, MAX_BODY).collect().await.map_err(|error| format!("the answer's body: {error}"))?;
+        Ok(self.read_json(head.status, &Zeroizing::new(body.to_bytes().to_vec())))
+    }
+
+    async fn ask_nginx(&self, question: &Question) -> Result<Answer, String> {
+        // The command `route` has no password to ask with.
+        let visitor = question.visitor.as_ref().ok_or("this style is asked with a client's password only")?;
+        loop {
+            let response = self.send(self.nginx(question, visitor)?).await?;
+            let said = auth_http::answer(response.headers());
+            match said.map_err(|error| format!("{error} ({})", response.status()))? {
+                Verdict::Good { address, user, login } => return Ok(self.place(address, user, login)),
+                Verdict::Denied(denied) => return Ok(Answer::Found(Target::Denied(denied).into())),
+                // The route's `timeout` ends it.
+                Verdict::AskAgain(wait) => tokio::time::sleep(wait).await,
+            }
         }
+    }
+
+    async fn send(&self, request: Request<Full<Bytes>>) -> Result<Response<Incoming>, String> {
+        let client = self.client.get_or_init(|| async { self.connect() }).await;
+        client.request(request).await.map_err(|error| chain(&error))
     }
 
     fn connect(&self) -> Client<HttpsConnector<HttpConnector>, Full<Bytes>> {
@@ -204,7 +213,7 @@ impl Http {
                         listener: visitor.listener,
                         session: &visitor.session,
                         mechanism: visitor.credentials.mechanism.as_str(),
-                        tls: visitor.tls,
+                        tls: visitor.tls.as_ref().map(|tls| tls.version),
                         attempt: visitor.attempt,
                         login: self.password.then(|| visitor.credentials.user.as_str()),
                         password: password.map_err(|_| "the password is not UTF-8, which JSON needs".to_owned())?,
@@ -220,30 +229,7 @@ impl Http {
 
     fn nginx(&self, question: &Question, visitor: &Visitor) -> Result<Request<Full<Bytes>>, String> {
         let mut request = self.request(Method::GET, Vec::new())?;
-        let user = escaped(question.user.as_bytes());
-        // nginx knows "external" and "none" too, but for protocols and logins that are not these.
-        let password = visitor.credentials.password().ok_or("this style is asked with a password only")?;
-        let password = escaped(password.expose());
-        let attempt = visitor.attempt.to_string();
-        let address = visitor.client.ip().to_canonical().to_string();
-        let mut headers = vec![
-            // LOGIN and PLAIN are both "plain" there.
-            ("auth-method", &b"plain"[..]),
-            ("auth-user", &user),
-            ("auth-pass", &password),
-            ("auth-protocol", b"imap"),
-            ("auth-login-attempt", attempt.as_bytes()),
-            ("client-ip", address.as_bytes()),
-            ("client-host", b"[UNAVAILABLE]"),
-        ];
-        if let Some(version) = visitor.tls {
-            headers.extend([("auth-ssl", &b"on"[..]), ("auth-ssl-protocol", version.as_bytes())]);
-        }
-        for (name, value) in headers {
-            let mut value = HeaderValue::from_bytes(value).map_err(|_| format!("{name} cannot stand in a header"))?;
-            value.set_sensitive(true);
-            request.headers_mut().insert(HeaderName::from_static(name), value);
-        }
+        request.headers_mut().extend(auth_http::question(question, visitor, self.client_certificate)?);
         Ok(request)
     }
 
@@ -293,29 +279,8 @@ impl Http {
         target
     }
 
-    fn read_nginx(&self, response: &Response<()>) -> Answer {
-        let header = |name: &str| {
-            response.headers().get(name).map(HeaderValue::as_bytes).and_then(|value| std::str::from_utf8(value).ok())
-        };
-        // nginx reads the headers of any answer; one that is an error of the service itself has none of them.
-        let Some(status) = header("auth-status") else {
-            return Answer::Failed(format!("the answer ({}) has no Auth-Status", response.status()));
-        };
-        if status != "OK" {
-            let wait = header("auth-wait")
-                .and_then(|seconds| seconds.parse().ok())
-                .map_or(Duration::ZERO, Duration::from_secs);
-            let denied = Denied { text: Some(sentence(status)), wait: wait.min(LONGEST_WAIT) };
-            return Answer::Found(Target::Denied(denied).into());
-        }
-        let address = || {
-            let ip: IpAddr = header("auth-server")?.parse().ok()?;
-            let port: u16 = header("auth-port")?.parse().ok().filter(|port| *port != 0)?;
-            Some(SocketAddr::new(ip.to_canonical(), port))
-        };
-        let Some(address) = address() else {
-            return Answer::Failed("the answer has no Auth-Server and Auth-Port that are an address".to_owned());
-        };
+    /// The place that an auth server of nginx's names by its address.
+    fn place(&self, address: SocketAddr, user: Option<UserName>, login: Option<Login>) -> Answer {
         let (backend, at) = match (self.servers.get(&address), self.backend) {
             (Some((backend, server)), _) => (*backend, At::Server(server.clone())),
             (None, Some(backend)) if self.networks.iter().any(|network| network.contains(address.ip())) => {
@@ -327,12 +292,6 @@ impl Http {
                 ));
             }
         };
-        let user = match header("auth-user").map(|name| UserName::new(name.as_bytes())).transpose() {
-            Ok(user) => user,
-            Err(error) => return Answer::Failed(format!("the answer's Auth-User: {error}")),
-        };
-        let login = header("auth-pass")
-            .map(|password| Login { master: None, password: Secret::new(password.as_bytes().to_vec()) });
         Answer::Found(Arc::new(Target::Place(Place { backend, at, user, login, proven: true })))
     }
 }
@@ -349,18 +308,6 @@ fn servers(config: &Config) -> HashMap<SocketAddr, (BackendId, Box<str>)> {
         }
     }
     servers
-}
-
-/// As nginx 1.22 writes `Auth-User` and `Auth-Pass`: spaces, `%` and control characters escaped, all else as it is.
-fn escaped(bytes: &[u8]) -> Zeroizing<Vec<u8>> {
-    let mut escaped = Zeroizing::new(Vec::with_capacity(3 * bytes.len()));
-    for byte in bytes {
-        match byte {
-            0..=b' ' | b'%' | 0x7f => escaped.extend_from_slice(format!("%{byte:02X}").as_bytes()),
-            other => escaped.push(*other),
-        }
-    }
-    escaped
 }
 
 /// An error and what caused it, in one line.

@@ -11,6 +11,7 @@
 mod asked;
 #[cfg(test)]
 mod asked_tests;
+mod auth_http;
 mod cache;
 mod director;
 mod directory;
@@ -36,7 +37,7 @@ use tokio_util::task::TaskTracker;
 
 use self::asked::Asked;
 use self::directory::Directory;
-pub use self::question::{Question, Visitor};
+pub use self::question::{Question, Visitor, VisitorTls};
 use self::target::Declared;
 pub use self::target::{At, Denied, Login, Place, Target};
 use crate::config::{self, Config, Problem};

@@ -23,10 +23,23 @@ pub struct Visitor {
     pub listener: SocketAddr,
     /// One id in our log and the source's.
     pub session: Box<str>,
-    /// The version of TLS it speaks.
-    pub tls: Option<&'static str>,
+    /// What is known of its TLS.
+    pub tls: Option<VisitorTls>,
     /// How many logins it has tried on this connection, this one included.
     pub attempt: u32,
     /// What it brought.
     pub credentials: Credentials,
+}
+
+/// A client's TLS.
+#[derive(Debug)]
+pub struct VisitorTls {
+    /// As rustls writes it: `TLSv1_3`.
+    pub version: &'static str,
+    /// As rustls writes it: `TLS13_AES_128_GCM_SHA256`.
+    pub cipher: Option<&'static str>,
+    /// Whether the listener asks for certificates.
+    pub asks_certificate: bool,
+    /// The client's, verified, in DER.
+    pub certificate: Option<Box<[u8]>>,
 }

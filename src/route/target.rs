@@ -81,6 +81,8 @@ pub struct Denied {
     pub text: Option<Box<str>>,
     /// How long the client waits for it.
     pub wait: Duration,
+    /// The connection ends then.
+    pub closes: bool,
 }
 
 /// Credentials a source hands out.

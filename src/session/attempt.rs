@@ -19,7 +19,7 @@ use crate::imap::prelogin::{LoginRequest, Prelogin, Step};
 use crate::imap::tag::Tag;
 use crate::imap::{reply, sasl};
 use crate::metrics::LoginOutcome;
-use crate::route::{Place, Question, RouteError, Routed, Target, Visitor};
+use crate::route::{Place, Question, RouteError, Routed, Target, Visitor, VisitorTls};
 use crate::server::Live;
 use crate::sessions::{Guest, NoSeat, Seat, Why};
 use crate::stream::Stream;
@@ -29,8 +29,18 @@ const MAX_REFERRALS: usize = 2;
 
 /// How a login attempt ended.
 pub(super) enum Attempted {
-    Accepted { seated: Seated, established: Box<Established> },
-    Refused { reply: Vec<u8>, counts: bool },
+    Accepted {
+        seated: Seated,
+        established: Box<Established>,
+    },
+    Refused {
+        reply: Vec<u8>,
+        counts: bool,
+    },
+    /// Refused, and the connection ends.
+    Dismissed {
+        reply: Vec<u8>,
+    },
     Unavailable,
 }
 
@@ -99,7 +109,14 @@ impl Session {
     ) -> Option<Result<Attempted, Held>> {
         self.up_to_date();
         let live = self.live.clone();
-        let question = self.question(names, login);
+        // Before anybody is looked up: the answer shall be the same whether the mailbox exists.
+        let may_ask = live.allows_masters_from(self.peer.ip()) && live.backends.any_allows_authzid();
+        if login.credentials.authzid.is_some() && !may_ask {
+            self.record.attempt_failed(Reason::AuthzidRefused, LoginOutcome::Refused, None);
+            let reply = reply::authorization_failed(&login.tag);
+            return Some(Ok(Attempted::Refused { reply, counts: true }));
+        }
+        let question = self.question(names, login, stream);
         let target = match timeout(live.limits.lookup, live.router.route(&question, &live.metrics)).await {
             Ok(Ok(Routed { target, route })) => {
                 let backend = match &*target {
@@ -117,10 +134,10 @@ impl Session {
         };
         let Target::Place(place) = &*target else { return Some(Ok(self.verdict(&login.tag, &target).await)) };
         let backend = live.backends.backend(place.backend);
-        if login.credentials.authzid.is_some() && !(backend.allows_authzid && live.allows_masters_from(self.peer.ip()))
-        {
+        if login.credentials.authzid.is_some() && !backend.allows_authzid {
+            // Others allow it: those who are asked for there, and those who do not exist, get one answer.
             self.record.attempt_failed(Reason::AuthzidRefused, LoginOutcome::Refused, Some(backend.id));
-            return Some(Ok(Attempted::Refused { reply: reply::authorization_failed(&login.tag), counts: true }));
+            return Some(Ok(self.refused_late(&login.tag, began).await));
         }
         let renamed = renamed(&login.credentials, place, names);
         let server_login = server_login(&login.credentials, place, names, backend, renamed.as_ref());
@@ -227,13 +244,19 @@ impl Session {
         }
     }
 
-    fn question(&self, names: &Names, login: &LoginRequest) -> Question {
+    fn question(&self, names: &Names, login: &LoginRequest, stream: &Stream) -> Question {
+        let asks_certificate = || self.live.tls.as_ref().is_some_and(|tls| tls.asks_certificate(self.listener));
         let visitor = self.live.router.wants_visitor().then(|| {
             Arc::new(Visitor {
                 client: self.peer,
                 listener: self.local,
                 session: self.record.session().as_str().into(),
-                tls: self.record.tls().map(|tls| tls.version.as_str()),
+                tls: self.record.tls().map(|tls| VisitorTls {
+                    version: tls.version.as_str(),
+                    cipher: stream.cipher(),
+                    asks_certificate: asks_certificate(),
+                    certificate: stream.peer_certificate().map(Into::into),
+                }),
                 attempt: self.record.attempts(),
                 credentials: login.credentials.clone(),
             })
@@ -241,9 +264,13 @@ impl Session {
         Question { user: names.routing.clone(), visitor }
     }
 
-    /// Says so as late as a server says that a password is wrong: nobody shall learn from the clock who exists.
     async fn no_such_user(&mut self, tag: &Tag, reason: Reason, began: Instant) -> Attempted {
         self.record.attempt_failed(reason, LoginOutcome::UnknownUser, None);
+        self.refused_late(tag, began).await
+    }
+
+    /// Says so as late as a server says that a password is wrong: nobody shall learn from the clock who exists.
+    async fn refused_late(&mut self, tag: &Tag, began: Instant) -> Attempted {
         let late = self.live.refusals.any_of(self.record.session().as_str());
         time::sleep(late.saturating_sub(began.elapsed())).await;
         Attempted::Refused { reply: reply::authentication_failed(tag, None), counts: true }
@@ -259,7 +286,11 @@ impl Session {
             Target::Denied(denied) => {
                 self.record.denied();
                 time::sleep(denied.wait).await;
-                Attempted::Refused { reply: reply::authentication_failed(tag, denied.text.as_deref()), counts: true }
+                let reply = reply::authentication_failed(tag, denied.text.as_deref());
+                match denied.closes {
+                    true => Attempted::Dismissed { reply: reply::dismissed(reply) },
+                    false => Attempted::Refused { reply, counts: true },
+                }
             }
             Target::Maintenance(text) => {
                 self.record.attempt_failed(Reason::RouteMaintenance, LoginOutcome::Unavailable, None);

@@ -151,6 +151,12 @@ impl Session {
                         return self.relayed(stream, prelogin.into_leftover(), seated, *established).await;
                     }
                     Attempted::Refused { reply, counts } => prelogin.refused(&reply, counts, &mut out),
+                    Attempted::Dismissed { mut reply } => {
+                        self.send(&mut stream, &mut reply).await?;
+                        self.record.ended_by(EndedBy::Proxy);
+                        close(&mut stream).await;
+                        return None;
+                    }
                     Attempted::Unavailable => prelogin.unavailable(&request.tag, &mut out),
                 },
                 Step::Close(reason) => {

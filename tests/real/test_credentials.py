@@ -32,6 +32,7 @@ passdb {
 TEMPLATE = """
 listeners:
   - {{address: "127.0.0.1:{{tls}}", tls: implicit, {listener}}}
+  - {{address: "127.0.0.1:{{starttls}}", tls: starttls}}
   - {{address: "127.0.0.1:{{plain}}", tls: none}}
 tls: {{certificates: [{{cert: {cert}, key: {key}}}]}}
 backends:
@@ -90,7 +91,9 @@ def scram(raw, name, user, password):
     return line
 
 
-class Credentials(unittest.TestCase):
+class Servers:
+    """A Dovecot with every mechanism, and proxies before it."""
+
     @classmethod
     def setUpClass(cls):
         cls.folder = Folder()
@@ -143,6 +146,8 @@ class Credentials(unittest.TestCase):
         wait_for("the offer", lambda: "XOAUTH2" in self.offered(proxy))
         return proxy
 
+
+class Credentials(Servers, unittest.TestCase):
     def test_what_all_backends_have_is_offered(self):
         proxy = self.ready(self.proxy())
         self.assertEqual(self.offered(proxy),
@@ -157,18 +162,20 @@ class Credentials(unittest.TestCase):
         self.assertIn(b"LOGINDISABLED", self.greeting)
 
     def test_tokens_by_curl(self):
-        proxy = self.ready(self.proxy())
-        for mechanism in ("XOAUTH2", "OAUTHBEARER"):
+        for mechanism in ("xoauth2", "oauthbearer"):
+            # This curl takes OAUTHBEARER wherever it is offered.
+            proxy = self.proxy(listener=f"mechanisms: [{mechanism}]")
             for bearer, code in ((token(ALICE), 0), (token(ALICE, b"another key"), 67)):
                 done = subprocess.run([program("curl"), "--silent", "--show-error", "--cacert", self.certificates.ca, "--user",
-                                       ALICE, "--oauth2-bearer", bearer, "--login-options", f"AUTH={mechanism}",
-                                       f"imaps://localhost:{proxy.ports['tls']}/"], capture_output=True, text=True, timeout=PATIENCE)
+                                       ALICE, "--oauth2-bearer", bearer, f"imaps://localhost:{proxy.ports['tls']}/"],
+                                      capture_output=True, text=True, timeout=PATIENCE)
                 self.assertEqual(done.returncode, code, f"{mechanism}: {done.stderr}\n{proxy.log()}")
-        # This curl takes OAUTHBEARER wherever it is offered.
-        self.assertEqual(proxy.metric("vestibule_logins_total", mechanism="oauthbearer", outcome="accepted"), 2)
-        self.assertEqual(proxy.metric("vestibule_logins_total", mechanism="oauthbearer", outcome="refused"), 2)
-        self.assertNotIn(token(ALICE), proxy.log())
-        self.assertNotIn(xoauth2(ALICE, token(ALICE)).decode(), proxy.log())
+            self.assertEqual(proxy.metric("vestibule_logins_total", mechanism=mechanism, outcome="accepted"), 1)
+            # At the error challenge of XOAUTH2 it leaves.
+            refused = 0 if mechanism == "xoauth2" else 1
+            self.assertEqual(proxy.metric("vestibule_logins_total", mechanism=mechanism, outcome="refused"), refused)
+            self.assertNotIn(token(ALICE), proxy.log())
+            self.assertNotIn(xoauth2(ALICE, token(ALICE)).decode(), proxy.log())
 
     def test_a_refused_token_is_explained_to_the_client(self):
         raw = self.raw(self.ready(self.proxy()))
@@ -187,7 +194,7 @@ class Credentials(unittest.TestCase):
         raw.send(b"a AUTHENTICATE SCRAM-SHA-256 " + base64.b64encode(f"n,,n={ALICE},r=abcdefgh".encode()) + b"\r\n")
         self.assertTrue(raw.line().startswith(b"+ "))
         raw.send(b"*\r\n")
-        self.assertRegex(raw.line(), b"^a (BAD|NO)")
+        self.assertRegex(raw.line(), b"^a BAD")
         self.assertRegex(raw.command("b", b"AUTHENTICATE XOAUTH2 " + xoauth2(ALICE, token(ALICE)))[-1], b"^b OK")
 
     def test_scram_is_between_client_and_server(self):
@@ -233,6 +240,29 @@ SyncState *
         self.assertEqual(done.returncode, 0, f"{done.stderr}\n{proxy.log()}")
         self.assertEqual(proxy.metric("vestibule_logins_total", mechanism="scram-sha-256", outcome="accepted"), 1)
 
+    def test_scram_by_mutt(self):
+        """By GNU SASL; Debian's curl is built without it and has no SCRAM."""
+        proxy = self.ready(self.proxy())
+        folder = Folder()
+        self.addCleanup(folder.remove)
+        settings = folder.write("muttrc", f"""
+set ssl_force_tls=yes
+set ssl_ca_certificates_file="{self.certificates.ca}"
+set imap_user="{BOB}"
+set imap_pass="{PASSWORDS[BOB]}"
+set imap_authenticators="scram-sha-256"
+set sendmail=/bin/true
+set copy=yes
+set confirmcreate=no
+set record=imaps://localhost:{proxy.ports['tls']}/INBOX
+""", 0o600)
+        done = subprocess.run([program("mutt"), "-n", "-F", settings, "-s", "scram-mutt", BOB], input=b"Hello.\n",
+                              capture_output=True, timeout=PATIENCE,
+                              env={"TERM": "xterm", "HOME": str(folder.path), "PATH": "/usr/bin:/bin"})
+        self.assertEqual(done.returncode, 0, f"{done.stderr.decode()}\n{proxy.log()}")
+        self.assertTrue(any("scram-mutt" in text for text in self.server.messages(BOB)))
+        self.assertGreater(proxy.metric("vestibule_logins_total", mechanism="scram-sha-256", outcome="accepted"), 0)
+
     def test_a_long_token(self):
         proxy = self.ready(self.proxy())
         for size, answer in ((5_000, rb"^(\+ |a NO)"), (65_536, rb"^(\+ |a NO)"), (120_000, b"^a BAD The response is too long")):
@@ -242,14 +272,14 @@ SyncState *
             raw.send(xoauth2(ALICE, "x" * size) + b"\r\n")
             self.assertRegex(raw.line(), answer, size)
 
-    def certificate(self, names):
+    def certificate(self, names, subject="/CN=a person"):
         """Of a client: its chain and its key."""
         path = self.folder.path
         base = f"client-{len(list(path.glob('client-*.pem')))}"
         key, request, cert = path / f"{base}-key.pem", path / f"{base}.csr", path / f"{base}.pem"
         extensions = self.folder.write(f"{base}.ext", f"subjectAltName={names}\nextendedKeyUsage=clientAuth\n")
         Certificates._run("openssl", "req", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-subj",
-                          "/CN=a person", "-keyout", key, "-out", request)
+                          subject, "-keyout", key, "-out", request)
         Certificates._run("openssl", "x509", "-req", "-in", request, "-CA", self.certificates.ca, "-CAkey", path / "ca-key.pem",
                           "-CAcreateserial", "-days", "30", "-extfile", extensions, "-out", cert)
         return cert, key
@@ -278,18 +308,46 @@ SyncState *
         with self.assertRaises((OSError, AssertionError)):
             self.raw(proxy)
 
+    def test_where_a_certificate_has_the_name(self):
+        login = "login: {master: admin, password_file: master}"
+        certificate = self.certificate("email:email@example.org,DNS:device.example.org", "/O=Example/CN=common@example.org")
+        for rule, user in (("san-email", "email@example.org"), ("san-dns", "device.example.org"), ("common-name", "common@example.org")):
+            wanted = f"client_certificates: {{ca: {self.certificates.ca}, user: {rule}}}"
+            raw = self.raw(self.proxy(listener=wanted, backend=login, files={"master": "master secret\n"}), certificate)
+            self.assertRegex(raw.command("a", "AUTHENTICATE EXTERNAL =")[-1], b"^a OK", rule)
+            self.assertIn(f"user=<{user}>", self.server.log())
+
+    def test_a_fixed_password(self):
+        """The server knows one password for all that is ours alone; who the client is its certificate shows."""
+        fixed = self.dovecot("plain login", users={user: "ours alone" for user in PASSWORDS})
+        proxy = self.proxy(listener=f"client_certificates: {{ca: {self.certificates.ca}}}", server=fixed,
+                           backend="login: {password_file: fixed}", files={"fixed": "ours alone\n"})
+        for user in (ALICE, BOB):
+            raw = self.raw(proxy, self.certificate(f"email:{user}"))
+            self.assertRegex(raw.command("a", "AUTHENTICATE EXTERNAL =")[-1], b"^a OK", proxy.log())
+            self.assertIn(f"user=<{user}>", fixed.log())
+        # It helps nobody who has shown nothing.
+        self.assertRegex(self.raw(proxy).command("a", f'LOGIN {ALICE} "{PASSWORDS[ALICE]}"')[-1], b"^a NO")
+        self.assertNotIn("ours alone", proxy.log())
+
     def test_master_users(self):
         proxy = self.proxy(users='masters: {separator: "*", networks: [127.0.0.1/32]}')
-        for command in (f'LOGIN "{ALICE}*admin" "master secret"',
-                        "AUTHENTICATE PLAIN " + base64.b64encode(f"{ALICE}\0admin\0master secret".encode()).decode()):
+        def logins(password):
+            plain = base64.b64encode(f"{ALICE}\0admin\0{password}".encode()).decode()
+            return f'LOGIN "{ALICE}*admin" "{password}"', f"AUTHENTICATE PLAIN {plain}"
+        for command in logins("master secret"):
             raw = self.raw(proxy)
             self.assertRegex(raw.command("a", command)[-1], b"^a OK", proxy.log())
-            raw = self.raw(proxy)
-            self.assertRegex(raw.command("a", command.replace("master secret", "wrong"))[-1], b"^a (NO|OK)")
+            # It is alice's mailbox, and nobody else's.
+            raw.command("b", 'CREATE "seen by the master"')
+            self.assertTrue((self.server.mail / ALICE / ".seen by the master").is_dir())
+            raw.command("c", 'DELETE "seen by the master"')
+        for command in logins("wrong"):
+            self.assertRegex(self.raw(proxy).command("a", command)[-1], rb"^a NO \[AUTHENTICATIONFAILED\]")
         self.assertIn(f'user="{ALICE}"', proxy.log(), "the mailbox is alice's")
         proxy = self.proxy(users='masters: {separator: "*", networks: [10.0.0.0/8]}')
-        self.assertRegex(self.raw(proxy).command("a", f'LOGIN "{ALICE}*admin" "master secret"')[-1],
-                         rb"^a NO \[AUTHORIZATIONFAILED\]")
+        for command in logins("master secret"):
+            self.assertRegex(self.raw(proxy).command("a", command)[-1], rb"^a NO \[AUTHORIZATIONFAILED\]")
 
     def test_referrals(self):
         elsewhere = f"{PASSWORDS[CAROL]}::::::nologin=y host=127.0.0.1 port={self.server.port}"
@@ -327,7 +385,8 @@ SyncState *
 
     def test_the_server_learns_who_it_is(self):
         proxy = self.proxy(backend="forward: {site: north}")
-        self.assertRegex(self.raw(proxy).command("a", f'LOGIN {ALICE} "{PASSWORDS[ALICE]}"')[-1], b"^a OK")
+        for _ in range(3):
+            self.assertRegex(self.raw(proxy).command("a", f'LOGIN {ALICE} "{PASSWORDS[ALICE]}"')[-1], b"^a OK")
         # Dovecot 2.3 does not say whether it trusts us.
         self.assertEqual(proxy.metric("vestibule_server_trusts_id"), 0)
         self.assertEqual(proxy.log().count("does not say that it trusts our ID"), 1)

@@ -6,7 +6,7 @@ import time
 import unittest
 
 import directories
-from fixtures import PASSWORDS, Certificates, Dovecot, Folder, Proxy, free_port, wait_for
+from fixtures import PASSWORDS, PATIENCE, Certificates, Dovecot, Folder, Proxy, free_port, wait_for
 from mail import Raw
 
 ALICE, BOB, CAROL = "alice@example.org", "bob@example.net", "carol@example.org"
@@ -14,6 +14,9 @@ ALICE, BOB, CAROL = "alice@example.org", "bob@example.net", "carol@example.org"
 HOSTILE = ["' OR '1'='1", "x') OR ('1'='1", '" OR ""="', "alice@example.org'--", "*", "alice*", "*)(mail=*", "(|(mail=*))",
            "a\\2a", "alice@example.org\\", "%{user}", "%%", "mailbox:alice", "..", "a..b@example.org", "@", "@example.org",
            "\u202ealice@example.org", "zo\u00eb@example.org", "alice\u00a0@example.org", "a" * 500]
+# Users who are really called so.
+ODD = ["o'brien\"@example.org", "a(b)*c\\d@example.org", "100%{user}%@example.org", "x'; drop table mailbox; --@example.org",
+       "zo\u00eb\u4e2d@example.org", "two words@example.org", "$1 ${shard} {}@example.org", "cn=x,dc=test+y@example.org"]
 TEMPLATE = """
 listeners: [{{address: "127.0.0.1:{{plain}}", tls: none}}]
 backends:
@@ -43,6 +46,7 @@ class Directories:
     """Two shards for all; each test its own proxy. Subclasses say which directory."""
 
     directory = None
+    odd = ODD
 
     @classmethod
     def setUpClass(cls):
@@ -66,6 +70,7 @@ class Directories:
             "closed@example.org": {"refuse": "The account was closed."},
             "moving@example.org": {"maintenance": "Your mailbox moves."},
             "lost@example.org": {"backend": "shard-x"},
+            **{user: {"refuse": f"Odd {number}."} for number, user in enumerate(cls.odd)},
         }
 
     def proxy(self, more="cache: off", timeout="1s", connections=4):
@@ -117,6 +122,46 @@ class AnyDirectory(Directories):
         self.assertEqual(proxy.metric("vestibule_route_lookups_total", result="failed"), 0, proxy.log())
         self.assertEqual(proxy.metric("vestibule_route_lookups_total", result="found"), 0)
         self.good(proxy)
+
+    def test_odd_names_are_found_all_the_same(self):
+        proxy = self.proxy()
+        client = Client(proxy)
+        for number, user in enumerate(self.odd):
+            self.assertEqual(client.login(user), f"a NO [CONTACTADMIN] Odd {number}.", f"{user!r}\n{proxy.log()}")
+
+    def test_it_is_slow(self):
+        proxy = self.proxy(timeout="20s")
+        self.good(proxy)
+        client = Client(proxy)
+        self.directory.hold()
+        try:
+            client.raw.send(f'a LOGIN {ALICE} "{PASSWORDS[ALICE]}"\r\n'.encode())
+            client.raw.socket.settimeout(1)
+            with self.assertRaises(TimeoutError):
+                client.raw.line()
+        finally:
+            self.directory.release()
+        client.raw.socket.settimeout(PATIENCE)
+        self.assertRegex(client.raw.until(b"a ")[-1], b"^a OK", proxy.log())
+        self.assertEqual(proxy.metric("vestibule_route_lookups_total", result="failed"), 0)
+
+    def test_it_hangs_and_all_connections_with_it(self):
+        proxy = self.proxy(connections=2, timeout="1s")
+        self.good(proxy)
+        self.directory.hold()
+        try:
+            began = time.monotonic()
+            clients = [Client(proxy) for _ in range(12)]
+            with concurrent.futures.ThreadPoolExecutor(12) as pool:
+                results = list(pool.map(lambda client: client.login(ALICE, PASSWORDS[ALICE]), clients))
+            for result in results:
+                self.assertRegex(result, r"^a NO \[UNAVAILABLE\]")
+            # Who waits for a connection waits no longer than the others.
+            self.assertLess(time.monotonic() - began, 10)
+            self.assertIn("for a free connection", proxy.log())
+        finally:
+            self.directory.release()
+        wait_for("the directory", lambda: Client(proxy).login(ALICE, PASSWORDS[ALICE]).startswith("a OK"))
 
     def test_more_logins_than_connections(self):
         proxy = self.proxy(connections=1, timeout="20s")
@@ -172,7 +217,37 @@ class AnyServer(AnyDirectory):
         self.answers(proxy, "nobody@example.org", "NO [AUTHENTICATIONFAILED]")
 
 
-class PostgreSql(AnyServer, unittest.TestCase):
+    def test_it_stops_with_a_question_under_way(self):
+        proxy = self.proxy(timeout="3s")
+        self.good(proxy)
+        self.directory.hold()
+        client = Client(proxy)
+        client.raw.send(f'a LOGIN {ALICE} "{PASSWORDS[ALICE]}"\r\n'.encode())
+        client.raw.socket.settimeout(0.3)
+        with self.assertRaises(TimeoutError):
+            client.raw.line()
+        client.raw.socket.settimeout(PATIENCE)
+        self.directory.kill()
+        self.assertRegex(client.raw.until(b"a ")[-1], rb"^a NO \[UNAVAILABLE\]")
+        self.directory.release()
+        self.directory.start()
+        wait_for("the directory", lambda: Client(proxy).login(ALICE, PASSWORDS[ALICE]).startswith("a OK"))
+
+
+class WithTls:
+    """For those whose route names a `ca`."""
+
+    def test_its_certificate_is_checked(self):
+        folder = Folder()
+        self.addCleanup(folder.remove)
+        other = Certificates(folder)
+        route = [line if not line.startswith("ca:") else f"ca: {other.ca}" for line in self.route()]
+        self.assertNotEqual(route, self.route())
+        self.route = lambda: route
+        self.answers(self.proxy(), ALICE, "NO [UNAVAILABLE]")
+
+
+class PostgreSql(WithTls, AnyServer, unittest.TestCase):
     @classmethod
     def make(cls):
         return directories.Postgres(cls.certificates)
@@ -194,14 +269,8 @@ class PostgreSql(AnyServer, unittest.TestCase):
             proxy.close()
             del self.route
 
-    def test_its_certificate_is_checked(self):
-        other = Certificates(Folder())
-        route = [line if not line.startswith("ca:") else f"ca: {other.ca}" for line in self.route()]
-        self.route = lambda: route
-        self.answers(self.proxy(), ALICE, "NO [UNAVAILABLE]")
 
-
-class MariaDb(AnyServer, unittest.TestCase):
+class MariaDb(WithTls, AnyServer, unittest.TestCase):
     @classmethod
     def make(cls):
         return directories.MariaDb(cls.certificates)
@@ -220,7 +289,10 @@ class Sqlite(AnyDirectory, unittest.TestCase):
         return ["sql", f"url: sqlite://{self.directory.file}", 'query: SELECT * FROM mailbox WHERE name = %{user}']
 
 
-class OpenLdap(AnyServer, unittest.TestCase):
+class OpenLdap(WithTls, AnyServer, unittest.TestCase):
+    # What `mail` may hold there is ASCII.
+    odd = [user for user in ODD if user.isascii()]
+
     @classmethod
     def make(cls):
         return directories.OpenLdap(cls.certificates)
@@ -271,6 +343,12 @@ class Redis(AnyServer, unittest.TestCase):
         self.answers(proxy, "nobody@example.org", "NO [AUTHENTICATIONFAILED]")
         self.directory.command("SET", "hash:string@example.org", "shard-a")
         self.answers(proxy, "string@example.org", "NO [UNAVAILABLE]")
+        folder = Folder()
+        self.addCleanup(folder.remove)
+        other = Certificates(folder)
+        route = [line if not line.startswith("ca:") else f"ca: {other.ca}" for line in self.route()]
+        self.route = lambda: route
+        self.answers(self.proxy(), CAROL, "NO [UNAVAILABLE]")
 
     def test_sentinels_name_the_next_master(self):
         replica = directories.Redis(extra=["--replicaof", "127.0.0.1", str(self.directory.port)])
@@ -309,9 +387,36 @@ class Redis(AnyServer, unittest.TestCase):
         self.good(proxy, BOB, "shard-b")
         self.answers(proxy, "closed@example.org", "NO [CONTACTADMIN]")
         self.answers(proxy, "nobody@example.org", "NO [AUTHENTICATIONFAILED]")
+        # A node without a replica takes its users along, and brings them back.
+        number = int(nodes[0].command("CLUSTER", "KEYSLOT", f"mailbox:{ALICE}"))
+        owner = next(node for node in nodes if owns(node, number))
+        owner.kill()
+        self.answers(proxy, ALICE, "NO [UNAVAILABLE]")
+        owner.start()
+        wait_for("the node", lambda: Client(proxy).login(ALICE, PASSWORDS[ALICE]).startswith("a OK"))
+
+
+def owns(node, slot):
+    """Whether a slot is a node's own."""
+    own = next(line for line in node.command("CLUSTER", "NODES").splitlines() if "myself" in line)
+    ranges = [word.split("-") for word in own.split()[8:]]
+    return any(int(part[0]) <= slot <= int(part[-1]) for part in ranges)
+
+
+class Valkey(AnyServer, unittest.TestCase):
+    @classmethod
+    def make(cls):
+        return directories.Valkey()
+
+    def route(self):
+        return ["redis", f"url: redis://localhost:{self.directory.port}/0", "password_file: password",
+                'key: "mailbox:%{user}"']
 
 
 class Dns(AnyServer, unittest.TestCase):
+    # Not even asked for: test_hostile_names_are_only_names.
+    odd = []
+
     @classmethod
     def make(cls):
         return directories.DnsServer()

@@ -1,10 +1,13 @@
 """Routes over HTTP: a JSON service, and one written for nginx's mail module, which nginx itself asks too."""
 
+import base64
+import ssl
+import time
 import unittest
 
 from directories import Directory
-from fixtures import PASSWORDS, Certificates, Folder, free_port, program, wait_for
-from mail import Raw
+from fixtures import PASSWORDS, Certificates, Folder, Proxy, free_port, program, wait_for
+from mail import Raw, context
 from responder import Responder
 from test_directories import ALICE, BOB, CAROL, AnyServer, Client, Directories
 
@@ -45,7 +48,7 @@ class Json(AnyServer, unittest.TestCase):
         self.assertEqual({name: question[name] for name in ("user", "client", "mechanism", "attempt", "tls")},
                          {"user": ALICE, "client": "127.0.0.1", "mechanism": "login", "attempt": 1, "tls": None})
         self.assertNotIn("password", question)
-        self.assertIn(question["session"], proxy.log())
+        wait_for("its record", lambda: question["session"] in proxy.log())
 
     def test_connections_are_kept(self):
         proxy = self.proxy()
@@ -54,6 +57,36 @@ class Json(AnyServer, unittest.TestCase):
             self.good(proxy)
         ports = {client for _, _, client in self.directory.questions[before:]}
         self.assertEqual(len(ports), 1, ports)
+
+    def test_many_logins_of_one_user_are_one_question(self):
+        proxy = self.proxy("cache: {ttl: 1m}", timeout="20s")
+        before = len(self.directory.questions)
+        clients = [Client(proxy) for _ in range(20)]
+        self.directory.hold()
+        try:
+            for client in clients:
+                client.raw.send(f'a LOGIN {ALICE} "{PASSWORDS[ALICE]}"\r\n'.encode())
+            wait_for("all to have missed", lambda: proxy.metric("vestibule_route_cache_total", state="miss") == len(clients))
+        finally:
+            self.directory.release()
+        for client in clients:
+            self.assertRegex(client.raw.until(b"a ")[-1], b"^a OK")
+        self.assertEqual(len(self.directory.questions) - before, 1)
+
+    def test_an_answer_is_renewed_before_it_ends(self):
+        proxy = self.proxy("cache: {ttl: 3s}")
+        self.good(proxy)
+        before = len(self.directory.questions)
+        self.directory.hold()
+        try:
+            # The question behind the back gets no answer, and the client does not wait for it.
+            def renewing():
+                self.assertRegex(Client(proxy).login(ALICE, PASSWORDS[ALICE]), "^a OK")
+                return len(self.directory.questions) > before
+            wait_for("the next question", renewing)
+            self.assertEqual(proxy.metric("vestibule_route_cache_total", state="stale"), 0)
+        finally:
+            self.directory.release()
 
     def test_a_service_that_checks_passwords_may_hand_out_others(self):
         self.directory.row(CAROL, backend="shard-b", user=BOB, password=PASSWORDS[BOB])
@@ -124,6 +157,7 @@ class AuthHttp(Directories, unittest.TestCase):
     def rows(cls):
         a, b = ({"Auth_Server": "127.0.0.1", "Auth_Port": str(port)} for port in (cls.a.port, cls.b.port))
         return {ALICE: a, BOB: b, "odd @\"%\u00e9": {**a, "password": "p%20 \"w\u00f6rd\""},
+                CAROL: {**a, "Auth_Pass": PASSWORDS[CAROL]},
                 "alias": {**b, "password": "mine", "Auth_User": CAROL, "Auth_Pass": PASSWORDS[CAROL]}}
 
     def route(self):
@@ -132,15 +166,108 @@ class AuthHttp(Directories, unittest.TestCase):
     def proxy(self, more="cache: off", **options):
         return super().proxy(more, **options)
 
-    def nginx(self):
+    def nginx(self, server="listen 127.0.0.1:PORT; protocol imap;"):
         nginx = Nginx("load_module /usr/lib/nginx/modules/ngx_mail_module.so; " + BASE + f"""
             events {{}}
             mail {{
               auth_http 127.0.0.1:{self.directory.port}/auth;
-              server {{ listen 127.0.0.1:PORT; protocol imap; }}
+              server {{ {server} }}
             }}""")
         self.addCleanup(nginx.close)
         return nginx
+
+    def with_certificates(self):
+        """Both with TLS that asks for certificates: the ports of nginx and ours, and a client's certificate."""
+        ca, cert, key = (self.certificates.ca, self.certificates.cert, self.certificates.key)
+        nginx = self.nginx(f"""
+            listen 127.0.0.1:PORT ssl; protocol imap; imap_auth plain login external;
+            ssl_certificate {cert}; ssl_certificate_key {key}; ssl_protocols TLSv1.2 TLSv1.3;
+            ssl_client_certificate {ca}; ssl_verify_client optional;
+            auth_http_pass_client_cert on;""")
+        proxy = Proxy(f"""
+listeners:
+  - {{address: "127.0.0.1:{{tls}}", tls: implicit, client_certificates: {{ca: {ca}}}, mechanisms: [plain, external]}}
+tls: {{certificates: [{{cert: {cert}, key: {key}}}]}}
+backends:
+  shard-a: {{servers: ["127.0.0.1:{self.a.port}"]}}
+  shard-b: {{servers: ["127.0.0.1:{self.b.port}"]}}
+routes: [{{http: {{url: "http://localhost:{self.directory.port}/auth", style: nginx-auth-http, client_certificate: true}}}}]
+admin: {{address: "127.0.0.1:{{admin}}"}}
+""")
+        self.addCleanup(proxy.close)
+        path = self.folder.path
+        extensions = self.folder.write("client.ext", f"subjectAltName=email:{CAROL}\nextendedKeyUsage=clientAuth\n")
+        new = ["openssl", "req", "-utf8", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-multivalue-rdn"]
+        subject = "/C=DE/O=M\u00fcller, S\u00f6hne + Co. \"<;#>\"/OU=#1 /CN=a person+UID=7/emailAddress=x@y.test"
+        subject = subject.replace("e + C", "e \\+ C")
+        Certificates._run(*new, "-subj", subject, "-keyout", path / "client-key.pem", "-out", path / "client.csr")
+        Certificates._run("openssl", "x509", "-req", "-in", path / "client.csr", "-CA", ca, "-CAkey", path / "ca-key.pem",
+                          "-set_serial", "0x00c0ffee", "-days", "30", "-extfile", extensions, "-out", path / "client.pem")
+        return (nginx.port, proxy.ports["tls"]), (path / "client.pem", path / "client-key.pem"), proxy
+
+    def told(self, raw=None):
+        """What the last question told, without what is HTTP's own, and without the cipher, which is the client's too."""
+        told = {name: value for name, value in self.directory.questions[-1][0].items()
+                if name not in ("host", "connection", "accept", "user-agent")}
+        if raw:
+            self.assertEqual(told.pop("auth-ssl-cipher"), raw.socket.cipher()[0])
+        return told
+
+    def test_what_is_told_of_tls_is_what_nginx_tells(self):
+        ports, certificate, proxy = self.with_certificates()
+        for shown, version in ((None, "TLSv1_2"), (None, "TLSv1_3"), (certificate, "TLSv1_2"), (certificate, "TLSv1_3")):
+            asked = []
+            for port in ports:
+                tls = context(self.certificates.ca)
+                tls.minimum_version = tls.maximum_version = getattr(ssl.TLSVersion, version)
+                tls.set_ciphers("ECDHE-ECDSA-AES128-GCM-SHA256")
+                if shown:
+                    tls.load_cert_chain(*shown)
+                raw = Raw(port, tls)
+                raw.until(b"* OK")
+                plain = base64.b64encode(f"\0{ALICE}\0{PASSWORDS[ALICE]}".encode())
+                self.assertRegex(raw.command("a", b"AUTHENTICATE PLAIN " + plain)[-1], b"^a OK", proxy.log())
+                asked.append(self.told(raw))
+            self.assertEqual(asked[1], asked[0])
+            self.assertEqual(asked[1]["auth-ssl-verify"], "SUCCESS" if shown else "NONE")
+            self.assertEqual("auth-ssl-serial" in asked[1], bool(shown))
+
+    def test_a_certificate_is_asked_about_as_nginx_does(self):
+        ports, certificate, proxy = self.with_certificates()
+        asked = []
+        for port in ports:
+            tls = context(self.certificates.ca)
+            tls.load_cert_chain(*certificate)
+            raw = Raw(port, tls)
+            raw.until(b"* OK")
+            raw.send(b"a AUTHENTICATE EXTERNAL\r\n")
+            raw.until(b"+")
+            raw.send(base64.b64encode(CAROL.encode()) + b"\r\n")
+            self.assertRegex(raw.until(b"a ")[-1], b"^a OK", proxy.log())
+            asked.append(self.told(raw))
+        self.assertEqual(asked[1], asked[0])
+        self.assertEqual((asked[1]["auth-method"], asked[1]["auth-pass"]), ("external", ""))
+
+    def test_who_shall_wait_is_asked_about_again(self):
+        for port in (self.nginx().port, self.proxy(timeout="20s").ports["plain"]):
+            self.directory.row("patient", waits=2, password="x", Auth_Server="127.0.0.1", Auth_Port=str(self.a.port),
+                               Auth_User=ALICE, Auth_Pass=PASSWORDS[ALICE])
+            before = len(self.directory.questions)
+            raw = Raw(port)
+            raw.until(b"* OK")
+            began = time.monotonic()
+            self.assertRegex(raw.command("a", "LOGIN patient x")[-1], b"^a OK")
+            self.assertGreater(time.monotonic() - began, 1.9)
+            self.assertEqual(len(self.directory.questions) - before, 3)
+
+    def test_who_is_not_told_to_wait_is_sent_away(self):
+        self.directory.row("final", final=True, password="x")
+        for port in (self.nginx().port, self.proxy().ports["plain"]):
+            raw = Raw(port)
+            raw.until(b"* OK")
+            self.assertRegex(raw.command("a", "LOGIN final wrong")[-1], b"^a NO .*Invalid login or password")
+            while line := raw.line():
+                self.assertRegex(line, rb"^\* BYE")
 
     def test_the_same_users_on_the_same_shards_as_with_nginx(self):
         nginx, proxy = self.nginx(), self.proxy()
@@ -150,10 +277,8 @@ class AuthHttp(Directories, unittest.TestCase):
                 raw = Raw(port)
                 raw.until(b"* OK")
                 self.assertRegex(raw.command("a", f'LOGIN {user} "{password}"')[-1], b"^a OK", proxy.log())
-                asked.append(self.directory.questions[-1][0])
-            theirs, ours = asked
-            for name in ("auth-method", "auth-user", "auth-pass", "auth-protocol", "auth-login-attempt", "client-ip"):
-                self.assertEqual(ours[name], theirs[name], name)
+                asked.append(self.told())
+            self.assertEqual(asked[1], asked[0])
         self.assertEqual(proxy.metric("vestibule_backend_sessions_total", backend="shard-b"), 2)
 
     def test_hostile_names_reach_the_auth_server_as_nginx_would_write_them(self):
@@ -177,7 +302,9 @@ class AuthHttp(Directories, unittest.TestCase):
     def test_a_wrong_password_is_told_after_the_wait(self):
         proxy = self.proxy()
         client = Client(proxy)
+        began = time.monotonic()
         self.assertEqual(client.login(ALICE), "a NO [AUTHENTICATIONFAILED] Invalid login or password")
+        self.assertGreater(time.monotonic() - began, 0.9)
         self.assertEqual(client.login(ALICE, PASSWORDS[ALICE])[:4], "a OK", "the connection lives on")
         self.assertEqual(self.directory.questions[-1][0]["auth-login-attempt"], "2")
         self.assertEqual(proxy.metric("vestibule_route_failing"), 0)

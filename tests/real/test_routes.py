@@ -3,6 +3,7 @@ director, and what the clock tells."""
 
 import os
 import re
+import socket
 import statistics
 import subprocess
 import time
@@ -90,6 +91,9 @@ class Routes(unittest.TestCase):
         proxy = self.proxy(routes, folder=folder)
         self.assertTrue(self.lands_on(proxy, ALICE, "shard-b"))
         proxy.stop()
+        explained = vestibule("route", "--config", proxy.file, CAROL)
+        self.assertRegex(explained.stdout, r"route    redis: does not know the user \(\d+ \u00b5s, asked now\)\nbackend  none")
+        self.assertEqual(explained.returncode, 1)
         kept = folder.path / "kept"
         self.assertEqual(kept.stat().st_mode & 0o777, 0o600)
         self.assertIn(ALICE, kept.read_text())
@@ -100,6 +104,9 @@ class Routes(unittest.TestCase):
         self.assertIn("NO [UNAVAILABLE]", Client(proxy).login(BOB, "x"))
         explained = vestibule("route", "--config", proxy.file, ALICE).stdout
         self.assertRegex(explained, r"route    redis: found: shard-b \(\d+ \u00b5s, kept for \d+ s\)")
+        self.assertRegex(vestibule("route", "--config", proxy.file, BOB).stdout, r"route    redis: failed: .*refused.* \(\d+ \u00b5s, asked now\)")
+        short = folder.write("short.yaml", proxy.file.read_text().replace("{file: kept}", "{file: kept, ttl: 1s}"))
+        wait_for("its end", lambda: re.search(r"stale: kept for \d+ s, and its source is down", vestibule("route", "--config", short, ALICE).stdout))
 
     def test_a_directors_users_stay_where_they_are(self):
         """Dovecot's director itself says where it would have them."""
@@ -176,16 +183,28 @@ routes:
       backends:
 {shares}
 """)
-        seen = set()
-        users = [f"User{number}@Example.org" for number in range(60)] + ["alice", "z\u00f6e@example.org"]
-        for user in users:
-            status = doveadm("status", user).stdout
-            theirs = re.search(r"Hashed: (\S+)", status)[1]
-            ours = vestibule("route", "--config", configuration, user).stdout
-            place = list(hosts).index(theirs)
-            self.assertIn(f"found: {names[place]} ", ours, f"{user}: {status}")
-            seen.add(theirs)
-        self.assertEqual(seen, set(hosts))
+        # Letter case beyond ASCII, collisions of spelling, names that are no addresses.
+        users = [f"User{number}@Example.org" for number in range(3000)]
+        users += [f"\u00c4RZT\u0130N{number}@example.org" for number in range(50)]
+        users += ["alice", "ALICE", "a+b@example.org", "z\u00f6e@example.org", "\u1e9e"]
+        with socket.socket(socket.AF_UNIX) as admin:
+            admin.settimeout(PATIENCE)
+            admin.connect(f"{folder.path}/run/director-admin")
+            lines = admin.makefile("rw", encoding="utf-8", newline="\n")
+            lines.readline()
+            lines.write("VERSION\tdirector-doveadm\t1\t0\n" + "".join(f"USER-LOOKUP\t{user}\n" for user in users))
+            lines.flush()
+            # When it expires, where the user is, and where the ring would have it.
+            theirs = [lines.readline().rstrip("\n").split("\t")[2] for _ in users]
+        listed = folder.write("users.txt", "".join(f"{user}\n" for user in users))
+        # Against a configuration that has all of them elsewhere, every user is told.
+        nowhere = folder.write("nowhere.yaml", configuration.read_text().split("routes:")[0].replace("backends:", "backends:\n  nowhere: {servers: ['10.9.9.9:143']}")
+                               + "routes: [{default: nowhere}]\n")
+        told = vestibule("route", "--config", configuration, "--diff", nowhere, "--users", listed).stdout
+        ours = dict(re.findall(r"^(.+): (\S+) -> nowhere$", told, re.MULTILINE))
+        for user, host in zip(users, theirs):
+            self.assertEqual(ours.get(user), names[list(hosts).index(host)], f"{user}")
+        self.assertEqual(set(theirs), set(hosts))
 
     def test_who_would_move(self):
         folder = Folder()

@@ -9,6 +9,7 @@ mod client;
 mod defences;
 mod dns;
 mod house;
+mod mechanisms;
 mod proxy_protocol;
 mod reload;
 mod servers;

@@ -273,3 +273,29 @@ async fn an_authorization_identity_is_routed_by_or_refused() {
     assert_eq!(server.connections(), 1, "the server was not asked");
     assert_eq!(failures(&refused, "authzid_refused"), 1.0);
 }
+
+#[tokio::test]
+async fn asking_for_anothers_mailbox_does_not_tell_who_exists() {
+    use base64::Engine as _;
+    let folder = tempfile::tempdir().unwrap();
+    std::fs::write(folder.path().join("users"), "bob one\nalice other\n").unwrap();
+    let command = |mailbox: &str| {
+        let response = base64::engine::general_purpose::STANDARD.encode(format!("{mailbox}\0mallory\0x"));
+        format!("a AUTHENTICATE PLAIN {response}")
+    };
+    for (other, expected) in [("refuse", "AUTHORIZATIONFAILED"), ("allow", "AUTHENTICATIONFAILED")] {
+        let text = format!(
+            "backends:\n  one: {{servers: ['127.0.0.1:1']}}\n  other: {{servers: ['127.0.0.1:1'], authzid: {other}}}\n\
+             routes: [{{table: {}}}]\n",
+            folder.path().join("users").display()
+        );
+        let proxy = proxy(&text).await;
+        let mut answers = Vec::new();
+        for mailbox in ["bob", "nobody"] {
+            answers.push(Client::connect(proxy.listeners()[0]).await.ask(&command(mailbox)).await);
+        }
+        assert!(answers[0].contains(expected), "{answers:?}");
+        assert_eq!(answers[0], answers[1]);
+        assert!(failures(&proxy, "authzid_refused") >= 1.0);
+    }
+}

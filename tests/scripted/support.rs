@@ -135,16 +135,20 @@ pub struct Scripted {
 
 impl Scripted {
     pub async fn new(script: &str) -> Self {
-        Self::start(script, None).await
+        Self::at(TcpListener::bind("127.0.0.1:0").await.unwrap(), script, None)
+    }
+
+    /// Where somebody must know the address before there is a script.
+    pub fn listening(listener: TcpListener, script: &str) -> Self {
+        Self::at(listener, script, None)
     }
 
     /// `!TLS` in the script performs a handshake as the server.
     pub async fn with_tls(script: &str, certificates: &Certificates) -> Self {
-        Self::start(script, Some(certificates.acceptor())).await
+        Self::at(TcpListener::bind("127.0.0.1:0").await.unwrap(), script, Some(certificates.acceptor()))
     }
 
-    async fn start(script: &str, acceptor: Option<TlsAcceptor>) -> Self {
-        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    fn at(listener: TcpListener, script: &str, acceptor: Option<TlsAcceptor>) -> Self {
         let address = listener.local_addr().unwrap();
         let connections = Arc::new(AtomicUsize::new(0));
         let counter = connections.clone();

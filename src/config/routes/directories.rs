@@ -110,6 +110,9 @@ impl Section<'_, '_> {
         if is_nginx && !password {
             self.problem("password", "servers of this style decide by the password");
         }
+        if written.client_certificate && !is_nginx {
+            self.problem("client_certificate", "has a meaning for style: nginx-auth-http only");
+        }
         let asking = self.asking(asking_map);
         let url = self.url("url", &written.url, &["http://", "https://"])?;
         if written.ca.is_some() && url.value.starts_with("http://") {
@@ -143,6 +146,7 @@ impl Section<'_, '_> {
             headers: written.headers,
             token: self.file("token_file", written.token_file),
             password,
+            client_certificate: written.client_certificate,
             backend,
             networks,
             asking,

@@ -200,6 +200,9 @@ directory! {
         /// Whether the source is told the password.
         #[serde(default)]
         password: Option<bool>,
+        /// Whether `nginx-auth-http` is told the client's whole certificate.
+        #[serde(default)]
+        client_certificate: bool,
         /// The backend of addresses in `networks`.
         #[serde(default)]
         backend: Option<String>,

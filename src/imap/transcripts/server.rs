@@ -420,6 +420,16 @@ fn a_mechanism_is_relayed_challenge_by_challenge() {
          S: L NO [AUTHENTICATIONFAILED] expired
          ! refused: tag1 NO [AUTHENTICATIONFAILED] expired",
     );
+    // A client that breaks off is no fault of the server.
+    relayed(Mechanism::ScramSha1, b"n,,n=alice,r=x").check(
+        "S: * OK [CAPABILITY IMAP4rev1 SASL-IR AUTH=SCRAM-SHA-1] x
+         C: L AUTHENTICATE SCRAM-SHA-1 biwsbj1hbGljZSxyPXg=
+         S: + cj14eSxzPXosaT00MDk2
+         ! challenge: cj14eSxzPXosaT00MDk2
+         C: YW5zd2Vy
+         S: L BAD Authentication aborted by client.
+         ! refused: tag1 BAD Authentication aborted by client.",
+    );
 }
 
 #[test]

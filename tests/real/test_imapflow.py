@@ -1,0 +1,74 @@
+"""ImapFlow, a client library of Node.js: passwords and tokens, STARTTLS, reading, writing and waiting through the proxy."""
+
+import imaplib
+import json
+import subprocess
+import unittest
+from pathlib import Path
+
+from fixtures import CACHE, PASSWORDS, PATIENCE, program
+from mail import message
+from test_credentials import ALICE, BOB, Servers, token
+
+LIBRARY = CACHE / "imapflow"
+CLIENT = Path(__file__).with_name("imapflow") / "client.mjs"
+
+
+class ImapFlow(Servers, unittest.TestCase):
+    def run_client(self, proxy, auth, subject, port="tls", mail_for=None):
+        """What it says at its end. `mail_for` is who gets mail while it waits."""
+        assert LIBRARY.is_dir(), "imapflow is not unpacked: run tests/run"
+        task = {"port": proxy.ports[port], "secure": port == "tls", "ca": str(self.certificates.ca), "auth": auth,
+                "subject": subject, "message": message(subject, "x" * 100_000 + "\r\n").decode()}
+        command = [program("node"), CLIENT, json.dumps(task), LIBRARY]
+        with subprocess.Popen([str(word) for word in command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as child:
+            try:
+                if mail_for:
+                    first = child.stdout.readline()
+                    if first != '{"idle":true}\n':
+                        raise AssertionError(f"{first}{child.stderr.read()}\n{proxy.log()}")
+                    other = imaplib.IMAP4("127.0.0.1", self.server.port, timeout=PATIENCE)
+                    other.login(mail_for, PASSWORDS[mail_for])
+                    other.append("INBOX", None, None, message("news"))
+                    other.logout()
+                out, error = child.communicate(timeout=PATIENCE)
+            finally:
+                child.kill()
+        self.assertTrue(out, error)
+        return json.loads(out.splitlines()[-1])
+
+    def serves(self, proxy, auth, subject, port="tls"):
+        said = self.run_client(proxy, auth, subject, port, mail_for=auth["user"])
+        self.assertEqual(said.get("subject"), subject, f"{said}\n{proxy.log()}")
+        self.assertGreater(said["size"], 100_000)
+        self.assertGreaterEqual(said["count"], 2)
+        # What it was told with the login is the server's.
+        self.assertIn("IDLE", said["capabilities"])
+
+    def test_passwords(self):
+        proxy = self.ready(self.proxy())
+        for method in (None, "LOGIN", "AUTH=LOGIN", "AUTH=PLAIN"):
+            auth = {"user": ALICE, "pass": PASSWORDS[ALICE], **({"loginMethod": method} if method else {})}
+            self.serves(proxy, auth, f"flow-{method}")
+            said = self.run_client(proxy, {**auth, "pass": "wrong"}, "never")
+            self.assertTrue(said["refused"] and said["code"] == "AUTHENTICATIONFAILED", said)
+        for mechanism in ("login", "sasl-login", "sasl-plain"):
+            self.assertGreater(proxy.metric("vestibule_logins_total", mechanism=mechanism, outcome="accepted"), 0, mechanism)
+
+    def test_starttls(self):
+        proxy = self.ready(self.proxy())
+        self.serves(proxy, {"user": ALICE, "pass": PASSWORDS[ALICE]}, "flow-starttls", "starttls")
+
+    def test_tokens(self):
+        for mechanism in ("xoauth2", "oauthbearer"):
+            proxy = self.proxy(listener=f"mechanisms: [{mechanism}]")
+            self.serves(proxy, {"user": BOB, "accessToken": token(BOB)}, f"flow-{mechanism}")
+            said = self.run_client(proxy, {"user": BOB, "accessToken": "nonsense"}, "never")
+            # The server's own words about the token came through.
+            self.assertTrue(said["refused"] and "status" in said["oauth"], f"{said}\n{proxy.log()}")
+            self.assertEqual(proxy.metric("vestibule_logins_total", mechanism=mechanism, outcome="accepted"), 1)
+            self.assertEqual(proxy.metric("vestibule_logins_total", mechanism=mechanism, outcome="refused"), 1)
+
+
+if __name__ == "__main__":
+    unittest.main()
