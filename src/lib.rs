@@ -50,6 +50,7 @@ pub mod demo;
 pub mod dns;
 pub mod explain;
 pub mod failure;
+pub mod guard;
 pub mod identity;
 pub mod imap;
 pub mod limits;

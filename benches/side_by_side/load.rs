@@ -14,8 +14,8 @@
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{SocketAddr, TcpStream};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, LazyLock};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, LazyLock};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -165,10 +165,10 @@ struct Connection {
 impl Connection {
     fn open(target: &Target, config: Option<Arc<ClientConfig>>) -> anyhow::Result<Self> {
         static USERS: AtomicUsize = AtomicUsize::new(0);
-/// So many names are used over and over; all different without it.
-static NAMES: LazyLock<usize> = LazyLock::new(|| {
-    std::env::var("VESTIBULE_BENCH_NAMES").ok().and_then(|names| names.parse().ok()).unwrap_or(usize::MAX)
-});
+        /// So many names are used over and over; all different without it.
+        static NAMES: LazyLock<usize> = LazyLock::new(|| {
+            std::env::var("VESTIBULE_BENCH_NAMES").ok().and_then(|names| names.parse().ok()).unwrap_or(usize::MAX)
+        });
         let socket = TcpStream::connect(target.address).context("connect")?;
         socket.set_nodelay(true)?;
         socket.set_read_timeout(Some(PATIENCE))?;

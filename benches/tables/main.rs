@@ -63,12 +63,12 @@ fn random(state: &mut u64) -> u64 {
 /// First name, last name, number, and one of a thousand domains, as providers have them.
 fn name(number: u64) -> String {
     const FIRST: [&str; 16] = [
-        "anna", "ben", "carla", "david", "emma", "felix", "greta", "hugo", "ida", "jonas", "klara", "liam", "mia", "noah",
-        "olivia", "paul",
+        "anna", "ben", "carla", "david", "emma", "felix", "greta", "hugo", "ida", "jonas", "klara", "liam", "mia",
+        "noah", "olivia", "paul",
     ];
     const LAST: [&str; 16] = [
-        "meyer", "smith", "rossi", "novak", "garcia", "larsen", "dubois", "kowalski", "silva", "jansen", "weber", "moreau",
-        "costa", "nagy", "popov", "khan",
+        "meyer", "smith", "rossi", "novak", "garcia", "larsen", "dubois", "kowalski", "silva", "jansen", "weber",
+        "moreau", "costa", "nagy", "popov", "khan",
     ];
     let (first, last) = (FIRST[(number % 16) as usize], LAST[(number / 16 % 16) as usize]);
     format!("{first}.{last}{}@domain{}.example", number / 256, number % 997)
@@ -86,7 +86,8 @@ fn write_table(folder: &Path, users: usize) -> anyhow::Result<()> {
         let _ = writeln!(text, "{} shard-{}", name(number), random(&mut number.clone()) % 8);
     }
     fs::write(folder.join("users.txt"), text)?;
-    let backends: Vec<String> = (0..8).map(|number| format!("shard-{number}: {{servers: ['10.0.0.{number}:143']}}")).collect();
+    let backends: Vec<String> =
+        (0..8).map(|number| format!("shard-{number}: {{servers: ['10.0.0.{number}:143']}}")).collect();
     let text = format!(
         "listeners: [{{address: '127.0.0.1:1143', tls: none}}]\nbackends: {{{}}}\nroutes: [{{table: users.txt}}]\n",
         backends.join(", ")
@@ -127,9 +128,8 @@ async fn look_up(
     expected: bool,
 ) -> anyhow::Result<f64> {
     let mut state = 7;
-    let questions: Vec<Question> = (0..LOOKUPS)
-        .map(|_| Question { user: Arc::from(name(random(&mut state))), visitor: None })
-        .collect();
+    let questions: Vec<Question> =
+        (0..LOOKUPS).map(|_| Question { user: Arc::from(name(random(&mut state))), visitor: None }).collect();
     let began = Instant::now();
     let mut found = 0;
     for question in &questions {

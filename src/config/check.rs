@@ -9,6 +9,7 @@ use std::time::Duration;
 use serde_yaml::Value;
 
 use super::file::{CertificateMap, CertificateUserWord, File, FormatWord, LevelWord, ListenerMap, TlsWord};
+use super::guard::guard;
 use super::limits::{bounded, limits, seconds};
 use super::locate::child;
 use super::read::Reader;
@@ -73,6 +74,7 @@ pub(super) fn config(reader: &mut Reader<'_>, file: &Path, value: Value) -> Opti
         naming,
         master_networks,
         limits: limits(reader, &written.limits),
+        guard: guard(reader, written.access, &written.limits),
         admin,
         log: Log { format: format(written.log.format), level: level(written.log.level) },
         resolver: Resolver { servers, timeout },

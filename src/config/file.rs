@@ -9,7 +9,7 @@ use std::path::PathBuf;
 use serde::Deserialize;
 use serde_yaml::{Mapping, Value};
 
-use super::values::{ServerEntry, Size, Span, TlsEntry, Words};
+use super::values::{Cap, Pace, ServerEntry, Size, Span, TlsEntry, Words};
 
 /// The whole file.
 #[derive(Debug, Default, Deserialize)]
@@ -27,6 +27,8 @@ pub(super) struct File {
     pub(super) users: UsersMap,
     /// Deadlines and caps.
     pub(super) limits: LimitsMap,
+    /// Networks that may come in.
+    pub(super) access: AccessMap,
     /// Metrics and health.
     pub(super) admin: AdminMap,
     /// Log records.
@@ -304,6 +306,42 @@ pub(super) struct LimitsMap {
     pub(super) workers: Option<i64>,
     pub(super) untagged_lines: Option<i64>,
     pub(super) untagged_bytes: Option<Size>,
+    // See [`super::Guard`].
+    pub(super) handshakes: Option<i64>,
+    pub(super) before_login: Option<i64>,
+    pub(super) sessions_per_address: Option<Cap>,
+    pub(super) sessions_per_user: Option<Cap>,
+    pub(super) sessions_per_user_and_address: Option<Cap>,
+    /// [`NetworkMap`].
+    pub(super) networks: Vec<Value>,
+    pub(super) connection_rate: Option<Pace>,
+    pub(super) login_rate_per_address: Option<Pace>,
+    pub(super) login_rate_per_user: Option<Pace>,
+    pub(super) tracked: Option<i64>,
+    pub(super) failed_login_delay: Option<Span>,
+    pub(super) failed_login_delay_max: Option<Span>,
+}
+
+/// An item of `limits.networks`.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct NetworkMap {
+    /// Like 192.0.2.0/24.
+    pub(super) network: String,
+    /// Open connections from there.
+    pub(super) sessions: i64,
+}
+
+/// `access`; see [`super::Access`].
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub(super) struct AccessMap {
+    /// Who may come in.
+    pub(super) allow: Vec<String>,
+    /// Who may not.
+    pub(super) deny: Vec<String>,
+    /// To whom limits and delays do not apply.
+    pub(super) exempt: Vec<String>,
 }
 
 /// `admin`.

@@ -77,7 +77,8 @@ pub(super) fn bounded(
     })
 }
 
-fn or_off(
+/// A duration that can be off.
+pub(super) fn or_off(
     reader: &mut Reader<'_>,
     key: &str,
     written: Option<Span>,

@@ -8,6 +8,7 @@
 mod check;
 mod directory;
 mod file;
+mod guard;
 mod limits;
 mod local;
 mod locate;
@@ -33,6 +34,7 @@ use crate::identity::{Mechanisms, Naming, UserName};
 pub use self::directory::{
     ANSWER_FIELDS, Asking, Cache, Dns, DnsQuestion, Http, HttpStyle, Ldap, LdapScope, Network, Redis, RedisPlace, Sql,
 };
+pub use self::guard::{Access, Guard, Rate};
 pub use self::local::is_local;
 use self::locate::Index;
 use self::read::{Reader, no_yaml};
@@ -61,6 +63,8 @@ pub struct Config {
     pub master_networks: Option<Vec<Network>>,
     /// Deadlines and caps.
     pub limits: Limits,
+    /// Who may come in and try.
+    pub guard: Guard,
     /// Where metrics and health are answered.
     pub admin: Option<SocketAddr>,
     /// Log records.

@@ -36,6 +36,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ("config", &["identity", "template"]),
     ("dns", &[]),
     ("failure", &[]),
+    ("guard", &["config"]),
     ("identity", &[]),
     ("limits", &[]),
     ("record_layer", &[]),
