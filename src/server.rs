@@ -61,7 +61,7 @@ impl Live {
         }));
         let tls = ServerTls::build(config);
         let router = Router::build(config, &metrics);
-        let backends = Backends::build(config, &metrics);
+        let backends = Backends::build(config, &metrics, None);
         match (tls, router, backends) {
             (Ok(tls), Ok(router), Ok(backends)) => {
                 let mechanisms = config.listeners.iter().map(|listener| listener.mechanisms).collect();

@@ -10,11 +10,12 @@ mod health;
 mod probe;
 mod proxy_header;
 mod select;
+mod server;
 
 use std::collections::{BTreeMap, HashMap};
-use std::net::{IpAddr, SocketAddr};
-use std::sync::atomic::{AtomicBool, AtomicU16, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::net::SocketAddr;
+use std::sync::atomic::{AtomicU16, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use tokio::sync::watch;
@@ -24,12 +25,12 @@ use tokio_util::task::TaskTracker;
 
 pub use self::discover::OwnAddresses;
 use self::discover::Resolver;
-use self::health::Health;
 use self::select::Candidate;
+pub use self::server::Server;
+use self::server::ServerState;
 use crate::config::{self, BackendId, ClientInfo, Config, Host, Limits, Problem, TlsMode, Trust};
 use crate::identity::{Mechanism, Mechanisms, Secret, UserName};
-use crate::imap::backend_login::IdAnswer;
-use crate::metrics::{Metrics, ServerMetrics};
+use crate::metrics::Metrics;
 use crate::tls::client::ClientTls;
 
 /// Undeclared servers that routes may name, a backend. Each is a label of metrics.
@@ -45,15 +46,17 @@ pub struct Backends {
 }
 
 impl Backends {
-    /// Builds everything; connects to nothing and asks DNS nothing yet.
+    /// Builds everything; connects to nothing and asks DNS nothing yet. What was learnt of servers that stay is taken over
+    /// from `previous`.
     ///
     /// # Errors
     /// All problems: `ca` files, server names, a system without resolver configuration.
-    pub fn build(config: &Config, metrics: &Arc<Metrics>) -> Result<Self, Vec<Problem>> {
+    pub fn build(config: &Config, metrics: &Arc<Metrics>, previous: Option<&Self>) -> Result<Self, Vec<Problem>> {
         let mut problems = Vec::new();
         let mut list = Vec::new();
         for (index, backend) in config.backends.iter().enumerate() {
-            match Backend::build(config, backend, BackendId(index), metrics.clone()) {
+            let previous = previous.and_then(|previous| previous.named(&backend.name));
+            match Backend::build(config, backend, BackendId(index), metrics.clone(), previous) {
                 Ok(backend) => list.push(Arc::new(backend)),
                 Err(problem) => problems.push(problem),
             }
@@ -156,6 +159,28 @@ impl Backends {
         self.offered.store(offered.to_bits(), Ordering::Relaxed);
     }
 
+    /// The backend of that name.
+    pub fn named(&self, name: &str) -> Option<&Arc<Backend>> {
+        self.list.iter().find(|backend| &*backend.name == name)
+    }
+
+    /// All backends, in the configuration's order.
+    pub fn list(&self) -> &[Arc<Backend>] {
+        &self.list
+    }
+
+    /// Ends the series of servers that `successor` does not have.
+    pub fn retire(&self, successor: &Self) {
+        for backend in &self.list {
+            let stays = successor.named(&backend.name);
+            for server in backend.servers() {
+                if !stays.is_some_and(|stays| stays.servers().iter().any(|other| other.name == server.name)) {
+                    self.list[backend.id.0].metrics.backend(backend.id.0).forget_server(&server.name);
+                }
+            }
+        }
+    }
+
     /// The backend a route named: ids come from the same configuration.
     pub fn backend(&self, id: BackendId) -> &Arc<Backend> {
         &self.list[id.0]
@@ -210,32 +235,43 @@ impl Backend {
         backend: &config::Backend,
         id: BackendId,
         metrics: Arc<Metrics>,
+        previous: Option<&Arc<Self>>,
     ) -> Result<Self, Problem> {
         let tls = ClientTls::build(config, backend)?;
+        let label: Arc<str> = backend.name.as_str().into();
         let own = metrics.backend(id.0);
         own.set_insecure(backend.tls.mode != TlsMode::None && matches!(backend.tls.trust, Trust::Insecure));
         let mut fixed = Vec::new();
         let mut groups = Vec::new();
         for server in &backend.servers {
             match server {
-                config::Server::Srv { name, .. } => groups.push(Group::service(name.clone())),
+                config::Server::Srv { name, .. } => {
+                    let known = previous.and_then(|previous| {
+                        let group = previous.groups.iter().find(|group| group.service.as_ref() == Some(name))?;
+                        group.servers.borrow().clone()
+                    });
+                    groups.push(Group::service(name.clone(), known));
+                }
                 config::Server::Address { name, host, port, weight, place } => {
                     let tls_name = tls_name(host).map_err(|message| config.problem(place, message))?;
-                    fixed.push(Arc::new(Server::new(
-                        name.clone(),
-                        host.clone(),
-                        *port,
-                        *weight,
-                        0,
+                    let known = previous.and_then(|previous| previous.fixed(name));
+                    let state = known.map(|known| known.state.clone());
+                    fixed.push(Arc::new(Server {
+                        name: name.as_str().into(),
+                        backend: label.clone(),
+                        host: host.clone(),
+                        port: *port,
+                        weight: *weight,
+                        priority: 0,
                         tls_name,
-                        own.server(name),
-                    )));
+                        state: state.unwrap_or_else(|| ServerState::new(host, *port, own.server(name))),
+                    }));
                 }
             }
         }
         groups.push(Group::fixed(fixed));
         Ok(Self {
-            name: backend.name.as_str().into(),
+            name: label,
             id,
             tls,
             mode: backend.tls.mode,
@@ -245,9 +281,26 @@ impl Backend {
             follows_referrals: backend.follows_referrals,
             forward: backend.forward.clone(),
             groups,
-            guests: Mutex::default(),
+            guests: Mutex::new(previous.map(|previous| previous.lock_guests().clone()).unwrap_or_default()),
             metrics,
         })
+    }
+
+    /// All servers that are known just now, those that routes named by address too.
+    pub fn servers(&self) -> Vec<Arc<Server>> {
+        let guests: Vec<Arc<Server>> = self.lock_guests().values().cloned().collect();
+        self.groups.iter().flat_map(Group::current).chain(guests).collect()
+    }
+
+    /// The server that the configuration calls so.
+    fn fixed(&self, name: &str) -> Option<Arc<Server>> {
+        let fixed = self.groups.iter().filter(|group| group.service.is_none());
+        fixed.flat_map(Group::current).find(|server| &*server.name == name)
+    }
+
+    fn lock_guests(&self) -> MutexGuard<'_, HashMap<SocketAddr, Arc<Server>>> {
+        // Nothing in here panics halfway through a change.
+        self.guests.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The servers to try for `user`, in order; waits for DNS only while it has never answered.
@@ -263,14 +316,14 @@ impl Backend {
 
     /// A server that is not declared, which a route's configuration allows. `None`: [`MAX_GUESTS`] of them have sessions.
     pub fn at(&self, address: SocketAddr) -> Option<Arc<Server>> {
-        let mut guests = self.guests.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut guests = self.lock_guests();
         if let Some(known) = guests.get(&address) {
             return Some(known.clone());
         }
         let own = self.metrics.backend(self.id.0);
         if guests.len() >= MAX_GUESTS {
             guests.retain(|_, server| {
-                let in_use = Arc::strong_count(server) > 1 || server.metrics.sessions() > 0;
+                let in_use = Arc::strong_count(server) > 1 || server.metrics().sessions() > 0;
                 if !in_use {
                     own.forget_server(&server.name);
                 }
@@ -282,8 +335,16 @@ impl Backend {
             return None;
         }
         let (name, host) = (address.to_string(), Host::Ip(address.ip()));
-        let (tls_name, metrics) = (ServerName::from(address.ip()), own.server(&name));
-        let server = Arc::new(Server::new(name, host, address.port(), 1, 0, tls_name, metrics));
+        let server = Arc::new(Server {
+            state: ServerState::new(&host, address.port(), own.server(&name)),
+            name: name.into(),
+            backend: self.name.clone(),
+            host,
+            port: address.port(),
+            weight: 1,
+            priority: 0,
+            tls_name: ServerName::from(address.ip()),
+        });
         guests.insert(address, server.clone());
         Some(server)
     }
@@ -300,8 +361,10 @@ impl Backend {
         // The configuration was checked: it is a name. Were it none, no certificate would be for this address.
         let tls_name = ServerName::try_from(service_domain(service).to_owned())
             .unwrap_or_else(|_| ServerName::from(std::net::IpAddr::from([0, 0, 0, 0])));
-        let metrics = self.metrics.backend(self.id.0).server(&name);
-        Server::new(name, Host::Name(target.to_owned()), port, weight, priority, tls_name, metrics)
+        let host = Host::Name(target.to_owned());
+        let state = ServerState::new(&host, port, self.metrics.backend(self.id.0).server(&name));
+        let backend = self.name.clone();
+        Server { name: name.into(), backend, host, port, weight, priority, tls_name, state }
     }
 
     /// The servers of an SRV entry are now these.
@@ -329,8 +392,8 @@ impl Group {
         Self { service: None, servers: watch::Sender::new(Some(servers)) }
     }
 
-    fn service(name: String) -> Self {
-        Self { service: Some(name), servers: watch::Sender::new(None) }
+    fn service(name: String, known: Option<Vec<Arc<Server>>>) -> Self {
+        Self { service: Some(name), servers: watch::Sender::new(known) }
     }
 
     fn current(&self) -> Vec<Arc<Server>> {
@@ -343,153 +406,6 @@ impl Group {
 
     fn publish_if_first(&self) {
         publish_if_first(&self.servers);
-    }
-}
-
-/// One mailbox server.
-#[derive(Debug)]
-pub struct Server {
-    /// As configured, or `target:port` of an SRV record: the label of metrics and logs.
-    pub name: Arc<str>,
-    host: Host,
-    port: u16,
-    weight: u32,
-    priority: u16,
-    tls_name: ServerName<'static>,
-    /// `None` until DNS answered or failed for the first time.
-    addresses: watch::Sender<Option<Vec<SocketAddr>>>,
-    health: Mutex<Health>,
-    /// Ways to log in that it had when it was last asked.
-    offer: Mutex<Option<Mechanisms>>,
-    /// Whether it was told already that the server does not say that it trusts us.
-    distrust_told: AtomicBool,
-    /// Its gauges.
-    pub metrics: ServerMetrics,
-}
-
-impl Server {
-    fn new(
-        name: String,
-        host: Host,
-        port: u16,
-        weight: u32,
-        priority: u16,
-        tls_name: ServerName<'static>,
-        metrics: ServerMetrics,
-    ) -> Self {
-        let addresses = match &host {
-            Host::Ip(ip) => Some(vec![SocketAddr::new(*ip, port)]),
-            Host::Name(_) => None,
-        };
-        let addresses = watch::Sender::new(addresses);
-        let name = name.into();
-        Self {
-            name,
-            host,
-            port,
-            weight,
-            priority,
-            tls_name,
-            addresses,
-            health: Mutex::default(),
-            offer: Mutex::default(),
-            distrust_told: AtomicBool::new(false),
-            metrics,
-        }
-    }
-
-    /// Its addresses, the one that answered last in front; waits for DNS only while it has never answered.
-    pub async fn addresses(&self) -> Vec<SocketAddr> {
-        first_known(&self.addresses).await
-    }
-
-    /// Whether it comes before failing servers just now.
-    pub fn is_available(&self) -> bool {
-        self.health().is_available(Instant::now())
-    }
-
-    fn is_at(&self, host: &str) -> bool {
-        let address: Option<IpAddr> = host.parse().ok();
-        let resolved = || self.addresses.borrow().iter().flatten().any(|known| Some(known.ip()) == address);
-        match &self.host {
-            Host::Name(name) => name == host || resolved(),
-            Host::Ip(ip) => Some(ip.to_canonical()) == address.map(|address| address.to_canonical()),
-        }
-    }
-
-    fn offer(&self) -> Option<Mechanisms> {
-        *self.offer.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn offers(&self, offer: Option<Mechanisms>) {
-        *self.offer.lock().unwrap_or_else(PoisonError::into_inner) = offer;
-    }
-
-    /// What it said to an ID with the client's address in it.
-    fn answered_id(&self, answer: IdAnswer) {
-        let trusts = answer == IdAnswer::Trusted;
-        self.metrics.set_trusts(trusts);
-        if !trusts && !self.distrust_told.swap(true, Ordering::Relaxed) {
-            tracing::info!(
-                server = %self.name,
-                "server does not say that it trusts our ID (Dovecot does since 2.4): see login_trusted_networks there"
-            );
-        }
-    }
-
-    /// A session could not use it.
-    fn failed(&self, error: &str) {
-        if self.health().failed(Instant::now()) {
-            tracing::warn!(server = %self.name, %error, "server is failing and passed over for a while");
-        }
-        self.metrics.set_up(false);
-    }
-
-    /// It answered a login, whichever way.
-    fn answered(&self) {
-        if self.health().answered() {
-            tracing::info!(server = %self.name, "server answers again");
-            self.metrics.set_up(true);
-        }
-    }
-
-    /// `address` answered: it is tried first from now on.
-    fn prefer(&self, address: SocketAddr) {
-        self.addresses.send_if_modified(|known| match known {
-            Some(known) if known.first() != Some(&address) => {
-                known.sort_by_key(|other| *other != address);
-                true
-            }
-            _ => false,
-        });
-    }
-
-    fn publish(&self, addresses: Vec<SocketAddr>) {
-        let first = self.addresses.borrow().as_ref().and_then(|known| known.first().copied());
-        self.addresses.send_replace(Some(addresses));
-        if let Some(first) =
-            first.filter(|first| self.addresses.borrow().as_ref().is_some_and(|now| now.contains(first)))
-        {
-            self.prefer(first);
-        }
-    }
-
-    fn publish_if_first(&self) {
-        publish_if_first(&self.addresses);
-    }
-
-    fn candidate(&self, now: Instant) -> Candidate<'_> {
-        Candidate {
-            name: &self.name,
-            weight: self.weight,
-            priority: self.priority,
-            available: self.health().is_available(now),
-        }
-    }
-
-    fn health(&self) -> std::sync::MutexGuard<'_, Health> {
-        // A panic elsewhere leaves two plain fields behind, which are valid whatever they hold.
-        self.health.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 

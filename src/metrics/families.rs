@@ -12,6 +12,7 @@ const SESSION_BUCKETS: &[f64] =
     &[1.0, 5.0, 15.0, 60.0, 300.0, 900.0, 1800.0, 3600.0, 14400.0, 43200.0, 86400.0, 259200.0, 604800.0];
 
 /// The metric families: the one place where names and help texts stand.
+#[derive(Debug)]
 pub(super) struct Families {
     pub(super) registry: Registry,
     pub(super) build_info: IntGaugeVec,
@@ -43,6 +44,8 @@ pub(super) struct Families {
     pub(super) insecure: IntGaugeVec,
     pub(super) silent: IntGauge,
     pub(super) draining: IntGauge,
+    pub(super) reloads: IntCounterVec,
+    pub(super) reload_failed: IntGauge,
     pub(super) panics: IntCounter,
 }
 
@@ -173,15 +176,27 @@ impl Families {
                 "Logged-in sessions that are silent just now and wait without a task or a buffer.",
             )),
             draining: valid(IntGauge::new("vestibule_draining", "1 once the process has begun to stop.")),
+            reloads: counters(
+                "vestibule_reloads_total",
+                "Configurations loaded again, or refused for their mistakes.",
+                &["outcome"],
+            ),
+            reload_failed: valid(IntGauge::new(
+                "vestibule_reload_failed",
+                "1 while the last configuration that was to be loaded had mistakes and an older one is in use.",
+            )),
             panics: valid(IntCounter::new("vestibule_panics_total", "Panics caught; each ended one session.")),
             registry,
         };
+        for outcome in ["loaded", "refused"] {
+            families.reloads.with_label_values(&[outcome]);
+        }
         families.register_all();
         families
     }
 
     fn register_all(&self) {
-        let collectors: [Box<dyn prometheus::core::Collector>; 30] = [
+        let collectors: [Box<dyn prometheus::core::Collector>; 32] = [
             Box::new(self.build_info.clone()),
             Box::new(self.sessions.clone()),
             Box::new(self.sessions_total.clone()),
@@ -211,6 +226,8 @@ impl Families {
             Box::new(self.insecure.clone()),
             Box::new(self.silent.clone()),
             Box::new(self.draining.clone()),
+            Box::new(self.reloads.clone()),
+            Box::new(self.reload_failed.clone()),
             Box::new(self.panics.clone()),
         ];
         for collector in collectors {

@@ -9,9 +9,10 @@
 mod families;
 mod route;
 
+use std::sync::Arc;
 use std::time::Duration;
 
-use prometheus::{GaugeVec, Histogram, IntCounter, IntGauge, IntGaugeVec, Registry, TextEncoder};
+use prometheus::{Histogram, IntCounter, IntGauge, IntGaugeVec, TextEncoder};
 
 use self::families::Families;
 pub use self::route::{LookupResult, RouteMetrics};
@@ -59,44 +60,62 @@ pub struct Names {
 /// All metrics of one running instance.
 #[derive(Debug)]
 pub struct Metrics {
-    registry: Registry,
+    families: Arc<Families>,
     listeners: Vec<ListenerMetrics>,
     backends: Vec<BackendMetrics>,
     routes: Vec<RouteMetrics>,
     unrouted_logins: LoginCounters,
     failures: Vec<IntCounter>,
-    certificate_expiry: GaugeVec,
-    silent: IntGauge,
-    draining: IntGauge,
-    panics: IntCounter,
 }
 
 impl Metrics {
     /// Registers everything for the given names.
     pub fn new(names: &Names) -> Self {
         let families = Families::new();
+        families.build_info.with_label_values(&[env!("CARGO_PKG_VERSION")]).set(1);
+        Self::of(Arc::new(families), names)
+    }
+
+    /// The same counts, resolved for the names of another configuration.
+    pub fn renewed(&self, names: &Names) -> Self {
+        Self::of(self.families.clone(), names)
+    }
+
+    fn of(families: Arc<Families>, names: &Names) -> Self {
         let failures = Reason::ALL
             .iter()
             .map(|reason| families.failures.with_label_values(&[reason.side().as_str(), reason.as_str()]))
             .collect();
-        families.build_info.with_label_values(&[env!("CARGO_PKG_VERSION")]).set(1);
         Self {
             listeners: names.listeners.iter().map(|name| ListenerMetrics::new(&families, name)).collect(),
             backends: names.backends.iter().map(|name| BackendMetrics::new(&families, name)).collect(),
             routes: names.routes.iter().map(|name| RouteMetrics::new(&families, name)).collect(),
             unrouted_logins: LoginCounters::new(&families, ""),
             failures,
-            certificate_expiry: families.certificate_expiry.clone(),
-            silent: families.silent.clone(),
-            draining: families.draining.clone(),
-            panics: families.panics.clone(),
-            registry: families.registry,
+            families,
         }
+    }
+
+    /// Ends the series of states that `successor` no longer has: nobody would ever set them again. Counters stay, and so do
+    /// gauges of sessions, which are open yet.
+    pub fn retire(&self, successor: &Self) {
+        for route in &self.routes {
+            if !successor.routes.iter().any(|other| other.label() == route.label()) {
+                route.forget(&self.families);
+            }
+        }
+        for backend in &self.backends {
+            if !successor.backends.iter().any(|other| other.name == backend.name) {
+                // An error says that the series does not exist, which is what is asked for.
+                let _ = self.families.insecure.remove_label_values(&[&backend.name]);
+            }
+        }
+        self.families.certificate_expiry.reset();
     }
 
     /// The text that Prometheus scrapes.
     pub fn render(&self) -> String {
-        TextEncoder::new().encode_to_string(&self.registry.gather()).unwrap_or_else(|error| {
+        TextEncoder::new().encode_to_string(&self.families.registry.gather()).unwrap_or_else(|error| {
             tracing::error!(%error, "metrics could not be rendered");
             String::new()
         })
@@ -131,22 +150,29 @@ impl Metrics {
     /// A certificate was loaded that ends at `expiry` (seconds since 1970).
     pub fn certificate(&self, file: &str, expiry: i64) {
         #[expect(clippy::cast_precision_loss, reason = "seconds since 1970 fit an f64 exactly for 285 million years")]
-        self.certificate_expiry.with_label_values(&[file]).set(expiry as f64);
+        self.families.certificate_expiry.with_label_values(&[file]).set(expiry as f64);
     }
 
     /// The gauge of silent sessions, for the room they wait in.
     pub fn silent_sessions(&self) -> IntGauge {
-        self.silent.clone()
+        self.families.silent.clone()
+    }
+
+    /// A configuration was to be loaded again, and was or was not.
+    pub fn reloaded(&self, succeeded: bool) {
+        let outcome = if succeeded { "loaded" } else { "refused" };
+        self.families.reloads.with_label_values(&[outcome]).inc();
+        self.families.reload_failed.set((!succeeded).into());
     }
 
     /// The process has begun to stop.
     pub fn draining(&self) {
-        self.draining.set(1);
+        self.families.draining.set(1);
     }
 
     /// The counter a panic hook raises.
     pub fn panics(&self) -> IntCounter {
-        self.panics.clone()
+        self.families.panics.clone()
     }
 }
 

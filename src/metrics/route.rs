@@ -68,6 +68,15 @@ impl RouteMetrics {
         }))
     }
 
+    /// The route is no longer there: the series of its state end.
+    pub(super) fn forget(&self, families: &Families) {
+        let label = &[self.label()];
+        for family in [&families.table_users, &families.load_failed, &families.route_cached, &families.route_failing] {
+            // An error says that the series does not exist, which is what is asked for.
+            let _ = family.remove_label_values(label);
+        }
+    }
+
     /// What the route is called in metrics and logs.
     pub fn label(&self) -> &str {
         &self.0.label

@@ -239,7 +239,7 @@ impl Record {
         self.relaying = Some(Relaying {
             backend: backend.0 as u16,
             _backend_sessions: self.live.metrics.backend(backend.0).session_established(),
-            _server_sessions: server.metrics.session_established(),
+            _server_sessions: server.metrics().session_established(),
         });
     }
 
