@@ -6,13 +6,14 @@
 use std::io;
 use std::net::{Ipv6Addr, SocketAddr, SocketAddrV6};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use socket2::{Domain, Protocol, Socket, Type};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Semaphore;
 
 use crate::config::{self, ListenerTls};
+use crate::guard::Turned;
 use crate::metrics::Refusal;
 use crate::server::Live;
 use crate::session::{self, Arrival, Held, Room};
@@ -128,7 +129,11 @@ impl Listener {
             }
             return;
         };
-        let held = Held { permit, open: metrics.session_opened() };
+        let seat = match house.live.guard.admit(Instant::now(), peer.ip()) {
+            Ok(seat) => seat,
+            Err(turned) => return self.turn_away(&socket, peer, turned, house),
+        };
+        let held = Held { permit, open: metrics.session_opened(), seat };
         let arrival = Arrival {
             socket,
             peer,
@@ -138,9 +143,28 @@ impl Listener {
             live: house.live.clone(),
             drain: house.drain.clone(),
             room: house.room.clone(),
+            ticket: house.live.guard.lobby(),
             held,
         };
         house.drain.spawn(session::serve(arrival));
+    }
+
+    fn turn_away(&self, socket: &TcpStream, peer: SocketAddr, turned: Turned, house: &House) {
+        let (refusal, bye) = match turned {
+            Turned::Denied => (Refusal::Denied, "* BYE Connections from your address are not allowed.\r\n"),
+            Turned::Rate => {
+                (Refusal::Rate, "* BYE [UNAVAILABLE] Too many connections in a short time, wait a little.\r\n")
+            }
+            Turned::Address => (Refusal::Address, "* BYE [UNAVAILABLE] Too many connections from your address.\r\n"),
+            Turned::Network => (Refusal::Network, "* BYE [UNAVAILABLE] Too many connections from your network.\r\n"),
+        };
+        house.live.metrics.listener(self.index).refused(refusal);
+        // At info a flood would write as many lines as it has connections.
+        tracing::debug!(client = %peer.ip().to_canonical(), listener = %self.address, reason = refusal.as_str(), "turned away");
+        if self.tls != ListenerTls::Implicit {
+            // The connection is closed either way.
+            let _ = socket.try_write(bye.as_bytes());
+        }
     }
 
     async fn accept_failed(&self, error: &io::Error, live: &Live) {

@@ -6,7 +6,7 @@
 use std::io;
 use std::net::{IpAddr, SocketAddr, TcpListener};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
 use tokio::runtime::Handle;
@@ -17,6 +17,7 @@ use tokio_util::task::TaskTracker;
 use crate::admin::Admin;
 use crate::backend::{Backends, OwnAddresses, Server};
 use crate::config::{self, Config, Limits, Network, Report};
+use crate::guard::Guard;
 use crate::identity::{Mechanisms, Naming};
 use crate::listener::{self, House, Listener};
 use crate::metrics::{Metrics, Names};
@@ -44,6 +45,8 @@ pub struct Live {
     pub refusals: Refusals,
     /// Deadlines and caps.
     pub limits: Arc<Limits>,
+    /// Who may come in and try; the same for all configurations of a process.
+    pub guard: Arc<Guard>,
     /// What is counted.
     pub metrics: Arc<Metrics>,
 }
@@ -74,6 +77,7 @@ impl Live {
                     mechanisms,
                     refusals: Refusals::default(),
                     limits: Arc::new(config.limits.clone()),
+                    guard: Arc::new(Guard::new(&config.guard, Instant::now())),
                     metrics,
                 })
             }
@@ -150,6 +154,8 @@ pub async fn start(config: Config) -> anyhow::Result<Running> {
         live.backends.clone().probe(interval, live.limits.clone(), &background, &stop_background);
     }
     live.router.start(&live.metrics, &Handle::current(), &background, &stop_background);
+    let measured = live.guard.clone();
+    live.metrics.measure_guard(move || measured.sizes().labelled().to_vec());
     if let Some(tls) = &live.tls {
         tls.publish(&live.metrics);
     }

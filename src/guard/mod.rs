@@ -3,7 +3,7 @@
 //! | question | asked | answered |
 //! |---|---|---|
 //! | may this address connect? | [`Guard::admit`] | by `access`, rates, and how many sessions it and its network have |
-//! | who goes when the lobby is full? | [`Ticket::shed`] | who has waited longest without a login |
+//! | who goes when too many have not logged in? | [`Guard::lobby`], [`Ticket::shed`] | who has waited longest without a login |
 //! | may it try to log in? | [`Guard::may_try`] | by the rates of its address and of the user |
 //! | how late is a failure answered? | [`Guard::failed`] | later with each of the same user from the same address |
 //! | may this user have one more session? | [`Seat::take_for`] | by how many there are, in all and from this address |
@@ -104,15 +104,6 @@ pub enum Limited {
     UserAndAddress,
 }
 
-/// A connection that was let in.
-#[derive(Debug)]
-pub struct Admitted {
-    /// Kept to its end.
-    pub seat: Seat,
-    /// Kept until it is logged in.
-    pub ticket: Ticket,
-}
-
 /// What a session counts for, until dropped.
 #[derive(Debug)]
 pub struct Seat {
@@ -126,6 +117,8 @@ pub struct Seat {
 pub struct Sizes {
     /// Connections before their login.
     pub before_login: usize,
+    /// TLS handshakes under way.
+    pub handshakes: usize,
     /// Addresses, networks, users and pairs with sessions that are counted.
     pub sessions: usize,
     /// Addresses whose connections are timed.
@@ -138,6 +131,22 @@ pub struct Sizes {
     pub failures: usize,
     /// Users known at an address.
     pub known: usize,
+}
+
+impl Sizes {
+    /// Each with its label in metrics.
+    pub fn labelled(&self) -> [(&'static str, usize); 8] {
+        [
+            ("before_login", self.before_login),
+            ("handshakes", self.handshakes),
+            ("sessions", self.sessions),
+            ("connection_rate", self.connections),
+            ("login_rate_per_address", self.address_logins),
+            ("login_rate_per_user", self.user_logins),
+            ("failed_logins", self.failures),
+            ("known_users", self.known),
+        ]
+    }
 }
 
 /// What 64 bits stand for; each kind has numbers of its own.
@@ -221,13 +230,13 @@ impl Guard {
     ///
     /// # Errors
     /// Why not; the connection is to be closed.
-    pub fn admit(self: &Arc<Self>, now: Instant, client: IpAddr) -> Result<Admitted, Turned> {
+    pub fn admit(self: &Arc<Self>, now: Instant, client: IpAddr) -> Result<Seat, Turned> {
         let rules = self.rules();
         let config = &rules.config;
-        let mut seat = Seat { guard: self.clone(), slots: [Slot::NONE; 4] };
+        let mut seat = self.seat();
         match rules.door.standing(client) {
             Standing::Denied => return Err(Turned::Denied),
-            Standing::Exempt => return Ok(Admitted { seat, ticket: self.lobby.enter(config.before_login) }),
+            Standing::Exempt => return Ok(seat),
             Standing::Limited => {}
         }
         let address = self.key(&Key::Address(Block::of(client)));
@@ -243,7 +252,17 @@ impl Guard {
             let slot = lock(&self.sessions).enter(network, limit);
             seat.slots[1] = slot.ok_or(Turned::Network)?;
         }
-        Ok(Admitted { seat, ticket: self.lobby.enter(config.before_login) })
+        Ok(seat)
+    }
+
+    /// A seat that counts for no address: of a connection that has yet to say whose it is.
+    pub fn seat(self: &Arc<Self>) -> Seat {
+        Seat { guard: self.clone(), slots: [Slot::NONE; 4] }
+    }
+
+    /// A place among those who have not logged in. Where that makes too many, the oldest is told to go.
+    pub fn lobby(&self) -> Ticket {
+        self.lobby.enter(self.rules().config.before_login)
     }
 
     /// Whether `client` may try to log in as `user`, by its routing name. A user known at an address has a bucket of its own
@@ -305,8 +324,10 @@ impl Guard {
 
     /// How much is remembered just now.
     pub fn sizes(&self) -> Sizes {
+        let rules = self.rules();
         Sizes {
             before_login: self.lobby.len(),
+            handshakes: rules.config.handshakes.saturating_sub(rules.handshakes.available_permits()),
             sessions: lock(&self.sessions).len(),
             connections: lock(&self.connections).len(),
             address_logins: lock(&self.address_logins).len(),

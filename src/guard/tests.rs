@@ -22,9 +22,8 @@ fn guard(config: &config::Guard) -> (Arc<Guard>, Instant) {
     (Arc::new(Guard::new(config, began)), began)
 }
 
-/// The seat alone; its ticket is given back.
 fn seat(guard: &Arc<Guard>, now: Instant, client: &str) -> Result<Seat, Turned> {
-    guard.admit(now, ip(client)).map(|admitted| admitted.seat)
+    guard.admit(now, ip(client))
 }
 
 #[test]
@@ -89,7 +88,7 @@ fn nothing_limits_whom_the_operator_exempts() {
     let webmail = ip("10.0.0.1");
     let mut inside = Vec::new();
     for _ in 0..10 {
-        let mut seat = guard.admit(now, webmail).unwrap().seat;
+        let mut seat = guard.admit(now, webmail).unwrap();
         guard.may_try(now, webmail, "alice").unwrap();
         seat.take_for(webmail, "alice").unwrap();
         assert_eq!(guard.failed(now, webmail, "alice"), Duration::ZERO);
@@ -213,14 +212,15 @@ fn a_flood_of_addresses_is_remembered_in_bounded_memory() {
     let (guard, now) = guard(&config);
     for number in 0..1_000_000u32 {
         let client = IpAddr::V6(std::net::Ipv6Addr::from_bits((0x2001_0db8 << 96) | u128::from(number) << 64));
-        let admitted = guard.admit(now, client).unwrap();
+        let (seat, ticket) = (guard.admit(now, client).unwrap(), guard.lobby());
         guard.may_try(now, client, &number.to_string()).unwrap();
         guard.failed(now, client, "alice");
         guard.succeeded(now, client, "bob");
-        drop(admitted);
+        drop((seat, ticket));
     }
     let expected = Sizes {
         before_login: 0,
+        handshakes: 0,
         sessions: 0,
         connections: 8192,
         address_logins: 8192,
@@ -267,8 +267,8 @@ proptest! {
         for step in steps {
             match step {
                 Step::Comes(client) => {
-                    if let Ok(admitted) = guard.admit(now, address(client)) {
-                        inside.push((client, None, admitted.seat));
+                    if let Ok(seat) = guard.admit(now, address(client)) {
+                        inside.push((client, None, seat));
                     }
                 }
                 Step::LogsIn(which, user) if !inside.is_empty() => {

@@ -31,6 +31,7 @@ pub(super) struct Families {
     pub(super) session_length: HistogramVec,
     pub(super) bytes: IntCounterVec,
     pub(super) failures: IntCounterVec,
+    pub(super) guard_entries: IntGaugeVec,
     pub(super) server_up: IntGaugeVec,
     pub(super) server_trusts: IntGaugeVec,
     pub(super) server_sessions: IntGaugeVec,
@@ -122,6 +123,11 @@ impl Families {
                 "vestibule_failures_total",
                 "What went wrong, by the side that must act and the reason.",
                 &["side", "reason"],
+            ),
+            guard_entries: gauges(
+                "vestibule_guard_entries",
+                "What the guard remembers and counts just now, by table.",
+                &["table"],
             ),
             server_up: gauges(
                 "vestibule_server_up",

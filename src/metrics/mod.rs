@@ -7,6 +7,7 @@
 //! here is global.
 
 mod families;
+mod guard;
 mod route;
 
 use std::sync::Arc;
@@ -30,10 +31,12 @@ pub enum LoginOutcome {
     Unavailable,
     /// No route knows the user.
     UnknownUser,
+    /// A limit or rate of ours, before or behind the password.
+    Limited,
 }
 
 impl LoginOutcome {
-    const ALL: [Self; 4] = [Self::Accepted, Self::Refused, Self::Unavailable, Self::UnknownUser];
+    const ALL: [Self; 5] = [Self::Accepted, Self::Refused, Self::Unavailable, Self::UnknownUser, Self::Limited];
 
     /// Label text.
     pub fn as_str(self) -> &'static str {
@@ -42,6 +45,7 @@ impl LoginOutcome {
             Self::Refused => "refused",
             Self::Unavailable => "unavailable",
             Self::UnknownUser => "unknown_user",
+            Self::Limited => "limited",
         }
     }
 }
@@ -153,6 +157,14 @@ impl Metrics {
         self.families.certificate_expiry.with_label_values(&[file]).set(expiry as f64);
     }
 
+    /// `read` is asked what the guard remembers, table by table, whenever somebody looks. Once for a process.
+    pub fn measure_guard(&self, read: impl Fn() -> Vec<(&'static str, usize)> + Send + Sync + 'static) {
+        let measured = guard::Measured::new(self.families.guard_entries.clone(), read);
+        if let Err(error) = self.families.registry.register(Box::new(measured)) {
+            tracing::error!(%error, "the guard is measured already");
+        }
+    }
+
     /// The gauge of silent sessions, for the room they wait in.
     pub fn silent_sessions(&self) -> IntGauge {
         self.families.silent.clone()
@@ -183,6 +195,30 @@ pub enum Refusal {
     Full,
     /// accept(2) failed, for example for want of descriptors.
     AcceptError,
+    /// `access`.
+    Denied,
+    /// `limits.connection_rate`.
+    Rate,
+    /// `limits.sessions_per_address`.
+    Address,
+    /// `limits.networks`.
+    Network,
+}
+
+impl Refusal {
+    const ALL: [Self; 6] = [Self::Full, Self::AcceptError, Self::Denied, Self::Rate, Self::Address, Self::Network];
+
+    /// Label text.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Full => "full",
+            Self::AcceptError => "accept_error",
+            Self::Denied => "denied",
+            Self::Rate => "connection_rate",
+            Self::Address => "sessions_per_address",
+            Self::Network => "sessions_per_network",
+        }
+    }
 }
 
 /// Metrics of one listener.
@@ -190,8 +226,7 @@ pub enum Refusal {
 pub struct ListenerMetrics {
     sessions: IntGauge,
     sessions_total: IntCounter,
-    refused_full: IntCounter,
-    refused_accept_error: IntCounter,
+    refused: [IntCounter; Refusal::ALL.len()],
     tls_handshake: Histogram,
 }
 
@@ -200,8 +235,7 @@ impl ListenerMetrics {
         Self {
             sessions: families.sessions.with_label_values(&[name]),
             sessions_total: families.sessions_total.with_label_values(&[name]),
-            refused_full: families.refused.with_label_values(&[name, "full"]),
-            refused_accept_error: families.refused.with_label_values(&[name, "accept_error"]),
+            refused: Refusal::ALL.map(|refusal| families.refused.with_label_values(&[name, refusal.as_str()])),
             tls_handshake: families.tls_handshake.with_label_values(&[name]),
         }
     }
@@ -214,10 +248,7 @@ impl ListenerMetrics {
 
     /// A connection was turned away.
     pub fn refused(&self, refusal: Refusal) {
-        match refusal {
-            Refusal::Full => self.refused_full.inc(),
-            Refusal::AcceptError => self.refused_accept_error.inc(),
-        }
+        self.refused[refusal as usize].inc();
     }
 
     /// A TLS handshake with a client succeeded.

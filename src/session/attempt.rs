@@ -26,8 +26,19 @@ const MAX_REFERRALS: usize = 2;
 
 /// How a login attempt ended.
 pub(super) enum Attempted {
-    Accepted { backend: Arc<Backend>, server: Arc<Server>, established: Box<Established> },
-    Refused { reply: Vec<u8>, counts: bool },
+    Accepted {
+        backend: Arc<Backend>,
+        server: Arc<Server>,
+        established: Box<Established>,
+    },
+    Refused {
+        reply: Vec<u8>,
+        counts: bool,
+    },
+    /// By a limit or rate of ours.
+    Limited {
+        reply: Vec<u8>,
+    },
     Unavailable,
 }
 
@@ -54,6 +65,9 @@ impl Session {
             }
         };
         self.record.attempt(&names.log, login.credentials.mechanism);
+        if let Some(limited) = self.may_try(&login.tag, &names.routing) {
+            return Some(limited);
+        }
         if prelogin.client_id().ttl() == Some(0) {
             self.record.attempt_failed(Reason::ProxyLoop, LoginOutcome::Unavailable, None);
             return Some(Attempted::Unavailable);
@@ -106,6 +120,11 @@ impl Session {
             if let Outcome::Unavailable(fault) = &outcome {
                 live.metrics.failure(fault.reason);
             }
+        }
+        if matches!(outcome, Outcome::Accepted(_))
+            && let Some(limited) = self.may_have_one_more(&login.tag, &names.routing, backend.id)
+        {
+            return Some(limited);
         }
         Some(self.answered(outcome, answered, backend, began))
     }

@@ -15,6 +15,7 @@
 //! sent to a server connection of its own. Called by `listener`.
 
 mod attempt;
+mod defence;
 mod id;
 mod pace;
 mod record;
@@ -40,6 +41,7 @@ use crate::backend::connect::Established;
 use crate::backend::{Backend, Server};
 use crate::config::ListenerTls;
 use crate::failure::Reason;
+use crate::guard::{Seat, Ticket};
 use crate::imap::prelogin::{Bye, CloseReason, Policy, Prelogin, Step, Transport};
 use crate::metrics::OpenGuard;
 use crate::server::Live;
@@ -71,6 +73,8 @@ pub struct Arrival {
     pub drain: Drain,
     /// Where it waits while it is silent.
     pub room: Arc<Room>,
+    /// Its place among those who have not logged in.
+    pub ticket: Ticket,
     /// Its share of what is limited and counted.
     pub held: Held,
 }
@@ -82,6 +86,8 @@ pub struct Held {
     pub permit: OwnedSemaphorePermit,
     /// In the listener's gauge.
     pub open: OpenGuard,
+    /// What it counts for at the guard.
+    pub seat: Seat,
 }
 
 /// Where silent sessions wait.
@@ -101,6 +107,7 @@ struct Session {
     live: Arc<Live>,
     drain: Drain,
     room: Arc<Room>,
+    ticket: Option<Ticket>,
     held: Held,
     peer: SocketAddr,
     local: SocketAddr,
@@ -111,12 +118,12 @@ struct Session {
 
 impl Session {
     fn new(arrival: Arrival) -> (Self, TcpStream) {
-        let Arrival { socket, peer, local, listener, live, drain, room, held, .. } = arrival;
+        let Arrival { socket, peer, local, listener, live, drain, room, ticket, held, .. } = arrival;
         // A socket bound to one address has no other; of `[::]` only the connection knows.
         let local = if local.ip().is_unspecified() { socket.local_addr().unwrap_or(local) } else { local };
         let login_by = time::Instant::now() + live.limits.login;
         let record = Record::new(id::new(peer), peer, local, live.clone());
-        (Self { live, drain, room, held, peer, local, listener, login_by, record }, socket)
+        (Self { live, drain, room, ticket: Some(ticket), held, peer, local, listener, login_by, record }, socket)
     }
 
     /// Steps 1 to 5: talks to the client until a server has accepted it, or until it is gone.
@@ -132,6 +139,7 @@ impl Session {
         loop {
             let step = prelogin.step(&mut out);
             self.send(&mut stream, &mut out).await?;
+            let began = Instant::now();
             match step {
                 Step::NeedInput => self.receive(&mut stream, &mut prelogin).await?,
                 Step::StartTls => {
@@ -144,7 +152,13 @@ impl Session {
                     Attempted::Accepted { backend, server, established } => {
                         return self.relayed(stream, prelogin.into_leftover(), &backend, &server, *established).await;
                     }
-                    Attempted::Refused { reply, counts } => prelogin.refused(&reply, counts, &mut out),
+                    Attempted::Refused { reply, counts } => {
+                        if counts {
+                            self.failed_login(request, began).await;
+                        }
+                        prelogin.refused(&reply, counts, &mut out);
+                    }
+                    Attempted::Limited { reply } => prelogin.refused(&reply, true, &mut out),
                     Attempted::Unavailable => prelogin.unavailable(&request.tag, &mut out),
                 },
                 Step::Close(reason) => {
@@ -179,7 +193,14 @@ impl Session {
         let due = self.login_by.min(time::Instant::now() + self.live.limits.handshake);
         let tls = self.live.tls.as_ref()?;
         let secrets = Arc::new(Secrets::default());
-        let handshake = tls.accept(self.listener, socket, secrets.clone());
+        let turns = self.live.guard.handshakes();
+        let accepting = secrets.clone();
+        let handshake = async {
+            // Whoever says nothing takes no turn from those who do.
+            socket.readable().await?;
+            let _turn = turns.acquire_owned().await.map_err(io::Error::other)?;
+            tls.accept(self.listener, socket, accepting).await
+        };
         let error = tokio::select! {
             accepted = timeout_at(due, handshake) => match accepted {
                 Ok(Ok(tls)) => {
@@ -194,6 +215,10 @@ impl Session {
             },
             () = self.drain.begun().cancelled() => {
                 self.record.failed(Reason::Drain);
+                return None;
+            }
+            () = self.shed() => {
+                self.record.failed(Reason::Shed);
                 return None;
             }
         };
@@ -235,6 +260,7 @@ impl Session {
                 Err(_) => (Bye::LoginDeadline, Reason::LoginDeadline),
             },
             () = self.drain.begun().cancelled() => (Bye::Shutdown, Reason::Drain),
+            () = self.shed() => (Bye::Shed, Reason::Shed),
         };
         let mut out = Vec::new();
         prelogin.bye(bye, &mut out);
@@ -271,6 +297,8 @@ impl Session {
         server: &Server,
         established: Established,
     ) -> Option<Relayed> {
+        // Nobody who is logged in is told to go.
+        self.ticket = None;
         let due = self.login_by.max(time::Instant::now() + FAREWELL);
         let Ok(Ok((client, more))) = timeout_at(due, stream.into_leg()).await else {
             return self.gone(Reason::Disconnected).and(None);

@@ -14,16 +14,16 @@ const ALLOWED: &[(&str, &[&str])] = &[
     (
         "server",
         &[
-            "admin", "backend", "config", "identity", "listener", "metrics", "route", "session", "shutdown", "tls",
-            "workers",
+            "admin", "backend", "config", "guard", "identity", "listener", "metrics", "route", "session", "shutdown",
+            "tls", "workers",
         ],
     ),
-    ("listener", &["config", "metrics", "server", "session", "shutdown"]),
+    ("listener", &["config", "guard", "metrics", "server", "session", "shutdown"]),
     (
         "session",
         &[
-            "backend", "config", "failure", "identity", "imap", "metrics", "relay", "route", "server", "shutdown",
-            "stream", "tls", "waiting",
+            "backend", "config", "failure", "guard", "identity", "imap", "metrics", "relay", "route", "server",
+            "shutdown", "stream", "tls", "waiting",
         ],
     ),
     ("backend", &["config", "dns", "failure", "identity", "imap", "metrics", "relay", "rendezvous", "stream", "tls"]),
