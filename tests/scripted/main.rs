@@ -6,6 +6,7 @@
 
 mod client;
 mod dns;
+mod guard;
 mod house;
 mod servers;
 mod silent;
