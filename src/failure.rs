@@ -91,6 +91,10 @@ reasons! {
     Client LoginRate = "login_rate",
     /// The user has as many sessions as are allowed, in all or from the address.
     Client SessionLimit = "session_limit",
+    /// The policy service denies the login.
+    Client PolicyDenied = "policy_denied",
+    /// The policy service could not answer, and `policy.on_failure` is deny.
+    Directory PolicyFailed = "policy_failed",
     /// A route source could not answer.
     Directory LookupFailed = "lookup_failed",
     /// No route knows the user.

@@ -13,10 +13,11 @@
 //! # The life of a session
 //! | step | where |
 //! |---|---|
-//! | accepted, one permit | [`listener::Listener::run`] |
+//! | accepted, one permit, and who may come in | [`listener::Listener::run`], [`guard::Guard::admit`] |
 //! | TLS, if it begins at once or by STARTTLS | `session::Session::encrypt`, [`tls::server`] |
 //! | commands until a login is complete | [`imap::prelogin::Prelogin::step`] |
 //! | what the user is called | [`identity::Naming::names`] |
+//! | whether it may try | [`guard::Guard::may_try`], [`policy::Policy::allow`] |
 //! | which backend | [`route::Router::route`] |
 //! | which server, and which next | [`backend::Backend::candidates`] |
 //! | connect and log in there | [`backend::connect::login`], [`imap::backend_login::BackendLogin::step`] |
@@ -51,12 +52,14 @@ pub mod dns;
 pub mod explain;
 pub mod failure;
 pub mod guard;
+pub mod http_client;
 pub mod identity;
 pub mod imap;
 pub mod limits;
 pub mod listener;
 pub mod logging;
 pub mod metrics;
+pub mod policy;
 pub mod record_layer;
 pub mod relay;
 pub mod rendezvous;

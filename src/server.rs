@@ -21,6 +21,7 @@ use crate::guard::Guard;
 use crate::identity::{Mechanisms, Naming};
 use crate::listener::{self, House, Listener};
 use crate::metrics::{Metrics, Names};
+use crate::policy::Policy;
 use crate::route::{self, At, Place, Router};
 use crate::session::{Refusals, Room};
 use crate::shutdown::Drain;
@@ -47,6 +48,8 @@ pub struct Live {
     pub limits: Arc<Limits>,
     /// Who may come in and try; the same for all configurations of a process.
     pub guard: Arc<Guard>,
+    /// Who else is asked.
+    pub policy: Option<Arc<Policy>>,
     /// What is counted.
     pub metrics: Arc<Metrics>,
 }
@@ -65,8 +68,9 @@ impl Live {
         let tls = ServerTls::build(config);
         let router = Router::build(config, &metrics);
         let backends = Backends::build(config, &metrics, None);
-        match (tls, router, backends) {
-            (Ok(tls), Ok(router), Ok(backends)) => {
+        let policy = Policy::build(config);
+        match (tls, router, backends, policy) {
+            (Ok(tls), Ok(router), Ok(backends), Ok(policy)) => {
                 let mechanisms = config.listeners.iter().map(|listener| listener.mechanisms).collect();
                 Ok(Self {
                     router,
@@ -78,11 +82,12 @@ impl Live {
                     refusals: Refusals::default(),
                     limits: Arc::new(config.limits.clone()),
                     guard: Arc::new(Guard::new(&config.guard, Instant::now())),
+                    policy,
                     metrics,
                 })
             }
-            (tls, router, backends) => {
-                let found = [tls.err(), router.err(), backends.err()];
+            (tls, router, backends, policy) => {
+                let found = [tls.err(), router.err(), backends.err(), policy.err()];
                 Err(Report::new(found.into_iter().flatten().flatten().collect()))
             }
         }

@@ -12,6 +12,7 @@ use super::file::{CertificateMap, CertificateUserWord, File, FormatWord, LevelWo
 use super::guard::guard;
 use super::limits::{bounded, limits, seconds};
 use super::locate::child;
+use super::policy::policy;
 use super::read::Reader;
 use super::report::suggestion;
 use super::routes::routes;
@@ -75,6 +76,7 @@ pub(super) fn config(reader: &mut Reader<'_>, file: &Path, value: Value) -> Opti
         master_networks,
         limits: limits(reader, &written.limits),
         guard: guard(reader, written.access, &written.limits),
+        policy: written.policy.and_then(|map| policy(reader, folder, map)),
         admin,
         log: Log { format: format(written.log.format), level: level(written.log.level) },
         resolver: Resolver { servers, timeout },

@@ -29,6 +29,8 @@ pub(super) struct File {
     pub(super) limits: LimitsMap,
     /// Networks that may come in.
     pub(super) access: AccessMap,
+    /// A service that is asked before each login: [`PolicyMap`].
+    pub(super) policy: Option<PolicyMap>,
     /// Metrics and health.
     pub(super) admin: AdminMap,
     /// Log records.
@@ -342,6 +344,48 @@ pub(super) struct AccessMap {
     pub(super) deny: Vec<String>,
     /// To whom limits and delays do not apply.
     pub(super) exempt: Vec<String>,
+}
+
+/// `policy`; see [`super::Policy`].
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct PolicyMap {
+    /// `http://` or `https://`; `?command=…` is added.
+    pub(super) url: String,
+    /// PEM file of root certificates.
+    #[serde(default)]
+    pub(super) ca: Option<PathBuf>,
+    /// Whom it knows us as.
+    #[serde(default)]
+    pub(super) user: Option<String>,
+    /// A file with the password (HTTP Basic).
+    #[serde(default)]
+    pub(super) password_file: Option<PathBuf>,
+    /// A file with the key (X-API-Key).
+    #[serde(default)]
+    pub(super) api_key_file: Option<PathBuf>,
+    /// A file with the salt of password hashes.
+    pub(super) nonce_file: PathBuf,
+    /// How many bits of a hash are told.
+    #[serde(default)]
+    pub(super) hash_bits: Option<i64>,
+    /// Of one question.
+    #[serde(default)]
+    pub(super) timeout: Option<Span>,
+    /// What its silence means.
+    #[serde(default)]
+    pub(super) on_failure: OnFailureWord,
+}
+
+/// `policy.on_failure`.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub(super) enum OnFailureWord {
+    /// Logins go on.
+    #[default]
+    Allow,
+    /// They do not.
+    Deny,
 }
 
 /// `admin`.

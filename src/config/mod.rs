@@ -12,6 +12,7 @@ mod guard;
 mod limits;
 mod local;
 mod locate;
+mod policy;
 mod read;
 mod report;
 mod routes;
@@ -37,6 +38,7 @@ pub use self::directory::{
 pub use self::guard::{Access, Guard, Rate};
 pub use self::local::is_local;
 use self::locate::Index;
+pub use self::policy::Policy;
 use self::read::{Reader, no_yaml};
 pub use self::report::{Located, Place, Problem, Report};
 use self::tree::Tree;
@@ -65,6 +67,8 @@ pub struct Config {
     pub limits: Limits,
     /// Who may come in and try.
     pub guard: Guard,
+    /// A service that is asked before each login.
+    pub policy: Option<Policy>,
     /// Where metrics and health are answered.
     pub admin: Option<SocketAddr>,
     /// Log records.

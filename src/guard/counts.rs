@@ -62,10 +62,13 @@ impl Counts {
         self.slots.len()
     }
 
-    /// After a peak.
+    /// After a peak; not each time, for it looks at all that is left.
     fn give_back(&mut self) {
-        if self.slots.len() * 4 + 1024 < self.slots.capacity() {
+        let left = self.slots.len();
+        if (left == 0 || left.is_power_of_two()) && left * 4 + 1024 < self.slots.capacity().max(self.counts.capacity())
+        {
             self.slots.shrink_to_fit();
+            // As far as the last one in use.
             self.counts.shrink_to_fit();
         }
     }
@@ -120,7 +123,12 @@ mod tests {
             counts.leave(slot);
         }
         assert_eq!(counts.len(), 0);
-        assert!(counts.slots.capacity() < 4096 && counts.counts.capacity() < 4096, "{}", counts.slots.capacity());
+        assert!(
+            counts.slots.capacity() < 4096 && counts.counts.capacity() < 4096,
+            "{} {}",
+            counts.slots.capacity(),
+            counts.counts.capacity()
+        );
     }
 
     proptest! {

@@ -32,6 +32,7 @@ pub(super) struct Families {
     pub(super) bytes: IntCounterVec,
     pub(super) failures: IntCounterVec,
     pub(super) guard_entries: IntGaugeVec,
+    pub(super) policy_answers: IntCounterVec,
     pub(super) server_up: IntGaugeVec,
     pub(super) server_trusts: IntGaugeVec,
     pub(super) server_sessions: IntGaugeVec,
@@ -129,6 +130,11 @@ impl Families {
                 "What the guard remembers and counts just now, by table.",
                 &["table"],
             ),
+            policy_answers: counters(
+                "vestibule_policy_answers_total",
+                "Answers of the policy service to what it was asked (allow) and told (report).",
+                &["command", "answer"],
+            ),
             server_up: gauges(
                 "vestibule_server_up",
                 "1 while the server is taken for alive, 0 after a failure until it answers a login again.",
@@ -202,7 +208,7 @@ impl Families {
     }
 
     fn register_all(&self) {
-        let collectors: [Box<dyn prometheus::core::Collector>; 32] = [
+        let collectors: [Box<dyn prometheus::core::Collector>; 33] = [
             Box::new(self.build_info.clone()),
             Box::new(self.sessions.clone()),
             Box::new(self.sessions_total.clone()),
@@ -219,6 +225,7 @@ impl Families {
             Box::new(self.session_length.clone()),
             Box::new(self.bytes.clone()),
             Box::new(self.failures.clone()),
+            Box::new(self.policy_answers.clone()),
             Box::new(self.server_up.clone()),
             Box::new(self.server_trusts.clone()),
             Box::new(self.server_sessions.clone()),

@@ -16,6 +16,7 @@ use std::time::Duration;
 use prometheus::{Histogram, IntCounter, IntGauge, IntGaugeVec, TextEncoder};
 
 use self::families::Families;
+pub use self::guard::{PolicyAnswer, PolicyCommand};
 pub use self::route::{LookupResult, RouteMetrics};
 use crate::failure::Reason;
 use crate::identity::Mechanism;
@@ -70,6 +71,7 @@ pub struct Metrics {
     routes: Vec<RouteMetrics>,
     unrouted_logins: LoginCounters,
     failures: Vec<IntCounter>,
+    policy: [[IntCounter; PolicyAnswer::ALL.len()]; PolicyCommand::ALL.len()],
 }
 
 impl Metrics {
@@ -96,6 +98,10 @@ impl Metrics {
             routes: names.routes.iter().map(|name| RouteMetrics::new(&families, name)).collect(),
             unrouted_logins: LoginCounters::new(&families, ""),
             failures,
+            policy: PolicyCommand::ALL.map(|command| {
+                PolicyAnswer::ALL
+                    .map(|answer| families.policy_answers.with_label_values(&[command.as_str(), answer.as_str()]))
+            }),
             families,
         }
     }
@@ -149,6 +155,11 @@ impl Metrics {
     /// Something failed, for this reason.
     pub fn failure(&self, reason: Reason) {
         self.failures[reason as usize].inc();
+    }
+
+    /// The policy service has answered, or failed to.
+    pub fn policy(&self, command: PolicyCommand, answer: PolicyAnswer) {
+        self.policy[command as usize][answer as usize].inc();
     }
 
     /// A certificate was loaded that ends at `expiry` (seconds since 1970).

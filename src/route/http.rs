@@ -3,24 +3,18 @@
 //! `style: json` posts an object with the user, and with what is known of the visitor where answers are not kept, and
 //! reads one whose keys are the fields of an answer (see `target`); 404 says that the user is unknown, 401 and 403 that
 //! the password is wrong. `style: nginx-auth-http` speaks the headers of nginx's mail module, so that an auth server
-//! written for it serves here as it is. Whatever else comes is a failure; a body over [`MAX_BODY`] is one too.
+//! written for it serves here as it is. Whatever else comes is a failure; a body over [`http_client::MAX_BODY`] is one too.
 
 use std::collections::HashMap;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::Duration;
 
-use http_body_util::{BodyExt as _, Full, Limited};
+use http_body_util::Full;
 use hyper::body::Bytes;
 use hyper::header::{AUTHORIZATION, CONTENT_TYPE, HeaderMap, HeaderName, HeaderValue};
-use hyper::{Method, Request, Response, StatusCode, Uri};
-use hyper_rustls::{HttpsConnector, HttpsConnectorBuilder};
-use hyper_util::client::legacy::Client;
-use hyper_util::client::legacy::connect::HttpConnector;
-use hyper_util::rt::{TokioExecutor, TokioTimer};
+use hyper::{Method, Request, Response, StatusCode};
 use serde::{Deserialize, Serialize};
-use tokio::sync::OnceCell;
-use tokio_rustls::rustls::ClientConfig;
 use zeroize::Zeroizing;
 
 use super::Answer;
@@ -28,25 +22,17 @@ use super::directory::answer;
 use super::question::{Question, Visitor};
 use super::target::{At, Declared, Denied, Fields, Login, Place, Target, sentence};
 use crate::config::{self, BackendId, Config, Host, HttpStyle, Network, Problem, Server};
+use crate::http_client::{self, HttpClient};
 use crate::identity::{Secret, UserName};
-use crate::tls;
 
-/// An answer has no business being longer.
-const MAX_BODY: usize = 64 * 1024;
-/// A connection that nobody has used for this long is closed.
-const IDLE: Duration = Duration::from_secs(60);
 /// `Auth-Wait` is honoured up to here.
 const LONGEST_WAIT: Duration = Duration::from_secs(30);
 
 /// A request a user.
 pub(super) struct Http {
-    url: Uri,
+    client: HttpClient,
     style: HttpStyle,
-    headers: HeaderMap,
     password: bool,
-    tls: Option<ClientConfig>,
-    connections: usize,
-    client: OnceCell<Client<HttpsConnector<HttpConnector>, Full<Bytes>>>,
     /// Servers by their addresses: how nginx's protocol names them.
     servers: HashMap<SocketAddr, (BackendId, Box<str>)>,
     backend: Option<BackendId>,
@@ -56,8 +42,7 @@ pub(super) struct Http {
 
 impl std::fmt::Debug for Http {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        // Headers may hold what only the service shall know.
-        f.debug_struct("Http").field("url", &self.url).field("style", &self.style).finish_non_exhaustive()
+        f.debug_struct("Http").field("client", &self.client).field("style", &self.style).finish_non_exhaustive()
     }
 }
 
@@ -103,15 +88,6 @@ impl Http {
     /// A URL that is none, a token file or a `ca` that cannot be read.
     pub(super) fn build(config: &Config, http: &config::Http, declared: &Declared) -> Result<Self, Vec<Problem>> {
         let told = |problem| vec![problem];
-        let url: Uri = http
-            .url
-            .value
-            .parse()
-            .map_err(|error| told(config.problem(&http.url.place, format!("the URL cannot be used: {error}"))))?;
-        let tls = (url.scheme_str() == Some("https"))
-            .then(|| tls::client::verified(config, http.ca.as_ref(), &http.url.place))
-            .transpose()
-            .map_err(told)?;
         let mut headers = HeaderMap::new();
         for (name, value) in &http.headers {
             // The configuration was checked for what a header may be.
@@ -127,14 +103,11 @@ impl Http {
             value.set_sensitive(true);
             headers.insert(AUTHORIZATION, value);
         }
+        let client = HttpClient::build(config, &http.url, http.ca.as_ref(), headers, http.asking.connections);
         Ok(Self {
-            url,
+            client: client.map_err(told)?,
             style: http.style,
-            headers,
             password: http.password,
-            tls,
-            connections: http.asking.connections,
-            client: OnceCell::new(),
             servers: servers(config),
             backend: http.backend,
             networks: http.networks.clone(),
@@ -155,34 +128,17 @@ impl Http {
             Ok(request) => request,
             Err(reason) => return Answer::Failed(reason),
         };
-        let client = self.client.get_or_init(|| async { self.connect() }).await;
-        let (head, body) = match client.request(request).await {
+        let (head, body) = match self.client.send(request).await {
             Ok(response) => response.into_parts(),
-            Err(error) => return Answer::Failed(chain(&error)),
+            Err(error) => return Answer::Failed(error),
         };
         match self.style {
             HttpStyle::NginxAuthHttp => self.read_nginx(&Response::from_parts(head, ())),
-            HttpStyle::Json => match Limited::new(body, MAX_BODY).collect().await {
-                Ok(body) => self.read_json(head.status, &Zeroizing::new(body.to_bytes().to_vec())),
-                Err(error) => Answer::Failed(format!("the answer's body: {error}")),
+            HttpStyle::Json => match http_client::body(body).await {
+                Ok(body) => self.read_json(head.status, &body),
+                Err(error) => Answer::Failed(error),
             },
         }
-    }
-
-    fn connect(&self) -> Client<HttpsConnector<HttpConnector>, Full<Bytes>> {
-        let mut tcp = HttpConnector::new();
-        tcp.enforce_http(false);
-        tcp.set_nodelay(true);
-        let builder = HttpsConnectorBuilder::new();
-        // Without TLS in the URL this configuration is never used.
-        let tls = self.tls.clone().unwrap_or_else(tls::client::nobody);
-        let connector = builder.with_tls_config(tls).https_or_http().enable_http1().enable_http2().wrap_connector(tcp);
-        Client::builder(TokioExecutor::new())
-            .pool_timer(TokioTimer::new())
-            .timer(TokioTimer::new())
-            .pool_idle_timeout(IDLE)
-            .pool_max_idle_per_host(self.connections)
-            .build(connector)
     }
 
     fn json(&self, question: &Question) -> Result<Request<Full<Bytes>>, String> {
@@ -213,13 +169,13 @@ impl Http {
                 .transpose()?,
         };
         let body = serde_json::to_vec(&asked).map_err(|error| error.to_string())?;
-        let mut request = self.request(Method::POST, body)?;
+        let mut request = self.client.request(Method::POST, body)?;
         request.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
         Ok(request)
     }
 
     fn nginx(&self, question: &Question, visitor: &Visitor) -> Result<Request<Full<Bytes>>, String> {
-        let mut request = self.request(Method::GET, Vec::new())?;
+        let mut request = self.client.request(Method::GET, Vec::new())?;
         let user = escaped(question.user.as_bytes());
         // nginx knows "external" and "none" too, but for protocols and logins that are not these.
         let password = visitor.credentials.password().ok_or("this style is asked with a password only")?;
@@ -244,13 +200,6 @@ impl Http {
             value.set_sensitive(true);
             request.headers_mut().insert(HeaderName::from_static(name), value);
         }
-        Ok(request)
-    }
-
-    fn request(&self, method: Method, body: Vec<u8>) -> Result<Request<Full<Bytes>>, String> {
-        let request = Request::builder().method(method).uri(self.url.clone()).body(Full::from(body));
-        let mut request = request.map_err(|error| error.to_string())?;
-        request.headers_mut().extend(self.headers.clone());
         Ok(request)
     }
 
@@ -361,15 +310,4 @@ fn escaped(bytes: &[u8]) -> Zeroizing<Vec<u8>> {
         }
     }
     escaped
-}
-
-/// An error and what caused it, in one line.
-fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(inner) = cause {
-        text = format!("{text}: {inner}");
-        cause = inner.source();
-    }
-    text.replace(char::is_control, " ")
 }

@@ -68,7 +68,11 @@ impl Session {
         if let Some(limited) = self.may_try(&login.tag, &names.routing) {
             return Some(limited);
         }
-        if prelogin.client_id().ttl() == Some(0) {
+        let client_id = prelogin.client_id().clone();
+        if let Some(refused) = self.policy_refuses(login, &client_id, began).await {
+            return Some(refused);
+        }
+        if client_id.ttl() == Some(0) {
             self.record.attempt_failed(Reason::ProxyLoop, LoginOutcome::Unavailable, None);
             return Some(Attempted::Unavailable);
         }
@@ -101,7 +105,7 @@ impl Session {
             self.record.attempt_failed(Reason::MechanismUnsupported, LoginOutcome::Unavailable, Some(backend.id));
             return Some(Attempted::Unavailable);
         };
-        let (client_id, session_id) = (prelogin.client_id().clone(), self.record.session());
+        let session_id = self.record.session();
         let tls = self.record.tls().cloned();
         let request = Request {
             login: Some(server_login),

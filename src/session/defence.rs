@@ -5,7 +5,7 @@
 //! the command, as is the wait of [`super::pace`], so that the later of the two is all that can be seen from outside.
 
 use std::future::pending;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use tokio::time;
 
@@ -15,10 +15,15 @@ use crate::config::BackendId;
 use crate::failure::Reason;
 use crate::guard::Limited;
 use crate::identity::{Mechanism, UserName};
+use crate::imap::client_id::ClientId;
 use crate::imap::prelogin::LoginRequest;
 use crate::imap::reply;
 use crate::imap::tag::Tag;
 use crate::metrics::LoginOutcome;
+use crate::policy::Verdict;
+
+/// Bytes of what a client says of itself that are told to the policy service.
+const MAX_DEVICE: usize = 1024;
 
 impl Session {
     /// Ready when the connection is told to go, as the oldest of too many.
@@ -80,12 +85,77 @@ impl Session {
             user = name.map(UserName::as_str),
             "login failed"
         );
+        self.report(false);
         let due = time::Instant::from_std(began + self.live.guard.failed(Instant::now(), client, &user));
+        self.pause(due).await;
+    }
+
+    /// Asks the policy service, if there is one. `None`: the login goes on.
+    pub(super) async fn policy_refuses(
+        &mut self,
+        login: &LoginRequest,
+        client_id: &ClientId,
+        began: Instant,
+    ) -> Option<Attempted> {
+        let policy = self.live.policy.clone()?;
+        let (tls, session) = (self.record.tls().is_some(), self.record.session());
+        let attempt =
+            policy.attempt(&login.credentials, self.record.client(), tls, device(client_id), session.as_str());
+        match policy.allow(&attempt, &self.live.metrics).await {
+            Verdict::Allowed(delay) => {
+                self.told = Some(Box::new(attempt));
+                if delay > Duration::ZERO {
+                    self.pause(time::Instant::now() + delay).await;
+                }
+                None
+            }
+            Verdict::Denied => {
+                policy.report(attempt, false, true, &self.live.metrics);
+                self.record.attempt_failed(Reason::PolicyDenied, LoginOutcome::Refused, None);
+                // As late as a wrong password.
+                let late = self.live.refusals.any_of(session.as_str());
+                time::sleep(late.saturating_sub(began.elapsed())).await;
+                Some(Attempted::Refused { reply: reply::authentication_failed(&login.tag, None), counts: true })
+            }
+            Verdict::Unavailable => {
+                self.record.attempt_failed(Reason::PolicyFailed, LoginOutcome::Unavailable, None);
+                Some(Attempted::Unavailable)
+            }
+        }
+    }
+
+    /// Tells the policy service how the login ended that it allowed.
+    pub(super) fn report(&mut self, success: bool) {
+        if let (Some(policy), Some(attempt)) = (&self.live.policy, self.told.take()) {
+            policy.report(*attempt, success, false, &self.live.metrics);
+        }
+    }
+
+    /// Waits, but not beyond what ends the session.
+    async fn pause(&self, until: time::Instant) {
         tokio::select! {
-            () = time::sleep_until(due.min(self.login_by)) => {}
+            () = time::sleep_until(until.min(self.login_by)) => {}
             // Both are told what is to be told after the answer.
             () = self.drain.begun().cancelled() => {}
             () = self.shed() => {}
         }
     }
+}
+
+/// What a client says of itself, as Dovecot writes it.
+fn device(client_id: &ClientId) -> String {
+    let quoted = |bytes: &[u8]| String::from_utf8_lossy(bytes).replace('\\', "\\\\").replace('"', "\\\"");
+    let mut text = String::new();
+    for (key, value) in client_id.pairs() {
+        let value = value.as_ref().map_or_else(|| "NIL".to_owned(), |value| format!("\"{}\"", quoted(value)));
+        let pair = format!("\"{}\" {value}", quoted(key));
+        if text.len() + pair.len() > MAX_DEVICE {
+            break;
+        }
+        if !text.is_empty() {
+            text.push(' ');
+        }
+        text.push_str(&pair);
+    }
+    text
 }

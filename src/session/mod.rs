@@ -44,6 +44,7 @@ use crate::failure::Reason;
 use crate::guard::{Seat, Ticket};
 use crate::imap::prelogin::{Bye, CloseReason, Policy, Prelogin, Step, Transport};
 use crate::metrics::OpenGuard;
+use crate::policy;
 use crate::server::Live;
 use crate::shutdown::Drain;
 use crate::stream::{Encrypted, Stream};
@@ -108,6 +109,8 @@ struct Session {
     drain: Drain,
     room: Arc<Room>,
     ticket: Option<Ticket>,
+    /// What the policy service knows of the login under way.
+    told: Option<Box<policy::Attempt>>,
     held: Held,
     peer: SocketAddr,
     local: SocketAddr,
@@ -123,7 +126,10 @@ impl Session {
         let local = if local.ip().is_unspecified() { socket.local_addr().unwrap_or(local) } else { local };
         let login_by = time::Instant::now() + live.limits.login;
         let record = Record::new(id::new(peer), peer, local, live.clone());
-        (Self { live, drain, room, ticket: Some(ticket), held, peer, local, listener, login_by, record }, socket)
+        (
+            Self { live, drain, room, ticket: Some(ticket), told: None, held, peer, local, listener, login_by, record },
+            socket,
+        )
     }
 
     /// Steps 1 to 5: talks to the client until a server has accepted it, or until it is gone.
@@ -140,6 +146,7 @@ impl Session {
             let step = prelogin.step(&mut out);
             self.send(&mut stream, &mut out).await?;
             let began = Instant::now();
+            self.told = None;
             match step {
                 Step::NeedInput => self.receive(&mut stream, &mut prelogin).await?,
                 Step::StartTls => {
@@ -150,6 +157,7 @@ impl Session {
                 }
                 Step::Login(mut request) => match self.attempt(&mut request, &mut stream, &mut prelogin).await? {
                     Attempted::Accepted { backend, server, established } => {
+                        self.report(true);
                         return self.relayed(stream, prelogin.into_leftover(), &backend, &server, *established).await;
                     }
                     Attempted::Refused { reply, counts } => {
@@ -196,8 +204,8 @@ impl Session {
         let turns = self.live.guard.handshakes();
         let accepting = secrets.clone();
         let handshake = async {
-            // Whoever says nothing takes no turn from those who do.
-            socket.readable().await?;
+            // Whoever says nothing takes no turn from those who do; that a socket may be readable is not enough to know.
+            socket.peek(&mut [0]).await?;
             let _turn = turns.acquire_owned().await.map_err(io::Error::other)?;
             tls.accept(self.listener, socket, accepting).await
         };
