@@ -33,6 +33,7 @@ listeners: [{{address: "127.0.0.1:{{plain}}", tls: none}}]
 backends: {{only: {{servers: ["127.0.0.1:{self.server.port}"]}}}}
 routes: [{{domain: {{example.org: only, example.net: only}}}}]
 policy: {{url: "http://127.0.0.1:{self.service.port}/", nonce_file: {self.folder.path}/nonce{more}}}
+limits: {{drain: 1s}}
 admin: {{address: "127.0.0.1:{{admin}}"}}
 """)
         self.addCleanup(proxy.close)
