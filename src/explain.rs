@@ -12,15 +12,14 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::backend::OwnAddresses;
-use crate::config::Config;
 use crate::identity::UserName;
 use crate::route::{Answer, At, Origin, Question, Target};
 use crate::server::Live;
 
 /// The text for `user`, and whether a server would be asked to log the user in.
-pub async fn explain(config: &Config, live: &Live, user: &UserName) -> (String, bool) {
+pub async fn explain(live: &Live, user: &UserName) -> (String, bool) {
     let mut text = format!("user     {user}\n");
-    let names = match live.naming.names(user) {
+    let names = match live.config.naming.names(user) {
         Ok(names) => names,
         Err(refused) => {
             line(&mut text, format_args!("refused  {refused}"));
@@ -36,7 +35,7 @@ pub async fn explain(config: &Config, live: &Live, user: &UserName) -> (String, 
         let answer = match &step.answer {
             Answer::Found(target) => {
                 found = Some(target.clone());
-                format!("found: {}", describe(config, target))
+                format!("found: {}", describe(live, target))
             }
             Answer::Unknown => "does not know the user".to_owned(),
             Answer::Failed(reason) => format!("failed: {reason}"),
@@ -60,10 +59,10 @@ pub async fn explain(config: &Config, live: &Live, user: &UserName) -> (String, 
     line(&mut text, format_args!("login as {}", place.user.as_ref().unwrap_or(&names.server)));
     let backend = live.backends.backend(place.backend);
     line(&mut text, format_args!("backend  {}", backend.name));
-    let own = OwnAddresses::new(config.listeners.iter().map(|listener| listener.address).collect());
+    let own = OwnAddresses::new(live.config.listeners.iter().map(|listener| listener.address).collect());
     live.backends.start(&own, &tasks, &stop);
-    let wait = config.resolver.timeout * 3;
-    let servers = timeout(wait, live.servers(place, &question.user)).await.unwrap_or_default();
+    let wait = live.config.resolver.timeout * 3;
+    let servers = timeout(wait, live.servers(place, &place.mailbox(&question.user))).await.unwrap_or_default();
     for (rank, server) in servers.iter().enumerate() {
         let addresses = timeout(wait, server.addresses()).await.unwrap_or_default();
         let addresses: Vec<String> = addresses.iter().map(ToString::to_string).collect();
@@ -83,13 +82,8 @@ pub async fn explain(config: &Config, live: &Live, user: &UserName) -> (String, 
 ///
 /// # Errors
 /// `out` cannot be written.
-pub async fn diff(
-    old: (&Config, &Live),
-    new: (&Config, &Live),
-    users: &[u8],
-    mut out: impl std::io::Write,
-) -> std::io::Result<usize> {
-    for (_, live) in [old, new] {
+pub async fn diff(old: &Live, new: &Live, users: &[u8], mut out: impl std::io::Write) -> std::io::Result<usize> {
+    for live in [old, new] {
         live.router.start_once(&Handle::current());
     }
     let (mut compared, mut moved) = (0, 0);
@@ -104,7 +98,7 @@ pub async fn diff(
             continue;
         };
         compared += 1;
-        let (before, after) = (place(old.0, old.1, &user).await, place(new.0, new.1, &user).await);
+        let (before, after) = (place(old, &user).await, place(new, &user).await);
         if before != after {
             moved += 1;
             writeln!(out, "{user}: {before} -> {after}")?;
@@ -115,23 +109,23 @@ pub async fn diff(
 }
 
 /// Where a user belongs, in the words of `explain`.
-async fn place(config: &Config, live: &Live, user: &UserName) -> String {
-    let names = match live.naming.names(user) {
+async fn place(live: &Live, user: &UserName) -> String {
+    let names = match live.config.naming.names(user) {
         Ok(names) => names,
         Err(refused) => return refused.to_string(),
     };
     let question = Question { user: names.routing, visitor: None };
     match timeout(live.limits.lookup, live.router.route(&question, &live.metrics)).await {
-        Ok(Ok(routed)) => describe(config, &routed.target),
+        Ok(Ok(routed)) => describe(live, &routed.target),
         Ok(Err(error)) => error.to_string(),
         Err(_) => "no answer".to_owned(),
     }
 }
 
-fn describe(config: &Config, target: &Target) -> String {
+fn describe(live: &Live, target: &Target) -> String {
     match target {
         Target::Place(place) => {
-            let mut text = config.backends[place.backend.0].name.clone();
+            let mut text = live.backends.backend(place.backend).name.to_string();
             let at = match &place.at {
                 At::Any => None,
                 At::Server(server) => Some(server.to_string()),

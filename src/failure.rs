@@ -147,4 +147,10 @@ reasons! {
     Internal Panic = "panic",
     /// Ended by the operator's stop.
     Shutdown Drain = "drain",
+    /// The operator ended this user's sessions.
+    Shutdown Kicked = "kicked",
+    /// The user is served by another server from now on, or is being moved.
+    Shutdown Moved = "moved",
+    /// The operator takes the server out of service.
+    Shutdown ServerDrained = "server_drained",
 }

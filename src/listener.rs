@@ -10,11 +10,13 @@ use std::time::{Duration, Instant};
 
 use socket2::{Domain, Protocol, Socket, Type};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::Semaphore;
+use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
 
 use crate::config::{self, ListenerTls};
 use crate::guard::Turned;
 use crate::metrics::Refusal;
+use crate::occupancy::Occupancy;
 use crate::server::Live;
 use crate::session::{self, Arrival, Held, Room};
 use crate::shutdown::Drain;
@@ -26,13 +28,28 @@ const PAUSE: Duration = Duration::from_millis(100);
 /// EMFILE and ENFILE: the process's and the system's descriptors are used up.
 const OUT_OF_DESCRIPTORS: [i32; 2] = [24, 23];
 
-/// A bound port.
+/// A port of one worker.
 #[derive(Debug)]
 pub struct Listener {
     socket: TcpListener,
     address: SocketAddr,
-    index: usize,
-    tls: ListenerTls,
+    desk: watch::Receiver<Desk>,
+    closed: CancellationToken,
+}
+
+/// What connections are served with from now on.
+#[derive(Clone)]
+pub struct Desk {
+    /// The configuration, built.
+    pub live: Arc<Live>,
+    /// The listener's place in it.
+    pub index: usize,
+}
+
+impl std::fmt::Debug for Desk {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Desk").field("index", &self.index).finish_non_exhaustive()
+    }
 }
 
 /// Binds one socket for each worker. `[::]` also takes IPv4, unless `others` hold an IPv4 listener on the same port.
@@ -77,13 +94,11 @@ fn socket(address: SocketAddr, only_v6: bool, share: bool) -> io::Result<std::ne
     Ok(socket.into())
 }
 
-/// What all listeners share.
+/// What all listeners of a worker share, whatever the configuration.
 #[derive(Clone)]
 pub struct House {
-    /// The configuration, built.
-    pub live: Arc<Live>,
     /// Bounds the open connections of all listeners together.
-    pub permits: Arc<Semaphore>,
+    pub occupancy: Arc<Occupancy>,
     /// When to stop.
     pub drain: Drain,
     /// Where silent sessions wait.
@@ -91,65 +106,68 @@ pub struct House {
 }
 
 impl Listener {
-    /// The listener of one worker, on its runtime.
+    /// The listener of one worker, on its runtime, until `closed`.
     ///
     /// # Errors
     /// The system has no room to register it.
-    pub fn new(index: usize, tls: ListenerTls, socket: std::net::TcpListener) -> io::Result<Self> {
+    pub fn new(
+        socket: std::net::TcpListener,
+        desk: watch::Receiver<Desk>,
+        closed: CancellationToken,
+    ) -> io::Result<Self> {
         let address = socket.local_addr()?;
-        Ok(Self { socket: TcpListener::from_std(socket)?, address, index, tls })
+        socket.set_nonblocking(true)?;
+        Ok(Self { socket: TcpListener::from_std(socket)?, address, desk, closed })
     }
 
-    /// The address as bound: port 0 has become a real one.
-    pub fn address(&self) -> SocketAddr {
-        self.address
-    }
-
-    /// Accepts until the drain begins.
+    /// Accepts until it is closed, or the drain begins.
     pub async fn run(self, house: House) {
         let begun = house.drain.begun().clone();
         let accept = async {
             loop {
                 match self.socket.accept().await {
                     Ok((socket, peer)) => self.welcome(socket, peer, &house),
-                    Err(error) => self.accept_failed(&error, &house.live).await,
+                    Err(error) => self.accept_failed(&error).await,
                 }
             }
         };
-        begun.run_until_cancelled(accept).await;
+        self.closed.run_until_cancelled(begun.run_until_cancelled(accept)).await;
     }
 
     fn welcome(&self, socket: TcpStream, peer: SocketAddr, house: &House) {
-        let metrics = house.live.metrics.listener(self.index);
-        let Ok(permit) = house.permits.clone().try_acquire_owned() else {
+        let Desk { live, index } = self.desk.borrow().clone();
+        let tls = live.config.listeners[index].tls;
+        let metrics = live.metrics.listener(index);
+        let Some(occupant) = house.occupancy.enter(live.limits.sessions) else {
             metrics.refused(Refusal::Full);
-            if self.tls != ListenerTls::Implicit {
+            if tls != ListenerTls::Implicit {
                 // The connection is closed either way; a client that does not get the reason loses nothing.
                 let _ = socket.try_write(b"* BYE [UNAVAILABLE] Too many connections, try again later.\r\n");
             }
             return;
         };
-        let seat = match house.live.guard.admit(Instant::now(), peer.ip()) {
-            Ok(seat) => seat,
-            Err(turned) => return self.turn_away(&socket, peer, turned, house),
+        let pass = match live.guard.admit(Instant::now(), peer.ip()) {
+            Ok(pass) => pass,
+            Err(turned) => return self.turn_away(&socket, peer, turned, &Desk { live, index }),
         };
-        let held = Held { permit, open: metrics.session_opened(), seat };
+        let held = Held { occupant, open: metrics.session_opened(), pass };
+        let ticket = live.guard.lobby();
         let arrival = Arrival {
             socket,
             peer,
             local: self.address,
-            listener: self.index,
-            tls: self.tls,
-            live: house.live.clone(),
+            listener: index,
+            tls,
+            live,
             drain: house.drain.clone(),
             room: house.room.clone(),
-            ticket: house.live.guard.lobby(),
+            ticket,
             held,
         };
         house.drain.spawn(session::serve(arrival));
     }
 
-    fn turn_away(&self, socket: &TcpStream, peer: SocketAddr, turned: Turned, house: &House) {
+    fn turn_away(&self, socket: &TcpStream, peer: SocketAddr, turned: Turned, desk: &Desk) {
         let (refusal, bye) = match turned {
             Turned::Denied => (Refusal::Denied, "* BYE Connections from your address are not allowed.\r\n"),
             Turned::Rate => {
@@ -158,20 +176,22 @@ impl Listener {
             Turned::Address => (Refusal::Address, "* BYE [UNAVAILABLE] Too many connections from your address.\r\n"),
             Turned::Network => (Refusal::Network, "* BYE [UNAVAILABLE] Too many connections from your network.\r\n"),
         };
-        house.live.metrics.listener(self.index).refused(refusal);
+        desk.live.metrics.listener(desk.index).refused(refusal);
         // At info a flood would write as many lines as it has connections.
         tracing::debug!(client = %peer.ip().to_canonical(), listener = %self.address, reason = refusal.as_str(), "turned away");
-        if self.tls != ListenerTls::Implicit {
+        if desk.live.config.listeners[desk.index].tls != ListenerTls::Implicit {
             // The connection is closed either way.
             let _ = socket.try_write(bye.as_bytes());
         }
     }
 
-    async fn accept_failed(&self, error: &io::Error, live: &Live) {
+    async fn accept_failed(&self, error: &io::Error) {
         if error.kind() == io::ErrorKind::ConnectionAborted {
             return;
         }
-        live.metrics.listener(self.index).refused(Refusal::AcceptError);
+        let Desk { live, index } = self.desk.borrow().clone();
+        live.metrics.listener(index).refused(Refusal::AcceptError);
+        drop(live);
         if error.raw_os_error().is_some_and(|code| OUT_OF_DESCRIPTORS.contains(&code)) {
             tracing::error!(listener = %self.address, %error, "no descriptor left to accept a connection: raise LimitNOFILE or lower limits.sessions");
         } else {

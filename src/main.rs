@@ -7,11 +7,11 @@ use std::process::ExitCode;
 
 use anyhow::Context as _;
 use vestibule::cli::{self, Command};
-use vestibule::config::{self, Config, Report};
+use vestibule::config::{self, Report};
 use vestibule::identity::UserName;
 use vestibule::metrics::Metrics;
 use vestibule::server::{self, Live, Running};
-use vestibule::shutdown::StopSignals;
+use vestibule::shutdown::{Asked, Signals};
 use vestibule::{demo, explain, limits, logging};
 
 /// sysexits.h: what systemd and scripts can tell apart.
@@ -56,19 +56,22 @@ async fn run(file: &Path) -> anyhow::Result<ExitCode> {
     let config = config::load(file)?;
     logging::install(&config.log);
     limits::prepare(config.limits.sessions);
-    let mut signals = StopSignals::new().context("signal handlers")?;
-    let running = server::start(config).await?;
-    count_panics(running.metrics());
+    let mut signals = Signals::new().context("signal handlers")?;
+    let running = server::start(config, Vec::new()).await?;
+    count_panics(&running.metrics());
     notify(&running, sd_notify::NotifyState::Ready);
-    signals.next().await;
+    while signals.next().await == Asked::Reload {
+        // What was wrong is logged, and a gauge says so.
+        let _ = running.reload(file).await;
+    }
     notify(&running, sd_notify::NotifyState::Stopping);
-    running.drain(signals.next()).await;
+    running.drain(signals.stop()).await;
     Ok(ExitCode::SUCCESS)
 }
 
 /// Builds everything and binds nothing.
 fn check(file: &Path) -> anyhow::Result<ExitCode> {
-    let (config, _live) = build(file)?;
+    let config = build(file)?.config;
     println!(
         "{}: ok ({} listeners, {} backends, {} routes)",
         file.display(),
@@ -80,7 +83,7 @@ fn check(file: &Path) -> anyhow::Result<ExitCode> {
 }
 
 fn route(file: &Path, user: &str) -> anyhow::Result<ExitCode> {
-    let (config, live) = build(file)?;
+    let live = build(file)?;
     let user = match UserName::new(user.as_bytes()) {
         Ok(user) => user,
         Err(error) => {
@@ -88,7 +91,7 @@ fn route(file: &Path, user: &str) -> anyhow::Result<ExitCode> {
             return Ok(ExitCode::from(EX_USAGE));
         }
     };
-    let (text, found) = runtime()?.block_on(explain::explain(&config, &live, &user));
+    let (text, found) = runtime()?.block_on(explain::explain(&live, &user));
     print!("{text}");
     Ok(if found { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
@@ -98,14 +101,12 @@ fn diff(old: &Path, new: &Path, users: &Path) -> anyhow::Result<ExitCode> {
     let (old, new) = (build(old)?, build(new)?);
     let names = std::fs::read(users).with_context(|| users.display().to_string())?;
     let out = std::io::stdout().lock();
-    let moved = runtime()?.block_on(explain::diff((&old.0, &old.1), (&new.0, &new.1), &names, out))?;
+    let moved = runtime()?.block_on(explain::diff(&old, &new, &names, out))?;
     Ok(if moved == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
-fn build(file: &Path) -> anyhow::Result<(Config, Live)> {
-    let config = config::load(file)?;
-    let live = Live::build(&config)?;
-    Ok((config, live))
+fn build(file: &Path) -> anyhow::Result<Live> {
+    Ok(Live::build(config::load(file)?, None)?)
 }
 
 /// A panic ends one session; the hook counts it and says where it was.

@@ -68,16 +68,24 @@ impl Drain {
     }
 }
 
-/// SIGTERM and SIGINT, each time one arrives. SIGHUP, whose default would end all sessions, is noted and ignored: there is no
-/// reload yet.
+/// What the operator asks for by a signal.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Asked {
+    /// SIGTERM or SIGINT.
+    Stop,
+    /// SIGHUP.
+    Reload,
+}
+
+/// The signals, each time one arrives.
 #[derive(Debug)]
-pub struct StopSignals {
+pub struct Signals {
     terminate: Signal,
     interrupt: Signal,
     hangup: Signal,
 }
 
-impl StopSignals {
+impl Signals {
     /// Takes the signals over from their default action.
     ///
     /// # Errors
@@ -91,14 +99,17 @@ impl StopSignals {
     }
 
     /// Waits for the next one.
-    pub async fn next(&mut self) {
-        loop {
-            tokio::select! {
-                _ = self.terminate.recv() => return,
-                _ = self.interrupt.recv() => return,
-                _ = self.hangup.recv() => tracing::warn!("SIGHUP ignored: a changed configuration takes a restart"),
-            }
+    pub async fn next(&mut self) -> Asked {
+        tokio::select! {
+            _ = self.terminate.recv() => Asked::Stop,
+            _ = self.interrupt.recv() => Asked::Stop,
+            _ = self.hangup.recv() => Asked::Reload,
         }
+    }
+
+    /// Waits for the next that stops.
+    pub async fn stop(&mut self) {
+        while self.next().await != Asked::Stop {}
     }
 }
 

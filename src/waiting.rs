@@ -10,7 +10,8 @@ use std::io;
 use std::mem::MaybeUninit;
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::pin::pin;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::task::{Wake, Waker};
 use std::time::Duration;
 
 use prometheus::IntGauge;
@@ -19,6 +20,7 @@ use rustix::event::epoll::{self, CreateFlags, Event, EventData, EventFlags};
 use slab::Slab;
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
+use tokio::sync::Notify;
 use tokio::time::{Instant, MissedTickBehavior, interval};
 
 /// Events taken with one call.
@@ -36,6 +38,8 @@ pub trait Waiting: Send + 'static {
     fn sockets(&self) -> [BorrowedFd<'_>; 2];
     /// Out again at this time, if not before.
     fn until(&self) -> Option<Instant>;
+    /// Out again now. Asked when [`WaitingRoom::waker`] is woken.
+    fn is_called(&self) -> bool;
     /// Out again. Called on the runtime; must not block.
     fn leave(self);
 }
@@ -46,6 +50,18 @@ pub struct WaitingRoom<T> {
     epoll: AsyncFd<OwnedFd>,
     inside: Mutex<Inside<T>>,
     count: IntGauge,
+    bell: Arc<Bell>,
+    waker: Waker,
+}
+
+/// Rung when somebody inside is called; the room then asks everybody. One for all costs no session a byte.
+#[derive(Debug, Default)]
+struct Bell(Notify);
+
+impl Wake for Bell {
+    fn wake(self: Arc<Self>) {
+        self.0.notify_one();
+    }
 }
 
 #[derive(Debug)]
@@ -69,7 +85,14 @@ impl<T: Waiting> WaitingRoom<T> {
     pub fn new(count: IntGauge) -> io::Result<Self> {
         #[expect(deprecated, reason = "its hole is types that may change their descriptor, and OwnedFd cannot")]
         let epoll = AsyncFd::with_interest(epoll::create(CreateFlags::CLOEXEC)?, Interest::READABLE)?;
-        Ok(Self { epoll, inside: Mutex::new(Inside { sessions: Slab::new(), closed: false }), count })
+        let bell = Arc::new(Bell::default());
+        let waker = Waker::from(bell.clone());
+        Ok(Self { epoll, inside: Mutex::new(Inside { sessions: Slab::new(), closed: false }), count, bell, waker })
+    }
+
+    /// To be woken when somebody inside is called.
+    pub fn waker(&self) -> &Waker {
+        &self.waker
     }
 
     /// Takes a session in. It may leave again before this returns.
@@ -109,6 +132,7 @@ impl<T: Waiting> WaitingRoom<T> {
                     }
                 },
                 _ = sweep.tick() => self.sweep(),
+                () = self.bell.0.notified() => self.let_out_called(),
                 () = &mut closing => break,
             }
             // A storm of events leaves room for others.
@@ -147,6 +171,16 @@ impl<T: Waiting> WaitingRoom<T> {
             inside.sessions.iter().filter_map(due).collect()
         };
         for key in due {
+            self.let_out(key);
+        }
+    }
+
+    fn let_out_called(&self) {
+        let called: Vec<usize> = {
+            let inside = self.lock();
+            inside.sessions.iter().filter_map(|(key, place)| place.waiting.is_called().then_some(key)).collect()
+        };
+        for key in called {
             self.let_out(key);
         }
     }
@@ -199,7 +233,7 @@ impl<T: Waiting> WaitingRoom<T> {
 mod tests {
     use std::io::Write;
     use std::os::unix::net::UnixStream;
-    use std::sync::Arc;
+    use std::sync::atomic::{AtomicBool, Ordering};
 
     use std::os::fd::AsFd;
 
@@ -212,6 +246,7 @@ mod tests {
         name: &'static str,
         sockets: [UnixStream; 2],
         until: Option<Instant>,
+        called: Arc<AtomicBool>,
         left: UnboundedSender<&'static str>,
     }
 
@@ -222,6 +257,10 @@ mod tests {
 
         fn until(&self) -> Option<Instant> {
             self.until
+        }
+
+        fn is_called(&self) -> bool {
+            self.called.load(Ordering::SeqCst)
         }
 
         fn leave(self) {
@@ -252,7 +291,8 @@ mod tests {
         fn pair(&self, name: &'static str, until: Option<Instant>) -> (Box<Pair>, [UnixStream; 2]) {
             let (first, far_first) = UnixStream::pair().unwrap();
             let (second, far_second) = UnixStream::pair().unwrap();
-            let pair = Pair { name, sockets: [first, second], until, left: self.leave.clone() };
+            let (sockets, called, left) = ([first, second], Arc::default(), self.leave.clone());
+            let pair = Pair { name, sockets, until, called, left };
             (Box::new(pair), [far_first, far_second])
         }
     }
@@ -296,6 +336,19 @@ mod tests {
         assert!(scene.room.enter(pair).is_ok());
         assert_eq!(scene.left.recv().await, Some("timed"));
         assert!((1800..=1820).contains(&began.elapsed().as_secs()), "{:?}", began.elapsed());
+    }
+
+    #[tokio::test]
+    async fn who_is_called_goes_out() {
+        let mut scene = scene();
+        let (pair, _far) = scene.pair("called", None);
+        let (silent, _far_silent) = scene.pair("silent", None);
+        let called = pair.called.clone();
+        assert!(scene.room.enter(pair).is_ok() && scene.room.enter(silent).is_ok());
+        called.store(true, Ordering::SeqCst);
+        scene.room.waker().wake_by_ref();
+        assert_eq!(scene.left.recv().await, Some("called"));
+        assert_eq!(scene.count.get(), 1);
     }
 
     #[tokio::test]

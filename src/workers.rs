@@ -8,7 +8,7 @@ use std::future::Future;
 use std::io;
 use std::thread;
 
-use tokio::runtime::{Builder, EnterGuard, Runtime};
+use tokio::runtime::{Builder, EnterGuard, Handle, Runtime};
 
 /// Tasks run between two looks for new events: beside sessions that move much, the others are kept waiting by so many
 /// turns of them (`relay`, a tenth of a millisecond each).
@@ -24,6 +24,11 @@ impl Worker {
     /// The system has no descriptors for it.
     pub fn new() -> io::Result<Self> {
         Builder::new_current_thread().enable_all().event_interval(EVENT_INTERVAL).build().map(Self)
+    }
+
+    /// To spawn onto the worker from elsewhere.
+    pub fn handle(&self) -> Handle {
+        self.0.handle().clone()
     }
 
     /// What is registered while the guard lives is registered here.

@@ -101,7 +101,7 @@ fn measure(folder: &Path) -> anyhow::Result<()> {
     let file = fs::metadata(folder.join("users.txt"))?.len();
     let before = anonymous_pages()?;
     let began = Instant::now();
-    let router = Router::build(&config, &metrics).map_err(|problems| anyhow::anyhow!("{problems:?}"))?;
+    let router = Router::build(&config, &metrics, None).map_err(|problems| anyhow::anyhow!("{problems:?}"))?;
     let load = began.elapsed();
     // What was needed to load it goes back first.
     std::thread::sleep(std::time::Duration::from_secs(3));

@@ -111,6 +111,11 @@ impl Fault {
         Self { reason: Reason::Referral, detail, try_next: false, blames_server: false }
     }
 
+    /// The operator, or the user's other sessions, end this login.
+    pub fn told(reason: Reason, detail: String, try_next: bool) -> Self {
+        Self { reason, detail, try_next, blames_server: false }
+    }
+
     fn of_server(reason: Reason, detail: impl ToString) -> Self {
         Self { reason, detail: detail.to_string(), try_next: true, blames_server: true }
     }

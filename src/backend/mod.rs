@@ -303,6 +303,11 @@ impl Backend {
         self.guests.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Whether all sessions of a user must be on one server: two that share a mailbox's storage would damage its index.
+    pub fn serves_a_user_by_one_server(&self) -> bool {
+        true
+    }
+
     /// The servers to try for `user`, in order; waits for DNS only while it has never answered.
     pub async fn candidates(&self, user: &str) -> Vec<Arc<Server>> {
         let mut servers = Vec::new();

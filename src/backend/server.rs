@@ -65,6 +65,24 @@ impl ServerState {
 }
 
 impl Server {
+    /// A server for tests of other rooms.
+    #[cfg(test)]
+    pub(crate) fn named(backend: &str, name: &str) -> Self {
+        let names = crate::metrics::Names { backends: vec![backend.to_owned()], ..Default::default() };
+        let host = Host::Ip([127, 0, 0, 1].into());
+        let metrics = crate::metrics::Metrics::new(&names).backend(0).server(name);
+        Self {
+            name: name.into(),
+            backend: backend.into(),
+            state: ServerState::new(&host, 143, metrics),
+            host,
+            port: 143,
+            weight: 1,
+            priority: 0,
+            tls_name: ServerName::from(IpAddr::from([127, 0, 0, 1])),
+        }
+    }
+
     /// Its gauges.
     pub fn metrics(&self) -> &ServerMetrics {
         &self.state.metrics

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use serde_yaml::Value;
 
-use super::file::{CertificateMap, CertificateUserWord, File, FormatWord, LevelWord, ListenerMap, TlsWord};
+use super::file::{CertificateMap, CertificateUserWord, File, FormatWord, LevelWord, ListenerMap, SniWord, TlsWord};
 use super::guard::guard;
 use super::limits::{bounded, limits, seconds};
 use super::locate::child;
@@ -20,7 +20,7 @@ use super::servers::backend;
 use super::users::users;
 use super::{
     Backend, Certificate, CertificateUser, ClientCertificates, Config, Host, Level, Listener, ListenerTls, Located,
-    Log, LogFormat, Resolver, Server, is_local,
+    Log, LogFormat, Resolver, Server, TlsVersion, is_local,
 };
 use crate::identity::{Mechanism, Mechanisms};
 
@@ -30,6 +30,7 @@ pub(super) fn config(reader: &mut Reader<'_>, file: &Path, value: Value) -> Opti
     let written: File = reader.read("", value)?;
     let listeners = listeners(reader, folder, written.listeners);
     let certificates = certificates(reader, folder, written.tls.certificates);
+    let ticket_keys = written.tls.ticket_keys.map(|files| ticket_keys(reader, folder, &files)).unwrap_or_default();
     let wants_tls = listeners.iter().any(|listener| listener.tls != ListenerTls::None);
     if wants_tls && certificates.is_empty() && !reader.blamed("tls") {
         reader.problem("tls.certificates", "a listener speaks TLS, so at least one certificate is needed");
@@ -70,6 +71,7 @@ pub(super) fn config(reader: &mut Reader<'_>, file: &Path, value: Value) -> Opti
         file: file.to_owned(),
         listeners,
         certificates,
+        ticket_keys,
         backends,
         routes,
         naming,
@@ -127,6 +129,13 @@ fn listeners(reader: &mut Reader<'_>, folder: &Path, items: Vec<Value>) -> Vec<L
             TlsWord::None => ListenerTls::None,
         };
         let mechanisms = written.mechanisms.map(|names| mechanisms(reader, &child(&key, "mechanisms"), &names));
+        for (name, given) in [("tls_min", written.tls_min.is_some()), ("sni", written.sni.is_some())] {
+            if given && tls == ListenerTls::None {
+                reader.problem(&child(&key, name), "has no effect with tls: none");
+            }
+        }
+        let tls_min = written.tls_min.map_or(TlsVersion::Tls12, |word| word.0);
+        let strict_sni = written.sni == Some(SniWord::Strict);
         let client_certificates = written.client_certificates.map(|map| {
             let key = child(&key, "client_certificates");
             if tls == ListenerTls::None {
@@ -143,7 +152,7 @@ fn listeners(reader: &mut Reader<'_>, folder: &Path, items: Vec<Value>) -> Vec<L
             }
         });
         let place = reader.place(&address_key);
-        listeners.push(Listener { address, tls, mechanisms, client_certificates, place });
+        listeners.push(Listener { address, tls, mechanisms, tls_min, strict_sni, client_certificates, place });
     }
     listeners
 }
@@ -183,10 +192,27 @@ fn certificates(reader: &mut Reader<'_>, folder: &Path, items: Vec<Value>) -> Ve
             certificates.push(Certificate {
                 cert: located(reader, folder, &child(&key, "cert"), &written.cert),
                 key: located(reader, folder, &child(&key, "key"), &written.key),
+                ocsp: written.ocsp.map(|path| located(reader, folder, &child(&key, "ocsp"), &path)),
             });
         }
     }
     certificates
+}
+
+fn ticket_keys(reader: &mut Reader<'_>, folder: &Path, files: &[PathBuf]) -> Vec<Located<PathBuf>> {
+    if files.is_empty() {
+        reader.problem(
+            "tls.ticket_keys",
+            "at least one file is needed; without the key the process makes its own secret",
+        );
+    }
+    let key = |index: usize| format!("tls.ticket_keys[{index}]");
+    for (index, file) in files.iter().enumerate() {
+        if files[..index].contains(file) {
+            reader.problem(&key(index), "the same file stands in this list already");
+        }
+    }
+    files.iter().enumerate().map(|(index, file)| located(reader, folder, &key(index), file)).collect()
 }
 
 /// Relative paths count from the configuration file's folder.

@@ -12,7 +12,7 @@ use crate::template::Template;
 pub const ANSWER_FIELDS: [&str; 7] = ["backend", "server", "user", "master", "password", "refuse", "maintenance"];
 
 /// What all directories have in common.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct Asking {
     /// Of one question. Default 2 s.
     pub timeout: Duration,
@@ -40,7 +40,7 @@ pub struct Cache {
 }
 
 /// `sql`.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct Sql {
     /// `postgres://`, `mysql://` or `sqlite://`.
     pub url: Located<String>,
@@ -55,7 +55,7 @@ pub struct Sql {
 }
 
 /// `ldap`.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct Ldap {
     /// `ldap://` or `ldaps://`.
     pub url: Located<String>,
@@ -91,7 +91,7 @@ pub enum LdapScope {
 }
 
 /// `http`.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct Http {
     /// `http://` or `https://`.
     pub url: Located<String>,
@@ -123,7 +123,7 @@ pub enum HttpStyle {
 }
 
 /// `redis`.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct Redis {
     /// Where.
     pub place: RedisPlace,
@@ -142,7 +142,7 @@ pub struct Redis {
 }
 
 /// Which Redis.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq)]
 pub enum RedisPlace {
     /// One server: `redis://` or `rediss://`.
     Server(Located<String>),
@@ -158,7 +158,7 @@ pub enum RedisPlace {
 }
 
 /// `dns`.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct Dns {
     /// What is asked.
     pub question: DnsQuestion,
@@ -169,7 +169,7 @@ pub struct Dns {
 }
 
 /// `dns.txt` or `dns.srv`.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq)]
 pub enum DnsQuestion {
     /// The text names the backend.
     Txt(Template),

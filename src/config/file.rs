@@ -9,7 +9,7 @@ use std::path::PathBuf;
 use serde::Deserialize;
 use serde_yaml::{Mapping, Value};
 
-use super::values::{Cap, Pace, ServerEntry, Size, Span, TlsEntry, Words};
+use super::values::{Cap, Pace, ServerEntry, Size, Span, TlsEntry, TlsVersionWord, Words};
 
 /// The whole file.
 #[derive(Debug, Default, Deserialize)]
@@ -50,9 +50,25 @@ pub(super) struct ListenerMap {
     /// Ways to log in that are offered, instead of those that the backends have.
     #[serde(default)]
     pub(super) mechanisms: Option<Vec<String>>,
+    /// The oldest version of TLS that is spoken.
+    #[serde(default)]
+    pub(super) tls_min: Option<TlsVersionWord>,
+    /// Whom a client must ask for.
+    #[serde(default)]
+    pub(super) sni: Option<SniWord>,
     /// Certificates of clients.
     #[serde(default)]
     pub(super) client_certificates: Option<ClientCertificatesMap>,
+}
+
+/// `sni` of a listener.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub(super) enum SniWord {
+    /// Any server, or none: the first certificate serves where no other does.
+    Any,
+    /// A server that there is a certificate for.
+    Strict,
 }
 
 /// `client_certificates` of a listener.
@@ -100,6 +116,8 @@ pub(super) enum TlsWord {
 pub(super) struct TlsSection {
     /// Chosen by SNI; the first is the default: [`CertificateMap`].
     pub(super) certificates: Vec<Value>,
+    /// Files of secrets behind the session tickets: the first seals, all open. Absent: a secret of the process's own.
+    pub(super) ticket_keys: Option<Vec<PathBuf>>,
 }
 
 /// An item of `tls.certificates`.
@@ -110,6 +128,9 @@ pub(super) struct CertificateMap {
     pub(super) cert: PathBuf,
     /// PEM file: its private key, not encrypted.
     pub(super) key: PathBuf,
+    /// DER file: an OCSP response about it, for clients that ask.
+    #[serde(default)]
+    pub(super) ocsp: Option<PathBuf>,
 }
 
 /// A value of `backends`.

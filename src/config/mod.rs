@@ -55,6 +55,8 @@ pub struct Config {
     pub listeners: Vec<Listener>,
     /// At least one where a listener speaks TLS.
     pub certificates: Vec<Certificate>,
+    /// Files of secrets behind session tickets: the first seals, all open. Empty: the process makes its own.
+    pub ticket_keys: Vec<Located<PathBuf>>,
     /// At least one; [`BackendId`] counts here.
     pub backends: Vec<Backend>,
     /// At least one.
@@ -106,6 +108,10 @@ pub struct Listener {
     pub tls: ListenerTls,
     /// Ways to log in that are offered; `None`: those that the backends have.
     pub mechanisms: Option<Mechanisms>,
+    /// The oldest version of TLS that is spoken. Default 1.2.
+    pub tls_min: TlsVersion,
+    /// Whether a client must ask for a server that there is a certificate for. Default no.
+    pub strict_sni: bool,
     /// Certificates of clients.
     pub client_certificates: Option<ClientCertificates>,
     /// In the file.
@@ -145,6 +151,15 @@ pub enum ListenerTls {
     None,
 }
 
+/// A version of TLS.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum TlsVersion {
+    /// RFC 5246.
+    Tls12,
+    /// RFC 8446.
+    Tls13,
+}
+
 /// A certificate and its key.
 #[derive(Debug, Clone)]
 pub struct Certificate {
@@ -152,6 +167,8 @@ pub struct Certificate {
     pub cert: Located<PathBuf>,
     /// PEM file of the key.
     pub key: Located<PathBuf>,
+    /// DER file of an OCSP response about the certificate.
+    pub ocsp: Option<Located<PathBuf>>,
 }
 
 /// A named set of equivalent servers.
@@ -273,7 +290,7 @@ pub enum Trust {
 pub struct BackendId(pub usize);
 
 /// One source that maps users to backends.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq)]
 pub enum Route {
     /// A text file.
     Table(Located<PathBuf>),
@@ -303,7 +320,7 @@ pub enum Route {
 }
 
 /// A pattern and where those who match it belong.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct RegexRule {
     /// A regular expression.
     pub pattern: String,

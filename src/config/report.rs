@@ -23,6 +23,13 @@ pub struct Located<T> {
     pub place: Place,
 }
 
+/// Equal wherever it stands: what has only moved down a line has not changed.
+impl<T: PartialEq> PartialEq for Located<T> {
+    fn eq(&self, other: &Self) -> bool {
+        self.value == other.value
+    }
+}
+
 /// One mistake. The texts never show a value that could be a secret.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Problem {

@@ -132,6 +132,50 @@ admin: {address: ':9143'}
 }
 
 #[test]
+fn tls_of_listeners() {
+    let listeners = |first: &str, tls: &str| {
+        let listener = format!("listeners: [{{address: '127.0.0.1:993', tls: implicit, {first}}}]");
+        format!(
+            "{listener}\n{}tls: {{certificates: [{{cert: c, key: k}}], {tls}}}\n",
+            MINIMAL.split_once('\n').unwrap().1
+        )
+    };
+    for (written, tls_min, strict_sni) in [
+        ("", TlsVersion::Tls12, false),
+        ("tls_min: '1.3', sni: strict", TlsVersion::Tls13, true),
+        ("tls_min: 1.3, sni: any", TlsVersion::Tls13, false),
+        ("tls_min: 1.2", TlsVersion::Tls12, false),
+    ] {
+        let config = parse(Path::new("v.yaml"), &listeners(written, "")).unwrap();
+        let listener = &config.listeners[0];
+        assert_eq!((listener.tls_min, listener.strict_sni), (tls_min, strict_sni), "{written}");
+    }
+    assert_eq!(
+        mistakes(&listeners("tls_min: '1.1', sni: strickt", "ticket_keys: [a, b, a]")),
+        [
+            "v.yaml:1:55: listeners[0].tls_min: expected a version of TLS, \"1.2\" or \"1.3\", found a text of another form",
+            "v.yaml:1:71: listeners[0].sni: expected one of any, strict; did you mean `strict`?",
+            "v.yaml:4:62: tls.ticket_keys[2]: the same file stands in this list already",
+        ]
+    );
+    assert_eq!(
+        mistakes(&listeners("tls_min: 1.0", "ticket_keys: []")),
+        [
+            "v.yaml:1:55: listeners[0].tls_min: expected a version of TLS, \"1.2\" or \"1.3\", found a number with a fraction",
+            "v.yaml:4:42: tls.ticket_keys: at least one file is needed; without the key the process makes its own secret",
+        ]
+    );
+    let plain = MINIMAL.replace("tls: none", "tls: none, tls_min: '1.2', sni: any");
+    assert_eq!(
+        mistakes(&plain),
+        [
+            "v.yaml:1:52: listeners[0].tls_min: has no effect with tls: none",
+            "v.yaml:1:68: listeners[0].sni: has no effect with tls: none",
+        ]
+    );
+}
+
+#[test]
 fn a_key_that_stands_twice_is_told_with_both_places() {
     assert_eq!(with("routes: []\n"), ["v.yaml:4:1: routes: the key stands twice; the first time in line 3"]);
     let backend = MINIMAL.replace("143']}}", "143']}, a: {tls: none}}");

@@ -6,6 +6,7 @@ use std::time::Duration;
 use serde::de::value::SeqAccessDeserializer;
 use serde::de::{self, Deserialize, Deserializer, MapAccess, SeqAccess, Visitor, value::MapAccessDeserializer};
 
+use super::TlsVersion;
 use super::file::{ServerMap, TlsMap, TlsWord};
 use super::routes::{CacheMap, HashMap};
 
@@ -31,6 +32,39 @@ impl<'de> Deserialize<'de> for Span {
                 duration
                     .map(|duration| Span(Some(duration)))
                     .map_err(|_| E::invalid_type(de::Unexpected::Str(text), &self))
+            }
+        }
+        deserializer.deserialize_any(Words)
+    }
+}
+
+/// `"1.2"` or `"1.3"`; without quotes YAML takes them for numbers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct TlsVersionWord(pub(super) TlsVersion);
+
+impl<'de> Deserialize<'de> for TlsVersionWord {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Words;
+        impl Visitor<'_> for Words {
+            type Value = TlsVersionWord;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("a version of TLS, \"1.2\" or \"1.3\"")
+            }
+
+            fn visit_str<E: de::Error>(self, text: &str) -> Result<TlsVersionWord, E> {
+                version(text).ok_or_else(|| E::invalid_type(de::Unexpected::Str(text), &self))
+            }
+
+            fn visit_f64<E: de::Error>(self, number: f64) -> Result<TlsVersionWord, E> {
+                version(&number.to_string()).ok_or_else(|| E::invalid_type(de::Unexpected::Float(number), &self))
+            }
+        }
+        fn version(text: &str) -> Option<TlsVersionWord> {
+            match text {
+                "1.2" => Some(TlsVersionWord(TlsVersion::Tls12)),
+                "1.3" => Some(TlsVersionWord(TlsVersion::Tls13)),
+                _ => None,
             }
         }
         deserializer.deserialize_any(Words)

@@ -24,7 +24,7 @@ use tokio_util::sync::CancellationToken;
 use self::mailbox::Mailbox;
 use crate::cli::DemoOptions;
 use crate::server::Running;
-use crate::shutdown::StopSignals;
+use crate::shutdown::Signals;
 use crate::{config, logging, server};
 
 /// Backend, user and password of each mailbox server.
@@ -49,13 +49,13 @@ pub async fn run(options: DemoOptions) -> anyhow::Result<()> {
     let file = folder.write_configuration(&options, &servers)?;
     let config = config::load(&file)?;
     logging::install(&config.log);
-    let mut signals = StopSignals::new().context("signal handlers")?;
-    let running = server::start(config).await?;
+    let mut signals = Signals::new().context("signal handlers")?;
+    let running = server::start(config, Vec::new()).await?;
     println!("{}", introduction(&folder, &running, &servers));
     if options.once {
         once::read_both(&running, &folder.path("ca.pem")).await?;
     } else {
-        signals.next().await;
+        signals.stop().await;
     }
     running.stop().await;
     stop.cancel();

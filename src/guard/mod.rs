@@ -6,7 +6,7 @@
 //! | who goes when too many have not logged in? | [`Guard::lobby`], [`Ticket::shed`] | who has waited longest without a login |
 //! | may it try to log in? | [`Guard::may_try`] | by the rates of its address and of the user |
 //! | how late is a failure answered? | [`Guard::failed`] | later with each of the same user from the same address |
-//! | may this user have one more session? | [`Seat::take_for`] | by how many there are, in all and from this address |
+//! | may this user have one more session? | [`Pass::take_for`] | by how many there are, in all and from this address |
 //!
 //! The guard lives as long as the process; a new configuration replaces its rules ([`Guard::reconfigure`]) and not what it
 //! remembers. Its memory does not depend on who comes: rates are kept in tables of fixed size (`table`), sessions are
@@ -106,7 +106,7 @@ pub enum Limited {
 
 /// What a session counts for, until dropped.
 #[derive(Debug)]
-pub struct Seat {
+pub struct Pass {
     guard: Arc<Guard>,
     /// Address, network, user, user and address.
     slots: [Slot; 4],
@@ -230,13 +230,13 @@ impl Guard {
     ///
     /// # Errors
     /// Why not; the connection is to be closed.
-    pub fn admit(self: &Arc<Self>, now: Instant, client: IpAddr) -> Result<Seat, Turned> {
+    pub fn admit(self: &Arc<Self>, now: Instant, client: IpAddr) -> Result<Pass, Turned> {
         let rules = self.rules();
         let config = &rules.config;
-        let mut seat = self.seat();
+        let mut pass = self.pass();
         match rules.door.standing(client) {
             Standing::Denied => return Err(Turned::Denied),
-            Standing::Exempt => return Ok(seat),
+            Standing::Exempt => return Ok(pass),
             Standing::Limited => {}
         }
         let address = self.key(&Key::Address(Block::of(client)));
@@ -244,20 +244,20 @@ impl Guard {
             return Err(Turned::Rate);
         }
         if let Some(limit) = config.sessions_per_address {
-            seat.slots[0] = lock(&self.sessions).enter(address, limit).ok_or(Turned::Address)?;
+            pass.slots[0] = lock(&self.sessions).enter(address, limit).ok_or(Turned::Address)?;
         }
         if let Some((limit, length)) = rules.networks.find(client) {
             let network = self.key(&Key::Network(Block::listed(client, length)));
-            // Taken out first: a seat that is dropped locks the counts too.
+            // Taken out first: a pass that is dropped locks the counts too.
             let slot = lock(&self.sessions).enter(network, limit);
-            seat.slots[1] = slot.ok_or(Turned::Network)?;
+            pass.slots[1] = slot.ok_or(Turned::Network)?;
         }
-        Ok(seat)
+        Ok(pass)
     }
 
-    /// A seat that counts for no address: of a connection that has yet to say whose it is.
-    pub fn seat(self: &Arc<Self>) -> Seat {
-        Seat { guard: self.clone(), slots: [Slot::NONE; 4] }
+    /// A pass that counts for no address: of a connection that has yet to say whose it is.
+    pub fn pass(self: &Arc<Self>) -> Pass {
+        Pass { guard: self.clone(), slots: [Slot::NONE; 4] }
     }
 
     /// A place among those who have not logged in. Where that makes too many, the oldest is told to go.
@@ -355,7 +355,7 @@ impl Guard {
     }
 }
 
-impl Seat {
+impl Pass {
     /// The session belongs to `user` from now on, by its routing name.
     ///
     /// # Errors
@@ -383,7 +383,7 @@ impl Seat {
     }
 }
 
-impl Drop for Seat {
+impl Drop for Pass {
     fn drop(&mut self) {
         if self.slots.iter().any(|slot| *slot != Slot::NONE) {
             let mut sessions = lock(&self.guard.sessions);

@@ -22,27 +22,27 @@ fn guard(config: &config::Guard) -> (Arc<Guard>, Instant) {
     (Arc::new(Guard::new(config, began)), began)
 }
 
-fn seat(guard: &Arc<Guard>, now: Instant, client: &str) -> Result<Seat, Turned> {
+fn pass(guard: &Arc<Guard>, now: Instant, client: &str) -> Result<Pass, Turned> {
     guard.admit(now, ip(client))
 }
 
 #[test]
-fn a_seat_is_small() {
-    assert!(size_of::<Seat>() <= 24, "{}", size_of::<Seat>());
+fn a_pass_is_small() {
+    assert!(size_of::<Pass>() <= 24, "{}", size_of::<Pass>());
 }
 
 #[test]
 fn sessions_of_an_address_are_counted_and_ipv6_by_64_bits() {
     let (guard, now) = guard(&config::Guard { sessions_per_address: Some(2), ..Default::default() });
-    let first = seat(&guard, now, "192.0.2.1").unwrap();
-    let _second = seat(&guard, now, "::ffff:192.0.2.1").unwrap();
-    assert_eq!(seat(&guard, now, "192.0.2.1").unwrap_err(), Turned::Address);
-    let _neighbour = seat(&guard, now, "192.0.2.2").unwrap();
+    let first = pass(&guard, now, "192.0.2.1").unwrap();
+    let _second = pass(&guard, now, "::ffff:192.0.2.1").unwrap();
+    assert_eq!(pass(&guard, now, "192.0.2.1").unwrap_err(), Turned::Address);
+    let _neighbour = pass(&guard, now, "192.0.2.2").unwrap();
     drop(first);
-    let _third = seat(&guard, now, "192.0.2.1").unwrap();
-    let _household = [seat(&guard, now, "2001:db8::1").unwrap(), seat(&guard, now, "2001:db8::ffff:2").unwrap()];
-    assert_eq!(seat(&guard, now, "2001:db8::3").unwrap_err(), Turned::Address);
-    assert!(seat(&guard, now, "2001:db8:0:1::3").is_ok());
+    let _third = pass(&guard, now, "192.0.2.1").unwrap();
+    let _household = [pass(&guard, now, "2001:db8::1").unwrap(), pass(&guard, now, "2001:db8::ffff:2").unwrap()];
+    assert_eq!(pass(&guard, now, "2001:db8::3").unwrap_err(), Turned::Address);
+    assert!(pass(&guard, now, "2001:db8:0:1::3").is_ok());
 }
 
 #[test]
@@ -53,23 +53,23 @@ fn a_network_has_its_own_limit_and_the_narrowest_counts() {
         ..Default::default()
     };
     let (guard, now) = guard(&config);
-    let _narrow = seat(&guard, now, "192.0.2.200").unwrap();
-    assert_eq!(seat(&guard, now, "192.0.2.201").unwrap_err(), Turned::Network);
-    let wide = [seat(&guard, now, "192.0.2.1").unwrap(), seat(&guard, now, "192.0.2.2").unwrap()];
-    assert_eq!(seat(&guard, now, "192.0.2.3").unwrap_err(), Turned::Network);
+    let _narrow = pass(&guard, now, "192.0.2.200").unwrap();
+    assert_eq!(pass(&guard, now, "192.0.2.201").unwrap_err(), Turned::Network);
+    let wide = [pass(&guard, now, "192.0.2.1").unwrap(), pass(&guard, now, "192.0.2.2").unwrap()];
+    assert_eq!(pass(&guard, now, "192.0.2.3").unwrap_err(), Turned::Network);
     drop(wide);
-    assert!(seat(&guard, now, "192.0.2.3").is_ok(), "who was turned away holds nothing of its address");
+    assert!(pass(&guard, now, "192.0.2.3").is_ok(), "who was turned away holds nothing of its address");
 }
 
 #[test]
 fn connections_come_at_a_rate() {
     let (guard, now) = guard(&config::Guard { connection_rate: rate(3, 30), ..Default::default() });
     for _ in 0..3 {
-        seat(&guard, now, "192.0.2.1").unwrap();
+        pass(&guard, now, "192.0.2.1").unwrap();
     }
-    assert_eq!(seat(&guard, now, "192.0.2.1").unwrap_err(), Turned::Rate);
-    assert!(seat(&guard, now, "192.0.2.2").is_ok());
-    assert!(seat(&guard, now + Duration::from_secs(10), "192.0.2.1").is_ok());
+    assert_eq!(pass(&guard, now, "192.0.2.1").unwrap_err(), Turned::Rate);
+    assert!(pass(&guard, now, "192.0.2.2").is_ok());
+    assert!(pass(&guard, now + Duration::from_secs(10), "192.0.2.1").is_ok());
 }
 
 #[test]
@@ -88,11 +88,11 @@ fn nothing_limits_whom_the_operator_exempts() {
     let webmail = ip("10.0.0.1");
     let mut inside = Vec::new();
     for _ in 0..10 {
-        let mut seat = guard.admit(now, webmail).unwrap();
+        let mut pass = guard.admit(now, webmail).unwrap();
         guard.may_try(now, webmail, "alice").unwrap();
-        seat.take_for(webmail, "alice").unwrap();
+        pass.take_for(webmail, "alice").unwrap();
         assert_eq!(guard.failed(now, webmail, "alice"), Duration::ZERO);
-        inside.push(seat);
+        inside.push(pass);
     }
 }
 
@@ -140,8 +140,8 @@ fn sessions_of_a_user_are_counted_in_all_and_by_address() {
         config::Guard { sessions_per_user: Some(3), sessions_per_user_and_address: Some(2), ..Default::default() };
     let (guard, now) = guard(&config);
     let session = |client: &str, user: &str| {
-        let mut seat = seat(&guard, now, client).unwrap();
-        seat.take_for(ip(client), user).map(|()| seat)
+        let mut pass = pass(&guard, now, client).unwrap();
+        pass.take_for(ip(client), user).map(|()| pass)
     };
     let first = session("192.0.2.1", "alice").unwrap();
     let _second = session("192.0.2.1", "alice").unwrap();
@@ -172,18 +172,18 @@ fn failures_are_answered_later_and_later_until_one_succeeds() {
 fn a_new_configuration_replaces_rules_and_nothing_that_is_remembered() {
     let old = config::Guard { sessions_per_address: Some(2), connection_rate: rate(4, 60), ..Default::default() };
     let (guard, now) = guard(&old);
-    let inside = [seat(&guard, now, "192.0.2.1").unwrap(), seat(&guard, now, "192.0.2.1").unwrap()];
+    let inside = [pass(&guard, now, "192.0.2.1").unwrap(), pass(&guard, now, "192.0.2.1").unwrap()];
     guard.reconfigure(&config::Guard { sessions_per_address: Some(3), ..old.clone() });
-    let third = seat(&guard, now, "192.0.2.1").unwrap();
-    assert_eq!(seat(&guard, now, "192.0.2.1").unwrap_err(), Turned::Address);
-    assert_eq!(seat(&guard, now, "192.0.2.1").unwrap_err(), Turned::Rate, "of all that came before and after");
+    let third = pass(&guard, now, "192.0.2.1").unwrap();
+    assert_eq!(pass(&guard, now, "192.0.2.1").unwrap_err(), Turned::Address);
+    assert_eq!(pass(&guard, now, "192.0.2.1").unwrap_err(), Turned::Rate, "of all that came before and after");
     // Off: those inside still count down, and nobody new is counted.
     guard.reconfigure(&config::Guard::default());
-    let uncounted: Vec<Seat> = (0..5).map(|_| seat(&guard, now, "192.0.2.1").unwrap()).collect();
+    let uncounted: Vec<Pass> = (0..5).map(|_| pass(&guard, now, "192.0.2.1").unwrap()).collect();
     drop(inside);
     guard.reconfigure(&config::Guard { sessions_per_address: Some(2), ..Default::default() });
-    let again = seat(&guard, now, "192.0.2.1").unwrap();
-    assert_eq!(seat(&guard, now, "192.0.2.1").unwrap_err(), Turned::Address, "the third and the new one");
+    let again = pass(&guard, now, "192.0.2.1").unwrap();
+    assert_eq!(pass(&guard, now, "192.0.2.1").unwrap_err(), Turned::Address, "the third and the new one");
     drop((third, again, uncounted));
     assert_eq!(guard.sizes().sessions, 0);
 }
@@ -212,11 +212,11 @@ fn a_flood_of_addresses_is_remembered_in_bounded_memory() {
     let (guard, now) = guard(&config);
     for number in 0..1_000_000u32 {
         let client = IpAddr::V6(std::net::Ipv6Addr::from_bits((0x2001_0db8 << 96) | u128::from(number) << 64));
-        let (seat, ticket) = (guard.admit(now, client).unwrap(), guard.lobby());
+        let (pass, ticket) = (guard.admit(now, client).unwrap(), guard.lobby());
         guard.may_try(now, client, &number.to_string()).unwrap();
         guard.failed(now, client, "alice");
         guard.succeeded(now, client, "bob");
-        drop((seat, ticket));
+        drop((pass, ticket));
     }
     let expected = Sizes {
         before_login: 0,
@@ -262,19 +262,19 @@ proptest! {
         };
         let (guard, now) = guard(&config);
         let address = |number: u8| ip(&format!("192.0.2.{number}"));
-        let mut inside: Vec<(u8, Option<u8>, Seat)> = Vec::new();
+        let mut inside: Vec<(u8, Option<u8>, Pass)> = Vec::new();
         let mut reloaded = false;
         for step in steps {
             match step {
                 Step::Comes(client) => {
-                    if let Ok(seat) = guard.admit(now, address(client)) {
-                        inside.push((client, None, seat));
+                    if let Ok(pass) = guard.admit(now, address(client)) {
+                        inside.push((client, None, pass));
                     }
                 }
                 Step::LogsIn(which, user) if !inside.is_empty() => {
                     let which = which.index(inside.len());
-                    let (client, as_user, seat) = &mut inside[which];
-                    if as_user.is_none() && seat.take_for(address(*client), &user.to_string()).is_ok() {
+                    let (client, as_user, pass) = &mut inside[which];
+                    if as_user.is_none() && pass.take_for(address(*client), &user.to_string()).is_ok() {
                         *as_user = Some(user);
                     }
                 }

@@ -37,6 +37,8 @@ pub(super) struct Families {
     pub(super) server_trusts: IntGaugeVec,
     pub(super) server_sessions: IntGaugeVec,
     pub(super) certificate_expiry: GaugeVec,
+    pub(super) certificate_load_failed: IntGaugeVec,
+    pub(super) ticket_keys_load_failed: IntGauge,
     pub(super) table_users: IntGaugeVec,
     pub(super) load_failed: IntGaugeVec,
     pub(super) route_asked: HistogramVec,
@@ -155,6 +157,15 @@ impl Families {
                 "When a served certificate ends, in seconds since 1970.",
                 &["certificate"],
             ),
+            certificate_load_failed: gauges(
+                "vestibule_certificate_load_failed",
+                "1 while files of a certificate cannot be used and what was loaded before is served.",
+                &["certificate"],
+            ),
+            ticket_keys_load_failed: valid(IntGauge::new(
+                "vestibule_ticket_keys_load_failed",
+                "1 while the files of ticket keys cannot be used and those loaded before are in use.",
+            )),
             table_users: gauges("vestibule_table_users", "Entries a route holds in memory.", &["route"]),
             load_failed: gauges(
                 "vestibule_table_load_failed",
@@ -208,7 +219,7 @@ impl Families {
     }
 
     fn register_all(&self) {
-        let collectors: [Box<dyn prometheus::core::Collector>; 33] = [
+        let collectors: [Box<dyn prometheus::core::Collector>; 35] = [
             Box::new(self.build_info.clone()),
             Box::new(self.sessions.clone()),
             Box::new(self.sessions_total.clone()),
@@ -230,6 +241,8 @@ impl Families {
             Box::new(self.server_trusts.clone()),
             Box::new(self.server_sessions.clone()),
             Box::new(self.certificate_expiry.clone()),
+            Box::new(self.certificate_load_failed.clone()),
+            Box::new(self.ticket_keys_load_failed.clone()),
             Box::new(self.table_users.clone()),
             Box::new(self.load_failed.clone()),
             Box::new(self.route_asked.clone()),

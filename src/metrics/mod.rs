@@ -121,6 +121,7 @@ impl Metrics {
             }
         }
         self.families.certificate_expiry.reset();
+        self.families.certificate_load_failed.reset();
     }
 
     /// The text that Prometheus scrapes.
@@ -174,6 +175,16 @@ impl Metrics {
         if let Err(error) = self.families.registry.register(Box::new(measured)) {
             tracing::error!(%error, "the guard is measured already");
         }
+    }
+
+    /// The certificate's files could be used as they are now, or not.
+    pub fn certificate_load_failed(&self, file: &str, failed: bool) {
+        self.families.certificate_load_failed.with_label_values(&[file]).set(failed.into());
+    }
+
+    /// The files of ticket keys could be used as they are now, or not.
+    pub fn ticket_keys_load_failed(&self, failed: bool) {
+        self.families.ticket_keys_load_failed.set(failed.into());
     }
 
     /// The gauge of silent sessions, for the room they wait in.

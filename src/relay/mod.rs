@@ -59,8 +59,6 @@ pub enum End {
     ClientTls(Violation),
     /// The server broke the rules of TLS.
     ServerTls(Violation),
-    /// The operator stops the process.
-    Drained,
 }
 
 /// How a run of the relay came to its end.

@@ -37,7 +37,7 @@ pub(super) struct Asked {
     /// Of one question, waiting for a place included.
     timeout: Duration,
     places: Semaphore,
-    cache: Option<Cache>,
+    cache: Option<Arc<Cache>>,
     /// Where answers are kept for the next start.
     file: Option<PathBuf>,
     flights: Mutex<HashMap<Arc<str>, Flight>>,
@@ -63,13 +63,19 @@ impl Asked {
             declared,
             timeout: asking.timeout,
             places: Semaphore::new(asking.connections),
-            cache: asking.cache.clone().map(Cache::new),
+            cache: asking.cache.clone().map(|rules| Arc::new(Cache::new(rules))),
             file: asking.cache.as_ref().and_then(|cache| cache.file.clone()),
             flights: Mutex::default(),
             failed: Mutex::default(),
             runtime: OnceLock::new(),
             metrics,
         }
+    }
+
+    /// With the answers that `previous`, which asked the same question, has kept.
+    pub(super) fn with_answers_of(self, previous: Option<&Self>) -> Self {
+        let kept = previous.and_then(|previous| previous.cache.clone());
+        Self { cache: kept.or(self.cache), ..self }
     }
 
     /// Where questions run from now on.
@@ -81,6 +87,10 @@ impl Asked {
     /// Reads the file of kept answers.
     pub(super) fn read_file(&self) {
         let (Some(path), Some(cache)) = (&self.file, &self.cache) else { return };
+        // What is in memory is younger than the file.
+        if cache.len() > 0 {
+            return;
+        }
         match warm::load(path, cache, &self.declared) {
             Ok(users) => {
                 self.metrics.set_cached(cache.len());

@@ -162,16 +162,23 @@ fn kind(route: &config::Route) -> &'static str {
 }
 
 impl Router {
-    /// Loads every file and connects to nobody.
+    /// Loads every file and connects to nobody. Of `previous`, a configuration and its routes, kept answers of the same
+    /// question and tables that have not changed are taken over.
     ///
     /// # Errors
     /// All problems of all sources: a table that cannot be read, a line of it that is wrong.
-    pub fn build(config: &Config, metrics: &Metrics) -> Result<Self, Vec<Problem>> {
+    pub fn build(config: &Config, metrics: &Metrics, previous: Option<(&Config, &Self)>) -> Result<Self, Vec<Problem>> {
         let declared = Declared::new(config);
+        // Answers name backends by their places.
+        let previous = previous.filter(|(before, _)| Declared::new(before) == declared);
         let mut problems = Vec::new();
         let mut routes = Vec::new();
         for (index, (label, route)) in labels(&config.routes).into_iter().zip(&config.routes).enumerate() {
-            match source(config, route, &declared, metrics, index) {
+            let known = previous.and_then(|(before, router)| {
+                let at = before.routes.iter().position(|other| other == route)?;
+                router.routes.get(at).map(|(_, source)| source)
+            });
+            match source(config, route, &declared, metrics, index, known) {
                 Ok(source) => routes.push((Arc::from(label), source)),
                 Err(found) => problems.extend(found),
             }
@@ -257,12 +264,18 @@ fn source(
     declared: &Declared,
     metrics: &Metrics,
     index: usize,
+    known: Option<&Source>,
 ) -> Result<Source, Vec<Problem>> {
     let asked = |directory: Directory, asking: &config::Asking| {
-        Source::Asked(Arc::new(Asked::new(directory, asking, declared.clone(), metrics.route(index).clone())))
+        let asked = Asked::new(directory, asking, declared.clone(), metrics.route(index).clone());
+        let known = known.and_then(|known| if let Source::Asked(known) = known { Some(&**known) } else { None });
+        Source::Asked(Arc::new(asked.with_answers_of(known)))
     };
     Ok(match route {
-        config::Route::Table(path) => Source::Table(Arc::new(table::Table::load(config, path, declared)?)),
+        config::Route::Table(path) => match known {
+            Some(Source::Table(table)) if table.is_current(&path.value, declared) => Source::Table(table.clone()),
+            _ => Source::Table(Arc::new(table::Table::load(config, path, declared)?)),
+        },
         config::Route::Domain(domains) => Source::Domain(domain::Domains::new(domains)),
         config::Route::Regex(rules) => Source::Regex(regex::Rules::build(config, rules, declared)?),
         config::Route::Hash { style, shares } => Source::Hash(hash::Hash::new(config, *style, shares)),

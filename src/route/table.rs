@@ -16,10 +16,8 @@
 
 use std::collections::HashMap;
 use std::fs;
-use std::os::unix::fs::MetadataExt as _;
 use std::path::Path;
-use std::sync::{Arc, PoisonError, RwLock};
-use std::time::{Duration, SystemTime};
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
 use tokio::time;
 
@@ -28,19 +26,17 @@ use super::target::{Declared, Target};
 use crate::config::{Config, Located, Problem};
 use crate::identity::UserName;
 use crate::metrics::RouteMetrics;
+use crate::watch::{LOOK, Watch};
 
 /// More problems than this say nothing new about one file.
 const MAX_PROBLEMS: usize = 20;
-/// How often the file is looked at. A file that is still being written is left until it has not changed for this long.
-const LOOK: Duration = Duration::from_secs(1);
 
 /// A loaded table, and where it is from.
 #[derive(Debug)]
 pub(super) struct Table {
     path: Located<std::path::PathBuf>,
     declared: Declared,
-    /// Of the version that was loaded first.
-    first: Stamp,
+    watch: Mutex<Watch>,
     index: RwLock<Arc<Index>>,
 }
 
@@ -58,14 +54,20 @@ impl Table {
         declared: &Declared,
     ) -> Result<Self, Vec<Problem>> {
         // Taken before the file is read: a change meanwhile is a change.
-        let first = Stamp::of(&path.value);
+        let watch = Mutex::new(Watch::new(vec![path.value.clone()]));
         let index = read(&path.value, declared).map_err(|wrong| {
             let shown = path.value.display();
             let told = wrong.into_iter().map(|wrong| config.problem(&path.place, format!("{shown}{}", at(&wrong))));
             told.collect::<Vec<_>>()
         })?;
         let index = RwLock::new(Arc::new(index));
-        Ok(Self { path: path.clone(), declared: declared.clone(), first, index })
+        Ok(Self { path: path.clone(), declared: declared.clone(), watch, index })
+    }
+
+    /// Whether loading the file again would bring the same: it has not changed, and its backends have not.
+    pub(super) fn is_current(&self, path: &Path, declared: &Declared) -> bool {
+        let unchanged = || self.watch.lock().unwrap_or_else(PoisonError::into_inner).is_unchanged();
+        self.path.value == path && self.declared == *declared && unchanged()
     }
 
     /// The exact name, else its domain, else everybody.
@@ -84,15 +86,11 @@ impl Table {
 
     /// Looks at the file for ever, and loads it when it has changed.
     pub(super) async fn follow(self: Arc<Self>, metrics: RouteMetrics) {
-        let mut loaded = self.first;
-        let mut seen = loaded;
         loop {
             time::sleep(LOOK).await;
-            let before = std::mem::replace(&mut seen, Stamp::of(&self.path.value));
-            if seen == loaded || seen != before {
+            if !self.watch.lock().unwrap_or_else(PoisonError::into_inner).is_due() {
                 continue;
             }
-            loaded = seen;
             let table = self.clone();
             // Sorting millions of names takes seconds: not on a thread that serves.
             let done = tokio::task::spawn_blocking(move || table.reload()).await;
@@ -106,6 +104,9 @@ impl Table {
             }
             metrics.set_users(self.len());
             metrics.set_load_failed(!wrong.is_empty());
+            if !wrong.is_empty() {
+                self.watch.lock().unwrap_or_else(PoisonError::into_inner).failed();
+            }
         }
     }
 
@@ -117,16 +118,6 @@ impl Table {
             }
             Err(wrong) => wrong,
         }
-    }
-}
-
-/// What tells one version of a file from the next. `None`: there is no file.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct Stamp(Option<(u64, u64, Option<SystemTime>)>);
-
-impl Stamp {
-    fn of(path: &Path) -> Self {
-        Self(fs::metadata(path).ok().map(|file| (file.ino(), file.len(), file.modified().ok())))
     }
 }
 

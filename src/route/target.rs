@@ -15,6 +15,7 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::net::SocketAddr;
+use std::sync::Arc;
 use std::time::Duration;
 
 use crate::config::{BackendId, Config};
@@ -52,6 +53,13 @@ pub struct Place {
     pub login: Option<Login>,
     /// The source has checked the client's password.
     pub proven: bool,
+}
+
+impl Place {
+    /// What tells one mailbox from others: its user's name there, or the one that was routed.
+    pub fn mailbox(&self, routed: &Arc<str>) -> Arc<str> {
+        self.user.as_ref().map_or_else(|| routed.clone(), |user| user.as_str().into())
+    }
 }
 
 /// Where within a backend.
@@ -126,7 +134,7 @@ impl<'a> Fields<'a> {
 }
 
 /// The backends of a configuration by name: what answers are checked against.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Declared {
     own: Vec<Box<str>>,
     by_name: HashMap<Box<str>, BackendId>,

@@ -2,12 +2,14 @@
 //!
 //! Nothing of an attempt outlives it but its answer and what the record keeps. Called by `session`.
 
+use std::future::poll_fn;
 use std::sync::Arc;
 use std::time::Instant;
 
 use tokio::time::{self, timeout, timeout_at};
 use zeroize::Zeroizing;
 
+use super::record::reason;
 use super::{Session, close};
 use crate::backend::connect::{self, Established, Outcome, Request};
 use crate::backend::{Backend, Server};
@@ -19,6 +21,7 @@ use crate::imap::{reply, sasl};
 use crate::metrics::LoginOutcome;
 use crate::route::{Place, Question, RouteError, Routed, Target, Visitor};
 use crate::server::Live;
+use crate::sessions::{Guest, NoSeat, Seat, Why};
 use crate::stream::Stream;
 
 /// A user may be sent on this often.
@@ -27,8 +30,7 @@ const MAX_REFERRALS: usize = 2;
 /// How a login attempt ended.
 pub(super) enum Attempted {
     Accepted {
-        backend: Arc<Backend>,
-        server: Arc<Server>,
+        seated: Seated,
         established: Box<Established>,
     },
     Refused {
@@ -42,8 +44,18 @@ pub(super) enum Attempted {
     Unavailable,
 }
 
+/// The server that answered, and the place there.
+pub(super) struct Seated {
+    pub(super) backend: Arc<Backend>,
+    pub(super) server: Arc<Server>,
+    pub(super) seat: Seat,
+}
+
 /// How the servers tried have answered, and the one that did.
-type Answered<'a> = (Outcome<'a>, Option<(Arc<Backend>, Arc<Server>)>);
+type Answered<'a> = (Outcome<'a>, Option<Seated>);
+
+/// The user is being moved: wait, and route again.
+struct Held;
 
 impl Session {
     /// `None`: the session is over.
@@ -57,7 +69,7 @@ impl Session {
         let live = self.live.clone();
         split_master(&live, &mut login.credentials);
         let login = &*login;
-        let names = match live.naming.names(login.credentials.mailbox_user()) {
+        let names = match live.config.naming.names(login.credentials.mailbox_user()) {
             Ok(names) => names,
             Err(_) => {
                 self.record.attempt(login.credentials.mailbox_user(), login.credentials.mechanism);
@@ -76,7 +88,31 @@ impl Session {
             self.record.attempt_failed(Reason::ProxyLoop, LoginOutcome::Unavailable, None);
             return Some(Attempted::Unavailable);
         }
-        let question = self.question(&names, login);
+        let due = time::Instant::now() + live.limits.server_login;
+        loop {
+            // A user who is being moved comes in when that is done.
+            let free = live.sessions.changed(|sessions| !sessions.is_held(&names.routing));
+            if timeout_at(due, free).await.is_err() {
+                self.record.attempt_failed(Reason::Moved, LoginOutcome::Unavailable, None);
+                return Some(Attempted::Unavailable);
+            }
+            if let Ok(attempted) = self.routed_attempt(login, &names, stream, prelogin, began).await? {
+                return Some(attempted);
+            }
+        }
+    }
+
+    /// One look at the routes and what follows from it.
+    async fn routed_attempt(
+        &mut self,
+        login: &LoginRequest,
+        names: &Names,
+        stream: &mut Stream,
+        prelogin: &mut Prelogin,
+        began: Instant,
+    ) -> Option<Result<Attempted, Held>> {
+        let live = self.live.clone();
+        let question = self.question(names, login);
         let target = match timeout(live.limits.lookup, live.router.route(&question, &live.metrics)).await {
             Ok(Ok(Routed { target, route })) => {
                 let backend = match &*target {
@@ -87,25 +123,25 @@ impl Session {
                 target
             }
             Ok(Err(RouteError::Unknown)) => {
-                return Some(self.no_such_user(&login.tag, Reason::UnknownUser, began).await);
+                return Some(Ok(self.no_such_user(&login.tag, Reason::UnknownUser, began).await));
             }
-            Ok(Err(error)) => return Some(self.lookup_failed(&error.to_string())),
-            Err(_) => return Some(self.lookup_failed("no answer within limits.lookup")),
+            Ok(Err(error)) => return Some(Ok(self.lookup_failed(&error.to_string()))),
+            Err(_) => return Some(Ok(self.lookup_failed("no answer within limits.lookup"))),
         };
-        let Target::Place(place) = &*target else { return Some(self.verdict(&login.tag, &target).await) };
+        let Target::Place(place) = &*target else { return Some(Ok(self.verdict(&login.tag, &target).await)) };
         let backend = live.backends.backend(place.backend);
         if login.credentials.authzid.is_some() && !(backend.allows_authzid && live.allows_masters_from(self.peer.ip()))
         {
             self.record.attempt_failed(Reason::AuthzidRefused, LoginOutcome::Refused, Some(backend.id));
-            return Some(Attempted::Refused { reply: reply::authorization_failed(&login.tag), counts: true });
+            return Some(Ok(Attempted::Refused { reply: reply::authorization_failed(&login.tag), counts: true }));
         }
-        let renamed = renamed(&login.credentials, place, &names);
-        let server_login = server_login(&login.credentials, place, &names, backend, renamed.as_ref());
+        let renamed = renamed(&login.credentials, place, names);
+        let server_login = server_login(&login.credentials, place, names, backend, renamed.as_ref());
         let Some(server_login) = server_login else {
             self.record.attempt_failed(Reason::MechanismUnsupported, LoginOutcome::Unavailable, Some(backend.id));
-            return Some(Attempted::Unavailable);
+            return Some(Ok(Attempted::Unavailable));
         };
-        let session_id = self.record.session();
+        let (client_id, session_id) = (prelogin.client_id().clone(), self.record.session());
         let tls = self.record.tls().cloned();
         let request = Request {
             login: Some(server_login),
@@ -117,9 +153,21 @@ impl Session {
             session_id: session_id.as_str(),
             limits: &live.limits,
         };
-        let (mut outcome, answered) = log_in_somewhere(&live, place, &names.routing, &request).await;
+        let guest = Guest {
+            user: place.mailbox(&names.routing),
+            client: self.peer.ip().to_canonical(),
+            session: session_id.bytes(),
+        };
+        let (mut outcome, answered) = match log_in_somewhere(&live, place, guest, &request).await {
+            Ok(answered) => answered,
+            Err(Held) => return Some(Err(Held)),
+        };
         while let Outcome::Challenged(paused, challenge) = outcome {
             let response = self.ask(&login.tag, &challenge, stream, prelogin).await?;
+            if let Some(why) = answered.as_ref().and_then(|answered| answered.seat.call().why()) {
+                outcome = Outcome::Unavailable(told(why));
+                break;
+            }
             outcome = paused.respond(&response, time::Instant::now() + live.limits.server_login).await;
             if let Outcome::Unavailable(fault) = &outcome {
                 live.metrics.failure(fault.reason);
@@ -128,35 +176,35 @@ impl Session {
         if matches!(outcome, Outcome::Accepted(_))
             && let Some(limited) = self.may_have_one_more(&login.tag, &names.routing, backend.id)
         {
-            return Some(limited);
+            return Some(Ok(limited));
         }
-        Some(self.answered(outcome, answered, backend, began))
+        Some(Ok(self.answered(outcome, answered, backend, began)))
     }
 
     fn answered(
         &mut self,
         outcome: Outcome<'_>,
-        answered: Option<(Arc<Backend>, Arc<Server>)>,
+        answered: Option<Seated>,
         routed: &Backend,
         began: Instant,
     ) -> Attempted {
         let took = began.elapsed();
         match (outcome, answered) {
-            (Outcome::Accepted(established), Some((backend, server))) => {
-                self.live.metrics.backend(backend.id.0).logged_in(took);
-                self.record.accepted(&backend, &server.name, &established, took);
-                Attempted::Accepted { backend, server, established: Box::new(established) }
+            (Outcome::Accepted(established), Some(seated)) => {
+                self.live.metrics.backend(seated.backend.id.0).logged_in(took);
+                self.record.accepted(&seated.backend, &seated.server.name, &established, took);
+                Attempted::Accepted { seated, established: Box::new(established) }
             }
             (Outcome::Refused { reply, counts }, answered) => {
                 if counts {
                     self.live.refusals.add(took);
                 }
-                self.record.refused(routed.id, answered.as_ref().map(|(_, server)| &server.name));
+                self.record.refused(routed.id, answered.as_ref().map(|answered| &answered.server.name));
                 Attempted::Refused { reply, counts }
             }
             // Not followed: the client may know better.
             (Outcome::Referred(referral), answered) => {
-                self.record.refused(routed.id, answered.as_ref().map(|(_, server)| &server.name));
+                self.record.refused(routed.id, answered.as_ref().map(|answered| &answered.server.name));
                 Attempted::Refused { reply: referral.reply, counts: false }
             }
             (Outcome::Unavailable(fault), _) => {
@@ -250,7 +298,7 @@ impl Session {
 fn split_master(live: &Live, credentials: &mut Credentials) {
     if credentials.authzid.is_none()
         && matches!(credentials.proof, Proof::Password(_))
-        && let Some((mailbox, master)) = live.naming.split_master(&credentials.user)
+        && let Some((mailbox, master)) = live.config.naming.split_master(&credentials.user)
     {
         credentials.authzid = Some(mailbox);
         credentials.user = master;
@@ -306,17 +354,23 @@ fn server_login<'a>(
 
 /// Step 4: the user's servers in order, until one gives an answer that counts for all of them; and where it sends the
 /// user, if that is a declared server.
-async fn log_in_somewhere<'a>(live: &'a Live, place: &Place, user: &str, request: &'a Request<'a>) -> Answered<'a> {
+async fn log_in_somewhere<'a>(
+    live: &'a Live,
+    place: &Place,
+    guest: Guest,
+    request: &'a Request<'a>,
+) -> Result<Answered<'a>, Held> {
     let deadline = time::Instant::now() + live.limits.server_login;
     let known_by = deadline.min(time::Instant::now() + live.limits.connect);
     let backend = live.backends.backend(place.backend);
-    let servers = timeout_at(known_by, live.servers(place, user)).await.unwrap_or_default();
+    let servers = timeout_at(known_by, live.servers(place, &guest.user)).await.unwrap_or_default();
     let mut outcome = Outcome::Unavailable(connect::Fault::no_server());
     for (tried, server) in servers.iter().enumerate() {
         let now = time::Instant::now();
         // While there is another server, one that hangs gets half of what is left.
         let due = if tried + 1 < servers.len() { now + (deadline - now) / 2 } else { deadline };
-        outcome = connect::login(backend, server, request, due).await;
+        let (answer, seated) = log_in_at(live, backend, server, &guest, request, due).await?;
+        outcome = answer;
         match &outcome {
             Outcome::Unavailable(fault) => {
                 report(live, server, request, fault);
@@ -324,49 +378,91 @@ async fn log_in_somewhere<'a>(live: &'a Live, place: &Place, user: &str, request
                     break;
                 }
             }
-            Outcome::Referred(_) => return follow(live, outcome, backend, server, request, deadline).await,
-            _ => return (outcome, Some((backend.clone(), server.clone()))),
+            Outcome::Referred(_) => return follow(live, outcome, seated, guest, request, deadline).await,
+            _ => return Ok((outcome, seated)),
         }
     }
-    (outcome, None)
+    Ok((outcome, None))
+}
+
+/// Step 5, in a place of the user's on that server: where its users must be served by one server at a time, their sessions
+/// on others end first.
+async fn log_in_at<'a>(
+    live: &'a Live,
+    backend: &'a Arc<Backend>,
+    server: &Arc<Server>,
+    guest: &Guest,
+    request: &'a Request<'a>,
+    due: time::Instant,
+) -> Result<Answered<'a>, Held> {
+    let mut taken = Err(NoSeat::Elsewhere);
+    let alone = backend.serves_a_user_by_one_server();
+    let tried = live.sessions.changed(|_| {
+        taken = live.sessions.take(guest.clone(), server, alone);
+        !matches!(taken, Err(NoSeat::Elsewhere))
+    });
+    // Whatever the result, `taken` says what there is.
+    let _ = timeout_at(due, tried).await;
+    let seat = match taken {
+        Ok(seat) => seat,
+        Err(NoSeat::Held) => return Err(Held),
+        Err(NoSeat::Elsewhere) => {
+            let detail = "the user's sessions on another server of the backend do not end".to_owned();
+            return Ok((Outcome::Unavailable(connect::Fault::told(Reason::Moved, detail, false)), None));
+        }
+    };
+    let outcome = tokio::select! {
+        biased;
+        why = poll_fn(|context| seat.call().poll(context)) => Outcome::Unavailable(told(why)),
+        outcome = connect::login(backend, server, request, due) => outcome,
+    };
+    Ok((outcome, Some(Seated { backend: backend.clone(), server: server.clone(), seat })))
+}
+
+/// A login that was told to end like the sessions it would have become one of.
+fn told(why: Why) -> connect::Fault {
+    let elsewhere = matches!(why, Why::Moved | Why::Drained);
+    connect::Fault::told(reason(why), "the operator, or a login of this user elsewhere, ended it".to_owned(), elsewhere)
 }
 
 /// To where a server sends the user, as far as its backend allows.
 async fn follow<'a>(
     live: &'a Live,
     mut outcome: Outcome<'a>,
-    backend: &'a Arc<Backend>,
-    server: &Arc<Server>,
+    mut seated: Option<Seated>,
+    guest: Guest,
     request: &'a Request<'a>,
     deadline: time::Instant,
-) -> Answered<'a> {
-    let (mut backend, mut server) = (backend, server.clone());
-    let mut visited = vec![server.name.clone()];
-    while let Outcome::Referred(referral) = &outcome {
-        if !backend.follows_referrals {
+) -> Result<Answered<'a>, Held> {
+    let mut visited = Vec::new();
+    while let (Outcome::Referred(referral), Some(at)) = (&outcome, &seated) {
+        visited.push(at.server.name.clone());
+        if !at.backend.follows_referrals {
             break;
         }
         let place = format!("{}:{}", referral.host, referral.port);
         let next = live.backends.find(&referral.host, referral.port);
         let fault = match next {
-            None => connect::Fault::referral(format!("{} refers to {place}, which is no declared server", server.name)),
-            Some((_, next)) if visited.contains(&next.name) || visited.len() > MAX_REFERRALS => {
-                connect::Fault::referral(format!("referrals go in a circle: {} refers to {place}", server.name))
+            None => {
+                connect::Fault::referral(format!("{} refers to {place}, which is no declared server", at.server.name))
             }
-            Some((next_backend, next)) => {
-                (backend, server) = (next_backend, next);
-                visited.push(server.name.clone());
-                outcome = connect::login(backend, &server, request, deadline).await;
+            Some((_, next)) if visited.contains(&next.name) || visited.len() > MAX_REFERRALS => {
+                connect::Fault::referral(format!("referrals go in a circle: {} refers to {place}", at.server.name))
+            }
+            Some((backend, next)) => {
+                // The user is not served there, and shall not count as if.
+                drop(seated.take());
+                (outcome, seated) = log_in_at(live, backend, &next, &guest, request, deadline).await?;
                 if let Outcome::Unavailable(fault) = &outcome {
-                    report(live, &server, request, fault);
+                    report(live, &next, request, fault);
                 }
                 continue;
             }
         };
-        report(live, &server, request, &fault);
-        return (Outcome::Unavailable(fault), None);
+        report(live, &at.server, request, &fault);
+        return Ok((Outcome::Unavailable(fault), None));
     }
-    (outcome, Some((backend.clone(), server)))
+    Ok((outcome, seated))
 }
 
 fn report(live: &Live, server: &Server, request: &Request<'_>, fault: &connect::Fault) {

@@ -44,7 +44,7 @@ impl Session {
     pub(super) fn may_have_one_more(&mut self, tag: &Tag, user: &str, backend: BackendId) -> Option<Attempted> {
         let client = self.record.client();
         self.live.guard.succeeded(Instant::now(), client, user);
-        let limited = self.held.seat.take_for(client, user).err()?;
+        let limited = self.held.pass.take_for(client, user).err()?;
         Some(self.limited(tag, limited, Some(backend)))
     }
 
@@ -69,7 +69,7 @@ impl Session {
     /// A login has failed that was begun at `began`: says so to the log, and returns when the client may know.
     pub(super) async fn failed_login(&mut self, login: LoginRequest, began: Instant) {
         let client = self.record.client();
-        let user = match self.live.naming.names(login.credentials.mailbox_user()) {
+        let user = match self.live.config.naming.names(login.credentials.mailbox_user()) {
             Ok(names) => names.routing,
             Err(_) => login.credentials.mailbox_user().as_str().into(),
         };

@@ -15,6 +15,10 @@ const LENGTH: usize = 16;
 pub(super) struct SessionId([u8; LENGTH]);
 
 impl SessionId {
+    pub(super) fn bytes(&self) -> [u8; LENGTH] {
+        self.0
+    }
+
     pub(super) fn as_str(&self) -> &str {
         // base64 is ASCII.
         std::str::from_utf8(&self.0).unwrap_or_default()

@@ -28,22 +28,21 @@ use std::time::{Duration, Instant};
 
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
-use tokio::sync::OwnedSemaphorePermit;
 use tokio::time::{self, timeout, timeout_at};
 use zeroize::Zeroizing;
 
-use self::attempt::Attempted;
+use self::attempt::{Attempted, Seated};
 pub use self::pace::Refusals;
 use self::record::{EndedBy, Record};
 pub use self::relayed::Quiet;
 use self::relayed::{Kept, Relayed};
 use crate::backend::connect::Established;
-use crate::backend::{Backend, Server};
 use crate::config::ListenerTls;
 use crate::failure::Reason;
-use crate::guard::{Seat, Ticket};
+use crate::guard::{Pass, Ticket};
 use crate::imap::prelogin::{Bye, CloseReason, Policy, Prelogin, Step, Transport};
 use crate::metrics::OpenGuard;
+use crate::occupancy::Occupant;
 use crate::policy;
 use crate::server::Live;
 use crate::shutdown::Drain;
@@ -84,11 +83,11 @@ pub struct Arrival {
 #[derive(Debug)]
 pub struct Held {
     /// Of `limits.sessions`.
-    pub permit: OwnedSemaphorePermit,
+    pub occupant: Occupant,
     /// In the listener's gauge.
     pub open: OpenGuard,
     /// What it counts for at the guard.
-    pub seat: Seat,
+    pub pass: Pass,
 }
 
 /// Where silent sessions wait.
@@ -156,9 +155,9 @@ impl Session {
                     prelogin = Prelogin::new(self.policy(Transport::Tls, &stream));
                 }
                 Step::Login(mut request) => match self.attempt(&mut request, &mut stream, &mut prelogin).await? {
-                    Attempted::Accepted { backend, server, established } => {
+                    Attempted::Accepted { seated, established } => {
                         self.report(true);
-                        return self.relayed(stream, prelogin.into_leftover(), &backend, &server, *established).await;
+                        return self.relayed(stream, prelogin.into_leftover(), seated, *established).await;
                     }
                     Attempted::Refused { reply, counts } => {
                         if counts {
@@ -301,8 +300,7 @@ impl Session {
         mut self,
         stream: Stream,
         mut to_server: Vec<u8>,
-        backend: &Backend,
-        server: &Server,
+        seated: Seated,
         established: Established,
     ) -> Option<Relayed> {
         // Nobody who is logged in is told to go.
@@ -312,12 +310,13 @@ impl Session {
             return self.gone(Reason::Disconnected).and(None);
         };
         to_server.extend(more);
-        self.record.open_on(backend.id, server);
+        self.record.open_on(seated.backend.id, &seated.server);
+        seated.seat.settle();
         let kept = Kept {
             _counted: self.drain.count(),
             keepalive_set: false,
             room: self.room,
-            drain: self.drain,
+            seat: seated.seat,
             record: self.record,
             _held: self.held,
         };

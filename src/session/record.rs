@@ -19,6 +19,8 @@ use crate::metrics::{LoginOutcome, OpenGuard};
 use crate::relay::End;
 use crate::server::Live;
 use crate::session::id::SessionId;
+use crate::session::relayed::Over;
+use crate::sessions::Why;
 use crate::stream::TlsFacts;
 
 /// What is known of a session so far. It is most of what an idle session keeps, so it is packed: a test holds its size.
@@ -264,13 +266,16 @@ impl Record {
         self.live.metrics.backend(backend.into()).byte_counters()
     }
 
-    pub(super) fn relayed(&mut self, end: End, to_client: u64, to_server: u64) {
+    pub(super) fn relayed(&mut self, over: Over, to_client: u64, to_server: u64) {
         (self.to_client, self.to_server) = (to_client, to_server);
+        let end = match over {
+            Over::Ended(end) => end,
+            Over::Told(why) => return self.told(why),
+        };
         self.ended_by = match end {
             End::Client | End::ClientStalled | End::ClientTls(_) => EndedBy::Client,
             End::Server | End::ServerStalled | End::ServerTls(_) => EndedBy::Server,
             End::Idle => EndedBy::Idle,
-            End::Drained => EndedBy::Drain,
         };
         let reason = match end {
             End::Client | End::Server | End::Idle => return,
@@ -284,9 +289,13 @@ impl Record {
                 self.detail(violation.to_string());
                 Reason::ServerTlsViolation
             }
-            End::Drained => Reason::Drain,
         };
         self.failed(reason);
+    }
+
+    fn told(&mut self, why: Why) {
+        self.ended_by = EndedBy::Drain;
+        self.failed(reason(why));
     }
 
     /// The system would not let the session rest, or come back.
@@ -294,6 +303,16 @@ impl Record {
         self.ended_by = EndedBy::Proxy;
         self.detail(error.to_string());
         self.failed(Reason::System);
+    }
+}
+
+/// The word for a session that was told to end.
+pub(super) fn reason(why: Why) -> Reason {
+    match why {
+        Why::Stopped => Reason::Drain,
+        Why::Kicked => Reason::Kicked,
+        Why::Moved => Reason::Moved,
+        Why::Drained => Reason::ServerDrained,
     }
 }
 

@@ -1,7 +1,9 @@
 //! A session after its login: a task while bytes move, an entry of the waiting room while they do not.
 
+use std::future::poll_fn;
 use std::os::fd::{AsFd as _, BorrowedFd};
 use std::sync::Arc;
+use std::task::Context;
 use std::time::Duration;
 
 use tokio::net::TcpStream;
@@ -11,7 +13,7 @@ use tokio_util::task::task_tracker::TaskTrackerToken;
 use super::record::Record;
 use super::{FAREWELL, Held, Room};
 use crate::relay::{End, Leg, Limits, Opening, Outcome, Relay, Resting};
-use crate::shutdown::Drain;
+use crate::sessions::{Seat, Why};
 use crate::stream::keep_alive;
 use crate::waiting::Waiting;
 
@@ -25,6 +27,14 @@ pub(super) struct Relayed {
     kept: Box<Kept>,
 }
 
+/// How a relayed session came to its end.
+pub(super) enum Over {
+    /// By itself.
+    Ended(End),
+    /// It was told to.
+    Told(Why),
+}
+
 /// A session that waits for a byte.
 pub struct Quiet {
     resting: Resting,
@@ -34,7 +44,8 @@ pub struct Quiet {
 /// What a session keeps for all of its life after the login.
 pub(super) struct Kept {
     pub(super) room: Arc<Room>,
-    pub(super) drain: Drain,
+    /// On its server; also where the session hears that it shall end.
+    pub(super) seat: Seat,
     pub(super) record: Record,
     /// On both sockets.
     pub(super) keepalive_set: bool,
@@ -71,20 +82,20 @@ impl Relayed {
 
     async fn run_until(self, rest_after: Option<Duration>) {
         let Self { mut relay, mut kept } = self;
-        let over = kept.drain.over().clone();
-        let outcome = tokio::select! {
-            outcome = relay.run(rest_after) => outcome,
-            () = over.cancelled() => Outcome::Ended(End::Drained),
+        let call = kept.seat.call().clone();
+        let over = tokio::select! {
+            outcome = relay.run(rest_after) => match outcome {
+                Outcome::Quiet => return put_aside(relay, kept),
+                Outcome::Ended(end) => Over::Ended(end),
+            },
+            why = poll_fn(|context| call.poll(context)) => Over::Told(why),
         };
-        match outcome {
-            Outcome::Quiet => put_aside(relay, kept),
-            Outcome::Ended(end) => {
-                let (to_client, to_server) = relay.moved();
-                kept.record.relayed(end, to_client, to_server);
-                // Whatever the result, the sockets close when the relay drops here.
-                let _ = timeout(FAREWELL, relay.close()).await;
-            }
-        }
+        let (to_client, to_server) = relay.moved();
+        kept.record.relayed(over, to_client, to_server);
+        // Whatever the result, the sockets close when the relay drops.
+        let _ = timeout(FAREWELL, relay.close()).await;
+        // Ahead of the seat: who waits for it must find the server's connection closed.
+        drop(relay);
     }
 }
 
@@ -98,9 +109,15 @@ fn put_aside(relay: Relay<TcpStream>, mut kept: Box<Kept>) {
                 keep_alive(&resting.client.socket, time);
                 keep_alive(&resting.server.socket, time);
             }
+            let call = kept.seat.call().clone();
+            // From here on the room is woken, not the task.
+            let _ = call.poll(&Context::from_waker(room.waker()));
             // One that does not get in stays as it is.
             if let Err(quiet) = room.enter(Box::new(Quiet { resting, kept })) {
                 quiet.resume(None);
+            } else if call.why().is_some() {
+                // Told on the way in, when the room could not find it yet.
+                room.waker().wake_by_ref();
             }
         }
         Err(error) => kept.record.lost(&error),
@@ -125,6 +142,10 @@ impl Waiting for Quiet {
 
     fn until(&self) -> Option<time::Instant> {
         self.resting.idle_until(&self.kept.limits())
+    }
+
+    fn is_called(&self) -> bool {
+        self.kept.seat.call().why().is_some()
     }
 
     fn leave(self) {

@@ -1,14 +1,17 @@
 //! TLS of both sides: what clients are shown, and what servers must show.
 //!
-//! [`server`] builds the side that clients connect to, [`client`] the side that connects to servers; [`records`] and
+//! [`server`] builds the side that clients connect to, with `certificates` (and `ocsp`) and `tickets`; [`client`] the side that connects to servers; [`records`] and
 //! [`handover`] take the connection from rustls once the login is done. Both sides use one
 //! provider (aws-lc) with AES-128-GCM first: it is the fastest on hardware with AES instructions, and SHA-384, which
 //! the 256-bit suites bring along, has no hardware help on common processors.
 
+mod certificates;
 pub mod client;
 pub mod handover;
+mod ocsp;
 pub mod records;
 pub mod server;
+mod tickets;
 
 use std::path::Path;
 use std::sync::Arc;

@@ -318,3 +318,37 @@ async fn a_late_answer_holds_no_server_and_ends_with_the_process() {
     assert!(client.line().await.starts_with("a NO [AUTHENTICATIONFAILED]"));
     assert!(client.line().await.starts_with("* BYE"));
 }
+
+/// The rules are new, what is remembered is not, and sessions of before count down as they should.
+#[tokio::test]
+async fn a_reload_replaces_limits_and_forgets_nobody() {
+    let server = Scripted::new(TAKES_ALL).await;
+    let (address, folder) = (server.address, tempfile::tempdir().unwrap());
+    let with = |limits: &str| {
+        format!(
+            "listeners: [{{address: '127.0.0.1:0', tls: none}}]\nbackends: {{only: {{servers: ['{address}']}}}}\n\
+             routes: [{{domain: {{good.test: only}}}}]\nlimits: {{probe: off, {limits}}}\n"
+        )
+    };
+    let proxy = start(&with("sessions_per_address: 2")).await;
+    let reload = async |limits: &str| {
+        let file = folder.path().join("vestibule.yaml");
+        std::fs::write(&file, with(limits)).unwrap();
+        in_time("a reload", proxy.reload(&file)).await
+    };
+    let mut first = greeted("127.0.0.1", &proxy).await;
+    assert!(first.ask("a LOGIN alice@good.test x").await.starts_with("a OK"));
+    let second = greeted("127.0.0.1", &proxy).await;
+    refused("127.0.0.1", &proxy, "* BYE [UNAVAILABLE] Too many connections from your address").await;
+    reload("sessions_per_address: 3").await.unwrap();
+    let third = greeted("127.0.0.1", &proxy).await;
+    refused("127.0.0.1", &proxy, "* BYE [UNAVAILABLE] Too many connections from your address").await;
+    reload("sessions_per_address: 0").await.unwrap_err();
+    refused("127.0.0.1", &proxy, "* BYE [UNAVAILABLE] Too many connections from your address").await;
+    reload("sessions_per_address: off").await.unwrap();
+    let fourth = greeted("127.0.0.1", &proxy).await;
+    drop((first, second, third, fourth));
+    eventually("all to leave", || entries(&proxy, "sessions") == 0.0).await;
+    eventually("all to leave", || metric(&proxy, "vestibule_sessions", &[]) == 0.0).await;
+    proxy.stop().await;
+}

@@ -8,6 +8,7 @@ mod client;
 mod dns;
 mod guard;
 mod house;
+mod reload;
 mod servers;
 mod silent;
 mod support;

@@ -41,7 +41,7 @@ pub async fn start(text: &str) -> Running {
     if !text.contains("failed_login_delay:") {
         config.guard.failed_login_delay = None;
     }
-    server::start(config).await.unwrap_or_else(|error| panic!("{error:#}"))
+    server::start(config, Vec::new()).await.unwrap_or_else(|error| panic!("{error:#}"))
 }
 
 /// The sum of the samples of a metric whose labels contain all of `labels`.

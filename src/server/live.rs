@@ -1,0 +1,112 @@
+//! Everything a session asks or uses, as one immutable value: built whole, swapped whole. A session keeps the one it began
+//! with.
+
+use std::net::IpAddr;
+use std::sync::Arc;
+use std::time::Instant;
+
+use crate::backend::{Backends, Server};
+use crate::config::{Config, Limits, Report};
+use crate::guard::Guard;
+use crate::identity::Mechanisms;
+use crate::metrics::{Metrics, Names};
+use crate::policy::Policy;
+use crate::route::{self, At, Place, Router};
+use crate::session::Refusals;
+use crate::sessions::Sessions;
+use crate::tls::server::ServerTls;
+
+/// See the module.
+pub struct Live {
+    /// What it was built from.
+    pub config: Config,
+    /// Who belongs where.
+    pub router: Router,
+    /// The servers.
+    pub backends: Arc<Backends>,
+    /// What clients are shown; absent where every listener is plain.
+    pub tls: Option<ServerTls>,
+    /// Who is logged in where. The process's, not this configuration's.
+    pub sessions: Arc<Sessions>,
+    /// How long servers take to refuse a login. The process's too.
+    pub refusals: Arc<Refusals>,
+    /// Deadlines and caps.
+    pub limits: Arc<Limits>,
+    /// Who may come in and try. The process's too.
+    pub guard: Arc<Guard>,
+    /// Who else is asked.
+    pub policy: Option<Arc<Policy>>,
+    /// What is counted.
+    pub metrics: Arc<Metrics>,
+}
+
+impl Live {
+    /// Builds everything and binds nothing: certificates, tables, roots. What outlives a configuration is taken over from
+    /// `previous`: counts, what is known of servers, kept answers, and a table that has not changed.
+    ///
+    /// # Errors
+    /// All problems of all rooms.
+    pub fn build(config: Config, previous: Option<&Self>) -> Result<Self, Report> {
+        let names = Names {
+            listeners: config.listeners.iter().map(|listener| listener.address.to_string()).collect(),
+            backends: config.backends.iter().map(|backend| backend.name.clone()).collect(),
+            routes: route::labels(&config.routes),
+        };
+        let metrics = Arc::new(match previous {
+            Some(previous) => previous.metrics.renewed(&names),
+            None => Metrics::new(&names),
+        });
+        let tls = ServerTls::build(&config, previous.and_then(|previous| previous.tls.as_ref()));
+        let known = previous.map(|previous| (&previous.config, &previous.router));
+        let router = Router::build(&config, &metrics, known);
+        let backends = Backends::build(&config, &metrics, previous.map(|previous| &*previous.backends));
+        let policy = Policy::build(&config);
+        match (tls, router, backends, policy) {
+            (Ok(tls), Ok(router), Ok(backends), Ok(policy)) => Ok(Self {
+                router,
+                backends: Arc::new(backends),
+                tls,
+                sessions: previous.map(|previous| previous.sessions.clone()).unwrap_or_default(),
+                refusals: previous.map(|previous| previous.refusals.clone()).unwrap_or_default(),
+                limits: Arc::new(config.limits.clone()),
+                // Its rules are replaced when this configuration is, see `Running::reload`.
+                guard: previous.map_or_else(
+                    || Arc::new(Guard::new(&config.guard, Instant::now())),
+                    |previous| previous.guard.clone(),
+                ),
+                policy,
+                metrics,
+                config,
+            }),
+            (tls, router, backends, policy) => {
+                let found = [tls.err(), router.err(), backends.err(), policy.err()];
+                Err(Report::new(found.into_iter().flatten().flatten().collect()))
+            }
+        }
+    }
+
+    /// Ways to log in that the listener at this place offers just now.
+    pub fn mechanisms(&self, listener: usize) -> Mechanisms {
+        self.config.listeners[listener].mechanisms.unwrap_or_else(|| self.backends.offered())
+    }
+
+    /// Whether a login on behalf of another user may come from there.
+    pub fn allows_masters_from(&self, client: IpAddr) -> bool {
+        let networks = self.config.master_networks.as_ref();
+        networks.is_none_or(|networks| networks.iter().any(|network| network.contains(client)))
+    }
+
+    /// The servers to try for `user` in this place, in order; waits for DNS only while it has never answered.
+    pub async fn servers(&self, place: &Place, user: &str) -> Vec<Arc<Server>> {
+        let backend = self.backends.backend(place.backend);
+        match &place.at {
+            At::Any => backend.candidates(user).await,
+            At::Server(name) => {
+                let mut servers = backend.candidates(user).await;
+                servers.retain(|server| *server.name == **name);
+                servers
+            }
+            At::Address(address) => backend.at(*address).into_iter().collect(),
+        }
+    }
+}

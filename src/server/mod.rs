@@ -1,0 +1,328 @@
+//! Puts the rooms together: builds all of a configuration before anything is bound, starts it, changes it, stops it.
+//!
+//! [`Live`] is what a session needs, as one immutable value; each session keeps the one it began with. [`Running`] owns what
+//! outlives a configuration: the workers, the listening sockets (`doors`), the sessions. Called by `main` (`run`, `check`,
+//! `route`), by the demo and by the tests.
+
+mod doors;
+mod live;
+
+use std::io;
+use std::net::{SocketAddr, TcpListener};
+use std::os::fd::OwnedFd;
+use std::path::Path;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use anyhow::Context as _;
+use tokio::runtime::Handle;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+use self::doors::Doors;
+pub use self::live::Live;
+use crate::admin::Admin;
+use crate::backend::OwnAddresses;
+use crate::config::{self, Config};
+use crate::listener::House;
+use crate::logging;
+use crate::metrics::Metrics;
+use crate::occupancy::Occupancy;
+use crate::session::Room;
+use crate::sessions::Sessions;
+use crate::shutdown::Drain;
+use crate::workers::Worker;
+
+/// A running proxy.
+pub struct Running {
+    now: Mutex<Now>,
+    /// One configuration after the other.
+    reloading: tokio::sync::Mutex<()>,
+    workplaces: Vec<Workplace>,
+    sessions: Arc<Sessions>,
+    drain: Drain,
+    background: TaskTracker,
+    stop_background: CancellationToken,
+}
+
+/// What a reload changes.
+struct Now {
+    live: Arc<Live>,
+    doors: Doors,
+    /// Ends what was started for this configuration.
+    stop: CancellationToken,
+    admin: Option<(SocketAddr, SocketAddr, CancellationToken)>,
+}
+
+/// A worker, from outside.
+#[derive(Clone)]
+struct Workplace {
+    runtime: Handle,
+    house: House,
+}
+
+/// What a reload has changed.
+#[derive(Debug, Default)]
+pub struct Reloaded {
+    /// Addresses that clients can connect to from now on.
+    pub opened: Vec<SocketAddr>,
+    /// Addresses that they no longer can.
+    pub closed: Vec<SocketAddr>,
+    /// What takes a restart, and stays as it was.
+    pub unchanged: Vec<&'static str>,
+}
+
+/// Builds, binds and starts. When this returns, connections are served. Listening sockets in `inherited` are used where they
+/// fit a configured address; the others are closed.
+///
+/// # Errors
+/// A [`config::Report`] of the configuration's problems, or an address that cannot be bound.
+pub async fn start(config: Config, mut inherited: Vec<TcpListener>) -> anyhow::Result<Running> {
+    let live = Arc::new(Live::build(config, None)?);
+    let opening = Doors::default().bind(&live.config, &mut inherited)?;
+    let drain = Drain::default();
+    let (background, stop_background) = (TaskTracker::new(), CancellationToken::new());
+    let occupancy = Arc::new(Occupancy::default());
+    let mut workplaces = Vec::new();
+    for _ in 0..live.config.limits.workers {
+        let workplace = employ(&live, &drain, &occupancy, &background, &stop_background);
+        workplaces.push(workplace.context("a worker could not be started")?);
+    }
+    let running = Running {
+        sessions: live.sessions.clone(),
+        now: Mutex::new(Now {
+            live: live.clone(),
+            doors: Doors::default(),
+            stop: stop_background.child_token(),
+            admin: None,
+        }),
+        reloading: tokio::sync::Mutex::default(),
+        workplaces,
+        drain,
+        background,
+        stop_background,
+    };
+    let measured = live.guard.clone();
+    live.metrics.measure_guard(move || measured.sizes().labelled().to_vec());
+    let admin = running.bind_admin(&live).await?;
+    let own = running.lock().doors.addresses_with(&live.config, &opening);
+    running.begin(&live, &running.lock().stop.clone(), own);
+    let mut now = running.lock();
+    now.doors.swap(&live, opening, &running.workplaces).context("a listener could not be started")?;
+    now.admin = admin.map(|admin| running.run_admin(&live, admin));
+    for (address, configured) in now.doors.addresses().iter().zip(&live.config.listeners) {
+        tracing::info!(%address, tls = ?configured.tls, "listening");
+    }
+    drop(now);
+    Ok(running)
+}
+
+/// Starts a worker, which ends when all is stopped.
+fn employ(
+    live: &Live,
+    drain: &Drain,
+    occupancy: &Arc<Occupancy>,
+    background: &TaskTracker,
+    stop: &CancellationToken,
+) -> io::Result<Workplace> {
+    let worker = Worker::new()?;
+    let guard = worker.enter();
+    let house = House {
+        occupancy: occupancy.clone(),
+        drain: drain.clone(),
+        room: Arc::new(Room::new(live.metrics.silent_sessions())?),
+    };
+    drop(guard);
+    let workplace = Workplace { runtime: worker.handle(), house: house.clone() };
+    let (over, stop, running) = (drain.over().clone(), stop.clone(), background.token());
+    worker.start(async move {
+        let closing = async {
+            tokio::select! {
+                () = over.cancelled() => {}
+                () = stop.cancelled() => {}
+            }
+        };
+        house.room.run(closing).await;
+        // Those let out end on this thread, and the stop waits for them.
+        stop.cancelled().await;
+        drop(running);
+    })?;
+    Ok(workplace)
+}
+
+impl Running {
+    /// Reads the file again and takes it for the configuration from now on: built completely, then swapped. No established
+    /// session notices; each keeps what it began with. Where anything is wrong, all stays as it was.
+    ///
+    /// # Errors
+    /// A [`config::Report`] of the file's problems, or an address that cannot be bound.
+    pub async fn reload(&self, file: &Path) -> anyhow::Result<Reloaded> {
+        let _one = self.reloading.lock().await;
+        let result = self.replace(file).await;
+        self.lock().live.metrics.reloaded(result.is_ok());
+        match &result {
+            Ok(reloaded) => {
+                let Reloaded { opened, closed, unchanged } = reloaded;
+                tracing::info!(file = %file.display(), ?opened, ?closed, "configuration loaded");
+                for key in unchanged {
+                    tracing::warn!("{key} has changed, which takes a restart");
+                }
+            }
+            Err(error) => {
+                for line in format!("{error:#}").lines() {
+                    tracing::error!("{line}; the old configuration stays in use");
+                }
+            }
+        }
+        result
+    }
+
+    async fn replace(&self, file: &Path) -> anyhow::Result<Reloaded> {
+        let before = self.lock().live.clone();
+        let (file, previous) = (file.to_owned(), before.clone());
+        // Tables of millions of lines take seconds: not on a thread that serves.
+        let built = tokio::task::spawn_blocking(move || Live::build(config::load(&file)?, Some(&previous)));
+        let live = Arc::new(built.await.context("the configuration could not be built")??);
+        let moved = self.admin_address() != live.config.admin;
+        let admin = if moved { self.bind_admin(&live).await? } else { None };
+        let mut now = self.lock();
+        let opening = now.doors.bind(&live.config, &mut Vec::new())?;
+        let stop = self.stop_background.child_token();
+        before.metrics.retire(&live.metrics);
+        self.begin(&live, &stop, now.doors.addresses_with(&live.config, &opening));
+        let change = match now.doors.swap(&live, opening, &self.workplaces) {
+            Ok(change) => change,
+            Err(error) => {
+                stop.cancel();
+                return Err(error).context("a listener could not be started");
+            }
+        };
+        // What was begun for the old configuration ends; what goes on under the new one has been begun again.
+        std::mem::replace(&mut now.stop, stop).cancel();
+        now.live = live.clone();
+        live.guard.reconfigure(&live.config.guard);
+        logging::set_level(&live.config.log);
+        if moved {
+            let admin = admin.map(|admin| self.run_admin(&live, admin));
+            if let Some((.., stop)) = std::mem::replace(&mut now.admin, admin) {
+                stop.cancel();
+            }
+        }
+        drop(now);
+        before.backends.retire(&live.backends);
+        let mut unchanged = Vec::new();
+        for (key, is_same) in [
+            ("limits.workers", before.config.limits.workers == live.config.limits.workers),
+            ("log.format", before.config.log.format == live.config.log.format),
+        ] {
+            if !is_same {
+                unchanged.push(key);
+            }
+        }
+        Ok(Reloaded { opened: change.opened, closed: change.closed, unchanged })
+    }
+
+    /// Starts what goes on in the background under a configuration, until `stop`.
+    fn begin(&self, live: &Arc<Live>, stop: &CancellationToken, own: Vec<SocketAddr>) {
+        live.backends.start(&OwnAddresses::new(own), &self.background, stop);
+        if let Some(interval) = live.config.limits.probe {
+            live.backends.clone().probe(interval, live.limits.clone(), &self.background, stop);
+        }
+        live.router.start(&live.metrics, &Handle::current(), &self.background, stop);
+        if let Some(tls) = &live.tls {
+            tls.start(&live.metrics, &Handle::current(), &self.background, stop);
+        }
+    }
+
+    async fn bind_admin(&self, live: &Live) -> anyhow::Result<Option<Admin>> {
+        let Some(address) = live.config.admin else { return Ok(None) };
+        let bound = Admin::bind(address, live.metrics.clone(), self.drain.begun().clone()).await;
+        Ok(Some(bound.with_context(|| format!("{address} cannot be bound (admin.address)"))?))
+    }
+
+    fn run_admin(&self, live: &Live, admin: Admin) -> (SocketAddr, SocketAddr, CancellationToken) {
+        let (bound, stop) = (admin.address(), self.stop_background.child_token());
+        tracing::info!(address = %bound, "metrics and health");
+        self.background.spawn(admin.run(stop.clone()));
+        (live.config.admin.unwrap_or(bound), bound, stop)
+    }
+
+    /// As configured.
+    fn admin_address(&self) -> Option<SocketAddr> {
+        self.lock().admin.as_ref().map(|(configured, ..)| *configured)
+    }
+
+    /// The listeners' addresses, in the configuration's order; port 0 has become a real one.
+    pub fn listeners(&self) -> Vec<SocketAddr> {
+        self.lock().doors.addresses()
+    }
+
+    /// Where metrics are.
+    pub fn admin(&self) -> Option<SocketAddr> {
+        self.lock().admin.as_ref().map(|(_, bound, _)| *bound)
+    }
+
+    /// The configuration that holds now.
+    pub fn live(&self) -> Arc<Live> {
+        self.lock().live.clone()
+    }
+
+    /// What is counted.
+    pub fn metrics(&self) -> Arc<Metrics> {
+        self.lock().live.metrics.clone()
+    }
+
+    /// Who is logged in where.
+    pub fn sessions(&self) -> &Arc<Sessions> {
+        &self.sessions
+    }
+
+    /// Copies of all listening sockets, for a process that takes them over.
+    ///
+    /// # Errors
+    /// The system has no descriptors for them.
+    pub fn sockets(&self) -> io::Result<Vec<OwnedFd>> {
+        self.lock().doors.copies()
+    }
+
+    /// Stops: no new connections, BYE to clients before login, the configured grace to relayed sessions, cut short by
+    /// `hurry`. Returns how many sessions had to be ended.
+    pub async fn drain(self, hurry: impl Future<Output = ()>) -> usize {
+        let grace = self.grace();
+        self.metrics().draining();
+        self.lock().doors.close();
+        tracing::info!(sessions = self.drain.open_sessions(), grace_seconds = grace.as_secs(), "draining");
+        let over = self.drain.over().clone();
+        let (sessions, stopped) = (self.sessions.clone(), self.stop_background.clone());
+        self.background.spawn(async move {
+            // All may end by themselves before the grace time is over.
+            if stopped.run_until_cancelled(over.cancelled()).await.is_some() {
+                sessions.close();
+            }
+        });
+        let forced = self.drain.run(grace, hurry).await;
+        self.stop_background.cancel();
+        self.background.close();
+        self.background.wait().await;
+        if forced > 0 {
+            tracing::warn!(forced, "sessions were ended by the stop");
+        }
+        tracing::info!("stopped");
+        forced
+    }
+
+    /// Stops without grace: for the demo and for tests.
+    pub async fn stop(self) {
+        self.drain(std::future::ready(())).await;
+    }
+
+    /// How long a drain may take at most, for systemd.
+    pub fn grace(&self) -> Duration {
+        self.lock().live.limits.drain
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Now> {
+        // Nothing in here panics halfway through a change.
+        self.now.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}

@@ -1,0 +1,415 @@
+"""What listeners ask of TLS, as openssl s_client sees it: versions, server names, signatures, OCSP, tickets between machines that
+share keys; and files that are renewed under the running program.
+"""
+
+import base64
+import os
+import re
+import socket
+import ssl
+import subprocess
+import unittest
+
+from fixtures import PASSWORDS, PATIENCE, Certificates, Dovecot, Folder, Proxy, program, wait_for
+from mail import Raw, context
+from tls_interop import Tool
+
+ALICE = "alice@example.org"
+OLD = {"TLS 1.0": "-tls1", "TLS 1.1": "-tls1_1"}
+VERSIONS = {"1.2": "-tls1_2", "1.3": "-tls1_3"}
+
+
+class Policy(unittest.TestCase):
+    @classmethod
+    def setUpClass(cls):
+        cls.folder = Folder()
+        cls.addClassCleanup(cls.folder.remove)
+        cls.certificates = Certificates(cls.folder)
+        cls.server = Dovecot(cls.certificates)
+        cls.addClassCleanup(cls.server.close)
+
+    def proxy(self, first="", second="", third="", certificates="", more="", folder=None):
+        """Three listeners at the ports `tls`, `starttls` and `plain`, all of which begin with TLS."""
+        certificates = certificates or f"{{cert: {self.certificates.cert}, key: {self.certificates.key}}}"
+        listeners = "".join(f'  - {{address: "127.0.0.1:{{{port}}}", tls: implicit, {policy}}}\n'
+                            for port, policy in (("tls", first), ("starttls", second), ("plain", third)))
+        proxy = Proxy(f"""
+listeners:
+{listeners}
+tls: {{certificates: [{certificates}], {more}}}
+backends: {{shard: {{servers: ["127.0.0.1:{self.server.port}"]}}}}
+routes: [{{default: shard}}]
+admin: {{address: "127.0.0.1:{{admin}}"}}
+""", folder)
+        self.addCleanup(proxy.close)
+        return proxy
+
+    def s_client(self, proxy, *options, port="tls", name="localhost", said=b"a LOGOUT\n"):
+        """All it says, of a connection that ends with LOGOUT; the exit code behind."""
+        name = ["-servername", name] if name else ["-noservername"]
+        command = [program("openssl"), "s_client", "-crlf", "-ign_eof", "-CAfile", self.certificates.ca, *name, *options,
+                   "-connect", f"127.0.0.1:{proxy.ports[port]}"]
+        done = subprocess.run([str(word) for word in command], input=said, capture_output=True, timeout=PATIENCE)
+        return f"{done.stdout.decode(errors='replace')}{done.stderr.decode(errors='replace')}\nexit {done.returncode}"
+
+    def log_in(self, proxy, port="tls"):
+        raw = Raw(proxy.ports[port], context(self.certificates.ca))
+        self.addCleanup(raw.close)
+        raw.line()
+        self.assertRegex(raw.command("a", f'LOGIN {ALICE} "{PASSWORDS[ALICE]}"')[-1], b"^a OK")
+        return raw
+
+    def shown(self, proxy, port="tls"):
+        """The certificate, as OpenSSL's dictionary."""
+        with socket.create_connection(("127.0.0.1", proxy.ports[port]), timeout=PATIENCE) as plain:
+            with context(self.certificates.ca).wrap_socket(plain, server_hostname="localhost") as tls:
+                return tls.getpeercert()
+
+    def issue(self, name, algorithm="ec", days=30, names="DNS:localhost"):
+        """A certificate of the authority's and its key."""
+        path = self.folder.path
+        cert, key, request = path / f"{name}.pem", path / f"{name}-key.pem", path / f"{name}.csr"
+        extensions = self.folder.write(f"{name}.ext", f"subjectAltName={names}\n")
+        new = ["ec", "-pkeyopt", "ec_paramgen_curve:P-256"] if algorithm == "ec" else ["rsa:2048"]
+        Certificates._run("openssl", "req", "-newkey", *new, "-nodes", "-subj", "/CN=localhost", "-keyout", key, "-out", request)
+        Certificates._run("openssl", "x509", "-req", "-in", request, "-CA", self.certificates.ca, "-CAkey", path / "ca-key.pem",
+                          "-CAcreateserial", "-days", str(days), "-extfile", extensions, "-out", cert)
+        return cert, key
+
+    def respond(self, cert, response):
+        """The authority's OCSP response that the certificate is good, as DER in the file `response`."""
+        path = self.folder.path
+        serial = subprocess.run(["openssl", "x509", "-noout", "-serial", "-in", cert], check=True, capture_output=True,
+                                text=True).stdout.strip().removeprefix("serial=")
+        index = self.folder.write("index.txt", f"V\t400101000000Z\t\t{serial}\tunknown\t/CN=localhost\n")
+        self.folder.write("index.txt.attr", "")
+        Certificates._run("openssl", "ocsp", "-issuer", self.certificates.ca, "-cert", cert, "-no_nonce", "-reqout", path / "request.der")
+        Certificates._run("openssl", "ocsp", "-index", index, "-CA", self.certificates.ca, "-rsigner", self.certificates.ca, "-rkey",
+                          path / "ca-key.pem", "-reqin", path / "request.der", "-ndays", "7", "-respout", response)
+
+    def key_file(self, name, folder=None):
+        """A ticket key, made as the reference says."""
+        path = (folder or self.folder).path / name
+        secret = subprocess.run(["openssl", "rand", "-base64", "48"], check=True, capture_output=True).stdout
+        replace(path, secret, 0o600)
+        return path
+
+
+def replace(path, content, mode=0o644):
+    """A new file in the place of the old one, in one step."""
+    beside = path.with_name(path.name + ".new")
+    beside.write_bytes(content)
+    beside.chmod(mode)
+    os.replace(beside, path)
+
+
+class Handshakes(Policy):
+    def test_old_versions_are_refused(self):
+        proxy = self.proxy(first='tls_min: "1.2"', second='tls_min: "1.3"')
+        low = ("-cipher", "DEFAULT@SECLEVEL=0")
+        for port, taken in (("tls", VERSIONS), ("starttls", {"1.3": "-tls1_3"})):
+            for version, option in {**OLD, **VERSIONS}.items():
+                with self.subTest(port=port, version=version):
+                    said = self.s_client(proxy, option, *low, port=port)
+                    if version in taken:
+                        self.assertIn("a OK", said)
+                    else:
+                        # Who is so old that it names no signatures is refused for that.
+                        self.assertRegex(said, "alert (protocol version|handshake failure)" if version in OLD else "alert protocol version")
+                        self.assertIn("has read 7 bytes", said, "the alert, and nothing else")
+
+    def test_server_names(self):
+        proxy = self.proxy(first="sni: strict", second="sni: any")
+        for version in VERSIONS.values():
+            for name, is_known in (("localhost", True), ("MAIL.test", True), ("elsewhere.test", False), (None, False)):
+                with self.subTest(version=version, name=name):
+                    said = self.s_client(proxy, version, name=name)
+                    self.assertEqual("a OK" in said, is_known, said)
+                    # rustls itself has no word for it but access_denied.
+                    self.assertEqual("unrecognized name" in said, not is_known, said)
+                    self.assertIn("a OK", self.s_client(proxy, version, name=name, port="starttls"))
+        self.assertEqual(proxy.metric("vestibule_failures_total", reason="handshake"), 4)
+
+    def test_rsa_and_elliptic_curves_side_by_side(self):
+        (rsa, rsa_key), (curve, curve_key) = self.issue("rsa", "rsa"), self.issue("curve")
+        proxy = self.proxy(certificates=f"{{cert: {rsa}, key: {rsa_key}}}, {{cert: {curve}, key: {curve_key}}}")
+        for options, signature in (
+            (["-tls1_3"], "ECDSA"),
+            (["-tls1_3", "-sigalgs", "rsa_pss_rsae_sha256"], "RSA-PSS"),
+            (["-tls1_3", "-sigalgs", "rsa_pss_rsae_sha256:ecdsa_secp256r1_sha256"], "ECDSA"),
+            (["-tls1_2"], "ECDSA"),
+            (["-tls1_2", "-sigalgs", "RSA+SHA256"], "RSA"),
+            (["-tls1_2", "-cipher", "ECDHE-RSA-AES128-GCM-SHA256"], "RSA(-PSS)?"),
+        ):
+            for name in ("localhost", None):
+                with self.subTest(options=options, name=name):
+                    said = self.s_client(proxy, *options, name=name)
+                    self.assertRegex(said, rf"Peer signature type: {signature}\n")
+                    self.assertIn("a OK", said)
+
+    def test_renegotiation_before_login(self):
+        """After it, see test_tls_interop.py."""
+        proxy = self.proxy()
+        client = Tool([program("openssl"), "s_client", "-brief", "-CAfile", str(self.certificates.ca), "-tls1_2", "-connect",
+                       f"127.0.0.1:{proxy.ports['tls']}"])
+        self.addCleanup(client.close)
+        self.assertIn(b"* OK", client.line(), client.report())
+        client.send(b"R\n")
+        wait_for("s_client to give up", lambda: "no renegotiation" in client.report())
+        self.assertEqual(client.line(), b"")
+        wait_for("the session to end", lambda: proxy.metric("vestibule_sessions") == 0)
+        self.assertIn("a OK", self.s_client(proxy, "-tls1_2"))
+
+    def test_a_handshake_that_is_cut_off(self):
+        """After each part of the client's first message: nothing is served, nothing stays, neighbours go on."""
+        hello, incoming = ssl.MemoryBIO(), ssl.MemoryBIO()
+        client = context(self.certificates.ca).wrap_bio(incoming, hello, server_hostname="localhost")
+        with self.assertRaises(ssl.SSLWantReadError):
+            client.do_handshake()
+        first = hello.read()
+        proxy = self.proxy(first="sni: any", second="sni: strict")
+        neighbour = self.log_in(proxy)
+        cuts = (0, 1, 5, 6, len(first) // 2, len(first) - 1, len(first))
+        for port in ("tls", "starttls"):
+            for cut in cuts:
+                with socket.create_connection(("127.0.0.1", proxy.ports[port]), timeout=PATIENCE) as plain:
+                    plain.sendall(first[:cut])
+                    plain.shutdown(socket.SHUT_WR)
+                    answer = b""
+                    while got := plain.recv(65536):
+                        answer += got
+                # Only a whole message is answered, by the server's own.
+                self.assertEqual(answer[:1], b"\x16" if cut == len(first) else b"", f"{cut}: {answer[:20]}")
+        wait_for("the sessions to end", lambda: proxy.metric("vestibule_sessions") == 1)
+        self.assertEqual(proxy.metric("vestibule_failures_total", reason="handshake"), 2 * len(cuts))
+        self.assertRegex(neighbour.command("b", "NOOP")[-1], b"^b OK")
+
+    def test_early_data_is_not_taken(self):
+        """Neither is it offered, nor taken from a client that was told it could send some."""
+        proxy = self.proxy()
+        session, early = self.folder.path / "early.session", self.folder.write("early", "e NOOP\r\n")
+        self.assertIn("Max Early Data: 0", self.s_client(proxy, "-tls1_3", "-sess_out", session))
+        self.assertIn("Early data was not sent", self.s_client(proxy, "-tls1_3", "-sess_in", session, "-early_data", early))
+        self.s_client(proxy, "-tls1_3", "-sess_out", session)
+        allow_early_data(session)
+        said = self.s_client(proxy, "-tls1_3", "-sess_in", session, "-early_data", early)
+        self.assertIn("Early data was rejected", said)
+        self.assertIn("Reused, TLSv1.3", said)
+        self.assertNotIn("e OK", said)
+        self.assertIn("a OK", said)
+
+
+def allow_early_data(session):
+    """Puts max_early_data into OpenSSL's session file: the element [15] of its sequence, whose elements are in order."""
+    der = base64.b64decode("".join(line for line in session.read_text().splitlines() if "-----" not in line))
+
+    def after_head(at):
+        """Where the content of the element at `at` begins, and where it ends."""
+        size, octets = der[at + 1], 0
+        if size & 0x80:
+            octets = size & 0x7F
+            size = int.from_bytes(der[at + 2:at + 2 + octets], "big")
+        return at + 2 + octets, at + 2 + octets + size
+
+    start, end = after_head(0)
+    at = start
+    while at < end and not 0xB0 <= der[at] < 0xC0:
+        at = after_head(at)[1]
+    content = der[start:at] + bytes.fromhex("af0402024000") + der[at:end]
+    der = b"\x30\x82" + len(content).to_bytes(2, "big") + content
+    body = base64.encodebytes(der).decode()
+    session.write_text(f"-----BEGIN SSL SESSION PARAMETERS-----\n{body}-----END SSL SESSION PARAMETERS-----\n")
+
+
+class Tickets(Policy):
+    def test_a_ticket_is_good_at_its_own_policy(self):
+        asks = f"client_certificates: {{ca: {self.certificates.ca}"
+        proxy = self.proxy(second='tls_min: "1.3"', third=f"{asks}, required: true}}")
+        session = self.folder.path / "policy.session"
+        for version in VERSIONS.values():
+            with self.subTest(version=version):
+                self.assertIn("New, TLSv", self.s_client(proxy, version, "-sess_out", session))
+                for port in ("tls", "starttls", "plain"):
+                    said = self.s_client(proxy, version, "-sess_in", session, port=port)
+                    self.assertEqual("Reused, TLSv" in said, port == "tls", f"{port}\n{said}")
+                    if port == "plain":
+                        self.assertRegex(said, "alert (certificate required|handshake failure)")
+                        self.assertNotIn("* OK", said)
+
+    def test_machines_that_share_keys(self):
+        folders = [Folder(), Folder()]
+        for folder in folders:
+            self.addCleanup(folder.remove)
+        newer, older = self.key_file("newer.key"), self.key_file("older.key")
+        proxies = []
+        for folder in folders:
+            for file in (newer, older):
+                replace(folder.path / file.name, file.read_bytes(), 0o600)
+            proxies.append(self.proxy(second='tls_min: "1.3"', more="ticket_keys: [newer.key, older.key]", folder=folder))
+        one, two = proxies
+        lonely = self.proxy()
+        sessions = {version: self.folder.path / f"shared-{version}.session" for version in VERSIONS}
+
+        def resumes(proxy, port="tls"):
+            said = {version: self.s_client(proxy, option, "-sess_in", sessions[version], port=port) for version, option in VERSIONS.items()}
+            for text in said.values():
+                self.assertRegex(text, "(New|Reused), ", "a handshake at least")
+            return ["Reused, TLSv" in text for text in said.values()]
+
+        for version, option in VERSIONS.items():
+            self.assertIn("New, TLSv", self.s_client(one, option, "-sess_out", sessions[version]))
+        self.assertEqual(resumes(one), [True, True])
+        self.assertEqual(resumes(two), [True, True])
+        self.assertEqual(resumes(two, "starttls"), [False, False])
+        self.assertEqual(resumes(lonely), [False, False])
+
+        # A newer key comes and the oldest goes: what the one between sealed is good still.
+        next_key = self.key_file("next.key").read_bytes()
+        loads = [0, 0]
+
+        def rotate(first, second):
+            for at, folder in enumerate(folders):
+                replace(folder.path / "older.key", second, 0o600)
+                replace(folder.path / "newer.key", first, 0o600)
+                loads[at] += 1
+            for at, proxy in enumerate(proxies):
+                wait_for("the keys", lambda: proxy.log().count("ticket keys loaded") >= loads[at])
+
+        rotate(next_key, newer.read_bytes())
+        self.assertEqual(resumes(one), [True, True])
+        self.assertEqual(resumes(two), [True, True])
+
+        # A file that everybody may read is not taken, and changes nothing.
+        bad = folders[1].path / "newer.key"
+        replace(bad, self.key_file("bad.key").read_bytes(), 0o644)
+        wait_for("the gauge", lambda: two.metric("vestibule_ticket_keys_load_failed") == 1)
+        self.assertIn(f"{bad}: is open to everybody on this machine (mode 644): chmod 600 it; the old ticket keys stay in use", two.log())
+        self.assertEqual(resumes(two), [True, True])
+        bad.chmod(0o600)
+        wait_for("the gauge", lambda: two.metric("vestibule_ticket_keys_load_failed") == 0)
+        loads[1] += 1
+
+        # The key that sealed them goes.
+        rotate(self.key_file("last.key").read_bytes(), next_key)
+        self.assertEqual(resumes(one), [False, False])
+        self.assertEqual(resumes(two), [False, False])
+        for secret in (newer, older):
+            self.assertNotIn(secret.read_text().strip()[:20], one.log())
+
+    def test_check_tells_of_bad_key_files(self):
+        short = self.folder.path / "short.key"
+        replace(short, b"too short", 0o600)
+        proxy = self.proxy()
+        wrong = proxy.file.with_name("wrong.yaml")
+        wrong.write_text(proxy.file.read_text().replace("tls: {certificates", f"tls: {{ticket_keys: [{short}], certificates"))
+        done = subprocess.run([proxy.process.child.args[3], "check", "--config", wrong], capture_output=True, text=True, timeout=PATIENCE)
+        self.assertNotEqual(done.returncode, 0, done.stdout + done.stderr)
+        self.assertIn("tls.ticket_keys[0]", done.stderr)
+        self.assertIn("32 are needed", done.stderr)
+
+
+class Renewal(Policy):
+    def failed(self, proxy):
+        return proxy.metric("vestibule_certificate_load_failed")
+
+    def expiry(self, proxy):
+        return proxy.metric("vestibule_certificate_expiry_timestamp_seconds")
+
+    def volume(self, name, versions):
+        """A folder laid out as Kubernetes does: files lead through a link to a folder of their version."""
+        path = self.folder.path / name
+        path.mkdir()
+        for version, (cert, key) in versions.items():
+            (path / version).mkdir()
+            (path / version / "tls.crt").write_bytes(cert.read_bytes())
+            (path / version / "tls.key").write_bytes(key.read_bytes())
+        (path / "..data").symlink_to(next(iter(versions)))
+        for file in ("tls.crt", "tls.key"):
+            (path / file).symlink_to(f"..data/{file}")
+        return path
+
+    def test_a_certificate_is_renewed_and_sessions_go_on(self):
+        old, new = self.issue("old", days=30), self.issue("new", days=300)
+        volume = self.volume("volume", {"1": old, "2": new})
+        proxy = self.proxy(certificates=f"{{cert: {volume}/tls.crt, key: {volume}/tls.key}}")
+        before, expiry = self.shown(proxy), self.expiry(proxy)
+        self.assertEqual(ssl.cert_time_to_seconds(before["notAfter"]), expiry)
+        session = self.log_in(proxy)
+        number = 0
+
+        def goes_on():
+            nonlocal number
+            number += 1
+            self.assertRegex(session.command(f"n{number}", "NOOP")[-1], f"^n{number} OK".encode())
+            return True
+
+        (volume / "..new").symlink_to("2")
+        os.replace(volume / "..new", volume / "..data")
+        wait_for("the new certificate", lambda: goes_on() and self.shown(proxy)["serialNumber"] != before["serialNumber"])
+        after = self.shown(proxy)
+        self.assertEqual(ssl.cert_time_to_seconds(after["notAfter"]), self.expiry(proxy))
+        self.assertGreater(self.expiry(proxy), expiry)
+        self.assertIn("certificate loaded", proxy.log())
+        goes_on()
+        self.assertRegex(session.command("s", "SELECT INBOX")[-1], b"^s OK")
+        self.assertEqual(self.failed(proxy), 0)
+
+    def test_a_bad_pair_keeps_the_old_one(self):
+        (cert, key), other = self.issue("kept"), self.issue("other")
+        cert_bytes, key_bytes = cert.read_bytes(), key.read_bytes()
+        proxy = self.proxy(certificates=f"{{cert: {cert}, key: {key}}}")
+        before = self.shown(proxy)
+        for file, content, said in (
+            (key, other[1].read_bytes(), f"{key}: does not fit the certificate {cert}"),
+            (cert, cert_bytes[:len(cert_bytes) // 2], f"{cert}: "),
+            (cert, b"", f"{cert}: "),
+            (key, key_bytes[:len(key_bytes) // 2], f"{key}: "),
+        ):
+            with self.subTest(file=file.name, size=len(content)):
+                good, told = file.read_bytes(), proxy.log().count("the old certificate stays in use")
+                replace(file, content)
+                wait_for("the gauge", lambda: self.failed(proxy) == 1)
+                lines = [line for line in proxy.log().splitlines() if "the old certificate stays in use" in line]
+                self.assertEqual(len(lines), told + 1)
+                self.assertRegex(lines[-1], "ERROR")
+                self.assertIn(said, lines[-1])
+                self.assertEqual(self.shown(proxy), before)
+                replace(file, good)
+                wait_for("the gauge", lambda: self.failed(proxy) == 0)
+        self.assertNotIn(re.sub(r"\s", "", key_bytes.decode())[40:60], proxy.log())
+        # And a good pair, file by file in place, as cp does it.
+        cert.write_bytes(other[0].read_bytes())
+        key.write_bytes(other[1].read_bytes())
+        wait_for("the new certificate", lambda: self.shown(proxy) != before)
+        wait_for("the gauge", lambda: self.failed(proxy) == 0)
+
+    def test_ocsp(self):
+        (cert, key), other = self.issue("stapled"), self.issue("unstapled")
+        response, wrong = self.folder.path / "ocsp.der", self.folder.path / "wrong.der"
+        self.respond(cert, response)
+        self.respond(other[0], wrong)
+        good = response.read_bytes()
+        proxy = self.proxy(certificates=f"{{cert: {cert}, key: {key}, ocsp: {response}}}")
+
+        def status(*options):
+            said = self.s_client(proxy, "-status", *options)
+            self.assertIn("a OK", said)
+            return "good" if "Cert Status: good" in said else re.search("OCSP response: (.*)", said)[1]
+
+        for version in VERSIONS.values():
+            self.assertEqual(status(version), "good")
+        replace(response, wrong.read_bytes())
+        wait_for("the gauge", lambda: self.failed(proxy) == 1)
+        self.assertIn(f"{response}: is about another certificate; the certificate is shown without it", proxy.log())
+        self.assertEqual(status(), "no response sent")
+        replace(response, good)
+        wait_for("the gauge", lambda: self.failed(proxy) == 0)
+        self.assertEqual(status(), "good")
+        replace(response, b"nonsense")
+        wait_for("the gauge", lambda: self.failed(proxy) == 1)
+        self.assertIn(f"{response}: is not an OCSP response in DER; the old response stays in use while it fits", proxy.log())
+        self.assertEqual(status(), "good")
+
+
+if __name__ == "__main__":
+    unittest.main()

@@ -1,0 +1,142 @@
+//! A configuration takes another's place: nobody notices, and a bad one changes nothing.
+
+use std::net::SocketAddr;
+
+use vestibule::server::Running;
+
+use crate::support::*;
+
+/// The proxy on a file that can be written again.
+struct Scene {
+    folder: tempfile::TempDir,
+    proxy: Running,
+}
+
+impl Scene {
+    async fn new(text: &str) -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("vestibule.yaml");
+        std::fs::write(&file, text).unwrap();
+        let proxy = vestibule::server::start(vestibule::config::load(&file).unwrap(), Vec::new()).await.unwrap();
+        Self { folder, proxy }
+    }
+
+    async fn reload(&self, text: &str) -> anyhow::Result<vestibule::server::Reloaded> {
+        let file = self.folder.path().join("vestibule.yaml");
+        std::fs::write(&file, text).unwrap();
+        in_time("a reload", self.proxy.reload(&file)).await
+    }
+
+    fn address(&self) -> SocketAddr {
+        self.proxy.listeners()[0]
+    }
+}
+
+fn configuration(backends: &str, more: &str) -> String {
+    format!(
+        "listeners: [{{address: '127.0.0.1:0', tls: none}}]\nlimits: {{probe: off, workers: 2}}\n{backends}\n{more}"
+    )
+}
+
+async fn greeting(address: SocketAddr) -> bool {
+    Client::silent(address).await.line().await.starts_with("* OK")
+}
+
+#[tokio::test]
+async fn logins_go_where_the_new_configuration_says_and_sessions_stay() {
+    let (one, two) = (Scripted::new(GOOD).await, Scripted::new(GOOD).await);
+    let to = |server: &Scripted| {
+        configuration(&format!("backends: {{only: {{servers: ['{}']}}}}", server.address), "routes: [{default: only}]")
+    };
+    let scene = Scene::new(&to(&one)).await;
+    let mut before = Client::connect(scene.address()).await;
+    assert!(before.ask("a LOGIN alice secret").await.starts_with("a OK"));
+    let mut waiting = Client::connect(scene.address()).await;
+    for _ in 0..20 {
+        scene.reload(&to(&two)).await.unwrap();
+    }
+    let mut after = Client::connect(scene.address()).await;
+    assert!(after.ask("a LOGIN bob secret").await.starts_with("a NO"), "its script knows only alice");
+    assert_eq!((one.connections(), two.connections()), (1, 1));
+    assert_eq!(before.ask("b NOOP").await, "b OK relayed");
+    // Who came before the reload keeps the configuration it came with.
+    assert!(waiting.ask("a LOGIN alice secret").await.starts_with("a OK"));
+    assert_eq!((one.connections(), two.connections()), (2, 1));
+    assert_eq!(metric(&scene.proxy, "vestibule_reloads_total", &["loaded"]), 20.0);
+    assert_eq!(metric(&scene.proxy, "vestibule_backend_sessions", &[]), 2.0, "counts go on");
+    drop((before, waiting, after));
+    eventually("the end", || metric(&scene.proxy, "vestibule_sessions", &[]) == 0.0).await;
+    scene.proxy.stop().await;
+}
+
+#[tokio::test]
+async fn a_bad_file_keeps_everything_and_says_what_is_wrong() {
+    let server = Scripted::new(GOOD).await;
+    let backends = format!("backends: {{only: {{servers: ['{}']}}}}", server.address);
+    let good = configuration(&backends, "routes: [{default: only}]");
+    let scene = Scene::new(&good).await;
+    for (bad, said) in [
+        (configuration(&backends, "routes: [{default: onyl}]"), "vestibule.yaml:4:"),
+        (configuration(&backends, "routes: [{table: absent.txt}]"), "absent.txt: No such file"),
+        (
+            configuration(&backends, "routes: [{default: only}]\ntls: {certificates: [{cert: a.pem, key: b.pem}]}"),
+            "a.pem",
+        ),
+        ("listeners: [".to_owned(), "not YAML"),
+    ] {
+        let error = scene.reload(&bad).await.unwrap_err().to_string();
+        assert!(error.contains(said), "{error}");
+        assert_eq!(metric(&scene.proxy, "vestibule_reload_failed", &[]), 1.0);
+        let mut client = Client::connect(scene.address()).await;
+        assert!(client.ask("a LOGIN alice secret").await.starts_with("a OK"));
+    }
+    scene.reload(&good).await.unwrap();
+    assert_eq!(metric(&scene.proxy, "vestibule_reload_failed", &[]), 0.0);
+    scene.proxy.stop().await;
+}
+
+#[tokio::test]
+async fn listeners_come_and_go() {
+    let backends = "backends: {only: {servers: ['127.0.0.1:1']}}\nroutes: [{default: only}]";
+    let with = |listeners: &str| format!("listeners: [{listeners}]\nlimits: {{probe: off, workers: 2}}\n{backends}");
+    let plain = "{address: '127.0.0.1:0', tls: none}";
+    let scene = Scene::new(&with(plain)).await;
+    let first = scene.address();
+    // Another one behind, and one before it: what stays keeps its port.
+    let added = scene.reload(&with(&format!("{plain}, {{address: '127.0.0.2:0', tls: none}}"))).await.unwrap();
+    let second = added.opened[0];
+    assert_eq!(scene.proxy.listeners(), [first, second]);
+    assert!(greeting(first).await && greeting(second).await);
+    let mut open = Client::connect(second).await;
+    let swapped = scene.reload(&with("{address: '127.0.0.2:0', tls: none, mechanisms: [login]}")).await.unwrap();
+    assert_eq!((swapped.opened, swapped.closed), (Vec::new(), vec![first]));
+    eventually("a closed port", || std::net::TcpStream::connect(first).is_err()).await;
+    assert_eq!(open.ask("a NOOP").await, "a OK NOOP completed.", "who is in stays");
+    let mut client = Client::silent(second).await;
+    assert!(!client.line().await.contains("AUTH=PLAIN"), "as the new configuration has it");
+    // An address that cannot be had: nothing changes.
+    let taken = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = taken.local_addr().unwrap();
+    let error = scene.reload(&with(&format!("{{address: '{address}', tls: none}}"))).await.unwrap_err();
+    assert!(format!("{error:#}").contains("cannot be bound (listeners[0].address)"), "{error:#}");
+    assert!(greeting(second).await);
+    scene.proxy.stop().await;
+}
+
+#[tokio::test]
+async fn the_cap_of_sessions_follows() {
+    let backends = "backends: {only: {servers: ['127.0.0.1:1']}}\nroutes: [{default: only}]";
+    let with = |most: usize| {
+        format!(
+            "listeners: [{{address: '127.0.0.1:0', tls: none}}]\nlimits: {{probe: off, sessions: {most}}}\n{backends}"
+        )
+    };
+    let scene = Scene::new(&with(2)).await;
+    let (_one, _two) = (Client::connect(scene.address()).await, Client::connect(scene.address()).await);
+    assert!(Client::silent(scene.address()).await.line().await.starts_with("* BYE [UNAVAILABLE]"));
+    scene.reload(&with(3)).await.unwrap();
+    let _three = Client::connect(scene.address()).await;
+    scene.reload(&with(1)).await.unwrap();
+    assert!(Client::silent(scene.address()).await.line().await.starts_with("* BYE [UNAVAILABLE]"));
+    scene.proxy.stop().await;
+}
