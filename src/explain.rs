@@ -63,12 +63,20 @@ pub async fn explain(live: &Live, user: &UserName) -> (String, bool) {
     live.backends.start(&own, &tasks, &stop);
     let wait = live.config.resolver.timeout * 3;
     let servers = timeout(wait, live.servers(place, &place.mailbox(&question.user))).await.unwrap_or_default();
+    if matches!(place.at, At::Any) {
+        line(&mut text, format_args!("balance  {}: {}", backend.balance.as_str(), backend.balance.decided_by()));
+    }
     for (rank, server) in servers.iter().enumerate() {
         let addresses = timeout(wait, server.addresses()).await.unwrap_or_default();
         let addresses: Vec<String> = addresses.iter().map(ToString::to_string).collect();
         let resolved = if addresses.is_empty() { "no address known".to_owned() } else { addresses.join(", ") };
         let rank = if rank == 0 { "first" } else { "next" };
-        line(&mut text, format_args!("server   {rank}: {} ({resolved})", server.name));
+        let weight = if server.weight() == 1 { String::new() } else { format!(", weight {}", server.weight()) };
+        let most = server.max_sessions().map(|most| format!(", {most} sessions at most")).unwrap_or_default();
+        line(&mut text, format_args!("server   {rank}: {} ({resolved}){weight}{most}", server.name));
+    }
+    for server in backend.servers().iter().filter(|server| !server.takes_logins()) {
+        line(&mut text, format_args!("server   no logins: {} (state {})", server.name, server.mode().as_str()));
     }
     if servers.is_empty() {
         text.push_str("server   none known: logins get NO [UNAVAILABLE]\n");

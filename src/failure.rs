@@ -139,8 +139,10 @@ reasons! {
     Backend Referral = "referral",
     /// No answer within `limits.connect` or `limits.server_login`.
     Backend LoginTimeout = "login_timeout",
-    /// The backend has no server at all (an SRV name with no answer).
+    /// The backend has no server at all (an SRV name with no answer), or none that is to get logins.
     Backend NoServer = "no_server",
+    /// All servers have `max_sessions`, and the queue was full or the wait too long.
+    Backend ServersFull = "servers_full",
     /// The system refused what a session needs to go on.
     Internal System = "system",
     /// A session ended in a panic.

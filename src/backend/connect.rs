@@ -14,7 +14,9 @@ use tokio::net::TcpStream;
 use tokio::time::{self, timeout_at};
 use zeroize::Zeroizing;
 
-use super::{Backend, Server, proxy_header};
+use super::health::Blow;
+use super::reach::{encrypt, reach};
+use super::{Backend, Server};
 use crate::config::{ClientInfo, Limits, TlsMode};
 use crate::failure::Reason;
 use crate::identity::ServerLogin;
@@ -22,8 +24,7 @@ use crate::imap::backend_login::{Attempt, BackendLogin, Offer, Referral, ServerF
 use crate::imap::client_id::ClientId;
 use crate::imap::tag::Tag;
 use crate::relay::Leg;
-use crate::stream::{Encrypted, Stream, TlsFacts};
-use crate::tls::handover::Secrets;
+use crate::stream::{Stream, TlsFacts};
 
 /// One read from a server before login: its lines are short.
 const READ: usize = 4096;
@@ -33,6 +34,8 @@ const READ: usize = 4096;
 pub struct Request<'a> {
     /// What to log in with; none: only to see what the server offers.
     pub login: Option<ServerLogin<'a>>,
+    /// Who asks.
+    pub purpose: Purpose,
     /// The client's tag: the server's answer is given under it.
     pub tag: &'a Tag,
     /// The client's own ID pairs.
@@ -47,6 +50,17 @@ pub struct Request<'a> {
     pub session_id: &'a str,
     /// Deadlines and caps.
     pub limits: &'a Limits,
+}
+
+/// What a connection to a server is for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Purpose {
+    /// A client's login, from which the server's health is learnt.
+    Session,
+    /// A check: the login ends with LOGOUT.
+    Check,
+    /// A check that has seen enough when TLS stands.
+    CheckTls,
 }
 
 /// How one server answered.
@@ -65,10 +79,19 @@ pub enum Outcome<'a> {
     Challenged(Box<Paused<'a>>, Vec<u8>),
     /// It sends the user elsewhere.
     Referred(Referral),
-    /// It was only looked at.
-    Seen(Offer),
+    /// It was only looked at, or logged in to for a check.
+    Seen(Seen),
     /// It could not answer.
     Unavailable(Fault),
+}
+
+/// What a check has seen.
+#[derive(Debug, Default)]
+pub struct Seen {
+    /// What the server offers before login.
+    pub offer: Option<Offer>,
+    /// When its certificate ends, in seconds since 1970.
+    pub certificate_ends: Option<i64>,
 }
 
 /// A logged-in connection.
@@ -95,29 +118,35 @@ pub struct Fault {
     pub detail: String,
     /// Whether another server may do better.
     pub try_next: bool,
-    /// Whether the server's health suffers; never for what a client can provoke.
-    blames_server: bool,
+    /// How the server's health suffers; `None` for what a client can provoke.
+    pub(super) blow: Option<Blow>,
 }
 
 impl Fault {
     /// The backend has no server to try.
     pub fn no_server() -> Self {
         let detail = "the backend has no server just now".to_owned();
-        Self { reason: Reason::NoServer, detail, try_next: false, blames_server: false }
+        Self { reason: Reason::NoServer, detail, try_next: false, blow: None }
     }
 
     /// A referral that is not followed.
     pub fn referral(detail: String) -> Self {
-        Self { reason: Reason::Referral, detail, try_next: false, blames_server: false }
+        Self { reason: Reason::Referral, detail, try_next: false, blow: None }
+    }
+
+    /// All servers that could take the login have as many sessions as they may.
+    pub fn full() -> Self {
+        let detail = "all servers are full, and no place came free in time".to_owned();
+        Self { reason: Reason::ServersFull, detail, try_next: false, blow: None }
     }
 
     /// The operator, or the user's other sessions, end this login.
     pub fn told(reason: Reason, detail: String, try_next: bool) -> Self {
-        Self { reason, detail, try_next, blames_server: false }
+        Self { reason, detail, try_next, blow: None }
     }
 
-    fn of_server(reason: Reason, detail: impl ToString) -> Self {
-        Self { reason, detail: detail.to_string(), try_next: true, blames_server: true }
+    pub(super) fn of_server(reason: Reason, detail: impl ToString) -> Self {
+        Self { reason, detail: detail.to_string(), try_next: true, blow: Some(Blow::Other) }
     }
 }
 
@@ -140,7 +169,7 @@ impl From<ServerFault> for Fault {
             reason,
             detail: fault.as_str().to_owned(),
             try_next: fault.try_next_server(),
-            blames_server: fault.blames_server(),
+            blow: fault.blames_server().then_some(Blow::Other),
         }
     }
 }
@@ -152,25 +181,36 @@ pub async fn login<'a>(
     request: &'a Request<'a>,
     deadline: time::Instant,
 ) -> Outcome<'a> {
-    let first_byte = deadline.min(time::Instant::now() + request.limits.connect);
+    let is_session = request.purpose == Purpose::Session;
+    // A check has a deadline of its own.
+    let first_byte = if is_session { deadline.min(time::Instant::now() + request.limits.connect) } else { deadline };
     let began = Instant::now();
     match reach(backend, server, request, first_byte).await {
         Err(fault) => {
-            // Nobody logs in: a server that cannot be looked at is not judged by that.
-            if fault.blames_server && request.login.is_some() {
-                server.failed(&fault.detail);
+            if let Some(blow) = fault.blow.filter(|_| is_session) {
+                server.failed(blow, &fault.detail);
             }
             Outcome::Unavailable(fault)
         }
         Ok((stream, address)) => {
             let connect = began.elapsed();
-            if request.login.is_some() {
+            if is_session {
                 backend.metrics.backend(backend.id.0).server_connected(connect);
             }
             server.prefer(address);
+            if request.purpose == Purpose::CheckTls && matches!(stream, Stream::Tls(_)) {
+                return Outcome::Seen(seen_and_left(stream, None, deadline).await);
+            }
             Dialogue::new(backend, server, request, stream, address, connect).run(first_byte, deadline).await
         }
     }
+}
+
+/// Nothing more is wanted of this connection.
+async fn seen_and_left(mut stream: Stream, offer: Option<Offer>, deadline: time::Instant) -> Seen {
+    let certificate_ends = stream.peer_certificate().and_then(crate::tls::ends);
+    let _ = timeout_at(deadline, stream.shutdown()).await;
+    Seen { offer, certificate_ends }
 }
 
 /// A login that waits for the client's answer to a challenge.
@@ -190,76 +230,6 @@ impl<'a> Paused<'a> {
     }
 }
 
-/// Connects to the first address that answers; each gets its share of the time left.
-async fn reach(
-    backend: &Backend,
-    server: &Server,
-    request: &Request<'_>,
-    deadline: time::Instant,
-) -> Result<(Stream, SocketAddr), Fault> {
-    let addresses = timeout_at(deadline, server.addresses()).await.unwrap_or_default();
-    let mut fault = Fault::of_server(Reason::Resolve, "no address is known for the server");
-    for (tried, address) in addresses.iter().enumerate() {
-        let left = deadline.saturating_duration_since(time::Instant::now());
-        let share = left / u32::try_from(addresses.len() - tried).unwrap_or(u32::MAX);
-        match time::timeout(share, TcpStream::connect(address)).await {
-            Ok(Ok(socket)) => {
-                // Where it fails, replies are late and not lost.
-                let _ = socket.set_nodelay(true);
-                return Ok((open(backend, server, request, socket, deadline).await?, *address));
-            }
-            Ok(Err(error)) => fault = Fault::of_server(Reason::Connect, format!("{address}: {error}")),
-            Err(_) => {
-                fault = Fault::of_server(Reason::Connect, format!("{address}: no connection within the deadline"))
-            }
-        }
-    }
-    Err(fault)
-}
-
-/// PROXY header and implicit TLS.
-async fn open(
-    backend: &Backend,
-    server: &Server,
-    request: &Request<'_>,
-    mut socket: TcpStream,
-    deadline: time::Instant,
-) -> Result<Stream, Fault> {
-    let header = match backend.client_info {
-        ClientInfo::ProxyV1 if request.login.is_none() => proxy_header::LOCAL_1.to_vec(),
-        ClientInfo::ProxyV2 if request.login.is_none() => proxy_header::local_2(),
-        ClientInfo::ProxyV1 => proxy_header::version_1(request.client, request.listener),
-        ClientInfo::ProxyV2 => proxy_header::version_2(request.client, request.listener),
-        ClientInfo::Id | ClientInfo::None => Vec::new(),
-    };
-    if !header.is_empty() {
-        match timeout_at(deadline, socket.write_all(&header)).await {
-            Ok(Ok(())) => {}
-            Ok(Err(error)) => return Err(Fault::of_server(Reason::Connect, error)),
-            Err(_) => return Err(Fault::of_server(Reason::Connect, "the PROXY header was not taken in time")),
-        }
-    }
-    match backend.mode {
-        TlsMode::Implicit => encrypt(backend, server, socket, deadline).await,
-        TlsMode::None | TlsMode::StartTls => Ok(Stream::Plain(socket)),
-    }
-}
-
-async fn encrypt(
-    backend: &Backend,
-    server: &Server,
-    socket: TcpStream,
-    deadline: time::Instant,
-) -> Result<Stream, Fault> {
-    let Some(tls) = &backend.tls else { return Ok(Stream::Plain(socket)) };
-    let secrets = Arc::new(Secrets::default());
-    match timeout_at(deadline, tls.connect(socket, &server.tls_name, secrets.clone())).await {
-        Ok(Ok(tls)) => Ok(Stream::Tls(Box::new(Encrypted { tls, secrets }))),
-        Ok(Err(error)) => Err(Fault::of_server(Reason::ServerTls, error)),
-        Err(_) => Err(Fault::of_server(Reason::ServerTls, "no TLS handshake within the deadline")),
-    }
-}
-
 /// The words exchanged with a server until it has answered the login.
 struct Dialogue<'a> {
     backend: &'a Backend,
@@ -271,7 +241,9 @@ struct Dialogue<'a> {
     /// How long the connection took, and since when it stands.
     connect: Duration,
     connected: Instant,
-    is_login: bool,
+    purpose: Purpose,
+    /// What it offers before login, for a check.
+    offer: Option<Offer>,
 }
 
 impl<'a> Dialogue<'a> {
@@ -306,22 +278,25 @@ impl<'a> Dialogue<'a> {
             address,
             connect,
             connected: Instant::now(),
-            is_login: request.login.is_some(),
+            purpose: request.purpose,
+            offer: None,
         }
     }
 
     /// The first byte must come before `first_byte`, the answer before `deadline`.
     async fn run(self, first_byte: time::Instant, deadline: time::Instant) -> Outcome<'a> {
-        let (backend, server, connected, is_login) = (self.backend, self.server.clone(), self.connected, self.is_login);
+        let (backend, server, connected, purpose) = (self.backend, self.server.clone(), self.connected, self.purpose);
         let outcome = self.talk(first_byte, deadline).await;
-        if is_login {
+        if purpose == Purpose::Session {
             match &outcome {
                 Outcome::Accepted(_) | Outcome::Refused { .. } | Outcome::Referred(_) => {
                     backend.metrics.backend(backend.id.0).server_answered(connected.elapsed());
                     server.answered();
                 }
-                Outcome::Unavailable(fault) if fault.blames_server => server.failed(&fault.detail),
-                Outcome::Unavailable(_) | Outcome::Challenged(..) | Outcome::Seen(_) => {}
+                Outcome::Unavailable(Fault { blow: Some(blow), detail, .. }) => server.failed(*blow, detail),
+                // It has shown all that its breaker is about, and no slow client shall keep others from it.
+                Outcome::Challenged(..) => server.answered(),
+                Outcome::Unavailable(_) | Outcome::Seen(_) => {}
             }
         }
         outcome
@@ -340,12 +315,23 @@ impl<'a> Dialogue<'a> {
                 Ok(Ok(())) => {}
             }
             match step {
-                ServerStep::NeedInput => due = deadline,
+                ServerStep::NeedInput => {
+                    due = deadline;
+                    // Once an account is logged in, capabilities are others.
+                    self.offer = self.offer.or_else(|| self.machine.offer());
+                }
                 ServerStep::StartTls => match self.start_tls(deadline).await {
+                    Ok(encrypted) if encrypted.purpose == Purpose::CheckTls => {
+                        return Outcome::Seen(seen_and_left(encrypted.stream, None, deadline).await);
+                    }
                     Ok(encrypted) => self = encrypted,
                     Err(fault) => return Outcome::Unavailable(fault),
                 },
                 ServerStep::Challenge(line) => return Outcome::Challenged(Box::new(Paused(self)), line),
+                ServerStep::Accepted { .. } if self.purpose == Purpose::Check => {
+                    let _ = timeout_at(deadline, self.exchange(b"Q LOGOUT\r\n", true)).await;
+                    return Outcome::Seen(seen_and_left(self.stream, self.offer, deadline).await);
+                }
                 ServerStep::Accepted { to_client } => {
                     self.judge_id();
                     return match timeout_at(deadline, self.established(to_client)).await {
@@ -364,8 +350,7 @@ impl<'a> Dialogue<'a> {
                     return Outcome::Referred(referral);
                 }
                 ServerStep::Seen(offer) => {
-                    self.leave(deadline).await;
-                    return Outcome::Seen(offer);
+                    return Outcome::Seen(seen_and_left(self.stream, Some(offer), deadline).await);
                 }
                 ServerStep::Unavailable(fault) => return Outcome::Unavailable(self.explained(fault)),
             }
@@ -415,13 +400,15 @@ impl<'a> Dialogue<'a> {
         };
         self.stream = encrypt(self.backend, &self.server, socket, deadline).await?;
         self.machine.tls_established();
+        self.offer = None;
         Ok(self)
     }
 
     fn timed_out(&self, before_first_byte: bool) -> Fault {
         let detail = format!("no answer within the deadline ({})", self.machine.state());
         // A server that greets but is slow with this login may be waiting for what only this user needs.
-        Fault { reason: Reason::LoginTimeout, detail, try_next: true, blames_server: before_first_byte }
+        let blow = before_first_byte.then_some(Blow::Other);
+        Fault { reason: Reason::LoginTimeout, detail, try_next: true, blow }
     }
 
     fn explained(&self, fault: ServerFault) -> Fault {
@@ -433,7 +420,7 @@ impl<'a> Dialogue<'a> {
     /// What happens once the login is sent may be the client's doing (a password over the server's line limit, say), and no
     /// client shall be able to make servers look dead.
     fn pardoned(&self, mut fault: Fault) -> Fault {
-        fault.blames_server &= !self.machine.login_sent();
+        fault.blow = fault.blow.filter(|_| !self.machine.login_sent());
         fault
     }
 }

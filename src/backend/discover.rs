@@ -33,11 +33,11 @@ pub(super) struct Resolver(TokioResolver);
 
 /// One line of an SRV answer.
 #[derive(Debug, Clone, PartialEq, Eq)]
-struct Service {
-    target: String,
-    port: u16,
-    priority: u16,
-    weight: u32,
+pub(super) struct Service {
+    pub(super) target: String,
+    pub(super) port: u16,
+    pub(super) priority: u16,
+    pub(super) weight: u32,
 }
 
 impl Resolver {
@@ -152,7 +152,14 @@ async fn refresh_service(
         };
         let server = match known.iter().find(same) {
             Some(server) => server.clone(),
-            None => Arc::new(backend.discovered(name, &service.target, service.port, service.priority, service.weight)),
+            None => {
+                // Of the same server with another weight everything is known already.
+                let is_it = |server: &&Arc<Server>| {
+                    server.port == service.port && server.host == Host::Name(service.target.clone())
+                };
+                let state = known.iter().find(is_it).map(|server| server.state.clone());
+                Arc::new(backend.discovered(&backend.groups[group], name, &service, state))
+            }
         };
         match resolver.addresses(&service.target).await {
             Ok((addresses, valid)) => {

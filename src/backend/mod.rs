@@ -4,31 +4,39 @@
 //! know why a user belongs to a backend (`route` does) and speaks to no client. Called by `server`, which builds and
 //! starts it, and by `session` for each login.
 
+mod checks;
 pub mod connect;
 mod discover;
 mod health;
-mod probe;
 mod proxy_header;
+mod reach;
 mod select;
 mod server;
+mod slots;
+mod tour;
 
 use std::collections::{BTreeMap, HashMap};
+use std::hash::{BuildHasher as _, RandomState};
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicU16, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use tokio::sync::watch;
 use tokio_rustls::rustls::pki_types::ServerName;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
+use self::checks::Watch;
 pub use self::discover::OwnAddresses;
-use self::discover::Resolver;
-use self::select::Candidate;
+use self::discover::{Resolver, Service};
+use self::select::{Candidate, Luck};
 pub use self::server::Server;
-use self::server::ServerState;
-use crate::config::{self, BackendId, ClientInfo, Config, Host, Limits, Problem, TlsMode, Trust};
+use self::server::{ServerState, Terms};
+use self::slots::Queue;
+pub use self::slots::{SessionSlot, Slot};
+pub use self::tour::{Stop, Tour};
+use crate::config::{self, BackendId, Balance, ClientInfo, Config, Host, Limits, Mode, Problem, TlsMode, Trust};
 use crate::identity::{Mechanism, Mechanisms, Secret, UserName};
 use crate::metrics::Metrics;
 use crate::tls::client::ClientTls;
@@ -81,20 +89,19 @@ impl Backends {
         Ok(backends)
     }
 
-    /// Begins to ask servers what they offer, every `interval`, until `stop`.
-    pub fn probe(
-        self: Arc<Self>,
-        interval: Duration,
-        limits: Arc<Limits>,
-        tasks: &TaskTracker,
-        stop: &CancellationToken,
-    ) {
-        let stop = stop.clone();
-        tasks.spawn(async move { stop.run_until_cancelled(probe::follow(self, interval, limits)).await });
+    /// Begins to check servers, until `stop`.
+    pub fn watch(self: &Arc<Self>, limits: &Arc<Limits>, tasks: &TaskTracker, stop: &CancellationToken) {
+        for backend in self.list.iter().filter(|backend| backend.watch.is_some()) {
+            let (stop, watching) = (stop.clone(), checks::follow(self.clone(), backend.clone(), limits.clone()));
+            tasks.spawn(async move { stop.run_until_cancelled(watching).await });
+        }
     }
 
     /// Begins to resolve names, until `stop`.
     pub fn start(&self, own: &OwnAddresses, tasks: &TaskTracker, stop: &CancellationToken) {
+        for server in self.list.iter().flat_map(|backend| backend.servers()) {
+            server.show();
+        }
         let Some(resolver) = &self.resolver else { return };
         for backend in &self.list {
             for (index, group) in backend.groups.iter().enumerate() {
@@ -223,6 +230,15 @@ pub struct Backend {
     pub follows_referrals: bool,
     /// Sent with ID as `x-forward-KEY`.
     forward: BTreeMap<String, String>,
+    /// Which server comes first.
+    pub balance: Balance,
+    watch: Option<Watch>,
+    queue: Queue,
+    queue_limits: config::Queue,
+    /// How far each server is behind its turn, by name.
+    credits: Mutex<HashMap<Arc<str>, f64>>,
+    /// Of servers that a route names by address.
+    guest_terms: Terms,
     groups: Vec<Group>,
     /// Servers that a route names by their addresses.
     guests: Mutex<HashMap<SocketAddr, Arc<Server>>>,
@@ -245,14 +261,16 @@ impl Backend {
         let mut groups = Vec::new();
         for server in &backend.servers {
             match server {
-                config::Server::Srv { name, .. } => {
+                config::Server::Srv { name, max_sessions, mode, .. } => {
+                    let terms = Terms::new(&backend.care, *max_sessions, *mode);
                     let known = previous.and_then(|previous| {
                         let group = previous.groups.iter().find(|group| group.service.as_ref() == Some(name))?;
                         group.servers.borrow().clone()
                     });
-                    groups.push(Group::service(name.clone(), known));
+                    let known = known.map(|servers| servers.iter().map(|server| server.on(terms)).collect());
+                    groups.push(Group::service(name.clone(), terms, known));
                 }
-                config::Server::Address { name, host, port, weight, place } => {
+                config::Server::Address { name, host, port, weight, max_sessions, mode, place } => {
                     let tls_name = tls_name(host).map_err(|message| config.problem(place, message))?;
                     let known = previous.and_then(|previous| previous.fixed(name));
                     let state = known.map(|known| known.state.clone());
@@ -264,12 +282,16 @@ impl Backend {
                         weight: *weight,
                         priority: 0,
                         tls_name,
+                        terms: Terms::new(&backend.care, *max_sessions, *mode),
                         state: state.unwrap_or_else(|| ServerState::new(host, *port, own.server(name))),
                     }));
                 }
             }
         }
-        groups.push(Group::fixed(fixed));
+        let guest_terms = Terms::new(&backend.care, None, Mode::Up);
+        groups.push(Group::fixed(fixed, guest_terms));
+        let guests = previous.map(|previous| previous.lock_guests().clone()).unwrap_or_default();
+        let guests = guests.into_iter().map(|(address, server)| (address, server.on(guest_terms))).collect();
         Ok(Self {
             name: label,
             id,
@@ -280,8 +302,14 @@ impl Backend {
             login: backend.login.as_ref().map(|login| OwnLogin::read(config, login)).transpose()?,
             follows_referrals: backend.follows_referrals,
             forward: backend.forward.clone(),
+            balance: backend.care.balance,
+            watch: backend.care.check.as_ref().map(|check| Watch::build(config, check)).transpose()?,
+            queue: Queue::default(),
+            queue_limits: backend.care.queue,
+            credits: Mutex::default(),
+            guest_terms,
             groups,
-            guests: Mutex::new(previous.map(|previous| previous.lock_guests().clone()).unwrap_or_default()),
+            guests: Mutex::new(guests),
             metrics,
         })
     }
@@ -305,18 +333,36 @@ impl Backend {
 
     /// Whether all sessions of a user must be on one server: two that share a mailbox's storage would damage its index.
     pub fn serves_a_user_by_one_server(&self) -> bool {
-        true
+        self.balance.is_sticky()
     }
 
-    /// The servers to try for `user`, in order; waits for DNS only while it has never answered.
+    /// The servers to try for `user`, in order, without those that are drained or down; waits for DNS only while it has
+    /// never answered.
     pub async fn candidates(&self, user: &str) -> Vec<Arc<Server>> {
         let mut servers = Vec::new();
         for group in &self.groups {
             servers.extend(group.first_known().await);
         }
+        servers.retain(|server| server.mode() == Mode::Up);
         let now = Instant::now();
         let candidates: Vec<Candidate<'_>> = servers.iter().map(|server| server.candidate(now)).collect();
-        select::order(user, &candidates).into_iter().map(|index| servers[index].clone()).collect()
+        let order = self.ordered(user, &candidates, &servers);
+        order.into_iter().map(|index| servers[index].clone()).collect()
+    }
+
+    fn ordered(&self, user: &str, candidates: &[Candidate<'_>], servers: &[Arc<Server>]) -> Vec<usize> {
+        if self.balance != Balance::RoundRobin {
+            let mut luck = Luck { chance: &mut chance, credits: &mut [] };
+            return select::order(self.balance, user, candidates, &mut luck);
+        }
+        // What is lost with a panic elsewhere is whose turn it is.
+        let mut known = self.credits.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut credits: Vec<f64> =
+            servers.iter().map(|server| known.get(&server.name).copied().unwrap_or_default()).collect();
+        let order =
+            select::order(self.balance, user, candidates, &mut Luck { chance: &mut chance, credits: &mut credits });
+        *known = servers.iter().map(|server| server.name.clone()).zip(credits).collect();
+        order
     }
 
     /// A server that is not declared, which a route's configuration allows. `None`: [`MAX_GUESTS`] of them have sessions.
@@ -328,7 +374,7 @@ impl Backend {
         let own = self.metrics.backend(self.id.0);
         if guests.len() >= MAX_GUESTS {
             guests.retain(|_, server| {
-                let in_use = Arc::strong_count(server) > 1 || server.metrics().sessions() > 0;
+                let in_use = Arc::strong_count(server) > 1 || server.sessions() > 0;
                 if !in_use {
                     own.forget_server(&server.name);
                 }
@@ -349,6 +395,7 @@ impl Backend {
             weight: 1,
             priority: 0,
             tls_name: ServerName::from(address.ip()),
+            terms: self.guest_terms,
         });
         guests.insert(address, server.clone());
         Some(server)
@@ -361,15 +408,17 @@ impl Backend {
     }
 
     /// A server that an SRV record names. Its certificate must be for the domain that was asked for: see `tls::client`.
-    fn discovered(&self, service: &str, target: &str, port: u16, priority: u16, weight: u32) -> Server {
-        let name = format!("{target}:{port}");
+    /// `known` is what was learnt of it before.
+    fn discovered(&self, group: &Group, name: &str, service: &Service, known: Option<Arc<ServerState>>) -> Server {
         // The configuration was checked: it is a name. Were it none, no certificate would be for this address.
-        let tls_name = ServerName::try_from(service_domain(service).to_owned())
+        let tls_name = ServerName::try_from(service_domain(name).to_owned())
             .unwrap_or_else(|_| ServerName::from(std::net::IpAddr::from([0, 0, 0, 0])));
-        let host = Host::Name(target.to_owned());
-        let state = ServerState::new(&host, port, self.metrics.backend(self.id.0).server(&name));
-        let backend = self.name.clone();
-        Server { name: name.into(), backend, host, port, weight, priority, tls_name, state }
+        let Service { target, port, priority, weight } = service.clone();
+        let (name, host) = (format!("{target}:{port}"), Host::Name(target));
+        let state =
+            known.unwrap_or_else(|| ServerState::new(&host, port, self.metrics.backend(self.id.0).server(&name)));
+        let (backend, terms) = (self.name.clone(), group.terms);
+        Server { name: name.into(), backend, host, port, weight, priority, tls_name, terms, state }
     }
 
     /// The servers of an SRV entry are now these.
@@ -380,25 +429,37 @@ impl Backend {
                 self.metrics.backend(self.id.0).forget_server(&old.name);
             }
         }
+        for server in &servers {
+            server.show();
+        }
         self.groups[group].servers.send_replace(Some(servers));
     }
+}
+
+/// From 0 up to 1. Good enough for sharing out: the standard library's own random state, which nobody can foresee.
+fn chance() -> f64 {
+    let bits = RandomState::new().hash_one(0_u8);
+    #[expect(clippy::cast_precision_loss, reason = "53 bits fit an f64 exactly")]
+    let chance = (bits >> 11) as f64 / (1_u64 << 53) as f64;
+    chance
 }
 
 /// Servers that come and go together: the fixed ones, or those of one SRV entry.
 #[derive(Debug)]
 struct Group {
     service: Option<String>,
+    terms: Terms,
     /// `None` until DNS answered or failed for the first time.
     servers: watch::Sender<Option<Vec<Arc<Server>>>>,
 }
 
 impl Group {
-    fn fixed(servers: Vec<Arc<Server>>) -> Self {
-        Self { service: None, servers: watch::Sender::new(Some(servers)) }
+    fn fixed(servers: Vec<Arc<Server>>, terms: Terms) -> Self {
+        Self { service: None, terms, servers: watch::Sender::new(Some(servers)) }
     }
 
-    fn service(name: String, known: Option<Vec<Arc<Server>>>) -> Self {
-        Self { service: Some(name), servers: watch::Sender::new(known) }
+    fn service(name: String, terms: Terms, known: Option<Vec<Arc<Server>>>) -> Self {
+        Self { service: Some(name), terms, servers: watch::Sender::new(known) }
     }
 
     fn current(&self) -> Vec<Arc<Server>> {
@@ -442,13 +503,4 @@ fn publish_if_first<T>(published: &watch::Sender<Option<Vec<T>>>) {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_domain_of_a_service() {
-        assert_eq!(service_domain("_imap._tcp.shard-a.internal"), "shard-a.internal");
-        assert_eq!(service_domain("_imaps._tcp.example.org."), "example.org");
-        assert_eq!(service_domain("example.org"), "example.org");
-    }
-}
+mod tests;

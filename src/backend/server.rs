@@ -5,16 +5,17 @@
 
 use std::net::{IpAddr, SocketAddr};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Instant;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 use tokio::sync::watch;
 use tokio_rustls::rustls::pki_types::ServerName;
 
-use super::health::Health;
+use super::health::{Blow, Depth, Health, News, Standing, Thresholds, Trial};
 use super::select::Candidate;
+use super::slots::{Slot, Slots};
 use super::{first_known, publish_if_first};
-use crate::config::Host;
+use crate::config::{self, Host, Mode};
 use crate::identity::Mechanisms;
 use crate::imap::backend_login::IdAnswer;
 use crate::metrics::ServerMetrics;
@@ -31,7 +32,47 @@ pub struct Server {
     pub(super) weight: u32,
     pub(super) priority: u16,
     pub(super) tls_name: ServerName<'static>,
+    pub(super) terms: Terms,
     pub(super) state: Arc<ServerState>,
+}
+
+/// On what terms a server is used.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Terms {
+    /// Sessions at a time, logins under way included.
+    pub(super) max_sessions: Option<u32>,
+    /// What the configuration wants of it.
+    pub(super) mode: Mode,
+    pub(super) thresholds: Thresholds,
+    pub(super) slow_start: Option<Duration>,
+}
+
+impl Terms {
+    pub(super) fn new(care: &config::Care, max_sessions: Option<u32>, mode: Mode) -> Self {
+        // Without checks nobody asks for their thresholds.
+        let (rise, fall) = care.check.as_ref().map_or((1, 1), |check| (check.rise, check.fall));
+        let thresholds = Thresholds { failures: care.failures, rise, fall };
+        Self { max_sessions, mode, thresholds, slow_start: care.slow_start }
+    }
+
+    #[cfg(test)]
+    fn open() -> Self {
+        let thresholds = Thresholds { failures: 3, rise: 2, fall: 3 };
+        Self { max_sessions: None, mode: Mode::Up, thresholds, slow_start: None }
+    }
+}
+
+/// How a login is received.
+#[derive(Debug)]
+pub(super) enum Admission {
+    /// It may try.
+    Slot(Slot),
+    /// There is no place just now.
+    Full,
+    /// The server is failing, or somebody else tries it out: a last resort.
+    Failing,
+    /// The operator wants no login here.
+    Shut,
 }
 
 /// What is learnt of a server; outlives a configuration.
@@ -44,7 +85,10 @@ pub(super) struct ServerState {
     offer: Mutex<Option<Mechanisms>>,
     /// Whether it was told already that the server does not say that it trusts us.
     distrust_told: AtomicBool,
-    metrics: ServerMetrics,
+    /// What the operator has asked for, whatever the configuration says.
+    mode: Mutex<Option<Mode>>,
+    pub(super) slots: Slots,
+    pub(super) metrics: ServerMetrics,
 }
 
 impl ServerState {
@@ -59,12 +103,41 @@ impl ServerState {
             health: Mutex::default(),
             offer: Mutex::default(),
             distrust_told: AtomicBool::new(false),
+            mode: Mutex::default(),
+            slots: Slots::default(),
             metrics,
         })
+    }
+
+    /// Where nothing was learnt from a trial, the next login may try.
+    pub(super) fn end_trial(&self, trial: Trial) {
+        let mut health = self.health();
+        health.end_trial(trial);
+        self.metrics.set_breaker(health.breaker() as i64);
+    }
+
+    fn health(&self) -> MutexGuard<'_, Health> {
+        // A panic elsewhere leaves plain fields behind, which are valid whatever they hold.
+        self.health.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 impl Server {
+    /// The same server, of a configuration with other terms.
+    pub(super) fn on(&self, terms: Terms) -> Arc<Self> {
+        Arc::new(Self {
+            name: self.name.clone(),
+            backend: self.backend.clone(),
+            host: self.host.clone(),
+            port: self.port,
+            weight: self.weight,
+            priority: self.priority,
+            tls_name: self.tls_name.clone(),
+            terms,
+            state: self.state.clone(),
+        })
+    }
+
     /// A server for tests of other rooms.
     #[cfg(test)]
     pub(crate) fn named(backend: &str, name: &str) -> Self {
@@ -80,6 +153,7 @@ impl Server {
             weight: 1,
             priority: 0,
             tls_name: ServerName::from(IpAddr::from([127, 0, 0, 1])),
+            terms: Terms::open(),
         }
     }
 
@@ -93,9 +167,81 @@ impl Server {
         first_known(&self.state.addresses).await
     }
 
-    /// Whether it comes before failing servers just now.
+    /// Whether logins go there sooner than to servers that are failing.
     pub fn is_available(&self) -> bool {
-        self.health().is_available(Instant::now())
+        self.state.health().standing(Instant::now()) != Standing::Failing
+    }
+
+    /// Sessions it has, logins under way included.
+    pub fn sessions(&self) -> u32 {
+        self.state.slots.taken()
+    }
+
+    /// Sessions it may have.
+    pub fn max_sessions(&self) -> Option<u32> {
+        self.terms.max_sessions
+    }
+
+    /// Its share among the backend's servers.
+    pub fn weight(&self) -> u32 {
+        self.weight
+    }
+
+    /// What is wanted of it: by the operator, else by the configuration.
+    pub fn mode(&self) -> Mode {
+        self.asked_mode().unwrap_or(self.terms.mode)
+    }
+
+    /// Whether it is meant to get logins: it is neither drained nor down.
+    pub fn takes_logins(&self) -> bool {
+        self.mode() == Mode::Up
+    }
+
+    /// Overrides the configuration, also the next one, until it is called again with `None`. Sessions stay where they are.
+    pub fn set_mode(&self, mode: Option<Mode>) {
+        let before = self.mode();
+        *self.state.mode.lock().unwrap_or_else(PoisonError::into_inner) = mode;
+        let after = self.mode();
+        if before != after {
+            tracing::info!(backend = %self.backend, server = %self.name, mode = after.as_str(), "server's mode was set");
+        }
+        self.show();
+    }
+
+    /// Sets its gauges, for what the configuration says may be new.
+    pub(super) fn show(&self) {
+        let (health, mode) = (self.state.health(), self.mode());
+        self.state.metrics.set_up(health.is_alive() && mode != Mode::Down);
+        self.state.metrics.set_breaker(health.breaker() as i64);
+        self.state.metrics.set_mode(match mode {
+            Mode::Up => 0,
+            Mode::Drain => 1,
+            Mode::Down => 2,
+        });
+    }
+
+    /// A login asks for a place.
+    pub(super) fn admit(&self) -> Admission {
+        if self.mode() != Mode::Up {
+            return Admission::Shut;
+        }
+        let now = Instant::now();
+        if self.state.health().standing(now) == Standing::Failing {
+            return Admission::Failing;
+        }
+        let Some(slot) = Slot::take(self) else { return Admission::Full };
+        let mut health = self.state.health();
+        if health.standing(now) == Standing::Alive {
+            return Admission::Slot(slot);
+        }
+        let trial = health.begin_trial(now);
+        self.state.metrics.set_breaker(health.breaker() as i64);
+        drop(health);
+        if trial.is_some() { Admission::Slot(slot.on_trial(trial)) } else { Admission::Failing }
+    }
+
+    fn asked_mode(&self) -> Option<Mode> {
+        *self.state.mode.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     pub(super) fn is_at(&self, host: &str) -> bool {
@@ -127,20 +273,32 @@ impl Server {
         }
     }
 
-    /// A session could not use it.
-    pub(super) fn failed(&self, error: &str) {
-        if self.health().failed(Instant::now()) {
-            tracing::warn!(server = %self.name, %error, "server is failing and passed over for a while");
-        }
-        self.state.metrics.set_up(false);
+    /// A login could not use it.
+    pub(super) fn failed(&self, blow: Blow, error: &str) {
+        let news = self.state.health().failed(blow, Instant::now(), self.terms.thresholds);
+        self.tell(news, error);
     }
 
     /// It answered a login, whichever way.
     pub(super) fn answered(&self) {
-        if self.health().answered() {
-            tracing::info!(server = %self.name, "server answers again");
-            self.state.metrics.set_up(true);
+        let news = self.state.health().answered(Instant::now());
+        self.tell(news, "");
+    }
+
+    /// A check ended; an error says that it failed.
+    pub(super) fn checked(&self, result: Result<(), &str>, depth: Depth) {
+        let news = self.state.health().checked(result.is_ok(), depth, Instant::now(), self.terms.thresholds);
+        self.tell(news, result.err().unwrap_or_default());
+    }
+
+    fn tell(&self, news: News, error: &str) {
+        let (backend, server) = (&self.backend, &self.name);
+        match news {
+            Some(false) => tracing::warn!(%backend, %server, %error, "server is failing and passed over"),
+            Some(true) => tracing::info!(%backend, %server, "server is alive again"),
+            None => {}
         }
+        self.show();
     }
 
     /// `address` answered: it is tried first from now on.
@@ -169,16 +327,20 @@ impl Server {
     }
 
     pub(super) fn candidate(&self, now: Instant) -> Candidate<'_> {
+        let health = self.state.health();
         Candidate {
             name: &self.name,
             weight: self.weight,
             priority: self.priority,
-            available: self.health().is_available(now),
+            available: health.standing(now) != Standing::Failing,
+            sessions: self.state.slots.taken(),
+            ramp: health.ramp(now, self.terms.slow_start),
         }
     }
 
-    fn health(&self) -> std::sync::MutexGuard<'_, Health> {
-        // A panic elsewhere leaves two plain fields behind, which are valid whatever they hold.
-        self.state.health.lock().unwrap_or_else(PoisonError::into_inner)
+    /// A server that has but so many places.
+    #[cfg(test)]
+    pub(super) fn for_tests(name: &str, max_sessions: Option<u32>) -> Arc<Self> {
+        Self::named("b", name).on(Terms { max_sessions, ..Terms::open() })
     }
 }

@@ -9,7 +9,8 @@ use std::path::PathBuf;
 use serde::Deserialize;
 use serde_yaml::{Mapping, Value};
 
-use super::values::{Cap, Pace, ServerEntry, Size, Span, TlsEntry, TlsVersionWord, Words};
+use super::guard_file::{AccessMap, PolicyMap};
+use super::values::{BalanceEntry, Cap, CheckEntry, Pace, ServerEntry, Size, Span, TlsEntry, TlsVersionWord, Words};
 
 /// The whole file.
 #[derive(Debug, Default, Deserialize)]
@@ -157,6 +158,101 @@ pub(super) struct BackendMap {
     /// Sent with ID as `x-forward-KEY`.
     #[serde(default)]
     pub(super) forward: BTreeMap<String, String>,
+    /// Which server a login goes to: a word, or [`BalanceMap`].
+    #[serde(default)]
+    pub(super) balance: Option<BalanceEntry>,
+    /// How servers are asked whether they are well: `off`, a word, or [`CheckMap`].
+    #[serde(default)]
+    pub(super) check: Option<CheckEntry>,
+    /// How long a server that came back takes to its full weight.
+    #[serde(default)]
+    pub(super) slow_start: Option<Span>,
+    /// When logins stop going to a server by themselves.
+    #[serde(default)]
+    pub(super) breaker: BreakerMap,
+    /// Sessions of each server that does not say otherwise.
+    #[serde(default)]
+    pub(super) max_sessions: Option<i64>,
+    /// Logins that wait for a free place.
+    #[serde(default)]
+    pub(super) queue: QueueMap,
+}
+
+/// `balance` that is no word.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct BalanceMap {
+    pub(super) kind: BalanceWord,
+    /// How many times its fair share a server may have, with bounded-hash.
+    pub(super) factor: Option<f64>,
+}
+
+/// `balance`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub(super) enum BalanceWord {
+    UserHash,
+    BoundedHash,
+    LeastSessions,
+    RoundRobin,
+}
+
+/// `check` that is no word.
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub(super) struct CheckMap {
+    pub(super) kind: CheckWord,
+    /// From one check to the next.
+    pub(super) interval: Option<Span>,
+    /// For all of a check.
+    pub(super) timeout: Option<Span>,
+    /// Good ones in a row that bring a server back.
+    pub(super) rise: Option<i64>,
+    /// Failed ones in a row that take a server out.
+    pub(super) fall: Option<i64>,
+    /// Who logs in.
+    pub(super) account: Option<String>,
+    /// A file with the password.
+    pub(super) password_file: Option<PathBuf>,
+}
+
+/// `check.kind`.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub(super) enum CheckWord {
+    Tcp,
+    Tls,
+    #[default]
+    Imap,
+    Login,
+}
+
+/// `breaker`.
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub(super) struct BreakerMap {
+    /// In a row; a refused connection counts for all of them.
+    pub(super) failures: Option<i64>,
+}
+
+/// `queue`.
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub(super) struct QueueMap {
+    /// Logins at a time, a backend.
+    pub(super) length: Option<i64>,
+    /// How long each waits.
+    pub(super) timeout: Option<Span>,
+}
+
+/// `state` of a server.
+#[derive(Debug, Clone, Copy, Default, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub(super) enum StateWord {
+    #[default]
+    Up,
+    Drain,
+    Down,
 }
 
 /// `login` of a backend.
@@ -251,7 +347,7 @@ pub(super) enum LogNameWord {
 }
 
 /// An item of `servers` that is no word.
-#[derive(Debug, Deserialize)]
+#[derive(Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(super) struct ServerMap {
     /// `host:port`.
@@ -260,6 +356,11 @@ pub(super) struct ServerMap {
     pub(super) weight: Option<i64>,
     /// A DNS name whose SRV record lists the servers.
     pub(super) srv: Option<String>,
+    /// Sessions it may have at a time; behind an SRV record each server.
+    pub(super) max_sessions: Option<i64>,
+    /// Whether it gets logins; behind an SRV record all servers.
+    #[serde(default)]
+    pub(super) state: StateWord,
 }
 
 /// `tls` of a backend that is no word.
@@ -324,7 +425,6 @@ pub(super) struct LimitsMap {
     pub(super) stall: Option<Span>,
     pub(super) drain: Option<Span>,
     pub(super) keepalive: Option<Span>,
-    pub(super) probe: Option<Span>,
     pub(super) sessions: Option<i64>,
     pub(super) workers: Option<i64>,
     pub(super) untagged_lines: Option<i64>,
@@ -335,7 +435,7 @@ pub(super) struct LimitsMap {
     pub(super) sessions_per_address: Option<Cap>,
     pub(super) sessions_per_user: Option<Cap>,
     pub(super) sessions_per_user_and_address: Option<Cap>,
-    /// [`NetworkMap`].
+    /// [`super::guard_file::NetworkMap`].
     pub(super) networks: Vec<Value>,
     pub(super) connection_rate: Option<Pace>,
     pub(super) login_rate_per_address: Option<Pace>,
@@ -343,70 +443,6 @@ pub(super) struct LimitsMap {
     pub(super) tracked: Option<i64>,
     pub(super) failed_login_delay: Option<Span>,
     pub(super) failed_login_delay_max: Option<Span>,
-}
-
-/// An item of `limits.networks`.
-#[derive(Debug, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub(super) struct NetworkMap {
-    /// Like 192.0.2.0/24.
-    pub(super) network: String,
-    /// Open connections from there.
-    pub(super) sessions: i64,
-}
-
-/// `access`; see [`super::Access`].
-#[derive(Debug, Default, Deserialize)]
-#[serde(deny_unknown_fields, default)]
-pub(super) struct AccessMap {
-    /// Who may come in.
-    pub(super) allow: Vec<String>,
-    /// Who may not.
-    pub(super) deny: Vec<String>,
-    /// To whom limits and delays do not apply.
-    pub(super) exempt: Vec<String>,
-}
-
-/// `policy`; see [`super::Policy`].
-#[derive(Debug, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub(super) struct PolicyMap {
-    /// `http://` or `https://`; `?command=…` is added.
-    pub(super) url: String,
-    /// PEM file of root certificates.
-    #[serde(default)]
-    pub(super) ca: Option<PathBuf>,
-    /// Whom it knows us as.
-    #[serde(default)]
-    pub(super) user: Option<String>,
-    /// A file with the password (HTTP Basic).
-    #[serde(default)]
-    pub(super) password_file: Option<PathBuf>,
-    /// A file with the key (X-API-Key).
-    #[serde(default)]
-    pub(super) api_key_file: Option<PathBuf>,
-    /// A file with the salt of password hashes.
-    pub(super) nonce_file: PathBuf,
-    /// How many bits of a hash are told.
-    #[serde(default)]
-    pub(super) hash_bits: Option<i64>,
-    /// Of one question.
-    #[serde(default)]
-    pub(super) timeout: Option<Span>,
-    /// What its silence means.
-    #[serde(default)]
-    pub(super) on_failure: OnFailureWord,
-}
-
-/// `policy.on_failure`.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub(super) enum OnFailureWord {
-    /// Logins go on.
-    #[default]
-    Allow,
-    /// They do not.
-    Deny,
 }
 
 /// `admin`.

@@ -3,7 +3,8 @@
 use std::time::Duration;
 
 use super::directory::Network;
-use super::file::{AccessMap, LimitsMap, NetworkMap};
+use super::file::LimitsMap;
+use super::guard_file::{AccessMap, NetworkMap};
 use super::limits::{bounded, number, or_off, seconds};
 use super::locate::child;
 use super::read::Reader;

@@ -29,7 +29,6 @@ pub(super) fn limits(reader: &mut Reader<'_>, written: &LimitsMap) -> Limits {
         stall: bounded(reader, "limits.stall", written.stall, default.stall, seconds(10, day)),
         drain: bounded(reader, "limits.drain", written.drain, default.drain, seconds(0, 7 * day)),
         idle: or_off(reader, "limits.idle", written.idle, default.idle, seconds(1800, 30 * day)),
-        probe: or_off(reader, "limits.probe", written.probe, default.probe, seconds(1, day)),
         keepalive: or_off(reader, "limits.keepalive", written.keepalive, default.keepalive, seconds(10, day)),
         line: size(reader, "limits.line", written.line, default.line, 1024..=16 << 20),
         literal: size(reader, "limits.literal", written.literal, default.literal, 256..=16 << 20),
@@ -77,7 +76,7 @@ pub(super) fn bounded(
     })
 }
 
-/// A duration that can be off.
+/// A duration, or none.
 pub(super) fn or_off(
     reader: &mut Reader<'_>,
     key: &str,

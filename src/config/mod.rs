@@ -5,10 +5,12 @@
 //! that use them report with the [`Place`] they are named at. Called by `main`, the demo and the tests; read by
 //! every room that is configured.
 
+mod care;
 mod check;
 mod directory;
 mod file;
 mod guard;
+mod guard_file;
 mod limits;
 mod local;
 mod locate;
@@ -32,6 +34,7 @@ use zeroize::Zeroizing;
 
 use crate::identity::{Mechanisms, Naming, UserName};
 
+pub use self::care::{Balance, Care, Check, CheckKind, Mode, Queue};
 pub use self::directory::{
     ANSWER_FIELDS, Asking, Cache, Dns, DnsQuestion, Http, HttpStyle, Ldap, LdapScope, Network, Redis, RedisPlace, Sql,
 };
@@ -190,6 +193,8 @@ pub struct Backend {
     pub follows_referrals: bool,
     /// Sent with ID as `x-forward-KEY`.
     pub forward: BTreeMap<String, String>,
+    /// How servers are chosen, watched and limited.
+    pub care: Care,
     /// In the file.
     pub place: Place,
 }
@@ -229,6 +234,10 @@ pub enum Server {
         port: u16,
         /// 1 to 1000.
         weight: u32,
+        /// Sessions it may have at a time.
+        max_sessions: Option<u32>,
+        /// Whether it gets logins.
+        mode: Mode,
         /// In the file.
         place: Place,
     },
@@ -236,6 +245,10 @@ pub enum Server {
     Srv {
         /// `_imap._tcp.example.org`.
         name: String,
+        /// Sessions that each may have at a time.
+        max_sessions: Option<u32>,
+        /// Whether they get logins.
+        mode: Mode,
         /// In the file.
         place: Place,
     },
@@ -381,8 +394,6 @@ pub struct Limits {
     pub drain: Duration,
     /// Silence after which TCP asks whether the peer is still there. Default 2 min.
     pub keepalive: Option<Duration>,
-    /// How often servers are asked what they offer. Default 1 min.
-    pub probe: Option<Duration>,
     /// Open client connections, logged in or not. Default 100,000.
     pub sessions: usize,
     /// Threads that serve sessions. Default: one a core.
@@ -410,7 +421,6 @@ impl Default for Limits {
             stall: Duration::from_secs(300),
             drain: Duration::from_secs(60),
             keepalive: Some(Duration::from_secs(120)),
-            probe: Some(Duration::from_secs(60)),
             sessions: 100_000,
             workers: std::thread::available_parallelism().map_or(1, usize::from),
             untagged_lines: 64,

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use super::Located;
 use super::check::located;
-use super::file::{OnFailureWord, PolicyMap};
+use super::guard_file::{OnFailureWord, PolicyMap};
 use super::limits::{bounded, number, seconds};
 use super::read::Reader;
 

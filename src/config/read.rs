@@ -259,6 +259,7 @@ fn missing(message: &str) -> Option<&str> {
 fn expectation(expected: &str) -> &str {
     match expected {
         "i64" => "a whole number",
+        "f64" => "a number",
         "a string" => "a text",
         // What serde says of an enum: its words are known only once there is one.
         "a Value::Tagged enum" => "a word",

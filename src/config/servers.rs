@@ -7,6 +7,7 @@ use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use serde_yaml::Value;
 
+use super::care::{self, care, max_sessions};
 use super::check::located;
 use super::file::{
     AuthzidWord, BackendMap, ClientInfoWord, LoginMap, ReferralsWord, Server as ServerWords, ServerMap, TlsMap, TlsWord,
@@ -37,9 +38,10 @@ pub(super) fn backend(reader: &mut Reader<'_>, folder: &Path, name: String, valu
     if written.servers.as_ref().is_some_and(Vec::is_empty) {
         reader.problem(&servers_key, "at least one server is needed");
     }
+    let default_sessions = max_sessions(reader, &key, written.max_sessions);
     for (index, item) in written.servers.unwrap_or_default().into_iter().enumerate() {
         let key = format!("{key}.servers[{index}]");
-        let Some(server) = server(reader, &key, item) else { continue };
+        let Some(server) = server(reader, &key, item, default_sessions) else { continue };
         if servers.iter().any(|other| is_same(other, &server)) {
             reader.problem(&key, "the same server stands in this backend already");
         }
@@ -69,8 +71,16 @@ pub(super) fn backend(reader: &mut Reader<'_>, folder: &Path, name: String, valu
     if client_info != ClientInfo::Id && !written.forward.is_empty() {
         reader.problem(&forward_key, "is sent with client_info: id only");
     }
+    let care_written = care::Written {
+        balance: written.balance,
+        check: written.check,
+        slow_start: written.slow_start,
+        breaker: written.breaker,
+        queue: written.queue,
+    };
+    let care = care(reader, folder, &key, tls.mode, care_written);
     let (forward, place) = (written.forward, reader.place(&key));
-    Some(Backend { name, servers, tls, client_info, authzid, login, follows_referrals, forward, place })
+    Some(Backend { name, servers, tls, client_info, authzid, login, follows_referrals, forward, care, place })
 }
 
 fn master_login(reader: &mut Reader<'_>, folder: &Path, key: &str, written: LoginMap) -> Option<MasterLogin> {
@@ -96,22 +106,24 @@ fn is_same(one: &Server, other: &Server) -> bool {
     }
 }
 
-fn server(reader: &mut Reader<'_>, key: &str, item: Value) -> Option<Server> {
+fn server(reader: &mut Reader<'_>, key: &str, item: Value, default_sessions: Option<u32>) -> Option<Server> {
     let map = match reader.read::<ServerWords>(key, item)? {
-        ServerWords::Word(address) => ServerMap { address: Some(address), weight: None, srv: None },
+        ServerWords::Word(address) => ServerMap { address: Some(address), ..ServerMap::default() },
         ServerWords::Map(map) => map,
     };
     let place = reader.place(key);
+    let mode = map.state.into();
+    let max_sessions = max_sessions(reader, key, map.max_sessions).or(default_sessions);
     match map {
-        ServerMap { address: None, srv: Some(name), weight: None } => {
+        ServerMap { address: None, srv: Some(name), weight: None, .. } => {
             let name = name.trim_end_matches('.').to_ascii_lowercase();
             if !name.starts_with('_') || !is_host(&name) {
                 reader.problem(&child(key, "srv"), "expected the name of an SRV record, like _imap._tcp.example.org");
                 return None;
             }
-            Some(Server::Srv { name, place })
+            Some(Server::Srv { name, max_sessions, mode, place })
         }
-        ServerMap { address: Some(name), srv: None, weight } => {
+        ServerMap { address: Some(name), srv: None, weight, .. } => {
             let weight = u32::try_from(weight.unwrap_or(1)).unwrap_or(0);
             if !(1..=1000).contains(&weight) {
                 reader.problem(&child(key, "weight"), "expected a number from 1 to 1000");
@@ -126,9 +138,9 @@ fn server(reader: &mut Reader<'_>, key: &str, item: Value) -> Option<Server> {
             {
                 reader.problem(key, format!("{ip} is no address a server can have"));
             }
-            Some(Server::Address { name, host, port, weight, place })
+            Some(Server::Address { name, host, port, weight, max_sessions, mode, place })
         }
-        ServerMap { srv: Some(_), address: None, weight: Some(_) } => {
+        ServerMap { srv: Some(_), address: None, weight: Some(_), .. } => {
             reader.problem(&child(key, "weight"), "weights of servers behind an SRV record stand in the record");
             None
         }

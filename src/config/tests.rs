@@ -51,7 +51,7 @@ fn the_reference_names_every_key_and_its_default() {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("config");
     let path = folder.join("reference.yaml");
     let text = [&path, &folder.join("routes.yaml")].map(|path| fs::read_to_string(path).unwrap()).concat();
-    let source = [include_str!("file.rs"), include_str!("routes/maps.rs")].concat();
+    let source = [include_str!("file.rs"), include_str!("guard_file.rs"), include_str!("routes/maps.rs")].concat();
     let keys: Vec<&str> = source
         .lines()
         .filter_map(|line| {
@@ -116,7 +116,7 @@ admin: {address: ':9143'}
         "v.yaml:8:68: backends.shard-a.servers[3]: the key `address` is missing (or `srv`)",
         "v.yaml:8:81: backends.shard-a.servers[4]: the same server stands in this backend already",
         "v.yaml:9:23: backends.shard-a.tls.insecure: has no effect with mode none",
-        "v.yaml:10:5: backends.shard-a.colour: unknown key; known: servers, tls, client_info, authzid, login, referrals, forward",
+        "v.yaml:10:5: backends.shard-a.colour: unknown key; known: servers, tls, client_info, authzid, login, referrals, forward, balance, check, slow_start, breaker, max_sessions, queue",
         "v.yaml:12:5: routes[0].default: no backend is declared as \"shard-b\"; did you mean `shard-a`?",
         "v.yaml:14:5: routes[2]: expected exactly one of table, domain, regex, hash, default, sql, ldap, http, redis, dns",
         "v.yaml:15:10: limits.idle: expected off or a duration from 30m to 30days",
@@ -173,6 +173,63 @@ fn tls_of_listeners() {
             "v.yaml:1:68: listeners[0].sni: has no effect with tls: none",
         ]
     );
+}
+
+#[test]
+fn care_of_servers_has_rules() {
+    let of = |more: &str| mistakes(&MINIMAL.replace("143']}}", &format!("143'], {more}}}}}")));
+    for (more, expected) in [
+        (
+            "balance: fair",
+            "2:44: backends.a.balance: expected one of user-hash, bounded-hash, least-sessions, round-robin",
+        ),
+        (
+            "balance: {kind: round-robin, factor: 2}",
+            "2:73: backends.a.balance.factor: has an effect with bounded-hash only",
+        ),
+        (
+            "balance: {kind: bounded-hash, factor: 1}",
+            "2:74: backends.a.balance.factor: expected a number from 1.01 to 10",
+        ),
+        ("check: pop3", "2:44: backends.a.check: expected one of tcp, tls, imap, login"),
+        ("check: tls", "2:44: backends.a.check: there is no TLS to check: the backend has tls none"),
+        ("check: {account: probe}", "2:52: backends.a.check.account: has an effect with kind login only"),
+        ("check: {kind: login, password_file: p}", "2:44: backends.a.check: a login needs the key `account`"),
+        ("check: {interval: 0s}", "2:52: backends.a.check.interval: expected a duration from 100ms to 1day"),
+        ("check: {rise: 0}", "2:52: backends.a.check.rise: expected a number from 1 to 1000"),
+        (
+            "slow_start: 30s",
+            "2:44: backends.a.slow_start: has no effect with balance user-hash: a user's sessions meet on one server",
+        ),
+        ("breaker: {failures: 0}", "2:54: backends.a.breaker.failures: expected a number from 1 to 1000"),
+        ("max_sessions: 0", "2:44: backends.a.max_sessions: expected a number from 1 to 10000000"),
+        ("queue: {length: -1}", "2:52: backends.a.queue.length: expected a number from 0 to 1000000"),
+    ] {
+        assert_eq!(of(more), [format!("v.yaml:{expected}")], "{more}");
+    }
+    let said = mistakes(&MINIMAL.replace("'192.0.2.1:143'", "{address: '192.0.2.1:143', state: dwon}"));
+    assert_eq!(
+        said,
+        ["v.yaml:2:53: backends.a.servers[0].state: expected one of up, drain, down; did you mean `down`?"]
+    );
+}
+
+#[test]
+fn care_of_servers_has_defaults() {
+    let config = parse(Path::new("v.yaml"), MINIMAL).unwrap();
+    let care = &config.backends[0].care;
+    assert_eq!((care.balance, care.slow_start, care.failures), (Balance::UserHash, None, 3));
+    let check = care.check.as_ref().unwrap();
+    assert_eq!((check.kind.as_str(), check.interval, check.rise, check.fall), ("imap", Duration::from_secs(10), 2, 3));
+    assert!(matches!(config.backends[0].servers[0], Server::Address { max_sessions: None, mode: Mode::Up, .. }));
+    let text = MINIMAL.replace(
+        "143']}}",
+        "143', {address: '192.0.2.2:143', max_sessions: 2, state: drain}], max_sessions: 7, check: off}}",
+    );
+    let config = parse(Path::new("v.yaml"), &text).unwrap();
+    assert!(config.backends[0].care.check.is_none());
+    assert!(matches!(config.backends[0].servers[0], Server::Address { max_sessions: Some(7), mode: Mode::Up, .. }));
+    assert!(matches!(config.backends[0].servers[1], Server::Address { max_sessions: Some(2), mode: Mode::Drain, .. }));
 }
 
 #[test]

@@ -7,7 +7,7 @@ use serde::de::value::SeqAccessDeserializer;
 use serde::de::{self, Deserialize, Deserializer, MapAccess, SeqAccess, Visitor, value::MapAccessDeserializer};
 
 use super::TlsVersion;
-use super::file::{ServerMap, TlsMap, TlsWord};
+use super::file::{BalanceMap, BalanceWord, CheckMap, CheckWord, ServerMap, TlsMap, TlsWord};
 use super::routes::{CacheMap, HashMap};
 
 /// `10s`, `2m`, `1h 30m`; `off` where the key allows it.
@@ -213,6 +213,68 @@ impl<'de> Deserialize<'de> for TlsEntry {
 
             fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<TlsEntry, A::Error> {
                 TlsMap::deserialize(MapAccessDeserializer::new(map)).map(TlsEntry::Map)
+            }
+        }
+        deserializer.deserialize_any(Either)
+    }
+}
+
+/// `off`, a kind of check, or a map.
+#[derive(Debug)]
+pub(super) enum CheckEntry {
+    Off,
+    Word(CheckWord),
+    Map(CheckMap),
+}
+
+impl<'de> Deserialize<'de> for CheckEntry {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Either;
+        impl<'de> Visitor<'de> for Either {
+            type Value = CheckEntry;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("off, tcp, tls, imap, login, or a map with kind and interval, timeout, rise or fall")
+            }
+
+            fn visit_str<E: de::Error>(self, text: &str) -> Result<CheckEntry, E> {
+                if text == "off" {
+                    return Ok(CheckEntry::Off);
+                }
+                CheckWord::deserialize(de::value::StrDeserializer::<E>::new(text)).map(CheckEntry::Word)
+            }
+
+            fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<CheckEntry, A::Error> {
+                CheckMap::deserialize(MapAccessDeserializer::new(map)).map(CheckEntry::Map)
+            }
+        }
+        deserializer.deserialize_any(Either)
+    }
+}
+
+/// A kind of balance, or a map.
+#[derive(Debug)]
+pub(super) enum BalanceEntry {
+    Word(BalanceWord),
+    Map(BalanceMap),
+}
+
+impl<'de> Deserialize<'de> for BalanceEntry {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Either;
+        impl<'de> Visitor<'de> for Either {
+            type Value = BalanceEntry;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("user-hash, bounded-hash, least-sessions, round-robin, or a map with kind and factor")
+            }
+
+            fn visit_str<E: de::Error>(self, text: &str) -> Result<BalanceEntry, E> {
+                BalanceWord::deserialize(de::value::StrDeserializer::<E>::new(text)).map(BalanceEntry::Word)
+            }
+
+            fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<BalanceEntry, A::Error> {
+                BalanceMap::deserialize(MapAccessDeserializer::new(map)).map(BalanceEntry::Map)
             }
         }
         deserializer.deserialize_any(Either)

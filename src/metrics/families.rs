@@ -33,7 +33,13 @@ pub(super) struct Families {
     pub(super) failures: IntCounterVec,
     pub(super) guard_entries: IntGaugeVec,
     pub(super) policy_answers: IntCounterVec,
+    pub(super) queue: IntGaugeVec,
     pub(super) server_up: IntGaugeVec,
+    pub(super) server_breaker: IntGaugeVec,
+    pub(super) server_mode: IntGaugeVec,
+    pub(super) server_checks: IntCounterVec,
+    pub(super) server_check: HistogramVec,
+    pub(super) server_certificate: GaugeVec,
     pub(super) server_trusts: IntGaugeVec,
     pub(super) server_sessions: IntGaugeVec,
     pub(super) certificate_expiry: GaugeVec,
@@ -137,9 +143,40 @@ impl Families {
                 "Answers of the policy service to what it was asked (allow) and told (report).",
                 &["command", "answer"],
             ),
+            queue: gauges(
+                "vestibule_backend_queue_length",
+                "Logins that wait for a free place, because all servers have max_sessions.",
+                &["backend"],
+            ),
             server_up: gauges(
                 "vestibule_server_up",
-                "1 while the server is taken for alive, 0 after a failure until it answers a login again.",
+                "1 while the server is taken for alive: its checks pass, its breaker is closed, and it is not down by the operator's word.",
+                &["backend", "server"],
+            ),
+            server_breaker: gauges(
+                "vestibule_server_breaker",
+                "0: closed; 1: one login tries the server out; 2: open after failed logins.",
+                &["backend", "server"],
+            ),
+            server_mode: gauges(
+                "vestibule_server_mode",
+                "What the operator wants: 0 up, 1 drain (no new logins), 2 down.",
+                &["backend", "server"],
+            ),
+            server_checks: counters(
+                "vestibule_server_checks_total",
+                "Checks of servers, by their kind and how they ended.",
+                &["backend", "server", "kind", "outcome"],
+            ),
+            server_check: histograms(
+                "vestibule_server_check_seconds",
+                "Length of checks, whatever their outcome.",
+                PHASE_BUCKETS,
+                &["backend"],
+            ),
+            server_certificate: float_gauges(
+                "vestibule_server_certificate_expiry_timestamp_seconds",
+                "When the certificate that a server showed its last check ends, in seconds since 1970.",
                 &["backend", "server"],
             ),
             server_trusts: gauges(
@@ -219,7 +256,7 @@ impl Families {
     }
 
     fn register_all(&self) {
-        let collectors: [Box<dyn prometheus::core::Collector>; 35] = [
+        let collectors: [Box<dyn prometheus::core::Collector>; 41] = [
             Box::new(self.build_info.clone()),
             Box::new(self.sessions.clone()),
             Box::new(self.sessions_total.clone()),
@@ -237,7 +274,13 @@ impl Families {
             Box::new(self.bytes.clone()),
             Box::new(self.failures.clone()),
             Box::new(self.policy_answers.clone()),
+            Box::new(self.queue.clone()),
             Box::new(self.server_up.clone()),
+            Box::new(self.server_breaker.clone()),
+            Box::new(self.server_mode.clone()),
+            Box::new(self.server_checks.clone()),
+            Box::new(self.server_check.clone()),
+            Box::new(self.server_certificate.clone()),
             Box::new(self.server_trusts.clone()),
             Box::new(self.server_sessions.clone()),
             Box::new(self.certificate_expiry.clone()),

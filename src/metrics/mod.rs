@@ -9,15 +9,18 @@
 mod families;
 mod guard;
 mod route;
+mod server;
 
 use std::sync::Arc;
 use std::time::Duration;
 
-use prometheus::{Histogram, IntCounter, IntGauge, IntGaugeVec, TextEncoder};
+use prometheus::{Histogram, IntCounter, IntGauge, TextEncoder};
 
 use self::families::Families;
 pub use self::guard::{PolicyAnswer, PolicyCommand};
 pub use self::route::{LookupResult, RouteMetrics};
+use self::server::ServerFamilies;
+pub use self::server::{CheckMetrics, ServerMetrics};
 use crate::failure::Reason;
 use crate::identity::Mechanism;
 
@@ -118,6 +121,7 @@ impl Metrics {
             if !successor.backends.iter().any(|other| other.name == backend.name) {
                 // An error says that the series does not exist, which is what is asked for.
                 let _ = self.families.insecure.remove_label_values(&[&backend.name]);
+                let _ = self.families.queue.remove_label_values(&[&backend.name]);
             }
         }
         self.families.certificate_expiry.reset();
@@ -292,9 +296,8 @@ pub struct BackendMetrics {
     session_length: Histogram,
     to_client: IntCounter,
     to_server: IntCounter,
-    server_up: IntGaugeVec,
-    server_trusts: IntGaugeVec,
-    server_sessions: IntGaugeVec,
+    queue: IntGauge,
+    servers: ServerFamilies,
     insecure: IntGauge,
 }
 
@@ -312,9 +315,8 @@ impl BackendMetrics {
             session_length: families.session_length.with_label_values(one),
             to_client: families.bytes.with_label_values(&[name, "to_client"]),
             to_server: families.bytes.with_label_values(&[name, "to_server"]),
-            server_up: families.server_up.clone(),
-            server_trusts: families.server_trusts.clone(),
-            server_sessions: families.server_sessions.clone(),
+            queue: families.queue.with_label_values(one),
+            servers: ServerFamilies::new(families, name),
             insecure: families.insecure.with_label_values(one),
         }
     }
@@ -355,56 +357,9 @@ impl BackendMetrics {
         self.insecure.set(insecure.into());
     }
 
-    /// Gauges of one server.
-    pub fn server(&self, server: &str) -> ServerMetrics {
-        let labels = &[self.name.as_str(), server];
-        let metrics = ServerMetrics {
-            up: self.server_up.with_label_values(labels),
-            trusts: self.server_trusts.with_label_values(labels),
-            sessions: self.server_sessions.with_label_values(labels),
-        };
-        metrics.up.set(1);
-        metrics.trusts.set(-1);
-        metrics
-    }
-
-    /// The server is gone from DNS: its series end.
-    pub fn forget_server(&self, server: &str) {
-        let labels = &[self.name.as_str(), server];
-        // An error says that the series does not exist, which is what is asked for.
-        let _ = self.server_up.remove_label_values(labels);
-        let _ = self.server_trusts.remove_label_values(labels);
-        let _ = self.server_sessions.remove_label_values(labels);
-    }
-}
-
-/// Metrics of one server.
-#[derive(Debug)]
-pub struct ServerMetrics {
-    up: IntGauge,
-    trusts: IntGauge,
-    sessions: IntGauge,
-}
-
-impl ServerMetrics {
-    /// Whether the server says that it trusts our ID.
-    pub fn set_trusts(&self, trusts: bool) {
-        self.trusts.set(trusts.into());
-    }
-
-    /// The server is taken for alive, or not.
-    pub fn set_up(&self, up: bool) {
-        self.up.set(up.into());
-    }
-
-    /// Sessions it has.
-    pub fn sessions(&self) -> i64 {
-        self.sessions.get()
-    }
-
-    /// A session runs on the server until the guard drops.
-    pub fn session_established(&self) -> OpenGuard {
-        OpenGuard::new(&self.sessions)
+    /// So many logins wait for a place.
+    pub fn queue(&self, length: u32) {
+        self.queue.set(length.into());
     }
 }
 

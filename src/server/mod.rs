@@ -225,9 +225,7 @@ impl Running {
     /// Starts what goes on in the background under a configuration, until `stop`.
     fn begin(&self, live: &Arc<Live>, stop: &CancellationToken, own: Vec<SocketAddr>) {
         live.backends.start(&OwnAddresses::new(own), &self.background, stop);
-        if let Some(interval) = live.config.limits.probe {
-            live.backends.clone().probe(interval, live.limits.clone(), &self.background, stop);
-        }
+        live.backends.watch(&live.limits, &self.background, stop);
         live.router.start(&live.metrics, &Handle::current(), &self.background, stop);
         if let Some(tls) = &live.tls {
             tls.start(&live.metrics, &Handle::current(), &self.background, stop);

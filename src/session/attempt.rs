@@ -11,8 +11,8 @@ use zeroize::Zeroizing;
 
 use super::record::reason;
 use super::{Session, close};
-use crate::backend::connect::{self, Established, Outcome, Request};
-use crate::backend::{Backend, Server};
+use crate::backend::connect::{self, Established, Fault, Outcome, Purpose, Request};
+use crate::backend::{Backend, Server, Slot, Stop, Tour};
 use crate::failure::Reason;
 use crate::identity::{Credentials, Names, PasswordLogin, Proof, Secret, ServerLogin, UserName};
 use crate::imap::prelogin::{LoginRequest, Prelogin, Step};
@@ -48,6 +48,9 @@ pub(super) enum Attempted {
 pub(super) struct Seated {
     pub(super) backend: Arc<Backend>,
     pub(super) server: Arc<Server>,
+    /// Of the server's places.
+    pub(super) slot: Slot,
+    /// Among the user's sessions.
     pub(super) seat: Seat,
 }
 
@@ -145,6 +148,7 @@ impl Session {
         let tls = self.record.tls().cloned();
         let request = Request {
             login: Some(server_login),
+            purpose: Purpose::Session,
             tag: &login.tag,
             client_id: &client_id,
             client: self.peer,
@@ -364,25 +368,30 @@ async fn log_in_somewhere<'a>(
     let known_by = deadline.min(time::Instant::now() + live.limits.connect);
     let backend = live.backends.backend(place.backend);
     let servers = timeout_at(known_by, live.servers(place, &guest.user)).await.unwrap_or_default();
-    let mut outcome = Outcome::Unavailable(connect::Fault::no_server());
-    for (tried, server) in servers.iter().enumerate() {
+    let mut tour = Tour::new(backend, servers);
+    let mut outcome = Outcome::Unavailable(Fault::no_server());
+    loop {
+        let (server, slot) = match tour.next(deadline).await {
+            Stop::At(server, slot) => (server, slot),
+            Stop::Full => return Ok((Outcome::Unavailable(Fault::full()), None)),
+            Stop::End => return Ok((outcome, None)),
+        };
         let now = time::Instant::now();
         // While there is another server, one that hangs gets half of what is left.
-        let due = if tried + 1 < servers.len() { now + (deadline - now) / 2 } else { deadline };
-        let (answer, seated) = log_in_at(live, backend, server, &guest, request, due).await?;
+        let due = if tour.has_more() { now + deadline.saturating_duration_since(now) / 2 } else { deadline };
+        let (answer, seated) = log_in_at(live, backend, (server.clone(), slot), &guest, request, due).await?;
         outcome = answer;
         match &outcome {
             Outcome::Unavailable(fault) => {
-                report(live, server, request, fault);
+                report(live, &server, request, fault);
                 if !fault.try_next || time::Instant::now() >= deadline {
-                    break;
+                    return Ok((outcome, None));
                 }
             }
             Outcome::Referred(_) => return follow(live, outcome, seated, guest, request, deadline).await,
             _ => return Ok((outcome, seated)),
         }
     }
-    Ok((outcome, None))
 }
 
 /// Step 5, in a place of the user's on that server: where its users must be served by one server at a time, their sessions
@@ -390,7 +399,7 @@ async fn log_in_somewhere<'a>(
 async fn log_in_at<'a>(
     live: &'a Live,
     backend: &'a Arc<Backend>,
-    server: &Arc<Server>,
+    (server, slot): (Arc<Server>, Slot),
     guest: &Guest,
     request: &'a Request<'a>,
     due: time::Instant,
@@ -398,7 +407,7 @@ async fn log_in_at<'a>(
     let mut taken = Err(NoSeat::Elsewhere);
     let alone = backend.serves_a_user_by_one_server();
     let tried = live.sessions.changed(|_| {
-        taken = live.sessions.take(guest.clone(), server, alone);
+        taken = live.sessions.take(guest.clone(), &server, alone);
         !matches!(taken, Err(NoSeat::Elsewhere))
     });
     // Whatever the result, `taken` says what there is.
@@ -408,21 +417,21 @@ async fn log_in_at<'a>(
         Err(NoSeat::Held) => return Err(Held),
         Err(NoSeat::Elsewhere) => {
             let detail = "the user's sessions on another server of the backend do not end".to_owned();
-            return Ok((Outcome::Unavailable(connect::Fault::told(Reason::Moved, detail, false)), None));
+            return Ok((Outcome::Unavailable(Fault::told(Reason::Moved, detail, false)), None));
         }
     };
     let outcome = tokio::select! {
         biased;
         why = poll_fn(|context| seat.call().poll(context)) => Outcome::Unavailable(told(why)),
-        outcome = connect::login(backend, server, request, due) => outcome,
+        outcome = connect::login(backend, &server, request, due) => outcome,
     };
-    Ok((outcome, Some(Seated { backend: backend.clone(), server: server.clone(), seat })))
+    Ok((outcome, Some(Seated { backend: backend.clone(), server, slot, seat })))
 }
 
 /// A login that was told to end like the sessions it would have become one of.
-fn told(why: Why) -> connect::Fault {
+fn told(why: Why) -> Fault {
     let elsewhere = matches!(why, Why::Moved | Why::Drained);
-    connect::Fault::told(reason(why), "the operator, or a login of this user elsewhere, ended it".to_owned(), elsewhere)
+    Fault::told(reason(why), "the operator, or a login of this user elsewhere, ended it".to_owned(), elsewhere)
 }
 
 /// To where a server sends the user, as far as its backend allows.
@@ -443,21 +452,24 @@ async fn follow<'a>(
         let place = format!("{}:{}", referral.host, referral.port);
         let next = live.backends.find(&referral.host, referral.port);
         let fault = match next {
-            None => {
-                connect::Fault::referral(format!("{} refers to {place}, which is no declared server", at.server.name))
-            }
+            None => Fault::referral(format!("{} refers to {place}, which is no declared server", at.server.name)),
             Some((_, next)) if visited.contains(&next.name) || visited.len() > MAX_REFERRALS => {
-                connect::Fault::referral(format!("referrals go in a circle: {} refers to {place}", at.server.name))
+                Fault::referral(format!("referrals go in a circle: {} refers to {place}", at.server.name))
             }
-            Some((backend, next)) => {
-                // The user is not served there, and shall not count as if.
-                drop(seated.take());
-                (outcome, seated) = log_in_at(live, backend, &next, &guest, request, deadline).await?;
-                if let Outcome::Unavailable(fault) = &outcome {
-                    report(live, &next, request, fault);
+            Some((backend, next)) => match Tour::new(backend, vec![next]).next(deadline).await {
+                Stop::At(server, slot) => {
+                    // The user is not served there, and shall not count as if.
+                    drop(seated.take());
+                    let at = (server.clone(), slot);
+                    (outcome, seated) = log_in_at(live, backend, at, &guest, request, deadline).await?;
+                    if let Outcome::Unavailable(fault) = &outcome {
+                        report(live, &server, request, fault);
+                    }
+                    continue;
                 }
-                continue;
-            }
+                Stop::Full => return Ok((Outcome::Unavailable(Fault::full()), None)),
+                Stop::End => Fault::referral(format!("{} refers to {place}, which gets no logins now", at.server.name)),
+            },
         };
         report(live, &at.server, request, &fault);
         return Ok((Outcome::Unavailable(fault), None));
@@ -465,7 +477,7 @@ async fn follow<'a>(
     Ok((outcome, seated))
 }
 
-fn report(live: &Live, server: &Server, request: &Request<'_>, fault: &connect::Fault) {
+fn report(live: &Live, server: &Server, request: &Request<'_>, fault: &Fault) {
     tracing::info!(session = request.session_id, server = %server.name, reason = fault.reason.as_str(), detail = %fault.detail, "server could not take the login");
     live.metrics.failure(fault.reason);
 }

@@ -310,7 +310,7 @@ impl Session {
             return self.gone(Reason::Disconnected).and(None);
         };
         to_server.extend(more);
-        self.record.open_on(seated.backend.id, &seated.server);
+        self.record.open_on(seated.backend.id, seated.slot);
         seated.seat.settle();
         let kept = Kept {
             _counted: self.drain.count(),

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use prometheus::IntCounter;
 
 use crate::backend::connect::Established;
-use crate::backend::{Backend, Server};
+use crate::backend::{Backend, SessionSlot, Slot};
 use crate::config::BackendId;
 use crate::failure::{Reason, Side};
 use crate::identity::{Mechanism, UserName};
@@ -93,7 +93,7 @@ impl std::fmt::Display for Address {
 struct Relaying {
     backend: u16,
     _backend_sessions: OpenGuard,
-    _server_sessions: OpenGuard,
+    _slot: SessionSlot,
 }
 
 /// How long each phase took.
@@ -196,7 +196,7 @@ impl Record {
     /// The attempt ended without an answer of a server.
     pub(super) fn attempt_failed(&mut self, reason: Reason, outcome: LoginOutcome, backend: Option<BackendId>) {
         // A failure of a server was counted when that server was tried.
-        if reason.side() != Side::Backend || reason == Reason::NoServer {
+        if reason.side() != Side::Backend || matches!(reason, Reason::NoServer | Reason::ServersFull) {
             self.live.metrics.failure(reason);
         }
         self.failure = Some(reason);
@@ -247,11 +247,11 @@ impl Record {
     }
 
     /// The login is done: counts for the backend and the server until the record drops.
-    pub(super) fn open_on(&mut self, backend: BackendId, server: &Server) {
+    pub(super) fn open_on(&mut self, backend: BackendId, slot: Slot) {
         self.relaying = Some(Relaying {
             backend: backend.0 as u16,
             _backend_sessions: self.live.metrics.backend(backend.0).session_established(),
-            _server_sessions: server.metrics().session_established(),
+            _slot: slot.established(),
         });
     }
 

@@ -18,6 +18,7 @@ use std::sync::Arc;
 
 use tokio_rustls::rustls::crypto::{CryptoProvider, aws_lc_rs};
 use tokio_rustls::rustls::pki_types::CertificateDer;
+use x509_parser::prelude::{FromDer as _, X509Certificate};
 
 /// The process's crypto provider: TLS 1.3 and 1.2, AES-128-GCM preferred.
 fn provider() -> Arc<CryptoProvider> {
@@ -36,6 +37,12 @@ fn provider() -> Arc<CryptoProvider> {
         ],
         ..aws_lc_rs::default_provider()
     })
+}
+
+/// When a certificate (in DER) ends, in seconds since 1970. `None`: it cannot be read.
+pub fn ends(certificate: &[u8]) -> Option<i64> {
+    let (_, parsed) = X509Certificate::from_der(certificate).ok()?;
+    Some(parsed.validity().not_after.timestamp())
 }
 
 /// All certificates of a PEM file, at least one.

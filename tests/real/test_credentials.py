@@ -35,11 +35,11 @@ listeners:
   - {{address: "127.0.0.1:{{plain}}", tls: none}}
 tls: {{certificates: [{{cert: {cert}, key: {key}}}]}}
 backends:
-  shard-a: {{servers: ["127.0.0.1:{a}"], authzid: allow, {backend}}}
+  shard-a: {{servers: ["127.0.0.1:{a}"], authzid: allow, check: {{interval: 1s}}, {backend}}}
 {more}
 routes: [{{default: shard-a}}]
 users: {{{users}}}
-limits: {{drain: 1s, failed_logins: 1000, probe: 1s}}
+limits: {{drain: 1s, failed_logins: 1000}}
 admin: {{address: "127.0.0.1:{{admin}}"}}
 """
 

@@ -83,7 +83,8 @@ listeners:
   - {{address: "127.0.0.1:{{plain}}", tls: none}}
 tls: {{certificates: [{{cert: {certificates.cert}, key: {certificates.key}}}]}}
 backends:
-  good: {{servers: ["127.0.0.1:{server.port}"]}}
+  good: {{servers: ["127.0.0.1:{server.port}"], check: {{interval: 1s}}}}
+  encrypted: {{servers: ["localhost:{server.tls_port}"], tls: {{mode: implicit, ca: {certificates.ca}}}}}
   dead: {{servers: ["127.0.0.1:{free_port()}"]}}
 routes:
   - table: users.txt

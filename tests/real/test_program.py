@@ -89,8 +89,8 @@ routes: [{{table: users.txt}}]
         file = self.configuration("""
 listeners: [{address: "127.0.0.1:0", tls: none}]
 backends:
-  shard-a: {servers: ["127.0.0.1:1143", "localhost:1144"]}
-  shard-b: {servers: ["127.0.0.1:1145"]}
+  shard-a: {servers: ["127.0.0.1:1143", "localhost:1144", {address: "127.0.0.1:1146", state: drain}]}
+  shard-b: {servers: [{address: "127.0.0.1:1145", weight: 2, max_sessions: 9}], balance: least-sessions}
 routes: [{domain: {a.test: shard-a}}, {domain: {b.test: shard-b}}]
 """)
         done = run("route", "--config", file, "Alice@A.test")
@@ -98,8 +98,12 @@ routes: [{domain: {a.test: shard-a}}, {domain: {b.test: shard-b}}]
         self.assertRegex(done.stdout, r"route    domain: found: shard-a \(\d+ µs\)")
         self.assertRegex(done.stdout, r"server   first: \S+ \(.*127.0.0.1:114[34]\)")
         self.assertRegex(done.stdout, r"server   next: \S+ \(.*127.0.0.1:114[34]\)")
+        self.assertIn("balance  user-hash: the user's name decides", done.stdout)
+        self.assertIn("server   no logins: 127.0.0.1:1146 (state drain)\n", done.stdout)
         done = run("route", "--config", file, "bob@b.test")
         self.assertRegex(done.stdout, r"(?s)route    domain: does not know the user.*route    domain-2: found: shard-b")
+        self.assertIn("balance  least-sessions: the running process knows", done.stdout)
+        self.assertIn("first: 127.0.0.1:1145 (127.0.0.1:1145), weight 2, 9 sessions at most\n", done.stdout)
         done = run("route", "--config", file, "eve@c.test")
         self.assertEqual(done.returncode, 1)
         self.assertIn("none", done.stdout)

@@ -318,7 +318,7 @@ class Scene:
         store_directly(self.dovecot, "up", message("first"))
         take_directly(self.dovecot, "up")
 
-    def proxy(self, port=None, mode="none", limits="{probe: off}"):
+    def proxy(self, port=None, mode="none", limits="{}"):
         """A proxy before the server at `port`, or before Dovecot."""
         tls = "none" if mode == "none" else f"{{mode: {mode}, ca: {self.certificates.ca}}}"
         return Proxy(f"""
@@ -327,9 +327,9 @@ listeners:
   - {{address: "127.0.0.1:{{starttls}}", tls: starttls}}
   - {{address: "127.0.0.1:{{plain}}", tls: none}}
 tls: {{certificates: [{{cert: {self.certificates.cert}, key: {self.certificates.key}}}]}}
-backends: {{shard: {{servers: ["localhost:{port or self.dovecot.port}"], tls: {tls}}}}}
+backends: {{shard: {{servers: ["localhost:{port or self.dovecot.port}"], tls: {tls}, check: off}}}}
 routes: [{{domain: {{example.org: shard}}}}]
-# A probe would take a peer that waits for one connection.
+# No check: it would take a peer that waits for one connection.
 limits: {limits}
 admin: {{address: "127.0.0.1:{{admin}}"}}
 """)

@@ -33,9 +33,7 @@ impl Scene {
 }
 
 fn configuration(backends: &str, more: &str) -> String {
-    format!(
-        "listeners: [{{address: '127.0.0.1:0', tls: none}}]\nlimits: {{probe: off, workers: 2}}\n{backends}\n{more}"
-    )
+    format!("listeners: [{{address: '127.0.0.1:0', tls: none}}]\nlimits: {{workers: 2}}\n{backends}\n{more}")
 }
 
 async fn greeting(address: SocketAddr) -> bool {
@@ -46,7 +44,10 @@ async fn greeting(address: SocketAddr) -> bool {
 async fn logins_go_where_the_new_configuration_says_and_sessions_stay() {
     let (one, two) = (Scripted::new(GOOD).await, Scripted::new(GOOD).await);
     let to = |server: &Scripted| {
-        configuration(&format!("backends: {{only: {{servers: ['{}']}}}}", server.address), "routes: [{default: only}]")
+        configuration(
+            &format!("backends: {{only: {{servers: ['{}'], check: off}}}}", server.address),
+            "routes: [{default: only}]",
+        )
     };
     let scene = Scene::new(&to(&one)).await;
     let mut before = Client::connect(scene.address()).await;
@@ -72,7 +73,7 @@ async fn logins_go_where_the_new_configuration_says_and_sessions_stay() {
 #[tokio::test]
 async fn a_bad_file_keeps_everything_and_says_what_is_wrong() {
     let server = Scripted::new(GOOD).await;
-    let backends = format!("backends: {{only: {{servers: ['{}']}}}}", server.address);
+    let backends = format!("backends: {{only: {{servers: ['{}'], check: off}}}}", server.address);
     let good = configuration(&backends, "routes: [{default: only}]");
     let scene = Scene::new(&good).await;
     for (bad, said) in [
@@ -97,8 +98,8 @@ async fn a_bad_file_keeps_everything_and_says_what_is_wrong() {
 
 #[tokio::test]
 async fn listeners_come_and_go() {
-    let backends = "backends: {only: {servers: ['127.0.0.1:1']}}\nroutes: [{default: only}]";
-    let with = |listeners: &str| format!("listeners: [{listeners}]\nlimits: {{probe: off, workers: 2}}\n{backends}");
+    let backends = "backends: {only: {servers: ['127.0.0.1:1'], check: off}}\nroutes: [{default: only}]";
+    let with = |listeners: &str| format!("listeners: [{listeners}]\nlimits: {{workers: 2}}\n{backends}");
     let plain = "{address: '127.0.0.1:0', tls: none}";
     let scene = Scene::new(&with(plain)).await;
     let first = scene.address();
@@ -125,11 +126,9 @@ async fn listeners_come_and_go() {
 
 #[tokio::test]
 async fn the_cap_of_sessions_follows() {
-    let backends = "backends: {only: {servers: ['127.0.0.1:1']}}\nroutes: [{default: only}]";
+    let backends = "backends: {only: {servers: ['127.0.0.1:1'], check: off}}\nroutes: [{default: only}]";
     let with = |most: usize| {
-        format!(
-            "listeners: [{{address: '127.0.0.1:0', tls: none}}]\nlimits: {{probe: off, sessions: {most}}}\n{backends}"
-        )
+        format!("listeners: [{{address: '127.0.0.1:0', tls: none}}]\nlimits: {{sessions: {most}}}\n{backends}")
     };
     let scene = Scene::new(&with(2)).await;
     let (_one, _two) = (Client::connect(scene.address()).await, Client::connect(scene.address()).await);

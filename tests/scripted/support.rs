@@ -34,8 +34,8 @@ pub async fn proxy(rest: &str) -> Running {
 pub async fn start(text: &str) -> Running {
     let mut config = config::parse(Path::new("test.yaml"), text).unwrap_or_else(|report| panic!("{report}"));
     // Scripted servers count who comes: nobody comes just to look, but where a test wants it.
-    if !text.contains("probe:") {
-        config.limits.probe = None;
+    if !text.contains("check:") {
+        config.backends.iter_mut().for_each(|backend| backend.care.check = None);
     }
     // And nobody waits, but where waiting is what is tested.
     if !text.contains("failed_login_delay:") {

@@ -1,0 +1,184 @@
+//! Asks servers whether they are well, and what they offer before login, so that clients are offered just that.
+//!
+//! One task a backend, a check a server every `interval`, give or take a tenth, so that neither many servers nor many
+//! proxies are asked in step. One connection serves both questions. A server that is down by the operator's word is left
+//! alone. What the results mean is `health`'s matter. Called by `Backends::watch`.
+
+use std::collections::HashMap;
+use std::net::{Ipv4Addr, SocketAddr};
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::task::{AbortHandle, JoinSet};
+use tokio::time::{self, Instant};
+
+use super::connect::{self, Outcome, Purpose, Request, Seen};
+use super::health::Depth;
+use super::reach::dial;
+use super::server::ServerState;
+use super::{Backend, Backends, Group, Server, chance};
+use crate::config::{self, CheckKind, Config, Limits, Mode, Problem};
+use crate::identity::{PasswordLogin, Secret, ServerLogin, UserName};
+use crate::imap::client_id::ClientId;
+use crate::imap::tag::Tag;
+use crate::metrics::CheckMetrics;
+
+/// Servers of an SRV record come and go: they are looked for this often.
+const LOOK_AGAIN: Duration = Duration::from_secs(1);
+
+/// A backend's checks, ready for use.
+#[derive(Debug)]
+pub(super) struct Watch {
+    check: config::Check,
+    account: Option<(UserName, Secret)>,
+}
+
+impl Watch {
+    /// Reads the password of the account that logs in.
+    pub(super) fn build(config: &Config, check: &config::Check) -> Result<Self, Problem> {
+        let account = match &check.kind {
+            CheckKind::Login { account, password } => {
+                let password = password.read_secret(config)?;
+                Some((account.clone(), Secret::new(password.as_bytes().to_vec())))
+            }
+            CheckKind::Tcp | CheckKind::Tls | CheckKind::Imap => None,
+        };
+        Ok(Self { check: check.clone(), account })
+    }
+}
+
+/// What is next for one server.
+struct Course {
+    /// Of which server: another may get the same name.
+    state: Arc<ServerState>,
+    due: Instant,
+    under_way: Option<AbortHandle>,
+    metrics: CheckMetrics,
+}
+
+impl Course {
+    fn is_under_way(&self) -> bool {
+        self.under_way.as_ref().is_some_and(|check| !check.is_finished())
+    }
+}
+
+impl Drop for Course {
+    fn drop(&mut self) {
+        // The server is gone: nothing more is to be told of it.
+        if let Some(check) = &self.under_way {
+            check.abort();
+        }
+    }
+}
+
+/// Checks the backend's servers again and again.
+pub(super) async fn follow(backends: Arc<Backends>, backend: Arc<Backend>, limits: Arc<Limits>) {
+    let Some(watch) = &backend.watch else { return };
+    let kind = watch.check.kind.as_str();
+    let own = backend.metrics.backend(backend.id.0);
+    let mut courses: HashMap<Arc<str>, Course> = HashMap::new();
+    // Whatever is under way ends with this.
+    let mut running = JoinSet::new();
+    let comes_and_goes = backend.groups.iter().any(|group| group.service.is_some());
+    loop {
+        let servers: Vec<Arc<Server>> = backend.groups.iter().flat_map(Group::current).collect();
+        courses.retain(|name, course| {
+            let is_it = |server: &Arc<Server>| Arc::ptr_eq(&server.state, &course.state);
+            let stays = servers.iter().any(is_it);
+            if !stays && !servers.iter().any(|server| server.name == *name) {
+                // A check may have ended after its series did.
+                own.forget_server(name);
+            }
+            stays
+        });
+        let now = Instant::now();
+        let mut next = now + if comes_and_goes { LOOK_AGAIN } else { watch.check.interval };
+        for server in servers {
+            let course = courses.entry(server.name.clone()).or_insert_with(|| Course {
+                state: server.state.clone(),
+                due: now,
+                under_way: None,
+                metrics: own.checks(&server.name, kind),
+            });
+            if course.due > now {
+                next = next.min(course.due);
+            } else if server.mode() == Mode::Down {
+                next = next.min(now + LOOK_AGAIN);
+            } else if !course.is_under_way() {
+                course.due = now + watch.check.interval.mul_f64(0.9 + 0.2 * chance());
+                next = next.min(course.due);
+                let metrics = course.metrics.clone();
+                let (backends, backend, limits) = (backends.clone(), backend.clone(), limits.clone());
+                course.under_way = Some(running.spawn(async move {
+                    check(&backend, &server, &limits, &metrics).await;
+                    backends.consider_offers();
+                }));
+            }
+        }
+        tokio::select! {
+            Some(_) = running.join_next() => {}
+            () = time::sleep_until(next) => {}
+        }
+    }
+}
+
+async fn check(backend: &Backend, server: &Arc<Server>, limits: &Limits, metrics: &CheckMetrics) {
+    let Some(watch) = &backend.watch else { return };
+    let began = Instant::now();
+    let result = asked(backend, server, watch, limits).await;
+    metrics.checked(result.is_ok(), began.elapsed());
+    let depth = match watch.check.kind {
+        CheckKind::Tcp | CheckKind::Tls => Depth::Connection,
+        CheckKind::Imap | CheckKind::Login { .. } => Depth::Dialogue,
+    };
+    match &result {
+        Ok(seen) => {
+            if let Some(ends) = seen.certificate_ends {
+                metrics.certificate(ends);
+            }
+            server.offers(seen.offer.map(|offer| offer.mechanisms));
+            server.checked(Ok(()), depth);
+        }
+        Err(detail) => {
+            tracing::debug!(backend = %backend.name, server = %server.name, %detail, "check failed");
+            // A server that cannot be asked restricts nobody.
+            server.offers(None);
+            server.checked(Err(detail), depth);
+        }
+    }
+}
+
+/// What the server has shown; an error says in a sentence what is wrong with it.
+async fn asked(backend: &Backend, server: &Arc<Server>, watch: &Watch, limits: &Limits) -> Result<Seen, String> {
+    let deadline = Instant::now() + watch.check.timeout;
+    let purpose = match watch.check.kind {
+        CheckKind::Tcp => return dial(server, deadline).await.map(|_| Seen::default()).map_err(|fault| fault.detail),
+        CheckKind::Tls => Purpose::CheckTls,
+        CheckKind::Imap | CheckKind::Login { .. } => Purpose::Check,
+    };
+    let nothing = ClientId::default();
+    let tag = Tag::new(b"check").ok_or("no tag")?;
+    let nobody = SocketAddr::from((Ipv4Addr::UNSPECIFIED, 0));
+    let login = watch
+        .account
+        .as_ref()
+        .map(|(user, password)| ServerLogin::Password(PasswordLogin { user, authzid: None, password }));
+    let request = Request {
+        login,
+        purpose,
+        tag: &tag,
+        client_id: &nothing,
+        client: nobody,
+        listener: nobody,
+        tls: None,
+        session_id: "check",
+        limits,
+    };
+    match connect::login(backend, server, &request, deadline).await {
+        Outcome::Seen(seen) => Ok(seen),
+        Outcome::Unavailable(fault) => Err(fault.detail),
+        Outcome::Refused { .. } => Err("the server refused the login of the check's account".to_owned()),
+        Outcome::Referred(_) => Err("the server sends the check's account elsewhere".to_owned()),
+        Outcome::Accepted(_) | Outcome::Challenged(..) => Err("the server answered what it was not asked".to_owned()),
+    }
+}

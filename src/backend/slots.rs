@@ -1,0 +1,287 @@
+//! Places at a server: who has one, who waits for one. First come, first served.
+//!
+//! A login takes a [`Slot`] before it connects, and keeps it for as long as the session lives; dropping it is giving it
+//! back. A server without `max_sessions` always has another. A slot that is given back goes from hand to hand to who has
+//! waited longest, so that no newcomer overtakes. Called by `tour`.
+
+use std::collections::VecDeque;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use tokio::sync::oneshot;
+use tokio::time::{Instant, timeout_at};
+
+use super::health::Trial;
+use super::server::{Server, ServerState};
+
+/// The places of one server.
+#[derive(Debug, Default)]
+pub(super) struct Slots(Mutex<Inner>);
+
+#[derive(Debug, Default)]
+struct Inner {
+    taken: u32,
+    waiting: VecDeque<Arc<Waiter>>,
+}
+
+/// A login that waits, at one server or several.
+#[derive(Debug)]
+struct Waiter {
+    /// `None` once it has a slot, or has given up.
+    hand: Mutex<Option<oneshot::Sender<Slot>>>,
+}
+
+impl Slots {
+    /// How many are taken.
+    pub(super) fn taken(&self) -> u32 {
+        self.lock().taken
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Inner> {
+        // Nothing in here panics halfway through a change.
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn take(&self, max: Option<u32>, otherwise: impl FnOnce(&mut Inner)) -> bool {
+        let mut inner = self.lock();
+        if max.is_none_or(|max| inner.taken < max) {
+            inner.taken += 1;
+            true
+        } else {
+            otherwise(&mut inner);
+            false
+        }
+    }
+}
+
+/// A login's place at a server, and whether it is the one that tries it out.
+#[derive(Debug)]
+pub struct Slot {
+    /// `None` only while it changes hands.
+    state: Option<Arc<ServerState>>,
+    trial: Option<Trial>,
+}
+
+impl Slot {
+    /// A place at `server`, where it has one.
+    pub(super) fn take(server: &Server) -> Option<Self> {
+        let has_one = server.state.slots.take(server.terms.max_sessions, |_| {});
+        has_one.then(|| Self::at(&server.state))
+    }
+
+    /// This login tries the server out: nobody else does, until it drops.
+    pub(super) fn on_trial(mut self, trial: Option<Trial>) -> Self {
+        self.trial = trial;
+        self
+    }
+
+    /// The login was taken: the place is the session's.
+    pub fn established(mut self) -> SessionSlot {
+        self.end_trial();
+        // A slot has its state until it drops, or becomes this.
+        let state = self.state.take();
+        if let Some(state) = &state {
+            state.metrics.session_opened();
+        }
+        SessionSlot(state)
+    }
+
+    fn at(state: &Arc<ServerState>) -> Self {
+        Self { state: Some(state.clone()), trial: None }
+    }
+
+    fn end_trial(&mut self) {
+        if let Some((state, trial)) = self.state.as_ref().zip(self.trial.take()) {
+            state.end_trial(trial);
+        }
+    }
+}
+
+impl Drop for Slot {
+    fn drop(&mut self) {
+        self.end_trial();
+        if let Some(state) = self.state.take() {
+            give_back(&state);
+        }
+    }
+}
+
+/// A session's place at its server: a pointer, for it is kept with every idle session.
+#[derive(Debug)]
+pub struct SessionSlot(Option<Arc<ServerState>>);
+
+impl Drop for SessionSlot {
+    fn drop(&mut self) {
+        if let Some(state) = self.0.take() {
+            state.metrics.session_closed();
+            give_back(&state);
+        }
+    }
+}
+
+/// To who has waited longest, or to nobody.
+fn give_back(state: &Arc<ServerState>) {
+    loop {
+        let mut inner = state.slots.lock();
+        let Some(waiter) = inner.waiting.pop_front() else {
+            inner.taken -= 1;
+            return;
+        };
+        drop(inner);
+        let hand = waiter.hand.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let Some(hand) = hand else { continue };
+        match hand.send(Slot::at(state)) {
+            Ok(()) => return,
+            // It has just given up. The slot is still ours to give.
+            Err(mut refused) => drop(refused.state.take()),
+        }
+    }
+}
+
+/// Who waits at a backend's servers.
+#[derive(Debug, Default)]
+pub(super) struct Queue {
+    length: AtomicU32,
+}
+
+impl Queue {
+    /// A place in the queue, unless `longest` are there already. `changed` is told its length.
+    pub(super) fn join<F: Fn(u32)>(&self, longest: u32, changed: F) -> Option<InQueue<'_, F>> {
+        let join = |length| (length < longest).then_some(length + 1);
+        let before = self.length.fetch_update(Ordering::Relaxed, Ordering::Relaxed, join).ok()?;
+        changed(before + 1);
+        Some(InQueue { queue: self, changed })
+    }
+}
+
+/// A place in a queue, until it drops.
+pub(super) struct InQueue<'a, F: Fn(u32)> {
+    queue: &'a Queue,
+    changed: F,
+}
+
+impl<F: Fn(u32)> InQueue<'_, F> {
+    /// Waits for a slot at any of `servers` until `due`.
+    pub(super) async fn wait(self, servers: &[Arc<Server>], due: Instant) -> Option<(Arc<Server>, Slot)> {
+        let (hand, slot) = oneshot::channel();
+        let waiting = AtServers { waiter: Arc::new(Waiter { hand: Mutex::new(Some(hand)) }), servers };
+        for server in servers {
+            let wait = |inner: &mut Inner| inner.waiting.push_back(waiting.waiter.clone());
+            if server.state.slots.take(server.terms.max_sessions, wait) {
+                return Some((server.clone(), Slot::at(&server.state)));
+            }
+        }
+        let slot = timeout_at(due, slot).await.ok()?.ok()?;
+        let is_there = |server: &&Arc<Server>| slot.state.as_ref().is_some_and(|at| Arc::ptr_eq(at, &server.state));
+        servers.iter().find(is_there).cloned().map(|server| (server, slot))
+    }
+}
+
+impl<F: Fn(u32)> Drop for InQueue<'_, F> {
+    fn drop(&mut self) {
+        (self.changed)(self.queue.length.fetch_sub(1, Ordering::Relaxed) - 1);
+    }
+}
+
+/// Leaves nothing of a waiter behind, however its waiting ends.
+struct AtServers<'a> {
+    waiter: Arc<Waiter>,
+    servers: &'a [Arc<Server>],
+}
+
+impl Drop for AtServers<'_> {
+    fn drop(&mut self) {
+        self.waiter.hand.lock().unwrap_or_else(PoisonError::into_inner).take();
+        for server in self.servers {
+            server.state.slots.lock().waiting.retain(|waiter| !Arc::ptr_eq(waiter, &self.waiter));
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+
+    const LONG: Duration = Duration::from_secs(60);
+
+    fn soon() -> Instant {
+        Instant::now() + LONG
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn slots_go_from_hand_to_hand_in_order() {
+        let (server, queue) = (Server::for_tests("a", Some(1)), Queue::default());
+        let servers = [server.clone()];
+        let slot = Slot::take(&server).unwrap();
+        assert!(Slot::take(&server).is_none());
+        let mut first = Box::pin(queue.join(2, |_| {}).unwrap().wait(&servers, soon()));
+        let mut second = Box::pin(queue.join(2, |_| {}).unwrap().wait(&servers, soon()));
+        assert!(futures_util::poll!(&mut first).is_pending() && futures_util::poll!(&mut second).is_pending());
+        assert!(queue.join(2, |_| {}).is_none(), "the queue is bounded");
+        drop(slot);
+        assert!(Slot::take(&server).is_none(), "a newcomer does not overtake");
+        let (_, slot) = first.await.unwrap();
+        assert!(futures_util::poll!(&mut second).is_pending());
+        drop(slot.established());
+        let (at, slot) = second.await.unwrap();
+        assert_eq!((&*at.name, server.state.slots.taken()), ("a", 1));
+        drop(slot);
+        assert_eq!(server.state.slots.taken(), 0);
+        assert!(queue.join(1, |_| {}).is_some(), "both have left the queue");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn who_gives_up_is_passed_over() {
+        let (server, queue) = (Server::for_tests("a", Some(1)), Queue::default());
+        let servers = [server.clone()];
+        let slot = Slot::take(&server).unwrap();
+        let began = Instant::now();
+        let due = began + Duration::from_secs(5);
+        let mut patient = Box::pin(queue.join(9, |_| {}).unwrap().wait(&servers, soon()));
+        {
+            let mut gone = Box::pin(queue.join(9, |_| {}).unwrap().wait(&servers, soon()));
+            assert!(futures_util::poll!(&mut gone).is_pending());
+        }
+        assert!(queue.join(9, |_| {}).unwrap().wait(&servers, due).await.is_none());
+        assert_eq!(began.elapsed().as_secs(), 5);
+        assert!(futures_util::poll!(&mut patient).is_pending());
+        drop(slot);
+        assert!(patient.await.is_some());
+        assert_eq!(server.state.slots.taken(), 0);
+        assert!(server.state.slots.lock().waiting.is_empty());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn the_first_of_several_servers_to_have_a_slot_is_taken() {
+        let (one, other, queue) = (Server::for_tests("a", Some(1)), Server::for_tests("b", Some(1)), Queue::default());
+        let servers = [one.clone(), other.clone()];
+        let (_kept, freed) = (Slot::take(&one).unwrap(), Slot::take(&other).unwrap());
+        let mut waiting = Box::pin(queue.join(9, |_| {}).unwrap().wait(&servers, soon()));
+        assert!(futures_util::poll!(&mut waiting).is_pending());
+        drop(freed);
+        assert_eq!(&*waiting.await.unwrap().0.name, "b");
+        assert_eq!((one.state.slots.taken(), other.state.slots.taken()), (1, 0));
+        assert!(one.state.slots.lock().waiting.is_empty(), "nobody waits there any more");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_slot_handed_to_somebody_who_has_just_gone_is_not_lost() {
+        let (server, queue) = (Server::for_tests("a", Some(1)), Queue::default());
+        let servers = [server.clone()];
+        let slot = Slot::take(&server).unwrap();
+        let mut waiting = Box::pin(queue.join(9, |_| {}).unwrap().wait(&servers, soon()));
+        assert!(futures_util::poll!(&mut waiting).is_pending());
+        drop(slot);
+        // It has the slot in its hand and is never asked again.
+        drop(waiting);
+        assert_eq!(server.state.slots.taken(), 0);
+        assert!(Slot::take(&server).is_some());
+    }
+
+    #[test]
+    fn a_sessions_slot_is_a_pointer() {
+        assert_eq!(size_of::<SessionSlot>(), size_of::<usize>());
+    }
+}

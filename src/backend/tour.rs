@@ -1,0 +1,93 @@
+//! The servers that one login tries, one after the other, with a slot at each.
+//!
+//! In the order that `select` found. A server that is failing, or that somebody else tries out just now, comes when
+//! there is no other; one that is full is passed over where another has a place, and where none has one, the login waits in
+//! the backend's queue. Only where a user must not be served by two servers at once (`user-hash`) does it wait for its own
+//! server sooner than go elsewhere. Called by `session`.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+
+use tokio::time::Instant;
+
+use super::server::Admission;
+use super::slots::Slot;
+use super::{Backend, Server};
+use crate::config::Mode;
+
+/// See the module.
+#[derive(Debug)]
+pub struct Tour<'a> {
+    backend: &'a Backend,
+    ahead: VecDeque<Arc<Server>>,
+    last_resort: VecDeque<Arc<Server>>,
+    full: Vec<Arc<Server>>,
+    /// How long this login may wait in the queue.
+    queue_until: Option<Instant>,
+}
+
+/// What comes next.
+#[derive(Debug)]
+pub enum Stop {
+    /// This server, where there is a slot.
+    At(Arc<Server>, Slot),
+    /// No server has a place, and none came free in time.
+    Full,
+    /// There is no other server.
+    End,
+}
+
+impl<'a> Tour<'a> {
+    /// Of `servers`, which are the backend's.
+    pub fn new(backend: &'a Backend, servers: Vec<Arc<Server>>) -> Self {
+        let (last_resort, full) = (VecDeque::new(), Vec::new());
+        Self { backend, ahead: servers.into(), last_resort, full, queue_until: None }
+    }
+
+    /// Whether there may be another server after the last one.
+    pub fn has_more(&self) -> bool {
+        !(self.ahead.is_empty() && self.last_resort.is_empty() && self.full.is_empty())
+    }
+
+    /// The next server; waits for a place no longer than the queue allows, and not beyond `due`.
+    pub async fn next(&mut self, due: Instant) -> Stop {
+        while let Some(server) = self.ahead.pop_front() {
+            match server.admit() {
+                Admission::Slot(slot) => return Stop::At(server, slot),
+                Admission::Full if self.backend.balance.is_sticky() => return self.wait(&[server], due).await,
+                Admission::Full => self.full.push(server),
+                Admission::Failing => self.last_resort.push_back(server),
+                Admission::Shut => {}
+            }
+        }
+        if !self.full.is_empty() {
+            let full = std::mem::take(&mut self.full);
+            let stop = self.wait(&full, due).await;
+            if let Stop::At(there, _) = &stop {
+                self.full = full.into_iter().filter(|server| !Arc::ptr_eq(server, there)).collect();
+            }
+            return stop;
+        }
+        while let Some(server) = self.last_resort.pop_front() {
+            if server.mode() != Mode::Up {
+                continue;
+            }
+            return match Slot::take(&server) {
+                Some(slot) => Stop::At(server, slot),
+                None => self.wait(&[server], due).await,
+            };
+        }
+        Stop::End
+    }
+
+    async fn wait(&mut self, servers: &[Arc<Server>], due: Instant) -> Stop {
+        let until = *self.queue_until.get_or_insert_with(|| Instant::now() + self.backend.queue_limits.timeout);
+        let metrics = self.backend.metrics.backend(self.backend.id.0);
+        let queue = self.backend.queue.join(self.backend.queue_limits.length, |length| metrics.queue(length));
+        let Some(queue) = queue else { return Stop::Full };
+        match queue.wait(servers, until.min(due)).await {
+            Some((server, slot)) => Stop::At(server, slot),
+            None => Stop::Full,
+        }
+    }
+}

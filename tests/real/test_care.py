@@ -1,0 +1,145 @@
+"""Three Dovecots of one backend that are killed, stopped and started again, and clients that notice nothing of it."""
+
+import os
+import signal
+import threading
+import unittest
+
+from fixtures import Certificates, Dovecot, Folder, Proxy, wait_for
+from mail import Raw
+
+USERS = {f"user{number}@example.org": "secret" for number in range(12)}
+TEMPLATE = """
+listeners: [{address: "127.0.0.1:{plain}", tls: none}]
+backends:
+  trio:
+    servers: [SERVERS]
+    check: CHECK
+    MORE
+routes: [{default: trio}]
+limits: {connect: 1s, server_login: 10s, drain: 1s}
+admin: {address: "127.0.0.1:{admin}"}
+"""
+
+
+class Trio(unittest.TestCase):
+    @classmethod
+    def setUpClass(cls):
+        cls.folder = Folder()
+        cls.addClassCleanup(cls.folder.remove)
+        cls.certificates = Certificates(cls.folder)
+        cls.servers = []
+        for _ in range(3):
+            cls.servers.append(Dovecot(cls.certificates, users={**USERS, "probe": "probing"}))
+            cls.addClassCleanup(cls.servers[-1].close)
+
+    def proxy(self, check="{interval: 200ms, timeout: 500ms, fall: 2}", more="", port="port"):
+        servers = ", ".join(f'"localhost:{getattr(server, port)}"' for server in self.servers)
+        text = TEMPLATE.replace("SERVERS", servers).replace("CHECK", check).replace("MORE", more)
+        proxy = Proxy(text)
+        self.addCleanup(proxy.close)
+        wait_for("the first checks", lambda: proxy.metric("vestibule_server_checks_total", outcome="passed") >= 3)
+        return proxy
+
+    def log_in(self, proxy, user):
+        client = Raw(proxy.ports["plain"])
+        client.line()
+        answer = client.command("a", f"LOGIN {user} {USERS[user]}")[-1]
+        self.assertTrue(answer.startswith(b"a OK"), answer)
+        return client
+
+    def up(self, proxy, server):
+        return proxy.metric("vestibule_server_up", server=f"localhost:{server.port}")
+
+    def sessions(self, proxy):
+        return [int(proxy.metric("vestibule_server_sessions", server=f"localhost:{server.port}")) for server in self.servers]
+
+    def test_nobody_sees_a_failed_login_while_one_server_is_alive(self):
+        for balance in ("user-hash", "bounded-hash", "least-sessions", "round-robin"):
+            proxy = self.proxy(more=f"balance: {balance}")
+            failed, logins, over = [], [0], threading.Event()
+
+            def users_come_and_go(user):
+                while not over.is_set():
+                    try:
+                        # A session ends with its server, and so without LOGOUT; a login must not fail.
+                        self.log_in(proxy, user).close()
+                        logins[0] += 1
+                    except Exception as error:  # whatever it is, a user has seen it
+                        failed.append(f"{balance} {user}: {error!r}")
+
+            threads = [threading.Thread(target=users_come_and_go, args=(user,)) for user in list(USERS)[:4]]
+            for thread in threads:
+                thread.start()
+            try:
+                # One after the other dies and comes back, and for a while there is but one.
+                for server in self.servers[:2]:
+                    server.kill()
+                    wait_for("the checks", lambda server=server: self.up(proxy, server) == 0)
+                before = logins[0]
+                wait_for("logins at the last server", lambda: logins[0] > before + 10)
+                for server in self.servers[:2]:
+                    server.start()
+                    wait_for("the checks", lambda server=server: self.up(proxy, server) == 1)
+                before = logins[0]
+                wait_for("logins at all", lambda: logins[0] > before + 10)
+            finally:
+                over.set()
+                for thread in threads:
+                    thread.join()
+            self.assertEqual(failed, [])
+            proxy.close()
+
+    def test_checks_notice_who_hangs_and_traffic_moves_there_and_back(self):
+        proxy = self.proxy()
+        homes = {}
+        for user in USERS:
+            before = self.sessions(proxy)
+            client = self.log_in(proxy, user)
+            homes[user] = [after - now for after, now in zip(self.sessions(proxy), before)].index(1)
+            self.addCleanup(client.close)
+        self.assertEqual(set(homes.values()), {0, 1, 2}, "all have users")
+        os.killpg(self.servers[0].process.child.pid, signal.SIGSTOP)
+        try:
+            wait_for("the checks", lambda: self.up(proxy, self.servers[0]) == 0)
+            before = self.sessions(proxy)
+            for user in USERS:
+                self.addCleanup(self.log_in(proxy, user).close)
+            moved = [after - now for after, now in zip(self.sessions(proxy), before)]
+            self.assertEqual(moved[0], 0, "nobody is sent there")
+            self.assertEqual(sum(moved), len(USERS))
+        finally:
+            os.killpg(self.servers[0].process.child.pid, signal.SIGCONT)
+        wait_for("the checks", lambda: self.up(proxy, self.servers[0]) == 1)
+        before = self.sessions(proxy)
+        for user in USERS:
+            self.addCleanup(self.log_in(proxy, user).close)
+        moved = [after - now for after, now in zip(self.sessions(proxy), before)]
+        self.assertEqual(moved, [list(homes.values()).count(home) for home in range(3)], "all are at home again")
+
+    def test_an_account_logs_in_for_the_check(self):
+        password = self.folder.write("probe", "probing\n")
+        wrong = self.folder.write("wrong", "guessing\n")
+        check = "{kind: login, interval: 200ms, fall: 1, account: probe, password_file: PASSWORD}"
+        proxy = self.proxy(check.replace("PASSWORD", str(password)))
+        wait_for("logins in Dovecot's log", lambda: all("Logged out" in server.log() for server in self.servers))
+        self.assertEqual([self.up(proxy, server) for server in self.servers], [1, 1, 1])
+        proxy = Proxy(TEMPLATE.replace("SERVERS", f'"localhost:{self.servers[0].port}"').replace("MORE", "")
+                      .replace("CHECK", check.replace("PASSWORD", str(wrong))))
+        self.addCleanup(proxy.close)
+        wait_for("the failed check", lambda: self.up(proxy, self.servers[0]) == 0)
+        self.log_in(proxy, "user1@example.org").close()
+        self.assertNotIn("guessing", proxy.log())
+
+    def test_a_certificate_is_watched(self):
+        more = f"tls: {{mode: implicit, ca: {self.certificates.ca}}}"
+        for kind in ("tls", "imap"):
+            proxy = self.proxy(f"{{kind: {kind}, interval: 200ms}}", more, port="tls_port")
+            name = f"localhost:{self.servers[0].tls_port}"
+            served = proxy.metric("vestibule_server_certificate_expiry_timestamp_seconds", server=name)
+            self.assertGreater(served, 1.7e9, kind)
+            self.assertEqual(proxy.metric("vestibule_server_checks_total", outcome="failed"), 0)
+
+
+if __name__ == "__main__":
+    unittest.main()
