@@ -326,8 +326,8 @@ async fn a_reload_replaces_limits_and_forgets_nobody() {
     let (address, folder) = (server.address, tempfile::tempdir().unwrap());
     let with = |limits: &str| {
         format!(
-            "listeners: [{{address: '127.0.0.1:0', tls: none}}]\nbackends: {{only: {{servers: ['{address}']}}}}\n\
-             routes: [{{domain: {{good.test: only}}}}]\nlimits: {{probe: off, {limits}}}\n"
+            "listeners: [{{address: '127.0.0.1:0', tls: none}}]\nbackends: {{only: {{servers: ['{address}'], check: off}}}}\n\
+             routes: [{{domain: {{good.test: only}}}}]\nlimits: {{{limits}}}\n"
         )
     };
     let proxy = start(&with("sessions_per_address: 2")).await;
