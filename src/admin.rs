@@ -5,7 +5,8 @@
 
 use std::convert::Infallible;
 use std::io;
-use std::net::SocketAddr;
+use std::net::{self, SocketAddr};
+use std::os::fd::{AsFd as _, OwnedFd};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -44,14 +45,29 @@ struct State {
 }
 
 impl Admin {
-    /// Binds; answers once [`Admin::run`] runs.
+    /// Binds, unless there is a `socket` already; answers once [`Admin::run`] runs.
     ///
     /// # Errors
     /// What the system says.
-    pub async fn bind(address: SocketAddr, metrics: Arc<Metrics>, draining: CancellationToken) -> io::Result<Self> {
-        let socket = TcpListener::bind(address).await?;
+    pub fn bind(
+        address: SocketAddr,
+        socket: Option<net::TcpListener>,
+        metrics: Arc<Metrics>,
+        draining: CancellationToken,
+    ) -> io::Result<Self> {
+        let socket = socket.map_or_else(|| net::TcpListener::bind(address), Ok)?;
+        socket.set_nonblocking(true)?;
+        let socket = TcpListener::from_std(socket)?;
         let address = socket.local_addr()?;
         Ok(Self { socket, address, state: Arc::new(State { metrics, draining }) })
+    }
+
+    /// A copy of the socket.
+    ///
+    /// # Errors
+    /// The system has no descriptor for it.
+    pub fn copy(&self) -> io::Result<OwnedFd> {
+        self.socket.as_fd().try_clone_to_owned()
     }
 
     /// As bound.

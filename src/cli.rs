@@ -2,8 +2,9 @@
 
 use std::path::PathBuf;
 use std::process::exit;
+use std::time::Duration;
 
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, Parser, Subcommand, ValueEnum};
 
 /// sysexits.h EX_USAGE.
 const EX_USAGE: i32 = 64;
@@ -13,7 +14,7 @@ const EX_USAGE: i32 = 64;
 #[command(
     name = "vestibule",
     version,
-    after_help = "Example:\n  vestibule demo\n\nExit codes: 0 done, 1 no route knows the user (route), 64 usage, 70 internal or not bound, 78 configuration"
+    after_help = "Example:\n  vestibule demo\n\nExit codes: 0 done, 1 no route knows the user (route) or not done (commands to the running process), 64 usage, 70 internal or not bound, 78 configuration"
 )]
 struct Arguments {
     #[command(subcommand)]
@@ -24,15 +25,21 @@ struct Arguments {
 #[derive(Debug, Subcommand)]
 pub enum Command {
     /// Run the proxy until SIGTERM or SIGINT
-    #[command(after_help = "Example:\n  vestibule run --config /etc/vestibule/vestibule.yaml")]
+    #[command(
+        after_help = "Example:\n  vestibule run --config /etc/vestibule/vestibule.yaml\n\nSIGHUP loads the configuration again; SIGTERM and SIGINT stop, a second one at once."
+    )]
     Run {
         /// The configuration file
         #[arg(short, long, value_name = "FILE")]
         config: PathBuf,
+        /// Take the place of the process that runs with this configuration: its listening sockets first, so that no connection
+        /// is refused; its sessions stay with it until they end, or limits.drain is over
+        #[arg(long)]
+        replace: bool,
     },
     /// Check a configuration: build everything, bind nothing; exit 0 or 78
     #[command(
-        after_help = "Example:\n  vestibule check --config /etc/vestibule/vestibule.yaml && systemctl restart vestibule"
+        after_help = "Example:\n  vestibule check --config /etc/vestibule/vestibule.yaml && systemctl reload vestibule"
     )]
     Check {
         /// The configuration file
@@ -57,11 +64,136 @@ pub enum Command {
         #[arg(long, value_name = "FILE", requires = "diff")]
         users: Option<PathBuf>,
     },
+    /// Load the configuration again, in the running process; exit 0, or 78 and nothing changed
+    #[command(
+        after_help = "Example:\n  vestibule reload\n  vestibule reload --control /run/vestibule/control\n\nThe same as SIGHUP, but tells what is wrong."
+    )]
+    Reload {
+        /// The running process.
+        #[command(flatten)]
+        control: ControlPath,
+    },
+    /// Start the program as it lies on the disk now, and let it take the running process's place without a gap
+    #[command(
+        after_help = "Example:\n  vestibule upgrade\n\nThe running process goes when its sessions have ended, or limits.drain is over."
+    )]
+    Upgrade {
+        /// The running process.
+        #[command(flatten)]
+        control: ControlPath,
+    },
+    /// Tell how the running process and its servers are
+    #[command(after_help = "Example:\n  vestibule status\n  vestibule status --json")]
+    Status {
+        /// For programs
+        #[arg(long)]
+        json: bool,
+        /// The running process.
+        #[command(flatten)]
+        control: ControlPath,
+    },
+    /// List who is logged in where
+    #[command(after_help = "Example:\n  vestibule sessions alice@example.org\n  vestibule sessions --json")]
+    Sessions {
+        /// Only this user
+        user: Option<String>,
+        /// For programs
+        #[arg(long)]
+        json: bool,
+        /// The running process.
+        #[command(flatten)]
+        control: ControlPath,
+    },
+    /// End all sessions of a user; the user may come back at once
+    #[command(after_help = "Example:\n  vestibule kick alice@example.org")]
+    Kick {
+        /// The user name as a client would send it
+        user: String,
+        /// The running process.
+        #[command(flatten)]
+        control: ControlPath,
+    },
+    /// Take a server out of service: no new logins, and with --over its sessions are ended evenly
+    #[command(
+        after_help = "Example:\n  vestibule drain 10.0.0.11:143\n  vestibule drain 10.0.0.11:143 --over 10m\n\nWith --over it waits until no session is left. vestibule server NAME up brings the server back."
+    )]
+    Drain {
+        /// As configured, or as metrics call it
+        server: String,
+        /// End its sessions, spread over this time
+        #[arg(long, value_name = "TIME", value_parser = humantime::parse_duration)]
+        over: Option<Duration>,
+        /// The running process.
+        #[command(flatten)]
+        control: ControlPath,
+    },
+    /// Say what is wanted of a server, whatever the configuration says
+    #[command(
+        after_help = "Example:\n  vestibule server 10.0.0.11:143 up\n  vestibule server 10.0.0.11:143 as-configured"
+    )]
+    Server {
+        /// As configured, or as metrics call it
+        server: String,
+        /// up: logins; drain: no new ones; down: not even checked
+        mode: ServerMode,
+        /// The running process.
+        #[command(flatten)]
+        control: ControlPath,
+    },
+    /// Bring a user to another backend: keep new logins waiting, end the sessions, route afresh, let the user in again
+    #[command(
+        after_help = "Example:\n  vestibule move alice@example.org shard-b\n  vestibule move alice@example.org shard-b --while ./copy-mailbox-and-change-the-table\n\nThe routes must say the new backend: change them before, or in the command behind --while, which runs while the user is kept out."
+    )]
+    Move {
+        /// The user name as a client would send it
+        user: String,
+        /// Where the routes send the user from now on
+        backend: String,
+        /// Run by sh while no session is open; if it fails, the user is let in again and nothing is claimed
+        #[arg(long = "while", value_name = "COMMAND")]
+        command: Option<String>,
+        /// The running process.
+        #[command(flatten)]
+        control: ControlPath,
+    },
     /// Show the main job on an embedded default: two tiny mailbox servers, a certificate, the proxy in front
     #[command(
         after_help = "Example:\n  vestibule demo\n  vestibule demo --tls-port 0 --starttls-port 0 --admin-port 0 --once"
     )]
     Demo(DemoOptions),
+}
+
+/// Where the running process is reached.
+#[derive(Debug, Clone, Args)]
+pub struct ControlPath {
+    /// The running process's admin.control
+    #[arg(long = "control", value_name = "PATH", default_value = "/run/vestibule/control")]
+    pub path: PathBuf,
+}
+
+/// What is wanted of a server.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum ServerMode {
+    /// Logins.
+    Up,
+    /// No new ones; sessions stay.
+    Drain,
+    /// No new ones, and it is not checked.
+    Down,
+    /// What the configuration says.
+    AsConfigured,
+}
+
+impl ServerMode {
+    /// The word of the command; `None`: as configured.
+    pub fn word(self) -> Option<&'static str> {
+        match self {
+            Self::Up => Some("up"),
+            Self::Drain => Some("drain"),
+            Self::Down => Some("down"),
+            Self::AsConfigured => None,
+        }
+    }
 }
 
 /// Options of the demo.

@@ -2,7 +2,7 @@
 //!
 //! Called by `main` once.
 
-use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+use rustix::process::{DumpableBehavior, Resource, Rlimit, getrlimit, set_dumpable_behavior, setrlimit};
 
 /// Each session holds two descriptors; the rest is for listeners, DNS, files and the runtime.
 const RESERVED: u64 = 256;
@@ -24,6 +24,10 @@ pub fn prepare(sessions: usize) {
             wanted,
             "descriptors do not suffice for limits.sessions: raise LimitNOFILE or lower limits.sessions"
         );
+    }
+    // Nor may a debugger of the same user look into it; a core pattern that is a pipe heeds no limit, but heeds this.
+    if let Err(error) = set_dumpable_behavior(DumpableBehavior::NotDumpable) {
+        tracing::warn!(%error, "the process could not be made undumpable");
     }
     if let Err(error) = setrlimit(Resource::Core, Rlimit { current: Some(0), maximum: Some(0) }) {
         tracing::warn!(%error, "core dumps could not be forbidden");

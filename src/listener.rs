@@ -17,7 +17,7 @@ use crate::config::{self, ListenerTls};
 use crate::guard::Turned;
 use crate::metrics::Refusal;
 use crate::occupancy::Occupancy;
-use crate::server::Live;
+use crate::server::Desk;
 use crate::session::{self, Arrival, Held, Room};
 use crate::shutdown::Drain;
 
@@ -35,21 +35,6 @@ pub struct Listener {
     address: SocketAddr,
     desk: watch::Receiver<Desk>,
     closed: CancellationToken,
-}
-
-/// What connections are served with from now on.
-#[derive(Clone)]
-pub struct Desk {
-    /// The configuration, built.
-    pub live: Arc<Live>,
-    /// The listener's place in it.
-    pub index: usize,
-}
-
-impl std::fmt::Debug for Desk {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Desk").field("index", &self.index).finish_non_exhaustive()
-    }
 }
 
 /// Binds one socket for each worker. `[::]` also takes IPv4, unless `others` hold an IPv4 listener on the same port.
@@ -159,6 +144,7 @@ impl Listener {
             listener: index,
             tls,
             live,
+            desk: self.desk.clone(),
             drain: house.drain.clone(),
             room: house.room.clone(),
             ticket,

@@ -1,18 +1,24 @@
 //! The `vestibule` program: arguments, logging, configuration, then the library.
 
 mod allocator;
+mod successor;
 
+use std::net::TcpListener;
 use std::path::Path;
 use std::process::ExitCode;
+use std::sync::Arc;
 
 use anyhow::Context as _;
+use tokio::sync::mpsc;
 use vestibule::cli::{self, Command};
 use vestibule::config::{self, Report};
+use vestibule::control::client::Predecessor;
+use vestibule::control::{Control, Wish};
 use vestibule::identity::UserName;
 use vestibule::metrics::Metrics;
 use vestibule::server::{self, Live, Running};
 use vestibule::shutdown::{Asked, Signals};
-use vestibule::{demo, explain, limits, logging};
+use vestibule::{demo, explain, inherit, limits, logging, operate, privileges};
 
 /// sysexits.h: what systemd and scripts can tell apart.
 const EX_USAGE: u8 = 64;
@@ -37,7 +43,7 @@ fn main() -> ExitCode {
 
 fn dispatch(command: Command) -> anyhow::Result<ExitCode> {
     match command {
-        Command::Run { config } => runtime()?.block_on(run(&config)),
+        Command::Run { config, replace } => runtime()?.block_on(run(&config, replace)),
         Command::Check { config } => check(&config),
         Command::Route { config, diff: Some(new), users: Some(users), .. } => diff(&config, &new, &users),
         Command::Route { config, user, .. } => route(&config, &user.unwrap_or_default()),
@@ -45,6 +51,8 @@ fn dispatch(command: Command) -> anyhow::Result<ExitCode> {
             runtime()?.block_on(demo::run(options))?;
             Ok(ExitCode::SUCCESS)
         }
+        // What is none of the above asks something of the running process.
+        other => Ok(runtime()?.block_on(operate::operate(other))?.unwrap_or(ExitCode::FAILURE)),
     }
 }
 
@@ -52,21 +60,76 @@ fn runtime() -> anyhow::Result<tokio::runtime::Runtime> {
     tokio::runtime::Builder::new_current_thread().enable_all().build().context("no runtime")
 }
 
-async fn run(file: &Path) -> anyhow::Result<ExitCode> {
+async fn run(file: &Path, replace: bool) -> anyhow::Result<ExitCode> {
     let config = config::load(file)?;
     logging::install(&config.log);
     limits::prepare(config.limits.sessions);
     let mut signals = Signals::new().context("signal handlers")?;
-    let running = server::start(config, Vec::new()).await?;
+    let (control, run_as) = (config.control.clone(), config.run_as.clone());
+    let prepared = server::prepare(config)?;
+    let predecessor = predecessor(control.as_deref(), replace).await?;
+    let mut sockets = inherit::of_systemd();
+    let predecessor = predecessor.map(|(sender, handed_over)| {
+        sockets.extend(handed_over);
+        sender
+    });
+    let bound = prepared.bind(sockets).await?;
+    let control = match &control {
+        Some(path) => {
+            Some(Control::bind(path).with_context(|| format!("{} cannot be bound (admin.control)", path.display()))?)
+        }
+        None => None,
+    };
+    if let Some(run_as) = &run_as {
+        privileges::drop_to(run_as)?;
+    }
+    let running = Arc::new(bound.start()?);
     count_panics(&running.metrics());
     notify(&running, sd_notify::NotifyState::Ready);
-    while signals.next().await == Asked::Reload {
-        // What was wrong is logged, and a gauge says so.
-        let _ = running.reload(file).await;
+    if let Some(predecessor) = predecessor {
+        predecessor.retire().await;
     }
-    notify(&running, sd_notify::NotifyState::Stopping);
-    running.drain(signals.stop()).await;
-    Ok(ExitCode::SUCCESS)
+    let (wish, mut wishes) = mpsc::channel(1);
+    if let Some(control) = control {
+        tokio::spawn(control.run(running.clone(), file.to_owned(), wish));
+    }
+    loop {
+        tokio::select! {
+            asked = signals.next() => match asked {
+                // What was wrong is logged, and a gauge says so.
+                Asked::Reload => drop(running.reload(file).await),
+                Asked::Stop => {
+                    notify(&running, sd_notify::NotifyState::Stopping);
+                    running.drain(signals.stop()).await;
+                    return Ok(ExitCode::SUCCESS);
+                }
+            },
+            Some(wish) = wishes.recv() => match wish {
+                Wish::Upgrade => successor::start(file),
+                Wish::Retire(pid) => {
+                    tracing::info!(successor = pid, "a successor has taken over");
+                    notify(&running, sd_notify::NotifyState::MainPid(pid));
+                    running.retire(signals.stop()).await;
+                    return Ok(ExitCode::SUCCESS);
+                }
+            },
+        }
+    }
+}
+
+/// Whose place is to be taken: none, or the one that answers commands where we are to.
+async fn predecessor(control: Option<&Path>, replace: bool) -> anyhow::Result<Option<(Predecessor, Vec<TcpListener>)>> {
+    let Some(path) = control else {
+        anyhow::ensure!(
+            !replace,
+            "--replace takes admin.control in the configuration: it is where the running process is asked"
+        );
+        return Ok(None);
+    };
+    let Some(predecessor) = Predecessor::at(path).await else { return Ok(None) };
+    anyhow::ensure!(replace, "another process answers at {} already: take its place with --replace", path.display());
+    let sockets = predecessor.sockets().await?;
+    Ok(Some((predecessor, sockets)))
 }
 
 /// Builds everything and binds nothing.

@@ -14,6 +14,15 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tokio_util::task::task_tracker::TaskTrackerToken;
 
+/// How a process stops.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Manner {
+    /// Clients that have not logged in are told to come back.
+    Stop,
+    /// A successor takes new clients; those that are logging in may finish.
+    Retire,
+}
+
 /// The state of a drain, shared by everything that must stop.
 #[derive(Debug, Clone, Default)]
 pub struct Drain(Arc<Edges>);
@@ -53,8 +62,10 @@ impl Drain {
 
     /// Drains: begins, waits up to `grace` or until `hurry` for sessions to end by themselves, then ends the rest.
     /// Returns how many had to be ended.
-    pub async fn run(&self, grace: Duration, hurry: impl Future<Output = ()>) -> usize {
-        self.0.begun.cancel();
+    pub async fn run(&self, grace: Duration, hurry: impl Future<Output = ()>, manner: Manner) -> usize {
+        if manner == Manner::Stop {
+            self.0.begun.cancel();
+        }
         self.0.sessions.close();
         tokio::select! {
             () = self.0.sessions.wait() => return 0,
@@ -62,6 +73,7 @@ impl Drain {
             () = hurry => {}
         }
         let forced = self.0.sessions.len();
+        self.0.begun.cancel();
         self.0.over.cancel();
         self.0.sessions.wait().await;
         forced
@@ -124,7 +136,7 @@ mod tests {
         let drain = Drain::default();
         let begun = drain.begun().clone();
         drain.spawn(async move { begun.cancelled().await });
-        assert_eq!(drain.run(Duration::from_secs(60), pending()).await, 0);
+        assert_eq!(drain.run(Duration::from_secs(60), pending(), Manner::Stop).await, 0);
         assert!(!drain.over().is_cancelled());
     }
 
@@ -134,7 +146,7 @@ mod tests {
         let over = drain.over().clone();
         drain.spawn(async move { over.cancelled().await });
         let began = tokio::time::Instant::now();
-        assert_eq!(drain.run(Duration::from_secs(60), pending()).await, 1);
+        assert_eq!(drain.run(Duration::from_secs(60), pending(), Manner::Stop).await, 1);
         assert_eq!(began.elapsed(), Duration::from_secs(60));
         assert_eq!(drain.open_sessions(), 0);
     }
@@ -144,6 +156,6 @@ mod tests {
         let drain = Drain::default();
         let over = drain.over().clone();
         drain.spawn(async move { over.cancelled().await });
-        assert_eq!(drain.run(Duration::from_secs(60), async {}).await, 1);
+        assert_eq!(drain.run(Duration::from_secs(60), async {}, Manner::Stop).await, 1);
     }
 }

@@ -20,7 +20,7 @@ use super::servers::backend;
 use super::users::users;
 use super::{
     Backend, Certificate, CertificateUser, ClientCertificates, Config, Host, Level, Listener, ListenerTls, Located,
-    Log, LogFormat, Resolver, Server, TlsVersion, is_local,
+    Log, LogFormat, Resolver, RunAs, Server, TlsVersion, is_local,
 };
 use crate::identity::{Mechanism, Mechanisms};
 
@@ -48,6 +48,18 @@ pub(super) fn config(reader: &mut Reader<'_>, file: &Path, value: Value) -> Opti
     }
     pointed_at_itself(reader, &listeners, &backends);
     let routes = routes(reader, folder, &names, written.routes);
+    let control = written.admin.control.map(|path| folder.join(path));
+    // A Unix socket's name has 108 bytes, its end included (unix(7)).
+    if control.as_ref().is_some_and(|path| path.as_os_str().len() > 90) {
+        reader.problem("admin.control", "the path is too long for a Unix socket: at most 90 bytes");
+    }
+    let run_as = written.run_as.map(|map| RunAs { user: map.user, group: map.group });
+    for (key, name) in run_as.iter().flat_map(|run_as| [("user", Some(&run_as.user)), ("group", run_as.group.as_ref())])
+    {
+        if name.is_some_and(|name| name.is_empty() || name.contains(['\0', ':', '/'])) {
+            reader.problem(&child("run_as", key), "expected a name, like vestibule");
+        }
+    }
     let admin = written.admin.address.and_then(|text| socket_address(reader, "admin.address", &text, "127.0.0.1:9143"));
     let addresses: Vec<SocketAddr> = listeners.iter().map(|listener| listener.address).collect();
     if let Some(address) = admin
@@ -80,6 +92,8 @@ pub(super) fn config(reader: &mut Reader<'_>, file: &Path, value: Value) -> Opti
         guard: guard(reader, written.access, &written.limits),
         policy: written.policy.and_then(|map| policy(reader, folder, map)),
         admin,
+        control,
+        run_as,
         log: Log { format: format(written.log.format), level: level(written.log.level) },
         resolver: Resolver { servers, timeout },
     })

@@ -32,8 +32,10 @@ pub(super) struct File {
     pub(super) access: AccessMap,
     /// A service that is asked before each login: [`PolicyMap`].
     pub(super) policy: Option<PolicyMap>,
-    /// Metrics and health.
+    /// Metrics and health; commands.
     pub(super) admin: AdminMap,
+    /// Whom to become once all ports are bound.
+    pub(super) run_as: Option<RunAsMap>,
     /// Log records.
     pub(super) log: LogMap,
     /// DNS.
@@ -451,6 +453,19 @@ pub(super) struct LimitsMap {
 pub(super) struct AdminMap {
     /// Where /metrics, /health and /ready are answered. Absent: nowhere.
     pub(super) address: Option<String>,
+    /// The Unix socket on which the program's own commands are answered. Absent: nowhere.
+    pub(super) control: Option<PathBuf>,
+}
+
+/// `run_as`.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct RunAsMap {
+    /// By name.
+    pub(super) user: String,
+    /// By name. Absent: the user's.
+    #[serde(default)]
+    pub(super) group: Option<String>,
 }
 
 /// `log`.

@@ -76,6 +76,10 @@ pub struct Config {
     pub policy: Option<Policy>,
     /// Where metrics and health are answered.
     pub admin: Option<SocketAddr>,
+    /// Where the program's own commands are answered.
+    pub control: Option<PathBuf>,
+    /// Whom to become once all ports are bound.
+    pub run_as: Option<RunAs>,
     /// Log records.
     pub log: Log,
     /// DNS.
@@ -100,6 +104,15 @@ impl Located<PathBuf> {
         let text = std::str::from_utf8(&bytes).map_err(|_| fault("not UTF-8"))?.trim_end_matches(['\r', '\n']);
         if text.is_empty() { Err(fault("is empty")) } else { Ok(Zeroizing::new(text.to_owned())) }
     }
+}
+
+/// A user to become.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct RunAs {
+    /// By name.
+    pub user: String,
+    /// By name; `None`: the user's.
+    pub group: Option<String>,
 }
 
 /// A port that clients connect to.

@@ -122,6 +122,14 @@ impl Asked {
         }
     }
 
+    /// Nothing is known of the user any more, and a question under way is not waited for.
+    pub(super) fn forget(&self, user: &str) {
+        self.flights.lock().unwrap_or_else(PoisonError::into_inner).remove(user);
+        if let Some(cache) = &self.cache {
+            cache.forget(user);
+        }
+    }
+
     /// Whether the answer may depend on more than the user.
     pub(super) fn wants_visitor(&self) -> bool {
         self.cache.is_none()
@@ -169,11 +177,11 @@ impl Asked {
         let (sender, flight) = watch::channel(None);
         flights.insert(user.clone(), flight.clone());
         drop(flights);
-        let landing = Landing { asked: self.clone(), user: user.clone() };
+        let landing = Landing { asked: self.clone(), user: user.clone(), flight: flight.clone() };
         self.spawn(async move {
             let asked = &landing.asked;
             let answer = asked.ask(&Question { user: landing.user.clone(), visitor: None }).await;
-            if let Some(cache) = &asked.cache {
+            if let Some(cache) = asked.cache.as_ref().filter(|_| landing.is_awaited()) {
                 match &answer {
                     Answer::Found(target) => cache.keep(landing.user.clone(), Some(target.clone()), Instant::now()),
                     Answer::Unknown => cache.keep(landing.user.clone(), None, Instant::now()),
@@ -244,11 +252,22 @@ impl Asked {
 struct Landing {
     asked: Arc<Asked>,
     user: Arc<str>,
+    flight: Flight,
+}
+
+impl Landing {
+    /// Unless the user was forgotten meanwhile: then the answer may be older than what it was forgotten for.
+    fn is_awaited(&self) -> bool {
+        let flights = self.asked.flights.lock().unwrap_or_else(PoisonError::into_inner);
+        flights.get(&self.user).is_some_and(|flight| flight.same_channel(&self.flight))
+    }
 }
 
 impl Drop for Landing {
     fn drop(&mut self) {
-        self.asked.flights.lock().unwrap_or_else(PoisonError::into_inner).remove(&self.user);
+        if self.is_awaited() {
+            self.asked.flights.lock().unwrap_or_else(PoisonError::into_inner).remove(&self.user);
+        }
     }
 }
 

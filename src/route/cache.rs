@@ -65,6 +65,10 @@ impl Cache {
         self.kept.insert(user, Kept { target, asked });
     }
 
+    pub(super) fn forget(&self, user: &str) {
+        self.kept.remove(user);
+    }
+
     /// Number of answers held.
     pub(super) fn len(&self) -> usize {
         self.kept.len()

@@ -219,6 +219,15 @@ impl Router {
         }
     }
 
+    /// What was kept of a user is forgotten: the next question is asked.
+    pub fn forget(&self, user: &str) {
+        for (_, source) in &self.routes {
+            if let Source::Asked(asked) = source {
+                asked.forget(user);
+            }
+        }
+    }
+
     /// Whether any source decides by more than the user.
     pub fn wants_visitor(&self) -> bool {
         self.routes.iter().any(|(_, source)| matches!(source, Source::Asked(asked) if asked.wants_visitor()))

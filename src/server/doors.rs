@@ -14,9 +14,9 @@ use anyhow::Context as _;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
-use super::{Live, Workplace};
+use super::{Desk, Live, Workplace};
 use crate::config::{self, Config};
-use crate::listener::{self, Desk, Listener};
+use crate::listener::{self, Listener};
 
 /// What tells listeners apart: the address as configured, and the how-manieth with it (port 0 may stand more than once).
 type Key = (SocketAddr, usize);

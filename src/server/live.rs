@@ -110,3 +110,18 @@ impl Live {
         }
     }
 }
+
+/// What connections are served with from now on.
+#[derive(Clone)]
+pub struct Desk {
+    /// The configuration, built.
+    pub live: Arc<Live>,
+    /// The listener's place in it.
+    pub index: usize,
+}
+
+impl std::fmt::Debug for Desk {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Desk").field("index", &self.index).finish_non_exhaustive()
+    }
+}

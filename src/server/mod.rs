@@ -6,6 +6,7 @@
 
 mod doors;
 mod live;
+mod operations;
 
 use std::io;
 use std::net::{SocketAddr, TcpListener};
@@ -19,8 +20,9 @@ use tokio::runtime::Handle;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use self::doors::Doors;
-pub use self::live::Live;
+use self::doors::{Doors, Opening};
+pub use self::live::{Desk, Live};
+pub use self::operations::{UserHold, UserMoved};
 use crate::admin::Admin;
 use crate::backend::OwnAddresses;
 use crate::config::{self, Config};
@@ -30,7 +32,7 @@ use crate::metrics::Metrics;
 use crate::occupancy::Occupancy;
 use crate::session::Room;
 use crate::sessions::Sessions;
-use crate::shutdown::Drain;
+use crate::shutdown::{Drain, Manner};
 use crate::workers::Worker;
 
 /// A running proxy.
@@ -51,7 +53,16 @@ struct Now {
     doors: Doors,
     /// Ends what was started for this configuration.
     stop: CancellationToken,
-    admin: Option<(SocketAddr, SocketAddr, CancellationToken)>,
+    admin: Option<Endpoint>,
+}
+
+/// Where metrics are.
+struct Endpoint {
+    configured: SocketAddr,
+    bound: SocketAddr,
+    /// For a successor.
+    copy: OwnedFd,
+    stop: CancellationToken,
 }
 
 /// A worker, from outside.
@@ -72,49 +83,102 @@ pub struct Reloaded {
     pub unchanged: Vec<&'static str>,
 }
 
-/// Builds, binds and starts. When this returns, connections are served. Listening sockets in `inherited` are used where they
-/// fit a configured address; the others are closed.
+/// A configuration, built, and its ports, bound: nothing is served yet.
+pub struct Bound {
+    live: Arc<Live>,
+    opening: Opening,
+    admin: Option<Admin>,
+    drain: Drain,
+}
+
+/// Builds and binds. Listening sockets in `inherited` are used where they fit a configured address; the others are closed.
 ///
 /// # Errors
 /// A [`config::Report`] of the configuration's problems, or an address that cannot be bound.
-pub async fn start(config: Config, mut inherited: Vec<TcpListener>) -> anyhow::Result<Running> {
-    let live = Arc::new(Live::build(config, None)?);
-    let opening = Doors::default().bind(&live.config, &mut inherited)?;
-    let drain = Drain::default();
-    let (background, stop_background) = (TaskTracker::new(), CancellationToken::new());
-    let occupancy = Arc::new(Occupancy::default());
-    let mut workplaces = Vec::new();
-    for _ in 0..live.config.limits.workers {
-        let workplace = employ(&live, &drain, &occupancy, &background, &stop_background);
-        workplaces.push(workplace.context("a worker could not be started")?);
+pub async fn bind(config: Config, inherited: Vec<TcpListener>) -> anyhow::Result<Bound> {
+    prepare(config)?.bind(inherited).await
+}
+
+/// Builds; binds nothing.
+///
+/// # Errors
+/// A [`config::Report`] of the configuration's problems.
+pub fn prepare(config: Config) -> anyhow::Result<Prepared> {
+    Ok(Prepared(Arc::new(Live::build(config, None)?)))
+}
+
+/// A configuration, built.
+pub struct Prepared(Arc<Live>);
+
+impl Prepared {
+    /// See [`bind`].
+    ///
+    /// # Errors
+    /// An address that cannot be bound.
+    pub async fn bind(self, mut inherited: Vec<TcpListener>) -> anyhow::Result<Bound> {
+        let (live, drain) = (self.0, Drain::default());
+        let opening = Doors::default().bind(&live.config, &mut inherited)?;
+        let admin = bind_admin(&live, &drain, &mut inherited)?;
+        for socket in inherited {
+            let address = socket.local_addr().map(|address| address.to_string()).unwrap_or_default();
+            tracing::warn!(%address, "a socket was handed over that the configuration has no use for: closed");
+        }
+        Ok(Bound { live, opening, admin, drain })
     }
-    let running = Running {
-        sessions: live.sessions.clone(),
-        now: Mutex::new(Now {
-            live: live.clone(),
-            doors: Doors::default(),
-            stop: stop_background.child_token(),
-            admin: None,
-        }),
-        reloading: tokio::sync::Mutex::default(),
-        workplaces,
-        drain,
-        background,
-        stop_background,
-    };
-    let measured = live.guard.clone();
-    live.metrics.measure_guard(move || measured.sizes().labelled().to_vec());
-    let admin = running.bind_admin(&live).await?;
-    let own = running.lock().doors.addresses_with(&live.config, &opening);
-    running.begin(&live, &running.lock().stop.clone(), own);
-    let mut now = running.lock();
-    now.doors.swap(&live, opening, &running.workplaces).context("a listener could not be started")?;
-    now.admin = admin.map(|admin| running.run_admin(&live, admin));
-    for (address, configured) in now.doors.addresses().iter().zip(&live.config.listeners) {
-        tracing::info!(%address, tls = ?configured.tls, "listening");
+}
+
+impl Bound {
+    /// Starts. When this returns, connections are served.
+    ///
+    /// # Errors
+    /// The system has no threads or descriptors for the workers.
+    pub fn start(self) -> anyhow::Result<Running> {
+        let Self { live, opening, admin, drain } = self;
+        let (background, stop_background) = (TaskTracker::new(), CancellationToken::new());
+        let occupancy = Arc::new(Occupancy::default());
+        let mut workplaces = Vec::new();
+        for _ in 0..live.config.limits.workers {
+            let workplace = employ(&live, &drain, &occupancy, &background, &stop_background);
+            workplaces.push(workplace.context("a worker could not be started")?);
+        }
+        let stop = stop_background.child_token();
+        let running = Running {
+            sessions: live.sessions.clone(),
+            now: Mutex::new(Now { live: live.clone(), doors: Doors::default(), stop: stop.clone(), admin: None }),
+            reloading: tokio::sync::Mutex::default(),
+            workplaces,
+            drain,
+            background,
+            stop_background,
+        };
+        let measured = live.guard.clone();
+        live.metrics.measure_guard(move || measured.sizes().labelled().to_vec());
+        let mut now = running.lock();
+        running.begin(&live, &stop, now.doors.addresses_with(&live.config, &opening));
+        now.doors.swap(&live, opening, &running.workplaces).context("a listener could not be started")?;
+        now.admin = admin.map(|admin| running.run_admin(&live, admin)).transpose()?;
+        for (address, configured) in now.doors.addresses().iter().zip(&live.config.listeners) {
+            tracing::info!(%address, tls = ?configured.tls, "listening");
+        }
+        drop(now);
+        Ok(running)
     }
-    drop(now);
-    Ok(running)
+}
+
+/// Builds, binds and starts: for the demo and for tests.
+///
+/// # Errors
+/// As [`bind`] and [`Bound::start`].
+pub async fn start(config: Config, inherited: Vec<TcpListener>) -> anyhow::Result<Running> {
+    bind(config, inherited).await?.start()
+}
+
+fn bind_admin(live: &Live, drain: &Drain, inherited: &mut Vec<TcpListener>) -> anyhow::Result<Option<Admin>> {
+    let Some(address) = live.config.admin else { return Ok(None) };
+    let fits = |socket: &mut TcpListener| socket.local_addr().is_ok_and(|bound| bound == address);
+    let socket = inherited.extract_if(.., fits).next();
+    let bound = Admin::bind(address, socket, live.metrics.clone(), drain.begun().clone());
+    Ok(Some(bound.with_context(|| format!("{address} cannot be bound (admin.address)"))?))
 }
 
 /// Starts a worker, which ends when all is stopped.
@@ -184,7 +248,7 @@ impl Running {
         let built = tokio::task::spawn_blocking(move || Live::build(config::load(&file)?, Some(&previous)));
         let live = Arc::new(built.await.context("the configuration could not be built")??);
         let moved = self.admin_address() != live.config.admin;
-        let admin = if moved { self.bind_admin(&live).await? } else { None };
+        let admin = if moved { bind_admin(&live, &self.drain, &mut Vec::new())? } else { None };
         let mut now = self.lock();
         let opening = now.doors.bind(&live.config, &mut Vec::new())?;
         let stop = self.stop_background.child_token();
@@ -203,9 +267,9 @@ impl Running {
         live.guard.reconfigure(&live.config.guard);
         logging::set_level(&live.config.log);
         if moved {
-            let admin = admin.map(|admin| self.run_admin(&live, admin));
-            if let Some((.., stop)) = std::mem::replace(&mut now.admin, admin) {
-                stop.cancel();
+            let admin = admin.map(|admin| self.run_admin(&live, admin)).transpose()?;
+            if let Some(before) = std::mem::replace(&mut now.admin, admin) {
+                before.stop.cancel();
             }
         }
         drop(now);
@@ -214,6 +278,8 @@ impl Running {
         for (key, is_same) in [
             ("limits.workers", before.config.limits.workers == live.config.limits.workers),
             ("log.format", before.config.log.format == live.config.log.format),
+            ("admin.control", before.config.control == live.config.control),
+            ("run_as", before.config.run_as == live.config.run_as),
         ] {
             if !is_same {
                 unchanged.push(key);
@@ -232,22 +298,17 @@ impl Running {
         }
     }
 
-    async fn bind_admin(&self, live: &Live) -> anyhow::Result<Option<Admin>> {
-        let Some(address) = live.config.admin else { return Ok(None) };
-        let bound = Admin::bind(address, live.metrics.clone(), self.drain.begun().clone()).await;
-        Ok(Some(bound.with_context(|| format!("{address} cannot be bound (admin.address)"))?))
-    }
-
-    fn run_admin(&self, live: &Live, admin: Admin) -> (SocketAddr, SocketAddr, CancellationToken) {
+    fn run_admin(&self, live: &Live, admin: Admin) -> anyhow::Result<Endpoint> {
         let (bound, stop) = (admin.address(), self.stop_background.child_token());
+        let copy = admin.copy().context("the socket of admin.address cannot be copied")?;
         tracing::info!(address = %bound, "metrics and health");
         self.background.spawn(admin.run(stop.clone()));
-        (live.config.admin.unwrap_or(bound), bound, stop)
+        Ok(Endpoint { configured: live.config.admin.unwrap_or(bound), bound, copy, stop })
     }
 
     /// As configured.
     fn admin_address(&self) -> Option<SocketAddr> {
-        self.lock().admin.as_ref().map(|(configured, ..)| *configured)
+        self.lock().admin.as_ref().map(|admin| admin.configured)
     }
 
     /// The listeners' addresses, in the configuration's order; port 0 has become a real one.
@@ -257,7 +318,7 @@ impl Running {
 
     /// Where metrics are.
     pub fn admin(&self) -> Option<SocketAddr> {
-        self.lock().admin.as_ref().map(|(_, bound, _)| *bound)
+        self.lock().admin.as_ref().map(|admin| admin.bound)
     }
 
     /// The configuration that holds now.
@@ -280,12 +341,29 @@ impl Running {
     /// # Errors
     /// The system has no descriptors for them.
     pub fn sockets(&self) -> io::Result<Vec<OwnedFd>> {
-        self.lock().doors.copies()
+        let now = self.lock();
+        let mut copies = now.doors.copies()?;
+        if let Some(admin) = &now.admin {
+            copies.push(admin.copy.try_clone()?);
+        }
+        Ok(copies)
     }
 
     /// Stops: no new connections, BYE to clients before login, the configured grace to relayed sessions, cut short by
     /// `hurry`. Returns how many sessions had to be ended.
-    pub async fn drain(self, hurry: impl Future<Output = ()>) -> usize {
+    pub async fn drain(&self, hurry: impl Future<Output = ()>) -> usize {
+        self.wind_up(hurry, Manner::Stop).await
+    }
+
+    /// Stops because a successor serves on the same sockets: as [`Running::drain`], but clients that are logging in may do so.
+    pub async fn retire(&self, hurry: impl Future<Output = ()>) -> usize {
+        if let Some(admin) = self.lock().admin.take() {
+            admin.stop.cancel();
+        }
+        self.wind_up(hurry, Manner::Retire).await
+    }
+
+    async fn wind_up(&self, hurry: impl Future<Output = ()>, manner: Manner) -> usize {
         let grace = self.grace();
         self.metrics().draining();
         self.lock().doors.close();
@@ -298,7 +376,7 @@ impl Running {
                 sessions.close();
             }
         });
-        let forced = self.drain.run(grace, hurry).await;
+        let forced = self.drain.run(grace, hurry, manner).await;
         self.stop_background.cancel();
         self.background.close();
         self.background.wait().await;

@@ -114,6 +114,7 @@ impl Session {
         prelogin: &mut Prelogin,
         began: Instant,
     ) -> Option<Result<Attempted, Held>> {
+        self.up_to_date();
         let live = self.live.clone();
         let question = self.question(names, login);
         let target = match timeout(live.limits.lookup, live.router.route(&question, &live.metrics)).await {

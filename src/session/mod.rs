@@ -28,6 +28,7 @@ use std::time::{Duration, Instant};
 
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
+use tokio::sync::watch;
 use tokio::time::{self, timeout, timeout_at};
 use zeroize::Zeroizing;
 
@@ -44,7 +45,7 @@ use crate::imap::prelogin::{Bye, CloseReason, Policy, Prelogin, Step, Transport}
 use crate::metrics::OpenGuard;
 use crate::occupancy::Occupant;
 use crate::policy;
-use crate::server::Live;
+use crate::server::{Desk, Live};
 use crate::shutdown::Drain;
 use crate::stream::{Encrypted, Stream};
 use crate::tls::handover::Secrets;
@@ -67,8 +68,10 @@ pub struct Arrival {
     pub listener: usize,
     /// How TLS begins there.
     pub tls: ListenerTls,
-    /// The configuration this session keeps.
+    /// The configuration that holds now.
     pub live: Arc<Live>,
+    /// Where the next one appears.
+    pub desk: watch::Receiver<Desk>,
     /// When to stop.
     pub drain: Drain,
     /// Where it waits while it is silent.
@@ -105,6 +108,7 @@ pub async fn serve(arrival: Arrival) {
 /// A client that has not logged in yet.
 struct Session {
     live: Arc<Live>,
+    desk: watch::Receiver<Desk>,
     drain: Drain,
     room: Arc<Room>,
     ticket: Option<Ticket>,
@@ -120,13 +124,26 @@ struct Session {
 
 impl Session {
     fn new(arrival: Arrival) -> (Self, TcpStream) {
-        let Arrival { socket, peer, local, listener, live, drain, room, ticket, held, .. } = arrival;
+        let Arrival { socket, peer, local, listener, live, desk, drain, room, ticket, held, .. } = arrival;
         // A socket bound to one address has no other; of `[::]` only the connection knows.
         let local = if local.ip().is_unspecified() { socket.local_addr().unwrap_or(local) } else { local };
         let login_by = time::Instant::now() + live.limits.login;
         let record = Record::new(id::new(peer), peer, local, live.clone());
         (
-            Self { live, drain, room, ticket: Some(ticket), told: None, held, peer, local, listener, login_by, record },
+            Self {
+                live,
+                desk,
+                drain,
+                room,
+                ticket: Some(ticket),
+                told: None,
+                held,
+                peer,
+                local,
+                listener,
+                login_by,
+                record,
+            },
             socket,
         )
     }
@@ -191,6 +208,16 @@ impl Session {
             max_failed_logins: limits.failed_logins,
             mechanisms: self.live.mechanisms(self.listener),
             certificate,
+        }
+    }
+
+    /// A login is routed by the configuration that holds when it is made; all else stays as the client was greeted with.
+    fn up_to_date(&mut self) {
+        // A listener that is gone has no place in the next configuration: the last it had a place in goes on.
+        if self.desk.has_changed().is_ok_and(|changed| changed) {
+            let Desk { live, index } = self.desk.borrow_and_update().clone();
+            (self.live, self.listener) = (live.clone(), index);
+            self.record.now_under(live);
         }
     }
 

@@ -255,7 +255,12 @@ impl Record {
         });
     }
 
-    /// The configuration the session began with.
+    /// Another configuration holds from now on.
+    pub(super) fn now_under(&mut self, live: Arc<Live>) {
+        self.live = live;
+    }
+
+    /// The configuration of the session's last login.
     pub(super) fn live(&self) -> &Live {
         &self.live
     }

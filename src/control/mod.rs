@@ -1,0 +1,307 @@
+//! What the operator's commands ask of the running process: a Unix socket that only its own user (and root) may open.
+//!
+//! One HTTP request a command, JSON both ways ([`Command`], [`Answer`]); `client` is the other end. Who may open the socket may
+//! do everything here, so it is readable by its owner alone, and made so before it has its name. This room understands
+//! commands; what they do is `server`'s. Called by `main`.
+
+pub mod client;
+mod hold;
+
+use std::convert::Infallible;
+use std::fs;
+use std::io;
+use std::os::unix::fs::PermissionsExt as _;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use http_body_util::{BodyExt as _, Either, Full, Limited};
+use hyper::body::{Bytes, Incoming};
+use hyper::server::conn::http1;
+use hyper::service::service_fn;
+use hyper::{Method, Request, Response};
+use hyper_util::rt::{TokioIo, TokioTimer};
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+use tokio::net::{UnixListener, UnixStream};
+use tokio::sync::{Semaphore, mpsc};
+
+use self::hold::Held;
+use crate::inherit;
+use crate::server::{Running, UserMoved};
+
+/// Where commands look for the process if they are not told.
+pub const DEFAULT_PATH: &str = "/run/vestibule/control";
+/// More commands than this at a time are a mistake.
+const MAX_CONNECTIONS: usize = 16;
+/// A command is a few words.
+const MAX_COMMAND: usize = 64 * 1024;
+/// For a request's head.
+const HEAD_DEADLINE: Duration = Duration::from_secs(10);
+
+/// What can be asked for.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(tag = "command", rename_all = "kebab-case", deny_unknown_fields)]
+pub enum Command {
+    /// Load the configuration again.
+    Reload,
+    /// How things are.
+    Status,
+    /// Who is logged in.
+    Sessions {
+        /// Only this user's sessions.
+        user: Option<String>,
+    },
+    /// End a user's sessions.
+    Kick {
+        /// Whose.
+        user: String,
+    },
+    /// Set a server's mode.
+    Server {
+        /// As configured, in every backend that has it.
+        name: String,
+        /// `up`, `drain`, `down`; `None`: as configured.
+        mode: Option<String>,
+        /// End its sessions too, spread over so many seconds.
+        over: Option<f64>,
+    },
+    /// End a user's sessions, route afresh, and let the user in again.
+    Move {
+        /// Whom.
+        user: String,
+        /// Where the routes must say the user belongs now.
+        backend: String,
+    },
+    /// End a user's sessions and keep new logins waiting as long as the answer is being read.
+    Hold {
+        /// Whose.
+        user: String,
+    },
+    /// Send the listening sockets to a successor, which waits at this path.
+    HandOver {
+        /// Beside our own socket.
+        path: PathBuf,
+    },
+    /// The successor serves: stop accepting, let sessions end by themselves within the grace time, and go.
+    Retire {
+        /// Of the successor.
+        pid: u32,
+    },
+    /// Start a successor, the program as it lies on the disk now, which will ask for the above.
+    Upgrade,
+}
+
+/// What comes back.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Answer {
+    /// Whether it was done.
+    pub ok: bool,
+    /// For people; several lines, maybe.
+    pub text: String,
+    /// For programs.
+    #[serde(default)]
+    pub data: Value,
+}
+
+impl Answer {
+    fn done(text: impl Into<String>) -> Self {
+        Self { ok: true, text: text.into(), data: Value::Null }
+    }
+
+    fn failed(text: impl Into<String>) -> Self {
+        Self { ok: false, text: text.into(), data: Value::Null }
+    }
+}
+
+/// What only `main` can do.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Wish {
+    /// Stop gently: a successor with this process id serves.
+    Retire(u32),
+    /// Start a successor.
+    Upgrade,
+}
+
+/// The bound socket.
+#[derive(Debug)]
+pub struct Control {
+    socket: UnixListener,
+    path: PathBuf,
+}
+
+impl Control {
+    /// Binds beside `path` and takes its place, also another process's.
+    ///
+    /// # Errors
+    /// What the system says.
+    pub fn bind(path: &Path) -> io::Result<Self> {
+        let beside = beside(path, std::process::id());
+        let _ = fs::remove_file(&beside);
+        let socket = UnixListener::bind(&beside)?;
+        fs::set_permissions(&beside, fs::Permissions::from_mode(0o600))?;
+        fs::rename(&beside, path)?;
+        Ok(Self { socket, path: path.to_owned() })
+    }
+
+    /// Answers commands for ever; what only `main` can do goes to `wishes`.
+    pub async fn run(self, running: Arc<Running>, file: PathBuf, wishes: mpsc::Sender<Wish>) {
+        let permits = Arc::new(Semaphore::new(MAX_CONNECTIONS));
+        let desk = Arc::new(Desk { running, file, path: self.path.clone(), wishes });
+        loop {
+            // The semaphore is never closed.
+            let Ok(permit) = permits.clone().acquire_owned().await else { return };
+            match self.socket.accept().await {
+                Ok((socket, _)) => {
+                    let desk = desk.clone();
+                    tokio::spawn(async move {
+                        serve(socket, desk).await;
+                        drop(permit);
+                    });
+                }
+                Err(error) => {
+                    tracing::error!(%error, "a command could not be accepted");
+                    tokio::time::sleep(Duration::from_millis(100)).await;
+                }
+            }
+        }
+    }
+}
+
+/// A name of this process's own in the folder of `path`.
+pub(crate) fn beside(path: &Path, pid: u32) -> PathBuf {
+    let mut name = path.as_os_str().to_owned();
+    name.push(format!(".{pid}"));
+    name.into()
+}
+
+struct Desk {
+    running: Arc<Running>,
+    file: PathBuf,
+    path: PathBuf,
+    wishes: mpsc::Sender<Wish>,
+}
+
+type Body = Either<Full<Bytes>, Held>;
+
+async fn serve(socket: UnixStream, desk: Arc<Desk>) {
+    let service = service_fn(move |request: Request<Incoming>| {
+        let desk = desk.clone();
+        async move { Ok::<_, Infallible>(Response::new(answer(request, &desk).await)) }
+    });
+    let connection = http1::Builder::new()
+        .timer(TokioTimer::new())
+        .header_read_timeout(HEAD_DEADLINE)
+        .serve_connection(TokioIo::new(socket), service);
+    if let Err(error) = connection.await {
+        tracing::debug!(%error, "a command's connection failed");
+    }
+}
+
+async fn answer(request: Request<Incoming>, desk: &Desk) -> Body {
+    if request.method() != Method::POST {
+        return whole(&Answer::failed("only POST"));
+    }
+    let command = match Limited::new(request.into_body(), MAX_COMMAND).collect().await {
+        Ok(body) => serde_json::from_slice(&body.to_bytes()),
+        Err(error) => return whole(&Answer::failed(error.to_string())),
+    };
+    match command {
+        Ok(Command::Hold { user }) => match desk.running.hold(&user).await {
+            Ok((hold, ended)) => {
+                let text = format!("{user}: {ended} sessions ended, new logins wait");
+                Either::Right(Held::new(encoded(&Answer::done(text)), hold))
+            }
+            Err(error) => whole(&Answer::failed(format!("{error:#}"))),
+        },
+        Ok(command) => {
+            tracing::info!(?command, "asked for");
+            whole(&obey(command, desk).await)
+        }
+        Err(error) => whole(&Answer::failed(format!("that is no command: {error}"))),
+    }
+}
+
+fn whole(answer: &Answer) -> Body {
+    Either::Left(Full::new(encoded(answer)))
+}
+
+/// One line.
+fn encoded(answer: &Answer) -> Bytes {
+    // Strings and JSON values can always be written.
+    let mut line = serde_json::to_vec(answer).unwrap_or_default();
+    line.push(b'\n');
+    line.into()
+}
+
+async fn obey(command: Command, desk: &Desk) -> Answer {
+    let running = &desk.running;
+    match command {
+        Command::Reload => match running.reload(&desk.file).await {
+            Ok(reloaded) => {
+                let notes = reloaded.unchanged.iter().map(|key| format!("\n{key} has changed, which takes a restart"));
+                Answer::done(format!("{} loaded{}", desk.file.display(), notes.collect::<String>()))
+            }
+            Err(error) => Answer::failed(format!("{error:#}").trim_end().to_owned()),
+        },
+        Command::Status => running.status(),
+        Command::Sessions { user } => match running.who(user.as_deref()).await {
+            Ok(sessions) => sessions,
+            Err(error) => Answer::failed(format!("{error:#}")),
+        },
+        Command::Kick { user } => match running.kick(&user).await {
+            Ok(ended) => {
+                Answer { data: json!({"ended": ended}), ..Answer::done(format!("{user}: {ended} sessions ended")) }
+            }
+            Err(error) => Answer::failed(format!("{error:#}")),
+        },
+        Command::Server { name, mode, over } => match running.set_server(&name, mode.as_deref(), over) {
+            Ok(sessions) => {
+                let mode = mode.as_deref().unwrap_or("as configured");
+                let data = json!({"sessions": sessions});
+                Answer { data, ..Answer::done(format!("{name}: {mode}; {sessions} sessions there")) }
+            }
+            Err(error) => Answer::failed(format!("{error:#}")),
+        },
+        Command::Move { user, backend } => match running.move_user(&user, &backend).await {
+            Ok(UserMoved { ended, backend }) => {
+                let data = json!({"ended": ended, "backend": backend});
+                Answer { data, ..Answer::done(format!("{user}: {ended} sessions ended, now at {backend}")) }
+            }
+            Err(error) => Answer::failed(format!("{error:#}")),
+        },
+        Command::Hold { .. } => Answer::failed("hold is answered while it lasts"),
+        Command::HandOver { path } => hand_over(running, &desk.path, &path).await,
+        Command::Retire { pid } => wish(desk, Wish::Retire(pid), "retiring").await,
+        Command::Upgrade => wish(desk, Wish::Upgrade, "a successor is being started; see its log").await,
+    }
+}
+
+async fn wish(desk: &Desk, wish: Wish, text: &str) -> Answer {
+    match desk.wishes.send(wish).await {
+        Ok(()) => Answer::done(text),
+        Err(_) => Answer::failed("the process is stopping already"),
+    }
+}
+
+async fn hand_over(running: &Running, own: &Path, to: &Path) -> Answer {
+    // Anywhere else somebody else could be waiting.
+    if to.parent() != own.parent() {
+        return Answer::failed("a successor waits beside our own socket");
+    }
+    let sockets = match running.sockets() {
+        Ok(sockets) => sockets,
+        Err(error) => return Answer::failed(format!("sockets cannot be copied: {error}")),
+    };
+    let (count, to) = (sockets.len(), to.to_owned());
+    let sent = tokio::task::spawn_blocking(move || {
+        let stream = std::os::unix::net::UnixStream::connect(to)?;
+        stream.set_write_timeout(Some(HEAD_DEADLINE))?;
+        inherit::send(&stream, &sockets)
+    });
+    match sent.await {
+        Ok(Ok(())) => Answer::done(format!("{count} listening sockets handed over")),
+        Ok(Err(error)) => Answer::failed(format!("the successor could not be reached: {error}")),
+        Err(error) => Answer::failed(error.to_string()),
+    }
+}

@@ -1,0 +1,310 @@
+"""What an operator does to the running program: reload, kick, drain, move, upgrade; sockets from systemd; root's rights given up."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import threading
+import time
+import unittest
+from pathlib import Path
+
+from fixtures import PATIENCE, VESTIBULE, Certificates, Dovecot, Folder, Process, Proxy, answers, free_port, program, wait_for
+from mail import Raw
+
+ALICE, BOB = "alice@example.org", "bob@example.net"
+LOGIN = {ALICE: f"LOGIN {ALICE} wonderland", BOB: f"LOGIN {BOB} builder"}
+CONFIGURATION = """
+listeners: [{{address: "127.0.0.1:{{plain}}", tls: none}}]
+backends:
+  shard-a: {{servers: ["127.0.0.1:{a}"]}}
+  shard-b: {{servers: ["127.0.0.1:{b}"]}}
+routes: [{{table: users.txt}}]
+limits: {{drain: 1m}}
+admin: {{address: "127.0.0.1:{{admin}}", control: control}}
+"""
+
+
+def session(port, user=ALICE):
+    """A logged-in session."""
+    client = Raw(port)
+    client.line()
+    answer = client.command("a", LOGIN[user])[-1]
+    assert answer.startswith(b"a OK"), answer
+    return client
+
+
+def alive(client):
+    return client.command("n", "NOOP")[-1].startswith(b"n OK")
+
+
+class Scene(unittest.TestCase):
+    @classmethod
+    def setUpClass(cls):
+        folder = Folder()
+        cls.addClassCleanup(folder.remove)
+        cls.certificates = Certificates(folder)
+        cls.a, cls.b = Dovecot(cls.certificates), Dovecot(cls.certificates)
+        cls.addClassCleanup(cls.a.close)
+        cls.addClassCleanup(cls.b.close)
+
+    def setUp(self):
+        self.folder = Folder()
+        self.addCleanup(self.folder.remove)
+        self.folder.write("users.txt", f"{ALICE} shard-a\n{BOB} shard-b\n")
+        self.proxy = Proxy(CONFIGURATION.format(a=self.a.port, b=self.b.port), self.folder)
+        self.addCleanup(self.proxy.close)
+        self.port = self.proxy.ports["plain"]
+
+    def command(self, *words, code=0):
+        """A command to the running process; what it printed."""
+        done = subprocess.run([VESTIBULE, *map(str, words), "--control", self.folder.path / "control"], capture_output=True, text=True,
+                              timeout=PATIENCE)
+        self.assertEqual(done.returncode, code, f"{words}\n{done.stdout}{done.stderr}\n{self.proxy.log()}")
+        return done.stdout + done.stderr
+
+    def servers(self):
+        return {server["server"]: server for server in json.loads(self.command("status", "--json"))["servers"]}
+
+
+class Commands(Scene):
+    def test_reload_and_what_is_wrong(self):
+        client = session(self.port)
+        text = self.proxy.file.read_text()
+        self.proxy.file.write_text(text.replace("shard-b:", "shard-c:"))
+        said = self.command("reload", code=78)
+        self.assertIn("users.txt:2: no backend is declared as \"shard-b\"; declared: shard-a, shard-c", said)
+        self.assertEqual(self.proxy.metric("vestibule_reload_failed"), 1)
+        self.assertTrue(alive(session(self.port, BOB)), "the old configuration is in use")
+        other = free_port()
+        address = f'{{address: "127.0.0.1:{self.port}", tls: none}}'
+        self.proxy.file.write_text(text.replace(address, f'{address}, {{address: "127.0.0.1:{other}", tls: none}}'))
+        self.assertIn("loaded", self.command("reload"))
+        self.assertTrue(alive(session(other)))
+        self.proxy.file.write_text(text + "log: {level: debug}\n")
+        self.proxy.process.child.send_signal(signal.SIGHUP)
+        wait_for("the port to close", lambda: not answers(other))
+        with socket.create_connection(("127.0.0.1", self.proxy.ports["admin"]), PATIENCE) as junk:
+            junk.sendall(b"what?\r\n\r\n")
+            wait_for("the new level", lambda: "DEBUG" in self.proxy.log())
+        self.assertEqual(self.proxy.metric("vestibule_reload_failed"), 0)
+        self.assertEqual(self.proxy.metric("vestibule_reloads_total", outcome="loaded"), 2)
+        self.assertTrue(alive(client), "through all of it")
+
+    def test_who_is_there_and_out_with_one(self):
+        alice, again, bob = session(self.port), session(self.port), session(self.port, BOB)
+        shown = json.loads(self.command("sessions", "--json"))
+        self.assertEqual(sorted((one["user"], one["backend"]) for one in shown),
+                         [(ALICE, "shard-a"), (ALICE, "shard-a"), (BOB, "shard-b")])
+        self.assertIn("2 sessions ended", self.command("kick", "Alice@example.org"))
+        self.assertEqual((alice.line(), again.line()), (b"", b""))
+        self.assertTrue(alive(bob))
+        self.assertTrue(alive(session(self.port)), "who was sent out may come back")
+        self.assertIn('reason="kicked"', self.proxy.log().replace("reason=kicked", 'reason="kicked"'))
+        self.assertIn("0 sessions ended", self.command("kick", "nobody@example.org"))
+
+    def test_a_server_is_drained(self):
+        name = f"127.0.0.1:{self.a.port}"
+        sessions = [session(self.port) for _ in range(5)]
+        bob = session(self.port, BOB)
+        self.assertIn("5 sessions there", self.command("drain", name))
+        self.assertTrue(all(map(alive, sessions)), "without --over nobody is sent away")
+        newcomer = Raw(self.port)
+        newcomer.line()
+        self.assertTrue(newcomer.command("a", LOGIN[ALICE])[-1].startswith(b"a NO [UNAVAILABLE]"), "no new logins")
+        began = time.monotonic()
+        self.assertIn("no session is left", self.command("drain", name, "--over", "2s"))
+        took = time.monotonic() - began
+        self.assertGreater(took, 1.2, "evenly")
+        self.assertEqual([client.line() for client in sessions], [b""] * 5)
+        self.assertTrue(alive(bob))
+        self.assertEqual(self.servers()[name]["mode"], "drain")
+        self.command("server", name, "up")
+        self.assertTrue(newcomer.command("b", LOGIN[ALICE])[-1].startswith(b"b OK"))
+        self.assertIn("no server is called", self.command("drain", "10.9.9.9:1", code=1))
+
+    def test_a_mode_outlives_a_reload(self):
+        name = f"127.0.0.1:{self.a.port}"
+        self.command("server", name, "drain")
+        self.command("reload")
+        self.assertEqual(self.servers()[name]["mode"], "drain")
+        self.command("server", name, "as-configured")
+        self.assertEqual(self.servers()[name]["mode"], "up")
+
+    def test_a_user_is_moved(self):
+        before, bob = session(self.port), session(self.port, BOB)
+        self.assertIn("the routes say shard-a, not shard-b", self.command("move", ALICE, "shard-b", code=1))
+        self.assertEqual(before.line(), b"")
+        before = session(self.port)
+        # While the command runs, a login waits; then it goes to the new place.
+        waiting, answer = Raw(self.port), []
+        waiting.line()
+        thread = threading.Thread(target=lambda: answer.append(waiting.command("a", LOGIN[ALICE])[-1]))
+        script = self.folder.write("script", f"""
+            set -e
+            touch {self.folder.path}/begun
+            while [ ! -e {self.folder.path}/go ]; do sleep 0.05; done
+            printf '%s\\n' '{ALICE} shard-b' '{BOB} shard-b' > {self.folder.path}/users.txt.new
+            mv {self.folder.path}/users.txt.new {self.folder.path}/users.txt
+            {VESTIBULE} reload --control {self.folder.path}/control
+        """)
+        mover = Process([VESTIBULE, "move", ALICE, "shard-b", "--while", f"sh {script}", "--control", self.folder.path / "control"],
+                        self.folder.path / "mover")
+        self.addCleanup(mover.kill)
+        wait_for("the command", lambda: (self.folder.path / "begun").exists())
+        self.assertEqual(before.line(), b"", "no session is open while the mailbox is moved")
+        thread.start()
+        wait_for("the login to wait", lambda: self.proxy.metric("vestibule_sessions") == 2)
+        time.sleep(0.3)
+        self.assertEqual(answer, [], "kept waiting, not turned away")
+        (self.folder.path / "go").touch()
+        self.assertEqual(mover.child.wait(PATIENCE), 0, mover.text())
+        thread.join(PATIENCE)
+        # Both servers have alice here, so what counts is where she was sent.
+        self.assertTrue(answer[0].startswith(b"a OK"), answer)
+        self.assertEqual([one["backend"] for one in json.loads(self.command("sessions", ALICE, "--json"))], ["shard-b"])
+        self.assertTrue(alive(bob))
+
+    def test_a_failed_command_lets_the_user_in_again(self):
+        self.assertIn("let in again", self.command("move", ALICE, "shard-a", "--while", "exit 3", code=1))
+        self.assertTrue(alive(session(self.port)))
+
+    def test_nobody_else_may_command(self):
+        control = self.folder.path / "control"
+        self.assertEqual(control.stat().st_mode & 0o777, 0o600)
+        nobody = [program("setpriv"), "--reuid", "nobody", "--clear-groups", VESTIBULE, "status", "--control", control]
+        done = subprocess.run(nobody, capture_output=True, text=True, timeout=PATIENCE)
+        self.assertEqual(done.returncode, 70)
+        self.assertIn("Permission denied", done.stderr)
+        with socket.socket(socket.AF_UNIX) as junk:
+            junk.connect(str(control))
+            junk.sendall(b"\x00\x01 what\r\n\r\n")
+            junk.settimeout(PATIENCE)
+            junk.recv(4096)
+        self.assertIn("server", self.command("status"))
+
+
+class Visitors(threading.Thread):
+    """Connects, logs in, speaks, leaves, again and again; counts what went wrong."""
+
+    def __init__(self, port, user):
+        super().__init__(daemon=True)
+        self.port, self.user, self.visits, self.faults, self.stop = port, user, 0, [], threading.Event()
+
+    def run(self):
+        while not self.stop.is_set():
+            try:
+                client = session(self.port, self.user)
+                assert alive(client)
+                client.command("z", "LOGOUT")
+                client.close()
+                self.visits += 1
+            except Exception as error:  # noqa: BLE001: whatever it is, it is what the test looks for
+                self.faults.append(repr(error))
+
+
+class Successors(Scene):
+    def test_not_one_connection_is_refused(self):
+        """Ten upgrades and ten takeovers by hand while clients come and go, and sessions that stay."""
+        stay = [session(self.port, user) for user in (ALICE, BOB) for _ in range(5)]
+        visitors = [Visitors(self.port, user) for user in (ALICE, BOB) for _ in range(2)]
+        for visitor in visitors:
+            visitor.start()
+        pid = self.proxy.process.child.pid
+        by_hand = []
+        for turn in range(20):
+            if turn % 2:
+                self.command("upgrade")
+            else:
+                by_hand.append(Process([VESTIBULE, "run", "--replace", "--config", self.proxy.file], self.folder.path / f"log-{turn}"))
+                self.addCleanup(by_hand[-1].kill)
+
+            def succeeded():
+                done = subprocess.run([VESTIBULE, "status", "--json", "--control", self.folder.path / "control"], capture_output=True, text=True,
+                                      timeout=PATIENCE)
+                now = json.loads(done.stdout)["pid"] if done.returncode == 0 else pid
+                return now if now != pid else None
+            pid = wait_for(f"successor {turn}", succeeded)
+            visits = sum(visitor.visits for visitor in visitors)
+            wait_for("visits", lambda: sum(visitor.visits for visitor in visitors) >= visits + 8 or any(visitor.faults for visitor in visitors))
+        for visitor in visitors:
+            visitor.stop.set()
+            visitor.join(PATIENCE)
+        self.assertEqual([visitor.faults for visitor in visitors], [[]] * 4)
+        self.assertTrue(all(map(alive, stay)), "sessions of the first process live on")
+        self.assertIsNone(self.proxy.process.child.poll())
+        for client in stay:
+            client.close()
+        self.assertEqual(self.proxy.process.child.wait(PATIENCE), 0, "its last session has ended")
+        # The last one still answers for the ports, metrics included.
+        self.assertEqual(self.proxy.metric("vestibule_draining"), 0)
+        os.kill(pid, signal.SIGTERM)
+        wait_for("the last one's end", lambda: not answers(self.port))
+        for process in by_hand:
+            self.assertEqual(process.child.wait(PATIENCE), 0, process.text())
+
+    def test_a_successor_that_cannot_start_changes_nothing(self):
+        client = session(self.port)
+        done = subprocess.run([VESTIBULE, "run", "--config", self.proxy.file], capture_output=True, text=True, timeout=PATIENCE)
+        self.assertEqual(done.returncode, 70)
+        self.assertIn("take its place with --replace", done.stderr)
+        text = self.proxy.file.read_text()
+        self.proxy.file.write_text(text + "log: {level: shout}\n")
+        self.command("upgrade")
+        wait_for("its end", lambda: "the successor has ended; this process goes on" in self.proxy.log())
+        self.assertTrue(alive(client) and alive(session(self.port)))
+
+
+class Start(unittest.TestCase):
+    def setUp(self):
+        self.folder = Folder()
+        self.addCleanup(self.folder.remove)
+
+    def configuration(self, port, more=""):
+        return self.folder.write("vestibule.yaml", f"""
+listeners: [{{address: "127.0.0.1:{port}", tls: none}}]
+backends: {{a: {{servers: ["127.0.0.1:1"], check: off}}}}
+routes: [{{default: a}}]
+{more}""")
+
+    def test_sockets_of_systemd(self):
+        """The connection that wakes the program is served by it."""
+        port = free_port()
+        process = Process([program("systemd-socket-activate"), "-l", f"127.0.0.1:{port}", VESTIBULE, "run", "--config", self.configuration(port)],
+                          self.folder.path / "log")
+        self.addCleanup(process.kill)
+        client = wait_for("the socket", lambda: connected(port))
+        self.assertTrue(Raw.line(client).startswith(b"* OK"), process.text())
+
+    def test_root_is_given_up(self):
+        port = free_port()
+        process = Process([VESTIBULE, "run", "--config", self.configuration(port, "run_as: {user: nobody, group: nogroup}")],
+                          self.folder.path / "log")
+        self.addCleanup(process.kill)
+        wait_for("the proxy", lambda: answers(port, b"* OK"))
+        for task in Path(f"/proc/{process.child.pid}/task").iterdir():
+            status = dict(line.split(":", 1) for line in (task / "status").read_text().splitlines())
+            ids = {name: set(status[name].split()) for name in ("Uid", "Gid")}
+            nobody, nogroup = str(__import__("pwd").getpwnam("nobody").pw_uid), str(__import__("grp").getgrnam("nogroup").gr_gid)
+            self.assertEqual(ids, {"Uid": {nobody}, "Gid": {nogroup}}, "every thread, in every sense")
+            self.assertEqual(int(status["CapEff"], 16), 0)
+        limits = Path(f"/proc/{process.child.pid}/limits").read_text()
+        self.assertRegex(limits, r"Max core file size +0 +0")
+        # What is not dumpable belongs to root, whoever the process is.
+        self.assertEqual(Path(f"/proc/{process.child.pid}/maps").stat().st_uid, 0)
+        done = subprocess.run([VESTIBULE, "run", "--config", self.configuration(free_port(), "run_as: {user: nobody-such}")], capture_output=True,
+                              text=True, timeout=PATIENCE)
+        self.assertEqual(done.returncode, 70)
+        self.assertIn("there is no user \"nobody-such\" (run_as.user)", done.stderr)
+
+
+def connected(port):
+    try:
+        return Raw(port)
+    except OSError:
+        return None
+
+
+if __name__ == "__main__":
+    unittest.main()
