@@ -87,6 +87,16 @@ reasons! {
     Client NameRefused = "name_refused",
     /// The client is a proxy, and too many came before it: a circle.
     Client ProxyLoop = "proxy_loop",
+    /// The oldest of too many connections that had not logged in (`limits.before_login`).
+    Client Shed = "shed",
+    /// Too many login attempts from the address or for the user.
+    Client LoginRate = "login_rate",
+    /// The user has as many sessions as are allowed, in all or from the address.
+    Client SessionLimit = "session_limit",
+    /// The policy service denies the login.
+    Client PolicyDenied = "policy_denied",
+    /// The policy service could not answer, and `policy.on_failure` is deny.
+    Directory PolicyFailed = "policy_failed",
     /// A route source could not answer.
     Directory LookupFailed = "lookup_failed",
     /// No route knows the user.

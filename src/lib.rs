@@ -13,11 +13,12 @@
 //! # The life of a session
 //! | step | where |
 //! |---|---|
-//! | accepted, one permit | [`listener::Listener::run`] |
+//! | accepted, one permit, and who may come in | [`listener::Listener::run`], [`guard::Guard::admit`] |
 //! | whose connection a balancer passes on | [`proxy_protocol::parse`] |
 //! | TLS, if it begins at once or by STARTTLS | `session::Session::encrypt`, [`tls::server`] |
 //! | commands until a login is complete | [`imap::prelogin::Prelogin::step`] |
 //! | what the user is called | [`identity::Naming::names`] |
+//! | whether it may try | [`guard::Guard::may_try`], [`policy::Policy::allow`] |
 //! | which backend | [`route::Router::route`] |
 //! | which server, and which next | [`backend::Backend::candidates`], [`backend::Tour::next`] |
 //! | connect and log in there | [`backend::connect::login`], [`imap::backend_login::BackendLogin::step`] |
@@ -52,6 +53,8 @@ pub mod demo;
 pub mod dns;
 pub mod explain;
 pub mod failure;
+pub mod guard;
+pub mod http_client;
 pub mod identity;
 pub mod imap;
 pub mod inherit;
@@ -61,6 +64,7 @@ pub mod logging;
 pub mod metrics;
 pub mod occupancy;
 pub mod operate;
+pub mod policy;
 pub mod privileges;
 pub mod proxy_protocol;
 pub mod record_layer;

@@ -6,7 +6,7 @@
 use std::io;
 use std::net::{Ipv6Addr, SocketAddr, SocketAddrV6};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use socket2::{Domain, Protocol, Socket, Type};
 use tokio::net::{TcpListener, TcpStream};
@@ -14,6 +14,7 @@ use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
 use crate::config::{self, ListenerTls};
+use crate::guard::Turned;
 use crate::metrics::Refusal;
 use crate::occupancy::Occupancy;
 use crate::server::Desk;
@@ -130,7 +131,15 @@ impl Listener {
             }
             return;
         };
-        let held = Held { occupant, open: metrics.session_opened() };
+        // A balancer is not the client: whose connection it is, its header will say.
+        let is_passed_on = live.config.listeners[index].proxy_protocol.is_some();
+        let pass = if is_passed_on { Ok(live.guard.pass()) } else { live.guard.admit(Instant::now(), peer.ip()) };
+        let pass = match pass {
+            Ok(pass) => pass,
+            Err(turned) => return self.turn_away(&socket, peer, turned, &Desk { live, index }),
+        };
+        let held = Held { occupant, open: metrics.session_opened(), pass };
+        let ticket = live.guard.lobby();
         let arrival = Arrival {
             socket,
             peer,
@@ -141,9 +150,21 @@ impl Listener {
             desk: self.desk.clone(),
             drain: house.drain.clone(),
             room: house.room.clone(),
+            ticket,
             held,
         };
         house.drain.spawn(session::serve(arrival));
+    }
+
+    fn turn_away(&self, socket: &TcpStream, peer: SocketAddr, turned: Turned, desk: &Desk) {
+        let (refusal, bye) = session::turned_away(turned);
+        desk.live.metrics.listener(desk.index).refused(refusal);
+        // At info a flood would write as many lines as it has connections.
+        tracing::debug!(client = %peer.ip().to_canonical(), listener = %self.address, reason = refusal.as_str(), "turned away");
+        if desk.live.config.listeners[desk.index].tls != ListenerTls::Implicit {
+            // The connection is closed either way.
+            let _ = socket.try_write(bye.as_bytes());
+        }
     }
 
     async fn accept_failed(&self, error: &io::Error) {

@@ -9,8 +9,10 @@ use std::time::Duration;
 use serde_yaml::Value;
 
 use super::file::{CertificateMap, CertificateUserWord, File, FormatWord, LevelWord, ListenerMap, SniWord, TlsWord};
+use super::guard::guard;
 use super::limits::{bounded, limits, seconds};
 use super::locate::child;
+use super::policy::policy;
 use super::read::Reader;
 use super::report::suggestion;
 use super::routes::routes;
@@ -87,6 +89,8 @@ pub(super) fn config(reader: &mut Reader<'_>, file: &Path, value: Value) -> Opti
         naming,
         master_networks,
         limits: limits(reader, &written.limits),
+        guard: guard(reader, written.access, &written.limits),
+        policy: written.policy.and_then(|map| policy(reader, folder, map)),
         admin,
         control,
         run_as,

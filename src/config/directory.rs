@@ -180,7 +180,7 @@ pub enum DnsQuestion {
 }
 
 /// An address and how many of its first bits count.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Network {
     address: IpAddr,
     bits: u8,
@@ -202,6 +202,11 @@ impl Network {
             Some(_) => return None,
         };
         (bits <= most).then_some(Self { address, bits })
+    }
+
+    /// The address as written, and how many of its first bits count.
+    pub fn parts(&self) -> (IpAddr, u8) {
+        (self.address, self.bits)
     }
 
     /// Whether `address` is in it; an IPv4 address in IPv6 clothes counts as IPv4.

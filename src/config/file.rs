@@ -9,7 +9,8 @@ use std::path::PathBuf;
 use serde::Deserialize;
 use serde_yaml::{Mapping, Value};
 
-use super::values::{BalanceEntry, CheckEntry, ServerEntry, Size, Span, TlsEntry, TlsVersionWord, Words};
+use super::guard_file::{AccessMap, PolicyMap};
+use super::values::{BalanceEntry, Cap, CheckEntry, Pace, ServerEntry, Size, Span, TlsEntry, TlsVersionWord, Words};
 
 /// The whole file.
 #[derive(Debug, Default, Deserialize)]
@@ -27,6 +28,10 @@ pub(super) struct File {
     pub(super) users: UsersMap,
     /// Deadlines and caps.
     pub(super) limits: LimitsMap,
+    /// Networks that may come in.
+    pub(super) access: AccessMap,
+    /// A service that is asked before each login: [`PolicyMap`].
+    pub(super) policy: Option<PolicyMap>,
     /// Metrics and health; commands.
     pub(super) admin: AdminMap,
     /// Whom to become once all ports are bound.
@@ -438,6 +443,20 @@ pub(super) struct LimitsMap {
     pub(super) workers: Option<i64>,
     pub(super) untagged_lines: Option<i64>,
     pub(super) untagged_bytes: Option<Size>,
+    // See [`super::Guard`].
+    pub(super) handshakes: Option<i64>,
+    pub(super) before_login: Option<i64>,
+    pub(super) sessions_per_address: Option<Cap>,
+    pub(super) sessions_per_user: Option<Cap>,
+    pub(super) sessions_per_user_and_address: Option<Cap>,
+    /// [`super::guard_file::NetworkMap`].
+    pub(super) networks: Vec<Value>,
+    pub(super) connection_rate: Option<Pace>,
+    pub(super) login_rate_per_address: Option<Pace>,
+    pub(super) login_rate_per_user: Option<Pace>,
+    pub(super) tracked: Option<i64>,
+    pub(super) failed_login_delay: Option<Span>,
+    pub(super) failed_login_delay_max: Option<Span>,
 }
 
 /// `admin`.

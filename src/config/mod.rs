@@ -9,9 +9,12 @@ mod care;
 mod check;
 mod directory;
 mod file;
+mod guard;
+mod guard_file;
 mod limits;
 mod local;
 mod locate;
+mod policy;
 mod read;
 mod report;
 mod routes;
@@ -35,8 +38,10 @@ pub use self::care::{Balance, Care, Check, CheckKind, Mode, Queue};
 pub use self::directory::{
     ANSWER_FIELDS, Asking, Cache, Dns, DnsQuestion, Http, HttpStyle, Ldap, LdapScope, Network, Redis, RedisPlace, Sql,
 };
+pub use self::guard::{Access, Guard, Rate};
 pub use self::local::is_local;
 use self::locate::Index;
+pub use self::policy::Policy;
 use self::read::{Reader, no_yaml};
 pub use self::report::{Located, Place, Problem, Report};
 use self::tree::Tree;
@@ -65,6 +70,10 @@ pub struct Config {
     pub master_networks: Option<Vec<Network>>,
     /// Deadlines and caps.
     pub limits: Limits,
+    /// Who may come in and try.
+    pub guard: Guard,
+    /// A service that is asked before each login.
+    pub policy: Option<Policy>,
     /// Where metrics and health are answered.
     pub admin: Option<SocketAddr>,
     /// Where the program's own commands are answered.

@@ -51,7 +51,7 @@ fn the_reference_names_every_key_and_its_default() {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("config");
     let path = folder.join("reference.yaml");
     let text = [&path, &folder.join("routes.yaml")].map(|path| fs::read_to_string(path).unwrap()).concat();
-    let source = [include_str!("file.rs"), include_str!("routes/maps.rs")].concat();
+    let source = [include_str!("file.rs"), include_str!("guard_file.rs"), include_str!("routes/maps.rs")].concat();
     let keys: Vec<&str> = source
         .lines()
         .filter_map(|line| {
@@ -70,7 +70,9 @@ fn the_reference_names_every_key_and_its_default() {
             .any(|(at, _)| !text[..at].ends_with(|before: char| before.is_ascii_alphanumeric() || before == '_'));
         assert!(mentioned, "neither reference.yaml nor routes.yaml mentions {key}");
     }
-    assert_eq!(load(&path).unwrap().limits, Limits::default(), "the reference shows the defaults");
+    let shown = load(&path).unwrap();
+    assert_eq!(shown.limits, Limits::default(), "the reference shows the defaults");
+    assert_eq!(shown.guard, Guard::default(), "the reference shows the defaults");
 }
 
 #[test]

@@ -101,6 +101,66 @@ impl<'de> Deserialize<'de> for Size {
     }
 }
 
+/// `off`, or a number.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Cap(pub(super) Option<i64>);
+
+impl<'de> Deserialize<'de> for Cap {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Either;
+        impl Visitor<'_> for Either {
+            type Value = Cap;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("off or a number")
+            }
+
+            fn visit_i64<E>(self, number: i64) -> Result<Cap, E> {
+                Ok(Cap(Some(number)))
+            }
+
+            fn visit_u64<E>(self, number: u64) -> Result<Cap, E> {
+                Ok(Cap(Some(i64::try_from(number).unwrap_or(i64::MAX))))
+            }
+
+            fn visit_str<E: de::Error>(self, text: &str) -> Result<Cap, E> {
+                if text == "off" { Ok(Cap(None)) } else { Err(E::invalid_type(de::Unexpected::Str(text), &self)) }
+            }
+        }
+        deserializer.deserialize_any(Either)
+    }
+}
+
+/// `off`, or events in a time: `60/1m`.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Pace(pub(super) Option<(u32, Duration)>);
+
+impl<'de> Deserialize<'de> for Pace {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Words;
+        impl Visitor<'_> for Words {
+            type Value = Pace;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("off or a rate, like 60/1m")
+            }
+
+            fn visit_str<E: de::Error>(self, text: &str) -> Result<Pace, E> {
+                if text == "off" {
+                    return Ok(Pace(None));
+                }
+                let rate = text.split_once('/').and_then(|(events, per)| {
+                    let digits = events.bytes().all(|byte| byte.is_ascii_digit());
+                    let events = events.parse().ok().filter(|_| digits)?;
+                    Some((events, humantime::parse_duration(per).ok()?))
+                });
+                rate.map(|rate| Pace(Some(rate))).ok_or_else(|| E::invalid_type(de::Unexpected::Str(text), &self))
+            }
+        }
+        deserializer.deserialize_any(Words)
+    }
+}
+
 /// `"host:port"`, or a map.
 #[derive(Debug)]
 pub(super) enum ServerEntry {

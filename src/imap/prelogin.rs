@@ -108,6 +108,8 @@ pub enum Bye {
     LoginDeadline,
     /// The process stops.
     Shutdown,
+    /// Others want to log in, and this one has not done so for longest.
+    Shed,
 }
 
 /// The dialogue so far.
@@ -235,6 +237,7 @@ impl Prelogin {
         let text = match why {
             Bye::LoginDeadline => "Login took too long.",
             Bye::Shutdown => "[UNAVAILABLE] Server shutting down, connect again.",
+            Bye::Shed => "[UNAVAILABLE] Too many connections without a login, connect again.",
         };
         reply::bye(text, out);
     }

@@ -66,6 +66,13 @@ pub fn maintenance(tag: &Tag, text: &str) -> Vec<u8> {
     out
 }
 
+/// Too many, of attempts or of sessions (RFC 5530).
+pub fn limit(tag: &Tag, text: &str) -> Vec<u8> {
+    let mut out = Vec::new();
+    line(&mut out, &[tag.as_str(), " NO [LIMIT] ", text]);
+    out
+}
+
 /// No server could answer; the client may try again on the same connection.
 pub(super) fn unavailable(tag: &Tag, out: &mut Vec<u8>) {
     no(tag, "[UNAVAILABLE] The mailbox is temporarily unavailable, try again later.", out);

@@ -31,6 +31,8 @@ pub(super) struct Families {
     pub(super) session_length: HistogramVec,
     pub(super) bytes: IntCounterVec,
     pub(super) failures: IntCounterVec,
+    pub(super) guard_entries: IntGaugeVec,
+    pub(super) policy_answers: IntCounterVec,
     pub(super) queue: IntGaugeVec,
     pub(super) server_up: IntGaugeVec,
     pub(super) server_breaker: IntGaugeVec,
@@ -130,6 +132,16 @@ impl Families {
                 "vestibule_failures_total",
                 "What went wrong, by the side that must act and the reason.",
                 &["side", "reason"],
+            ),
+            guard_entries: gauges(
+                "vestibule_guard_entries",
+                "What the guard remembers and counts just now, by table.",
+                &["table"],
+            ),
+            policy_answers: counters(
+                "vestibule_policy_answers_total",
+                "Answers of the policy service to what it was asked (allow) and told (report).",
+                &["command", "answer"],
             ),
             queue: gauges(
                 "vestibule_backend_queue_length",
@@ -244,7 +256,7 @@ impl Families {
     }
 
     fn register_all(&self) {
-        let collectors: [Box<dyn prometheus::core::Collector>; 40] = [
+        let collectors: [Box<dyn prometheus::core::Collector>; 41] = [
             Box::new(self.build_info.clone()),
             Box::new(self.sessions.clone()),
             Box::new(self.sessions_total.clone()),
@@ -261,6 +273,7 @@ impl Families {
             Box::new(self.session_length.clone()),
             Box::new(self.bytes.clone()),
             Box::new(self.failures.clone()),
+            Box::new(self.policy_answers.clone()),
             Box::new(self.queue.clone()),
             Box::new(self.server_up.clone()),
             Box::new(self.server_breaker.clone()),

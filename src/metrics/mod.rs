@@ -7,6 +7,7 @@
 //! here is global.
 
 mod families;
+mod guard;
 mod route;
 mod server;
 
@@ -16,6 +17,7 @@ use std::time::Duration;
 use prometheus::{Histogram, IntCounter, IntGauge, TextEncoder};
 
 use self::families::Families;
+pub use self::guard::{PolicyAnswer, PolicyCommand};
 pub use self::route::{LookupResult, RouteMetrics};
 use self::server::ServerFamilies;
 pub use self::server::{CheckMetrics, ServerMetrics};
@@ -33,10 +35,12 @@ pub enum LoginOutcome {
     Unavailable,
     /// No route knows the user.
     UnknownUser,
+    /// A limit or rate of ours, before or behind the password.
+    Limited,
 }
 
 impl LoginOutcome {
-    const ALL: [Self; 4] = [Self::Accepted, Self::Refused, Self::Unavailable, Self::UnknownUser];
+    const ALL: [Self; 5] = [Self::Accepted, Self::Refused, Self::Unavailable, Self::UnknownUser, Self::Limited];
 
     /// Label text.
     pub fn as_str(self) -> &'static str {
@@ -45,6 +49,7 @@ impl LoginOutcome {
             Self::Refused => "refused",
             Self::Unavailable => "unavailable",
             Self::UnknownUser => "unknown_user",
+            Self::Limited => "limited",
         }
     }
 }
@@ -69,6 +74,7 @@ pub struct Metrics {
     routes: Vec<RouteMetrics>,
     unrouted_logins: LoginCounters,
     failures: Vec<IntCounter>,
+    policy: [[IntCounter; PolicyAnswer::ALL.len()]; PolicyCommand::ALL.len()],
 }
 
 impl Metrics {
@@ -95,6 +101,10 @@ impl Metrics {
             routes: names.routes.iter().map(|name| RouteMetrics::new(&families, name)).collect(),
             unrouted_logins: LoginCounters::new(&families, ""),
             failures,
+            policy: PolicyCommand::ALL.map(|command| {
+                PolicyAnswer::ALL
+                    .map(|answer| families.policy_answers.with_label_values(&[command.as_str(), answer.as_str()]))
+            }),
             families,
         }
     }
@@ -152,10 +162,23 @@ impl Metrics {
         self.failures[reason as usize].inc();
     }
 
+    /// The policy service has answered, or failed to.
+    pub fn policy(&self, command: PolicyCommand, answer: PolicyAnswer) {
+        self.policy[command as usize][answer as usize].inc();
+    }
+
     /// A certificate was loaded that ends at `expiry` (seconds since 1970).
     pub fn certificate(&self, file: &str, expiry: i64) {
         #[expect(clippy::cast_precision_loss, reason = "seconds since 1970 fit an f64 exactly for 285 million years")]
         self.families.certificate_expiry.with_label_values(&[file]).set(expiry as f64);
+    }
+
+    /// `read` is asked what the guard remembers, table by table, whenever somebody looks. Once for a process.
+    pub fn measure_guard(&self, read: impl Fn() -> Vec<(&'static str, usize)> + Send + Sync + 'static) {
+        let measured = guard::Measured::new(self.families.guard_entries.clone(), read);
+        if let Err(error) = self.families.registry.register(Box::new(measured)) {
+            tracing::error!(%error, "the guard is measured already");
+        }
     }
 
     /// The certificate's files could be used as they are now, or not.
@@ -198,6 +221,30 @@ pub enum Refusal {
     Full,
     /// accept(2) failed, for example for want of descriptors.
     AcceptError,
+    /// `access`.
+    Denied,
+    /// `limits.connection_rate`.
+    Rate,
+    /// `limits.sessions_per_address`.
+    Address,
+    /// `limits.networks`.
+    Network,
+}
+
+impl Refusal {
+    const ALL: [Self; 6] = [Self::Full, Self::AcceptError, Self::Denied, Self::Rate, Self::Address, Self::Network];
+
+    /// Label text.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Full => "full",
+            Self::AcceptError => "accept_error",
+            Self::Denied => "denied",
+            Self::Rate => "connection_rate",
+            Self::Address => "sessions_per_address",
+            Self::Network => "sessions_per_network",
+        }
+    }
 }
 
 /// Metrics of one listener.
@@ -205,8 +252,7 @@ pub enum Refusal {
 pub struct ListenerMetrics {
     sessions: IntGauge,
     sessions_total: IntCounter,
-    refused_full: IntCounter,
-    refused_accept_error: IntCounter,
+    refused: [IntCounter; Refusal::ALL.len()],
     tls_handshake: Histogram,
 }
 
@@ -215,8 +261,7 @@ impl ListenerMetrics {
         Self {
             sessions: families.sessions.with_label_values(&[name]),
             sessions_total: families.sessions_total.with_label_values(&[name]),
-            refused_full: families.refused.with_label_values(&[name, "full"]),
-            refused_accept_error: families.refused.with_label_values(&[name, "accept_error"]),
+            refused: Refusal::ALL.map(|refusal| families.refused.with_label_values(&[name, refusal.as_str()])),
             tls_handshake: families.tls_handshake.with_label_values(&[name]),
         }
     }
@@ -229,10 +274,7 @@ impl ListenerMetrics {
 
     /// A connection was turned away.
     pub fn refused(&self, refusal: Refusal) {
-        match refusal {
-            Refusal::Full => self.refused_full.inc(),
-            Refusal::AcceptError => self.refused_accept_error.inc(),
-        }
+        self.refused[refusal as usize].inc();
     }
 
     /// A TLS handshake with a client succeeded.

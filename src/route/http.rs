@@ -3,24 +3,17 @@
 //! `style: json` posts an object with the user, and with what is known of the visitor where answers are not kept, and
 //! reads one whose keys are the fields of an answer (see `target`); 404 says that the user is unknown, 401 and 403 that
 //! the password is wrong. `style: nginx-auth-http` speaks the headers of nginx's mail module (see `auth_http`), so that an
-//! auth server written for it serves here as it is. Whatever else comes is a failure; a body over [`MAX_BODY`] is one too.
+//! auth server written for it serves here as it is. Whatever else comes is a failure; a body over [`http_client::MAX_BODY`] is one too.
 
 use std::collections::HashMap;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
-use std::time::Duration;
 
-use http_body_util::{BodyExt as _, Full, Limited};
-use hyper::body::{Bytes, Incoming};
+use http_body_util::Full;
+use hyper::body::Bytes;
 use hyper::header::{AUTHORIZATION, CONTENT_TYPE, HeaderMap, HeaderName, HeaderValue};
-use hyper::{Method, Request, Response, StatusCode, Uri};
-use hyper_rustls::{HttpsConnector, HttpsConnectorBuilder};
-use hyper_util::client::legacy::Client;
-use hyper_util::client::legacy::connect::HttpConnector;
-use hyper_util::rt::{TokioExecutor, TokioTimer};
+use hyper::{Method, Request, StatusCode};
 use serde::{Deserialize, Serialize};
-use tokio::sync::OnceCell;
-use tokio_rustls::rustls::ClientConfig;
 use zeroize::Zeroizing;
 
 use super::Answer;
@@ -29,24 +22,15 @@ use super::directory::answer;
 use super::question::{Question, Visitor};
 use super::target::{At, Declared, Denied, Fields, Login, Place, Target};
 use crate::config::{self, BackendId, Config, Host, HttpStyle, Network, Problem, Server};
+use crate::http_client::{self, HttpClient};
 use crate::identity::UserName;
-use crate::tls;
-
-/// An answer has no business being longer.
-const MAX_BODY: usize = 64 * 1024;
-/// A connection that nobody has used for this long is closed.
-const IDLE: Duration = Duration::from_secs(60);
 
 /// A request a user.
 pub(super) struct Http {
-    url: Uri,
+    client: HttpClient,
     style: HttpStyle,
-    headers: HeaderMap,
     password: bool,
     client_certificate: bool,
-    tls: Option<ClientConfig>,
-    connections: usize,
-    client: OnceCell<Client<HttpsConnector<HttpConnector>, Full<Bytes>>>,
     /// Servers by their addresses: how nginx's protocol names them.
     servers: HashMap<SocketAddr, (BackendId, Box<str>)>,
     backend: Option<BackendId>,
@@ -57,7 +41,7 @@ pub(super) struct Http {
 impl std::fmt::Debug for Http {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         // Headers may hold what only the service shall know.
-        f.debug_struct("Http").field("url", &self.url).field("style", &self.style).finish_non_exhaustive()
+        f.debug_struct("Http").field("url", self.client.url()).field("style", &self.style).finish_non_exhaustive()
     }
 }
 
@@ -103,15 +87,6 @@ impl Http {
     /// A URL that is none, a token file or a `ca` that cannot be read.
     pub(super) fn build(config: &Config, http: &config::Http, declared: &Declared) -> Result<Self, Vec<Problem>> {
         let told = |problem| vec![problem];
-        let url: Uri = http
-            .url
-            .value
-            .parse()
-            .map_err(|error| told(config.problem(&http.url.place, format!("the URL cannot be used: {error}"))))?;
-        let tls = (url.scheme_str() == Some("https"))
-            .then(|| tls::client::verified(config, http.ca.as_ref(), &http.url.place))
-            .transpose()
-            .map_err(told)?;
         let mut headers = HeaderMap::new();
         for (name, value) in &http.headers {
             // The configuration was checked for what a header may be.
@@ -127,15 +102,12 @@ impl Http {
             value.set_sensitive(true);
             headers.insert(AUTHORIZATION, value);
         }
+        let client = HttpClient::build(config, &http.url, http.ca.as_ref(), headers, http.asking.connections);
         Ok(Self {
-            url,
+            client: client.map_err(told)?,
             style: http.style,
-            headers,
             password: http.password,
             client_certificate: http.client_certificate,
-            tls,
-            connections: http.asking.connections,
-            client: OnceCell::new(),
             servers: servers(config),
             backend: http.backend,
             networks: http.networks.clone(),
@@ -152,17 +124,15 @@ impl Http {
     }
 
     async fn ask_json(&self, question: &Question) -> Result<Answer, String> {
-        let (head, body) = self.send(self.json(question)?).await?.into_parts();
-        let body =
-            Limited::new(body, MAX_BODY).collect().await.map_err(|error| format!("the answer's body: {error}"))?;
-        Ok(self.read_json(head.status, &Zeroizing::new(body.to_bytes().to_vec())))
+        let (head, body) = self.client.send(self.json(question)?).await?.into_parts();
+        Ok(self.read_json(head.status, &http_client::body(body).await?))
     }
 
     async fn ask_nginx(&self, question: &Question) -> Result<Answer, String> {
         // The command `route` has no password to ask with.
         let visitor = question.visitor.as_ref().ok_or("this style is asked with a client's password only")?;
         loop {
-            let response = self.send(self.nginx(question, visitor)?).await?;
+            let response = self.client.send(self.nginx(question, visitor)?).await?;
             let said = auth_http::answer(response.headers());
             match said.map_err(|error| format!("{error} ({})", response.status()))? {
                 Verdict::Good { address, user, login } => return Ok(self.place(address, user, login)),
@@ -171,27 +141,6 @@ impl Http {
                 Verdict::AskAgain(wait) => tokio::time::sleep(wait).await,
             }
         }
-    }
-
-    async fn send(&self, request: Request<Full<Bytes>>) -> Result<Response<Incoming>, String> {
-        let client = self.client.get_or_init(|| async { self.connect() }).await;
-        client.request(request).await.map_err(|error| chain(&error))
-    }
-
-    fn connect(&self) -> Client<HttpsConnector<HttpConnector>, Full<Bytes>> {
-        let mut tcp = HttpConnector::new();
-        tcp.enforce_http(false);
-        tcp.set_nodelay(true);
-        let builder = HttpsConnectorBuilder::new();
-        // Without TLS in the URL this configuration is never used.
-        let tls = self.tls.clone().unwrap_or_else(tls::client::nobody);
-        let connector = builder.with_tls_config(tls).https_or_http().enable_http1().enable_http2().wrap_connector(tcp);
-        Client::builder(TokioExecutor::new())
-            .pool_timer(TokioTimer::new())
-            .timer(TokioTimer::new())
-            .pool_idle_timeout(IDLE)
-            .pool_max_idle_per_host(self.connections)
-            .build(connector)
     }
 
     fn json(&self, question: &Question) -> Result<Request<Full<Bytes>>, String> {
@@ -222,21 +171,14 @@ impl Http {
                 .transpose()?,
         };
         let body = serde_json::to_vec(&asked).map_err(|error| error.to_string())?;
-        let mut request = self.request(Method::POST, body)?;
+        let mut request = self.client.request(Method::POST, body)?;
         request.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
         Ok(request)
     }
 
     fn nginx(&self, question: &Question, visitor: &Visitor) -> Result<Request<Full<Bytes>>, String> {
-        let mut request = self.request(Method::GET, Vec::new())?;
+        let mut request = self.client.request(Method::GET, Vec::new())?;
         request.headers_mut().extend(auth_http::question(question, visitor, self.client_certificate)?);
-        Ok(request)
-    }
-
-    fn request(&self, method: Method, body: Vec<u8>) -> Result<Request<Full<Bytes>>, String> {
-        let request = Request::builder().method(method).uri(self.url.clone()).body(Full::from(body));
-        let mut request = request.map_err(|error| error.to_string())?;
-        request.headers_mut().extend(self.headers.clone());
         Ok(request)
     }
 
@@ -308,15 +250,4 @@ fn servers(config: &Config) -> HashMap<SocketAddr, (BackendId, Box<str>)> {
         }
     }
     servers
-}
-
-/// An error and what caused it, in one line.
-fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(inner) = cause {
-        text = format!("{text}: {inner}");
-        cause = inner.source();
-    }
-    text.replace(char::is_control, " ")
 }

@@ -3,11 +3,14 @@
 
 use std::net::IpAddr;
 use std::sync::Arc;
+use std::time::Instant;
 
 use crate::backend::{Backends, Server};
 use crate::config::{Config, Limits, Report};
+use crate::guard::Guard;
 use crate::identity::Mechanisms;
 use crate::metrics::{Metrics, Names};
+use crate::policy::Policy;
 use crate::route::{self, At, Place, Router};
 use crate::session::Refusals;
 use crate::sessions::Sessions;
@@ -29,6 +32,10 @@ pub struct Live {
     pub refusals: Arc<Refusals>,
     /// Deadlines and caps.
     pub limits: Arc<Limits>,
+    /// Who may come in and try. The process's too.
+    pub guard: Arc<Guard>,
+    /// Who else is asked.
+    pub policy: Option<Arc<Policy>>,
     /// What is counted.
     pub metrics: Arc<Metrics>,
 }
@@ -53,19 +60,26 @@ impl Live {
         let known = previous.map(|previous| (&previous.config, &previous.router));
         let router = Router::build(&config, &metrics, known);
         let backends = Backends::build(&config, &metrics, previous.map(|previous| &*previous.backends));
-        match (tls, router, backends) {
-            (Ok(tls), Ok(router), Ok(backends)) => Ok(Self {
+        let policy = Policy::build(&config);
+        match (tls, router, backends, policy) {
+            (Ok(tls), Ok(router), Ok(backends), Ok(policy)) => Ok(Self {
                 router,
                 backends: Arc::new(backends),
                 tls,
                 sessions: previous.map(|previous| previous.sessions.clone()).unwrap_or_default(),
                 refusals: previous.map(|previous| previous.refusals.clone()).unwrap_or_default(),
                 limits: Arc::new(config.limits.clone()),
+                // Its rules are replaced when this configuration is, see `Running::reload`.
+                guard: previous.map_or_else(
+                    || Arc::new(Guard::new(&config.guard, Instant::now())),
+                    |previous| previous.guard.clone(),
+                ),
+                policy,
                 metrics,
                 config,
             }),
-            (tls, router, backends) => {
-                let found = [tls.err(), router.err(), backends.err()];
+            (tls, router, backends, policy) => {
+                let found = [tls.err(), router.err(), backends.err(), policy.err()];
                 Err(Report::new(found.into_iter().flatten().flatten().collect()))
             }
         }

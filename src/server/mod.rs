@@ -151,6 +151,8 @@ impl Bound {
             background,
             stop_background,
         };
+        let measured = live.guard.clone();
+        live.metrics.measure_guard(move || measured.sizes().labelled().to_vec());
         let mut now = running.lock();
         running.begin(&live, &stop, now.doors.addresses_with(&live.config, &opening));
         now.doors.swap(&live, opening, &running.workplaces).context("a listener could not be started")?;
@@ -262,6 +264,7 @@ impl Running {
         // What was begun for the old configuration ends; what goes on under the new one has been begun again.
         std::mem::replace(&mut now.stop, stop).cancel();
         now.live = live.clone();
+        live.guard.reconfigure(&live.config.guard);
         logging::set_level(&live.config.log);
         if moved {
             let admin = admin.map(|admin| self.run_admin(&live, admin)).transpose()?;

@@ -41,6 +41,10 @@ pub(super) enum Attempted {
     Dismissed {
         reply: Vec<u8>,
     },
+    /// By a limit or rate of ours.
+    Limited {
+        reply: Vec<u8>,
+    },
     Unavailable,
 }
 
@@ -80,7 +84,14 @@ impl Session {
             }
         };
         self.record.attempt(&names.log, login.credentials.mechanism);
-        if prelogin.client_id().ttl() == Some(0) {
+        if let Some(limited) = self.may_try(&login.tag, &names.routing) {
+            return Some(limited);
+        }
+        let client_id = prelogin.client_id().clone();
+        if let Some(refused) = self.policy_refuses(login, &client_id, began).await {
+            return Some(refused);
+        }
+        if client_id.ttl() == Some(0) {
             self.record.attempt_failed(Reason::ProxyLoop, LoginOutcome::Unavailable, None);
             return Some(Attempted::Unavailable);
         }
@@ -177,6 +188,11 @@ impl Session {
             if let Outcome::Unavailable(fault) = &outcome {
                 live.metrics.failure(fault.reason);
             }
+        }
+        if matches!(outcome, Outcome::Accepted(_))
+            && let Some(limited) = self.may_have_one_more(&login.tag, &names.routing, backend.id)
+        {
+            return Some(Ok(limited));
         }
         Some(Ok(self.answered(outcome, answered, backend, began)))
     }

@@ -41,8 +41,9 @@ impl Session {
         };
         match said {
             Ok(Ok(said)) => {
+                let is_check = matches!(said.origin, Origin::Balancer);
                 self.believe(said);
-                Some(())
+                if is_check { Some(()) } else { self.may_come_in(socket) }
             }
             Ok(Err(fault)) => self.not_introduced(fault),
             Err(_) => self.not_introduced("no PROXY header within limits.proxy_header".to_owned()),

@@ -16,6 +16,7 @@
 //! sent to a server connection of its own. Called by `listener`.
 
 mod attempt;
+mod defence;
 mod id;
 mod introduction;
 mod pace;
@@ -34,6 +35,7 @@ use tokio::time::{self, timeout, timeout_at};
 use zeroize::Zeroizing;
 
 use self::attempt::{Attempted, Seated};
+pub use self::defence::turned_away;
 pub use self::pace::Refusals;
 use self::record::{EndedBy, Record};
 pub use self::relayed::Quiet;
@@ -41,9 +43,11 @@ use self::relayed::{Kept, Relayed};
 use crate::backend::connect::Established;
 use crate::config::ListenerTls;
 use crate::failure::Reason;
+use crate::guard::{Pass, Ticket};
 use crate::imap::prelogin::{Bye, CloseReason, Policy, Prelogin, Step, Transport};
 use crate::metrics::OpenGuard;
 use crate::occupancy::Occupant;
+use crate::policy;
 use crate::server::{Desk, Live};
 use crate::shutdown::Drain;
 use crate::stream::{Encrypted, Stream};
@@ -75,6 +79,8 @@ pub struct Arrival {
     pub drain: Drain,
     /// Where it waits while it is silent.
     pub room: Arc<Room>,
+    /// Its place among those who have not logged in.
+    pub ticket: Ticket,
     /// Its share of what is limited and counted.
     pub held: Held,
 }
@@ -86,6 +92,8 @@ pub struct Held {
     pub occupant: Occupant,
     /// In the listener's gauge.
     pub open: OpenGuard,
+    /// What it counts for at the guard.
+    pub pass: Pass,
 }
 
 /// Where silent sessions wait.
@@ -106,6 +114,9 @@ struct Session {
     desk: watch::Receiver<Desk>,
     drain: Drain,
     room: Arc<Room>,
+    ticket: Option<Ticket>,
+    /// What the policy service knows of the login under way.
+    told: Option<Box<policy::Attempt>>,
     held: Held,
     peer: SocketAddr,
     local: SocketAddr,
@@ -116,12 +127,28 @@ struct Session {
 
 impl Session {
     fn new(arrival: Arrival) -> (Self, TcpStream) {
-        let Arrival { socket, peer, local, listener, live, desk, drain, room, held, .. } = arrival;
+        let Arrival { socket, peer, local, listener, live, desk, drain, room, ticket, held, .. } = arrival;
         // A socket bound to one address has no other; of `[::]` only the connection knows.
         let local = if local.ip().is_unspecified() { socket.local_addr().unwrap_or(local) } else { local };
         let login_by = time::Instant::now() + live.limits.login;
         let record = Record::new(id::new(peer), peer, local, live.clone());
-        (Self { live, desk, drain, room, held, peer, local, listener, login_by, record }, socket)
+        (
+            Self {
+                live,
+                desk,
+                drain,
+                room,
+                ticket: Some(ticket),
+                told: None,
+                held,
+                peer,
+                local,
+                listener,
+                login_by,
+                record,
+            },
+            socket,
+        )
     }
 
     /// Steps 1 to 6: talks to the client until a server has accepted it, or until it is gone.
@@ -138,6 +165,8 @@ impl Session {
         loop {
             let step = prelogin.step(&mut out);
             self.send(&mut stream, &mut out).await?;
+            let began = Instant::now();
+            self.told = None;
             match step {
                 Step::NeedInput => self.receive(&mut stream, &mut prelogin).await?,
                 Step::StartTls => {
@@ -148,9 +177,16 @@ impl Session {
                 }
                 Step::Login(mut request) => match self.attempt(&mut request, &mut stream, &mut prelogin).await? {
                     Attempted::Accepted { seated, established } => {
+                        self.report(true);
                         return self.relayed(stream, prelogin.into_leftover(), seated, *established).await;
                     }
-                    Attempted::Refused { reply, counts } => prelogin.refused(&reply, counts, &mut out),
+                    Attempted::Refused { reply, counts } => {
+                        if counts {
+                            self.failed_login(request, began).await;
+                        }
+                        prelogin.refused(&reply, counts, &mut out);
+                    }
+                    Attempted::Limited { reply } => prelogin.refused(&reply, true, &mut out),
                     Attempted::Dismissed { mut reply } => {
                         self.send(&mut stream, &mut reply).await?;
                         self.record.ended_by(EndedBy::Proxy);
@@ -201,7 +237,14 @@ impl Session {
         let due = self.login_by.min(time::Instant::now() + self.live.limits.handshake);
         let tls = self.live.tls.as_ref()?;
         let secrets = Arc::new(Secrets::default());
-        let handshake = tls.accept(self.listener, socket, secrets.clone());
+        let turns = self.live.guard.handshakes();
+        let accepting = secrets.clone();
+        let handshake = async {
+            // Whoever says nothing takes no turn from those who do; that a socket may be readable is not enough to know.
+            socket.peek(&mut [0]).await?;
+            let _turn = turns.acquire_owned().await.map_err(io::Error::other)?;
+            tls.accept(self.listener, socket, accepting).await
+        };
         let error = tokio::select! {
             accepted = timeout_at(due, handshake) => match accepted {
                 Ok(Ok(tls)) => {
@@ -216,6 +259,10 @@ impl Session {
             },
             () = self.drain.begun().cancelled() => {
                 self.record.failed(Reason::Drain);
+                return None;
+            }
+            () = self.shed() => {
+                self.record.failed(Reason::Shed);
                 return None;
             }
         };
@@ -257,6 +304,7 @@ impl Session {
                 Err(_) => (Bye::LoginDeadline, Reason::LoginDeadline),
             },
             () = self.drain.begun().cancelled() => (Bye::Shutdown, Reason::Drain),
+            () = self.shed() => (Bye::Shed, Reason::Shed),
         };
         let mut out = Vec::new();
         prelogin.bye(bye, &mut out);
@@ -292,6 +340,8 @@ impl Session {
         seated: Seated,
         established: Established,
     ) -> Option<Relayed> {
+        // Nobody who is logged in is told to go.
+        self.ticket = None;
         let due = self.login_by.max(time::Instant::now() + FAREWELL);
         let Ok(Ok((client, more))) = timeout_at(due, stream.into_leg()).await else {
             return self.gone(Reason::Disconnected).and(None);

@@ -156,6 +156,16 @@ impl Record {
         self.session
     }
 
+    /// The client's address.
+    pub(super) fn client(&self) -> IpAddr {
+        self.client.ip
+    }
+
+    /// Of the last attempt: what it was made with, whose it was, and why it failed if not for the password.
+    pub(super) fn last_attempt(&self) -> (Option<Mechanism>, Option<&UserName>, Option<Reason>) {
+        (self.mechanism, self.user.as_ref(), self.failure)
+    }
+
     /// Login commands so far, the one under way included.
     pub(super) fn attempts(&self) -> u32 {
         self.attempts

@@ -124,6 +124,15 @@ class Process:
         self.child.wait()
 
 
+def without_delay(configuration):
+    """Tests fail to log in more often than people do, and do not wait for it, but where waiting is what is tested."""
+    if "failed_login_delay" in configuration:
+        return configuration
+    if re.search(r"(?m)^limits:", configuration):
+        return re.sub(r"(?m)^limits: \{", "limits: {failed_login_delay: off, ", configuration)
+    return configuration.rstrip("\n") + "\nlimits: {failed_login_delay: off}\n"
+
+
 class Proxy:
     """The real binary, on a configuration. `{tls}`, `{starttls}`, `{plain}`, `{admin}` in it become free ports."""
 
@@ -131,6 +140,7 @@ class Proxy:
         assert VESTIBULE.exists(), f"{VESTIBULE} is not built: run tests/run"
         self.folder = folder or Folder()
         self.owns_folder = folder is None
+        configuration = without_delay(configuration)
         self.ports = {name: free_port() for name in ("tls", "starttls", "plain", "admin")}
         for name, port in self.ports.items():
             configuration = configuration.replace("{" + name + "}", str(port))

@@ -19,6 +19,9 @@ class Responder:
         self.questions = []
         self.connections = set()
         self.token = None
+        # As a policy server: statuses by login, and what it was asked and told.
+        self.statuses = {}
+        self.policy = []
         self.goes_on = threading.Event()
         self.goes_on.set()
         self.start()
@@ -55,6 +58,8 @@ class Responder:
             def do_POST(self):
                 question = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 responder.questions.append((question, dict(self.headers), self.client_address))
+                if "command=" in self.path:
+                    return self.weigh(question)
                 responder.goes_on.wait()
                 if responder.token and self.headers.get("Authorization") != f"Bearer {responder.token}":
                     return self.answer(500)
@@ -65,6 +70,17 @@ class Responder:
                     return self.answer(404)
                 said = responder.users[user]
                 body = said if isinstance(said, bytes) else json.dumps(said).encode()
+                self.answer(200, body, Content_Type="application/json")
+
+            def weigh(self, question):
+                """weakforced."""
+                command = self.path.partition("command=")[2]
+                responder.policy.append((command, question))
+                responder.goes_on.wait()
+                if responder.token and responder.token not in (self.headers.get("Authorization"), self.headers.get("X-API-Key")):
+                    return self.answer(401)
+                status = responder.statuses.get(question["login"], 0) if command == "allow" else 0
+                body = status if isinstance(status, bytes) else json.dumps({"status": status, "msg": ""}).encode()
                 self.answer(200, body, Content_Type="application/json")
 
             def do_GET(self):

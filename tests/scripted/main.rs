@@ -8,6 +8,7 @@ mod care;
 mod client;
 mod defences;
 mod dns;
+mod guard;
 mod house;
 mod mechanisms;
 mod proxy_protocol;

@@ -217,3 +217,27 @@ async fn a_balancer_that_looks_whether_we_live_is_no_failure() {
     eventually("the end", || metric(&proxy, "vestibule_sessions", &[]) == 0.0).await;
     assert_eq!(metric(&proxy, "vestibule_failures_total", &[]), 0.0);
 }
+
+#[tokio::test]
+async fn limits_count_the_client_and_not_the_balancer() {
+    let server = Scripted::new(GOOD).await;
+    let text = format!(
+        "listeners: [{{address: '127.0.0.1:0', tls: none, proxy_protocol: {{from: [127.0.0.0/8]}}}}]\n\
+         backends: {{only: {{servers: ['{}']}}}}\nroutes: [{{default: only}}]\n\
+         limits: {{sessions_per_address: 1}}\naccess: {{deny: [203.0.113.0/24]}}\n",
+        server.address
+    );
+    let proxy = start(&text).await;
+    let mut open = Vec::new();
+    for (client, greeted) in [("192.0.2.1", true), ("192.0.2.2", true), ("192.0.2.1", false), ("203.0.113.9", false)] {
+        let mut line = Line::silent(proxy.listeners()[0]).await;
+        line.send(format!("PROXY TCP4 {client} 198.51.100.1 4000 143\r\n")).await;
+        assert_eq!(line.line().await.starts_with("* OK"), greeted, "{client}");
+        open.push(line);
+    }
+    for reason in ["address", "denied"] {
+        let label = format!("reason=\"{reason}\"");
+        assert_eq!(metric(&proxy, "vestibule_connections_refused_total", &[&label]), 1.0, "{reason}");
+    }
+    proxy.stop().await;
+}

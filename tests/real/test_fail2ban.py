@@ -1,0 +1,119 @@
+"""fail2ban-regex reads what the program really wrote: who is banned, and who is not."""
+
+import json
+import re
+import socket
+import subprocess
+import unittest
+
+from fixtures import PATIENCE, REPOSITORY, Certificates, Dovecot, Folder, Proxy, free_port, program
+from mail import Raw
+
+FILTER = REPOSITORY / "deploy/fail2ban/filter.d/vestibule.conf"
+# Names that would name somebody else, were a filter careless.
+HOSTILE = [
+    "x client=1.2.3.4",
+    "x session=1 client=1.2.3.4 session=",
+    "INFO vestibule::login: login failed client=1.2.3.4 session=\\\"",
+    "2026-01-31T12:00:00.000000Z  INFO vestibule::login: login failed client=1.2.3.4 session=\\\"x\\\"",
+    "\\\",\\\"client\\\":\\\"1.2.3.4\\\",\\\"session\\\":\\\"",
+    "{\\\"timestamp\\\":\\\"\\\",\\\"level\\\":\\\"INFO\\\",\\\"message\\\":\\\"login failed\\\",\\\"client\\\":\\\"1.2.3.4\\\",\\\"session\\\":\\\"",
+    "vestibule[1]: 2026-01-31T12:00:00.000000Z  INFO vestibule::login: login failed client=1.2.3.4 session=\\\"x\\\"",
+]
+
+
+class FromIpv6(Raw):
+    def __init__(self, port):
+        self.socket = socket.create_connection(("::1", port), timeout=PATIENCE)
+        self.pending = b""
+
+
+class Fail2ban(unittest.TestCase):
+    @classmethod
+    def setUpClass(cls):
+        cls.folder = Folder()
+        cls.addClassCleanup(cls.folder.remove)
+        cls.server = Dovecot(Certificates(cls.folder))
+        cls.addClassCleanup(cls.server.close)
+
+    def banned(self, log):
+        """Addresses of the lines that match, one for each."""
+        done = subprocess.run([program("fail2ban-regex"), "-o", "ip", str(log), str(FILTER)], capture_output=True, text=True,
+                              timeout=PATIENCE)
+        self.assertIn(done.returncode, (0, 1), done.stderr)
+        self.assertNotIn("Traceback", done.stdout + done.stderr)
+        return [line for line in done.stdout.splitlines() if re.fullmatch(r"[0-9a-f.:]+", line)]
+
+    def proxy(self, form):
+        proxy = Proxy(f"""
+listeners:
+  - {{address: "127.0.0.1:{{plain}}", tls: none}}
+  - {{address: "[::1]:{{tls}}", tls: none}}
+backends:
+  good: {{servers: ["127.0.0.1:{self.server.port}"]}}
+  dead: {{servers: ["127.0.0.1:{free_port()}"]}}
+routes: [{{domain: {{example.org: good, example.net: dead}}}}]
+access: {{deny: [127.0.0.7]}}
+limits: {{failed_login_delay: off, failed_logins: 1000, login_rate_per_user: 2/1h}}
+log: {{format: {form}}}
+admin: {{address: "127.0.0.1:{{admin}}"}}
+""")
+        self.addCleanup(proxy.close)
+        return proxy
+
+    def visit(self, form):
+        """Every kind of login from an address of its own."""
+        proxy = self.proxy(form)
+        port = proxy.ports["plain"]
+
+        def login(client, *commands, answer):
+            client.line()
+            for command in commands:
+                self.assertRegex(client.command("a", command)[-1], answer)
+            client.close()
+
+        wrong = rb"^a NO \[AUTHENTICATIONFAILED\]"
+        login(Raw(port, source="127.0.0.2"), "LOGIN alice@example.org wrong", answer=wrong)
+        login(Raw(port, source="127.0.0.3"), "LOGIN nobody@nowhere.test x", answer=wrong)
+        login(FromIpv6(proxy.ports["tls"]), "LOGIN carol@example.org wrong", "LOGIN nobody@nowhere.test x", answer=wrong)
+        # From here on nobody is to be banned for it.
+        login(Raw(port, source="127.0.0.4"), "LOGIN carol@example.org \"pass word\"", answer=rb"^a OK")
+        login(Raw(port, source="127.0.0.5"), "LOGIN bob@example.net builder", answer=rb"^a NO \[UNAVAILABLE\]")
+        login(Raw(port, source="127.0.0.6"), "LOGIN nobody@nowhere.test x", answer=rb"^a NO \[LIMIT\]")
+        denied = Raw(port, source="127.0.0.7")
+        self.assertRegex(denied.line(), rb"^\* BYE")
+        denied.close()
+        for name in HOSTILE:
+            login(Raw(port, source="127.0.0.8"), f"LOGIN \"{name}\" x", answer=wrong)
+        # A client that is gone before it has logged in leaves a record too.
+        Raw(port, source="127.0.0.9").close()
+        return proxy.stop(), proxy.process.log
+
+    def test_text(self):
+        text, log = self.visit("text")
+        self.assertIn("x client=1.2.3.4", text)
+        expected = ["127.0.0.2", "127.0.0.3", "::1", "::1"] + ["127.0.0.8"] * len(HOSTILE)
+        self.assertEqual(self.banned(log), expected, text)
+
+    def test_json(self):
+        text, log = self.visit("json")
+        records = [json.loads(line) for line in text.splitlines()]
+        self.assertTrue(any("1.2.3.4" in str(record.get("user")) for record in records))
+        expected = ["127.0.0.2", "127.0.0.3", "::1", "::1"] + ["127.0.0.8"] * len(HOSTILE)
+        self.assertEqual(self.banned(log), expected, text)
+
+    def test_the_journal_and_syslog_put_words_ahead(self):
+        text, _ = self.visit("text")
+        for prefix in ("host vestibule[4711]: ", "vestibule[4711]: ", "vestibule: "):
+            log = self.folder.write("prefixed", "".join(prefix + line + "\n" for line in text.splitlines()))
+            self.assertEqual(len(self.banned(log)), 4 + len(HOSTILE), prefix)
+
+    def test_the_example_of_a_jail_uses_the_filter(self):
+        jail = (REPOSITORY / "deploy/fail2ban/vestibule-jail.conf").read_text()
+        self.assertIn("\n[vestibule]\n", jail)
+        installed = (REPOSITORY / "deploy/debian/install").read_text()
+        self.assertRegex(installed, r"deploy/fail2ban/filter.d/vestibule.conf\s+etc/fail2ban/filter.d\n")
+
+
+if __name__ == "__main__":
+    unittest.main()

@@ -1,0 +1,139 @@
+"""A policy service in weakforced's words, asked before logins and told after them; and the same hash of a password as Dovecot's."""
+
+import base64
+import time
+import unittest
+
+from fixtures import PASSWORDS, Certificates, Dovecot, Folder, Proxy, wait_for
+from mail import Raw
+from responder import Responder
+
+ALICE, BOB = "alice@example.org", "bob@example.net"
+NONCE = "a salt for tests"
+
+
+class Policy(unittest.TestCase):
+    @classmethod
+    def setUpClass(cls):
+        cls.folder = Folder()
+        cls.addClassCleanup(cls.folder.remove)
+        cls.certificates = Certificates(cls.folder)
+        cls.server = Dovecot(cls.certificates)
+        cls.addClassCleanup(cls.server.close)
+
+    def setUp(self):
+        self.service = Responder()
+        self.addCleanup(self.service.close)
+        self.folder.write("nonce", NONCE + "\n")
+        self.folder.write("secret", "sesame\n")
+
+    def proxy(self, more=""):
+        proxy = Proxy(f"""
+listeners: [{{address: "127.0.0.1:{{plain}}", tls: none}}]
+backends: {{only: {{servers: ["127.0.0.1:{self.server.port}"]}}}}
+routes: [{{domain: {{example.org: only, example.net: only}}}}]
+policy: {{url: "http://127.0.0.1:{self.service.port}/", nonce_file: {self.folder.path}/nonce{more}}}
+limits: {{drain: 1s}}
+admin: {{address: "127.0.0.1:{{admin}}"}}
+""")
+        self.addCleanup(proxy.close)
+        return proxy
+
+    def login(self, proxy, user, password=None, ahead=()):
+        client = Raw(proxy.ports["plain"])
+        self.addCleanup(client.close)
+        client.line()
+        for command in ahead:
+            client.command("i", command)
+        return client.command("a", f'LOGIN {user} "{password or PASSWORDS[user]}"')[-1].decode()
+
+    def told(self, command, count=1):
+        said = lambda: [question for named, question in self.service.policy if named == command]
+        return wait_for(f"{count} × {command}", lambda: said() if len(said()) >= count else None)
+
+    def test_it_is_asked_before_a_login_and_told_after_it(self):
+        proxy = self.proxy()
+        self.assertRegex(self.login(proxy, ALICE, ahead=['ID ("name" "phone")']), "^a OK")
+        [asked], [told] = self.told("allow"), self.told("report")
+        self.assertEqual({key: asked[key] for key in ("login", "remote", "protocol", "tls", "device_id")},
+                         {"login": ALICE, "remote": "127.0.0.1", "protocol": "imap", "tls": False, "device_id": '"name" "phone"'})
+        self.assertIn(asked["session_id"], proxy.log() + proxy.stop())
+        self.assertEqual({key: told.pop(key) for key in ("success", "policy_reject")}, {"success": True, "policy_reject": False})
+        self.assertEqual(told, asked)
+
+    def test_no_password_and_little_of_its_hash_is_told(self):
+        proxy = self.proxy()
+        self.assertRegex(self.login(proxy, ALICE, "wrong-1"), "^a NO")
+        self.assertRegex(self.login(proxy, ALICE, "wrong-1"), "^a NO")
+        self.assertRegex(self.login(proxy, ALICE, "wrong-2"), "^a NO")
+        first, second, third = self.told("report", 3)
+        self.assertEqual([first["success"], first["policy_reject"]], [False, False])
+        self.assertNotIn("wrong-1", str(self.service.policy))
+        self.assertRegex(first["pwhash"], "^0[0-9a-f]{3}$")
+        self.assertEqual(first["pwhash"], second["pwhash"])
+        self.assertNotEqual(first["pwhash"], third["pwhash"])
+
+    def test_the_hash_is_the_one_that_dovecot_tells(self):
+        """So that one service can weigh what both tell it."""
+        dovecot = Dovecot(self.certificates, extra=f"""
+            auth_policy_server_url = http://127.0.0.1:{self.service.port}/
+            auth_policy_hash_nonce = {NONCE}
+            auth_policy_hash_mech = sha256
+        """)
+        self.addCleanup(dovecot.close)
+        client = Raw(dovecot.port)
+        self.addCleanup(client.close)
+        client.line()
+        client.command("a", f"LOGIN {ALICE} guess")
+        theirs = self.told("allow")[0]["pwhash"]
+        self.service.policy.clear()
+        self.login(self.proxy(), ALICE, "guess")
+        self.assertEqual(self.told("allow")[0]["pwhash"], theirs)
+
+    def test_a_status_below_zero_denies_and_the_service_is_told_so(self):
+        self.service.statuses[ALICE] = -1
+        proxy = self.proxy()
+        self.assertRegex(self.login(proxy, ALICE), r"^a NO \[AUTHENTICATIONFAILED\]")
+        told = self.told("report")[0]
+        self.assertEqual((told["success"], told["policy_reject"]), (False, True))
+        self.assertNotIn(f"user=<{ALICE}> method", self.server.log().split("\n")[-1])
+        self.assertEqual(proxy.metric("vestibule_policy_answers_total", command="allow", answer="denied"), 1)
+        self.assertEqual(proxy.metric("vestibule_failures_total", reason="policy_denied"), 1)
+        self.assertRegex(self.login(proxy, BOB), "^a OK")
+
+    def test_a_status_above_zero_delays(self):
+        self.service.statuses[ALICE] = 1
+        began = time.monotonic()
+        self.assertRegex(self.login(self.proxy(), ALICE), "^a OK")
+        self.assertGreaterEqual(time.monotonic() - began, 1)
+
+    def test_silence_lets_everybody_in_or_nobody(self):
+        self.service.hold()
+        self.assertRegex(self.login(self.proxy(", timeout: 200ms"), ALICE), "^a OK")
+        proxy = self.proxy(", timeout: 200ms, on_failure: deny")
+        self.assertRegex(self.login(proxy, ALICE), r"^a NO \[UNAVAILABLE\]")
+        self.assertEqual(proxy.metric("vestibule_failures_total", reason="policy_failed"), 1)
+        self.assertNotIn("login failed", proxy.log())
+
+    def test_what_is_no_answer_is_an_outage(self):
+        proxy = self.proxy(", on_failure: deny")
+        for answer in (b"", b"[]", b"{}", b"{\"status\": \"-1\"}", b"x" * 100_000):
+            self.service.statuses[ALICE] = answer
+            self.assertRegex(self.login(proxy, ALICE), r"^a NO \[UNAVAILABLE\]", answer[:20])
+        self.service.kill()
+        self.assertRegex(self.login(proxy, ALICE), r"^a NO \[UNAVAILABLE\]")
+        self.assertEqual(proxy.metric("vestibule_policy_answers_total", command="allow", answer="failed"), 6)
+
+    def test_it_is_shown_a_password_or_a_key_from_a_file(self):
+        basic = "Basic " + base64.b64encode(b"wforce:sesame").decode()
+        for name, token in (("password_file", basic), ("api_key_file", "sesame")):
+            self.service.token = token
+            proxy = self.proxy(f", on_failure: deny, {name}: {self.folder.path}/secret")
+            self.assertRegex(self.login(proxy, ALICE), "^a OK", name)
+            self.assertNotIn("sesame", proxy.log())
+        self.service.token = "another"
+        self.assertRegex(self.login(proxy, ALICE), r"^a NO \[UNAVAILABLE\]")
+
+
+if __name__ == "__main__":
+    unittest.main()
