@@ -9,6 +9,7 @@ mod credentials;
 mod names;
 
 use std::fmt;
+use std::sync::Arc;
 
 use zeroize::{Zeroize, ZeroizeOnDrop, Zeroizing};
 
@@ -18,9 +19,10 @@ pub use self::names::{LogName, NameRefused, Names, Naming, UnicodeRule};
 /// Longest accepted user name, in bytes. RFC 3501 sets no limit; Dovecot's servers refuse names over this anyway.
 pub const MAX_USER_NAME: usize = 512;
 
-/// A user name as the client wrote it: UTF-8, 1 to [`MAX_USER_NAME`] bytes, no control character.
+/// A user name as the client wrote it: UTF-8, 1 to [`MAX_USER_NAME`] bytes, no control character. A session's names are
+/// kept as long as it lives, by several: clones share the text.
 #[derive(Clone, PartialEq, Eq, Hash)]
-pub struct UserName(Box<str>);
+pub struct UserName(Arc<str>);
 
 impl UserName {
     /// Checks `bytes`.
@@ -44,6 +46,11 @@ impl UserName {
     /// The name as the client wrote it: what the server is given.
     pub fn as_str(&self) -> &str {
         &self.0
+    }
+
+    /// `text` where it is another, this name's own where it is the same.
+    fn share(&self, text: &str) -> Arc<str> {
+        if text == &*self.0 { self.0.clone() } else { text.into() }
     }
 }
 

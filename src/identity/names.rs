@@ -113,7 +113,7 @@ impl Naming {
             LogName::Normalised => UserName::new(whole.as_bytes()).map_err(|_| NameRefused)?,
             LogName::Hashed => hashed(&whole),
         };
-        Ok(Names { routing: routing.into(), server, log })
+        Ok(Names { routing: log.share(&routing), server, log })
     }
 
     fn normalised(&self, sent: &str) -> Result<String, NameRefused> {
@@ -179,6 +179,13 @@ mod tests {
         let names = Naming::default().names(&name("Zo\u{cb}+X@Example.ORG")).unwrap();
         assert_eq!(&*names.routing, "zo\u{cb}+x@example.org");
         assert_eq!((names.server.as_str(), names.log.as_str()), ("Zo\u{cb}+X@Example.ORG", "Zo\u{cb}+X@Example.ORG"));
+    }
+
+    #[test]
+    fn names_that_are_the_same_are_kept_once() {
+        let names = Naming::default().names(&name("alice@example.org")).unwrap();
+        let places = [names.routing.as_ptr(), names.server.as_str().as_ptr(), names.log.as_str().as_ptr()];
+        assert!(places.iter().all(|place| *place == places[0]));
     }
 
     #[test]

@@ -434,7 +434,7 @@ fn a_key_seals_no_more_than_it_may() {
 
 #[test]
 fn a_channel_at_rest_is_small() {
-    assert!(size_of::<Dormant>() <= 232, "{}", size_of::<Dormant>());
+    assert!(size_of::<Dormant>() <= 224, "{}", size_of::<Dormant>());
 }
 
 proptest! {

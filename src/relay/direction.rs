@@ -9,8 +9,12 @@ use super::leg::{Broken, Leg, Received, Socket};
 use super::scratch::{self, ROUND, Scratch};
 use crate::record_layer::{MAX_PLAINTEXT, Violation};
 
-/// Moved before other sessions of the worker get their turn: a round, a tenth of a millisecond.
-const TURN: usize = ROUND * MAX_PLAINTEXT / 2;
+/// Moved before other sessions of the worker get their turn: one long round, or several short ones.
+const TURN: usize = 16 * MAX_PLAINTEXT;
+
+/// A session has moved so many times as much before a round is that long: what a peer that stops reading leaves here is a
+/// small part of what it took.
+const PROVEN: u64 = 8;
 
 /// Less than this is conversation, not transfer.
 const LINE: usize = 4096;
@@ -29,6 +33,19 @@ pub(super) struct Direction {
     round: u8,
     /// Since when the receiver has taken nothing of what waits for it, and how far it was then.
     stalled: Option<(Instant, u64)>,
+}
+
+/// How many records the next round may read. `length` came with the last, `waits`: the receiver did not take all of it,
+/// `moved`: so much in all.
+fn next_round(round: u8, length: usize, waits: bool, moved: u64) -> u8 {
+    let longer = (round * 2).min(ROUND as u8);
+    match length {
+        _ if waits => (round / 2).max(1),
+        ..LINE => 1,
+        _ if length * 4 < usize::from(round) * MAX_PLAINTEXT * 3 => round,
+        _ if moved < u64::from(longer) * MAX_PLAINTEXT as u64 * PROVEN => round,
+        _ => longer,
+    }
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -130,14 +147,7 @@ impl Direction {
                     self.count(length);
                     moved += length;
                     to.poll_send(context, scratch, received)?;
-                    self.round = match length {
-                        _ if to.has_unsent() => (self.round / 2).max(1),
-                        ..LINE => 1,
-                        length if length * 4 >= usize::from(self.round) * MAX_PLAINTEXT * 3 => {
-                            (self.round * 2).min(ROUND as u8)
-                        }
-                        _ => self.round,
-                    };
+                    self.round = next_round(self.round, length, to.has_unsent(), self.moved);
                 }
             }
         }
@@ -158,5 +168,29 @@ impl Direction {
             Some((since, flushed)) if flushed == to.flushed() => Some((since, flushed)),
             _ => Some((Instant::now(), to.flushed())),
         };
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MIB: u64 = 1 << 20;
+
+    #[test]
+    fn rounds_grow_with_what_a_receiver_has_taken() {
+        let full = |round: u8| usize::from(round) * MAX_PLAINTEXT;
+        let (mut round, mut moved) = (1, 0);
+        while u64::from(round) < ROUND as u64 {
+            moved += full(round) as u64;
+            round = next_round(round, full(round), false, moved);
+            assert!(full(round) as u64 <= moved / PROVEN || round == 1, "{round} after {moved}");
+        }
+        assert!(moved < 12 * MIB, "{moved}");
+        assert_eq!(next_round(round, full(round), false, moved), ROUND as u8, "no longer than that");
+        assert_eq!(next_round(round, full(round) / 2, false, moved), round, "as long as there is much");
+        assert_eq!(next_round(round, LINE - 1, false, moved), 1, "a line");
+        assert_eq!(next_round(round, full(round), true, moved), round / 2, "a slow receiver");
+        assert_eq!(next_round(1, full(1), true, moved), 1);
     }
 }

@@ -20,7 +20,7 @@ use crate::record_layer::{
 };
 
 /// Pieces of one vectored write. Where a peer sent more, shorter records, they are gathered first.
-const PIECES: usize = 64;
+const PIECES: usize = 128;
 
 /// What a leg needs of a socket beyond reading and writing.
 pub trait Socket: AsyncRead + AsyncWrite + Unpin {

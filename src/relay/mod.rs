@@ -1,7 +1,7 @@
 //! Bytes both ways until both sides are done; nothing is parsed.
 //!
 //! A session that moves bytes is a task with a [`Relay`]. No buffer belongs to it: what a read brings lies in scratch
-//! memory of the worker thread and goes out at once, up to sixteen full records with one read and one write. Only what a slow peer
+//! memory of the worker thread and goes out at once, up to 64 full records with two reads and one write. Only what a slow peer
 //! does not take is kept, at most one round's worth, and as long as it is kept its source is not read: that is the
 //! backpressure. A session that has been silent for a while is not even a task: [`Relay::rest`] takes it down to two
 //! sockets and their keys, and [`Resting::wake`] makes it a relay again.
