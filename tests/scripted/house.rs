@@ -98,7 +98,6 @@ const ALLOWED: &[(&str, &[&str])] = &[
         ],
     ),
     ("route", &["config", "dns", "identity", "metrics", "rendezvous", "template", "tls", "watch"]),
-    ("backend", &["config", "dns", "failure", "identity", "imap", "metrics", "relay", "rendezvous", "stream", "tls"]),
     ("route", &["config", "dns", "http_client", "identity", "metrics", "rendezvous", "template", "tls", "watch"]),
     ("admin", &["metrics"]),
     ("tls", &["config", "identity", "metrics", "record_layer", "watch"]),

@@ -235,7 +235,7 @@ async fn limits_count_the_client_and_not_the_balancer() {
         assert_eq!(line.line().await.starts_with("* OK"), greeted, "{client}");
         open.push(line);
     }
-    for reason in ["address", "denied"] {
+    for reason in ["sessions_per_address", "denied"] {
         let label = format!("reason=\"{reason}\"");
         assert_eq!(metric(&proxy, "vestibule_connections_refused_total", &[&label]), 1.0, "{reason}");
     }
