@@ -4,6 +4,8 @@ use std::collections::HashMap;
 use std::fs;
 use std::time::Duration;
 
+use rustix::process::{Pid, setpriority_process};
+
 /// The process and its descendants.
 fn tree(root: u32) -> Vec<u32> {
     let mut children: HashMap<u32, Vec<u32>> = HashMap::new();
@@ -36,7 +38,18 @@ pub(crate) fn cpu(root: u32) -> Duration {
     Duration::from_nanos(nanoseconds)
 }
 
-/// The same of one process, threads that have ended included, to ten milliseconds: for the clients.
+/// Gives all threads of the tree this niceness. Raising takes root.
+pub(crate) fn renice(root: u32, niceness: i32) -> std::io::Result<()> {
+    for pid in tree(root) {
+        for task in fs::read_dir(format!("/proc/{pid}/task"))?.flatten() {
+            let thread = task.file_name().to_str().and_then(|name| Pid::from_raw(name.parse().ok()?));
+            setpriority_process(thread, niceness)?;
+        }
+    }
+    Ok(())
+}
+
+/// CPU time of one process, threads that have ended included, to ten milliseconds: for the clients.
 pub(crate) fn rough_cpu(pid: u32) -> Duration {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
     let fields = stat.rsplit_once(')').map(|(_, rest)| rest.split_whitespace().skip(11).take(2)).into_iter().flatten();

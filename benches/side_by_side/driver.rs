@@ -58,6 +58,8 @@ impl Options {
 
 /// Of each figure in a round: short ones, for what disturbs a machine comes and goes.
 const SAMPLES: usize = 3;
+/// Niceness of a proxy that gets the CPU before its clients do.
+const AHEAD: i32 = -20;
 
 /// Everything the measurements need.
 struct Scene {
@@ -149,7 +151,7 @@ impl Scene {
             Ok((used, answer))
         };
         if self.options.wants("login") {
-            let count = self.options.count(800, 200);
+            let count = self.options.count(400, 200);
             measure("login 100 full")?;
             for _ in 0..SAMPLES {
                 figures.login.push(measure(&format!("login {count} full"))?.0 / count as f64);
@@ -173,6 +175,14 @@ impl Scene {
             for _ in 0..SAMPLES {
                 let (_, answer) = measure(&format!("beside {}", self.options.count(2, 1)))?;
                 figures.beside_p99.push(two(&answer)?.1 / 1e6);
+            }
+            // Clients and server are other machines in earnest, and take no CPU from the proxy.
+            if account::renice(running.pid(), AHEAD).is_ok() {
+                for _ in 0..SAMPLES {
+                    let (_, answer) = measure(&format!("beside {}", self.options.count(2, 1)))?;
+                    figures.beside_ahead_p99.push(two(&answer)?.1 / 1e6);
+                }
+                account::renice(running.pid(), 0)?;
             }
         }
         if self.options.wants("bulk") {

@@ -27,6 +27,8 @@ use crate::certificate;
 
 const MIB: usize = 1 << 20;
 const THREADS: usize = 2;
+/// Threads that open idle sessions: nginx's greeting waits 40 ms for the client's delayed acknowledgement.
+const OPENERS: usize = 8;
 /// No answer in this time is an error.
 const PATIENCE: Duration = Duration::from_secs(60);
 
@@ -145,10 +147,24 @@ fn both(
 
 fn open(target: &Target, idle: &mut Vec<Connection>, count: usize) -> anyhow::Result<String> {
     let config = certificate::client(&target.folder, false)?;
-    while idle.len() < count {
-        let mut connection = Connection::open(target, Some(config.clone()))?;
-        connection.command("i IDLE", "+")?;
-        idle.push(connection);
+    let missing = count.saturating_sub(idle.len());
+    let threads: Vec<_> = (0..OPENERS)
+        .map(|opener| {
+            let (target, config) = (target.clone(), config.clone());
+            let share = missing / OPENERS + usize::from(opener < missing % OPENERS);
+            thread::spawn(move || -> anyhow::Result<Vec<Connection>> {
+                let mut opened = Vec::new();
+                for _ in 0..share {
+                    let mut connection = Connection::open(&target, Some(config.clone()))?;
+                    connection.command("i IDLE", "+")?;
+                    opened.push(connection);
+                }
+                Ok(opened)
+            })
+        })
+        .collect();
+    for thread in threads {
+        idle.extend(thread.join().map_err(|_| anyhow::anyhow!("a thread panicked"))??);
     }
     Ok(String::new())
 }

@@ -25,6 +25,7 @@ pub(crate) struct Figures {
     pub(crate) noop_p50: Vec<f64>,
     pub(crate) noop_p99: Vec<f64>,
     pub(crate) beside_p99: Vec<f64>,
+    pub(crate) beside_ahead_p99: Vec<f64>,
     pub(crate) idle: Vec<Idle>,
     pub(crate) given_back: Vec<f64>,
     /// CPU of the clients, as a multiple of the proxy's.
@@ -35,7 +36,7 @@ pub(crate) struct Figures {
 /// A column of values measured in rounds: heading, unit's factor, digits, the values.
 type Column = (&'static str, f64, usize, fn(&Figures) -> &[f64]);
 
-const COLUMNS: [Column; 11] = [
+const COLUMNS: [Column; 12] = [
     ("full login, µs CPU", 1e6, 0, |of| &of.login),
     ("resumed login, µs CPU", 1e6, 0, |of| &of.resumed),
     ("GB down, s CPU", 1.0, 2, |of| &of.down),
@@ -45,6 +46,7 @@ const COLUMNS: [Column; 11] = [
     ("NOOP p50, µs", 1e6, 0, |of| &of.noop_p50),
     ("NOOP p99, µs", 1e6, 0, |of| &of.noop_p99),
     ("NOOP p99 beside two downloads, µs", 1e6, 0, |of| &of.beside_p99),
+    ("the same, the proxy ahead of its clients, µs", 1e6, 0, |of| &of.beside_ahead_p99),
     ("given back after the peak, %", 100.0, 0, |of| &of.given_back),
     ("CPU of the clients / of the proxy", 1.0, 1, |of| &of.load_share),
 ];
@@ -52,13 +54,14 @@ const COLUMNS: [Column; 11] = [
 /// What, compared with whom, at most which ratio.
 type Target = (&'static str, Peer, f64, fn(&Figures) -> &[f64]);
 
-const TARGETS: [Target; 6] = [
+const TARGETS: [Target; 7] = [
     ("full login", Peer::Nginx, 0.4, |of| &of.login),
     ("GB down", Peer::Haproxy, 0.5, |of| &of.down),
     ("GB up", Peer::Haproxy, 0.5, |of| &of.up),
     ("NOOP", Peer::Nginx, 0.9, |of| &of.noop),
     ("NOOP p99", Peer::Nginx, 1.0, |of| &of.noop_p99),
     ("NOOP p99 beside two downloads", Peer::Nginx, 1.0, |of| &of.beside_p99),
+    ("the same, the proxy ahead of its clients", Peer::Nginx, 1.0, |of| &of.beside_ahead_p99),
 ];
 
 /// Everything measured.

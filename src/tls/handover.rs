@@ -2,7 +2,8 @@
 //!
 //! rustls hands over keys and sequence numbers; the traffic secrets behind them, which KeyUpdate needs, its key log tells
 //! during the handshake, to a [`Secrets`] that belongs to the one connection. Everything rustls has read is decrypted and
-//! carried along, and so is what it never saw, so that no byte is lost at the moment of the change. Called by `stream`.
+//! carried along, and so is what it never saw, so that no byte is lost at the moment of the change. Kernel TLS would begin here
+//! too; `benches/NOTES.md` says what it takes. Called by `stream`.
 
 use std::io::{self, Read, Write};
 use std::sync::{Mutex, PoisonError};
