@@ -140,3 +140,86 @@ async fn the_cap_of_sessions_follows() {
     assert!(Client::silent(scene.address()).await.line().await.starts_with("* BYE [UNAVAILABLE]"));
     scene.proxy.stop().await;
 }
+
+/// A server that takes everybody, and then says who it takes the session for with every line.
+async fn marking() -> SocketAddr {
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    tokio::spawn(async move {
+        while let Ok((socket, _)) = listener.accept().await {
+            tokio::spawn(async move {
+                let mut line = Line::new(socket);
+                line.send("* OK [CAPABILITY IMAP4rev1] x\r\n").await;
+                let login = line.line().await;
+                let user = login.split('"').nth(1).unwrap_or_default().to_owned();
+                line.send("L OK [CAPABILITY IMAP4rev1] in\r\n").await;
+                loop {
+                    let said = line.line().await;
+                    if said.is_empty() {
+                        return;
+                    }
+                    line.send(format!("{user} {said}\r\n")).await;
+                }
+            });
+        }
+    });
+    address
+}
+
+/// Speaks until `over`, and checks every byte; says how many lines that were.
+async fn speaks(mut client: Client, user: String, over: tokio_util::sync::CancellationToken) -> usize {
+    let mut lines = 0;
+    while !over.is_cancelled() {
+        assert_eq!(client.ask(&format!("line {lines}")).await, format!("{user} line {lines}"));
+        lines += 1;
+    }
+    lines
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_hundred_reloads_lose_no_session_and_no_byte() {
+    let servers = [marking().await, marking().await];
+    // Each with another order of backends and other users' shares, and now and then a second listener.
+    let text = |turn: usize| {
+        let backends = format!(
+            "backends: {{a: {{servers: ['{}'], check: off, balance: round-robin}}, b: {{servers: ['{}'], check: off, balance: round-robin}}}}",
+            servers[turn % 2],
+            servers[(turn + 1) % 2]
+        );
+        let second = if turn.is_multiple_of(3) { ", {address: '127.0.0.2:0', tls: none}" } else { "" };
+        let routes = if turn.is_multiple_of(2) { "[{hash: [a, b]}]" } else { "[{default: b}]" };
+        format!(
+            "listeners: [{{address: '127.0.0.1:0', tls: none}}{second}]\nlimits: {{workers: 2}}\n{backends}\nroutes: {routes}\n"
+        )
+    };
+    let scene = Scene::new(&text(1)).await;
+    let over = tokio_util::sync::CancellationToken::new();
+    let mut speaking = Vec::new();
+    let mut join = async |number: usize| {
+        let user = format!("user{number}");
+        let mut client = Client::connect(scene.address()).await;
+        assert!(client.ask(&format!("a LOGIN {user} secret")).await.starts_with("a OK"));
+        speaking.push(tokio::spawn(speaks(client, user, over.clone())));
+    };
+    for number in 0..20 {
+        join(number).await;
+    }
+    for turn in 0..100 {
+        scene.reload(&text(turn)).await.unwrap();
+        // Others come meanwhile.
+        if turn.is_multiple_of(5) {
+            join(100 + turn).await;
+        }
+    }
+    assert_eq!(metric(&scene.proxy, "vestibule_reloads_total", &["loaded"]), 100.0);
+    over.cancel();
+    for speaker in speaking {
+        assert!(in_time("a speaker", speaker).await.unwrap() > 0);
+    }
+    eventually("the end", || {
+        metric(&scene.proxy, "vestibule_sessions", &[]) == 0.0
+            && metric(&scene.proxy, "vestibule_backend_sessions", &[]) == 0.0
+    })
+    .await;
+    scene.proxy.stop().await;
+}
