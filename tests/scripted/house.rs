@@ -199,8 +199,18 @@ fn no_file_has_more_than_one_room_in_it() {
 
 #[test]
 fn every_defence_has_a_test_that_exists() {
+    tests_exist("tests/DEFENCES.md", 20);
+}
+
+#[test]
+fn every_fault_has_a_test_that_exists() {
+    tests_exist("tests/FAULTS.md", 22);
+}
+
+/// A table whose rows are numbered up to `last`, each with a test.
+fn tests_exist(table: &str, last: usize) {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
-    let text = fs::read_to_string(root.join("tests/DEFENCES.md")).unwrap();
+    let text = fs::read_to_string(root.join(table)).unwrap();
     let rows: Vec<(usize, &str)> = text
         .lines()
         .filter_map(|line| {
@@ -209,7 +219,7 @@ fn every_defence_has_a_test_that_exists() {
         })
         .collect();
     let numbers: Vec<usize> = rows.iter().map(|(number, _)| *number).collect();
-    assert_eq!(numbers, (1..=20).collect::<Vec<_>>());
+    assert_eq!(numbers, (1..=last).collect::<Vec<_>>());
     for (number, row) in rows {
         let mut shown = 0;
         for name in row.split('`').skip(1).step_by(2) {
