@@ -224,7 +224,7 @@ admin: {{address: "127.0.0.1:{{admin}}"}}
         relayed.command("a", f"LOGIN {ALICE} wonderland")
         # Not a reason to end anything.
         proxy.process.child.send_signal(signal.SIGHUP)
-        wait_for("the note", lambda: "SIGHUP ignored" in proxy.log())
+        wait_for("the reload", lambda: "configuration loaded" in proxy.log())
         self.assertTrue(relayed.command("h", "NOOP")[-1].startswith(b"h OK"))
         proxy.process.child.send_signal(signal.SIGTERM)
         self.assertTrue(waiting.line().startswith(b"* BYE [UNAVAILABLE]"))
