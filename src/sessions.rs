@@ -121,8 +121,8 @@ struct Inside {
     users: HashMap<u64, u32>,
     held: HashMap<Arc<str>, usize>,
     closed: bool,
-    /// Seats given back so far.
-    left: u32,
+    /// Seats given back since the room was last made smaller.
+    left: usize,
 }
 
 #[derive(Debug)]
@@ -350,13 +350,15 @@ impl Inside {
         .filter(move |taken| &*taken.guest.user == user)
     }
 
-    /// After a peak, looked for now and then; as far as the last place in use.
+    /// After a peak; as far as the last place in use. That takes a step for each place, so it is done once for every 64th
+    /// of them given back, and when the last is.
     fn shrink(&mut self) {
         const SPARE: usize = 256;
-        self.left = self.left.wrapping_add(1);
-        if !self.left.is_multiple_of(1024) {
+        self.left += 1;
+        if !self.taken.is_empty() && self.left < self.taken.capacity() / 64 {
             return;
         }
+        self.left = 0;
         if self.taken.len() * 4 + SPARE < self.taken.capacity() {
             self.taken.shrink_to_fit();
         }
@@ -471,6 +473,25 @@ mod tests {
         assert_eq!(sessions.end_some(4, Why::Drained, on_one), (2, 0));
         assert_eq!(seats.iter().filter(|seat| seat.call().why() == Some(Why::Drained)).count(), 10);
         assert_eq!(stays.call().why(), None);
+    }
+
+    #[test]
+    fn places_go_back_after_a_peak_whoever_stays() {
+        let sessions = Arc::new(Sessions::default());
+        let one = server("a");
+        let mut seats: Vec<Seat> =
+            (0..5000).map(|number| sessions.take(guest(&format!("u{number}")), &one, false).unwrap()).collect();
+        seats.truncate(100);
+        let places = || {
+            let inside = sessions.lock();
+            (inside.taken.capacity(), inside.users.capacity())
+        };
+        // Who left last may have had the last place; the next to leave see to it.
+        (0..100).for_each(|_| drop(sessions.take(guest("late"), &one, false).unwrap()));
+        assert!(places().0 < 1000 && places().1 < 1000, "{:?}", places());
+        (0..5000).for_each(|number| seats.push(sessions.take(guest(&format!("u{number}")), &one, false).unwrap()));
+        drop(seats);
+        assert!(places().0 < 300 && places().1 < 300, "{:?}", places());
     }
 
     #[test]
