@@ -14,7 +14,6 @@ use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
 use crate::config::{self, ListenerTls};
-use crate::guard::Turned;
 use crate::metrics::Refusal;
 use crate::occupancy::Occupancy;
 use crate::server::Desk;
@@ -120,7 +119,9 @@ impl Listener {
     }
 
     fn welcome(&self, socket: TcpStream, peer: SocketAddr, house: &House) {
-        let Desk { live, index } = self.desk.borrow().clone();
+        // Of its own, and up to date: a login looks whether it has changed since.
+        let mut desk = self.desk.clone();
+        let Desk { live, index } = desk.borrow_and_update().clone();
         let tls = live.config.listeners[index].tls;
         let metrics = live.metrics.listener(index);
         let Some(occupant) = house.occupancy.enter(live.limits.sessions) else {
@@ -136,7 +137,11 @@ impl Listener {
         let pass = if is_passed_on { Ok(live.guard.pass()) } else { live.guard.admit(Instant::now(), peer.ip()) };
         let pass = match pass {
             Ok(pass) => pass,
-            Err(turned) => return self.turn_away(&socket, peer, turned, &Desk { live, index }),
+            Err(turned) => {
+                let reason = session::turn_away(&socket, turned, &live, index).as_str();
+                // At info a flood would write as many lines as it has connections.
+                return tracing::debug!(client = %peer.ip().to_canonical(), listener = %self.address, reason, "turned away");
+            }
         };
         let held = Held { occupant, open: metrics.session_opened(), pass };
         let ticket = live.guard.lobby();
@@ -147,24 +152,13 @@ impl Listener {
             listener: index,
             tls,
             live,
-            desk: self.desk.clone(),
+            desk,
             drain: house.drain.clone(),
             room: house.room.clone(),
             ticket,
             held,
         };
         house.drain.spawn(session::serve(arrival));
-    }
-
-    fn turn_away(&self, socket: &TcpStream, peer: SocketAddr, turned: Turned, desk: &Desk) {
-        let (refusal, bye) = session::turned_away(turned);
-        desk.live.metrics.listener(desk.index).refused(refusal);
-        // At info a flood would write as many lines as it has connections.
-        tracing::debug!(client = %peer.ip().to_canonical(), listener = %self.address, reason = refusal.as_str(), "turned away");
-        if desk.live.config.listeners[desk.index].tls != ListenerTls::Implicit {
-            // The connection is closed either way.
-            let _ = socket.try_write(bye.as_bytes());
-        }
     }
 
     async fn accept_failed(&self, error: &io::Error) {

@@ -186,7 +186,7 @@ impl Backends {
             let stays = successor.named(&backend.name);
             for server in backend.servers() {
                 if !stays.is_some_and(|stays| stays.servers().iter().any(|other| other.name == server.name)) {
-                    self.list[backend.id.0].metrics.backend(backend.id.0).forget_server(&server.name);
+                    backend.metrics.backend(backend.id.0).forget_server(&server.name);
                 }
             }
         }

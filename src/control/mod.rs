@@ -30,8 +30,6 @@ use self::hold::Held;
 use crate::inherit;
 use crate::server::{Running, UserMoved};
 
-/// Where commands look for the process if they are not told.
-pub const DEFAULT_PATH: &str = "/run/vestibule/control";
 /// More commands than this at a time are a mistake.
 const MAX_CONNECTIONS: usize = 16;
 /// A command is a few words.

@@ -286,7 +286,7 @@ impl Session {
     }
 
     /// Says so as late as a server says that a password is wrong: nobody shall learn from the clock who exists.
-    async fn refused_late(&mut self, tag: &Tag, began: Instant) -> Attempted {
+    pub(super) async fn refused_late(&mut self, tag: &Tag, began: Instant) -> Attempted {
         let late = self.live.refusals.any_of(self.record.session().as_str());
         time::sleep(late.saturating_sub(began.elapsed())).await;
         Attempted::Refused { reply: reply::authentication_failed(tag, None), counts: true }

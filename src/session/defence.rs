@@ -22,18 +22,25 @@ use crate::imap::reply;
 use crate::imap::tag::Tag;
 use crate::metrics::{LoginOutcome, Refusal};
 use crate::policy::Verdict;
+use crate::server::Live;
 
 /// Bytes of what a client says of itself that are told to the policy service.
 const MAX_DEVICE: usize = 1024;
 
-/// Why a connection is turned away: what is counted, and what is said where anything can be.
-pub fn turned_away(turned: Turned) -> (Refusal, &'static str) {
-    match turned {
+/// Counts a connection that is turned away, and tells its client where anything can be said before TLS. It is closed
+/// either way.
+pub fn turn_away(socket: &TcpStream, turned: Turned, live: &Live, listener: usize) -> Refusal {
+    let (refusal, bye) = match turned {
         Turned::Denied => (Refusal::Denied, "* BYE Connections from your address are not allowed.\r\n"),
         Turned::Rate => (Refusal::Rate, "* BYE [UNAVAILABLE] Too many connections in a short time, wait a little.\r\n"),
         Turned::Address => (Refusal::Address, "* BYE [UNAVAILABLE] Too many connections from your address.\r\n"),
         Turned::Network => (Refusal::Network, "* BYE [UNAVAILABLE] Too many connections from your network.\r\n"),
+    };
+    live.metrics.listener(listener).refused(refusal);
+    if live.config.listeners[listener].tls != ListenerTls::Implicit {
+        let _ = socket.try_write(bye.as_bytes());
     }
+    refusal
 }
 
 impl Session {
@@ -45,12 +52,7 @@ impl Session {
                 Some(())
             }
             Err(turned) => {
-                let (refusal, bye) = turned_away(turned);
-                self.live.metrics.listener(self.listener).refused(refusal);
-                if self.live.config.listeners[self.listener].tls != ListenerTls::Implicit {
-                    // The connection is closed either way.
-                    let _ = socket.try_write(bye.as_bytes());
-                }
+                let refusal = turn_away(socket, turned, &self.live, self.listener);
                 self.record.ended_by(EndedBy::Proxy);
                 self.record.detail(format!("turned away: {}", refusal.as_str()));
                 None
@@ -144,10 +146,7 @@ impl Session {
             Verdict::Denied => {
                 policy.report(attempt, false, true, &self.live.metrics);
                 self.record.attempt_failed(Reason::PolicyDenied, LoginOutcome::Refused, None);
-                // As late as a wrong password.
-                let late = self.live.refusals.any_of(session.as_str());
-                time::sleep(late.saturating_sub(began.elapsed())).await;
-                Some(Attempted::Refused { reply: reply::authentication_failed(&login.tag, None), counts: true })
+                Some(self.refused_late(&login.tag, began).await)
             }
             Verdict::Unavailable => {
                 self.record.attempt_failed(Reason::PolicyFailed, LoginOutcome::Unavailable, None);

@@ -35,7 +35,7 @@ use tokio::time::{self, timeout, timeout_at};
 use zeroize::Zeroizing;
 
 use self::attempt::{Attempted, Seated};
-pub use self::defence::turned_away;
+pub use self::defence::turn_away;
 pub use self::pace::Refusals;
 use self::record::{EndedBy, Record};
 pub use self::relayed::Quiet;
