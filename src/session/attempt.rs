@@ -73,6 +73,7 @@ impl Session {
         prelogin: &mut Prelogin,
     ) -> Option<Attempted> {
         let began = Instant::now();
+        self.up_to_date();
         let live = self.live.clone();
         split_master(&live, &mut login.credentials);
         let login = &*login;
