@@ -73,7 +73,7 @@ async fn run(file: &Path, replace: bool) -> anyhow::Result<ExitCode> {
         sockets.extend(handed_over);
         sender
     });
-    let bound = prepared.bind(sockets).await?;
+    let bound = prepared.bind(sockets)?;
     let control = match &control {
         Some(path) => {
             Some(Control::bind(path).with_context(|| format!("{} cannot be bound (admin.control)", path.display()))?)

@@ -1,5 +1,5 @@
-//! Everything a session asks or uses, as one immutable value: built whole, swapped whole. A session keeps the one it began
-//! with.
+//! Everything a session asks or uses, as one immutable value: built whole, swapped whole. A login takes the one that holds
+//! then, and an established session keeps it.
 
 use std::net::IpAddr;
 use std::sync::Arc;

@@ -1,6 +1,6 @@
 //! Puts the rooms together: builds all of a configuration before anything is bound, starts it, changes it, stops it.
 //!
-//! [`Live`] is what a session needs, as one immutable value; each session keeps the one it began with. [`Running`] owns what
+//! [`Live`] is what a session needs, as one immutable value; a session keeps the one it logged in under. [`Running`] owns what
 //! outlives a configuration: the workers, the listening sockets (`doors`), the sessions. Called by `main` (`run`, `check`,
 //! `route`), by the demo and by the tests.
 
@@ -87,16 +87,8 @@ pub struct Reloaded {
 pub struct Bound {
     live: Arc<Live>,
     opening: Opening,
-    admin: Option<Admin>,
+    admin: Option<(Admin, OwnedFd)>,
     drain: Drain,
-}
-
-/// Builds and binds. Listening sockets in `inherited` are used where they fit a configured address; the others are closed.
-///
-/// # Errors
-/// A [`config::Report`] of the configuration's problems, or an address that cannot be bound.
-pub async fn bind(config: Config, inherited: Vec<TcpListener>) -> anyhow::Result<Bound> {
-    prepare(config)?.bind(inherited).await
 }
 
 /// Builds; binds nothing.
@@ -111,11 +103,12 @@ pub fn prepare(config: Config) -> anyhow::Result<Prepared> {
 pub struct Prepared(Arc<Live>);
 
 impl Prepared {
-    /// See [`bind`].
+    /// Binds. Listening sockets in `inherited` are used where they fit a configured address; the others are closed. Called on
+    /// a runtime.
     ///
     /// # Errors
     /// An address that cannot be bound.
-    pub async fn bind(self, mut inherited: Vec<TcpListener>) -> anyhow::Result<Bound> {
+    pub fn bind(self, mut inherited: Vec<TcpListener>) -> anyhow::Result<Bound> {
         let (live, drain) = (self.0, Drain::default());
         let opening = Doors::default().bind(&live.config, &mut inherited)?;
         let admin = bind_admin(&live, &drain, &mut inherited)?;
@@ -156,7 +149,7 @@ impl Bound {
         let mut now = running.lock();
         running.begin(&live, &stop, now.doors.addresses_with(&live.config, &opening));
         now.doors.swap(&live, opening, &running.workplaces).context("a listener could not be started")?;
-        now.admin = admin.map(|admin| running.run_admin(&live, admin)).transpose()?;
+        now.admin = admin.map(|admin| running.run_admin(&live, admin));
         for (address, configured) in now.doors.addresses().iter().zip(&live.config.listeners) {
             tracing::info!(%address, tls = ?configured.tls, "listening");
         }
@@ -168,16 +161,22 @@ impl Bound {
 /// Builds, binds and starts: for the demo and for tests.
 ///
 /// # Errors
-/// As [`bind`] and [`Bound::start`].
+/// As [`prepare`], [`Prepared::bind`] and [`Bound::start`].
 pub async fn start(config: Config, inherited: Vec<TcpListener>) -> anyhow::Result<Running> {
-    bind(config, inherited).await?.start()
+    prepare(config)?.bind(inherited)?.start()
 }
 
-fn bind_admin(live: &Live, drain: &Drain, inherited: &mut Vec<TcpListener>) -> anyhow::Result<Option<Admin>> {
+/// With a copy of the socket, made here so that nothing can fail once a configuration has taken another's place.
+fn bind_admin(
+    live: &Live,
+    drain: &Drain,
+    inherited: &mut Vec<TcpListener>,
+) -> anyhow::Result<Option<(Admin, OwnedFd)>> {
     let Some(address) = live.config.admin else { return Ok(None) };
     let fits = |socket: &mut TcpListener| socket.local_addr().is_ok_and(|bound| bound == address);
     let socket = inherited.extract_if(.., fits).next();
     let bound = Admin::bind(address, socket, live.metrics.clone(), drain.begun().clone());
+    let bound = bound.and_then(|admin| admin.copy().map(|copy| (admin, copy)));
     Ok(Some(bound.with_context(|| format!("{address} cannot be bound (admin.address)"))?))
 }
 
@@ -267,7 +266,7 @@ impl Running {
         live.guard.reconfigure(&live.config.guard);
         logging::set_level(&live.config.log);
         if moved {
-            let admin = admin.map(|admin| self.run_admin(&live, admin)).transpose()?;
+            let admin = admin.map(|admin| self.run_admin(&live, admin));
             if let Some(before) = std::mem::replace(&mut now.admin, admin) {
                 before.stop.cancel();
             }
@@ -298,12 +297,11 @@ impl Running {
         }
     }
 
-    fn run_admin(&self, live: &Live, admin: Admin) -> anyhow::Result<Endpoint> {
+    fn run_admin(&self, live: &Live, (admin, copy): (Admin, OwnedFd)) -> Endpoint {
         let (bound, stop) = (admin.address(), self.stop_background.child_token());
-        let copy = admin.copy().context("the socket of admin.address cannot be copied")?;
         tracing::info!(address = %bound, "metrics and health");
         self.background.spawn(admin.run(stop.clone()));
-        Ok(Endpoint { configured: live.config.admin.unwrap_or(bound), bound, copy, stop })
+        Endpoint { configured: live.config.admin.unwrap_or(bound), bound, copy, stop }
     }
 
     /// As configured.
