@@ -12,10 +12,10 @@ use zeroize::Zeroizing;
 pub const MAX_ROLL: usize = 1024;
 /// Of the nonce, and so of the static part.
 const IV: usize = 12;
-/// The longest key.
-const KEY: usize = 32;
+/// The longest key, in bytes.
+pub(super) const LONGEST_KEY: usize = 32;
 /// The longest traffic secret: SHA-384's output.
-const SECRET: usize = 48;
+pub(super) const LONGEST_SECRET: usize = 48;
 
 /// The protocol.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -81,15 +81,31 @@ impl Cipher {
 #[error("no traffic secret for the keys in use")]
 pub struct UnknownSecret;
 
-/// What one direction needs, wiped when dropped.
-pub struct Keys {
+/// What one direction needs, wiped when dropped: with room for a key of `K` bytes and a secret of `S`.
+pub struct Keys<const K: usize = LONGEST_KEY, const S: usize = LONGEST_SECRET> {
     cipher: Cipher,
-    key: Zeroizing<[u8; KEY]>,
+    key: Zeroizing<[u8; K]>,
     iv: [u8; IV],
     /// TLS 1.3: where the next keys come from. It may be older than `key`: see [`Keys::advance`].
-    secret: Zeroizing<[u8; SECRET]>,
+    secret: Zeroizing<[u8; S]>,
     secret_length: u8,
     sequence: u64,
+}
+
+impl<const K: usize, const S: usize> Keys<K, S> {
+    /// Whether there is no more of them than `L` bytes of key and `T` of secret.
+    pub(super) fn fit<const L: usize, const T: usize>(&self) -> bool {
+        self.cipher.key_length() <= L && usize::from(self.secret_length) <= T
+    }
+
+    /// The same with other room, where they fit.
+    pub(super) fn moved<const L: usize, const T: usize>(&self) -> Keys<L, T> {
+        let (mut key, mut secret) = (Zeroizing::new([0; L]), Zeroizing::new([0; T]));
+        key.iter_mut().zip(&*self.key).for_each(|(to, from)| *to = *from);
+        secret.iter_mut().zip(&*self.secret).for_each(|(to, from)| *to = *from);
+        let Self { cipher, iv, secret_length, sequence, .. } = *self;
+        Keys { cipher, key, iv, secret, secret_length, sequence }
+    }
 }
 
 impl Keys {
@@ -108,9 +124,9 @@ impl Keys {
     fn from_parts(cipher: Cipher, key: &[u8], iv: &[u8], sequence: u64, secret: &[u8]) -> Option<Self> {
         let mut keys = Self {
             cipher,
-            key: Zeroizing::new([0; KEY]),
+            key: Zeroizing::new([0; LONGEST_KEY]),
             iv: iv.try_into().ok()?,
-            secret: Zeroizing::new([0; SECRET]),
+            secret: Zeroizing::new([0; LONGEST_SECRET]),
             secret_length: u8::try_from(secret.len()).ok()?,
             sequence,
         };
@@ -122,7 +138,7 @@ impl Keys {
     /// Keys of a TLS 1.3 traffic secret, from its first record (RFC 8446 section 7.3).
     pub fn from_secret(cipher: Cipher, secret: &[u8]) -> Option<Self> {
         let expander = cipher.hkdf()?.expander_for_okm(&OkmBlock::new(secret));
-        let mut key = Zeroizing::new([0; KEY]);
+        let mut key = Zeroizing::new([0; LONGEST_KEY]);
         expand(&*expander, b"key", &mut key[..cipher.key_length()])?;
         let mut iv = [0; IV];
         expand(&*expander, b"iv", &mut iv)?;
@@ -150,7 +166,7 @@ impl Keys {
 
     fn next(&self) -> Option<Self> {
         let expander = self.cipher.hkdf()?.expander_for_okm(&OkmBlock::new(self.secret()));
-        let mut secret = Zeroizing::new([0; SECRET]);
+        let mut secret = Zeroizing::new([0; LONGEST_SECRET]);
         let length = self.secret().len();
         expand(&*expander, b"traffic upd", &mut secret[..length])?;
         Self::from_secret(self.cipher, &secret[..length])
@@ -204,7 +220,7 @@ impl Keys {
     }
 }
 
-impl std::fmt::Debug for Keys {
+impl<const K: usize, const S: usize> std::fmt::Debug for Keys<K, S> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Keys").field("cipher", &self.cipher).field("sequence", &self.sequence).finish_non_exhaustive()
     }

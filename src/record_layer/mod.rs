@@ -2,7 +2,7 @@
 //!
 //! rustls performs every handshake; once a login is accepted the connection needs no more of TLS than this room: two
 //! traffic keys, two sequence numbers, KeyUpdate, alerts. A [`Channel`] is that, ready for use; a [`Dormant`] is the same
-//! as plain data of some two hundred bytes, kept while nothing moves. Bytes in, bytes out: no socket, no clock, no
+//! as plain data of some hundred and fifty bytes, kept while nothing moves. Bytes in, bytes out: no socket, no clock, no
 //! allocation, and no buffer, for records are sealed and opened in place in the caller's memory.
 //!
 //! What the room refuses: everything a peer may not send after the handshake. A [`Violation`] says what, and which alert
@@ -17,6 +17,7 @@ mod seal;
 mod violation;
 
 pub use self::keys::{Cipher, Keys, MAX_ROLL, UnknownSecret, Version};
+use self::keys::{LONGEST_KEY, LONGEST_SECRET};
 pub use self::open::{Opened, Opener};
 pub use self::seal::{Exhausted, Sealer};
 pub use self::violation::{AlertCode, Violation};
@@ -80,23 +81,40 @@ impl Channel {
     /// Drops the ready-made ciphers and keeps what they are made from.
     pub fn rest(self) -> Dormant {
         let (version, role) = (self.sealer.version(), self.opener.role());
-        Dormant { version, role, receive: self.opener.into_keys(), send: self.sealer.into_keys() }
+        let (receive, send) = (self.opener.into_keys(), self.sealer.into_keys());
+        if receive.fit::<16, 32>() && send.fit::<16, 32>() {
+            Dormant::Short(Box::new(AtRest { version, role, receive: receive.moved(), send: send.moved() }))
+        } else {
+            Dormant::Long(Box::new(AtRest { version, role, receive, send }))
+        }
     }
 }
 
 /// A [`Channel`] at rest: plain data, wiped when dropped.
 #[derive(Debug)]
-pub struct Dormant {
+pub enum Dormant {
+    /// AES-128-GCM with SHA-256, which most connections have: 64 bytes less.
+    Short(Box<AtRest<16, 32>>),
+    /// What is longer.
+    Long(Box<AtRest>),
+}
+
+/// What both directions of a [`Dormant`] channel are made from.
+#[derive(Debug)]
+pub struct AtRest<const K: usize = LONGEST_KEY, const S: usize = LONGEST_SECRET> {
     version: Version,
     role: Role,
-    receive: Keys,
-    send: Keys,
+    receive: Keys<K, S>,
+    send: Keys<K, S>,
 }
 
 impl Dormant {
     /// Makes the ciphers again: 0.3 µs.
     pub fn wake(self) -> Channel {
-        Channel::new(self.version, self.role, self.receive, self.send)
+        match self {
+            Self::Short(rest) => Channel::new(rest.version, rest.role, rest.receive.moved(), rest.send.moved()),
+            Self::Long(rest) => Channel::new(rest.version, rest.role, rest.receive, rest.send),
+        }
     }
 }
 

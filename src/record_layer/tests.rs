@@ -8,7 +8,7 @@ use tokio_rustls::rustls::crypto::CryptoProvider;
 use tokio_rustls::rustls::crypto::aws_lc_rs::{self, cipher_suite as suite};
 use tokio_rustls::rustls::pki_types::{PrivateKeyDer, ServerName};
 use tokio_rustls::rustls::{
-    ClientConfig, ClientConnection, Connection, KeyLog, RootCertStore, ServerConfig, ServerConnection,
+    CipherSuite, ClientConfig, ClientConnection, Connection, KeyLog, RootCertStore, ServerConfig, ServerConnection,
     SupportedCipherSuite,
 };
 
@@ -434,7 +434,24 @@ fn a_key_seals_no_more_than_it_may() {
 
 #[test]
 fn a_channel_at_rest_is_small() {
-    assert!(size_of::<Dormant>() <= 224, "{}", size_of::<Dormant>());
+    assert!(size_of::<AtRest<16, 32>>() <= 160, "{}", size_of::<AtRest<16, 32>>());
+    assert!(size_of::<AtRest>() <= 224, "{}", size_of::<AtRest>());
+    // Both kinds come back as they were.
+    for suite in SUITES {
+        let (mut channel, mut peer) = ends(suite, Role::Server);
+        for _ in 0..2 {
+            let rest = channel.rest();
+            let short = suite.tls13().is_some_and(|suite| suite.common.suite == CipherSuite::TLS13_AES_128_GCM_SHA256);
+            if suite.tls13().is_some() {
+                assert_eq!(matches!(rest, Dormant::Short(_)), short, "{suite:?}");
+            }
+            channel = rest.wake();
+            peer.writer().write_all(b"a byte after sleep").unwrap();
+            let mut record = output(&mut peer);
+            let Ok(Opened::Data(place)) = channel.opener.open(&mut record) else { panic!("{suite:?}") };
+            assert_eq!(&record[place], b"a byte after sleep");
+        }
+    }
 }
 
 proptest! {

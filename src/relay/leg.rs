@@ -106,7 +106,7 @@ pub struct Leg<S> {
 pub struct RestingLeg {
     /// Registered nowhere.
     pub socket: net::TcpStream,
-    tls: Option<Box<Dormant>>,
+    tls: Option<Dormant>,
 }
 
 impl<S> Leg<S> {
@@ -159,7 +159,7 @@ impl Leg<TcpStream> {
     /// # Errors
     /// The system would not have the socket unregistered.
     pub fn rest(self) -> io::Result<RestingLeg> {
-        let tls = self.tls.map(|tls| Box::new(tls.rest()));
+        let tls = self.tls.map(|tls| tls.rest());
         Ok(RestingLeg { socket: self.socket.into_std()?, tls })
     }
 }
