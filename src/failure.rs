@@ -117,6 +117,8 @@ reasons! {
     Backend ServerTlsViolation = "tls_violation",
     /// The server took nothing for `limits.stall` while bytes waited for it.
     Backend ServerStalled = "stalled",
+    /// The server has closed many sessions at once without being asked: it has died, and the client was kept for a while.
+    Backend ServerGone = "server_gone",
     /// The greeting was not `* OK`.
     Backend Greeting = "greeting",
     /// The server said BYE or closed before it answered the login.

@@ -90,8 +90,19 @@ pub struct Seen {
     pub server: Arc<Server>,
     /// For how long.
     pub age: Duration,
-    /// Whether the login is done.
-    pub settled: bool,
+    /// How far it is.
+    pub stage: Stage,
+}
+
+/// How far a session is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Stage {
+    /// The login is under way.
+    LoggingIn,
+    /// The login is done.
+    Settled,
+    /// The server has closed its connection; only the client is still there.
+    CutOff,
 }
 
 /// Why there is no seat.
@@ -132,7 +143,7 @@ struct Taken {
     call: Arc<Call>,
     /// Seconds after the process began.
     since: u32,
-    settled: bool,
+    stage: Stage,
     /// Other seats of the same hash.
     next: u32,
     previous: u32,
@@ -154,8 +165,18 @@ impl Seat {
 
     /// The login is done.
     pub fn settle(&self) {
+        self.set(Stage::Settled);
+    }
+
+    /// There is no connection to the server any more: nobody who must be alone waits for this session from now on.
+    pub fn cut_off(&self) {
+        self.set(Stage::CutOff);
+        self.sessions.left.notify_waiters();
+    }
+
+    fn set(&self, stage: Stage) {
         if let Some(taken) = self.sessions.lock().taken.get_mut(self.key as usize) {
-            taken.settled = true;
+            taken.stage = stage;
         }
     }
 }
@@ -225,8 +246,11 @@ impl Sessions {
         let hash = self.hasher.hash_one(&*guest.user);
         let first = inside.users.get(&hash).copied().unwrap_or(NONE);
         if alone {
-            let is_elsewhere =
-                |taken: &&Taken| taken.server.backend == server.backend && taken.server.name != server.name;
+            let is_elsewhere = |taken: &&Taken| {
+                taken.server.backend == server.backend
+                    && taken.server.name != server.name
+                    && taken.stage != Stage::CutOff
+            };
             let elsewhere: Vec<Arc<Call>> =
                 inside.of(first, &guest.user).filter(is_elsewhere).map(|taken| taken.call.clone()).collect();
             if !elsewhere.is_empty() {
@@ -241,7 +265,8 @@ impl Sessions {
         }
         let since = u32::try_from(self.begun.elapsed().as_secs()).unwrap_or(u32::MAX);
         let (server, call_kept) = (server.clone(), call.clone());
-        let taken = Taken { guest, server, call: call_kept, since, settled: false, next: first, previous: NONE };
+        let taken =
+            Taken { guest, server, call: call_kept, since, stage: Stage::LoggingIn, next: first, previous: NONE };
         // More than 4 billion sessions would not fit a machine.
         let key = u32::try_from(inside.taken.insert(taken)).unwrap_or(NONE);
         if let Some(next) = inside.taken.get_mut(first as usize) {
@@ -329,7 +354,7 @@ impl Sessions {
 
     fn seen(&self, taken: &Taken) -> Seen {
         let age = self.begun.elapsed().saturating_sub(Duration::from_secs(taken.since.into()));
-        Seen { guest: taken.guest.clone(), server: taken.server.clone(), age, settled: taken.settled }
+        Seen { guest: taken.guest.clone(), server: taken.server.clone(), age, stage: taken.stage }
     }
 
     fn lock(&self) -> MutexGuard<'_, Inside> {
@@ -424,6 +449,11 @@ mod tests {
         drop(second);
         let moved = sessions.take(guest("x"), &two, true).unwrap();
         assert_eq!(sessions.of_user("x")[0].server.name, two.name);
+        // Nor does anybody wait for one that its server has left.
+        moved.cut_off();
+        assert!(sessions.take(guest("x"), &one, true).is_ok());
+        assert_eq!(sessions.end_user("x", Why::Kicked), 1, "it can still be told to end");
+        let moved = sessions.take(guest("x"), &two, true).unwrap();
         // Another backend is another matter.
         let elsewhere = Arc::new(Server::named("other", "a"));
         assert!(sessions.take(guest("x"), &elsewhere, true).is_ok());

@@ -6,6 +6,7 @@
 
 mod checks;
 pub mod connect;
+mod departures;
 mod discover;
 mod health;
 mod reach;
@@ -33,7 +34,7 @@ use self::select::{Candidate, Luck};
 pub use self::server::Server;
 use self::server::{ServerState, Terms};
 use self::slots::Queue;
-pub use self::slots::{SessionSlot, Slot};
+pub use self::slots::{CutOff, SessionSlot, Slot};
 pub use self::tour::{Stop, Tour};
 use crate::config::{self, BackendId, Balance, ClientInfo, Config, Host, Limits, Mode, Problem, TlsMode, Trust};
 use crate::identity::{Mechanism, Mechanisms, Secret, UserName};

@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 use tokio::sync::watch;
 use tokio_rustls::rustls::pki_types::ServerName;
 
+use super::departures::Departures;
 use super::health::{Blow, Depth, Health, News, Standing, Thresholds, Trial};
 use super::select::Candidate;
 use super::slots::{Slot, Slots};
@@ -88,6 +89,7 @@ pub(super) struct ServerState {
     /// What the operator has asked for, whatever the configuration says.
     mode: Mutex<Option<Mode>>,
     pub(super) slots: Slots,
+    departures: Mutex<Departures>,
     pub(super) metrics: ServerMetrics,
 }
 
@@ -105,6 +107,7 @@ impl ServerState {
             distrust_told: AtomicBool::new(false),
             mode: Mutex::default(),
             slots: Slots::default(),
+            departures: Mutex::default(),
             metrics,
         })
     }
@@ -114,6 +117,11 @@ impl ServerState {
         let mut health = self.health();
         health.end_trial(trial);
         self.metrics.set_breaker(health.breaker() as i64);
+    }
+
+    pub(super) fn departures(&self) -> MutexGuard<'_, Departures> {
+        // Nothing in there panics halfway through a change.
+        self.departures.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn health(&self) -> MutexGuard<'_, Health> {

@@ -7,12 +7,15 @@
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use tokio::sync::oneshot;
 use tokio::time::{Instant, timeout_at};
 
+use super::departures::Departure;
 use super::health::Trial;
 use super::server::{Server, ServerState};
+use crate::metrics::OpenGuard;
 
 /// The places of one server.
 #[derive(Debug, Default)]
@@ -82,6 +85,7 @@ impl Slot {
         let state = self.state.take();
         if let Some(state) = &state {
             state.metrics.session_opened();
+            state.departures().arrived();
         }
         SessionSlot(state)
     }
@@ -110,9 +114,34 @@ impl Drop for Slot {
 #[derive(Debug)]
 pub struct SessionSlot(Option<Arc<ServerState>>);
 
+/// What becomes of a client whose server has closed without being asked.
+#[derive(Debug)]
+pub struct CutOff {
+    /// It is kept so long.
+    pub wait: Duration,
+    /// The server has just cut off one half of so many sessions. `None` for all but one of them.
+    pub half_of: Option<u32>,
+    /// Shown among those that are kept.
+    pub shown: OpenGuard,
+}
+
+impl SessionSlot {
+    /// The server has closed the session without being asked: the place is free at once. `None`: the client is not kept.
+    /// `over`: the longest that any is.
+    pub fn cut_off(&mut self, over: Duration) -> Option<CutOff> {
+        let state = self.0.take()?;
+        let Departure { wait, half_of } = state.departures().cut_off(Instant::now().into_std(), over);
+        let cut_off = (!wait.is_zero()).then(|| CutOff { wait, half_of, shown: state.metrics.kept() });
+        state.metrics.session_closed();
+        give_back(&state);
+        cut_off
+    }
+}
+
 impl Drop for SessionSlot {
     fn drop(&mut self) {
         if let Some(state) = self.0.take() {
+            state.departures().left();
             state.metrics.session_closed();
             give_back(&state);
         }
@@ -196,8 +225,6 @@ impl Drop for AtServers<'_> {
 
 #[cfg(test)]
 mod tests {
-    use std::time::Duration;
-
     use super::*;
 
     const LONG: Duration = Duration::from_secs(60);
@@ -273,6 +300,20 @@ mod tests {
         // It has the slot in its hand and is never asked again.
         drop(waiting);
         assert_eq!(server.state.slots.taken(), 0);
+        assert!(Slot::take(&server).is_some());
+    }
+
+    #[test]
+    fn a_session_that_was_cut_off_gives_its_place_back_once() {
+        let server = Server::for_tests("a", Some(2));
+        let mut slots = [(); 2].map(|()| Slot::take(&server).unwrap().established());
+        let over = Duration::from_secs(30);
+        assert!(slots[0].cut_off(over).is_none(), "a lone one");
+        let kept = slots[1].cut_off(over).unwrap();
+        assert_eq!((kept.wait, kept.half_of), (Duration::from_millis(100), None));
+        assert_eq!(server.state.slots.taken(), 0);
+        drop((slots, kept));
+        assert_eq!((server.state.slots.taken(), server.metrics().sessions()), (0, 0));
         assert!(Slot::take(&server).is_some());
     }
 

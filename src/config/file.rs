@@ -437,6 +437,7 @@ pub(super) struct LimitsMap {
     pub(super) idle: Option<Span>,
     pub(super) half_close: Option<Span>,
     pub(super) stall: Option<Span>,
+    pub(super) max_disconnect_delay: Option<Span>,
     pub(super) drain: Option<Span>,
     pub(super) keepalive: Option<Span>,
     pub(super) sessions: Option<i64>,

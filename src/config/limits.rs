@@ -34,6 +34,13 @@ pub(super) fn limits(reader: &mut Reader<'_>, written: &LimitsMap) -> Limits {
         ),
         half_close: bounded(reader, "limits.half_close", written.half_close, default.half_close, seconds(1, hour)),
         stall: bounded(reader, "limits.stall", written.stall, default.stall, seconds(10, day)),
+        max_disconnect_delay: or_off(
+            reader,
+            "limits.max_disconnect_delay",
+            written.max_disconnect_delay,
+            default.max_disconnect_delay,
+            seconds(1, hour),
+        ),
         drain: bounded(reader, "limits.drain", written.drain, default.drain, seconds(0, 7 * day)),
         idle: or_off(reader, "limits.idle", written.idle, default.idle, seconds(1800, 30 * day)),
         keepalive: or_off(reader, "limits.keepalive", written.keepalive, default.keepalive, seconds(10, day)),

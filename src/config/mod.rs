@@ -407,6 +407,9 @@ pub struct Limits {
     pub half_close: Duration,
     /// A side that takes no byte for this long, while bytes wait for it, ends a relayed session. Default 5 min.
     pub stall: Duration,
+    /// When a server dies, the client of a session there is kept so long at most, so that not all come back at once;
+    /// `None`: they are closed at once. Default 30 s.
+    pub max_disconnect_delay: Option<Duration>,
     /// What relayed sessions get to finish when the process stops. Default 60 s.
     pub drain: Duration,
     /// Silence after which TCP asks whether the peer is still there. Default 2 min.
@@ -437,6 +440,7 @@ impl Default for Limits {
             idle: None,
             half_close: Duration::from_secs(60),
             stall: Duration::from_secs(300),
+            max_disconnect_delay: Some(Duration::from_secs(30)),
             drain: Duration::from_secs(60),
             keepalive: Some(Duration::from_secs(120)),
             sessions: 100_000,

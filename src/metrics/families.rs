@@ -42,6 +42,7 @@ pub(super) struct Families {
     pub(super) server_certificate: GaugeVec,
     pub(super) server_trusts: IntGaugeVec,
     pub(super) server_sessions: IntGaugeVec,
+    pub(super) server_kept: IntGaugeVec,
     pub(super) certificate_expiry: GaugeVec,
     pub(super) certificate_load_failed: IntGaugeVec,
     pub(super) ticket_keys_load_failed: IntGauge,
@@ -189,6 +190,11 @@ impl Families {
                 "Logged-in sessions being relayed to the server.",
                 &["backend", "server"],
             ),
+            server_kept: gauges(
+                "vestibule_server_clients_kept",
+                "Clients of sessions that the server has cut off, kept to be closed one after another.",
+                &["backend", "server"],
+            ),
             certificate_expiry: float_gauges(
                 "vestibule_certificate_expiry_timestamp_seconds",
                 "When a served certificate ends, in seconds since 1970.",
@@ -256,7 +262,7 @@ impl Families {
     }
 
     fn register_all(&self) {
-        let collectors: [Box<dyn prometheus::core::Collector>; 41] = [
+        let collectors: [Box<dyn prometheus::core::Collector>; 42] = [
             Box::new(self.build_info.clone()),
             Box::new(self.sessions.clone()),
             Box::new(self.sessions_total.clone()),
@@ -283,6 +289,7 @@ impl Families {
             Box::new(self.server_certificate.clone()),
             Box::new(self.server_trusts.clone()),
             Box::new(self.server_sessions.clone()),
+            Box::new(self.server_kept.clone()),
             Box::new(self.certificate_expiry.clone()),
             Box::new(self.certificate_load_failed.clone()),
             Box::new(self.ticket_keys_load_failed.clone()),

@@ -5,7 +5,7 @@ use std::time::Duration;
 use prometheus::{Gauge, GaugeVec, Histogram, IntCounter, IntCounterVec, IntGauge, IntGaugeVec};
 
 use super::families::Families;
-use crate::metrics::BackendMetrics;
+use crate::metrics::{BackendMetrics, OpenGuard};
 
 /// Kinds of checks and how they end, as labels.
 const KINDS: [&str; 4] = ["tcp", "tls", "imap", "login"];
@@ -17,6 +17,7 @@ pub(super) struct ServerFamilies {
     up: IntGaugeVec,
     trusts: IntGaugeVec,
     sessions: IntGaugeVec,
+    kept: IntGaugeVec,
     breaker: IntGaugeVec,
     mode: IntGaugeVec,
     checks: IntCounterVec,
@@ -30,6 +31,7 @@ impl ServerFamilies {
             up: families.server_up.clone(),
             trusts: families.server_trusts.clone(),
             sessions: families.server_sessions.clone(),
+            kept: families.server_kept.clone(),
             breaker: families.server_breaker.clone(),
             mode: families.server_mode.clone(),
             checks: families.server_checks.clone(),
@@ -47,6 +49,7 @@ impl BackendMetrics {
             up: self.servers.up.with_label_values(labels),
             trusts: self.servers.trusts.with_label_values(labels),
             sessions: self.servers.sessions.with_label_values(labels),
+            kept: self.servers.kept.with_label_values(labels),
             breaker: self.servers.breaker.with_label_values(labels),
             mode: self.servers.mode.with_label_values(labels),
         };
@@ -72,7 +75,8 @@ impl BackendMetrics {
         let labels = &[self.name.as_str(), server];
         let families = &self.servers;
         // An error says that the series does not exist, which is what is asked for.
-        for family in [&families.up, &families.trusts, &families.sessions, &families.breaker, &families.mode] {
+        let states = [&families.up, &families.trusts, &families.breaker, &families.mode];
+        for family in states.into_iter().chain([&families.sessions, &families.kept]) {
             let _ = family.remove_label_values(labels);
         }
         let _ = families.certificate.remove_label_values(labels);
@@ -88,6 +92,7 @@ pub struct ServerMetrics {
     up: IntGauge,
     trusts: IntGauge,
     sessions: IntGauge,
+    kept: IntGauge,
     breaker: IntGauge,
     mode: IntGauge,
 }
@@ -126,6 +131,11 @@ impl ServerMetrics {
     /// And ends.
     pub fn session_closed(&self) {
         self.sessions.dec();
+    }
+
+    /// A client is kept although the server has cut it off, until the guard drops.
+    pub fn kept(&self) -> OpenGuard {
+        OpenGuard::new(&self.kept)
     }
 }
 

@@ -27,6 +27,8 @@ pub(super) struct Direction {
     state: State,
     /// Writing failed, not reading.
     pub(super) write_failed: bool,
+    /// The receiver is not told of the sender's end until this is taken away.
+    pub(super) keeps_end: bool,
     pub(super) moved: u64,
     counter: IntCounter,
     /// Records a round: grows while the receiver takes all of them, so that one who does not keeps little here.
@@ -59,7 +61,8 @@ enum State {
 
 impl Direction {
     pub(super) fn new(opening: Vec<u8>, counter: IntCounter) -> Self {
-        Self { opening, state: State::Open, write_failed: false, moved: 0, counter, round: 1, stalled: None }
+        let (state, write_failed, keeps_end) = (State::Open, false, false);
+        Self { opening, state, write_failed, keeps_end, moved: 0, counter, round: 1, stalled: None }
     }
 
     /// As after a rest.
@@ -67,8 +70,18 @@ impl Direction {
         Self { moved, ..Self::new(Vec::new(), counter) }
     }
 
+    /// The receiver is not told of the end by itself.
+    pub(super) fn keeping_end(self) -> Self {
+        Self { keeps_end: true, ..self }
+    }
+
     pub(super) fn is_open(&self) -> bool {
         self.state == State::Open
+    }
+
+    /// Whether the sender has finished, all it said has gone out, and the receiver is not told yet.
+    pub(super) fn is_kept(&self) -> bool {
+        self.state == State::Ending && self.keeps_end
     }
 
     pub(super) fn is_done(&self) -> bool {
@@ -126,6 +139,9 @@ impl Direction {
         let mut moved = 0;
         while moved < TURN {
             ready!(to.poll_flush(context))?;
+            if self.is_kept() {
+                return Poll::Pending;
+            }
             if self.state == State::Ending {
                 return to.poll_finish(context, last).map_err(Broken::from);
             }

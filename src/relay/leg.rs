@@ -154,6 +154,11 @@ impl<S> Leg<S> {
 }
 
 impl Leg<TcpStream> {
+    /// Waits until the peer has sent something, or closed.
+    pub(super) async fn readable(&self) -> io::Result<()> {
+        self.socket.readable().await
+    }
+
     /// Takes the socket from the runtime and the ciphers apart.
     ///
     /// # Errors

@@ -8,7 +8,8 @@
 //!
 //! A side that finishes is passed on as a half-close, and the other may go on talking for `half_close` after its last
 //! byte. A write that fails ends its own direction only, so that the last words of a server (`* BYE …`) still reach a
-//! client that is still sending. What breaks the rules of TLS ends the session with an alert. Called by `session`, after
+//! client that is still sending. A server that closes in the middle of a silence was asked by nobody: the caller hears of it
+//! ([`Outcome::CutOff`]) before the client does, and says when it shall. What breaks the rules of TLS ends the session with an alert. Called by `session`, after
 //! the login.
 
 mod direction;
@@ -30,6 +31,9 @@ use self::direction::Direction;
 pub use self::leg::{Leg, RestingLeg, Socket};
 pub use self::pipe::Pipe;
 use crate::record_layer::Violation;
+
+/// Who has said nothing for so long before the server closed was not waiting for anything.
+const SILENCE: Duration = Duration::from_secs(1);
 
 /// When a relayed session is ended without either side asking for it.
 #[derive(Debug, Clone, Copy)]
@@ -68,6 +72,9 @@ pub enum Outcome {
     Ended(End),
     /// Nothing has moved for a while and nothing waits: [`Relay::rest`].
     Quiet,
+    /// The server has closed its connection, or it broke, after a second or more of silence. The client has all the server
+    /// said and does not know it yet: the next [`Relay::run`] tells it. Once in a session.
+    CutOff,
 }
 
 /// A relay between two connections.
@@ -104,7 +111,7 @@ impl<S: Socket> Relay<S> {
             client,
             server,
             up: Direction::new(opening.to_server, opening.server_bytes),
-            down: Direction::new(opening.to_client, opening.client_bytes),
+            down: Direction::new(opening.to_client, opening.client_bytes).keeping_end(),
             limits,
             first_done: None,
             last_byte: Instant::now(),
@@ -118,8 +125,8 @@ impl<S: Socket> Relay<S> {
         let mut timer = pin!(sleep_until(self.last_byte + Duration::from_secs(24 * 3600)));
         let mut armed = false;
         poll_fn(|context| {
-            if let Poll::Ready(end) = self.poll_bytes(context) {
-                return Poll::Ready(Outcome::Ended(end));
+            if let Poll::Ready(outcome) = self.poll_bytes(context) {
+                return Poll::Ready(outcome);
             }
             while let Some((due, outcome)) = self.due(rest_after) {
                 // Bytes move the time on, and the timer is left as it is until it fires.
@@ -154,14 +161,14 @@ impl<S: Socket> Relay<S> {
         .await;
     }
 
-    fn poll_bytes(&mut self, context: &mut Context<'_>) -> Poll<End> {
+    fn poll_bytes(&mut self, context: &mut Context<'_>) -> Poll<Outcome> {
         let before = self.moved();
         loop {
             if let Poll::Ready(result) = self.up.poll(context, &mut self.client, &mut self.server, self.down.is_done())
             {
                 if let Err(violation) = result {
                     self.client.fail(violation);
-                    return Poll::Ready(End::ClientTls(violation));
+                    return Poll::Ready(Outcome::Ended(End::ClientTls(violation)));
                 }
                 self.first_done.get_or_insert(if self.up.write_failed { End::Server } else { End::Client });
             }
@@ -169,21 +176,28 @@ impl<S: Socket> Relay<S> {
             {
                 if let Err(violation) = result {
                     self.server.fail(violation);
-                    return Poll::Ready(End::ServerTls(violation));
+                    return Poll::Ready(Outcome::Ended(End::ServerTls(violation)));
                 }
                 self.first_done.get_or_insert(if self.down.write_failed { End::Client } else { End::Server });
             }
             // Reading from the server may have left something for it, an answer to a KeyUpdate: its own direction was
             // polled before.
-            if !(self.server.has_unsent() && self.up.is_open() && self.up.stalled_since().is_none()) {
+            if self.server.has_unsent() && self.up.is_open() && self.up.stalled_since().is_none() {
+                continue;
+            }
+            if !self.down.is_kept() {
                 break;
+            }
+            self.down.keeps_end = false;
+            if self.up.is_open() && self.moved() == before && self.last_byte.elapsed() >= SILENCE {
+                return Poll::Ready(Outcome::CutOff);
             }
         }
         if self.moved() != before {
             self.last_byte = Instant::now();
         }
         match self.first_done {
-            Some(end) if self.up.is_done() && self.down.is_done() => Poll::Ready(end),
+            Some(end) if self.up.is_done() && self.down.is_done() => Poll::Ready(Outcome::Ended(end)),
             _ => Poll::Pending,
         }
     }
@@ -222,6 +236,12 @@ pub struct Resting {
 }
 
 impl Relay<TcpStream> {
+    /// After [`Outcome::CutOff`]: waits until the client sends something or closes.
+    pub async fn client_stirs(&self) {
+        // An error is something, too: the next run finds it.
+        let _ = self.client.readable().await;
+    }
+
     /// After [`Outcome::Quiet`].
     ///
     /// # Errors
@@ -258,7 +278,7 @@ impl Resting {
             client: self.client.wake()?,
             server: self.server.wake()?,
             up: Direction::resumed(self.to_server, server_bytes),
-            down: Direction::resumed(self.to_client, client_bytes),
+            down: Direction::resumed(self.to_client, client_bytes).keeping_end(),
             limits,
             first_done: None,
             last_byte: self.last_byte,

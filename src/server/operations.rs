@@ -15,7 +15,7 @@ use crate::config::Mode;
 use crate::control::Answer;
 use crate::identity::UserName;
 use crate::route::{Question, RouteError, Target};
-use crate::sessions::{Hold, Seen, Why};
+use crate::sessions::{Hold, Seen, Stage, Why};
 
 /// Sessions that were told to end are waited for so long; what takes longer is stuck in the kernel.
 const GONE: Duration = Duration::from_secs(30);
@@ -82,8 +82,12 @@ impl Running {
             }
         };
         let lines = seen.iter().map(|seen| {
-            let Seen { guest, server, age, settled } = seen;
-            let state = if *settled { "" } else { " logging in" };
+            let Seen { guest, server, age, stage } = seen;
+            let state = match stage {
+                Stage::LoggingIn => " logging in",
+                Stage::Settled => "",
+                Stage::CutOff => " cut off",
+            };
             let session = String::from_utf8_lossy(&guest.session);
             format!("{} {} {} {} {} s{state}", guest.user, guest.client, server.backend, server.name, age.as_secs())
                 + &format!(" {session}")
@@ -93,7 +97,8 @@ impl Running {
             json!({
                 "user": &*seen.guest.user, "client": seen.guest.client.to_string(),
                 "session": String::from_utf8_lossy(&seen.guest.session), "backend": &*seen.server.backend,
-                "server": &*seen.server.name, "seconds": seen.age.as_secs(), "settled": seen.settled,
+                "server": &*seen.server.name, "seconds": seen.age.as_secs(), "settled": seen.stage != Stage::LoggingIn,
+                "cut_off": seen.stage == Stage::CutOff,
             })
         });
         let data = data.collect();

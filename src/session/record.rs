@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use prometheus::IntCounter;
 
 use crate::backend::connect::Established;
-use crate::backend::{Backend, SessionSlot, Slot};
+use crate::backend::{Backend, CutOff, SessionSlot, Slot};
 use crate::config::BackendId;
 use crate::failure::{Reason, Side};
 use crate::identity::{Mechanism, UserName};
@@ -94,7 +94,7 @@ impl std::fmt::Display for Address {
 struct Relaying {
     backend: u16,
     _backend_sessions: OpenGuard,
-    _slot: SessionSlot,
+    slot: SessionSlot,
 }
 
 /// How long each phase took.
@@ -273,7 +273,7 @@ impl Record {
         self.relaying = Some(Relaying {
             backend: backend.0 as u16,
             _backend_sessions: self.live.metrics.backend(backend.0).session_established(),
-            _slot: slot.established(),
+            slot: slot.established(),
         });
     }
 
@@ -291,6 +291,23 @@ impl Record {
     pub(super) fn byte_counters(&self) -> (IntCounter, IntCounter) {
         let backend = self.relaying.as_ref().map_or(0, |relaying| relaying.backend);
         self.live.metrics.backend(backend.into()).byte_counters()
+    }
+
+    /// The server has closed without being asked: it counts the session no more. `None`: the client is not kept.
+    pub(super) fn cut_off(&mut self) -> Option<CutOff> {
+        let over = self.live.limits.max_disconnect_delay?;
+        let cut_off = self.relaying.as_mut()?.slot.cut_off(over)?;
+        if let Some(sessions) = cut_off.half_of {
+            let (backend, server) = (self.backend.as_deref(), self.server.as_deref());
+            tracing::warn!(
+                backend,
+                server,
+                sessions,
+                "the server closes all sessions: their clients are closed one by one"
+            );
+        }
+        self.failed(Reason::ServerGone);
+        Some(cut_off)
     }
 
     pub(super) fn relayed(&mut self, over: Over, to_client: u64, to_server: u64) {

@@ -12,8 +12,9 @@ use tokio_util::task::task_tracker::TaskTrackerToken;
 
 use super::record::Record;
 use super::{FAREWELL, Held, Room};
+use crate::backend::CutOff;
 use crate::relay::{End, Leg, Limits, Opening, Outcome, Relay, Resting};
-use crate::sessions::{Seat, Why};
+use crate::sessions::{Call, Seat, Why};
 use crate::stream::keep_alive;
 use crate::waiting::Waiting;
 
@@ -61,6 +62,20 @@ impl Kept {
     }
 }
 
+impl Kept {
+    /// The server has closed, and the client shall not come back at the same moment as all others of this server: waits for
+    /// its turn, or until something happens to it.
+    async fn keep_client(&mut self, relay: &Relay<TcpStream>, call: &Call) {
+        let Some(CutOff { wait, shown: _shown, .. }) = self.record.cut_off() else { return };
+        self.seat.cut_off();
+        tokio::select! {
+            () = time::sleep(wait) => {}
+            () = relay.client_stirs() => {}
+            _ = poll_fn(|context| call.poll(context)) => {}
+        }
+    }
+}
+
 impl Relayed {
     /// Steps 6 and 7: the OK and what followed it go first, then bytes both ways.
     pub(super) fn new(
@@ -83,12 +98,15 @@ impl Relayed {
     async fn run_until(self, rest_after: Option<Duration>) {
         let Self { mut relay, mut kept } = self;
         let call = kept.seat.call().clone();
-        let over = tokio::select! {
-            outcome = relay.run(rest_after) => match outcome {
-                Outcome::Quiet => return put_aside(relay, kept),
-                Outcome::Ended(end) => Over::Ended(end),
-            },
-            why = poll_fn(|context| call.poll(context)) => Over::Told(why),
+        let over = loop {
+            tokio::select! {
+                outcome = relay.run(rest_after) => match outcome {
+                    Outcome::Quiet => return put_aside(relay, kept),
+                    Outcome::CutOff => kept.keep_client(&relay, &call).await,
+                    Outcome::Ended(end) => break Over::Ended(end),
+                },
+                why = poll_fn(|context| call.poll(context)) => break Over::Told(why),
+            }
         };
         let (to_client, to_server) = relay.moved();
         kept.record.relayed(over, to_client, to_server);

@@ -15,4 +15,5 @@ mod proxy_protocol;
 mod reload;
 mod servers;
 mod silent;
+mod spread;
 mod support;
