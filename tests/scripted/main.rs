@@ -10,6 +10,7 @@ mod defences;
 mod dns;
 mod guard;
 mod house;
+mod invariants;
 mod mechanisms;
 mod proxy_protocol;
 mod reload;

@@ -1,0 +1,542 @@
+//! What must hold whatever happens: users come and go at random while servers die and come back, are drained, sessions are
+//! kicked, users moved and configurations loaded, all at once and at random.
+//!
+//! - A user is never on two servers of a `user-hash` backend at once. The servers judge it: one that lets a user in looks
+//!   whether another still has a connection of that user which the proxy has not closed.
+//! - No byte reaches another's session: every line carries user, session and number both ways, and both ends check each.
+//! - No login succeeds on a backend that was not the user's at some moment of it, and once a move is done nothing is left of
+//!   the user at the old place.
+//! - At the end nothing is left: sessions, places, queues, holds.
+//!
+//! `VESTIBULE_INVARIANTS_SECONDS` makes it longer than the usual ten seconds, `VESTIBULE_INVARIANTS_SEED` repeats the
+//! decisions of a run (not its timing). The seed is printed.
+
+use std::collections::HashMap;
+use std::fmt::Write as _;
+use std::net::SocketAddr;
+use std::os::fd::AsFd;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::{Duration, Instant};
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
+use tokio::net::{TcpListener, TcpStream};
+use tokio_util::sync::CancellationToken;
+use vestibule::server::Running;
+
+use crate::support::*;
+
+const BACKENDS: [&str; 2] = ["a", "b"];
+const SERVERS: usize = 3;
+const USERS: usize = 10;
+/// More than users: nearly everybody has several sessions.
+const CLIENTS: usize = 30;
+
+/// Enough for a test: xorshift64*.
+struct Dice(u64);
+
+impl Dice {
+    fn below(&mut self, end: usize) -> usize {
+        self.0 ^= self.0 >> 12;
+        self.0 ^= self.0 << 25;
+        self.0 ^= self.0 >> 27;
+        (self.0.wrapping_mul(0x2545_F491_4F6C_DD1D) >> 33) as usize % end
+    }
+
+    fn another(&mut self) -> Self {
+        Self((self.below(usize::MAX >> 33) as u64) << 20 | 1)
+    }
+}
+
+/// A server's end of a session.
+struct Held {
+    serial: usize,
+    backend: usize,
+    server: usize,
+    socket: Arc<TcpStream>,
+}
+
+impl Held {
+    /// Whether the proxy has not closed it.
+    fn is_open(&self) -> bool {
+        is_open(&self.socket)
+    }
+}
+
+fn is_open(socket: &TcpStream) -> bool {
+    let mut asked = [PollFd::from_borrowed_fd(socket.as_fd(), PollFlags::RDHUP)];
+    poll(&mut asked, Some(&Timespec { tv_sec: 0, tv_nsec: 0 })).unwrap();
+    asked[0].revents().is_empty()
+}
+
+/// What is true, as the servers and the operator know it.
+#[derive(Default)]
+struct Truth {
+    /// By user.
+    open: HashMap<String, Vec<Held>>,
+    /// By user: the backends that were right, one after another; both while a move is under way.
+    right: HashMap<String, Vec<Vec<usize>>>,
+    violations: Vec<String>,
+}
+
+#[derive(Clone, Default)]
+struct World(Arc<Mutex<Truth>>, Arc<Counts>);
+
+#[derive(Default)]
+struct Counts {
+    serial: AtomicUsize,
+    sessions: AtomicUsize,
+    lines: AtomicUsize,
+    refused: AtomicUsize,
+    cut_off: AtomicUsize,
+}
+
+impl World {
+    fn truth(&self) -> MutexGuard<'_, Truth> {
+        self.0.lock().unwrap()
+    }
+
+    fn violation(&self, text: String) {
+        self.truth().violations.push(text);
+    }
+
+    /// A server is about to let a user in. `None`: the proxy has gone already.
+    fn let_in(&self, user: &str, backend: usize, server: usize, socket: &Arc<TcpStream>) -> Option<usize> {
+        let mut truth = self.truth();
+        if !is_open(socket) {
+            return None;
+        }
+        let serial = self.1.serial.fetch_add(1, Ordering::SeqCst);
+        let held = truth.open.entry(user.to_owned()).or_default();
+        let other = held.iter().find(|held| held.backend == backend && held.server != server && held.is_open());
+        let mut said = String::new();
+        if let Some(other) = other {
+            let _ = write!(said, "{user} on server {server} of {backend} while on {}; ", other.server);
+        }
+        held.push(Held { serial, backend, server, socket: socket.clone() });
+        if !truth.right[user].last().unwrap().contains(&backend) {
+            let _ = write!(said, "{user} on backend {backend}, which is not right");
+        }
+        if !said.is_empty() {
+            truth.violations.push(said);
+        }
+        Some(serial)
+    }
+
+    fn out(&self, user: &str, serial: usize) {
+        if let Some(held) = self.truth().open.get_mut(user) {
+            held.retain(|held| held.serial != serial);
+        }
+    }
+}
+
+/// A mailbox server: it can be killed, with all its sessions, and come back at its address.
+struct Mailboxes {
+    world: World,
+    backend: usize,
+    server: usize,
+    address: SocketAddr,
+    alive: Option<(CancellationToken, tokio::task::JoinHandle<()>)>,
+}
+
+impl Mailboxes {
+    async fn new(world: &World, backend: usize, server: usize) -> Self {
+        // An address of its own: no connection on its way out takes its port while it is dead.
+        let address = SocketAddr::new([127, 0, 1, (1 + backend * SERVERS + server) as u8].into(), 0);
+        let listener = TcpListener::bind(address).await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let mut mailboxes = Self { world: world.clone(), backend, server, address, alive: None };
+        mailboxes.serve(listener);
+        mailboxes
+    }
+
+    fn serve(&mut self, listener: TcpListener) {
+        let (world, backend, server, dead) = (self.world.clone(), self.backend, self.server, CancellationToken::new());
+        let token = dead.clone();
+        let serving = tokio::spawn(async move {
+            let sessions = tokio_util::task::TaskTracker::new();
+            while let Some(Ok((socket, _))) = dead.run_until_cancelled(listener.accept()).await {
+                let (world, dead) = (world.clone(), dead.clone());
+                sessions.spawn(async move {
+                    dead.run_until_cancelled_owned(serve(world, backend, server, socket)).await;
+                });
+            }
+            drop(listener);
+            sessions.close();
+            sessions.wait().await;
+        });
+        self.alive = Some((token, serving));
+    }
+
+    async fn flap(&mut self) {
+        match self.alive.take() {
+            Some((dead, serving)) => {
+                dead.cancel();
+                serving.await.unwrap();
+            }
+            None => {
+                let listener = TcpListener::bind(self.address).await.unwrap();
+                self.serve(listener);
+            }
+        }
+    }
+}
+
+/// What is said after the marks, so that lines fill buffers now and then.
+fn padding(number: usize) -> String {
+    "x".repeat(if number % 7 == 3 { 1000 + number * 997 % 40_000 } else { 1 + number % 50 })
+}
+
+/// Takes a session out of the world however its task ends.
+struct Out<'a>(&'a World, &'a str, usize);
+
+impl Drop for Out<'_> {
+    fn drop(&mut self) {
+        self.0.out(self.1, self.2);
+    }
+}
+
+/// A session as its server has it. Ends with the connection; the world hears of what is not as it must be.
+async fn serve(world: World, backend: usize, server: usize, socket: TcpStream) {
+    let socket = Arc::new(socket);
+    let mut stream = BufReader::new(Shared(socket.clone()));
+    let mut line = String::new();
+    if stream.get_mut().say("* OK [CAPABILITY IMAP4rev1] x\r\n").await.is_err()
+        || read(&mut stream, &mut line).await.is_none()
+    {
+        return;
+    }
+    let Some(user) = line.split('"').nth(1).map(str::to_owned) else {
+        world.violation(format!("a login as {line:?}"));
+        return;
+    };
+    let Some(serial) = world.let_in(&user, backend, server, &socket) else { return };
+    let _out = Out(&world, &user, serial);
+    if stream.get_mut().say("L OK [CAPABILITY IMAP4rev1] in\r\n").await.is_err() {
+        return;
+    }
+    let mut session = None;
+    for expected in 0_usize.. {
+        if read(&mut stream, &mut line).await.is_none() {
+            return;
+        }
+        if line == "z LOGOUT" {
+            let _ = stream.get_mut().say("* BYE x\r\nz OK x\r\n").await;
+            return;
+        }
+        let mut words = line.split(' ');
+        let (said_user, said_session, number) = (words.next().unwrap_or(""), words.next().unwrap_or(""), words.next());
+        let session = session.get_or_insert_with(|| said_session.to_owned());
+        let is_right = said_user == user && said_session == session && number == Some(&expected.to_string());
+        if !is_right || words.next() != Some(padding(expected).as_str()) || words.next().is_some() {
+            let begin: String = line.chars().take(80).collect();
+            world.violation(format!("a session of {user} ({session}) was told {begin:?}, expected number {expected}"));
+            return;
+        }
+        let answer = format!("{user} {session} {expected} {backend} {serial} {}\r\n", padding(expected + 1));
+        if stream.get_mut().say(&answer).await.is_err() {
+            return;
+        }
+    }
+}
+
+/// A socket that the world may look at while a task reads it.
+struct Shared(Arc<TcpStream>);
+
+impl Shared {
+    async fn say(&mut self, text: &str) -> std::io::Result<()> {
+        let mut rest = text.as_bytes();
+        while !rest.is_empty() {
+            self.0.writable().await?;
+            match self.0.try_write(rest) {
+                Ok(written) => rest = &rest[written..],
+                Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(())
+    }
+}
+
+impl tokio::io::AsyncRead for Shared {
+    fn poll_read(
+        self: std::pin::Pin<&mut Self>,
+        context: &mut std::task::Context<'_>,
+        to: &mut tokio::io::ReadBuf<'_>,
+    ) -> std::task::Poll<std::io::Result<()>> {
+        loop {
+            std::task::ready!(self.0.poll_read_ready(context))?;
+            match self.0.try_read(to.initialize_unfilled()) {
+                Ok(read) => {
+                    to.advance(read);
+                    return std::task::Poll::Ready(Ok(()));
+                }
+                Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {}
+                Err(error) => return std::task::Poll::Ready(Err(error)),
+            }
+        }
+    }
+}
+
+/// A line without its end; `None` at the end of the stream.
+async fn read<S: tokio::io::AsyncRead + Unpin>(stream: &mut BufReader<S>, line: &mut String) -> Option<()> {
+    line.clear();
+    let read = stream.read_line(line).await.ok()?;
+    if read == 0 || !line.ends_with('\n') {
+        return None;
+    }
+    line.truncate(line.trim_end().len());
+    Some(())
+}
+
+/// A client that logs in, speaks, is silent, and goes, again and again.
+async fn client(world: World, proxy: SocketAddr, mut dice: Dice, over: CancellationToken) {
+    let counts = world.1.clone();
+    while !over.is_cancelled() {
+        let user = format!("user{}", dice.below(USERS));
+        let session = counts.sessions.fetch_add(1, Ordering::SeqCst);
+        let began = world.truth().right[&user].len() - 1;
+        let socket = in_time("a connection", TcpStream::connect(proxy)).await.unwrap();
+        let mut stream = BufReader::new(socket);
+        let mut line = String::new();
+        in_time("a greeting", read(&mut stream, &mut line)).await.expect("a greeting");
+        stream.get_mut().write_all(format!("a LOGIN {user} secret\r\n").as_bytes()).await.unwrap();
+        match in_time("an answer", read(&mut stream, &mut line)).await {
+            Some(()) if line.starts_with("a OK") => {}
+            Some(()) if line.starts_with("a NO [UNAVAILABLE]") || line.starts_with("* BYE [UNAVAILABLE]") => {
+                counts.refused.fetch_add(1, Ordering::SeqCst);
+                over.run_until_cancelled(tokio::time::sleep(Duration::from_millis(dice.below(50) as u64))).await;
+                continue;
+            }
+            // Told to end before it was told that it is in.
+            None => continue,
+            Some(()) => {
+                world.violation(format!("a login of {user} was answered {line:?}"));
+                return;
+            }
+        }
+        let allowed: Vec<usize> = world.truth().right[&user][began..].concat();
+        let lines = dice.below(60);
+        for number in 0..lines {
+            let said = format!("{user} {session} {number} {}\r\n", padding(number));
+            let answered = async {
+                stream.get_mut().write_all(said.as_bytes()).await.ok()?;
+                read(&mut stream, &mut line).await
+            };
+            if in_time("a line", answered).await.is_none() {
+                counts.cut_off.fetch_add(1, Ordering::SeqCst);
+                break;
+            }
+            if line.starts_with("* BYE") {
+                counts.cut_off.fetch_add(1, Ordering::SeqCst);
+                break;
+            }
+            let words: Vec<&str> = line.split(' ').collect();
+            let marks = [user.as_str(), &session.to_string(), &number.to_string()];
+            let backend = words.get(3).and_then(|backend| backend.parse().ok());
+            if words[..3.min(words.len())] != marks || words.get(5) != Some(&padding(number + 1).as_str()) {
+                let begin: String = line.chars().take(80).collect();
+                world.violation(format!("session {session} of {user} was told {begin:?}, expected number {number}"));
+                return;
+            }
+            if !backend.is_some_and(|backend| allowed.contains(&backend)) {
+                world.violation(format!("{user} was let in on backend {backend:?}, right were {allowed:?}"));
+                return;
+            }
+            counts.lines.fetch_add(1, Ordering::SeqCst);
+            // Silence, now and then long enough to be put aside.
+            let pause = if dice.below(100) == 0 { 2500 } else { dice.below(20) as u64 };
+            over.run_until_cancelled(tokio::time::sleep(Duration::from_millis(pause))).await;
+        }
+        if dice.below(2) == 0 && stream.get_mut().write_all(b"z LOGOUT\r\n").await.is_ok() {
+            let mut rest = Vec::new();
+            let _ = in_time("the end after LOGOUT", stream.read_to_end(&mut rest)).await;
+        }
+    }
+}
+
+/// The operator's side: the configuration, and what may be done to it.
+struct Operator {
+    world: World,
+    folder: tempfile::TempDir,
+    proxy: Running,
+    servers: Vec<Mailboxes>,
+    /// Where each user belongs.
+    homes: [usize; USERS],
+    turns: usize,
+}
+
+impl Operator {
+    async fn new(world: &World) -> Self {
+        let mut servers = Vec::new();
+        for backend in 0..BACKENDS.len() {
+            for server in 0..SERVERS {
+                servers.push(Mailboxes::new(world, backend, server).await);
+            }
+        }
+        let homes: [usize; USERS] = std::array::from_fn(|user| user % BACKENDS.len());
+        for (user, home) in homes.iter().enumerate() {
+            world.truth().right.insert(format!("user{user}"), vec![vec![*home]]);
+        }
+        let folder = tempfile::tempdir().unwrap();
+        write_files(&folder, &servers, &homes, 0);
+        let config = vestibule::config::load(&folder.path().join("vestibule.yaml")).unwrap();
+        let proxy = vestibule::server::start(config, Vec::new()).await.unwrap();
+        Self { world: world.clone(), folder, proxy, servers, homes, turns: 0 }
+    }
+
+    async fn reload(&mut self) {
+        self.turns += 1;
+        write_files(&self.folder, &self.servers, &self.homes, self.turns);
+        let file = self.folder.path().join("vestibule.yaml");
+        in_time("a reload", self.proxy.reload(&file)).await.unwrap_or_else(|error| panic!("{error:#}"));
+    }
+
+    /// Moves a user, as README says it: the table first, then the command.
+    async fn relocate(&mut self, user: usize) {
+        let (old, new) = (self.homes[user], 1 - self.homes[user]);
+        let name = format!("user{user}");
+        self.world.truth().right.get_mut(&name).unwrap().push(vec![old, new]);
+        self.homes[user] = new;
+        self.reload().await;
+        let moved = in_time("a move", self.proxy.move_user(&name, BACKENDS[new])).await;
+        assert_eq!(moved.unwrap_or_else(|error| panic!("{error:#}")).backend, BACKENDS[new]);
+        let mut truth = self.world.truth();
+        truth.right.get_mut(&name).unwrap().push(vec![new]);
+        let left =
+            truth.open.get(&name).is_some_and(|held| held.iter().any(|held| held.backend == old && held.is_open()));
+        if left {
+            truth.violations.push(format!("{name} is still on backend {old} after the move"));
+        }
+    }
+
+    async fn disturb(&mut self, dice: &mut Dice) -> &'static str {
+        let server = dice.below(self.servers.len());
+        let name = self.servers[server].address.to_string();
+        match dice.below(10) {
+            0..3 => {
+                // Of a backend one is dead at a time, or hardly anybody would get in.
+                let backend = self.servers[server].backend;
+                let dead = self.servers.iter().position(|other| other.backend == backend && other.alive.is_none());
+                self.servers[dead.unwrap_or(server)].flap().await;
+                "flaps"
+            }
+            3 => {
+                self.calm_modes();
+                self.proxy.set_server(&name, Some("drain"), Some(dice.below(3) as f64 / 10.0)).unwrap();
+                "drains"
+            }
+            4..6 => {
+                self.proxy.set_server(&name, Some(["up", "up", "up", "down"][dice.below(4)]), None).unwrap();
+                "modes"
+            }
+            6 => {
+                self.proxy.kick(&format!("user{}", dice.below(USERS))).await.unwrap();
+                "kicks"
+            }
+            7 => {
+                self.reload().await;
+                "reloads"
+            }
+            _ => {
+                let user = dice.below(USERS);
+                self.relocate(user).await;
+                "moves"
+            }
+        }
+    }
+
+    /// All servers are wanted again.
+    fn calm_modes(&self) {
+        for server in &self.servers {
+            self.proxy.set_server(&server.address.to_string(), Some("up"), None).unwrap();
+        }
+    }
+
+    /// And alive.
+    async fn calm(&mut self) {
+        self.calm_modes();
+        for server in self.servers.iter_mut().filter(|server| server.alive.is_none()) {
+            server.flap().await;
+        }
+    }
+}
+
+/// A configuration that differs a little every time, and the table of users.
+fn write_files(folder: &tempfile::TempDir, servers: &[Mailboxes], homes: &[usize; USERS], turn: usize) {
+    let table: String =
+        homes.iter().enumerate().map(|(user, home)| format!("user{user} {}\n", BACKENDS[*home])).collect();
+    let path = folder.path().join("users.txt");
+    std::fs::write(&path, table).unwrap();
+    let mut text = "listeners: [{address: '127.0.0.1:0', tls: none}]\n".to_owned();
+    let _ = writeln!(text, "limits: {{workers: 2, idle: {}m, failed_login_delay: off}}\nbackends:", 30 + turn % 2);
+    for at in 0..BACKENDS.len() {
+        let backend = (at + turn) % BACKENDS.len();
+        let mut addresses: Vec<String> = servers
+            .iter()
+            .filter(|server| server.backend == backend)
+            .map(|server| format!("'{}'", server.address))
+            .collect();
+        addresses.rotate_left(turn % SERVERS);
+        let list = addresses.join(", ");
+        let _ = writeln!(text, "  {}: {{servers: [{list}], balance: user-hash, check: off}}", BACKENDS[backend]);
+    }
+    let _ = writeln!(text, "routes: [{{table: {}}}]", path.display());
+    std::fs::write(folder.path().join("vestibule.yaml"), text).unwrap();
+}
+
+fn variable(name: &str) -> Option<u64> {
+    std::env::var(name).ok().map(|text| text.parse().unwrap_or_else(|_| panic!("{name}: {text:?} is no number")))
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn nobody_is_served_twice_or_by_the_wrong_one_whatever_happens() {
+    let time = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap();
+    let seed = variable("VESTIBULE_INVARIANTS_SEED").unwrap_or(u64::from(time.subsec_nanos()) | 1);
+    let length = Duration::from_secs(variable("VESTIBULE_INVARIANTS_SECONDS").unwrap_or(10));
+    println!("VESTIBULE_INVARIANTS_SEED={seed}");
+    let mut dice = Dice(seed | 1);
+    let world = World::default();
+    let mut operator = Operator::new(&world).await;
+    let over = CancellationToken::new();
+    let address = operator.proxy.listeners()[0];
+    let clients: Vec<_> =
+        (0..CLIENTS).map(|_| tokio::spawn(client(world.clone(), address, dice.another(), over.clone()))).collect();
+    let end = Instant::now() + length;
+    let mut done: HashMap<&str, usize> = HashMap::new();
+    while Instant::now() < end && world.truth().violations.is_empty() {
+        *done.entry(operator.disturb(&mut dice).await).or_default() += 1;
+        tokio::time::sleep(Duration::from_millis(dice.below(60) as u64)).await;
+    }
+    over.cancel();
+    for client in clients {
+        in_time("a client", client).await.unwrap();
+    }
+    assert_eq!(world.truth().violations, Vec::<String>::new());
+    let counts = &world.1;
+    println!(
+        "{done:?}: {} sessions, {} let in, {} refused, {} cut off, {} lines",
+        counts.sessions.load(Ordering::SeqCst),
+        counts.serial.load(Ordering::SeqCst),
+        counts.refused.load(Ordering::SeqCst),
+        counts.cut_off.load(Ordering::SeqCst),
+        counts.lines.load(Ordering::SeqCst)
+    );
+    // What did not happen was not tested.
+    assert_eq!(done.len(), 6, "{done:?}");
+    assert!(counts.serial.load(Ordering::SeqCst) > 100 && counts.lines.load(Ordering::SeqCst) > 1000);
+    assert!(counts.cut_off.load(Ordering::SeqCst) > 0);
+    // Nothing is left, and everybody is let in again.
+    operator.calm().await;
+    for gauge in ["vestibule_sessions", "vestibule_backend_sessions", "vestibule_server_sessions"] {
+        eventually(gauge, || metric(&operator.proxy, gauge, &[]) == 0.0).await;
+    }
+    assert_eq!(operator.proxy.sessions().count(|_| true), 0);
+    eventually("the servers' ends", || world.truth().open.values().all(Vec::is_empty)).await;
+    for user in 0..USERS {
+        let mut client = Client::connect(address).await;
+        assert!(client.ask(&format!("a LOGIN user{user} secret")).await.starts_with("a OK"), "user{user}");
+    }
+    operator.proxy.stop().await;
+}
