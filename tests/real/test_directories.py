@@ -2,6 +2,7 @@
 directory that stops, that hangs, and that has fewer connections than there are logins."""
 
 import concurrent.futures
+import threading
 import time
 import unittest
 
@@ -333,6 +334,30 @@ class Redis(AnyServer, unittest.TestCase):
     def route(self):
         return ["redis", f"url: redis://localhost:{self.directory.port}/0", "password_file: password",
                 'key: "mailbox:%{user}"']
+
+    def test_it_flaps(self):
+        """While logins go on: each is answered as the directory says, or told to come again; nobody is sent elsewhere."""
+        proxy = self.proxy()
+        over, answers = threading.Event(), {ALICE: set(), "nobody@example.org": set()}
+
+        def log_in(user):
+            while not over.is_set():
+                answers[user].add(Client(proxy).login(user, PASSWORDS.get(user, "wrong"))[:12])
+
+        people = [threading.Thread(target=log_in, args=(user,), daemon=True) for user in answers]
+        for person in people:
+            person.start()
+        for _ in range(5):
+            self.directory.kill()
+            wait_for("somebody to notice", lambda: proxy.metric("vestibule_route_failing") == 1)
+            self.directory.start()
+            wait_for("somebody to notice", lambda: proxy.metric("vestibule_route_failing") == 0)
+        over.set()
+        for person in people:
+            person.join(PATIENCE)
+        self.assertEqual(answers[ALICE], {"a OK [CAPABI", "a NO [UNAVAI"})
+        self.assertEqual(answers["nobody@example.org"], {"a NO [AUTHEN", "a NO [UNAVAI"})
+        self.assertEqual(proxy.metric("vestibule_backend_sessions_total", backend="shard-b"), 0)
 
     def test_hashes_and_tls(self):
         self.directory.command("HSET", f"hash:{CAROL}", "shard", "shard-b")

@@ -1,0 +1,464 @@
+"""Faults beneath a running proxy: servers killed or stopped at each step, resets, peers that vanish from the network, a full disk
+under the log, a clock that jumps, thousands who say nothing.
+
+Each fault is one user's; a neighbour on another server speaks all the while and must notice nothing, and what the process
+holds afterwards is what it held before.
+"""
+
+import contextlib
+import os
+import re
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import threading
+import time
+import unittest
+
+from fixtures import PATIENCE, REPOSITORY, VESTIBULE, Certificates, Dovecot, Folder, Process, Proxy, answers, program, wait_for
+from mail import Raw
+
+ALICE, BOB = "alice@example.org", "bob@example.net"
+LOGIN = {ALICE: f"LOGIN {ALICE} wonderland", BOB: f"LOGIN {BOB} builder"}
+CONFIGURATION = """
+listeners: [{{address: "127.0.0.1:{{plain}}", tls: none}}]
+backends:
+  shard-a: {{servers: ["127.0.0.1:{a}"], check: off}}
+  shard-b: {{servers: ["127.0.0.1:{b}"], check: off}}
+routes: [{{table: users.txt}}]
+limits: {{{limits}}}
+admin: {{address: "127.0.0.1:{{admin}}"}}
+"""
+# Of 10,000 connections at 20 kB each. What stays are tables that were made for the peak, and rounding by the allocator.
+MORE_MEMORY = 8 << 20
+SILENT = 10_000
+YEAR = 365.2425 * 86400 // 1
+
+
+def session(port, user=ALICE):
+    client = Raw(port)
+    client.line()
+    answer = client.command("a", LOGIN[user])[-1]
+    assert answer.startswith(b"a OK"), answer
+    return client
+
+
+def held(pid):
+    """Descriptors of a process, and bytes of its own."""
+    with open(f"/proc/{pid}/smaps_rollup") as rollup:
+        memory = next(int(line.split()[1]) << 10 for line in rollup if line.startswith("Pss_Anon"))
+    return len(os.listdir(f"/proc/{pid}/fd")), memory
+
+
+class Neighbour(threading.Thread):
+    """A session that speaks without a pause and checks what it is told."""
+
+    def __init__(self, client):
+        super().__init__(daemon=True)
+        self.client, self.over, self.count, self.failure = client, threading.Event(), 0, None
+
+    def run(self):
+        while not self.over.is_set():
+            try:
+                answer = self.client.command(f"n{self.count}", "NOOP")
+            except (OSError, AssertionError) as error:
+                answer = [repr(error).encode()]
+            if not re.fullmatch(rb"n%d OK NOOP completed.*" % self.count, b"|".join(answer)):
+                self.failure = answer
+                return
+            self.count += 1
+
+
+class Scene(unittest.TestCase):
+    """The proxy in front of two Dovecots: alice's, which suffers, and bob's."""
+
+    limits = "server_login: 3s"
+
+    @classmethod
+    def setUpClass(cls):
+        folder = Folder()
+        cls.addClassCleanup(folder.remove)
+        certificates = Certificates(folder)
+        cls.a, cls.b = Dovecot(certificates), Dovecot(certificates)
+        cls.addClassCleanup(cls.a.close)
+        cls.addClassCleanup(cls.b.close)
+
+    def start(self, a=None, limits=None, **options):
+        folder = Folder()
+        self.addCleanup(folder.remove)
+        folder.write("users.txt", f"{ALICE} shard-a\n{BOB} shard-b\n")
+        text = CONFIGURATION.format(a=a or self.a.port, b=self.b.port, limits=limits or self.limits)
+        self.proxy = Proxy(text, folder, **options)
+        self.addCleanup(self.proxy.close)
+        self.port = self.proxy.ports["plain"]
+
+    @contextlib.contextmanager
+    def untouched(self):
+        """The neighbour speaks, and afterwards nothing is left but the neighbour."""
+        neighbour = Neighbour(session(self.port, BOB))
+        pid = self.proxy.process.child.pid
+        wait_for("one session", lambda: self.proxy.metric("vestibule_sessions") == 1)
+        before, _ = held(pid)
+        neighbour.start()
+        yield
+        wait_for("one session again", lambda: self.proxy.metric("vestibule_sessions") == 1)
+        self.assertEqual(self.proxy.metric("vestibule_backend_sessions"), 1)
+        self.assertEqual(self.proxy.metric("vestibule_server_sessions"), 1)
+        wait_for(f"{before} descriptors", lambda: held(pid)[0] <= before)
+        spoken = neighbour.count
+        wait_for("the neighbour", lambda: neighbour.count > spoken or neighbour.failure)
+        neighbour.over.set()
+        neighbour.join(PATIENCE)
+        self.assertIsNone(neighbour.failure)
+        self.assertEqual(self.proxy.metric("vestibule_panics_total"), 0)
+        neighbour.client.close()
+
+    def says(self, client, answer):
+        """The tagged answer, and the connection still there."""
+        self.assertRegex(client.until(b"a ")[-1], answer)
+        self.assertRegex(client.command("b", "NOOP")[-1], b"^b OK")
+        client.close()
+
+
+class Killed(Scene):
+    """kill -9 of all of a Dovecot, at each step of a session."""
+
+    def tearDown(self):
+        self.a.kill()
+        self.a.start()
+
+    def connected(self, port):
+        """A server has a connection of the proxy's, if only in its kernel."""
+        def is_there():
+            shown = subprocess.run([program("ss"), "-Htn", "dport", "=", f":{port}"], capture_output=True, text=True, check=True)
+            return "ESTAB" in shown.stdout
+        wait_for("the proxy at the server", is_there)
+
+    def test_during_the_greeting(self):
+        self.start()
+        with self.untouched():
+            os.killpg(self.a.process.child.pid, signal.SIGSTOP)
+            client = Raw(self.port)
+            client.line()
+            client.send(b"a " + LOGIN[ALICE].encode() + b"\r\n")
+            self.connected(self.a.port)
+            self.a.kill()
+            self.says(client, rb"^a NO \[UNAVAILABLE\]")
+
+    def test_during_the_login(self):
+        # Its passwords are looked up by a program that takes its time.
+        folder = Folder()
+        self.addCleanup(folder.remove)
+        slow = folder.write("slow", "#!/bin/sh\nexec sleep 60\n", 0o755)
+        certificates = Certificates(folder)
+        server = Dovecot(certificates, extra=f"passdb {{\n driver = checkpassword\n args = {slow}\n }}")
+        self.addCleanup(server.close)
+        self.start(a=server.port, limits="server_login: 20s")
+        with self.untouched():
+            client = Raw(self.port)
+            client.line()
+            client.send(b"a " + LOGIN[ALICE].encode() + b"\r\n")
+            wait_for("the password at the server", lambda: subprocess.run(
+                [program("pgrep"), "-g", str(server.process.child.pid), "-x", "sleep"], capture_output=True).returncode == 0)
+            server.kill()
+            self.says(client, rb"^a NO \[UNAVAILABLE\]")
+
+    def test_in_a_literal(self):
+        self.start()
+        with self.untouched():
+            client = session(self.port)
+            client.send(b"b APPEND INBOX {1000000}\r\n")
+            self.assertTrue(client.line().startswith(b"+"))
+            client.send(b"x" * 500_000)
+            self.a.kill()
+            self.closed(client)
+
+    def test_in_idle(self):
+        self.start()
+        with self.untouched():
+            client = session(self.port)
+            client.command("b", "SELECT INBOX")
+            client.send(b"c IDLE\r\n")
+            self.assertTrue(client.line().startswith(b"+"))
+            wait_for("silence", lambda: self.proxy.metric("vestibule_silent_sessions") == 1)
+            self.a.kill()
+            self.closed(client)
+
+    def closed(self, client):
+        with contextlib.suppress(ConnectionResetError):
+            self.assertEqual(client.line(), b"")
+        client.close()
+
+
+class Stopped(Scene):
+    """A server that is there and says nothing."""
+
+    def tearDown(self):
+        os.killpg(self.a.process.child.pid, signal.SIGCONT)
+
+    def test_at_the_login(self):
+        self.start()
+        with self.untouched():
+            os.killpg(self.a.process.child.pid, signal.SIGSTOP)
+            client = Raw(self.port)
+            client.line()
+            client.send(b"a " + LOGIN[ALICE].encode() + b"\r\n")
+            self.says(client, rb"^a NO \[UNAVAILABLE\]")
+        self.assertEqual(self.proxy.metric("vestibule_failures_total", reason="login_timeout"), 1)
+
+    def test_within_a_session(self):
+        self.start(limits="stall: 10s")
+        with self.untouched():
+            client, other = session(self.port), session(self.port)
+            os.killpg(self.a.process.child.pid, signal.SIGSTOP)
+            # One just waits, and is answered when the server goes on.
+            client.send(b"b NOOP\r\n")
+            # To the other one's bytes there is an end.
+            other.send(b"b APPEND INBOX {100000000+}\r\n")
+            with self.assertRaises(OSError):
+                while True:
+                    other.send(b"x" * 65536)
+            os.killpg(self.a.process.child.pid, signal.SIGCONT)
+            self.assertTrue(client.line().startswith(b"b OK"))
+            client.close()
+            other.close()
+        self.assertEqual(self.proxy.metric("vestibule_failures_total", reason="stalled", side="backend"), 1)
+
+
+class Resetting:
+    """A server that answers up to a step, and then resets the connection."""
+
+    def __init__(self, step):
+        self.step = step
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.port = self.listener.getsockname()[1]
+        threading.Thread(target=self.serve, daemon=True).start()
+
+    def serve(self):
+        steps = {"greeting": [], "login": [b"* OK [CAPABILITY IMAP4rev1] x\r\n"],
+                 "literal": [b"* OK [CAPABILITY IMAP4rev1] x\r\n", b"L OK [CAPABILITY IMAP4rev1] in\r\n", b"+ go on\r\n"],
+                 "silence": [b"* OK [CAPABILITY IMAP4rev1] x\r\n", b"L OK [CAPABILITY IMAP4rev1] in\r\n"]}
+        with contextlib.suppress(OSError):
+            while True:
+                one, _ = self.listener.accept()
+                for answer in steps[self.step]:
+                    one.sendall(answer)
+                    one.recv(65536)
+                one.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                one.close()
+
+    def close(self):
+        self.listener.close()
+
+
+class Resets(Scene):
+    def test_at_each_step(self):
+        for step in ("greeting", "login", "literal", "silence"):
+            with self.subTest(step), contextlib.closing(Resetting(step)) as server:
+                self.start(a=server.port)
+                with self.untouched():
+                    client = Raw(self.port)
+                    client.line()
+                    client.send(b"a " + LOGIN[ALICE].encode() + b"\r\n")
+                    if step in ("greeting", "login"):
+                        self.says(client, rb"^a NO \[UNAVAILABLE\]")
+                        continue
+                    self.assertTrue(client.until(b"a ")[-1].startswith(b"a OK"))
+                    client.send(b"b APPEND INBOX {1000}\r\n" if step == "literal" else b"b NOOP\r\n")
+                    if step == "literal":
+                        self.assertTrue(client.line().startswith(b"+"))
+                        client.send(b"half")
+                    with contextlib.suppress(ConnectionResetError):
+                        self.assertEqual(client.line(), b"")
+                    client.close()
+
+
+class Silent(Scene):
+    """Ten thousand who connect and say nothing."""
+
+    # Descriptors of one process are limited on many machines: so they come from two.
+    PROGRAM = """
+import socket, sys
+sockets = [socket.create_connection(("127.0.0.1", int(sys.argv[1])), 60, source_address=(f"127.0.1.{at % 200 + 1}", 0)) for at in range(int(sys.argv[2]))]
+print("there", flush=True)
+sys.stdin.readline()
+"""
+
+    def crowd(self):
+        children = []
+        for _ in range(2):
+            child = subprocess.Popen([sys.executable, "-c", self.PROGRAM, str(self.port), str(SILENT // 2)], stdin=subprocess.PIPE,
+                                     stdout=subprocess.PIPE, text=True)
+            self.addCleanup(child.wait)
+            self.addCleanup(child.kill)
+            children.append(child)
+        for child in children:
+            self.assertEqual(child.stdout.readline(), "there\n")
+        return children
+
+    def leave(self, children):
+        for child in children:
+            child.stdin.close()
+            child.stdout.close()
+            child.wait(PATIENCE)
+
+    def test_all_are_let_in(self):
+        self.start(limits=f"before_login: {SILENT + 10}")
+        pid = self.proxy.process.child.pid
+        with self.untouched():
+            _, before = held(pid)
+            children = self.crowd()
+            wait_for("all", lambda: self.proxy.metric("vestibule_sessions") == SILENT + 1)
+            descriptors, most = held(pid)
+            self.assertGreater(descriptors, SILENT)
+            session(self.port).close()
+            self.leave(children)
+            wait_for("their end", lambda: self.proxy.metric("vestibule_sessions") == 1)
+            wait_for(f"memory back to {before} of {most}", lambda: held(pid)[1] <= before + MORE_MEMORY)
+            print(f"{SILENT} silent: {before >> 10} kB before, {most >> 10} at the peak, {held(pid)[1] >> 10} after", flush=True)
+
+    def test_the_oldest_are_shed(self):
+        self.start(limits="before_login: 500")
+        with self.untouched():
+            children = self.crowd()
+            wait_for("those who are shed", lambda: self.proxy.metric("vestibule_failures_total", reason="shed") >= SILENT - 500)
+            self.assertLessEqual(self.proxy.metric("vestibule_sessions"), 502)
+            session(self.port).close()
+            self.leave(children)
+
+
+class FullDisk(Scene):
+    def test_under_the_log(self):
+        # All that is written to it fails with ENOSPC.
+        self.start()
+        self.proxy.process.kill()
+        self.proxy.process = Process([VESTIBULE, "run", "--config", self.proxy.file], "/dev/full")
+        wait_for("the proxy", lambda: answers(self.proxy.ports["admin"]))
+        with self.untouched():
+            for _ in range(20):
+                client = session(self.port)
+                self.assertTrue(client.command("b", "NOOP")[-1].startswith(b"b OK"))
+                client.close()
+
+
+class Clock(Scene):
+    """The wall clock of the proxy alone is moved, by a library in between; time that only passes is left alone."""
+
+    def test_it_jumps(self):
+        folder = Folder()
+        self.addCleanup(folder.remove)
+        library = folder.path / "clock.so"
+        subprocess.run([program("cc"), "-shared", "-fPIC", "-O", "-o", library, REPOSITORY / "tests/real/clock.c"], check=True)
+        now = folder.write("now", "0")
+        self.start(environment={"LD_PRELOAD": str(library), "CLOCK_FILE": str(now)})
+
+        def year():
+            return max(re.findall(r"(?m)^(?:\x1b\[\dm)?(\d{4})-\d\d-\d\dT", self.proxy.log())[-1:])
+
+        with self.untouched():
+            before = session(self.port)
+            for jump, in_year in ((3600, 0), (-3600, 0), (20 * YEAR, 20), (-10 * YEAR, -10), (0, 0)):
+                now.write_text(str(int(jump)))
+                self.assertTrue(before.command("c", "NOOP")[-1].startswith(b"c OK"), jump)
+                after = session(self.port)
+                self.assertTrue(after.command("c", "NOOP")[-1].startswith(b"c OK"), jump)
+                after.close()
+                wait_for("the record", lambda: self.proxy.metric("vestibule_backend_sessions") == 2)
+                wait_for(f"the log at {jump}", lambda: int(year()) == time.localtime().tm_year + in_year)
+            before.close()
+
+
+class HalfOpen(unittest.TestCase):
+    """Peers that vanish from the network without a word: each in a network namespace whose link is taken down."""
+
+    def setUp(self):
+        self.names = {name: f"vst-{os.getpid()}-{name}" for name in ("proxy", "client", "server")}
+        for name in self.names.values():
+            self.ip("netns", "add", name)
+            self.addCleanup(self.ip, "netns", "del", name)
+        for name in self.names.values():
+            self.ip("-n", name, "link", "set", "lo", "up")
+        for number, other in ((1, "client"), (2, "server")):
+            self.ip("-n", self.names["proxy"], "link", "add", f"to{number}", "type", "veth", "peer", "name", "wire", "netns",
+                    self.names[other])
+            self.ip("-n", self.names["proxy"], "addr", "add", f"10.77.{number}.1/24", "dev", f"to{number}")
+            self.ip("-n", self.names[other], "addr", "add", f"10.77.{number}.2/24", "dev", "wire")
+            self.ip("-n", self.names["proxy"], "link", "set", f"to{number}", "up")
+            self.ip("-n", self.names[other], "link", "set", "wire", "up")
+
+    def ip(self, *words):
+        subprocess.run([program("ip"), *words], check=True, capture_output=True)
+
+    def inside(self, name, *command):
+        return [program("ip"), "netns", "exec", self.names[name], *command]
+
+    def python(self, name, text):
+        child = subprocess.Popen(self.inside(name, sys.executable, "-c", text), stdout=subprocess.PIPE, stdin=subprocess.PIPE, text=True)
+        self.addCleanup(child.stdout.close)
+        self.addCleanup(child.stdin.close)
+        self.addCleanup(child.wait)
+        self.addCleanup(child.kill)
+        return child
+
+    def test_both_sides(self):
+        folder = Folder()
+        self.addCleanup(folder.remove)
+        server = self.python("server", """
+import socket, threading
+listener = socket.create_server(("10.77.2.2", 143))
+def serve(one):
+    one.sendall(b"* OK [CAPABILITY IMAP4rev1] x\\r\\n")
+    one.recv(4096)
+    one.sendall(b"L OK [CAPABILITY IMAP4rev1] in\\r\\n")
+    while one.recv(4096): one.sendall(b"b OK done\\r\\n")
+print("there", flush=True)
+while True: threading.Thread(target=serve, args=(listener.accept()[0],), daemon=True).start()
+""")
+        self.assertEqual(server.stdout.readline(), "there\n")
+        file = folder.write("vestibule.yaml", """
+listeners: [{address: "10.77.1.1:143", tls: none}, {address: "127.0.0.1:143", tls: none}]
+backends: {only: {servers: ["10.77.2.2:143"], check: off, balance: round-robin}}
+routes: [{default: only}]
+limits: {keepalive: 10s, login: 10s, max_disconnect_delay: off}
+admin: {address: "127.0.0.1:9"}
+""")
+        proxy = Process(self.inside("proxy", VESTIBULE, "run", "--config", file), folder.path / "log")
+        self.addCleanup(proxy.kill)
+
+        def metric(name):
+            text = subprocess.run(self.inside("proxy", program("curl"), "-s", "http://127.0.0.1:9/metrics"), capture_output=True,
+                                  text=True).stdout
+            return sum(float(line.rsplit(" ", 1)[1]) for line in text.splitlines() if line.startswith(name + "{") or line.startswith(name + " "))
+
+        wait_for("the proxy", lambda: metric("vestibule_build_info") == 1)
+        talk = """
+import socket, sys
+def session(address):
+    one = socket.create_connection((address, 143)); one.recv(4096)
+    one.sendall(b"a LOGIN u p\\r\\n"); assert b"a OK" in one.recv(4096)
+    return one
+"""
+        client = self.python("client", talk + """
+one, other = session("10.77.1.1"), socket.create_connection(("10.77.1.1", 143))
+print("in", flush=True); sys.stdin.readline()
+""")
+        self.assertEqual(client.stdout.readline(), "in\n")
+        wait_for("silence", lambda: metric("vestibule_silent_sessions") == 1)
+        # The client is gone, and one more who had not logged in. Deadlines and keepalive (10 s, and three probes) find it.
+        self.ip("-n", self.names["client"], "link", "set", "wire", "down")
+        wait_for("the client's end", lambda: metric("vestibule_sessions") == 0)
+        # Now the server, under a client that is there.
+        local = self.python("proxy", talk + """
+one = session("127.0.0.1")
+print("in", flush=True)
+print(one.recv(100), flush=True)
+""")
+        self.assertEqual(local.stdout.readline(), "in\n")
+        wait_for("silence", lambda: metric("vestibule_silent_sessions") == 1)
+        self.ip("-n", self.names["server"], "link", "set", "wire", "down")
+        self.assertEqual(local.stdout.readline(), "b''\n", "the client is told")
+        local.wait(PATIENCE)
+        wait_for("its end", lambda: metric("vestibule_sessions") == 0)
+        self.assertEqual(metric("vestibule_server_sessions"), 0)
