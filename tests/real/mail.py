@@ -4,7 +4,10 @@ import imaplib
 import socket
 import ssl
 
-from fixtures import PATIENCE
+from fixtures import PASSWORDS, PATIENCE
+
+ALICE, BOB = "alice@example.org", "bob@example.net"
+LOGIN = {user: f"LOGIN {user} {PASSWORDS[user]}" for user in (ALICE, BOB)}
 
 
 def context(ca):
@@ -82,3 +85,12 @@ class Raw:
 
     def close(self):
         self.socket.close()
+
+
+def session(port, user=ALICE):
+    """A logged-in session of a `Raw`."""
+    client = Raw(port)
+    client.line()
+    answer = client.command("a", LOGIN[user])[-1]
+    assert answer.startswith(b"a OK"), answer
+    return client

@@ -18,10 +18,8 @@ import time
 import unittest
 
 from fixtures import PATIENCE, REPOSITORY, VESTIBULE, Certificates, Dovecot, Folder, Process, Proxy, answers, program, wait_for
-from mail import Raw
+from mail import ALICE, BOB, LOGIN, Raw, session
 
-ALICE, BOB = "alice@example.org", "bob@example.net"
-LOGIN = {ALICE: f"LOGIN {ALICE} wonderland", BOB: f"LOGIN {BOB} builder"}
 CONFIGURATION = """
 listeners: [{{address: "127.0.0.1:{{plain}}", tls: none}}]
 backends:
@@ -35,14 +33,6 @@ admin: {{address: "127.0.0.1:{{admin}}"}}
 MORE_MEMORY = 8 << 20
 SILENT = 10_000
 YEAR = 365.2425 * 86400 // 1
-
-
-def session(port, user=ALICE):
-    client = Raw(port)
-    client.line()
-    answer = client.command("a", LOGIN[user])[-1]
-    assert answer.startswith(b"a OK"), answer
-    return client
 
 
 def held(pid):
@@ -115,6 +105,13 @@ class Scene(unittest.TestCase):
         self.assertEqual(self.proxy.metric("vestibule_panics_total"), 0)
         neighbour.client.close()
 
+    def asks(self):
+        """Alice's login, sent and not waited for."""
+        client = Raw(self.port)
+        client.line()
+        client.send(b"a " + LOGIN[ALICE].encode() + b"\r\n")
+        return client
+
     def says(self, client, answer):
         """The tagged answer, and the connection still there."""
         self.assertRegex(client.until(b"a ")[-1], answer)
@@ -140,9 +137,7 @@ class Killed(Scene):
         self.start()
         with self.untouched():
             os.killpg(self.a.process.child.pid, signal.SIGSTOP)
-            client = Raw(self.port)
-            client.line()
-            client.send(b"a " + LOGIN[ALICE].encode() + b"\r\n")
+            client = self.asks()
             self.connected(self.a.port)
             self.a.kill()
             self.says(client, rb"^a NO \[UNAVAILABLE\]")
@@ -157,9 +152,7 @@ class Killed(Scene):
         self.addCleanup(server.close)
         self.start(a=server.port, limits="server_login: 20s")
         with self.untouched():
-            client = Raw(self.port)
-            client.line()
-            client.send(b"a " + LOGIN[ALICE].encode() + b"\r\n")
+            client = self.asks()
             wait_for("the password at the server", lambda: subprocess.run(
                 [program("pgrep"), "-g", str(server.process.child.pid), "-x", "sleep"], capture_output=True).returncode == 0)
             server.kill()
@@ -202,9 +195,7 @@ class Stopped(Scene):
         self.start()
         with self.untouched():
             os.killpg(self.a.process.child.pid, signal.SIGSTOP)
-            client = Raw(self.port)
-            client.line()
-            client.send(b"a " + LOGIN[ALICE].encode() + b"\r\n")
+            client = self.asks()
             self.says(client, rb"^a NO \[UNAVAILABLE\]")
         self.assertEqual(self.proxy.metric("vestibule_failures_total", reason="login_timeout"), 1)
 
@@ -259,9 +250,7 @@ class Resets(Scene):
             with self.subTest(step), contextlib.closing(Resetting(step)) as server:
                 self.start(a=server.port)
                 with self.untouched():
-                    client = Raw(self.port)
-                    client.line()
-                    client.send(b"a " + LOGIN[ALICE].encode() + b"\r\n")
+                    client = self.asks()
                     if step in ("greeting", "login"):
                         self.says(client, rb"^a NO \[UNAVAILABLE\]")
                         continue

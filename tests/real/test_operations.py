@@ -11,10 +11,8 @@ import unittest
 from pathlib import Path
 
 from fixtures import PATIENCE, VESTIBULE, Certificates, Dovecot, Folder, Process, Proxy, answers, free_port, program, wait_for
-from mail import Raw
+from mail import ALICE, BOB, LOGIN, Raw, session
 
-ALICE, BOB = "alice@example.org", "bob@example.net"
-LOGIN = {ALICE: f"LOGIN {ALICE} wonderland", BOB: f"LOGIN {BOB} builder"}
 CONFIGURATION = """
 listeners: [{{address: "127.0.0.1:{{plain}}", tls: none}}]
 backends:
@@ -24,15 +22,6 @@ routes: [{{table: users.txt}}]
 limits: {{drain: 1m}}
 admin: {{address: "127.0.0.1:{{admin}}", control: control}}
 """
-
-
-def session(port, user=ALICE):
-    """A logged-in session."""
-    client = Raw(port)
-    client.line()
-    answer = client.command("a", LOGIN[user])[-1]
-    assert answer.startswith(b"a OK"), answer
-    return client
 
 
 def alive(client):
