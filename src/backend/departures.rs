@@ -2,9 +2,10 @@
 //!
 //! When a server dies, all its clients would come back at the same moment, to servers that are fewer than before. So one
 //! whose server has closed without being asked is kept for a while, each longer than the one before it, evenly over
-//! `limits.max_disconnect_delay`, though never fewer than [`LEAST_PACE`] leave in a second. A server that dies is known by two
-//! things together: it has cut off others just before, and has so many sessions fewer. A lone end (a timeout, a session that is ended at the
-//! server) is passed on at once; so is any on a server that gets new logins as fast as it closes sessions.
+//! `limits.max_disconnect_delay`, though never fewer than [`LEAST_PACE`] leave in a second. A server that dies is known by
+//! two things together: it has cut off others just before, and has so many sessions fewer. A lone end (a timeout, a session
+//! that is ended at the server) is passed on at once; so is any on a server that gets new logins as fast as it closes
+//! sessions.
 //!
 //! The place in this line is all there is to decide; nothing here waits, and nothing is drawn at random: several processes
 //! that spread their own clients evenly are even together. Called by `slots`.

@@ -8,9 +8,9 @@
 //!
 //! A side that finishes is passed on as a half-close, and the other may go on talking for `half_close` after its last
 //! byte. A write that fails ends its own direction only, so that the last words of a server (`* BYE …`) still reach a
-//! client that is still sending. A server that closes in the middle of a silence was asked by nobody: the caller hears of it
-//! ([`Outcome::CutOff`]) before the client does, and says when it shall. What breaks the rules of TLS ends the session with an alert. Called by `session`, after
-//! the login.
+//! client that is still sending. A server that closes in the middle of a silence was asked by nobody: the caller hears of
+//! it ([`Outcome::CutOff`]) before the client does, and says when it shall. What breaks the rules of TLS ends the session
+//! with an alert. Called by `session`, after the login.
 
 mod direction;
 mod leg;
