@@ -129,11 +129,10 @@ impl Running {
         };
         let over = over.map(Duration::try_from_secs_f64).transpose().context("that is no duration")?;
         let live = self.live();
-        let all = live.backends.list().iter().flat_map(|backend| backend.servers());
-        let servers: Vec<Arc<Server>> = all.filter(|server| *server.name == *name).collect();
+        let all: Vec<Arc<Server>> = live.backends.list().iter().flat_map(|backend| backend.servers()).collect();
+        let servers: Vec<Arc<Server>> = all.iter().filter(|server| *server.name == *name).cloned().collect();
         if servers.is_empty() {
-            let known = live.backends.list().iter().flat_map(|backend| backend.servers());
-            let known: BTreeSet<String> = known.map(|server| server.name.to_string()).collect();
+            let known: BTreeSet<&str> = all.iter().map(|server| &*server.name).collect();
             bail!("no server is called {name:?}; known: {}", known.into_iter().collect::<Vec<_>>().join(", "));
         }
         for server in &servers {
