@@ -156,6 +156,7 @@ fn describe(live: &Live, target: &Target) -> String {
         }
         Target::Refuse(reason) => format!("NO [CONTACTADMIN] {reason}"),
         Target::Denied(_) => "NO [AUTHENTICATIONFAILED]".to_owned(),
+        Target::PasswordNeeded => "NO [UNAVAILABLE]: the route decides by the client's password".to_owned(),
         Target::Maintenance(reason) => format!("NO [UNAVAILABLE] {reason}"),
     }
 }

@@ -66,6 +66,12 @@ pub(super) fn question(question: &Question, visitor: &Visitor, pass_certificate:
     add("auth-protocol", b"imap")?;
     add("auth-login-attempt", visitor.attempt.to_string().as_bytes())?;
     add("client-ip", visitor.client.ip().to_canonical().to_string().as_bytes())?;
+    if visitor.is_proxied {
+        add("proxy-protocol-addr", visitor.client.ip().to_string().as_bytes())?;
+        add("proxy-protocol-port", visitor.client.port().to_string().as_bytes())?;
+        add("proxy-protocol-server-addr", visitor.listener.ip().to_string().as_bytes())?;
+        add("proxy-protocol-server-port", visitor.listener.port().to_string().as_bytes())?;
+    }
     let Some(tls) = &visitor.tls else { return Ok(headers) };
     add("auth-ssl", b"on")?;
     // rustls writes TLSv1_3.

@@ -19,11 +19,12 @@ use zeroize::Zeroizing;
 use super::Answer;
 use super::auth_http::{self, Verdict};
 use super::directory::answer;
+use super::proof::{Identity, SentPassword};
 use super::question::{Question, Visitor};
 use super::target::{At, Declared, Denied, Fields, Login, Place, Target};
 use crate::config::{self, BackendId, Config, Host, HttpStyle, Network, Problem, Server};
 use crate::http_client::{self, HttpClient};
-use crate::identity::UserName;
+use crate::identity::{Proof, UserName};
 
 /// A request a user.
 pub(super) struct Http {
@@ -124,18 +125,27 @@ impl Http {
     }
 
     async fn ask_json(&self, question: &Question) -> Result<Answer, String> {
-        let (head, body) = self.client.send(self.json(question)?).await?.into_parts();
-        Ok(self.read_json(head.status, &http_client::body(body).await?))
+        let credentials = question.visitor.as_deref().map(|visitor| &visitor.credentials);
+        let sent = credentials.filter(|_| self.password).and_then(SentPassword::of);
+        let request = self.json(question, sent.as_ref())?;
+        let (head, body) = self.client.send(request).await?.into_parts();
+        Ok(self.read_json(head.status, &http_client::body(body).await?, sent))
     }
 
     async fn ask_nginx(&self, question: &Question) -> Result<Answer, String> {
         // The command `route` has no password to ask with.
         let visitor = question.visitor.as_ref().ok_or("this style is asked with a client's password only")?;
+        if matches!(visitor.credentials.proof, Proof::Message(_)) {
+            return Ok(Answer::Found(Target::PasswordNeeded.into()));
+        }
         loop {
             let response = self.client.send(self.nginx(question, visitor)?).await?;
             let said = auth_http::answer(response.headers());
             match said.map_err(|error| format!("{error} ({})", response.status()))? {
-                Verdict::Good { address, user, login } => return Ok(self.place(address, user, login)),
+                Verdict::Good { address, user, login } => {
+                    let identity = SentPassword::of(&visitor.credentials).map(SentPassword::confirmed);
+                    return Ok(self.place(address, user, login, identity.unwrap_or_default()));
+                }
                 Verdict::Denied(denied) => return Ok(Answer::Found(Target::Denied(denied).into())),
                 // The route's `timeout` ends it.
                 Verdict::AskAgain(wait) => tokio::time::sleep(wait).await,
@@ -143,14 +153,9 @@ impl Http {
         }
     }
 
-    fn json(&self, question: &Question) -> Result<Request<Full<Bytes>>, String> {
+    fn json(&self, question: &Question, sent: Option<&SentPassword<'_>>) -> Result<Request<Full<Bytes>>, String> {
         let visitor = question.visitor.as_deref();
-        let secret = |visitor: &'_ Visitor| {
-            let password = visitor.credentials.password().filter(|_| self.password)?;
-            Some(password.expose().to_vec())
-        };
-        let secret = visitor.and_then(secret).map(Zeroizing::new);
-        let password = secret.as_deref().map(|bytes| std::str::from_utf8(bytes)).transpose();
+        let password = sent.map(|password| std::str::from_utf8(password.expose())).transpose();
         let asked = Asked {
             user: &question.user,
             protocol: "imap",
@@ -182,7 +187,7 @@ impl Http {
         Ok(request)
     }
 
-    fn read_json(&self, status: StatusCode, body: &[u8]) -> Answer {
+    fn read_json(&self, status: StatusCode, body: &[u8], sent: Option<SentPassword<'_>>) -> Answer {
         match status {
             StatusCode::NOT_FOUND | StatusCode::NO_CONTENT => return Answer::Unknown,
             StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN if self.password => {
@@ -210,19 +215,23 @@ impl Http {
         for (name, value) in fields {
             read.set(name, value.unwrap_or_default());
         }
-        answer(self.declared.fields(read).map(|target| target.map(|target| self.proven(target))))
+        answer(self.declared.fields(read).map(|target| target.map(|target| self.verified(target, sent))))
     }
 
-    /// A service that was told the password has checked it.
-    fn proven(&self, mut target: Target) -> Target {
+    /// A service that verifies passwords and received none has verified nothing: the credentials it hands out are not used.
+    fn verified(&self, mut target: Target, sent: Option<SentPassword<'_>>) -> Target {
         if let Target::Place(place) = &mut target {
-            place.proven = self.password;
+            match sent {
+                Some(sent) => place.identity = sent.confirmed(),
+                None if self.password => place.login = None,
+                None => {}
+            }
         }
         target
     }
 
     /// The place that an auth server of nginx's names by its address.
-    fn place(&self, address: SocketAddr, user: Option<UserName>, login: Option<Login>) -> Answer {
+    fn place(&self, address: SocketAddr, user: Option<UserName>, login: Option<Login>, identity: Identity) -> Answer {
         let (backend, at) = match (self.servers.get(&address), self.backend) {
             (Some((backend, server)), _) => (*backend, At::Server(server.clone())),
             (None, Some(backend)) if self.networks.iter().any(|network| network.contains(address.ip())) => {
@@ -234,7 +243,7 @@ impl Http {
                 ));
             }
         };
-        Answer::Found(Arc::new(Target::Place(Place { backend, at, user, login, proven: true })))
+        Answer::Found(Arc::new(Target::Place(Place { backend, at, user, login, identity })))
     }
 }
 

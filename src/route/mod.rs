@@ -20,6 +20,7 @@ mod domain;
 mod hash;
 mod http;
 mod ldap;
+mod proof;
 mod question;
 mod redis;
 mod regex;
@@ -37,6 +38,7 @@ use tokio_util::task::TaskTracker;
 
 use self::asked::Asked;
 use self::directory::Directory;
+pub use self::proof::Identity;
 pub use self::question::{Question, Visitor, VisitorTls};
 use self::target::Declared;
 pub use self::target::{At, Denied, Login, Place, Target};

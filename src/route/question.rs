@@ -21,6 +21,8 @@ pub struct Visitor {
     pub client: SocketAddr,
     /// Where it connected to.
     pub listener: SocketAddr,
+    /// Whether both addresses are those of a PROXY header.
+    pub is_proxied: bool,
     /// One id in our log and the source's.
     pub session: Box<str>,
     /// What is known of its TLS.

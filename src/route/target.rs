@@ -18,6 +18,7 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
+use super::proof::Identity;
 use crate::config::{BackendId, Config};
 use crate::identity::{Secret, UserName};
 
@@ -37,6 +38,8 @@ pub enum Target {
     Denied(Denied),
     /// The login is refused for now: NO `[UNAVAILABLE]` with this text.
     Maintenance(Box<str>),
+    /// The source decides by the client's password, and the mechanism of the login carries none.
+    PasswordNeeded,
 }
 
 /// Where a mailbox is, and how to log in there.
@@ -48,11 +51,11 @@ pub struct Place {
     pub at: At,
     /// The user's name there, instead of the one normalisation gave.
     pub user: Option<UserName>,
-    /// To log in with there, instead of what the client brought. Used only where the client's identity is proven:
+    /// Credentials to log in with there, instead of the client's own. Used only for a client whose identity is verified:
     /// otherwise any password would open the mailbox.
     pub login: Option<Login>,
-    /// The source has checked the client's password.
-    pub proven: bool,
+    /// Whether the source has verified the client's password.
+    pub identity: Identity,
 }
 
 impl Place {
@@ -97,7 +100,7 @@ pub struct Login {
 impl Target {
     /// A backend, and nothing said beyond it.
     pub fn backend(backend: BackendId) -> Self {
-        Self::Place(Place { backend, at: At::Any, user: None, login: None, proven: false })
+        Self::Place(Place { backend, at: At::Any, user: None, login: None, identity: Identity::Unverified })
     }
 
     /// Whether it holds a secret, which no file may keep.
@@ -202,7 +205,7 @@ impl Declared {
             at: fields.server.map_or(At::Any, |server| At::Server(server.into())),
             user: fields.user.map(|name| user(name, "user")).transpose()?,
             login,
-            proven: false,
+            identity: Identity::Unverified,
         })))
     }
 

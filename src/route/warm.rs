@@ -109,7 +109,7 @@ fn written(target: &Target, declared: &Declared) -> Written {
         Target::Refuse(text) => Written { refuse: Some(text.to_string()), ..Written::default() },
         Target::Maintenance(text) => Written { maintenance: Some(text.to_string()), ..Written::default() },
         // A verdict on a password is never kept.
-        Target::Denied(_) => Written::default(),
+        Target::Denied(_) | Target::PasswordNeeded => Written::default(),
     }
 }
 

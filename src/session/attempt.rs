@@ -133,7 +133,7 @@ impl Session {
             Ok(Ok(Routed { target, route })) => {
                 let backend = match &*target {
                     Target::Place(place) => Some(&live.backends.backend(place.backend).name),
-                    Target::Refuse(_) | Target::Denied(_) | Target::Maintenance(_) => None,
+                    Target::Refuse(_) | Target::Denied(_) | Target::Maintenance(_) | Target::PasswordNeeded => None,
                 };
                 self.record.routed(route, backend, began.elapsed());
                 target
@@ -267,6 +267,7 @@ impl Session {
             Arc::new(Visitor {
                 client: self.peer,
                 listener: self.local,
+                is_proxied: self.is_proxied,
                 session: self.record.session().as_str().into(),
                 tls: self.record.tls().map(|tls| VisitorTls {
                     version: tls.version.as_str(),
@@ -312,6 +313,12 @@ impl Session {
             Target::Maintenance(text) => {
                 self.record.attempt_failed(Reason::RouteMaintenance, LoginOutcome::Unavailable, None);
                 Attempted::Refused { reply: reply::maintenance(tag, text), counts: false }
+            }
+            Target::PasswordNeeded => {
+                self.record
+                    .detail("the route decides by the client's password, and this mechanism carries none".to_owned());
+                self.record.attempt_failed(Reason::MechanismUnsupported, LoginOutcome::Unavailable, None);
+                Attempted::Unavailable
             }
             Target::Place(_) => Attempted::Unavailable,
         }
@@ -359,9 +366,10 @@ fn server_login<'a>(
             password,
         })
     };
-    let is_proven = place.proven || matches!(credentials.proof, Proof::Certificate);
-    // What a route hands out to somebody who has shown nothing would open every mailbox to every password.
-    if let Some(login) = place.login.as_ref().filter(|_| is_proven) {
+    // Credentials that a route hands out would open the mailbox to any password if nothing had verified the client's. A
+    // verified client is verified under its own name: whether it may act for another is the server's decision.
+    let is_verified = place.identity.is_confirmed() || matches!(credentials.proof, Proof::Certificate);
+    if let Some(login) = place.login.as_ref().filter(|_| is_verified && credentials.authzid.is_none()) {
         return Some(on_behalf(login.master.as_ref(), &login.password));
     }
     match &credentials.proof {

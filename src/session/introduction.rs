@@ -53,7 +53,9 @@ impl Session {
     fn believe(&mut self, said: Said) {
         let balancer = self.peer;
         match said.origin {
-            Origin::Client { client, listener } => (self.peer, self.local) = (client, listener),
+            Origin::Client { client, listener } => {
+                (self.peer, self.local, self.is_proxied) = (client, listener, true);
+            }
             Origin::Balancer => self.record.is_check(),
             Origin::Untold => {}
         }

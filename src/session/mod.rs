@@ -120,6 +120,8 @@ struct Session {
     held: Held,
     peer: SocketAddr,
     local: SocketAddr,
+    /// Whether both addresses are those of a PROXY header.
+    is_proxied: bool,
     listener: usize,
     login_by: time::Instant,
     record: Record,
@@ -143,6 +145,7 @@ impl Session {
                 held,
                 peer,
                 local,
+                is_proxied: false,
                 listener,
                 login_by,
                 record,

@@ -14,6 +14,7 @@ mod invariants;
 mod mechanisms;
 mod proxy_protocol;
 mod reload;
+mod routes;
 mod servers;
 mod silent;
 mod spread;
