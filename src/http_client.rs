@@ -1,30 +1,37 @@
 //! An HTTP client for one service: HTTP/1.1 or 2, connections that are kept, roots and headers of its own.
 //!
-//! It knows nothing of what is asked; deadlines are its callers'. Connects when it is first used. Called by `route`
-//! and `policy`.
+//! It knows nothing of what is asked; deadlines are its callers'. Connects when it is first used. A request that gets no
+//! answer over a kept connection is sent once more over a new one (see `hedge`), so that a service may receive it twice.
+//! Called by `route` and `policy`.
 
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use http_body_util::{BodyExt as _, Full, Limited};
 use hyper::body::{Bytes, Incoming};
 use hyper::header::HeaderMap;
-use hyper::{Method, Request, Response, Uri};
+use hyper::http::response::Parts;
+use hyper::{Method, Request, Uri};
 use hyper_rustls::{HttpsConnector, HttpsConnectorBuilder};
 use hyper_util::client::legacy::Client;
 use hyper_util::client::legacy::connect::HttpConnector;
 use hyper_util::rt::{TokioExecutor, TokioTimer};
-use tokio::sync::OnceCell;
+use tokio::time::Instant;
 use tokio_rustls::rustls::ClientConfig;
 use zeroize::Zeroizing;
 
 use crate::config::{Config, Located, Problem};
-use crate::tls;
+use crate::hedge::hedged;
+use crate::{tcp_liveness, tls};
 
 /// An answer has no business being longer.
 pub const MAX_BODY: usize = 64 * 1024;
 /// A connection that nobody has used for this long is closed.
 const IDLE: Duration = Duration::from_secs(60);
+/// An HTTP/2 connection is closed if a PING is not answered within this time.
+const PING_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// See the module.
 pub struct HttpClient {
@@ -32,8 +39,18 @@ pub struct HttpClient {
     headers: HeaderMap,
     tls: Option<ClientConfig>,
     connections: usize,
-    client: OnceCell<Client<HttpsConnector<HttpConnector>, Full<Bytes>>>,
+    pool: Mutex<Option<Arc<Pool>>>,
 }
+
+/// Connections to the service. A pool of which one connection has failed is replaced as a whole.
+struct Pool {
+    client: Client<HttpsConnector<HttpConnector>, Full<Bytes>>,
+    /// Whether an answer has come over one of them: only then there may be one that waits for its next request.
+    has_answered: AtomicBool,
+}
+
+/// A response, read to its end.
+type Answer = (Parts, Zeroizing<Vec<u8>>);
 
 impl std::fmt::Debug for HttpClient {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -60,7 +77,7 @@ impl HttpClient {
         let tls = (parsed.scheme_str() == Some("https"))
             .then(|| tls::client::verified(config, ca, &url.place))
             .transpose()?;
-        Ok(Self { url: parsed, headers, tls, connections, client: OnceCell::new() })
+        Ok(Self { url: parsed, headers, tls, connections, pool: Mutex::default() })
     }
 
     /// As configured.
@@ -87,37 +104,96 @@ impl HttpClient {
         Ok(request)
     }
 
-    /// Sends it, and waits for the head of the answer.
+    /// Sends a request and reads the response, up to [`MAX_BODY`]. The caller ends it at `due`.
     ///
     /// # Errors
     /// A sentence for the operator: what failed, and what caused it.
-    pub async fn send(&self, request: Request<Full<Bytes>>) -> Result<Response<Incoming>, String> {
-        let client = self.client.get_or_init(|| async { self.connect() }).await;
-        client.request(request).await.map_err(|error| chain(&error))
+    pub async fn fetch(&self, request: Request<Full<Bytes>>, due: Instant) -> Result<Answer, String> {
+        let pool = self.current_pool();
+        if !pool.has_answered.load(Ordering::Relaxed) {
+            return self.exchange(pool, request).await;
+        }
+        let fresh = async {
+            self.discard(&pool);
+            self.exchange(self.current_pool(), request.clone()).await
+        };
+        let now = Instant::now();
+        let patience = now + due.saturating_duration_since(now) / 2;
+        hedged(self.exchange(pool.clone(), request.clone()), patience, fresh).await
     }
 
-    fn connect(&self) -> Client<HttpsConnector<HttpConnector>, Full<Bytes>> {
+    /// Closes all connections that are not in use.
+    pub fn retire(&self) {
+        *self.lock() = None;
+    }
+
+    async fn exchange(&self, pool: Arc<Pool>, request: Request<Full<Bytes>>) -> Result<Answer, String> {
+        let mut unanswered = Unanswered { http: self, pool: Some(&pool) };
+        let response = pool.client.request(request).await.map_err(|error| chain(&error))?;
+        let (head, body) = response.into_parts();
+        let body = read(body).await?;
+        unanswered.pool = None;
+        pool.has_answered.store(true, Ordering::Relaxed);
+        Ok((head, body))
+    }
+
+    fn current_pool(&self) -> Arc<Pool> {
+        self.lock().get_or_insert_with(|| Arc::new(self.new_pool())).clone()
+    }
+
+    /// Leaves the connections of `pool` to the requests under way on them.
+    fn discard(&self, pool: &Arc<Pool>) {
+        let mut current = self.lock();
+        if current.as_ref().is_some_and(|current| Arc::ptr_eq(current, pool)) {
+            *current = None;
+        }
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, Option<Arc<Pool>>> {
+        self.pool.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn new_pool(&self) -> Pool {
         let mut tcp = HttpConnector::new();
         tcp.enforce_http(false);
         tcp.set_nodelay(true);
+        tcp.set_keepalive(Some(tcp_liveness::IDLE));
+        tcp.set_keepalive_interval(Some(tcp_liveness::INTERVAL));
+        tcp.set_keepalive_retries(Some(tcp_liveness::RETRIES));
+        tcp.set_tcp_user_timeout(Some(tcp_liveness::USER_TIMEOUT));
         let builder = HttpsConnectorBuilder::new();
         // Without TLS in the URL this configuration is never used.
         let tls = self.tls.clone().unwrap_or_else(tls::client::nobody);
         let connector = builder.with_tls_config(tls).https_or_http().enable_http1().enable_http2().wrap_connector(tcp);
-        Client::builder(TokioExecutor::new())
+        let client = Client::builder(TokioExecutor::new())
             .pool_timer(TokioTimer::new())
             .timer(TokioTimer::new())
             .pool_idle_timeout(IDLE)
             .pool_max_idle_per_host(self.connections)
-            .build(connector)
+            .http2_keep_alive_interval(tcp_liveness::IDLE)
+            .http2_keep_alive_timeout(PING_TIMEOUT)
+            .http2_keep_alive_while_idle(true)
+            .build(connector);
+        Pool { client, has_answered: AtomicBool::new(false) }
     }
 }
 
-/// The body of an answer, up to [`MAX_BODY`].
-///
-/// # Errors
-/// A sentence for the operator.
-pub async fn body(body: Incoming) -> Result<Zeroizing<Vec<u8>>, String> {
+/// Discards the pool when it drops: a request on it failed, or its answer was given up.
+struct Unanswered<'a> {
+    http: &'a HttpClient,
+    pool: Option<&'a Arc<Pool>>,
+}
+
+impl Drop for Unanswered<'_> {
+    fn drop(&mut self) {
+        if let Some(pool) = self.pool {
+            self.http.discard(pool);
+        }
+    }
+}
+
+/// The body of a response, up to [`MAX_BODY`].
+async fn read(body: Incoming) -> Result<Zeroizing<Vec<u8>>, String> {
     let read = Limited::new(body, MAX_BODY).collect().await;
     read.map(|body| Zeroizing::new(body.to_bytes().to_vec())).map_err(|error| format!("the answer's body: {error}"))
 }

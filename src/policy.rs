@@ -19,11 +19,11 @@ use hyper::header::{AUTHORIZATION, CONTENT_TYPE, HeaderMap, HeaderName, HeaderVa
 use hyper::{Method, StatusCode, Uri};
 use serde::{Deserialize, Serialize};
 use tokio::sync::Semaphore;
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout_at};
 use zeroize::Zeroizing;
 
 use crate::config::{self, Config, Problem};
-use crate::http_client::{self, HttpClient};
+use crate::http_client::HttpClient;
 use crate::identity::Credentials;
 use crate::metrics::{Metrics, PolicyAnswer, PolicyCommand};
 
@@ -154,7 +154,8 @@ impl Policy {
 
     /// Asks whether it may be tried.
     pub async fn allow(&self, attempt: &Attempt, metrics: &Metrics) -> Verdict {
-        let answer = match timeout(self.timeout, self.ask(&self.allow, attempt)).await {
+        let due = Instant::now() + self.timeout;
+        let answer = match timeout_at(due, self.ask(&self.allow, attempt, due)).await {
             Ok(answer) => answer,
             Err(_) => Err("no answer within policy.timeout".to_owned()),
         };
@@ -179,7 +180,8 @@ impl Policy {
         let (policy, metrics) = (self.clone(), metrics.clone());
         tokio::spawn(async move {
             let told = Told { attempt: &attempt, success, policy_reject: denied };
-            let taken = matches!(timeout(policy.timeout, policy.ask(&policy.report, &told)).await, Ok(Ok(_)));
+            let due = Instant::now() + policy.timeout;
+            let taken = matches!(timeout_at(due, policy.ask(&policy.report, &told, due)).await, Ok(Ok(_)));
             let counted = if taken { PolicyAnswer::Allowed } else { PolicyAnswer::Failed };
             metrics.policy(PolicyCommand::Report, counted);
             drop(permit);
@@ -187,14 +189,13 @@ impl Policy {
     }
 
     /// The status of the answer. The error is a sentence for the operator.
-    async fn ask(&self, command: &Uri, said: &impl Serialize) -> Result<i64, String> {
+    async fn ask(&self, command: &Uri, said: &impl Serialize, due: Instant) -> Result<i64, String> {
         let body = serde_json::to_vec(said).map_err(|error| error.to_string())?;
         let request = self.client.request_to(command.clone(), Method::POST, body)?;
-        let (head, body) = self.client.send(request).await?.into_parts();
+        let (head, body) = self.client.fetch(request, due).await?;
         if head.status != StatusCode::OK {
             return Err(format!("the service answers {}", head.status));
         }
-        let body = http_client::body(body).await?;
         // serde's own message would repeat what it could not read.
         let said = serde_json::from_slice::<Said>(&body);
         said.map(|said| said.status).map_err(|_| "the answer is no JSON object with a status".to_owned())

@@ -14,6 +14,7 @@ use tokio::sync::{Semaphore, watch};
 use tokio::time::{Instant as Due, timeout, timeout_at};
 use tokio_util::sync::CancellationToken;
 
+use super::budget::Budget;
 use super::cache::{Cache, Kept, Looked};
 use super::directory::Directory;
 use super::question::Question;
@@ -28,11 +29,13 @@ const REST: Duration = Duration::from_secs(1);
 const BUSY: Duration = Duration::from_millis(100);
 /// How often answers are written to their file.
 const SAVE: Duration = Duration::from_secs(60);
+/// How often connections that have not been used for long are closed.
+const CLOSE_EXPIRED: Duration = Duration::from_secs(20);
 
 /// A directory, asked with care.
 #[derive(Debug)]
 pub(super) struct Asked {
-    directory: Directory,
+    directory: Arc<Directory>,
     declared: Declared,
     /// Of one question, waiting for a place included.
     timeout: Duration,
@@ -53,13 +56,13 @@ type Flight = watch::Receiver<Option<Answer>>;
 impl Asked {
     /// Asks nothing yet.
     pub(super) fn new(
-        directory: Directory,
+        directory: impl Into<Arc<Directory>>,
         asking: &config::Asking,
         declared: Declared,
         metrics: RouteMetrics,
     ) -> Self {
         Self {
-            directory,
+            directory: directory.into(),
             declared,
             timeout: asking.timeout,
             places: Semaphore::new(asking.connections),
@@ -69,6 +72,18 @@ impl Asked {
             failed: Mutex::default(),
             runtime: OnceLock::new(),
             metrics,
+        }
+    }
+
+    /// The directory, for a next configuration that has it too.
+    pub(super) fn directory(&self) -> &Arc<Directory> {
+        &self.directory
+    }
+
+    /// Closes connections that have not been used for long, until `stop`.
+    pub(super) async fn close_expired(self: Arc<Self>, stop: CancellationToken) {
+        while timeout(CLOSE_EXPIRED, stop.cancelled()).await.is_err() {
+            self.directory.close_expired();
         }
     }
 
@@ -217,16 +232,18 @@ impl Asked {
     async fn ask(&self, question: &Question) -> Answer {
         let began = Instant::now();
         let due = Due::now() + self.timeout;
+        let budget = Budget::until(due);
         let mut waited = self.timeout;
         let answer = timeout_at(due, async {
             let _place = self.places.acquire().await;
             waited = began.elapsed();
-            self.directory.ask(question).await
+            self.directory.ask(question, &budget).await
         });
         let answer = answer.await.unwrap_or_else(|_| {
             let busy =
                 if waited < BUSY { String::new() } else { format!(", {waited:.1?} of it for a free connection") };
-            Answer::Failed(format!("no answer within {:?}{busy}", self.timeout))
+            let stage = if budget.is_connecting() { ": the connection was not established" } else { "" };
+            Answer::Failed(format!("no answer within {:?}{busy}{stage}", self.timeout))
         });
         self.metrics.asked(began.elapsed());
         let mut failed = self.failed.lock().unwrap_or_else(PoisonError::into_inner);

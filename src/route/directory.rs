@@ -2,6 +2,7 @@
 //!
 //! All are built without a word to anybody and connect when they are first asked. Called by `asked`.
 
+use super::budget::Budget;
 use super::question::Question;
 use super::target::Target;
 use super::{Answer, dns, http, ldap, redis, sql};
@@ -20,16 +21,38 @@ pub(super) enum Directory {
 }
 
 impl Directory {
-    /// One question. The caller sets the deadline and bounds how many are asked at a time.
-    pub(super) async fn ask(&self, question: &Question) -> Answer {
+    /// One question. The caller ends it at the deadline of `budget`, and bounds how many are asked at a time.
+    pub(super) async fn ask(&self, question: &Question, budget: &Budget) -> Answer {
         match self {
-            Self::Sql(sql) => sql.ask(question).await,
-            Self::Ldap(ldap) => ldap.ask(question).await,
-            Self::Http(http) => http.ask(question).await,
-            Self::Redis(redis) => redis.ask(question).await,
+            Self::Sql(sql) => sql.ask(question, budget).await,
+            Self::Ldap(ldap) => ldap.ask(question, budget).await,
+            Self::Http(http) => http.ask(question, budget).await,
+            Self::Redis(redis) => redis.ask(question, budget).await,
             Self::Dns(dns) => dns.ask(question).await,
             #[cfg(test)]
             Self::Scripted(scripted) => scripted.ask(question).await,
+        }
+    }
+
+    /// Closes connections that have not been used for long. Clients of HTTP do that by themselves, and Redis has only one.
+    pub(super) fn close_expired(&self) {
+        match self {
+            Self::Sql(sql) => sql.close_expired(),
+            Self::Ldap(ldap) => ldap.close_expired(),
+            _ => {}
+        }
+    }
+
+    /// Closes all connections that are not in use: the next configuration does not have this directory.
+    pub(super) fn retire(&self) {
+        match self {
+            Self::Sql(sql) => sql.retire(),
+            Self::Ldap(ldap) => ldap.retire(),
+            Self::Http(http) => http.retire(),
+            Self::Redis(redis) => redis.retire(),
+            Self::Dns(_) => {}
+            #[cfg(test)]
+            Self::Scripted(_) => {}
         }
     }
 }

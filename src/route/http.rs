@@ -3,7 +3,7 @@
 //! `style: json` posts an object with the user, and with what is known of the visitor where answers are not kept, and
 //! reads one whose keys are the fields of an answer (see `target`); 404 says that the user is unknown, 401 and 403 that
 //! the password is wrong. `style: nginx-auth-http` speaks the headers of nginx's mail module (see `auth_http`), so that an
-//! auth server written for it serves here as it is. Whatever else comes is a failure; a body over [`http_client::MAX_BODY`] is one too.
+//! auth server written for it serves here as it is. Whatever else comes is a failure; a body over `http_client::MAX_BODY` is one too.
 
 use std::collections::HashMap;
 use std::net::{IpAddr, SocketAddr};
@@ -18,12 +18,13 @@ use zeroize::Zeroizing;
 
 use super::Answer;
 use super::auth_http::{self, Verdict};
+use super::budget::Budget;
 use super::directory::answer;
 use super::proof::{Identity, SentPassword};
 use super::question::{Question, Visitor};
 use super::target::{At, Declared, Denied, Fields, Login, Place, Target};
 use crate::config::{self, BackendId, Config, Host, HttpStyle, Network, Problem, Server};
-use crate::http_client::{self, HttpClient};
+use crate::http_client::HttpClient;
 use crate::identity::{Proof, UserName};
 
 /// A request a user.
@@ -116,32 +117,37 @@ impl Http {
         })
     }
 
-    pub(super) async fn ask(&self, question: &Question) -> Answer {
+    pub(super) async fn ask(&self, question: &Question, budget: &Budget) -> Answer {
         let asked = match self.style {
-            HttpStyle::Json => self.ask_json(question).await,
-            HttpStyle::NginxAuthHttp => self.ask_nginx(question).await,
+            HttpStyle::Json => self.ask_json(question, budget).await,
+            HttpStyle::NginxAuthHttp => self.ask_nginx(question, budget).await,
         };
         asked.unwrap_or_else(Answer::Failed)
     }
 
-    async fn ask_json(&self, question: &Question) -> Result<Answer, String> {
+    /// Closes all connections that are not in use.
+    pub(super) fn retire(&self) {
+        self.client.retire();
+    }
+
+    async fn ask_json(&self, question: &Question, budget: &Budget) -> Result<Answer, String> {
         let credentials = question.visitor.as_deref().map(|visitor| &visitor.credentials);
         let sent = credentials.filter(|_| self.password).and_then(SentPassword::of);
         let request = self.json(question, sent.as_ref())?;
-        let (head, body) = self.client.send(request).await?.into_parts();
-        Ok(self.read_json(head.status, &http_client::body(body).await?, sent))
+        let (head, body) = self.client.fetch(request, budget.due()).await?;
+        Ok(self.read_json(head.status, &body, sent))
     }
 
-    async fn ask_nginx(&self, question: &Question) -> Result<Answer, String> {
+    async fn ask_nginx(&self, question: &Question, budget: &Budget) -> Result<Answer, String> {
         // The command `route` has no password to ask with.
         let visitor = question.visitor.as_ref().ok_or("this style is asked with a client's password only")?;
         if matches!(visitor.credentials.proof, Proof::Message(_)) {
             return Ok(Answer::Found(Target::PasswordNeeded.into()));
         }
         loop {
-            let response = self.client.send(self.nginx(question, visitor)?).await?;
-            let said = auth_http::answer(response.headers());
-            match said.map_err(|error| format!("{error} ({})", response.status()))? {
+            let (head, _) = self.client.fetch(self.nginx(question, visitor)?, budget.due()).await?;
+            let said = auth_http::answer(&head.headers);
+            match said.map_err(|error| format!("{error} ({})", head.status))? {
                 Verdict::Good { address, user, login } => {
                     let identity = SentPassword::of(&visitor.credentials).map(SentPassword::confirmed);
                     return Ok(self.place(address, user, login, identity.unwrap_or_default()));
@@ -248,7 +254,7 @@ impl Http {
 }
 
 /// The servers that are configured by an address.
-fn servers(config: &Config) -> HashMap<SocketAddr, (BackendId, Box<str>)> {
+pub(super) fn servers(config: &Config) -> HashMap<SocketAddr, (BackendId, Box<str>)> {
     let mut servers = HashMap::new();
     for (index, backend) in config.backends.iter().enumerate() {
         for server in &backend.servers {

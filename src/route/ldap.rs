@@ -3,24 +3,29 @@
 //! One entry is searched; its attributes are the fields of an answer. No entry, or one without any of them, is an unknown
 //! user; a second entry, or a second value of an attribute, is a failure. What is filled into the filter is escaped by
 //! RFC 4515, what is filled into the base by RFC 4514. Connections are bound once and used again; one that has died
-//! meanwhile is replaced within the same question.
+//! or fallen silent is replaced within the same lookup (see `hedge`).
 
-use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use ldap3::{
-    Ldap, LdapConnAsync, LdapConnSettings, LdapError, Scope, SearchEntry, SearchOptions, dn_escape, ldap_escape,
+    Ldap, LdapConnAsync, LdapConnSettings, LdapError, Scope, SearchEntry, SearchOptions, StdStream, dn_escape,
+    ldap_escape,
 };
+use tokio::net::TcpStream;
 use tokio_rustls::rustls::ClientConfig;
 use zeroize::Zeroizing;
 
 use super::Answer;
+use super::budget::Budget;
 use super::directory::answer;
+use super::idle::IdleConnections;
 use super::question::Question;
 use super::target::{Declared, Fields};
 use crate::config::{self, Config, LdapScope, Problem};
+use crate::hedge::hedged;
 use crate::template::Template;
-use crate::tls;
+use crate::{tcp_liveness, tls};
 
 /// RFC 4511 section 4.1.9, noSuchObject: the base does not exist.
 const NO_SUCH_OBJECT: u32 = 32;
@@ -37,8 +42,10 @@ pub(super) struct Directory {
     /// Field and attribute.
     attributes: Vec<(String, String)>,
     timeout: Duration,
-    /// Bound, and used by nobody just now.
-    idle: Mutex<Vec<Ldap>>,
+    /// Host and port.
+    server: (String, u16),
+    /// Bound, and not in use.
+    idle: IdleConnections<Ldap>,
     declared: Declared,
 }
 
@@ -50,7 +57,7 @@ impl std::fmt::Debug for Directory {
 
 impl Directory {
     /// # Errors
-    /// A password file or a `ca` that cannot be read.
+    /// A URL whose host or port is invalid, a password file or a `ca` that cannot be read.
     pub(super) fn build(config: &Config, ldap: &config::Ldap, declared: &Declared) -> Result<Self, Vec<Problem>> {
         let bind = match (&ldap.bind, &ldap.password) {
             (Some(name), Some(file)) => {
@@ -61,6 +68,7 @@ impl Directory {
         let encrypted = ldap.starttls || ldap.url.value.starts_with("ldaps://");
         let tls = encrypted.then(|| tls::client::verified(config, ldap.ca.as_ref(), &ldap.url.place)).transpose();
         Ok(Self {
+            server: server(&ldap.url.value).map_err(|message| vec![config.problem(&ldap.url.place, message)])?,
             url: ldap.url.value.clone(),
             starttls: ldap.starttls,
             tls: tls.map_err(|problem| vec![problem])?.map(Arc::new),
@@ -74,36 +82,59 @@ impl Directory {
             filter: ldap.filter.clone(),
             attributes: ldap.attributes.clone().into_iter().collect(),
             timeout: ldap.asking.timeout,
-            idle: Mutex::default(),
+            idle: IdleConnections::new(ldap.asking.connections),
             declared: declared.clone().with_names(&ldap.asking.names),
         })
     }
 
-    pub(super) async fn ask(&self, question: &Question) -> Answer {
-        match self.entry(&question.user).await {
+    pub(super) async fn ask(&self, question: &Question, budget: &Budget) -> Answer {
+        match self.entry(&question.user, budget).await {
             Err(error) => Answer::Failed(error.to_string().replace(char::is_control, " ")),
             Ok(None) => Answer::Unknown,
             Ok(Some(entry)) => self.read(&entry),
         }
     }
 
-    async fn entry(&self, user: &str) -> Result<Option<SearchEntry>, LdapError> {
-        let pooled = self.idle.lock().unwrap_or_else(PoisonError::into_inner).pop();
-        if let Some(mut ldap) = pooled
-            && !ldap.is_closed()
-            && let Ok(found) = self.search(&mut ldap, user).await
-        {
-            self.keep(ldap);
-            return found.single();
-        }
-        let mut ldap = self.connect().await?;
-        let found = self.search(&mut ldap, user).await?;
-        self.keep(ldap);
+    /// Closes connections that have not been used for long.
+    pub(super) fn close_expired(&self) {
+        self.idle.remove_expired(Instant::now());
+    }
+
+    /// Closes all connections that are not in use, and those in use once their lookup ends.
+    pub(super) fn retire(&self) {
+        self.idle.close();
+    }
+
+    async fn entry(&self, user: &str, budget: &Budget) -> Result<Option<SearchEntry>, LdapError> {
+        let began = Instant::now();
+        let fresh = async {
+            self.idle.remove_older_than(began);
+            let ldap = budget.connecting(self.connect()).await?;
+            self.found(ldap, user).await
+        };
+        let found = match self.idle.take(began) {
+            Some(ldap) => hedged(self.found(ldap, user), budget.patience(), fresh).await?,
+            None => fresh.await?,
+        };
         found.single()
     }
 
+    /// What a search on this connection finds. After an error the connection is dropped.
+    async fn found(&self, mut ldap: Ldap, user: &str) -> Result<Found, LdapError> {
+        let found = self.search(&mut ldap, user).await?;
+        // One that cannot be kept is closed as it drops.
+        self.idle.put(ldap, Instant::now());
+        Ok(found)
+    }
+
     async fn connect(&self) -> Result<Ldap, LdapError> {
-        let mut settings = LdapConnSettings::new().set_conn_timeout(self.timeout).set_starttls(self.starttls);
+        let (host, port) = &self.server;
+        let socket = TcpStream::connect((host.as_str(), *port)).await?;
+        tcp_liveness::apply(&socket);
+        let mut settings = LdapConnSettings::new()
+            .set_conn_timeout(self.timeout)
+            .set_starttls(self.starttls)
+            .set_std_stream(StdStream::Tcp(socket.into_std()?));
         if let Some(tls) = &self.tls {
             settings = settings.set_config(tls.clone());
         }
@@ -140,10 +171,6 @@ impl Directory {
         Ok(Found(entries.into_iter().filter(|entry| !entry.is_ref()).map(SearchEntry::construct).collect()))
     }
 
-    fn keep(&self, ldap: Ldap) {
-        self.idle.lock().unwrap_or_else(PoisonError::into_inner).push(ldap);
-    }
-
     fn read(&self, entry: &SearchEntry) -> Answer {
         let mut fields = Fields::default();
         for (field, attribute) in &self.attributes {
@@ -159,6 +186,27 @@ impl Directory {
     }
 }
 
+/// Host and port of a URL. Without a host it is this machine, without a port that of the scheme.
+fn server(url: &str) -> Result<(String, u16), String> {
+    let (scheme, rest) = url.split_once("://").ok_or("the URL has no scheme")?;
+    let authority = rest.split(['/', '?']).next().unwrap_or_default();
+    let (host, port) = match authority.strip_prefix('[') {
+        Some(rest) => rest.split_once(']').ok_or("the URL has an address without its closing bracket")?,
+        None => authority.split_at(authority.find(':').unwrap_or(authority.len())),
+    };
+    let port = match port.strip_prefix(':').unwrap_or(port) {
+        "" => {
+            if scheme == "ldaps" {
+                636
+            } else {
+                389
+            }
+        }
+        digits => digits.parse().map_err(|_| format!("the URL has an invalid port: {digits:?}"))?,
+    };
+    Ok((if host.is_empty() { "localhost" } else { host }.to_owned(), port))
+}
+
 /// What a search found.
 struct Found(Vec<SearchEntry>);
 
@@ -167,6 +215,28 @@ impl Found {
         match self.0.len() {
             0 | 1 => Ok(self.0.pop()),
             _ => Err(std::io::Error::other("the search finds more than one entry").into()),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn host_and_port_of_a_url() {
+        for (url, host, port) in [
+            ("ldap://ldap.internal", "ldap.internal", 389),
+            ("ldaps://ldap.internal/dc=test", "ldap.internal", 636),
+            ("ldap://127.0.0.1:3890/?x", "127.0.0.1", 3890),
+            ("ldaps://[2001:db8::1]:6360", "2001:db8::1", 6360),
+            ("ldap://[::1]", "::1", 389),
+            ("ldap:///", "localhost", 389),
+        ] {
+            assert_eq!(server(url), Ok((host.to_owned(), port)), "{url}");
+        }
+        for url in ["ldap://host:port", "ldap://host:70000", "ldap://[::1", "host"] {
+            assert!(server(url).is_err(), "{url}");
         }
     }
 }

@@ -12,6 +12,7 @@ mod asked;
 #[cfg(test)]
 mod asked_tests;
 mod auth_http;
+mod budget;
 mod cache;
 mod director;
 mod directory;
@@ -19,11 +20,13 @@ mod dns;
 mod domain;
 mod hash;
 mod http;
+mod idle;
 mod ldap;
 mod proof;
 mod question;
 mod redis;
 mod regex;
+mod reuse;
 mod sql;
 mod table;
 mod target;
@@ -40,6 +43,7 @@ use self::asked::Asked;
 use self::directory::Directory;
 pub use self::proof::Identity;
 pub use self::question::{Question, Visitor, VisitorTls};
+use self::reuse::Inputs;
 use self::target::Declared;
 pub use self::target::{At, Denied, Login, Place, Target};
 use crate::config::{self, Config, Problem};
@@ -77,7 +81,7 @@ enum Source {
     Regex(regex::Rules),
     Hash(hash::Hash),
     Default(Arc<Target>),
-    Asked(Arc<Asked>),
+    Asked(Arc<Asked>, Option<Inputs>),
 }
 
 impl Source {
@@ -89,7 +93,7 @@ impl Source {
             Self::Regex(rules) => rules.lookup(user),
             Self::Hash(hash) => hash.lookup(user),
             Self::Default(target) => Answer::Found(target.clone()),
-            Self::Asked(asked) => return asked.lookup(question.clone()).await,
+            Self::Asked(asked, _) => return asked.lookup(question.clone()).await,
         };
         (answer, Origin::Memory)
     }
@@ -192,7 +196,7 @@ impl Router {
     /// For a command that asks and ends: kept answers are read and not written, and nothing is watched.
     pub fn start_once(&self, runtime: &Handle) {
         for (_, source) in &self.routes {
-            if let Source::Asked(asked) = source {
+            if let Source::Asked(asked, _) = source {
                 asked.start(runtime.clone());
                 asked.read_file();
             }
@@ -210,10 +214,11 @@ impl Router {
                     let stop = stop.clone();
                     tasks.spawn_on(async move { stop.run_until_cancelled(follow).await }, runtime);
                 }
-                Source::Asked(asked) => {
+                Source::Asked(asked, _) => {
                     asked.start(runtime.clone());
                     asked.read_file();
                     tasks.spawn_on(asked.clone().keep_file(stop.clone()), runtime);
+                    tasks.spawn_on(asked.clone().close_expired(stop.clone()), runtime);
                 }
                 Source::Domain(domains) => metrics.set_users(domains.len()),
                 Source::Regex(rules) => metrics.set_users(rules.len()),
@@ -225,15 +230,28 @@ impl Router {
     /// What was kept of a user is forgotten: the next question is asked.
     pub fn forget(&self, user: &str) {
         for (_, source) in &self.routes {
-            if let Source::Asked(asked) = source {
+            if let Source::Asked(asked, _) = source {
                 asked.forget(user);
+            }
+        }
+    }
+
+    /// Closes connections to directories that `successor` does not have. Lookups under way end with their answers.
+    pub fn retire(&self, successor: &Self) {
+        for (_, source) in &self.routes {
+            let Source::Asked(asked, _) = source else { continue };
+            let is_used_on = successor.routes.iter().any(|(_, other)| {
+                matches!(other, Source::Asked(other, _) if Arc::ptr_eq(other.directory(), asked.directory()))
+            });
+            if !is_used_on {
+                asked.directory().retire();
             }
         }
     }
 
     /// Whether any source decides by more than the user.
     pub fn wants_visitor(&self) -> bool {
-        self.routes.iter().any(|(_, source)| matches!(source, Source::Asked(asked) if asked.wants_visitor()))
+        self.routes.iter().any(|(_, source)| matches!(source, Source::Asked(asked, _) if asked.wants_visitor()))
     }
 
     /// Asks the sources in order. The caller sets the deadline.
@@ -278,10 +296,17 @@ fn source(
     index: usize,
     known: Option<&Source>,
 ) -> Result<Source, Vec<Problem>> {
-    let asked = |directory: Directory, asking: &config::Asking| {
+    let inputs = Inputs::of(config, route);
+    let known_asked = if let Some(Source::Asked(asked, inputs)) = known { Some((asked, *inputs)) } else { None };
+    let used_on = known_asked.filter(|(_, before)| inputs.is_some() && *before == inputs);
+    let asked = |build: &dyn Fn() -> Result<Directory, Vec<Problem>>, asking: &config::Asking| {
+        let directory = match used_on {
+            Some((asked, _)) => asked.directory().clone(),
+            None => build()?.into(),
+        };
         let asked = Asked::new(directory, asking, declared.clone(), metrics.route(index).clone());
-        let known = known.and_then(|known| if let Source::Asked(known) = known { Some(&**known) } else { None });
-        Source::Asked(Arc::new(asked.with_answers_of(known)))
+        let asked = asked.with_answers_of(known_asked.map(|(asked, _)| &**asked));
+        Ok::<_, Vec<Problem>>(Source::Asked(asked.into(), inputs))
     };
     Ok(match route {
         config::Route::Table(path) => match known {
@@ -293,18 +318,20 @@ fn source(
         config::Route::Hash { style, shares } => Source::Hash(hash::Hash::new(config, *style, shares)),
         config::Route::Default(backend) => Source::Default(Target::backend(*backend).into()),
         config::Route::Sql(sql) => {
-            asked(Directory::Sql(Box::new(sql::Sql::build(config, sql, declared)?)), &sql.asking)
+            asked(&|| Ok(Directory::Sql(Box::new(sql::Sql::build(config, sql, declared)?))), &sql.asking)?
         }
         config::Route::Ldap(ldap) => {
-            asked(Directory::Ldap(Box::new(ldap::Directory::build(config, ldap, declared)?)), &ldap.asking)
+            asked(&|| Ok(Directory::Ldap(Box::new(ldap::Directory::build(config, ldap, declared)?))), &ldap.asking)?
         }
         config::Route::Http(http) => {
-            asked(Directory::Http(Box::new(http::Http::build(config, http, declared)?)), &http.asking)
+            asked(&|| Ok(Directory::Http(Box::new(http::Http::build(config, http, declared)?))), &http.asking)?
         }
         config::Route::Redis(redis) => {
-            asked(Directory::Redis(Box::new(redis::Redis::build(config, redis, declared)?)), &redis.asking)
+            asked(&|| Ok(Directory::Redis(Box::new(redis::Redis::build(config, redis, declared)?))), &redis.asking)?
         }
-        config::Route::Dns(dns) => asked(Directory::Dns(Box::new(dns::Dns::new(config, dns, declared))), &dns.asking),
+        config::Route::Dns(dns) => {
+            asked(&|| Ok(Directory::Dns(Box::new(dns::Dns::new(config, dns, declared)))), &dns.asking)?
+        }
     })
 }
 

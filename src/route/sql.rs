@@ -3,74 +3,99 @@
 //! The query is the operator's; what it is told of the user is bound, never pasted. Its columns are called as the fields
 //! of an answer (see `target`). No row, or a row of nothing but NULL, is an unknown user; a second row is a failure, as
 //! nobody could say which counts.
+//!
+//! Connections are kept for the next lookup, without a query to test them first: one that has died silently would not
+//! answer the test either. Instead a lookup gets a second attempt on a fresh connection (see `hedge`).
 
 use std::fmt::Display;
 use std::str::FromStr as _;
+use std::time::{Duration, Instant};
 
 use futures_util::TryStreamExt as _;
-use sqlx::mysql::{MySqlConnectOptions, MySqlPoolOptions, MySqlSslMode};
-use sqlx::postgres::{PgConnectOptions, PgPoolOptions, PgSslMode};
-use sqlx::sqlite::{SqliteConnectOptions, SqlitePoolOptions};
+use sqlx::mysql::{MySqlConnectOptions, MySqlDatabaseError, MySqlSslMode};
+use sqlx::postgres::{PgConnectOptions, PgSslMode};
+use sqlx::sqlite::SqliteConnectOptions;
 use sqlx::{
-    AssertSqlSafe, Column as _, ConnectOptions as _, Database, Decode, MySql, MySqlPool, PgPool, Pool, Postgres, Row,
-    Sqlite, SqlitePool, Type, TypeInfo as _,
+    AssertSqlSafe, Column as _, ConnectOptions, Connection, Database, Decode, MySql, Postgres, Row, Sqlite, Type,
+    TypeInfo as _,
 };
-use tokio::sync::OnceCell;
+use tokio::runtime::Handle;
+use tokio::time::timeout;
 
 use super::Answer;
+use super::budget::Budget;
 use super::directory::answer;
+use super::idle::IdleConnections;
 use super::question::Question;
 use super::target::{Declared, Fields};
 use crate::config::{self, ANSWER_FIELDS, Config, Problem};
+use crate::hedge::hedged;
 use crate::template::Variable;
 
-/// A question a user, over a pool that connects when it is first asked.
+/// How long the farewell to a server may take when a connection is closed.
+const FAREWELL: Duration = Duration::from_secs(2);
+/// Error numbers of MySQL and MariaDB that end the connection: shutdown, killed, idle for too long.
+const MYSQL_CONNECTION_ENDED: [u16; 3] = [1053, 1927, 4031];
+
+/// One query per lookup.
 #[derive(Debug)]
 pub(super) struct Sql {
-    options: Options,
-    connections: u32,
-    pool: OnceCell<Connected>,
+    server: Server,
     query: String,
     variables: Vec<Variable>,
     declared: Declared,
 }
 
-/// Where the database is; passwords in them never print.
-#[derive(Debug, Clone)]
-enum Options {
-    Postgres(Box<PgConnectOptions>),
-    MySql(Box<MySqlConnectOptions>),
-    Sqlite(Box<SqliteConnectOptions>),
+#[derive(Debug)]
+enum Server {
+    Postgres(Connections<Postgres>),
+    MySql(Connections<MySql>),
+    Sqlite(Connections<Sqlite>),
 }
 
-#[derive(Debug)]
-enum Connected {
-    Postgres(PgPool),
-    MySql(MySqlPool),
-    Sqlite(SqlitePool),
+/// Connections to one server. They are established when a lookup needs one.
+struct Connections<D: Dialect> {
+    options: Box<<D::Connection as Connection>::Options>,
+    idle: IdleConnections<D::Connection>,
+}
+
+impl<D: Dialect> std::fmt::Debug for Connections<D> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        // The options hold the password.
+        f.debug_struct("Connections").finish_non_exhaustive()
+    }
+}
+
+/// Names and values of a row.
+type Columns = Vec<(&'static str, String)>;
+
+/// Why a query gave no row that can be used.
+enum Fault {
+    /// The connection cannot be used any more.
+    Connection(String),
+    /// The server's answer, or what it holds, is wrong; another connection would bring the same.
+    Answer(String),
 }
 
 impl Sql {
     /// # Errors
     /// A URL that is none, a password file or a `ca` that cannot be read.
     pub(super) fn build(config: &Config, sql: &config::Sql, declared: &Declared) -> Result<Self, Vec<Problem>> {
-        let options = options(config, sql).map_err(|problem| vec![problem])?;
-        let (query, variables) = sql.query.bind(|before| match options {
-            Options::Postgres(_) => format!("${}", before + 1),
-            Options::MySql(_) | Options::Sqlite(_) => "?".to_owned(),
+        let server = server(config, sql).map_err(|problem| vec![problem])?;
+        let (query, variables) = sql.query.bind(|before| match server {
+            Server::Postgres(_) => format!("${}", before + 1),
+            Server::MySql(_) | Server::Sqlite(_) => "?".to_owned(),
         });
-        let connections = u32::try_from(sql.asking.connections).unwrap_or(u32::MAX);
         let declared = declared.clone().with_names(&sql.asking.names);
-        Ok(Self { options, connections, pool: OnceCell::new(), query, variables, declared })
+        Ok(Self { server, query, variables, declared })
     }
 
-    pub(super) async fn ask(&self, question: &Question) -> Answer {
-        let values = self.variables.iter().map(|variable| variable.of(&question.user).to_owned()).collect();
-        // The pool belongs to the runtime that asks first, which is the one all questions run on.
-        let read = match self.pool.get_or_init(|| async { self.connect() }).await {
-            Connected::Postgres(pool) => self.rows(pool, values).await,
-            Connected::MySql(pool) => self.rows(pool, values).await,
-            Connected::Sqlite(pool) => self.rows(pool, values).await,
+    pub(super) async fn ask(&self, question: &Question, budget: &Budget) -> Answer {
+        let values = self.variables.iter().map(|variable| variable.of(&question.user).to_owned()).collect::<Vec<_>>();
+        let read = match &self.server {
+            Server::Postgres(connections) => connections.row(&self.query, &values, budget).await,
+            Server::MySql(connections) => connections.row(&self.query, &values, budget).await,
+            Server::Sqlite(connections) => connections.row(&self.query, &values, budget).await,
         };
         match read {
             Err(reason) => Answer::Failed(reason),
@@ -85,56 +110,148 @@ impl Sql {
         }
     }
 
-    fn connect(&self) -> Connected {
-        match self.options.clone() {
-            Options::Postgres(options) => {
-                Connected::Postgres(PgPoolOptions::new().max_connections(self.connections).connect_lazy_with(*options))
-            }
-            Options::MySql(options) => {
-                Connected::MySql(MySqlPoolOptions::new().max_connections(self.connections).connect_lazy_with(*options))
-            }
-            Options::Sqlite(options) => Connected::Sqlite(
-                SqlitePoolOptions::new().max_connections(self.connections).connect_lazy_with(*options),
-            ),
+    /// Closes connections that have not been used for long.
+    pub(super) fn close_expired(&self) {
+        match &self.server {
+            Server::Postgres(connections) => connections.close_expired(),
+            Server::MySql(connections) => connections.close_expired(),
+            Server::Sqlite(connections) => connections.close_expired(),
         }
     }
 
-    /// Names and values of the only row.
-    async fn rows<D: Dialect>(
-        &self,
-        pool: &Pool<D>,
-        values: Vec<String>,
-    ) -> Result<Option<Vec<(&'static str, String)>>, String>
-    where
-        for<'a> &'a Pool<D>: sqlx::Executor<'a, Database = D>,
-        for<'a> D::Arguments: sqlx::IntoArguments<D>,
-        for<'a> String: sqlx::Encode<'a, D> + Type<D> + Decode<'a, D>,
-        usize: sqlx::ColumnIndex<D::Row>,
-    {
-        let mut query = sqlx::query::<D>(AssertSqlSafe(self.query.clone()));
-        for value in values {
-            query = query.bind(value);
+    /// Closes all connections that are not in use, and those in use once their lookup ends.
+    pub(super) fn retire(&self) {
+        match &self.server {
+            Server::Postgres(connections) => connections.retire(),
+            Server::MySql(connections) => connections.retire(),
+            Server::Sqlite(connections) => connections.retire(),
         }
-        let mut rows = query.fetch(pool);
-        let Some(row) = rows.try_next().await.map_err(|error| told(&error))? else { return Ok(None) };
-        if rows.try_next().await.map_err(|error| told(&error))?.is_some() {
-            return Err("the query answers more than one row".to_owned());
-        }
-        let mut read = Vec::new();
-        for (index, column) in row.columns().iter().enumerate() {
-            let Some(name) = ANSWER_FIELDS.iter().find(|field| column.name().eq_ignore_ascii_case(field)) else {
-                continue;
-            };
-            if let Some(value) = D::text(&row, index)? {
-                read.push((*name, value));
-            }
-        }
-        let known = row
-            .columns()
-            .iter()
-            .any(|column| ANSWER_FIELDS.iter().any(|field| column.name().eq_ignore_ascii_case(field)));
-        if known { Ok(Some(read)) } else { Err(format!("no column is called as one of {}", ANSWER_FIELDS.join(", "))) }
     }
+}
+
+impl<D: Dialect> Connections<D> {
+    fn new(options: <D::Connection as Connection>::Options, limit: usize) -> Self {
+        Self { options: Box::new(options.disable_statement_logging()), idle: IdleConnections::new(limit) }
+    }
+
+    fn close_expired(&self) {
+        self.idle.remove_expired(Instant::now()).into_iter().for_each(close);
+    }
+
+    fn retire(&self) {
+        self.idle.close().into_iter().for_each(close);
+    }
+}
+
+impl<D: Dialect> Drop for Connections<D> {
+    fn drop(&mut self) {
+        self.retire();
+    }
+}
+
+/// Tells the server that the connection ends, which is logged there as an error otherwise.
+fn close<C: Connection + 'static>(connection: C) {
+    if let Ok(runtime) = Handle::try_current() {
+        // If the farewell fails or takes too long, the socket closes all the same.
+        runtime.spawn(async move {
+            let _ = timeout(FAREWELL, connection.close()).await;
+        });
+    }
+}
+
+impl<D: Dialect> Connections<D>
+where
+    for<'c> &'c mut D::Connection: sqlx::Executor<'c, Database = D>,
+    for<'a> D::Arguments: sqlx::IntoArguments<D>,
+    for<'a> String: sqlx::Encode<'a, D> + Type<D> + Decode<'a, D>,
+    usize: sqlx::ColumnIndex<D::Row>,
+{
+    /// Names and values of the only row.
+    async fn row(&self, query: &str, values: &[String], budget: &Budget) -> Result<Option<Columns>, String> {
+        let began = Instant::now();
+        let fresh = async {
+            self.idle.remove_older_than(began);
+            let connection = budget.connecting(self.options.connect()).await;
+            self.row_by(connection.map_err(|error| told(&error))?, query, values).await
+        };
+        match self.idle.take(began) {
+            Some(connection) => hedged(self.row_by(connection, query, values), budget.patience(), fresh).await?,
+            None => fresh.await?,
+        }
+    }
+
+    /// The outer error is that of the connection, which is dropped then.
+    async fn row_by(
+        &self,
+        mut connection: D::Connection,
+        query: &str,
+        values: &[String],
+    ) -> Result<Result<Option<Columns>, String>, String> {
+        let result = match read::<D>(&mut connection, query, values).await {
+            Err(Fault::Connection(reason)) => return Err(reason),
+            Err(Fault::Answer(reason)) => Err(reason),
+            Ok(row) => Ok(row),
+        };
+        if let Some(surplus) = self.idle.put(connection, Instant::now()) {
+            close(surplus);
+        }
+        Ok(result)
+    }
+}
+
+async fn read<D: Dialect>(
+    connection: &mut D::Connection,
+    query: &str,
+    values: &[String],
+) -> Result<Option<Columns>, Fault>
+where
+    for<'c> &'c mut D::Connection: sqlx::Executor<'c, Database = D>,
+    for<'a> D::Arguments: sqlx::IntoArguments<D>,
+    for<'a> String: sqlx::Encode<'a, D> + Type<D> + Decode<'a, D>,
+    usize: sqlx::ColumnIndex<D::Row>,
+{
+    let mut query = sqlx::query::<D>(AssertSqlSafe(query.to_owned()));
+    for value in values {
+        query = query.bind(value.clone());
+    }
+    let mut rows = query.fetch(connection);
+    let Some(row) = rows.try_next().await.map_err(fault)? else { return Ok(None) };
+    if rows.try_next().await.map_err(fault)?.is_some() {
+        return Err(Fault::Answer("the query answers more than one row".to_owned()));
+    }
+    columns::<D>(&row).map(Some).map_err(Fault::Answer)
+}
+
+/// The fields of an answer among the columns of a row.
+fn columns<D: Dialect>(row: &D::Row) -> Result<Columns, String>
+where
+    for<'a> String: Type<D> + Decode<'a, D>,
+    usize: sqlx::ColumnIndex<D::Row>,
+{
+    let mut read = Vec::new();
+    let mut has_fields = false;
+    for (index, column) in row.columns().iter().enumerate() {
+        let Some(name) = ANSWER_FIELDS.iter().find(|field| column.name().eq_ignore_ascii_case(field)) else {
+            continue;
+        };
+        has_fields = true;
+        if let Some(value) = D::text(row, index)? {
+            read.push((*name, value));
+        }
+    }
+    if has_fields { Ok(read) } else { Err(format!("no column is called as one of {}", ANSWER_FIELDS.join(", "))) }
+}
+
+/// Whether an error is one of the connection or of the query.
+fn fault(error: sqlx::Error) -> Fault {
+    let text = told(&error);
+    let sqlx::Error::Database(error) = error else { return Fault::Connection(text) };
+    // SQLSTATE: connection exception, operator intervention.
+    let has_ended = error.code().is_some_and(|code| code.starts_with("08") || code.starts_with("57P"))
+        || error
+            .try_downcast_ref::<MySqlDatabaseError>()
+            .is_some_and(|error| MYSQL_CONNECTION_ENDED.contains(&error.number()));
+    if has_ended { Fault::Connection(text) } else { Fault::Answer(text) }
 }
 
 /// What differs between databases: which columns are text although their type has another name.
@@ -174,7 +291,8 @@ impl Dialect for Sqlite {
     const TEXT_BY_OTHER_NAMES: &'static [&'static str] = &["BLOB"];
 }
 
-fn options(config: &Config, sql: &config::Sql) -> Result<Options, Problem> {
+fn server(config: &Config, sql: &config::Sql) -> Result<Server, Problem> {
+    let limit = sql.asking.connections;
     let url = &sql.url.value;
     let password = sql.password.as_ref().map(|file| file.read_secret(config)).transpose()?;
     if let Some(ca) = &sql.ca {
@@ -192,11 +310,11 @@ fn options(config: &Config, sql: &config::Sql) -> Result<Options, Problem> {
         if let Some(password) = password {
             options = options.password(&password);
         }
-        return Ok(Options::Postgres(Box::new(options.disable_statement_logging())));
+        return Ok(Server::Postgres(Connections::new(options, limit)));
     }
     if url.starts_with("sqlite") {
         let options = SqliteConnectOptions::from_str(url).map_err(wrong)?.read_only(true);
-        return Ok(Options::Sqlite(Box::new(options.disable_statement_logging())));
+        return Ok(Server::Sqlite(Connections::new(options, limit)));
     }
     let url = url.replacen("mariadb://", "mysql://", 1);
     let mut options = MySqlConnectOptions::from_str(&url).map_err(wrong)?;
@@ -206,7 +324,7 @@ fn options(config: &Config, sql: &config::Sql) -> Result<Options, Problem> {
     if let Some(password) = password {
         options = options.password(&password);
     }
-    Ok(Options::MySql(Box::new(options.disable_statement_logging())))
+    Ok(Server::MySql(Connections::new(options, limit)))
 }
 
 /// One line for the log.

@@ -1,5 +1,6 @@
 //! Everything a session asks or uses, as one immutable value: built whole, swapped whole. A login takes the one that holds
-//! then, and an established session keeps it.
+//! then. An established session keeps its [`SessionSettings`] alone, so that nothing else of an old configuration, such as
+//! connections to directories, stays in use for as long as a session lasts.
 
 use std::net::IpAddr;
 use std::sync::Arc;
@@ -38,6 +39,17 @@ pub struct Live {
     pub policy: Option<Arc<Policy>>,
     /// What is counted.
     pub metrics: Arc<Metrics>,
+    /// What an established session keeps.
+    pub settings: Arc<SessionSettings>,
+}
+
+/// What an established session needs of a configuration.
+#[derive(Debug)]
+pub struct SessionSettings {
+    /// Deadlines and caps.
+    pub limits: Arc<Limits>,
+    /// Counters and gauges.
+    pub metrics: Arc<Metrics>,
 }
 
 impl Live {
@@ -61,6 +73,7 @@ impl Live {
         let router = Router::build(&config, &metrics, known);
         let backends = Backends::build(&config, &metrics, previous.map(|previous| &*previous.backends));
         let policy = Policy::build(&config);
+        let limits = Arc::new(config.limits.clone());
         match (tls, router, backends, policy) {
             (Ok(tls), Ok(router), Ok(backends), Ok(policy)) => Ok(Self {
                 router,
@@ -68,7 +81,8 @@ impl Live {
                 tls,
                 sessions: previous.map(|previous| previous.sessions.clone()).unwrap_or_default(),
                 refusals: previous.map(|previous| previous.refusals.clone()).unwrap_or_default(),
-                limits: Arc::new(config.limits.clone()),
+                settings: Arc::new(SessionSettings { limits: limits.clone(), metrics: metrics.clone() }),
+                limits,
                 // Its rules are replaced when this configuration is, see `Running::reload`.
                 guard: previous.map_or_else(
                     || Arc::new(Guard::new(&config.guard, Instant::now())),

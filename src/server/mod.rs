@@ -21,7 +21,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use self::doors::{Doors, Opening};
-pub use self::live::{Desk, Live};
+pub use self::live::{Desk, Live, SessionSettings};
 pub use self::operations::{UserHold, UserMoved};
 use crate::admin::Admin;
 use crate::backend::OwnAddresses;
@@ -273,6 +273,7 @@ impl Running {
         }
         drop(now);
         before.backends.retire(&live.backends);
+        before.router.retire(&live.router);
         let mut unchanged = Vec::new();
         for (key, is_same) in [
             ("limits.workers", before.config.limits.workers == live.config.limits.workers),

@@ -133,7 +133,7 @@ impl Session {
         // A socket bound to one address has no other; of `[::]` only the connection knows.
         let local = if local.ip().is_unspecified() { socket.local_addr().unwrap_or(local) } else { local };
         let login_by = time::Instant::now() + live.limits.login;
-        let record = Record::new(id::new(peer), peer, local, live.clone());
+        let record = Record::new(id::new(peer), peer, local, live.settings.clone());
         (
             Self {
                 live,
@@ -230,7 +230,7 @@ impl Session {
         if self.desk.has_changed().is_ok_and(|changed| changed) {
             let Desk { live, index } = self.desk.borrow_and_update().clone();
             (self.live, self.listener) = (live.clone(), index);
-            self.record.now_under(live);
+            self.record.now_under(live.settings.clone());
         }
     }
 

@@ -17,7 +17,7 @@ use crate::failure::{Reason, Side};
 use crate::identity::{Mechanism, UserName};
 use crate::metrics::{LoginOutcome, OpenGuard};
 use crate::relay::End;
-use crate::server::Live;
+use crate::server::SessionSettings;
 use crate::session::id::SessionId;
 use crate::session::relayed::Over;
 use crate::sessions::Why;
@@ -25,7 +25,7 @@ use crate::stream::TlsFacts;
 
 /// What is known of a session so far. It is most of what an idle session keeps, so it is packed: a test holds its size.
 pub(super) struct Record {
-    live: Arc<Live>,
+    settings: Arc<SessionSettings>,
     began: Instant,
     session: SessionId,
     client: Address,
@@ -125,9 +125,14 @@ impl Took {
 }
 
 impl Record {
-    pub(super) fn new(session: SessionId, client: SocketAddr, listener: SocketAddr, live: Arc<Live>) -> Self {
+    pub(super) fn new(
+        session: SessionId,
+        client: SocketAddr,
+        listener: SocketAddr,
+        settings: Arc<SessionSettings>,
+    ) -> Self {
         Self {
-            live,
+            settings,
             began: Instant::now(),
             session,
             client: client.into(),
@@ -216,7 +221,7 @@ impl Record {
     pub(super) fn attempt_failed(&mut self, reason: Reason, outcome: LoginOutcome, backend: Option<BackendId>) {
         // A failure of a server was counted when that server was tried.
         if reason.side() != Side::Backend || matches!(reason, Reason::NoServer | Reason::ServersFull) {
-            self.live.metrics.failure(reason);
+            self.settings.metrics.failure(reason);
         }
         self.failure = Some(reason);
         self.answered(outcome, backend);
@@ -246,7 +251,7 @@ impl Record {
     fn answered(&mut self, outcome: LoginOutcome, backend: Option<BackendId>) {
         self.outcome = Some(outcome);
         if let Some(mechanism) = self.mechanism {
-            self.live.metrics.login(backend.map(|id| id.0), mechanism, outcome);
+            self.settings.metrics.login(backend.map(|id| id.0), mechanism, outcome);
         }
     }
 
@@ -255,7 +260,7 @@ impl Record {
         if self.is_check && self.attempts == 0 && matches!(reason, Reason::Disconnected | Reason::Handshake) {
             return;
         }
-        self.live.metrics.failure(reason);
+        self.settings.metrics.failure(reason);
         self.failure = Some(reason);
     }
 
@@ -272,30 +277,30 @@ impl Record {
     pub(super) fn open_on(&mut self, backend: BackendId, slot: Slot) {
         self.relaying = Some(Relaying {
             backend: backend.0 as u16,
-            _backend_sessions: self.live.metrics.backend(backend.0).session_established(),
+            _backend_sessions: self.settings.metrics.backend(backend.0).session_established(),
             slot: slot.established(),
         });
     }
 
     /// Another configuration holds from now on.
-    pub(super) fn now_under(&mut self, live: Arc<Live>) {
-        self.live = live;
+    pub(super) fn now_under(&mut self, settings: Arc<SessionSettings>) {
+        self.settings = settings;
     }
 
-    /// The configuration of the session's last login.
-    pub(super) fn live(&self) -> &Live {
-        &self.live
+    /// The settings at the session's last login.
+    pub(super) fn settings(&self) -> &SessionSettings {
+        &self.settings
     }
 
     /// Where bytes of the relay are counted: to the client, to the server.
     pub(super) fn byte_counters(&self) -> (IntCounter, IntCounter) {
         let backend = self.relaying.as_ref().map_or(0, |relaying| relaying.backend);
-        self.live.metrics.backend(backend.into()).byte_counters()
+        self.settings.metrics.backend(backend.into()).byte_counters()
     }
 
     /// The server has closed without being asked: it counts the session no more. `None`: the client is not kept.
     pub(super) fn cut_off(&mut self) -> Option<CutOff> {
-        let over = self.live.limits.max_disconnect_delay?;
+        let over = self.settings.limits.max_disconnect_delay?;
         let cut_off = self.relaying.as_mut()?.slot.cut_off(over)?;
         if let Some(sessions) = cut_off.half_of {
             let (backend, server) = (self.backend.as_deref(), self.server.as_deref());
@@ -364,11 +369,11 @@ impl Drop for Record {
     fn drop(&mut self) {
         let length = self.began.elapsed();
         if let Some(relaying) = &self.relaying {
-            self.live.metrics.backend(relaying.backend.into()).session_ended(length);
+            self.settings.metrics.backend(relaying.backend.into()).session_ended(length);
         }
         if std::thread::panicking() {
             self.failure = Some(Reason::Panic);
-            self.live.metrics.failure(Reason::Panic);
+            self.settings.metrics.failure(Reason::Panic);
             self.ended_by = EndedBy::Proxy;
         }
         macro_rules! emit {

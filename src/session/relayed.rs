@@ -57,7 +57,7 @@ pub(super) struct Kept {
 
 impl Kept {
     fn limits(&self) -> Limits {
-        let limits = &self.record.live().limits;
+        let limits = &self.record.settings().limits;
         Limits { idle: limits.idle, half_close: limits.half_close, stall: limits.stall }
     }
 }
@@ -122,7 +122,7 @@ fn put_aside(relay: Relay<TcpStream>, mut kept: Box<Kept>) {
     match relay.rest() {
         Ok(resting) => {
             // Only who is silent can be gone unnoticed; most sessions end before they are, and save the calls.
-            if let Some(time) = kept.record.live().limits.keepalive.filter(|_| !kept.keepalive_set) {
+            if let Some(time) = kept.record.settings().limits.keepalive.filter(|_| !kept.keepalive_set) {
                 kept.keepalive_set = true;
                 keep_alive(&resting.client.socket, time);
                 keep_alive(&resting.server.socket, time);
