@@ -1,0 +1,85 @@
+"""A TCP relay that can fall silent, as a firewall does that has forgotten its connections."""
+
+import socket
+import threading
+
+from fixtures import free_port
+
+
+class Relay:
+    """Forwards connections to a port of this machine. After `go_silent()` the connections that were open carry nothing any
+    more and are not closed; new ones are forwarded."""
+
+    def __init__(self, target):
+        self.port, self.target = free_port(), target
+        self.lock = threading.Lock()
+        # Sockets of both sides, and whether the connection is silent.
+        self.connections = []
+        self.accepted = 0
+        self.listener = socket.create_server(("127.0.0.1", self.port), backlog=128)
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def go_silent(self, but=()):
+        """All connections but those in `but`, a list that `connections` was before."""
+        with self.lock:
+            for connection in self.connections:
+                if connection not in but:
+                    connection.is_silent = True
+
+    def open(self):
+        """Connections whose client has not closed them, silent ones included."""
+        with self.lock:
+            return sum(not connection.is_over for connection in self.connections)
+
+    def close(self):
+        self.listener.close()
+        with self.lock:
+            for connection in self.connections:
+                connection.close()
+
+    def _accept(self):
+        while True:
+            try:
+                client, _ = self.listener.accept()
+                server = socket.create_connection(("127.0.0.1", self.target))
+            except OSError:
+                if self.listener.fileno() == -1:
+                    return
+                client.close()
+                continue
+            connection = Connection(client, server)
+            with self.lock:
+                self.connections.append(connection)
+                self.accepted += 1
+            connection.start()
+
+
+class Connection:
+    def __init__(self, client, server):
+        self.client, self.server = client, server
+        self.is_silent = self.is_over = False
+
+    def start(self):
+        for pair in ((self.client, self.server), (self.server, self.client)):
+            threading.Thread(target=self._forward, args=pair, daemon=True).start()
+
+    def _forward(self, source, sink):
+        try:
+            while data := source.recv(65536):
+                if not self.is_silent:
+                    sink.sendall(data)
+        except OSError:
+            pass
+        if source is self.client:
+            self.is_over = True
+        if not self.is_silent:
+            self.close()
+        elif source is self.client:
+            source.close()
+
+    def close(self):
+        for side in (self.client, self.server):
+            try:
+                side.shutdown(socket.SHUT_RDWR)
+            except OSError:
+                pass

@@ -1,0 +1,236 @@
+"""Connections to directories that fall silent, and those of a configuration that is no longer in use."""
+
+import concurrent.futures
+import re
+import signal
+import unittest
+
+import directories
+import test_directories
+from fixtures import PASSWORDS, free_port, wait_for
+from relay import Relay
+from responder import Responder
+from test_directories import ALICE, BOB, Client, Directories
+from test_http_routes import BASE, Nginx
+
+TIMEOUT = "6s"
+
+
+class Connections(Directories):
+    """Between the proxy and the directory is a relay; `route()` of the test of that directory leads to it."""
+
+    # Connections that four lookups at the same time need.
+    pooled = 4
+
+    @classmethod
+    def rows(cls):
+        return {ALICE: {"backend": "shard-a"}, BOB: {"backend": "shard-b"}}
+
+    def setUp(self):
+        self.relays = [self.relay(self.directory.port)]
+        # Whoever builds the route asks the directory for its port.
+        self.direct = self.directory.port
+        self.directory.port = self.relays[0].port
+        self.spared = []
+        try:
+            self.prepared = self.route()
+        finally:
+            self.directory.port = self.direct
+        self.route = lambda: self.prepared
+
+    def relay(self, port):
+        relay = Relay(port)
+        self.addCleanup(relay.close)
+        return relay
+
+    def accepted(self):
+        return sum(relay.accepted for relay in self.relays)
+
+    def open(self):
+        return sum(relay.open() for relay in self.relays)
+
+    def go_silent(self):
+        for relay in self.relays:
+            relay.go_silent(but=self.spared)
+
+    def log_in(self, proxy, user=ALICE):
+        """A session that stays open."""
+        client = Client(proxy)
+        self.assertRegex(client.login(user, PASSWORDS[user]), "^a OK", proxy.log())
+        return client
+
+    def fill(self, proxy, count=4):
+        """Lookups at the same time use as many connections as they may."""
+        clients, before = [Client(proxy) for _ in range(count)], self.accepted()
+        self.directory.hold()
+        try:
+            for client in clients:
+                client.raw.send(f'a LOGIN {ALICE} "{PASSWORDS[ALICE]}"\r\n'.encode())
+            wait_for("their connections", lambda: self.accepted() >= before + self.pooled)
+        finally:
+            self.directory.release()
+        for client in clients:
+            self.assertRegex(client.raw.until(b"a ")[-1], b"^a OK", proxy.log())
+
+    def reload(self, proxy):
+        before = proxy.metric("vestibule_reloads_total", outcome="loaded")
+        proxy.process.child.send_signal(signal.SIGHUP)
+        wait_for("the reload", lambda: proxy.metric("vestibule_reloads_total", outcome="loaded") == before + 1)
+
+    def test_connections_that_fall_silent_fail_no_login(self):
+        proxy = self.proxy(timeout=TIMEOUT)
+        self.fill(proxy)
+        for _ in range(2):
+            self.go_silent()
+            accepted = self.accepted()
+            with concurrent.futures.ThreadPoolExecutor(4) as pool:
+                clients = [Client(proxy) for _ in range(4)]
+                answers = list(pool.map(lambda client: client.login(ALICE, PASSWORDS[ALICE]), clients))
+            for answer in answers:
+                self.assertRegex(answer, "^a OK", proxy.log())
+            self.assertGreater(self.accepted(), accepted)
+            # The silent ones are gone: who comes later meets none.
+            accepted = self.accepted()
+            for _ in range(6):
+                self.log_in(proxy)
+            self.assertEqual(self.accepted(), accepted)
+        self.assertEqual(proxy.metric("vestibule_route_lookups_total", result="failed"), 0, proxy.log())
+        self.assertEqual(proxy.metric("vestibule_route_failing"), 0)
+
+    def test_reloads_use_the_same_connections_and_a_new_secret_others(self):
+        proxy = self.proxy(timeout=TIMEOUT)
+        sessions = [self.log_in(proxy)]
+        accepted, text = self.accepted(), proxy.file.read_text()
+        for round in range(10):
+            proxy.file.write_text(text.replace("failed_logins: 1000", f"failed_logins: {100 + round}"))
+            self.reload(proxy)
+            sessions.append(self.log_in(proxy))
+        self.assertEqual(self.accepted(), accepted, "no lookup needed another connection")
+        secret = proxy.folder.path / "password"
+        if "password_file" in text:
+            # Another content, and the same password.
+            secret.write_text(secret.read_text() + "\n")
+        else:
+            proxy.file.write_text(text.replace(f"timeout: {TIMEOUT}", "timeout: 7s"))
+        before = [connection for relay in self.relays for connection in relay.connections if connection not in self.spared]
+        self.reload(proxy)
+        wait_for("the old connections to close", lambda: all(connection.is_over for connection in before))
+        sessions.append(self.log_in(proxy))
+        self.assertGreater(self.accepted(), accepted)
+        for session in sessions:
+            self.assertRegex(session.raw.command("n", "NOOP")[-1], b"^n OK")
+
+
+class PostgreSqlConnections(Connections, test_directories.PostgreSql):
+    """Of the tests of the class above none is run again: `load_tests` selects those of this file."""
+
+    def test_reloads_do_not_fill_max_connections(self):
+        self.directory.sql("ALTER ROLE vestibule CONNECTION LIMIT 10")
+        self.addCleanup(self.directory.sql, "ALTER ROLE vestibule CONNECTION LIMIT -1")
+        proxy = self.proxy(timeout=TIMEOUT, connections=8)
+        text, sessions = proxy.file.read_text(), []
+        for round in range(10):
+            # Every reload changes the query, so that none uses the connections of the one before.
+            proxy.file.write_text(re.sub("SELECT .* WHERE", f"SELECT *, {round} AS n FROM mailbox WHERE", text))
+            self.reload(proxy)
+            sessions.append(self.log_in(proxy))
+        wait_for("the old connections to close", lambda: self.open() == 1)
+
+
+class MariaDbConnections(Connections, test_directories.MariaDb):
+    pass
+
+
+class OpenLdapConnections(Connections, test_directories.OpenLdap):
+    pass
+
+
+class RedisConnections(Connections, test_directories.Redis):
+    pooled = 1
+
+
+
+class SentinelConnections(Connections, test_directories.Redis):
+    """Sentinel reaches the master through the same relay, and its own connections go on."""
+    pooled = 1
+
+
+    def setUp(self):
+        super().setUp()
+        master = self.relay(self.directory.port)
+        named = type("Master", (), {"port": master.port, "PASSWORD": self.directory.PASSWORD})
+        sentinel = directories.Sentinel(named)
+        self.addCleanup(sentinel.close)
+        wait_for("the Sentinel", lambda: "flags\nmaster\n" in sentinel.command("SENTINEL", "MASTER", "mail"))
+        wait_for("its connections", lambda: master.accepted >= 2)
+        self.spared = list(master.connections)
+        self.relays = [master, self.relay(sentinel.port)]
+        self.prepared = ["redis", f'sentinels: ["redis://localhost:{self.relays[1].port}"]', "master: mail",
+                         "password_file: password", 'key: "mailbox:%{user}"']
+
+
+class ClusterConnections(Connections, test_directories.Redis):
+    pooled = 1
+
+    def setUp(self):
+        super().setUp()
+        nodes, self.relays = [], []
+        for _ in range(3):
+            port = free_port()
+            self.relays.append(self.relay(port))
+            settings = ["--cluster-enabled", "yes", "--cluster-node-timeout", "2000", "--cluster-port", str(free_port()),
+                        "--cluster-announce-port", str(self.relays[-1].port)]
+            nodes.append(directories.Redis(extra=settings, port=port))
+            self.addCleanup(nodes[-1].close)
+        addresses = [f"127.0.0.1:{node.port}" for node in nodes]
+        made = nodes[0].command("--cluster", "create", *addresses, "--cluster-yes")
+        self.assertIn("All 16384 slots covered", made)
+        wait_for("the cluster", lambda: all("cluster_state:ok" in node.command("CLUSTER", "INFO") for node in nodes))
+        for user, fields in self.rows().items():
+            self.assertEqual(nodes[0].command("-c", "SET", f"mailbox:{user}", directories.text(fields)).splitlines()[-1], "OK")
+        urls = ", ".join(f'"redis://127.0.0.1:{relay.port}"' for relay in self.relays[:2])
+        self.prepared = ["redis", f"cluster: [{urls}]", "password_file: password", 'key: "mailbox:%{user}"']
+
+
+class HttpConnections(Connections, unittest.TestCase):
+    @classmethod
+    def make(cls):
+        return Responder()
+
+    def route(self):
+        return ["http", f"url: http://localhost:{self.directory.port}/where"]
+
+
+class Http2Connections(HttpConnections):
+    pooled = 1
+
+    def setUp(self):
+        super().setUp()
+        nginx = Nginx(BASE + f"""
+            events {{}}
+            http {{
+              access_log off;
+              server {{
+                listen 127.0.0.1:PORT ssl http2;
+                ssl_certificate {self.certificates.cert};
+                ssl_certificate_key {self.certificates.key};
+                location / {{ proxy_pass http://127.0.0.1:{self.direct}; }}
+              }}
+            }}""")
+        self.addCleanup(nginx.close)
+        self.relays = [self.relay(nginx.port)]
+        self.prepared = ["http", f"url: https://localhost:{self.relays[0].port}/", f"ca: {self.certificates.ca}"]
+
+
+def load_tests(loader, _tests, _pattern):
+    """The classes of directories bring tests of their own along, which have been run."""
+    own = unittest.TestSuite()
+    for case in (PostgreSqlConnections, MariaDbConnections, OpenLdapConnections, RedisConnections, SentinelConnections,
+                 ClusterConnections, HttpConnections, Http2Connections):
+        names = [name for name in loader.getTestCaseNames(case) if name in dir(Connections) or name in vars(case)]
+        own.addTests(case(name) for name in names)
+    return own
+
+
+if __name__ == "__main__":
+    unittest.main()
