@@ -4,7 +4,43 @@
 //! cannot tell such a connection from a slow peer, so the second attempt does not end the first: whichever answers first
 //! wins, and a slow peer costs one more request instead of a failure.
 
+use std::sync::atomic::{AtomicU32, Ordering};
+
 use tokio::time::{Instant, timeout_at};
+
+/// Deadline and progress of one request.
+#[derive(Debug)]
+pub struct Budget {
+    due: Instant,
+    /// Connections that are being established.
+    connecting: AtomicU32,
+}
+
+impl Budget {
+    /// A request that its caller ends at `due`.
+    pub fn until(due: Instant) -> Self {
+        Self { due, connecting: AtomicU32::new(0) }
+    }
+
+    /// Until when an attempt on a connection that was idle is waited for alone: half of the time that is left.
+    pub fn patience(&self) -> Instant {
+        let now = Instant::now();
+        now + self.due.saturating_duration_since(now) / 2
+    }
+
+    /// Runs `connect`; until it ends, [`Budget::is_connecting`] is true.
+    pub async fn connecting<T>(&self, connect: impl Future<Output = T>) -> T {
+        self.connecting.fetch_add(1, Ordering::Relaxed);
+        let connected = connect.await;
+        self.connecting.fetch_sub(1, Ordering::Relaxed);
+        connected
+    }
+
+    /// Whether the deadline, if it passes now, passes while a connection is being established.
+    pub fn is_connecting(&self) -> bool {
+        self.connecting.load(Ordering::Relaxed) > 0
+    }
+}
 
 /// Runs `first` alone until `patience`, then `second` beside it; `second` runs at once if `first` fails. The first success
 /// is the result, and the other attempt is dropped with its connection. If both fail, the error is that of `second`.

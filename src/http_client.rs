@@ -5,6 +5,7 @@
 //! Called by `route` and `policy`.
 
 use std::path::PathBuf;
+use std::pin::pin;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -16,14 +17,13 @@ use hyper::http::response::Parts;
 use hyper::{Method, Request, Uri};
 use hyper_rustls::{HttpsConnector, HttpsConnectorBuilder};
 use hyper_util::client::legacy::Client;
-use hyper_util::client::legacy::connect::HttpConnector;
+use hyper_util::client::legacy::connect::{HttpConnector, capture_connection};
 use hyper_util::rt::{TokioExecutor, TokioTimer};
-use tokio::time::Instant;
 use tokio_rustls::rustls::ClientConfig;
 use zeroize::Zeroizing;
 
 use crate::config::{Config, Located, Problem};
-use crate::hedge::hedged;
+use crate::hedge::{Budget, hedged};
 use crate::{tcp_liveness, tls};
 
 /// An answer has no business being longer.
@@ -104,22 +104,20 @@ impl HttpClient {
         Ok(request)
     }
 
-    /// Sends a request and reads the response, up to [`MAX_BODY`]. The caller ends it at `due`.
+    /// Sends a request and reads the response, up to [`MAX_BODY`]. The caller ends it at the deadline of `budget`.
     ///
     /// # Errors
     /// A sentence for the operator: what failed, and what caused it.
-    pub async fn fetch(&self, request: Request<Full<Bytes>>, due: Instant) -> Result<Answer, String> {
+    pub async fn fetch(&self, request: Request<Full<Bytes>>, budget: &Budget) -> Result<Answer, String> {
         let pool = self.current_pool();
         if !pool.has_answered.load(Ordering::Relaxed) {
-            return self.exchange(pool, request).await;
+            return self.exchange(pool, request, budget).await;
         }
         let fresh = async {
             self.discard(&pool);
-            self.exchange(self.current_pool(), request.clone()).await
+            self.exchange(self.current_pool(), request.clone(), budget).await
         };
-        let now = Instant::now();
-        let patience = now + due.saturating_duration_since(now) / 2;
-        hedged(self.exchange(pool.clone(), request.clone()), patience, fresh).await
+        hedged(self.exchange(pool.clone(), request.clone(), budget), budget.patience(), fresh).await
     }
 
     /// Closes all connections that are not in use.
@@ -127,10 +125,21 @@ impl HttpClient {
         *self.lock() = None;
     }
 
-    async fn exchange(&self, pool: Arc<Pool>, request: Request<Full<Bytes>>) -> Result<Answer, String> {
+    async fn exchange(
+        &self,
+        pool: Arc<Pool>,
+        mut request: Request<Full<Bytes>>,
+        budget: &Budget,
+    ) -> Result<Answer, String> {
         let mut unanswered = Unanswered { http: self, pool: Some(&pool) };
-        let response = pool.client.request(request).await.map_err(|error| chain(&error))?;
-        let (head, body) = response.into_parts();
+        let mut connection = capture_connection(&mut request);
+        let mut response = pin!(pool.client.request(request));
+        let response = tokio::select! {
+            biased;
+            response = &mut response => response,
+            () = budget.connecting(async { drop(connection.wait_for_connection_metadata().await) }) => response.await,
+        };
+        let (head, body) = response.map_err(|error| chain(&error))?.into_parts();
         let body = read(body).await?;
         unanswered.pool = None;
         pool.has_answered.store(true, Ordering::Relaxed);

@@ -23,9 +23,11 @@ use tokio::time::{Instant, timeout_at};
 use zeroize::Zeroizing;
 
 use crate::config::{self, Config, Problem};
+use crate::hedge::Budget;
 use crate::http_client::HttpClient;
 use crate::identity::Credentials;
 use crate::metrics::{Metrics, PolicyAnswer, PolicyCommand};
+use crate::tls;
 
 /// Connections that are kept.
 const CONNECTIONS: usize = 8;
@@ -130,6 +132,11 @@ impl Policy {
         })
     }
 
+    /// Closes connections that are not in use: another configuration holds.
+    pub fn retire(&self) {
+        self.client.retire();
+    }
+
     /// What is said of a login; `device` is what the client says of itself.
     pub fn attempt(
         &self,
@@ -155,13 +162,18 @@ impl Policy {
     /// Asks whether it may be tried.
     pub async fn allow(&self, attempt: &Attempt, metrics: &Metrics) -> Verdict {
         let due = Instant::now() + self.timeout;
-        let answer = match timeout_at(due, self.ask(&self.allow, attempt, due)).await {
+        let budget = Budget::until(due);
+        let answer = match timeout_at(due, self.ask(&self.allow, attempt, &budget)).await {
             Ok(answer) => answer,
+            Err(_) if budget.is_connecting() => {
+                Err("no answer within policy.timeout: the connection was not established".to_owned())
+            }
             Err(_) => Err("no answer within policy.timeout".to_owned()),
         };
         let (verdict, counted) = match answer {
             Ok(status) => read(status),
             Err(error) => {
+                let error = tls::explained(error);
                 tracing::warn!(session = attempt.session_id, %error, "the policy service did not answer");
                 let verdict = if self.fail_open { Verdict::Allowed(Duration::ZERO) } else { Verdict::Unavailable };
                 (verdict, PolicyAnswer::Failed)
@@ -181,7 +193,8 @@ impl Policy {
         tokio::spawn(async move {
             let told = Told { attempt: &attempt, success, policy_reject: denied };
             let due = Instant::now() + policy.timeout;
-            let taken = matches!(timeout_at(due, policy.ask(&policy.report, &told, due)).await, Ok(Ok(_)));
+            let budget = Budget::until(due);
+            let taken = matches!(timeout_at(due, policy.ask(&policy.report, &told, &budget)).await, Ok(Ok(_)));
             let counted = if taken { PolicyAnswer::Allowed } else { PolicyAnswer::Failed };
             metrics.policy(PolicyCommand::Report, counted);
             drop(permit);
@@ -189,10 +202,10 @@ impl Policy {
     }
 
     /// The status of the answer. The error is a sentence for the operator.
-    async fn ask(&self, command: &Uri, said: &impl Serialize, due: Instant) -> Result<i64, String> {
+    async fn ask(&self, command: &Uri, said: &impl Serialize, budget: &Budget) -> Result<i64, String> {
         let body = serde_json::to_vec(said).map_err(|error| error.to_string())?;
         let request = self.client.request_to(command.clone(), Method::POST, body)?;
-        let (head, body) = self.client.fetch(request, due).await?;
+        let (head, body) = self.client.fetch(request, budget).await?;
         if head.status != StatusCode::OK {
             return Err(format!("the service answers {}", head.status));
         }

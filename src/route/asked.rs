@@ -14,13 +14,13 @@ use tokio::sync::{Semaphore, watch};
 use tokio::time::{Instant as Due, timeout, timeout_at};
 use tokio_util::sync::CancellationToken;
 
-use super::budget::Budget;
 use super::cache::{Cache, Kept, Looked};
 use super::directory::Directory;
 use super::question::Question;
 use super::target::Declared;
 use super::{Answer, Origin, warm};
 use crate::config;
+use crate::hedge::Budget;
 use crate::metrics::RouteMetrics;
 
 /// A directory that failed is left alone for this long by those who have a stale answer.

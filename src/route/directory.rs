@@ -2,10 +2,11 @@
 //!
 //! All are built without a word to anybody and connect when they are first asked. Called by `asked`.
 
-use super::budget::Budget;
 use super::question::Question;
 use super::target::Target;
 use super::{Answer, dns, http, ldap, redis, sql};
+use crate::hedge::Budget;
+use crate::tls;
 
 /// A directory.
 #[derive(Debug)]
@@ -23,7 +24,7 @@ pub(super) enum Directory {
 impl Directory {
     /// One question. The caller ends it at the deadline of `budget`, and bounds how many are asked at a time.
     pub(super) async fn ask(&self, question: &Question, budget: &Budget) -> Answer {
-        match self {
+        let answer = match self {
             Self::Sql(sql) => sql.ask(question, budget).await,
             Self::Ldap(ldap) => ldap.ask(question, budget).await,
             Self::Http(http) => http.ask(question, budget).await,
@@ -31,6 +32,10 @@ impl Directory {
             Self::Dns(dns) => dns.ask(question).await,
             #[cfg(test)]
             Self::Scripted(scripted) => scripted.ask(question).await,
+        };
+        match answer {
+            Answer::Failed(reason) => Answer::Failed(tls::explained(reason)),
+            other => other,
         }
     }
 

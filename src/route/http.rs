@@ -18,12 +18,12 @@ use zeroize::Zeroizing;
 
 use super::Answer;
 use super::auth_http::{self, Verdict};
-use super::budget::Budget;
 use super::directory::answer;
 use super::proof::{Identity, SentPassword};
 use super::question::{Question, Visitor};
 use super::target::{At, Declared, Denied, Fields, Login, Place, Target};
 use crate::config::{self, BackendId, Config, Host, HttpStyle, Network, Problem, Server};
+use crate::hedge::Budget;
 use crate::http_client::HttpClient;
 use crate::identity::{Proof, UserName};
 
@@ -134,7 +134,7 @@ impl Http {
         let credentials = question.visitor.as_deref().map(|visitor| &visitor.credentials);
         let sent = credentials.filter(|_| self.password).and_then(SentPassword::of);
         let request = self.json(question, sent.as_ref())?;
-        let (head, body) = self.client.fetch(request, budget.due()).await?;
+        let (head, body) = self.client.fetch(request, budget).await?;
         Ok(self.read_json(head.status, &body, sent))
     }
 
@@ -145,7 +145,7 @@ impl Http {
             return Ok(Answer::Found(Target::PasswordNeeded.into()));
         }
         loop {
-            let (head, _) = self.client.fetch(self.nginx(question, visitor)?, budget.due()).await?;
+            let (head, _) = self.client.fetch(self.nginx(question, visitor)?, budget).await?;
             let said = auth_http::answer(&head.headers);
             match said.map_err(|error| format!("{error} ({})", head.status))? {
                 Verdict::Good { address, user, login } => {

@@ -17,13 +17,12 @@ use tokio_rustls::rustls::ClientConfig;
 use zeroize::Zeroizing;
 
 use super::Answer;
-use super::budget::Budget;
 use super::directory::answer;
 use super::idle::IdleConnections;
 use super::question::Question;
 use super::target::{Declared, Fields};
 use crate::config::{self, Config, LdapScope, Problem};
-use crate::hedge::hedged;
+use crate::hedge::{Budget, hedged};
 use crate::template::Template;
 use crate::{tcp_liveness, tls};
 
@@ -138,7 +137,13 @@ impl Directory {
         if let Some(tls) = &self.tls {
             settings = settings.set_config(tls.clone());
         }
-        let (connection, mut ldap) = LdapConnAsync::with_settings(settings, &self.url).await?;
+        let (connection, mut ldap) =
+            LdapConnAsync::with_settings(settings, &self.url).await.map_err(|error| match error {
+                LdapError::LdapResult { result } => {
+                    std::io::Error::other(format!("the server refuses StartTLS: {result}")).into()
+                }
+                other => other,
+            })?;
         // Ends with the last handle.
         tokio::spawn(async move {
             if let Err(error) = connection.drive().await {

@@ -12,7 +12,6 @@ mod asked;
 #[cfg(test)]
 mod asked_tests;
 mod auth_http;
-mod budget;
 mod cache;
 mod director;
 mod directory;

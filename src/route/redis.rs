@@ -20,19 +20,17 @@ use redis::{
 use zeroize::Zeroizing;
 
 use super::Answer;
-use super::budget::Budget;
 use super::directory::answer;
 use super::question::Question;
 use super::target::Declared;
 use crate::config::{self, Config, Located, Problem, RedisPlace};
-use crate::hedge::hedged;
+use crate::hedge::{Budget, hedged};
 use crate::tcp_liveness;
 use crate::template::Template;
 
 /// One command per lookup.
 pub(super) struct Redis {
     client: RedisClient,
-    timeout: Duration,
     shared: Mutex<Option<Shared>>,
     /// Held while a connection is established, so that concurrent lookups share it.
     connecting: tokio::sync::Mutex<()>,
@@ -78,7 +76,6 @@ impl Redis {
             Builder::new(config, redis).and_then(|builder| builder.client(redis)).map_err(|problem| vec![problem])?;
         Ok(Self {
             client,
-            timeout: redis.asking.timeout,
             shared: Mutex::default(),
             connecting: tokio::sync::Mutex::default(),
             key: redis.key.clone(),
@@ -149,9 +146,8 @@ impl Redis {
     }
 
     async fn connect(&self) -> Result<Connection, RedisError> {
-        let settings = AsyncConnectionConfig::new()
-            .set_connection_timeout(Some(self.timeout))
-            .set_response_timeout(Some(self.timeout));
+        // The caller's deadline ends an attempt, and says how far it came.
+        let settings = AsyncConnectionConfig::new().set_connection_timeout(None).set_response_timeout(None);
         Ok(match &self.client {
             RedisClient::Server(client) => {
                 Connection::Server(client.get_multiplexed_async_connection_with_config(&settings).await?)
@@ -228,8 +224,9 @@ impl<'a> Builder<'a> {
             RedisPlace::Cluster(urls) => {
                 let nodes = urls.iter().map(|url| self.info(url)).collect::<Result<Vec<_>, _>>()?;
                 let mut builder = ClusterClientBuilder::new(nodes)
-                    .connection_timeout(self.timeout)
-                    .response_timeout(self.timeout)
+                    // Later than the caller's deadline, which ends an attempt.
+                    .connection_timeout(2 * self.timeout)
+                    .response_timeout(2 * self.timeout)
                     .tcp_settings(tcp_settings());
                 if self.roots.is_some() {
                     builder = builder.certs(self.certificates());

@@ -23,13 +23,12 @@ use tokio::runtime::Handle;
 use tokio::time::timeout;
 
 use super::Answer;
-use super::budget::Budget;
 use super::directory::answer;
 use super::idle::IdleConnections;
 use super::question::Question;
 use super::target::{Declared, Fields};
 use crate::config::{self, ANSWER_FIELDS, Config, Problem};
-use crate::hedge::hedged;
+use crate::hedge::{Budget, hedged};
 use crate::template::Variable;
 
 /// How long the farewell to a server may take when a connection is closed.

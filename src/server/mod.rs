@@ -274,6 +274,9 @@ impl Running {
         drop(now);
         before.backends.retire(&live.backends);
         before.router.retire(&live.router);
+        if let Some(policy) = &before.policy {
+            policy.retire();
+        }
         let mut unchanged = Vec::new();
         for (key, is_same) in [
             ("limits.workers", before.config.limits.workers == live.config.limits.workers),

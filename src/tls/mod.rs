@@ -7,6 +7,7 @@
 
 mod certificates;
 pub mod client;
+mod error_text;
 pub mod handover;
 mod ocsp;
 pub mod records;
@@ -19,6 +20,8 @@ use std::sync::Arc;
 use tokio_rustls::rustls::crypto::{CryptoProvider, aws_lc_rs};
 use tokio_rustls::rustls::pki_types::CertificateDer;
 use x509_parser::prelude::{FromDer as _, X509Certificate};
+
+pub use self::error_text::explained;
 
 /// The process's crypto provider: TLS 1.3 and 1.2, AES-128-GCM preferred.
 fn provider() -> Arc<CryptoProvider> {

@@ -1,4 +1,5 @@
-"""A TCP relay that can fall silent, as a firewall does that has forgotten its connections."""
+"""Peers on the way to a server: a TCP relay that can fall silent, as a firewall does that has forgotten its connections,
+and a server that says the same to every client."""
 
 import socket
 import threading
@@ -10,13 +11,13 @@ class Relay:
     """Forwards connections to a port of this machine. After `go_silent()` the connections that were open carry nothing any
     more and are not closed; new ones are forwarded."""
 
-    def __init__(self, target):
+    def __init__(self, target, host="127.0.0.1"):
         self.port, self.target = free_port(), target
         self.lock = threading.Lock()
         # Sockets of both sides, and whether the connection is silent.
         self.connections = []
         self.accepted = 0
-        self.listener = socket.create_server(("127.0.0.1", self.port), backlog=128)
+        self.listener = socket.create_server((host, self.port), backlog=128)
         threading.Thread(target=self._accept, daemon=True).start()
 
     def go_silent(self, but=()):
@@ -83,3 +84,34 @@ class Connection:
                 side.shutdown(socket.SHUT_RDWR)
             except OSError:
                 pass
+
+
+class Fixed:
+    """Sends `greeting` when a client connects and `reply` when it has sent something, then nothing."""
+
+    def __init__(self, greeting=b"", reply=b""):
+        self.port = free_port()
+        self.listener = socket.create_server(("127.0.0.1", self.port), backlog=128)
+        self.greeting, self.reply = greeting, reply
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def close(self):
+        self.listener.close()
+
+    def _accept(self):
+        while True:
+            try:
+                client, _ = self.listener.accept()
+            except OSError:
+                return
+            threading.Thread(target=self._serve, args=(client,), daemon=True).start()
+
+    def _serve(self, client):
+        try:
+            client.sendall(self.greeting)
+            if client.recv(65536):
+                client.sendall(self.reply)
+            while client.recv(65536):
+                pass
+        except OSError:
+            pass

@@ -205,6 +205,27 @@ admin: {{address: "127.0.0.1:{{admin}}"}}
                           "-set_serial", "0x00c0ffee", "-days", "30", "-extfile", extensions, "-out", path / "client.pem")
         return (nginx.port, proxy.ports["tls"]), (path / "client.pem", path / "client-key.pem"), proxy
 
+    def test_a_certificate_gets_no_password_of_a_service_that_verifies_passwords(self):
+        _, certificate, proxy = self.with_certificates()
+        # The same listener before a JSON service that hands out a password without having received one.
+        self.directory.users[CAROL] = {"backend": "shard-a", "password": PASSWORDS[CAROL]}
+        self.addCleanup(self.directory.row, CAROL, **self.rows()[CAROL])
+        style, text = "style: nginx-auth-http, client_certificate: true", proxy.file.read_text()
+        for name in ("tls", "admin"):
+            text = text.replace(f":{proxy.ports[name]}\"", f":{{{name}}}\"")
+        self.assertIn(style, text)
+        for verifies, answer in (("true", rb"^a NO \[UNAVAILABLE\]"), ("false, cache: off", b"^a OK")):
+            other = Proxy(text.replace(style, f"password: {verifies}"))
+            self.addCleanup(other.close)
+            tls = context(self.certificates.ca)
+            tls.load_cert_chain(*certificate)
+            raw = Raw(other.ports["tls"], tls)
+            raw.until(b"* OK")
+            raw.send(b"a AUTHENTICATE EXTERNAL\r\n")
+            raw.until(b"+")
+            raw.send(base64.b64encode(CAROL.encode()) + b"\r\n")
+            self.assertRegex(raw.until(b"a ")[-1], answer, other.log())
+
     def told(self, raw=None):
         """What the last question told, without what is HTTP's own, and without the cipher, which is the client's too."""
         told = {name: value for name, value in self.directory.questions[-1][0].items()
@@ -247,6 +268,27 @@ admin: {{address: "127.0.0.1:{{admin}}"}}
             asked.append(self.told(raw))
         self.assertEqual(asked[1], asked[0])
         self.assertEqual((asked[1]["auth-method"], asked[1]["auth-pass"]), ("external", ""))
+
+    def test_what_a_balancer_tells_is_passed_on_as_nginx_does(self):
+        nginx = self.nginx("listen 127.0.0.1:PORT proxy_protocol; protocol imap; set_real_ip_from 127.0.0.1;")
+        proxy = Proxy(f"""
+listeners: [{{address: "127.0.0.1:{{plain}}", tls: none, proxy_protocol: {{from: [127.0.0.1]}}}}]
+backends: {{shard-a: {{servers: ["127.0.0.1:{self.a.port}"]}}}}
+routes: [{{http: {{url: "http://localhost:{self.directory.port}/auth", style: nginx-auth-http}}}}]
+admin: {{address: "127.0.0.1:{{admin}}"}}
+""")
+        self.addCleanup(proxy.close)
+        for header in ("PROXY TCP4 192.0.2.7 198.51.100.1 54321 143", "PROXY TCP6 2001:db8::7 2001:db8::1 54321 993",
+                       "PROXY UNKNOWN"):
+            asked = []
+            for port in (nginx.port, proxy.ports["plain"]):
+                raw = Raw(port)
+                raw.send(header.encode() + b"\r\n")
+                raw.until(b"* OK")
+                self.assertRegex(raw.command("a", f'LOGIN {ALICE} "{PASSWORDS[ALICE]}"')[-1], b"^a OK", proxy.log())
+                asked.append(self.told())
+            self.assertEqual(asked[1], asked[0], header)
+            self.assertEqual("proxy-protocol-server-addr" in asked[1], "UNKNOWN" not in header)
 
     def test_who_shall_wait_is_asked_about_again(self):
         for port in (self.nginx().port, self.proxy(timeout="20s").ports["plain"]):

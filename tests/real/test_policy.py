@@ -6,6 +6,7 @@ import unittest
 
 from fixtures import PASSWORDS, Certificates, Dovecot, Folder, Proxy, wait_for
 from mail import Raw
+from relay import Relay
 from responder import Responder
 
 ALICE, BOB = "alice@example.org", "bob@example.net"
@@ -114,6 +115,18 @@ admin: {{address: "127.0.0.1:{{admin}}"}}
         self.assertRegex(self.login(proxy, ALICE), r"^a NO \[UNAVAILABLE\]")
         self.assertEqual(proxy.metric("vestibule_failures_total", reason="policy_failed"), 1)
         self.assertNotIn("login failed", proxy.log())
+
+    def test_a_connection_that_falls_silent_fails_no_login(self):
+        relay = Relay(self.service.port)
+        self.addCleanup(relay.close)
+        self.service.port, direct = relay.port, self.service.port
+        proxy = self.proxy(", timeout: 4s, on_failure: deny")
+        self.service.port = direct
+        self.assertRegex(self.login(proxy, ALICE), "^a OK")
+        for _ in range(2):
+            relay.go_silent()
+            self.assertRegex(self.login(proxy, ALICE), "^a OK", proxy.log())
+        self.assertEqual(proxy.metric("vestibule_policy_answers_total", command="allow", answer="failed"), 0)
 
     def test_what_is_no_answer_is_an_outage(self):
         proxy = self.proxy(", on_failure: deny")

@@ -124,7 +124,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ("guard", &["config"]),
     ("hedge", &[]),
     ("http_client", &["config", "hedge", "tcp_liveness", "tls"]),
-    ("policy", &["config", "http_client", "identity", "metrics"]),
+    ("policy", &["config", "hedge", "http_client", "identity", "metrics", "tls"]),
     ("identity", &[]),
     ("limits", &[]),
     ("occupancy", &[]),
