@@ -48,10 +48,10 @@ impl std::fmt::Debug for Redis {
 
 /// How a connection is established.
 enum RedisClient {
-    Server(Client),
+    Server(Box<Client>),
     /// The builder, not the client: that would keep connections to Sentinels, which may have fallen silent.
     Sentinel(Box<dyn Fn() -> Result<SentinelClientBuilder, RedisError> + Send + Sync>),
-    Cluster(ClusterClient),
+    Cluster(Box<ClusterClient>),
 }
 
 /// The connection in use. Clones are handles of the same connection.
@@ -219,7 +219,7 @@ impl<'a> Builder<'a> {
                     Some(_) => Client::build_with_tls(info, self.certificates()),
                     None => Client::open(info),
                 };
-                Ok(RedisClient::Server(client.map_err(|error| self.wrong(url, &error))?))
+                Ok(RedisClient::Server(client.map_err(|error| self.wrong(url, &error))?.into()))
             }
             RedisPlace::Cluster(urls) => {
                 let nodes = urls.iter().map(|url| self.info(url)).collect::<Result<Vec<_>, _>>()?;
@@ -232,7 +232,7 @@ impl<'a> Builder<'a> {
                     builder = builder.certs(self.certificates());
                 }
                 let client = builder.build().map_err(|error| self.wrong(&urls[0], &error))?;
-                Ok(RedisClient::Cluster(client))
+                Ok(RedisClient::Cluster(client.into()))
             }
             RedisPlace::Sentinel { urls, master } => {
                 let infos = urls.iter().map(|url| self.info(url)).collect::<Result<Vec<_>, _>>()?;

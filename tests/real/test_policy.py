@@ -123,7 +123,10 @@ admin: {{address: "127.0.0.1:{{admin}}"}}
         proxy = self.proxy(", timeout: 4s, on_failure: deny")
         self.service.port = direct
         self.assertRegex(self.login(proxy, ALICE), "^a OK")
-        for _ in range(2):
+        for logins in (1, 2):
+            # Once the report is answered, its connection waits for the next request.
+            reports = lambda: proxy.metric("vestibule_policy_answers_total", command="report", answer="allowed")
+            wait_for("the report", lambda: reports() == logins)
             relay.go_silent()
             self.assertRegex(self.login(proxy, ALICE), "^a OK", proxy.log())
         self.assertEqual(proxy.metric("vestibule_policy_answers_total", command="allow", answer="failed"), 0)

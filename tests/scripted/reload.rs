@@ -71,6 +71,24 @@ async fn logins_go_where_the_new_configuration_says_and_sessions_stay() {
     scene.proxy.stop().await;
 }
 
+/// A configuration holds the routes, and they the connections to directories.
+#[tokio::test]
+async fn an_established_session_keeps_no_old_configuration() {
+    let server = Scripted::new(GOOD).await;
+    let text = |more: &str| {
+        let backends = format!("backends: {{only: {{servers: ['{}'], balance: random, check: off}}}}", server.address);
+        configuration(&backends, &format!("routes: [{{default: only}}]\n{more}"))
+    };
+    let scene = Scene::new(&text("")).await;
+    let mut session = Client::connect(scene.address()).await;
+    assert!(session.ask("a LOGIN alice secret").await.starts_with("a OK"));
+    let before = std::sync::Arc::downgrade(&scene.proxy.live());
+    scene.reload(&text("log: {level: warn}")).await.unwrap();
+    eventually("the end of the old configuration", || before.strong_count() == 0).await;
+    assert_eq!(session.ask("b NOOP").await, "b OK relayed");
+    scene.proxy.stop().await;
+}
+
 #[tokio::test]
 async fn a_bad_file_keeps_everything_and_says_what_is_wrong() {
     let server = Scripted::new(GOOD).await;
