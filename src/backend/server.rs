@@ -17,8 +17,7 @@ use super::select::Candidate;
 use super::slots::{Slot, Slots};
 use super::{first_known, publish_if_first};
 use crate::config::{self, Host, Mode};
-use crate::identity::Mechanisms;
-use crate::imap::backend_login::IdAnswer;
+use crate::imap::backend_login::{IdAnswer, Offer};
 use crate::metrics::ServerMetrics;
 
 /// One mailbox server.
@@ -82,8 +81,8 @@ pub(super) struct ServerState {
     /// `None` until DNS answered or failed for the first time.
     addresses: watch::Sender<Option<Vec<SocketAddr>>>,
     health: Mutex<Health>,
-    /// Ways to log in that it had when it was last asked.
-    offer: Mutex<Option<Mechanisms>>,
+    /// What it offered before login when it was last asked.
+    offer: Mutex<Option<Offer>>,
     /// Whether it was told already that the server does not say that it trusts us.
     distrust_told: AtomicBool,
     /// What the operator has asked for, whatever the configuration says.
@@ -261,11 +260,11 @@ impl Server {
         }
     }
 
-    pub(super) fn offer(&self) -> Option<Mechanisms> {
+    pub(super) fn offer(&self) -> Option<Offer> {
         *self.state.offer.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    pub(super) fn offers(&self, offer: Option<Mechanisms>) {
+    pub(super) fn offers(&self, offer: Option<Offer>) {
         *self.state.offer.lock().unwrap_or_else(PoisonError::into_inner) = offer;
     }
 
