@@ -12,6 +12,7 @@ use super::file::{CertificateMap, CertificateUserWord, File, FormatWord, LevelWo
 use super::guard::guard;
 use super::limits::{bounded, limits, seconds};
 use super::locate::child;
+use super::oauth::{delegations, issuers};
 use super::policy::policy;
 use super::read::Reader;
 use super::report::suggestion;
@@ -88,6 +89,7 @@ pub(super) fn config(reader: &mut Reader<'_>, file: &Path, value: Value) -> Opti
         routes,
         naming,
         master_networks,
+        token_issuers: issuers(reader, written.oauth).into(),
         limits: limits(reader, &written.limits),
         guard: guard(reader, written.access, &written.limits),
         policy: written.policy.and_then(|map| policy(reader, folder, map)),
@@ -163,6 +165,7 @@ fn listeners(reader: &mut Reader<'_>, folder: &Path, items: Vec<Value>) -> Vec<L
                     CertificateUserWord::SanDns => CertificateUser::SanDns,
                     CertificateUserWord::CommonName => CertificateUser::CommonName,
                 },
+                may_act_for: delegations(reader, &child(&key, "may_act_for"), map.may_act_for),
             }
         });
         let proxy_protocol = written.proxy_protocol.map(|map| {
