@@ -5,7 +5,8 @@ use crate::imap::backend_login::Offer;
 use crate::imap::capability::Extensions;
 
 /// The offer while no server has been seen.
-pub(super) const PASSWORDS_ONLY: Offer = Offer { mechanisms: Mechanisms::PASSWORDS, extensions: Extensions::NONE };
+pub(super) const PASSWORDS_ONLY: Offer =
+    Offer { mechanisms: Mechanisms::PASSWORDS, extensions: Extensions::NONE, unauthenticate: false };
 
 /// What every server that has been seen can take, of backends with a login of their own or without: a password can be brought in any
 /// form, a certificate needs a login of the backend. Nothing is promised while no server has been seen.
@@ -32,7 +33,7 @@ pub(super) fn common(backends: impl Iterator<Item = (bool, Vec<Offer>)>) -> Offe
     if !seen || !mechanisms.iter().any(|mechanism| mechanism != Mechanism::External) {
         mechanisms = passwords.or(mechanisms.and(Mechanisms::default().with(Mechanism::External)));
     }
-    Offer { mechanisms, extensions: if seen { extensions } else { Extensions::default() } }
+    Offer { mechanisms, extensions: if seen { extensions } else { Extensions::NONE }, ..Offer::default() }
 }
 
 /// An offer as one number, so that it is replaced as a whole: mechanisms in the low half, extensions in the high one.
@@ -42,7 +43,8 @@ pub(super) fn packed(offer: Offer) -> u64 {
 
 /// The offer that [`packed`] gave.
 pub(super) fn unpacked(bits: u64) -> Offer {
-    Offer { mechanisms: Mechanisms::from_bits(bits as u16), extensions: Extensions::from_bits((bits >> 32) as u32) }
+    let (mechanisms, extensions) = (Mechanisms::from_bits(bits as u16), Extensions::from_bits((bits >> 32) as u32));
+    Offer { mechanisms, extensions, ..Offer::default() }
 }
 
 #[cfg(test)]
@@ -50,7 +52,11 @@ mod tests {
     use super::*;
 
     fn offer(mechanisms: &[Mechanism], extensions: u32) -> Offer {
-        Offer { mechanisms: mechanisms.iter().copied().collect(), extensions: Extensions::from_bits(extensions) }
+        Offer {
+            mechanisms: mechanisms.iter().copied().collect(),
+            extensions: Extensions::from_bits(extensions),
+            ..Offer::default()
+        }
     }
 
     #[test]

@@ -85,6 +85,8 @@ pub(super) struct ServerState {
     offer: Mutex<Option<Offer>>,
     /// Whether it was told already that the server does not say that it trusts us.
     distrust_told: AtomicBool,
+    /// Whether it was logged already that the server has UNAUTHENTICATE.
+    unauthenticate_logged: AtomicBool,
     /// What the operator has asked for, whatever the configuration says.
     mode: Mutex<Option<Mode>>,
     pub(super) slots: Slots,
@@ -104,6 +106,7 @@ impl ServerState {
             health: Mutex::default(),
             offer: Mutex::default(),
             distrust_told: AtomicBool::new(false),
+            unauthenticate_logged: AtomicBool::new(false),
             mode: Mutex::default(),
             slots: Slots::default(),
             departures: Mutex::default(),
@@ -265,6 +268,15 @@ impl Server {
     }
 
     pub(super) fn offers(&self, offer: Option<Offer>) {
+        let unauthenticate = offer.is_some_and(|offer| offer.unauthenticate);
+        if unauthenticate && !self.state.unauthenticate_logged.swap(true, Ordering::Relaxed) {
+            tracing::warn!(
+                backend = %self.backend,
+                server = %self.name,
+                "server has UNAUTHENTICATE (RFC 8437): a client could log in as another user without route, limit or record; \
+                 turn it off there"
+            );
+        }
         *self.state.offer.lock().unwrap_or_else(PoisonError::into_inner) = offer;
     }
 

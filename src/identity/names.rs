@@ -97,8 +97,7 @@ impl Naming {
         Some((UserName::new(user.as_bytes()).ok()?, UserName::new(master.as_bytes()).ok()?))
     }
 
-    /// Whether a server with the same separator would take `name` apart, although [`Naming::split_master`] has not, or may not:
-    /// such a name could open another mailbox than the one that is routed by.
+    /// Whether `name` contains the separator, so that a server with the same one would take it apart.
     pub fn has_separator(&self, name: &UserName) -> bool {
         self.master_separator.is_some_and(|separator| name.as_str().contains(separator))
     }

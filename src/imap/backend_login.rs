@@ -86,6 +86,8 @@ pub struct Offer {
     pub mechanisms: Mechanisms,
     /// Extensions that may be promised to clients.
     pub extensions: Extensions,
+    /// Whether a client could log out without ending the connection, and log in as another user (RFC 8437).
+    pub unauthenticate: bool,
 }
 
 /// The dialogue so far.
@@ -199,7 +201,7 @@ impl<'a> BackendLogin<'a> {
     pub fn offer(&self) -> Option<Offer> {
         // After the login it tells of other things.
         let capabilities = self.capabilities.as_ref().filter(|_| self.phase != Phase::CapabilityAfterLogin)?;
-        Some(Offer { mechanisms: capabilities.offerable(), extensions: capabilities.extensions() })
+        Some(capabilities.offer())
     }
 
     /// What is waited for, for logs.
@@ -309,7 +311,7 @@ impl<'a> BackendLogin<'a> {
             return Ok(None);
         }
         let Some(login) = &self.attempt.login else {
-            let offer = Offer { mechanisms: capabilities.offerable(), extensions: capabilities.extensions() };
+            let offer = capabilities.offer();
             out.extend_from_slice(b"Q LOGOUT\r\n");
             return Ok(Some(ServerStep::Seen(offer)));
         };

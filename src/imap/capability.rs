@@ -1,5 +1,6 @@
 //! Capability lists: what the proxy advertises, what a server said, and what of that a logged-in client is told.
 
+use super::backend_login::Offer;
 use super::prelogin::Transport;
 use crate::identity::{Mechanism, Mechanisms};
 
@@ -124,16 +125,25 @@ impl Capabilities {
         if self.has("LOGINDISABLED") { offered } else { offered.with(Mechanism::Login) }
     }
 
+    /// What of the list matters before login.
+    pub(super) fn offer(&self) -> Offer {
+        Offer {
+            mechanisms: self.offerable(),
+            extensions: self.extensions(),
+            unauthenticate: self.has("UNAUTHENTICATE"),
+        }
+    }
+
     /// Mechanisms of the server that a proxy may offer to clients. A hash whose `-PLUS` form the server offers is left out: a client
     /// that could bind its channel would see no `-PLUS`, say so (`y,,`), and the server would have to refuse it as an attack (RFC 5802
     /// section 6).
-    pub(super) fn offerable(&self) -> Mechanisms {
+    fn offerable(&self) -> Mechanisms {
         let binds_channels = |mechanism: Mechanism| self.has(&format!("AUTH={}-PLUS", mechanism.sasl_name()));
         self.mechanisms().iter().filter(|mechanism| !binds_channels(*mechanism)).collect()
     }
 
     /// The server's extensions among those that may be promised to clients before login.
-    pub(super) fn extensions(&self) -> Extensions {
+    fn extensions(&self) -> Extensions {
         let listed = PROMISED.into_iter().enumerate().filter(|(_, name)| self.has(name));
         Extensions(listed.fold(0, |bits, (place, _)| bits | 1 << place))
     }
@@ -218,6 +228,7 @@ mod tests {
         let other = Capabilities::new(b"IMAP4rev1 IDLE UIDPLUS QUOTA");
         let names: Vec<&str> = one.extensions().iter().collect();
         assert_eq!(names, ["IDLE", "UIDPLUS", "MOVE"]);
+        assert!(one.offer().unauthenticate && !other.offer().unauthenticate);
         let common = one.extensions().and(other.extensions());
         assert_eq!(Extensions::from_bits(common.to_bits()), common);
         let greeting = |transport| before_login(transport, Mechanisms::PASSWORDS, common);

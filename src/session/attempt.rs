@@ -98,7 +98,7 @@ impl Session {
         if delegated.is_err() {
             return Some(self.not_authorised(&login.tag));
         }
-        if login.credentials.authzid.is_none() && live.config.naming.has_separator(&login.credentials.user) {
+        if has_separator(&live, &login.credentials) {
             return Some(self.no_such_user(&login.tag, Reason::NameRefused, began).await);
         }
         let client_id = prelogin.client_id().clone();
@@ -353,6 +353,13 @@ fn split_master(live: &Live, credentials: &mut Credentials) {
         credentials.authzid = Some(mailbox);
         credentials.user = master;
     }
+}
+
+/// Whether a name has a separator although it was, or cannot be, taken apart: a server that takes it apart could open another mailbox
+/// than the one that is routed by, or check another master user's password than the one that is counted for.
+fn has_separator(live: &Live, credentials: &Credentials) -> bool {
+    let mut names = std::iter::once(&credentials.user).chain(&credentials.authzid);
+    names.any(|name| live.config.naming.has_separator(name))
 }
 
 /// A token's message under the name the user has there, where that is another.

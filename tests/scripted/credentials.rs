@@ -131,19 +131,25 @@ async fn a_name_with_a_separator_that_was_not_taken_apart_is_refused() {
     let server = Scripted::new(ACCEPTS).await;
     let xoauth2 = STANDARD.encode("user=alice*admin\x01auth=Bearer t\x01\x01");
     let proxy = start(&format!(
-        "listeners: [{{address: '127.0.0.1:0', tls: none, mechanisms: [login, xoauth2]}}]\n\
+        "listeners: [{{address: '127.0.0.1:0', tls: none, mechanisms: [login, plain, xoauth2]}}]\n\
          backends: {{only: {{servers: ['{}'], authzid: allow}}}}\nroutes: [{{default: only}}]\n\
          users: {{masters: {{separator: '*'}}}}\n",
         server.address
     ))
     .await;
-    for command in
-        ["LOGIN *admin x", "LOGIN alice* x", "LOGIN \"alice *admin\" x", &format!("AUTHENTICATE XOAUTH2 {xoauth2}")]
-    {
+    for command in [
+        "LOGIN *admin x",
+        "LOGIN alice* x",
+        "LOGIN \"alice *admin\" x",
+        "LOGIN a*b*admin x",
+        &plain("bob", "alice*admin"),
+        &plain("alice*x", "admin"),
+        &format!("AUTHENTICATE XOAUTH2 {xoauth2}"),
+    ] {
         let said = Client::connect(proxy.listeners()[0]).await.ask(&format!("a {command}")).await;
         assert_eq!(said, "a NO [AUTHENTICATIONFAILED] Authentication failed.", "{command}");
     }
-    assert_eq!((server.connections(), failures(&proxy, "name_refused")), (0, 4.0));
+    assert_eq!((server.connections(), failures(&proxy, "name_refused")), (0, 7.0));
 }
 
 /// Servers differ in which of two users they take: the proxy must not route by one, and the server open the other.
