@@ -224,11 +224,14 @@ async fn a_token_without_a_user_name_is_routed_by_its_claim() {
     };
     let issuer = "oauth: [{issuer: 'https://login.test', audience: imap}]\n";
     let failed = "a NO [AUTHENTICATIONFAILED] Authentication failed.";
-    let proxy = start(&with(issuer)).await;
     let ask = async |proxy: &Running, token: &str| {
         let mut client = Client::connect(proxy.listeners()[0]).await;
         client.ask(&format!("a AUTHENTICATE OAUTHBEARER {}", bearer("", token))).await
     };
+    let unconfigured = start(&with("")).await;
+    assert_eq!(ask(&unconfigured, &good).await, failed);
+    assert_eq!((server.connections(), failures(&unconfigured, "invalid_credentials")), (0, 1.0));
+    let proxy = start(&with(issuer)).await;
     assert_eq!(ask(&proxy, &good).await, "a OK [CAPABILITY IMAP4rev1] in");
     for other in [
         "opaque".to_owned(),
@@ -240,9 +243,6 @@ async fn a_token_without_a_user_name_is_routed_by_its_claim() {
         assert_eq!(ask(&proxy, &other).await, failed, "{other}");
     }
     assert_eq!(server.connections(), 1);
-    let unconfigured = start(&with("")).await;
-    assert_eq!(ask(&unconfigured, &good).await, failed);
-    assert_eq!((server.connections(), failures(&unconfigured, "invalid_credentials")), (1, 1.0));
 }
 
 /// A server that takes turns in refusing at once and late: within one connection, unknown users are refused both ways.
@@ -280,4 +280,25 @@ async fn the_delay_of_unknown_users_is_drawn_afresh_for_each_attempt() {
         late.push(began.elapsed() >= Duration::from_millis(200));
     }
     assert!(late.contains(&true) && late.contains(&false), "{late:?}");
+}
+
+/// New versions of Outlook write every value of their ID as a literal, and LOGIN right after it.
+#[tokio::test]
+async fn the_id_of_new_outlook_and_its_login_in_one_write() {
+    let server = Scripted::new(
+        "S: * OK [CAPABILITY IMAP4rev1 ID] x\nC: *\nC: L LOGIN \"alice\" \"secret\"\nS: I OK x\nS: L OK [CAPABILITY IMAP4rev1] in\n...",
+    )
+    .await;
+    let proxy =
+        proxy(&format!("backends: {{only: {{servers: ['{}']}}}}\nroutes: [{{default: only}}]\n", server.address)).await;
+    let mut client = Client::connect(proxy.listeners()[0]).await;
+    client
+        .send(
+            "A1 ID (\"name\" {17+}\r\nMicrosoft Outlook \"version\" {1+}\r\n1 \"os\" {1+}\r\nw \"os-version\" {1+}\r\n1 \
+             \"vendor\" {1+}\r\nm)\r\nA2 LOGIN {5+}\r\nalice {6+}\r\nsecret\r\n",
+        )
+        .await;
+    assert_eq!(client.line().await, "* ID (\"name\" \"Vestibule\")");
+    assert_eq!(client.line().await, "A1 OK ID completed.");
+    assert_eq!(client.line().await, "A2 OK [CAPABILITY IMAP4rev1] in");
 }
