@@ -48,6 +48,7 @@ pub(super) fn config(reader: &mut Reader<'_>, file: &Path, value: Value) -> Opti
         reader.problem("backends", "at least one backend is needed");
     }
     pointed_at_itself(reader, &listeners, &backends);
+    delegated_in_vain(reader, &listeners, &backends);
     let routes = routes(reader, folder, &names, written.routes);
     let control = written.admin.control.map(|path| folder.join(path));
     // A Unix socket's name has 108 bytes, its end included (unix(7)).
@@ -263,6 +264,19 @@ fn ticket_keys(reader: &mut Reader<'_>, folder: &Path, files: &[PathBuf]) -> Vec
 /// Relative paths count from the configuration file's folder.
 pub(super) fn located(reader: &Reader<'_>, folder: &Path, key: &str, path: &Path) -> Located<PathBuf> {
     Located { value: folder.join(path), place: reader.place(key) }
+}
+
+/// Without a backend that takes an authzid, every login on behalf of another user is refused, listed or not.
+fn delegated_in_vain(reader: &mut Reader<'_>, listeners: &[Listener], backends: &[Backend]) {
+    if backends.iter().any(|backend| backend.authzid) || reader.blamed("backends") {
+        return;
+    }
+    for (index, listener) in listeners.iter().enumerate() {
+        if listener.client_certificates.as_ref().is_some_and(|wanted| !wanted.may_act_for.is_empty()) {
+            let key = format!("listeners[{index}].client_certificates.may_act_for");
+            reader.problem(&key, "has no effect: no backend has authzid: allow");
+        }
+    }
 }
 
 /// A server that is one of our own listeners would feed every login back to us.

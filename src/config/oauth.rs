@@ -89,9 +89,13 @@ mod tests {
     use crate::identity::{NamePattern, UserName};
 
     fn config(listener: &str, rest: &str) -> Result<Config, Report> {
+        with(listener, "allow", rest)
+    }
+
+    fn with(listener: &str, authzid: &str, rest: &str) -> Result<Config, Report> {
         let text = format!(
             "listeners: [{{address: '127.0.0.1:0', tls: implicit, client_certificates: {{ca: ca.pem{listener}}}}}]\n\
-             tls: {{certificates: [{{cert: a, key: b}}]}}\nbackends: {{a: {{servers: ['192.0.2.1:143']}}}}\n\
+             tls: {{certificates: [{{cert: a, key: b}}]}}\nbackends: {{a: {{servers: ['192.0.2.1:143'], authzid: {authzid}}}}}\n\
              routes: [{{default: a}}]\n{rest}"
         );
         parse(Path::new("v.yaml"), &text)
@@ -113,7 +117,7 @@ mod tests {
         assert_eq!(entry.users, [NamePattern::Domain("a.test".into()), exact("bob")]);
         let none = config("", "").unwrap_or_else(|report| panic!("{report}"));
         assert!(none.token_issuers.is_empty());
-        assert!(none.listeners[0].client_certificates.as_ref().unwrap().may_act_for.is_empty(), "nobody by default");
+        assert!(none.listeners[0].client_certificates.as_ref().unwrap().may_act_for.is_empty(), "none by default");
     }
 
     #[test]
@@ -132,5 +136,7 @@ mod tests {
             let report = config(listener, rest).expect_err(expected).to_string();
             assert!(report.contains(expected), "{report}");
         }
+        let in_vain = with(", may_act_for: [{certificate: a, users: [b]}]", "refuse", "").expect_err("a problem");
+        assert!(in_vain.to_string().contains("may_act_for: has no effect: no backend has authzid: allow"), "{in_vain}");
     }
 }

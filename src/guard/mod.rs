@@ -266,7 +266,7 @@ impl Guard {
     }
 
     /// Whether `client` may try to log in. `users` are those the attempt counts for, by their routing names: first the one whose password
-    /// is tried, then the one whose mailbox is asked for, if that is another; none if the credentials name nobody. So guesses at a
+    /// is tried, then the one whose mailbox is asked for, if that is another; none if the credentials name no user. So guesses at a
     /// master user's password share one limit, whichever mailboxes they name.
     ///
     /// A user known at an address has a bucket there, so that neither neighbours nor those who guess the password from elsewhere lock

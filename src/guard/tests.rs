@@ -208,7 +208,7 @@ fn failures_of_a_master_user_are_answered_later_over_all_mailboxes() {
     guard.succeeded(now, client, &["admin", "a"]);
     about(&["admin", "a"], 1.0);
     about(&["d"], 2.0);
-    // Credentials that name nobody count for the address.
+    // Credentials without a user count for the address.
     about(&[], 1.0);
     about(&[], 2.0);
 }

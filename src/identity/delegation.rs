@@ -1,4 +1,4 @@
-//! Who may act for whom: whose mailbox the owner of a client certificate may ask for (an authzid of EXTERNAL).
+//! Delegation: which mailboxes the owner of a client certificate may ask for (an authzid of EXTERNAL).
 //!
 //! No server checks such a request, because the proxy's own credentials open the mailbox. So the configuration has to list it;
 //! without a list a certificate opens its owner's mailbox only. Names are compared as routes see them. Pure.
@@ -141,7 +141,7 @@ mod tests {
     }
 
     #[test]
-    fn without_a_list_nobody_acts_for_another() {
+    fn without_a_list_a_certificate_opens_its_owners_mailbox_only() {
         let mut credentials = external("alice@a.test", Some("bob@a.test"));
         assert_eq!(authorise_certificate(&mut credentials, &Naming::default(), &[]), Err(NotDelegated));
         let mut own = external("alice@a.test", None);

@@ -50,7 +50,7 @@ pub(super) fn literals(command: &[u8]) -> Literals {
     }
 }
 
-/// A verb of HTTP or SMTP may be somebody's tag: then an IMAP command follows it.
+/// Whether a line is HTTP or SMTP. A verb of theirs may also be a client's tag: then an IMAP command follows it.
 pub(super) fn is_foreign(first: &[u8], second: &[u8]) -> bool {
     FOREIGN_VERBS.iter().any(|verb| first.eq_ignore_ascii_case(verb.as_bytes())) && Command::named(second).is_none()
 }

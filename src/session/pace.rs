@@ -135,12 +135,13 @@ mod tests {
     #[test]
     fn unknown_users_are_refused_like_wrong_passwords() {
         let mut random = Seeded(3);
-        let mut servers: [(&str, fn(f64) -> f64); 3] = [
+        type Latency = fn(f64) -> f64;
+        let servers: [(&str, Latency); 3] = [
             ("a fixed delay and some noise", |at| 2.0 + 0.01 * at * at),
             ("none, and a doubling penalty", |at| 0.003 + 0.002 * at + f64::from(1_u32 << (at * 4.0) as u32)),
             ("two clusters", |at| if at < 0.5 { 0.01 + 0.01 * at } else { 3.0 + 0.1 * at }),
         ];
-        for (name, latency) in &mut servers {
+        for (name, latency) in servers {
             let refusals = Refusals::default();
             let mut taken = || Duration::from_secs_f64(latency(random.fraction()));
             for _ in 0..REMEMBERED {

@@ -198,7 +198,7 @@ impl Record {
     }
 
     /// A login command is complete. What an earlier one left is forgotten: the record tells of the last.
-    /// `None`: the credentials name nobody.
+    /// `None`: the credentials have no usable name.
     pub(super) fn attempt(&mut self, user: Option<&UserName>, mechanism: Mechanism) {
         self.attempts += 1;
         self.user = user.cloned();

@@ -6,6 +6,8 @@ use crate::identity::{Credentials, Mechanism, Secret, TokenIssuer, UserName, cla
 
 /// Separates the fields of both mechanisms.
 const SEPARATOR: u8 = 1;
+/// Keys of one message. RFC 7628 defines three, its drafts a few more.
+const MAX_KEYS: usize = 16;
 
 /// A message of XOAUTH2.
 #[derive(Debug, PartialEq, Eq)]
@@ -64,9 +66,6 @@ pub(super) fn bearer(message: &[u8]) -> Result<Bearer<'_>, Invalid> {
     }
     Ok(Bearer { authzid: header.authzid, token: token.ok_or(Invalid::Form)? })
 }
-
-/// Keys of one message. RFC 7628 defines three, its drafts a few more.
-const MAX_KEYS: usize = 16;
 
 /// The credentials in a message of OAUTHBEARER. Without an authorization identity the user is the one that the token claims, if one
 /// of `issuers` issued it; the message then gets that name, so that the server accepts this user or none.

@@ -12,7 +12,7 @@ pub(super) struct ClientFirst {
     pub(super) authzid: Option<Vec<u8>>,
 }
 
-/// Reads `gs2-header n=user,r=nonce[,extension]…`. `m=`, the mandatory extension nobody may ignore, is refused, and so is an
+/// Reads `gs2-header n=user,r=nonce[,extension]…`. `m=`, an extension that a server must not ignore, is refused, and so is an
 /// attribute that occurs twice, in any letter case.
 pub(super) fn client_first(message: &[u8]) -> Result<ClientFirst, Invalid> {
     let header = gs2::header(message)?;

@@ -284,7 +284,7 @@ fn controls_are_refused_where_they_are_read() {
     }
 }
 
-/// They count as failed logins, not as bad commands: the client may have a typo, and is told NO.
+/// They count as failed logins, not as bad commands: the client may have a typo.
 #[test]
 fn well_formed_credentials_that_cannot_be_right_are_refused_as_a_failed_login() {
     let base64 = |message: &[u8]| base64::Engine::encode(&base64::engine::general_purpose::STANDARD, message);
