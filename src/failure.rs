@@ -85,6 +85,8 @@ reasons! {
     Client AuthzidRefused = "authzid_refused",
     /// The name has characters that `users` does not allow.
     Client NameRefused = "name_refused",
+    /// A well-formed login with credentials that cannot be right: an empty name, control characters, a token that names no user.
+    Client InvalidCredentials = "invalid_credentials",
     /// The client is a proxy, and too many came before it: a circle.
     Client ProxyLoop = "proxy_loop",
     /// The oldest of too many connections that had not logged in (`limits.before_login`).

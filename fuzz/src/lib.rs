@@ -10,6 +10,7 @@ pub mod proxy_header;
 pub mod records;
 pub mod sasl;
 pub mod table;
+pub mod template;
 
 /// A name, and what is called.
 pub type Target = (&'static str, fn(&[u8]));
@@ -23,4 +24,5 @@ pub const TARGETS: &[Target] = &[
     ("records", records::run),
     ("configuration", configuration::run),
     ("table", table::run),
+    ("template", template::run),
 ];

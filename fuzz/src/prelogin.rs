@@ -2,6 +2,7 @@
 //! replies and the same steps.
 
 use vestibule::identity::{Mechanism, Mechanisms, Proof, UserName};
+use vestibule::imap::capability::Extensions;
 use vestibule::imap::prelogin::{LoginRequest, Policy, Prelogin, Step, Transport};
 use vestibule::imap::reply;
 
@@ -17,6 +18,8 @@ pub fn run(input: &[u8]) {
         max_failed_logins: 3,
         mechanisms: if choice & 0x40 == 0 { Mechanism::ALL.into_iter().collect() } else { Mechanisms::PASSWORDS },
         certificate: (choice & 0x80 == 0).then(|| UserName::new(b"carol").expect("a user name")),
+        extensions: Extensions::ALL,
+        issuers: Vec::new().into(),
     };
     // After STARTTLS the bytes that follow are looked at only as far as they have come: that is its purpose.
     let whole = transcript(&policy, bytes.chunks(bytes.len().max(1)));
@@ -53,6 +56,10 @@ fn transcript<'a>(policy: &Policy, pieces: impl Iterator<Item = &'a [u8]>) -> St
                     } else {
                         dialogue.refused(&reply::authentication_failed(&tag, None), true, &mut replies);
                     }
+                }
+                Step::InvalidLogin(login) => {
+                    steps += &format!("{:?} {:?} {}\n", login.tag, login.mechanism, login.fault);
+                    dialogue.refused(&reply::authentication_failed(&login.tag, None), true, &mut replies);
                 }
                 Step::Response(line) => {
                     steps += &format!("response {:?}\n", *line);

@@ -1,10 +1,12 @@
 //! SASL messages of every mechanism, with the base64 already right so that what is in it is reached. With an initial response or
-//! after a continuation they are the same login; names have no controls; what is relayed reaches the server as it was.
+//! after a continuation they are the same login; every reader finds the same user in an accepted message; what is relayed reaches the
+//! server as it was.
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
-use vestibule::identity::{Credentials, Mechanism, Mechanisms, Proof, ServerLogin, UserName};
+use vestibule::identity::{Credentials, Mechanism, Mechanisms, Proof, ServerLogin, TokenIssuer, UserName};
 use vestibule::imap::backend_login::{Attempt, BackendLogin, ServerStep};
+use vestibule::imap::capability::Extensions;
 use vestibule::imap::prelogin::{Policy, Prelogin, Step, Transport};
 use vestibule::imap::sasl::renamed;
 use vestibule::imap::tag::Tag;
@@ -29,22 +31,61 @@ pub fn run(input: &[u8]) {
     assert_ne!(credentials.authzid.as_ref(), Some(&credentials.user), "that asks for nothing");
     match &credentials.proof {
         Proof::Password(password) => {
-            let behind = [b"\0", credentials.user.as_str().as_bytes(), b"\0", password.expose()].concat();
+            let end = [b"\0", credentials.user.as_str().as_bytes(), b"\0", password.expose()].concat();
             match mechanism {
-                Mechanism::SaslPlain => assert!(message.ends_with(&behind)),
-                _ => assert_eq!([b"\0", message].concat(), behind),
+                Mechanism::SaslPlain => {
+                    assert!(message.ends_with(&end));
+                    assert_eq!(message.split(|byte| *byte == 0).count(), 3, "three parts, however they are counted");
+                }
+                _ => assert_eq!([b"\0", message].concat(), end),
             }
         }
         Proof::Message(first) => {
-            assert_eq!(first.expose(), message);
-            assert_eq!(relayed(mechanism, &credentials), message, "to the last byte");
+            let claimed = mechanism == Mechanism::OauthBearer && message.starts_with(b"n,,");
+            assert!(claimed || first.expose() == message, "relayed as it came");
+            assert_eq!(relayed(mechanism, &credentials), first.expose(), "to the last byte");
+            one_user_for_every_reader(mechanism, first.expose(), &credentials);
             let other = UserName::new("d,a=v\u{e9}".as_bytes()).expect("a name");
             if let Some(renamed) = renamed(mechanism, first, &other) {
                 let again = login(mechanism, &[renamed.expose()], true).expect("still a message");
                 assert_eq!((again.user, again.authzid), (other, None));
             }
+            if let Some(same) = renamed(mechanism, first, &credentials.user) {
+                assert_eq!(same.expose(), first.expose(), "written as it was read");
+            }
         }
         Proof::Certificate => assert_eq!(credentials.user.as_str(), "carol"),
+    }
+}
+
+/// Reads the message as careless servers do: any field that names a user, wherever it is and in any letter case.
+fn one_user_for_every_reader(mechanism: Mechanism, message: &[u8], credentials: &Credentials) {
+    let named = |separators: &[u8], key: &[u8]| -> Vec<String> {
+        let fields = message.split(|byte| separators.contains(byte));
+        let named = fields.filter(|field| field.get(..key.len()).is_some_and(|start| start.eq_ignore_ascii_case(key)));
+        named.map(|field| String::from_utf8_lossy(&field[key.len()..]).into_owned()).collect()
+    };
+    let unescaped = |names: Vec<String>| -> Vec<String> {
+        names.iter().map(|name| name.replace("=2C", ",").replace("=3D", "=")).collect()
+    };
+    let user = credentials.user.as_str().to_owned();
+    match mechanism {
+        Mechanism::XOauth2 => assert_eq!(named(&[1], b"user="), [user]),
+        Mechanism::OauthBearer => {
+            assert_eq!(named(&[1], b"user="), [""; 0]);
+            let header = message.split(|byte| *byte == 1).next().unwrap_or_default();
+            let names = header.split(|byte| *byte == b',').filter(|field| field.starts_with(b"a=")).count();
+            assert_eq!((names, unescaped(named(&[1, b','], b"a="))[0].clone()), (1, user));
+        }
+        _ => {
+            assert_eq!(unescaped(named(b",", b"n=")), [user]);
+            let authzid = unescaped(named(b",", b"a="));
+            assert!(authzid.len() < 2);
+            assert_eq!(
+                authzid.first().map_or(credentials.user.as_str(), String::as_str),
+                credentials.mailbox_user().as_str()
+            );
+        }
     }
 }
 
@@ -58,6 +99,9 @@ fn login(mechanism: Mechanism, messages: &[&[u8]], at_once: bool) -> Option<Cred
         max_failed_logins: 10,
         mechanisms: Mechanism::ALL.into_iter().collect::<Mechanisms>(),
         certificate: Some(UserName::new(b"carol").expect("a name")),
+        extensions: Extensions::NONE,
+        issuers: [TokenIssuer { issuer: "https://a.test".to_owned(), claim: "email".to_owned(), audience: None }]
+            .into(),
     });
     let mut lines = vec![format!("a AUTHENTICATE {}", mechanism.sasl_name())];
     for (index, message) in messages.iter().enumerate() {
@@ -74,7 +118,7 @@ fn login(mechanism: Mechanism, messages: &[&[u8]], at_once: bool) -> Option<Cred
         match dialogue.step(&mut replies) {
             Step::NeedInput => {}
             Step::Login(request) => return Some(request.credentials),
-            Step::Close(_) => return None,
+            Step::Close(_) | Step::InvalidLogin(_) => return None,
             Step::StartTls | Step::Response(_) => panic!("nobody asked for that"),
         }
     }

@@ -136,7 +136,7 @@ async fn check(backend: &Backend, server: &Arc<Server>, limits: &Limits, metrics
             if let Some(ends) = seen.certificate_ends {
                 metrics.certificate(ends);
             }
-            server.offers(seen.offer.map(|offer| offer.mechanisms));
+            server.offers(seen.offer);
             server.checked(Ok(()), depth);
         }
         Err(detail) => {

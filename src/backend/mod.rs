@@ -9,6 +9,7 @@ pub mod connect;
 mod departures;
 mod discover;
 mod health;
+mod offer;
 mod reach;
 mod select;
 mod server;
@@ -18,7 +19,7 @@ mod tour;
 use std::collections::{BTreeMap, HashMap};
 use std::hash::{BuildHasher as _, RandomState};
 use std::net::SocketAddr;
-use std::sync::atomic::{AtomicU16, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
@@ -37,7 +38,8 @@ use self::slots::Queue;
 pub use self::slots::{CutOff, SessionSlot, Slot};
 pub use self::tour::{Stop, Tour};
 use crate::config::{self, BackendId, Balance, ClientInfo, Config, Host, Limits, Mode, Problem, TlsMode, Trust};
-use crate::identity::{Mechanism, Mechanisms, Secret, UserName};
+use crate::identity::{Secret, UserName};
+use crate::imap::backend_login::Offer;
 use crate::metrics::Metrics;
 use crate::tls::client::ClientTls;
 
@@ -49,8 +51,8 @@ const MAX_GUESTS: usize = 256;
 pub struct Backends {
     list: Vec<Arc<Backend>>,
     resolver: Option<Resolver>,
-    /// A set of mechanisms.
-    offered: AtomicU16,
+    /// An [`Offer`]: see [`offer::packed`].
+    offered: AtomicU64,
 }
 
 impl Backends {
@@ -84,7 +86,7 @@ impl Backends {
         if !problems.is_empty() {
             return Err(problems);
         }
-        let backends = Self { list, resolver, offered: AtomicU16::new(Mechanisms::PASSWORDS.to_bits()) };
+        let backends = Self { list, resolver, offered: AtomicU64::new(offer::packed(offer::PASSWORDS_ONLY)) };
         backends.consider_offers();
         Ok(backends)
     }
@@ -135,35 +137,18 @@ impl Backends {
         })
     }
 
-    /// Ways to log in that the backends' servers have, as far as they are known.
-    pub fn offered(&self) -> Mechanisms {
-        Mechanisms::from_bits(self.offered.load(Ordering::Relaxed))
+    /// What clients are offered before login: ways to log in and extensions that the servers of all backends have, as far as they are
+    /// known.
+    pub fn offered(&self) -> Offer {
+        offer::unpacked(self.offered.load(Ordering::Relaxed))
     }
 
-    /// What every backend whose servers have been seen can take. A password can be brought in any form.
     fn consider_offers(&self) {
-        let passwords = Mechanisms::PASSWORDS;
-        let mut offered: Mechanisms = Mechanism::ALL.into_iter().collect();
-        let mut seen = false;
-        for backend in &self.list {
-            for server in backend.groups.iter().flat_map(Group::current) {
-                let Some(offer) = server.offer() else { continue };
-                seen = true;
-                let takes_passwords = offer.has(Mechanism::Login) || offer.has(Mechanism::SaslPlain);
-                let relayed: Mechanisms = offer.iter().filter(|mechanism| mechanism.is_relayed()).collect();
-                let can = if takes_passwords { relayed.or(passwords) } else { relayed };
-                offered = offered.and(can.with(Mechanism::External));
-            }
-            if backend.login.is_none() {
-                let others = Mechanism::ALL.into_iter().filter(|mechanism| *mechanism != Mechanism::External);
-                offered = offered.and(others.collect());
-            }
-        }
-        // With nothing to offer clients would not even learn why they cannot log in.
-        let has_any = seen && offered.iter().any(|mechanism| mechanism != Mechanism::External);
-        let offered =
-            if has_any { offered } else { passwords.or(offered.and(Mechanisms::default().with(Mechanism::External))) };
-        self.offered.store(offered.to_bits(), Ordering::Relaxed);
+        let backends = self.list.iter().map(|backend| {
+            let servers = backend.groups.iter().flat_map(Group::current).filter_map(|server| server.offer());
+            (backend.login.is_some(), servers.collect())
+        });
+        self.offered.store(offer::packed(offer::common(backends)), Ordering::Relaxed);
     }
 
     /// Whether a client may ask for another user's mailbox on any of them.

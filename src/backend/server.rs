@@ -17,8 +17,7 @@ use super::select::Candidate;
 use super::slots::{Slot, Slots};
 use super::{first_known, publish_if_first};
 use crate::config::{self, Host, Mode};
-use crate::identity::Mechanisms;
-use crate::imap::backend_login::IdAnswer;
+use crate::imap::backend_login::{IdAnswer, Offer};
 use crate::metrics::ServerMetrics;
 
 /// One mailbox server.
@@ -82,10 +81,12 @@ pub(super) struct ServerState {
     /// `None` until DNS answered or failed for the first time.
     addresses: watch::Sender<Option<Vec<SocketAddr>>>,
     health: Mutex<Health>,
-    /// Ways to log in that it had when it was last asked.
-    offer: Mutex<Option<Mechanisms>>,
+    /// What it offered before login when it was last asked.
+    offer: Mutex<Option<Offer>>,
     /// Whether it was told already that the server does not say that it trusts us.
     distrust_told: AtomicBool,
+    /// Whether it was logged already that the server has UNAUTHENTICATE.
+    unauthenticate_logged: AtomicBool,
     /// What the operator has asked for, whatever the configuration says.
     mode: Mutex<Option<Mode>>,
     pub(super) slots: Slots,
@@ -105,6 +106,7 @@ impl ServerState {
             health: Mutex::default(),
             offer: Mutex::default(),
             distrust_told: AtomicBool::new(false),
+            unauthenticate_logged: AtomicBool::new(false),
             mode: Mutex::default(),
             slots: Slots::default(),
             departures: Mutex::default(),
@@ -261,11 +263,20 @@ impl Server {
         }
     }
 
-    pub(super) fn offer(&self) -> Option<Mechanisms> {
+    pub(super) fn offer(&self) -> Option<Offer> {
         *self.state.offer.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    pub(super) fn offers(&self, offer: Option<Mechanisms>) {
+    pub(super) fn offers(&self, offer: Option<Offer>) {
+        let unauthenticate = offer.is_some_and(|offer| offer.unauthenticate);
+        if unauthenticate && !self.state.unauthenticate_logged.swap(true, Ordering::Relaxed) {
+            tracing::warn!(
+                backend = %self.backend,
+                server = %self.name,
+                "server has UNAUTHENTICATE (RFC 8437): a client could log in as another user without route, limit or record; \
+                 turn it off there"
+            );
+        }
         *self.state.offer.lock().unwrap_or_else(PoisonError::into_inner) = offer;
     }
 

@@ -12,6 +12,7 @@ use super::file::{CertificateMap, CertificateUserWord, File, FormatWord, LevelWo
 use super::guard::guard;
 use super::limits::{bounded, limits, seconds};
 use super::locate::child;
+use super::oauth::{delegations, issuers};
 use super::policy::policy;
 use super::read::Reader;
 use super::report::suggestion;
@@ -47,6 +48,7 @@ pub(super) fn config(reader: &mut Reader<'_>, file: &Path, value: Value) -> Opti
         reader.problem("backends", "at least one backend is needed");
     }
     pointed_at_itself(reader, &listeners, &backends);
+    delegated_in_vain(reader, &listeners, &backends);
     let routes = routes(reader, folder, &names, written.routes);
     let control = written.admin.control.map(|path| folder.join(path));
     // A Unix socket's name has 108 bytes, its end included (unix(7)).
@@ -88,6 +90,7 @@ pub(super) fn config(reader: &mut Reader<'_>, file: &Path, value: Value) -> Opti
         routes,
         naming,
         master_networks,
+        token_issuers: issuers(reader, written.oauth).into(),
         limits: limits(reader, &written.limits),
         guard: guard(reader, written.access, &written.limits),
         policy: written.policy.and_then(|map| policy(reader, folder, map)),
@@ -163,6 +166,7 @@ fn listeners(reader: &mut Reader<'_>, folder: &Path, items: Vec<Value>) -> Vec<L
                     CertificateUserWord::SanDns => CertificateUser::SanDns,
                     CertificateUserWord::CommonName => CertificateUser::CommonName,
                 },
+                may_act_for: delegations(reader, &child(&key, "may_act_for"), map.may_act_for),
             }
         });
         let proxy_protocol = written.proxy_protocol.map(|map| {
@@ -260,6 +264,19 @@ fn ticket_keys(reader: &mut Reader<'_>, folder: &Path, files: &[PathBuf]) -> Vec
 /// Relative paths count from the configuration file's folder.
 pub(super) fn located(reader: &Reader<'_>, folder: &Path, key: &str, path: &Path) -> Located<PathBuf> {
     Located { value: folder.join(path), place: reader.place(key) }
+}
+
+/// Without a backend that takes an authzid, every login on behalf of another user is refused, listed or not.
+fn delegated_in_vain(reader: &mut Reader<'_>, listeners: &[Listener], backends: &[Backend]) {
+    if backends.iter().any(|backend| backend.authzid) || reader.blamed("backends") {
+        return;
+    }
+    for (index, listener) in listeners.iter().enumerate() {
+        if listener.client_certificates.as_ref().is_some_and(|wanted| !wanted.may_act_for.is_empty()) {
+            let key = format!("listeners[{index}].client_certificates.may_act_for");
+            reader.problem(&key, "has no effect: no backend has authzid: allow");
+        }
+    }
 }
 
 /// A server that is one of our own listeners would feed every login back to us.

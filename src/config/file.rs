@@ -26,6 +26,8 @@ pub(super) struct File {
     pub(super) routes: Vec<Value>,
     /// What users are called.
     pub(super) users: UsersMap,
+    /// Issuers whose tokens may name the user: `oauth::IssuerMap`.
+    pub(super) oauth: Vec<Value>,
     /// Deadlines and caps.
     pub(super) limits: LimitsMap,
     /// Networks that may come in.
@@ -97,6 +99,9 @@ pub(super) struct ClientCertificatesMap {
     /// Where the user's name stands in it.
     #[serde(default)]
     pub(super) user: CertificateUserWord,
+    /// Whose mailboxes the owners of certificates may open besides their own: `oauth::DelegationMap`.
+    #[serde(default)]
+    pub(super) may_act_for: Vec<Value>,
 }
 
 /// `client_certificates.user`.

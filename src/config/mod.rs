@@ -14,6 +14,7 @@ mod guard_file;
 mod limits;
 mod local;
 mod locate;
+mod oauth;
 mod policy;
 mod read;
 mod report;
@@ -28,11 +29,12 @@ use std::fs;
 use std::io::Read as _;
 use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
 use zeroize::Zeroizing;
 
-use crate::identity::{Mechanisms, Naming, UserName};
+use crate::identity::{Delegation, Mechanisms, Naming, TokenIssuer, UserName};
 
 pub use self::care::{Balance, Care, Check, CheckKind, Mode, Queue};
 pub use self::directory::{
@@ -68,6 +70,8 @@ pub struct Config {
     pub naming: Naming,
     /// From where logins on behalf of others may come; `None`: from everywhere.
     pub master_networks: Option<Vec<Network>>,
+    /// Issuers whose tokens may name the user.
+    pub token_issuers: Arc<[TokenIssuer]>,
     /// Deadlines and caps.
     pub limits: Limits,
     /// Who may come in and try.
@@ -145,6 +149,8 @@ pub struct ClientCertificates {
     pub required: bool,
     /// Where the user's name stands.
     pub user: CertificateUser,
+    /// Whose mailboxes the owners of certificates may open besides their own.
+    pub may_act_for: Vec<Delegation>,
 }
 
 /// Where in a certificate the user's name stands.

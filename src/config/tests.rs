@@ -51,7 +51,13 @@ fn the_reference_names_every_key_and_its_default() {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("config");
     let path = folder.join("reference.yaml");
     let text = [&path, &folder.join("routes.yaml")].map(|path| fs::read_to_string(path).unwrap()).concat();
-    let source = [include_str!("file.rs"), include_str!("guard_file.rs"), include_str!("routes/maps.rs")].concat();
+    let source = [
+        include_str!("file.rs"),
+        include_str!("guard_file.rs"),
+        include_str!("oauth.rs"),
+        include_str!("routes/maps.rs"),
+    ]
+    .concat();
     let keys: Vec<&str> = source
         .lines()
         .filter_map(|line| {

@@ -4,7 +4,7 @@
 //! |---|---|---|
 //! | may this address connect? | [`Guard::admit`] | by `access`, rates, and how many sessions it and its network have |
 //! | who goes when too many have not logged in? | [`Guard::lobby`], [`Ticket::shed`] | who has waited longest without a login |
-//! | may it try to log in? | [`Guard::may_try`] | by the rates of its address and of the user |
+//! | may it try to log in? | [`Guard::may_try`] | by the rates of its address and of the users named |
 //! | how late is a failure answered? | [`Guard::failed`] | later with each of the same user from the same address |
 //! | may this user have one more session? | [`Pass::take_for`] | by how many there are, in all and from this address |
 //!
@@ -265,12 +265,16 @@ impl Guard {
         self.lobby.enter(self.rules().config.before_login)
     }
 
-    /// Whether `client` may try to log in as `user`, by its routing name. A user known at an address has a bucket of its own
-    /// there, so that neither its neighbours nor those who guess its password from elsewhere keep it out.
+    /// Whether `client` may try to log in. `users` are those the attempt counts for, by their routing names: first the one whose password
+    /// is tried, then the one whose mailbox is asked for, if that is another; none if the credentials name no user. So guesses at a
+    /// master user's password share one limit, whichever mailboxes they name.
+    ///
+    /// A user known at an address has a bucket there, so that neither neighbours nor those who guess the password from elsewhere lock
+    /// the user out.
     ///
     /// # Errors
     /// Which rate is exceeded.
-    pub fn may_try(&self, now: Instant, client: IpAddr, user: &str) -> Result<(), Limited> {
+    pub fn may_try(&self, now: Instant, client: IpAddr, users: &[impl AsRef<str>]) -> Result<(), Limited> {
         let rules = self.rules();
         let config = &rules.config;
         let (per_address, per_user) = (config.login_rate_per_address, config.login_rate_per_user);
@@ -278,42 +282,61 @@ impl Guard {
             return Ok(());
         }
         let block = Block::of(client);
-        let pair = self.key(&Key::Pair(block, user));
+        let pair = |user: &str| self.key(&Key::Pair(block, user));
         let clock = self.clock(now);
-        let is_known = lock(&self.known).get(pair).is_some_and(|until| until.worth(clock) > 0);
-        let or_pair = |key: Key<'_>| if is_known { pair } else { self.key(&key) };
-        if !self.take(&self.address_logins, per_address, or_pair(Key::Address(block)), now) {
+        let known = users.first().map(|user| pair(user.as_ref()));
+        let known = known.filter(|pair| lock(&self.known).get(*pair).is_some_and(|until| until.worth(clock) > 0));
+        let address = known.unwrap_or_else(|| self.key(&Key::Address(block)));
+        if !self.take(&self.address_logins, per_address, address, now) {
             return Err(Limited::AddressRate);
         }
-        if !self.take(&self.user_logins, per_user, or_pair(Key::User(user)), now) {
-            return Err(Limited::UserRate);
+        for user in users {
+            let user = user.as_ref();
+            let bucket = if known.is_some() { pair(user) } else { self.key(&Key::User(user)) };
+            if !self.take(&self.user_logins, per_user, bucket, now) {
+                return Err(Limited::UserRate);
+            }
         }
         Ok(())
     }
 
-    /// `client` has failed to log in as `user`: how long after the command it is to be told.
-    pub fn failed(&self, now: Instant, client: IpAddr, user: &str) -> Duration {
+    /// `client` has failed to log in; `users` as for [`Guard::may_try`]. Returns how long after the command the client is answered:
+    /// the longer delay of two users.
+    pub fn failed(&self, now: Instant, client: IpAddr, users: &[impl AsRef<str>]) -> Duration {
         let rules = self.rules();
         let Some(first) = rules.config.failed_login_delay else { return Duration::ZERO };
         if rules.door.standing(client) == Standing::Exempt {
             return Duration::ZERO;
         }
-        let (pair, clock) = (self.key(&Key::Pair(Block::of(client), user)), self.clock(now));
-        let number = lock(&self.failures).update(pair, clock, |failures| failures.another(clock));
-        failures::delay(number, first, rules.config.failed_login_delay_max, self.hasher.hash_one((pair, clock)))
+        let (block, clock) = (Block::of(client), self.clock(now));
+        let mut keys: Vec<u64> = users.iter().map(|user| self.key(&Key::Pair(block, user.as_ref()))).collect();
+        if keys.is_empty() {
+            keys.push(self.key(&Key::Address(block)));
+        }
+        let mut failures = lock(&self.failures);
+        let numbers = keys.iter().map(|key| failures.update(*key, clock, |failures| failures.another(clock)));
+        let number = numbers.max().unwrap_or_default();
+        failures::delay(number, first, rules.config.failed_login_delay_max, self.hasher.hash_one((&keys, clock)))
     }
 
-    /// `client` has logged in as `user`: both are forgiven what they did before, and are known to each other.
-    pub fn succeeded(&self, now: Instant, client: IpAddr, user: &str) {
+    /// `client` has logged in; `users` as for [`Guard::may_try`]. Their failures from there are forgotten, and the user whose password
+    /// was right is known there.
+    pub fn succeeded(&self, now: Instant, client: IpAddr, users: &[impl AsRef<str>]) {
         let rules = self.rules();
         let config = &rules.config;
-        let pair = self.key(&Key::Pair(Block::of(client), user));
+        let block = Block::of(client);
+        let pair = |user: &str| self.key(&Key::Pair(block, user));
         if config.failed_login_delay.is_some() {
-            lock(&self.failures).remove(pair);
+            let mut failures = lock(&self.failures);
+            for user in users {
+                failures.remove(pair(user.as_ref()));
+            }
         }
         if config.login_rate_per_address.is_some() || config.login_rate_per_user.is_some() {
             let until = self.clock(now + KNOWN);
-            lock(&self.known).update(pair, self.clock(now), |_| (Until(until), ()));
+            if let Some(user) = users.first() {
+                lock(&self.known).update(pair(user.as_ref()), self.clock(now), |_| (Until(until), ()));
+            }
         }
     }
 

@@ -89,9 +89,9 @@ fn nothing_limits_whom_the_operator_exempts() {
     let mut inside = Vec::new();
     for _ in 0..10 {
         let mut pass = guard.admit(now, webmail).unwrap();
-        guard.may_try(now, webmail, "alice").unwrap();
+        guard.may_try(now, webmail, &["alice"]).unwrap();
         pass.take_for(webmail, "alice").unwrap();
-        assert_eq!(guard.failed(now, webmail, "alice"), Duration::ZERO);
+        assert_eq!(guard.failed(now, webmail, &["alice"]), Duration::ZERO);
         inside.push(pass);
     }
 }
@@ -103,13 +103,13 @@ fn logins_come_at_a_rate_by_address_and_by_user() {
     let (guard, now) = guard(&config);
     let (here, there) = (ip("192.0.2.1"), ip("198.51.100.1"));
     for user in ["a", "b", "c"] {
-        assert_eq!(guard.may_try(now, here, user), Ok(()));
+        assert_eq!(guard.may_try(now, here, &[user]), Ok(()));
     }
-    assert_eq!(guard.may_try(now, here, "d"), Err(Limited::AddressRate));
-    assert_eq!(guard.may_try(now, there, "a"), Ok(()));
-    assert_eq!(guard.may_try(now, there, "a"), Err(Limited::UserRate));
-    assert_eq!(guard.may_try(now, there, "e"), Ok(()));
-    assert_eq!(guard.may_try(now + Duration::from_secs(15), there, "a"), Ok(()));
+    assert_eq!(guard.may_try(now, here, &["d"]), Err(Limited::AddressRate));
+    assert_eq!(guard.may_try(now, there, &["a"]), Ok(()));
+    assert_eq!(guard.may_try(now, there, &["a"]), Err(Limited::UserRate));
+    assert_eq!(guard.may_try(now, there, &["e"]), Ok(()));
+    assert_eq!(guard.may_try(now + Duration::from_secs(15), there, &["a"]), Ok(()));
 }
 
 /// Neither a neighbour behind the same address nor strangers who guess keep a user out who has just logged in there.
@@ -119,19 +119,19 @@ fn an_address_that_has_just_logged_in_well_is_not_punished_for_its_neighbours() 
         config::Guard { login_rate_per_address: rate(2, 60), login_rate_per_user: rate(2, 60), ..Default::default() };
     let (guard, now) = guard(&config);
     let (here, there) = (ip("192.0.2.1"), ip("198.51.100.1"));
-    assert_eq!(guard.may_try(now, here, "alice"), Ok(()));
-    guard.succeeded(now, here, "alice");
-    assert_eq!(guard.may_try(now, here, "guess-1"), Ok(()));
-    assert_eq!(guard.may_try(now, here, "guess-2"), Err(Limited::AddressRate));
-    assert_eq!(guard.may_try(now, there, "alice"), Ok(()));
-    assert_eq!(guard.may_try(now, there, "alice"), Err(Limited::UserRate));
-    assert_eq!(guard.may_try(now, here, "alice"), Ok(()));
-    assert_eq!(guard.may_try(now, here, "alice"), Ok(()));
-    assert_eq!(guard.may_try(now, here, "alice"), Err(Limited::AddressRate), "it has a bucket of its own, not none");
+    assert_eq!(guard.may_try(now, here, &["alice"]), Ok(()));
+    guard.succeeded(now, here, &["alice"]);
+    assert_eq!(guard.may_try(now, here, &["guess-1"]), Ok(()));
+    assert_eq!(guard.may_try(now, here, &["guess-2"]), Err(Limited::AddressRate));
+    assert_eq!(guard.may_try(now, there, &["alice"]), Ok(()));
+    assert_eq!(guard.may_try(now, there, &["alice"]), Err(Limited::UserRate));
+    assert_eq!(guard.may_try(now, here, &["alice"]), Ok(()));
+    assert_eq!(guard.may_try(now, here, &["alice"]), Ok(()));
+    assert_eq!(guard.may_try(now, here, &["alice"]), Err(Limited::AddressRate), "it has a bucket of its own, not none");
     let later = now + KNOWN + Duration::from_secs(61);
-    assert_eq!(guard.may_try(later, here, "guess-3"), Ok(()));
-    assert_eq!(guard.may_try(later, here, "alice"), Ok(()));
-    assert_eq!(guard.may_try(later, here, "alice"), Err(Limited::AddressRate), "for a while only");
+    assert_eq!(guard.may_try(later, here, &["guess-3"]), Ok(()));
+    assert_eq!(guard.may_try(later, here, &["alice"]), Ok(()));
+    assert_eq!(guard.may_try(later, here, &["alice"]), Err(Limited::AddressRate), "for a while only");
 }
 
 #[test]
@@ -157,15 +157,60 @@ fn sessions_of_a_user_are_counted_in_all_and_by_address() {
 fn failures_are_answered_later_and_later_until_one_succeeds() {
     let (guard, now) = guard(&config::Guard::default());
     let client = ip("192.0.2.1");
-    let seconds = |user: &str| guard.failed(now, client, user).as_secs_f64();
+    let seconds = |user: &str| guard.failed(now, client, &[user]).as_secs_f64();
     let about = |found: f64, expected: f64| assert!((found / expected - 1.0).abs() <= 0.201, "{found} {expected}");
     for expected in [1.0, 2.0, 4.0, 8.0, 15.0, 15.0] {
         about(seconds("alice"), expected);
     }
     about(seconds("bob"), 1.0);
-    about(guard.failed(now, ip("192.0.2.2"), "alice").as_secs_f64(), 1.0);
-    guard.succeeded(now, client, "alice");
+    about(guard.failed(now, ip("192.0.2.2"), &["alice"]).as_secs_f64(), 1.0);
+    guard.succeeded(now, client, &["alice"]);
     about(seconds("alice"), 1.0);
+}
+
+/// Naming another mailbox each time is no way around the limits of a master user.
+#[test]
+fn guesses_at_a_master_users_password_share_one_limit_over_all_mailboxes() {
+    let config = config::Guard { login_rate_per_user: rate(3, 60), ..Default::default() };
+    let (guard, now) = guard(&config);
+    let (here, there) = (ip("192.0.2.1"), ip("198.51.100.1"));
+    for number in 0..3 {
+        assert_eq!(guard.may_try(now, here, &["admin", &format!("mailbox-{number}")]), Ok(()));
+    }
+    assert_eq!(guard.may_try(now, here, &["admin", "mailbox-3"]), Err(Limited::UserRate));
+    assert_eq!(guard.may_try(now, there, &["admin", "mailbox-4"]), Err(Limited::UserRate), "from everywhere");
+    assert_eq!(guard.may_try(now, there, &["admin"]), Err(Limited::UserRate), "in every form");
+    // And the mailbox is counted for, too.
+    for master in ["one", "two", "three"] {
+        assert_eq!(guard.may_try(now, here, &[master, "alice"]), Ok(()));
+    }
+    assert_eq!(guard.may_try(now, here, &["four", "alice"]), Err(Limited::UserRate));
+    // An administrator who has just logged in is not locked out by those who guess from elsewhere.
+    guard.succeeded(now, there, &["admin", "bob"]);
+    assert_eq!(guard.may_try(now, there, &["admin", "alice"]), Ok(()));
+    assert_eq!(guard.may_try(now, there, &["bob"]), Ok(()));
+    assert_eq!(guard.sizes().known, 1, "the mailbox's user has proven nothing");
+}
+
+#[test]
+fn failures_of_a_master_user_are_answered_later_over_all_mailboxes() {
+    let (guard, now) = guard(&config::Guard::default());
+    let client = ip("192.0.2.1");
+    let about = |users: &[&str], expected: f64| {
+        let found = guard.failed(now, client, users).as_secs_f64();
+        assert!((found / expected - 1.0).abs() <= 0.201, "{users:?}: {found} {expected}");
+    };
+    for (mailbox, expected) in [("a", 1.0), ("b", 2.0), ("c", 4.0), ("d", 8.0)] {
+        about(&["admin", mailbox], expected);
+    }
+    about(&["alice"], 1.0);
+    about(&["root", "alice"], 2.0);
+    guard.succeeded(now, client, &["admin", "a"]);
+    about(&["admin", "a"], 1.0);
+    about(&["d"], 2.0);
+    // Credentials without a user count for the address.
+    about(&[], 1.0);
+    about(&[], 2.0);
 }
 
 #[test]
@@ -213,9 +258,9 @@ fn a_flood_of_addresses_is_remembered_in_bounded_memory() {
     for number in 0..1_000_000u32 {
         let client = IpAddr::V6(std::net::Ipv6Addr::from_bits((0x2001_0db8 << 96) | u128::from(number) << 64));
         let (pass, ticket) = (guard.admit(now, client).unwrap(), guard.lobby());
-        guard.may_try(now, client, &number.to_string()).unwrap();
-        guard.failed(now, client, "alice");
-        guard.succeeded(now, client, "bob");
+        guard.may_try(now, client, &[number.to_string()]).unwrap();
+        guard.failed(now, client, &["alice"]);
+        guard.succeeded(now, client, &["bob"]);
         drop((pass, ticket));
     }
     let expected = Sizes {

@@ -6,7 +6,9 @@
 //! mailbox server does. Called by `imap` (which builds the values), `route` and `backend` (which read them).
 
 mod credentials;
+mod delegation;
 mod names;
+mod token;
 
 use std::fmt;
 use std::sync::Arc;
@@ -14,13 +16,15 @@ use std::sync::Arc;
 use zeroize::{Zeroize, ZeroizeOnDrop, Zeroizing};
 
 pub use self::credentials::{Credentials, Mechanism, Mechanisms, PasswordLogin, Proof, ServerLogin};
+pub use self::delegation::{Delegation, NamePattern, NotDelegated, authorise_certificate};
 pub use self::names::{LogName, NameRefused, Names, Naming, UnicodeRule};
+pub use self::token::{TokenFault, TokenIssuer, claimed_user};
 
 /// Longest accepted user name, in bytes. RFC 3501 sets no limit; Dovecot's servers refuse names over this anyway.
 pub const MAX_USER_NAME: usize = 512;
 
-/// A user name as the client wrote it: UTF-8, 1 to [`MAX_USER_NAME`] bytes, no control character. A session's names are
-/// kept as long as it lives, by several: clones share the text.
+/// A user name as the client wrote it: UTF-8, 1 to [`MAX_USER_NAME`] bytes, no control character, no white space at its ends
+/// (which some servers trim). A session's names are kept as long as it lives, by several: clones share the text.
 #[derive(Clone, PartialEq, Eq, Hash)]
 pub struct UserName(Arc<str>);
 
@@ -39,6 +43,9 @@ impl UserName {
         }
         if text.chars().any(char::is_control) {
             return Err(InvalidName::Control);
+        }
+        if text.trim() != text {
+            return Err(InvalidName::WhiteSpace);
         }
         Ok(Self(text.into()))
     }
@@ -81,6 +88,9 @@ pub enum InvalidName {
     /// NUL, CR, LF or another control character in it.
     #[error("the user name has a control character")]
     Control,
+    /// White space at the beginning or the end.
+    #[error("the user name begins or ends with white space")]
+    WhiteSpace,
 }
 
 /// A password or token: wiped when dropped, never printed.
@@ -128,6 +138,9 @@ mod tests {
         assert_eq!(UserName::new(b"a\xffb"), Err(InvalidName::NotUtf8));
         for control in ["a\0b", "a\rb", "a\nb", "a\x7fb", "a\u{85}b", "\tb"] {
             assert_eq!(UserName::new(control.as_bytes()), Err(InvalidName::Control), "{control:?}");
+        }
+        for trimmed in [" a", "a ", " ", "a\u{a0}", "\u{3000}a"] {
+            assert_eq!(UserName::new(trimmed.as_bytes()), Err(InvalidName::WhiteSpace), "{trimmed:?}");
         }
         assert!(UserName::new(&[b'a'; MAX_USER_NAME]).is_ok());
     }

@@ -97,6 +97,11 @@ impl Naming {
         Some((UserName::new(user.as_bytes()).ok()?, UserName::new(master.as_bytes()).ok()?))
     }
 
+    /// Whether `name` contains the separator, so that a server with the same one would take it apart.
+    pub fn has_separator(&self, name: &UserName) -> bool {
+        self.master_separator.is_some_and(|separator| name.as_str().contains(separator))
+    }
+
     /// The three names of `sent`.
     ///
     /// # Errors
@@ -226,7 +231,7 @@ mod tests {
         assert_eq!(routing(&precis, "Zo\u{cb}@x.test"), Some("zo\u{eb}@x.test".into()));
         assert_eq!(routing(&precis, "zoe\u{308}"), Some("zo\u{eb}".into()));
         assert_eq!(routing(&precis, "\u{ff21}lice"), Some("alice".into()));
-        for refused in ["a b", "\u{202e}alice", "hen\u{2163}", "\u{a0}"] {
+        for refused in ["a b", "\u{202e}alice", "hen\u{2163}", "a\u{a0}b"] {
             assert_eq!(routing(&precis, refused), None, "{refused:?}");
         }
     }

@@ -139,6 +139,10 @@ impl<'a> Arguments<'a> {
             return Err(Malformed);
         }
         let (value, rest) = rest.split_at(size);
+        // RFC 9051 section 9: a literal has no NUL, as a quoted string has none.
+        if value.contains(&0) {
+            return Err(Malformed);
+        }
         self.0 = rest;
         self.separated().map(|()| Zeroizing::new(value.to_vec()))
     }
@@ -202,6 +206,8 @@ mod tests {
             b" user {2}\r\npass\r\n",
             b" user x{2}\r\nab\r\n",
             b" {3x}\r\nabc pass\r\n",
+            b" user {2}\r\na\0\r\n",
+            b" {2}\r\na\0 pass\r\n",
             b" user a(b\r\n",
         ] {
             assert_eq!(two(input), Err(Malformed), "{}", input.escape_ascii());

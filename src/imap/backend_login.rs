@@ -9,7 +9,7 @@
 
 use zeroize::Zeroizing;
 
-use super::capability::{self, Capabilities};
+use super::capability::{self, Capabilities, Extensions};
 use super::client_id::Pair;
 use super::framing::{Caps, Frame, Framer, announced, without_line_end};
 use super::login_command;
@@ -82,8 +82,12 @@ pub struct Referral {
 /// What a server offers before login.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Offer {
-    /// Ways to log in.
+    /// Ways to log in that may be offered to clients.
     pub mechanisms: Mechanisms,
+    /// Extensions that may be promised to clients.
+    pub extensions: Extensions,
+    /// Whether a client could log out without ending the connection, and log in as another user (RFC 8437).
+    pub unauthenticate: bool,
 }
 
 /// The dialogue so far.
@@ -197,7 +201,7 @@ impl<'a> BackendLogin<'a> {
     pub fn offer(&self) -> Option<Offer> {
         // After the login it tells of other things.
         let capabilities = self.capabilities.as_ref().filter(|_| self.phase != Phase::CapabilityAfterLogin)?;
-        Some(Offer { mechanisms: capabilities.mechanisms() })
+        Some(capabilities.offer())
     }
 
     /// What is waited for, for logs.
@@ -307,9 +311,9 @@ impl<'a> BackendLogin<'a> {
             return Ok(None);
         }
         let Some(login) = &self.attempt.login else {
-            let mechanisms = capabilities.mechanisms();
+            let offer = capabilities.offer();
             out.extend_from_slice(b"Q LOGOUT\r\n");
-            return Ok(Some(ServerStep::Seen(Offer { mechanisms })));
+            return Ok(Some(ServerStep::Seen(offer)));
         };
         let parts = login_command::in_parts(login, capabilities)?;
         if capabilities.has("ID") && !self.attempt.id.is_empty() {

@@ -1,11 +1,17 @@
 //! Capability lists: what the proxy advertises, what a server said, and what of that a logged-in client is told.
 
+use super::backend_login::Offer;
 use super::prelogin::Transport;
 use crate::identity::{Mechanism, Mechanisms};
 
-/// What the proxy itself can do before login; the server says after login what it can do (RFC 3501 section 6.1.1).
-pub(super) fn before_login(transport: Transport, mechanisms: Mechanisms) -> String {
+/// The capabilities that a client sees before its login: what the proxy does itself, and the extensions that every server has. After
+/// the login the user's server lists its own (RFC 3501 section 6.1.1).
+pub(super) fn before_login(transport: Transport, mechanisms: Mechanisms, extensions: Extensions) -> String {
     let mut list = "IMAP4rev1 SASL-IR LITERAL+ ID ENABLE".to_owned();
+    for extension in extensions.iter() {
+        list.push(' ');
+        list.push_str(extension);
+    }
     if transport == Transport::StartTls {
         list.push_str(" STARTTLS LOGINDISABLED");
         return list;
@@ -18,6 +24,74 @@ pub(super) fn before_login(transport: Transport, mechanisms: Mechanisms) -> Stri
         list.push_str(" LOGINDISABLED");
     }
     list
+}
+
+/// The extensions that a proxy may promise before it knows the user, if every server lists them: they have no effect before the
+/// login, take no part in it, and mean the same for every user. Left out are those the proxy speaks itself (SASL-IR, LITERAL+, ID,
+/// ENABLE), those about logging in or the connection (AUTH=, STARTTLS, LOGINDISABLED, LOGIN-REFERRALS, UNAUTHENTICATE, COMPRESS=),
+/// another base protocol (IMAP4rev2, UTF8=, LITERAL-), and those that depend on the user or have parameters (ACL, RIGHTS=,
+/// APPENDLIMIT=, THREAD=, CONTEXT=, and names that begin with X).
+const PROMISED: [&str; 28] = [
+    "IDLE",
+    "UIDPLUS",
+    "MOVE",
+    "NAMESPACE",
+    "CHILDREN",
+    "UNSELECT",
+    "SPECIAL-USE",
+    "CREATE-SPECIAL-USE",
+    "LIST-EXTENDED",
+    "LIST-STATUS",
+    "STATUS=SIZE",
+    "CONDSTORE",
+    "QRESYNC",
+    "ESEARCH",
+    "SEARCHRES",
+    "WITHIN",
+    "SORT",
+    "SORT=DISPLAY",
+    "BINARY",
+    "MULTIAPPEND",
+    "CATENATE",
+    "REPLACE",
+    "QUOTA",
+    "METADATA",
+    "NOTIFY",
+    "OBJECTID",
+    "SAVEDATE",
+    "PREVIEW",
+];
+
+/// A set of the extensions that may be promised before login.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Extensions(u32);
+
+impl Extensions {
+    /// No extension.
+    pub const NONE: Self = Self(0);
+    /// Every extension that may be promised.
+    pub const ALL: Self = Self((1 << PROMISED.len()) - 1);
+
+    /// The extensions in both sets.
+    #[must_use]
+    pub fn and(self, other: Self) -> Self {
+        Self(self.0 & other.0)
+    }
+
+    /// The set as a number, for storing it where threads share it.
+    pub fn to_bits(self) -> u32 {
+        self.0
+    }
+
+    /// The set that [`Extensions::to_bits`] gave.
+    pub fn from_bits(bits: u32) -> Self {
+        Self(bits).and(Self::ALL)
+    }
+
+    /// The names, in a fixed order.
+    pub fn iter(self) -> impl Iterator<Item = &'static str> {
+        PROMISED.into_iter().enumerate().filter(move |(place, _)| self.0 & 1 << place != 0).map(|(_, name)| name)
+    }
 }
 
 /// A server's list.
@@ -49,6 +123,29 @@ impl Capabilities {
         });
         let offered: Mechanisms = names.collect();
         if self.has("LOGINDISABLED") { offered } else { offered.with(Mechanism::Login) }
+    }
+
+    /// What of the list matters before login.
+    pub(super) fn offer(&self) -> Offer {
+        Offer {
+            mechanisms: self.offerable(),
+            extensions: self.extensions(),
+            unauthenticate: self.has("UNAUTHENTICATE"),
+        }
+    }
+
+    /// Mechanisms of the server that a proxy may offer to clients. A hash whose `-PLUS` form the server offers is left out: a client
+    /// that could bind its channel would see no `-PLUS`, say so (`y,,`), and the server would have to refuse it as an attack (RFC 5802
+    /// section 6).
+    fn offerable(&self) -> Mechanisms {
+        let binds_channels = |mechanism: Mechanism| self.has(&format!("AUTH={}-PLUS", mechanism.sasl_name()));
+        self.mechanisms().iter().filter(|mechanism| !binds_channels(*mechanism)).collect()
+    }
+
+    /// The server's extensions among those that may be promised to clients before login.
+    fn extensions(&self) -> Extensions {
+        let listed = PROMISED.into_iter().enumerate().filter(|(_, name)| self.has(name));
+        Extensions(listed.fold(0, |bits, (place, _)| bits | 1 << place))
     }
 
     /// The list for a client that has logged in: without what holds only before login, and without UNAUTHENTICATE,
@@ -98,11 +195,11 @@ mod tests {
 
     #[test]
     fn before_tls_there_is_no_way_to_log_in() {
-        let list = before_login(Transport::StartTls, Mechanisms::PASSWORDS);
+        let list = before_login(Transport::StartTls, Mechanisms::PASSWORDS, Extensions::default());
         assert!(list.contains("LOGINDISABLED") && list.contains("STARTTLS") && !list.contains("AUTH="));
-        let list = before_login(Transport::Tls, Mechanisms::PASSWORDS);
+        let list = before_login(Transport::Tls, Mechanisms::PASSWORDS, Extensions::default());
         assert_eq!(list, "IMAP4rev1 SASL-IR LITERAL+ ID ENABLE AUTH=PLAIN AUTH=LOGIN");
-        let list = before_login(Transport::Tls, [Mechanism::XOauth2].into_iter().collect());
+        let list = before_login(Transport::Tls, [Mechanism::XOauth2].into_iter().collect(), Extensions::default());
         assert_eq!(list, "IMAP4rev1 SASL-IR LITERAL+ ID ENABLE AUTH=XOAUTH2 LOGINDISABLED");
     }
 
@@ -112,5 +209,35 @@ mod tests {
         let names: Vec<&str> = list.mechanisms().iter().map(Mechanism::sasl_name).collect();
         assert_eq!(names, ["PLAIN", "SCRAM-SHA-256"]);
         assert!(Capabilities::new(b"IMAP4rev1").mechanisms().has(Mechanism::Login));
+    }
+
+    #[test]
+    fn a_hash_that_the_server_can_bind_to_a_channel_is_not_offered_without() {
+        let list = Capabilities::new(b"AUTH=SCRAM-SHA-1 AUTH=SCRAM-SHA-256 auth=scram-sha-256-plus LOGINDISABLED");
+        let names: Vec<&str> = list.offerable().iter().map(Mechanism::sasl_name).collect();
+        assert_eq!(names, ["SCRAM-SHA-1"]);
+        assert!(list.mechanisms().has(Mechanism::ScramSha256), "it can be relayed if the operator offers it");
+    }
+
+    #[test]
+    fn extensions_that_every_server_has_are_promised_before_login() {
+        let one = Capabilities::new(
+            b"IMAP4rev1 idle MOVE UIDPLUS STARTTLS LOGINDISABLED AUTH=PLAIN COMPRESS=DEFLATE LOGIN-REFERRALS \
+              UNAUTHENTICATE LITERAL- IMAP4rev2 UTF8=ACCEPT X-OWN ACL",
+        );
+        let other = Capabilities::new(b"IMAP4rev1 IDLE UIDPLUS QUOTA");
+        let names: Vec<&str> = one.extensions().iter().collect();
+        assert_eq!(names, ["IDLE", "UIDPLUS", "MOVE"]);
+        assert!(one.offer().unauthenticate && !other.offer().unauthenticate);
+        let common = one.extensions().and(other.extensions());
+        assert_eq!(Extensions::from_bits(common.to_bits()), common);
+        let greeting = |transport| before_login(transport, Mechanisms::PASSWORDS, common);
+        assert_eq!(greeting(Transport::Tls), "IMAP4rev1 SASL-IR LITERAL+ ID ENABLE IDLE UIDPLUS AUTH=PLAIN AUTH=LOGIN");
+        assert_eq!(
+            greeting(Transport::StartTls),
+            "IMAP4rev1 SASL-IR LITERAL+ ID ENABLE IDLE UIDPLUS STARTTLS LOGINDISABLED"
+        );
+        assert_eq!(Extensions::ALL.iter().count(), PROMISED.len());
+        assert_eq!(Extensions::from_bits(u32::MAX), Extensions::ALL);
     }
 }

@@ -8,8 +8,17 @@ use zeroize::{Zeroize, Zeroizing};
 
 use crate::identity::append_wiped;
 
-/// More literals in one command before login are an attack: LOGIN has two.
-const MAX_LITERALS: u32 = 4;
+/// How many literals a command may have, and how many bytes together.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Literals {
+    pub(super) count: u32,
+    pub(super) bytes: usize,
+}
+
+impl Literals {
+    /// LOGIN has two; more than a few in one command are an attack.
+    pub(super) const FEW: Self = Self { count: 4, bytes: usize::MAX };
+}
 
 /// What stands at the front of the buffer.
 #[derive(Debug, PartialEq, Eq)]
@@ -22,7 +31,7 @@ pub(super) enum Frame {
     Complete,
     /// The line is over the cap. Where it ends is not known: the connection cannot go on.
     LineTooLong,
-    /// A literal is over the cap, or there are too many.
+    /// A literal is over the cap, or there are too many, or too long ones together.
     LiteralTooLong,
 }
 
@@ -39,6 +48,8 @@ pub(super) struct Caps {
 #[derive(Debug)]
 pub(super) struct Framer {
     caps: Caps,
+    /// What a command may have, by what is known of it.
+    literals_of: fn(&[u8]) -> Literals,
     buffer: Zeroizing<Vec<u8>>,
     /// First byte of the current command.
     start: usize,
@@ -57,6 +68,7 @@ impl Framer {
     pub(super) fn new(caps: Caps) -> Self {
         Self {
             caps,
+            literals_of: |_| Literals::FEW,
             buffer: Zeroizing::new(Vec::new()),
             start: 0,
             scanned: 0,
@@ -66,6 +78,12 @@ impl Framer {
             literals: 0,
             literal_bytes: 0,
         }
+    }
+
+    /// Asks `literals_of` what a command may have; it is given the beginning of the command.
+    pub(super) fn with_literals(mut self, literals_of: fn(&[u8]) -> Literals) -> Self {
+        self.literals_of = literals_of;
+        self
     }
 
     /// Appends what arrived.
@@ -91,8 +109,13 @@ impl Framer {
                 other => return other,
             }
             let Some(announced) = announced(&self.buffer[self.line..self.scanned]) else { return Frame::Complete };
+            let allowed = (self.literals_of)(self.so_far());
             self.literals += 1;
-            if announced.size > self.caps.literal || self.literals > MAX_LITERALS {
+            // Of the cap first: the sum cannot overflow then.
+            if announced.size > self.caps.literal
+                || self.literals > allowed.count
+                || self.literal_bytes + announced.size > allowed.bytes
+            {
                 return Frame::LiteralTooLong;
             }
             self.literal_bytes += announced.size;
@@ -280,6 +303,24 @@ mod tests {
         assert_eq!(framer(&b"{0+}\r\n".repeat(4)).command(), Frame::Incomplete);
         assert_eq!(framer(&b"{0+}\r\n".repeat(5)).command(), Frame::LiteralTooLong);
         assert_eq!(framer(&b"{32+}\r\n0123456789abcdef0123456789abcdef".repeat(4)).command(), Frame::Incomplete);
+    }
+
+    #[test]
+    fn a_command_may_have_literals_of_its_own_number_and_size() {
+        let allowed = |command: &[u8]| match command {
+            [b'i', ..] => Literals { count: 6, bytes: 40 },
+            _ => Literals::FEW,
+        };
+        let read = |bytes: &[u8]| {
+            let mut framer = Framer::new(CAPS).with_literals(allowed);
+            framer.input(bytes);
+            framer.command()
+        };
+        let literals = |verb: &str, count: usize| [verb.as_bytes(), &b" {1+}\r\nx".repeat(count), b"\r\n"].concat();
+        assert_eq!((read(&literals("i", 6)), read(&literals("i", 7))), (Frame::Complete, Frame::LiteralTooLong));
+        assert_eq!((read(&literals("l", 4)), read(&literals("l", 5))), (Frame::Complete, Frame::LiteralTooLong));
+        let long = |size: usize| [b"i {20+}\r\n", &[b'x'; 20][..], format!(" {{{size}+}}\r\n").as_bytes()].concat();
+        assert_eq!((read(&long(20)), read(&long(21))), (Frame::Incomplete, Frame::LiteralTooLong), "together");
     }
 
     #[test]

@@ -11,6 +11,8 @@ mod arguments;
 pub mod backend_login;
 pub mod capability;
 pub mod client_id;
+mod command;
+mod exchange;
 mod framing;
 mod login_command;
 pub mod prelogin;

@@ -5,23 +5,23 @@
 //! hands out; after a refusal nothing of it is left here. RFC 3501 section 6.1 and 6.2, RFC 4959 (SASL-IR), RFC 7888
 //! (LITERAL+), RFC 2971 (ID), RFC 5161 (ENABLE); where clients expect more than these say, Dovecot is followed.
 
+use std::sync::Arc;
+
 use zeroize::Zeroizing;
 
 use super::arguments::{Arguments, Malformed};
+use super::capability::Extensions;
 use super::client_id::{self, ClientId};
+use super::command::{Command, is_foreign, literals};
+use super::exchange::Exchange;
 use super::framing::{Caps, Frame, Framer, without_line_end};
 use super::sasl::{self, Invalid};
 use super::tag::Tag;
 use super::{capability, reply};
-use crate::identity::{Credentials, Mechanism, Mechanisms, UserName};
+use crate::identity::{Credentials, Mechanism, Mechanisms, TokenIssuer, UserName};
 
 /// Commands, good ones too: a client that never logs in may not go on for ever within its deadline.
 const MAX_COMMANDS: u32 = 1000;
-/// First words of other protocols' first lines.
-const FOREIGN_VERBS: [&str; 16] = [
-    "GET", "POST", "HEAD", "PUT", "DELETE", "OPTIONS", "CONNECT", "TRACE", "PATCH", "PRI", "EHLO", "HELO", "LHLO",
-    "MAIL", "RCPT", "DATA",
-];
 /// First byte of a TLS handshake record.
 const TLS_HANDSHAKE: u8 = 0x16;
 
@@ -53,6 +53,10 @@ pub struct Policy {
     pub mechanisms: Mechanisms,
     /// Whose certificate the client has shown.
     pub certificate: Option<UserName>,
+    /// Extensions that every server has, whichever the user's is.
+    pub extensions: Extensions,
+    /// Issuers whose tokens may name the user.
+    pub issuers: Arc<[TokenIssuer]>,
 }
 
 /// What the caller does next.
@@ -65,6 +69,8 @@ pub enum Step {
     /// Find out whether these credentials are good; then [`Prelogin::refused`], [`Prelogin::unavailable`],
     /// [`Prelogin::challenge`], or [`Prelogin::into_leftover`].
     Login(LoginRequest),
+    /// Refuse these credentials, which no server could accept, as late as a wrong password; then [`Prelogin::refused`].
+    InvalidLogin(InvalidLogin),
     /// The client's answer to a challenge: the server's to judge, as it stands in the line.
     Response(Zeroizing<Vec<u8>>),
     /// Send the replies and close.
@@ -78,6 +84,18 @@ pub struct LoginRequest {
     pub tag: Tag,
     /// What it brought.
     pub credentials: Credentials,
+}
+
+/// A well-formed login command with credentials that cannot be right: an empty name, control characters, a token that names no
+/// user (RFC 9051 section 6.2.3: NO; BAD is for what does not fit the grammar).
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct InvalidLogin {
+    /// The tag to answer under.
+    pub tag: Tag,
+    /// How it arrived.
+    pub mechanism: Mechanism,
+    /// What is wrong, for the log: never a part of the credentials.
+    pub fault: Invalid,
 }
 
 /// Why a connection closes before login.
@@ -136,16 +154,6 @@ enum State {
     Relayed(Tag),
 }
 
-#[derive(Debug)]
-enum Exchange {
-    Plain,
-    LoginUser,
-    LoginPassword(Zeroizing<Vec<u8>>),
-    External,
-    /// The first message of a mechanism whose others go to the server.
-    First(Mechanism),
-}
-
 /// What a command led to: `None` goes on.
 type Next = Option<Step>;
 
@@ -153,7 +161,7 @@ impl Prelogin {
     /// For a fresh connection, or anew after STARTTLS.
     pub fn new(policy: Policy) -> Self {
         Self {
-            framer: Framer::new(Caps { line: policy.max_line, literal: policy.max_literal }),
+            framer: Framer::new(Caps { line: policy.max_line, literal: policy.max_literal }).with_literals(literals),
             policy,
             state: State::Command,
             commands: 0,
@@ -166,7 +174,7 @@ impl Prelogin {
 
     /// The first line of a connection.
     pub fn greet(&self, out: &mut Vec<u8>) {
-        let capabilities = capability::before_login(self.policy.transport, self.offered());
+        let capabilities = self.capabilities();
         reply::untagged(&format!("OK [CAPABILITY {capabilities}] {}", reply::READY), out);
     }
 
@@ -211,6 +219,10 @@ impl Prelogin {
         out.extend_from_slice(line);
         out.extend_from_slice(b"\r\n");
         self.state = State::Relayed(tag.clone());
+    }
+
+    fn capabilities(&self) -> String {
+        capability::before_login(self.policy.transport, self.offered(), self.policy.extensions)
     }
 
     /// What may be used: EXTERNAL only with a certificate.
@@ -341,7 +353,7 @@ impl Prelogin {
             }
             Command::Capability => {
                 arguments.end()?;
-                let capabilities = capability::before_login(self.policy.transport, self.offered());
+                let capabilities = self.capabilities();
                 reply::untagged(&format!("CAPABILITY {capabilities}"), out);
                 reply::ok(tag, "Capabilities before login listed; there are more after it.", out);
             }
@@ -395,7 +407,8 @@ impl Prelogin {
             reply::no(tag, "[CANNOT] LOGIN is disabled: use AUTHENTICATE.", out);
             return Ok(None);
         }
-        Ok(self.attempt(tag, sasl::credentials(&user, &password, Mechanism::Login), out))
+        let credentials = sasl::password_login(&user, &password, Mechanism::Login);
+        Ok(self.attempt(tag, Mechanism::Login, credentials, out))
     }
 
     fn authenticate(&mut self, tag: &Tag, mut arguments: Arguments<'_>, out: &mut Vec<u8>) -> Result<Next, Malformed> {
@@ -406,18 +419,12 @@ impl Prelogin {
         let initial = Zeroizing::new(arguments.word().to_vec());
         arguments.end()?;
         let known = Mechanism::by_sasl_name(&mechanism).filter(|mechanism| self.offered().has(*mechanism));
-        let exchange = match known {
-            Some(Mechanism::SaslPlain) => Exchange::Plain,
-            Some(Mechanism::SaslLogin) => Exchange::LoginUser,
-            Some(Mechanism::External) => Exchange::External,
-            Some(relayed) if relayed.is_relayed() => Exchange::First(relayed),
-            _ => {
-                let offered: Vec<&str> =
-                    self.offered().iter().map(Mechanism::sasl_name).filter(|name| !name.is_empty()).collect();
-                let text = format!("[CANNOT] Mechanism not supported. Offered: {}.", offered.join(", "));
-                reply::no(tag, &text, out);
-                return Ok(None);
-            }
+        let Some(exchange) = known.and_then(Exchange::of) else {
+            let offered: Vec<&str> =
+                self.offered().iter().map(Mechanism::sasl_name).filter(|name| !name.is_empty()).collect();
+            let text = format!("[CANNOT] Mechanism not supported. Offered: {}.", offered.join(", "));
+            reply::no(tag, &text, out);
+            return Ok(None);
         };
         if initial.is_empty() {
             self.ask(tag.clone(), exchange, out);
@@ -429,12 +436,7 @@ impl Prelogin {
     }
 
     fn ask(&mut self, tag: Tag, exchange: Exchange, out: &mut Vec<u8>) {
-        out.extend_from_slice(match &exchange {
-            Exchange::Plain | Exchange::External | Exchange::First(_) => b"+ \r\n",
-            // "Username:" and "Password:" in base64, as every server of this mechanism asks.
-            Exchange::LoginUser => b"+ VXNlcm5hbWU6\r\n",
-            Exchange::LoginPassword(_) => b"+ UGFzc3dvcmQ6\r\n",
-        });
+        out.extend_from_slice(exchange.prompt());
         self.state = State::Sasl(tag, exchange);
     }
 
@@ -466,36 +468,41 @@ impl Prelogin {
 
     /// A response in base64, initial or not.
     fn response(&mut self, tag: &Tag, exchange: Exchange, response: &[u8], out: &mut Vec<u8>) -> Next {
+        let mechanism = exchange.mechanism();
         let message = match sasl::decode(response.trim_ascii_end()) {
             Ok(message) => message,
-            Err(invalid) => return self.attempt(tag, Err(invalid), out),
+            Err(invalid) => return self.attempt(tag, mechanism, Err(invalid), out),
         };
-        match exchange {
-            Exchange::Plain => self.attempt(tag, sasl::plain(&message), out),
-            Exchange::First(mechanism) => self.attempt(tag, sasl::first_message(mechanism, &message), out),
-            Exchange::External => {
-                let owner = self.policy.certificate.clone();
-                let read = owner.as_ref().map_or(Err(Invalid::Form), |owner| sasl::external(&message, owner));
-                self.attempt(tag, read, out)
-            }
+        let credentials = match exchange {
+            Exchange::Plain => sasl::plain(&message),
+            Exchange::First(mechanism) => sasl::first_message(mechanism, &message, &self.policy.issuers),
+            Exchange::External => match &self.policy.certificate {
+                Some(owner) => sasl::external(&message, owner),
+                None => Err(Invalid::Form),
+            },
             Exchange::LoginUser => {
                 self.ask(tag.clone(), Exchange::LoginPassword(message), out);
-                None
+                return None;
             }
-            Exchange::LoginPassword(user) => {
-                self.attempt(tag, sasl::credentials(&user, &message, Mechanism::SaslLogin), out)
-            }
-        }
+            Exchange::LoginPassword(user) => sasl::password_login(&user, &message, mechanism),
+        };
+        self.attempt(tag, mechanism, credentials, out)
     }
 
-    fn attempt(&mut self, tag: &Tag, credentials: Result<Credentials, Invalid>, out: &mut Vec<u8>) -> Next {
-        let text = match credentials {
-            Ok(credentials) => return Some(Step::Login(LoginRequest { tag: tag.clone(), credentials })),
-            Err(Invalid::Base64) => "Invalid base64 in the response.".to_owned(),
-            Err(Invalid::Form) => "Invalid credentials: wrong form, or NUL, CR or LF in the password.".to_owned(),
-            Err(Invalid::Name(name)) => format!("Invalid credentials: {name}."),
-        };
-        self.bad_command(Some(tag), &text, out)
+    fn attempt(
+        &mut self,
+        tag: &Tag,
+        mechanism: Mechanism,
+        credentials: Result<Credentials, Invalid>,
+        out: &mut Vec<u8>,
+    ) -> Next {
+        match credentials {
+            Ok(credentials) => Some(Step::Login(LoginRequest { tag: tag.clone(), credentials })),
+            Err(fault) if fault.is_well_formed() => {
+                Some(Step::InvalidLogin(InvalidLogin { tag: tag.clone(), mechanism, fault }))
+            }
+            Err(fault) => self.bad_command(Some(tag), &format!("Invalid credentials: {fault}."), out),
+        }
     }
 
     fn refuse_in_clear(&mut self, tag: &Tag, out: &mut Vec<u8>) -> Next {
@@ -521,38 +528,4 @@ impl Prelogin {
         reply::bye("Too many invalid IMAP commands.", out);
         Some(Step::Close(CloseReason::TooManyBadCommands))
     }
-}
-
-/// The commands of RFC 3501 sections 6.1 and 6.2, and the extensions that hold before login.
-#[derive(Debug, Clone, Copy)]
-enum Command {
-    Authenticate,
-    Capability,
-    Enable,
-    Id,
-    Login,
-    Logout,
-    Noop,
-    StartTls,
-}
-
-impl Command {
-    fn named(word: &[u8]) -> Option<Self> {
-        let commands = [
-            ("AUTHENTICATE", Self::Authenticate),
-            ("CAPABILITY", Self::Capability),
-            ("ENABLE", Self::Enable),
-            ("ID", Self::Id),
-            ("LOGIN", Self::Login),
-            ("LOGOUT", Self::Logout),
-            ("NOOP", Self::Noop),
-            ("STARTTLS", Self::StartTls),
-        ];
-        commands.into_iter().find(|(name, _)| word.eq_ignore_ascii_case(name.as_bytes())).map(|(_, command)| command)
-    }
-}
-
-/// A verb of HTTP or SMTP may be somebody's tag: then an IMAP command follows it.
-fn is_foreign(first: &[u8], second: &[u8]) -> bool {
-    FOREIGN_VERBS.iter().any(|verb| first.eq_ignore_ascii_case(verb.as_bytes())) && Command::named(second).is_none()
 }

@@ -9,7 +9,7 @@ use std::time::Instant;
 use crate::backend::{Backends, Server};
 use crate::config::{Config, Limits, Report};
 use crate::guard::Guard;
-use crate::identity::Mechanisms;
+use crate::identity::{Delegation, Mechanisms};
 use crate::metrics::{Metrics, Names};
 use crate::policy::Policy;
 use crate::route::{self, At, Place, Router};
@@ -101,13 +101,18 @@ impl Live {
 
     /// Ways to log in that the listener at this place offers just now.
     pub fn mechanisms(&self, listener: usize) -> Mechanisms {
-        self.config.listeners[listener].mechanisms.unwrap_or_else(|| self.backends.offered())
+        self.config.listeners[listener].mechanisms.unwrap_or_else(|| self.backends.offered().mechanisms)
     }
 
     /// Whether a login on behalf of another user may come from there.
     pub fn allows_masters_from(&self, client: IpAddr) -> bool {
         let networks = self.config.master_networks.as_ref();
         networks.is_none_or(|networks| networks.iter().any(|network| network.contains(client)))
+    }
+
+    /// Whose mailboxes the owners of client certificates may open at the listener at this place.
+    pub fn delegations(&self, listener: usize) -> &[Delegation] {
+        self.config.listeners[listener].client_certificates.as_ref().map_or(&[], |wanted| &wanted.may_act_for)
     }
 
     /// The servers to try for `user` in this place, in order; waits for DNS only while it has never answered.

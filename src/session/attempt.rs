@@ -9,12 +9,15 @@ use std::time::Instant;
 use tokio::time::{self, timeout, timeout_at};
 use zeroize::Zeroizing;
 
+use super::defence::counted_users;
 use super::record::reason;
-use super::{Session, close};
+use super::{Session, close, pace};
 use crate::backend::connect::{self, Established, Fault, Outcome, Purpose, Request};
 use crate::backend::{Backend, Server, Slot, Stop, Tour};
 use crate::failure::Reason;
-use crate::identity::{Credentials, Names, PasswordLogin, Proof, Secret, ServerLogin, UserName};
+use crate::identity::{
+    Credentials, Mechanism, Names, PasswordLogin, Proof, Secret, ServerLogin, UserName, authorise_certificate,
+};
 use crate::imap::prelogin::{LoginRequest, Prelogin, Step};
 use crate::imap::tag::Tag;
 use crate::imap::{reply, sasl};
@@ -76,17 +79,27 @@ impl Session {
         self.up_to_date();
         let live = self.live.clone();
         split_master(&live, &mut login.credentials);
+        let delegated =
+            authorise_certificate(&mut login.credentials, &live.config.naming, live.delegations(self.listener));
         let login = &*login;
         let names = match live.config.naming.names(login.credentials.mailbox_user()) {
             Ok(names) => names,
             Err(_) => {
-                self.record.attempt(login.credentials.mailbox_user(), login.credentials.mechanism);
+                self.record.attempt(Some(login.credentials.mailbox_user()), login.credentials.mechanism);
                 return Some(self.no_such_user(&login.tag, Reason::NameRefused, began).await);
             }
         };
-        self.record.attempt(&names.log, login.credentials.mechanism);
-        if let Some(limited) = self.may_try(&login.tag, &names.routing) {
+        self.record.attempt(Some(&names.log), login.credentials.mechanism);
+        let users = counted_users(&live.config.naming, &login.credentials);
+        if let Some(limited) = self.may_try(&login.tag, &users) {
             return Some(limited);
+        }
+        // Before any lookup, so that the answer is the same whether the mailbox exists.
+        if delegated.is_err() {
+            return Some(self.not_authorised(&login.tag));
+        }
+        if has_separator(&live, &login.credentials) {
+            return Some(self.no_such_user(&login.tag, Reason::NameRefused, began).await);
         }
         let client_id = prelogin.client_id().clone();
         if let Some(refused) = self.policy_refuses(login, &client_id, began).await {
@@ -124,9 +137,7 @@ impl Session {
         // Before anybody is looked up: the answer shall be the same whether the mailbox exists.
         let may_ask = live.allows_masters_from(self.peer.ip()) && live.backends.any_allows_authzid();
         if login.credentials.authzid.is_some() && !may_ask {
-            self.record.attempt_failed(Reason::AuthzidRefused, LoginOutcome::Refused, None);
-            let reply = reply::authorization_failed(&login.tag);
-            return Some(Ok(Attempted::Refused { reply, counts: true }));
+            return Some(Ok(self.not_authorised(&login.tag)));
         }
         let question = self.question(names, login, stream);
         let target = match timeout(live.limits.lookup, live.router.route(&question, &live.metrics)).await {
@@ -191,7 +202,8 @@ impl Session {
             }
         }
         if matches!(outcome, Outcome::Accepted(_))
-            && let Some(limited) = self.may_have_one_more(&login.tag, &names.routing, backend.id)
+            && let users = counted_users(&live.config.naming, &login.credentials)
+            && let Some(limited) = self.may_have_one_more(&login.tag, &users, &names.routing, backend.id)
         {
             return Some(Ok(limited));
         }
@@ -213,7 +225,8 @@ impl Session {
                 Attempted::Accepted { seated, established: Box::new(established) }
             }
             (Outcome::Refused { reply, counts }, answered) => {
-                if counts {
+                // A client takes its turns in a relayed mechanism as slowly as it likes.
+                if counts && !self.record.last_attempt().0.is_some_and(Mechanism::is_relayed) {
                     self.live.refusals.add(took);
                 }
                 self.record.refused(routed.id, answered.as_ref().map(|answered| &answered.server.name));
@@ -256,7 +269,7 @@ impl Session {
                     return None;
                 }
                 // A response is waited for, and nothing else is read.
-                Step::Login(_) | Step::StartTls => return None,
+                Step::Login(_) | Step::InvalidLogin(_) | Step::StartTls => return None,
             }
         }
     }
@@ -287,9 +300,15 @@ impl Session {
         self.refused_late(tag, began).await
     }
 
-    /// Says so as late as a server says that a password is wrong: nobody shall learn from the clock who exists.
+    /// The client may not open the mailbox it asked for.
+    fn not_authorised(&mut self, tag: &Tag) -> Attempted {
+        self.record.attempt_failed(Reason::AuthzidRefused, LoginOutcome::Refused, None);
+        Attempted::Refused { reply: reply::authorization_failed(tag), counts: true }
+    }
+
+    /// Refuses the login after a sampled server latency, so that the response time does not reveal whether the user exists.
     pub(super) async fn refused_late(&mut self, tag: &Tag, began: Instant) -> Attempted {
-        let late = self.live.refusals.any_of(self.record.session().as_str());
+        let late = self.live.refusals.draw(pace::random());
         time::sleep(late.saturating_sub(began.elapsed())).await;
         Attempted::Refused { reply: reply::authentication_failed(tag, None), counts: true }
     }
@@ -341,6 +360,13 @@ fn split_master(live: &Live, credentials: &mut Credentials) {
         credentials.authzid = Some(mailbox);
         credentials.user = master;
     }
+}
+
+/// Whether a name has a separator although it was, or cannot be, taken apart: a server that takes it apart could open another mailbox
+/// than the one that is routed by, or check another master user's password than the one that is counted for.
+fn has_separator(live: &Live, credentials: &Credentials) -> bool {
+    let mut names = std::iter::once(&credentials.user).chain(&credentials.authzid);
+    names.any(|name| live.config.naming.has_separator(name))
 }
 
 /// A token's message under the name the user has there, where that is another.

@@ -5,6 +5,7 @@
 //! the command, as is the wait of [`super::pace`], so that the later of the two is all that can be seen from outside.
 
 use std::future::pending;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use tokio::net::TcpStream;
@@ -15,7 +16,7 @@ use super::{EndedBy, Session};
 use crate::config::{BackendId, ListenerTls};
 use crate::failure::Reason;
 use crate::guard::{Limited, Turned};
-use crate::identity::{Mechanism, UserName};
+use crate::identity::{Credentials, Mechanism, Naming, UserName};
 use crate::imap::client_id::ClientId;
 use crate::imap::prelogin::LoginRequest;
 use crate::imap::reply;
@@ -68,17 +69,23 @@ impl Session {
         }
     }
 
-    /// Asked before anybody else is troubled. `None`: it may.
-    pub(super) fn may_try(&mut self, tag: &Tag, user: &str) -> Option<Attempted> {
-        let limited = self.live.guard.may_try(Instant::now(), self.record.client(), user).err()?;
+    /// Whether the attempt is within the rates of its address and of `users`, see [`counted_users`]. `None`: it is.
+    pub(super) fn may_try(&mut self, tag: &Tag, users: &[Arc<str>]) -> Option<Attempted> {
+        let limited = self.live.guard.may_try(Instant::now(), self.record.client(), users).err()?;
         Some(self.limited(tag, limited, None))
     }
 
     /// Asked once a server has taken the password: before, anybody could keep a user out by trying. `None`: it may.
-    pub(super) fn may_have_one_more(&mut self, tag: &Tag, user: &str, backend: BackendId) -> Option<Attempted> {
+    pub(super) fn may_have_one_more(
+        &mut self,
+        tag: &Tag,
+        users: &[Arc<str>],
+        mailbox: &str,
+        backend: BackendId,
+    ) -> Option<Attempted> {
         let client = self.record.client();
-        self.live.guard.succeeded(Instant::now(), client, user);
-        let limited = self.held.pass.take_for(client, user).err()?;
+        self.live.guard.succeeded(Instant::now(), client, users);
+        let limited = self.held.pass.take_for(client, mailbox).err()?;
         Some(self.limited(tag, limited, Some(backend)))
     }
 
@@ -100,15 +107,22 @@ impl Session {
         Attempted::Limited { reply: reply::limit(tag, text) }
     }
 
-    /// A login has failed that was begun at `began`: says so to the log, and returns when the client may know.
-    pub(super) async fn failed_login(&mut self, login: LoginRequest, began: Instant) {
-        let client = self.record.client();
-        let user = match self.live.config.naming.names(login.credentials.mailbox_user()) {
-            Ok(names) => names.routing,
-            Err(_) => login.credentials.mailbox_user().as_str().into(),
-        };
-        // With the password, which nobody needs any more.
+    /// A server or the proxy has refused a login that began at `began`: logs it, and returns when the client may be answered.
+    pub(super) async fn refused_login(&mut self, login: LoginRequest, began: Instant) {
+        let naming = &self.live.config.naming;
+        let users = counted_users(naming, &login.credentials);
+        let of_another = login.credentials.authzid.is_some();
+        let authcid = of_another.then(|| naming.names(&login.credentials.user).map(|names| names.log)).transpose();
+        let authcid = authcid.unwrap_or_else(|_| Some(login.credentials.user.clone()));
+        // With the password, which is not needed any more.
         drop(login);
+        self.failed_login(&users, authcid, began).await;
+    }
+
+    /// Logs a failed login, and returns when the client may be answered. `users` are counted for; `authcid` is who tried to log in, if
+    /// the mailbox is another user's.
+    pub(super) async fn failed_login(&mut self, users: &[Arc<str>], authcid: Option<UserName>, began: Instant) {
+        let client = self.record.client();
         let (mechanism, name, reason) = self.record.last_attempt();
         tracing::info!(
             target: "vestibule::login",
@@ -117,10 +131,11 @@ impl Session {
             mechanism = mechanism.map(Mechanism::as_str),
             reason = reason.map_or("password", Reason::as_str),
             user = name.map(UserName::as_str),
+            authcid = authcid.as_ref().map(UserName::as_str),
             "login failed"
         );
         self.report(false);
-        let due = time::Instant::from_std(began + self.live.guard.failed(Instant::now(), client, &user));
+        let due = time::Instant::from_std(began + self.live.guard.failed(Instant::now(), client, users));
         self.pause(due).await;
     }
 
@@ -171,6 +186,15 @@ impl Session {
             () = self.shed() => {}
         }
     }
+}
+
+/// The users that a login attempt counts for, by their routing names: whose password is tried, and whose mailbox is asked for, if that
+/// is another's. A name that the rules refuse counts as it was sent.
+pub(super) fn counted_users(naming: &Naming, credentials: &Credentials) -> Vec<Arc<str>> {
+    let routing = |name: &UserName| naming.names(name).map_or_else(|_| name.as_str().into(), |names| names.routing);
+    let mut users = vec![routing(&credentials.user)];
+    users.extend(credentials.authzid.as_ref().map(routing).filter(|mailbox| *mailbox != users[0]));
+    users
 }
 
 /// What a client says of itself, as Dovecot writes it.

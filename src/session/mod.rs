@@ -19,6 +19,7 @@ mod attempt;
 mod defence;
 mod id;
 mod introduction;
+mod invalid;
 mod pace;
 mod record;
 mod relayed;
@@ -185,7 +186,7 @@ impl Session {
                     }
                     Attempted::Refused { reply, counts } => {
                         if counts {
-                            self.failed_login(request, began).await;
+                            self.refused_login(request, began).await;
                         }
                         prelogin.refused(&reply, counts, &mut out);
                     }
@@ -198,6 +199,10 @@ impl Session {
                     }
                     Attempted::Unavailable => prelogin.unavailable(&request.tag, &mut out),
                 },
+                Step::InvalidLogin(login) => {
+                    let reply = self.refuse_invalid(login, began).await;
+                    prelogin.refused(&reply, true, &mut out);
+                }
                 Step::Close(reason) => {
                     self.closed(reason);
                     close(&mut stream).await;
@@ -221,6 +226,8 @@ impl Session {
             max_failed_logins: limits.failed_logins,
             mechanisms: self.live.mechanisms(self.listener),
             certificate,
+            extensions: self.live.backends.offered().extensions,
+            issuers: self.live.config.token_issuers.clone(),
         }
     }
 

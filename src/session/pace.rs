@@ -1,13 +1,13 @@
-//! How long servers take to say that a password is wrong, so that we take as long to say that there is no such user.
+//! How long servers take to refuse a password, so that a refusal without a server takes as long.
 //!
-//! Servers answer a wrong password late on purpose, each by its own rule. Whatever the rule is, an answer that comes after
-//! a duration drawn from their last ones tells nothing. Called by `attempt`.
+//! Servers delay the answer to a wrong password, each by its own rule. An unknown user is refused after a duration drawn afresh for each
+//! attempt from the last ones of servers, moved a little, so that neither one answer nor many show whether a server was asked.
 
 use std::hash::{BuildHasher as _, RandomState};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-/// As many of the last ones are remembered.
+/// How many of the last durations are remembered.
 const REMEMBERED: usize = 32;
 /// Longer ones are outages, not answers.
 const LONGEST: Duration = Duration::from_secs(30);
@@ -16,8 +16,6 @@ const LONGEST: Duration = Duration::from_secs(30);
 #[derive(Debug, Default)]
 pub struct Refusals {
     last: Mutex<Ring>,
-    /// Of this process alone: nobody outside can tell which one is drawn.
-    hasher: RandomState,
 }
 
 #[derive(Debug, Default)]
@@ -27,9 +25,9 @@ struct Ring {
 }
 
 impl Refusals {
-    /// A server refused a login after `took`.
+    /// A server refused a password after `took`.
     pub(super) fn add(&self, took: Duration) {
-        let mut ring = self.last.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut ring = self.lock();
         let took = took.min(LONGEST);
         let next = ring.next;
         match ring.durations.get_mut(next) {
@@ -39,38 +37,131 @@ impl Refusals {
         ring.next = (next + 1) % REMEMBERED;
     }
 
-    /// One of the last, the same for the same `key`. Nothing where no server has refused anybody yet.
-    pub(super) fn any_of(&self, key: &str) -> Duration {
-        let ring = self.last.lock().unwrap_or_else(PoisonError::into_inner);
-        let Ok(known) = u64::try_from(ring.durations.len()) else { return Duration::ZERO };
-        if known == 0 {
-            return Duration::ZERO;
-        }
-        let drawn = self.hasher.hash_one(key) % known;
-        usize::try_from(drawn).map_or(Duration::ZERO, |drawn| ring.durations[drawn])
+    /// A duration like the last ones; zero if no server has refused a password yet. `random` decides which.
+    pub(super) fn draw(&self, random: u64) -> Duration {
+        // A copy: sorting is not done under the lock.
+        let mut durations = self.lock().durations.clone();
+        durations.sort_unstable();
+        drawn(&durations, random)
     }
+
+    fn lock(&self) -> MutexGuard<'_, Ring> {
+        // No change of the ring can panic halfway.
+        self.last.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// A random number for [`Refusals::draw`], which no client can foresee.
+pub(super) fn random() -> u64 {
+    RandomState::new().hash_one(0_u8)
+}
+
+/// Draws one of `sorted` and moves it towards its neighbour, by up to a sixteenth, so that two clusters stay two. Of equal ones, or of
+/// only one, it is moved by up to a 256th, so that the same duration does not repeat to the microsecond.
+fn drawn(sorted: &[Duration], random: u64) -> Duration {
+    let Some(last) = sorted.len().checked_sub(1) else { return Duration::ZERO };
+    // The high half chooses, the low half moves.
+    let (choice, by) = ((random >> 32) as usize % sorted.len(), (random & 0xffff_ffff) as u32);
+    let chosen = sorted[choice];
+    let neighbour = if choice == last { sorted[last.saturating_sub(1)] } else { sorted[choice + 1] };
+    let gap = chosen.abs_diff(neighbour);
+    let width = if gap.is_zero() { chosen / 256 } else { gap.min(chosen / 16) };
+    let moved = width.mul_f64(f64::from(by) / f64::from(u32::MAX));
+    if neighbour > chosen { chosen + moved } else { chosen.saturating_sub(moved) }
 }
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeSet;
+
     use super::*;
+
+    /// Splitmix64.
+    struct Seeded(u64);
+
+    impl Seeded {
+        fn next(&mut self) -> u64 {
+            self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+            let mut mixed = self.0;
+            mixed = (mixed ^ (mixed >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+            mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+            mixed ^ (mixed >> 31)
+        }
+
+        fn fraction(&mut self) -> f64 {
+            (self.next() >> 11) as f64 / (1_u64 << 53) as f64
+        }
+    }
 
     #[test]
     fn only_the_last_are_drawn_from() {
         let refusals = Refusals::default();
-        assert_eq!(refusals.any_of("a"), Duration::ZERO);
+        let mut random = Seeded(1);
+        assert_eq!(refusals.draw(random.next()), Duration::ZERO);
         for seconds in 0..100 {
             refusals.add(Duration::from_secs(seconds));
         }
-        let drawn: std::collections::BTreeSet<Duration> =
-            (0..1000).map(|key| refusals.any_of(&key.to_string())).collect();
-        assert_eq!(drawn.last(), Some(&LONGEST));
-        assert_eq!(refusals.any_of("x"), refusals.any_of("x"));
-        for seconds in 5..37 {
-            refusals.add(Duration::from_millis(seconds));
+        assert!((0..1000).all(|_| refusals.draw(random.next()) <= LONGEST));
+        for milliseconds in 500..500 + REMEMBERED as u64 {
+            refusals.add(Duration::from_millis(milliseconds));
         }
-        let drawn: std::collections::BTreeSet<Duration> =
-            (0..10_000).map(|key| refusals.any_of(&key.to_string())).collect();
-        assert_eq!(drawn.len(), REMEMBERED);
+        let range = Duration::from_millis(500)..Duration::from_millis(500 + REMEMBERED as u64);
+        let draws: Vec<Duration> = (0..10_000).map(|_| refusals.draw(random.next())).collect();
+        assert!(draws.iter().all(|draw| range.contains(draw)));
+        let whole: BTreeSet<u128> = draws.iter().map(Duration::as_millis).collect();
+        assert!(whole.len() >= REMEMBERED - 1, "all of them are drawn: {}", whole.len());
+    }
+
+    #[test]
+    fn every_attempt_is_drawn_afresh() {
+        let refusals = Refusals::default();
+        refusals.add(Duration::from_secs(2));
+        let mut random = Seeded(2);
+        let draws: BTreeSet<Duration> = (0..100).map(|_| refusals.draw(random.next())).collect();
+        assert!(draws.len() > 95, "one sample, {} durations", draws.len());
+        assert!(draws.iter().all(|draw| (1990..=2000).contains(&draw.as_millis())), "{draws:?}");
+    }
+
+    /// The largest distance between two empirical distributions (Kolmogorov-Smirnov).
+    fn distance(one: &mut [Duration], other: &mut [Duration]) -> f64 {
+        one.sort_unstable();
+        other.sort_unstable();
+        let share = |of: &[Duration], at: Duration| of.partition_point(|it| *it <= at) as f64 / of.len() as f64;
+        let all = one.iter().chain(other.iter());
+        all.map(|at| (share(one, *at) - share(other, *at)).abs()).fold(0.0, f64::max)
+    }
+
+    /// Wrong passwords and unknown users take turns, as a stream of logins would have them: their delays must have one distribution.
+    #[test]
+    fn unknown_users_are_refused_like_wrong_passwords() {
+        let mut random = Seeded(3);
+        type Latency = fn(f64) -> f64;
+        let servers: [(&str, Latency); 3] = [
+            ("a fixed delay and some noise", |at| 2.0 + 0.01 * at * at),
+            ("none, and a doubling penalty", |at| 0.003 + 0.002 * at + f64::from(1_u32 << (at * 4.0) as u32)),
+            ("two clusters", |at| if at < 0.5 { 0.01 + 0.01 * at } else { 3.0 + 0.1 * at }),
+        ];
+        for (name, latency) in servers {
+            let refusals = Refusals::default();
+            let mut taken = || Duration::from_secs_f64(latency(random.fraction()));
+            for _ in 0..REMEMBERED {
+                refusals.add(taken());
+            }
+            let (mut wrong, mut unknown) = (Vec::new(), Vec::new());
+            for _ in 0..4000 {
+                let took = taken();
+                refusals.add(took);
+                wrong.push(took);
+            }
+            let mut random = Seeded(4);
+            let mut again = Seeded(5);
+            for _ in 0..4000 {
+                refusals.add(Duration::from_secs_f64(latency(again.fraction())));
+                unknown.push(refusals.draw(random.next()));
+            }
+            let distance = distance(&mut wrong, &mut unknown);
+            // Two samples of 4000 of one distribution are 0.03 apart at most in 95 of 100 cases.
+            assert!(distance < 0.06, "{name}: {distance}");
+        }
     }
 }

@@ -203,9 +203,10 @@ impl Record {
     }
 
     /// A login command is complete. What an earlier one left is forgotten: the record tells of the last.
-    pub(super) fn attempt(&mut self, user: &UserName, mechanism: Mechanism) {
+    /// `None`: the credentials have no usable name.
+    pub(super) fn attempt(&mut self, user: Option<&UserName>, mechanism: Mechanism) {
         self.attempts += 1;
-        self.user = Some(user.clone());
+        self.user = user.cloned();
         self.mechanism = Some(mechanism);
         (self.route, self.backend, self.server, self.failure, self.detail) = (None, None, None, None, None);
         self.times.route = None;

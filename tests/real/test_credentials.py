@@ -3,6 +3,7 @@
 import base64
 import hashlib
 import hmac
+import imaplib
 import json
 import os
 import re
@@ -45,12 +46,12 @@ admin: {{address: "127.0.0.1:{{admin}}"}}
 """
 
 
-def token(user, key=KEY):
+def token(user, key=KEY, **claims):
     """A JSON Web Token, as Dovecot checks it by itself."""
     def part(value):
         return base64.urlsafe_b64encode(value).rstrip(b"=")
     head = part(json.dumps({"alg": "HS256", "typ": "JWT"}).encode())
-    body = part(json.dumps({"sub": user, "exp": 4102444800, "iat": 1700000000, "scope": "mail"}).encode())
+    body = part(json.dumps({"sub": user, "exp": 4102444800, "iat": 1700000000, "scope": "mail", **claims}).encode())
     return (head + b"." + body + b"." + part(hmac.new(key, head + b"." + body, hashlib.sha256).digest())).decode()
 
 
@@ -307,6 +308,68 @@ set record=imaps://localhost:{proxy.ports['tls']}/INBOX
         proxy = self.proxy(listener=f"client_certificates: {{ca: {self.certificates.ca}, required: true}}")
         with self.assertRaises((OSError, AssertionError)):
             self.raw(proxy)
+
+    def test_certificates_act_for_others_only_as_listed(self):
+        login = "login: {master: admin, password_file: master}"
+        webmail = self.certificate("email:webmail@example.org")
+
+        def asked(proxy, certificate, user):
+            return self.raw(proxy, certificate).command("a", b"AUTHENTICATE EXTERNAL " + base64.b64encode(user.encode()))[-1]
+        listed = "may_act_for: [{certificate: webmail@example.org, users: ['*@example.org']}]"
+        proxy = self.proxy(listener=f"client_certificates: {{ca: {self.certificates.ca}, {listed}}}", backend=login,
+                           files={"master": "master secret\n"})
+        self.assertRegex(asked(proxy, webmail, CAROL), b"^a OK", proxy.log())
+        self.assertIn(f"user=<{CAROL}>", self.server.log())
+        self.assertRegex(asked(proxy, webmail, BOB), rb"^a NO \[AUTHORIZATIONFAILED\]")
+        self.assertRegex(asked(proxy, self.certificate(f"email:{ALICE}"), CAROL), rb"^a NO \[AUTHORIZATIONFAILED\]")
+        proxy = self.proxy(listener=f"client_certificates: {{ca: {self.certificates.ca}}}", backend=login,
+                           files={"master": "master secret\n"})
+        for user in (CAROL, "nobody@example.org"):
+            self.assertRegex(asked(proxy, webmail, user), rb"^a NO \[AUTHORIZATIONFAILED\]")
+        self.assertRegex(asked(proxy, webmail, "WebMail@example.org"), b"^a OK", "another spelling of its own name")
+
+    def test_a_token_names_its_user(self):
+        """OAUTHBEARER without a name: routed by a claim, and Dovecot checks that the token is this user's."""
+        issuer = "https://login.example.org"
+        proxy = self.proxy(listener="mechanisms: [oauthbearer]", more=f"oauth: [{{issuer: '{issuer}', claim: sub}}]")
+
+        def answered(bearer):
+            message = base64.b64encode(f"n,,\x01auth=Bearer {bearer}\x01\x01".encode())
+            raw = self.raw(proxy)
+            raw.send(b"a AUTHENTICATE OAUTHBEARER " + message + b"\r\n")
+            line = raw.line()
+            if line.startswith(b"+ "):
+                raw.send(b"AQ==\r\n")
+                line = raw.until(b"a ")[-1]
+            return line
+        self.assertRegex(answered(token(ALICE, iss=issuer)), b"^a OK", proxy.log())
+        wait_for("the session", lambda: f'user="{ALICE}"' in proxy.log())
+        for bearer in (token(ALICE, b"another key", iss=issuer), token(ALICE, iss="https://elsewhere.test"), token(ALICE), "opaque"):
+            self.assertRegex(answered(bearer), rb"^a NO \[AUTHENTICATIONFAILED\]", bearer)
+        self.assertNotIn(token(ALICE, iss=issuer), proxy.log())
+
+    def test_idle_by_a_client_that_reads_capabilities_once(self):
+        """Python's imaplib asks for capabilities before the login, and never again."""
+        proxy = self.proxy()
+
+        def connected():
+            client = imaplib.IMAP4_SSL("localhost", proxy.ports["tls"], ssl_context=context(self.certificates.ca), timeout=PATIENCE)
+            if "IDLE" in client.capabilities:
+                return client
+            client.logout()
+            return None
+        client = wait_for("IDLE in the list before the login", connected)
+        for absent in ("STARTTLS", "LOGIN-REFERRALS", "LOGINDISABLED"):
+            self.assertNotIn(absent, client.capabilities)
+        client.login(ALICE, PASSWORDS[ALICE])
+        client.select()
+        client.send(b"z IDLE\r\n")
+        self.assertTrue(client.readline().startswith(b"+ "))
+        client.send(b"DONE\r\n")
+        while not (line := client.readline()).startswith(b"z "):
+            self.assertTrue(line)
+        self.assertRegex(line, b"^z OK")
+        client.logout()
 
     def test_where_a_certificate_has_the_name(self):
         login = "login: {master: admin, password_file: master}"

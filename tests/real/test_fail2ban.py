@@ -1,5 +1,6 @@
 """fail2ban-regex reads what the program really wrote: who is banned, and who is not."""
 
+import base64
 import json
 import re
 import socket
@@ -76,6 +77,11 @@ admin: {{address: "127.0.0.1:{{admin}}"}}
         login(Raw(port, source="127.0.0.2"), "LOGIN alice@example.org wrong", answer=wrong)
         login(Raw(port, source="127.0.0.3"), "LOGIN nobody@nowhere.test x", answer=wrong)
         login(FromIpv6(proxy.ports["tls"]), "LOGIN carol@example.org wrong", "LOGIN nobody@nowhere.test x", answer=wrong)
+        # On behalf of another, and with credentials that cannot be right.
+        for authcid in ("mallory", "x client=1.2.3.4 session=\""):
+            message = base64.b64encode(f"dave@example.org\0{authcid}\0x".encode()).decode()
+            login(Raw(port, source="127.0.0.10"), f"AUTHENTICATE PLAIN {message}", answer=rb"^a NO \[AUTHORIZATIONFAILED\]")
+        login(Raw(port, source="127.0.0.11"), 'LOGIN "" x', answer=wrong)
         # From here on nobody is to be banned for it.
         login(Raw(port, source="127.0.0.4"), "LOGIN carol@example.org \"pass word\"", answer=rb"^a OK")
         login(Raw(port, source="127.0.0.5"), "LOGIN bob@example.net builder", answer=rb"^a NO \[UNAVAILABLE\]")
@@ -92,21 +98,22 @@ admin: {{address: "127.0.0.1:{{admin}}"}}
     def test_text(self):
         text, log = self.visit("text")
         self.assertIn("x client=1.2.3.4", text)
-        expected = ["127.0.0.2", "127.0.0.3", "::1", "::1"] + ["127.0.0.8"] * len(HOSTILE)
+        expected = ["127.0.0.2", "127.0.0.3", "::1", "::1", "127.0.0.10", "127.0.0.10", "127.0.0.11"] + ["127.0.0.8"] * len(HOSTILE)
         self.assertEqual(self.banned(log), expected, text)
 
     def test_json(self):
         text, log = self.visit("json")
         records = [json.loads(line) for line in text.splitlines()]
         self.assertTrue(any("1.2.3.4" in str(record.get("user")) for record in records))
-        expected = ["127.0.0.2", "127.0.0.3", "::1", "::1"] + ["127.0.0.8"] * len(HOSTILE)
+        self.assertTrue(any(record.get("user") == "dave@example.org" and record.get("authcid") == "mallory" for record in records))
+        expected = ["127.0.0.2", "127.0.0.3", "::1", "::1", "127.0.0.10", "127.0.0.10", "127.0.0.11"] + ["127.0.0.8"] * len(HOSTILE)
         self.assertEqual(self.banned(log), expected, text)
 
     def test_the_journal_and_syslog_put_words_ahead(self):
         text, _ = self.visit("text")
         for prefix in ("host vestibule[4711]: ", "vestibule[4711]: ", "vestibule: "):
             log = self.folder.write("prefixed", "".join(prefix + line + "\n" for line in text.splitlines()))
-            self.assertEqual(len(self.banned(log)), 4 + len(HOSTILE), prefix)
+            self.assertEqual(len(self.banned(log)), 7 + len(HOSTILE), prefix)
 
     def test_the_example_of_a_jail_uses_the_filter(self):
         jail = (REPOSITORY / "deploy/fail2ban/vestibule-jail.conf").read_text()

@@ -6,6 +6,7 @@
 
 mod care;
 mod client;
+mod credentials;
 mod defences;
 mod dns;
 mod guard;

@@ -50,8 +50,8 @@ async fn a_token_of_64_kib_arrives_whole() {
 async fn what_servers_offer_and_what_of_it_is_offered() {
     let certificates = Certificates::new();
     let server = Scripted::new(
-        "S: * OK [CAPABILITY IMAP4rev1 STARTTLS LOGIN-REFERRALS LITERAL+ SASL-IR AUTH=PLAIN AUTH=SCRAM-SHA-256 \
-         AUTH=SCRAM-SHA-256-PLUS AUTH=GSSAPI AUTH=CRAM-MD5 AUTH=XOAUTH2] x\n...",
+        "S: * OK [CAPABILITY IMAP4rev1 STARTTLS LOGIN-REFERRALS LITERAL+ SASL-IR IDLE MOVE AUTH=PLAIN AUTH=SCRAM-SHA-1 \
+         AUTH=SCRAM-SHA-256 AUTH=SCRAM-SHA-256-PLUS AUTH=GSSAPI AUTH=CRAM-MD5 AUTH=XOAUTH2] x\n...",
     )
     .await;
     let proxy = start(&format!(
@@ -65,14 +65,14 @@ async fn what_servers_offer_and_what_of_it_is_offered() {
     .await;
     let greeting = async |listener: usize| Line::silent(proxy.listeners()[listener]).await.line().await;
     in_time("the offer", async { while !greeting(1).await.contains("SCRAM") {} }).await;
-    let offered = "IMAP4rev1 SASL-IR LITERAL+ ID ENABLE AUTH=PLAIN AUTH=LOGIN AUTH=XOAUTH2 AUTH=SCRAM-SHA-256";
+    let offered = "IMAP4rev1 SASL-IR LITERAL+ ID ENABLE IDLE MOVE AUTH=PLAIN AUTH=LOGIN AUTH=XOAUTH2 AUTH=SCRAM-SHA-1";
     assert_eq!(greeting(1).await, format!("* OK [CAPABILITY {offered}] Vestibule ready."));
     let socket = TcpStream::connect(proxy.listeners()[0]).await.unwrap();
     let inside_tls = Line::new(certificates.encrypt(socket).await).line().await;
     assert_eq!(inside_tls, format!("* OK [CAPABILITY {offered}] Vestibule ready."));
-    assert!(greeting(2).await.contains("STARTTLS LOGINDISABLED]"), "before TLS nothing");
+    assert!(greeting(2).await.contains("IDLE MOVE STARTTLS LOGINDISABLED]"), "before TLS no way to log in");
     // Set by hand: what the operator says, whatever servers do.
-    assert!(greeting(3).await.contains("ENABLE AUTH=OAUTHBEARER AUTH=SCRAM-SHA-256 LOGINDISABLED]"));
+    assert!(greeting(3).await.contains("IDLE MOVE AUTH=OAUTHBEARER AUTH=SCRAM-SHA-256 LOGINDISABLED]"));
 }
 
 #[tokio::test]

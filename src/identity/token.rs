@@ -1,0 +1,265 @@
+//! The user that an access token claims (RFC 9068, RFC 7519): read without verifying the token, to route by.
+//!
+//! The claim decides which server is asked, and nothing else: the server verifies the token, and is sent the claimed name as the
+//! authorization identity, so that it refuses a token of another user. Pure; no error repeats a part of the token.
+
+use std::fmt;
+
+use base64::Engine as _;
+use base64::engine::general_purpose::URL_SAFE_NO_PAD;
+use serde::de::{DeserializeSeed, IgnoredAny, MapAccess, SeqAccess, Visitor};
+use serde::{Deserialize, Deserializer};
+use zeroize::Zeroizing;
+
+use super::UserName;
+
+/// An issuer of tokens, from `oauth` in the configuration.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct TokenIssuer {
+    /// The claim `iss`, compared byte by byte.
+    pub issuer: String,
+    /// The claim that has the user's name.
+    pub claim: String,
+    /// A value that the claim `aud` must have or contain.
+    pub audience: Option<String>,
+}
+
+/// Why a token names no user.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum TokenFault {
+    /// `oauth` is not configured.
+    #[error("the message has no authzid, and no token issuer is configured")]
+    NoIssuer,
+    /// Not three parts of base64url, or a payload that is not a JSON object.
+    #[error("the message has no authzid, and the token is not a JWT")]
+    NotJwt,
+    /// The claim `iss` is missing, or of an issuer that is not configured.
+    #[error("the message has no authzid, and the token's issuer is not configured")]
+    UnknownIssuer,
+    /// The claim `aud` does not contain the configured audience.
+    #[error("the message has no authzid, and the token is for another audience")]
+    Audience,
+    /// The claim is missing, occurs twice, or is not a user name.
+    #[error("the message has no authzid, and the token has no usable claim with the user's name")]
+    NoUser,
+}
+
+/// The name in the claim that is configured for the token's issuer. The token is not verified.
+///
+/// # Errors
+/// Why the token names no user.
+pub fn claimed_user(token: &[u8], issuers: &[TokenIssuer]) -> Result<UserName, TokenFault> {
+    if issuers.is_empty() {
+        return Err(TokenFault::NoIssuer);
+    }
+    let mut parts = token.split(|byte| *byte == b'.');
+    let (Some(header), Some(payload), Some(signature), None) = (parts.next(), parts.next(), parts.next(), parts.next())
+    else {
+        return Err(TokenFault::NotJwt);
+    };
+    let decoded = |part: &[u8]| URL_SAFE_NO_PAD.decode(part).map(Zeroizing::new).map_err(|_| TokenFault::NotJwt);
+    // An unsigned token (alg "none") has an empty signature.
+    if decoded(header)?.is_empty() || decoded(signature)?.is_empty() {
+        return Err(TokenFault::NotJwt);
+    }
+    let payload = decoded(payload)?;
+    let whole = |claim: &str| read_claim(&payload, claim);
+    let Claim::Text(iss) = whole("iss")? else { return Err(TokenFault::UnknownIssuer) };
+    let issuer = issuers.iter().find(|known| known.issuer == iss).ok_or(TokenFault::UnknownIssuer)?;
+    if let Some(audience) = &issuer.audience {
+        let is_for_it = match whole("aud")? {
+            Claim::Text(text) => text == *audience,
+            Claim::List(texts) => texts.contains(audience),
+            Claim::Missing | Claim::Repeated | Claim::Other => false,
+        };
+        if !is_for_it {
+            return Err(TokenFault::Audience);
+        }
+    }
+    match whole(&issuer.claim)? {
+        Claim::Text(name) => UserName::new(name.as_bytes()).map_err(|_| TokenFault::NoUser),
+        _ => Err(TokenFault::NoUser),
+    }
+}
+
+/// The value of one claim.
+#[derive(Debug, PartialEq, Eq)]
+enum Claim {
+    Missing,
+    /// Readers differ in which value they take.
+    Repeated,
+    Text(String),
+    /// Texts; what is not a text in the list is left out.
+    List(Vec<String>),
+    Other,
+}
+
+fn read_claim(payload: &[u8], name: &str) -> Result<Claim, TokenFault> {
+    let mut reader = serde_json::Deserializer::from_slice(payload);
+    let claim = Named(name).deserialize(&mut reader).map_err(|_| TokenFault::NotJwt)?;
+    reader.end().map_err(|_| TokenFault::NotJwt)?;
+    Ok(claim)
+}
+
+/// Finds one claim in a JSON object.
+struct Named<'a>(&'a str);
+
+impl<'de> DeserializeSeed<'de> for Named<'_> {
+    type Value = Claim;
+
+    fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<Claim, D::Error> {
+        deserializer.deserialize_map(self)
+    }
+}
+
+impl<'de> Visitor<'de> for Named<'_> {
+    type Value = Claim;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("a JSON object")
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Claim, A::Error> {
+        let mut claim = Claim::Missing;
+        while let Some(key) = map.next_key::<String>()? {
+            if key != self.0 {
+                map.next_value::<IgnoredAny>()?;
+                continue;
+            }
+            let value = map.next_value::<Value>()?.0;
+            claim = if claim == Claim::Missing { value } else { Claim::Repeated };
+        }
+        Ok(claim)
+    }
+}
+
+/// A value as far as it can matter.
+struct Value(Claim);
+
+impl<'de> Deserialize<'de> for Value {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        deserializer.deserialize_any(ValueVisitor).map(Self)
+    }
+}
+
+struct ValueVisitor;
+
+impl<'de> Visitor<'de> for ValueVisitor {
+    type Value = Claim;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("a JSON value")
+    }
+
+    fn visit_str<E>(self, text: &str) -> Result<Claim, E> {
+        Ok(Claim::Text(text.to_owned()))
+    }
+
+    fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<Claim, A::Error> {
+        let mut texts = Vec::new();
+        while let Some(value) = list.next_element::<Value>()? {
+            if let Claim::Text(text) = value.0 {
+                texts.push(text);
+            }
+        }
+        Ok(Claim::List(texts))
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Claim, A::Error> {
+        while map.next_entry::<IgnoredAny, IgnoredAny>()?.is_some() {}
+        Ok(Claim::Other)
+    }
+
+    fn visit_bool<E>(self, _: bool) -> Result<Claim, E> {
+        Ok(Claim::Other)
+    }
+
+    fn visit_i64<E>(self, _: i64) -> Result<Claim, E> {
+        Ok(Claim::Other)
+    }
+
+    fn visit_u64<E>(self, _: u64) -> Result<Claim, E> {
+        Ok(Claim::Other)
+    }
+
+    fn visit_f64<E>(self, _: f64) -> Result<Claim, E> {
+        Ok(Claim::Other)
+    }
+
+    fn visit_unit<E>(self) -> Result<Claim, E> {
+        Ok(Claim::Other)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn token(payload: &str) -> Vec<u8> {
+        let part = |text: &str| URL_SAFE_NO_PAD.encode(text);
+        format!("{}.{}.{}", part(r#"{"alg":"RS256"}"#), part(payload), part("signature")).into_bytes()
+    }
+
+    fn issuers() -> Vec<TokenIssuer> {
+        let issuer = |issuer: &str, claim: &str, audience: Option<&str>| TokenIssuer {
+            issuer: issuer.to_owned(),
+            claim: claim.to_owned(),
+            audience: audience.map(str::to_owned),
+        };
+        vec![issuer("https://a.test", "email", None), issuer("https://b.test", "sub", Some("imap"))]
+    }
+
+    fn user(payload: &str) -> Result<String, TokenFault> {
+        claimed_user(&token(payload), &issuers()).map(|name| name.to_string())
+    }
+
+    #[test]
+    fn the_claim_of_a_configured_issuer_names_the_user() {
+        assert_eq!(user(r#"{"iss":"https://a.test","email":"al\u0069ce@a.test"}"#), Ok("alice@a.test".into()));
+        assert_eq!(user(r#"{"sub":"bob","aud":"imap","iss":"https://b.test","x":{"iss":1}}"#), Ok("bob".into()));
+        assert_eq!(user(r#"{"sub":"bob","aud":["smtp","imap"],"iss":"https://b.test"}"#), Ok("bob".into()));
+    }
+
+    #[test]
+    fn tokens_that_name_no_user_are_refused() {
+        for (payload, fault) in [
+            (r#"{"iss":"https://c.test","email":"alice"}"#, TokenFault::UnknownIssuer),
+            (r#"{"iss":"https://a.test/","email":"alice"}"#, TokenFault::UnknownIssuer),
+            (r#"{"iss":["https://a.test"],"email":"alice"}"#, TokenFault::UnknownIssuer),
+            (r#"{"iss":"https://a.test","iss":"https://b.test","email":"alice"}"#, TokenFault::UnknownIssuer),
+            (r#"{"email":"alice"}"#, TokenFault::UnknownIssuer),
+            (r#"{"iss":"https://a.test","sub":"alice"}"#, TokenFault::NoUser),
+            (r#"{"iss":"https://a.test","email":""}"#, TokenFault::NoUser),
+            (r#"{"iss":"https://a.test","email":"a\u0000b"}"#, TokenFault::NoUser),
+            (r#"{"iss":"https://a.test","email":["alice"]}"#, TokenFault::NoUser),
+            (r#"{"iss":"https://a.test","email":7}"#, TokenFault::NoUser),
+            (r#"{"iss":"https://a.test","email":"alice","email":"bob"}"#, TokenFault::NoUser),
+            (r#"{"iss":"https://a.test","email":"alice","em\u0061il":"bob"}"#, TokenFault::NoUser),
+            (r#"{"iss":"https://b.test","sub":"alice"}"#, TokenFault::Audience),
+            (r#"{"iss":"https://b.test","sub":"alice","aud":"smtp"}"#, TokenFault::Audience),
+            (r#"{"iss":"https://b.test","sub":"alice","aud":["smtp"]}"#, TokenFault::Audience),
+            (r#"{"iss":"https://a.test","email":"alice"} x"#, TokenFault::NotJwt),
+            (r#"["iss"]"#, TokenFault::NotJwt),
+            (r#"{"iss":"#, TokenFault::NotJwt),
+            ("", TokenFault::NotJwt),
+        ] {
+            assert_eq!(user(payload), Err(fault), "{payload}");
+        }
+        let good = token(r#"{"iss":"https://a.test","email":"alice"}"#);
+        assert_eq!(claimed_user(&good, &[]), Err(TokenFault::NoIssuer));
+        for bad in [
+            &b"opaque"[..],
+            b"a.b",
+            b"a.b.c.d",
+            b"..",
+            b"e30.e30.",
+            b"e30.e30=.e30",
+            b"e30.e3+.e30",
+            b"e30.e30.e30.e30.e30",
+        ] {
+            assert_eq!(claimed_user(bad, &issuers()), Err(TokenFault::NotJwt), "{}", bad.escape_ascii());
+        }
+        let deep = format!(r#"{{"iss":"https://a.test","email":{}1{}}}"#, "[".repeat(20_000), "]".repeat(20_000));
+        assert_eq!(user(&deep), Err(TokenFault::NotJwt), "depth is bounded");
+    }
+}

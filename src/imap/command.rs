@@ -1,0 +1,56 @@
+//! The commands before login, and the first words of other protocols.
+
+use super::arguments::Arguments;
+use super::client_id;
+use super::framing::Literals;
+
+/// First words of other protocols' first lines.
+const FOREIGN_VERBS: [&str; 16] = [
+    "GET", "POST", "HEAD", "PUT", "DELETE", "OPTIONS", "CONNECT", "TRACE", "PATCH", "PRI", "EHLO", "HELO", "LHLO",
+    "MAIL", "RCPT", "DATA",
+];
+
+/// The commands of RFC 3501 sections 6.1 and 6.2, and the extensions that hold before login.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Command {
+    Authenticate,
+    Capability,
+    Enable,
+    Id,
+    Login,
+    Logout,
+    Noop,
+    StartTls,
+}
+
+impl Command {
+    /// The command of this name, in any letter case.
+    pub(super) fn named(word: &[u8]) -> Option<Self> {
+        let commands = [
+            ("AUTHENTICATE", Self::Authenticate),
+            ("CAPABILITY", Self::Capability),
+            ("ENABLE", Self::Enable),
+            ("ID", Self::Id),
+            ("LOGIN", Self::Login),
+            ("LOGOUT", Self::Logout),
+            ("NOOP", Self::Noop),
+            ("STARTTLS", Self::StartTls),
+        ];
+        commands.into_iter().find(|(name, _)| word.eq_ignore_ascii_case(name.as_bytes())).map(|(_, command)| command)
+    }
+}
+
+/// The literals that a command may have, of which this is the beginning.
+pub(super) fn literals(command: &[u8]) -> Literals {
+    let mut arguments = Arguments::new(command);
+    arguments.word();
+    match Command::named(arguments.word()) {
+        Some(Command::Id) => client_id::LITERALS,
+        _ => Literals::FEW,
+    }
+}
+
+/// Whether a line is HTTP or SMTP. A verb of theirs may also be a client's tag: then an IMAP command follows it.
+pub(super) fn is_foreign(first: &[u8], second: &[u8]) -> bool {
+    FOREIGN_VERBS.iter().any(|verb| first.eq_ignore_ascii_case(verb.as_bytes())) && Command::named(second).is_none()
+}

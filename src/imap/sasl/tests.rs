@@ -1,0 +1,273 @@
+//! The grammars as a whole, and what two readers of a message must agree on.
+
+use proptest::prelude::*;
+
+use super::*;
+use crate::identity::PasswordLogin;
+
+fn both(credentials: Result<Credentials, Invalid>) -> Result<(String, Option<String>), Invalid> {
+    credentials.map(|it| (it.user.to_string(), it.authzid.map(|name| name.to_string())))
+}
+
+fn first(mechanism: Mechanism, message: &[u8]) -> Result<(String, Option<String>), Invalid> {
+    both(first_message(mechanism, message, &[]))
+}
+
+#[test]
+fn plain_messages() {
+    let read = |message: &[u8]| {
+        plain(message).map(|it| {
+            let password = it.password().unwrap().expose().to_vec();
+            (it.user.to_string(), it.authzid.map(|name| name.to_string()), password)
+        })
+    };
+    assert_eq!(read(b"\0alice\0p w"), Ok(("alice".into(), None, b"p w".to_vec())));
+    assert_eq!(read(b"alice\0alice\0x"), Ok(("alice".into(), None, b"x".to_vec())));
+    assert_eq!(read(b"bob\0alice\0\xff"), Ok(("alice".into(), Some("bob".into()), b"\xff".to_vec())));
+    for wrong in [&b"alice\0x"[..], b"", b"\0alice\0a\0b", b"\0alice\0a\0", b"\0\0\0\0"] {
+        assert_eq!(read(wrong), Err(Invalid::Form), "{}", wrong.escape_ascii());
+    }
+    assert_eq!(read(b"\0alice\0a\nb"), Err(Invalid::Password));
+    assert_eq!(read(b"\0\0x"), Err(Invalid::Name(InvalidName::Empty)));
+    assert_eq!(read(b"bob\0\0x"), Err(Invalid::Name(InvalidName::Empty)));
+    assert_eq!(read(b"b\rob\0alice\0x"), Err(Invalid::Name(InvalidName::Control)));
+    assert_eq!(read(b" \0alice\0x"), Err(Invalid::Name(InvalidName::WhiteSpace)));
+    assert_eq!(read(b"\0al\xffice\0x"), Err(Invalid::Name(InvalidName::NotUtf8)));
+}
+
+#[test]
+fn padding_may_be_missing() {
+    assert_eq!(decode(b"AGEAYg==").as_deref().map(Vec::as_slice), Ok(&b"\0a\0b"[..]));
+    assert_eq!(decode(b"AGEAYg").as_deref().map(Vec::as_slice), Ok(&b"\0a\0b"[..]));
+    for bad in [&b"A"[..], b"AGEA Yg==", b"AGEAYg==x", b"!"] {
+        assert_eq!(decode(bad).err(), Some(Invalid::Base64), "{}", bad.escape_ascii());
+    }
+}
+
+#[test]
+fn first_messages_name_their_user() {
+    let good = |user: &str| Ok((user.to_owned(), None));
+    assert_eq!(first(Mechanism::XOauth2, b"user=a@b\x01auth=Bearer t\x01\x01"), good("a@b"));
+    assert_eq!(first(Mechanism::XOauth2, b"user=a=b,c\x01auth=bearer t-._~+/=\x01\x01"), good("a=b,c"));
+    assert_eq!(first(Mechanism::OauthBearer, b"n,a=a=2Cb=3D,\x01host=h\x01auth=Bearer t\x01\x01"), good("a,b="));
+    assert_eq!(first(Mechanism::OauthBearer, b"n,a=a,\x01auth=Bearer t\x01port=1\x01x=\x01\x01"), good("a"));
+    assert_eq!(first(Mechanism::ScramSha256, b"n,,n=user,r=rOprNGfw"), good("user"));
+    assert_eq!(
+        first(Mechanism::ScramSha1, b"y,a=bob,n=al=2Cice,r=x,x=1,Y=a=b"),
+        Ok(("al,ice".into(), Some("bob".into())))
+    );
+    assert_eq!(first(Mechanism::ScramSha1, b"n,a=bob,n=bob,r=x"), good("bob"));
+    assert_eq!(first(Mechanism::ScramSha256, b"n,,n=a\x01b,r=x"), Err(Invalid::Name(InvalidName::Control)));
+    assert_eq!(first(Mechanism::ScramSha256, b"n,,n=,r=x"), Err(Invalid::Name(InvalidName::Empty)));
+    assert_eq!(first(Mechanism::ScramSha256, b"n,a=,n=a,r=x"), Err(Invalid::Name(InvalidName::Empty)));
+    assert_eq!(first(Mechanism::XOauth2, b"user=\x01auth=Bearer t\x01\x01"), Err(Invalid::Name(InvalidName::Empty)));
+    assert_eq!(
+        first(Mechanism::XOauth2, b"user=a \x01auth=Bearer t\x01\x01"),
+        Err(Invalid::Name(InvalidName::WhiteSpace))
+    );
+    assert_eq!(
+        first(Mechanism::OauthBearer, b"n,a=\xff,\x01auth=Bearer t\x01\x01"),
+        Err(Invalid::Name(InvalidName::NotUtf8))
+    );
+}
+
+/// Readers differ in which of two fields they take: the first, the last, or any letter case of its key.
+#[test]
+fn a_message_that_can_be_read_in_two_ways_is_refused() {
+    for (mechanism, wrong) in [
+        (Mechanism::XOauth2, &b"user=alice\x01user=bob\x01auth=Bearer t\x01\x01"[..]),
+        (Mechanism::XOauth2, b"user=alice\x01auth=Bearer t\x01user=bob\x01\x01"),
+        (Mechanism::XOauth2, b"user=alice\x01auth=Bearer t\x01USER=bob\x01\x01"),
+        (Mechanism::XOauth2, b"user=alice\x01auth=Bearer t\x01\x01user=bob\x01\x01"),
+        (Mechanism::XOauth2, b"user=alice\x01auth=Bearer t\x01auth=Bearer u\x01\x01"),
+        (Mechanism::XOauth2, b"user=alice\x01auth=Bearer t\x01host=h\x01\x01"),
+        (Mechanism::XOauth2, b"user=alice\x01auth=Bearer t\x01\x01x"),
+        (Mechanism::XOauth2, b"user=alice\x01auth=Bearer t\x01\x01\x01"),
+        (Mechanism::XOauth2, b"user=alice\x01auth=Bearer t\x01"),
+        (Mechanism::XOauth2, b"user=alice\x01auth=Bearer t"),
+        (Mechanism::XOauth2, b"User=alice\x01auth=Bearer t\x01\x01"),
+        (Mechanism::XOauth2, b"user=alice\x01Auth=Bearer t\x01\x01"),
+        (Mechanism::XOauth2, b"user=alice\x01auth=Basic t\x01\x01"),
+        (Mechanism::XOauth2, b"user=alice\x01auth=Bearer \x01\x01"),
+        (Mechanism::XOauth2, b"user=alice\x01auth=Bearer a b\x01\x01"),
+        (Mechanism::XOauth2, b"user=alice\x01auth=Bearer t\0user=bob\x01\x01"),
+        (Mechanism::XOauth2, b"user=a\x01\x01"),
+        (Mechanism::XOauth2, b"auth=Bearer t\x01user=a\x01\x01"),
+        (Mechanism::XOauth2, b""),
+        (Mechanism::OauthBearer, b"n,a=alice,\x01\x01"),
+        (Mechanism::OauthBearer, b"n,a=alice,a=bob,\x01auth=Bearer t\x01\x01"),
+        (Mechanism::OauthBearer, b"n,a=alice,x\x01auth=Bearer t\x01\x01"),
+        (Mechanism::OauthBearer, b"n,alice,\x01auth=Bearer t\x01\x01"),
+        (Mechanism::OauthBearer, b"n,A=alice,\x01auth=Bearer t\x01\x01"),
+        (Mechanism::OauthBearer, b"N,a=alice,\x01auth=Bearer t\x01\x01"),
+        (Mechanism::OauthBearer, b"y,a=alice,\x01auth=Bearer t\x01\x01"),
+        (Mechanism::OauthBearer, b"F,n,a=alice,\x01auth=Bearer t\x01\x01"),
+        (Mechanism::OauthBearer, b"p=tls-unique,a=alice,\x01auth=Bearer t\x01\x01"),
+        (Mechanism::OauthBearer, b"n,a=alice,\x01auth=Bearer t\x01user=bob\x01\x01"),
+        (Mechanism::OauthBearer, b"n,a=alice,\x01auth=Bearer t\x01User=bob\x01\x01"),
+        (Mechanism::OauthBearer, b"n,a=alice,\x01auth=Bearer t\x01auth=Bearer u\x01\x01"),
+        (Mechanism::OauthBearer, b"n,a=alice,\x01auth=Bearer t\x01AUTH=Bearer u\x01\x01"),
+        (Mechanism::OauthBearer, b"n,a=alice,\x01host=a\x01Host=b\x01auth=Bearer t\x01\x01"),
+        (Mechanism::OauthBearer, b"n,a=alice,\x01auth=Bearer t\x01\x01\x01"),
+        (Mechanism::OauthBearer, b"n,a=alice,\x01auth=Bearer t\x01\x01x"),
+        (Mechanism::OauthBearer, b"n,a=alice,\x01auth=Bearer t\x01"),
+        (Mechanism::OauthBearer, b"n,a=alice,auth=Bearer t\x01\x01"),
+        (Mechanism::OauthBearer, b"n,a=alice,\x01auth=Bearer t\x01ho st=x\x01\x01"),
+        (Mechanism::OauthBearer, b"n,a=alice,\x01auth=Bearer t\x01host=\xff\x01\x01"),
+        (Mechanism::OauthBearer, b"n,a=al=2cice,\x01auth=Bearer t\x01\x01"),
+        (Mechanism::OauthBearer, b"n,a=alice\0,\x01auth=Bearer t\x01\x01"),
+        (Mechanism::ScramSha256, b"p=tls-exporter,,n=user,r=x"),
+        (Mechanism::ScramSha256, b"n,,m=ext,n=user,r=x"),
+        (Mechanism::ScramSha256, b"n,,n=user,r=x,m=ext"),
+        (Mechanism::ScramSha256, b"n,,n=user,r=x,n=other"),
+        (Mechanism::ScramSha256, b"n,,n=user,r=x,N=other"),
+        (Mechanism::ScramSha256, b"n,,n=user,r=x,a=other"),
+        (Mechanism::ScramSha256, b"n,,n=user,r=x,r=y"),
+        (Mechanism::ScramSha256, b"n,,n=user,r=x,x=1,x=2"),
+        (Mechanism::ScramSha256, b"n,,n=user,r=x,x=1,X=2"),
+        (Mechanism::ScramSha256, b"n,,n=user,r=x,ext=1"),
+        (Mechanism::ScramSha256, b"n,,n=user,r=x,x="),
+        (Mechanism::ScramSha256, b"n,,n=user,r=x,"),
+        (Mechanism::ScramSha256, b"n,,n=user,r=x,x=\xff"),
+        (Mechanism::ScramSha256, b"n,,n=user,r=a b"),
+        (Mechanism::ScramSha256, b"n,,n=user,r=a\0b"),
+        (Mechanism::ScramSha256, b"n,,n=us=er,r=x"),
+        (Mechanism::ScramSha256, b"n,,n=us=3der,r=x"),
+        (Mechanism::ScramSha256, b"n,,n=us\0er,r=x"),
+        (Mechanism::ScramSha256, b"n,,n=user,r="),
+        (Mechanism::ScramSha256, b"n,,n=user"),
+        (Mechanism::ScramSha256, b"n=user,r=x"),
+        (Mechanism::ScramSha256, b"n,,r=x,n=user"),
+    ] {
+        assert_eq!(first(mechanism, wrong), Err(Invalid::Form), "{}", wrong.escape_ascii());
+    }
+}
+
+#[test]
+fn a_token_without_an_authzid_is_relayed_under_the_name_it_claims() {
+    use base64::engine::general_purpose::URL_SAFE_NO_PAD;
+    let part = |text: &str| URL_SAFE_NO_PAD.encode(text);
+    let token = format!("{}.{}.{}", part("{}"), part(r#"{"iss":"https://a.test","email":"a=li,ce"}"#), part("s"));
+    let message = format!("n,,\x01host=h\x01auth=Bearer {token}\x01\x01");
+    let issuer = TokenIssuer { issuer: "https://a.test".into(), claim: "email".into(), audience: None };
+    let read = first_message(Mechanism::OauthBearer, message.as_bytes(), &[issuer]).unwrap();
+    assert_eq!((read.user.as_str(), read.authzid), ("a=li,ce", None));
+    let Proof::Message(first) = read.proof else { panic!("not a message") };
+    assert_eq!(
+        String::from_utf8_lossy(first.expose()),
+        format!("n,a=a=3Dli=2Cce,\x01host=h\x01auth=Bearer {token}\x01\x01")
+    );
+    let unknown = first_message(Mechanism::OauthBearer, message.as_bytes(), &[]);
+    assert_eq!(unknown.map(|it| it.user).unwrap_err(), Invalid::Token(TokenFault::NoIssuer));
+}
+
+#[test]
+fn a_token_may_travel_under_another_name() {
+    let user = UserName::new(b"c,=d").unwrap();
+    let under = |mechanism, message: &[u8]| {
+        renamed(mechanism, &Secret::new(message.to_vec()), &user).map(|secret| secret.expose().to_vec())
+    };
+    assert_eq!(
+        under(Mechanism::XOauth2, b"user=a\x01auth=Bearer t\x01\x01"),
+        Some(b"user=c,=d\x01auth=Bearer t\x01\x01".to_vec())
+    );
+    assert_eq!(
+        under(Mechanism::OauthBearer, b"n,a=a,\x01port=1\x01auth=Bearer t\x01\x01"),
+        Some(b"n,a=c=2C=3Dd,\x01port=1\x01auth=Bearer t\x01\x01".to_vec())
+    );
+    assert_eq!(under(Mechanism::ScramSha256, b"n,,n=a,r=x"), None);
+}
+
+#[test]
+fn a_certificate_may_ask_for_another_mailbox() {
+    let owner = UserName::new(b"alice").unwrap();
+    let read = |message: &[u8]| external(message, &owner).map(|it| it.authzid.map(|name| name.to_string()));
+    assert_eq!(read(b""), Ok(None));
+    assert_eq!(read(b"alice"), Ok(None));
+    assert_eq!(read(b"bob"), Ok(Some("bob".into())));
+    assert!(read(b"a\0").is_err());
+}
+
+/// What Dovecot takes for the user of XOAUTH2: the last `user=` among the fields.
+fn last_user_field(message: &[u8]) -> Option<&[u8]> {
+    message.split(|byte| *byte == 1).filter_map(|field| field.strip_prefix(b"user=")).next_back()
+}
+
+/// A piece of a message, which together make grammars, half grammars and none.
+fn piece() -> impl Strategy<Value = Vec<u8>> {
+    prop_oneof![
+        prop::sample::select(vec![
+            &b"user="[..],
+            b"auth=Bearer t",
+            b"\x01",
+            b"\x01\x01",
+            b"n,",
+            b"y,",
+            b"a=",
+            b",",
+            b"n=",
+            b"r=",
+            b"=2C",
+            b"=3D",
+            b"\0",
+            b"alice",
+            b"bob",
+            b"x=1",
+            b"m=",
+            b"host=h",
+            b"USER=",
+            b"\xc3\xa9",
+            b" ",
+        ])
+        .prop_map(<[u8]>::to_vec),
+        prop::collection::vec(any::<u8>(), 0..3),
+    ]
+}
+
+proptest! {
+    /// Whatever is accepted names one user for every reader, survives a new name, and is read again as the same.
+    #[test]
+    fn what_is_accepted_names_one_user(
+        pieces in prop::collection::vec(piece(), 0..10),
+        mechanism in prop::sample::select(vec![
+            Mechanism::XOauth2, Mechanism::OauthBearer, Mechanism::ScramSha1, Mechanism::ScramSha256,
+        ]),
+    ) {
+        let message = pieces.concat();
+        let Ok(read) = first_message(mechanism, &message, &[]) else { return Ok(()) };
+        if mechanism == Mechanism::XOauth2 {
+            prop_assert_eq!(last_user_field(&message), Some(read.user.as_str().as_bytes()));
+        }
+        let Proof::Message(secret) = &read.proof else { return Err(TestCaseError::fail("not a message")) };
+        prop_assert_eq!(secret.expose(), &message[..]);
+        if let Some(again) = renamed(mechanism, secret, &read.user) {
+            let again = first_message(mechanism, again.expose(), &[]).unwrap();
+            prop_assert_eq!((again.user, again.authzid), (read.user, read.authzid));
+        }
+    }
+
+    #[test]
+    fn plain_is_written_as_it_is_read(
+        authzid in prop::option::of("[ -~\u{e4}]{1,10}"), user in "[ -~\u{e4}]{1,10}", password in "[ -~\u{e4}]{0,10}",
+    ) {
+        let message = format!("{}\0{user}\0{password}", authzid.as_deref().unwrap_or_default());
+        let Ok(read) = plain(message.as_bytes()) else { return Ok(()) };
+        let login = PasswordLogin {
+            user: &read.user,
+            authzid: read.authzid.as_ref(),
+            password: read.password().unwrap(),
+        };
+        let written = decode(&plain_response(&login)).unwrap();
+        let again = plain(&written).unwrap();
+        prop_assert_eq!(again.password().unwrap().expose(), password.as_bytes());
+        prop_assert_eq!(again.user.as_str(), user);
+        prop_assert_eq!(again.authzid.as_ref().map(UserName::as_str), read.authzid.as_ref().map(UserName::as_str));
+    }
+
+    /// Every name can be written as a saslname, and is read as itself.
+    #[test]
+    fn a_name_survives_its_escapes(name in "[ -~\u{e4}\u{20ac}]{1,20}") {
+        let written = gs2::escaped(&name);
+        prop_assert_eq!(gs2::sasl_name(written.as_bytes()), Ok(name.into_bytes()));
+    }
+}

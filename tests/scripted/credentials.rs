@@ -1,0 +1,304 @@
+//! Credentials that claim more than they prove: another user's mailbox, two names in one message, names that cannot be.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
+
+use base64::Engine as _;
+use base64::engine::general_purpose::{STANDARD, URL_SAFE_NO_PAD};
+use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, DnType, IsCa, KeyPair, SanType};
+use tokio::net::{TcpListener, TcpStream};
+use tokio_rustls::TlsConnector;
+use tokio_rustls::client::TlsStream;
+use tokio_rustls::rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};
+use tokio_rustls::rustls::{ClientConfig, RootCertStore};
+use vestibule::server::Running;
+
+use crate::support::*;
+
+/// A server that accepts every login, and one that refuses every one.
+const ACCEPTS: &str =
+    "S: * OK [CAPABILITY IMAP4rev1 SASL-IR AUTH=PLAIN] x\nC: *\nS: L OK [CAPABILITY IMAP4rev1] in\n...";
+const REFUSES: &str =
+    "S: * OK [CAPABILITY IMAP4rev1 SASL-IR AUTH=PLAIN] x\nC: *\nS: L NO [AUTHENTICATIONFAILED] no\n...";
+
+fn failures(proxy: &Running, reason: &str) -> f64 {
+    metric(proxy, "vestibule_failures_total", &[&format!("reason=\"{reason}\"")])
+}
+
+fn plain(authzid: &str, authcid: &str) -> String {
+    format!("AUTHENTICATE PLAIN {}", STANDARD.encode(format!("{authzid}\0{authcid}\0secret")))
+}
+
+/// The authority of clients' certificates.
+struct Owners {
+    ca: CertifiedIssuer<'static, KeyPair>,
+}
+
+impl Owners {
+    fn new() -> Self {
+        let mut ca = CertificateParams::new(Vec::new()).unwrap();
+        ca.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+        ca.distinguished_name.push(DnType::CommonName, "users");
+        Self { ca: CertifiedIssuer::self_signed(ca, KeyPair::generate().unwrap()).unwrap() }
+    }
+
+    /// A greeted connection of the owner of a certificate for `email`.
+    async fn client(&self, proxy: &Running, server: &Certificates, email: &str) -> Line<TlsStream<TcpStream>> {
+        let key = KeyPair::generate().unwrap();
+        let mut params = CertificateParams::new(Vec::new()).unwrap();
+        params.subject_alt_names = vec![SanType::Rfc822Name(email.try_into().unwrap())];
+        let certificate = params.signed_by(&key, &self.ca).unwrap();
+        let mut roots = RootCertStore::empty();
+        let ca = std::fs::read(server.path("ca.pem")).unwrap();
+        for root in rustls_pemfile::certs(&mut &ca[..]) {
+            roots.add(root.unwrap()).unwrap();
+        }
+        let chain: Vec<CertificateDer<'static>> = vec![certificate.der().clone()];
+        let key = PrivateKeyDer::try_from(key.serialize_der()).unwrap();
+        let config = ClientConfig::builder().with_root_certificates(roots).with_client_auth_cert(chain, key).unwrap();
+        let socket = TcpStream::connect(proxy.listeners()[0]).await.unwrap();
+        let connector = TlsConnector::from(Arc::new(config));
+        let name = ServerName::try_from("localhost").unwrap();
+        let mut client = Line::new(in_time("a handshake", connector.connect(name, socket)).await.unwrap());
+        assert!(client.line().await.starts_with("* OK"));
+        client
+    }
+}
+
+/// The proxy's own credentials open every mailbox, so no server would refuse what the certificate does not allow.
+#[tokio::test]
+async fn a_certificate_opens_anothers_mailbox_only_if_it_is_listed() {
+    let (owners, certificates) = (Owners::new(), Certificates::new());
+    let server = Scripted::new(ACCEPTS).await;
+    std::fs::write(certificates.path("users-ca.pem"), owners.ca.pem()).unwrap();
+    std::fs::write(certificates.path("master"), "master secret").unwrap();
+    let with = |listed: &str| {
+        format!(
+            "listeners: [{{address: '127.0.0.1:0', tls: implicit, mechanisms: [external], client_certificates: {{ca: {}{listed}}}}}]\n\
+             {}backends: {{only: {{servers: ['{}'], authzid: allow, login: {{master: proxy, password_file: {}}}}}}}\n\
+             routes: [{{domain: {{good.test: only}}}}]\n",
+            certificates.path("users-ca.pem").display(),
+            certificates.section(),
+            server.address,
+            certificates.path("master").display(),
+        )
+    };
+    let command = |authzid: &str| format!("a AUTHENTICATE EXTERNAL {}", STANDARD.encode(authzid));
+    let refusal = "a NO [AUTHORIZATIONFAILED] Logging in on behalf of another user is not allowed.";
+    let proxy = start(&with("")).await;
+    for asked_for in ["bob@good.test", "nobody@unknown.test"] {
+        let mut alice = owners.client(&proxy, &certificates, "alice@good.test").await;
+        assert_eq!(alice.ask(&command(asked_for)).await, refusal, "whether the mailbox exists or not");
+    }
+    assert_eq!((server.connections(), failures(&proxy, "authzid_refused")), (0, 2.0), "no server was asked");
+    let mut alice = owners.client(&proxy, &certificates, "alice@good.test").await;
+    assert!(alice.ask(&command("ALICE@good.test")).await.starts_with("a OK"), "another spelling of her own name");
+    let listed = ", may_act_for: [{certificate: webmail@good.test, users: ['*@good.test']}]";
+    let proxy = start(&with(listed)).await;
+    let mut webmail = owners.client(&proxy, &certificates, "webmail@good.test").await;
+    assert!(webmail.ask(&command("bob@good.test")).await.starts_with("a OK"));
+    for (owner, asked_for) in [("webmail@good.test", "bob@other.test"), ("alice@good.test", "bob@good.test")] {
+        let mut client = owners.client(&proxy, &certificates, owner).await;
+        assert_eq!(client.ask(&command(asked_for)).await, refusal, "{owner} {asked_for}");
+    }
+}
+
+#[tokio::test]
+async fn guesses_at_a_master_users_password_are_limited_over_all_mailboxes() {
+    let server = Scripted::new(REFUSES).await;
+    let proxy = proxy(&format!(
+        "backends: {{only: {{servers: ['{}'], authzid: allow}}}}\nroutes: [{{default: only}}]\n\
+         users: {{masters: {{separator: '*'}}}}\nlimits: {{login_rate_per_user: 3/1h, failed_logins: 100}}\n",
+        server.address
+    ))
+    .await;
+    let mut client = Client::connect(proxy.listeners()[0]).await;
+    for command in ["LOGIN a*admin x".to_owned(), plain("b", "admin"), "LOGIN c*Admin x".to_owned()] {
+        let said = client.ask(&format!("a {command}")).await;
+        assert!(said.starts_with("a NO [AUTHENTICATIONFAILED]"), "{said}");
+    }
+    let asked = server.connections();
+    for command in ["LOGIN d*admin x".to_owned(), plain("e", "ADMIN"), "LOGIN admin x".to_owned()] {
+        assert_eq!(client.ask(&format!("a {command}")).await, "a NO [LIMIT] Too many logins, wait a little.");
+    }
+    assert_eq!(server.connections(), asked, "no server was asked");
+}
+
+/// A server with the same separator would take the name apart, and open another mailbox than the one routed by.
+#[tokio::test]
+async fn a_name_with_a_separator_that_was_not_taken_apart_is_refused() {
+    let server = Scripted::new(ACCEPTS).await;
+    let xoauth2 = STANDARD.encode("user=alice*admin\x01auth=Bearer t\x01\x01");
+    let proxy = start(&format!(
+        "listeners: [{{address: '127.0.0.1:0', tls: none, mechanisms: [login, plain, xoauth2]}}]\n\
+         backends: {{only: {{servers: ['{}'], authzid: allow}}}}\nroutes: [{{default: only}}]\n\
+         users: {{masters: {{separator: '*'}}}}\n",
+        server.address
+    ))
+    .await;
+    for command in [
+        "LOGIN *admin x",
+        "LOGIN alice* x",
+        "LOGIN \"alice *admin\" x",
+        "LOGIN a*b*admin x",
+        &plain("bob", "alice*admin"),
+        &plain("alice*x", "admin"),
+        &format!("AUTHENTICATE XOAUTH2 {xoauth2}"),
+    ] {
+        let said = Client::connect(proxy.listeners()[0]).await.ask(&format!("a {command}")).await;
+        assert_eq!(said, "a NO [AUTHENTICATIONFAILED] Authentication failed.", "{command}");
+    }
+    assert_eq!((server.connections(), failures(&proxy, "name_refused")), (0, 7.0));
+}
+
+/// Servers differ in which of two users they take: the proxy must not route by one, and the server open the other.
+#[tokio::test]
+async fn a_message_with_two_users_reaches_no_server() {
+    let server =
+        Scripted::new("S: * OK [CAPABILITY IMAP4rev1 SASL-IR AUTH=XOAUTH2 AUTH=OAUTHBEARER AUTH=SCRAM-SHA-1] x\n...")
+            .await;
+    let proxy = start(&format!(
+        "listeners: [{{address: '127.0.0.1:0', tls: none, mechanisms: [xoauth2, oauthbearer, scram-sha-1]}}]\n\
+         backends: {{only: {{servers: ['{}']}}}}\nroutes: [{{default: only}}]\n",
+        server.address
+    ))
+    .await;
+    for (mechanism, message) in [
+        ("XOAUTH2", "user=alice\x01auth=Bearer t\x01user=bob\x01\x01"),
+        ("XOAUTH2", "user=alice\x01user=bob\x01auth=Bearer t\x01\x01"),
+        ("OAUTHBEARER", "n,a=alice,\x01auth=Bearer t\x01user=bob\x01\x01"),
+        ("SCRAM-SHA-1", "n,,n=alice,r=x,n=bob"),
+    ] {
+        let message = STANDARD.encode(message);
+        let mut client = Client::connect(proxy.listeners()[0]).await;
+        let said = client.ask(&format!("a AUTHENTICATE {mechanism} {message}")).await;
+        assert!(said.starts_with("a BAD Invalid credentials"), "{mechanism}: {said}");
+    }
+    assert_eq!(server.connections(), 0);
+}
+
+#[tokio::test]
+async fn credentials_that_cannot_be_right_are_failed_logins_of_the_address() {
+    let proxy = proxy(
+        "backends: {only: {servers: ['127.0.0.1:1']}}\nroutes: [{default: only}]\n\
+         limits: {login_rate_per_address: 4/1h, login_rate_per_user: 1/1h, failed_logins: 6, failed_login_delay: 100ms}\n",
+    )
+    .await;
+    let mut client = Client::connect(proxy.listeners()[0]).await;
+    let began = Instant::now();
+    for command in ["LOGIN \"\" pw", "LOGIN \"a\x07b\" pw", &plain("", ""), "LOGIN \" a\" pw"] {
+        let said = client.ask(&format!("a {command}")).await;
+        assert_eq!(said, "a NO [AUTHENTICATIONFAILED] Authentication failed.", "{command}");
+    }
+    // 100, 200, 400 and 800 ms, a fifth less or more.
+    assert!(began.elapsed() > Duration::from_millis(1100), "late, and later each time: {:?}", began.elapsed());
+    assert_eq!(failures(&proxy, "invalid_credentials"), 4.0);
+    for _ in 0..2 {
+        let said = client.ask("a LOGIN \"\" pw").await;
+        assert_eq!(said, "a NO [LIMIT] Too many logins from your address, wait a little.");
+    }
+    assert_eq!(client.line().await, "* BYE Too many failed logins.");
+    client.assert_closed().await;
+}
+
+#[tokio::test]
+async fn a_token_without_a_user_name_is_routed_by_its_claim() {
+    let part = |text: &str| URL_SAFE_NO_PAD.encode(text);
+    let token = |payload: &str| format!("{}.{}.{}", part(r#"{"alg":"RS256"}"#), part(payload), part("signature"));
+    let bearer =
+        |authzid: &str, token: &str| STANDARD.encode(format!("n,{authzid},\x01host=h\x01auth=Bearer {token}\x01\x01"));
+    let good = token(r#"{"iss":"https://login.test","email":"alice@good.test","aud":"imap"}"#);
+    let server = Scripted::new(&format!(
+        "S: * OK [CAPABILITY IMAP4rev1 SASL-IR AUTH=OAUTHBEARER] x\nC: L AUTHENTICATE OAUTHBEARER {}\n\
+         S: L OK [CAPABILITY IMAP4rev1] in\n...",
+        bearer("a=alice@good.test", &good)
+    ))
+    .await;
+    let with = |oauth: &str| {
+        format!(
+            "listeners: [{{address: '127.0.0.1:0', tls: none, mechanisms: [oauthbearer]}}]\n\
+             backends: {{only: {{servers: ['{}']}}}}\nroutes: [{{domain: {{good.test: only}}}}]\n{oauth}",
+            server.address
+        )
+    };
+    let issuer = "oauth: [{issuer: 'https://login.test', audience: imap}]\n";
+    let failed = "a NO [AUTHENTICATIONFAILED] Authentication failed.";
+    let ask = async |proxy: &Running, token: &str| {
+        let mut client = Client::connect(proxy.listeners()[0]).await;
+        client.ask(&format!("a AUTHENTICATE OAUTHBEARER {}", bearer("", token))).await
+    };
+    let unconfigured = start(&with("")).await;
+    assert_eq!(ask(&unconfigured, &good).await, failed);
+    assert_eq!((server.connections(), failures(&unconfigured, "invalid_credentials")), (0, 1.0));
+    let proxy = start(&with(issuer)).await;
+    assert_eq!(ask(&proxy, &good).await, "a OK [CAPABILITY IMAP4rev1] in");
+    for other in [
+        "opaque".to_owned(),
+        token(r#"{"iss":"https://other.test","email":"alice@good.test","aud":"imap"}"#),
+        token(r#"{"iss":"https://login.test","email":"alice@good.test","aud":"smtp"}"#),
+        token(r#"{"iss":"https://login.test","email":"alice@good.test","email":"bob@good.test","aud":"imap"}"#),
+        token(r#"{"iss":"https://login.test","email":"nobody@unknown.test","aud":"imap"}"#),
+    ] {
+        assert_eq!(ask(&proxy, &other).await, failed, "{other}");
+    }
+    assert_eq!(server.connections(), 1);
+}
+
+/// A server that takes turns in refusing at once and late: within one connection, unknown users are refused both ways.
+#[tokio::test]
+async fn the_delay_of_unknown_users_is_drawn_afresh_for_each_attempt() {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    let turn = Arc::new(AtomicUsize::new(0));
+    tokio::spawn(async move {
+        while let Ok((socket, _)) = listener.accept().await {
+            let is_late = turn.fetch_add(1, Ordering::SeqCst) % 2 == 1;
+            tokio::spawn(async move {
+                let mut server = Line::new(socket);
+                server.send("* OK [CAPABILITY IMAP4rev1] x\r\n").await;
+                server.line().await;
+                // The latency of this server, not a wait for anything.
+                tokio::time::sleep(Duration::from_millis(if is_late { 250 } else { 0 })).await;
+                server.send("L NO [AUTHENTICATIONFAILED] no\r\n").await;
+                server.line().await;
+            });
+        }
+    });
+    let proxy = proxy(&format!(
+        "backends: {{only: {{servers: ['{address}']}}}}\nroutes: [{{domain: {{good.test: only}}}}]\nlimits: {{failed_logins: 100}}\n"
+    ))
+    .await;
+    let mut client = Client::connect(proxy.listeners()[0]).await;
+    for _ in 0..10 {
+        assert!(client.ask("a LOGIN alice@good.test x").await.starts_with("a NO"));
+    }
+    let mut late = Vec::new();
+    for _ in 0..24 {
+        let began = Instant::now();
+        assert!(client.ask("a LOGIN nobody@unknown.test x").await.starts_with("a NO"));
+        late.push(began.elapsed() >= Duration::from_millis(200));
+    }
+    assert!(late.contains(&true) && late.contains(&false), "{late:?}");
+}
+
+/// New versions of Outlook write every value of their ID as a literal, and LOGIN right after it.
+#[tokio::test]
+async fn the_id_of_new_outlook_and_its_login_in_one_write() {
+    let server = Scripted::new(
+        "S: * OK [CAPABILITY IMAP4rev1 ID] x\nC: *\nC: L LOGIN \"alice\" \"secret\"\nS: I OK x\nS: L OK [CAPABILITY IMAP4rev1] in\n...",
+    )
+    .await;
+    let proxy =
+        proxy(&format!("backends: {{only: {{servers: ['{}']}}}}\nroutes: [{{default: only}}]\n", server.address)).await;
+    let mut client = Client::connect(proxy.listeners()[0]).await;
+    client
+        .send(
+            "A1 ID (\"name\" {17+}\r\nMicrosoft Outlook \"version\" {1+}\r\n1 \"os\" {1+}\r\nw \"os-version\" {1+}\r\n1 \
+             \"vendor\" {1+}\r\nm)\r\nA2 LOGIN {5+}\r\nalice {6+}\r\nsecret\r\n",
+        )
+        .await;
+    assert_eq!(client.line().await, "* ID (\"name\" \"Vestibule\")");
+    assert_eq!(client.line().await, "A1 OK ID completed.");
+    assert_eq!(client.line().await, "A2 OK [CAPABILITY IMAP4rev1] in");
+}
