@@ -53,6 +53,7 @@ pub mod demo;
 pub mod dns;
 pub mod explain;
 pub mod failure;
+pub mod generations;
 pub mod guard;
 pub mod http_client;
 pub mod identity;
