@@ -61,6 +61,11 @@ impl Ticket {
     pub async fn shed(&self) {
         self.shed.cancelled().await;
     }
+
+    /// The same signal, for a caller that cannot borrow the ticket.
+    pub fn shed_signal(&self) -> CancellationToken {
+        self.shed.clone()
+    }
 }
 
 impl Drop for Ticket {

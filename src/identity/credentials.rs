@@ -166,6 +166,17 @@ pub enum ServerLogin<'a> {
     },
 }
 
+impl ServerLogin<'_> {
+    /// Whether the first message carries all that a server needs to decide. SCRAM's only names the user; the proof is the
+    /// answer to the server's challenge.
+    pub fn is_complete(&self) -> bool {
+        match self {
+            Self::Password(_) => true,
+            Self::Relayed { mechanism, .. } => !matches!(mechanism, Mechanism::ScramSha1 | Mechanism::ScramSha256),
+        }
+    }
+}
+
 /// A password and whose it is.
 #[derive(Debug, Clone, Copy)]
 pub struct PasswordLogin<'a> {

@@ -32,6 +32,11 @@ pub(super) fn decode(line: &[u8]) -> Result<Zeroizing<Vec<u8>>, Invalid> {
     BASE64.decode(line).map(Zeroizing::new).map_err(|_| Invalid::Base64)
 }
 
+/// Whether a server's SCRAM challenge is its final message with its signature: it has verified the client's proof.
+pub fn is_scram_signature(challenge: &[u8]) -> bool {
+    decode(challenge.trim_ascii_end()).is_ok_and(|message| message.starts_with(b"v="))
+}
+
 /// `authzid NUL authcid NUL password`. An authzid that repeats the authcid asks for nothing and is left out.
 pub(super) fn plain(message: &[u8]) -> Result<Credentials, Invalid> {
     let mut parts = message.splitn(3, |byte| *byte == 0);

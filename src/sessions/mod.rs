@@ -1,10 +1,15 @@
-//! Who is logged in where, and how a session is told to end.
+//! The session registry: which user is logged in, or is logging in, on which server, and how a session is cancelled.
 //!
-//! Every login takes a [`Seat`] on the server it is about to use and keeps it as long as the session lives: so the operator
-//! can end the sessions of a user or of a server, and a user whose mailbox must be served by one server at a time is never on
-//! two. A session that is told to end ([`Call`]) is not ended here: it hears it wherever it is, in its task or in the
-//! waiting room, and ends in order. This room knows one process; what several machines must agree on would be asked at
-//! [`Sessions::take`] and [`Sessions::hold`]. Called by `session` and `server`.
+//! A login registers before it is routed ([`Sessions::take`]), names its server when one is chosen ([`Seat::place`]), and
+//! keeps its [`Seat`] as long as the session lives. So the operator can end the sessions and logins of a user at any step,
+//! and a user whose mailbox must be served by one server at a time is never established on two: when a server has accepted
+//! a login ([`Seat::accept`]), the user's accepted sessions on other servers of the backend are cancelled, and the login
+//! waits until it is alone ([`Seat::is_alone`]). Until then it has no effect on other sessions, because nothing has shown
+//! yet that the client is the user. Of two logins that different servers accept, the one accepted last stays: each waits
+//! only for those accepted before it and ends when it is cancelled itself, so no two wait for each other.
+//!
+//! A cancelled session is not ended here: its task or the waiting room sees the [`Call`] and ends it in order. This module
+//! knows one process; several machines would have to agree at [`Sessions::take`], [`Seat::accept`] and [`Sessions::hold`].
 
 use std::collections::HashMap;
 use std::hash::{BuildHasher as _, RandomState};
@@ -19,6 +24,7 @@ use slab::Slab;
 use tokio::sync::Notify;
 
 use crate::backend::Server;
+use crate::generations::{Generation, Generations};
 
 /// No seat.
 const NONE: u32 = u32::MAX;
@@ -62,18 +68,25 @@ impl Call {
         Why::from_bits(self.why.load(Ordering::Acquire))
     }
 
-    fn tell(&self, why: Why) {
-        // The first reason stays.
-        if self.why.compare_exchange(0, why as u8, Ordering::AcqRel, Ordering::Acquire).is_ok() {
+    /// Waits until the session is cancelled.
+    pub async fn told(&self) -> Why {
+        std::future::poll_fn(|context| self.poll(context)).await
+    }
+
+    /// Cancels the session. The first reason stays: whether this was the first.
+    fn tell(&self, why: Why) -> bool {
+        let is_first = self.why.compare_exchange(0, why as u8, Ordering::AcqRel, Ordering::Acquire).is_ok();
+        if is_first {
             self.waker.wake();
         }
+        is_first
     }
 }
 
 /// Who takes a seat.
 #[derive(Debug, Clone)]
 pub struct Guest {
-    /// As routes know the user.
+    /// The name in the routes; once a server is chosen, the name of the mailbox.
     pub user: Arc<str>,
     /// Where the client is.
     pub client: IpAddr,
@@ -86,8 +99,8 @@ pub struct Guest {
 pub struct Seen {
     /// Who.
     pub guest: Guest,
-    /// Where.
-    pub server: Arc<Server>,
+    /// The server; absent until one is chosen.
+    pub server: Option<Arc<Server>>,
     /// For how long.
     pub age: Duration,
     /// How far it is.
@@ -97,21 +110,23 @@ pub struct Seen {
 /// How far a session is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Stage {
-    /// The login is under way.
+    /// The login is under way: no server has accepted it.
     LoggingIn,
+    /// A server has accepted the login, and the client has not been answered yet.
+    Accepted,
     /// The login is done.
     Settled,
     /// The server has closed its connection; only the client is still there.
     CutOff,
 }
 
-/// Why there is no seat.
+/// Why a login may not go on as it was routed.
 #[derive(Debug, PartialEq, Eq)]
 pub enum NoSeat {
-    /// New logins of the user wait: [`Sessions::hold`].
-    Held,
-    /// The user has sessions on other servers of the backend, which have been told to end.
-    Elsewhere,
+    /// New logins under this name wait: [`Sessions::hold`].
+    Held(Arc<str>),
+    /// The user was held since the routes were asked: the answer may be out of date.
+    Outdated,
 }
 
 /// All logged-in sessions of the process.
@@ -131,6 +146,8 @@ struct Inside {
     /// The first seat of each user, by the hash of the name.
     users: HashMap<u64, u32>,
     held: HashMap<Arc<str>, usize>,
+    /// Each hold, at its begin and its end.
+    holds: Generations,
     closed: bool,
     /// Seats given back since the room was last made smaller.
     left: usize,
@@ -139,7 +156,8 @@ struct Inside {
 #[derive(Debug)]
 struct Taken {
     guest: Guest,
-    server: Arc<Server>,
+    /// Absent until one is chosen.
+    server: Option<Arc<Server>>,
     call: Arc<Call>,
     /// Seconds after the process began.
     since: u32,
@@ -149,7 +167,20 @@ struct Taken {
     previous: u32,
 }
 
-/// A place on a server, until dropped.
+impl Taken {
+    /// Whether a server has let the user in and has not closed the connection.
+    fn is_served(&self) -> bool {
+        matches!(self.stage, Stage::Accepted | Stage::Settled)
+    }
+
+    /// Whether it is served by another server of the backend of `server`.
+    fn is_served_instead_of(&self, server: &Server) -> bool {
+        let elsewhere = |other: &Arc<Server>| other.backend == server.backend && other.name != server.name;
+        self.is_served() && self.server.as_ref().is_some_and(elsewhere)
+    }
+}
+
+/// The entry of a login or session, until dropped.
 #[derive(Debug)]
 pub struct Seat {
     sessions: Arc<Sessions>,
@@ -161,6 +192,58 @@ impl Seat {
     /// Where the session hears that it shall end.
     pub fn call(&self) -> &Arc<Call> {
         &self.call
+    }
+
+    /// Names the server that the login is about to use, and the mailbox there. `since`: [`Sessions::generation`] before
+    /// the routes were asked. No other session is affected.
+    ///
+    /// # Errors
+    /// The login must be routed again: see [`NoSeat`].
+    pub fn place(&self, mailbox: &Arc<str>, server: &Arc<Server>, since: Generation) -> Result<(), NoSeat> {
+        let hash = |name: &str| self.sessions.hasher.hash_one(name);
+        let mut inside = self.sessions.lock();
+        if inside.held.contains_key(mailbox) {
+            return Err(NoSeat::Held(mailbox.clone()));
+        }
+        if !inside.holds.is_current(mailbox, since) {
+            return Err(NoSeat::Outdated);
+        }
+        let Some(taken) = inside.taken.get_mut(self.key as usize) else { return Err(NoSeat::Outdated) };
+        taken.server = Some(server.clone());
+        if taken.guest.user != *mailbox {
+            let before = std::mem::replace(&mut taken.guest.user, mailbox.clone());
+            inside.unlink(self.key, hash(&before));
+            inside.link(self.key, hash(mailbox));
+        }
+        Ok(())
+    }
+
+    /// The server has accepted the login. With `alone` the user must have no accepted session on another server of the
+    /// backend: those that are there are cancelled, and the caller waits until [`Seat::is_alone`].
+    pub fn accept(&self, alone: bool) {
+        let mut inside = self.sessions.lock();
+        let Some(taken) = inside.taken.get_mut(self.key as usize) else { return };
+        taken.stage = Stage::Accepted;
+        if alone {
+            let elsewhere: Vec<Arc<Call>> = self.elsewhere(&inside).map(|taken| taken.call.clone()).collect();
+            drop(inside);
+            tell_all(&elsewhere, Why::Moved);
+        }
+    }
+
+    /// Whether the user has no accepted session on another server of the backend.
+    pub fn is_alone(&self) -> bool {
+        self.elsewhere(&self.sessions.lock()).next().is_none()
+    }
+
+    fn elsewhere<'a>(&self, inside: &'a Inside) -> impl Iterator<Item = &'a Taken> {
+        let own = inside.taken.get(self.key as usize);
+        let own = own.and_then(|own| Some((own.guest.user.clone(), own.server.clone()?)));
+        let others = own.map(|(user, server)| {
+            let first = inside.first(self.sessions.hasher.hash_one(&*user));
+            inside.of(first, user).filter(move |taken| taken.is_served_instead_of(&server))
+        });
+        others.into_iter().flatten()
     }
 
     /// The login is done.
@@ -184,20 +267,10 @@ impl Seat {
 impl Drop for Seat {
     fn drop(&mut self) {
         let mut inside = self.sessions.lock();
-        let Some(taken) = inside.taken.try_remove(self.key as usize) else { return };
-        if let Some(previous) = inside.taken.get_mut(taken.previous as usize) {
-            previous.next = taken.next;
-        } else {
-            let hash = self.sessions.hasher.hash_one(&*taken.guest.user);
-            if taken.next == NONE {
-                inside.users.remove(&hash);
-            } else {
-                inside.users.insert(hash, taken.next);
-            }
-        }
-        if let Some(next) = inside.taken.get_mut(taken.next as usize) {
-            next.previous = taken.previous;
-        }
+        let Some(taken) = inside.taken.get(self.key as usize) else { return };
+        let hash = self.sessions.hasher.hash_one(&*taken.guest.user);
+        inside.unlink(self.key, hash);
+        inside.taken.remove(self.key as usize);
         inside.shrink();
         drop(inside);
         self.sessions.left.notify_waiters();
@@ -220,6 +293,8 @@ impl Drop for Hold {
                 inside.held.remove(&self.user);
             }
         }
+        // Routes that were asked during the hold may have answered before the move.
+        inside.holds.invalidate(&self.user);
         drop(inside);
         self.sessions.left.notify_waiters();
     }
@@ -233,52 +308,40 @@ impl Default for Sessions {
 }
 
 impl Sessions {
-    /// Takes a seat on `server`. With `alone` the user must have none on another server of its backend: those that are there
-    /// are told to end, and the caller waits ([`Sessions::changed`]) and asks again.
+    /// The current generation of holds, to be taken before the routes are asked: see [`Seat::place`].
+    pub fn generation(&self) -> Generation {
+        self.lock().holds.current()
+    }
+
+    /// Registers a login that is about to be routed. From here on it can be cancelled.
     ///
     /// # Errors
-    /// [`NoSeat`].
-    pub fn take(self: &Arc<Self>, guest: Guest, server: &Arc<Server>, alone: bool) -> Result<Seat, NoSeat> {
+    /// New logins of the user wait.
+    pub fn take(self: &Arc<Self>, guest: Guest) -> Result<Seat, NoSeat> {
         let mut inside = self.lock();
         if inside.held.contains_key(&guest.user) {
-            return Err(NoSeat::Held);
+            return Err(NoSeat::Held(guest.user));
         }
         let hash = self.hasher.hash_one(&*guest.user);
-        let first = inside.users.get(&hash).copied().unwrap_or(NONE);
-        if alone {
-            let is_elsewhere = |taken: &&Taken| {
-                taken.server.backend == server.backend
-                    && taken.server.name != server.name
-                    && taken.stage != Stage::CutOff
-            };
-            let elsewhere: Vec<Arc<Call>> =
-                inside.of(first, &guest.user).filter(is_elsewhere).map(|taken| taken.call.clone()).collect();
-            if !elsewhere.is_empty() {
-                drop(inside);
-                elsewhere.iter().for_each(|call| call.tell(Why::Moved));
-                return Err(NoSeat::Elsewhere);
-            }
-        }
         let call = Arc::new(Call::default());
         if inside.closed {
             call.tell(Why::Stopped);
         }
         let since = u32::try_from(self.begun.elapsed().as_secs()).unwrap_or(u32::MAX);
-        let (server, call_kept) = (server.clone(), call.clone());
-        let taken =
-            Taken { guest, server, call: call_kept, since, stage: Stage::LoggingIn, next: first, previous: NONE };
+        let (stage, kept) = (Stage::LoggingIn, call.clone());
+        let taken = Taken { guest, server: None, call: kept, since, stage, next: NONE, previous: NONE };
         // More than 4 billion sessions would not fit a machine.
         let key = u32::try_from(inside.taken.insert(taken)).unwrap_or(NONE);
-        if let Some(next) = inside.taken.get_mut(first as usize) {
-            next.previous = key;
-        }
-        inside.users.insert(hash, key);
+        inside.link(key, hash);
         Ok(Seat { sessions: self.clone(), call, key })
     }
 
-    /// New logins of `user` get no seat until the hold drops.
+    /// New logins of `user` get no seat until the hold drops, and those under way that were routed before are routed again.
     pub fn hold(self: &Arc<Self>, user: Arc<str>) -> Hold {
-        *self.lock().held.entry(user.clone()).or_insert(0) += 1;
+        let mut inside = self.lock();
+        *inside.held.entry(user.clone()).or_insert(0) += 1;
+        inside.holds.invalidate(&user);
+        drop(inside);
         Hold { sessions: self.clone(), user }
     }
 
@@ -300,21 +363,20 @@ impl Sessions {
         }
     }
 
-    /// Tells sessions of `user` to end; says how many there are.
+    /// Cancels the sessions and logins of `user`. Returns how many had not been cancelled before.
     pub fn end_user(&self, user: &str, why: Why) -> usize {
         let calls: Vec<Arc<Call>> = {
             let inside = self.lock();
-            let first = inside.users.get(&self.hasher.hash_one(user)).copied().unwrap_or(NONE);
+            let first = inside.first(self.hasher.hash_one(user));
             inside.of(first, user).map(|taken| taken.call.clone()).collect()
         };
-        calls.iter().for_each(|call| call.tell(why));
-        calls.len()
+        tell_all(&calls, why)
     }
 
     /// Sessions and logins under way of `user`.
     pub fn of_user(&self, user: &str) -> Vec<Seen> {
         let inside = self.lock();
-        let first = inside.users.get(&self.hasher.hash_one(user)).copied().unwrap_or(NONE);
+        let first = inside.first(self.hasher.hash_one(user));
         inside.of(first, user).map(|taken| self.seen(taken)).collect()
     }
 
@@ -324,7 +386,7 @@ impl Sessions {
         let mut calls = Vec::new();
         let mut left = 0;
         for (_, taken) in &self.lock().taken {
-            if which(&taken.server) && taken.call.why().is_none() {
+            if taken.server.as_ref().is_some_and(|server| which(server)) && taken.call.why().is_none() {
                 if calls.len() < most {
                     calls.push(taken.call.clone());
                 } else {
@@ -332,19 +394,23 @@ impl Sessions {
                 }
             }
         }
-        calls.iter().for_each(|call| call.tell(why));
-        (calls.len(), left)
+        (tell_all(&calls, why), left)
     }
 
     /// Sessions on the servers that `which` picks, told to end or not.
     pub fn count(&self, which: impl Fn(&Server) -> bool) -> usize {
-        self.lock().taken.iter().filter(|(_, taken)| which(&taken.server)).count()
+        let on_one = |taken: &Taken| taken.server.as_ref().is_some_and(|server| which(server));
+        self.lock().taken.iter().filter(|(_, taken)| on_one(taken)).count()
     }
 
-    /// Tells all to end, and whoever still takes a seat at once.
+    /// Cancels all sessions and logins, and from now on every new login at once.
     pub fn close(&self) {
-        self.lock().closed = true;
-        self.end_some(usize::MAX, Why::Stopped, |_| true);
+        let calls: Vec<Arc<Call>> = {
+            let mut inside = self.lock();
+            inside.closed = true;
+            inside.taken.iter().map(|(_, taken)| taken.call.clone()).collect()
+        };
+        tell_all(&calls, Why::Stopped);
     }
 
     /// Up to `most` sessions.
@@ -363,16 +429,54 @@ impl Sessions {
     }
 }
 
+/// Cancels sessions. Returns how many had not been cancelled before.
+fn tell_all(calls: &[Arc<Call>], why: Why) -> usize {
+    calls.iter().filter(|call| call.tell(why)).count()
+}
+
 impl Inside {
-    /// The seats of `user`, from the first of its hash on.
-    fn of<'a>(&'a self, first: u32, user: &'a str) -> impl Iterator<Item = &'a Taken> {
+    /// The first seat of a hash.
+    fn first(&self, hash: u64) -> u32 {
+        self.users.get(&hash).copied().unwrap_or(NONE)
+    }
+
+    /// The seats of `user`, from the first of its hash on. Names are compared, because two may share a hash.
+    fn of<'a>(&'a self, first: u32, user: impl AsRef<str> + 'a) -> impl Iterator<Item = &'a Taken> {
         let mut key = first;
         std::iter::from_fn(move || {
             let taken = self.taken.get(key as usize)?;
             key = taken.next;
             Some(taken)
         })
-        .filter(move |taken| &*taken.guest.user == user)
+        .filter(move |taken| &*taken.guest.user == user.as_ref())
+    }
+
+    /// Puts an entry that is in no chain in front of its hash's chain.
+    fn link(&mut self, key: u32, hash: u64) {
+        let first = self.first(hash);
+        if let Some(taken) = self.taken.get_mut(key as usize) {
+            (taken.next, taken.previous) = (first, NONE);
+        }
+        if let Some(next) = self.taken.get_mut(first as usize) {
+            next.previous = key;
+        }
+        self.users.insert(hash, key);
+    }
+
+    /// Takes an entry out of its hash's chain.
+    fn unlink(&mut self, key: u32, hash: u64) {
+        let Some(taken) = self.taken.get(key as usize) else { return };
+        let (next, previous) = (taken.next, taken.previous);
+        if let Some(before) = self.taken.get_mut(previous as usize) {
+            before.next = next;
+        } else if next == NONE {
+            self.users.remove(&hash);
+        } else {
+            self.users.insert(hash, next);
+        }
+        if let Some(after) = self.taken.get_mut(next as usize) {
+            after.previous = previous;
+        }
     }
 
     /// After a peak; as far as the last place in use. That takes a step for each place, so it is done once for every 64th
@@ -394,139 +498,4 @@ impl Inside {
 }
 
 #[cfg(test)]
-mod tests {
-    use std::pin::pin;
-
-    use futures_util::task::noop_waker;
-    use tokio::time::timeout;
-
-    use super::*;
-
-    fn guest(user: &str) -> Guest {
-        Guest { user: user.into(), client: IpAddr::from([192, 0, 2, 1]), session: [b'x'; 16] }
-    }
-
-    fn server(name: &str) -> Arc<Server> {
-        Arc::new(Server::named("shard", name))
-    }
-
-    fn users(sessions: &Sessions) -> Vec<String> {
-        sessions.list(100).iter().map(|seen| seen.guest.user.to_string()).collect()
-    }
-
-    #[test]
-    fn seats_are_given_back_in_any_order() {
-        let sessions = Arc::new(Sessions::default());
-        let (one, two) = (server("a"), server("b"));
-        let mut seats: Vec<Seat> =
-            (0..9).map(|number| sessions.take(guest(["x", "y", "z"][number % 3]), &one, false).unwrap()).collect();
-        let other = sessions.take(guest("x"), &two, false).unwrap();
-        assert_eq!(sessions.of_user("x").len(), 4);
-        // From the middle, the front and the end of a user's chain.
-        for place in [3, 0, 4] {
-            seats.remove(place);
-        }
-        assert_eq!((sessions.of_user("x").len(), sessions.of_user("y").len(), sessions.of_user("z").len()), (1, 3, 3));
-        assert_eq!(sessions.count(|server| *server.name == *"b"), 1);
-        drop(other);
-        drop(seats);
-        assert!(users(&sessions).is_empty());
-        assert!(sessions.lock().users.is_empty());
-    }
-
-    #[test]
-    fn who_must_be_alone_waits_until_the_others_are_gone() {
-        let sessions = Arc::new(Sessions::default());
-        let (one, two) = (server("a"), server("b"));
-        let first = sessions.take(guest("x"), &one, true).unwrap();
-        let second = sessions.take(guest("x"), &one, true).unwrap();
-        let bystander = sessions.take(guest("y"), &one, true).unwrap();
-        assert_eq!(sessions.take(guest("x"), &two, true).unwrap_err(), NoSeat::Elsewhere);
-        assert_eq!((first.call().why(), second.call().why()), (Some(Why::Moved), Some(Why::Moved)));
-        assert_eq!(bystander.call().why(), None);
-        drop(first);
-        assert_eq!(sessions.take(guest("x"), &two, true).unwrap_err(), NoSeat::Elsewhere);
-        drop(second);
-        let moved = sessions.take(guest("x"), &two, true).unwrap();
-        assert_eq!(sessions.of_user("x")[0].server.name, two.name);
-        // Nor does anybody wait for one that its server has left.
-        moved.cut_off();
-        assert!(sessions.take(guest("x"), &one, true).is_ok());
-        assert_eq!(sessions.end_user("x", Why::Kicked), 1, "it can still be told to end");
-        let moved = sessions.take(guest("x"), &two, true).unwrap();
-        // Another backend is another matter.
-        let elsewhere = Arc::new(Server::named("other", "a"));
-        assert!(sessions.take(guest("x"), &elsewhere, true).is_ok());
-        assert_eq!(moved.call().why(), None);
-    }
-
-    #[tokio::test]
-    async fn a_hold_keeps_new_logins_out_until_it_ends() {
-        let sessions = Arc::new(Sessions::default());
-        let one = server("a");
-        let (hold, again) = (sessions.hold("x".into()), sessions.hold("x".into()));
-        assert_eq!(sessions.take(guest("x"), &one, false).unwrap_err(), NoSeat::Held);
-        assert!(sessions.take(guest("y"), &one, false).is_ok());
-        drop(hold);
-        assert!(sessions.is_held("x"));
-        let mut free = pin!(sessions.changed(|sessions| !sessions.is_held("x")));
-        assert!(timeout(Duration::ZERO, &mut free).await.is_err());
-        drop(again);
-        free.await;
-        assert!(sessions.take(guest("x"), &one, false).is_ok());
-    }
-
-    #[test]
-    fn a_call_wakes_and_keeps_its_first_reason() {
-        let sessions = Arc::new(Sessions::default());
-        let seat = sessions.take(guest("x"), &server("a"), false).unwrap();
-        let waker = noop_waker();
-        let context = Context::from_waker(&waker);
-        assert_eq!(seat.call().poll(&context), Poll::Pending);
-        assert_eq!(sessions.end_user("x", Why::Kicked), 1);
-        sessions.close();
-        assert_eq!(seat.call().poll(&context), Poll::Ready(Why::Kicked));
-        let late = sessions.take(guest("y"), &server("a"), false).unwrap();
-        assert_eq!(late.call().why(), Some(Why::Stopped), "who comes after the end is told at once");
-    }
-
-    #[test]
-    fn a_server_is_emptied_bit_by_bit() {
-        let sessions = Arc::new(Sessions::default());
-        let (one, two) = (server("a"), server("b"));
-        let seats: Vec<Seat> =
-            (0..10).map(|number| sessions.take(guest(&format!("u{number}")), &one, false).unwrap()).collect();
-        let stays = sessions.take(guest("z"), &two, false).unwrap();
-        let on_one = |server: &Server| *server.name == *"a";
-        assert_eq!(sessions.end_some(4, Why::Drained, on_one), (4, 6));
-        assert_eq!(sessions.end_some(4, Why::Drained, on_one), (4, 2));
-        assert_eq!(sessions.end_some(4, Why::Drained, on_one), (2, 0));
-        assert_eq!(seats.iter().filter(|seat| seat.call().why() == Some(Why::Drained)).count(), 10);
-        assert_eq!(stays.call().why(), None);
-    }
-
-    #[test]
-    fn places_go_back_after_a_peak_whoever_stays() {
-        let sessions = Arc::new(Sessions::default());
-        let one = server("a");
-        let mut seats: Vec<Seat> =
-            (0..5000).map(|number| sessions.take(guest(&format!("u{number}")), &one, false).unwrap()).collect();
-        seats.truncate(100);
-        let places = || {
-            let inside = sessions.lock();
-            (inside.taken.capacity(), inside.users.capacity())
-        };
-        // Who left last may have had the last place; the next to leave see to it.
-        (0..100).for_each(|_| drop(sessions.take(guest("late"), &one, false).unwrap()));
-        assert!(places().0 < 1000 && places().1 < 1000, "{:?}", places());
-        (0..5000).for_each(|number| seats.push(sessions.take(guest(&format!("u{number}")), &one, false).unwrap()));
-        drop(seats);
-        assert!(places().0 < 300 && places().1 < 300, "{:?}", places());
-    }
-
-    #[test]
-    fn a_seat_is_small() {
-        assert!(size_of::<Taken>() <= 96, "{}", size_of::<Taken>());
-        assert!(size_of::<Call>() <= 32 && size_of::<Seat>() <= 24);
-    }
-}
+mod tests;
