@@ -241,9 +241,6 @@ impl Session {
             progress.in_exchange = true;
             let response = self.ask(&login.tag, &challenge, stream, prelogin).await?;
             outcome = placing.respond(paused, placed, &response).await;
-            if let Outcome::Unavailable(fault) = &outcome {
-                live.metrics.failure(fault.reason);
-            }
         }
         if matches!(outcome, Outcome::Accepted(_))
             && let Some(limited) = self.may_have_one_more(&login.tag, &names.routing, backend.id)

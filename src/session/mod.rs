@@ -309,9 +309,17 @@ impl Session {
                 None => pending().await,
             }
         };
+        if let Some(ticket) = self.ticket.as_ref().filter(|_| request.credentials.is_complete()) {
+            ticket.login_begun();
+        }
         let (bye, reason) = tokio::select! {
             biased;
-            attempted = self.attempt(request, stream, prelogin) => return attempted,
+            attempted = self.attempt(request, stream, prelogin) => {
+                if let Some(ticket) = &self.ticket {
+                    ticket.login_ended();
+                }
+                return attempted;
+            }
             () = drain.cancelled() => (Bye::Shutdown, Reason::Drain),
             () = is_shed => (Bye::Shed, Reason::Shed),
         };

@@ -11,7 +11,7 @@ use tokio::time::{self, timeout_at};
 
 use crate::backend::connect::{self, Fault, Outcome, Paused, Request};
 use crate::backend::{Backend, Server, Slot, Stop, Tour};
-use crate::failure::Reason;
+use crate::failure::{Reason, Side};
 use crate::generations::Generation;
 use crate::imap::sasl;
 use crate::route::Place;
@@ -120,6 +120,9 @@ impl<'a> Placing<'a, '_> {
             return Outcome::Unavailable(Fault::full());
         }
         let outcome = paused.respond(response, deadline).await;
+        if let Outcome::Unavailable(fault) = &outcome {
+            self.count(fault);
+        }
         self.alone(outcome, placed, deadline).await
     }
 
@@ -179,9 +182,17 @@ impl<'a> Placing<'a, '_> {
         Ok((outcome, Some(at)))
     }
 
+    /// Counts a fault of a server. The record of the attempt counts all others.
+    fn count(&self, fault: &Fault) {
+        let is_recorded = matches!(fault.reason, Reason::NoServer | Reason::ServersFull);
+        if fault.reason.side() == Side::Backend && !is_recorded {
+            self.live.metrics.failure(fault.reason);
+        }
+    }
+
     fn report(&self, server: &Server, fault: &Fault) {
         let (session, reason) = (self.request.session_id, fault.reason.as_str());
         tracing::info!(session, server = %server.name, reason, detail = %fault.detail, "server could not take the login");
-        self.live.metrics.failure(fault.reason);
+        self.count(fault);
     }
 }

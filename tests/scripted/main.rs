@@ -13,6 +13,7 @@ mod house;
 mod invariants;
 mod mechanisms;
 mod proxy_protocol;
+mod registry;
 mod reload;
 mod servers;
 mod silent;
