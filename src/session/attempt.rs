@@ -207,8 +207,9 @@ impl Session {
         let backend = live.backends.backend(place.backend);
         if login.credentials.authzid.is_some() && !backend.allows_authzid {
             // Others allow it: those who are asked for there, and those who do not exist, get one answer.
+            let refused = self.refused_late(&login.tag, began).await;
             self.record.attempt_failed(Reason::AuthzidRefused, LoginOutcome::Refused, Some(backend.id));
-            return Some(Ok(self.refused_late(&login.tag, began).await));
+            return Some(Ok(refused));
         }
         let renamed = renamed(&login.credentials, place, names);
         let server_login = server_login(&login.credentials, place, names, backend, renamed.as_ref());
@@ -230,7 +231,8 @@ impl Session {
             limits: &live.limits,
         };
         let (mailbox, Registered { seat, since }) = (place.mailbox(&names.routing), registered);
-        let placing = Placing { live: &live, seat: &seat, since, mailbox, request: &request };
+        let desk = self.desk.clone();
+        let placing = Placing { live: &live, desk, seat: &seat, since, mailbox, request: &request };
         let (mut outcome, mut placed) = match placing.log_in_somewhere(place).await {
             Ok(answered) => answered,
             Err(again) => return Some(Err(again)),
@@ -342,8 +344,10 @@ impl Session {
     }
 
     async fn no_such_user(&mut self, tag: &Tag, reason: Reason, began: Instant) -> Attempted {
+        let refused = self.refused_late(tag, began).await;
+        // After the wait, which may end with the attempt: it is counted once.
         self.record.attempt_failed(reason, LoginOutcome::UnknownUser, None);
-        self.refused_late(tag, began).await
+        refused
     }
 
     /// Says so as late as a server says that a password is wrong: nobody shall learn from the clock who exists.
@@ -361,8 +365,8 @@ impl Session {
                 Attempted::Refused { reply: reply::contact_admin(tag, text), counts: false }
             }
             Target::Denied(denied) => {
-                self.record.denied();
                 time::sleep(denied.wait).await;
+                self.record.denied();
                 let reply = reply::authentication_failed(tag, denied.text.as_deref());
                 match denied.closes {
                     true => Attempted::Dismissed { reply: reply::dismissed(reply) },

@@ -7,6 +7,7 @@
 
 use std::sync::Arc;
 
+use tokio::sync::watch;
 use tokio::time::{self, timeout_at};
 
 use crate::backend::connect::{self, Fault, Outcome, Paused, Request};
@@ -15,7 +16,7 @@ use crate::failure::{Reason, Side};
 use crate::generations::Generation;
 use crate::imap::sasl;
 use crate::route::Place;
-use crate::server::Live;
+use crate::server::{Desk, Live};
 use crate::sessions::{NoSeat, Seat};
 
 /// Maximum number of referrals followed per login.
@@ -24,6 +25,8 @@ const MAX_REFERRALS: usize = 2;
 /// A login that is routed and looks for a server.
 pub(super) struct Placing<'a, 's> {
     pub(super) live: &'a Live,
+    /// Where the next configuration appears; the one that is used has been seen.
+    pub(super) desk: watch::Receiver<Desk>,
     pub(super) seat: &'s Seat,
     /// The holds that came before the routes were asked.
     pub(super) since: Generation,
@@ -59,8 +62,12 @@ impl<'a> Placing<'a, '_> {
                 Stop::Full => return Ok((Outcome::Unavailable(Fault::full()), None)),
                 Stop::End => return Ok((outcome, None)),
             };
+            // While the login waited for a place, another configuration may have come, or the server may have been taken
+            // out of service.
+            if self.desk.has_changed().is_ok_and(|changed| changed) {
+                return Err(NoSeat::Outdated);
+            }
             self.seat.place(&self.mailbox, &server, self.since)?;
-            // It may have been taken out of service while the login waited for a place.
             if !server.takes_logins() {
                 continue;
             }
@@ -115,7 +122,8 @@ impl<'a> Placing<'a, '_> {
     /// first.
     pub(super) async fn respond(&self, paused: Box<Paused<'a>>, placed: &mut Placed, response: &[u8]) -> Outcome<'a> {
         let deadline = time::Instant::now() + self.live.limits.server_login;
-        let completes = self.request.login.as_ref().is_some_and(|login| !login.is_complete());
+        let is_abort = response == b"*";
+        let completes = !is_abort && self.request.login.as_ref().is_some_and(|login| !login.is_complete());
         if completes && !placed.backend.take_place(&placed.server, &mut placed.slot, deadline).await {
             return Outcome::Unavailable(Fault::full());
         }

@@ -125,7 +125,7 @@ pub enum Stage {
 pub enum NoSeat {
     /// New logins under this name wait: [`Sessions::hold`].
     Held(Arc<str>),
-    /// The user was held since the routes were asked: the answer may be out of date.
+    /// The user was held, or the configuration replaced, since the routes were asked: the answer may be out of date.
     Outdated,
 }
 

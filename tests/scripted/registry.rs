@@ -332,6 +332,12 @@ async fn a_refused_token_takes_no_place_while_its_client_is_asked() {
     assert_eq!(there.line().await, "", "the refusal needs no place");
     answer(&mut there, "NO [AUTHENTICATIONFAILED] No.").await;
     assert_eq!(client.line().await, "a NO [AUTHENTICATIONFAILED] No.");
+    // Nor does the end of an exchange that its client breaks off.
+    let (mut client, mut there) = exchange(&proxy, &server).await;
+    client.send("*\r\n").await;
+    assert_eq!(there.line().await, "*");
+    answer(&mut there, "BAD aborted").await;
+    assert_eq!(client.line().await, "a BAD aborted");
     proxy.stop().await;
 }
 
@@ -408,6 +414,23 @@ async fn a_login_that_waits_in_a_queue_does_not_go_to_a_server_that_was_drained_
     accept(&mut server).await;
     assert_eq!(waiting.line().await, OK);
     proxy.stop().await;
+}
+
+#[tokio::test]
+async fn a_login_that_gets_its_place_after_a_reload_is_routed_again() {
+    let scene = Scene::new("max_sessions: 1, queue: {timeout: 60s}", "alice a\nbob a\n").await;
+    let mut bob = (scene.login("bob").await, scene.a.login().await);
+    accept(&mut bob.1).await;
+    assert_eq!(bob.0.line().await, OK);
+    let mut alice = scene.login("alice").await;
+    eventually("the queue", || metric(&scene.proxy, "vestibule_backend_queue_length", &[]) == 1.0).await;
+    scene.table("alice b\nbob a\n").await;
+    drop(bob);
+    let mut there = scene.b.login().await;
+    accept(&mut there).await;
+    assert_eq!(alice.line().await, OK);
+    assert!(!scene.a.is_asked().await);
+    scene.proxy.stop().await;
 }
 
 #[tokio::test]
