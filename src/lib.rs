@@ -54,6 +54,7 @@ pub mod demo;
 pub mod dns;
 pub mod explain;
 pub mod failure;
+pub mod generations;
 pub mod guard;
 pub mod hedge;
 pub mod http_client;

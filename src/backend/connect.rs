@@ -417,10 +417,13 @@ impl<'a> Dialogue<'a> {
         self.pardoned(fault)
     }
 
-    /// What happens once the login is sent may be the client's doing (a password over the server's line limit, say), and no
-    /// client shall be able to make servers look dead.
+    /// After the login is sent, a fault may be the client's doing (a password over the server's line limit, for example).
+    /// It must not make the server look dead, nor take a user with one server at a time to another server.
     fn pardoned(&self, mut fault: Fault) -> Fault {
-        fault.blow = fault.blow.filter(|_| !self.machine.login_sent());
+        if self.machine.login_sent() {
+            fault.blow = None;
+            fault.try_next &= !self.backend.serves_a_user_by_one_server();
+        }
         fault
     }
 }

@@ -230,8 +230,8 @@ impl Server {
         });
     }
 
-    /// A login asks for a place.
-    pub(super) fn admit(&self) -> Admission {
+    /// A login asks for a place, or, with incomplete credentials, whether there is one.
+    pub(super) fn admit(&self, needs_place: bool) -> Admission {
         if self.mode() != Mode::Up {
             return Admission::Shut;
         }
@@ -239,7 +239,8 @@ impl Server {
         if self.state.health().standing(now) == Standing::Failing {
             return Admission::Failing;
         }
-        let Some(slot) = Slot::take(self) else { return Admission::Full };
+        let slot = if needs_place { Slot::take(self) } else { self.has_place().then(|| Slot::without_place(self)) };
+        let Some(slot) = slot else { return Admission::Full };
         let mut health = self.state.health();
         if health.standing(now) == Standing::Alive {
             return Admission::Slot(slot);
@@ -248,6 +249,10 @@ impl Server {
         self.state.metrics.set_breaker(health.breaker() as i64);
         drop(health);
         if trial.is_some() { Admission::Slot(slot.on_trial(trial)) } else { Admission::Failing }
+    }
+
+    fn has_place(&self) -> bool {
+        self.terms.max_sessions.is_none_or(|most| self.state.slots.taken() < most)
     }
 
     fn asked_mode(&self) -> Option<Mode> {

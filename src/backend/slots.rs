@@ -2,7 +2,8 @@
 //!
 //! A login takes a [`Slot`] before it connects, and keeps it for as long as the session lives; dropping it is giving it
 //! back. A server without `max_sessions` always has another. A slot that is given back goes from hand to hand to who has
-//! waited longest, so that no newcomer overtakes. Called by `tour`.
+//! waited longest, so that no newcomer overtakes. A login without complete credentials (SCRAM before the client's proof)
+//! has a slot without a place: it cannot keep others out of a server. Called by `tour`.
 
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -63,6 +64,8 @@ pub struct Slot {
     /// `None` only while it changes hands.
     state: Option<Arc<ServerState>>,
     trial: Option<Trial>,
+    /// Whether it counts against `max_sessions`.
+    has_place: bool,
 }
 
 impl Slot {
@@ -70,6 +73,29 @@ impl Slot {
     pub(super) fn take(server: &Server) -> Option<Self> {
         let has_one = server.state.slots.take(server.terms.max_sessions, |_| {});
         has_one.then(|| Self::at(&server.state))
+    }
+
+    /// For a login at `server` whose credentials are not complete: it does not count against `max_sessions`.
+    pub(super) fn without_place(server: &Server) -> Self {
+        Self { state: Some(server.state.clone()), trial: None, has_place: false }
+    }
+
+    /// Gives the place back while the client is asked for the rest of its credentials.
+    pub fn release_place(&mut self) {
+        if let Some(state) = self.state.as_ref().filter(|_| std::mem::take(&mut self.has_place)) {
+            give_back(state);
+        }
+    }
+
+    /// Whether it counts against `max_sessions`.
+    pub(super) fn has_place(&self) -> bool {
+        self.has_place
+    }
+
+    /// Takes over the place of `other`, which is at the same server.
+    pub(super) fn take_place_of(&mut self, mut other: Self) {
+        debug_assert!(!self.has_place, "a place would be lost");
+        self.has_place = std::mem::take(&mut other.has_place);
     }
 
     /// This login tries the server out: nobody else does, until it drops.
@@ -84,6 +110,10 @@ impl Slot {
         // A slot has its state until it drops, or becomes this.
         let state = self.state.take();
         if let Some(state) = &state {
+            if !self.has_place {
+                // Callers make sure of a place. One without would be given back and never have been taken.
+                state.slots.take(None, |_| {});
+            }
             state.metrics.session_opened();
             state.departures().arrived();
         }
@@ -91,7 +121,7 @@ impl Slot {
     }
 
     fn at(state: &Arc<ServerState>) -> Self {
-        Self { state: Some(state.clone()), trial: None }
+        Self { state: Some(state.clone()), trial: None, has_place: true }
     }
 
     fn end_trial(&mut self) {
@@ -104,7 +134,7 @@ impl Slot {
 impl Drop for Slot {
     fn drop(&mut self) {
         self.end_trial();
-        if let Some(state) = self.state.take() {
+        if let Some(state) = self.state.take().filter(|_| self.has_place) {
             give_back(&state);
         }
     }
@@ -315,6 +345,30 @@ mod tests {
         drop((slots, kept));
         assert_eq!((server.state.slots.taken(), server.metrics().sessions()), (0, 0));
         assert!(Slot::take(&server).is_some());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_slot_without_a_place_keeps_nobody_out() {
+        let (server, queue) = (Server::for_tests("a", Some(1)), Queue::default());
+        let mut pending: Vec<Slot> = (0..20).map(|_| Slot::without_place(&server)).collect();
+        assert_eq!(server.state.slots.taken(), 0);
+        let mut first = Slot::take(&server).unwrap();
+        let servers = [server.clone()];
+        let mut waiting = Box::pin(queue.join(9).unwrap().wait(&servers, soon()));
+        assert!(futures_util::poll!(&mut waiting).is_pending());
+        // While its client is asked, the place is the next login's.
+        first.release_place();
+        first.release_place();
+        let (_, second) = waiting.await.unwrap();
+        assert_eq!(server.state.slots.taken(), 1);
+        drop(first);
+        assert_eq!(server.state.slots.taken(), 1, "it had no place to give back");
+        let mut complete = pending.pop().unwrap();
+        complete.take_place_of(second);
+        assert_eq!(server.state.slots.taken(), 1);
+        drop(pending);
+        drop(complete.established());
+        assert_eq!(server.state.slots.taken(), 0);
     }
 
     #[test]

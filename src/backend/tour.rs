@@ -3,7 +3,8 @@
 //! In the order that `select` found. A server that is failing, or that somebody else tries out just now, comes when
 //! there is no other; one that is full is passed over where another has a place, and where none has one, the login waits in
 //! the backend's queue. Only where a user must not be served by two servers at once (`user-hash`) does it wait for its own
-//! server sooner than go elsewhere. Called by `session`.
+//! server sooner than go elsewhere. A login with incomplete credentials waits nowhere and takes no place; it asks for one
+//! when they are complete ([`Backend::take_place`]). Called by `session`.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -24,6 +25,7 @@ pub struct Tour<'a> {
     full: Vec<Arc<Server>>,
     /// How long this login may wait in the queue.
     queue_until: Option<Instant>,
+    needs_place: bool,
 }
 
 /// What comes next.
@@ -41,7 +43,13 @@ impl<'a> Tour<'a> {
     /// Of `servers`, which are the backend's.
     pub fn new(backend: &'a Backend, servers: Vec<Arc<Server>>) -> Self {
         let (last_resort, full) = (VecDeque::new(), Vec::new());
-        Self { backend, ahead: servers.into(), last_resort, full, queue_until: None }
+        Self { backend, ahead: servers.into(), last_resort, full, queue_until: None, needs_place: true }
+    }
+
+    /// For a login with incomplete credentials, which takes no place yet.
+    #[must_use]
+    pub fn without_place(self) -> Self {
+        Self { needs_place: false, ..self }
     }
 
     /// Whether there may be another server after the last one.
@@ -52,7 +60,7 @@ impl<'a> Tour<'a> {
     /// The next server; waits for a place no longer than the queue allows, and not beyond `due`.
     pub async fn next(&mut self, due: Instant) -> Stop {
         while let Some(server) = self.ahead.pop_front() {
-            match server.admit() {
+            match server.admit(self.needs_place) {
                 Admission::Slot(slot) => return Stop::At(server, slot),
                 Admission::Full if self.backend.balance.is_sticky() => return self.wait(&[server], due).await,
                 Admission::Full => self.full.push(server),
@@ -72,7 +80,7 @@ impl<'a> Tour<'a> {
             if server.mode() != Mode::Up {
                 continue;
             }
-            return match Slot::take(&server) {
+            return match self.needs_place.then(|| Slot::take(&server)).flatten() {
                 Some(slot) => Stop::At(server, slot),
                 None => self.wait(&[server], due).await,
             };
@@ -81,6 +89,9 @@ impl<'a> Tour<'a> {
     }
 
     async fn wait(&mut self, servers: &[Arc<Server>], due: Instant) -> Stop {
+        if let Some(first) = servers.first().filter(|_| !self.needs_place) {
+            return Stop::At(first.clone(), Slot::without_place(first));
+        }
         let until = *self.queue_until.get_or_insert_with(|| Instant::now() + self.backend.queue_limits.timeout);
         let Some(queue) = self.backend.queue.join(self.backend.queue_limits.length) else { return Stop::Full };
         let _counted = self.backend.metrics.backend(self.backend.id.0).login_queued();
@@ -88,5 +99,24 @@ impl<'a> Tour<'a> {
             Some((server, slot)) => Stop::At(server, slot),
             None => Stop::Full,
         }
+    }
+}
+
+impl Backend {
+    /// Makes sure that `slot`, which is at `server`, has a place; waits for one no longer than the queue allows, and not
+    /// beyond `due`. Returns whether it has.
+    pub async fn take_place(&self, server: &Arc<Server>, slot: &mut Slot, due: Instant) -> bool {
+        if slot.has_place() {
+            return true;
+        }
+        let servers = vec![server.clone()];
+        let place = match Slot::take(server) {
+            Some(place) => Some(place),
+            None => match Tour::new(self, Vec::new()).wait(&servers, due).await {
+                Stop::At(_, place) => Some(place),
+                Stop::Full | Stop::End => None,
+            },
+        };
+        place.map(|place| slot.take_place_of(place)).is_some()
     }
 }

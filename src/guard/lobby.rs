@@ -1,7 +1,7 @@
 //! Connections before their login, in the order in which they came. When the room is full, who has waited longest goes.
 //!
 //! A flood pushes out itself first of all: a client that means it logs in long before its turn to go has come. Who logs in
-//! leaves the lobby and can no longer be told to go.
+//! leaves the lobby and can no longer be told to go. A connection whose complete login is under way is shed last.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -14,7 +14,8 @@ pub(super) struct Lobby(Mutex<Waiting>);
 
 #[derive(Debug, Default)]
 struct Waiting {
-    by_age: BTreeMap<u64, CancellationToken>,
+    /// By whether a complete login is under way, then by age.
+    by_age: BTreeMap<(bool, u64), CancellationToken>,
     next: u64,
 }
 
@@ -33,7 +34,7 @@ impl Lobby {
         let mut waiting = self.lock();
         let number = waiting.next;
         waiting.next += 1;
-        waiting.by_age.insert(number, shed.clone());
+        waiting.by_age.insert((false, number), shed.clone());
         let mut goes = Vec::new();
         while waiting.by_age.len() > room.max(1) {
             goes.extend(waiting.by_age.pop_first().map(|(_, oldest)| oldest));
@@ -61,11 +62,37 @@ impl Ticket {
     pub async fn shed(&self) {
         self.shed.cancelled().await;
     }
+
+    /// A login with complete credentials is under way.
+    pub fn login_begun(&self) {
+        self.set_order(true);
+    }
+
+    /// It is over.
+    pub fn login_ended(&self) {
+        self.set_order(false);
+    }
+
+    fn set_order(&self, has_login: bool) {
+        let mut waiting = self.lobby.lock();
+        // One that was told to go is not counted any more.
+        if let Some(shed) = waiting.by_age.remove(&(!has_login, self.number)) {
+            waiting.by_age.insert((has_login, self.number), shed);
+        }
+    }
+
+    /// The same signal, for a caller that cannot borrow the ticket.
+    pub fn shed_signal(&self) -> CancellationToken {
+        self.shed.clone()
+    }
 }
 
 impl Drop for Ticket {
     fn drop(&mut self) {
-        self.lobby.lock().by_age.remove(&self.number);
+        let mut waiting = self.lobby.lock();
+        for has_login in [false, true] {
+            waiting.by_age.remove(&(has_login, self.number));
+        }
     }
 }
 
@@ -90,6 +117,21 @@ mod tests {
         assert_eq!(lobby.len(), 2);
         drop((first, second, third));
         assert_eq!(lobby.len(), 0);
+    }
+
+    #[test]
+    fn a_login_under_way_goes_last() {
+        let lobby = Arc::new(Lobby::default());
+        let logging_in = lobby.enter(2);
+        logging_in.login_begun();
+        let silent = [lobby.enter(2), lobby.enter(2), lobby.enter(2)];
+        assert!(!logging_in.shed.is_cancelled() && silent[0].shed.is_cancelled() && silent[1].shed.is_cancelled());
+        assert_eq!(lobby.len(), 2);
+        logging_in.login_ended();
+        let _late = lobby.enter(2);
+        assert!(logging_in.shed.is_cancelled(), "it is the oldest again");
+        drop(logging_in);
+        assert_eq!(lobby.len(), 2);
     }
 
     #[test]

@@ -57,6 +57,12 @@ impl Mechanism {
     pub fn is_relayed(self) -> bool {
         matches!(self, Self::XOauth2 | Self::OauthBearer | Self::ScramSha1 | Self::ScramSha256)
     }
+
+    /// Whether the first message carries all that a server needs to decide. SCRAM's only names the user; the proof is the
+    /// answer to the server's challenge.
+    pub fn is_complete_at_once(self) -> bool {
+        !matches!(self, Self::ScramSha1 | Self::ScramSha256)
+    }
 }
 
 /// A set of mechanisms.
@@ -143,6 +149,11 @@ impl Credentials {
         self.authzid.as_ref().unwrap_or(&self.user)
     }
 
+    /// Whether they carry all that a server needs to decide: see [`Mechanism::is_complete_at_once`].
+    pub fn is_complete(&self) -> bool {
+        self.mechanism.is_complete_at_once()
+    }
+
     /// The password, where there is one.
     pub fn password(&self) -> Option<&Secret> {
         match &self.proof {
@@ -164,6 +175,16 @@ pub enum ServerLogin<'a> {
         /// Decoded.
         first: &'a Secret,
     },
+}
+
+impl ServerLogin<'_> {
+    /// Whether it carries all that a server needs to decide: see [`Mechanism::is_complete_at_once`].
+    pub fn is_complete(&self) -> bool {
+        match self {
+            Self::Password(_) => true,
+            Self::Relayed { mechanism, .. } => mechanism.is_complete_at_once(),
+        }
+    }
 }
 
 /// A password and whose it is.

@@ -45,6 +45,15 @@ pub fn dismissed(mut refusal: Vec<u8>) -> Vec<u8> {
     refusal
 }
 
+/// The login is ended while the client is asked for its next SASL message. The connection ends too: a message that is on
+/// its way would otherwise be read as a command.
+pub fn ended(tag: &Tag) -> Vec<u8> {
+    let mut out = Vec::new();
+    unavailable(tag, &mut out);
+    bye("[UNAVAILABLE] The login was ended, connect again.", &mut out);
+    out
+}
+
 /// The client asked for another user's mailbox and may not.
 pub fn authorization_failed(tag: &Tag) -> Vec<u8> {
     let mut out = Vec::new();

@@ -6,12 +6,13 @@
 
 use std::collections::HashMap;
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use tokio::runtime::Handle;
-use tokio::sync::{Semaphore, watch};
-use tokio::time::{Instant as Due, timeout, timeout_at};
+use tokio::sync::{Notify, Semaphore, watch};
+use tokio::time::{Instant as Due, sleep, timeout, timeout_at};
 use tokio_util::sync::CancellationToken;
 
 use super::cache::{Cache, Kept, Looked};
@@ -31,6 +32,8 @@ const BUSY: Duration = Duration::from_millis(100);
 const SAVE: Duration = Duration::from_secs(60);
 /// How often connections that have not been used for long are closed.
 const CLOSE_EXPIRED: Duration = Duration::from_secs(20);
+/// Time from a forgotten user to the next write: a restart must not bring its old answer back. Many at once are one write.
+const SAVE_FORGOTTEN: Duration = Duration::from_secs(1);
 
 /// A directory, asked with care.
 #[derive(Debug)]
@@ -43,6 +46,11 @@ pub(super) struct Asked {
     cache: Option<Arc<Cache>>,
     /// Where answers are kept for the next start.
     file: Option<PathBuf>,
+    /// The file is another process's from now on.
+    leaves_file: AtomicBool,
+    /// The answers are those of the configuration before: in memory they are newer than in the file.
+    has_inherited: bool,
+    forgotten: Notify,
     flights: Mutex<HashMap<Arc<str>, Flight>>,
     /// When it failed last, if nothing has succeeded since.
     failed: Mutex<Option<Instant>>,
@@ -68,6 +76,9 @@ impl Asked {
             places: Semaphore::new(asking.connections),
             cache: asking.cache.clone().map(|rules| Arc::new(Cache::new(rules))),
             file: asking.cache.as_ref().and_then(|cache| cache.file.clone()),
+            leaves_file: AtomicBool::new(false),
+            has_inherited: false,
+            forgotten: Notify::new(),
             flights: Mutex::default(),
             failed: Mutex::default(),
             runtime: OnceLock::new(),
@@ -90,20 +101,23 @@ impl Asked {
     /// With the answers that `previous`, which asked the same question, has kept.
     pub(super) fn with_answers_of(self, previous: Option<&Self>) -> Self {
         let kept = previous.and_then(|previous| previous.cache.clone());
-        Self { cache: kept.or(self.cache), ..self }
+        Self { has_inherited: kept.is_some(), cache: kept.or(self.cache), ..self }
     }
 
-    /// Where questions run from now on.
+    /// Where questions run from now on. Lookups that began before, under another configuration, are not kept.
     pub(super) fn start(&self, runtime: Handle) {
         // Once: a second start would be with the same runtime.
         let _ = self.runtime.set(runtime);
+        self.flights().clear();
+        if let Some(cache) = &self.cache {
+            cache.outdate_lookups();
+        }
     }
 
     /// Reads the file of kept answers.
     pub(super) fn read_file(&self) {
         let (Some(path), Some(cache)) = (&self.file, &self.cache) else { return };
-        // What is in memory is younger than the file.
-        if cache.len() > 0 {
+        if self.has_inherited {
             return;
         }
         match warm::load(path, cache, &self.declared) {
@@ -117,10 +131,18 @@ impl Asked {
         }
     }
 
-    /// Writes the file now and then, and once more at `stop`.
+    /// Writes the file now and then, soon after a user was forgotten, and once more at `stop`.
     pub(super) async fn keep_file(self: Arc<Self>, stop: CancellationToken) {
         while self.file.is_some() {
-            let stopped = timeout(SAVE, stop.cancelled()).await.is_ok();
+            let forgotten = async {
+                self.forgotten.notified().await;
+                sleep(SAVE_FORGOTTEN).await;
+            };
+            let stopped = tokio::select! {
+                () = stop.cancelled() => true,
+                () = sleep(SAVE) => false,
+                () = forgotten => false,
+            };
             let asked = self.clone();
             // Off the thread that asks: a disk may be slow.
             let written = tokio::task::spawn_blocking(move || asked.write_file()).await;
@@ -132,17 +154,32 @@ impl Asked {
 
     fn write_file(&self) {
         let (Some(path), Some(cache)) = (&self.file, &self.cache) else { return };
+        let _one = cache.saving();
+        if self.leaves_file.load(Ordering::Acquire) {
+            return;
+        }
         if let Err(error) = warm::save(path, cache, &self.declared) {
             tracing::error!(file = %path.display(), %error, "kept answers could not be written");
         }
     }
 
-    /// Nothing is known of the user any more, and a question under way is not waited for.
+    /// Writes the file no more: a successor of this process does.
+    pub(super) fn leave_file(&self) {
+        self.leaves_file.store(true, Ordering::Release);
+    }
+
+    /// Forgets the answer for a user. A lookup in flight is not joined any more, and its answer is not kept.
     pub(super) fn forget(&self, user: &str) {
-        self.flights.lock().unwrap_or_else(PoisonError::into_inner).remove(user);
+        self.flights().remove(user);
         if let Some(cache) = &self.cache {
             cache.forget(user);
         }
+        self.forgotten.notify_one();
+    }
+
+    fn flights(&self) -> MutexGuard<'_, HashMap<Arc<str>, Flight>> {
+        // Nothing in here panics halfway through a change.
+        self.flights.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Whether the answer may depend on more than the user.
@@ -183,12 +220,26 @@ impl Asked {
         answer(kept)
     }
 
+    /// Whether a lookup of a directory with `connections` is in flight, joined by new ones or not.
+    #[cfg(test)]
+    pub(super) fn is_asking(&self, connections: usize) -> bool {
+        self.places.available_permits() < connections
+    }
+
+    /// Keeps an answer that the directory gave `age` ago.
+    #[cfg(test)]
+    pub(super) fn keep_since(&self, user: &str, target: super::Target, age: Duration) {
+        let asked = Instant::now().checked_sub(age).unwrap();
+        self.cache.as_ref().unwrap().keep(user.into(), Some(target.into()), asked);
+    }
+
     /// The question for `user` that is under way, or a new one.
     fn fly(self: &Arc<Self>, user: &Arc<str>) -> Flight {
-        let mut flights = self.flights.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut flights = self.flights();
         if let Some(flight) = flights.get(user) {
             return flight.clone();
         }
+        let since = self.cache.as_ref().map(|cache| cache.generation());
         let (sender, flight) = watch::channel(None);
         flights.insert(user.clone(), flight.clone());
         drop(flights);
@@ -196,10 +247,11 @@ impl Asked {
         self.spawn(async move {
             let asked = &landing.asked;
             let answer = asked.ask(&Question { user: landing.user.clone(), visitor: None }).await;
-            if let Some(cache) = asked.cache.as_ref().filter(|_| landing.is_awaited()) {
+            if let (Some(cache), Some(since)) = (&asked.cache, since) {
+                let user = landing.user.clone();
                 match &answer {
-                    Answer::Found(target) => cache.keep(landing.user.clone(), Some(target.clone()), Instant::now()),
-                    Answer::Unknown => cache.keep(landing.user.clone(), None, Instant::now()),
+                    Answer::Found(target) => cache.keep_current(user, Some(target.clone()), Instant::now(), since),
+                    Answer::Unknown => cache.keep_current(user, None, Instant::now(), since),
                     Answer::Failed(_) => {}
                 }
                 asked.metrics.set_cached(cache.len());
@@ -272,18 +324,12 @@ struct Landing {
     flight: Flight,
 }
 
-impl Landing {
-    /// Unless the user was forgotten meanwhile: then the answer may be older than what it was forgotten for.
-    fn is_awaited(&self) -> bool {
-        let flights = self.asked.flights.lock().unwrap_or_else(PoisonError::into_inner);
-        flights.get(&self.user).is_some_and(|flight| flight.same_channel(&self.flight))
-    }
-}
-
 impl Drop for Landing {
     fn drop(&mut self) {
-        if self.is_awaited() {
-            self.asked.flights.lock().unwrap_or_else(PoisonError::into_inner).remove(&self.user);
+        let mut flights = self.asked.flights();
+        // Another one may have taken its place, after the user was forgotten.
+        if flights.get(&self.user).is_some_and(|flight| flight.same_channel(&self.flight)) {
+            flights.remove(&self.user);
         }
     }
 }

@@ -15,6 +15,8 @@ use super::{Answer, Origin};
 use crate::config::{Asking, BackendId, Cache};
 use crate::metrics::{Metrics, Names};
 
+const HOUR: Duration = Duration::from_secs(3600);
+
 /// Answers by heart, as often as it is let.
 #[derive(Debug, Clone)]
 pub(super) struct Scripted {
@@ -56,24 +58,44 @@ fn question(user: &str) -> Question {
     Question { user: user.into(), visitor: None }
 }
 
+/// Closed until it is dropped: lookups wait at the directory.
+fn gate(scripted: &Scripted) -> tokio::sync::OwnedSemaphorePermit {
+    let gate = scripted.let_through.clone().try_acquire_many_owned(u32::MAX >> 4).unwrap();
+    scripted.let_through.forget_permits(usize::MAX >> 3);
+    gate
+}
+
+/// A lookup of `user` that waits at the directory.
+async fn in_flight(asked: &Arc<Asked>, scripted: &Scripted, user: &'static str) -> tokio::task::JoinHandle<Answer> {
+    let (before, asking) = (scripted.asked(), asked.clone());
+    let lookup = tokio::spawn(async move { asking.lookup(question(user)).await.0 });
+    while scripted.asked() == before {
+        tokio::task::yield_now().await;
+    }
+    lookup
+}
+
 fn asked(scripted: &Scripted, connections: usize, cache: bool) -> (Arc<Asked>, Metrics) {
+    let rules = rules(Duration::from_millis(500));
+    let (asked, metrics) = built(scripted, Duration::from_millis(300), connections, cache.then_some(rules));
+    (Arc::new(asked), metrics)
+}
+
+fn rules(ttl: Duration) -> Cache {
+    Cache { ttl, negative: HOUR, stale: HOUR, entries: 1000, file: None }
+}
+
+fn built(scripted: &Scripted, timeout: Duration, connections: usize, cache: Option<Cache>) -> (Asked, Metrics) {
     let metrics = Metrics::new(&Names { routes: vec!["test".to_owned()], ..Names::default() });
-    let rules = Cache {
-        ttl: Duration::from_millis(500),
-        negative: Duration::from_secs(3600),
-        stale: Duration::from_secs(3600),
-        entries: 1000,
-        file: None,
-    };
-    let asking = Asking {
-        timeout: Duration::from_millis(300),
-        connections,
-        cache: cache.then_some(rules),
-        names: std::collections::BTreeMap::new(),
-    };
+    let asking = Asking { timeout, connections, cache, names: std::collections::BTreeMap::new() };
     let directory = Directory::Scripted(scripted.clone());
     let asked = Asked::new(directory, &asking, Declared::named(["a", "b"]), metrics.route(0).clone());
-    (Arc::new(asked), metrics)
+    (asked, metrics)
+}
+
+/// A directory that may take as long as the test does, whose answers are kept for an hour.
+fn patient(scripted: &Scripted) -> Asked {
+    built(scripted, Duration::from_secs(60), 8, Some(rules(HOUR))).0
 }
 
 #[tokio::test]
@@ -173,4 +195,84 @@ async fn a_directory_that_hangs_fails_in_time_and_says_why() {
     }
     assert_eq!(reasons[0], "no answer within 300ms");
     assert!(reasons[1].ends_with("of it for a free connection"), "{reasons:?}");
+}
+
+#[tokio::test]
+async fn an_answer_older_than_a_reload_is_not_kept() {
+    let scripted = Scripted::new();
+    let old = Arc::new(patient(&scripted));
+    old.keep_since("ageing", Target::backend(BackendId(0)), HOUR / 10 * 9);
+    let gate = gate(&scripted);
+    for user in ["alice", "ageing"] {
+        scripted.says(user, found(0));
+    }
+    // One user is found, one is unknown, and one answer is renewed ahead of time.
+    let (alice, bob) = (in_flight(&old, &scripted, "alice").await, in_flight(&old, &scripted, "bob").await);
+    assert_eq!(in_flight(&old, &scripted, "ageing").await.await.unwrap(), found(0));
+    let new = Arc::new(patient(&scripted).with_answers_of(Some(&old)));
+    new.start(tokio::runtime::Handle::current());
+    drop(gate);
+    assert_eq!((alice.await.unwrap(), bob.await.unwrap()), (found(0), Answer::Unknown));
+    // Nobody waits for the renewal; it is over when no lookup is in flight.
+    while old.is_asking(8) {
+        tokio::task::yield_now().await;
+    }
+    for user in ["alice", "bob", "ageing"] {
+        scripted.says(user, found(1));
+    }
+    for user in ["alice", "bob"] {
+        assert_eq!(new.lookup(question(user)).await, (found(1), Origin::Asked), "{user}");
+    }
+    let (_, origin) = new.lookup(question("ageing")).await;
+    assert!(matches!(origin, Origin::Cache(age) if age > HOUR / 2), "not renewed by the old lookup: {origin:?}");
+}
+
+#[tokio::test]
+async fn an_answer_older_than_a_move_is_not_kept_by_any_configuration() {
+    let scripted = Scripted::new();
+    let old = Arc::new(patient(&scripted));
+    let new = Arc::new(patient(&scripted).with_answers_of(Some(&old)));
+    new.start(tokio::runtime::Handle::current());
+    let gate = gate(&scripted);
+    scripted.says("alice", found(0));
+    // A login that still holds the old configuration asks; the user is forgotten in the new one.
+    let alice = in_flight(&old, &scripted, "alice").await;
+    new.forget("alice");
+    drop(gate);
+    assert_eq!(alice.await.unwrap(), found(0));
+    scripted.says("alice", found(1));
+    assert_eq!(new.lookup(question("alice")).await, (found(1), Origin::Asked));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_forgotten_user_does_not_come_back_from_the_file() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("cache");
+    let scripted = Scripted::new();
+    scripted.says("alice", found(0));
+    let with_file = || Cache { file: Some(path.clone()), ..rules(HOUR) };
+    let old = Arc::new(built(&scripted, HOUR, 8, Some(with_file())).0);
+    let stop = tokio_util::sync::CancellationToken::new();
+    let keeping = tokio::spawn(old.clone().keep_file(stop.clone()));
+    old.lookup(question("alice")).await;
+    let saved = || std::fs::read_to_string(&path).unwrap_or_default();
+    while !saved().contains("alice") {
+        tokio::time::sleep(Duration::from_secs(1)).await;
+    }
+    let new = built(&scripted, HOUR, 8, Some(with_file())).0.with_answers_of(Some(&old));
+    old.forget("alice");
+    new.read_file();
+    assert_eq!(Arc::new(new).lookup(question("alice")).await.1, Origin::Asked, "a reload does not read the file");
+    old.forget("alice");
+    let forgotten = tokio::time::Instant::now();
+    while saved().contains("alice") {
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+    assert!(forgotten.elapsed() < Duration::from_secs(30), "sooner than the next regular write");
+    // A process with a successor leaves the file to it.
+    old.leave_file();
+    std::fs::write(&path, "the successor's").unwrap();
+    stop.cancel();
+    keeping.await.unwrap();
+    assert_eq!(saved(), "the successor's");
 }

@@ -1,16 +1,20 @@
 //! What a directory said, kept for a while. Decides by the time handed in; asks nobody. Called by `asked`.
 //!
+//! A user may be forgotten, and a configuration replaced, while a lookup is in flight. Its answer may be older than that
+//! event and is not kept: see [`Cache::keep_current`].
+//!
 //! A found user is fresh for `ttl`; in its last fifth it is asked for again while the old answer is used. After that the
 //! answer is stale: good only while the directory is down, for `stale` longer. An unknown user is fresh for `negative`
 //! and never used stale: who was added meanwhile would be turned away as if by a directory that answers.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use quick_cache::sync;
 
 use super::target::Target;
 use crate::config;
+use crate::generations::{Generation, Generations};
 
 /// A kept answer; `None`: the user is unknown.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -37,11 +41,15 @@ pub(super) enum Looked {
 pub(super) struct Cache {
     rules: config::Cache,
     kept: sync::Cache<Arc<str>, Kept>,
+    /// What makes lookups in flight out of date. Locked while an answer is kept or forgotten.
+    events: Mutex<Generations>,
+    saving: Mutex<()>,
 }
 
 impl Cache {
     pub(super) fn new(rules: config::Cache) -> Self {
-        Self { kept: sync::Cache::new(rules.entries), rules }
+        let kept = sync::Cache::new(rules.entries);
+        Self { kept, rules, events: Mutex::default(), saving: Mutex::default() }
     }
 
     pub(super) fn look(&self, user: &str, now: Instant) -> Looked {
@@ -65,8 +73,40 @@ impl Cache {
         self.kept.insert(user, Kept { target, asked });
     }
 
+    /// The current generation, to be taken before the directory is asked.
+    pub(super) fn generation(&self) -> Generation {
+        self.events().current()
+    }
+
+    /// Keeps the answer of a lookup that began at `since`, unless the user was forgotten or all lookups became out of date
+    /// since then.
+    pub(super) fn keep_current(&self, user: Arc<str>, target: Option<Arc<Target>>, asked: Instant, since: Generation) {
+        let events = self.events();
+        if events.is_current(&user, since) {
+            self.keep(user, target, asked);
+        }
+    }
+
+    /// Removes a user's answer. Answers of lookups in flight are not kept.
     pub(super) fn forget(&self, user: &str) {
+        let mut events = self.events();
+        events.invalidate(user);
         self.kept.remove(user);
+    }
+
+    /// Answers of lookups in flight are not kept.
+    pub(super) fn outdate_lookups(&self) {
+        self.events().invalidate_all();
+    }
+
+    /// Held while the file is written: two configurations that share the cache write one file.
+    pub(super) fn saving(&self) -> MutexGuard<'_, ()> {
+        self.saving.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn events(&self) -> MutexGuard<'_, Generations> {
+        // Plain numbers, valid whatever they hold.
+        self.events.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Number of answers held.
@@ -128,6 +168,25 @@ mod tests {
         cache.keep("mallory".into(), None, now);
         assert!(matches!(cache.look("mallory", now + seconds(9)), Looked::Fresh(Kept { target: None, .. })));
         assert_eq!(cache.look("mallory", now + seconds(10)), Looked::Nothing);
+    }
+
+    #[test]
+    fn an_answer_older_than_what_outdated_it_is_not_kept() {
+        let cache = cache(10);
+        let now = Instant::now();
+        let target = || Some(Arc::new(Target::backend(BackendId(0))));
+        let before = cache.generation();
+        cache.forget("alice");
+        cache.keep_current("alice".into(), target(), now, before);
+        assert_eq!(cache.look("alice", now), Looked::Nothing);
+        cache.keep_current("alice".into(), target(), now, cache.generation());
+        assert!(matches!(cache.look("alice", now), Looked::Fresh(_)));
+        let before = cache.generation();
+        cache.outdate_lookups();
+        cache.keep_current("bob".into(), target(), now, before);
+        cache.keep_current("mallory".into(), None, now, before);
+        assert_eq!((cache.look("bob", now), cache.look("mallory", now)), (Looked::Nothing, Looked::Nothing));
+        assert!(matches!(cache.look("alice", now), Looked::Fresh(_)), "what is kept stays");
     }
 
     #[test]

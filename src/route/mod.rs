@@ -248,6 +248,15 @@ impl Router {
         }
     }
 
+    /// Writes kept answers to their files no more: a successor of this process does.
+    pub fn leave_files(&self) {
+        for (_, source) in &self.routes {
+            if let Source::Asked(asked, _) = source {
+                asked.leave_file();
+            }
+        }
+    }
+
     /// Whether any source decides by more than the user.
     pub fn wants_visitor(&self) -> bool {
         self.routes.iter().any(|(_, source)| matches!(source, Source::Asked(asked, _) if asked.wants_visitor()))

@@ -362,6 +362,8 @@ impl Running {
         if let Some(admin) = self.lock().admin.take() {
             admin.stop.cancel();
         }
+        // What this process keeps grows old while it waits for its sessions; the successor's is newer.
+        self.live().router.leave_files();
         self.wind_up(hurry, Manner::Retire).await
     }
 

@@ -83,21 +83,23 @@ impl Running {
         };
         let lines = seen.iter().map(|seen| {
             let Seen { guest, server, age, stage } = seen;
+            let (backend, server) = server.as_ref().map_or(("-", "-"), |server| (&*server.backend, &*server.name));
             let state = match stage {
-                Stage::LoggingIn => " logging in",
+                Stage::LoggingIn | Stage::Accepted => " logging in",
                 Stage::Settled => "",
                 Stage::CutOff => " cut off",
             };
             let session = String::from_utf8_lossy(&guest.session);
-            format!("{} {} {} {} {} s{state}", guest.user, guest.client, server.backend, server.name, age.as_secs())
-                + &format!(" {session}")
+            format!("{} {} {backend} {server} {} s{state} {session}", guest.user, guest.client, age.as_secs())
         });
         let text = lines.collect::<Vec<_>>().join("\n");
         let data = seen.iter().map(|seen| {
             json!({
                 "user": &*seen.guest.user, "client": seen.guest.client.to_string(),
-                "session": String::from_utf8_lossy(&seen.guest.session), "backend": &*seen.server.backend,
-                "server": &*seen.server.name, "seconds": seen.age.as_secs(), "settled": seen.stage != Stage::LoggingIn,
+                "session": String::from_utf8_lossy(&seen.guest.session),
+                "backend": seen.server.as_ref().map(|server| &*server.backend),
+                "server": seen.server.as_ref().map(|server| &*server.name), "seconds": seen.age.as_secs(),
+                "settled": matches!(seen.stage, Stage::Settled | Stage::CutOff),
                 "cut_off": seen.stage == Stage::CutOff,
             })
         });

@@ -1,8 +1,9 @@
-//! Steps 4 to 6 of a session, for one login command: who is it, where does the mailbox lie, and will a server have it.
+//! Steps 4 to 6 of a session, for one login command: normalise the user, route, log in on a server.
 //!
-//! Nothing of an attempt outlives it but its answer and what the record keeps. Called by `session`.
+//! A login is registered (`sessions`) before it is routed, and everything it waits for from then on ends when it is
+//! cancelled. The user is moved, or its server drained: the login is routed again, a bounded number of times. Nothing of an
+//! attempt outlives it but its answer and what the record keeps. Called by `session`.
 
-use std::future::poll_fn;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -10,15 +11,17 @@ use tokio::time::{self, timeout, timeout_at};
 use zeroize::Zeroizing;
 
 use super::defence::counted_users;
+use super::placement::{Placed, Placing};
 use super::record::reason;
-use super::{Session, close, pace};
-use crate::backend::connect::{self, Established, Fault, Outcome, Purpose, Request};
-use crate::backend::{Backend, Server, Slot, Stop, Tour};
+use super::{Session, Unread, close, pace};
+use crate::backend::connect::{Established, Outcome, Purpose, Request};
+use crate::backend::{Backend, Server, Slot};
 use crate::failure::Reason;
+use crate::generations::Generation;
 use crate::identity::{
     Credentials, Mechanism, Names, PasswordLogin, Proof, Secret, ServerLogin, UserName, authorise_certificate,
 };
-use crate::imap::prelogin::{LoginRequest, Prelogin, Step};
+use crate::imap::prelogin::{Bye, LoginRequest, Prelogin, Step};
 use crate::imap::tag::Tag;
 use crate::imap::{reply, sasl};
 use crate::metrics::LoginOutcome;
@@ -27,8 +30,8 @@ use crate::server::Live;
 use crate::sessions::{Guest, NoSeat, Seat, Why};
 use crate::stream::Stream;
 
-/// A user may be sent on this often.
-const MAX_REFERRALS: usize = 2;
+/// Maximum number of times that one login is routed: again whenever its user is moved or its server drained meanwhile.
+const MAX_ROUTINGS: usize = 8;
 
 /// How a login attempt ended.
 pub(super) enum Attempted {
@@ -61,11 +64,19 @@ pub(super) struct Seated {
     pub(super) seat: Seat,
 }
 
-/// How the servers tried have answered, and the one that did.
-type Answered<'a> = (Outcome<'a>, Option<Seated>);
+/// A registered login.
+struct Registered {
+    seat: Seat,
+    /// The holds that came before the routes are asked.
+    since: Generation,
+}
 
-/// The user is being moved: wait, and route again.
-struct Held;
+/// How far an attempt has come when it is cancelled.
+#[derive(Debug, Default)]
+struct Progress {
+    /// A server's challenge was sent to the client: the login cannot begin again without it.
+    in_exchange: bool,
+}
 
 impl Session {
     /// `None`: the session is over.
@@ -109,29 +120,77 @@ impl Session {
             self.record.attempt_failed(Reason::ProxyLoop, LoginOutcome::Unavailable, None);
             return Some(Attempted::Unavailable);
         }
-        let due = time::Instant::now() + live.limits.server_login;
-        loop {
-            // A user who is being moved comes in when that is done.
-            let free = live.sessions.changed(|sessions| !sessions.is_held(&names.routing));
-            if timeout_at(due, free).await.is_err() {
-                self.record.attempt_failed(Reason::Moved, LoginOutcome::Unavailable, None);
-                return Some(Attempted::Unavailable);
-            }
-            if let Ok(attempted) = self.routed_attempt(login, &names, stream, prelogin, began).await? {
-                return Some(attempted);
-            }
-        }
+        self.registered_attempt(login, &names, stream, prelogin, began).await
     }
 
-    /// One look at the routes and what follows from it.
-    async fn routed_attempt(
+    /// Registers the login and routes it, again when a move or a drained server has made the first answer out of date.
+    async fn registered_attempt(
         &mut self,
         login: &LoginRequest,
         names: &Names,
         stream: &mut Stream,
         prelogin: &mut Prelogin,
         began: Instant,
-    ) -> Option<Result<Attempted, Held>> {
+    ) -> Option<Attempted> {
+        let sessions = self.live.sessions.clone();
+        let due = time::Instant::now() + self.live.limits.server_login;
+        let guest = Guest {
+            user: names.routing.clone(),
+            client: self.peer.ip().to_canonical(),
+            session: self.record.session().bytes(),
+        };
+        let mut held = names.routing.clone();
+        let mut ended_by = Why::Moved;
+        let mut routings = 0;
+        while routings < MAX_ROUTINGS && time::Instant::now() < due {
+            // A user who is being moved comes in when that is done.
+            let released = sessions.changed(|sessions| !sessions.is_held(&names.routing) && !sessions.is_held(&held));
+            if timeout_at(due, released).await.is_err() {
+                break;
+            }
+            let since = sessions.generation();
+            let Ok(seat) = sessions.take(guest.clone()) else { continue };
+            let call = seat.call().clone();
+            let mut progress = Progress::default();
+            let registered = Registered { seat, since };
+            let routed = tokio::select! {
+                biased;
+                why = call.told() => Err(why),
+                routed = self.routed_attempt(login, names, registered, stream, prelogin, began, &mut progress) => Ok(routed?),
+            };
+            routings += 1;
+            match routed {
+                Ok(Ok(attempted)) => return Some(attempted),
+                Ok(Err(NoSeat::Held(name))) => held = name,
+                Ok(Err(NoSeat::Outdated)) => {}
+                Err(why) => {
+                    ended_by = why;
+                    if progress.in_exchange {
+                        self.record.attempt_failed(reason(why), LoginOutcome::Unavailable, None);
+                        return Some(Attempted::Dismissed { reply: reply::ended(&login.tag) });
+                    }
+                    if matches!(why, Why::Kicked | Why::Stopped) {
+                        break;
+                    }
+                }
+            }
+        }
+        self.record.attempt_failed(reason(ended_by), LoginOutcome::Unavailable, None);
+        Some(Attempted::Unavailable)
+    }
+
+    /// Asks the routes, and logs in where they say. An error: the login must be routed again.
+    #[expect(clippy::too_many_arguments, reason = "it is the middle of one story, and keeps nothing")]
+    async fn routed_attempt(
+        &mut self,
+        login: &LoginRequest,
+        names: &Names,
+        registered: Registered,
+        stream: &mut Stream,
+        prelogin: &mut Prelogin,
+        began: Instant,
+        progress: &mut Progress,
+    ) -> Option<Result<Attempted, NoSeat>> {
         self.up_to_date();
         let live = self.live.clone();
         // Before anybody is looked up: the answer shall be the same whether the mailbox exists.
@@ -159,8 +218,9 @@ impl Session {
         let backend = live.backends.backend(place.backend);
         if login.credentials.authzid.is_some() && !backend.allows_authzid {
             // Others allow it: those who are asked for there, and those who do not exist, get one answer.
+            let refused = self.refused_late(&login.tag, began).await;
             self.record.attempt_failed(Reason::AuthzidRefused, LoginOutcome::Refused, Some(backend.id));
-            return Some(Ok(self.refused_late(&login.tag, began).await));
+            return Some(Ok(refused));
         }
         let renamed = renamed(&login.credentials, place, names);
         let server_login = server_login(&login.credentials, place, names, backend, renamed.as_ref());
@@ -181,25 +241,19 @@ impl Session {
             session_id: session_id.as_str(),
             limits: &live.limits,
         };
-        let guest = Guest {
-            user: place.mailbox(&names.routing),
-            client: self.peer.ip().to_canonical(),
-            session: session_id.bytes(),
-        };
-        let (mut outcome, answered) = match log_in_somewhere(&live, place, guest, &request).await {
+        let (mailbox, Registered { seat, since }) = (place.mailbox(&names.routing), registered);
+        let desk = self.desk.clone();
+        let placing = Placing { live: &live, desk, seat: &seat, since, mailbox, request: &request };
+        let (mut outcome, mut placed) = match placing.log_in_somewhere(place).await {
             Ok(answered) => answered,
-            Err(Held) => return Some(Err(Held)),
+            Err(again) => return Some(Err(again)),
         };
         while let Outcome::Challenged(paused, challenge) = outcome {
+            let Some(placed) = &mut placed else { return Some(Ok(Attempted::Unavailable)) };
+            placing.asks_client(placed, &challenge);
+            progress.in_exchange = true;
             let response = self.ask(&login.tag, &challenge, stream, prelogin).await?;
-            if let Some(why) = answered.as_ref().and_then(|answered| answered.seat.call().why()) {
-                outcome = Outcome::Unavailable(told(why));
-                break;
-            }
-            outcome = paused.respond(&response, time::Instant::now() + live.limits.server_login).await;
-            if let Outcome::Unavailable(fault) = &outcome {
-                live.metrics.failure(fault.reason);
-            }
+            outcome = placing.respond(paused, placed, &response).await;
         }
         if matches!(outcome, Outcome::Accepted(_))
             && let users = counted_users(&live.config.naming, &login.credentials)
@@ -207,7 +261,8 @@ impl Session {
         {
             return Some(Ok(limited));
         }
-        Some(Ok(self.answered(outcome, answered, backend, began)))
+        let seated = placed.map(|Placed { backend, server, slot }| Seated { backend, server, slot, seat });
+        Some(Ok(self.answered(outcome, seated, backend, began)))
     }
 
     fn answered(
@@ -260,7 +315,14 @@ impl Session {
         loop {
             self.send(stream, &mut out).await?;
             match prelogin.step(&mut out) {
-                Step::NeedInput => self.receive(stream, prelogin).await?,
+                // The drain and shedding end the whole attempt.
+                Step::NeedInput => match self.read(stream, prelogin).await {
+                    Ok(()) => {}
+                    Err(Unread::Gone) => return self.gone(Reason::Disconnected),
+                    Err(Unread::Late) => {
+                        return self.farewell(stream, prelogin, Bye::LoginDeadline, Reason::LoginDeadline).await;
+                    }
+                },
                 Step::Response(response) => return Some(response),
                 Step::Close(reason) => {
                     self.send(stream, &mut out).await?;
@@ -296,8 +358,10 @@ impl Session {
     }
 
     async fn no_such_user(&mut self, tag: &Tag, reason: Reason, began: Instant) -> Attempted {
+        let refused = self.refused_late(tag, began).await;
+        // After the wait, which may end with the attempt: it is counted once.
         self.record.attempt_failed(reason, LoginOutcome::UnknownUser, None);
-        self.refused_late(tag, began).await
+        refused
     }
 
     /// The client may not open the mailbox it asked for.
@@ -321,8 +385,8 @@ impl Session {
                 Attempted::Refused { reply: reply::contact_admin(tag, text), counts: false }
             }
             Target::Denied(denied) => {
-                self.record.denied();
                 time::sleep(denied.wait).await;
+                self.record.denied();
                 let reply = reply::authentication_failed(tag, denied.text.as_deref());
                 match denied.closes {
                     true => Attempted::Dismissed { reply: reply::dismissed(reply) },
@@ -415,130 +479,4 @@ fn server_login<'a>(
         }
         Proof::Certificate => backend.login.as_ref().map(|own| on_behalf(own.master.as_ref(), &own.password)),
     }
-}
-
-/// Step 5: the user's servers in order, until one gives an answer that counts for all of them; and where it sends the
-/// user, if that is a declared server.
-async fn log_in_somewhere<'a>(
-    live: &'a Live,
-    place: &Place,
-    guest: Guest,
-    request: &'a Request<'a>,
-) -> Result<Answered<'a>, Held> {
-    let deadline = time::Instant::now() + live.limits.server_login;
-    let known_by = deadline.min(time::Instant::now() + live.limits.connect);
-    let backend = live.backends.backend(place.backend);
-    let servers = timeout_at(known_by, live.servers(place, &guest.user)).await.unwrap_or_default();
-    let mut tour = Tour::new(backend, servers);
-    let mut outcome = Outcome::Unavailable(Fault::no_server());
-    loop {
-        let (server, slot) = match tour.next(deadline).await {
-            Stop::At(server, slot) => (server, slot),
-            Stop::Full => return Ok((Outcome::Unavailable(Fault::full()), None)),
-            Stop::End => return Ok((outcome, None)),
-        };
-        let now = time::Instant::now();
-        // While there is another server, one that hangs gets half of what is left.
-        let due = if tour.has_more() { now + deadline.saturating_duration_since(now) / 2 } else { deadline };
-        let (answer, seated) = log_in_at(live, backend, (server.clone(), slot), &guest, request, due).await?;
-        outcome = answer;
-        match &outcome {
-            Outcome::Unavailable(fault) => {
-                report(live, &server, request, fault);
-                if !fault.try_next || time::Instant::now() >= deadline {
-                    return Ok((outcome, None));
-                }
-            }
-            Outcome::Referred(_) => return follow(live, outcome, seated, guest, request, deadline).await,
-            _ => return Ok((outcome, seated)),
-        }
-    }
-}
-
-/// Step 6, in a place of the user's on that server: where its users must be served by one server at a time, their sessions
-/// on others end first.
-async fn log_in_at<'a>(
-    live: &'a Live,
-    backend: &'a Arc<Backend>,
-    (server, slot): (Arc<Server>, Slot),
-    guest: &Guest,
-    request: &'a Request<'a>,
-    due: time::Instant,
-) -> Result<Answered<'a>, Held> {
-    let mut taken = Err(NoSeat::Elsewhere);
-    let alone = backend.serves_a_user_by_one_server();
-    let tried = live.sessions.changed(|_| {
-        taken = live.sessions.take(guest.clone(), &server, alone);
-        !matches!(taken, Err(NoSeat::Elsewhere))
-    });
-    // Whatever the result, `taken` says what there is.
-    let _ = timeout_at(due, tried).await;
-    let seat = match taken {
-        Ok(seat) => seat,
-        Err(NoSeat::Held) => return Err(Held),
-        Err(NoSeat::Elsewhere) => {
-            let detail = "the user's sessions on another server of the backend do not end".to_owned();
-            return Ok((Outcome::Unavailable(Fault::told(Reason::Moved, detail, false)), None));
-        }
-    };
-    let outcome = tokio::select! {
-        biased;
-        why = poll_fn(|context| seat.call().poll(context)) => Outcome::Unavailable(told(why)),
-        outcome = connect::login(backend, &server, request, due) => outcome,
-    };
-    Ok((outcome, Some(Seated { backend: backend.clone(), server, slot, seat })))
-}
-
-/// A login that was told to end like the sessions it would have become one of.
-fn told(why: Why) -> Fault {
-    let elsewhere = matches!(why, Why::Moved | Why::Drained);
-    Fault::told(reason(why), "the operator, or a login of this user elsewhere, ended it".to_owned(), elsewhere)
-}
-
-/// To where a server sends the user, as far as its backend allows.
-async fn follow<'a>(
-    live: &'a Live,
-    mut outcome: Outcome<'a>,
-    mut seated: Option<Seated>,
-    guest: Guest,
-    request: &'a Request<'a>,
-    deadline: time::Instant,
-) -> Result<Answered<'a>, Held> {
-    let mut visited = Vec::new();
-    while let (Outcome::Referred(referral), Some(at)) = (&outcome, &seated) {
-        visited.push(at.server.name.clone());
-        if !at.backend.follows_referrals {
-            break;
-        }
-        let place = format!("{}:{}", referral.host, referral.port);
-        let next = live.backends.find(&referral.host, referral.port);
-        let fault = match next {
-            None => Fault::referral(format!("{} refers to {place}, which is no declared server", at.server.name)),
-            Some((_, next)) if visited.contains(&next.name) || visited.len() > MAX_REFERRALS => {
-                Fault::referral(format!("referrals go in a circle: {} refers to {place}", at.server.name))
-            }
-            Some((backend, next)) => match Tour::new(backend, vec![next]).next(deadline).await {
-                Stop::At(server, slot) => {
-                    // The user is not served there, and shall not count as if.
-                    drop(seated.take());
-                    let at = (server.clone(), slot);
-                    (outcome, seated) = log_in_at(live, backend, at, &guest, request, deadline).await?;
-                    if let Outcome::Unavailable(fault) = &outcome {
-                        report(live, &server, request, fault);
-                    }
-                    continue;
-                }
-                Stop::Full => return Ok((Outcome::Unavailable(Fault::full()), None)),
-                Stop::End => Fault::referral(format!("{} refers to {place}, which gets no logins now", at.server.name)),
-            },
-        };
-        report(live, &at.server, request, &fault);
-        return Ok((Outcome::Unavailable(fault), None));
-    }
-    Ok((outcome, seated))
-}
-
-fn report(live: &Live, server: &Server, request: &Request<'_>, fault: &Fault) {
-    tracing::info!(session = request.session_id, server = %server.name, reason = fault.reason.as_str(), detail = %fault.detail, "server could not take the login");
-    live.metrics.failure(fault.reason);
 }

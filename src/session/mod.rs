@@ -21,9 +21,11 @@ mod id;
 mod introduction;
 mod invalid;
 mod pace;
+mod placement;
 mod record;
 mod relayed;
 
+use std::future::pending;
 use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -45,7 +47,7 @@ use crate::backend::connect::Established;
 use crate::config::ListenerTls;
 use crate::failure::Reason;
 use crate::guard::{Pass, Ticket};
-use crate::imap::prelogin::{Bye, CloseReason, Policy, Prelogin, Step, Transport};
+use crate::imap::prelogin::{Bye, CloseReason, LoginRequest, Policy, Prelogin, Step, Transport};
 use crate::metrics::OpenGuard;
 use crate::occupancy::Occupant;
 use crate::policy;
@@ -179,7 +181,8 @@ impl Session {
                     // Nothing learnt in clear is believed: a new parser, new counters, no ID.
                     prelogin = Prelogin::new(self.policy(Transport::Tls, &stream));
                 }
-                Step::Login(mut request) => match self.attempt(&mut request, &mut stream, &mut prelogin).await? {
+                Step::Login(mut request) => match self.bounded_attempt(&mut request, &mut stream, &mut prelogin).await?
+                {
                     Attempted::Accepted { seated, established } => {
                         self.report(true);
                         return self.relayed(stream, prelogin.into_leftover(), seated, *established).await;
@@ -301,21 +304,67 @@ impl Session {
         }
     }
 
-    /// Reads once. `None`: the session is over, and the client has been told where it could be.
-    async fn receive(&mut self, stream: &mut Stream, prelogin: &mut Prelogin) -> Option<()> {
-        let mut buffer = Zeroizing::new(Vec::with_capacity(READ));
+    /// A login attempt, unless the process stops or the connection is shed first: whatever the attempt waits for, that
+    /// ends it, with its connection to a server. `None`: the session is over.
+    async fn bounded_attempt(
+        &mut self,
+        request: &mut LoginRequest,
+        stream: &mut Stream,
+        prelogin: &mut Prelogin,
+    ) -> Option<Attempted> {
+        let (drain, shed) = (self.drain.begun().clone(), self.ticket.as_ref().map(Ticket::shed_signal));
+        let is_shed = async {
+            match &shed {
+                Some(shed) => shed.cancelled().await,
+                None => pending().await,
+            }
+        };
+        if let Some(ticket) = self.ticket.as_ref().filter(|_| request.credentials.is_complete()) {
+            ticket.login_begun();
+        }
         let (bye, reason) = tokio::select! {
-            read = timeout_at(self.login_by, stream.read_buf(&mut *buffer)) => match read {
-                Ok(Ok(read)) if read > 0 => {
-                    prelogin.input(&buffer);
-                    return Some(());
+            biased;
+            attempted = self.attempt(request, stream, prelogin) => {
+                if let Some(ticket) = &self.ticket {
+                    ticket.login_ended();
                 }
-                Ok(_) => return self.gone(Reason::Disconnected),
-                Err(_) => (Bye::LoginDeadline, Reason::LoginDeadline),
+                return attempted;
+            }
+            () = drain.cancelled() => (Bye::Shutdown, Reason::Drain),
+            () = is_shed => (Bye::Shed, Reason::Shed),
+        };
+        self.farewell(stream, prelogin, bye, reason).await
+    }
+
+    /// Reads once. `None`: the session is over, and the client was sent a BYE if possible.
+    async fn receive(&mut self, stream: &mut Stream, prelogin: &mut Prelogin) -> Option<()> {
+        let (bye, reason) = tokio::select! {
+            read = self.read(stream, prelogin) => match read {
+                Ok(()) => return Some(()),
+                Err(Unread::Gone) => return self.gone(Reason::Disconnected),
+                Err(Unread::Late) => (Bye::LoginDeadline, Reason::LoginDeadline),
             },
             () = self.drain.begun().cancelled() => (Bye::Shutdown, Reason::Drain),
             () = self.shed() => (Bye::Shed, Reason::Shed),
         };
+        self.farewell(stream, prelogin, bye, reason).await
+    }
+
+    /// Reads once, within the deadline of the login.
+    async fn read(&self, stream: &mut Stream, prelogin: &mut Prelogin) -> Result<(), Unread> {
+        let mut buffer = Zeroizing::new(Vec::with_capacity(READ));
+        match timeout_at(self.login_by, stream.read_buf(&mut *buffer)).await {
+            Ok(Ok(read)) if read > 0 => {
+                prelogin.input(&buffer);
+                Ok(())
+            }
+            Ok(_) => Err(Unread::Gone),
+            Err(_) => Err(Unread::Late),
+        }
+    }
+
+    /// Ends the session with a BYE. Returns `None`, for its callers to return.
+    async fn farewell<T>(&mut self, stream: &mut Stream, prelogin: &Prelogin, bye: Bye, reason: Reason) -> Option<T> {
         let mut out = Vec::new();
         prelogin.bye(bye, &mut out);
         // The session ends whether or not the client takes its farewell.
@@ -336,7 +385,7 @@ impl Session {
         self.record.ended_by(EndedBy::Proxy);
     }
 
-    fn gone(&mut self, reason: Reason) -> Option<()> {
+    fn gone<T>(&mut self, reason: Reason) -> Option<T> {
         self.record.ended_by(EndedBy::Client);
         self.record.failed(reason);
         None
@@ -353,9 +402,16 @@ impl Session {
         // Nobody who is logged in is told to go.
         self.ticket = None;
         let due = self.login_by.max(time::Instant::now() + FAREWELL);
-        let Ok(Ok((client, more))) = timeout_at(due, stream.into_leg()).await else {
-            return self.gone(Reason::Disconnected).and(None);
+        let call = seated.seat.call().clone();
+        let leg = tokio::select! {
+            biased;
+            why = call.told() => {
+                self.record.cancelled(why);
+                return None;
+            }
+            leg = timeout_at(due, stream.into_leg()) => leg,
         };
+        let Ok(Ok((client, more))) = leg else { return self.gone(Reason::Disconnected) };
         to_server.extend(more);
         self.record.open_on(seated.backend.id, seated.slot);
         seated.seat.settle();
@@ -363,12 +419,20 @@ impl Session {
             _counted: self.drain.count(),
             keepalive_set: false,
             room: self.room,
-            seat: seated.seat,
             record: self.record,
             _held: self.held,
+            seat: seated.seat,
         };
         Some(Relayed::new(client, established.leg, established.to_client, to_server, kept))
     }
+}
+
+/// Why nothing was read from a client.
+enum Unread {
+    /// The client has closed the connection, or it broke.
+    Gone,
+    /// `limits.login` is over.
+    Late,
 }
 
 /// Says goodbye at the TLS level, to a peer that may no longer listen.

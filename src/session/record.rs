@@ -320,7 +320,7 @@ impl Record {
         (self.to_client, self.to_server) = (to_client, to_server);
         let end = match over {
             Over::Ended(end) => end,
-            Over::Told(why) => return self.told(why),
+            Over::Told(why) => return self.cancelled(why),
         };
         self.ended_by = match end {
             End::Client | End::ClientStalled | End::ClientTls(_) => EndedBy::Client,
@@ -343,7 +343,8 @@ impl Record {
         self.failed(reason);
     }
 
-    fn told(&mut self, why: Why) {
+    /// The session is cancelled.
+    pub(super) fn cancelled(&mut self, why: Why) {
         self.ended_by = EndedBy::Drain;
         self.failed(reason(why));
     }

@@ -45,14 +45,15 @@ pub struct Quiet {
 /// What a session keeps for all of its life after the login.
 pub(super) struct Kept {
     pub(super) room: Arc<Room>,
-    /// On its server; also where the session hears that it shall end.
-    pub(super) seat: Seat,
     pub(super) record: Record,
     /// On both sockets.
     pub(super) keepalive_set: bool,
     /// The drain waits until it drops.
     pub(super) _counted: TaskTrackerToken,
     pub(super) _held: Held,
+    /// The entry in the session registry; also where the session sees that it is cancelled. The last field, because fields
+    /// drop in order: a login that waits for this session finds its limits and places free.
+    pub(super) seat: Seat,
 }
 
 impl Kept {

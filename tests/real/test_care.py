@@ -2,10 +2,11 @@
 
 import os
 import signal
+import subprocess
 import threading
 import unittest
 
-from fixtures import Certificates, Dovecot, Folder, Proxy, wait_for
+from fixtures import PATIENCE, VESTIBULE, Certificates, Dovecot, Folder, Proxy, wait_for
 from mail import Raw
 
 USERS = {f"user{number}@example.org": "secret" for number in range(12)}
@@ -19,11 +20,14 @@ backends:
 routes: [{default: trio}]
 # Dovecot starts a process for each connection: on a busy machine a greeting may take a second.
 limits: {drain: 1s}
-admin: {address: "127.0.0.1:{admin}"}
+admin: {address: "127.0.0.1:{admin}", control: CONTROL}
 """
 
 
 class Trio(unittest.TestCase):
+    # Those that a test has started.
+    proxies = 0
+
     @classmethod
     def setUpClass(cls):
         cls.folder = Folder()
@@ -37,15 +41,21 @@ class Trio(unittest.TestCase):
     def proxy(self, check="{interval: 200ms, timeout: 3s, fall: 2}", more="", port="port"):
         servers = ", ".join(f'"localhost:{getattr(server, port)}"' for server in self.servers)
         text = TEMPLATE.replace("SERVERS", servers).replace("CHECK", check).replace("MORE", more)
-        proxy = Proxy(text)
+        self.proxies += 1
+        self.control = self.folder.path / f"control-{self.proxies}"
+        proxy = Proxy(text.replace("CONTROL", str(self.control)))
         self.addCleanup(proxy.close)
+        self.addCleanup(self.control.unlink, missing_ok=True)
         wait_for("the first checks", lambda: proxy.metric("vestibule_server_checks_total", outcome="passed") >= 3)
         return proxy
 
-    def log_in(self, proxy, user):
+    def log_in(self, proxy, user, again=False):
+        """`again`: a login that is answered [UNAVAILABLE] may be sent once more."""
         client = Raw(proxy.ports["plain"])
         client.line()
         answer = client.command("a", f"LOGIN {user} {USERS[user]}")[-1]
+        if again and answer.startswith(b"a NO [UNAVAILABLE]"):
+            answer = client.command("a", f"LOGIN {user} {USERS[user]}")[-1]
         self.assertTrue(answer.startswith(b"a OK"), answer)
         return client
 
@@ -64,7 +74,9 @@ class Trio(unittest.TestCase):
                 while not over.is_set():
                     try:
                         # A session ends with its server, and so without LOGOUT; a login must not fail.
-                        self.log_in(proxy, user).close()
+                        # With user-hash a server that dies with the password takes the login along: it could be the
+                        # password's doing, and is tried nowhere else.
+                        self.log_in(proxy, user, again=balance == "user-hash").close()
                         logins[0] += 1
                     except Exception as error:  # whatever it is, a user has seen it
                         failed.append(f"{balance} {user}: {error!r}")
@@ -116,6 +128,40 @@ class Trio(unittest.TestCase):
         wait_for("the end of the sessions", lambda: sum(self.sessions(proxy)) == 0)
         return sessions
 
+    def test_an_attackers_login_ends_no_session(self):
+        proxy = self.proxy(more="balance: user-hash")
+        user = "user1@example.org"
+        before = [server.log().count(user) for server in self.servers]
+        clients = [self.log_in(proxy, user) for _ in range(3)]
+        home = self.sessions(proxy).index(3)
+
+        def attack(password):
+            attacker = Raw(proxy.ports["plain"])
+            attacker.line()
+            answer = attacker.command("a", f"LOGIN {user} {password}")[-1]
+            attacker.close()
+            for client in clients:
+                self.assertTrue(client.command("b", "NOOP")[-1].startswith(b"b OK"), password[:20])
+            return answer
+
+        # Longer than Dovecot's lines: it hangs up without an answer.
+        self.assertTrue(attack("x" * 9000).startswith(b"a NO "))
+        self.assertEqual(self.sessions(proxy), [3 if at == home else 0 for at in range(3)])
+        elsewhere = [server for at, server in enumerate(self.servers) if at != home]
+        self.assertEqual([server.log().count(user) for server in elsewhere], before[:home] + before[home + 1:],
+                         "it was tried at no other server")
+        # The user's server gets no new logins: the wrong password is refused by another one.
+        name = f"localhost:{self.servers[home].port}"
+        subprocess.run([VESTIBULE, "drain", name, "--control", self.control], check=True,
+                       capture_output=True, timeout=PATIENCE)
+        self.assertTrue(attack("wrong").startswith(b"a NO [AUTHENTICATIONFAILED]"))
+        self.assertEqual(proxy.metric("vestibule_logins_total", outcome="refused"), 1)
+        # The right one moves the user.
+        moved = self.log_in(proxy, user)
+        self.assertEqual([client.line() for client in clients], [b""] * 3)
+        self.assertTrue(moved.command("b", "NOOP")[-1].startswith(b"b OK"))
+        self.assertEqual(self.sessions(proxy)[home], 0)
+
     def test_an_account_logs_in_for_the_check(self):
         password = self.folder.write("probe", "probing\n")
         wrong = self.folder.write("wrong", "guessing\n")
@@ -124,7 +170,8 @@ class Trio(unittest.TestCase):
         wait_for("logins in Dovecot's log", lambda: all("Logged out" in server.log() for server in self.servers))
         self.assertEqual([self.up(proxy, server) for server in self.servers], [1, 1, 1])
         proxy = Proxy(TEMPLATE.replace("SERVERS", f'"localhost:{self.servers[0].port}"').replace("MORE", "")
-                      .replace("CHECK", check.replace("PASSWORD", str(wrong))))
+                      .replace("CHECK", check.replace("PASSWORD", str(wrong)))
+                      .replace("CONTROL", str(self.folder.path / "control-of-one")))
         self.addCleanup(proxy.close)
         wait_for("the failed check", lambda: self.up(proxy, self.servers[0]) == 0)
         self.log_in(proxy, "user1@example.org").close()

@@ -198,6 +198,18 @@ class Credentials(Servers, unittest.TestCase):
         self.assertRegex(raw.line(), b"^a BAD")
         self.assertRegex(raw.command("b", b"AUTHENTICATE XOAUTH2 " + xoauth2(ALICE, token(ALICE)))[-1], b"^b OK")
 
+    def test_an_exchange_takes_no_place_while_its_client_is_asked(self):
+        proxy = self.ready(self.proxy(backend="max_sessions: 1"))
+        first = base64.b64encode(f"n,,n={ALICE},r=abcdefgh".encode())
+        pending = [self.raw(proxy) for _ in range(20)]
+        for raw in pending:
+            raw.send(b"a AUTHENTICATE SCRAM-SHA-256 " + first + b"\r\n")
+            self.assertTrue(raw.line().startswith(b"+ "))
+        # Others get in, by SCRAM too, and the exchanges go on as if nothing had been.
+        self.assertRegex(scram(self.raw(proxy), "SCRAM-SHA-256", ALICE, PASSWORDS[ALICE]), b"^a OK", proxy.log())
+        pending[0].send(b"*\r\n")
+        self.assertRegex(pending[0].line(), b"^a BAD")
+
     def test_scram_is_between_client_and_server(self):
         proxy = self.ready(self.proxy())
         for name in ("SCRAM-SHA-1", "SCRAM-SHA-256"):

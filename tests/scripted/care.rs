@@ -241,7 +241,11 @@ async fn what_a_client_provokes_opens_no_breaker() {
 #[tokio::test]
 async fn a_server_that_dies_before_its_answer_costs_nobody_a_login() {
     for balance in BALANCES {
-        for broken in ["S: * OK [CAPABILITY IMAP4rev1] x\nC: *", "S: * OK [CAPABILITY IMAP4rev1] x"] {
+        for broken in ["S: * OK [CAPABILITY IMAP4rev1] x\nC: *", "C: *"] {
+            if balance == "user-hash" && broken.starts_with('S') {
+                // Once it has the password, its end may be the client's doing: `registry.rs`.
+                continue;
+            }
             let (bad, good) = (Scripted::new(broken).await, Scripted::new(GOOD).await);
             let servers = format!("'{}', '{}'", bad.address, good.address);
             let text = format!(

@@ -63,6 +63,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
             "backend",
             "config",
             "failure",
+            "generations",
             "guard",
             "identity",
             "imap",
@@ -80,7 +81,8 @@ const ALLOWED: &[(&str, &[&str])] = &[
             "waiting",
         ],
     ),
-    ("sessions", &["backend"]),
+    ("sessions", &["backend", "generations"]),
+    ("generations", &[]),
     (
         "backend",
         &[
@@ -102,6 +104,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
         &[
             "config",
             "dns",
+            "generations",
             "hedge",
             "http_client",
             "identity",

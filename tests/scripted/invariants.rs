@@ -1,8 +1,9 @@
 //! What must hold whatever happens: users come and go at random while servers die and come back, are drained, sessions are
 //! kicked, users moved and configurations loaded, all at once and at random.
 //!
-//! - A user is never on two servers of a `user-hash` backend at once. The servers judge it: one that lets a user in looks
-//!   whether another still has a connection of that user which the proxy has not closed.
+//! - A user is never served by two servers of a `user-hash` backend at once. The servers judge it: with each line of a
+//!   session they check that no other server has a session of that user which has had a line and which the proxy has not
+//!   closed. (A login that a server has accepted may wait for sessions elsewhere to end, but no line comes before that.)
 //! - No byte reaches another's session: every line carries user, session and number both ways, and both ends check each.
 //! - No login succeeds on a backend that was not the user's at some moment of it, and once a move is done nothing is left of
 //!   the user at the old place.
@@ -32,6 +33,8 @@ const SERVERS: usize = 3;
 const USERS: usize = 10;
 /// More than users: nearly everybody has several sessions.
 const CLIENTS: usize = 30;
+/// Few places, so that logins wait for one while users are moved and servers drained.
+const QUEUE: &str = "max_sessions: 5, queue: {length: 30, timeout: 3s}";
 
 /// Enough for a test: xorshift64*.
 struct Dice(u64);
@@ -55,6 +58,8 @@ struct Held {
     backend: usize,
     server: usize,
     socket: Arc<TcpStream>,
+    /// A line of the client has come.
+    is_served: bool,
 }
 
 impl Held {
@@ -109,19 +114,27 @@ impl World {
         }
         let serial = self.1.serial.fetch_add(1, Ordering::SeqCst);
         let held = truth.open.entry(user.to_owned()).or_default();
-        let other = held.iter().find(|held| held.backend == backend && held.server != server && held.is_open());
-        let mut said = String::new();
-        if let Some(other) = other {
-            let _ = write!(said, "{user} on server {server} of {backend} while on {}; ", other.server);
-        }
-        held.push(Held { serial, backend, server, socket: socket.clone() });
+        held.push(Held { serial, backend, server, socket: socket.clone(), is_served: false });
         if !truth.right[user].last().unwrap().contains(&backend) {
-            let _ = write!(said, "{user} on backend {backend}, which is not right");
-        }
-        if !said.is_empty() {
-            truth.violations.push(said);
+            truth.violations.push(format!("{user} on backend {backend}, which is not right"));
         }
         Some(serial)
+    }
+
+    /// A line has come in a session.
+    fn served(&self, user: &str, serial: usize) {
+        let mut truth = self.truth();
+        let Some(held) = truth.open.get_mut(user) else { return };
+        let Some(own) = held.iter_mut().find(|held| held.serial == serial) else { return };
+        own.is_served = true;
+        let (backend, server, own_open) = (own.backend, own.server, own.is_open());
+        let is_elsewhere = |held: &&Held| held.backend == backend && held.server != server;
+        let other = held.iter().find(|held| is_elsewhere(held) && held.is_served && held.is_open());
+        // A line that was on its way when the proxy closed the connection is no service.
+        if let Some(other) = other.filter(|_| own_open) {
+            let said = format!("{user} served by server {server} of {backend} and by {}", other.server);
+            truth.violations.push(said);
+        }
     }
 
     fn out(&self, user: &str, serial: usize) {
@@ -221,6 +234,7 @@ async fn serve(world: World, backend: usize, server: usize, socket: TcpStream) {
         if read(&mut stream, &mut line).await.is_none() {
             return;
         }
+        world.served(&user, serial);
         if line == "z LOGOUT" {
             let _ = stream.get_mut().say("* BYE x\r\nz OK x\r\n").await;
             return;
@@ -480,7 +494,8 @@ fn write_files(folder: &tempfile::TempDir, servers: &[Mailboxes], homes: &[usize
             .collect();
         addresses.rotate_left(turn % SERVERS);
         let list = addresses.join(", ");
-        let _ = writeln!(text, "  {}: {{servers: [{list}], balance: user-hash, check: off}}", BACKENDS[backend]);
+        let _ =
+            writeln!(text, "  {}: {{servers: [{list}], balance: user-hash, check: off, {QUEUE}}}", BACKENDS[backend]);
     }
     let _ = writeln!(text, "routes: [{{table: {}}}]", path.display());
     std::fs::write(folder.path().join("vestibule.yaml"), text).unwrap();
@@ -505,8 +520,12 @@ async fn nobody_is_served_twice_or_by_the_wrong_one_whatever_happens() {
         (0..CLIENTS).map(|_| tokio::spawn(client(world.clone(), address, dice.another(), over.clone()))).collect();
     let end = Instant::now() + length;
     let mut done: HashMap<&str, usize> = HashMap::new();
+    let mut moves_with_a_queue = 0;
     while Instant::now() < end && world.truth().violations.is_empty() {
-        *done.entry(operator.disturb(&mut dice).await).or_default() += 1;
+        let queued = metric(&operator.proxy, "vestibule_backend_queue_length", &[]) > 0.0;
+        let disturbance = operator.disturb(&mut dice).await;
+        *done.entry(disturbance).or_default() += 1;
+        moves_with_a_queue += usize::from(queued && disturbance == "moves");
         tokio::time::sleep(Duration::from_millis(dice.below(60) as u64)).await;
     }
     over.cancel();
@@ -516,7 +535,7 @@ async fn nobody_is_served_twice_or_by_the_wrong_one_whatever_happens() {
     assert_eq!(world.truth().violations, Vec::<String>::new());
     let counts = &world.1;
     println!(
-        "{done:?}: {} sessions, {} let in, {} refused, {} cut off, {} lines",
+        "{done:?}, {moves_with_a_queue} moves with a queue: {} sessions, {} let in, {} refused, {} cut off, {} lines",
         counts.sessions.load(Ordering::SeqCst),
         counts.serial.load(Ordering::SeqCst),
         counts.refused.load(Ordering::SeqCst),
@@ -525,6 +544,7 @@ async fn nobody_is_served_twice_or_by_the_wrong_one_whatever_happens() {
     );
     // What did not happen was not tested.
     assert_eq!(done.len(), 6, "{done:?}");
+    assert!(moves_with_a_queue > 0);
     assert!(counts.serial.load(Ordering::SeqCst) > 100 && counts.lines.load(Ordering::SeqCst) > 1000);
     assert!(counts.cut_off.load(Ordering::SeqCst) > 0);
     // Nothing is left, and everybody is let in again.

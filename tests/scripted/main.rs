@@ -14,6 +14,7 @@ mod house;
 mod invariants;
 mod mechanisms;
 mod proxy_protocol;
+mod registry;
 mod reload;
 mod routes;
 mod servers;

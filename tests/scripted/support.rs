@@ -113,6 +113,17 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Line<S> {
         }
     }
 
+    /// Exactly `length` bytes; `None` if the stream ends before.
+    pub async fn bytes(&mut self, length: usize) -> Option<Vec<u8>> {
+        while self.pending.len() < length {
+            match in_time("bytes", self.stream.read_buf(&mut self.pending)).await {
+                Ok(0) | Err(_) => return None,
+                Ok(_) => {}
+            }
+        }
+        Some(self.pending.drain(..length).collect())
+    }
+
     /// Sends a line and reads one.
     pub async fn ask(&mut self, text: &str) -> String {
         self.send(format!("{text}\r\n")).await;

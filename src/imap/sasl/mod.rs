@@ -20,6 +20,7 @@ use zeroize::Zeroizing;
 pub(super) use self::external::external;
 pub use self::oauth::renamed;
 pub(super) use self::plain::{password_login, plain, plain_response};
+pub use self::scram::is_server_final as is_scram_signature;
 use crate::identity::{Credentials, InvalidName, Mechanism, Proof, Secret, TokenFault, TokenIssuer, UserName};
 
 const BASE64: GeneralPurpose = GeneralPurpose::new(

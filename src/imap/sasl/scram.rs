@@ -34,6 +34,11 @@ pub(super) fn client_first(message: &[u8]) -> Result<ClientFirst, Invalid> {
     Ok(ClientFirst { user: gs2::sasl_name(user)?, authzid: header.authzid })
 }
 
+/// Whether a server's challenge is its final message with its signature: it has verified the client's proof.
+pub fn is_server_final(challenge: &[u8]) -> bool {
+    super::decode(challenge.trim_ascii_end()).is_ok_and(|message| message.starts_with(b"v="))
+}
+
 /// `value`: one or more characters of UTF-8 other than NUL and the comma, at which it was split.
 fn is_value(value: &[u8]) -> bool {
     !value.is_empty() && !value.contains(&0) && std::str::from_utf8(value).is_ok()

@@ -1,0 +1,95 @@
+//! Detects values that are older than the event that made them wrong, by name, in constant memory.
+//!
+//! Whoever looks something up takes the current [`Generation`] before the lookup starts. The result may be used while no
+//! event for its name has come since: [`Generations::is_current`]. Names share a fixed number of buckets, so names that
+//! clients choose cannot make it grow, and a collision only discards a value that was still good.
+
+use std::hash::{BuildHasher as _, RandomState};
+
+/// Number of buckets: 8 KiB.
+const BUCKETS: usize = 1024;
+
+/// A moment in the order of events.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Generation(u64);
+
+/// The last event of each bucket of names, and of all names together.
+#[derive(Debug)]
+pub struct Generations {
+    now: u64,
+    /// The last event that concerned every name.
+    all: u64,
+    by_name: Box<[u64; BUCKETS]>,
+    /// Random per process, so that nobody outside can choose names that collide with another user's.
+    hasher: RandomState,
+}
+
+impl Default for Generations {
+    fn default() -> Self {
+        Self { now: 0, all: 0, by_name: Box::new([0; BUCKETS]), hasher: RandomState::new() }
+    }
+}
+
+impl Generations {
+    /// The current generation, to be taken before a lookup starts.
+    pub fn current(&self) -> Generation {
+        Generation(self.now)
+    }
+
+    /// Makes everything that was looked up for `name` before now out of date.
+    pub fn invalidate(&mut self, name: &str) {
+        self.now += 1;
+        let bucket = self.bucket(name);
+        self.by_name[bucket] = self.now;
+    }
+
+    /// Makes everything that was looked up before now out of date.
+    pub fn invalidate_all(&mut self) {
+        self.now += 1;
+        self.all = self.now;
+    }
+
+    /// Whether what was looked up for `name` since `since` may still be used.
+    pub fn is_current(&self, name: &str, since: Generation) -> bool {
+        since.0 >= self.all && since.0 >= self.by_name[self.bucket(name)]
+    }
+
+    fn bucket(&self, name: &str) -> usize {
+        // The modulus fits a usize, whatever its width.
+        usize::try_from(self.hasher.hash_one(name) % BUCKETS as u64).unwrap_or_default()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_event_outdates_what_began_before_it_and_nothing_later() {
+        let mut generations = Generations::default();
+        let before = generations.current();
+        assert!(generations.is_current("alice", before));
+        generations.invalidate("alice");
+        assert!(!generations.is_current("alice", before));
+        let after = generations.current();
+        assert!(generations.is_current("alice", after));
+        // Another name is hit only if it shares the bucket.
+        let other = (0..).map(|number| format!("user{number}"));
+        let other = other.into_iter().find(|name| generations.bucket(name) != generations.bucket("alice")).unwrap();
+        assert!(generations.is_current(&other, before));
+        generations.invalidate_all();
+        assert!(!generations.is_current(&other, after) && !generations.is_current("alice", after));
+        assert!(generations.is_current("alice", generations.current()));
+    }
+
+    #[test]
+    fn names_do_not_make_it_grow() {
+        let mut generations = Generations::default();
+        let before = generations.current();
+        for number in 0..100_000 {
+            generations.invalidate(&format!("attacker{number}"));
+        }
+        assert!(!generations.is_current("alice", before), "a collision errs on the safe side");
+        assert_eq!(size_of_val(&*generations.by_name), 8192);
+    }
+}

@@ -1,0 +1,206 @@
+//! Steps 5 and 6 of a session: the servers of a routed login in order, until one gives an answer that counts.
+//!
+//! A login has no effect on the user's other sessions until a server has accepted it. Where a user must be served by one
+//! server at a time, the accepted login is then held back until the sessions on other servers have ended, or is given up.
+//! A login with incomplete credentials takes no place of a server's `max_sessions`. Every wait here ends with the future:
+//! the caller drops it when the login is cancelled. Called by `attempt`.
+
+use std::sync::Arc;
+
+use tokio::sync::watch;
+use tokio::time::{self, timeout_at};
+
+use crate::backend::connect::{self, Fault, Outcome, Paused, Request};
+use crate::backend::{Backend, Server, Slot, Stop, Tour};
+use crate::failure::{Reason, Side};
+use crate::generations::Generation;
+use crate::imap::sasl;
+use crate::route::Place;
+use crate::server::{Desk, Live};
+use crate::sessions::{NoSeat, Seat};
+
+/// Maximum number of referrals followed per login.
+const MAX_REFERRALS: usize = 2;
+
+/// A login that is routed and looks for a server.
+pub(super) struct Placing<'a, 's> {
+    pub(super) live: &'a Live,
+    /// Where the next configuration appears; the one that is used has been seen.
+    pub(super) desk: watch::Receiver<Desk>,
+    pub(super) seat: &'s Seat,
+    /// The holds that came before the routes were asked.
+    pub(super) since: Generation,
+    /// The name of the user's mailbox.
+    pub(super) mailbox: Arc<str>,
+    pub(super) request: &'a Request<'a>,
+}
+
+/// The server that answered, and the login's place there.
+pub(super) struct Placed {
+    pub(super) backend: Arc<Backend>,
+    pub(super) server: Arc<Server>,
+    pub(super) slot: Slot,
+}
+
+/// The last server's answer, and which server that was. An error: the login must be routed again.
+type Answered<'a> = Result<(Outcome<'a>, Option<Placed>), NoSeat>;
+
+impl<'a> Placing<'a, '_> {
+    /// Tries the user's servers in order, until one gives an answer that counts for all of them; follows a referral to a
+    /// declared server.
+    pub(super) async fn log_in_somewhere(&self, place: &Place) -> Answered<'a> {
+        let limits = &self.live.limits;
+        let deadline = time::Instant::now() + limits.server_login;
+        let known_by = deadline.min(time::Instant::now() + limits.connect);
+        let backend = self.live.backends.backend(place.backend);
+        let servers = timeout_at(known_by, self.live.servers(place, &self.mailbox)).await.unwrap_or_default();
+        let mut tour = self.tour(backend, servers);
+        let mut outcome = Outcome::Unavailable(Fault::no_server());
+        loop {
+            let (server, slot) = match tour.next(deadline).await {
+                Stop::At(server, slot) => (server, slot),
+                Stop::Full => return Ok((Outcome::Unavailable(Fault::full()), None)),
+                Stop::End => return Ok((outcome, None)),
+            };
+            // While the login waited for a place, another configuration may have come, or the server may have been taken
+            // out of service.
+            if self.desk.has_changed().is_ok_and(|changed| changed) {
+                return Err(NoSeat::Outdated);
+            }
+            self.seat.place(&self.mailbox, &server, self.since)?;
+            if !server.takes_logins() {
+                continue;
+            }
+            let now = time::Instant::now();
+            // While there is another server, one that hangs gets half of what is left.
+            let due = if tour.has_more() { now + deadline.saturating_duration_since(now) / 2 } else { deadline };
+            let placed = Placed { backend: backend.clone(), server, slot };
+            let (answer, placed) = self.log_in_at(backend, placed, due, deadline).await;
+            outcome = answer;
+            match &outcome {
+                Outcome::Unavailable(fault) => {
+                    self.report(&placed.server, fault);
+                    if !fault.try_next || time::Instant::now() >= deadline {
+                        return Ok((outcome, None));
+                    }
+                }
+                Outcome::Referred(_) => return self.follow(outcome, placed, deadline).await,
+                _ => return Ok((outcome, Some(placed))),
+            }
+        }
+    }
+
+    /// The servers to try; a login with incomplete credentials takes no place there yet.
+    fn tour<'b>(&self, backend: &'b Backend, servers: Vec<Arc<Server>>) -> Tour<'b> {
+        let tour = Tour::new(backend, servers);
+        let is_complete = self.request.login.as_ref().is_none_or(|login| login.is_complete());
+        if is_complete { tour } else { tour.without_place() }
+    }
+
+    /// Logs in on one server: dial and dialogue until `due`, the wait for sessions elsewhere until `deadline`.
+    async fn log_in_at(
+        &self,
+        backend: &'a Backend,
+        mut placed: Placed,
+        due: time::Instant,
+        deadline: time::Instant,
+    ) -> (Outcome<'a>, Placed) {
+        let outcome = connect::login(backend, &placed.server, self.request, due).await;
+        let outcome = self.alone(outcome, &mut placed, deadline).await;
+        (outcome, placed)
+    }
+
+    /// Before a challenge is sent to the client: the login holds no place while the client answers, unless the challenge
+    /// says that the client's proof was right.
+    pub(super) fn asks_client(&self, placed: &mut Placed, challenge: &[u8]) {
+        if !sasl::is_scram_signature(challenge) {
+            placed.slot.release_place();
+        }
+    }
+
+    /// Goes on with the client's answer to a challenge. Where that completes the credentials, the login takes its place
+    /// first.
+    pub(super) async fn respond(&self, paused: Box<Paused<'a>>, placed: &mut Placed, response: &[u8]) -> Outcome<'a> {
+        let deadline = time::Instant::now() + self.live.limits.server_login;
+        let is_abort = response == b"*";
+        let completes = !is_abort && self.request.login.as_ref().is_some_and(|login| !login.is_complete());
+        if completes && !placed.backend.take_place(&placed.server, &mut placed.slot, deadline).await {
+            return Outcome::Unavailable(Fault::full());
+        }
+        let outcome = paused.respond(response, deadline).await;
+        if let Outcome::Unavailable(fault) = &outcome {
+            self.count(fault);
+        }
+        self.alone(outcome, placed, deadline).await
+    }
+
+    /// Holds an accepted login back until the user has no session on another server of the backend, where that must be.
+    async fn alone(&self, outcome: Outcome<'a>, placed: &mut Placed, deadline: time::Instant) -> Outcome<'a> {
+        if !matches!(outcome, Outcome::Accepted(_)) {
+            return outcome;
+        }
+        if !placed.backend.take_place(&placed.server, &mut placed.slot, deadline).await {
+            return Outcome::Unavailable(Fault::full());
+        }
+        let alone = placed.backend.serves_a_user_by_one_server();
+        self.seat.accept(alone);
+        let others_ended = self.live.sessions.changed(|_| !alone || self.seat.is_alone());
+        if timeout_at(deadline, others_ended).await.is_err() {
+            let detail = "the user's sessions on another server of the backend do not end".to_owned();
+            return Outcome::Unavailable(Fault::told(Reason::Moved, detail, false));
+        }
+        outcome
+    }
+
+    /// Follows referrals, as far as the backends allow it.
+    async fn follow(&self, mut outcome: Outcome<'a>, mut at: Placed, deadline: time::Instant) -> Answered<'a> {
+        let mut visited = Vec::new();
+        while let Outcome::Referred(referral) = &outcome {
+            visited.push(at.server.name.clone());
+            if !at.backend.follows_referrals {
+                break;
+            }
+            let place = format!("{}:{}", referral.host, referral.port);
+            let next = self.live.backends.find(&referral.host, referral.port);
+            let fault = match next {
+                None => Fault::referral(format!("{} refers to {place}, which is no declared server", at.server.name)),
+                Some((_, next)) if visited.contains(&next.name) || visited.len() > MAX_REFERRALS => {
+                    Fault::referral(format!("referrals go in a circle: {} refers to {place}", at.server.name))
+                }
+                Some((backend, next)) => match self.tour(backend, vec![next]).next(deadline).await {
+                    Stop::At(server, slot) => {
+                        self.seat.place(&self.mailbox, &server, self.since)?;
+                        // With this the place at the server that refers is given back.
+                        at = Placed { backend: backend.clone(), server, slot };
+                        (outcome, at) = self.log_in_at(backend, at, deadline, deadline).await;
+                        if let Outcome::Unavailable(fault) = &outcome {
+                            self.report(&at.server, fault);
+                        }
+                        continue;
+                    }
+                    Stop::Full => return Ok((Outcome::Unavailable(Fault::full()), None)),
+                    Stop::End => {
+                        Fault::referral(format!("{} refers to {place}, which gets no logins now", at.server.name))
+                    }
+                },
+            };
+            self.report(&at.server, &fault);
+            return Ok((Outcome::Unavailable(fault), None));
+        }
+        Ok((outcome, Some(at)))
+    }
+
+    /// Counts a fault of a server. The record of the attempt counts all others.
+    fn count(&self, fault: &Fault) {
+        let is_recorded = matches!(fault.reason, Reason::NoServer | Reason::ServersFull);
+        if fault.reason.side() == Side::Backend && !is_recorded {
+            self.live.metrics.failure(fault.reason);
+        }
+    }
+
+    fn report(&self, server: &Server, fault: &Fault) {
+        let (session, reason) = (self.request.session_id, fault.reason.as_str());
+        tracing::info!(session, server = %server.name, reason, detail = %fault.detail, "server could not take the login");
+        self.count(fault);
+    }
+}

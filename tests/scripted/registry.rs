@@ -1,0 +1,517 @@
+//! The session registry under concurrency: what a login may do to the user's other sessions, what ends a login that waits,
+//! and what a move reaches.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD;
+use tokio::net::TcpListener;
+use vestibule::backend::Server;
+use vestibule::server::Running;
+use vestibule::sessions::{Guest, Seat};
+
+use crate::support::{Client, Line, eventually, in_time, metric, proxy, start};
+
+const UNAVAILABLE: &str = "a NO [UNAVAILABLE] The mailbox is temporarily unavailable, try again later.";
+const OK: &str = "a OK [CAPABILITY IMAP4rev1] in";
+const SCRAM: &str = "listeners: [{address: '127.0.0.1:0', tls: none, mechanisms: [login, scram-sha-256, xoauth2]}]\n";
+
+/// A server that the test plays itself, one connection at a time.
+struct Played(TcpListener);
+
+impl Played {
+    async fn new() -> Self {
+        Self(TcpListener::bind("127.0.0.1:0").await.unwrap())
+    }
+
+    fn address(&self) -> SocketAddr {
+        self.0.local_addr().unwrap()
+    }
+
+    /// The proxy's next connection, once it has sent a login.
+    async fn login(&self) -> Client {
+        let mut line = Line::new(in_time("a connection of the proxy", self.0.accept()).await.unwrap().0);
+        line.send("* OK [CAPABILITY IMAP4rev1 SASL-IR AUTH=SCRAM-SHA-256 AUTH=XOAUTH2] x\r\n").await;
+        let command = line.line().await;
+        assert!(command.starts_with("L LOGIN") || command.starts_with("L AUTHENTICATE"), "{command}");
+        line
+    }
+
+    /// Whether the proxy has connected and was not accepted yet.
+    async fn is_asked(&self) -> bool {
+        futures_util::poll!(Box::pin(self.0.accept())).is_ready()
+    }
+}
+
+async fn answer(server: &mut Client, text: &str) {
+    server.send(format!("L {text}\r\n")).await;
+}
+
+async fn accept(server: &mut Client) {
+    answer(server, "OK [CAPABILITY IMAP4rev1] in").await;
+}
+
+/// A client whose login is sent and not answered.
+async fn login(proxy: &Running) -> Client {
+    let mut client = Client::connect(proxy.listeners()[0]).await;
+    client.send("a LOGIN alice secret\r\n").await;
+    client
+}
+
+/// Both ends of a session of alice's.
+async fn session(proxy: &Running, at: &Played) -> (Client, Client) {
+    let mut client = login(proxy).await;
+    let mut server = at.login().await;
+    accept(&mut server).await;
+    assert_eq!(client.line().await, OK);
+    (client, server)
+}
+
+async fn assert_alive((client, server): &mut (Client, Client)) {
+    client.send("b NOOP\r\n").await;
+    assert_eq!(server.line().await, "b NOOP");
+    server.send("b OK done\r\n").await;
+    assert_eq!(client.line().await, "b OK done");
+}
+
+/// Two servers of a `user-hash` backend; the first is alice's.
+async fn pair(more: &str) -> (Running, Played, Played) {
+    let (one, other) = (Played::new().await, Played::new().await);
+    let text = format!(
+        "backends: {{pair: {{servers: ['{}', '{}']}}}}\nroutes: [{{default: pair}}]\n{more}",
+        one.address(),
+        other.address()
+    );
+    let proxy = proxy(&text).await;
+    let backend = proxy.live().backends.named("pair").unwrap().clone();
+    let first = in_time("the order", backend.candidates("alice")).await[0].name.to_string();
+    if first == one.address().to_string() { (proxy, one, other) } else { (proxy, other, one) }
+}
+
+fn set_mode(proxy: &Running, server: &Played, mode: &str) {
+    proxy.set_server(&server.address().to_string(), Some(mode), None).unwrap();
+}
+
+/// A session of alice's that does not end, whatever it is told.
+fn stuck(proxy: &Running, at: &Played) -> Seat {
+    let sessions = proxy.sessions();
+    let since = sessions.generation();
+    let guest = Guest { user: "alice".into(), client: [127, 0, 0, 1].into(), session: [b'x'; 16] };
+    let seat = sessions.take(guest).unwrap();
+    let servers: Vec<Arc<Server>> = proxy.live().backends.list()[0].servers();
+    let server = servers.iter().find(|server| *server.name == *at.address().to_string()).unwrap();
+    seat.place(&"alice".into(), server, since).unwrap();
+    seat.accept(true);
+    seat.settle();
+    seat
+}
+
+#[tokio::test]
+async fn a_login_that_no_server_accepts_ends_no_session() {
+    let (proxy, first, other) = pair("").await;
+    let mut there = session(&proxy, &first).await;
+    // A password that makes the server hang up.
+    let mut attack = login(&proxy).await;
+    drop(first.login().await);
+    assert_eq!(attack.line().await, UNAVAILABLE);
+    assert!(!other.is_asked().await, "the password was tried at one server");
+    assert_alive(&mut there).await;
+    // A wrong password, while the user's server gets no logins.
+    set_mode(&proxy, &first, "drain");
+    let mut attack = login(&proxy).await;
+    let mut server = other.login().await;
+    answer(&mut server, "NO [AUTHENTICATIONFAILED] Wrong.").await;
+    assert_eq!(attack.line().await, "a NO [AUTHENTICATIONFAILED] Wrong.");
+    assert_eq!(metric(&proxy, "vestibule_logins_total", &["outcome=\"refused\""]), 1.0, "it counts as failed");
+    assert_alive(&mut there).await;
+    // Even a login that the server is about to accept.
+    let mut moved = login(&proxy).await;
+    let mut server = other.login().await;
+    assert_alive(&mut there).await;
+    accept(&mut server).await;
+    there.0.assert_closed().await;
+    there.1.assert_closed().await;
+    assert_eq!(moved.line().await, OK);
+    assert_alive(&mut (moved, server)).await;
+    proxy.stop().await;
+}
+
+#[tokio::test]
+async fn an_accepted_login_waits_for_sessions_elsewhere_or_is_given_up() {
+    let (proxy, first, other) = pair("limits: {server_login: 1s}\n").await;
+    let seat = stuck(&proxy, &other);
+    let mut client = login(&proxy).await;
+    let mut server = first.login().await;
+    accept(&mut server).await;
+    assert_eq!(client.line().await, UNAVAILABLE);
+    server.assert_closed().await;
+    assert_eq!(metric(&proxy, "vestibule_failures_total", &["reason=\"moved\""]), 1.0);
+    assert!(!other.is_asked().await, "no other server is tried with it");
+    // The session ends while it is waited for.
+    let mut client = login(&proxy).await;
+    let mut server = first.login().await;
+    accept(&mut server).await;
+    eventually("the wait", || proxy.sessions().of_user("alice").len() == 2).await;
+    drop(seat);
+    assert_eq!(client.line().await, OK);
+    assert_alive(&mut (client, server)).await;
+    proxy.stop().await;
+}
+
+#[tokio::test]
+async fn an_accepted_login_that_waits_ends_with_a_kick_and_with_the_process() {
+    let (proxy, first, other) = pair("limits: {server_login: 600s}\n").await;
+    let _seat = stuck(&proxy, &other);
+    let waiting = async || {
+        let mut client = login(&proxy).await;
+        let mut server = first.login().await;
+        accept(&mut server).await;
+        eventually("the server's answer", || {
+            proxy.sessions().of_user("alice").iter().any(|seen| seen.stage == vestibule::sessions::Stage::Accepted)
+        })
+        .await;
+        client.send("b NOOP\r\n").await;
+        (client, server)
+    };
+    let (mut client, mut server) = waiting().await;
+    assert!(proxy.kick("alice").await.unwrap() >= 1);
+    assert_eq!(client.line().await, UNAVAILABLE);
+    server.assert_closed().await;
+    let (mut client, mut server) = waiting().await;
+    let (client, ()) = tokio::join!(
+        async {
+            let said = client.line().await;
+            server.assert_closed().await;
+            said
+        },
+        async {
+            proxy.drain(std::future::pending()).await;
+        }
+    );
+    assert_eq!(client, "* BYE [UNAVAILABLE] Server shutting down, connect again.");
+}
+
+#[tokio::test]
+async fn of_two_logins_that_different_servers_accept_the_last_accepted_is_established() {
+    for first_accepts_first in [true, false] {
+        let (proxy, first, other) = pair("").await;
+        let mut early = (login(&proxy).await, first.login().await);
+        set_mode(&proxy, &first, "drain");
+        let mut late = (login(&proxy).await, other.login().await);
+        let [loser, winner] = if first_accepts_first { [&mut early, &mut late] } else { [&mut late, &mut early] };
+        accept(&mut loser.1).await;
+        assert_eq!(loser.0.line().await, OK);
+        assert_alive(loser).await;
+        accept(&mut winner.1).await;
+        loser.0.assert_closed().await;
+        loser.1.assert_closed().await;
+        assert_eq!(winner.0.line().await, OK);
+        assert_alive(winner).await;
+        proxy.stop().await;
+    }
+}
+
+/// A client in the middle of a SCRAM exchange, which its server has answered with a challenge.
+async fn exchange(proxy: &Running, at: &Played) -> (Client, Client) {
+    let mut client = Client::connect(proxy.listeners()[0]).await;
+    let first = STANDARD.encode("n,,n=alice,r=clientnonce");
+    client.send(format!("a AUTHENTICATE SCRAM-SHA-256 {first}\r\n")).await;
+    let mut server = at.login().await;
+    let challenge = STANDARD.encode("r=clientnonceservernonce,s=c2FsdA==,i=4096");
+    server.send(format!("+ {challenge}\r\n")).await;
+    assert_eq!(client.line().await, format!("+ {challenge}"));
+    (client, server)
+}
+
+async fn one_server(care: &str, more: &str) -> (Running, Played) {
+    let server = Played::new().await;
+    let text = format!(
+        "{SCRAM}backends: {{only: {{servers: ['{}'], {care}}}}}\nroutes: [{{default: only}}]\n{more}",
+        server.address()
+    );
+    (start(&text).await, server)
+}
+
+#[tokio::test]
+async fn a_pending_exchange_ends_at_once_with_a_kick_a_move_and_a_drain_of_its_server() {
+    let (proxy, server) = one_server("balance: user-hash", "").await;
+    for way in ["kick", "move", "drain"] {
+        let (mut client, mut there) = exchange(&proxy, &server).await;
+        match way {
+            "kick" => assert_eq!(proxy.kick("alice").await.unwrap(), 1),
+            "move" => {
+                let (_hold, ended) = in_time("the hold", proxy.hold("alice")).await.unwrap();
+                assert_eq!(ended, 1);
+                assert!(proxy.sessions().of_user("alice").is_empty());
+            }
+            _ => assert_eq!(proxy.set_server(&server.address().to_string(), Some("drain"), Some(0.0)).unwrap(), 1),
+        }
+        // Its next message, on its way already, must not be taken for a command.
+        client.send("Yz1iaXdzLHI9\r\n").await;
+        assert_eq!(client.line().await, UNAVAILABLE, "{way}");
+        assert_eq!(client.line().await, "* BYE [UNAVAILABLE] The login was ended, connect again.");
+        client.assert_closed().await;
+        there.assert_closed().await;
+        assert_eq!(proxy.kick("alice").await.unwrap(), 0, "nothing is left of it");
+    }
+    proxy.stop().await;
+}
+
+#[tokio::test]
+async fn a_pending_exchange_ends_at_once_with_the_process() {
+    let (proxy, server) = one_server("balance: user-hash", "").await;
+    let (mut client, mut there) = exchange(&proxy, &server).await;
+    let ended = async {
+        assert_eq!(client.line().await, "* BYE [UNAVAILABLE] Server shutting down, connect again.");
+        client.assert_closed().await;
+        there.assert_closed().await;
+    };
+    let never = std::future::pending();
+    assert_eq!(in_time("the stop", async { tokio::join!(ended, proxy.drain(never)) }).await.1, 0);
+}
+
+#[tokio::test]
+async fn a_pending_exchange_ends_when_it_is_shed_and_at_the_deadline() {
+    let (proxy, server) = one_server("balance: user-hash", "limits: {before_login: 1}\n").await;
+    let (mut client, mut there) = exchange(&proxy, &server).await;
+    let _next = Client::connect(proxy.listeners()[0]).await;
+    assert!(client.line().await.starts_with("* BYE [UNAVAILABLE] Too many connections without a login"));
+    there.assert_closed().await;
+    proxy.stop().await;
+    let (proxy, server) = one_server("balance: user-hash", "limits: {login: 1s}\n").await;
+    let (mut client, mut there) = exchange(&proxy, &server).await;
+    assert_eq!(client.line().await, "* BYE Login took too long.");
+    there.assert_closed().await;
+    proxy.stop().await;
+}
+
+#[tokio::test]
+async fn exchanges_without_credentials_take_no_place_of_a_server() {
+    for balance in ["user-hash", "least-sessions"] {
+        let care = format!("balance: {balance}, max_sessions: 2, queue: {{length: 5, timeout: 30s}}");
+        let (proxy, server) = one_server(&care, "").await;
+        let mut pending = Vec::new();
+        for _ in 0..20 {
+            pending.push(exchange(&proxy, &server).await);
+        }
+        assert_eq!(proxy.live().backends.list()[0].servers()[0].sessions(), 0);
+        let _one = session(&proxy, &server).await;
+        let two = session(&proxy, &server).await;
+        // An exchange that goes on needs a place before the server sees the proof.
+        let (mut client, mut there) = pending.pop().unwrap();
+        client.send("cHJvb2Y=\r\n").await;
+        eventually("the queue", || metric(&proxy, "vestibule_backend_queue_length", &[]) == 1.0).await;
+        drop(two);
+        assert_eq!(there.line().await, "cHJvb2Y=");
+        // The server has verified it: the place stays the login's.
+        there.send("+ dj1zaWduYXR1cmU=\r\n").await;
+        assert_eq!(client.line().await, "+ dj1zaWduYXR1cmU=");
+        assert_eq!(proxy.live().backends.list()[0].servers()[0].sessions(), 2);
+        client.send("\r\n").await;
+        assert_eq!(there.line().await, "");
+        accept(&mut there).await;
+        assert_eq!(client.line().await, OK);
+        assert_alive(&mut (client, there)).await;
+        drop((pending, _one));
+        proxy.stop().await;
+    }
+}
+
+#[tokio::test]
+async fn a_refused_token_takes_no_place_while_its_client_is_asked() {
+    let (proxy, server) = one_server("max_sessions: 1, queue: {length: 0}", "").await;
+    let mut client = Client::connect(proxy.listeners()[0]).await;
+    let token = STANDARD.encode("user=alice\x01auth=Bearer wrong\x01\x01");
+    client.send(format!("a AUTHENTICATE XOAUTH2 {token}\r\n")).await;
+    let mut there = server.login().await;
+    there.send("+ eyJzdGF0dXMiOiI0MDEifQ==\r\n").await;
+    assert_eq!(client.line().await, "+ eyJzdGF0dXMiOiI0MDEifQ==");
+    let _session = session(&proxy, &server).await;
+    client.send("\r\n").await;
+    assert_eq!(there.line().await, "", "the refusal needs no place");
+    answer(&mut there, "NO [AUTHENTICATIONFAILED] No.").await;
+    assert_eq!(client.line().await, "a NO [AUTHENTICATIONFAILED] No.");
+    // Nor does the end of an exchange that its client breaks off.
+    let (mut client, mut there) = exchange(&proxy, &server).await;
+    client.send("*\r\n").await;
+    assert_eq!(there.line().await, "*");
+    answer(&mut there, "BAD aborted").await;
+    assert_eq!(client.line().await, "a BAD aborted");
+    proxy.stop().await;
+}
+
+/// Two backends of one server each, and a table of users that can be written again.
+struct Scene {
+    folder: tempfile::TempDir,
+    proxy: Running,
+    a: Played,
+    b: Played,
+}
+
+impl Scene {
+    /// `care` is the first backend's.
+    async fn new(care: &str, table: &str) -> Self {
+        let (folder, a, b) = (tempfile::tempdir().unwrap(), Played::new().await, Played::new().await);
+        let text = format!(
+            "listeners: [{{address: '127.0.0.1:0', tls: none}}]\nlimits: {{workers: 1}}\n\
+             backends: {{a: {{servers: ['{}'], check: off, {care}}}, b: {{servers: ['{}'], check: off}}}}\n\
+             routes: [{{table: {}}}]\n",
+            a.address(),
+            b.address(),
+            folder.path().join("users").display()
+        );
+        std::fs::write(folder.path().join("vestibule.yaml"), text).unwrap();
+        std::fs::write(folder.path().join("users"), table).unwrap();
+        let config = vestibule::config::load(&folder.path().join("vestibule.yaml")).unwrap();
+        let proxy = vestibule::server::start(config, Vec::new()).await.unwrap();
+        Self { folder, proxy, a, b }
+    }
+
+    async fn table(&self, table: &str) {
+        std::fs::write(self.folder.path().join("users"), table).unwrap();
+        in_time("a reload", self.proxy.reload(&self.folder.path().join("vestibule.yaml"))).await.unwrap();
+    }
+
+    async fn login(&self, user: &str) -> Client {
+        let mut client = Client::connect(self.proxy.listeners()[0]).await;
+        client.send(format!("a LOGIN {user} secret\r\n")).await;
+        client
+    }
+}
+
+#[tokio::test]
+async fn a_move_reaches_a_login_that_waits_in_a_queue() {
+    let scene = Scene::new("max_sessions: 1, queue: {timeout: 60s}", "alice a\nbob a\n").await;
+    let mut bob = (scene.login("bob").await, scene.a.login().await);
+    accept(&mut bob.1).await;
+    assert_eq!(bob.0.line().await, OK);
+    let mut alice = scene.login("alice").await;
+    eventually("the queue", || metric(&scene.proxy, "vestibule_backend_queue_length", &[]) == 1.0).await;
+    scene.table("alice b\nbob a\n").await;
+    in_time("the move", scene.proxy.move_user("alice", "b")).await.unwrap();
+    let mut there = scene.b.login().await;
+    accept(&mut there).await;
+    assert_eq!(alice.line().await, OK);
+    assert_eq!(metric(&scene.proxy, "vestibule_backend_queue_length", &[]), 0.0);
+    assert_alive(&mut bob).await;
+    scene.proxy.stop().await;
+}
+
+#[tokio::test]
+async fn a_login_that_waits_in_a_queue_does_not_go_to_a_server_that_was_drained_meanwhile() {
+    let (proxy, first, other) = pair("").await;
+    proxy.stop().await;
+    let servers = format!("servers: ['{}', '{}'], max_sessions: 1", first.address(), other.address());
+    let text = format!("backends: {{pair: {{{servers}, queue: {{timeout: 60s}}}}}}\nroutes: [{{default: pair}}]\n");
+    let proxy = crate::support::proxy(&text).await;
+    let there = session(&proxy, &first).await;
+    let mut waiting = login(&proxy).await;
+    eventually("the queue", || metric(&proxy, "vestibule_backend_queue_length", &[]) == 1.0).await;
+    set_mode(&proxy, &first, "drain");
+    drop(there);
+    let mut server = other.login().await;
+    accept(&mut server).await;
+    assert_eq!(waiting.line().await, OK);
+    proxy.stop().await;
+}
+
+#[tokio::test]
+async fn a_login_that_gets_its_place_after_a_reload_is_routed_again() {
+    let scene = Scene::new("max_sessions: 1, queue: {timeout: 60s}", "alice a\nbob a\n").await;
+    let mut bob = (scene.login("bob").await, scene.a.login().await);
+    accept(&mut bob.1).await;
+    assert_eq!(bob.0.line().await, OK);
+    let mut alice = scene.login("alice").await;
+    eventually("the queue", || metric(&scene.proxy, "vestibule_backend_queue_length", &[]) == 1.0).await;
+    scene.table("alice b\nbob a\n").await;
+    drop(bob);
+    let mut there = scene.b.login().await;
+    accept(&mut there).await;
+    assert_eq!(alice.line().await, OK);
+    assert!(!scene.a.is_asked().await);
+    scene.proxy.stop().await;
+}
+
+#[tokio::test]
+async fn a_hold_of_the_mailbox_name_holds_its_other_names_and_blocks_nothing_else() {
+    let scene = Scene::new("balance: user-hash", "alice a\nalias a user=alice\nbob a\n").await;
+    let (hold, _) = scene.proxy.hold("alice").await.unwrap();
+    let mut alias = scene.login("alias").await;
+    // One worker serves both: it has time for others.
+    let mut bob = scene.login("bob").await;
+    accept(&mut scene.a.login().await).await;
+    assert_eq!(bob.line().await, OK);
+    assert!(!scene.a.is_asked().await);
+    drop(hold);
+    accept(&mut scene.a.login().await).await;
+    assert_eq!(alias.line().await, OK);
+    scene.proxy.stop().await;
+}
+
+/// A directory over HTTP that holds its first answer back until it is let go.
+async fn directory(first: tokio::sync::oneshot::Receiver<()>, asked: Arc<tokio::sync::Notify>) -> SocketAddr {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    let mut first = Some(first);
+    tokio::spawn(async move {
+        while let Ok((socket, _)) = listener.accept().await {
+            let (held, asked) = (first.take(), asked.clone());
+            tokio::spawn(async move {
+                let mut line = Line::new(socket);
+                let mut backend = if held.is_some() { "a" } else { "b" };
+                let mut held = held;
+                loop {
+                    let mut length = 0;
+                    loop {
+                        let header = line.line().await.to_ascii_lowercase();
+                        if let Some(value) = header.strip_prefix("content-length:") {
+                            length = value.trim().parse().unwrap();
+                        }
+                        if header.is_empty() {
+                            break;
+                        }
+                    }
+                    if length == 0 || line.bytes(length).await.is_none() {
+                        return;
+                    }
+                    if let Some(held) = held.take() {
+                        asked.notify_one();
+                        let _ = held.await;
+                    }
+                    let body = format!("{{\"backend\": \"{backend}\"}}");
+                    let head =
+                        format!("HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: {}", body.len());
+                    line.send(format!("{head}\r\n\r\n{body}")).await;
+                    backend = "b";
+                }
+            });
+        }
+    });
+    address
+}
+
+#[tokio::test]
+async fn a_move_reaches_a_login_whose_lookup_is_in_flight() {
+    let (let_go, held) = tokio::sync::oneshot::channel();
+    let asked = Arc::new(tokio::sync::Notify::new());
+    let url = format!("http://{}/", directory(held, asked.clone()).await);
+    let (a, b) = (Played::new().await, Played::new().await);
+    let proxy = proxy(&format!(
+        "backends: {{a: {{servers: ['{}']}}, b: {{servers: ['{}']}}}}\nlimits: {{lookup: 30s}}\n\
+         routes: [{{http: {{url: '{url}', style: json, timeout: 30s, cache: off}}}}]\n",
+        a.address(),
+        b.address()
+    ))
+    .await;
+    let mut alice = login(&proxy).await;
+    in_time("the lookup", asked.notified()).await;
+    in_time("the move", proxy.move_user("alice", "b")).await.unwrap();
+    let mut there = b.login().await;
+    // The late answer names the old server, and nobody waits for it.
+    let_go.send(()).unwrap();
+    accept(&mut there).await;
+    assert_eq!(alice.line().await, OK);
+    assert!(!a.is_asked().await);
+    proxy.stop().await;
+}
