@@ -15,7 +15,7 @@ use crate::backend::connect::{self, Established, Fault, Outcome, Purpose, Reques
 use crate::backend::{Backend, Server, Slot, Stop, Tour};
 use crate::failure::Reason;
 use crate::identity::{Credentials, Names, PasswordLogin, Proof, Secret, ServerLogin, UserName};
-use crate::imap::prelogin::{LoginRequest, Prelogin, Step};
+use crate::imap::prelogin::{Bye, LoginRequest, Prelogin, Step};
 use crate::imap::tag::Tag;
 use crate::imap::{reply, sasl};
 use crate::metrics::LoginOutcome;
@@ -144,6 +144,8 @@ impl Session {
             Ok(Err(error)) => return Some(Ok(self.lookup_failed(&error.to_string()))),
             Err(_) => return Some(Ok(self.lookup_failed("no answer within limits.lookup"))),
         };
+        // Its copy of the credentials is not needed any more.
+        drop(question);
         let Target::Place(place) = &*target else { return Some(Ok(self.verdict(&login.tag, &target).await)) };
         let backend = live.backends.backend(place.backend);
         if login.credentials.authzid.is_some() && !backend.allows_authzid {
@@ -244,11 +246,21 @@ impl Session {
     ) -> Option<Zeroizing<Vec<u8>>> {
         let mut out = Vec::new();
         prelogin.challenge(tag, challenge, &mut out);
+        // A login that waits for its client has no complete credentials, and may be shed.
+        let since = self.login_since;
+        self.login_under_way(None);
         loop {
             self.send(stream, &mut out).await?;
             match prelogin.step(&mut out) {
                 Step::NeedInput => self.receive(stream, prelogin).await?,
-                Step::Response(response) => return Some(response),
+                Step::Send => {}
+                Step::Response(response) => {
+                    if self.holds_for_login(response.len()).is_err() {
+                        return self.farewell(stream, prelogin, (Bye::Memory, Reason::ShedForMemory)).await.and(None);
+                    }
+                    self.login_under_way(since);
+                    return Some(response);
+                }
                 Step::Close(reason) => {
                     self.send(stream, &mut out).await?;
                     self.closed(reason);

@@ -43,8 +43,8 @@ use self::relayed::{Kept, Relayed};
 use crate::backend::connect::Established;
 use crate::config::ListenerTls;
 use crate::failure::Reason;
-use crate::guard::{Pass, Ticket};
-use crate::imap::prelogin::{Bye, CloseReason, Policy, Prelogin, Step, Transport};
+use crate::guard::{Charge, OutOfMemory, Pass, Ticket};
+use crate::imap::prelogin::{Bye, CloseReason, LoginRequest, Policy, Prelogin, Step, Transport};
 use crate::metrics::OpenGuard;
 use crate::occupancy::Occupant;
 use crate::policy;
@@ -58,6 +58,11 @@ use crate::waiting::WaitingRoom;
 const READ: usize = 4096;
 /// A client that is told BYE has this long to take it.
 const FAREWELL: Duration = Duration::from_secs(2);
+/// As long as that of a client whose memory others need.
+const SHORT_FAREWELL: Duration = Duration::from_millis(100);
+/// During a login its credentials are in so many buffers: as read, under the name the server knows, in base64, and encrypted for the
+/// server.
+const COPIES: usize = 5;
 
 /// An accepted connection and what it needs.
 pub struct Arrival {
@@ -115,6 +120,12 @@ struct Session {
     drain: Drain,
     room: Arc<Room>,
     ticket: Option<Ticket>,
+    /// What the client has said.
+    memory: Charge,
+    /// The copies of its credentials.
+    login_memory: Charge,
+    /// Since when a login is under way.
+    login_since: Option<Instant>,
     /// What the policy service knows of the login under way.
     told: Option<Box<policy::Attempt>>,
     held: Held,
@@ -132,6 +143,7 @@ impl Session {
         let local = if local.ip().is_unspecified() { socket.local_addr().unwrap_or(local) } else { local };
         let login_by = time::Instant::now() + live.limits.login;
         let record = Record::new(id::new(peer), peer, local, live.clone());
+        let (memory, login_memory) = (ticket.charge(), ticket.charge());
         (
             Self {
                 live,
@@ -139,6 +151,9 @@ impl Session {
                 drain,
                 room,
                 ticket: Some(ticket),
+                memory,
+                login_memory,
+                login_since: None,
                 told: None,
                 held,
                 peer,
@@ -153,6 +168,7 @@ impl Session {
 
     /// Steps 1 to 6: talks to the client until a server has accepted it, or until it is gone.
     async fn log_in(mut self, mut socket: TcpStream, tls: ListenerTls) -> Option<Relayed> {
+        self.admitted(&socket).await?;
         self.introduced(&mut socket).await?;
         let (mut stream, transport) = match tls {
             ListenerTls::Implicit => (self.encrypt(socket).await?, Transport::Tls),
@@ -169,13 +185,15 @@ impl Session {
             self.told = None;
             match step {
                 Step::NeedInput => self.receive(&mut stream, &mut prelogin).await?,
+                Step::Send => {}
                 Step::StartTls => {
                     let Stream::Plain(socket) = stream else { return None };
                     stream = self.encrypt(socket).await?;
                     // Nothing learnt in clear is believed: a new parser, new counters, no ID.
                     prelogin = Prelogin::new(self.policy(Transport::Tls, &stream));
                 }
-                Step::Login(mut request) => match self.attempt(&mut request, &mut stream, &mut prelogin).await? {
+                Step::Login(mut request) => match self.counted_attempt(&mut request, &mut stream, &mut prelogin).await?
+                {
                     Attempted::Accepted { seated, established } => {
                         self.report(true);
                         return self.relayed(stream, prelogin.into_leftover(), seated, *established).await;
@@ -203,6 +221,38 @@ impl Session {
                 // Only `attempt` passes challenges on, and it takes what comes back.
                 Step::Response(_) => {}
             }
+        }
+    }
+
+    /// An attempt: while it is under way, the connection is among the last to be shed, and the copies of its credentials count.
+    async fn counted_attempt(
+        &mut self,
+        request: &mut LoginRequest,
+        stream: &mut Stream,
+        prelogin: &mut Prelogin,
+    ) -> Option<Attempted> {
+        if self.holds_for_login(request.credentials.proof_size()).is_err() {
+            return self.farewell(stream, prelogin, (Bye::Memory, Reason::ShedForMemory)).await.and(None);
+        }
+        self.login_under_way(Some(Instant::now()));
+        let attempted = self.attempt(request, stream, prelogin).await;
+        self.login_under_way(None);
+        // Less is always allowed.
+        let _ = self.login_memory.resize(0);
+        attempted
+    }
+
+    /// Charges a login whose longest message has `length` bytes.
+    fn holds_for_login(&mut self, length: usize) -> Result<(), OutOfMemory> {
+        self.login_memory.resize_copies(length, COPIES)
+    }
+
+    fn login_under_way(&mut self, since: Option<Instant>) {
+        self.login_since = since;
+        match (&self.ticket, since) {
+            (Some(ticket), Some(since)) => ticket.login_begun(since),
+            (Some(ticket), None) => ticket.login_ended(),
+            (None, _) => {}
         }
     }
 
@@ -238,12 +288,12 @@ impl Session {
         let tls = self.live.tls.as_ref()?;
         let secrets = Arc::new(Secrets::default());
         let turns = self.live.guard.handshakes();
-        let accepting = secrets.clone();
+        let (accepting, memory) = (secrets.clone(), self.ticket.as_ref().map(Ticket::charge));
         let handshake = async {
             // Whoever says nothing takes no turn from those who do; that a socket may be readable is not enough to know.
             socket.peek(&mut [0]).await?;
             let _turn = turns.acquire_owned().await.map_err(io::Error::other)?;
-            tls.accept(self.listener, socket, accepting).await
+            tls.accept(self.listener, socket, accepting, memory).await
         };
         let error = tokio::select! {
             accepted = timeout_at(due, handshake) => match accepted {
@@ -262,12 +312,13 @@ impl Session {
                 return None;
             }
             () = self.shed() => {
-                self.record.failed(Reason::Shed);
+                let (_, reason) = self.why_shed();
+                self.record.failed(reason);
                 return None;
             }
         };
         self.record.detail(error.to_string());
-        self.record.failed(Reason::Handshake);
+        self.record.failed(if is_out_of_memory(&error) { Reason::ShedForMemory } else { Reason::Handshake });
         None
     }
 
@@ -283,7 +334,8 @@ impl Session {
         // Replies are short: a client that does not take them within the deadline takes nothing at all.
         let due = self.login_by.max(time::Instant::now() + FAREWELL);
         let result = timeout_at(due, write).await;
-        out.clear();
+        // A client that falls silent now holds no buffer.
+        *out = Vec::new();
         match result {
             Ok(Ok(())) => Some(()),
             Ok(Err(_)) => self.gone(Reason::Disconnected),
@@ -291,29 +343,43 @@ impl Session {
         }
     }
 
-    /// Reads once. `None`: the session is over, and the client has been told where it could be.
+    /// Reads once. `None`: the session is over, and the client was sent the reason if that was possible.
     async fn receive(&mut self, stream: &mut Stream, prelogin: &mut Prelogin) -> Option<()> {
+        if self.memory.resize(prelogin.held()).is_err() {
+            return self.farewell(stream, prelogin, (Bye::Memory, Reason::ShedForMemory)).await;
+        }
         let mut buffer = Zeroizing::new(Vec::with_capacity(READ));
-        let (bye, reason) = tokio::select! {
+        let ending = tokio::select! {
             read = timeout_at(self.login_by, stream.read_buf(&mut *buffer)) => match read {
                 Ok(Ok(read)) if read > 0 => {
-                    prelogin.input(&buffer);
-                    return Some(());
+                    if self.memory.resize(prelogin.held_with(read)).is_err() {
+                        (Bye::Memory, Reason::ShedForMemory)
+                    } else {
+                        prelogin.input(&buffer);
+                        return Some(());
+                    }
                 }
+                Ok(Err(error)) if is_out_of_memory(&error) => (Bye::Memory, Reason::ShedForMemory),
                 Ok(_) => return self.gone(Reason::Disconnected),
                 Err(_) => (Bye::LoginDeadline, Reason::LoginDeadline),
             },
             () = self.drain.begun().cancelled() => (Bye::Shutdown, Reason::Drain),
-            () = self.shed() => (Bye::Shed, Reason::Shed),
+            () = self.shed() => self.why_shed(),
         };
+        self.farewell(stream, prelogin, ending).await
+    }
+
+    /// Ends the session, whether or not the client takes its last line.
+    async fn farewell(&mut self, stream: &mut Stream, prelogin: &Prelogin, ending: (Bye, Reason)) -> Option<()> {
+        let (bye, reason) = ending;
         let mut out = Vec::new();
         prelogin.bye(bye, &mut out);
-        // The session ends whether or not the client takes its farewell.
         let farewell = async {
             stream.write_all(&out).await?;
             stream.shutdown().await
         };
-        let _ = timeout(FAREWELL, farewell).await;
+        let patience = if bye == Bye::Memory { SHORT_FAREWELL } else { FAREWELL };
+        let _ = timeout(patience, farewell).await;
         self.record.ended_by(EndedBy::Proxy);
         self.record.failed(reason);
         None
@@ -359,6 +425,11 @@ impl Session {
         };
         Some(Relayed::new(client, established.leg, established.to_client, to_server, kept))
     }
+}
+
+/// Whether a read failed because `limits.before_login_memory` is used up.
+fn is_out_of_memory(error: &io::Error) -> bool {
+    error.kind() == io::ErrorKind::OutOfMemory
 }
 
 /// Says goodbye at the TLS level, to a peer that may no longer listen.

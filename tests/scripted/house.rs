@@ -100,7 +100,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ("route", &["config", "dns", "identity", "metrics", "rendezvous", "template", "tls", "watch"]),
     ("route", &["config", "dns", "http_client", "identity", "metrics", "rendezvous", "template", "tls", "watch"]),
     ("admin", &["metrics"]),
-    ("tls", &["config", "identity", "metrics", "record_layer", "watch"]),
+    ("tls", &["config", "guard", "identity", "metrics", "record_layer", "watch"]),
     ("imap", &["identity"]),
     ("logging", &["config"]),
     ("metrics", &["failure", "identity"]),
