@@ -333,7 +333,13 @@ impl Session {
         };
         // Replies are short: a client that does not take them within the deadline takes nothing at all.
         let due = self.login_by.max(time::Instant::now() + FAREWELL);
-        let result = timeout_at(due, write).await;
+        let result = tokio::select! {
+            biased;
+            result = timeout_at(due, write) => result,
+            // In the middle of a write nothing more can be said.
+            () = self.drain.begun().cancelled() => return self.ended(Reason::Drain),
+            () = self.shed() => return self.ended(self.why_shed().1),
+        };
         // A client that falls silent now holds no buffer.
         *out = Vec::new();
         match result {
@@ -390,6 +396,13 @@ impl Session {
             self.record.failed(reason);
         }
         self.record.ended_by(EndedBy::Proxy);
+    }
+
+    /// The proxy ends the session without a word.
+    fn ended(&mut self, reason: Reason) -> Option<()> {
+        self.record.ended_by(EndedBy::Proxy);
+        self.record.failed(reason);
+        None
     }
 
     fn gone(&mut self, reason: Reason) -> Option<()> {

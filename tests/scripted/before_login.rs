@@ -1,6 +1,6 @@
 //! What connections may hold before their login: places, and memory.
 
-use tokio::net::TcpListener;
+use tokio::net::{TcpListener, TcpSocket};
 use vestibule::server::Running;
 
 use crate::support::*;
@@ -94,6 +94,28 @@ async fn a_login_that_waits_for_its_client_is_shed_like_any_other() {
     assert_eq!(line, "+ cj14");
     let _second = Client::connect(proxy.listeners()[0]).await;
     assert!(first.line().await.starts_with("* BYE [UNAVAILABLE] "));
+    proxy.stop().await;
+}
+
+/// Neither a client that takes no reply, nor a balancer that sends no header, holds a place for longer than it is needed.
+#[tokio::test]
+async fn a_connection_is_shed_in_every_wait() {
+    let text = "listeners: [{address: '127.0.0.1:0', tls: none}, {address: '127.0.0.1:0', tls: none, proxy_protocol: {from: \
+                [127.0.0.1]}}]\nbackends: {a: {servers: ['192.0.2.1:143']}}\nroutes: [{default: a}]\nlimits: {before_login: 1, \
+                login: 1h, proxy_header: 60s}\n";
+    let proxy = start(text).await;
+    let socket = TcpSocket::new_v4().unwrap();
+    socket.set_recv_buffer_size(1024).unwrap();
+    let mut deaf = Line::new(socket.connect(proxy.listeners()[0]).await.unwrap());
+    deaf.send(b"a CAPABILITY\r\n".repeat(990)).await;
+    let mut next = Client::connect(proxy.listeners()[0]).await;
+    assert!(next.ask("a NOOP").await.starts_with("a OK"));
+    let balancer = Client::silent(proxy.listeners()[1]).await;
+    assert!(next.line().await.starts_with("* BYE "));
+    let mut last = Client::connect(proxy.listeners()[0]).await;
+    assert!(last.ask("a NOOP").await.starts_with("a OK"));
+    assert_eq!(metric(&proxy, "vestibule_failures_total", &["reason=\"shed\""]), 3.0);
+    drop((deaf, balancer));
     proxy.stop().await;
 }
 
