@@ -9,7 +9,7 @@ use std::time::Instant;
 use tokio::time::{self, timeout, timeout_at};
 use zeroize::Zeroizing;
 
-use super::record::reason;
+use super::record::{bounded, reason};
 use super::{Session, close};
 use crate::backend::connect::{self, Established, Fault, Outcome, Purpose, Request};
 use crate::backend::{Backend, Server, Slot, Stop, Tour};
@@ -330,8 +330,9 @@ impl Session {
     }
 
     fn lookup_failed(&mut self, error: &str) -> Attempted {
+        let error = bounded(error.to_owned());
         tracing::warn!(session = self.record.session().as_str(), %error, "route lookup failed");
-        self.record.detail(error.to_owned());
+        self.record.detail(error);
         self.record.attempt_failed(Reason::LookupFailed, LoginOutcome::Unavailable, None);
         Attempted::Unavailable
     }

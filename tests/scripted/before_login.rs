@@ -1,5 +1,8 @@
 //! What connections may hold before their login: places, and memory.
 
+use std::time::Duration;
+
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpSocket};
 use vestibule::server::Running;
 
@@ -94,6 +97,29 @@ async fn a_login_that_waits_for_its_client_is_shed_like_any_other() {
     assert_eq!(line, "+ cj14");
     let _second = Client::connect(proxy.listeners()[0]).await;
     assert!(first.line().await.starts_with("* BYE [UNAVAILABLE] "));
+    proxy.stop().await;
+}
+
+/// What a client sends ahead of the answer stays in the kernel's buffers, and goes to the server after it.
+#[tokio::test]
+async fn while_a_login_is_under_way_the_client_is_not_read() {
+    let (proxy, listener) = with_silent_server("before_login: 10").await;
+    let mut client = Client::connect(proxy.listeners()[0]).await;
+    client.send("a LOGIN alice secret\r\n").await;
+    let mut server = Line::new(in_time("the server's turn", listener.accept()).await.unwrap().0);
+    let piece = vec![b'x'; 1 << 20];
+    let mut written = 0;
+    while let Ok(more) = tokio::time::timeout(Duration::from_millis(300), client.stream.write(&piece)).await {
+        written += more.unwrap();
+        assert!(written < 64 << 20, "{written} bytes taken");
+    }
+    assert_eq!(memory(&proxy), 0.0);
+    server.send("* OK [CAPABILITY IMAP4rev1] x\r\n").await;
+    server.line().await;
+    server.send("L OK [CAPABILITY IMAP4rev1] in\r\n").await;
+    let mut got = vec![0; written];
+    in_time("all that was sent", server.stream.read_exact(&mut got)).await.unwrap();
+    assert!(got.iter().all(|byte| *byte == b'x'));
     proxy.stop().await;
 }
 

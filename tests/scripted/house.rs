@@ -207,6 +207,11 @@ fn every_fault_has_a_test_that_exists() {
     tests_exist("tests/FAULTS.md", 32);
 }
 
+#[test]
+fn every_bound_of_memory_has_a_test_that_exists() {
+    tests_exist("docs/security.md", 30);
+}
+
 /// Checks a table of at least `least` rows, numbered from 1 without a gap, each of which names a test.
 fn tests_exist(table: &str, least: usize) {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));

@@ -73,12 +73,12 @@ static void read_options(int count, char **words) {
 /* Asks for new keys with every byte it sends, and reads nothing before the next command comes. */
 static void deaf(void) {
     long asked = 0;
-    for (bool taken = true; taken && asked < 600000; asked++) {
+    for (bool taken = true; taken && asked < 300000; asked++) {
         tls_update(true);
         ssize_t sent;
         while (taken && (sent = tls_write("x", 1)) == TLS_LATER) {
             struct pollfd on = {.fd = options.tls, .events = POLLOUT};
-            taken = poll(&on, 1, 2000) == 1;
+            taken = poll(&on, 1, 10000) == 1;
         }
         if (taken && sent < 0) fail("the flood was cut off after %ld", asked);
     }
