@@ -91,6 +91,8 @@ reasons! {
     Client ProxyLoop = "proxy_loop",
     /// The oldest of too many connections that had not logged in (`limits.before_login`).
     Client Shed = "shed",
+    /// Connections before their login needed more memory than `limits.before_login_memory`, and this one held most of it.
+    Client ShedForMemory = "shed_for_memory",
     /// Too many login attempts from the address or for the user.
     Client LoginRate = "login_rate",
     /// The user has as many sessions as are allowed, in all or from the address.

@@ -135,8 +135,10 @@ impl Listener {
         // A balancer is not the client: whose connection it is, its header will say.
         let is_passed_on = live.config.listeners[index].proxy_protocol.is_some();
         let pass = if is_passed_on { Ok(live.guard.pass()) } else { live.guard.admit(Instant::now(), peer.ip()) };
-        let pass = match pass {
-            Ok(pass) => pass,
+        // A place before the login: only for an address that may come in.
+        let admitted = pass.and_then(|pass| Ok((pass, live.guard.lobby(Instant::now())?)));
+        let (pass, ticket) = match admitted {
+            Ok(admitted) => admitted,
             Err(turned) => {
                 let reason = session::turn_away(&socket, turned, &live, index).as_str();
                 // At info a flood would write as many lines as it has connections.
@@ -144,7 +146,6 @@ impl Listener {
             }
         };
         let held = Held { occupant, open: metrics.session_opened(), pass };
-        let ticket = live.guard.lobby();
         let arrival = Arrival {
             socket,
             peer,

@@ -33,7 +33,7 @@ pub fn run(input: &[u8]) {
 /// All replies and steps, as text.
 fn transcript<'a>(policy: &Policy, pieces: impl Iterator<Item = &'a [u8]>) -> String {
     let mut dialogue = Prelogin::new(policy.clone());
-    let mut replies = Vec::new();
+    let (mut replies, mut sent) = (Vec::new(), Vec::new());
     let mut steps = String::new();
     // Whose challenge waits for an answer.
     let mut asked = None;
@@ -42,8 +42,9 @@ fn transcript<'a>(policy: &Policy, pieces: impl Iterator<Item = &'a [u8]>) -> St
         loop {
             match dialogue.step(&mut replies) {
                 Step::NeedInput => break,
-                Step::StartTls => return format!("{steps}starttls {replies:?}"),
-                Step::Close(reason) => return format!("{steps}{reason:?} {replies:?}"),
+                Step::Send => sent.append(&mut replies),
+                Step::StartTls => return format!("{steps}starttls {:?}", [sent, replies].concat()),
+                Step::Close(reason) => return format!("{steps}{reason:?} {:?}", [sent, replies].concat()),
                 Step::Login(LoginRequest { tag, credentials }) => {
                     let proof = match &credentials.proof {
                         Proof::Password(secret) | Proof::Message(secret) => secret.expose(),
@@ -69,5 +70,5 @@ fn transcript<'a>(policy: &Policy, pieces: impl Iterator<Item = &'a [u8]>) -> St
             }
         }
     }
-    format!("{steps}open {replies:?} {:?}", dialogue.client_id())
+    format!("{steps}open {:?} {:?}", [sent, replies].concat(), dialogue.client_id())
 }

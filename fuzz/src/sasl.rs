@@ -116,7 +116,7 @@ fn login(mechanism: Mechanism, messages: &[&[u8]], at_once: bool) -> Option<Cred
     for line in lines {
         dialogue.input(format!("{line}\r\n").as_bytes());
         match dialogue.step(&mut replies) {
-            Step::NeedInput => {}
+            Step::NeedInput | Step::Send => {}
             Step::Login(request) => return Some(request.credentials),
             Step::Close(_) | Step::InvalidLogin(_) => return None,
             Step::StartTls | Step::Response(_) => panic!("nobody asked for that"),

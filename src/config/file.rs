@@ -452,6 +452,7 @@ pub(super) struct LimitsMap {
     // See [`super::Guard`].
     pub(super) handshakes: Option<i64>,
     pub(super) before_login: Option<i64>,
+    pub(super) before_login_memory: Option<Size>,
     pub(super) sessions_per_address: Option<Cap>,
     pub(super) sessions_per_user: Option<Cap>,
     pub(super) sessions_per_user_and_address: Option<Cap>,

@@ -2,13 +2,14 @@
 
 use std::time::Duration;
 
+use super::Limits;
 use super::directory::Network;
 use super::file::LimitsMap;
 use super::guard_file::{AccessMap, NetworkMap};
 use super::limits::{bounded, number, or_off, seconds};
 use super::locate::child;
 use super::read::Reader;
-use super::values::{Cap, Pace};
+use super::values::{Cap, Pace, Size};
 
 /// Who may come in and try. An address is one of IPv4, or a /64 of IPv6, which is what one household has.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -18,8 +19,11 @@ pub struct Guard {
     /// TLS handshakes with clients under way at once, counted from a client's first byte; others wait for their turn. Default
     /// 4000.
     pub handshakes: usize,
-    /// Connections before their login; beyond, the oldest is closed. Default 10,000.
+    /// Connections before their login, logins under way included; beyond, the oldest without complete credentials is closed. Default
+    /// 10,000.
     pub before_login: usize,
+    /// Bytes of larger buffers of all connections before their login. Default 256 MiB.
+    pub before_login_memory: usize,
     /// Open connections of one address. Default: any number.
     pub sessions_per_address: Option<u32>,
     /// Open connections from networks, logged in or not; the narrowest that contains the client counts.
@@ -69,6 +73,7 @@ impl Default for Guard {
             access: Access::default(),
             handshakes: 4000,
             before_login: 10_000,
+            before_login_memory: 256 << 20,
             sessions_per_address: None,
             networks: Vec::new(),
             sessions_per_user: None,
@@ -89,6 +94,7 @@ pub(super) fn guard(reader: &mut Reader<'_>, access: AccessMap, written: &Limits
     let tracked = number(reader, "limits.tracked", written.tracked, 100_000, 1000..=10_000_000);
     let handshakes = number(reader, "limits.handshakes", written.handshakes, 4000, 1..=1_000_000);
     let before_login = number(reader, "limits.before_login", written.before_login, 10_000, 1..=10_000_000);
+    let before_login_memory = before_login_memory(reader, written, default.before_login_memory);
     let delay = or_off(
         reader,
         "limits.failed_login_delay",
@@ -114,6 +120,7 @@ pub(super) fn guard(reader: &mut Reader<'_>, access: AccessMap, written: &Limits
         },
         handshakes: handshakes as usize,
         before_login: before_login as usize,
+        before_login_memory,
         sessions_per_address: cap(reader, "limits.sessions_per_address", written.sessions_per_address),
         networks: network_limits(reader, written),
         sessions_per_user: cap(reader, "limits.sessions_per_user", written.sessions_per_user),
@@ -128,6 +135,30 @@ pub(super) fn guard(reader: &mut Reader<'_>, access: AccessMap, written: &Limits
         tracked: tracked as usize,
         failed_login_delay: delay,
         failed_login_delay_max: delay_max,
+    }
+}
+
+/// So many connections that hold as much as `limits.line` and `limits.literal` let them must fit into the budget at once.
+const LARGEST_CONNECTIONS: usize = 16;
+/// What a connection holds at most, as a multiple of `limits.line` and `limits.literal` together: during a login its credentials are
+/// in several buffers.
+const MOST_OF_ONE: usize = 3;
+
+fn before_login_memory(reader: &mut Reader<'_>, written: &LimitsMap, default: usize) -> usize {
+    let (line, literal) = (Limits::default().line, Limits::default().literal);
+    let one = written.line.map_or(line, |Size(line)| line) + written.literal.map_or(literal, |Size(literal)| literal);
+    let least = LARGEST_CONNECTIONS * MOST_OF_ONE * one;
+    match written.before_login_memory {
+        None => default.max(least),
+        Some(Size(memory)) if (least..=1 << 40).contains(&memory) => memory,
+        Some(_) => {
+            let message = format!(
+                "expected a size from {least} bytes ({} times limits.line and limits.literal together) to 1 TiB",
+                LARGEST_CONNECTIONS * MOST_OF_ONE
+            );
+            reader.problem("limits.before_login_memory", message);
+            default
+        }
     }
 }
 
@@ -193,7 +224,7 @@ mod tests {
 
     #[test]
     fn every_key_is_read() {
-        let text = "limits: {handshakes: 7, before_login: 8, sessions_per_address: 9, sessions_per_user: 10, \
+        let text = "limits: {handshakes: 7, before_login: 8, before_login_memory: 64MiB, sessions_per_address: 9, sessions_per_user: 10, \
                     sessions_per_user_and_address: off, connection_rate: 60/1m, login_rate_per_address: 5/10s, \
                     login_rate_per_user: off, tracked: 5000, failed_login_delay: 2s, failed_login_delay_max: 3s, \
                     networks: [{network: 192.0.2.0/24, sessions: 11}]}\n\
@@ -207,6 +238,7 @@ mod tests {
             },
             handshakes: 7,
             before_login: 8,
+            before_login_memory: 64 << 20,
             sessions_per_address: Some(9),
             networks: vec![(network("192.0.2.0/24"), 11)],
             sessions_per_user: Some(10),
@@ -236,6 +268,11 @@ mod tests {
             (
                 "limits: {login_rate_per_user: 0/1m}",
                 "4:10: limits.login_rate_per_user: expected off, or 1 to 1000000 events in 1s to 1day, like 60/1m",
+            ),
+            (
+                "limits: {before_login_memory: 1MiB}",
+                "4:10: limits.before_login_memory: expected a size from 7864320 bytes (48 times limits.line and limits.literal \
+                 together) to 1 TiB",
             ),
             (
                 "limits: {sessions_per_user: 0}",

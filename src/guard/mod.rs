@@ -18,6 +18,7 @@ mod access;
 mod counts;
 mod failures;
 mod lobby;
+mod places;
 mod rate;
 mod table;
 
@@ -32,7 +33,7 @@ use self::access::{Door, Networks, Standing};
 use self::counts::{Counts, Slot};
 use self::failures::Failures;
 use self::lobby::Lobby;
-pub use self::lobby::Ticket;
+pub use self::lobby::{Charge, OutOfMemory, Shed, Ticket};
 use self::rate::Bucket;
 use self::table::{Table, Value};
 use crate::config;
@@ -89,6 +90,8 @@ pub enum Turned {
     Address,
     /// `limits.networks`.
     Network,
+    /// `limits.before_login`: all places are taken by logins under way.
+    BeforeLogin,
 }
 
 /// Why a user is not let in for now.
@@ -201,7 +204,7 @@ impl Guard {
             hasher: RandomState::new(),
             began,
             rules: RwLock::new(Arc::new(Rules::new(config, None))),
-            lobby: Arc::default(),
+            lobby: Arc::new(Lobby::new(config.before_login, config.before_login_memory)),
             sessions: Mutex::default(),
             connections: Mutex::new(Table::new(config.tracked)),
             address_logins: Mutex::new(Table::new(config.tracked)),
@@ -222,6 +225,7 @@ impl Guard {
             *lock(&self.failures) = Table::new(config.tracked);
             *lock(&self.known) = Table::new(config.tracked);
         }
+        self.lobby.set_limits(config.before_login, config.before_login_memory);
         let rules = Arc::new(Rules::new(config, Some(&before)));
         *self.rules.write().unwrap_or_else(PoisonError::into_inner) = rules;
     }
@@ -260,9 +264,18 @@ impl Guard {
         Pass { guard: self.clone(), slots: [Slot::NONE; 4] }
     }
 
-    /// A place among those who have not logged in. Where that makes too many, the oldest is told to go.
-    pub fn lobby(&self) -> Ticket {
-        self.lobby.enter(self.rules().config.before_login)
+    /// A place among the connections that have not logged in. If all are taken, another connection is shed, and the new one waits
+    /// until that one is gone ([`Ticket::admitted`]).
+    ///
+    /// # Errors
+    /// [`Turned::BeforeLogin`]: no connection can be shed.
+    pub fn lobby(&self, now: Instant) -> Result<Ticket, Turned> {
+        self.lobby.enter(now).ok_or(Turned::BeforeLogin)
+    }
+
+    /// Bytes of `limits.before_login_memory` in use.
+    pub fn memory_before_login(&self) -> usize {
+        self.lobby.memory()
     }
 
     /// Whether `client` may try to log in. `users` are those the attempt counts for, by their routing names: first the one whose password

@@ -257,7 +257,7 @@ fn a_flood_of_addresses_is_remembered_in_bounded_memory() {
     let (guard, now) = guard(&config);
     for number in 0..1_000_000u32 {
         let client = IpAddr::V6(std::net::Ipv6Addr::from_bits((0x2001_0db8 << 96) | u128::from(number) << 64));
-        let (pass, ticket) = (guard.admit(now, client).unwrap(), guard.lobby());
+        let (pass, ticket) = (guard.admit(now, client).unwrap(), guard.lobby(now).unwrap());
         guard.may_try(now, client, &[number.to_string()]).unwrap();
         guard.failed(now, client, &["alice"]);
         guard.succeeded(now, client, &["bob"]);

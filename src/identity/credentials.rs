@@ -154,6 +154,14 @@ impl Credentials {
         self.mechanism.is_complete_at_once()
     }
 
+    /// Bytes of the proof.
+    pub fn proof_size(&self) -> usize {
+        match &self.proof {
+            Proof::Password(secret) | Proof::Message(secret) => secret.expose().len(),
+            Proof::Certificate => 0,
+        }
+    }
+
     /// The password, where there is one.
     pub fn password(&self) -> Option<&Secret> {
         match &self.proof {

@@ -112,7 +112,8 @@ impl<'a> Arguments<'a> {
     }
 
     fn quoted(&mut self) -> Result<Value, Malformed> {
-        let mut value = Zeroizing::new(Vec::with_capacity(self.0.len()));
+        // Of the length of the string and not of the command, of which each of many strings would take as much.
+        let mut value = Zeroizing::new(Vec::with_capacity(quoted_length(self.0)));
         let mut bytes = self.0.iter().enumerate().skip(1);
         while let Some((index, byte)) = bytes.next() {
             match byte {
@@ -154,6 +155,17 @@ impl<'a> Arguments<'a> {
             Some(_) => Err(Malformed),
         }
     }
+}
+
+/// Bytes between the quotation marks of a quoted string, at most.
+fn quoted_length(string: &[u8]) -> usize {
+    let mut escaped = false;
+    let ends = |byte: &u8| {
+        let ends = *byte == b'"' && !escaped;
+        escaped = *byte == b'\\' && !escaped;
+        ends
+    };
+    string.iter().skip(1).position(ends).unwrap_or(string.len())
 }
 
 fn strip_prefix_ignoring_case<'a>(bytes: &'a [u8], prefix: &[u8]) -> Option<&'a [u8]> {
@@ -211,6 +223,17 @@ mod tests {
             b" user a(b\r\n",
         ] {
             assert_eq!(two(input), Err(Malformed), "{}", input.escape_ascii());
+        }
+    }
+
+    #[test]
+    fn a_quoted_string_takes_no_more_memory_than_it_has_bytes() {
+        let long = [&br#" "a\"b\\" "c" "#[..], &[b'x'; 10_000], b"\r\n"].concat();
+        let mut arguments = Arguments::new(&long);
+        for (expected, most) in [(&b"a\"b\\"[..], 6), (b"c", 1)] {
+            let value = arguments.astring().unwrap();
+            assert_eq!(&value[..], expected);
+            assert!(value.capacity() <= most.max(8), "{}", value.capacity());
         }
     }
 

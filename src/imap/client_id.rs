@@ -46,6 +46,12 @@ impl ClientId {
         self.ttl
     }
 
+    /// Bytes of memory that the pairs take.
+    pub(super) fn size(&self) -> usize {
+        let pair = |(key, value): &Pair| size_of::<Pair>() + key.len() + value.as_ref().map_or(0, Vec::len);
+        self.pairs.iter().map(pair).sum()
+    }
+
     /// What is left of the client's pairs.
     pub fn pairs(&self) -> &[Pair] {
         &self.pairs

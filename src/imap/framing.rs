@@ -6,8 +6,6 @@
 
 use zeroize::{Zeroize, Zeroizing};
 
-use crate::identity::append_wiped;
-
 /// How many literals a command may have, and how many bytes together.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Literals {
@@ -20,6 +18,9 @@ impl Literals {
     pub(super) const FEW: Self = Self { count: 4, bytes: usize::MAX };
 }
 
+/// A command over this is moved and not copied: larger than one read.
+const LONG: usize = 4096;
+
 /// What stands at the front of the buffer.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Frame {
@@ -31,7 +32,7 @@ pub(super) enum Frame {
     Complete,
     /// The line is over the cap. Where it ends is not known: the connection cannot go on.
     LineTooLong,
-    /// A literal is over the cap, or there are too many, or too long ones together.
+    /// The literals of a command are over the cap together, or there are too many.
     LiteralTooLong,
 }
 
@@ -40,7 +41,7 @@ pub(super) enum Frame {
 pub(super) struct Caps {
     /// A command or response without its literals.
     pub(super) line: usize,
-    /// One literal.
+    /// All literals of a command together.
     pub(super) literal: usize,
 }
 
@@ -89,7 +90,26 @@ impl Framer {
     /// Appends what arrived.
     pub(super) fn input(&mut self, bytes: &[u8]) {
         self.forget_consumed();
-        append_wiped(&mut self.buffer, bytes);
+        let capacity = self.capacity_with(bytes.len());
+        if capacity > self.buffer.capacity() {
+            // Not grown in place: what was outgrown would not be wiped.
+            let mut larger = Zeroizing::new(Vec::with_capacity(capacity));
+            larger.extend_from_slice(&self.buffer);
+            self.buffer = larger;
+        }
+        self.buffer.extend_from_slice(bytes);
+    }
+
+    /// Bytes of memory that the buffer takes.
+    pub(super) fn capacity(&self) -> usize {
+        self.buffer.capacity()
+    }
+
+    /// Bytes of memory that it takes once `more` bytes have arrived: twice what it had, but hardly more than a command may have.
+    pub(super) fn capacity_with(&self, more: usize) -> usize {
+        let needed = self.buffer.len() - self.start + more;
+        let capacity = self.buffer.capacity();
+        if needed <= capacity { capacity } else { needed.max((2 * capacity).min(self.caps.line + self.caps.literal)) }
     }
 
     /// Looks for the end of a command, literals included.
@@ -111,11 +131,8 @@ impl Framer {
             let Some(announced) = announced(&self.buffer[self.line..self.scanned]) else { return Frame::Complete };
             let allowed = (self.literals_of)(self.so_far());
             self.literals += 1;
-            // Of the cap first: the sum cannot overflow then.
-            if announced.size > self.caps.literal
-                || self.literals > allowed.count
-                || self.literal_bytes + announced.size > allowed.bytes
-            {
+            let bytes = allowed.bytes.min(self.caps.literal);
+            if announced.size > bytes.saturating_sub(self.literal_bytes) || self.literals > allowed.count {
                 return Frame::LiteralTooLong;
             }
             self.literal_bytes += announced.size;
@@ -158,8 +175,22 @@ impl Framer {
     /// Removes the complete command, line end included. No copy of it stays here: who was refused may say nothing more for a
     /// minute.
     pub(super) fn take(&mut self) -> Zeroizing<Vec<u8>> {
+        if self.scanned - self.start > LONG {
+            return self.take_long();
+        }
         let command = Zeroizing::new(self.so_far().to_vec());
         self.buffer[self.start..self.scanned].zeroize();
+        self.end_command();
+        command
+    }
+
+    /// A long command leaves with the buffer that it is in; the few bytes that follow it get a new one.
+    fn take_long(&mut self) -> Zeroizing<Vec<u8>> {
+        let rest = Zeroizing::new(self.buffer[self.scanned..].to_vec());
+        let mut command = std::mem::replace(&mut self.buffer, rest);
+        command.truncate(self.scanned);
+        command.drain(..self.start);
+        self.scanned = 0;
         self.end_command();
         command
     }
@@ -302,13 +333,52 @@ mod tests {
         assert_eq!(framer(b"a {4294967296+}\r\n").command(), Frame::LiteralTooLong);
         assert_eq!(framer(&b"{0+}\r\n".repeat(4)).command(), Frame::Incomplete);
         assert_eq!(framer(&b"{0+}\r\n".repeat(5)).command(), Frame::LiteralTooLong);
-        assert_eq!(framer(&b"{32+}\r\n0123456789abcdef0123456789abcdef".repeat(4)).command(), Frame::Incomplete);
+        let two = |second: &str| framer(format!("{{20+}}\r\n0123456789abcdefghij {second}\r\n").as_bytes()).command();
+        assert_eq!((two("{12}"), two("{13}")), (Frame::Literal, Frame::LiteralTooLong), "literals count together");
+    }
+
+    #[test]
+    fn a_long_command_leaves_no_memory_behind() {
+        let caps = Caps { line: 96 * 1024, literal: 64 * 1024 };
+        let command = [&vec![b'x'; 90_000][..], b"\r\n"].concat();
+        let mut framer = Framer::new(caps);
+        for part in [b"a NOOP\r\n", &command[..], b"b"].concat().chunks(4096) {
+            let expected = framer.capacity_with(part.len());
+            framer.input(part);
+            assert_eq!(framer.capacity(), expected);
+            while framer.command() == Frame::Complete {
+                let taken = framer.take();
+                assert!(taken[..] == *b"a NOOP\r\n" || taken[..] == command);
+            }
+        }
+        assert!(framer.capacity() < 4096, "{}", framer.capacity());
+        assert_eq!(framer.into_leftover(), b"b");
+    }
+
+    /// The most that a client can make the buffer take, in pieces of any size.
+    #[test]
+    fn the_buffer_is_bounded_by_the_caps() {
+        let caps = Caps { line: 96 * 1024, literal: 64 * 1024 };
+        for piece in [1, 100, 4096] {
+            let mut framer = Framer::new(caps);
+            let hostile = [&b"a LOGIN {65536+}\r\n"[..], &vec![b'x'; 65536], &vec![b'y'; 1 << 20]].concat();
+            let mut most = 0;
+            for part in hostile.chunks(piece) {
+                framer.input(part);
+                most = most.max(framer.capacity());
+                if framer.command() != Frame::Incomplete {
+                    break;
+                }
+            }
+            assert_eq!(framer.command(), Frame::LineTooLong);
+            assert!(most <= caps.line + caps.literal + 4096, "{most} with pieces of {piece}");
+        }
     }
 
     #[test]
     fn a_command_may_have_literals_of_its_own_number_and_size() {
         let allowed = |command: &[u8]| match command {
-            [b'i', ..] => Literals { count: 6, bytes: 40 },
+            [b'i', ..] => Literals { count: 6, bytes: 30 },
             _ => Literals::FEW,
         };
         let read = |bytes: &[u8]| {
@@ -320,7 +390,7 @@ mod tests {
         assert_eq!((read(&literals("i", 6)), read(&literals("i", 7))), (Frame::Complete, Frame::LiteralTooLong));
         assert_eq!((read(&literals("l", 4)), read(&literals("l", 5))), (Frame::Complete, Frame::LiteralTooLong));
         let long = |size: usize| [b"i {20+}\r\n", &[b'x'; 20][..], format!(" {{{size}+}}\r\n").as_bytes()].concat();
-        assert_eq!((read(&long(20)), read(&long(21))), (Frame::Incomplete, Frame::LiteralTooLong), "together");
+        assert_eq!((read(&long(10)), read(&long(11))), (Frame::Incomplete, Frame::LiteralTooLong), "together");
     }
 
     #[test]

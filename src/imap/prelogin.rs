@@ -5,10 +5,14 @@
 //! hands out; after a refusal nothing of it is left here. RFC 3501 section 6.1 and 6.2, RFC 4959 (SASL-IR), RFC 7888
 //! (LITERAL+), RFC 2971 (ID), RFC 5161 (ENABLE); where clients expect more than these say, Dovecot is followed.
 
+mod farewell;
+mod memory;
+
 use std::sync::Arc;
 
 use zeroize::Zeroizing;
 
+pub use self::farewell::Bye;
 use super::arguments::{Arguments, Malformed};
 use super::capability::Extensions;
 use super::client_id::{self, ClientId};
@@ -22,6 +26,8 @@ use crate::identity::{Credentials, Mechanism, Mechanisms, TokenIssuer, UserName}
 
 /// Commands, good ones too: a client that never logs in may not go on for ever within its deadline.
 const MAX_COMMANDS: u32 = 1000;
+/// Bytes of replies, without the last one, that wait to be sent: a client may send hundreds of commands at once, and read nothing.
+const MAX_REPLIES: usize = 4096;
 /// First byte of a TLS handshake record.
 const TLS_HANDSHAKE: u8 = 0x16;
 
@@ -64,6 +70,8 @@ pub struct Policy {
 pub enum Step {
     /// Send the replies, read more, hand it to [`Prelogin::input`].
     NeedInput,
+    /// Send the replies before there are more of them.
+    Send,
     /// Send the replies, perform the handshake, begin anew with [`Transport::Tls`] and no greeting.
     StartTls,
     /// Find out whether these credentials are good; then [`Prelogin::refused`], [`Prelogin::unavailable`],
@@ -117,17 +125,6 @@ pub enum CloseReason {
     ForeignProtocol,
     /// A TLS hello where plaintext is spoken.
     TlsOnPlainPort,
-}
-
-/// Why the proxy ends a connection that did nothing wrong.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Bye {
-    /// Not logged in in time.
-    LoginDeadline,
-    /// The process stops.
-    Shutdown,
-    /// Others want to log in, and this one has not done so for longest.
-    Shed,
 }
 
 /// The dialogue so far.
@@ -189,6 +186,9 @@ impl Prelogin {
             if let Some(reason) = self.closing.take() {
                 return Step::Close(reason);
             }
+            if out.len() > MAX_REPLIES {
+                return Step::Send;
+            }
             let next = match &self.state {
                 State::Command => self.next_command(out),
                 State::Sasl(..) | State::Relayed(_) => self.next_response(out),
@@ -246,12 +246,7 @@ impl Prelogin {
 
     /// The farewell for `why`.
     pub fn bye(&self, why: Bye, out: &mut Vec<u8>) {
-        let text = match why {
-            Bye::LoginDeadline => "Login took too long.",
-            Bye::Shutdown => "[UNAVAILABLE] Server shutting down, connect again.",
-            Bye::Shed => "[UNAVAILABLE] Too many connections without a login, connect again.",
-        };
-        reply::bye(text, out);
+        reply::bye(why.text(), out);
     }
 
     fn next_command(&mut self, out: &mut Vec<u8>) -> Next {

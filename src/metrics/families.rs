@@ -32,6 +32,7 @@ pub(super) struct Families {
     pub(super) bytes: IntCounterVec,
     pub(super) failures: IntCounterVec,
     pub(super) guard_entries: IntGaugeVec,
+    pub(super) before_login_memory: IntGauge,
     pub(super) policy_answers: IntCounterVec,
     pub(super) queue: IntGaugeVec,
     pub(super) server_up: IntGaugeVec,
@@ -139,6 +140,10 @@ impl Families {
                 "What the guard remembers and counts just now, by table.",
                 &["table"],
             ),
+            before_login_memory: valid(IntGauge::new(
+                "vestibule_before_login_memory_bytes",
+                "Memory of connections that have not logged in, counted against limits.before_login_memory.",
+            )),
             policy_answers: counters(
                 "vestibule_policy_answers_total",
                 "Answers of the policy service to what it was asked (allow) and told (report).",

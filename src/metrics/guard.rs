@@ -1,32 +1,34 @@
 //! What the guard remembers, read when somebody looks, so that nothing is counted twice on the way of a login; and words
 //! for what the policy service says.
 
-use prometheus::IntGaugeVec;
 use prometheus::core::{Collector, Desc};
 use prometheus::proto::MetricFamily;
+use prometheus::{IntGauge, IntGaugeVec};
 
-/// A gauge that asks.
-pub(super) struct Measured<F> {
-    gauges: IntGaugeVec,
-    read: F,
+/// Gauges that are read from the guard whenever they are collected.
+pub(super) struct Measured<E, M> {
+    pub(super) entries: IntGaugeVec,
+    pub(super) memory: IntGauge,
+    pub(super) read_entries: E,
+    pub(super) read_memory: M,
 }
 
-impl<F: Fn() -> Vec<(&'static str, usize)> + Send + Sync> Measured<F> {
-    pub(super) fn new(gauges: IntGaugeVec, read: F) -> Self {
-        Self { gauges, read }
-    }
-}
-
-impl<F: Fn() -> Vec<(&'static str, usize)> + Send + Sync> Collector for Measured<F> {
+impl<E, M> Collector for Measured<E, M>
+where
+    E: Fn() -> Vec<(&'static str, usize)> + Send + Sync,
+    M: Fn() -> usize + Send + Sync,
+{
     fn desc(&self) -> Vec<&Desc> {
-        self.gauges.desc()
+        self.entries.desc().into_iter().chain(self.memory.desc()).collect()
     }
 
     fn collect(&self) -> Vec<MetricFamily> {
-        for (table, entries) in (self.read)() {
-            self.gauges.with_label_values(&[table]).set(i64::try_from(entries).unwrap_or(i64::MAX));
+        let number = |entries: usize| i64::try_from(entries).unwrap_or(i64::MAX);
+        for (table, entries) in (self.read_entries)() {
+            self.entries.with_label_values(&[table]).set(number(entries));
         }
-        self.gauges.collect()
+        self.memory.set(number((self.read_memory)()));
+        self.entries.collect().into_iter().chain(self.memory.collect()).collect()
     }
 }
 

@@ -173,9 +173,15 @@ impl Metrics {
         self.families.certificate_expiry.with_label_values(&[file]).set(expiry as f64);
     }
 
-    /// `read` is asked what the guard remembers, table by table, whenever somebody looks. Once for a process.
-    pub fn measure_guard(&self, read: impl Fn() -> Vec<(&'static str, usize)> + Send + Sync + 'static) {
-        let measured = guard::Measured::new(self.families.guard_entries.clone(), read);
+    /// Reads what the guard remembers, table by table, and the bytes of `limits.before_login_memory` in use, whenever metrics are
+    /// collected. Once for a process.
+    pub fn measure_guard(
+        &self,
+        read_entries: impl Fn() -> Vec<(&'static str, usize)> + Send + Sync + 'static,
+        read_memory: impl Fn() -> usize + Send + Sync + 'static,
+    ) {
+        let (entries, memory) = (self.families.guard_entries.clone(), self.families.before_login_memory.clone());
+        let measured = guard::Measured { entries, memory, read_entries, read_memory };
         if let Err(error) = self.families.registry.register(Box::new(measured)) {
             tracing::error!(%error, "the guard is measured already");
         }
@@ -229,10 +235,13 @@ pub enum Refusal {
     Address,
     /// `limits.networks`.
     Network,
+    /// `limits.before_login`: all places are taken by logins under way.
+    BeforeLogin,
 }
 
 impl Refusal {
-    const ALL: [Self; 6] = [Self::Full, Self::AcceptError, Self::Denied, Self::Rate, Self::Address, Self::Network];
+    const ALL: [Self; 7] =
+        [Self::Full, Self::AcceptError, Self::Denied, Self::Rate, Self::Address, Self::Network, Self::BeforeLogin];
 
     /// Label text.
     pub fn as_str(self) -> &'static str {
@@ -243,6 +252,7 @@ impl Refusal {
             Self::Rate => "connection_rate",
             Self::Address => "sessions_per_address",
             Self::Network => "sessions_per_network",
+            Self::BeforeLogin => "before_login",
         }
     }
 }

@@ -6,8 +6,8 @@
 //! allocation, and no buffer, for records are sealed and opened in place in the caller's memory.
 //!
 //! What the room refuses: everything a peer may not send after the handshake. A [`Violation`] says what, and which alert
-//! answers it; the channel must not be read from again. Renegotiation (TLS 1.2) is declined with a warning, once, as
-//! rustls does. Ciphers, nonces and derivations are those of the provider (aws-lc) and of rustls's own key schedule
+//! answers it; the channel must not be read from again. Renegotiation (TLS 1.2) is declined with a warning. After 32 records in
+//! a row without data (KeyUpdates, handshakes, tickets, alerts, empty records) the channel is closed. Ciphers, nonces and derivations are those of the provider (aws-lc) and of rustls's own key schedule
 //! interface. Called by `tls` (which makes channels) and `relay` (which uses them).
 
 mod handshake;

@@ -55,8 +55,13 @@ impl Sealer {
     }
 
     #[cfg(test)]
-    pub(super) fn say_for_test(&mut self, kind: ContentType, content: &[u8], out: &mut Vec<u8>) {
+    pub(crate) fn say_for_test(&mut self, kind: ContentType, content: &[u8], out: &mut Vec<u8>) {
         self.say(kind, content, out).unwrap();
+    }
+
+    #[cfg(test)]
+    pub(crate) fn request_key_update_for_test(&mut self, out: &mut Vec<u8>) {
+        self.change_keys(1, out).unwrap();
     }
 
     /// Room a record needs.
@@ -92,11 +97,16 @@ impl Sealer {
     /// # Errors
     /// [`Exhausted`], also for TLS 1.2, which has no such message.
     pub fn key_update(&mut self, out: &mut Vec<u8>) -> Result<(), Exhausted> {
+        self.change_keys(0, out)
+    }
+
+    /// `request`: the message's one byte, update_not_requested or update_requested.
+    fn change_keys(&mut self, request: u8, out: &mut Vec<u8>) -> Result<(), Exhausted> {
         if self.version != Version::Tls13 || self.closed {
             return Err(Exhausted);
         }
         let next = self.keys.advance().map_err(|_| Exhausted)?;
-        self.say(ContentType::Handshake, &[24, 0, 0, 1, 0], out)?;
+        self.say(ContentType::Handshake, &[24, 0, 0, 1, request], out)?;
         self.keys = next;
         self.aead = self.keys.aead();
         Ok(())
@@ -105,8 +115,11 @@ impl Sealer {
     /// Appends the warning that a new handshake is not wanted (RFC 5246 section 7.2.2).
     ///
     /// # Errors
-    /// [`Exhausted`].
+    /// [`Exhausted`], also once closed: nothing follows the last alert.
     pub fn decline_renegotiation(&mut self, out: &mut Vec<u8>) -> Result<(), Exhausted> {
+        if self.closed {
+            return Err(Exhausted);
+        }
         self.say(ContentType::Alert, &[1, AlertCode::NO_RENEGOTIATION.0], out)
     }
 

@@ -373,6 +373,39 @@ fn padding_and_empty_records_are_taken_and_bounded() {
     assert_eq!(opened(&mut ours, &record_13(&mut theirs, &[23])), Err(Violation::TooManyEmpty));
 }
 
+/// Each of them costs the receiver something, and none moves a byte of mail.
+#[test]
+fn every_kind_of_record_without_data_is_bounded() {
+    let control: [(Version, Role, ContentType, &[u8]); 6] = [
+        (Version::Tls13, Role::Client, ContentType::Handshake, &[4, 0, 0, 1, 9]),
+        (Version::Tls13, Role::Server, ContentType::Alert, &[1, 90]),
+        (Version::Tls12, Role::Server, ContentType::Handshake, &[1, 0, 0, 1, 0]),
+        (Version::Tls12, Role::Client, ContentType::Handshake, &[0, 0, 0, 0]),
+        (Version::Tls12, Role::Client, ContentType::Alert, &[1, 90]),
+        (Version::Tls12, Role::Server, ContentType::Data, &[]),
+    ];
+    let keys = |byte: u8| Keys::from_secret(Cipher::Aes128Gcm, &[byte; 32]).unwrap();
+    for (version, role, kind, content) in control {
+        let mut ours = Channel::new(version, role, keys(1), keys(2));
+        let mut theirs = Channel::new(version, Role::Server, keys(2), keys(1));
+        for round in 0..=32 {
+            let mut record = Vec::new();
+            theirs.sealer.say_for_test(kind, content, &mut record);
+            assert_eq!(
+                opened(&mut ours, &record).err(),
+                (round == 32).then_some(Violation::TooManyEmpty),
+                "{content:?}"
+            );
+        }
+    }
+    let (mut ours, mut theirs) = twins(Version::Tls13);
+    for round in 0..=32 {
+        let mut record = Vec::new();
+        theirs.sealer.request_key_update_for_test(&mut record);
+        assert_eq!(opened(&mut ours, &record).err(), (round == 32).then_some(Violation::TooManyEmpty), "KeyUpdate");
+    }
+}
+
 #[test]
 fn messages_may_be_split_over_records_and_not_interleaved() {
     let ticket = [&[4, 0, 0, 200][..], &[9; 200]].concat();

@@ -3,6 +3,9 @@
 //! A leg reads into the worker's scratch memory and writes from there; of its own it has memory only for what cannot go
 //! on at once: the beginning of a record, and bytes that the peer does not take. What TLS says by itself (answers to
 //! KeyUpdates, close_notify, alerts) is said here; the two directions see plaintext.
+//!
+//! A peer can ask TLS for answers as fast as it can send. There is one slot for an answer that is due, and a leg whose peer has not
+//! taken its answer is not read: a peer that never reads makes the proxy hold one answer, and spend time on one read.
 
 use std::io::{self, IoSlice, IoSliceMut};
 use std::net;
@@ -81,6 +84,24 @@ pub(super) enum Received {
     InPipe(usize),
 }
 
+/// A reply that the TLS layer owes the peer. One of a kind is enough: one KeyUpdate answers any number of requests (RFC 8446
+/// section 4.6.3), and one warning declines any number of handshakes. Each TLS version has one kind.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Answer {
+    KeyUpdate,
+    NoRenegotiation,
+}
+
+/// Progress of the one answer that a leg may owe its peer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Owed {
+    Nothing,
+    /// To be sealed once everything before it is sent.
+    Due(Answer),
+    /// Sealed, and part of `Leg::unsent`.
+    Sealed,
+}
+
 /// See the module.
 #[derive(Debug)]
 pub struct Leg<S> {
@@ -95,6 +116,7 @@ pub struct Leg<S> {
     sent: usize,
     /// Of all that was ever unsent, so much has gone out.
     flushed: u64,
+    owed: Owed,
     /// Nothing more can be sent: the peer was told.
     finished: bool,
     /// The peer has closed, or broken, TLS.
@@ -124,7 +146,8 @@ impl<S> Leg<S> {
     fn new(socket: S, tls: Option<Box<Channel>>, received: Vec<u8>, closed: bool) -> Self {
         let unparsed = !received.is_empty();
         let ended = closed.then_some(Ok(()));
-        Self { socket, tls, received, unparsed, unsent: Vec::new(), sent: 0, flushed: 0, finished: false, ended }
+        let (unsent, owed) = (Vec::new(), Owed::Nothing);
+        Self { socket, tls, received, unparsed, unsent, sent: 0, flushed: 0, owed, finished: false, ended }
     }
 
     /// Room to leave around plaintext that this leg is to send.
@@ -132,15 +155,21 @@ impl<S> Leg<S> {
         self.tls.as_ref().map_or(Layout::default(), |tls| tls.sealer.layout())
     }
 
-    /// Whether bytes wait for the peer to take them.
+    /// Whether bytes, or an answer of TLS, wait for the peer to take them.
     pub(super) fn has_unsent(&self) -> bool {
-        !self.unsent.is_empty()
+        !self.unsent.is_empty() || self.owed != Owed::Nothing
+    }
+
+    /// Bytes of memory that wait for the peer, or for the rest of a record.
+    #[cfg(test)]
+    pub(super) fn held(&self) -> usize {
+        self.unsent.capacity() + self.received.len()
     }
 
     /// Whether the leg is nothing but a socket and keys just now.
     pub(super) fn can_rest(&self) -> bool {
         self.received.is_empty()
-            && self.unsent.is_empty()
+            && !self.has_unsent()
             && self.ended.is_none()
             && self.tls.as_ref().is_none_or(|tls| tls.can_rest())
     }
@@ -243,6 +272,10 @@ impl<S: Socket> Leg<S> {
                 Some(Err(violation)) => return Poll::Ready(Err(violation.into())),
                 None => {}
             }
+            // What goes wrong with the write is for the other direction to find: the peer may still have sent something.
+            if self.owed != Owed::Nothing && self.poll_flush(context).is_pending() {
+                return Poll::Pending;
+            }
             let mut filled = self.received.len();
             if !std::mem::take(&mut self.unparsed) {
                 let end = (filled + round * stride(self.layout())).min(scratch.inbound.len());
@@ -281,9 +314,8 @@ impl<S: Socket> Leg<S> {
                     scratch.opened.push(at + range.start..at + range.end);
                 }
                 Ok(Opened::Nothing) => {}
-                // Where we have closed, or may send no more, nothing is answered.
-                Ok(Opened::KeyUpdateRequested) => drop(tls.sealer.key_update(&mut self.unsent)),
-                Ok(Opened::Renegotiation) => drop(tls.sealer.decline_renegotiation(&mut self.unsent)),
+                Ok(Opened::KeyUpdateRequested) => self.owed = Owed::Due(Answer::KeyUpdate),
+                Ok(Opened::Renegotiation) => self.owed = Owed::Due(Answer::NoRenegotiation),
                 Ok(Opened::Closed) => self.ended = Some(Ok(())),
                 Err(violation) => self.ended = Some(Err(violation)),
             }
@@ -304,6 +336,8 @@ impl<S: Socket> Leg<S> {
         scratch: &mut Scratch,
         received: Received,
     ) -> Result<(), Broken> {
+        // RFC 8446 section 4.6.3: the answer goes before the next data.
+        self.seal_answer();
         let layout = self.layout();
         let length = match received {
             Received::End => return Ok(()),
@@ -402,21 +436,39 @@ impl<S: Socket> Leg<S> {
         Ok(())
     }
 
-    /// Ready when nothing is unsent.
+    /// Sends what is unsent, and then the answer that is due. Ready when nothing is left.
     pub(super) fn poll_flush(&mut self, context: &mut Context<'_>) -> Poll<io::Result<()>> {
-        while self.sent < self.unsent.len() {
-            match ready!(Pin::new(&mut self.socket).poll_write(context, &self.unsent[self.sent..]))? {
-                0 => return Poll::Ready(Err(io::ErrorKind::WriteZero.into())),
-                written => {
-                    self.sent += written;
-                    self.flushed += written as u64;
+        loop {
+            while self.sent < self.unsent.len() {
+                match ready!(Pin::new(&mut self.socket).poll_write(context, &self.unsent[self.sent..]))? {
+                    0 => return Poll::Ready(Err(io::ErrorKind::WriteZero.into())),
+                    written => {
+                        self.sent += written;
+                        self.flushed += written as u64;
+                    }
                 }
             }
+            if self.unsent.capacity() > 0 {
+                (self.unsent, self.sent) = (Vec::new(), 0);
+            }
+            if self.owed == Owed::Sealed {
+                self.owed = Owed::Nothing;
+            }
+            self.seal_answer();
+            if self.unsent.is_empty() {
+                return Poll::Ready(Ok(()));
+            }
         }
-        if self.unsent.capacity() > 0 {
-            (self.unsent, self.sent) = (Vec::new(), 0);
-        }
-        Poll::Ready(Ok(()))
+    }
+
+    /// Appends the answer that is due. A leg that has closed, or may send no more under its key, answers nothing.
+    fn seal_answer(&mut self) {
+        let (Owed::Due(answer), Some(tls)) = (self.owed, &mut self.tls) else { return };
+        let sealed = match answer {
+            Answer::KeyUpdate => tls.sealer.key_update(&mut self.unsent),
+            Answer::NoRenegotiation => tls.sealer.decline_renegotiation(&mut self.unsent),
+        };
+        self.owed = if sealed.is_ok() { Owed::Sealed } else { Owed::Nothing };
     }
 
     /// How much of what is unsent has gone out: grows as long as the peer takes anything.
@@ -440,7 +492,7 @@ impl<S: Socket> Leg<S> {
 
     /// What is unsent will never be taken.
     pub(super) fn discard_unsent(&mut self) {
-        (self.unsent, self.sent) = (Vec::new(), 0);
+        (self.unsent, self.sent, self.owed) = (Vec::new(), 0, Owed::Nothing);
     }
 
     fn poll_read(&mut self, context: &mut Context<'_>, to: &mut [u8]) -> Poll<io::Result<usize>> {

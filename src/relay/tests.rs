@@ -175,3 +175,100 @@ async fn records_may_be_cut_anywhere() {
         }
     }
 }
+
+/// A peer that asks TLS for an answer with every line, and never reads one.
+async fn flooded(version: crate::record_layer::Version, from_server: bool) {
+    use crate::record_layer::{Channel, Cipher, ContentType, Keys, Role, Version};
+    const PIPE: usize = 256;
+    let keys = |byte: u8| Keys::from_secret(Cipher::Aes128Gcm, &[byte; 32]).unwrap();
+    let role = if from_server { Role::Client } else { Role::Server };
+    let (mut attacker, near) = duplex(PIPE);
+    let (mut other, relay_other) = duplex(1 << 20);
+    let tls = Leg::tls(near, Channel::new(version, role, keys(1), keys(2)), Vec::new(), false);
+    let plain = Leg::plain(relay_other);
+    let (client, server) = if from_server { (plain, tls) } else { (tls, plain) };
+    let counter = || IntCounter::new("bytes", "bytes").unwrap();
+    let opening =
+        Opening { to_client: Vec::new(), to_server: Vec::new(), client_bytes: counter(), server_bytes: counter() };
+    let mut relay = Relay::new(client, server, opening, LIMITS);
+    let mut theirs = Channel::new(version, role, keys(2), keys(1));
+    let mut flood = move || {
+        let mut records = Vec::new();
+        match version {
+            Version::Tls13 => theirs.sealer.request_key_update_for_test(&mut records),
+            Version::Tls12 if from_server => {
+                theirs.sealer.say_for_test(ContentType::Handshake, &[0, 0, 0, 0], &mut records);
+            }
+            Version::Tls12 => theirs.sealer.say_for_test(ContentType::Handshake, &[1, 0, 0, 0], &mut records),
+        }
+        theirs.sealer.say_for_test(ContentType::Data, b"x", &mut records);
+        records
+    };
+    let mut taken = 0;
+    let sent = async {
+        while let Ok(written) = tokio::time::timeout(Duration::from_secs(1), attacker.write_all(&flood())).await {
+            written.unwrap();
+            taken += 1;
+            assert!(taken < 1000, "{version:?}, server: {from_server}: the peer is still read after {taken} requests");
+        }
+    };
+    tokio::select! {
+        () = sent => {}
+        outcome = relay.run(None) => panic!("{outcome:?}"),
+    }
+    let leg = if from_server { &relay.server } else { &relay.client };
+    assert!(leg.held() <= 64, "{version:?}, server: {from_server}: {} bytes held", leg.held());
+    // The peer begins to read, and everything goes on.
+    let (mut answers, mut bytes) = ([0; PIPE], Vec::new());
+    let goes_on = async {
+        let (_, _) = tokio::join!(attacker.read(&mut answers), other.read_buf(&mut bytes));
+        attacker.write_all(&[]).await.unwrap();
+    };
+    tokio::select! {
+        () = goes_on => assert!(bytes.starts_with(b"x")),
+        outcome = relay.run(None) => panic!("{outcome:?}"),
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_peer_that_never_reads_is_owed_one_answer_and_is_not_read() {
+    use crate::record_layer::Version;
+    for version in [Version::Tls13, Version::Tls12] {
+        flooded(version, false).await;
+        flooded(version, true).await;
+    }
+}
+
+/// RFC 8446 section 4.6.3: one KeyUpdate answers all requests that came before it, and comes before the next data.
+#[tokio::test(start_paused = true)]
+async fn requests_for_new_keys_in_one_read_get_one_answer_ahead_of_the_data() {
+    use crate::record_layer::{Channel, Cipher, Keys, Opened, Role, Version, record_length};
+    let keys = |byte: u8| Keys::from_secret(Cipher::Aes128Gcm, &[byte; 32]).unwrap();
+    let (mut client, relay_client) = duplex(4096);
+    let (_server, relay_server) = duplex(4096);
+    let mut theirs = Channel::new(Version::Tls13, Role::Client, keys(2), keys(1));
+    let mut early = Vec::new();
+    (0..5).for_each(|_| theirs.sealer.request_key_update_for_test(&mut early));
+    let leg = Leg::tls(relay_client, Channel::new(Version::Tls13, Role::Server, keys(1), keys(2)), early, false);
+    let counter = || IntCounter::new("bytes", "bytes").unwrap();
+    let opening = Opening {
+        to_client: b"a OK\r\n".to_vec(),
+        to_server: Vec::new(),
+        client_bytes: counter(),
+        server_bytes: counter(),
+    };
+    let mut relay = Relay::new(leg, Leg::plain(relay_server), opening, LIMITS);
+    assert!(tokio::time::timeout(Duration::from_secs(1), relay.run(None)).await.is_err());
+    let mut got = vec![0; 4096];
+    let read = client.read(&mut got).await.unwrap();
+    let (mut rest, mut events) = (&mut got[..read], Vec::new());
+    while let Some(length) = record_length(rest).unwrap() {
+        let (record, behind) = rest.split_at_mut(length);
+        events.push(match theirs.opener.open(record).unwrap() {
+            Opened::Data(range) => record[range].to_vec(),
+            other => format!("{other:?}").into_bytes(),
+        });
+        rest = behind;
+    }
+    assert_eq!(events, [b"Nothing".to_vec(), b"a OK\r\n".to_vec()]);
+}

@@ -145,7 +145,8 @@ impl Bound {
             stop_background,
         };
         let measured = live.guard.clone();
-        live.metrics.measure_guard(move || measured.sizes().labelled().to_vec());
+        let memory = measured.clone();
+        live.metrics.measure_guard(move || measured.sizes().labelled().to_vec(), move || memory.memory_before_login());
         let mut now = running.lock();
         running.begin(&live, &stop, now.doors.addresses_with(&live.config, &opening));
         now.doors.swap(&live, opening, &running.workplaces).context("a listener could not be started")?;

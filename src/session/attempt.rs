@@ -12,8 +12,8 @@ use zeroize::Zeroizing;
 
 use super::defence::counted_users;
 use super::placement::{Placed, Placing};
-use super::record::reason;
-use super::{Session, Unread, close, pace};
+use super::record::{bounded, reason};
+use super::{Session, close, pace};
 use crate::backend::connect::{Established, Outcome, Purpose, Request};
 use crate::backend::{Backend, Server, Slot};
 use crate::failure::Reason;
@@ -214,6 +214,8 @@ impl Session {
             Ok(Err(error)) => return Some(Ok(self.lookup_failed(&error.to_string()))),
             Err(_) => return Some(Ok(self.lookup_failed("no answer within limits.lookup"))),
         };
+        // Its copy of the credentials is not needed any more.
+        drop(question);
         let Target::Place(place) = &*target else { return Some(Ok(self.verdict(&login.tag, &target).await)) };
         let backend = live.backends.backend(place.backend);
         if login.credentials.authzid.is_some() && !backend.allows_authzid {
@@ -312,18 +314,25 @@ impl Session {
     ) -> Option<Zeroizing<Vec<u8>>> {
         let mut out = Vec::new();
         prelogin.challenge(tag, challenge, &mut out);
+        // A login that waits for its client has no complete credentials, and may be shed.
+        self.login_under_way(None);
         loop {
             self.send(stream, &mut out).await?;
             match prelogin.step(&mut out) {
                 // The drain and shedding end the whole attempt.
-                Step::NeedInput => match self.read(stream, prelogin).await {
-                    Ok(()) => {}
-                    Err(Unread::Gone) => return self.gone(Reason::Disconnected),
-                    Err(Unread::Late) => {
-                        return self.farewell(stream, prelogin, Bye::LoginDeadline, Reason::LoginDeadline).await;
+                Step::NeedInput => {
+                    if let Err(unread) = self.read(stream, prelogin).await {
+                        return self.not_read(unread, stream, prelogin).await;
                     }
-                },
-                Step::Response(response) => return Some(response),
+                }
+                Step::Send => {}
+                Step::Response(response) => {
+                    if self.holds_for_login(response.len()).is_err() {
+                        return self.farewell(stream, prelogin, (Bye::Memory, Reason::ShedForMemory)).await;
+                    }
+                    self.login_under_way(Some(Instant::now()));
+                    return Some(response);
+                }
                 Step::Close(reason) => {
                     self.send(stream, &mut out).await?;
                     self.closed(reason);
@@ -408,8 +417,9 @@ impl Session {
     }
 
     fn lookup_failed(&mut self, error: &str) -> Attempted {
+        let error = bounded(error.to_owned());
         tracing::warn!(session = self.record.session().as_str(), %error, "route lookup failed");
-        self.record.detail(error.to_owned());
+        self.record.detail(error);
         self.record.attempt_failed(Reason::LookupFailed, LoginOutcome::Unavailable, None);
         Attempted::Unavailable
     }

@@ -12,19 +12,21 @@ use tokio::net::TcpStream;
 use tokio::time;
 
 use super::attempt::Attempted;
-use super::{EndedBy, Session};
+use super::{EndedBy, FAREWELL, Session};
 use crate::config::{BackendId, ListenerTls};
 use crate::failure::Reason;
-use crate::guard::{Limited, Turned};
+use crate::guard::{Limited, Shed, Ticket, Turned};
 use crate::identity::{Credentials, Mechanism, Naming, UserName};
 use crate::imap::client_id::ClientId;
-use crate::imap::prelogin::LoginRequest;
+use crate::imap::prelogin::{Bye, LoginRequest};
 use crate::imap::reply;
 use crate::imap::tag::Tag;
 use crate::metrics::{LoginOutcome, Refusal};
 use crate::policy::Verdict;
 use crate::server::Live;
 
+/// A new connection waits this long for the place of one that must go, and that takes [`FAREWELL`] at most.
+const ADMISSION: Duration = FAREWELL.saturating_add(Duration::from_secs(1));
 /// Bytes of what a client says of itself that are told to the policy service.
 const MAX_DEVICE: usize = 1024;
 
@@ -36,6 +38,9 @@ pub fn turn_away(socket: &TcpStream, turned: Turned, live: &Live, listener: usiz
         Turned::Rate => (Refusal::Rate, "* BYE [UNAVAILABLE] Too many connections in a short time, wait a little.\r\n"),
         Turned::Address => (Refusal::Address, "* BYE [UNAVAILABLE] Too many connections from your address.\r\n"),
         Turned::Network => (Refusal::Network, "* BYE [UNAVAILABLE] Too many connections from your network.\r\n"),
+        Turned::BeforeLogin => {
+            (Refusal::BeforeLogin, "* BYE [UNAVAILABLE] Too many connections are logging in, try again later.\r\n")
+        }
     };
     live.metrics.listener(listener).refused(refusal);
     if live.config.listeners[listener].tls != ListenerTls::Implicit {
@@ -61,11 +66,44 @@ impl Session {
         }
     }
 
-    /// Ready when the connection is told to go, as the oldest of too many.
-    pub(super) async fn shed(&self) {
-        match &self.ticket {
-            Some(ticket) => ticket.shed().await,
-            None => pending().await,
+    /// Waits for a place among the connections before their login, while the one that must go for it goes. `None`: none came free.
+    pub(super) async fn admitted(&mut self, socket: &TcpStream) -> Option<()> {
+        let Some(ticket) = &self.ticket else { return Some(()) };
+        tokio::select! {
+            biased;
+            () = ticket.admitted() => {
+                if ticket.is_shed().is_none() {
+                    return Some(());
+                }
+            }
+            () = self.drain.begun().cancelled() => {
+                self.record.failed(Reason::Drain);
+                return None;
+            }
+            () = time::sleep(ADMISSION) => {}
+        }
+        turn_away(socket, Turned::BeforeLogin, &self.live, self.listener);
+        self.record.ended_by(EndedBy::Proxy);
+        self.record.failed(Reason::Shed);
+        None
+    }
+
+    /// Ready when the connection must go: [`Session::why_shed`] says why. The future does not borrow the session.
+    pub(super) fn shed(&self) -> impl Future<Output = ()> + use<> {
+        let signal = self.ticket.as_ref().map(Ticket::shed_signal);
+        async move {
+            match signal {
+                Some(signal) => drop(signal.shed().await),
+                None => pending().await,
+            }
+        }
+    }
+
+    /// What a connection that must go is sent, and what is recorded.
+    pub(super) fn why_shed(&self) -> (Bye, Reason) {
+        match self.ticket.as_ref().and_then(Ticket::is_shed) {
+            Some(Shed::Memory) => (Bye::Memory, Reason::ShedForMemory),
+            Some(Shed::Place) | None => (Bye::Shed, Reason::Shed),
         }
     }
 

@@ -38,6 +38,11 @@ impl Session {
                 self.record.failed(Reason::Drain);
                 return None;
             }
+            () = self.shed() => {
+                let (_, reason) = self.why_shed();
+                self.record.failed(reason);
+                return None;
+            }
         };
         match said {
             Ok(Ok(said)) => {

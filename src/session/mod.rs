@@ -25,7 +25,6 @@ mod placement;
 mod record;
 mod relayed;
 
-use std::future::pending;
 use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -46,7 +45,7 @@ use self::relayed::{Kept, Relayed};
 use crate::backend::connect::Established;
 use crate::config::ListenerTls;
 use crate::failure::Reason;
-use crate::guard::{Pass, Ticket};
+use crate::guard::{Charge, OutOfMemory, Pass, Ticket};
 use crate::imap::prelogin::{Bye, CloseReason, LoginRequest, Policy, Prelogin, Step, Transport};
 use crate::metrics::OpenGuard;
 use crate::occupancy::Occupant;
@@ -61,6 +60,11 @@ use crate::waiting::WaitingRoom;
 const READ: usize = 4096;
 /// A client that is told BYE has this long to take it.
 const FAREWELL: Duration = Duration::from_secs(2);
+/// As long as that of a client whose memory others need.
+const SHORT_FAREWELL: Duration = Duration::from_millis(100);
+/// During a login its credentials are in so many buffers: as read, under the name the server knows, in base64, and encrypted for the
+/// server.
+const COPIES: usize = 5;
 
 /// An accepted connection and what it needs.
 pub struct Arrival {
@@ -118,6 +122,10 @@ struct Session {
     drain: Drain,
     room: Arc<Room>,
     ticket: Option<Ticket>,
+    /// What the client has said.
+    memory: Charge,
+    /// The copies of its credentials.
+    login_memory: Charge,
     /// What the policy service knows of the login under way.
     told: Option<Box<policy::Attempt>>,
     held: Held,
@@ -137,6 +145,7 @@ impl Session {
         let local = if local.ip().is_unspecified() { socket.local_addr().unwrap_or(local) } else { local };
         let login_by = time::Instant::now() + live.limits.login;
         let record = Record::new(id::new(peer), peer, local, live.settings.clone());
+        let (memory, login_memory) = (ticket.charge(), ticket.charge());
         (
             Self {
                 live,
@@ -144,6 +153,8 @@ impl Session {
                 drain,
                 room,
                 ticket: Some(ticket),
+                memory,
+                login_memory,
                 told: None,
                 held,
                 peer,
@@ -159,6 +170,7 @@ impl Session {
 
     /// Steps 1 to 6: talks to the client until a server has accepted it, or until it is gone.
     async fn log_in(mut self, mut socket: TcpStream, tls: ListenerTls) -> Option<Relayed> {
+        self.admitted(&socket).await?;
         self.introduced(&mut socket).await?;
         let (mut stream, transport) = match tls {
             ListenerTls::Implicit => (self.encrypt(socket).await?, Transport::Tls),
@@ -175,6 +187,7 @@ impl Session {
             self.told = None;
             match step {
                 Step::NeedInput => self.receive(&mut stream, &mut prelogin).await?,
+                Step::Send => {}
                 Step::StartTls => {
                     let Stream::Plain(socket) = stream else { return None };
                     stream = self.encrypt(socket).await?;
@@ -217,6 +230,20 @@ impl Session {
         }
     }
 
+    /// Charges a login whose longest message has `length` bytes.
+    fn holds_for_login(&mut self, length: usize) -> Result<(), OutOfMemory> {
+        self.login_memory.resize_copies(length, COPIES)
+    }
+
+    /// A login with complete credentials is under way since then: the connection is among the last to be shed.
+    fn login_under_way(&self, since: Option<Instant>) {
+        match (&self.ticket, since) {
+            (Some(ticket), Some(since)) => ticket.login_begun(since),
+            (Some(ticket), None) => ticket.login_ended(),
+            (None, _) => {}
+        }
+    }
+
     fn policy(&self, transport: Transport, stream: &Stream) -> Policy {
         let limits = &self.live.limits;
         let tls = self.live.tls.as_ref();
@@ -251,12 +278,12 @@ impl Session {
         let tls = self.live.tls.as_ref()?;
         let secrets = Arc::new(Secrets::default());
         let turns = self.live.guard.handshakes();
-        let accepting = secrets.clone();
+        let (accepting, memory) = (secrets.clone(), self.ticket.as_ref().map(Ticket::charge));
         let handshake = async {
             // Whoever says nothing takes no turn from those who do; that a socket may be readable is not enough to know.
             socket.peek(&mut [0]).await?;
             let _turn = turns.acquire_owned().await.map_err(io::Error::other)?;
-            tls.accept(self.listener, socket, accepting).await
+            tls.accept(self.listener, socket, accepting, memory).await
         };
         let error = tokio::select! {
             accepted = timeout_at(due, handshake) => match accepted {
@@ -275,12 +302,13 @@ impl Session {
                 return None;
             }
             () = self.shed() => {
-                self.record.failed(Reason::Shed);
+                let (_, reason) = self.why_shed();
+                self.record.failed(reason);
                 return None;
             }
         };
         self.record.detail(error.to_string());
-        self.record.failed(Reason::Handshake);
+        self.record.failed(if is_out_of_memory(&error) { Reason::ShedForMemory } else { Reason::Handshake });
         None
     }
 
@@ -295,8 +323,15 @@ impl Session {
         };
         // Replies are short: a client that does not take them within the deadline takes nothing at all.
         let due = self.login_by.max(time::Instant::now() + FAREWELL);
-        let result = timeout_at(due, write).await;
-        out.clear();
+        let result = tokio::select! {
+            biased;
+            result = timeout_at(due, write) => result,
+            // In the middle of a write nothing more can be said.
+            () = self.drain.begun().cancelled() => return self.ended(Reason::Drain),
+            () = self.shed() => return self.ended(self.why_shed().1),
+        };
+        // A client that falls silent now holds no buffer.
+        *out = Vec::new();
         match result {
             Ok(Ok(())) => Some(()),
             Ok(Err(_)) => self.gone(Reason::Disconnected),
@@ -305,74 +340,84 @@ impl Session {
     }
 
     /// A login attempt, unless the process stops or the connection is shed first: whatever the attempt waits for, that
-    /// ends it, with its connection to a server. `None`: the session is over.
+    /// ends it, with its connection to a server. While it is under way with complete credentials, the connection is among the
+    /// last to be shed; the copies of the credentials are charged to the memory budget. `None`: the session is over.
     async fn bounded_attempt(
         &mut self,
         request: &mut LoginRequest,
         stream: &mut Stream,
         prelogin: &mut Prelogin,
     ) -> Option<Attempted> {
-        let (drain, shed) = (self.drain.begun().clone(), self.ticket.as_ref().map(Ticket::shed_signal));
-        let is_shed = async {
-            match &shed {
-                Some(shed) => shed.cancelled().await,
-                None => pending().await,
-            }
-        };
-        if let Some(ticket) = self.ticket.as_ref().filter(|_| request.credentials.is_complete()) {
-            ticket.login_begun();
+        if self.holds_for_login(request.credentials.proof_size()).is_err() {
+            return self.farewell(stream, prelogin, (Bye::Memory, Reason::ShedForMemory)).await;
         }
-        let (bye, reason) = tokio::select! {
+        self.login_under_way(request.credentials.is_complete().then(Instant::now));
+        let (drain, shed) = (self.drain.begun().clone(), self.shed());
+        let ending = tokio::select! {
             biased;
             attempted = self.attempt(request, stream, prelogin) => {
-                if let Some(ticket) = &self.ticket {
-                    ticket.login_ended();
-                }
+                self.login_under_way(None);
+                // Less is always allowed.
+                let _ = self.login_memory.resize(0);
                 return attempted;
             }
             () = drain.cancelled() => (Bye::Shutdown, Reason::Drain),
-            () = is_shed => (Bye::Shed, Reason::Shed),
+            () = shed => self.why_shed(),
         };
-        self.farewell(stream, prelogin, bye, reason).await
+        self.farewell(stream, prelogin, ending).await
     }
 
-    /// Reads once. `None`: the session is over, and the client was sent a BYE if possible.
+    /// Reads once. `None`: the session is over, and the client was sent the reason if that was possible.
     async fn receive(&mut self, stream: &mut Stream, prelogin: &mut Prelogin) -> Option<()> {
-        let (bye, reason) = tokio::select! {
+        let (drain, shed) = (self.drain.begun().clone(), self.shed());
+        let ending = tokio::select! {
             read = self.read(stream, prelogin) => match read {
                 Ok(()) => return Some(()),
-                Err(Unread::Gone) => return self.gone(Reason::Disconnected),
-                Err(Unread::Late) => (Bye::LoginDeadline, Reason::LoginDeadline),
+                Err(unread) => return self.not_read(unread, stream, prelogin).await,
             },
-            () = self.drain.begun().cancelled() => (Bye::Shutdown, Reason::Drain),
-            () = self.shed() => (Bye::Shed, Reason::Shed),
+            () = drain.cancelled() => (Bye::Shutdown, Reason::Drain),
+            () = shed => self.why_shed(),
         };
-        self.farewell(stream, prelogin, bye, reason).await
+        self.farewell(stream, prelogin, ending).await
     }
 
-    /// Reads once, within the deadline of the login.
-    async fn read(&self, stream: &mut Stream, prelogin: &mut Prelogin) -> Result<(), Unread> {
+    /// Reads once, within the deadline of the login and the budget of memory.
+    async fn read(&mut self, stream: &mut Stream, prelogin: &mut Prelogin) -> Result<(), Unread> {
+        self.memory.resize(prelogin.held())?;
         let mut buffer = Zeroizing::new(Vec::with_capacity(READ));
         match timeout_at(self.login_by, stream.read_buf(&mut *buffer)).await {
             Ok(Ok(read)) if read > 0 => {
+                self.memory.resize(prelogin.held_with(read))?;
                 prelogin.input(&buffer);
                 Ok(())
             }
+            Ok(Err(error)) if is_out_of_memory(&error) => Err(Unread::OutOfMemory),
             Ok(_) => Err(Unread::Gone),
             Err(_) => Err(Unread::Late),
         }
     }
 
-    /// Ends the session with a BYE. Returns `None`, for its callers to return.
-    async fn farewell<T>(&mut self, stream: &mut Stream, prelogin: &Prelogin, bye: Bye, reason: Reason) -> Option<T> {
+    /// Ends the session because nothing could be read. Returns `None`, for its callers to return.
+    async fn not_read<T>(&mut self, unread: Unread, stream: &mut Stream, prelogin: &Prelogin) -> Option<T> {
+        let ending = match unread {
+            Unread::Gone => return self.gone(Reason::Disconnected),
+            Unread::Late => (Bye::LoginDeadline, Reason::LoginDeadline),
+            Unread::OutOfMemory => (Bye::Memory, Reason::ShedForMemory),
+        };
+        self.farewell(stream, prelogin, ending).await
+    }
+
+    /// Ends the session with a BYE, whether or not the client takes it. Returns `None`, for its callers to return.
+    async fn farewell<T>(&mut self, stream: &mut Stream, prelogin: &Prelogin, ending: (Bye, Reason)) -> Option<T> {
+        let (bye, reason) = ending;
         let mut out = Vec::new();
         prelogin.bye(bye, &mut out);
-        // The session ends whether or not the client takes its farewell.
         let farewell = async {
             stream.write_all(&out).await?;
             stream.shutdown().await
         };
-        let _ = timeout(FAREWELL, farewell).await;
+        let patience = if bye == Bye::Memory { SHORT_FAREWELL } else { FAREWELL };
+        let _ = timeout(patience, farewell).await;
         self.record.ended_by(EndedBy::Proxy);
         self.record.failed(reason);
         None
@@ -383,6 +428,13 @@ impl Session {
             self.record.failed(reason);
         }
         self.record.ended_by(EndedBy::Proxy);
+    }
+
+    /// The proxy ends the session without a word.
+    fn ended(&mut self, reason: Reason) -> Option<()> {
+        self.record.ended_by(EndedBy::Proxy);
+        self.record.failed(reason);
+        None
     }
 
     fn gone<T>(&mut self, reason: Reason) -> Option<T> {
@@ -433,6 +485,19 @@ enum Unread {
     Gone,
     /// `limits.login` is over.
     Late,
+    /// `limits.before_login_memory` is used up.
+    OutOfMemory,
+}
+
+impl From<OutOfMemory> for Unread {
+    fn from(_: OutOfMemory) -> Self {
+        Self::OutOfMemory
+    }
+}
+
+/// Whether a read failed because `limits.before_login_memory` is used up.
+fn is_out_of_memory(error: &io::Error) -> bool {
+    error.kind() == io::ErrorKind::OutOfMemory
 }
 
 /// Says goodbye at the TLS level, to a peer that may no longer listen.

@@ -23,6 +23,9 @@ use crate::session::relayed::Over;
 use crate::sessions::Why;
 use crate::stream::TlsFacts;
 
+/// Bytes of [`Record::detail`].
+const MAX_DETAIL: usize = 512;
+
 /// What is known of a session so far. It is most of what an idle session keeps, so it is packed: a test holds its size.
 pub(super) struct Record {
     settings: Arc<SessionSettings>,
@@ -267,7 +270,7 @@ impl Record {
 
     /// A sentence for the operator.
     pub(super) fn detail(&mut self, detail: String) {
-        self.detail = Some(detail.into());
+        self.detail = Some(bounded(detail).into());
     }
 
     pub(super) fn ended_by(&mut self, side: EndedBy) {
@@ -423,9 +426,25 @@ impl Drop for Record {
     }
 }
 
+/// The text, or the beginning of one that is too long: directories and servers have a say in it, and a session keeps it.
+pub(super) fn bounded(mut text: String) -> String {
+    if text.len() > MAX_DETAIL {
+        text.truncate(text.floor_char_boundary(MAX_DETAIL - "…".len()));
+        text.push('…');
+    }
+    text
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_detail_of_the_record_is_bounded() {
+        assert_eq!(bounded("as it is".to_owned()), "as it is");
+        assert_eq!(bounded("x".repeat(512)), "x".repeat(512));
+        assert_eq!(bounded("\u{e4}".repeat(300)), format!("{}…", "\u{e4}".repeat(254)));
+    }
 
     #[test]
     fn a_record_is_small() {

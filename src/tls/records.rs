@@ -5,6 +5,9 @@
 //! buffer of ours: a record goes out when all of it is there, and the next one in a call of its own. What is left when
 //! the connection is handed over, whole records and the beginning of one, is [`Records::into_parts`]. Bytes that are no
 //! record pass as they are: rustls knows what to say of them.
+//!
+//! A client's connection carries a [`Charge`] for the bytes that are here or in rustls. When the budget does not allow more of them, the
+//! read fails with [`io::ErrorKind::OutOfMemory`].
 
 use std::io;
 use std::pin::Pin;
@@ -12,6 +15,7 @@ use std::task::{Context, Poll, ready};
 
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
+use crate::guard::Charge;
 use crate::record_layer::record_length;
 
 /// One read of the socket: a handshake message, a login or a reply fits.
@@ -26,12 +30,54 @@ pub struct Records<S> {
     start: usize,
     /// So much of the record at `start` is still to be given, known to be there.
     releasing: usize,
+    account: Option<Account>,
+}
+
+/// Bytes of a client's connection that are charged to the budget.
+#[derive(Debug)]
+struct Account {
+    charge: Charge,
+    /// rustls joins the records of a handshake message, and keeps certificates: all of the handshake may be in it.
+    handshaking: bool,
+    /// Bytes that rustls may hold.
+    in_rustls: usize,
+    /// Bytes of these that it keeps as long as the connection lives.
+    kept: usize,
+}
+
+impl Account {
+    /// rustls asks for the next record, and has nothing left of the one before.
+    fn asked(&mut self) {
+        if !self.handshaking {
+            self.in_rustls = self.kept;
+        }
+    }
+
+    /// rustls is given a part of a record. It decrypts data where they lie, and copies what is in them.
+    fn given(&mut self, length: usize) {
+        self.in_rustls += if self.handshaking { length } else { 2 * length };
+    }
 }
 
 impl<S> Records<S> {
     /// Nothing is read yet.
     pub fn new(socket: S) -> Self {
-        Self { socket, buffer: Vec::new(), start: 0, releasing: 0 }
+        Self { socket, buffer: Vec::new(), start: 0, releasing: 0, account: None }
+    }
+
+    /// The same, charged to a client's connection.
+    pub fn charged(socket: S, charge: Charge) -> Self {
+        let account = Account { charge, handshaking: true, in_rustls: 0, kept: 0 };
+        Self { account: Some(account), ..Self::new(socket) }
+    }
+
+    /// The handshake is done; of it rustls keeps `kept` bytes.
+    pub fn established(&mut self, kept: usize) {
+        if let Some(account) = &mut self.account {
+            (account.handshaking, account.in_rustls, account.kept) = (false, kept, kept);
+        }
+        // Less than before is always allowed, and more would be noticed at the next read.
+        let _ = self.pay(self.buffer.capacity());
     }
 
     /// The socket itself.
@@ -50,6 +96,13 @@ impl<S> Records<S> {
         self.releasing == 0
     }
 
+    /// Charges `buffer` bytes here and what is in rustls.
+    fn pay(&mut self, buffer: usize) -> io::Result<()> {
+        let Some(account) = &mut self.account else { return Ok(()) };
+        let paid = account.charge.resize(buffer + account.in_rustls);
+        paid.map_err(|error| io::Error::new(io::ErrorKind::OutOfMemory, error))
+    }
+
     /// Bytes that rustls may have now: up to the end of the first record, if all of it is there.
     fn available(&mut self) -> usize {
         if self.releasing == 0 {
@@ -63,15 +116,23 @@ impl<S> Records<S> {
         self.releasing
     }
 
-    fn release(&mut self, to: &mut ReadBuf<'_>) {
+    fn release(&mut self, to: &mut ReadBuf<'_>) -> io::Result<()> {
         let given = self.releasing.min(to.remaining());
+        if let Some(account) = &mut self.account {
+            account.given(given);
+        }
+        self.pay(self.buffer.capacity())?;
         to.put_slice(&self.buffer[self.start..self.start + given]);
         self.start += given;
         self.releasing -= given;
         if self.start == self.buffer.len() {
-            self.buffer.clear();
             self.start = 0;
+            self.buffer.clear();
+            // What a long record needed is not kept.
+            self.buffer.shrink_to(READ);
+            self.pay(self.buffer.capacity())?;
         }
+        Ok(())
     }
 }
 
@@ -81,6 +142,8 @@ impl<S: AsyncRead + Unpin> Records<S> {
         self.buffer.drain(..self.start);
         self.start = 0;
         let length = self.buffer.len();
+        self.pay(self.buffer.capacity().max(length + READ))?;
+        self.buffer.reserve_exact(READ);
         self.buffer.resize(length + READ, 0);
         let mut space = ReadBuf::new(&mut self.buffer[length..]);
         let result = Pin::new(&mut self.socket).poll_read(context, &mut space);
@@ -93,14 +156,18 @@ impl<S: AsyncRead + Unpin> Records<S> {
 
 impl<S: AsyncRead + Unpin> AsyncRead for Records<S> {
     fn poll_read(mut self: Pin<&mut Self>, context: &mut Context<'_>, to: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        if self.releasing == 0
+            && let Some(account) = &mut self.account
+        {
+            account.asked();
+        }
         while self.available() == 0 {
             if !ready!(self.poll_fill(context))? {
                 // An end inside a record: rustls sees the stream end, and the session with it.
                 return Poll::Ready(Ok(()));
             }
         }
-        self.release(to);
-        Poll::Ready(Ok(()))
+        Poll::Ready(self.release(to))
     }
 }
 

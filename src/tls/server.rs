@@ -30,6 +30,7 @@ use super::records::Records;
 use super::tickets::{Clients, Scope, Tickets};
 use super::{provider, read_certificates};
 use crate::config::{CertificateUser, ClientCertificates, Config, Listener, Problem, TlsVersion};
+use crate::guard::Charge;
 use crate::identity::UserName;
 use crate::metrics::Metrics;
 use crate::watch::LOOK;
@@ -91,8 +92,8 @@ impl ServerTls {
         Ok(Some(Self { listeners, certificates, tickets: Arc::new(tickets) }))
     }
 
-    /// Performs the handshake of a connection to the listener at this place in the configuration. `secrets` is told the
-    /// connection's own.
+    /// Performs the handshake of a connection to the listener at this place in the configuration. `secrets` receives the
+    /// connection's traffic secrets; `memory` is charged for what the client makes the connection hold.
     ///
     /// # Errors
     /// What rustls says: no common version or cipher, no TLS at all; or no certificate for the server asked for.
@@ -101,17 +102,25 @@ impl ServerTls {
         listener: usize,
         socket: TcpStream,
         secrets: Arc<Secrets>,
+        memory: Option<Charge>,
     ) -> std::io::Result<TlsStream<Records<TcpStream>>> {
         let shown = &self.listeners[listener];
         // A configuration of its own is what gives a connection a key log of its own; all it holds is shared.
         let mut config = shown.config.clone();
         config.key_log = secrets;
-        let (config, socket) = (Arc::new(config), Records::new(socket));
-        let accepted = match shown.strict_sni {
+        let socket = match memory {
+            Some(charge) => Records::charged(socket, charge),
+            None => Records::new(socket),
+        };
+        let config = Arc::new(config);
+        let mut accepted = match shown.strict_sni {
             // In a box: it is larger than what everybody else needs.
             true => Box::pin(self.accept_strictly(config, socket)).await?,
             false => TlsAcceptor::from(config).accept(socket).await?,
         };
+        let (records, connection) = accepted.get_mut();
+        let certificates = connection.peer_certificates().unwrap_or_default();
+        records.established(certificates.iter().map(|certificate| certificate.len()).sum());
         Ok(TlsStream::Server(accepted))
     }
 

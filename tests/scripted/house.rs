@@ -117,7 +117,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
         ],
     ),
     ("admin", &["metrics"]),
-    ("tls", &["config", "identity", "metrics", "record_layer", "watch"]),
+    ("tls", &["config", "guard", "identity", "metrics", "record_layer", "watch"]),
     ("imap", &["identity"]),
     ("logging", &["config"]),
     ("metrics", &["failure", "identity"]),
@@ -224,6 +224,11 @@ fn every_defence_has_a_test_that_exists() {
 #[test]
 fn every_fault_has_a_test_that_exists() {
     tests_exist("tests/FAULTS.md", 32);
+}
+
+#[test]
+fn every_bound_of_memory_has_a_test_that_exists() {
+    tests_exist("docs/security.md", 30);
 }
 
 /// Checks a table of at least `least` rows, numbered from 1 without a gap, each of which names a test.

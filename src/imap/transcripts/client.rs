@@ -32,6 +32,7 @@ fn client(transport: Transport, chunks: &[&[u8]]) -> String {
             log += &out.escape_ascii().to_string().replace("\\r\\n", "\n");
             match step {
                 Step::NeedInput => break,
+                Step::Send => {}
                 Step::Login(login) => {
                     let Credentials { user, authzid, mechanism, proof } = &login.credentials;
                     let authzid = authzid.as_ref().map(|name| format!(" for {name}")).unwrap_or_default();

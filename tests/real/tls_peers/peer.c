@@ -70,11 +70,29 @@ static void read_options(int count, char **words) {
     if (options.tls < 0 || options.plain < 0 || options.control < 0) fail("tls=, plain= and control= are needed");
 }
 
+/* Asks for new keys with every byte it sends, and reads nothing before the next command comes. */
+static void deaf(void) {
+    long asked = 0;
+    for (bool taken = true; taken && asked < 300000; asked++) {
+        tls_update(true);
+        ssize_t sent;
+        while (taken && (sent = tls_write("x", 1)) == TLS_LATER) {
+            struct pollfd on = {.fd = options.tls, .events = POLLOUT};
+            taken = poll(&on, 1, 10000) == 1;
+        }
+        if (taken && sent < 0) fail("the flood was cut off after %ld", asked);
+    }
+    say("asked %ld", asked);
+    struct pollfd on = {.fd = options.control, .events = POLLIN};
+    poll(&on, 1, -1);
+}
+
 static void obey(const char *command) {
     say("does %s", command);
     if (!strcmp(command, "update")) tls_update(false), updates++;
     else if (!strcmp(command, "request")) tls_update(true), updates++;
     else if (!strcmp(command, "flood")) for (int i = 0; i < 100; i++) tls_update(false);
+    else if (!strcmp(command, "deaf")) deaf();
     else if (!strcmp(command, "ticket")) tls_ticket();
     else if (!strcmp(command, "renegotiate")) tls_renegotiate();
     else if (!strcmp(command, "empty")) tls_empty_record();

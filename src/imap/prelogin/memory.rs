@@ -1,0 +1,24 @@
+//! What a client makes the dialogue remember, in bytes.
+
+use super::{Exchange, Prelogin, State};
+
+impl Prelogin {
+    /// Memory that the client's words take now.
+    pub fn held(&self) -> usize {
+        self.framer.capacity() + self.kept()
+    }
+
+    /// Memory that they take once `more` bytes have arrived.
+    pub fn held_with(&self, more: usize) -> usize {
+        self.framer.capacity_with(more) + self.kept()
+    }
+
+    /// What is kept of earlier commands.
+    fn kept(&self) -> usize {
+        let exchange = match &self.state {
+            State::Sasl(_, Exchange::LoginPassword(user)) => user.len(),
+            State::Sasl(..) | State::Command | State::Relayed(_) => 0,
+        };
+        exchange + self.client_id().size()
+    }
+}

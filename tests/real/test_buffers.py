@@ -1,0 +1,120 @@
+"""Memory of the running proxy while clients do what makes buffers grow: before the login with commands that never end, after it with
+requests that TLS must answer and answers that are never read.
+
+What each buffer may hold is in docs/security.md; here the memory of the process is measured.
+"""
+
+import contextlib
+import re
+import socket
+import threading
+import unittest
+
+from fixtures import Certificates, Folder, Proxy, wait_for
+from mail import Raw
+from tls_interop import Peer
+
+MIB = 1 << 20
+CONFIGURATION = """
+listeners:
+  - {{address: "127.0.0.1:{{tls}}", tls: implicit}}
+  - {{address: "127.0.0.1:{{plain}}", tls: none}}
+tls: {{certificates: [{{cert: {certificates.cert}, key: {certificates.key}}}]}}
+backends: {{only: {{servers: ["127.0.0.1:{port}"], check: off}}}}
+routes: [{{default: only}}]
+limits: {{{limits}}}
+admin: {{address: "127.0.0.1:{{admin}}"}}
+"""
+
+
+def memory(proxy):
+    """Bytes that belong to the process alone."""
+    with open(f"/proc/{proxy.process.child.pid}/smaps_rollup") as rollup:
+        return next(int(line.split()[1]) << 10 for line in rollup if line.startswith("Pss_Anon"))
+
+
+class Sink:
+    """A server that accepts every login, and takes what follows without an answer."""
+
+    def __init__(self):
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.port = self.listener.getsockname()[1]
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self):
+        with contextlib.suppress(OSError):
+            while True:
+                threading.Thread(target=self._serve, args=(self.listener.accept()[0],), daemon=True).start()
+
+    @staticmethod
+    def _serve(client):
+        with contextlib.suppress(OSError), client:
+            client.sendall(b"* OK [CAPABILITY IMAP4rev1] ready\r\n")
+            if client.recv(4096):
+                client.sendall(b"L OK [CAPABILITY IMAP4rev1] in\r\n")
+            while client.recv(65536):
+                pass
+
+    def close(self):
+        self.listener.close()
+
+
+class Buffers(unittest.TestCase):
+    def start(self, limits=""):
+        folder = Folder()
+        self.addCleanup(folder.remove)
+        self.certificates = Certificates(folder)
+        server = Sink()
+        self.addCleanup(server.close)
+        self.proxy = Proxy(CONFIGURATION.format(certificates=self.certificates, port=server.port, limits=limits), folder)
+        self.addCleanup(self.proxy.close)
+
+    def test_commands_that_never_end(self):
+        """Hundreds of clients hold as much as they are let; an ordinary login passes all the while."""
+        self.start("before_login_memory: 16MiB")
+        endless = b"a LOGIN {65000+}\r\n" + 65_000 * b"u" + b" " + 90_000 * b"p"
+        before, most, clients = memory(self.proxy), 0, []
+        for round_ in range(600):
+            client = Raw(self.proxy.ports["plain"])
+            self.addCleanup(client.socket.close)
+            clients.append(client)
+            client.line()
+            # Who is shed meanwhile cannot send the rest.
+            with contextlib.suppress(OSError):
+                client.send(endless)
+            if round_ % 100 == 99:
+                most = max(most, memory(self.proxy))
+                ordinary = Raw(self.proxy.ports["plain"])
+                ordinary.line()
+                self.assertRegex(ordinary.command("a", "LOGIN alice secret")[-1], b"^a OK")
+                ordinary.socket.close()
+        used = self.proxy.metric("vestibule_before_login_memory_bytes")
+        self.assertGreater(used, 8 * MIB)
+        self.assertLessEqual(used, 16 * MIB)
+        # The budget, 8 KiB of each outside of it, and tasks and rounding by the allocator.
+        self.assertLess(most - before, 16 * MIB + 600 * 24 * 1024 + 8 * MIB)
+        print(f"600 commands that never end: {(most - before) >> 10} kB", flush=True)
+
+    def test_answers_of_tls_that_are_never_read(self):
+        self.start()
+        tls = socket.socket()
+        # What the kernel keeps of the answers is not of interest.
+        tls.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        tls.connect(("127.0.0.1", self.proxy.ports["tls"]))
+        peer = Peer("openssl", tls, version="1.3", ca=self.certificates.ca)
+        self.addCleanup(peer.close)
+        self.assertIn(b"* OK", peer.line())
+        self.assertRegex(peer.command("a", "LOGIN alice secret")[-1], b"^a OK")
+        before = memory(self.proxy)
+        peer.control.sendall(b"deaf\n")
+        most = 0
+
+        def over():
+            nonlocal most
+            most = max(most, memory(self.proxy) - before)
+            return "asked" in peer.report() or peer.process.child.poll() is not None
+
+        wait_for("the flood", over)
+        asked = int(re.search(r"asked (\d+)", peer.report())[1])
+        self.assertLess(most, MIB, f"after {asked} requests for new keys")
+        print(f"{asked} requests for new keys: {most >> 10} kB", flush=True)

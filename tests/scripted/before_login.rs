@@ -1,0 +1,241 @@
+//! What connections may hold before their login: places, and memory.
+
+use std::time::Duration;
+
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::{TcpListener, TcpSocket};
+use vestibule::server::Running;
+
+use crate::support::*;
+
+/// The proxy in front of a server that accepts connections and never answers, which keeps logins under way.
+async fn with_silent_server(limits: &str) -> (Running, TcpListener) {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let text = format!(
+        "backends: {{only: {{servers: ['{}']}}}}\nroutes: [{{default: only}}]\nlimits: {{{limits}}}\n",
+        listener.local_addr().unwrap()
+    );
+    (proxy(&text).await, listener)
+}
+
+fn places(proxy: &Running) -> f64 {
+    metric(proxy, "vestibule_guard_entries", &["table=\"before_login\""])
+}
+
+fn memory(proxy: &Running) -> f64 {
+    metric(proxy, "vestibule_before_login_memory_bytes", &[])
+}
+
+#[tokio::test]
+async fn logins_under_way_count_and_beyond_the_limit_new_connections_are_refused() {
+    const LIMIT: u32 = 5;
+    let (proxy, _server) = with_silent_server(&format!("before_login: {LIMIT}")).await;
+    let mut logins = Vec::new();
+    for _ in 0..LIMIT {
+        let mut client = Client::connect(proxy.listeners()[0]).await;
+        client.send("a LOGIN alice secret\r\n").await;
+        logins.push(client);
+    }
+    eventually("the logins", || metric(&proxy, "vestibule_sessions", &[]) == f64::from(LIMIT)).await;
+    let mut refused = 0_u32;
+    for _ in 0..20 {
+        let mut client = Client::silent(proxy.listeners()[0]).await;
+        let line = client.line().await;
+        assert!(places(&proxy) <= f64::from(LIMIT));
+        // A login that the proxy has not read yet looks like a silent connection.
+        if line.starts_with("* OK") {
+            client.send("a LOGIN alice secret\r\n").await;
+            logins.push(client);
+        } else {
+            assert!(line.starts_with("* BYE [UNAVAILABLE] "), "{line}");
+            client.assert_closed().await;
+            refused += 1;
+        }
+    }
+    assert!(refused >= 15, "{refused} refused");
+    assert_eq!(metric(&proxy, "vestibule_connections_refused_total", &["reason=\"before_login\""]), f64::from(refused));
+    eventually("the refused to be gone", || metric(&proxy, "vestibule_sessions", &[]) == f64::from(LIMIT)).await;
+    assert_eq!(places(&proxy), f64::from(LIMIT), "the gauge shows all that are open");
+    proxy.stop().await;
+}
+
+#[tokio::test]
+async fn a_login_that_was_answered_can_be_shed_again() {
+    let server = Scripted::new("S: * OK [CAPABILITY IMAP4rev1] x\nC: *\nS: L NO [AUTHENTICATIONFAILED] no\n...").await;
+    let text = format!(
+        "backends: {{only: {{servers: ['{}']}}}}\nroutes: [{{default: only}}]\nlimits: {{before_login: 1}}\n",
+        server.address
+    );
+    let proxy = proxy(&text).await;
+    let mut first = Client::connect(proxy.listeners()[0]).await;
+    assert!(first.ask("a LOGIN alice secret").await.starts_with("a NO"));
+    let _second = Client::connect(proxy.listeners()[0]).await;
+    assert!(first.line().await.starts_with("* BYE [UNAVAILABLE] "));
+    proxy.stop().await;
+}
+
+#[tokio::test]
+async fn a_login_that_waits_for_its_client_is_shed_like_any_other() {
+    let server =
+        Scripted::new("S: * OK [CAPABILITY IMAP4rev1 SASL-IR AUTH=SCRAM-SHA-256] x\nC: *\nS: + cj14\nC: *\n...").await;
+    let text = format!(
+        "backends: {{only: {{servers: ['{}'], check: {{kind: imap, interval: 1s}}}}}}\nroutes: [{{default: only}}]\n\
+         limits: {{before_login: 1}}\n",
+        server.address
+    );
+    let proxy = proxy(&text).await;
+    let offered = async {
+        loop {
+            let mut client = Client::silent(proxy.listeners()[0]).await;
+            if client.line().await.contains("AUTH=SCRAM-SHA-256") {
+                return client;
+            }
+        }
+    };
+    let mut first = in_time("the offer", offered).await;
+    let line = first.ask("a AUTHENTICATE SCRAM-SHA-256 biwsbj1hbGljZSxyPXg=").await;
+    assert_eq!(line, "+ cj14");
+    let _second = Client::connect(proxy.listeners()[0]).await;
+    assert!(first.line().await.starts_with("* BYE [UNAVAILABLE] "));
+    proxy.stop().await;
+}
+
+/// What a client sends ahead of the answer stays in the kernel's buffers, and goes to the server after it.
+#[tokio::test]
+async fn while_a_login_is_under_way_the_client_is_not_read() {
+    let (proxy, listener) = with_silent_server("before_login: 10").await;
+    let mut client = Client::connect(proxy.listeners()[0]).await;
+    client.send("a LOGIN alice secret\r\n").await;
+    let mut server = Line::new(in_time("the server's turn", listener.accept()).await.unwrap().0);
+    let piece = vec![b'x'; 1 << 20];
+    let mut written = 0;
+    while let Ok(more) = tokio::time::timeout(Duration::from_millis(300), client.stream.write(&piece)).await {
+        written += more.unwrap();
+        assert!(written < 64 << 20, "{written} bytes taken");
+    }
+    assert_eq!(memory(&proxy), 0.0);
+    server.send("* OK [CAPABILITY IMAP4rev1] x\r\n").await;
+    server.line().await;
+    server.send("L OK [CAPABILITY IMAP4rev1] in\r\n").await;
+    let mut got = vec![0; written];
+    in_time("all that was sent", server.stream.read_exact(&mut got)).await.unwrap();
+    assert!(got.iter().all(|byte| *byte == b'x'));
+    proxy.stop().await;
+}
+
+/// Neither a client that takes no reply, nor a balancer that sends no header, holds a place for longer than it is needed.
+#[tokio::test]
+async fn a_connection_is_shed_in_every_wait() {
+    let text = "listeners: [{address: '127.0.0.1:0', tls: none}, {address: '127.0.0.1:0', tls: none, proxy_protocol: {from: \
+                [127.0.0.1]}}]\nbackends: {a: {servers: ['192.0.2.1:143']}}\nroutes: [{default: a}]\nlimits: {before_login: 1, \
+                login: 1h, proxy_header: 60s}\n";
+    let proxy = start(text).await;
+    let socket = TcpSocket::new_v4().unwrap();
+    socket.set_recv_buffer_size(1024).unwrap();
+    let mut deaf = Line::new(socket.connect(proxy.listeners()[0]).await.unwrap());
+    deaf.send(b"a CAPABILITY\r\n".repeat(990)).await;
+    let mut next = Client::connect(proxy.listeners()[0]).await;
+    assert!(next.ask("a NOOP").await.starts_with("a OK"));
+    let balancer = Client::silent(proxy.listeners()[1]).await;
+    assert!(next.line().await.starts_with("* BYE "));
+    let mut last = Client::connect(proxy.listeners()[0]).await;
+    assert!(last.ask("a NOOP").await.starts_with("a OK"));
+    assert_eq!(metric(&proxy, "vestibule_failures_total", &["reason=\"shed\""]), 3.0);
+    drop((deaf, balancer));
+    proxy.stop().await;
+}
+
+/// A command that is as long as it may be, but for its end.
+fn endless() -> Vec<u8> {
+    [&b"a LOGIN {65000+}\r\n"[..], &[b'u'; 65_000], b" ", &[b'p'; 90_000]].concat()
+}
+
+#[tokio::test]
+async fn the_memory_of_all_is_bounded_and_those_who_need_little_are_served() {
+    const BUDGET: f64 = 8_388_608.0;
+    let server =
+        Scripted::new("S: * OK [CAPABILITY IMAP4rev1 LITERAL+] x\nC: *\nS: L OK [CAPABILITY IMAP4rev1] in\n...").await;
+    let text = format!(
+        "backends: {{only: {{servers: ['{}']}}}}\nroutes: [{{default: only}}]\nlimits: {{before_login_memory: 8MiB}}\n",
+        server.address
+    );
+    let proxy = proxy(&text).await;
+    let (endless, mut flood) = (endless(), Vec::new());
+    for round in 0..120 {
+        let mut client = Client::connect(proxy.listeners()[0]).await;
+        client.send(&endless).await;
+        flood.push(client);
+        assert!(memory(&proxy) <= BUDGET, "{} in round {round}", memory(&proxy));
+        if round % 20 == 0 {
+            let mut client = Client::connect(proxy.listeners()[0]).await;
+            assert!(client.ask("b LOGIN alice secret").await.starts_with("b OK"), "round {round}");
+            // A token of 40 kB.
+            let mut client = Client::connect(proxy.listeners()[0]).await;
+            let password = "t".repeat(40_000);
+            assert!(client.ask(&format!("b LOGIN alice \"{password}\"")).await.starts_with("b OK"), "round {round}");
+        }
+    }
+    let shed = || metric(&proxy, "vestibule_failures_total", &["reason=\"shed_for_memory\""]);
+    eventually("the largest to be shed", || shed() > 60.0).await;
+    drop(flood);
+    eventually("all memory to be free", || memory(&proxy) == 0.0).await;
+    proxy.stop().await;
+}
+
+#[tokio::test]
+async fn the_memory_of_tls_counts_too() {
+    let certificates = Certificates::new();
+    let text = format!(
+        "listeners: [{{address: '127.0.0.1:0', tls: implicit}}]\n{}backends: {{a: {{servers: ['192.0.2.1:143']}}}}\n\
+         routes: [{{default: a}}]\n",
+        certificates.section(),
+    );
+    let proxy = start(&text).await;
+    // A handshake message that never ends.
+    let mut handshake = Client::silent(proxy.listeners()[0]).await;
+    for _ in 0..3 {
+        handshake.send([&[22, 3, 1, 0x3f, 0xff, 1, 0, 0xff, 0xff][..], &[0; 0x3ffb]].concat()).await;
+    }
+    eventually("the handshake's memory", || memory(&proxy) > 20_000.0).await;
+    drop(handshake);
+    eventually("its end", || memory(&proxy) == 0.0).await;
+    // An ordinary client uses none of the budget.
+    let socket = tokio::net::TcpStream::connect(proxy.listeners()[0]).await.unwrap();
+    let mut client = Line::new(certificates.encrypt(socket).await);
+    client.line().await;
+    assert!(client.ask("a CAPABILITY").await.starts_with("* CAPABILITY"));
+    assert_eq!(memory(&proxy), 0.0);
+    // A record of which the end is missing.
+    let (tls, _) = client.into_parts();
+    let mut socket = Line::new(tls.into_inner().0);
+    socket.send([&[23, 3, 3, 0x40, 0][..], &[0; 0x3f00]].concat()).await;
+    eventually("the record's memory", || memory(&proxy) > 8_000.0).await;
+    proxy.stop().await;
+}
+
+/// Hundreds of commands at once, and nobody who reads the replies.
+#[tokio::test]
+async fn replies_to_a_client_that_does_not_read_are_bounded() {
+    use vestibule::identity::Mechanisms;
+    use vestibule::imap::capability::Extensions;
+    use vestibule::imap::prelogin::{Policy, Prelogin, Step, Transport};
+    let policy = Policy {
+        transport: Transport::Tls,
+        max_line: 98_304,
+        max_literal: 65_536,
+        max_bad_commands: 3,
+        max_failed_logins: 5,
+        mechanisms: Mechanisms::PASSWORDS,
+        certificate: None,
+        extensions: Extensions::NONE,
+        issuers: Vec::new().into(),
+    };
+    let mut dialogue = Prelogin::new(policy);
+    dialogue.input(&b"a CAPABILITY\r\n".repeat(4096 / 14));
+    let (mut out, mut sent) = (Vec::new(), 0);
+    while !matches!(dialogue.step(&mut out), Step::NeedInput) {
+        assert!(out.len() < 5000, "{}", out.len());
+        sent += std::mem::take(&mut out).len();
+    }
+    assert!(sent + out.len() > 40_000, "{sent}");
+}
