@@ -13,7 +13,7 @@ use std::sync::Arc;
 
 use zeroize::{Zeroize, ZeroizeOnDrop, Zeroizing};
 
-pub use self::credentials::{Credentials, Mechanism, Mechanisms, PasswordLogin, Proof, ServerLogin};
+pub use self::credentials::{Credentials, LoginWith, Mechanism, Mechanisms, PasswordLogin, Proof, ServerLogin};
 pub use self::names::{LogName, NameRefused, Names, Naming, UnicodeRule};
 
 /// Longest accepted user name, in bytes. RFC 3501 sets no limit; Dovecot's servers refuse names over this anyway.
