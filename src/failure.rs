@@ -129,11 +129,13 @@ reasons! {
     Backend StartTlsResidue = "starttls_residue",
     /// The server broke the protocol, or said more before its answer than is allowed.
     Backend Protocol = "protocol",
-    /// NO with [UNAVAILABLE], [INUSE] or [SERVERBUG].
+    /// NO with [UNAVAILABLE] or [SERVERBUG], or with a text that means an outage.
     Backend Overloaded = "overloaded",
-    /// BAD in answer to the login.
+    /// NO with [LIMIT], [INUSE] or [OVERQUOTA], or with a text that means a limit of the user.
+    Backend UserLimit = "user_limit",
+    /// BAD in answer to the login, in every form.
     Backend LoginBad = "login_bad",
-    /// The server offers no way to log in that the configuration permits.
+    /// The server offers no way to log in that the configuration permits, or demands TLS for it.
     Backend LoginDisabled = "login_disabled",
     /// The server has no PLAIN, which alone can carry an authorization identity.
     Backend AuthzidUnsupported = "authzid_unsupported",

@@ -4,7 +4,7 @@
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use vestibule::identity::{Credentials, Mechanism, Mechanisms, Proof, ServerLogin, UserName};
-use vestibule::imap::backend_login::{Attempt, BackendLogin, ServerStep};
+use vestibule::imap::backend_login::{Attempt, BackendLogin, Rules, ServerStep};
 use vestibule::imap::prelogin::{Policy, Prelogin, Step, Transport};
 use vestibule::imap::sasl::renamed;
 use vestibule::imap::tag::Tag;
@@ -93,6 +93,7 @@ fn relayed(mechanism: Mechanism, credentials: &Credentials) -> Vec<u8> {
         max_line: 1024,
         max_untagged_lines: 20,
         max_untagged_bytes: 1024,
+        rules: Rules::default(),
     });
     let mut sent = Zeroizing::new(Vec::new());
     let name = mechanism.sasl_name();

@@ -165,6 +165,7 @@ async fn asked(backend: &Backend, server: &Arc<Server>, watch: &Watch, limits: &
         .map(|(user, password)| ServerLogin::Password(PasswordLogin { user, authzid: None, password }));
     let request = Request {
         login,
+        mechanism: None,
         purpose,
         tag: &tag,
         client_id: &nothing,

@@ -31,7 +31,7 @@ use self::checks::Watch;
 pub use self::discover::OwnAddresses;
 use self::discover::{Resolver, Service};
 use self::select::{Candidate, Luck};
-pub use self::server::Server;
+pub use self::server::{LastError, Server};
 use self::server::{ServerState, Terms};
 use self::slots::Queue;
 pub use self::slots::{CutOff, SessionSlot, Slot};
@@ -233,6 +233,8 @@ pub struct Backend {
     pub login: Option<OwnLogin>,
     /// Whether a server's referral is followed.
     pub follows_referrals: bool,
+    /// How passwords are sent to its servers, and how their answers are understood.
+    answers: config::Answers,
     /// Sent with ID as `x-forward-KEY`.
     forward: BTreeMap<String, String>,
     /// Which server comes first.
@@ -306,6 +308,7 @@ impl Backend {
             allows_authzid: backend.authzid,
             login: backend.login.as_ref().map(|login| OwnLogin::read(config, login)).transpose()?,
             follows_referrals: backend.follows_referrals,
+            answers: backend.answers.clone(),
             forward: backend.forward.clone(),
             balance: backend.care.balance,
             watch: backend.care.check.as_ref().map(|check| Watch::build(config, check)).transpose()?,

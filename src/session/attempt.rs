@@ -161,6 +161,7 @@ impl Session {
         let tls = self.record.tls().cloned();
         let request = Request {
             login: Some(server_login),
+            mechanism: Some(login.credentials.mechanism),
             purpose: Purpose::Session,
             tag: &login.tag,
             client_id: &client_id,
@@ -225,9 +226,14 @@ impl Session {
                 Attempted::Refused { reply: referral.reply, counts: false }
             }
             (Outcome::Unavailable(fault), _) => {
+                let is_limit = fault.reason == Reason::UserLimit;
+                let outcome = if is_limit { LoginOutcome::Limited } else { LoginOutcome::Unavailable };
                 self.record.detail(fault.detail);
-                self.record.attempt_failed(fault.reason, LoginOutcome::Unavailable, Some(routed.id));
-                Attempted::Unavailable
+                self.record.attempt_failed(fault.reason, outcome, Some(routed.id));
+                match fault.reply {
+                    Some(reply) => Attempted::Refused { reply, counts: false },
+                    None => Attempted::Unavailable,
+                }
             }
             // A server is named with every acceptance, challenges are answered before, and none is only looked at.
             (Outcome::Accepted(_) | Outcome::Challenged(..) | Outcome::Seen(_), _) => Attempted::Unavailable,
