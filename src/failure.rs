@@ -83,6 +83,8 @@ reasons! {
     Client Stalled = "stalled",
     /// The client asked for another user's mailbox and the backend's configuration forbids it.
     Client AuthzidRefused = "authzid_refused",
+    /// A password of no bytes, which `empty_password` refuses.
+    Client EmptyPassword = "empty_password",
     /// The name has characters that `users` does not allow.
     Client NameRefused = "name_refused",
     /// The client is a proxy, and too many came before it: a circle.

@@ -171,6 +171,11 @@ impl Backends {
         self.list.iter().any(|backend| backend.allows_authzid)
     }
 
+    /// Whether a login with an empty password may be meant for one of them.
+    pub fn any_allows_empty_passwords(&self) -> bool {
+        self.list.iter().any(|backend| backend.allows_empty_passwords())
+    }
+
     /// The backend of that name.
     pub fn named(&self, name: &str) -> Option<&Arc<Backend>> {
         self.list.iter().find(|backend| &*backend.name == name)
@@ -337,6 +342,11 @@ impl Backend {
     fn lock_guests(&self) -> MutexGuard<'_, HashMap<SocketAddr, Arc<Server>>> {
         // Nothing in here panics halfway through a change.
         self.guests.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whether a login with an empty password goes to its servers.
+    pub fn allows_empty_passwords(&self) -> bool {
+        self.answers.allow_empty_password
     }
 
     /// Whether all sessions of a user must be on one server: two that share a mailbox's storage would damage its index.

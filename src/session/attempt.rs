@@ -13,6 +13,7 @@ use super::record::reason;
 use super::{Session, close};
 use crate::backend::connect::{self, Established, Fault, Outcome, Purpose, Request};
 use crate::backend::{Backend, Server, Slot, Stop, Tour};
+use crate::config::BackendId;
 use crate::failure::Reason;
 use crate::identity::{Credentials, Names, PasswordLogin, Proof, Secret, ServerLogin, UserName};
 use crate::imap::prelogin::{LoginRequest, Prelogin, Step};
@@ -88,6 +89,9 @@ impl Session {
         if let Some(limited) = self.may_try(&login.tag, &names.routing) {
             return Some(limited);
         }
+        if login.credentials.has_empty_password() && !live.backends.any_allows_empty_passwords() {
+            return Some(self.empty_password(&login.tag, None, began).await);
+        }
         let client_id = prelogin.client_id().clone();
         if let Some(refused) = self.policy_refuses(login, &client_id, began).await {
             return Some(refused);
@@ -150,6 +154,9 @@ impl Session {
             // Others allow it: those who are asked for there, and those who do not exist, get one answer.
             self.record.attempt_failed(Reason::AuthzidRefused, LoginOutcome::Refused, Some(backend.id));
             return Some(Ok(self.refused_late(&login.tag, began).await));
+        }
+        if login.credentials.has_empty_password() && !backend.allows_empty_passwords() {
+            return Some(Ok(self.empty_password(&login.tag, Some(backend.id), began).await));
         }
         let renamed = renamed(&login.credentials, place, names);
         let server_login = server_login(&login.credentials, place, names, backend, renamed.as_ref());
@@ -289,6 +296,12 @@ impl Session {
 
     async fn no_such_user(&mut self, tag: &Tag, reason: Reason, began: Instant) -> Attempted {
         self.record.attempt_failed(reason, LoginOutcome::UnknownUser, None);
+        self.refused_late(tag, began).await
+    }
+
+    /// Refuses a login with an empty password without asking a server, as late as if one had been asked.
+    async fn empty_password(&mut self, tag: &Tag, backend: Option<BackendId>, began: Instant) -> Attempted {
+        self.record.attempt_failed(Reason::EmptyPassword, LoginOutcome::Refused, backend);
         self.refused_late(tag, began).await
     }
 

@@ -254,6 +254,45 @@ async fn an_outage_is_not_counted_as_a_guess_and_every_other_refusal_is() {
 }
 
 #[tokio::test]
+async fn an_empty_password_is_refused_without_asking_anybody() {
+    let script = "S: * OK [CAPABILITY IMAP4rev1] x\nC: *\nS: L OK [CAPABILITY IMAP4rev1] in\n...";
+    let server = Scripted::new(script).await;
+    let folder = tempfile::tempdir().unwrap();
+    let users = folder.path().join("users");
+    std::fs::write(&users, "alice strict\nbob lax\n").unwrap();
+    let with = |lax: &str| {
+        format!(
+            "backends:\n  strict: {{servers: ['{0}']}}\n  lax: {{servers: ['{0}']{lax}}}\n\
+             routes: [{{table: {1}}}]\n",
+            server.address,
+            users.display()
+        )
+    };
+    let refused = "NO [AUTHENTICATIONFAILED] Authentication failed.";
+    let strict = proxy(&with("")).await;
+    let mut client = Client::connect(strict.listeners()[0]).await;
+    for command in ["LOGIN alice \"\"", "LOGIN nobody \"\"", "AUTHENTICATE PLAIN AGFsaWNlAA==", "LOGIN bob \"\""] {
+        assert_eq!(client.ask(&format!("a {command}")).await, format!("a {refused}"), "{command}");
+    }
+    client.send("a AUTHENTICATE LOGIN\r\n").await;
+    for said in ["YWxpY2U=", ""] {
+        assert!(client.line().await.starts_with("+ "));
+        client.send(format!("{said}\r\n")).await;
+    }
+    assert_eq!(client.line().await, format!("a {refused}"));
+    assert_eq!(client.line().await, "* BYE Too many failed logins.", "they are failed logins");
+    assert_eq!((failures(&strict, "empty_password"), failures(&strict, "unknown_user")), (5.0, 0.0));
+    assert_eq!(server.connections(), 0);
+    // Where one backend wants them, all users are looked up, and one that has none looks like one that is refused.
+    let lax = proxy(&with(", empty_password: allow")).await;
+    let mut client = Client::connect(lax.listeners()[0]).await;
+    assert_eq!(client.ask("a LOGIN alice \"\"").await, format!("a {refused}"));
+    assert_eq!(client.ask("b LOGIN nobody \"\"").await, format!("b {refused}"));
+    assert_eq!(server.connections(), 0);
+    assert_eq!(client.ask("c LOGIN bob \"\"").await, "c OK [CAPABILITY IMAP4rev1] in");
+}
+
+#[tokio::test]
 async fn bye_to_three_logins_opens_no_breaker() {
     let server = Scripted::new("S: * OK [CAPABILITY IMAP4rev1] x\nC: *\nS: * BYE Go away").await;
     let text = format!("backends: {{only: {{servers: ['{}']}}}}\nroutes: [{{default: only}}]\n", server.address);
