@@ -293,6 +293,37 @@ async fn an_empty_password_is_refused_without_asking_anybody() {
 }
 
 #[tokio::test]
+async fn the_status_shows_what_a_server_sent_and_no_password() {
+    let login = "S: * OK [CAPABILITY IMAP4rev1] x\nC: *\n";
+    for (script, expected) in [
+        (
+            "S: * NO LOGOUT Intrusion prevention active for 10.0.0.1",
+            "\"* NO LOGOUT Intrusion prevention active for 10.0.0.1\"",
+        ),
+        ("S: 220 host ESMTP \u{1b}[2J", "\"220 host ESMTP \\u{1b}[2J\""),
+        ("S: * BYE Connection is closed. 13", "\"* BYE Connection is closed. 13\""),
+        (&format!("{login}S: * BYE Shutting down"), "\"* BYE Shutting down\""),
+        (
+            &format!("{login}S: L NO [UNAVAILABLE] Database down for alice"),
+            "\"L NO [UNAVAILABLE] Database down for (user)\"",
+        ),
+        (&format!("{login}S: L BAD Unknown: LOGIN \"alice\" \"wonderland\""), "(text withheld"),
+        (&format!("{login}S: wonder \"alice\""), "(text withheld"),
+        (&format!("{login}S: * BYE L LOGIN \"alice\" \"wonderl"), "(text withheld"),
+    ] {
+        let server = Scripted::new(script).await;
+        let text = format!("backends: {{only: {{servers: ['{}']}}}}\nroutes: [{{default: only}}]\n", server.address);
+        let proxy = proxy(&text).await;
+        let answer = Client::connect(proxy.listeners()[0]).await.ask("a LOGIN alice wonderland").await;
+        assert!(answer.starts_with("a NO [UNAVAILABLE]"), "{script}: {answer}");
+        let status = serde_json::to_string(&proxy.status()).unwrap();
+        let text = proxy.status().text;
+        assert!(text.contains("last error") && text.contains(expected), "{script}: {text}");
+        assert!(!status.contains("wonder"), "{script}: {status}");
+    }
+}
+
+#[tokio::test]
 async fn bye_to_three_logins_opens_no_breaker() {
     let server = Scripted::new("S: * OK [CAPABILITY IMAP4rev1] x\nC: *\nS: * BYE Go away").await;
     let text = format!("backends: {{only: {{servers: ['{}']}}}}\nroutes: [{{default: only}}]\n", server.address);
