@@ -174,6 +174,7 @@ async fn asked(backend: &Backend, server: &Arc<Server>, watch: &Watch, limits: &
         tls: None,
         session_id: "check",
         limits,
+        deadline: None,
     };
     match connect::login(backend, server, &request, deadline).await {
         Outcome::Seen(seen) => Ok(seen),

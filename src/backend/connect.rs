@@ -53,6 +53,8 @@ pub struct Request<'a> {
     pub session_id: &'a str,
     /// Deadlines and caps.
     pub limits: &'a Limits,
+    /// When the login must be over, whichever servers are tried; `None`: at the deadline of the one server.
+    pub deadline: Option<time::Instant>,
 }
 
 /// What a connection to a server is for.
@@ -326,11 +328,16 @@ impl<'a> Dialogue<'a> {
         outcome
     }
 
-    async fn talk(mut self, first_byte: time::Instant, deadline: time::Instant) -> Outcome<'a> {
+    async fn talk(mut self, first_byte: time::Instant, mut deadline: time::Instant) -> Outcome<'a> {
         let mut due = first_byte;
         loop {
             let mut out = Zeroizing::new(Vec::with_capacity(READ));
             let step = self.machine.step(&mut out);
+            // Time that was kept back for other servers is this one's when none of them can be tried any more.
+            if self.machine.is_bound_to_server() {
+                deadline = deadline.max(self.request.deadline.unwrap_or(deadline));
+                due = deadline;
+            }
             tracing::trace!(session = self.request.session_id, server = %self.server.name, state = self.machine.state(), "login dialogue");
             let exchange = self.exchange(&out, matches!(step, ServerStep::NeedInput));
             let failed = match timeout_at(due, exchange).await {

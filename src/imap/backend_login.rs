@@ -167,6 +167,11 @@ impl<'a> BackendLogin<'a> {
         Some(Learned { capabilities: self.offered, rejected: self.rejected.or(known) })
     }
 
+    /// Whether the login was sent and no other server would be tried if this one did not answer.
+    pub fn is_bound_to_server(&self) -> bool {
+        self.login_sent() && self.failed(ServerFault::Timeout).verdict.action == Action::GiveUp
+    }
+
     /// Decides about a fault that the caller has noticed.
     pub fn failed(&self, fault: ServerFault) -> Unavailable {
         Unavailable { fault, verdict: self.verdict(Answer::Fault(fault)), reply: None, excerpt: None }

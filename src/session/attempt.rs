@@ -177,6 +177,7 @@ impl Session {
             tls: tls.as_ref(),
             session_id: session_id.as_str(),
             limits: &live.limits,
+            deadline: Some(time::Instant::now() + live.limits.server_login),
         };
         let guest = Guest {
             user: place.mailbox(&names.routing),

@@ -3,6 +3,7 @@
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
 
 use tokio::net::TcpListener;
 use vestibule::server::{self, Running};
@@ -104,6 +105,37 @@ async fn a_refused_third_login_leaves_the_sessions_of_user_hash_alone() {
         assert_eq!(metric(&proxy, "vestibule_server_up", &[]), 2.0, "{answer:?}: no server is blamed");
         proxy.stop().await;
     }
+}
+
+/// Half of the deadline is kept for another server, which user-hash cannot use once the login was sent. Dovecot delays the
+/// answer to wrong passwords by up to 17 seconds, and these must not look like an outage.
+#[tokio::test]
+async fn a_slow_answer_has_the_whole_deadline_with_user_hash() {
+    let one = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let other = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let text = format!(
+        "backends: {{pair: {{servers: ['{}', '{}']}}}}\nroutes: [{{default: pair}}]\n\
+         limits: {{server_login: 5s, connect: 1s}}\n",
+        one.local_addr().unwrap(),
+        other.local_addr().unwrap()
+    );
+    let proxy = proxy(&text).await;
+    let mut client = Client::connect(proxy.listeners()[0]).await;
+    client.send("a LOGIN alice wrong\r\n").await;
+    let accepted = async {
+        tokio::select! {
+            accepted = one.accept() => accepted,
+            accepted = other.accept() => accepted,
+        }
+    };
+    let mut server = Line::new(in_time("the proxy", accepted).await.unwrap().0);
+    server.send("* OK [CAPABILITY IMAP4rev1] x\r\n").await;
+    assert!(server.line().await.starts_with("L LOGIN"));
+    // More than half of the deadline, and much less than all of it.
+    tokio::time::sleep(Duration::from_millis(2800)).await;
+    server.send("L NO [AUTHENTICATIONFAILED] Wrong.\r\n").await;
+    assert_eq!(client.line().await, "a NO [AUTHENTICATIONFAILED] Wrong.");
+    assert_eq!(failures(&proxy, "login_timeout"), 0.0);
 }
 
 #[tokio::test]
