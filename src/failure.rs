@@ -83,6 +83,8 @@ reasons! {
     Client Stalled = "stalled",
     /// The client asked for another user's mailbox and the backend's configuration forbids it.
     Client AuthzidRefused = "authzid_refused",
+    /// A password of no bytes, which `empty_password` refuses.
+    Client EmptyPassword = "empty_password",
     /// The name has characters that `users` does not allow.
     Client NameRefused = "name_refused",
     /// A well-formed login with credentials that cannot be right: an empty name, control characters, a token that names no user.
@@ -133,11 +135,13 @@ reasons! {
     Backend StartTlsResidue = "starttls_residue",
     /// The server broke the protocol, or said more before its answer than is allowed.
     Backend Protocol = "protocol",
-    /// NO with [UNAVAILABLE], [INUSE] or [SERVERBUG].
+    /// NO with [UNAVAILABLE] or [SERVERBUG], or with a text that means an outage.
     Backend Overloaded = "overloaded",
-    /// BAD in answer to the login.
+    /// NO with [LIMIT], [INUSE] or [OVERQUOTA], or with a text that means a limit of the user.
+    Backend UserLimit = "user_limit",
+    /// BAD in answer to the login, in every form.
     Backend LoginBad = "login_bad",
-    /// The server offers no way to log in that the configuration permits.
+    /// The server offers no way to log in that the configuration permits, or demands TLS for it.
     Backend LoginDisabled = "login_disabled",
     /// The server has no PLAIN, which alone can carry an authorization identity.
     Backend AuthzidUnsupported = "authzid_unsupported",

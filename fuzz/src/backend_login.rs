@@ -2,7 +2,7 @@
 //! bounded, and an answer that goes there is whole lines.
 
 use vestibule::identity::{Mechanism, PasswordLogin, Secret, ServerLogin, UserName};
-use vestibule::imap::backend_login::{Attempt, BackendLogin, ServerStep};
+use vestibule::imap::backend_login::{Attempt, BackendLogin, Rules, ServerStep};
 use vestibule::imap::tag::Tag;
 use zeroize::Zeroizing;
 
@@ -26,15 +26,27 @@ pub fn run(input: &[u8]) {
         }
     };
     let starttls = choice & 4 != 0;
-    let whole = end(login, starttls, bytes.chunks(bytes.len().max(1)));
+    let by_plain = choice & 0x20 != 0;
+    let whole = end(login, (starttls, by_plain), bytes.chunks(bytes.len().max(1)));
     // Bytes that arrive together with the answer to STARTTLS are refused, those that arrive later belong to TLS.
     if !starttls {
-        assert_eq!(whole, end(login, starttls, bytes.chunks(1)), "byte by byte");
+        assert_eq!(whole, end(login, (starttls, by_plain), bytes.chunks(1)), "byte by byte");
     }
 }
 
 /// How it ended, and what the server was sent.
-fn end<'a>(login: Option<ServerLogin<'_>>, starttls: bool, pieces: impl Iterator<Item = &'a [u8]>) -> String {
+fn end<'a>(
+    login: Option<ServerLogin<'_>>,
+    (starttls, by_plain): (bool, bool),
+    pieces: impl Iterator<Item = &'a [u8]>,
+) -> String {
+    // Whether the secret is one that could be seen in a text.
+    let has_words = match login {
+        Some(ServerLogin::Password(PasswordLogin { password, .. }) | ServerLogin::Relayed { first: password, .. }) => {
+            password.expose().starts_with(b"pass")
+        }
+        None => false,
+    };
     let tag = Tag::new(b"a1").expect("a tag");
     let attempt = Attempt {
         login,
@@ -44,6 +56,7 @@ fn end<'a>(login: Option<ServerLogin<'_>>, starttls: bool, pieces: impl Iterator
         max_line: 1024,
         max_untagged_lines: 20,
         max_untagged_bytes: MAX_UNTAGGED,
+        rules: Rules { client: by_plain.then_some(Mechanism::SaslPlain), ..Rules::default() },
     };
     let mut dialogue = BackendLogin::new(attempt);
     let mut sent = Zeroizing::new(Vec::new());
@@ -65,7 +78,7 @@ fn end<'a>(login: Option<ServerLogin<'_>>, starttls: bool, pieces: impl Iterator
                     break;
                 }
                 ServerStep::Refused { reply, counts } => {
-                    assert!(reply.starts_with(b"a1 NO") && reply.ends_with(b"\r\n"), "{reply:?}");
+                    is_one_line(&reply);
                     return format!("refused {counts} {reply:?} {:?}", *sent);
                 }
                 ServerStep::Challenge(line) => {
@@ -77,7 +90,14 @@ fn end<'a>(login: Option<ServerLogin<'_>>, starttls: bool, pieces: impl Iterator
                     return format!("{referral:?} {:?}", *sent);
                 }
                 ServerStep::Seen(offer) => return format!("{offer:?} {:?}", *sent),
-                ServerStep::Unavailable(fault) => return format!("{fault:?} {:?}", *sent),
+                ServerStep::Unavailable(unavailable) => {
+                    unavailable.reply.iter().for_each(|reply| is_one_line(reply));
+                    let excerpt = unavailable.excerpt.as_deref().unwrap_or_default();
+                    assert!(excerpt.len() < 1000 && !excerpt.chars().any(char::is_control), "{excerpt:?}");
+                    let has_login = sent.split(|byte| *byte == b'\n').any(|line| line.starts_with(b"L "));
+                    assert!(!has_words || !has_login || !excerpt.contains("pass \\\"word"), "a secret in {excerpt:?}");
+                    return format!("{unavailable:?} {:?}", *sent);
+                }
             }
         }
     }
@@ -89,4 +109,11 @@ fn end<'a>(login: Option<ServerLogin<'_>>, starttls: bool, pieces: impl Iterator
         }
         _ => format!("open {:?}", *sent),
     }
+}
+
+/// What the client is sent in place of the server's answer: one line under its tag, without control characters.
+fn is_one_line(reply: &[u8]) {
+    let line = reply.strip_suffix(b"\r\n").expect("a complete line");
+    assert!(line.starts_with(b"a1 NO ") || line.starts_with(b"a1 BAD "), "{reply:?}");
+    assert!(!line.iter().any(u8::is_ascii_control) && line.len() < 1200, "{reply:?}");
 }

@@ -5,7 +5,7 @@
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use vestibule::identity::{Credentials, Mechanism, Mechanisms, Proof, ServerLogin, TokenIssuer, UserName};
-use vestibule::imap::backend_login::{Attempt, BackendLogin, ServerStep};
+use vestibule::imap::backend_login::{Attempt, BackendLogin, Rules, ServerStep};
 use vestibule::imap::capability::Extensions;
 use vestibule::imap::prelogin::{Policy, Prelogin, Step, Transport};
 use vestibule::imap::sasl::renamed;
@@ -137,6 +137,7 @@ fn relayed(mechanism: Mechanism, credentials: &Credentials) -> Vec<u8> {
         max_line: 1024,
         max_untagged_lines: 20,
         max_untagged_bytes: 1024,
+        rules: Rules::default(),
     });
     let mut sent = Zeroizing::new(Vec::new());
     let name = mechanism.sasl_name();

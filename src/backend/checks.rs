@@ -165,6 +165,7 @@ async fn asked(backend: &Backend, server: &Arc<Server>, watch: &Watch, limits: &
         .map(|(user, password)| ServerLogin::Password(PasswordLogin { user, authzid: None, password }));
     let request = Request {
         login,
+        mechanism: None,
         purpose,
         tag: &tag,
         client_id: &nothing,
@@ -173,6 +174,7 @@ async fn asked(backend: &Backend, server: &Arc<Server>, watch: &Watch, limits: &
         tls: None,
         session_id: "check",
         limits,
+        deadline: None,
     };
     match connect::login(backend, server, &request, deadline).await {
         Outcome::Seen(seen) => Ok(seen),

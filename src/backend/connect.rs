@@ -1,9 +1,9 @@
 //! Reach one server and log in there.
 //!
 //! Dial, PROXY header, TLS, then the dialogue that `imap::backend_login` decides. The whole attempt has one deadline;
-//! until the server's first byte the shorter `limits.connect` holds, so that a dead machine is noticed soon. What failed is told in
-//! one word, with the server's health informed where the server is to blame; which server comes next is the session's
-//! decision. Called by `session`.
+//! until the server's first byte the shorter `limits.connect` holds, so that a dead machine is noticed soon. What the
+//! server's answer means, and whether its health suffers, is decided by `imap::login_answer`; which server comes next is
+//! the session's decision. Called by `session`.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -19,9 +19,10 @@ use super::reach::{encrypt, reach};
 use super::{Backend, Server};
 use crate::config::{ClientInfo, Limits, TlsMode};
 use crate::failure::Reason;
-use crate::identity::ServerLogin;
-use crate::imap::backend_login::{Attempt, BackendLogin, Offer, Referral, ServerFault, ServerStep};
+use crate::identity::{Mechanism, ServerLogin};
+use crate::imap::backend_login::{Attempt, BackendLogin, Offer, Referral, Rules, ServerFault, ServerStep, Unavailable};
 use crate::imap::client_id::ClientId;
+use crate::imap::login_answer::{self, Action, Answer, Health, Point, Verdict};
 use crate::imap::tag::Tag;
 use crate::relay::Leg;
 use crate::stream::{Stream, TlsFacts};
@@ -34,6 +35,8 @@ const READ: usize = 4096;
 pub struct Request<'a> {
     /// What to log in with; none: only to see what the server offers.
     pub login: Option<ServerLogin<'a>>,
+    /// The command that the client used; `None`: a login of the proxy's own.
+    pub mechanism: Option<Mechanism>,
     /// Who asks.
     pub purpose: Purpose,
     /// The client's tag: the server's answer is given under it.
@@ -50,6 +53,8 @@ pub struct Request<'a> {
     pub session_id: &'a str,
     /// Deadlines and caps.
     pub limits: &'a Limits,
+    /// When the login must be over, whichever servers are tried; `None`: at the deadline of the one server.
+    pub deadline: Option<time::Instant>,
 }
 
 /// What a connection to a server is for.
@@ -116,8 +121,12 @@ pub struct Fault {
     pub reason: Reason,
     /// The sentence for logs; never for the client.
     pub detail: String,
+    /// The server's own words for the client: a complete line under its tag.
+    pub reply: Option<Vec<u8>>,
     /// Whether another server may do better.
     pub try_next: bool,
+    /// Whether the fault shows that the server works.
+    pub(super) answered: bool,
     /// How the server's health suffers; `None` for what a client can provoke.
     pub(super) blow: Option<Blow>,
 }
@@ -125,52 +134,62 @@ pub struct Fault {
 impl Fault {
     /// The backend has no server to try.
     pub fn no_server() -> Self {
-        let detail = "the backend has no server just now".to_owned();
-        Self { reason: Reason::NoServer, detail, try_next: false, blow: None }
+        Self::of_proxy(Reason::NoServer, "the backend has no server just now", false)
     }
 
     /// A referral that is not followed.
     pub fn referral(detail: String) -> Self {
-        Self { reason: Reason::Referral, detail, try_next: false, blow: None }
+        Self::of_proxy(Reason::Referral, detail, false)
     }
 
     /// All servers that could take the login have as many sessions as they may.
     pub fn full() -> Self {
-        let detail = "all servers are full, and no place came free in time".to_owned();
-        Self { reason: Reason::ServersFull, detail, try_next: false, blow: None }
+        Self::of_proxy(Reason::ServersFull, "all servers are full, and no place came free in time", false)
     }
 
     /// The operator, or the user's other sessions, end this login.
     pub fn told(reason: Reason, detail: String, try_next: bool) -> Self {
-        Self { reason, detail, try_next, blow: None }
+        Self::of_proxy(reason, detail, try_next)
     }
 
+    fn of_proxy(reason: Reason, detail: impl Into<String>, try_next: bool) -> Self {
+        Self { reason, detail: detail.into(), reply: None, try_next, answered: false, blow: None }
+    }
+
+    /// A server that cannot be reached, or with which there is no TLS: nothing of the client's was sent.
     pub(super) fn of_server(reason: Reason, detail: impl ToString) -> Self {
-        Self { reason, detail: detail.to_string(), try_next: true, blow: Some(Blow::Other) }
+        let answer = Answer::Fault(ServerFault::Unreachable);
+        Self::decided(reason, detail.to_string(), login_answer::decide(answer, Point::BeforeLogin, false))
+    }
+
+    fn decided(reason: Reason, detail: String, verdict: Verdict) -> Self {
+        Self {
+            reason,
+            detail,
+            reply: None,
+            try_next: verdict.action == Action::TryAnotherServer,
+            answered: verdict.health == Health::Answers,
+            blow: (verdict.health == Health::Suffers).then_some(Blow::Other),
+        }
     }
 }
 
-impl From<ServerFault> for Fault {
-    fn from(fault: ServerFault) -> Self {
-        let reason = match fault {
-            ServerFault::Greeting => Reason::Greeting,
-            ServerFault::Bye => Reason::Bye,
-            ServerFault::StartTlsNotOffered | ServerFault::StartTlsRefused => Reason::StartTlsUnavailable,
-            ServerFault::StartTlsResidue => Reason::StartTlsResidue,
-            ServerFault::Protocol | ServerFault::TooMuchUntagged => Reason::Protocol,
-            ServerFault::LoginDisabled => Reason::LoginDisabled,
-            ServerFault::Overloaded => Reason::Overloaded,
-            ServerFault::LoginBad => Reason::LoginBad,
-            ServerFault::AuthzidUnsupported => Reason::AuthzidUnsupported,
-            ServerFault::MechanismUnsupported => Reason::MechanismUnsupported,
-            ServerFault::TooManyChallenges => Reason::Protocol,
-        };
-        Self {
-            reason,
-            detail: fault.as_str().to_owned(),
-            try_next: fault.try_next_server(),
-            blow: fault.blames_server().then_some(Blow::Other),
-        }
+/// The reason of a fault for metrics and log records.
+fn reason(fault: ServerFault) -> Reason {
+    match fault {
+        ServerFault::Unreachable => Reason::Connect,
+        ServerFault::Greeting => Reason::Greeting,
+        ServerFault::Bye | ServerFault::Closed => Reason::Bye,
+        ServerFault::StartTlsNotOffered | ServerFault::StartTlsRefused => Reason::StartTlsUnavailable,
+        ServerFault::StartTlsResidue => Reason::StartTlsResidue,
+        ServerFault::Protocol | ServerFault::TooMuchUntagged | ServerFault::TooManyChallenges => Reason::Protocol,
+        ServerFault::LoginDisabled | ServerFault::TlsRequired => Reason::LoginDisabled,
+        ServerFault::Overloaded => Reason::Overloaded,
+        ServerFault::UserLimit => Reason::UserLimit,
+        ServerFault::LoginBad => Reason::LoginBad,
+        ServerFault::AuthzidUnsupported => Reason::AuthzidUnsupported,
+        ServerFault::MechanismUnsupported => Reason::MechanismUnsupported,
+        ServerFault::Silent | ServerFault::Timeout => Reason::LoginTimeout,
     }
 }
 
@@ -187,8 +206,8 @@ pub async fn login<'a>(
     let began = Instant::now();
     match reach(backend, server, request, first_byte).await {
         Err(fault) => {
-            if let Some(blow) = fault.blow.filter(|_| is_session) {
-                server.failed(blow, &fault.detail);
+            if is_session {
+                server.could_not_answer(&fault);
             }
             Outcome::Unavailable(fault)
         }
@@ -234,14 +253,13 @@ impl<'a> Paused<'a> {
 struct Dialogue<'a> {
     backend: &'a Backend,
     server: Arc<Server>,
-    session_id: &'a str,
+    request: &'a Request<'a>,
     machine: BackendLogin<'a>,
     stream: Stream,
     address: SocketAddr,
     /// How long the connection took, and since when it stands.
     connect: Duration,
     connected: Instant,
-    purpose: Purpose,
     /// What it offers before login, for a check.
     offer: Option<Offer>,
 }
@@ -268,24 +286,32 @@ impl<'a> Dialogue<'a> {
             max_line: request.limits.line,
             max_untagged_lines: request.limits.untagged_lines,
             max_untagged_bytes: request.limits.untagged_bytes,
+            rules: Rules {
+                login_with: backend.answers.login_with,
+                client: request.mechanism,
+                one_server_per_user: backend.serves_a_user_by_one_server(),
+                unavailable_texts: &backend.answers.unavailable_texts,
+                limit_texts: &backend.answers.limit_texts,
+                learned: server.learned(),
+            },
         });
         Self {
             backend,
             server: server.clone(),
-            session_id: request.session_id,
+            request,
             machine,
             stream,
             address,
             connect,
             connected: Instant::now(),
-            purpose: request.purpose,
             offer: None,
         }
     }
 
     /// The first byte must come before `first_byte`, the answer before `deadline`.
     async fn run(self, first_byte: time::Instant, deadline: time::Instant) -> Outcome<'a> {
-        let (backend, server, connected, purpose) = (self.backend, self.server.clone(), self.connected, self.purpose);
+        let (backend, server, connected, purpose) =
+            (self.backend, self.server.clone(), self.connected, self.request.purpose);
         let outcome = self.talk(first_byte, deadline).await;
         if purpose == Purpose::Session {
             match &outcome {
@@ -293,27 +319,41 @@ impl<'a> Dialogue<'a> {
                     backend.metrics.backend(backend.id.0).server_answered(connected.elapsed());
                     server.answered();
                 }
-                Outcome::Unavailable(Fault { blow: Some(blow), detail, .. }) => server.failed(*blow, detail),
+                Outcome::Unavailable(fault) => server.could_not_answer(fault),
                 // It has shown all that its breaker is about, and no slow client shall keep others from it.
                 Outcome::Challenged(..) => server.answered(),
-                Outcome::Unavailable(_) | Outcome::Seen(_) => {}
+                Outcome::Seen(_) => {}
             }
         }
         outcome
     }
 
-    async fn talk(mut self, first_byte: time::Instant, deadline: time::Instant) -> Outcome<'a> {
+    async fn talk(mut self, first_byte: time::Instant, mut deadline: time::Instant) -> Outcome<'a> {
         let mut due = first_byte;
         loop {
             let mut out = Zeroizing::new(Vec::with_capacity(READ));
             let step = self.machine.step(&mut out);
-            tracing::trace!(session = self.session_id, server = %self.server.name, state = self.machine.state(), "login dialogue");
-            let exchange = self.exchange(&out, matches!(step, ServerStep::NeedInput));
-            match timeout_at(due, exchange).await {
-                Err(_) => return Outcome::Unavailable(self.timed_out(due == first_byte && first_byte != deadline)),
-                Ok(Err(fault)) => return Outcome::Unavailable(self.pardoned(fault)),
-                Ok(Ok(())) => {}
+            // Time that was kept back for other servers is this one's when none of them can be tried any more.
+            if self.machine.is_bound_to_server() {
+                deadline = deadline.max(self.request.deadline.unwrap_or(deadline));
+                due = deadline;
             }
+            tracing::trace!(session = self.request.session_id, server = %self.server.name, state = self.machine.state(), "login dialogue");
+            let exchange = self.exchange(&out, matches!(step, ServerStep::NeedInput));
+            let failed = match timeout_at(due, exchange).await {
+                Ok(Ok(())) => None,
+                Ok(Err(error)) => Some((ServerFault::Closed, Some(error))),
+                // A server that got less than limits.connect to greet is not at fault.
+                Err(_) if due == first_byte && first_byte != deadline => Some((ServerFault::Silent, None)),
+                Err(_) => Some((ServerFault::Timeout, None)),
+            };
+            // What the server sent before its connection broke is an answer too.
+            let step = match failed {
+                Some((fault, error)) if matches!(step, ServerStep::NeedInput) => {
+                    ServerStep::Unavailable(Unavailable { excerpt: error, ..self.machine.failed(fault) })
+                }
+                _ => step,
+            };
             match step {
                 ServerStep::NeedInput => {
                     due = deadline;
@@ -321,23 +361,31 @@ impl<'a> Dialogue<'a> {
                     self.offer = self.offer.or_else(|| self.machine.offer());
                 }
                 ServerStep::StartTls => match self.start_tls(deadline).await {
-                    Ok(encrypted) if encrypted.purpose == Purpose::CheckTls => {
+                    Ok(encrypted) if encrypted.request.purpose == Purpose::CheckTls => {
                         return Outcome::Seen(seen_and_left(encrypted.stream, None, deadline).await);
                     }
                     Ok(encrypted) => self = encrypted,
                     Err(fault) => return Outcome::Unavailable(fault),
                 },
                 ServerStep::Challenge(line) => return Outcome::Challenged(Box::new(Paused(self)), line),
-                ServerStep::Accepted { .. } if self.purpose == Purpose::Check => {
+                ServerStep::Accepted { .. } if self.request.purpose == Purpose::Check => {
                     let _ = timeout_at(deadline, self.exchange(b"Q LOGOUT\r\n", true)).await;
                     return Outcome::Seen(seen_and_left(self.stream, self.offer, deadline).await);
                 }
                 ServerStep::Accepted { to_client } => {
                     self.judge_id();
+                    self.server.learns(self.machine.learned());
+                    let timeout = self.machine.failed(ServerFault::Timeout).verdict;
                     return match timeout_at(deadline, self.established(to_client)).await {
                         Ok(Ok(established)) => Outcome::Accepted(established),
-                        Ok(Err(fault)) => Outcome::Unavailable(fault),
-                        Err(_) => Outcome::Unavailable(Fault::of_server(Reason::LoginTimeout, "no end of TLS in time")),
+                        Ok(Err((verdict, error))) => {
+                            Outcome::Unavailable(Fault::decided(Reason::ServerTls, error, verdict))
+                        }
+                        Err(_) => Outcome::Unavailable(Fault::decided(
+                            Reason::LoginTimeout,
+                            "the TLS connection could not be taken over within the deadline".to_owned(),
+                            timeout,
+                        )),
                     };
                 }
                 ServerStep::Refused { reply, counts } => {
@@ -352,7 +400,13 @@ impl<'a> Dialogue<'a> {
                 ServerStep::Seen(offer) => {
                     return Outcome::Seen(seen_and_left(self.stream, Some(offer), deadline).await);
                 }
-                ServerStep::Unavailable(fault) => return Outcome::Unavailable(self.explained(fault)),
+                ServerStep::Unavailable(unavailable) if unavailable.verdict.action == Action::Reconnect => {
+                    match self.reconnect(deadline).await {
+                        Ok(reconnected) => self = reconnected,
+                        Err(fault) => return Outcome::Unavailable(fault),
+                    }
+                }
+                ServerStep::Unavailable(unavailable) => return Outcome::Unavailable(self.explained(unavailable)),
             }
         }
     }
@@ -369,29 +423,42 @@ impl<'a> Dialogue<'a> {
     }
 
     /// The connection without rustls. What rustls had decrypted beyond the answer goes to the client too.
-    async fn established(self, mut to_client: Vec<u8>) -> Result<Established, Fault> {
-        let (leg, more) = self.stream.into_leg().await.map_err(|error| Fault::of_server(Reason::ServerTls, error))?;
+    async fn established(self, mut to_client: Vec<u8>) -> Result<Established, (Verdict, String)> {
+        let closed = self.machine.failed(ServerFault::Closed).verdict;
+        let (leg, more) = self.stream.into_leg().await.map_err(|error| (closed, error.to_string()))?;
         to_client.extend(more);
         let login = self.connected.elapsed();
         Ok(Established { leg, to_client, address: self.address, connect: self.connect, login })
     }
 
-    /// Sends what the machine said, then reads once where it asks for more.
-    async fn exchange(&mut self, out: &[u8], read: bool) -> Result<(), Fault> {
-        let broken = |error: std::io::Error| Fault::of_server(Reason::Bye, error);
+    /// Sends what the machine said, then reads once if it asks for more. An error means that the connection has ended.
+    async fn exchange(&mut self, out: &[u8], read: bool) -> Result<(), String> {
         if !out.is_empty() {
-            self.stream.write_all(out).await.map_err(broken)?;
-            self.stream.flush().await.map_err(broken)?;
+            self.stream.write_all(out).await.map_err(|error| error.to_string())?;
+            self.stream.flush().await.map_err(|error| error.to_string())?;
         }
         if read {
             let mut buffer = Vec::with_capacity(READ);
-            if self.stream.read_buf(&mut buffer).await.map_err(broken)? == 0 {
-                let detail = format!("the server closed the connection ({})", self.machine.state());
-                return Err(Fault::of_server(Reason::Bye, detail));
+            if self.stream.read_buf(&mut buffer).await.map_err(|error| error.to_string())? == 0 {
+                return Err("end of the connection".to_owned());
             }
             self.machine.input(&buffer);
         }
         Ok(())
+    }
+
+    /// Connects to the same server again, which has closed the connection after a command that it did not understand.
+    async fn reconnect(mut self, deadline: time::Instant) -> Result<Self, Fault> {
+        match reach(self.backend, &self.server, self.request, deadline).await {
+            Ok((stream, address)) => {
+                (self.stream, self.address) = (stream, address);
+                self.machine.reconnected();
+                Ok(self)
+            }
+            Err(Fault { reason, detail, .. }) => {
+                Err(Fault::decided(reason, detail, self.machine.failed(ServerFault::Unreachable).verdict))
+            }
+        }
     }
 
     async fn start_tls(mut self, deadline: time::Instant) -> Result<Self, Fault> {
@@ -404,27 +471,11 @@ impl<'a> Dialogue<'a> {
         Ok(self)
     }
 
-    fn timed_out(&self, before_first_byte: bool) -> Fault {
-        let detail = format!("no answer within the deadline ({})", self.machine.state());
-        // A server that greets but is slow with this login may be waiting for what only this user needs.
-        let blow = before_first_byte.then_some(Blow::Other);
-        Fault { reason: Reason::LoginTimeout, detail, try_next: true, blow }
-    }
-
-    fn explained(&self, fault: ServerFault) -> Fault {
-        let mut fault = Fault::from(fault);
-        fault.detail = format!("{} ({})", fault.detail, self.machine.state());
-        self.pardoned(fault)
-    }
-
-    /// After the login is sent, a fault may be the client's doing (a password over the server's line limit, for example).
-    /// It must not make the server look dead, nor take a user with one server at a time to another server.
-    fn pardoned(&self, mut fault: Fault) -> Fault {
-        if self.machine.login_sent() {
-            fault.blow = None;
-            fault.try_next &= !self.backend.serves_a_user_by_one_server();
-        }
-        fault
+    fn explained(&self, unavailable: Unavailable) -> Fault {
+        let Unavailable { fault, verdict, reply, excerpt } = unavailable;
+        let excerpt = excerpt.map(|excerpt| format!(": {excerpt}")).unwrap_or_default();
+        let detail = format!("{} ({}){excerpt}", fault.as_str(), self.machine.state());
+        Fault { reply, ..Fault::decided(reason(fault), detail, verdict) }
     }
 }
 

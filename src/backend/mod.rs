@@ -32,7 +32,7 @@ use self::checks::Watch;
 pub use self::discover::OwnAddresses;
 use self::discover::{Resolver, Service};
 use self::select::{Candidate, Luck};
-pub use self::server::Server;
+pub use self::server::{LastError, Server};
 use self::server::{ServerState, Terms};
 use self::slots::Queue;
 pub use self::slots::{CutOff, SessionSlot, Slot};
@@ -156,6 +156,11 @@ impl Backends {
         self.list.iter().any(|backend| backend.allows_authzid)
     }
 
+    /// Whether a login with an empty password may be meant for one of them.
+    pub fn any_allows_empty_passwords(&self) -> bool {
+        self.list.iter().any(|backend| backend.allows_empty_passwords())
+    }
+
     /// The backend of that name.
     pub fn named(&self, name: &str) -> Option<&Arc<Backend>> {
         self.list.iter().find(|backend| &*backend.name == name)
@@ -218,6 +223,8 @@ pub struct Backend {
     pub login: Option<OwnLogin>,
     /// Whether a server's referral is followed.
     pub follows_referrals: bool,
+    /// How passwords are sent to its servers, and how their answers are understood.
+    answers: config::Answers,
     /// Sent with ID as `x-forward-KEY`.
     forward: BTreeMap<String, String>,
     /// Which server comes first.
@@ -291,6 +298,7 @@ impl Backend {
             allows_authzid: backend.authzid,
             login: backend.login.as_ref().map(|login| OwnLogin::read(config, login)).transpose()?,
             follows_referrals: backend.follows_referrals,
+            answers: backend.answers.clone(),
             forward: backend.forward.clone(),
             balance: backend.care.balance,
             watch: backend.care.check.as_ref().map(|check| Watch::build(config, check)).transpose()?,
@@ -319,6 +327,11 @@ impl Backend {
     fn lock_guests(&self) -> MutexGuard<'_, HashMap<SocketAddr, Arc<Server>>> {
         // Nothing in here panics halfway through a change.
         self.guests.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whether a login with an empty password goes to its servers.
+    pub fn allows_empty_passwords(&self) -> bool {
+        self.answers.allow_empty_password
     }
 
     /// Whether all sessions of a user must be on one server: two that share a mailbox's storage would damage its index.

@@ -11,13 +11,14 @@ use std::time::{Duration, Instant};
 use tokio::sync::watch;
 use tokio_rustls::rustls::pki_types::ServerName;
 
+use super::connect::Fault;
 use super::departures::Departures;
 use super::health::{Blow, Depth, Health, News, Standing, Thresholds, Trial};
 use super::select::Candidate;
 use super::slots::{Slot, Slots};
 use super::{first_known, publish_if_first};
 use crate::config::{self, Host, Mode};
-use crate::imap::backend_login::{IdAnswer, Offer};
+use crate::imap::backend_login::{IdAnswer, Learned, Offer};
 use crate::metrics::ServerMetrics;
 
 /// One mailbox server.
@@ -62,6 +63,15 @@ impl Terms {
     }
 }
 
+/// An error that a login or a check met at a server.
+#[derive(Debug, Clone)]
+pub struct LastError {
+    /// A sentence without anything secret.
+    pub text: Arc<str>,
+    /// When it happened.
+    pub at: Instant,
+}
+
 /// How a login is received.
 #[derive(Debug)]
 pub(super) enum Admission {
@@ -87,6 +97,8 @@ pub(super) struct ServerState {
     distrust_told: AtomicBool,
     /// Whether it was logged already that the server has UNAUTHENTICATE.
     unauthenticate_logged: AtomicBool,
+    learned: Mutex<Option<Learned>>,
+    last_error: Mutex<Option<LastError>>,
     /// What the operator has asked for, whatever the configuration says.
     mode: Mutex<Option<Mode>>,
     pub(super) slots: Slots,
@@ -107,6 +119,8 @@ impl ServerState {
             offer: Mutex::default(),
             distrust_told: AtomicBool::new(false),
             unauthenticate_logged: AtomicBool::new(false),
+            learned: Mutex::default(),
+            last_error: Mutex::default(),
             mode: Mutex::default(),
             slots: Slots::default(),
             departures: Mutex::default(),
@@ -297,6 +311,42 @@ impl Server {
         }
     }
 
+    /// A login ended without the server's yes or no.
+    pub(super) fn could_not_answer(&self, fault: &Fault) {
+        match fault.blow {
+            Some(blow) => self.failed(blow, &fault.detail),
+            None if fault.answered => self.answered(),
+            None => {}
+        }
+        if !fault.answered {
+            self.note_error(&fault.detail);
+        }
+    }
+
+    /// The last error met here, and when.
+    pub fn last_error(&self) -> Option<LastError> {
+        self.state.last_error.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    fn note_error(&self, text: &str) {
+        let error = LastError { text: text.into(), at: Instant::now() };
+        *self.state.last_error.lock().unwrap_or_else(PoisonError::into_inner) = Some(error);
+    }
+
+    /// Forms of the login that it does not understand although it lists them.
+    pub(super) fn learned(&self) -> Option<Learned> {
+        *self.state.learned.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A login has shown which forms it does not understand; `None`: nothing new.
+    pub(super) fn learns(&self, learned: Option<Learned>) {
+        if learned.is_some() && learned != self.learned() {
+            let (backend, server) = (&self.backend, &self.name);
+            tracing::info!(%backend, %server, "server answers BAD to a form of login that its capabilities list; another form is used");
+            *self.state.learned.lock().unwrap_or_else(PoisonError::into_inner) = learned;
+        }
+    }
+
     /// A login could not use it.
     pub(super) fn failed(&self, blow: Blow, error: &str) {
         let news = self.state.health().failed(blow, Instant::now(), self.terms.thresholds);
@@ -311,6 +361,9 @@ impl Server {
 
     /// A check ended; an error says that it failed.
     pub(super) fn checked(&self, result: Result<(), &str>, depth: Depth) {
+        if let Err(error) = result {
+            self.note_error(error);
+        }
         let news = self.state.health().checked(result.is_ok(), depth, Instant::now(), self.terms.thresholds);
         self.tell(news, result.err().unwrap_or_default());
     }

@@ -9,6 +9,7 @@ use std::path::PathBuf;
 use serde::Deserialize;
 use serde_yaml::{Mapping, Value};
 
+use super::answers::{EmptyPasswordWord, LoginWithWord};
 use super::guard_file::{AccessMap, PolicyMap};
 use super::values::{BalanceEntry, Cap, CheckEntry, Pace, ServerEntry, Size, Span, TlsEntry, TlsVersionWord, Words};
 
@@ -173,6 +174,16 @@ pub(super) struct BackendMap {
     /// What is done when a server sends a user elsewhere.
     #[serde(default)]
     pub(super) referrals: ReferralsWord,
+    /// The form in which a password is sent to a server.
+    #[serde(default)]
+    pub(super) login_with: LoginWithWord,
+    /// Texts of a refusal that mean an outage.
+    pub(super) unavailable_texts: Option<Words>,
+    /// Texts of a refusal that mean a limit of the user.
+    pub(super) limit_texts: Option<Words>,
+    /// What is done with a login that has an empty password.
+    #[serde(default)]
+    pub(super) empty_password: EmptyPasswordWord,
     /// Sent with ID as `x-forward-KEY`.
     #[serde(default)]
     pub(super) forward: BTreeMap<String, String>,

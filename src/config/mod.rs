@@ -5,6 +5,7 @@
 //! that use them report with the [`Place`] they are named at. Called by `main`, the demo and the tests; read by
 //! every room that is configured.
 
+mod answers;
 mod care;
 mod check;
 mod directory;
@@ -36,6 +37,7 @@ use zeroize::Zeroizing;
 
 use crate::identity::{Delegation, Mechanisms, Naming, TokenIssuer, UserName};
 
+pub use self::answers::Answers;
 pub use self::care::{Balance, Care, Check, CheckKind, Mode, Queue};
 pub use self::directory::{
     ANSWER_FIELDS, Asking, Cache, Dns, DnsQuestion, Http, HttpStyle, Ldap, LdapScope, Network, Redis, RedisPlace, Sql,
@@ -212,6 +214,8 @@ pub struct Backend {
     pub login: Option<MasterLogin>,
     /// Whether a server's referral is followed; else the client is told.
     pub follows_referrals: bool,
+    /// How passwords are sent to them, and how their answers are understood.
+    pub answers: Answers,
     /// Sent with ID as `x-forward-KEY`.
     pub forward: BTreeMap<String, String>,
     /// How servers are chosen, watched and limited.

@@ -7,6 +7,7 @@ use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use serde_yaml::Value;
 
+use super::answers::{Answers, EmptyPasswordWord, texts};
 use super::care::{self, care, max_sessions};
 use super::check::located;
 use super::file::{
@@ -57,6 +58,12 @@ pub(super) fn backend(reader: &mut Reader<'_>, folder: &Path, name: String, valu
     let authzid = written.authzid == AuthzidWord::Allow;
     let login = written.login.and_then(|login| master_login(reader, folder, &child(&key, "login"), login));
     let follows_referrals = matches!(written.referrals, ReferralsWord::Follow);
+    let answers = Answers {
+        login_with: written.login_with.into(),
+        unavailable_texts: texts(reader, &key, "unavailable_texts", written.unavailable_texts),
+        limit_texts: texts(reader, &key, "limit_texts", written.limit_texts),
+        allow_empty_password: written.empty_password == EmptyPasswordWord::Allow,
+    };
     let forward_key = child(&key, "forward");
     for (name, value) in &written.forward {
         // RFC 2971 section 3.3 has 30 bytes for a key, of which `x-forward-` takes ten.
@@ -80,7 +87,7 @@ pub(super) fn backend(reader: &mut Reader<'_>, folder: &Path, name: String, valu
     };
     let care = care(reader, folder, &key, tls.mode, care_written);
     let (forward, place) = (written.forward, reader.place(&key));
-    Some(Backend { name, servers, tls, client_info, authzid, login, follows_referrals, forward, care, place })
+    Some(Backend { name, servers, tls, client_info, authzid, login, follows_referrals, answers, forward, care, place })
 }
 
 fn master_login(reader: &mut Reader<'_>, folder: &Path, key: &str, written: LoginMap) -> Option<MasterLogin> {

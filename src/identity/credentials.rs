@@ -169,6 +169,26 @@ impl Credentials {
             Proof::Message(_) | Proof::Certificate => None,
         }
     }
+
+    /// Whether the client sent a password of no bytes, which proves nothing. Some servers and directories accept it:
+    /// LDAP takes a bind with an empty password for an anonymous one (RFC 4513 section 5.1.2).
+    pub fn has_empty_password(&self) -> bool {
+        self.password().is_some_and(|password| password.expose().is_empty())
+    }
+}
+
+/// The form in which a password is sent to a backend's servers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum LoginWith {
+    /// The client's command if the server has it, else the other one.
+    #[default]
+    Automatic,
+    /// AUTHENTICATE PLAIN only.
+    Plain,
+    /// The command LOGIN only.
+    Login,
+    /// The client's command only.
+    AsClient,
 }
 
 /// What a server is logged in with.

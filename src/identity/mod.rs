@@ -15,7 +15,7 @@ use std::sync::Arc;
 
 use zeroize::{Zeroize, ZeroizeOnDrop, Zeroizing};
 
-pub use self::credentials::{Credentials, Mechanism, Mechanisms, PasswordLogin, Proof, ServerLogin};
+pub use self::credentials::{Credentials, LoginWith, Mechanism, Mechanisms, PasswordLogin, Proof, ServerLogin};
 pub use self::delegation::{Delegation, NamePattern, NotDelegated, authorise_certificate};
 pub use self::names::{LogName, NameRefused, Names, Naming, UnicodeRule};
 pub use self::token::{TokenFault, TokenIssuer, claimed_user};

@@ -1,94 +1,26 @@
 //! The server until it has accepted or refused a login: bytes in, bytes and steps out.
 //!
-//! The login takes the form the server can take: AUTHENTICATE PLAIN with an initial response (RFC 4959) where it is
-//! advertised, else LOGIN, quoted where that is possible and with literals it asked for or waits for where not. A
-//! mechanism that is relayed goes as it came, challenge by challenge. One round trip where the greeting carries
-//! capabilities. Lines are read by hand, not through the codec, which refuses an OK
-//! without text and 8-bit text that real servers send. What the server says is untrusted: bounded, matched by exact tag,
-//! and forgotten when TLS begins. Called by `backend::connect`.
+//! The login takes a form that the server can take (see [`login_command::forms`]), and the next form if the server answers
+//! BAD. A mechanism that is relayed goes as it came, challenge by challenge. One round trip if the greeting carries
+//! capabilities. What the server sends is untrusted: bounded, matched by exact tag, and forgotten when TLS begins. What
+//! an answer means is decided by [`login_answer::decide`] alone. Called by `backend::connect`.
 
 use zeroize::Zeroizing;
 
-use super::capability::{self, Capabilities, Extensions};
-use super::client_id::Pair;
+use super::answer_text;
+use super::capability::{self, Capabilities};
 use super::framing::{Caps, Frame, Framer, announced, without_line_end};
-use super::login_command;
+use super::login_answer::{self, Action, Answer, Point, Verdict};
+pub use super::login_attempt::{Attempt, IdAnswer, Learned, Offer, Referral, Rules, ServerStep, Unavailable};
+use super::login_command::{self, Form, Forms};
 pub use super::server_fault::ServerFault;
-use super::tag::Tag;
-use crate::identity::{Mechanisms, ServerLogin, append_wiped};
+use super::server_line::{Line, Status, is_word, referred, status};
+use crate::identity::{ServerLogin, append_wiped};
 
 /// SCRAM has two, a refused token one.
 const MAX_CHALLENGES: usize = 4;
-
-/// One login to be made on one connection.
-#[derive(Debug)]
-pub struct Attempt<'a> {
-    /// What to log in with; none: only to see what the server offers.
-    pub login: Option<ServerLogin<'a>>,
-    /// What the answer is given under.
-    pub tag: &'a Tag,
-    /// Demand TLS before anything else.
-    pub starttls: bool,
-    /// Pairs for ID; none: no ID is sent.
-    pub id: Vec<Pair>,
-    /// Bytes of a line.
-    pub max_line: usize,
-    /// Untagged lines before the answer.
-    pub max_untagged_lines: usize,
-    /// Bytes of them together.
-    pub max_untagged_bytes: usize,
-}
-
-/// What the caller does next; what is in `out` is sent first.
-#[derive(Debug)]
-pub enum ServerStep {
-    /// Read more.
-    NeedInput,
-    /// Perform the handshake, then call [`BackendLogin::tls_established`].
-    StartTls,
-    /// Logged in: these bytes are the client's.
-    Accepted {
-        /// Untagged lines, the OK under the client's tag, and what followed it.
-        to_client: Vec<u8>,
-    },
-    /// The server said no.
-    Refused {
-        /// A complete line under the client's tag.
-        reply: Vec<u8>,
-        /// Whether it is a failed login, and not a matter of limits or maintenance.
-        counts: bool,
-    },
-    /// The server asks the client something: this is what follows `+ `. The answer goes to [`BackendLogin::respond`].
-    Challenge(Vec<u8>),
-    /// The server knows where the user is: elsewhere.
-    Referred(Referral),
-    /// There was nothing to log in with, and this is what the server offers.
-    Seen(Offer),
-    /// The server could not answer.
-    Unavailable(ServerFault),
-}
-
-/// Where a server sends a user to (RFC 2221).
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Referral {
-    /// An address or a DNS name, in lower case.
-    pub host: String,
-    /// 143 where none is given (RFC 5092 section 2).
-    pub port: u16,
-    /// The server's answer for the client, should it not be followed.
-    pub reply: Vec<u8>,
-}
-
-/// What a server offers before login.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct Offer {
-    /// Ways to log in that may be offered to clients.
-    pub mechanisms: Mechanisms,
-    /// Extensions that may be promised to clients.
-    pub extensions: Extensions,
-    /// Whether a client could log out without ending the connection, and log in as another user (RFC 8437).
-    pub unauthenticate: bool,
-}
+/// BAD to a longer response may be due to its length, and teaches nothing about the form. In bytes.
+const MAX_TELLING_RESPONSE: usize = 256;
 
 /// The dialogue so far.
 #[derive(Debug)]
@@ -99,6 +31,18 @@ pub struct BackendLogin<'a> {
     encrypted: bool,
     /// As last heard; nothing while unknown.
     capabilities: Option<Capabilities>,
+    /// Forms of the login that the server offers, the best one first.
+    forms: Vec<Form>,
+    /// Forms that the server has answered with BAD.
+    rejected: Forms,
+    /// The form that was sent last.
+    form: Option<Form>,
+    /// Whether it was sent after BAD to another one on this connection.
+    retried: bool,
+    /// Whether the server got the login on an earlier connection.
+    reconnected: bool,
+    /// Fingerprint of the capabilities that the forms were chosen by.
+    offered: u64,
     /// Parts of the login that wait to be asked for.
     parts: std::vec::IntoIter<Zeroizing<Vec<u8>>>,
     /// The client's answer to a challenge, to be sent.
@@ -115,15 +59,6 @@ pub struct BackendLogin<'a> {
     accepted: Vec<u8>,
 }
 
-/// What the server said to an ID with fields that only trusted proxies may send.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum IdAnswer {
-    /// "Trusted ID completed.", as Dovecot has it since 2.4.
-    Trusted,
-    /// Anything else; older Dovecots never say whether they trust.
-    Silent,
-}
-
 /// What the server is expected to answer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Phase {
@@ -133,25 +68,7 @@ enum Phase {
     Handshake,
     Login,
     CapabilityAfterLogin,
-}
-
-/// A line of the server, taken apart.
-enum Line<'a> {
-    /// With what follows `+ `.
-    Continuation(&'a [u8]),
-    Untagged(&'a [u8]),
-    Tagged {
-        tag: &'a [u8],
-        status: Status,
-        text: &'a [u8],
-    },
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Status {
-    Ok,
-    No,
-    Bad,
+    LoggedIn,
 }
 
 impl<'a> BackendLogin<'a> {
@@ -164,6 +81,12 @@ impl<'a> BackendLogin<'a> {
             phase: Phase::Greeting,
             encrypted: false,
             capabilities: None,
+            forms: Vec::new(),
+            rejected: Forms::default(),
+            form: None,
+            retried: false,
+            reconnected: false,
+            offered: 0,
             parts: Vec::new().into_iter(),
             response: None,
             challenges: 0,
@@ -187,6 +110,21 @@ impl<'a> BackendLogin<'a> {
         self.untagged_lines = 0;
     }
 
+    /// The login goes on over a new connection to the same server, from its greeting.
+    pub fn reconnected(&mut self) {
+        self.framer = Framer::new(Caps { line: self.attempt.max_line, literal: 0 });
+        self.phase = Phase::Greeting;
+        self.encrypted = false;
+        self.capabilities = None;
+        self.parts = Vec::new().into_iter();
+        self.id_answer = None;
+        self.untagged.clear();
+        self.untagged_lines = 0;
+        self.told_after_login = false;
+        self.accepted.clear();
+        (self.retried, self.reconnected) = (false, true);
+    }
+
     /// The client's answer to [`ServerStep::Challenge`], as it stands in its line.
     pub fn respond(&mut self, line: &[u8]) {
         self.response = Some(login_command::joined(&[line, b"\r\n"]));
@@ -199,8 +137,9 @@ impl<'a> BackendLogin<'a> {
 
     /// What the server offers before login, as far as it is known.
     pub fn offer(&self) -> Option<Offer> {
-        // After the login it tells of other things.
-        let capabilities = self.capabilities.as_ref().filter(|_| self.phase != Phase::CapabilityAfterLogin)?;
+        // After the login the list is about other things.
+        let is_before = !matches!(self.phase, Phase::CapabilityAfterLogin | Phase::LoggedIn);
+        let capabilities = self.capabilities.as_ref().filter(|_| is_before)?;
         Some(capabilities.offer())
     }
 
@@ -213,19 +152,36 @@ impl<'a> BackendLogin<'a> {
             Phase::Handshake => "TLS handshake",
             Phase::Login => "login sent",
             Phase::CapabilityAfterLogin => "logged in, asked for capabilities",
+            Phase::LoggedIn => "logged in",
         }
     }
 
-    /// Whether the server has what the client sent, in whole or in part.
-    pub fn login_sent(&self) -> bool {
-        matches!(self.phase, Phase::Login | Phase::CapabilityAfterLogin)
+    /// Forms that the server has shown not to understand, once it has accepted the login in another one.
+    pub fn learned(&self) -> Option<Learned> {
+        let login = self.attempt.login.as_ref()?;
+        let is_accepted = self.phase == Phase::LoggedIn;
+        if !is_accepted || self.rejected.is_empty() || login_command::response(login).len() > MAX_TELLING_RESPONSE {
+            return None;
+        }
+        let known = self.known_rejected();
+        Some(Learned { capabilities: self.offered, rejected: self.rejected.or(known) })
+    }
+
+    /// Whether the login was sent and no other server would be tried if this one did not answer.
+    pub fn is_bound_to_server(&self) -> bool {
+        self.login_sent() && self.failed(ServerFault::Timeout).verdict.action == Action::GiveUp
+    }
+
+    /// Decides about a fault that the caller has noticed.
+    pub fn failed(&self, fault: ServerFault) -> Unavailable {
+        Unavailable { fault, verdict: self.verdict(Answer::Fault(fault)), reply: None, excerpt: None }
     }
 
     /// Goes on as far as the input allows; what the server is to be sent is appended to `out`.
     pub fn step(&mut self, out: &mut Zeroizing<Vec<u8>>) -> ServerStep {
         if self.phase == Phase::Handshake {
             match self.proceed(out) {
-                Err(fault) => return ServerStep::Unavailable(fault),
+                Err(fault) => return ServerStep::Unavailable(self.failed(fault)),
                 Ok(Some(step)) => return step,
                 Ok(None) => {}
             }
@@ -237,15 +193,51 @@ impl<'a> BackendLogin<'a> {
             match self.framer.line() {
                 Frame::Complete => {}
                 Frame::Incomplete => return ServerStep::NeedInput,
-                _ => return ServerStep::Unavailable(ServerFault::Protocol),
+                _ => return ServerStep::Unavailable(self.failed(ServerFault::Protocol)),
             }
             let line = self.framer.take();
-            match self.line(without_line_end(&line), out) {
+            let line = without_line_end(&line);
+            match self.line(line, out) {
                 Ok(None) => {}
                 Ok(Some(step)) => return step,
-                Err(fault) => return ServerStep::Unavailable(fault),
+                Err(fault) => {
+                    let excerpt = Some(self.excerpt(line));
+                    return ServerStep::Unavailable(Unavailable { excerpt, ..self.failed(fault) });
+                }
             }
         }
+    }
+
+    fn login_sent(&self) -> bool {
+        matches!(self.phase, Phase::Login | Phase::CapabilityAfterLogin | Phase::LoggedIn)
+    }
+
+    fn point(&self) -> Point {
+        if self.challenges > 0 {
+            Point::Challenged
+        } else if self.retried {
+            Point::Retried
+        } else if self.reconnected || self.login_sent() {
+            Point::LoginSent
+        } else {
+            Point::BeforeLogin
+        }
+    }
+
+    fn verdict(&self, answer: Answer) -> Verdict {
+        login_answer::decide(answer, self.point(), self.attempt.rules.one_server_per_user)
+    }
+
+    fn excerpt(&self, line: &[u8]) -> String {
+        match self.attempt.login.as_ref().filter(|_| self.login_sent()) {
+            Some(login) => answer_text::excerpt_after(line, login),
+            None => answer_text::excerpt(line),
+        }
+    }
+
+    fn known_rejected(&self) -> Forms {
+        let learned = self.attempt.rules.learned.filter(|learned| learned.capabilities == self.offered);
+        learned.map(|learned| learned.rejected).unwrap_or_default()
     }
 
     fn line(&mut self, line: &[u8], out: &mut Zeroizing<Vec<u8>>) -> Result<Option<ServerStep>, ServerFault> {
@@ -258,17 +250,34 @@ impl<'a> BackendLogin<'a> {
             return self.proceed(out);
         }
         match parsed {
+            Line::Untagged(content) if self.login_sent() && is_word(content, b"BYE") => {
+                Ok(Some(self.bye(line, content.get(b"BYE ".len()..).unwrap_or_default())))
+            }
             Line::Untagged(content) => self.untagged(line, content).map(|()| None),
             Line::Continuation(_) if self.phase != Phase::Login => Err(ServerFault::Protocol),
-            Line::Continuation(text) => match self.parts.next() {
-                Some(part) => {
-                    append_wiped(out, &part);
-                    Ok(None)
-                }
-                None => self.challenge(text).map(Some),
-            },
+            Line::Continuation(text) => self.continued(text, out),
+            Line::Tagged { tag: b"L", status: Status::No, text } if self.phase == Phase::Login => {
+                Ok(Some(self.refused(line, text)))
+            }
             Line::Tagged { tag, status, text } => self.tagged(tag, status, text, out),
         }
+    }
+
+    fn continued(&mut self, text: &[u8], out: &mut Zeroizing<Vec<u8>>) -> Result<Option<ServerStep>, ServerFault> {
+        if let Some(part) = self.parts.next() {
+            append_wiped(out, &part);
+            return Ok(None);
+        }
+        let asks_again = text.is_empty() && self.form == Some(Form::Initial) && self.challenges == 0;
+        if let Some(login) = self.attempt.login.as_ref().filter(|_| asks_again)
+            && self.verdict(Answer::AsksAgain).action == Action::AnotherForm
+        {
+            self.rejected.insert(Form::Initial);
+            self.form = Some(Form::Continued);
+            append_wiped(out, &login_command::joined(&[&login_command::response(login), b"\r\n"]));
+            return Ok(None);
+        }
+        self.challenge(text).map(Some)
     }
 
     fn challenge(&mut self, text: &[u8]) -> Result<ServerStep, ServerFault> {
@@ -315,15 +324,31 @@ impl<'a> BackendLogin<'a> {
             out.extend_from_slice(b"Q LOGOUT\r\n");
             return Ok(Some(ServerStep::Seen(offer)));
         };
-        let parts = login_command::in_parts(login, capabilities)?;
+        let Rules { login_with, client, .. } = self.attempt.rules;
+        let forms = login_command::forms(login, capabilities, login_with, client)?;
         if capabilities.has("ID") && !self.attempt.id.is_empty() {
             login_command::id(&self.attempt.id, out);
         }
-        self.parts = parts.into_iter();
+        self.offered = capabilities.fingerprint();
+        let known = self.known_rejected();
+        let understood: Vec<Form> = forms.iter().copied().filter(|form| !known.has(*form)).collect();
+        self.forms = if understood.is_empty() { forms } else { understood };
+        self.phase = Phase::Login;
+        self.send_login(out)
+    }
+
+    /// Sends the login in the best form that the server has not answered with BAD. The tag stays the same: nothing is
+    /// sent before the answer to the form before.
+    fn send_login(&mut self, out: &mut Zeroizing<Vec<u8>>) -> Result<Option<ServerStep>, ServerFault> {
+        let form = self.forms.iter().copied().find(|form| !self.rejected.has(*form)).ok_or(ServerFault::LoginBad)?;
+        self.form = Some(form);
+        let capabilities = self.capabilities.clone().unwrap_or_default();
+        if let Some(login) = &self.attempt.login {
+            self.parts = login_command::in_form(login, form, &capabilities).into_iter();
+        }
         if let Some(first) = self.parts.next() {
             append_wiped(out, &first);
         }
-        self.phase = Phase::Login;
         Ok(None)
     }
 
@@ -391,14 +416,17 @@ impl<'a> BackendLogin<'a> {
                 Ok(None)
             }
             (Phase::Login, b"L", Status::Ok) => Ok(self.logged_in(text, out)),
-            (Phase::Login, b"L", Status::No) => self.refused(text).map(Some),
-            // Behind a challenge that is the client's doing: it broke off, or said what makes no sense.
-            (Phase::Login, b"L", Status::Bad) if self.challenges > 0 => {
-                let text: &[u8] = if text.is_empty() { b"Authentication aborted." } else { text };
-                let reply = [self.attempt.tag.as_str().as_bytes(), b" BAD ", text, b"\r\n"].concat();
-                Ok(Some(ServerStep::Refused { reply, counts: true }))
-            }
-            (Phase::Login, b"L", Status::Bad) => Err(ServerFault::LoginBad),
+            (Phase::Login, b"L", Status::Bad) => match self.verdict(Answer::Bad).action {
+                Action::Refuse { counts } => {
+                    let reply = answer_text::bad(self.attempt.tag.as_str(), text);
+                    Ok(Some(ServerStep::Refused { reply, counts }))
+                }
+                _ => {
+                    self.form.into_iter().for_each(|form| self.rejected.insert(form));
+                    self.retried = true;
+                    self.send_login(out)
+                }
+            },
             (Phase::CapabilityAfterLogin, b"D", _) => {
                 let known = self.capabilities.take().map(|capabilities| capabilities.after_login());
                 let text = std::mem::take(&mut self.accepted);
@@ -426,6 +454,7 @@ impl<'a> BackendLogin<'a> {
 
     /// `text` is what follows OK, without a capability code.
     fn accept(&mut self, capabilities: Option<&[u8]>, text: &[u8]) -> ServerStep {
+        self.phase = Phase::LoggedIn;
         let mut to_client = std::mem::take(&mut self.untagged);
         let code = match capabilities {
             None => Vec::new(),
@@ -444,67 +473,32 @@ impl<'a> BackendLogin<'a> {
         ServerStep::Accepted { to_client }
     }
 
-    fn refused(&self, text: &[u8]) -> Result<ServerStep, ServerFault> {
-        let code = capability::code(text).map(|(code, ..)| code);
-        let is = |names: &[&str]| {
-            code.is_some_and(|code| names.iter().any(|name| code.eq_ignore_ascii_case(name.as_bytes())))
-        };
-        if is(&["UNAVAILABLE", "INUSE", "SERVERBUG"]) {
-            return Err(ServerFault::Overloaded);
-        }
-        if is(&["REFERRAL"])
-            && let Some((_, url, _)) = capability::code(text)
-            && let Some((host, port)) = referred(url)
-        {
-            let reply = [self.attempt.tag.as_str().as_bytes(), b" NO ", text, b"\r\n"].concat();
-            return Ok(ServerStep::Referred(Referral { host, port, reply }));
-        }
-        let counts = code.is_none() || is(&["AUTHENTICATIONFAILED", "AUTHORIZATIONFAILED", "EXPIRED"]);
-        let added: &[u8] = if code.is_none() { b"[AUTHENTICATIONFAILED] " } else { b"" };
-        let text: &[u8] = if text.is_empty() { b"Authentication failed." } else { text };
-        let reply = [self.attempt.tag.as_str().as_bytes(), b" NO ", added, text, b"\r\n"].concat();
-        Ok(ServerStep::Refused { reply, counts })
+    /// The server answered NO.
+    fn refused(&self, line: &[u8], text: &[u8]) -> ServerStep {
+        let Rules { unavailable_texts, limit_texts, .. } = self.attempt.rules;
+        self.answered(line, text, answer_text::of_no(text, unavailable_texts, limit_texts))
     }
-}
 
-impl<'a> Line<'a> {
-    fn parse(line: &'a [u8]) -> Option<Self> {
-        if let Some(text) = line.strip_prefix(b"+") {
-            // Some servers leave the space out where nothing follows.
-            return Some(Self::Continuation(text.strip_prefix(b" ").unwrap_or(text)));
-        }
-        let split = line.iter().position(|byte| *byte == b' ')?;
-        let (tag, content) = (&line[..split], &line[split + 1..]);
-        if tag == b"*" {
-            return Some(Self::Untagged(content));
-        }
-        let (status, text) = status(content)?;
-        Some(Self::Tagged { tag, status, text })
+    /// The server sent BYE instead of an answer.
+    fn bye(&self, line: &[u8], text: &[u8]) -> ServerStep {
+        self.answered(line, text, answer_text::of_bye(text, self.attempt.rules.limit_texts))
     }
-}
 
-/// `OK text`, `NO text`, `BAD text`, with or without text.
-fn status(content: &[u8]) -> Option<(Status, &[u8])> {
-    let end = content.iter().position(|byte| *byte == b' ').unwrap_or(content.len());
-    let text = content.get(end + 1..).unwrap_or_default();
-    let word = &content[..end];
-    let statuses = [("OK", Status::Ok), ("NO", Status::No), ("BAD", Status::Bad)];
-    let (_, status) = statuses.into_iter().find(|(name, _)| word.eq_ignore_ascii_case(name.as_bytes()))?;
-    Some((status, text))
-}
-
-fn is_word(content: &[u8], word: &[u8]) -> bool {
-    content.get(..word.len()).is_some_and(|start| start.eq_ignore_ascii_case(word))
-        && content.get(word.len()).is_none_or(|byte| *byte == b' ')
-}
-
-/// `imap://user;AUTH=*@host:port/`, RFC 5092 section 11.
-fn referred(url: &[u8]) -> Option<(String, u16)> {
-    let rest = std::str::from_utf8(url).ok()?.strip_prefix("imap://")?;
-    let authority = rest.split(['/', '?']).next()?;
-    let place = authority.rsplit_once('@').map_or(authority, |(_, place)| place);
-    // An IPv6 address would need brackets, which end a response code.
-    let (host, port) = place.split_once(':').map_or((place, None), |(host, port)| (host, Some(port)));
-    let port = port.map_or(Some(143), |port| port.parse().ok().filter(|port| *port != 0))?;
-    (!host.is_empty()).then(|| (host.to_ascii_lowercase(), port))
+    fn answered(&self, line: &[u8], text: &[u8], meaning: answer_text::Meaning) -> ServerStep {
+        let reply = answer_text::refusal(self.attempt.tag.as_str(), text, meaning.code);
+        let verdict = self.verdict(meaning.answer);
+        match (meaning.answer, verdict.action) {
+            (Answer::Fault(fault), _) => {
+                // The client cannot do anything about the proxy's TLS, and BYE may come without a text.
+                let has_words = fault != ServerFault::TlsRequired && !(fault == ServerFault::Bye && text.is_empty());
+                let reply = has_words.then_some(reply);
+                ServerStep::Unavailable(Unavailable { fault, verdict, reply, excerpt: Some(self.excerpt(line)) })
+            }
+            (_, Action::Refer) => match capability::code(text).and_then(|(_, url, _)| referred(url)) {
+                Some((host, port)) => ServerStep::Referred(Referral { host, port, reply }),
+                None => ServerStep::Refused { reply, counts: false },
+            },
+            (_, action) => ServerStep::Refused { reply, counts: action == Action::Refuse { counts: true } },
+        }
+    }
 }

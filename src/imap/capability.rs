@@ -1,5 +1,7 @@
 //! Capability lists: what the proxy advertises, what a server said, and what of that a logged-in client is told.
 
+use std::hash::{DefaultHasher, Hash as _, Hasher as _};
+
 use super::backend_login::Offer;
 use super::prelogin::Transport;
 use crate::identity::{Mechanism, Mechanisms};
@@ -113,6 +115,13 @@ impl Capabilities {
     /// Whether `word` is in the list, in any letter case.
     pub(super) fn has(&self, word: &str) -> bool {
         self.0.iter().any(|other| other.eq_ignore_ascii_case(word.as_bytes()))
+    }
+
+    /// A number that changes with the list.
+    pub(super) fn fingerprint(&self) -> u64 {
+        let mut hasher = DefaultHasher::new();
+        self.0.hash(&mut hasher);
+        hasher.finish()
     }
 
     /// Mechanisms that the server offers.

@@ -6,62 +6,132 @@ use super::capability::Capabilities;
 use super::client_id::Pair;
 use super::sasl;
 use super::server_fault::ServerFault;
-use crate::identity::{Mechanism, PasswordLogin, Secret, ServerLogin};
+use crate::identity::{LoginWith, Mechanism, PasswordLogin, ServerLogin};
 
 /// A login process of Dovecot reads 1 KiB of command line; a longer initial response waits to be asked for.
 const MAX_INITIAL_RESPONSE: usize = 900;
+/// The same of LOGIN's two arguments.
+const MAX_LOGIN_ARGUMENTS: usize = 980;
 /// RFC 7888 section 5: with LITERAL- only these may go without being asked for.
 const MAX_LITERAL_MINUS: usize = 4096;
 
-/// The login command in parts: the first is sent at once, each further one when the server asks.
-pub(super) fn in_parts(
+/// A form of the login command.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Form {
+    /// AUTHENTICATE with the response in the command (RFC 4959).
+    Initial = 1,
+    /// AUTHENTICATE, and the response when the server asks for it.
+    Continued = 2,
+    /// LOGIN.
+    Login = 4,
+}
+
+/// A set of forms.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(super) struct Forms(u8);
+
+impl Forms {
+    pub(super) fn insert(&mut self, form: Form) {
+        self.0 |= form as u8;
+    }
+
+    pub(super) fn has(self, form: Form) -> bool {
+        self.0 & form as u8 != 0
+    }
+
+    pub(super) fn or(self, other: Self) -> Self {
+        Self(self.0 | other.0)
+    }
+
+    pub(super) fn is_empty(self) -> bool {
+        self.0 == 0
+    }
+}
+
+/// Forms in which `login` can be made on a server with these capabilities, the best one first. `client` is the command
+/// that the client used; `None`: the login is the proxy's own.
+pub(super) fn forms(
     login: &ServerLogin<'_>,
     capabilities: &Capabilities,
-) -> Result<Vec<Zeroizing<Vec<u8>>>, ServerFault> {
+    with: LoginWith,
+    client: Option<Mechanism>,
+) -> Result<Vec<Form>, ServerFault> {
+    use Form::{Continued, Initial, Login};
+    let has_mechanism = capabilities.mechanisms().has(mechanism(login));
+    let (order, may_login): (&[Form], bool) = match login {
+        // The rest of the exchange is between client and server: only this mechanism will do.
+        ServerLogin::Relayed { .. } if !has_mechanism => return Err(ServerFault::MechanismUnsupported),
+        ServerLogin::Relayed { .. } => (&[Initial, Continued], false),
+        ServerLogin::Password(PasswordLogin { authzid: Some(_), .. }) if !has_mechanism => {
+            return Err(ServerFault::AuthzidUnsupported);
+        }
+        ServerLogin::Password(password) => {
+            let may_login = password.authzid.is_none() && !capabilities.has("LOGINDISABLED");
+            (password_forms(password, with, client), may_login)
+        }
+    };
+    let may_be_initial = capabilities.has("SASL-IR") && response(login).len() <= MAX_INITIAL_RESPONSE;
+    let available = order.iter().copied().filter(|form| match form {
+        Initial => has_mechanism && may_be_initial,
+        Continued => has_mechanism,
+        Login => may_login,
+    });
+    let available: Vec<Form> = available.collect();
+    if available.is_empty() { Err(ServerFault::LoginDisabled) } else { Ok(available) }
+}
+
+fn password_forms(password: &PasswordLogin<'_>, with: LoginWith, client: Option<Mechanism>) -> &'static [Form] {
+    use Form::{Continued, Initial, Login};
+    const PLAIN: &[Form] = &[Initial, Continued];
+    // SASL's LOGIN has the same two arguments as the command.
+    let is_login = matches!(client, Some(Mechanism::Login | Mechanism::SaslLogin));
+    let is_plain = client == Some(Mechanism::SaslPlain);
+    match with {
+        // LOGIN cannot carry it.
+        _ if password.authzid.is_some() => PLAIN,
+        LoginWith::Plain => PLAIN,
+        LoginWith::Login => &[Login],
+        LoginWith::AsClient if is_login => &[Login],
+        LoginWith::AsClient if is_plain => PLAIN,
+        LoginWith::Automatic | LoginWith::AsClient if is_login && fits_login(password) => &[Login, Initial, Continued],
+        LoginWith::Automatic | LoginWith::AsClient if is_login || is_plain => &[Initial, Continued, Login],
+        // The one round trip is worth more than the form.
+        LoginWith::Automatic | LoginWith::AsClient => &[Initial, Login, Continued],
+    }
+}
+
+/// Whether LOGIN takes one line that every server reads, in ASCII as RFC 3501 has it.
+fn fits_login(password: &PasswordLogin<'_>) -> bool {
+    let arguments = [password.user.as_str().as_bytes(), password.password.expose()];
+    arguments.iter().all(|argument| is_quotable(argument))
+        && arguments.iter().map(|argument| quoted(argument).len()).sum::<usize>() <= MAX_LOGIN_ARGUMENTS
+}
+
+fn mechanism(login: &ServerLogin<'_>) -> Mechanism {
     match login {
-        ServerLogin::Password(password) => password_login(password, capabilities),
-        ServerLogin::Relayed { mechanism, first } => relayed_login(*mechanism, first, capabilities),
+        ServerLogin::Password(_) => Mechanism::SaslPlain,
+        ServerLogin::Relayed { mechanism, .. } => *mechanism,
     }
 }
 
-/// A mechanism that the server does not have is not tried: nobody else could understand what the client says next.
-fn relayed_login(
-    mechanism: Mechanism,
-    first: &Secret,
-    capabilities: &Capabilities,
-) -> Result<Vec<Zeroizing<Vec<u8>>>, ServerFault> {
-    if !capabilities.mechanisms().has(mechanism) {
-        return Err(ServerFault::MechanismUnsupported);
-    }
-    Ok(authenticate(mechanism, &sasl::encode(first.expose()), capabilities.has("SASL-IR")))
-}
-
-fn password_login(
-    credentials: &PasswordLogin<'_>,
-    capabilities: &Capabilities,
-) -> Result<Vec<Zeroizing<Vec<u8>>>, ServerFault> {
-    let plain = capabilities.has("AUTH=PLAIN");
-    let disabled = capabilities.has("LOGINDISABLED");
-    let by_plain = |initial| Ok(authenticate(Mechanism::SaslPlain, &sasl::plain_response(credentials), initial));
-    if plain && capabilities.has("SASL-IR") {
-        return by_plain(true);
-    }
-    if credentials.authzid.is_some() {
-        return if plain { by_plain(false) } else { Err(ServerFault::AuthzidUnsupported) };
-    }
-    match (disabled, plain) {
-        (true, true) => by_plain(false),
-        (true, false) => Err(ServerFault::LoginDisabled),
-        (false, _) => Ok(login_command(credentials, capabilities)),
+/// The response to AUTHENTICATE, in base64.
+pub(super) fn response(login: &ServerLogin<'_>) -> Zeroizing<Vec<u8>> {
+    match login {
+        ServerLogin::Password(password) => sasl::plain_response(password),
+        ServerLogin::Relayed { first, .. } => sasl::encode(first.expose()),
     }
 }
 
-fn authenticate(mechanism: Mechanism, response: &[u8], initial: bool) -> Vec<Zeroizing<Vec<u8>>> {
-    let name = mechanism.sasl_name().as_bytes();
-    if initial && response.len() <= MAX_INITIAL_RESPONSE {
-        return vec![joined(&[b"L AUTHENTICATE ", name, b" ", response, b"\r\n"])];
+/// The login command in parts: the first is sent at once, each further one when the server asks for it.
+pub(super) fn in_form(login: &ServerLogin<'_>, form: Form, capabilities: &Capabilities) -> Vec<Zeroizing<Vec<u8>>> {
+    let name = mechanism(login).sasl_name().as_bytes();
+    match (form, login) {
+        (Form::Login, ServerLogin::Password(password)) => login_command(password, capabilities),
+        (Form::Initial, _) => vec![joined(&[b"L AUTHENTICATE ", name, b" ", &response(login), b"\r\n"])],
+        (Form::Continued | Form::Login, _) => {
+            vec![joined(&[b"L AUTHENTICATE ", name, b"\r\n"]), joined(&[&response(login), b"\r\n"])]
+        }
     }
-    vec![joined(&[b"L AUTHENTICATE ", name, b"\r\n"]), joined(&[response, b"\r\n"])]
 }
 
 fn login_command(credentials: &PasswordLogin<'_>, capabilities: &Capabilities) -> Vec<Zeroizing<Vec<u8>>> {

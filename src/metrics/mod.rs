@@ -35,7 +35,7 @@ pub enum LoginOutcome {
     Unavailable,
     /// No route knows the user.
     UnknownUser,
-    /// A limit or rate of ours, before or behind the password.
+    /// A limit or rate of the proxy, before or after the password was checked, or a limit of the user on the server.
     Limited,
 }
 

@@ -50,12 +50,17 @@ impl Running {
             for server in backend.servers() {
                 let (mode, up, sessions) = (server.mode().as_str(), server.is_available(), server.sessions());
                 let state = if up { "answers" } else { "failing" };
+                let error = server.last_error().map(|error| (error.at.elapsed().as_secs(), error.text));
+                let last_error = error.as_ref().map(|(age, text)| format!("; last error {age} s ago: {text}"));
                 text.push_str(&format!(
-                    "server    {} {}: {mode}, {state}, {sessions} sessions\n",
-                    backend.name, server.name
+                    "server    {} {}: {mode}, {state}, {sessions} sessions{}\n",
+                    backend.name,
+                    server.name,
+                    last_error.unwrap_or_default()
                 ));
                 servers.push(json!({
                     "backend": &*backend.name, "server": &*server.name, "mode": mode, "up": up, "sessions": sessions,
+                    "last_error": error.map(|(age, text)| json!({"seconds_ago": age, "text": &*text})),
                 }));
             }
         }

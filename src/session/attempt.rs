@@ -16,6 +16,7 @@ use super::record::{bounded, reason};
 use super::{Session, close, pace};
 use crate::backend::connect::{Established, Outcome, Purpose, Request};
 use crate::backend::{Backend, Server, Slot};
+use crate::config::BackendId;
 use crate::failure::Reason;
 use crate::generations::Generation;
 use crate::identity::{
@@ -111,6 +112,9 @@ impl Session {
         }
         if has_separator(&live, &login.credentials) {
             return Some(self.no_such_user(&login.tag, Reason::NameRefused, began).await);
+        }
+        if login.credentials.has_empty_password() && !live.backends.any_allows_empty_passwords() {
+            return Some(self.empty_password(&login.tag, None, began).await);
         }
         let client_id = prelogin.client_id().clone();
         if let Some(refused) = self.policy_refuses(login, &client_id, began).await {
@@ -224,6 +228,9 @@ impl Session {
             self.record.attempt_failed(Reason::AuthzidRefused, LoginOutcome::Refused, Some(backend.id));
             return Some(Ok(refused));
         }
+        if login.credentials.has_empty_password() && !backend.allows_empty_passwords() {
+            return Some(Ok(self.empty_password(&login.tag, Some(backend.id), began).await));
+        }
         let renamed = renamed(&login.credentials, place, names);
         let server_login = server_login(&login.credentials, place, names, backend, renamed.as_ref());
         let Some(server_login) = server_login else {
@@ -234,6 +241,7 @@ impl Session {
         let tls = self.record.tls().cloned();
         let request = Request {
             login: Some(server_login),
+            mechanism: Some(login.credentials.mechanism),
             purpose: Purpose::Session,
             tag: &login.tag,
             client_id: &client_id,
@@ -242,6 +250,7 @@ impl Session {
             tls: tls.as_ref(),
             session_id: session_id.as_str(),
             limits: &live.limits,
+            deadline: Some(time::Instant::now() + live.limits.server_login),
         };
         let (mailbox, Registered { seat, since }) = (place.mailbox(&names.routing), registered);
         let desk = self.desk.clone();
@@ -295,9 +304,14 @@ impl Session {
                 Attempted::Refused { reply: referral.reply, counts: false }
             }
             (Outcome::Unavailable(fault), _) => {
+                let is_limit = fault.reason == Reason::UserLimit;
+                let outcome = if is_limit { LoginOutcome::Limited } else { LoginOutcome::Unavailable };
                 self.record.detail(fault.detail);
-                self.record.attempt_failed(fault.reason, LoginOutcome::Unavailable, Some(routed.id));
-                Attempted::Unavailable
+                self.record.attempt_failed(fault.reason, outcome, Some(routed.id));
+                match fault.reply {
+                    Some(reply) => Attempted::Refused { reply, counts: false },
+                    None => Attempted::Unavailable,
+                }
             }
             // A server is named with every acceptance, challenges are answered before, and none is only looked at.
             (Outcome::Accepted(_) | Outcome::Challenged(..) | Outcome::Seen(_), _) => Attempted::Unavailable,
@@ -377,6 +391,13 @@ impl Session {
     fn not_authorised(&mut self, tag: &Tag) -> Attempted {
         self.record.attempt_failed(Reason::AuthzidRefused, LoginOutcome::Refused, None);
         Attempted::Refused { reply: reply::authorization_failed(tag), counts: true }
+    }
+
+    /// Refuses a login with an empty password without asking a server, as late as if one had been asked.
+    async fn empty_password(&mut self, tag: &Tag, backend: Option<BackendId>, began: Instant) -> Attempted {
+        let refused = self.refused_late(tag, began).await;
+        self.record.attempt_failed(Reason::EmptyPassword, LoginOutcome::Refused, backend);
+        refused
     }
 
     /// Refuses the login after a sampled server latency, so that the response time does not reveal whether the user exists.

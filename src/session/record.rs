@@ -419,6 +419,8 @@ impl Drop for Record {
         match self.failure.map(Reason::side) {
             None if self.is_check && self.attempts == 0 => emit!(debug),
             None | Some(Side::Client | Side::Shutdown) => emit!(info),
+            // A limit of one user concerns that user.
+            Some(Side::Backend) if self.failure == Some(Reason::UserLimit) => emit!(info),
             Some(Side::Directory) if self.failure.is_some_and(is_answer) => emit!(info),
             Some(Side::Directory | Side::Backend) => emit!(warn),
             Some(Side::Internal) => emit!(error),

@@ -28,11 +28,8 @@ async fn every_way_to_fail_before_the_answer_is_unavailable() {
         ("S: * PREAUTH welcome", "greeting"),
         ("S: 220 smtp.example ESMTP", "greeting"),
         (&format!("{login}..."), "login_timeout"),
-        (&format!("{login}S: * BYE overloaded\n..."), "bye"),
+        (&format!("{login}S: * BYE\n..."), "bye"),
         (login, "bye"),
-        (&format!("{login}S: L NO [UNAVAILABLE] x"), "overloaded"),
-        (&format!("{login}S: L NO [INUSE] x"), "overloaded"),
-        (&format!("{login}S: L NO [SERVERBUG] x"), "overloaded"),
         (&format!("{login}S: L BAD x"), "login_bad"),
         (&format!("{login}S: X OK forged"), "protocol"),
         ("S: * OK [CAPABILITY IMAP4rev1 LOGINDISABLED] x\n...", "login_disabled"),
@@ -61,10 +58,15 @@ async fn nobody_listens() {
 
 #[tokio::test]
 async fn the_next_server_is_tried_and_the_client_sees_nothing_of_it() {
-    for broken in ["...", "S: * BYE x", "S: * OK [CAPABILITY IMAP4rev1] x\nC: *\nS: L NO [UNAVAILABLE] x"] {
+    for (broken, balance) in [
+        ("...", "user-hash"),
+        ("S: * BYE x", "user-hash"),
+        // Once it has the login, only the servers of other balances are alike for the user.
+        ("S: * OK [CAPABILITY IMAP4rev1] x\nC: *\nS: L NO [UNAVAILABLE] x", "round-robin"),
+    ] {
         let (bad, good) = (Scripted::new(broken).await, Scripted::new(GOOD).await);
         let text = format!(
-            "backends: {{pair: {{servers: ['{}', '{}']}}}}\nroutes: [{{default: pair}}]\nlimits: {{connect: 300ms, server_login: 10s}}\n",
+            "backends: {{pair: {{servers: ['{}', '{}'], balance: {balance}}}}}\nroutes: [{{default: pair}}]\nlimits: {{connect: 300ms, server_login: 10s}}\n",
             bad.address, good.address
         );
         let proxy = proxy(&text).await;
@@ -104,6 +106,10 @@ async fn a_refused_password_is_tried_on_no_other_server() {
 async fn answers_are_relayed_with_their_codes() {
     for (answer, expected) in [
         ("L NO [LIMIT] Too many sessions", "a NO [LIMIT] Too many sessions"),
+        ("L NO [UNAVAILABLE] Down", "a NO [UNAVAILABLE] Down"),
+        ("L NO [INUSE] Locked", "a NO [INUSE] Locked"),
+        ("L NO [SERVERBUG] Oops", "a NO [SERVERBUG] Oops"),
+        ("* BYE overloaded", "a NO [UNAVAILABLE] overloaded"),
         ("L NO [ALERT] Schönen Gruß", "a NO [ALERT] Schönen Gruß"),
         ("L NO just no", "a NO [AUTHENTICATIONFAILED] just no"),
     ] {

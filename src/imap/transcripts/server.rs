@@ -2,9 +2,10 @@
 
 use zeroize::Zeroizing;
 
-use crate::identity::{Credentials, Mechanism, PasswordLogin, Proof, Secret, ServerLogin, UserName};
-use crate::imap::backend_login::{Attempt, BackendLogin, ServerFault, ServerStep};
+use crate::identity::{Credentials, LoginWith, Mechanism, PasswordLogin, Proof, Secret, ServerLogin, UserName};
+use crate::imap::backend_login::{Attempt, BackendLogin, Learned, Rules, ServerStep, Unavailable};
 use crate::imap::client_id::Pair;
+use crate::imap::login_answer::Action;
 use crate::imap::tag::Tag;
 
 /// How the server's bytes are cut into reads.
@@ -15,19 +16,23 @@ enum Cut {
     At(usize),
 }
 
-struct Server {
+pub(super) struct Server {
     starttls: bool,
     only_looks: bool,
     id: Vec<Pair>,
-    credentials: Credentials,
+    pub(super) login_with: LoginWith,
+    pub(super) learned: Option<Learned>,
+    pub(super) credentials: Credentials,
 }
 
 impl Server {
-    fn new(user: &str, password: &[u8]) -> Self {
+    pub(super) fn new(user: &str, password: &[u8]) -> Self {
         Self {
             starttls: false,
             only_looks: false,
             id: Vec::new(),
+            login_with: LoginWith::Automatic,
+            learned: None,
             credentials: Credentials {
                 user: UserName::new(user.as_bytes()).unwrap(),
                 authzid: None,
@@ -40,7 +45,7 @@ impl Server {
     /// Lines of a dialogue: `S: ` is what the server says, `C: ` what must be said to it, `! ` the step that must come.
     /// The server's bytes between two of our lines arrive whole, byte by byte, and cut in two at every place.
     #[track_caller]
-    fn check(&self, dialogue: &str) {
+    pub(super) fn check(&self, dialogue: &str) {
         let expected = dialogue.lines().map(str::trim).filter(|line| !line.is_empty()).collect::<Vec<_>>().join("\n");
         let longest = dialogue.len();
         for cut in [Cut::Whole, Cut::Bytes].into_iter().chain((1..longest).map(Cut::At)) {
@@ -50,7 +55,17 @@ impl Server {
     }
 
     fn run(&self, dialogue: &str, cut: Cut) -> String {
+        self.run_and_learn(dialogue, cut).0
+    }
+
+    /// What was sent and decided, and what the login has shown about the server.
+    pub(super) fn learn(&self, dialogue: &str) -> (String, Option<Learned>) {
+        self.run_and_learn(dialogue, Cut::Whole)
+    }
+
+    fn run_and_learn(&self, dialogue: &str, cut: Cut) -> (String, Option<Learned>) {
         let tag = Tag::new(b"tag1").unwrap();
+        let (unavailable_texts, limit_texts) = (["is on fire".to_owned()], ["quota of logins".to_owned()]);
         let mut machine = BackendLogin::new(Attempt {
             login: (!self.only_looks).then_some(match &self.credentials.proof {
                 Proof::Message(first) => ServerLogin::Relayed { mechanism: self.credentials.mechanism, first },
@@ -66,6 +81,14 @@ impl Server {
             max_line: 1024,
             max_untagged_lines: 4,
             max_untagged_bytes: 512,
+            rules: Rules {
+                login_with: self.login_with,
+                client: Some(self.credentials.mechanism),
+                one_server_per_user: true,
+                unavailable_texts: &unavailable_texts,
+                limit_texts: &limit_texts,
+                learned: self.learned,
+            },
         });
         let mut log: Vec<String> = Vec::new();
         let lines: Vec<&str> = dialogue.lines().map(str::trim).filter(|line| !line.is_empty()).collect();
@@ -101,7 +124,7 @@ impl Server {
                 index += 1;
             }
         }
-        log.join("\n")
+        (log.join("\n"), machine.learned())
     }
 
     fn steps(machine: &mut BackendLogin<'_>, log: &mut Vec<String>) -> bool {
@@ -144,9 +167,16 @@ impl Server {
                     log.push(format!("! seen: {}", names.join(" ")));
                     return true;
                 }
-                ServerStep::Unavailable(fault) => {
-                    log.push(format!("! unavailable: {fault:?}"));
+                ServerStep::Unavailable(Unavailable { fault, verdict, reply, .. })
+                    if verdict.action != Action::Reconnect =>
+                {
+                    let reply = reply.map(|reply| format!(" {}", escape(&reply))).unwrap_or_default();
+                    log.push(format!("! unavailable: {fault:?}{reply}"));
                     return true;
+                }
+                ServerStep::Unavailable(_) => {
+                    log.push("! reconnect".to_owned());
+                    machine.reconnected();
                 }
             }
         }
@@ -168,13 +198,20 @@ fn escape(line: &[u8]) -> String {
     }
 }
 
-fn alice() -> Server {
+pub(super) fn alice() -> Server {
     Server::new("alice", b"secret")
+}
+
+/// A client that uses AUTHENTICATE PLAIN.
+pub(super) fn alice_by_plain() -> Server {
+    let mut server = alice();
+    server.credentials.mechanism = Mechanism::SaslPlain;
+    server
 }
 
 #[test]
 fn one_round_trip_with_sasl_ir_and_id() {
-    let mut server = alice();
+    let mut server = alice_by_plain();
     server.id =
         vec![(b"name".to_vec(), Some(b"mu\"tt".to_vec())), (b"os".to_vec(), None), (b"bad".to_vec(), Some(vec![0xff]))];
     server.check(
@@ -265,7 +302,7 @@ fn plain_with_a_continuation_where_login_cannot_be() {
          ! client: tag1 OK [CAPABILITY IMAP4rev1] in",
     );
     alice().check("S: * OK [CAPABILITY IMAP4rev1 LOGINDISABLED] ready\n! unavailable: LoginDisabled");
-    let mut long = alice();
+    let mut long = alice_by_plain();
     long.credentials.proof = Proof::Password(Secret::new(vec![b'x'; 900]));
     let said = long.run("S: * OK [CAPABILITY IMAP4rev1 SASL-IR AUTH=PLAIN] ready\nC: x\nS: +", Cut::Whole);
     assert!(said.contains("C: L AUTHENTICATE PLAIN\nS: +\nC: AGFsaWNlAHh4"), "{said}");
@@ -320,7 +357,7 @@ fn unknown_capabilities_are_asked_for() {
 
 #[test]
 fn starttls_with_a_server() {
-    let mut server = alice();
+    let mut server = alice_by_plain();
     server.starttls = true;
     server.check(
         "S: * OK [CAPABILITY IMAP4rev1 STARTTLS LOGINDISABLED] ready
@@ -362,17 +399,17 @@ fn refusals() {
     refused("L NO Invalid", "refused: tag1 NO [AUTHENTICATIONFAILED] Invalid");
     refused("L NO", "refused: tag1 NO [AUTHENTICATIONFAILED] Authentication failed.");
     refused("l no x", "unavailable: Protocol");
-    refused("L NO [LIMIT] Too many", "refused (not counted): tag1 NO [LIMIT] Too many");
-    refused("L NO [ALERT] Büro geschlossen", "refused (not counted): tag1 NO [ALERT] Büro geschlossen");
-    for outage in ["UNAVAILABLE", "INUSE", "serverbug"] {
-        refused(&format!("L NO [{outage}] x"), "unavailable: Overloaded");
+    refused("L NO [LIMIT] Too many", "unavailable: UserLimit tag1 NO [LIMIT] Too many");
+    refused("L NO [INUSE] x", "unavailable: UserLimit tag1 NO [INUSE] x");
+    refused("L NO [ALERT] Büro geschlossen", "refused: tag1 NO [ALERT] Büro geschlossen");
+    for outage in ["UNAVAILABLE", "serverbug"] {
+        refused(&format!("L NO [{outage}] x"), &format!("unavailable: Overloaded tag1 NO [{outage}] x"));
     }
     refused("L BAD what", "unavailable: LoginBad");
-    refused("* BYE shutting down", "unavailable: Bye");
+    refused("* BYE shutting down", "unavailable: Bye tag1 NO [UNAVAILABLE] shutting down");
     refused("X OK forged", "unavailable: Protocol");
     refused("+ more?", "unavailable: Protocol");
     refused("* LIST () {5}", "unavailable: Protocol");
-    assert!(ServerFault::Overloaded.try_next_server() && !ServerFault::Overloaded.blames_server());
 }
 
 #[test]
@@ -452,7 +489,7 @@ fn challenges_have_an_end_and_their_place() {
          ! unavailable: TooManyChallenges"
     ));
     // A password has nothing more to say.
-    Server::new("alice", b"secret").check(
+    alice_by_plain().check(
         "S: * OK [CAPABILITY SASL-IR AUTH=PLAIN] x
          C: L AUTHENTICATE PLAIN AGFsaWNlAHNlY3JldA==
          S: + eA==
@@ -467,7 +504,7 @@ fn referrals_name_a_place() {
         ("imap://Mail2.Internal/", "mail2.internal 143"),
         ("imap://10.0.0.2", "10.0.0.2 143"),
     ] {
-        Server::new("alice", b"secret").check(&format!(
+        alice_by_plain().check(&format!(
             "S: * OK [CAPABILITY SASL-IR AUTH=PLAIN] x
              C: L AUTHENTICATE PLAIN AGFsaWNlAHNlY3JldA==
              S: L NO [REFERRAL {url}] try there
@@ -476,7 +513,7 @@ fn referrals_name_a_place() {
     }
     // What is no place is an answer like any other.
     for url in ["imap://", "http://x/", "imap://h:0/", "imap://h:x/"] {
-        Server::new("alice", b"secret").check(&format!(
+        alice_by_plain().check(&format!(
             "S: * OK [CAPABILITY SASL-IR AUTH=PLAIN] x
              C: L AUTHENTICATE PLAIN AGFsaWNlAHNlY3JldA==
              S: L NO [REFERRAL {url}] try there

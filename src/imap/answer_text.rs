@@ -1,0 +1,349 @@
+//! The text of a server's refusal: what its response code or its words mean, what of it the client gets, and what of it
+//! may be logged.
+//!
+//! Many servers report an outage or a limit without a response code. A short list of such texts is built in, and each
+//! backend can add its own. A text is recognised only if there is no code, or only `[ALERT]`, which says nothing about
+//! the cause.
+
+use zeroize::Zeroizing;
+
+use super::capability;
+use super::login_answer::Answer;
+use super::sasl;
+use super::server_fault::ServerFault;
+use crate::identity::{ServerLogin, UserName};
+
+/// Longest text of a server that is passed on in an answer, in bytes.
+const MAX_TEXT: usize = 1024;
+/// Bytes of a server's line that are logged.
+const MAX_EXCERPT: usize = 80;
+/// Bytes of a line that an excerpt is made of.
+const MAX_SEARCHED: usize = 1024;
+/// The texts of servers are not logged at all if the secret is longer than this.
+const MAX_COMPARED: usize = 4096;
+/// Shortest part of a password whose appearance in a text prevents that the text is logged, in bytes.
+const PASSWORD_PART: usize = 4;
+/// The same for base64 and tokens, of which four bytes would match ordinary words too often.
+const TOKEN_PART: usize = 8;
+/// Logged in place of a text.
+const WITHHELD: &str = "(text withheld: it may repeat what the client sent)";
+
+/// Texts that mean an outage, in lower case.
+const UNAVAILABLE_TEXTS: &[&str] = &[
+    // Microsoft Exchange: "Server Unavailable. 15", "User is authenticated but not connected."
+    "server unavailable",
+    "authenticated but not connected",
+    // Dovecot, and servers that use its texts.
+    "temporary authentication failure",
+    "internal error occurred",
+    "internal login failure",
+    // Cyrus SASL's words for a password service that does not answer.
+    "authentication server unavailable",
+    "cannot connect to saslauthd",
+    // Courier, Yahoo and others.
+    "temporary problem",
+    "temporarily unavailable",
+    "service unavailable",
+];
+
+/// Texts that mean a limit of the user, in lower case.
+const LIMIT_TEXTS: &[&str] = &[
+    // Cyrus: "Too many open connections (5 of 5 for x)".
+    "too many open connections",
+    // Gmail: "Too many simultaneous connections. (Failure)".
+    "too many simultaneous connections",
+    "too many connections",
+    // Dovecot: "Maximum number of connections from user+IP exceeded".
+    "maximum number of connections",
+    // Courier: "Maximum connection limit reached".
+    "maximum connection limit",
+    "connection limit exceeded",
+];
+
+/// What a refusal means, and the response code that the client gets in front of its text.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Meaning {
+    pub(super) answer: Answer,
+    /// Instead of the server's own code; `None`: the server's text stays as it is.
+    pub(super) code: Option<&'static str>,
+}
+
+/// What the text of a tagged NO means. `unavailable` and `limit` are the backend's own texts, in lower case.
+pub(super) fn of_no(text: &[u8], unavailable: &[String], limit: &[String]) -> Meaning {
+    let code = capability::code(text).map(|(code, ..)| code.to_ascii_uppercase());
+    let recognised = match code.as_deref() {
+        None | Some(b"ALERT") => recognised(text, unavailable, limit),
+        Some(code) => {
+            return Meaning { answer: of_code(code), code: None };
+        }
+    };
+    match recognised {
+        Some(fault) => Meaning { answer: Answer::Fault(fault), code: Some(code_of(fault)) },
+        None => Meaning { answer: Answer::Refusal, code: code.is_none().then_some("AUTHENTICATIONFAILED") },
+    }
+}
+
+/// What the text of `* BYE` means, sent in place of a tagged answer.
+pub(super) fn of_bye(text: &[u8], limit: &[String]) -> Meaning {
+    let code = capability::code(text).map(|(code, ..)| code.to_ascii_uppercase());
+    match code.as_deref() {
+        Some(b"AUTHENTICATIONFAILED" | b"AUTHORIZATIONFAILED" | b"EXPIRED") => {
+            Meaning { answer: Answer::Refusal, code: None }
+        }
+        Some(code) if of_code(code) == Answer::Fault(ServerFault::UserLimit) => {
+            Meaning { answer: Answer::Fault(ServerFault::UserLimit), code: None }
+        }
+        None | Some(b"ALERT") if recognised(text, &[], limit) == Some(ServerFault::UserLimit) => {
+            Meaning { answer: Answer::Fault(ServerFault::UserLimit), code: Some("LIMIT") }
+        }
+        _ => Meaning { answer: Answer::Fault(ServerFault::Bye), code: Some("UNAVAILABLE") },
+    }
+}
+
+/// What a response code of a NO means (RFC 5530 section 3). `code` is in upper case.
+fn of_code(code: &[u8]) -> Answer {
+    match code {
+        // "Temporary failure because a subsystem is down", "the server encountered a bug"; Yahoo's word for the former.
+        b"UNAVAILABLE" | b"SERVERBUG" | b"TEMPFAIL" => Answer::Fault(ServerFault::Overloaded),
+        // A mailbox that is locked, a limit or quota reached: the password may be right, another server changes nothing.
+        b"INUSE" | b"LIMIT" | b"OVERQUOTA" => Answer::Fault(ServerFault::UserLimit),
+        // The client has TLS, or is allowed to log in without: it is the proxy that needs TLS towards this server.
+        b"PRIVACYREQUIRED" => Answer::Fault(ServerFault::TlsRequired),
+        // The account is closed. Phones repeat their login for days, and must not get their network banned for it.
+        b"CONTACTADMIN" => Answer::AccountClosed,
+        b"REFERRAL" => Answer::Referral,
+        // AUTHENTICATIONFAILED, AUTHORIZATIONFAILED, EXPIRED (a password that is no longer right), NOPERM, CANNOT, and
+        // codes that are not known: were they not counted, such a server's users could be guessed without limit.
+        _ => Answer::Refusal,
+    }
+}
+
+fn code_of(fault: ServerFault) -> &'static str {
+    if fault == ServerFault::UserLimit { "LIMIT" } else { "UNAVAILABLE" }
+}
+
+/// The backend's texts come before those that are built in.
+fn recognised(text: &[u8], unavailable: &[String], limit: &[String]) -> Option<ServerFault> {
+    let text = String::from_utf8_lossy(text).to_lowercase();
+    let has = |list: &[String]| list.iter().any(|part| text.contains(part.as_str()));
+    let has_built_in = |list: &[&str]| list.iter().any(|part| text.contains(part));
+    if has(limit) {
+        Some(ServerFault::UserLimit)
+    } else if has(unavailable) {
+        Some(ServerFault::Overloaded)
+    } else if has_built_in(LIMIT_TEXTS) {
+        Some(ServerFault::UserLimit)
+    } else if has_built_in(UNAVAILABLE_TEXTS) {
+        Some(ServerFault::Overloaded)
+    } else {
+        None
+    }
+}
+
+/// `TAG NO text` for the client: without control characters, bounded, and with `code` in place of the server's.
+pub(super) fn refusal(tag: &str, text: &[u8], code: Option<&str>) -> Vec<u8> {
+    let text = match code {
+        Some(_) => capability::code(text).map_or(text, |(_, _, rest)| rest),
+        None => text,
+    };
+    let mut reply = [tag.as_bytes(), b" NO "].concat();
+    if let Some(code) = code {
+        reply.extend_from_slice(format!("[{code}] ").as_bytes());
+    }
+    reply.extend_from_slice(&printable(text, "Authentication failed."));
+    reply.extend_from_slice(b"\r\n");
+    reply
+}
+
+/// `TAG BAD text` for the client, likewise.
+pub(super) fn bad(tag: &str, text: &[u8]) -> Vec<u8> {
+    [tag.as_bytes(), b" BAD ", &printable(text, "Authentication aborted."), b"\r\n"].concat()
+}
+
+/// At most [`MAX_TEXT`] bytes without control characters; `absent` if there is no text.
+fn printable(text: &[u8], absent: &str) -> Vec<u8> {
+    let mut end = text.len().min(MAX_TEXT);
+    // A character is not cut in two.
+    while end < text.len() && end > 0 && text[end] & 0xc0 == 0x80 {
+        end -= 1;
+    }
+    let text: Vec<u8> = text[..end].iter().map(|byte| if byte.is_ascii_control() { b' ' } else { *byte }).collect();
+    if text.is_empty() { absent.as_bytes().to_vec() } else { text }
+}
+
+/// The first [`MAX_EXCERPT`] bytes of a line in quotes, control characters escaped.
+pub(super) fn excerpt(line: &[u8]) -> String {
+    let end = line.len().min(MAX_EXCERPT);
+    let more = if line.len() > end { "…" } else { "" };
+    format!("{:?}{more}", String::from_utf8_lossy(&line[..end]))
+}
+
+/// The same of a line from a server that has the credentials of `login` and may repeat them: withheld if it contains a
+/// part of the password, of its base64 form, or of a token. The names in `login` become `(user)`, because the
+/// configuration may ask for logs without names.
+pub(super) fn excerpt_after(line: &[u8], login: &ServerLogin<'_>) -> String {
+    let line = &line[..line.len().min(MAX_SEARCHED)];
+    let lower = line.to_ascii_lowercase();
+    let repeats = |secret: &[u8], part: usize| {
+        let secret = Zeroizing::new(secret.to_ascii_lowercase());
+        let part = part.min(secret.len());
+        // Comparing a very long secret would take too long.
+        secret.len() > MAX_COMPARED || part > 0 && secret.windows(part).any(|window| position(&lower, window).is_some())
+    };
+    let (is_repeated, names) = match login {
+        ServerLogin::Password(password) => (
+            repeats(password.password.expose(), PASSWORD_PART) || repeats(&sasl::plain_response(password), TOKEN_PART),
+            password.authzid.into_iter().chain([password.user]).map(UserName::as_str).collect(),
+        ),
+        ServerLogin::Relayed { first, .. } => {
+            (repeats(first.expose(), TOKEN_PART) || repeats(&sasl::encode(first.expose()), TOKEN_PART), Vec::new())
+        }
+    };
+    if is_repeated {
+        return WITHHELD.to_owned();
+    }
+    excerpt(&names.iter().fold(line.to_vec(), |line, name| without_name(&line, name.as_bytes())))
+}
+
+/// `line` with `(user)` for each occurrence of `name`, in any letter case.
+fn without_name(line: &[u8], name: &[u8]) -> Vec<u8> {
+    let (lower, name) = (line.to_ascii_lowercase(), name.to_ascii_lowercase());
+    let mut out = Vec::with_capacity(line.len());
+    let mut start = 0;
+    while let Some(found) = position(&lower[start..], &name) {
+        out.extend_from_slice(&line[start..start + found]);
+        out.extend_from_slice(b"(user)");
+        start += found + name.len();
+    }
+    out.extend_from_slice(&line[start..]);
+    out
+}
+
+/// Where `part`, which is not empty, first occurs in `text`.
+fn position(text: &[u8], part: &[u8]) -> Option<usize> {
+    text.windows(part.len()).position(|window| window == part)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::identity::{Mechanism, PasswordLogin, Secret};
+
+    fn meaning(text: &str) -> (Answer, Option<&'static str>) {
+        let Meaning { answer, code } = of_no(text.as_bytes(), &["backend is down".into()], &["quota of logins".into()]);
+        (answer, code)
+    }
+
+    #[test]
+    fn codes_decide_before_texts() {
+        let fault = Answer::Fault;
+        for (text, expected) in [
+            ("[UNAVAILABLE] x", fault(ServerFault::Overloaded)),
+            ("[serverbug] x", fault(ServerFault::Overloaded)),
+            ("[TEMPFAIL] x", fault(ServerFault::Overloaded)),
+            ("[INUSE] x", fault(ServerFault::UserLimit)),
+            ("[LIMIT] x", fault(ServerFault::UserLimit)),
+            ("[OVERQUOTA] Account exceeded bandwidth limits", fault(ServerFault::UserLimit)),
+            ("[PRIVACYREQUIRED] x", fault(ServerFault::TlsRequired)),
+            ("[CONTACTADMIN] x", Answer::AccountClosed),
+            ("[REFERRAL imap://x/] x", Answer::Referral),
+            ("[AUTHENTICATIONFAILED] Temporary authentication failure", Answer::Refusal),
+            ("[AUTHORIZATIONFAILED] x", Answer::Refusal),
+            ("[EXPIRED] x", Answer::Refusal),
+            ("[CANNOT] Too many connections", Answer::Refusal),
+            ("[NOPERM] x", Answer::Refusal),
+            ("[X-UNKNOWN y] x", Answer::Refusal),
+        ] {
+            assert_eq!(meaning(text), (expected, None), "{text}");
+        }
+    }
+
+    #[test]
+    fn texts_decide_without_a_code() {
+        let unavailable = (Answer::Fault(ServerFault::Overloaded), Some("UNAVAILABLE"));
+        let limit = (Answer::Fault(ServerFault::UserLimit), Some("LIMIT"));
+        for (text, expected) in [
+            ("Server Unavailable. 15", unavailable),
+            ("[ALERT] TEMPORARY Authentication failure.", unavailable),
+            ("LOGIN failed: Backend is DOWN", unavailable),
+            ("Too many open connections (5 of 5 for x)", limit),
+            ("[ALERT] Too many simultaneous connections. (Failure)", limit),
+            ("Quota of logins reached, server unavailable", limit),
+            ("LOGIN failed.", (Answer::Refusal, Some("AUTHENTICATIONFAILED"))),
+            ("", (Answer::Refusal, Some("AUTHENTICATIONFAILED"))),
+            ("[ALERT] Invalid credentials (Failure)", (Answer::Refusal, None)),
+            ("[unterminated", (Answer::Refusal, Some("AUTHENTICATIONFAILED"))),
+        ] {
+            assert_eq!(meaning(text), expected, "{text}");
+        }
+    }
+
+    #[test]
+    fn the_documentation_lists_the_texts() {
+        let path = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("docs/server-answers.md");
+        let documentation = std::fs::read_to_string(path).unwrap();
+        for (name, texts) in [("outage", UNAVAILABLE_TEXTS), ("limit of the user", LIMIT_TEXTS)] {
+            let line = format!("- {name}: \"{}\"\n", texts.join("\", \""));
+            assert!(documentation.contains(&line), "docs/server-answers.md must contain this line:\n{line}");
+            assert!(texts.iter().all(|text| *text == text.to_lowercase()), "{texts:?}");
+        }
+    }
+
+    #[test]
+    fn bye_is_an_outage_unless_its_code_or_text_says_otherwise() {
+        for (text, answer, code) in [
+            ("IMAP access disabled for this account.", Answer::Fault(ServerFault::Bye), Some("UNAVAILABLE")),
+            ("[ALERT] Server unavailable", Answer::Fault(ServerFault::Bye), Some("UNAVAILABLE")),
+            ("[AUTHENTICATIONFAILED] Too many failures", Answer::Refusal, None),
+            ("[limit] x", Answer::Fault(ServerFault::UserLimit), None),
+            ("Maximum number of connections exceeded", Answer::Fault(ServerFault::UserLimit), Some("LIMIT")),
+            ("", Answer::Fault(ServerFault::Bye), Some("UNAVAILABLE")),
+        ] {
+            assert_eq!(of_bye(text.as_bytes(), &[]), Meaning { answer, code }, "{text}");
+        }
+    }
+
+    #[test]
+    fn what_the_client_gets_is_one_bounded_line() {
+        assert_eq!(refusal("a", b"[ALERT] Full", Some("LIMIT")), b"a NO [LIMIT] Full\r\n");
+        assert_eq!(refusal("a", b"[CODE x] y\rz\0", None), b"a NO [CODE x] y z \r\n");
+        assert_eq!(refusal("a", b"", Some("X")), b"a NO [X] Authentication failed.\r\n");
+        let long = refusal("a", "ö".repeat(1000).as_bytes(), None);
+        assert!(long.len() <= MAX_TEXT + 10 && std::str::from_utf8(&long).is_ok());
+        assert_eq!(bad("a", b""), b"a BAD Authentication aborted.\r\n");
+    }
+
+    #[test]
+    fn excerpts_are_short_and_escaped() {
+        assert_eq!(excerpt(b"220 host ESMTP\t\x1b[2J"), r#""220 host ESMTP\t\u{1b}[2J""#);
+        let long = excerpt(&[b'x'; 200]);
+        assert_eq!(long, format!("\"{}\"…", "x".repeat(80)));
+    }
+
+    #[test]
+    fn excerpts_contain_no_secret() {
+        let (user, password) = (UserName::new(b"alice").unwrap(), Secret::new(b"hunter2!".to_vec()));
+        let login = ServerLogin::Password(PasswordLogin { user: &user, authzid: None, password: &password });
+        let base64 = sasl::plain_response(&PasswordLogin { user: &user, authzid: None, password: &password });
+        let base64 = String::from_utf8_lossy(&base64[..12]).into_owned();
+        for repeated in [
+            "BAD LOGIN alice hunter2!",
+            "BAD Unknown HUNT",
+            "BAD \"ter2\"",
+            &format!("BAD AUTHENTICATE PLAIN {base64}"),
+        ] {
+            assert_eq!(excerpt_after(repeated.as_bytes(), &login), WITHHELD, "{repeated}");
+        }
+        assert_eq!(excerpt_after(b"NO Too many for ALICE hun", &login), r#""NO Too many for (user) hun""#);
+        // Beyond the excerpt too: replacing a name moves later bytes forward.
+        let late = format!("{}hunter2!", "alice ".repeat(20));
+        assert_eq!(excerpt_after(late.as_bytes(), &login), WITHHELD);
+        let short = Secret::new(b"x".to_vec());
+        let login = ServerLogin::Password(PasswordLogin { user: &user, authzid: None, password: &short });
+        assert_eq!(excerpt_after(b"NO maximum exceeded", &login), WITHHELD);
+        let token = Secret::new(b"user=alice\x01auth=Bearer abcdefghijkl\x01\x01".to_vec());
+        let login = ServerLogin::Relayed { mechanism: Mechanism::XOauth2, first: &token };
+        assert_eq!(excerpt_after(b"BAD token efghijkl", &login), WITHHELD);
+        assert_eq!(excerpt_after(b"BAD no authentication", &login), "\"BAD no authentication\"");
+    }
+}
