@@ -11,13 +11,14 @@ use std::time::{Duration, Instant};
 
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
-use tokio::time::{self, timeout_at};
+use tokio::time;
 use zeroize::Zeroizing;
 
 use super::health::Blow;
 use super::reach::{encrypt, reach};
 use super::{Backend, Server};
 use crate::config::{ClientInfo, Limits, TlsMode};
+use crate::deadline::Deadline;
 use crate::failure::Reason;
 use crate::identity::ServerLogin;
 use crate::imap::backend_login::{Attempt, BackendLogin, Offer, Referral, ServerFault, ServerStep};
@@ -92,6 +93,8 @@ pub struct Seen {
     pub offer: Option<Offer>,
     /// When its certificate ends, in seconds since 1970.
     pub certificate_ends: Option<i64>,
+    /// Whether the server lets a session change its user (RFC 8437).
+    pub unauthenticate: bool,
 }
 
 /// A logged-in connection.
@@ -145,6 +148,16 @@ impl Fault {
         Self { reason, detail, try_next, blow: None }
     }
 
+    /// Something that this machine lacks. A user of a sticky backend is not sent to another server for it.
+    pub(super) fn of_this_machine(backend: &Backend, reason: Reason, detail: String) -> Self {
+        Self { reason, detail, try_next: !backend.serves_a_user_by_one_server(), blow: None }
+    }
+
+    /// Whether it is for something that this machine lacks, so that it says nothing about the server.
+    pub(super) fn is_local(&self) -> bool {
+        matches!(self.reason, Reason::LocalPorts | Reason::System)
+    }
+
     pub(super) fn of_server(reason: Reason, detail: impl ToString) -> Self {
         Self { reason, detail: detail.to_string(), try_next: true, blow: Some(Blow::Other) }
     }
@@ -182,8 +195,9 @@ pub async fn login<'a>(
     deadline: time::Instant,
 ) -> Outcome<'a> {
     let is_session = request.purpose == Purpose::Session;
+    let deadline = Deadline::at(deadline);
     // A check has a deadline of its own.
-    let first_byte = if is_session { deadline.min(time::Instant::now() + request.limits.connect) } else { deadline };
+    let first_byte = if is_session { deadline.min(Deadline::after(request.limits.connect)) } else { deadline };
     let began = Instant::now();
     match reach(backend, server, request, first_byte).await {
         Err(fault) => {
@@ -207,10 +221,10 @@ pub async fn login<'a>(
 }
 
 /// Nothing more is wanted of this connection.
-async fn seen_and_left(mut stream: Stream, offer: Option<Offer>, deadline: time::Instant) -> Seen {
+async fn seen_and_left(mut stream: Stream, offer: Option<Offer>, deadline: Deadline) -> Seen {
     let certificate_ends = stream.peer_certificate().and_then(crate::tls::ends);
-    let _ = timeout_at(deadline, stream.shutdown()).await;
-    Seen { offer, certificate_ends }
+    let _ = deadline.limit(stream.shutdown()).await;
+    Seen { offer, certificate_ends, unauthenticate: false }
 }
 
 /// A login that waits for the client's answer to a challenge.
@@ -226,6 +240,7 @@ impl<'a> Paused<'a> {
     /// Goes on with what the client said, as it stands in its line, within `deadline`.
     pub async fn respond(mut self, line: &[u8], deadline: time::Instant) -> Outcome<'a> {
         self.0.machine.respond(line);
+        let deadline = Deadline::at(deadline);
         self.0.run(deadline, deadline).await
     }
 }
@@ -284,7 +299,7 @@ impl<'a> Dialogue<'a> {
     }
 
     /// The first byte must come before `first_byte`, the answer before `deadline`.
-    async fn run(self, first_byte: time::Instant, deadline: time::Instant) -> Outcome<'a> {
+    async fn run(self, first_byte: Deadline, deadline: Deadline) -> Outcome<'a> {
         let (backend, server, connected, purpose) = (self.backend, self.server.clone(), self.connected, self.purpose);
         let outcome = self.talk(first_byte, deadline).await;
         if purpose == Purpose::Session {
@@ -302,21 +317,23 @@ impl<'a> Dialogue<'a> {
         outcome
     }
 
-    async fn talk(mut self, first_byte: time::Instant, deadline: time::Instant) -> Outcome<'a> {
+    async fn talk(mut self, first_byte: Deadline, deadline: Deadline) -> Outcome<'a> {
+        let is_hurried = first_byte.due() < deadline.due();
         let mut due = first_byte;
+        let mut is_first = true;
         loop {
             let mut out = Zeroizing::new(Vec::with_capacity(READ));
             let step = self.machine.step(&mut out);
             tracing::trace!(session = self.session_id, server = %self.server.name, state = self.machine.state(), "login dialogue");
             let exchange = self.exchange(&out, matches!(step, ServerStep::NeedInput));
-            match timeout_at(due, exchange).await {
-                Err(_) => return Outcome::Unavailable(self.timed_out(due == first_byte && first_byte != deadline)),
+            match due.limit(exchange).await {
+                Err(_) => return Outcome::Unavailable(self.timed_out(is_first && is_hurried)),
                 Ok(Err(fault)) => return Outcome::Unavailable(self.pardoned(fault)),
                 Ok(Ok(())) => {}
             }
             match step {
                 ServerStep::NeedInput => {
-                    due = deadline;
+                    (due, is_first) = (deadline, false);
                     // Once an account is logged in, capabilities are others.
                     self.offer = self.offer.or_else(|| self.machine.offer());
                 }
@@ -329,12 +346,15 @@ impl<'a> Dialogue<'a> {
                 },
                 ServerStep::Challenge(line) => return Outcome::Challenged(Box::new(Paused(self)), line),
                 ServerStep::Accepted { .. } if self.purpose == Purpose::Check => {
-                    let _ = timeout_at(deadline, self.exchange(b"Q LOGOUT\r\n", true)).await;
-                    return Outcome::Seen(seen_and_left(self.stream, self.offer, deadline).await);
+                    let _ = deadline.limit(self.exchange(b"Q LOGOUT\r\n", true)).await;
+                    let unauthenticate = self.machine.advertises_unauthenticate();
+                    let seen = seen_and_left(self.stream, self.offer, deadline).await;
+                    return Outcome::Seen(Seen { unauthenticate, ..seen });
                 }
                 ServerStep::Accepted { to_client } => {
                     self.judge_id();
-                    return match timeout_at(deadline, self.established(to_client)).await {
+                    self.server.set_unauthenticate(self.machine.advertises_unauthenticate());
+                    return match deadline.limit(self.established(to_client)).await {
                         Ok(Ok(established)) => Outcome::Accepted(established),
                         Ok(Err(fault)) => Outcome::Unavailable(fault),
                         Err(_) => Outcome::Unavailable(Fault::of_server(Reason::LoginTimeout, "no end of TLS in time")),
@@ -350,7 +370,9 @@ impl<'a> Dialogue<'a> {
                     return Outcome::Referred(referral);
                 }
                 ServerStep::Seen(offer) => {
-                    return Outcome::Seen(seen_and_left(self.stream, Some(offer), deadline).await);
+                    let unauthenticate = self.machine.advertises_unauthenticate();
+                    let seen = seen_and_left(self.stream, Some(offer), deadline).await;
+                    return Outcome::Seen(Seen { unauthenticate, ..seen });
                 }
                 ServerStep::Unavailable(fault) => return Outcome::Unavailable(self.explained(fault)),
             }
@@ -358,8 +380,8 @@ impl<'a> Dialogue<'a> {
     }
 
     /// Nothing more is wanted of this connection, and whether the server hears of it is its concern.
-    async fn leave(&mut self, deadline: time::Instant) {
-        let _ = timeout_at(deadline, self.stream.shutdown()).await;
+    async fn leave(&mut self, deadline: Deadline) {
+        let _ = deadline.limit(self.stream.shutdown()).await;
     }
 
     fn judge_id(&self) {
@@ -394,7 +416,7 @@ impl<'a> Dialogue<'a> {
         Ok(())
     }
 
-    async fn start_tls(mut self, deadline: time::Instant) -> Result<Self, Fault> {
+    async fn start_tls(mut self, deadline: Deadline) -> Result<Self, Fault> {
         let Stream::Plain(socket) = self.stream else {
             return Err(Fault::of_server(Reason::Protocol, "TLS is already active"));
         };

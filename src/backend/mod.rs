@@ -13,6 +13,7 @@ mod reach;
 mod select;
 mod server;
 mod slots;
+mod source;
 mod tour;
 
 use std::collections::{BTreeMap, HashMap};
@@ -35,6 +36,7 @@ pub use self::server::Server;
 use self::server::{ServerState, Terms};
 use self::slots::Queue;
 pub use self::slots::{CutOff, SessionSlot, Slot};
+use self::source::Sources;
 pub use self::tour::{Stop, Tour};
 use crate::config::{self, BackendId, Balance, ClientInfo, Config, Host, Limits, Mode, Problem, TlsMode, Trust};
 use crate::identity::{Mechanism, Mechanisms, Secret, UserName};
@@ -222,6 +224,7 @@ pub struct Backend {
     pub name: Arc<str>,
     /// Its place in the configuration.
     pub id: BackendId,
+    sources: Sources,
     /// TLS towards the servers, and how it begins.
     tls: Option<ClientTls>,
     mode: TlsMode,
@@ -300,6 +303,7 @@ impl Backend {
         Ok(Self {
             name: label,
             id,
+            sources: Sources::new(&backend.source_addresses),
             tls,
             mode: backend.tls.mode,
             client_info: backend.client_info,

@@ -84,6 +84,8 @@ pub struct Config {
     pub log: Log,
     /// DNS.
     pub resolver: Resolver,
+    /// What is allowed, but seldom meant.
+    pub warnings: Vec<Problem>,
 }
 
 impl Config {
@@ -128,6 +130,8 @@ pub struct Listener {
     pub tls_min: TlsVersion,
     /// Whether a client must ask for a server that there is a certificate for. Default no.
     pub strict_sni: bool,
+    /// Whether a client that offers application protocols (ALPN) must offer `imap`. Default yes.
+    pub strict_alpn: bool,
     /// Certificates of clients.
     pub client_certificates: Option<ClientCertificates>,
     /// From where every connection begins with a PROXY header, and nobody else is let in; `None`: there are no headers.
@@ -196,6 +200,8 @@ pub struct Backend {
     pub name: String,
     /// At least one.
     pub servers: Vec<Server>,
+    /// Local addresses that connections to them come from. Empty: the system chooses.
+    pub source_addresses: Vec<IpAddr>,
     /// TLS towards them.
     pub tls: ServerTls,
     /// What they learn of the client.

@@ -50,12 +50,15 @@ impl Running {
             for server in backend.servers() {
                 let (mode, up, sessions) = (server.mode().as_str(), server.is_available(), server.sessions());
                 let state = if up { "answers" } else { "failing" };
+                let unauthenticate = server.has_unauthenticate();
+                let warning = if unauthenticate { ", has UNAUTHENTICATE: disable it there" } else { "" };
                 text.push_str(&format!(
-                    "server    {} {}: {mode}, {state}, {sessions} sessions\n",
+                    "server    {} {}: {mode}, {state}, {sessions} sessions{warning}\n",
                     backend.name, server.name
                 ));
                 servers.push(json!({
                     "backend": &*backend.name, "server": &*server.name, "mode": mode, "up": up, "sessions": sessions,
+                    "unauthenticate": unauthenticate,
                 }));
             }
         }

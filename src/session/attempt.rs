@@ -6,13 +6,14 @@ use std::future::poll_fn;
 use std::sync::Arc;
 use std::time::Instant;
 
-use tokio::time::{self, timeout, timeout_at};
+use tokio::time::{self, timeout_at};
 use zeroize::Zeroizing;
 
 use super::record::reason;
 use super::{Session, close};
 use crate::backend::connect::{self, Established, Fault, Outcome, Purpose, Request};
 use crate::backend::{Backend, Server, Slot, Stop, Tour};
+use crate::deadline::Deadline;
 use crate::failure::Reason;
 use crate::identity::{Credentials, Names, PasswordLogin, Proof, Secret, ServerLogin, UserName};
 use crate::imap::prelogin::{LoginRequest, Prelogin, Step};
@@ -129,7 +130,8 @@ impl Session {
             return Some(Ok(Attempted::Refused { reply, counts: true }));
         }
         let question = self.question(names, login, stream);
-        let target = match timeout(live.limits.lookup, live.router.route(&question, &live.metrics)).await {
+        let lookup = live.router.route(&question, &live.metrics);
+        let target = match Deadline::after(live.limits.lookup).limit(lookup).await {
             Ok(Ok(Routed { target, route })) => {
                 let backend = match &*target {
                     Target::Place(place) => Some(&live.backends.backend(place.backend).name),

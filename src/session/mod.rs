@@ -20,6 +20,7 @@ mod defence;
 mod id;
 mod introduction;
 mod pace;
+mod proxy_header_warning;
 mod record;
 mod relayed;
 
@@ -37,11 +38,14 @@ use zeroize::Zeroizing;
 use self::attempt::{Attempted, Seated};
 pub use self::defence::turn_away;
 pub use self::pace::Refusals;
+pub use self::proxy_header_warning::LastWarning;
+use self::proxy_header_warning::{Opening, is_header_before_tls};
 use self::record::{EndedBy, Record};
 pub use self::relayed::Quiet;
 use self::relayed::{Kept, Relayed};
 use crate::backend::connect::Established;
 use crate::config::ListenerTls;
+use crate::deadline::Deadline;
 use crate::failure::Reason;
 use crate::guard::{Pass, Ticket};
 use crate::imap::prelogin::{Bye, CloseReason, Policy, Prelogin, Step, Transport};
@@ -52,6 +56,7 @@ use crate::server::{Desk, Live};
 use crate::shutdown::Drain;
 use crate::stream::{Encrypted, Stream};
 use crate::tls::handover::Secrets;
+use crate::tls::server::HandshakeError;
 use crate::waiting::WaitingRoom;
 
 /// One read from a client before login.
@@ -122,6 +127,7 @@ struct Session {
     local: SocketAddr,
     listener: usize,
     login_by: time::Instant,
+    opening: Opening,
     record: Record,
 }
 
@@ -145,6 +151,7 @@ impl Session {
                 local,
                 listener,
                 login_by,
+                opening: Opening::default(),
                 record,
             },
             socket,
@@ -159,6 +166,9 @@ impl Session {
             ListenerTls::StartTls => (Stream::Plain(socket), Transport::StartTls),
             ListenerTls::None => (Stream::Plain(socket), Transport::Plain),
         };
+        if transport != Transport::Tls && self.live.config.listeners[self.listener].proxy_protocol.is_none() {
+            self.opening = Opening::expected();
+        }
         let mut prelogin = Prelogin::new(self.policy(transport, &stream));
         let mut out = Vec::new();
         prelogin.greet(&mut out);
@@ -231,7 +241,7 @@ impl Session {
         }
     }
 
-    /// Step 2.
+    /// Step 2. `None`: the session is over.
     async fn encrypt(&mut self, socket: TcpStream) -> Option<Stream> {
         let began = Instant::now();
         let due = self.login_by.min(time::Instant::now() + self.live.limits.handshake);
@@ -240,13 +250,14 @@ impl Session {
         let turns = self.live.guard.handshakes();
         let accepting = secrets.clone();
         let handshake = async {
-            // Whoever says nothing takes no turn from those who do; that a socket may be readable is not enough to know.
-            socket.peek(&mut [0]).await?;
-            let _turn = turns.acquire_owned().await.map_err(io::Error::other)?;
+            // Silent clients take no handshake permit: wait for a byte first. That the socket may be readable is not enough.
+            socket.peek(&mut [0]).await.map_err(|error| HandshakeError::of_system(&error))?;
+            let closed = |_| HandshakeError::of_system(&io::ErrorKind::Other.into());
+            let _turn = turns.acquire_owned().await.map_err(closed)?;
             tls.accept(self.listener, socket, accepting).await
         };
-        let error = tokio::select! {
-            accepted = timeout_at(due, handshake) => match accepted {
+        let failed = tokio::select! {
+            accepted = Deadline::at(due).limit(handshake) => match accepted {
                 Ok(Ok(tls)) => {
                     let stream = Stream::Tls(Box::new(Encrypted { tls, secrets }));
                     let took = began.elapsed();
@@ -255,7 +266,7 @@ impl Session {
                     return Some(stream);
                 }
                 Ok(Err(error)) => error,
-                Err(_) => io::ErrorKind::TimedOut.into(),
+                Err(_) => HandshakeError::of_system(&io::ErrorKind::TimedOut.into()),
             },
             () = self.drain.begun().cancelled() => {
                 self.record.failed(Reason::Drain);
@@ -266,7 +277,11 @@ impl Session {
                 return None;
             }
         };
-        self.record.detail(error.to_string());
+        if is_header_before_tls(&failed.first_bytes) {
+            self.unexpected_proxy_header();
+            return None;
+        }
+        self.record.detail(failed.to_string());
         self.record.failed(Reason::Handshake);
         None
     }
@@ -297,6 +312,10 @@ impl Session {
         let (bye, reason) = tokio::select! {
             read = timeout_at(self.login_by, stream.read_buf(&mut *buffer)) => match read {
                 Ok(Ok(read)) if read > 0 => {
+                    if self.opening.is_header(&buffer) {
+                        self.unexpected_proxy_header();
+                        return None;
+                    }
                     prelogin.input(&buffer);
                     return Some(());
                 }

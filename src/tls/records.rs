@@ -16,6 +16,8 @@ use crate::record_layer::record_length;
 
 /// One read of the socket: a handshake message, a login or a reply fits.
 const READ: usize = 4096;
+/// Bytes kept from the start of a connection: a ClientHello with a post-quantum key share has about 1.8 KB.
+const MAX_START: usize = 4096;
 
 /// See the module.
 #[derive(Debug)]
@@ -26,12 +28,24 @@ pub struct Records<S> {
     start: usize,
     /// So much of the record at `start` is still to be given, known to be there.
     releasing: usize,
+    /// What the peer sent first, as long as it is wanted.
+    first_bytes: Option<Vec<u8>>,
 }
 
 impl<S> Records<S> {
     /// Nothing is read yet.
     pub fn new(socket: S) -> Self {
-        Self { socket, buffer: Vec::new(), start: 0, releasing: 0 }
+        Self { socket, buffer: Vec::new(), start: 0, releasing: 0, first_bytes: None }
+    }
+
+    /// Nothing is read yet; what comes first is kept for [`Records::take_first_bytes`].
+    pub fn keeping_first_bytes(socket: S) -> Self {
+        Self { first_bytes: Some(Vec::new()), ..Self::new(socket) }
+    }
+
+    /// The start of the connection, up to 4 KiB, which is not kept any longer.
+    pub fn take_first_bytes(&mut self) -> Vec<u8> {
+        self.first_bytes.take().unwrap_or_default()
     }
 
     /// The socket itself.
@@ -86,6 +100,10 @@ impl<S: AsyncRead + Unpin> Records<S> {
         let result = Pin::new(&mut self.socket).poll_read(context, &mut space);
         let read = space.filled().len();
         self.buffer.truncate(length + read);
+        if let Some(first_bytes) = &mut self.first_bytes {
+            let wanted = read.min(MAX_START - first_bytes.len());
+            first_bytes.extend_from_slice(&self.buffer[length..length + wanted]);
+        }
         ready!(result)?;
         Poll::Ready(Ok(read > 0))
     }

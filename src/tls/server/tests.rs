@@ -162,7 +162,7 @@ impl Client {
         let socket = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let server = async {
             let (accepted, _) = socket.accept().await.unwrap();
-            let mut stream = tls.accept(listener, accepted, Arc::default()).await?;
+            let mut stream = tls.accept(listener, accepted, Arc::default()).await.map_err(std::io::Error::other)?;
             stream.write_all(b"*").await?;
             stream.shutdown().await?;
             // Until the client has gone: its end must not overtake what was sent.
