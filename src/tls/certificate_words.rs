@@ -82,7 +82,7 @@ fn reason(refusal: &CertificateError, parsed: &X509Certificate<'_>, role: Role<'
                 asked.to_str()
             )
         }
-        CertificateError::UnknownIssuer if is_self_signed => match role {
+        CertificateError::UnknownIssuer | CertificateError::BadSignature if is_self_signed => match role {
             Role::Client => "the certificate is self-signed and not itself in client_certificates.ca".to_owned(),
             _ => "the certificate is self-signed and not trusted: name its file as tls.ca".to_owned(),
         },

@@ -304,3 +304,6 @@ fn is_named(certificate: &CertificateDer<'_>, name: &ServerName<'_>) -> Result<(
     let mut common = parsed.subject().iter_common_name().filter_map(|common| common.as_str().ok());
     if common.any(|common| common.eq_ignore_ascii_case(&asked)) { Ok(()) } else { Err(mismatch) }
 }
+
+#[cfg(test)]
+pub(super) mod tests;

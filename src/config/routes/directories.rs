@@ -325,13 +325,15 @@ impl Section<'_, '_> {
 fn unwritable(file: &Path) -> Option<String> {
     let folder = file.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
     let shown = folder.display();
+    if folder.exists() && !folder.is_dir() {
+        return Some(format!("{shown} is not a directory: the file cannot be written there"));
+    }
     match rustix::fs::access(folder, Access::WRITE_OK | Access::EXEC_OK) {
         Ok(()) => None,
         Err(Errno::NOENT) => Some(format!(
             "the directory {shown} does not exist, so that no answer is kept over a restart: create it for the \
              service's user"
         )),
-        Err(Errno::NOTDIR) => Some(format!("{shown} is not a directory: the file cannot be written there")),
         Err(error) => Some(format!(
             "this user cannot write in {shown} ({error}): if the service runs as the same user, no answer is kept over a \
              restart; use a directory like /var/lib/vestibule that belongs to the service's user"
