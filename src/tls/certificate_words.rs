@@ -60,6 +60,18 @@ pub(super) fn in_words(error: &Error, certificate: &[u8], role: Role<'_>, now: u
 fn reason(refusal: &CertificateError, parsed: &X509Certificate<'_>, role: Role<'_>, now: u64) -> Option<String> {
     let is_self_signed = parsed.subject().as_raw() == parsed.issuer().as_raw();
     let validity = parsed.validity();
+    // rustls looks at CA:TRUE first, which plain `openssl req -x509` sets.
+    let is_untrusted = match refusal {
+        CertificateError::UnknownIssuer | CertificateError::BadSignature => true,
+        CertificateError::Other(_) => parsed.is_ca(),
+        _ => false,
+    };
+    if is_self_signed && is_untrusted {
+        return Some(match role {
+            Role::Client => "the certificate is self-signed and not itself in client_certificates.ca".to_owned(),
+            _ => "the certificate is self-signed and not trusted: name its file as tls.ca".to_owned(),
+        });
+    }
     Some(match refusal {
         CertificateError::Expired | CertificateError::ExpiredContext { .. } => {
             let (end, age) = (validity.not_after.timestamp(), days(now, validity.not_after.timestamp()));
@@ -82,10 +94,6 @@ fn reason(refusal: &CertificateError, parsed: &X509Certificate<'_>, role: Role<'
                 asked.to_str()
             )
         }
-        CertificateError::UnknownIssuer | CertificateError::BadSignature if is_self_signed => match role {
-            Role::Client => "the certificate is self-signed and not itself in client_certificates.ca".to_owned(),
-            _ => "the certificate is self-signed and not trusted: name its file as tls.ca".to_owned(),
-        },
         CertificateError::UnknownIssuer => format!(
             "the certificate was issued by {}, which is not trusted, or intermediate certificates are missing",
             shown(&parsed.issuer().to_string())

@@ -140,7 +140,7 @@ impl Offer {
     fn protocol_names(&self) -> String {
         let names = self.protocols.iter().take(MAX_PROTOCOLS).map(|name| {
             let shown = &name[..name.len().min(MAX_PROTOCOL_NAME)];
-            format!("\"{}\"", shown.escape_ascii())
+            shown.escape_ascii().to_string()
         });
         listed(names.collect(), self.protocols.len())
     }
@@ -289,7 +289,7 @@ mod tests {
         let content = [&(list.len() as u16).to_be_bytes()[..], &list].concat();
         let offer = Offer::read(&hello(0x0303, &[0xc02f], &[(EXTENSION_ALPN, &content)])).unwrap();
         let words = offer.explains(&Error::NoApplicationProtocol, TlsVersion::Tls12).unwrap();
-        assert!(words.contains(r#""h2", "http/1.1", "\x1b[31m\n\"""#), "{words}");
+        assert!(words.contains(r#"protocols h2, http/1.1, \x1b[31m\n\", "#), "{words}");
         assert!(words.contains("and 15 more") && words.len() < 1200, "{words}");
         assert!(!words.contains(char::is_control));
     }
