@@ -190,8 +190,8 @@ mod tests {
 
     #[test]
     fn every_keepalive_that_the_configuration_allows_is_set() {
-        let socket = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
         for seconds in [10, 120, 32_767, 86_400] {
+            let socket = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
             keep_alive(&socket, Duration::from_secs(seconds));
             let set = SockRef::from(&socket).tcp_keepalive_time().unwrap();
             assert_eq!(set, Duration::from_secs(seconds.min(32_767)));

@@ -32,7 +32,7 @@ const TLS_1_3: u16 = 0x0304;
 
 /// The parts of a ClientHello that decide whether a handshake is possible.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub(super) struct Offer {
+pub struct Offer {
     /// Protocol versions by their numbers on the wire; at least one.
     versions: Vec<u16>,
     /// Cipher suites in the client's order, without signalling values.
@@ -43,7 +43,7 @@ pub(super) struct Offer {
 
 impl Offer {
     /// Reads the start of a connection. `None` if it is not a ClientHello.
-    pub(super) fn read(bytes: &[u8]) -> Option<Self> {
+    pub fn read(bytes: &[u8]) -> Option<Self> {
         let message = handshake_bytes(bytes)?;
         let mut reader = Reader(&message);
         if reader.byte()? != CLIENT_HELLO {
@@ -95,7 +95,7 @@ impl Offer {
     }
 
     /// Why the handshake failed, in an operator's words. `None` if the offer does not explain `error`.
-    pub(super) fn explains(&self, error: &Error, oldest: TlsVersion) -> Option<String> {
+    pub fn explains(&self, error: &Error, oldest: TlsVersion) -> Option<String> {
         if matches!(error, Error::NoApplicationProtocol) {
             let protocols = self.protocol_names();
             return Some(format!(

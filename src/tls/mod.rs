@@ -8,7 +8,7 @@
 mod certificate_words;
 mod certificates;
 pub mod client;
-mod client_hello;
+pub mod client_hello;
 pub mod handover;
 mod ocsp;
 pub mod records;
