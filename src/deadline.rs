@@ -32,7 +32,11 @@ pub fn watch_for_pauses() -> io::Result<()> {
     let tick = move || {
         loop {
             thread::sleep(TICK);
-            pauses.tick(Instant::now());
+            let pause = pauses.tick(Instant::now());
+            if !pause.is_zero() {
+                let seconds = pause.as_secs_f64();
+                tracing::warn!(seconds, "this process was not scheduled for a while: its deadlines move back");
+            }
         }
     };
     thread::Builder::new().name("pauses".to_owned()).spawn(tick).map(drop)
@@ -56,11 +60,14 @@ impl Pauses {
         Self { start, last_tick: AtomicU64::new(0), lost: AtomicU64::new(0) }
     }
 
-    fn tick(&self, now: Instant) {
+    /// Returns the pause since the last tick.
+    fn tick(&self, now: Instant) -> Duration {
+        let before = Duration::from_nanos(self.lost.load(Ordering::Acquire));
         let lost = self.lost_until(now);
         // In this order a reader between the two counts a gap twice rather than not at all.
         self.lost.store(nanoseconds(lost), Ordering::Release);
         self.last_tick.store(nanoseconds(now.saturating_duration_since(self.start)), Ordering::Release);
+        lost - before
     }
 
     fn lost_until(&self, now: Instant) -> Duration {
@@ -134,15 +141,14 @@ mod tests {
         let mut now = start;
         for _ in 0..40 {
             now += TICK;
-            pauses.tick(now);
+            assert_eq!(pauses.tick(now), Duration::ZERO);
         }
         now += Duration::from_millis(900);
-        pauses.tick(now);
-        assert_eq!(pauses.lost_until(now), Duration::ZERO, "load delays ticks");
+        assert_eq!(pauses.tick(now), Duration::ZERO, "load delays ticks");
         now += 7 * SECOND;
         let lost = 7 * SECOND - TICK;
         assert_eq!(pauses.lost_until(now), lost, "known before the next tick");
-        pauses.tick(now);
+        assert_eq!(pauses.tick(now), lost);
         assert_eq!(pauses.lost_until(now), lost, "and counted once");
         assert_eq!(pauses.lost_until(now + SECOND / 2), lost);
         now += 3 * SECOND;

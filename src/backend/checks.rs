@@ -153,7 +153,7 @@ async fn check(backend: &Backend, server: &Arc<Server>, limits: &Limits, metrics
             }
             server.checked(Ok(()), depth);
         }
-        Err(Failed { detail, .. }) => {
+        Err(CheckFailure { detail, .. }) => {
             tracing::debug!(backend = %backend.name, server = %server.name, %detail, "check failed");
             // A server that cannot be asked restricts nobody.
             server.offers(None);
@@ -164,7 +164,7 @@ async fn check(backend: &Backend, server: &Arc<Server>, limits: &Limits, metrics
 
 /// A check that failed.
 #[derive(Debug)]
-struct Failed {
+struct CheckFailure {
     /// A sentence for the operator.
     detail: String,
     /// Whether the cause is in this machine.
@@ -172,13 +172,13 @@ struct Failed {
     reason: Option<Reason>,
 }
 
-impl From<Fault> for Failed {
+impl From<Fault> for CheckFailure {
     fn from(fault: Fault) -> Self {
         Self { is_local: fault.is_local(), reason: Some(fault.reason), detail: fault.detail }
     }
 }
 
-impl From<&str> for Failed {
+impl From<&str> for CheckFailure {
     fn from(detail: &str) -> Self {
         Self { detail: detail.to_owned(), is_local: false, reason: None }
     }
@@ -243,7 +243,7 @@ async fn asked(
     account: Option<&(UserName, Secret)>,
     limits: &Limits,
     timeout: Duration,
-) -> Result<Seen, Failed> {
+) -> Result<Seen, CheckFailure> {
     let deadline = Instant::now() + timeout;
     let Some(purpose) = purpose else {
         dial(backend, server, Deadline::at(deadline)).await?;

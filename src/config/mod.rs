@@ -418,7 +418,7 @@ pub struct Limits {
     pub max_disconnect_delay: Option<Duration>,
     /// What relayed sessions get to finish when the process stops. Default 60 s.
     pub drain: Duration,
-    /// Silence after which TCP asks whether the peer is still there. Default 2 min.
+    /// Silence after which TCP asks whether the peer is still there; Linux allows nine hours. Default 2 min.
     pub keepalive: Option<Duration>,
     /// Open client connections, logged in or not. Default 100,000.
     pub sessions: usize,

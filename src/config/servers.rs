@@ -1,5 +1,6 @@
 //! `backends`: servers, TLS towards them, and what they learn of the client. Called by `check`.
 
+use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
 use std::path::Path;
 
@@ -66,16 +67,7 @@ pub(super) fn backend(reader: &mut Reader<'_>, folder: &Path, name: String, valu
     let login = written.login.and_then(|login| master_login(reader, folder, &child(&key, "login"), login));
     let follows_referrals = matches!(written.referrals, ReferralsWord::Follow);
     let forward_key = child(&key, "forward");
-    for (name, value) in &written.forward {
-        // RFC 2971 section 3.3 has 30 bytes for a key, of which `x-forward-` takes ten.
-        let is_key = (1..=20).contains(&name.len()) && name.bytes().all(|byte| byte.is_ascii_graphic() && byte != b'"');
-        if !is_key || value.len() > 1024 || !value.bytes().all(|byte| (b' '..0x7f).contains(&byte)) {
-            reader.problem(
-                &child(&forward_key, name),
-                "expected up to 20 characters without spaces, and a value of ASCII text",
-            );
-        }
-    }
+    check_forward(reader, &forward_key, &written.forward);
     if client_info != ClientInfo::Id && !written.forward.is_empty() {
         reader.problem(&forward_key, "is sent with client_info: id only");
     }
@@ -101,6 +93,18 @@ pub(super) fn backend(reader: &mut Reader<'_>, folder: &Path, name: String, valu
         care,
         place,
     })
+}
+
+/// Pairs that are sent with ID.
+fn check_forward(reader: &mut Reader<'_>, key: &str, forward: &BTreeMap<String, String>) {
+    for (name, value) in forward {
+        // RFC 2971 section 3.3 has 30 bytes for a key, of which `x-forward-` takes ten.
+        let is_key = (1..=20).contains(&name.len()) && name.bytes().all(|byte| byte.is_ascii_graphic() && byte != b'"');
+        if !is_key || value.len() > 1024 || !value.bytes().all(|byte| (b' '..0x7f).contains(&byte)) {
+            let message = "expected up to 20 characters without spaces, and a value of ASCII text";
+            reader.problem(&child(key, name), message);
+        }
+    }
 }
 
 /// IP addresses, each once.

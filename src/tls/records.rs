@@ -11,6 +11,7 @@ use std::pin::Pin;
 use std::task::{Context, Poll, ready};
 
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use zeroize::Zeroizing;
 
 use crate::record_layer::record_length;
 
@@ -28,8 +29,8 @@ pub struct Records<S> {
     start: usize,
     /// So much of the record at `start` is still to be given, known to be there.
     releasing: usize,
-    /// What the peer sent first, as long as it is wanted.
-    first_bytes: Option<Vec<u8>>,
+    /// What the peer sent first, as long as it is wanted: a login in clear, if it speaks no TLS.
+    first_bytes: Option<Zeroizing<Vec<u8>>>,
 }
 
 impl<S> Records<S> {
@@ -40,11 +41,11 @@ impl<S> Records<S> {
 
     /// Nothing is read yet; what comes first is kept for [`Records::take_first_bytes`].
     pub fn keeping_first_bytes(socket: S) -> Self {
-        Self { first_bytes: Some(Vec::new()), ..Self::new(socket) }
+        Self { first_bytes: Some(Zeroizing::default()), ..Self::new(socket) }
     }
 
     /// The start of the connection, up to 4 KiB, which is not kept any longer.
-    pub fn take_first_bytes(&mut self) -> Vec<u8> {
+    pub fn take_first_bytes(&mut self) -> Zeroizing<Vec<u8>> {
         self.first_bytes.take().unwrap_or_default()
     }
 

@@ -18,19 +18,20 @@ use tokio::time;
 use tokio_rustls::rustls::server::danger::ClientCertVerifier;
 use tokio_rustls::rustls::server::{Acceptor, NoServerSessionStorage, ProducesTickets};
 use tokio_rustls::rustls::version::{TLS12, TLS13};
-use tokio_rustls::rustls::{Error, RootCertStore, ServerConfig};
+use tokio_rustls::rustls::{Error, InvalidMessage, RootCertStore, ServerConfig};
 use tokio_rustls::{LazyConfigAcceptor, TlsAcceptor, TlsStream, server};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use x509_parser::extensions::GeneralName;
 use x509_parser::prelude::{FromDer as _, X509Certificate};
+use zeroize::Zeroizing;
 
 use super::certificates::{Certificates, Resolver};
 use super::client_hello::Offer;
 use super::handover::Secrets;
 use super::records::Records;
 use super::tickets::{Clients, Scope, Tickets};
-use super::trust::{self, observed};
+use super::trust::{ClientsByRoots, observed};
 use super::{provider, read_certificates};
 use crate::config::{CertificateUser, ClientCertificates, Config, Listener, Problem, TlsVersion};
 use crate::identity::UserName;
@@ -272,14 +273,14 @@ fn verifier(config: &Config, wanted: &ClientCertificates) -> Result<(Arc<dyn Cli
         digest.update(certificate);
         roots.add(certificate.clone()).map_err(|error| fault(error.to_string()))?;
     }
-    let verifier = trust::Clients::new(roots, &certificates, wanted.required).map_err(fault)?;
+    let verifier = ClientsByRoots::new(roots, &certificates, wanted.required).map_err(fault)?;
     let mut bytes = [0; 32];
     bytes.copy_from_slice(digest.finish().as_ref());
     Ok((verifier, bytes))
 }
 
 /// Why a handshake failed, and what the client sent first.
-type Broken = (std::io::Error, Vec<u8>);
+type Broken = (std::io::Error, Zeroizing<Vec<u8>>);
 
 fn broken((error, mut socket): (std::io::Error, Records<TcpStream>)) -> Broken {
     (error, socket.take_first_bytes())
@@ -291,18 +292,28 @@ fn broken((error, mut socket): (std::io::Error, Records<TcpStream>)) -> Broken {
 pub struct HandshakeError {
     reason: String,
     /// What the client sent first, up to 4 KiB.
-    pub first_bytes: Vec<u8>,
+    pub first_bytes: Zeroizing<Vec<u8>>,
 }
 
 impl HandshakeError {
     /// The system failed before the handshake began.
     pub fn of_system(error: &std::io::Error) -> Self {
-        Self { reason: error.to_string(), first_bytes: Vec::new() }
+        Self { reason: error.to_string(), first_bytes: Zeroizing::default() }
     }
 
-    fn new(error: &std::io::Error, first_bytes: Vec<u8>, refusal: Option<String>, oldest: TlsVersion) -> Self {
+    fn new(
+        error: &std::io::Error,
+        first_bytes: Zeroizing<Vec<u8>>,
+        refusal: Option<String>,
+        oldest: TlsVersion,
+    ) -> Self {
         let cause = error.get_ref().and_then(|cause| cause.downcast_ref::<Error>());
-        let explained = || Offer::read(&first_bytes)?.explains(cause?, oldest);
+        let explained = || match cause? {
+            Error::InvalidMessage(InvalidMessage::InvalidContentType) => {
+                Some("the client does not speak TLS on this port, or not from the first byte".to_owned())
+            }
+            cause => Offer::read(&first_bytes)?.explains(cause, oldest),
+        };
         let reason = refusal.or_else(explained).unwrap_or_else(|| error.to_string());
         Self { reason, first_bytes }
     }

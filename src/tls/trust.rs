@@ -188,12 +188,12 @@ impl ServerCertVerifier for ByPin {
 
 /// Trusts clients by root certificates, or by their own certificates among these.
 #[derive(Debug)]
-pub(super) struct Clients {
+pub(super) struct ClientsByRoots {
     chains: Arc<dyn ClientCertVerifier>,
     exact: Exact,
 }
 
-impl Clients {
+impl ClientsByRoots {
     /// `roots` are built from `certificates`; a client without a certificate is let in unless one is `required`.
     ///
     /// # Errors
@@ -210,7 +210,7 @@ impl Clients {
     }
 }
 
-impl ClientCertVerifier for Clients {
+impl ClientCertVerifier for ClientsByRoots {
     fn offer_client_auth(&self) -> bool {
         self.chains.offer_client_auth()
     }

@@ -202,6 +202,7 @@ admin: {{address: "127.0.0.1:{{admin}}"}}
         self.assertEqual(proxy.metric("vestibule_server_checks_total", outcome="failed"), 0)
         self.assertEqual(proxy.metric("vestibule_failures_total", side="backend"), 0)
         self.assertNotIn("is failing and passed over", proxy.log())
+        self.assertEqual(proxy.log().count("this process was not scheduled for a while"), 2)
 
 
 if __name__ == "__main__":

@@ -155,7 +155,7 @@ async fn clients_are_trusted_by_their_own_certificates_too() {
     let trusted = [known.clone(), expired.clone(), server.clone()];
     let mut roots = RootCertStore::empty();
     trusted.iter().for_each(|certificate| roots.add(certificate.clone()).unwrap());
-    let clients = Clients::new(roots, &trusted, true).unwrap();
+    let clients = ClientsByRoots::new(roots, &trusted, true).unwrap();
     let now = UnixTime::since_unix_epoch(std::time::Duration::from_secs(NOW));
     for (certificate, words) in [
         (&known, None),
