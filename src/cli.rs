@@ -39,12 +39,15 @@ pub enum Command {
     },
     /// Check a configuration: build everything, bind nothing; exit 0 or 78
     #[command(
-        after_help = "Example:\n  vestibule check --config /etc/vestibule/vestibule.yaml && systemctl reload vestibule"
+        after_help = "Example:\n  vestibule check --config /etc/vestibule/vestibule.yaml && systemctl reload vestibule\n\nServers that speak TLS are connected to for three seconds at most, to warn of certificates that are not trusted. Warnings do not change the exit code, and a server that cannot be reached is not reported."
     )]
     Check {
         /// The configuration file
         #[arg(short, long, value_name = "FILE")]
         config: PathBuf,
+        /// Connect to no server
+        #[arg(long)]
+        offline: bool,
     },
     /// Tell which route answers for a user, which backend, which server now; or who would move with another configuration
     #[command(

@@ -57,6 +57,8 @@ macro_rules! reasons {
 reasons! {
     /// No PROXY header, a wrong one, or from where none is believed.
     Client ProxyHeader = "proxy_header",
+    /// A PROXY header on a listener that has no `proxy_protocol`.
+    Client UnexpectedProxyHeader = "unexpected_proxy_header",
     /// The TLS handshake failed or took too long.
     Client Handshake = "handshake",
     /// Not logged in within `limits.login`.
@@ -157,6 +159,8 @@ reasons! {
     Backend ServersFull = "servers_full",
     /// The system refused what a session needs to go on.
     Internal System = "system",
+    /// No local port is free for a connection to the server, or its source address is not one of this machine.
+    Internal LocalPorts = "local_ports",
     /// A session ended in a panic.
     Internal Panic = "panic",
     /// Ended by the operator's stop.

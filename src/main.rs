@@ -18,7 +18,7 @@ use vestibule::identity::UserName;
 use vestibule::metrics::Metrics;
 use vestibule::server::{self, Live, Running};
 use vestibule::shutdown::{Asked, Signals};
-use vestibule::{demo, explain, inherit, limits, logging, operate, privileges};
+use vestibule::{deadline, demo, explain, inherit, limits, logging, operate, preflight, privileges};
 
 /// sysexits.h: what systemd and scripts can tell apart.
 const EX_USAGE: u8 = 64;
@@ -44,7 +44,7 @@ fn main() -> ExitCode {
 fn dispatch(command: Command) -> anyhow::Result<ExitCode> {
     match command {
         Command::Run { config, replace } => runtime()?.block_on(run(&config, replace)),
-        Command::Check { config } => check(&config),
+        Command::Check { config, offline } => check(&config, offline),
         Command::Route { config, diff: Some(new), users: Some(users), .. } => diff(&config, &new, &users),
         Command::Route { config, user, .. } => route(&config, &user.unwrap_or_default()),
         Command::Demo(options) => {
@@ -64,6 +64,7 @@ async fn run(file: &Path, replace: bool) -> anyhow::Result<ExitCode> {
     let config = config::load(file)?;
     logging::install(&config.log);
     limits::prepare(config.limits.sessions);
+    deadline::watch_for_pauses().context("no thread for the pauses of this process")?;
     let mut signals = Signals::new().context("signal handlers")?;
     let (control, run_as) = (config.control.clone(), config.run_as.clone());
     let prepared = server::prepare(config)?;
@@ -132,15 +133,22 @@ async fn predecessor(control: Option<&Path>, replace: bool) -> anyhow::Result<Op
     Ok(Some((predecessor, sockets)))
 }
 
-/// Builds everything and binds nothing.
-fn check(file: &Path) -> anyhow::Result<ExitCode> {
-    let config = build(file)?.config;
+/// Builds everything and binds nothing. Warnings go to standard error and do not change the exit code.
+fn check(file: &Path, offline: bool) -> anyhow::Result<ExitCode> {
+    let live = build(file)?;
+    let mut warnings = live.config.warnings.clone();
+    if !offline {
+        warnings.extend(runtime()?.block_on(preflight::server_warnings(&live)));
+    }
+    for warning in Report::new(warnings).problems() {
+        eprintln!("warning: {warning}");
+    }
     println!(
         "{}: ok ({} listeners, {} backends, {} routes)",
         file.display(),
-        config.listeners.len(),
-        config.backends.len(),
-        config.routes.len()
+        live.config.listeners.len(),
+        live.config.backends.len(),
+        live.config.routes.len()
     );
     Ok(ExitCode::SUCCESS)
 }

@@ -129,11 +129,15 @@ impl TlsVersion {
     }
 }
 
+/// Linux refuses longer times for keepalive (MAX_TCP_KEEPIDLE): nine hours.
+const LONGEST_KEEPALIVE: Duration = Duration::from_secs(32_767);
+
 /// Probes after `time` of silence, three, a quarter of that apart: so that a session whose peer is gone is noticed to be
 /// dead.
 ///
 /// A failure is logged and otherwise ignored: a connection without keepalive still carries mail.
 pub fn keep_alive(socket: impl AsFd, time: Duration) {
+    let time = time.min(LONGEST_KEEPALIVE);
     let probes = TcpKeepalive::new().with_time(time).with_interval(time / 4).with_retries(3);
     if let Err(error) = SockRef::from(&socket).set_tcp_keepalive(&probes) {
         tracing::debug!(%error, "no keepalive");
@@ -176,6 +180,22 @@ impl AsyncWrite for Stream {
         match self.get_mut() {
             Self::Plain(socket) => Pin::new(socket).poll_shutdown(context),
             Self::Tls(encrypted) => Pin::new(&mut encrypted.tls).poll_shutdown(context),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_keepalive_that_the_configuration_allows_is_set() {
+        for seconds in [10, 120, 32_767, 86_400] {
+            let socket = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+            keep_alive(&socket, Duration::from_secs(seconds));
+            let set = SockRef::from(&socket).tcp_keepalive_time().unwrap();
+            assert_eq!(set, Duration::from_secs(seconds.min(32_767)));
+            assert!(SockRef::from(&socket).keepalive().unwrap());
         }
     }
 }

@@ -4,6 +4,7 @@
 //! the corpus and changes of it in every run of the tests.
 
 pub mod backend_login;
+pub mod client_hello;
 pub mod configuration;
 pub mod prelogin;
 pub mod proxy_header;
@@ -21,6 +22,7 @@ pub const TARGETS: &[Target] = &[
     ("sasl", sasl::run),
     ("backend_login", backend_login::run),
     ("proxy_header", proxy_header::run),
+    ("client_hello", client_hello::run),
     ("records", records::run),
     ("configuration", configuration::run),
     ("table", table::run),

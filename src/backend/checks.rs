@@ -12,12 +12,14 @@ use std::time::Duration;
 use tokio::task::{AbortHandle, JoinSet};
 use tokio::time::{self, Instant};
 
-use super::connect::{self, Outcome, Purpose, Request, Seen};
+use super::connect::{self, Fault, Outcome, Purpose, Request, Seen};
 use super::health::Depth;
 use super::reach::dial;
 use super::server::ServerState;
 use super::{Backend, Backends, Group, Server, chance};
-use crate::config::{self, CheckKind, Config, Limits, Mode, Problem};
+use crate::config::{self, BackendId, CheckKind, Config, Limits, Mode, Problem};
+use crate::deadline::Deadline;
+use crate::failure::Reason;
 use crate::identity::{PasswordLogin, Secret, ServerLogin, UserName};
 use crate::imap::client_id::ClientId;
 use crate::imap::tag::Tag;
@@ -125,7 +127,15 @@ pub(super) async fn follow(backends: Arc<Backends>, backend: Arc<Backend>, limit
 async fn check(backend: &Backend, server: &Arc<Server>, limits: &Limits, metrics: &CheckMetrics) {
     let Some(watch) = &backend.watch else { return };
     let began = Instant::now();
-    let result = asked(backend, server, watch, limits).await;
+    let timeout = watch.check.timeout;
+    let result = asked(backend, server, purpose(&watch.check.kind), watch.account.as_ref(), limits, timeout).await;
+    if let Err(failed) = &result
+        && failed.is_local
+    {
+        // The server was not asked: what is known of it stays.
+        let (backend, server, detail) = (&backend.name, &server.name, &failed.detail);
+        return tracing::warn!(%backend, %server, %detail, "this machine cannot check the server");
+    }
     metrics.checked(result.is_ok(), began.elapsed());
     let depth = match watch.check.kind {
         CheckKind::Tcp | CheckKind::Tls => Depth::Connection,
@@ -137,9 +147,13 @@ async fn check(backend: &Backend, server: &Arc<Server>, limits: &Limits, metrics
                 metrics.certificate(ends);
             }
             server.offers(seen.offer);
+            // Without a login a server may leave it out.
+            if seen.unauthenticate || watch.account.is_some() {
+                server.set_unauthenticate(seen.unauthenticate);
+            }
             server.checked(Ok(()), depth);
         }
-        Err(detail) => {
+        Err(CheckFailure { detail, .. }) => {
             tracing::debug!(backend = %backend.name, server = %server.name, %detail, "check failed");
             // A server that cannot be asked restricts nobody.
             server.offers(None);
@@ -148,21 +162,97 @@ async fn check(backend: &Backend, server: &Arc<Server>, limits: &Limits, metrics
     }
 }
 
-/// What the server has shown; an error says in a sentence what is wrong with it.
-async fn asked(backend: &Backend, server: &Arc<Server>, watch: &Watch, limits: &Limits) -> Result<Seen, String> {
-    let deadline = Instant::now() + watch.check.timeout;
-    let purpose = match watch.check.kind {
-        CheckKind::Tcp => return dial(server, deadline).await.map(|_| Seen::default()).map_err(|fault| fault.detail),
-        CheckKind::Tls => Purpose::CheckTls,
-        CheckKind::Imap | CheckKind::Login { .. } => Purpose::Check,
+/// A check that failed.
+#[derive(Debug)]
+struct CheckFailure {
+    /// A sentence for the operator.
+    detail: String,
+    /// Whether the cause is in this machine.
+    is_local: bool,
+    reason: Option<Reason>,
+}
+
+impl From<Fault> for CheckFailure {
+    fn from(fault: Fault) -> Self {
+        Self { is_local: fault.is_local(), reason: Some(fault.reason), detail: fault.detail }
+    }
+}
+
+impl From<&str> for CheckFailure {
+    fn from(detail: &str) -> Self {
+        Self { detail: detail.to_owned(), is_local: false, reason: None }
+    }
+}
+
+/// `None`: the check is over when the connection stands.
+fn purpose(kind: &CheckKind) -> Option<Purpose> {
+    match kind {
+        CheckKind::Tcp => None,
+        CheckKind::Tls => Some(Purpose::CheckTls),
+        CheckKind::Imap | CheckKind::Login { .. } => Some(Purpose::Check),
+    }
+}
+
+impl Backends {
+    /// Connects to every server that is to speak TLS; returns those with which that fails, and why. A server that cannot
+    /// be reached within `timeout` is left out.
+    pub async fn tls_faults(
+        self: Arc<Self>,
+        limits: &Arc<Limits>,
+        timeout: Duration,
+    ) -> Vec<(BackendId, Arc<str>, String)> {
+        let mut looks = JoinSet::new();
+        for backend in self.list.iter().filter(|backend| backend.tls.is_some()).cloned() {
+            let limits = limits.clone();
+            looks.spawn(async move {
+                let known = async {
+                    let mut servers = Vec::new();
+                    for group in &backend.groups {
+                        servers.extend(group.first_known().await);
+                    }
+                    servers
+                };
+                let servers = time::timeout(timeout, known).await.unwrap_or_default();
+                let mut looks = JoinSet::new();
+                for server in servers {
+                    let (backend, limits) = (backend.clone(), limits.clone());
+                    looks.spawn(async move {
+                        let detail = tls_fault(&backend, &server, &limits, timeout).await?;
+                        Some((backend.id, server.name.clone(), detail))
+                    });
+                }
+                looks.join_all().await
+            });
+        }
+        looks.join_all().await.into_iter().flatten().flatten().collect()
+    }
+}
+
+/// Why TLS with `server` fails. `None`: it succeeds, or the server cannot be reached.
+async fn tls_fault(backend: &Backend, server: &Arc<Server>, limits: &Limits, timeout: Duration) -> Option<String> {
+    let failed = asked(backend, server, Some(Purpose::CheckTls), None, limits, timeout).await.err()?;
+    let is_tls = matches!(failed.reason, Some(Reason::ServerTls | Reason::StartTlsUnavailable));
+    is_tls.then_some(failed.detail)
+}
+
+/// Connects to the server and looks at it.
+async fn asked(
+    backend: &Backend,
+    server: &Arc<Server>,
+    purpose: Option<Purpose>,
+    account: Option<&(UserName, Secret)>,
+    limits: &Limits,
+    timeout: Duration,
+) -> Result<Seen, CheckFailure> {
+    let deadline = Instant::now() + timeout;
+    let Some(purpose) = purpose else {
+        dial(backend, server, Deadline::at(deadline)).await?;
+        return Ok(Seen::default());
     };
     let nothing = ClientId::default();
     let tag = Tag::new(b"check").ok_or("no tag")?;
     let nobody = SocketAddr::from((Ipv4Addr::UNSPECIFIED, 0));
-    let login = watch
-        .account
-        .as_ref()
-        .map(|(user, password)| ServerLogin::Password(PasswordLogin { user, authzid: None, password }));
+    let login = account.map(|(user, password)| ServerLogin::Password(PasswordLogin { user, authzid: None, password }));
     let request = Request {
         login,
         mechanism: None,
@@ -178,9 +268,9 @@ async fn asked(backend: &Backend, server: &Arc<Server>, watch: &Watch, limits: &
     };
     match connect::login(backend, server, &request, deadline).await {
         Outcome::Seen(seen) => Ok(seen),
-        Outcome::Unavailable(fault) => Err(fault.detail),
-        Outcome::Refused { .. } => Err("the server refused the login of the check's account".to_owned()),
-        Outcome::Referred(_) => Err("the server sends the check's account elsewhere".to_owned()),
-        Outcome::Accepted(_) | Outcome::Challenged(..) => Err("the server answered what it was not asked".to_owned()),
+        Outcome::Unavailable(fault) => Err(fault.into()),
+        Outcome::Refused { .. } => Err("the server refused the login of the check's account".into()),
+        Outcome::Referred(_) => Err("the server sends the check's account elsewhere".into()),
+        Outcome::Accepted(_) | Outcome::Challenged(..) => Err("the server answered what it was not asked".into()),
     }
 }

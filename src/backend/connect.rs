@@ -11,13 +11,14 @@ use std::time::{Duration, Instant};
 
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
-use tokio::time::{self, timeout_at};
+use tokio::time;
 use zeroize::Zeroizing;
 
 use super::health::Blow;
 use super::reach::{encrypt, reach};
 use super::{Backend, Server};
 use crate::config::{ClientInfo, Limits, TlsMode};
+use crate::deadline::Deadline;
 use crate::failure::Reason;
 use crate::identity::{Mechanism, ServerLogin};
 use crate::imap::backend_login::{Attempt, BackendLogin, Offer, Referral, Rules, ServerFault, ServerStep, Unavailable};
@@ -97,6 +98,8 @@ pub struct Seen {
     pub offer: Option<Offer>,
     /// When its certificate ends, in seconds since 1970.
     pub certificate_ends: Option<i64>,
+    /// Whether the server lets a session change its user (RFC 8437).
+    pub unauthenticate: bool,
 }
 
 /// A logged-in connection.
@@ -156,6 +159,16 @@ impl Fault {
         Self { reason, detail: detail.into(), reply: None, try_next, answered: false, blow: None }
     }
 
+    /// Something that this machine lacks. A user of a sticky backend is not sent to another server for it.
+    pub(super) fn of_this_machine(backend: &Backend, reason: Reason, detail: String) -> Self {
+        Self::of_proxy(reason, detail, !backend.serves_a_user_by_one_server())
+    }
+
+    /// Whether it is for something that this machine lacks, so that it says nothing about the server.
+    pub(super) fn is_local(&self) -> bool {
+        matches!(self.reason, Reason::LocalPorts | Reason::System)
+    }
+
     /// A server that cannot be reached, or with which there is no TLS: nothing of the client's was sent.
     pub(super) fn of_server(reason: Reason, detail: impl ToString) -> Self {
         let answer = Answer::Fault(ServerFault::Unreachable);
@@ -201,8 +214,9 @@ pub async fn login<'a>(
     deadline: time::Instant,
 ) -> Outcome<'a> {
     let is_session = request.purpose == Purpose::Session;
+    let deadline = Deadline::at(deadline);
     // A check has a deadline of its own.
-    let first_byte = if is_session { deadline.min(time::Instant::now() + request.limits.connect) } else { deadline };
+    let first_byte = if is_session { deadline.min(Deadline::after(request.limits.connect)) } else { deadline };
     let began = Instant::now();
     match reach(backend, server, request, first_byte).await {
         Err(fault) => {
@@ -226,10 +240,10 @@ pub async fn login<'a>(
 }
 
 /// Nothing more is wanted of this connection.
-async fn seen_and_left(mut stream: Stream, offer: Option<Offer>, deadline: time::Instant) -> Seen {
+async fn seen_and_left(mut stream: Stream, offer: Option<Offer>, deadline: Deadline) -> Seen {
     let certificate_ends = stream.peer_certificate().and_then(crate::tls::ends);
-    let _ = timeout_at(deadline, stream.shutdown()).await;
-    Seen { offer, certificate_ends }
+    let _ = deadline.limit(stream.shutdown()).await;
+    Seen { offer, certificate_ends, unauthenticate: false }
 }
 
 /// A login that waits for the client's answer to a challenge.
@@ -245,6 +259,7 @@ impl<'a> Paused<'a> {
     /// Goes on with what the client said, as it stands in its line, within `deadline`.
     pub async fn respond(mut self, line: &[u8], deadline: time::Instant) -> Outcome<'a> {
         self.0.machine.respond(line);
+        let deadline = Deadline::at(deadline);
         self.0.run(deadline, deadline).await
     }
 }
@@ -309,7 +324,7 @@ impl<'a> Dialogue<'a> {
     }
 
     /// The first byte must come before `first_byte`, the answer before `deadline`.
-    async fn run(self, first_byte: time::Instant, deadline: time::Instant) -> Outcome<'a> {
+    async fn run(self, first_byte: Deadline, deadline: Deadline) -> Outcome<'a> {
         let (backend, server, connected, purpose) =
             (self.backend, self.server.clone(), self.connected, self.request.purpose);
         let outcome = self.talk(first_byte, deadline).await;
@@ -328,23 +343,26 @@ impl<'a> Dialogue<'a> {
         outcome
     }
 
-    async fn talk(mut self, first_byte: time::Instant, mut deadline: time::Instant) -> Outcome<'a> {
+    async fn talk(mut self, first_byte: Deadline, mut deadline: Deadline) -> Outcome<'a> {
+        let extended = self.request.deadline.map_or(deadline, Deadline::at);
+        // A server that got less than limits.connect to greet is not at fault.
+        let is_hurried = first_byte.due() < deadline.due();
         let mut due = first_byte;
+        let mut is_first = true;
         loop {
             let mut out = Zeroizing::new(Vec::with_capacity(READ));
             let step = self.machine.step(&mut out);
             // Time that was kept back for other servers is this one's when none of them can be tried any more.
             if self.machine.is_bound_to_server() {
-                deadline = deadline.max(self.request.deadline.unwrap_or(deadline));
-                due = deadline;
+                deadline = deadline.max(extended);
+                (due, is_first) = (deadline, false);
             }
             tracing::trace!(session = self.request.session_id, server = %self.server.name, state = self.machine.state(), "login dialogue");
             let exchange = self.exchange(&out, matches!(step, ServerStep::NeedInput));
-            let failed = match timeout_at(due, exchange).await {
+            let failed = match due.limit(exchange).await {
                 Ok(Ok(())) => None,
                 Ok(Err(error)) => Some((ServerFault::Closed, Some(error))),
-                // A server that got less than limits.connect to greet is not at fault.
-                Err(_) if due == first_byte && first_byte != deadline => Some((ServerFault::Silent, None)),
+                Err(_) if is_first && is_hurried => Some((ServerFault::Silent, None)),
                 Err(_) => Some((ServerFault::Timeout, None)),
             };
             // What the server sent before its connection broke is an answer too.
@@ -356,7 +374,7 @@ impl<'a> Dialogue<'a> {
             };
             match step {
                 ServerStep::NeedInput => {
-                    due = deadline;
+                    (due, is_first) = (deadline, false);
                     // Once an account is logged in, capabilities are others.
                     self.offer = self.offer.or_else(|| self.machine.offer());
                 }
@@ -369,14 +387,17 @@ impl<'a> Dialogue<'a> {
                 },
                 ServerStep::Challenge(line) => return Outcome::Challenged(Box::new(Paused(self)), line),
                 ServerStep::Accepted { .. } if self.request.purpose == Purpose::Check => {
-                    let _ = timeout_at(deadline, self.exchange(b"Q LOGOUT\r\n", true)).await;
-                    return Outcome::Seen(seen_and_left(self.stream, self.offer, deadline).await);
+                    let _ = deadline.limit(self.exchange(b"Q LOGOUT\r\n", true)).await;
+                    let unauthenticate = self.machine.advertises_unauthenticate();
+                    let seen = seen_and_left(self.stream, self.offer, deadline).await;
+                    return Outcome::Seen(Seen { unauthenticate, ..seen });
                 }
                 ServerStep::Accepted { to_client } => {
                     self.judge_id();
                     self.server.learns(self.machine.learned());
+                    self.server.set_unauthenticate(self.machine.advertises_unauthenticate());
                     let timeout = self.machine.failed(ServerFault::Timeout).verdict;
-                    return match timeout_at(deadline, self.established(to_client)).await {
+                    return match deadline.limit(self.established(to_client)).await {
                         Ok(Ok(established)) => Outcome::Accepted(established),
                         Ok(Err((verdict, error))) => {
                             Outcome::Unavailable(Fault::decided(Reason::ServerTls, error, verdict))
@@ -398,7 +419,9 @@ impl<'a> Dialogue<'a> {
                     return Outcome::Referred(referral);
                 }
                 ServerStep::Seen(offer) => {
-                    return Outcome::Seen(seen_and_left(self.stream, Some(offer), deadline).await);
+                    let unauthenticate = self.machine.advertises_unauthenticate();
+                    let seen = seen_and_left(self.stream, Some(offer), deadline).await;
+                    return Outcome::Seen(Seen { unauthenticate, ..seen });
                 }
                 ServerStep::Unavailable(unavailable) if unavailable.verdict.action == Action::Reconnect => {
                     match self.reconnect(deadline).await {
@@ -412,8 +435,8 @@ impl<'a> Dialogue<'a> {
     }
 
     /// Nothing more is wanted of this connection, and whether the server hears of it is its concern.
-    async fn leave(&mut self, deadline: time::Instant) {
-        let _ = timeout_at(deadline, self.stream.shutdown()).await;
+    async fn leave(&mut self, deadline: Deadline) {
+        let _ = deadline.limit(self.stream.shutdown()).await;
     }
 
     fn judge_id(&self) {
@@ -448,7 +471,7 @@ impl<'a> Dialogue<'a> {
     }
 
     /// Connects to the same server again, which has closed the connection after a command that it did not understand.
-    async fn reconnect(mut self, deadline: time::Instant) -> Result<Self, Fault> {
+    async fn reconnect(mut self, deadline: Deadline) -> Result<Self, Fault> {
         match reach(self.backend, &self.server, self.request, deadline).await {
             Ok((stream, address)) => {
                 (self.stream, self.address) = (stream, address);
@@ -461,7 +484,7 @@ impl<'a> Dialogue<'a> {
         }
     }
 
-    async fn start_tls(mut self, deadline: time::Instant) -> Result<Self, Fault> {
+    async fn start_tls(mut self, deadline: Deadline) -> Result<Self, Fault> {
         let Stream::Plain(socket) = self.stream else {
             return Err(Fault::of_server(Reason::Protocol, "TLS is already active"));
         };

@@ -14,6 +14,7 @@ mod reach;
 mod select;
 mod server;
 mod slots;
+mod source;
 mod tour;
 
 use std::collections::{BTreeMap, HashMap};
@@ -36,6 +37,7 @@ pub use self::server::{LastError, Server};
 use self::server::{ServerState, Terms};
 use self::slots::Queue;
 pub use self::slots::{CutOff, SessionSlot, Slot};
+use self::source::Sources;
 pub use self::tour::{Stop, Tour};
 use crate::config::{self, BackendId, Balance, ClientInfo, Config, Host, Limits, Mode, Problem, TlsMode, Trust};
 use crate::identity::{Secret, UserName};
@@ -212,6 +214,7 @@ pub struct Backend {
     pub name: Arc<str>,
     /// Its place in the configuration.
     pub id: BackendId,
+    sources: Sources,
     /// TLS towards the servers, and how it begins.
     tls: Option<ClientTls>,
     mode: TlsMode,
@@ -292,6 +295,7 @@ impl Backend {
         Ok(Self {
             name: label,
             id,
+            sources: Sources::new(&backend.source_addresses),
             tls,
             mode: backend.tls.mode,
             client_info: backend.client_info,

@@ -5,8 +5,7 @@ use crate::imap::backend_login::Offer;
 use crate::imap::capability::Extensions;
 
 /// The offer while no server has been seen.
-pub(super) const PASSWORDS_ONLY: Offer =
-    Offer { mechanisms: Mechanisms::PASSWORDS, extensions: Extensions::NONE, unauthenticate: false };
+pub(super) const PASSWORDS_ONLY: Offer = Offer { mechanisms: Mechanisms::PASSWORDS, extensions: Extensions::NONE };
 
 /// What every server that has been seen can take, of backends with a login of their own or without: a password can be brought in any
 /// form, a certificate needs a login of the backend. Nothing is promised while no server has been seen.

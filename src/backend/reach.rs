@@ -6,12 +6,14 @@ use std::sync::Arc;
 
 use tokio::io::AsyncWriteExt;
 use tokio::net::TcpStream;
-use tokio::time::{self, timeout_at};
+use tokio::time;
 
 use super::connect::{Fault, Purpose, Request};
 use super::health::Blow;
+use super::source::{in_words, local_fault};
 use super::{Backend, Server};
 use crate::config::{ClientInfo, TlsMode};
+use crate::deadline::Deadline;
 use crate::failure::Reason;
 use crate::proxy_protocol::{self, ClientTls};
 use crate::stream::{Encrypted, Stream};
@@ -22,37 +24,49 @@ pub(super) async fn reach(
     backend: &Backend,
     server: &Server,
     request: &Request<'_>,
-    deadline: time::Instant,
+    deadline: Deadline,
 ) -> Result<(Stream, SocketAddr), Fault> {
-    let (socket, address) = dial(server, deadline).await?;
+    let (socket, address) = dial(backend, server, deadline).await?;
     Ok((open(backend, server, request, socket, deadline).await?, address))
 }
 
 /// Connects to the first address that answers; each gets its share of the time left.
-pub(super) async fn dial(server: &Server, deadline: time::Instant) -> Result<(TcpStream, SocketAddr), Fault> {
-    let addresses = timeout_at(deadline, server.addresses()).await.unwrap_or_default();
-    let mut fault = Fault::of_server(Reason::Resolve, "no address is known for the server");
+pub(super) async fn dial(
+    backend: &Backend,
+    server: &Server,
+    deadline: Deadline,
+) -> Result<(TcpStream, SocketAddr), Fault> {
+    let addresses = deadline.limit(server.addresses()).await.unwrap_or_default();
+    let mut fault = None;
+    let mut lacking = None;
     for (tried, address) in addresses.iter().enumerate() {
-        let left = deadline.saturating_duration_since(time::Instant::now());
+        let left = deadline.due().saturating_duration_since(time::Instant::now());
         let share = left / u32::try_from(addresses.len() - tried).unwrap_or(u32::MAX);
-        match time::timeout(share, TcpStream::connect(address)).await {
+        match Deadline::after(share).limit(backend.sources.connect(*address)).await {
             Ok(Ok(socket)) => {
-                // Where it fails, replies are late and not lost.
+                // If it fails, replies are late and not lost.
                 let _ = socket.set_nodelay(true);
                 return Ok((socket, *address));
             }
-            Ok(Err(error)) => {
-                fault = Fault::of_server(Reason::Connect, format!("{address}: {error}"));
-                if error.kind() == io::ErrorKind::ConnectionRefused {
-                    fault.blow = Some(Blow::Refused);
+            Ok(Err(error)) => match local_fault(&error) {
+                // On a machine without IPv6 the server's IPv4 address may still do.
+                Some(reason) => {
+                    lacking = Some(Fault::of_this_machine(backend, reason, in_words(reason, *address, &error)));
                 }
-            }
+                None => {
+                    let refused = error.kind() == io::ErrorKind::ConnectionRefused;
+                    let blow = Some(if refused { Blow::Refused } else { Blow::Other });
+                    fault = Some(Fault { blow, ..Fault::of_server(Reason::Connect, format!("{address}: {error}")) });
+                }
+            },
             Err(_) => {
-                fault = Fault::of_server(Reason::Connect, format!("{address}: no connection within the deadline"))
+                let detail = format!("{address}: no connection within the deadline");
+                fault = Some(Fault::of_server(Reason::Connect, detail));
             }
         }
     }
-    Err(fault)
+    let unknown = || Fault::of_server(Reason::Resolve, "no address is known for the server");
+    Err(fault.or(lacking).unwrap_or_else(unknown))
 }
 
 /// PROXY header and implicit TLS.
@@ -61,7 +75,7 @@ async fn open(
     server: &Server,
     request: &Request<'_>,
     mut socket: TcpStream,
-    deadline: time::Instant,
+    deadline: Deadline,
 ) -> Result<Stream, Fault> {
     let is_session = request.purpose == Purpose::Session;
     let header = match backend.client_info {
@@ -80,7 +94,7 @@ async fn open(
         ClientInfo::Id | ClientInfo::None => Vec::new(),
     };
     if !header.is_empty() {
-        match timeout_at(deadline, socket.write_all(&header)).await {
+        match deadline.limit(socket.write_all(&header)).await {
             Ok(Ok(())) => {}
             Ok(Err(error)) => return Err(Fault::of_server(Reason::Connect, error)),
             Err(_) => return Err(Fault::of_server(Reason::Connect, "the PROXY header was not taken in time")),
@@ -97,11 +111,11 @@ pub(super) async fn encrypt(
     backend: &Backend,
     server: &Server,
     socket: TcpStream,
-    deadline: time::Instant,
+    deadline: Deadline,
 ) -> Result<Stream, Fault> {
     let Some(tls) = &backend.tls else { return Ok(Stream::Plain(socket)) };
     let secrets = Arc::new(Secrets::default());
-    match timeout_at(deadline, tls.connect(socket, &server.tls_name, secrets.clone())).await {
+    match deadline.limit(tls.connect(socket, &server.tls_name, secrets.clone())).await {
         Ok(Ok(tls)) => Ok(Stream::Tls(Box::new(Encrypted { tls, secrets }))),
         Ok(Err(error)) => Err(Fault::of_server(Reason::ServerTls, error)),
         Err(_) => Err(Fault::of_server(Reason::ServerTls, "no TLS handshake within the deadline")),

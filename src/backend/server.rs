@@ -93,10 +93,12 @@ pub(super) struct ServerState {
     health: Mutex<Health>,
     /// What it offered before login when it was last asked.
     offer: Mutex<Option<Offer>>,
-    /// Whether it was told already that the server does not say that it trusts us.
-    distrust_told: AtomicBool,
-    /// Whether it was logged already that the server has UNAUTHENTICATE.
-    unauthenticate_logged: AtomicBool,
+    /// Whether the server has said that it trusts our ID.
+    has_trusted: AtomicBool,
+    /// Whether it was logged that the server no longer says so.
+    distrust_logged: AtomicBool,
+    /// Whether the server lets a session change its user (RFC 8437), which is logged once.
+    unauthenticate: AtomicBool,
     learned: Mutex<Option<Learned>>,
     last_error: Mutex<Option<LastError>>,
     /// What the operator has asked for, whatever the configuration says.
@@ -117,8 +119,9 @@ impl ServerState {
             addresses: watch::Sender::new(addresses),
             health: Mutex::default(),
             offer: Mutex::default(),
-            distrust_told: AtomicBool::new(false),
-            unauthenticate_logged: AtomicBool::new(false),
+            has_trusted: AtomicBool::new(false),
+            distrust_logged: AtomicBool::new(false),
+            unauthenticate: AtomicBool::new(false),
             learned: Mutex::default(),
             last_error: Mutex::default(),
             mode: Mutex::default(),
@@ -287,26 +290,43 @@ impl Server {
     }
 
     pub(super) fn offers(&self, offer: Option<Offer>) {
-        let unauthenticate = offer.is_some_and(|offer| offer.unauthenticate);
-        if unauthenticate && !self.state.unauthenticate_logged.swap(true, Ordering::Relaxed) {
-            tracing::warn!(
-                backend = %self.backend,
-                server = %self.name,
-                "server has UNAUTHENTICATE (RFC 8437): a client could log in as another user without route, limit or record; \
-                 turn it off there"
-            );
-        }
         *self.state.offer.lock().unwrap_or_else(PoisonError::into_inner) = offer;
     }
 
-    /// What it said to an ID with the client's address in it.
+    /// Judges the server's answer to an ID with the client's address in it. Only Dovecot 2.4 says that it trusts it, and
+    /// only of a server that has said so is silence distrust: Dovecot 2.3 answers the same either way.
     pub(super) fn answered_id(&self, answer: IdAnswer) {
-        let trusts = answer == IdAnswer::Trusted;
-        self.state.metrics.set_trusts(trusts);
-        if !trusts && !self.state.distrust_told.swap(true, Ordering::Relaxed) {
-            tracing::info!(
+        let state = &self.state;
+        if answer == IdAnswer::Trusted {
+            state.has_trusted.store(true, Ordering::Relaxed);
+            state.distrust_logged.store(false, Ordering::Relaxed);
+            return state.metrics.set_trusts(true);
+        }
+        if !state.has_trusted.load(Ordering::Relaxed) {
+            return;
+        }
+        state.metrics.set_trusts(false);
+        if !state.distrust_logged.swap(true, Ordering::Relaxed) {
+            tracing::warn!(
+                backend = %self.backend,
                 server = %self.name,
-                "server does not say that it trusts our ID (Dovecot does since 2.4): see login_trusted_networks there"
+                "the server no longer trusts our ID: see login_trusted_networks there"
+            );
+        }
+    }
+
+    /// Whether it has UNAUTHENTICATE, with which a client could log in as a user of another backend.
+    pub fn has_unauthenticate(&self) -> bool {
+        self.state.unauthenticate.load(Ordering::Relaxed)
+    }
+
+    /// Its capabilities were seen, with or without UNAUTHENTICATE.
+    pub(super) fn set_unauthenticate(&self, advertised: bool) {
+        if self.state.unauthenticate.swap(advertised, Ordering::Relaxed) != advertised && advertised {
+            tracing::warn!(
+                backend = %self.backend,
+                server = %self.name,
+                "the server has UNAUTHENTICATE (RFC 8437): a client may change its user there without routing, limits or a record; disable it on the server"
             );
         }
     }

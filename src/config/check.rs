@@ -8,7 +8,9 @@ use std::time::Duration;
 
 use serde_yaml::Value;
 
-use super::file::{CertificateMap, CertificateUserWord, File, FormatWord, LevelWord, ListenerMap, SniWord, TlsWord};
+use super::file::{
+    AlpnWord, CertificateMap, CertificateUserWord, File, FormatWord, LevelWord, ListenerMap, SniWord, TlsWord,
+};
 use super::guard::guard;
 use super::limits::{bounded, limits, seconds};
 use super::locate::child;
@@ -81,6 +83,9 @@ pub(super) fn config(reader: &mut Reader<'_>, file: &Path, value: Value) -> Opti
     let servers = servers.collect();
     let timeout = bounded(reader, "resolver.timeout", written.resolver.timeout, Duration::from_secs(3), seconds(1, 60));
     let (naming, master_networks) = users(reader, written.users);
+    let limits = limits(reader, &written.limits);
+    let guard = guard(reader, written.access, &written.limits);
+    let policy = written.policy.and_then(|map| policy(reader, folder, map));
     Some(Config {
         file: file.to_owned(),
         listeners,
@@ -91,14 +96,15 @@ pub(super) fn config(reader: &mut Reader<'_>, file: &Path, value: Value) -> Opti
         naming,
         master_networks,
         token_issuers: issuers(reader, written.oauth).into(),
-        limits: limits(reader, &written.limits),
-        guard: guard(reader, written.access, &written.limits),
-        policy: written.policy.and_then(|map| policy(reader, folder, map)),
+        limits,
+        guard,
+        policy,
         admin,
         control,
         run_as,
         log: Log { format: format(written.log.format), level: level(written.log.level) },
         resolver: Resolver { servers, timeout },
+        warnings: reader.take_warnings(),
     })
 }
 
@@ -146,13 +152,16 @@ fn listeners(reader: &mut Reader<'_>, folder: &Path, items: Vec<Value>) -> Vec<L
             TlsWord::None => ListenerTls::None,
         };
         let mechanisms = written.mechanisms.map(|names| mechanisms(reader, &child(&key, "mechanisms"), &names));
-        for (name, given) in [("tls_min", written.tls_min.is_some()), ("sni", written.sni.is_some())] {
+        let of_tls =
+            [("tls_min", written.tls_min.is_some()), ("sni", written.sni.is_some()), ("alpn", written.alpn.is_some())];
+        for (name, given) in of_tls {
             if given && tls == ListenerTls::None {
                 reader.problem(&child(&key, name), "has no effect with tls: none");
             }
         }
         let tls_min = written.tls_min.map_or(TlsVersion::Tls12, |word| word.0);
         let strict_sni = written.sni == Some(SniWord::Strict);
+        let strict_alpn = written.alpn != Some(AlpnWord::Any);
         let client_certificates = written.client_certificates.map(|map| {
             let key = child(&key, "client_certificates");
             if tls == ListenerTls::None {
@@ -183,6 +192,7 @@ fn listeners(reader: &mut Reader<'_>, folder: &Path, items: Vec<Value>) -> Vec<L
             mechanisms,
             tls_min,
             strict_sni,
+            strict_alpn,
             client_certificates,
             proxy_protocol,
             place,

@@ -62,6 +62,9 @@ pub(super) struct ListenerMap {
     /// Whom a client must ask for.
     #[serde(default)]
     pub(super) sni: Option<SniWord>,
+    /// Application protocols that a client may offer.
+    #[serde(default)]
+    pub(super) alpn: Option<AlpnWord>,
     /// Certificates of clients.
     #[serde(default)]
     pub(super) client_certificates: Option<ClientCertificatesMap>,
@@ -86,6 +89,16 @@ pub(super) enum SniWord {
     Any,
     /// A server that there is a certificate for.
     Strict,
+}
+
+/// `alpn` of a listener.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub(super) enum AlpnWord {
+    /// `imap` among them, or none at all.
+    Strict,
+    /// Any.
+    Any,
 }
 
 /// `client_certificates` of a listener.
@@ -162,6 +175,9 @@ pub(super) struct BackendMap {
     /// A word, or [`TlsMap`].
     #[serde(default)]
     pub(super) tls: Option<TlsEntry>,
+    /// Local addresses that connections to the servers come from.
+    #[serde(default)]
+    pub(super) source_addresses: Vec<String>,
     /// What servers learn of the client.
     #[serde(default)]
     pub(super) client_info: ClientInfoWord,

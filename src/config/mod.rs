@@ -90,6 +90,8 @@ pub struct Config {
     pub log: Log,
     /// DNS.
     pub resolver: Resolver,
+    /// What is allowed, but seldom meant.
+    pub warnings: Vec<Problem>,
 }
 
 impl Config {
@@ -134,6 +136,8 @@ pub struct Listener {
     pub tls_min: TlsVersion,
     /// Whether a client must ask for a server that there is a certificate for. Default no.
     pub strict_sni: bool,
+    /// Whether a client that offers application protocols (ALPN) must offer `imap`. Default yes.
+    pub strict_alpn: bool,
     /// Certificates of clients.
     pub client_certificates: Option<ClientCertificates>,
     /// From where every connection begins with a PROXY header, and nobody else is let in; `None`: there are no headers.
@@ -204,6 +208,8 @@ pub struct Backend {
     pub name: String,
     /// At least one.
     pub servers: Vec<Server>,
+    /// Local addresses that connections to them come from. Empty: the system chooses.
+    pub source_addresses: Vec<IpAddr>,
     /// TLS towards them.
     pub tls: ServerTls,
     /// What they learn of the client.
@@ -422,7 +428,7 @@ pub struct Limits {
     pub max_disconnect_delay: Option<Duration>,
     /// What relayed sessions get to finish when the process stops. Default 60 s.
     pub drain: Duration,
-    /// Silence after which TCP asks whether the peer is still there. Default 2 min.
+    /// Silence after which TCP asks whether the peer is still there; Linux allows nine hours. Default 2 min.
     pub keepalive: Option<Duration>,
     /// Open client connections, logged in or not. Default 100,000.
     pub sessions: usize,

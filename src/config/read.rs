@@ -24,13 +24,14 @@ pub(super) struct Reader<'a> {
     file: &'a Path,
     index: Index,
     problems: Vec<Problem>,
+    warnings: Vec<Problem>,
     /// The last position of a mistake beyond [`MAX_PROBLEMS`].
     unlisted: Option<Place>,
 }
 
 impl<'a> Reader<'a> {
     pub(super) fn new(file: &'a Path, index: Index) -> Self {
-        Self { file, index, problems: Vec::new(), unlisted: None }
+        Self { file, index, problems: Vec::new(), warnings: Vec::new(), unlisted: None }
     }
 
     /// `ready`, unless there was a mistake.
@@ -70,6 +71,17 @@ impl<'a> Reader<'a> {
     pub(super) fn problem_with_help(&mut self, key: &str, message: impl Into<String>, help: Option<String>) {
         let place = self.place(key);
         self.tell(Problem { file: self.file.to_owned(), place, message: message.into(), help });
+    }
+
+    /// Something that is allowed at `key`, but seldom meant.
+    pub(super) fn warning(&mut self, key: &str, message: impl Into<String>) {
+        let (file, place) = (self.file.to_owned(), self.place(key));
+        self.warnings.push(Problem { file, place, message: message.into(), help: None });
+    }
+
+    /// The warnings so far.
+    pub(super) fn take_warnings(&mut self) -> Vec<Problem> {
+        std::mem::take(&mut self.warnings)
     }
 
     /// Keys that stand twice, a second document, and lists in lists in lists. Whether the file can be read all the same.

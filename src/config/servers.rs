@@ -1,5 +1,6 @@
 //! `backends`: servers, TLS towards them, and what they learn of the client. Called by `check`.
 
+use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
 use std::path::Path;
 
@@ -21,6 +22,10 @@ use crate::identity::UserName;
 
 /// Longer names would be unwieldy labels.
 const MAX_NAME: usize = 64;
+/// The consequence of `client_info: none`.
+const CLIENT_INFO_NONE: &str = "with none the servers see the proxy as the client of every login: Dovecot then counts \
+     the failed logins of all users against the proxy's address and delays good ones by up to 15 s; use id, with the \
+     proxy in Dovecot's login_trusted_networks, or proxy-v2";
 /// RFC 1035 section 2.3.4.
 const MAX_HOST: usize = 253;
 
@@ -55,6 +60,10 @@ pub(super) fn backend(reader: &mut Reader<'_>, folder: &Path, name: String, valu
         ClientInfoWord::ProxyV2 => ClientInfo::ProxyV2,
         ClientInfoWord::None => ClientInfo::None,
     };
+    if client_info == ClientInfo::None {
+        reader.warning(&child(&key, "client_info"), CLIENT_INFO_NONE);
+    }
+    let source_addresses = source_addresses(reader, &child(&key, "source_addresses"), &written.source_addresses);
     let authzid = written.authzid == AuthzidWord::Allow;
     let login = written.login.and_then(|login| master_login(reader, folder, &child(&key, "login"), login));
     let follows_referrals = matches!(written.referrals, ReferralsWord::Follow);
@@ -65,16 +74,7 @@ pub(super) fn backend(reader: &mut Reader<'_>, folder: &Path, name: String, valu
         allow_empty_password: written.empty_password == EmptyPasswordWord::Allow,
     };
     let forward_key = child(&key, "forward");
-    for (name, value) in &written.forward {
-        // RFC 2971 section 3.3 has 30 bytes for a key, of which `x-forward-` takes ten.
-        let is_key = (1..=20).contains(&name.len()) && name.bytes().all(|byte| byte.is_ascii_graphic() && byte != b'"');
-        if !is_key || value.len() > 1024 || !value.bytes().all(|byte| (b' '..0x7f).contains(&byte)) {
-            reader.problem(
-                &child(&forward_key, name),
-                "expected up to 20 characters without spaces, and a value of ASCII text",
-            );
-        }
-    }
+    check_forward(reader, &forward_key, &written.forward);
     if client_info != ClientInfo::Id && !written.forward.is_empty() {
         reader.problem(&forward_key, "is sent with client_info: id only");
     }
@@ -87,7 +87,53 @@ pub(super) fn backend(reader: &mut Reader<'_>, folder: &Path, name: String, valu
     };
     let care = care(reader, folder, &key, tls.mode, care_written);
     let (forward, place) = (written.forward, reader.place(&key));
-    Some(Backend { name, servers, tls, client_info, authzid, login, follows_referrals, answers, forward, care, place })
+    Some(Backend {
+        name,
+        servers,
+        source_addresses,
+        tls,
+        client_info,
+        authzid,
+        login,
+        follows_referrals,
+        answers,
+        forward,
+        care,
+        place,
+    })
+}
+
+/// Pairs that are sent with ID.
+fn check_forward(reader: &mut Reader<'_>, key: &str, forward: &BTreeMap<String, String>) {
+    for (name, value) in forward {
+        // RFC 2971 section 3.3 has 30 bytes for a key, of which `x-forward-` takes ten.
+        let is_key = (1..=20).contains(&name.len()) && name.bytes().all(|byte| byte.is_ascii_graphic() && byte != b'"');
+        if !is_key || value.len() > 1024 || !value.bytes().all(|byte| (b' '..0x7f).contains(&byte)) {
+            let message = "expected up to 20 characters without spaces, and a value of ASCII text";
+            reader.problem(&child(key, name), message);
+        }
+    }
+}
+
+/// IP addresses, each once.
+fn source_addresses(reader: &mut Reader<'_>, key: &str, texts: &[String]) -> Vec<IpAddr> {
+    let mut addresses = Vec::new();
+    for (index, text) in texts.iter().enumerate() {
+        let key = format!("{key}[{index}]");
+        let Ok(address) = text.parse::<IpAddr>() else {
+            reader.problem(&key, "expected an IP address of this machine, like 10.0.0.5");
+            continue;
+        };
+        let address = address.to_canonical();
+        if address.is_unspecified() || address.is_multicast() {
+            reader.problem(&key, format!("{address} is not an address that a connection can come from"));
+        } else if addresses.contains(&address) {
+            reader.problem(&key, "the same address is in this list already");
+        } else {
+            addresses.push(address);
+        }
+    }
+    addresses
 }
 
 fn master_login(reader: &mut Reader<'_>, folder: &Path, key: &str, written: LoginMap) -> Option<MasterLogin> {

@@ -4,6 +4,8 @@ use std::path::Path;
 
 use super::*;
 
+mod warnings;
+
 const MINIMAL: &str = "\
 listeners: [{address: '127.0.0.1:1143', tls: none}]
 backends: {a: {servers: ['192.0.2.1:143']}}
@@ -122,7 +124,7 @@ admin: {address: ':9143'}
         "v.yaml:8:68: backends.shard-a.servers[3]: the key `address` is missing (or `srv`)",
         "v.yaml:8:81: backends.shard-a.servers[4]: the same server stands in this backend already",
         "v.yaml:9:23: backends.shard-a.tls.insecure: has no effect with mode none",
-        "v.yaml:10:5: backends.shard-a.colour: unknown key; known: servers, tls, client_info, authzid, login, referrals, login_with, unavailable_texts, limit_texts, empty_password, forward, balance, check, slow_start, breaker, max_sessions, queue",
+        "v.yaml:10:5: backends.shard-a.colour: unknown key; known: servers, tls, source_addresses, client_info, authzid, login, referrals, login_with, unavailable_texts, limit_texts, empty_password, forward, balance, check, slow_start, breaker, max_sessions, queue",
         "v.yaml:12:5: routes[0].default: no backend is declared as \"shard-b\"; did you mean `shard-a`?",
         "v.yaml:14:5: routes[2]: expected exactly one of table, domain, regex, hash, default, sql, ldap, http, redis, dns",
         "v.yaml:15:10: limits.idle: expected off or a duration from 30m to 30days",

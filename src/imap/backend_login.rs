@@ -53,6 +53,8 @@ pub struct BackendLogin<'a> {
     /// For the client, ahead of the answer.
     untagged: Vec<u8>,
     untagged_lines: usize,
+    /// Whether a list of capabilities names UNAUTHENTICATE.
+    unauthenticate: bool,
     /// A CAPABILITY line came with the login's answer.
     told_after_login: bool,
     /// The server's OK without its tag, while its capabilities are asked for.
@@ -93,6 +95,7 @@ impl<'a> BackendLogin<'a> {
             id_answer: None,
             untagged: Vec::new(),
             untagged_lines: 0,
+            unauthenticate: false,
             told_after_login: false,
             accepted: Vec::new(),
         }
@@ -107,6 +110,7 @@ impl<'a> BackendLogin<'a> {
     pub fn tls_established(&mut self) {
         self.encrypted = true;
         self.capabilities = None;
+        self.unauthenticate = false;
         self.untagged_lines = 0;
     }
 
@@ -133,6 +137,15 @@ impl<'a> BackendLogin<'a> {
     /// What the server said to our ID, if it was sent and answered.
     pub fn id_answer(&self) -> Option<IdAnswer> {
         self.id_answer
+    }
+
+    /// Whether the server has UNAUTHENTICATE (RFC 8437), as far as its capabilities have been seen.
+    pub fn advertises_unauthenticate(&self) -> bool {
+        self.unauthenticate
+    }
+
+    fn note(&mut self, capabilities: &Capabilities) {
+        self.unauthenticate |= capabilities.has("UNAUTHENTICATE");
     }
 
     /// What the server offers before login, as far as it is known.
@@ -295,7 +308,9 @@ impl<'a> BackendLogin<'a> {
         let Line::Untagged(content) = line else { return Err(ServerFault::Greeting) };
         match status(content) {
             Some((Status::Ok, text)) => {
-                self.capabilities = Capabilities::from_code(text);
+                let capabilities = Capabilities::from_code(text);
+                capabilities.iter().for_each(|capabilities| self.note(capabilities));
+                self.capabilities = capabilities;
                 Ok(())
             }
             _ if is_word(content, b"BYE") => Err(ServerFault::Bye),
@@ -368,6 +383,7 @@ impl<'a> BackendLogin<'a> {
         }
         if is_word(content, b"CAPABILITY") {
             let capabilities = Capabilities::new(&content[b"CAPABILITY".len()..]);
+            self.note(&capabilities);
             if self.phase == Phase::Login {
                 self.told_after_login = true;
                 self.pass_on(&[b"* CAPABILITY ", &capabilities.after_login()]);
@@ -439,6 +455,7 @@ impl<'a> BackendLogin<'a> {
     /// The client is told the capabilities with the OK. Where the server told none, it is asked.
     fn logged_in(&mut self, text: &[u8], out: &mut Zeroizing<Vec<u8>>) -> Option<ServerStep> {
         if let Some(capabilities) = Capabilities::from_code(text) {
+            self.note(&capabilities);
             let text = capability::code(text).map_or(text, |(_, _, rest)| rest);
             return Some(self.accept(Some(&capabilities.after_login()), text));
         }

@@ -136,11 +136,7 @@ impl Capabilities {
 
     /// What of the list matters before login.
     pub(super) fn offer(&self) -> Offer {
-        Offer {
-            mechanisms: self.offerable(),
-            extensions: self.extensions(),
-            unauthenticate: self.has("UNAUTHENTICATE"),
-        }
+        Offer { mechanisms: self.offerable(), extensions: self.extensions() }
     }
 
     /// Mechanisms of the server that a proxy may offer to clients. A hash whose `-PLUS` form the server offers is left out: a client
@@ -237,7 +233,6 @@ mod tests {
         let other = Capabilities::new(b"IMAP4rev1 IDLE UIDPLUS QUOTA");
         let names: Vec<&str> = one.extensions().iter().collect();
         assert_eq!(names, ["IDLE", "UIDPLUS", "MOVE"]);
-        assert!(one.offer().unauthenticate && !other.offer().unauthenticate);
         let common = one.extensions().and(other.extensions());
         assert_eq!(Extensions::from_bits(common.to_bits()), common);
         let greeting = |transport| before_login(transport, Mechanisms::PASSWORDS, common);

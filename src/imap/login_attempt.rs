@@ -114,8 +114,6 @@ pub struct Offer {
     pub mechanisms: Mechanisms,
     /// Extensions that may be promised to clients.
     pub extensions: Extensions,
-    /// Whether a client could log out without ending the connection, and log in as another user (RFC 8437).
-    pub unauthenticate: bool,
 }
 
 /// What the server said to an ID with fields that only trusted proxies may send.
@@ -123,6 +121,6 @@ pub struct Offer {
 pub enum IdAnswer {
     /// "Trusted ID completed.", as Dovecot has it since 2.4.
     Trusted,
-    /// Anything else; older Dovecots never say whether they trust.
+    /// Anything else. Dovecot before 2.4 answers the same whether or not it trusts.
     Silent,
 }

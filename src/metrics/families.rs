@@ -19,6 +19,7 @@ pub(super) struct Families {
     pub(super) sessions: IntGaugeVec,
     pub(super) sessions_total: IntCounterVec,
     pub(super) refused: IntCounterVec,
+    pub(super) balancer_checks: IntCounterVec,
     pub(super) backend_sessions: IntGaugeVec,
     pub(super) backend_sessions_total: IntCounterVec,
     pub(super) logins: IntCounterVec,
@@ -72,6 +73,11 @@ impl Families {
                 "vestibule_connections_refused_total",
                 "Client connections turned away at the door, by reason.",
                 &["listener", "reason"],
+            ),
+            balancer_checks: counters(
+                "vestibule_balancer_checks_total",
+                "Connections by which a balancer tests a listener with proxy_protocol: a LOCAL header, or closed without a byte (connect).",
+                &["listener", "kind"],
             ),
             backend_sessions: gauges("vestibule_backend_sessions", "Logged-in sessions being relayed.", &["backend"]),
             backend_sessions_total: counters(
@@ -187,7 +193,7 @@ impl Families {
             ),
             server_trusts: gauges(
                 "vestibule_server_trusts_id",
-                "1: the server says that it trusts our ID; 0: it does not (Dovecot before 2.4 never says so); -1: not heard yet.",
+                "1: the server says that it trusts our ID, as Dovecot 2.4 does; 0: it said so before and no longer does; -1: unknown.",
                 &["backend", "server"],
             ),
             server_sessions: gauges(
@@ -267,11 +273,12 @@ impl Families {
     }
 
     fn register_all(&self) {
-        let collectors: [Box<dyn prometheus::core::Collector>; 42] = [
+        let collectors: [Box<dyn prometheus::core::Collector>; 43] = [
             Box::new(self.build_info.clone()),
             Box::new(self.sessions.clone()),
             Box::new(self.sessions_total.clone()),
             Box::new(self.refused.clone()),
+            Box::new(self.balancer_checks.clone()),
             Box::new(self.backend_sessions.clone()),
             Box::new(self.backend_sessions_total.clone()),
             Box::new(self.logins.clone()),

@@ -257,9 +257,31 @@ impl Refusal {
     }
 }
 
+/// How a balancer tests a listener with `proxy_protocol`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum BalancerCheck {
+    /// By a header with LOCAL.
+    Local,
+    /// By a connection that is closed without a byte.
+    Connect,
+}
+
+impl BalancerCheck {
+    const ALL: [Self; 2] = [Self::Local, Self::Connect];
+
+    /// Label text.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Local => "local",
+            Self::Connect => "connect",
+        }
+    }
+}
+
 /// Metrics of one listener.
 #[derive(Debug)]
 pub struct ListenerMetrics {
+    balancer_checks: [IntCounter; BalancerCheck::ALL.len()],
     sessions: IntGauge,
     sessions_total: IntCounter,
     refused: [IntCounter; Refusal::ALL.len()],
@@ -273,6 +295,8 @@ impl ListenerMetrics {
             sessions_total: families.sessions_total.with_label_values(&[name]),
             refused: Refusal::ALL.map(|refusal| families.refused.with_label_values(&[name, refusal.as_str()])),
             tls_handshake: families.tls_handshake.with_label_values(&[name]),
+            balancer_checks: BalancerCheck::ALL
+                .map(|check| families.balancer_checks.with_label_values(&[name, check.as_str()])),
         }
     }
 
@@ -285,6 +309,11 @@ impl ListenerMetrics {
     /// A connection was turned away.
     pub fn refused(&self, refusal: Refusal) {
         self.refused[refusal as usize].inc();
+    }
+
+    /// A balancer tested the listener.
+    pub fn balancer_check(&self, check: BalancerCheck) {
+        self.balancer_checks[check as usize].inc();
     }
 
     /// A TLS handshake with a client succeeded.

@@ -62,6 +62,30 @@ pub fn parse(bytes: &[u8]) -> Result<Option<Header<'_>>, Malformed> {
     }
 }
 
+/// Whether a connection that is not to begin with a header does.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Beginning {
+    /// It does.
+    Header,
+    /// More bytes are needed.
+    Undecided,
+    /// It does not.
+    Other,
+}
+
+/// Looks at the first bytes of a connection for the start of a header, which no command of IMAP can be.
+pub fn beginning(bytes: &[u8]) -> Beginning {
+    let starts = [&b"PROXY TCP4 "[..], b"PROXY TCP6 ", b"PROXY UNKNOWN", SIGNATURE];
+    let mut possible = starts.into_iter().filter(|start| begins(bytes, start)).peekable();
+    if possible.peek().is_none() {
+        Beginning::Other
+    } else if possible.any(|start| bytes.len() >= start.len()) {
+        Beginning::Header
+    } else {
+        Beginning::Undecided
+    }
+}
+
 /// `bytes` begin with `start`, as far as they have come.
 fn begins(bytes: &[u8], start: &[u8]) -> bool {
     bytes.iter().zip(start).all(|(byte, expected)| byte == expected)

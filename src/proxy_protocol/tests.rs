@@ -182,3 +182,21 @@ fn the_clients_tls() {
     assert_eq!(refused(&with_fields(&twice)), "a field stands twice");
     assert_eq!(refused(&with_fields(&field(kind::CRC32C, &[0; 3]))), "the checksum is wrong");
 }
+
+#[test]
+fn a_header_is_recognised_where_none_is_expected() {
+    let line = version_1(address("192.0.2.7:4000"), address("198.51.100.2:993"));
+    let block = version_2(address("[2001:db8::7]:4000"), address("[2001:db8::1]:993"), None);
+    for (header, start) in
+        [(&line[..], 11), (b"PROXY TCP6 2001:db8::7", 11), (b"PROXY UNKNOWN\r\n", 13), (&block, 12), (&local_2(), 12)]
+    {
+        for length in 0..header.len() {
+            let expected = if length >= start { Beginning::Header } else { Beginning::Undecided };
+            assert_eq!(beginning(&header[..length]), expected, "{length} bytes of {header:?}");
+        }
+    }
+    for other in [&b"PROXY NOOP\r\n"[..], b"PROXY TCP5 ", b"PROXYA", b"\r\n\r\na", b"\x16\x03\x01", b"a1 ID", b"proxy "]
+    {
+        assert_eq!(beginning(other), Beginning::Other, "{other:?}");
+    }
+}

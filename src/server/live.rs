@@ -13,7 +13,7 @@ use crate::identity::{Delegation, Mechanisms};
 use crate::metrics::{Metrics, Names};
 use crate::policy::Policy;
 use crate::route::{self, At, Place, Router};
-use crate::session::Refusals;
+use crate::session::{LastWarning, Refusals};
 use crate::sessions::Sessions;
 use crate::tls::server::ServerTls;
 
@@ -37,6 +37,8 @@ pub struct Live {
     pub guard: Arc<Guard>,
     /// Who else is asked.
     pub policy: Option<Arc<Policy>>,
+    /// Warnings about unexpected PROXY headers, one for each listener.
+    pub proxy_header_warnings: Vec<LastWarning>,
     /// What is counted.
     pub metrics: Arc<Metrics>,
     /// What an established session keeps.
@@ -90,6 +92,7 @@ impl Live {
                 ),
                 policy,
                 metrics,
+                proxy_header_warnings: config.listeners.iter().map(|_| LastWarning::default()).collect(),
                 config,
             }),
             (tls, router, backends, policy) => {

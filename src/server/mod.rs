@@ -151,6 +151,7 @@ impl Bound {
         running.begin(&live, &stop, now.doors.addresses_with(&live.config, &opening));
         now.doors.swap(&live, opening, &running.workplaces).context("a listener could not be started")?;
         now.admin = admin.map(|admin| running.run_admin(&live, admin));
+        log_warnings(&live.config);
         for (address, configured) in now.doors.addresses().iter().zip(&live.config.listeners) {
             tracing::info!(%address, tls = ?configured.tls, "listening");
         }
@@ -165,6 +166,12 @@ impl Bound {
 /// As [`prepare`], [`Prepared::bind`] and [`Bound::start`].
 pub async fn start(config: Config, inherited: Vec<TcpListener>) -> anyhow::Result<Running> {
     prepare(config)?.bind(inherited)?.start()
+}
+
+fn log_warnings(config: &Config) {
+    for warning in &config.warnings {
+        tracing::warn!("{warning}");
+    }
 }
 
 /// With a copy of the socket, made here so that nothing can fail once a configuration has taken another's place.
@@ -228,6 +235,7 @@ impl Running {
             Ok(reloaded) => {
                 let Reloaded { opened, closed, unchanged } = reloaded;
                 tracing::info!(file = %file.display(), ?opened, ?closed, "configuration loaded");
+                log_warnings(&self.live().config);
                 for key in unchanged {
                     tracing::warn!("{key} has changed, which takes a restart");
                 }

@@ -52,14 +52,17 @@ impl Running {
                 let state = if up { "answers" } else { "failing" };
                 let error = server.last_error().map(|error| (error.at.elapsed().as_secs(), error.text));
                 let last_error = error.as_ref().map(|(age, text)| format!("; last error {age} s ago: {text}"));
+                let unauthenticate = server.has_unauthenticate();
+                let warning = if unauthenticate { ", has UNAUTHENTICATE: disable it there" } else { "" };
                 text.push_str(&format!(
-                    "server    {} {}: {mode}, {state}, {sessions} sessions{}\n",
+                    "server    {} {}: {mode}, {state}, {sessions} sessions{warning}{}\n",
                     backend.name,
                     server.name,
                     last_error.unwrap_or_default()
                 ));
                 servers.push(json!({
                     "backend": &*backend.name, "server": &*server.name, "mode": mode, "up": up, "sessions": sessions,
+                    "unauthenticate": unauthenticate,
                     "last_error": error.map(|(age, text)| json!({"seconds_ago": age, "text": &*text})),
                 }));
             }

@@ -7,7 +7,7 @@
 use std::sync::Arc;
 use std::time::Instant;
 
-use tokio::time::{self, timeout, timeout_at};
+use tokio::time::{self, timeout_at};
 use zeroize::Zeroizing;
 
 use super::defence::counted_users;
@@ -17,6 +17,7 @@ use super::{Session, close, pace};
 use crate::backend::connect::{Established, Outcome, Purpose, Request};
 use crate::backend::{Backend, Server, Slot};
 use crate::config::BackendId;
+use crate::deadline::Deadline;
 use crate::failure::Reason;
 use crate::generations::Generation;
 use crate::identity::{
@@ -203,7 +204,8 @@ impl Session {
             return Some(Ok(self.not_authorised(&login.tag)));
         }
         let question = self.question(names, login, stream);
-        let target = match timeout(live.limits.lookup, live.router.route(&question, &live.metrics)).await {
+        let lookup = live.router.route(&question, &live.metrics);
+        let target = match Deadline::after(live.limits.lookup).limit(lookup).await {
             Ok(Ok(Routed { target, route })) => {
                 let backend = match &*target {
                     Target::Place(place) => Some(&live.backends.backend(place.backend).name),

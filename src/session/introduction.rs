@@ -3,6 +3,7 @@
 //! The balancer's header is read, and not one byte of what follows it, which may be the client's TLS. Where the configuration
 //! names balancers nobody else is let in, for anybody can write a header. Called by `session`.
 
+use std::io;
 use std::net::SocketAddr;
 
 use tokio::io::AsyncReadExt;
@@ -11,6 +12,7 @@ use tokio::time::{self, timeout_at};
 
 use super::{Session, id};
 use crate::failure::Reason;
+use crate::metrics::BalancerCheck;
 use crate::proxy_protocol::{Header, Origin, parse};
 use crate::stream::{TlsFacts, TlsVersion};
 
@@ -45,7 +47,12 @@ impl Session {
             }
         };
         match said {
-            Ok(Ok(said)) => {
+            Ok(Ok(None)) => {
+                live.metrics.listener(self.listener).balancer_check(BalancerCheck::Connect);
+                self.record.is_check();
+                None
+            }
+            Ok(Ok(Some(said))) => {
                 let is_check = matches!(said.origin, Origin::Balancer);
                 self.believe(said);
                 if is_check { Some(()) } else { self.may_come_in(socket) }
@@ -61,7 +68,10 @@ impl Session {
             Origin::Client { client, listener } => {
                 (self.peer, self.local, self.is_proxied) = (client, listener, true);
             }
-            Origin::Balancer => self.record.is_check(),
+            Origin::Balancer => {
+                self.live.metrics.listener(self.listener).balancer_check(BalancerCheck::Local);
+                self.record.is_check();
+            }
             Origin::Untold => {}
         }
         self.record.introduced(id::new(self.peer), self.peer, self.local, said.tls);
@@ -76,15 +86,20 @@ impl Session {
     }
 }
 
-/// Reads up to the end of the header, and no further. The error is a sentence for the operator.
-async fn header(socket: &mut TcpStream) -> Result<Said, String> {
+/// Reads up to the end of the header, and no further. `None`: the balancer closed without a byte, as it does to see
+/// whether the listener is there. The error is a sentence for the operator.
+async fn header(socket: &mut TcpStream) -> Result<Option<Said>, String> {
     let mut seen = Vec::new();
     loop {
         let known = seen.len();
         seen.resize(known + READ, 0);
-        let peeked = socket.peek(&mut seen[known..]).await.map_err(|error| error.to_string())?;
+        let peeked = match socket.peek(&mut seen[known..]).await {
+            Ok(peeked) => peeked,
+            Err(error) if known == 0 && error.kind() == io::ErrorKind::ConnectionReset => 0,
+            Err(error) => return Err(error.to_string()),
+        };
         if peeked == 0 {
-            return Err("the connection closed before the end of a PROXY header".to_owned());
+            return if known == 0 { Ok(None) } else { Err("the connection closed within a PROXY header".to_owned()) };
         }
         seen.truncate(known + peeked);
         let header = parse(&seen).map_err(|malformed| malformed.to_string())?;
@@ -93,7 +108,7 @@ async fn header(socket: &mut TcpStream) -> Result<Said, String> {
         let said = header.map(Said::from);
         // The same bytes again, which are there.
         socket.read_exact(&mut seen[known..length]).await.map_err(|error| error.to_string())?;
-        if let Some(said) = said {
+        if said.is_some() {
             return Ok(said);
         }
     }

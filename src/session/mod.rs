@@ -22,6 +22,7 @@ mod introduction;
 mod invalid;
 mod pace;
 mod placement;
+mod proxy_header_warning;
 mod record;
 mod relayed;
 
@@ -39,11 +40,14 @@ use zeroize::Zeroizing;
 use self::attempt::{Attempted, Seated};
 pub use self::defence::turn_away;
 pub use self::pace::Refusals;
+pub use self::proxy_header_warning::LastWarning;
+use self::proxy_header_warning::{Opening, is_header_before_tls};
 use self::record::{EndedBy, Record};
 pub use self::relayed::Quiet;
 use self::relayed::{Kept, Relayed};
 use crate::backend::connect::Established;
 use crate::config::ListenerTls;
+use crate::deadline::Deadline;
 use crate::failure::Reason;
 use crate::guard::{Charge, OutOfMemory, Pass, Ticket};
 use crate::imap::prelogin::{Bye, CloseReason, LoginRequest, Policy, Prelogin, Step, Transport};
@@ -54,6 +58,7 @@ use crate::server::{Desk, Live};
 use crate::shutdown::Drain;
 use crate::stream::{Encrypted, Stream};
 use crate::tls::handover::Secrets;
+use crate::tls::server::HandshakeError;
 use crate::waiting::WaitingRoom;
 
 /// One read from a client before login.
@@ -135,6 +140,7 @@ struct Session {
     is_proxied: bool,
     listener: usize,
     login_by: time::Instant,
+    opening: Opening,
     record: Record,
 }
 
@@ -162,6 +168,7 @@ impl Session {
                 is_proxied: false,
                 listener,
                 login_by,
+                opening: Opening::default(),
                 record,
             },
             socket,
@@ -177,6 +184,9 @@ impl Session {
             ListenerTls::StartTls => (Stream::Plain(socket), Transport::StartTls),
             ListenerTls::None => (Stream::Plain(socket), Transport::Plain),
         };
+        if transport != Transport::Tls && self.live.config.listeners[self.listener].proxy_protocol.is_none() {
+            self.opening = Opening::expected();
+        }
         let mut prelogin = Prelogin::new(self.policy(transport, &stream));
         let mut out = Vec::new();
         prelogin.greet(&mut out);
@@ -271,7 +281,7 @@ impl Session {
         }
     }
 
-    /// Step 2.
+    /// Step 2. `None`: the session is over.
     async fn encrypt(&mut self, socket: TcpStream) -> Option<Stream> {
         let began = Instant::now();
         let due = self.login_by.min(time::Instant::now() + self.live.limits.handshake);
@@ -280,13 +290,14 @@ impl Session {
         let turns = self.live.guard.handshakes();
         let (accepting, memory) = (secrets.clone(), self.ticket.as_ref().map(Ticket::charge));
         let handshake = async {
-            // Whoever says nothing takes no turn from those who do; that a socket may be readable is not enough to know.
-            socket.peek(&mut [0]).await?;
-            let _turn = turns.acquire_owned().await.map_err(io::Error::other)?;
+            // Silent clients take no handshake permit: wait for a byte first. That the socket may be readable is not enough.
+            socket.peek(&mut [0]).await.map_err(|error| HandshakeError::of_system(&error))?;
+            let closed = |_| HandshakeError::of_system(&io::ErrorKind::Other.into());
+            let _turn = turns.acquire_owned().await.map_err(closed)?;
             tls.accept(self.listener, socket, accepting, memory).await
         };
-        let error = tokio::select! {
-            accepted = timeout_at(due, handshake) => match accepted {
+        let failed = tokio::select! {
+            accepted = Deadline::at(due).limit(handshake) => match accepted {
                 Ok(Ok(tls)) => {
                     let stream = Stream::Tls(Box::new(Encrypted { tls, secrets }));
                     let took = began.elapsed();
@@ -295,7 +306,7 @@ impl Session {
                     return Some(stream);
                 }
                 Ok(Err(error)) => error,
-                Err(_) => io::ErrorKind::TimedOut.into(),
+                Err(_) => HandshakeError::of_system(&io::ErrorKind::TimedOut.into()),
             },
             () = self.drain.begun().cancelled() => {
                 self.record.failed(Reason::Drain);
@@ -307,8 +318,13 @@ impl Session {
                 return None;
             }
         };
-        self.record.detail(error.to_string());
-        self.record.failed(if is_out_of_memory(&error) { Reason::ShedForMemory } else { Reason::Handshake });
+        if is_header_before_tls(&failed.first_bytes) {
+            self.unexpected_proxy_header();
+            return None;
+        }
+        let is_out_of_memory = is_out_of_memory(failed.kind());
+        self.record.detail(failed.to_string());
+        self.record.failed(if is_out_of_memory { Reason::ShedForMemory } else { Reason::Handshake });
         None
     }
 
@@ -387,11 +403,14 @@ impl Session {
         let mut buffer = Zeroizing::new(Vec::with_capacity(READ));
         match timeout_at(self.login_by, stream.read_buf(&mut *buffer)).await {
             Ok(Ok(read)) if read > 0 => {
+                if self.opening.is_header(&buffer) {
+                    return Err(Unread::ProxyHeader);
+                }
                 self.memory.resize(prelogin.held_with(read))?;
                 prelogin.input(&buffer);
                 Ok(())
             }
-            Ok(Err(error)) if is_out_of_memory(&error) => Err(Unread::OutOfMemory),
+            Ok(Err(error)) if is_out_of_memory(error.kind()) => Err(Unread::OutOfMemory),
             Ok(_) => Err(Unread::Gone),
             Err(_) => Err(Unread::Late),
         }
@@ -403,6 +422,10 @@ impl Session {
             Unread::Gone => return self.gone(Reason::Disconnected),
             Unread::Late => (Bye::LoginDeadline, Reason::LoginDeadline),
             Unread::OutOfMemory => (Bye::Memory, Reason::ShedForMemory),
+            Unread::ProxyHeader => {
+                self.unexpected_proxy_header();
+                return None;
+            }
         };
         self.farewell(stream, prelogin, ending).await
     }
@@ -487,6 +510,8 @@ enum Unread {
     Late,
     /// `limits.before_login_memory` is used up.
     OutOfMemory,
+    /// A balancer has sent a PROXY header to a listener that expects none.
+    ProxyHeader,
 }
 
 impl From<OutOfMemory> for Unread {
@@ -496,8 +521,8 @@ impl From<OutOfMemory> for Unread {
 }
 
 /// Whether a read failed because `limits.before_login_memory` is used up.
-fn is_out_of_memory(error: &io::Error) -> bool {
-    error.kind() == io::ErrorKind::OutOfMemory
+fn is_out_of_memory(error: io::ErrorKind) -> bool {
+    error == io::ErrorKind::OutOfMemory
 }
 
 /// Says goodbye at the TLS level, to a peer that may no longer listen.

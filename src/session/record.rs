@@ -224,7 +224,8 @@ impl Record {
     /// The attempt ended without an answer of a server.
     pub(super) fn attempt_failed(&mut self, reason: Reason, outcome: LoginOutcome, backend: Option<BackendId>) {
         // A failure of a server was counted when that server was tried.
-        if reason.side() != Side::Backend || matches!(reason, Reason::NoServer | Reason::ServersFull) {
+        let of_a_try = reason.side() == Side::Backend || matches!(reason, Reason::LocalPorts | Reason::System);
+        if !of_a_try || matches!(reason, Reason::NoServer | Reason::ServersFull) {
             self.settings.metrics.failure(reason);
         }
         self.failure = Some(reason);

@@ -19,6 +19,7 @@ use tokio_rustls::rustls::{SignatureAlgorithm, SignatureScheme};
 use x509_parser::extensions::GeneralName;
 use x509_parser::prelude::{FromDer as _, X509Certificate};
 
+use super::certificate_words::{VERSION_1, is_version_1};
 use super::ocsp::Response;
 use super::{provider, read_certificates};
 use crate::config::{Certificate, Config, Problem};
@@ -269,6 +270,9 @@ struct Facts {
 
 fn facts(certificate: &[u8]) -> Result<Facts, String> {
     let (_, parsed) = X509Certificate::from_der(certificate).map_err(|error| format!("not a certificate: {error}"))?;
+    if is_version_1(&parsed) {
+        return Err(VERSION_1.to_owned());
+    }
     let alternatives = parsed.subject_alternative_name().map_err(|error| error.to_string())?;
     let names = alternatives.into_iter().flat_map(|names| &names.value.general_names).filter_map(|name| match name {
         GeneralName::DNSName(name) => Some(name.to_ascii_lowercase()),

@@ -8,19 +8,15 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use aws_lc_rs::digest::{SHA256, digest};
 use tokio::net::TcpStream;
-use tokio_rustls::rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
-use tokio_rustls::rustls::crypto::{CryptoProvider, verify_tls12_signature, verify_tls13_signature};
-use tokio_rustls::rustls::pki_types::{CertificateDer, ServerName, UnixTime};
-use tokio_rustls::rustls::{
-    CertificateError, ClientConfig, DigitallySignedStruct, Error, RootCertStore, SignatureScheme,
-};
+use tokio_rustls::rustls::client::danger::ServerCertVerifier;
+use tokio_rustls::rustls::pki_types::ServerName;
+use tokio_rustls::rustls::{ClientConfig, Error, InvalidMessage, RootCertStore};
 use tokio_rustls::{TlsConnector, TlsStream};
-use x509_parser::prelude::{FromDer, X509Certificate};
 
 use super::handover::Secrets;
 use super::records::Records;
+use super::trust::{ByPin, ByRoots, observed};
 use super::{provider, read_certificates};
 use crate::config::{Backend, Config, Located, Place, Problem, TlsMode, Trust};
 
@@ -52,24 +48,13 @@ impl ClientTls {
                 config.problem(&backend.place, format!("server_name {name:?} is neither a DNS name nor an address"))
             })?),
         };
-        let provider = provider();
-        let builder = ClientConfig::builder_with_provider(provider.clone())
-            .with_safe_default_protocol_versions()
-            .map_err(|error| config.problem(&backend.place, error.to_string()))?;
-        let mut client = match &backend.tls.trust {
-            Trust::Pin(pins) => builder
-                .dangerous()
-                .with_custom_certificate_verifier(Arc::new(Relaxed { provider, pins: Some(pins.clone()) }))
-                .with_no_client_auth(),
-            Trust::Insecure => builder
-                .dangerous()
-                .with_custom_certificate_verifier(Arc::new(Relaxed { provider, pins: None }))
-                .with_no_client_auth(),
-            Trust::System => builder.with_root_certificates(roots(config, None, &backend.place)?).with_no_client_auth(),
-            Trust::Ca(ca) => {
-                builder.with_root_certificates(roots(config, Some(ca), &backend.place)?).with_no_client_auth()
-            }
+        let verifier: Arc<dyn ServerCertVerifier> = match &backend.tls.trust {
+            Trust::Pin(pins) => ByPin::new(Some(pins.clone())),
+            Trust::Insecure => ByPin::new(None),
+            Trust::System => by_roots(config, None, &backend.place)?,
+            Trust::Ca(ca) => by_roots(config, Some(ca), &backend.place)?,
         };
+        let mut client = client_config(verifier).map_err(|error| config.problem(&backend.place, error))?;
         client.alpn_protocols = vec![b"imap".to_vec()];
         client.enable_secret_extraction = true;
         Ok(Some(Self { config: client, server_name }))
@@ -89,7 +74,24 @@ impl ClientTls {
         // A configuration of its own is what gives a connection a key log of its own; all it holds is shared.
         let mut config = self.config.clone();
         config.key_log = secrets;
-        Ok(TlsStream::Client(TlsConnector::from(Arc::new(config)).connect(name, Records::new(socket)).await?))
+        let handshake = TlsConnector::from(Arc::new(config)).connect(name, Records::new(socket));
+        match observed(handshake).await {
+            (Ok(tls), _) => Ok(TlsStream::Client(tls)),
+            (Err(error), Some(refusal)) => Err(std::io::Error::new(error.kind(), refusal)),
+            (Err(error), None) => Err(in_words(error)),
+        }
+    }
+}
+
+/// An error of a handshake with a server, explained if the server does not speak TLS.
+fn in_words(error: std::io::Error) -> std::io::Error {
+    let cause = error.get_ref().and_then(|cause| cause.downcast_ref::<Error>());
+    match cause {
+        Some(Error::InvalidMessage(InvalidMessage::InvalidContentType)) => {
+            let words = format!("the server does not speak TLS on this port, or not from the first byte: {error}");
+            std::io::Error::new(error.kind(), words)
+        }
+        _ => error,
     }
 }
 
@@ -98,10 +100,7 @@ impl ClientTls {
 /// # Errors
 /// A `ca` file that cannot be used, no root certificate on the system.
 pub fn verified(config: &Config, ca: Option<&Located<PathBuf>>, place: &Place) -> Result<ClientConfig, Problem> {
-    let roots = roots(config, ca, place)?;
-    let builder = ClientConfig::builder_with_provider(provider()).with_safe_default_protocol_versions();
-    let builder = builder.map_err(|error| config.problem(place, error.to_string()))?;
-    Ok(builder.with_root_certificates(roots).with_no_client_auth())
+    client_config(by_roots(config, ca, place)?).map_err(|error| config.problem(place, error))
 }
 
 /// TLS in which nobody is trusted: for a client that needs a configuration and speaks plaintext.
@@ -111,72 +110,29 @@ pub fn nobody() -> ClientConfig {
     builder.with_root_certificates(RootCertStore::empty()).with_no_client_auth()
 }
 
-fn roots(config: &Config, ca: Option<&Located<PathBuf>>, place: &Place) -> Result<RootCertStore, Problem> {
+fn client_config(verifier: Arc<dyn ServerCertVerifier>) -> Result<ClientConfig, String> {
+    let builder = ClientConfig::builder_with_provider(provider()).with_safe_default_protocol_versions();
+    let builder = builder.map_err(|error| error.to_string())?;
+    Ok(builder.dangerous().with_custom_certificate_verifier(verifier).with_no_client_auth())
+}
+
+/// Trust in the certificates of a `ca` file, or in those of the system.
+fn by_roots(config: &Config, ca: Option<&Located<PathBuf>>, place: &Place) -> Result<Arc<ByRoots>, Problem> {
     let mut store = RootCertStore::empty();
     if let Some(path) = ca {
         let fault = |message: String| config.problem(&path.place, format!("{}: {message}", path.value.display()));
-        for certificate in read_certificates(&path.value).map_err(fault)? {
-            store.add(certificate).map_err(|error| fault(error.to_string()))?;
+        let certificates = read_certificates(&path.value).map_err(fault)?;
+        for certificate in &certificates {
+            store.add(certificate.clone()).map_err(|error| fault(error.to_string()))?;
         }
-        return Ok(store);
+        return ByRoots::new(store, &certificates).map_err(fault);
     }
     // Some of a system's roots may be unusable; what matters is that there are any.
-    let found = rustls_native_certs::load_native_certs();
-    store.add_parsable_certificates(found.certs);
+    let found = rustls_native_certs::load_native_certs().certs;
+    store.add_parsable_certificates(found.iter().cloned());
     if store.is_empty() {
         let message = "no root certificates on this system to verify the servers with: install ca-certificates, or name a ca, a pin or insecure";
         return Err(config.problem(place, message));
     }
-    Ok(store)
-}
-
-/// Accepts by pin alone, or anything: what `pin` and `insecure` mean. The handshake's signature is still checked, so
-/// that the peer has the key of the certificate it shows.
-#[derive(Debug)]
-struct Relaxed {
-    provider: Arc<CryptoProvider>,
-    pins: Option<Vec<[u8; 32]>>,
-}
-
-impl ServerCertVerifier for Relaxed {
-    fn verify_server_cert(
-        &self,
-        certificate: &CertificateDer<'_>,
-        _intermediates: &[CertificateDer<'_>],
-        _name: &ServerName<'_>,
-        _ocsp: &[u8],
-        _now: UnixTime,
-    ) -> Result<ServerCertVerified, Error> {
-        let Some(pins) = &self.pins else { return Ok(ServerCertVerified::assertion()) };
-        let (_, parsed) = X509Certificate::from_der(certificate)
-            .map_err(|_| Error::InvalidCertificate(CertificateError::BadEncoding))?;
-        let shown = digest(&SHA256, parsed.public_key().raw);
-        if pins.iter().any(|pin| pin == shown.as_ref()) {
-            Ok(ServerCertVerified::assertion())
-        } else {
-            Err(Error::InvalidCertificate(CertificateError::ApplicationVerificationFailure))
-        }
-    }
-
-    fn verify_tls12_signature(
-        &self,
-        message: &[u8],
-        certificate: &CertificateDer<'_>,
-        signed: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, Error> {
-        verify_tls12_signature(message, certificate, signed, &self.provider.signature_verification_algorithms)
-    }
-
-    fn verify_tls13_signature(
-        &self,
-        message: &[u8],
-        certificate: &CertificateDer<'_>,
-        signed: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, Error> {
-        verify_tls13_signature(message, certificate, signed, &self.provider.signature_verification_algorithms)
-    }
-
-    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
-        self.provider.signature_verification_algorithms.supported_schemes()
-    }
+    ByRoots::new(store, &found).map_err(|error| config.problem(place, error))
 }

@@ -5,14 +5,17 @@
 //! provider (aws-lc) with AES-128-GCM first: it is the fastest on hardware with AES instructions, and SHA-384, which
 //! the 256-bit suites bring along, has no hardware help on common processors.
 
+mod certificate_words;
 mod certificates;
 pub mod client;
+pub mod client_hello;
 mod error_text;
 pub mod handover;
 mod ocsp;
 pub mod records;
 pub mod server;
 mod tickets;
+mod trust;
 
 use std::path::Path;
 use std::sync::Arc;

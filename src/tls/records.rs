@@ -14,12 +14,15 @@ use std::pin::Pin;
 use std::task::{Context, Poll, ready};
 
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use zeroize::Zeroizing;
 
 use crate::guard::Charge;
 use crate::record_layer::record_length;
 
 /// One read of the socket: a handshake message, a login or a reply fits.
 const READ: usize = 4096;
+/// Bytes kept from the start of a connection: a ClientHello with a post-quantum key share has about 1.8 KB.
+const MAX_START: usize = 4096;
 
 /// See the module.
 #[derive(Debug)]
@@ -31,6 +34,8 @@ pub struct Records<S> {
     /// So much of the record at `start` is still to be given, known to be there.
     releasing: usize,
     account: Option<Account>,
+    /// What the peer sent first, as long as it is wanted: a login in clear, if it speaks no TLS.
+    first_bytes: Option<Zeroizing<Vec<u8>>>,
 }
 
 /// Bytes of a client's connection that are charged to the budget.
@@ -62,13 +67,20 @@ impl Account {
 impl<S> Records<S> {
     /// Nothing is read yet.
     pub fn new(socket: S) -> Self {
-        Self { socket, buffer: Vec::new(), start: 0, releasing: 0, account: None }
+        Self { socket, buffer: Vec::new(), start: 0, releasing: 0, account: None, first_bytes: None }
     }
 
-    /// The same, charged to a client's connection.
-    pub fn charged(socket: S, charge: Charge) -> Self {
+    /// What comes first is kept for [`Records::take_first_bytes`]. Nothing may have been read yet.
+    #[must_use]
+    pub fn keeping_first_bytes(self) -> Self {
+        Self { first_bytes: Some(Zeroizing::default()), ..self }
+    }
+
+    /// What is held is charged to a client's connection.
+    #[must_use]
+    pub fn charged(self, charge: Charge) -> Self {
         let account = Account { charge, handshaking: true, in_rustls: 0, kept: 0 };
-        Self { account: Some(account), ..Self::new(socket) }
+        Self { account: Some(account), ..self }
     }
 
     /// The handshake is done; of it rustls keeps `kept` bytes.
@@ -78,6 +90,11 @@ impl<S> Records<S> {
         }
         // Less than before is always allowed, and more would be noticed at the next read.
         let _ = self.pay(self.buffer.capacity());
+    }
+
+    /// The start of the connection, up to 4 KiB, which is not kept any longer.
+    pub fn take_first_bytes(&mut self) -> Zeroizing<Vec<u8>> {
+        self.first_bytes.take().unwrap_or_default()
     }
 
     /// The socket itself.
@@ -149,6 +166,10 @@ impl<S: AsyncRead + Unpin> Records<S> {
         let result = Pin::new(&mut self.socket).poll_read(context, &mut space);
         let read = space.filled().len();
         self.buffer.truncate(length + read);
+        if let Some(first_bytes) = &mut self.first_bytes {
+            let wanted = read.min(MAX_START - first_bytes.len());
+            first_bytes.extend_from_slice(&self.buffer[length..length + wanted]);
+        }
         ready!(result)?;
         Poll::Ready(Ok(read > 0))
     }

@@ -2,8 +2,9 @@
 //!
 //! Certificates are chosen by `certificates`, tickets sealed by `tickets`; both are read again while the process runs
 //! ([`ServerTls::start`]). SNI: a listener may be strict, and then refuses a client that asks for no server there is a
-//! certificate for. ALPN: a client that offers protocols without `imap` is refused (CVE-2021-3618, ALPACA); one that
-//! offers none is served. Sessions are resumed by tickets alone, so that nothing is stored between them, one ticket is
+//! certificate for. ALPN: a client that offers protocols without `imap` is refused (CVE-2021-3618, ALPACA), unless the
+//! listener has `alpn: any`; one that offers none is served. A handshake that fails is explained by what the client
+//! offered. Sessions are resumed by tickets alone, so that nothing is stored between them, one ticket is
 //! sent instead of two, and no early data is ever taken (RFC 8446 section 8: it could be replayed).
 
 use std::sync::Arc;
@@ -15,19 +16,22 @@ use tokio::net::TcpStream;
 use tokio::runtime::Handle;
 use tokio::time;
 use tokio_rustls::rustls::server::danger::ClientCertVerifier;
-use tokio_rustls::rustls::server::{Acceptor, NoServerSessionStorage, ProducesTickets, WebPkiClientVerifier};
+use tokio_rustls::rustls::server::{Acceptor, NoServerSessionStorage, ProducesTickets};
 use tokio_rustls::rustls::version::{TLS12, TLS13};
-use tokio_rustls::rustls::{RootCertStore, ServerConfig};
+use tokio_rustls::rustls::{Error, InvalidMessage, RootCertStore, ServerConfig};
 use tokio_rustls::{LazyConfigAcceptor, TlsAcceptor, TlsStream, server};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use x509_parser::extensions::GeneralName;
 use x509_parser::prelude::{FromDer as _, X509Certificate};
+use zeroize::Zeroizing;
 
 use super::certificates::{Certificates, Resolver};
+use super::client_hello::Offer;
 use super::handover::Secrets;
 use super::records::Records;
 use super::tickets::{Clients, Scope, Tickets};
+use super::trust::{ClientsByRoots, observed};
 use super::{provider, read_certificates};
 use crate::config::{CertificateUser, ClientCertificates, Config, Listener, Problem, TlsVersion};
 use crate::guard::Charge;
@@ -52,6 +56,8 @@ pub struct ServerTls {
 struct Shown {
     config: ServerConfig,
     strict_sni: bool,
+    strict_alpn: bool,
+    oldest: TlsVersion,
     user: Option<CertificateUser>,
 }
 
@@ -86,8 +92,13 @@ impl ServerTls {
             let ticketer = tickets.of(&policy.scope);
             let built = server_config(policy, resolver, ticketer)
                 .map_err(|error| vec![config.problem(&listener.place, error)])?;
-            let user = listener.client_certificates.as_ref().map(|wanted| wanted.user);
-            listeners.push(Shown { config: built, strict_sni: listener.strict_sni, user });
+            listeners.push(Shown {
+                config: built,
+                strict_sni: listener.strict_sni,
+                strict_alpn: listener.strict_alpn,
+                oldest: listener.tls_min,
+                user: listener.client_certificates.as_ref().map(|wanted| wanted.user),
+            });
         }
         Ok(Some(Self { listeners, certificates, tickets: Arc::new(tickets) }))
     }
@@ -96,32 +107,43 @@ impl ServerTls {
     /// connection's traffic secrets; `memory` is charged for what the client makes the connection hold.
     ///
     /// # Errors
-    /// What rustls says: no common version or cipher, no TLS at all; or no certificate for the server asked for.
+    /// No common version or cipher, no TLS at all, a certificate that is not trusted, or no certificate for the server
+    /// name that the client asked for.
     pub async fn accept(
         &self,
         listener: usize,
         socket: TcpStream,
         secrets: Arc<Secrets>,
         memory: Option<Charge>,
-    ) -> std::io::Result<TlsStream<Records<TcpStream>>> {
+    ) -> Result<TlsStream<Records<TcpStream>>, HandshakeError> {
         let shown = &self.listeners[listener];
         // A configuration of its own is what gives a connection a key log of its own; all it holds is shared.
         let mut config = shown.config.clone();
         config.key_log = secrets;
-        let socket = match memory {
-            Some(charge) => Records::charged(socket, charge),
-            None => Records::new(socket),
+        let records = Records::new(socket).keeping_first_bytes();
+        let records = match memory {
+            Some(charge) => records.charged(charge),
+            None => records,
         };
-        let config = Arc::new(config);
-        let mut accepted = match shown.strict_sni {
-            // In a box: it is larger than what everybody else needs.
-            true => Box::pin(self.accept_strictly(config, socket)).await?,
-            false => TlsAcceptor::from(config).accept(socket).await?,
+        let handshake = async {
+            match shown.strict_sni || !shown.strict_alpn {
+                // In a box: it is larger than what all other listeners need.
+                true => Box::pin(self.accept_by_hello(shown, config, records)).await,
+                false => TlsAcceptor::from(Arc::new(config)).accept(records).into_fallible().await.map_err(broken),
+            }
         };
-        let (records, connection) = accepted.get_mut();
-        let certificates = connection.peer_certificates().unwrap_or_default();
-        records.established(certificates.iter().map(|certificate| certificate.len()).sum());
-        Ok(TlsStream::Server(accepted))
+        match observed(handshake).await {
+            (Ok(mut accepted), _) => {
+                let (records, connection) = accepted.get_mut();
+                drop(records.take_first_bytes());
+                let certificates = connection.peer_certificates().unwrap_or_default();
+                records.established(certificates.iter().map(|certificate| certificate.len()).sum());
+                Ok(TlsStream::Server(accepted))
+            }
+            (Err((error, first_bytes)), refusal) => {
+                Err(HandshakeError::new(&error, first_bytes, refusal, shown.oldest))
+            }
+        }
     }
 
     /// Whether the listener asks clients for certificates.
@@ -129,18 +151,33 @@ impl ServerTls {
         self.listeners[listener].user.is_some()
     }
 
-    /// Reads the client's first message before rustls answers it.
-    async fn accept_strictly(
+    /// Reads the client's first message before rustls answers it, for listeners whose answer depends on it.
+    async fn accept_by_hello(
         &self,
-        config: Arc<ServerConfig>,
+        shown: &Shown,
+        mut config: ServerConfig,
         socket: Records<TcpStream>,
-    ) -> std::io::Result<server::TlsStream<Records<TcpStream>>> {
-        let mut start = LazyConfigAcceptor::new(Acceptor::default(), socket).await?;
-        if self.certificates.knows(start.client_hello().server_name()) {
-            return start.into_stream(config).await;
+    ) -> Result<server::TlsStream<Records<TcpStream>>, Broken> {
+        let mut acceptor = LazyConfigAcceptor::new(Acceptor::default(), socket);
+        let mut start = match (&mut acceptor).await {
+            Ok(start) => start,
+            Err(error) => {
+                let first_bytes = acceptor.take_io().map(|mut socket| socket.take_first_bytes());
+                return Err((error, first_bytes.unwrap_or_default()));
+            }
+        };
+        let hello = start.client_hello();
+        let is_known = self.certificates.knows(hello.server_name());
+        if !shown.strict_alpn && hello.alpn().is_some_and(|mut offered| offered.all(|protocol| protocol != ALPN)) {
+            // Without protocols of its own rustls agrees on none and goes on.
+            config.alpn_protocols = Vec::new();
         }
-        start.io.write_all(&UNRECOGNIZED_NAME).await?;
-        Err(std::io::Error::other("the client asks for no server that there is a certificate for"))
+        if shown.strict_sni && !is_known {
+            let error = std::io::Error::other("the client asks for no server that there is a certificate for");
+            let error = start.io.write_all(&UNRECOGNIZED_NAME).await.err().unwrap_or(error);
+            return Err((error, start.io.take_first_bytes()));
+        }
+        start.into_stream(Arc::new(config)).into_fallible().await.map_err(broken)
     }
 
     /// Sets the gauges, and begins to watch certificates and ticket keys, on `runtime` until `stop`.
@@ -240,16 +277,61 @@ fn verifier(config: &Config, wanted: &ClientCertificates) -> Result<(Arc<dyn Cli
     let fault = |message: String| config.problem(&wanted.ca.place, format!("{file}: {message}"));
     let mut roots = RootCertStore::empty();
     let mut digest = digest::Context::new(&digest::SHA256);
-    for certificate in read_certificates(&wanted.ca.value).map_err(fault)? {
-        digest.update(&certificate);
-        roots.add(certificate).map_err(|error| fault(error.to_string()))?;
+    let certificates = read_certificates(&wanted.ca.value).map_err(fault)?;
+    for certificate in &certificates {
+        digest.update(certificate);
+        roots.add(certificate.clone()).map_err(|error| fault(error.to_string()))?;
     }
-    let builder = WebPkiClientVerifier::builder_with_provider(Arc::new(roots), provider());
-    let builder = if wanted.required { builder } else { builder.allow_unauthenticated() };
-    let verifier = builder.build().map_err(|error| fault(error.to_string()))?;
+    let verifier = ClientsByRoots::new(roots, &certificates, wanted.required).map_err(fault)?;
     let mut bytes = [0; 32];
     bytes.copy_from_slice(digest.finish().as_ref());
     Ok((verifier, bytes))
+}
+
+/// Why a handshake failed, and what the client sent first.
+type Broken = (std::io::Error, Zeroizing<Vec<u8>>);
+
+fn broken((error, mut socket): (std::io::Error, Records<TcpStream>)) -> Broken {
+    (error, socket.take_first_bytes())
+}
+
+/// A handshake with a client that failed.
+#[derive(Debug, thiserror::Error)]
+#[error("{reason}")]
+pub struct HandshakeError {
+    reason: String,
+    kind: std::io::ErrorKind,
+    /// What the client sent first, up to 4 KiB.
+    pub first_bytes: Zeroizing<Vec<u8>>,
+}
+
+impl HandshakeError {
+    /// The system failed before the handshake began.
+    pub fn of_system(error: &std::io::Error) -> Self {
+        Self { reason: error.to_string(), kind: error.kind(), first_bytes: Zeroizing::default() }
+    }
+
+    /// The kind of the I/O error that ended the handshake.
+    pub fn kind(&self) -> std::io::ErrorKind {
+        self.kind
+    }
+
+    fn new(
+        error: &std::io::Error,
+        first_bytes: Zeroizing<Vec<u8>>,
+        refusal: Option<String>,
+        oldest: TlsVersion,
+    ) -> Self {
+        let cause = error.get_ref().and_then(|cause| cause.downcast_ref::<Error>());
+        let explained = || match cause? {
+            Error::InvalidMessage(InvalidMessage::InvalidContentType) => {
+                Some("the client does not speak TLS on this port, or not from the first byte".to_owned())
+            }
+            cause => Offer::read(&first_bytes)?.explains(cause, oldest),
+        };
+        let reason = refusal.or_else(explained).unwrap_or_else(|| error.to_string());
+        Self { reason, kind: error.kind(), first_bytes }
+    }
 }
 
 /// Seconds since 1970.

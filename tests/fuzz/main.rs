@@ -46,7 +46,7 @@ macro_rules! tests {
     };
 }
 
-tests! { prelogin sasl backend_login proxy_header records configuration table template }
+tests! { prelogin sasl backend_login proxy_header client_hello records configuration table template }
 
 fn folder() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("fuzz")

@@ -87,6 +87,8 @@ async fn all_that_dovecot_is_told_and_whether_it_believes_it() {
     ))
     .await;
     for (said, ttl, answer, trusted) in [
+        // Dovecot 2.3 answers so whether or not it trusts.
+        ("", 6, "ID completed.", -1.0),
         ("", 6, "Trusted ID completed.", 1.0),
         ("b ID (\"name\" \"a proxy\" \"x-proxy-ttl\" \"3\")\r\n", 2, "ID completed.", 0.0),
         ("b ID (\"x-proxy-ttl\" \"1\" \"x-client-transport\" \"forged\")\r\n", 0, "trusted id completed.", 1.0),

@@ -189,7 +189,7 @@ async fn from_elsewhere_no_header_is_believed_and_nobody_let_in() {
         eventually("the count", || refused(&proxy) == before + 1.0).await;
     }
     assert_eq!(server.connections(), 0);
-    // Where the listener has no such setting, a header is a bad command, and no more.
+    // If the listener has no such setting, a header is not believed either: the connection ends.
     let proxy = crate::support::proxy(&format!(
         "backends: {{only: {{servers: ['{}']}}}}\nroutes: [{{default: only}}]\n",
         server.address
@@ -197,7 +197,7 @@ async fn from_elsewhere_no_header_is_believed_and_nobody_let_in() {
     .await;
     let mut client = Client::connect(proxy.listeners()[0]).await;
     client.send(&headers()[0]).await;
-    assert!(client.line().await.contains(" BAD "));
+    client.assert_closed().await;
 }
 
 #[tokio::test]
@@ -240,4 +240,68 @@ async fn limits_count_the_client_and_not_the_balancer() {
         assert_eq!(metric(&proxy, "vestibule_connections_refused_total", &[&label]), 1.0, "{reason}");
     }
     proxy.stop().await;
+}
+
+#[tokio::test]
+async fn a_balancer_that_connects_and_says_nothing_is_no_failure() {
+    let certificates = Certificates::new();
+    let proxy = behind_a_balancer(&certificates, address("127.0.0.1:1"), "").await;
+    for (number, listener) in proxy.listeners().into_iter().enumerate() {
+        // Closed, and reset as HAProxy does it.
+        drop(TcpStream::connect(listener).await.unwrap());
+        let reset = TcpStream::connect(listener).await.unwrap();
+        socket2::SockRef::from(&reset).set_linger(Some(std::time::Duration::ZERO)).unwrap();
+        drop(reset);
+        let checks = || metric(&proxy, "vestibule_balancer_checks_total", &["kind=\"connect\""]);
+        eventually("the checks", || checks() == 2.0 * (number + 1) as f64).await;
+    }
+    let mut check = Client::silent(proxy.listeners()[0]).await;
+    check.send(local_2()).await;
+    check.line().await;
+    assert_eq!(metric(&proxy, "vestibule_balancer_checks_total", &["kind=\"local\""]), 1.0);
+    // Half a header is a failure as before.
+    let mut broken = Client::silent(proxy.listeners()[0]).await;
+    broken.send("PROXY TCP4").await;
+    drop(broken);
+    eventually("the failure", || refused(&proxy) == 1.0).await;
+    assert_eq!(metric(&proxy, "vestibule_failures_total", &[]), 1.0);
+}
+
+#[tokio::test]
+async fn a_header_on_a_listener_that_expects_none_is_named() {
+    let certificates = Certificates::new();
+    let server = Scripted::new(GOOD).await;
+    let listeners =
+        ["none", "starttls", "implicit"].map(|tls| format!("{{address: '127.0.0.1:0', tls: {tls}}}")).join(", ");
+    let proxy = start(&format!(
+        "listeners: [{listeners}]\n{}backends: {{only: {{servers: ['{}']}}}}\nroutes: [{{default: only}}]\n",
+        certificates.section(),
+        server.address
+    ))
+    .await;
+    let mut expected = 0.0;
+    let [line, binary] = headers();
+    for (header, cuts) in [(line, &[0, 5, 8][..]), (binary, &[0])] {
+        for (number, listener) in proxy.listeners().into_iter().enumerate() {
+            for &cut in cuts {
+                let mut client = Client::new(introduced(listener, &header, cut).await);
+                if number < 2 {
+                    assert!(client.line().await.starts_with("* OK"));
+                }
+                while !client.line().await.is_empty() {}
+                expected += 1.0;
+                let named = || metric(&proxy, "vestibule_failures_total", &["reason=\"unexpected_proxy_header\""]);
+                eventually("the reason", || named() == expected).await;
+            }
+        }
+    }
+    assert_eq!(metric(&proxy, "vestibule_failures_total", &[]), expected, "and by no other name");
+    // A tag may look like the start of a header.
+    let mut client = Client::connect(proxy.listeners()[0]).await;
+    assert_eq!(client.ask("PROXY NOOP").await, "PROXY OK NOOP completed.");
+    log_in_good(&mut client).await;
+}
+
+async fn log_in_good(client: &mut Client) {
+    assert_eq!(client.ask("a LOGIN alice secret").await, "a OK [CAPABILITY IMAP4rev1 IDLE] in");
 }

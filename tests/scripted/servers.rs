@@ -1,6 +1,6 @@
 //! Servers that fail in every way, and what the client and the metrics see of it.
 
-use crate::support::{Certificates, Client, GOOD, Scripted, metric, proxy};
+use crate::support::{Certificates, Client, GOOD, Scripted, eventually, metric, proxy};
 
 const UNAVAILABLE: &str = "a NO [UNAVAILABLE] The mailbox is temporarily unavailable, try again later.";
 
@@ -304,4 +304,30 @@ async fn asking_for_anothers_mailbox_does_not_tell_who_exists() {
         assert_eq!(answers[0], answers[1]);
         assert!(failures(&proxy, "authzid_refused") >= 1.0);
     }
+}
+
+#[tokio::test]
+async fn a_server_with_unauthenticate_is_reported_in_the_status() {
+    let plain = "S: * OK [CAPABILITY IMAP4rev1] x\nC: Q LOGOUT\n...";
+    let before = "S: * OK [CAPABILITY IMAP4rev1 UNAUTHENTICATE] x\nC: Q LOGOUT\n...";
+    let asked = "S: * OK x\nC: C CAPABILITY\nS: * CAPABILITY IMAP4rev1 unauthenticate\nS: C OK\nC: Q LOGOUT\n...";
+    for (script, reported) in [(plain, false), (before, true), (asked, true)] {
+        let server = Scripted::new(script).await;
+        let proxy = proxy(&format!(
+            "backends: {{only: {{servers: ['{}'], check: {{interval: 100ms}}}}}}\nroutes: [{{default: only}}]\n",
+            server.address
+        ))
+        .await;
+        let passed = || metric(&proxy, "vestibule_server_checks_total", &["outcome=\"passed\""]) > 0.0;
+        eventually("a check", passed).await;
+        let status = proxy.status();
+        assert_eq!(status.text.contains("has UNAUTHENTICATE: disable it there"), reported, "{}", status.text);
+        assert_eq!(status.data["servers"][0]["unauthenticate"], reported);
+    }
+    // A server may show it only to those who have logged in.
+    let script = "S: * OK [CAPABILITY IMAP4rev1] x\nC: *\nS: L OK [CAPABILITY IMAP4rev1 UNAUTHENTICATE] in\n...";
+    let (proxy, _server) = alone(script).await;
+    let mut client = Client::connect(proxy.listeners()[0]).await;
+    assert_eq!(client.ask("a LOGIN alice secret").await, "a OK [CAPABILITY IMAP4rev1] in");
+    assert!(proxy.status().text.contains("UNAUTHENTICATE"));
 }

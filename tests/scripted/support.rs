@@ -99,6 +99,15 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Line<S> {
         .unwrap();
     }
 
+    /// Sends to a peer that may be gone.
+    pub async fn try_send(&mut self, text: &str) -> std::io::Result<()> {
+        in_time("a write", async {
+            self.stream.write_all(text.as_bytes()).await?;
+            self.stream.flush().await
+        })
+        .await
+    }
+
     /// One line without its end; empty where the stream ends, in whichever way.
     pub async fn line(&mut self) -> String {
         loop {
@@ -283,6 +292,13 @@ impl Certificates {
             ca: authority.der().clone(),
             folder,
         }
+    }
+
+    /// A certificate with its key; `ca` is trusted by clients of the test and in `ca.pem`.
+    pub fn of(certificate: CertificateDer<'static>, key: &KeyPair, ca: CertificateDer<'static>, ca_pem: &str) -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        std::fs::write(folder.path().join("ca.pem"), ca_pem).unwrap();
+        Self { certificate, key: PrivateKeyDer::try_from(key.serialize_der()).unwrap(), ca, folder }
     }
 
     pub fn path(&self, name: &str) -> PathBuf {

@@ -2,6 +2,7 @@
 
 mod directories;
 mod maps;
+mod sql_query;
 
 use std::collections::{BTreeMap, HashMap as Map};
 use std::path::Path;

@@ -162,7 +162,8 @@ impl Client {
         let socket = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let server = async {
             let (accepted, _) = socket.accept().await.unwrap();
-            let mut stream = tls.accept(listener, accepted, Arc::default(), None).await?;
+            let mut stream =
+                tls.accept(listener, accepted, Arc::default(), None).await.map_err(std::io::Error::other)?;
             stream.write_all(b"*").await?;
             stream.shutdown().await?;
             // Until the client has gone: its end must not overtake what was sent.
@@ -404,4 +405,15 @@ fn files_that_cannot_be_used_are_told_with_their_place() {
             format!("tls.ticket_keys[1]: {}: No such file or directory (os error 2)", path("absent")),
         ]
     );
+}
+
+#[test]
+fn a_version_1_certificate_of_a_listener_is_explained() {
+    let folder = Folder::new();
+    fs::write(folder.path("v1.pem"), crate::tls::trust::tests::VERSION_1_PEM).unwrap();
+    fs::write(folder.path("v1-key.pem"), "unused").unwrap();
+    let problems = ServerTls::build(&folder.config(&["tls_min: '1.2'"], &["v1"], ""), None).err().unwrap();
+    let message = problems[0].to_string();
+    assert!(message.contains("v1.pem: the certificate is X.509 version 1, which TLS libraries refuse"), "{message}");
+    assert!(message.contains("make one of version 3"), "{message}");
 }

@@ -1,0 +1,209 @@
+"""This machine's own limits and pauses: local ports that run out, and a process that is not scheduled for a while.
+Neither is a server's fault."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+import unittest
+
+from fixtures import PATIENCE, VESTIBULE, Certificates, Dovecot, Folder, Process, Proxy, program, wait_for
+from mail import ALICE, LOGIN, Raw
+
+SERVER = """
+import socket, threading
+listener = socket.create_server(("127.0.0.1", 143))
+def serve(one):
+    one.sendall(b"* OK [CAPABILITY IMAP4rev1] x\\r\\n")
+    while line := one.recv(4096):
+        one.sendall(b"L OK [CAPABILITY IMAP4rev1] in\\r\\n" if line.startswith(b"L ") else b"b OK done\\r\\n")
+    one.close()
+print("there", flush=True)
+while True: threading.Thread(target=serve, args=(listener.accept()[0],), daemon=True).start()
+"""
+
+# Reads a number of a client, which logs in from an address and a port of its own, outside of the range; or `end N`, which
+# ends that client's session.
+CLIENTS = """
+import socket, sys
+clients = {}
+for line in sys.stdin:
+    if line.startswith("end "):
+        clients.pop(line.split()[1]).close()
+        print("ended", flush=True)
+        continue
+    number = line.strip()
+    one = clients[number] = socket.create_connection(("127.0.0.1", 1143), 30, source_address=(f"127.0.1.{number}", 20000 + int(number)))
+    one.recv(4096)
+    one.sendall(f"a LOGIN u{number} p\\r\\n".encode())
+    print(one.recv(4096).decode().strip(), flush=True)
+"""
+
+CONFIGURATION = """
+listeners: [{address: "127.0.0.1:1143", tls: none}]
+backends: {only: {servers: ["127.0.0.1:143"], CHECK balance: BALANCE, source_addresses: SOURCES}}
+routes: [{default: only}]
+limits: {failed_login_delay: off}
+admin: {address: "127.0.0.1:9"}
+"""
+
+
+class LocalPorts(unittest.TestCase):
+    """A network namespace with eight local ports."""
+
+    def setUp(self):
+        self.name = f"vst-{os.getpid()}-ports"
+        self.ip("netns", "add", self.name)
+        self.addCleanup(self.ip, "netns", "del", self.name)
+        self.ip("-n", self.name, "link", "set", "lo", "up")
+        subprocess.run(self.inside("sh", "-c", "echo 40000 40007 > /proc/sys/net/ipv4/ip_local_port_range"), check=True)
+        self.folder = Folder()
+        self.addCleanup(self.folder.remove)
+        server = self.python(SERVER)
+        self.assertEqual(server.stdout.readline(), "there\n")
+        self.clients = self.python(CLIENTS)
+
+    def ip(self, *words):
+        subprocess.run([program("ip"), *words], check=True, capture_output=True)
+
+    def inside(self, *command):
+        return [program("ip"), "netns", "exec", self.name, *map(str, command)]
+
+    def python(self, text):
+        child = subprocess.Popen(self.inside(sys.executable, "-c", text), stdout=subprocess.PIPE, stdin=subprocess.PIPE, text=True)
+        self.addCleanup(child.stdout.close)
+        self.addCleanup(child.stdin.close)
+        self.addCleanup(child.wait)
+        self.addCleanup(child.kill)
+        return child
+
+    def start(self, sources, balance="least-sessions"):
+        self.file = self.folder.path / "vestibule.yaml"
+        self.configure(sources, "check: off,", balance)
+        self.proxy = Process(self.inside(VESTIBULE, "run", "--config", self.file), self.folder.path / "log")
+        self.addCleanup(self.proxy.kill)
+        wait_for("the proxy", lambda: self.metric("vestibule_build_info") == 1)
+
+    def configure(self, sources, check, balance="least-sessions"):
+        text = CONFIGURATION.replace("SOURCES", sources).replace("CHECK", check).replace("BALANCE", balance)
+        self.folder.write("vestibule.yaml", text)
+
+    def metric(self, name, label=""):
+        # Scraping takes no port of the range.
+        text = subprocess.run(self.inside("curl", "-s", "--local-port", "50000-60000", "http://127.0.0.1:9/metrics"),
+                              capture_output=True, text=True).stdout
+        return sum(float(line.rsplit(" ", 1)[1]) for line in text.splitlines()
+                   if line.split("{")[0].split(" ")[0] == name and label in line)
+
+    def ask(self, text):
+        self.clients.stdin.write(f"{text}\n")
+        self.clients.stdin.flush()
+        return self.clients.stdout.readline().strip()
+
+    def fill(self, sessions):
+        """So many log in; the next is refused for a reason of this machine's own, and comes in when another has left."""
+        for number in range(1, sessions + 1):
+            self.assertTrue(self.ask(number).startswith("a OK"), f"{number}: {self.proxy.text()}")
+        self.assertTrue(self.ask(200).startswith("a NO [UNAVAILABLE]"), self.proxy.text())
+        self.assertEqual(self.metric("vestibule_failures_total", 'reason="local_ports"'), 1)
+        self.assertEqual(self.metric("vestibule_failures_total"), 1)
+        self.assertEqual((self.metric("vestibule_server_up"), self.metric("vestibule_server_breaker")), (1, 0))
+        self.assertIn("no local port is free for a connection to 127.0.0.1:143", self.proxy.text())
+        self.assertIn("add source_addresses to the backend", self.proxy.text())
+
+    def recover(self):
+        self.assertEqual(self.ask("end 1"), "ended")
+        numbers = iter(range(201, 255))
+        wait_for("a free port", lambda: self.ask(next(numbers)).startswith("a OK"))
+        self.assertEqual((self.metric("vestibule_server_up"), self.metric("vestibule_server_breaker")), (1, 0))
+
+    def test_eight_without_source_addresses(self):
+        self.start("[]", "user-hash")
+        self.fill(8)
+        # Checks that cannot be made do not count against the server.
+        self.configure("[]", "check: {interval: 100ms, fall: 1},", "user-hash")
+        self.proxy.child.send_signal(signal.SIGHUP)
+        wait_for("a check", lambda: "this machine cannot check the server" in self.proxy.text())
+        self.assertEqual(self.metric("vestibule_server_up"), 1)
+        self.assertEqual(self.metric("vestibule_server_checks_total", 'outcome="failed"'), 0)
+        self.recover()
+
+    def test_sixteen_from_two_source_addresses(self):
+        self.start("[127.0.0.2, 127.0.0.3]")
+        self.fill(16)
+        self.recover()
+
+    def test_a_source_address_of_another_machine_is_passed_over(self):
+        self.start("[192.0.2.1, 127.0.0.2]")
+        self.fill(8)
+
+
+class Pauses(unittest.TestCase):
+    """The whole process stops and goes on, as in a virtual machine that is suspended."""
+
+    def test_no_login_fails_and_no_server_is_blamed(self):
+        folder = Folder()
+        self.addCleanup(folder.remove)
+        certificates = Certificates(folder)
+        servers = [Dovecot(certificates) for _ in range(2)]
+        for server in servers:
+            self.addCleanup(server.close)
+        proxy = Proxy(f"""
+listeners: [{{address: "127.0.0.1:{{plain}}", tls: none}}]
+backends:
+  pair:
+    servers: ["localhost:{servers[0].tls_port}", "localhost:{servers[1].tls_port}"]
+    tls: {{mode: implicit, ca: {certificates.ca}}}
+    balance: round-robin
+    check: {{interval: 100ms, timeout: 5s, fall: 1}}
+routes: [{{default: pair}}]
+admin: {{address: "127.0.0.1:{{admin}}"}}
+""")
+        self.addCleanup(proxy.close)
+        wait_for("checks", lambda: proxy.metric("vestibule_server_checks_total", outcome="passed") >= 4)
+        failed, logins, over = [], [0], threading.Event()
+
+        def log_in_again_and_again():
+            while not over.is_set():
+                client = Raw(proxy.ports["plain"])
+                try:
+                    client.line()
+                    answer = client.command("a", LOGIN[ALICE])[-1]
+                    if not answer.startswith(b"a OK"):
+                        failed.append(answer)
+                    logins[0] += 1
+                except Exception as error:  # whatever it is, a user has seen it
+                    failed.append(error)
+                finally:
+                    client.close()
+
+        threads = [threading.Thread(target=log_in_again_and_again) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        try:
+            for _ in range(2):
+                before = logins[0]
+                wait_for("logins", lambda: logins[0] > before + 8)
+                # Longer than limits.connect and the timeout of a check.
+                os.killpg(proxy.process.child.pid, signal.SIGSTOP)
+                time.sleep(6.5)
+                os.killpg(proxy.process.child.pid, signal.SIGCONT)
+                before = logins[0]
+                wait_for("logins after the pause", lambda: logins[0] > before + 16)
+                self.assertEqual(proxy.metric("vestibule_server_up"), 2)
+        finally:
+            os.killpg(proxy.process.child.pid, signal.SIGCONT)
+            over.set()
+            for thread in threads:
+                thread.join(PATIENCE)
+        self.assertEqual(failed, [], proxy.log())
+        self.assertEqual(proxy.metric("vestibule_server_checks_total", outcome="failed"), 0)
+        self.assertEqual(proxy.metric("vestibule_failures_total", side="backend"), 0)
+        self.assertNotIn("is failing and passed over", proxy.log())
+        self.assertEqual(proxy.log().count("this process was not scheduled for a while"), 2)
+
+
+if __name__ == "__main__":
+    unittest.main()

@@ -1,0 +1,78 @@
+//! Certificates of servers: those that are their own authority, and what `check` finds about them.
+
+use std::path::Path;
+
+use rcgen::{BasicConstraints, CertificateParams, DnType, IsCa, KeyPair};
+use vestibule::preflight;
+use vestibule::server::Live;
+
+use crate::support::{Certificates, Client, GOOD, Scripted, metric, proxy};
+
+/// A self-signed certificate with CA:TRUE, as plain `openssl req -x509` makes it.
+fn self_signed(names: &[&str]) -> Certificates {
+    let mut params = CertificateParams::new(names.iter().map(ToString::to_string).collect::<Vec<_>>()).unwrap();
+    params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+    params.distinguished_name = rcgen::DistinguishedName::new();
+    params.distinguished_name.push(DnType::CommonName, "localhost");
+    let key = KeyPair::generate().unwrap();
+    let certificate = params.self_signed(&key).unwrap();
+    Certificates::of(certificate.der().clone(), &key, certificate.der().clone(), &certificate.pem())
+}
+
+#[tokio::test]
+async fn a_self_signed_certificate_is_trusted_by_itself() {
+    for names in [&["localhost", "127.0.0.1"][..], &[]] {
+        let certificates = self_signed(names);
+        let server = Scripted::with_tls(&format!("!TLS\n{GOOD}"), &certificates).await;
+        let (ca, other) = (certificates.path("ca.pem"), self_signed(names));
+        for (tls, accepted) in [
+            (format!("ca: {}, server_name: localhost", ca.display()), true),
+            (format!("ca: {}, server_name: mail.example.org", ca.display()), false),
+            (format!("ca: {}, server_name: localhost", other.path("ca.pem").display()), false),
+        ] {
+            let proxy = proxy(&format!(
+                "backends: {{only: {{servers: ['{}'], tls: {{mode: implicit, {tls}}}}}}}\nroutes: [{{default: only}}]\n",
+                server.address
+            ))
+            .await;
+            let mut client = Client::connect(proxy.listeners()[0]).await;
+            let answer = client.ask("a LOGIN alice secret").await;
+            assert_eq!(answer.starts_with("a OK"), accepted, "{names:?} {tls}: {answer}");
+            let failed = metric(&proxy, "vestibule_failures_total", &["reason=\"tls\""]);
+            assert_eq!(failed, if accepted { 0.0 } else { 1.0 });
+        }
+    }
+}
+
+/// What `check` warns of.
+async fn warnings(tls: &str, servers: &str) -> Vec<String> {
+    let text = format!(
+        "listeners: [{{address: '127.0.0.1:0', tls: none}}]\n\
+         backends:\n  only:\n    servers: [{servers}]\n    tls: {{{tls}}}\nroutes: [{{default: only}}]\n"
+    );
+    let config = vestibule::config::parse(Path::new("v.yaml"), &text).unwrap_or_else(|report| panic!("{report}"));
+    let live = Live::build(config, None).unwrap_or_else(|report| panic!("{report}"));
+    preflight::server_warnings(&live).await.iter().map(ToString::to_string).collect()
+}
+
+#[tokio::test]
+async fn check_warns_of_a_certificate_that_is_not_trusted_and_prints_the_pin() {
+    let (certificates, strangers) = (self_signed(&["localhost", "127.0.0.1"]), Certificates::new());
+    let implicit = Scripted::with_tls("!TLS\n...", &certificates).await;
+    let script = "S: * OK [CAPABILITY IMAP4rev1 STARTTLS] x\nC: S STARTTLS\nS: S OK go\n!TLS\n...";
+    let starttls = Scripted::with_tls(script, &certificates).await;
+    let closed = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+    let (ca, own) = (strangers.path("ca.pem"), certificates.path("ca.pem"));
+    for (mode, server) in [("implicit", implicit.address), ("starttls", starttls.address)] {
+        let servers = format!("'{closed}', '{server}'");
+        let found = warnings(&format!("mode: {mode}, ca: {}", ca.display()), &servers).await;
+        assert_eq!(found.len(), 1, "a server that cannot be reached is not reported: {found:?}");
+        assert!(found[0].starts_with("v.yaml:4:"), "{found:?}");
+        assert!(found[0].contains(&format!("backends.only.servers[1]: TLS with {server} fails")), "{found:?}");
+        let pin = found[0].split("pin: \"").nth(1).unwrap().trim_end_matches('"');
+        for trusted in [format!("pin: '{pin}'"), format!("ca: {}", own.display())] {
+            let found = warnings(&format!("mode: {mode}, {trusted}"), &servers).await;
+            assert_eq!(found, Vec::<String>::new(), "{trusted}");
+        }
+    }
+}
