@@ -5,10 +5,12 @@
 
 use std::io;
 use std::net::{Ipv6Addr, SocketAddr, SocketAddrV6};
+use std::os::fd::AsFd as _;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use socket2::{Domain, Protocol, Socket, Type};
+use socket2::{Domain, Protocol, SockRef, Socket, Type};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
@@ -33,28 +35,43 @@ pub struct Listener {
     socket: TcpListener,
     address: SocketAddr,
     desk: watch::Receiver<Desk>,
-    closed: CancellationToken,
+    closing: Closing,
 }
 
-/// Binds one socket for each worker. `[::]` also takes IPv4, unless `others` hold an IPv4 listener on the same port.
-///
-/// # Errors
-/// What the system says: in use, not permitted, no such address.
-pub fn bind(
-    listener: &config::Listener,
-    others: &[config::Listener],
-    workers: usize,
-) -> io::Result<Vec<std::net::TcpListener>> {
-    let only_v6 = match listener.address {
+/// How a listener is closed.
+#[derive(Debug, Clone, Default)]
+pub struct Closing {
+    /// Cancelled to close it.
+    pub closed: CancellationToken,
+    /// Set before that if connections that wait are not this process's any more: another one has the same sockets.
+    pub is_handed_over: Arc<AtomicBool>,
+}
+
+/// Whether a listener takes IPv6 only. `[::]` also takes IPv4, unless `others` hold an IPv4 listener on the same port.
+pub fn is_only_v6(listener: &config::Listener, others: &[config::Listener]) -> bool {
+    match listener.address {
         SocketAddr::V6(v6) => !takes_ipv4(v6, others),
         SocketAddr::V4(_) => false,
-    };
-    // Sockets that share a port would share it with another process of ours too, and clients with it: so the first
-    // look is without sharing.
-    let mut first = socket(listener.address, only_v6, false)?;
-    if workers > 1 {
+    }
+}
+
+/// Binds one socket for each worker; none listens yet. With `beside` the address may overlap with one of this user's sockets
+/// that may be shared too.
+///
+/// # Errors
+/// The system's reason: in use, not permitted, no such address.
+pub fn bind(
+    address: SocketAddr,
+    only_v6: bool,
+    workers: usize,
+    beside: bool,
+) -> io::Result<Vec<std::net::TcpListener>> {
+    // Sockets that share a port would share it with another process of the same user too, and clients with it: so the first
+    // attempt is without sharing.
+    let mut first = socket(address, only_v6, beside)?;
+    if workers > 1 && !beside {
         drop(first);
-        first = socket(listener.address, only_v6, true)?;
+        first = socket(address, only_v6, true)?;
     }
     let address = first.local_addr()?;
     let mut sockets = vec![first];
@@ -62,6 +79,14 @@ pub fn bind(
         sockets.push(socket(address, only_v6, true)?);
     }
     Ok(sockets)
+}
+
+/// Listens on bound sockets; those that do already stay as they are.
+///
+/// # Errors
+/// The address is in use by a socket that listens.
+pub fn listen(sockets: &[std::net::TcpListener]) -> io::Result<()> {
+    sockets.iter().try_for_each(|socket| SockRef::from(socket).listen(BACKLOG))
 }
 
 fn socket(address: SocketAddr, only_v6: bool, share: bool) -> io::Result<std::net::TcpListener> {
@@ -74,7 +99,6 @@ fn socket(address: SocketAddr, only_v6: bool, share: bool) -> io::Result<std::ne
     // Inherited by what is accepted.
     socket.set_tcp_nodelay(true)?;
     socket.bind(&address.into())?;
-    socket.listen(BACKLOG)?;
     Ok(socket.into())
 }
 
@@ -94,14 +118,10 @@ impl Listener {
     ///
     /// # Errors
     /// The system has no room to register it.
-    pub fn new(
-        socket: std::net::TcpListener,
-        desk: watch::Receiver<Desk>,
-        closed: CancellationToken,
-    ) -> io::Result<Self> {
+    pub fn new(socket: std::net::TcpListener, desk: watch::Receiver<Desk>, closing: Closing) -> io::Result<Self> {
         let address = socket.local_addr()?;
         socket.set_nonblocking(true)?;
-        Ok(Self { socket: TcpListener::from_std(socket)?, address, desk, closed })
+        Ok(Self { socket: TcpListener::from_std(socket)?, address, desk, closing })
     }
 
     /// Accepts until it is closed, or the drain begins.
@@ -115,7 +135,22 @@ impl Listener {
                 }
             }
         };
-        self.closed.run_until_cancelled(begun.run_until_cancelled(accept)).await;
+        self.closing.closed.run_until_cancelled(begun.run_until_cancelled(accept)).await;
+        if !begun.is_cancelled() && !self.closing.is_handed_over.load(Ordering::Acquire) {
+            self.accept_rest(&house);
+        }
+    }
+
+    /// Accepts the connections that wait already: closing the socket would reset them.
+    fn accept_rest(&self, house: &House) {
+        let Ok(copy) = self.socket.as_fd().try_clone_to_owned() else { return };
+        let socket = std::net::TcpListener::from(copy);
+        while let Ok((connection, peer)) = socket.accept() {
+            let connection = connection.set_nonblocking(true).and_then(|()| TcpStream::from_std(connection));
+            if let Ok(connection) = connection {
+                self.welcome(connection, peer, house);
+            }
+        }
     }
 
     fn welcome(&self, socket: TcpStream, peer: SocketAddr, house: &House) {

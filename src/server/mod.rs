@@ -10,7 +10,7 @@ mod operations;
 
 use std::io;
 use std::net::{SocketAddr, TcpListener};
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -26,7 +26,7 @@ pub use self::operations::{UserHold, UserMoved};
 use crate::admin::Admin;
 use crate::backend::OwnAddresses;
 use crate::config::{self, Config};
-use crate::listener::House;
+use crate::listener::{self, House};
 use crate::logging;
 use crate::metrics::Metrics;
 use crate::occupancy::Occupancy;
@@ -110,8 +110,9 @@ impl Prepared {
     /// An address that cannot be bound.
     pub fn bind(self, mut inherited: Vec<TcpListener>) -> anyhow::Result<Bound> {
         let (live, drain) = (self.0, Drain::default());
-        let opening = Doors::default().bind(&live.config, &mut inherited)?;
-        let admin = bind_admin(&live, &drain, &mut inherited)?;
+        let doors = Doors::default();
+        let opening = doors.bind(&live.config, &mut inherited, &[])?;
+        let admin = bind_admin(&live, &drain, &doors, &mut inherited, &[])?;
         for socket in inherited {
             let address = socket.local_addr().map(|address| address.to_string()).unwrap_or_default();
             tracing::warn!(%address, "a socket was handed over that the configuration has no use for: closed");
@@ -121,6 +122,17 @@ impl Prepared {
 }
 
 impl Bound {
+    /// Gives the listening sockets to a user and a group. The kernel lets only sockets of one user overlap, as they do when a
+    /// listener's address is changed by a reload.
+    ///
+    /// # Errors
+    /// Only root may do so.
+    pub fn give_to(&self, (user, group): (u32, u32)) -> io::Result<()> {
+        let listeners = self.opening.sockets().map(AsFd::as_fd);
+        let mut all = listeners.chain(self.admin.iter().map(|(_, copy)| copy.as_fd()));
+        all.try_for_each(|socket| std::os::unix::fs::fchown(socket, Some(user), Some(group)))
+    }
+
     /// Starts. When this returns, connections are served.
     ///
     /// # Errors
@@ -166,18 +178,28 @@ pub async fn start(config: Config, inherited: Vec<TcpListener>) -> anyhow::Resul
     prepare(config)?.bind(inherited)?.start()
 }
 
-/// With a copy of the socket, made here so that nothing can fail once a configuration has taken another's place.
+/// With a copy of the socket, made here so that nothing can fail once a configuration has taken another's place. The address may
+/// overlap with that of open listeners and of sockets in `others`.
 fn bind_admin(
     live: &Live,
     drain: &Drain,
+    doors: &Doors,
     inherited: &mut Vec<TcpListener>,
+    others: &[&OwnedFd],
 ) -> anyhow::Result<Option<(Admin, OwnedFd)>> {
     let Some(address) = live.config.admin else { return Ok(None) };
     let fits = |socket: &mut TcpListener| socket.local_addr().is_ok_and(|bound| bound == address);
     let socket = inherited.extract_if(.., fits).next();
-    let bound = Admin::bind(address, socket, live.metrics.clone(), drain.begun().clone());
+    let bind = || {
+        let beside = doors.share_overlapping(address, inherited, others);
+        let sockets = listener::bind(address, false, 1, beside)?;
+        listener::listen(&sockets)?;
+        sockets.into_iter().next().ok_or_else(|| io::Error::other("no socket"))
+    };
+    let bound = socket.map_or_else(bind, Ok);
+    let bound = bound.and_then(|socket| Admin::new(socket, live.metrics.clone(), drain.announced().clone()));
     let bound = bound.and_then(|admin| admin.copy().map(|copy| (admin, copy)));
-    Ok(Some(bound.with_context(|| format!("{address} cannot be bound (admin.address)"))?))
+    Ok(Some(bound.with_context(|| doors::cannot_bind(address, "admin.address"))?))
 }
 
 /// Starts a worker, which ends when all is stopped.
@@ -246,10 +268,14 @@ impl Running {
         // Tables of millions of lines take seconds: not on a thread that serves.
         let built = tokio::task::spawn_blocking(move || Live::build(config::load(&file)?, Some(&previous)));
         let live = Arc::new(built.await.context("the configuration could not be built")??);
-        let moved = self.admin_address() != live.config.admin;
-        let admin = if moved { bind_admin(&live, &self.drain, &mut Vec::new())? } else { None };
         let mut now = self.lock();
-        let opening = now.doors.bind(&live.config, &mut Vec::new())?;
+        let moved = now.admin.as_ref().map(|admin| admin.configured) != live.config.admin;
+        let endpoint: Vec<&OwnedFd> = now.admin.iter().map(|admin| &admin.copy).collect();
+        let opening = now.doors.bind(&live.config, &mut Vec::new(), &endpoint)?;
+        let admin = match moved {
+            true => bind_admin(&live, &self.drain, &now.doors, &mut Vec::new(), &endpoint)?,
+            false => None,
+        };
         let stop = self.stop_background.child_token();
         before.metrics.retire(&live.metrics);
         self.begin(&live, &stop, now.doors.addresses_with(&live.config, &opening));
@@ -304,11 +330,6 @@ impl Running {
         Endpoint { configured: live.config.admin.unwrap_or(bound), bound, copy, stop }
     }
 
-    /// As configured.
-    fn admin_address(&self) -> Option<SocketAddr> {
-        self.lock().admin.as_ref().map(|admin| admin.configured)
-    }
-
     /// The listeners' addresses, in the configuration's order; port 0 has become a real one.
     pub fn listeners(&self) -> Vec<SocketAddr> {
         self.lock().doors.addresses()
@@ -345,6 +366,22 @@ impl Running {
             copies.push(admin.copy.try_clone()?);
         }
         Ok(copies)
+    }
+
+    /// Announces the stop to readiness checks and waits for `limits.ready_delay`, while connections are accepted as before;
+    /// cut short by `hurry`.
+    pub async fn announce_stop(&self, hurry: impl Future<Output = ()>) {
+        self.drain.announce();
+        let delay = self.live().limits.ready_delay;
+        if delay.is_zero() {
+            return;
+        }
+        let seconds = delay.as_secs_f64();
+        tracing::info!(seconds, "stopping: /ready fails, connections are still accepted for limits.ready_delay");
+        tokio::select! {
+            () = tokio::time::sleep(delay) => {}
+            () = hurry => tracing::info!("stopping at once"),
+        }
     }
 
     /// Stops: no new connections, BYE to clients before login, the configured grace to relayed sessions, cut short by

@@ -25,7 +25,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
             "shutdown",
         ],
     ),
-    ("successor", &[]),
+    ("run", &["config", "control", "inherit", "limits", "logging", "metrics", "privileges", "server", "shutdown"]),
     ("operate", &["cli", "control"]),
     ("control", &["inherit", "server"]),
     ("inherit", &[]),
