@@ -60,6 +60,22 @@ impl Identity {
         geteuid() != self.uid || getegid() != self.gid
     }
 
+    /// Fails if the process has not the right to take this identity, before anything depends on it.
+    ///
+    /// # Errors
+    /// It is another user's process, and not root's.
+    pub fn check(&self) -> anyhow::Result<()> {
+        if self.is_change() && !geteuid().is_root() {
+            bail!(
+                "this process runs as uid {}, and only root can change to user {:?} (run_as): if run_as has changed, restart \
+                 instead of upgrading",
+                geteuid(),
+                self.name
+            );
+        }
+        Ok(())
+    }
+
     /// Takes the user's rights and no others: groups first, and for good.
     ///
     /// # Errors
@@ -68,14 +84,8 @@ impl Identity {
         if !self.is_change() {
             return Ok(());
         }
+        self.check()?;
         let Self { name, uid, gid } = self;
-        if !geteuid().is_root() {
-            bail!(
-                "this process runs as uid {}, and only root can change to user {name:?} (run_as): if run_as has changed, restart \
-                 instead of upgrading",
-                geteuid()
-            );
-        }
         initgroups(&self.c_name()?, *gid).with_context(|| format!("cannot take the groups of {name:?} (run_as)"))?;
         setgid(*gid).with_context(|| format!("cannot become group {gid} (run_as)"))?;
         setuid(*uid).with_context(|| format!("cannot become user {name:?} (run_as)"))?;

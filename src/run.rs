@@ -72,6 +72,7 @@ impl Plan {
 async fn start(file: &Path, replace: bool) -> anyhow::Result<Started> {
     let path = file.to_owned();
     let plan = spawn_blocking(move || Plan::build(&path)).await.context("the configuration could not be built")??;
+    plan.identity.as_ref().map_or(Ok(()), Identity::check)?;
     let trusted = plan.trusted();
     let mut predecessor = None;
     let mut sockets = inherit::of_systemd();

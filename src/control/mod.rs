@@ -216,7 +216,7 @@ impl Control {
             Ok(Occupant::Nothing | Occupant::Stale) => {
                 self.bind_again(&path, &desk.trusted).map_err(|error| format!("{error:#}"))
             }
-            Err(error) => Err(error.to_string()),
+            Err(error) => Err(format!("{:#}", anyhow::Error::from(error))),
         };
         match restored {
             Ok(()) => tracing::info!(path = %path.display(), "the control socket was lost, and is restored"),

@@ -57,7 +57,7 @@ pub enum PlaceError {
     #[error("another process answers at {0} already: take its place with --replace")]
     Taken(PathBuf),
     /// The system's reason.
-    #[error("{path} cannot be bound (admin.control): {source}")]
+    #[error("{path} cannot be bound (admin.control)")]
     Io {
         /// The control path.
         path: PathBuf,

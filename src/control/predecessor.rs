@@ -34,6 +34,8 @@ pub struct Predecessor {
     /// `None`: it has died since it handed its sockets over.
     link: Option<Link>,
     ready: Option<Instant>,
+    /// Whether the path leads to this process already.
+    is_published: bool,
 }
 
 impl Predecessor {
@@ -55,7 +57,7 @@ impl Predecessor {
             link.receive_sockets(trusted.clone()).await
         };
         let (link, sockets) = receive.await.context("the listening sockets could not be received")?;
-        Ok((Self { path: path.to_owned(), trusted, link: Some(link), ready: None }, sockets))
+        Ok((Self { path: path.to_owned(), trusted, link: Some(link), ready: None, is_published: false }, sockets))
     }
 
     /// Everything is bound, and privileges are dropped: asks for the permission to start.
@@ -86,6 +88,7 @@ impl Predecessor {
     /// # Errors
     /// The predecessor refuses, and so goes on.
     pub async fn serving(mut self) -> anyhow::Result<()> {
+        self.is_published = true;
         self.exchange(FromSuccessor::Serving, &FromPredecessor::Retiring).await?;
         if self.link.is_some() {
             tracing::info!("the process before this one retires");
@@ -112,9 +115,11 @@ impl Predecessor {
         }
     }
 
-    /// Nothing listens at the path any more, or what listens there is this process.
+    /// Nothing listens at the path any more, as far as that can be known. A process that goes on says so before it closes the
+    /// connection.
     fn has_died(&self) -> bool {
-        place::occupant(&self.path, &self.trusted).is_ok_and(|occupant| occupant != Occupant::Process)
+        self.is_published
+            || place::occupant(&self.path, &self.trusted).is_ok_and(|occupant| occupant != Occupant::Process)
     }
 }
 
