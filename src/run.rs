@@ -72,13 +72,12 @@ impl Plan {
 async fn start(file: &Path, replace: bool) -> anyhow::Result<Started> {
     let path = file.to_owned();
     let plan = spawn_blocking(move || Plan::build(&path)).await.context("the configuration could not be built")??;
-    plan.identity.as_ref().map_or(Ok(()), Identity::check)?;
     let trusted = plan.trusted();
+    let is_replacing = is_replacing(plan.control.as_deref(), &trusted, replace)?;
+    plan.identity.as_ref().map_or(Ok(()), Identity::check)?;
     let mut predecessor = None;
     let mut sockets = inherit::of_systemd();
-    if is_replacing(plan.control.as_deref(), &trusted, replace)?
-        && let Some(path) = &plan.control
-    {
+    if is_replacing && let Some(path) = &plan.control {
         let (found, handed_over) = Predecessor::take_over(path, trusted.clone()).await?;
         sockets.extend(handed_over);
         predecessor = Some(found);

@@ -33,7 +33,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::{Notify, Semaphore, mpsc};
-use tokio::time::{MissedTickBehavior, interval};
+use tokio::time::{MissedTickBehavior, interval, timeout};
 use tokio_util::task::TaskTracker;
 
 pub use self::hand_over::Retire;
@@ -47,7 +47,7 @@ use crate::server::{Running, UserMoved};
 const MAX_CONNECTIONS: usize = 16;
 /// A command is a few words.
 const MAX_COMMAND: usize = 64 * 1024;
-/// For a request's head.
+/// Timeout of a request's head, and of its body.
 const HEAD_DEADLINE: Duration = Duration::from_secs(10);
 /// How often the control socket's name is checked. Anyone who may write to its folder can remove it.
 const NAME_CHECK: Duration = Duration::from_secs(5);
@@ -277,9 +277,11 @@ async fn answer(mut request: Request<Incoming>, peer: Option<u32>, desk: Arc<Des
     }
     let is_hand_over = request.headers().get(UPGRADE).is_some_and(|token| token == link::PROTOCOL);
     let upgrade = hyper::upgrade::on(&mut request);
-    let command = match Limited::new(request.into_body(), MAX_COMMAND).collect().await {
-        Ok(body) => serde_json::from_slice(&body.to_bytes()),
-        Err(error) => return whole(&Answer::failed(error.to_string())),
+    let body = Limited::new(request.into_body(), MAX_COMMAND).collect();
+    let command = match timeout(HEAD_DEADLINE, body).await {
+        Ok(Ok(body)) => serde_json::from_slice(&body.to_bytes()),
+        Ok(Err(error)) => return whole(&Answer::failed(error.to_string())),
+        Err(_) => return whole(&Answer::failed("the command did not come in time")),
     };
     match command {
         Ok(Command::Hold { user }) => match desk.running.hold(&user).await {

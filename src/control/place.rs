@@ -1,6 +1,7 @@
 //! The control socket in the file system: bound under a temporary name, published last, restored when it is lost.
 //!
-//! The temporary name is `PATH.PID.new`. What already lies at the path decides whether it may be taken ([`occupant`]): a
+//! The temporary name is `PATH.PID.new`. A published socket has two names: `PATH`, until a successor takes it, and `PATH.PID` as
+//! long as the process runs, so that a process that only finishes its sessions can still be asked. What already lies at the path decides whether it may be taken ([`occupant`]): a
 //! socket nobody listens on is replaced, anything that is not a socket, or that another user put there, is not.
 
 use std::fs::{self, File, TryLockError};
@@ -218,11 +219,14 @@ impl PendingSocket {
         if occupant(&self.path, trusted)? == Occupant::Process && !replaces {
             return Err(PlaceError::Taken(self.path));
         }
+        let own = own_name(&self.path, std::process::id());
+        let _ = fs::remove_file(&own);
         if let Some(temporary) = &self.temporary.0 {
-            fs::rename(temporary, &self.path).map_err(|error| PlaceError::io(&self.path, error))?;
+            let named = fs::hard_link(temporary, &own).and_then(|()| fs::rename(temporary, &self.path));
+            named.map_err(|error| PlaceError::io(&self.path, error))?;
         }
         self.temporary.0 = None;
-        let name = PublishedName { path: std::mem::take(&mut self.path), id: self.id, keeps: false };
+        let name = PublishedName { path: std::mem::take(&mut self.path), own, id: self.id };
         Ok(PublishedSocket { socket: self.socket, name })
     }
 }
@@ -232,16 +236,16 @@ impl PendingSocket {
 pub struct PublishedSocket {
     /// Listens.
     pub socket: UnixListener,
-    /// Removed when it is dropped, see [`PublishedName::keep`].
+    /// Removed when it is dropped.
     pub name: PublishedName,
 }
 
-/// A control path that leads to this process's socket, unless another process has taken it.
+/// A control path that leads to this process's socket, unless another process has taken it; and the socket's own name.
 #[derive(Debug)]
 pub struct PublishedName {
     path: PathBuf,
+    own: PathBuf,
     id: FileId,
-    keeps: bool,
 }
 
 impl PublishedName {
@@ -250,22 +254,23 @@ impl PublishedName {
         &self.path
     }
 
-    /// Leaves the file alone from now on.
-    pub fn keep(&mut self) {
-        self.keeps = true;
-    }
-
     /// Whether the path still leads to this process's socket.
     pub fn is_ours(&self) -> bool {
-        fs::symlink_metadata(&self.path).is_ok_and(|found| (found.dev(), found.ino()) == self.id)
+        self.leads_here(&self.path)
+    }
+
+    fn leads_here(&self, path: &Path) -> bool {
+        fs::symlink_metadata(path).is_ok_and(|found| (found.dev(), found.ino()) == self.id)
     }
 }
 
 impl Drop for PublishedName {
     fn drop(&mut self) {
-        if !self.keeps && self.is_ours() {
-            // Without the right to do so it stays, and the next start replaces it.
-            let _ = fs::remove_file(&self.path);
+        for path in [&self.path, &self.own] {
+            if self.leads_here(path) {
+                // Without the right to do so it stays, and a later start replaces or removes it.
+                let _ = fs::remove_file(path);
+            }
         }
     }
 }
@@ -284,26 +289,34 @@ fn lock(folder: &Path) -> Option<File> {
 }
 
 fn temporary_name(path: &Path, pid: u32) -> PathBuf {
+    with_suffix(path, &format!(".{pid}.new"))
+}
+
+fn own_name(path: &Path, pid: u32) -> PathBuf {
+    with_suffix(path, &format!(".{pid}"))
+}
+
+fn with_suffix(path: &Path, suffix: &str) -> PathBuf {
     let mut name = path.as_os_str().to_owned();
-    name.push(format!(".{pid}.new"));
+    name.push(suffix);
     name.into()
 }
 
-/// Removes temporary names of processes that are gone.
+/// Removes names of processes that are gone.
 fn remove_stale_names(path: &Path) {
     let Some(prefix) = path.file_name() else { return };
     let Ok(entries) = fs::read_dir(folder(path)) else { return };
     for entry in entries.flatten() {
         let name = entry.file_name();
-        let pid = name.as_encoded_bytes().strip_prefix(prefix.as_encoded_bytes()).and_then(pid_of_temporary);
+        let pid = name.as_encoded_bytes().strip_prefix(prefix.as_encoded_bytes()).and_then(pid_of_name);
         if pid.is_some_and(|pid| !is_running(pid)) && entry.file_type().is_ok_and(|kind| kind.is_socket()) {
             let _ = fs::remove_file(entry.path());
         }
     }
 }
 
-/// The process id in `.PID.new`; also in `.PID.sockets` and `.PID`, names that earlier versions used, if nothing listens there.
-fn pid_of_temporary(rest: &[u8]) -> Option<i32> {
+/// The process id in `.PID` and `.PID.new`, and in `.PID.sockets`, a name that an earlier version used.
+fn pid_of_name(rest: &[u8]) -> Option<i32> {
     let rest = std::str::from_utf8(rest).ok()?.strip_prefix('.')?;
     let digits = rest.strip_suffix(".new").or_else(|| rest.strip_suffix(".sockets")).unwrap_or(rest);
     digits.parse().ok().filter(|pid| *pid > 0 && digits.bytes().all(|byte| byte.is_ascii_digit()))
@@ -333,6 +346,8 @@ mod tests {
         let published = pending.publish(false, &[own()]).unwrap();
         assert_eq!(occupant(&path, &[own()]).unwrap(), Occupant::Process);
         assert_eq!(fs::metadata(&path).unwrap().mode() & 0o777, 0o600);
+        let own_path = own_name(&path, std::process::id());
+        assert_eq!(occupant(&own_path, &[own()]).unwrap(), Occupant::Process);
         // A second one needs to replace the first on purpose.
         let second = PendingSocket::bind(&path, None).unwrap();
         assert!(matches!(second.publish(false, &[own()]), Err(PlaceError::Taken(_))));

@@ -256,3 +256,57 @@ fn keys(listeners: &[config::Listener]) -> Vec<Key> {
     };
     listeners.iter().enumerate().map(key).collect()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn address(text: &str) -> SocketAddr {
+        text.parse().unwrap()
+    }
+
+    fn bound(text: &str, only_v6: bool) -> TcpListener {
+        listener::bind(address(text), only_v6, 1, false).unwrap().remove(0)
+    }
+
+    #[test]
+    fn addresses_overlap_on_one_port_if_one_is_unspecified() {
+        for (one, other, expected) in [
+            ("127.0.0.1:143", "0.0.0.0:143", true),
+            ("[::]:143", "127.0.0.1:143", true),
+            ("[::]:143", "0.0.0.0:143", true),
+            ("127.0.0.1:143", "127.0.0.1:143", true),
+            ("127.0.0.1:143", "127.0.0.2:143", false),
+            ("127.0.0.1:143", "0.0.0.0:993", false),
+            ("127.0.0.1:0", "0.0.0.0:0", false),
+        ] {
+            assert_eq!(overlap(address(one), address(other)), expected, "{one} {other}");
+            assert_eq!(overlap(address(other), address(one)), expected, "{other} {one}");
+        }
+    }
+
+    #[test]
+    fn an_inherited_socket_must_take_the_same_versions_of_ip() {
+        for only_v6 in [false, true] {
+            let socket = bound("[::]:0", only_v6);
+            let key = |only_v6| Key { address: socket.local_addr().unwrap(), number: 0, only_v6 };
+            assert!(key(only_v6).fits(&socket) && !key(!only_v6).fits(&socket));
+        }
+        // An address that is not unspecified takes one version in either case.
+        let socket = bound("[::1]:0", false);
+        assert!(Key { address: socket.local_addr().unwrap(), number: 0, only_v6: true }.fits(&socket));
+    }
+
+    #[test]
+    fn a_wider_address_is_bound_beside_a_narrow_one_that_listens() {
+        let narrow = bound("127.0.0.1:0", false);
+        listener::listen(std::slice::from_ref(&narrow)).unwrap();
+        let mut wide = narrow.local_addr().unwrap();
+        wide.set_ip(std::net::Ipv4Addr::UNSPECIFIED.into());
+        assert_eq!(listener::bind(wide, false, 2, false).unwrap_err().kind(), io::ErrorKind::AddrInUse);
+        assert!(Doors::default().share_overlapping(wide, std::slice::from_ref(&narrow), &[]));
+        let sockets = listener::bind(wide, false, 2, true).unwrap();
+        listener::listen(&sockets).unwrap();
+        assert!(!Doors::default().share_overlapping(address("127.0.0.1:1"), &sockets, &[]));
+    }
+}

@@ -105,7 +105,10 @@ class Scene(unittest.TestCase):
         self.alive(process)
         self.assertTrue(answers(self.port, b"* OK"), process.text())
         wait_for("the control socket", lambda: self.pid() == process.child.pid)
-        self.assertEqual([path.name for path in self.control.parent.iterdir()], ["socket"])
+        wait_for("no other file", lambda: self.names() == ["socket", f"socket.{process.child.pid}"])
+
+    def names(self):
+        return sorted(path.name for path in self.control.parent.iterdir())
 
 
 class Concurrent(Scene):
@@ -213,6 +216,11 @@ class Upgrade(Scene):
         self.upgrade()
         pid = self.pid()
         self.alive(first)
+        # It still can be asked, by a name of its own.
+        done = subprocess.run([VESTIBULE, "status", "--json", "--control", f"{self.control}.{first.child.pid}"], capture_output=True,
+                              text=True, timeout=PATIENCE)
+        self.assertEqual(json.loads(done.stdout)["pid"], first.child.pid)
+        self.assertEqual(self.names(), sorted(["socket", f"socket.{first.child.pid}", f"socket.{pid}"]))
         first.child.kill()
         self.assertEqual(exits(first), -signal.SIGKILL)
         self.assertEqual(client.line(), b"")
@@ -422,6 +430,12 @@ class Predecessor(threading.Thread):
         self.unix.listen()
 
     def run(self):
+        try:
+            self.hand_over()
+        except OSError:
+            pass  # The test has ended, or the other side has.
+
+    def hand_over(self):
         # Others only look whether there is a process, or how it is.
         while b"hand-over" not in (request := self.accept()):
             self.connection.close()
@@ -602,14 +616,14 @@ class OnePath(Scene):
         wait_for("all but one to end", lambda: sum(process.child.poll() is None for process in processes) == 1)
         one = next(process for process in processes if process.child.poll() is None)
         wait_for("the one", lambda: self.pid() == one.child.pid)
+        self.assertEqual(self.names(), ["socket", f"socket.{one.child.pid}"])
         for process in processes:
             if process is not one:
                 self.assertEqual(process.child.returncode, 70)
                 self.assertIn("take its place with --replace", process.text())
-        self.assertEqual([path.name for path in self.control.parent.iterdir()], ["socket"])
 
     def test_names_of_processes_that_are_gone_are_removed(self):
-        for name in ("socket", "socket.4194305.new", "socket.4194305.sockets"):
+        for name in ("socket", "socket.4194305", "socket.4194305.new", "socket.4194305.sockets"):
             with socket.socket(socket.AF_UNIX) as stale:
                 stale.bind(str(self.control.parent / name))
         self.unchanged(self.start())
