@@ -10,10 +10,11 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use socket2::{Domain, Protocol, SockRef, Socket, Type};
+use socket2::{Domain, Protocol, SockFilter, SockRef, Socket, Type};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
 
 use crate::config::{self, ListenerTls};
 use crate::metrics::Refusal;
@@ -26,6 +27,15 @@ use crate::shutdown::Drain;
 const BACKLOG: i32 = 4096;
 /// After an accept that failed for lack of something, which trying at once would not bring back.
 const PAUSE: Duration = Duration::from_millis(100);
+/// How long a listener that gives way completes handshakes that are under way.
+const GIVE_WAY: Duration = Duration::from_millis(300);
+/// A packet filter that drops what has the flag SYN in the 14th byte of its TCP header, and lets all else pass.
+const NO_SYN: [SockFilter; 4] = [
+    SockFilter::new(0x30, 0, 0, 13),
+    SockFilter::new(0x45, 0, 1, 0x02),
+    SockFilter::new(0x06, 0, 0, 0),
+    SockFilter::new(0x06, 0, 0, u32::MAX),
+];
 /// EMFILE and ENFILE: the process's and the system's descriptors are used up.
 const OUT_OF_DESCRIPTORS: [i32; 2] = [24, 23];
 
@@ -38,13 +48,29 @@ pub struct Listener {
     closing: Closing,
 }
 
-/// How a listener is closed.
+/// Closes a listener.
 #[derive(Debug, Clone, Default)]
 pub struct Closing {
-    /// Cancelled to close it.
-    pub closed: CancellationToken,
-    /// Set before that if connections that wait are not this process's any more: another one has the same sockets.
-    pub is_handed_over: Arc<AtomicBool>,
+    closed: CancellationToken,
+    gives_way: Arc<AtomicBool>,
+}
+
+impl Closing {
+    /// Closes it. Connections that wait are accepted first.
+    pub fn close(&self) {
+        self.closed.cancel();
+    }
+
+    /// Prepares for another socket that takes the connections from now on: requests that still arrive at `sockets`, those of the
+    /// listener, are dropped instead of refused, so that clients repeat them, after a second, to the other socket. Handshakes
+    /// that are under way are completed.
+    pub fn give_way(&self, sockets: &[std::net::TcpListener]) {
+        match sockets.iter().try_for_each(|socket| SockRef::from(socket).attach_filter(&NO_SYN)) {
+            Ok(()) => self.gives_way.store(true, Ordering::Release),
+            // A system that forbids it to this user: what arrives in the moment of the change is reset.
+            Err(error) => tracing::debug!(%error, "requests cannot be held back while a listener is replaced"),
+        }
+    }
 }
 
 /// Whether a listener takes IPv6 only. `[::]` also takes IPv4, unless `others` hold an IPv4 listener on the same port.
@@ -111,6 +137,8 @@ pub struct House {
     pub drain: Drain,
     /// Where silent sessions wait.
     pub room: Arc<Room>,
+    /// Tasks of listeners: a process ends after they have.
+    pub listeners: TaskTracker,
 }
 
 impl Listener {
@@ -135,17 +163,21 @@ impl Listener {
                 }
             }
         };
-        self.closing.closed.run_until_cancelled(begun.run_until_cancelled(accept)).await;
-        if !begun.is_cancelled() && !self.closing.is_handed_over.load(Ordering::Acquire) {
-            self.accept_rest(&house);
+        tokio::pin!(accept);
+        self.closing.closed.run_until_cancelled(begun.run_until_cancelled(&mut accept)).await;
+        if self.closing.gives_way.load(Ordering::Acquire) {
+            begun.run_until_cancelled(tokio::time::timeout(GIVE_WAY, accept)).await;
         }
+        self.accept_rest(&house);
     }
 
-    /// Accepts the connections that wait already: closing the socket would reset them.
+    /// Accepts the connections that wait already: closing the socket would reset them. If the process stops, they are sent BYE;
+    /// if a successor has the same socket, it is not important which of the two serves them.
     fn accept_rest(&self, house: &House) {
         let Ok(copy) = self.socket.as_fd().try_clone_to_owned() else { return };
         let socket = std::net::TcpListener::from(copy);
-        while let Ok((connection, peer)) = socket.accept() {
+        for _ in 0..BACKLOG {
+            let Ok((connection, peer)) = socket.accept() else { return };
             let connection = connection.set_nonblocking(true).and_then(|()| TcpStream::from_std(connection));
             if let Ok(connection) = connection {
                 self.welcome(connection, peer, house);

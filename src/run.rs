@@ -114,6 +114,7 @@ async fn start(file: &Path, replace: bool) -> anyhow::Result<Started> {
     if let Some(predecessor) = &mut predecessor {
         predecessor.ready().await?;
     }
+    let unused = bound.unused().to_vec();
     let running = Arc::new(bound.start()?);
     count_panics(&running.metrics());
     if let Some(pending) = pending {
@@ -121,7 +122,7 @@ async fn start(file: &Path, replace: bool) -> anyhow::Result<Started> {
         published = Some(pending.publish(predecessor.is_some(), &trusted)?);
     }
     if let Some(predecessor) = predecessor {
-        predecessor.serving().await?;
+        predecessor.serving(unused).await?;
     }
     Ok(Started { running, control: published })
 }
@@ -173,12 +174,12 @@ async fn serve(file: &Path, started: Started, mut signals: Signals) -> anyhow::R
                     break;
                 }
             },
-            Some(Retire { successor, begun }) = retirements.recv() => {
+            Some(Retire { successor, unused, begun }) = retirements.recv() => {
                 tracing::info!(successor, "a successor has taken over");
                 notify(&running, NotifyState::MainPid(successor));
                 // The successor need not wait for it.
                 let _ = begun.send(());
-                running.retire(signals.stop()).await;
+                running.retire(&unused, signals.stop()).await;
                 break;
             }
         }

@@ -3,6 +3,7 @@
 //! Every step has a deadline, and ends when this process is asked to stop. Until the last step this process serves as before.
 
 use std::io;
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -25,6 +26,8 @@ pub(super) const SERVING_DEADLINE: Duration = Duration::from_secs(10);
 pub struct Retire {
     /// Process id of the successor.
     pub successor: u32,
+    /// Addresses of sockets that the successor does not use.
+    pub unused: Vec<SocketAddr>,
     /// To be notified as soon as the main task has begun.
     pub begun: oneshot::Sender<()>,
 }
@@ -89,13 +92,13 @@ async fn finish(link: &mut Link, lease: &Lease, desk: &Desk) -> io::Result<()> {
         other => return Err(unexpected(&other)),
     };
     link.write(&FromPredecessor::Go).await?;
-    match next(link, desk, SERVING_DEADLINE).await? {
-        FromSuccessor::Serving => {}
+    let unused = match next(link, desk, SERVING_DEADLINE).await? {
+        FromSuccessor::Serving { unused } => unused,
         other => return Err(unexpected(&other)),
-    }
+    };
     lease.complete(&version).map_err(io::Error::other)?;
     let (begun, has_begun) = oneshot::channel();
-    desk.retire.send(Retire { successor: lease.pid(), begun }).await.map_err(io::Error::other)?;
+    desk.retire.send(Retire { successor: lease.pid(), unused, begun }).await.map_err(io::Error::other)?;
     has_begun.await.map_err(io::Error::other)?;
     // This process retires, whether or not the successor hears of it.
     let _ = link.write(&FromPredecessor::Retiring).await;

@@ -7,7 +7,7 @@
 //! earlier is a hand-over that has failed.
 
 use std::io;
-use std::net::TcpListener;
+use std::net::{SocketAddr, TcpListener};
 use std::os::fd::OwnedFd;
 use std::time::Duration;
 
@@ -22,7 +22,7 @@ use crate::inherit;
 /// The token of the HTTP upgrade, with the version of what follows it.
 pub(super) const PROTOCOL: &str = "vestibule-hand-over/1";
 /// Longer messages are not of this protocol.
-const MAX_MESSAGE: usize = 4096;
+const MAX_MESSAGE: usize = 64 * 1024;
 /// Timeout of sending or receiving all descriptors, and of one message that is not waited for.
 pub(super) const TRANSFER_DEADLINE: Duration = Duration::from_secs(10);
 
@@ -30,8 +30,14 @@ pub(super) const TRANSFER_DEADLINE: Duration = Duration::from_secs(10);
 #[serde(tag = "step", rename_all = "kebab-case")]
 pub(super) enum FromSuccessor {
     Send,
-    Ready { version: String },
-    Serving,
+    Ready {
+        version: String,
+    },
+    Serving {
+        /// Addresses of sockets that the successor was handed and does not use.
+        #[serde(default)]
+        unused: Vec<SocketAddr>,
+    },
 }
 
 #[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]

@@ -4,7 +4,7 @@
 //! Nothing waits without a deadline. Whatever fails before the predecessor retires leaves it as it was.
 
 use std::io;
-use std::net::TcpListener;
+use std::net::{SocketAddr, TcpListener};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -83,13 +83,14 @@ impl Predecessor {
         Ok(())
     }
 
-    /// The name of the control socket is taken: waits until the predecessor retires.
+    /// The name of the control socket is taken: waits until the predecessor retires. The sockets at the addresses in `unused` are
+    /// its alone from now on.
     ///
     /// # Errors
     /// The predecessor refuses, and so goes on.
-    pub async fn serving(mut self) -> anyhow::Result<()> {
+    pub async fn serving(mut self, unused: Vec<SocketAddr>) -> anyhow::Result<()> {
         self.is_published = true;
-        self.exchange(FromSuccessor::Serving, &FromPredecessor::Retiring).await?;
+        self.exchange(FromSuccessor::Serving { unused }, &FromPredecessor::Retiring).await?;
         if self.link.is_some() {
             tracing::info!("the process before this one retires");
         }

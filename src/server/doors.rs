@@ -10,7 +10,6 @@ use std::net::{SocketAddr, TcpListener};
 use std::os::fd::{AsFd, AsRawFd as _, OwnedFd};
 use std::os::unix::fs::fchown;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 
 use anyhow::Context as _;
 use socket2::SockRef;
@@ -45,7 +44,7 @@ struct Door {
 
 impl Drop for Door {
     fn drop(&mut self) {
-        self.closing.closed.cancel();
+        self.closing.close();
     }
 }
 
@@ -162,6 +161,11 @@ impl Doors {
                 self.0.push(opened.swap_remove(at));
             }
         }
+        for door in &before {
+            if self.0.iter().any(|other| overlap(other.address, door.address)) {
+                door.closing.give_way(&door.sockets);
+            }
+        }
         change.closed.extend(before.iter().map(|door| door.address));
         Ok(change)
     }
@@ -179,10 +183,10 @@ impl Doors {
         self.0.iter().flat_map(|door| &door.sockets).map(|socket| socket.as_fd().try_clone_to_owned()).collect()
     }
 
-    /// Closes all. Connections that wait are left to a successor, or reset.
-    pub(super) fn close(&mut self) {
-        for door in &self.0 {
-            door.closing.is_handed_over.store(true, Ordering::Release);
+    /// Closes all. At addresses in `replaced` another process has sockets of its own.
+    pub(super) fn close(&mut self, replaced: &[SocketAddr]) {
+        for door in self.0.iter().filter(|door| replaced.contains(&door.address)) {
+            door.closing.give_way(&door.sockets);
         }
         self.0.clear();
     }
@@ -198,7 +202,8 @@ impl Door {
             let guard = workplace.runtime.enter();
             let listener = Listener::new(socket, self.desk.subscribe(), self.closing.clone())?;
             drop(guard);
-            workplace.runtime.spawn(listener.run(workplace.house.clone()));
+            let house = workplace.house.clone();
+            workplace.runtime.spawn(house.listeners.clone().track_future(listener.run(house)));
         }
         Ok(())
     }

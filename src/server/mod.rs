@@ -35,12 +35,17 @@ use crate::sessions::Sessions;
 use crate::shutdown::{Drain, Manner};
 use crate::workers::Worker;
 
+/// Timeout of the end of all listeners when a process stops.
+const LISTENERS_DEADLINE: Duration = Duration::from_secs(2);
+
 /// A running proxy.
 pub struct Running {
     now: Mutex<Now>,
     /// One configuration after the other.
     reloading: tokio::sync::Mutex<()>,
     workplaces: Vec<Workplace>,
+    /// Tasks of all listeners.
+    listeners: TaskTracker,
     sessions: Arc<Sessions>,
     drain: Drain,
     background: TaskTracker,
@@ -89,6 +94,8 @@ pub struct Bound {
     opening: Opening,
     admin: Option<(Admin, OwnedFd)>,
     drain: Drain,
+    /// Addresses of inherited sockets that the configuration has no use for.
+    unused: Vec<SocketAddr>,
 }
 
 /// Builds; binds nothing.
@@ -113,15 +120,22 @@ impl Prepared {
         let doors = Doors::default();
         let opening = doors.bind(&live.config, &mut inherited, &[])?;
         let admin = bind_admin(&live, &drain, &doors, &mut inherited, &[])?;
-        for socket in inherited {
-            let address = socket.local_addr().map(|address| address.to_string()).unwrap_or_default();
+        let mut unused: Vec<SocketAddr> = inherited.iter().filter_map(|socket| socket.local_addr().ok()).collect();
+        unused.sort_unstable();
+        unused.dedup();
+        for address in &unused {
             tracing::warn!(%address, "a socket was handed over that the configuration has no use for: closed");
         }
-        Ok(Bound { live, opening, admin, drain })
+        Ok(Bound { live, opening, admin, drain, unused })
     }
 }
 
 impl Bound {
+    /// Addresses of inherited sockets that the configuration has no use for.
+    pub fn unused(&self) -> &[SocketAddr] {
+        &self.unused
+    }
+
     /// Gives the listening sockets to a user and a group. The kernel lets only sockets of one user overlap, as they do when a
     /// listener's address is changed by a reload.
     ///
@@ -138,12 +152,12 @@ impl Bound {
     /// # Errors
     /// The system has no threads or descriptors for the workers.
     pub fn start(self) -> anyhow::Result<Running> {
-        let Self { live, opening, admin, drain } = self;
+        let Self { live, opening, admin, drain, .. } = self;
         let (background, stop_background) = (TaskTracker::new(), CancellationToken::new());
         let occupancy = Arc::new(Occupancy::default());
-        let mut workplaces = Vec::new();
+        let (mut workplaces, listeners) = (Vec::new(), TaskTracker::new());
         for _ in 0..live.config.limits.workers {
-            let workplace = employ(&live, &drain, &occupancy, &background, &stop_background);
+            let workplace = employ(&live, &drain, &occupancy, &listeners, (&background, &stop_background));
             workplaces.push(workplace.context("a worker could not be started")?);
         }
         let stop = stop_background.child_token();
@@ -152,6 +166,7 @@ impl Bound {
             now: Mutex::new(Now { live: live.clone(), doors: Doors::default(), stop: stop.clone(), admin: None }),
             reloading: tokio::sync::Mutex::default(),
             workplaces,
+            listeners,
             drain,
             background,
             stop_background,
@@ -207,8 +222,8 @@ fn employ(
     live: &Live,
     drain: &Drain,
     occupancy: &Arc<Occupancy>,
-    background: &TaskTracker,
-    stop: &CancellationToken,
+    listeners: &TaskTracker,
+    (background, stop): (&TaskTracker, &CancellationToken),
 ) -> io::Result<Workplace> {
     let worker = Worker::new()?;
     let guard = worker.enter();
@@ -216,6 +231,7 @@ fn employ(
         occupancy: occupancy.clone(),
         drain: drain.clone(),
         room: Arc::new(Room::new(live.metrics.silent_sessions())?),
+        listeners: listeners.clone(),
     };
     drop(guard);
     let workplace = Workplace { runtime: worker.handle(), house: house.clone() };
@@ -387,21 +403,27 @@ impl Running {
     /// Stops: no new connections, BYE to clients before login, the configured grace to relayed sessions, cut short by
     /// `hurry`. Returns how many sessions had to be ended.
     pub async fn drain(&self, hurry: impl Future<Output = ()>) -> usize {
-        self.wind_up(hurry, Manner::Stop).await
+        self.wind_up(hurry, Manner::Stop, &[]).await
     }
 
-    /// Stops because a successor serves on the same sockets: as [`Running::drain`], but clients that are logging in may do so.
-    pub async fn retire(&self, hurry: impl Future<Output = ()>) -> usize {
+    /// Stops because a successor serves on the same sockets, or on others at the addresses in `replaced`: as [`Running::drain`],
+    /// but clients that are logging in may do so.
+    pub async fn retire(&self, replaced: &[SocketAddr], hurry: impl Future<Output = ()>) -> usize {
         if let Some(admin) = self.lock().admin.take() {
             admin.stop.cancel();
         }
-        self.wind_up(hurry, Manner::Retire).await
+        self.wind_up(hurry, Manner::Retire, replaced).await
     }
 
-    async fn wind_up(&self, hurry: impl Future<Output = ()>, manner: Manner) -> usize {
+    async fn wind_up(&self, hurry: impl Future<Output = ()>, manner: Manner, replaced: &[SocketAddr]) -> usize {
         let grace = self.grace();
         self.metrics().draining();
-        self.lock().doors.close();
+        self.lock().doors.close(replaced);
+        // They accept what waits in their sockets, and those sessions are waited for too.
+        self.listeners.close();
+        if tokio::time::timeout(LISTENERS_DEADLINE, self.listeners.wait()).await.is_err() {
+            tracing::warn!("listeners do not end; connections that wait are reset");
+        }
         tracing::info!(sessions = self.drain.open_sessions(), grace_seconds = grace.as_secs(), "draining");
         let over = self.drain.over().clone();
         let (sessions, stopped) = (self.sessions.clone(), self.stop_background.clone());

@@ -664,9 +664,9 @@ class Addresses(Scene):
     FORMS = [("0.0.0.0",), ("[::]",), ("127.0.0.1",), ("[::]", "0.0.0.0"), ("[::]",), ("[::]", "127.0.0.1"), ("0.0.0.0",),
              ("127.0.0.1", "[::1]"), ("[::]",), ("127.0.0.1",)]
 
-    def changes(self, **options):
+    def changes(self, load, **options):
         process = self.start()
-        visitors = [Visitors(self.port) for _ in range(3)]
+        visitors = [Visitors(self.port) for _ in range(load)]
         for visitor in visitors:
             visitor.start()
         for form in self.FORMS:
@@ -674,17 +674,20 @@ class Addresses(Scene):
             done = self.command("reload")
             self.assertEqual(done.returncode, 0, f"{form}: {done.stderr}")
             visits = sum(visitor.visits for visitor in visitors)
-            wait_for("visits", lambda: sum(visitor.visits for visitor in visitors) >= visits + 20 or any(visitor.faults for visitor in visitors))
-            self.assertEqual([visitor.faults for visitor in visitors], [[]] * 3, form)
+            wait_for("visits", lambda: sum(visitor.visits for visitor in visitors) >= visits + 20 * load or any(visitor.faults for visitor in visitors))
+            self.assertEqual([visitor.faults for visitor in visitors], [[]] * load, form)
             # Who else can connect is as the configuration has it, and not as the one before had it.
             for host, expected in (("127.0.0.2", form[0] == "0.0.0.0" or form in (("[::]",), ("[::]", "0.0.0.0"))),
                                    ("::1", any(":" in address for address in form))):
-                self.assertEqual(self.connects(host), expected, f"{form}: {host}")
+                self.assertEqual(self.connects(host), expected, f"{form}: {host}\n{self.lines(process)}")
         for visitor in visitors:
             visitor.over.set()
             visitor.join(PATIENCE)
-        self.assertEqual([visitor.faults for visitor in visitors], [[]] * 3)
+        self.assertEqual([visitor.faults for visitor in visitors], [[]] * load)
         return process
+
+    def lines(self, process):
+        return "\n".join(line for line in process.text().splitlines() if "session ended" not in line)
 
     def connects(self, host):
         try:
@@ -694,18 +697,22 @@ class Addresses(Scene):
             return False
 
     def test_a_reload_changes_how_wide_an_address_is_under_load(self):
-        self.unchanged(self.changes())
+        self.unchanged(self.changes(3))
 
     def test_it_does_so_without_roots_rights(self):
+        """Not under load: systems may forbid to filter packets, and then connections that arrive in the moment are reset."""
         nobody = pwd.getpwnam("nobody")
         os.chown(self.control.parent, nobody.pw_uid, nobody.pw_gid)
         run_as = {"more": "run_as: {user: nobody, group: nogroup}"}
         self.write(**run_as)
-        self.unchanged(self.changes(**run_as))
+        self.unchanged(self.changes(0, **run_as))
 
     def test_an_upgrade_changes_it_too(self):
         process = self.start()
         pid = process.child.pid
+        visitors = [Visitors(self.port) for _ in range(2)]
+        for visitor in visitors:
+            visitor.start()
         for form in self.FORMS:
             self.write(listeners=self.listeners(*form))
             self.upgrade()
@@ -714,6 +721,10 @@ class Addresses(Scene):
             wait_for("the process before it to end", lambda: listening(self.port) == {pid})
             self.assertTrue(answers(self.port, b"* OK"))
             self.assertEqual(self.connects("::1"), any(":" in address for address in form))
+        for visitor in visitors:
+            visitor.over.set()
+            visitor.join(PATIENCE)
+        self.assertEqual([visitor.faults for visitor in visitors], [[]] * 2)
 
     def test_a_reload_that_fails_changes_nothing(self):
         process = self.start()
