@@ -30,7 +30,7 @@ const HEAD_DEADLINE: Duration = Duration::from_secs(30);
 /// The text format of Prometheus.
 const METRICS_TYPE: &str = "text/plain; version=0.0.4; charset=utf-8";
 
-/// A bound endpoint.
+/// The endpoint.
 #[derive(Debug)]
 pub struct Admin {
     socket: TcpListener,
@@ -41,25 +41,20 @@ pub struct Admin {
 #[derive(Debug)]
 struct State {
     metrics: Arc<Metrics>,
-    draining: CancellationToken,
+    /// Whether sessions are to be sent elsewhere.
+    stopping: CancellationToken,
 }
 
 impl Admin {
-    /// Binds, unless there is a `socket` already; answers once [`Admin::run`] runs.
+    /// An endpoint on a socket that listens; it answers once [`Admin::run`] runs, and is not ready from `stopping` on.
     ///
     /// # Errors
-    /// What the system says.
-    pub fn bind(
-        address: SocketAddr,
-        socket: Option<net::TcpListener>,
-        metrics: Arc<Metrics>,
-        draining: CancellationToken,
-    ) -> io::Result<Self> {
-        let socket = socket.map_or_else(|| net::TcpListener::bind(address), Ok)?;
+    /// The system has no room to register the socket.
+    pub fn new(socket: net::TcpListener, metrics: Arc<Metrics>, stopping: CancellationToken) -> io::Result<Self> {
         socket.set_nonblocking(true)?;
         let socket = TcpListener::from_std(socket)?;
         let address = socket.local_addr()?;
-        Ok(Self { socket, address, state: Arc::new(State { metrics, draining }) })
+        Ok(Self { socket, address, state: Arc::new(State { metrics, stopping }) })
     }
 
     /// A copy of the socket.
@@ -129,7 +124,7 @@ fn answer(method: &Method, path: &str, state: &State) -> Response<Full<Bytes>> {
             response
         }
         "/health" => text(StatusCode::OK, "ok\n"),
-        "/ready" if state.draining.is_cancelled() => text(StatusCode::SERVICE_UNAVAILABLE, "draining\n"),
+        "/ready" if state.stopping.is_cancelled() => text(StatusCode::SERVICE_UNAVAILABLE, "draining\n"),
         "/ready" => text(StatusCode::OK, "ok\n"),
         _ => text(StatusCode::NOT_FOUND, "there is /metrics, /health and /ready\n"),
     }
@@ -149,14 +144,14 @@ mod tests {
 
     #[test]
     fn each_path_has_its_answer() {
-        let state = State { metrics: Arc::new(Metrics::new(&Names::default())), draining: CancellationToken::new() };
+        let state = State { metrics: Arc::new(Metrics::new(&Names::default())), stopping: CancellationToken::new() };
         let status = |method: Method, path: &str| answer(&method, path, &state).status().as_u16();
         assert_eq!(status(Method::GET, "/metrics"), 200);
         assert_eq!(status(Method::HEAD, "/health"), 200);
         assert_eq!(status(Method::GET, "/ready"), 200);
         assert_eq!(status(Method::POST, "/metrics"), 405);
         assert_eq!(status(Method::GET, "/"), 404);
-        state.draining.cancel();
+        state.stopping.cancel();
         assert_eq!((status(Method::GET, "/ready"), status(Method::GET, "/health")), (503, 200));
     }
 }

@@ -14,7 +14,7 @@ const EX_USAGE: i32 = 64;
 #[command(
     name = "vestibule",
     version,
-    after_help = "Example:\n  vestibule demo\n\nExit codes: 0 done, 1 no route knows the user (route) or not done (commands to the running process), 64 usage, 70 internal or not bound, 78 configuration"
+    after_help = "Example:\n  vestibule demo\n\nExit codes: 0 done, 1 no route knows the user (route) or not done (commands to the running process), 64 usage, 70 internal or not bound, 77 another user's process or file at admin.control, 78 configuration"
 )]
 struct Arguments {
     #[command(subcommand)]
@@ -26,7 +26,7 @@ struct Arguments {
 pub enum Command {
     /// Run the proxy until SIGTERM or SIGINT
     #[command(
-        after_help = "Example:\n  vestibule run --config /etc/vestibule/vestibule.yaml\n\nSIGHUP loads the configuration again; SIGTERM and SIGINT stop, a second one at once."
+        after_help = "Example:\n  vestibule run --config /etc/vestibule/vestibule.yaml\n\nSIGHUP loads the configuration again; SIGTERM and SIGINT stop; a second one skips limits.ready_delay, or limits.drain if that is over or none."
     )]
     Run {
         /// The configuration file
@@ -37,7 +37,7 @@ pub enum Command {
         #[arg(long)]
         replace: bool,
     },
-    /// Check a configuration: build everything, bind nothing; exit 0 or 78
+    /// Check a configuration: build everything, look up run_as, bind nothing; exit 0 or 78
     #[command(
         after_help = "Example:\n  vestibule check --config /etc/vestibule/vestibule.yaml && systemctl reload vestibule\n\nServers that speak TLS are connected to for three seconds at most, to warn of certificates that are not trusted. Warnings do not change the exit code, and a server that cannot be reached is not reported."
     )]
@@ -76,11 +76,14 @@ pub enum Command {
         #[command(flatten)]
         control: ControlPath,
     },
-    /// Start the program as it lies on the disk now, and let it take the running process's place without a gap
+    /// Replace the running process by the installed program without refusing connections; exit 0 once it serves
     #[command(
-        after_help = "Example:\n  vestibule upgrade\n\nThe running process goes when its sessions have ended, or limits.drain is over."
+        after_help = "Example:\n  vestibule upgrade\n  vestibule upgrade --timeout 10m\n\nExit 1: the new process did not take over, for the reason that is printed, and the running one goes on. When it has been replaced, the running process ends with its last session, or after limits.drain."
     )]
     Upgrade {
+        /// Time within which the new process must serve, tables read; then it is ended
+        #[arg(long, value_name = "TIME", value_parser = humantime::parse_duration, default_value = "3m")]
+        timeout: Duration,
         /// The running process.
         #[command(flatten)]
         control: ControlPath,

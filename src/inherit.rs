@@ -1,9 +1,8 @@
 //! Listening sockets that are handed over: by systemd at the start, by a process to its successor while it runs.
 //!
 //! A socket goes on collecting connections whoever holds it, so none is refused while one process takes another's place.
-//! Descriptors travel as SCM_RIGHTS over a Unix socket of the successor's; what is on the other end must be a process of the
-//! same user, or of root. This room knows sockets only: what they are for, their addresses tell. Called by `main` and
-//! `control`.
+//! Descriptors travel as SCM_RIGHTS over a Unix socket; the process at the other end must belong to a trusted user. This module
+//! knows sockets only: what they are for, their addresses tell. Called by `main` and `control`.
 
 use std::io::{self, IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
@@ -38,9 +37,9 @@ pub fn of_systemd() -> Vec<TcpListener> {
 /// Sends `sockets` to a successor: their number first, then the descriptors. Blocks.
 ///
 /// # Errors
-/// The other end is gone, or belongs to another user.
-pub fn send(stream: &UnixStream, sockets: &[OwnedFd]) -> io::Result<()> {
-    same_user(stream)?;
+/// The other end is gone, or belongs to a user that is not in `trusted`.
+pub fn send(stream: &UnixStream, sockets: &[OwnedFd], trusted: &[u32]) -> io::Result<()> {
+    check_user(stream, trusted)?;
     let count = u32::try_from(sockets.len()).map_err(io::Error::other)?.to_be_bytes();
     sendmsg(stream, &[IoSlice::new(&count)], &mut SendAncillaryBuffer::default(), SendFlags::NOSIGNAL)?;
     let borrowed: Vec<BorrowedFd<'_>> = sockets.iter().map(OwnedFd::as_fd).collect();
@@ -56,9 +55,9 @@ pub fn send(stream: &UnixStream, sockets: &[OwnedFd]) -> io::Result<()> {
 /// What [`send`] sends. Blocks.
 ///
 /// # Errors
-/// The other end is gone, belongs to another user, or sends something else.
-pub fn receive(stream: &UnixStream) -> io::Result<Vec<TcpListener>> {
-    same_user(stream)?;
+/// The other end is gone, belongs to a user that is not in `trusted`, or sends something else.
+pub fn receive(stream: &UnixStream, trusted: &[u32]) -> io::Result<Vec<TcpListener>> {
+    check_user(stream, trusted)?;
     let strange = || io::Error::new(io::ErrorKind::InvalidData, "that is no hand-over of sockets");
     let mut count = [0; 4];
     let mut sockets = Vec::new();
@@ -86,13 +85,15 @@ pub fn receive(stream: &UnixStream) -> io::Result<Vec<TcpListener>> {
     Ok(sockets)
 }
 
-/// Only who could read our memory anyway is given, or believed, sockets.
-fn same_user(stream: &UnixStream) -> io::Result<()> {
-    let other = sockopt::socket_peercred(stream)?.uid;
-    if other == rustix::process::geteuid() || other.is_root() {
+/// Refuses a peer of a user that is not trusted. For the side that connected this is the user that the other side had when it
+/// began to listen.
+fn check_user(stream: &UnixStream, trusted: &[u32]) -> io::Result<()> {
+    let other = sockopt::socket_peercred(stream)?.uid.as_raw();
+    if trusted.contains(&other) {
         Ok(())
     } else {
-        Err(io::Error::new(io::ErrorKind::PermissionDenied, "the other process belongs to another user"))
+        let text = format!("the other process belongs to another user (uid {other})");
+        Err(io::Error::new(io::ErrorKind::PermissionDenied, text))
     }
 }
 
@@ -103,6 +104,18 @@ mod tests {
 
     use super::*;
 
+    fn own() -> [u32; 1] {
+        [rustix::process::geteuid().as_raw()]
+    }
+
+    #[test]
+    fn sockets_are_neither_given_to_nor_taken_from_a_user_that_is_not_trusted() {
+        let (one, other) = UnixStream::pair().unwrap();
+        let others = [own()[0] + 1];
+        assert_eq!(send(&one, &[], &others).unwrap_err().kind(), io::ErrorKind::PermissionDenied);
+        assert_eq!(receive(&other, &others).unwrap_err().kind(), io::ErrorKind::PermissionDenied);
+    }
+
     #[test]
     fn sockets_arrive_and_go_on_listening() {
         let (one, other) = UnixStream::pair().unwrap();
@@ -112,9 +125,9 @@ mod tests {
         // Connected before, accepted after.
         let _early = TcpStream::connect(addresses[0]).unwrap();
         let sent: Vec<OwnedFd> = listeners.into_iter().map(OwnedFd::from).collect();
-        send(&one, &sent).unwrap();
+        send(&one, &sent, &own()).unwrap();
         drop(sent);
-        let received = receive(&other).unwrap();
+        let received = receive(&other, &own()).unwrap();
         let found: Vec<SocketAddr> = received.iter().map(|listener| listener.local_addr().unwrap()).collect();
         assert_eq!(found, addresses);
         assert!(received[0].accept().is_ok());
@@ -126,7 +139,7 @@ mod tests {
             let (mut one, other) = UnixStream::pair().unwrap();
             one.write_all(junk).unwrap();
             drop(one);
-            assert!(receive(&other).is_err(), "{junk:?}");
+            assert!(receive(&other, &own()).is_err(), "{junk:?}");
         }
     }
 }

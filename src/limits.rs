@@ -1,14 +1,11 @@
-//! What the process asks of the system before it serves: descriptors, and no core dump.
-//!
-//! Called by `main` once.
+//! What the process asks of the system before it serves: descriptors, and no core dump. Called by `main`.
 
 use rustix::process::{DumpableBehavior, Resource, Rlimit, getrlimit, set_dumpable_behavior, setrlimit};
 
 /// Each session holds two descriptors; the rest is for listeners, DNS, files and the runtime.
 const RESERVED: u64 = 256;
 
-/// Raises the soft limit of descriptors to the hard one and says so if `sessions` do not fit; forbids core dumps,
-/// which would hold passwords.
+/// Raises the soft limit of descriptors to the hard one and logs a warning if `sessions` do not fit; forbids core dumps.
 pub fn prepare(sessions: usize) {
     let descriptors = getrlimit(Resource::Nofile);
     if let Err(error) =
@@ -25,7 +22,13 @@ pub fn prepare(sessions: usize) {
             "descriptors do not suffice for limits.sessions: raise LimitNOFILE or lower limits.sessions"
         );
     }
-    // Nor may a debugger of the same user look into it; a core pattern that is a pipe heeds no limit, but heeds this.
+    forbid_core_dumps();
+}
+
+/// Forbids core dumps, which would hold passwords, and debuggers of the same user. To be called again after the user has
+/// changed: the kernel then resets one of the two.
+pub fn forbid_core_dumps() {
+    // A core pattern that is a pipe is not bound by the limit below, but by this.
     if let Err(error) = set_dumpable_behavior(DumpableBehavior::NotDumpable) {
         tracing::warn!(%error, "the process could not be made undumpable");
     }

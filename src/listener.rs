@@ -5,13 +5,16 @@
 
 use std::io;
 use std::net::{Ipv6Addr, SocketAddr, SocketAddrV6};
+use std::os::fd::AsFd as _;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use socket2::{Domain, Protocol, Socket, Type};
+use socket2::{Domain, Protocol, SockFilter, SockRef, Socket, Type};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
 
 use crate::config::{self, ListenerTls};
 use crate::metrics::Refusal;
@@ -24,6 +27,15 @@ use crate::shutdown::Drain;
 const BACKLOG: i32 = 4096;
 /// After an accept that failed for lack of something, which trying at once would not bring back.
 const PAUSE: Duration = Duration::from_millis(100);
+/// How long a listener that gives way completes handshakes that are under way.
+const GIVE_WAY: Duration = Duration::from_millis(300);
+/// A packet filter that drops what has the flag SYN in the 14th byte of its TCP header, and lets all else pass.
+const NO_SYN: [SockFilter; 4] = [
+    SockFilter::new(0x30, 0, 0, 13),
+    SockFilter::new(0x45, 0, 1, 0x02),
+    SockFilter::new(0x06, 0, 0, 0),
+    SockFilter::new(0x06, 0, 0, u32::MAX),
+];
 /// EMFILE and ENFILE: the process's and the system's descriptors are used up.
 const OUT_OF_DESCRIPTORS: [i32; 2] = [24, 23];
 
@@ -33,28 +45,59 @@ pub struct Listener {
     socket: TcpListener,
     address: SocketAddr,
     desk: watch::Receiver<Desk>,
-    closed: CancellationToken,
+    closing: Closing,
 }
 
-/// Binds one socket for each worker. `[::]` also takes IPv4, unless `others` hold an IPv4 listener on the same port.
-///
-/// # Errors
-/// What the system says: in use, not permitted, no such address.
-pub fn bind(
-    listener: &config::Listener,
-    others: &[config::Listener],
-    workers: usize,
-) -> io::Result<Vec<std::net::TcpListener>> {
-    let only_v6 = match listener.address {
+/// Closes a listener.
+#[derive(Debug, Clone, Default)]
+pub struct Closing {
+    closed: CancellationToken,
+    gives_way: Arc<AtomicBool>,
+}
+
+impl Closing {
+    /// Closes it. Connections that wait are accepted first.
+    pub fn close(&self) {
+        self.closed.cancel();
+    }
+
+    /// Prepares for another socket that takes the connections from now on: requests that still arrive at `sockets`, those of the
+    /// listener, are dropped instead of refused, so that clients repeat them, after a second, to the other socket. Handshakes
+    /// that are under way are completed.
+    pub fn give_way(&self, sockets: &[std::net::TcpListener]) {
+        match sockets.iter().try_for_each(|socket| SockRef::from(socket).attach_filter(&NO_SYN)) {
+            Ok(()) => self.gives_way.store(true, Ordering::Release),
+            // A system that forbids it to this user: what arrives in the moment of the change is reset.
+            Err(error) => tracing::debug!(%error, "requests cannot be held back while a listener is replaced"),
+        }
+    }
+}
+
+/// Whether a listener takes IPv6 only. `[::]` also takes IPv4, unless `others` hold an IPv4 listener on the same port.
+pub fn is_only_v6(listener: &config::Listener, others: &[config::Listener]) -> bool {
+    match listener.address {
         SocketAddr::V6(v6) => !takes_ipv4(v6, others),
         SocketAddr::V4(_) => false,
-    };
-    // Sockets that share a port would share it with another process of ours too, and clients with it: so the first
-    // look is without sharing.
-    let mut first = socket(listener.address, only_v6, false)?;
-    if workers > 1 {
+    }
+}
+
+/// Binds one socket for each worker; none listens yet. With `beside` the address may overlap with one of this user's sockets
+/// that may be shared too.
+///
+/// # Errors
+/// The system's reason: in use, not permitted, no such address.
+pub fn bind(
+    address: SocketAddr,
+    only_v6: bool,
+    workers: usize,
+    beside: bool,
+) -> io::Result<Vec<std::net::TcpListener>> {
+    // Sockets that share a port would share it with another process of the same user too, and clients with it: so the first
+    // attempt is without sharing.
+    let mut first = socket(address, only_v6, beside)?;
+    if workers > 1 && !beside {
         drop(first);
-        first = socket(listener.address, only_v6, true)?;
+        first = socket(address, only_v6, true)?;
     }
     let address = first.local_addr()?;
     let mut sockets = vec![first];
@@ -62,6 +105,14 @@ pub fn bind(
         sockets.push(socket(address, only_v6, true)?);
     }
     Ok(sockets)
+}
+
+/// Listens on bound sockets; those that do already stay as they are.
+///
+/// # Errors
+/// The address is in use by a socket that listens.
+pub fn listen(sockets: &[std::net::TcpListener]) -> io::Result<()> {
+    sockets.iter().try_for_each(|socket| SockRef::from(socket).listen(BACKLOG))
 }
 
 fn socket(address: SocketAddr, only_v6: bool, share: bool) -> io::Result<std::net::TcpListener> {
@@ -74,7 +125,6 @@ fn socket(address: SocketAddr, only_v6: bool, share: bool) -> io::Result<std::ne
     // Inherited by what is accepted.
     socket.set_tcp_nodelay(true)?;
     socket.bind(&address.into())?;
-    socket.listen(BACKLOG)?;
     Ok(socket.into())
 }
 
@@ -87,6 +137,8 @@ pub struct House {
     pub drain: Drain,
     /// Where silent sessions wait.
     pub room: Arc<Room>,
+    /// Tasks of listeners: a process ends after they have.
+    pub listeners: TaskTracker,
 }
 
 impl Listener {
@@ -94,14 +146,10 @@ impl Listener {
     ///
     /// # Errors
     /// The system has no room to register it.
-    pub fn new(
-        socket: std::net::TcpListener,
-        desk: watch::Receiver<Desk>,
-        closed: CancellationToken,
-    ) -> io::Result<Self> {
+    pub fn new(socket: std::net::TcpListener, desk: watch::Receiver<Desk>, closing: Closing) -> io::Result<Self> {
         let address = socket.local_addr()?;
         socket.set_nonblocking(true)?;
-        Ok(Self { socket: TcpListener::from_std(socket)?, address, desk, closed })
+        Ok(Self { socket: TcpListener::from_std(socket)?, address, desk, closing })
     }
 
     /// Accepts until it is closed, or the drain begins.
@@ -115,7 +163,26 @@ impl Listener {
                 }
             }
         };
-        self.closed.run_until_cancelled(begun.run_until_cancelled(accept)).await;
+        tokio::pin!(accept);
+        self.closing.closed.run_until_cancelled(begun.run_until_cancelled(&mut accept)).await;
+        if self.closing.gives_way.load(Ordering::Acquire) {
+            begun.run_until_cancelled(tokio::time::timeout(GIVE_WAY, accept)).await;
+        }
+        self.accept_rest(&house);
+    }
+
+    /// Accepts the connections that wait already: closing the socket would reset them. If the process stops, they are sent BYE;
+    /// if a successor has the same socket, it is not important which of the two serves them.
+    fn accept_rest(&self, house: &House) {
+        let Ok(copy) = self.socket.as_fd().try_clone_to_owned() else { return };
+        let socket = std::net::TcpListener::from(copy);
+        for _ in 0..BACKLOG {
+            let Ok((connection, peer)) = socket.accept() else { return };
+            let connection = connection.set_nonblocking(true).and_then(|()| TcpStream::from_std(connection));
+            if let Ok(connection) = connection {
+                self.welcome(connection, peer, house);
+            }
+        }
     }
 
     fn welcome(&self, socket: TcpStream, peer: SocketAddr, house: &House) {

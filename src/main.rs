@@ -1,49 +1,69 @@
-//! The `vestibule` program: arguments, logging, configuration, then the library.
+//! The `vestibule` program: arguments, then the library; exit codes.
 
 mod allocator;
-mod successor;
+mod run;
 
-use std::net::TcpListener;
+use std::fs::File;
+use std::io::Write as _;
+use std::os::fd::AsFd as _;
 use std::path::Path;
 use std::process::ExitCode;
-use std::sync::Arc;
 
 use anyhow::Context as _;
-use tokio::sync::mpsc;
 use vestibule::cli::{self, Command};
 use vestibule::config::{self, Report};
-use vestibule::control::client::Predecessor;
-use vestibule::control::{Control, Wish};
+use vestibule::control::place::PlaceError;
+use vestibule::control::upgrade::{REPORT_ON_STDIN, REPORT_VARIABLE};
 use vestibule::identity::UserName;
-use vestibule::metrics::Metrics;
-use vestibule::server::{self, Live, Running};
-use vestibule::shutdown::{Asked, Signals};
-use vestibule::{deadline, demo, explain, inherit, limits, logging, operate, preflight, privileges};
+use vestibule::server::Live;
+use vestibule::{demo, explain, operate, preflight, privileges};
 
 /// sysexits.h: what systemd and scripts can tell apart.
 const EX_USAGE: u8 = 64;
 const EX_SOFTWARE: u8 = 70;
+const EX_NOPERM: u8 = 77;
 const EX_CONFIG: u8 = 78;
 
 fn main() -> ExitCode {
     let command = cli::parse();
+    let is_run = matches!(command, Command::Run { .. });
     match dispatch(command) {
         Ok(code) => code,
         Err(error) => {
             let is_config = error.downcast_ref::<Report>().is_some();
-            if is_config {
-                eprint!("{error}");
-            } else {
-                eprintln!("vestibule: {error:#}");
+            let text = if is_config { format!("{error}") } else { format!("vestibule: {error:#}\n") };
+            eprint!("{text}");
+            if is_run {
+                report_to_predecessor(&text);
             }
-            ExitCode::from(if is_config { EX_CONFIG } else { EX_SOFTWARE })
+            ExitCode::from(match error.downcast_ref::<PlaceError>() {
+                _ if is_config => EX_CONFIG,
+                Some(place) if place.is_permission() => EX_NOPERM,
+                _ => EX_SOFTWARE,
+            })
         }
+    }
+}
+
+/// A process that was started by `vestibule upgrade` also sends its error to the process that started it.
+fn report_to_predecessor(text: &str) {
+    if std::env::var(REPORT_VARIABLE).is_ok_and(|value| value == REPORT_ON_STDIN)
+        && let Ok(stdin) = std::io::stdin().as_fd().try_clone_to_owned()
+    {
+        // The log has it too.
+        let _ = File::from(stdin).write_all(text.as_bytes());
     }
 }
 
 fn dispatch(command: Command) -> anyhow::Result<ExitCode> {
     match command {
-        Command::Run { config, replace } => runtime()?.block_on(run(&config, replace)),
+        Command::Run { config, replace } => {
+            let runtime = runtime()?;
+            let result = runtime.block_on(run::run(&config, replace));
+            // A start that was ended by a signal does not wait for the tables it was reading.
+            runtime.shutdown_background();
+            result
+        }
         Command::Check { config, offline } => check(&config, offline),
         Command::Route { config, diff: Some(new), users: Some(users), .. } => diff(&config, &new, &users),
         Command::Route { config, user, .. } => route(&config, &user.unwrap_or_default()),
@@ -60,82 +80,10 @@ fn runtime() -> anyhow::Result<tokio::runtime::Runtime> {
     tokio::runtime::Builder::new_current_thread().enable_all().build().context("no runtime")
 }
 
-async fn run(file: &Path, replace: bool) -> anyhow::Result<ExitCode> {
-    let config = config::load(file)?;
-    logging::install(&config.log);
-    limits::prepare(config.limits.sessions);
-    deadline::watch_for_pauses().context("no thread for the pauses of this process")?;
-    let mut signals = Signals::new().context("signal handlers")?;
-    let (control, run_as) = (config.control.clone(), config.run_as.clone());
-    let prepared = server::prepare(config)?;
-    let predecessor = predecessor(control.as_deref(), replace).await?;
-    let mut sockets = inherit::of_systemd();
-    let predecessor = predecessor.map(|(sender, handed_over)| {
-        sockets.extend(handed_over);
-        sender
-    });
-    let bound = prepared.bind(sockets)?;
-    let control = match &control {
-        Some(path) => {
-            Some(Control::bind(path).with_context(|| format!("{} cannot be bound (admin.control)", path.display()))?)
-        }
-        None => None,
-    };
-    if let Some(run_as) = &run_as {
-        privileges::drop_to(run_as)?;
-    }
-    let running = Arc::new(bound.start()?);
-    count_panics(&running.metrics());
-    notify(&running, sd_notify::NotifyState::Ready);
-    if let Some(predecessor) = predecessor {
-        predecessor.retire().await;
-    }
-    let (wish, mut wishes) = mpsc::channel(1);
-    if let Some(control) = control {
-        tokio::spawn(control.run(running.clone(), file.to_owned(), wish));
-    }
-    loop {
-        tokio::select! {
-            asked = signals.next() => match asked {
-                // What was wrong is logged, and a gauge says so.
-                Asked::Reload => drop(running.reload(file).await),
-                Asked::Stop => {
-                    notify(&running, sd_notify::NotifyState::Stopping);
-                    running.drain(signals.stop()).await;
-                    return Ok(ExitCode::SUCCESS);
-                }
-            },
-            Some(wish) = wishes.recv() => match wish {
-                Wish::Upgrade => successor::start(file),
-                Wish::Retire(pid) => {
-                    tracing::info!(successor = pid, "a successor has taken over");
-                    notify(&running, sd_notify::NotifyState::MainPid(pid));
-                    running.retire(signals.stop()).await;
-                    return Ok(ExitCode::SUCCESS);
-                }
-            },
-        }
-    }
-}
-
-/// Whose place is to be taken: none, or the one that answers commands where we are to.
-async fn predecessor(control: Option<&Path>, replace: bool) -> anyhow::Result<Option<(Predecessor, Vec<TcpListener>)>> {
-    let Some(path) = control else {
-        anyhow::ensure!(
-            !replace,
-            "--replace takes admin.control in the configuration: it is where the running process is asked"
-        );
-        return Ok(None);
-    };
-    let Some(predecessor) = Predecessor::at(path).await else { return Ok(None) };
-    anyhow::ensure!(replace, "another process answers at {} already: take its place with --replace", path.display());
-    let sockets = predecessor.sockets().await?;
-    Ok(Some((predecessor, sockets)))
-}
-
 /// Builds everything and binds nothing. Warnings go to standard error and do not change the exit code.
 fn check(file: &Path, offline: bool) -> anyhow::Result<ExitCode> {
     let live = build(file)?;
+    privileges::resolve(&live.config)?;
     let mut warnings = live.config.warnings.clone();
     if !offline {
         warnings.extend(runtime()?.block_on(preflight::server_warnings(&live)));
@@ -178,22 +126,4 @@ fn diff(old: &Path, new: &Path, users: &Path) -> anyhow::Result<ExitCode> {
 
 fn build(file: &Path) -> anyhow::Result<Live> {
     Ok(Live::build(config::load(file)?, None)?)
-}
-
-/// A panic ends one session; the hook counts it and says where it was.
-fn count_panics(metrics: &Metrics) {
-    let panics = metrics.panics();
-    std::panic::set_hook(Box::new(move |info| {
-        panics.inc();
-        // The message could hold what a peer sent: the place is enough to find it.
-        let place = info.location().map(ToString::to_string).unwrap_or_default();
-        tracing::error!(%place, "a session ended in a panic: please report this");
-    }));
-}
-
-fn notify(running: &Running, state: sd_notify::NotifyState<'_>) {
-    let text = format!("{} listeners", running.listeners().len());
-    if let Err(error) = sd_notify::notify(&[state, sd_notify::NotifyState::Status(&text)]) {
-        tracing::warn!(%error, "systemd could not be notified");
-    }
 }

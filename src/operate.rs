@@ -26,7 +26,9 @@ pub async fn operate(asked: Asked) -> anyhow::Result<Option<ExitCode>> {
             let answer = ask(&control.path, &Command::Reload).await?;
             if answer.ok { told(&answer) } else { told_of(&answer, EX_CONFIG) }
         }
-        Asked::Upgrade { control } => told(&ask(&control.path, &Command::Upgrade).await?),
+        Asked::Upgrade { timeout, control } => {
+            told(&ask(&control.path, &Command::Upgrade { timeout: timeout.as_secs_f64() }).await?)
+        }
         Asked::Status { json, control } => shown(&ask(&control.path, &Command::Status).await?, json)?,
         Asked::Sessions { user, json, control } => {
             shown(&ask(&control.path, &Command::Sessions { user }).await?, json)?

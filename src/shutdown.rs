@@ -29,6 +29,7 @@ pub struct Drain(Arc<Edges>);
 
 #[derive(Debug, Default)]
 struct Edges {
+    announced: CancellationToken,
     begun: CancellationToken,
     over: CancellationToken,
     sessions: TaskTracker,
@@ -43,6 +44,16 @@ impl Drain {
     /// A session that the drain waits for as long as this is held, whichever task it is in.
     pub fn count(&self) -> TaskTrackerToken {
         self.0.sessions.token()
+    }
+
+    /// Readiness checks fail from now on, so that balancers send clients elsewhere; all else goes on.
+    pub fn announce(&self) {
+        self.0.announced.cancel();
+    }
+
+    /// Cancelled when the stop is announced, and at the latest when it begins.
+    pub fn announced(&self) -> &CancellationToken {
+        &self.0.announced
     }
 
     /// The first edge: no new sessions, no new logins.
@@ -64,6 +75,7 @@ impl Drain {
     /// Returns how many had to be ended.
     pub async fn run(&self, grace: Duration, hurry: impl Future<Output = ()>, manner: Manner) -> usize {
         if manner == Manner::Stop {
+            self.0.announced.cancel();
             self.0.begun.cancel();
         }
         self.0.sessions.close();
@@ -73,6 +85,7 @@ impl Drain {
             () = hurry => {}
         }
         let forced = self.0.sessions.len();
+        self.0.announced.cancel();
         self.0.begun.cancel();
         self.0.over.cancel();
         self.0.sessions.wait().await;
@@ -136,8 +149,10 @@ mod tests {
         let drain = Drain::default();
         let begun = drain.begun().clone();
         drain.spawn(async move { begun.cancelled().await });
+        drain.announce();
+        assert!(!drain.begun().is_cancelled(), "an announcement ends nothing");
         assert_eq!(drain.run(Duration::from_secs(60), pending(), Manner::Stop).await, 0);
-        assert!(!drain.over().is_cancelled());
+        assert!(drain.announced().is_cancelled() && !drain.over().is_cancelled());
     }
 
     #[tokio::test(start_paused = true)]

@@ -57,13 +57,10 @@ pub(super) fn config(reader: &mut Reader<'_>, file: &Path, value: Value) -> Opti
     if control.as_ref().is_some_and(|path| path.as_os_str().len() > 90) {
         reader.problem("admin.control", "the path is too long for a Unix socket: at most 90 bytes");
     }
-    let run_as = written.run_as.map(|map| RunAs { user: map.user, group: map.group });
-    for (key, name) in run_as.iter().flat_map(|run_as| [("user", Some(&run_as.user)), ("group", run_as.group.as_ref())])
-    {
-        if name.is_some_and(|name| name.is_empty() || name.contains(['\0', ':', '/'])) {
-            reader.problem(&child("run_as", key), "expected a name, like vestibule");
-        }
-    }
+    let run_as = written.run_as.map(|map| RunAs {
+        user: run_as_name(reader, "run_as.user", map.user),
+        group: map.group.map(|group| run_as_name(reader, "run_as.group", group)),
+    });
     let admin = written.admin.address.and_then(|text| socket_address(reader, "admin.address", &text, "127.0.0.1:9143"));
     let addresses: Vec<SocketAddr> = listeners.iter().map(|listener| listener.address).collect();
     if let Some(address) = admin
@@ -106,6 +103,13 @@ pub(super) fn config(reader: &mut Reader<'_>, file: &Path, value: Value) -> Opti
         resolver: Resolver { servers, timeout },
         warnings: reader.take_warnings(),
     })
+}
+
+fn run_as_name(reader: &mut Reader<'_>, key: &str, name: String) -> Located<String> {
+    if name.is_empty() || name.contains(['\0', ':', '/']) {
+        reader.problem(key, "expected a name, like vestibule");
+    }
+    Located { value: name, place: reader.place(key) }
 }
 
 fn format(word: FormatWord) -> LogFormat {

@@ -471,6 +471,7 @@ pub(super) struct LimitsMap {
     pub(super) stall: Option<Span>,
     pub(super) max_disconnect_delay: Option<Span>,
     pub(super) drain: Option<Span>,
+    pub(super) ready_delay: Option<Span>,
     pub(super) keepalive: Option<Span>,
     pub(super) sessions: Option<i64>,
     pub(super) workers: Option<i64>,

@@ -41,6 +41,14 @@ pub(super) fn limits(reader: &mut Reader<'_>, written: &LimitsMap) -> Limits {
             default.max_disconnect_delay,
             seconds(1, hour),
         ),
+        // Unlike for a deadline, none at all makes sense.
+        ready_delay: bounded(
+            reader,
+            "limits.ready_delay",
+            written.ready_delay,
+            default.ready_delay,
+            Duration::ZERO..=Duration::from_secs(hour),
+        ),
         drain: bounded(reader, "limits.drain", written.drain, default.drain, seconds(0, 7 * day)),
         idle: or_off(reader, "limits.idle", written.idle, default.idle, seconds(1800, 30 * day)),
         keepalive: or_off(reader, "limits.keepalive", written.keepalive, default.keepalive, seconds(10, day)),

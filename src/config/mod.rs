@@ -115,12 +115,12 @@ impl Located<PathBuf> {
 }
 
 /// A user to become.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct RunAs {
     /// By name.
-    pub user: String,
+    pub user: Located<String>,
     /// By name; `None`: the user's.
-    pub group: Option<String>,
+    pub group: Option<Located<String>>,
 }
 
 /// A port that clients connect to.
@@ -428,6 +428,9 @@ pub struct Limits {
     pub max_disconnect_delay: Option<Duration>,
     /// What relayed sessions get to finish when the process stops. Default 60 s.
     pub drain: Duration,
+    /// Time between the moment at which `/ready` fails because the process stops, and the moment at which it stops to accept
+    /// connections. Default: none.
+    pub ready_delay: Duration,
     /// Silence after which TCP asks whether the peer is still there; Linux allows nine hours. Default 2 min.
     pub keepalive: Option<Duration>,
     /// Open client connections, logged in or not. Default 100,000.
@@ -458,6 +461,7 @@ impl Default for Limits {
             stall: Duration::from_secs(300),
             max_disconnect_delay: Some(Duration::from_secs(30)),
             drain: Duration::from_secs(60),
+            ready_delay: Duration::ZERO,
             keepalive: Some(Duration::from_secs(120)),
             sessions: 100_000,
             workers: std::thread::available_parallelism().map_or(1, usize::from),

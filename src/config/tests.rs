@@ -504,3 +504,14 @@ fn balancers_are_networks() {
         ["v.yaml:4:10: limits.proxy_header: expected a duration from 100ms to 1m"]
     );
 }
+
+#[test]
+fn a_delay_of_the_stop_may_be_none() {
+    let delay = |text: &str| parse(Path::new("v.yaml"), &format!("{MINIMAL}{text}")).unwrap().limits.ready_delay;
+    assert_eq!((delay(""), delay("limits: {ready_delay: 0s}\n")), (Duration::ZERO, Duration::ZERO));
+    assert_eq!(delay("limits: {ready_delay: 10s}\n"), Duration::from_secs(10));
+    assert_eq!(
+        with("limits: {ready_delay: 2h}\n"),
+        ["v.yaml:4:10: limits.ready_delay: expected a duration from 0s to 1h"]
+    );
+}

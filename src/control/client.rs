@@ -1,10 +1,6 @@
-//! The other end: a command to the running process, and a successor's talk with the process before it. Called by `main`.
+//! The other end of the control socket: a command to the running process, and its answer. Called by `operate`.
 
-use std::fs;
-use std::io;
-use std::net::TcpListener;
-use std::os::unix::net::UnixListener;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context as _, bail};
@@ -14,13 +10,19 @@ use hyper::client::conn::http1;
 use hyper::{Method, Request};
 use hyper_util::rt::TokioIo;
 use tokio::net::UnixStream;
+use tokio::time::timeout;
 use tokio_util::task::AbortOnDropHandle;
 
-use super::{Answer, Command, beside};
-use crate::inherit;
+use super::{Answer, Command, Progress};
 
-/// A predecessor that has not sent its sockets by then will not.
-const HAND_OVER: Duration = Duration::from_secs(20);
+/// Timeout of the connection. A process that is stopped has a queue that may be full.
+const CONNECT_DEADLINE: Duration = Duration::from_secs(5);
+/// Timeout of the answer to a command that only reads or changes what is in memory.
+const SHORT_DEADLINE: Duration = Duration::from_secs(30);
+/// Timeout of the answer to a command that waits for directories and for sessions to end.
+const MOVE_DEADLINE: Duration = Duration::from_secs(10 * 60);
+/// Timeout of the answer to a command that reads tables, which may have millions of lines.
+const RELOAD_DEADLINE: Duration = Duration::from_secs(10 * 60);
 
 /// Asks the process at `path`.
 ///
@@ -35,12 +37,34 @@ pub async fn ask(path: &Path, command: &Command) -> anyhow::Result<Answer> {
 /// # Errors
 /// As [`ask`].
 pub async fn begin(path: &Path, command: &Command) -> anyhow::Result<Reply> {
-    let mut line = Line::connect(path).await.with_context(|| {
-        let shown = path.display();
+    let shown = path.display();
+    let connected = timeout(CONNECT_DEADLINE, Line::connect(path)).await;
+    let connected = connected.unwrap_or_else(|_| bail!("its queue of connections is full"));
+    let mut line = connected.with_context(|| {
         format!("no running process answers at {shown} (admin.control of its configuration, --control of this command)")
     })?;
-    let answer = line.ask(command).await?;
+    let deadline = deadline(command);
+    let answer = timeout(deadline, line.ask(command)).await;
+    let answer = answer.with_context(|| {
+        format!("the process at {shown} does not answer within {}", humantime::format_duration(deadline))
+    })??;
     Ok(Reply { answer, _line: line })
+}
+
+fn deadline(command: &Command) -> Duration {
+    match command {
+        Command::Status
+        | Command::Sessions { .. }
+        | Command::Kick { .. }
+        | Command::Server { .. }
+        | Command::HandOver { .. } => SHORT_DEADLINE,
+        Command::Move { .. } | Command::Hold { .. } => MOVE_DEADLINE,
+        Command::Reload => RELOAD_DEADLINE,
+        // The running process ends the successor at that time, and reports it.
+        Command::Upgrade { timeout } => {
+            Duration::try_from_secs_f64(*timeout).unwrap_or_default().saturating_add(SHORT_DEADLINE)
+        }
+    }
 }
 
 /// An answer, which may hold as long as the connection does.
@@ -70,71 +94,20 @@ impl Line {
         let body = Full::new(Bytes::from(serde_json::to_vec(command)?));
         let request = Request::builder().method(Method::POST).uri("/").header("host", "vestibule").body(body)?;
         let mut body = self.sender.send_request(request).await?.into_body();
-        let mut line = Vec::new();
-        while !line.ends_with(b"\n") {
-            let Some(frame) = body.frame().await else { break };
-            line.extend_from_slice(frame?.data_ref().map_or(&[], |data| &data[..]));
-        }
-        self.body = Some(body);
-        serde_json::from_slice(&line).context("what answers there is no Vestibule")
-    }
-}
-
-/// A process whose place is to be taken. The connection is made before its socket's name is, for then nobody would find it.
-pub struct Predecessor {
-    path: PathBuf,
-    line: tokio::sync::Mutex<Line>,
-}
-
-impl Predecessor {
-    /// The process at `path`, if there is one.
-    pub async fn at(path: &Path) -> Option<Self> {
-        let line = Line::connect(path).await.ok()?;
-        Some(Self { path: path.to_owned(), line: tokio::sync::Mutex::new(line) })
-    }
-
-    /// Its listening sockets, on which it goes on serving too.
-    ///
-    /// # Errors
-    /// It does not hand over.
-    pub async fn sockets(&self) -> anyhow::Result<Vec<TcpListener>> {
-        let mut waiting = beside(&self.path, std::process::id()).into_os_string();
-        waiting.push(".sockets");
-        let waiting = PathBuf::from(waiting);
-        let _ = fs::remove_file(&waiting);
-        let listener =
-            UnixListener::bind(&waiting).with_context(|| format!("{} cannot be bound", waiting.display()))?;
-        let receiving = tokio::task::spawn_blocking(move || receive(&listener));
-        let asked = self.line.lock().await.ask(&Command::HandOver { path: waiting.clone() }).await;
-        let _ = fs::remove_file(&waiting);
-        let answer = asked?;
-        if !answer.ok {
-            bail!("the running process does not hand over: {}", answer.text);
-        }
-        receiving.await.context("sockets could not be received")?.context("sockets could not be received")
-    }
-
-    /// We serve: it may go.
-    pub async fn retire(self) {
-        let answer = self.line.into_inner().ask(&Command::Retire { pid: std::process::id() }).await;
-        match answer {
-            Ok(answer) if answer.ok => tracing::info!("the process before this one retires"),
-            Ok(answer) => {
-                tracing::error!(answer = %answer.text, "the process before this one does not retire: stop it")
+        let mut pending = Vec::new();
+        loop {
+            while let Some(end) = pending.iter().position(|byte| *byte == b'\n') {
+                let line: Vec<u8> = pending.drain(..=end).collect();
+                match serde_json::from_slice::<Progress>(&line) {
+                    Ok(Progress { progress }) => eprintln!("{progress}"),
+                    Err(_) => {
+                        self.body = Some(body);
+                        return serde_json::from_slice(&line).context("what answers there is no Vestibule");
+                    }
+                }
             }
-            Err(error) => tracing::error!(%error, "the process before this one cannot be told to retire: stop it"),
+            let frame = body.frame().await.context("the process has closed the connection without an answer")?;
+            pending.extend_from_slice(frame?.data_ref().map_or(&[], |data| &data[..]));
         }
     }
-}
-
-fn receive(listener: &UnixListener) -> io::Result<Vec<TcpListener>> {
-    listener.set_nonblocking(false)?;
-    let poll = rustix::event::PollFd::new(listener, rustix::event::PollFlags::IN);
-    let timeout = rustix::event::Timespec { tv_sec: HAND_OVER.as_secs().cast_signed(), tv_nsec: 0 };
-    if rustix::event::poll(&mut [poll], Some(&timeout))? == 0 {
-        return Err(io::ErrorKind::TimedOut.into());
-    }
-    let (stream, _) = listener.accept()?;
-    stream.set_read_timeout(Some(HAND_OVER))?;
-    inherit::receive(&stream)
 }

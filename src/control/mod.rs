@@ -1,41 +1,56 @@
 //! What the operator's commands ask of the running process: a Unix socket that only its own user (and root) may open.
 //!
 //! One HTTP request a command, JSON both ways ([`Command`], [`Answer`]); `client` is the other end. Who may open the socket may
-//! do everything here, so it is readable by its owner alone, and made so before it has its name. This room understands
-//! commands; what they do is `server`'s. Called by `main`.
+//! do everything here, so it is readable by its owner alone, and made so before it has its name (`place`). A process takes
+//! another's place by the same socket: `hand_over` and `succession` on one side, `predecessor` on the other, `upgrade` to start
+//! the other. What commands do is `server`'s. Called by `main`.
 
 pub mod client;
+mod hand_over;
 mod hold;
+mod lines;
+mod link;
+pub mod place;
+pub mod predecessor;
+mod succession;
+pub mod upgrade;
 
 use std::convert::Infallible;
-use std::fs;
 use std::io;
-use std::os::unix::fs::PermissionsExt as _;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use http_body_util::{BodyExt as _, Either, Full, Limited};
+use http_body_util::combinators::UnsyncBoxBody;
+use http_body_util::{BodyExt as _, Full, Limited};
 use hyper::body::{Bytes, Incoming};
+use hyper::header::{CONNECTION, HeaderValue, UPGRADE};
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
-use hyper::{Method, Request, Response};
+use hyper::{Method, Request, Response, StatusCode};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use tokio::net::{UnixListener, UnixStream};
-use tokio::sync::{Semaphore, mpsc};
+use tokio::sync::{Notify, Semaphore, mpsc};
+use tokio::time::{MissedTickBehavior, interval, timeout};
+use tokio_util::task::TaskTracker;
 
+pub use self::hand_over::Retire;
 use self::hold::Held;
-use crate::inherit;
+use self::lines::Lines;
+use self::place::{Occupant, PendingSocket, PublishedName, PublishedSocket};
+pub use self::succession::Succession;
 use crate::server::{Running, UserMoved};
 
 /// More commands than this at a time are a mistake.
 const MAX_CONNECTIONS: usize = 16;
 /// A command is a few words.
 const MAX_COMMAND: usize = 64 * 1024;
-/// For a request's head.
+/// Timeout of a request's head, and of its body.
 const HEAD_DEADLINE: Duration = Duration::from_secs(10);
+/// How often the control socket's name is checked. Anyone who may write to its folder can remove it.
+const NAME_CHECK: Duration = Duration::from_secs(5);
 
 /// What can be asked for.
 #[derive(Debug, Serialize, Deserialize)]
@@ -76,18 +91,22 @@ pub enum Command {
         /// Whose.
         user: String,
     },
-    /// Send the listening sockets to a successor, which waits at this path.
+    /// Hand the listening sockets to a successor, on the connection of this request, and retire when it serves. See `link`.
     HandOver {
-        /// Beside our own socket.
-        path: PathBuf,
-    },
-    /// The successor serves: stop accepting, let sessions end by themselves within the grace time, and go.
-    Retire {
-        /// Of the successor.
+        /// Process id of the successor, used if the system does not tell.
         pid: u32,
     },
-    /// Start a successor, the program as it lies on the disk now, which will ask for the above.
-    Upgrade,
+    /// Start a successor from the installed program, and answer when it serves or has failed.
+    Upgrade {
+        /// Seconds after which a successor that does not serve is ended.
+        timeout: f64,
+    },
+}
+
+/// A line before the answer to a command that takes long.
+#[derive(Debug, Serialize, Deserialize)]
+struct Progress {
+    progress: String,
 }
 
 /// What comes back.
@@ -112,47 +131,67 @@ impl Answer {
     }
 }
 
-/// What only `main` can do.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Wish {
-    /// Stop gently: a successor with this process id serves.
-    Retire(u32),
-    /// Start a successor.
-    Upgrade,
-}
-
-/// The bound socket.
+/// The control socket under its name.
 #[derive(Debug)]
 pub struct Control {
     socket: UnixListener,
-    path: PathBuf,
+    name: PublishedName,
+    connections: TaskTracker,
+    /// Whether it is logged already that the name cannot be restored.
+    is_reported: bool,
 }
 
 impl Control {
-    /// Binds beside `path` and takes its place, also another process's.
+    /// Takes the published socket over. Called on a runtime.
     ///
     /// # Errors
-    /// What the system says.
-    pub fn bind(path: &Path) -> io::Result<Self> {
-        let beside = beside(path, std::process::id());
-        let _ = fs::remove_file(&beside);
-        let socket = UnixListener::bind(&beside)?;
-        fs::set_permissions(&beside, fs::Permissions::from_mode(0o600))?;
-        fs::rename(&beside, path)?;
-        Ok(Self { socket, path: path.to_owned() })
+    /// The system has no room to register it.
+    pub fn new(published: PublishedSocket) -> io::Result<Self> {
+        let PublishedSocket { socket, name } = published;
+        let socket = UnixListener::from_std(socket)?;
+        Ok(Self { socket, name, connections: TaskTracker::new(), is_reported: false })
     }
 
-    /// Answers commands for ever; what only `main` can do goes to `wishes`.
-    pub async fn run(self, running: Arc<Running>, file: PathBuf, wishes: mpsc::Sender<Wish>) {
+    /// The connections that are open: a process that ends lets them finish first.
+    pub fn connections(&self) -> TaskTracker {
+        self.connections.clone()
+    }
+
+    /// Answers commands for ever. A successor that serves is reported to `retire`.
+    pub async fn run(
+        mut self,
+        running: Arc<Running>,
+        file: PathBuf,
+        succession: Succession,
+        retire: mpsc::Sender<Retire>,
+    ) {
         let permits = Arc::new(Semaphore::new(MAX_CONNECTIONS));
-        let desk = Arc::new(Desk { running, file, path: self.path.clone(), wishes });
+        let (name_lost, trusted) = (Notify::new(), vec![0, rustix::process::geteuid().as_raw()]);
+        let connections = self.connections.clone();
+        let desk = Arc::new(Desk { running, file, succession, retire, name_lost, connections, trusted });
+        let mut check = interval(NAME_CHECK);
+        check.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
-            // The semaphore is never closed.
-            let Ok(permit) = permits.clone().acquire_owned().await else { return };
-            match self.socket.accept().await {
+            let accept = async {
+                // The semaphore is never closed.
+                let permit = permits.clone().acquire_owned().await.ok();
+                (self.socket.accept().await, permit)
+            };
+            let (accepted, permit) = tokio::select! {
+                accepted = accept => accepted,
+                () = desk.name_lost.notified() => {
+                    self.restore_name(&desk);
+                    continue;
+                }
+                _ = check.tick() => {
+                    self.restore_name(&desk);
+                    continue;
+                }
+            };
+            match accepted {
                 Ok((socket, _)) => {
                     let desk = desk.clone();
-                    tokio::spawn(async move {
+                    self.connections.spawn(async move {
                         serve(socket, desk).await;
                         drop(permit);
                     });
@@ -164,68 +203,137 @@ impl Control {
             }
         }
     }
-}
 
-/// A name of this process's own in the folder of `path`.
-pub(crate) fn beside(path: &Path, pid: u32) -> PathBuf {
-    let mut name = path.as_os_str().to_owned();
-    name.push(format!(".{pid}"));
-    name.into()
+    /// Binds again if the name is gone, or leads to a process that is: to a successor that failed late, for example.
+    fn restore_name(&mut self, desk: &Desk) {
+        if !desk.succession.keeps_name() || self.name.is_ours() {
+            self.is_reported = false;
+            return;
+        }
+        let path = self.name.path().to_owned();
+        let restored = match place::occupant(&path, &desk.trusted) {
+            Ok(Occupant::Process) => Err("another process listens there".to_owned()),
+            Ok(Occupant::Nothing | Occupant::Stale) => {
+                self.bind_again(&path, &desk.trusted).map_err(|error| format!("{error:#}"))
+            }
+            Err(error) => Err(format!("{:#}", anyhow::Error::from(error))),
+        };
+        match restored {
+            Ok(()) => tracing::info!(path = %path.display(), "the control socket was lost, and is restored"),
+            Err(error) if !self.is_reported => {
+                tracing::error!(path = %path.display(), %error, "the control socket was lost; commands do not reach this process");
+                self.is_reported = true;
+            }
+            Err(_) => {}
+        }
+    }
+
+    fn bind_again(&mut self, path: &std::path::Path, trusted: &[u32]) -> anyhow::Result<()> {
+        let PublishedSocket { socket, name } = PendingSocket::bind(path, None)?.publish(false, trusted)?;
+        (self.socket, self.name) = (UnixListener::from_std(socket)?, name);
+        Ok(())
+    }
 }
 
 struct Desk {
     running: Arc<Running>,
     file: PathBuf,
-    path: PathBuf,
-    wishes: mpsc::Sender<Wish>,
+    succession: Succession,
+    retire: mpsc::Sender<Retire>,
+    /// Notified when a successor has failed that may have taken the control socket's name.
+    name_lost: Notify,
+    connections: TaskTracker,
+    /// Users whose processes may give commands and take over.
+    trusted: Vec<u32>,
 }
 
-type Body = Either<Full<Bytes>, Held>;
+type Body = UnsyncBoxBody<Bytes, Infallible>;
 
 async fn serve(socket: UnixStream, desk: Arc<Desk>) {
+    let peer = match socket.peer_cred() {
+        Ok(peer) if desk.trusted.contains(&peer.uid()) => peer,
+        Ok(peer) => return tracing::warn!(uid = peer.uid(), "another user's command was refused"),
+        Err(error) => return tracing::warn!(%error, "a command's user is unknown: refused"),
+    };
+    let pid = peer.pid().and_then(|pid| u32::try_from(pid).ok()).filter(|pid| *pid != 0);
     let service = service_fn(move |request: Request<Incoming>| {
         let desk = desk.clone();
-        async move { Ok::<_, Infallible>(Response::new(answer(request, &desk).await)) }
+        async move { Ok::<_, Infallible>(answer(request, pid, desk).await) }
     });
     let connection = http1::Builder::new()
         .timer(TokioTimer::new())
         .header_read_timeout(HEAD_DEADLINE)
-        .serve_connection(TokioIo::new(socket), service);
+        .serve_connection(TokioIo::new(socket), service)
+        .with_upgrades();
     if let Err(error) = connection.await {
         tracing::debug!(%error, "a command's connection failed");
     }
 }
 
-async fn answer(request: Request<Incoming>, desk: &Desk) -> Body {
+/// `peer` is the process id of the other end, if the system tells.
+async fn answer(mut request: Request<Incoming>, peer: Option<u32>, desk: Arc<Desk>) -> Response<Body> {
     if request.method() != Method::POST {
         return whole(&Answer::failed("only POST"));
     }
-    let command = match Limited::new(request.into_body(), MAX_COMMAND).collect().await {
-        Ok(body) => serde_json::from_slice(&body.to_bytes()),
-        Err(error) => return whole(&Answer::failed(error.to_string())),
+    let is_hand_over = request.headers().get(UPGRADE).is_some_and(|token| token == link::PROTOCOL);
+    let upgrade = hyper::upgrade::on(&mut request);
+    let body = Limited::new(request.into_body(), MAX_COMMAND).collect();
+    let command = match timeout(HEAD_DEADLINE, body).await {
+        Ok(Ok(body)) => serde_json::from_slice(&body.to_bytes()),
+        Ok(Err(error)) => return whole(&Answer::failed(error.to_string())),
+        Err(_) => return whole(&Answer::failed("the command did not come in time")),
     };
     match command {
         Ok(Command::Hold { user }) => match desk.running.hold(&user).await {
             Ok((hold, ended)) => {
                 let text = format!("{user}: {ended} sessions ended, new logins wait");
-                Either::Right(Held::new(encoded(&Answer::done(text)), hold))
+                Response::new(Held::new(encoded(&Answer::done(text)), hold).boxed_unsync())
             }
             Err(error) => whole(&Answer::failed(format!("{error:#}"))),
         },
+        Ok(Command::HandOver { .. }) if !is_hand_over => {
+            whole(&Answer::failed(format!("a hand-over takes the upgrade to {}", link::PROTOCOL)))
+        }
+        Ok(Command::HandOver { pid }) => match desk.succession.grant(peer.unwrap_or(pid)) {
+            Ok(lease) => {
+                let connections = desk.connections.clone();
+                connections.spawn(hand_over::serve(upgrade, lease, desk));
+                switching()
+            }
+            Err(refusal) => {
+                tracing::info!(successor = peer.unwrap_or(pid), %refusal, "a hand-over was refused");
+                whole(&Answer::failed(refusal.to_string()))
+            }
+        },
+        Ok(Command::Upgrade { timeout }) => match Duration::try_from_secs_f64(timeout) {
+            Ok(timeout) => {
+                tracing::info!("an upgrade was asked for");
+                Response::new(Lines(upgrade::begin(desk, timeout)).boxed_unsync())
+            }
+            Err(error) => whole(&Answer::failed(format!("invalid timeout: {error}"))),
+        },
         Ok(command) => {
             tracing::info!(?command, "asked for");
-            whole(&obey(command, desk).await)
+            whole(&obey(command, &desk).await)
         }
         Err(error) => whole(&Answer::failed(format!("that is no command: {error}"))),
     }
 }
 
-fn whole(answer: &Answer) -> Body {
-    Either::Left(Full::new(encoded(answer)))
+fn switching() -> Response<Body> {
+    let mut response = Response::new(Full::default().boxed_unsync());
+    *response.status_mut() = StatusCode::SWITCHING_PROTOCOLS;
+    response.headers_mut().insert(CONNECTION, HeaderValue::from_static("upgrade"));
+    response.headers_mut().insert(UPGRADE, HeaderValue::from_static(link::PROTOCOL));
+    response
+}
+
+fn whole(answer: &Answer) -> Response<Body> {
+    Response::new(Full::new(encoded(answer)).boxed_unsync())
 }
 
 /// One line.
-fn encoded(answer: &Answer) -> Bytes {
+fn encoded(answer: &impl Serialize) -> Bytes {
     // Strings and JSON values can always be written.
     let mut line = serde_json::to_vec(answer).unwrap_or_default();
     line.push(b'\n');
@@ -235,13 +343,7 @@ fn encoded(answer: &Answer) -> Bytes {
 async fn obey(command: Command, desk: &Desk) -> Answer {
     let running = &desk.running;
     match command {
-        Command::Reload => match running.reload(&desk.file).await {
-            Ok(reloaded) => {
-                let notes = reloaded.unchanged.iter().map(|key| format!("\n{key} has changed, which takes a restart"));
-                Answer::done(format!("{} loaded{}", desk.file.display(), notes.collect::<String>()))
-            }
-            Err(error) => Answer::failed(format!("{error:#}").trim_end().to_owned()),
-        },
+        Command::Reload => reload(desk).await,
         Command::Status => running.status(),
         Command::Sessions { user } => match running.who(user.as_deref()).await {
             Ok(sessions) => sessions,
@@ -268,38 +370,21 @@ async fn obey(command: Command, desk: &Desk) -> Answer {
             }
             Err(error) => Answer::failed(format!("{error:#}")),
         },
-        Command::Hold { .. } => Answer::failed("hold is answered while it lasts"),
-        Command::HandOver { path } => hand_over(running, &desk.path, &path).await,
-        Command::Retire { pid } => wish(desk, Wish::Retire(pid), "retiring").await,
-        Command::Upgrade => wish(desk, Wish::Upgrade, "a successor is being started; see its log").await,
+        Command::Hold { .. } | Command::HandOver { .. } | Command::Upgrade { .. } => {
+            Answer::failed("the command is not answered in one line")
+        }
     }
 }
 
-async fn wish(desk: &Desk, wish: Wish, text: &str) -> Answer {
-    match desk.wishes.send(wish).await {
-        Ok(()) => Answer::done(text),
-        Err(_) => Answer::failed("the process is stopping already"),
+async fn reload(desk: &Desk) -> Answer {
+    if let Some(refusal) = desk.succession.reload_refusal() {
+        return Answer::failed(refusal);
     }
-}
-
-async fn hand_over(running: &Running, own: &Path, to: &Path) -> Answer {
-    // Anywhere else somebody else could be waiting.
-    if to.parent() != own.parent() {
-        return Answer::failed("a successor waits beside our own socket");
-    }
-    let sockets = match running.sockets() {
-        Ok(sockets) => sockets,
-        Err(error) => return Answer::failed(format!("sockets cannot be copied: {error}")),
-    };
-    let (count, to) = (sockets.len(), to.to_owned());
-    let sent = tokio::task::spawn_blocking(move || {
-        let stream = std::os::unix::net::UnixStream::connect(to)?;
-        stream.set_write_timeout(Some(HEAD_DEADLINE))?;
-        inherit::send(&stream, &sockets)
-    });
-    match sent.await {
-        Ok(Ok(())) => Answer::done(format!("{count} listening sockets handed over")),
-        Ok(Err(error)) => Answer::failed(format!("the successor could not be reached: {error}")),
-        Err(error) => Answer::failed(error.to_string()),
+    match desk.running.reload(&desk.file).await {
+        Ok(reloaded) => {
+            let notes = reloaded.unchanged.iter().map(|key| format!("\n{key} has changed, which takes a restart"));
+            Answer::done(format!("{} loaded{}", desk.file.display(), notes.collect::<String>()))
+        }
+        Err(error) => Answer::failed(format!("{error:#}").trim_end().to_owned()),
     }
 }

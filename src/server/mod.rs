@@ -10,7 +10,7 @@ mod operations;
 
 use std::io;
 use std::net::{SocketAddr, TcpListener};
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -26,7 +26,7 @@ pub use self::operations::{UserHold, UserMoved};
 use crate::admin::Admin;
 use crate::backend::OwnAddresses;
 use crate::config::{self, Config};
-use crate::listener::House;
+use crate::listener::{self, House};
 use crate::logging;
 use crate::metrics::Metrics;
 use crate::occupancy::Occupancy;
@@ -35,12 +35,17 @@ use crate::sessions::Sessions;
 use crate::shutdown::{Drain, Manner};
 use crate::workers::Worker;
 
+/// Timeout of the end of all listeners when a process stops.
+const LISTENERS_DEADLINE: Duration = Duration::from_secs(2);
+
 /// A running proxy.
 pub struct Running {
     now: Mutex<Now>,
     /// One configuration after the other.
     reloading: tokio::sync::Mutex<()>,
     workplaces: Vec<Workplace>,
+    /// Tasks of all listeners.
+    listeners: TaskTracker,
     sessions: Arc<Sessions>,
     drain: Drain,
     background: TaskTracker,
@@ -89,6 +94,8 @@ pub struct Bound {
     opening: Opening,
     admin: Option<(Admin, OwnedFd)>,
     drain: Drain,
+    /// Addresses of inherited sockets that the configuration has no use for.
+    unused: Vec<SocketAddr>,
 }
 
 /// Builds; binds nothing.
@@ -110,28 +117,47 @@ impl Prepared {
     /// An address that cannot be bound.
     pub fn bind(self, mut inherited: Vec<TcpListener>) -> anyhow::Result<Bound> {
         let (live, drain) = (self.0, Drain::default());
-        let opening = Doors::default().bind(&live.config, &mut inherited)?;
-        let admin = bind_admin(&live, &drain, &mut inherited)?;
-        for socket in inherited {
-            let address = socket.local_addr().map(|address| address.to_string()).unwrap_or_default();
+        let doors = Doors::default();
+        let opening = doors.bind(&live.config, &mut inherited, &[])?;
+        let admin = bind_admin(&live, &drain, &doors, &mut inherited, &[])?;
+        let mut unused: Vec<SocketAddr> = inherited.iter().filter_map(|socket| socket.local_addr().ok()).collect();
+        unused.sort_unstable();
+        unused.dedup();
+        for address in &unused {
             tracing::warn!(%address, "a socket was handed over that the configuration has no use for: closed");
         }
-        Ok(Bound { live, opening, admin, drain })
+        Ok(Bound { live, opening, admin, drain, unused })
     }
 }
 
 impl Bound {
+    /// Addresses of inherited sockets that the configuration has no use for.
+    pub fn unused(&self) -> &[SocketAddr] {
+        &self.unused
+    }
+
+    /// Gives the listening sockets to a user and a group. The kernel lets only sockets of one user overlap, as they do when a
+    /// listener's address is changed by a reload.
+    ///
+    /// # Errors
+    /// Only root may do so.
+    pub fn give_to(&self, (user, group): (u32, u32)) -> io::Result<()> {
+        let listeners = self.opening.sockets().map(AsFd::as_fd);
+        let mut all = listeners.chain(self.admin.iter().map(|(_, copy)| copy.as_fd()));
+        all.try_for_each(|socket| std::os::unix::fs::fchown(socket, Some(user), Some(group)))
+    }
+
     /// Starts. When this returns, connections are served.
     ///
     /// # Errors
     /// The system has no threads or descriptors for the workers.
     pub fn start(self) -> anyhow::Result<Running> {
-        let Self { live, opening, admin, drain } = self;
+        let Self { live, opening, admin, drain, .. } = self;
         let (background, stop_background) = (TaskTracker::new(), CancellationToken::new());
         let occupancy = Arc::new(Occupancy::default());
-        let mut workplaces = Vec::new();
+        let (mut workplaces, listeners) = (Vec::new(), TaskTracker::new());
         for _ in 0..live.config.limits.workers {
-            let workplace = employ(&live, &drain, &occupancy, &background, &stop_background);
+            let workplace = employ(&live, &drain, &occupancy, &listeners, (&background, &stop_background));
             workplaces.push(workplace.context("a worker could not be started")?);
         }
         let stop = stop_background.child_token();
@@ -140,6 +166,7 @@ impl Bound {
             now: Mutex::new(Now { live: live.clone(), doors: Doors::default(), stop: stop.clone(), admin: None }),
             reloading: tokio::sync::Mutex::default(),
             workplaces,
+            listeners,
             drain,
             background,
             stop_background,
@@ -174,18 +201,28 @@ fn log_warnings(config: &Config) {
     }
 }
 
-/// With a copy of the socket, made here so that nothing can fail once a configuration has taken another's place.
+/// With a copy of the socket, made here so that nothing can fail once a configuration has taken another's place. The address may
+/// overlap with that of open listeners and of sockets in `others`.
 fn bind_admin(
     live: &Live,
     drain: &Drain,
+    doors: &Doors,
     inherited: &mut Vec<TcpListener>,
+    others: &[&OwnedFd],
 ) -> anyhow::Result<Option<(Admin, OwnedFd)>> {
     let Some(address) = live.config.admin else { return Ok(None) };
     let fits = |socket: &mut TcpListener| socket.local_addr().is_ok_and(|bound| bound == address);
     let socket = inherited.extract_if(.., fits).next();
-    let bound = Admin::bind(address, socket, live.metrics.clone(), drain.begun().clone());
+    let bind = || {
+        let beside = doors.share_overlapping(address, inherited, others);
+        let sockets = listener::bind(address, false, 1, beside)?;
+        listener::listen(&sockets)?;
+        sockets.into_iter().next().ok_or_else(|| io::Error::other("no socket"))
+    };
+    let bound = socket.map_or_else(bind, Ok);
+    let bound = bound.and_then(|socket| Admin::new(socket, live.metrics.clone(), drain.announced().clone()));
     let bound = bound.and_then(|admin| admin.copy().map(|copy| (admin, copy)));
-    Ok(Some(bound.with_context(|| format!("{address} cannot be bound (admin.address)"))?))
+    Ok(Some(bound.with_context(|| doors::cannot_bind(address, "admin.address"))?))
 }
 
 /// Starts a worker, which ends when all is stopped.
@@ -193,8 +230,8 @@ fn employ(
     live: &Live,
     drain: &Drain,
     occupancy: &Arc<Occupancy>,
-    background: &TaskTracker,
-    stop: &CancellationToken,
+    listeners: &TaskTracker,
+    (background, stop): (&TaskTracker, &CancellationToken),
 ) -> io::Result<Workplace> {
     let worker = Worker::new()?;
     let guard = worker.enter();
@@ -202,6 +239,7 @@ fn employ(
         occupancy: occupancy.clone(),
         drain: drain.clone(),
         room: Arc::new(Room::new(live.metrics.silent_sessions())?),
+        listeners: listeners.clone(),
     };
     drop(guard);
     let workplace = Workplace { runtime: worker.handle(), house: house.clone() };
@@ -255,10 +293,14 @@ impl Running {
         // Tables of millions of lines take seconds: not on a thread that serves.
         let built = tokio::task::spawn_blocking(move || Live::build(config::load(&file)?, Some(&previous)));
         let live = Arc::new(built.await.context("the configuration could not be built")??);
-        let moved = self.admin_address() != live.config.admin;
-        let admin = if moved { bind_admin(&live, &self.drain, &mut Vec::new())? } else { None };
         let mut now = self.lock();
-        let opening = now.doors.bind(&live.config, &mut Vec::new())?;
+        let moved = now.admin.as_ref().map(|admin| admin.configured) != live.config.admin;
+        let endpoint: Vec<&OwnedFd> = now.admin.iter().map(|admin| &admin.copy).collect();
+        let opening = now.doors.bind(&live.config, &mut Vec::new(), &endpoint)?;
+        let admin = match moved {
+            true => bind_admin(&live, &self.drain, &now.doors, &mut Vec::new(), &endpoint)?,
+            false => None,
+        };
         let stop = self.stop_background.child_token();
         before.metrics.retire(&live.metrics);
         self.begin(&live, &stop, now.doors.addresses_with(&live.config, &opening));
@@ -317,11 +359,6 @@ impl Running {
         Endpoint { configured: live.config.admin.unwrap_or(bound), bound, copy, stop }
     }
 
-    /// As configured.
-    fn admin_address(&self) -> Option<SocketAddr> {
-        self.lock().admin.as_ref().map(|admin| admin.configured)
-    }
-
     /// The listeners' addresses, in the configuration's order; port 0 has become a real one.
     pub fn listeners(&self) -> Vec<SocketAddr> {
         self.lock().doors.addresses()
@@ -360,26 +397,48 @@ impl Running {
         Ok(copies)
     }
 
+    /// Announces the stop to readiness checks and waits for `limits.ready_delay`, while connections are accepted as before;
+    /// cut short by `hurry`.
+    pub async fn announce_stop(&self, hurry: impl Future<Output = ()>) {
+        self.drain.announce();
+        let delay = self.live().limits.ready_delay;
+        if delay.is_zero() {
+            return;
+        }
+        let seconds = delay.as_secs_f64();
+        tracing::info!(seconds, "stopping: /ready fails, connections are still accepted for limits.ready_delay");
+        tokio::select! {
+            () = tokio::time::sleep(delay) => {}
+            () = hurry => tracing::info!("stopping at once"),
+        }
+    }
+
     /// Stops: no new connections, BYE to clients before login, the configured grace to relayed sessions, cut short by
     /// `hurry`. Returns how many sessions had to be ended.
     pub async fn drain(&self, hurry: impl Future<Output = ()>) -> usize {
-        self.wind_up(hurry, Manner::Stop).await
+        self.wind_up(hurry, Manner::Stop, &[]).await
     }
 
-    /// Stops because a successor serves on the same sockets: as [`Running::drain`], but clients that are logging in may do so.
-    pub async fn retire(&self, hurry: impl Future<Output = ()>) -> usize {
+    /// Stops because a successor serves on the same sockets, or on others at the addresses in `replaced`: as [`Running::drain`],
+    /// but clients that are logging in may do so.
+    pub async fn retire(&self, replaced: &[SocketAddr], hurry: impl Future<Output = ()>) -> usize {
         if let Some(admin) = self.lock().admin.take() {
             admin.stop.cancel();
         }
         // What this process keeps grows old while it waits for its sessions; the successor's is newer.
         self.live().router.leave_files();
-        self.wind_up(hurry, Manner::Retire).await
+        self.wind_up(hurry, Manner::Retire, replaced).await
     }
 
-    async fn wind_up(&self, hurry: impl Future<Output = ()>, manner: Manner) -> usize {
+    async fn wind_up(&self, hurry: impl Future<Output = ()>, manner: Manner, replaced: &[SocketAddr]) -> usize {
         let grace = self.grace();
         self.metrics().draining();
-        self.lock().doors.close();
+        self.lock().doors.close(replaced);
+        // They accept what waits in their sockets, and those sessions are waited for too.
+        self.listeners.close();
+        if tokio::time::timeout(LISTENERS_DEADLINE, self.listeners.wait()).await.is_err() {
+            tracing::warn!("listeners do not end; connections that wait are reset");
+        }
         tracing::info!(sessions = self.drain.open_sessions(), grace_seconds = grace.as_secs(), "draining");
         let over = self.drain.over().clone();
         let (sessions, stopped) = (self.sessions.clone(), self.stop_background.clone());

@@ -16,9 +16,10 @@ listeners:
 tls: {{certificates: [{{cert: {tls}/fullchain.pem, key: {tls}/privkey.pem}}]}}
 backends: {{mail: {{servers: ["{server}"]}}}}
 routes: [{{default: mail}}]
-admin: {{address: "127.0.0.1:9143"}}
+admin: {{address: "127.0.0.1:9143"{control}}}
 limits: {{sessions: 1000}}
 """
+CONTROL = ", control: /run/vestibule/control"
 FILE = "/etc/vestibule/vestibule.yaml"
 CREDENTIALS = "/run/credentials/vestibule.service"
 
@@ -36,9 +37,44 @@ def build_package(folder):
 
 class Unit(unittest.TestCase):
     def test_a_stop_may_take_longer_than_the_drain(self):
+        """With the delay that is recommended behind a balancer."""
+        unit = (REPOSITORY / "deploy/vestibule.service").read_text()
         drain = re.search(r"drain: (\d+)s ", (REPOSITORY / "config/reference.yaml").read_text())
-        stop = re.search(r"(?m)^TimeoutStopSec=(\d+)s$", (REPOSITORY / "deploy/vestibule.service").read_text())
-        self.assertGreater(int(stop[1]), int(drain[1]) + 10)
+        delay = re.search(r"(\d+) s behind a balancer", unit)
+        stop = re.search(r"(?m)^TimeoutStopSec=(\d+)s$", unit)
+        self.assertGreater(int(stop[1]), int(drain[1]) + int(delay[1]) + 10)
+
+
+class Session:
+    """Alice's session by openssl, which stays."""
+
+    def __init__(self, test):
+        self.test = test
+        command = test.machine.inside("openssl", "s_client", "-quiet", "-connect", "localhost:993", "-CAfile", "/root/ca.pem")
+        self.child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+        test.addCleanup(self.close)
+        test.assertTrue(self.child.stdout.readline().startswith(b"* OK"))
+        self.command(b"a LOGIN alice@example.org wonderland")
+
+    def command(self, text):
+        self.child.stdin.write(text + b"\r\n")
+        self.child.stdin.flush()
+        tag = text.split()[0]
+        while not (line := self.child.stdout.readline()).startswith(tag):
+            self.test.assertNotEqual(line, b"", "the session has ended")
+        self.test.assertTrue(line.startswith(tag + b" OK"), line)
+
+    def is_alive(self):
+        self.command(b"n NOOP")
+
+    def close(self):
+        self.child.kill()
+        self.child.wait()
+        for stream in (self.child.stdin, self.child.stdout):
+            try:
+                stream.close()
+            except OSError:
+                pass
 
 
 class Installed(unittest.TestCase):
@@ -90,7 +126,8 @@ class Installed(unittest.TestCase):
         self.assertEqual(machine.run("stat", "-c", "%A %U %G", "/etc/vestibule/tls").strip(), "drwxr-x--- root vestibule")
 
         self.install_certificate("/etc/vestibule/tls", "640", "vestibule")
-        machine.write(FILE, CONFIGURATION.format(tls="/etc/vestibule/tls", server=self.mailbox_server()))
+        configuration = CONFIGURATION.format(tls="/etc/vestibule/tls", server=self.mailbox_server(), control=CONTROL)
+        machine.write(FILE, configuration)
         machine.run("runuser", "-u", "vestibule", "--", "/usr/bin/vestibule", "check", "--config", FILE)
         machine.run("systemctl", "enable", "--now", "vestibule", check=False)
         self.assertEqual(self.property("ActiveState"), "active", machine.journal())
@@ -105,17 +142,52 @@ class Installed(unittest.TestCase):
         self.assertEqual(self.health(), 0)
         self.assertNotRegex(machine.journal(), "WARN|ERROR")
 
-        before = self.property("MainPID")
-        machine.run("dpkg", "--install", "/root/package.deb")
-        self.assertEqual(self.property("ActiveState"), "active")
-        self.assertNotEqual(self.property("MainPID"), before, "an upgrade restarts it")
-        self.assertIn("X-Served-By: shard-a", self.read_mail("imaps://localhost"))
-
+        self.reload_reports_its_outcome(configuration)
+        self.upgrades_end_no_session(configuration)
         machine.run("systemctl", "stop", "vestibule")
         self.assertEqual((self.property("Result"), self.property("ExecMainStatus")), ("success", "0"))
         self.assertNotEqual(self.health(), 0)
         machine.run("dpkg", "--purge", "vestibule")
         self.assertEqual(machine.run("ls", "/etc/vestibule").split(), ["tls"], "the key is not the package's to remove")
+
+    def reload_reports_its_outcome(self, configuration):
+        machine = self.machine
+        machine.run("systemctl", "reload", "vestibule")
+        machine.write(FILE, configuration.replace("default: mail", "default: male"))
+        self.assertIn("failed", machine.run("systemctl", "reload", "vestibule", check=False))
+        self.assertEqual((self.property("ActiveState"), self.property("ReloadResult")), ("active", "exit-code"))
+        wait_for("the reason in the journal", lambda: 'no backend is declared as "male"' in machine.journal())
+        machine.write(FILE, configuration)
+        machine.run("systemctl", "reload", "vestibule")
+
+    def upgrades_end_no_session(self, configuration):
+        machine = self.machine
+        session = Session(self)
+        before, started = self.property("MainPID"), self.property("ExecMainStartTimestamp")
+        said = machine.run("dpkg", "--install", "/root/package.deb")
+        self.assertIn(f"serves; pid {before}", said)
+        after = self.property("MainPID")
+        self.assertNotEqual(after, before, "systemd watches the new process")
+        self.assertEqual(self.property("ActiveState"), "active")
+        self.assertIn("X-Served-By: shard-a", self.read_mail("imaps://localhost"))
+        session.is_alive()
+        self.is_confined()
+
+        # A new version that cannot start changes nothing but the program, and says what to do.
+        machine.write(FILE, configuration.replace("default: mail", "default: male"))
+        said = machine.run("dpkg", "--install", "/root/package.deb")
+        self.assertIn('no backend is declared as "male"', said)
+        self.assertIn("was not replaced and goes on serving", said)
+        self.assertEqual((self.property("ActiveState"), self.property("MainPID")), ("active", after))
+        session.is_alive()
+        machine.write(FILE, configuration)
+        machine.run("vestibule", "upgrade")
+        self.assertNotEqual(self.property("MainPID"), after)
+        session.is_alive()
+        session.command(b"z LOGOUT")
+        wait_for("the first process to end", lambda: not machine.run("ls", "-d", f"/proc/{before}", check=False).startswith("/proc"))
+        self.assertEqual(self.property("ActiveState"), "active", "the end of a process that was replaced is not the service's")
+        self.assertEqual(self.property("NRestarts"), "0")
 
     def is_confined(self):
         process = f"/proc/{self.property('MainPID')}"
@@ -140,11 +212,26 @@ class Installed(unittest.TestCase):
         self.assertIn(f"key: {CREDENTIALS}/privkey.pem", drop_in)
         self.machine.run("mkdir", "/etc/systemd/system/vestibule.service.d")
         self.machine.write("/etc/systemd/system/vestibule.service.d/tls-credential.conf", drop_in)
-        self.machine.write(FILE, CONFIGURATION.format(tls=CREDENTIALS, server=self.mailbox_server()))
+        self.machine.write(FILE, CONFIGURATION.format(tls=CREDENTIALS, server=self.mailbox_server(), control=""))
         self.machine.run("systemctl", "daemon-reload")
         self.machine.run("systemctl", "start", "vestibule", check=False)
         self.assertEqual(self.property("ActiveState"), "active", self.machine.journal())
         self.assertIn("X-Served-By: shard-a", self.read_mail("imaps://localhost"))
+        # Without admin.control a reload is a signal, and a package cannot replace the process: it is left running.
+        self.machine.run("systemctl", "reload", "vestibule")
+        wait_for("the reload", lambda: "configuration loaded" in self.machine.journal())
+        pid = self.property("MainPID")
+        said = self.machine.run("dpkg", "--install", "/root/package.deb")
+        self.assertIn("set admin.control: /run/vestibule/control", said)
+        self.assertEqual((self.property("ActiveState"), self.property("MainPID")), ("active", pid))
+
+    def test_removing_the_package_stops_the_service(self):
+        self.install_certificate("/etc/vestibule/tls", "640", "vestibule")
+        self.machine.write(FILE, CONFIGURATION.format(tls="/etc/vestibule/tls", server="127.0.0.1:1", control=CONTROL))
+        self.machine.run("systemctl", "enable", "--now", "vestibule", check=False)
+        self.assertEqual(self.property("ActiveState"), "active", self.machine.journal())
+        self.machine.run("dpkg", "--remove", "vestibule")
+        self.assertNotEqual(self.property("ActiveState"), "active")
 
     def test_a_wrong_configuration_does_not_start(self):
         self.machine.write(FILE, "listeners: [{address: nowhere}]\n")

@@ -240,7 +240,7 @@ class Successors(Scene):
         self.assertIn("take its place with --replace", done.stderr)
         text = self.proxy.file.read_text()
         self.proxy.file.write_text(text + "log: {level: shout}\n")
-        self.command("upgrade")
+        self.assertIn("log.level: expected one of", self.command("upgrade", code=1))
         wait_for("its end", lambda: "the successor has ended; this process goes on" in self.proxy.log())
         self.assertTrue(alive(client) and alive(session(self.port)))
 
@@ -284,8 +284,8 @@ routes: [{{default: a}}]
         self.assertEqual(Path(f"/proc/{process.child.pid}/maps").stat().st_uid, 0)
         done = subprocess.run([VESTIBULE, "run", "--config", self.configuration(free_port(), "run_as: {user: nobody-such}")], capture_output=True,
                               text=True, timeout=PATIENCE)
-        self.assertEqual(done.returncode, 70)
-        self.assertIn("there is no user \"nobody-such\" (run_as.user)", done.stderr)
+        self.assertEqual(done.returncode, 78)
+        self.assertIn("run_as.user: unknown user \"nobody-such\"", done.stderr)
 
 
 def connected(port):

@@ -1,0 +1,269 @@
+//! Which process, if any, is taking this one's place: at most one at a time.
+//!
+//! [`Stage`] is the state machine, pure; [`Succession`] shares it between the tasks of a process. A stage that belongs to one
+//! successor ends with the guard ([`Start`], [`Lease`]) that its task holds, so a task that fails leaves the process ready for
+//! the next attempt.
+
+use std::sync::Arc;
+
+use thiserror::Error;
+use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
+
+/// How far a succession has come.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum Stage {
+    /// No successor: this process serves.
+    Idle,
+    /// This process has started a successor, or is about to, which has not asked for the listening sockets yet.
+    Starting { pid: Option<u32> },
+    /// A successor has been granted the listening sockets. `started` tells a successor that this process started from one that
+    /// an operator did.
+    HandingOver { pid: u32, started: bool },
+    /// The successor serves, and this process only finishes its sessions.
+    Retired { pid: u32, version: String },
+    /// This process was asked to stop.
+    Stopping,
+}
+
+/// Why a succession cannot begin, or go on.
+#[derive(Debug, Clone, PartialEq, Eq, Error)]
+pub(super) enum Refusal {
+    #[error("another successor (pid {0}) is taking over: try again when it has succeeded or failed")]
+    Busy(u32),
+    #[error("another successor is being started: try again when it has succeeded or failed")]
+    BusyStarting,
+    #[error("the successor of this process (pid {0}) serves already: ask that one")]
+    Retired(u32),
+    #[error("this process is stopping")]
+    Stopping,
+}
+
+impl Stage {
+    /// A successor is about to be started by this process.
+    fn start(&self) -> Result<Self, Refusal> {
+        match self {
+            Self::Idle => Ok(Self::Starting { pid: None }),
+            other => Err(other.refusal()),
+        }
+    }
+
+    /// The successor with this process id asks for the listening sockets.
+    fn grant(&self, pid: u32) -> Result<Self, Refusal> {
+        match self {
+            Self::Idle => Ok(Self::HandingOver { pid, started: false }),
+            Self::Starting { pid: Some(child) } if *child == pid => Ok(Self::HandingOver { pid, started: true }),
+            other => Err(other.refusal()),
+        }
+    }
+
+    /// The successor that was granted the sockets has failed. A child is still there, and is waited for as before.
+    fn revoke(&self) -> Self {
+        match self {
+            Self::HandingOver { pid, started: true } => Self::Starting { pid: Some(*pid) },
+            Self::HandingOver { started: false, .. } => Self::Idle,
+            other => other.clone(),
+        }
+    }
+
+    /// The child of this process has ended, or was never started.
+    fn abandon(&self) -> Self {
+        match self {
+            Self::Starting { .. } | Self::HandingOver { started: true, .. } => Self::Idle,
+            other => other.clone(),
+        }
+    }
+
+    fn retire(&self, version: &str) -> Result<Self, Refusal> {
+        match self {
+            Self::HandingOver { pid, .. } => Ok(Self::Retired { pid: *pid, version: version.to_owned() }),
+            other => Err(other.refusal()),
+        }
+    }
+
+    /// Of a request that this stage does not allow.
+    fn refusal(&self) -> Refusal {
+        match self {
+            Self::Idle | Self::Starting { pid: None } => Refusal::BusyStarting,
+            Self::Starting { pid: Some(pid) } | Self::HandingOver { pid, .. } => Refusal::Busy(*pid),
+            Self::Retired { pid, .. } => Refusal::Retired(*pid),
+            Self::Stopping => Refusal::Stopping,
+        }
+    }
+}
+
+/// The stage of this process, shared.
+#[derive(Debug, Clone)]
+pub struct Succession {
+    stage: Arc<watch::Sender<Stage>>,
+    stopping: CancellationToken,
+}
+
+impl Default for Succession {
+    fn default() -> Self {
+        Self { stage: Arc::new(watch::Sender::new(Stage::Idle)), stopping: CancellationToken::new() }
+    }
+}
+
+impl Succession {
+    /// The process stops: no succession can begin or be completed from now on.
+    pub fn stop(&self) {
+        self.stage.send_replace(Stage::Stopping);
+        self.stopping.cancel();
+    }
+
+    /// Why the configuration cannot be replaced now: a successor has copies of the sockets that the present one needs.
+    pub fn reload_refusal(&self) -> Option<String> {
+        match &*self.stage.borrow() {
+            Stage::HandingOver { pid, .. } => {
+                Some(format!("a successor (pid {pid}) is taking over: reload again when it has"))
+            }
+            Stage::Retired { pid, .. } => Some(Refusal::Retired(*pid).to_string()),
+            Stage::Idle | Stage::Starting { .. } | Stage::Stopping => None,
+        }
+    }
+
+    pub(super) fn stopping(&self) -> &CancellationToken {
+        &self.stopping
+    }
+
+    pub(super) fn watch(&self) -> watch::Receiver<Stage> {
+        self.stage.subscribe()
+    }
+
+    /// Whether the control socket's name is this process's to keep.
+    pub(super) fn keeps_name(&self) -> bool {
+        matches!(*self.stage.borrow(), Stage::Idle | Stage::Starting { .. })
+    }
+
+    pub(super) fn start(&self) -> Result<Start, Refusal> {
+        self.change(Stage::start)?;
+        Ok(Start(self.clone()))
+    }
+
+    pub(super) fn grant(&self, pid: u32) -> Result<Lease, Refusal> {
+        self.change(|stage| stage.grant(pid))?;
+        Ok(Lease { succession: self.clone(), pid })
+    }
+
+    fn change(&self, change: impl FnOnce(&Stage) -> Result<Stage, Refusal>) -> Result<(), Refusal> {
+        let mut result = Ok(());
+        self.stage.send_if_modified(|stage| match change(stage) {
+            Ok(next) => {
+                *stage = next;
+                true
+            }
+            Err(refusal) => {
+                result = Err(refusal);
+                false
+            }
+        });
+        result
+    }
+}
+
+/// The right to start a successor. Dropping it is the end of the attempt.
+#[derive(Debug)]
+pub(super) struct Start(Succession);
+
+impl Start {
+    /// The successor runs.
+    pub(super) fn started(&self, pid: u32) {
+        self.0.stage.send_if_modified(|stage| {
+            let is_starting = *stage == Stage::Starting { pid: None };
+            if is_starting {
+                *stage = Stage::Starting { pid: Some(pid) };
+            }
+            is_starting
+        });
+    }
+}
+
+impl Drop for Start {
+    fn drop(&mut self) {
+        self.0.stage.send_modify(|stage| *stage = stage.abandon());
+    }
+}
+
+/// The right of one successor to the listening sockets. Dropping it takes the right back, unless it was completed.
+#[derive(Debug)]
+pub(super) struct Lease {
+    succession: Succession,
+    pid: u32,
+}
+
+impl Lease {
+    pub(super) fn pid(&self) -> u32 {
+        self.pid
+    }
+
+    /// The successor serves.
+    pub(super) fn complete(&self, version: &str) -> Result<(), Refusal> {
+        self.succession.change(|stage| stage.retire(version))
+    }
+}
+
+impl Drop for Lease {
+    fn drop(&mut self) {
+        self.succession.stage.send_modify(|stage| *stage = stage.revoke());
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn one_successor_at_a_time() {
+        let succession = Succession::default();
+        let lease = succession.grant(7).unwrap();
+        assert_eq!(succession.grant(8).unwrap_err(), Refusal::Busy(7));
+        assert_eq!(succession.start().unwrap_err(), Refusal::Busy(7));
+        assert!(!succession.keeps_name() && succession.reload_refusal().is_some());
+        drop(lease);
+        assert!(succession.keeps_name() && succession.reload_refusal().is_none());
+        let lease = succession.grant(8).unwrap();
+        lease.complete("1.0").unwrap();
+        drop(lease);
+        assert_eq!(succession.grant(9).unwrap_err(), Refusal::Retired(8));
+        assert_eq!(succession.start().unwrap_err(), Refusal::Retired(8));
+    }
+
+    #[test]
+    fn only_the_child_gets_the_sockets_while_it_starts() {
+        let succession = Succession::default();
+        let start = succession.start().unwrap();
+        assert_eq!(succession.grant(7).unwrap_err(), Refusal::BusyStarting);
+        assert_eq!(succession.start().unwrap_err(), Refusal::BusyStarting);
+        start.started(7);
+        assert_eq!(succession.grant(8).unwrap_err(), Refusal::Busy(7));
+        let lease = succession.grant(7).unwrap();
+        // The child fails: its connection is gone first, then the child itself.
+        drop(lease);
+        assert_eq!(succession.grant(8).unwrap_err(), Refusal::Busy(7));
+        drop(start);
+        assert!(succession.grant(8).is_ok());
+    }
+
+    #[test]
+    fn the_end_of_a_child_that_has_taken_over_changes_nothing() {
+        let succession = Succession::default();
+        let start = succession.start().unwrap();
+        start.started(7);
+        succession.grant(7).unwrap().complete("1.0").unwrap();
+        drop(start);
+        assert_eq!(*succession.watch().borrow(), Stage::Retired { pid: 7, version: "1.0".to_owned() });
+    }
+
+    #[test]
+    fn a_stop_refuses_all_and_lasts() {
+        let succession = Succession::default();
+        let lease = succession.grant(7).unwrap();
+        succession.stop();
+        assert_eq!(lease.complete("1.0").unwrap_err(), Refusal::Stopping);
+        drop(lease);
+        assert_eq!(succession.grant(8).unwrap_err(), Refusal::Stopping);
+        assert_eq!(succession.start().unwrap_err(), Refusal::Stopping);
+        assert!(succession.stopping().is_cancelled());
+    }
+}
