@@ -146,13 +146,14 @@ impl Http {
         if matches!(visitor.credentials.proof, Proof::Message(_)) {
             return Ok(Answer::Found(Target::PasswordNeeded.into()));
         }
+        let sent = SentPassword::of(&visitor.credentials);
         loop {
             let (head, _) = self.client.fetch(self.nginx(question, visitor)?, budget).await?;
             let said = auth_http::answer(&head.headers);
             match said.map_err(|error| format!("{error} ({})", head.status))? {
                 Verdict::Good { address, user, login } => {
-                    let identity = SentPassword::of(&visitor.credentials).map(SentPassword::confirmed);
-                    return Ok(self.place(address, user, login, identity.unwrap_or_default()));
+                    let identity = sent.map(SentPassword::confirmed).unwrap_or_default();
+                    return Ok(self.place(address, user, login, identity));
                 }
                 Verdict::Denied(denied) => return Ok(Answer::Found(Target::Denied(denied).into())),
                 // The route's `timeout` ends it.

@@ -49,6 +49,9 @@ class Connections(Directories):
     def open(self):
         return sum(relay.open() for relay in self.relays)
 
+    def known(self):
+        return [connection for relay in self.relays for connection in relay.connections if connection not in self.spared]
+
     def go_silent(self):
         for relay in self.relays:
             relay.go_silent(but=self.spared)
@@ -82,14 +85,15 @@ class Connections(Directories):
         self.fill(proxy)
         for _ in range(2):
             self.go_silent()
-            accepted = self.accepted()
+            accepted, silent = self.accepted(), self.known()
             with concurrent.futures.ThreadPoolExecutor(4) as pool:
                 clients = [Client(proxy) for _ in range(4)]
                 answers = list(pool.map(lambda client: client.login(ALICE, PASSWORDS[ALICE]), clients))
             for answer in answers:
                 self.assertRegex(answer, "^a OK", proxy.log())
             self.assertGreater(self.accepted(), accepted)
-            # The silent ones are gone: who comes later meets none.
+            # The silent ones are closed: later lookups meet none.
+            wait_for("the silent connections to close", lambda: all(connection.is_over for connection in silent))
             accepted = self.accepted()
             for _ in range(6):
                 self.log_in(proxy)
@@ -112,7 +116,7 @@ class Connections(Directories):
             secret.write_text(secret.read_text() + "\n")
         else:
             proxy.file.write_text(text.replace(f"timeout: {TIMEOUT}", "timeout: 7s"))
-        before = [connection for relay in self.relays for connection in relay.connections if connection not in self.spared]
+        before = self.known()
         self.reload(proxy)
         wait_for("the old connections to close", lambda: all(connection.is_over for connection in before))
         sessions.append(self.log_in(proxy))
@@ -135,6 +139,18 @@ class PostgreSqlConnections(Connections, test_directories.PostgreSql):
             self.reload(proxy)
             sessions.append(self.log_in(proxy))
         wait_for("the old connections to close", lambda: self.open() == 1)
+
+
+    def test_a_table_that_changes_fails_no_login(self):
+        """The plans of prepared statements do not fit it any more."""
+        proxy = self.proxy(timeout=TIMEOUT)
+        self.log_in(proxy)
+        self.directory.sql("ALTER TABLE mailbox ADD COLUMN extra text")
+        self.addCleanup(self.directory.sql, "ALTER TABLE mailbox DROP COLUMN extra")
+        self.log_in(proxy)
+        self.directory.sql("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = 'vestibule'")
+        self.log_in(proxy)
+        self.assertEqual(proxy.metric("vestibule_route_lookups_total", result="failed"), 0, proxy.log())
 
 
 class MariaDbConnections(Connections, test_directories.MariaDb):
