@@ -3,11 +3,12 @@
 import concurrent.futures
 import re
 import signal
+import subprocess
 import unittest
 
 import directories
 import test_directories
-from fixtures import PASSWORDS, free_port, wait_for
+from fixtures import PASSWORDS, free_port, program, wait_for
 from relay import Relay
 from responder import Responder
 from test_directories import ALICE, BOB, Client, Directories
@@ -101,6 +102,17 @@ class Connections(Directories):
         self.assertEqual(proxy.metric("vestibule_route_lookups_total", result="failed"), 0, proxy.log())
         self.assertEqual(proxy.metric("vestibule_route_failing"), 0)
 
+    def test_idle_connections_are_probed(self):
+        proxy = self.proxy(timeout=TIMEOUT)
+        self.log_in(proxy)
+        for relay in self.relays:
+            if any(connection not in self.spared and not connection.is_over for connection in relay.connections):
+                found = subprocess.run([program("ss"), "-Htnpo", "dport", "=", f":{relay.port}"], capture_output=True, text=True)
+                own = [line for line in found.stdout.splitlines() if f"pid={proxy.process.child.pid}," in line]
+                self.assertTrue(own, found.stdout)
+                for line in own:
+                    self.assertIn("timer:(keepalive", line)
+
     def test_reloads_use_the_same_connections_and_a_new_secret_others(self):
         proxy = self.proxy(timeout=TIMEOUT)
         sessions = [self.log_in(proxy)]
@@ -128,6 +140,9 @@ class Connections(Directories):
 class PostgreSqlConnections(Connections, test_directories.PostgreSql):
     """Of the tests of the class above none is run again: `load_tests` selects those of this file."""
 
+    # The library for databases has no way to set keepalive.
+    test_idle_connections_are_probed = None
+
     def test_reloads_do_not_fill_max_connections(self):
         self.directory.sql("ALTER ROLE vestibule CONNECTION LIMIT 10")
         self.addCleanup(self.directory.sql, "ALTER ROLE vestibule CONNECTION LIMIT -1")
@@ -154,7 +169,7 @@ class PostgreSqlConnections(Connections, test_directories.PostgreSql):
 
 
 class MariaDbConnections(Connections, test_directories.MariaDb):
-    pass
+    test_idle_connections_are_probed = None
 
 
 class OpenLdapConnections(Connections, test_directories.OpenLdap):
