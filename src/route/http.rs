@@ -1,10 +1,11 @@
 //! Route by a service that is asked over HTTP/1.1 or 2, with connections that are kept.
 //!
 //! `style: json` posts an object with the user, and with what is known of the visitor where answers are not kept, and
-//! reads one whose keys are the fields of an answer (see `target`); 404 says that the user is unknown, 401 and 403 that
+//! reads one whose keys are the fields of an answer (see `target`), at least one of them; 404 says that the user is unknown, 401 and 403 that
 //! the password is wrong. `style: nginx-auth-http` speaks the headers of nginx's mail module (see `auth_http`), so that an
 //! auth server written for it serves here as it is. Whatever else comes is a failure; a body over `http_client::MAX_BODY` is one too.
 
+use std::borrow::Cow;
 use std::collections::HashMap;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
@@ -13,6 +14,7 @@ use http_body_util::Full;
 use hyper::body::Bytes;
 use hyper::header::{AUTHORIZATION, CONTENT_TYPE, HeaderMap, HeaderName, HeaderValue};
 use hyper::{Method, Request, StatusCode};
+use serde::de::IgnoredAny;
 use serde::{Deserialize, Serialize};
 use zeroize::Zeroizing;
 
@@ -22,7 +24,7 @@ use super::directory::answer;
 use super::proof::{Identity, SentPassword};
 use super::question::{Question, Visitor};
 use super::target::{At, Declared, Denied, Fields, Login, Place, Target};
-use crate::config::{self, BackendId, Config, Host, HttpStyle, Network, Problem, Server};
+use crate::config::{self, ANSWER_FIELDS, BackendId, Config, Host, HttpStyle, Network, Problem, Server};
 use crate::hedge::Budget;
 use crate::http_client::HttpClient;
 use crate::identity::{Proof, UserName};
@@ -144,13 +146,14 @@ impl Http {
         if matches!(visitor.credentials.proof, Proof::Message(_)) {
             return Ok(Answer::Found(Target::PasswordNeeded.into()));
         }
+        let sent = SentPassword::of(&visitor.credentials);
         loop {
             let (head, _) = self.client.fetch(self.nginx(question, visitor)?, budget).await?;
             let said = auth_http::answer(&head.headers);
             match said.map_err(|error| format!("{error} ({})", head.status))? {
                 Verdict::Good { address, user, login } => {
-                    let identity = SentPassword::of(&visitor.credentials).map(SentPassword::confirmed);
-                    return Ok(self.place(address, user, login, identity.unwrap_or_default()));
+                    let identity = sent.map(SentPassword::confirmed).unwrap_or_default();
+                    return Ok(self.place(address, user, login, identity));
                 }
                 Verdict::Denied(denied) => return Ok(Answer::Found(Target::Denied(denied).into())),
                 // The route's `timeout` ends it.
@@ -208,6 +211,9 @@ impl Http {
         let Some(said) = said.flatten() else {
             return Answer::Failed("the answer is no JSON object with text fields".to_owned());
         };
+        if !has_known_key(body) {
+            return Answer::Failed(format!("the answer has none of the keys {}", ANSWER_FIELDS.join(", ")));
+        }
         let fields = [
             ("backend", said.backend.as_deref()),
             ("server", said.server.as_deref()),
@@ -251,6 +257,12 @@ impl Http {
         };
         Answer::Found(Arc::new(Target::Place(Place { backend, at, user, login, identity })))
     }
+}
+
+/// Whether a JSON object has a key of an answer, whatever its value. One without any is the answer of another service.
+fn has_known_key(object: &[u8]) -> bool {
+    let keys = serde_json::from_slice::<HashMap<Cow<'_, str>, IgnoredAny>>(object);
+    keys.is_ok_and(|keys| ANSWER_FIELDS.iter().any(|field| keys.contains_key(*field)))
 }
 
 /// The servers that are configured by an address.

@@ -33,8 +33,11 @@ use crate::template::Variable;
 
 /// How long the farewell to a server may take when a connection is closed.
 const FAREWELL: Duration = Duration::from_secs(2);
-/// Error numbers of MySQL and MariaDB that end the connection: shutdown, killed, idle for too long.
-const MYSQL_CONNECTION_ENDED: [u16; 3] = [1053, 1927, 4031];
+/// SQLSTATE of errors after which another connection may succeed, by their beginnings: connection exception; operator
+/// intervention; the cached plan does not fit the table any more; the prepared statement is gone.
+const SQLSTATE_OF_CONNECTION: [&str; 4] = ["08", "57P", "0A000", "26000"];
+/// The same of MySQL and MariaDB, by number: shutdown, statement to be prepared again, killed, idle for too long.
+const MYSQL_OF_CONNECTION: [u16; 4] = [1053, 1615, 1927, 4031];
 
 /// One query per lookup.
 #[derive(Debug)]
@@ -245,12 +248,11 @@ where
 fn fault(error: sqlx::Error) -> Fault {
     let text = told(&error);
     let sqlx::Error::Database(error) = error else { return Fault::Connection(text) };
-    // SQLSTATE: connection exception, operator intervention.
-    let has_ended = error.code().is_some_and(|code| code.starts_with("08") || code.starts_with("57P"))
-        || error
-            .try_downcast_ref::<MySqlDatabaseError>()
-            .is_some_and(|error| MYSQL_CONNECTION_ENDED.contains(&error.number()));
-    if has_ended { Fault::Connection(text) } else { Fault::Answer(text) }
+    let is_of_connection = match error.try_downcast_ref::<MySqlDatabaseError>() {
+        Some(error) => MYSQL_OF_CONNECTION.contains(&error.number()),
+        None => error.code().is_some_and(|code| SQLSTATE_OF_CONNECTION.iter().any(|start| code.starts_with(start))),
+    };
+    if is_of_connection { Fault::Connection(text) } else { Fault::Answer(text) }
 }
 
 /// What differs between databases: which columns are text although their type has another name.

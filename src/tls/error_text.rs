@@ -1,13 +1,15 @@
 //! Explanations of TLS errors that reach us as text, from the libraries that speak to directories.
 
 /// What rustls writes, and what it means to the operator of a directory.
-const KNOWN: [(&str, &str); 8] = [
+const KNOWN: [(&str, &str); 10] = [
     ("UnknownIssuer", "the server's certificate was not issued by an authority that `ca` or the system trusts"),
     ("BadSignature", "the server's certificate was not issued by an authority that `ca` or the system trusts"),
     ("CaUsedAsEndEntity", "the server's certificate is that of an authority (CA:TRUE), not of a server"),
     ("not valid for name", "the server's certificate does not name the host in the URL"),
     ("NotValidForName", "the server's certificate does not name the host in the URL"),
     ("expired", "the server's certificate has expired"),
+    ("Expired", "the server's certificate has expired"),
+    ("NotValidYet", "the server's certificate is not valid yet: is the clock of this machine right?"),
     ("not valid yet", "the server's certificate is not valid yet: is the clock of this machine right?"),
     ("InvalidContentType", "the server does not speak TLS on this port"),
 ];

@@ -3,11 +3,12 @@
 import concurrent.futures
 import re
 import signal
+import subprocess
 import unittest
 
 import directories
 import test_directories
-from fixtures import PASSWORDS, free_port, wait_for
+from fixtures import PASSWORDS, free_port, program, wait_for
 from relay import Relay
 from responder import Responder
 from test_directories import ALICE, BOB, Client, Directories
@@ -49,6 +50,9 @@ class Connections(Directories):
     def open(self):
         return sum(relay.open() for relay in self.relays)
 
+    def known(self):
+        return [connection for relay in self.relays for connection in relay.connections if connection not in self.spared]
+
     def go_silent(self):
         for relay in self.relays:
             relay.go_silent(but=self.spared)
@@ -82,20 +86,32 @@ class Connections(Directories):
         self.fill(proxy)
         for _ in range(2):
             self.go_silent()
-            accepted = self.accepted()
+            accepted, silent = self.accepted(), self.known()
             with concurrent.futures.ThreadPoolExecutor(4) as pool:
                 clients = [Client(proxy) for _ in range(4)]
                 answers = list(pool.map(lambda client: client.login(ALICE, PASSWORDS[ALICE]), clients))
             for answer in answers:
                 self.assertRegex(answer, "^a OK", proxy.log())
             self.assertGreater(self.accepted(), accepted)
-            # The silent ones are gone: who comes later meets none.
+            # The silent ones are closed: later lookups meet none.
+            wait_for("the silent connections to close", lambda: all(connection.is_over for connection in silent))
             accepted = self.accepted()
             for _ in range(6):
                 self.log_in(proxy)
             self.assertEqual(self.accepted(), accepted)
         self.assertEqual(proxy.metric("vestibule_route_lookups_total", result="failed"), 0, proxy.log())
         self.assertEqual(proxy.metric("vestibule_route_failing"), 0)
+
+    def test_idle_connections_are_probed(self):
+        proxy = self.proxy(timeout=TIMEOUT)
+        self.log_in(proxy)
+        for relay in self.relays:
+            if any(connection not in self.spared and not connection.is_over for connection in relay.connections):
+                found = subprocess.run([program("ss"), "-Htnpo", "dport", "=", f":{relay.port}"], capture_output=True, text=True)
+                own = [line for line in found.stdout.splitlines() if f"pid={proxy.process.child.pid}," in line]
+                self.assertTrue(own, found.stdout)
+                for line in own:
+                    self.assertIn("timer:(keepalive", line)
 
     def test_reloads_use_the_same_connections_and_a_new_secret_others(self):
         proxy = self.proxy(timeout=TIMEOUT)
@@ -112,7 +128,7 @@ class Connections(Directories):
             secret.write_text(secret.read_text() + "\n")
         else:
             proxy.file.write_text(text.replace(f"timeout: {TIMEOUT}", "timeout: 7s"))
-        before = [connection for relay in self.relays for connection in relay.connections if connection not in self.spared]
+        before = self.known()
         self.reload(proxy)
         wait_for("the old connections to close", lambda: all(connection.is_over for connection in before))
         sessions.append(self.log_in(proxy))
@@ -123,6 +139,9 @@ class Connections(Directories):
 
 class PostgreSqlConnections(Connections, test_directories.PostgreSql):
     """Of the tests of the class above none is run again: `load_tests` selects those of this file."""
+
+    # The library for databases has no way to set keepalive.
+    test_idle_connections_are_probed = None
 
     def test_reloads_do_not_fill_max_connections(self):
         self.directory.sql("ALTER ROLE vestibule CONNECTION LIMIT 10")
@@ -137,8 +156,20 @@ class PostgreSqlConnections(Connections, test_directories.PostgreSql):
         wait_for("the old connections to close", lambda: self.open() == 1)
 
 
+    def test_a_table_that_changes_fails_no_login(self):
+        """The plans of prepared statements do not fit it any more."""
+        proxy = self.proxy(timeout=TIMEOUT)
+        self.log_in(proxy)
+        self.directory.sql("ALTER TABLE mailbox ADD COLUMN extra text")
+        self.addCleanup(self.directory.sql, "ALTER TABLE mailbox DROP COLUMN extra")
+        self.log_in(proxy)
+        self.directory.sql("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = 'vestibule'")
+        self.log_in(proxy)
+        self.assertEqual(proxy.metric("vestibule_route_lookups_total", result="failed"), 0, proxy.log())
+
+
 class MariaDbConnections(Connections, test_directories.MariaDb):
-    pass
+    test_idle_connections_are_probed = None
 
 
 class OpenLdapConnections(Connections, test_directories.OpenLdap):

@@ -76,7 +76,7 @@ async fn logins_go_where_the_new_configuration_says_and_sessions_stay() {
 async fn an_established_session_keeps_no_old_configuration() {
     let server = Scripted::new(GOOD).await;
     let text = |more: &str| {
-        let backends = format!("backends: {{only: {{servers: ['{}'], balance: random, check: off}}}}", server.address);
+        let backends = format!("backends: {{only: {{servers: ['{}'], check: off}}}}", server.address);
         configuration(&backends, &format!("routes: [{{default: only}}]\n{more}"))
     };
     let scene = Scene::new(&text("")).await;

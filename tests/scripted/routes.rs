@@ -183,3 +183,22 @@ async fn an_auth_server_of_nginx_is_asked_with_passwords_only() {
     assert!(!metrics.contains("vestibule_route_failing{route=\"http\"} 1"), "clients cannot make a route look broken");
     assert!(client.ask("a LOGIN alice secret").await.starts_with("a OK"));
 }
+
+#[tokio::test]
+async fn an_answer_without_a_known_key_is_a_failure() {
+    let (address, commands) = server().await;
+    let service = Service::new(|request| match request {
+        other if other.contains("empty@") => json("{}"),
+        other if other.contains("other@") => json("{\"shard\": \"only\", \"status\": \"ok\"}"),
+        _ => json("{\"backend\": null, \"status\": \"unknown\"}"),
+    })
+    .await;
+    let text = configuration(address, &format!("{{url: 'http://{}/', cache: off}}", service.address));
+    let proxy = start(&text.replace("]\nlimits", ", {default: only}]\nlimits")).await;
+    let mut client = Client::connect(proxy.listeners()[0]).await;
+    for user in ["empty@a.test", "other@a.test"] {
+        assert_eq!(client.ask(&format!("a LOGIN {user} secret")).await, UNAVAILABLE, "{user}");
+    }
+    assert!(commands.lock().unwrap().is_empty(), "the next route is not asked");
+    assert_eq!(client.ask("a LOGIN unknown@a.test secret").await, FAILED, "the next route knows everybody");
+}
