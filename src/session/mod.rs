@@ -116,6 +116,8 @@ struct Session {
     drain: Drain,
     room: Arc<Room>,
     ticket: Option<Ticket>,
+    /// Who wants to log in, as routes see it; `None` while that is not known.
+    routing_name: Option<Arc<str>>,
     /// What the policy service knows of the login under way.
     told: Option<Box<policy::Attempt>>,
     held: Held,
@@ -140,6 +142,7 @@ impl Session {
                 drain,
                 room,
                 ticket: Some(ticket),
+                routing_name: None,
                 told: None,
                 held,
                 peer,
