@@ -95,7 +95,10 @@ impl Session {
         let delegated =
             authorise_certificate(&mut login.credentials, &live.config.naming, live.delegations(self.listener));
         let login = &*login;
-        let names = match live.config.naming.names(login.credentials.mailbox_user()) {
+        let names = live.config.naming.names(login.credentials.mailbox_user());
+        let name_as_sent = || login.credentials.mailbox_user().as_str().into();
+        self.routing_name = Some(names.as_ref().map_or_else(|_| name_as_sent(), |names| names.routing.clone()));
+        let names = match names {
             Ok(names) => names,
             Err(_) => {
                 self.record.attempt(Some(login.credentials.mailbox_user()), login.credentials.mechanism);
@@ -295,7 +298,7 @@ impl Session {
             (Outcome::Refused { reply, counts }, answered) => {
                 // A client takes its turns in a relayed mechanism as slowly as it likes.
                 if counts && !self.record.last_attempt().0.is_some_and(Mechanism::is_relayed) {
-                    self.live.refusals.add(took);
+                    self.live.refusals.add(&routed.name, took);
                 }
                 self.record.refused(routed.id, answered.as_ref().map(|answered| &answered.server.name));
                 Attempted::Refused { reply, counts }
@@ -404,7 +407,8 @@ impl Session {
 
     /// Refuses the login after a sampled server latency, so that the response time does not reveal whether the user exists.
     pub(super) async fn refused_late(&mut self, tag: &Tag, began: Instant) -> Attempted {
-        let late = self.live.refusals.draw(pace::random());
+        let user = self.routing_name.as_deref().unwrap_or_default();
+        let late = self.live.refusals.draw(user, pace::random());
         time::sleep(late.saturating_sub(began.elapsed())).await;
         Attempted::Refused { reply: reply::authentication_failed(tag, None), counts: true }
     }

@@ -252,3 +252,28 @@ fn device(client_id: &ClientId) -> String {
     }
     text
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::identity::{Proof, Secret, UnicodeRule};
+
+    #[test]
+    fn a_login_counts_for_the_password_and_for_the_mailbox() {
+        let naming = Naming { detail: Some('+'), unicode: UnicodeRule::Refuse, ..Naming::default() };
+        let counted = |user: &str, authzid: Option<&str>| {
+            let name = |text: &str| UserName::new(text.as_bytes()).unwrap();
+            let credentials = Credentials {
+                user: name(user),
+                authzid: authzid.map(name),
+                mechanism: Mechanism::SaslPlain,
+                proof: Proof::Password(Secret::new(b"x".to_vec())),
+            };
+            counted_users(&naming, &credentials).iter().map(|user| user.to_string()).collect::<Vec<_>>()
+        };
+        assert_eq!(counted("Alice+x@A.test", None), ["alice@a.test"]);
+        assert_eq!(counted("Admin", Some("BOB+y@b.test")), ["admin", "bob@b.test"]);
+        assert_eq!(counted("alice@a.test", Some("alice+z@a.test")), ["alice@a.test"], "once, if it is one user");
+        assert_eq!(counted("Zo\u{eb}", Some("bob")), ["Zo\u{eb}", "bob"], "a refused name counts as it was sent");
+    }
+}

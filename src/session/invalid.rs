@@ -12,6 +12,7 @@ impl Session {
     /// Refuses the login late and counts it as a failed one, for the client's address alone: there is no user it could count for.
     /// Returns the reply.
     pub(super) async fn refuse_invalid(&mut self, login: InvalidLogin, began: Instant) -> Vec<u8> {
+        self.routing_name = None;
         self.record.attempt(None, login.mechanism);
         if let Some(Attempted::Limited { reply }) = self.may_try(&login.tag, &[]) {
             return reply;

@@ -131,6 +131,8 @@ struct Session {
     memory: Charge,
     /// The copies of its credentials.
     login_memory: Charge,
+    /// Who wants to log in, as routes see it; `None` while that is not known.
+    routing_name: Option<Arc<str>>,
     /// What the policy service knows of the login under way.
     told: Option<Box<policy::Attempt>>,
     held: Held,
@@ -161,6 +163,7 @@ impl Session {
                 ticket: Some(ticket),
                 memory,
                 login_memory,
+                routing_name: None,
                 told: None,
                 held,
                 peer,

@@ -1,21 +1,25 @@
 //! How long servers take to refuse a password, so that a refusal without a server takes as long.
 //!
-//! Servers delay the answer to a wrong password, each by its own rule. An unknown user is refused after a duration drawn afresh for each
-//! attempt from the last ones of servers, moved a little, so that neither one answer nor many show whether a server was asked.
+//! Servers delay the answer to a wrong password, each by its own rule. An unknown user is treated like a user of one of the backends, always
+//! the same one, and refused after a duration drawn afresh for each attempt from the last ones of that backend, moved a little. So
+//! neither one answer nor many show whether a server was asked.
 
+use std::collections::BTreeMap;
 use std::hash::{BuildHasher as _, RandomState};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-/// How many of the last durations are remembered.
+/// How many of the last durations are remembered of each backend.
 const REMEMBERED: usize = 32;
 /// Longer ones are outages, not answers.
 const LONGEST: Duration = Duration::from_secs(30);
 
-/// The last durations.
+/// The last durations of each backend, by its name. Reloads add backends, and a name is kept until the process ends.
 #[derive(Debug, Default)]
 pub struct Refusals {
-    last: Mutex<Ring>,
+    /// Its key is random, so that no client can foresee which backend a user is like.
+    hasher: RandomState,
+    backends: Mutex<BTreeMap<Arc<str>, Ring>>,
 }
 
 #[derive(Debug, Default)]
@@ -25,9 +29,10 @@ struct Ring {
 }
 
 impl Refusals {
-    /// A server refused a password after `took`.
-    pub(super) fn add(&self, took: Duration) {
-        let mut ring = self.lock();
+    /// A server of `backend` refused a password after `took`.
+    pub(super) fn add(&self, backend: &Arc<str>, took: Duration) {
+        let mut backends = self.lock();
+        let ring = backends.entry(backend.clone()).or_default();
         let took = took.min(LONGEST);
         let next = ring.next;
         match ring.durations.get_mut(next) {
@@ -37,17 +42,22 @@ impl Refusals {
         ring.next = (next + 1) % REMEMBERED;
     }
 
-    /// A duration like the last ones; zero if no server has refused a password yet. `random` decides which.
-    pub(super) fn draw(&self, random: u64) -> Duration {
+    /// A duration like the last ones of the backend that `user` is like; zero if no server has refused a password yet. `random` decides
+    /// which duration.
+    pub(super) fn draw(&self, user: &str, random: u64) -> Duration {
+        let backends = self.lock();
+        // The highest hash wins, so that a new backend takes its share of users and the others stay as they were.
+        let like = backends.iter().max_by_key(|(backend, _)| self.hasher.hash_one((user, backend)));
         // A copy: sorting is not done under the lock.
-        let mut durations = self.lock().durations.clone();
+        let mut durations = like.map(|(_, ring)| ring.durations.clone()).unwrap_or_default();
+        drop(backends);
         durations.sort_unstable();
         drawn(&durations, random)
     }
 
-    fn lock(&self) -> MutexGuard<'_, Ring> {
-        // No change of the ring can panic halfway.
-        self.last.lock().unwrap_or_else(PoisonError::into_inner)
+    fn lock(&self) -> MutexGuard<'_, BTreeMap<Arc<str>, Ring>> {
+        // No change of a ring can panic halfway.
+        self.backends.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -96,17 +106,17 @@ mod tests {
     #[test]
     fn only_the_last_are_drawn_from() {
         let refusals = Refusals::default();
-        let mut random = Seeded(1);
-        assert_eq!(refusals.draw(random.next()), Duration::ZERO);
+        let (mut random, shard) = (Seeded(1), Arc::from("a"));
+        assert_eq!(refusals.draw("x", random.next()), Duration::ZERO);
         for seconds in 0..100 {
-            refusals.add(Duration::from_secs(seconds));
+            refusals.add(&shard, Duration::from_secs(seconds));
         }
-        assert!((0..1000).all(|_| refusals.draw(random.next()) <= LONGEST));
+        assert!((0..1000).all(|_| refusals.draw("x", random.next()) <= LONGEST));
         for milliseconds in 500..500 + REMEMBERED as u64 {
-            refusals.add(Duration::from_millis(milliseconds));
+            refusals.add(&shard, Duration::from_millis(milliseconds));
         }
         let range = Duration::from_millis(500)..Duration::from_millis(500 + REMEMBERED as u64);
-        let draws: Vec<Duration> = (0..10_000).map(|_| refusals.draw(random.next())).collect();
+        let draws: Vec<Duration> = (0..10_000).map(|_| refusals.draw("x", random.next())).collect();
         assert!(draws.iter().all(|draw| range.contains(draw)));
         let whole: BTreeSet<u128> = draws.iter().map(Duration::as_millis).collect();
         assert!(whole.len() >= REMEMBERED - 1, "all of them are drawn: {}", whole.len());
@@ -115,11 +125,32 @@ mod tests {
     #[test]
     fn every_attempt_is_drawn_afresh() {
         let refusals = Refusals::default();
-        refusals.add(Duration::from_secs(2));
+        refusals.add(&Arc::from("a"), Duration::from_secs(2));
         let mut random = Seeded(2);
-        let draws: BTreeSet<Duration> = (0..100).map(|_| refusals.draw(random.next())).collect();
+        let draws: BTreeSet<Duration> = (0..100).map(|_| refusals.draw("x", random.next())).collect();
         assert!(draws.len() > 95, "one sample, {} durations", draws.len());
         assert!(draws.iter().all(|draw| (1990..=2000).contains(&draw.as_millis())), "{draws:?}");
+    }
+
+    /// Otherwise the delays of an unknown user would vary as those of no real user do.
+    #[test]
+    fn an_unknown_user_is_like_a_user_of_one_backend() {
+        let refusals = Refusals::default();
+        for (backend, seconds) in [("fast", 1), ("slow", 5)] {
+            for _ in 0..REMEMBERED {
+                refusals.add(&Arc::from(backend), Duration::from_secs(seconds));
+            }
+        }
+        let mut random = Seeded(6);
+        let mut slow = 0;
+        for number in 0..200 {
+            let user = format!("user{number}");
+            let draws: BTreeSet<bool> =
+                (0..50).map(|_| refusals.draw(&user, random.next()) > Duration::from_secs(3)).collect();
+            assert_eq!(draws.len(), 1, "{user}");
+            slow += u32::from(draws.contains(&true));
+        }
+        assert!((50..150).contains(&slow), "users are like both: {slow} of 200");
     }
 
     /// The largest distance between two empirical distributions (Kolmogorov-Smirnov).
@@ -142,22 +173,22 @@ mod tests {
             ("two clusters", |at| if at < 0.5 { 0.01 + 0.01 * at } else { 3.0 + 0.1 * at }),
         ];
         for (name, latency) in servers {
-            let refusals = Refusals::default();
+            let (refusals, shard) = (Refusals::default(), Arc::from("a"));
             let mut taken = || Duration::from_secs_f64(latency(random.fraction()));
             for _ in 0..REMEMBERED {
-                refusals.add(taken());
+                refusals.add(&shard, taken());
             }
             let (mut wrong, mut unknown) = (Vec::new(), Vec::new());
             for _ in 0..4000 {
                 let took = taken();
-                refusals.add(took);
+                refusals.add(&shard, took);
                 wrong.push(took);
             }
             let mut random = Seeded(4);
             let mut again = Seeded(5);
             for _ in 0..4000 {
-                refusals.add(Duration::from_secs_f64(latency(again.fraction())));
-                unknown.push(refusals.draw(random.next()));
+                refusals.add(&shard, Duration::from_secs_f64(latency(again.fraction())));
+                unknown.push(refusals.draw("x", random.next()));
             }
             let distance = distance(&mut wrong, &mut unknown);
             // Two samples of 4000 of one distribution are 0.03 apart at most in 95 of 100 cases.
