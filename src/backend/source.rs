@@ -57,20 +57,25 @@ fn in_turn(sources: &[IpAddr], turn: usize) -> impl Iterator<Item = IpAddr> {
 async fn connect_from(source: IpAddr, server: SocketAddr) -> io::Result<TcpStream> {
     let socket = if source.is_ipv4() { TcpSocket::new_v4() } else { TcpSocket::new_v6() }?;
     setsockopt(&socket, sockopt::IpBindAddressNoPort, &true)?;
-    socket.bind(SocketAddr::new(source, 0)).map_err(|error| {
-        io::Error::new(error.kind(), format!("the source address {source} cannot be used: {error}"))
-    })?;
-    socket.connect(server).await
+    let unusable =
+        |error: io::Error| io::Error::new(error.kind(), format!("the source address {source} cannot be used: {error}"));
+    socket.bind(SocketAddr::new(source, 0)).map_err(unusable)?;
+    socket.connect(server).await.map_err(|error| match error.kind() {
+        // A loopback address cannot speak to another machine, for example.
+        io::ErrorKind::InvalidInput => unusable(io::Error::new(io::ErrorKind::AddrNotAvailable, error)),
+        _ => error,
+    })
 }
 
-/// The reason, if a connection failed for something that this machine lacks.
+/// The reason, if a connection failed for something that this machine lacks or forbids.
 pub(super) fn local_fault(error: &io::Error) -> Option<Reason> {
     if matches!(error.kind(), io::ErrorKind::AddrNotAvailable | io::ErrorKind::AddrInUse) {
         return Some(Reason::LocalPorts);
     }
-    let lacking = [Errno::MFILE, Errno::NFILE, Errno::NOBUFS, Errno::NOMEM];
+    // The last two: a security module, or a rule of the local firewall.
+    let causes = [Errno::MFILE, Errno::NFILE, Errno::NOBUFS, Errno::NOMEM, Errno::ACCESS, Errno::PERM];
     let code = error.raw_os_error()?;
-    lacking.iter().any(|errno| errno.raw_os_error() == code).then_some(Reason::System)
+    causes.iter().any(|errno| errno.raw_os_error() == code).then_some(Reason::System)
 }
 
 /// `error` in an operator's words.
@@ -109,7 +114,7 @@ mod tests {
         let reason = |code: i32| local_fault(&io::Error::from_raw_os_error(code));
         assert_eq!(reason(99), Some(Reason::LocalPorts), "EADDRNOTAVAIL");
         assert_eq!(reason(98), Some(Reason::LocalPorts), "EADDRINUSE");
-        for code in [24, 23, 105, 12] {
+        for code in [24, 23, 105, 12, 13, 1] {
             assert_eq!(reason(code), Some(Reason::System), "{code}");
         }
         for code in [111, 104, 110, 113, 101] {
@@ -139,6 +144,11 @@ mod tests {
             let _client = sources.connect(v4.local_addr().unwrap()).await.unwrap();
             assert_eq!(v4.accept().await.unwrap().1.ip().to_string(), "127.0.0.4");
         }
+        // Without a route at all the network is unreachable, which says as little about the server.
+        let loopback = Sources::new(&["127.0.0.4".parse().unwrap()]);
+        let error = loopback.connect("192.0.2.1:143".parse().unwrap()).await.unwrap_err();
+        let is_unreachable = error.kind() == io::ErrorKind::NetworkUnreachable;
+        assert!(is_unreachable || local_fault(&error) == Some(Reason::LocalPorts), "{error:?}");
         let foreign = Sources::new(&["192.0.2.1".parse().unwrap()]);
         let error = foreign.connect(v4.local_addr().unwrap()).await.unwrap_err();
         assert_eq!(local_fault(&error), Some(Reason::LocalPorts));

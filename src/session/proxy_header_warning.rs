@@ -10,7 +10,7 @@ use crate::proxy_protocol::{Beginning, beginning};
 
 /// Time between two warnings about one listener.
 const INTERVAL: Duration = Duration::from_secs(600);
-/// rustls gives up after five bytes that are not TLS. So many of a header's start are not TLS or IMAP either.
+/// rustls gives up after five bytes that are not TLS. The first five of a header are not TLS either.
 const TLS_DECIDES: usize = 5;
 
 /// When the last warning about a listener was logged.

@@ -167,9 +167,9 @@ fn handshake_bytes(bytes: &[u8]) -> Option<Vec<u8>> {
             break;
         }
         let length = usize::from(u16::from_be_bytes([header[3], header[4]]));
-        let (content, behind) = after.split_at(length.min(after.len()));
+        let (content, next) = after.split_at(length.min(after.len()));
         message.extend_from_slice(content);
-        rest = behind;
+        rest = next;
     }
     (!message.is_empty()).then_some(message)
 }

@@ -103,7 +103,7 @@ class LocalPorts(unittest.TestCase):
         return self.clients.stdout.readline().strip()
 
     def fill(self, sessions):
-        """So many log in; the next is refused for a reason of this machine's own, and comes in when another has left."""
+        """Logs in this number of clients; the next one is refused for a reason of this machine's own."""
         for number in range(1, sessions + 1):
             self.assertTrue(self.ask(number).startswith("a OK"), f"{number}: {self.proxy.text()}")
         self.assertTrue(self.ask(200).startswith("a NO [UNAVAILABLE]"), self.proxy.text())

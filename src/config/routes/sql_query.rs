@@ -65,7 +65,7 @@ mod tests {
     fn backslashes_escape_in_mysql_alone() {
         let query = r"SELECT 'it\'s' FROM u WHERE n = %{user}";
         assert_eq!(quoted_variable(query, true), None);
-        assert_eq!(quoted_variable(query, false), Some("%{user}"), "the quote behind s opens a text");
+        assert_eq!(quoted_variable(query, false), Some("%{user}"), "the quote after s opens a text");
         assert_eq!(quoted_variable(r"SELECT '\\' , %{user}", true), None);
         assert_eq!(quoted_variable("SELECT '\\", true), None);
     }
