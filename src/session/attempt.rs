@@ -71,6 +71,8 @@ struct Registered {
 /// How far an attempt has come when it is cancelled.
 #[derive(Debug, Default)]
 struct Progress {
+    /// The policy service has let the login go on.
+    is_allowed: bool,
     /// A server's challenge was sent to the client: the login cannot begin again without it.
     in_exchange: bool,
 }
@@ -99,14 +101,6 @@ impl Session {
         if let Some(limited) = self.may_try(&login.tag, &names.routing) {
             return Some(limited);
         }
-        let client_id = prelogin.client_id().clone();
-        if let Some(refused) = self.policy_refuses(login, &client_id, began).await {
-            return Some(refused);
-        }
-        if client_id.ttl() == Some(0) {
-            self.record.attempt_failed(Reason::ProxyLoop, LoginOutcome::Unavailable, None);
-            return Some(Attempted::Unavailable);
-        }
         self.registered_attempt(login, &names, stream, prelogin, began).await
     }
 
@@ -128,6 +122,7 @@ impl Session {
         };
         let mut held = names.routing.clone();
         let mut ended_by = Why::Moved;
+        let mut progress = Progress::default();
         let mut routings = 0;
         while routings < MAX_ROUTINGS && time::Instant::now() < due {
             // A user who is being moved comes in when that is done.
@@ -138,7 +133,6 @@ impl Session {
             let since = sessions.generation();
             let Ok(seat) = sessions.take(guest.clone()) else { continue };
             let call = seat.call().clone();
-            let mut progress = Progress::default();
             let registered = Registered { seat, since };
             let routed = tokio::select! {
                 biased;
@@ -166,7 +160,7 @@ impl Session {
         Some(Attempted::Unavailable)
     }
 
-    /// Asks the routes, and logs in where they say. An error: the login must be routed again.
+    /// Asks the policy service once, then the routes, and logs in where they say. An error: the login must be routed again.
     #[expect(clippy::too_many_arguments, reason = "it is the middle of one story, and keeps nothing")]
     async fn routed_attempt(
         &mut self,
@@ -178,6 +172,17 @@ impl Session {
         began: Instant,
         progress: &mut Progress,
     ) -> Option<Result<Attempted, NoSeat>> {
+        let client_id = prelogin.client_id().clone();
+        if !progress.is_allowed {
+            if let Some(refused) = self.policy_refuses(login, &client_id, began).await {
+                return Some(Ok(refused));
+            }
+            progress.is_allowed = true;
+        }
+        if client_id.ttl() == Some(0) {
+            self.record.attempt_failed(Reason::ProxyLoop, LoginOutcome::Unavailable, None);
+            return Some(Ok(Attempted::Unavailable));
+        }
         self.up_to_date();
         let live = self.live.clone();
         // Before anybody is looked up: the answer shall be the same whether the mailbox exists.
@@ -217,7 +222,7 @@ impl Session {
             self.record.attempt_failed(Reason::MechanismUnsupported, LoginOutcome::Unavailable, Some(backend.id));
             return Some(Ok(Attempted::Unavailable));
         };
-        let (client_id, session_id) = (prelogin.client_id().clone(), self.record.session());
+        let session_id = self.record.session();
         let tls = self.record.tls().cloned();
         let request = Request {
             login: Some(server_login),

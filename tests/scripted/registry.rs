@@ -75,6 +75,65 @@ async fn assert_alive((client, server): &mut (Client, Client)) {
     assert_eq!(client.line().await, "b OK done");
 }
 
+/// The end of a login at a stop of the process, while it waits.
+async fn assert_ends_with(proxy: &Running, client: &mut Client) {
+    let ended = async {
+        assert_eq!(client.line().await, "* BYE [UNAVAILABLE] Server shutting down, connect again.");
+        client.assert_closed().await;
+    };
+    in_time("the stop", async { tokio::join!(ended, proxy.drain(std::future::pending())) }).await;
+}
+
+#[tokio::test]
+async fn every_wait_before_a_server_is_chosen_ends_with_a_kick_and_with_the_process() {
+    let folder = tempfile::tempdir().unwrap();
+    let nonce = folder.path().join("nonce");
+    std::fs::write(&nonce, "salt\n").unwrap();
+    for wait in ["policy", "lookup", "place"] {
+        // A peer that accepts and never answers, for the policy service and the directory.
+        let (silent, server) = (Played::new().await, Played::new().await);
+        let url = format!("http://{}/", silent.address());
+        let backends = format!(
+            "backends: {{only: {{servers: ['{}'], max_sessions: 1, queue: {{timeout: 60s}}}}}}\n",
+            server.address()
+        );
+        let routes = match wait {
+            "lookup" => format!("routes: [{{http: {{url: '{url}', style: json, timeout: 30s}}}}]\n"),
+            _ => "routes: [{default: only}]\n".to_owned(),
+        };
+        let policy = match wait {
+            "policy" => format!("policy: {{url: '{url}', nonce_file: {}, timeout: 30s}}\n", nonce.display()),
+            _ => String::new(),
+        };
+        let proxy = proxy(&format!("{backends}{routes}{policy}limits: {{lookup: 30s}}\n")).await;
+        let _full = if wait == "place" { Some(session(&proxy, &server).await) } else { None };
+        let before = proxy.sessions().of_user("alice").len();
+        let waiting = async || {
+            let client = login(&proxy).await;
+            if wait == "place" {
+                eventually("the queue", || metric(&proxy, "vestibule_backend_queue_length", &[]) == 1.0).await;
+            } else {
+                eventually("the login", || proxy.sessions().of_user("alice").len() == before + 1).await;
+            }
+            client
+        };
+        if wait == "policy" {
+            // To kick asks the routes for the user's names, too: a directory that hangs delays it by limits.lookup.
+            let mut client = waiting().await;
+            assert_eq!(in_time("the kick", proxy.kick("alice")).await.unwrap(), 1);
+            assert_eq!(client.line().await, UNAVAILABLE);
+        }
+        if wait == "place" {
+            let mut client = waiting().await;
+            assert_eq!(in_time("the kick", proxy.kick("alice")).await.unwrap(), 2);
+            assert_eq!(client.line().await, UNAVAILABLE);
+            continue;
+        }
+        let mut client = waiting().await;
+        assert_ends_with(&proxy, &mut client).await;
+    }
+}
+
 /// Two servers of a `user-hash` backend; the first is alice's.
 async fn pair(more: &str) -> (Running, Played, Played) {
     let (one, other) = (Played::new().await, Played::new().await);
@@ -413,6 +472,7 @@ async fn a_login_that_waits_in_a_queue_does_not_go_to_a_server_that_was_drained_
     let mut server = other.login().await;
     accept(&mut server).await;
     assert_eq!(waiting.line().await, OK);
+    assert!(!first.is_asked().await);
     proxy.stop().await;
 }
 
@@ -443,6 +503,8 @@ async fn a_hold_of_the_mailbox_name_holds_its_other_names_and_blocks_nothing_els
     accept(&mut scene.a.login().await).await;
     assert_eq!(bob.line().await, OK);
     assert!(!scene.a.is_asked().await);
+    let lookups = metric(&scene.proxy, "vestibule_route_lookups_total", &[]);
+    assert!(lookups < 10.0, "{lookups} lookups: a login that is held waits");
     drop(hold);
     accept(&mut scene.a.login().await).await;
     assert_eq!(alias.line().await, OK);
