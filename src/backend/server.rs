@@ -12,6 +12,7 @@ use tokio::sync::watch;
 use tokio_rustls::rustls::pki_types::ServerName;
 
 use super::departures::Departures;
+use super::exchanges::Exchanges;
 use super::health::{Blow, Depth, Health, News, Standing, Thresholds, Trial};
 use super::select::Candidate;
 use super::slots::{Slot, Slots};
@@ -89,6 +90,7 @@ pub(super) struct ServerState {
     /// What the operator has asked for, whatever the configuration says.
     mode: Mutex<Option<Mode>>,
     pub(super) slots: Slots,
+    pub(super) exchanges: Exchanges,
     departures: Mutex<Departures>,
     pub(super) metrics: ServerMetrics,
 }
@@ -107,6 +109,7 @@ impl ServerState {
             distrust_told: AtomicBool::new(false),
             mode: Mutex::default(),
             slots: Slots::default(),
+            exchanges: Exchanges::default(),
             departures: Mutex::default(),
             metrics,
         })

@@ -246,7 +246,14 @@ impl Session {
             let Some(placed) = &mut placed else { return Some(Ok(Attempted::Unavailable)) };
             placing.asks_client(placed, &challenge);
             progress.in_exchange = true;
-            let response = self.ask(&login.tag, &challenge, stream, prelogin).await?;
+            let response = tokio::select! {
+                biased;
+                response = self.ask(&login.tag, &challenge, stream, prelogin) => response?,
+                () = placed.slot.displaced() => {
+                    self.record.attempt_failed(Reason::ServersFull, LoginOutcome::Unavailable, Some(backend.id));
+                    return Some(Ok(Attempted::Dismissed { reply: reply::ended(&login.tag) }));
+                }
+            };
             outcome = placing.respond(paused, placed, &response).await;
         }
         if matches!(outcome, Outcome::Accepted(_))

@@ -359,6 +359,11 @@ async fn exchanges_without_credentials_take_no_place_of_a_server() {
             pending.push(exchange(&proxy, &server).await);
         }
         assert_eq!(proxy.live().backends.list()[0].servers()[0].sessions(), 0);
+        // Nor do they take the server's connections: as many as it may have sessions stay.
+        for (mut client, mut there) in pending.drain(..18) {
+            assert_eq!(client.line().await, UNAVAILABLE);
+            there.assert_closed().await;
+        }
         let _one = session(&proxy, &server).await;
         let two = session(&proxy, &server).await;
         // An exchange that goes on needs a place before the server sees the proof.
