@@ -275,6 +275,38 @@ async fn of_two_logins_that_different_servers_accept_the_last_accepted_is_establ
     }
 }
 
+#[tokio::test]
+async fn a_referral_ends_sessions_only_once_it_is_accepted() {
+    let (front, one, other) = (Played::new().await, Played::new().await, Played::new().await);
+    let proxy = proxy(&format!(
+        "backends: {{front: {{servers: ['{}']}}, pair: {{servers: ['{}', '{}']}}}}\nroutes: [{{default: front}}]\n",
+        front.address(),
+        one.address(),
+        other.address()
+    ))
+    .await;
+    let referred = async |to: &Played| {
+        let client = login(&proxy).await;
+        let mut server = front.login().await;
+        answer(&mut server, &format!("NO [REFERRAL imap://alice@{}/] there", to.address())).await;
+        (client, to.login().await)
+    };
+    let mut there = referred(&one).await;
+    accept(&mut there.1).await;
+    assert_eq!(there.0.line().await, OK);
+    let (mut attack, mut server) = referred(&other).await;
+    answer(&mut server, "NO [AUTHENTICATIONFAILED] Wrong.").await;
+    assert_eq!(attack.line().await, "a NO [AUTHENTICATIONFAILED] Wrong.");
+    assert_alive(&mut there).await;
+    let (mut moved, mut server) = referred(&other).await;
+    assert_alive(&mut there).await;
+    accept(&mut server).await;
+    there.0.assert_closed().await;
+    assert_eq!(moved.line().await, OK);
+    assert_alive(&mut (moved, server)).await;
+    proxy.stop().await;
+}
+
 /// A client in the middle of a SCRAM exchange, which its server has answered with a challenge.
 async fn exchange(proxy: &Running, at: &Played) -> (Client, Client) {
     let mut client = Client::connect(proxy.listeners()[0]).await;
