@@ -37,6 +37,7 @@
 //! - "Unknown user" and "lookup failed" are different answers, and only the first goes on to the next route.
 //! - A route names a declared backend; what was looked up becomes a network address only within the networks that the
 //!   configuration of that route spells out.
+//! - A login has no effect on the user's other sessions before a server has accepted it ([`sessions`]).
 //! - Credentials that a route or the configuration holds are used only for a client whose identity is verified: by a password
 //!   that the route's service confirmed in the same lookup, or by a certificate.
 //! - A session lives on the worker that accepted it ([`workers`]); nothing of its login stays allocated behind it.

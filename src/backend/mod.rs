@@ -8,6 +8,7 @@ mod checks;
 pub mod connect;
 mod departures;
 mod discover;
+mod exchanges;
 mod health;
 mod offer;
 mod reach;

@@ -13,6 +13,7 @@ use tokio_rustls::rustls::pki_types::ServerName;
 
 use super::connect::Fault;
 use super::departures::Departures;
+use super::exchanges::Exchanges;
 use super::health::{Blow, Depth, Health, News, Standing, Thresholds, Trial};
 use super::select::Candidate;
 use super::slots::{Slot, Slots};
@@ -104,6 +105,7 @@ pub(super) struct ServerState {
     /// What the operator has asked for, whatever the configuration says.
     mode: Mutex<Option<Mode>>,
     pub(super) slots: Slots,
+    pub(super) exchanges: Exchanges,
     departures: Mutex<Departures>,
     pub(super) metrics: ServerMetrics,
 }
@@ -126,6 +128,7 @@ impl ServerState {
             last_error: Mutex::default(),
             mode: Mutex::default(),
             slots: Slots::default(),
+            exchanges: Exchanges::default(),
             departures: Mutex::default(),
             metrics,
         })

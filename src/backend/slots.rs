@@ -6,6 +6,7 @@
 //! has a slot without a place: it cannot keep others out of a server. Called by `tour`.
 
 use std::collections::VecDeque;
+use std::future::pending;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -14,6 +15,7 @@ use tokio::sync::oneshot;
 use tokio::time::{Instant, timeout_at};
 
 use super::departures::Departure;
+use super::exchanges::Exchange;
 use super::health::Trial;
 use super::server::{Server, ServerState};
 use crate::metrics::OpenGuard;
@@ -66,6 +68,8 @@ pub struct Slot {
     trial: Option<Trial>,
     /// Whether it counts against `max_sessions`.
     has_place: bool,
+    /// Without a place it counts among the server's exchanges.
+    exchange: Option<Exchange>,
 }
 
 impl Slot {
@@ -77,13 +81,23 @@ impl Slot {
 
     /// For a login at `server` whose credentials are not complete: it does not count against `max_sessions`.
     pub(super) fn without_place(server: &Server) -> Self {
-        Self { state: Some(server.state.clone()), trial: None, has_place: false }
+        let exchange = Some(server.state.exchanges.enter(server.terms.max_sessions));
+        Self { state: Some(server.state.clone()), trial: None, has_place: false, exchange }
     }
 
-    /// Gives the place back while the client is asked for the rest of its credentials.
-    pub fn release_place(&mut self) {
+    /// Gives the place at `server` back while the client is asked for the rest of its credentials.
+    pub fn release_place(&mut self, server: &Server) {
         if let Some(state) = self.state.as_ref().filter(|_| std::mem::take(&mut self.has_place)) {
+            self.exchange = Some(state.exchanges.enter(server.terms.max_sessions));
             give_back(state);
+        }
+    }
+
+    /// Waits until the exchange must end, because there are too many newer ones; for ever if it has a place.
+    pub async fn displaced(&self) {
+        match &self.exchange {
+            Some(exchange) => exchange.ended().await,
+            None => pending().await,
         }
     }
 
@@ -96,6 +110,13 @@ impl Slot {
     pub(super) fn take_place_of(&mut self, mut other: Self) {
         debug_assert!(!self.has_place, "a place would be lost");
         self.has_place = std::mem::take(&mut other.has_place);
+        self.leave_exchanges();
+    }
+
+    fn leave_exchanges(&mut self) {
+        if let Some((state, exchange)) = self.state.as_ref().zip(self.exchange.take()) {
+            state.exchanges.leave(&exchange);
+        }
     }
 
     /// This login tries the server out: nobody else does, until it drops.
@@ -107,6 +128,7 @@ impl Slot {
     /// The login was taken: the place is the session's.
     pub fn established(mut self) -> SessionSlot {
         self.end_trial();
+        self.leave_exchanges();
         // A slot has its state until it drops, or becomes this.
         let state = self.state.take();
         if let Some(state) = &state {
@@ -121,7 +143,7 @@ impl Slot {
     }
 
     fn at(state: &Arc<ServerState>) -> Self {
-        Self { state: Some(state.clone()), trial: None, has_place: true }
+        Self { state: Some(state.clone()), trial: None, has_place: true, exchange: None }
     }
 
     fn end_trial(&mut self) {
@@ -134,6 +156,7 @@ impl Slot {
 impl Drop for Slot {
     fn drop(&mut self) {
         self.end_trial();
+        self.leave_exchanges();
         if let Some(state) = self.state.take().filter(|_| self.has_place) {
             give_back(&state);
         }
@@ -350,23 +373,26 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn a_slot_without_a_place_keeps_nobody_out() {
         let (server, queue) = (Server::for_tests("a", Some(1)), Queue::default());
-        let mut pending: Vec<Slot> = (0..20).map(|_| Slot::without_place(&server)).collect();
+        let mut exchanges: Vec<Slot> = (0..20).map(|_| Slot::without_place(&server)).collect();
+        assert!(futures_util::poll!(Box::pin(exchanges[18].displaced())).is_ready(), "newer ones take its turn");
+        assert!(futures_util::poll!(Box::pin(exchanges[19].displaced())).is_pending());
         assert_eq!(server.state.slots.taken(), 0);
         let mut first = Slot::take(&server).unwrap();
         let servers = [server.clone()];
         let mut waiting = Box::pin(queue.join(9).unwrap().wait(&servers, soon()));
         assert!(futures_util::poll!(&mut waiting).is_pending());
         // While its client is asked, the place is the next login's.
-        first.release_place();
-        first.release_place();
+        first.release_place(&server);
+        first.release_place(&server);
         let (_, second) = waiting.await.unwrap();
         assert_eq!(server.state.slots.taken(), 1);
         drop(first);
         assert_eq!(server.state.slots.taken(), 1, "it had no place to give back");
-        let mut complete = pending.pop().unwrap();
+        let mut complete = exchanges.pop().unwrap();
         complete.take_place_of(second);
         assert_eq!(server.state.slots.taken(), 1);
-        drop(pending);
+        drop(exchanges);
+        assert!(futures_util::poll!(Box::pin(complete.displaced())).is_pending());
         drop(complete.established());
         assert_eq!(server.state.slots.taken(), 0);
     }

@@ -120,8 +120,10 @@ impl Running {
     /// # Errors
     /// That is no user name.
     pub async fn kick(&self, user: &str) -> anyhow::Result<usize> {
+        // Under the name that is known at once: the routes may take a while to answer.
+        let ended = self.sessions().end_user(&question(&self.live(), user)?.user, Why::Kicked);
         let names = self.names(user).await?;
-        Ok(names.iter().map(|name| self.sessions().end_user(name, Why::Kicked)).sum())
+        Ok(ended + names.iter().map(|name| self.sessions().end_user(name, Why::Kicked)).sum::<usize>())
     }
 
     /// Sets what is wanted of a server, in every backend that has it; with `over` its sessions are ended too, evenly over so
@@ -185,9 +187,14 @@ impl Running {
     /// # Errors
     /// That is no user name, or a session does not end.
     pub async fn hold(&self, user: &str) -> anyhow::Result<(UserHold, usize)> {
+        let sessions = self.sessions();
+        // Under the name that is known at once: the routes may take a while to answer.
+        let name = question(&self.live(), user)?.user;
+        let mut holds = vec![sessions.hold(name.clone())];
+        let mut ended = sessions.end_user(&name, Why::Moved);
         let names = self.names(user).await?;
-        let holds = names.iter().map(|name| self.sessions().hold(name.clone())).collect();
-        let ended = names.iter().map(|name| self.sessions().end_user(name, Why::Moved)).sum();
+        holds.extend(names.iter().map(|name| sessions.hold(name.clone())));
+        ended += names.iter().map(|name| sessions.end_user(name, Why::Moved)).sum::<usize>();
         let gone = self.sessions().changed(|sessions| {
             names.iter().all(|name| {
                 // Who came in just before the hold is told too.

@@ -76,6 +76,8 @@ struct Registered {
 /// How far an attempt has come when it is cancelled.
 #[derive(Debug, Default)]
 struct Progress {
+    /// The policy service has let the login go on.
+    is_allowed: bool,
     /// A server's challenge was sent to the client: the login cannot begin again without it.
     in_exchange: bool,
 }
@@ -120,14 +122,6 @@ impl Session {
         if login.credentials.has_empty_password() && !live.backends.any_allows_empty_passwords() {
             return Some(self.empty_password(&login.tag, None, began).await);
         }
-        let client_id = prelogin.client_id().clone();
-        if let Some(refused) = self.policy_refuses(login, &client_id, began).await {
-            return Some(refused);
-        }
-        if client_id.ttl() == Some(0) {
-            self.record.attempt_failed(Reason::ProxyLoop, LoginOutcome::Unavailable, None);
-            return Some(Attempted::Unavailable);
-        }
         self.registered_attempt(login, &names, stream, prelogin, began).await
     }
 
@@ -149,6 +143,7 @@ impl Session {
         };
         let mut held = names.routing.clone();
         let mut ended_by = Why::Moved;
+        let mut progress = Progress::default();
         let mut routings = 0;
         while routings < MAX_ROUTINGS && time::Instant::now() < due {
             // A user who is being moved comes in when that is done.
@@ -159,7 +154,6 @@ impl Session {
             let since = sessions.generation();
             let Ok(seat) = sessions.take(guest.clone()) else { continue };
             let call = seat.call().clone();
-            let mut progress = Progress::default();
             let registered = Registered { seat, since };
             let routed = tokio::select! {
                 biased;
@@ -187,7 +181,7 @@ impl Session {
         Some(Attempted::Unavailable)
     }
 
-    /// Asks the routes, and logs in where they say. An error: the login must be routed again.
+    /// Asks the policy service once, then the routes, and logs in where they say. An error: the login must be routed again.
     #[expect(clippy::too_many_arguments, reason = "it is the middle of one story, and keeps nothing")]
     async fn routed_attempt(
         &mut self,
@@ -199,6 +193,17 @@ impl Session {
         began: Instant,
         progress: &mut Progress,
     ) -> Option<Result<Attempted, NoSeat>> {
+        let client_id = prelogin.client_id().clone();
+        if !progress.is_allowed {
+            if let Some(refused) = self.policy_refuses(login, &client_id, began).await {
+                return Some(Ok(refused));
+            }
+            progress.is_allowed = true;
+        }
+        if client_id.ttl() == Some(0) {
+            self.record.attempt_failed(Reason::ProxyLoop, LoginOutcome::Unavailable, None);
+            return Some(Ok(Attempted::Unavailable));
+        }
         self.up_to_date();
         let live = self.live.clone();
         // Before anybody is looked up: the answer shall be the same whether the mailbox exists.
@@ -242,7 +247,7 @@ impl Session {
             self.record.attempt_failed(Reason::MechanismUnsupported, LoginOutcome::Unavailable, Some(backend.id));
             return Some(Ok(Attempted::Unavailable));
         };
-        let (client_id, session_id) = (prelogin.client_id().clone(), self.record.session());
+        let session_id = self.record.session();
         let tls = self.record.tls().cloned();
         let request = Request {
             login: Some(server_login),
@@ -268,7 +273,14 @@ impl Session {
             let Some(placed) = &mut placed else { return Some(Ok(Attempted::Unavailable)) };
             placing.asks_client(placed, &challenge);
             progress.in_exchange = true;
-            let response = self.ask(&login.tag, &challenge, stream, prelogin).await?;
+            let response = tokio::select! {
+                biased;
+                response = self.ask(&login.tag, &challenge, stream, prelogin) => response?,
+                () = placed.slot.displaced() => {
+                    self.record.attempt_failed(Reason::ServersFull, LoginOutcome::Unavailable, Some(backend.id));
+                    return Some(Ok(Attempted::Dismissed { reply: reply::ended(&login.tag) }));
+                }
+            };
             outcome = placing.respond(paused, placed, &response).await;
         }
         if matches!(outcome, Outcome::Accepted(_))

@@ -198,8 +198,10 @@ impl Session {
             }
             Verdict::Denied => {
                 policy.report(attempt, false, true, &self.live.metrics);
+                let refused = self.refused_late(&login.tag, began).await;
+                // After the wait, which may end with the attempt: it is counted once.
                 self.record.attempt_failed(Reason::PolicyDenied, LoginOutcome::Refused, None);
-                Some(self.refused_late(&login.tag, began).await)
+                Some(refused)
             }
             Verdict::Unavailable => {
                 self.record.attempt_failed(Reason::PolicyFailed, LoginOutcome::Unavailable, None);

@@ -6,13 +6,14 @@
 //! | 2 TLS handshake | [`Session::encrypt`] | `limits.handshake` | the connection closes |
 //! | 3 who is it | `imap::prelogin` in [`Session::log_in`] | `limits.login`, from accept | BYE |
 //! | 4 which backend | `route` in [`attempt`] | `limits.lookup` | NO `[UNAVAILABLE]`, or refused when unknown |
-//! | 5 which server | `backend` in [`attempt`] | `limits.server_login`, over all servers | next server, then NO `[UNAVAILABLE]` |
-//! | 6 log in there | `backend::connect` | a share of the above | the server's NO is passed on, never retried |
+//! | 5 which server | `backend` in [`placement`] | `limits.server_login`, over all servers | next server, then NO `[UNAVAILABLE]` |
+//! | 6 log in there, and wait for the user's sessions elsewhere to end | `backend::connect`, [`placement`] | a share of the above | the server's NO is passed on, never retried |
 //! | 7 answer the client | [`relayed::Relayed`] | none | |
 //! | 8 relay | `relay`, `waiting` | `limits.idle`, `limits.stall`, `limits.half_close` | |
 //! | 9 one record | [`record::Record`] | always | |
 //!
-//! This file and `attempt` alone know the order. After a refusal nothing of the attempt is left: the next login is parsed, routed and
+//! This file, `attempt` and `placement` alone know the order. From step 4 on the login is in the session registry and ends when it is
+//! cancelled; at every step it ends with the process, and when it is shed. After a refusal nothing of the attempt is left: the next login is parsed, routed and
 //! sent to a server connection of its own. Called by `listener`.
 
 mod attempt;

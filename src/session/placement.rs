@@ -105,7 +105,11 @@ impl<'a> Placing<'a, '_> {
         due: time::Instant,
         deadline: time::Instant,
     ) -> (Outcome<'a>, Placed) {
-        let outcome = connect::login(backend, &placed.server, self.request, due).await;
+        let outcome = tokio::select! {
+            biased;
+            () = placed.slot.displaced() => Outcome::Unavailable(Fault::full()),
+            outcome = connect::login(backend, &placed.server, self.request, due) => outcome,
+        };
         let outcome = self.alone(outcome, &mut placed, deadline).await;
         (outcome, placed)
     }
@@ -114,7 +118,7 @@ impl<'a> Placing<'a, '_> {
     /// says that the client's proof was right.
     pub(super) fn asks_client(&self, placed: &mut Placed, challenge: &[u8]) {
         if !sasl::is_scram_signature(challenge) {
-            placed.slot.release_place();
+            placed.slot.release_place(&placed.server);
         }
     }
 

@@ -75,6 +75,69 @@ async fn assert_alive((client, server): &mut (Client, Client)) {
     assert_eq!(client.line().await, "b OK done");
 }
 
+/// The end of a login at a stop of the process, while it waits.
+async fn assert_ends_with(proxy: &Running, client: &mut Client) {
+    let ended = async {
+        assert_eq!(client.line().await, "* BYE [UNAVAILABLE] Server shutting down, connect again.");
+        client.assert_closed().await;
+    };
+    in_time("the stop", async { tokio::join!(ended, proxy.drain(std::future::pending())) }).await;
+}
+
+#[tokio::test]
+async fn every_wait_before_a_server_is_chosen_ends_with_a_kick_and_with_the_process() {
+    let folder = tempfile::tempdir().unwrap();
+    let nonce = folder.path().join("nonce");
+    std::fs::write(&nonce, "salt\n").unwrap();
+    for wait in ["policy", "lookup", "place"] {
+        // A peer that accepts and never answers, for the policy service and the directory.
+        let (silent, server) = (Played::new().await, Played::new().await);
+        let url = format!("http://{}/", silent.address());
+        let backends = format!(
+            "backends: {{only: {{servers: ['{}'], max_sessions: 1, queue: {{timeout: 60s}}}}}}\n",
+            server.address()
+        );
+        let routes = match wait {
+            "lookup" => format!("routes: [{{http: {{url: '{url}', style: json, timeout: 30s}}}}]\n"),
+            _ => "routes: [{default: only}]\n".to_owned(),
+        };
+        let policy = match wait {
+            "policy" => format!("policy: {{url: '{url}', nonce_file: {}, timeout: 30s}}\n", nonce.display()),
+            _ => String::new(),
+        };
+        let proxy = proxy(&format!("{backends}{routes}{policy}limits: {{lookup: 30s}}\n")).await;
+        let _full = if wait == "place" { Some(session(&proxy, &server).await) } else { None };
+        let before = proxy.sessions().of_user("alice").len();
+        let waiting = async || {
+            let client = login(&proxy).await;
+            if wait == "place" {
+                eventually("the queue", || metric(&proxy, "vestibule_backend_queue_length", &[]) == 1.0).await;
+            } else {
+                eventually("the login", || proxy.sessions().of_user("alice").len() == before + 1).await;
+            }
+            client
+        };
+        let mut client = waiting().await;
+        match wait {
+            // The kick itself asks the routes for the user's other names, and waits for a directory that hangs.
+            "lookup" => tokio::select! {
+                line = client.line() => assert_eq!(line, UNAVAILABLE),
+                _ = proxy.kick("alice") => panic!("the directory has answered"),
+            },
+            _ => {
+                assert_eq!(in_time("the kick", proxy.kick("alice")).await.unwrap(), before + 1, "{wait}");
+                assert_eq!(client.line().await, UNAVAILABLE);
+            }
+        }
+        if wait == "place" {
+            // The session that had the place is gone too.
+            continue;
+        }
+        let mut client = waiting().await;
+        assert_ends_with(&proxy, &mut client).await;
+    }
+}
+
 /// Two servers of a `user-hash` backend; the first is alice's.
 async fn pair(more: &str) -> (Running, Played, Played) {
     let (one, other) = (Played::new().await, Played::new().await);
@@ -212,6 +275,38 @@ async fn of_two_logins_that_different_servers_accept_the_last_accepted_is_establ
     }
 }
 
+#[tokio::test]
+async fn a_referral_ends_sessions_only_once_it_is_accepted() {
+    let (front, one, other) = (Played::new().await, Played::new().await, Played::new().await);
+    let proxy = proxy(&format!(
+        "backends: {{front: {{servers: ['{}']}}, pair: {{servers: ['{}', '{}']}}}}\nroutes: [{{default: front}}]\n",
+        front.address(),
+        one.address(),
+        other.address()
+    ))
+    .await;
+    let referred = async |to: &Played| {
+        let client = login(&proxy).await;
+        let mut server = front.login().await;
+        answer(&mut server, &format!("NO [REFERRAL imap://alice@{}/] there", to.address())).await;
+        (client, to.login().await)
+    };
+    let mut there = referred(&one).await;
+    accept(&mut there.1).await;
+    assert_eq!(there.0.line().await, OK);
+    let (mut attack, mut server) = referred(&other).await;
+    answer(&mut server, "NO [AUTHENTICATIONFAILED] Wrong.").await;
+    assert_eq!(attack.line().await, "a NO [AUTHENTICATIONFAILED] Wrong.");
+    assert_alive(&mut there).await;
+    let (mut moved, mut server) = referred(&other).await;
+    assert_alive(&mut there).await;
+    accept(&mut server).await;
+    there.0.assert_closed().await;
+    assert_eq!(moved.line().await, OK);
+    assert_alive(&mut (moved, server)).await;
+    proxy.stop().await;
+}
+
 /// A client in the middle of a SCRAM exchange, which its server has answered with a challenge.
 async fn exchange(proxy: &Running, at: &Played) -> (Client, Client) {
     let mut client = Client::connect(proxy.listeners()[0]).await;
@@ -296,6 +391,11 @@ async fn exchanges_without_credentials_take_no_place_of_a_server() {
             pending.push(exchange(&proxy, &server).await);
         }
         assert_eq!(proxy.live().backends.list()[0].servers()[0].sessions(), 0);
+        // Nor do they take the server's connections: as many as it may have sessions stay.
+        for (mut client, mut there) in pending.drain(..18) {
+            assert_eq!(client.line().await, UNAVAILABLE);
+            there.assert_closed().await;
+        }
         let _one = session(&proxy, &server).await;
         let two = session(&proxy, &server).await;
         // An exchange that goes on needs a place before the server sees the proof.
@@ -413,6 +513,7 @@ async fn a_login_that_waits_in_a_queue_does_not_go_to_a_server_that_was_drained_
     let mut server = other.login().await;
     accept(&mut server).await;
     assert_eq!(waiting.line().await, OK);
+    assert!(!first.is_asked().await);
     proxy.stop().await;
 }
 
@@ -443,6 +544,8 @@ async fn a_hold_of_the_mailbox_name_holds_its_other_names_and_blocks_nothing_els
     accept(&mut scene.a.login().await).await;
     assert_eq!(bob.line().await, OK);
     assert!(!scene.a.is_asked().await);
+    let lookups = metric(&scene.proxy, "vestibule_route_lookups_total", &[]);
+    assert!(lookups < 10.0, "{lookups} lookups: a login that is held waits");
     drop(hold);
     accept(&mut scene.a.login().await).await;
     assert_eq!(alias.line().await, OK);
