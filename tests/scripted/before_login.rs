@@ -183,6 +183,25 @@ async fn the_memory_of_all_is_bounded_and_those_who_need_little_are_served() {
 }
 
 #[tokio::test]
+async fn logins_under_way_are_charged_for_the_copies_of_their_credentials() {
+    let (proxy, _server) = with_silent_server("before_login_memory: 8MiB").await;
+    let login = format!("a LOGIN alice \"{}\"\r\n", "p".repeat(60_000));
+    let mut clients = Vec::new();
+    for round in 0..40 {
+        let mut client = Client::connect(proxy.listeners()[0]).await;
+        client.send(&login).await;
+        clients.push(client);
+        assert!(memory(&proxy) <= 8_388_608.0, "{} in round {round}", memory(&proxy));
+    }
+    let shed = || metric(&proxy, "vestibule_failures_total", &["reason=\"shed_for_memory\""]);
+    eventually("those for whom there is no memory to be told", || shed() >= 20.0).await;
+    assert!(memory(&proxy) > 4_000_000.0, "{}", memory(&proxy));
+    let mut last = clients.pop().unwrap();
+    assert!(last.line().await.starts_with("* BYE [UNAVAILABLE] "));
+    proxy.stop().await;
+}
+
+#[tokio::test]
 async fn the_memory_of_tls_counts_too() {
     let certificates = Certificates::new();
     let text = format!(
