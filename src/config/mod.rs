@@ -411,7 +411,7 @@ pub struct Limits {
     pub server_login: Duration,
     /// Bytes of a command line or a SASL response before login. Default 96 KiB: a token of 64 KiB in base64.
     pub line: usize,
-    /// Bytes of a literal before login. Default 64 KiB.
+    /// Bytes of the literals of a command before login, together. Default 64 KiB.
     pub literal: usize,
     /// The bad command that ends a connection. Default 3.
     pub bad_commands: u32,

@@ -3,7 +3,8 @@
 //! | question | asked | answered |
 //! |---|---|---|
 //! | may this address connect? | [`Guard::admit`] | by `access`, rates, and how many sessions it and its network have |
-//! | who goes when too many have not logged in? | [`Guard::lobby`], [`Ticket::shed`] | who has waited longest without a login |
+//! | who goes when too many have not logged in? | [`Guard::lobby`], [`Ticket::shed`] | the oldest connection without complete credentials |
+//! | may a buffer grow before the login? | [`Charge::resize`] | by a budget for all; the connection that has sent most is shed |
 //! | may it try to log in? | [`Guard::may_try`] | by the rates of its address and of the users named |
 //! | how late is a failure answered? | [`Guard::failed`] | later with each of the same user from the same address |
 //! | may this user have one more session? | [`Pass::take_for`] | by how many there are, in all and from this address |

@@ -49,7 +49,7 @@ pub struct Policy {
     pub transport: Transport,
     /// Bytes of a command line or a SASL response.
     pub max_line: usize,
-    /// Bytes of a literal.
+    /// Bytes of the literals of a command, together.
     pub max_literal: usize,
     /// The bad command that ends the connection.
     pub max_bad_commands: u32,

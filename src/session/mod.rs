@@ -68,9 +68,10 @@ const READ: usize = 4096;
 const FAREWELL: Duration = Duration::from_secs(2);
 /// As long as that of a client whose memory others need.
 const SHORT_FAREWELL: Duration = Duration::from_millis(100);
-/// During a login its credentials are in so many buffers: as read, under the name the server knows, in base64, and encrypted for the
-/// server.
-const COPIES: usize = 5;
+/// Bytes of memory for each byte of credentials during a login. An HTTP route that is sent passwords needs most: the credentials, its
+/// own copy of them, and JSON, in which a byte may take six. The dialogue with a server needs five: the credentials, the same under the
+/// name that the server knows, base64, and the records of TLS.
+const COPIES: usize = 9;
 
 /// An accepted connection and what it needs.
 pub struct Arrival {

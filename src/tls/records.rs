@@ -220,9 +220,15 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for Records<S> {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+    use std::time::Instant;
+
+    use futures_util::FutureExt as _;
     use tokio::io::{AsyncReadExt, AsyncWriteExt, duplex};
 
     use super::*;
+    use crate::config;
+    use crate::guard::{Guard, Ticket};
 
     #[tokio::test]
     async fn only_whole_records_pass_and_one_at_a_time() {
@@ -255,6 +261,56 @@ mod tests {
             assert_eq!(buffered, stream[got.len()..]);
             assert_eq!(buffered.len(), rest);
         }
+    }
+
+    /// A guard with a budget of `bytes`, and a charge of its only connection.
+    fn charge(bytes: usize) -> (Arc<Guard>, Ticket) {
+        let config = config::Guard { before_login_memory: bytes, ..Default::default() };
+        let guard = Arc::new(Guard::new(&config, Instant::now()));
+        let ticket = guard.lobby(Instant::now()).unwrap();
+        (guard, ticket)
+    }
+
+    /// The most that a client can make its connection hold here and in rustls, at each moment of its life.
+    #[tokio::test]
+    async fn what_a_client_sends_is_charged_until_rustls_has_used_it() {
+        const ALLOWANCE: usize = 8192;
+        let record = [&[23, 3, 3, 0x40, 0][..], &[7; 0x4000]].concat();
+        let (guard, ticket) = charge(1 << 20);
+        let (mut peer, socket) = duplex(1 << 16);
+        let mut records = Records::charged(socket, ticket.charge());
+        peer.write_all(&record[..12_000]).await.unwrap();
+        let mut got = vec![0; 32_768];
+        let mut read = |records: &mut Records<_>| records.read(&mut got).now_or_never().map(Result::unwrap);
+        assert_eq!(read(&mut records), None);
+        let partial = guard.memory_before_login();
+        assert!((12_000..=20_480).contains(&(partial + ALLOWANCE)), "{partial}: a record of which the end is missing");
+        peer.write_all(&record[12_000..]).await.unwrap();
+        assert_eq!(read(&mut records), Some(record.len()));
+        let handshake = guard.memory_before_login() + ALLOWANCE;
+        assert!(
+            (record.len()..=record.len() + READ).contains(&handshake),
+            "{handshake}: rustls joins handshake messages"
+        );
+        records.established(100);
+        assert_eq!(guard.memory_before_login(), 0, "of the handshake certificates are kept");
+        peer.write_all(&record).await.unwrap();
+        assert_eq!(read(&mut records), Some(record.len()));
+        let data = guard.memory_before_login() + ALLOWANCE;
+        assert!((2 * record.len()..=2 * record.len() + 2 * READ).contains(&data), "{data}: encrypted and decrypted");
+        assert_eq!(read(&mut records), None);
+        assert_eq!(guard.memory_before_login(), 0, "rustls has asked for more, so it has used the record");
+        drop(records);
+    }
+
+    #[tokio::test]
+    async fn without_budget_a_record_is_not_read_to_its_end() {
+        let (_guard, ticket) = charge(4096);
+        let (mut peer, socket) = duplex(1 << 16);
+        let mut records = Records::charged(socket, ticket.charge());
+        peer.write_all(&[&[22, 3, 1, 0x40, 0][..], &[1; 0x4000]].concat()).await.unwrap();
+        let error = records.read(&mut [0; 64]).await.unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::OutOfMemory);
     }
 
     #[tokio::test]

@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use socket2::SockRef;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpSocket};
 use vestibule::server::Running;
@@ -132,6 +133,8 @@ async fn a_connection_is_shed_in_every_wait() {
     let proxy = start(text).await;
     let socket = TcpSocket::new_v4().unwrap();
     socket.set_recv_buffer_size(1024).unwrap();
+    // Small segments keep the proxy's send buffer small too: the kernel must not take all of the replies.
+    SockRef::from(&socket).set_tcp_mss(536).unwrap();
     let mut deaf = Line::new(socket.connect(proxy.listeners()[0]).await.unwrap());
     deaf.send(b"a CAPABILITY\r\n".repeat(990)).await;
     let mut next = Client::connect(proxy.listeners()[0]).await;
@@ -183,6 +186,25 @@ async fn the_memory_of_all_is_bounded_and_those_who_need_little_are_served() {
 }
 
 #[tokio::test]
+async fn logins_under_way_are_charged_for_the_copies_of_their_credentials() {
+    let (proxy, _server) = with_silent_server("before_login_memory: 8MiB").await;
+    let login = format!("a LOGIN alice \"{}\"\r\n", "p".repeat(60_000));
+    let mut clients = Vec::new();
+    for round in 0..40 {
+        let mut client = Client::connect(proxy.listeners()[0]).await;
+        client.send(&login).await;
+        clients.push(client);
+        assert!(memory(&proxy) <= 8_388_608.0, "{} in round {round}", memory(&proxy));
+    }
+    let shed = || metric(&proxy, "vestibule_failures_total", &["reason=\"shed_for_memory\""]);
+    eventually("those for whom there is no memory to be told", || shed() >= 20.0).await;
+    assert!(memory(&proxy) > 4_000_000.0, "{}", memory(&proxy));
+    let mut last = clients.pop().unwrap();
+    assert!(last.line().await.starts_with("* BYE [UNAVAILABLE] "));
+    proxy.stop().await;
+}
+
+#[tokio::test]
 async fn the_memory_of_tls_counts_too() {
     let certificates = Certificates::new();
     let text = format!(
@@ -210,6 +232,36 @@ async fn the_memory_of_tls_counts_too() {
     let mut socket = Line::new(tls.into_inner().0);
     socket.send([&[23, 3, 3, 0x40, 0][..], &[0; 0x3f00]].concat()).await;
     eventually("the record's memory", || memory(&proxy) > 8_000.0).await;
+    proxy.stop().await;
+}
+
+/// Before the login TLS is in the hands of rustls, which keeps one answer, and takes 32 requests in a row without data.
+#[tokio::test]
+async fn requests_for_new_keys_before_the_login_are_answered_and_bounded() {
+    let certificates = Certificates::new();
+    let text = format!(
+        "listeners: [{{address: '127.0.0.1:0', tls: implicit}}]\n{}backends: {{a: {{servers: ['192.0.2.1:143']}}}}\n\
+         routes: [{{default: a}}]\n",
+        certificates.section(),
+    );
+    let proxy = start(&text).await;
+    let socket = tokio::net::TcpStream::connect(proxy.listeners()[0]).await.unwrap();
+    let mut client = Line::new(certificates.encrypt(socket).await);
+    client.line().await;
+    for _ in 0..100 {
+        client.stream.get_mut().1.refresh_traffic_keys().unwrap();
+        client.send("a NOOP\r\n").await;
+    }
+    for _ in 0..100 {
+        assert!(client.line().await.starts_with("a OK"));
+    }
+    assert_eq!(memory(&proxy), 0.0);
+    for _ in 0..40 {
+        client.stream.get_mut().1.refresh_traffic_keys().unwrap();
+    }
+    // The connection may end in the middle of the write.
+    let _ = client.stream.flush().await;
+    client.assert_closed().await;
     proxy.stop().await;
 }
 
