@@ -339,21 +339,7 @@ impl<'a> Dialogue<'a> {
                 due = deadline;
             }
             tracing::trace!(session = self.request.session_id, server = %self.server.name, state = self.machine.state(), "login dialogue");
-            let exchange = self.exchange(&out, matches!(step, ServerStep::NeedInput));
-            let failed = match timeout_at(due, exchange).await {
-                Ok(Ok(())) => None,
-                Ok(Err(error)) => Some((ServerFault::Closed, Some(error))),
-                // A server that got less than limits.connect to greet is not at fault.
-                Err(_) if due == first_byte && first_byte != deadline => Some((ServerFault::Silent, None)),
-                Err(_) => Some((ServerFault::Timeout, None)),
-            };
-            // What the server sent before its connection broke is an answer too.
-            let step = match failed {
-                Some((fault, error)) if matches!(step, ServerStep::NeedInput) => {
-                    ServerStep::Unavailable(Unavailable { excerpt: error, ..self.machine.failed(fault) })
-                }
-                _ => step,
-            };
+            let step = self.carry_out(step, &out, due, due == first_byte && first_byte != deadline).await;
             match step {
                 ServerStep::NeedInput => {
                     due = deadline;
@@ -369,25 +355,11 @@ impl<'a> Dialogue<'a> {
                 },
                 ServerStep::Challenge(line) => return Outcome::Challenged(Box::new(Paused(self)), line),
                 ServerStep::Accepted { .. } if self.request.purpose == Purpose::Check => {
+                    self.server.learns(self.machine.learned());
                     let _ = timeout_at(deadline, self.exchange(b"Q LOGOUT\r\n", true)).await;
                     return Outcome::Seen(seen_and_left(self.stream, self.offer, deadline).await);
                 }
-                ServerStep::Accepted { to_client } => {
-                    self.judge_id();
-                    self.server.learns(self.machine.learned());
-                    let timeout = self.machine.failed(ServerFault::Timeout).verdict;
-                    return match timeout_at(deadline, self.established(to_client)).await {
-                        Ok(Ok(established)) => Outcome::Accepted(established),
-                        Ok(Err((verdict, error))) => {
-                            Outcome::Unavailable(Fault::decided(Reason::ServerTls, error, verdict))
-                        }
-                        Err(_) => Outcome::Unavailable(Fault::decided(
-                            Reason::LoginTimeout,
-                            "the TLS connection could not be taken over within the deadline".to_owned(),
-                            timeout,
-                        )),
-                    };
-                }
+                ServerStep::Accepted { to_client } => return self.accepted(to_client, deadline).await,
                 ServerStep::Refused { reply, counts } => {
                     self.judge_id();
                     self.leave(deadline).await;
@@ -407,6 +379,36 @@ impl<'a> Dialogue<'a> {
                     }
                 }
                 ServerStep::Unavailable(unavailable) => return Outcome::Unavailable(self.explained(unavailable)),
+            }
+        }
+    }
+
+    /// Sends what the machine said, and reads if it needs input. `is_connecting`: the server has not greeted yet, and has
+    /// had `limits.connect` for it when `due` comes.
+    async fn carry_out(&mut self, step: ServerStep, out: &[u8], due: time::Instant, is_connecting: bool) -> ServerStep {
+        let needs_input = matches!(step, ServerStep::NeedInput);
+        let (fault, error) = match timeout_at(due, self.exchange(out, needs_input)).await {
+            Ok(Ok(())) => return step,
+            // What the server sent before its connection broke is an answer too.
+            Ok(Err(_)) | Err(_) if !needs_input => return step,
+            Ok(Err(error)) => (ServerFault::Closed, Some(error)),
+            Err(_) if is_connecting => (ServerFault::Silent, None),
+            Err(_) => (ServerFault::Timeout, None),
+        };
+        ServerStep::Unavailable(Unavailable { excerpt: error, ..self.machine.failed(fault) })
+    }
+
+    /// The server has accepted the login: takes over the connection.
+    async fn accepted(self, to_client: Vec<u8>, deadline: time::Instant) -> Outcome<'a> {
+        self.judge_id();
+        self.server.learns(self.machine.learned());
+        let timeout = self.machine.failed(ServerFault::Timeout).verdict;
+        match timeout_at(deadline, self.established(to_client)).await {
+            Ok(Ok(established)) => Outcome::Accepted(established),
+            Ok(Err((verdict, error))) => Outcome::Unavailable(Fault::decided(Reason::ServerTls, error, verdict)),
+            Err(_) => {
+                let detail = "the TLS connection could not be taken over within the deadline".to_owned();
+                Outcome::Unavailable(Fault::decided(Reason::LoginTimeout, detail, timeout))
             }
         }
     }
