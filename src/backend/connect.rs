@@ -319,7 +319,12 @@ impl<'a> Dialogue<'a> {
                     backend.metrics.backend(backend.id.0).server_answered(connected.elapsed());
                     server.answered();
                 }
-                Outcome::Unavailable(fault) => server.could_not_answer(fault),
+                Outcome::Unavailable(fault) => {
+                    if fault.answered {
+                        backend.metrics.backend(backend.id.0).server_answered(connected.elapsed());
+                    }
+                    server.could_not_answer(fault);
+                }
                 // It has shown all that its breaker is about, and no slow client shall keep others from it.
                 Outcome::Challenged(..) => server.answered(),
                 Outcome::Seen(_) => {}
