@@ -334,7 +334,12 @@ impl<'a> Dialogue<'a> {
                     backend.metrics.backend(backend.id.0).server_answered(connected.elapsed());
                     server.answered();
                 }
-                Outcome::Unavailable(fault) => server.could_not_answer(fault),
+                Outcome::Unavailable(fault) => {
+                    if fault.answered {
+                        backend.metrics.backend(backend.id.0).server_answered(connected.elapsed());
+                    }
+                    server.could_not_answer(fault);
+                }
                 // It has shown all that its breaker is about, and no slow client shall keep others from it.
                 Outcome::Challenged(..) => server.answered(),
                 Outcome::Seen(_) => {}
@@ -358,20 +363,7 @@ impl<'a> Dialogue<'a> {
                 (due, is_first) = (deadline, false);
             }
             tracing::trace!(session = self.request.session_id, server = %self.server.name, state = self.machine.state(), "login dialogue");
-            let exchange = self.exchange(&out, matches!(step, ServerStep::NeedInput));
-            let failed = match due.limit(exchange).await {
-                Ok(Ok(())) => None,
-                Ok(Err(error)) => Some((ServerFault::Closed, Some(error))),
-                Err(_) if is_first && is_hurried => Some((ServerFault::Silent, None)),
-                Err(_) => Some((ServerFault::Timeout, None)),
-            };
-            // What the server sent before its connection broke is an answer too.
-            let step = match failed {
-                Some((fault, error)) if matches!(step, ServerStep::NeedInput) => {
-                    ServerStep::Unavailable(Unavailable { excerpt: error, ..self.machine.failed(fault) })
-                }
-                _ => step,
-            };
+            let step = self.carry_out(step, &out, due, is_first && is_hurried).await;
             match step {
                 ServerStep::NeedInput => {
                     (due, is_first) = (deadline, false);
@@ -387,28 +379,13 @@ impl<'a> Dialogue<'a> {
                 },
                 ServerStep::Challenge(line) => return Outcome::Challenged(Box::new(Paused(self)), line),
                 ServerStep::Accepted { .. } if self.request.purpose == Purpose::Check => {
+                    self.server.learns(self.machine.learned());
                     let _ = deadline.limit(self.exchange(b"Q LOGOUT\r\n", true)).await;
                     let unauthenticate = self.machine.advertises_unauthenticate();
                     let seen = seen_and_left(self.stream, self.offer, deadline).await;
                     return Outcome::Seen(Seen { unauthenticate, ..seen });
                 }
-                ServerStep::Accepted { to_client } => {
-                    self.judge_id();
-                    self.server.learns(self.machine.learned());
-                    self.server.set_unauthenticate(self.machine.advertises_unauthenticate());
-                    let timeout = self.machine.failed(ServerFault::Timeout).verdict;
-                    return match deadline.limit(self.established(to_client)).await {
-                        Ok(Ok(established)) => Outcome::Accepted(established),
-                        Ok(Err((verdict, error))) => {
-                            Outcome::Unavailable(Fault::decided(Reason::ServerTls, error, verdict))
-                        }
-                        Err(_) => Outcome::Unavailable(Fault::decided(
-                            Reason::LoginTimeout,
-                            "the TLS connection could not be taken over within the deadline".to_owned(),
-                            timeout,
-                        )),
-                    };
-                }
+                ServerStep::Accepted { to_client } => return self.accepted(to_client, deadline).await,
                 ServerStep::Refused { reply, counts } => {
                     self.judge_id();
                     self.leave(deadline).await;
@@ -430,6 +407,37 @@ impl<'a> Dialogue<'a> {
                     }
                 }
                 ServerStep::Unavailable(unavailable) => return Outcome::Unavailable(self.explained(unavailable)),
+            }
+        }
+    }
+
+    /// Sends what the machine said, and reads if it needs input. `is_connecting`: the server has not greeted yet, and has
+    /// had `limits.connect` for it when `due` comes.
+    async fn carry_out(&mut self, step: ServerStep, out: &[u8], due: Deadline, is_connecting: bool) -> ServerStep {
+        let needs_input = matches!(step, ServerStep::NeedInput);
+        let (fault, error) = match due.limit(self.exchange(out, needs_input)).await {
+            Ok(Ok(())) => return step,
+            // What the server sent before its connection broke is an answer too.
+            Ok(Err(_)) | Err(_) if !needs_input => return step,
+            Ok(Err(error)) => (ServerFault::Closed, Some(error)),
+            Err(_) if is_connecting => (ServerFault::Silent, None),
+            Err(_) => (ServerFault::Timeout, None),
+        };
+        ServerStep::Unavailable(Unavailable { excerpt: error, ..self.machine.failed(fault) })
+    }
+
+    /// The server has accepted the login: takes over the connection.
+    async fn accepted(self, to_client: Vec<u8>, deadline: Deadline) -> Outcome<'a> {
+        self.judge_id();
+        self.server.learns(self.machine.learned());
+        self.server.set_unauthenticate(self.machine.advertises_unauthenticate());
+        let timeout = self.machine.failed(ServerFault::Timeout).verdict;
+        match deadline.limit(self.established(to_client)).await {
+            Ok(Ok(established)) => Outcome::Accepted(established),
+            Ok(Err((verdict, error))) => Outcome::Unavailable(Fault::decided(Reason::ServerTls, error, verdict)),
+            Err(_) => {
+                let detail = "the TLS connection could not be taken over within the deadline".to_owned();
+                Outcome::Unavailable(Fault::decided(Reason::LoginTimeout, detail, timeout))
             }
         }
     }

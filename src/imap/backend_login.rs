@@ -19,8 +19,6 @@ use crate::identity::{ServerLogin, append_wiped};
 
 /// SCRAM has two, a refused token one.
 const MAX_CHALLENGES: usize = 4;
-/// BAD to a longer response may be due to its length, and teaches nothing about the form. In bytes.
-const MAX_TELLING_RESPONSE: usize = 256;
 
 /// The dialogue so far.
 #[derive(Debug)]
@@ -171,13 +169,10 @@ impl<'a> BackendLogin<'a> {
 
     /// Forms that the server has shown not to understand, once it has accepted the login in another one.
     pub fn learned(&self) -> Option<Learned> {
-        let login = self.attempt.login.as_ref()?;
-        let is_accepted = self.phase == Phase::LoggedIn;
-        if !is_accepted || self.rejected.is_empty() || login_command::response(login).len() > MAX_TELLING_RESPONSE {
-            return None;
-        }
-        let known = self.known_rejected();
-        Some(Learned { capabilities: self.offered, rejected: self.rejected.or(known) })
+        let login = self.attempt.login.as_ref().filter(|_| self.phase == Phase::LoggedIn)?;
+        let shown = login_command::not_understood(login, self.rejected);
+        let learned = Learned { capabilities: self.offered, rejected: shown.or(self.known_rejected()) };
+        (!shown.is_empty()).then_some(learned)
     }
 
     /// Whether the login was sent and no other server would be tried if this one did not answer.

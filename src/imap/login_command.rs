@@ -12,6 +12,8 @@ use crate::identity::{LoginWith, Mechanism, PasswordLogin, ServerLogin};
 const MAX_INITIAL_RESPONSE: usize = 900;
 /// The same of LOGIN's two arguments.
 const MAX_LOGIN_ARGUMENTS: usize = 980;
+/// BAD to a longer response may be due to its length, in bytes of base64.
+const MAX_TELLING_RESPONSE: usize = 256;
 /// RFC 7888 section 5: with LITERAL- only these may go without being asked for.
 const MAX_LITERAL_MINUS: usize = 4096;
 
@@ -112,6 +114,24 @@ fn mechanism(login: &ServerLogin<'_>) -> Mechanism {
         ServerLogin::Password(_) => Mechanism::SaslPlain,
         ServerLogin::Relayed { mechanism, .. } => *mechanism,
     }
+}
+
+/// Those of the `rejected` forms that the server does not understand. For the others BAD may be due to the credentials: a
+/// long response, or special characters in an argument of LOGIN. A user must not be able to change how others log in.
+pub(super) fn not_understood(login: &ServerLogin<'_>, rejected: Forms) -> Forms {
+    let is_plain = |bytes: &[u8]| bytes.iter().all(|byte| byte.is_ascii_alphanumeric() || b".-_@".contains(byte));
+    let is_simple = match login {
+        ServerLogin::Password(it) => is_plain(it.user.as_str().as_bytes()) && is_plain(it.password.expose()),
+        ServerLogin::Relayed { .. } => false,
+    };
+    let mut shown = Forms::default();
+    if response(login).len() <= MAX_TELLING_RESPONSE {
+        let forms = [Form::Initial, Form::Continued, Form::Login].into_iter();
+        forms
+            .filter(|form| rejected.has(*form) && (*form != Form::Login || is_simple))
+            .for_each(|form| shown.insert(form));
+    }
+    shown
 }
 
 /// The response to AUTHENTICATE, in base64.

@@ -286,7 +286,7 @@ async fn an_outage_is_not_counted_as_a_guess_and_every_other_refusal_is() {
 }
 
 #[tokio::test]
-async fn an_empty_password_is_refused_without_asking_anybody() {
+async fn an_empty_password_is_refused_without_asking_a_server() {
     let script = "S: * OK [CAPABILITY IMAP4rev1] x\nC: *\nS: L OK [CAPABILITY IMAP4rev1] in\n...";
     let server = Scripted::new(script).await;
     let folder = tempfile::tempdir().unwrap();

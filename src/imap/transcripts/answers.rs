@@ -18,7 +18,7 @@ fn bad_to_an_initial_response_leads_to_the_next_form() {
          C: AGFsaWNlAHNlY3JldA==
          {OK}"
     ));
-    // A server that understands neither form gets LOGIN.
+    // If the server understands neither form of AUTHENTICATE, LOGIN is sent.
     alice_by_plain().check(&format!(
         "S: {IR}
          C: L AUTHENTICATE PLAIN AGFsaWNlAHNlY3JldA==
@@ -28,7 +28,7 @@ fn bad_to_an_initial_response_leads_to_the_next_form() {
          C: L LOGIN \"alice\" \"secret\"
          {OK}"
     ));
-    // The other way round, and never more often than there are forms.
+    // LOGIN first, and each form once.
     alice().check(&format!(
         "S: {IR}
          C: L LOGIN \"alice\" \"secret\"
@@ -86,7 +86,7 @@ fn a_server_that_closes_after_bad_is_connected_to_again() {
          C: AGFsaWNlAHNlY3JldA==
          {OK}"
     ));
-    // Not for ever.
+    // A second connection that ends in the same way is final.
     alice_by_plain().check(&format!(
         "S: {IR}
          C: L AUTHENTICATE PLAIN AGFsaWNlAHNlY3JldA==
@@ -117,6 +117,23 @@ fn what_a_login_has_shown_is_used_until_the_capabilities_change() {
     let mut long = alice_by_plain();
     long.credentials.proof = Proof::Password(Secret::new(vec![b'x'; 300]));
     assert_eq!(long.learn(&login).1, None);
+}
+
+#[test]
+fn a_user_with_special_credentials_does_not_change_how_others_log_in() {
+    for (password, is_learnt) in
+        [(&b"secret"[..], true), (b"sec\"ret", false), (b"sec ret", false), (&[b'x'; 300], false)]
+    {
+        let login = format!("S: {IR}\nC: *\nS: L BAD x\nC: *\nS: L OK [CAPABILITY IMAP4rev1] in");
+        let (said, learned) = Server::new("alice", password).learn(&login);
+        assert!(said.contains("C: L LOGIN") && said.contains("C: L AUTHENTICATE PLAIN"), "{said}");
+        assert_eq!(learned.is_some(), is_learnt, "{said}");
+        if is_learnt {
+            let mut next = alice();
+            next.learned = learned;
+            next.check(&format!("S: {IR}\nC: L AUTHENTICATE PLAIN AGFsaWNlAHNlY3JldA==\n{OK}"));
+        }
+    }
 }
 
 #[test]
