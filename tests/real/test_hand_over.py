@@ -5,6 +5,7 @@ import grp
 import json
 import os
 import pwd
+import random
 import re
 import signal
 import socket
@@ -152,12 +153,14 @@ class Concurrent(Scene):
                         for number in range(4)]
             by_hand = [self.run_program("--replace") for _ in range(3)]
             codes = [exits(upgrade) for upgrade in upgrades]
-            self.assertIn(0, codes + [0], codes)
-            self.assertLessEqual(set(codes), {0, 1})
+            # 70: the process that was asked has ended meanwhile.
+            self.assertLessEqual(set(codes), {0, 1, 70})
             wait_for("those that were refused", lambda: sum(process.child.poll() is None for process in by_hand) <= 1)
-            pid = wait_for("the one", self.pid)
-            wait_for("one that serves", lambda: listening(self.port) == {pid})
+            # The last of them may still be taking over.
+            pid = wait_for("the one", lambda: len(found := listening(self.port)) == 1 and found == {self.pid()} and found.pop())
             self.assertEqual(listening(self.admin), {pid})
+            for process in by_hand:
+                self.assertTrue(process.child.pid == pid or exits(process) in (0, 70), process.text())
         self.assertEqual(exits(first), 0)
         os.kill(pid, signal.SIGTERM)
         wait_for("its end", lambda: not listening(self.port))
@@ -657,7 +660,25 @@ class Visitors(threading.Thread):
                 self.faults.append(repr(error))
 
 
+def port_of_no_client():
+    """A free port from which the system makes no connections: one that a client has had lately cannot be bound for all
+    addresses."""
+    first = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    while True:
+        port = random.randrange(max(1024, first // 2), first)
+        try:
+            with socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True):
+                return port
+        except OSError:
+            pass
+
+
 class Addresses(Scene):
+    def setUp(self):
+        super().setUp()
+        self.port, self.admin = port_of_no_client(), port_of_no_client()
+        self.write()
+
     def listeners(self, *addresses, tls="none"):
         return "[" + ", ".join(f'{{address: "{address}:{self.port}", tls: {tls}}}' for address in addresses) + "]"
 
