@@ -278,7 +278,7 @@ mod tests {
         let record = [&[23, 3, 3, 0x40, 0][..], &[7; 0x4000]].concat();
         let (guard, ticket) = charge(1 << 20);
         let (mut peer, socket) = duplex(1 << 16);
-        let mut records = Records::charged(socket, ticket.charge());
+        let mut records = Records::new(socket).charged(ticket.charge());
         peer.write_all(&record[..12_000]).await.unwrap();
         let mut got = vec![0; 32_768];
         let mut read = |records: &mut Records<_>| records.read(&mut got).now_or_never().map(Result::unwrap);
@@ -307,7 +307,7 @@ mod tests {
     async fn without_budget_a_record_is_not_read_to_its_end() {
         let (_guard, ticket) = charge(4096);
         let (mut peer, socket) = duplex(1 << 16);
-        let mut records = Records::charged(socket, ticket.charge());
+        let mut records = Records::new(socket).charged(ticket.charge());
         peer.write_all(&[&[22, 3, 1, 0x40, 0][..], &[1; 0x4000]].concat()).await.unwrap();
         let error = records.read(&mut [0; 64]).await.unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::OutOfMemory);
