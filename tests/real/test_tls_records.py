@@ -1,6 +1,7 @@
 """What a log record says of a handshake that failed, certificates as `openssl` makes them by default, and what `check` finds."""
 
 import re
+import shutil
 import socket
 import subprocess
 import unittest
@@ -189,6 +190,22 @@ routes: [{{default: shard}}]
         done = self.check(text.replace("{default: shard}", sql))
         self.assertEqual(done.returncode, 78)
         self.assertRegex(done.stderr, r"check.yaml:4:\d+: routes\[0\].sql.query: %\{user\} is within quotes")
+
+    def test_a_cache_file_that_the_service_cannot_write(self):
+        text = """
+listeners: [{address: "127.0.0.1:0", tls: none}]
+backends: {shard: {servers: ["127.0.0.1:1"]}}
+routes: [{redis: {url: "redis://127.0.0.1", key: "u:%{user}", cache: {file: answers.json}}}]
+"""
+        self.assertEqual(self.check(text).stderr, "", "root may write there")
+        # The program too is where another user can start it.
+        copy = self.folder.path / "vestibule"
+        shutil.copy(VESTIBULE, copy)
+        done = subprocess.run([program("setpriv"), "--reuid", "65534", "--clear-groups", copy, "check", "--config",
+                               self.folder.path / "check.yaml"], capture_output=True, text=True, timeout=PATIENCE)
+        self.assertEqual(done.returncode, 0, done.stderr)
+        self.assertRegex(done.stderr, r"^warning: \S+check.yaml:4:\d+: routes\[0\].redis.cache.file: this user cannot write in /tmp/")
+        self.assertIn("use a directory like /var/lib/vestibule that belongs to the service's user", done.stderr)
 
 
 if __name__ == "__main__":
