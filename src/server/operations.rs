@@ -150,6 +150,10 @@ impl Running {
         for server in &servers {
             server.set_mode(mode);
         }
+        if let Some(Mode::Drain | Mode::Down) = mode {
+            // They are routed again; a SASL exchange could wait for its client until long after the drain.
+            self.sessions().end_logins(Why::Drained, |server| *server.name == *name);
+        }
         if let (Some(over), Some(Mode::Drain | Mode::Down)) = (over, mode) {
             for server in servers {
                 self.empty(server, over);

@@ -397,6 +397,17 @@ impl Sessions {
         (tell_all(&calls, why), left)
     }
 
+    /// Cancels the logins under way on the servers that `which` picks, and leaves accepted ones.
+    pub fn end_logins(&self, why: Why, which: impl Fn(&Server) -> bool) {
+        let on_one = |taken: &Taken| taken.server.as_ref().is_some_and(|server| which(server));
+        let calls: Vec<Arc<Call>> = {
+            let inside = self.lock();
+            let logins = inside.taken.iter().filter(|(_, taken)| taken.stage == Stage::LoggingIn && on_one(taken));
+            logins.map(|(_, taken)| taken.call.clone()).collect()
+        };
+        tell_all(&calls, why);
+    }
+
     /// Sessions on the servers that `which` picks, told to end or not.
     pub fn count(&self, which: impl Fn(&Server) -> bool) -> usize {
         let on_one = |taken: &Taken| taken.server.as_ref().is_some_and(|server| which(server));

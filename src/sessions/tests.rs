@@ -188,6 +188,11 @@ fn a_server_is_emptied_bit_by_bit() {
     let stays = login(&sessions, "z", &two);
     let routing = sessions.take(guest("w")).unwrap();
     let on_one = |server: &Server| *server.name == *"a";
+    let accepted = session(&sessions, "y", &two);
+    sessions.end_logins(Why::Drained, |server| *server.name == *"b");
+    assert_eq!((stays.call().why(), accepted.call().why()), (Some(Why::Drained), None));
+    drop((stays, accepted));
+    let stays = login(&sessions, "z", &two);
     assert_eq!(sessions.end_some(4, Why::Drained, on_one), (4, 6));
     assert_eq!(sessions.end_some(4, Why::Drained, on_one), (4, 2));
     assert_eq!(sessions.end_some(4, Why::Drained, on_one), (2, 0));

@@ -255,13 +255,31 @@ async fn an_accepted_login_that_waits_ends_with_a_kick_and_with_the_process() {
     assert_eq!(client, "* BYE [UNAVAILABLE] Server shutting down, connect again.");
 }
 
+/// A server that refers users to one of two servers of another backend, which is `user-hash`.
+async fn referring() -> (Running, Played, [Played; 2]) {
+    let (front, one, other) = (Played::new().await, Played::new().await, Played::new().await);
+    let text = format!(
+        "backends: {{front: {{servers: ['{}']}}, pair: {{servers: ['{}', '{}']}}}}\nroutes: [{{default: front}}]\n",
+        front.address(),
+        one.address(),
+        other.address()
+    );
+    (proxy(&text).await, front, [one, other])
+}
+
+/// A login of alice's that waits for the answer of the server it was referred to.
+async fn referred(proxy: &Running, front: &Played, to: &Played) -> (Client, Client) {
+    let client = login(proxy).await;
+    let mut server = front.login().await;
+    answer(&mut server, &format!("NO [REFERRAL imap://alice@{}/] there", to.address())).await;
+    (client, to.login().await)
+}
+
 #[tokio::test]
 async fn of_two_logins_that_different_servers_accept_the_last_accepted_is_established() {
     for first_accepts_first in [true, false] {
-        let (proxy, first, other) = pair("").await;
-        let mut early = (login(&proxy).await, first.login().await);
-        set_mode(&proxy, &first, "drain");
-        let mut late = (login(&proxy).await, other.login().await);
+        let (proxy, front, [one, other]) = referring().await;
+        let (mut early, mut late) = (referred(&proxy, &front, &one).await, referred(&proxy, &front, &other).await);
         let [loser, winner] = if first_accepts_first { [&mut early, &mut late] } else { [&mut late, &mut early] };
         accept(&mut loser.1).await;
         assert_eq!(loser.0.line().await, OK);
@@ -277,33 +295,33 @@ async fn of_two_logins_that_different_servers_accept_the_last_accepted_is_establ
 
 #[tokio::test]
 async fn a_referral_ends_sessions_only_once_it_is_accepted() {
-    let (front, one, other) = (Played::new().await, Played::new().await, Played::new().await);
-    let proxy = proxy(&format!(
-        "backends: {{front: {{servers: ['{}']}}, pair: {{servers: ['{}', '{}']}}}}\nroutes: [{{default: front}}]\n",
-        front.address(),
-        one.address(),
-        other.address()
-    ))
-    .await;
-    let referred = async |to: &Played| {
-        let client = login(&proxy).await;
-        let mut server = front.login().await;
-        answer(&mut server, &format!("NO [REFERRAL imap://alice@{}/] there", to.address())).await;
-        (client, to.login().await)
-    };
-    let mut there = referred(&one).await;
+    let (proxy, front, [one, other]) = referring().await;
+    let mut there = referred(&proxy, &front, &one).await;
     accept(&mut there.1).await;
     assert_eq!(there.0.line().await, OK);
-    let (mut attack, mut server) = referred(&other).await;
+    let (mut attack, mut server) = referred(&proxy, &front, &other).await;
     answer(&mut server, "NO [AUTHENTICATIONFAILED] Wrong.").await;
     assert_eq!(attack.line().await, "a NO [AUTHENTICATIONFAILED] Wrong.");
     assert_alive(&mut there).await;
-    let (mut moved, mut server) = referred(&other).await;
+    let (mut moved, mut server) = referred(&proxy, &front, &other).await;
     assert_alive(&mut there).await;
     accept(&mut server).await;
     there.0.assert_closed().await;
     assert_eq!(moved.line().await, OK);
     assert_alive(&mut (moved, server)).await;
+    proxy.stop().await;
+}
+
+#[tokio::test]
+async fn a_login_under_way_at_a_server_that_is_drained_goes_to_another() {
+    let (proxy, first, other) = pair("").await;
+    let mut client = login(&proxy).await;
+    let mut server = first.login().await;
+    set_mode(&proxy, &first, "drain");
+    server.assert_closed().await;
+    let mut server = other.login().await;
+    accept(&mut server).await;
+    assert_eq!(client.line().await, OK);
     proxy.stop().await;
 }
 
@@ -331,7 +349,7 @@ async fn one_server(care: &str, more: &str) -> (Running, Played) {
 #[tokio::test]
 async fn a_pending_exchange_ends_at_once_with_a_kick_a_move_and_a_drain_of_its_server() {
     let (proxy, server) = one_server("balance: user-hash", "").await;
-    for way in ["kick", "move", "drain"] {
+    for way in ["kick", "move", "drain over a time", "drain"] {
         let (mut client, mut there) = exchange(&proxy, &server).await;
         match way {
             "kick" => assert_eq!(proxy.kick("alice").await.unwrap(), 1),
@@ -340,7 +358,8 @@ async fn a_pending_exchange_ends_at_once_with_a_kick_a_move_and_a_drain_of_its_s
                 assert_eq!(ended, 1);
                 assert!(proxy.sessions().of_user("alice").is_empty());
             }
-            _ => assert_eq!(proxy.set_server(&server.address().to_string(), Some("drain"), Some(0.0)).unwrap(), 1),
+            "drain" => set_mode(&proxy, &server, "drain"),
+            _ => drop(proxy.set_server(&server.address().to_string(), Some("drain"), Some(0.0)).unwrap()),
         }
         // Its next message, on its way already, must not be taken for a command.
         client.send("Yz1iaXdzLHI9\r\n").await;
@@ -349,6 +368,7 @@ async fn a_pending_exchange_ends_at_once_with_a_kick_a_move_and_a_drain_of_its_s
         client.assert_closed().await;
         there.assert_closed().await;
         assert_eq!(proxy.kick("alice").await.unwrap(), 0, "nothing is left of it");
+        set_mode(&proxy, &server, "up");
     }
     proxy.stop().await;
 }
