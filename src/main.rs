@@ -13,7 +13,7 @@ use anyhow::Context as _;
 use vestibule::cli::{self, Command};
 use vestibule::config::{self, Report};
 use vestibule::control::place::PlaceError;
-use vestibule::control::upgrade::{REPORT_ON_STDIN, REPORT_VARIABLE};
+use vestibule::control::upgrade::{self, REPORT_ON_STDIN, REPORT_VARIABLE};
 use vestibule::identity::UserName;
 use vestibule::server::Live;
 use vestibule::{demo, explain, operate, preflight, privileges};
@@ -57,6 +57,10 @@ fn report_to_predecessor(text: &str) {
 
 fn dispatch(command: Command) -> anyhow::Result<ExitCode> {
     match command {
+        Command::Run { .. } if upgrade::is_launcher() => {
+            upgrade::launch().context("the successor could not be started")?;
+            Ok(ExitCode::SUCCESS)
+        }
         Command::Run { config, replace } => {
             let runtime = runtime()?;
             let result = runtime.block_on(run::run(&config, replace));

@@ -27,6 +27,7 @@ use hyper::body::{Bytes, Incoming};
 use hyper::header::{CONNECTION, HeaderValue, UPGRADE};
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
+use hyper::upgrade::OnUpgrade;
 use hyper::{Method, Request, Response, StatusCode};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use serde::{Deserialize, Serialize};
@@ -294,17 +295,7 @@ async fn answer(mut request: Request<Incoming>, peer: Option<u32>, desk: Arc<Des
         Ok(Command::HandOver { .. }) if !is_hand_over => {
             whole(&Answer::failed(format!("a hand-over takes the upgrade to {}", link::PROTOCOL)))
         }
-        Ok(Command::HandOver { pid }) => match desk.succession.grant(peer.unwrap_or(pid)) {
-            Ok(lease) => {
-                let connections = desk.connections.clone();
-                connections.spawn(hand_over::serve(upgrade, lease, desk));
-                switching()
-            }
-            Err(refusal) => {
-                tracing::info!(successor = peer.unwrap_or(pid), %refusal, "a hand-over was refused");
-                whole(&Answer::failed(refusal.to_string()))
-            }
-        },
+        Ok(Command::HandOver { pid }) => grant(peer.unwrap_or(pid), upgrade, desk).await,
         Ok(Command::Upgrade { timeout }) => match Duration::try_from_secs_f64(timeout) {
             Ok(timeout) => {
                 tracing::info!("an upgrade was asked for");
@@ -317,6 +308,23 @@ async fn answer(mut request: Request<Incoming>, peer: Option<u32>, desk: Arc<Des
             whole(&obey(command, &desk).await)
         }
         Err(error) => whole(&Answer::failed(format!("that is no command: {error}"))),
+    }
+}
+
+/// Answers a successor that asks for a hand-over.
+async fn grant(successor: u32, upgrade: OnUpgrade, desk: Arc<Desk>) -> Response<Body> {
+    // The one that this process has started may be faster than the news of its process id.
+    let _ = timeout(upgrade::LAUNCH_DEADLINE, desk.succession.settled()).await;
+    match desk.succession.grant(successor) {
+        Ok(lease) => {
+            let connections = desk.connections.clone();
+            connections.spawn(hand_over::serve(upgrade, lease, desk));
+            switching()
+        }
+        Err(refusal) => {
+            tracing::info!(successor, %refusal, "a hand-over was refused");
+            whole(&Answer::failed(refusal.to_string()))
+        }
     }
 }
 

@@ -136,6 +136,13 @@ impl Succession {
         matches!(*self.stage.borrow(), Stage::Idle | Stage::Starting { .. })
     }
 
+    /// Waits until the process id of a successor that is being started is known.
+    pub(super) async fn settled(&self) {
+        let mut stages = self.watch();
+        // The sender is not dropped as long as this exists.
+        let _ = stages.wait_for(|stage| *stage != Stage::Starting { pid: None }).await;
+    }
+
     pub(super) fn start(&self) -> Result<Start, Refusal> {
         self.change(Stage::start)?;
         Ok(Start(self.clone()))

@@ -55,6 +55,13 @@ def listening(port):
     return found
 
 
+def has_ended(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "Z"
+    except OSError:
+        return True
+
+
 class Scene(unittest.TestCase):
     """A process with a control socket in a folder of its own; no mailbox server is needed."""
 
@@ -134,7 +141,7 @@ class Concurrent(Scene):
         # It listens to signals, whatever it waits for.
         os.kill(child, signal.SIGTERM)
         self.assertEqual(exits(upgrade), 1)
-        self.assertIn(f"the successor (pid {child}) has ended, this process goes on: exit status: 0", upgrade.text())
+        self.assertIn(f"the successor (pid {child}) has ended, this process goes on: without an error", upgrade.text())
         self.unchanged(first)
         self.assertIn(f"ends when its 0 sessions have ended", self.upgrade())
 
@@ -143,7 +150,7 @@ class Concurrent(Scene):
         self.blocked()
         said = self.upgrade(1, "--timeout", "1s")
         child = int(re.search(r"the successor \(pid (\d+)\) did not take over within 1s: ended", said)[1])
-        self.assertFalse(Path(f"/proc/{child}").exists())
+        wait_for("its end", lambda: has_ended(child))
         self.unchanged(first)
 
     def test_many_at_once_leave_one(self):
@@ -777,19 +784,26 @@ class Addresses(Scene):
 
     def test_the_admin_address_changes_and_trades_places(self):
         process = self.start()
-        ready = lambda host, port: urllib.request.urlopen(f"http://{host}:{port}/ready", timeout=PATIENCE).status
+
+        def ready(host, port):
+            """A request to the endpoint that is being replaced may be cut off."""
+            try:
+                return urllib.request.urlopen(f"http://{host}:{port}/ready", timeout=PATIENCE).status == 200
+            except OSError:
+                return False
+
         for address in ("0.0.0.0", "127.0.0.1", "127.0.0.2"):
             self.file.write_text(re.sub(r"address: \"[\d.]+:(\d+)\", control", rf'address: "{address}:\1", control', self.file.read_text()))
             done = self.command("reload")
             self.assertEqual(done.returncode, 0, done.stderr)
-            self.assertEqual(ready("127.0.0.2" if address == "127.0.0.2" else "127.0.0.1", self.admin), 200)
+            wait_for("the endpoint", lambda: ready("127.0.0.2" if address == "127.0.0.2" else "127.0.0.1", self.admin))
         self.port, self.admin = self.admin, self.port
         self.write()
         done = self.command("reload")
         self.assertEqual(done.returncode, 0, done.stderr)
         wait_for("the listener", lambda: answers(self.port, b"* OK"))
         wait_for("the endpoint", lambda: not answers(self.admin, b"* OK"))
-        self.assertEqual(ready("127.0.0.1", self.admin), 200)
+        self.assertTrue(ready("127.0.0.1", self.admin))
         self.unchanged(process)
 
 

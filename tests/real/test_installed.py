@@ -145,7 +145,7 @@ class Installed(unittest.TestCase):
         self.reload_reports_its_outcome(configuration)
         self.upgrades_end_no_session(configuration)
         machine.run("systemctl", "stop", "vestibule")
-        self.assertEqual((self.property("Result"), self.property("ExecMainStatus")), ("success", "0"))
+        self.assertEqual((self.property("Result"), self.property("ExecMainStatus")), ("success", "0"), machine.journal())
         self.assertNotEqual(self.health(), 0)
         machine.run("dpkg", "--purge", "vestibule")
         self.assertEqual(machine.run("ls", "/etc/vestibule").split(), ["tls"], "the key is not the package's to remove")
@@ -188,6 +188,7 @@ class Installed(unittest.TestCase):
         wait_for("the first process to end", lambda: not machine.run("ls", "-d", f"/proc/{before}", check=False).startswith("/proc"))
         self.assertEqual(self.property("ActiveState"), "active", "the end of a process that was replaced is not the service's")
         self.assertEqual(self.property("NRestarts"), "0")
+        self.assertNotIn("not our child", machine.journal(), "systemd would kill it at once to stop it")
 
     def is_confined(self):
         process = f"/proc/{self.property('MainPID')}"
