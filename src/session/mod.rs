@@ -10,7 +10,7 @@
 //! | 6 log in there | `backend::connect` | a share of the above | the server's NO is passed on, never retried |
 //! | 7 answer the client | [`relayed::Relayed`] | none | |
 //! | 8 relay | `relay`, `waiting` | `limits.idle`, `limits.stall`, `limits.half_close` | |
-//! | 9 one record | [`record::Record`] | always | |
+//! | 9 log lines | [`record::Record`]: one at the login, one at the end | always | |
 //!
 //! This file and `attempt` alone know the order. After a refusal nothing of the attempt is left: the next login is parsed, routed and
 //! sent to a server connection of its own. Called by `listener`.
@@ -349,6 +349,7 @@ impl Session {
         to_server.extend(more);
         self.record.open_on(seated.backend.id, seated.slot);
         seated.seat.settle();
+        self.record.log_login();
         let kept = Kept {
             _counted: self.drain.count(),
             keepalive_set: false,
