@@ -83,11 +83,18 @@ async fn run(file: &Path, replace: bool) -> anyhow::Result<ExitCode> {
     if let Some(run_as) = &run_as {
         privileges::drop_to(run_as)?;
     }
-    let running = Arc::new(bound.start()?);
+    let states = match &predecessor {
+        Some(predecessor) => predecessor.states().await,
+        None => None,
+    };
+    let running = Arc::new(bound.with_states(states).start()?);
     count_panics(&running.metrics());
     notify(&running, sd_notify::NotifyState::Ready);
-    if let Some(predecessor) = predecessor {
-        predecessor.retire().await;
+    // Once more, because an operator may have changed some meanwhile.
+    if let Some(predecessor) = predecessor
+        && let Some(states) = predecessor.retire().await
+    {
+        running.adopt_states(&states).await;
     }
     let (wish, mut wishes) = mpsc::channel(1);
     if let Some(control) = control {

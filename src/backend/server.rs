@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 use tokio::sync::watch;
 use tokio_rustls::rustls::pki_types::ServerName;
 
+use super::admin_state::{AdminCell, AdminState};
 use super::departures::Departures;
 use super::health::{Blow, Depth, Health, News, Standing, Thresholds, Trial};
 use super::select::Candidate;
@@ -86,8 +87,8 @@ pub(super) struct ServerState {
     offer: Mutex<Option<Mechanisms>>,
     /// Whether it was told already that the server does not say that it trusts us.
     distrust_told: AtomicBool,
-    /// What the operator has asked for, whatever the configuration says.
-    mode: Mutex<Option<Mode>>,
+    /// The state that an operator has set, over the configuration's.
+    admin: AdminCell,
     pub(super) slots: Slots,
     departures: Mutex<Departures>,
     pub(super) metrics: ServerMetrics,
@@ -95,7 +96,7 @@ pub(super) struct ServerState {
 
 impl ServerState {
     /// Of a server that has just been heard of.
-    pub(super) fn new(host: &Host, port: u16, metrics: ServerMetrics) -> Arc<Self> {
+    pub(super) fn new(host: &Host, port: u16, metrics: ServerMetrics, admin: AdminCell) -> Arc<Self> {
         let addresses = match host {
             Host::Ip(ip) => Some(vec![SocketAddr::new(*ip, port)]),
             Host::Name(_) => None,
@@ -105,7 +106,7 @@ impl ServerState {
             health: Mutex::default(),
             offer: Mutex::default(),
             distrust_told: AtomicBool::new(false),
-            mode: Mutex::default(),
+            admin,
             slots: Slots::default(),
             departures: Mutex::default(),
             metrics,
@@ -155,7 +156,7 @@ impl Server {
         Self {
             name: name.into(),
             backend: backend.into(),
-            state: ServerState::new(&host, 143, metrics),
+            state: ServerState::new(&host, 143, metrics, AdminCell::default()),
             host,
             port: 143,
             weight: 1,
@@ -197,7 +198,7 @@ impl Server {
 
     /// What is wanted of it: by the operator, else by the configuration.
     pub fn mode(&self) -> Mode {
-        self.asked_mode().unwrap_or(self.terms.mode)
+        self.state.admin.state().unwrap_or(self.terms.mode)
     }
 
     /// Whether it is meant to get logins: it is neither drained nor down.
@@ -205,14 +206,15 @@ impl Server {
         self.mode() == Mode::Up
     }
 
-    /// Overrides the configuration, also the next one, until it is called again with `None`. Sessions stay where they are.
+    /// The state that an operator has set: see [`AdminStates`](super::admin_state::AdminStates).
+    pub fn admin_state(&self) -> Option<AdminState> {
+        self.state.admin.get()
+    }
+
+    /// Sets or resets the administrative state on behalf of the program that embeds this library.
     pub fn set_mode(&self, mode: Option<Mode>) {
-        let before = self.mode();
-        *self.state.mode.lock().unwrap_or_else(PoisonError::into_inner) = mode;
-        let after = self.mode();
-        if before != after {
-            tracing::info!(backend = %self.backend, server = %self.name, mode = after.as_str(), "server's mode was set");
-        }
+        let set = |state| AdminState { state, by: "vestibule".to_owned(), since: 0, reason: None };
+        self.state.admin.set(mode.map(set));
         self.show();
     }
 
@@ -246,10 +248,6 @@ impl Server {
         self.state.metrics.set_breaker(health.breaker() as i64);
         drop(health);
         if trial.is_some() { Admission::Slot(slot.on_trial(trial)) } else { Admission::Failing }
-    }
-
-    fn asked_mode(&self) -> Option<Mode> {
-        *self.state.mode.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     pub(super) fn is_at(&self, host: &str) -> bool {

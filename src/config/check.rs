@@ -53,6 +53,10 @@ pub(super) fn config(reader: &mut Reader<'_>, file: &Path, value: Value) -> Opti
     if control.as_ref().is_some_and(|path| path.as_os_str().len() > 90) {
         reader.problem("admin.control", "the path is too long for a Unix socket: at most 90 bytes");
     }
+    let state_file = written.state_file.map(|path| folder.join(path));
+    if state_file.as_ref().is_some_and(|path| path.file_name().is_none()) {
+        reader.problem("state_file", "expected the path of a file, like /var/lib/vestibule/state.json");
+    }
     let run_as = written.run_as.map(|map| RunAs { user: map.user, group: map.group });
     for (key, name) in run_as.iter().flat_map(|run_as| [("user", Some(&run_as.user)), ("group", run_as.group.as_ref())])
     {
@@ -93,6 +97,7 @@ pub(super) fn config(reader: &mut Reader<'_>, file: &Path, value: Value) -> Opti
         policy: written.policy.and_then(|map| policy(reader, folder, map)),
         admin,
         control,
+        state_file,
         run_as,
         log: Log { format: format(written.log.format), level: level(written.log.level) },
         resolver: Resolver { servers, timeout },

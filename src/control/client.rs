@@ -17,10 +17,30 @@ use tokio::net::UnixStream;
 use tokio_util::task::AbortOnDropHandle;
 
 use super::{Answer, Command, beside};
+use crate::backend::admin_state::StoredState;
 use crate::inherit;
 
 /// A predecessor that has not sent its sockets by then will not.
 const HAND_OVER: Duration = Duration::from_secs(20);
+
+/// The processes that a command is about.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Scope {
+    /// The process that is asked, and its predecessors.
+    All,
+    /// The process that is asked, alone.
+    Process,
+}
+
+impl Scope {
+    /// The request's path.
+    pub(super) fn path(self) -> &'static str {
+        match self {
+            Self::All => "/",
+            Self::Process => "/process",
+        }
+    }
+}
 
 /// Asks the process at `path`.
 ///
@@ -39,7 +59,14 @@ pub async fn begin(path: &Path, command: &Command) -> anyhow::Result<Reply> {
         let shown = path.display();
         format!("no running process answers at {shown} (admin.control of its configuration, --control of this command)")
     })?;
-    let answer = line.ask(command).await?;
+    let answer = line.ask(Scope::All, command).await?;
+    Ok(Reply { answer, _line: line })
+}
+
+/// Asks over a connection that is open already, and leaves it open.
+pub(super) async fn ask_over(socket: UnixStream, scope: Scope, command: &Command) -> anyhow::Result<Reply> {
+    let mut line = Line::over(socket).await?;
+    let answer = line.ask(scope, command).await?;
     Ok(Reply { answer, _line: line })
 }
 
@@ -60,15 +87,20 @@ struct Line {
 
 impl Line {
     async fn connect(path: &Path) -> anyhow::Result<Self> {
-        let (sender, connection) = http1::handshake(TokioIo::new(UnixStream::connect(path).await?)).await?;
+        Self::over(UnixStream::connect(path).await?).await
+    }
+
+    async fn over(socket: UnixStream) -> anyhow::Result<Self> {
+        let (sender, connection) = http1::handshake(TokioIo::new(socket)).await?;
         // How it ends is seen by whoever waits for an answer.
         let connection = tokio::spawn(async move { drop(connection.await) });
         Ok(Self { sender, body: None, _connection: AbortOnDropHandle::new(connection) })
     }
 
-    async fn ask(&mut self, command: &Command) -> anyhow::Result<Answer> {
+    async fn ask(&mut self, scope: Scope, command: &Command) -> anyhow::Result<Answer> {
         let body = Full::new(Bytes::from(serde_json::to_vec(command)?));
-        let request = Request::builder().method(Method::POST).uri("/").header("host", "vestibule").body(body)?;
+        let request =
+            Request::builder().method(Method::POST).uri(scope.path()).header("host", "vestibule").body(body)?;
         let mut body = self.sender.send_request(request).await?.into_body();
         let mut line = Vec::new();
         while !line.ends_with(b"\n") {
@@ -105,7 +137,7 @@ impl Predecessor {
         let listener =
             UnixListener::bind(&waiting).with_context(|| format!("{} cannot be bound", waiting.display()))?;
         let receiving = tokio::task::spawn_blocking(move || receive(&listener));
-        let asked = self.line.lock().await.ask(&Command::HandOver { path: waiting.clone() }).await;
+        let asked = self.line.lock().await.ask(Scope::Process, &Command::HandOver { path: waiting.clone() }).await;
         let _ = fs::remove_file(&waiting);
         let answer = asked?;
         if !answer.ok {
@@ -114,17 +146,33 @@ impl Predecessor {
         receiving.await.context("sockets could not be received")?.context("sockets could not be received")
     }
 
-    /// We serve: it may go.
-    pub async fn retire(self) {
-        let answer = self.line.into_inner().ask(&Command::Retire { pid: std::process::id() }).await;
-        match answer {
-            Ok(answer) if answer.ok => tracing::info!("the process before this one retires"),
+    /// The administrative states of servers there. `None`: it does not hand them over.
+    pub async fn states(&self) -> Option<Vec<StoredState>> {
+        let answer = self.line.lock().await.ask(Scope::Process, &Command::States).await;
+        states(answer.ok()?)
+    }
+
+    /// We serve: it may go. Returns the administrative states of servers at that moment.
+    pub async fn retire(self) -> Option<Vec<StoredState>> {
+        let retire = Command::Retire { pid: std::process::id() };
+        match self.line.into_inner().ask(Scope::Process, &retire).await {
+            Ok(answer) if answer.ok => {
+                tracing::info!("the process before this one retires");
+                return states(answer);
+            }
             Ok(answer) => {
                 tracing::error!(answer = %answer.text, "the process before this one does not retire: stop it")
             }
             Err(error) => tracing::error!(%error, "the process before this one cannot be told to retire: stop it"),
         }
+        None
     }
+}
+
+/// Valid states in an answer.
+fn states(answer: Answer) -> Option<Vec<StoredState>> {
+    let states: Vec<StoredState> = serde_json::from_value(answer.data).ok().filter(|_| answer.ok)?;
+    states.iter().all(|stored| stored.validate().is_ok()).then_some(states)
 }
 
 fn receive(listener: &UnixListener) -> io::Result<Vec<TcpListener>> {

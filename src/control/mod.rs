@@ -2,10 +2,15 @@
 //!
 //! One HTTP request a command, JSON both ways ([`Command`], [`Answer`]); `client` is the other end. Who may open the socket may
 //! do everything here, so it is readable by its owner alone, and made so before it has its name. This room understands
-//! commands; what they do is `server`'s. Called by `main`.
+//! commands; what they do is `server`'s. Called by `main`. Each process also answers at a socket of its own, where its successor
+//! forwards commands to it (`predecessors`).
 
 pub mod client;
+mod commands;
+mod exclusion;
 mod hold;
+mod predecessors;
+mod report;
 
 use std::convert::Infallible;
 use std::fs;
@@ -13,7 +18,7 @@ use std::io;
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use http_body_util::{BodyExt as _, Either, Full, Limited};
 use hyper::body::{Bytes, Incoming};
@@ -26,9 +31,12 @@ use serde_json::{Value, json};
 use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::{Semaphore, mpsc};
 
+use self::client::Scope;
+use self::commands::{Caller, ServerCommand};
+use self::exclusion::Exclusion;
 use self::hold::Held;
 use crate::inherit;
-use crate::server::{Running, UserMoved};
+use crate::server::Running;
 
 /// More commands than this at a time are a mistake.
 const MAX_CONNECTIONS: usize = 16;
@@ -57,12 +65,18 @@ pub enum Command {
     },
     /// Set a server's mode.
     Server {
-        /// As configured, in every backend that has it.
+        /// As configured, in every backend that has it; or `BACKEND/SERVER`.
         name: String,
         /// `up`, `drain`, `down`; `None`: as configured.
         mode: Option<String>,
         /// End its sessions too, spread over so many seconds.
         over: Option<f64>,
+        /// The operator's reason.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        reason: Option<String>,
+        /// The user who became the one at the other end of the connection by sudo(8), as that end says.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        sudo_user: Option<String>,
     },
     /// End a user's sessions, route afresh, and let the user in again.
     Move {
@@ -70,6 +84,9 @@ pub enum Command {
         user: String,
         /// Where the routes must say the user belongs now.
         backend: String,
+        /// Seconds to wait until they do. Default 10.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        wait: Option<f64>,
     },
     /// End a user's sessions and keep new logins waiting as long as the answer is being read.
     Hold {
@@ -81,6 +98,8 @@ pub enum Command {
         /// Beside our own socket.
         path: PathBuf,
     },
+    /// Send the administrative states of servers to a successor.
+    States,
     /// The successor serves: stop accepting, let sessions end by themselves within the grace time, and go.
     Retire {
         /// Of the successor.
@@ -100,15 +119,18 @@ pub struct Answer {
     /// For programs.
     #[serde(default)]
     pub data: Value,
+    /// What operators should know beside, a line each.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub notes: Vec<String>,
 }
 
 impl Answer {
     fn done(text: impl Into<String>) -> Self {
-        Self { ok: true, text: text.into(), data: Value::Null }
+        Self { ok: true, text: text.into(), data: Value::Null, notes: Vec::new() }
     }
 
     fn failed(text: impl Into<String>) -> Self {
-        Self { ok: false, text: text.into(), data: Value::Null }
+        Self { ok: false, text: text.into(), data: Value::Null, notes: Vec::new() }
     }
 }
 
@@ -126,6 +148,15 @@ pub enum Wish {
 pub struct Control {
     socket: UnixListener,
     path: PathBuf,
+    /// The socket's own name, which no successor takes: see `predecessors`.
+    own: PathBuf,
+}
+
+impl Drop for Control {
+    fn drop(&mut self) {
+        // Whatever the result: a name without a process is removed by whoever finds it.
+        let _ = fs::remove_file(&self.own);
+    }
 }
 
 impl Control {
@@ -134,18 +165,23 @@ impl Control {
     /// # Errors
     /// What the system says.
     pub fn bind(path: &Path) -> io::Result<Self> {
-        let beside = beside(path, std::process::id());
-        let _ = fs::remove_file(&beside);
-        let socket = UnixListener::bind(&beside)?;
-        fs::set_permissions(&beside, fs::Permissions::from_mode(0o600))?;
-        fs::rename(&beside, path)?;
-        Ok(Self { socket, path: path.to_owned() })
+        let own = beside(path, std::process::id());
+        let _ = fs::remove_file(&own);
+        let socket = UnixListener::bind(&own)?;
+        fs::set_permissions(&own, fs::Permissions::from_mode(0o600))?;
+        let mut second = own.clone().into_os_string();
+        second.push(".new");
+        let _ = fs::remove_file(&second);
+        fs::hard_link(&own, &second)?;
+        fs::rename(&second, path)?;
+        Ok(Self { socket, path: path.to_owned(), own })
     }
 
     /// Answers commands for ever; what only `main` can do goes to `wishes`.
     pub async fn run(self, running: Arc<Running>, file: PathBuf, wishes: mpsc::Sender<Wish>) {
         let permits = Arc::new(Semaphore::new(MAX_CONNECTIONS));
-        let desk = Arc::new(Desk { running, file, path: self.path.clone(), wishes });
+        let path = self.path.clone();
+        let desk = Arc::new(Desk { running, file, path, wishes, exclusion: Exclusion::default() });
         loop {
             // The semaphore is never closed.
             let Ok(permit) = permits.clone().acquire_owned().await else { return };
@@ -178,14 +214,16 @@ struct Desk {
     file: PathBuf,
     path: PathBuf,
     wishes: mpsc::Sender<Wish>,
+    exclusion: Exclusion,
 }
 
 type Body = Either<Full<Bytes>, Held>;
 
 async fn serve(socket: UnixStream, desk: Arc<Desk>) {
+    let user = user_of(&socket);
     let service = service_fn(move |request: Request<Incoming>| {
-        let desk = desk.clone();
-        async move { Ok::<_, Infallible>(Response::new(answer(request, &desk).await)) }
+        let (desk, user) = (desk.clone(), user.clone());
+        async move { Ok::<_, Infallible>(Response::new(answer(request, &desk, user).await)) }
     });
     let connection = http1::Builder::new()
         .timer(TokioTimer::new())
@@ -196,28 +234,42 @@ async fn serve(socket: UnixStream, desk: Arc<Desk>) {
     }
 }
 
-async fn answer(request: Request<Incoming>, desk: &Desk) -> Body {
+/// The user at the other end, for the record of who set a server's state.
+fn user_of(socket: &UnixStream) -> String {
+    let Ok(uid) = socket.peer_cred().map(|peer| peer.uid()) else { return "unknown".to_owned() };
+    let user = nix::unistd::User::from_uid(nix::unistd::Uid::from_raw(uid)).ok().flatten();
+    user.map_or_else(|| format!("uid {uid}"), |user| user.name)
+}
+
+async fn answer(request: Request<Incoming>, desk: &Desk, user: String) -> Body {
     if request.method() != Method::POST {
         return whole(&Answer::failed("only POST"));
     }
+    let scope = if request.uri().path() == Scope::Process.path() { Scope::Process } else { Scope::All };
+    let caller = Caller { scope, user };
     let command = match Limited::new(request.into_body(), MAX_COMMAND).collect().await {
         Ok(body) => serde_json::from_slice(&body.to_bytes()),
         Err(error) => return whole(&Answer::failed(error.to_string())),
     };
-    match command {
-        Ok(Command::Hold { user }) => match desk.running.hold(&user).await {
+    let command: Command = match command {
+        Ok(command) => command,
+        Err(error) => return whole(&Answer::failed(format!("invalid command: {error}"))),
+    };
+    if let Some(refusal) = desk.refusal(&command, &caller) {
+        return whole(&refusal);
+    }
+    if let Command::Hold { user } = &command {
+        return match desk.hold(&caller, user).await {
             Ok((hold, ended)) => {
                 let text = format!("{user}: {ended} sessions ended, new logins wait");
-                Either::Right(Held::new(encoded(&Answer::done(text)), hold))
+                let answer = Answer { data: json!({"ended": ended}), ..Answer::done(text) };
+                Either::Right(Held::new(encoded(&answer), hold))
             }
             Err(error) => whole(&Answer::failed(format!("{error:#}"))),
-        },
-        Ok(command) => {
-            tracing::info!(?command, "asked for");
-            whole(&obey(command, desk).await)
-        }
-        Err(error) => whole(&Answer::failed(format!("that is no command: {error}"))),
+        };
     }
+    tracing::info!(?command, user = caller.user, "command received");
+    whole(&obey(command, desk, &caller).await)
 }
 
 fn whole(answer: &Answer) -> Body {
@@ -232,47 +284,38 @@ fn encoded(answer: &Answer) -> Bytes {
     line.into()
 }
 
-async fn obey(command: Command, desk: &Desk) -> Answer {
+async fn obey(command: Command, desk: &Desk, caller: &Caller) -> Answer {
     let running = &desk.running;
-    match command {
+    let answer = match command {
         Command::Reload => match running.reload(&desk.file).await {
             Ok(reloaded) => {
                 let notes = reloaded.unchanged.iter().map(|key| format!("\n{key} has changed, which takes a restart"));
-                Answer::done(format!("{} loaded{}", desk.file.display(), notes.collect::<String>()))
+                Ok(Answer::done(format!("{} loaded{}", desk.file.display(), notes.collect::<String>())))
             }
-            Err(error) => Answer::failed(format!("{error:#}").trim_end().to_owned()),
+            Err(error) => Ok(Answer::failed(format!("{error:#}").trim_end().to_owned())),
         },
-        Command::Status => running.status(),
-        Command::Sessions { user } => match running.who(user.as_deref()).await {
-            Ok(sessions) => sessions,
-            Err(error) => Answer::failed(format!("{error:#}")),
+        Command::Status => Ok(desk.status(caller).await),
+        Command::Sessions { user } => desk.sessions(caller, user).await,
+        Command::Kick { user } => desk.kick(caller, user).await,
+        Command::Server { name, mode, over, reason, sudo_user } => {
+            desk.set_server(caller, ServerCommand { name, mode, over, reason, sudo_user }).await
+        }
+        Command::Move { user, backend, wait } => desk.move_user(caller, &user, &backend, wait).await,
+        Command::Hold { .. } => Ok(Answer::failed("hold is answered while it lasts")),
+        Command::HandOver { path } => match desk.exclusion.hand_over(Instant::now()) {
+            Ok(()) => Ok(hand_over(running, &desk.path, &path).await),
+            Err(excluded) => Ok(Answer::failed(excluded.to_string())),
         },
-        Command::Kick { user } => match running.kick(&user).await {
-            Ok(ended) => {
-                Answer { data: json!({"ended": ended}), ..Answer::done(format!("{user}: {ended} sessions ended")) }
-            }
-            Err(error) => Answer::failed(format!("{error:#}")),
-        },
-        Command::Server { name, mode, over } => match running.set_server(&name, mode.as_deref(), over) {
-            Ok(sessions) => {
-                let mode = mode.as_deref().unwrap_or("as configured");
-                let data = json!({"sessions": sessions});
-                Answer { data, ..Answer::done(format!("{name}: {mode}; {sessions} sessions there")) }
-            }
-            Err(error) => Answer::failed(format!("{error:#}")),
-        },
-        Command::Move { user, backend } => match running.move_user(&user, &backend).await {
-            Ok(UserMoved { ended, backend }) => {
-                let data = json!({"ended": ended, "backend": backend});
-                Answer { data, ..Answer::done(format!("{user}: {ended} sessions ended, now at {backend}")) }
-            }
-            Err(error) => Answer::failed(format!("{error:#}")),
-        },
-        Command::Hold { .. } => Answer::failed("hold is answered while it lasts"),
-        Command::HandOver { path } => hand_over(running, &desk.path, &path).await,
-        Command::Retire { pid } => wish(desk, Wish::Retire(pid), "retiring").await,
-        Command::Upgrade => wish(desk, Wish::Upgrade, "a successor is being started; see its log").await,
-    }
+        Command::States => Ok(Answer { data: json!(running.states()), ..Answer::done("") }),
+        Command::Retire { pid } => {
+            // From the answer on the successor decides, so nothing that comes later may be decided here.
+            running.set_retired();
+            let answer = wish(desk, Wish::Retire(pid), "retiring").await;
+            Ok(Answer { data: json!(running.states()), ..answer })
+        }
+        Command::Upgrade => Ok(wish(desk, Wish::Upgrade, "a successor is being started; see its log").await),
+    };
+    answer.unwrap_or_else(|error| Answer::failed(format!("{error:#}")))
 }
 
 async fn wish(desk: &Desk, wish: Wish, text: &str) -> Answer {

@@ -7,11 +7,15 @@
 mod doors;
 mod live;
 mod operations;
+mod server_state;
+mod state_file;
+pub mod views;
 
 use std::io;
 use std::net::{SocketAddr, TcpListener};
 use std::os::fd::OwnedFd;
 use std::path::Path;
+use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -23,8 +27,10 @@ use tokio_util::task::TaskTracker;
 use self::doors::{Doors, Opening};
 pub use self::live::{Desk, Live};
 pub use self::operations::{UserHold, UserMoved};
+pub use self::server_state::{StateChange, StateChanged};
 use crate::admin::Admin;
 use crate::backend::OwnAddresses;
+use crate::backend::admin_state::StoredState;
 use crate::config::{self, Config};
 use crate::listener::House;
 use crate::logging;
@@ -40,6 +46,10 @@ pub struct Running {
     now: Mutex<Now>,
     /// One configuration after the other.
     reloading: tokio::sync::Mutex<()>,
+    /// Held while administrative states are changed and saved.
+    changing_states: tokio::sync::Mutex<()>,
+    /// Whether a successor has taken over.
+    retired: AtomicBool,
     workplaces: Vec<Workplace>,
     sessions: Arc<Sessions>,
     drain: Drain,
@@ -89,6 +99,8 @@ pub struct Bound {
     opening: Opening,
     admin: Option<(Admin, OwnedFd)>,
     drain: Drain,
+    /// Administrative states that a predecessor has handed over.
+    states: Option<Vec<StoredState>>,
 }
 
 /// Builds; binds nothing.
@@ -116,17 +128,24 @@ impl Prepared {
             let address = socket.local_addr().map(|address| address.to_string()).unwrap_or_default();
             tracing::warn!(%address, "a socket was handed over that the configuration has no use for: closed");
         }
-        Ok(Bound { live, opening, admin, drain })
+        Ok(Bound { live, opening, admin, drain, states: None })
     }
 }
 
 impl Bound {
+    /// Takes the administrative states of a predecessor instead of those in the state file.
+    #[must_use]
+    pub fn with_states(self, states: Option<Vec<StoredState>>) -> Self {
+        Self { states, ..self }
+    }
+
     /// Starts. When this returns, connections are served.
     ///
     /// # Errors
     /// The system has no threads or descriptors for the workers.
     pub fn start(self) -> anyhow::Result<Running> {
-        let Self { live, opening, admin, drain } = self;
+        let Self { live, opening, admin, drain, states } = self;
+        restore_states(&live, states);
         let (background, stop_background) = (TaskTracker::new(), CancellationToken::new());
         let occupancy = Arc::new(Occupancy::default());
         let mut workplaces = Vec::new();
@@ -139,6 +158,8 @@ impl Bound {
             sessions: live.sessions.clone(),
             now: Mutex::new(Now { live: live.clone(), doors: Doors::default(), stop: stop.clone(), admin: None }),
             reloading: tokio::sync::Mutex::default(),
+            changing_states: tokio::sync::Mutex::default(),
+            retired: AtomicBool::new(false),
             workplaces,
             drain,
             background,
@@ -164,6 +185,18 @@ impl Bound {
 /// As [`prepare`], [`Prepared::bind`] and [`Bound::start`].
 pub async fn start(config: Config, inherited: Vec<TcpListener>) -> anyhow::Result<Running> {
     prepare(config)?.bind(inherited)?.start()
+}
+
+/// Sets the administrative states, before the first login is routed.
+fn restore_states(live: &Live, handed_over: Option<Vec<StoredState>>) {
+    let from_file = || live.config.state_file.as_deref().map(state_file::load);
+    let (states, is_sound) = handed_over.map(|states| (states, true)).or_else(from_file).unwrap_or((Vec::new(), true));
+    live.metrics.state_file_failed(!is_sound);
+    for StoredState { backend, server, set } in &states {
+        let (state, by, since) = (set.state.as_str(), &set.by, set.since());
+        tracing::info!(backend, server, state, by, since, reason = set.reason, "server state restored");
+    }
+    live.backends.admin_states().replace(&states);
 }
 
 /// With a copy of the socket, made here so that nothing can fail once a configuration has taken another's place.
@@ -355,6 +388,7 @@ impl Running {
 
     /// Stops because a successor serves on the same sockets: as [`Running::drain`], but clients that are logging in may do so.
     pub async fn retire(&self, hurry: impl Future<Output = ()>) -> usize {
+        self.set_retired();
         if let Some(admin) = self.lock().admin.take() {
             admin.stop.cancel();
         }

@@ -12,6 +12,7 @@ mod guard;
 mod house;
 mod invariants;
 mod mechanisms;
+mod operations;
 mod proxy_protocol;
 mod reload;
 mod servers;
