@@ -18,6 +18,13 @@ const EX_CONFIG: u8 = 78;
 /// Interval at which the sessions of a server that is being drained are counted.
 const LOOK: Duration = Duration::from_millis(500);
 
+/// Timeout of the state of a process, for which predecessors are asked.
+const STATUS: Duration = Duration::from_secs(15);
+/// Timeout of a command about a user or a server, for which directories are asked too.
+const COMMAND: Duration = Duration::from_secs(60);
+/// Timeout of a move without the wait for the routes.
+const MOVE: Duration = Duration::from_secs(120);
+
 /// Carries one out. `None`: it is not for the running process.
 ///
 /// # Errors
@@ -29,13 +36,13 @@ pub async fn operate(asked: Asked) -> anyhow::Result<Option<ExitCode>> {
             if answer.ok { printed(&answer) } else { printed_or(&answer, EX_CONFIG) }
         }
         Asked::Upgrade { control } => printed(&ask(&control.path, &Command::Upgrade).await?),
-        Asked::Status { json, control } => shown(&ask(&control.path, &Command::Status).await?, json)?,
+        Asked::Status { json, control } => shown(&ask_within(STATUS, &control.path, &Command::Status).await?, json)?,
         Asked::Sessions { user, json, control } => {
-            shown(&ask(&control.path, &Command::Sessions { user }).await?, json)?
+            shown(&ask_within(COMMAND, &control.path, &Command::Sessions { user }).await?, json)?
         }
-        Asked::Kick { user, control } => printed(&ask(&control.path, &Command::Kick { user }).await?),
+        Asked::Kick { user, control } => printed(&ask_within(COMMAND, &control.path, &Command::Kick { user }).await?),
         Asked::Server { server, mode, reason, control } => {
-            printed(&ask(&control.path, &set_server(server, mode, None, reason)).await?)
+            printed(&ask_within(COMMAND, &control.path, &set_server(server, mode, None, reason)).await?)
         }
         Asked::Drain { server, over, reason, control } => drain(&control.path, server, over, reason).await?,
         Asked::Move { user, backend, command, timeout, control } => {
@@ -44,6 +51,19 @@ pub async fn operate(asked: Asked) -> anyhow::Result<Option<ExitCode>> {
         Asked::Run { .. } | Asked::Check { .. } | Asked::Route { .. } | Asked::Demo(_) => return Ok(None),
     };
     Ok(Some(code))
+}
+
+async fn ask_within(time: Duration, control: &Path, command: &Command) -> anyhow::Result<Answer> {
+    within(time, control, ask(control, command)).await
+}
+
+async fn within<T>(
+    time: Duration,
+    control: &Path,
+    asking: impl Future<Output = anyhow::Result<T>>,
+) -> anyhow::Result<T> {
+    let asked = time::timeout(time, asking).await;
+    asked.with_context(|| format!("the process at {} does not answer within {time:?}", control.display()))?
 }
 
 fn set_server(name: String, mode: ServerMode, over: Option<f64>, reason: Option<String>) -> Command {
@@ -59,13 +79,14 @@ async fn drain(
     reason: Option<String>,
 ) -> anyhow::Result<ExitCode> {
     let seconds = over.map(|over| over.as_secs_f64());
-    let answer = ask(control, &set_server(server.clone(), ServerMode::Drain, seconds, reason)).await?;
+    let command = set_server(server.clone(), ServerMode::Drain, seconds, reason);
+    let answer = ask_within(COMMAND, control, &command).await?;
     let code = printed(&answer);
     if over.is_none() || !answer.ok {
         return Ok(code);
     }
     loop {
-        let status = ask(control, &Command::Status).await?;
+        let status = ask_within(STATUS, control, &Command::Status).await?;
         if !status.ok || !status.notes.is_empty() {
             let text = format!("sessions on {server} cannot be counted");
             return Ok(printed(&Answer { ok: false, text, ..status }));
@@ -97,7 +118,7 @@ async fn move_user(
 ) -> anyhow::Result<ExitCode> {
     let mut held: Option<Reply> = None;
     if let Some(command) = command {
-        let reply = begin(control, &Command::Hold { user: user.clone() }).await?;
+        let reply = within(MOVE, control, begin(control, &Command::Hold { user: user.clone() })).await?;
         if !reply.answer.ok {
             return Ok(printed(&reply.answer));
         }
@@ -109,11 +130,19 @@ async fn move_user(
             eprintln!("vestibule: the command failed ({status}): {} is let in again", printable(&user));
             return Ok(ExitCode::FAILURE);
         }
+        if !reply.is_open() {
+            eprintln!(
+                "vestibule: the process ended while the command ran: {} may have logged in meanwhile",
+                printable(&user)
+            );
+            return Ok(ExitCode::FAILURE);
+        }
         held = Some(reply);
     }
     eprintln!("waiting until the routes name {}, at most {}", printable(&backend), humantime::format_duration(timeout));
     let wait = Some(timeout.as_secs_f64());
-    let answer = ask(control, &Command::Move { user: user.clone(), backend: backend.clone(), wait }).await?;
+    let moving = Command::Move { user: user.clone(), backend: backend.clone(), wait };
+    let answer = ask_within(MOVE.saturating_add(timeout), control, &moving).await?;
     let Some(held) = held else { return Ok(printed(&answer)) };
     if !answer.ok {
         return Ok(printed(&answer));

@@ -60,21 +60,28 @@ pub async fn begin(path: &Path, command: &Command) -> anyhow::Result<Reply> {
         format!("no running process answers at {shown} (admin.control of its configuration, --control of this command)")
     })?;
     let answer = line.ask(Scope::All, command).await?;
-    Ok(Reply { answer, _line: line })
+    Ok(Reply { answer, line })
 }
 
 /// Asks over a connection that is open already, and leaves it open.
 pub(super) async fn ask_over(socket: UnixStream, scope: Scope, command: &Command) -> anyhow::Result<Reply> {
     let mut line = Line::over(socket).await?;
     let answer = line.ask(scope, command).await?;
-    Ok(Reply { answer, _line: line })
+    Ok(Reply { answer, line })
 }
 
 /// An answer, which may hold as long as the connection does.
 pub struct Reply {
     /// What was said.
     pub answer: Answer,
-    _line: Line,
+    line: Line,
+}
+
+impl Reply {
+    /// Whether the process at the other end still keeps the connection open.
+    pub fn is_open(&self) -> bool {
+        !self.line.connection.is_finished()
+    }
 }
 
 /// A connection to a running process.
@@ -82,7 +89,7 @@ struct Line {
     sender: http1::SendRequest<Full<Bytes>>,
     /// Of the last answer, as long as more may come.
     body: Option<Incoming>,
-    _connection: AbortOnDropHandle<()>,
+    connection: AbortOnDropHandle<()>,
 }
 
 impl Line {
@@ -94,7 +101,7 @@ impl Line {
         let (sender, connection) = http1::handshake(TokioIo::new(socket)).await?;
         // How it ends is seen by whoever waits for an answer.
         let connection = tokio::spawn(async move { drop(connection.await) });
-        Ok(Self { sender, body: None, _connection: AbortOnDropHandle::new(connection) })
+        Ok(Self { sender, body: None, connection: AbortOnDropHandle::new(connection) })
     }
 
     async fn ask(&mut self, scope: Scope, command: &Command) -> anyhow::Result<Answer> {

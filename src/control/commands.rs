@@ -164,7 +164,12 @@ impl Desk {
         if caller.scope == Scope::Process || self.running.is_retired() {
             return Vec::new();
         }
-        let answered = predecessors::ask_all(&self.path, command, AT_ONCE).await;
+        // A predecessor routes a user to learn the user's names, which takes as long as a directory does.
+        let routing = match command {
+            Command::Sessions { user: Some(_) } | Command::Kick { .. } => self.running.live().limits.lookup,
+            _ => Duration::ZERO,
+        };
+        let answered = predecessors::ask_all(&self.path, command, AT_ONCE + routing).await;
         let value = |answer: Answer| match answer.ok {
             true => serde_json::from_value(answer.data).map_err(|error| format!("unexpected answer: {error}")),
             false => Err(answer.text),

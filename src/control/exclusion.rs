@@ -9,6 +9,9 @@ use std::time::{Duration, Instant};
 /// Time within which a successor that has the sockets takes over.
 const TAKE_OVER: Duration = Duration::from_secs(60);
 
+/// Maximum number of users who are held at a time.
+pub(super) const MAX_HELD: usize = 500;
+
 /// See the module.
 #[derive(Debug, Default)]
 pub(super) struct Exclusion(Mutex<State>);
@@ -33,6 +36,9 @@ pub(super) enum Excluded {
     /// A move is in progress.
     #[error("a user is being moved: try again when that is done")]
     ByMove,
+    /// [`MAX_HELD`] is reached.
+    #[error("{MAX_HELD} users are being moved: try again when some of that is done")]
+    TooMany,
 }
 
 impl Exclusion {
@@ -41,6 +47,7 @@ impl Exclusion {
         let state = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         match state.handed_over {
             Some(begun) if now.saturating_duration_since(begun) < TAKE_OVER => Err(Excluded::ByHandOver),
+            _ if Arc::strong_count(&state.held) > MAX_HELD => Err(Excluded::TooMany),
             _ => Ok(Holding(state.held.clone())),
         }
     }
@@ -72,6 +79,11 @@ mod tests {
         assert_eq!(exclusion.hold(now).unwrap_err(), Excluded::ByHandOver);
         exclusion.hand_over(now).unwrap();
         let late = now + TAKE_OVER;
-        assert!(exclusion.hold(late).is_ok(), "a successor that does not come does not keep users from being moved");
+        let mut held =
+            vec![exclusion.hold(late).expect("a successor that does not come keeps no user from being moved")];
+        (1..MAX_HELD).for_each(|_| held.push(exclusion.hold(late).unwrap()));
+        assert_eq!(exclusion.hold(late).unwrap_err(), Excluded::TooMany);
+        held.pop();
+        assert!(exclusion.hold(late).is_ok());
     }
 }

@@ -38,8 +38,10 @@ use self::hold::Held;
 use crate::inherit;
 use crate::server::Running;
 
-/// More commands than this at a time are a mistake.
-const MAX_CONNECTIONS: usize = 16;
+/// Maximum number of open connections. Each user who is moved keeps one open: see [`exclusion::MAX_HELD`].
+const MAX_CONNECTIONS: usize = 1024;
+/// Maximum number of commands that are carried out at a time; others wait.
+const MAX_COMMANDS: usize = 64;
 /// A command is a few words.
 const MAX_COMMAND: usize = 64 * 1024;
 /// For a request's head.
@@ -181,7 +183,8 @@ impl Control {
     pub async fn run(self, running: Arc<Running>, file: PathBuf, wishes: mpsc::Sender<Wish>) {
         let permits = Arc::new(Semaphore::new(MAX_CONNECTIONS));
         let path = self.path.clone();
-        let desk = Arc::new(Desk { running, file, path, wishes, exclusion: Exclusion::default() });
+        let (commands, exclusion) = (Semaphore::new(MAX_COMMANDS), Exclusion::default());
+        let desk = Arc::new(Desk { running, file, path, wishes, commands, exclusion });
         loop {
             // The semaphore is never closed.
             let Ok(permit) = permits.clone().acquire_owned().await else { return };
@@ -214,6 +217,7 @@ struct Desk {
     file: PathBuf,
     path: PathBuf,
     wishes: mpsc::Sender<Wish>,
+    commands: Semaphore,
     exclusion: Exclusion,
 }
 
@@ -255,6 +259,8 @@ async fn answer(request: Request<Incoming>, desk: &Desk, user: String) -> Body {
         Ok(command) => command,
         Err(error) => return whole(&Answer::failed(format!("invalid command: {error}"))),
     };
+    // Given back with the answer: a hold lasts longer, and the command that ends it must get through. Never closed.
+    let _permit = desk.commands.acquire().await;
     if let Some(refusal) = desk.refusal(&command, &caller) {
         return whole(&refusal);
     }

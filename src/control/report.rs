@@ -114,8 +114,7 @@ fn line(view: &SessionView) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::backend::admin_state::AdminState;
-    use crate::config::Mode;
+    use crate::backend::admin_state::{AdminState, state};
 
     fn server(name: &str, sessions: usize) -> ServerStatus {
         let (backend, server, mode) = ("a".to_owned(), name.to_owned(), "up".to_owned());
@@ -132,8 +131,12 @@ mod tests {
     fn sessions_of_all_processes_are_counted() {
         let mut own = process(3, vec![server("x", 1), server("y", 2)]);
         own.servers[0].mode = "drain".into();
-        own.servers[0].set =
-            Some(AdminState { state: Mode::Drain, by: "root".into(), since: 0, reason: Some("disks".into()) });
+        own.servers[0].set = Some(AdminState {
+            state: state("drain").unwrap(),
+            by: "root".into(),
+            since: 0,
+            reason: Some("disks".into()),
+        });
         let second =
             From { pid: 2, value: Ok(process(2, vec![server("x", 10), server("gone", 5), server("idle", 0)])) };
         let first = From { pid: 1, value: Ok(process(1, vec![server("x", 100)])) };

@@ -237,7 +237,7 @@ impl Router {
         let mut wrong = Vec::new();
         for (index, (_, source)) in self.routes.iter().enumerate() {
             if let Source::Table(table) = source {
-                wrong.extend(table.refresh(&metrics.route(index)).await.err());
+                wrong.extend(table.refresh(metrics.route(index)).await.err());
             }
         }
         if wrong.is_empty() { Ok(()) } else { Err(wrong.join("; ")) }
