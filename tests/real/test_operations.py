@@ -420,6 +420,34 @@ class Predecessors(Scene):
         self.assertIn("0 sessions ended", self.command("kick", ALICE))
         self.assertFalse((self.folder.path / f"control.{first}").exists())
 
+    def test_a_drain_goes_on_there(self):
+        name = f"127.0.0.1:{self.a.port}"
+        sessions = [session(self.port) for _ in range(6)]
+        drain = Process([VESTIBULE, "drain", name, "--over", "3s", "--control", self.folder.path / "control"], self.folder.path / "drain")
+        self.addCleanup(drain.kill)
+        wait_for("the drain", lambda: "6 sessions there" in drain.text())
+        self.upgrade()
+        self.assertEqual(drain.child.wait(PATIENCE), 0, drain.text())
+        self.assertIn("no session is left", drain.text())
+        for client in sessions:
+            client.socket.setblocking(False)
+            # Ended already: nothing is waited for.
+            self.assertEqual(client.socket.recv(1), b"")
+        self.assertEqual(self.servers()[name]["mode"], "drain")
+
+    def test_a_socket_of_another_user_is_ignored(self):
+        """It would be told whose sessions end, and could keep every move from being done."""
+        self.folder.path.chmod(0o777)
+        path = self.folder.path / "control.1"
+        listen = "$s = IO::Socket::UNIX->new(Local => $ARGV[0], Listen => 5) or die; chmod(0666, $ARGV[0]); sleep"
+        stranger = Process([program("setpriv"), "--reuid", "nobody", "--clear-groups", program("perl"), "-MIO::Socket::UNIX", "-e", listen, path],
+                           self.folder.path / "stranger")
+        self.addCleanup(stranger.kill)
+        wait_for("its socket", path.exists)
+        self.assertIn("0 sessions ended", self.command("kick", ALICE))
+        self.assertIn("now at shard-a", self.command("move", ALICE, "shard-a"))
+        self.assertIn("a control socket belongs to another user and is ignored", self.proxy.log())
+
     def test_no_upgrade_while_a_user_is_moved(self):
         go = self.folder.path / "go"
         mover = Process([VESTIBULE, "move", ALICE, "shard-a", "--while", f"while [ ! -e {go} ]; do sleep 0.05; done",
