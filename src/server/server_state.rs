@@ -7,7 +7,7 @@ use std::time::Duration;
 use anyhow::{Context as _, bail};
 use tokio::time;
 
-use super::{Running, state_file};
+use super::{Live, Running, state_file};
 use crate::backend::Server;
 use crate::backend::admin_state::{self, AdminState, StoredState};
 use crate::config::Mode;
@@ -137,6 +137,19 @@ impl Running {
             tracing::info!(server = %server.name, "all sessions of the server were ended");
         };
         self.background.spawn(async move { stop.run_until_cancelled(empty).await });
+    }
+}
+
+impl Live {
+    /// Reads the states in the state file, for a command that looks and ends: a file that cannot be read stays where it is.
+    ///
+    /// # Errors
+    /// The file cannot be read, or its content is invalid.
+    pub fn read_states(&self) -> Result<(), String> {
+        let Some(path) = &self.config.state_file else { return Ok(()) };
+        let states = state_file::read(path).map_err(|error| format!("{}: {error}", path.display()))?;
+        self.backends.admin_states().replace(&states);
+        Ok(())
     }
 }
 

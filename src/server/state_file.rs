@@ -28,7 +28,7 @@ struct Document {
 ///
 /// # Errors
 /// The file cannot be read, or its content is invalid.
-fn read(path: &Path) -> Result<Vec<StoredState>, String> {
+pub(super) fn read(path: &Path) -> Result<Vec<StoredState>, String> {
     let file = match File::open(path) {
         Ok(file) => file,
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
