@@ -53,6 +53,12 @@ pub(super) fn config(reader: &mut Reader<'_>, file: &Path, value: Value) -> Opti
     if control.as_ref().is_some_and(|path| path.as_os_str().len() > 90) {
         reader.problem("admin.control", "the path is too long for a Unix socket: at most 90 bytes");
     }
+    let ends_in_digits =
+        |path: &PathBuf| path.extension().is_some_and(|end| end.as_encoded_bytes().iter().all(u8::is_ascii_digit));
+    if control.as_ref().is_some_and(ends_in_digits) {
+        reader
+            .problem("admin.control", "a name that ends in a process id is for sockets that processes make themselves");
+    }
     let state_file = written.state_file.map(|path| folder.join(path));
     if state_file.as_ref().is_some_and(|path| path.file_name().is_none()) {
         reader.problem("state_file", "expected the path of a file, like /var/lib/vestibule/state.json");
