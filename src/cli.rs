@@ -121,14 +121,17 @@ pub enum Command {
     },
     /// Take a server out of service: no new logins, and with --over its sessions are ended evenly
     #[command(
-        after_help = "Example:\n  vestibule drain 10.0.0.11:143\n  vestibule drain 10.0.0.11:143 --over 10m\n\nWith --over it waits until no session is left. vestibule server NAME up brings the server back."
+        after_help = "Example:\n  vestibule drain 10.0.0.11:143\n  vestibule drain 10.0.0.11:143 --over 10m\n  vestibule drain shard-a/10.0.0.11:143 --reason new-disks\n\nWith --over it waits until no session is left. vestibule server NAME up brings the server back."
     )]
     Drain {
-        /// As configured, or as metrics call it
+        /// As configured, or as metrics call it; BACKEND/SERVER: in this backend alone
         server: String,
         /// End its sessions, spread over this time
         #[arg(long, value_name = "TIME", value_parser = humantime::parse_duration)]
         over: Option<Duration>,
+        /// Shown by status, with who set the state and when
+        #[arg(long, value_name = "TEXT")]
+        reason: Option<String>,
         /// The running process.
         #[command(flatten)]
         control: ControlPath,
@@ -138,17 +141,20 @@ pub enum Command {
         after_help = "Example:\n  vestibule server 10.0.0.11:143 up\n  vestibule server 10.0.0.11:143 as-configured"
     )]
     Server {
-        /// As configured, or as metrics call it
+        /// As configured, or as metrics call it; BACKEND/SERVER: in this backend alone
         server: String,
         /// up: logins; drain: no new ones; down: not even checked
         mode: ServerMode,
+        /// Shown by status, with who set the state and when
+        #[arg(long, value_name = "TEXT")]
+        reason: Option<String>,
         /// The running process.
         #[command(flatten)]
         control: ControlPath,
     },
     /// Bring a user to another backend: keep new logins waiting, end the sessions, route afresh, let the user in again
     #[command(
-        after_help = "Example:\n  vestibule move alice@example.org shard-b\n  vestibule move alice@example.org shard-b --while ./copy-mailbox-and-change-the-table\n\nThe routes must say the new backend: change them before, or in the command behind --while, which runs while the user is kept out."
+        after_help = "Example:\n  vestibule move alice@example.org shard-b\n  vestibule move alice@example.org shard-b --while ./copy-mailbox-and-change-the-table\n\nThe routes must name the new backend: change them before, or in the command given with --while, which runs while the user is kept out. Tables are read again and cached answers forgotten; the move fails if the routes do not name the new backend within --timeout."
     )]
     Move {
         /// The user name as a client would send it
@@ -158,6 +164,9 @@ pub enum Command {
         /// Run by sh while no session is open; if it fails, the user is let in again and nothing is claimed
         #[arg(long = "while", value_name = "COMMAND")]
         command: Option<String>,
+        /// How long to wait until the routes name the new backend
+        #[arg(long, value_name = "TIME", default_value = "10s", value_parser = humantime::parse_duration)]
+        timeout: Duration,
         /// The running process.
         #[command(flatten)]
         control: ControlPath,

@@ -1,8 +1,8 @@
 //! The command `route`: which route answers for a user, which backend, which server now, and why; and who would move
 //! between two configurations.
 //!
-//! Uses the same code as a login and connects to no mailbox server. It knows nothing of the running process, so a
-//! server that the running process takes for dead is still listed where it belongs. Called by `main`.
+//! Uses the same code as a login and connects to no mailbox server. It knows nothing of the running process but
+//! the states in the state file, so a server that the running process takes for dead is still listed where it belongs. Called by `main`.
 
 use std::fmt::Write as _;
 
@@ -59,6 +59,9 @@ pub async fn explain(live: &Live, user: &UserName) -> (String, bool) {
     line(&mut text, format_args!("login as {}", place.user.as_ref().unwrap_or(&names.server)));
     let backend = live.backends.backend(place.backend);
     line(&mut text, format_args!("backend  {}", backend.name));
+    if let Err(error) = live.read_states() {
+        line(&mut text, format_args!("states   unknown: {error}"));
+    }
     let own = OwnAddresses::new(live.config.listeners.iter().map(|listener| listener.address).collect());
     live.backends.start(&own, &tasks, &stop);
     let wait = live.config.resolver.timeout * 3;
@@ -79,7 +82,8 @@ pub async fn explain(live: &Live, user: &UserName) -> (String, bool) {
         line(&mut text, format_args!("server   {rank}: {} ({resolved}){weight}{most}", server.name));
     }
     for server in backend.servers().iter().filter(|server| !server.takes_logins()) {
-        line(&mut text, format_args!("server   no logins: {} (state {})", server.name, server.mode().as_str()));
+        let set = server.admin_state().map(|set| format!(", set by {} at {}", set.by, set.since())).unwrap_or_default();
+        line(&mut text, format_args!("server   no logins: {} (state {}{set})", server.name, server.mode().as_str()));
     }
     if servers.is_empty() {
         text.push_str("server   none known: logins get NO [UNAVAILABLE]\n");

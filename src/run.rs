@@ -112,18 +112,22 @@ async fn start(file: &Path, replace: bool) -> anyhow::Result<Started> {
         identity.assume()?;
         limits::forbid_core_dumps();
     }
-    if let Some(predecessor) = &mut predecessor {
-        predecessor.ready().await?;
-    }
+    let states = match &mut predecessor {
+        Some(predecessor) => predecessor.ready().await?,
+        None => None,
+    };
     let unused = bound.unused().to_vec();
-    let running = Arc::new(bound.start()?);
+    let running = Arc::new(bound.with_states(states).start()?);
     count_panics(&running.metrics());
     if let Some(pending) = pending {
         predecessor.as_ref().map_or(Ok(()), Predecessor::check_time)?;
         published = Some(pending.publish(predecessor.is_some(), &trusted)?);
     }
-    if let Some(predecessor) = predecessor {
-        predecessor.serving(unused).await?;
+    // Once more, because an operator may have changed states in the meantime. Commands are answered only after that.
+    if let Some(predecessor) = predecessor
+        && let Some(states) = predecessor.serving(unused).await?
+    {
+        running.adopt_states(&states).await;
     }
     Ok(Started { running, control: published })
 }

@@ -40,6 +40,22 @@ impl Watch {
         self.look(now)
     }
 
+    /// Records the state of the files, for [`Watch::is_settled`] to compare with.
+    pub fn observe(&mut self) {
+        self.seen = stamps(&self.paths);
+    }
+
+    /// Whether no file has changed since the last look. If so they count as loaded from now on, and the caller loads them.
+    pub fn is_settled(&mut self) -> bool {
+        let before = std::mem::replace(&mut self.seen, stamps(&self.paths));
+        let settled = self.seen == before;
+        if settled {
+            self.loaded.clone_from(&self.seen);
+            self.retry = None;
+        }
+        settled
+    }
+
     /// Whether loading the files again would bring what they brought: they could be loaded, and have not changed since.
     pub fn is_unchanged(&self) -> bool {
         self.retry.is_none() && stamps(&self.paths) == self.loaded
@@ -125,6 +141,20 @@ mod tests {
         watch.failed();
         assert!(!watch.look(stamp(2)) && watch.look(stamp(2)));
         assert!((0..2 * RETRY).all(|_| !watch.look(stamp(2))));
+    }
+
+    #[test]
+    fn a_file_counts_as_loaded_once_it_is_settled() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("table");
+        fs::write(&path, "1").unwrap();
+        let mut watch = Watch::new(vec![path.clone()]);
+        fs::write(&path, "12").unwrap();
+        watch.observe();
+        fs::write(&path, "123").unwrap();
+        assert!(!watch.is_settled() && !watch.is_unchanged(), "it is being written");
+        assert!(watch.is_settled() && watch.is_unchanged());
+        assert!(!watch.is_due(), "what was loaded is not due once more");
     }
 
     #[test]

@@ -4,6 +4,7 @@
 //! know why a user belongs to a backend (`route` does) and speaks to no client. Called by `server`, which builds and
 //! starts it, and by `session` for each login.
 
+pub mod admin_state;
 mod checks;
 pub mod connect;
 mod departures;
@@ -30,6 +31,7 @@ use tokio_rustls::rustls::pki_types::ServerName;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
+use self::admin_state::AdminStates;
 use self::checks::Watch;
 pub use self::discover::OwnAddresses;
 use self::discover::{Resolver, Service};
@@ -56,6 +58,7 @@ pub struct Backends {
     resolver: Option<Resolver>,
     /// An [`Offer`]: see [`offer::packed`].
     offered: AtomicU64,
+    admin_states: AdminStates,
 }
 
 impl Backends {
@@ -65,11 +68,12 @@ impl Backends {
     /// # Errors
     /// All problems: `ca` files, server names, a system without resolver configuration.
     pub fn build(config: &Config, metrics: &Arc<Metrics>, previous: Option<&Self>) -> Result<Self, Vec<Problem>> {
+        let admin_states = previous.map(|previous| previous.admin_states.clone()).unwrap_or_default();
         let mut problems = Vec::new();
         let mut list = Vec::new();
         for (index, backend) in config.backends.iter().enumerate() {
             let previous = previous.and_then(|previous| previous.named(&backend.name));
-            match Backend::build(config, backend, BackendId(index), metrics.clone(), previous) {
+            match Backend::build(config, backend, BackendId(index), (metrics, &admin_states), previous) {
                 Ok(backend) => list.push(Arc::new(backend)),
                 Err(problem) => problems.push(problem),
             }
@@ -89,7 +93,8 @@ impl Backends {
         if !problems.is_empty() {
             return Err(problems);
         }
-        let backends = Self { list, resolver, offered: AtomicU64::new(offer::packed(offer::PASSWORDS_ONLY)) };
+        let offered = AtomicU64::new(offer::packed(offer::PASSWORDS_ONLY));
+        let backends = Self { list, resolver, offered, admin_states };
         backends.consider_offers();
         Ok(backends)
     }
@@ -104,9 +109,7 @@ impl Backends {
 
     /// Begins to resolve names, until `stop`.
     pub fn start(&self, own: &OwnAddresses, tasks: &TaskTracker, stop: &CancellationToken) {
-        for server in self.list.iter().flat_map(|backend| backend.servers()) {
-            server.show();
-        }
+        self.show_states();
         let Some(resolver) = &self.resolver else { return };
         for backend in &self.list {
             for (index, group) in backend.groups.iter().enumerate() {
@@ -186,6 +189,18 @@ impl Backends {
         }
     }
 
+    /// The states that operators have set; shared with the configurations before and after this one.
+    pub fn admin_states(&self) -> &AdminStates {
+        &self.admin_states
+    }
+
+    /// Updates the gauges of all servers after administrative states have changed.
+    pub fn show_states(&self) {
+        for server in self.list.iter().flat_map(|backend| backend.servers()) {
+            server.show();
+        }
+    }
+
     /// The backend a route named: ids come from the same configuration.
     pub fn backend(&self, id: BackendId) -> &Arc<Backend> {
         &self.list[id.0]
@@ -244,6 +259,7 @@ pub struct Backend {
     /// Servers that a route names by their addresses.
     guests: Mutex<HashMap<SocketAddr, Arc<Server>>>,
     metrics: Arc<Metrics>,
+    admin_states: AdminStates,
 }
 
 impl Backend {
@@ -251,7 +267,7 @@ impl Backend {
         config: &Config,
         backend: &config::Backend,
         id: BackendId,
-        metrics: Arc<Metrics>,
+        (metrics, admin_states): (&Arc<Metrics>, &AdminStates),
         previous: Option<&Arc<Self>>,
     ) -> Result<Self, Problem> {
         let tls = ClientTls::build(config, backend)?;
@@ -284,7 +300,9 @@ impl Backend {
                         priority: 0,
                         tls_name,
                         terms: Terms::new(&backend.care, *max_sessions, *mode),
-                        state: state.unwrap_or_else(|| ServerState::new(host, *port, own.server(name))),
+                        state: state.unwrap_or_else(|| {
+                            ServerState::new(host, *port, own.server(name), admin_states.cell(&backend.name, name))
+                        }),
                     }));
                 }
             }
@@ -313,7 +331,8 @@ impl Backend {
             guest_terms,
             groups,
             guests: Mutex::new(guests),
-            metrics,
+            metrics: metrics.clone(),
+            admin_states: admin_states.clone(),
         })
     }
 
@@ -395,7 +414,12 @@ impl Backend {
         }
         let (name, host) = (address.to_string(), Host::Ip(address.ip()));
         let server = Arc::new(Server {
-            state: ServerState::new(&host, address.port(), own.server(&name)),
+            state: ServerState::new(
+                &host,
+                address.port(),
+                own.server(&name),
+                self.admin_states.cell(&self.name, &name),
+            ),
             name: name.into(),
             backend: self.name.clone(),
             host,
@@ -423,8 +447,10 @@ impl Backend {
             .unwrap_or_else(|_| ServerName::from(std::net::IpAddr::from([0, 0, 0, 0])));
         let Service { target, port, priority, weight } = service.clone();
         let (name, host) = (format!("{target}:{port}"), Host::Name(target));
-        let state =
-            known.unwrap_or_else(|| ServerState::new(&host, port, self.metrics.backend(self.id.0).server(&name)));
+        let state = known.unwrap_or_else(|| {
+            let admin = self.admin_states.cell(&self.name, &name);
+            ServerState::new(&host, port, self.metrics.backend(self.id.0).server(&name), admin)
+        });
         let (backend, terms) = (self.name.clone(), group.terms);
         Server { name: name.into(), backend, host, port, weight, priority, tls_name, terms, state }
     }

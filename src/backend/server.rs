@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 use tokio::sync::watch;
 use tokio_rustls::rustls::pki_types::ServerName;
 
+use super::admin_state::{AdminCell, AdminState};
 use super::connect::Fault;
 use super::departures::Departures;
 use super::exchanges::Exchanges;
@@ -102,8 +103,8 @@ pub(super) struct ServerState {
     unauthenticate: AtomicBool,
     learned: Mutex<Option<Learned>>,
     last_error: Mutex<Option<LastError>>,
-    /// What the operator has asked for, whatever the configuration says.
-    mode: Mutex<Option<Mode>>,
+    /// The state that an operator has set, over the configuration's.
+    admin: AdminCell,
     pub(super) slots: Slots,
     pub(super) exchanges: Exchanges,
     departures: Mutex<Departures>,
@@ -112,7 +113,7 @@ pub(super) struct ServerState {
 
 impl ServerState {
     /// Of a server that has just been heard of.
-    pub(super) fn new(host: &Host, port: u16, metrics: ServerMetrics) -> Arc<Self> {
+    pub(super) fn new(host: &Host, port: u16, metrics: ServerMetrics, admin: AdminCell) -> Arc<Self> {
         let addresses = match host {
             Host::Ip(ip) => Some(vec![SocketAddr::new(*ip, port)]),
             Host::Name(_) => None,
@@ -126,7 +127,7 @@ impl ServerState {
             unauthenticate: AtomicBool::new(false),
             learned: Mutex::default(),
             last_error: Mutex::default(),
-            mode: Mutex::default(),
+            admin,
             slots: Slots::default(),
             exchanges: Exchanges::default(),
             departures: Mutex::default(),
@@ -177,7 +178,7 @@ impl Server {
         Self {
             name: name.into(),
             backend: backend.into(),
-            state: ServerState::new(&host, 143, metrics),
+            state: ServerState::new(&host, 143, metrics, AdminCell::default()),
             host,
             port: 143,
             weight: 1,
@@ -219,7 +220,7 @@ impl Server {
 
     /// What is wanted of it: by the operator, else by the configuration.
     pub fn mode(&self) -> Mode {
-        self.asked_mode().unwrap_or(self.terms.mode)
+        self.state.admin.state().unwrap_or(self.terms.mode)
     }
 
     /// Whether it is meant to get logins: it is neither drained nor down.
@@ -227,14 +228,15 @@ impl Server {
         self.mode() == Mode::Up
     }
 
-    /// Overrides the configuration, also the next one, until it is called again with `None`. Sessions stay where they are.
+    /// The state that an operator has set: see [`AdminStates`](super::admin_state::AdminStates).
+    pub fn admin_state(&self) -> Option<AdminState> {
+        self.state.admin.get()
+    }
+
+    /// Sets or resets the administrative state on behalf of the program that embeds this library.
     pub fn set_mode(&self, mode: Option<Mode>) {
-        let before = self.mode();
-        *self.state.mode.lock().unwrap_or_else(PoisonError::into_inner) = mode;
-        let after = self.mode();
-        if before != after {
-            tracing::info!(backend = %self.backend, server = %self.name, mode = after.as_str(), "server's mode was set");
-        }
+        let set = |state| AdminState { state, by: "vestibule".to_owned(), since: 0, reason: None };
+        self.state.admin.set(mode.map(set));
         self.show();
     }
 
@@ -273,10 +275,6 @@ impl Server {
 
     fn has_place(&self) -> bool {
         self.terms.max_sessions.is_none_or(|most| self.state.slots.taken() < most)
-    }
-
-    fn asked_mode(&self) -> Option<Mode> {
-        *self.state.mode.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     pub(super) fn is_at(&self, host: &str) -> bool {

@@ -57,6 +57,16 @@ pub(super) fn config(reader: &mut Reader<'_>, file: &Path, value: Value) -> Opti
     if control.as_ref().is_some_and(|path| path.as_os_str().len() > 90) {
         reader.problem("admin.control", "the path is too long for a Unix socket: at most 90 bytes");
     }
+    let ends_in_digits =
+        |path: &PathBuf| path.extension().is_some_and(|end| end.as_encoded_bytes().iter().all(u8::is_ascii_digit));
+    if control.as_ref().is_some_and(ends_in_digits) {
+        reader
+            .problem("admin.control", "a name that ends in a process id is for sockets that processes make themselves");
+    }
+    let state_file = written.state_file.map(|path| folder.join(path));
+    if state_file.as_ref().is_some_and(|path| path.file_name().is_none()) {
+        reader.problem("state_file", "expected the path of a file, like /var/lib/vestibule/state.json");
+    }
     let run_as = written.run_as.map(|map| RunAs {
         user: run_as_name(reader, "run_as.user", map.user),
         group: map.group.map(|group| run_as_name(reader, "run_as.group", group)),
@@ -98,6 +108,7 @@ pub(super) fn config(reader: &mut Reader<'_>, file: &Path, value: Value) -> Opti
         policy,
         admin,
         control,
+        state_file,
         run_as,
         log: Log { format: format(written.log.format), level: level(written.log.level) },
         resolver: Resolver { servers, timeout },

@@ -37,6 +37,8 @@ pub(super) struct File {
     pub(super) policy: Option<PolicyMap>,
     /// Metrics and health; commands.
     pub(super) admin: AdminMap,
+    /// The file that keeps administrative states of servers. Absent: they end with the process.
+    pub(super) state_file: Option<PathBuf>,
     /// Whom to become once all ports are bound.
     pub(super) run_as: Option<RunAsMap>,
     /// Log records.

@@ -86,6 +86,8 @@ pub struct Config {
     pub admin: Option<SocketAddr>,
     /// Where the program's own commands are answered.
     pub control: Option<PathBuf>,
+    /// File in which administrative states of servers are kept over restarts.
+    pub state_file: Option<PathBuf>,
     /// Whom to become once all ports are bound.
     pub run_as: Option<RunAs>,
     /// Log records.

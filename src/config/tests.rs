@@ -94,6 +94,21 @@ fn unknown_keys_get_the_nearest_known_one() {
 }
 
 #[test]
+fn paths_that_the_program_could_not_use_are_refused() {
+    // Another process beside `control` has its own socket at `control.7`.
+    for (key, wrong, said) in [
+        ("admin: {control", "/run/vestibule/control.7", "admin.control: a name that ends in a process id"),
+        ("admin: {control", &*format!("/{}", "x".repeat(90)), "admin.control: the path is too long"),
+        ("state_file", "/var/lib/..", "state_file: expected the path of a file"),
+    ] {
+        let text = format!("{key}: {wrong}{}\n", if key.contains('{') { "}" } else { "" });
+        assert!(with(&text)[0].contains(said), "{:?}", with(&text));
+    }
+    let good = format!("{MINIMAL}admin: {{control: /run/vestibule.2/control}}\nstate_file: state.json\n");
+    parse(Path::new("v.yaml"), &good).unwrap();
+}
+
+#[test]
 fn all_mistakes_are_listed_at_once() {
     let said = mistakes(
         "listeners:

@@ -18,6 +18,8 @@ use super::succession::Lease;
 
 /// From the sockets to [`FromSuccessor::Ready`]: a successor has built everything before it asks.
 const READY_DEADLINE: Duration = Duration::from_secs(30);
+/// Timeout of a change of administrative states in progress. Less than the successor's patience, [`TRANSFER_DEADLINE`].
+const STATES_DEADLINE: Duration = Duration::from_secs(5);
 /// From [`FromPredecessor::Go`] to [`FromSuccessor::Serving`].
 pub(super) const SERVING_DEADLINE: Duration = Duration::from_secs(10);
 
@@ -91,17 +93,20 @@ async fn finish(link: &mut Link, lease: &Lease, desk: &Desk) -> io::Result<()> {
         FromSuccessor::Ready { version } => version,
         other => return Err(unexpected(&other)),
     };
-    link.write(&FromPredecessor::Go).await?;
+    link.write(&FromPredecessor::Go { states: desk.running.states() }).await?;
     let unused = match next(link, desk, SERVING_DEADLINE).await? {
         FromSuccessor::Serving { unused } => unused,
         other => return Err(unexpected(&other)),
     };
+    let retirement = desk.running.before_retirement(STATES_DEADLINE).await?;
     lease.complete(&version).map_err(io::Error::other)?;
+    // Before the answer, from which on the successor decides: nothing that comes later may be decided here.
+    let states = retirement.retire();
     let (begun, has_begun) = oneshot::channel();
     desk.retire.send(Retire { successor: lease.pid(), unused, begun }).await.map_err(io::Error::other)?;
     has_begun.await.map_err(io::Error::other)?;
     // This process retires, whether or not the successor hears of it.
-    let _ = link.write(&FromPredecessor::Retiring).await;
+    let _ = link.write(&FromPredecessor::Retiring { states }).await;
     Ok(())
 }
 

@@ -6,16 +6,16 @@ use std::task::{Context, Poll};
 
 use hyper::body::{Body, Bytes, Frame};
 
-use crate::server::UserHold;
+use super::commands::HoldEverywhere;
 
 /// One line, and then nothing; dropped when the connection is.
 pub(super) struct Held {
     line: Option<Bytes>,
-    _hold: UserHold,
+    _hold: HoldEverywhere,
 }
 
 impl Held {
-    pub(super) fn new(line: Bytes, hold: UserHold) -> Self {
+    pub(super) fn new(line: Bytes, hold: HoldEverywhere) -> Self {
         Self { line: Some(line), _hold: hold }
     }
 }

@@ -3,8 +3,9 @@
 //! In order: the successor sends [`FromSuccessor::Send`], and receives the listening sockets; it sends
 //! [`FromSuccessor::Ready`] when nothing is left that could fail but the start, and waits for [`FromPredecessor::Go`]; it
 //! starts, takes the name of the control socket, sends [`FromSuccessor::Serving`], and waits for
-//! [`FromPredecessor::Retiring`]. Instead of each answer there may be [`FromPredecessor::Refused`]. A connection that ends
-//! earlier is a hand-over that has failed.
+//! [`FromPredecessor::Retiring`]. Both answers carry the administrative states of servers: with the first the successor starts,
+//! and the second has what operators have changed since. Instead of each answer there may be [`FromPredecessor::Refused`]. A
+//! connection that ends earlier is a hand-over that has failed.
 
 use std::io;
 use std::net::{SocketAddr, TcpListener};
@@ -13,16 +14,21 @@ use std::time::Duration;
 
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
-use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::io::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _, BufReader};
 use tokio::net::UnixStream;
 use tokio::task::spawn_blocking;
 
+use crate::backend::admin_state::StoredState;
 use crate::inherit;
 
 /// The token of the HTTP upgrade, with the version of what follows it.
 pub(super) const PROTOCOL: &str = "vestibule-hand-over/1";
-/// Longer messages are not of this protocol.
-const MAX_MESSAGE: usize = 64 * 1024;
+/// Maximum length of a message: all administrative states that there can be need less.
+const MAX_MESSAGE: u64 = 8 * 1024 * 1024;
+/// Maximum length of a message before the descriptors.
+const MAX_FIRST_MESSAGE: u64 = 4 * 1024;
+/// Size of the read buffer once no descriptors can follow a message.
+const BUFFER: usize = 8 * 1024;
 /// Timeout of sending or receiving all descriptors, and of one message that is not waited for.
 pub(super) const TRANSFER_DEADLINE: Duration = Duration::from_secs(10);
 
@@ -43,36 +49,51 @@ pub(super) enum FromSuccessor {
 #[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "step", rename_all = "kebab-case")]
 pub(super) enum FromPredecessor {
-    Go,
-    Retiring,
-    Refused { text: String },
+    Go {
+        /// Administrative states of servers.
+        #[serde(default, skip_serializing_if = "Vec::is_empty")]
+        states: Vec<StoredState>,
+    },
+    Retiring {
+        /// Administrative states of servers, which only the successor changes from now on.
+        #[serde(default, skip_serializing_if = "Vec::is_empty")]
+        states: Vec<StoredState>,
+    },
+    Refused {
+        text: String,
+    },
 }
 
 /// One end of the connection.
-pub(super) struct Link(UnixStream);
+pub(super) struct Link {
+    stream: BufReader<UnixStream>,
+    /// Maximum length of a message.
+    most: u64,
+}
 
 impl Link {
     pub(super) fn new(stream: UnixStream) -> Self {
-        Self(stream)
+        // Byte by byte, because descriptors may follow a message.
+        Self { stream: BufReader::with_capacity(1, stream), most: MAX_FIRST_MESSAGE }
     }
 
     pub(super) async fn write(&mut self, message: &impl Serialize) -> io::Result<()> {
         let mut line = serde_json::to_vec(message)?;
         line.push(b'\n');
-        in_time(TRANSFER_DEADLINE, self.0.write_all(&line)).await
+        in_time(TRANSFER_DEADLINE, self.stream.write_all(&line)).await
     }
 
-    /// The next message. It is read byte by byte, because descriptors may follow it. Not to be used again after it was dropped
-    /// unfinished.
+    /// The next message. Not to be used again after it was dropped unfinished.
     pub(super) async fn read<T: DeserializeOwned>(&mut self, deadline: Duration) -> io::Result<T> {
         let read = async {
             let mut line = Vec::new();
-            loop {
-                match self.0.read_u8().await? {
-                    b'\n' => return Ok(serde_json::from_slice(&line)?),
-                    byte if line.len() < MAX_MESSAGE => line.push(byte),
-                    _ => return Err(io::Error::new(io::ErrorKind::InvalidData, "the message is too long")),
+            let length = (&mut self.stream).take(self.most).read_until(b'\n', &mut line).await?;
+            match line.pop() {
+                Some(b'\n') => Ok(serde_json::from_slice(&line)?),
+                Some(_) if length as u64 == self.most => {
+                    Err(io::Error::new(io::ErrorKind::InvalidData, "the message is too long"))
                 }
+                _ => Err(io::ErrorKind::UnexpectedEof.into()),
             }
         };
         in_time(deadline, read).await
@@ -86,12 +107,12 @@ impl Link {
         self.transfer(move |stream| inherit::receive(stream, &trusted)).await
     }
 
-    /// Runs `transfer` on a thread of its own.
+    /// Runs `transfer`, after which no more descriptors come, on a thread of its own.
     async fn transfer<T: Send + 'static>(
         self,
         transfer: impl FnOnce(&std::os::unix::net::UnixStream) -> io::Result<T> + Send + 'static,
     ) -> io::Result<(Self, T)> {
-        let stream = self.0.into_std()?;
+        let stream = self.stream.into_inner().into_std()?;
         let transferred = spawn_blocking(move || {
             stream.set_nonblocking(false)?;
             stream.set_read_timeout(Some(TRANSFER_DEADLINE))?;
@@ -101,7 +122,8 @@ impl Link {
             Ok::<_, io::Error>((stream, result))
         });
         let (stream, result) = transferred.await.map_err(io::Error::other)??;
-        Ok((Self(UnixStream::from_std(stream)?), result))
+        let stream = BufReader::with_capacity(BUFFER, UnixStream::from_std(stream)?);
+        Ok((Self { stream, most: MAX_MESSAGE }, result))
     }
 }
 
@@ -115,6 +137,8 @@ async fn in_time<T>(deadline: Duration, future: impl Future<Output = io::Result<
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::backend::admin_state::{AdminState, MAX_STATES};
+    use crate::config::Mode;
 
     fn links() -> (Link, Link) {
         let (one, other) = UnixStream::pair().unwrap();
@@ -130,10 +154,21 @@ mod tests {
         successor.write(&FromSuccessor::Send).await.unwrap();
         assert_eq!(predecessor.read::<FromSuccessor>(TRANSFER_DEADLINE).await.unwrap(), FromSuccessor::Send);
         let mut predecessor = predecessor.send_sockets(vec![listener.into()], own.clone()).await.unwrap();
-        predecessor.write(&FromPredecessor::Go).await.unwrap();
+        let set = AdminState::new(Mode::Drain, "root", Some("new disks")).unwrap();
+        let state = StoredState { backend: "a".to_owned(), server: "h:1".to_owned(), set };
+        let go = FromPredecessor::Go { states: vec![state; MAX_STATES] };
+        let retiring = FromPredecessor::Retiring { states: Vec::new() };
         let (mut successor, sockets) = successor.receive_sockets(own).await.unwrap();
         assert_eq!(sockets[0].local_addr().unwrap(), address);
-        assert_eq!(successor.read::<FromPredecessor>(TRANSFER_DEADLINE).await.unwrap(), FromPredecessor::Go);
+        let writing = async {
+            predecessor.write(&go).await.unwrap();
+            predecessor.write(&retiring).await.unwrap();
+        };
+        let reading = async {
+            assert_eq!(successor.read::<FromPredecessor>(TRANSFER_DEADLINE).await.unwrap(), go);
+            assert_eq!(successor.read::<FromPredecessor>(TRANSFER_DEADLINE).await.unwrap(), retiring);
+        };
+        tokio::join!(writing, reading);
     }
 
     #[tokio::test(start_paused = true)]
@@ -143,8 +178,9 @@ mod tests {
         assert_eq!(error.to_string(), "no answer within 10s");
         drop(one);
         let (mut one, mut other) = links();
-        one.0.write_all(&vec![b'x'; MAX_MESSAGE + 1]).await.unwrap();
-        assert!(other.read::<FromSuccessor>(TRANSFER_DEADLINE).await.is_err());
+        one.stream.write_all(&vec![b'x'; MAX_FIRST_MESSAGE as usize + 1]).await.unwrap();
+        let read = other.read::<FromSuccessor>(TRANSFER_DEADLINE).await;
+        assert_eq!(read.unwrap_err().to_string(), "the message is too long");
         let (one, mut other) = links();
         drop(one);
         let error = other.read::<FromSuccessor>(TRANSFER_DEADLINE).await.unwrap_err();

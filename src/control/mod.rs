@@ -1,17 +1,21 @@
 //! What the operator's commands ask of the running process: a Unix socket that only its own user (and root) may open.
 //!
 //! One HTTP request a command, JSON both ways ([`Command`], [`Answer`]); `client` is the other end. Who may open the socket may
-//! do everything here, so it is readable by its owner alone, and made so before it has its name (`place`). A process takes
-//! another's place by the same socket: `hand_over` and `succession` on one side, `predecessor` on the other, `upgrade` to start
-//! the other. What commands do is `server`'s. Called by `main`.
+//! do everything here, so it is readable by its owner alone, and made so before it has its name (`place`). This module understands
+//! commands; what they do is `commands` and `server`'s. Each process also answers at a socket of its own, where its successor
+//! forwards commands to it (`predecessors`). A process takes another's place by the same socket: `hand_over` and `succession` on
+//! one side, `predecessor` on the other, `upgrade` to start the other. Called by `main`.
 
 pub mod client;
+mod commands;
 mod hand_over;
 mod hold;
 mod lines;
 mod link;
 pub mod place;
 pub mod predecessor;
+mod predecessors;
+mod report;
 mod succession;
 pub mod upgrade;
 
@@ -37,15 +41,19 @@ use tokio::sync::{Notify, Semaphore, mpsc};
 use tokio::time::{MissedTickBehavior, interval, timeout};
 use tokio_util::task::TaskTracker;
 
+use self::client::Scope;
+use self::commands::{Caller, ServerCommand};
 pub use self::hand_over::Retire;
 use self::hold::Held;
 use self::lines::Lines;
 use self::place::{Occupant, PendingSocket, PublishedName, PublishedSocket};
 pub use self::succession::Succession;
-use crate::server::{Running, UserMoved};
+use crate::server::Running;
 
-/// More commands than this at a time are a mistake.
-const MAX_CONNECTIONS: usize = 16;
+/// Maximum number of open connections. Each user who is moved keeps one open: see [`succession::MAX_HELD`].
+const MAX_CONNECTIONS: usize = 1024;
+/// Maximum number of commands that are carried out at a time; others wait.
+const MAX_COMMANDS: usize = 64;
 /// A command is a few words.
 const MAX_COMMAND: usize = 64 * 1024;
 /// Timeout of a request's head, and of its body.
@@ -73,12 +81,18 @@ pub enum Command {
     },
     /// Set a server's mode.
     Server {
-        /// As configured, in every backend that has it.
+        /// As configured, in every backend that has it; or `BACKEND/SERVER`.
         name: String,
         /// `up`, `drain`, `down`; `None`: as configured.
         mode: Option<String>,
         /// End its sessions too, spread over so many seconds.
         over: Option<f64>,
+        /// The operator's reason.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        reason: Option<String>,
+        /// The user who became the one at the other end of the connection by sudo(8), as that end says.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        sudo_user: Option<String>,
     },
     /// End a user's sessions, route afresh, and let the user in again.
     Move {
@@ -86,6 +100,9 @@ pub enum Command {
         user: String,
         /// Where the routes must say the user belongs now.
         backend: String,
+        /// Seconds to wait until they do. Default 10.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        wait: Option<f64>,
     },
     /// End a user's sessions and keep new logins waiting as long as the answer is being read.
     Hold {
@@ -120,15 +137,18 @@ pub struct Answer {
     /// For programs.
     #[serde(default)]
     pub data: Value,
+    /// What operators should know beside, a line each.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub notes: Vec<String>,
 }
 
 impl Answer {
     fn done(text: impl Into<String>) -> Self {
-        Self { ok: true, text: text.into(), data: Value::Null }
+        Self { ok: true, text: text.into(), data: Value::Null, notes: Vec::new() }
     }
 
     fn failed(text: impl Into<String>) -> Self {
-        Self { ok: false, text: text.into(), data: Value::Null }
+        Self { ok: false, text: text.into(), data: Value::Null, notes: Vec::new() }
     }
 }
 
@@ -167,9 +187,17 @@ impl Control {
         retire: mpsc::Sender<Retire>,
     ) {
         let permits = Arc::new(Semaphore::new(MAX_CONNECTIONS));
-        let (name_lost, trusted) = (Notify::new(), vec![0, rustix::process::geteuid().as_raw()]);
-        let connections = self.connections.clone();
-        let desk = Arc::new(Desk { running, file, succession, retire, name_lost, connections, trusted });
+        let desk = Arc::new(Desk {
+            running,
+            file,
+            path: self.name.path().to_owned(),
+            succession,
+            retire,
+            name_lost: Notify::new(),
+            connections: self.connections.clone(),
+            trusted: vec![0, rustix::process::geteuid().as_raw()],
+            commands: Semaphore::new(MAX_COMMANDS),
+        });
         let mut check = interval(NAME_CHECK);
         check.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
@@ -239,6 +267,8 @@ impl Control {
 struct Desk {
     running: Arc<Running>,
     file: PathBuf,
+    /// The control socket's path, which a successor takes.
+    path: PathBuf,
     succession: Succession,
     retire: mpsc::Sender<Retire>,
     /// Notified when a successor has failed that may have taken the control socket's name.
@@ -246,20 +276,17 @@ struct Desk {
     connections: TaskTracker,
     /// Users whose processes may give commands and take over.
     trusted: Vec<u32>,
+    /// One permit for each command that may be carried out at a time.
+    commands: Semaphore,
 }
 
 type Body = UnsyncBoxBody<Bytes, Infallible>;
 
 async fn serve(socket: UnixStream, desk: Arc<Desk>) {
-    let peer = match socket.peer_cred() {
-        Ok(peer) if desk.trusted.contains(&peer.uid()) => peer,
-        Ok(peer) => return tracing::warn!(uid = peer.uid(), "another user's command was refused"),
-        Err(error) => return tracing::warn!(%error, "a command's user is unknown: refused"),
-    };
-    let pid = peer.pid().and_then(|pid| u32::try_from(pid).ok()).filter(|pid| *pid != 0);
+    let Some(peer) = trusted_peer(&socket, &desk.trusted) else { return };
     let service = service_fn(move |request: Request<Incoming>| {
-        let desk = desk.clone();
-        async move { Ok::<_, Infallible>(answer(request, pid, desk).await) }
+        let (desk, peer) = (desk.clone(), peer.clone());
+        async move { Ok::<_, Infallible>(answer(request, peer, desk).await) }
     });
     let connection = http1::Builder::new()
         .timer(TokioTimer::new())
@@ -271,11 +298,41 @@ async fn serve(socket: UnixStream, desk: Arc<Desk>) {
     }
 }
 
-/// `peer` is the process id of the other end, if the system tells.
-async fn answer(mut request: Request<Incoming>, peer: Option<u32>, desk: Arc<Desk>) -> Response<Body> {
+/// The other end of a connection.
+#[derive(Debug, Clone)]
+struct Peer {
+    /// Its process id, if the system tells.
+    pid: Option<u32>,
+    /// Its user, for the record of who set a server's state.
+    user: String,
+}
+
+fn trusted_peer(socket: &UnixStream, trusted: &[u32]) -> Option<Peer> {
+    let peer = match socket.peer_cred() {
+        Ok(peer) if trusted.contains(&peer.uid()) => peer,
+        Ok(peer) => {
+            tracing::warn!(uid = peer.uid(), "another user's command was refused");
+            return None;
+        }
+        Err(error) => {
+            tracing::warn!(%error, "a command's user is unknown: refused");
+            return None;
+        }
+    };
+    let pid = peer.pid().and_then(|pid| u32::try_from(pid).ok()).filter(|pid| *pid != 0);
+    Some(Peer { pid, user: user_of(peer.uid()) })
+}
+
+fn user_of(uid: u32) -> String {
+    let user = nix::unistd::User::from_uid(nix::unistd::Uid::from_raw(uid)).ok().flatten();
+    user.map_or_else(|| format!("uid {uid}"), |user| user.name)
+}
+
+async fn answer(mut request: Request<Incoming>, peer: Peer, desk: Arc<Desk>) -> Response<Body> {
     if request.method() != Method::POST {
         return whole(&Answer::failed("only POST"));
     }
+    let scope = if request.uri().path() == Scope::Process.path() { Scope::Process } else { Scope::All };
     let is_hand_over = request.headers().get(UPGRADE).is_some_and(|token| token == link::PROTOCOL);
     let upgrade = hyper::upgrade::on(&mut request);
     let body = Limited::new(request.into_body(), MAX_COMMAND).collect();
@@ -284,30 +341,40 @@ async fn answer(mut request: Request<Incoming>, peer: Option<u32>, desk: Arc<Des
         Ok(Err(error)) => return whole(&Answer::failed(error.to_string())),
         Err(_) => return whole(&Answer::failed("the command did not come in time")),
     };
+    let caller = Caller { scope, user: peer.user };
     match command {
-        Ok(Command::Hold { user }) => match desk.running.hold(&user).await {
-            Ok((hold, ended)) => {
-                let text = format!("{user}: {ended} sessions ended, new logins wait");
-                Response::new(Held::new(encoded(&Answer::done(text)), hold).boxed_unsync())
-            }
-            Err(error) => whole(&Answer::failed(format!("{error:#}"))),
-        },
         Ok(Command::HandOver { .. }) if !is_hand_over => {
             whole(&Answer::failed(format!("a hand-over takes the upgrade to {}", link::PROTOCOL)))
         }
-        Ok(Command::HandOver { pid }) => grant(peer.unwrap_or(pid), upgrade, desk).await,
+        Ok(Command::HandOver { pid }) => grant(peer.pid.unwrap_or(pid), upgrade, desk).await,
         Ok(Command::Upgrade { timeout }) => match Duration::try_from_secs_f64(timeout) {
             Ok(timeout) => {
-                tracing::info!("an upgrade was asked for");
+                tracing::info!(user = caller.user, "an upgrade was asked for");
                 Response::new(Lines(upgrade::begin(desk, timeout)).boxed_unsync())
             }
             Err(error) => whole(&Answer::failed(format!("invalid timeout: {error}"))),
         },
-        Ok(command) => {
-            tracing::info!(?command, "asked for");
-            whole(&obey(command, &desk).await)
+        Ok(command) => carry_out(command, &desk, &caller).await,
+        Err(error) => whole(&Answer::failed(format!("invalid command: {error}"))),
+    }
+}
+
+/// Carries out a command that is answered in one line.
+async fn carry_out(command: Command, desk: &Desk, caller: &Caller) -> Response<Body> {
+    // Given back with the answer: a hold lasts longer, and the command that ends it must get through. Never closed.
+    let _permit = desk.commands.acquire().await;
+    if let Some(refusal) = desk.refusal(&command, caller) {
+        return whole(&refusal);
+    }
+    tracing::info!(?command, user = caller.user, "command received");
+    let Command::Hold { user } = command else { return whole(&obey(command, desk, caller).await) };
+    match desk.hold(caller, &user).await {
+        Ok((hold, ended)) => {
+            let text = format!("{user}: {ended} sessions ended, new logins wait");
+            let answer = Answer { data: json!({"ended": ended}), ..Answer::done(text) };
+            Response::new(Held::new(encoded(&answer), hold).boxed_unsync())
         }
-        Err(error) => whole(&Answer::failed(format!("that is no command: {error}"))),
+        Err(error) => whole(&Answer::failed(format!("{error:#}"))),
     }
 }
 
@@ -348,40 +415,21 @@ fn encoded(answer: &impl Serialize) -> Bytes {
     line.into()
 }
 
-async fn obey(command: Command, desk: &Desk) -> Answer {
-    let running = &desk.running;
-    match command {
-        Command::Reload => reload(desk).await,
-        Command::Status => running.status(),
-        Command::Sessions { user } => match running.who(user.as_deref()).await {
-            Ok(sessions) => sessions,
-            Err(error) => Answer::failed(format!("{error:#}")),
-        },
-        Command::Kick { user } => match running.kick(&user).await {
-            Ok(ended) => {
-                Answer { data: json!({"ended": ended}), ..Answer::done(format!("{user}: {ended} sessions ended")) }
-            }
-            Err(error) => Answer::failed(format!("{error:#}")),
-        },
-        Command::Server { name, mode, over } => match running.set_server(&name, mode.as_deref(), over) {
-            Ok(sessions) => {
-                let mode = mode.as_deref().unwrap_or("as configured");
-                let data = json!({"sessions": sessions});
-                Answer { data, ..Answer::done(format!("{name}: {mode}; {sessions} sessions there")) }
-            }
-            Err(error) => Answer::failed(format!("{error:#}")),
-        },
-        Command::Move { user, backend } => match running.move_user(&user, &backend).await {
-            Ok(UserMoved { ended, backend }) => {
-                let data = json!({"ended": ended, "backend": backend});
-                Answer { data, ..Answer::done(format!("{user}: {ended} sessions ended, now at {backend}")) }
-            }
-            Err(error) => Answer::failed(format!("{error:#}")),
-        },
-        Command::Hold { .. } | Command::HandOver { .. } | Command::Upgrade { .. } => {
-            Answer::failed("the command is not answered in one line")
+async fn obey(command: Command, desk: &Desk, caller: &Caller) -> Answer {
+    let answer = match command {
+        Command::Reload => Ok(reload(desk).await),
+        Command::Status => Ok(desk.status(caller).await),
+        Command::Sessions { user } => desk.sessions(caller, user).await,
+        Command::Kick { user } => desk.kick(caller, user).await,
+        Command::Server { name, mode, over, reason, sudo_user } => {
+            desk.set_server(caller, ServerCommand { name, mode, over, reason, sudo_user }).await
         }
-    }
+        Command::Move { user, backend, wait } => desk.move_user(caller, &user, &backend, wait).await,
+        Command::Hold { .. } | Command::HandOver { .. } | Command::Upgrade { .. } => {
+            Ok(Answer::failed("the command is not answered in one line"))
+        }
+    };
+    answer.unwrap_or_else(|error| Answer::failed(format!("{error:#}")))
 }
 
 async fn reload(desk: &Desk) -> Answer {

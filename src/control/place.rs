@@ -1,8 +1,9 @@
 //! The control socket in the file system: bound under a temporary name, published last, restored when it is lost.
 //!
 //! The temporary name is `PATH.PID.new`. A published socket has two names: `PATH`, until a successor takes it, and `PATH.PID` as
-//! long as the process runs, so that a process that only finishes its sessions can still be asked. What already lies at the path decides whether it may be taken ([`occupant`]): a
-//! socket nobody listens on is replaced, anything that is not a socket, or that another user put there, is not.
+//! long as the process runs, where its successor forwards commands to it (`predecessors`). What already lies at the path decides
+//! whether it may be taken ([`occupant`]): a socket nobody listens on is replaced, anything that is not a socket, or that another
+//! user put there, is not.
 
 use std::fs::{self, File, TryLockError};
 use std::io;
@@ -137,7 +138,7 @@ fn kind(found: fs::FileType) -> &'static str {
     }
 }
 
-fn folder(path: &Path) -> &Path {
+pub(super) fn folder(path: &Path) -> &Path {
     match path.parent() {
         Some(folder) if folder != Path::new("") => folder,
         _ => Path::new("."),
@@ -292,7 +293,7 @@ fn temporary_name(path: &Path, pid: u32) -> PathBuf {
     with_suffix(path, &format!(".{pid}.new"))
 }
 
-fn own_name(path: &Path, pid: u32) -> PathBuf {
+pub(super) fn own_name(path: &Path, pid: u32) -> PathBuf {
     with_suffix(path, &format!(".{pid}"))
 }
 
@@ -316,14 +317,15 @@ fn remove_stale_names(path: &Path) {
 }
 
 /// The process id in `.PID` and `.PID.new`, and in `.PID.sockets`, a name that an earlier version used.
-fn pid_of_name(rest: &[u8]) -> Option<i32> {
+fn pid_of_name(rest: &[u8]) -> Option<u32> {
     let rest = std::str::from_utf8(rest).ok()?.strip_prefix('.')?;
     let digits = rest.strip_suffix(".new").or_else(|| rest.strip_suffix(".sockets")).unwrap_or(rest);
     digits.parse().ok().filter(|pid| *pid > 0 && digits.bytes().all(|byte| byte.is_ascii_digit()))
 }
 
-fn is_running(pid: i32) -> bool {
-    let Some(pid) = rustix::process::Pid::from_raw(pid) else { return true };
+/// Whether there is a process with this id, of any user.
+pub(super) fn is_running(pid: u32) -> bool {
+    let Some(pid) = i32::try_from(pid).ok().and_then(rustix::process::Pid::from_raw) else { return false };
     rustix::process::test_kill_process(pid) != Err(rustix::io::Errno::SRCH)
 }
 

@@ -23,6 +23,7 @@ use super::hand_over::SERVING_DEADLINE;
 use super::link::{FromPredecessor, FromSuccessor, Link, PROTOCOL, TRANSFER_DEADLINE};
 use super::place::{self, Occupant};
 use super::{Answer, Command};
+use crate::backend::admin_state::StoredState;
 
 /// Timeout of the request for a hand-over. A process that answers does so at once.
 const REQUEST_DEADLINE: Duration = Duration::from_secs(10);
@@ -60,14 +61,19 @@ impl Predecessor {
         Ok((Self { path: path.to_owned(), trusted, link: Some(link), ready: None, is_published: false }, sockets))
     }
 
-    /// Everything is bound, and privileges are dropped: asks for the permission to start.
+    /// Everything is bound, and privileges are dropped: asks for the permission to start. Returns the administrative states of
+    /// servers to start with; `None`: the predecessor has died, or its states are invalid.
     ///
     /// # Errors
     /// The predecessor refuses or does not answer.
-    pub async fn ready(&mut self) -> anyhow::Result<()> {
+    pub async fn ready(&mut self) -> anyhow::Result<Option<Vec<StoredState>>> {
         self.ready = Some(Instant::now());
         let message = FromSuccessor::Ready { version: env!("CARGO_PKG_VERSION").to_owned() };
-        self.exchange(message, &FromPredecessor::Go).await
+        match self.exchange(message).await? {
+            Some(FromPredecessor::Go { states }) => Ok(valid(states)),
+            Some(other) => bail!("the running process sent {other:?} out of order"),
+            None => Ok(None),
+        }
     }
 
     /// Whether the name of the control socket may still be taken. The predecessor does not wait for ever, and a process can be
@@ -84,33 +90,37 @@ impl Predecessor {
     }
 
     /// The name of the control socket is taken: waits until the predecessor retires. The sockets at the addresses in `unused` are
-    /// its alone from now on.
+    /// its alone from now on. Returns the administrative states of servers at that moment, which the predecessor changes no more;
+    /// `None`: those of [`Predecessor::ready`] are the last.
     ///
     /// # Errors
     /// The predecessor refuses, and so goes on.
-    pub async fn serving(mut self, unused: Vec<SocketAddr>) -> anyhow::Result<()> {
+    pub async fn serving(mut self, unused: Vec<SocketAddr>) -> anyhow::Result<Option<Vec<StoredState>>> {
         self.is_published = true;
-        self.exchange(FromSuccessor::Serving { unused }, &FromPredecessor::Retiring).await?;
-        if self.link.is_some() {
-            tracing::info!("the process before this one retires");
+        match self.exchange(FromSuccessor::Serving { unused }).await? {
+            Some(FromPredecessor::Retiring { states }) => {
+                tracing::info!("the process before this one retires");
+                Ok(valid(states))
+            }
+            Some(other) => bail!("the running process sent {other:?} out of order"),
+            None => Ok(None),
         }
-        Ok(())
     }
 
-    async fn exchange(&mut self, message: FromSuccessor, expected: &FromPredecessor) -> anyhow::Result<()> {
-        let Some(link) = &mut self.link else { return Ok(()) };
+    /// `None`: the predecessor has died.
+    async fn exchange(&mut self, message: FromSuccessor) -> anyhow::Result<Option<FromPredecessor>> {
+        let Some(link) = &mut self.link else { return Ok(None) };
         let answer = async {
             link.write(&message).await?;
             link.read(TRANSFER_DEADLINE).await
         };
         match answer.await {
-            Ok(answer) if answer == *expected => Ok(()),
             Ok(FromPredecessor::Refused { text }) => bail!("the running process does not hand over: {text}"),
-            Ok(other) => bail!("the running process sent {other:?} out of order"),
+            Ok(answer) => Ok(Some(answer)),
             Err(error) if is_gone(&error) && self.has_died() => {
                 tracing::warn!("the process before this one has died during the hand-over; this one goes on alone");
                 self.link = None;
-                Ok(())
+                Ok(None)
             }
             Err(error) => Err(error).context("the running process has broken off the hand-over"),
         }
@@ -121,6 +131,17 @@ impl Predecessor {
     fn has_died(&self) -> bool {
         self.is_published
             || place::occupant(&self.path, &self.trusted).is_ok_and(|occupant| occupant != Occupant::Process)
+    }
+}
+
+/// The states, if all are valid.
+fn valid(states: Vec<StoredState>) -> Option<Vec<StoredState>> {
+    match states.iter().try_for_each(StoredState::validate) {
+        Ok(()) => Some(states),
+        Err(error) => {
+            tracing::error!(%error, "the running process sent invalid states of servers, which are ignored");
+            None
+        }
     }
 }
 

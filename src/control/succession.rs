@@ -3,12 +3,18 @@
 //! [`Stage`] is the state machine, pure; [`Succession`] shares it between the tasks of a process. A stage that belongs to one
 //! successor ends with the guard ([`Start`], [`Lease`]) that its task holds, so a task that fails leaves the process ready for
 //! the next attempt.
+//!
+//! Moves of users and hand-overs exclude each other, because a successor knows nothing of a user who is held here: while a user
+//! is held ([`Holding`]) no successor is granted the sockets, and none is held from the grant on.
 
 use std::sync::Arc;
 
 use thiserror::Error;
-use tokio::sync::watch;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 use tokio_util::sync::CancellationToken;
+
+/// Maximum number of users who are held at a time.
+pub(super) const MAX_HELD: usize = 500;
 
 /// How far a succession has come.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -33,7 +39,13 @@ pub(super) enum Refusal {
     Busy(u32),
     #[error("another successor is being started: try again when it has succeeded or failed")]
     BusyStarting,
-    #[error("the successor of this process (pid {0}) serves already: ask that one")]
+    #[error("a successor (pid {0}) is taking over: try again when it has succeeded or failed")]
+    HandingOver(u32),
+    #[error("a user is being moved: try again when that is done")]
+    Moving,
+    #[error("{MAX_HELD} users are being moved: try again when some of that is done")]
+    TooManyHeld,
+    #[error("this process has been replaced: ask its successor (pid {0})")]
     Retired(u32),
     #[error("this process is stopping")]
     Stopping,
@@ -97,11 +109,17 @@ impl Stage {
 pub struct Succession {
     stage: Arc<watch::Sender<Stage>>,
     stopping: CancellationToken,
+    /// One permit for each user who may still be held.
+    holds: Arc<Semaphore>,
 }
 
 impl Default for Succession {
     fn default() -> Self {
-        Self { stage: Arc::new(watch::Sender::new(Stage::Idle)), stopping: CancellationToken::new() }
+        Self {
+            stage: Arc::new(watch::Sender::new(Stage::Idle)),
+            stopping: CancellationToken::new(),
+            holds: Arc::new(Semaphore::new(MAX_HELD)),
+        }
     }
 }
 
@@ -143,13 +161,38 @@ impl Succession {
         let _ = stages.wait_for(|stage| *stage != Stage::Starting { pid: None }).await;
     }
 
+    /// Why operators' commands must go to another process, if so.
+    pub(super) fn replaced(&self) -> Option<Refusal> {
+        match &*self.stage.borrow() {
+            Stage::Retired { pid, .. } => Some(Refusal::Retired(*pid)),
+            _ => None,
+        }
+    }
+
+    /// Before a user is held.
+    pub(super) fn hold(&self) -> Result<Holding, Refusal> {
+        // The stage does not change while it is borrowed, so that no hand-over begins in between.
+        match &*self.stage.borrow() {
+            Stage::HandingOver { pid, .. } => Err(Refusal::HandingOver(*pid)),
+            Stage::Retired { pid, .. } => Err(Refusal::Retired(*pid)),
+            Stage::Idle | Stage::Starting { .. } | Stage::Stopping => {
+                self.holds.clone().try_acquire_owned().map(Holding).map_err(|_| Refusal::TooManyHeld)
+            }
+        }
+    }
+
+    /// Called while the stage is borrowed for a change.
+    fn unless_held(&self, next: Stage) -> Result<Stage, Refusal> {
+        if self.holds.available_permits() < MAX_HELD { Err(Refusal::Moving) } else { Ok(next) }
+    }
+
     pub(super) fn start(&self) -> Result<Start, Refusal> {
-        self.change(Stage::start)?;
+        self.change(|stage| self.unless_held(stage.start()?))?;
         Ok(Start(self.clone()))
     }
 
     pub(super) fn grant(&self, pid: u32) -> Result<Lease, Refusal> {
-        self.change(|stage| stage.grant(pid))?;
+        self.change(|stage| self.unless_held(stage.grant(pid)?))?;
         Ok(Lease { succession: self.clone(), pid })
     }
 
@@ -168,6 +211,10 @@ impl Succession {
         result
     }
 }
+
+/// A held user. No hand-over begins until this is dropped.
+#[derive(Debug)]
+pub(super) struct Holding(#[expect(dead_code, reason = "held for its end")] OwnedSemaphorePermit);
 
 /// The right to start a successor. Dropping it is the end of the attempt.
 #[derive(Debug)]
@@ -260,6 +307,33 @@ mod tests {
         succession.grant(7).unwrap().complete("1.0").unwrap();
         drop(start);
         assert_eq!(*succession.watch().borrow(), Stage::Retired { pid: 7, version: "1.0".to_owned() });
+    }
+
+    #[test]
+    fn moves_and_hand_overs_exclude_each_other() {
+        let succession = Succession::default();
+        let (first, second) = (succession.hold().unwrap(), succession.hold().unwrap());
+        drop(first);
+        assert_eq!(succession.grant(7).unwrap_err(), Refusal::Moving);
+        assert_eq!(succession.start().unwrap_err(), Refusal::Moving);
+        drop(second);
+        let start = succession.start().unwrap();
+        start.started(7);
+        let held =
+            succession.hold().expect("a successor that still reads its configuration keeps no user from being moved");
+        assert_eq!(succession.grant(7).unwrap_err(), Refusal::Moving);
+        drop(held);
+        let lease = succession.grant(7).unwrap();
+        assert_eq!(succession.hold().unwrap_err(), Refusal::HandingOver(7));
+        drop(lease);
+        let mut held: Vec<Holding> = (0..MAX_HELD).map(|_| succession.hold().unwrap()).collect();
+        assert_eq!(succession.hold().unwrap_err(), Refusal::TooManyHeld);
+        held.pop();
+        assert!(succession.hold().is_ok());
+        held.clear();
+        succession.grant(7).unwrap().complete("1.0").unwrap();
+        assert_eq!(succession.hold().unwrap_err(), Refusal::Retired(7));
+        assert_eq!(succession.replaced(), Some(Refusal::Retired(7)));
     }
 
     #[test]

@@ -59,6 +59,7 @@ pub(super) struct Families {
     pub(super) draining: IntGauge,
     pub(super) reloads: IntCounterVec,
     pub(super) reload_failed: IntGauge,
+    pub(super) state_file_failed: IntGauge,
     pub(super) panics: IntCounter,
 }
 
@@ -262,6 +263,10 @@ impl Families {
                 "vestibule_reload_failed",
                 "1 while the last configuration that was to be loaded had mistakes and an older one is in use.",
             )),
+            state_file_failed: valid(IntGauge::new(
+                "vestibule_state_file_failed",
+                "1 while the state file could not be read at the start, or written at the last change of a server's state.",
+            )),
             panics: valid(IntCounter::new("vestibule_panics_total", "Panics caught; each ended one session.")),
             registry,
         };
@@ -273,7 +278,7 @@ impl Families {
     }
 
     fn register_all(&self) {
-        let collectors: [Box<dyn prometheus::core::Collector>; 43] = [
+        let collectors: [Box<dyn prometheus::core::Collector>; 44] = [
             Box::new(self.build_info.clone()),
             Box::new(self.sessions.clone()),
             Box::new(self.sessions_total.clone()),
@@ -316,6 +321,7 @@ impl Families {
             Box::new(self.draining.clone()),
             Box::new(self.reloads.clone()),
             Box::new(self.reload_failed.clone()),
+            Box::new(self.state_file_failed.clone()),
             Box::new(self.panics.clone()),
         ];
         for collector in collectors {

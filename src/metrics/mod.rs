@@ -209,6 +209,11 @@ impl Metrics {
         self.families.reload_failed.set((!succeeded).into());
     }
 
+    /// Whether the last use of the state file failed.
+    pub fn state_file_failed(&self, failed: bool) {
+        self.families.state_file_failed.set(failed.into());
+    }
+
     /// The process has begun to stop.
     pub fn draining(&self) {
         self.families.draining.set(1);

@@ -257,6 +257,20 @@ impl Router {
         }
     }
 
+    /// Loads tables whose files have changed, and waits for those that are being loaded.
+    ///
+    /// # Errors
+    /// Tables that cannot be loaded, with what is wrong: their old answers stay in use.
+    pub async fn refresh(&self, metrics: &Metrics) -> Result<(), String> {
+        let mut wrong = Vec::new();
+        for (index, (_, source)) in self.routes.iter().enumerate() {
+            if let Source::Table(table) = source {
+                wrong.extend(table.refresh(metrics.route(index)).await.err());
+            }
+        }
+        if wrong.is_empty() { Ok(()) } else { Err(wrong.join("; ")) }
+    }
+
     /// Whether any source decides by more than the user.
     pub fn wants_visitor(&self) -> bool {
         self.routes.iter().any(|(_, source)| matches!(source, Source::Asked(asked, _) if asked.wants_visitor()))

@@ -17,7 +17,8 @@
 use std::collections::HashMap;
 use std::fs;
 use std::path::Path;
-use std::sync::{Arc, Mutex, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
+use std::time::Duration;
 
 use tokio::time;
 
@@ -31,12 +32,17 @@ use crate::watch::{LOOK, Watch};
 /// More problems than this say nothing new about one file.
 const MAX_PROBLEMS: usize = 20;
 
+/// A file that has not changed for this long is not being written, for an operator who waits for it.
+const SETTLED: Duration = Duration::from_millis(100);
+
 /// A loaded table, and where it is from.
 #[derive(Debug)]
 pub(super) struct Table {
     path: Located<std::path::PathBuf>,
     declared: Declared,
     watch: Mutex<Watch>,
+    /// Held while the file is loaded.
+    loading: tokio::sync::Mutex<()>,
     index: RwLock<Arc<Index>>,
 }
 
@@ -61,12 +67,13 @@ impl Table {
             told.collect::<Vec<_>>()
         })?;
         let index = RwLock::new(Arc::new(index));
-        Ok(Self { path: path.clone(), declared: declared.clone(), watch, index })
+        let (path, declared) = (path.clone(), declared.clone());
+        Ok(Self { path, declared, watch, loading: tokio::sync::Mutex::default(), index })
     }
 
     /// Whether loading the file again would bring the same: it has not changed, and its backends have not.
     pub(super) fn is_current(&self, path: &Path, declared: &Declared) -> bool {
-        let unchanged = || self.watch.lock().unwrap_or_else(PoisonError::into_inner).is_unchanged();
+        let unchanged = || self.watch().is_unchanged();
         self.path.value == path && self.declared == *declared && unchanged()
     }
 
@@ -84,30 +91,65 @@ impl Table {
         self.index.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// Looks at the file for ever, and loads it when it has changed.
+    /// Loads the file whenever it has changed. Never returns.
     pub(super) async fn follow(self: Arc<Self>, metrics: RouteMetrics) {
         loop {
             time::sleep(LOOK).await;
-            if !self.watch.lock().unwrap_or_else(PoisonError::into_inner).is_due() {
-                continue;
+            let loading = self.loading.lock().await;
+            if self.watch().is_due() {
+                // The errors are logged.
+                let _ = self.load_again(&metrics).await;
             }
-            let table = self.clone();
-            // Sorting millions of names takes seconds: not on a thread that serves.
-            let done = tokio::task::spawn_blocking(move || table.reload()).await;
-            let wrong = done.unwrap_or_else(|_| vec![(0, "could not be loaded".to_owned())]);
-            let file = self.path.value.display();
-            for wrong in &wrong {
-                tracing::error!("{file}{}; the old table stays in use", at(wrong));
-            }
-            if wrong.is_empty() {
-                tracing::info!(%file, entries = self.len(), "table loaded");
-            }
-            metrics.set_users(self.len());
-            metrics.set_load_failed(!wrong.is_empty());
-            if !wrong.is_empty() {
-                self.watch.lock().unwrap_or_else(PoisonError::into_inner).failed();
+            drop(loading);
+        }
+    }
+
+    /// Loads the file now if it has changed, as soon as it is not being written any more. The caller sets the deadline.
+    ///
+    /// # Errors
+    /// What is wrong with the file: the old answers stay in use.
+    pub(super) async fn refresh(self: &Arc<Self>, metrics: &RouteMetrics) -> Result<(), String> {
+        // What [`Table::follow`] has begun to load counts only once it is loaded.
+        let _loading = self.loading.lock().await;
+        if self.watch().is_unchanged() {
+            return Ok(());
+        }
+        loop {
+            self.watch().observe();
+            time::sleep(SETTLED).await;
+            if self.watch().is_settled() {
+                return self.load_again(metrics).await;
             }
         }
+    }
+
+    /// Called while `loading` is held.
+    async fn load_again(self: &Arc<Self>, metrics: &RouteMetrics) -> Result<(), String> {
+        let table = self.clone();
+        // Sorting millions of names takes seconds: not on a thread that serves.
+        let done = tokio::task::spawn_blocking(move || table.reload()).await;
+        let wrong = done.unwrap_or_else(|_| vec![(0, "could not be loaded".to_owned())]);
+        let file = self.path.value.display();
+        for wrong in &wrong {
+            tracing::error!("{file}{}; the old table stays in use", at(wrong));
+        }
+        metrics.set_users(self.len());
+        metrics.set_load_failed(!wrong.is_empty());
+        match wrong.first() {
+            None => {
+                tracing::info!(%file, entries = self.len(), "table loaded");
+                Ok(())
+            }
+            Some(first) => {
+                self.watch().failed();
+                Err(format!("{file}{}; the old table stays in use", at(first)))
+            }
+        }
+    }
+
+    fn watch(&self) -> MutexGuard<'_, Watch> {
+        // Nothing panics halfway through a look.
+        self.watch.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn reload(&self) -> Vec<Wrong> {

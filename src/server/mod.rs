@@ -7,11 +7,15 @@
 mod doors;
 mod live;
 mod operations;
+mod server_state;
+mod state_file;
+pub mod views;
 
 use std::io;
 use std::net::{SocketAddr, TcpListener};
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
+use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -23,8 +27,10 @@ use tokio_util::task::TaskTracker;
 use self::doors::{Doors, Opening};
 pub use self::live::{Desk, Live, SessionSettings};
 pub use self::operations::{UserHold, UserMoved};
+pub use self::server_state::{BeforeRetirement, StateChange, StateChanged};
 use crate::admin::Admin;
 use crate::backend::OwnAddresses;
+use crate::backend::admin_state::StoredState;
 use crate::config::{self, Config};
 use crate::listener::{self, House};
 use crate::logging;
@@ -43,6 +49,10 @@ pub struct Running {
     now: Mutex<Now>,
     /// One configuration after the other.
     reloading: tokio::sync::Mutex<()>,
+    /// Held while administrative states are changed and saved.
+    changing_states: tokio::sync::Mutex<()>,
+    /// Whether a successor has taken over.
+    retired: AtomicBool,
     workplaces: Vec<Workplace>,
     /// Tasks of all listeners.
     listeners: TaskTracker,
@@ -96,6 +106,8 @@ pub struct Bound {
     drain: Drain,
     /// Addresses of inherited sockets that the configuration has no use for.
     unused: Vec<SocketAddr>,
+    /// Administrative states that a predecessor has handed over.
+    states: Option<Vec<StoredState>>,
 }
 
 /// Builds; binds nothing.
@@ -126,7 +138,7 @@ impl Prepared {
         for address in &unused {
             tracing::warn!(%address, "a socket was handed over that the configuration has no use for: closed");
         }
-        Ok(Bound { live, opening, admin, drain, unused })
+        Ok(Bound { live, opening, admin, drain, unused, states: None })
     }
 }
 
@@ -134,6 +146,12 @@ impl Bound {
     /// Addresses of inherited sockets that the configuration has no use for.
     pub fn unused(&self) -> &[SocketAddr] {
         &self.unused
+    }
+
+    /// Takes the administrative states of a predecessor instead of those in the state file.
+    #[must_use]
+    pub fn with_states(self, states: Option<Vec<StoredState>>) -> Self {
+        Self { states, ..self }
     }
 
     /// Gives the listening sockets to a user and a group. The kernel lets only sockets of one user overlap, as they do when a
@@ -152,7 +170,8 @@ impl Bound {
     /// # Errors
     /// The system has no threads or descriptors for the workers.
     pub fn start(self) -> anyhow::Result<Running> {
-        let Self { live, opening, admin, drain, .. } = self;
+        let Self { live, opening, admin, drain, states, .. } = self;
+        restore_states(&live, states);
         let (background, stop_background) = (TaskTracker::new(), CancellationToken::new());
         let occupancy = Arc::new(Occupancy::default());
         let (mut workplaces, listeners) = (Vec::new(), TaskTracker::new());
@@ -165,6 +184,8 @@ impl Bound {
             sessions: live.sessions.clone(),
             now: Mutex::new(Now { live: live.clone(), doors: Doors::default(), stop: stop.clone(), admin: None }),
             reloading: tokio::sync::Mutex::default(),
+            changing_states: tokio::sync::Mutex::default(),
+            retired: AtomicBool::new(false),
             workplaces,
             listeners,
             drain,
@@ -199,6 +220,18 @@ fn log_warnings(config: &Config) {
     for warning in &config.warnings {
         tracing::warn!("{warning}");
     }
+}
+
+/// Sets the administrative states, before the first login is routed.
+fn restore_states(live: &Live, handed_over: Option<Vec<StoredState>>) {
+    let from_file = || live.config.state_file.as_deref().map(state_file::load);
+    let (states, is_sound) = handed_over.map(|states| (states, true)).or_else(from_file).unwrap_or((Vec::new(), true));
+    live.metrics.state_file_failed(!is_sound);
+    for StoredState { backend, server, set } in &states {
+        let (state, by, since) = (set.state.as_str(), &set.by, set.since());
+        tracing::info!(backend, server, state, by, since, reason = set.reason, "server state restored");
+    }
+    live.backends.admin_states().replace(&states);
 }
 
 /// With a copy of the socket, made here so that nothing can fail once a configuration has taken another's place. The address may
@@ -422,6 +455,7 @@ impl Running {
     /// Stops because a successor serves on the same sockets, or on others at the addresses in `replaced`: as [`Running::drain`],
     /// but clients that are logging in may do so.
     pub async fn retire(&self, replaced: &[SocketAddr], hurry: impl Future<Output = ()>) -> usize {
+        self.set_retired();
         if let Some(admin) = self.lock().admin.take() {
             admin.stop.cancel();
         }

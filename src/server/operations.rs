@@ -1,27 +1,24 @@
-//! What an operator can ask of a running proxy beside a reload: who is logged in, out with a user, a server out of service, a
-//! user to another backend. Called by `control`.
+//! What operators ask of a running process about its users: who is logged in, end a user's sessions, move a user to another
+//! backend. `server_state` has what they ask about servers. All of it is about this process alone: `control` asks the predecessors.
 
-use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context as _, bail};
-use serde_json::json;
-use tokio::time::{self, timeout};
+use tokio::time::{self, Instant, timeout};
 
+use super::views::{ProcessStatus, ServerError, ServerStatus, SessionList, SessionView};
 use super::{Live, Running};
-use crate::backend::Server;
-use crate::config::Mode;
-use crate::control::Answer;
 use crate::identity::UserName;
 use crate::route::{Question, RouteError, Target};
 use crate::sessions::{Hold, Seen, Stage, Why};
 
-/// Sessions that were told to end are waited for so long; what takes longer is stuck in the kernel.
+/// Timeout for sessions that are ended to be gone; a session that takes longer is stuck in the kernel.
 const GONE: Duration = Duration::from_secs(30);
-/// How often some of a server's sessions are ended while it is emptied.
-const TICK: Duration = Duration::from_millis(200);
-/// Sessions listed at most.
+/// First and longest pause between two looks at the routes while they do not yet name the new backend.
+const FIRST_PAUSE: Duration = Duration::from_millis(50);
+const LONGEST_PAUSE: Duration = Duration::from_secs(1);
+/// Maximum number of sessions that are listed.
 const LISTED: usize = 10_000;
 
 /// A user who was moved.
@@ -29,96 +26,90 @@ const LISTED: usize = 10_000;
 pub struct UserMoved {
     /// Sessions that were ended.
     pub ended: usize,
-    /// Where the user belongs now.
+    /// The backend that the routes name now.
     pub backend: String,
 }
 
-/// A user's new logins wait, under each name the user has, until this drops.
+/// New logins of a user wait, under each of the user's names, until this is dropped.
 #[derive(Debug)]
 pub struct UserHold(#[expect(dead_code, reason = "held for its end")] Vec<Hold>);
 
+impl UserHold {
+    /// Keeps the user out for the rest of the process's life.
+    fn for_good(self) {
+        std::mem::forget(self);
+    }
+}
+
 impl Running {
-    /// How things are: listeners, servers, sessions.
-    pub fn status(&self) -> Answer {
+    /// State of the process: listeners, servers, number of sessions.
+    pub fn status(&self) -> ProcessStatus {
         let live = self.live();
-        let mut text = format!("version   {}\n", env!("CARGO_PKG_VERSION"));
         let mut servers = Vec::new();
-        for address in self.listeners() {
-            text.push_str(&format!("listener  {address}\n"));
-        }
         for backend in live.backends.list() {
-            for server in backend.servers() {
-                let (mode, up, sessions) = (server.mode().as_str(), server.is_available(), server.sessions());
-                let state = if up { "answers" } else { "failing" };
-                let error = server.last_error().map(|error| (error.at.elapsed().as_secs(), error.text));
-                let last_error = error.as_ref().map(|(age, text)| format!("; last error {age} s ago: {text}"));
-                let unauthenticate = server.has_unauthenticate();
-                let warning = if unauthenticate { ", has UNAUTHENTICATE: disable it there" } else { "" };
-                text.push_str(&format!(
-                    "server    {} {}: {mode}, {state}, {sessions} sessions{warning}{}\n",
-                    backend.name,
-                    server.name,
-                    last_error.unwrap_or_default()
-                ));
-                servers.push(json!({
-                    "backend": &*backend.name, "server": &*server.name, "mode": mode, "up": up, "sessions": sessions,
-                    "unauthenticate": unauthenticate,
-                    "last_error": error.map(|(age, text)| json!({"seconds_ago": age, "text": &*text})),
-                }));
-            }
+            servers.extend(backend.servers().iter().map(|server| ServerStatus {
+                backend: backend.name.to_string(),
+                server: server.name.to_string(),
+                mode: server.mode().as_str().to_owned(),
+                up: server.is_available(),
+                sessions: server.sessions() as usize,
+                unauthenticate: server.has_unauthenticate(),
+                last_error: server.last_error().map(|error| ServerError {
+                    seconds_ago: error.at.elapsed().as_secs(),
+                    text: error.text.to_string(),
+                }),
+                set: server.admin_state(),
+            }));
         }
-        let sessions = self.sessions().count(|_| true);
-        text.push_str(&format!("sessions  {sessions}"));
-        let listeners: Vec<String> = self.listeners().iter().map(ToString::to_string).collect();
-        let data = json!({
-            "version": env!("CARGO_PKG_VERSION"), "pid": std::process::id(), "file": live.config.file,
-            "listeners": listeners, "servers": servers, "sessions": sessions,
+        let mut unused_states = self.states();
+        unused_states.retain(|stored| {
+            !servers.iter().any(|server| server.backend == stored.backend && server.server == stored.server)
         });
-        Answer { ok: true, text, data }
+        ProcessStatus {
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            pid: std::process::id(),
+            file: live.config.file.display().to_string(),
+            listeners: self.listeners().iter().map(ToString::to_string).collect(),
+            servers,
+            unused_states,
+            sessions: self.sessions().count(|_| true),
+        }
     }
 
-    /// Who is logged in.
+    /// Sessions of a user, or of all users.
     ///
     /// # Errors
-    /// That is no user name.
-    pub async fn who(&self, user: Option<&str>) -> anyhow::Result<Answer> {
-        let seen: Vec<Seen> = match user {
-            None => self.sessions().list(LISTED),
+    /// The user name is invalid.
+    pub async fn list_sessions(&self, user: Option<&str>) -> anyhow::Result<SessionList> {
+        let (seen, all): (Vec<Seen>, usize) = match user {
+            None => (self.sessions().list(LISTED), self.sessions().count(|_| true)),
             Some(user) => {
                 let names = self.names(user).await?;
-                names.iter().flat_map(|name| self.sessions().of_user(name)).collect()
+                let mut seen: Vec<Seen> = names.iter().flat_map(|name| self.sessions().of_user(name)).collect();
+                let all = seen.len();
+                seen.truncate(LISTED);
+                (seen, all)
             }
         };
-        let lines = seen.iter().map(|seen| {
-            let Seen { guest, server, age, stage } = seen;
-            let (backend, server) = server.as_ref().map_or(("-", "-"), |server| (&*server.backend, &*server.name));
-            let state = match stage {
-                Stage::LoggingIn | Stage::Accepted => " logging in",
-                Stage::Settled => "",
-                Stage::CutOff => " cut off",
-            };
-            let session = String::from_utf8_lossy(&guest.session);
-            format!("{} {} {backend} {server} {} s{state} {session}", guest.user, guest.client, age.as_secs())
+        let left_out = all.saturating_sub(seen.len());
+        let sessions = seen.iter().map(|seen| SessionView {
+            user: seen.guest.user.to_string(),
+            client: seen.guest.client.to_string(),
+            session: String::from_utf8_lossy(&seen.guest.session).into_owned(),
+            backend: seen.server.as_ref().map(|server| server.backend.to_string()),
+            server: seen.server.as_ref().map(|server| server.name.to_string()),
+            seconds: seen.age.as_secs(),
+            settled: matches!(seen.stage, Stage::Settled | Stage::CutOff),
+            cut_off: seen.stage == Stage::CutOff,
+            predecessor: None,
         });
-        let text = lines.collect::<Vec<_>>().join("\n");
-        let data = seen.iter().map(|seen| {
-            json!({
-                "user": &*seen.guest.user, "client": seen.guest.client.to_string(),
-                "session": String::from_utf8_lossy(&seen.guest.session),
-                "backend": seen.server.as_ref().map(|server| &*server.backend),
-                "server": seen.server.as_ref().map(|server| &*server.name), "seconds": seen.age.as_secs(),
-                "settled": matches!(seen.stage, Stage::Settled | Stage::CutOff),
-                "cut_off": seen.stage == Stage::CutOff,
-            })
-        });
-        let data = data.collect();
-        Ok(Answer { ok: true, text, data })
+        Ok(SessionList { sessions: sessions.collect(), left_out })
     }
 
-    /// Ends a user's sessions; says how many there were. The user may come back at once.
+    /// Ends a user's sessions and returns their number. The user may log in again at once.
     ///
     /// # Errors
-    /// That is no user name.
+    /// The user name is invalid.
     pub async fn kick(&self, user: &str) -> anyhow::Result<usize> {
         // Under the name that is known at once: the routes may take a while to answer.
         let ended = self.sessions().end_user(&question(&self.live(), user)?.user, Why::Kicked);
@@ -126,70 +117,10 @@ impl Running {
         Ok(ended + names.iter().map(|name| self.sessions().end_user(name, Why::Kicked)).sum::<usize>())
     }
 
-    /// Sets what is wanted of a server, in every backend that has it; with `over` its sessions are ended too, evenly over so
-    /// many seconds. Says how many there are.
+    /// Keeps new logins of a user waiting, ends the user's sessions, waits until they are gone, and returns their number.
     ///
     /// # Errors
-    /// No such server, or no such mode.
-    pub fn set_server(&self, name: &str, mode: Option<&str>, over: Option<f64>) -> anyhow::Result<usize> {
-        let mode = match mode {
-            None => None,
-            Some("up") => Some(Mode::Up),
-            Some("drain") => Some(Mode::Drain),
-            Some("down") => Some(Mode::Down),
-            Some(other) => bail!("{other:?} is no mode: up, drain or down"),
-        };
-        let over = over.map(Duration::try_from_secs_f64).transpose().context("that is no duration")?;
-        let live = self.live();
-        let all: Vec<Arc<Server>> = live.backends.list().iter().flat_map(|backend| backend.servers()).collect();
-        let servers: Vec<Arc<Server>> = all.iter().filter(|server| *server.name == *name).cloned().collect();
-        if servers.is_empty() {
-            let known: BTreeSet<&str> = all.iter().map(|server| &*server.name).collect();
-            bail!("no server is called {name:?}; known: {}", known.into_iter().collect::<Vec<_>>().join(", "));
-        }
-        for server in &servers {
-            server.set_mode(mode);
-        }
-        if let Some(Mode::Drain | Mode::Down) = mode {
-            // They are routed again; a SASL exchange could wait for its client until long after the drain.
-            self.sessions().end_logins(Why::Drained, |server| *server.name == *name);
-        }
-        if let (Some(over), Some(Mode::Drain | Mode::Down)) = (over, mode) {
-            for server in servers {
-                self.empty(server, over);
-            }
-        }
-        Ok(self.sessions().count(|server| *server.name == *name))
-    }
-
-    /// Ends all sessions of a server, evenly; until it is wanted again.
-    fn empty(&self, server: Arc<Server>, over: Duration) {
-        let (sessions, stop) = (self.sessions().clone(), self.stop_background.clone());
-        let ticks = (over.as_millis() / TICK.as_millis()).max(1);
-        let empty = async move {
-            let is_it = |other: &Server| other.backend == server.backend && other.name == server.name;
-            let (_, all) = sessions.end_some(0, Why::Drained, is_it);
-            for tick in 1..=ticks {
-                if server.mode() == Mode::Up {
-                    tracing::info!(server = %server.name, "its sessions are left alone again");
-                    return;
-                }
-                let (_, left) = sessions.end_some(0, Why::Drained, is_it);
-                let may_be_left = usize::try_from(all as u128 * (ticks - tick) / ticks).unwrap_or(0);
-                sessions.end_some(left.saturating_sub(may_be_left), Why::Drained, is_it);
-                if tick < ticks {
-                    time::sleep(TICK).await;
-                }
-            }
-            tracing::info!(server = %server.name, "its sessions were told to end");
-        };
-        self.background.spawn(async move { stop.run_until_cancelled(empty).await });
-    }
-
-    /// Keeps new logins of a user waiting, ends the sessions, and waits until they are gone. Says how many there were.
-    ///
-    /// # Errors
-    /// That is no user name, or a session does not end.
+    /// The user name is invalid, or a session does not end.
     pub async fn hold(&self, user: &str) -> anyhow::Result<(UserHold, usize)> {
         let sessions = self.sessions();
         // Under the name that is known at once: the routes may take a while to answer.
@@ -201,7 +132,7 @@ impl Running {
         ended += names.iter().map(|name| sessions.end_user(name, Why::Moved)).sum::<usize>();
         let gone = self.sessions().changed(|sessions| {
             names.iter().all(|name| {
-                // Who came in just before the hold is told too.
+                // A login that registered just before the hold is ended too.
                 sessions.end_user(name, Why::Moved);
                 sessions.of_user(name).is_empty()
             })
@@ -210,35 +141,103 @@ impl Running {
         Ok((UserHold(holds), ended))
     }
 
-    /// Holds, routes afresh, and lets the user in again: from then on the new place holds, and no session is at the old one.
+    /// As [`Running::hold`], on behalf of this process's successor. The user is not let in here again, because the routes of a
+    /// retired process may be out of date: clients that are still connected here reconnect, to the successor.
     ///
     /// # Errors
-    /// No such backend or user name, or the routes do not say that the user belongs to `backend`: the sessions are ended all
-    /// the same.
-    pub async fn move_user(&self, user: &str, backend: &str) -> anyhow::Result<UserMoved> {
-        if self.live().backends.named(backend).is_none() {
-            bail!("no backend is declared as {backend:?}");
-        }
+    /// As [`Running::hold`].
+    pub async fn hold_for_successor(&self, user: &str) -> anyhow::Result<(UserHold, usize)> {
         let (hold, ended) = self.hold(user).await?;
-        let live = self.live();
-        let question = question(&live, user)?;
-        live.router.forget(&question.user);
-        let found = timeout(live.limits.lookup, live.router.route(&question, &live.metrics)).await;
-        drop(hold);
-        let target = match found.context("the routes do not answer in time")? {
-            Ok(routed) => routed.target,
-            Err(RouteError::Unknown) => bail!("no route knows the user"),
-            Err(error) => bail!("{error}"),
-        };
-        let Target::Place(place) = &*target else { bail!("the routes turn the user away") };
-        let now = live.backends.backend(place.backend).name.to_string();
-        if now != backend {
-            bail!("the routes say {now}, not {backend}: change them first; {ended} sessions were ended");
+        if self.is_retired() {
+            hold.for_good();
+            return Ok((UserHold(Vec::new()), ended));
         }
-        Ok(UserMoved { ended, backend: now })
+        Ok((hold, ended))
     }
 
-    /// Names under which a user's sessions may be known: as routed, and as the mailbox is called where routes say otherwise.
+    /// Moves a user: ends the user's sessions, waits until the routes name `backend`, and lets the user in again.
+    ///
+    /// # Errors
+    /// The backend or the user name is unknown, or the routes do not name `backend` within `wait`. Sessions are ended all the same.
+    pub async fn move_user(&self, user: &str, backend: &str, wait: Duration) -> anyhow::Result<UserMoved> {
+        self.declared(backend)?;
+        let (_hold, ended) = self.hold(user).await?;
+        self.routes_name(user, backend, wait).await.with_context(|| format!("{ended} sessions were ended"))?;
+        Ok(UserMoved { ended, backend: backend.to_owned() })
+    }
+
+    /// Checks that a backend is configured.
+    ///
+    /// # Errors
+    /// It is not.
+    pub fn declared(&self, backend: &str) -> anyhow::Result<()> {
+        match self.live().backends.named(backend) {
+            Some(_) => Ok(()),
+            None => bail!("no backend is declared as {backend:?}"),
+        }
+    }
+
+    /// Waits until the routes name `backend` for a user: reads changed files, forgets cached answers, asks, and asks again.
+    ///
+    /// # Errors
+    /// The routes do not name `backend` within `wait`; the text has the last answer.
+    pub async fn routes_name(&self, user: &str, backend: &str, wait: Duration) -> anyhow::Result<()> {
+        let due = Instant::now() + wait;
+        let mut pause = FIRST_PAUSE;
+        loop {
+            let error = match self.routes_name_now(user, backend).await {
+                Ok(()) => return Ok(()),
+                Err(error) => error,
+            };
+            if Instant::now() >= due {
+                return Err(error.context(format!("the routes do not name {backend} after {wait:.0?}")));
+            }
+            time::sleep_until(due.min(Instant::now() + pause)).await;
+            pause = LONGEST_PAUSE.min(pause * 2);
+        }
+    }
+
+    async fn routes_name_now(&self, user: &str, backend: &str) -> anyhow::Result<()> {
+        // Not the configuration that the move began with: a reload may be how the routes change.
+        let live = self.live();
+        let question = question(&live, user)?;
+        let refreshed = timeout(live.limits.lookup, live.router.refresh(&live.metrics)).await;
+        let refreshed = refreshed.unwrap_or_else(|_| Err("a table is still being written, or read".to_owned()));
+        live.router.forget(&question.user);
+        let found = timeout(live.limits.lookup, live.router.route(&question, &live.metrics)).await;
+        let answer = match found {
+            Err(_) => "the routes do not answer within limits.lookup".to_owned(),
+            Ok(Err(RouteError::Unknown)) => "no route knows the user".to_owned(),
+            Ok(Err(error)) => error.to_string(),
+            Ok(Ok(routed)) => match &*routed.target {
+                Target::Place(place) => {
+                    let named = &live.backends.backend(place.backend).name;
+                    if **named == *backend {
+                        return Ok(());
+                    }
+                    format!(
+                        "the routes say {named}, not {backend} (route {:?} answers): change them first",
+                        routed.route
+                    )
+                }
+                Target::PasswordNeeded => {
+                    format!(
+                        "the routes need the user's password (route {:?} answers): what they say is unknown",
+                        routed.route
+                    )
+                }
+                Target::Refuse(_) | Target::Denied(_) | Target::Maintenance(_) => {
+                    format!("the routes refuse the user (route {:?} answers)", routed.route)
+                }
+            },
+        };
+        match refreshed {
+            Ok(()) => bail!(answer),
+            Err(wrong) => bail!("{answer}; {wrong}"),
+        }
+    }
+
+    /// Names under which a user's sessions may be registered: as routes know the user, and the mailbox's if routes rename it.
     async fn names(&self, user: &str) -> anyhow::Result<Vec<Arc<str>>> {
         let live = self.live();
         let question = question(&live, user)?;

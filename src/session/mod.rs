@@ -10,7 +10,7 @@
 //! | 6 log in there, and wait for the user's sessions elsewhere to end | `backend::connect`, [`placement`] | a share of the above | the server's NO is passed on, never retried |
 //! | 7 answer the client | [`relayed::Relayed`] | none | |
 //! | 8 relay | `relay`, `waiting` | `limits.idle`, `limits.stall`, `limits.half_close` | |
-//! | 9 one record | [`record::Record`] | always | |
+//! | 9 log lines | [`record::Record`]: one at the login, one at the end | always | |
 //!
 //! This file, `attempt` and `placement` alone know the order. From step 4 on the login is in the session registry and ends when it is
 //! cancelled; at every step it ends with the process, and when it is shed. After a refusal nothing of the attempt is left: the next login is parsed, routed and
@@ -495,6 +495,7 @@ impl Session {
         to_server.extend(more);
         self.record.open_on(seated.backend.id, seated.slot);
         seated.seat.settle();
+        self.record.log_login();
         let kept = Kept {
             _counted: self.drain.count(),
             keepalive_set: false,

@@ -1,4 +1,5 @@
-//! The one record a session leaves: filled in on the way, written when it drops, whatever ended the session.
+//! The record of a session: filled in as it proceeds, logged when the login succeeds ("logged in"), and once more, with how it
+//! ended, when it drops ("session ended"), whatever ended the session.
 //!
 //! Attempts and failures are counted here too, so that a metric and the record never tell different stories. No secret
 //! reaches this file: it is handed names and words.
@@ -25,6 +26,36 @@ use crate::stream::TlsFacts;
 
 /// Bytes of [`Record::detail`].
 const MAX_DETAIL: usize = 512;
+
+/// Logs a [`Record`]: the fields that "logged in" and "session ended" have in common, and the given ones before and after the
+/// times of the phases.
+macro_rules! log_record {
+    ($record:expr, $level:ident, $message:literal, { $($before_times:tt)* }, { $($after_times:tt)* }) => {
+        tracing::$level!(
+            target: "vestibule::session",
+            session = $record.session.as_str(),
+            client = %$record.client,
+            listener = %$record.listener,
+            tls = $record.tls.as_ref().map(|tls| tls.version.as_str()),
+            sni = $record.tls.as_ref().and_then(|tls| tls.server_name.as_deref()),
+            user = $record.user.as_ref().map(UserName::as_str),
+            mechanism = $record.mechanism.map(Mechanism::as_str),
+            attempts = $record.attempts,
+            route = $record.route.as_deref(),
+            backend = $record.backend.as_deref(),
+            server = $record.server.as_deref(),
+            address = $record.address.map(tracing::field::display),
+            $($before_times)*
+            tls_ms = $record.times.tls.map(Took::milliseconds),
+            route_ms = $record.times.route.map(Took::milliseconds),
+            connect_ms = $record.times.connect.map(Took::milliseconds),
+            server_login_ms = $record.times.server_login.map(Took::milliseconds),
+            login_ms = $record.times.login.map(Took::milliseconds),
+            $($after_times)*
+            $message
+        )
+    };
+}
 
 /// What is known of a session so far. It is most of what an idle session keeps, so it is packed: a test holds its size.
 pub(super) struct Record {
@@ -287,6 +318,11 @@ impl Record {
         });
     }
 
+    /// Logs the successful login at once, because the final record may be days away, or lost with the process.
+    pub(super) fn log_login(&self) {
+        log_record!(self, info, "logged in", {}, {});
+    }
+
     /// Another configuration holds from now on.
     pub(super) fn now_under(&mut self, settings: Arc<SessionSettings>) {
         self.settings = settings;
@@ -382,49 +418,38 @@ impl Drop for Record {
             self.settings.metrics.failure(Reason::Panic);
             self.ended_by = EndedBy::Proxy;
         }
-        macro_rules! emit {
+        // A macro, because the level must be a constant.
+        macro_rules! ended {
             ($level:ident) => {
-                tracing::$level!(
-                    target: "vestibule::session",
-                    session = self.session.as_str(),
-                    client = %self.client,
-                    listener = %self.listener,
-                    tls = self.tls.as_ref().map(|tls| tls.version.as_str()),
-                    sni = self.tls.as_ref().and_then(|tls| tls.server_name.as_deref()),
-                    user = self.user.as_ref().map(UserName::as_str),
-                    mechanism = self.mechanism.map(Mechanism::as_str),
-                    attempts = self.attempts,
-                    route = self.route.as_deref(),
-                    backend = self.backend.as_deref(),
-                    server = self.server.as_deref(),
-                    address = self.address.map(tracing::field::display),
-                    outcome = self.outcome.map_or("none", LoginOutcome::as_str),
-                    ended_by = self.ended_by.as_str(),
-                    side = self.failure.map(|reason| reason.side().as_str()),
-                    reason = self.failure.map(Reason::as_str),
-                    detail = self.detail.as_deref(),
-                    tls_ms = self.times.tls.map(Took::milliseconds),
-                    route_ms = self.times.route.map(Took::milliseconds),
-                    connect_ms = self.times.connect.map(Took::milliseconds),
-                    server_login_ms = self.times.server_login.map(Took::milliseconds),
-                    login_ms = self.times.login.map(Took::milliseconds),
-                    seconds = length.as_secs_f64(),
-                    to_client = self.to_client,
-                    to_server = self.to_server,
-                    "session ended"
+                log_record!(
+                    self,
+                    $level,
+                    "session ended",
+                    {
+                        outcome = self.outcome.map_or("none", LoginOutcome::as_str),
+                        ended_by = self.ended_by.as_str(),
+                        side = self.failure.map(|reason| reason.side().as_str()),
+                        reason = self.failure.map(Reason::as_str),
+                        detail = self.detail.as_deref(),
+                    },
+                    {
+                        seconds = length.as_secs_f64(),
+                        to_client = self.to_client,
+                        to_server = self.to_server,
+                    }
                 )
             };
         }
         let is_answer =
             |reason| matches!(reason, Reason::UnknownUser | Reason::RouteRefused | Reason::RouteMaintenance);
         match self.failure.map(Reason::side) {
-            None if self.is_check && self.attempts == 0 => emit!(debug),
-            None | Some(Side::Client | Side::Shutdown) => emit!(info),
+            None if self.is_check && self.attempts == 0 => ended!(debug),
+            None | Some(Side::Client | Side::Shutdown) => ended!(info),
             // A limit of one user concerns that user.
-            Some(Side::Backend) if self.failure == Some(Reason::UserLimit) => emit!(info),
-            Some(Side::Directory) if self.failure.is_some_and(is_answer) => emit!(info),
-            Some(Side::Directory | Side::Backend) => emit!(warn),
-            Some(Side::Internal) => emit!(error),
+            Some(Side::Backend) if self.failure == Some(Reason::UserLimit) => ended!(info),
+            Some(Side::Directory) if self.failure.is_some_and(is_answer) => ended!(info),
+            Some(Side::Directory | Side::Backend) => ended!(warn),
+            Some(Side::Internal) => ended!(error),
         }
     }
 }

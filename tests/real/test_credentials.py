@@ -447,7 +447,8 @@ set record=imaps://localhost:{proxy.ports['tls']}/INBOX
         for name in ("Alice", "ALICE%example.org", "alice@EXAMPLE.org"):
             self.assertRegex(self.raw(proxy).command("a", f'LOGIN "{name}" "{PASSWORDS[ALICE]}"')[-1], b"^a OK", name)
         hashed = hashlib.sha256(ALICE.encode()).hexdigest()[:16]
-        wait_for("the records", lambda: proxy.log().count(f'user="{hashed}"') == 3)
+        for message in ("logged in", "session ended"):
+            wait_for("the records", lambda: len(re.findall(rf'{message}.* user="{hashed}"', proxy.log())) == 3)
         self.assertNotIn("alice", proxy.log().lower())
         proxy = self.proxy(users="unicode: refuse")
         self.assertRegex(self.raw(proxy).command("a", b'LOGIN {5+}\r\nzo\xc3\xab1 "x"')[-1], rb"^a NO \[AUTHENTICATIONFAILED\]")

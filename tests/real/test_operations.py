@@ -29,6 +29,8 @@ def alive(client):
 
 
 class Scene(unittest.TestCase):
+    configuration = CONFIGURATION
+
     @classmethod
     def setUpClass(cls):
         folder = Folder()
@@ -42,9 +44,10 @@ class Scene(unittest.TestCase):
         self.folder = Folder()
         self.addCleanup(self.folder.remove)
         self.folder.write("users.txt", f"{ALICE} shard-a\n{BOB} shard-b\n")
-        self.proxy = Proxy(CONFIGURATION.format(a=self.a.port, b=self.b.port), self.folder)
+        self.proxy = Proxy(self.configuration.format(a=self.a.port, b=self.b.port), self.folder)
         self.addCleanup(self.proxy.close)
         self.port = self.proxy.ports["plain"]
+        wait_for("the control socket", (self.folder.path / "control").exists)
 
     def command(self, *words, code=0):
         """A command to the running process; what it printed."""
@@ -52,6 +55,28 @@ class Scene(unittest.TestCase):
                               timeout=PATIENCE)
         self.assertEqual(done.returncode, code, f"{words}\n{done.stdout}{done.stderr}\n{self.proxy.log()}")
         return done.stdout + done.stderr
+
+    def sessions(self, *user):
+        return json.loads(self.command("sessions", *user, "--json"))
+
+    def lines(self, text):
+        return [line for line in self.proxy.log().splitlines() if text in line]
+
+    def status(self):
+        return json.loads(self.command("status", "--json"))
+
+    def upgrade(self):
+        """Replaces the process; the process id of the new one."""
+        before = self.status()["pid"]
+        self.command("upgrade")
+
+        def succeeded():
+            done = subprocess.run([VESTIBULE, "status", "--json", "--control", self.folder.path / "control"], capture_output=True, text=True,
+                                  timeout=PATIENCE)
+            now = json.loads(done.stdout) if done.returncode == 0 else {"pid": before}
+            # Until the one before has retired, its successor forwards nothing.
+            return now["pid"] if now["pid"] != before else None
+        return wait_for("a successor", succeeded)
 
     def servers(self):
         return {server["server"]: server for server in json.loads(self.command("status", "--json"))["servers"]}
@@ -123,7 +148,10 @@ class Commands(Scene):
 
     def test_a_user_is_moved(self):
         before, bob = session(self.port), session(self.port, BOB)
-        self.assertIn("the routes say shard-a, not shard-b", self.command("move", ALICE, "shard-b", code=1))
+        # The default timeout is for people who change the routes at the same time.
+        said = self.command("move", ALICE, "shard-b", "--timeout", "1s", code=1)
+        self.assertIn("the routes say shard-a, not shard-b", said)
+        self.assertIn('route "table" answers', said)
         self.assertEqual(before.line(), b"")
         before = session(self.port)
         # While the command runs, a login waits; then it goes to the new place.
@@ -154,6 +182,85 @@ class Commands(Scene):
         self.assertTrue(answer[0].startswith(b"a OK"), answer)
         self.assertEqual([one["backend"] for one in json.loads(self.command("sessions", ALICE, "--json"))], ["shard-b"])
         self.assertTrue(alive(bob))
+
+    def test_a_move_reads_the_table_at_once(self):
+        """The command's own example: the table is copied over, and nothing else is done."""
+        before = session(self.port)
+        new = self.folder.write("users.new", f"{ALICE} shard-b\n{BOB} shard-b\n")
+        said = self.command("move", ALICE, "shard-b", "--while", f"cp {new} {self.folder.path}/users.txt")
+        self.assertEqual(before.line(), b"")
+        self.assertIn(f"{ALICE}: 1 sessions ended, now at shard-b", said)
+        for progress in ("new logins wait", f"running cp {new}", "waiting until the routes name shard-b, at most 10s"):
+            self.assertIn(progress, said)
+        client = session(self.port)
+        self.assertEqual([one["backend"] for one in self.sessions(ALICE)], ["shard-b"])
+        self.assertTrue(alive(client))
+
+    def test_many_users_are_moved_at_a_time(self):
+        """Each move keeps a connection open while its command runs, and needs another one to end."""
+        go = self.folder.path / "go"
+        users = [f"user{number}@example.org" for number in range(24)]
+        self.folder.write("users.txt", "".join(f"{user} shard-b\n" for user in users))
+        movers = [Process([VESTIBULE, "move", user, "shard-b", "--while", f"while [ ! -e {go} ]; do sleep 0.2; done",
+                           "--control", self.folder.path / "control"], self.folder.path / user) for user in users]
+        for mover in movers:
+            self.addCleanup(mover.kill)
+        for mover in movers:
+            wait_for("a hold", lambda: "new logins wait" in mover.text())
+        self.command("status")
+        go.touch()
+        for mover in movers:
+            self.assertEqual(mover.child.wait(PATIENCE), 0, mover.text())
+
+    def test_a_move_whose_process_ends_claims_nothing(self):
+        mover = Process([VESTIBULE, "move", ALICE, "shard-a", "--while", f"while [ ! -e {self.folder.path}/go ]; do sleep 0.05; done",
+                         "--control", self.folder.path / "control"], self.folder.path / "mover")
+        self.addCleanup(mover.kill)
+        wait_for("the hold", lambda: "new logins wait" in mover.text())
+        self.proxy.process.kill()
+        again = Process([VESTIBULE, "run", "--config", self.proxy.file], self.folder.path / "again")
+        self.addCleanup(again.kill)
+        wait_for("the next process", lambda: answers(self.port, b"* OK"))
+        self.folder.write("go", "")
+        self.assertEqual(mover.child.wait(PATIENCE), 1, mover.text())
+        self.assertIn(f"the process ended while the command ran: {ALICE} may have logged in meanwhile", mover.text())
+
+    def test_a_process_that_hangs_is_reported(self):
+        os.kill(self.proxy.process.child.pid, signal.SIGSTOP)
+        self.assertIn("does not answer within 15s", self.command("status", code=70))
+
+    def test_a_login_is_logged_at_once(self):
+        """Who is logged in is in the log though the process never had a chance to write it at the end."""
+        alice, bob = session(self.port), session(self.port, BOB)
+        ids = {one["user"]: one["session"] for one in self.sessions()}
+        bob.command("z", "LOGOUT")
+        bob.close()
+        ended = wait_for("bob's end", lambda: [line for line in self.lines("session ended") if BOB in line])
+        self.proxy.process.kill()
+        lines = {user: [line for line in self.lines("logged in") if f'user="{user}"' in line] for user in (ALICE, BOB)}
+        self.assertEqual([len(lines[ALICE]), len(lines[BOB]), len(ended)], [1, 1, 1], self.proxy.log())
+        self.assertEqual([line for line in self.lines("session ended") if ALICE in line], [])
+        self.assertIn(f'session="{ids[BOB]}"', ended[0])
+        for user, server, backend in ((ALICE, self.a, "shard-a"), (BOB, self.b, "shard-b")):
+            for field in ("vestibule::session: logged in", f'session="{ids[user]}"', "client=127.0.0.1:", f"listener=127.0.0.1:{self.port}",
+                          'mechanism="login"', 'route="table"', f'backend="{backend}"', f'server="127.0.0.1:{server.port}"',
+                          f"address=127.0.0.1:{server.port}", "route_ms=", "connect_ms=", "server_login_ms=", "login_ms="):
+                self.assertIn(field, lines[user][0])
+            self.assertNotIn("outcome=", lines[user][0])
+        alice.close()
+
+    def test_a_state_has_an_origin(self):
+        name = f"127.0.0.1:{self.a.port}"
+        self.command("drain", f"shard-a/{name}", "--reason", "new disks")
+        self.assertIn("no server is called", self.command("drain", f"shard-b/{name}", code=1))
+        shown = self.servers()[name]
+        self.assertEqual((shown["mode"], shown["set"]["state"], shown["set"]["reason"]), ("drain", "drain", "new disks"))
+        self.assertRegex(shown["set"]["by"], r"^(\S+ \(as )?root\)?$")
+        self.assertRegex(shown["set"]["since"], r"^20\d\d-\d\d-\d\dT\d\d:\d\d:\d\dZ$")
+        self.assertRegex(self.command("status"), rf"server    shard-a {name}: drain, answers, 0 sessions; set by .*root.* at 20\S*Z: new disks\n")
+        self.assertIn("no control characters", self.command("drain", name, "--reason", "\x1b[2J", code=1))
+        self.command("server", name, "as-configured")
+        self.assertNotIn("set", self.servers()[name])
 
     def test_a_failed_command_lets_the_user_in_again(self):
         self.assertIn("let in again", self.command("move", ALICE, "shard-a", "--while", "exit 3", code=1))
@@ -243,6 +350,135 @@ class Successors(Scene):
         self.assertIn("log.level: expected one of", self.command("upgrade", code=1))
         wait_for("its end", lambda: "the successor has ended; this process goes on" in self.proxy.log())
         self.assertTrue(alive(client) and alive(session(self.port)))
+
+
+class Predecessors(Scene):
+    """Processes that have been replaced and still serve sessions: what operators do reaches these too."""
+
+    configuration = CONFIGURATION.replace("drain: 1m", "drain: 1m, server_login: 2s")
+
+    def test_sessions_there_are_listed_ended_and_counted(self):
+        first = self.status()["pid"]
+        alice, bob = [session(self.port)], session(self.port, BOB)
+        second = self.upgrade()
+        alice.append(session(self.port))
+        third = self.upgrade()
+        alice.append(session(self.port))
+        shown = {(one["user"], one.get("predecessor")) for one in self.sessions()}
+        self.assertEqual(shown, {(ALICE, first), (BOB, first), (ALICE, second), (ALICE, None)})
+        self.assertEqual(len(self.sessions(ALICE)), 3)
+        status = self.status()
+        self.assertEqual({one["pid"]: one["sessions"] for one in status["predecessors"]}, {first: 2, second: 1})
+        self.assertEqual((status["pid"], status["sessions"]), (third, 4))
+        name_a, name_b = f"127.0.0.1:{self.a.port}", f"127.0.0.1:{self.b.port}"
+        self.assertEqual((self.servers()[name_a]["sessions"], self.servers()[name_b]["sessions"]), (3, 1))
+        self.assertIn(f"predecessor {first} ", self.command("status"))
+        self.assertIn("3 sessions ended", self.command("kick", ALICE))
+        self.assertEqual([client.line() for client in alice], [b""] * 3)
+        self.assertTrue(alive(bob))
+        wait_for("the second process's end", lambda: [one["pid"] for one in self.status()["predecessors"]] == [first])
+        self.assertIn("no session is left", self.command("drain", name_b, "--over", "1s"))
+        self.assertEqual(bob.line(), b"")
+        wait_for("the first process's end", lambda: self.status()["predecessors"] == [])
+        self.assertEqual(sorted(path.name for path in self.folder.path.glob("control*")), ["control", f"control.{third}"])
+
+    def test_a_move_covers_them(self):
+        old, waiting = session(self.port), Raw(self.port)
+        waiting.line()
+        self.upgrade()
+        new = session(self.port)
+        self.folder.write("users.txt", f"{ALICE} shard-b\n{BOB} shard-b\n")
+        self.assertIn("2 sessions ended, now at shard-b", self.command("move", ALICE, "shard-b"))
+        self.assertEqual((old.line(), new.line()), (b"", b""))
+        # A client that is still connected to the predecessor is not let in there, whatever the routes were when it was replaced.
+        self.assertRegex(waiting.command("a", LOGIN[ALICE])[-1], rb"^a NO \[UNAVAILABLE\]")
+        again = session(self.port)
+        self.assertEqual([one["backend"] for one in self.sessions(ALICE)], ["shard-b"])
+        self.assertTrue(alive(again))
+
+    def test_one_that_does_not_answer_is_reported(self):
+        first = self.status()["pid"]
+        old = session(self.port)
+        self.upgrade()
+        os.kill(first, signal.SIGSTOP)
+        problem = f"the predecessor with process id {first} could not be asked: no answer within (5|10)s"
+        self.folder.write("users.txt", f"{ALICE} shard-b\n{BOB} shard-b\n")
+        for words, code in ((("status",), 0), (("sessions",), 0), (("kick", ALICE), 1), (("move", ALICE, "shard-b"), 1),
+                            (("drain", f"127.0.0.1:{self.a.port}"), 1)):
+            self.assertRegex(self.command(*words, code=code), problem)
+        os.kill(first, signal.SIGCONT)
+        self.assertIn("now at shard-b", self.command("move", ALICE, "shard-b"))
+        self.assertEqual(old.line(), b"")
+
+    def test_one_that_is_killed_is_forgotten(self):
+        first = self.status()["pid"]
+        old = session(self.port)
+        self.upgrade()
+        os.kill(first, signal.SIGKILL)
+        self.proxy.process.child.wait(PATIENCE)
+        self.assertEqual(old.line(), b"")
+        self.assertIn("0 sessions ended", self.command("kick", ALICE))
+        self.assertFalse((self.folder.path / f"control.{first}").exists())
+
+    def test_a_drain_goes_on_there(self):
+        name = f"127.0.0.1:{self.a.port}"
+        sessions = [session(self.port) for _ in range(6)]
+        drain = Process([VESTIBULE, "drain", name, "--over", "3s", "--control", self.folder.path / "control"], self.folder.path / "drain")
+        self.addCleanup(drain.kill)
+        wait_for("the drain", lambda: "6 sessions there" in drain.text())
+        self.upgrade()
+        self.assertEqual(drain.child.wait(PATIENCE), 0, drain.text())
+        self.assertIn("no session is left", drain.text())
+        for client in sessions:
+            client.socket.setblocking(False)
+            # Ended already: nothing is waited for.
+            self.assertEqual(client.socket.recv(1), b"")
+        self.assertEqual(self.servers()[name]["mode"], "drain")
+
+    def test_a_socket_of_another_user_is_ignored(self):
+        """It would be told whose sessions end, and could keep every move from being done."""
+        self.folder.path.chmod(0o777)
+        path = self.folder.path / "control.1"
+        listen = "$s = IO::Socket::UNIX->new(Local => $ARGV[0], Listen => 5) or die; chmod(0666, $ARGV[0]); sleep"
+        stranger = Process([program("setpriv"), "--reuid", "nobody", "--clear-groups", program("perl"), "-MIO::Socket::UNIX", "-e", listen, path],
+                           self.folder.path / "stranger")
+        self.addCleanup(stranger.kill)
+        wait_for("its socket", path.exists)
+        self.assertIn("0 sessions ended", self.command("kick", ALICE))
+        self.assertIn("now at shard-a", self.command("move", ALICE, "shard-a"))
+        self.assertIn("a control socket belongs to another user and is ignored", self.proxy.log())
+
+    def test_no_upgrade_while_a_user_is_moved(self):
+        go = self.folder.path / "go"
+        mover = Process([VESTIBULE, "move", ALICE, "shard-a", "--while", f"while [ ! -e {go} ]; do sleep 0.05; done",
+                         "--control", self.folder.path / "control"], self.folder.path / "mover")
+        self.addCleanup(mover.kill)
+        wait_for("the hold", lambda: "new logins wait" in mover.text())
+        before = self.status()["pid"]
+        successor = Process([VESTIBULE, "run", "--replace", "--config", self.proxy.file], self.folder.path / "successor")
+        self.addCleanup(successor.kill)
+        self.assertNotEqual(successor.child.wait(PATIENCE), 0)
+        self.assertIn("a user is being moved: try again when that is done", successor.text())
+        self.assertEqual(self.status()["pid"], before)
+        go.touch()
+        self.assertEqual(mover.child.wait(PATIENCE), 0, mover.text())
+
+    def test_states_of_servers_are_handed_over(self):
+        name_a, name_b = f"127.0.0.1:{self.a.port}", f"127.0.0.1:{self.b.port}"
+        self.command("drain", name_a, "--reason", "new disks")
+        self.command("server", name_b, "down")
+        before = self.servers()
+        self.upgrade()
+        self.upgrade()
+        after = self.servers()
+        self.assertEqual((after[name_a]["mode"], after[name_b]["mode"]), ("drain", "down"))
+        self.assertEqual((after[name_a]["set"], after[name_b]["set"]), (before[name_a]["set"], before[name_b]["set"]))
+        client = Raw(self.port)
+        client.line()
+        self.assertRegex(client.command("a", LOGIN[ALICE])[-1], rb"^a NO \[UNAVAILABLE\]")
+        self.command("server", name_a, "as-configured")
+        self.upgrade()
+        self.assertEqual(self.servers()[name_a]["mode"], "up")
 
 
 class Start(unittest.TestCase):

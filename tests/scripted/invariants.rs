@@ -24,7 +24,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::net::{TcpListener, TcpStream};
 use tokio_util::sync::CancellationToken;
-use vestibule::server::Running;
+use vestibule::server::{Running, StateChange};
 
 use crate::support::*;
 
@@ -414,7 +414,7 @@ impl Operator {
         self.world.truth().right.get_mut(&name).unwrap().push(vec![old, new]);
         self.homes[user] = new;
         self.reload().await;
-        let moved = in_time("a move", self.proxy.move_user(&name, BACKENDS[new])).await;
+        let moved = in_time("a move", self.proxy.move_user(&name, BACKENDS[new], PATIENCE / 2)).await;
         assert_eq!(moved.unwrap_or_else(|error| panic!("{error:#}")).backend, BACKENDS[new]);
         let mut truth = self.world.truth();
         truth.right.get_mut(&name).unwrap().push(vec![new]);
@@ -437,12 +437,12 @@ impl Operator {
                 "flaps"
             }
             3 => {
-                self.calm_modes();
-                self.proxy.set_server(&name, Some("drain"), Some(dice.below(3) as f64 / 10.0)).unwrap();
+                self.calm_modes().await;
+                self.set_state(&name, "drain", Some(dice.below(3) as f64 / 10.0)).await;
                 "drains"
             }
             4..6 => {
-                self.proxy.set_server(&name, Some(["up", "up", "up", "down"][dice.below(4)]), None).unwrap();
+                self.set_state(&name, ["up", "up", "up", "down"][dice.below(4)], None).await;
                 "modes"
             }
             6 => {
@@ -462,15 +462,23 @@ impl Operator {
     }
 
     /// All servers are wanted again.
-    fn calm_modes(&self) {
+    async fn calm_modes(&self) {
         for server in &self.servers {
-            self.proxy.set_server(&server.address.to_string(), Some("up"), None).unwrap();
+            self.set_state(&server.address.to_string(), "up", None).await;
         }
+    }
+
+    async fn set_state(&self, server: &str, state: &str, over: Option<f64>) {
+        let (server, state, by) = (server.to_owned(), Some(state.to_owned()), "test".to_owned());
+        self.proxy
+            .set_server(StateChange { server, state, over, by, reason: None, is_forwarded: false })
+            .await
+            .unwrap();
     }
 
     /// And alive.
     async fn calm(&mut self) {
-        self.calm_modes();
+        self.calm_modes().await;
         for server in self.servers.iter_mut().filter(|server| server.alive.is_none()) {
             server.flap().await;
         }

@@ -16,6 +16,7 @@ mod house;
 mod invariants;
 mod limits;
 mod mechanisms;
+mod operations;
 mod proxy_protocol;
 mod registry;
 mod reload;

@@ -1,0 +1,293 @@
+//! States of servers that operators have set, over what the configuration says.
+//!
+//! An administrative state belongs to a server's name within its backend, not to a configuration: it outlives reloads, servers that
+//! leave the configuration or DNS and come back, and, written down by `server`, the process. This module keeps and validates
+//! states; it reads no file.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::SystemTime;
+
+use serde::{Deserialize, Serialize};
+
+use crate::config::Mode;
+
+/// Maximum number of servers with an administrative state, those that no configuration names included.
+pub const MAX_STATES: usize = 4096;
+/// Maximum length of a reason, in bytes.
+pub const MAX_REASON: usize = 256;
+/// Maximum length of the name of the operator, and of a server's name, in bytes.
+const MAX_NAME: usize = 320;
+
+/// An administrative state: what an operator wants of a server.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AdminState {
+    /// The state, in the configuration's words.
+    #[serde(with = "word")]
+    pub state: Mode,
+    /// The operator who set it.
+    pub by: String,
+    /// Seconds since 1970 when it was set.
+    #[serde(with = "time")]
+    pub since: u64,
+    /// The operator's reason, if one was given.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reason: Option<String>,
+}
+
+/// An administrative state together with the server it is for.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StoredState {
+    /// The server's backend.
+    pub backend: String,
+    /// The server's name.
+    pub server: String,
+    /// Its state.
+    #[serde(flatten)]
+    pub set: AdminState,
+}
+
+/// A text that cannot be part of an administrative state.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum InvalidState {
+    /// The state is not one of the configuration's words.
+    #[error("unknown state {0:?}: expected up, drain or down")]
+    Word(String),
+    /// The text is empty, too long, or has control characters.
+    #[error("{what} must have 1 to {most} bytes and no control characters")]
+    Text {
+        /// Which text.
+        what: &'static str,
+        /// Its maximum length.
+        most: usize,
+    },
+    /// [`MAX_STATES`] is reached.
+    #[error("{MAX_STATES} servers have a state set already: reset some with `vestibule server NAME as-configured`")]
+    TooMany,
+}
+
+impl AdminState {
+    /// A state that is set now.
+    ///
+    /// # Errors
+    /// `by` or `reason` is not a short line of text.
+    pub fn new(state: Mode, by: &str, reason: Option<&str>) -> Result<Self, InvalidState> {
+        let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs();
+        let new = Self { state, by: by.to_owned(), since, reason: reason.map(str::to_owned) };
+        new.validate()?;
+        Ok(new)
+    }
+
+    fn validate(&self) -> Result<(), InvalidState> {
+        text("the operator's name", &self.by, MAX_NAME)?;
+        self.reason.as_ref().map_or(Ok(()), |reason| text("a reason", reason, MAX_REASON))
+    }
+
+    /// The time when it was set, as RFC 3339 has it.
+    pub fn since(&self) -> String {
+        time::shown(self.since)
+    }
+}
+
+impl StoredState {
+    /// Checks what was read from a file or from another process.
+    ///
+    /// # Errors
+    /// A text is not a short line.
+    pub fn validate(&self) -> Result<(), InvalidState> {
+        text("a backend's name", &self.backend, MAX_NAME)?;
+        text("a server's name", &self.server, MAX_NAME)?;
+        self.set.validate()
+    }
+}
+
+fn text(what: &'static str, text: &str, most: usize) -> Result<(), InvalidState> {
+    let is_valid = !text.is_empty() && text.len() <= most && !text.chars().any(char::is_control);
+    if is_valid { Ok(()) } else { Err(InvalidState::Text { what, most }) }
+}
+
+/// The state that a word of the command line or of a file names.
+///
+/// # Errors
+/// The word is unknown.
+pub fn state(word: &str) -> Result<Mode, InvalidState> {
+    let found = [Mode::Up, Mode::Drain, Mode::Down].into_iter().find(|state| state.as_str() == word);
+    found.ok_or_else(|| InvalidState::Word(word.to_owned()))
+}
+
+/// The administrative state of one server, shared by all that know the server by its name.
+#[derive(Debug, Clone, Default)]
+pub(super) struct AdminCell(Arc<Mutex<Option<AdminState>>>);
+
+impl AdminCell {
+    /// The state that was set, without who set it.
+    pub(super) fn state(&self) -> Option<Mode> {
+        self.lock().as_ref().map(|set| set.state)
+    }
+
+    /// A copy of everything that was set.
+    pub(super) fn get(&self) -> Option<AdminState> {
+        self.lock().clone()
+    }
+
+    pub(super) fn set(&self, state: Option<AdminState>) {
+        *self.lock() = state;
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Option<AdminState>> {
+        // Nothing panics while the value is replaced.
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// The administrative states of a process, by backend and server.
+#[derive(Debug, Clone, Default)]
+pub struct AdminStates(Arc<Mutex<BTreeMap<(String, String), AdminCell>>>);
+
+impl AdminStates {
+    /// The cell of a server.
+    pub(super) fn cell(&self, backend: &str, server: &str) -> AdminCell {
+        let mut cells = self.lock();
+        if cells.len().is_power_of_two() {
+            // Drop the cells of servers that are gone and have no state.
+            cells.retain(|_, cell| Arc::strong_count(&cell.0) > 1 || cell.state().is_some());
+        }
+        cells.entry((backend.to_owned(), server.to_owned())).or_default().clone()
+    }
+
+    /// Sets or clears the state of a server, whether or not the server exists.
+    ///
+    /// # Errors
+    /// [`MAX_STATES`] servers have a state already.
+    pub fn set(&self, backend: &str, server: &str, state: Option<AdminState>) -> Result<(), InvalidState> {
+        let cell = self.cell(backend, server);
+        let is_new = state.is_some() && cell.state().is_none();
+        if is_new && self.lock().values().filter(|cell| cell.state().is_some()).count() >= MAX_STATES {
+            return Err(InvalidState::TooMany);
+        }
+        cell.set(state);
+        Ok(())
+    }
+
+    /// All states that are set, in the order of backends and servers.
+    pub fn all(&self) -> Vec<StoredState> {
+        let cells = self.lock();
+        let set = cells.iter().filter_map(|((backend, server), cell)| {
+            Some(StoredState { backend: backend.clone(), server: server.clone(), set: cell.get()? })
+        });
+        set.collect()
+    }
+
+    /// Replaces all states by `states`.
+    pub fn replace(&self, states: &[StoredState]) {
+        for cell in self.lock().values() {
+            cell.set(None);
+        }
+        for stored in states.iter().take(MAX_STATES) {
+            self.cell(&stored.backend, &stored.server).set(Some(stored.set.clone()));
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, BTreeMap<(String, String), AdminCell>> {
+        // Nothing panics halfway through a change.
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// A [`Mode`] as the configuration's word.
+mod word {
+    use serde::de::Error as _;
+    use serde::{Deserialize as _, Deserializer, Serializer};
+
+    use crate::config::Mode;
+
+    pub(super) fn serialize<S: Serializer>(state: &Mode, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_str(state.as_str())
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Mode, D::Error> {
+        super::state(&String::deserialize(deserializer)?).map_err(D::Error::custom)
+    }
+}
+
+/// Seconds since 1970 as RFC 3339 text.
+mod time {
+    use std::time::{Duration, SystemTime};
+
+    use serde::de::Error as _;
+    use serde::{Deserialize as _, Deserializer, Serializer};
+
+    /// The last second of the year 9999, beyond which RFC 3339 has no text.
+    const LAST: u64 = 253_402_300_799;
+
+    pub(super) fn shown(since: u64) -> String {
+        humantime::format_rfc3339_seconds(SystemTime::UNIX_EPOCH + Duration::from_secs(since.min(LAST))).to_string()
+    }
+
+    pub(super) fn serialize<S: Serializer>(since: &u64, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_str(&shown(*since))
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<u64, D::Error> {
+        let time = humantime::parse_rfc3339(&String::deserialize(deserializer)?).map_err(D::Error::custom)?;
+        let since = time.duration_since(SystemTime::UNIX_EPOCH).map_err(D::Error::custom)?;
+        Ok(since.as_secs())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn drained() -> AdminState {
+        AdminState { state: Mode::Drain, by: "root".into(), since: 1_800_000_000, reason: Some("new disks".into()) }
+    }
+
+    #[test]
+    fn a_state_is_shared_by_all_that_know_the_server() {
+        let states = AdminStates::default();
+        let cell = states.cell("shard-a", "h:1");
+        states.set("shard-a", "h:1", Some(drained())).unwrap();
+        assert_eq!(cell.state(), Some(Mode::Drain));
+        assert_eq!(states.cell("shard-b", "h:1").state(), None, "another backend's server is another server");
+        drop(cell);
+        (0..100).for_each(|number| drop(states.cell("shard-a", &format!("gone:{number}"))));
+        assert!(states.lock().len() < 70, "cells without a state and a server are dropped");
+        assert_eq!(states.cell("shard-a", "h:1").get(), Some(drained()), "a server that comes back has its state");
+        states.set("shard-a", "h:1", None).unwrap();
+        assert!(states.all().is_empty());
+    }
+
+    #[test]
+    fn the_number_of_states_is_bounded() {
+        let states = AdminStates::default();
+        (0..MAX_STATES).for_each(|number| states.set("b", &number.to_string(), Some(drained())).unwrap());
+        assert_eq!(states.set("b", "more", Some(drained())), Err(InvalidState::TooMany));
+        states.set("b", "0", Some(drained())).unwrap();
+        states.set("b", "0", None).unwrap();
+        states.set("b", "more", Some(drained())).unwrap();
+        assert_eq!(states.all().len(), MAX_STATES);
+    }
+
+    #[test]
+    fn states_are_written_and_read_as_json() {
+        let stored = StoredState { backend: "shard-a".into(), server: "h:1".into(), set: drained() };
+        let text = serde_json::to_string(&stored).unwrap();
+        let expected = r#"{"backend":"shard-a","server":"h:1","state":"drain","by":"root","since":"2027-01-15T08:00:00Z","reason":"new disks"}"#;
+        assert_eq!(text, expected);
+        let read: StoredState = serde_json::from_str(&text).unwrap();
+        assert_eq!(read, stored);
+        for (good, bad) in [("drain", "dry"), ("2027-01-15", "soon"), ("2027", "1869")] {
+            assert!(serde_json::from_str::<StoredState>(&text.replace(good, bad)).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn texts_that_could_not_be_shown_are_refused() {
+        for (by, reason) in [("", None), ("root", Some("")), ("root\n", None), ("root", Some("\u{1b}[2J"))] {
+            assert!(AdminState::new(Mode::Up, by, reason).is_err(), "{by:?} {reason:?}");
+        }
+        assert!(AdminState::new(Mode::Up, "root", Some(&"x".repeat(MAX_REASON + 1))).is_err());
+        assert!(AdminState::new(Mode::Up, "root", Some("Größe")).is_ok());
+    }
+}

@@ -1,0 +1,156 @@
+//! The file that keeps administrative states over restarts.
+//!
+//! One JSON document, readable by its owner alone, written beside the old file and renamed over it. A file that cannot be read does
+//! not prevent the start, because a proxy that stays down is worse than a server with its configured state: the file is moved aside,
+//! an error is logged, and `vestibule_state_file_failed` is 1.
+
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, Read as _, Write as _};
+use std::os::unix::fs::OpenOptionsExt as _;
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+use crate::backend::admin_state::{MAX_STATES, StoredState};
+
+/// Maximum size of the file: more than [`MAX_STATES`] of the longest states need.
+const MAX_FILE: u64 = 8 * 1024 * 1024;
+/// Version of the format.
+const VERSION: u32 = 1;
+
+#[derive(Debug, Serialize, Deserialize)]
+struct Document {
+    version: u32,
+    states: Vec<StoredState>,
+}
+
+/// Reads the states; none if there is no file.
+///
+/// # Errors
+/// The file cannot be read, or its content is invalid.
+pub(super) fn read(path: &Path) -> Result<Vec<StoredState>, String> {
+    let file = match File::open(path) {
+        Ok(file) => file,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(error) => return Err(error.to_string()),
+    };
+    let mut text = Vec::new();
+    file.take(MAX_FILE + 1).read_to_end(&mut text).map_err(|error| error.to_string())?;
+    if text.len() as u64 > MAX_FILE {
+        return Err(format!("the file is over {MAX_FILE} bytes"));
+    }
+    let document: Document = serde_json::from_slice(&text).map_err(|error| error.to_string())?;
+    if document.version != VERSION {
+        return Err(format!("unknown version {}: expected {VERSION}", document.version));
+    }
+    if document.states.len() > MAX_STATES {
+        return Err(format!("more than {MAX_STATES} states"));
+    }
+    document.states.iter().try_for_each(StoredState::validate).map_err(|error| error.to_string())?;
+    Ok(document.states)
+}
+
+/// Reads the states at the start. A file that cannot be read is moved aside: then the result has no states, and is false.
+pub(super) fn load(path: &Path) -> (Vec<StoredState>, bool) {
+    match read(path) {
+        Ok(states) => (states, true),
+        Err(error) => {
+            let aside = beside(path, ".damaged");
+            let moved = fs::rename(path, &aside);
+            let moved_to = moved.is_ok().then(|| tracing::field::display(aside.display()));
+            tracing::error!(
+                file = %path.display(), %error, moved_to,
+                "the state file cannot be read: servers start in their configured states"
+            );
+            (Vec::new(), false)
+        }
+    }
+}
+
+/// Replaces the file.
+///
+/// # Errors
+/// The new file cannot be written: the old one stays as it was.
+pub(super) fn save(path: &Path, states: Vec<StoredState>) -> io::Result<()> {
+    let new = beside(path, ".new");
+    // Removed, not truncated: its mode must be ours, and a link must not lead the text elsewhere.
+    match fs::remove_file(&new) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+        _ => {}
+    }
+    let mut file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&new)?;
+    let mut text = serde_json::to_vec_pretty(&Document { version: VERSION, states })?;
+    text.push(b'\n');
+    file.write_all(&text)?;
+    file.sync_all()?;
+    fs::rename(&new, path)?;
+    // The rename is on the disk once the folder is; a file system that cannot sync folders needs no more.
+    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    if let Ok(folder) = File::open(folder) {
+        let _ = folder.sync_all();
+    }
+    Ok(())
+}
+
+fn beside(path: &Path, suffix: &str) -> PathBuf {
+    let mut name = path.as_os_str().to_owned();
+    name.push(suffix);
+    name.into()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::PermissionsExt as _;
+
+    use super::*;
+    use crate::backend::admin_state::AdminState;
+    use crate::config::Mode;
+
+    fn states() -> Vec<StoredState> {
+        let set = AdminState { state: Mode::Down, by: "root".into(), since: 1, reason: None };
+        ["h:1", "h:2"].map(|server| StoredState { backend: "a".into(), server: server.into(), set: set.clone() }).into()
+    }
+
+    #[test]
+    fn saved_states_are_loaded_and_private() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("state.json");
+        assert_eq!(load(&path), (Vec::new(), true), "no file is no states");
+        // What an interrupted write left is replaced, whatever its mode.
+        fs::write(beside(&path, ".new"), "half").unwrap();
+        save(&path, states()).unwrap();
+        assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
+        assert_eq!(load(&path), (states(), true));
+        save(&path, Vec::new()).unwrap();
+        assert_eq!(load(&path), (Vec::new(), true));
+        assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1, "nothing is left beside it");
+    }
+
+    #[test]
+    fn a_damaged_file_is_moved_aside() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("state.json");
+        save(&path, states()).unwrap();
+        let good = fs::read_to_string(&path).unwrap();
+        let half = &good[..good.len() / 2];
+        let swaps = [("\"version\": 1", "\"version\": 2"), ("down", "gone"), ("root", "\\u001b[2J"), ("h:1", "")];
+        let mut texts: Vec<String> = swaps.iter().map(|(from, to)| good.replacen(from, to, 1)).collect();
+        texts.extend([half.to_owned(), String::new(), "\u{0}".repeat(9), format!("{good}more")]);
+        for text in texts {
+            fs::write(&path, &text).unwrap();
+            assert_eq!(load(&path), (Vec::new(), false), "{text}");
+            assert!(!path.exists());
+            assert_eq!(fs::read_to_string(beside(&path, ".damaged")).unwrap(), text);
+        }
+    }
+
+    #[test]
+    fn a_failed_write_keeps_the_old_file() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("state.json");
+        save(&path, states()).unwrap();
+        fs::create_dir(beside(&path, ".new")).unwrap();
+        assert!(save(&path, Vec::new()).is_err());
+        assert_eq!(load(&path), (states(), true));
+    }
+}
