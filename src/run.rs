@@ -85,24 +85,14 @@ async fn start(file: &Path, replace: bool) -> anyhow::Result<Started> {
     }
     let bound = plan.prepared.bind(sockets)?;
     let changed = plan.identity.as_ref().filter(|identity| identity.is_change());
-    let pending = match &plan.control {
+    let mut pending = match &plan.control {
         Some(path) => Some(PendingSocket::bind(path, changed.map(Identity::owner))?),
         None => None,
     };
     let mut published = None;
-    let mut pending = pending;
     if let (Some(identity), Some(path)) = (changed, &plan.control)
-        && !may_publish(identity, path)?
+        && must_publish_as_root(identity, path, predecessor.is_some())?
     {
-        let folder = path.parent().unwrap_or(path).display();
-        anyhow::ensure!(
-            predecessor.is_none(),
-            "{folder}, the folder of admin.control, must be writable by the user of run_as, who takes the socket's name"
-        );
-        tracing::warn!(
-            "{folder}, the folder of admin.control, is not writable by the user of run_as: this process cannot be upgraded"
-        );
-        // The only time that it can be done.
         published = pending.take().map(|pending| pending.publish(false, &trusted)).transpose()?;
     }
     if let Some(identity) = changed {
@@ -150,11 +140,22 @@ fn is_replacing(control: Option<&Path>, trusted: &[u32], replace: bool) -> anyho
     Ok(is_there)
 }
 
-/// Whether the user can give the control socket its name.
-fn may_publish(identity: &Identity, path: &Path) -> anyhow::Result<bool> {
+/// Whether the control socket must get its name before privileges are dropped, because the user has not the right to give it one.
+fn must_publish_as_root(identity: &Identity, path: &Path, is_replacing: bool) -> anyhow::Result<bool> {
     let folder = path.parent().filter(|folder| *folder != Path::new("")).unwrap_or(Path::new("."));
-    let may = place::may_write(folder, identity.owner().0, &identity.groups()?);
-    may.with_context(|| folder.display().to_string())
+    let shown = folder.display();
+    let may_write = place::may_write(folder, identity.owner().0, &identity.groups()?);
+    if may_write.with_context(|| shown.to_string())? {
+        return Ok(false);
+    }
+    anyhow::ensure!(
+        !is_replacing,
+        "{shown}, the folder of admin.control, must be writable by the user of run_as, who takes the socket's name"
+    );
+    tracing::warn!(
+        "{shown}, the folder of admin.control, is not writable by the user of run_as: this process cannot be upgraded"
+    );
+    Ok(true)
 }
 
 async fn serve(file: &Path, started: Started, mut signals: Signals) -> anyhow::Result<ExitCode> {
