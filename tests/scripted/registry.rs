@@ -8,10 +8,10 @@ use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use tokio::net::TcpListener;
 use vestibule::backend::Server;
-use vestibule::server::Running;
+use vestibule::server::{Running, StateChange};
 use vestibule::sessions::{Guest, Seat};
 
-use crate::support::{Client, Line, eventually, in_time, metric, proxy, start};
+use crate::support::{Client, Line, PATIENCE, eventually, in_time, metric, proxy, start};
 
 const UNAVAILABLE: &str = "a NO [UNAVAILABLE] The mailbox is temporarily unavailable, try again later.";
 const OK: &str = "a OK [CAPABILITY IMAP4rev1] in";
@@ -152,8 +152,9 @@ async fn pair(more: &str) -> (Running, Played, Played) {
     if first == one.address().to_string() { (proxy, one, other) } else { (proxy, other, one) }
 }
 
-fn set_mode(proxy: &Running, server: &Played, mode: &str) {
-    proxy.set_server(&server.address().to_string(), Some(mode), None).unwrap();
+async fn set_mode(proxy: &Running, server: &Played, mode: &str, over: Option<f64>) {
+    let (server, state, by) = (server.address().to_string(), Some(mode.to_owned()), "test".to_owned());
+    proxy.set_server(StateChange { server, state, over, by, ..StateChange::default() }).await.unwrap();
 }
 
 /// A session of alice's that does not end, whatever it is told.
@@ -181,7 +182,7 @@ async fn a_login_that_no_server_accepts_ends_no_session() {
     assert!(!other.is_asked().await, "the password was tried at one server");
     assert_alive(&mut there).await;
     // A wrong password, while the user's server gets no logins.
-    set_mode(&proxy, &first, "drain");
+    set_mode(&proxy, &first, "drain", None).await;
     let mut attack = login(&proxy).await;
     let mut server = other.login().await;
     answer(&mut server, "NO [AUTHENTICATIONFAILED] Wrong.").await;
@@ -317,7 +318,7 @@ async fn a_login_under_way_at_a_server_that_is_drained_goes_to_another() {
     let (proxy, first, other) = pair("").await;
     let mut client = login(&proxy).await;
     let mut server = first.login().await;
-    set_mode(&proxy, &first, "drain");
+    set_mode(&proxy, &first, "drain", None).await;
     server.assert_closed().await;
     let mut server = other.login().await;
     accept(&mut server).await;
@@ -358,8 +359,8 @@ async fn a_pending_exchange_ends_at_once_with_a_kick_a_move_and_a_drain_of_its_s
                 assert_eq!(ended, 1);
                 assert!(proxy.sessions().of_user("alice").is_empty());
             }
-            "drain" => set_mode(&proxy, &server, "drain"),
-            _ => drop(proxy.set_server(&server.address().to_string(), Some("drain"), Some(0.0)).unwrap()),
+            "drain" => set_mode(&proxy, &server, "drain", None).await,
+            _ => set_mode(&proxy, &server, "drain", Some(0.0)).await,
         }
         // Its next message, on its way already, must not be taken for a command.
         client.send("Yz1iaXdzLHI9\r\n").await;
@@ -368,7 +369,7 @@ async fn a_pending_exchange_ends_at_once_with_a_kick_a_move_and_a_drain_of_its_s
         client.assert_closed().await;
         there.assert_closed().await;
         assert_eq!(proxy.kick("alice").await.unwrap(), 0, "nothing is left of it");
-        set_mode(&proxy, &server, "up");
+        set_mode(&proxy, &server, "up", None).await;
     }
     proxy.stop().await;
 }
@@ -509,7 +510,7 @@ async fn a_move_reaches_a_login_that_waits_in_a_queue() {
     let mut alice = scene.login("alice").await;
     eventually("the queue", || metric(&scene.proxy, "vestibule_backend_queue_length", &[]) == 1.0).await;
     scene.table("alice b\nbob a\n").await;
-    in_time("the move", scene.proxy.move_user("alice", "b")).await.unwrap();
+    in_time("the move", scene.proxy.move_user("alice", "b", PATIENCE / 2)).await.unwrap();
     let mut there = scene.b.login().await;
     accept(&mut there).await;
     assert_eq!(alice.line().await, OK);
@@ -528,7 +529,7 @@ async fn a_login_that_waits_in_a_queue_does_not_go_to_a_server_that_was_drained_
     let there = session(&proxy, &first).await;
     let mut waiting = login(&proxy).await;
     eventually("the queue", || metric(&proxy, "vestibule_backend_queue_length", &[]) == 1.0).await;
-    set_mode(&proxy, &first, "drain");
+    set_mode(&proxy, &first, "drain", None).await;
     drop(there);
     let mut server = other.login().await;
     accept(&mut server).await;
@@ -629,7 +630,7 @@ async fn a_move_reaches_a_login_whose_lookup_is_in_flight() {
     .await;
     let mut alice = login(&proxy).await;
     in_time("the lookup", asked.notified()).await;
-    in_time("the move", proxy.move_user("alice", "b")).await.unwrap();
+    in_time("the move", proxy.move_user("alice", "b", PATIENCE / 2)).await.unwrap();
     let mut there = b.login().await;
     // The late answer names the old server, and nobody waits for it.
     let_go.send(()).unwrap();
