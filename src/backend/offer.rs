@@ -51,11 +51,7 @@ mod tests {
     use super::*;
 
     fn offer(mechanisms: &[Mechanism], extensions: u32) -> Offer {
-        Offer {
-            mechanisms: mechanisms.iter().copied().collect(),
-            extensions: Extensions::from_bits(extensions),
-            ..Offer::default()
-        }
+        Offer { mechanisms: mechanisms.iter().copied().collect(), extensions: Extensions::from_bits(extensions) }
     }
 
     #[test]

@@ -24,6 +24,7 @@ mod routes;
 mod servers;
 mod tree;
 mod users;
+mod users_file;
 mod values;
 
 use std::collections::BTreeMap;

@@ -2,8 +2,8 @@
 
 use super::Network;
 use super::check::networks;
-use super::file::{CaseWord, LogNameWord, ServerNameWord, UnicodeWord, UsersMap};
 use super::read::Reader;
+use super::users_file::{CaseWord, LogNameWord, ServerNameWord, UnicodeWord, UsersMap};
 use crate::identity::{LogName, Naming, UnicodeRule};
 
 /// The rules for names, and the networks that logins on behalf of others may come from.

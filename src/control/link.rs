@@ -137,8 +137,7 @@ async fn in_time<T>(deadline: Duration, future: impl Future<Output = io::Result<
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::backend::admin_state::{AdminState, MAX_STATES};
-    use crate::config::Mode;
+    use crate::backend::admin_state::{AdminState, MAX_STATES, state};
 
     fn links() -> (Link, Link) {
         let (one, other) = UnixStream::pair().unwrap();
@@ -154,9 +153,9 @@ mod tests {
         successor.write(&FromSuccessor::Send).await.unwrap();
         assert_eq!(predecessor.read::<FromSuccessor>(TRANSFER_DEADLINE).await.unwrap(), FromSuccessor::Send);
         let mut predecessor = predecessor.send_sockets(vec![listener.into()], own.clone()).await.unwrap();
-        let set = AdminState::new(Mode::Drain, "root", Some("new disks")).unwrap();
-        let state = StoredState { backend: "a".to_owned(), server: "h:1".to_owned(), set };
-        let go = FromPredecessor::Go { states: vec![state; MAX_STATES] };
+        let set = AdminState::new(state("drain").unwrap(), "root", Some("new disks")).unwrap();
+        let drained = StoredState { backend: "a".to_owned(), server: "h:1".to_owned(), set };
+        let go = FromPredecessor::Go { states: vec![drained; MAX_STATES] };
         let retiring = FromPredecessor::Retiring { states: Vec::new() };
         let (mut successor, sockets) = successor.receive_sockets(own).await.unwrap();
         assert_eq!(sockets[0].local_addr().unwrap(), address);
