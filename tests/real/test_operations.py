@@ -1,5 +1,6 @@
 """What an operator does to the running program: reload, kick, drain, move, upgrade; sockets from systemd; root's rights given up."""
 
+import itertools
 import json
 import os
 import signal
@@ -474,6 +475,31 @@ class Predecessors(Scene):
         self.command("server", name_a, "as-configured")
         self.upgrade()
         self.assertEqual(self.servers()[name_a]["mode"], "up")
+
+    def test_a_state_that_is_set_during_an_upgrade_is_not_lost(self):
+        """What a command has confirmed counts, whichever process confirmed it."""
+        name, done, over = f"127.0.0.1:{self.a.port}", [0], threading.Event()
+
+        def change():
+            for number in itertools.count(1):
+                if over.is_set():
+                    return
+                words = ["server", name, "drain", "--reason", str(number), "--control", self.folder.path / "control"]
+                if subprocess.run([VESTIBULE, *words], capture_output=True, timeout=PATIENCE).returncode == 0:
+                    done.append(number)
+        changing = threading.Thread(target=change)
+        changing.start()
+        try:
+            for _ in range(6):
+                before = len(done)
+                wait_for("a change", lambda: len(done) > before)
+                self.upgrade()
+                confirmed = done[-1]
+                self.assertGreaterEqual(int(self.servers()[name]["set"]["reason"]), confirmed)
+        finally:
+            over.set()
+            changing.join(PATIENCE)
+        self.assertGreaterEqual(int(self.servers()[name]["set"]["reason"]), done[-1])
 
 
 class Start(unittest.TestCase):

@@ -205,3 +205,28 @@ async fn a_move_waits_until_a_changed_route_is_there() {
     assert_eq!(moved.unwrap().backend, "b");
     scene.proxy.stop().await;
 }
+
+#[tokio::test]
+async fn a_state_is_set_before_the_retirement_or_by_the_successor() {
+    let backends = "a: {servers: ['127.0.0.1:1', '127.0.0.1:2'], check: off}";
+    let scene = Scene::new(&configuration(backends, "routes: [{default: a}]\nstate_file: state.json"), "").await;
+    scene.set("127.0.0.1:1", Some("drain")).await.unwrap();
+    let retirement = scene.proxy.before_retirement(PATIENCE).await.unwrap();
+    assert!(scene.proxy.before_retirement(Duration::ZERO).await.is_err(), "one at a time");
+    // A change that is in progress when the successor takes over waits, and is refused.
+    let mut change = Box::pin(scene.set("127.0.0.1:2", Some("down")));
+    assert!(tokio::time::timeout(Duration::from_millis(20), &mut change).await.is_err());
+    let states = retirement.retire();
+    assert_eq!(states.iter().map(|stored| &*stored.server).collect::<Vec<_>>(), ["127.0.0.1:1"]);
+    assert!(in_time("the change", change).await.unwrap_err().to_string().contains("this process has been replaced"));
+    assert_eq!(scene.proxy.states(), states);
+    // What the successor passes on is carried out, and the file is the successor's.
+    let file = scene.folder.path().join("state.json");
+    let before = std::fs::read(&file).unwrap();
+    let (server, state, by) = ("127.0.0.1:2".to_owned(), Some("down".to_owned()), "root".to_owned());
+    let change = StateChange { server, state, by, is_forwarded: true, ..StateChange::default() };
+    in_time("the change", scene.proxy.set_server(change)).await.unwrap();
+    assert_eq!(scene.states()[1], "a down by root: None");
+    assert_eq!(std::fs::read(&file).unwrap(), before);
+    scene.proxy.stop().await;
+}
