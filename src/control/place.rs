@@ -310,7 +310,10 @@ fn remove_stale_names(path: &Path) {
     for entry in entries.flatten() {
         let name = entry.file_name();
         let pid = name.as_encoded_bytes().strip_prefix(prefix.as_encoded_bytes()).and_then(pid_of_name);
-        if pid.is_some_and(|pid| !is_running(pid)) && entry.file_type().is_ok_and(|kind| kind.is_socket()) {
+        let is_socket = || entry.file_type().is_ok_and(|kind| kind.is_socket());
+        // A process of another container with the same folder has an id that is unknown here, and listens.
+        let is_refused = || connect(&entry.path()).is_err_and(|error| error.kind() == io::ErrorKind::ConnectionRefused);
+        if pid.is_some_and(|pid| !is_running(pid)) && is_socket() && is_refused() {
             let _ = fs::remove_file(entry.path());
         }
     }
@@ -403,13 +406,15 @@ mod tests {
         for name in names(dead).iter().chain(&names(running)) {
             drop(UnixListener::bind(path(name)).unwrap());
         }
+        let _elsewhere = UnixListener::bind(path("control.4194306")).unwrap();
         for other in ["control.4194305.txt", "other.4194305", "control.4194305"] {
             fs::remove_file(path(other)).unwrap_or(());
             fs::write(path(other), "").unwrap();
         }
         remove_stale_names(&path("control"));
         assert!(!path("control.4194305.new").exists() && !path("control.4194305.sockets").exists());
-        for kept in ["control.4194305.txt", "other.4194305", "control.4194305", "control.1", "control.1.new"] {
+        let others = ["control.4194305.txt", "other.4194305", "control.4194305", "control.4194306"];
+        for kept in others.into_iter().chain(["control.1", "control.1.new"]) {
             assert!(path(kept).exists(), "{kept}");
         }
     }
