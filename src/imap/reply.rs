@@ -39,6 +39,17 @@ pub fn authentication_failed(tag: &Tag, text: Option<&str>) -> Vec<u8> {
     out
 }
 
+/// What follows the tag and its space in a complete reply line.
+pub fn without_tag(reply: &[u8]) -> Option<&[u8]> {
+    let tag = reply.iter().position(|byte| *byte == b' ')?;
+    reply[tag + 1..].strip_suffix(b"\r\n").filter(|answer| !answer.contains(&b'\n'))
+}
+
+/// A reply line with this tag: the opposite of [`without_tag`].
+pub fn with_tag(tag: &Tag, answer: &[u8]) -> Vec<u8> {
+    [tag.as_str().as_bytes(), b" ", answer, b"\r\n"].concat()
+}
+
 /// A refusal, and the connection ends.
 pub fn dismissed(mut refusal: Vec<u8>) -> Vec<u8> {
     bye("Authentication failed.", &mut refusal);

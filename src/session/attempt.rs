@@ -311,6 +311,9 @@ impl Session {
                 // A client takes its turns in a relayed mechanism as slowly as it likes.
                 if counts && !self.record.last_attempt().0.is_some_and(Mechanism::is_relayed) {
                     self.live.refusals.add(&routed.name, took);
+                    if let (Some(user), Some(answer)) = (&self.routing_name, reply::without_tag(&reply)) {
+                        self.live.refusals.observe_answer(&routed.name, user, answer);
+                    }
                 }
                 self.record.refused(routed.id, answered.as_ref().map(|answered| &answered.server.name));
                 Attempted::Refused { reply, counts }
@@ -417,12 +420,18 @@ impl Session {
         refused
     }
 
-    /// Refuses the login after a sampled server latency, so that the response time does not reveal whether the user exists.
+    /// Refuses the login after a sampled server latency and in a server's words, so that neither the response time nor the
+    /// text reveals whether the user exists.
     pub(super) async fn refused_late(&mut self, tag: &Tag, began: Instant) -> Attempted {
         let user = self.routing_name.as_deref().unwrap_or_default();
         let late = self.live.refusals.draw(user, pace::random());
         time::sleep(late.saturating_sub(began.elapsed())).await;
-        Attempted::Refused { reply: reply::authentication_failed(tag, None), counts: true }
+        let user = self.routing_name.as_deref().unwrap_or_default();
+        let reply = match self.live.refusals.answer(user) {
+            Some(answer) => reply::with_tag(tag, &answer),
+            None => reply::authentication_failed(tag, None),
+        };
+        Attempted::Refused { reply, counts: true }
     }
 
     /// The route's own word, instead of a server's.

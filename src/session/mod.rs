@@ -26,6 +26,7 @@ mod placement;
 mod proxy_header_warning;
 mod record;
 mod relayed;
+mod wording;
 
 use std::io;
 use std::net::SocketAddr;

@@ -1,4 +1,4 @@
-//! How long servers take to refuse a password, so that a refusal without a server takes as long.
+//! How servers refuse a password, so that a refusal without a server takes as long and reads the same.
 //!
 //! Servers delay the answer to a wrong password, each by its own rule. An unknown user is treated like a user of one of the backends, always
 //! the same one, and refused after a duration drawn afresh for each attempt from the last ones of that backend, moved a little. So
@@ -9,12 +9,14 @@ use std::hash::{BuildHasher as _, RandomState};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use super::wording::Wording;
+
 /// How many of the last durations are remembered of each backend.
 const REMEMBERED: usize = 32;
 /// Longer ones are outages, not answers.
 const LONGEST: Duration = Duration::from_secs(30);
 
-/// The last durations of each backend, by its name. Reloads add backends, and a name is kept until the process ends.
+/// The last refusals of each backend, by its name. Reloads add backends, and a name is kept until the process ends.
 #[derive(Debug, Default)]
 pub struct Refusals {
     /// Its key is random, so that no client can foresee which backend a user is like.
@@ -26,6 +28,7 @@ pub struct Refusals {
 struct Ring {
     durations: Vec<Duration>,
     next: usize,
+    wording: Wording,
 }
 
 impl Refusals {
@@ -42,14 +45,29 @@ impl Refusals {
         ring.next = (next + 1) % REMEMBERED;
     }
 
+    /// A server of `backend` refused a password of `user` with this answer, without the tag.
+    pub(super) fn observe_answer(&self, backend: &Arc<str>, user: &str, answer: &[u8]) {
+        let user = self.hasher.hash_one(user);
+        self.lock().entry(backend.clone()).or_default().wording.observe(user, answer);
+    }
+
+    /// The answer of the backend that `user` is like, without the tag; `None` while it is not known.
+    pub(super) fn answer(&self, user: &str) -> Option<Arc<[u8]>> {
+        self.like(&self.lock(), user)?.wording.common()
+    }
+
+    /// The highest hash wins, so that a new backend takes its share of users and the others stay as they were.
+    fn like<'a>(&self, backends: &'a BTreeMap<Arc<str>, Ring>, user: &str) -> Option<&'a Ring> {
+        let like = backends.iter().max_by_key(|(backend, _)| self.hasher.hash_one((user, backend)));
+        like.map(|(_, ring)| ring)
+    }
+
     /// A duration like the last ones of the backend that `user` is like; zero if no server has refused a password yet. `random` decides
     /// which duration.
     pub(super) fn draw(&self, user: &str, random: u64) -> Duration {
         let backends = self.lock();
-        // The highest hash wins, so that a new backend takes its share of users and the others stay as they were.
-        let like = backends.iter().max_by_key(|(backend, _)| self.hasher.hash_one((user, backend)));
         // A copy: sorting is not done under the lock.
-        let mut durations = like.map(|(_, ring)| ring.durations.clone()).unwrap_or_default();
+        let mut durations = self.like(&backends, user).map(|ring| ring.durations.clone()).unwrap_or_default();
         drop(backends);
         durations.sort_unstable();
         drawn(&durations, random)

@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpStream;
 use vestibule::server::Running;
 
 use crate::support::{
@@ -153,6 +154,20 @@ async fn an_over_long_command_is_answered_before_the_end() {
     let mut client = Client::connect(proxy.listeners()[0]).await;
     client.send([b"a LOGIN alice {65536+}\r\n", &[b'x'; 65536][..], b"\r\n"].concat()).await;
     assert!(client.line().await.starts_with("a NO "), "the server was asked");
+}
+
+#[tokio::test]
+async fn a_client_that_resets_at_once_ends_alone() {
+    let (proxy, _server) = with_good_server("").await;
+    for _ in 0..20 {
+        let client = TcpStream::connect(proxy.listeners()[0]).await.unwrap();
+        socket2::SockRef::from(&client).set_linger(Some(std::time::Duration::ZERO)).unwrap();
+        drop(client);
+    }
+    let mut neighbour = Client::connect(proxy.listeners()[0]).await;
+    assert!(neighbour.ask("a LOGIN alice secret").await.starts_with("a OK"));
+    eventually("the others to be gone", || metric(&proxy, "vestibule_sessions", &[]) == 1.0).await;
+    proxy.stop().await;
 }
 
 #[tokio::test]

@@ -282,6 +282,26 @@ async fn the_delay_of_unknown_users_is_drawn_afresh_for_each_attempt() {
     assert!(late.contains(&true) && late.contains(&false), "{late:?}");
 }
 
+/// Servers word their refusals as they like; that of an unknown user must not stand out.
+#[tokio::test]
+async fn unknown_users_are_refused_in_the_words_of_a_server() {
+    let server =
+        Scripted::new("S: * OK [CAPABILITY IMAP4rev1] x\nC: *\nS: L NO Login failed: authentication failure\n...")
+            .await;
+    let proxy = proxy(&format!(
+        "backends: {{only: {{servers: ['{}']}}}}\nroutes: [{{domain: {{good.test: only}}}}]\nlimits: {{failed_logins: 100}}\n",
+        server.address
+    ))
+    .await;
+    let mut client = Client::connect(proxy.listeners()[0]).await;
+    let known = client.ask("a LOGIN alice@good.test x").await;
+    assert_eq!(client.ask("a LOGIN bob@good.test x").await, known);
+    assert_eq!(known, "a NO [AUTHENTICATIONFAILED] Login failed: authentication failure");
+    assert_eq!(client.ask("a LOGIN nobody@unknown.test x").await, known);
+    assert_eq!(client.ask("a LOGIN carol@good.test \"\"").await, known, "an empty password");
+    proxy.stop().await;
+}
+
 /// New versions of Outlook write every value of their ID as a literal, and LOGIN right after it.
 #[tokio::test]
 async fn the_id_of_new_outlook_and_its_login_in_one_write() {
