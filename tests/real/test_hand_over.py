@@ -363,6 +363,38 @@ class Failing(Scene):
         self.upgrade()
         self.assertEqual(exits(first), 0)
 
+    def test_states_of_servers_are_handed_over_twice(self):
+        """At the permission to start and at the retirement, because operators go on in between. No move begins there."""
+        first = self.start()
+        server = "127.0.0.1:1"
+        own = f"{self.control}.{first.child.pid}"
+
+        def states(message):
+            return [(stored["backend"], stored["server"], stored["state"], stored.get("reason")) for stored in message.get("states", [])]
+
+        self.assertEqual(self.command("server", server, "down", "--reason", "early").returncode, 0)
+        # A client keeps the process from ending as soon as it is replaced.
+        client = socket.create_connection(("127.0.0.1", self.port), PATIENCE)
+        self.addCleanup(client.close)
+        client.recv(100)
+        successor = Successor(self.control)
+        self.addCleanup(successor.close)
+        self.assertTrue(successor.take_sockets())
+        successor.send({"step": "ready", "version": "x"})
+        message = successor.line()
+        self.assertEqual((message["step"], states(message)), ("go", [("a", server, "down", "early")]))
+        moved = self.command("move", "alice", "a")
+        self.assertEqual((moved.returncode, moved.stderr.count("is taking over: try again")), (1, 1), moved.stderr)
+        self.assertEqual(self.command("server", server, "drain", "--reason", "late").returncode, 0)
+        successor.send({"step": "serving"})
+        message = successor.line()
+        self.assertEqual((message["step"], states(message)), ("retiring", [("a", server, "drain", "late")]))
+        # From now on the successor decides.
+        for words in (("server", server, "up"), ("drain", server), ("kick", "alice"), ("move", "alice", "a"), ("reload",), ("upgrade",)):
+            done = subprocess.run([VESTIBULE, *words, "--control", own], capture_output=True, text=True, timeout=2 * PATIENCE)
+            self.assertNotEqual(done.returncode, 0, words)
+            self.assertIn("this process has been replaced", done.stderr, words)
+
     def test_the_name_is_restored_when_anyone_removes_it(self):
         first = self.start()
         self.control.unlink()
@@ -468,10 +500,18 @@ class Predecessor(threading.Thread):
         if self.end == "after go":
             connection.sendall(b'{"step": "go"}\n')
             connection.recv(65536)
+        if self.end == "retires":
+            for message in ({"step": "go", "states": [self.state("early", "up")]},
+                            {"step": "retiring", "states": [self.state("late", "down")]}):
+                connection.sendall(json.dumps(message).encode() + b"\n")
+                connection.recv(65536)
         # As if killed.
         self.unix.close()
         self.tcp.close()
         connection.close()
+
+    def state(self, reason, state):
+        return {"backend": "a", "server": "127.0.0.1:1", "state": state, "by": "root", "since": "2026-01-01T00:00:00Z", "reason": reason}
 
     def accept(self):
         self.connection, _ = self.unix.accept()
@@ -493,6 +533,15 @@ class Dying(Scene):
                 process.child.send_signal(signal.SIGTERM)
                 self.assertEqual(exits(process), 0)
                 self.assertEqual(list(self.control.parent.iterdir()), [], "a process that stops removes its socket")
+
+    def test_states_that_were_set_during_the_hand_over_are_taken(self):
+        self.write(more="state_file: state.json")
+        process = self.replace("retires")
+        wait_for("the control socket", lambda: self.alive(process) and self.pid() == process.child.pid)
+        server = json.loads(self.command("status", "--json").stdout)["servers"][0]
+        self.assertEqual((server["mode"], server["set"]["reason"]), ("down", "late"))
+        # And they are written: the predecessor may have had no file.
+        self.assertEqual([stored["reason"] for stored in json.loads((self.folder.path / "state.json").read_text())["states"]], ["late"])
 
     def test_a_predecessor_that_does_not_keep_to_the_protocol(self):
         for end, expected in [("no sockets", "the listening sockets could not be received"), ("refuses", "not now"),
