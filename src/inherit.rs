@@ -26,7 +26,11 @@ pub fn of_systemd() -> Vec<TcpListener> {
     let mut sockets = Vec::new();
     for index in 0..given.len() {
         match given.take_tcp_listener(index) {
-            Ok(Some(socket)) => sockets.push(socket),
+            Ok(Some(socket)) => {
+                // A process that gave way to its successor may have left a filter that drops new connections.
+                let _ = socket2::SockRef::from(&socket).detach_filter();
+                sockets.push(socket);
+            }
             Ok(None) => {}
             Err(error) => tracing::warn!(index, %error, "systemd gave a descriptor that is no listening TCP socket"),
         }

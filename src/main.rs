@@ -12,6 +12,7 @@ use std::process::ExitCode;
 use anyhow::Context as _;
 use vestibule::cli::{self, Command};
 use vestibule::config::{self, Report};
+use vestibule::control::client::NotPermitted;
 use vestibule::control::place::PlaceError;
 use vestibule::control::upgrade::{self, REPORT_ON_STDIN, REPORT_VARIABLE};
 use vestibule::identity::UserName;
@@ -39,6 +40,7 @@ fn main() -> ExitCode {
             ExitCode::from(match error.downcast_ref::<PlaceError>() {
                 _ if is_config => EX_CONFIG,
                 Some(place) if place.is_permission() => EX_NOPERM,
+                _ if error.downcast_ref::<NotPermitted>().is_some() => EX_NOPERM,
                 _ => EX_SOFTWARE,
             })
         }

@@ -12,7 +12,7 @@ use sd_notify::NotifyState;
 use tokio::sync::mpsc;
 use tokio::task::spawn_blocking;
 use vestibule::config;
-use vestibule::control::place::{self, Occupant, PendingSocket, PublishedSocket};
+use vestibule::control::place::{self, Occupant, PendingSocket};
 use vestibule::control::predecessor::Predecessor;
 use vestibule::control::{Control, Retire, Succession};
 use vestibule::metrics::Metrics;
@@ -42,7 +42,7 @@ pub(crate) async fn run(file: &Path, replace: bool) -> anyhow::Result<ExitCode> 
 
 struct Started {
     running: Arc<Running>,
-    control: Option<PublishedSocket>,
+    control: Option<Control>,
 }
 
 /// What is known of the process before anything is bound.
@@ -113,13 +113,15 @@ async fn start(file: &Path, replace: bool) -> anyhow::Result<Started> {
         predecessor.as_ref().map_or(Ok(()), Predecessor::check_time)?;
         published = Some(pending.publish(predecessor.is_some(), &trusted)?);
     }
+    // Before the predecessor retires: what can fail must fail while it still serves.
+    let control = published.map(Control::new).transpose().context("the control socket cannot be used")?;
     // Once more, because an operator may have changed states in the meantime. Commands are answered only after that.
     if let Some(predecessor) = predecessor
         && let Some(states) = predecessor.serving(unused).await?
     {
         running.adopt_states(&states).await;
     }
-    Ok(Started { running, control: published })
+    Ok(Started { running, control })
 }
 
 /// Whether there is a process whose place is to be taken.
@@ -163,7 +165,6 @@ async fn serve(file: &Path, started: Started, mut signals: Signals) -> anyhow::R
     notify(&running, NotifyState::Ready);
     let succession = Succession::default();
     let (retire, mut retirements) = mpsc::channel(1);
-    let control = control.map(Control::new).transpose().context("the control socket cannot be used")?;
     let commands = control.as_ref().map(Control::connections).unwrap_or_default();
     if let Some(control) = control {
         tokio::spawn(control.run(running.clone(), file.to_owned(), succession.clone(), retire.clone()));

@@ -1,7 +1,8 @@
 //! The other end of the control socket: a command to the running process, and its answer. Called by `operate`.
 
 use std::fmt::Write as _;
-use std::path::Path;
+use std::io;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context as _, bail};
@@ -48,6 +49,11 @@ impl Scope {
     }
 }
 
+/// The control socket belongs to another user.
+#[derive(Debug, thiserror::Error)]
+#[error("{} may be opened by the user that the process runs as, and by root, only", .0.display())]
+pub struct NotPermitted(PathBuf);
+
 /// Asks the process at `path`.
 ///
 /// # Errors
@@ -64,6 +70,11 @@ pub async fn begin(path: &Path, command: &Command) -> anyhow::Result<Reply> {
     let shown = path.display();
     let connected = timeout(CONNECT_DEADLINE, Line::connect(path)).await;
     let connected = connected.unwrap_or_else(|_| bail!("its queue of connections is full"));
+    if let Err(error) = &connected
+        && error.downcast_ref::<io::Error>().is_some_and(|error| error.kind() == io::ErrorKind::PermissionDenied)
+    {
+        return Err(NotPermitted(path.to_owned()).into());
+    }
     let mut line = connected.with_context(|| {
         format!("no running process answers at {shown} (admin.control of its configuration, --control of this command)")
     })?;

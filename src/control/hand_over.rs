@@ -82,6 +82,11 @@ async fn hand_over(upgrade: OnUpgrade, lease: &Lease, desk: &Desk) -> Result<(),
         Ok(other) => return Err(Failed { error: unexpected(&other), link: Some(link) }),
         Err(error) => return Err(Failed { error, link: Some(link) }),
     }
+    // The successor gets copies of the listening sockets: a reload would change which they are.
+    let Some(_no_reloads) = desk.running.block_reloads() else {
+        let error = io::Error::other("a configuration is being loaded: try again when that is done");
+        return Err(Failed { error, link: Some(link) });
+    };
     let sockets = desk.running.sockets()?;
     let mut link = link.send_sockets(sockets, desk.trusted.clone()).await?;
     finish(&mut link, lease, desk).await.map_err(|error| Failed { error, link: Some(link) })

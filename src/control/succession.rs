@@ -70,15 +70,15 @@ impl Stage {
     }
 
     /// The successor that was granted the sockets has failed. A child is still there, and is waited for as before.
-    fn revoke(&self) -> Self {
+    fn revoke(&self, successor: u32) -> Self {
         match self {
-            Self::HandingOver { pid, started: true } => Self::Starting { pid: Some(*pid) },
-            Self::HandingOver { started: false, .. } => Self::Idle,
+            Self::HandingOver { pid, started: true } if *pid == successor => Self::Starting { pid: Some(*pid) },
+            Self::HandingOver { pid, started: false } if *pid == successor => Self::Idle,
             other => other.clone(),
         }
     }
 
-    /// The child of this process has ended, or was never started.
+    /// The child of this process has ended, or was never started. There is one child at a time.
     fn abandon(&self) -> Self {
         match self {
             Self::Starting { .. } | Self::HandingOver { started: true, .. } => Self::Idle,
@@ -86,9 +86,11 @@ impl Stage {
         }
     }
 
-    fn retire(&self, version: &str) -> Result<Self, Refusal> {
+    fn retire(&self, successor: u32, version: &str) -> Result<Self, Refusal> {
         match self {
-            Self::HandingOver { pid, .. } => Ok(Self::Retired { pid: *pid, version: version.to_owned() }),
+            Self::HandingOver { pid, .. } if *pid == successor => {
+                Ok(Self::Retired { pid: *pid, version: version.to_owned() })
+            }
             other => Err(other.refusal()),
         }
     }
@@ -253,13 +255,13 @@ impl Lease {
 
     /// The successor serves.
     pub(super) fn complete(&self, version: &str) -> Result<(), Refusal> {
-        self.succession.change(|stage| stage.retire(version))
+        self.succession.change(|stage| stage.retire(self.pid, version))
     }
 }
 
 impl Drop for Lease {
     fn drop(&mut self) {
-        self.succession.stage.send_modify(|stage| *stage = stage.revoke());
+        self.succession.stage.send_modify(|stage| *stage = stage.revoke(self.pid));
     }
 }
 
@@ -297,6 +299,21 @@ mod tests {
         assert_eq!(succession.grant(8).unwrap_err(), Refusal::Busy(7));
         drop(start);
         assert!(succession.grant(8).is_ok());
+    }
+
+    #[test]
+    fn the_lease_of_a_child_that_was_given_up_ends_no_other_hand_over() {
+        let succession = Succession::default();
+        let start = succession.start().unwrap();
+        start.started(7);
+        let old = succession.grant(7).unwrap();
+        // The child could not be ended, and its connection is still open.
+        drop(start);
+        let new = succession.grant(8).unwrap();
+        assert_eq!(old.complete("1.0").unwrap_err(), Refusal::Busy(8));
+        drop(old);
+        assert_eq!(succession.grant(9).unwrap_err(), Refusal::Busy(8));
+        new.complete("1.1").unwrap();
     }
 
     #[test]

@@ -48,7 +48,7 @@ const LISTENERS_DEADLINE: Duration = Duration::from_secs(2);
 pub struct Running {
     now: Mutex<Now>,
     /// One configuration after the other.
-    reloading: tokio::sync::Mutex<()>,
+    reloading: Arc<tokio::sync::Mutex<()>>,
     /// Held while administrative states are changed and saved.
     changing_states: tokio::sync::Mutex<()>,
     /// Whether a successor has taken over.
@@ -69,6 +69,8 @@ struct Now {
     /// Ends what was started for this configuration.
     stop: CancellationToken,
     admin: Option<Endpoint>,
+    /// Whether the listeners were closed for good: the process stops, or was replaced.
+    is_closed: bool,
 }
 
 /// Where metrics are.
@@ -182,8 +184,14 @@ impl Bound {
         let stop = stop_background.child_token();
         let running = Running {
             sessions: live.sessions.clone(),
-            now: Mutex::new(Now { live: live.clone(), doors: Doors::default(), stop: stop.clone(), admin: None }),
-            reloading: tokio::sync::Mutex::default(),
+            now: Mutex::new(Now {
+                live: live.clone(),
+                doors: Doors::default(),
+                stop: stop.clone(),
+                admin: None,
+                is_closed: false,
+            }),
+            reloading: Arc::default(),
             changing_states: tokio::sync::Mutex::default(),
             retired: AtomicBool::new(false),
             workplaces,
@@ -320,6 +328,11 @@ impl Running {
         result
     }
 
+    /// Keeps configurations from being loaded until the guard is dropped. `None`: one is being loaded.
+    pub(crate) fn block_reloads(&self) -> Option<tokio::sync::OwnedMutexGuard<()>> {
+        self.reloading.clone().try_lock_owned().ok()
+    }
+
     async fn replace(&self, file: &Path) -> anyhow::Result<Reloaded> {
         let before = self.lock().live.clone();
         let (file, previous) = (file.to_owned(), before.clone());
@@ -327,6 +340,8 @@ impl Running {
         let built = tokio::task::spawn_blocking(move || Live::build(config::load(&file)?, Some(&previous)));
         let live = Arc::new(built.await.context("the configuration could not be built")??);
         let mut now = self.lock();
+        // A stop may have begun while the configuration was built. Its listeners must not be opened again.
+        anyhow::ensure!(!now.is_closed, "this process is stopping, or was replaced");
         let moved = now.admin.as_ref().map(|admin| admin.configured) != live.config.admin;
         let endpoint: Vec<&OwnedFd> = now.admin.iter().map(|admin| &admin.copy).collect();
         let opening = now.doors.bind(&live.config, &mut Vec::new(), &endpoint)?;
@@ -467,7 +482,11 @@ impl Running {
     async fn wind_up(&self, hurry: impl Future<Output = ()>, manner: Manner, replaced: &[SocketAddr]) -> usize {
         let grace = self.grace();
         self.metrics().draining();
-        self.lock().doors.close(replaced);
+        {
+            let mut now = self.lock();
+            now.is_closed = true;
+            now.doors.close(replaced);
+        }
         // They accept what waits in their sockets, and those sessions are waited for too.
         self.listeners.close();
         if tokio::time::timeout(LISTENERS_DEADLINE, self.listeners.wait()).await.is_err() {
