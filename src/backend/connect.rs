@@ -19,7 +19,7 @@ use super::reach::{encrypt, reach};
 use super::{Backend, Server};
 use crate::config::{ClientInfo, Limits, TlsMode};
 use crate::deadline::Deadline;
-use crate::failure::Reason;
+use crate::failure::{Reason, Side};
 use crate::identity::{Mechanism, ServerLogin};
 use crate::imap::backend_login::{Attempt, BackendLogin, Offer, Referral, Rules, ServerFault, ServerStep, Unavailable};
 use crate::imap::client_id::ClientId;
@@ -167,6 +167,12 @@ impl Fault {
     /// Whether it is for something that this machine lacks, so that it says nothing about the server.
     pub(super) fn is_local(&self) -> bool {
         matches!(self.reason, Reason::LocalPorts | Reason::System)
+    }
+
+    /// Whether the fault is counted when the server is tried; the record of the login counts all others.
+    pub fn is_counted_at_server(&self) -> bool {
+        let is_of_all_servers = matches!(self.reason, Reason::NoServer | Reason::ServersFull);
+        self.reason.side() == Side::Backend && !is_of_all_servers || self.is_local()
     }
 
     /// A server that cannot be reached, or with which there is no TLS: nothing of the client's was sent.

@@ -326,8 +326,12 @@ impl Session {
             (Outcome::Unavailable(fault), _) => {
                 let is_limit = fault.reason == Reason::UserLimit;
                 let outcome = if is_limit { LoginOutcome::Limited } else { LoginOutcome::Unavailable };
+                if fault.is_counted_at_server() {
+                    self.record.attempt_ended(fault.reason, outcome, Some(routed.id));
+                } else {
+                    self.record.attempt_failed(fault.reason, outcome, Some(routed.id));
+                }
                 self.record.detail(fault.detail);
-                self.record.attempt_failed(fault.reason, outcome, Some(routed.id));
                 match fault.reply {
                     Some(reply) => Attempted::Refused { reply, counts: false },
                     None => Attempted::Unavailable,

@@ -12,7 +12,7 @@ use tokio::time::{self, timeout_at};
 
 use crate::backend::connect::{self, Fault, Outcome, Paused, Request};
 use crate::backend::{Backend, Server, Slot, Stop, Tour};
-use crate::failure::{Reason, Side};
+use crate::failure::Reason;
 use crate::generations::Generation;
 use crate::imap::sasl;
 use crate::route::Place;
@@ -194,10 +194,9 @@ impl<'a> Placing<'a, '_> {
         Ok((outcome, Some(at)))
     }
 
-    /// Counts a fault of a server. The record of the attempt counts all others.
+    /// Counts a fault that belongs to the server that was tried.
     fn count(&self, fault: &Fault) {
-        let is_recorded = matches!(fault.reason, Reason::NoServer | Reason::ServersFull);
-        if fault.reason.side() == Side::Backend && !is_recorded {
+        if fault.is_counted_at_server() {
             self.live.metrics.failure(fault.reason);
         }
     }

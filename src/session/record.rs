@@ -223,11 +223,12 @@ impl Record {
 
     /// The attempt ended without an answer of a server.
     pub(super) fn attempt_failed(&mut self, reason: Reason, outcome: LoginOutcome, backend: Option<BackendId>) {
-        // A failure of a server was counted when that server was tried.
-        let of_a_try = reason.side() == Side::Backend || matches!(reason, Reason::LocalPorts | Reason::System);
-        if !of_a_try || matches!(reason, Reason::NoServer | Reason::ServersFull) {
-            self.settings.metrics.failure(reason);
-        }
+        self.settings.metrics.failure(reason);
+        self.attempt_ended(reason, outcome, backend);
+    }
+
+    /// The attempt ended for a reason that was counted already.
+    pub(super) fn attempt_ended(&mut self, reason: Reason, outcome: LoginOutcome, backend: Option<BackendId>) {
         self.failure = Some(reason);
         self.answered(outcome, backend);
     }

@@ -1,0 +1,51 @@
+//! Single login attempts: what is counted, what is held while the client waits for a refusal, and what a server receives.
+
+use std::time::{Duration, Instant};
+
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD;
+use futures_util::FutureExt as _;
+use tokio::net::TcpListener;
+use vestibule::server::Running;
+use vestibule::sessions::Why;
+
+use crate::registry::{OK, Played, SCRAM, UNAVAILABLE, accept, answer, assert_alive, login, pair, set_mode, stuck};
+use crate::routes::{Service, json};
+use crate::support::*;
+
+fn failures(proxy: &Running, reason: &str) -> f64 {
+    metric(proxy, "vestibule_failures_total", &[&format!("reason=\"{reason}\"")])
+}
+
+fn outcomes(proxy: &Running, outcome: &str) -> f64 {
+    metric(proxy, "vestibule_logins_total", &[&format!("outcome=\"{outcome}\"")])
+}
+
+fn plain(mailbox: &str, user: &str, password: &str) -> String {
+    format!("a AUTHENTICATE PLAIN {}", STANDARD.encode(format!("{mailbox}\0{user}\0{password}")))
+}
+
+#[tokio::test]
+async fn failures_before_a_server_is_connected_are_counted_once() {
+    // 192.0.2.1 is not an address of this machine.
+    let local = proxy(
+        "backends: {only: {servers: ['127.0.0.1:1'], source_addresses: [192.0.2.1]}}\nroutes: [{default: only}]\n",
+    )
+    .await;
+    assert_eq!(Client::connect(local.listeners()[0]).await.ask("a LOGIN alice secret").await, UNAVAILABLE);
+    assert_eq!((failures(&local, "local_ports"), outcomes(&local, "unavailable")), (1.0, 1.0));
+    // The route needs a password, which SCRAM does not carry.
+    let text = format!(
+        "{SCRAM}backends: {{only: {{servers: ['127.0.0.1:1']}}}}\n\
+         routes: [{{http: {{url: 'http://127.0.0.1:1/', style: nginx-auth-http}}}}]\n"
+    );
+    let scram = start(&text).await;
+    let first = STANDARD.encode("n,,n=alice,r=nonce");
+    let mut client = Client::connect(scram.listeners()[0]).await;
+    assert_eq!(client.ask(&format!("a AUTHENTICATE SCRAM-SHA-256 {first}")).await, UNAVAILABLE);
+    assert_eq!((failures(&scram, "mechanism_unsupported"), outcomes(&scram, "unavailable")), (1.0, 1.0));
+    // A fault of a server is counted at that server, and not again for the login.
+    let refused = proxy("backends: {only: {servers: ['127.0.0.1:1']}}\nroutes: [{default: only}]\n").await;
+    assert_eq!(Client::connect(refused.listeners()[0]).await.ask("a LOGIN alice secret").await, UNAVAILABLE);
+    assert_eq!((failures(&refused, "connect"), outcomes(&refused, "unavailable")), (1.0, 1.0));
+}
