@@ -11,7 +11,7 @@ use tokio::time::{self, timeout_at};
 use zeroize::Zeroizing;
 
 use super::defence::counted_users;
-use super::placement::{Placed, Placing};
+use super::placement::{Carried, Placed, Placing};
 use super::record::{bounded, reason};
 use super::{Session, close, pace};
 use crate::backend::connect::{Established, Outcome, Purpose, Request};
@@ -27,7 +27,7 @@ use crate::imap::prelogin::{Bye, LoginRequest, Prelogin, Step};
 use crate::imap::tag::Tag;
 use crate::imap::{reply, sasl};
 use crate::metrics::LoginOutcome;
-use crate::route::{Place, Question, RouteError, Routed, Target, Visitor, VisitorTls};
+use crate::route::{Login, Place, Question, RouteError, Routed, Target, Visitor, VisitorTls};
 use crate::server::Live;
 use crate::sessions::{Guest, NoSeat, Seat, Why};
 use crate::stream::Stream;
@@ -264,7 +264,13 @@ impl Session {
         };
         let (mailbox, Registered { seat, since }) = (place.mailbox(&names.routing), registered);
         let desk = self.desk.clone();
-        let placing = Placing { live: &live, desk, seat: &seat, since, mailbox, request: &request };
+        let carries = Carried {
+            routed: backend.id,
+            authzid: login.credentials.authzid.is_some(),
+            own_login: has_own_login(&login.credentials, place),
+            empty_password: login.credentials.has_empty_password(),
+        };
+        let placing = Placing { live: &live, desk, seat: &seat, since, mailbox, request: &request, carries };
         let (mut outcome, mut placed) = match placing.log_in_somewhere(place).await {
             Ok(answered) => answered,
             Err(again) => return Some(Err(again)),
@@ -502,6 +508,19 @@ fn renamed(credentials: &Credentials, place: &Place, names: &Names) -> Option<Se
     if there == &credentials.user { None } else { sasl::renamed(credentials.mechanism, message, there) }
 }
 
+/// The credentials that the route hands out for this login. They would open the mailbox to any password if nothing had
+/// verified the client's. A verified client is verified under its own name: whether it may act for another user is the
+/// server's decision.
+fn handed_out<'a>(credentials: &Credentials, place: &'a Place) -> Option<&'a Login> {
+    let is_verified = place.identity.is_confirmed() || matches!(credentials.proof, Proof::Certificate);
+    place.login.as_ref().filter(|_| is_verified && credentials.authzid.is_none())
+}
+
+/// Whether [`server_login`] uses another password than the client's.
+fn has_own_login(credentials: &Credentials, place: &Place) -> bool {
+    matches!(credentials.proof, Proof::Certificate) || handed_out(credentials, place).is_some()
+}
+
 /// What the server is logged in with. `None`: there is nothing that would show it who it is.
 fn server_login<'a>(
     credentials: &'a Credentials,
@@ -518,10 +537,7 @@ fn server_login<'a>(
             password,
         })
     };
-    // Credentials that a route hands out would open the mailbox to any password if nothing had verified the client's. A
-    // verified client is verified under its own name: whether it may act for another is the server's decision.
-    let is_verified = place.identity.is_confirmed() || matches!(credentials.proof, Proof::Certificate);
-    if let Some(login) = place.login.as_ref().filter(|_| is_verified && credentials.authzid.is_none()) {
+    if let Some(login) = handed_out(credentials, place) {
         return Some(on_behalf(login.master.as_ref(), &login.password));
     }
     match &credentials.proof {

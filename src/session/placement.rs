@@ -12,6 +12,7 @@ use tokio::time::{self, timeout_at};
 
 use crate::backend::connect::{self, Fault, Outcome, Paused, Request};
 use crate::backend::{Backend, Server, Slot, Stop, Tour};
+use crate::config::BackendId;
 use crate::failure::Reason;
 use crate::generations::Generation;
 use crate::imap::sasl;
@@ -33,6 +34,28 @@ pub(super) struct Placing<'a, 's> {
     /// The name of the user's mailbox.
     pub(super) mailbox: Arc<str>,
     pub(super) request: &'a Request<'a>,
+    pub(super) carries: Carried,
+}
+
+/// What the request holds that not every backend may be sent.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Carried {
+    /// The backend that the route named.
+    pub(super) routed: BackendId,
+    /// The client asked for another user's mailbox.
+    pub(super) authzid: bool,
+    /// A password that the route or the backend's configuration holds, in place of the client's credentials.
+    pub(super) own_login: bool,
+    pub(super) empty_password: bool,
+}
+
+impl Carried {
+    fn may_be_sent_to(&self, backend: &Backend) -> bool {
+        backend.id == self.routed
+            || !self.own_login
+                && (!self.authzid || backend.allows_authzid)
+                && (!self.empty_password || backend.allows_empty_passwords())
+    }
 }
 
 /// The server that answered, and the login's place there.
@@ -170,6 +193,10 @@ impl<'a> Placing<'a, '_> {
                 None => Fault::referral(format!("{} refers to {place}, which is no declared server", at.server.name)),
                 Some((_, next)) if visited.contains(&next.name) || visited.len() > MAX_REFERRALS => {
                     Fault::referral(format!("referrals go in a circle: {} refers to {place}", at.server.name))
+                }
+                Some((backend, _)) if !self.carries.may_be_sent_to(backend) => {
+                    let (from, name) = (&at.server.name, &backend.name);
+                    Fault::referral(format!("{from} refers to {place} of backend {name}, which does not allow this login"))
                 }
                 Some((backend, next)) => match self.tour(backend, vec![next]).next(deadline).await {
                     Stop::At(server, slot) => {

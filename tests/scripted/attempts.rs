@@ -49,3 +49,55 @@ async fn failures_before_a_server_is_connected_are_counted_once() {
     assert_eq!(Client::connect(refused.listeners()[0]).await.ask("a LOGIN alice secret").await, UNAVAILABLE);
     assert_eq!((failures(&refused, "connect"), outcomes(&refused, "unavailable")), (1.0, 1.0));
 }
+
+/// The first backend may be sent logins that the second may not.
+#[tokio::test]
+async fn a_referral_takes_no_login_to_a_backend_that_does_not_allow_it() {
+    let (front, other) = (Played::new().await, Played::new().await);
+    let service = Service::new(|request| match request.contains("confirmed") {
+        true => json("{\"backend\": \"front\", \"password\": \"handed out\"}"),
+        false => json("{\"backend\": \"front\"}"),
+    })
+    .await;
+    let route = format!("{{http: {{url: 'http://{}/', password: true, cache: off}}}}", service.address);
+    let with = |allowed: &str| {
+        format!(
+            "backends:\n  front: {{servers: ['{}'], authzid: allow, empty_password: allow}}\n\
+             \x20 other: {{servers: ['{}']{allowed}}}\nroutes: [{route}]\n",
+            front.address(),
+            other.address()
+        )
+    };
+    let refer = async |proxy: &Running, command: &str| {
+        let mut client = Client::connect(proxy.listeners()[0]).await;
+        client.send(format!("{command}\r\n")).await;
+        let mut server = Line::new(front.accept().await);
+        server.send("* OK [CAPABILITY IMAP4rev1 SASL-IR AUTH=PLAIN] x\r\n").await;
+        let sent = server.line().await;
+        assert!(sent.starts_with("L LOGIN") || sent.starts_with("L AUTHENTICATE"), "{sent}");
+        answer(&mut server, &format!("NO [REFERRAL imap://alice@{}/] there", other.address())).await;
+        client
+    };
+    let strict = proxy(&with("")).await;
+    let commands = [plain("bob", "alice", "secret"), "a LOGIN alice \"\"".to_owned(), "a LOGIN alice confirmed".to_owned()];
+    for (refused, command) in commands.iter().enumerate() {
+        let mut client = refer(&strict, command).await;
+        assert_eq!(client.line().await, UNAVAILABLE, "{command}");
+        assert!(!other.is_asked().await, "{command}");
+        assert_eq!(failures(&strict, "referral"), refused as f64 + 1.0);
+    }
+    let lenient = proxy(&with(", authzid: allow, empty_password: allow")).await;
+    for (command, is_sent) in commands.iter().zip([true, true, false]) {
+        let mut client = refer(&lenient, command).await;
+        if is_sent {
+            let mut server = Line::new(other.accept().await);
+            server.send("* OK [CAPABILITY IMAP4rev1 SASL-IR AUTH=PLAIN] x\r\n").await;
+            server.line().await;
+            accept(&mut server).await;
+            assert_eq!(client.line().await, OK, "{command}");
+        } else {
+            assert_eq!(client.line().await, UNAVAILABLE, "{command}");
+            assert!(!other.is_asked().await, "a password that a route hands out is for the route's backend");
+        }
+    }
+}
