@@ -12,23 +12,20 @@ use zeroize::Zeroizing;
 
 use super::defence::counted_users;
 use super::placement::{Carried, Placed, Placing};
-use super::record::{bounded, reason};
-use super::{Session, close, pace};
+use super::record::reason;
+use super::server_credentials::{has_own_login, has_separator, renamed, server_login, split_master};
+use super::{Session, close};
 use crate::backend::connect::{Established, Outcome, Purpose, Request};
 use crate::backend::{Backend, Server, Slot};
-use crate::config::BackendId;
 use crate::deadline::Deadline;
 use crate::failure::Reason;
 use crate::generations::Generation;
-use crate::identity::{
-    Credentials, Mechanism, Names, PasswordLogin, Proof, Secret, ServerLogin, UserName, authorise_certificate,
-};
+use crate::identity::{Mechanism, Names, authorise_certificate};
 use crate::imap::prelogin::{Bye, LoginRequest, Prelogin, Step};
+use crate::imap::reply;
 use crate::imap::tag::Tag;
-use crate::imap::{reply, sasl};
 use crate::metrics::LoginOutcome;
-use crate::route::{Login, Place, Question, RouteError, Routed, Target, Visitor, VisitorTls};
-use crate::server::Live;
+use crate::route::{Question, RouteError, Routed, Target, Visitor, VisitorTls};
 use crate::sessions::{Guest, NoSeat, Seat, Why};
 use crate::stream::Stream;
 
@@ -408,153 +405,5 @@ impl Session {
             })
         });
         Question { user: names.routing.clone(), visitor }
-    }
-
-    async fn no_such_user(&mut self, tag: &Tag, reason: Reason, began: Instant) -> Attempted {
-        let refused = self.refused_late(tag, began).await;
-        // After the wait, which may end with the attempt: it is counted once.
-        self.record.attempt_failed(reason, LoginOutcome::UnknownUser, None);
-        refused
-    }
-
-    /// The client may not open the mailbox it asked for.
-    fn not_authorised(&mut self, tag: &Tag) -> Attempted {
-        self.record.attempt_failed(Reason::AuthzidRefused, LoginOutcome::Refused, None);
-        Attempted::Refused { reply: reply::authorization_failed(tag), counts: true }
-    }
-
-    /// Refuses a login with an empty password without asking a server, as late as if one had been asked.
-    async fn empty_password(&mut self, tag: &Tag, backend: Option<BackendId>, began: Instant) -> Attempted {
-        let refused = self.refused_late(tag, began).await;
-        self.record.attempt_failed(Reason::EmptyPassword, LoginOutcome::Refused, backend);
-        refused
-    }
-
-    /// Refuses the login after a sampled server latency and in a server's words, so that neither the response time nor the
-    /// text reveals whether the user exists.
-    pub(super) async fn refused_late(&mut self, tag: &Tag, began: Instant) -> Attempted {
-        let user = self.routing_name.as_deref().unwrap_or_default();
-        let late = self.live.refusals.draw(user, pace::random());
-        time::sleep(late.saturating_sub(began.elapsed())).await;
-        let user = self.routing_name.as_deref().unwrap_or_default();
-        let reply = match self.live.refusals.answer(user) {
-            Some(answer) => reply::with_tag(tag, &answer),
-            None => reply::authentication_failed(tag, None),
-        };
-        Attempted::Refused { reply, counts: true }
-    }
-
-    /// The route's own word, instead of a server's.
-    async fn verdict(&mut self, tag: &Tag, target: &Target) -> Attempted {
-        match target {
-            Target::Refuse(text) => {
-                self.record.attempt_failed(Reason::RouteRefused, LoginOutcome::Refused, None);
-                Attempted::Refused { reply: reply::contact_admin(tag, text), counts: false }
-            }
-            Target::Denied(denied) => {
-                time::sleep(denied.wait).await;
-                self.record.denied();
-                let reply = reply::authentication_failed(tag, denied.text.as_deref());
-                match denied.closes {
-                    true => Attempted::Dismissed { reply: reply::dismissed(reply) },
-                    false => Attempted::Refused { reply, counts: true },
-                }
-            }
-            Target::Maintenance(text) => {
-                self.record.attempt_failed(Reason::RouteMaintenance, LoginOutcome::Unavailable, None);
-                Attempted::Refused { reply: reply::maintenance(tag, text), counts: false }
-            }
-            Target::PasswordNeeded => {
-                self.record
-                    .detail("the route decides by the client's password, and this mechanism carries none".to_owned());
-                self.record.attempt_failed(Reason::MechanismUnsupported, LoginOutcome::Unavailable, None);
-                Attempted::Unavailable
-            }
-            Target::Place(_) => Attempted::Unavailable,
-        }
-    }
-
-    fn lookup_failed(&mut self, error: &str) -> Attempted {
-        let error = bounded(error.to_owned());
-        tracing::warn!(session = self.record.session().as_str(), %error, "route lookup failed");
-        self.record.detail(error);
-        self.record.attempt_failed(Reason::LookupFailed, LoginOutcome::Unavailable, None);
-        Attempted::Unavailable
-    }
-}
-
-/// `alice*admin` asks for alice's mailbox with admin's password, as PLAIN can say too.
-fn split_master(live: &Live, credentials: &mut Credentials) {
-    if credentials.authzid.is_none()
-        && matches!(credentials.proof, Proof::Password(_))
-        && let Some((mailbox, master)) = live.config.naming.split_master(&credentials.user)
-    {
-        credentials.authzid = Some(mailbox);
-        credentials.user = master;
-    }
-}
-
-/// Whether a name has a separator although it was, or cannot be, taken apart: a server that takes it apart could open another mailbox
-/// than the one that is routed by, or check another master user's password than the one that is counted for.
-fn has_separator(live: &Live, credentials: &Credentials) -> bool {
-    let mut names = std::iter::once(&credentials.user).chain(&credentials.authzid);
-    names.any(|name| live.config.naming.has_separator(name))
-}
-
-/// A token's message under the name the user has there, where that is another.
-fn renamed(credentials: &Credentials, place: &Place, names: &Names) -> Option<Secret> {
-    let Proof::Message(message) = &credentials.proof else { return None };
-    let there = place.user.as_ref().unwrap_or(&names.server);
-    if there == &credentials.user { None } else { sasl::renamed(credentials.mechanism, message, there) }
-}
-
-/// The credentials that the route hands out for this login. They would open the mailbox to any password if nothing had
-/// verified the client's. A verified client is verified under its own name: whether it may act for another user is the
-/// server's decision.
-fn handed_out<'a>(credentials: &Credentials, place: &'a Place) -> Option<&'a Login> {
-    let is_verified = place.identity.is_confirmed() || matches!(credentials.proof, Proof::Certificate);
-    place.login.as_ref().filter(|_| is_verified && credentials.authzid.is_none())
-}
-
-/// Whether [`server_login`] uses another password than the client's.
-fn has_own_login(credentials: &Credentials, place: &Place) -> bool {
-    matches!(credentials.proof, Proof::Certificate) || handed_out(credentials, place).is_some()
-}
-
-/// What the server is logged in with. `None`: there is nothing that would show it who it is.
-fn server_login<'a>(
-    credentials: &'a Credentials,
-    place: &'a Place,
-    names: &'a Names,
-    backend: &'a Backend,
-    renamed: Option<&'a Secret>,
-) -> Option<ServerLogin<'a>> {
-    let mailbox = place.user.as_ref().unwrap_or(&names.server);
-    let on_behalf = |master: Option<&'a UserName>, password: &'a Secret| {
-        ServerLogin::Password(PasswordLogin {
-            user: master.unwrap_or(mailbox),
-            authzid: master.is_some().then_some(mailbox),
-            password,
-        })
-    };
-    if let Some(login) = handed_out(credentials, place) {
-        return Some(on_behalf(login.master.as_ref(), &login.password));
-    }
-    match &credentials.proof {
-        Proof::Password(password) => Some(ServerLogin::Password(PasswordLogin {
-            user: if credentials.authzid.is_some() { &credentials.user } else { mailbox },
-            authzid: credentials.authzid.is_some().then_some(mailbox),
-            password,
-        })),
-        Proof::Message(first) => {
-            // SCRAM proves a password for one name: under another it would prove nothing.
-            let first = match (renamed, &place.user) {
-                (Some(renamed), _) => renamed,
-                (None, Some(user)) if *user != credentials.user => return None,
-                (None, _) => first,
-            };
-            Some(ServerLogin::Relayed { mechanism: credentials.mechanism, first })
-        }
-        Proof::Certificate => backend.login.as_ref().map(|own| on_behalf(own.master.as_ref(), &own.password)),
     }
 }

@@ -20,12 +20,13 @@ mod attempt;
 mod defence;
 mod id;
 mod introduction;
-mod invalid;
 mod pace;
 mod placement;
 mod proxy_header_warning;
 mod record;
+mod refusal;
 mod relayed;
+mod server_credentials;
 mod wording;
 
 use std::io;

@@ -196,7 +196,9 @@ impl<'a> Placing<'a, '_> {
                 }
                 Some((backend, _)) if !self.carries.may_be_sent_to(backend) => {
                     let (from, name) = (&at.server.name, &backend.name);
-                    Fault::referral(format!("{from} refers to {place} of backend {name}, which does not allow this login"))
+                    Fault::referral(format!(
+                        "{from} refers to {place} of backend {name}, which does not allow this login"
+                    ))
                 }
                 Some((backend, next)) => match self.tour(backend, vec![next]).next(deadline).await {
                     Stop::At(server, slot) => {

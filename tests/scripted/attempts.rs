@@ -79,7 +79,8 @@ async fn a_referral_takes_no_login_to_a_backend_that_does_not_allow_it() {
         client
     };
     let strict = proxy(&with("")).await;
-    let commands = [plain("bob", "alice", "secret"), "a LOGIN alice \"\"".to_owned(), "a LOGIN alice confirmed".to_owned()];
+    let commands =
+        [plain("bob", "alice", "secret"), "a LOGIN alice \"\"".to_owned(), "a LOGIN alice confirmed".to_owned()];
     for (refused, command) in commands.iter().enumerate() {
         let mut client = refer(&strict, command).await;
         assert_eq!(client.line().await, UNAVAILABLE, "{command}");

@@ -15,7 +15,8 @@ use crate::support::{Client, Line, eventually, in_time, metric, proxy, start};
 
 pub(super) const UNAVAILABLE: &str = "a NO [UNAVAILABLE] The mailbox is temporarily unavailable, try again later.";
 pub(super) const OK: &str = "a OK [CAPABILITY IMAP4rev1] in";
-pub(super) const SCRAM: &str = "listeners: [{address: '127.0.0.1:0', tls: none, mechanisms: [login, scram-sha-256, xoauth2]}]\n";
+pub(super) const SCRAM: &str =
+    "listeners: [{address: '127.0.0.1:0', tls: none, mechanisms: [login, scram-sha-256, xoauth2]}]\n";
 
 /// A server that the test plays itself, one connection at a time.
 pub(super) struct Played(TcpListener);
