@@ -41,6 +41,8 @@ pub(super) enum Attempted {
     Refused {
         reply: Vec<u8>,
         counts: bool,
+        /// The client gets the reply of a login that counts as failed no sooner.
+        not_before: Option<Instant>,
     },
     /// Refused, and the connection ends.
     Dismissed {
@@ -101,7 +103,7 @@ impl Session {
             Ok(names) => names,
             Err(_) => {
                 self.record.attempt(Some(login.credentials.mailbox_user()), login.credentials.mechanism);
-                return Some(self.no_such_user(&login.tag, Reason::NameRefused, began).await);
+                return Some(self.no_such_user(&login.tag, Reason::NameRefused, began));
             }
         };
         self.record.attempt(Some(&names.log), login.credentials.mechanism);
@@ -114,10 +116,10 @@ impl Session {
             return Some(self.not_authorised(&login.tag));
         }
         if has_separator(&live, &login.credentials) {
-            return Some(self.no_such_user(&login.tag, Reason::NameRefused, began).await);
+            return Some(self.no_such_user(&login.tag, Reason::NameRefused, began));
         }
         if login.credentials.has_empty_password() && !live.backends.any_allows_empty_passwords() {
-            return Some(self.empty_password(&login.tag, None, began).await);
+            return Some(self.empty_password(&login.tag, None, began));
         }
         self.registered_attempt(login, &names, stream, prelogin, began).await
     }
@@ -220,23 +222,22 @@ impl Session {
                 target
             }
             Ok(Err(RouteError::Unknown)) => {
-                return Some(Ok(self.no_such_user(&login.tag, Reason::UnknownUser, began).await));
+                return Some(Ok(self.no_such_user(&login.tag, Reason::UnknownUser, began)));
             }
             Ok(Err(error)) => return Some(Ok(self.lookup_failed(&error.to_string()))),
             Err(_) => return Some(Ok(self.lookup_failed("no answer within limits.lookup"))),
         };
         // Its copy of the credentials is not needed any more.
         drop(question);
-        let Target::Place(place) = &*target else { return Some(Ok(self.verdict(&login.tag, &target).await)) };
+        let Target::Place(place) = &*target else { return Some(Ok(self.verdict(&login.tag, &target))) };
         let backend = live.backends.backend(place.backend);
         if login.credentials.authzid.is_some() && !backend.allows_authzid {
             // Others allow it: those who are asked for there, and those who do not exist, get one answer.
-            let refused = self.refused_late(&login.tag, began).await;
             self.record.attempt_failed(Reason::AuthzidRefused, LoginOutcome::Refused, Some(backend.id));
-            return Some(Ok(refused));
+            return Some(Ok(self.refused_late(&login.tag, began)));
         }
         if login.credentials.has_empty_password() && !backend.allows_empty_passwords() {
-            return Some(Ok(self.empty_password(&login.tag, Some(backend.id), began).await));
+            return Some(Ok(self.empty_password(&login.tag, Some(backend.id), began)));
         }
         let renamed = renamed(&login.credentials, place, names);
         let server_login = server_login(&login.credentials, place, names, backend, renamed.as_ref());
@@ -319,12 +320,12 @@ impl Session {
                     }
                 }
                 self.record.refused(routed.id, answered.as_ref().map(|answered| &answered.server.name));
-                Attempted::Refused { reply, counts }
+                Attempted::Refused { reply, counts, not_before: None }
             }
             // Not followed: the client may know better.
             (Outcome::Referred(referral), answered) => {
                 self.record.refused(routed.id, answered.as_ref().map(|answered| &answered.server.name));
-                Attempted::Refused { reply: referral.reply, counts: false }
+                Attempted::Refused { reply: referral.reply, counts: false, not_before: None }
             }
             (Outcome::Unavailable(fault), _) => {
                 let is_limit = fault.reason == Reason::UserLimit;
@@ -336,7 +337,7 @@ impl Session {
                 }
                 self.record.detail(fault.detail);
                 match fault.reply {
-                    Some(reply) => Attempted::Refused { reply, counts: false },
+                    Some(reply) => Attempted::Refused { reply, counts: false, not_before: None },
                     None => Attempted::Unavailable,
                 }
             }

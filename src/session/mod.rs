@@ -217,9 +217,9 @@ impl Session {
                         self.report(true);
                         return self.relayed(stream, prelogin.into_leftover(), seated, *established).await;
                     }
-                    Attempted::Refused { reply, counts } => {
+                    Attempted::Refused { reply, counts, not_before } => {
                         if counts {
-                            self.refused_login(request, began).await;
+                            self.refused_login(request, began, not_before).await;
                         }
                         prelogin.refused(&reply, counts, &mut out);
                     }

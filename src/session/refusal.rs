@@ -2,8 +2,6 @@
 
 use std::time::Instant;
 
-use tokio::time;
-
 use super::attempt::Attempted;
 use super::record::bounded;
 use super::{Session, pace};
@@ -16,59 +14,54 @@ use crate::metrics::LoginOutcome;
 use crate::route::Target;
 
 impl Session {
-    pub(super) async fn no_such_user(&mut self, tag: &Tag, reason: Reason, began: Instant) -> Attempted {
-        let refused = self.refused_late(tag, began).await;
-        // After the wait, which may end with the attempt: it is counted once.
+    /// No route knows the user, or the name cannot be one.
+    pub(super) fn no_such_user(&mut self, tag: &Tag, reason: Reason, began: Instant) -> Attempted {
         self.record.attempt_failed(reason, LoginOutcome::UnknownUser, None);
-        refused
+        self.refused_late(tag, began)
     }
 
     /// The client may not open the mailbox it asked for.
     pub(super) fn not_authorised(&mut self, tag: &Tag) -> Attempted {
         self.record.attempt_failed(Reason::AuthzidRefused, LoginOutcome::Refused, None);
-        Attempted::Refused { reply: reply::authorization_failed(tag), counts: true }
+        Attempted::Refused { reply: reply::authorization_failed(tag), counts: true, not_before: None }
     }
 
     /// Refuses a login with an empty password without asking a server, as late as if one had been asked.
-    pub(super) async fn empty_password(&mut self, tag: &Tag, backend: Option<BackendId>, began: Instant) -> Attempted {
-        let refused = self.refused_late(tag, began).await;
+    pub(super) fn empty_password(&mut self, tag: &Tag, backend: Option<BackendId>, began: Instant) -> Attempted {
         self.record.attempt_failed(Reason::EmptyPassword, LoginOutcome::Refused, backend);
-        refused
+        self.refused_late(tag, began)
     }
 
     /// Refuses the login after a sampled server latency and in a server's words, so that neither the response time nor the
     /// text reveals whether the user exists.
-    pub(super) async fn refused_late(&mut self, tag: &Tag, began: Instant) -> Attempted {
+    pub(super) fn refused_late(&self, tag: &Tag, began: Instant) -> Attempted {
         let user = self.routing_name.as_deref().unwrap_or_default();
-        let late = self.live.refusals.draw(user, pace::random());
-        time::sleep(late.saturating_sub(began.elapsed())).await;
-        let user = self.routing_name.as_deref().unwrap_or_default();
+        let not_before = Some(began + self.live.refusals.draw(user, pace::random()));
         let reply = match self.live.refusals.answer(user) {
             Some(answer) => reply::with_tag(tag, &answer),
             None => reply::authentication_failed(tag, None),
         };
-        Attempted::Refused { reply, counts: true }
+        Attempted::Refused { reply, counts: true, not_before }
     }
 
-    /// The route's own word, instead of a server's.
-    pub(super) async fn verdict(&mut self, tag: &Tag, target: &Target) -> Attempted {
+    /// The route's answer if it names no server.
+    pub(super) fn verdict(&mut self, tag: &Tag, target: &Target) -> Attempted {
         match target {
             Target::Refuse(text) => {
                 self.record.attempt_failed(Reason::RouteRefused, LoginOutcome::Refused, None);
-                Attempted::Refused { reply: reply::contact_admin(tag, text), counts: false }
+                Attempted::Refused { reply: reply::contact_admin(tag, text), counts: false, not_before: None }
             }
             Target::Denied(denied) => {
-                time::sleep(denied.wait).await;
                 self.record.denied();
                 let reply = reply::authentication_failed(tag, denied.text.as_deref());
                 match denied.closes {
                     true => Attempted::Dismissed { reply: reply::dismissed(reply) },
-                    false => Attempted::Refused { reply, counts: true },
+                    false => Attempted::Refused { reply, counts: true, not_before: Some(Instant::now() + denied.wait) },
                 }
             }
             Target::Maintenance(text) => {
                 self.record.attempt_failed(Reason::RouteMaintenance, LoginOutcome::Unavailable, None);
-                Attempted::Refused { reply: reply::maintenance(tag, text), counts: false }
+                Attempted::Refused { reply: reply::maintenance(tag, text), counts: false, not_before: None }
             }
             Target::PasswordNeeded => {
                 self.record
@@ -98,11 +91,10 @@ impl Session {
         }
         self.record.detail(login.fault.to_string());
         self.record.attempt_failed(Reason::InvalidCredentials, LoginOutcome::Refused, None);
-        let refused = self.refused_late(&login.tag, began).await;
-        self.failed_login(&[], None, began).await;
-        match refused {
-            Attempted::Refused { reply, .. } => reply,
-            _ => Vec::new(),
-        }
+        let Attempted::Refused { reply, not_before, .. } = self.refused_late(&login.tag, began) else {
+            return Vec::new();
+        };
+        self.failed_login(&[], None, began, not_before).await;
+        reply
     }
 }

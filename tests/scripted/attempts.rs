@@ -102,3 +102,46 @@ async fn a_referral_takes_no_login_to_a_backend_that_does_not_allow_it() {
         }
     }
 }
+
+/// A server that answers a wrong password after six seconds, so that refusals without a server are as late.
+async fn slow_to_refuse(more: &str) -> Running {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let text = format!(
+        "backends: {{only: {{servers: ['{}']}}}}\nroutes: [{{domain: {{good.test: only}}}}]\n{more}",
+        listener.local_addr().unwrap()
+    );
+    let proxy = proxy(&text).await;
+    let mut client = Client::connect(proxy.listeners()[0]).await;
+    client.send("a LOGIN alice@good.test x\r\n").await;
+    let mut server = Line::new(in_time("the proxy", listener.accept()).await.unwrap().0);
+    server.send("* OK [CAPABILITY IMAP4rev1] x\r\n").await;
+    server.line().await;
+    // The latency of this server, not a wait for anything.
+    tokio::time::sleep(Duration::from_secs(6)).await;
+    answer(&mut server, "NO [AUTHENTICATIONFAILED] no").await;
+    assert!(client.line().await.starts_with("a NO"));
+    proxy
+}
+
+#[tokio::test]
+async fn a_refusal_that_is_held_back_keeps_no_seat_and_ends_with_the_process_and_when_shed() {
+    for (command, reason) in [("a LOGIN nobody@bad.test x", "unknown_user"), ("a LOGIN \"\" x", "invalid_credentials")]
+    {
+        let proxy = slow_to_refuse("limits: {before_login: 1}\n").await;
+        let mut client = Client::connect(proxy.listeners()[0]).await;
+        client.send(format!("{command}\r\n")).await;
+        eventually("the refusal", || failures(&proxy, reason) == 1.0).await;
+        let began = Instant::now();
+        assert!(proxy.sessions().of_user("nobody@bad.test").is_empty(), "the login is over");
+        // A new connection takes its place.
+        let mut next = Client::connect(proxy.listeners()[0]).await;
+        assert!(client.line().await.starts_with("a NO [AUTHENTICATIONFAILED]"));
+        assert!(client.line().await.starts_with("* BYE [UNAVAILABLE] "));
+        next.send(format!("{command}\r\n")).await;
+        eventually("the refusal", || failures(&proxy, reason) == 2.0).await;
+        in_time("the stop", proxy.stop()).await;
+        assert!(next.line().await.starts_with("a NO [AUTHENTICATIONFAILED]"));
+        assert!(next.line().await.starts_with("* BYE"));
+        assert!(began.elapsed() < Duration::from_secs(4), "{reason}: {:?}", began.elapsed());
+    }
+}
