@@ -47,6 +47,7 @@ pub(super) enum Attempted {
     /// Refused, and the connection ends.
     Dismissed {
         reply: Vec<u8>,
+        counts: bool,
     },
     /// By a limit or rate of ours.
     Limited {
@@ -168,7 +169,7 @@ impl Session {
                     ended_by = why;
                     if progress.in_exchange {
                         self.record.attempt_failed(reason(why), LoginOutcome::Unavailable, None);
-                        return Some(Attempted::Dismissed { reply: reply::ended(&login.tag) });
+                        return Some(Attempted::Dismissed { reply: reply::ended(&login.tag), counts: false });
                     }
                     if matches!(why, Why::Kicked | Why::Stopped) {
                         break;
@@ -282,7 +283,7 @@ impl Session {
                 response = self.ask(&login.tag, &challenge, stream, prelogin) => response?,
                 () = placed.slot.displaced() => {
                     self.record.attempt_failed(Reason::ServersFull, LoginOutcome::Unavailable, Some(backend.id));
-                    return Some(Ok(Attempted::Dismissed { reply: reply::ended(&login.tag) }));
+                    return Some(Ok(Attempted::Dismissed { reply: reply::ended(&login.tag), counts: false }));
                 }
             };
             outcome = placing.respond(paused, placed, &response).await;

@@ -224,7 +224,10 @@ impl Session {
                         prelogin.refused(&reply, counts, &mut out);
                     }
                     Attempted::Limited { reply } => prelogin.refused(&reply, true, &mut out),
-                    Attempted::Dismissed { mut reply } => {
+                    Attempted::Dismissed { mut reply, counts } => {
+                        if counts {
+                            self.refused_login(request, began, None).await;
+                        }
                         self.send(&mut stream, &mut reply).await?;
                         self.record.ended_by(EndedBy::Proxy);
                         close(&mut stream).await;

@@ -55,7 +55,7 @@ impl Session {
                 self.record.denied();
                 let reply = reply::authentication_failed(tag, denied.text.as_deref());
                 match denied.closes {
-                    true => Attempted::Dismissed { reply: reply::dismissed(reply) },
+                    true => Attempted::Dismissed { reply: reply::dismissed(reply), counts: true },
                     false => Attempted::Refused { reply, counts: true, not_before: Some(Instant::now() + denied.wait) },
                 }
             }

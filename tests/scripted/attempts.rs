@@ -145,3 +145,27 @@ async fn a_refusal_that_is_held_back_keeps_no_seat_and_ends_with_the_process_and
         assert!(began.elapsed() < Duration::from_secs(4), "{reason}: {:?}", began.elapsed());
     }
 }
+
+#[tokio::test]
+async fn a_password_that_an_auth_server_denies_is_a_failed_login() {
+    for wait in ["", "auth-wait: 1\r\n"] {
+        let answer = format!("HTTP/1.1 200 OK\r\nauth-status: Invalid login\r\n{wait}content-length: 0\r\n\r\n");
+        let service = Service::new(move |_| answer.clone()).await;
+        let proxy = proxy(&format!(
+            "backends: {{only: {{servers: ['127.0.0.1:1']}}}}\n\
+             routes: [{{http: {{url: 'http://{}/', style: nginx-auth-http}}}}]\nlimits: {{failed_login_delay: 100ms}}\n",
+            service.address
+        ))
+        .await;
+        let mut client = Client::connect(proxy.listeners()[0]).await;
+        let began = Instant::now();
+        assert_eq!(client.ask("a LOGIN alice wrong").await, "a NO [AUTHENTICATIONFAILED] Invalid login");
+        let least = if wait.is_empty() { 80 } else { 1000 };
+        assert!(began.elapsed() >= Duration::from_millis(least), "{:?}", began.elapsed());
+        if wait.is_empty() {
+            assert_eq!(client.line().await, "* BYE Authentication failed.");
+            client.assert_closed().await;
+        }
+        assert_eq!(metric(&proxy, "vestibule_guard_entries", &["table=\"failed_logins\""]), 1.0, "{wait}");
+    }
+}
