@@ -502,7 +502,10 @@ impl<'a> Dialogue<'a> {
         let Stream::Plain(socket) = self.stream else {
             return Err(Fault::of_server(Reason::Protocol, "TLS is already active"));
         };
-        self.stream = encrypt(self.backend, &self.server, socket, deadline).await?;
+        // After a reconnect the server may have the login already.
+        let verdict = self.machine.failed(ServerFault::Unreachable).verdict;
+        let encrypted = encrypt(self.backend, &self.server, socket, deadline).await;
+        self.stream = encrypted.map_err(|fault| Fault::decided(fault.reason, fault.detail, verdict))?;
         self.machine.tls_established();
         self.offer = None;
         Ok(self)

@@ -169,3 +169,43 @@ async fn a_password_that_an_auth_server_denies_is_a_failed_login() {
         assert_eq!(metric(&proxy, "vestibule_guard_entries", &["table=\"failed_logins\""]), 1.0, "{wait}");
     }
 }
+
+/// The server closes after BAD, and the second connection fails in its TLS handshake: the server has had the login.
+#[tokio::test]
+async fn a_failed_handshake_after_a_reconnect_moves_no_user_of_user_hash() {
+    let certificates = Certificates::new();
+    let (one, other) = (Played::new().await, Played::new().await);
+    let text = format!(
+        "backends: {{pair: {{servers: ['{}', '{}'], tls: {{mode: starttls, ca: {}}}, breaker: {{failures: 1}}}}}}\n\
+         routes: [{{default: pair}}]\n",
+        one.address(),
+        other.address(),
+        certificates.path("ca.pem").display()
+    );
+    let proxy = proxy(&text).await;
+    let backend = proxy.live().backends.named("pair").unwrap().clone();
+    let first = in_time("the order", backend.candidates("alice")).await[0].name.to_string();
+    let (home, away) = if first == one.address().to_string() { (one, other) } else { (other, one) };
+    let starttls = async || {
+        let mut server = Line::new(home.accept().await);
+        server.send("* OK [CAPABILITY IMAP4rev1 STARTTLS] x\r\n").await;
+        let tag = server.line().await.split(' ').next().unwrap().to_owned();
+        server.send(format!("{tag} OK begin\r\n")).await;
+        server.into_parts().0
+    };
+    let mut client = Client::connect(proxy.listeners()[0]).await;
+    client.send(format!("{}\r\n", plain("", "alice", "secret"))).await;
+    let socket = starttls().await;
+    let mut server = Line::new(in_time("a handshake", certificates.acceptor().accept(socket)).await.unwrap());
+    let tag = server.line().await.split(' ').next().unwrap().to_owned();
+    server.send(format!("* CAPABILITY IMAP4rev1 SASL-IR AUTH=PLAIN\r\n{tag} OK\r\n")).await;
+    assert!(server.line().await.starts_with("L AUTHENTICATE PLAIN"));
+    server.send("L BAD x\r\n").await;
+    drop(server);
+    drop(starttls().await);
+    assert_eq!(client.line().await, UNAVAILABLE);
+    assert!(!away.is_asked().await, "its sessions are on one server");
+    assert_eq!(failures(&proxy, "tls"), 1.0);
+    let up = ["backend=\"pair\"", &*format!("server=\"{}\"", home.address())];
+    assert_eq!(metric(&proxy, "vestibule_server_up", &up), 1.0, "a client may have caused it");
+}
