@@ -85,13 +85,7 @@ impl<'a> Placing<'a, '_> {
                 Stop::Full => return Ok((Outcome::Unavailable(Fault::full()), None)),
                 Stop::End => return Ok((outcome, None)),
             };
-            // While the login waited for a place, another configuration may have come, or the server may have been taken
-            // out of service.
-            if self.desk.has_changed().is_ok_and(|changed| changed) {
-                return Err(NoSeat::Outdated);
-            }
-            self.seat.place(&self.mailbox, &server, self.since)?;
-            if !server.takes_logins() {
+            if !self.may_use(&server)? {
                 continue;
             }
             let now = time::Instant::now();
@@ -111,6 +105,16 @@ impl<'a> Placing<'a, '_> {
                 _ => return Ok((outcome, Some(placed))),
             }
         }
+    }
+
+    /// Names the server in the registry; returns whether it takes logins. While the login waited for a place, another
+    /// configuration may have come, or the server may have been taken out of service.
+    fn may_use(&self, server: &Arc<Server>) -> Result<bool, NoSeat> {
+        if self.desk.has_changed().is_ok_and(|changed| changed) {
+            return Err(NoSeat::Outdated);
+        }
+        self.seat.place(&self.mailbox, server, self.since)?;
+        Ok(server.takes_logins())
     }
 
     /// The servers to try; a login with incomplete credentials takes no place there yet.
@@ -189,6 +193,7 @@ impl<'a> Placing<'a, '_> {
             }
             let place = format!("{}:{}", referral.host, referral.port);
             let next = self.live.backends.find(&referral.host, referral.port);
+            let gets_no_logins = format!("{} refers to {place}, which gets no logins now", at.server.name);
             let fault = match next {
                 None => Fault::referral(format!("{} refers to {place}, which is no declared server", at.server.name)),
                 Some((_, next)) if visited.contains(&next.name) || visited.len() > MAX_REFERRALS => {
@@ -201,8 +206,7 @@ impl<'a> Placing<'a, '_> {
                     ))
                 }
                 Some((backend, next)) => match self.tour(backend, vec![next]).next(deadline).await {
-                    Stop::At(server, slot) => {
-                        self.seat.place(&self.mailbox, &server, self.since)?;
+                    Stop::At(server, slot) if self.may_use(&server)? => {
                         // With this the place at the server that refers is given back.
                         at = Placed { backend: backend.clone(), server, slot };
                         (outcome, at) = self.log_in_at(backend, at, deadline, deadline).await;
@@ -212,9 +216,7 @@ impl<'a> Placing<'a, '_> {
                         continue;
                     }
                     Stop::Full => return Ok((Outcome::Unavailable(Fault::full()), None)),
-                    Stop::End => {
-                        Fault::referral(format!("{} refers to {place}, which gets no logins now", at.server.name))
-                    }
+                    Stop::At(..) | Stop::End => Fault::referral(gets_no_logins),
                 },
             };
             self.report(&at.server, &fault);

@@ -209,3 +209,29 @@ async fn a_failed_handshake_after_a_reconnect_moves_no_user_of_user_hash() {
     let up = ["backend=\"pair\"", &*format!("server=\"{}\"", home.address())];
     assert_eq!(metric(&proxy, "vestibule_server_up", &up), 1.0, "a client may have caused it");
 }
+
+#[tokio::test]
+async fn a_referral_that_waits_in_a_queue_does_not_go_to_a_server_that_was_drained_meanwhile() {
+    let (front, there) = (Played::new().await, Played::new().await);
+    let text = format!(
+        "backends:\n  front: {{servers: ['{}']}}\n  there: {{servers: ['{}'], max_sessions: 1, queue: {{timeout: 60s}}}}\n\
+         routes: [{{default: front}}]\n",
+        front.address(),
+        there.address()
+    );
+    let proxy = proxy(&text).await;
+    let refer = async || {
+        let client = login(&proxy).await;
+        answer(&mut front.login().await, &format!("NO [REFERRAL imap://alice@{}/] there", there.address())).await;
+        client
+    };
+    let mut session = (refer().await, there.login().await);
+    accept(&mut session.1).await;
+    assert_eq!(session.0.line().await, OK);
+    let mut waiting = refer().await;
+    eventually("the queue", || metric(&proxy, "vestibule_backend_queue_length", &[]) == 1.0).await;
+    set_mode(&proxy, &there, "drain");
+    drop(session);
+    assert_eq!(waiting.line().await, UNAVAILABLE);
+    assert!(!there.is_asked().await);
+}
