@@ -23,7 +23,6 @@ use crate::generations::Generation;
 use crate::identity::{Mechanism, Names, authorise_certificate};
 use crate::imap::prelogin::{Bye, LoginRequest, Prelogin, Step};
 use crate::imap::reply;
-use crate::imap::tag::Tag;
 use crate::metrics::LoginOutcome;
 use crate::route::{Question, RouteError, Routed, Target, Visitor, VisitorTls};
 use crate::sessions::{Guest, NoSeat, Seat, Why};
@@ -280,7 +279,7 @@ impl Session {
             progress.in_exchange = true;
             let response = tokio::select! {
                 biased;
-                response = self.ask(&login.tag, &challenge, stream, prelogin) => response?,
+                response = self.ask(login, &challenge, stream, prelogin) => response?,
                 () = placed.slot.displaced() => {
                     self.record.attempt_failed(Reason::ServersFull, LoginOutcome::Unavailable, Some(backend.id));
                     return Some(Ok(Attempted::Dismissed { reply: reply::ended(&login.tag), counts: false }));
@@ -350,13 +349,13 @@ impl Session {
     /// Passes a server's challenge to the client, and brings back what it says.
     async fn ask(
         &mut self,
-        tag: &Tag,
+        login: &LoginRequest,
         challenge: &[u8],
         stream: &mut Stream,
         prelogin: &mut Prelogin,
     ) -> Option<Zeroizing<Vec<u8>>> {
         let mut out = Vec::new();
-        prelogin.challenge(tag, challenge, &mut out);
+        prelogin.challenge(&login.tag, challenge, &mut out);
         // A login that waits for its client has no complete credentials, and may be shed.
         self.login_under_way(None);
         loop {
@@ -370,7 +369,9 @@ impl Session {
                 }
                 Step::Send => {}
                 Step::Response(response) => {
-                    if self.holds_for_login(response.len()).is_err() {
+                    // The first message is held until the login ends.
+                    let longest = response.len().max(login.credentials.proof_size());
+                    if self.holds_for_login(longest).is_err() {
                         return self.farewell(stream, prelogin, (Bye::Memory, Reason::ShedForMemory)).await;
                     }
                     self.login_under_way(Some(Instant::now()));

@@ -235,3 +235,24 @@ async fn a_referral_that_waits_in_a_queue_does_not_go_to_a_server_that_was_drain
     assert_eq!(waiting.line().await, UNAVAILABLE);
     assert!(!there.is_asked().await);
 }
+
+#[tokio::test]
+async fn the_first_message_of_an_exchange_stays_charged_until_the_login_ends() {
+    let server =
+        Scripted::new("S: * OK [CAPABILITY IMAP4rev1 SASL-IR AUTH=XOAUTH2] x\nC: *\nS: +\nC: *\nS: + eyJ9\nC: *\n...")
+            .await;
+    let text = format!("{SCRAM}backends: {{only: {{servers: ['{}']}}}}\nroutes: [{{default: only}}]\n", server.address);
+    let proxy = start(&text).await;
+    let memory = || metric(&proxy, "vestibule_before_login_memory_bytes", &[]);
+    let token = STANDARD.encode(format!("user=alice\x01auth=Bearer {}\x01\x01", "t".repeat(40_000)));
+    let mut client = Client::connect(proxy.listeners()[0]).await;
+    assert_eq!(client.ask(&format!("a AUTHENTICATE XOAUTH2 {token}")).await, "+ eyJ9");
+    assert!(memory() >= 40_000.0, "{}", memory());
+    client.send("\r\n").await;
+    // The response is on its way to the server, which does not answer.
+    eventually("the response", || proxy.sessions().of_user("alice").len() == 1).await;
+    for _ in 0..20 {
+        tokio::time::sleep(Duration::from_millis(10)).await;
+        assert!(memory() >= 40_000.0, "{}", memory());
+    }
+}
