@@ -106,6 +106,11 @@ impl Deadline {
         self.due + lost().saturating_sub(self.lost)
     }
 
+    /// Whether it has expired.
+    pub fn has_expired(self) -> bool {
+        self.due() <= time::Instant::now()
+    }
+
     /// The earlier of two.
     #[must_use]
     pub fn min(self, other: Self) -> Self {

@@ -223,9 +223,13 @@ pub async fn login<'a>(
     let deadline = Deadline::at(deadline);
     // A check has a deadline of its own.
     let first_byte = if is_session { deadline.min(Deadline::after(request.limits.connect)) } else { deadline };
+    let is_hurried = is_hurried(request, deadline);
     let began = Instant::now();
     match reach(backend, server, request, first_byte).await {
-        Err(fault) => {
+        Err(mut fault) => {
+            if is_hurried && first_byte.has_expired() {
+                fault.blow = None;
+            }
             if is_session {
                 server.could_not_answer(&fault);
             }
@@ -243,6 +247,12 @@ pub async fn login<'a>(
             Dialogue::new(backend, server, request, stream, address, connect).run(first_byte, deadline).await
         }
     }
+}
+
+/// Whether a client's login leaves a server less time than `limits.connect`, so that a deadline that it misses says
+/// nothing about it.
+fn is_hurried(request: &Request<'_>, deadline: Deadline) -> bool {
+    request.purpose == Purpose::Session && deadline.due() < time::Instant::now() + request.limits.connect
 }
 
 /// Nothing more is wanted of this connection.
@@ -357,7 +367,7 @@ impl<'a> Dialogue<'a> {
     async fn talk(mut self, first_byte: Deadline, mut deadline: Deadline) -> Outcome<'a> {
         let extended = self.request.deadline.map_or(deadline, Deadline::at);
         // A server that got less than limits.connect to greet is not at fault.
-        let is_hurried = first_byte.due() < deadline.due();
+        let has_connect_time = first_byte.due() < deadline.due();
         let mut due = first_byte;
         let mut is_first = true;
         loop {
@@ -369,7 +379,7 @@ impl<'a> Dialogue<'a> {
                 (due, is_first) = (deadline, false);
             }
             tracing::trace!(session = self.request.session_id, server = %self.server.name, state = self.machine.state(), "login dialogue");
-            let step = self.carry_out(step, &out, due, is_first && is_hurried).await;
+            let step = self.carry_out(step, &out, due, is_first && has_connect_time).await;
             match step {
                 ServerStep::NeedInput => {
                     (due, is_first) = (deadline, false);
@@ -504,8 +514,13 @@ impl<'a> Dialogue<'a> {
         };
         // After a reconnect the server may have the login already.
         let verdict = self.machine.failed(ServerFault::Unreachable).verdict;
+        let is_hurried = is_hurried(self.request, deadline);
         let encrypted = encrypt(self.backend, &self.server, socket, deadline).await;
-        self.stream = encrypted.map_err(|fault| Fault::decided(fault.reason, fault.detail, verdict))?;
+        self.stream = encrypted.map_err(|fault| {
+            let fault = Fault::decided(fault.reason, fault.detail, verdict);
+            let blow = fault.blow.filter(|_| !(is_hurried && deadline.has_expired()));
+            Fault { blow, ..fault }
+        })?;
         self.machine.tls_established();
         self.offer = None;
         Ok(self)

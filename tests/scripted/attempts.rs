@@ -256,3 +256,21 @@ async fn the_first_message_of_an_exchange_stays_charged_until_the_login_ends() {
         assert!(memory() >= 40_000.0, "{}", memory());
     }
 }
+
+#[tokio::test]
+async fn a_server_that_got_less_than_limits_connect_is_not_blamed() {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let text = |server_login: &str| {
+        format!(
+            "backends: {{only: {{servers: ['{}'], tls: {{mode: implicit, insecure: true}}, breaker: {{failures: 1}}}}}}\n\
+             routes: [{{default: only}}]\nlimits: {{connect: 1s, server_login: {server_login}}}\n",
+            listener.local_addr().unwrap()
+        )
+    };
+    for (server_login, up) in [("500ms", 1.0), ("30s", 0.0)] {
+        let proxy = proxy(&text(server_login)).await;
+        let answer = Client::connect(proxy.listeners()[0]).await.ask("a LOGIN alice secret").await;
+        assert_eq!(answer, UNAVAILABLE);
+        assert_eq!((failures(&proxy, "tls"), metric(&proxy, "vestibule_server_up", &[])), (1.0, up), "{server_login}");
+    }
+}
