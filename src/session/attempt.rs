@@ -15,7 +15,7 @@ use super::placement::{Carried, Placed, Placing};
 use super::record::reason;
 use super::server_credentials::{has_own_login, has_separator, renamed, server_login, split_master};
 use super::{Session, close};
-use crate::backend::connect::{Established, Outcome, Purpose, Request};
+use crate::backend::request::{Established, Outcome, Purpose, Request};
 use crate::backend::{Backend, Server, Slot};
 use crate::deadline::Deadline;
 use crate::failure::Reason;

@@ -48,7 +48,7 @@ use self::proxy_header_warning::{Opening, is_header_before_tls};
 use self::record::{EndedBy, Record};
 pub use self::relayed::Quiet;
 use self::relayed::{Kept, Relayed};
-use crate::backend::connect::Established;
+use crate::backend::request::Established;
 use crate::config::ListenerTls;
 use crate::deadline::Deadline;
 use crate::failure::Reason;

@@ -10,7 +10,8 @@ use std::sync::Arc;
 use tokio::sync::watch;
 use tokio::time::{self, timeout_at};
 
-use crate::backend::connect::{self, Fault, Outcome, Paused, Request};
+use crate::backend::connect::{self, Paused};
+use crate::backend::request::{Fault, Outcome, Request};
 use crate::backend::{Backend, Server, Slot, Stop, Tour};
 use crate::config::BackendId;
 use crate::failure::Reason;

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use prometheus::IntCounter;
 
-use crate::backend::connect::Established;
+use crate::backend::request::Established;
 use crate::backend::{Backend, CutOff, SessionSlot, Slot};
 use crate::config::BackendId;
 use crate::failure::{Reason, Side};
