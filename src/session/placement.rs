@@ -6,10 +6,12 @@
 //! the caller drops it when the login is cancelled. Called by `attempt`.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use tokio::sync::watch;
 use tokio::time::{self, timeout_at};
 
+use super::FAREWELL;
 use crate::backend::connect::{self, Paused};
 use crate::backend::request::{Fault, Outcome, Request};
 use crate::backend::{Backend, Server, Slot, Stop, Tour};
@@ -23,6 +25,9 @@ use crate::sessions::{NoSeat, Seat};
 
 /// Maximum number of referrals followed per login.
 const MAX_REFERRALS: usize = 2;
+
+/// Time that an accepted login leaves the user's other sessions to end, each of which closes within [`FAREWELL`].
+const CLOSING: Duration = FAREWELL.saturating_add(Duration::from_secs(1));
 
 /// A login that is routed and looks for a server.
 pub(super) struct Placing<'a, 's> {
@@ -177,7 +182,9 @@ impl<'a> Placing<'a, '_> {
         let alone = placed.backend.serves_a_user_by_one_server();
         self.seat.accept(alone);
         let others_ended = self.live.sessions.changed(|_| !alone || self.seat.is_alone());
-        if timeout_at(deadline, others_ended).await.is_err() {
+        // The others were ended for this login: it does not fail before they can have closed their connections.
+        let until = deadline.max(time::Instant::now() + CLOSING);
+        if timeout_at(until, others_ended).await.is_err() {
             let detail = "the user's sessions on another server of the backend do not end".to_owned();
             return Outcome::Unavailable(Fault::told(Reason::Moved, detail, false));
         }

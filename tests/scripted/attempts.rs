@@ -274,3 +274,19 @@ async fn a_server_that_got_less_than_limits_connect_is_not_blamed() {
         assert_eq!((failures(&proxy, "tls"), metric(&proxy, "vestibule_server_up", &[])), (1.0, up), "{server_login}");
     }
 }
+
+#[tokio::test]
+async fn a_login_that_was_accepted_late_gives_other_sessions_time_to_end() {
+    let (proxy, first, other) = pair("limits: {server_login: 1s}\n").await;
+    let seat = stuck(&proxy, &other);
+    let mut client = login(&proxy).await;
+    let mut server = first.login().await;
+    accept(&mut server).await;
+    eventually("the end of the other session", || seat.call().why().is_some()).await;
+    // A session takes up to two seconds to close its connections.
+    tokio::time::sleep(Duration::from_millis(1200)).await;
+    drop(seat);
+    assert_eq!(client.line().await, OK);
+    assert_alive(&mut (client, server)).await;
+    proxy.stop().await;
+}
