@@ -170,7 +170,8 @@ impl Session {
                         self.record.attempt_failed(reason(why), LoginOutcome::Unavailable, None);
                         return Some(Attempted::Dismissed { reply: reply::ended(&login.tag), counts: false });
                     }
-                    if matches!(why, Why::Kicked | Why::Stopped) {
+                    // A login that lost to a later one would end that one in turn if it was routed again.
+                    if matches!(why, Why::Kicked | Why::Stopped | Why::Replaced) {
                         break;
                     }
                 }

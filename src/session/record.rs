@@ -367,7 +367,7 @@ pub(super) fn reason(why: Why) -> Reason {
     match why {
         Why::Stopped => Reason::Drain,
         Why::Kicked => Reason::Kicked,
-        Why::Moved => Reason::Moved,
+        Why::Moved | Why::Replaced => Reason::Moved,
         Why::Drained => Reason::ServerDrained,
     }
 }

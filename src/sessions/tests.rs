@@ -66,7 +66,7 @@ fn a_login_has_no_effect_on_other_sessions_until_a_server_accepts_it() {
     drop(attack);
     let moved = login(&sessions, "x", &two);
     moved.accept(true);
-    assert_eq!((first.call().why(), second.call().why()), (Some(Why::Moved), Some(Why::Moved)));
+    assert_eq!((first.call().why(), second.call().why()), (Some(Why::Replaced), Some(Why::Replaced)));
     assert_eq!(bystander.call().why(), None);
     drop(first);
     assert!(!moved.is_alone());
@@ -101,7 +101,7 @@ fn of_two_servers_that_accept_a_user_the_last_to_accept_keeps_it() {
         loser.accept(true);
         assert_eq!((loser.call().why(), loser.is_alone()), (None, false), "it waits for the old session");
         winner.accept(true);
-        assert_eq!((loser.call().why(), winner.call().why()), (Some(Why::Moved), None));
+        assert_eq!((loser.call().why(), winner.call().why()), (Some(Why::Replaced), None));
         assert!(!loser.is_alone() && !winner.is_alone(), "neither is established");
     }
     drop(old);
@@ -110,7 +110,10 @@ fn of_two_servers_that_accept_a_user_the_last_to_accept_keeps_it() {
     first.accept(true);
     second.accept(true);
     third.accept(true);
-    assert_eq!([&first, &second, &third].map(|seat| seat.call().why()), [Some(Why::Moved), Some(Why::Moved), None]);
+    assert_eq!(
+        [&first, &second, &third].map(|seat| seat.call().why()),
+        [Some(Why::Replaced), Some(Why::Replaced), None]
+    );
     drop(second);
     assert!(third.is_alone(), "the first is on the same server");
 }

@@ -290,3 +290,33 @@ async fn a_login_that_was_accepted_late_gives_other_sessions_time_to_end() {
     assert_alive(&mut (client, server)).await;
     proxy.stop().await;
 }
+
+#[tokio::test]
+async fn a_login_that_lost_to_a_later_one_is_not_routed_again() {
+    let front = Played::new().await;
+    let servers = [Played::new().await, Played::new().await, Played::new().await];
+    let names = servers.each_ref().map(|server| format!("'{}'", server.address())).join(", ");
+    let text = format!(
+        "backends: {{trio: {{servers: [{names}]}}, zfront: {{servers: ['{}']}}}}\nroutes: [{{default: zfront}}]\n",
+        front.address()
+    );
+    let proxy = proxy(&text).await;
+    let old = stuck(&proxy, &servers[2]);
+    let refer = async |to: &Played| {
+        let client = login(&proxy).await;
+        answer(&mut front.login().await, &format!("NO [REFERRAL imap://alice@{}/] there", to.address())).await;
+        (client, to.login().await)
+    };
+    let (mut loser, mut winner) = (refer(&servers[0]).await, refer(&servers[1]).await);
+    accept(&mut loser.1).await;
+    eventually("the first acceptance", || old.call().why() == Some(Why::Replaced)).await;
+    accept(&mut winner.1).await;
+    assert_eq!(loser.0.line().await, UNAVAILABLE);
+    loser.1.assert_closed().await;
+    assert!(!front.is_asked().await, "the loser does not end the winner in turn");
+    assert_eq!(winner.0.line().now_or_never(), None, "the old session is still there");
+    drop(old);
+    assert_eq!(winner.0.line().await, OK);
+    assert_alive(&mut winner).await;
+    proxy.stop().await;
+}
