@@ -390,6 +390,7 @@ impl Session {
             () = drain.cancelled() => (Bye::Shutdown, Reason::Drain),
             () = shed => self.why_shed(),
         };
+        self.record.attempt_cut_off();
         self.farewell(stream, prelogin, ending).await
     }
 

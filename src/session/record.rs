@@ -212,7 +212,7 @@ impl Record {
         self.user = user.cloned();
         self.mechanism = Some(mechanism);
         (self.route, self.backend, self.server, self.failure, self.detail) = (None, None, None, None, None);
-        self.times.route = None;
+        (self.outcome, self.times.route) = (None, None);
     }
 
     pub(super) fn routed(&mut self, route: &Arc<str>, backend: Option<&Arc<str>>, took: Duration) {
@@ -225,6 +225,13 @@ impl Record {
     pub(super) fn attempt_failed(&mut self, reason: Reason, outcome: LoginOutcome, backend: Option<BackendId>) {
         self.settings.metrics.failure(reason);
         self.attempt_ended(reason, outcome, backend);
+    }
+
+    /// The session ends while the attempt is under way.
+    pub(super) fn attempt_cut_off(&mut self) {
+        if self.outcome.is_none() {
+            self.answered(LoginOutcome::Unavailable, None);
+        }
     }
 
     /// The attempt ended for a reason that was counted already.

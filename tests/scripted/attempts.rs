@@ -320,3 +320,19 @@ async fn a_login_that_lost_to_a_later_one_is_not_routed_again() {
     assert_alive(&mut winner).await;
     proxy.stop().await;
 }
+
+#[tokio::test]
+async fn a_login_that_the_stop_of_the_process_ends_has_an_outcome() {
+    let server = Played::new().await;
+    let proxy =
+        proxy(&format!("backends: {{only: {{servers: ['{}']}}}}\nroutes: [{{default: only}}]\n", server.address()))
+            .await;
+    let mut client = login(&proxy).await;
+    let _server = server.login().await;
+    let ended = async {
+        assert_eq!(client.line().await, "* BYE [UNAVAILABLE] Server shutting down, connect again.");
+        client.assert_closed().await;
+    };
+    in_time("the stop", async { tokio::join!(ended, proxy.drain(std::future::pending())) }).await;
+    assert_eq!((outcomes(&proxy, "unavailable"), failures(&proxy, "drain")), (1.0, 1.0));
+}
