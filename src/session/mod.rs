@@ -54,6 +54,8 @@ use crate::deadline::Deadline;
 use crate::failure::Reason;
 use crate::guard::{Charge, OutOfMemory, Pass, Ticket};
 use crate::imap::prelogin::{Bye, CloseReason, LoginRequest, Policy, Prelogin, Step, Transport};
+use crate::imap::reply;
+use crate::imap::tag::Tag;
 use crate::metrics::OpenGuard;
 use crate::occupancy::Occupant;
 use crate::policy;
@@ -215,7 +217,9 @@ impl Session {
                 {
                     Attempted::Accepted { seated, established } => {
                         self.report(true);
-                        return self.relayed(stream, prelogin.into_leftover(), seated, *established).await;
+                        return self
+                            .relayed(&request.tag, stream, prelogin.into_leftover(), seated, *established)
+                            .await;
                     }
                     Attempted::Refused { reply, counts, not_before } => {
                         if counts {
@@ -480,25 +484,22 @@ impl Session {
     /// The end of the login: rustls lets go of the client's connection, and all that is kept is packed up.
     async fn relayed(
         mut self,
+        tag: &Tag,
         stream: Stream,
         mut to_server: Vec<u8>,
         seated: Seated,
         established: Established,
     ) -> Option<Relayed> {
-        // Nobody who is logged in is told to go.
+        // A session that is logged in is not shed. A client that does not read is not waited for any longer than at a close.
         self.ticket = None;
-        let due = self.login_by.max(time::Instant::now() + FAREWELL);
-        let call = seated.seat.call().clone();
-        let leg = tokio::select! {
-            biased;
-            why = call.told() => {
-                self.record.cancelled(why);
-                return None;
-            }
-            leg = timeout_at(due, stream.into_leg()) => leg,
-        };
+        let leg = timeout(FAREWELL, stream.into_leg()).await;
         let Ok(Ok((client, more))) = leg else { return self.gone(Reason::Disconnected) };
         to_server.extend(more);
+        let mut to_client = established.to_client;
+        if seated.seat.call().why().is_some() {
+            // The login was cancelled before the client could be answered: it ends with the first look at the call.
+            (to_client, to_server) = (reply::ended(tag), Vec::new());
+        }
         self.record.open_on(seated.backend.id, seated.slot);
         seated.seat.settle();
         let kept = Kept {
@@ -509,7 +510,7 @@ impl Session {
             _held: self.held,
             seat: seated.seat,
         };
-        Some(Relayed::new(client, established.leg, established.to_client, to_server, kept))
+        Some(Relayed::new(client, established.leg, to_client, to_server, kept))
     }
 }
 

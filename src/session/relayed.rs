@@ -101,6 +101,8 @@ impl Relayed {
         let call = kept.seat.call().clone();
         let over = loop {
             tokio::select! {
+                // In this order a session that is cancelled from its begin still sends the answer to the login.
+                biased;
                 outcome = relay.run(rest_after) => match outcome {
                     Outcome::Quiet => return put_aside(relay, kept),
                     Outcome::CutOff => kept.keep_client(&relay, &call).await,
