@@ -99,18 +99,13 @@ impl Session {
         let names = live.config.naming.names(login.credentials.mailbox_user());
         let name_as_sent = || login.credentials.mailbox_user().as_str().into();
         self.routing_name = Some(names.as_ref().map_or_else(|_| name_as_sent(), |names| names.routing.clone()));
-        let names = match names {
-            Ok(names) => names,
-            Err(_) => {
-                self.record.attempt(Some(login.credentials.mailbox_user()), login.credentials.mechanism);
-                return Some(self.no_such_user(&login.tag, Reason::NameRefused, began));
-            }
-        };
-        self.record.attempt(Some(&names.log), login.credentials.mechanism);
+        let logged = names.as_ref().map_or_else(|_| login.credentials.mailbox_user(), |names| &names.log);
+        self.record.attempt(Some(logged), login.credentials.mechanism);
         let users = counted_users(&live.config.naming, &login.credentials);
         if let Some(limited) = self.may_try(&login.tag, &users) {
             return Some(limited);
         }
+        let Ok(names) = names else { return Some(self.no_such_user(&login.tag, Reason::NameRefused, began)) };
         // Before any lookup, so that the answer is the same whether the mailbox exists.
         if delegated.is_err() {
             return Some(self.not_authorised(&login.tag));

@@ -336,3 +336,19 @@ async fn a_login_that_the_stop_of_the_process_ends_has_an_outcome() {
     in_time("the stop", async { tokio::join!(ended, proxy.drain(std::future::pending())) }).await;
     assert_eq!((outcomes(&proxy, "unavailable"), failures(&proxy, "drain")), (1.0, 1.0));
 }
+
+#[tokio::test]
+async fn refused_names_count_for_the_rate_of_their_address() {
+    let proxy = proxy(
+        "backends: {only: {servers: ['127.0.0.1:1']}}\nroutes: [{default: only}]\nusers: {unicode: refuse}\n\
+         limits: {login_rate_per_address: 2/1h, failed_logins: 100}\n",
+    )
+    .await;
+    let mut client = Client::connect(proxy.listeners()[0]).await;
+    let name = plain("", "zo\u{eb}", "x");
+    for _ in 0..2 {
+        assert!(client.ask(&name).await.starts_with("a NO [AUTHENTICATIONFAILED]"));
+    }
+    assert_eq!(client.ask(&name).await, "a NO [LIMIT] Too many logins from your address, wait a little.");
+    assert_eq!((failures(&proxy, "name_refused"), failures(&proxy, "login_rate")), (2.0, 1.0));
+}
