@@ -190,7 +190,7 @@ pub(super) fn excerpt_after(line: &[u8], login: &ServerLogin<'_>) -> String {
         // Comparing a very long secret would take too long.
         secret.len() > MAX_COMPARED || part > 0 && secret.windows(part).any(|window| position(&lower, window).is_some())
     };
-    let (is_repeated, names) = match login {
+    let (is_repeated, names): (bool, Vec<&str>) = match login {
         ServerLogin::Password(password) => (
             repeats(password.password.expose(), PASSWORD_PART) || repeats(&sasl::plain_response(password), TOKEN_PART),
             password.authzid.into_iter().chain([password.user]).map(UserName::as_str).collect(),
