@@ -106,6 +106,16 @@ impl Deadline {
         self.due + lost().saturating_sub(self.lost)
     }
 
+    /// Whether it has expired.
+    pub fn has_expired(self) -> bool {
+        self.left().is_zero()
+    }
+
+    /// Time until it expires.
+    pub fn left(self) -> Duration {
+        self.due().saturating_duration_since(time::Instant::now())
+    }
+
     /// The earlier of two.
     #[must_use]
     pub fn min(self, other: Self) -> Self {

@@ -12,9 +12,10 @@ use std::time::Duration;
 use tokio::task::{AbortHandle, JoinSet};
 use tokio::time::{self, Instant};
 
-use super::connect::{self, Fault, Outcome, Purpose, Request, Seen};
+use super::connect;
 use super::health::Depth;
 use super::reach::dial;
+use super::request::{Fault, Outcome, Purpose, Request, Seen};
 use super::server::ServerState;
 use super::{Backend, Backends, Group, Server, chance};
 use crate::config::{self, BackendId, CheckKind, Config, Limits, Mode, Problem};
@@ -244,9 +245,9 @@ async fn asked(
     limits: &Limits,
     timeout: Duration,
 ) -> Result<Seen, CheckFailure> {
-    let deadline = Instant::now() + timeout;
+    let deadline = Deadline::after(timeout);
     let Some(purpose) = purpose else {
-        dial(backend, server, Deadline::at(deadline)).await?;
+        dial(backend, server, deadline).await?;
         return Ok(Seen::default());
     };
     let nothing = ClientId::default();

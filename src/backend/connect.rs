@@ -10,216 +10,38 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::TcpStream;
-use tokio::time;
 use zeroize::Zeroizing;
 
-use super::health::Blow;
 use super::reach::{encrypt, reach};
+use super::request::{Established, Fault, Outcome, Purpose, Request, Seen, reason};
 use super::{Backend, Server};
-use crate::config::{ClientInfo, Limits, TlsMode};
+use crate::config::{ClientInfo, TlsMode};
 use crate::deadline::Deadline;
 use crate::failure::Reason;
-use crate::identity::{Mechanism, ServerLogin};
-use crate::imap::backend_login::{Attempt, BackendLogin, Offer, Referral, Rules, ServerFault, ServerStep, Unavailable};
-use crate::imap::client_id::ClientId;
-use crate::imap::login_answer::{self, Action, Answer, Health, Point, Verdict};
-use crate::imap::tag::Tag;
-use crate::relay::Leg;
-use crate::stream::{Stream, TlsFacts};
+use crate::imap::backend_login::{Attempt, BackendLogin, Offer, Rules, ServerFault, ServerStep, Unavailable};
+use crate::imap::login_answer::{Action, Verdict};
+use crate::stream::Stream;
 
 /// One read from a server before login: its lines are short.
 const READ: usize = 4096;
-
-/// A login to be made.
-#[derive(Debug)]
-pub struct Request<'a> {
-    /// What to log in with; none: only to see what the server offers.
-    pub login: Option<ServerLogin<'a>>,
-    /// The command that the client used; `None`: a login of the proxy's own.
-    pub mechanism: Option<Mechanism>,
-    /// Who asks.
-    pub purpose: Purpose,
-    /// The client's tag: the server's answer is given under it.
-    pub tag: &'a Tag,
-    /// The client's own ID pairs.
-    pub client_id: &'a ClientId,
-    /// Whom the server shall see.
-    pub client: SocketAddr,
-    /// Where the client connected to.
-    pub listener: SocketAddr,
-    /// How the client came, where it came over TLS.
-    pub tls: Option<&'a TlsFacts>,
-    /// One id in our log and the server's.
-    pub session_id: &'a str,
-    /// Deadlines and caps.
-    pub limits: &'a Limits,
-    /// When the login must be over, whichever servers are tried; `None`: at the deadline of the one server.
-    pub deadline: Option<time::Instant>,
-}
-
-/// What a connection to a server is for.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Purpose {
-    /// A client's login, from which the server's health is learnt.
-    Session,
-    /// A check: the login ends with LOGOUT.
-    Check,
-    /// A check that has seen enough when TLS stands.
-    CheckTls,
-}
-
-/// How one server answered.
-#[derive(Debug)]
-pub enum Outcome<'a> {
-    /// Logged in.
-    Accepted(Established),
-    /// The server said no: a complete line for the client, and whether it counts as a failed login.
-    Refused {
-        /// Ends with CRLF, carries the client's tag.
-        reply: Vec<u8>,
-        /// Against `limits.failed_logins`.
-        counts: bool,
-    },
-    /// It asks the client something, in these words, and waits for [`Paused::respond`].
-    Challenged(Box<Paused<'a>>, Vec<u8>),
-    /// It sends the user elsewhere.
-    Referred(Referral),
-    /// It was only looked at, or logged in to for a check.
-    Seen(Seen),
-    /// It could not answer.
-    Unavailable(Fault),
-}
-
-/// What a check has seen.
-#[derive(Debug, Default)]
-pub struct Seen {
-    /// What the server offers before login.
-    pub offer: Option<Offer>,
-    /// When its certificate ends, in seconds since 1970.
-    pub certificate_ends: Option<i64>,
-    /// Whether the server lets a session change its user (RFC 8437).
-    pub unauthenticate: bool,
-}
-
-/// A logged-in connection.
-#[derive(Debug)]
-pub struct Established {
-    /// To the server.
-    pub leg: Leg<TcpStream>,
-    /// What the client gets first: untagged lines, the tagged OK, and what followed it.
-    pub to_client: Vec<u8>,
-    /// Which of the server's addresses it is.
-    pub address: SocketAddr,
-    /// How long the connection took, implicit TLS included.
-    pub connect: Duration,
-    /// How long the login took from there.
-    pub login: Duration,
-}
-
-/// Why a server could not answer.
-#[derive(Debug)]
-pub struct Fault {
-    /// The word for metrics.
-    pub reason: Reason,
-    /// The sentence for logs; never for the client.
-    pub detail: String,
-    /// The server's own words for the client: a complete line under its tag.
-    pub reply: Option<Vec<u8>>,
-    /// Whether another server may do better.
-    pub try_next: bool,
-    /// Whether the fault shows that the server works.
-    pub(super) answered: bool,
-    /// How the server's health suffers; `None` for what a client can provoke.
-    pub(super) blow: Option<Blow>,
-}
-
-impl Fault {
-    /// The backend has no server to try.
-    pub fn no_server() -> Self {
-        Self::of_proxy(Reason::NoServer, "the backend has no server just now", false)
-    }
-
-    /// A referral that is not followed.
-    pub fn referral(detail: String) -> Self {
-        Self::of_proxy(Reason::Referral, detail, false)
-    }
-
-    /// All servers that could take the login have as many sessions as they may.
-    pub fn full() -> Self {
-        Self::of_proxy(Reason::ServersFull, "all servers are full, and no place came free in time", false)
-    }
-
-    /// The operator, or the user's other sessions, end this login.
-    pub fn told(reason: Reason, detail: String, try_next: bool) -> Self {
-        Self::of_proxy(reason, detail, try_next)
-    }
-
-    fn of_proxy(reason: Reason, detail: impl Into<String>, try_next: bool) -> Self {
-        Self { reason, detail: detail.into(), reply: None, try_next, answered: false, blow: None }
-    }
-
-    /// Something that this machine lacks. A user of a sticky backend is not sent to another server for it.
-    pub(super) fn of_this_machine(backend: &Backend, reason: Reason, detail: String) -> Self {
-        Self::of_proxy(reason, detail, !backend.serves_a_user_by_one_server())
-    }
-
-    /// Whether it is for something that this machine lacks, so that it says nothing about the server.
-    pub(super) fn is_local(&self) -> bool {
-        matches!(self.reason, Reason::LocalPorts | Reason::System)
-    }
-
-    /// A server that cannot be reached, or with which there is no TLS: nothing of the client's was sent.
-    pub(super) fn of_server(reason: Reason, detail: impl ToString) -> Self {
-        let answer = Answer::Fault(ServerFault::Unreachable);
-        Self::decided(reason, detail.to_string(), login_answer::decide(answer, Point::BeforeLogin, false))
-    }
-
-    fn decided(reason: Reason, detail: String, verdict: Verdict) -> Self {
-        Self {
-            reason,
-            detail,
-            reply: None,
-            try_next: verdict.action == Action::TryAnotherServer,
-            answered: verdict.health == Health::Answers,
-            blow: (verdict.health == Health::Suffers).then_some(Blow::Other),
-        }
-    }
-}
-
-/// The reason of a fault for metrics and log records.
-fn reason(fault: ServerFault) -> Reason {
-    match fault {
-        ServerFault::Unreachable => Reason::Connect,
-        ServerFault::Greeting => Reason::Greeting,
-        ServerFault::Bye | ServerFault::Closed => Reason::Bye,
-        ServerFault::StartTlsNotOffered | ServerFault::StartTlsRefused => Reason::StartTlsUnavailable,
-        ServerFault::StartTlsResidue => Reason::StartTlsResidue,
-        ServerFault::Protocol | ServerFault::TooMuchUntagged | ServerFault::TooManyChallenges => Reason::Protocol,
-        ServerFault::LoginDisabled | ServerFault::TlsRequired => Reason::LoginDisabled,
-        ServerFault::Overloaded => Reason::Overloaded,
-        ServerFault::UserLimit => Reason::UserLimit,
-        ServerFault::LoginBad => Reason::LoginBad,
-        ServerFault::AuthzidUnsupported => Reason::AuthzidUnsupported,
-        ServerFault::MechanismUnsupported => Reason::MechanismUnsupported,
-        ServerFault::Silent | ServerFault::Timeout => Reason::LoginTimeout,
-    }
-}
 
 /// Logs in on `server`, within `deadline`.
 pub async fn login<'a>(
     backend: &'a Backend,
     server: &Arc<Server>,
     request: &'a Request<'a>,
-    deadline: time::Instant,
+    deadline: Deadline,
 ) -> Outcome<'a> {
     let is_session = request.purpose == Purpose::Session;
-    let deadline = Deadline::at(deadline);
     // A check has a deadline of its own.
     let first_byte = if is_session { deadline.min(Deadline::after(request.limits.connect)) } else { deadline };
+    let is_hurried = is_hurried(request, deadline);
     let began = Instant::now();
     match reach(backend, server, request, first_byte).await {
-        Err(fault) => {
+        Err(mut fault) => {
+            if is_hurried && first_byte.has_expired() {
+                fault.blow = None;
+            }
             if is_session {
                 server.could_not_answer(&fault);
             }
@@ -237,6 +59,12 @@ pub async fn login<'a>(
             Dialogue::new(backend, server, request, stream, address, connect).run(first_byte, deadline).await
         }
     }
+}
+
+/// Whether a client's login leaves a server less time than `limits.connect`, so that a deadline that it misses says
+/// nothing about it.
+fn is_hurried(request: &Request<'_>, deadline: Deadline) -> bool {
+    request.purpose == Purpose::Session && deadline.left() < request.limits.connect
 }
 
 /// Nothing more is wanted of this connection.
@@ -257,9 +85,8 @@ impl std::fmt::Debug for Paused<'_> {
 
 impl<'a> Paused<'a> {
     /// Goes on with what the client said, as it stands in its line, within `deadline`.
-    pub async fn respond(mut self, line: &[u8], deadline: time::Instant) -> Outcome<'a> {
+    pub async fn respond(mut self, line: &[u8], deadline: Deadline) -> Outcome<'a> {
         self.0.machine.respond(line);
-        let deadline = Deadline::at(deadline);
         self.0.run(deadline, deadline).await
     }
 }
@@ -349,9 +176,9 @@ impl<'a> Dialogue<'a> {
     }
 
     async fn talk(mut self, first_byte: Deadline, mut deadline: Deadline) -> Outcome<'a> {
-        let extended = self.request.deadline.map_or(deadline, Deadline::at);
+        let extended = self.request.deadline.unwrap_or(deadline);
         // A server that got less than limits.connect to greet is not at fault.
-        let is_hurried = first_byte.due() < deadline.due();
+        let has_connect_time = first_byte.due() < deadline.due();
         let mut due = first_byte;
         let mut is_first = true;
         loop {
@@ -363,7 +190,7 @@ impl<'a> Dialogue<'a> {
                 (due, is_first) = (deadline, false);
             }
             tracing::trace!(session = self.request.session_id, server = %self.server.name, state = self.machine.state(), "login dialogue");
-            let step = self.carry_out(step, &out, due, is_first && is_hurried).await;
+            let step = self.carry_out(step, &out, due, is_first && has_connect_time).await;
             match step {
                 ServerStep::NeedInput => {
                     (due, is_first) = (deadline, false);
@@ -379,11 +206,7 @@ impl<'a> Dialogue<'a> {
                 },
                 ServerStep::Challenge(line) => return Outcome::Challenged(Box::new(Paused(self)), line),
                 ServerStep::Accepted { .. } if self.request.purpose == Purpose::Check => {
-                    self.server.learns(self.machine.learned());
-                    let _ = deadline.limit(self.exchange(b"Q LOGOUT\r\n", true)).await;
-                    let unauthenticate = self.machine.advertises_unauthenticate();
-                    let seen = seen_and_left(self.stream, self.offer, deadline).await;
-                    return Outcome::Seen(Seen { unauthenticate, ..seen });
+                    return Outcome::Seen(self.logged_in_for_check(deadline).await);
                 }
                 ServerStep::Accepted { to_client } => return self.accepted(to_client, deadline).await,
                 ServerStep::Refused { reply, counts } => {
@@ -424,6 +247,14 @@ impl<'a> Dialogue<'a> {
             Err(_) => (ServerFault::Timeout, None),
         };
         ServerStep::Unavailable(Unavailable { excerpt: error, ..self.machine.failed(fault) })
+    }
+
+    /// The server has accepted the login of a check, which ends with LOGOUT.
+    async fn logged_in_for_check(mut self, deadline: Deadline) -> Seen {
+        self.server.learns(self.machine.learned());
+        let _ = deadline.limit(self.exchange(b"Q LOGOUT\r\n", true)).await;
+        let unauthenticate = self.machine.advertises_unauthenticate();
+        Seen { unauthenticate, ..seen_and_left(self.stream, self.offer, deadline).await }
     }
 
     /// The server has accepted the login: takes over the connection.
@@ -496,7 +327,15 @@ impl<'a> Dialogue<'a> {
         let Stream::Plain(socket) = self.stream else {
             return Err(Fault::of_server(Reason::Protocol, "TLS is already active"));
         };
-        self.stream = encrypt(self.backend, &self.server, socket, deadline).await?;
+        // After a reconnect the server may have the login already.
+        let verdict = self.machine.failed(ServerFault::Unreachable).verdict;
+        let is_hurried = is_hurried(self.request, deadline);
+        let encrypted = encrypt(self.backend, &self.server, socket, deadline).await;
+        self.stream = encrypted.map_err(|fault| {
+            let fault = Fault::decided(fault.reason, fault.detail, verdict);
+            let blow = fault.blow.filter(|_| !(is_hurried && deadline.has_expired()));
+            Fault { blow, ..fault }
+        })?;
         self.machine.tls_established();
         self.offer = None;
         Ok(self)

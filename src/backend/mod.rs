@@ -13,6 +13,7 @@ mod exchanges;
 mod health;
 mod offer;
 mod reach;
+pub mod request;
 mod select;
 mod server;
 mod slots;

@@ -8,8 +8,8 @@ use tokio::io::AsyncWriteExt;
 use tokio::net::TcpStream;
 use tokio::time;
 
-use super::connect::{Fault, Purpose, Request};
 use super::health::Blow;
+use super::request::{Fault, Purpose, Request};
 use super::source::{in_words, local_fault};
 use super::{Backend, Server};
 use crate::config::{ClientInfo, TlsMode};

@@ -12,10 +12,10 @@ use tokio::sync::watch;
 use tokio_rustls::rustls::pki_types::ServerName;
 
 use super::admin_state::{AdminCell, AdminState};
-use super::connect::Fault;
 use super::departures::Departures;
 use super::exchanges::Exchanges;
 use super::health::{Blow, Depth, Health, News, Standing, Thresholds, Trial};
+use super::request::Fault;
 use super::select::Candidate;
 use super::slots::{Slot, Slots};
 use super::{first_known, publish_if_first};

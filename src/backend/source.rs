@@ -57,20 +57,25 @@ fn in_turn(sources: &[IpAddr], turn: usize) -> impl Iterator<Item = IpAddr> {
 async fn connect_from(source: IpAddr, server: SocketAddr) -> io::Result<TcpStream> {
     let socket = if source.is_ipv4() { TcpSocket::new_v4() } else { TcpSocket::new_v6() }?;
     setsockopt(&socket, sockopt::IpBindAddressNoPort, &true)?;
-    let unusable =
-        |error: io::Error| io::Error::new(error.kind(), format!("the source address {source} cannot be used: {error}"));
-    socket.bind(SocketAddr::new(source, 0)).map_err(unusable)?;
+    socket.bind(SocketAddr::new(source, 0)).map_err(|error| unusable(source, &error))?;
     socket.connect(server).await.map_err(|error| match error.kind() {
         // A loopback address cannot speak to another machine, for example.
-        io::ErrorKind::InvalidInput => unusable(io::Error::new(io::ErrorKind::AddrNotAvailable, error)),
+        io::ErrorKind::InvalidInput => unusable(source, &io::Error::new(io::ErrorKind::AddrNotAvailable, error)),
         _ => error,
     })
 }
 
+fn unusable(source: IpAddr, error: &io::Error) -> io::Error {
+    io::Error::new(error.kind(), format!("the source address {source} cannot be used: {error}"))
+}
+
 /// The reason, if a connection failed for something that this machine lacks or forbids.
 pub(super) fn local_fault(error: &io::Error) -> Option<Reason> {
-    if matches!(error.kind(), io::ErrorKind::AddrNotAvailable | io::ErrorKind::AddrInUse) {
-        return Some(Reason::LocalPorts);
+    match error.kind() {
+        io::ErrorKind::AddrNotAvailable | io::ErrorKind::AddrInUse => return Some(Reason::LocalPorts),
+        // An error of `bind` has a text of its own instead of a code.
+        io::ErrorKind::PermissionDenied | io::ErrorKind::OutOfMemory => return Some(Reason::System),
+        _ => {}
     }
     // The last two: a security module, or a rule of the local firewall.
     let causes = [Errno::MFILE, Errno::NFILE, Errno::NOBUFS, Errno::NOMEM, Errno::ACCESS, Errno::PERM];
@@ -110,7 +115,7 @@ mod tests {
     }
 
     #[test]
-    fn what_this_machine_lacks_is_told_from_what_a_server_does() {
+    fn local_faults_are_distinguished_from_faults_of_a_server() {
         let reason = |code: i32| local_fault(&io::Error::from_raw_os_error(code));
         assert_eq!(reason(99), Some(Reason::LocalPorts), "EADDRNOTAVAIL");
         assert_eq!(reason(98), Some(Reason::LocalPorts), "EADDRINUSE");
@@ -120,6 +125,9 @@ mod tests {
         for code in [111, 104, 110, 113, 101] {
             assert_eq!(reason(code), None, "{code}: refused, reset, timed out, unreachable");
         }
+        // A security module that forbids the source address: the error names the address, and has no code.
+        let forbidden = unusable(Ipv4Addr::LOCALHOST.into(), &io::Error::from_raw_os_error(13));
+        assert_eq!((local_fault(&forbidden), forbidden.raw_os_error()), (Some(Reason::System), None));
     }
 
     #[tokio::test]

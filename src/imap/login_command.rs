@@ -79,7 +79,12 @@ pub(super) fn forms(
         Login => may_login,
     });
     let available: Vec<Form> = available.collect();
-    if available.is_empty() { Err(ServerFault::LoginDisabled) } else { Ok(available) }
+    match available.is_empty() {
+        // The client chose the command: it must not be able to make the server look unhealthy.
+        true if with == LoginWith::AsClient && client.is_some() => Err(ServerFault::MechanismUnsupported),
+        true => Err(ServerFault::LoginDisabled),
+        false => Ok(available),
+    }
 }
 
 fn password_forms(password: &PasswordLogin<'_>, with: LoginWith, client: Option<Mechanism>) -> &'static [Form] {

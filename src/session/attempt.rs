@@ -7,27 +7,24 @@
 use std::sync::Arc;
 use std::time::Instant;
 
-use tokio::time::{self, timeout_at};
 use zeroize::Zeroizing;
 
 use super::defence::counted_users;
-use super::placement::{Placed, Placing};
-use super::record::{bounded, reason};
-use super::{Session, close, pace};
-use crate::backend::connect::{Established, Outcome, Purpose, Request};
+use super::placement::{Carried, Placed, Placing};
+use super::record::reason;
+use super::server_credentials::{has_separator, renamed, server_login, split_master};
+use super::{Session, close};
+use crate::backend::request::{Established, Outcome, Purpose, Request};
 use crate::backend::{Backend, Server, Slot};
-use crate::config::BackendId;
 use crate::deadline::Deadline;
 use crate::failure::Reason;
 use crate::generations::Generation;
-use crate::identity::{
-    Credentials, Mechanism, Names, PasswordLogin, Proof, Secret, ServerLogin, UserName, authorise_certificate,
-};
+use crate::identity::{Mechanism, Names, authorise_certificate};
+use crate::imap::client_id::ClientId;
 use crate::imap::prelogin::{Bye, LoginRequest, Prelogin, Step};
-use crate::imap::tag::Tag;
-use crate::imap::{reply, sasl};
+use crate::imap::reply;
 use crate::metrics::LoginOutcome;
-use crate::route::{Place, Question, RouteError, Routed, Target, Visitor, VisitorTls};
+use crate::route::{Question, RouteError, Routed, Target, Visitor, VisitorTls};
 use crate::server::Live;
 use crate::sessions::{Guest, NoSeat, Seat, Why};
 use crate::stream::Stream;
@@ -44,10 +41,13 @@ pub(super) enum Attempted {
     Refused {
         reply: Vec<u8>,
         counts: bool,
+        /// The client gets the reply of a login that counts as failed no sooner.
+        not_before: Option<Instant>,
     },
     /// Refused, and the connection ends.
     Dismissed {
         reply: Vec<u8>,
+        counts: bool,
     },
     /// By a limit or rate of ours.
     Limited {
@@ -64,6 +64,14 @@ pub(super) struct Seated {
     pub(super) slot: Slot,
     /// Among the user's sessions.
     pub(super) seat: Seat,
+}
+
+/// A login command whose user is known.
+struct Login<'a> {
+    request: &'a LoginRequest,
+    names: &'a Names,
+    client_id: ClientId,
+    began: Instant,
 }
 
 /// A registered login.
@@ -100,55 +108,50 @@ impl Session {
         let names = live.config.naming.names(login.credentials.mailbox_user());
         let name_as_sent = || login.credentials.mailbox_user().as_str().into();
         self.routing_name = Some(names.as_ref().map_or_else(|_| name_as_sent(), |names| names.routing.clone()));
-        let names = match names {
-            Ok(names) => names,
-            Err(_) => {
-                self.record.attempt(Some(login.credentials.mailbox_user()), login.credentials.mechanism);
-                return Some(self.no_such_user(&login.tag, Reason::NameRefused, began).await);
-            }
-        };
-        self.record.attempt(Some(&names.log), login.credentials.mechanism);
+        let logged = names.as_ref().map_or_else(|_| login.credentials.mailbox_user(), |names| &names.log);
+        self.record.attempt(Some(logged), login.credentials.mechanism);
         let users = counted_users(&live.config.naming, &login.credentials);
         if let Some(limited) = self.may_try(&login.tag, &users) {
             return Some(limited);
         }
+        let Ok(names) = names else { return Some(self.no_such_user(&login.tag, Reason::NameRefused, began)) };
         // Before any lookup, so that the answer is the same whether the mailbox exists.
         if delegated.is_err() {
             return Some(self.not_authorised(&login.tag));
         }
         if has_separator(&live, &login.credentials) {
-            return Some(self.no_such_user(&login.tag, Reason::NameRefused, began).await);
+            return Some(self.no_such_user(&login.tag, Reason::NameRefused, began));
         }
         if login.credentials.has_empty_password() && !live.backends.any_allows_empty_passwords() {
-            return Some(self.empty_password(&login.tag, None, began).await);
+            return Some(self.empty_password(&login.tag, None, began));
         }
-        self.registered_attempt(login, &names, stream, prelogin, began).await
+        let login = Login { request: login, names: &names, client_id: prelogin.client_id().clone(), began };
+        self.registered_attempt(&login, stream, prelogin).await
     }
 
     /// Registers the login and routes it, again when a move or a drained server has made the first answer out of date.
     async fn registered_attempt(
         &mut self,
-        login: &LoginRequest,
-        names: &Names,
+        login: &Login<'_>,
         stream: &mut Stream,
         prelogin: &mut Prelogin,
-        began: Instant,
     ) -> Option<Attempted> {
+        let routing = &login.names.routing;
         let sessions = self.live.sessions.clone();
-        let due = time::Instant::now() + self.live.limits.server_login;
+        let due = Deadline::after(self.live.limits.server_login);
         let guest = Guest {
-            user: names.routing.clone(),
+            user: routing.clone(),
             client: self.peer.ip().to_canonical(),
             session: self.record.session().bytes(),
         };
-        let mut held = names.routing.clone();
+        let mut held = routing.clone();
         let mut ended_by = Why::Moved;
         let mut progress = Progress::default();
         let mut routings = 0;
-        while routings < MAX_ROUTINGS && time::Instant::now() < due {
+        while routings < MAX_ROUTINGS && !due.has_expired() {
             // A user who is being moved comes in when that is done.
-            let released = sessions.changed(|sessions| !sessions.is_held(&names.routing) && !sessions.is_held(&held));
-            if timeout_at(due, released).await.is_err() {
+            let released = sessions.changed(|sessions| !sessions.is_held(routing) && !sessions.is_held(&held));
+            if due.limit(released).await.is_err() {
                 break;
             }
             let since = sessions.generation();
@@ -157,8 +160,8 @@ impl Session {
             let registered = Registered { seat, since };
             let routed = tokio::select! {
                 biased;
-                why = call.told() => Err(why),
-                routed = self.routed_attempt(login, names, registered, stream, prelogin, began, &mut progress) => Ok(routed?),
+                why = call.cancelled() => Err(why),
+                routed = self.routed_attempt(login, registered, stream, prelogin, &mut progress) => Ok(routed?),
             };
             routings += 1;
             match routed {
@@ -169,9 +172,11 @@ impl Session {
                     ended_by = why;
                     if progress.in_exchange {
                         self.record.attempt_failed(reason(why), LoginOutcome::Unavailable, None);
-                        return Some(Attempted::Dismissed { reply: reply::ended(&login.tag) });
+                        let reply = reply::ended(&login.request.tag);
+                        return Some(Attempted::Dismissed { reply, counts: false });
                     }
-                    if matches!(why, Why::Kicked | Why::Stopped) {
+                    // A login that lost to a later one would end that one in turn if it was routed again.
+                    if matches!(why, Why::Kicked | Why::Stopped | Why::Replaced) {
                         break;
                     }
                 }
@@ -182,115 +187,149 @@ impl Session {
     }
 
     /// Asks the policy service once, then the routes, and logs in where they say. An error: the login must be routed again.
-    #[expect(clippy::too_many_arguments, reason = "it is the middle of one story, and keeps nothing")]
     async fn routed_attempt(
         &mut self,
-        login: &LoginRequest,
-        names: &Names,
+        login: &Login<'_>,
         registered: Registered,
         stream: &mut Stream,
         prelogin: &mut Prelogin,
-        began: Instant,
         progress: &mut Progress,
     ) -> Option<Result<Attempted, NoSeat>> {
-        let client_id = prelogin.client_id().clone();
-        if !progress.is_allowed {
-            if let Some(refused) = self.policy_refuses(login, &client_id, began).await {
-                return Some(Ok(refused));
-            }
-            progress.is_allowed = true;
-        }
-        if client_id.ttl() == Some(0) {
-            self.record.attempt_failed(Reason::ProxyLoop, LoginOutcome::Unavailable, None);
-            return Some(Ok(Attempted::Unavailable));
-        }
-        self.up_to_date();
-        let live = self.live.clone();
-        // Before anybody is looked up: the answer shall be the same whether the mailbox exists.
-        let may_ask = live.allows_masters_from(self.peer.ip()) && live.backends.any_allows_authzid();
-        if login.credentials.authzid.is_some() && !may_ask {
-            return Some(Ok(self.not_authorised(&login.tag)));
-        }
-        let question = self.question(names, login, stream);
-        let lookup = live.router.route(&question, &live.metrics);
-        let target = match Deadline::after(live.limits.lookup).limit(lookup).await {
-            Ok(Ok(Routed { target, route })) => {
-                let backend = match &*target {
-                    Target::Place(place) => Some(&live.backends.backend(place.backend).name),
-                    Target::Refuse(_) | Target::Denied(_) | Target::Maintenance(_) | Target::PasswordNeeded => None,
-                };
-                self.record.routed(route, backend, began.elapsed());
-                target
-            }
-            Ok(Err(RouteError::Unknown)) => {
-                return Some(Ok(self.no_such_user(&login.tag, Reason::UnknownUser, began).await));
-            }
-            Ok(Err(error)) => return Some(Ok(self.lookup_failed(&error.to_string()))),
-            Err(_) => return Some(Ok(self.lookup_failed("no answer within limits.lookup"))),
-        };
-        // Its copy of the credentials is not needed any more.
-        drop(question);
-        let Target::Place(place) = &*target else { return Some(Ok(self.verdict(&login.tag, &target).await)) };
-        let backend = live.backends.backend(place.backend);
-        if login.credentials.authzid.is_some() && !backend.allows_authzid {
-            // Others allow it: those who are asked for there, and those who do not exist, get one answer.
-            let refused = self.refused_late(&login.tag, began).await;
-            self.record.attempt_failed(Reason::AuthzidRefused, LoginOutcome::Refused, Some(backend.id));
+        if let Some(refused) = self.may_be_routed(login, progress).await {
             return Some(Ok(refused));
         }
-        if login.credentials.has_empty_password() && !backend.allows_empty_passwords() {
-            return Some(Ok(self.empty_password(&login.tag, Some(backend.id), began).await));
+        let live = self.live.clone();
+        let target = match self.look_up(&live, login, stream).await {
+            Ok(target) => target,
+            Err(refused) => return Some(Ok(refused)),
+        };
+        let (tag, credentials) = (&login.request.tag, &login.request.credentials);
+        let Target::Place(place) = &*target else { return Some(Ok(self.verdict(tag, &target))) };
+        let backend = live.backends.backend(place.backend);
+        if let Some(refused) = self.may_be_sent_to(backend, login) {
+            return Some(Ok(refused));
         }
-        let renamed = renamed(&login.credentials, place, names);
-        let server_login = server_login(&login.credentials, place, names, backend, renamed.as_ref());
-        let Some(server_login) = server_login else {
+        let renamed = renamed(credentials, place, login.names);
+        let Some(server_login) = server_login(credentials, place, login.names, backend, renamed.as_ref()) else {
             self.record.attempt_failed(Reason::MechanismUnsupported, LoginOutcome::Unavailable, Some(backend.id));
             return Some(Ok(Attempted::Unavailable));
         };
-        let session_id = self.record.session();
-        let tls = self.record.tls().cloned();
+        let (session_id, tls) = (self.record.session(), self.record.tls().cloned());
         let request = Request {
             login: Some(server_login),
-            mechanism: Some(login.credentials.mechanism),
+            mechanism: Some(credentials.mechanism),
             purpose: Purpose::Session,
-            tag: &login.tag,
-            client_id: &client_id,
+            tag,
+            client_id: &login.client_id,
             client: self.peer,
             listener: self.local,
             tls: tls.as_ref(),
             session_id: session_id.as_str(),
             limits: &live.limits,
-            deadline: Some(time::Instant::now() + live.limits.server_login),
+            deadline: Some(Deadline::after(live.limits.server_login)),
         };
-        let (mailbox, Registered { seat, since }) = (place.mailbox(&names.routing), registered);
-        let desk = self.desk.clone();
-        let placing = Placing { live: &live, desk, seat: &seat, since, mailbox, request: &request };
-        let (mut outcome, mut placed) = match placing.log_in_somewhere(place).await {
+        let (mailbox, Registered { seat, since }) = (place.mailbox(&login.names.routing), registered);
+        let (desk, carries) = (self.desk.clone(), Carried::of(credentials, place));
+        let placing = Placing { live: &live, desk, seat: &seat, since, mailbox, request: &request, carries };
+        let answered = match placing.log_in_somewhere(place).await {
             Ok(answered) => answered,
             Err(again) => return Some(Err(again)),
         };
-        while let Outcome::Challenged(paused, challenge) = outcome {
-            let Some(placed) = &mut placed else { return Some(Ok(Attempted::Unavailable)) };
-            placing.asks_client(placed, &challenge);
-            progress.in_exchange = true;
-            let response = tokio::select! {
-                biased;
-                response = self.ask(&login.tag, &challenge, stream, prelogin) => response?,
-                () = placed.slot.displaced() => {
-                    self.record.attempt_failed(Reason::ServersFull, LoginOutcome::Unavailable, Some(backend.id));
-                    return Some(Ok(Attempted::Dismissed { reply: reply::ended(&login.tag) }));
-                }
-            };
-            outcome = placing.respond(paused, placed, &response).await;
-        }
+        let (outcome, placed) = match self.exchange(login, &placing, answered, stream, prelogin, progress).await? {
+            Ok(answered) => answered,
+            Err(ended) => return Some(Ok(ended)),
+        };
         if matches!(outcome, Outcome::Accepted(_))
-            && let users = counted_users(&live.config.naming, &login.credentials)
-            && let Some(limited) = self.may_have_one_more(&login.tag, &users, &names.routing, backend.id)
+            && let Some(limited) = self.may_have_one_more(login.request, &login.names.routing, backend.id)
         {
             return Some(Ok(limited));
         }
         let seated = placed.map(|Placed { backend, server, slot }| Seated { backend, server, slot, seat });
-        Some(Ok(self.answered(outcome, seated, backend, began)))
+        Some(Ok(self.answered(outcome, seated, backend, login.began)))
+    }
+
+    /// Refuses a login before any lookup, so that the answer is the same whether the mailbox exists. `None`: it goes on,
+    /// under the configuration that holds now.
+    async fn may_be_routed(&mut self, login: &Login<'_>, progress: &mut Progress) -> Option<Attempted> {
+        if !progress.is_allowed {
+            let refused = self.policy_refuses(login.request, &login.client_id, login.began).await;
+            if refused.is_some() {
+                return refused;
+            }
+            progress.is_allowed = true;
+        }
+        if login.client_id.ttl() == Some(0) {
+            self.record.attempt_failed(Reason::ProxyLoop, LoginOutcome::Unavailable, None);
+            return Some(Attempted::Unavailable);
+        }
+        self.up_to_date();
+        let may_ask = self.live.allows_masters_from(self.peer.ip()) && self.live.backends.any_allows_authzid();
+        let is_refused = login.request.credentials.authzid.is_some() && !may_ask;
+        is_refused.then(|| self.not_authorised(&login.request.tag))
+    }
+
+    /// Asks the routes. An error: the login is answered with that.
+    async fn look_up(&mut self, live: &Live, login: &Login<'_>, stream: &Stream) -> Result<Arc<Target>, Attempted> {
+        // Its copy of the credentials is dropped with the lookup.
+        let question = self.question(login.names, login.request, stream);
+        let lookup = live.router.route(&question, &live.metrics);
+        match Deadline::after(live.limits.lookup).limit(lookup).await {
+            Ok(Ok(Routed { target, route })) => {
+                let backend = match &*target {
+                    Target::Place(place) => Some(&live.backends.backend(place.backend).name),
+                    Target::Refuse(_) | Target::Denied(_) | Target::Maintenance(_) | Target::PasswordNeeded => None,
+                };
+                self.record.routed(route, backend, login.began.elapsed());
+                Ok(target)
+            }
+            Ok(Err(RouteError::Unknown)) => {
+                Err(self.no_such_user(&login.request.tag, Reason::UnknownUser, login.began))
+            }
+            Ok(Err(error)) => Err(self.lookup_failed(&error.to_string())),
+            Err(_) => Err(self.lookup_failed("no answer within limits.lookup")),
+        }
+    }
+
+    /// Refuses a login that `backend` does not allow. `None`: it may be sent there.
+    fn may_be_sent_to(&mut self, backend: &Backend, login: &Login<'_>) -> Option<Attempted> {
+        let credentials = &login.request.credentials;
+        if credentials.authzid.is_some() && !backend.allows_authzid {
+            // Another backend allows it: users of this one and unknown users get the same answer.
+            self.record.attempt_failed(Reason::AuthzidRefused, LoginOutcome::Refused, Some(backend.id));
+            return Some(self.refused_late(&login.request.tag, login.began));
+        }
+        let is_refused = credentials.has_empty_password() && !backend.allows_empty_passwords();
+        is_refused.then(|| self.empty_password(&login.request.tag, Some(backend.id), login.began))
+    }
+
+    /// Passes challenges to the client and its responses to the server until the server has answered the login. An error:
+    /// the exchange was ended, and the login is answered with that. `None`: the session is over.
+    async fn exchange<'a>(
+        &mut self,
+        login: &Login<'_>,
+        placing: &Placing<'a, '_>,
+        (mut outcome, mut placed): (Outcome<'a>, Option<Placed>),
+        stream: &mut Stream,
+        prelogin: &mut Prelogin,
+        progress: &mut Progress,
+    ) -> Option<Result<(Outcome<'a>, Option<Placed>), Attempted>> {
+        while let Outcome::Challenged(paused, challenge) = outcome {
+            let Some(placed) = &mut placed else { return Some(Err(Attempted::Unavailable)) };
+            placing.asks_client(placed, &challenge);
+            progress.in_exchange = true;
+            let response = tokio::select! {
+                biased;
+                response = self.ask(login.request, &challenge, stream, prelogin) => response?,
+                () = placed.slot.displaced() => {
+                    let backend = Some(placing.carries.routed);
+                    self.record.attempt_failed(Reason::ServersFull, LoginOutcome::Unavailable, backend);
+                    let reply = reply::ended(&login.request.tag);
+                    return Some(Err(Attempted::Dismissed { reply, counts: false }));
+                }
+            };
+            outcome = placing.respond(paused, placed, &response).await;
+        }
+        Some(Ok((outcome, placed)))
     }
 
     fn answered(
@@ -316,20 +355,24 @@ impl Session {
                     }
                 }
                 self.record.refused(routed.id, answered.as_ref().map(|answered| &answered.server.name));
-                Attempted::Refused { reply, counts }
+                Attempted::Refused { reply, counts, not_before: None }
             }
             // Not followed: the client may know better.
             (Outcome::Referred(referral), answered) => {
                 self.record.refused(routed.id, answered.as_ref().map(|answered| &answered.server.name));
-                Attempted::Refused { reply: referral.reply, counts: false }
+                Attempted::Refused { reply: referral.reply, counts: false, not_before: None }
             }
             (Outcome::Unavailable(fault), _) => {
                 let is_limit = fault.reason == Reason::UserLimit;
                 let outcome = if is_limit { LoginOutcome::Limited } else { LoginOutcome::Unavailable };
+                if fault.is_counted_at_server() {
+                    self.record.attempt_ended(fault.reason, outcome, Some(routed.id));
+                } else {
+                    self.record.attempt_failed(fault.reason, outcome, Some(routed.id));
+                }
                 self.record.detail(fault.detail);
-                self.record.attempt_failed(fault.reason, outcome, Some(routed.id));
                 match fault.reply {
-                    Some(reply) => Attempted::Refused { reply, counts: false },
+                    Some(reply) => Attempted::Refused { reply, counts: false, not_before: None },
                     None => Attempted::Unavailable,
                 }
             }
@@ -341,13 +384,13 @@ impl Session {
     /// Passes a server's challenge to the client, and brings back what it says.
     async fn ask(
         &mut self,
-        tag: &Tag,
+        login: &LoginRequest,
         challenge: &[u8],
         stream: &mut Stream,
         prelogin: &mut Prelogin,
     ) -> Option<Zeroizing<Vec<u8>>> {
         let mut out = Vec::new();
-        prelogin.challenge(tag, challenge, &mut out);
+        prelogin.challenge(&login.tag, challenge, &mut out);
         // A login that waits for its client has no complete credentials, and may be shed.
         self.login_under_way(None);
         loop {
@@ -361,7 +404,9 @@ impl Session {
                 }
                 Step::Send => {}
                 Step::Response(response) => {
-                    if self.holds_for_login(response.len()).is_err() {
+                    // The first message is held until the login ends.
+                    let longest = response.len().max(login.credentials.proof_size());
+                    if self.holds_for_login(longest).is_err() {
                         return self.farewell(stream, prelogin, (Bye::Memory, Reason::ShedForMemory)).await;
                     }
                     self.login_under_way(Some(Instant::now()));
@@ -398,143 +443,5 @@ impl Session {
             })
         });
         Question { user: names.routing.clone(), visitor }
-    }
-
-    async fn no_such_user(&mut self, tag: &Tag, reason: Reason, began: Instant) -> Attempted {
-        let refused = self.refused_late(tag, began).await;
-        // After the wait, which may end with the attempt: it is counted once.
-        self.record.attempt_failed(reason, LoginOutcome::UnknownUser, None);
-        refused
-    }
-
-    /// The client may not open the mailbox it asked for.
-    fn not_authorised(&mut self, tag: &Tag) -> Attempted {
-        self.record.attempt_failed(Reason::AuthzidRefused, LoginOutcome::Refused, None);
-        Attempted::Refused { reply: reply::authorization_failed(tag), counts: true }
-    }
-
-    /// Refuses a login with an empty password without asking a server, as late as if one had been asked.
-    async fn empty_password(&mut self, tag: &Tag, backend: Option<BackendId>, began: Instant) -> Attempted {
-        let refused = self.refused_late(tag, began).await;
-        self.record.attempt_failed(Reason::EmptyPassword, LoginOutcome::Refused, backend);
-        refused
-    }
-
-    /// Refuses the login after a sampled server latency and in a server's words, so that neither the response time nor the
-    /// text reveals whether the user exists.
-    pub(super) async fn refused_late(&mut self, tag: &Tag, began: Instant) -> Attempted {
-        let user = self.routing_name.as_deref().unwrap_or_default();
-        let late = self.live.refusals.draw(user, pace::random());
-        time::sleep(late.saturating_sub(began.elapsed())).await;
-        let user = self.routing_name.as_deref().unwrap_or_default();
-        let reply = match self.live.refusals.answer(user) {
-            Some(answer) => reply::with_tag(tag, &answer),
-            None => reply::authentication_failed(tag, None),
-        };
-        Attempted::Refused { reply, counts: true }
-    }
-
-    /// The route's own word, instead of a server's.
-    async fn verdict(&mut self, tag: &Tag, target: &Target) -> Attempted {
-        match target {
-            Target::Refuse(text) => {
-                self.record.attempt_failed(Reason::RouteRefused, LoginOutcome::Refused, None);
-                Attempted::Refused { reply: reply::contact_admin(tag, text), counts: false }
-            }
-            Target::Denied(denied) => {
-                time::sleep(denied.wait).await;
-                self.record.denied();
-                let reply = reply::authentication_failed(tag, denied.text.as_deref());
-                match denied.closes {
-                    true => Attempted::Dismissed { reply: reply::dismissed(reply) },
-                    false => Attempted::Refused { reply, counts: true },
-                }
-            }
-            Target::Maintenance(text) => {
-                self.record.attempt_failed(Reason::RouteMaintenance, LoginOutcome::Unavailable, None);
-                Attempted::Refused { reply: reply::maintenance(tag, text), counts: false }
-            }
-            Target::PasswordNeeded => {
-                self.record
-                    .detail("the route decides by the client's password, and this mechanism carries none".to_owned());
-                self.record.attempt_failed(Reason::MechanismUnsupported, LoginOutcome::Unavailable, None);
-                Attempted::Unavailable
-            }
-            Target::Place(_) => Attempted::Unavailable,
-        }
-    }
-
-    fn lookup_failed(&mut self, error: &str) -> Attempted {
-        let error = bounded(error.to_owned());
-        tracing::warn!(session = self.record.session().as_str(), %error, "route lookup failed");
-        self.record.detail(error);
-        self.record.attempt_failed(Reason::LookupFailed, LoginOutcome::Unavailable, None);
-        Attempted::Unavailable
-    }
-}
-
-/// `alice*admin` asks for alice's mailbox with admin's password, as PLAIN can say too.
-fn split_master(live: &Live, credentials: &mut Credentials) {
-    if credentials.authzid.is_none()
-        && matches!(credentials.proof, Proof::Password(_))
-        && let Some((mailbox, master)) = live.config.naming.split_master(&credentials.user)
-    {
-        credentials.authzid = Some(mailbox);
-        credentials.user = master;
-    }
-}
-
-/// Whether a name has a separator although it was, or cannot be, taken apart: a server that takes it apart could open another mailbox
-/// than the one that is routed by, or check another master user's password than the one that is counted for.
-fn has_separator(live: &Live, credentials: &Credentials) -> bool {
-    let mut names = std::iter::once(&credentials.user).chain(&credentials.authzid);
-    names.any(|name| live.config.naming.has_separator(name))
-}
-
-/// A token's message under the name the user has there, where that is another.
-fn renamed(credentials: &Credentials, place: &Place, names: &Names) -> Option<Secret> {
-    let Proof::Message(message) = &credentials.proof else { return None };
-    let there = place.user.as_ref().unwrap_or(&names.server);
-    if there == &credentials.user { None } else { sasl::renamed(credentials.mechanism, message, there) }
-}
-
-/// What the server is logged in with. `None`: there is nothing that would show it who it is.
-fn server_login<'a>(
-    credentials: &'a Credentials,
-    place: &'a Place,
-    names: &'a Names,
-    backend: &'a Backend,
-    renamed: Option<&'a Secret>,
-) -> Option<ServerLogin<'a>> {
-    let mailbox = place.user.as_ref().unwrap_or(&names.server);
-    let on_behalf = |master: Option<&'a UserName>, password: &'a Secret| {
-        ServerLogin::Password(PasswordLogin {
-            user: master.unwrap_or(mailbox),
-            authzid: master.is_some().then_some(mailbox),
-            password,
-        })
-    };
-    // Credentials that a route hands out would open the mailbox to any password if nothing had verified the client's. A
-    // verified client is verified under its own name: whether it may act for another is the server's decision.
-    let is_verified = place.identity.is_confirmed() || matches!(credentials.proof, Proof::Certificate);
-    if let Some(login) = place.login.as_ref().filter(|_| is_verified && credentials.authzid.is_none()) {
-        return Some(on_behalf(login.master.as_ref(), &login.password));
-    }
-    match &credentials.proof {
-        Proof::Password(password) => Some(ServerLogin::Password(PasswordLogin {
-            user: if credentials.authzid.is_some() { &credentials.user } else { mailbox },
-            authzid: credentials.authzid.is_some().then_some(mailbox),
-            password,
-        })),
-        Proof::Message(first) => {
-            // SCRAM proves a password for one name: under another it would prove nothing.
-            let first = match (renamed, &place.user) {
-                (Some(renamed), _) => renamed,
-                (None, Some(user)) if *user != credentials.user => return None,
-                (None, _) => first,
-            };
-            Some(ServerLogin::Relayed { mechanism: credentials.mechanism, first })
-        }
-        Proof::Certificate => backend.login.as_ref().map(|own| on_behalf(own.master.as_ref(), &own.password)),
     }
 }

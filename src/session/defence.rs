@@ -116,15 +116,15 @@ impl Session {
     /// Asked once a server has taken the password: before, anybody could keep a user out by trying. `None`: it may.
     pub(super) fn may_have_one_more(
         &mut self,
-        tag: &Tag,
-        users: &[Arc<str>],
+        login: &LoginRequest,
         mailbox: &str,
         backend: BackendId,
     ) -> Option<Attempted> {
         let client = self.record.client();
-        self.live.guard.succeeded(Instant::now(), client, users);
+        let users = counted_users(&self.live.config.naming, &login.credentials);
+        self.live.guard.succeeded(Instant::now(), client, &users);
         let limited = self.held.pass.take_for(client, mailbox).err()?;
-        Some(self.limited(tag, limited, Some(backend)))
+        Some(self.limited(&login.tag, limited, Some(backend)))
     }
 
     fn limited(&mut self, tag: &Tag, limited: Limited, backend: Option<BackendId>) -> Attempted {
@@ -146,7 +146,7 @@ impl Session {
     }
 
     /// A server or the proxy has refused a login that began at `began`: logs it, and returns when the client may be answered.
-    pub(super) async fn refused_login(&mut self, login: LoginRequest, began: Instant) {
+    pub(super) async fn refused_login(&mut self, login: LoginRequest, began: Instant, not_before: Option<Instant>) {
         let naming = &self.live.config.naming;
         let users = counted_users(naming, &login.credentials);
         let of_another = login.credentials.authzid.is_some();
@@ -154,12 +154,18 @@ impl Session {
         let authcid = authcid.unwrap_or_else(|_| Some(login.credentials.user.clone()));
         // With the password, which is not needed any more.
         drop(login);
-        self.failed_login(&users, authcid, began).await;
+        self.failed_login(&users, authcid, began, not_before).await;
     }
 
     /// Logs a failed login, and returns when the client may be answered. `users` are counted for; `authcid` is who tried to log in, if
-    /// the mailbox is another user's.
-    pub(super) async fn failed_login(&mut self, users: &[Arc<str>], authcid: Option<UserName>, began: Instant) {
+    /// the mailbox is another user's. An answer without a server is sent not before `not_before`.
+    pub(super) async fn failed_login(
+        &mut self,
+        users: &[Arc<str>],
+        authcid: Option<UserName>,
+        began: Instant,
+        not_before: Option<Instant>,
+    ) {
         let client = self.record.client();
         let (mechanism, name, reason) = self.record.last_attempt();
         tracing::info!(
@@ -173,8 +179,8 @@ impl Session {
             "login failed"
         );
         self.report(false);
-        let due = time::Instant::from_std(began + self.live.guard.failed(Instant::now(), client, users));
-        self.pause(due).await;
+        let due = began + self.live.guard.failed(Instant::now(), client, users);
+        self.pause(time::Instant::from_std(not_before.map_or(due, |not_before| due.max(not_before)))).await;
     }
 
     /// Asks the policy service, if there is one. `None`: the login goes on.
@@ -198,10 +204,8 @@ impl Session {
             }
             Verdict::Denied => {
                 policy.report(attempt, false, true, &self.live.metrics);
-                let refused = self.refused_late(&login.tag, began).await;
-                // After the wait, which may end with the attempt: it is counted once.
                 self.record.attempt_failed(Reason::PolicyDenied, LoginOutcome::Refused, None);
-                Some(refused)
+                Some(self.refused_late(&login.tag, began))
             }
             Verdict::Unavailable => {
                 self.record.attempt_failed(Reason::PolicyFailed, LoginOutcome::Unavailable, None);
@@ -220,7 +224,7 @@ impl Session {
     /// Waits, but not beyond what ends the session.
     async fn pause(&self, until: time::Instant) {
         tokio::select! {
-            () = time::sleep_until(until.min(self.login_by)) => {}
+            () = time::sleep_until(until.min(self.login_by.due())) => {}
             // Both are told what is to be told after the answer.
             () = self.drain.begun().cancelled() => {}
             () = self.shed() => {}

@@ -20,12 +20,13 @@ mod attempt;
 mod defence;
 mod id;
 mod introduction;
-mod invalid;
 mod pace;
 mod placement;
 mod proxy_header_warning;
 mod record;
+mod refusal;
 mod relayed;
+mod server_credentials;
 mod wording;
 
 use std::io;
@@ -36,18 +37,17 @@ use std::time::{Duration, Instant};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::sync::watch;
-use tokio::time::{self, timeout, timeout_at};
+use tokio::time::timeout;
 use zeroize::Zeroizing;
 
-use self::attempt::{Attempted, Seated};
+use self::attempt::Attempted;
 pub use self::defence::turn_away;
 pub use self::pace::Refusals;
 pub use self::proxy_header_warning::LastWarning;
 use self::proxy_header_warning::{Opening, is_header_before_tls};
 use self::record::{EndedBy, Record};
 pub use self::relayed::Quiet;
-use self::relayed::{Kept, Relayed};
-use crate::backend::connect::Established;
+use self::relayed::Relayed;
 use crate::config::ListenerTls;
 use crate::deadline::Deadline;
 use crate::failure::Reason;
@@ -134,7 +134,7 @@ struct Session {
     memory: Charge,
     /// The copies of its credentials.
     login_memory: Charge,
-    /// Who wants to log in, as routes see it; `None` while that is not known.
+    /// The user of the login under way, by the name in the routes; `None` while it is not known.
     routing_name: Option<Arc<str>>,
     /// What the policy service knows of the login under way.
     told: Option<Box<policy::Attempt>>,
@@ -144,7 +144,7 @@ struct Session {
     /// Whether both addresses are those of a PROXY header.
     is_proxied: bool,
     listener: usize,
-    login_by: time::Instant,
+    login_by: Deadline,
     opening: Opening,
     record: Record,
 }
@@ -154,7 +154,7 @@ impl Session {
         let Arrival { socket, peer, local, listener, live, desk, drain, room, ticket, held, .. } = arrival;
         // A socket bound to one address has no other; of `[::]` only the connection knows.
         let local = if local.ip().is_unspecified() { socket.local_addr().unwrap_or(local) } else { local };
-        let login_by = time::Instant::now() + live.limits.login;
+        let login_by = Deadline::after(live.limits.login);
         let record = Record::new(id::new(peer), peer, local, live.settings.clone());
         let (memory, login_memory) = (ticket.charge(), ticket.charge());
         (
@@ -182,17 +182,8 @@ impl Session {
     }
 
     /// Steps 1 to 6: talks to the client until a server has accepted it, or until it is gone.
-    async fn log_in(mut self, mut socket: TcpStream, tls: ListenerTls) -> Option<Relayed> {
-        self.admitted(&socket).await?;
-        self.introduced(&mut socket).await?;
-        let (mut stream, transport) = match tls {
-            ListenerTls::Implicit => (self.encrypt(socket).await?, Transport::Tls),
-            ListenerTls::StartTls => (Stream::Plain(socket), Transport::StartTls),
-            ListenerTls::None => (Stream::Plain(socket), Transport::Plain),
-        };
-        if transport != Transport::Tls && self.live.config.listeners[self.listener].proxy_protocol.is_none() {
-            self.opening = Opening::expected();
-        }
+    async fn log_in(mut self, socket: TcpStream, tls: ListenerTls) -> Option<Relayed> {
+        let (mut stream, transport) = self.connected(socket, tls).await?;
         let mut prelogin = Prelogin::new(self.policy(transport, &stream));
         let mut out = Vec::new();
         prelogin.greet(&mut out);
@@ -214,16 +205,21 @@ impl Session {
                 {
                     Attempted::Accepted { seated, established } => {
                         self.report(true);
-                        return self.relayed(stream, prelogin.into_leftover(), seated, *established).await;
+                        return self
+                            .relayed(&request.tag, stream, prelogin.into_leftover(), seated, *established)
+                            .await;
                     }
-                    Attempted::Refused { reply, counts } => {
+                    Attempted::Refused { reply, counts, not_before } => {
                         if counts {
-                            self.refused_login(request, began).await;
+                            self.refused_login(request, began, not_before).await;
                         }
                         prelogin.refused(&reply, counts, &mut out);
                     }
                     Attempted::Limited { reply } => prelogin.refused(&reply, true, &mut out),
-                    Attempted::Dismissed { mut reply } => {
+                    Attempted::Dismissed { mut reply, counts } => {
+                        if counts {
+                            self.refused_login(request, began, None).await;
+                        }
                         self.send(&mut stream, &mut reply).await?;
                         self.record.ended_by(EndedBy::Proxy);
                         close(&mut stream).await;
@@ -244,6 +240,21 @@ impl Session {
                 Step::Response(_) => {}
             }
         }
+    }
+
+    /// Steps 1 and 2: waits for a place, the PROXY header and the handshake.
+    async fn connected(&mut self, mut socket: TcpStream, tls: ListenerTls) -> Option<(Stream, Transport)> {
+        self.admitted(&socket).await?;
+        self.introduced(&mut socket).await?;
+        let (stream, transport) = match tls {
+            ListenerTls::Implicit => (self.encrypt(socket).await?, Transport::Tls),
+            ListenerTls::StartTls => (Stream::Plain(socket), Transport::StartTls),
+            ListenerTls::None => (Stream::Plain(socket), Transport::Plain),
+        };
+        if transport != Transport::Tls && self.live.config.listeners[self.listener].proxy_protocol.is_none() {
+            self.opening = Opening::expected();
+        }
+        Some((stream, transport))
     }
 
     /// Charges a login whose longest message has `length` bytes.
@@ -290,7 +301,7 @@ impl Session {
     /// Step 2. `None`: the session is over.
     async fn encrypt(&mut self, socket: TcpStream) -> Option<Stream> {
         let began = Instant::now();
-        let due = self.login_by.min(time::Instant::now() + self.live.limits.handshake);
+        let due = self.login_by.min(Deadline::after(self.live.limits.handshake));
         let tls = self.live.tls.as_ref()?;
         let secrets = Arc::new(Secrets::default());
         let turns = self.live.guard.handshakes();
@@ -303,7 +314,7 @@ impl Session {
             tls.accept(self.listener, socket, accepting, memory).await
         };
         let failed = tokio::select! {
-            accepted = Deadline::at(due).limit(handshake) => match accepted {
+            accepted = due.limit(handshake) => match accepted {
                 Ok(Ok(tls)) => {
                     let stream = Stream::Tls(Box::new(Encrypted { tls, secrets }));
                     let took = began.elapsed();
@@ -344,10 +355,10 @@ impl Session {
             stream.flush().await
         };
         // Replies are short: a client that does not take them within the deadline takes nothing at all.
-        let due = self.login_by.max(time::Instant::now() + FAREWELL);
+        let due = self.login_by.max(Deadline::after(FAREWELL));
         let result = tokio::select! {
             biased;
-            result = timeout_at(due, write) => result,
+            result = due.limit(write) => result,
             // In the middle of a write nothing more can be said.
             () = self.drain.begun().cancelled() => return self.ended(Reason::Drain),
             () = self.shed() => return self.ended(self.why_shed().1),
@@ -386,6 +397,7 @@ impl Session {
             () = drain.cancelled() => (Bye::Shutdown, Reason::Drain),
             () = shed => self.why_shed(),
         };
+        self.record.attempt_cut_off();
         self.farewell(stream, prelogin, ending).await
     }
 
@@ -407,7 +419,7 @@ impl Session {
     async fn read(&mut self, stream: &mut Stream, prelogin: &mut Prelogin) -> Result<(), Unread> {
         self.memory.resize(prelogin.held())?;
         let mut buffer = Zeroizing::new(Vec::with_capacity(READ));
-        match timeout_at(self.login_by, stream.read_buf(&mut *buffer)).await {
+        match self.login_by.limit(stream.read_buf(&mut *buffer)).await {
             Ok(Ok(read)) if read > 0 => {
                 if self.opening.is_header(&buffer) {
                     return Err(Unread::ProxyHeader);
@@ -470,42 +482,6 @@ impl Session {
         self.record.ended_by(EndedBy::Client);
         self.record.failed(reason);
         None
-    }
-
-    /// The end of the login: rustls lets go of the client's connection, and all that is kept is packed up.
-    async fn relayed(
-        mut self,
-        stream: Stream,
-        mut to_server: Vec<u8>,
-        seated: Seated,
-        established: Established,
-    ) -> Option<Relayed> {
-        // Nobody who is logged in is told to go.
-        self.ticket = None;
-        let due = self.login_by.max(time::Instant::now() + FAREWELL);
-        let call = seated.seat.call().clone();
-        let leg = tokio::select! {
-            biased;
-            why = call.told() => {
-                self.record.cancelled(why);
-                return None;
-            }
-            leg = timeout_at(due, stream.into_leg()) => leg,
-        };
-        let Ok(Ok((client, more))) = leg else { return self.gone(Reason::Disconnected) };
-        to_server.extend(more);
-        self.record.open_on(seated.backend.id, seated.slot);
-        seated.seat.settle();
-        self.record.log_login();
-        let kept = Kept {
-            _counted: self.drain.count(),
-            keepalive_set: false,
-            room: self.room,
-            record: self.record,
-            _held: self.held,
-            seat: seated.seat,
-        };
-        Some(Relayed::new(client, established.leg, established.to_client, to_server, kept))
     }
 }
 

@@ -6,14 +6,19 @@
 //! the caller drops it when the login is cancelled. Called by `attempt`.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use tokio::sync::watch;
-use tokio::time::{self, timeout_at};
 
-use crate::backend::connect::{self, Fault, Outcome, Paused, Request};
+use super::FAREWELL;
+use super::server_credentials::has_own_login;
+use crate::backend::connect::{self, Paused};
+use crate::backend::request::{Fault, Outcome, Request};
 use crate::backend::{Backend, Server, Slot, Stop, Tour};
-use crate::failure::{Reason, Side};
+use crate::config::BackendId;
+use crate::deadline::Deadline;
 use crate::generations::Generation;
+use crate::identity::Credentials;
 use crate::imap::sasl;
 use crate::route::Place;
 use crate::server::{Desk, Live};
@@ -21,6 +26,9 @@ use crate::sessions::{NoSeat, Seat};
 
 /// Maximum number of referrals followed per login.
 const MAX_REFERRALS: usize = 2;
+
+/// Time that an accepted login leaves the user's other sessions to end, each of which closes within [`FAREWELL`].
+const CLOSING: Duration = FAREWELL.saturating_add(Duration::from_secs(1));
 
 /// A login that is routed and looks for a server.
 pub(super) struct Placing<'a, 's> {
@@ -33,6 +41,37 @@ pub(super) struct Placing<'a, 's> {
     /// The name of the user's mailbox.
     pub(super) mailbox: Arc<str>,
     pub(super) request: &'a Request<'a>,
+    pub(super) carries: Carried,
+}
+
+/// What the request holds that not every backend may be sent.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Carried {
+    /// The backend that the route named.
+    pub(super) routed: BackendId,
+    /// The client asked for another user's mailbox.
+    pub(super) authzid: bool,
+    /// A password that the route or the backend's configuration holds, in place of the client's credentials.
+    pub(super) own_login: bool,
+    pub(super) empty_password: bool,
+}
+
+impl Carried {
+    pub(super) fn of(credentials: &Credentials, place: &Place) -> Self {
+        Self {
+            routed: place.backend,
+            authzid: credentials.authzid.is_some(),
+            own_login: has_own_login(credentials, place),
+            empty_password: credentials.has_empty_password(),
+        }
+    }
+
+    fn may_be_sent_to(&self, backend: &Backend) -> bool {
+        backend.id == self.routed
+            || !self.own_login
+                && (!self.authzid || backend.allows_authzid)
+                && (!self.empty_password || backend.allows_empty_passwords())
+    }
 }
 
 /// The server that answered, and the login's place there.
@@ -50,10 +89,10 @@ impl<'a> Placing<'a, '_> {
     /// declared server.
     pub(super) async fn log_in_somewhere(&self, place: &Place) -> Answered<'a> {
         let limits = &self.live.limits;
-        let deadline = time::Instant::now() + limits.server_login;
-        let known_by = deadline.min(time::Instant::now() + limits.connect);
+        let deadline = Deadline::after(limits.server_login);
+        let known_by = deadline.min(Deadline::after(limits.connect));
         let backend = self.live.backends.backend(place.backend);
-        let servers = timeout_at(known_by, self.live.servers(place, &self.mailbox)).await.unwrap_or_default();
+        let servers = known_by.limit(self.live.servers(place, &self.mailbox)).await.unwrap_or_default();
         let mut tour = self.tour(backend, servers);
         let mut outcome = Outcome::Unavailable(Fault::no_server());
         loop {
@@ -62,25 +101,18 @@ impl<'a> Placing<'a, '_> {
                 Stop::Full => return Ok((Outcome::Unavailable(Fault::full()), None)),
                 Stop::End => return Ok((outcome, None)),
             };
-            // While the login waited for a place, another configuration may have come, or the server may have been taken
-            // out of service.
-            if self.desk.has_changed().is_ok_and(|changed| changed) {
-                return Err(NoSeat::Outdated);
-            }
-            self.seat.place(&self.mailbox, &server, self.since)?;
-            if !server.takes_logins() {
+            if !self.may_use(&server)? {
                 continue;
             }
-            let now = time::Instant::now();
             // While there is another server, one that hangs gets half of what is left.
-            let due = if tour.has_more() { now + deadline.saturating_duration_since(now) / 2 } else { deadline };
+            let due = if tour.has_more() { Deadline::after(deadline.left() / 2) } else { deadline };
             let placed = Placed { backend: backend.clone(), server, slot };
             let (answer, placed) = self.log_in_at(backend, placed, due, deadline).await;
             outcome = answer;
             match &outcome {
                 Outcome::Unavailable(fault) => {
                     self.report(&placed.server, fault);
-                    if !fault.try_next || time::Instant::now() >= deadline {
+                    if !fault.try_next || deadline.has_expired() {
                         return Ok((outcome, None));
                     }
                 }
@@ -88,6 +120,16 @@ impl<'a> Placing<'a, '_> {
                 _ => return Ok((outcome, Some(placed))),
             }
         }
+    }
+
+    /// Names the server in the registry; returns whether it takes logins. While the login waited for a place, another
+    /// configuration may have come, or the server may have been taken out of service.
+    fn may_use(&self, server: &Arc<Server>) -> Result<bool, NoSeat> {
+        if self.desk.has_changed().is_ok_and(|changed| changed) {
+            return Err(NoSeat::Outdated);
+        }
+        self.seat.place(&self.mailbox, server, self.since)?;
+        Ok(server.takes_logins())
     }
 
     /// The servers to try; a login with incomplete credentials takes no place there yet.
@@ -102,8 +144,8 @@ impl<'a> Placing<'a, '_> {
         &self,
         backend: &'a Backend,
         mut placed: Placed,
-        due: time::Instant,
-        deadline: time::Instant,
+        due: Deadline,
+        deadline: Deadline,
     ) -> (Outcome<'a>, Placed) {
         let outcome = tokio::select! {
             biased;
@@ -125,7 +167,7 @@ impl<'a> Placing<'a, '_> {
     /// Goes on with the client's answer to a challenge. Where that completes the credentials, the login takes its place
     /// first.
     pub(super) async fn respond(&self, paused: Box<Paused<'a>>, placed: &mut Placed, response: &[u8]) -> Outcome<'a> {
-        let deadline = time::Instant::now() + self.live.limits.server_login;
+        let deadline = Deadline::after(self.live.limits.server_login);
         let is_abort = response == b"*";
         let completes = !is_abort && self.request.login.as_ref().is_some_and(|login| !login.is_complete());
         if completes && !placed.backend.take_place(&placed.server, &mut placed.slot, deadline).await {
@@ -139,7 +181,7 @@ impl<'a> Placing<'a, '_> {
     }
 
     /// Holds an accepted login back until the user has no session on another server of the backend, where that must be.
-    async fn alone(&self, outcome: Outcome<'a>, placed: &mut Placed, deadline: time::Instant) -> Outcome<'a> {
+    async fn alone(&self, outcome: Outcome<'a>, placed: &mut Placed, deadline: Deadline) -> Outcome<'a> {
         if !matches!(outcome, Outcome::Accepted(_)) {
             return outcome;
         }
@@ -149,15 +191,16 @@ impl<'a> Placing<'a, '_> {
         let alone = placed.backend.serves_a_user_by_one_server();
         self.seat.accept(alone);
         let others_ended = self.live.sessions.changed(|_| !alone || self.seat.is_alone());
-        if timeout_at(deadline, others_ended).await.is_err() {
-            let detail = "the user's sessions on another server of the backend do not end".to_owned();
-            return Outcome::Unavailable(Fault::told(Reason::Moved, detail, false));
+        // The others were ended for this login: it does not fail before they can have closed their connections.
+        let until = deadline.max(Deadline::after(CLOSING));
+        if until.limit(others_ended).await.is_err() {
+            return Outcome::Unavailable(Fault::sessions_elsewhere());
         }
         outcome
     }
 
     /// Follows referrals, as far as the backends allow it.
-    async fn follow(&self, mut outcome: Outcome<'a>, mut at: Placed, deadline: time::Instant) -> Answered<'a> {
+    async fn follow(&self, mut outcome: Outcome<'a>, mut at: Placed, deadline: Deadline) -> Answered<'a> {
         let mut visited = Vec::new();
         while let Outcome::Referred(referral) = &outcome {
             visited.push(at.server.name.clone());
@@ -166,14 +209,20 @@ impl<'a> Placing<'a, '_> {
             }
             let place = format!("{}:{}", referral.host, referral.port);
             let next = self.live.backends.find(&referral.host, referral.port);
+            let gets_no_logins = format!("{} refers to {place}, which gets no logins now", at.server.name);
             let fault = match next {
                 None => Fault::referral(format!("{} refers to {place}, which is no declared server", at.server.name)),
                 Some((_, next)) if visited.contains(&next.name) || visited.len() > MAX_REFERRALS => {
                     Fault::referral(format!("referrals go in a circle: {} refers to {place}", at.server.name))
                 }
+                Some((backend, _)) if !self.carries.may_be_sent_to(backend) => {
+                    let (from, name) = (&at.server.name, &backend.name);
+                    Fault::referral(format!(
+                        "{from} refers to {place} of backend {name}, which does not allow this login"
+                    ))
+                }
                 Some((backend, next)) => match self.tour(backend, vec![next]).next(deadline).await {
-                    Stop::At(server, slot) => {
-                        self.seat.place(&self.mailbox, &server, self.since)?;
+                    Stop::At(server, slot) if self.may_use(&server)? => {
                         // With this the place at the server that refers is given back.
                         at = Placed { backend: backend.clone(), server, slot };
                         (outcome, at) = self.log_in_at(backend, at, deadline, deadline).await;
@@ -183,9 +232,7 @@ impl<'a> Placing<'a, '_> {
                         continue;
                     }
                     Stop::Full => return Ok((Outcome::Unavailable(Fault::full()), None)),
-                    Stop::End => {
-                        Fault::referral(format!("{} refers to {place}, which gets no logins now", at.server.name))
-                    }
+                    Stop::At(..) | Stop::End => Fault::referral(gets_no_logins),
                 },
             };
             self.report(&at.server, &fault);
@@ -194,10 +241,9 @@ impl<'a> Placing<'a, '_> {
         Ok((outcome, Some(at)))
     }
 
-    /// Counts a fault of a server. The record of the attempt counts all others.
+    /// Counts a fault that belongs to the server that was tried.
     fn count(&self, fault: &Fault) {
-        let is_recorded = matches!(fault.reason, Reason::NoServer | Reason::ServersFull);
-        if fault.reason.side() == Side::Backend && !is_recorded {
+        if fault.is_counted_at_server() {
             self.live.metrics.failure(fault.reason);
         }
     }

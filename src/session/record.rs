@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use prometheus::IntCounter;
 
-use crate::backend::connect::Established;
+use crate::backend::request::Established;
 use crate::backend::{Backend, CutOff, SessionSlot, Slot};
 use crate::config::BackendId;
 use crate::failure::{Reason, Side};
@@ -243,7 +243,7 @@ impl Record {
         self.user = user.cloned();
         self.mechanism = Some(mechanism);
         (self.route, self.backend, self.server, self.failure, self.detail) = (None, None, None, None, None);
-        self.times.route = None;
+        (self.outcome, self.times.route) = (None, None);
     }
 
     pub(super) fn routed(&mut self, route: &Arc<str>, backend: Option<&Arc<str>>, took: Duration) {
@@ -254,11 +254,19 @@ impl Record {
 
     /// The attempt ended without an answer of a server.
     pub(super) fn attempt_failed(&mut self, reason: Reason, outcome: LoginOutcome, backend: Option<BackendId>) {
-        // A failure of a server was counted when that server was tried.
-        let of_a_try = reason.side() == Side::Backend || matches!(reason, Reason::LocalPorts | Reason::System);
-        if !of_a_try || matches!(reason, Reason::NoServer | Reason::ServersFull) {
-            self.settings.metrics.failure(reason);
+        self.settings.metrics.failure(reason);
+        self.attempt_ended(reason, outcome, backend);
+    }
+
+    /// The session ends while the attempt is under way.
+    pub(super) fn attempt_cut_off(&mut self) {
+        if self.outcome.is_none() {
+            self.answered(LoginOutcome::Unavailable, None);
         }
+    }
+
+    /// The attempt ended for a reason that was counted already.
+    pub(super) fn attempt_ended(&mut self, reason: Reason, outcome: LoginOutcome, backend: Option<BackendId>) {
         self.failure = Some(reason);
         self.answered(outcome, backend);
     }
@@ -402,7 +410,7 @@ pub(super) fn reason(why: Why) -> Reason {
     match why {
         Why::Stopped => Reason::Drain,
         Why::Kicked => Reason::Kicked,
-        Why::Moved => Reason::Moved,
+        Why::Moved | Why::Replaced => Reason::Moved,
         Why::Drained => Reason::ServerDrained,
     }
 }

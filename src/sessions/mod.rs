@@ -41,11 +41,15 @@ pub enum Why {
     Moved = 3,
     /// The operator takes the server out of service.
     Drained = 4,
+    /// Another server of the backend has accepted a later login of the user.
+    Replaced = 5,
 }
 
 impl Why {
     fn from_bits(bits: u8) -> Option<Self> {
-        [Self::Stopped, Self::Kicked, Self::Moved, Self::Drained].into_iter().find(|why| *why as u8 == bits)
+        [Self::Stopped, Self::Kicked, Self::Moved, Self::Drained, Self::Replaced]
+            .into_iter()
+            .find(|why| *why as u8 == bits)
     }
 }
 
@@ -69,7 +73,7 @@ impl Call {
     }
 
     /// Waits until the session is cancelled.
-    pub async fn told(&self) -> Why {
+    pub async fn cancelled(&self) -> Why {
         std::future::poll_fn(|context| self.poll(context)).await
     }
 
@@ -129,7 +133,7 @@ pub enum NoSeat {
     Outdated,
 }
 
-/// All logged-in sessions of the process.
+/// All logins under way and established sessions of the process.
 #[derive(Debug)]
 pub struct Sessions {
     inside: Mutex<Inside>,
@@ -227,7 +231,7 @@ impl Seat {
         if alone {
             let elsewhere: Vec<Arc<Call>> = self.elsewhere(&inside).map(|taken| taken.call.clone()).collect();
             drop(inside);
-            tell_all(&elsewhere, Why::Moved);
+            tell_all(&elsewhere, Why::Replaced);
         }
     }
 

@@ -66,7 +66,7 @@ fn a_login_has_no_effect_on_other_sessions_until_a_server_accepts_it() {
     drop(attack);
     let moved = login(&sessions, "x", &two);
     moved.accept(true);
-    assert_eq!((first.call().why(), second.call().why()), (Some(Why::Moved), Some(Why::Moved)));
+    assert_eq!((first.call().why(), second.call().why()), (Some(Why::Replaced), Some(Why::Replaced)));
     assert_eq!(bystander.call().why(), None);
     drop(first);
     assert!(!moved.is_alone());
@@ -94,14 +94,14 @@ fn of_two_servers_that_accept_a_user_the_last_to_accept_keeps_it() {
     let sessions = Arc::new(Sessions::default());
     let servers = [server("a"), server("b"), server("c")];
     let old = session(&sessions, "x", &servers[2]);
-    // In whichever order they came, and whoever waits for whom.
+    // In both orders of arrival and of acceptance.
     for order in [[0, 1], [1, 0]] {
         let logins = [login(&sessions, "x", &servers[0]), login(&sessions, "x", &servers[1])];
         let [loser, winner] = order.map(|at| &logins[at]);
         loser.accept(true);
         assert_eq!((loser.call().why(), loser.is_alone()), (None, false), "it waits for the old session");
         winner.accept(true);
-        assert_eq!((loser.call().why(), winner.call().why()), (Some(Why::Moved), None));
+        assert_eq!((loser.call().why(), winner.call().why()), (Some(Why::Replaced), None));
         assert!(!loser.is_alone() && !winner.is_alone(), "neither is established");
     }
     drop(old);
@@ -110,7 +110,10 @@ fn of_two_servers_that_accept_a_user_the_last_to_accept_keeps_it() {
     first.accept(true);
     second.accept(true);
     third.accept(true);
-    assert_eq!([&first, &second, &third].map(|seat| seat.call().why()), [Some(Why::Moved), Some(Why::Moved), None]);
+    assert_eq!(
+        [&first, &second, &third].map(|seat| seat.call().why()),
+        [Some(Why::Replaced), Some(Why::Replaced), None]
+    );
     drop(second);
     assert!(third.is_alone(), "the first is on the same server");
 }
@@ -210,7 +213,7 @@ fn places_go_back_after_a_peak_whoever_stays() {
         let inside = sessions.lock();
         (inside.taken.capacity(), inside.users.capacity())
     };
-    // Who left last may have had the last place; the next to leave see to it.
+    // The session that ended last may have had the last place; later ends shrink the registry.
     (0..100).for_each(|_| drop(sessions.take(guest("late")).unwrap()));
     assert!(places().0 < 1000 && places().1 < 1000, "{:?}", places());
     (0..5000).for_each(|number| seats.push(sessions.take(guest(&format!("u{number}"))).unwrap()));

@@ -368,3 +368,19 @@ async fn bye_to_three_logins_opens_no_breaker() {
     assert_eq!(metric(&proxy, "vestibule_server_up", &[]), 1.0);
     assert_eq!(metric(&proxy, "vestibule_server_breaker", &[]), 0.0);
 }
+
+/// With `as-client` the client chooses the command, and so cannot take out of service a server that does not have it.
+#[tokio::test]
+async fn a_command_that_a_server_does_not_have_opens_no_breaker() {
+    let server = Scripted::new("S: * OK [CAPABILITY IMAP4rev1 LOGINDISABLED AUTH=PLAIN] x\n...").await;
+    let text = format!(
+        "backends: {{only: {{servers: ['{}'], login_with: as-client, breaker: {{failures: 1}}}}}}\n\
+         routes: [{{default: only}}]\n",
+        server.address
+    );
+    let proxy = proxy(&text).await;
+    let mut client = Client::connect(proxy.listeners()[0]).await;
+    let answer = client.ask("a LOGIN alice secret").await;
+    assert!(answer.starts_with("a NO [UNAVAILABLE]"), "{answer}");
+    assert_eq!((failures(&proxy, "mechanism_unsupported"), metric(&proxy, "vestibule_server_up", &[])), (1.0, 1.0));
+}

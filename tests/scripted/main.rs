@@ -5,6 +5,7 @@
 #![expect(clippy::unwrap_used, unreachable_pub, reason = "a test's panic is its failure; one binary has no outside")]
 
 mod answers;
+mod attempts;
 mod before_login;
 mod care;
 mod client;

@@ -6,32 +6,38 @@ use std::sync::Arc;
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
-use tokio::net::TcpListener;
+use tokio::net::{TcpListener, TcpStream};
 use vestibule::backend::Server;
 use vestibule::server::{Running, StateChange};
 use vestibule::sessions::{Guest, Seat};
 
 use crate::support::{Client, Line, PATIENCE, eventually, in_time, metric, proxy, start};
 
-const UNAVAILABLE: &str = "a NO [UNAVAILABLE] The mailbox is temporarily unavailable, try again later.";
-const OK: &str = "a OK [CAPABILITY IMAP4rev1] in";
-const SCRAM: &str = "listeners: [{address: '127.0.0.1:0', tls: none, mechanisms: [login, scram-sha-256, xoauth2]}]\n";
+pub(super) const UNAVAILABLE: &str = "a NO [UNAVAILABLE] The mailbox is temporarily unavailable, try again later.";
+pub(super) const OK: &str = "a OK [CAPABILITY IMAP4rev1] in";
+pub(super) const SCRAM: &str =
+    "listeners: [{address: '127.0.0.1:0', tls: none, mechanisms: [login, scram-sha-256, xoauth2]}]\n";
 
 /// A server that the test plays itself, one connection at a time.
-struct Played(TcpListener);
+pub(super) struct Played(TcpListener);
 
 impl Played {
-    async fn new() -> Self {
+    pub(super) async fn new() -> Self {
         Self(TcpListener::bind("127.0.0.1:0").await.unwrap())
     }
 
-    fn address(&self) -> SocketAddr {
+    pub(super) fn address(&self) -> SocketAddr {
         self.0.local_addr().unwrap()
     }
 
+    /// The proxy's next connection.
+    pub(super) async fn accept(&self) -> TcpStream {
+        in_time("a connection of the proxy", self.0.accept()).await.unwrap().0
+    }
+
     /// The proxy's next connection, once it has sent a login.
-    async fn login(&self) -> Client {
-        let mut line = Line::new(in_time("a connection of the proxy", self.0.accept()).await.unwrap().0);
+    pub(super) async fn login(&self) -> Client {
+        let mut line = Line::new(self.accept().await);
         line.send("* OK [CAPABILITY IMAP4rev1 SASL-IR AUTH=SCRAM-SHA-256 AUTH=XOAUTH2] x\r\n").await;
         let command = line.line().await;
         assert!(command.starts_with("L LOGIN") || command.starts_with("L AUTHENTICATE"), "{command}");
@@ -39,28 +45,28 @@ impl Played {
     }
 
     /// Whether the proxy has connected and was not accepted yet.
-    async fn is_asked(&self) -> bool {
+    pub(super) async fn is_asked(&self) -> bool {
         futures_util::poll!(Box::pin(self.0.accept())).is_ready()
     }
 }
 
-async fn answer(server: &mut Client, text: &str) {
+pub(super) async fn answer(server: &mut Client, text: &str) {
     server.send(format!("L {text}\r\n")).await;
 }
 
-async fn accept(server: &mut Client) {
+pub(super) async fn accept(server: &mut Client) {
     answer(server, "OK [CAPABILITY IMAP4rev1] in").await;
 }
 
 /// A client whose login is sent and not answered.
-async fn login(proxy: &Running) -> Client {
+pub(super) async fn login(proxy: &Running) -> Client {
     let mut client = Client::connect(proxy.listeners()[0]).await;
     client.send("a LOGIN alice secret\r\n").await;
     client
 }
 
 /// Both ends of a session of alice's.
-async fn session(proxy: &Running, at: &Played) -> (Client, Client) {
+pub(super) async fn session(proxy: &Running, at: &Played) -> (Client, Client) {
     let mut client = login(proxy).await;
     let mut server = at.login().await;
     accept(&mut server).await;
@@ -68,7 +74,7 @@ async fn session(proxy: &Running, at: &Played) -> (Client, Client) {
     (client, server)
 }
 
-async fn assert_alive((client, server): &mut (Client, Client)) {
+pub(super) async fn assert_alive((client, server): &mut (Client, Client)) {
     client.send("b NOOP\r\n").await;
     assert_eq!(server.line().await, "b NOOP");
     server.send("b OK done\r\n").await;
@@ -139,7 +145,7 @@ async fn every_wait_before_a_server_is_chosen_ends_with_a_kick_and_with_the_proc
 }
 
 /// Two servers of a `user-hash` backend; the first is alice's.
-async fn pair(more: &str) -> (Running, Played, Played) {
+pub(super) async fn pair(more: &str) -> (Running, Played, Played) {
     let (one, other) = (Played::new().await, Played::new().await);
     let text = format!(
         "backends: {{pair: {{servers: ['{}', '{}']}}}}\nroutes: [{{default: pair}}]\n{more}",
@@ -152,13 +158,13 @@ async fn pair(more: &str) -> (Running, Played, Played) {
     if first == one.address().to_string() { (proxy, one, other) } else { (proxy, other, one) }
 }
 
-async fn set_mode(proxy: &Running, server: &Played, mode: &str, over: Option<f64>) {
+pub(super) async fn set_mode(proxy: &Running, server: &Played, mode: &str, over: Option<f64>) {
     let (server, state, by) = (server.address().to_string(), Some(mode.to_owned()), "test".to_owned());
     proxy.set_server(StateChange { server, state, over, by, ..StateChange::default() }).await.unwrap();
 }
 
 /// A session of alice's that does not end, whatever it is told.
-fn stuck(proxy: &Running, at: &Played) -> Seat {
+pub(super) fn stuck(proxy: &Running, at: &Played) -> Seat {
     let sessions = proxy.sessions();
     let since = sessions.generation();
     let guest = Guest { user: "alice".into(), client: [127, 0, 0, 1].into(), session: [b'x'; 16] };

@@ -14,13 +14,13 @@ const UNAVAILABLE: &str = "a NO [UNAVAILABLE] The mailbox is temporarily unavail
 const FAILED: &str = "a NO [AUTHENTICATIONFAILED] no";
 
 /// An HTTP/1.1 service: `answer` maps a request, head and body, to the bytes of a response.
-struct Service {
-    address: SocketAddr,
+pub(super) struct Service {
+    pub(super) address: SocketAddr,
     requests: Arc<Mutex<Vec<String>>>,
 }
 
 impl Service {
-    async fn new(answer: impl Fn(&str) -> String + Send + Sync + 'static) -> Self {
+    pub(super) async fn new(answer: impl Fn(&str) -> String + Send + Sync + 'static) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
         let requests: Arc<Mutex<Vec<String>>> = Arc::default();
@@ -67,7 +67,7 @@ async fn read_request(socket: &mut TcpStream) -> Option<String> {
     }
 }
 
-fn json(body: &str) -> String {
+pub(super) fn json(body: &str) -> String {
     format!("HTTP/1.1 200 OK\r\ncontent-length: {}\r\n\r\n{body}", body.len())
 }
 

@@ -1,0 +1,100 @@
+//! Logins that are refused without asking a server.
+
+use std::time::Instant;
+
+use super::attempt::Attempted;
+use super::record::bounded;
+use super::{Session, pace};
+use crate::config::BackendId;
+use crate::failure::Reason;
+use crate::imap::prelogin::InvalidLogin;
+use crate::imap::reply;
+use crate::imap::tag::Tag;
+use crate::metrics::LoginOutcome;
+use crate::route::Target;
+
+impl Session {
+    /// No route knows the user, or the name cannot be one.
+    pub(super) fn no_such_user(&mut self, tag: &Tag, reason: Reason, began: Instant) -> Attempted {
+        self.record.attempt_failed(reason, LoginOutcome::UnknownUser, None);
+        self.refused_late(tag, began)
+    }
+
+    /// The client may not open the mailbox it asked for.
+    pub(super) fn not_authorised(&mut self, tag: &Tag) -> Attempted {
+        self.record.attempt_failed(Reason::AuthzidRefused, LoginOutcome::Refused, None);
+        Attempted::Refused { reply: reply::authorization_failed(tag), counts: true, not_before: None }
+    }
+
+    /// Refuses a login with an empty password without asking a server, as late as if one had been asked.
+    pub(super) fn empty_password(&mut self, tag: &Tag, backend: Option<BackendId>, began: Instant) -> Attempted {
+        self.record.attempt_failed(Reason::EmptyPassword, LoginOutcome::Refused, backend);
+        self.refused_late(tag, began)
+    }
+
+    /// Refuses the login after a sampled server latency and in a server's words, so that neither the response time nor the
+    /// text reveals whether the user exists.
+    pub(super) fn refused_late(&self, tag: &Tag, began: Instant) -> Attempted {
+        let user = self.routing_name.as_deref().unwrap_or_default();
+        let not_before = Some(began + self.live.refusals.draw(user, pace::random()));
+        let reply = match self.live.refusals.answer(user) {
+            Some(answer) => reply::with_tag(tag, &answer),
+            None => reply::authentication_failed(tag, None),
+        };
+        Attempted::Refused { reply, counts: true, not_before }
+    }
+
+    /// The route's answer if it names no server.
+    pub(super) fn verdict(&mut self, tag: &Tag, target: &Target) -> Attempted {
+        match target {
+            Target::Refuse(text) => {
+                self.record.attempt_failed(Reason::RouteRefused, LoginOutcome::Refused, None);
+                Attempted::Refused { reply: reply::contact_admin(tag, text), counts: false, not_before: None }
+            }
+            Target::Denied(denied) => {
+                self.record.denied();
+                let reply = reply::authentication_failed(tag, denied.text.as_deref());
+                match denied.closes {
+                    true => Attempted::Dismissed { reply: reply::dismissed(reply), counts: true },
+                    false => Attempted::Refused { reply, counts: true, not_before: Some(Instant::now() + denied.wait) },
+                }
+            }
+            Target::Maintenance(text) => {
+                self.record.attempt_failed(Reason::RouteMaintenance, LoginOutcome::Unavailable, None);
+                Attempted::Refused { reply: reply::maintenance(tag, text), counts: false, not_before: None }
+            }
+            Target::PasswordNeeded => {
+                self.record
+                    .detail("the route decides by the client's password, and this mechanism carries none".to_owned());
+                self.record.attempt_failed(Reason::MechanismUnsupported, LoginOutcome::Unavailable, None);
+                Attempted::Unavailable
+            }
+            Target::Place(_) => Attempted::Unavailable,
+        }
+    }
+
+    pub(super) fn lookup_failed(&mut self, error: &str) -> Attempted {
+        let error = bounded(error.to_owned());
+        tracing::warn!(session = self.record.session().as_str(), %error, "route lookup failed");
+        self.record.detail(error);
+        self.record.attempt_failed(Reason::LookupFailed, LoginOutcome::Unavailable, None);
+        Attempted::Unavailable
+    }
+
+    /// Refuses the login late and counts it as a failed one, for the client's address alone: there is no user it could count for.
+    /// Returns the reply.
+    pub(super) async fn refuse_invalid(&mut self, login: InvalidLogin, began: Instant) -> Vec<u8> {
+        self.routing_name = None;
+        self.record.attempt(None, login.mechanism);
+        if let Some(Attempted::Limited { reply }) = self.may_try(&login.tag, &[]) {
+            return reply;
+        }
+        self.record.detail(login.fault.to_string());
+        self.record.attempt_failed(Reason::InvalidCredentials, LoginOutcome::Refused, None);
+        let Attempted::Refused { reply, not_before, .. } = self.refused_late(&login.tag, began) else {
+            return Vec::new();
+        };
+        self.failed_login(&[], None, began, not_before).await;
+        reply
+    }
+}

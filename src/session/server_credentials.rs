@@ -1,0 +1,84 @@
+//! What a server is logged in with, from what the client sent and what the route answered.
+
+use crate::backend::Backend;
+use crate::identity::{Credentials, Names, PasswordLogin, Proof, Secret, ServerLogin, UserName};
+use crate::imap::sasl;
+use crate::route::{Login, Place};
+use crate::server::Live;
+
+/// `alice*admin` asks for alice's mailbox with admin's password, as PLAIN can say too.
+pub(super) fn split_master(live: &Live, credentials: &mut Credentials) {
+    if credentials.authzid.is_none()
+        && matches!(credentials.proof, Proof::Password(_))
+        && let Some((mailbox, master)) = live.config.naming.split_master(&credentials.user)
+    {
+        credentials.authzid = Some(mailbox);
+        credentials.user = master;
+    }
+}
+
+/// Whether a name has a separator although it was, or cannot be, taken apart: a server that takes it apart could open another mailbox
+/// than the one that is routed by, or check another master user's password than the one that is counted for.
+pub(super) fn has_separator(live: &Live, credentials: &Credentials) -> bool {
+    let mut names = std::iter::once(&credentials.user).chain(&credentials.authzid);
+    names.any(|name| live.config.naming.has_separator(name))
+}
+
+/// A token's message under the name the user has there, where that is another.
+pub(super) fn renamed(credentials: &Credentials, place: &Place, names: &Names) -> Option<Secret> {
+    let Proof::Message(message) = &credentials.proof else { return None };
+    let there = place.user.as_ref().unwrap_or(&names.server);
+    if there == &credentials.user { None } else { sasl::renamed(credentials.mechanism, message, there) }
+}
+
+/// The credentials that the route hands out for this login. They would open the mailbox to any password if nothing had
+/// verified the client's. A verified client is verified under its own name: whether it may act for another user is the
+/// server's decision.
+fn handed_out<'a>(credentials: &Credentials, place: &'a Place) -> Option<&'a Login> {
+    let is_verified = place.identity.is_confirmed() || matches!(credentials.proof, Proof::Certificate);
+    place.login.as_ref().filter(|_| is_verified && credentials.authzid.is_none())
+}
+
+/// Whether [`server_login`] uses another password than the client's.
+pub(super) fn has_own_login(credentials: &Credentials, place: &Place) -> bool {
+    matches!(credentials.proof, Proof::Certificate) || handed_out(credentials, place).is_some()
+}
+
+/// What the server is logged in with. `None`: there is nothing that would show it who it is.
+pub(super) fn server_login<'a>(
+    credentials: &'a Credentials,
+    place: &'a Place,
+    names: &'a Names,
+    backend: &'a Backend,
+    renamed: Option<&'a Secret>,
+) -> Option<ServerLogin<'a>> {
+    let mailbox = place.user.as_ref().unwrap_or(&names.server);
+    let on_behalf = |master: Option<&'a UserName>, password: &'a Secret| {
+        ServerLogin::Password(PasswordLogin {
+            user: master.unwrap_or(mailbox),
+            authzid: master.is_some().then_some(mailbox),
+            password,
+        })
+    };
+    if let Some(login) = handed_out(credentials, place) {
+        return Some(on_behalf(login.master.as_ref(), &login.password));
+    }
+    match &credentials.proof {
+        Proof::Password(password) => Some(ServerLogin::Password(PasswordLogin {
+            user: if credentials.authzid.is_some() { &credentials.user } else { mailbox },
+            authzid: credentials.authzid.is_some().then_some(mailbox),
+            password,
+        })),
+        Proof::Message(first) => {
+            // SCRAM proves a password for one name: under another it would prove nothing.
+            let (first, user) = match (renamed, &place.user) {
+                (Some(renamed), _) => (renamed, mailbox),
+                (None, Some(user)) if *user != credentials.user => return None,
+                (None, _) => (first, &credentials.user),
+            };
+            let (mechanism, authzid) = (credentials.mechanism, credentials.authzid.as_ref());
+            Some(ServerLogin::Relayed { mechanism, first, user, authzid })
+        }
+        Proof::Certificate => backend.login.as_ref().map(|own| on_behalf(own.master.as_ref(), &own.password)),
+    }
+}
