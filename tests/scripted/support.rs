@@ -314,7 +314,7 @@ impl Certificates {
         )
     }
 
-    fn acceptor(&self) -> TlsAcceptor {
+    pub fn acceptor(&self) -> TlsAcceptor {
         let config = ServerConfig::builder().with_no_client_auth();
         let config = config.with_single_cert(vec![self.certificate.clone()], self.key.clone_key()).unwrap();
         TlsAcceptor::from(Arc::new(config))
