@@ -16,7 +16,7 @@ use tokio::net::TcpStream;
 use tokio_rustls::TlsStream;
 
 use crate::relay::Leg;
-use crate::tls::handover::{Secrets, take_over};
+use crate::tls::handover::{self, Secrets, take_over};
 use crate::tls::records::Records;
 
 /// A connection.
@@ -148,15 +148,7 @@ impl AsyncRead for Stream {
     fn poll_read(self: Pin<&mut Self>, context: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         match self.get_mut() {
             Self::Plain(socket) => Pin::new(socket).poll_read(context, buffer),
-            Self::Tls(encrypted) => {
-                let read = Pin::new(&mut encrypted.tls).poll_read(context, buffer);
-                // What was read may want an answer of TLS itself (a key update, a renegotiation that is refused), for which
-                // a peer may wait before it says more. An error of the write is one of the next read, too.
-                if encrypted.tls.get_ref().1.wants_write() {
-                    let _ = Pin::new(&mut encrypted.tls).poll_flush(context);
-                }
-                read
-            }
+            Self::Tls(encrypted) => handover::poll_read(&mut encrypted.tls, context, buffer),
         }
     }
 }

@@ -103,6 +103,26 @@ impl Template {
         (text, variables)
     }
 
+    /// Whether every variable is a part of a value: after an `=` that follows the last of `separators`, as in `(mail=%{user})`. In
+    /// other places, such as the name of an attribute, the rules for escaping values do not apply.
+    pub fn has_variables_in_values_only(&self, separators: &[char]) -> bool {
+        let mut before = String::new();
+        for piece in &self.0 {
+            match piece {
+                // An escaped separator separates nothing.
+                Piece::Text(text) => before.push_str(&text.replace("\\,", "").replace("\\+", "")),
+                Piece::Variable(_) => {
+                    let start = before.rfind(separators).map_or(0, |at| at + 1);
+                    if !before[start..].contains('=') {
+                        return false;
+                    }
+                    before.push('_');
+                }
+            }
+        }
+        true
+    }
+
     /// Whether it says the same for every user.
     pub fn is_constant(&self) -> bool {
         !self.0.iter().any(|piece| matches!(piece, Piece::Variable(_)))
@@ -140,6 +160,26 @@ mod tests {
         assert_eq!(variables, [Variable::Local, Variable::Domain]);
         assert!(template.needs_domain() && !template.is_constant());
         assert!(Template::new("plain").unwrap().is_constant());
+    }
+
+    #[test]
+    fn variables_outside_of_values_are_noticed() {
+        let is_good =
+            |text: &str, separators: &[char]| Template::new(text).unwrap().has_variables_in_values_only(separators);
+        for filter in
+            ["(&(a=b)(mail=%{user}))", "(mail=*%{local}.%{domain}*)", "(cn:dn:2.4.6:=%{user})", "(a=b)", "a=%{user}"]
+        {
+            assert!(is_good(filter, &['(', ')']), "{filter}");
+        }
+        for filter in ["%{user}", "(%{user}=b)", "(&(a=b)%{user})", "(&(a=b)(%{local}:=x))"] {
+            assert!(!is_good(filter, &['(', ')']), "{filter}");
+        }
+        for base in ["ou=%{domain},dc=x", "cn=a\\,%{local},dc=x", "cn=%{local}+uid=%{local}", "dc=x"] {
+            assert!(is_good(base, &[',', '+']), "{base}");
+        }
+        for base in ["%{user}", "ou=x,%{domain}", "cn=x+%{local},dc=x"] {
+            assert!(!is_good(base, &[',', '+']), "{base}");
+        }
     }
 
     #[test]

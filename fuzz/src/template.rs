@@ -1,6 +1,15 @@
 //! Templates and the user names they are filled with. Every value is escaped and is never read as a part of the template; the text
-//! around the values is what was written; the length is bounded by that of the template and the name.
+//! around the values is what was written; the length is bounded by that of the template and the name. The same text is the `to`
+//! of a regex route: what a user name holds changes neither the number nor the names of the fields.
 
+use std::path::Path;
+use std::pin::pin;
+use std::sync::LazyLock;
+use std::task::{Context, Poll, Waker};
+
+use vestibule::config::{self, Config, RegexRule, Route};
+use vestibule::metrics::{Metrics, Names};
+use vestibule::route::{At, Question, RouteError, Router, Target};
 use vestibule::template::Template;
 
 /// Marks the beginning and the end of a value. Neither occurs in the input.
@@ -10,6 +19,7 @@ const MARKS: [char; 2] = ['\u{e000}', '\u{e001}'];
 pub fn run(input: &[u8]) {
     let text = String::from_utf8_lossy(input).replace(MARKS, "");
     let (text, user) = text.split_once('\0').unwrap_or((&text, "alice@example.org"));
+    regex_target(text, user);
     let Ok(template) = Template::new(text) else {
         assert!(text.contains("%{"), "only a variable can be wrong");
         return;
@@ -28,6 +38,64 @@ pub fn run(input: &[u8]) {
     assert!(written <= text.len() && unescaped.len() <= text.len() + variables.len() * user.len(), "bounded");
     for variable in &variables {
         assert!(user.contains(variable.of(user)));
+    }
+}
+
+/// A rule whose groups are all of the name, its first part and its last.
+const PATTERN: &str = "(?s)^(.*?)(?:@(?<domain>.*))?$";
+
+struct Regex {
+    config: Config,
+    metrics: Metrics,
+}
+
+static REGEX: LazyLock<Regex> = LazyLock::new(|| {
+    let text = "listeners: [{address: '127.0.0.1:0', tls: none}]\n\
+                backends: {shard-a: {servers: ['127.0.0.1:1']}, shard-b: {servers: ['127.0.0.1:2']}}\n\
+                routes: [{regex: [{match: '', to: shard-a}]}]\n";
+    let config = config::parse(Path::new("vestibule.yaml"), text).expect("the configuration is good");
+    let metrics = Metrics::new(&Names { routes: vec!["regex".to_owned()], ..Names::default() });
+    Regex { config, metrics }
+});
+
+/// Looks up `user` and a harmless user with `to` as the target, and compares the fields of the answers.
+fn regex_target(to: &str, user: &str) {
+    // To compile a pattern takes long, and most texts name no backend or no group.
+    let first = to.split_whitespace().next().unwrap_or_default();
+    let is_verdict = first.starts_with("refuse:") || first.starts_with("maintenance:");
+    if !to.contains('$') || !(is_verdict || first.contains('$') || matches!(first, "shard-a" | "shard-b")) {
+        return;
+    }
+    let Regex { config, metrics } = &*REGEX;
+    let mut config = config.clone();
+    let Some(Route::Regex(rules)) = config.routes.first_mut() else { unreachable!("the route is a regex") };
+    let place = rules[0].place.clone();
+    *rules = vec![RegexRule { pattern: PATTERN.to_owned(), to: to.to_owned(), place }];
+    let Ok(router) = Router::build(&config, metrics, None) else { return };
+    let fields = |user: &str| {
+        let question = Question { user: user.into(), visitor: None };
+        let Poll::Ready(routed) = pin!(router.route(&question, metrics)).poll(&mut Context::from_waker(Waker::noop()))
+        else {
+            unreachable!("nothing is asked over a network")
+        };
+        match routed {
+            Ok(routed) => match &*routed.target {
+                Target::Place(place) => Some(("place", place.at != At::Any, place.user.is_some())),
+                Target::Refuse(_) => Some(("refuse", false, false)),
+                Target::Maintenance(_) => Some(("maintenance", false, false)),
+                other => panic!("a regex cannot say {other:?}"),
+            },
+            Err(RouteError::Failed { reason, .. }) => {
+                assert!(reason.len() < 600, "bounded: {reason}");
+                None
+            }
+            Err(RouteError::Unknown) => None,
+        }
+    };
+    for harmless in ["alice@example.org", "shard-a@shard-b", "a@shard-a"] {
+        if let (Some(expected), Some(found)) = (fields(harmless), fields(user)) {
+            assert_eq!(found, expected, "the fields are those of the text: {to:?} {user:?}");
+        }
     }
 }
 

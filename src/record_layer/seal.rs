@@ -56,7 +56,22 @@ impl Sealer {
 
     #[cfg(test)]
     pub(crate) fn say_for_test(&mut self, kind: ContentType, content: &[u8], out: &mut Vec<u8>) {
-        self.say(kind, content, out).unwrap();
+        let Layout { prefix, suffix } = self.layout();
+        let mut record = vec![0; prefix + content.len() + suffix];
+        record[prefix..prefix + content.len()].copy_from_slice(content);
+        self.seal_as(kind, &mut record, content.len()).unwrap();
+        out.extend_from_slice(&record);
+    }
+
+    /// Sends a request for new keys in two records, of which the first has `first` bytes of the message.
+    #[cfg(test)]
+    pub(crate) fn split_key_update_for_test(&mut self, first: usize, out: &mut Vec<u8>) {
+        let (start, end) = [24, 0, 0, 1, 1].split_at(first);
+        let next = self.keys.advance().unwrap();
+        self.say_for_test(ContentType::Handshake, start, out);
+        self.say_for_test(ContentType::Handshake, end, out);
+        self.keys = next;
+        self.aead = self.keys.aead();
     }
 
     #[cfg(test)]

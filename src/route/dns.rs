@@ -1,7 +1,9 @@
 //! Route by DNS: a TXT record that names the backend, or an SRV record whose target has a name here.
 //!
 //! No such name, and no such record, mean an unknown user; all else that is no answer is a failure. A user name that
-//! cannot stand in a DNS name is unknown without a question.
+//! cannot stand in a DNS name is unknown without a question, and so is one with labels of its own that begin with `_`.
+
+use std::cell::Cell;
 
 use hickory_resolver::TokioResolver;
 use hickory_resolver::net::{DnsError, NetError};
@@ -15,6 +17,7 @@ use super::question::Question;
 use super::target::{Declared, Fields};
 use crate::config::{self, Config, DnsQuestion};
 use crate::dns;
+use crate::template::Template;
 
 /// RFC 1035 section 2.3.4.
 const MAX_NAME: usize = 253;
@@ -42,10 +45,7 @@ impl Dns {
 
     pub(super) async fn ask(&self, question: &Question) -> Answer {
         let (DnsQuestion::Txt(template) | DnsQuestion::Srv(template)) = &self.question;
-        let name = template.fill(&question.user, str::to_owned);
-        if !is_name(&name) {
-            return Answer::Unknown;
-        }
+        let Some(name) = filled(template, &question.user) else { return Answer::Unknown };
         let connect = || async { dns::resolver(&self.resolver.servers, self.resolver.timeout) };
         let resolver = match self.connected.get_or_try_init(connect).await {
             Ok(resolver) => resolver,
@@ -104,6 +104,20 @@ fn no_answer(error: &NetError) -> Answer {
     }
 }
 
+/// The name to ask for. `None`: the user's name cannot stand in it.
+///
+/// A dot in a value makes labels (`john.smith`), but none that begins with `_`: such labels are the template's, and with one between two
+/// variables no two users have the same name.
+fn filled(template: &Template, user: &str) -> Option<String> {
+    let adds_service_label = |value: &str| value.contains('.') && value.split('.').any(|label| label.starts_with('_'));
+    let refused = Cell::new(false);
+    let name = template.fill(user, |value| {
+        refused.set(refused.get() || adds_service_label(value));
+        value.to_owned()
+    });
+    (!refused.get() && is_name(&name)).then_some(name)
+}
+
 /// Letters, digits, hyphens and underscores between single dots: what nobody needs to escape.
 fn is_name(name: &str) -> bool {
     let label = |label: &str| {
@@ -116,6 +130,35 @@ fn is_name(name: &str) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn names_of_users_add_no_labels_of_the_template() {
+        let template = Template::new("%{local}._mailbox.%{domain}").unwrap();
+        let of = |user: &str| filled(&template, user);
+        assert_eq!(of("john.smith@example.org").as_deref(), Some("john.smith._mailbox.example.org"));
+        assert_eq!(of("_john@example.org").as_deref(), Some("_john._mailbox.example.org"));
+        for hostile in [
+            "alice@b._mailbox.example.org",
+            "alice._mailbox.b@example.org",
+            "alice@_mailbox.example.org",
+            "a b=c@x",
+            "*)(uid=*@x",
+            "a'OR'1'='1@x",
+            "$1@x",
+            "%{user}@x",
+            "\"q\"@x",
+            "a\nb@x",
+            "a\0@x",
+            "a\\.b@x",
+            "zo\u{eb}@x",
+            "",
+            "@x",
+            "x@",
+            &format!("{}@x", "n".repeat(512)),
+        ] {
+            assert_eq!(of(hostile), None, "{hostile:?}");
+        }
+    }
 
     #[test]
     fn only_names_that_need_no_escape_are_asked() {

@@ -157,8 +157,7 @@ impl Directory {
     }
 
     async fn search(&self, ldap: &mut Ldap, user: &str) -> Result<Found, LdapError> {
-        let base = self.base.fill(user, |value| dn_escape(value).into_owned());
-        let filter = self.filter.fill(user, |value| ldap_escape(value).into_owned());
+        let (base, filter) = (filled_base(&self.base, user), filled_filter(&self.filter, user));
         let attributes: Vec<&str> = self.attributes.iter().map(|(_, attribute)| attribute.as_str()).collect();
         let search = ldap
             .with_timeout(self.timeout)
@@ -189,6 +188,16 @@ impl Directory {
         }
         answer(self.declared.fields(fields))
     }
+}
+
+/// The base for a user; values are escaped by RFC 4514.
+fn filled_base(base: &Template, user: &str) -> String {
+    base.fill(user, |value| dn_escape(value).into_owned())
+}
+
+/// The filter for a user; values are escaped by RFC 4515.
+fn filled_filter(filter: &Template, user: &str) -> String {
+    filter.fill(user, |value| ldap_escape(value).into_owned())
 }
 
 /// Host and port of a URL. Without a host it is this machine, without a port that of the scheme.
@@ -227,6 +236,58 @@ impl Found {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    const HOSTILE: [&str; 14] = [
+        "a b=c",
+        "x server=y",
+        "*)(uid=*",
+        "*",
+        "a' OR '1'='1",
+        "$1",
+        "%{user}",
+        "\"q\"",
+        "a\nb\0",
+        "a\\2a",
+        "zo\u{eb}\u{4e2d}",
+        "#x,dc=y+cn=z;q<r>",
+        "(|(mail=*))",
+        "x\\",
+    ];
+
+    /// What the library that sends the filter reads in it, with the bytes of the user's name replaced.
+    fn shape_of_filter(filter: &str, user: &str) -> String {
+        let template = Template::new(filter).unwrap();
+        let parsed = ldap3::parse_filter(filled_filter(&template, user)).unwrap_or_else(|()| panic!("{user:?}"));
+        let (parsed, name) = (format!("{parsed:?}"), format!("{:?}", user.as_bytes()));
+        assert!(parsed.contains(&name), "{user:?}: {parsed}");
+        parsed.replace(&name, "NAME")
+    }
+
+    #[test]
+    fn names_are_values_of_the_filter_whatever_they_hold() {
+        let long = "n".repeat(512);
+        for filter in ["(mail=%{user})", "(&(objectClass=person)(|(mail=%{user})(uid=%{user})))", "(mail=*%{user}*)"] {
+            let expected = shape_of_filter(filter, "alice");
+            for user in HOSTILE.into_iter().chain([&*long]) {
+                assert_eq!(shape_of_filter(filter, user), expected, "{user:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn names_are_values_of_the_base_whatever_they_hold() {
+        let base = Template::new("uid=%{user},ou=x,dc=test").unwrap();
+        for user in HOSTILE {
+            let filled = filled_base(&base, user);
+            // Two hexadecimal digits follow each backslash (RFC 4514 section 3).
+            let mut parts = filled.split('\\');
+            let mut unescaped = parts.next().unwrap().to_owned();
+            parts.for_each(|part| unescaped.push_str(&part[2..]));
+            let separators = unescaped.matches([',', '+', ';', '<', '>', '"', '\0']).count();
+            assert_eq!((separators, unescaped.matches('=').count()), (2, 3), "{user:?}: {filled}");
+            assert!(!unescaped.starts_with("uid=#") && !unescaped.starts_with("uid= "), "{filled}");
+        }
+    }
 
     #[test]
     fn host_and_port_of_a_url() {

@@ -214,33 +214,83 @@ impl Declared {
     /// # Errors
     /// As [`Declared::fields`].
     pub(super) fn text(&self, text: &str) -> Result<Option<Target>, String> {
-        let text = text.trim();
         let mut fields = Fields::default();
-        for verdict in ["refuse", "maintenance"] {
-            if let Some(reason) = text.strip_prefix(verdict).and_then(|rest| rest.strip_prefix(':')) {
-                let reason = reason.trim();
-                fields.set(verdict, if reason.is_empty() { "Login is not possible." } else { reason });
-                return self.fields(fields);
-            }
-        }
-        let mut words = text.split_ascii_whitespace();
-        fields.backend = words.next();
-        for word in words {
-            match word.split_once('=') {
-                Some((name @ ("server" | "user"), value)) if !value.is_empty() => fields.set(name, value),
-                _ => return Err(format!("expected server=HOST:PORT or user=NAME, found {}", shown(word))),
-            }
+        for (name, value) in named_values(text)? {
+            fields.set(name, value);
         }
         self.fields(fields)
     }
 
-    fn backend(&self, name: &str) -> Result<BackendId, String> {
+    /// The target in values that were computed from a user name. They are values whatever is in them, and must be what a text can
+    /// hold: not empty, and without white space. `None` if there is only the name of the backend, and it is empty.
+    ///
+    /// # Errors
+    /// As [`Declared::fields`].
+    pub(super) fn values(&self, values: &[(&str, &str)]) -> Result<Option<Target>, String> {
+        if let [("backend", "")] = values {
+            return Ok(None);
+        }
+        let mut fields = Fields::default();
+        for &(name, value) in values {
+            if is_verdict(name) {
+                fields.set(name, reason(value));
+                continue;
+            }
+            if value.is_empty() || value.contains(|char: char| char.is_whitespace() || char.is_control()) {
+                return Err(format!("invalid value of {name} for this user name: {}", shown(value)));
+            }
+            fields.set(name, value);
+        }
+        self.fields(fields)
+    }
+
+    /// The declared backend of this name.
+    ///
+    /// # Errors
+    /// There is none.
+    pub(super) fn backend(&self, name: &str) -> Result<BackendId, String> {
         self.by_name.get(name).copied().ok_or_else(|| {
             let mut known: Vec<&str> = self.by_name.keys().map(AsRef::as_ref).collect();
             known.sort_unstable();
             format!("no backend is declared as {}; declared: {}", shown(name), known.join(", "))
         })
     }
+}
+
+/// Reads the syntax of a target's text: the names of its fields and their values, in order. No field: the text is blank.
+///
+/// # Errors
+/// A word that is not a field.
+pub(super) fn named_values(text: &str) -> Result<Vec<(&'static str, &str)>, String> {
+    let text = text.trim();
+    for verdict in VERDICTS {
+        if let Some(words) = text.strip_prefix(verdict).and_then(|rest| rest.strip_prefix(':')) {
+            return Ok(vec![(verdict, reason(words))]);
+        }
+    }
+    let mut words = text.split_ascii_whitespace();
+    let mut values: Vec<_> = words.next().map(|name| ("backend", name)).into_iter().collect();
+    for word in words {
+        values.push(match word.split_once('=') {
+            Some(("server", value)) if !value.is_empty() => ("server", value),
+            Some(("user", value)) if !value.is_empty() => ("user", value),
+            _ => return Err(format!("expected server=HOST:PORT or user=NAME, found {}", shown(word))),
+        });
+    }
+    Ok(values)
+}
+
+/// Fields that are a text for the client.
+const VERDICTS: [&str; 2] = ["refuse", "maintenance"];
+
+fn is_verdict(name: &str) -> bool {
+    VERDICTS.contains(&name)
+}
+
+/// The text of a verdict, which may be left out.
+fn reason(words: &str) -> &str {
+    let words = words.trim();
+    if words.is_empty() { "Login is not possible." } else { words }
 }
 
 /// One line that a client may be shown: printable ASCII, and no bracket in front that would pass for a response code.
@@ -299,6 +349,25 @@ mod tests {
         assert!(only("user", "alice").is_err() && only("master", "x").is_err());
         assert_eq!(only("backend", ""), Ok(None));
         assert_eq!(only("other", "x"), Ok(None));
+    }
+
+    #[test]
+    fn values_of_a_user_name_are_never_syntax() {
+        let declared = declared();
+        let of = |user: &str| declared.values(&[("backend", "shard-a"), ("user", user)]);
+        let Ok(Some(Target::Place(place))) = of("a=b@x,server=y;*)(uid=*") else { panic!() };
+        assert_eq!((place.at, place.user.unwrap().as_str()), (At::Any, "a=b@x,server=y;*)(uid=*"));
+        for hostile in ["", "u server=y", "u\tserver=y", "u\u{a0}v", "u\u{2028}v", "u\nv", "u\0v", &"x".repeat(513)] {
+            assert!(of(hostile).unwrap_err().contains("user"), "{hostile:?}");
+        }
+        for hostile in [" ", "refuse: x", "shard-a user=root", "shard-c"] {
+            assert!(declared.values(&[("backend", hostile)]).is_err(), "{hostile:?}");
+        }
+        assert_eq!(declared.values(&[("backend", "")]), Ok(None));
+        assert!(declared.values(&[("backend", ""), ("user", "alice")]).is_err());
+        let refused = |text| declared.values(&[("refuse", text)]);
+        assert_eq!(refused(" "), Ok(Some(Target::Refuse("Login is not possible.".into()))));
+        assert_eq!(refused("a\r\nb"), Ok(Some(Target::Refuse("a??b".into()))));
     }
 
     #[test]

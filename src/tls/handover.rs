@@ -4,11 +4,17 @@
 //! during the handshake, to a [`Secrets`] that belongs to the one connection. Everything rustls has read is decrypted and
 //! carried along, and so is what it never saw, so that no byte is lost at the moment of the change. Kernel TLS would begin here
 //! too; `benches/NOTES.md` says what it takes. Called by `stream`.
+//!
+//! Two states of rustls cannot be extracted and must be empty at that moment: an answer that waits to be sent, which [`take_over`] sends
+//! first, and a handshake message of which only some records have arrived. [`poll_read`] therefore reads one record with
+//! data at a time: no such message can be incomplete when data arrives (RFC 8446 section 5.1), and later records stay in [`Records`].
 
 use std::io::{self, Read, Write};
+use std::pin::Pin;
 use std::sync::{Mutex, PoisonError};
+use std::task::{Context, Poll, ready};
 
-use tokio::io::AsyncWriteExt;
+use tokio::io::{AsyncBufRead, AsyncRead, AsyncWrite, AsyncWriteExt, ReadBuf};
 use tokio_rustls::TlsStream;
 use tokio_rustls::rustls::{self, KeyLog, ProtocolVersion};
 use zeroize::Zeroizing;
@@ -65,16 +71,60 @@ pub struct Established<S> {
     pub closed: bool,
 }
 
+/// Reads from one record with data, and sends the answer that a record before it asked for (a KeyUpdate, or the alert that declines a
+/// renegotiation): a peer may wait for the answer. An error of that write is also an error of the next read.
+pub fn poll_read<S>(
+    stream: &mut TlsStream<Records<S>>,
+    context: &mut Context<'_>,
+    buffer: &mut ReadBuf<'_>,
+) -> Poll<io::Result<()>>
+where
+    S: AsyncRead + AsyncWrite + Unpin,
+{
+    let read = poll_read_record(stream, context, buffer);
+    // One answer at a time moves out of its slot, so a peer that reads nothing cannot make the buffer behind it grow.
+    let queued = stream.get_ref().1.wants_write() || queue_answer(stream).is_ok();
+    if queued && stream.get_ref().1.wants_write() {
+        let _ = Pin::new(stream).poll_flush(context);
+    }
+    read
+}
+
+/// `TlsStream::poll_read` would go on with the next records while `buffer` has space.
+fn poll_read_record<S>(
+    stream: &mut TlsStream<Records<S>>,
+    context: &mut Context<'_>,
+    buffer: &mut ReadBuf<'_>,
+) -> Poll<io::Result<()>>
+where
+    S: AsyncRead + AsyncWrite + Unpin,
+{
+    let plaintext = ready!(Pin::new(&mut *stream).poll_fill_buf(context))?;
+    let length = plaintext.len().min(buffer.remaining());
+    buffer.put_slice(&plaintext[..length]);
+    Pin::new(stream).consume(length);
+    Poll::Ready(Ok(()))
+}
+
+/// Moves the answer to a KeyUpdate to the bytes that are to be sent. rustls does so at the next write, even an empty one.
+fn queue_answer<S>(stream: &mut TlsStream<S>) -> io::Result<()> {
+    let mut writer = match stream {
+        TlsStream::Server(stream) => stream.get_mut().1.writer(),
+        TlsStream::Client(stream) => stream.get_mut().1.writer(),
+    };
+    // Not `write_all`, which does nothing if there is nothing to write.
+    writer.write(&[]).map(drop)
+}
+
 /// Takes the connection over. What rustls still had to send is sent first.
 ///
 /// # Errors
 /// The connection broke, or rustls found something wrong with it.
 pub async fn take_over<S>(mut stream: TlsStream<Records<S>>, secrets: &Secrets) -> io::Result<Established<S>>
 where
-    S: tokio::io::AsyncRead + tokio::io::AsyncWrite + Unpin,
+    S: AsyncRead + AsyncWrite + Unpin,
 {
-    // An answer to a KeyUpdate waits in rustls for the next write; an empty one fetches it.
-    connection(&mut stream).writer().write_all(&[])?;
+    queue_answer(&mut stream)?;
     stream.flush().await?;
     let (records, connection) = match stream {
         TlsStream::Server(stream) => {
@@ -90,28 +140,6 @@ where
     let (plaintext, closed, channel) = extract(connection, secrets)?;
     let (socket, records) = records.into_parts();
     Ok(Established { socket, channel, plaintext, records, closed })
-}
-
-fn connection<S>(stream: &mut TlsStream<S>) -> Borrowed<'_> {
-    match stream {
-        TlsStream::Server(stream) => Borrowed::Server(stream.get_mut().1),
-        TlsStream::Client(stream) => Borrowed::Client(stream.get_mut().1),
-    }
-}
-
-/// Either side's connection, borrowed from its stream.
-enum Borrowed<'a> {
-    Server(&'a mut rustls::ServerConnection),
-    Client(&'a mut rustls::ClientConnection),
-}
-
-impl Borrowed<'_> {
-    fn writer(&mut self) -> rustls::Writer<'_> {
-        match self {
-            Self::Server(connection) => connection.writer(),
-            Self::Client(connection) => connection.writer(),
-        }
-    }
 }
 
 fn extract(mut connection: rustls::Connection, secrets: &Secrets) -> io::Result<(Vec<u8>, bool, Channel)> {

@@ -11,6 +11,8 @@ pub mod client;
 pub mod client_hello;
 mod error_text;
 pub mod handover;
+#[cfg(test)]
+mod handover_tests;
 mod ocsp;
 pub mod records;
 pub mod server;

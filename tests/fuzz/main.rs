@@ -17,8 +17,9 @@ mod targets;
 
 /// Changed inputs a target, where it is quick.
 const ROUNDS: u64 = 60_000;
-/// Of these, one input takes long: sealing without optimization, YAML that is read several times, a file that is written.
-const SLOW: [(&str, u64); 3] = [("records", 20_000), ("configuration", 5_000), ("table", 10_000)];
+/// Of these, one input takes long: sealing without optimization, YAML that is read several times, a file that is written, a
+/// pattern that is compiled.
+const SLOW: [(&str, u64); 4] = [("records", 20_000), ("configuration", 5_000), ("table", 10_000), ("template", 20_000)];
 /// Longer inputs say nothing new, and take long.
 const MAX_INPUT: usize = 4096;
 /// Fewer files than this are no corpus.

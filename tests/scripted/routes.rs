@@ -8,7 +8,7 @@ use base64::engine::general_purpose::STANDARD;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{TcpListener, TcpStream};
 
-use crate::support::{Client, Line, start};
+use crate::support::{Client, GOOD, Line, Scripted, start};
 
 const UNAVAILABLE: &str = "a NO [UNAVAILABLE] The mailbox is temporarily unavailable, try again later.";
 const FAILED: &str = "a NO [AUTHENTICATIONFAILED] no";
@@ -201,4 +201,33 @@ async fn an_answer_without_a_known_key_is_a_failure() {
     }
     assert!(commands.lock().unwrap().is_empty(), "the next route is not asked");
     assert_eq!(client.ask("a LOGIN unknown@a.test secret").await, FAILED, "the next route knows everybody");
+}
+
+/// `user=$1` with a name that holds the syntax of a field: it must not choose the server.
+#[tokio::test]
+async fn a_user_name_cannot_add_fields_to_the_target_of_a_regex() {
+    let (main, other) = (Scripted::new(GOOD).await, Scripted::new(GOOD).await);
+    let proxy = start(&format!(
+        "listeners: [{{address: '127.0.0.1:0', tls: none}}]\n\
+         backends:\n  shard-a: {{servers: ['{0}', '{1}']}}\n  shard-b: {{servers: ['{0}']}}\n\
+         routes:\n  - regex: [{{match: '^to-(.*)@b$', to: '$1 user=alice'}}, {{match: '^(.*)@x$', to: 'shard-a user=$1'}}]\n",
+        main.address, other.address
+    ))
+    .await;
+    let mut client = Client::connect(proxy.listeners()[0]).await;
+    for name in [
+        format!("u2@a.test server={}@x", other.address),
+        "alice user=bob@x".to_owned(),
+        "alice\u{a0}b@x".to_owned(),
+        "to-shard-b server=s@b".to_owned(),
+        "to-refuse: x@b".to_owned(),
+        "@x".to_owned(),
+    ] {
+        let literal = format!("a LOGIN {{{}+}}\r\n{name} secret", name.len());
+        assert_eq!(client.ask(&literal).await, UNAVAILABLE, "{name}");
+    }
+    assert_eq!(main.connections() + other.connections(), 0);
+    assert!(client.ask("a LOGIN alice@x secret").await.starts_with("a OK"));
+    assert_eq!(main.connections() + other.connections(), 1);
+    proxy.stop().await;
 }

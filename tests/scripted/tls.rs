@@ -1,12 +1,15 @@
-//! Certificates of servers: those that are their own authority, and what `check` finds about them.
+//! Certificates of servers: those that are their own authority, and what `check` finds about them. Changes of keys beside a login.
 
 use std::path::Path;
 
 use rcgen::{BasicConstraints, CertificateParams, DnType, IsCa, KeyPair};
+use tokio::io::AsyncWriteExt as _;
+use tokio::net::{TcpListener, TcpStream};
+use tokio_rustls::rustls::ConnectionCommon;
 use vestibule::preflight;
 use vestibule::server::Live;
 
-use crate::support::{Certificates, Client, GOOD, Scripted, metric, proxy};
+use crate::support::{Certificates, Client, GOOD, Line, Scripted, in_time, metric, proxy, start};
 
 /// A self-signed certificate with CA:TRUE, as plain `openssl req -x509` makes it.
 fn self_signed(names: &[&str]) -> Certificates {
@@ -75,4 +78,60 @@ async fn check_warns_of_a_certificate_that_is_not_trusted_and_prints_the_pin() {
             assert_eq!(found, Vec::<String>::new(), "{trusted}");
         }
     }
+}
+
+/// A client and a server that ask for new keys around LOGIN and around its answer, in one write and in several.
+#[tokio::test]
+async fn requests_for_new_keys_beside_a_login_are_answered_on_both_sides() {
+    for flushes in [false, true] {
+        let certificates = Certificates::new();
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let proxy = start(&format!(
+            "listeners: [{{address: '127.0.0.1:0', tls: implicit}}]\n{}\
+             backends: {{only: {{servers: ['{}'], tls: {{mode: implicit, ca: {}, server_name: localhost}}}}}}\n\
+             routes: [{{default: only}}]\n",
+            certificates.section(),
+            listener.local_addr().unwrap(),
+            certificates.path("ca.pem").display(),
+        ))
+        .await;
+        let socket = TcpStream::connect(proxy.listeners()[0]).await.unwrap();
+        let mut client = Line::new(certificates.encrypt(socket).await);
+        client.line().await;
+        update(client.stream.get_mut().1);
+        if flushes {
+            client.stream.flush().await.unwrap();
+        }
+        client.stream.write_all(b"a LOGIN alice secret\r\n").await.unwrap();
+        update(client.stream.get_mut().1);
+        client.send("b NOOP\r\n").await;
+        let (socket, _) = in_time("a connection", listener.accept()).await.unwrap();
+        let mut server = Line::new(in_time("a handshake", certificates.acceptor().accept(socket)).await.unwrap());
+        server.send("* OK [CAPABILITY IMAP4rev1] x\r\n").await;
+        assert_eq!(server.line().await, "L LOGIN \"alice\" \"secret\"");
+        update(server.stream.get_mut().1);
+        if flushes {
+            server.stream.flush().await.unwrap();
+        }
+        server.stream.write_all(b"L OK [CAPABILITY IMAP4rev1] in\r\n").await.unwrap();
+        update(server.stream.get_mut().1);
+        server.send("* 1 EXISTS\r\n").await;
+        assert!(client.line().await.starts_with("a OK"));
+        assert_eq!(client.line().await, "* 1 EXISTS");
+        assert_eq!(server.line().await, "b NOOP");
+        server.send("b OK\r\n").await;
+        assert_eq!(client.line().await, "b OK");
+        // And the keys that follow are understood too.
+        update(client.stream.get_mut().1);
+        client.send("c NOOP\r\n").await;
+        assert_eq!(server.line().await, "c NOOP");
+        update(server.stream.get_mut().1);
+        server.send("c OK\r\n").await;
+        assert_eq!(client.line().await, "c OK");
+        proxy.stop().await;
+    }
+}
+
+fn update<Data>(connection: &mut ConnectionCommon<Data>) {
+    connection.refresh_traffic_keys().unwrap();
 }

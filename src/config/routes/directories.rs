@@ -92,6 +92,11 @@ impl Section<'_, '_> {
         let base = self.template("base", &written.base);
         let filter = self.template("filter", &written.filter);
         let (base, filter) = (base?, filter?);
+        for (name, template, separators) in [("base", &base, &[',', '+', ';'][..]), ("filter", &filter, &['(', ')'])] {
+            if !template.has_variables_in_values_only(separators) {
+                self.problem(name, "a variable may only be a part of a value, after `=`: (mail=%{user})");
+            }
+        }
         if base.is_constant() && filter.is_constant() {
             self.problem("filter", "says the same for every user: %{user} is missing");
         }
