@@ -10,7 +10,7 @@ use std::time::Instant;
 use tokio::time::{self, timeout_at};
 use zeroize::Zeroizing;
 
-use super::defence::counted_users;
+use super::defence::{counted_users, reply_to_refused_token};
 use super::placement::{Placed, Placing};
 use super::record::{bounded, reason};
 use super::{Session, close, pace};
@@ -51,6 +51,10 @@ pub(super) enum Attempted {
     },
     /// By a limit or rate of ours.
     Limited {
+        reply: Vec<u8>,
+    },
+    /// A server has refused the token; the failed login is logged and delayed already.
+    TokenRefused {
         reply: Vec<u8>,
     },
     Unavailable,
@@ -269,19 +273,34 @@ impl Session {
             Ok(answered) => answered,
             Err(again) => return Some(Err(again)),
         };
+        let mut is_token_refused = false;
         while let Outcome::Challenged(paused, challenge) = outcome {
             let Some(placed) = &mut placed else { return Some(Ok(Attempted::Unavailable)) };
             placing.asks_client(placed, &challenge);
             progress.in_exchange = true;
+            if sasl::is_token_refusal(login.credentials.mechanism, &challenge) && !is_token_refused {
+                is_token_refused = true;
+                self.record.refused(backend.id, Some(&placed.server.name));
+                self.token_refused(&login.credentials, began).await;
+            }
             let response = tokio::select! {
                 biased;
-                response = self.ask(&login.tag, &challenge, stream, prelogin) => response?,
+                response = self.ask(&login.tag, &challenge, stream, prelogin) => match response {
+                    Some(response) => response,
+                    None => {
+                        self.record.abandoned(Some(backend.id));
+                        return None;
+                    }
+                },
                 () = placed.slot.displaced() => {
                     self.record.attempt_failed(Reason::ServersFull, LoginOutcome::Unavailable, Some(backend.id));
                     return Some(Ok(Attempted::Dismissed { reply: reply::ended(&login.tag) }));
                 }
             };
             outcome = placing.respond(paused, placed, &response).await;
+        }
+        if is_token_refused && !matches!(outcome, Outcome::Accepted(_)) {
+            return Some(Ok(Attempted::TokenRefused { reply: reply_to_refused_token(outcome, &login.tag) }));
         }
         if matches!(outcome, Outcome::Accepted(_))
             && let users = counted_users(&live.config.naming, &login.credentials)

@@ -212,6 +212,7 @@ impl Record {
         self.user = user.cloned();
         self.mechanism = Some(mechanism);
         (self.route, self.backend, self.server, self.failure, self.detail) = (None, None, None, None, None);
+        self.outcome = None;
         self.times.route = None;
     }
 
@@ -253,7 +254,16 @@ impl Record {
         self.answered(LoginOutcome::Accepted, Some(backend.id));
     }
 
+    /// The connection ended, or must end, before the attempt had an answer; `backend` is the one whose server was asked.
+    pub(super) fn abandoned(&mut self, backend: Option<BackendId>) {
+        self.answered(LoginOutcome::Abandoned, backend);
+    }
+
+    /// Counts the attempt, once: a refused token stays refused, however the exchange ends after that.
     fn answered(&mut self, outcome: LoginOutcome, backend: Option<BackendId>) {
+        if self.outcome.is_some() && outcome != LoginOutcome::Accepted {
+            return;
+        }
         self.outcome = Some(outcome);
         if let Some(mechanism) = self.mechanism {
             self.settings.metrics.login(backend.map(|id| id.0), mechanism, outcome);
