@@ -276,7 +276,7 @@ impl Session {
         let mut is_token_refused = false;
         while let Outcome::Challenged(paused, challenge) = outcome {
             let Some(placed) = &mut placed else { return Some(Ok(Attempted::Unavailable)) };
-            placing.asks_client(placed, &challenge);
+            placing.asks_client(placed, &challenge, progress.in_exchange);
             progress.in_exchange = true;
             if sasl::is_token_refusal(login.credentials.mechanism, &challenge) && !is_token_refused {
                 is_token_refused = true;

@@ -308,3 +308,34 @@ async fn a_login_that_ends_without_an_answer_is_counted() {
     );
     proxy.stop().await;
 }
+
+#[tokio::test]
+async fn a_forged_server_signature_proves_nothing() {
+    // The signature, base64 of "v=Zm9yZ2Vk", comes before any proof of the client, in SCRAM and in a mechanism that has none.
+    const FORGED: &str = "+ dj1abTl5WjJWaw==";
+    let (proxy, listener) = relaying("").await;
+    for (count, (mechanism, message)) in [("SCRAM-SHA-256", "n,,n=alice,r=nonce"), XOAUTH2].into_iter().enumerate() {
+        let (mut client, mut server) = begun(&proxy, &listener, mechanism, message).await;
+        server.send(format!("{FORGED}\r\n")).await;
+        assert_eq!(client.line().await, FORGED, "the client gets it as it is, and can see that it is forged");
+        assert_eq!(proxy.live().backends.list()[0].servers()[0].sessions(), 0, "it takes no place: {mechanism}");
+        client.send("*\r\n").await;
+        assert_eq!(server.line().await, "*");
+        server.send("L BAD aborted\r\n").await;
+        assert_eq!(client.line().await, "a BAD aborted");
+        assert_eq!(client.ask("b NOOP").await, "b OK NOOP completed.", "the client is not logged in");
+        assert_eq!((logins(&proxy, "accepted"), logins(&proxy, "refused")), (0.0, count as f64 + 1.0));
+    }
+    // Every byte of the real one arrives too, whatever it is, and the server's word counts, not its signature.
+    let (mut client, mut server) = begun(&proxy, &listener, "SCRAM-SHA-256", "n,,n=alice,r=nonce").await;
+    for challenge in ["+ cj1ub25jZTEscz1zYWx0LGk9NDA5Ng==", FORGED] {
+        server.send(format!("{challenge}\r\n")).await;
+        assert_eq!(client.line().await, challenge);
+        client.send("cHJvb2Y=\r\n").await;
+        assert_eq!(server.line().await, "cHJvb2Y=");
+    }
+    server.send("L NO [AUTHENTICATIONFAILED] No.\r\n").await;
+    assert_eq!(client.line().await, "a NO [AUTHENTICATIONFAILED] No.");
+    assert_eq!(logins(&proxy, "accepted"), 0.0);
+    proxy.stop().await;
+}
