@@ -65,6 +65,7 @@ pub mod imap;
 pub mod inherit;
 pub mod limits;
 pub mod listener;
+mod log_queue;
 pub mod logging;
 pub mod metrics;
 pub mod occupancy;

@@ -17,7 +17,7 @@ use vestibule::control::place::PlaceError;
 use vestibule::control::upgrade::{self, REPORT_ON_STDIN, REPORT_VARIABLE};
 use vestibule::identity::UserName;
 use vestibule::server::Live;
-use vestibule::{demo, explain, operate, preflight, privileges};
+use vestibule::{demo, explain, logging, operate, preflight, privileges};
 
 /// sysexits.h: what systemd and scripts can tell apart.
 const EX_USAGE: u8 = 64;
@@ -29,14 +29,17 @@ fn main() -> ExitCode {
     let command = cli::parse();
     let is_run = matches!(command, Command::Run { .. });
     match dispatch(command) {
-        Ok(code) => code,
+        Ok(code) => {
+            logging::flush();
+            code
+        }
         Err(error) => {
             let is_config = error.downcast_ref::<Report>().is_some();
             let text = if is_config { format!("{error}") } else { format!("vestibule: {error:#}\n") };
-            eprint!("{text}");
             if is_run {
                 report_to_predecessor(&text);
             }
+            logging::print_last_error(&text);
             ExitCode::from(match error.downcast_ref::<PlaceError>() {
                 _ if is_config => EX_CONFIG,
                 Some(place) if place.is_permission() => EX_NOPERM,

@@ -109,6 +109,7 @@ async fn start(file: &Path, replace: bool) -> anyhow::Result<Started> {
     let unused = bound.unused().to_vec();
     let running = Arc::new(bound.with_states(states).start()?);
     count_panics(&running.metrics());
+    logging::count_dropped_lines(running.metrics().log_lines_dropped());
     if let Some(pending) = pending {
         predecessor.as_ref().map_or(Ok(()), Predecessor::check_time)?;
         published = Some(pending.publish(predecessor.is_some(), &trusted)?);
@@ -214,6 +215,7 @@ fn count_panics(metrics: &Metrics) {
         // The message could hold what a peer sent: the place is enough to find it.
         let place = info.location().map(ToString::to_string).unwrap_or_default();
         tracing::error!(%place, "a session ended in a panic: please report this");
+        logging::flush_at_panic();
     }));
 }
 

@@ -61,6 +61,7 @@ pub(super) struct Families {
     pub(super) reload_failed: IntGauge,
     pub(super) state_file_failed: IntGauge,
     pub(super) panics: IntCounter,
+    pub(super) log_lines_dropped: IntCounter,
 }
 
 impl Families {
@@ -88,7 +89,7 @@ impl Families {
             ),
             logins: counters(
                 "vestibule_logins_total",
-                "Login attempts answered; the backend is empty where none was found.",
+                "Login attempts by outcome; the backend is empty if none was found, or if the attempt ended before.",
                 &["backend", "mechanism", "outcome"],
             ),
             tls_handshake: histograms(
@@ -268,6 +269,10 @@ impl Families {
                 "1 while the state file could not be read at the start, or written at the last change of a server's state.",
             )),
             panics: valid(IntCounter::new("vestibule_panics_total", "Panics caught; each ended one session.")),
+            log_lines_dropped: valid(IntCounter::new(
+                "vestibule_log_lines_dropped_total",
+                "Log lines dropped because standard error was not read in time or could not be written.",
+            )),
             registry,
         };
         for outcome in ["loaded", "refused"] {
@@ -278,7 +283,7 @@ impl Families {
     }
 
     fn register_all(&self) {
-        let collectors: [Box<dyn prometheus::core::Collector>; 44] = [
+        let collectors: [Box<dyn prometheus::core::Collector>; 45] = [
             Box::new(self.build_info.clone()),
             Box::new(self.sessions.clone()),
             Box::new(self.sessions_total.clone()),
@@ -323,6 +328,7 @@ impl Families {
             Box::new(self.reload_failed.clone()),
             Box::new(self.state_file_failed.clone()),
             Box::new(self.panics.clone()),
+            Box::new(self.log_lines_dropped.clone()),
         ];
         for collector in collectors {
             valid(self.registry.register(collector));

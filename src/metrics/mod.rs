@@ -37,10 +37,13 @@ pub enum LoginOutcome {
     UnknownUser,
     /// A limit or rate of the proxy, before or after the password was checked, or a limit of the user on the server.
     Limited,
+    /// The connection ended before the login had an answer.
+    Abandoned,
 }
 
 impl LoginOutcome {
-    const ALL: [Self; 5] = [Self::Accepted, Self::Refused, Self::Unavailable, Self::UnknownUser, Self::Limited];
+    const ALL: [Self; 6] =
+        [Self::Accepted, Self::Refused, Self::Unavailable, Self::UnknownUser, Self::Limited, Self::Abandoned];
 
     /// Label text.
     pub fn as_str(self) -> &'static str {
@@ -50,6 +53,7 @@ impl LoginOutcome {
             Self::Unavailable => "unavailable",
             Self::UnknownUser => "unknown_user",
             Self::Limited => "limited",
+            Self::Abandoned => "abandoned",
         }
     }
 }
@@ -222,6 +226,11 @@ impl Metrics {
     /// The counter a panic hook raises.
     pub fn panics(&self) -> IntCounter {
         self.families.panics.clone()
+    }
+
+    /// The counter of log lines that were dropped.
+    pub fn log_lines_dropped(&self) -> IntCounter {
+        self.families.log_lines_dropped.clone()
     }
 }
 

@@ -132,7 +132,7 @@ impl Sealer {
     /// # Errors
     /// [`Exhausted`], also once closed: nothing follows the last alert.
     pub fn decline_renegotiation(&mut self, out: &mut Vec<u8>) -> Result<(), Exhausted> {
-        if self.closed {
+        if self.closed || self.keys.sequence() >= self.limit {
             return Err(Exhausted);
         }
         self.say(ContentType::Alert, &[1, AlertCode::NO_RENEGOTIATION.0], out)

@@ -9,7 +9,7 @@ use std::time::Instant;
 
 use zeroize::Zeroizing;
 
-use super::defence::counted_users;
+use super::defence::{counted_users, reply_to_refused_token};
 use super::placement::{Carried, Placed, Placing};
 use super::record::reason;
 use super::server_credentials::{has_separator, renamed, server_login, split_master};
@@ -22,7 +22,7 @@ use crate::generations::Generation;
 use crate::identity::{Mechanism, Names, authorise_certificate};
 use crate::imap::client_id::ClientId;
 use crate::imap::prelogin::{Bye, LoginRequest, Prelogin, Step};
-use crate::imap::reply;
+use crate::imap::{reply, sasl};
 use crate::metrics::LoginOutcome;
 use crate::route::{Question, RouteError, Routed, Target, Visitor, VisitorTls};
 use crate::server::Live;
@@ -51,6 +51,10 @@ pub(super) enum Attempted {
     },
     /// By a limit or rate of ours.
     Limited {
+        reply: Vec<u8>,
+    },
+    /// A server has refused the token; the failed login is logged and delayed already.
+    TokenRefused {
         reply: Vec<u8>,
     },
     Unavailable,
@@ -313,21 +317,38 @@ impl Session {
         prelogin: &mut Prelogin,
         progress: &mut Progress,
     ) -> Option<Result<(Outcome<'a>, Option<Placed>), Attempted>> {
+        let backend = Some(placing.carries.routed);
+        let mut is_token_refused = false;
         while let Outcome::Challenged(paused, challenge) = outcome {
             let Some(placed) = &mut placed else { return Some(Err(Attempted::Unavailable)) };
-            placing.asks_client(placed, &challenge);
+            placing.asks_client(placed, &challenge, progress.in_exchange);
             progress.in_exchange = true;
+            let credentials = &login.request.credentials;
+            if sasl::is_token_refusal(credentials.mechanism, &challenge) && !is_token_refused {
+                is_token_refused = true;
+                self.record.refused(placing.carries.routed, Some(&placed.server.name));
+                self.token_refused(credentials, login.began).await;
+            }
             let response = tokio::select! {
                 biased;
-                response = self.ask(login.request, &challenge, stream, prelogin) => response?,
+                response = self.ask(login.request, &challenge, stream, prelogin) => match response {
+                    Some(response) => response,
+                    None => {
+                        self.record.abandoned(backend);
+                        return None;
+                    }
+                },
                 () = placed.slot.displaced() => {
-                    let backend = Some(placing.carries.routed);
                     self.record.attempt_failed(Reason::ServersFull, LoginOutcome::Unavailable, backend);
                     let reply = reply::ended(&login.request.tag);
                     return Some(Err(Attempted::Dismissed { reply, counts: false }));
                 }
             };
             outcome = placing.respond(paused, placed, &response).await;
+        }
+        if is_token_refused && !matches!(outcome, Outcome::Accepted(_)) {
+            let reply = reply_to_refused_token(outcome, &login.request.tag);
+            return Some(Err(Attempted::TokenRefused { reply }));
         }
         Some(Ok((outcome, placed)))
     }

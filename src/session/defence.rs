@@ -13,6 +13,7 @@ use tokio::time;
 
 use super::attempt::Attempted;
 use super::{EndedBy, FAREWELL, Session};
+use crate::backend::request::Outcome;
 use crate::config::{BackendId, ListenerTls};
 use crate::failure::Reason;
 use crate::guard::{Limited, Shed, Ticket, Turned};
@@ -147,14 +148,25 @@ impl Session {
 
     /// A server or the proxy has refused a login that began at `began`: logs it, and returns when the client may be answered.
     pub(super) async fn refused_login(&mut self, login: LoginRequest, began: Instant, not_before: Option<Instant>) {
-        let naming = &self.live.config.naming;
-        let users = counted_users(naming, &login.credentials);
-        let of_another = login.credentials.authzid.is_some();
-        let authcid = of_another.then(|| naming.names(&login.credentials.user).map(|names| names.log)).transpose();
-        let authcid = authcid.unwrap_or_else(|_| Some(login.credentials.user.clone()));
+        let (users, authcid) = self.names_of_failed(&login.credentials);
         // With the password, which is not needed any more.
         drop(login);
         self.failed_login(&users, authcid, began, not_before).await;
+    }
+
+    /// A server has refused the token of a login that began at `began` by a challenge that says why: the login has failed, whether or
+    /// not the client stays for the answer. Logs it, and returns when the client may get the challenge.
+    pub(super) async fn token_refused(&mut self, credentials: &Credentials, began: Instant) {
+        let (users, authcid) = self.names_of_failed(credentials);
+        self.failed_login(&users, authcid, began, None).await;
+    }
+
+    /// The users that a failed login counts for, and who tried to log in, if the mailbox is another user's.
+    fn names_of_failed(&self, credentials: &Credentials) -> (Vec<Arc<str>>, Option<UserName>) {
+        let naming = &self.live.config.naming;
+        let of_another = credentials.authzid.is_some();
+        let authcid = of_another.then(|| naming.names(&credentials.user).map(|names| names.log)).transpose();
+        (counted_users(naming, credentials), authcid.unwrap_or_else(|_| Some(credentials.user.clone())))
     }
 
     /// Logs a failed login, and returns when the client may be answered. `users` are counted for; `authcid` is who tried to log in, if
@@ -239,6 +251,17 @@ pub(super) fn counted_users(naming: &Naming, credentials: &Credentials) -> Vec<A
     let mut users = vec![routing(&credentials.user)];
     users.extend(credentials.authzid.as_ref().map(routing).filter(|mailbox| *mailbox != users[0]));
     users
+}
+
+/// The reply that ends an exchange in which the token was refused.
+pub(super) fn reply_to_refused_token(outcome: Outcome<'_>, tag: &Tag) -> Vec<u8> {
+    let reply = match outcome {
+        Outcome::Refused { reply, .. } => Some(reply),
+        Outcome::Referred(referral) => Some(referral.reply),
+        Outcome::Unavailable(fault) => fault.reply,
+        Outcome::Accepted(_) | Outcome::Challenged(..) | Outcome::Seen(_) => None,
+    };
+    reply.unwrap_or_else(|| reply::authentication_failed(tag, None))
 }
 
 /// What a client says of itself, as Dovecot writes it.

@@ -215,7 +215,9 @@ impl Session {
                         }
                         prelogin.refused(&reply, counts, &mut out);
                     }
-                    Attempted::Limited { reply } => prelogin.refused(&reply, true, &mut out),
+                    Attempted::Limited { reply } | Attempted::TokenRefused { reply } => {
+                        prelogin.refused(&reply, true, &mut out)
+                    }
                     Attempted::Dismissed { mut reply, counts } => {
                         if counts {
                             self.refused_login(request, began, None).await;
@@ -389,6 +391,9 @@ impl Session {
         let ending = tokio::select! {
             biased;
             attempted = self.attempt(request, stream, prelogin) => {
+                if attempted.is_none() {
+                    self.record.abandoned(None);
+                }
                 self.login_under_way(None);
                 // Less is always allowed.
                 let _ = self.login_memory.resize(0);
@@ -397,7 +402,7 @@ impl Session {
             () = drain.cancelled() => (Bye::Shutdown, Reason::Drain),
             () = shed => self.why_shed(),
         };
-        self.record.attempt_cut_off();
+        self.record.abandoned(None);
         self.farewell(stream, prelogin, ending).await
     }
 

@@ -18,7 +18,7 @@ use crate::backend::{Backend, Server, Slot, Stop, Tour};
 use crate::config::BackendId;
 use crate::deadline::Deadline;
 use crate::generations::Generation;
-use crate::identity::Credentials;
+use crate::identity::{Credentials, Mechanism};
 use crate::imap::sasl;
 use crate::route::Place;
 use crate::server::{Desk, Live};
@@ -156,10 +156,12 @@ impl<'a> Placing<'a, '_> {
         (outcome, placed)
     }
 
-    /// Before a challenge is sent to the client: the login holds no place while the client answers, unless the challenge
-    /// says that the client's proof was right.
-    pub(super) fn asks_client(&self, placed: &mut Placed, challenge: &[u8]) {
-        if !sasl::is_scram_signature(challenge) {
+    /// Before a challenge is sent to the client: the login holds no place while the client answers, unless it is SCRAM's last
+    /// challenge, after which only the server's OK is missing. `has_answered`: the client has answered an earlier challenge, so that
+    /// the server can have seen a proof.
+    pub(super) fn asks_client(&self, placed: &mut Placed, challenge: &[u8], has_answered: bool) {
+        let is_scram = matches!(self.request.mechanism, Some(Mechanism::ScramSha1 | Mechanism::ScramSha256));
+        if !(is_scram && has_answered && sasl::is_scram_signature(challenge)) {
             placed.slot.release_place(&placed.server);
         }
     }

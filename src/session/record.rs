@@ -258,13 +258,6 @@ impl Record {
         self.attempt_ended(reason, outcome, backend);
     }
 
-    /// The session ends while the attempt is under way.
-    pub(super) fn attempt_cut_off(&mut self) {
-        if self.outcome.is_none() {
-            self.answered(LoginOutcome::Unavailable, None);
-        }
-    }
-
     /// The attempt ended for a reason that was counted already.
     pub(super) fn attempt_ended(&mut self, reason: Reason, outcome: LoginOutcome, backend: Option<BackendId>) {
         self.failure = Some(reason);
@@ -292,7 +285,16 @@ impl Record {
         self.answered(LoginOutcome::Accepted, Some(backend.id));
     }
 
+    /// The connection ended, or must end, before the attempt had an answer; `backend` is the one whose server was asked.
+    pub(super) fn abandoned(&mut self, backend: Option<BackendId>) {
+        self.answered(LoginOutcome::Abandoned, backend);
+    }
+
+    /// Counts the attempt, once: a refused token stays refused, however the exchange ends after that.
     fn answered(&mut self, outcome: LoginOutcome, backend: Option<BackendId>) {
+        if self.outcome.is_some() && outcome != LoginOutcome::Accepted {
+            return;
+        }
         self.outcome = Some(outcome);
         if let Some(mechanism) = self.mechanism {
             self.settings.metrics.login(backend.map(|id| id.0), mechanism, outcome);

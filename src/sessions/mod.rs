@@ -139,6 +139,8 @@ pub struct Sessions {
     inside: Mutex<Inside>,
     /// Of this process alone, so that nobody can choose names that collide.
     hasher: RandomState,
+    #[cfg(test)]
+    hashes_collide: bool,
     /// Somebody has left, or a hold has ended.
     left: Notify,
     begun: Instant,
@@ -204,7 +206,7 @@ impl Seat {
     /// # Errors
     /// The login must be routed again: see [`NoSeat`].
     pub fn place(&self, mailbox: &Arc<str>, server: &Arc<Server>, since: Generation) -> Result<(), NoSeat> {
-        let hash = |name: &str| self.sessions.hasher.hash_one(name);
+        let hash = |name: &str| self.sessions.hash(name);
         let mut inside = self.sessions.lock();
         if inside.held.contains_key(mailbox) {
             return Err(NoSeat::Held(mailbox.clone()));
@@ -244,7 +246,7 @@ impl Seat {
         let own = inside.taken.get(self.key as usize);
         let own = own.and_then(|own| Some((own.guest.user.clone(), own.server.clone()?)));
         let others = own.map(|(user, server)| {
-            let first = inside.first(self.sessions.hasher.hash_one(&*user));
+            let first = inside.first(self.sessions.hash(&user));
             inside.of(first, user).filter(move |taken| taken.is_served_instead_of(&server))
         });
         others.into_iter().flatten()
@@ -272,7 +274,7 @@ impl Drop for Seat {
     fn drop(&mut self) {
         let mut inside = self.sessions.lock();
         let Some(taken) = inside.taken.get(self.key as usize) else { return };
-        let hash = self.sessions.hasher.hash_one(&*taken.guest.user);
+        let hash = self.sessions.hash(&taken.guest.user);
         inside.unlink(self.key, hash);
         inside.taken.remove(self.key as usize);
         inside.shrink();
@@ -307,11 +309,27 @@ impl Drop for Hold {
 impl Default for Sessions {
     fn default() -> Self {
         let (inside, hasher, left) = (Mutex::default(), RandomState::new(), Notify::new());
-        Self { inside, hasher, left, begun: Instant::now() }
+        Self {
+            inside,
+            hasher,
+            #[cfg(test)]
+            hashes_collide: false,
+            left,
+            begun: Instant::now(),
+        }
     }
 }
 
 impl Sessions {
+    /// The key of a user's chain. Several users may share one: [`Inside::of`] compares names.
+    fn hash(&self, user: &str) -> u64 {
+        #[cfg(test)]
+        if self.hashes_collide {
+            return 0;
+        }
+        self.hasher.hash_one(user)
+    }
+
     /// The current generation of holds, to be taken before the routes are asked: see [`Seat::place`].
     pub fn generation(&self) -> Generation {
         self.lock().holds.current()
@@ -326,7 +344,7 @@ impl Sessions {
         if inside.held.contains_key(&guest.user) {
             return Err(NoSeat::Held(guest.user));
         }
-        let hash = self.hasher.hash_one(&*guest.user);
+        let hash = self.hash(&guest.user);
         let call = Arc::new(Call::default());
         if inside.closed {
             call.tell(Why::Stopped);
@@ -371,7 +389,7 @@ impl Sessions {
     pub fn end_user(&self, user: &str, why: Why) -> usize {
         let calls: Vec<Arc<Call>> = {
             let inside = self.lock();
-            let first = inside.first(self.hasher.hash_one(user));
+            let first = inside.first(self.hash(user));
             inside.of(first, user).map(|taken| taken.call.clone()).collect()
         };
         tell_all(&calls, why)
@@ -380,7 +398,7 @@ impl Sessions {
     /// Sessions and logins under way of `user`.
     pub fn of_user(&self, user: &str) -> Vec<Seen> {
         let inside = self.lock();
-        let first = inside.first(self.hasher.hash_one(user));
+        let first = inside.first(self.hash(user));
         inside.of(first, user).map(|taken| self.seen(taken)).collect()
     }
 

@@ -56,6 +56,41 @@ fn seats_are_given_back_in_any_order() {
 }
 
 #[test]
+fn users_whose_hashes_collide_are_different_users() {
+    let sessions = Arc::new(Sessions { hashes_collide: true, ..Sessions::default() });
+    let (one, two) = (server("a"), server("b"));
+    let (alice, bob, carol) =
+        (session(&sessions, "alice", &one), session(&sessions, "bob", &one), login(&sessions, "carol", &one));
+    assert_eq!(sessions.lock().users.len(), 1, "all are in one chain");
+    // A login elsewhere moves its own user only, and is alone whatever sessions the others have.
+    let moved = login(&sessions, "bob", &two);
+    moved.accept(true);
+    assert!(!moved.is_alone());
+    assert_eq!((alice.call().why(), bob.call().why(), carol.call().why()), (None, Some(Why::Moved), None));
+    drop(bob);
+    assert!(moved.is_alone());
+    // So do a kick, the list, and a hold.
+    assert_eq!(sessions.end_user("nobody", Why::Kicked), 0);
+    assert_eq!(sessions.end_user("alice", Why::Kicked), 1);
+    assert_eq!((moved.call().why(), carol.call().why()), (None, None));
+    assert_eq!((sessions.of_user("carol").len(), sessions.of_user("dave").len()), (1, 0));
+    let hold = sessions.hold("alice".into());
+    assert!(sessions.take(guest("alice")).is_err() && sessions.take(guest("carol")).is_ok());
+    drop(hold);
+    // A new name within the chain, and removal from its middle.
+    let since = sessions.generation();
+    carol.place(&"dave".into(), &two, since).unwrap();
+    assert_eq!((sessions.of_user("carol").len(), sessions.of_user("dave").len()), (0, 1));
+    drop(moved);
+    assert_eq!(
+        (sessions.of_user("alice").len(), sessions.of_user("bob").len(), sessions.of_user("dave").len()),
+        (1, 0, 1)
+    );
+    drop((alice, carol));
+    assert!(sessions.lock().users.is_empty());
+}
+
+#[test]
 fn a_login_has_no_effect_on_other_sessions_until_a_server_accepts_it() {
     let sessions = Arc::new(Sessions::default());
     let (one, two) = (server("a"), server("b"));

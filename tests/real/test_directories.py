@@ -14,6 +14,8 @@ ALICE, BOB, CAROL = "alice@example.org", "bob@example.net", "carol@example.org"
 # Who would be found if any of these were not only a name.
 HOSTILE = ["' OR '1'='1", "x') OR ('1'='1", '" OR ""="', "alice@example.org'--", "*", "alice*", "*)(mail=*", "(|(mail=*))",
            "a\\2a", "alice@example.org\\", "%{user}", "%%", "mailbox:alice", "..", "a..b@example.org", "@", "@example.org",
+           "*)(|(uid=*", "*))(|(uid=*", "x)(&", "{", "{0}", "${user}", "%", "%s%n", "%u", "'; SELECT pg_sleep(9);--", "\\' OR 1=1 --",
+           "\"", "\\", "\\2a", "\\00", "*3", "$7", " ", "  alice", "a b", "alice@example.org alice@example.org", "alice\t", "alice@example.org ", " alice@example.org", "alic\u00e9@example.org",
            "\u202ealice@example.org", "zo\u00eb@example.org", "alice\u00a0@example.org", "a" * 500]
 # Users who are really called so.
 ODD = ["o'brien\"@example.org", "a(b)*c\\d@example.org", "100%{user}%@example.org", "x'; drop table mailbox; --@example.org",
@@ -121,6 +123,10 @@ class AnyDirectory(Directories):
         # NUL is no part of a literal (BAD); the others are well-formed and cannot be right (RFC 9051 section 6.2.3: NO).
         for control, answer in (("alice@example.org\r\n", "NO"), ("alice\0", "BAD"), ("\n", "NO")):
             self.assertRegex(client.login(control), f"^a {answer}", repr(control))
+        # Not UTF-8, and too long.
+        for name in (b"\xff\xfe@example.org", b"alice\xc3@example.org", b"\xed\xa0\x80", b"a" * 513, b"'" * 4000):
+            answer = client.raw.command("a", b"LOGIN {%d+}\r\n%s x" % (len(name), name))[-1]
+            self.assertRegex(answer, rb"^a (NO \[AUTHENTICATIONFAILED\]|BAD)", name[:20])
         self.assertEqual(proxy.metric("vestibule_route_lookups_total", result="failed"), 0, proxy.log())
         self.assertEqual(proxy.metric("vestibule_route_lookups_total", result="found"), 0)
         self.good(proxy)

@@ -109,6 +109,31 @@ admin: {{address: "127.0.0.1:{{admin}}"}}
         expected = ["127.0.0.2", "127.0.0.3", "::1", "::1", "127.0.0.10", "127.0.0.10", "127.0.0.11"] + ["127.0.0.8"] * len(HOSTILE)
         self.assertEqual(self.banned(log), expected, text)
 
+    def test_a_client_that_leaves_when_its_token_is_refused(self):
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            server.settimeout(PATIENCE)
+            proxy = Proxy(f"""
+listeners: [{{address: "127.0.0.1:{{plain}}", tls: none, mechanisms: [xoauth2]}}]
+backends: {{only: {{servers: ["127.0.0.1:{server.getsockname()[1]}"], check: off}}}}
+routes: [{{default: only}}]
+admin: {{address: "127.0.0.1:{{admin}}"}}
+""")
+            self.addCleanup(proxy.close)
+            client = Raw(proxy.ports["plain"], source="127.0.0.12")
+            client.line()
+            token = base64.b64encode(b"user=carol@example.org\1auth=Bearer wrong\1\1")
+            client.send(b"a AUTHENTICATE XOAUTH2 " + token + b"\r\n")
+            connection, _ = server.accept()
+            with connection:
+                connection.sendall(b"* OK [CAPABILITY IMAP4rev1 SASL-IR AUTH=XOAUTH2] x\r\n")
+                self.assertIn(b"AUTHENTICATE XOAUTH2", connection.recv(65536))
+                connection.sendall(b"+ eyJzdGF0dXMiOiI0MDEifQ==\r\n")
+                self.assertEqual(client.line(), b"+ eyJzdGF0dXMiOiI0MDEifQ==")
+                client.close()
+                text = proxy.stop()
+        self.assertEqual(self.banned(proxy.process.log), ["127.0.0.12"], text)
+        self.assertRegex(text, r"session ended.*127\.0\.0\.12.*carol@example\.org.*outcome.{0,20}refused")
+
     def test_the_journal_and_syslog_put_words_ahead(self):
         text, _ = self.visit("text")
         for prefix in ("host vestibule[4711]: ", "vestibule[4711]: ", "vestibule: "):

@@ -332,6 +332,77 @@ class FullDisk(Scene):
                 client.close()
 
 
+class UnreadLog(Scene):
+    """Standard error is a pipe whose reader does not read, for example a log collector that hangs."""
+
+    limits = "server_login: 3s, failed_login_delay: off, login_rate_per_address: off"
+
+    def start_with_pipe(self):
+        """The proxy, and the pipe's reading end, which does not block."""
+        self.start()
+        self.proxy.process.kill()
+        self.proxy.file.write_text(self.proxy.file.read_text() + "log: {level: debug}\n")
+        path = self.proxy.folder.path / "log.pipe"
+        os.mkfifo(path)
+        reader = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+        self.addCleanup(os.close, reader)
+        self.proxy.process = Process([VESTIBULE, "run", "--config", self.proxy.file], path)
+        wait_for("the proxy", lambda: answers(self.proxy.ports["admin"]))
+        return reader
+
+    def dropped(self):
+        return self.proxy.metric("vestibule_log_lines_dropped_total")
+
+    def fill(self):
+        """Failed logins, each of which logs a line, until lines are dropped: at least 2,000, and all are answered."""
+        count = 0
+        while count < 2000 or not self.dropped():
+            for _ in range(100):
+                client = Raw(self.port)
+                client.line()
+                # A name of 400 bytes fills the pipe sooner.
+                client.send(b"a LOGIN " + b"x" * 400 + b"@example.org wrong\r\n")
+                self.assertRegex(client.until(b"a ")[-1], b"^a NO")
+                client.close()
+            count += 100
+
+    def read_until(self, reader, text):
+        """What is in the pipe, up to `text`."""
+        read = bytearray()
+
+        def has_come():
+            with contextlib.suppress(BlockingIOError):
+                while part := os.read(reader, 1 << 16):
+                    read.extend(part)
+            return text in read
+        wait_for(text, has_come)
+        return read.decode()
+
+    def test_a_log_that_is_not_read(self):
+        reader = self.start_with_pipe()
+        self.fill()
+        dropped = int(self.dropped())
+        session(self.port).close()
+        # What was kept comes whole when it is read again, then the number of lines that are missing, then what follows.
+        text = self.read_until(reader, b"log lines were dropped")
+        reported = int(re.search(r"(\d+) log lines were dropped", text)[1])
+        self.assertGreaterEqual(reported, dropped)
+        client = Raw(self.port)
+        client.command("a", "LOGIN afterwards@example.org wrong")
+        text += self.read_until(reader, b"afterwards@example.org")
+        lines = text.splitlines()[:-1]
+        self.assertGreater(len(lines), 1000)
+        for line in lines:
+            self.assertRegex(line, r"^(\x1b\[\d+m)*\d{4}-\d\d-\d\dT[\d:.]+Z.{0,20} +(ERROR|WARN|INFO|DEBUG)")
+            self.assertEqual(len(re.findall(r"\d{4}-\d\d-\d\dT[\d:.]+Z", line)), 1, line)
+
+    def test_the_process_ends_with_a_log_that_is_not_read(self):
+        self.start_with_pipe()
+        self.fill()
+        self.proxy.process.child.send_signal(signal.SIGTERM)
+        self.assertEqual(self.proxy.process.child.wait(PATIENCE), 0)
+
+
 class Clock(Scene):
     """The wall clock of the proxy alone is moved, by a library in between; time that only passes is left alone."""
 

@@ -4,6 +4,7 @@
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use tokio::net::{TcpListener, TcpStream};
+use vestibule::server::Running;
 
 use crate::support::{Certificates, Client, Line, Scripted, eventually, in_time, metric, proxy, start};
 
@@ -187,4 +188,154 @@ async fn referrals_in_a_circle() {
     assert_eq!(Client::connect(proxy.listeners()[0]).await.ask("a LOGIN alice secret").await, UNAVAILABLE);
     assert_eq!(servers.each_ref().map(Scripted::connections), [1, 1]);
     assert_eq!(metric(&proxy, "vestibule_failures_total", &["reason=\"referral\""]), 1.0);
+}
+
+/// A proxy that relays XOAUTH2 and SCRAM to a server that the test plays.
+async fn relaying(limits: &str) -> (Running, TcpListener) {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let proxy = start(&format!(
+        "listeners: [{{address: '127.0.0.1:0', tls: none, mechanisms: [login, xoauth2, oauthbearer, scram-sha-256]}}]\n\
+         limits: {{workers: 1, {limits}}}\n\
+         backends: {{only: {{servers: ['{}'], check: off}}}}\nroutes: [{{default: only}}]\n",
+        listener.local_addr().unwrap()
+    ))
+    .await;
+    (proxy, listener)
+}
+
+/// A client that has sent its first message, and the server that has got it.
+async fn begun(proxy: &Running, listener: &TcpListener, mechanism: &str, message: &str) -> (Client, Client) {
+    let mut client = Client::connect(proxy.listeners()[0]).await;
+    client.send(format!("a AUTHENTICATE {mechanism} {}\r\n", STANDARD.encode(message))).await;
+    let mut server = Line::new(in_time("the proxy", listener.accept()).await.unwrap().0);
+    server.send("* OK [CAPABILITY IMAP4rev1 SASL-IR AUTH=XOAUTH2 AUTH=OAUTHBEARER AUTH=SCRAM-SHA-256] x\r\n").await;
+    assert!(server.line().await.starts_with(&format!("L AUTHENTICATE {mechanism} ")));
+    (client, server)
+}
+
+fn logins(proxy: &Running, outcome: &str) -> f64 {
+    metric(proxy, "vestibule_logins_total", &[&format!("outcome=\"{outcome}\"")])
+}
+
+async fn all_sessions_ended(proxy: &Running) {
+    eventually("the end of the session", || metric(proxy, "vestibule_sessions", &[]) == 0.0).await;
+}
+
+const XOAUTH2: (&str, &str) = ("XOAUTH2", "user=alice\x01auth=Bearer wrong\x01\x01");
+const BEARER: (&str, &str) = ("OAUTHBEARER", "n,a=alice,\x01auth=Bearer wrong\x01\x01");
+/// `{"status":"401"}`
+const TOKEN_REFUSED: &str = "+ eyJzdGF0dXMiOiI0MDEifQ==";
+
+#[tokio::test]
+async fn a_refused_token_is_a_failed_login_however_the_exchange_ends() {
+    let (proxy, listener) = relaying("").await;
+    let mut expected = 0.0;
+    for (mechanism, message) in [XOAUTH2, BEARER] {
+        for ending in ["the client leaves", "the client cancels", "the client answers", "the server leaves"] {
+            let (mut client, mut server) = begun(&proxy, &listener, mechanism, message).await;
+            server.send(format!("{TOKEN_REFUSED}\r\n")).await;
+            assert_eq!(client.line().await, TOKEN_REFUSED);
+            expected += 1.0;
+            assert_eq!(logins(&proxy, "refused"), expected, "{mechanism}, counted before {ending}");
+            match ending {
+                "the client leaves" => {}
+                "the client cancels" => {
+                    client.send("*\r\n").await;
+                    assert_eq!(server.line().await, "*");
+                    server.send("L BAD aborted\r\n").await;
+                    assert_eq!(client.line().await, "a BAD aborted");
+                }
+                "the client answers" => {
+                    client.send("AQ==\r\n").await;
+                    assert_eq!(server.line().await, "AQ==");
+                    server.send("L NO [AUTHENTICATIONFAILED] No.\r\n").await;
+                    assert_eq!(client.line().await, "a NO [AUTHENTICATIONFAILED] No.");
+                }
+                _ => {
+                    drop(server);
+                    client.send("AQ==\r\n").await;
+                    assert!(client.line().await.starts_with("a NO [AUTHENTICATIONFAILED] "));
+                }
+            }
+            drop(client);
+            all_sessions_ended(&proxy).await;
+            assert_eq!(logins(&proxy, "refused"), expected, "{mechanism}, once, when {ending}");
+        }
+    }
+    for other in ["unavailable", "abandoned", "accepted"] {
+        assert_eq!(logins(&proxy, other), 0.0, "{other}");
+    }
+    proxy.stop().await;
+}
+
+#[tokio::test]
+async fn a_client_that_leaves_with_a_refused_token_does_not_avoid_the_delay() {
+    // A fifth less at random.
+    let delay = std::time::Duration::from_millis(240);
+    let (proxy, listener) = relaying("failed_login_delay: 300ms").await;
+    let (mechanism, message) = XOAUTH2;
+    for _ in 0..2 {
+        let began = std::time::Instant::now();
+        let (mut client, mut server) = begun(&proxy, &listener, mechanism, message).await;
+        server.send(format!("{TOKEN_REFUSED}\r\n")).await;
+        assert_eq!(client.line().await, TOKEN_REFUSED);
+        assert!(began.elapsed() >= delay, "{:?}", began.elapsed());
+    }
+    proxy.stop().await;
+}
+
+#[tokio::test]
+async fn a_login_that_ends_without_an_answer_is_counted() {
+    let (proxy, listener) = relaying("login: 2s").await;
+    // The client leaves, or is silent until limits.login, after the server's first message.
+    for (abandoned, is_leaving) in [(1.0, true), (2.0, false)] {
+        let (mut client, mut server) = begun(&proxy, &listener, "SCRAM-SHA-256", "n,,n=alice,r=nonce").await;
+        server.send("+ cj1ub25jZTEscz1zYWx0LGk9NDA5Ng==\r\n").await;
+        assert!(client.line().await.starts_with("+ "));
+        if is_leaving {
+            drop(client);
+        } else {
+            assert!(client.line().await.starts_with("* BYE "));
+        }
+        eventually("the count", || logins(&proxy, "abandoned") == abandoned).await;
+        assert_eq!(logins(&proxy, "refused"), 0.0, "nothing was refused");
+    }
+    all_sessions_ended(&proxy).await;
+    assert_eq!(
+        metric(&proxy, "vestibule_logins_total", &["outcome=\"abandoned\"", "backend=\"only\""]),
+        2.0,
+        "for the backend whose server was asked"
+    );
+    proxy.stop().await;
+}
+
+#[tokio::test]
+async fn a_forged_server_signature_proves_nothing() {
+    // The signature, base64 of "v=Zm9yZ2Vk", comes before any proof of the client, in SCRAM and in a mechanism that has none.
+    const FORGED: &str = "+ dj1abTl5WjJWaw==";
+    let (proxy, listener) = relaying("").await;
+    for (count, (mechanism, message)) in [("SCRAM-SHA-256", "n,,n=alice,r=nonce"), XOAUTH2].into_iter().enumerate() {
+        let (mut client, mut server) = begun(&proxy, &listener, mechanism, message).await;
+        server.send(format!("{FORGED}\r\n")).await;
+        assert_eq!(client.line().await, FORGED, "the client gets it as it is, and can see that it is forged");
+        assert_eq!(proxy.live().backends.list()[0].servers()[0].sessions(), 0, "it takes no place: {mechanism}");
+        client.send("*\r\n").await;
+        assert_eq!(server.line().await, "*");
+        server.send("L BAD aborted\r\n").await;
+        assert_eq!(client.line().await, "a BAD aborted");
+        assert_eq!(client.ask("b NOOP").await, "b OK NOOP completed.", "the client is not logged in");
+        assert_eq!((logins(&proxy, "accepted"), logins(&proxy, "refused")), (0.0, count as f64 + 1.0));
+    }
+    // Every byte of the real one arrives too, whatever it is, and the server's word counts, not its signature.
+    let (mut client, mut server) = begun(&proxy, &listener, "SCRAM-SHA-256", "n,,n=alice,r=nonce").await;
+    for challenge in ["+ cj1ub25jZTEscz1zYWx0LGk9NDA5Ng==", FORGED] {
+        server.send(format!("{challenge}\r\n")).await;
+        assert_eq!(client.line().await, challenge);
+        client.send("cHJvb2Y=\r\n").await;
+        assert_eq!(server.line().await, "cHJvb2Y=");
+    }
+    server.send("L NO [AUTHENTICATIONFAILED] No.\r\n").await;
+    assert_eq!(client.line().await, "a NO [AUTHENTICATIONFAILED] No.");
+    assert_eq!(logins(&proxy, "accepted"), 0.0);
+    proxy.stop().await;
 }

@@ -103,6 +103,12 @@ fn relayed(mechanism: Mechanism, user: UserName, authzid: Option<UserName>, mess
     Credentials { user, authzid, mechanism, proof: Proof::Message(Secret::new(message.to_vec())) }
 }
 
+/// Whether a server's challenge refuses the token: XOAUTH2 and OAUTHBEARER (RFC 7628 section 3.2.2) have no other challenge than the
+/// one that explains a failure. An empty one asks for the message again.
+pub fn is_token_refusal(mechanism: Mechanism, challenge: &[u8]) -> bool {
+    matches!(mechanism, Mechanism::XOauth2 | Mechanism::OauthBearer) && !challenge.trim_ascii().is_empty()
+}
+
 fn name(bytes: &[u8]) -> Result<UserName, Invalid> {
     UserName::new(bytes).map_err(Invalid::Name)
 }

@@ -34,7 +34,8 @@ pub(super) fn client_first(message: &[u8]) -> Result<ClientFirst, Invalid> {
     Ok(ClientFirst { user: gs2::sasl_name(user)?, authzid: header.authzid })
 }
 
-/// Whether a server's challenge is its final message with its signature: it has verified the client's proof.
+/// Whether a server's challenge has the form of its final message, with its signature. It says nothing about the client: only the
+/// server's OK means that the client is who it claims to be, and only the client can verify the signature.
 pub fn is_server_final(challenge: &[u8]) -> bool {
     super::decode(challenge.trim_ascii_end()).is_ok_and(|message| message.starts_with(b"v="))
 }

@@ -22,6 +22,7 @@ use super::*;
 use crate::config;
 use crate::metrics::Names;
 
+mod files;
 mod tickets;
 
 const EVERY: &[SignatureScheme] = &[SignatureScheme::ECDSA_NISTP256_SHA256, SignatureScheme::RSA_PSS_SHA256];

@@ -1,7 +1,10 @@
 //! The operator's HTTP endpoint: `/metrics` for Prometheus, `/health` (the process runs), `/ready` (it takes sessions).
 //!
 //! Plain HTTP without authentication, so it belongs on a loopback or management address; it answers GET and HEAD and
-//! changes nothing. Called by `server`.
+//! changes nothing. A connection is closed after one answer. Clients that are silent or slow take no place from others
+//! ([`connections`]). Called by `server`.
+
+mod connections;
 
 use std::convert::Infallible;
 use std::io;
@@ -18,15 +21,18 @@ use hyper::service::service_fn;
 use hyper::{Method, Request, Response, StatusCode};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::Semaphore;
+use tokio::time;
 use tokio_util::sync::CancellationToken;
 
+use self::connections::{Connection, Connections};
 use crate::metrics::Metrics;
 
-/// A scraper needs one; more than this is a mistake or an attack.
-const MAX_CONNECTIONS: usize = 64;
-/// For the request's head, and so for an idle kept-alive connection too.
-const HEAD_DEADLINE: Duration = Duration::from_secs(30);
+/// Time limit for a request's head.
+const HEAD_DEADLINE: Duration = Duration::from_secs(5);
+/// Time limit for a whole connection: the head, and the client's reading of the answer.
+const CONNECTION_DEADLINE: Duration = Duration::from_secs(20);
+/// Maximum size of a request's head.
+const MAX_HEAD: usize = 16 << 10;
 /// The text format of Prometheus.
 const METRICS_TYPE: &str = "text/plain; version=0.0.4; charset=utf-8";
 
@@ -72,23 +78,20 @@ impl Admin {
 
     /// Serves until `stop`.
     pub async fn run(self, stop: CancellationToken) {
-        let permits = Arc::new(Semaphore::new(MAX_CONNECTIONS));
+        let connections = Connections::default();
         let accept = async {
             loop {
-                // The semaphore is never closed.
-                let Ok(permit) = permits.clone().acquire_owned().await else { return };
                 match self.socket.accept().await {
-                    Ok((socket, _)) => {
-                        let served = serve(socket, self.state.clone());
+                    Ok((socket, peer)) => {
+                        let served = serve(socket, connections.add(peer.ip()), self.state.clone());
                         let stop = stop.clone();
-                        tokio::spawn(async move {
-                            stop.run_until_cancelled(served).await;
-                            drop(permit);
-                        });
+                        tokio::spawn(async move { stop.run_until_cancelled(served).await });
+                        // A request that came with its connection is read before later connections can take its place.
+                        tokio::task::yield_now().await;
                     }
                     Err(error) => {
                         tracing::error!(%error, "the admin endpoint could not accept a connection");
-                        tokio::time::sleep(Duration::from_millis(100)).await;
+                        time::sleep(Duration::from_millis(100)).await;
                     }
                 }
             }
@@ -97,17 +100,25 @@ impl Admin {
     }
 }
 
-async fn serve(socket: TcpStream, state: Arc<State>) {
-    let service = service_fn(move |request: Request<Incoming>| {
+async fn serve(socket: TcpStream, connection: Connection, state: Arc<State>) {
+    let service = service_fn(|request: Request<Incoming>| {
+        connection.is_answered();
         let response = answer(request.method(), request.uri().path(), &state);
         async move { Ok::<_, Infallible>(response) }
     });
-    let connection = http1::Builder::new()
+    let served = http1::Builder::new()
         .timer(TokioTimer::new())
         .header_read_timeout(HEAD_DEADLINE)
+        .max_buf_size(MAX_HEAD)
+        .keep_alive(false)
         .serve_connection(TokioIo::new(socket), service);
-    if let Err(error) = connection.await {
-        tracing::debug!(%error, "an admin connection failed");
+    tokio::select! {
+        served = time::timeout(CONNECTION_DEADLINE, served) => match served {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => tracing::debug!(%error, "an admin connection failed"),
+            Err(_) => tracing::debug!("an admin connection took too long"),
+        },
+        () = connection.evicted() => tracing::debug!("an admin connection was closed to make room for another"),
     }
 }
 
@@ -139,6 +150,8 @@ fn text(status: StatusCode, body: impl Into<Bytes>) -> Response<Full<Bytes>> {
 
 #[cfg(test)]
 mod tests {
+    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+
     use super::*;
     use crate::metrics::Names;
 
@@ -153,5 +166,36 @@ mod tests {
         assert_eq!(status(Method::GET, "/"), 404);
         state.stopping.cancel();
         assert_eq!((status(Method::GET, "/ready"), status(Method::GET, "/health")), (503, 200));
+    }
+
+    #[tokio::test]
+    async fn silent_and_slow_clients_do_not_delay_an_answer() {
+        const PATIENCE: Duration = Duration::from_secs(10);
+        let socket = net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let metrics = Arc::new(Metrics::new(&Names::default()));
+        let admin = Admin::new(socket, metrics, CancellationToken::new()).unwrap();
+        let (address, stop) = (admin.address(), CancellationToken::new());
+        let running = tokio::spawn(admin.run(stop.clone()));
+        let mut hostile = Vec::new();
+        for sent in ["", "GET /health HTTP/1.1\r\nHost: ", "GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n"] {
+            for _ in 0..100 {
+                let mut client = TcpStream::connect(address).await.unwrap();
+                client.write_all(sent.as_bytes()).await.unwrap();
+                hostile.push(client);
+            }
+            for path in ["/health", "/ready", "/metrics"] {
+                let answer = async {
+                    let mut client = TcpStream::connect(address).await.unwrap();
+                    client.write_all(format!("GET {path} HTTP/1.1\r\nHost: x\r\n\r\n").as_bytes()).await.unwrap();
+                    let mut answer = String::new();
+                    client.read_to_string(&mut answer).await.unwrap();
+                    answer
+                };
+                let answer = time::timeout(PATIENCE, answer).await.unwrap();
+                assert!(answer.starts_with("HTTP/1.1 200 OK\r\n"), "{path} after {sent:?}: {answer}");
+            }
+        }
+        stop.cancel();
+        running.await.unwrap();
     }
 }
