@@ -254,9 +254,8 @@ async fn answers_that_are_not_read_do_not_add_up_before_the_login() {
         assert!(written < 10_000, "the socket takes everything");
         blocked = if pair.near.get_ref().1.wants_write() { blocked + 1 } else { 0 };
     }
-    let mut answers = Vec::new();
+    let mut answers = Vec::with_capacity(1 << 17);
     // At most one answer is left in the buffer of rustls, and one in its slot.
-    answers.reserve(1 << 17);
     let taken = pair.socket.read_buf(&mut answers).await.unwrap();
     take_over(pair.near, &pair.secrets).await.unwrap();
     pair.socket.read_to_end(&mut answers).await.unwrap();
