@@ -28,17 +28,31 @@ impl Budget {
         now + self.due.saturating_duration_since(now) / 2
     }
 
-    /// Runs `connect`; until it ends, [`Budget::is_connecting`] is true.
+    /// Runs `connect`; until it ends or is dropped, [`Budget::is_connecting`] is true.
     pub async fn connecting<T>(&self, connect: impl Future<Output = T>) -> T {
-        self.connecting.fetch_add(1, Ordering::Relaxed);
-        let connected = connect.await;
-        self.connecting.fetch_sub(1, Ordering::Relaxed);
-        connected
+        let _connecting = Connecting::new(&self.connecting);
+        connect.await
     }
 
     /// Whether the deadline, if it passes now, passes while a connection is being established.
     pub fn is_connecting(&self) -> bool {
         self.connecting.load(Ordering::Relaxed) > 0
+    }
+}
+
+/// One connection that is being established. Its drop ends the count, also if the attempt is cancelled.
+struct Connecting<'a>(&'a AtomicU32);
+
+impl<'a> Connecting<'a> {
+    fn new(count: &'a AtomicU32) -> Self {
+        count.fetch_add(1, Ordering::Relaxed);
+        Self(count)
+    }
+}
+
+impl Drop for Connecting<'_> {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
     }
 }
 
@@ -90,6 +104,19 @@ mod tests {
         let began = Instant::now();
         let result = hedged(first, began + Duration::from_secs(10), second).await;
         (result, began.elapsed().as_secs())
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_cancelled_connection_attempt_is_not_counted_any_more() {
+        let budget = Budget::until(Instant::now() + Duration::from_secs(10));
+        tokio::select! {
+            biased;
+            () = budget.connecting(pending()) => {}
+            () = async { assert!(budget.is_connecting()) } => {}
+        }
+        assert!(!budget.is_connecting());
+        budget.connecting(async { assert!(budget.is_connecting()) }).await;
+        assert!(!budget.is_connecting());
     }
 
     #[tokio::test(start_paused = true)]

@@ -135,7 +135,7 @@ impl Redis {
 
     /// The connection in use, or a new one.
     async fn connected(&self, budget: &Budget) -> Result<Shared, RedisError> {
-        let _one = self.connecting.lock().await;
+        let _one = budget.connecting(self.connecting.lock()).await;
         if let Some(shared) = self.lock().clone() {
             return Ok(shared);
         }
