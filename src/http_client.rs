@@ -1,8 +1,7 @@
 //! An HTTP client for one service: HTTP/1.1 or 2, connections that are kept, roots and headers of its own.
 //!
-//! It knows nothing of what is asked; deadlines are its callers'. Connects when it is first used. A request that gets no
-//! answer over a kept connection is sent once more over a new one (see `hedge`), so that a service may receive it twice.
-//! Called by `route` and `policy`.
+//! Deadlines are set by the caller. Connects when it is first used. [`Repeat`] says whether a request that gets no answer
+//! over a kept connection is sent once more over a new one. Called by `route` and `policy`.
 
 use std::path::PathBuf;
 use std::pin::pin;
@@ -47,6 +46,26 @@ struct Pool {
     client: Client<HttpsConnector<HttpConnector>, Full<Bytes>>,
     /// Whether an answer has come over one of them: only then there may be one that waits for its next request.
     has_answered: AtomicBool,
+}
+
+/// When a request that was sent over a kept connection is sent once more over a new one.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Repeat {
+    /// If the connection fails, or half of the time has passed without an answer (see `hedge`). The service may receive the
+    /// request twice.
+    IfUnanswered,
+    /// If the connection fails before a response begins. For requests that count as an attempt to log in: a slow service
+    /// must not count one twice.
+    IfConnectionFails,
+    /// Never.
+    Never,
+}
+
+/// Why there is no response.
+struct Failure {
+    text: String,
+    /// Whether a response had begun.
+    is_answered: bool,
 }
 
 /// A response, read to its end.
@@ -108,16 +127,33 @@ impl HttpClient {
     ///
     /// # Errors
     /// A sentence for the operator: what failed, and what caused it.
-    pub async fn fetch(&self, request: Request<Full<Bytes>>, budget: &Budget) -> Result<Answer, String> {
+    pub async fn fetch(
+        &self,
+        request: Request<Full<Bytes>>,
+        budget: &Budget,
+        repeat: Repeat,
+    ) -> Result<Answer, String> {
         let pool = self.current_pool();
-        if !pool.has_answered.load(Ordering::Relaxed) {
-            return self.exchange(pool, request, budget).await;
-        }
-        let fresh = async {
-            self.discard(&pool);
-            self.exchange(self.current_pool(), request.clone(), budget).await
+        // Only then there may be a connection that waits for its next request.
+        let is_reused = pool.has_answered.load(Ordering::Relaxed);
+        let answer = match repeat {
+            Repeat::IfUnanswered if is_reused => {
+                let fresh = async {
+                    self.discard(&pool);
+                    self.exchange(self.current_pool(), request.clone(), budget).await
+                };
+                hedged(self.exchange(pool.clone(), request.clone(), budget), budget.patience(), fresh).await
+            }
+            Repeat::IfConnectionFails if is_reused => {
+                match self.exchange(pool, request.clone(), budget).await {
+                    // The failed exchange has discarded the pool.
+                    Err(failure) if !failure.is_answered => self.exchange(self.current_pool(), request, budget).await,
+                    other => other,
+                }
+            }
+            _ => self.exchange(pool, request, budget).await,
         };
-        hedged(self.exchange(pool.clone(), request.clone(), budget), budget.patience(), fresh).await
+        answer.map_err(|failure| failure.text)
     }
 
     /// Closes all connections that are not in use.
@@ -130,7 +166,7 @@ impl HttpClient {
         pool: Arc<Pool>,
         mut request: Request<Full<Bytes>>,
         budget: &Budget,
-    ) -> Result<Answer, String> {
+    ) -> Result<Answer, Failure> {
         let mut unanswered = Unanswered { http: self, pool: Some(&pool) };
         let mut connection = capture_connection(&mut request);
         let mut response = pin!(pool.client.request(request));
@@ -139,8 +175,8 @@ impl HttpClient {
             response = &mut response => response,
             () = budget.connecting(async { drop(connection.wait_for_connection_metadata().await) }) => response.await,
         };
-        let (head, body) = response.map_err(|error| chain(&error))?.into_parts();
-        let body = read(body).await?;
+        let (head, body) = response.map_err(|error| Failure { text: chain(&error), is_answered: false })?.into_parts();
+        let body = read(body).await.map_err(|text| Failure { text, is_answered: true })?;
         unanswered.pool = None;
         pool.has_answered.store(true, Ordering::Relaxed);
         Ok((head, body))

@@ -28,6 +28,20 @@ class Nginx(Directory):
 BASE = "daemon off; master_process off; pid FOLDER/pid; error_log stderr info; user root; "
 
 
+def slow_request_is_one_attempt(test):
+    """A login that the service does not answer in time reaches it once, also over a connection that was used before."""
+    proxy = test.proxy(timeout="2s")
+    test.good(proxy)
+    before = len(test.directory.questions)
+    test.directory.hold()
+    try:
+        test.answers(proxy, ALICE, "NO [UNAVAILABLE]")
+        test.assertEqual(len(test.directory.questions) - before, 1)
+    finally:
+        test.directory.release()
+    test.good(proxy)
+
+
 class Json(AnyServer, unittest.TestCase):
     @classmethod
     def make(cls):
@@ -99,6 +113,10 @@ class Json(AnyServer, unittest.TestCase):
         proxy = self.proxy()
         self.answers(proxy, CAROL, "NO [AUTHENTICATIONFAILED]")
         self.assertNotIn(PASSWORDS[BOB], proxy.log())
+
+    def test_a_slow_request_with_a_password_is_one_attempt(self):
+        self.route = lambda: ["http", f"url: http://localhost:{self.directory.port}/", "password: true"]
+        slow_request_is_one_attempt(self)
 
     def test_answers_that_are_none(self):
         for body in (b"", b"[]", b"{", b'{"backend": 7}', b'{"backend": "shard-a"' + b" " * 70_000 + b"}", b"\xff"):
@@ -289,6 +307,9 @@ admin: {{address: "127.0.0.1:{{admin}}"}}
                 asked.append(self.told())
             self.assertEqual(asked[1], asked[0], header)
             self.assertEqual("proxy-protocol-server-addr" in asked[1], "UNKNOWN" not in header)
+
+    def test_a_slow_request_is_one_attempt(self):
+        slow_request_is_one_attempt(self)
 
     def test_who_shall_wait_is_asked_about_again(self):
         for port in (self.nginx().port, self.proxy(timeout="20s").ports["plain"]):
