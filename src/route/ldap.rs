@@ -107,12 +107,13 @@ impl Directory {
     async fn entry(&self, user: &str, budget: &Budget) -> Result<Option<SearchEntry>, LdapError> {
         let began = Instant::now();
         let fresh = async {
-            self.idle.remove_older_than(began);
             let ldap = budget.connecting(self.connect()).await?;
             self.found(ldap, user).await
         };
         let found = match self.idle.take(began) {
-            Some(ldap) => hedged(self.found(ldap, user), budget.patience(), fresh).await?,
+            Some(ldap) => {
+                hedged(self.found(ldap, user), budget.patience(), fresh, || self.remove_older_than(began)).await?
+            }
             None => fresh.await?,
         };
         found.single()
@@ -124,6 +125,11 @@ impl Directory {
         // One that cannot be kept is closed as it drops.
         self.idle.put(ldap, Instant::now());
         Ok(found)
+    }
+
+    /// Closes idle connections that are older than one that has failed.
+    fn remove_older_than(&self, time: Instant) {
+        self.idle.remove_older_than(time);
     }
 
     async fn connect(&self) -> Result<Ldap, LdapError> {

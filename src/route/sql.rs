@@ -213,14 +213,21 @@ where
     /// Names and values of the only row.
     async fn row(&self, query: &str, values: &[String], budget: &Budget) -> Result<Option<Columns>, String> {
         let began = Instant::now();
-        let fresh = async {
-            self.idle.remove_older_than(began);
-            self.row_by(budget.connecting(self.connect()).await?, query, values).await
-        };
+        let fresh = async { self.row_by(budget.connecting(self.connect()).await?, query, values).await };
         match self.idle.take(began) {
-            Some(connection) => hedged(self.row_by(connection, query, values), budget.patience(), fresh).await?,
+            Some(connection) => {
+                hedged(self.row_by(connection, query, values), budget.patience(), fresh, || {
+                    self.remove_older_than(began)
+                })
+                .await?
+            }
             None => fresh.await?,
         }
+    }
+
+    /// Closes idle connections that are older than one that has failed.
+    fn remove_older_than(&self, time: Instant) {
+        self.idle.remove_older_than(time);
     }
 
     async fn connect(&self) -> Result<Open<D::Connection>, String> {

@@ -172,6 +172,18 @@ class PostgreSqlConnections(Connections, test_directories.PostgreSql):
         wait_for("the table", lambda: Client(proxy).login(ALICE, PASSWORDS[ALICE]).startswith("a OK"))
         wait_for("the abandoned queries to end", lambda: self.directory.connections() <= 2)
 
+    def test_a_slow_answer_closes_no_other_connection(self):
+        sleep = f"pg_sleep(CASE WHEN %{{user}} = '{BOB}' THEN 4 ELSE 0 END)"
+        self.prepared[-1] = f"query: SELECT mailbox.* FROM mailbox, {sleep} WHERE name = %{{user}}"
+        proxy = self.proxy(timeout=TIMEOUT)
+        self.fill(proxy)
+        before = self.known()
+        self.assertEqual(self.open(), 4)
+        # The second attempt begins after 3 s.
+        self.log_in(proxy, BOB)
+        self.assertEqual(self.accepted(), 5)
+        self.assertFalse(any(connection.is_over for connection in before))
+
     def test_a_table_that_changes_fails_no_login(self):
         """The plans of prepared statements do not fit it any more."""
         proxy = self.proxy(timeout=TIMEOUT)
