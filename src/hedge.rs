@@ -6,27 +6,38 @@
 
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
-use tokio::time::{Instant, timeout_at};
+use tokio::time::Instant;
+use tokio::time::error::Elapsed;
+
+use crate::deadline::Deadline;
 
 /// Deadline and progress of one request.
 #[derive(Debug)]
 pub struct Budget {
-    due: Instant,
+    deadline: Deadline,
     /// Connections that are being established.
     connecting: AtomicU32,
 }
 
 impl Budget {
-    /// A request that its caller ends at `due`.
-    pub fn until(due: Instant) -> Self {
-        Self { due, connecting: AtomicU32::new(0) }
+    /// A request that ends `time` from now.
+    pub fn of(time: Duration) -> Self {
+        Self { deadline: Deadline::after(time), connecting: AtomicU32::new(0) }
+    }
+
+    /// Runs the request until the deadline.
+    ///
+    /// # Errors
+    /// The deadline expired while the process was running.
+    pub async fn limit<F: Future>(&self, request: F) -> Result<F::Output, Elapsed> {
+        self.deadline.limit(request).await
     }
 
     /// Until when an attempt on a connection that was idle is waited for alone: half of the time that is left.
-    pub fn patience(&self) -> Instant {
-        let now = Instant::now();
-        now + self.due.saturating_duration_since(now) / 2
+    pub fn patience(&self) -> Deadline {
+        Deadline::after(self.deadline.due().saturating_duration_since(Instant::now()) / 2)
     }
 
     /// Runs `connect`; until it ends or is dropped, [`Budget::is_connecting`] is true.
@@ -66,12 +77,12 @@ impl Drop for Connecting<'_> {
 /// The errors are failures of a connection. What a peer answers, whatever it is, is a success here.
 pub async fn hedged<T, E>(
     first: impl Future<Output = Result<T, E>>,
-    patience: Instant,
+    patience: Deadline,
     second: impl Future<Output = Result<T, E>>,
     on_dead: impl FnOnce(),
 ) -> Result<T, E> {
     let (mut first, mut second) = (std::pin::pin!(first), std::pin::pin!(second));
-    match timeout_at(patience, &mut first).await {
+    match patience.limit(&mut first).await {
         Ok(Ok(answer)) => return Ok(answer),
         Ok(Err(_)) => {
             on_dead();
@@ -180,7 +191,6 @@ impl<F: FnMut()> Drop for Unanswered<F> {
 #[cfg(test)]
 mod tests {
     use std::future::pending;
-    use std::time::Duration;
 
     use tokio::time::sleep;
 
@@ -206,13 +216,13 @@ mod tests {
     ) -> (Attempt, u64, bool) {
         let began = Instant::now();
         let mut is_dead = false;
-        let result = hedged(first, began + Duration::from_secs(10), second, || is_dead = true).await;
+        let result = hedged(first, Deadline::after(Duration::from_secs(10)), second, || is_dead = true).await;
         (result, began.elapsed().as_secs(), is_dead)
     }
 
     #[tokio::test(start_paused = true)]
     async fn a_cancelled_connection_attempt_is_not_counted_any_more() {
-        let budget = Budget::until(Instant::now() + Duration::from_secs(10));
+        let budget = Budget::of(Duration::from_secs(10));
         tokio::select! {
             biased;
             () = budget.connecting(pending()) => {}

@@ -6,7 +6,7 @@
 //! or fallen silent is replaced within the same lookup (see `hedge`).
 
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use ldap3::{
     Ldap, LdapConnAsync, LdapConnSettings, LdapError, Scope, SearchEntry, SearchOptions, StdStream, dn_escape,
@@ -40,7 +40,6 @@ pub(super) struct Directory {
     filter: Template,
     /// Field and attribute.
     attributes: Vec<(String, String)>,
-    timeout: Duration,
     /// Host and port.
     server: (String, u16),
     /// Bound, and not in use.
@@ -80,7 +79,6 @@ impl Directory {
             },
             filter: ldap.filter.clone(),
             attributes: ldap.attributes.clone().into_iter().collect(),
-            timeout: ldap.asking.timeout,
             idle: IdleConnections::new(ldap.asking.connections),
             declared: declared.clone().with_names(&ldap.asking.names),
         })
@@ -136,10 +134,8 @@ impl Directory {
         let (host, port) = &self.server;
         let socket = TcpStream::connect((host.as_str(), *port)).await?;
         tcp_liveness::apply(&socket);
-        let mut settings = LdapConnSettings::new()
-            .set_conn_timeout(self.timeout)
-            .set_starttls(self.starttls)
-            .set_std_stream(StdStream::Tcp(socket.into_std()?));
+        let mut settings =
+            LdapConnSettings::new().set_starttls(self.starttls).set_std_stream(StdStream::Tcp(socket.into_std()?));
         if let Some(tls) = &self.tls {
             settings = settings.set_config(tls.clone());
         }
@@ -157,7 +153,7 @@ impl Directory {
             }
         });
         if let Some((name, password)) = &self.bind {
-            ldap.with_timeout(self.timeout).simple_bind(name, password).await?.success()?;
+            ldap.simple_bind(name, password).await?.success()?;
         }
         Ok(ldap)
     }
@@ -167,7 +163,6 @@ impl Directory {
         let filter = self.filter.fill(user, |value| ldap_escape(value).into_owned());
         let attributes: Vec<&str> = self.attributes.iter().map(|(_, attribute)| attribute.as_str()).collect();
         let search = ldap
-            .with_timeout(self.timeout)
             .with_search_options(SearchOptions::new().sizelimit(2))
             .search(&base, self.scope, &filter, attributes)
             .await?;

@@ -1,12 +1,14 @@
 """Routes over HTTP: a JSON service, and one written for nginx's mail module, which nginx itself asks too."""
 
 import base64
+import os
+import signal
 import ssl
 import time
 import unittest
 
 from directories import Directory
-from fixtures import PASSWORDS, Certificates, Folder, Proxy, free_port, program, wait_for
+from fixtures import PASSWORDS, PATIENCE, Certificates, Folder, Proxy, free_port, program, wait_for
 from mail import Raw, context
 from responder import Responder
 from test_directories import ALICE, BOB, CAROL, AnyServer, Client, Directories
@@ -63,6 +65,27 @@ class Json(AnyServer, unittest.TestCase):
                          {"user": ALICE, "client": "127.0.0.1", "mechanism": "login", "attempt": 1, "tls": None})
         self.assertNotIn("password", question)
         wait_for("its record", lambda: question["session"] in proxy.log())
+
+    def test_a_pause_of_the_proxy_fails_no_lookup(self):
+        proxy = self.proxy(timeout="3s")
+        before, client = len(self.directory.questions), Client(proxy)
+        self.directory.hold()
+        try:
+            client.raw.send(f'a LOGIN {ALICE} "{PASSWORDS[ALICE]}"\r\n'.encode())
+            wait_for("the request", lambda: len(self.directory.questions) > before)
+            os.killpg(proxy.process.child.pid, signal.SIGSTOP)
+            try:
+                # Longer than the timeout of the lookup.
+                time.sleep(4)
+            finally:
+                os.killpg(proxy.process.child.pid, signal.SIGCONT)
+            client.raw.socket.settimeout(0.5)
+            with self.assertRaises(TimeoutError):
+                client.raw.line()
+        finally:
+            self.directory.release()
+        client.raw.socket.settimeout(PATIENCE)
+        self.assertRegex(client.raw.until(b"a ")[-1], b"^a OK", proxy.log())
 
     def test_connections_are_kept(self):
         proxy = self.proxy()

@@ -145,7 +145,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ("dns", &[]),
     ("failure", &[]),
     ("guard", &["config"]),
-    ("hedge", &[]),
+    ("hedge", &["deadline"]),
     ("http_client", &["config", "hedge", "tcp_liveness", "tls"]),
     ("policy", &["config", "hedge", "http_client", "identity", "metrics", "tls"]),
     ("identity", &[]),
