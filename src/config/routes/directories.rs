@@ -10,7 +10,7 @@ use serde::de::DeserializeOwned;
 use serde_yaml::Value;
 
 use super::maps::{AskingMap, DnsMap, HttpMap, LdapMap, RedisMap, ScopeWord, SqlMap, StyleWord};
-use super::sql_query::quoted_variable;
+use super::sql_query::{Syntax, quoted_variable};
 use super::{Context, declared_backend};
 use crate::config::check::{located, socket_address};
 use crate::config::directory::{
@@ -37,8 +37,12 @@ impl Section<'_, '_> {
         let query = self.for_each_user("query", &written.query)?;
         let known = ["postgres://", "postgresql://", "mysql://", "mariadb://", "sqlite:"];
         let url = self.url("url", &written.url, &known)?;
-        let backslash = ["mysql://", "mariadb://"].iter().any(|scheme| url.value.starts_with(scheme));
-        if let Some(variable) = quoted_variable(&written.query, backslash) {
+        let syntax = match url.value.split(':').next() {
+            Some("mysql" | "mariadb") => Syntax::MySql,
+            Some("sqlite") => Syntax::Sqlite,
+            _ => Syntax::Postgres,
+        };
+        if let Some(variable) = quoted_variable(&written.query, syntax) {
             self.problem(
                 "query",
                 format!(
