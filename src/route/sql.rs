@@ -14,6 +14,7 @@
 use std::fmt::Display;
 use std::str::FromStr as _;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use futures_util::TryStreamExt as _;
@@ -76,8 +77,9 @@ struct Connections<D: Dialect> {
 struct Open<C: Connection + Send + 'static> {
     /// `None` only after it was taken out to be closed.
     connection: Option<(C, OwnedSemaphorePermit)>,
-    /// Whether a query was sent and its answer not read.
-    is_busy: bool,
+    /// Whether the server may be working on a query. Shared with the lookup, which clears it if another connection was
+    /// answered first: this one is dead then.
+    is_busy: Arc<AtomicBool>,
 }
 
 impl<C: Connection + Send + 'static> Open<C> {
@@ -96,7 +98,7 @@ impl<C: Connection + Send + 'static> Open<C> {
 
 impl<C: Connection + Send + 'static> Drop for Open<C> {
     fn drop(&mut self) {
-        let Some((mut connection, permit)) = self.connection.take_if(|_| self.is_busy) else { return };
+        let Some((mut connection, permit)) = self.connection.take_if(|_| self.is_busy.load(Ordering::Relaxed)) else { return };
         if let Ok(runtime) = Handle::try_current() {
             runtime.spawn(async move {
                 // It is answered after the query.
@@ -214,26 +216,19 @@ where
     async fn row(&self, query: &str, values: &[String], budget: &Budget) -> Result<Option<Columns>, String> {
         let began = Instant::now();
         let fresh = async { self.row_by(budget.connecting(self.connect()).await?, query, values).await };
-        match self.idle.take(began) {
-            Some(connection) => {
-                hedged(self.row_by(connection, query, values), budget.patience(), fresh, || {
-                    self.remove_older_than(began)
-                })
-                .await?
-            }
-            None => fresh.await?,
-        }
-    }
-
-    /// Closes idle connections that are older than one that has failed.
-    fn remove_older_than(&self, time: Instant) {
-        self.idle.remove_older_than(time);
+        let Some(connection) = self.idle.take(began) else { return fresh.await? };
+        let is_busy = connection.is_busy.clone();
+        let on_dead = || {
+            is_busy.store(false, Ordering::Relaxed);
+            self.idle.remove_older_than(began);
+        };
+        hedged(self.row_by(connection, query, values), budget.patience(), fresh, on_dead).await?
     }
 
     async fn connect(&self) -> Result<Open<D::Connection>, String> {
         let permit = self.permits.clone().acquire_owned().await.map_err(|error| told(&error))?;
         let connection = self.options.connect().await.map_err(|error| told(&error))?;
-        Ok(Open { connection: Some((connection, permit)), is_busy: false })
+        Ok(Open { connection: Some((connection, permit)), is_busy: Arc::default() })
     }
 
     /// The outer error is that of the connection, which is dropped then.
@@ -244,9 +239,9 @@ where
         values: &[String],
     ) -> Result<Result<Option<Columns>, String>, String> {
         let Some((connection, _)) = &mut open.connection else { return Err("the connection is closed".to_owned()) };
-        open.is_busy = true;
+        open.is_busy.store(true, Ordering::Relaxed);
         let read = read::<D>(connection, query, values).await;
-        open.is_busy = false;
+        open.is_busy.store(false, Ordering::Relaxed);
         let result = match read {
             Err(Fault::Connection(reason)) => return Err(reason),
             Err(Fault::Answer(reason)) => Err(reason),
