@@ -55,9 +55,7 @@ pub fn cache_file_warnings(config: &Config, identity: Option<&Identity>) -> anyh
     };
     let files = config.routes.iter().filter_map(|route| asking(route)?.cache.as_ref()?.file.as_ref());
     let warning =
-        |file: &config::Located<PathBuf>| {
-        Some(config.problem(&file.place, unwritable(&file.value, user.as_ref())?))
-    };
+        |file: &config::Located<PathBuf>| Some(config.problem(&file.place, unwritable(&file.value, user.as_ref())?));
     Ok(files.filter_map(warning).collect())
 }
 

@@ -195,7 +195,7 @@ async fn serve(file: &Path, started: Started, mut signals: Signals) -> anyhow::R
     Ok(ExitCode::SUCCESS)
 }
 
-/// Reloads in the background, so that signals and commands are answered meanwhile. What is wrong is logged, and a gauge shows it.
+/// Reloads in the background, so that signals and commands are answered during the reload. Mistakes are logged, and a gauge shows them.
 fn reload(running: &Arc<Running>, succession: &Succession, file: &Path) {
     if let Some(refusal) = succession.reload_refusal() {
         return tracing::error!("the configuration was not loaded: {refusal}");

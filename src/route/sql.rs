@@ -1,8 +1,8 @@
 //! Route by a database: PostgreSQL, MySQL or MariaDB, SQLite.
 //!
 //! The query is the operator's; what it is told of the user is bound, never pasted. Its columns are called as the fields
-//! of an answer (see `target`). No row, or a row of nothing but NULL, is an unknown user; a second row is a failure, as
-//! nobody could say which counts.
+//! of an answer (see `target`). No row, or a row of nothing but NULL, is an unknown user; a second row is a failure,
+//! because it is not known which one counts.
 //!
 //! Connections are kept for the next lookup, without a query to test them first: one that has died silently would not
 //! answer the test either. Instead a lookup gets a second attempt on a fresh connection (see `hedge`).
@@ -98,7 +98,9 @@ impl<C: Connection + Send + 'static> Open<C> {
 
 impl<C: Connection + Send + 'static> Drop for Open<C> {
     fn drop(&mut self) {
-        let Some((mut connection, permit)) = self.connection.take_if(|_| self.is_busy.load(Ordering::Relaxed)) else { return };
+        let Some((mut connection, permit)) = self.connection.take_if(|_| self.is_busy.load(Ordering::Relaxed)) else {
+            return;
+        };
         if let Ok(runtime) = Handle::try_current() {
             runtime.spawn(async move {
                 // It is answered after the query.
