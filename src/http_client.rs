@@ -1,13 +1,12 @@
 //! An HTTP client for one service: HTTP/1.1 or 2, connections that are kept, roots and headers of its own.
 //!
-//! It knows nothing of what is asked; deadlines are its callers'. Connects when it is first used. A request that gets no
-//! answer over a kept connection is sent once more over a new one (see `hedge`), so that a service may receive it twice.
-//! Called by `route` and `policy`.
+//! Deadlines are set by the caller. Connects when it is first used. [`Repeat`] says whether a request that gets no answer
+//! over a kept connection is sent once more over a new one. Called by `route` and `policy`.
 
 use std::path::PathBuf;
 use std::pin::pin;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use http_body_util::{BodyExt as _, Full, Limited};
@@ -23,7 +22,7 @@ use tokio_rustls::rustls::ClientConfig;
 use zeroize::Zeroizing;
 
 use crate::config::{Config, Located, Problem};
-use crate::hedge::{Budget, hedged};
+use crate::hedge::{Budget, SharedConnection, Unanswered, hedged};
 use crate::{tcp_liveness, tls};
 
 /// An answer has no business being longer.
@@ -39,7 +38,7 @@ pub struct HttpClient {
     headers: HeaderMap,
     tls: Option<ClientConfig>,
     connections: usize,
-    pool: Mutex<Option<Arc<Pool>>>,
+    pools: SharedConnection<Pool>,
 }
 
 /// Connections to the service. A pool of which one connection has failed is replaced as a whole.
@@ -47,6 +46,26 @@ struct Pool {
     client: Client<HttpsConnector<HttpConnector>, Full<Bytes>>,
     /// Whether an answer has come over one of them: only then there may be one that waits for its next request.
     has_answered: AtomicBool,
+}
+
+/// When a request that was sent over a kept connection is sent once more over a new one.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Repeat {
+    /// If the connection fails, or half of the time has passed without an answer (see `hedge`). The service may receive the
+    /// request twice.
+    IfUnanswered,
+    /// If the connection fails before a response begins. For requests that count as an attempt to log in: a slow service
+    /// must not count one twice.
+    IfConnectionFails,
+    /// Never.
+    Never,
+}
+
+/// Why there is no response.
+struct Failure {
+    text: String,
+    /// Whether a response had begun.
+    is_answered: bool,
 }
 
 /// A response, read to its end.
@@ -77,7 +96,7 @@ impl HttpClient {
         let tls = (parsed.scheme_str() == Some("https"))
             .then(|| tls::client::verified(config, ca, &url.place))
             .transpose()?;
-        Ok(Self { url: parsed, headers, tls, connections, pool: Mutex::default() })
+        Ok(Self { url: parsed, headers, tls, connections, pools: SharedConnection::default() })
     }
 
     /// As configured.
@@ -108,58 +127,71 @@ impl HttpClient {
     ///
     /// # Errors
     /// A sentence for the operator: what failed, and what caused it.
-    pub async fn fetch(&self, request: Request<Full<Bytes>>, budget: &Budget) -> Result<Answer, String> {
+    pub async fn fetch(
+        &self,
+        request: Request<Full<Bytes>>,
+        budget: &Budget,
+        repeat: Repeat,
+    ) -> Result<Answer, String> {
         let pool = self.current_pool();
-        if !pool.has_answered.load(Ordering::Relaxed) {
-            return self.exchange(pool, request, budget).await;
-        }
-        let fresh = async {
-            self.discard(&pool);
-            self.exchange(self.current_pool(), request.clone(), budget).await
+        // Only then there may be a connection that waits for its next request.
+        let is_reused = pool.has_answered.load(Ordering::Relaxed);
+        let answer = match repeat {
+            Repeat::IfUnanswered if is_reused => {
+                let second = self.exchange_again(&pool, request.clone(), budget);
+                let first = exchange(&pool, request.clone(), budget);
+                hedged(first, budget.patience(), second, || self.pools.discard(&pool)).await
+            }
+            Repeat::IfConnectionFails if is_reused => match self.exchange_once(&pool, request.clone(), budget).await {
+                Err(failure) if !failure.is_answered => self.exchange_once(&self.current_pool(), request, budget).await,
+                other => other,
+            },
+            _ => self.exchange_once(&pool, request, budget).await,
         };
-        hedged(self.exchange(pool.clone(), request.clone(), budget), budget.patience(), fresh).await
+        answer.map_err(|failure| failure.text)
     }
 
     /// Closes all connections that are not in use.
     pub fn retire(&self) {
-        *self.lock() = None;
+        self.pools.clear();
     }
 
-    async fn exchange(
+    /// The only attempt over `pool`. If it fails or is dropped, the pool is discarded: no second attempt would show that its
+    /// connections are dead.
+    async fn exchange_once(
         &self,
-        pool: Arc<Pool>,
-        mut request: Request<Full<Bytes>>,
+        pool: &Arc<Pool>,
+        request: Request<Full<Bytes>>,
         budget: &Budget,
-    ) -> Result<Answer, String> {
-        let mut unanswered = Unanswered { http: self, pool: Some(&pool) };
-        let mut connection = capture_connection(&mut request);
-        let mut response = pin!(pool.client.request(request));
-        let response = tokio::select! {
-            biased;
-            response = &mut response => response,
-            () = budget.connecting(async { drop(connection.wait_for_connection_metadata().await) }) => response.await,
-        };
-        let (head, body) = response.map_err(|error| chain(&error))?.into_parts();
-        let body = read(body).await?;
-        unanswered.pool = None;
-        pool.has_answered.store(true, Ordering::Relaxed);
-        Ok((head, body))
+    ) -> Result<Answer, Failure> {
+        let mut unanswered = Unanswered { discard: Some(|| self.pools.discard(pool)) };
+        let answer = exchange(pool, request, budget).await?;
+        unanswered.discard = None;
+        Ok(answer)
+    }
+
+    /// The second attempt, over other connections than those of `old`.
+    async fn exchange_again(
+        &self,
+        old: &Arc<Pool>,
+        request: Request<Full<Bytes>>,
+        budget: &Budget,
+    ) -> Result<Answer, Failure> {
+        let pool = self.pools.other_than(old).unwrap_or_else(|| self.put_pool());
+        let mut unanswered = Unanswered { discard: Some(|| self.pools.discard_spare(&pool)) };
+        let answer = exchange(&pool, request, budget).await.inspect_err(|_| self.pools.discard(&pool))?;
+        unanswered.discard = None;
+        Ok(answer)
     }
 
     fn current_pool(&self) -> Arc<Pool> {
-        self.lock().get_or_insert_with(|| Arc::new(self.new_pool())).clone()
+        self.pools.current().unwrap_or_else(|| self.put_pool())
     }
 
-    /// Leaves the connections of `pool` to the requests under way on them.
-    fn discard(&self, pool: &Arc<Pool>) {
-        let mut current = self.lock();
-        if current.as_ref().is_some_and(|current| Arc::ptr_eq(current, pool)) {
-            *current = None;
-        }
-    }
-
-    fn lock(&self) -> std::sync::MutexGuard<'_, Option<Arc<Pool>>> {
-        self.pool.lock().unwrap_or_else(PoisonError::into_inner)
+    fn put_pool(&self) -> Arc<Pool> {
+        let pool = Arc::new(self.new_pool());
+        self.pools.put(pool.clone());
+        pool
     }
 
     fn new_pool(&self) -> Pool {
@@ -187,18 +219,18 @@ impl HttpClient {
     }
 }
 
-/// Discards the pool when it drops: a request on it failed, or its answer was given up.
-struct Unanswered<'a> {
-    http: &'a HttpClient,
-    pool: Option<&'a Arc<Pool>>,
-}
-
-impl Drop for Unanswered<'_> {
-    fn drop(&mut self) {
-        if let Some(pool) = self.pool {
-            self.http.discard(pool);
-        }
-    }
+async fn exchange(pool: &Pool, mut request: Request<Full<Bytes>>, budget: &Budget) -> Result<Answer, Failure> {
+    let mut connection = capture_connection(&mut request);
+    let mut response = pin!(pool.client.request(request));
+    let response = tokio::select! {
+        biased;
+        response = &mut response => response,
+        () = budget.connecting(async { drop(connection.wait_for_connection_metadata().await) }) => response.await,
+    };
+    let (head, body) = response.map_err(|error| Failure { text: chain(&error), is_answered: false })?.into_parts();
+    let body = read(body).await.map_err(|text| Failure { text, is_answered: true })?;
+    pool.has_answered.store(true, Ordering::Relaxed);
+    Ok((head, body))
 }
 
 /// The body of a response, up to [`MAX_BODY`].

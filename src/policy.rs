@@ -19,12 +19,11 @@ use hyper::header::{AUTHORIZATION, CONTENT_TYPE, HeaderMap, HeaderName, HeaderVa
 use hyper::{Method, StatusCode, Uri};
 use serde::{Deserialize, Serialize};
 use tokio::sync::Semaphore;
-use tokio::time::{Instant, timeout_at};
 use zeroize::Zeroizing;
 
 use crate::config::{self, Config, Problem};
 use crate::hedge::Budget;
-use crate::http_client::HttpClient;
+use crate::http_client::{HttpClient, Repeat};
 use crate::identity::Credentials;
 use crate::metrics::{Metrics, PolicyAnswer, PolicyCommand};
 use crate::tls;
@@ -161,9 +160,8 @@ impl Policy {
 
     /// Asks whether it may be tried.
     pub async fn allow(&self, attempt: &Attempt, metrics: &Metrics) -> Verdict {
-        let due = Instant::now() + self.timeout;
-        let budget = Budget::until(due);
-        let answer = match timeout_at(due, self.ask(&self.allow, attempt, &budget)).await {
+        let budget = Budget::of(self.timeout);
+        let answer = match budget.limit(self.ask(&self.allow, attempt, &budget, Repeat::IfUnanswered)).await {
             Ok(answer) => answer,
             Err(_) if budget.is_connecting() => {
                 Err("no answer within policy.timeout: the connection was not established".to_owned())
@@ -192,9 +190,10 @@ impl Policy {
         let (policy, metrics) = (self.clone(), metrics.clone());
         tokio::spawn(async move {
             let told = Told { attempt: &attempt, success, policy_reject: denied };
-            let due = Instant::now() + policy.timeout;
-            let budget = Budget::until(due);
-            let taken = matches!(timeout_at(due, policy.ask(&policy.report, &told, &budget)).await, Ok(Ok(_)));
+            let budget = Budget::of(policy.timeout);
+            // The service counts each report that it receives, so that a report is not repeated.
+            let report = policy.ask(&policy.report, &told, &budget, Repeat::Never);
+            let taken = matches!(budget.limit(report).await, Ok(Ok(_)));
             let counted = if taken { PolicyAnswer::Allowed } else { PolicyAnswer::Failed };
             metrics.policy(PolicyCommand::Report, counted);
             drop(permit);
@@ -202,10 +201,10 @@ impl Policy {
     }
 
     /// The status of the answer. The error is a sentence for the operator.
-    async fn ask(&self, command: &Uri, said: &impl Serialize, budget: &Budget) -> Result<i64, String> {
+    async fn ask(&self, command: &Uri, said: &impl Serialize, budget: &Budget, repeat: Repeat) -> Result<i64, String> {
         let body = serde_json::to_vec(said).map_err(|error| error.to_string())?;
         let request = self.client.request_to(command.clone(), Method::POST, body)?;
-        let (head, body) = self.client.fetch(request, budget).await?;
+        let (head, body) = self.client.fetch(request, budget, repeat).await?;
         if head.status != StatusCode::OK {
             return Err(format!("the service answers {}", head.status));
         }

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use tokio::runtime::Handle;
 use tokio::sync::{Notify, Semaphore, watch};
-use tokio::time::{Instant as Due, sleep, timeout, timeout_at};
+use tokio::time::{sleep, timeout};
 use tokio_util::sync::CancellationToken;
 
 use super::cache::{Cache, Kept, Looked};
@@ -75,7 +75,7 @@ impl Asked {
             timeout: asking.timeout,
             places: Semaphore::new(asking.connections),
             cache: asking.cache.clone().map(|rules| Arc::new(Cache::new(rules))),
-            file: asking.cache.as_ref().and_then(|cache| cache.file.clone()),
+            file: asking.cache.as_ref().and_then(|cache| cache.file.as_ref().map(|file| file.value.clone())),
             leaves_file: AtomicBool::new(false),
             has_inherited: false,
             forgotten: Notify::new(),
@@ -283,10 +283,9 @@ impl Asked {
     /// One question, within the deadline.
     async fn ask(&self, question: &Question) -> Answer {
         let began = Instant::now();
-        let due = Due::now() + self.timeout;
-        let budget = Budget::until(due);
+        let budget = Budget::of(self.timeout);
         let mut waited = self.timeout;
-        let answer = timeout_at(due, async {
+        let answer = budget.limit(async {
             let _place = self.places.acquire().await;
             waited = began.elapsed();
             self.directory.ask(question, &budget).await

@@ -26,7 +26,7 @@ use super::question::{Question, Visitor};
 use super::target::{At, Declared, Denied, Fields, Login, Place, Target};
 use crate::config::{self, ANSWER_FIELDS, BackendId, Config, Host, HttpStyle, Network, Problem, Server};
 use crate::hedge::Budget;
-use crate::http_client::HttpClient;
+use crate::http_client::{HttpClient, Repeat};
 use crate::identity::{Proof, UserName};
 
 /// A request a user.
@@ -136,7 +136,8 @@ impl Http {
         let credentials = question.visitor.as_deref().map(|visitor| &visitor.credentials);
         let sent = credentials.filter(|_| self.password).and_then(SentPassword::of);
         let request = self.json(question, sent.as_ref())?;
-        let (head, body) = self.client.fetch(request, budget).await?;
+        let repeat = if sent.is_some() { Repeat::IfConnectionFails } else { Repeat::IfUnanswered };
+        let (head, body) = self.client.fetch(request, budget, repeat).await?;
         Ok(self.read_json(head.status, &body, sent))
     }
 
@@ -148,7 +149,8 @@ impl Http {
         }
         let sent = SentPassword::of(&visitor.credentials);
         loop {
-            let (head, _) = self.client.fetch(self.nginx(question, visitor)?, budget).await?;
+            let (head, _) =
+                self.client.fetch(self.nginx(question, visitor)?, budget, Repeat::IfConnectionFails).await?;
             let said = auth_http::answer(&head.headers);
             match said.map_err(|error| format!("{error} ({})", head.status))? {
                 Verdict::Good { address, user, login } => {

@@ -6,7 +6,7 @@
 //! or fallen silent is replaced within the same lookup (see `hedge`).
 
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use ldap3::{
     Ldap, LdapConnAsync, LdapConnSettings, LdapError, Scope, SearchEntry, SearchOptions, StdStream, dn_escape,
@@ -40,7 +40,6 @@ pub(super) struct Directory {
     filter: Template,
     /// Field and attribute.
     attributes: Vec<(String, String)>,
-    timeout: Duration,
     /// Host and port.
     server: (String, u16),
     /// Bound, and not in use.
@@ -80,7 +79,6 @@ impl Directory {
             },
             filter: ldap.filter.clone(),
             attributes: ldap.attributes.clone().into_iter().collect(),
-            timeout: ldap.asking.timeout,
             idle: IdleConnections::new(ldap.asking.connections),
             declared: declared.clone().with_names(&ldap.asking.names),
         })
@@ -107,12 +105,13 @@ impl Directory {
     async fn entry(&self, user: &str, budget: &Budget) -> Result<Option<SearchEntry>, LdapError> {
         let began = Instant::now();
         let fresh = async {
-            self.idle.remove_older_than(began);
             let ldap = budget.connecting(self.connect()).await?;
             self.found(ldap, user).await
         };
         let found = match self.idle.take(began) {
-            Some(ldap) => hedged(self.found(ldap, user), budget.patience(), fresh).await?,
+            Some(ldap) => {
+                hedged(self.found(ldap, user), budget.patience(), fresh, || self.remove_older_than(began)).await?
+            }
             None => fresh.await?,
         };
         found.single()
@@ -126,14 +125,17 @@ impl Directory {
         Ok(found)
     }
 
+    /// Closes idle connections that are older than one that has failed.
+    fn remove_older_than(&self, time: Instant) {
+        self.idle.remove_older_than(time);
+    }
+
     async fn connect(&self) -> Result<Ldap, LdapError> {
         let (host, port) = &self.server;
         let socket = TcpStream::connect((host.as_str(), *port)).await?;
         tcp_liveness::apply(&socket);
-        let mut settings = LdapConnSettings::new()
-            .set_conn_timeout(self.timeout)
-            .set_starttls(self.starttls)
-            .set_std_stream(StdStream::Tcp(socket.into_std()?));
+        let mut settings =
+            LdapConnSettings::new().set_starttls(self.starttls).set_std_stream(StdStream::Tcp(socket.into_std()?));
         if let Some(tls) = &self.tls {
             settings = settings.set_config(tls.clone());
         }
@@ -151,7 +153,7 @@ impl Directory {
             }
         });
         if let Some((name, password)) = &self.bind {
-            ldap.with_timeout(self.timeout).simple_bind(name, password).await?.success()?;
+            ldap.simple_bind(name, password).await?.success()?;
         }
         Ok(ldap)
     }
@@ -160,7 +162,6 @@ impl Directory {
         let (base, filter) = (filled_base(&self.base, user), filled_filter(&self.filter, user));
         let attributes: Vec<&str> = self.attributes.iter().map(|(_, attribute)| attribute.as_str()).collect();
         let search = ldap
-            .with_timeout(self.timeout)
             .with_search_options(SearchOptions::new().sizelimit(2))
             .search(&base, self.scope, &filter, attributes)
             .await?;

@@ -3,9 +3,10 @@
 //! The value at the user's key, or a field of the hash there, is a text as a line of a table has it (see `target`). No
 //! value is an unknown user. Keys are bytes: nothing in a user's name can mean anything there.
 //!
-//! One connection carries the commands of all lookups. It is replaced as soon as a command on it fails or gets no answer.
+//! One connection carries the commands of all lookups. It is replaced when a command on it fails, or is answered earlier over a
+//! second one (see `hedge`).
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
 use redis::aio::MultiplexedConnection;
@@ -24,14 +25,14 @@ use super::directory::answer;
 use super::question::Question;
 use super::target::Declared;
 use crate::config::{self, Config, Located, Problem, RedisPlace};
-use crate::hedge::{Budget, hedged};
+use crate::hedge::{Budget, SharedConnection, Unanswered, hedged};
 use crate::tcp_liveness;
 use crate::template::Template;
 
 /// One command per lookup.
 pub(super) struct Redis {
     client: RedisClient,
-    shared: Mutex<Option<Shared>>,
+    shared: SharedConnection<Connection>,
     /// Held while a connection is established, so that concurrent lookups share it.
     connecting: tokio::sync::Mutex<()>,
     key: Template,
@@ -54,14 +55,10 @@ enum RedisClient {
     Cluster(Box<ClusterClient>),
 }
 
-/// The connection in use. Clones are handles of the same connection.
-#[derive(Clone)]
-struct Shared {
-    /// Tells one connection from the next.
-    identity: Arc<()>,
-    connection: Connection,
-}
+/// What a server answers to a command: a value, or an error that another connection would bring too.
+type Reply = Result<Option<Vec<u8>>, RedisError>;
 
+/// A connection that is established. Clones are handles of the same connection.
 #[derive(Clone)]
 enum Connection {
     Server(MultiplexedConnection),
@@ -76,7 +73,7 @@ impl Redis {
             Builder::new(config, redis).and_then(|builder| builder.client(redis)).map_err(|problem| vec![problem])?;
         Ok(Self {
             client,
-            shared: Mutex::default(),
+            shared: SharedConnection::default(),
             connecting: tokio::sync::Mutex::default(),
             key: redis.key.clone(),
             field: redis.field.clone(),
@@ -102,47 +99,43 @@ impl Redis {
 
     /// Closes the connection once no lookup uses it.
     pub(super) fn retire(&self) {
-        *self.lock() = None;
+        self.shared.clear();
     }
 
-    async fn query(&self, command: &Cmd, budget: &Budget) -> Result<Result<Option<Vec<u8>>, RedisError>, RedisError> {
-        let known = self.lock().clone();
-        let Some(known) = known else { return self.run(self.connected(budget).await?, command).await };
-        let old = known.clone();
-        let fresh = async {
-            self.discard(&old);
-            self.run(self.connected(budget).await?, command).await
-        };
-        hedged(self.run(known, command), budget.patience(), fresh).await
+    async fn query(&self, command: &Cmd, budget: &Budget) -> Result<Reply, RedisError> {
+        let Some(known) = self.shared.current() else { return self.run_once(command, budget).await };
+        let first = run(&known, command);
+        hedged(first, budget.patience(), self.run_again(&known, command, budget), || self.shared.discard(&known)).await
     }
 
-    /// The outer error is one of the connection. It is then used no more, and neither is one whose answer was not awaited.
-    async fn run(&self, mut shared: Shared, command: &Cmd) -> Result<Result<Option<Vec<u8>>, RedisError>, RedisError> {
-        let used = shared.clone();
-        let mut unanswered = Unanswered { redis: self, shared: Some(&used) };
-        let result = match &mut shared.connection {
-            Connection::Server(connection) => command.query_async(connection).await,
-            Connection::Cluster(connection) => command.query_async(connection).await,
-        };
-        match result {
-            Err(error) if !is_answer(&error) => Err(error),
-            answer => {
-                unanswered.shared = None;
-                Ok(answer)
-            }
+    /// The only attempt, of a lookup that found no connection.
+    async fn run_once(&self, command: &Cmd, budget: &Budget) -> Result<Reply, RedisError> {
+        let connection = self.connected(budget, || self.shared.current()).await?;
+        run(&connection, command).await.inspect_err(|_| self.shared.discard(&connection))
+    }
+
+    /// The second attempt, over another connection than `old`.
+    async fn run_again(&self, old: &Arc<Connection>, command: &Cmd, budget: &Budget) -> Result<Reply, RedisError> {
+        let connection = self.connected(budget, || self.shared.other_than(old)).await?;
+        let mut unanswered = Unanswered { discard: Some(|| self.shared.discard_spare(&connection)) };
+        let reply = run(&connection, command).await.inspect_err(|_| self.shared.discard(&connection))?;
+        unanswered.discard = None;
+        Ok(reply)
+    }
+
+    /// The connection that `known` returns, or a new one.
+    async fn connected(
+        &self,
+        budget: &Budget,
+        known: impl Fn() -> Option<Arc<Connection>>,
+    ) -> Result<Arc<Connection>, RedisError> {
+        let _one = budget.connecting(self.connecting.lock()).await;
+        if let Some(connection) = known() {
+            return Ok(connection);
         }
-    }
-
-    /// The connection in use, or a new one.
-    async fn connected(&self, budget: &Budget) -> Result<Shared, RedisError> {
-        let _one = self.connecting.lock().await;
-        if let Some(shared) = self.lock().clone() {
-            return Ok(shared);
-        }
-        let connection = budget.connecting(self.connect()).await?;
-        let shared = Shared { identity: Arc::default(), connection };
-        *self.lock() = Some(shared.clone());
-        Ok(shared)
+        let connection = Arc::new(budget.connecting(self.connect()).await?);
+        self.shared.put(connection.clone());
+        Ok(connection)
     }
 
     async fn connect(&self) -> Result<Connection, RedisError> {
@@ -158,30 +151,17 @@ impl Redis {
             RedisClient::Cluster(client) => Connection::Cluster(client.get_async_connection().await?),
         })
     }
-
-    fn discard(&self, shared: &Shared) {
-        let mut current = self.lock();
-        if current.as_ref().is_some_and(|current| Arc::ptr_eq(&current.identity, &shared.identity)) {
-            *current = None;
-        }
-    }
-
-    fn lock(&self) -> std::sync::MutexGuard<'_, Option<Shared>> {
-        self.shared.lock().unwrap_or_else(PoisonError::into_inner)
-    }
 }
 
-/// Discards a connection when it drops: the command on it failed, or its answer was given up.
-struct Unanswered<'a> {
-    redis: &'a Redis,
-    shared: Option<&'a Shared>,
-}
-
-impl Drop for Unanswered<'_> {
-    fn drop(&mut self) {
-        if let Some(shared) = self.shared {
-            self.redis.discard(shared);
-        }
+/// Runs a command. The error is one of the connection.
+async fn run(connection: &Connection, command: &Cmd) -> Result<Reply, RedisError> {
+    let result = match connection.clone() {
+        Connection::Server(mut connection) => command.query_async(&mut connection).await,
+        Connection::Cluster(mut connection) => command.query_async(&mut connection).await,
+    };
+    match result {
+        Err(error) if !is_answer(&error) => Err(error),
+        answer => Ok(answer),
     }
 }
 

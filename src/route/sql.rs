@@ -1,14 +1,20 @@
 //! Route by a database: PostgreSQL, MySQL or MariaDB, SQLite.
 //!
 //! The query is the operator's; what it is told of the user is bound, never pasted. Its columns are called as the fields
-//! of an answer (see `target`). No row, or a row of nothing but NULL, is an unknown user; a second row is a failure, as
-//! nobody could say which counts.
+//! of an answer (see `target`). No row, or a row of nothing but NULL, is an unknown user; a second row is a failure,
+//! because it is not known which one counts.
 //!
 //! Connections are kept for the next lookup, without a query to test them first: one that has died silently would not
 //! answer the test either. Instead a lookup gets a second attempt on a fresh connection (see `hedge`).
+//!
+//! A server may not notice that the client has closed a connection while it works on a query: PostgreSQL does not while it
+//! waits for a lock. The number of open connections is therefore limited, and a connection whose answer was not awaited
+//! counts until the server has finished (see [`Open`]).
 
 use std::fmt::Display;
 use std::str::FromStr as _;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use futures_util::TryStreamExt as _;
@@ -20,6 +26,7 @@ use sqlx::{
     TypeInfo as _,
 };
 use tokio::runtime::Handle;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::timeout;
 
 use super::Answer;
@@ -33,6 +40,8 @@ use crate::template::Variable;
 
 /// How long the farewell to a server may take when a connection is closed.
 const FAREWELL: Duration = Duration::from_secs(2);
+/// How long a connection whose answer was not awaited counts as open at most.
+const LONGEST_QUERY: Duration = Duration::from_secs(60);
 /// SQLSTATE of errors after which another connection may succeed, by their beginnings: connection exception; operator
 /// intervention; the cached plan does not fit the table any more; the prepared statement is gone.
 const SQLSTATE_OF_CONNECTION: [&str; 4] = ["08", "57P", "0A000", "26000"];
@@ -58,7 +67,50 @@ enum Server {
 /// Connections to one server. They are established when a lookup needs one.
 struct Connections<D: Dialect> {
     options: Box<<D::Connection as Connection>::Options>,
-    idle: IdleConnections<D::Connection>,
+    idle: IdleConnections<Open<D::Connection>>,
+    /// One permit for each connection that may be open: two for each lookup, as it may make two attempts.
+    permits: Arc<Semaphore>,
+}
+
+/// An open connection with its permit. If it is dropped while the server works on a query, a task keeps both until the
+/// server has finished, for [`LONGEST_QUERY`] at most.
+struct Open<C: Connection + Send + 'static> {
+    /// `None` only after it was taken out to be closed.
+    connection: Option<(C, OwnedSemaphorePermit)>,
+    /// Whether the server may be working on a query. Shared with the lookup, which clears it if another connection was
+    /// answered first: this one is dead then.
+    is_busy: Arc<AtomicBool>,
+}
+
+impl<C: Connection + Send + 'static> Open<C> {
+    /// Closes the connection with a farewell, without which the server logs an error.
+    fn close(mut self) {
+        let Some((connection, permit)) = self.connection.take() else { return };
+        if let Ok(runtime) = Handle::try_current() {
+            // If the farewell fails or takes too long, the socket closes all the same.
+            runtime.spawn(async move {
+                let _ = timeout(FAREWELL, connection.close()).await;
+                drop(permit);
+            });
+        }
+    }
+}
+
+impl<C: Connection + Send + 'static> Drop for Open<C> {
+    fn drop(&mut self) {
+        let Some((mut connection, permit)) = self.connection.take_if(|_| self.is_busy.load(Ordering::Relaxed)) else {
+            return;
+        };
+        if let Ok(runtime) = Handle::try_current() {
+            runtime.spawn(async move {
+                // It is answered after the query.
+                if let Ok(Ok(())) = timeout(LONGEST_QUERY, connection.ping()).await {
+                    let _ = timeout(FAREWELL, connection.close()).await;
+                }
+                drop(permit);
+            });
+        }
+    }
 }
 
 impl<D: Dialect> std::fmt::Debug for Connections<D> {
@@ -133,31 +185,25 @@ impl Sql {
 
 impl<D: Dialect> Connections<D> {
     fn new(options: <D::Connection as Connection>::Options, limit: usize) -> Self {
-        Self { options: Box::new(options.disable_statement_logging()), idle: IdleConnections::new(limit) }
+        Self {
+            options: Box::new(options.disable_statement_logging()),
+            idle: IdleConnections::new(limit),
+            permits: Arc::new(Semaphore::new(2 * limit)),
+        }
     }
 
     fn close_expired(&self) {
-        self.idle.remove_expired(Instant::now()).into_iter().for_each(close);
+        self.idle.remove_expired(Instant::now()).into_iter().for_each(Open::close);
     }
 
     fn retire(&self) {
-        self.idle.close().into_iter().for_each(close);
+        self.idle.close().into_iter().for_each(Open::close);
     }
 }
 
 impl<D: Dialect> Drop for Connections<D> {
     fn drop(&mut self) {
         self.retire();
-    }
-}
-
-/// Tells the server that the connection ends, which is logged there as an error otherwise.
-fn close<C: Connection + 'static>(connection: C) {
-    if let Ok(runtime) = Handle::try_current() {
-        // If the farewell fails or takes too long, the socket closes all the same.
-        runtime.spawn(async move {
-            let _ = timeout(FAREWELL, connection.close()).await;
-        });
     }
 }
 
@@ -171,31 +217,40 @@ where
     /// Names and values of the only row.
     async fn row(&self, query: &str, values: &[String], budget: &Budget) -> Result<Option<Columns>, String> {
         let began = Instant::now();
-        let fresh = async {
+        let fresh = async { self.row_by(budget.connecting(self.connect()).await?, query, values).await };
+        let Some(connection) = self.idle.take(began) else { return fresh.await? };
+        let is_busy = connection.is_busy.clone();
+        let on_dead = || {
+            is_busy.store(false, Ordering::Relaxed);
             self.idle.remove_older_than(began);
-            let connection = budget.connecting(self.options.connect()).await;
-            self.row_by(connection.map_err(|error| told(&error))?, query, values).await
         };
-        match self.idle.take(began) {
-            Some(connection) => hedged(self.row_by(connection, query, values), budget.patience(), fresh).await?,
-            None => fresh.await?,
-        }
+        hedged(self.row_by(connection, query, values), budget.patience(), fresh, on_dead).await?
+    }
+
+    async fn connect(&self) -> Result<Open<D::Connection>, String> {
+        let permit = self.permits.clone().acquire_owned().await.map_err(|error| told(&error))?;
+        let connection = self.options.connect().await.map_err(|error| told(&error))?;
+        Ok(Open { connection: Some((connection, permit)), is_busy: Arc::default() })
     }
 
     /// The outer error is that of the connection, which is dropped then.
     async fn row_by(
         &self,
-        mut connection: D::Connection,
+        mut open: Open<D::Connection>,
         query: &str,
         values: &[String],
     ) -> Result<Result<Option<Columns>, String>, String> {
-        let result = match read::<D>(&mut connection, query, values).await {
+        let Some((connection, _)) = &mut open.connection else { return Err("the connection is closed".to_owned()) };
+        open.is_busy.store(true, Ordering::Relaxed);
+        let read = read::<D>(connection, query, values).await;
+        open.is_busy.store(false, Ordering::Relaxed);
+        let result = match read {
             Err(Fault::Connection(reason)) => return Err(reason),
             Err(Fault::Answer(reason)) => Err(reason),
             Ok(row) => Ok(row),
         };
-        if let Some(surplus) = self.idle.put(connection, Instant::now()) {
-            close(surplus);
+        if let Some(surplus) = self.idle.put(open, Instant::now()) {
+            surplus.close();
         }
         Ok(result)
     }

@@ -113,11 +113,33 @@ impl<S> Records<S> {
         self.releasing == 0
     }
 
-    /// Charges `buffer` bytes here and what is in rustls.
+    /// Charges `buffer` bytes here, the first bytes that are kept, and what is in rustls.
     fn pay(&mut self, buffer: usize) -> io::Result<()> {
         let Some(account) = &mut self.account else { return Ok(()) };
-        let paid = account.charge.resize(buffer + account.in_rustls);
+        let first = self.first_bytes.as_ref().map_or(0, |bytes| bytes.capacity());
+        let paid = account.charge.resize(buffer + first + account.in_rustls);
         paid.map_err(|error| io::Error::new(io::ErrorKind::OutOfMemory, error))
+    }
+
+    /// Keeps what was read to `from` in the buffer, if it belongs to the start of the connection.
+    fn keep_first_bytes(&mut self, from: usize) -> io::Result<()> {
+        let Some(kept) = &self.first_bytes else { return Ok(()) };
+        let length = MAX_START.min(kept.len() + self.buffer.len() - from);
+        let (wanted, capacity) = (length - kept.len(), kept.capacity());
+        if length > capacity {
+            let larger = length.next_power_of_two();
+            self.pay(self.buffer.capacity() + larger)?;
+            // A growing vector would leave a copy behind that is not wiped.
+            let mut copy = Zeroizing::new(Vec::with_capacity(larger));
+            if let Some(kept) = &self.first_bytes {
+                copy.extend_from_slice(kept);
+            }
+            self.first_bytes = Some(copy);
+        }
+        if let Some(kept) = &mut self.first_bytes {
+            kept.extend_from_slice(&self.buffer[from..from + wanted]);
+        }
+        self.pay(self.buffer.capacity())
     }
 
     /// Bytes that rustls may have now: up to the end of the first record, if all of it is there.
@@ -166,10 +188,7 @@ impl<S: AsyncRead + Unpin> Records<S> {
         let result = Pin::new(&mut self.socket).poll_read(context, &mut space);
         let read = space.filled().len();
         self.buffer.truncate(length + read);
-        if let Some(first_bytes) = &mut self.first_bytes {
-            let wanted = read.min(MAX_START - first_bytes.len());
-            first_bytes.extend_from_slice(&self.buffer[length..length + wanted]);
-        }
+        self.keep_first_bytes(length)?;
         ready!(result)?;
         Poll::Ready(Ok(read > 0))
     }
@@ -301,6 +320,28 @@ mod tests {
         assert_eq!(read(&mut records), None);
         assert_eq!(guard.memory_before_login(), 0, "rustls has asked for more, so it has used the record");
         drop(records);
+    }
+
+    #[tokio::test]
+    async fn the_first_bytes_are_kept_without_an_unwiped_copy_and_charged_as_long_as_they_are_kept() {
+        const ALLOWANCE: usize = 8192;
+        let (guard, ticket) = charge(1 << 20);
+        let (mut peer, socket) = duplex(1 << 16);
+        let mut records = Records::new(socket).charged(ticket.charge()).keeping_first_bytes();
+        let sent = [&[22, 3, 1, 0x40, 0][..], &[7; 8187]].concat();
+        let mut capacities = Vec::new();
+        for piece in sent.chunks(700) {
+            peer.write_all(piece).await.unwrap();
+            assert_eq!(records.read(&mut [0; 64]).now_or_never().map(Result::unwrap), None);
+            capacities.push(records.first_bytes.as_ref().unwrap().capacity());
+        }
+        capacities.dedup();
+        assert_eq!(capacities, [1024, 2048, 4096]);
+        let held = records.buffer.capacity() + MAX_START;
+        assert_eq!(guard.memory_before_login() + ALLOWANCE, held);
+        assert_eq!(records.take_first_bytes()[..], sent[..MAX_START]);
+        records.established(0);
+        assert_eq!(guard.memory_before_login(), (held - MAX_START).saturating_sub(ALLOWANCE));
     }
 
     #[tokio::test]

@@ -105,6 +105,24 @@ class Postgres(Directory):
         self.run([self.bin / "postgres", "-D", self.data])
         wait_for("PostgreSQL", lambda: self.ready() and self.sql("SELECT 1", check=False))
 
+    def locked(self):
+        """A process whose session holds a lock on the table until its standard input is closed."""
+        holder = subprocess.Popen([self.bin / "psql", "-h", "127.0.0.1", "-p", str(self.port), "-U", "vestibule", "-d", "postgres",
+                                   "-v", "ON_ERROR_STOP=1", "-qtA"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+                                  env={**os.environ, "PGPASSWORD": self.PASSWORD})
+        holder.stdin.write("BEGIN; LOCK TABLE mailbox; SELECT 'locked';\n")
+        holder.stdin.flush()
+        assert holder.stdout.readline() == "locked\n"
+        return holder
+
+    def connections(self):
+        """Number of connections that the server has open for the proxy."""
+        done = subprocess.run([self.bin / "psql", "-h", "127.0.0.1", "-p", str(self.port), "-U", "vestibule", "-d", "postgres",
+                               "-tAc", "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'vestibule'"],
+                              capture_output=True, text=True, timeout=PATIENCE, check=True,
+                              env={**os.environ, "PGPASSWORD": self.PASSWORD})
+        return int(done.stdout)
+
     def sql(self, text, check=True):
         done = subprocess.run([self.bin / "psql", "-h", "127.0.0.1", "-p", str(self.port), "-U", "vestibule", "-d", "postgres",
                                "-v", "ON_ERROR_STOP=1", "-tAc", text], capture_output=True, text=True, timeout=PATIENCE,

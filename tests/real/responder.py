@@ -24,6 +24,9 @@ class Responder:
         self.policy = []
         self.goes_on = threading.Event()
         self.goes_on.set()
+        # Reports are received and not answered.
+        self.holds_reports = False
+        self.is_closed = threading.Event()
         self.start()
 
     def start(self):
@@ -76,6 +79,8 @@ class Responder:
                 """weakforced."""
                 command = self.path.partition("command=")[2]
                 responder.policy.append((command, question))
+                if command == "report" and responder.holds_reports:
+                    responder.is_closed.wait()
                 responder.goes_on.wait()
                 if responder.token and responder.token not in (self.headers.get("Authorization"), self.headers.get("X-API-Key")):
                     return self.answer(401)
@@ -130,5 +135,6 @@ class Responder:
         self.goes_on.set()
 
     def close(self):
+        self.is_closed.set()
         self.release()
         self.kill()

@@ -155,6 +155,34 @@ class PostgreSqlConnections(Connections, test_directories.PostgreSql):
             sessions.append(self.log_in(proxy))
         wait_for("the old connections to close", lambda: self.open() == 1)
 
+    def test_lookups_that_time_out_on_a_locked_table_leave_a_limited_number_of_queries_running(self):
+        """PostgreSQL does not notice that a client has closed its connection while a query waits for a lock."""
+        proxy = self.proxy(timeout="1s", connections=2)
+        self.log_in(proxy)
+        lock = self.directory.locked()
+        self.addCleanup(lock.wait)
+        self.addCleanup(lock.stdin.close)
+        for _ in range(5):
+            clients = [Client(proxy) for _ in range(2)]
+            with concurrent.futures.ThreadPoolExecutor(2) as pool:
+                for answer in pool.map(lambda client: client.login(ALICE, PASSWORDS[ALICE]), clients):
+                    self.assertRegex(answer, r"^a NO \[UNAVAILABLE\]")
+            self.assertLessEqual(self.directory.connections(), 4)
+        lock.stdin.close()
+        wait_for("the table", lambda: Client(proxy).login(ALICE, PASSWORDS[ALICE]).startswith("a OK"))
+        wait_for("the abandoned queries to end", lambda: self.directory.connections() <= 2)
+
+    def test_a_slow_answer_closes_no_other_connection(self):
+        sleep = f"pg_sleep(CASE WHEN %{{user}} = '{BOB}' THEN 4 ELSE 0 END)"
+        self.prepared[-1] = f"query: SELECT mailbox.* FROM mailbox, {sleep} WHERE name = %{{user}}"
+        proxy = self.proxy(timeout=TIMEOUT)
+        self.fill(proxy)
+        before = self.known()
+        self.assertEqual(self.open(), 4)
+        # The second attempt begins after 3 s.
+        self.log_in(proxy, BOB)
+        self.assertEqual(self.accepted(), 5)
+        self.assertFalse(any(connection.is_over for connection in before))
 
     def test_a_table_that_changes_fails_no_login(self):
         """The plans of prepared statements do not fit it any more."""

@@ -1,12 +1,14 @@
 """Routes over HTTP: a JSON service, and one written for nginx's mail module, which nginx itself asks too."""
 
 import base64
+import os
+import signal
 import ssl
 import time
 import unittest
 
 from directories import Directory
-from fixtures import PASSWORDS, Certificates, Folder, Proxy, free_port, program, wait_for
+from fixtures import PASSWORDS, PATIENCE, Certificates, Folder, Proxy, free_port, program, wait_for
 from mail import Raw, context
 from responder import Responder
 from test_directories import ALICE, BOB, CAROL, AnyServer, Client, Directories
@@ -26,6 +28,20 @@ class Nginx(Directory):
 
 
 BASE = "daemon off; master_process off; pid FOLDER/pid; error_log stderr info; user root; "
+
+
+def slow_request_is_one_attempt(test):
+    """A login that the service does not answer in time reaches it once, also over a connection that was used before."""
+    proxy = test.proxy(timeout="2s")
+    test.good(proxy)
+    before = len(test.directory.questions)
+    test.directory.hold()
+    try:
+        test.answers(proxy, ALICE, "NO [UNAVAILABLE]")
+        test.assertEqual(len(test.directory.questions) - before, 1)
+    finally:
+        test.directory.release()
+    test.good(proxy)
 
 
 class Json(AnyServer, unittest.TestCase):
@@ -49,6 +65,27 @@ class Json(AnyServer, unittest.TestCase):
                          {"user": ALICE, "client": "127.0.0.1", "mechanism": "login", "attempt": 1, "tls": None})
         self.assertNotIn("password", question)
         wait_for("its record", lambda: question["session"] in proxy.log())
+
+    def test_a_pause_of_the_proxy_fails_no_lookup(self):
+        proxy = self.proxy(timeout="3s")
+        before, client = len(self.directory.questions), Client(proxy)
+        self.directory.hold()
+        try:
+            client.raw.send(f'a LOGIN {ALICE} "{PASSWORDS[ALICE]}"\r\n'.encode())
+            wait_for("the request", lambda: len(self.directory.questions) > before)
+            os.killpg(proxy.process.child.pid, signal.SIGSTOP)
+            try:
+                # Longer than the timeout of the lookup.
+                time.sleep(4)
+            finally:
+                os.killpg(proxy.process.child.pid, signal.SIGCONT)
+            client.raw.socket.settimeout(0.5)
+            with self.assertRaises(TimeoutError):
+                client.raw.line()
+        finally:
+            self.directory.release()
+        client.raw.socket.settimeout(PATIENCE)
+        self.assertRegex(client.raw.until(b"a ")[-1], b"^a OK", proxy.log())
 
     def test_connections_are_kept(self):
         proxy = self.proxy()
@@ -99,6 +136,10 @@ class Json(AnyServer, unittest.TestCase):
         proxy = self.proxy()
         self.answers(proxy, CAROL, "NO [AUTHENTICATIONFAILED]")
         self.assertNotIn(PASSWORDS[BOB], proxy.log())
+
+    def test_a_slow_request_with_a_password_is_one_attempt(self):
+        self.route = lambda: ["http", f"url: http://localhost:{self.directory.port}/", "password: true"]
+        slow_request_is_one_attempt(self)
 
     def test_answers_that_are_none(self):
         for body in (b"", b"[]", b"{", b'{"backend": 7}', b'{"backend": "shard-a"' + b" " * 70_000 + b"}", b"\xff"):
@@ -289,6 +330,9 @@ admin: {{address: "127.0.0.1:{{admin}}"}}
                 asked.append(self.told())
             self.assertEqual(asked[1], asked[0], header)
             self.assertEqual("proxy-protocol-server-addr" in asked[1], "UNKNOWN" not in header)
+
+    def test_a_slow_request_is_one_attempt(self):
+        slow_request_is_one_attempt(self)
 
     def test_who_shall_wait_is_asked_about_again(self):
         for port in (self.nginx().port, self.proxy(timeout="20s").ports["plain"]):

@@ -131,6 +131,20 @@ admin: {{address: "127.0.0.1:{{admin}}"}}
             self.assertRegex(self.login(proxy, ALICE), "^a OK", proxy.log())
         self.assertEqual(proxy.metric("vestibule_policy_answers_total", command="allow", answer="failed"), 0)
 
+    def test_a_slow_report_counts_once(self):
+        proxy = self.proxy(", timeout: 2s")
+        self.assertRegex(self.login(proxy, ALICE), "^a OK")
+        reports = lambda: proxy.metric("vestibule_policy_answers_total", command="report", answer="allowed")
+        wait_for("the report", lambda: reports() == 1)
+        client = Raw(proxy.ports["plain"])
+        self.addCleanup(client.close)
+        client.line()
+        self.service.holds_reports = True
+        self.assertRegex(client.command("a", f'LOGIN {BOB} "{PASSWORDS[BOB]}"')[-1], b"^a OK")
+        failed = lambda: proxy.metric("vestibule_policy_answers_total", command="report", answer="failed")
+        wait_for("the end of the report's time", lambda: failed() == 1)
+        self.assertEqual([told["login"] for told in self.told("report", 2)], [ALICE, BOB])
+
     def test_what_is_no_answer_is_an_outage(self):
         proxy = self.proxy(", on_failure: deny")
         for answer in (b"", b"[]", b"{}", b"{\"status\": \"-1\"}", b"x" * 100_000):
