@@ -14,7 +14,8 @@ ALICE, BOB, CAROL = "alice@example.org", "bob@example.net", "carol@example.org"
 # Who would be found if any of these were not only a name.
 HOSTILE = ["' OR '1'='1", "x') OR ('1'='1", '" OR ""="', "alice@example.org'--", "*", "alice*", "*)(mail=*", "(|(mail=*))",
            "a\\2a", "alice@example.org\\", "%{user}", "%%", "mailbox:alice", "..", "a..b@example.org", "@", "@example.org",
-           "\u202ealice@example.org", "zo\u00eb@example.org", "alice\u00a0@example.org", "a" * 500]
+           "\u202ealice@example.org", "zo\u00eb@example.org", "alice\u00a0@example.org", "a" * 500, "x server=y", "a b=c",
+           "u2@a.test server=OTHER@x", "alice@example.org user=bob", "$1@example.org", "\"q\"@example.org"]
 # Users who are really called so.
 ODD = ["o'brien\"@example.org", "a(b)*c\\d@example.org", "100%{user}%@example.org", "x'; drop table mailbox; --@example.org",
        "zo\u00eb\u4e2d@example.org", "two words@example.org", "$1 ${shard} {}@example.org", "cn=x,dc=test+y@example.org"]
