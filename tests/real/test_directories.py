@@ -16,7 +16,9 @@ HOSTILE = ["' OR '1'='1", "x') OR ('1'='1", '" OR ""="', "alice@example.org'--",
            "a\\2a", "alice@example.org\\", "%{user}", "%%", "mailbox:alice", "..", "a..b@example.org", "@", "@example.org",
            "*)(|(uid=*", "*))(|(uid=*", "x)(&", "{", "{0}", "${user}", "%", "%s%n", "%u", "'; SELECT pg_sleep(9);--", "\\' OR 1=1 --",
            "\"", "\\", "\\2a", "\\00", "*3", "$7", " ", "  alice", "a b", "alice@example.org alice@example.org", "alice\t", "alice@example.org ", " alice@example.org", "alic\u00e9@example.org",
-           "\u202ealice@example.org", "zo\u00eb@example.org", "alice\u00a0@example.org", "a" * 500]
+           "\u202ealice@example.org", "zo\u00eb@example.org", "alice\u00a0@example.org", "a" * 500,
+           "x server=y", "a b=c",
+           "u2@a.test server=OTHER@x", "alice@example.org user=bob", "$1@example.org", "\"q\"@example.org"]
 # Users who are really called so.
 ODD = ["o'brien\"@example.org", "a(b)*c\\d@example.org", "100%{user}%@example.org", "x'; drop table mailbox; --@example.org",
        "zo\u00eb\u4e2d@example.org", "two words@example.org", "$1 ${shard} {}@example.org", "cn=x,dc=test+y@example.org"]

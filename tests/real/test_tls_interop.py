@@ -139,6 +139,18 @@ class KeyUpdates(Interoperability):
         peer.reports("alert 10")
         neighbour.noop()
 
+    def test_around_the_login(self):
+        """Asked ones before, beside and after LOGIN, whose answers rustls still has when the login is accepted."""
+        for library in ("openssl", "nss"):
+            for every in (40, 60, 100, 200, 400):
+                with self.subTest(library=library, every=every):
+                    peer = self.peer(library, "1.3", update_every=every, request=1)
+                    peer.login()
+                    for _ in range(3):
+                        peer.noop()
+                    peer.logout()
+                    self.assertGreater(peer.counts()[0], 0)
+
     def test_while_idle(self):
         """Nothing is sent for the key update to ride on; asked ones are answered all the same."""
         for library in PACKAGES:

@@ -102,6 +102,17 @@ class Servers(unittest.TestCase):
                 client.close()
                 self.assertGreaterEqual(server.counts()[0], BIG // 50_000 - 1)
 
+    def test_key_updates_around_the_answer_to_the_login(self):
+        for library in ("openssl", "nss"):
+            for every in (40, 60, 100, 200, 400):
+                with self.subTest(library=library, every=every):
+                    client, server = self.session(library, "1.3", update_every=every, request=1)
+                    for _ in range(3):
+                        client.noop()
+                    client.logout()
+                    client.close()
+                    self.assertGreater(server.counts()[0], 0)
+
     def test_key_updates_while_idle(self):
         for library in PACKAGES:
             with self.subTest(library=library):
