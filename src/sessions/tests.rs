@@ -66,7 +66,7 @@ fn users_whose_hashes_collide_are_different_users() {
     let moved = login(&sessions, "bob", &two);
     moved.accept(true);
     assert!(!moved.is_alone());
-    assert_eq!((alice.call().why(), bob.call().why(), carol.call().why()), (None, Some(Why::Moved), None));
+    assert_eq!((alice.call().why(), bob.call().why(), carol.call().why()), (None, Some(Why::Replaced), None));
     drop(bob);
     assert!(moved.is_alone());
     // So do a kick, the list, and a hold.

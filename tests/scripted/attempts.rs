@@ -334,7 +334,7 @@ async fn a_login_that_the_stop_of_the_process_ends_has_an_outcome() {
         client.assert_closed().await;
     };
     in_time("the stop", async { tokio::join!(ended, proxy.drain(std::future::pending())) }).await;
-    assert_eq!((outcomes(&proxy, "unavailable"), failures(&proxy, "drain")), (1.0, 1.0));
+    assert_eq!((outcomes(&proxy, "abandoned"), failures(&proxy, "drain")), (1.0, 1.0));
 }
 
 #[tokio::test]
