@@ -174,19 +174,12 @@ impl Places {
             if member.leaving {
                 return false;
             }
-            while wanted - self.leaving_memory > self.budget - self.budget / RESERVE {
-                let mut largest = self.by_memory.iter().rev();
-                let largest = largest.find(|(_, Reverse(other))| *other != number).copied();
-                let Some((_, Reverse(other))) = largest.filter(|largest| *largest > (held.sent, Reverse(number)))
-                else {
-                    return false;
-                };
-                self.must_go(other);
-                shed.push(other);
-            }
             if wanted > self.budget {
                 return false;
             }
+            let Some(victims) = self.victims(number, held, wanted - self.leaving_memory) else { return false };
+            victims.iter().for_each(|victim| self.must_go(*victim));
+            shed.extend(victims);
         }
         self.memory = wanted;
         let Some(member) = self.members.get_mut(&number) else { return true };
@@ -200,6 +193,20 @@ impl Places {
             }
         }
         true
+    }
+
+    /// The connections that must go so that `number` may hold `held`, if the connections that stay would hold `staying` bytes.
+    /// `None`: they hold less than that one would, or not enough.
+    fn victims(&self, number: Number, held: Held, mut staying: usize) -> Option<Vec<Number>> {
+        let most = self.budget - self.budget / RESERVE;
+        let mut largest = self.by_memory.iter().rev().filter(|(_, Reverse(other))| *other != number);
+        let mut victims = Vec::new();
+        while staying > most {
+            let (_, Reverse(victim)) = largest.next().filter(|largest| **largest > (held.sent, Reverse(number)))?;
+            staying -= self.members.get(victim).map_or(0, |member| member.held.bytes);
+            victims.push(*victim);
+        }
+        Some(victims)
     }
 
     fn next_to_go(&self, now: Instant) -> Option<Number> {
@@ -371,6 +378,45 @@ mod tests {
         let mut shed = Vec::new();
         assert!((0..7).all(|number| places.charge(number, held(MIB / 8), &mut shed)));
         assert!(places.charge(9, Held { bytes: MIB / 8, sent: MIB / 40 }, &mut shed));
+        assert_eq!(shed, [0]);
+    }
+
+    #[test]
+    fn a_connection_that_is_refused_memory_sheds_no_other() {
+        let (mut places, now) = (Places::new(100, 1600), Instant::now());
+        for _ in 0..4 {
+            enter(&mut places, now, &[]);
+        }
+        let mut shed = Vec::new();
+        assert!(places.charge(0, held(600), &mut shed) && places.charge(1, held(300), &mut shed));
+        assert!(places.charge(2, held(300), &mut shed));
+        // 1400 bytes may stay: without the largest there would be 600 and these.
+        assert!(!places.charge(3, Held { bytes: 900, sent: 400 }, &mut shed));
+        assert!(shed.is_empty(), "the others hold less than this one would: {shed:?}");
+        assert!(places.charge(3, Held { bytes: 400, sent: 400 }, &mut shed));
+        assert_eq!(shed, [0]);
+        // Without the only one that has sent more, there would still be 1440 bytes.
+        let (mut places, mut shed) = (Places::new(100, 1600), Vec::new());
+        for number in 0..4 {
+            enter(&mut places, now, &[]);
+            let sizes = [(150, 150), (400, 100), (400, 100), (0, 0)];
+            let (bytes, sent) = sizes[number as usize];
+            assert!(places.charge(number, Held { bytes, sent }, &mut shed));
+        }
+        assert!(!places.charge(3, Held { bytes: 640, sent: 120 }, &mut shed));
+        assert!(shed.is_empty(), "{shed:?}");
+    }
+
+    #[test]
+    fn memory_of_a_connection_that_is_being_shed_is_not_free_yet() {
+        let (mut places, now, mut shed) = (Places::new(100, 1600), Instant::now(), Vec::new());
+        for (number, size) in [600, 300, 300, 0].into_iter().enumerate() {
+            enter(&mut places, now, &[]);
+            assert!(places.charge(number as Number, held(size), &mut shed));
+        }
+        assert!(places.charge(3, held(400), &mut shed));
+        assert_eq!(shed, [0]);
+        assert!(!places.charge(3, Held { bytes: 500, sent: 100 }, &mut shed));
         assert_eq!(shed, [0]);
     }
 
