@@ -19,6 +19,8 @@ pub fn run(input: &[u8]) {
         8 => Some(ServerLogin::Relayed {
             mechanism: if choice & 1 != 0 { Mechanism::XOauth2 } else { Mechanism::ScramSha256 },
             first: &password,
+            user: &user,
+            authzid: None,
         }),
         _ => {
             let authzid = (choice & 1 != 0).then_some(&authzid);

@@ -130,7 +130,12 @@ fn relayed(mechanism: Mechanism, credentials: &Credentials) -> Vec<u8> {
     let Proof::Message(first) = &credentials.proof else { return Vec::new() };
     let tag = Tag::new(b"a1").expect("a tag");
     let mut dialogue = BackendLogin::new(Attempt {
-        login: Some(ServerLogin::Relayed { mechanism, first }),
+        login: Some(ServerLogin::Relayed {
+            mechanism,
+            first,
+            user: &credentials.user,
+            authzid: credentials.authzid.as_ref(),
+        }),
         tag: &tag,
         starttls: false,
         id: Vec::new(),

@@ -202,6 +202,10 @@ pub enum ServerLogin<'a> {
         mechanism: Mechanism,
         /// Decoded.
         first: &'a Secret,
+        /// The name that logs in, and that of the mailbox if it is another user's. Both are in the message.
+        user: &'a UserName,
+        /// See `user`.
+        authzid: Option<&'a UserName>,
     },
 }
 

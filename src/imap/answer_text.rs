@@ -190,14 +190,15 @@ pub(super) fn excerpt_after(line: &[u8], login: &ServerLogin<'_>) -> String {
         // Comparing a very long secret would take too long.
         secret.len() > MAX_COMPARED || part > 0 && secret.windows(part).any(|window| position(&lower, window).is_some())
     };
-    let (is_repeated, names) = match login {
+    let (is_repeated, names): (bool, Vec<&str>) = match login {
         ServerLogin::Password(password) => (
             repeats(password.password.expose(), PASSWORD_PART) || repeats(&sasl::plain_response(password), TOKEN_PART),
             password.authzid.into_iter().chain([password.user]).map(UserName::as_str).collect(),
         ),
-        ServerLogin::Relayed { first, .. } => {
-            (repeats(first.expose(), TOKEN_PART) || repeats(&sasl::encode(first.expose()), TOKEN_PART), Vec::new())
-        }
+        ServerLogin::Relayed { first, user, authzid, .. } => (
+            repeats(first.expose(), TOKEN_PART) || repeats(&sasl::encode(first.expose()), TOKEN_PART),
+            authzid.iter().chain([user]).map(|name| name.as_str()).collect(),
+        ),
     };
     if is_repeated {
         return WITHHELD.to_owned();
@@ -341,9 +342,13 @@ mod tests {
         let short = Secret::new(b"x".to_vec());
         let login = ServerLogin::Password(PasswordLogin { user: &user, authzid: None, password: &short });
         assert_eq!(excerpt_after(b"NO maximum exceeded", &login), WITHHELD);
+        let bob = UserName::new(b"bob").unwrap();
         let token = Secret::new(b"user=alice\x01auth=Bearer abcdefghijkl\x01\x01".to_vec());
-        let login = ServerLogin::Relayed { mechanism: Mechanism::XOauth2, first: &token };
+        let login =
+            ServerLogin::Relayed { mechanism: Mechanism::XOauth2, first: &token, user: &user, authzid: Some(&bob) };
         assert_eq!(excerpt_after(b"BAD token efghijkl", &login), WITHHELD);
         assert_eq!(excerpt_after(b"BAD no authentication", &login), "\"BAD no authentication\"");
+        // Names are shorter than a part of the message that is searched for.
+        assert_eq!(excerpt_after(b"NO alice is not Bob", &login), r#""NO (user) is not (user)""#);
     }
 }

@@ -71,12 +71,13 @@ pub(super) fn server_login<'a>(
         })),
         Proof::Message(first) => {
             // SCRAM proves a password for one name: under another it would prove nothing.
-            let first = match (renamed, &place.user) {
-                (Some(renamed), _) => renamed,
+            let (first, user) = match (renamed, &place.user) {
+                (Some(renamed), _) => (renamed, mailbox),
                 (None, Some(user)) if *user != credentials.user => return None,
-                (None, _) => first,
+                (None, _) => (first, &credentials.user),
             };
-            Some(ServerLogin::Relayed { mechanism: credentials.mechanism, first })
+            let (mechanism, authzid) = (credentials.mechanism, credentials.authzid.as_ref());
+            Some(ServerLogin::Relayed { mechanism, first, user, authzid })
         }
         Proof::Certificate => backend.login.as_ref().map(|own| on_behalf(own.master.as_ref(), &own.password)),
     }

@@ -68,7 +68,12 @@ impl Server {
         let (unavailable_texts, limit_texts) = (["is on fire".to_owned()], ["quota of logins".to_owned()]);
         let mut machine = BackendLogin::new(Attempt {
             login: (!self.only_looks).then_some(match &self.credentials.proof {
-                Proof::Message(first) => ServerLogin::Relayed { mechanism: self.credentials.mechanism, first },
+                Proof::Message(first) => ServerLogin::Relayed {
+                    mechanism: self.credentials.mechanism,
+                    first,
+                    user: &self.credentials.user,
+                    authzid: self.credentials.authzid.as_ref(),
+                },
                 _ => ServerLogin::Password(PasswordLogin {
                     user: &self.credentials.user,
                     authzid: self.credentials.authzid.as_ref(),
