@@ -138,9 +138,9 @@ impl Fault {
         Self::of_proxy(Reason::ServersFull, "all servers are full, and no place came free in time", false)
     }
 
-    /// The operator, or the user's other sessions, end this login.
-    pub fn told(reason: Reason, detail: String, try_next: bool) -> Self {
-        Self::of_proxy(reason, detail, try_next)
+    /// A server has accepted the login, and the user's sessions on other servers of the backend do not end in time.
+    pub fn sessions_elsewhere() -> Self {
+        Self::of_proxy(Reason::Moved, "the user's sessions on another server of the backend do not end", false)
     }
 
     fn of_proxy(reason: Reason, detail: impl Into<String>, try_next: bool) -> Self {

@@ -182,12 +182,7 @@ impl Ticket {
         self.share.until(|standing| (standing != Standing::Waits).then_some(())).await;
     }
 
-    /// Ready when the connection must go, and from then on.
-    pub async fn shed(&self) -> Shed {
-        self.share.until(Standing::shed).await
-    }
-
-    /// The signal of [`Ticket::shed`], for a caller that cannot borrow the ticket.
+    /// Reports when the connection must go, without borrowing the ticket.
     pub fn shed_signal(&self) -> ShedSignal {
         ShedSignal(self.share.clone())
     }
@@ -214,7 +209,7 @@ impl Ticket {
 }
 
 impl ShedSignal {
-    /// See [`Ticket::shed`].
+    /// Ready when the connection must go, and from then on.
     pub async fn shed(&self) -> Shed {
         self.0.until(Standing::shed).await
     }
@@ -286,9 +281,9 @@ mod tests {
         let (lobby, now) = (Arc::new(Lobby::new(1, 1 << 20)), Instant::now());
         let first = lobby.enter(now).unwrap();
         assert_eq!(first.admitted().now_or_never(), Some(()));
-        assert_eq!(first.shed().now_or_never(), None);
+        assert_eq!(first.shed_signal().shed().now_or_never(), None);
         let second = lobby.enter(now).unwrap();
-        assert_eq!(first.shed().now_or_never(), Some(Shed::Place));
+        assert_eq!(first.shed_signal().shed().now_or_never(), Some(Shed::Place));
         assert_eq!(second.admitted().now_or_never(), None);
         assert_eq!(lobby.len(), 1);
         let third = lobby.enter(now).unwrap();
@@ -335,7 +330,7 @@ mod tests {
         let (mut held, mut needed) = (attacker.charge(), client.charge());
         held.resize(900 * 1024).unwrap();
         needed.resize(40 * 1024).unwrap();
-        assert_eq!(attacker.shed().now_or_never(), Some(Shed::Memory));
-        assert_eq!(client.shed().now_or_never(), None);
+        assert_eq!(attacker.shed_signal().shed().now_or_never(), Some(Shed::Memory));
+        assert_eq!(client.shed_signal().shed().now_or_never(), None);
     }
 }

@@ -1,7 +1,7 @@
 //! Which connections may stay before their login, and which must go: decisions without a lock, a socket or a clock.
 //!
 //! The number of places is a hard limit. A connection keeps its place until it has logged in or is really gone, also after it was told
-//! to go; a new connection that comes meanwhile waits for that place ([`Entered::waits`]). Who must go, when all places are taken:
+//! to go; a new connection that comes meanwhile waits for that place ([`Entered::Waits`]). Who must go, when all places are taken:
 //!
 //! 1. the oldest connection without complete credentials;
 //! 2. else the login that has been under way longest, if that is more than [`LOGIN_GRACE`];

@@ -16,7 +16,6 @@ use crate::backend::connect::{self, Paused};
 use crate::backend::request::{Fault, Outcome, Request};
 use crate::backend::{Backend, Server, Slot, Stop, Tour};
 use crate::config::BackendId;
-use crate::failure::Reason;
 use crate::generations::Generation;
 use crate::imap::sasl;
 use crate::route::Place;
@@ -185,8 +184,7 @@ impl<'a> Placing<'a, '_> {
         // The others were ended for this login: it does not fail before they can have closed their connections.
         let until = deadline.max(time::Instant::now() + CLOSING);
         if timeout_at(until, others_ended).await.is_err() {
-            let detail = "the user's sessions on another server of the backend do not end".to_owned();
-            return Outcome::Unavailable(Fault::told(Reason::Moved, detail, false));
+            return Outcome::Unavailable(Fault::sessions_elsewhere());
         }
         outcome
     }

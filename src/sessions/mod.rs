@@ -133,7 +133,7 @@ pub enum NoSeat {
     Outdated,
 }
 
-/// All logged-in sessions of the process.
+/// All logins under way and established sessions of the process.
 #[derive(Debug)]
 pub struct Sessions {
     inside: Mutex<Inside>,
