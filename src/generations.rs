@@ -1,6 +1,6 @@
 //! Detects values that are older than the event that made them wrong, by name, in constant memory.
 //!
-//! Whoever looks something up takes the current [`Generation`] before the lookup starts. The result may be used while no
+//! A caller takes the current [`Generation`] before a lookup starts. The result may be used while no
 //! event for its name has come since: [`Generations::is_current`]. Names share a fixed number of buckets, so names that
 //! clients choose cannot make it grow, and a collision only discards a value that was still good.
 
@@ -20,7 +20,7 @@ pub struct Generations {
     /// The last event that concerned every name.
     all: u64,
     by_name: Box<[u64; BUCKETS]>,
-    /// Random per process, so that nobody outside can choose names that collide with another user's.
+    /// Random per process, so that no client can choose names that collide with another user's.
     hasher: RandomState,
 }
 

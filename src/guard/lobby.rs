@@ -1,6 +1,6 @@
 //! Connections before their login: each has a [`Ticket`], and a [`Charge`] for each larger buffer it holds.
 //!
-//! `places` decides who may stay; this module keeps its state behind a lock, and tells the connections.
+//! `places` decides who may stay; this module keeps its state behind a lock, and signals the connections.
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU8, AtomicUsize, Ordering};

@@ -1,7 +1,8 @@
 //! Which connections may stay before their login, and which must go: decisions without a lock, a socket or a clock.
 //!
-//! The number of places is a hard limit. A connection keeps its place until it has logged in or is really gone, also after it was told
-//! to go; a new connection that comes meanwhile waits for that place ([`Entered::Waits`]). Who must go, when all places are taken:
+//! The number of places is a hard limit. A connection keeps its place until it has logged in or is closed, also while it is being
+//! shed; a new connection that arrives in the meantime waits for that place ([`Entered::Waits`]). Which connection is shed when all
+//! places are taken:
 //!
 //! 1. the oldest connection without complete credentials;
 //! 2. else the login that has been under way longest, if that is more than [`LOGIN_GRACE`];
@@ -18,7 +19,7 @@ use std::time::{Duration, Instant};
 
 /// A login under way may take this long before its connection can be shed.
 pub(super) const LOGIN_GRACE: Duration = Duration::from_secs(10);
-/// This part of the memory budget is kept for growth while connections that were told to go still hold their share.
+/// This part of the memory budget is kept for growth while connections that are being shed still hold their share.
 const RESERVE: usize = 8;
 
 /// A connection before its login, by the order of arrival.
@@ -38,7 +39,7 @@ pub(super) struct Places {
     logging_in: BTreeSet<(Instant, Number)>,
     /// Members that hold memory and may be shed, by [`Held::sent`]; the last holds most.
     by_memory: BTreeSet<(usize, Reverse<Number>)>,
-    /// Members with a place that were told to go.
+    /// Members with a place that are being shed.
     leaving: usize,
     memory: usize,
     leaving_memory: usize,
@@ -72,7 +73,7 @@ enum Stage {
 pub(super) enum Entered {
     /// It has a place.
     Inside(Number),
-    /// It has a place as soon as one of those that were told to go is gone.
+    /// It gets a place when a connection that is being shed has closed.
     Waits(Number),
     /// All places are taken by logins under way.
     Refused,
@@ -111,7 +112,7 @@ impl Places {
         self.memory
     }
 
-    /// A new connection. Those in `shed` must be told to go.
+    /// A new connection. The connections in `shed` must be closed.
     pub(super) fn enter(&mut self, now: Instant, shed: &mut Vec<Number>) -> Entered {
         // With a place, promised a place, and the new one.
         while self.inside() - self.leaving + self.entering.len() + 1 > self.most {
@@ -163,8 +164,8 @@ impl Places {
         self.become_stage(number, Stage::Idle);
     }
 
-    /// The connection holds this of the budget now. `false`: it may not, and what it held before is left. Those in `shed` must be told
-    /// to go.
+    /// The connection holds this of the budget now. `false`: it may not, and what it held before is left. The connections in
+    /// `shed` must be closed.
     pub(super) fn charge(&mut self, number: Number, held: Held, shed: &mut Vec<Number>) -> bool {
         let Some(member) = self.members.get(&number) else { return true };
         let before = member.held;
@@ -443,13 +444,13 @@ mod tests {
     }
 
     proptest! {
-        /// Never more inside than there are places, nor more memory than the budget; nobody waits without somebody leaving; and at
+        /// Never more inside than there are places, nor more memory than the budget; a connection waits only while another one is being shed; and at
         /// the end nothing is left.
         #[test]
         fn limits_hold(steps in prop::collection::vec(step(), 0..300)) {
             let (mut places, mut now) = (Places::new(8, 1000), Instant::now());
             let (mut most, mut budget, mut lowered) = (8, 1000, false);
-            let (mut there, mut told): (Vec<Number>, Vec<Number>) = (Vec::new(), Vec::new());
+            let (mut there, mut shedding): (Vec<Number>, Vec<Number>) = (Vec::new(), Vec::new());
             for step in steps {
                 now += Duration::from_secs(1);
                 let mut shed = Vec::new();
@@ -462,7 +463,7 @@ mod tests {
                     Step::Leave(which) => if let Some(number) = pick(which) {
                         places.leave(number);
                         there.retain(|other| *other != number);
-                        told.retain(|other| *other != number);
+                        shedding.retain(|other| *other != number);
                     },
                     Step::Begin(which) => if let Some(number) = pick(which).filter(|number| !places.entering.contains(number)) {
                         places.login_begun(number, now);
@@ -481,10 +482,10 @@ mod tests {
                     }
                 }
                 for number in shed {
-                    prop_assert!(there.contains(&number) && !told.contains(&number));
-                    told.push(number);
+                    prop_assert!(there.contains(&number) && !shedding.contains(&number));
+                    shedding.push(number);
                 }
-                prop_assert!(places.entering.len() <= told.len() || lowered);
+                prop_assert!(places.entering.len() <= shedding.len() || lowered);
                 if !lowered {
                     prop_assert!(places.inside() <= most && places.memory() <= budget);
                 }

@@ -151,7 +151,7 @@ impl Session {
             let registered = Registered { seat, since };
             let routed = tokio::select! {
                 biased;
-                why = call.told() => Err(why),
+                why = call.cancelled() => Err(why),
                 routed = self.routed_attempt(login, names, registered, stream, prelogin, began, &mut progress) => Ok(routed?),
             };
             routings += 1;

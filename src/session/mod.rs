@@ -137,7 +137,7 @@ struct Session {
     memory: Charge,
     /// The copies of its credentials.
     login_memory: Charge,
-    /// Who wants to log in, as routes see it; `None` while that is not known.
+    /// The user of the login under way, by the name in the routes; `None` while it is not known.
     routing_name: Option<Arc<str>>,
     /// What the policy service knows of the login under way.
     told: Option<Box<policy::Attempt>>,

@@ -73,7 +73,7 @@ impl Call {
     }
 
     /// Waits until the session is cancelled.
-    pub async fn told(&self) -> Why {
+    pub async fn cancelled(&self) -> Why {
         std::future::poll_fn(|context| self.poll(context)).await
     }
 

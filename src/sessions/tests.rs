@@ -94,7 +94,7 @@ fn of_two_servers_that_accept_a_user_the_last_to_accept_keeps_it() {
     let sessions = Arc::new(Sessions::default());
     let servers = [server("a"), server("b"), server("c")];
     let old = session(&sessions, "x", &servers[2]);
-    // In whichever order they came, and whoever waits for whom.
+    // In both orders of arrival and of acceptance.
     for order in [[0, 1], [1, 0]] {
         let logins = [login(&sessions, "x", &servers[0]), login(&sessions, "x", &servers[1])];
         let [loser, winner] = order.map(|at| &logins[at]);
@@ -213,7 +213,7 @@ fn places_go_back_after_a_peak_whoever_stays() {
         let inside = sessions.lock();
         (inside.taken.capacity(), inside.users.capacity())
     };
-    // Who left last may have had the last place; the next to leave see to it.
+    // The session that ended last may have had the last place; later ends shrink the registry.
     (0..100).for_each(|_| drop(sessions.take(guest("late")).unwrap()));
     assert!(places().0 < 1000 && places().1 < 1000, "{:?}", places());
     (0..5000).for_each(|number| seats.push(sessions.take(guest(&format!("u{number}"))).unwrap()));
