@@ -108,7 +108,12 @@ impl Deadline {
 
     /// Whether it has expired.
     pub fn has_expired(self) -> bool {
-        self.due() <= time::Instant::now()
+        self.left().is_zero()
+    }
+
+    /// Time until it expires.
+    pub fn left(self) -> Duration {
+        self.due().saturating_duration_since(time::Instant::now())
     }
 
     /// The earlier of two.

@@ -245,9 +245,9 @@ async fn asked(
     limits: &Limits,
     timeout: Duration,
 ) -> Result<Seen, CheckFailure> {
-    let deadline = Instant::now() + timeout;
+    let deadline = Deadline::after(timeout);
     let Some(purpose) = purpose else {
-        dial(backend, server, Deadline::at(deadline)).await?;
+        dial(backend, server, deadline).await?;
         return Ok(Seen::default());
     };
     let nothing = ClientId::default();

@@ -10,7 +10,6 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::time;
 use zeroize::Zeroizing;
 
 use super::reach::{encrypt, reach};
@@ -31,10 +30,9 @@ pub async fn login<'a>(
     backend: &'a Backend,
     server: &Arc<Server>,
     request: &'a Request<'a>,
-    deadline: time::Instant,
+    deadline: Deadline,
 ) -> Outcome<'a> {
     let is_session = request.purpose == Purpose::Session;
-    let deadline = Deadline::at(deadline);
     // A check has a deadline of its own.
     let first_byte = if is_session { deadline.min(Deadline::after(request.limits.connect)) } else { deadline };
     let is_hurried = is_hurried(request, deadline);
@@ -66,7 +64,7 @@ pub async fn login<'a>(
 /// Whether a client's login leaves a server less time than `limits.connect`, so that a deadline that it misses says
 /// nothing about it.
 fn is_hurried(request: &Request<'_>, deadline: Deadline) -> bool {
-    request.purpose == Purpose::Session && deadline.due() < time::Instant::now() + request.limits.connect
+    request.purpose == Purpose::Session && deadline.left() < request.limits.connect
 }
 
 /// Nothing more is wanted of this connection.
@@ -87,9 +85,8 @@ impl std::fmt::Debug for Paused<'_> {
 
 impl<'a> Paused<'a> {
     /// Goes on with what the client said, as it stands in its line, within `deadline`.
-    pub async fn respond(mut self, line: &[u8], deadline: time::Instant) -> Outcome<'a> {
+    pub async fn respond(mut self, line: &[u8], deadline: Deadline) -> Outcome<'a> {
         self.0.machine.respond(line);
-        let deadline = Deadline::at(deadline);
         self.0.run(deadline, deadline).await
     }
 }
@@ -179,7 +176,7 @@ impl<'a> Dialogue<'a> {
     }
 
     async fn talk(mut self, first_byte: Deadline, mut deadline: Deadline) -> Outcome<'a> {
-        let extended = self.request.deadline.map_or(deadline, Deadline::at);
+        let extended = self.request.deadline.unwrap_or(deadline);
         // A server that got less than limits.connect to greet is not at fault.
         let has_connect_time = first_byte.due() < deadline.due();
         let mut due = first_byte;

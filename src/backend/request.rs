@@ -4,12 +4,12 @@ use std::net::SocketAddr;
 use std::time::Duration;
 
 use tokio::net::TcpStream;
-use tokio::time;
 
 use super::Backend;
 use super::connect::Paused;
 use super::health::Blow;
 use crate::config::Limits;
+use crate::deadline::Deadline;
 use crate::failure::{Reason, Side};
 use crate::identity::{Mechanism, ServerLogin};
 use crate::imap::backend_login::{Offer, Referral, ServerFault};
@@ -43,7 +43,7 @@ pub struct Request<'a> {
     /// Deadlines and caps.
     pub limits: &'a Limits,
     /// When the login must be over, whichever servers are tried; `None`: at the deadline of the one server.
-    pub deadline: Option<time::Instant>,
+    pub deadline: Option<Deadline>,
 }
 
 /// What a connection to a server is for.

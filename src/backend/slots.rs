@@ -12,12 +12,13 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use tokio::sync::oneshot;
-use tokio::time::{Instant, timeout_at};
+use tokio::time::Instant;
 
 use super::departures::Departure;
 use super::exchanges::Exchange;
 use super::health::Trial;
 use super::server::{Server, ServerState};
+use crate::deadline::Deadline;
 use crate::metrics::OpenGuard;
 
 /// The places of one server.
@@ -240,7 +241,7 @@ pub(super) struct InQueue<'a>(&'a Queue);
 
 impl InQueue<'_> {
     /// Waits for a slot at any of `servers` until `due`.
-    pub(super) async fn wait(self, servers: &[Arc<Server>], due: Instant) -> Option<(Arc<Server>, Slot)> {
+    pub(super) async fn wait(self, servers: &[Arc<Server>], due: Deadline) -> Option<(Arc<Server>, Slot)> {
         let (hand, slot) = oneshot::channel();
         let waiting = AtServers { waiter: Arc::new(Waiter { hand: Mutex::new(Some(hand)) }), servers };
         for server in servers {
@@ -249,7 +250,7 @@ impl InQueue<'_> {
                 return Some((server.clone(), Slot::at(&server.state)));
             }
         }
-        let slot = timeout_at(due, slot).await.ok()?.ok()?;
+        let slot = due.limit(slot).await.ok()?.ok()?;
         let is_there = |server: &&Arc<Server>| slot.state.as_ref().is_some_and(|at| Arc::ptr_eq(at, &server.state));
         servers.iter().find(is_there).cloned().map(|server| (server, slot))
     }
@@ -282,8 +283,8 @@ mod tests {
 
     const LONG: Duration = Duration::from_secs(60);
 
-    fn soon() -> Instant {
-        Instant::now() + LONG
+    fn soon() -> Deadline {
+        Deadline::after(LONG)
     }
 
     #[tokio::test(start_paused = true)]
@@ -314,7 +315,7 @@ mod tests {
         let servers = [server.clone()];
         let slot = Slot::take(&server).unwrap();
         let began = Instant::now();
-        let due = began + Duration::from_secs(5);
+        let due = Deadline::after(Duration::from_secs(5));
         let mut patient = Box::pin(queue.join(9).unwrap().wait(&servers, soon()));
         {
             let mut gone = Box::pin(queue.join(9).unwrap().wait(&servers, soon()));

@@ -9,12 +9,11 @@
 use std::collections::VecDeque;
 use std::sync::Arc;
 
-use tokio::time::Instant;
-
 use super::server::Admission;
 use super::slots::Slot;
 use super::{Backend, Server};
 use crate::config::Mode;
+use crate::deadline::Deadline;
 
 /// See the module.
 #[derive(Debug)]
@@ -24,7 +23,7 @@ pub struct Tour<'a> {
     last_resort: VecDeque<Arc<Server>>,
     full: Vec<Arc<Server>>,
     /// How long this login may wait in the queue.
-    queue_until: Option<Instant>,
+    queue_until: Option<Deadline>,
     needs_place: bool,
 }
 
@@ -58,7 +57,7 @@ impl<'a> Tour<'a> {
     }
 
     /// The next server; waits for a place no longer than the queue allows, and not beyond `due`.
-    pub async fn next(&mut self, due: Instant) -> Stop {
+    pub async fn next(&mut self, due: Deadline) -> Stop {
         while let Some(server) = self.ahead.pop_front() {
             match server.admit(self.needs_place) {
                 Admission::Slot(slot) => return Stop::At(server, slot),
@@ -88,11 +87,11 @@ impl<'a> Tour<'a> {
         Stop::End
     }
 
-    async fn wait(&mut self, servers: &[Arc<Server>], due: Instant) -> Stop {
+    async fn wait(&mut self, servers: &[Arc<Server>], due: Deadline) -> Stop {
         if let Some(first) = servers.first().filter(|_| !self.needs_place) {
             return Stop::At(first.clone(), Slot::without_place(first));
         }
-        let until = *self.queue_until.get_or_insert_with(|| Instant::now() + self.backend.queue_limits.timeout);
+        let until = *self.queue_until.get_or_insert_with(|| Deadline::after(self.backend.queue_limits.timeout));
         let Some(queue) = self.backend.queue.join(self.backend.queue_limits.length) else { return Stop::Full };
         let _counted = self.backend.metrics.backend(self.backend.id.0).login_queued();
         match queue.wait(servers, until.min(due)).await {
@@ -105,7 +104,7 @@ impl<'a> Tour<'a> {
 impl Backend {
     /// Makes sure that `slot`, which is at `server`, has a place; waits for one no longer than the queue allows, and not
     /// beyond `due`. Returns whether it has.
-    pub async fn take_place(&self, server: &Arc<Server>, slot: &mut Slot, due: Instant) -> bool {
+    pub async fn take_place(&self, server: &Arc<Server>, slot: &mut Slot, due: Deadline) -> bool {
         if slot.has_place() {
             return true;
         }

@@ -7,7 +7,6 @@
 use std::sync::Arc;
 use std::time::Instant;
 
-use tokio::time::{self, timeout_at};
 use zeroize::Zeroizing;
 
 use super::defence::counted_users;
@@ -129,7 +128,7 @@ impl Session {
         began: Instant,
     ) -> Option<Attempted> {
         let sessions = self.live.sessions.clone();
-        let due = time::Instant::now() + self.live.limits.server_login;
+        let due = Deadline::after(self.live.limits.server_login);
         let guest = Guest {
             user: names.routing.clone(),
             client: self.peer.ip().to_canonical(),
@@ -139,10 +138,10 @@ impl Session {
         let mut ended_by = Why::Moved;
         let mut progress = Progress::default();
         let mut routings = 0;
-        while routings < MAX_ROUTINGS && time::Instant::now() < due {
+        while routings < MAX_ROUTINGS && !due.has_expired() {
             // A user who is being moved comes in when that is done.
             let released = sessions.changed(|sessions| !sessions.is_held(&names.routing) && !sessions.is_held(&held));
-            if timeout_at(due, released).await.is_err() {
+            if due.limit(released).await.is_err() {
                 break;
             }
             let since = sessions.generation();
@@ -254,7 +253,7 @@ impl Session {
             tls: tls.as_ref(),
             session_id: session_id.as_str(),
             limits: &live.limits,
-            deadline: Some(time::Instant::now() + live.limits.server_login),
+            deadline: Some(Deadline::after(live.limits.server_login)),
         };
         let (mailbox, Registered { seat, since }) = (place.mailbox(&names.routing), registered);
         let desk = self.desk.clone();

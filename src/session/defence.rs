@@ -224,7 +224,7 @@ impl Session {
     /// Waits, but not beyond what ends the session.
     async fn pause(&self, until: time::Instant) {
         tokio::select! {
-            () = time::sleep_until(until.min(self.login_by)) => {}
+            () = time::sleep_until(until.min(self.login_by.due())) => {}
             // Both are told what is to be told after the answer.
             () = self.drain.begun().cancelled() => {}
             () = self.shed() => {}

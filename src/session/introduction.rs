@@ -8,9 +8,9 @@ use std::net::SocketAddr;
 
 use tokio::io::AsyncReadExt;
 use tokio::net::TcpStream;
-use tokio::time::{self, timeout_at};
 
 use super::{Session, id};
+use crate::deadline::Deadline;
 use crate::failure::Reason;
 use crate::metrics::BalancerCheck;
 use crate::proxy_protocol::{Header, Origin, parse};
@@ -33,9 +33,9 @@ impl Session {
         if !networks.iter().any(|network| network.contains(self.peer.ip())) {
             return self.not_introduced("the address is not among those of proxy_protocol.from".to_owned());
         }
-        let due = self.login_by.min(time::Instant::now() + live.limits.proxy_header);
+        let due = self.login_by.min(Deadline::after(live.limits.proxy_header));
         let said = tokio::select! {
-            said = timeout_at(due, header(socket)) => said,
+            said = due.limit(header(socket)) => said,
             () = self.drain.begun().cancelled() => {
                 self.record.failed(Reason::Drain);
                 return None;

@@ -37,7 +37,7 @@ use std::time::{Duration, Instant};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::sync::watch;
-use tokio::time::{self, timeout, timeout_at};
+use tokio::time::timeout;
 use zeroize::Zeroizing;
 
 use self::attempt::{Attempted, Seated};
@@ -147,7 +147,7 @@ struct Session {
     /// Whether both addresses are those of a PROXY header.
     is_proxied: bool,
     listener: usize,
-    login_by: time::Instant,
+    login_by: Deadline,
     opening: Opening,
     record: Record,
 }
@@ -157,7 +157,7 @@ impl Session {
         let Arrival { socket, peer, local, listener, live, desk, drain, room, ticket, held, .. } = arrival;
         // A socket bound to one address has no other; of `[::]` only the connection knows.
         let local = if local.ip().is_unspecified() { socket.local_addr().unwrap_or(local) } else { local };
-        let login_by = time::Instant::now() + live.limits.login;
+        let login_by = Deadline::after(live.limits.login);
         let record = Record::new(id::new(peer), peer, local, live.settings.clone());
         let (memory, login_memory) = (ticket.charge(), ticket.charge());
         (
@@ -298,7 +298,7 @@ impl Session {
     /// Step 2. `None`: the session is over.
     async fn encrypt(&mut self, socket: TcpStream) -> Option<Stream> {
         let began = Instant::now();
-        let due = self.login_by.min(time::Instant::now() + self.live.limits.handshake);
+        let due = self.login_by.min(Deadline::after(self.live.limits.handshake));
         let tls = self.live.tls.as_ref()?;
         let secrets = Arc::new(Secrets::default());
         let turns = self.live.guard.handshakes();
@@ -311,7 +311,7 @@ impl Session {
             tls.accept(self.listener, socket, accepting, memory).await
         };
         let failed = tokio::select! {
-            accepted = Deadline::at(due).limit(handshake) => match accepted {
+            accepted = due.limit(handshake) => match accepted {
                 Ok(Ok(tls)) => {
                     let stream = Stream::Tls(Box::new(Encrypted { tls, secrets }));
                     let took = began.elapsed();
@@ -352,10 +352,10 @@ impl Session {
             stream.flush().await
         };
         // Replies are short: a client that does not take them within the deadline takes nothing at all.
-        let due = self.login_by.max(time::Instant::now() + FAREWELL);
+        let due = self.login_by.max(Deadline::after(FAREWELL));
         let result = tokio::select! {
             biased;
-            result = timeout_at(due, write) => result,
+            result = due.limit(write) => result,
             // In the middle of a write nothing more can be said.
             () = self.drain.begun().cancelled() => return self.ended(Reason::Drain),
             () = self.shed() => return self.ended(self.why_shed().1),
@@ -416,7 +416,7 @@ impl Session {
     async fn read(&mut self, stream: &mut Stream, prelogin: &mut Prelogin) -> Result<(), Unread> {
         self.memory.resize(prelogin.held())?;
         let mut buffer = Zeroizing::new(Vec::with_capacity(READ));
-        match timeout_at(self.login_by, stream.read_buf(&mut *buffer)).await {
+        match self.login_by.limit(stream.read_buf(&mut *buffer)).await {
             Ok(Ok(read)) if read > 0 => {
                 if self.opening.is_header(&buffer) {
                     return Err(Unread::ProxyHeader);

@@ -9,13 +9,13 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::sync::watch;
-use tokio::time::{self, timeout_at};
 
 use super::FAREWELL;
 use crate::backend::connect::{self, Paused};
 use crate::backend::request::{Fault, Outcome, Request};
 use crate::backend::{Backend, Server, Slot, Stop, Tour};
 use crate::config::BackendId;
+use crate::deadline::Deadline;
 use crate::generations::Generation;
 use crate::imap::sasl;
 use crate::route::Place;
@@ -78,10 +78,10 @@ impl<'a> Placing<'a, '_> {
     /// declared server.
     pub(super) async fn log_in_somewhere(&self, place: &Place) -> Answered<'a> {
         let limits = &self.live.limits;
-        let deadline = time::Instant::now() + limits.server_login;
-        let known_by = deadline.min(time::Instant::now() + limits.connect);
+        let deadline = Deadline::after(limits.server_login);
+        let known_by = deadline.min(Deadline::after(limits.connect));
         let backend = self.live.backends.backend(place.backend);
-        let servers = timeout_at(known_by, self.live.servers(place, &self.mailbox)).await.unwrap_or_default();
+        let servers = known_by.limit(self.live.servers(place, &self.mailbox)).await.unwrap_or_default();
         let mut tour = self.tour(backend, servers);
         let mut outcome = Outcome::Unavailable(Fault::no_server());
         loop {
@@ -93,16 +93,15 @@ impl<'a> Placing<'a, '_> {
             if !self.may_use(&server)? {
                 continue;
             }
-            let now = time::Instant::now();
             // While there is another server, one that hangs gets half of what is left.
-            let due = if tour.has_more() { now + deadline.saturating_duration_since(now) / 2 } else { deadline };
+            let due = if tour.has_more() { Deadline::after(deadline.left() / 2) } else { deadline };
             let placed = Placed { backend: backend.clone(), server, slot };
             let (answer, placed) = self.log_in_at(backend, placed, due, deadline).await;
             outcome = answer;
             match &outcome {
                 Outcome::Unavailable(fault) => {
                     self.report(&placed.server, fault);
-                    if !fault.try_next || time::Instant::now() >= deadline {
+                    if !fault.try_next || deadline.has_expired() {
                         return Ok((outcome, None));
                     }
                 }
@@ -134,8 +133,8 @@ impl<'a> Placing<'a, '_> {
         &self,
         backend: &'a Backend,
         mut placed: Placed,
-        due: time::Instant,
-        deadline: time::Instant,
+        due: Deadline,
+        deadline: Deadline,
     ) -> (Outcome<'a>, Placed) {
         let outcome = tokio::select! {
             biased;
@@ -157,7 +156,7 @@ impl<'a> Placing<'a, '_> {
     /// Goes on with the client's answer to a challenge. Where that completes the credentials, the login takes its place
     /// first.
     pub(super) async fn respond(&self, paused: Box<Paused<'a>>, placed: &mut Placed, response: &[u8]) -> Outcome<'a> {
-        let deadline = time::Instant::now() + self.live.limits.server_login;
+        let deadline = Deadline::after(self.live.limits.server_login);
         let is_abort = response == b"*";
         let completes = !is_abort && self.request.login.as_ref().is_some_and(|login| !login.is_complete());
         if completes && !placed.backend.take_place(&placed.server, &mut placed.slot, deadline).await {
@@ -171,7 +170,7 @@ impl<'a> Placing<'a, '_> {
     }
 
     /// Holds an accepted login back until the user has no session on another server of the backend, where that must be.
-    async fn alone(&self, outcome: Outcome<'a>, placed: &mut Placed, deadline: time::Instant) -> Outcome<'a> {
+    async fn alone(&self, outcome: Outcome<'a>, placed: &mut Placed, deadline: Deadline) -> Outcome<'a> {
         if !matches!(outcome, Outcome::Accepted(_)) {
             return outcome;
         }
@@ -182,15 +181,15 @@ impl<'a> Placing<'a, '_> {
         self.seat.accept(alone);
         let others_ended = self.live.sessions.changed(|_| !alone || self.seat.is_alone());
         // The others were ended for this login: it does not fail before they can have closed their connections.
-        let until = deadline.max(time::Instant::now() + CLOSING);
-        if timeout_at(until, others_ended).await.is_err() {
+        let until = deadline.max(Deadline::after(CLOSING));
+        if until.limit(others_ended).await.is_err() {
             return Outcome::Unavailable(Fault::sessions_elsewhere());
         }
         outcome
     }
 
     /// Follows referrals, as far as the backends allow it.
-    async fn follow(&self, mut outcome: Outcome<'a>, mut at: Placed, deadline: time::Instant) -> Answered<'a> {
+    async fn follow(&self, mut outcome: Outcome<'a>, mut at: Placed, deadline: Deadline) -> Answered<'a> {
         let mut visited = Vec::new();
         while let Outcome::Referred(referral) = &outcome {
             visited.push(at.server.name.clone());

@@ -204,6 +204,42 @@ admin: {{address: "127.0.0.1:{{admin}}"}}
         self.assertNotIn("is failing and passed over", proxy.log())
         self.assertEqual(proxy.log().count("this process was not scheduled for a while"), 2)
 
+    def test_no_deadline_of_a_login_passes(self):
+        folder = Folder()
+        self.addCleanup(folder.remove)
+        certificates = Certificates(folder)
+        server = Dovecot(certificates)
+        self.addCleanup(server.close)
+        proxy = Proxy(f"""
+listeners: [{{address: "127.0.0.1:{{plain}}", tls: none}}]
+backends:
+  only:
+    servers: ["localhost:{server.tls_port}"]
+    tls: {{mode: implicit, ca: {certificates.ca}}}
+    max_sessions: 1
+    queue: {{timeout: 5s}}
+    check: off
+routes: [{{default: only}}]
+limits: {{login: 10s}}
+admin: {{address: "127.0.0.1:{{admin}}"}}
+""")
+        self.addCleanup(proxy.close)
+        clients = [Raw(proxy.ports["plain"]) for _ in range(3)]
+        for client in clients:
+            self.addCleanup(client.close)
+            client.line()
+        first, queued, silent = clients
+        self.assertTrue(first.command("a", LOGIN[ALICE])[-1].startswith(b"a OK"))
+        queued.send(b"a " + LOGIN[ALICE].encode() + b"\r\n")
+        wait_for("the queue", lambda: proxy.metric("vestibule_backend_queue_length") == 1)
+        # Longer than limits.login and the queue's timeout.
+        os.killpg(proxy.process.child.pid, signal.SIGSTOP)
+        time.sleep(11)
+        os.killpg(proxy.process.child.pid, signal.SIGCONT)
+        first.close()
+        self.assertTrue(queued.until(b"a ")[-1].startswith(b"a OK"))
+        queued.close()
+        self.assertTrue(silent.command("a", LOGIN[ALICE])[-1].startswith(b"a OK"))
 
 if __name__ == "__main__":
     unittest.main()
