@@ -12,7 +12,7 @@ use zeroize::Zeroizing;
 use super::defence::counted_users;
 use super::placement::{Carried, Placed, Placing};
 use super::record::reason;
-use super::server_credentials::{has_own_login, has_separator, renamed, server_login, split_master};
+use super::server_credentials::{has_separator, renamed, server_login, split_master};
 use super::{Session, close};
 use crate::backend::request::{Established, Outcome, Purpose, Request};
 use crate::backend::{Backend, Server, Slot};
@@ -20,10 +20,12 @@ use crate::deadline::Deadline;
 use crate::failure::Reason;
 use crate::generations::Generation;
 use crate::identity::{Mechanism, Names, authorise_certificate};
+use crate::imap::client_id::ClientId;
 use crate::imap::prelogin::{Bye, LoginRequest, Prelogin, Step};
 use crate::imap::reply;
 use crate::metrics::LoginOutcome;
 use crate::route::{Question, RouteError, Routed, Target, Visitor, VisitorTls};
+use crate::server::Live;
 use crate::sessions::{Guest, NoSeat, Seat, Why};
 use crate::stream::Stream;
 
@@ -62,6 +64,14 @@ pub(super) struct Seated {
     pub(super) slot: Slot,
     /// Among the user's sessions.
     pub(super) seat: Seat,
+}
+
+/// A login command whose user is known.
+struct Login<'a> {
+    request: &'a LoginRequest,
+    names: &'a Names,
+    client_id: ClientId,
+    began: Instant,
 }
 
 /// A registered login.
@@ -115,32 +125,32 @@ impl Session {
         if login.credentials.has_empty_password() && !live.backends.any_allows_empty_passwords() {
             return Some(self.empty_password(&login.tag, None, began));
         }
-        self.registered_attempt(login, &names, stream, prelogin, began).await
+        let login = Login { request: login, names: &names, client_id: prelogin.client_id().clone(), began };
+        self.registered_attempt(&login, stream, prelogin).await
     }
 
     /// Registers the login and routes it, again when a move or a drained server has made the first answer out of date.
     async fn registered_attempt(
         &mut self,
-        login: &LoginRequest,
-        names: &Names,
+        login: &Login<'_>,
         stream: &mut Stream,
         prelogin: &mut Prelogin,
-        began: Instant,
     ) -> Option<Attempted> {
+        let routing = &login.names.routing;
         let sessions = self.live.sessions.clone();
         let due = Deadline::after(self.live.limits.server_login);
         let guest = Guest {
-            user: names.routing.clone(),
+            user: routing.clone(),
             client: self.peer.ip().to_canonical(),
             session: self.record.session().bytes(),
         };
-        let mut held = names.routing.clone();
+        let mut held = routing.clone();
         let mut ended_by = Why::Moved;
         let mut progress = Progress::default();
         let mut routings = 0;
         while routings < MAX_ROUTINGS && !due.has_expired() {
             // A user who is being moved comes in when that is done.
-            let released = sessions.changed(|sessions| !sessions.is_held(&names.routing) && !sessions.is_held(&held));
+            let released = sessions.changed(|sessions| !sessions.is_held(routing) && !sessions.is_held(&held));
             if due.limit(released).await.is_err() {
                 break;
             }
@@ -151,7 +161,7 @@ impl Session {
             let routed = tokio::select! {
                 biased;
                 why = call.cancelled() => Err(why),
-                routed = self.routed_attempt(login, names, registered, stream, prelogin, began, &mut progress) => Ok(routed?),
+                routed = self.routed_attempt(login, registered, stream, prelogin, &mut progress) => Ok(routed?),
             };
             routings += 1;
             match routed {
@@ -162,7 +172,8 @@ impl Session {
                     ended_by = why;
                     if progress.in_exchange {
                         self.record.attempt_failed(reason(why), LoginOutcome::Unavailable, None);
-                        return Some(Attempted::Dismissed { reply: reply::ended(&login.tag), counts: false });
+                        let reply = reply::ended(&login.request.tag);
+                        return Some(Attempted::Dismissed { reply, counts: false });
                     }
                     // A login that lost to a later one would end that one in turn if it was routed again.
                     if matches!(why, Why::Kicked | Why::Stopped | Why::Replaced) {
@@ -176,78 +187,40 @@ impl Session {
     }
 
     /// Asks the policy service once, then the routes, and logs in where they say. An error: the login must be routed again.
-    #[expect(clippy::too_many_arguments, reason = "it is the middle of one story, and keeps nothing")]
     async fn routed_attempt(
         &mut self,
-        login: &LoginRequest,
-        names: &Names,
+        login: &Login<'_>,
         registered: Registered,
         stream: &mut Stream,
         prelogin: &mut Prelogin,
-        began: Instant,
         progress: &mut Progress,
     ) -> Option<Result<Attempted, NoSeat>> {
-        let client_id = prelogin.client_id().clone();
-        if !progress.is_allowed {
-            if let Some(refused) = self.policy_refuses(login, &client_id, began).await {
-                return Some(Ok(refused));
-            }
-            progress.is_allowed = true;
+        if let Some(refused) = self.may_be_routed(login, progress).await {
+            return Some(Ok(refused));
         }
-        if client_id.ttl() == Some(0) {
-            self.record.attempt_failed(Reason::ProxyLoop, LoginOutcome::Unavailable, None);
-            return Some(Ok(Attempted::Unavailable));
-        }
-        self.up_to_date();
         let live = self.live.clone();
-        // Before anybody is looked up: the answer shall be the same whether the mailbox exists.
-        let may_ask = live.allows_masters_from(self.peer.ip()) && live.backends.any_allows_authzid();
-        if login.credentials.authzid.is_some() && !may_ask {
-            return Some(Ok(self.not_authorised(&login.tag)));
-        }
-        let question = self.question(names, login, stream);
-        let lookup = live.router.route(&question, &live.metrics);
-        let target = match Deadline::after(live.limits.lookup).limit(lookup).await {
-            Ok(Ok(Routed { target, route })) => {
-                let backend = match &*target {
-                    Target::Place(place) => Some(&live.backends.backend(place.backend).name),
-                    Target::Refuse(_) | Target::Denied(_) | Target::Maintenance(_) | Target::PasswordNeeded => None,
-                };
-                self.record.routed(route, backend, began.elapsed());
-                target
-            }
-            Ok(Err(RouteError::Unknown)) => {
-                return Some(Ok(self.no_such_user(&login.tag, Reason::UnknownUser, began)));
-            }
-            Ok(Err(error)) => return Some(Ok(self.lookup_failed(&error.to_string()))),
-            Err(_) => return Some(Ok(self.lookup_failed("no answer within limits.lookup"))),
+        let target = match self.look_up(&live, login, stream).await {
+            Ok(target) => target,
+            Err(refused) => return Some(Ok(refused)),
         };
-        // Its copy of the credentials is not needed any more.
-        drop(question);
-        let Target::Place(place) = &*target else { return Some(Ok(self.verdict(&login.tag, &target))) };
+        let (tag, credentials) = (&login.request.tag, &login.request.credentials);
+        let Target::Place(place) = &*target else { return Some(Ok(self.verdict(tag, &target))) };
         let backend = live.backends.backend(place.backend);
-        if login.credentials.authzid.is_some() && !backend.allows_authzid {
-            // Others allow it: those who are asked for there, and those who do not exist, get one answer.
-            self.record.attempt_failed(Reason::AuthzidRefused, LoginOutcome::Refused, Some(backend.id));
-            return Some(Ok(self.refused_late(&login.tag, began)));
+        if let Some(refused) = self.may_be_sent_to(backend, login) {
+            return Some(Ok(refused));
         }
-        if login.credentials.has_empty_password() && !backend.allows_empty_passwords() {
-            return Some(Ok(self.empty_password(&login.tag, Some(backend.id), began)));
-        }
-        let renamed = renamed(&login.credentials, place, names);
-        let server_login = server_login(&login.credentials, place, names, backend, renamed.as_ref());
-        let Some(server_login) = server_login else {
+        let renamed = renamed(credentials, place, login.names);
+        let Some(server_login) = server_login(credentials, place, login.names, backend, renamed.as_ref()) else {
             self.record.attempt_failed(Reason::MechanismUnsupported, LoginOutcome::Unavailable, Some(backend.id));
             return Some(Ok(Attempted::Unavailable));
         };
-        let session_id = self.record.session();
-        let tls = self.record.tls().cloned();
+        let (session_id, tls) = (self.record.session(), self.record.tls().cloned());
         let request = Request {
             login: Some(server_login),
-            mechanism: Some(login.credentials.mechanism),
+            mechanism: Some(credentials.mechanism),
             purpose: Purpose::Session,
-            tag: &login.tag,
-            client_id: &client_id,
+            tag,
+            client_id: &login.client_id,
             client: self.peer,
             listener: self.local,
             tls: tls.as_ref(),
@@ -255,41 +228,109 @@ impl Session {
             limits: &live.limits,
             deadline: Some(Deadline::after(live.limits.server_login)),
         };
-        let (mailbox, Registered { seat, since }) = (place.mailbox(&names.routing), registered);
-        let desk = self.desk.clone();
-        let carries = Carried {
-            routed: backend.id,
-            authzid: login.credentials.authzid.is_some(),
-            own_login: has_own_login(&login.credentials, place),
-            empty_password: login.credentials.has_empty_password(),
-        };
+        let (mailbox, Registered { seat, since }) = (place.mailbox(&login.names.routing), registered);
+        let (desk, carries) = (self.desk.clone(), Carried::of(credentials, place));
         let placing = Placing { live: &live, desk, seat: &seat, since, mailbox, request: &request, carries };
-        let (mut outcome, mut placed) = match placing.log_in_somewhere(place).await {
+        let answered = match placing.log_in_somewhere(place).await {
             Ok(answered) => answered,
             Err(again) => return Some(Err(again)),
         };
-        while let Outcome::Challenged(paused, challenge) = outcome {
-            let Some(placed) = &mut placed else { return Some(Ok(Attempted::Unavailable)) };
-            placing.asks_client(placed, &challenge);
-            progress.in_exchange = true;
-            let response = tokio::select! {
-                biased;
-                response = self.ask(login, &challenge, stream, prelogin) => response?,
-                () = placed.slot.displaced() => {
-                    self.record.attempt_failed(Reason::ServersFull, LoginOutcome::Unavailable, Some(backend.id));
-                    return Some(Ok(Attempted::Dismissed { reply: reply::ended(&login.tag), counts: false }));
-                }
-            };
-            outcome = placing.respond(paused, placed, &response).await;
-        }
+        let (outcome, placed) = match self.exchange(login, &placing, answered, stream, prelogin, progress).await? {
+            Ok(answered) => answered,
+            Err(ended) => return Some(Ok(ended)),
+        };
         if matches!(outcome, Outcome::Accepted(_))
-            && let users = counted_users(&live.config.naming, &login.credentials)
-            && let Some(limited) = self.may_have_one_more(&login.tag, &users, &names.routing, backend.id)
+            && let users = counted_users(&live.config.naming, credentials)
+            && let Some(limited) = self.may_have_one_more(tag, &users, &login.names.routing, backend.id)
         {
             return Some(Ok(limited));
         }
         let seated = placed.map(|Placed { backend, server, slot }| Seated { backend, server, slot, seat });
-        Some(Ok(self.answered(outcome, seated, backend, began)))
+        Some(Ok(self.answered(outcome, seated, backend, login.began)))
+    }
+
+    /// Refuses a login before any lookup, so that the answer is the same whether the mailbox exists. `None`: it goes on,
+    /// under the configuration that holds now.
+    async fn may_be_routed(&mut self, login: &Login<'_>, progress: &mut Progress) -> Option<Attempted> {
+        if !progress.is_allowed {
+            let refused = self.policy_refuses(login.request, &login.client_id, login.began).await;
+            if refused.is_some() {
+                return refused;
+            }
+            progress.is_allowed = true;
+        }
+        if login.client_id.ttl() == Some(0) {
+            self.record.attempt_failed(Reason::ProxyLoop, LoginOutcome::Unavailable, None);
+            return Some(Attempted::Unavailable);
+        }
+        self.up_to_date();
+        let may_ask = self.live.allows_masters_from(self.peer.ip()) && self.live.backends.any_allows_authzid();
+        let is_refused = login.request.credentials.authzid.is_some() && !may_ask;
+        is_refused.then(|| self.not_authorised(&login.request.tag))
+    }
+
+    /// Asks the routes. An error: the login is answered with that.
+    async fn look_up(&mut self, live: &Live, login: &Login<'_>, stream: &Stream) -> Result<Arc<Target>, Attempted> {
+        // Its copy of the credentials is dropped with the lookup.
+        let question = self.question(login.names, login.request, stream);
+        let lookup = live.router.route(&question, &live.metrics);
+        match Deadline::after(live.limits.lookup).limit(lookup).await {
+            Ok(Ok(Routed { target, route })) => {
+                let backend = match &*target {
+                    Target::Place(place) => Some(&live.backends.backend(place.backend).name),
+                    Target::Refuse(_) | Target::Denied(_) | Target::Maintenance(_) | Target::PasswordNeeded => None,
+                };
+                self.record.routed(route, backend, login.began.elapsed());
+                Ok(target)
+            }
+            Ok(Err(RouteError::Unknown)) => {
+                Err(self.no_such_user(&login.request.tag, Reason::UnknownUser, login.began))
+            }
+            Ok(Err(error)) => Err(self.lookup_failed(&error.to_string())),
+            Err(_) => Err(self.lookup_failed("no answer within limits.lookup")),
+        }
+    }
+
+    /// Refuses a login that `backend` does not allow. `None`: it may be sent there.
+    fn may_be_sent_to(&mut self, backend: &Backend, login: &Login<'_>) -> Option<Attempted> {
+        let credentials = &login.request.credentials;
+        if credentials.authzid.is_some() && !backend.allows_authzid {
+            // Another backend allows it: users of this one and unknown users get the same answer.
+            self.record.attempt_failed(Reason::AuthzidRefused, LoginOutcome::Refused, Some(backend.id));
+            return Some(self.refused_late(&login.request.tag, login.began));
+        }
+        let is_refused = credentials.has_empty_password() && !backend.allows_empty_passwords();
+        is_refused.then(|| self.empty_password(&login.request.tag, Some(backend.id), login.began))
+    }
+
+    /// Passes challenges to the client and its responses to the server until the server has answered the login. An error:
+    /// the exchange was ended, and the login is answered with that. `None`: the session is over.
+    async fn exchange<'a>(
+        &mut self,
+        login: &Login<'_>,
+        placing: &Placing<'a, '_>,
+        (mut outcome, mut placed): (Outcome<'a>, Option<Placed>),
+        stream: &mut Stream,
+        prelogin: &mut Prelogin,
+        progress: &mut Progress,
+    ) -> Option<Result<(Outcome<'a>, Option<Placed>), Attempted>> {
+        while let Outcome::Challenged(paused, challenge) = outcome {
+            let Some(placed) = &mut placed else { return Some(Err(Attempted::Unavailable)) };
+            placing.asks_client(placed, &challenge);
+            progress.in_exchange = true;
+            let response = tokio::select! {
+                biased;
+                response = self.ask(login.request, &challenge, stream, prelogin) => response?,
+                () = placed.slot.displaced() => {
+                    let backend = Some(placing.carries.routed);
+                    self.record.attempt_failed(Reason::ServersFull, LoginOutcome::Unavailable, backend);
+                    let reply = reply::ended(&login.request.tag);
+                    return Some(Err(Attempted::Dismissed { reply, counts: false }));
+                }
+            };
+            outcome = placing.respond(paused, placed, &response).await;
+        }
+        Some(Ok((outcome, placed)))
     }
 
     fn answered(

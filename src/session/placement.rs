@@ -11,12 +11,14 @@ use std::time::Duration;
 use tokio::sync::watch;
 
 use super::FAREWELL;
+use super::server_credentials::has_own_login;
 use crate::backend::connect::{self, Paused};
 use crate::backend::request::{Fault, Outcome, Request};
 use crate::backend::{Backend, Server, Slot, Stop, Tour};
 use crate::config::BackendId;
 use crate::deadline::Deadline;
 use crate::generations::Generation;
+use crate::identity::Credentials;
 use crate::imap::sasl;
 use crate::route::Place;
 use crate::server::{Desk, Live};
@@ -55,6 +57,15 @@ pub(super) struct Carried {
 }
 
 impl Carried {
+    pub(super) fn of(credentials: &Credentials, place: &Place) -> Self {
+        Self {
+            routed: place.backend,
+            authzid: credentials.authzid.is_some(),
+            own_login: has_own_login(credentials, place),
+            empty_password: credentials.has_empty_password(),
+        }
+    }
+
     fn may_be_sent_to(&self, backend: &Backend) -> bool {
         backend.id == self.routed
             || !self.own_login
