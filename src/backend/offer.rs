@@ -32,7 +32,7 @@ pub(super) fn common(backends: impl Iterator<Item = (bool, Vec<Offer>)>) -> Offe
     if !seen || !mechanisms.iter().any(|mechanism| mechanism != Mechanism::External) {
         mechanisms = passwords.or(mechanisms.and(Mechanisms::default().with(Mechanism::External)));
     }
-    Offer { mechanisms, extensions: if seen { extensions } else { Extensions::NONE }, ..Offer::default() }
+    Offer { mechanisms, extensions: if seen { extensions } else { Extensions::NONE } }
 }
 
 /// An offer as one number, so that it is replaced as a whole: mechanisms in the low half, extensions in the high one.
@@ -43,7 +43,7 @@ pub(super) fn packed(offer: Offer) -> u64 {
 /// The offer that [`packed`] gave.
 pub(super) fn unpacked(bits: u64) -> Offer {
     let (mechanisms, extensions) = (Mechanisms::from_bits(bits as u16), Extensions::from_bits((bits >> 32) as u32));
-    Offer { mechanisms, extensions, ..Offer::default() }
+    Offer { mechanisms, extensions }
 }
 
 #[cfg(test)]
@@ -51,11 +51,7 @@ mod tests {
     use super::*;
 
     fn offer(mechanisms: &[Mechanism], extensions: u32) -> Offer {
-        Offer {
-            mechanisms: mechanisms.iter().copied().collect(),
-            extensions: Extensions::from_bits(extensions),
-            ..Offer::default()
-        }
+        Offer { mechanisms: mechanisms.iter().copied().collect(), extensions: Extensions::from_bits(extensions) }
     }
 
     #[test]
