@@ -206,11 +206,7 @@ impl<'a> Dialogue<'a> {
                 },
                 ServerStep::Challenge(line) => return Outcome::Challenged(Box::new(Paused(self)), line),
                 ServerStep::Accepted { .. } if self.request.purpose == Purpose::Check => {
-                    self.server.learns(self.machine.learned());
-                    let _ = deadline.limit(self.exchange(b"Q LOGOUT\r\n", true)).await;
-                    let unauthenticate = self.machine.advertises_unauthenticate();
-                    let seen = seen_and_left(self.stream, self.offer, deadline).await;
-                    return Outcome::Seen(Seen { unauthenticate, ..seen });
+                    return Outcome::Seen(self.logged_in_for_check(deadline).await);
                 }
                 ServerStep::Accepted { to_client } => return self.accepted(to_client, deadline).await,
                 ServerStep::Refused { reply, counts } => {
@@ -251,6 +247,14 @@ impl<'a> Dialogue<'a> {
             Err(_) => (ServerFault::Timeout, None),
         };
         ServerStep::Unavailable(Unavailable { excerpt: error, ..self.machine.failed(fault) })
+    }
+
+    /// The server has accepted the login of a check, which ends with LOGOUT.
+    async fn logged_in_for_check(mut self, deadline: Deadline) -> Seen {
+        self.server.learns(self.machine.learned());
+        let _ = deadline.limit(self.exchange(b"Q LOGOUT\r\n", true)).await;
+        let unauthenticate = self.machine.advertises_unauthenticate();
+        Seen { unauthenticate, ..seen_and_left(self.stream, self.offer, deadline).await }
     }
 
     /// The server has accepted the login: takes over the connection.

@@ -240,8 +240,7 @@ impl Session {
             Err(ended) => return Some(Ok(ended)),
         };
         if matches!(outcome, Outcome::Accepted(_))
-            && let users = counted_users(&live.config.naming, credentials)
-            && let Some(limited) = self.may_have_one_more(tag, &users, &login.names.routing, backend.id)
+            && let Some(limited) = self.may_have_one_more(login.request, &login.names.routing, backend.id)
         {
             return Some(Ok(limited));
         }

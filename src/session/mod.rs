@@ -40,22 +40,19 @@ use tokio::sync::watch;
 use tokio::time::timeout;
 use zeroize::Zeroizing;
 
-use self::attempt::{Attempted, Seated};
+use self::attempt::Attempted;
 pub use self::defence::turn_away;
 pub use self::pace::Refusals;
 pub use self::proxy_header_warning::LastWarning;
 use self::proxy_header_warning::{Opening, is_header_before_tls};
 use self::record::{EndedBy, Record};
 pub use self::relayed::Quiet;
-use self::relayed::{Kept, Relayed};
-use crate::backend::request::Established;
+use self::relayed::Relayed;
 use crate::config::ListenerTls;
 use crate::deadline::Deadline;
 use crate::failure::Reason;
 use crate::guard::{Charge, OutOfMemory, Pass, Ticket};
 use crate::imap::prelogin::{Bye, CloseReason, LoginRequest, Policy, Prelogin, Step, Transport};
-use crate::imap::reply;
-use crate::imap::tag::Tag;
 use crate::metrics::OpenGuard;
 use crate::occupancy::Occupant;
 use crate::policy;
@@ -185,17 +182,8 @@ impl Session {
     }
 
     /// Steps 1 to 6: talks to the client until a server has accepted it, or until it is gone.
-    async fn log_in(mut self, mut socket: TcpStream, tls: ListenerTls) -> Option<Relayed> {
-        self.admitted(&socket).await?;
-        self.introduced(&mut socket).await?;
-        let (mut stream, transport) = match tls {
-            ListenerTls::Implicit => (self.encrypt(socket).await?, Transport::Tls),
-            ListenerTls::StartTls => (Stream::Plain(socket), Transport::StartTls),
-            ListenerTls::None => (Stream::Plain(socket), Transport::Plain),
-        };
-        if transport != Transport::Tls && self.live.config.listeners[self.listener].proxy_protocol.is_none() {
-            self.opening = Opening::expected();
-        }
+    async fn log_in(mut self, socket: TcpStream, tls: ListenerTls) -> Option<Relayed> {
+        let (mut stream, transport) = self.connected(socket, tls).await?;
         let mut prelogin = Prelogin::new(self.policy(transport, &stream));
         let mut out = Vec::new();
         prelogin.greet(&mut out);
@@ -252,6 +240,21 @@ impl Session {
                 Step::Response(_) => {}
             }
         }
+    }
+
+    /// Steps 1 and 2: waits for a place, the PROXY header and the handshake.
+    async fn connected(&mut self, mut socket: TcpStream, tls: ListenerTls) -> Option<(Stream, Transport)> {
+        self.admitted(&socket).await?;
+        self.introduced(&mut socket).await?;
+        let (stream, transport) = match tls {
+            ListenerTls::Implicit => (self.encrypt(socket).await?, Transport::Tls),
+            ListenerTls::StartTls => (Stream::Plain(socket), Transport::StartTls),
+            ListenerTls::None => (Stream::Plain(socket), Transport::Plain),
+        };
+        if transport != Transport::Tls && self.live.config.listeners[self.listener].proxy_protocol.is_none() {
+            self.opening = Opening::expected();
+        }
+        Some((stream, transport))
     }
 
     /// Charges a login whose longest message has `length` bytes.
@@ -479,38 +482,6 @@ impl Session {
         self.record.ended_by(EndedBy::Client);
         self.record.failed(reason);
         None
-    }
-
-    /// The end of the login: rustls lets go of the client's connection, and all that is kept is packed up.
-    async fn relayed(
-        mut self,
-        tag: &Tag,
-        stream: Stream,
-        mut to_server: Vec<u8>,
-        seated: Seated,
-        established: Established,
-    ) -> Option<Relayed> {
-        // A session that is logged in is not shed. A client that does not read is not waited for any longer than at a close.
-        self.ticket = None;
-        let leg = timeout(FAREWELL, stream.into_leg()).await;
-        let Ok(Ok((client, more))) = leg else { return self.gone(Reason::Disconnected) };
-        to_server.extend(more);
-        let mut to_client = established.to_client;
-        if seated.seat.call().why().is_some() {
-            // The login was cancelled before the client could be answered: it ends with the first look at the call.
-            (to_client, to_server) = (reply::ended(tag), Vec::new());
-        }
-        self.record.open_on(seated.backend.id, seated.slot);
-        seated.seat.settle();
-        let kept = Kept {
-            _counted: self.drain.count(),
-            keepalive_set: false,
-            room: self.room,
-            record: self.record,
-            _held: self.held,
-            seat: seated.seat,
-        };
-        Some(Relayed::new(client, established.leg, to_client, to_server, kept))
     }
 }
 

@@ -10,12 +10,17 @@ use tokio::net::TcpStream;
 use tokio::time::{self, timeout};
 use tokio_util::task::task_tracker::TaskTrackerToken;
 
+use super::attempt::Seated;
 use super::record::Record;
-use super::{FAREWELL, Held, Room};
+use super::{FAREWELL, Held, Room, Session};
 use crate::backend::CutOff;
+use crate::backend::request::Established;
+use crate::failure::Reason;
+use crate::imap::reply;
+use crate::imap::tag::Tag;
 use crate::relay::{End, Leg, Limits, Opening, Outcome, Relay, Resting};
 use crate::sessions::{Call, Seat, Why};
-use crate::stream::keep_alive;
+use crate::stream::{Stream, keep_alive};
 use crate::waiting::Waiting;
 
 /// Silence after which a session gives its task and buffers up. Coming back costs some 20 µs, so that a client that talks every
@@ -171,6 +176,40 @@ impl Waiting for Quiet {
 
     fn leave(self) {
         self.resume(Some(REST_AFTER));
+    }
+}
+
+impl Session {
+    /// The end of the login: rustls lets go of the client's connection, and all that is kept is packed up.
+    pub(super) async fn relayed(
+        mut self,
+        tag: &Tag,
+        stream: Stream,
+        mut to_server: Vec<u8>,
+        seated: Seated,
+        established: Established,
+    ) -> Option<Relayed> {
+        // A session that is logged in is not shed. A client that does not read is not waited for any longer than at a close.
+        self.ticket = None;
+        let leg = timeout(FAREWELL, stream.into_leg()).await;
+        let Ok(Ok((client, more))) = leg else { return self.gone(Reason::Disconnected) };
+        to_server.extend(more);
+        let mut to_client = established.to_client;
+        if seated.seat.call().why().is_some() {
+            // The login was cancelled before the client could be answered: it ends with the first look at the call.
+            (to_client, to_server) = (reply::ended(tag), Vec::new());
+        }
+        self.record.open_on(seated.backend.id, seated.slot);
+        seated.seat.settle();
+        let kept = Kept {
+            _counted: self.drain.count(),
+            keepalive_set: false,
+            room: self.room,
+            record: self.record,
+            _held: self.held,
+            seat: seated.seat,
+        };
+        Some(Relayed::new(client, established.leg, to_client, to_server, kept))
     }
 }
 
