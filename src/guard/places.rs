@@ -396,7 +396,27 @@ mod tests {
         assert!(shed.is_empty(), "the others hold less than this one would: {shed:?}");
         assert!(places.charge(3, Held { bytes: 400, sent: 400 }, &mut shed));
         assert_eq!(shed, [0]);
-        // What is leaving is not free yet.
+        // Without the only one that has sent more, there would still be 1440 bytes.
+        let (mut places, mut shed) = (Places::new(100, 1600), Vec::new());
+        for number in 0..4 {
+            enter(&mut places, now, &[]);
+            let sizes = [(150, 150), (400, 100), (400, 100), (0, 0)];
+            let (bytes, sent) = sizes[number as usize];
+            assert!(places.charge(number, Held { bytes, sent }, &mut shed));
+        }
+        assert!(!places.charge(3, Held { bytes: 640, sent: 120 }, &mut shed));
+        assert!(shed.is_empty(), "{shed:?}");
+    }
+
+    #[test]
+    fn memory_of_a_connection_that_is_being_shed_is_not_free_yet() {
+        let (mut places, now, mut shed) = (Places::new(100, 1600), Instant::now(), Vec::new());
+        for (number, size) in [600, 300, 300, 0].into_iter().enumerate() {
+            enter(&mut places, now, &[]);
+            assert!(places.charge(number as Number, held(size), &mut shed));
+        }
+        assert!(places.charge(3, held(400), &mut shed));
+        assert_eq!(shed, [0]);
         assert!(!places.charge(3, Held { bytes: 500, sent: 100 }, &mut shed));
         assert_eq!(shed, [0]);
     }
