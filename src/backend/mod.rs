@@ -4,6 +4,7 @@
 //! know why a user belongs to a backend (`route` does) and speaks to no client. Called by `server`, which builds and
 //! starts it, and by `session` for each login.
 
+mod awaited;
 mod checks;
 pub mod connect;
 mod departures;
