@@ -439,7 +439,7 @@ async fn a_server_that_is_loaded_with_logins_is_not_blamed_for_a_missing_greetin
         }
     });
     let proxy = proxy(&format!(
-        "backends: {{only: {{servers: ['{address}'], failures: 1}}}}\nroutes: [{{default: only}}]\n\
+        "backends: {{only: {{servers: ['{address}'], breaker: {{failures: 1}}}}}}\nroutes: [{{default: only}}]\n\
          limits: {{connect: 200ms, server_login: 8s}}\n",
     ))
     .await;
