@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use zeroize::Zeroizing;
 
+use super::awaited::AwaitedAnswer;
 use super::reach::{encrypt, reach};
 use super::request::{Established, Fault, Outcome, Purpose, Request, Seen, reason};
 use super::{Backend, Server};
@@ -41,6 +42,9 @@ pub async fn login<'a>(
         Err(mut fault) => {
             if is_hurried && first_byte.has_expired() {
                 fault.blow = None;
+            }
+            if is_session && first_byte.has_expired() && !fault.is_local() && server.is_crowded() {
+                fault = Fault::crowded(backend, &fault.detail);
             }
             if is_session {
                 server.could_not_answer(&fault);
@@ -104,6 +108,8 @@ struct Dialogue<'a> {
     connected: Instant,
     /// What it offers before login, for a check.
     offer: Option<Offer>,
+    /// Set once a client's login was greeted.
+    awaited: Option<AwaitedAnswer>,
 }
 
 impl<'a> Dialogue<'a> {
@@ -147,6 +153,7 @@ impl<'a> Dialogue<'a> {
             connect,
             connected: Instant::now(),
             offer: None,
+            awaited: None,
         }
     }
 
@@ -194,6 +201,9 @@ impl<'a> Dialogue<'a> {
             match step {
                 ServerStep::NeedInput => {
                     (due, is_first) = (deadline, false);
+                    if self.request.purpose == Purpose::Session {
+                        self.awaited.get_or_insert_with(|| self.server.greeted());
+                    }
                     // Once an account is logged in, capabilities are others.
                     self.offer = self.offer.or_else(|| self.machine.offer());
                 }
@@ -243,6 +253,7 @@ impl<'a> Dialogue<'a> {
             // What the server sent before its connection broke is an answer too.
             Ok(Err(_)) | Err(_) if !needs_input => return step,
             Ok(Err(error)) => (ServerFault::Closed, Some(error)),
+            Err(_) if is_connecting && self.server.is_crowded() => (ServerFault::Crowded, None),
             Err(_) if is_connecting => (ServerFault::Silent, None),
             Err(_) => (ServerFault::Timeout, None),
         };

@@ -1,12 +1,15 @@
 //! Logins at one server that have a connection there and no place: SASL exchanges that wait for their client.
 //!
-//! There are at most as many of them as the server may have sessions. One more ends the oldest, so a flood of exchanges
-//! pushes out itself: a client that means it has answered long before its exchange is the oldest.
+//! There are at most [`MAX_EXCHANGES`] of them, and no more than the server may have sessions. One more ends the oldest, so a
+//! flood of exchanges ends its own: the client of a real login has answered long before its exchange is the oldest.
 
 use std::collections::BTreeMap;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use tokio_util::sync::CancellationToken;
+
+/// Maximum number of exchanges at one server. Each occupies a login process there, of which Dovecot has 100 by default.
+const MAX_EXCHANGES: u32 = 32;
 
 /// The exchanges of one server.
 #[derive(Debug, Default)]
@@ -26,14 +29,15 @@ pub(super) struct Exchange {
 }
 
 impl Exchanges {
-    /// Adds an exchange, and ends the oldest if there are more than `most` then.
-    pub(super) fn enter(&self, most: Option<u32>) -> Exchange {
+    /// Adds an exchange at a server with this limit of sessions, and ends the oldest if there are too many then.
+    pub(super) fn enter(&self, max_sessions: Option<u32>) -> Exchange {
+        let most = max_sessions.map_or(MAX_EXCHANGES, |most| most.clamp(1, MAX_EXCHANGES));
         let mut pending = self.lock();
         let exchange = Exchange { number: pending.next, ended: CancellationToken::new() };
         pending.next += 1;
         pending.by_age.insert(exchange.number, exchange.ended.clone());
         let mut oldest = None;
-        if most.is_some_and(|most| pending.by_age.len() > most.max(1) as usize) {
+        if pending.by_age.len() > most as usize {
             oldest = pending.by_age.pop_first();
         }
         drop(pending);
@@ -74,9 +78,18 @@ mod tests {
         assert!([&first, &third, &fourth].iter().all(|exchange| !exchange.ended.is_cancelled()));
         let _fifth = exchanges.enter(Some(3));
         assert!(first.ended.is_cancelled() && !third.ended.is_cancelled() && !fourth.ended.is_cancelled());
-        let without_limit: Vec<Exchange> = (0..100).map(|_| exchanges.enter(None)).collect();
-        assert!(without_limit.iter().all(|exchange| !exchange.ended.is_cancelled()));
-        without_limit.iter().chain([&first, &third, &fourth, &_fifth]).for_each(|exchange| exchanges.leave(exchange));
+        [&first, &third, &fourth, &_fifth].into_iter().for_each(|exchange| exchanges.leave(exchange));
         assert!(exchanges.lock().by_age.is_empty());
+    }
+
+    #[test]
+    fn a_server_has_32_exchanges_at_most_whatever_its_limit_of_sessions() {
+        for max_sessions in [None, Some(10_000)] {
+            let exchanges = Exchanges::default();
+            let entered: Vec<Exchange> = (0..40).map(|_| exchanges.enter(max_sessions)).collect();
+            let ended = entered.iter().filter(|exchange| exchange.ended.is_cancelled()).count();
+            assert_eq!((ended, exchanges.lock().by_age.len()), (8, 32), "{max_sessions:?}");
+            assert!(entered[..8].iter().all(|exchange| exchange.ended.is_cancelled()), "the oldest end");
+        }
     }
 }

@@ -5,6 +5,7 @@
 //! starts it, and by `session` for each login.
 
 pub mod admin_state;
+mod awaited;
 mod checks;
 pub mod connect;
 mod departures;

@@ -116,6 +116,8 @@ pub struct Fault {
     pub reply: Option<Vec<u8>>,
     /// Whether another server may do better.
     pub try_next: bool,
+    /// Whether the login is a failed one for the client, as if the server had refused it.
+    pub is_refusal: bool,
     /// Whether the fault shows that the server works.
     pub(super) answered: bool,
     /// How the server's health suffers; `None` for what a client can provoke.
@@ -144,7 +146,7 @@ impl Fault {
     }
 
     fn of_proxy(reason: Reason, detail: impl Into<String>, try_next: bool) -> Self {
-        Self { reason, detail: detail.into(), reply: None, try_next, answered: false, blow: None }
+        Self { reason, detail: detail.into(), reply: None, try_next, is_refusal: false, answered: false, blow: None }
     }
 
     /// Something that this machine lacks. A user of a sticky backend is not sent to another server for it.
@@ -169,12 +171,21 @@ impl Fault {
         Self::decided(reason, detail.to_string(), login_answer::decide(answer, Point::BeforeLogin, false))
     }
 
+    /// A server that cannot be reached in time while it is loaded with logins.
+    pub(super) fn crowded(backend: &Backend, detail: &str) -> Self {
+        let fault = ServerFault::Crowded;
+        let alone = backend.serves_a_user_by_one_server();
+        let verdict = login_answer::decide(Answer::Fault(fault), Point::BeforeLogin, alone);
+        Self::decided(reason(fault), format!("{detail}; {}", fault.as_str()), verdict)
+    }
+
     pub(super) fn decided(reason: Reason, detail: String, verdict: Verdict) -> Self {
         Self {
             reason,
             detail,
             reply: None,
             try_next: verdict.action == Action::TryAnotherServer,
+            is_refusal: matches!(verdict.action, Action::Refuse { .. }),
             answered: verdict.health == Health::Answers,
             blow: (verdict.health == Health::Suffers).then_some(Blow::Other),
         }
@@ -191,7 +202,7 @@ pub(super) fn reason(fault: ServerFault) -> Reason {
         ServerFault::StartTlsResidue => Reason::StartTlsResidue,
         ServerFault::Protocol | ServerFault::TooMuchUntagged | ServerFault::TooManyChallenges => Reason::Protocol,
         ServerFault::LoginDisabled | ServerFault::TlsRequired => Reason::LoginDisabled,
-        ServerFault::Overloaded => Reason::Overloaded,
+        ServerFault::Overloaded | ServerFault::Crowded => Reason::Overloaded,
         ServerFault::UserLimit => Reason::UserLimit,
         ServerFault::LoginBad => Reason::LoginBad,
         ServerFault::AuthzidUnsupported => Reason::AuthzidUnsupported,

@@ -12,6 +12,7 @@ use tokio::sync::watch;
 use tokio_rustls::rustls::pki_types::ServerName;
 
 use super::admin_state::{AdminCell, AdminState};
+use super::awaited::{Awaited, AwaitedAnswer};
 use super::departures::Departures;
 use super::exchanges::Exchanges;
 use super::health::{Blow, Depth, Health, News, Standing, Thresholds, Trial};
@@ -107,6 +108,7 @@ pub(super) struct ServerState {
     admin: AdminCell,
     pub(super) slots: Slots,
     pub(super) exchanges: Exchanges,
+    awaited: Awaited,
     departures: Mutex<Departures>,
     pub(super) metrics: ServerMetrics,
 }
@@ -130,6 +132,7 @@ impl ServerState {
             admin,
             slots: Slots::default(),
             exchanges: Exchanges::default(),
+            awaited: Awaited::default(),
             departures: Mutex::default(),
             metrics,
         })
@@ -271,6 +274,16 @@ impl Server {
         self.state.metrics.set_breaker(health.breaker() as i64);
         drop(health);
         if trial.is_some() { Admission::Slot(slot.on_trial(trial)) } else { Admission::Failing }
+    }
+
+    /// A login was greeted, and waits for the server's answer until the guard drops.
+    pub(super) fn greeted(&self) -> AwaitedAnswer {
+        self.state.awaited.greeted()
+    }
+
+    /// Whether so many logins wait for its answer that a missing greeting means overload.
+    pub(super) fn is_crowded(&self) -> bool {
+        self.state.awaited.is_crowded()
     }
 
     fn has_place(&self) -> bool {

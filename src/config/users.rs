@@ -23,6 +23,11 @@ pub(super) fn users(reader: &mut Reader<'_>, written: UsersMap) -> (Naming, Opti
     if master_separator.is_some() && master_separator == detail {
         reader.problem("users.masters.separator", "is what begins a detail already");
     }
+    if written.server == ServerNameWord::Normalised
+        && default_domain.as_ref().zip(master_separator).is_some_and(|(domain, separator)| domain.contains(separator))
+    {
+        reader.problem("users.masters.separator", "occurs in users.default_domain, which servers are given");
+    }
     let networks = written.masters.networks.map(|texts| networks(reader, "users.masters.networks", &texts));
     let naming = Naming {
         lower_case: written.case == CaseWord::Lower,

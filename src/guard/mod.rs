@@ -164,7 +164,7 @@ enum Key<'a> {
 
 /// What one client has of the address space: an IPv4 address, or a /64 of IPv6.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-enum Block {
+pub(crate) enum Block {
     V4(u32),
     V6(u64),
     /// A network of the configuration, with the length of its prefix.
@@ -172,7 +172,7 @@ enum Block {
 }
 
 impl Block {
-    fn of(address: IpAddr) -> Self {
+    pub(crate) fn of(address: IpAddr) -> Self {
         match address.to_canonical() {
             IpAddr::V4(v4) => Self::V4(v4.to_bits()),
             IpAddr::V6(v6) => Self::V6((v6.to_bits() >> 64) as u64),
@@ -418,16 +418,22 @@ impl Pass {
         }
         Ok(())
     }
+
+    /// The session has ended, although its connection may stay: it counts for no limit any more.
+    pub fn release(&mut self) {
+        let slots = std::mem::replace(&mut self.slots, [Slot::NONE; 4]);
+        if slots.iter().any(|slot| *slot != Slot::NONE) {
+            let mut sessions = lock(&self.guard.sessions);
+            for slot in slots {
+                sessions.leave(slot);
+            }
+        }
+    }
 }
 
 impl Drop for Pass {
     fn drop(&mut self) {
-        if self.slots.iter().any(|slot| *slot != Slot::NONE) {
-            let mut sessions = lock(&self.guard.sessions);
-            for slot in self.slots {
-                sessions.leave(slot);
-            }
-        }
+        self.release();
     }
 }
 

@@ -1,8 +1,9 @@
 //! One user, three names: what routes are asked, what servers are given, what log records say.
 //!
 //! Clients write a name as they like; the rules here say which spellings are one user. They are applied in this order: a
-//! master user is split off, Unicode is checked, letters are folded, a separator becomes `@`, a domain is added, and for
-//! routes the detail is left out. Pure. Called by `session` for every login and by the command `route`.
+//! master user is split off, Unicode is checked, letters are folded, a name that still contains the separator of master
+//! users is refused, a separator of domains becomes `@`, a domain is added, and for routes the detail is left out. Pure.
+//! Called by `session` for every login and by the command `route`.
 
 use std::fmt::Write as _;
 use std::sync::Arc;
@@ -97,15 +98,31 @@ impl Naming {
         Some((UserName::new(user.as_bytes()).ok()?, UserName::new(master.as_bytes()).ok()?))
     }
 
-    /// Whether `name` contains the separator, so that a server with the same one would take it apart.
-    pub fn has_separator(&self, name: &UserName) -> bool {
-        self.master_separator.is_some_and(|separator| name.as_str().contains(separator))
+    /// Whether `name` contains the separator of master users. A server with the same separator would split such a name,
+    /// and could open another mailbox than the one that is routed by, or check another master user's password than the
+    /// one that is counted for.
+    pub fn has_master_separator(&self, name: &str) -> bool {
+        self.master_separator.is_some_and(|separator| name.contains(separator))
+    }
+
+    /// The name that servers are given of a user who logs in on behalf of another: in normalised form if servers get
+    /// that, but without a default domain, which master users need not have.
+    ///
+    /// # Errors
+    /// See [`Naming::names`].
+    pub fn authcid(&self, sent: &UserName) -> Result<UserName, NameRefused> {
+        let folded = self.folded(sent.as_str())?;
+        if self.server_normalised {
+            UserName::new(folded.as_bytes()).map_err(|_| NameRefused)
+        } else {
+            Ok(sent.clone())
+        }
     }
 
     /// The three names of `sent`.
     ///
     /// # Errors
-    /// A character that the rules do not allow.
+    /// A character that the rules do not allow, or the separator of master users, in `sent` or in its normalised form.
     pub fn names(&self, sent: &UserName) -> Result<Names, NameRefused> {
         let whole = self.normalised(sent.as_str())?;
         let routing = self.without_detail(&whole);
@@ -121,16 +138,26 @@ impl Naming {
         Ok(Names { routing: log.share(&routing), server, log })
     }
 
-    fn normalised(&self, sent: &str) -> Result<String, NameRefused> {
+    /// Applies the rules for single characters.
+    fn folded(&self, sent: &str) -> Result<String, NameRefused> {
         let mut name = match self.unicode {
             UnicodeRule::Refuse if !sent.is_ascii() => return Err(NameRefused),
             UnicodeRule::Keep | UnicodeRule::Refuse => sent.to_owned(),
-            // The profile is for what stands before and behind `@`; the sign itself is in it too.
+            // The profile is for the parts before and after `@`; it allows the sign itself too.
             UnicodeRule::Precis => UsernameCaseMapped::new().enforce(sent).map_err(|_| NameRefused)?.into_owned(),
         };
         if self.lower_case {
             name.make_ascii_lowercase();
         }
+        // PRECIS maps a full-width asterisk to `*`.
+        if self.has_master_separator(sent) || self.has_master_separator(&name) {
+            return Err(NameRefused);
+        }
+        Ok(name)
+    }
+
+    fn normalised(&self, sent: &str) -> Result<String, NameRefused> {
+        let mut name = self.folded(sent)?;
         if !name.contains('@')
             && let Some((at, separator)) = name.char_indices().rfind(|(_, char)| self.separators.contains(char))
         {
@@ -250,6 +277,64 @@ mod tests {
             assert_eq!(naming.split_master(&name(none)), None, "{none}");
         }
         assert_eq!(Naming::default().split_master(&name("alice*root")), None);
+    }
+
+    #[test]
+    fn no_name_contains_the_separator_of_master_users_before_or_after_normalisation() {
+        let naming = |unicode, server_normalised| Naming {
+            unicode,
+            server_normalised,
+            master_separator: Some('*'),
+            ..Naming::default()
+        };
+        for server_normalised in [true, false] {
+            let precis = naming(UnicodeRule::Precis, server_normalised);
+            for refused in ["alice*admin", "alice\u{ff0a}admin", "alice\u{fe61}admin", "\u{ff0a}alice", "alice\u{ff0a}"]
+            {
+                assert_eq!(precis.split_master(&name(refused)).is_some(), refused == "alice*admin", "{refused}");
+                assert_eq!(precis.names(&name(refused)), Err(NameRefused), "{refused}");
+                assert_eq!(precis.authcid(&name(refused)), Err(NameRefused), "{refused}");
+            }
+            // Servers get these as sent, and none of them splits at a full-width asterisk.
+            let keep = naming(UnicodeRule::Keep, server_normalised);
+            assert!(keep.names(&name("alice\u{ff0a}admin")).is_ok());
+        }
+    }
+
+    #[test]
+    fn full_width_characters_mean_the_same_for_routes_and_for_servers() {
+        let naming = Naming {
+            unicode: UnicodeRule::Precis,
+            server_normalised: true,
+            separators: ['%'].into(),
+            default_domain: Some("example.org".into()),
+            detail: Some('+'),
+            ..Naming::default()
+        };
+        for (sent, routed, server) in [
+            ("alice\u{ff20}b.test", "alice@b.test", "alice@b.test"),
+            ("alice\u{ff05}b.test", "alice@b.test", "alice@b.test"),
+            ("alice\u{ff0b}x@b.test", "alice@b.test", "alice+x@b.test"),
+            ("alice\u{ff0b}x", "alice@example.org", "alice+x@example.org"),
+        ] {
+            let names = naming.names(&name(sent)).unwrap();
+            assert_eq!((&*names.routing, names.server.as_str()), (routed, server), "{sent}");
+        }
+        for refused in ["alice\u{2028}x", "alice\u{200b}x", "alice\u{3000}x", "alice\u{feff}"] {
+            assert_eq!(naming.names(&name(refused)), Err(NameRefused), "{refused:?}");
+        }
+    }
+
+    #[test]
+    fn a_master_user_is_normalised_without_a_domain() {
+        let naming = |server_normalised| Naming {
+            unicode: UnicodeRule::Precis,
+            default_domain: Some("example.org".into()),
+            server_normalised,
+            ..Naming::default()
+        };
+        assert_eq!(naming(true).authcid(&name("\u{ff21}dmin")), Ok(name("admin")));
+        assert_eq!(naming(false).authcid(&name("Admin")), Ok(name("Admin")));
     }
 
     #[test]

@@ -10,7 +10,7 @@ use zeroize::Zeroizing;
 use super::answer_text;
 use super::capability::{self, Capabilities};
 use super::framing::{Caps, Frame, Framer, announced, without_line_end};
-use super::login_answer::{self, Action, Answer, Point, Verdict};
+use super::login_answer::{self, Action, Answer, LONG_PASSWORD, Point, Verdict};
 pub use super::login_attempt::{Attempt, IdAnswer, Learned, Offer, Referral, Rules, ServerStep, Unavailable};
 use super::login_command::{self, Form, Forms};
 pub use super::server_fault::ServerFault;
@@ -223,6 +223,8 @@ impl<'a> BackendLogin<'a> {
     fn point(&self) -> Point {
         if self.challenges > 0 {
             Point::Challenged
+        } else if self.has_long_password() && (self.reconnected || self.login_sent()) {
+            Point::LongPasswordSent
         } else if self.retried {
             Point::Retried
         } else if self.reconnected || self.login_sent() {
@@ -230,6 +232,11 @@ impl<'a> BackendLogin<'a> {
         } else {
             Point::BeforeLogin
         }
+    }
+
+    fn has_long_password(&self) -> bool {
+        let Some(ServerLogin::Password(login)) = &self.attempt.login else { return false };
+        login.password.expose().len() > LONG_PASSWORD
     }
 
     fn verdict(&self, answer: Answer) -> Verdict {

@@ -8,6 +8,9 @@
 
 use super::server_fault::ServerFault;
 
+/// Passwords with more bytes are longer than servers take: many end the connection instead of refusing such a password.
+pub const LONG_PASSWORD: usize = 4096;
+
 /// What a server did instead of accepting a login.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Answer {
@@ -32,6 +35,8 @@ pub enum Point {
     BeforeLogin,
     /// The login command was sent, in whole or in part.
     LoginSent,
+    /// The login command was sent, in whole or in part, in any form, with a password longer than [`LONG_PASSWORD`].
+    LongPasswordSent,
     /// The login was sent in another form after the server had answered BAD on the same connection.
     Retried,
     /// The client has seen a challenge of the server.
@@ -96,13 +101,28 @@ pub fn decide(answer: Answer, point: Point, one_server_per_user: bool) -> Verdic
 fn of_fault(fault: ServerFault, point: Point, one_server_per_user: bool) -> Verdict {
     let is_bound = match point {
         Point::BeforeLogin => false,
-        Point::LoginSent | Point::Retried => one_server_per_user,
+        Point::LoginSent | Point::LongPasswordSent | Point::Retried => one_server_per_user,
         // The exchange with the client cannot be repeated with another server.
         Point::Challenged => true,
     };
     let another = if is_bound { Action::GiveUp } else { Action::TryAnotherServer };
     let blamed = if point == Point::BeforeLogin { Health::Suffers } else { Health::Unchanged };
     let (action, health) = match fault {
+        // As an outage, it would show that the user exists, and guesses with such passwords would not be counted. That the
+        // client can cause it says nothing about the server.
+        ServerFault::Bye
+        | ServerFault::Closed
+        | ServerFault::Protocol
+        | ServerFault::TooMuchUntagged
+        | ServerFault::LoginBad
+            if point == Point::LongPasswordSent =>
+        {
+            (Action::Refuse { counts: true }, Health::Unchanged)
+        }
+        // The load may be caused by clients that have not logged in, so it is neither evidence against the server nor a
+        // reason to move a user.
+        ServerFault::Crowded if one_server_per_user => (Action::GiveUp, Health::Unchanged),
+        ServerFault::Crowded => (another, Health::Unchanged),
         // Some servers close after a command that they did not understand.
         ServerFault::Bye | ServerFault::Closed if point == Point::Retried => (Action::Reconnect, Health::Unchanged),
         ServerFault::Unreachable

@@ -23,6 +23,8 @@ faults! {
     Unreachable = "the server cannot be reached, or its TLS handshake fails",
     /// Connected, but no greeting within `limits.connect`.
     Silent = "no greeting within limits.connect",
+    /// No connection or greeting within `limits.connect`, while many other logins wait for the server's answer.
+    Crowded = "no connection or greeting within limits.connect, while 16 other logins wait for the server's answer",
     /// The greeting was not `* OK`.
     Greeting = "the greeting was not * OK",
     /// TLS is required and not offered.

@@ -12,16 +12,18 @@ use zeroize::Zeroizing;
 use super::defence::{counted_users, reply_to_refused_token};
 use super::placement::{Carried, Placed, Placing};
 use super::record::reason;
-use super::server_credentials::{has_separator, renamed, server_login, split_master};
+use super::server_credentials::{renamed, server_login, split_master};
 use super::{Session, close};
 use crate::backend::request::{Established, Outcome, Purpose, Request};
 use crate::backend::{Backend, Server, Slot};
 use crate::deadline::Deadline;
 use crate::failure::Reason;
 use crate::generations::Generation;
-use crate::identity::{Mechanism, Names, authorise_certificate};
+use crate::guard::Block;
+use crate::identity::{Mechanism, Names, UserName, authorise_certificate};
 use crate::imap::client_id::ClientId;
 use crate::imap::prelogin::{Bye, LoginRequest, Prelogin, Step};
+use crate::imap::tag::Tag;
 use crate::imap::{reply, sasl};
 use crate::metrics::LoginOutcome;
 use crate::route::{Question, RouteError, Routed, Target, Visitor, VisitorTls};
@@ -74,6 +76,8 @@ pub(super) struct Seated {
 struct Login<'a> {
     request: &'a LoginRequest,
     names: &'a Names,
+    /// The name for servers of the user who logs in, if that is on behalf of another.
+    authcid: &'a UserName,
     client_id: ClientId,
     began: Instant,
 }
@@ -118,18 +122,19 @@ impl Session {
         if let Some(limited) = self.may_try(&login.tag, &users) {
             return Some(limited);
         }
-        let Ok(names) = names else { return Some(self.no_such_user(&login.tag, Reason::NameRefused, began)) };
+        let authcid = live.config.naming.authcid(&login.credentials.user);
+        let (Ok(names), Ok(authcid)) = (names, authcid) else {
+            return Some(self.no_such_user(&login.tag, Reason::NameRefused, began));
+        };
         // Before any lookup, so that the answer is the same whether the mailbox exists.
         if delegated.is_err() {
             return Some(self.not_authorised(&login.tag));
         }
-        if has_separator(&live, &login.credentials) {
-            return Some(self.no_such_user(&login.tag, Reason::NameRefused, began));
-        }
         if login.credentials.has_empty_password() && !live.backends.any_allows_empty_passwords() {
             return Some(self.empty_password(&login.tag, None, began));
         }
-        let login = Login { request: login, names: &names, client_id: prelogin.client_id().clone(), began };
+        let login =
+            Login { request: login, names: &names, authcid: &authcid, client_id: prelogin.client_id().clone(), began };
         self.registered_attempt(&login, stream, prelogin).await
     }
 
@@ -209,12 +214,17 @@ impl Session {
         };
         let (tag, credentials) = (&login.request.tag, &login.request.credentials);
         let Target::Place(place) = &*target else { return Some(Ok(self.verdict(tag, &target))) };
+        if place.user.as_ref().is_some_and(|user| live.config.naming.has_master_separator(user.as_str())) {
+            return Some(Ok(self.lookup_failed("the route's user contains users.masters.separator")));
+        }
         let backend = live.backends.backend(place.backend);
         if let Some(refused) = self.may_be_sent_to(backend, login) {
             return Some(Ok(refused));
         }
         let renamed = renamed(credentials, place, login.names);
-        let Some(server_login) = server_login(credentials, place, login.names, backend, renamed.as_ref()) else {
+        let Some(server_login) =
+            server_login(credentials, place, login.names, login.authcid, backend, renamed.as_ref())
+        else {
             self.record.attempt_failed(Reason::MechanismUnsupported, LoginOutcome::Unavailable, Some(backend.id));
             return Some(Ok(Attempted::Unavailable));
         };
@@ -249,7 +259,7 @@ impl Session {
             return Some(Ok(limited));
         }
         let seated = placed.map(|Placed { backend, server, slot }| Seated { backend, server, slot, seat });
-        Some(Ok(self.answered(outcome, seated, backend, login.began)))
+        Some(Ok(self.answered(tag, outcome, seated, backend, login.began)))
     }
 
     /// Refuses a login before any lookup, so that the answer is the same whether the mailbox exists. `None`: it goes on,
@@ -300,10 +310,10 @@ impl Session {
         if credentials.authzid.is_some() && !backend.allows_authzid {
             // Another backend allows it: users of this one and unknown users get the same answer.
             self.record.attempt_failed(Reason::AuthzidRefused, LoginOutcome::Refused, Some(backend.id));
-            return Some(self.refused_late(&login.request.tag, login.began));
+            return Some(self.refused_late(&login.request.tag, Some(backend), login.began));
         }
         let is_refused = credentials.has_empty_password() && !backend.allows_empty_passwords();
-        is_refused.then(|| self.empty_password(&login.request.tag, Some(backend.id), login.began))
+        is_refused.then(|| self.empty_password(&login.request.tag, Some(backend), login.began))
     }
 
     /// Passes challenges to the client and its responses to the server until the server has answered the login. An error:
@@ -355,6 +365,7 @@ impl Session {
 
     fn answered(
         &mut self,
+        tag: &Tag,
         outcome: Outcome<'_>,
         answered: Option<Seated>,
         routed: &Backend,
@@ -370,9 +381,10 @@ impl Session {
             (Outcome::Refused { reply, counts }, answered) => {
                 // A client takes its turns in a relayed mechanism as slowly as it likes.
                 if counts && !self.record.last_attempt().0.is_some_and(Mechanism::is_relayed) {
-                    self.live.refusals.add(&routed.name, took);
+                    let client = Block::of(self.peer.ip());
+                    self.live.refusals.add(&routed.name, client, took);
                     if let (Some(user), Some(answer)) = (&self.routing_name, reply::without_tag(&reply)) {
-                        self.live.refusals.observe_answer(&routed.name, user, answer);
+                        self.live.refusals.observe_answer(&routed.name, user, client, answer);
                     }
                 }
                 self.record.refused(routed.id, answered.as_ref().map(|answered| &answered.server.name));
@@ -382,6 +394,11 @@ impl Session {
             (Outcome::Referred(referral), answered) => {
                 self.record.refused(routed.id, answered.as_ref().map(|answered| &answered.server.name));
                 Attempted::Refused { reply: referral.reply, counts: false, not_before: None }
+            }
+            (Outcome::Unavailable(fault), answered) if fault.is_refusal => {
+                self.record.refused(routed.id, answered.as_ref().map(|answered| &answered.server.name));
+                self.record.detail(fault.detail);
+                self.refused_late(tag, Some(routed), began)
             }
             (Outcome::Unavailable(fault), _) => {
                 let is_limit = fault.reason == Reason::UserLimit;

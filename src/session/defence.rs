@@ -217,7 +217,7 @@ impl Session {
             Verdict::Denied => {
                 policy.report(attempt, false, true, &self.live.metrics);
                 self.record.attempt_failed(Reason::PolicyDenied, LoginOutcome::Refused, None);
-                Some(self.refused_late(&login.tag, began))
+                Some(self.refused_late(&login.tag, None, began))
             }
             Verdict::Unavailable => {
                 self.record.attempt_failed(Reason::PolicyFailed, LoginOutcome::Unavailable, None);

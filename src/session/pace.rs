@@ -10,6 +10,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use super::wording::Wording;
+use crate::guard::Block;
 
 /// How many of the last durations are remembered of each backend.
 const REMEMBERED: usize = 32;
@@ -26,34 +27,44 @@ pub struct Refusals {
 
 #[derive(Debug, Default)]
 struct Ring {
-    durations: Vec<Duration>,
+    /// At most one of each client, so that a client whom the servers delay does not delay the refusals of others.
+    durations: Vec<(Block, Duration)>,
     next: usize,
     wording: Wording,
 }
 
-impl Refusals {
-    /// A server of `backend` refused a password after `took`.
-    pub(super) fn add(&self, backend: &Arc<str>, took: Duration) {
-        let mut backends = self.lock();
-        let ring = backends.entry(backend.clone()).or_default();
-        let took = took.min(LONGEST);
-        let next = ring.next;
-        match ring.durations.get_mut(next) {
-            Some(old) => *old = took,
-            None => ring.durations.push(took),
+impl Ring {
+    fn add(&mut self, client: Block, took: Duration) {
+        if let Some((_, known)) = self.durations.iter_mut().find(|(of, _)| *of == client) {
+            *known = took;
+            return;
         }
-        ring.next = (next + 1) % REMEMBERED;
+        match self.durations.get_mut(self.next) {
+            Some(old) => *old = (client, took),
+            None => self.durations.push((client, took)),
+        }
+        self.next = (self.next + 1) % REMEMBERED;
+    }
+}
+
+impl Refusals {
+    /// A server of `backend` refused a password that `client` sent after `took`.
+    pub(super) fn add(&self, backend: &Arc<str>, client: Block, took: Duration) {
+        self.lock().entry(backend.clone()).or_default().add(client, took.min(LONGEST));
     }
 
-    /// A server of `backend` refused a password of `user` with this answer, without the tag.
-    pub(super) fn observe_answer(&self, backend: &Arc<str>, user: &str, answer: &[u8]) {
+    /// A server of `backend` refused a password of `user` that `client` sent with this answer, without the tag.
+    pub(super) fn observe_answer(&self, backend: &Arc<str>, user: &str, client: Block, answer: &[u8]) {
         let user = self.hasher.hash_one(user);
-        self.lock().entry(backend.clone()).or_default().wording.observe(user, answer);
+        self.lock().entry(backend.clone()).or_default().wording.observe(user, client, answer);
     }
 
-    /// The answer of the backend that `user` is like, without the tag; `None` while it is not known.
-    pub(super) fn answer(&self, user: &str) -> Option<Arc<[u8]>> {
-        self.like(&self.lock(), user)?.wording.common()
+    /// The answer of the backend `routed`, or else of the one that `user` is like, without the tag; `None` while it is not
+    /// known.
+    pub(super) fn answer(&self, routed: Option<&str>, user: &str) -> Option<Arc<[u8]>> {
+        let backends = self.lock();
+        let of_routed = routed.and_then(|routed| backends.get(routed)).and_then(|ring| ring.wording.common());
+        of_routed.or_else(|| self.like(&backends, user)?.wording.common())
     }
 
     /// The highest hash wins, so that a new backend takes its share of users and the others stay as they were.
@@ -62,12 +73,15 @@ impl Refusals {
         like.map(|(_, ring)| ring)
     }
 
-    /// A duration like the last ones of the backend that `user` is like; zero if no server has refused a password yet. `random` decides
-    /// which duration.
-    pub(super) fn draw(&self, user: &str, random: u64) -> Duration {
+    /// A duration like the last ones of the backend `routed`, or, if there are none, of the backend that `user` is like; zero
+    /// if no server has refused a password yet. `random` decides which duration.
+    pub(super) fn draw(&self, routed: Option<&str>, user: &str, random: u64) -> Duration {
         let backends = self.lock();
+        let of_routed = routed.and_then(|routed| backends.get(routed)).filter(|ring| !ring.durations.is_empty());
+        let ring = of_routed.or_else(|| self.like(&backends, user));
         // A copy: sorting is not done under the lock.
-        let mut durations = self.like(&backends, user).map(|ring| ring.durations.clone()).unwrap_or_default();
+        let mut durations: Vec<Duration> =
+            ring.map(|ring| ring.durations.iter().map(|(_, took)| *took).collect()).unwrap_or_default();
         drop(backends);
         durations.sort_unstable();
         drawn(&durations, random)
@@ -101,8 +115,14 @@ fn drawn(sorted: &[Duration], random: u64) -> Duration {
 #[cfg(test)]
 mod tests {
     use std::collections::BTreeSet;
+    use std::net::IpAddr;
 
     use super::*;
+
+    /// The client of this number.
+    fn client(number: u32) -> Block {
+        Block::of(IpAddr::from(number.to_be_bytes()))
+    }
 
     /// Splitmix64.
     struct Seeded(u64);
@@ -125,16 +145,16 @@ mod tests {
     fn only_the_last_are_drawn_from() {
         let refusals = Refusals::default();
         let (mut random, shard) = (Seeded(1), Arc::from("a"));
-        assert_eq!(refusals.draw("x", random.next()), Duration::ZERO);
+        assert_eq!(refusals.draw(None, "x", random.next()), Duration::ZERO);
         for seconds in 0..100 {
-            refusals.add(&shard, Duration::from_secs(seconds));
+            refusals.add(&shard, client(seconds), Duration::from_secs(seconds.into()));
         }
-        assert!((0..1000).all(|_| refusals.draw("x", random.next()) <= LONGEST));
+        assert!((0..1000).all(|_| refusals.draw(None, "x", random.next()) <= LONGEST));
         for milliseconds in 500..500 + REMEMBERED as u64 {
-            refusals.add(&shard, Duration::from_millis(milliseconds));
+            refusals.add(&shard, client(milliseconds as u32), Duration::from_millis(milliseconds));
         }
         let range = Duration::from_millis(500)..Duration::from_millis(500 + REMEMBERED as u64);
-        let draws: Vec<Duration> = (0..10_000).map(|_| refusals.draw("x", random.next())).collect();
+        let draws: Vec<Duration> = (0..10_000).map(|_| refusals.draw(None, "x", random.next())).collect();
         assert!(draws.iter().all(|draw| range.contains(draw)));
         let whole: BTreeSet<u128> = draws.iter().map(Duration::as_millis).collect();
         assert!(whole.len() >= REMEMBERED - 1, "all of them are drawn: {}", whole.len());
@@ -143,11 +163,47 @@ mod tests {
     #[test]
     fn every_attempt_is_drawn_afresh() {
         let refusals = Refusals::default();
-        refusals.add(&Arc::from("a"), Duration::from_secs(2));
+        refusals.add(&Arc::from("a"), client(1), Duration::from_secs(2));
         let mut random = Seeded(2);
-        let draws: BTreeSet<Duration> = (0..100).map(|_| refusals.draw("x", random.next())).collect();
+        let draws: BTreeSet<Duration> = (0..100).map(|_| refusals.draw(None, "x", random.next())).collect();
         assert!(draws.len() > 95, "one sample, {} durations", draws.len());
         assert!(draws.iter().all(|draw| (1990..=2000).contains(&draw.as_millis())), "{draws:?}");
+    }
+
+    #[test]
+    fn a_client_whom_the_servers_delay_does_not_delay_others() {
+        let (refusals, shard) = (Refusals::default(), Arc::from("a"));
+        for number in 0..8 {
+            refusals.add(&shard, client(number), Duration::from_millis(100));
+        }
+        for network in ["2001:db8::1", "2001:db8::2"] {
+            let attacker = Block::of(network.parse().unwrap());
+            (0..REMEMBERED).for_each(|_| refusals.add(&shard, attacker, Duration::from_secs(3)));
+        }
+        let mut random = Seeded(7);
+        let late = (0..900).filter(|_| refusals.draw(None, "x", random.next()) > Duration::from_secs(1)).count();
+        assert!((50..150).contains(&late), "one sample of nine is the attacker's: {late} of 900");
+        refusals.add(&shard, Block::of("2001:db8::3".parse().unwrap()), Duration::from_millis(100));
+        assert!((0..900).all(|_| refusals.draw(None, "x", random.next()) < Duration::from_secs(1)));
+    }
+
+    #[test]
+    fn a_routed_user_is_refused_like_others_of_its_backend() {
+        let refusals = Refusals::default();
+        let (fast, slow): (Arc<str>, Arc<str>) = (Arc::from("fast"), Arc::from("slow"));
+        refusals.add(&fast, client(1), Duration::from_secs(1));
+        refusals.add(&slow, client(1), Duration::from_secs(5));
+        for (backend, answer) in [(&fast, b"NO fast"), (&slow, b"NO slow")] {
+            refusals.observe_answer(backend, "alice", client(1), answer);
+            refusals.observe_answer(backend, "bob", client(2), answer);
+        }
+        for number in 0..50 {
+            let user = format!("user{number}");
+            assert!(refusals.draw(Some("fast"), &user, 0) <= Duration::from_secs(1));
+            assert!(refusals.draw(Some("slow"), &user, 0) > Duration::from_secs(4));
+            assert_eq!(refusals.answer(Some("slow"), &user).as_deref(), Some(&b"NO slow"[..]));
+            assert_eq!(refusals.draw(Some("new"), &user, 0), refusals.draw(None, &user, 0), "it has no samples");
+        }
     }
 
     /// Otherwise the delays of an unknown user would vary as those of no real user do.
@@ -155,8 +211,8 @@ mod tests {
     fn an_unknown_user_is_like_a_user_of_one_backend() {
         let refusals = Refusals::default();
         for (backend, seconds) in [("fast", 1), ("slow", 5)] {
-            for _ in 0..REMEMBERED {
-                refusals.add(&Arc::from(backend), Duration::from_secs(seconds));
+            for number in 0..REMEMBERED {
+                refusals.add(&Arc::from(backend), client(number as u32), Duration::from_secs(seconds));
             }
         }
         let mut random = Seeded(6);
@@ -164,7 +220,7 @@ mod tests {
         for number in 0..200 {
             let user = format!("user{number}");
             let draws: BTreeSet<bool> =
-                (0..50).map(|_| refusals.draw(&user, random.next()) > Duration::from_secs(3)).collect();
+                (0..50).map(|_| refusals.draw(None, &user, random.next()) > Duration::from_secs(3)).collect();
             assert_eq!(draws.len(), 1, "{user}");
             slow += u32::from(draws.contains(&true));
         }
@@ -193,20 +249,22 @@ mod tests {
         for (name, latency) in servers {
             let (refusals, shard) = (Refusals::default(), Arc::from("a"));
             let mut taken = || Duration::from_secs_f64(latency(random.fraction()));
+            let mut clients = (0..).map(client);
+            let mut add = |took| refusals.add(&shard, clients.next().unwrap(), took);
             for _ in 0..REMEMBERED {
-                refusals.add(&shard, taken());
+                add(taken());
             }
             let (mut wrong, mut unknown) = (Vec::new(), Vec::new());
             for _ in 0..4000 {
                 let took = taken();
-                refusals.add(&shard, took);
+                add(took);
                 wrong.push(took);
             }
             let mut random = Seeded(4);
             let mut again = Seeded(5);
             for _ in 0..4000 {
-                refusals.add(&shard, Duration::from_secs_f64(latency(again.fraction())));
-                unknown.push(refusals.draw("x", random.next()));
+                add(Duration::from_secs_f64(latency(again.fraction())));
+                unknown.push(refusals.draw(None, "x", random.next()));
             }
             let distance = distance(&mut wrong, &mut unknown);
             // Two samples of 4000 of one distribution are 0.03 apart at most in 95 of 100 cases.

@@ -5,7 +5,7 @@ use std::time::Instant;
 use super::attempt::Attempted;
 use super::record::bounded;
 use super::{Session, pace};
-use crate::config::BackendId;
+use crate::backend::Backend;
 use crate::failure::Reason;
 use crate::imap::prelogin::InvalidLogin;
 use crate::imap::reply;
@@ -17,7 +17,7 @@ impl Session {
     /// No route knows the user, or the name cannot be one.
     pub(super) fn no_such_user(&mut self, tag: &Tag, reason: Reason, began: Instant) -> Attempted {
         self.record.attempt_failed(reason, LoginOutcome::UnknownUser, None);
-        self.refused_late(tag, began)
+        self.refused_late(tag, None, began)
     }
 
     /// The client may not open the mailbox it asked for.
@@ -27,17 +27,18 @@ impl Session {
     }
 
     /// Refuses a login with an empty password without asking a server, as late as if one had been asked.
-    pub(super) fn empty_password(&mut self, tag: &Tag, backend: Option<BackendId>, began: Instant) -> Attempted {
-        self.record.attempt_failed(Reason::EmptyPassword, LoginOutcome::Refused, backend);
-        self.refused_late(tag, began)
+    pub(super) fn empty_password(&mut self, tag: &Tag, backend: Option<&Backend>, began: Instant) -> Attempted {
+        self.record.attempt_failed(Reason::EmptyPassword, LoginOutcome::Refused, backend.map(|backend| backend.id));
+        self.refused_late(tag, backend, began)
     }
 
     /// Refuses the login after a sampled server latency and in a server's words, so that neither the response time nor the
-    /// text reveals whether the user exists.
-    pub(super) fn refused_late(&self, tag: &Tag, began: Instant) -> Attempted {
+    /// text reveals whether the user exists. `routed`: the backend that the route named, if one was asked.
+    pub(super) fn refused_late(&self, tag: &Tag, routed: Option<&Backend>, began: Instant) -> Attempted {
         let user = self.routing_name.as_deref().unwrap_or_default();
-        let not_before = Some(began + self.live.refusals.draw(user, pace::random()));
-        let reply = match self.live.refusals.answer(user) {
+        let routed = routed.map(|backend| &*backend.name);
+        let not_before = Some(began + self.live.refusals.draw(routed, user, pace::random()));
+        let reply = match self.live.refusals.answer(routed, user) {
             Some(answer) => reply::with_tag(tag, &answer),
             None => reply::authentication_failed(tag, None),
         };
@@ -91,7 +92,7 @@ impl Session {
         }
         self.record.detail(login.fault.to_string());
         self.record.attempt_failed(Reason::InvalidCredentials, LoginOutcome::Refused, None);
-        let Attempted::Refused { reply, not_before, .. } = self.refused_late(&login.tag, began) else {
+        let Attempted::Refused { reply, not_before, .. } = self.refused_late(&login.tag, None, began) else {
             return Vec::new();
         };
         self.failed_login(&[], None, began, not_before).await;

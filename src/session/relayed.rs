@@ -55,7 +55,7 @@ pub(super) struct Kept {
     pub(super) keepalive_set: bool,
     /// The drain waits until it drops.
     pub(super) _counted: TaskTrackerToken,
-    pub(super) _held: Held,
+    pub(super) held: Held,
     /// The entry in the session registry; also where the session sees that it is cancelled. The last field, because fields
     /// drop in order: a login that waits for this session finds its limits and places free.
     pub(super) seat: Seat,
@@ -73,6 +73,8 @@ impl Kept {
     /// its turn, or until something happens to it.
     async fn keep_client(&mut self, relay: &Relay<TcpStream>, call: &Call) {
         let Some(CutOff { wait, shown: _shown, .. }) = self.record.cut_off() else { return };
+        // The user may come back at once, while this connection waits for its turn.
+        self.held.pass.release();
         self.seat.cut_off();
         tokio::select! {
             () = time::sleep(wait) => {}
@@ -207,7 +209,7 @@ impl Session {
             keepalive_set: false,
             room: self.room,
             record: self.record,
-            _held: self.held,
+            held: self.held,
             seat: seated.seat,
         };
         Some(Relayed::new(client, established.leg, to_client, to_server, kept))

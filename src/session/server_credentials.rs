@@ -17,13 +17,6 @@ pub(super) fn split_master(live: &Live, credentials: &mut Credentials) {
     }
 }
 
-/// Whether a name has a separator although it was, or cannot be, taken apart: a server that takes it apart could open another mailbox
-/// than the one that is routed by, or check another master user's password than the one that is counted for.
-pub(super) fn has_separator(live: &Live, credentials: &Credentials) -> bool {
-    let mut names = std::iter::once(&credentials.user).chain(&credentials.authzid);
-    names.any(|name| live.config.naming.has_separator(name))
-}
-
 /// A token's message under the name the user has there, where that is another.
 pub(super) fn renamed(credentials: &Credentials, place: &Place, names: &Names) -> Option<Secret> {
     let Proof::Message(message) = &credentials.proof else { return None };
@@ -44,11 +37,13 @@ pub(super) fn has_own_login(credentials: &Credentials, place: &Place) -> bool {
     matches!(credentials.proof, Proof::Certificate) || handed_out(credentials, place).is_some()
 }
 
-/// What the server is logged in with. `None`: there is nothing that would show it who it is.
+/// What the server is logged in with; `authcid` is the name for it of the user who logs in on behalf of another. `None`: there
+/// is no proof that the server would take.
 pub(super) fn server_login<'a>(
     credentials: &'a Credentials,
     place: &'a Place,
     names: &'a Names,
+    authcid: &'a UserName,
     backend: &'a Backend,
     renamed: Option<&'a Secret>,
 ) -> Option<ServerLogin<'a>> {
@@ -65,7 +60,7 @@ pub(super) fn server_login<'a>(
     }
     match &credentials.proof {
         Proof::Password(password) => Some(ServerLogin::Password(PasswordLogin {
-            user: if credentials.authzid.is_some() { &credentials.user } else { mailbox },
+            user: if credentials.authzid.is_some() { authcid } else { mailbox },
             authzid: credentials.authzid.is_some().then_some(mailbox),
             password,
         })),

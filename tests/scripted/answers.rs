@@ -8,7 +8,7 @@ use std::time::Duration;
 use tokio::net::TcpListener;
 use vestibule::server::{self, Running};
 
-use crate::support::{Client, Line, Scripted, in_time, metric, proxy};
+use crate::support::{Client, Line, Scripted, eventually, in_time, metric, proxy};
 
 const UNAVAILABLE: &str = "NO [UNAVAILABLE] The mailbox is temporarily unavailable, try again later.";
 
@@ -383,4 +383,84 @@ async fn a_command_that_a_server_does_not_have_opens_no_breaker() {
     let answer = client.ask("a LOGIN alice secret").await;
     assert!(answer.starts_with("a NO [UNAVAILABLE]"), "{answer}");
     assert_eq!((failures(&proxy, "mechanism_unsupported"), metric(&proxy, "vestibule_server_up", &[])), (1.0, 1.0));
+}
+
+/// Many servers end the connection instead. Taken for an outage, that would show that the user exists.
+#[tokio::test]
+async fn a_password_that_is_too_long_for_a_server_is_a_failed_login() {
+    for (length, answer, counted) in [
+        (4097, "", true),
+        (4097, "\nS: * BYE Input buffer full, aborting", true),
+        (4097, "\nS: L BAD Too long argument", true),
+        (4096, "", false),
+    ] {
+        let server = Scripted::new(&format!("S: * OK [CAPABILITY IMAP4rev1] x\nC: *{answer}")).await;
+        let proxy = proxy(&format!(
+            "backends: {{only: {{servers: ['{}']}}}}\nroutes: [{{domain: {{good.test: only}}}}]\n\
+             limits: {{failed_logins: 5}}\n",
+            server.address
+        ))
+        .await;
+        let login = |user: &str| format!("a LOGIN {user} {{{length}+}}\r\n{}", "x".repeat(length));
+        let unknown = Client::connect(proxy.listeners()[0]).await.ask(&login("nobody@unknown.test")).await;
+        let mut client = Client::connect(proxy.listeners()[0]).await;
+        let mut made = 0;
+        loop {
+            let said = client.ask(&login("alice@good.test")).await;
+            if made == 8 || !said.starts_with("a NO") {
+                break;
+            }
+            assert_eq!(said == unknown, counted, "{length} {answer}: {said}");
+            made += 1;
+        }
+        assert_eq!(made, if counted { 5 } else { 8 }, "{length} {answer}");
+        assert_eq!(metric(&proxy, "vestibule_server_up", &[]), 1.0);
+    }
+}
+
+/// The server has processes for 16 logins, and greets no other while these wait.
+#[tokio::test]
+async fn a_server_that_is_loaded_with_logins_is_not_blamed_for_a_missing_greeting() {
+    const LOGINS: usize = 16;
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    let logins = Arc::new(AtomicUsize::new(0));
+    let counter = logins.clone();
+    tokio::spawn(async move {
+        let mut held = Vec::new();
+        while let Ok((socket, _)) = listener.accept().await {
+            let mut line = Line::new(socket);
+            if held.len() < LOGINS {
+                line.send("* OK [CAPABILITY IMAP4rev1] x\r\n").await;
+                line.line().await;
+                counter.fetch_add(1, Ordering::SeqCst);
+            }
+            held.push(line);
+        }
+    });
+    let proxy = proxy(&format!(
+        "backends: {{only: {{servers: ['{address}'], breaker: {{failures: 1}}}}}}\nroutes: [{{default: only}}]\n\
+         limits: {{connect: 200ms, server_login: 8s}}\n",
+    ))
+    .await;
+    let mut waiting = Vec::new();
+    for number in 0..LOGINS {
+        let mut client = Client::connect(proxy.listeners()[0]).await;
+        client.send(format!("a LOGIN user{number} guess\r\n")).await;
+        waiting.push(client);
+    }
+    eventually("logins at the server", || logins.load(Ordering::SeqCst) == LOGINS).await;
+    let mut client = Client::connect(proxy.listeners()[0]).await;
+    assert_eq!(client.ask("a LOGIN alice secret").await, format!("a {UNAVAILABLE}"));
+    assert_eq!(failures(&proxy, "overloaded"), 1.0);
+    assert_eq!(metric(&proxy, "vestibule_server_up", &[]), 1.0);
+    drop(waiting);
+    // When these logins have ended, a missing greeting counts as ever.
+    let is_down = async {
+        while metric(&proxy, "vestibule_server_up", &[]) == 1.0 {
+            client = Client::connect(proxy.listeners()[0]).await;
+            client.ask("a LOGIN alice secret").await;
+        }
+    };
+    in_time("the server's failure", is_down).await;
 }

@@ -1,5 +1,6 @@
 //! Credentials that claim more than they prove: another user's mailbox, two names in one message, names that cannot be.
 
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
@@ -7,7 +8,7 @@ use std::time::{Duration, Instant};
 use base64::Engine as _;
 use base64::engine::general_purpose::{STANDARD, URL_SAFE_NO_PAD};
 use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, DnType, IsCa, KeyPair, SanType};
-use tokio::net::{TcpListener, TcpStream};
+use tokio::net::{TcpListener, TcpSocket, TcpStream};
 use tokio_rustls::TlsConnector;
 use tokio_rustls::client::TlsStream;
 use tokio_rustls::rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};
@@ -152,6 +153,68 @@ async fn a_name_with_a_separator_that_was_not_taken_apart_is_refused() {
     assert_eq!((server.connections(), failures(&proxy, "name_refused")), (0, 7.0));
 }
 
+/// PRECIS maps a full-width asterisk to `*`, at which the server would split the normalised name.
+#[tokio::test]
+async fn a_separator_that_appears_only_after_normalisation_is_refused() {
+    let server = Scripted::new(ACCEPTS).await;
+    for sent_as in ["normalised", "as-sent"] {
+        let proxy = start(&format!(
+            "listeners: [{{address: '127.0.0.1:0', tls: none, mechanisms: [login, plain, xoauth2]}}]\n\
+             backends: {{only: {{servers: ['{}'], authzid: allow}}}}\nroutes: [{{default: only}}]\n\
+             users: {{unicode: precis, server: {sent_as}, masters: {{separator: '*'}}}}\n",
+            server.address
+        ))
+        .await;
+        let xoauth2 = STANDARD.encode("user=alice\u{ff0a}admin\x01auth=Bearer t\x01\x01");
+        for command in [
+            "LOGIN \"alice\u{ff0a}admin\" x",
+            "LOGIN \"bob*alice\u{ff0a}admin\" x",
+            &plain("", "alice\u{ff0a}admin"),
+            &plain("bob", "alice\u{ff0a}admin"),
+            &plain("alice\u{ff0a}x", "admin"),
+            &format!("AUTHENTICATE XOAUTH2 {xoauth2}"),
+        ] {
+            let said = Client::connect(proxy.listeners()[0]).await.ask(&format!("a {command}")).await;
+            assert_eq!(said, "a NO [AUTHENTICATIONFAILED] Authentication failed.", "{sent_as}: {command}");
+        }
+        assert_eq!((server.connections(), failures(&proxy, "name_refused")), (0, 6.0), "{sent_as}");
+    }
+}
+
+#[tokio::test]
+async fn with_normalised_names_the_server_gets_both_names_of_a_login_normalised() {
+    let server = Scripted::new(&format!(
+        "S: * OK [CAPABILITY IMAP4rev1 SASL-IR AUTH=PLAIN] x\nC: L {}\nS: L OK [CAPABILITY IMAP4rev1] in\n...",
+        plain("alice", "admin")
+    ))
+    .await;
+    let proxy = proxy(&format!(
+        "backends: {{only: {{servers: ['{}'], authzid: allow}}}}\nroutes: [{{default: only}}]\n\
+         users: {{unicode: precis, server: normalised}}\n",
+        server.address
+    ))
+    .await;
+    let mut client = Client::connect(proxy.listeners()[0]).await;
+    let said = client.ask(&format!("a {}", plain("\u{ff21}lice", "\u{ff21}dmin"))).await;
+    assert!(said.starts_with("a OK"), "{said}");
+}
+
+/// A route could compose such a name from parts of the user's.
+#[tokio::test]
+async fn a_user_of_a_route_with_the_separator_reaches_no_server() {
+    let server = Scripted::new(ACCEPTS).await;
+    let proxy = proxy(&format!(
+        "backends: {{only: {{servers: ['{}']}}}}\n\
+         routes: [{{regex: [{{match: '^(.*)@(.*)$', to: 'only user=$1*$2'}}]}}]\n\
+         users: {{masters: {{separator: '*'}}}}\n",
+        server.address
+    ))
+    .await;
+    let said = Client::connect(proxy.listeners()[0]).await.ask("a LOGIN alice@good.test x").await;
+    assert!(said.starts_with("a NO [UNAVAILABLE]"), "{said}");
+    assert_eq!((server.connections(), failures(&proxy, "lookup_failed")), (0, 1.0));
+}
+
 /// Servers differ in which of two users they take: the proxy must not route by one, and the server open the other.
 #[tokio::test]
 async fn a_message_with_two_users_reaches_no_server() {
@@ -269,10 +332,15 @@ async fn the_delay_of_unknown_users_is_drawn_afresh_for_each_attempt() {
         "backends: {{only: {{servers: ['{address}']}}}}\nroutes: [{{domain: {{good.test: only}}}}]\nlimits: {{failed_logins: 100}}\n"
     ))
     .await;
-    let mut client = Client::connect(proxy.listeners()[0]).await;
-    for _ in 0..10 {
+    // One sample of each client counts.
+    for number in 1..=10 {
+        let socket = TcpSocket::new_v4().unwrap();
+        socket.bind(SocketAddr::from(([127, 0, 1, number], 0))).unwrap();
+        let mut client = Line::new(socket.connect(proxy.listeners()[0]).await.unwrap());
+        client.line().await;
         assert!(client.ask("a LOGIN alice@good.test x").await.starts_with("a NO"));
     }
+    let mut client = Client::connect(proxy.listeners()[0]).await;
     let mut late = Vec::new();
     for _ in 0..24 {
         let began = Instant::now();

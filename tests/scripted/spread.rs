@@ -148,3 +148,38 @@ async fn nobody_is_kept_where_that_is_off() {
     assert_eq!(metric(&proxy, "vestibule_failures_total", &["reason=\"server_gone\""]), 0.0);
     proxy.stop().await;
 }
+
+#[tokio::test]
+async fn a_user_whose_session_was_cut_off_may_log_in_at_once() {
+    let (dying, other) = (Mortal::new().await, Mortal::new().await);
+    let proxy = proxy(&format!(
+        "backends: {{only: {{servers: ['{}', '{}']}}}}\nroutes: [{{default: only}}]\n\
+         limits: {{max_disconnect_delay: 1h, sessions_per_user: 1, sessions_per_user_and_address: 1}}\n",
+        dying.address, other.address
+    ))
+    .await;
+    let mut clients = Vec::new();
+    for number in 0..SESSIONS {
+        let mut client = Client::connect(proxy.listeners()[0]).await;
+        assert!(client.ask(&format!("a LOGIN user{number} secret")).await.starts_with("a OK"));
+        clients.push(client);
+    }
+    eventually("silence", || metric(&proxy, "vestibule_silent_sessions", &[]) == SESSIONS as f64).await;
+    let server = format!("server=\"{}\"", dying.address);
+    let on_dying = || metric(&proxy, "vestibule_server_sessions", &[&server]);
+    let cut_off = on_dying() as usize;
+    assert!(cut_off > 4 && cut_off < SESSIONS, "{cut_off}");
+    dying.dies.cancel();
+    eventually("no session on the server that died", || on_dying() == 0.0).await;
+    assert!(kept(&proxy) > 0.0);
+    let (mut accepted, mut limited) = (0, 0);
+    for number in 0..SESSIONS {
+        let mut client = Client::connect(proxy.listeners()[0]).await;
+        let said = client.ask(&format!("a LOGIN user{number} secret")).await;
+        accepted += usize::from(said.starts_with("a OK"));
+        limited += usize::from(said.starts_with("a NO [LIMIT]"));
+        clients.push(client);
+    }
+    assert_eq!((accepted, limited), (cut_off, SESSIONS - cut_off));
+    proxy.stop().await;
+}

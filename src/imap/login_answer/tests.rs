@@ -5,7 +5,8 @@ use std::path::Path;
 use super::*;
 
 const ANSWERS: [Answer; 5] = [Answer::Refusal, Answer::AccountClosed, Answer::Referral, Answer::Bad, Answer::AsksAgain];
-const POINTS: [Point; 4] = [Point::BeforeLogin, Point::LoginSent, Point::Retried, Point::Challenged];
+const POINTS: [Point; 5] =
+    [Point::BeforeLogin, Point::LoginSent, Point::LongPasswordSent, Point::Retried, Point::Challenged];
 
 fn all_answers() -> impl Iterator<Item = Answer> {
     ANSWERS.into_iter().chain(ServerFault::ALL.iter().copied().map(Answer::Fault))
@@ -42,6 +43,7 @@ fn every_row_of_the_table() {
         (Answer::AsksAgain, ["next form"; 4]),
         (fault(Unreachable), [blamed, "no other server", "next server", "no other server"]),
         (fault(Silent), [blamed, "no other server", "next server", "no other server"]),
+        (fault(Crowded), ["no other server", "no other server", "next server", "no other server"]),
         (fault(Greeting), [blamed, "no other server", "next server", "no other server"]),
         (fault(StartTlsNotOffered), [blamed, "no other server", "next server", "no other server"]),
         (fault(StartTlsRefused), [blamed, "no other server", "next server", "no other server"]),
@@ -69,12 +71,31 @@ fn every_row_of_the_table() {
             decide(*answer, Point::Challenged, false),
         ];
         assert_eq!(columns.map(words), *expected, "{answer:?}");
+        assert_eq!(decide(*answer, Point::LongPasswordSent, true), long_password(*answer, true), "{answer:?}");
+        assert_eq!(decide(*answer, Point::LongPasswordSent, false), long_password(*answer, false), "{answer:?}");
         let retried = decide(*answer, Point::Retried, true);
         match answer {
             Answer::Fault(Bye | Closed) => assert_eq!(words(retried), "same server again"),
             _ => assert_eq!(retried, decide(*answer, Point::LoginSent, true), "{answer:?}"),
         }
     }
+}
+
+/// What a server does with a password that it cannot take is a refusal of it; anything else means the same as of others.
+fn long_password(answer: Answer, one_server_per_user: bool) -> Verdict {
+    use ServerFault::*;
+    match answer {
+        Answer::Fault(Bye | Closed | Protocol | TooMuchUntagged | LoginBad) => {
+            Verdict { action: Action::Refuse { counts: true }, health: Health::Unchanged }
+        }
+        _ => decide(answer, Point::LoginSent, one_server_per_user),
+    }
+}
+
+#[test]
+fn overload_that_clients_may_have_caused_blames_no_server_and_moves_no_user_of_user_hash() {
+    let crowded = |one_server| decide(Answer::Fault(ServerFault::Crowded), Point::BeforeLogin, one_server);
+    assert_eq!((words(crowded(true)), words(crowded(false))), ("no other server".into(), "next server".into()));
 }
 
 #[test]
@@ -97,7 +118,9 @@ fn a_server_that_refuses_works() {
     for answer in all_answers() {
         for point in POINTS {
             let Verdict { action, health } = decide(answer, point, false);
-            if matches!(action, Action::Refuse { .. } | Action::Refer) {
+            // A connection that ends after a long password is a refusal for the client, and shows nothing about the server.
+            let is_answer = point != Point::LongPasswordSent || !matches!(answer, Answer::Fault(_));
+            if is_answer && matches!(action, Action::Refuse { .. } | Action::Refer) {
                 assert_eq!(health, Health::Answers, "{answer:?} {point:?}");
             }
         }
@@ -142,7 +165,7 @@ fn printed() -> String {
         "| the server's answer | before the login was sent | after, `balance: user-hash` | after, other balance \
                      | after a challenge |\n|---|---|---|---|---|\n"
             .to_owned();
-    for answer in all_answers() {
+    for answer in all_answers().filter(|answer| *answer != Answer::Fault(ServerFault::Crowded)) {
         let (text, when) = row(answer);
         let columns = [
             (Point::BeforeLogin, true),
@@ -160,6 +183,25 @@ fn printed() -> String {
         let cells = [true, false].map(|one_server_per_user| words(decide(answer, Point::Retried, one_server_per_user)));
         let (text, _) = row(answer);
         writeln!(table, "| after `BAD` to another form: {text} | – | {} | – |", cells.join(" | ")).unwrap();
+    }
+    let cells = [true, false].map(|one_server_per_user| {
+        words(decide(Answer::Fault(ServerFault::Crowded), Point::BeforeLogin, one_server_per_user))
+    });
+    let (text, before) = (ServerFault::Crowded.as_str(), format!("`user-hash`: {}; else {}", cells[0], cells[1]));
+    writeln!(table, "| {text} | {before} | – | – | – |").unwrap();
+    let of_long_passwords = |answer: &Answer| decide(*answer, Point::LongPasswordSent, true).action;
+    for answer in all_answers().filter(|answer| {
+        matches!(answer, Answer::Fault(_)) && matches!(of_long_passwords(answer), Action::Refuse { .. })
+    }) {
+        let cells = [true, false]
+            .map(|one_server_per_user| words(decide(answer, Point::LongPasswordSent, one_server_per_user)));
+        let (text, _) = row(answer);
+        writeln!(
+            table,
+            "| after a password of more than {LONG_PASSWORD} bytes: {text} | – | {} | – |",
+            cells.join(" | ")
+        )
+        .unwrap();
     }
     table
 }
