@@ -11,6 +11,7 @@ mod client;
 mod credentials;
 mod defences;
 mod dns;
+mod endless_answers;
 mod guard;
 mod house;
 mod invariants;
