@@ -49,7 +49,7 @@ impl Admin {
     /// An endpoint on a socket that listens; it answers once [`Admin::run`] runs, and is not ready from `stopping` on.
     ///
     /// # Errors
-    /// The system has no room to register the socket.
+    /// The system cannot register the socket.
     pub fn new(socket: net::TcpListener, metrics: Arc<Metrics>, stopping: CancellationToken) -> io::Result<Self> {
         socket.set_nonblocking(true)?;
         let socket = TcpListener::from_std(socket)?;

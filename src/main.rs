@@ -87,8 +87,9 @@ fn runtime() -> anyhow::Result<tokio::runtime::Runtime> {
 /// Builds everything and binds nothing. Warnings go to standard error and do not change the exit code.
 fn check(file: &Path, offline: bool) -> anyhow::Result<ExitCode> {
     let live = build(file)?;
-    privileges::resolve(&live.config)?;
+    let identity = privileges::resolve(&live.config)?;
     let mut warnings = live.config.warnings.clone();
+    warnings.extend(preflight::cache_file_warnings(&live.config, identity.as_ref())?);
     if !offline {
         warnings.extend(runtime()?.block_on(preflight::server_warnings(&live)));
     }

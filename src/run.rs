@@ -19,7 +19,7 @@ use vestibule::metrics::Metrics;
 use vestibule::privileges::{self, Identity};
 use vestibule::server::{self, Prepared, Running};
 use vestibule::shutdown::{Asked, Signals};
-use vestibule::{deadline, inherit, limits, logging};
+use vestibule::{deadline, inherit, limits, logging, preflight};
 
 /// An answer to a command is waited for this long when the process ends.
 const ANSWERS_DEADLINE: std::time::Duration = std::time::Duration::from_secs(2);
@@ -60,6 +60,9 @@ impl Plan {
         limits::prepare(config.limits.sessions);
         deadline::watch_for_pauses().context("no thread for the pauses of this process")?;
         let (control, identity) = (config.control.clone(), privileges::resolve(&config)?);
+        for warning in preflight::cache_file_warnings(&config, identity.as_ref())? {
+            tracing::warn!("{warning}");
+        }
         Ok(Self { prepared: server::prepare(config)?, control, identity })
     }
 
@@ -192,7 +195,7 @@ async fn serve(file: &Path, started: Started, mut signals: Signals) -> anyhow::R
     Ok(ExitCode::SUCCESS)
 }
 
-/// Reloads in the background, so that signals and commands are answered meanwhile. What is wrong is logged, and a gauge shows it.
+/// Reloads in the background, so that signals and commands are answered during the reload. Mistakes are logged, and a gauge shows them.
 fn reload(running: &Arc<Running>, succession: &Succession, file: &Path) {
     if let Some(refusal) = succession.reload_refusal() {
         return tracing::error!("the configuration was not loaded: {refusal}");

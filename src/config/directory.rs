@@ -25,7 +25,7 @@ pub struct Asking {
 }
 
 /// How long answers are kept.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct Cache {
     /// Of a user that was found. Default 1 min.
     pub ttl: Duration,
@@ -36,7 +36,7 @@ pub struct Cache {
     /// Users at most. Default 100,000.
     pub entries: usize,
     /// Where answers are written for the next start; absent: nowhere.
-    pub file: Option<PathBuf>,
+    pub file: Option<Located<PathBuf>>,
 }
 
 /// `sql`.

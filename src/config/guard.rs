@@ -138,23 +138,20 @@ pub(super) fn guard(reader: &mut Reader<'_>, access: AccessMap, written: &Limits
     }
 }
 
-/// So many connections that hold as much as `limits.line` and `limits.literal` let them must fit into the budget at once.
-const LARGEST_CONNECTIONS: usize = 16;
-/// What a connection holds at most, as a multiple of `limits.line` and `limits.literal` together: during a login its credentials are
-/// in several buffers.
-const MOST_OF_ONE: usize = 3;
+/// The smallest budget, as a multiple of `limits.line` and `limits.literal` together. Four logins with the largest commands fit into
+/// seven eighths of it: each is charged for its command and `session::COPIES` (9) copies of it, and an eighth is a reserve.
+const LEAST_BUDGET: usize = 48;
 
 fn before_login_memory(reader: &mut Reader<'_>, written: &LimitsMap, default: usize) -> usize {
     let (line, literal) = (Limits::default().line, Limits::default().literal);
     let one = written.line.map_or(line, |Size(line)| line) + written.literal.map_or(literal, |Size(literal)| literal);
-    let least = LARGEST_CONNECTIONS * MOST_OF_ONE * one;
+    let least = LEAST_BUDGET * one;
     match written.before_login_memory {
         None => default.max(least),
         Some(Size(memory)) if (least..=1 << 40).contains(&memory) => memory,
         Some(_) => {
             let message = format!(
-                "expected a size from {least} bytes ({} times limits.line and limits.literal together) to 1 TiB",
-                LARGEST_CONNECTIONS * MOST_OF_ONE
+                "expected a size from {least} bytes ({LEAST_BUDGET} times limits.line and limits.literal together) to 1 TiB"
             );
             reader.problem("limits.before_login_memory", message);
             default

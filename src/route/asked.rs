@@ -80,7 +80,7 @@ impl Asked {
             timeout: asking.timeout,
             places: Semaphore::new(asking.connections),
             cache: asking.cache.clone().map(|rules| Arc::new(Cache::new(rules))),
-            file: asking.cache.as_ref().and_then(|cache| cache.file.clone()),
+            file: asking.cache.as_ref().and_then(|cache| cache.file.as_ref().map(|file| file.value.clone())),
             leaves_file: AtomicBool::new(false),
             has_inherited: false,
             forgotten: Notify::new(),

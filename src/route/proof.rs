@@ -1,7 +1,7 @@
 //! Evidence that a service has verified the client's password.
 //!
 //! Credentials that a route hands out open a mailbox although the mailbox server never sees the client's own. They must
-//! therefore not be used for a login whose password nobody has verified: one by token, by SCRAM, or without a password.
+//! therefore not be used for a login whose password was not verified: one by token, by SCRAM, or without a password.
 //! [`Identity::PasswordConfirmed`] can only be made from a [`SentPassword`], and that only from a client's password.
 
 use crate::identity::{Credentials, Secret};

@@ -1,8 +1,8 @@
 //! Route by a database: PostgreSQL, MySQL or MariaDB, SQLite.
 //!
 //! The query is the operator's; what it is told of the user is bound, never pasted. Its columns are called as the fields
-//! of an answer (see `target`). No row, or a row of nothing but NULL, is an unknown user; a second row is a failure, as
-//! nobody could say which counts.
+//! of an answer (see `target`). No row, or a row of nothing but NULL, is an unknown user; a second row is a failure,
+//! because it is not known which one counts.
 //!
 //! Connections are kept for the next lookup, without a query to test them first: one that has died silently would not
 //! answer the test either. Instead a lookup gets a second attempt on a fresh connection (see `hedge`).
@@ -30,6 +30,7 @@ use sqlx::{
 use tokio::runtime::Handle;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
 use tokio::time::{sleep, timeout};
+use tokio_util::sync::CancellationToken;
 
 use super::Answer;
 use super::directory::answer;
@@ -78,12 +79,14 @@ struct Connections<D: Dialect> {
 struct Open<C: Connection + Send + 'static> {
     connection: C,
     permit: OwnedSemaphorePermit,
+    /// Cancelled by the lookup if another connection was answered first: this one is dead then.
+    dead: CancellationToken,
 }
 
 impl<C: Connection + Send + 'static> Open<C> {
     /// Closes the connection with a farewell, without which the server logs an error.
     fn close(self) {
-        let Self { connection, permit } = self;
+        let Self { connection, permit, .. } = self;
         if let Ok(runtime) = Handle::try_current() {
             // If the farewell fails or takes too long, the socket closes all the same.
             runtime.spawn(async move {
@@ -201,26 +204,19 @@ where
     async fn row(&self, query: &str, values: &[String], budget: &Budget) -> Result<Option<Columns>, String> {
         let began = Instant::now();
         let fresh = async { self.row_by(budget.connecting(self.connect()).await?, query, values).await };
-        match self.idle.take(began) {
-            Some(connection) => {
-                hedged(self.row_by(connection, query, values), budget.patience(), fresh, || {
-                    self.remove_older_than(began)
-                })
-                .await?
-            }
-            None => fresh.await?,
-        }
-    }
-
-    /// Closes idle connections that are older than one that has failed.
-    fn remove_older_than(&self, time: Instant) {
-        self.idle.remove_older_than(time);
+        let Some(connection) = self.idle.take(began) else { return fresh.await? };
+        let dead = connection.dead.clone();
+        let on_dead = || {
+            dead.cancel();
+            self.idle.remove_older_than(began);
+        };
+        hedged(self.row_by(connection, query, values), budget.patience(), fresh, on_dead).await?
     }
 
     async fn connect(&self) -> Result<Open<D::Connection>, String> {
         let permit = self.permits.clone().acquire_owned().await.map_err(|error| told(&error))?;
         let connection = self.options.connect().await.map_err(|error| told(&error))?;
-        Ok(Open { connection, permit })
+        Ok(Open { connection, permit, dead: CancellationToken::new() })
     }
 
     /// Runs the query in a task. If this future is dropped, the task keeps the connection and its permit until the server
@@ -242,6 +238,7 @@ where
                 tokio::select! {
                     read = read::<D>(&mut open.connection, &query, &values) => read,
                     () = abandoned => return,
+                    () = open.dead.cancelled() => return,
                 }
             };
             if let Err((open, Ok(_) | Err(Fault::Answer(_)))) = sender.send((open, read)) {

@@ -22,7 +22,7 @@ const MAX_NAME: usize = 80;
 pub(super) enum Role<'a> {
     /// A server's, which was to be for this name.
     Server(&'a ServerName<'a>),
-    /// A server's, of a backend that trusts by pin or trusts every server.
+    /// A server's that is trusted by its pin or without verification, and whose signature of the handshake was refused.
     PinnedServer,
     /// A client's.
     Client,

@@ -14,9 +14,10 @@ use tokio_rustls::rustls::pki_types::ServerName;
 use tokio_rustls::rustls::{ClientConfig, Error, InvalidMessage, RootCertStore};
 use tokio_rustls::{TlsConnector, TlsStream};
 
+use super::error_text::NOT_TLS;
 use super::handover::Secrets;
 use super::records::Records;
-use super::trust::{ByPin, ByRoots, observed};
+use super::trust::{Accepted, ByPin, ByRoots, observed};
 use super::{provider, read_certificates};
 use crate::config::{Backend, Config, Located, Place, Problem, TlsMode, Trust};
 
@@ -49,8 +50,8 @@ impl ClientTls {
             })?),
         };
         let verifier: Arc<dyn ServerCertVerifier> = match &backend.tls.trust {
-            Trust::Pin(pins) => ByPin::new(Some(pins.clone())),
-            Trust::Insecure => ByPin::new(None),
+            Trust::Pin(pins) => ByPin::new(Accepted::Pins(pins.clone())),
+            Trust::Insecure => ByPin::new(Accepted::Everything),
             Trust::System => by_roots(config, None, &backend.place)?,
             Trust::Ca(ca) => by_roots(config, Some(ca), &backend.place)?,
         };
@@ -78,17 +79,17 @@ impl ClientTls {
         match observed(handshake).await {
             (Ok(tls), _) => Ok(TlsStream::Client(tls)),
             (Err(error), Some(refusal)) => Err(std::io::Error::new(error.kind(), refusal)),
-            (Err(error), None) => Err(in_words(error)),
+            (Err(error), None) => Err(explain_plaintext(error)),
         }
     }
 }
 
 /// An error of a handshake with a server, explained if the server does not speak TLS.
-fn in_words(error: std::io::Error) -> std::io::Error {
+fn explain_plaintext(error: std::io::Error) -> std::io::Error {
     let cause = error.get_ref().and_then(|cause| cause.downcast_ref::<Error>());
     match cause {
         Some(Error::InvalidMessage(InvalidMessage::InvalidContentType)) => {
-            let words = format!("the server does not speak TLS on this port, or not from the first byte: {error}");
+            let words = format!("{NOT_TLS}, or not from the first byte: {error}");
             std::io::Error::new(error.kind(), words)
         }
         _ => error,

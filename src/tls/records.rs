@@ -296,6 +296,20 @@ mod tests {
         }
     }
 
+    #[tokio::test]
+    async fn many_small_records_let_other_tasks_run() {
+        let (mut peer, socket) = duplex(1 << 16);
+        let mut records = Records::new(socket);
+        peer.write_all(&[23, 3, 3, 0, 1, 0].repeat(1000)).await.unwrap();
+        let mut got = [0; 64];
+        let mut reads = 0;
+        while records.read(&mut got).now_or_never().is_some() {
+            reads += 1;
+            assert!(reads <= MAX_READS, "a read must wait in between");
+        }
+        assert_eq!(records.read(&mut got).await.unwrap(), 6, "it goes on without another byte from the peer");
+    }
+
     /// A guard with a budget of `bytes`, and a charge of its only connection.
     fn charge(bytes: usize) -> (Arc<Guard>, Ticket) {
         let config = config::Guard { before_login_memory: bytes, ..Default::default() };

@@ -132,13 +132,21 @@ impl ServerCertVerifier for ByRoots {
 #[derive(Debug)]
 pub(super) struct ByPin {
     provider: Arc<CryptoProvider>,
-    /// `None`: every server is trusted.
-    pins: Option<Vec<[u8; 32]>>,
+    accepted: Accepted,
+}
+
+/// Which servers [`ByPin`] trusts.
+#[derive(Debug)]
+pub(super) enum Accepted {
+    /// Those whose public key has one of these SHA-256 digests.
+    Pins(Vec<[u8; 32]>),
+    /// All servers.
+    Everything,
 }
 
 impl ByPin {
-    pub(super) fn new(pins: Option<Vec<[u8; 32]>>) -> Arc<Self> {
-        Arc::new(Self { provider: provider(), pins })
+    pub(super) fn new(accepted: Accepted) -> Arc<Self> {
+        Arc::new(Self { provider: provider(), accepted })
     }
 }
 
@@ -151,7 +159,10 @@ impl ServerCertVerifier for ByPin {
         _ocsp: &[u8],
         now: UnixTime,
     ) -> Result<ServerCertVerified, Error> {
-        let Some(pins) = &self.pins else { return Ok(ServerCertVerified::assertion()) };
+        let pins = match &self.accepted {
+            Accepted::Pins(pins) => pins,
+            Accepted::Everything => return Ok(ServerCertVerified::assertion()),
+        };
         let parsed = X509Certificate::from_der(certificate);
         let verified = match parsed {
             Err(_) => Err(CertificateError::BadEncoding),

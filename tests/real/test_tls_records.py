@@ -198,6 +198,9 @@ backends: {shard: {servers: ["127.0.0.1:1"]}}
 routes: [{redis: {url: "redis://127.0.0.1", key: "u:%{user}", cache: {file: answers.json}}}]
 """
         self.assertEqual(self.check(text).stderr, "", "root may write there")
+        done = self.check(text + "run_as: {user: nobody}\n")
+        self.assertRegex(done.stderr, r"^warning: \S+check.yaml:4:\d+: routes\[0\].redis.cache.file: the user of run_as cannot write in /tmp/")
+        self.check(text)
         # The program too is where another user can start it.
         copy = self.folder.path / "vestibule"
         shutil.copy(VESTIBULE, copy)

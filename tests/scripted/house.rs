@@ -27,7 +27,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
             "shutdown",
         ],
     ),
-    ("preflight", &["backend", "config", "server"]),
+    ("preflight", &["backend", "config", "control", "privileges", "server"]),
     ("deadline", &[]),
     (
         "run",
@@ -39,6 +39,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
             "limits",
             "logging",
             "metrics",
+            "preflight",
             "privileges",
             "server",
             "shutdown",

@@ -1,16 +1,14 @@
 //! Routes that ask a directory: what their keys may be, and which need each other. Called by `routes`.
 
 use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::Duration;
 
-use rustix::fs::Access;
-use rustix::io::Errno;
 use serde::de::DeserializeOwned;
 use serde_yaml::Value;
 
 use super::maps::{AskingMap, DnsMap, HttpMap, LdapMap, RedisMap, ScopeWord, SqlMap, StyleWord};
-use super::sql_query::quoted_variable;
+use super::sql_query::{Syntax, quoted_variable};
 use super::{Context, declared_backend};
 use crate::config::check::{located, socket_address};
 use crate::config::directory::{
@@ -37,8 +35,12 @@ impl Section<'_, '_> {
         let query = self.for_each_user("query", &written.query)?;
         let known = ["postgres://", "postgresql://", "mysql://", "mariadb://", "sqlite:"];
         let url = self.url("url", &written.url, &known)?;
-        let backslash = ["mysql://", "mariadb://"].iter().any(|scheme| url.value.starts_with(scheme));
-        if let Some(variable) = quoted_variable(&written.query, backslash) {
+        let syntax = match url.value.split(':').next() {
+            Some("mysql" | "mariadb") => Syntax::MySql,
+            Some("sqlite") => Syntax::Sqlite,
+            _ => Syntax::Postgres,
+        };
+        if let Some(variable) = quoted_variable(&written.query, syntax) {
             self.problem(
                 "query",
                 format!(
@@ -307,10 +309,8 @@ impl Section<'_, '_> {
         let base = child(&self.key, "cache");
         let key = |name: &str| child(&base, name);
         let reader = &mut *self.reader;
-        let file = written.file.map(|file| self.context.folder.join(file));
-        if let Some(reason) = file.as_deref().and_then(unwritable) {
-            reader.warning(&key("file"), reason);
-        }
+        let place = reader.place(&key("file"));
+        let file = written.file.map(|file| Located { value: self.context.folder.join(file), place });
         Cache {
             ttl: bounded(reader, &key("ttl"), written.ttl, Duration::from_secs(60), seconds(1, day)),
             negative: bounded(reader, &key("negative"), written.negative, Duration::from_secs(10), seconds(0, day)),
@@ -318,25 +318,5 @@ impl Section<'_, '_> {
             entries: number(reader, &key("entries"), written.entries, 100_000, 100..=100_000_000) as usize,
             file,
         }
-    }
-}
-
-/// Why the process could not write `file`, as the user who asks.
-fn unwritable(file: &Path) -> Option<String> {
-    let folder = file.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    let shown = folder.display();
-    if folder.exists() && !folder.is_dir() {
-        return Some(format!("{shown} is not a directory: the file cannot be written there"));
-    }
-    match rustix::fs::access(folder, Access::WRITE_OK | Access::EXEC_OK) {
-        Ok(()) => None,
-        Err(Errno::NOENT) => Some(format!(
-            "the directory {shown} does not exist, so that no answer is kept over a restart: create it for the \
-             service's user"
-        )),
-        Err(error) => Some(format!(
-            "this user cannot write in {shown} ({error}): if the service runs as the same user, no answer is kept over a \
-             restart; use a directory like /var/lib/vestibule that belongs to the service's user"
-        )),
     }
 }

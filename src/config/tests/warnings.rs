@@ -17,26 +17,6 @@ fn settings_that_are_seldom_meant_are_warned_of() {
 }
 
 #[test]
-fn a_cache_file_that_cannot_be_written_is_warned_of() {
-    let folder = tempfile::tempdir().unwrap();
-    let file = folder.path().join("file");
-    fs::write(&file, "").unwrap();
-    let warnings = |cache: &str| {
-        let text = MINIMAL.replace(
-            "[{default: a}]",
-            &format!("[{{redis: {{url: 'redis://127.0.0.1', key: 'u:%{{user}}', cache: {{file: {cache}}}}}}}]"),
-        );
-        let config = parse(&folder.path().join("v.yaml"), &text).unwrap_or_else(|report| panic!("{report}"));
-        config.warnings.iter().map(ToString::to_string).collect::<Vec<_>>()
-    };
-    assert_eq!(warnings("cache.json"), Vec::<String>::new());
-    let absent = warnings("absent/cache.json");
-    assert!(absent[0].contains(":3:") && absent[0].contains("cache.file: the directory "), "{absent:?}");
-    assert!(absent[0].contains("does not exist"), "{absent:?}");
-    assert!(warnings("file/cache.json")[0].contains("is not a directory"));
-}
-
-#[test]
 fn a_bound_parameter_in_quotes_is_a_mistake() {
     let with_query = |query: &str| {
         let route = format!("[{{sql: {{url: 'sqlite:users.db', query: \"{query}\"}}}}]");

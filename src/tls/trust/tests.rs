@@ -127,11 +127,11 @@ async fn untrusted_certificates_are_explained_with_the_pin_that_would_do() {
         let pin = error.split("sha256:").nth(1).unwrap().trim_end_matches('"');
         use base64::Engine as _;
         let pin: [u8; 32] = base64::engine::general_purpose::STANDARD.decode(pin).unwrap().try_into().unwrap();
-        assert_eq!(verify(&*ByPin::new(Some(vec![pin])), certificate, "anything.test").await, Ok(()));
+        assert_eq!(verify(&*ByPin::new(Accepted::Pins(vec![pin])), certificate, "anything.test").await, Ok(()));
     }
-    let error = verify(&*ByPin::new(Some(vec![[0; 32]])), &lone, "mail.test").await.unwrap_err();
+    let error = verify(&*ByPin::new(Accepted::Pins(vec![[0; 32]])), &lone, "mail.test").await.unwrap_err();
     assert!(error.starts_with("the server's key is none of the configured pins; to trust"), "{error}");
-    assert_eq!(verify(&*ByPin::new(None), &lone, "mail.test").await, Ok(()));
+    assert_eq!(verify(&*ByPin::new(Accepted::Everything), &lone, "mail.test").await, Ok(()));
 }
 
 #[tokio::test]
