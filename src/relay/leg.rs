@@ -25,7 +25,7 @@ use crate::record_layer::{
 /// Pieces of one vectored write. Where a peer sent more, shorter records, they are gathered first.
 const PIECES: usize = 128;
 /// After this many TLS records without data other sessions of the worker run.
-const MAX_EMPTY_RECORDS: usize = 64;
+const MAX_EMPTY_RECORDS: u16 = 64;
 
 /// What a leg needs of a socket beyond reading and writing.
 pub trait Socket: AsyncRead + AsyncWrite + Unpin {
@@ -114,7 +114,7 @@ pub struct Leg<S> {
     /// There may be whole records in `received`.
     unparsed: bool,
     /// TLS records opened since [`Leg::take_records_opened`].
-    records_opened: usize,
+    records_opened: u16,
     /// To be sent, from `sent`: as it goes over the wire.
     unsent: Vec<u8>,
     sent: usize,
@@ -242,7 +242,7 @@ impl<S: Socket> Leg<S> {
 
     /// Number of TLS records that were opened since the last call.
     pub(super) fn take_records_opened(&mut self) -> usize {
-        std::mem::take(&mut self.records_opened)
+        std::mem::take(&mut self.records_opened).into()
     }
 
     fn poll_receive_plain(
@@ -347,7 +347,7 @@ impl<S: Socket> Leg<S> {
                 Err(violation) => self.ended = Some(Err(violation)),
             }
             at += length;
-            self.records_opened += 1;
+            self.records_opened = self.records_opened.saturating_add(1);
         }
         self.received.clear();
         if self.ended.is_none() {

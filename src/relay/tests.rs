@@ -291,7 +291,8 @@ async fn one_turn(payload: &'static [u8], count: usize) -> usize {
         Opening { to_client: Vec::new(), to_server: Vec::new(), client_bytes: counter(), server_bytes: counter() };
     let mut relay = Relay::new(leg, Leg::plain(relay_server), opening, LIMITS);
     let mut run = Box::pin(relay.run(None));
-    assert!(futures_util::poll!(&mut run).is_pending());
+    let polled = futures_util::poll!(&mut run);
+    assert!(polled.is_pending(), "{polled:?}");
     let mut got = Vec::new();
     while let Some(Ok(1..)) = server.read_buf(&mut got).now_or_never() {}
     let first_turn = got.len();
@@ -314,5 +315,4 @@ async fn a_turn_ends_after_a_limited_number_of_records() {
     const COUNT: usize = 20_000;
     let relayed = one_turn(b"x", COUNT).await;
     assert!(relayed < COUNT / 10, "{relayed} records in one turn");
-    assert_eq!(one_turn(b"", COUNT).await, 0, "records without data come before the first byte");
 }

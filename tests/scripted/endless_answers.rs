@@ -115,7 +115,7 @@ async fn informational_responses_without_end_fail_a_policy_request() {
     let server = Scripted::new("S: * OK [CAPABILITY IMAP4rev1] x\n...").await;
     let text = format!(
         "listeners: [{{address: '127.0.0.1:0', tls: none}}]\nbackends: {{only: {{servers: ['{}']}}}}\n\
-         routes: [{{default: only}}]\npolicy: {{url: 'http://{url}/', nonce_file: {}, timeout: 30s, fail_open: false}}\n",
+         routes: [{{default: only}}]\npolicy: {{url: 'http://{url}/', nonce_file: {}, timeout: 30s, on_failure: deny}}\n",
         server.address,
         nonce.display()
     );
