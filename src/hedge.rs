@@ -9,7 +9,6 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use tokio::time::Instant;
-use tokio::time::error::Elapsed;
 
 use crate::deadline::Deadline;
 
@@ -31,8 +30,11 @@ impl Budget {
     ///
     /// # Errors
     /// The deadline expired while the process was running.
-    pub async fn limit<F: Future>(&self, request: F) -> Result<F::Output, Elapsed> {
-        self.deadline.limit(request).await
+    pub async fn limit<F: Future>(&self, request: F) -> Result<F::Output, Expired> {
+        let mut request = std::pin::pin!(request);
+        let result = self.deadline.limit(&mut request).await;
+        // The request is dropped after this, and its connection attempts with it.
+        result.map_err(|_| Expired { is_connecting: self.is_connecting() })
     }
 
     /// Until when an attempt on a connection that was idle is waited for alone: half of the time that is left.
@@ -46,10 +48,17 @@ impl Budget {
         connect.await
     }
 
-    /// Whether the deadline, if it passes now, passes while a connection is being established.
-    pub fn is_connecting(&self) -> bool {
+    /// Whether a connection is being established.
+    fn is_connecting(&self) -> bool {
         self.connecting.load(Ordering::Relaxed) > 0
     }
+}
+
+/// The deadline of a request has expired.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Expired {
+    /// Whether a connection was being established then.
+    pub is_connecting: bool,
 }
 
 /// One connection that is being established. Its drop ends the count, also if the attempt is cancelled.
@@ -228,6 +237,9 @@ mod tests {
             () = budget.connecting(pending()) => {}
             () = async { assert!(budget.is_connecting()) } => {}
         }
+        assert!(!budget.is_connecting());
+        let expired = budget.limit(budget.connecting(pending::<()>())).await.unwrap_err();
+        assert!(expired.is_connecting, "when the deadline expired");
         assert!(!budget.is_connecting());
         budget.connecting(async { assert!(budget.is_connecting()) }).await;
         assert!(!budget.is_connecting());

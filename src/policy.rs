@@ -194,7 +194,7 @@ impl Policy {
             let budget = Budget::of(policy.timeout);
             match budget.limit(policy.ask(&policy.allow, &attempt, &budget, Repeat::IfUnanswered)).await {
                 Ok(answer) => answer,
-                Err(_) if budget.is_connecting() => {
+                Err(expired) if expired.is_connecting => {
                     Err("no answer within policy.timeout: the connection was not established".to_owned())
                 }
                 Err(_) => Err("no answer within policy.timeout".to_owned()),

@@ -330,10 +330,10 @@ impl Asked {
             waited = began.elapsed();
             self.directory.ask(question, &budget).await
         });
-        let answer = answer.await.unwrap_or_else(|_| {
+        let answer = answer.await.unwrap_or_else(|expired| {
             let busy =
                 if waited < BUSY { String::new() } else { format!(", {waited:.1?} of it for a free connection") };
-            let stage = if budget.is_connecting() { ": the connection was not established" } else { "" };
+            let stage = if expired.is_connecting { ": the connection was not established" } else { "" };
             Answer::Failed(format!("no answer within {:?}{busy}{stage}", self.timeout))
         });
         self.metrics.asked(began.elapsed());
