@@ -23,10 +23,13 @@ use zeroize::Zeroizing;
 
 use crate::config::{Config, Located, Problem};
 use crate::hedge::{Budget, SharedConnection, Unanswered, hedged};
+use crate::limited_http::LimitedConnector;
 use crate::{tcp_liveness, tls};
 
 /// An answer has no business being longer.
 pub const MAX_BODY: usize = 64 * 1024;
+/// Read buffer of an HTTP/1 connection, and thereby the limit of a response head.
+const MAX_BUFFER: usize = 64 * 1024;
 /// A connection that nobody has used for this long is closed.
 const IDLE: Duration = Duration::from_secs(60);
 /// An HTTP/2 connection is closed if a PING is not answered within this time.
@@ -43,7 +46,7 @@ pub struct HttpClient {
 
 /// Connections to the service. A pool of which one connection has failed is replaced as a whole.
 struct Pool {
-    client: Client<HttpsConnector<HttpConnector>, Full<Bytes>>,
+    client: Client<LimitedConnector<HttpsConnector<HttpConnector>>, Full<Bytes>>,
     /// Whether an answer has come over one of them: only then there may be one that waits for its next request.
     has_answered: AtomicBool,
 }
@@ -214,7 +217,8 @@ impl HttpClient {
             .http2_keep_alive_interval(tcp_liveness::IDLE)
             .http2_keep_alive_timeout(PING_TIMEOUT)
             .http2_keep_alive_while_idle(true)
-            .build(connector);
+            .http1_max_buf_size(MAX_BUFFER)
+            .build(LimitedConnector(connector));
         Pool { client, has_answered: AtomicBool::new(false) }
     }
 }

@@ -199,8 +199,14 @@ impl Listener {
             }
             return;
         };
-        // A balancer is not the client: whose connection it is, its header will say.
-        let is_passed_on = live.config.listeners[index].proxy_protocol.is_some();
+        let balancers = live.config.listeners[index].proxy_protocol.as_ref();
+        // Before a place is taken that a client could have: such connections must not displace those of clients.
+        if balancers.is_some_and(|networks| !networks.iter().any(|network| network.contains(peer.ip()))) {
+            let _open = metrics.session_opened();
+            return session::unknown_balancer(&socket, peer, self.address, &live);
+        }
+        // A balancer is not the client, whose address is in the header.
+        let is_passed_on = balancers.is_some();
         let pass = if is_passed_on { Ok(live.guard.pass()) } else { live.guard.admit(Instant::now(), peer.ip()) };
         // A place before the login: only for an address that may come in.
         let admitted = pass.and_then(|pass| Ok((pass, live.guard.lobby(Instant::now())?)));

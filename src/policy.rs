@@ -9,7 +9,7 @@
 //! once, and nobody can tell the password. Where a login has none, `pwhash` is empty. Called by `session`; built by `server`.
 
 use std::net::IpAddr;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use aws_lc_rs::digest::{Context, SHA256};
@@ -18,13 +18,17 @@ use base64::engine::general_purpose::STANDARD;
 use hyper::header::{AUTHORIZATION, CONTENT_TYPE, HeaderMap, HeaderName, HeaderValue};
 use hyper::{Method, StatusCode, Uri};
 use serde::{Deserialize, Serialize};
+use tokio::runtime::Handle;
 use tokio::sync::Semaphore;
+use tokio_util::task::AbortOnDropHandle;
 use zeroize::Zeroizing;
 
 use crate::config::{self, Config, Problem};
+use crate::deadline::Deadline;
 use crate::hedge::Budget;
 use crate::http_client::{HttpClient, Repeat};
 use crate::identity::Credentials;
+use crate::lookup_thread::{GRACE, LookupThread};
 use crate::metrics::{Metrics, PolicyAnswer, PolicyCommand};
 use crate::tls;
 
@@ -32,6 +36,8 @@ use crate::tls;
 const CONNECTIONS: usize = 8;
 /// Reports under way; those beyond are dropped, and counted as failed.
 const REPORTS: usize = 1024;
+/// Failure of a request whose thread did not report its timeout.
+const NOT_RESPONDING: &str = "no answer within policy.timeout: the thread of the policy service does not respond";
 /// No delay is longer.
 const LONGEST: Duration = Duration::from_secs(30);
 
@@ -46,6 +52,8 @@ pub struct Policy {
     timeout: Duration,
     fail_open: bool,
     reports: Arc<Semaphore>,
+    /// Started with the first request. `None`: the system cannot start a thread, and requests run on the caller's.
+    thread: OnceLock<Option<LookupThread>>,
 }
 
 /// What is said of a login, as it goes over the wire.
@@ -128,6 +136,7 @@ impl Policy {
             timeout: policy.timeout,
             fail_open: policy.fail_open,
             reports: Arc::new(Semaphore::new(REPORTS)),
+            thread: OnceLock::new(),
         })
     }
 
@@ -159,15 +168,8 @@ impl Policy {
     }
 
     /// Asks whether it may be tried.
-    pub async fn allow(&self, attempt: &Attempt, metrics: &Metrics) -> Verdict {
-        let budget = Budget::of(self.timeout);
-        let answer = match budget.limit(self.ask(&self.allow, attempt, &budget, Repeat::IfUnanswered)).await {
-            Ok(answer) => answer,
-            Err(expired) if expired.is_connecting => {
-                Err("no answer within policy.timeout: the connection was not established".to_owned())
-            }
-            Err(_) => Err("no answer within policy.timeout".to_owned()),
-        };
+    pub async fn allow(self: &Arc<Self>, attempt: &Attempt, metrics: &Metrics) -> Verdict {
+        let answer = self.ask_on_thread(attempt).await;
         let (verdict, counted) = match answer {
             Ok(status) => read(status),
             Err(error) => {
@@ -181,6 +183,46 @@ impl Policy {
         verdict
     }
 
+    /// Asks on the thread of the policy service. If this future is dropped, the request is cancelled.
+    async fn ask_on_thread(self: &Arc<Self>, attempt: &Attempt) -> Result<i64, String> {
+        let thread = self.thread();
+        if thread.is_some_and(LookupThread::is_stalled) {
+            return Err(NOT_RESPONDING.to_owned());
+        }
+        let (policy, attempt) = (self.clone(), attempt.clone());
+        let request = async move {
+            let budget = Budget::of(policy.timeout);
+            match budget.limit(policy.ask(&policy.allow, &attempt, &budget, Repeat::IfUnanswered)).await {
+                Ok(answer) => answer,
+                Err(expired) if expired.is_connecting => {
+                    Err("no answer within policy.timeout: the connection was not established".to_owned())
+                }
+                Err(_) => Err("no answer within policy.timeout".to_owned()),
+            }
+        };
+        let request = AbortOnDropHandle::new(self.runtime().spawn(request));
+        match Deadline::after(self.timeout + GRACE).limit(request).await {
+            Ok(answer) => answer.unwrap_or_else(|_| Err("the request was aborted".to_owned())),
+            Err(_) => {
+                thread.inspect(|thread| thread.set_stalled());
+                Err(NOT_RESPONDING.to_owned())
+            }
+        }
+    }
+
+    fn thread(&self) -> Option<&LookupThread> {
+        let start = || {
+            LookupThread::start("policy")
+                .inspect_err(|error| tracing::error!(%error, "no thread for requests to the policy service"))
+                .ok()
+        };
+        self.thread.get_or_init(start).as_ref()
+    }
+
+    fn runtime(&self) -> Handle {
+        self.thread().map_or_else(Handle::current, |thread| thread.handle().clone())
+    }
+
     /// Tells how it ended, in a task of its own.
     pub fn report(self: &Arc<Self>, attempt: Attempt, success: bool, denied: bool, metrics: &Arc<Metrics>) {
         let Ok(permit) = self.reports.clone().try_acquire_owned() else {
@@ -188,7 +230,7 @@ impl Policy {
             return;
         };
         let (policy, metrics) = (self.clone(), metrics.clone());
-        tokio::spawn(async move {
+        self.runtime().spawn(async move {
             let told = Told { attempt: &attempt, success, policy_reject: denied };
             let budget = Budget::of(policy.timeout);
             // The service counts each report that it receives, so that a report is not repeated.

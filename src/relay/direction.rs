@@ -12,6 +12,9 @@ use crate::record_layer::{MAX_PLAINTEXT, Violation};
 /// Moved before other sessions of the worker get their turn: one long round, or several short ones.
 const TURN: usize = 16 * MAX_PLAINTEXT;
 
+/// A TLS record counts for a turn like this many bytes at least: opening short ones costs more than moving their data.
+const RECORD_COST: usize = 4096;
+
 /// A session has moved so many times as much before a round is that long: what a peer that stops reading leaves here is a
 /// small part of what it took.
 const PROVEN: u64 = 8;
@@ -161,7 +164,7 @@ impl Direction {
                         continue;
                     };
                     self.count(length);
-                    moved += length;
+                    moved += length.max(from.take_records_opened() * RECORD_COST);
                     to.poll_send(context, scratch, received)?;
                     self.round = next_round(self.round, length, to.has_unsent(), self.moved);
                 }

@@ -24,6 +24,8 @@ use crate::record_layer::{
 
 /// Pieces of one vectored write. Where a peer sent more, shorter records, they are gathered first.
 const PIECES: usize = 128;
+/// After this many TLS records without data other sessions of the worker run.
+const MAX_EMPTY_RECORDS: u16 = 64;
 
 /// What a leg needs of a socket beyond reading and writing.
 pub trait Socket: AsyncRead + AsyncWrite + Unpin {
@@ -111,6 +113,8 @@ pub struct Leg<S> {
     received: Vec<u8>,
     /// There may be whole records in `received`.
     unparsed: bool,
+    /// TLS records opened since [`Leg::take_records_opened`].
+    records_opened: u16,
     /// To be sent, from `sent`: as it goes over the wire.
     unsent: Vec<u8>,
     sent: usize,
@@ -147,7 +151,19 @@ impl<S> Leg<S> {
         let unparsed = !received.is_empty();
         let ended = closed.then_some(Ok(()));
         let (unsent, owed) = (Vec::new(), Owed::Nothing);
-        Self { socket, tls, received, unparsed, unsent, sent: 0, flushed: 0, owed, finished: false, ended }
+        Self {
+            socket,
+            tls,
+            received,
+            unparsed,
+            records_opened: 0,
+            unsent,
+            sent: 0,
+            flushed: 0,
+            owed,
+            finished: false,
+            ended,
+        }
     }
 
     /// Room to leave around plaintext that this leg is to send.
@@ -224,6 +240,11 @@ impl<S: Socket> Leg<S> {
         }
     }
 
+    /// Number of TLS records that were opened since the last call.
+    pub(super) fn take_records_opened(&mut self) -> usize {
+        std::mem::take(&mut self.records_opened).into()
+    }
+
     fn poll_receive_plain(
         &mut self,
         context: &mut Context<'_>,
@@ -290,6 +311,12 @@ impl<S: Socket> Leg<S> {
             if total > 0 {
                 return Poll::Ready(Ok(Received::Opened(total)));
             }
+            // Records without data, such as KeyUpdate: other sessions of the worker run before the next ones.
+            if self.records_opened >= MAX_EMPTY_RECORDS {
+                self.records_opened = 0;
+                context.waker().wake_by_ref();
+                return Poll::Pending;
+            }
         }
     }
 
@@ -320,6 +347,7 @@ impl<S: Socket> Leg<S> {
                 Err(violation) => self.ended = Some(Err(violation)),
             }
             at += length;
+            self.records_opened = self.records_opened.saturating_add(1);
         }
         self.received.clear();
         if self.ended.is_none() {

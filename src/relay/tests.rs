@@ -1,5 +1,6 @@
 //! The relay over pipes in memory, with time that stands still.
 
+use futures_util::FutureExt as _;
 use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream, duplex};
 use tokio::task::JoinHandle;
 
@@ -271,4 +272,47 @@ async fn requests_for_new_keys_in_one_read_get_one_answer_ahead_of_the_data() {
         rest = behind;
     }
     assert_eq!(events, [b"Nothing".to_vec(), b"a OK\r\n".to_vec()]);
+}
+
+/// Runs one poll of a relay whose client has sent `count` of `record`, and returns how much was relayed by it.
+async fn one_turn(payload: &'static [u8], count: usize) -> usize {
+    use crate::record_layer::{Channel, Cipher, ContentType, Keys, Role, Version};
+    let keys = |byte: u8| Keys::from_secret(Cipher::Aes128Gcm, &[byte; 32]).unwrap();
+    let (mut client, relay_client) = duplex(1 << 21);
+    let (mut server, relay_server) = duplex(1 << 21);
+    let mut theirs = Channel::new(Version::Tls13, Role::Client, keys(2), keys(1));
+    let mut records = Vec::new();
+    (0..count).for_each(|_| theirs.sealer.say_for_test(ContentType::Data, payload, &mut records));
+    theirs.sealer.say_for_test(ContentType::Data, b"end", &mut records);
+    client.write_all(&records).await.unwrap();
+    let leg = Leg::tls(relay_client, Channel::new(Version::Tls13, Role::Server, keys(1), keys(2)), Vec::new(), false);
+    let counter = || IntCounter::new("bytes", "bytes").unwrap();
+    let opening =
+        Opening { to_client: Vec::new(), to_server: Vec::new(), client_bytes: counter(), server_bytes: counter() };
+    let mut relay = Relay::new(leg, Leg::plain(relay_server), opening, LIMITS);
+    let mut run = Box::pin(relay.run(None));
+    let polled = futures_util::poll!(&mut run);
+    assert!(polled.is_pending(), "{polled:?}");
+    let mut got = Vec::new();
+    while let Some(Ok(1..)) = server.read_buf(&mut got).now_or_never() {}
+    let first_turn = got.len();
+    // The relay wakes itself for the rest.
+    let rest = async {
+        while !got.ends_with(b"end") {
+            server.read_buf(&mut got).await.unwrap();
+        }
+    };
+    tokio::select! {
+        () = rest => {}
+        outcome = run => panic!("{outcome:?}"),
+    }
+    assert_eq!(got.len(), payload.len() * count + 3);
+    first_turn
+}
+
+#[tokio::test]
+async fn a_turn_ends_after_a_limited_number_of_records() {
+    const COUNT: usize = 20_000;
+    let relayed = one_turn(b"x", COUNT).await;
+    assert!(relayed < COUNT / 10, "{relayed} records in one turn");
 }

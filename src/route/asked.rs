@@ -1,8 +1,9 @@
 //! A directory and what keeps it from being asked too much: a bound on questions at a time, a deadline, one question in
 //! flight a user, answers kept (see `cache`), and stale ones used while it is down.
 //!
-//! Sessions run on many threads and end whenever their clients like. Questions therefore run elsewhere, on the runtime
-//! this is started with: what is under way is finished and kept although nobody waits any more. Called by `route`.
+//! Sessions run on many threads and end whenever their clients like. Lookups therefore run on a thread of their own, one for
+//! each directory: a lookup that has begun is finished and its answer cached although its session has ended. A directory
+//! whose client library does not return in time makes its own lookups fail, and nothing else. Called by `route`.
 
 use std::collections::HashMap;
 use std::path::PathBuf;
@@ -21,7 +22,9 @@ use super::question::Question;
 use super::target::Declared;
 use super::{Answer, Origin, warm};
 use crate::config;
+use crate::deadline::Deadline;
 use crate::hedge::Budget;
+use crate::lookup_thread::{GRACE, LookupThread};
 use crate::metrics::RouteMetrics;
 
 /// A directory that failed is left alone for this long by those who have a stale answer.
@@ -55,6 +58,8 @@ pub(super) struct Asked {
     /// When it failed last, if nothing has succeeded since.
     failed: Mutex<Option<Instant>>,
     runtime: OnceLock<Handle>,
+    /// The thread of the directory: connections belong to its runtime. Shared with the next configuration's lookups.
+    thread: Arc<OnceLock<LookupThread>>,
     metrics: RouteMetrics,
 }
 
@@ -82,6 +87,7 @@ impl Asked {
             flights: Mutex::default(),
             failed: Mutex::default(),
             runtime: OnceLock::new(),
+            thread: Arc::default(),
             metrics,
         }
     }
@@ -92,16 +98,44 @@ impl Asked {
     }
 
     /// Closes connections that have not been used for long, until `stop`.
-    pub(super) async fn close_expired(self: Arc<Self>, stop: CancellationToken) {
-        while timeout(CLOSE_EXPIRED, stop.cancelled()).await.is_err() {
-            self.directory.close_expired();
-        }
+    pub(super) fn close_expired(self: &Arc<Self>, stop: CancellationToken) {
+        let asked = self.clone();
+        self.spawn(async move {
+            while timeout(CLOSE_EXPIRED, stop.cancelled()).await.is_err() {
+                asked.directory.close_expired();
+            }
+        });
     }
 
     /// With the answers that `previous`, which asked the same question, has kept.
     pub(super) fn with_answers_of(self, previous: Option<&Self>) -> Self {
         let kept = previous.and_then(|previous| previous.cache.clone());
         Self { has_inherited: kept.is_some(), cache: kept.or(self.cache), ..self }
+    }
+
+    /// Uses the directory's thread of `previous`, which has the same directory.
+    pub(super) fn with_thread_of(self, previous: Option<&Self>) -> Self {
+        Self { thread: previous.map_or(self.thread, |previous| previous.thread.clone()), ..self }
+    }
+
+    /// Starts lookups on the directory's own thread, or on `fallback` if the system cannot start one.
+    pub(super) fn start_on_thread(&self, fallback: &Handle) {
+        if self.thread.get().is_none() {
+            match LookupThread::start(self.metrics.label()) {
+                // Another configuration's start with the same directory may have been first.
+                Ok(thread) => drop(self.thread.set(thread)),
+                Err(error) => {
+                    tracing::error!(route = self.metrics.label(), %error, "no thread for the lookups of a route");
+                }
+            }
+        }
+        self.start(self.thread.get().map_or(fallback, LookupThread::handle).clone());
+    }
+
+    /// Closes all connections of the directory that are not in use.
+    pub(super) fn retire_directory(&self) {
+        let _on_runtime = self.runtime.get().map(Handle::enter);
+        self.directory.retire();
     }
 
     /// Where questions run from now on. Lookups that began before, under another configuration, are not kept.
@@ -189,7 +223,7 @@ impl Asked {
 
     /// The answer, and where it is from.
     pub(super) async fn lookup(self: &Arc<Self>, question: Question) -> (Answer, Origin) {
-        let Some(cache) = &self.cache else { return (landed(self.ask_elsewhere(question)).await, Origin::Asked) };
+        let Some(cache) = &self.cache else { return (self.landed(self.ask_elsewhere(question)).await, Origin::Asked) };
         let user = question.user;
         let now = Instant::now();
         match cache.look(&user, now) {
@@ -199,13 +233,13 @@ impl Asked {
                 (self.kept(&kept), Origin::Cache(now - kept.asked))
             }
             Looked::Stale(kept) if self.is_resting(now) => (self.stale(&kept), Origin::Stale(now - kept.asked)),
-            Looked::Stale(kept) => match landed(self.fly(&user)).await {
+            Looked::Stale(kept) => match self.landed(self.fly(&user)).await {
                 Answer::Failed(_) => (self.stale(&kept), Origin::Stale(now - kept.asked)),
                 answer => (answer, Origin::Asked),
             },
             Looked::Nothing => {
                 self.metrics.cache_missed();
-                (landed(self.fly(&user)).await, Origin::Asked)
+                (self.landed(self.fly(&user)).await, Origin::Asked)
             }
         }
     }
@@ -239,6 +273,9 @@ impl Asked {
         if let Some(flight) = flights.get(user) {
             return flight.clone();
         }
+        if self.is_stalled() {
+            return watch::channel(Some(self.stalled())).1;
+        }
         let since = self.cache.as_ref().map(|cache| cache.generation());
         let (sender, flight) = watch::channel(None);
         flights.insert(user.clone(), flight.clone());
@@ -264,6 +301,9 @@ impl Asked {
     }
 
     fn ask_elsewhere(self: &Arc<Self>, question: Question) -> Flight {
+        if self.is_stalled() {
+            return watch::channel(Some(self.stalled())).1;
+        }
         let (sender, flight) = watch::channel(None);
         let asked = self.clone();
         self.spawn(async move {
@@ -297,8 +337,37 @@ impl Asked {
             Answer::Failed(format!("no answer within {:?}{busy}{stage}", self.timeout))
         });
         self.metrics.asked(began.elapsed());
+        self.note(&answer);
+        answer
+    }
+
+    /// Waits for the answer of a lookup, or until its thread has not even reported the timeout.
+    async fn landed(&self, mut flight: Flight) -> Answer {
+        let due = Deadline::after(self.timeout + GRACE);
+        let Ok(answer) = due.limit(flight.wait_for(Option::is_some)).await else {
+            if let Some(thread) = self.thread.get() {
+                thread.set_stalled();
+            }
+            let answer = self.stalled();
+            self.note(&answer);
+            return answer;
+        };
+        let answer = answer.ok().and_then(|answer| answer.clone());
+        answer.unwrap_or_else(|| Answer::Failed("the question was given up".to_owned()))
+    }
+
+    fn is_stalled(&self) -> bool {
+        self.thread.get().is_some_and(LookupThread::is_stalled)
+    }
+
+    fn stalled(&self) -> Answer {
+        Answer::Failed(format!("no answer within {:?}: the thread of the directory does not respond", self.timeout))
+    }
+
+    /// Reports the first failure and the first success after it.
+    fn note(&self, answer: &Answer) {
         let mut failed = self.failed.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Answer::Failed(reason) = &answer {
+        if let Answer::Failed(reason) = answer {
             if failed.is_none() {
                 tracing::warn!(route = self.metrics.label(), %reason, "a route's source fails");
             }
@@ -307,7 +376,6 @@ impl Asked {
             tracing::info!(route = self.metrics.label(), "the route's source answers again");
         }
         self.metrics.set_failing(failed.is_some());
-        answer
     }
 
     fn is_resting(&self, now: Instant) -> bool {
@@ -331,11 +399,6 @@ impl Drop for Landing {
             flights.remove(&self.user);
         }
     }
-}
-
-async fn landed(mut flight: Flight) -> Answer {
-    let answer = flight.wait_for(Option::is_some).await.ok().and_then(|answer| answer.clone());
-    answer.unwrap_or_else(|| Answer::Failed("the question was given up".to_owned()))
 }
 
 fn answer(kept: &Kept) -> Answer {

@@ -28,6 +28,8 @@ use crate::{tcp_liveness, tls};
 
 /// RFC 4511 section 4.1.9, noSuchObject: the base does not exist.
 const NO_SUCH_OBJECT: u32 = 32;
+/// More references to other servers than this fail a lookup.
+const MAX_REFERENCES: usize = 64;
 
 /// A search a user.
 pub(super) struct Directory {
@@ -120,8 +122,10 @@ impl Directory {
     /// What a search on this connection finds. After an error the connection is dropped.
     async fn found(&self, mut ldap: Ldap, user: &str) -> Result<Found, LdapError> {
         let found = self.search(&mut ldap, user).await?;
-        // One that cannot be kept is closed as it drops.
-        self.idle.put(ldap, Instant::now());
+        // A connection that is not kept is closed by its drop, for example one with an answer that was not read to its end.
+        if let Found::Entry(_) = found {
+            self.idle.put(ldap, Instant::now());
+        }
         Ok(found)
     }
 
@@ -161,19 +165,30 @@ impl Directory {
     async fn search(&self, ldap: &mut Ldap, user: &str) -> Result<Found, LdapError> {
         let (base, filter) = (filled_base(&self.base, user), filled_filter(&self.filter, user));
         let attributes: Vec<&str> = self.attributes.iter().map(|(_, attribute)| attribute.as_str()).collect();
-        let search = ldap
+        let mut search = ldap
             .with_search_options(SearchOptions::new().sizelimit(2))
-            .search(&base, self.scope, &filter, attributes)
+            .streaming_search(&base, self.scope, &filter, attributes)
             .await?;
-        // sizeLimitExceeded comes with the entries that were found within it, which are too many already.
-        let (entries, result) = (search.0, search.1);
-        if result.rc == NO_SUCH_OBJECT && !self.base.is_constant() {
-            return Ok(Found(Vec::new()));
+        let (mut entry, mut references) = (None, 0);
+        while let Some(item) = search.next().await? {
+            if item.is_ref() {
+                references += 1;
+                if references > MAX_REFERENCES {
+                    return Ok(Found::TooMuch("the search finds too many references"));
+                }
+            } else if entry.replace(item).is_some() {
+                return Ok(Found::TooMuch("the search finds more than one entry"));
+            }
         }
-        if result.rc != 0 && entries.len() < 2 {
+        let result = search.finish().await;
+        if result.rc == NO_SUCH_OBJECT && !self.base.is_constant() {
+            return Ok(Found::Entry(None));
+        }
+        // A server may count references towards the size limit.
+        if result.rc != 0 && usize::from(entry.is_some()) + references < 2 {
             return Err(result.into());
         }
-        Ok(Found(entries.into_iter().filter(|entry| !entry.is_ref()).map(SearchEntry::construct).collect()))
+        Ok(Found::Entry(entry.map(SearchEntry::construct)))
     }
 
     fn read(&self, entry: &SearchEntry) -> Answer {
@@ -222,14 +237,19 @@ fn server(url: &str) -> Result<(String, u16), String> {
     Ok((if host.is_empty() { "localhost" } else { host }.to_owned(), port))
 }
 
-/// What a search found.
-struct Found(Vec<SearchEntry>);
+/// The result of a search.
+enum Found {
+    /// At most one entry; the answer was read to its end.
+    Entry(Option<SearchEntry>),
+    /// More than a lookup may find; the rest of the answer was not read.
+    TooMuch(&'static str),
+}
 
 impl Found {
-    fn single(mut self) -> Result<Option<SearchEntry>, LdapError> {
-        match self.0.len() {
-            0 | 1 => Ok(self.0.pop()),
-            _ => Err(std::io::Error::other("the search finds more than one entry").into()),
+    fn single(self) -> Result<Option<SearchEntry>, LdapError> {
+        match self {
+            Self::Entry(entry) => Ok(entry),
+            Self::TooMuch(reason) => Err(std::io::Error::other(reason).into()),
         }
     }
 }

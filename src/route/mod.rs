@@ -202,7 +202,7 @@ impl Router {
         }
     }
 
-    /// Begins to watch tables, to ask on `runtime`, and to keep caches in their files, until `stop`.
+    /// Starts watching tables and writing caches to their files on `runtime`, and lookups on threads of their own, until `stop`.
     pub fn start(&self, metrics: &Metrics, runtime: &Handle, tasks: &TaskTracker, stop: &CancellationToken) {
         for (index, (_, source)) in self.routes.iter().enumerate() {
             let metrics = metrics.route(index);
@@ -214,10 +214,10 @@ impl Router {
                     tasks.spawn_on(async move { stop.run_until_cancelled(follow).await }, runtime);
                 }
                 Source::Asked(asked, _) => {
-                    asked.start(runtime.clone());
+                    asked.start_on_thread(runtime);
                     asked.read_file();
                     tasks.spawn_on(asked.clone().keep_file(stop.clone()), runtime);
-                    tasks.spawn_on(asked.clone().close_expired(stop.clone()), runtime);
+                    asked.close_expired(stop.clone());
                 }
                 Source::Domain(domains) => metrics.set_users(domains.len()),
                 Source::Regex(rules) => metrics.set_users(rules.len()),
@@ -243,7 +243,7 @@ impl Router {
                 matches!(other, Source::Asked(other, _) if Arc::ptr_eq(other.directory(), asked.directory()))
             });
             if !is_used_on {
-                asked.directory().retire();
+                asked.retire_directory();
             }
         }
     }
@@ -328,6 +328,7 @@ fn source(
         };
         let asked = Asked::new(directory, asking, declared.clone(), metrics.route(index).clone());
         let asked = asked.with_answers_of(known_asked.map(|(asked, _)| &**asked));
+        let asked = asked.with_thread_of(used_on.map(|(asked, _)| &**asked));
         Ok::<_, Vec<Problem>>(Source::Asked(asked.into(), inputs))
     };
     Ok(match route {

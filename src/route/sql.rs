@@ -9,12 +9,14 @@
 //!
 //! A server may not notice that the client has closed a connection while it works on a query: PostgreSQL does not while it
 //! waits for a lock. The number of open connections is therefore limited, and a connection whose answer was not awaited
-//! counts until the server has finished (see [`Open`]).
+//! counts until the server begins to answer (see [`Connections::row_by`]).
+//!
+//! A connection whose answer was not read to its end is dropped: to use it again the library would read the rest of the
+//! answer, which may have no end.
 
 use std::fmt::Display;
 use std::str::FromStr as _;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use futures_util::TryStreamExt as _;
@@ -26,8 +28,9 @@ use sqlx::{
     TypeInfo as _,
 };
 use tokio::runtime::Handle;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
-use tokio::time::timeout;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
+use tokio::time::{sleep, timeout};
+use tokio_util::sync::CancellationToken;
 
 use super::Answer;
 use super::directory::answer;
@@ -72,41 +75,22 @@ struct Connections<D: Dialect> {
     permits: Arc<Semaphore>,
 }
 
-/// An open connection with its permit. If it is dropped while the server works on a query, a task keeps both until the
-/// server has finished, for [`LONGEST_QUERY`] at most.
+/// An open connection with its permit.
 struct Open<C: Connection + Send + 'static> {
-    /// `None` only after it was taken out to be closed.
-    connection: Option<(C, OwnedSemaphorePermit)>,
-    /// Whether the server may be working on a query. Shared with the lookup, which clears it if another connection was
-    /// answered first: this one is dead then.
-    is_busy: Arc<AtomicBool>,
+    connection: C,
+    permit: OwnedSemaphorePermit,
+    /// Cancelled by the lookup if another connection was answered first: this one is dead then.
+    dead: CancellationToken,
 }
 
 impl<C: Connection + Send + 'static> Open<C> {
     /// Closes the connection with a farewell, without which the server logs an error.
-    fn close(mut self) {
-        let Some((connection, permit)) = self.connection.take() else { return };
+    fn close(self) {
+        let Self { connection, permit, .. } = self;
         if let Ok(runtime) = Handle::try_current() {
             // If the farewell fails or takes too long, the socket closes all the same.
             runtime.spawn(async move {
                 let _ = timeout(FAREWELL, connection.close()).await;
-                drop(permit);
-            });
-        }
-    }
-}
-
-impl<C: Connection + Send + 'static> Drop for Open<C> {
-    fn drop(&mut self) {
-        let Some((mut connection, permit)) = self.connection.take_if(|_| self.is_busy.load(Ordering::Relaxed)) else {
-            return;
-        };
-        if let Ok(runtime) = Handle::try_current() {
-            runtime.spawn(async move {
-                // It is answered after the query.
-                if let Ok(Ok(())) = timeout(LONGEST_QUERY, connection.ping()).await {
-                    let _ = timeout(FAREWELL, connection.close()).await;
-                }
                 drop(permit);
             });
         }
@@ -129,6 +113,8 @@ enum Fault {
     Connection(String),
     /// The server's answer, or what it holds, is wrong; another connection would bring the same.
     Answer(String),
+    /// The answer is wrong, and there is more of it that was not read.
+    Unread(String),
 }
 
 impl Sql {
@@ -219,9 +205,9 @@ where
         let began = Instant::now();
         let fresh = async { self.row_by(budget.connecting(self.connect()).await?, query, values).await };
         let Some(connection) = self.idle.take(began) else { return fresh.await? };
-        let is_busy = connection.is_busy.clone();
+        let dead = connection.dead.clone();
         let on_dead = || {
-            is_busy.store(false, Ordering::Relaxed);
+            dead.cancel();
             self.idle.remove_older_than(began);
         };
         hedged(self.row_by(connection, query, values), budget.patience(), fresh, on_dead).await?
@@ -230,22 +216,39 @@ where
     async fn connect(&self) -> Result<Open<D::Connection>, String> {
         let permit = self.permits.clone().acquire_owned().await.map_err(|error| told(&error))?;
         let connection = self.options.connect().await.map_err(|error| told(&error))?;
-        Ok(Open { connection: Some((connection, permit)), is_busy: Arc::default() })
+        Ok(Open { connection, permit, dead: CancellationToken::new() })
     }
 
-    /// The outer error is that of the connection, which is dropped then.
+    /// Runs the query in a task. If this future is dropped, the task keeps the connection and its permit until the server
+    /// answers, for [`LONGEST_QUERY`] at most. The outer error is that of the connection, which is dropped then.
     async fn row_by(
         &self,
         mut open: Open<D::Connection>,
         query: &str,
         values: &[String],
     ) -> Result<Result<Option<Columns>, String>, String> {
-        let Some((connection, _)) = &mut open.connection else { return Err("the connection is closed".to_owned()) };
-        open.is_busy.store(true, Ordering::Relaxed);
-        let read = read::<D>(connection, query, values).await;
-        open.is_busy.store(false, Ordering::Relaxed);
+        let (mut sender, receiver) = oneshot::channel();
+        let (query, values) = (query.to_owned(), values.to_vec());
+        tokio::spawn(async move {
+            let read = {
+                let abandoned = async {
+                    sender.closed().await;
+                    sleep(LONGEST_QUERY).await;
+                };
+                tokio::select! {
+                    read = read::<D>(&mut open.connection, &query, &values) => read,
+                    () = abandoned => return,
+                    () = open.dead.cancelled() => return,
+                }
+            };
+            if let Err((open, Ok(_) | Err(Fault::Answer(_)))) = sender.send((open, read)) {
+                open.close();
+            }
+        });
+        let (open, read) = receiver.await.map_err(|_| "the query was aborted".to_owned())?;
         let result = match read {
             Err(Fault::Connection(reason)) => return Err(reason),
+            Err(Fault::Unread(reason)) => return Ok(Err(reason)),
             Err(Fault::Answer(reason)) => Err(reason),
             Ok(row) => Ok(row),
         };
@@ -274,7 +277,7 @@ where
     let mut rows = query.fetch(connection);
     let Some(row) = rows.try_next().await.map_err(fault)? else { return Ok(None) };
     if rows.try_next().await.map_err(fault)?.is_some() {
-        return Err(Fault::Answer("the query answers more than one row".to_owned()));
+        return Err(Fault::Unread("the query answers more than one row".to_owned()));
     }
     columns::<D>(&row).map(Some).map_err(Fault::Answer)
 }

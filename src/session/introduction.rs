@@ -9,11 +9,13 @@ use std::net::SocketAddr;
 use tokio::io::AsyncReadExt;
 use tokio::net::TcpStream;
 
+use super::record::Record;
 use super::{Session, id};
 use crate::deadline::Deadline;
 use crate::failure::Reason;
 use crate::metrics::BalancerCheck;
 use crate::proxy_protocol::{Header, Origin, parse};
+use crate::server::Live;
 use crate::stream::{TlsFacts, TlsVersion};
 
 /// Most headers come in one piece that fits.
@@ -29,9 +31,9 @@ impl Session {
     /// `None`: the session is over, without a word.
     pub(super) async fn introduced(&mut self, socket: &mut TcpStream) -> Option<()> {
         let live = self.live.clone();
-        let Some(networks) = &live.config.listeners[self.listener].proxy_protocol else { return Some(()) };
-        if !networks.iter().any(|network| network.contains(self.peer.ip())) {
-            return self.not_introduced("the address is not among those of proxy_protocol.from".to_owned());
+        // The listener has checked the address of the balancer.
+        if live.config.listeners[self.listener].proxy_protocol.is_none() {
+            return Some(());
         }
         let due = self.login_by.min(Deadline::after(live.limits.proxy_header));
         let said = tokio::select! {
@@ -84,6 +86,14 @@ impl Session {
         self.record.failed(Reason::ProxyHeader);
         None
     }
+}
+
+/// Records a connection that was closed because its address is not among those of `proxy_protocol.from`.
+pub fn unknown_balancer(socket: &TcpStream, peer: SocketAddr, listener: SocketAddr, live: &Live) {
+    let local = socket.local_addr().unwrap_or(listener);
+    let mut record = Record::new(id::new(peer), peer, local, live.settings.clone());
+    record.detail("the address is not among those of proxy_protocol.from".to_owned());
+    record.failed(Reason::ProxyHeader);
 }
 
 /// Reads up to the end of the header, and no further. `None`: the balancer closed without a byte, as it does to see

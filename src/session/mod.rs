@@ -42,6 +42,7 @@ use zeroize::Zeroizing;
 
 use self::attempt::Attempted;
 pub use self::defence::turn_away;
+pub use self::introduction::unknown_balancer;
 pub use self::pace::Refusals;
 pub use self::proxy_header_warning::LastWarning;
 use self::proxy_header_warning::{Opening, is_header_before_tls};

@@ -21,6 +21,8 @@ use crate::record_layer::record_length;
 
 /// One read of the socket: a handshake message, a login or a reply fits.
 const READ: usize = 4096;
+/// rustls reads this often before other tasks of the worker run: a peer may send records without data.
+const MAX_READS: u8 = 64;
 /// Bytes kept from the start of a connection: a ClientHello with a post-quantum key share has about 1.8 KB.
 const MAX_START: usize = 4096;
 
@@ -34,6 +36,8 @@ pub struct Records<S> {
     /// So much of the record at `start` is still to be given, known to be there.
     releasing: usize,
     account: Option<Account>,
+    /// Reads by rustls since a read of the socket had to wait.
+    reads: u8,
     /// What the peer sent first, as long as it is wanted: a login in clear, if it speaks no TLS.
     first_bytes: Option<Zeroizing<Vec<u8>>>,
 }
@@ -67,7 +71,7 @@ impl Account {
 impl<S> Records<S> {
     /// Nothing is read yet.
     pub fn new(socket: S) -> Self {
-        Self { socket, buffer: Vec::new(), start: 0, releasing: 0, account: None, first_bytes: None }
+        Self { socket, buffer: Vec::new(), start: 0, releasing: 0, account: None, reads: 0, first_bytes: None }
     }
 
     /// What comes first is kept for [`Records::take_first_bytes`]. Nothing may have been read yet.
@@ -201,12 +205,22 @@ impl<S: AsyncRead + Unpin> AsyncRead for Records<S> {
         {
             account.asked();
         }
+        if self.reads >= MAX_READS {
+            self.reads = 0;
+            context.waker().wake_by_ref();
+            return Poll::Pending;
+        }
         while self.available() == 0 {
-            if !ready!(self.poll_fill(context))? {
+            let filled = self.poll_fill(context);
+            if filled.is_pending() {
+                self.reads = 0;
+            }
+            if !ready!(filled)? {
                 // An end inside a record: rustls sees the stream end, and the session with it.
                 return Poll::Ready(Ok(()));
             }
         }
+        self.reads += 1;
         Poll::Ready(self.release(to))
     }
 }
@@ -280,6 +294,20 @@ mod tests {
             assert_eq!(buffered, stream[got.len()..]);
             assert_eq!(buffered.len(), rest);
         }
+    }
+
+    #[tokio::test]
+    async fn many_small_records_let_other_tasks_run() {
+        let (mut peer, socket) = duplex(1 << 16);
+        let mut records = Records::new(socket);
+        peer.write_all(&[23, 3, 3, 0, 1, 0].repeat(1000)).await.unwrap();
+        let mut got = [0; 64];
+        let mut reads = 0;
+        while records.read(&mut got).now_or_never().is_some() {
+            reads += 1;
+            assert!(reads <= MAX_READS, "a read must wait in between");
+        }
+        assert_eq!(records.read(&mut got).await.unwrap(), 6, "it goes on without another byte from the peer");
     }
 
     /// A guard with a budget of `bytes`, and a charge of its only connection.

@@ -279,6 +279,20 @@ class PostgreSql(WithTls, AnyServer, unittest.TestCase):
             proxy.close()
             del self.route
 
+    def test_an_answer_without_end_is_not_read(self):
+        query = "SELECT %{user} AS backend, generate_series(1, 100000000) AS n"
+        route = self.route()[:-1] + [f'query: "{query}"']
+        self.route = lambda: route
+        self.addCleanup(lambda: delattr(self, "route"))
+        proxy = self.proxy()
+        for _ in range(3):
+            self.answers(proxy, ALICE, "NO [UNAVAILABLE]")
+        self.assertIn("more than one row", proxy.log())
+        self.assertNotIn("no answer within", proxy.log())
+        ended = ("DO $$ BEGIN ASSERT (SELECT count(*) FROM pg_stat_activity WHERE state = 'active' AND "
+                 "application_name = 'vestibule') = 0; END $$")
+        wait_for("the queries to end", lambda: self.directory.sql(ended, check=False))
+
 
 class MariaDb(WithTls, AnyServer, unittest.TestCase):
     @classmethod

@@ -293,3 +293,18 @@ async fn replies_to_a_client_that_does_not_read_are_bounded() {
     }
     assert!(sent + out.len() > 40_000, "{sent}");
 }
+
+#[tokio::test]
+async fn connections_from_addresses_that_are_not_balancers_displace_no_client() {
+    let text = "listeners: [{address: '127.0.0.1:0', tls: none}, {address: '127.0.0.1:0', tls: none, \
+                proxy_protocol: {from: [10.9.9.9/32]}}]\nbackends: {only: {servers: ['127.0.0.1:1']}}\n\
+                routes: [{default: only}]\nlimits: {before_login: 1}\n";
+    let proxy = start(text).await;
+    let mut client = Client::connect(proxy.listeners()[0]).await;
+    for _ in 0..5 {
+        Client::silent(proxy.listeners()[1]).await.assert_closed().await;
+    }
+    assert!(client.ask("a NOOP").await.starts_with("a OK"));
+    assert_eq!(metric(&proxy, "vestibule_failures_total", &["reason=\"proxy_header\""]), 5.0);
+    proxy.stop().await;
+}

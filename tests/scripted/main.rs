@@ -12,6 +12,7 @@ mod client;
 mod credentials;
 mod defences;
 mod dns;
+mod endless_answers;
 mod guard;
 mod house;
 mod invariants;
