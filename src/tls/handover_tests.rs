@@ -248,8 +248,8 @@ async fn answers_that_are_not_read_do_not_add_up_before_the_login() {
     while blocked < 3 {
         let records = pair.records(Version::Tls13, Role::Server, &[Request, Data(b"x")]);
         pair.socket.write_all(&records).await.unwrap();
-        let read = poll_fn(|context| Poll::Ready(poll_read(&mut pair.near, context, &mut ReadBuf::new(&mut [0; 16]))));
-        assert!(matches!(read.await, Poll::Ready(Ok(()))));
+        // Ready at once, or after the turn that many small records end.
+        poll_fn(|context| poll_read(&mut pair.near, context, &mut ReadBuf::new(&mut [0; 16]))).await.unwrap();
         written += 1;
         assert!(written < 10_000, "the socket takes everything");
         blocked = if pair.near.get_ref().1.wants_write() { blocked + 1 } else { 0 };
