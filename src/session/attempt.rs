@@ -76,6 +76,8 @@ pub(super) struct Seated {
 struct Login<'a> {
     request: &'a LoginRequest,
     names: &'a Names,
+    /// The users that the attempt counts for: see [`counted_users`].
+    users: Vec<Arc<str>>,
     /// The name for servers of the user who logs in, if that is on behalf of another.
     authcid: &'a UserName,
     client_id: ClientId,
@@ -133,8 +135,8 @@ impl Session {
         if login.credentials.has_empty_password() && !live.backends.any_allows_empty_passwords() {
             return Some(self.empty_password(&login.tag, None, began));
         }
-        let login =
-            Login { request: login, names: &names, authcid: &authcid, client_id: prelogin.client_id().clone(), began };
+        let client_id = prelogin.client_id().clone();
+        let login = Login { request: login, names: &names, users, authcid: &authcid, client_id, began };
         self.registered_attempt(&login, stream, prelogin).await
     }
 
@@ -254,7 +256,8 @@ impl Session {
             Err(ended) => return Some(Ok(ended)),
         };
         if matches!(outcome, Outcome::Accepted(_))
-            && let Some(limited) = self.may_have_one_more(login.request, &login.names.routing, backend.id)
+            && let Some(limited) =
+                self.may_have_one_more(&login.request.tag, &login.users, &login.names.routing, backend.id)
         {
             return Some(Ok(limited));
         }

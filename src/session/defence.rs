@@ -117,15 +117,15 @@ impl Session {
     /// Asked once a server has taken the password: before, anybody could keep a user out by trying. `None`: it may.
     pub(super) fn may_have_one_more(
         &mut self,
-        login: &LoginRequest,
+        tag: &Tag,
+        users: &[Arc<str>],
         mailbox: &str,
         backend: BackendId,
     ) -> Option<Attempted> {
         let client = self.record.client();
-        let users = counted_users(&self.live.config.naming, &login.credentials);
-        self.live.guard.succeeded(Instant::now(), client, &users);
+        self.live.guard.succeeded(Instant::now(), client, users);
         let limited = self.held.pass.take_for(client, mailbox).err()?;
-        Some(self.limited(&login.tag, limited, Some(backend)))
+        Some(self.limited(tag, limited, Some(backend)))
     }
 
     fn limited(&mut self, tag: &Tag, limited: Limited, backend: Option<BackendId>) -> Attempted {
