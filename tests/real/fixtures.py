@@ -169,7 +169,20 @@ class Proxy:
         return total
 
     def log(self):
+        """What the proxy has logged. A thread of its own writes the log: waits until that thread has nothing left to write."""
+        wait_for("the log", lambda: self._log_writer_state() in ("S", None))
         return self.process.text()
+
+    def _log_writer_state(self):
+        """The state of the thread that writes the log, as in proc(5); None if the process has ended."""
+        for task in Path(f"/proc/{self.process.child.pid}/task").glob("*"):
+            try:
+                name, fields = (task / "stat").read_text().split("(", 1)[1].rsplit(")", 1)
+            except (FileNotFoundError, ProcessLookupError):
+                continue
+            if name == "log":
+                return fields.split()[0]
+        return None
 
     def stop(self):
         """SIGTERM, as systemd does; the exit code must be 0."""
