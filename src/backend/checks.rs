@@ -22,9 +22,9 @@ use crate::config::{self, BackendId, CheckKind, Config, Limits, Mode, Problem};
 use crate::deadline::Deadline;
 use crate::failure::Reason;
 use crate::identity::{PasswordLogin, Secret, ServerLogin, UserName};
-use crate::imap::client_id::ClientId;
-use crate::imap::tag::Tag;
 use crate::metrics::CheckMetrics;
+use crate::protocol::imap::client_id::ClientId;
+use crate::protocol::imap::tag::Tag;
 
 /// Servers of an SRV record come and go: they are looked for this often.
 const LOOK_AGAIN: Duration = Duration::from_secs(1);

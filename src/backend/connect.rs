@@ -19,8 +19,8 @@ use super::{Backend, Server};
 use crate::config::{ClientInfo, TlsMode};
 use crate::deadline::Deadline;
 use crate::failure::Reason;
-use crate::imap::backend_login::{Attempt, BackendLogin, Offer, Rules, ServerFault, ServerStep, Unavailable};
-use crate::imap::login_answer::{Action, Verdict};
+use crate::protocol::imap::backend_login::{Attempt, BackendLogin, Offer, Rules, ServerFault, ServerStep, Unavailable};
+use crate::protocol::imap::login_answer::{Action, Verdict};
 use crate::stream::Stream;
 
 /// One read from a server before login: its lines are short.

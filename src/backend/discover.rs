@@ -15,8 +15,8 @@ use tokio_util::sync::CancellationToken;
 
 use super::{Backend, Server};
 use crate::config::{self, Host, is_local};
-use crate::dns;
 use crate::failure::Reason;
+use crate::lookup::dns;
 
 /// An SRV answer may name this many servers; further ones are ignored.
 const MAX_SERVICES: usize = 64;

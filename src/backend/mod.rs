@@ -46,8 +46,8 @@ use self::source::Sources;
 pub use self::tour::{Stop, Tour};
 use crate::config::{self, BackendId, Balance, ClientInfo, Config, Host, Limits, Mode, Problem, TlsMode, Trust};
 use crate::identity::{Secret, UserName};
-use crate::imap::backend_login::Offer;
 use crate::metrics::Metrics;
+use crate::protocol::imap::backend_login::Offer;
 use crate::tls::client::ClientTls;
 
 /// Undeclared servers that routes may name, a backend. Each is a label of metrics.

@@ -15,7 +15,7 @@ use super::{Backend, Server};
 use crate::config::{ClientInfo, TlsMode};
 use crate::deadline::Deadline;
 use crate::failure::Reason;
-use crate::proxy_protocol::{self, ClientTls};
+use crate::protocol::proxy_protocol::{self, ClientTls};
 use crate::stream::{Encrypted, Stream};
 use crate::tls::handover::Secrets;
 

@@ -12,10 +12,10 @@ use crate::config::Limits;
 use crate::deadline::Deadline;
 use crate::failure::{Reason, Side};
 use crate::identity::{Mechanism, ServerLogin};
-use crate::imap::backend_login::{Offer, Referral, ServerFault};
-use crate::imap::client_id::ClientId;
-use crate::imap::login_answer::{self, Action, Answer, Health, Point, Verdict};
-use crate::imap::tag::Tag;
+use crate::protocol::imap::backend_login::{Offer, Referral, ServerFault};
+use crate::protocol::imap::client_id::ClientId;
+use crate::protocol::imap::login_answer::{self, Action, Answer, Health, Point, Verdict};
+use crate::protocol::imap::tag::Tag;
 use crate::relay::Leg;
 use crate::stream::TlsFacts;
 

@@ -21,8 +21,8 @@ use super::select::Candidate;
 use super::slots::{Slot, Slots};
 use super::{first_known, publish_if_first};
 use crate::config::{self, Host, Mode};
-use crate::imap::backend_login::{IdAnswer, Learned, Offer};
 use crate::metrics::ServerMetrics;
+use crate::protocol::imap::backend_login::{IdAnswer, Learned, Offer};
 
 /// One mailbox server.
 #[derive(Debug)]

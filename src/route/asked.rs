@@ -23,8 +23,8 @@ use super::target::Declared;
 use super::{Answer, Origin, warm};
 use crate::config;
 use crate::deadline::Deadline;
-use crate::hedge::Budget;
-use crate::lookup_thread::{GRACE, LookupThread};
+use crate::lookup::hedge::Budget;
+use crate::lookup::thread::{GRACE, LookupThread};
 use crate::metrics::RouteMetrics;
 
 /// A directory that failed is left alone for this long by those who have a stale answer.

@@ -4,8 +4,9 @@
 
 use super::question::Question;
 use super::target::Target;
-use super::{Answer, dns, http, ldap, redis, sql};
-use crate::hedge::Budget;
+use super::Answer;
+use super::sources::{dns, http, ldap, redis, sql};
+use crate::lookup::hedge::Budget;
 use crate::tls;
 
 /// A directory.

@@ -11,23 +11,13 @@
 mod asked;
 #[cfg(test)]
 mod asked_tests;
-mod auth_http;
 mod cache;
-mod director;
 mod directory;
-mod dns;
-mod domain;
-mod hash;
-mod http;
 mod idle;
-mod ldap;
 mod proof;
 mod question;
-mod redis;
-mod regex;
 mod reuse;
-mod sql;
-mod table;
+mod sources;
 mod target;
 mod warm;
 
@@ -75,10 +65,10 @@ pub enum Origin {
 /// A closed set: one variant a source, one file each.
 #[derive(Debug)]
 enum Source {
-    Table(Arc<table::Table>),
-    Domain(domain::Domains),
-    Regex(regex::Rules),
-    Hash(hash::Hash),
+    Table(Arc<sources::table::Table>),
+    Domain(sources::domain::Domains),
+    Regex(sources::regex::Rules),
+    Hash(sources::hash::Hash),
     Default(Arc<Target>),
     Asked(Arc<Asked>, Option<Inputs>),
 }
@@ -334,26 +324,26 @@ fn source(
     Ok(match route {
         config::Route::Table(path) => match known {
             Some(Source::Table(table)) if table.is_current(&path.value, declared) => Source::Table(table.clone()),
-            _ => Source::Table(Arc::new(table::Table::load(config, path, declared)?)),
+            _ => Source::Table(Arc::new(sources::table::Table::load(config, path, declared)?)),
         },
-        config::Route::Domain(domains) => Source::Domain(domain::Domains::new(domains)),
-        config::Route::Regex(rules) => Source::Regex(regex::Rules::build(config, rules, declared)?),
-        config::Route::Hash { style, shares } => Source::Hash(hash::Hash::new(config, *style, shares)),
+        config::Route::Domain(domains) => Source::Domain(sources::domain::Domains::new(domains)),
+        config::Route::Regex(rules) => Source::Regex(sources::regex::Rules::build(config, rules, declared)?),
+        config::Route::Hash { style, shares } => Source::Hash(sources::hash::Hash::new(config, *style, shares)),
         config::Route::Default(backend) => Source::Default(Target::backend(*backend).into()),
         config::Route::Sql(sql) => {
-            asked(&|| Ok(Directory::Sql(Box::new(sql::Sql::build(config, sql, declared)?))), &sql.asking)?
+            asked(&|| Ok(Directory::Sql(Box::new(sources::sql::Sql::build(config, sql, declared)?))), &sql.asking)?
         }
         config::Route::Ldap(ldap) => {
-            asked(&|| Ok(Directory::Ldap(Box::new(ldap::Directory::build(config, ldap, declared)?))), &ldap.asking)?
+            asked(&|| Ok(Directory::Ldap(Box::new(sources::ldap::Directory::build(config, ldap, declared)?))), &ldap.asking)?
         }
         config::Route::Http(http) => {
-            asked(&|| Ok(Directory::Http(Box::new(http::Http::build(config, http, declared)?))), &http.asking)?
+            asked(&|| Ok(Directory::Http(Box::new(sources::http::Http::build(config, http, declared)?))), &http.asking)?
         }
         config::Route::Redis(redis) => {
-            asked(&|| Ok(Directory::Redis(Box::new(redis::Redis::build(config, redis, declared)?))), &redis.asking)?
+            asked(&|| Ok(Directory::Redis(Box::new(sources::redis::Redis::build(config, redis, declared)?))), &redis.asking)?
         }
         config::Route::Dns(dns) => {
-            asked(&|| Ok(Directory::Dns(Box::new(dns::Dns::new(config, dns, declared)))), &dns.asking)?
+            asked(&|| Ok(Directory::Dns(Box::new(sources::dns::Dns::new(config, dns, declared)))), &dns.asking)?
         }
     })
 }

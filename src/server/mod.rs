@@ -5,7 +5,6 @@
 //! `route`), by the demo and by the tests.
 
 mod doors;
-mod live;
 mod operations;
 mod server_state;
 mod state_file;
@@ -25,21 +24,21 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use self::doors::{Doors, Opening};
-pub use self::live::{Desk, Live, SessionSettings};
 pub use self::operations::{UserHold, UserMoved};
 pub use self::server_state::{BeforeRetirement, StateChange, StateChanged};
-use crate::admin::Admin;
+use crate::admission::connection_limit::Occupancy;
+use crate::api::http::Admin;
 use crate::backend::OwnAddresses;
 use crate::backend::admin_state::StoredState;
 use crate::config::{self, Config};
 use crate::listener::{self, House};
 use crate::logging;
 use crate::metrics::Metrics;
-use crate::occupancy::Occupancy;
+use crate::process::shutdown::{Drain, Manner};
+use crate::process::workers::Worker;
 use crate::session::Room;
-use crate::sessions::Sessions;
-use crate::shutdown::{Drain, Manner};
-use crate::workers::Worker;
+use crate::session_registry::Sessions;
+use crate::snapshot::{Desk, Live};
 
 /// Timeout of the end of all listeners when a process stops.
 const LISTENERS_DEADLINE: Duration = Duration::from_secs(2);

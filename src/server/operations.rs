@@ -11,7 +11,7 @@ use super::views::{ProcessStatus, ServerError, ServerStatus, SessionList, Sessio
 use super::{Live, Running};
 use crate::identity::UserName;
 use crate::route::{Question, RouteError, Target};
-use crate::sessions::{Hold, Seen, Stage, Why};
+use crate::session_registry::{Hold, Seen, Stage, Why};
 
 /// Timeout for sessions that are ended to be gone; a session that takes longer is stuck in the kernel.
 const GONE: Duration = Duration::from_secs(30);

@@ -14,7 +14,7 @@ use super::{Live, Running, state_file};
 use crate::backend::Server;
 use crate::backend::admin_state::{self, AdminState, StoredState};
 use crate::config::Mode;
-use crate::sessions::Why;
+use crate::session_registry::Why;
 
 /// Interval at which sessions of a server are ended while it is drained.
 const TICK: Duration = Duration::from_millis(200);

@@ -14,21 +14,21 @@ use super::placement::{Carried, Placed, Placing};
 use super::record::reason;
 use super::server_credentials::{renamed, server_login, split_master};
 use super::{Session, close};
+use crate::admission::Block;
 use crate::backend::request::{Established, Outcome, Purpose, Request};
 use crate::backend::{Backend, Server, Slot};
 use crate::deadline::Deadline;
 use crate::failure::Reason;
 use crate::generations::Generation;
-use crate::guard::Block;
 use crate::identity::{Mechanism, Names, UserName, authorise_certificate};
-use crate::imap::client_id::ClientId;
-use crate::imap::prelogin::{Bye, LoginRequest, Prelogin, Step};
-use crate::imap::tag::Tag;
-use crate::imap::{reply, sasl};
 use crate::metrics::LoginOutcome;
+use crate::protocol::imap::client_id::ClientId;
+use crate::protocol::imap::prelogin::{Bye, LoginRequest, Prelogin, Step};
+use crate::protocol::imap::tag::Tag;
+use crate::protocol::imap::{reply, sasl};
 use crate::route::{Question, RouteError, Routed, Target, Visitor, VisitorTls};
-use crate::server::Live;
-use crate::sessions::{Guest, NoSeat, Seat, Why};
+use crate::session_registry::{Guest, NoSeat, Seat, Why};
+use crate::snapshot::Live;
 use crate::stream::Stream;
 
 /// Maximum number of times that one login is routed: again whenever its user is moved or its server drained meanwhile.

@@ -13,18 +13,18 @@ use tokio::time;
 
 use super::attempt::Attempted;
 use super::{EndedBy, FAREWELL, Session};
+use crate::admission::{Limited, Shed, Ticket, Turned};
+use crate::auth_policy::Verdict;
 use crate::backend::request::Outcome;
 use crate::config::{BackendId, ListenerTls};
 use crate::failure::Reason;
-use crate::guard::{Limited, Shed, Ticket, Turned};
 use crate::identity::{Credentials, Mechanism, Naming, UserName};
-use crate::imap::client_id::ClientId;
-use crate::imap::prelogin::{Bye, LoginRequest};
-use crate::imap::reply;
-use crate::imap::tag::Tag;
 use crate::metrics::{LoginOutcome, Refusal};
-use crate::policy::Verdict;
-use crate::server::Live;
+use crate::protocol::imap::client_id::ClientId;
+use crate::protocol::imap::prelogin::{Bye, LoginRequest};
+use crate::protocol::imap::reply;
+use crate::protocol::imap::tag::Tag;
+use crate::snapshot::Live;
 
 /// A new connection waits this long for the place of one that must go, and that takes [`FAREWELL`] at most.
 const ADMISSION: Duration = FAREWELL.saturating_add(Duration::from_secs(1));
@@ -33,7 +33,7 @@ const MAX_DEVICE: usize = 1024;
 
 /// Counts a connection that is turned away, and tells its client where anything can be said before TLS. It is closed
 /// either way.
-pub fn turn_away(socket: &TcpStream, turned: Turned, live: &Live, listener: usize) -> Refusal {
+pub(crate) fn turn_away(socket: &TcpStream, turned: Turned, live: &Live, listener: usize) -> Refusal {
     let (refusal, bye) = match turned {
         Turned::Denied => (Refusal::Denied, "* BYE Connections from your address are not allowed.\r\n"),
         Turned::Rate => (Refusal::Rate, "* BYE [UNAVAILABLE] Too many connections in a short time, wait a little.\r\n"),

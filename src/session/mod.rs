@@ -41,28 +41,28 @@ use tokio::time::timeout;
 use zeroize::Zeroizing;
 
 use self::attempt::Attempted;
-pub use self::defence::turn_away;
-pub use self::introduction::unknown_balancer;
-pub use self::pace::Refusals;
-pub use self::proxy_header_warning::LastWarning;
+pub(crate) use self::defence::turn_away;
+pub(crate) use self::introduction::unknown_balancer;
+pub(crate) use self::pace::Refusals;
+pub(crate) use self::proxy_header_warning::LastWarning;
 use self::proxy_header_warning::{Opening, is_header_before_tls};
 use self::record::{EndedBy, Record};
-pub use self::relayed::Quiet;
+pub(crate) use self::relayed::Quiet;
 use self::relayed::Relayed;
+use crate::admission::connection_limit::Occupant;
+use crate::admission::{Charge, OutOfMemory, Pass, Ticket};
+use crate::auth_policy;
 use crate::config::ListenerTls;
 use crate::deadline::Deadline;
 use crate::failure::Reason;
-use crate::guard::{Charge, OutOfMemory, Pass, Ticket};
-use crate::imap::prelogin::{Bye, CloseReason, LoginRequest, Policy, Prelogin, Step, Transport};
 use crate::metrics::OpenGuard;
-use crate::occupancy::Occupant;
-use crate::policy;
-use crate::server::{Desk, Live};
-use crate::shutdown::Drain;
+use crate::process::shutdown::Drain;
+use crate::protocol::imap::prelogin::{Bye, CloseReason, LoginRequest, Policy, Prelogin, Step, Transport};
+use crate::relay::idle_poller::WaitingRoom;
+use crate::snapshot::{Desk, Live};
 use crate::stream::{Encrypted, Stream};
 use crate::tls::handover::Secrets;
 use crate::tls::server::HandshakeError;
-use crate::waiting::WaitingRoom;
 
 /// One read from a client before login.
 const READ: usize = 4096;
@@ -76,7 +76,7 @@ const SHORT_FAREWELL: Duration = Duration::from_millis(100);
 const COPIES: usize = 9;
 
 /// An accepted connection and what it needs.
-pub struct Arrival {
+pub(crate) struct Arrival {
     /// As accepted.
     pub socket: TcpStream,
     /// The client.
@@ -103,20 +103,22 @@ pub struct Arrival {
 
 /// What a session holds as long as it lives.
 #[derive(Debug)]
-pub struct Held {
+pub(crate) struct Held {
     /// Of `limits.sessions`.
+    #[expect(dead_code, reason = "it counts until it is dropped")]
     pub occupant: Occupant,
     /// In the listener's gauge.
+    #[expect(dead_code, reason = "it counts until it is dropped")]
     pub open: OpenGuard,
     /// What it counts for at the guard.
     pub pass: Pass,
 }
 
 /// Where silent sessions wait.
-pub type Room = WaitingRoom<Quiet>;
+pub(crate) type Room = WaitingRoom<Quiet>;
 
 /// Serves a connection until it is logged in, or to its end.
-pub async fn serve(arrival: Arrival) {
+pub(crate) async fn serve(arrival: Arrival) {
     let tls = arrival.tls;
     let (session, socket) = Session::new(arrival);
     let Some(relayed) = session.log_in(socket, tls).await else { return };
@@ -138,7 +140,7 @@ struct Session {
     /// The user of the login under way, by the name in the routes; `None` while it is not known.
     routing_name: Option<Arc<str>>,
     /// What the policy service knows of the login under way.
-    told: Option<Box<policy::Attempt>>,
+    told: Option<Box<auth_policy::Attempt>>,
     held: Held,
     peer: SocketAddr,
     local: SocketAddr,

@@ -10,7 +10,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use super::wording::Wording;
-use crate::guard::Block;
+use crate::admission::Block;
 
 /// How many of the last durations are remembered of each backend.
 const REMEMBERED: usize = 32;

@@ -19,10 +19,10 @@ use crate::config::BackendId;
 use crate::deadline::Deadline;
 use crate::generations::Generation;
 use crate::identity::{Credentials, Mechanism};
-use crate::imap::sasl;
+use crate::protocol::imap::sasl;
 use crate::route::Place;
-use crate::server::{Desk, Live};
-use crate::sessions::{NoSeat, Seat};
+use crate::session_registry::{NoSeat, Seat};
+use crate::snapshot::{Desk, Live};
 
 /// Maximum number of referrals followed per login.
 const MAX_REFERRALS: usize = 2;

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use super::{EndedBy, Session};
 use crate::failure::Reason;
-use crate::proxy_protocol::{Beginning, beginning};
+use crate::protocol::proxy_protocol::{Beginning, beginning};
 
 /// Time between two warnings about one listener.
 const INTERVAL: Duration = Duration::from_secs(600);

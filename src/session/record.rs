@@ -18,10 +18,10 @@ use crate::failure::{Reason, Side};
 use crate::identity::{Mechanism, UserName};
 use crate::metrics::{LoginOutcome, OpenGuard};
 use crate::relay::End;
-use crate::server::SessionSettings;
 use crate::session::id::SessionId;
 use crate::session::relayed::Over;
-use crate::sessions::Why;
+use crate::session_registry::Why;
+use crate::snapshot::SessionSettings;
 use crate::stream::TlsFacts;
 
 /// Bytes of [`Record::detail`].

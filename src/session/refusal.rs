@@ -7,10 +7,10 @@ use super::record::bounded;
 use super::{Session, pace};
 use crate::backend::Backend;
 use crate::failure::Reason;
-use crate::imap::prelogin::InvalidLogin;
-use crate::imap::reply;
-use crate::imap::tag::Tag;
 use crate::metrics::LoginOutcome;
+use crate::protocol::imap::prelogin::InvalidLogin;
+use crate::protocol::imap::reply;
+use crate::protocol::imap::tag::Tag;
 use crate::route::Target;
 
 impl Session {

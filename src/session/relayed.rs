@@ -16,12 +16,12 @@ use super::{FAREWELL, Held, Room, Session};
 use crate::backend::CutOff;
 use crate::backend::request::Established;
 use crate::failure::Reason;
-use crate::imap::reply;
-use crate::imap::tag::Tag;
+use crate::protocol::imap::reply;
+use crate::protocol::imap::tag::Tag;
+use crate::relay::idle_poller::Waiting;
 use crate::relay::{End, Leg, Limits, Opening, Outcome, Relay, Resting};
-use crate::sessions::{Call, Seat, Why};
+use crate::session_registry::{Call, Seat, Why};
 use crate::stream::{Stream, keep_alive};
-use crate::waiting::Waiting;
 
 /// Silence after which a session gives its task and buffers up. Coming back costs some 20 µs, so that a client that talks every
 /// few seconds should not have to.
@@ -42,7 +42,7 @@ pub(super) enum Over {
 }
 
 /// A session that waits for a byte.
-pub struct Quiet {
+pub(crate) struct Quiet {
     resting: Resting,
     kept: Box<Kept>,
 }

@@ -2,9 +2,9 @@
 
 use crate::backend::Backend;
 use crate::identity::{Credentials, Names, PasswordLogin, Proof, Secret, ServerLogin, UserName};
-use crate::imap::sasl;
+use crate::protocol::imap::sasl;
 use crate::route::{Login, Place};
-use crate::server::Live;
+use crate::snapshot::Live;
 
 /// `alice*admin` asks for alice's mailbox with admin's password, as PLAIN can say too.
 pub(super) fn split_master(live: &Live, credentials: &mut Credentials) {

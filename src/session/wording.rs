@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use crate::guard::Block;
+use crate::admission::Block;
 
 /// The wording of one backend's refusals.
 #[derive(Debug, Default)]

@@ -24,7 +24,7 @@ use super::ocsp::Response;
 use super::{provider, read_certificates};
 use crate::config::{Certificate, Config, Problem};
 use crate::metrics::Metrics;
-use crate::watch::Watch;
+use crate::process::file_watch::Watch;
 
 /// All certificates.
 pub(super) struct Certificates {

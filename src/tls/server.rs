@@ -33,11 +33,11 @@ use super::records::Records;
 use super::tickets::{Clients, Scope, Tickets};
 use super::trust::{ClientsByRoots, observed};
 use super::{provider, read_certificates};
+use crate::admission::Charge;
 use crate::config::{CertificateUser, ClientCertificates, Config, Listener, Problem, TlsVersion};
-use crate::guard::Charge;
 use crate::identity::UserName;
 use crate::metrics::Metrics;
-use crate::watch::LOOK;
+use crate::process::file_watch::LOOK;
 
 /// The ALPN name of IMAP (RFC 7301 registry).
 const ALPN: &[u8] = b"imap";

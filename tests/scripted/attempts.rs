@@ -7,7 +7,7 @@ use base64::engine::general_purpose::STANDARD;
 use futures_util::FutureExt as _;
 use tokio::net::TcpListener;
 use vestibule::server::Running;
-use vestibule::sessions::Why;
+use vestibule::session_registry::Why;
 
 use crate::registry::{OK, Played, SCRAM, UNAVAILABLE, accept, answer, assert_alive, login, pair, set_mode, stuck};
 use crate::routes::{Service, json};

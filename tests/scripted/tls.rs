@@ -6,8 +6,8 @@ use rcgen::{BasicConstraints, CertificateParams, DnType, IsCa, KeyPair};
 use tokio::io::AsyncWriteExt as _;
 use tokio::net::{TcpListener, TcpStream};
 use tokio_rustls::rustls::ConnectionCommon;
-use vestibule::preflight;
-use vestibule::server::Live;
+use vestibule::app::preflight;
+use vestibule::snapshot::Live;
 
 use crate::support::{Certificates, Client, GOOD, Line, Scripted, in_time, metric, proxy, start};
 
