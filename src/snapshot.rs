@@ -18,7 +18,7 @@ use crate::session_registry::Sessions;
 use crate::tls::server::ServerTls;
 
 /// See the module.
-pub struct Live {
+pub struct Snapshot {
     /// What it was built from.
     pub config: Config,
     /// Who belongs where.
@@ -54,7 +54,7 @@ pub struct SessionSettings {
     pub metrics: Arc<Metrics>,
 }
 
-impl Live {
+impl Snapshot {
     /// Builds everything and binds nothing: certificates, tables, roots. What outlives a configuration is taken over from
     /// `previous`: counts, what is known of servers, kept answers, and a table that has not changed.
     ///
@@ -137,7 +137,7 @@ impl Live {
 #[derive(Clone)]
 pub struct Desk {
     /// The configuration, built.
-    pub live: Arc<Live>,
+    pub live: Arc<Snapshot>,
     /// The listener's place in it.
     pub index: usize,
 }

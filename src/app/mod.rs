@@ -18,7 +18,7 @@ use crate::cli::{self, Command, explain, operate};
 use crate::config::{self, Report};
 use crate::identity::UserName;
 use crate::process::privileges;
-use crate::snapshot::Live;
+use crate::snapshot::Snapshot;
 use crate::{demo, logging};
 
 /// sysexits.h: what systemd and scripts can tell apart.
@@ -137,6 +137,6 @@ fn diff(old: &Path, new: &Path, users: &Path) -> anyhow::Result<ExitCode> {
     Ok(if moved == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
-fn build(file: &Path) -> anyhow::Result<Live> {
-    Ok(Live::build(config::load(file)?, None)?)
+fn build(file: &Path) -> anyhow::Result<Snapshot> {
+    Ok(Snapshot::build(config::load(file)?, None)?)
 }

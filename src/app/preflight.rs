@@ -17,13 +17,13 @@ use crate::api::control::place::may_write;
 use crate::backend::OwnAddresses;
 use crate::config::{self, Asking, Config, Place, Problem, Route};
 use crate::process::privileges::Identity;
-use crate::snapshot::Live;
+use crate::snapshot::Snapshot;
 
 /// Time for one server: DNS, connection and handshake.
 const TIMEOUT: Duration = Duration::from_secs(3);
 
 /// A warning for each server with which TLS fails, at its place in the configuration.
-pub async fn server_warnings(live: &Live) -> Vec<Problem> {
+pub async fn server_warnings(live: &Snapshot) -> Vec<Problem> {
     let (tasks, stop) = (TaskTracker::new(), CancellationToken::new());
     live.backends.start(&OwnAddresses::default(), &tasks, &stop);
     let faults = Arc::clone(&live.backends).tls_faults(&live.limits, TIMEOUT).await;

@@ -14,10 +14,10 @@ use tokio_util::task::TaskTracker;
 use crate::backend::OwnAddresses;
 use crate::identity::UserName;
 use crate::route::{Answer, At, Origin, Question, Target};
-use crate::snapshot::Live;
+use crate::snapshot::Snapshot;
 
 /// The text for `user`, and whether a server would be asked to log the user in.
-pub async fn explain(live: &Live, user: &UserName) -> (String, bool) {
+pub async fn explain(live: &Snapshot, user: &UserName) -> (String, bool) {
     let mut text = format!("user     {user}\n");
     let names = match live.config.naming.names(user) {
         Ok(names) => names,
@@ -97,7 +97,7 @@ pub async fn explain(live: &Live, user: &UserName) -> (String, bool) {
 ///
 /// # Errors
 /// `out` cannot be written.
-pub async fn diff(old: &Live, new: &Live, users: &[u8], mut out: impl std::io::Write) -> std::io::Result<usize> {
+pub async fn diff(old: &Snapshot, new: &Snapshot, users: &[u8], mut out: impl std::io::Write) -> std::io::Result<usize> {
     for live in [old, new] {
         live.router.start_once(&Handle::current());
     }
@@ -124,7 +124,7 @@ pub async fn diff(old: &Live, new: &Live, users: &[u8], mut out: impl std::io::W
 }
 
 /// Where a user belongs, in the words of `explain`.
-async fn place(live: &Live, user: &UserName) -> String {
+async fn place(live: &Snapshot, user: &UserName) -> String {
     let names = match live.config.naming.names(user) {
         Ok(names) => names,
         Err(refused) => return refused.to_string(),
@@ -137,7 +137,7 @@ async fn place(live: &Live, user: &UserName) -> String {
     }
 }
 
-fn describe(live: &Live, target: &Target) -> String {
+fn describe(live: &Snapshot, target: &Target) -> String {
     match target {
         Target::Place(place) => {
             let mut text = live.backends.backend(place.backend).name.to_string();

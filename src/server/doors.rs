@@ -15,7 +15,7 @@ use anyhow::Context as _;
 use socket2::SockRef;
 use tokio::sync::watch;
 
-use super::{Desk, Live, Workplace};
+use super::{Desk, Snapshot, Workplace};
 use crate::config::{self, Config};
 use crate::listener::{self, Closing, Listener};
 
@@ -140,7 +140,7 @@ impl Doors {
     ///
     /// # Errors
     /// The system has no room for a socket. What is open then stays open.
-    pub(super) fn swap(&mut self, live: &Arc<Live>, opening: Opening, workplaces: &[Workplace]) -> io::Result<Change> {
+    pub(super) fn swap(&mut self, live: &Arc<Snapshot>, opening: Opening, workplaces: &[Workplace]) -> io::Result<Change> {
         let mut change = Change::default();
         let mut opened = Vec::new();
         for (index, address, sockets) in opening.0 {

@@ -1,6 +1,6 @@
 //! Puts the rooms together: builds all of a configuration before anything is bound, starts it, changes it, stops it.
 //!
-//! [`Live`] is what a session needs, as one immutable value; a session keeps the one it logged in under. [`Running`] owns what
+//! [`Snapshot`] is what a session needs, as one immutable value; a session keeps the one it logged in under. [`Running`] owns what
 //! outlives a configuration: the workers, the listening sockets (`doors`), the sessions. Called by `main` (`run`, `check`,
 //! `route`), by the demo and by the tests.
 
@@ -38,7 +38,7 @@ use crate::process::shutdown::{Drain, Manner};
 use crate::process::workers::Worker;
 use crate::session::Room;
 use crate::session_registry::Sessions;
-use crate::snapshot::{Desk, Live};
+use crate::snapshot::{Desk, Snapshot};
 
 /// Timeout of the end of all listeners when a process stops.
 const LISTENERS_DEADLINE: Duration = Duration::from_secs(2);
@@ -63,7 +63,7 @@ pub struct Running {
 
 /// What a reload changes.
 struct Now {
-    live: Arc<Live>,
+    live: Arc<Snapshot>,
     doors: Doors,
     /// Ends what was started for this configuration.
     stop: CancellationToken,
@@ -101,7 +101,7 @@ pub struct Reloaded {
 
 /// A configuration, built, and its ports, bound: nothing is served yet.
 pub struct Bound {
-    live: Arc<Live>,
+    live: Arc<Snapshot>,
     opening: Opening,
     admin: Option<(Admin, OwnedFd)>,
     drain: Drain,
@@ -116,11 +116,11 @@ pub struct Bound {
 /// # Errors
 /// A [`config::Report`] of the configuration's problems.
 pub fn prepare(config: Config) -> anyhow::Result<Prepared> {
-    Ok(Prepared(Arc::new(Live::build(config, None)?)))
+    Ok(Prepared(Arc::new(Snapshot::build(config, None)?)))
 }
 
 /// A configuration, built.
-pub struct Prepared(Arc<Live>);
+pub struct Prepared(Arc<Snapshot>);
 
 impl Prepared {
     /// Binds. Listening sockets in `inherited` are used where they fit a configured address; the others are closed. Called on
@@ -230,7 +230,7 @@ fn log_warnings(config: &Config) {
 }
 
 /// Sets the administrative states, before the first login is routed.
-fn restore_states(live: &Live, handed_over: Option<Vec<StoredState>>) {
+fn restore_states(live: &Snapshot, handed_over: Option<Vec<StoredState>>) {
     let from_file = || live.config.state_file.as_deref().map(state_file::load);
     let (states, is_sound) = handed_over.map(|states| (states, true)).or_else(from_file).unwrap_or((Vec::new(), true));
     live.metrics.state_file_failed(!is_sound);
@@ -244,7 +244,7 @@ fn restore_states(live: &Live, handed_over: Option<Vec<StoredState>>) {
 /// With a copy of the socket, made here so that nothing can fail once a configuration has taken another's place. The address may
 /// overlap with that of open listeners and of sockets in `others`.
 fn bind_admin(
-    live: &Live,
+    live: &Snapshot,
     drain: &Drain,
     doors: &Doors,
     inherited: &mut Vec<TcpListener>,
@@ -267,7 +267,7 @@ fn bind_admin(
 
 /// Starts a worker, which ends when all is stopped.
 fn employ(
-    live: &Live,
+    live: &Snapshot,
     drain: &Drain,
     occupancy: &Arc<Occupancy>,
     listeners: &TaskTracker,
@@ -336,7 +336,7 @@ impl Running {
         let before = self.lock().live.clone();
         let (file, previous) = (file.to_owned(), before.clone());
         // Tables of millions of lines take seconds: not on a thread that serves.
-        let built = tokio::task::spawn_blocking(move || Live::build(config::load(&file)?, Some(&previous)));
+        let built = tokio::task::spawn_blocking(move || Snapshot::build(config::load(&file)?, Some(&previous)));
         let live = Arc::new(built.await.context("the configuration could not be built")??);
         let mut now = self.lock();
         // A stop may have begun while the configuration was built. Its listeners must not be opened again.
@@ -390,7 +390,7 @@ impl Running {
     }
 
     /// Starts what goes on in the background under a configuration, until `stop`.
-    fn begin(&self, live: &Arc<Live>, stop: &CancellationToken, own: Vec<SocketAddr>) {
+    fn begin(&self, live: &Arc<Snapshot>, stop: &CancellationToken, own: Vec<SocketAddr>) {
         live.backends.start(&OwnAddresses::new(own), &self.background, stop);
         live.backends.watch(&live.limits, &self.background, stop);
         live.router.start(&live.metrics, &Handle::current(), &self.background, stop);
@@ -399,7 +399,7 @@ impl Running {
         }
     }
 
-    fn run_admin(&self, live: &Live, (admin, copy): (Admin, OwnedFd)) -> Endpoint {
+    fn run_admin(&self, live: &Snapshot, (admin, copy): (Admin, OwnedFd)) -> Endpoint {
         let (bound, stop) = (admin.address(), self.stop_background.child_token());
         tracing::info!(address = %bound, "metrics and health");
         self.background.spawn(admin.run(stop.clone()));
@@ -417,7 +417,7 @@ impl Running {
     }
 
     /// The configuration that holds now.
-    pub fn live(&self) -> Arc<Live> {
+    pub fn live(&self) -> Arc<Snapshot> {
         self.lock().live.clone()
     }
 

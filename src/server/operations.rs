@@ -8,7 +8,7 @@ use anyhow::{Context as _, bail};
 use tokio::time::{self, Instant, timeout};
 
 use super::views::{ProcessStatus, ServerError, ServerStatus, SessionList, SessionView};
-use super::{Live, Running};
+use super::{Snapshot, Running};
 use crate::identity::UserName;
 use crate::route::{Question, RouteError, Target};
 use crate::session_registry::{Hold, Seen, Stage, Why};
@@ -255,7 +255,7 @@ impl Running {
     }
 }
 
-fn question(live: &Live, user: &str) -> anyhow::Result<Question> {
+fn question(live: &Snapshot, user: &str) -> anyhow::Result<Question> {
     let name = UserName::new(user.as_bytes())?;
     let names = live.config.naming.names(&name).map_err(|refused| anyhow::anyhow!("{refused}"))?;
     Ok(Question { user: names.routing, visitor: None })

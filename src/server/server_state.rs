@@ -10,7 +10,7 @@ use anyhow::{Context as _, bail};
 use tokio::sync::MutexGuard;
 use tokio::time;
 
-use super::{Live, Running, state_file};
+use super::{Snapshot, Running, state_file};
 use crate::backend::Server;
 use crate::backend::admin_state::{self, AdminState, StoredState};
 use crate::config::Mode;
@@ -187,7 +187,7 @@ impl Running {
     }
 }
 
-impl Live {
+impl Snapshot {
     /// Reads the states in the state file, for a command that looks and ends: a file that cannot be read stays where it is.
     ///
     /// # Errors

@@ -28,7 +28,7 @@ use crate::protocol::imap::tag::Tag;
 use crate::protocol::imap::{reply, sasl};
 use crate::route::{Question, RouteError, Routed, Target, Visitor, VisitorTls};
 use crate::session_registry::{Guest, NoSeat, Seat, Why};
-use crate::snapshot::Live;
+use crate::snapshot::Snapshot;
 use crate::stream::Stream;
 
 /// Maximum number of times that one login is routed: again whenever its user is moved or its server drained meanwhile.
@@ -286,7 +286,7 @@ impl Session {
     }
 
     /// Asks the routes. An error: the login is answered with that.
-    async fn look_up(&mut self, live: &Live, login: &Login<'_>, stream: &Stream) -> Result<Arc<Target>, Attempted> {
+    async fn look_up(&mut self, live: &Snapshot, login: &Login<'_>, stream: &Stream) -> Result<Arc<Target>, Attempted> {
         // Its copy of the credentials is dropped with the lookup.
         let question = self.question(login.names, login.request, stream);
         let lookup = live.router.route(&question, &live.metrics);

@@ -24,7 +24,7 @@ use crate::protocol::imap::client_id::ClientId;
 use crate::protocol::imap::prelogin::{Bye, LoginRequest};
 use crate::protocol::imap::reply;
 use crate::protocol::imap::tag::Tag;
-use crate::snapshot::Live;
+use crate::snapshot::Snapshot;
 
 /// A new connection waits this long for the place of one that must go, and that takes [`FAREWELL`] at most.
 const ADMISSION: Duration = FAREWELL.saturating_add(Duration::from_secs(1));
@@ -33,7 +33,7 @@ const MAX_DEVICE: usize = 1024;
 
 /// Counts a connection that is turned away, and tells its client where anything can be said before TLS. It is closed
 /// either way.
-pub(crate) fn turn_away(socket: &TcpStream, turned: Turned, live: &Live, listener: usize) -> Refusal {
+pub(crate) fn turn_away(socket: &TcpStream, turned: Turned, live: &Snapshot, listener: usize) -> Refusal {
     let (refusal, bye) = match turned {
         Turned::Denied => (Refusal::Denied, "* BYE Connections from your address are not allowed.\r\n"),
         Turned::Rate => (Refusal::Rate, "* BYE [UNAVAILABLE] Too many connections in a short time, wait a little.\r\n"),

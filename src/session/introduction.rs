@@ -15,7 +15,7 @@ use crate::deadline::Deadline;
 use crate::failure::Reason;
 use crate::metrics::BalancerCheck;
 use crate::protocol::proxy_protocol::{Header, Origin, parse};
-use crate::snapshot::Live;
+use crate::snapshot::Snapshot;
 use crate::stream::{TlsFacts, TlsVersion};
 
 /// Most headers come in one piece that fits.
@@ -89,7 +89,7 @@ impl Session {
 }
 
 /// Records a connection that was closed because its address is not among those of `proxy_protocol.from`.
-pub(crate) fn unknown_balancer(socket: &TcpStream, peer: SocketAddr, listener: SocketAddr, live: &Live) {
+pub(crate) fn unknown_balancer(socket: &TcpStream, peer: SocketAddr, listener: SocketAddr, live: &Snapshot) {
     let local = socket.local_addr().unwrap_or(listener);
     let mut record = Record::new(id::new(peer), peer, local, live.settings.clone());
     record.detail("the address is not among those of proxy_protocol.from".to_owned());

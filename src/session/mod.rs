@@ -59,7 +59,7 @@ use crate::metrics::OpenGuard;
 use crate::process::shutdown::Drain;
 use crate::protocol::imap::prelogin::{Bye, CloseReason, LoginRequest, Policy, Prelogin, Step, Transport};
 use crate::relay::idle_poller::WaitingRoom;
-use crate::snapshot::{Desk, Live};
+use crate::snapshot::{Desk, Snapshot};
 use crate::stream::{Encrypted, Stream};
 use crate::tls::handover::Secrets;
 use crate::tls::server::HandshakeError;
@@ -88,7 +88,7 @@ pub(crate) struct Arrival {
     /// How TLS begins there.
     pub tls: ListenerTls,
     /// The configuration that holds now.
-    pub live: Arc<Live>,
+    pub live: Arc<Snapshot>,
     /// Where the next one appears.
     pub desk: watch::Receiver<Desk>,
     /// When to stop.
@@ -128,7 +128,7 @@ pub(crate) async fn serve(arrival: Arrival) {
 
 /// A client that has not logged in yet.
 struct Session {
-    live: Arc<Live>,
+    live: Arc<Snapshot>,
     desk: watch::Receiver<Desk>,
     drain: Drain,
     room: Arc<Room>,

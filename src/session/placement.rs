@@ -22,7 +22,7 @@ use crate::identity::{Credentials, Mechanism};
 use crate::protocol::imap::sasl;
 use crate::route::Place;
 use crate::session_registry::{NoSeat, Seat};
-use crate::snapshot::{Desk, Live};
+use crate::snapshot::{Desk, Snapshot};
 
 /// Maximum number of referrals followed per login.
 const MAX_REFERRALS: usize = 2;
@@ -32,7 +32,7 @@ const CLOSING: Duration = FAREWELL.saturating_add(Duration::from_secs(1));
 
 /// A login that is routed and looks for a server.
 pub(super) struct Placing<'a, 's> {
-    pub(super) live: &'a Live,
+    pub(super) live: &'a Snapshot,
     /// Where the next configuration appears; the one that is used has been seen.
     pub(super) desk: watch::Receiver<Desk>,
     pub(super) seat: &'s Seat,
