@@ -21,7 +21,7 @@ use crate::config::{self, ListenerTls};
 use crate::metrics::Refusal;
 use crate::process::shutdown::Drain;
 use crate::session::{self, Arrival, Held, Room};
-use crate::snapshot::Desk;
+use crate::snapshot::ListenerConfig;
 
 /// Connections the kernel may keep waiting; it caps this by net.core.somaxconn.
 const BACKLOG: i32 = 4096;
@@ -44,7 +44,7 @@ const OUT_OF_DESCRIPTORS: [i32; 2] = [24, 23];
 pub(crate) struct Listener {
     socket: TcpListener,
     address: SocketAddr,
-    desk: watch::Receiver<Desk>,
+    desk: watch::Receiver<ListenerConfig>,
     closing: Closing,
 }
 
@@ -146,7 +146,7 @@ impl Listener {
     ///
     /// # Errors
     /// The system has no room to register it.
-    pub(crate) fn new(socket: std::net::TcpListener, desk: watch::Receiver<Desk>, closing: Closing) -> io::Result<Self> {
+    pub(crate) fn new(socket: std::net::TcpListener, desk: watch::Receiver<ListenerConfig>, closing: Closing) -> io::Result<Self> {
         let address = socket.local_addr()?;
         socket.set_nonblocking(true)?;
         Ok(Self { socket: TcpListener::from_std(socket)?, address, desk, closing })
@@ -188,7 +188,7 @@ impl Listener {
     fn welcome(&self, socket: TcpStream, peer: SocketAddr, house: &House) {
         // Of its own, and up to date: a login looks whether it has changed since.
         let mut desk = self.desk.clone();
-        let Desk { live, index } = desk.borrow_and_update().clone();
+        let ListenerConfig { live, index } = desk.borrow_and_update().clone();
         let tls = live.config.listeners[index].tls;
         let metrics = live.metrics.listener(index);
         let Some(occupant) = house.occupancy.enter(live.limits.sessions) else {
@@ -239,7 +239,7 @@ impl Listener {
         if error.kind() == io::ErrorKind::ConnectionAborted {
             return;
         }
-        let Desk { live, index } = self.desk.borrow().clone();
+        let ListenerConfig { live, index } = self.desk.borrow().clone();
         live.metrics.listener(index).refused(Refusal::AcceptError);
         drop(live);
         if error.raw_os_error().is_some_and(|code| OUT_OF_DESCRIPTORS.contains(&code)) {

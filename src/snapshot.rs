@@ -135,14 +135,14 @@ impl Snapshot {
 
 /// What connections are served with from now on.
 #[derive(Clone)]
-pub struct Desk {
+pub struct ListenerConfig {
     /// The configuration, built.
     pub live: Arc<Snapshot>,
     /// The listener's place in it.
     pub index: usize,
 }
 
-impl std::fmt::Debug for Desk {
+impl std::fmt::Debug for ListenerConfig {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Desk").field("index", &self.index).finish_non_exhaustive()
     }

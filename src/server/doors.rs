@@ -1,7 +1,7 @@
 //! Which ports are open, and which configuration a connection to each is served with.
 //!
 //! A listening socket outlives configurations: connections wait in it while one takes the place of another. So a listener
-//! that stays keeps its sockets and is only handed the new [`Desk`]; one that is new is bound before anything else changes;
+//! that stays keeps its sockets and is only handed the new [`ListenerConfig`]; one that is new is bound before anything else changes;
 //! one that is gone is closed. Sockets may also come from outside: from systemd, or from the process before this one.
 //! Called by `server`.
 
@@ -15,7 +15,7 @@ use anyhow::Context as _;
 use socket2::SockRef;
 use tokio::sync::watch;
 
-use super::{Desk, Snapshot, Workplace};
+use super::{ListenerConfig, Snapshot, Workplace};
 use crate::config::{self, Config};
 use crate::listener::{self, Closing, Listener};
 
@@ -38,7 +38,7 @@ struct Door {
     address: SocketAddr,
     /// At least one; workers have copies.
     sockets: Vec<TcpListener>,
-    desk: watch::Sender<Desk>,
+    desk: watch::Sender<ListenerConfig>,
     closing: Closing,
 }
 
@@ -145,7 +145,7 @@ impl Doors {
         let mut opened = Vec::new();
         for (index, address, sockets) in opening.0 {
             let key = keys(&live.config.listeners)[index];
-            let desk = watch::Sender::new(Desk { live: live.clone(), index });
+            let desk = watch::Sender::new(ListenerConfig { live: live.clone(), index });
             let door = Door { key, address, sockets, desk, closing: Closing::default() };
             door.open(workplaces)?;
             change.opened.push(address);
@@ -155,7 +155,7 @@ impl Doors {
         for (index, key) in keys(&live.config.listeners).into_iter().enumerate() {
             if let Some(at) = before.iter().position(|door| door.key == key) {
                 let door = before.swap_remove(at);
-                door.desk.send_replace(Desk { live: live.clone(), index });
+                door.desk.send_replace(ListenerConfig { live: live.clone(), index });
                 self.0.push(door);
             } else if let Some(at) = opened.iter().position(|door| door.key == key) {
                 self.0.push(opened.swap_remove(at));

@@ -38,7 +38,7 @@ use crate::process::shutdown::{Drain, Manner};
 use crate::process::workers::Worker;
 use crate::session::Room;
 use crate::session_registry::Sessions;
-use crate::snapshot::{Desk, Snapshot};
+use crate::snapshot::{ListenerConfig, Snapshot};
 
 /// Timeout of the end of all listeners when a process stops.
 const LISTENERS_DEADLINE: Duration = Duration::from_secs(2);

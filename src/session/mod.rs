@@ -59,7 +59,7 @@ use crate::metrics::OpenGuard;
 use crate::process::shutdown::Drain;
 use crate::protocol::imap::prelogin::{Bye, CloseReason, LoginRequest, Policy, Prelogin, Step, Transport};
 use crate::relay::idle_poller::WaitingRoom;
-use crate::snapshot::{Desk, Snapshot};
+use crate::snapshot::{ListenerConfig, Snapshot};
 use crate::stream::{Encrypted, Stream};
 use crate::tls::handover::Secrets;
 use crate::tls::server::HandshakeError;
@@ -90,7 +90,7 @@ pub(crate) struct Arrival {
     /// The configuration that holds now.
     pub live: Arc<Snapshot>,
     /// Where the next one appears.
-    pub desk: watch::Receiver<Desk>,
+    pub desk: watch::Receiver<ListenerConfig>,
     /// When to stop.
     pub drain: Drain,
     /// Where it waits while it is silent.
@@ -129,7 +129,7 @@ pub(crate) async fn serve(arrival: Arrival) {
 /// A client that has not logged in yet.
 struct Session {
     live: Arc<Snapshot>,
-    desk: watch::Receiver<Desk>,
+    desk: watch::Receiver<ListenerConfig>,
     drain: Drain,
     room: Arc<Room>,
     ticket: Option<Ticket>,
@@ -297,7 +297,7 @@ impl Session {
     fn up_to_date(&mut self) {
         // A listener that is gone has no place in the next configuration: the last it had a place in goes on.
         if self.desk.has_changed().is_ok_and(|changed| changed) {
-            let Desk { live, index } = self.desk.borrow_and_update().clone();
+            let ListenerConfig { live, index } = self.desk.borrow_and_update().clone();
             (self.live, self.listener) = (live.clone(), index);
             self.record.now_under(live.settings.clone());
         }

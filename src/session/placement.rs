@@ -22,7 +22,7 @@ use crate::identity::{Credentials, Mechanism};
 use crate::protocol::imap::sasl;
 use crate::route::Place;
 use crate::session_registry::{NoSeat, Seat};
-use crate::snapshot::{Desk, Snapshot};
+use crate::snapshot::{ListenerConfig, Snapshot};
 
 /// Maximum number of referrals followed per login.
 const MAX_REFERRALS: usize = 2;
@@ -34,7 +34,7 @@ const CLOSING: Duration = FAREWELL.saturating_add(Duration::from_secs(1));
 pub(super) struct Placing<'a, 's> {
     pub(super) live: &'a Snapshot,
     /// Where the next configuration appears; the one that is used has been seen.
-    pub(super) desk: watch::Receiver<Desk>,
+    pub(super) desk: watch::Receiver<ListenerConfig>,
     pub(super) seat: &'s Seat,
     /// The holds that came before the routes were asked.
     pub(super) since: Generation,
