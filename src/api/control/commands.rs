@@ -10,7 +10,7 @@ use super::client::{Reply, Scope};
 use super::predecessors::{self, AT_ONCE, HOLD};
 use super::report::{self, From};
 use super::succession::Holding;
-use super::{Answer, Command, Desk};
+use super::{Answer, Command, Context};
 use crate::server::views::ProcessStatus;
 use crate::server::{StateChange, StateChanged, UserHold};
 
@@ -36,7 +36,7 @@ pub(super) struct HoldEverywhere {
     _predecessors: Vec<Reply>,
 }
 
-impl Desk {
+impl Context {
     /// Why a process that has been replaced must not carry this out: only what its successor passes on still counts here.
     /// `Succession` refuses reloads and upgrades.
     pub(super) fn refusal(&self, command: &Command, caller: &Caller) -> Option<Answer> {

@@ -12,7 +12,7 @@ use hyper_util::rt::TokioIo;
 use tokio::net::UnixStream;
 use tokio::sync::oneshot;
 
-use super::Desk;
+use super::Context;
 use super::link::{FromPredecessor, FromSuccessor, Link, TRANSFER_DEADLINE};
 use super::succession::Lease;
 
@@ -35,7 +35,7 @@ pub(crate) struct Retire {
 }
 
 /// Carries the hand-over out on the connection that `upgrade` becomes.
-pub(super) async fn serve(upgrade: OnUpgrade, lease: Lease, desk: Arc<Desk>) {
+pub(super) async fn serve(upgrade: OnUpgrade, lease: Lease, desk: Arc<Context>) {
     let successor = lease.pid();
     tracing::info!(successor, "a successor takes over");
     let stopping = desk.succession.stopping().clone();
@@ -69,7 +69,7 @@ impl From<io::Error> for Failed {
     }
 }
 
-async fn hand_over(upgrade: OnUpgrade, lease: &Lease, desk: &Desk) -> Result<(), Failed> {
+async fn hand_over(upgrade: OnUpgrade, lease: &Lease, desk: &Context) -> Result<(), Failed> {
     let upgraded = tokio::time::timeout(TRANSFER_DEADLINE, upgrade).await.map_err(io::Error::other)?;
     let parts = upgraded.map_err(io::Error::other)?.downcast::<TokioIo<UnixStream>>();
     let parts = parts.map_err(|_| io::Error::other("not a Unix socket"))?;
@@ -93,7 +93,7 @@ async fn hand_over(upgrade: OnUpgrade, lease: &Lease, desk: &Desk) -> Result<(),
 }
 
 /// From the sockets on.
-async fn finish(link: &mut Link, lease: &Lease, desk: &Desk) -> io::Result<()> {
+async fn finish(link: &mut Link, lease: &Lease, desk: &Context) -> io::Result<()> {
     let version = match next(link, desk, READY_DEADLINE).await? {
         FromSuccessor::Ready { version } => version,
         other => return Err(unexpected(&other)),
@@ -115,7 +115,7 @@ async fn finish(link: &mut Link, lease: &Lease, desk: &Desk) -> io::Result<()> {
     Ok(())
 }
 
-async fn next(link: &mut Link, desk: &Desk, deadline: Duration) -> io::Result<FromSuccessor> {
+async fn next(link: &mut Link, desk: &Context, deadline: Duration) -> io::Result<FromSuccessor> {
     let stopping = desk.succession.stopping();
     stopping
         .run_until_cancelled(link.read(deadline))

@@ -187,7 +187,7 @@ impl Control {
         retire: mpsc::Sender<Retire>,
     ) {
         let permits = Arc::new(Semaphore::new(MAX_CONNECTIONS));
-        let desk = Arc::new(Desk {
+        let desk = Arc::new(Context {
             running,
             file,
             path: self.name.path().to_owned(),
@@ -234,7 +234,7 @@ impl Control {
     }
 
     /// Binds again if the name is gone, or leads to a process that is: to a successor that failed late, for example.
-    fn restore_name(&mut self, desk: &Desk) {
+    fn restore_name(&mut self, desk: &Context) {
         if !desk.succession.keeps_name() || self.name.is_ours() {
             self.is_reported = false;
             return;
@@ -264,7 +264,7 @@ impl Control {
     }
 }
 
-struct Desk {
+struct Context {
     running: Arc<Running>,
     file: PathBuf,
     /// The control socket's path, which a successor takes.
@@ -282,7 +282,7 @@ struct Desk {
 
 type Body = UnsyncBoxBody<Bytes, Infallible>;
 
-async fn serve(socket: UnixStream, desk: Arc<Desk>) {
+async fn serve(socket: UnixStream, desk: Arc<Context>) {
     let Some(peer) = trusted_peer(&socket, &desk.trusted) else { return };
     let service = service_fn(move |request: Request<Incoming>| {
         let (desk, peer) = (desk.clone(), peer.clone());
@@ -328,7 +328,7 @@ fn user_of(uid: u32) -> String {
     user.map_or_else(|| format!("uid {uid}"), |user| user.name)
 }
 
-async fn answer(mut request: Request<Incoming>, peer: Peer, desk: Arc<Desk>) -> Response<Body> {
+async fn answer(mut request: Request<Incoming>, peer: Peer, desk: Arc<Context>) -> Response<Body> {
     if request.method() != Method::POST {
         return whole(&Answer::failed("only POST"));
     }
@@ -360,7 +360,7 @@ async fn answer(mut request: Request<Incoming>, peer: Peer, desk: Arc<Desk>) -> 
 }
 
 /// Carries out a command that is answered in one line.
-async fn carry_out(command: Command, desk: &Desk, caller: &Caller) -> Response<Body> {
+async fn carry_out(command: Command, desk: &Context, caller: &Caller) -> Response<Body> {
     // Given back with the answer: a hold lasts longer, and the command that ends it must get through. Never closed.
     let _permit = desk.commands.acquire().await;
     if let Some(refusal) = desk.refusal(&command, caller) {
@@ -379,7 +379,7 @@ async fn carry_out(command: Command, desk: &Desk, caller: &Caller) -> Response<B
 }
 
 /// Answers a successor that asks for a hand-over.
-async fn grant(successor: u32, upgrade: OnUpgrade, desk: Arc<Desk>) -> Response<Body> {
+async fn grant(successor: u32, upgrade: OnUpgrade, desk: Arc<Context>) -> Response<Body> {
     // The one that this process has started may be faster than the news of its process id.
     let _ = timeout(upgrade::LAUNCH_DEADLINE, desk.succession.settled()).await;
     match desk.succession.grant(successor) {
@@ -415,7 +415,7 @@ fn encoded(answer: &impl Serialize) -> Bytes {
     line.into()
 }
 
-async fn obey(command: Command, desk: &Desk, caller: &Caller) -> Answer {
+async fn obey(command: Command, desk: &Context, caller: &Caller) -> Answer {
     let answer = match command {
         Command::Reload => Ok(reload(desk).await),
         Command::Status => Ok(desk.status(caller).await),
@@ -432,7 +432,7 @@ async fn obey(command: Command, desk: &Desk, caller: &Caller) -> Answer {
     answer.unwrap_or_else(|error| Answer::failed(format!("{error:#}")))
 }
 
-async fn reload(desk: &Desk) -> Answer {
+async fn reload(desk: &Context) -> Answer {
     if let Some(refusal) = desk.succession.reload_refusal() {
         return Answer::failed(refusal);
     }

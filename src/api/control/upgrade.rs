@@ -22,7 +22,7 @@ use tokio::sync::mpsc;
 use tokio::time::{sleep, timeout};
 
 use super::succession::Stage;
-use super::{Answer, Desk, Progress, encoded};
+use super::{Answer, Context, Progress, encoded};
 
 /// Set to [`REPORT_ON_STDIN`] in the environment of a successor.
 pub(crate) const REPORT_VARIABLE: &str = "VESTIBULE_STARTUP_REPORT";
@@ -39,7 +39,7 @@ pub(super) const LAUNCH_DEADLINE: Duration = Duration::from_secs(10);
 const TERMINATE_DEADLINE: Duration = Duration::from_secs(5);
 
 /// Begins an upgrade, which goes on if the operator goes away. Lines for the operator come on the channel, the answer last.
-pub(super) fn begin(desk: Arc<Desk>, deadline: Duration) -> mpsc::Receiver<Bytes> {
+pub(super) fn begin(desk: Arc<Context>, deadline: Duration) -> mpsc::Receiver<Bytes> {
     let (lines, received) = mpsc::channel(16);
     tokio::spawn(async move {
         let answer = upgrade(&desk, deadline, &lines).await;
@@ -49,7 +49,7 @@ pub(super) fn begin(desk: Arc<Desk>, deadline: Duration) -> mpsc::Receiver<Bytes
     received
 }
 
-async fn upgrade(desk: &Desk, deadline: Duration, lines: &mpsc::Sender<Bytes>) -> Answer {
+async fn upgrade(desk: &Context, deadline: Duration, lines: &mpsc::Sender<Bytes>) -> Answer {
     let report_progress = async |progress: String| {
         let _ = lines.send(encoded(&Progress { progress })).await;
     };
@@ -98,7 +98,7 @@ async fn upgrade(desk: &Desk, deadline: Duration, lines: &mpsc::Sender<Bytes>) -
     }
 }
 
-fn succeeded(desk: &Desk, pid: u32, version: &str) -> Answer {
+fn succeeded(desk: &Context, pid: u32, version: &str) -> Answer {
     let own = std::process::id();
     let sessions = desk.running.sessions().count(|_| true);
     let data = json!({"pid": pid, "version": version, "predecessor": own, "sessions": sessions});
