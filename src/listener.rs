@@ -130,7 +130,7 @@ fn socket(address: SocketAddr, only_v6: bool, share: bool) -> io::Result<std::ne
 
 /// What all listeners of a worker share, whatever the configuration.
 #[derive(Clone)]
-pub(crate) struct House {
+pub(crate) struct WorkerContext {
     /// Bounds the open connections of all listeners together.
     pub occupancy: Arc<Occupancy>,
     /// When to stop.
@@ -153,7 +153,7 @@ impl Listener {
     }
 
     /// Accepts until it is closed, or the drain begins.
-    pub(crate) async fn run(self, house: House) {
+    pub(crate) async fn run(self, house: WorkerContext) {
         let begun = house.drain.begun().clone();
         let accept = async {
             loop {
@@ -173,7 +173,7 @@ impl Listener {
 
     /// Accepts the connections that wait already: closing the socket would reset them. If the process stops, they are sent BYE;
     /// if a successor has the same socket, it is not important which of the two serves them.
-    fn accept_rest(&self, house: &House) {
+    fn accept_rest(&self, house: &WorkerContext) {
         let Ok(copy) = self.socket.as_fd().try_clone_to_owned() else { return };
         let socket = std::net::TcpListener::from(copy);
         for _ in 0..BACKLOG {
@@ -185,7 +185,7 @@ impl Listener {
         }
     }
 
-    fn welcome(&self, socket: TcpStream, peer: SocketAddr, house: &House) {
+    fn welcome(&self, socket: TcpStream, peer: SocketAddr, house: &WorkerContext) {
         // Of its own, and up to date: a login looks whether it has changed since.
         let mut desk = self.desk.clone();
         let ListenerConfig { live, index } = desk.borrow_and_update().clone();

@@ -31,7 +31,7 @@ use crate::api::http::Admin;
 use crate::backend::OwnAddresses;
 use crate::backend::admin_state::StoredState;
 use crate::config::{self, Config};
-use crate::listener::{self, House};
+use crate::listener::{self, WorkerContext};
 use crate::logging;
 use crate::metrics::Metrics;
 use crate::process::shutdown::{Drain, Manner};
@@ -85,7 +85,7 @@ struct Endpoint {
 #[derive(Clone)]
 struct Workplace {
     runtime: Handle,
-    house: House,
+    house: WorkerContext,
 }
 
 /// What a reload has changed.
@@ -275,7 +275,7 @@ fn employ(
 ) -> io::Result<Workplace> {
     let worker = Worker::new()?;
     let guard = worker.enter();
-    let house = House {
+    let house = WorkerContext {
         occupancy: occupancy.clone(),
         drain: drain.clone(),
         room: Arc::new(Room::new(live.metrics.silent_sessions())?),
