@@ -15,7 +15,7 @@ use anyhow::Context as _;
 use socket2::SockRef;
 use tokio::sync::watch;
 
-use super::{ListenerConfig, Snapshot, Workplace};
+use super::{ListenerConfig, Snapshot, WorkerHandle};
 use crate::config::{self, Config};
 use crate::listener::{self, Closing, Listener};
 
@@ -140,7 +140,7 @@ impl Doors {
     ///
     /// # Errors
     /// The system has no room for a socket. What is open then stays open.
-    pub(super) fn swap(&mut self, live: &Arc<Snapshot>, opening: Opening, workplaces: &[Workplace]) -> io::Result<Change> {
+    pub(super) fn swap(&mut self, live: &Arc<Snapshot>, opening: Opening, workplaces: &[WorkerHandle]) -> io::Result<Change> {
         let mut change = Change::default();
         let mut opened = Vec::new();
         for (index, address, sockets) in opening.0 {
@@ -195,7 +195,7 @@ impl Doors {
 impl Door {
     /// A listener at each workplace; where there are more sockets than workplaces, some have several, for connections wait
     /// in each. Where there are fewer, they share.
-    fn open(&self, workplaces: &[Workplace]) -> io::Result<()> {
+    fn open(&self, workplaces: &[WorkerHandle]) -> io::Result<()> {
         for number in 0..self.sockets.len().max(workplaces.len()) {
             let socket = self.sockets[number % self.sockets.len()].try_clone()?;
             let workplace = &workplaces[number % workplaces.len()];

@@ -52,7 +52,7 @@ pub struct Running {
     changing_states: tokio::sync::Mutex<()>,
     /// Whether a successor has taken over.
     retired: AtomicBool,
-    workplaces: Vec<Workplace>,
+    workplaces: Vec<WorkerHandle>,
     /// Tasks of all listeners.
     listeners: TaskTracker,
     sessions: Arc<Sessions>,
@@ -83,7 +83,7 @@ struct Endpoint {
 
 /// A worker, from outside.
 #[derive(Clone)]
-struct Workplace {
+struct WorkerHandle {
     runtime: Handle,
     house: WorkerContext,
 }
@@ -272,7 +272,7 @@ fn employ(
     occupancy: &Arc<Occupancy>,
     listeners: &TaskTracker,
     (background, stop): (&TaskTracker, &CancellationToken),
-) -> io::Result<Workplace> {
+) -> io::Result<WorkerHandle> {
     let worker = Worker::new()?;
     let guard = worker.enter();
     let house = WorkerContext {
@@ -282,7 +282,7 @@ fn employ(
         listeners: listeners.clone(),
     };
     drop(guard);
-    let workplace = Workplace { runtime: worker.handle(), house: house.clone() };
+    let workplace = WorkerHandle { runtime: worker.handle(), house: house.clone() };
     let (over, stop, running) = (drain.over().clone(), stop.clone(), background.token());
     worker.start(async move {
         let closing = async {
