@@ -50,7 +50,7 @@ impl Drop for Door {
 
 /// All open ports, in the configuration's order.
 #[derive(Debug, Default)]
-pub(super) struct Doors(Vec<Door>);
+pub(super) struct ListenerSet(Vec<Door>);
 
 /// Ports to be opened, bound already.
 pub(super) struct Opening(Vec<(usize, SocketAddr, Vec<TcpListener>)>);
@@ -62,7 +62,7 @@ pub(super) struct Change {
     pub(super) closed: Vec<SocketAddr>,
 }
 
-impl Doors {
+impl ListenerSet {
     /// Binds what `config` has and is not open yet. Nothing is changed: connections arrive at the new sockets only after all
     /// of them are bound. An address may overlap with one that is open and closed afterwards, or with that of a socket in
     /// `others`.
@@ -309,9 +309,9 @@ mod tests {
         let mut wide = narrow.local_addr().unwrap();
         wide.set_ip(std::net::Ipv4Addr::UNSPECIFIED.into());
         assert_eq!(listener::bind(wide, false, 2, false).unwrap_err().kind(), io::ErrorKind::AddrInUse);
-        assert!(Doors::default().share_overlapping(wide, std::slice::from_ref(&narrow), &[]));
+        assert!(ListenerSet::default().share_overlapping(wide, std::slice::from_ref(&narrow), &[]));
         let sockets = listener::bind(wide, false, 2, true).unwrap();
         listener::listen(&sockets).unwrap();
-        assert!(!Doors::default().share_overlapping(address("127.0.0.1:1"), &sockets, &[]));
+        assert!(!ListenerSet::default().share_overlapping(address("127.0.0.1:1"), &sockets, &[]));
     }
 }

@@ -23,7 +23,7 @@ use tokio::runtime::Handle;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use self::doors::{Doors, Opening};
+use self::doors::{ListenerSet, Opening};
 pub use self::operations::{UserHold, UserMoved};
 pub use self::server_state::{BeforeRetirement, StateChange, StateChanged};
 use crate::admission::connection_limit::Occupancy;
@@ -64,7 +64,7 @@ pub struct Running {
 /// What a reload changes.
 struct Now {
     live: Arc<Snapshot>,
-    doors: Doors,
+    doors: ListenerSet,
     /// Ends what was started for this configuration.
     stop: CancellationToken,
     admin: Option<Endpoint>,
@@ -130,7 +130,7 @@ impl Prepared {
     /// An address that cannot be bound.
     pub fn bind(self, mut inherited: Vec<TcpListener>) -> anyhow::Result<Bound> {
         let (live, drain) = (self.0, Drain::default());
-        let doors = Doors::default();
+        let doors = ListenerSet::default();
         let opening = doors.bind(&live.config, &mut inherited, &[])?;
         let admin = bind_admin(&live, &drain, &doors, &mut inherited, &[])?;
         let mut unused: Vec<SocketAddr> = inherited.iter().filter_map(|socket| socket.local_addr().ok()).collect();
@@ -185,7 +185,7 @@ impl Bound {
             sessions: live.sessions.clone(),
             now: Mutex::new(Now {
                 live: live.clone(),
-                doors: Doors::default(),
+                doors: ListenerSet::default(),
                 stop: stop.clone(),
                 admin: None,
                 is_closed: false,
@@ -246,7 +246,7 @@ fn restore_states(live: &Snapshot, handed_over: Option<Vec<StoredState>>) {
 fn bind_admin(
     live: &Snapshot,
     drain: &Drain,
-    doors: &Doors,
+    doors: &ListenerSet,
     inherited: &mut Vec<TcpListener>,
     others: &[&OwnedFd],
 ) -> anyhow::Result<Option<(Admin, OwnedFd)>> {
