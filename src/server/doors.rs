@@ -32,7 +32,7 @@ struct Key {
 
 /// An open port.
 #[derive(Debug)]
-struct Door {
+struct OpenListener {
     key: Key,
     /// As bound.
     address: SocketAddr,
@@ -42,7 +42,7 @@ struct Door {
     closing: Closing,
 }
 
-impl Drop for Door {
+impl Drop for OpenListener {
     fn drop(&mut self) {
         self.closing.close();
     }
@@ -50,7 +50,7 @@ impl Drop for Door {
 
 /// All open ports, in the configuration's order.
 #[derive(Debug, Default)]
-pub(super) struct ListenerSet(Vec<Door>);
+pub(super) struct ListenerSet(Vec<OpenListener>);
 
 /// Ports to be opened, bound already.
 pub(super) struct Opening(Vec<(usize, SocketAddr, Vec<TcpListener>)>);
@@ -146,7 +146,7 @@ impl ListenerSet {
         for (index, address, sockets) in opening.0 {
             let key = keys(&live.config.listeners)[index];
             let desk = watch::Sender::new(ListenerConfig { live: live.clone(), index });
-            let door = Door { key, address, sockets, desk, closing: Closing::default() };
+            let door = OpenListener { key, address, sockets, desk, closing: Closing::default() };
             door.open(workplaces)?;
             change.opened.push(address);
             opened.push(door);
@@ -192,7 +192,7 @@ impl ListenerSet {
     }
 }
 
-impl Door {
+impl OpenListener {
     /// A listener at each workplace; where there are more sockets than workplaces, some have several, for connections wait
     /// in each. Where there are fewer, they share.
     fn open(&self, workplaces: &[WorkerHandle]) -> io::Result<()> {
