@@ -45,7 +45,7 @@ const LISTENERS_DEADLINE: Duration = Duration::from_secs(2);
 
 /// A running proxy.
 pub struct Running {
-    now: Mutex<Now>,
+    now: Mutex<Current>,
     /// One configuration after the other.
     reloading: Arc<tokio::sync::Mutex<()>>,
     /// Held while administrative states are changed and saved.
@@ -62,7 +62,7 @@ pub struct Running {
 }
 
 /// What a reload changes.
-struct Now {
+struct Current {
     live: Arc<Snapshot>,
     doors: ListenerSet,
     /// Ends what was started for this configuration.
@@ -183,7 +183,7 @@ impl Bound {
         let stop = stop_background.child_token();
         let running = Running {
             sessions: live.sessions.clone(),
-            now: Mutex::new(Now {
+            now: Mutex::new(Current {
                 live: live.clone(),
                 doors: ListenerSet::default(),
                 stop: stop.clone(),
@@ -521,7 +521,7 @@ impl Running {
         self.lock().live.limits.drain
     }
 
-    fn lock(&self) -> MutexGuard<'_, Now> {
+    fn lock(&self) -> MutexGuard<'_, Current> {
         // Nothing in here panics halfway through a change.
         self.now.lock().unwrap_or_else(PoisonError::into_inner)
     }
