@@ -20,7 +20,7 @@ use crate::admission::connection_limit::Occupancy;
 use crate::config::{self, ListenerTls};
 use crate::metrics::Refusal;
 use crate::process::shutdown::Drain;
-use crate::session::{self, Arrival, Held, Room};
+use crate::session::{self, AcceptedConnection, Held, Room};
 use crate::snapshot::ListenerConfig;
 
 /// Connections the kernel may keep waiting; it caps this by net.core.somaxconn.
@@ -219,7 +219,7 @@ impl Listener {
             }
         };
         let held = Held { occupant, open: metrics.session_opened(), pass };
-        let arrival = Arrival {
+        let arrival = AcceptedConnection {
             socket,
             peer,
             local: self.address,

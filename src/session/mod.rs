@@ -76,7 +76,7 @@ const SHORT_FAREWELL: Duration = Duration::from_millis(100);
 const COPIES: usize = 9;
 
 /// An accepted connection and what it needs.
-pub(crate) struct Arrival {
+pub(crate) struct AcceptedConnection {
     /// As accepted.
     pub socket: TcpStream,
     /// The client.
@@ -118,7 +118,7 @@ pub(crate) struct Held {
 pub(crate) type Room = WaitingRoom<Quiet>;
 
 /// Serves a connection until it is logged in, or to its end.
-pub(crate) async fn serve(arrival: Arrival) {
+pub(crate) async fn serve(arrival: AcceptedConnection) {
     let tls = arrival.tls;
     let (session, socket) = Session::new(arrival);
     let Some(relayed) = session.log_in(socket, tls).await else { return };
@@ -153,8 +153,8 @@ struct Session {
 }
 
 impl Session {
-    fn new(arrival: Arrival) -> (Self, TcpStream) {
-        let Arrival { socket, peer, local, listener, live, desk, drain, room, ticket, held, .. } = arrival;
+    fn new(arrival: AcceptedConnection) -> (Self, TcpStream) {
+        let AcceptedConnection { socket, peer, local, listener, live, desk, drain, room, ticket, held, .. } = arrival;
         // A socket bound to one address has no other; of `[::]` only the connection knows.
         let local = if local.ip().is_unspecified() { socket.local_addr().unwrap_or(local) } else { local };
         let login_by = Deadline::after(live.limits.login);
