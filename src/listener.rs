@@ -16,7 +16,7 @@ use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use crate::admission::connection_limit::Occupancy;
+use crate::admission::connection_limit::ConnectionLimit;
 use crate::config::{self, ListenerTls};
 use crate::metrics::Refusal;
 use crate::process::shutdown::Drain;
@@ -132,7 +132,7 @@ fn socket(address: SocketAddr, only_v6: bool, share: bool) -> io::Result<std::ne
 #[derive(Clone)]
 pub(crate) struct WorkerContext {
     /// Bounds the open connections of all listeners together.
-    pub occupancy: Arc<Occupancy>,
+    pub occupancy: Arc<ConnectionLimit>,
     /// When to stop.
     pub drain: Drain,
     /// Where silent sessions wait.

@@ -5,9 +5,9 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 /// See the module.
 #[derive(Debug, Default)]
-pub(crate) struct Occupancy(AtomicUsize);
+pub(crate) struct ConnectionLimit(AtomicUsize);
 
-impl Occupancy {
+impl ConnectionLimit {
     /// One more, unless there are `limit` already.
     pub(crate) fn enter(self: &Arc<Self>, limit: usize) -> Option<Occupant> {
         let more = |open: usize| (open < limit).then_some(open + 1);
@@ -17,7 +17,7 @@ impl Occupancy {
 
 /// One open connection, until dropped.
 #[derive(Debug)]
-pub(crate) struct Occupant(Arc<Occupancy>);
+pub(crate) struct Occupant(Arc<ConnectionLimit>);
 
 impl Drop for Occupant {
     fn drop(&mut self) {

@@ -26,7 +26,7 @@ use tokio_util::task::TaskTracker;
 use self::doors::{ListenerSet, Opening};
 pub use self::operations::{UserHold, UserMoved};
 pub use self::server_state::{BeforeRetirement, StateChange, StateChanged};
-use crate::admission::connection_limit::Occupancy;
+use crate::admission::connection_limit::ConnectionLimit;
 use crate::api::http::Admin;
 use crate::backend::OwnAddresses;
 use crate::backend::admin_state::StoredState;
@@ -174,7 +174,7 @@ impl Bound {
         let Self { live, opening, admin, drain, states, .. } = self;
         restore_states(&live, states);
         let (background, stop_background) = (TaskTracker::new(), CancellationToken::new());
-        let occupancy = Arc::new(Occupancy::default());
+        let occupancy = Arc::new(ConnectionLimit::default());
         let (mut workplaces, listeners) = (Vec::new(), TaskTracker::new());
         for _ in 0..live.config.limits.workers {
             let workplace = employ(&live, &drain, &occupancy, &listeners, (&background, &stop_background));
@@ -269,7 +269,7 @@ fn bind_admin(
 fn employ(
     live: &Snapshot,
     drain: &Drain,
-    occupancy: &Arc<Occupancy>,
+    occupancy: &Arc<ConnectionLimit>,
     listeners: &TaskTracker,
     (background, stop): (&TaskTracker, &CancellationToken),
 ) -> io::Result<WorkerHandle> {
