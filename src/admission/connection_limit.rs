@@ -9,17 +9,17 @@ pub(crate) struct ConnectionLimit(AtomicUsize);
 
 impl ConnectionLimit {
     /// One more, unless there are `limit` already.
-    pub(crate) fn enter(self: &Arc<Self>, limit: usize) -> Option<Occupant> {
+    pub(crate) fn enter(self: &Arc<Self>, limit: usize) -> Option<ConnectionPermit> {
         let more = |open: usize| (open < limit).then_some(open + 1);
-        self.0.fetch_update(Ordering::Relaxed, Ordering::Relaxed, more).ok().map(|_| Occupant(self.clone()))
+        self.0.fetch_update(Ordering::Relaxed, Ordering::Relaxed, more).ok().map(|_| ConnectionPermit(self.clone()))
     }
 }
 
 /// One open connection, until dropped.
 #[derive(Debug)]
-pub(crate) struct Occupant(Arc<ConnectionLimit>);
+pub(crate) struct ConnectionPermit(Arc<ConnectionLimit>);
 
-impl Drop for Occupant {
+impl Drop for ConnectionPermit {
     fn drop(&mut self) {
         self.0.0.fetch_sub(1, Ordering::Relaxed);
     }

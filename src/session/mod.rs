@@ -49,7 +49,7 @@ use self::proxy_header_warning::{Opening, is_header_before_tls};
 use self::record::{EndedBy, Record};
 pub(crate) use self::relayed::Quiet;
 use self::relayed::Relayed;
-use crate::admission::connection_limit::Occupant;
+use crate::admission::connection_limit::ConnectionPermit;
 use crate::admission::{Charge, OutOfMemory, Pass, Ticket};
 use crate::auth_policy;
 use crate::config::ListenerTls;
@@ -106,7 +106,7 @@ pub(crate) struct AcceptedConnection {
 pub(crate) struct Held {
     /// Of `limits.sessions`.
     #[expect(dead_code, reason = "it counts until it is dropped")]
-    pub occupant: Occupant,
+    pub occupant: ConnectionPermit,
     /// In the listener's gauge.
     #[expect(dead_code, reason = "it counts until it is dropped")]
     pub open: OpenGuard,
