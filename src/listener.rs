@@ -20,7 +20,7 @@ use crate::admission::connection_limit::ConnectionLimit;
 use crate::config::{self, ListenerTls};
 use crate::metrics::Refusal;
 use crate::process::shutdown::Drain;
-use crate::session::{self, AcceptedConnection, Held, Room};
+use crate::session::{self, AcceptedConnection, ConnectionPermits, Room};
 use crate::snapshot::ListenerConfig;
 
 /// Connections the kernel may keep waiting; it caps this by net.core.somaxconn.
@@ -218,7 +218,7 @@ impl Listener {
                 return tracing::debug!(client = %peer.ip().to_canonical(), listener = %self.address, reason, "turned away");
             }
         };
-        let held = Held { occupant, open: metrics.session_opened(), pass };
+        let held = ConnectionPermits { occupant, open: metrics.session_opened(), pass };
         let arrival = AcceptedConnection {
             socket,
             peer,

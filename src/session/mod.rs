@@ -98,12 +98,12 @@ pub(crate) struct AcceptedConnection {
     /// Its place among those who have not logged in.
     pub ticket: Ticket,
     /// Its share of what is limited and counted.
-    pub held: Held,
+    pub held: ConnectionPermits,
 }
 
 /// What a session holds as long as it lives.
 #[derive(Debug)]
-pub(crate) struct Held {
+pub(crate) struct ConnectionPermits {
     /// Of `limits.sessions`.
     #[expect(dead_code, reason = "it counts until it is dropped")]
     pub occupant: ConnectionPermit,
@@ -141,7 +141,7 @@ struct Session {
     routing_name: Option<Arc<str>>,
     /// What the policy service knows of the login under way.
     told: Option<Box<auth_policy::Attempt>>,
-    held: Held,
+    held: ConnectionPermits,
     peer: SocketAddr,
     local: SocketAddr,
     /// Whether both addresses are those of a PROXY header.
