@@ -30,7 +30,7 @@ const REST_AFTER: Duration = Duration::from_secs(2);
 /// A session that moves bytes.
 pub(super) struct Relayed {
     relay: Relay<TcpStream>,
-    kept: Box<Kept>,
+    kept: Box<EstablishedState>,
 }
 
 /// How a relayed session came to its end.
@@ -44,11 +44,11 @@ pub(super) enum Over {
 /// A session that waits for a byte.
 pub(crate) struct Quiet {
     resting: Resting,
-    kept: Box<Kept>,
+    kept: Box<EstablishedState>,
 }
 
 /// What a session keeps for all of its life after the login.
-pub(super) struct Kept {
+pub(super) struct EstablishedState {
     pub(super) room: Arc<Room>,
     pub(super) record: Record,
     /// On both sockets.
@@ -61,14 +61,14 @@ pub(super) struct Kept {
     pub(super) seat: Seat,
 }
 
-impl Kept {
+impl EstablishedState {
     fn limits(&self) -> Limits {
         let limits = &self.record.settings().limits;
         Limits { idle: limits.idle, half_close: limits.half_close, stall: limits.stall }
     }
 }
 
-impl Kept {
+impl EstablishedState {
     /// The server has closed, and the client shall not come back at the same moment as all others of this server: waits for
     /// its turn, or until something happens to it.
     async fn keep_client(&mut self, relay: &Relay<TcpStream>, call: &Call) {
@@ -91,7 +91,7 @@ impl Relayed {
         server: Leg<TcpStream>,
         to_client: Vec<u8>,
         to_server: Vec<u8>,
-        kept: Kept,
+        kept: EstablishedState,
     ) -> Self {
         let (client_bytes, server_bytes) = kept.record.byte_counters();
         let opening = Opening { to_client, to_server, client_bytes, server_bytes };
@@ -127,7 +127,7 @@ impl Relayed {
     }
 }
 
-fn put_aside(relay: Relay<TcpStream>, mut kept: Box<Kept>) {
+fn put_aside(relay: Relay<TcpStream>, mut kept: Box<EstablishedState>) {
     let room = kept.room.clone();
     match relay.rest() {
         Ok(resting) => {
@@ -204,7 +204,7 @@ impl Session {
         self.record.open_on(seated.backend.id, seated.slot);
         seated.seat.settle();
         self.record.log_login();
-        let kept = Kept {
+        let kept = EstablishedState {
             _counted: self.drain.count(),
             keepalive_set: false,
             room: self.room,
@@ -226,6 +226,6 @@ mod tests {
     #[test]
     fn a_silent_session_is_small() {
         assert!(size_of::<Quiet>() <= 88, "{}", size_of::<Quiet>());
-        assert!(size_of::<Kept>() <= 384, "{}", size_of::<Kept>());
+        assert!(size_of::<EstablishedState>() <= 384, "{}", size_of::<EstablishedState>());
     }
 }
