@@ -19,7 +19,7 @@ use crate::identity::{Mechanism, UserName};
 use crate::metrics::{LoginOutcome, OpenGuard};
 use crate::relay::End;
 use crate::session::id::SessionId;
-use crate::session::relayed::Over;
+use crate::session::relayed::SessionEnd;
 use crate::session_registry::Why;
 use crate::snapshot::SessionSettings;
 use crate::stream::TlsFacts;
@@ -366,11 +366,11 @@ impl Record {
         Some(cut_off)
     }
 
-    pub(super) fn relayed(&mut self, over: Over, to_client: u64, to_server: u64) {
+    pub(super) fn relayed(&mut self, over: SessionEnd, to_client: u64, to_server: u64) {
         (self.to_client, self.to_server) = (to_client, to_server);
         let end = match over {
-            Over::Ended(end) => end,
-            Over::Told(why) => return self.cancelled(why),
+            SessionEnd::Ended(end) => end,
+            SessionEnd::Told(why) => return self.cancelled(why),
         };
         self.ended_by = match end {
             End::Client | End::ClientStalled | End::ClientTls(_) => EndedBy::Client,

@@ -34,7 +34,7 @@ pub(super) struct Relayed {
 }
 
 /// How a relayed session came to its end.
-pub(super) enum Over {
+pub(super) enum SessionEnd {
     /// By itself.
     Ended(End),
     /// It was told to.
@@ -113,9 +113,9 @@ impl Relayed {
                 outcome = relay.run(rest_after) => match outcome {
                     Outcome::Quiet => return put_aside(relay, kept),
                     Outcome::CutOff => kept.keep_client(&relay, &call).await,
-                    Outcome::Ended(end) => break Over::Ended(end),
+                    Outcome::Ended(end) => break SessionEnd::Ended(end),
                 },
-                why = poll_fn(|context| call.poll(context)) => break Over::Told(why),
+                why = poll_fn(|context| call.poll(context)) => break SessionEnd::Told(why),
             }
         };
         let (to_client, to_server) = relay.moved();
