@@ -47,7 +47,7 @@ pub(crate) use self::pace::Refusals;
 pub(crate) use self::proxy_header_warning::LastWarning;
 use self::proxy_header_warning::{Opening, is_header_before_tls};
 use self::record::{EndedBy, Record};
-pub(crate) use self::relayed::Quiet;
+pub(crate) use self::relayed::ParkedSession;
 use self::relayed::Relayed;
 use crate::admission::connection_limit::ConnectionPermit;
 use crate::admission::{Charge, OutOfMemory, Pass, Ticket};
@@ -115,7 +115,7 @@ pub(crate) struct ConnectionPermits {
 }
 
 /// Where silent sessions wait.
-pub(crate) type Room = WaitingRoom<Quiet>;
+pub(crate) type Room = WaitingRoom<ParkedSession>;
 
 /// Serves a connection until it is logged in, or to its end.
 pub(crate) async fn serve(arrival: AcceptedConnection) {

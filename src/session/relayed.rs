@@ -42,7 +42,7 @@ pub(super) enum SessionEnd {
 }
 
 /// A session that waits for a byte.
-pub(crate) struct Quiet {
+pub(crate) struct ParkedSession {
     resting: Resting,
     kept: Box<EstablishedState>,
 }
@@ -111,7 +111,7 @@ impl Relayed {
                 // In this order a session that is cancelled from its begin still sends the answer to the login.
                 biased;
                 outcome = relay.run(rest_after) => match outcome {
-                    Outcome::Quiet => return put_aside(relay, kept),
+                    Outcome::ParkedSession => return put_aside(relay, kept),
                     Outcome::CutOff => kept.keep_client(&relay, &call).await,
                     Outcome::Ended(end) => break SessionEnd::Ended(end),
                 },
@@ -141,7 +141,7 @@ fn put_aside(relay: Relay<TcpStream>, mut kept: Box<EstablishedState>) {
             // From here on the room is woken, not the task.
             let _ = call.poll(&Context::from_waker(room.waker()));
             // One that does not get in stays as it is.
-            if let Err(quiet) = room.enter(Box::new(Quiet { resting, kept })) {
+            if let Err(quiet) = room.enter(Box::new(ParkedSession { resting, kept })) {
                 quiet.resume(None);
             } else if call.why().is_some() {
                 // Told on the way in, when the room could not find it yet.
@@ -152,7 +152,7 @@ fn put_aside(relay: Relay<TcpStream>, mut kept: Box<EstablishedState>) {
     }
 }
 
-impl Quiet {
+impl ParkedSession {
     fn resume(self, rest_after: Option<Duration>) {
         let Self { resting, mut kept } = self;
         let (client_bytes, server_bytes) = kept.record.byte_counters();
@@ -163,7 +163,7 @@ impl Quiet {
     }
 }
 
-impl Waiting for Quiet {
+impl Waiting for ParkedSession {
     fn sockets(&self) -> [BorrowedFd<'_>; 2] {
         [self.resting.client.socket.as_fd(), self.resting.server.socket.as_fd()]
     }
@@ -225,7 +225,7 @@ mod tests {
     /// 80, 96, … 384, 448 bytes.
     #[test]
     fn a_silent_session_is_small() {
-        assert!(size_of::<Quiet>() <= 88, "{}", size_of::<Quiet>());
+        assert!(size_of::<ParkedSession>() <= 88, "{}", size_of::<ParkedSession>());
         assert!(size_of::<EstablishedState>() <= 384, "{}", size_of::<EstablishedState>());
     }
 }
