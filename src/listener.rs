@@ -20,7 +20,7 @@ use crate::admission::connection_limit::ConnectionLimit;
 use crate::config::{self, ListenerTls};
 use crate::metrics::Refusal;
 use crate::process::shutdown::Drain;
-use crate::session::{self, AcceptedConnection, ConnectionPermits, Room};
+use crate::session::{self, AcceptedConnection, ConnectionPermits, SessionPoller};
 use crate::snapshot::ListenerConfig;
 
 /// Connections the kernel may keep waiting; it caps this by net.core.somaxconn.
@@ -136,7 +136,7 @@ pub(crate) struct WorkerContext {
     /// When to stop.
     pub drain: Drain,
     /// Where silent sessions wait.
-    pub room: Arc<Room>,
+    pub room: Arc<SessionPoller>,
     /// Tasks of listeners: a process ends after they have.
     pub listeners: TaskTracker,
 }

@@ -36,7 +36,7 @@ use crate::logging;
 use crate::metrics::Metrics;
 use crate::process::shutdown::{Drain, Manner};
 use crate::process::workers::Worker;
-use crate::session::Room;
+use crate::session::SessionPoller;
 use crate::session_registry::Sessions;
 use crate::snapshot::{ListenerConfig, Snapshot};
 
@@ -278,7 +278,7 @@ fn employ(
     let house = WorkerContext {
         occupancy: occupancy.clone(),
         drain: drain.clone(),
-        room: Arc::new(Room::new(live.metrics.silent_sessions())?),
+        room: Arc::new(SessionPoller::new(live.metrics.silent_sessions())?),
         listeners: listeners.clone(),
     };
     drop(guard);

@@ -94,7 +94,7 @@ pub(crate) struct AcceptedConnection {
     /// When to stop.
     pub drain: Drain,
     /// Where it waits while it is silent.
-    pub room: Arc<Room>,
+    pub room: Arc<SessionPoller>,
     /// Its place among those who have not logged in.
     pub ticket: Ticket,
     /// Its share of what is limited and counted.
@@ -115,7 +115,7 @@ pub(crate) struct ConnectionPermits {
 }
 
 /// Where silent sessions wait.
-pub(crate) type Room = WaitingRoom<ParkedSession>;
+pub(crate) type SessionPoller = WaitingRoom<ParkedSession>;
 
 /// Serves a connection until it is logged in, or to its end.
 pub(crate) async fn serve(arrival: AcceptedConnection) {
@@ -131,7 +131,7 @@ struct Session {
     live: Arc<Snapshot>,
     desk: watch::Receiver<ListenerConfig>,
     drain: Drain,
-    room: Arc<Room>,
+    room: Arc<SessionPoller>,
     ticket: Option<Ticket>,
     /// What the client has said.
     memory: Charge,

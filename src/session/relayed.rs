@@ -12,7 +12,7 @@ use tokio_util::task::task_tracker::TaskTrackerToken;
 
 use super::attempt::Seated;
 use super::record::Record;
-use super::{FAREWELL, Held, Room, Session};
+use super::{FAREWELL, Held, SessionPoller, Session};
 use crate::backend::CutOff;
 use crate::backend::request::Established;
 use crate::failure::Reason;
@@ -49,7 +49,7 @@ pub(crate) struct ParkedSession {
 
 /// What a session keeps for all of its life after the login.
 pub(super) struct EstablishedState {
-    pub(super) room: Arc<Room>,
+    pub(super) room: Arc<SessionPoller>,
     pub(super) record: Record,
     /// On both sockets.
     pub(super) keepalive_set: bool,
