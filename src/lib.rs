@@ -24,7 +24,7 @@
 //! | connect and log in there | [`backend::connect::login`], [`imap::backend_login::BackendLogin::step`] |
 //! | rustls lets go of both connections | [`stream::Stream::into_leg`], [`tls::handover`] |
 //! | bytes both ways | [`relay::Relay::run`], [`record_layer`] |
-//! | silence: two sockets and their keys | [`waiting::WaitingRoom`] |
+//! | silence: two sockets and their keys | [`waiting::IdlePoller`] |
 //! | one record | `session::record::Record`, when it drops |
 //!
 //! [`session`] alone knows this order. [`server`] builds everything from a [`config::Config`] and starts it.

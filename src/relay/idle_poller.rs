@@ -38,7 +38,7 @@ pub(crate) trait Waiting: Send + 'static {
     fn sockets(&self) -> [BorrowedFd<'_>; 2];
     /// Out again at this time, if not before.
     fn until(&self) -> Option<Instant>;
-    /// Out again now. Asked when [`WaitingRoom::waker`] is woken.
+    /// Out again now. Asked when [`IdlePoller::waker`] is woken.
     fn is_called(&self) -> bool;
     /// Out again. Called on the runtime; must not block.
     fn leave(self);
@@ -46,7 +46,7 @@ pub(crate) trait Waiting: Send + 'static {
 
 /// See the module.
 #[derive(Debug)]
-pub(crate) struct WaitingRoom<T> {
+pub(crate) struct IdlePoller<T> {
     epoll: AsyncFd<OwnedFd>,
     inside: Mutex<Inside<T>>,
     count: IntGauge,
@@ -77,7 +77,7 @@ struct Place<T> {
     waiting: Box<T>,
 }
 
-impl<T: Waiting> WaitingRoom<T> {
+impl<T: Waiting> IdlePoller<T> {
     /// Empty. `count` shows how many are inside.
     ///
     /// # Errors
@@ -269,7 +269,7 @@ mod tests {
     }
 
     struct Scene {
-        room: Arc<WaitingRoom<Pair>>,
+        room: Arc<IdlePoller<Pair>>,
         count: IntGauge,
         closing: CancellationToken,
         left: UnboundedReceiver<&'static str>,
@@ -278,7 +278,7 @@ mod tests {
 
     fn scene() -> Scene {
         let count = IntGauge::new("waiting", "waiting").unwrap();
-        let room = Arc::new(WaitingRoom::new(count.clone()).unwrap());
+        let room = Arc::new(IdlePoller::new(count.clone()).unwrap());
         let (leave, left) = unbounded_channel();
         let closing = CancellationToken::new();
         let (running, token) = (room.clone(), closing.clone());

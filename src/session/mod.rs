@@ -58,7 +58,7 @@ use crate::failure::Reason;
 use crate::metrics::OpenGuard;
 use crate::process::shutdown::Drain;
 use crate::protocol::imap::prelogin::{Bye, CloseReason, LoginRequest, Policy, Prelogin, Step, Transport};
-use crate::relay::idle_poller::WaitingRoom;
+use crate::relay::idle_poller::IdlePoller;
 use crate::snapshot::{ListenerConfig, Snapshot};
 use crate::stream::{Encrypted, Stream};
 use crate::tls::handover::Secrets;
@@ -115,7 +115,7 @@ pub(crate) struct ConnectionPermits {
 }
 
 /// Where silent sessions wait.
-pub(crate) type SessionPoller = WaitingRoom<ParkedSession>;
+pub(crate) type SessionPoller = IdlePoller<ParkedSession>;
 
 /// Serves a connection until it is logged in, or to its end.
 pub(crate) async fn serve(arrival: AcceptedConnection) {
