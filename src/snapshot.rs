@@ -13,7 +13,7 @@ use crate::config::{Config, Limits, Report};
 use crate::identity::{Delegation, Mechanisms};
 use crate::metrics::{Metrics, Names};
 use crate::route::{self, At, Place, Router};
-use crate::session::{LastWarning, Refusals};
+use crate::session::{LastWarning, RefusalLatency};
 use crate::session_registry::Sessions;
 use crate::tls::server::ServerTls;
 
@@ -30,7 +30,7 @@ pub struct Snapshot {
     /// Who is logged in where. The process's, not this configuration's.
     pub sessions: Arc<Sessions>,
     /// How long servers take to refuse a login. The process's too.
-    pub refusals: Arc<Refusals>,
+    pub refusals: Arc<RefusalLatency>,
     /// Deadlines and caps.
     pub limits: Arc<Limits>,
     /// Who may come in and try. The process's too.

@@ -43,7 +43,7 @@ use zeroize::Zeroizing;
 use self::attempt::Attempted;
 pub(crate) use self::defence::turn_away;
 pub(crate) use self::introduction::unknown_balancer;
-pub(crate) use self::pace::Refusals;
+pub(crate) use self::pace::RefusalLatency;
 pub(crate) use self::proxy_header_warning::LastWarning;
 use self::proxy_header_warning::{Opening, is_header_before_tls};
 use self::record::{EndedBy, Record};

@@ -19,7 +19,7 @@ const LONGEST: Duration = Duration::from_secs(30);
 
 /// The last refusals of each backend, by its name. Reloads add backends, and a name is kept until the process ends.
 #[derive(Debug, Default)]
-pub struct Refusals {
+pub struct RefusalLatency {
     /// Its key is random, so that no client can foresee which backend a user is like.
     hasher: RandomState,
     backends: Mutex<BTreeMap<Arc<str>, Ring>>,
@@ -47,7 +47,7 @@ impl Ring {
     }
 }
 
-impl Refusals {
+impl RefusalLatency {
     /// A server of `backend` refused a password that `client` sent after `took`.
     pub(super) fn add(&self, backend: &Arc<str>, client: Block, took: Duration) {
         self.lock().entry(backend.clone()).or_default().add(client, took.min(LONGEST));
@@ -93,7 +93,7 @@ impl Refusals {
     }
 }
 
-/// A random number for [`Refusals::draw`], which no client can foresee.
+/// A random number for [`RefusalLatency::draw`], which no client can foresee.
 pub(super) fn random() -> u64 {
     RandomState::new().hash_one(0_u8)
 }
@@ -143,7 +143,7 @@ mod tests {
 
     #[test]
     fn only_the_last_are_drawn_from() {
-        let refusals = Refusals::default();
+        let refusals = RefusalLatency::default();
         let (mut random, shard) = (Seeded(1), Arc::from("a"));
         assert_eq!(refusals.draw(None, "x", random.next()), Duration::ZERO);
         for seconds in 0..100 {
@@ -162,7 +162,7 @@ mod tests {
 
     #[test]
     fn every_attempt_is_drawn_afresh() {
-        let refusals = Refusals::default();
+        let refusals = RefusalLatency::default();
         refusals.add(&Arc::from("a"), client(1), Duration::from_secs(2));
         let mut random = Seeded(2);
         let draws: BTreeSet<Duration> = (0..100).map(|_| refusals.draw(None, "x", random.next())).collect();
@@ -172,7 +172,7 @@ mod tests {
 
     #[test]
     fn a_client_whom_the_servers_delay_does_not_delay_others() {
-        let (refusals, shard) = (Refusals::default(), Arc::from("a"));
+        let (refusals, shard) = (RefusalLatency::default(), Arc::from("a"));
         for number in 0..8 {
             refusals.add(&shard, client(number), Duration::from_millis(100));
         }
@@ -189,7 +189,7 @@ mod tests {
 
     #[test]
     fn a_routed_user_is_refused_like_others_of_its_backend() {
-        let refusals = Refusals::default();
+        let refusals = RefusalLatency::default();
         let (fast, slow): (Arc<str>, Arc<str>) = (Arc::from("fast"), Arc::from("slow"));
         refusals.add(&fast, client(1), Duration::from_secs(1));
         refusals.add(&slow, client(1), Duration::from_secs(5));
@@ -209,7 +209,7 @@ mod tests {
     /// Otherwise the delays of an unknown user would vary as those of no real user do.
     #[test]
     fn an_unknown_user_is_like_a_user_of_one_backend() {
-        let refusals = Refusals::default();
+        let refusals = RefusalLatency::default();
         for (backend, seconds) in [("fast", 1), ("slow", 5)] {
             for number in 0..REMEMBERED {
                 refusals.add(&Arc::from(backend), client(number as u32), Duration::from_secs(seconds));
@@ -247,7 +247,7 @@ mod tests {
             ("two clusters", |at| if at < 0.5 { 0.01 + 0.01 * at } else { 3.0 + 0.1 * at }),
         ];
         for (name, latency) in servers {
-            let (refusals, shard) = (Refusals::default(), Arc::from("a"));
+            let (refusals, shard) = (RefusalLatency::default(), Arc::from("a"));
             let mut taken = || Duration::from_secs_f64(latency(random.fraction()));
             let mut clients = (0..).map(client);
             let mut add = |took| refusals.add(&shard, clients.next().unwrap(), took);
