@@ -27,7 +27,7 @@ use crate::protocol::imap::prelogin::{Bye, LoginRequest, Prelogin, Step};
 use crate::protocol::imap::tag::Tag;
 use crate::protocol::imap::{reply, sasl};
 use crate::route::{Question, RouteError, Routed, Target, Visitor, VisitorTls};
-use crate::session_registry::{Guest, NoSeat, Seat, Why};
+use crate::session_registry::{SessionInfo, NoSeat, Seat, Why};
 use crate::snapshot::Snapshot;
 use crate::stream::Stream;
 
@@ -150,7 +150,7 @@ impl Session {
         let routing = &login.names.routing;
         let sessions = self.live.sessions.clone();
         let due = Deadline::after(self.live.limits.server_login);
-        let guest = Guest {
+        let guest = SessionInfo {
             user: routing.clone(),
             client: self.peer.ip().to_canonical(),
             session: self.record.session().bytes(),

@@ -89,7 +89,7 @@ impl Call {
 
 /// Who takes a seat.
 #[derive(Debug, Clone)]
-pub struct Guest {
+pub struct SessionInfo {
     /// The name in the routes; once a server is chosen, the name of the mailbox.
     pub user: Arc<str>,
     /// Where the client is.
@@ -102,7 +102,7 @@ pub struct Guest {
 #[derive(Debug, Clone)]
 pub struct Seen {
     /// Who.
-    pub guest: Guest,
+    pub guest: SessionInfo,
     /// The server; absent until one is chosen.
     pub server: Option<Arc<Server>>,
     /// For how long.
@@ -161,7 +161,7 @@ struct Inside {
 
 #[derive(Debug)]
 struct Taken {
-    guest: Guest,
+    guest: SessionInfo,
     /// Absent until one is chosen.
     server: Option<Arc<Server>>,
     call: Arc<Call>,
@@ -339,7 +339,7 @@ impl Sessions {
     ///
     /// # Errors
     /// New logins of the user wait.
-    pub fn take(self: &Arc<Self>, guest: Guest) -> Result<Seat, NoSeat> {
+    pub fn take(self: &Arc<Self>, guest: SessionInfo) -> Result<Seat, NoSeat> {
         let mut inside = self.lock();
         if inside.held.contains_key(&guest.user) {
             return Err(NoSeat::Held(guest.user));

@@ -7,8 +7,8 @@ use tokio::time::timeout;
 
 use super::*;
 
-fn guest(user: &str) -> Guest {
-    Guest { user: user.into(), client: IpAddr::from([192, 0, 2, 1]), session: [b'x'; 16] }
+fn guest(user: &str) -> SessionInfo {
+    SessionInfo { user: user.into(), client: IpAddr::from([192, 0, 2, 1]), session: [b'x'; 16] }
 }
 
 fn server(name: &str) -> Arc<Server> {

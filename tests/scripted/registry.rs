@@ -9,7 +9,7 @@ use base64::engine::general_purpose::STANDARD;
 use tokio::net::{TcpListener, TcpStream};
 use vestibule::backend::Server;
 use vestibule::server::{Running, StateChange};
-use vestibule::session_registry::{Guest, Seat};
+use vestibule::session_registry::{SessionInfo, Seat};
 
 use crate::support::{Client, Line, PATIENCE, eventually, in_time, metric, proxy, start};
 
@@ -167,7 +167,7 @@ pub(super) async fn set_mode(proxy: &Running, server: &Played, mode: &str, over:
 pub(super) fn stuck(proxy: &Running, at: &Played) -> Seat {
     let sessions = proxy.sessions();
     let since = sessions.generation();
-    let guest = Guest { user: "alice".into(), client: [127, 0, 0, 1].into(), session: [b'x'; 16] };
+    let guest = SessionInfo { user: "alice".into(), client: [127, 0, 0, 1].into(), session: [b'x'; 16] };
     let seat = sessions.take(guest).unwrap();
     let servers: Vec<Arc<Server>> = proxy.live().backends.list()[0].servers();
     let server = servers.iter().find(|server| *server.name == *at.address().to_string()).unwrap();
