@@ -27,7 +27,7 @@ use crate::protocol::imap::prelogin::{Bye, LoginRequest, Prelogin, Step};
 use crate::protocol::imap::tag::Tag;
 use crate::protocol::imap::{reply, sasl};
 use crate::route::{Question, RouteError, Routed, Target, Visitor, VisitorTls};
-use crate::session_registry::{SessionInfo, NoSeat, Seat, Why};
+use crate::session_registry::{SessionInfo, NoSeat, SessionHandle, Why};
 use crate::snapshot::Snapshot;
 use crate::stream::Stream;
 
@@ -69,7 +69,7 @@ pub(super) struct Seated {
     /// Of the server's places.
     pub(super) slot: Slot,
     /// Among the user's sessions.
-    pub(super) seat: Seat,
+    pub(super) seat: SessionHandle,
 }
 
 /// A login command whose user is known.
@@ -86,7 +86,7 @@ struct Login<'a> {
 
 /// A registered login.
 struct Registered {
-    seat: Seat,
+    seat: SessionHandle,
     /// The holds that came before the routes are asked.
     since: Generation,
 }

@@ -21,7 +21,7 @@ use crate::generations::Generation;
 use crate::identity::{Credentials, Mechanism};
 use crate::protocol::imap::sasl;
 use crate::route::Place;
-use crate::session_registry::{NoSeat, Seat};
+use crate::session_registry::{NoSeat, SessionHandle};
 use crate::snapshot::{ListenerConfig, Snapshot};
 
 /// Maximum number of referrals followed per login.
@@ -35,7 +35,7 @@ pub(super) struct Placing<'a, 's> {
     pub(super) live: &'a Snapshot,
     /// Where the next configuration appears; the one that is used has been seen.
     pub(super) desk: watch::Receiver<ListenerConfig>,
-    pub(super) seat: &'s Seat,
+    pub(super) seat: &'s SessionHandle,
     /// The holds that came before the routes were asked.
     pub(super) since: Generation,
     /// The name of the user's mailbox.

@@ -20,7 +20,7 @@ use crate::protocol::imap::reply;
 use crate::protocol::imap::tag::Tag;
 use crate::relay::idle_poller::Waiting;
 use crate::relay::{End, Leg, Limits, Opening, Outcome, Relay, Resting};
-use crate::session_registry::{Call, Seat, Why};
+use crate::session_registry::{Call, SessionHandle, Why};
 use crate::stream::{Stream, keep_alive};
 
 /// Silence after which a session gives its task and buffers up. Coming back costs some 20 µs, so that a client that talks every
@@ -58,7 +58,7 @@ pub(super) struct EstablishedState {
     pub(super) held: Held,
     /// The entry in the session registry; also where the session sees that it is cancelled. The last field, because fields
     /// drop in order: a login that waits for this session finds its limits and places free.
-    pub(super) seat: Seat,
+    pub(super) seat: SessionHandle,
 }
 
 impl EstablishedState {

@@ -1,15 +1,15 @@
 //! The session registry: which user is logged in, or is logging in, on which server, and how a session is cancelled.
 //!
-//! A login registers before it is routed ([`Sessions::take`]), names its server when one is chosen ([`Seat::place`]), and
-//! keeps its [`Seat`] as long as the session lives. So the operator can end the sessions and logins of a user at any step,
+//! A login registers before it is routed ([`Sessions::take`]), names its server when one is chosen ([`SessionHandle::place`]), and
+//! keeps its [`SessionHandle`] as long as the session lives. So the operator can end the sessions and logins of a user at any step,
 //! and a user whose mailbox must be served by one server at a time is never established on two: when a server has accepted
-//! a login ([`Seat::accept`]), the user's accepted sessions on other servers of the backend are cancelled, and the login
-//! waits until it is alone ([`Seat::is_alone`]). Until then it has no effect on other sessions, because nothing has shown
+//! a login ([`SessionHandle::accept`]), the user's accepted sessions on other servers of the backend are cancelled, and the login
+//! waits until it is alone ([`SessionHandle::is_alone`]). Until then it has no effect on other sessions, because nothing has shown
 //! yet that the client is the user. Of two logins that different servers accept, the one accepted last stays: each waits
 //! only for those accepted before it and ends when it is cancelled itself, so no two wait for each other.
 //!
 //! A cancelled session is not ended here: its task or the waiting room sees the [`Call`] and ends it in order. This module
-//! knows one process; several machines would have to agree at [`Sessions::take`], [`Seat::accept`] and [`Sessions::hold`].
+//! knows one process; several machines would have to agree at [`Sessions::take`], [`SessionHandle::accept`] and [`Sessions::hold`].
 
 use std::collections::HashMap;
 use std::hash::{BuildHasher as _, RandomState};
@@ -188,13 +188,13 @@ impl Taken {
 
 /// The entry of a login or session, until dropped.
 #[derive(Debug)]
-pub struct Seat {
+pub struct SessionHandle {
     sessions: Arc<Sessions>,
     call: Arc<Call>,
     key: u32,
 }
 
-impl Seat {
+impl SessionHandle {
     /// Where the session hears that it shall end.
     pub fn call(&self) -> &Arc<Call> {
         &self.call
@@ -225,7 +225,7 @@ impl Seat {
     }
 
     /// The server has accepted the login. With `alone` the user must have no accepted session on another server of the
-    /// backend: those that are there are cancelled, and the caller waits until [`Seat::is_alone`].
+    /// backend: those that are there are cancelled, and the caller waits until [`SessionHandle::is_alone`].
     pub fn accept(&self, alone: bool) {
         let mut inside = self.sessions.lock();
         let Some(taken) = inside.taken.get_mut(self.key as usize) else { return };
@@ -270,7 +270,7 @@ impl Seat {
     }
 }
 
-impl Drop for Seat {
+impl Drop for SessionHandle {
     fn drop(&mut self) {
         let mut inside = self.sessions.lock();
         let Some(taken) = inside.taken.get(self.key as usize) else { return };
@@ -330,7 +330,7 @@ impl Sessions {
         self.hasher.hash_one(user)
     }
 
-    /// The current generation of holds, to be taken before the routes are asked: see [`Seat::place`].
+    /// The current generation of holds, to be taken before the routes are asked: see [`SessionHandle::place`].
     pub fn generation(&self) -> Generation {
         self.lock().holds.current()
     }
@@ -339,7 +339,7 @@ impl Sessions {
     ///
     /// # Errors
     /// New logins of the user wait.
-    pub fn take(self: &Arc<Self>, guest: SessionInfo) -> Result<Seat, NoSeat> {
+    pub fn take(self: &Arc<Self>, guest: SessionInfo) -> Result<SessionHandle, NoSeat> {
         let mut inside = self.lock();
         if inside.held.contains_key(&guest.user) {
             return Err(NoSeat::Held(guest.user));
@@ -355,7 +355,7 @@ impl Sessions {
         // More than 4 billion sessions would not fit a machine.
         let key = u32::try_from(inside.taken.insert(taken)).unwrap_or(NONE);
         inside.link(key, hash);
-        Ok(Seat { sessions: self.clone(), call, key })
+        Ok(SessionHandle { sessions: self.clone(), call, key })
     }
 
     /// New logins of `user` get no seat until the hold drops, and those under way that were routed before are routed again.

@@ -16,7 +16,7 @@ fn server(name: &str) -> Arc<Server> {
 }
 
 /// A login of `user` that is under way on `server`.
-fn login(sessions: &Arc<Sessions>, user: &str, server: &Arc<Server>) -> Seat {
+fn login(sessions: &Arc<Sessions>, user: &str, server: &Arc<Server>) -> SessionHandle {
     let since = sessions.generation();
     let seat = sessions.take(guest(user)).unwrap();
     seat.place(&user.into(), server, since).unwrap();
@@ -24,7 +24,7 @@ fn login(sessions: &Arc<Sessions>, user: &str, server: &Arc<Server>) -> Seat {
 }
 
 /// A session of `user` that `server` has accepted.
-fn session(sessions: &Arc<Sessions>, user: &str, server: &Arc<Server>) -> Seat {
+fn session(sessions: &Arc<Sessions>, user: &str, server: &Arc<Server>) -> SessionHandle {
     let seat = login(sessions, user, server);
     seat.accept(true);
     assert!(seat.is_alone());
@@ -40,7 +40,7 @@ fn users(sessions: &Sessions) -> Vec<String> {
 fn seats_are_given_back_in_any_order() {
     let sessions = Arc::new(Sessions::default());
     let (one, two) = (server("a"), server("b"));
-    let mut seats: Vec<Seat> = (0..9).map(|number| login(&sessions, ["x", "y", "z"][number % 3], &one)).collect();
+    let mut seats: Vec<SessionHandle> = (0..9).map(|number| login(&sessions, ["x", "y", "z"][number % 3], &one)).collect();
     let other = login(&sessions, "x", &two);
     assert_eq!(sessions.of_user("x").len(), 4);
     // From the middle, the front and the end of a user's chain.
@@ -222,7 +222,7 @@ fn a_call_wakes_and_keeps_its_first_reason() {
 fn a_server_is_emptied_bit_by_bit() {
     let sessions = Arc::new(Sessions::default());
     let (one, two) = (server("a"), server("b"));
-    let seats: Vec<Seat> = (0..10).map(|number| login(&sessions, &format!("u{number}"), &one)).collect();
+    let seats: Vec<SessionHandle> = (0..10).map(|number| login(&sessions, &format!("u{number}"), &one)).collect();
     let stays = login(&sessions, "z", &two);
     let routing = sessions.take(guest("w")).unwrap();
     let on_one = |server: &Server| *server.name == *"a";
@@ -242,7 +242,7 @@ fn a_server_is_emptied_bit_by_bit() {
 #[test]
 fn places_go_back_after_a_peak_whoever_stays() {
     let sessions = Arc::new(Sessions::default());
-    let mut seats: Vec<Seat> = (0..5000).map(|number| sessions.take(guest(&format!("u{number}"))).unwrap()).collect();
+    let mut seats: Vec<SessionHandle> = (0..5000).map(|number| sessions.take(guest(&format!("u{number}"))).unwrap()).collect();
     seats.truncate(100);
     let places = || {
         let inside = sessions.lock();
@@ -259,5 +259,5 @@ fn places_go_back_after_a_peak_whoever_stays() {
 #[test]
 fn a_seat_is_small() {
     assert!(size_of::<Taken>() <= 96, "{}", size_of::<Taken>());
-    assert!(size_of::<Call>() <= 32 && size_of::<Seat>() <= 24);
+    assert!(size_of::<Call>() <= 32 && size_of::<SessionHandle>() <= 24);
 }

@@ -9,7 +9,7 @@ use base64::engine::general_purpose::STANDARD;
 use tokio::net::{TcpListener, TcpStream};
 use vestibule::backend::Server;
 use vestibule::server::{Running, StateChange};
-use vestibule::session_registry::{SessionInfo, Seat};
+use vestibule::session_registry::{SessionInfo, SessionHandle};
 
 use crate::support::{Client, Line, PATIENCE, eventually, in_time, metric, proxy, start};
 
@@ -164,7 +164,7 @@ pub(super) async fn set_mode(proxy: &Running, server: &Played, mode: &str, over:
 }
 
 /// A session of alice's that does not end, whatever it is told.
-pub(super) fn stuck(proxy: &Running, at: &Played) -> Seat {
+pub(super) fn stuck(proxy: &Running, at: &Played) -> SessionHandle {
     let sessions = proxy.sessions();
     let since = sessions.generation();
     let guest = SessionInfo { user: "alice".into(), client: [127, 0, 0, 1].into(), session: [b'x'; 16] };
