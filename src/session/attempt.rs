@@ -27,7 +27,7 @@ use crate::protocol::imap::prelogin::{Bye, LoginRequest, Prelogin, Step};
 use crate::protocol::imap::tag::Tag;
 use crate::protocol::imap::{reply, sasl};
 use crate::route::{Question, RouteError, Routed, Target, Visitor, VisitorTls};
-use crate::session_registry::{SessionInfo, NoSeat, SessionHandle, Why};
+use crate::session_registry::{SessionInfo, RegisterError, SessionHandle, Why};
 use crate::snapshot::Snapshot;
 use crate::stream::Stream;
 
@@ -177,8 +177,8 @@ impl Session {
             routings += 1;
             match routed {
                 Ok(Ok(attempted)) => return Some(attempted),
-                Ok(Err(NoSeat::Held(name))) => held = name,
-                Ok(Err(NoSeat::Outdated)) => {}
+                Ok(Err(RegisterError::Held(name))) => held = name,
+                Ok(Err(RegisterError::Outdated)) => {}
                 Err(why) => {
                     ended_by = why;
                     if progress.in_exchange {
@@ -205,7 +205,7 @@ impl Session {
         stream: &mut Stream,
         prelogin: &mut Prelogin,
         progress: &mut Progress,
-    ) -> Option<Result<Attempted, NoSeat>> {
+    ) -> Option<Result<Attempted, RegisterError>> {
         if let Some(refused) = self.may_be_routed(login, progress).await {
             return Some(Ok(refused));
         }

@@ -21,7 +21,7 @@ use crate::generations::Generation;
 use crate::identity::{Credentials, Mechanism};
 use crate::protocol::imap::sasl;
 use crate::route::Place;
-use crate::session_registry::{NoSeat, SessionHandle};
+use crate::session_registry::{RegisterError, SessionHandle};
 use crate::snapshot::{ListenerConfig, Snapshot};
 
 /// Maximum number of referrals followed per login.
@@ -82,7 +82,7 @@ pub(super) struct Placed {
 }
 
 /// The last server's answer, and which server that was. An error: the login must be routed again.
-type Answered<'a> = Result<(Outcome<'a>, Option<Placed>), NoSeat>;
+type Answered<'a> = Result<(Outcome<'a>, Option<Placed>), RegisterError>;
 
 impl<'a> Placing<'a, '_> {
     /// Tries the user's servers in order, until one gives an answer that counts for all of them; follows a referral to a
@@ -124,9 +124,9 @@ impl<'a> Placing<'a, '_> {
 
     /// Names the server in the registry; returns whether it takes logins. While the login waited for a place, another
     /// configuration may have come, or the server may have been taken out of service.
-    fn may_use(&self, server: &Arc<Server>) -> Result<bool, NoSeat> {
+    fn may_use(&self, server: &Arc<Server>) -> Result<bool, RegisterError> {
         if self.desk.has_changed().is_ok_and(|changed| changed) {
-            return Err(NoSeat::Outdated);
+            return Err(RegisterError::Outdated);
         }
         self.seat.place(&self.mailbox, server, self.since)?;
         Ok(server.takes_logins())

@@ -126,7 +126,7 @@ pub enum Stage {
 
 /// Why a login may not go on as it was routed.
 #[derive(Debug, PartialEq, Eq)]
-pub enum NoSeat {
+pub enum RegisterError {
     /// New logins under this name wait: [`Sessions::hold`].
     Held(Arc<str>),
     /// The user was held, or the configuration replaced, since the routes were asked: the answer may be out of date.
@@ -204,17 +204,17 @@ impl SessionHandle {
     /// the routes were asked. No other session is affected.
     ///
     /// # Errors
-    /// The login must be routed again: see [`NoSeat`].
-    pub fn place(&self, mailbox: &Arc<str>, server: &Arc<Server>, since: Generation) -> Result<(), NoSeat> {
+    /// The login must be routed again: see [`RegisterError`].
+    pub fn place(&self, mailbox: &Arc<str>, server: &Arc<Server>, since: Generation) -> Result<(), RegisterError> {
         let hash = |name: &str| self.sessions.hash(name);
         let mut inside = self.sessions.lock();
         if inside.held.contains_key(mailbox) {
-            return Err(NoSeat::Held(mailbox.clone()));
+            return Err(RegisterError::Held(mailbox.clone()));
         }
         if !inside.holds.is_current(mailbox, since) {
-            return Err(NoSeat::Outdated);
+            return Err(RegisterError::Outdated);
         }
-        let Some(taken) = inside.taken.get_mut(self.key as usize) else { return Err(NoSeat::Outdated) };
+        let Some(taken) = inside.taken.get_mut(self.key as usize) else { return Err(RegisterError::Outdated) };
         taken.server = Some(server.clone());
         if taken.guest.user != *mailbox {
             let before = std::mem::replace(&mut taken.guest.user, mailbox.clone());
@@ -339,10 +339,10 @@ impl Sessions {
     ///
     /// # Errors
     /// New logins of the user wait.
-    pub fn take(self: &Arc<Self>, guest: SessionInfo) -> Result<SessionHandle, NoSeat> {
+    pub fn take(self: &Arc<Self>, guest: SessionInfo) -> Result<SessionHandle, RegisterError> {
         let mut inside = self.lock();
         if inside.held.contains_key(&guest.user) {
-            return Err(NoSeat::Held(guest.user));
+            return Err(RegisterError::Held(guest.user));
         }
         let hash = self.hash(&guest.user);
         let call = Arc::new(Call::default());

@@ -165,7 +165,7 @@ fn a_server_that_need_not_be_alone_leaves_others() {
 async fn a_hold_keeps_new_logins_out_until_it_ends() {
     let sessions = Arc::new(Sessions::default());
     let (hold, again) = (sessions.hold("x".into()), sessions.hold("x".into()));
-    assert_eq!(sessions.take(guest("x")).unwrap_err(), NoSeat::Held("x".into()));
+    assert_eq!(sessions.take(guest("x")).unwrap_err(), RegisterError::Held("x".into()));
     assert!(sessions.take(guest("y")).is_ok());
     drop(hold);
     assert!(sessions.is_held("x"));
@@ -185,17 +185,17 @@ fn a_login_that_was_routed_before_a_hold_is_routed_again() {
     let routing = sessions.take(guest("x")).unwrap();
     drop(sessions.hold("x".into()));
     assert_eq!(sessions.end_user("x", Why::Moved), 1);
-    assert_eq!(routing.place(&"x".into(), &one, since).unwrap_err(), NoSeat::Outdated);
+    assert_eq!(routing.place(&"x".into(), &one, since).unwrap_err(), RegisterError::Outdated);
     drop(routing);
     // The mailbox may have another name, which only the routes know.
     let alias = sessions.take(guest("alias")).unwrap();
     let since = sessions.generation();
     let hold = sessions.hold("x".into());
-    assert_eq!(alias.place(&"x".into(), &one, since).unwrap_err(), NoSeat::Held("x".into()));
+    assert_eq!(alias.place(&"x".into(), &one, since).unwrap_err(), RegisterError::Held("x".into()));
     let during = sessions.generation();
     drop(hold);
-    assert_eq!(alias.place(&"x".into(), &one, since).unwrap_err(), NoSeat::Outdated);
-    assert_eq!(alias.place(&"x".into(), &one, during).unwrap_err(), NoSeat::Outdated, "the answer may be old");
+    assert_eq!(alias.place(&"x".into(), &one, since).unwrap_err(), RegisterError::Outdated);
+    assert_eq!(alias.place(&"x".into(), &one, during).unwrap_err(), RegisterError::Outdated, "the answer may be old");
     assert_eq!(alias.place(&"x".into(), &one, sessions.generation()), Ok(()));
     assert_eq!((sessions.of_user("alias").len(), sessions.of_user("x").len()), (0, 1));
     drop(alias);
