@@ -20,7 +20,7 @@ use crate::protocol::imap::reply;
 use crate::protocol::imap::tag::Tag;
 use crate::relay::idle_poller::Waiting;
 use crate::relay::{End, Leg, Limits, Opening, Outcome, Relay, Resting};
-use crate::session_registry::{Call, SessionHandle, Why};
+use crate::session_registry::{CancelSignal, SessionHandle, Why};
 use crate::stream::{Stream, keep_alive};
 
 /// Silence after which a session gives its task and buffers up. Coming back costs some 20 µs, so that a client that talks every
@@ -71,7 +71,7 @@ impl EstablishedState {
 impl EstablishedState {
     /// The server has closed, and the client shall not come back at the same moment as all others of this server: waits for
     /// its turn, or until something happens to it.
-    async fn keep_client(&mut self, relay: &Relay<TcpStream>, call: &Call) {
+    async fn keep_client(&mut self, relay: &Relay<TcpStream>, call: &CancelSignal) {
         let Some(CutOff { wait, shown: _shown, .. }) = self.record.cut_off() else { return };
         // The user may come back at once, while this connection waits for its turn.
         self.held.pass.release();

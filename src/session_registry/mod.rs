@@ -8,7 +8,7 @@
 //! yet that the client is the user. Of two logins that different servers accept, the one accepted last stays: each waits
 //! only for those accepted before it and ends when it is cancelled itself, so no two wait for each other.
 //!
-//! A cancelled session is not ended here: its task or the waiting room sees the [`Call`] and ends it in order. This module
+//! A cancelled session is not ended here: its task or the waiting room sees the [`CancelSignal`] and ends it in order. This module
 //! knows one process; several machines would have to agree at [`Sessions::take`], [`SessionHandle::accept`] and [`Sessions::hold`].
 
 use std::collections::HashMap;
@@ -55,12 +55,12 @@ impl Why {
 
 /// How a session hears that it shall end: once, and for good.
 #[derive(Debug, Default)]
-pub struct Call {
+pub struct CancelSignal {
     why: AtomicU8,
     waker: AtomicWaker,
 }
 
-impl Call {
+impl CancelSignal {
     /// Ready when the session has been told to end. One waker is kept, the last.
     pub fn poll(&self, context: &Context<'_>) -> Poll<Why> {
         self.waker.register(context.waker());
@@ -164,7 +164,7 @@ struct Taken {
     guest: SessionInfo,
     /// Absent until one is chosen.
     server: Option<Arc<Server>>,
-    call: Arc<Call>,
+    call: Arc<CancelSignal>,
     /// Seconds after the process began.
     since: u32,
     stage: Stage,
@@ -190,13 +190,13 @@ impl Taken {
 #[derive(Debug)]
 pub struct SessionHandle {
     sessions: Arc<Sessions>,
-    call: Arc<Call>,
+    call: Arc<CancelSignal>,
     key: u32,
 }
 
 impl SessionHandle {
     /// Where the session hears that it shall end.
-    pub fn call(&self) -> &Arc<Call> {
+    pub fn call(&self) -> &Arc<CancelSignal> {
         &self.call
     }
 
@@ -231,7 +231,7 @@ impl SessionHandle {
         let Some(taken) = inside.taken.get_mut(self.key as usize) else { return };
         taken.stage = Stage::Accepted;
         if alone {
-            let elsewhere: Vec<Arc<Call>> = self.elsewhere(&inside).map(|taken| taken.call.clone()).collect();
+            let elsewhere: Vec<Arc<CancelSignal>> = self.elsewhere(&inside).map(|taken| taken.call.clone()).collect();
             drop(inside);
             tell_all(&elsewhere, Why::Replaced);
         }
@@ -345,7 +345,7 @@ impl Sessions {
             return Err(RegisterError::Held(guest.user));
         }
         let hash = self.hash(&guest.user);
-        let call = Arc::new(Call::default());
+        let call = Arc::new(CancelSignal::default());
         if inside.closed {
             call.tell(Why::Stopped);
         }
@@ -387,7 +387,7 @@ impl Sessions {
 
     /// Cancels the sessions and logins of `user`. Returns how many had not been cancelled before.
     pub fn end_user(&self, user: &str, why: Why) -> usize {
-        let calls: Vec<Arc<Call>> = {
+        let calls: Vec<Arc<CancelSignal>> = {
             let inside = self.lock();
             let first = inside.first(self.hash(user));
             inside.of(first, user).map(|taken| taken.call.clone()).collect()
@@ -422,7 +422,7 @@ impl Sessions {
     /// Cancels the logins under way on the servers that `which` picks, and leaves accepted ones.
     pub fn end_logins(&self, why: Why, which: impl Fn(&Server) -> bool) {
         let on_one = |taken: &Taken| taken.server.as_ref().is_some_and(|server| which(server));
-        let calls: Vec<Arc<Call>> = {
+        let calls: Vec<Arc<CancelSignal>> = {
             let inside = self.lock();
             let logins = inside.taken.iter().filter(|(_, taken)| taken.stage == Stage::LoggingIn && on_one(taken));
             logins.map(|(_, taken)| taken.call.clone()).collect()
@@ -438,7 +438,7 @@ impl Sessions {
 
     /// Cancels all sessions and logins, and from now on every new login at once.
     pub fn close(&self) {
-        let calls: Vec<Arc<Call>> = {
+        let calls: Vec<Arc<CancelSignal>> = {
             let mut inside = self.lock();
             inside.closed = true;
             inside.taken.iter().map(|(_, taken)| taken.call.clone()).collect()
@@ -463,7 +463,7 @@ impl Sessions {
 }
 
 /// Cancels sessions. Returns how many had not been cancelled before.
-fn tell_all(calls: &[Arc<Call>], why: Why) -> usize {
+fn tell_all(calls: &[Arc<CancelSignal>], why: Why) -> usize {
     calls.iter().filter(|call| call.tell(why)).count()
 }
 

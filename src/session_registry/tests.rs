@@ -259,5 +259,5 @@ fn places_go_back_after_a_peak_whoever_stays() {
 #[test]
 fn a_seat_is_small() {
     assert!(size_of::<Taken>() <= 96, "{}", size_of::<Taken>());
-    assert!(size_of::<Call>() <= 32 && size_of::<SessionHandle>() <= 24);
+    assert!(size_of::<CancelSignal>() <= 32 && size_of::<SessionHandle>() <= 24);
 }
