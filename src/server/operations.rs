@@ -11,7 +11,7 @@ use super::views::{ProcessStatus, ServerError, ServerStatus, SessionList, Sessio
 use super::{Snapshot, Running};
 use crate::identity::UserName;
 use crate::route::{Question, RouteError, Target};
-use crate::session_registry::{Hold, Seen, Stage, Why};
+use crate::session_registry::{Hold, Seen, Stage, CancelReason};
 
 /// Timeout for sessions that are ended to be gone; a session that takes longer is stuck in the kernel.
 const GONE: Duration = Duration::from_secs(30);
@@ -112,9 +112,9 @@ impl Running {
     /// The user name is invalid.
     pub async fn kick(&self, user: &str) -> anyhow::Result<usize> {
         // Under the name that is known at once: the routes may take a while to answer.
-        let ended = self.sessions().end_user(&question(&self.live(), user)?.user, Why::Kicked);
+        let ended = self.sessions().end_user(&question(&self.live(), user)?.user, CancelReason::Kicked);
         let names = self.names(user).await?;
-        Ok(ended + names.iter().map(|name| self.sessions().end_user(name, Why::Kicked)).sum::<usize>())
+        Ok(ended + names.iter().map(|name| self.sessions().end_user(name, CancelReason::Kicked)).sum::<usize>())
     }
 
     /// Keeps new logins of a user waiting, ends the user's sessions, waits until they are gone, and returns their number.
@@ -126,14 +126,14 @@ impl Running {
         // Under the name that is known at once: the routes may take a while to answer.
         let name = question(&self.live(), user)?.user;
         let mut holds = vec![sessions.hold(name.clone())];
-        let mut ended = sessions.end_user(&name, Why::Moved);
+        let mut ended = sessions.end_user(&name, CancelReason::Moved);
         let names = self.names(user).await?;
         holds.extend(names.iter().map(|name| sessions.hold(name.clone())));
-        ended += names.iter().map(|name| sessions.end_user(name, Why::Moved)).sum::<usize>();
+        ended += names.iter().map(|name| sessions.end_user(name, CancelReason::Moved)).sum::<usize>();
         let gone = self.sessions().changed(|sessions| {
             names.iter().all(|name| {
                 // A login that registered just before the hold is ended too.
-                sessions.end_user(name, Why::Moved);
+                sessions.end_user(name, CancelReason::Moved);
                 sessions.of_user(name).is_empty()
             })
         });

@@ -27,7 +27,7 @@ use crate::protocol::imap::prelogin::{Bye, LoginRequest, Prelogin, Step};
 use crate::protocol::imap::tag::Tag;
 use crate::protocol::imap::{reply, sasl};
 use crate::route::{Question, RouteError, Routed, Target, Visitor, VisitorTls};
-use crate::session_registry::{SessionInfo, RegisterError, SessionHandle, Why};
+use crate::session_registry::{SessionInfo, RegisterError, SessionHandle, CancelReason};
 use crate::snapshot::Snapshot;
 use crate::stream::Stream;
 
@@ -156,7 +156,7 @@ impl Session {
             session: self.record.session().bytes(),
         };
         let mut held = routing.clone();
-        let mut ended_by = Why::Moved;
+        let mut ended_by = CancelReason::Moved;
         let mut progress = Progress::default();
         let mut routings = 0;
         while routings < MAX_ROUTINGS && !due.has_expired() {
@@ -187,7 +187,7 @@ impl Session {
                         return Some(Attempted::Dismissed { reply, counts: false });
                     }
                     // A login that lost to a later one would end that one in turn if it was routed again.
-                    if matches!(why, Why::Kicked | Why::Stopped | Why::Replaced) {
+                    if matches!(why, CancelReason::Kicked | CancelReason::Stopped | CancelReason::Replaced) {
                         break;
                     }
                 }

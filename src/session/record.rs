@@ -20,7 +20,7 @@ use crate::metrics::{LoginOutcome, OpenGuard};
 use crate::relay::End;
 use crate::session::id::SessionId;
 use crate::session::relayed::SessionEnd;
-use crate::session_registry::Why;
+use crate::session_registry::CancelReason;
 use crate::snapshot::SessionSettings;
 use crate::stream::TlsFacts;
 
@@ -394,7 +394,7 @@ impl Record {
     }
 
     /// The session is cancelled.
-    pub(super) fn cancelled(&mut self, why: Why) {
+    pub(super) fn cancelled(&mut self, why: CancelReason) {
         self.ended_by = EndedBy::Drain;
         self.failed(reason(why));
     }
@@ -408,12 +408,12 @@ impl Record {
 }
 
 /// The word for a session that was told to end.
-pub(super) fn reason(why: Why) -> Reason {
+pub(super) fn reason(why: CancelReason) -> Reason {
     match why {
-        Why::Stopped => Reason::Drain,
-        Why::Kicked => Reason::Kicked,
-        Why::Moved | Why::Replaced => Reason::Moved,
-        Why::Drained => Reason::ServerDrained,
+        CancelReason::Stopped => Reason::Drain,
+        CancelReason::Kicked => Reason::Kicked,
+        CancelReason::Moved | CancelReason::Replaced => Reason::Moved,
+        CancelReason::Drained => Reason::ServerDrained,
     }
 }
 

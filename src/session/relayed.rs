@@ -20,7 +20,7 @@ use crate::protocol::imap::reply;
 use crate::protocol::imap::tag::Tag;
 use crate::relay::idle_poller::Waiting;
 use crate::relay::{End, Leg, Limits, Opening, Outcome, Relay, Resting};
-use crate::session_registry::{CancelSignal, SessionHandle, Why};
+use crate::session_registry::{CancelSignal, SessionHandle, CancelReason};
 use crate::stream::{Stream, keep_alive};
 
 /// Silence after which a session gives its task and buffers up. Coming back costs some 20 µs, so that a client that talks every
@@ -38,7 +38,7 @@ pub(super) enum SessionEnd {
     /// By itself.
     Ended(End),
     /// It was told to.
-    Told(Why),
+    Told(CancelReason),
 }
 
 /// A session that waits for a byte.

@@ -32,7 +32,7 @@ const NONE: u32 = u32::MAX;
 /// Why a session is told to end.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u8)]
-pub enum Why {
+pub enum CancelReason {
     /// The process stops, and the grace time is over.
     Stopped = 1,
     /// The operator ends this user's sessions.
@@ -45,7 +45,7 @@ pub enum Why {
     Replaced = 5,
 }
 
-impl Why {
+impl CancelReason {
     fn from_bits(bits: u8) -> Option<Self> {
         [Self::Stopped, Self::Kicked, Self::Moved, Self::Drained, Self::Replaced]
             .into_iter()
@@ -62,23 +62,23 @@ pub struct CancelSignal {
 
 impl CancelSignal {
     /// Ready when the session has been told to end. One waker is kept, the last.
-    pub fn poll(&self, context: &Context<'_>) -> Poll<Why> {
+    pub fn poll(&self, context: &Context<'_>) -> Poll<CancelReason> {
         self.waker.register(context.waker());
         self.why().map_or(Poll::Pending, Poll::Ready)
     }
 
     /// Whether, and why, the session has been told to end.
-    pub fn why(&self) -> Option<Why> {
-        Why::from_bits(self.why.load(Ordering::Acquire))
+    pub fn why(&self) -> Option<CancelReason> {
+        CancelReason::from_bits(self.why.load(Ordering::Acquire))
     }
 
     /// Waits until the session is cancelled.
-    pub async fn cancelled(&self) -> Why {
+    pub async fn cancelled(&self) -> CancelReason {
         std::future::poll_fn(|context| self.poll(context)).await
     }
 
     /// Cancels the session. The first reason stays: whether this was the first.
-    fn tell(&self, why: Why) -> bool {
+    fn tell(&self, why: CancelReason) -> bool {
         let is_first = self.why.compare_exchange(0, why as u8, Ordering::AcqRel, Ordering::Acquire).is_ok();
         if is_first {
             self.waker.wake();
@@ -233,7 +233,7 @@ impl SessionHandle {
         if alone {
             let elsewhere: Vec<Arc<CancelSignal>> = self.elsewhere(&inside).map(|taken| taken.call.clone()).collect();
             drop(inside);
-            tell_all(&elsewhere, Why::Replaced);
+            tell_all(&elsewhere, CancelReason::Replaced);
         }
     }
 
@@ -347,7 +347,7 @@ impl Sessions {
         let hash = self.hash(&guest.user);
         let call = Arc::new(CancelSignal::default());
         if inside.closed {
-            call.tell(Why::Stopped);
+            call.tell(CancelReason::Stopped);
         }
         let since = u32::try_from(self.begun.elapsed().as_secs()).unwrap_or(u32::MAX);
         let (stage, kept) = (Stage::LoggingIn, call.clone());
@@ -386,7 +386,7 @@ impl Sessions {
     }
 
     /// Cancels the sessions and logins of `user`. Returns how many had not been cancelled before.
-    pub fn end_user(&self, user: &str, why: Why) -> usize {
+    pub fn end_user(&self, user: &str, why: CancelReason) -> usize {
         let calls: Vec<Arc<CancelSignal>> = {
             let inside = self.lock();
             let first = inside.first(self.hash(user));
@@ -404,7 +404,7 @@ impl Sessions {
 
     /// Tells up to `most` sessions, of those that `which` picks and that have not been told before, to end. Says how many were
     /// told, and how many are left to be.
-    pub fn end_some(&self, most: usize, why: Why, which: impl Fn(&Server) -> bool) -> (usize, usize) {
+    pub fn end_some(&self, most: usize, why: CancelReason, which: impl Fn(&Server) -> bool) -> (usize, usize) {
         let mut calls = Vec::new();
         let mut left = 0;
         for (_, taken) in &self.lock().taken {
@@ -420,7 +420,7 @@ impl Sessions {
     }
 
     /// Cancels the logins under way on the servers that `which` picks, and leaves accepted ones.
-    pub fn end_logins(&self, why: Why, which: impl Fn(&Server) -> bool) {
+    pub fn end_logins(&self, why: CancelReason, which: impl Fn(&Server) -> bool) {
         let on_one = |taken: &Taken| taken.server.as_ref().is_some_and(|server| which(server));
         let calls: Vec<Arc<CancelSignal>> = {
             let inside = self.lock();
@@ -443,7 +443,7 @@ impl Sessions {
             inside.closed = true;
             inside.taken.iter().map(|(_, taken)| taken.call.clone()).collect()
         };
-        tell_all(&calls, Why::Stopped);
+        tell_all(&calls, CancelReason::Stopped);
     }
 
     /// Up to `most` sessions.
@@ -463,7 +463,7 @@ impl Sessions {
 }
 
 /// Cancels sessions. Returns how many had not been cancelled before.
-fn tell_all(calls: &[Arc<CancelSignal>], why: Why) -> usize {
+fn tell_all(calls: &[Arc<CancelSignal>], why: CancelReason) -> usize {
     calls.iter().filter(|call| call.tell(why)).count()
 }
 

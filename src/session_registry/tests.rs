@@ -66,12 +66,12 @@ fn users_whose_hashes_collide_are_different_users() {
     let moved = login(&sessions, "bob", &two);
     moved.accept(true);
     assert!(!moved.is_alone());
-    assert_eq!((alice.call().why(), bob.call().why(), carol.call().why()), (None, Some(Why::Replaced), None));
+    assert_eq!((alice.call().why(), bob.call().why(), carol.call().why()), (None, Some(CancelReason::Replaced), None));
     drop(bob);
     assert!(moved.is_alone());
     // So do a kick, the list, and a hold.
-    assert_eq!(sessions.end_user("nobody", Why::Kicked), 0);
-    assert_eq!(sessions.end_user("alice", Why::Kicked), 1);
+    assert_eq!(sessions.end_user("nobody", CancelReason::Kicked), 0);
+    assert_eq!(sessions.end_user("alice", CancelReason::Kicked), 1);
     assert_eq!((moved.call().why(), carol.call().why()), (None, None));
     assert_eq!((sessions.of_user("carol").len(), sessions.of_user("dave").len()), (1, 0));
     let hold = sessions.hold("alice".into());
@@ -101,7 +101,7 @@ fn a_login_has_no_effect_on_other_sessions_until_a_server_accepts_it() {
     drop(attack);
     let moved = login(&sessions, "x", &two);
     moved.accept(true);
-    assert_eq!((first.call().why(), second.call().why()), (Some(Why::Replaced), Some(Why::Replaced)));
+    assert_eq!((first.call().why(), second.call().why()), (Some(CancelReason::Replaced), Some(CancelReason::Replaced)));
     assert_eq!(bystander.call().why(), None);
     drop(first);
     assert!(!moved.is_alone());
@@ -114,8 +114,8 @@ fn a_login_has_no_effect_on_other_sessions_until_a_server_accepts_it() {
     back.accept(true);
     assert!(back.is_alone());
     assert_eq!(moved.call().why(), None);
-    assert_eq!(sessions.end_user("x", Why::Kicked), 2);
-    assert_eq!(sessions.end_user("x", Why::Kicked), 0, "both are cancelled already");
+    assert_eq!(sessions.end_user("x", CancelReason::Kicked), 2);
+    assert_eq!(sessions.end_user("x", CancelReason::Kicked), 0, "both are cancelled already");
     // Another backend has its own servers.
     let there = session(&sessions, "x", &one);
     let elsewhere = login(&sessions, "x", &Arc::new(Server::named("other", "a")));
@@ -136,7 +136,7 @@ fn of_two_servers_that_accept_a_user_the_last_to_accept_keeps_it() {
         loser.accept(true);
         assert_eq!((loser.call().why(), loser.is_alone()), (None, false), "it waits for the old session");
         winner.accept(true);
-        assert_eq!((loser.call().why(), winner.call().why()), (Some(Why::Replaced), None));
+        assert_eq!((loser.call().why(), winner.call().why()), (Some(CancelReason::Replaced), None));
         assert!(!loser.is_alone() && !winner.is_alone(), "neither is established");
     }
     drop(old);
@@ -147,7 +147,7 @@ fn of_two_servers_that_accept_a_user_the_last_to_accept_keeps_it() {
     third.accept(true);
     assert_eq!(
         [&first, &second, &third].map(|seat| seat.call().why()),
-        [Some(Why::Replaced), Some(Why::Replaced), None]
+        [Some(CancelReason::Replaced), Some(CancelReason::Replaced), None]
     );
     drop(second);
     assert!(third.is_alone(), "the first is on the same server");
@@ -184,7 +184,7 @@ fn a_login_that_was_routed_before_a_hold_is_routed_again() {
     let since = sessions.generation();
     let routing = sessions.take(guest("x")).unwrap();
     drop(sessions.hold("x".into()));
-    assert_eq!(sessions.end_user("x", Why::Moved), 1);
+    assert_eq!(sessions.end_user("x", CancelReason::Moved), 1);
     assert_eq!(routing.place(&"x".into(), &one, since).unwrap_err(), RegisterError::Outdated);
     drop(routing);
     // The mailbox may have another name, which only the routes know.
@@ -210,12 +210,12 @@ fn a_call_wakes_and_keeps_its_first_reason() {
     let waker = noop_waker();
     let context = Context::from_waker(&waker);
     assert_eq!(seat.call().poll(&context), Poll::Pending);
-    assert_eq!(sessions.end_user("x", Why::Kicked), 1);
+    assert_eq!(sessions.end_user("x", CancelReason::Kicked), 1);
     sessions.close();
-    assert_eq!(seat.call().poll(&context), Poll::Ready(Why::Kicked));
-    assert_eq!(routing.call().why(), Some(Why::Stopped), "a login without a server is cancelled too");
+    assert_eq!(seat.call().poll(&context), Poll::Ready(CancelReason::Kicked));
+    assert_eq!(routing.call().why(), Some(CancelReason::Stopped), "a login without a server is cancelled too");
     let late = sessions.take(guest("y")).unwrap();
-    assert_eq!(late.call().why(), Some(Why::Stopped), "and so is one that comes after the end");
+    assert_eq!(late.call().why(), Some(CancelReason::Stopped), "and so is one that comes after the end");
 }
 
 #[test]
@@ -227,14 +227,14 @@ fn a_server_is_emptied_bit_by_bit() {
     let routing = sessions.take(guest("w")).unwrap();
     let on_one = |server: &Server| *server.name == *"a";
     let accepted = session(&sessions, "y", &two);
-    sessions.end_logins(Why::Drained, |server| *server.name == *"b");
-    assert_eq!((stays.call().why(), accepted.call().why()), (Some(Why::Drained), None));
+    sessions.end_logins(CancelReason::Drained, |server| *server.name == *"b");
+    assert_eq!((stays.call().why(), accepted.call().why()), (Some(CancelReason::Drained), None));
     drop((stays, accepted));
     let stays = login(&sessions, "z", &two);
-    assert_eq!(sessions.end_some(4, Why::Drained, on_one), (4, 6));
-    assert_eq!(sessions.end_some(4, Why::Drained, on_one), (4, 2));
-    assert_eq!(sessions.end_some(4, Why::Drained, on_one), (2, 0));
-    assert_eq!(seats.iter().filter(|seat| seat.call().why() == Some(Why::Drained)).count(), 10);
+    assert_eq!(sessions.end_some(4, CancelReason::Drained, on_one), (4, 6));
+    assert_eq!(sessions.end_some(4, CancelReason::Drained, on_one), (4, 2));
+    assert_eq!(sessions.end_some(4, CancelReason::Drained, on_one), (2, 0));
+    assert_eq!(seats.iter().filter(|seat| seat.call().why() == Some(CancelReason::Drained)).count(), 10);
     assert_eq!((stays.call().why(), routing.call().why()), (None, None));
     assert_eq!(sessions.count(|_| true), 11, "a login without a server is on none");
 }
