@@ -11,7 +11,7 @@ use super::views::{ProcessStatus, ServerError, ServerStatus, SessionList, Sessio
 use super::{Snapshot, Running};
 use crate::identity::UserName;
 use crate::route::{Question, RouteError, Target};
-use crate::session_registry::{Hold, Seen, Stage, CancelReason};
+use crate::session_registry::{Hold, RegisteredSession, Stage, CancelReason};
 
 /// Timeout for sessions that are ended to be gone; a session that takes longer is stuck in the kernel.
 const GONE: Duration = Duration::from_secs(30);
@@ -81,11 +81,11 @@ impl Running {
     /// # Errors
     /// The user name is invalid.
     pub async fn list_sessions(&self, user: Option<&str>) -> anyhow::Result<SessionList> {
-        let (seen, all): (Vec<Seen>, usize) = match user {
+        let (seen, all): (Vec<RegisteredSession>, usize) = match user {
             None => (self.sessions().list(LISTED), self.sessions().count(|_| true)),
             Some(user) => {
                 let names = self.names(user).await?;
-                let mut seen: Vec<Seen> = names.iter().flat_map(|name| self.sessions().of_user(name)).collect();
+                let mut seen: Vec<RegisteredSession> = names.iter().flat_map(|name| self.sessions().of_user(name)).collect();
                 let all = seen.len();
                 seen.truncate(LISTED);
                 (seen, all)

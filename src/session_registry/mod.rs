@@ -100,7 +100,7 @@ pub struct SessionInfo {
 
 /// What the operator sees of a session.
 #[derive(Debug, Clone)]
-pub struct Seen {
+pub struct RegisteredSession {
     /// Who.
     pub guest: SessionInfo,
     /// The server; absent until one is chosen.
@@ -396,7 +396,7 @@ impl Sessions {
     }
 
     /// Sessions and logins under way of `user`.
-    pub fn of_user(&self, user: &str) -> Vec<Seen> {
+    pub fn of_user(&self, user: &str) -> Vec<RegisteredSession> {
         let inside = self.lock();
         let first = inside.first(self.hash(user));
         inside.of(first, user).map(|taken| self.seen(taken)).collect()
@@ -447,13 +447,13 @@ impl Sessions {
     }
 
     /// Up to `most` sessions.
-    pub fn list(&self, most: usize) -> Vec<Seen> {
+    pub fn list(&self, most: usize) -> Vec<RegisteredSession> {
         self.lock().taken.iter().take(most).map(|(_, taken)| self.seen(taken)).collect()
     }
 
-    fn seen(&self, taken: &Taken) -> Seen {
+    fn seen(&self, taken: &Taken) -> RegisteredSession {
         let age = self.begun.elapsed().saturating_sub(Duration::from_secs(taken.since.into()));
-        Seen { guest: taken.guest.clone(), server: taken.server.clone(), age, stage: taken.stage }
+        RegisteredSession { guest: taken.guest.clone(), server: taken.server.clone(), age, stage: taken.stage }
     }
 
     fn lock(&self) -> MutexGuard<'_, Inside> {
