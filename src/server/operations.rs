@@ -11,7 +11,7 @@ use super::views::{ProcessStatus, ServerError, ServerStatus, SessionList, Sessio
 use super::{Snapshot, Running};
 use crate::identity::UserName;
 use crate::route::{Question, RouteError, Target};
-use crate::session_registry::{Hold, RegisteredSession, Stage, CancelReason};
+use crate::session_registry::{Hold, RegisteredSession, SessionState, CancelReason};
 
 /// Timeout for sessions that are ended to be gone; a session that takes longer is stuck in the kernel.
 const GONE: Duration = Duration::from_secs(30);
@@ -99,8 +99,8 @@ impl Running {
             backend: seen.server.as_ref().map(|server| server.backend.to_string()),
             server: seen.server.as_ref().map(|server| server.name.to_string()),
             seconds: seen.age.as_secs(),
-            settled: matches!(seen.stage, Stage::Settled | Stage::CutOff),
-            cut_off: seen.stage == Stage::CutOff,
+            settled: matches!(seen.stage, SessionState::Settled | SessionState::CutOff),
+            cut_off: seen.stage == SessionState::CutOff,
             predecessor: None,
         });
         Ok(SessionList { sessions: sessions.collect(), left_out })

@@ -108,12 +108,12 @@ pub struct RegisteredSession {
     /// For how long.
     pub age: Duration,
     /// How far it is.
-    pub stage: Stage,
+    pub stage: SessionState,
 }
 
 /// How far a session is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Stage {
+pub enum SessionState {
     /// The login is under way: no server has accepted it.
     LoggingIn,
     /// A server has accepted the login, and the client has not been answered yet.
@@ -167,7 +167,7 @@ struct Taken {
     call: Arc<CancelSignal>,
     /// Seconds after the process began.
     since: u32,
-    stage: Stage,
+    stage: SessionState,
     /// Other seats of the same hash.
     next: u32,
     previous: u32,
@@ -176,7 +176,7 @@ struct Taken {
 impl Taken {
     /// Whether a server has let the user in and has not closed the connection.
     fn is_served(&self) -> bool {
-        matches!(self.stage, Stage::Accepted | Stage::Settled)
+        matches!(self.stage, SessionState::Accepted | SessionState::Settled)
     }
 
     /// Whether it is served by another server of the backend of `server`.
@@ -229,7 +229,7 @@ impl SessionHandle {
     pub fn accept(&self, alone: bool) {
         let mut inside = self.sessions.lock();
         let Some(taken) = inside.taken.get_mut(self.key as usize) else { return };
-        taken.stage = Stage::Accepted;
+        taken.stage = SessionState::Accepted;
         if alone {
             let elsewhere: Vec<Arc<CancelSignal>> = self.elsewhere(&inside).map(|taken| taken.call.clone()).collect();
             drop(inside);
@@ -254,16 +254,16 @@ impl SessionHandle {
 
     /// The login is done.
     pub fn settle(&self) {
-        self.set(Stage::Settled);
+        self.set(SessionState::Settled);
     }
 
     /// There is no connection to the server any more: nobody who must be alone waits for this session from now on.
     pub fn cut_off(&self) {
-        self.set(Stage::CutOff);
+        self.set(SessionState::CutOff);
         self.sessions.left.notify_waiters();
     }
 
-    fn set(&self, stage: Stage) {
+    fn set(&self, stage: SessionState) {
         if let Some(taken) = self.sessions.lock().taken.get_mut(self.key as usize) {
             taken.stage = stage;
         }
@@ -350,7 +350,7 @@ impl Sessions {
             call.tell(CancelReason::Stopped);
         }
         let since = u32::try_from(self.begun.elapsed().as_secs()).unwrap_or(u32::MAX);
-        let (stage, kept) = (Stage::LoggingIn, call.clone());
+        let (stage, kept) = (SessionState::LoggingIn, call.clone());
         let taken = Taken { guest, server: None, call: kept, since, stage, next: NONE, previous: NONE };
         // More than 4 billion sessions would not fit a machine.
         let key = u32::try_from(inside.taken.insert(taken)).unwrap_or(NONE);
@@ -424,7 +424,7 @@ impl Sessions {
         let on_one = |taken: &Taken| taken.server.as_ref().is_some_and(|server| which(server));
         let calls: Vec<Arc<CancelSignal>> = {
             let inside = self.lock();
-            let logins = inside.taken.iter().filter(|(_, taken)| taken.stage == Stage::LoggingIn && on_one(taken));
+            let logins = inside.taken.iter().filter(|(_, taken)| taken.stage == SessionState::LoggingIn && on_one(taken));
             logins.map(|(_, taken)| taken.call.clone()).collect()
         };
         tell_all(&calls, why);

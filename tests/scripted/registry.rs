@@ -238,7 +238,7 @@ async fn an_accepted_login_that_waits_ends_with_a_kick_and_with_the_process() {
         let mut server = first.login().await;
         accept(&mut server).await;
         eventually("the server's answer", || {
-            proxy.sessions().of_user("alice").iter().any(|seen| seen.stage == vestibule::session_registry::Stage::Accepted)
+            proxy.sessions().of_user("alice").iter().any(|seen| seen.stage == vestibule::session_registry::SessionState::Accepted)
         })
         .await;
         client.send("b NOOP\r\n").await;
