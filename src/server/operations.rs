@@ -11,7 +11,7 @@ use super::views::{ProcessStatus, ServerError, ServerStatus, SessionList, Sessio
 use super::{Snapshot, Running};
 use crate::identity::UserName;
 use crate::route::{Question, RouteError, Target};
-use crate::session_registry::{Hold, RegisteredSession, SessionState, CancelReason};
+use crate::session_registry::{LoginHold, RegisteredSession, SessionState, CancelReason};
 
 /// Timeout for sessions that are ended to be gone; a session that takes longer is stuck in the kernel.
 const GONE: Duration = Duration::from_secs(30);
@@ -32,7 +32,7 @@ pub struct UserMoved {
 
 /// New logins of a user wait, under each of the user's names, until this is dropped.
 #[derive(Debug)]
-pub struct UserHold(#[expect(dead_code, reason = "held for its end")] Vec<Hold>);
+pub struct UserHold(#[expect(dead_code, reason = "held for its end")] Vec<LoginHold>);
 
 impl UserHold {
     /// Keeps the user out for the rest of the process's life.

@@ -285,12 +285,12 @@ impl Drop for SessionHandle {
 
 /// New logins of a user wait as long as this is held.
 #[derive(Debug)]
-pub struct Hold {
+pub struct LoginHold {
     sessions: Arc<Sessions>,
     user: Arc<str>,
 }
 
-impl Drop for Hold {
+impl Drop for LoginHold {
     fn drop(&mut self) {
         let mut inside = self.sessions.lock();
         if let Some(count) = inside.held.get_mut(&self.user) {
@@ -359,12 +359,12 @@ impl Sessions {
     }
 
     /// New logins of `user` get no seat until the hold drops, and those under way that were routed before are routed again.
-    pub fn hold(self: &Arc<Self>, user: Arc<str>) -> Hold {
+    pub fn hold(self: &Arc<Self>, user: Arc<str>) -> LoginHold {
         let mut inside = self.lock();
         *inside.held.entry(user.clone()).or_insert(0) += 1;
         inside.holds.invalidate(&user);
         drop(inside);
-        Hold { sessions: self.clone(), user }
+        LoginHold { sessions: self.clone(), user }
     }
 
     /// Whether new logins of `user` wait.
