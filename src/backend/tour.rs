@@ -17,7 +17,7 @@ use crate::deadline::Deadline;
 
 /// See the module.
 #[derive(Debug)]
-pub struct Tour<'a> {
+pub struct Failover<'a> {
     backend: &'a Backend,
     ahead: VecDeque<Arc<Server>>,
     last_resort: VecDeque<Arc<Server>>,
@@ -38,7 +38,7 @@ pub enum Stop {
     End,
 }
 
-impl<'a> Tour<'a> {
+impl<'a> Failover<'a> {
     /// Of `servers`, which are the backend's.
     pub fn new(backend: &'a Backend, servers: Vec<Arc<Server>>) -> Self {
         let (last_resort, full) = (VecDeque::new(), Vec::new());
@@ -111,7 +111,7 @@ impl Backend {
         let servers = vec![server.clone()];
         let place = match Slot::take(server) {
             Some(place) => Some(place),
-            None => match Tour::new(self, Vec::new()).wait(&servers, due).await {
+            None => match Failover::new(self, Vec::new()).wait(&servers, due).await {
                 Stop::At(_, place) => Some(place),
                 Stop::Full | Stop::End => None,
             },

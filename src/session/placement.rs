@@ -14,7 +14,7 @@ use super::FAREWELL;
 use super::server_credentials::has_own_login;
 use crate::backend::connect::{self, Paused};
 use crate::backend::request::{Fault, Outcome, Request};
-use crate::backend::{Backend, Server, Slot, Stop, Tour};
+use crate::backend::{Backend, Server, Slot, Stop, Failover};
 use crate::config::BackendId;
 use crate::deadline::Deadline;
 use crate::generations::Generation;
@@ -133,8 +133,8 @@ impl<'a> Placing<'a, '_> {
     }
 
     /// The servers to try; a login with incomplete credentials takes no place there yet.
-    fn tour<'b>(&self, backend: &'b Backend, servers: Vec<Arc<Server>>) -> Tour<'b> {
-        let tour = Tour::new(backend, servers);
+    fn tour<'b>(&self, backend: &'b Backend, servers: Vec<Arc<Server>>) -> Failover<'b> {
+        let tour = Failover::new(backend, servers);
         let is_complete = self.request.login.as_ref().is_none_or(|login| login.is_complete());
         if is_complete { tour } else { tour.without_place() }
     }
