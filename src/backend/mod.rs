@@ -43,7 +43,7 @@ use self::server::{ServerState, Terms};
 use self::slots::Queue;
 pub use self::slots::{CutOff, SessionSlot, Slot};
 use self::source::Sources;
-pub use self::tour::{Stop, Failover};
+pub use self::tour::{NextServer, Failover};
 use crate::config::{self, BackendId, Balance, ClientInfo, Config, Host, Limits, Mode, Problem, TlsMode, Trust};
 use crate::identity::{Secret, UserName};
 use crate::metrics::Metrics;

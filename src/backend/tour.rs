@@ -29,7 +29,7 @@ pub struct Failover<'a> {
 
 /// What comes next.
 #[derive(Debug)]
-pub enum Stop {
+pub enum NextServer {
     /// This server, where there is a slot.
     At(Arc<Server>, Slot),
     /// No server has a place, and none came free in time.
@@ -57,10 +57,10 @@ impl<'a> Failover<'a> {
     }
 
     /// The next server; waits for a place no longer than the queue allows, and not beyond `due`.
-    pub async fn next(&mut self, due: Deadline) -> Stop {
+    pub async fn next(&mut self, due: Deadline) -> NextServer {
         while let Some(server) = self.ahead.pop_front() {
             match server.admit(self.needs_place) {
-                Admission::Slot(slot) => return Stop::At(server, slot),
+                Admission::Slot(slot) => return NextServer::At(server, slot),
                 Admission::Full if self.backend.balance.is_sticky() => return self.wait(&[server], due).await,
                 Admission::Full => self.full.push(server),
                 Admission::Failing => self.last_resort.push_back(server),
@@ -70,7 +70,7 @@ impl<'a> Failover<'a> {
         if !self.full.is_empty() {
             let full = std::mem::take(&mut self.full);
             let stop = self.wait(&full, due).await;
-            if let Stop::At(there, _) = &stop {
+            if let NextServer::At(there, _) = &stop {
                 self.full = full.into_iter().filter(|server| !Arc::ptr_eq(server, there)).collect();
             }
             return stop;
@@ -80,23 +80,23 @@ impl<'a> Failover<'a> {
                 continue;
             }
             return match self.needs_place.then(|| Slot::take(&server)).flatten() {
-                Some(slot) => Stop::At(server, slot),
+                Some(slot) => NextServer::At(server, slot),
                 None => self.wait(&[server], due).await,
             };
         }
-        Stop::End
+        NextServer::End
     }
 
-    async fn wait(&mut self, servers: &[Arc<Server>], due: Deadline) -> Stop {
+    async fn wait(&mut self, servers: &[Arc<Server>], due: Deadline) -> NextServer {
         if let Some(first) = servers.first().filter(|_| !self.needs_place) {
-            return Stop::At(first.clone(), Slot::without_place(first));
+            return NextServer::At(first.clone(), Slot::without_place(first));
         }
         let until = *self.queue_until.get_or_insert_with(|| Deadline::after(self.backend.queue_limits.timeout));
-        let Some(queue) = self.backend.queue.join(self.backend.queue_limits.length) else { return Stop::Full };
+        let Some(queue) = self.backend.queue.join(self.backend.queue_limits.length) else { return NextServer::Full };
         let _counted = self.backend.metrics.backend(self.backend.id.0).login_queued();
         match queue.wait(servers, until.min(due)).await {
-            Some((server, slot)) => Stop::At(server, slot),
-            None => Stop::Full,
+            Some((server, slot)) => NextServer::At(server, slot),
+            None => NextServer::Full,
         }
     }
 }
@@ -112,8 +112,8 @@ impl Backend {
         let place = match Slot::take(server) {
             Some(place) => Some(place),
             None => match Failover::new(self, Vec::new()).wait(&servers, due).await {
-                Stop::At(_, place) => Some(place),
-                Stop::Full | Stop::End => None,
+                NextServer::At(_, place) => Some(place),
+                NextServer::Full | NextServer::End => None,
             },
         };
         place.map(|place| slot.take_place_of(place)).is_some()

@@ -14,7 +14,7 @@ use super::FAREWELL;
 use super::server_credentials::has_own_login;
 use crate::backend::connect::{self, Paused};
 use crate::backend::request::{Fault, Outcome, Request};
-use crate::backend::{Backend, Server, Slot, Stop, Failover};
+use crate::backend::{Backend, Server, Slot, NextServer, Failover};
 use crate::config::BackendId;
 use crate::deadline::Deadline;
 use crate::generations::Generation;
@@ -97,9 +97,9 @@ impl<'a> Placing<'a, '_> {
         let mut outcome = Outcome::Unavailable(Fault::no_server());
         loop {
             let (server, slot) = match tour.next(deadline).await {
-                Stop::At(server, slot) => (server, slot),
-                Stop::Full => return Ok((Outcome::Unavailable(Fault::full()), None)),
-                Stop::End => return Ok((outcome, None)),
+                NextServer::At(server, slot) => (server, slot),
+                NextServer::Full => return Ok((Outcome::Unavailable(Fault::full()), None)),
+                NextServer::End => return Ok((outcome, None)),
             };
             if !self.may_use(&server)? {
                 continue;
@@ -224,7 +224,7 @@ impl<'a> Placing<'a, '_> {
                     ))
                 }
                 Some((backend, next)) => match self.tour(backend, vec![next]).next(deadline).await {
-                    Stop::At(server, slot) if self.may_use(&server)? => {
+                    NextServer::At(server, slot) if self.may_use(&server)? => {
                         // With this the place at the server that refers is given back.
                         at = Placed { backend: backend.clone(), server, slot };
                         (outcome, at) = self.log_in_at(backend, at, deadline, deadline).await;
@@ -233,8 +233,8 @@ impl<'a> Placing<'a, '_> {
                         }
                         continue;
                     }
-                    Stop::Full => return Ok((Outcome::Unavailable(Fault::full()), None)),
-                    Stop::At(..) | Stop::End => Fault::referral(gets_no_logins),
+                    NextServer::Full => return Ok((Outcome::Unavailable(Fault::full()), None)),
+                    NextServer::At(..) | NextServer::End => Fault::referral(gets_no_logins),
                 },
             };
             self.report(&at.server, &fault);
