@@ -37,7 +37,7 @@ use self::admin_state::AdminStates;
 use self::checks::Watch;
 pub use self::discover::OwnAddresses;
 use self::discover::{Resolver, Service};
-use self::select::{Candidate, Luck};
+use self::select::{Candidate, SelectionState};
 pub use self::server::{LastError, Server};
 use self::server::{ServerState, Terms};
 use self::slots::Queue;
@@ -381,7 +381,7 @@ impl Backend {
 
     fn ordered(&self, user: &str, candidates: &[Candidate<'_>], servers: &[Arc<Server>]) -> Vec<usize> {
         if self.balance != Balance::RoundRobin {
-            let mut luck = Luck { chance: &mut chance, credits: &mut [] };
+            let mut luck = SelectionState { chance: &mut chance, credits: &mut [] };
             return select::order(self.balance, user, candidates, &mut luck);
         }
         // What is lost with a panic elsewhere is whose turn it is.
@@ -389,7 +389,7 @@ impl Backend {
         let mut credits: Vec<f64> =
             servers.iter().map(|server| known.get(&server.name).copied().unwrap_or_default()).collect();
         let order =
-            select::order(self.balance, user, candidates, &mut Luck { chance: &mut chance, credits: &mut credits });
+            select::order(self.balance, user, candidates, &mut SelectionState { chance: &mut chance, credits: &mut credits });
         *known = servers.iter().map(|server| server.name.clone()).zip(credits).collect();
         order
     }
