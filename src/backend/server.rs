@@ -18,7 +18,7 @@ use super::exchanges::Exchanges;
 use super::health::{Blow, Depth, Health, News, Standing, Thresholds, Trial};
 use super::request::Fault;
 use super::select::Candidate;
-use super::slots::{Slot, Slots};
+use super::slots::{ServerPermit, Slots};
 use super::{first_known, publish_if_first};
 use crate::config::{self, Host, Mode};
 use crate::metrics::ServerMetrics;
@@ -79,7 +79,7 @@ pub struct LastError {
 #[derive(Debug)]
 pub(super) enum Admission {
     /// It may try.
-    Slot(Slot),
+    ServerPermit(ServerPermit),
     /// There is no place just now.
     Full,
     /// The server is failing, or somebody else tries it out: a last resort.
@@ -264,16 +264,16 @@ impl Server {
         if self.state.health().standing(now) == Standing::Failing {
             return Admission::Failing;
         }
-        let slot = if needs_place { Slot::take(self) } else { self.has_place().then(|| Slot::without_place(self)) };
+        let slot = if needs_place { ServerPermit::take(self) } else { self.has_place().then(|| ServerPermit::without_place(self)) };
         let Some(slot) = slot else { return Admission::Full };
         let mut health = self.state.health();
         if health.standing(now) == Standing::Alive {
-            return Admission::Slot(slot);
+            return Admission::ServerPermit(slot);
         }
         let trial = health.begin_trial(now);
         self.state.metrics.set_breaker(health.breaker() as i64);
         drop(health);
-        if trial.is_some() { Admission::Slot(slot.on_trial(trial)) } else { Admission::Failing }
+        if trial.is_some() { Admission::ServerPermit(slot.on_trial(trial)) } else { Admission::Failing }
     }
 
     /// A login was greeted, and waits for the server's answer until the guard drops.

@@ -1,6 +1,6 @@
 //! Places at a server: who has one, who waits for one. First come, first served.
 //!
-//! A login takes a [`Slot`] before it connects, and keeps it for as long as the session lives; dropping it is giving it
+//! A login takes a [`ServerPermit`] before it connects, and keeps it for as long as the session lives; dropping it is giving it
 //! back. A server without `max_sessions` always has another. A slot that is given back goes from hand to hand to who has
 //! waited longest, so that no newcomer overtakes. A login without complete credentials (SCRAM before the client's proof)
 //! has a slot without a place: it cannot keep others out of a server. Called by `tour`.
@@ -35,7 +35,7 @@ struct Inner {
 #[derive(Debug)]
 struct Waiter {
     /// `None` once it has a slot, or has given up.
-    hand: Mutex<Option<oneshot::Sender<Slot>>>,
+    hand: Mutex<Option<oneshot::Sender<ServerPermit>>>,
 }
 
 impl Slots {
@@ -63,7 +63,7 @@ impl Slots {
 
 /// A login's place at a server, and whether it is the one that tries it out.
 #[derive(Debug)]
-pub struct Slot {
+pub struct ServerPermit {
     /// `None` only while it changes hands.
     state: Option<Arc<ServerState>>,
     trial: Option<Trial>,
@@ -73,7 +73,7 @@ pub struct Slot {
     exchange: Option<Exchange>,
 }
 
-impl Slot {
+impl ServerPermit {
     /// A place at `server`, where it has one.
     pub(super) fn take(server: &Server) -> Option<Self> {
         let has_one = server.state.slots.take(server.terms.max_sessions, |_| {});
@@ -154,7 +154,7 @@ impl Slot {
     }
 }
 
-impl Drop for Slot {
+impl Drop for ServerPermit {
     fn drop(&mut self) {
         self.end_trial();
         self.leave_exchanges();
@@ -213,7 +213,7 @@ fn give_back(state: &Arc<ServerState>) {
         drop(inner);
         let hand = waiter.hand.lock().unwrap_or_else(PoisonError::into_inner).take();
         let Some(hand) = hand else { continue };
-        match hand.send(Slot::at(state)) {
+        match hand.send(ServerPermit::at(state)) {
             Ok(()) => return,
             // It has just given up. The slot is still ours to give.
             Err(mut refused) => drop(refused.state.take()),
@@ -241,13 +241,13 @@ pub(super) struct InQueue<'a>(&'a Queue);
 
 impl InQueue<'_> {
     /// Waits for a slot at any of `servers` until `due`.
-    pub(super) async fn wait(self, servers: &[Arc<Server>], due: Deadline) -> Option<(Arc<Server>, Slot)> {
+    pub(super) async fn wait(self, servers: &[Arc<Server>], due: Deadline) -> Option<(Arc<Server>, ServerPermit)> {
         let (hand, slot) = oneshot::channel();
         let waiting = AtServers { waiter: Arc::new(Waiter { hand: Mutex::new(Some(hand)) }), servers };
         for server in servers {
             let wait = |inner: &mut Inner| inner.waiting.push_back(waiting.waiter.clone());
             if server.state.slots.take(server.terms.max_sessions, wait) {
-                return Some((server.clone(), Slot::at(&server.state)));
+                return Some((server.clone(), ServerPermit::at(&server.state)));
             }
         }
         let slot = due.limit(slot).await.ok()?.ok()?;
@@ -291,14 +291,14 @@ mod tests {
     async fn slots_go_from_hand_to_hand_in_order() {
         let (server, queue) = (Server::for_tests("a", Some(1)), Queue::default());
         let servers = [server.clone()];
-        let slot = Slot::take(&server).unwrap();
-        assert!(Slot::take(&server).is_none());
+        let slot = ServerPermit::take(&server).unwrap();
+        assert!(ServerPermit::take(&server).is_none());
         let mut first = Box::pin(queue.join(2).unwrap().wait(&servers, soon()));
         let mut second = Box::pin(queue.join(2).unwrap().wait(&servers, soon()));
         assert!(futures_util::poll!(&mut first).is_pending() && futures_util::poll!(&mut second).is_pending());
         assert!(queue.join(2).is_none(), "the queue is bounded");
         drop(slot);
-        assert!(Slot::take(&server).is_none(), "a newcomer does not overtake");
+        assert!(ServerPermit::take(&server).is_none(), "a newcomer does not overtake");
         let (_, slot) = first.await.unwrap();
         assert!(futures_util::poll!(&mut second).is_pending());
         drop(slot.established());
@@ -313,7 +313,7 @@ mod tests {
     async fn who_gives_up_is_passed_over() {
         let (server, queue) = (Server::for_tests("a", Some(1)), Queue::default());
         let servers = [server.clone()];
-        let slot = Slot::take(&server).unwrap();
+        let slot = ServerPermit::take(&server).unwrap();
         let began = Instant::now();
         let due = Deadline::after(Duration::from_secs(5));
         let mut patient = Box::pin(queue.join(9).unwrap().wait(&servers, soon()));
@@ -334,7 +334,7 @@ mod tests {
     async fn the_first_of_several_servers_to_have_a_slot_is_taken() {
         let (one, other, queue) = (Server::for_tests("a", Some(1)), Server::for_tests("b", Some(1)), Queue::default());
         let servers = [one.clone(), other.clone()];
-        let (_kept, freed) = (Slot::take(&one).unwrap(), Slot::take(&other).unwrap());
+        let (_kept, freed) = (ServerPermit::take(&one).unwrap(), ServerPermit::take(&other).unwrap());
         let mut waiting = Box::pin(queue.join(9).unwrap().wait(&servers, soon()));
         assert!(futures_util::poll!(&mut waiting).is_pending());
         drop(freed);
@@ -347,20 +347,20 @@ mod tests {
     async fn a_slot_handed_to_somebody_who_has_just_gone_is_not_lost() {
         let (server, queue) = (Server::for_tests("a", Some(1)), Queue::default());
         let servers = [server.clone()];
-        let slot = Slot::take(&server).unwrap();
+        let slot = ServerPermit::take(&server).unwrap();
         let mut waiting = Box::pin(queue.join(9).unwrap().wait(&servers, soon()));
         assert!(futures_util::poll!(&mut waiting).is_pending());
         drop(slot);
         // It has the slot in its hand and is never asked again.
         drop(waiting);
         assert_eq!(server.state.slots.taken(), 0);
-        assert!(Slot::take(&server).is_some());
+        assert!(ServerPermit::take(&server).is_some());
     }
 
     #[test]
     fn a_session_that_was_cut_off_gives_its_place_back_once() {
         let server = Server::for_tests("a", Some(2));
-        let mut slots = [(); 2].map(|()| Slot::take(&server).unwrap().established());
+        let mut slots = [(); 2].map(|()| ServerPermit::take(&server).unwrap().established());
         let over = Duration::from_secs(30);
         assert!(slots[0].cut_off(over).is_none(), "a lone one");
         let kept = slots[1].cut_off(over).unwrap();
@@ -368,17 +368,17 @@ mod tests {
         assert_eq!(server.state.slots.taken(), 0);
         drop((slots, kept));
         assert_eq!((server.state.slots.taken(), server.metrics().sessions()), (0, 0));
-        assert!(Slot::take(&server).is_some());
+        assert!(ServerPermit::take(&server).is_some());
     }
 
     #[tokio::test(start_paused = true)]
     async fn a_slot_without_a_place_keeps_nobody_out() {
         let (server, queue) = (Server::for_tests("a", Some(1)), Queue::default());
-        let mut exchanges: Vec<Slot> = (0..20).map(|_| Slot::without_place(&server)).collect();
+        let mut exchanges: Vec<ServerPermit> = (0..20).map(|_| ServerPermit::without_place(&server)).collect();
         assert!(futures_util::poll!(Box::pin(exchanges[18].displaced())).is_ready(), "newer ones take its turn");
         assert!(futures_util::poll!(Box::pin(exchanges[19].displaced())).is_pending());
         assert_eq!(server.state.slots.taken(), 0);
-        let mut first = Slot::take(&server).unwrap();
+        let mut first = ServerPermit::take(&server).unwrap();
         let servers = [server.clone()];
         let mut waiting = Box::pin(queue.join(9).unwrap().wait(&servers, soon()));
         assert!(futures_util::poll!(&mut waiting).is_pending());

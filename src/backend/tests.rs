@@ -21,7 +21,7 @@ fn what_is_learnt_stays_and_what_is_configured_changes() {
     let metrics = Arc::new(Metrics::new(&names()));
     let old = Backends::build(&configured("'192.0.2.1:143', '192.0.2.2:143'"), &metrics, None).unwrap();
     let servers = old.list()[0].servers();
-    let slot = Slot::take(&servers[0]).unwrap();
+    let slot = ServerPermit::take(&servers[0]).unwrap();
     servers[0].failed(health::Blow::Refused, "nobody there");
     servers[1].set_mode(Some(Mode::Drain));
     let again = "{address: '192.0.2.1:143', max_sessions: 1, state: drain}, '192.0.2.2:143'";
@@ -29,7 +29,7 @@ fn what_is_learnt_stays_and_what_is_configured_changes() {
     let servers = new.list()[0].servers();
     assert_eq!((servers[0].sessions(), servers[0].is_available()), (1, false));
     assert_eq!((servers[0].max_sessions(), servers[0].mode()), (Some(1), Mode::Drain));
-    assert!(Slot::take(&servers[0]).is_none(), "the place that is taken counts");
+    assert!(ServerPermit::take(&servers[0]).is_none(), "the place that is taken counts");
     assert_eq!(servers[1].mode(), Mode::Drain, "the operator's word goes over the configuration's");
     servers[1].set_mode(None);
     assert_eq!(servers[1].mode(), Mode::Up);
@@ -52,7 +52,7 @@ fn the_gauges_of_a_server_say_how_it_is() {
     };
     server.show();
     expect("1", "0", "0", "0");
-    let slot = Slot::take(server).unwrap();
+    let slot = ServerPermit::take(server).unwrap();
     expect("1", "0", "0", "0");
     let session = slot.established();
     expect("1", "0", "0", "1");

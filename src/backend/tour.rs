@@ -10,7 +10,7 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 
 use super::server::Admission;
-use super::slots::Slot;
+use super::slots::ServerPermit;
 use super::{Backend, Server};
 use crate::config::Mode;
 use crate::deadline::Deadline;
@@ -31,7 +31,7 @@ pub struct Failover<'a> {
 #[derive(Debug)]
 pub enum NextServer {
     /// This server, where there is a slot.
-    At(Arc<Server>, Slot),
+    At(Arc<Server>, ServerPermit),
     /// No server has a place, and none came free in time.
     Full,
     /// There is no other server.
@@ -60,7 +60,7 @@ impl<'a> Failover<'a> {
     pub async fn next(&mut self, due: Deadline) -> NextServer {
         while let Some(server) = self.ahead.pop_front() {
             match server.admit(self.needs_place) {
-                Admission::Slot(slot) => return NextServer::At(server, slot),
+                Admission::ServerPermit(slot) => return NextServer::At(server, slot),
                 Admission::Full if self.backend.balance.is_sticky() => return self.wait(&[server], due).await,
                 Admission::Full => self.full.push(server),
                 Admission::Failing => self.last_resort.push_back(server),
@@ -79,7 +79,7 @@ impl<'a> Failover<'a> {
             if server.mode() != Mode::Up {
                 continue;
             }
-            return match self.needs_place.then(|| Slot::take(&server)).flatten() {
+            return match self.needs_place.then(|| ServerPermit::take(&server)).flatten() {
                 Some(slot) => NextServer::At(server, slot),
                 None => self.wait(&[server], due).await,
             };
@@ -89,7 +89,7 @@ impl<'a> Failover<'a> {
 
     async fn wait(&mut self, servers: &[Arc<Server>], due: Deadline) -> NextServer {
         if let Some(first) = servers.first().filter(|_| !self.needs_place) {
-            return NextServer::At(first.clone(), Slot::without_place(first));
+            return NextServer::At(first.clone(), ServerPermit::without_place(first));
         }
         let until = *self.queue_until.get_or_insert_with(|| Deadline::after(self.backend.queue_limits.timeout));
         let Some(queue) = self.backend.queue.join(self.backend.queue_limits.length) else { return NextServer::Full };
@@ -104,12 +104,12 @@ impl<'a> Failover<'a> {
 impl Backend {
     /// Makes sure that `slot`, which is at `server`, has a place; waits for one no longer than the queue allows, and not
     /// beyond `due`. Returns whether it has.
-    pub async fn take_place(&self, server: &Arc<Server>, slot: &mut Slot, due: Deadline) -> bool {
+    pub async fn take_place(&self, server: &Arc<Server>, slot: &mut ServerPermit, due: Deadline) -> bool {
         if slot.has_place() {
             return true;
         }
         let servers = vec![server.clone()];
-        let place = match Slot::take(server) {
+        let place = match ServerPermit::take(server) {
             Some(place) => Some(place),
             None => match Failover::new(self, Vec::new()).wait(&servers, due).await {
                 NextServer::At(_, place) => Some(place),

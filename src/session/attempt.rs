@@ -16,7 +16,7 @@ use super::server_credentials::{renamed, server_login, split_master};
 use super::{Session, close};
 use crate::admission::Block;
 use crate::backend::request::{Established, Outcome, Purpose, Request};
-use crate::backend::{Backend, Server, Slot};
+use crate::backend::{Backend, Server, ServerPermit};
 use crate::deadline::Deadline;
 use crate::failure::Reason;
 use crate::generations::Generation;
@@ -67,7 +67,7 @@ pub(super) struct Seated {
     pub(super) backend: Arc<Backend>,
     pub(super) server: Arc<Server>,
     /// Of the server's places.
-    pub(super) slot: Slot,
+    pub(super) slot: ServerPermit,
     /// Among the user's sessions.
     pub(super) seat: SessionHandle,
 }

@@ -14,7 +14,7 @@ use super::FAREWELL;
 use super::server_credentials::has_own_login;
 use crate::backend::connect::{self, Paused};
 use crate::backend::request::{Fault, Outcome, Request};
-use crate::backend::{Backend, Server, Slot, NextServer, Failover};
+use crate::backend::{Backend, Server, ServerPermit, NextServer, Failover};
 use crate::config::BackendId;
 use crate::deadline::Deadline;
 use crate::generations::Generation;
@@ -78,7 +78,7 @@ impl Carried {
 pub(super) struct Placed {
     pub(super) backend: Arc<Backend>,
     pub(super) server: Arc<Server>,
-    pub(super) slot: Slot,
+    pub(super) slot: ServerPermit,
 }
 
 /// The last server's answer, and which server that was. An error: the login must be routed again.

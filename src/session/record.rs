@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use prometheus::IntCounter;
 
 use crate::backend::request::Established;
-use crate::backend::{Backend, CutOff, SessionSlot, Slot};
+use crate::backend::{Backend, CutOff, SessionSlot, ServerPermit};
 use crate::config::BackendId;
 use crate::failure::{Reason, Side};
 use crate::identity::{Mechanism, UserName};
@@ -320,7 +320,7 @@ impl Record {
     }
 
     /// The login is done: counts for the backend and the server until the record drops.
-    pub(super) fn open_on(&mut self, backend: BackendId, slot: Slot) {
+    pub(super) fn open_on(&mut self, backend: BackendId, slot: ServerPermit) {
         self.relaying = Some(Relaying {
             backend: backend.0 as u16,
             _backend_sessions: self.settings.metrics.backend(backend.0).session_established(),
