@@ -18,7 +18,7 @@ use super::exchanges::Exchanges;
 use super::health::{Blow, Depth, Health, News, Standing, Thresholds, Trial};
 use super::request::Fault;
 use super::select::Candidate;
-use super::slots::{ServerPermit, Slots};
+use super::slots::{ServerPermit, ServerCapacity};
 use super::{first_known, publish_if_first};
 use crate::config::{self, Host, Mode};
 use crate::metrics::ServerMetrics;
@@ -106,7 +106,7 @@ pub(super) struct ServerState {
     last_error: Mutex<Option<LastError>>,
     /// The state that an operator has set, over the configuration's.
     admin: AdminCell,
-    pub(super) slots: Slots,
+    pub(super) slots: ServerCapacity,
     pub(super) exchanges: Exchanges,
     awaited: Awaited,
     departures: Mutex<Departures>,
@@ -130,7 +130,7 @@ impl ServerState {
             learned: Mutex::default(),
             last_error: Mutex::default(),
             admin,
-            slots: Slots::default(),
+            slots: ServerCapacity::default(),
             exchanges: Exchanges::default(),
             awaited: Awaited::default(),
             departures: Mutex::default(),

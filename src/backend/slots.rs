@@ -23,7 +23,7 @@ use crate::metrics::OpenGuard;
 
 /// The places of one server.
 #[derive(Debug, Default)]
-pub(super) struct Slots(Mutex<Inner>);
+pub(super) struct ServerCapacity(Mutex<Inner>);
 
 #[derive(Debug, Default)]
 struct Inner {
@@ -38,7 +38,7 @@ struct Waiter {
     hand: Mutex<Option<oneshot::Sender<ServerPermit>>>,
 }
 
-impl Slots {
+impl ServerCapacity {
     /// How many are taken.
     pub(super) fn taken(&self) -> u32 {
         self.lock().taken
