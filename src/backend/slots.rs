@@ -223,11 +223,11 @@ fn give_back(state: &Arc<ServerState>) {
 
 /// Who waits at a backend's servers.
 #[derive(Debug, Default)]
-pub(super) struct Queue {
+pub(super) struct LoginQueue {
     length: AtomicU32,
 }
 
-impl Queue {
+impl LoginQueue {
     /// A place in the queue, unless `longest` are there already.
     pub(super) fn join(&self, longest: u32) -> Option<InQueue<'_>> {
         let join = |length| (length < longest).then_some(length + 1);
@@ -237,7 +237,7 @@ impl Queue {
 }
 
 /// A place in a queue, until it drops.
-pub(super) struct InQueue<'a>(&'a Queue);
+pub(super) struct InQueue<'a>(&'a LoginQueue);
 
 impl InQueue<'_> {
     /// Waits for a slot at any of `servers` until `due`.
@@ -289,7 +289,7 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn slots_go_from_hand_to_hand_in_order() {
-        let (server, queue) = (Server::for_tests("a", Some(1)), Queue::default());
+        let (server, queue) = (Server::for_tests("a", Some(1)), LoginQueue::default());
         let servers = [server.clone()];
         let slot = ServerPermit::take(&server).unwrap();
         assert!(ServerPermit::take(&server).is_none());
@@ -311,7 +311,7 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn who_gives_up_is_passed_over() {
-        let (server, queue) = (Server::for_tests("a", Some(1)), Queue::default());
+        let (server, queue) = (Server::for_tests("a", Some(1)), LoginQueue::default());
         let servers = [server.clone()];
         let slot = ServerPermit::take(&server).unwrap();
         let began = Instant::now();
@@ -332,7 +332,7 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn the_first_of_several_servers_to_have_a_slot_is_taken() {
-        let (one, other, queue) = (Server::for_tests("a", Some(1)), Server::for_tests("b", Some(1)), Queue::default());
+        let (one, other, queue) = (Server::for_tests("a", Some(1)), Server::for_tests("b", Some(1)), LoginQueue::default());
         let servers = [one.clone(), other.clone()];
         let (_kept, freed) = (ServerPermit::take(&one).unwrap(), ServerPermit::take(&other).unwrap());
         let mut waiting = Box::pin(queue.join(9).unwrap().wait(&servers, soon()));
@@ -345,7 +345,7 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn a_slot_handed_to_somebody_who_has_just_gone_is_not_lost() {
-        let (server, queue) = (Server::for_tests("a", Some(1)), Queue::default());
+        let (server, queue) = (Server::for_tests("a", Some(1)), LoginQueue::default());
         let servers = [server.clone()];
         let slot = ServerPermit::take(&server).unwrap();
         let mut waiting = Box::pin(queue.join(9).unwrap().wait(&servers, soon()));
@@ -373,7 +373,7 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn a_slot_without_a_place_keeps_nobody_out() {
-        let (server, queue) = (Server::for_tests("a", Some(1)), Queue::default());
+        let (server, queue) = (Server::for_tests("a", Some(1)), LoginQueue::default());
         let mut exchanges: Vec<ServerPermit> = (0..20).map(|_| ServerPermit::without_place(&server)).collect();
         assert!(futures_util::poll!(Box::pin(exchanges[18].displaced())).is_ready(), "newer ones take its turn");
         assert!(futures_util::poll!(Box::pin(exchanges[19].displaced())).is_pending());
