@@ -23,7 +23,7 @@ const SHORT: Duration = Duration::from_millis(100);
 
 /// The sessions of one server, all workers' together.
 #[derive(Debug, Default)]
-pub(super) struct Departures {
+pub(super) struct DisconnectSpreader {
     sessions: u32,
     line: Option<Line>,
 }
@@ -50,7 +50,7 @@ pub(super) struct Departure {
     pub(super) half_of: Option<u32>,
 }
 
-impl Departures {
+impl DisconnectSpreader {
     /// A session begins.
     pub(super) fn arrived(&mut self) {
         self.sessions += 1;
@@ -88,12 +88,12 @@ mod tests {
 
     const OVER: Duration = Duration::from_secs(30);
 
-    fn with(sessions: u32) -> Departures {
-        Departures { sessions, line: None }
+    fn with(sessions: u32) -> DisconnectSpreader {
+        DisconnectSpreader { sessions, line: None }
     }
 
     /// All sessions end, a millisecond after each other: how long their clients are kept.
-    fn death(departures: &mut Departures, now: Instant, over: Duration) -> Vec<Duration> {
+    fn death(departures: &mut DisconnectSpreader, now: Instant, over: Duration) -> Vec<Duration> {
         (0..departures.sessions)
             .map(|place| departures.cut_off(now + Duration::from_millis(place.into()), over).wait)
             .collect()
@@ -165,7 +165,7 @@ mod tests {
     #[test]
     fn ends_that_never_cease_are_counted_anew_now_and_then() {
         let (mut departures, began) = (with(100_000), Instant::now());
-        let wait = |departures: &mut Departures, second: u64| {
+        let wait = |departures: &mut DisconnectSpreader, second: u64| {
             departures.cut_off(began + Duration::from_secs(second), OVER).wait
         };
         // One in a second, at an hour at which everybody goes home.

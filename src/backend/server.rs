@@ -13,7 +13,7 @@ use tokio_rustls::rustls::pki_types::ServerName;
 
 use super::admin_state::{AdminCell, AdminState};
 use super::awaited::{Awaited, AwaitedAnswer};
-use super::departures::Departures;
+use super::departures::DisconnectSpreader;
 use super::exchanges::Exchanges;
 use super::health::{Blow, Depth, Health, News, Standing, Thresholds, Trial};
 use super::request::Fault;
@@ -109,7 +109,7 @@ pub(super) struct ServerState {
     pub(super) slots: ServerCapacity,
     pub(super) exchanges: Exchanges,
     awaited: Awaited,
-    departures: Mutex<Departures>,
+    departures: Mutex<DisconnectSpreader>,
     pub(super) metrics: ServerMetrics,
 }
 
@@ -145,7 +145,7 @@ impl ServerState {
         self.metrics.set_breaker(health.breaker() as i64);
     }
 
-    pub(super) fn departures(&self) -> MutexGuard<'_, Departures> {
+    pub(super) fn departures(&self) -> MutexGuard<'_, DisconnectSpreader> {
         // Nothing in there panics halfway through a change.
         self.departures.lock().unwrap_or_else(PoisonError::into_inner)
     }
