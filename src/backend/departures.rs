@@ -43,7 +43,7 @@ struct Line {
 
 /// What is to be done with the client of a session that was cut off.
 #[derive(Debug, PartialEq, Eq)]
-pub(super) struct Departure {
+pub(super) struct SpreadDisconnect {
     /// It is kept so long; zero: not at all.
     pub(super) wait: Duration,
     /// Of so many sessions this was the one that makes it a half. `None` for all others.
@@ -62,7 +62,7 @@ impl DisconnectSpreader {
     }
 
     /// One ends because the server has closed it.
-    pub(super) fn cut_off(&mut self, now: Instant, over: Duration) -> Departure {
+    pub(super) fn cut_off(&mut self, now: Instant, over: Duration) -> SpreadDisconnect {
         let sessions = self.sessions.max(1);
         let goes_on =
             |line: &Line| now.duration_since(line.last) <= TOGETHER && now.duration_since(line.began) < LONGEST;
@@ -78,7 +78,7 @@ impl DisconnectSpreader {
         self.sessions = sessions - 1;
         let is_half = line.had > 1 && gone + 1 >= line.had.div_ceil(2) && !line.told;
         line.told |= is_half;
-        Departure { wait: if wait < SHORT { Duration::ZERO } else { wait }, half_of: is_half.then_some(line.had) }
+        SpreadDisconnect { wait: if wait < SHORT { Duration::ZERO } else { wait }, half_of: is_half.then_some(line.had) }
     }
 }
 
@@ -140,7 +140,7 @@ mod tests {
         let (mut departures, now) = (with(20), Instant::now());
         for end in 0..2000 {
             let departure = departures.cut_off(now + Duration::from_millis(10 * end), OVER);
-            assert_eq!(departure, Departure { wait: Duration::ZERO, half_of: None }, "{end}");
+            assert_eq!(departure, SpreadDisconnect { wait: Duration::ZERO, half_of: None }, "{end}");
             departures.arrived();
         }
     }

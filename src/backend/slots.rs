@@ -14,7 +14,7 @@ use std::time::Duration;
 use tokio::sync::oneshot;
 use tokio::time::Instant;
 
-use super::departures::Departure;
+use super::departures::SpreadDisconnect;
 use super::exchanges::Exchange;
 use super::health::Trial;
 use super::server::{Server, ServerState};
@@ -184,7 +184,7 @@ impl SessionSlot {
     /// `over`: the longest that any is.
     pub fn cut_off(&mut self, over: Duration) -> Option<CutOff> {
         let state = self.0.take()?;
-        let Departure { wait, half_of } = state.departures().cut_off(Instant::now().into_std(), over);
+        let SpreadDisconnect { wait, half_of } = state.departures().cut_off(Instant::now().into_std(), over);
         let cut_off = (!wait.is_zero()).then(|| CutOff { wait, half_of, shown: state.metrics.kept() });
         state.metrics.session_closed();
         give_back(&state);
