@@ -25,12 +25,12 @@ const SHORT: Duration = Duration::from_millis(100);
 #[derive(Debug, Default)]
 pub(super) struct DisconnectSpreader {
     sessions: u32,
-    line: Option<Line>,
+    line: Option<Burst>,
 }
 
 /// Sessions that were cut off together.
 #[derive(Debug)]
-struct Line {
+struct Burst {
     began: Instant,
     last: Instant,
     /// Sessions there were when it began.
@@ -65,10 +65,10 @@ impl DisconnectSpreader {
     pub(super) fn cut_off(&mut self, now: Instant, over: Duration) -> SpreadDisconnect {
         let sessions = self.sessions.max(1);
         let goes_on =
-            |line: &Line| now.duration_since(line.last) <= TOGETHER && now.duration_since(line.began) < LONGEST;
+            |line: &Burst| now.duration_since(line.last) <= TOGETHER && now.duration_since(line.began) < LONGEST;
         let line = match self.line.take().filter(goes_on) {
-            Some(line) => self.line.insert(Line { last: now, ..line }),
-            None => self.line.insert(Line { began: now, last: now, had: sessions, cut_off: 0, told: false }),
+            Some(line) => self.line.insert(Burst { last: now, ..line }),
+            None => self.line.insert(Burst { began: now, last: now, had: sessions, cut_off: 0, told: false }),
         };
         let fewer = line.had.saturating_sub(sessions);
         let pace = (over / line.had).min(Duration::from_secs(1) / LEAST_PACE);
