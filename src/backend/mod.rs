@@ -41,7 +41,7 @@ use self::select::{Candidate, SelectionState};
 pub use self::server::{LastError, Server};
 use self::server::{ServerState, Terms};
 use self::slots::Queue;
-pub use self::slots::{CutOff, SessionSlot, ServerPermit};
+pub use self::slots::{DelayedDisconnect, SessionSlot, ServerPermit};
 use self::source::Sources;
 pub use self::tour::{NextServer, Failover};
 use crate::config::{self, BackendId, Balance, ClientInfo, Config, Host, Limits, Mode, Problem, TlsMode, Trust};

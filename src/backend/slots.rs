@@ -170,7 +170,7 @@ pub struct SessionSlot(Option<Arc<ServerState>>);
 
 /// What becomes of a client whose server has closed without being asked.
 #[derive(Debug)]
-pub struct CutOff {
+pub struct DelayedDisconnect {
     /// It is kept so long.
     pub wait: Duration,
     /// The server has just cut off one half of so many sessions. `None` for all but one of them.
@@ -182,10 +182,10 @@ pub struct CutOff {
 impl SessionSlot {
     /// The server has closed the session without being asked: the place is free at once. `None`: the client is not kept.
     /// `over`: the longest that any is.
-    pub fn cut_off(&mut self, over: Duration) -> Option<CutOff> {
+    pub fn cut_off(&mut self, over: Duration) -> Option<DelayedDisconnect> {
         let state = self.0.take()?;
         let SpreadDisconnect { wait, half_of } = state.departures().cut_off(Instant::now().into_std(), over);
-        let cut_off = (!wait.is_zero()).then(|| CutOff { wait, half_of, shown: state.metrics.kept() });
+        let cut_off = (!wait.is_zero()).then(|| DelayedDisconnect { wait, half_of, shown: state.metrics.kept() });
         state.metrics.session_closed();
         give_back(&state);
         cut_off

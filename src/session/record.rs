@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use prometheus::IntCounter;
 
 use crate::backend::request::Established;
-use crate::backend::{Backend, CutOff, SessionSlot, ServerPermit};
+use crate::backend::{Backend, DelayedDisconnect, SessionSlot, ServerPermit};
 use crate::config::BackendId;
 use crate::failure::{Reason, Side};
 use crate::identity::{Mechanism, UserName};
@@ -350,7 +350,7 @@ impl Record {
     }
 
     /// The server has closed without being asked: it counts the session no more. `None`: the client is not kept.
-    pub(super) fn cut_off(&mut self) -> Option<CutOff> {
+    pub(super) fn cut_off(&mut self) -> Option<DelayedDisconnect> {
         let over = self.settings.limits.max_disconnect_delay?;
         let cut_off = self.relaying.as_mut()?.slot.cut_off(over)?;
         if let Some(sessions) = cut_off.half_of {

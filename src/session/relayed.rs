@@ -13,7 +13,7 @@ use tokio_util::task::task_tracker::TaskTrackerToken;
 use super::attempt::Seated;
 use super::record::Record;
 use super::{FAREWELL, Held, SessionPoller, Session};
-use crate::backend::CutOff;
+use crate::backend::DelayedDisconnect;
 use crate::backend::request::Established;
 use crate::failure::Reason;
 use crate::protocol::imap::reply;
@@ -72,7 +72,7 @@ impl EstablishedState {
     /// The server has closed, and the client shall not come back at the same moment as all others of this server: waits for
     /// its turn, or until something happens to it.
     async fn keep_client(&mut self, relay: &Relay<TcpStream>, call: &CancelSignal) {
-        let Some(CutOff { wait, shown: _shown, .. }) = self.record.cut_off() else { return };
+        let Some(DelayedDisconnect { wait, shown: _shown, .. }) = self.record.cut_off() else { return };
         // The user may come back at once, while this connection waits for its turn.
         self.held.pass.release();
         self.seat.cut_off();
@@ -112,7 +112,7 @@ impl Relayed {
                 biased;
                 outcome = relay.run(rest_after) => match outcome {
                     Outcome::ParkedSession => return put_aside(relay, kept),
-                    Outcome::CutOff => kept.keep_client(&relay, &call).await,
+                    Outcome::DelayedDisconnect => kept.keep_client(&relay, &call).await,
                     Outcome::Ended(end) => break SessionEnd::Ended(end),
                 },
                 why = poll_fn(|context| call.poll(context)) => break SessionEnd::Told(why),
