@@ -8,7 +8,7 @@ use tokio::io::AsyncWriteExt;
 use tokio::net::TcpStream;
 use tokio::time;
 
-use super::health::Blow;
+use super::health::FailureKind;
 use super::request::{Fault, Purpose, Request};
 use super::source::{in_words, local_fault};
 use super::{Backend, Server};
@@ -55,7 +55,7 @@ pub(super) async fn dial(
                 }
                 None => {
                     let refused = error.kind() == io::ErrorKind::ConnectionRefused;
-                    let blow = Some(if refused { Blow::Refused } else { Blow::Other });
+                    let blow = Some(if refused { FailureKind::Refused } else { FailureKind::Other });
                     fault = Some(Fault { blow, ..Fault::of_server(Reason::Connect, format!("{address}: {error}")) });
                 }
             },

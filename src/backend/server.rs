@@ -15,7 +15,7 @@ use super::admin_state::{AdminCell, AdminState};
 use super::awaited::{Awaited, AwaitedAnswer};
 use super::departures::DisconnectSpreader;
 use super::exchanges::Exchanges;
-use super::health::{Blow, Depth, Health, News, Standing, Thresholds, Trial};
+use super::health::{FailureKind, Depth, Health, News, Standing, Thresholds, Trial};
 use super::request::Fault;
 use super::select::Candidate;
 use super::slots::{ServerPermit, ServerCapacity};
@@ -382,7 +382,7 @@ impl Server {
     }
 
     /// A login could not use it.
-    pub(super) fn failed(&self, blow: Blow, error: &str) {
+    pub(super) fn failed(&self, blow: FailureKind, error: &str) {
         let news = self.state.health().failed(blow, Instant::now(), self.terms.thresholds);
         self.tell(news, error);
     }

@@ -22,7 +22,7 @@ fn what_is_learnt_stays_and_what_is_configured_changes() {
     let old = Backends::build(&configured("'192.0.2.1:143', '192.0.2.2:143'"), &metrics, None).unwrap();
     let servers = old.list()[0].servers();
     let slot = ServerPermit::take(&servers[0]).unwrap();
-    servers[0].failed(health::Blow::Refused, "nobody there");
+    servers[0].failed(health::FailureKind::Refused, "nobody there");
     servers[1].set_mode(Some(Mode::Drain));
     let again = "{address: '192.0.2.1:143', max_sessions: 1, state: drain}, '192.0.2.2:143'";
     let new = Backends::build(&configured(again), &metrics, Some(&old)).unwrap();
@@ -56,7 +56,7 @@ fn the_gauges_of_a_server_say_how_it_is() {
     expect("1", "0", "0", "0");
     let session = slot.established();
     expect("1", "0", "0", "1");
-    server.failed(health::Blow::Refused, "nobody there");
+    server.failed(health::FailureKind::Refused, "nobody there");
     expect("0", "2", "0", "1");
     server.answered();
     server.set_mode(Some(Mode::Down));
