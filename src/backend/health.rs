@@ -96,14 +96,14 @@ struct Checks {
 }
 
 /// A server has just died, or come back: `Some(alive)`.
-pub(super) type News = Option<bool>;
+pub(super) type HealthChange = Option<bool>;
 
 impl Health {
     /// A login could not use the server.
     ///
     /// Failures within a pause (logins that were under way together, and those that had no other server) do not
     /// lengthen it.
-    pub(super) fn failed(&mut self, blow: FailureKind, now: Instant, thresholds: Thresholds) -> News {
+    pub(super) fn failed(&mut self, blow: FailureKind, now: Instant, thresholds: Thresholds) -> HealthChange {
         self.judge(now, |health| {
             let pause = match &mut health.breaker {
                 Breaker::Closed { failures } => {
@@ -121,12 +121,12 @@ impl Health {
     }
 
     /// The server answered a login, whichever way.
-    pub(super) fn answered(&mut self, now: Instant) -> News {
+    pub(super) fn answered(&mut self, now: Instant) -> HealthChange {
         self.judge(now, |health| health.breaker = Breaker::default())
     }
 
     /// A check that sees as much as `depth` ended well or not.
-    pub(super) fn checked(&mut self, good: bool, depth: Depth, now: Instant, thresholds: Thresholds) -> News {
+    pub(super) fn checked(&mut self, good: bool, depth: Depth, now: Instant, thresholds: Thresholds) -> HealthChange {
         self.judge(now, |health| {
             let checks = &mut health.checks;
             checks.against = if good == checks.out { checks.against + 1 } else { 0 };
@@ -191,7 +191,7 @@ impl Health {
         passed.clamp(FIRST_STEP, 1.0)
     }
 
-    fn judge(&mut self, now: Instant, change: impl FnOnce(&mut Self)) -> News {
+    fn judge(&mut self, now: Instant, change: impl FnOnce(&mut Self)) -> HealthChange {
         let before = self.is_alive();
         change(self);
         let after = self.is_alive();
@@ -209,11 +209,11 @@ mod tests {
     const THRESHOLDS: Thresholds = Thresholds { failures: 3, rise: 2, fall: 3 };
     const SECOND: Duration = Duration::from_secs(1);
 
-    fn fail(health: &mut Health, blow: FailureKind, now: Instant) -> News {
+    fn fail(health: &mut Health, blow: FailureKind, now: Instant) -> HealthChange {
         health.failed(blow, now, THRESHOLDS)
     }
 
-    fn check(health: &mut Health, good: bool, depth: Depth) -> News {
+    fn check(health: &mut Health, good: bool, depth: Depth) -> HealthChange {
         health.checked(good, depth, Instant::now(), THRESHOLDS)
     }
 

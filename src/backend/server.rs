@@ -15,7 +15,7 @@ use super::admin_state::{AdminCell, AdminState};
 use super::awaited::{Awaited, AwaitedAnswer};
 use super::departures::DisconnectSpreader;
 use super::exchanges::Exchanges;
-use super::health::{FailureKind, Depth, Health, News, Standing, Thresholds, Trial};
+use super::health::{FailureKind, Depth, Health, HealthChange, Standing, Thresholds, Trial};
 use super::request::Fault;
 use super::select::Candidate;
 use super::slots::{ServerPermit, ServerCapacity};
@@ -402,7 +402,7 @@ impl Server {
         self.tell(news, result.err().unwrap_or_default());
     }
 
-    fn tell(&self, news: News, error: &str) {
+    fn tell(&self, news: HealthChange, error: &str) {
         let (backend, server) = (&self.backend, &self.name);
         match news {
             Some(false) => tracing::warn!(%backend, %server, %error, "server is failing and passed over"),
