@@ -39,7 +39,7 @@ pub use self::discover::OwnAddresses;
 use self::discover::{Resolver, Service};
 use self::select::{Candidate, SelectionState};
 pub use self::server::{LastError, Server};
-use self::server::{ServerState, Terms};
+use self::server::{ServerState, ServerSettings};
 use self::slots::Queue;
 pub use self::slots::{DelayedDisconnect, SessionSlot, ServerPermit};
 use self::source::Sources;
@@ -256,7 +256,7 @@ pub struct Backend {
     /// How far each server is behind its turn, by name.
     credits: Mutex<HashMap<Arc<str>, f64>>,
     /// Of servers that a route names by address.
-    guest_terms: Terms,
+    guest_terms: ServerSettings,
     groups: Vec<Group>,
     /// Servers that a route names by their addresses.
     guests: Mutex<HashMap<SocketAddr, Arc<Server>>>,
@@ -281,7 +281,7 @@ impl Backend {
         for server in &backend.servers {
             match server {
                 config::Server::Srv { name, max_sessions, mode, .. } => {
-                    let terms = Terms::new(&backend.care, *max_sessions, *mode);
+                    let terms = ServerSettings::new(&backend.care, *max_sessions, *mode);
                     let known = previous.and_then(|previous| {
                         let group = previous.groups.iter().find(|group| group.service.as_ref() == Some(name))?;
                         group.servers.borrow().clone()
@@ -301,7 +301,7 @@ impl Backend {
                         weight: *weight,
                         priority: 0,
                         tls_name,
-                        terms: Terms::new(&backend.care, *max_sessions, *mode),
+                        terms: ServerSettings::new(&backend.care, *max_sessions, *mode),
                         state: state.unwrap_or_else(|| {
                             ServerState::new(host, *port, own.server(name), admin_states.cell(&backend.name, name))
                         }),
@@ -309,7 +309,7 @@ impl Backend {
                 }
             }
         }
-        let guest_terms = Terms::new(&backend.care, None, Mode::Up);
+        let guest_terms = ServerSettings::new(&backend.care, None, Mode::Up);
         groups.push(Group::fixed(fixed, guest_terms));
         let guests = previous.map(|previous| previous.lock_guests().clone()).unwrap_or_default();
         let guests = guests.into_iter().map(|(address, server)| (address, server.on(guest_terms))).collect();
@@ -484,17 +484,17 @@ fn chance() -> f64 {
 #[derive(Debug)]
 struct Group {
     service: Option<String>,
-    terms: Terms,
+    terms: ServerSettings,
     /// `None` until DNS answered or failed for the first time.
     servers: watch::Sender<Option<Vec<Arc<Server>>>>,
 }
 
 impl Group {
-    fn fixed(servers: Vec<Arc<Server>>, terms: Terms) -> Self {
+    fn fixed(servers: Vec<Arc<Server>>, terms: ServerSettings) -> Self {
         Self { service: None, terms, servers: watch::Sender::new(Some(servers)) }
     }
 
-    fn service(name: String, terms: Terms, known: Option<Vec<Arc<Server>>>) -> Self {
+    fn service(name: String, terms: ServerSettings, known: Option<Vec<Arc<Server>>>) -> Self {
         Self { service: Some(name), terms, servers: watch::Sender::new(known) }
     }
 

@@ -36,13 +36,13 @@ pub struct Server {
     pub(super) weight: u32,
     pub(super) priority: u16,
     pub(super) tls_name: ServerName<'static>,
-    pub(super) terms: Terms,
+    pub(super) terms: ServerSettings,
     pub(super) state: Arc<ServerState>,
 }
 
 /// On what terms a server is used.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Terms {
+pub(super) struct ServerSettings {
     /// Sessions at a time, logins under way included.
     pub(super) max_sessions: Option<u32>,
     /// What the configuration wants of it.
@@ -51,7 +51,7 @@ pub(super) struct Terms {
     pub(super) slow_start: Option<Duration>,
 }
 
-impl Terms {
+impl ServerSettings {
     pub(super) fn new(care: &config::Care, max_sessions: Option<u32>, mode: Mode) -> Self {
         // Without checks nobody asks for their thresholds.
         let (rise, fall) = care.check.as_ref().map_or((1, 1), |check| (check.rise, check.fall));
@@ -158,7 +158,7 @@ impl ServerState {
 
 impl Server {
     /// The same server, of a configuration with other terms.
-    pub(super) fn on(&self, terms: Terms) -> Arc<Self> {
+    pub(super) fn on(&self, terms: ServerSettings) -> Arc<Self> {
         Arc::new(Self {
             name: self.name.clone(),
             backend: self.backend.clone(),
@@ -187,7 +187,7 @@ impl Server {
             weight: 1,
             priority: 0,
             tls_name: ServerName::from(IpAddr::from([127, 0, 0, 1])),
-            terms: Terms::open(),
+            terms: ServerSettings::open(),
         }
     }
 
@@ -452,6 +452,6 @@ impl Server {
     /// A server that has but so many places.
     #[cfg(test)]
     pub(super) fn for_tests(name: &str, max_sessions: Option<u32>) -> Arc<Self> {
-        Self::named("b", name).on(Terms { max_sessions, ..Terms::open() })
+        Self::named("b", name).on(ServerSettings { max_sessions, ..ServerSettings::open() })
     }
 }
