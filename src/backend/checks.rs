@@ -51,7 +51,7 @@ impl Watch {
 }
 
 /// What is next for one server.
-struct Course {
+struct CheckSchedule {
     /// Of which server: another may get the same name.
     state: Arc<ServerState>,
     due: Instant,
@@ -59,13 +59,13 @@ struct Course {
     metrics: CheckMetrics,
 }
 
-impl Course {
+impl CheckSchedule {
     fn is_under_way(&self) -> bool {
         self.under_way.as_ref().is_some_and(|check| !check.is_finished())
     }
 }
 
-impl Drop for Course {
+impl Drop for CheckSchedule {
     fn drop(&mut self) {
         // The server is gone: nothing more is to be told of it.
         if let Some(check) = &self.under_way {
@@ -79,7 +79,7 @@ pub(super) async fn follow(backends: Arc<Backends>, backend: Arc<Backend>, limit
     let Some(watch) = &backend.watch else { return };
     let kind = watch.check.kind.as_str();
     let own = backend.metrics.backend(backend.id.0);
-    let mut courses: HashMap<Arc<str>, Course> = HashMap::new();
+    let mut courses: HashMap<Arc<str>, CheckSchedule> = HashMap::new();
     // Whatever is under way ends with this.
     let mut running = JoinSet::new();
     let comes_and_goes = backend.groups.iter().any(|group| group.service.is_some());
@@ -97,7 +97,7 @@ pub(super) async fn follow(backends: Arc<Backends>, backend: Arc<Backend>, limit
         let now = Instant::now();
         let mut next = now + if comes_and_goes { LOOK_AGAIN } else { watch.check.interval };
         for server in servers {
-            let course = courses.entry(server.name.clone()).or_insert_with(|| Course {
+            let course = courses.entry(server.name.clone()).or_insert_with(|| CheckSchedule {
                 state: server.state.clone(),
                 due: now,
                 under_way: None,
