@@ -31,12 +31,12 @@ const LOOK_AGAIN: Duration = Duration::from_secs(1);
 
 /// A backend's checks, ready for use.
 #[derive(Debug)]
-pub(super) struct Watch {
+pub(super) struct HealthChecker {
     check: config::Check,
     account: Option<(UserName, Secret)>,
 }
 
-impl Watch {
+impl HealthChecker {
     /// Reads the password of the account that logs in.
     pub(super) fn build(config: &Config, check: &config::Check) -> Result<Self, Problem> {
         let account = match &check.kind {

@@ -34,7 +34,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use self::admin_state::AdminStates;
-use self::checks::Watch;
+use self::checks::HealthChecker;
 pub use self::discover::OwnAddresses;
 use self::discover::{Resolver, Service};
 use self::select::{Candidate, SelectionState};
@@ -250,7 +250,7 @@ pub struct Backend {
     forward: BTreeMap<String, String>,
     /// Which server comes first.
     pub balance: Balance,
-    watch: Option<Watch>,
+    watch: Option<HealthChecker>,
     queue: Queue,
     queue_limits: config::Queue,
     /// How far each server is behind its turn, by name.
@@ -326,7 +326,7 @@ impl Backend {
             answers: backend.answers.clone(),
             forward: backend.forward.clone(),
             balance: backend.care.balance,
-            watch: backend.care.check.as_ref().map(|check| Watch::build(config, check)).transpose()?,
+            watch: backend.care.check.as_ref().map(|check| HealthChecker::build(config, check)).transpose()?,
             queue: Queue::default(),
             queue_limits: backend.care.queue,
             credits: Mutex::default(),
