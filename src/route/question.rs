@@ -26,7 +26,7 @@ pub struct Visitor {
     /// One id in our log and the source's.
     pub session: Box<str>,
     /// What is known of its TLS.
-    pub tls: Option<VisitorTls>,
+    pub tls: Option<LoginTls>,
     /// How many logins it has tried on this connection, this one included.
     pub attempt: u32,
     /// What it brought.
@@ -35,7 +35,7 @@ pub struct Visitor {
 
 /// A client's TLS.
 #[derive(Debug)]
-pub struct VisitorTls {
+pub struct LoginTls {
     /// As rustls writes it: `TLSv1_3`.
     pub version: &'static str,
     /// As rustls writes it: `TLS13_AES_128_GCM_SHA256`.

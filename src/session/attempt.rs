@@ -26,7 +26,7 @@ use crate::protocol::imap::client_id::ClientId;
 use crate::protocol::imap::prelogin::{Bye, LoginRequest, Prelogin, Step};
 use crate::protocol::imap::tag::Tag;
 use crate::protocol::imap::{reply, sasl};
-use crate::route::{Question, RouteError, Routed, Target, Visitor, VisitorTls};
+use crate::route::{Question, RouteError, Routed, Target, Visitor, LoginTls};
 use crate::session_registry::{SessionInfo, RegisterError, SessionHandle, CancelReason};
 use crate::snapshot::Snapshot;
 use crate::stream::Stream;
@@ -473,7 +473,7 @@ impl Session {
                 listener: self.local,
                 is_proxied: self.is_proxied,
                 session: self.record.session().as_str().into(),
-                tls: self.record.tls().map(|tls| VisitorTls {
+                tls: self.record.tls().map(|tls| LoginTls {
                     version: tls.version.as_str(),
                     cipher: stream.cipher(),
                     asks_certificate: asks_certificate(),
