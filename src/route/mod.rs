@@ -31,7 +31,7 @@ use tokio_util::task::TaskTracker;
 use self::asked::Asked;
 use self::directory::Directory;
 pub use self::proof::Identity;
-pub use self::question::{Question, Visitor, LoginTls};
+pub use self::question::{Question, LoginContext, LoginTls};
 use self::reuse::Inputs;
 use self::target::Declared;
 pub use self::target::{At, Denied, Login, Place, Target};

@@ -11,12 +11,12 @@ pub struct Question {
     /// The user's routing name.
     pub user: Arc<str>,
     /// Who asks. Absent where the answer is kept for others: it may depend on nothing but the user then.
-    pub visitor: Option<Arc<Visitor>>,
+    pub visitor: Option<Arc<LoginContext>>,
 }
 
 /// One login attempt, for sources that decide by more than the user.
 #[derive(Debug)]
-pub struct Visitor {
+pub struct LoginContext {
     /// The client.
     pub client: SocketAddr,
     /// Where it connected to.

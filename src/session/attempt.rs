@@ -26,7 +26,7 @@ use crate::protocol::imap::client_id::ClientId;
 use crate::protocol::imap::prelogin::{Bye, LoginRequest, Prelogin, Step};
 use crate::protocol::imap::tag::Tag;
 use crate::protocol::imap::{reply, sasl};
-use crate::route::{Question, RouteError, Routed, Target, Visitor, LoginTls};
+use crate::route::{Question, RouteError, Routed, Target, LoginContext, LoginTls};
 use crate::session_registry::{SessionInfo, RegisterError, SessionHandle, CancelReason};
 use crate::snapshot::Snapshot;
 use crate::stream::Stream;
@@ -468,7 +468,7 @@ impl Session {
     fn question(&self, names: &Names, login: &LoginRequest, stream: &Stream) -> Question {
         let asks_certificate = || self.live.tls.as_ref().is_some_and(|tls| tls.asks_certificate(self.listener));
         let visitor = self.live.router.wants_visitor().then(|| {
-            Arc::new(Visitor {
+            Arc::new(LoginContext {
                 client: self.peer,
                 listener: self.local,
                 is_proxied: self.is_proxied,

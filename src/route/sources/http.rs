@@ -22,7 +22,7 @@ use crate::route::Answer;
 use super::auth_http::{self, Verdict};
 use crate::route::directory::answer;
 use crate::route::proof::{Identity, SentPassword};
-use crate::route::question::{Question, Visitor};
+use crate::route::question::{Question, LoginContext};
 use crate::route::target::{At, Declared, Denied, Fields, Login, Place, Target};
 use crate::config::{self, ANSWER_FIELDS, BackendId, Config, Host, HttpStyle, Network, Problem, Server};
 use crate::identity::{Proof, UserName};
@@ -192,7 +192,7 @@ impl Http {
         Ok(request)
     }
 
-    fn nginx(&self, question: &Question, visitor: &Visitor) -> Result<Request<Full<Bytes>>, String> {
+    fn nginx(&self, question: &Question, visitor: &LoginContext) -> Result<Request<Full<Bytes>>, String> {
         let mut request = self.client.request(Method::GET, Vec::new())?;
         request.headers_mut().extend(auth_http::question(question, visitor, self.client_certificate)?);
         Ok(request)
