@@ -9,7 +9,7 @@ use std::task::{Context, Poll, Waker};
 
 use vestibule::config::{self, Config, RegexRule, Route};
 use vestibule::metrics::{Metrics, Names};
-use vestibule::route::{At, Question, RouteError, Router, Target};
+use vestibule::route::{At, LookupRequest, RouteError, Router, Target};
 use vestibule::template::Template;
 
 /// Marks the beginning and the end of a value. Neither occurs in the input.
@@ -73,7 +73,7 @@ fn regex_target(to: &str, user: &str) {
     *rules = vec![RegexRule { pattern: PATTERN.to_owned(), to: to.to_owned(), place }];
     let Ok(router) = Router::build(&config, metrics, None) else { return };
     let fields = |user: &str| {
-        let question = Question { user: user.into(), visitor: None };
+        let question = LookupRequest { user: user.into(), visitor: None };
         let Poll::Ready(routed) = pin!(router.route(&question, metrics)).poll(&mut Context::from_waker(Waker::noop()))
         else {
             unreachable!("nothing is asked over a network")

@@ -13,7 +13,7 @@ use tokio_util::task::TaskTracker;
 
 use crate::backend::OwnAddresses;
 use crate::identity::UserName;
-use crate::route::{Answer, At, Origin, Question, Target};
+use crate::route::{Answer, At, Origin, LookupRequest, Target};
 use crate::snapshot::Snapshot;
 
 /// The text for `user`, and whether a server would be asked to log the user in.
@@ -29,7 +29,7 @@ pub async fn explain(live: &Snapshot, user: &UserName) -> (String, bool) {
     line(&mut text, format_args!("asked as {}", names.routing));
     let (tasks, stop) = (TaskTracker::new(), CancellationToken::new());
     live.router.start_once(&Handle::current());
-    let question = Question { user: names.routing, visitor: None };
+    let question = LookupRequest { user: names.routing, visitor: None };
     let mut found = None;
     for step in live.router.explain(&question).await {
         let answer = match &step.answer {
@@ -129,7 +129,7 @@ async fn place(live: &Snapshot, user: &UserName) -> String {
         Ok(names) => names,
         Err(refused) => return refused.to_string(),
     };
-    let question = Question { user: names.routing, visitor: None };
+    let question = LookupRequest { user: names.routing, visitor: None };
     match timeout(live.limits.lookup, live.router.route(&question, &live.metrics)).await {
         Ok(Ok(routed)) => describe(live, &routed.target),
         Ok(Err(error)) => error.to_string(),

@@ -18,7 +18,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::cache::{Cache, Kept, Looked};
 use super::directory::Directory;
-use super::question::Question;
+use super::question::LookupRequest;
 use super::target::Declared;
 use super::{Answer, Origin, warm};
 use crate::config;
@@ -222,7 +222,7 @@ impl Asked {
     }
 
     /// The answer, and where it is from.
-    pub(super) async fn lookup(self: &Arc<Self>, question: Question) -> (Answer, Origin) {
+    pub(super) async fn lookup(self: &Arc<Self>, question: LookupRequest) -> (Answer, Origin) {
         let Some(cache) = &self.cache else { return (self.landed(self.ask_elsewhere(question)).await, Origin::Asked) };
         let user = question.user;
         let now = Instant::now();
@@ -283,7 +283,7 @@ impl Asked {
         let landing = Landing { asked: self.clone(), user: user.clone(), flight: flight.clone() };
         self.spawn(async move {
             let asked = &landing.asked;
-            let answer = asked.ask(&Question { user: landing.user.clone(), visitor: None }).await;
+            let answer = asked.ask(&LookupRequest { user: landing.user.clone(), visitor: None }).await;
             if let (Some(cache), Some(since)) = (&asked.cache, since) {
                 let user = landing.user.clone();
                 match &answer {
@@ -300,7 +300,7 @@ impl Asked {
         flight
     }
 
-    fn ask_elsewhere(self: &Arc<Self>, question: Question) -> Flight {
+    fn ask_elsewhere(self: &Arc<Self>, question: LookupRequest) -> Flight {
         if self.is_stalled() {
             return watch::channel(Some(self.stalled())).1;
         }
@@ -321,7 +321,7 @@ impl Asked {
     }
 
     /// One question, within the deadline.
-    async fn ask(&self, question: &Question) -> Answer {
+    async fn ask(&self, question: &LookupRequest) -> Answer {
         let began = Instant::now();
         let budget = Budget::of(self.timeout);
         let mut waited = self.timeout;

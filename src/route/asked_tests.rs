@@ -9,7 +9,7 @@ use tokio::sync::Semaphore;
 
 use super::asked::Asked;
 use super::directory::Directory;
-use super::question::Question;
+use super::question::LookupRequest;
 use super::target::{Declared, Target};
 use super::{Answer, Origin};
 use crate::config::{Asking, BackendId, Cache, Located, Place};
@@ -31,7 +31,7 @@ impl Scripted {
         Self { answers: Arc::default(), asked: Arc::default(), let_through }
     }
 
-    pub(super) async fn ask(&self, question: &Question) -> Answer {
+    pub(super) async fn ask(&self, question: &LookupRequest) -> Answer {
         self.asked.fetch_add(1, Ordering::SeqCst);
         let _leave = self.let_through.acquire().await.unwrap();
         self.answers.lock().unwrap().get(&*question.user).cloned().unwrap_or(Answer::Unknown)
@@ -54,8 +54,8 @@ fn failed() -> Answer {
     Answer::Failed("down".to_owned())
 }
 
-fn question(user: &str) -> Question {
-    Question { user: user.into(), visitor: None }
+fn question(user: &str) -> LookupRequest {
+    LookupRequest { user: user.into(), visitor: None }
 }
 
 /// Closed until it is dropped: lookups wait at the directory.

@@ -2,7 +2,7 @@
 //!
 //! All are built without a word to anybody and connect when they are first asked. Called by `asked`.
 
-use super::question::Question;
+use super::question::LookupRequest;
 use super::target::Target;
 use super::Answer;
 use super::sources::{dns, http, ldap, redis, sql};
@@ -24,7 +24,7 @@ pub(super) enum Directory {
 
 impl Directory {
     /// One question. The caller ends it at the deadline of `budget`, and bounds how many are asked at a time.
-    pub(super) async fn ask(&self, question: &Question, budget: &Budget) -> Answer {
+    pub(super) async fn ask(&self, question: &LookupRequest, budget: &Budget) -> Answer {
         let answer = match self {
             Self::Sql(sql) => sql.ask(question, budget).await,
             Self::Ldap(ldap) => ldap.ask(question, budget).await,

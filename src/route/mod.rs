@@ -31,7 +31,7 @@ use tokio_util::task::TaskTracker;
 use self::asked::Asked;
 use self::directory::Directory;
 pub use self::proof::Identity;
-pub use self::question::{Question, LoginContext, LoginTls};
+pub use self::question::{LookupRequest, LoginContext, LoginTls};
 use self::reuse::Inputs;
 use self::target::Declared;
 pub use self::target::{At, Denied, Login, Place, Target};
@@ -74,7 +74,7 @@ enum Source {
 }
 
 impl Source {
-    async fn lookup(&self, question: &Question) -> (Answer, Origin) {
+    async fn lookup(&self, question: &LookupRequest) -> (Answer, Origin) {
         let user = &*question.user;
         let answer = match self {
             Self::Table(table) => table.lookup(user),
@@ -270,7 +270,7 @@ impl Router {
     ///
     /// # Errors
     /// [`RouteError::Unknown`] and [`RouteError::Failed`] are never mixed: see the module's text.
-    pub async fn route(&self, question: &Question, metrics: &Metrics) -> Result<Routed<'_>, RouteError> {
+    pub async fn route(&self, question: &LookupRequest, metrics: &Metrics) -> Result<Routed<'_>, RouteError> {
         for (index, (label, source)) in self.routes.iter().enumerate() {
             let asked = Instant::now();
             let (answer, _) = source.lookup(question).await;
@@ -285,7 +285,7 @@ impl Router {
     }
 
     /// Asks the sources as [`Router::route`] does, and keeps every answer.
-    pub async fn explain(&self, question: &Question) -> Vec<Explained<'_>> {
+    pub async fn explain(&self, question: &LookupRequest) -> Vec<Explained<'_>> {
         let mut explained = Vec::new();
         for (label, source) in &self.routes {
             let asked = Instant::now();

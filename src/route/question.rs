@@ -7,7 +7,7 @@ use crate::identity::Credentials;
 
 /// A question to a source.
 #[derive(Debug, Clone)]
-pub struct Question {
+pub struct LookupRequest {
     /// The user's routing name.
     pub user: Arc<str>,
     /// Who asks. Absent where the answer is kept for others: it may depend on nothing but the user then.

@@ -10,7 +10,7 @@ use tokio::time::{self, Instant, timeout};
 use super::views::{ProcessStatus, ServerError, ServerStatus, SessionList, SessionView};
 use super::{Snapshot, Running};
 use crate::identity::UserName;
-use crate::route::{Question, RouteError, Target};
+use crate::route::{LookupRequest, RouteError, Target};
 use crate::session_registry::{LoginHold, RegisteredSession, SessionState, CancelReason};
 
 /// Timeout for sessions that are ended to be gone; a session that takes longer is stuck in the kernel.
@@ -255,8 +255,8 @@ impl Running {
     }
 }
 
-fn question(live: &Snapshot, user: &str) -> anyhow::Result<Question> {
+fn question(live: &Snapshot, user: &str) -> anyhow::Result<LookupRequest> {
     let name = UserName::new(user.as_bytes())?;
     let names = live.config.naming.names(&name).map_err(|refused| anyhow::anyhow!("{refused}"))?;
-    Ok(Question { user: names.routing, visitor: None })
+    Ok(LookupRequest { user: names.routing, visitor: None })
 }

@@ -26,7 +26,7 @@ use crate::protocol::imap::client_id::ClientId;
 use crate::protocol::imap::prelogin::{Bye, LoginRequest, Prelogin, Step};
 use crate::protocol::imap::tag::Tag;
 use crate::protocol::imap::{reply, sasl};
-use crate::route::{Question, RouteError, Routed, Target, LoginContext, LoginTls};
+use crate::route::{LookupRequest, RouteError, Routed, Target, LoginContext, LoginTls};
 use crate::session_registry::{SessionInfo, RegisterError, SessionHandle, CancelReason};
 use crate::snapshot::Snapshot;
 use crate::stream::Stream;
@@ -465,7 +465,7 @@ impl Session {
         }
     }
 
-    fn question(&self, names: &Names, login: &LoginRequest, stream: &Stream) -> Question {
+    fn question(&self, names: &Names, login: &LoginRequest, stream: &Stream) -> LookupRequest {
         let asks_certificate = || self.live.tls.as_ref().is_some_and(|tls| tls.asks_certificate(self.listener));
         let visitor = self.live.router.wants_visitor().then(|| {
             Arc::new(LoginContext {
@@ -483,6 +483,6 @@ impl Session {
                 credentials: login.credentials.clone(),
             })
         });
-        Question { user: names.routing.clone(), visitor }
+        LookupRequest { user: names.routing.clone(), visitor }
     }
 }

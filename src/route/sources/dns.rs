@@ -13,7 +13,7 @@ use tokio::sync::OnceCell;
 
 use crate::route::Answer;
 use crate::route::directory::answer;
-use crate::route::question::Question;
+use crate::route::question::LookupRequest;
 use crate::route::target::{Declared, Fields};
 use crate::config::{self, Config, DnsQuestion};
 use crate::lookup::dns;
@@ -43,7 +43,7 @@ impl Dns {
         Self { question: dns.question.clone(), resolver, connected: OnceCell::new(), declared }
     }
 
-    pub(in crate::route) async fn ask(&self, question: &Question) -> Answer {
+    pub(in crate::route) async fn ask(&self, question: &LookupRequest) -> Answer {
         let (DnsQuestion::Txt(template) | DnsQuestion::Srv(template)) = &self.question;
         let Some(name) = filled(template, &question.user) else { return Answer::Unknown };
         let connect = || async { dns::resolver(&self.resolver.servers, self.resolver.timeout) };

@@ -22,7 +22,7 @@ use crate::route::Answer;
 use super::auth_http::{self, Verdict};
 use crate::route::directory::answer;
 use crate::route::proof::{Identity, SentPassword};
-use crate::route::question::{Question, LoginContext};
+use crate::route::question::{LookupRequest, LoginContext};
 use crate::route::target::{At, Declared, Denied, Fields, Login, Place, Target};
 use crate::config::{self, ANSWER_FIELDS, BackendId, Config, Host, HttpStyle, Network, Problem, Server};
 use crate::identity::{Proof, UserName};
@@ -119,7 +119,7 @@ impl Http {
         })
     }
 
-    pub(in crate::route) async fn ask(&self, question: &Question, budget: &Budget) -> Answer {
+    pub(in crate::route) async fn ask(&self, question: &LookupRequest, budget: &Budget) -> Answer {
         let asked = match self.style {
             HttpStyle::Json => self.ask_json(question, budget).await,
             HttpStyle::NginxAuthHttp => self.ask_nginx(question, budget).await,
@@ -132,7 +132,7 @@ impl Http {
         self.client.retire();
     }
 
-    async fn ask_json(&self, question: &Question, budget: &Budget) -> Result<Answer, String> {
+    async fn ask_json(&self, question: &LookupRequest, budget: &Budget) -> Result<Answer, String> {
         let credentials = question.visitor.as_deref().map(|visitor| &visitor.credentials);
         let sent = credentials.filter(|_| self.password).and_then(SentPassword::of);
         let request = self.json(question, sent.as_ref())?;
@@ -141,7 +141,7 @@ impl Http {
         Ok(self.read_json(head.status, &body, sent))
     }
 
-    async fn ask_nginx(&self, question: &Question, budget: &Budget) -> Result<Answer, String> {
+    async fn ask_nginx(&self, question: &LookupRequest, budget: &Budget) -> Result<Answer, String> {
         // The command `route` has no password to ask with.
         let visitor = question.visitor.as_ref().ok_or("this style is asked with a client's password only")?;
         if matches!(visitor.credentials.proof, Proof::Message(_)) {
@@ -164,7 +164,7 @@ impl Http {
         }
     }
 
-    fn json(&self, question: &Question, sent: Option<&SentPassword<'_>>) -> Result<Request<Full<Bytes>>, String> {
+    fn json(&self, question: &LookupRequest, sent: Option<&SentPassword<'_>>) -> Result<Request<Full<Bytes>>, String> {
         let visitor = question.visitor.as_deref();
         let password = sent.map(|password| std::str::from_utf8(password.expose())).transpose();
         let asked = Asked {
@@ -192,7 +192,7 @@ impl Http {
         Ok(request)
     }
 
-    fn nginx(&self, question: &Question, visitor: &LoginContext) -> Result<Request<Full<Bytes>>, String> {
+    fn nginx(&self, question: &LookupRequest, visitor: &LoginContext) -> Result<Request<Full<Bytes>>, String> {
         let mut request = self.client.request(Method::GET, Vec::new())?;
         request.headers_mut().extend(auth_http::question(question, visitor, self.client_certificate)?);
         Ok(request)

@@ -19,7 +19,7 @@ use zeroize::Zeroizing;
 use crate::route::Answer;
 use crate::route::directory::answer;
 use crate::route::idle::IdleConnections;
-use crate::route::question::Question;
+use crate::route::question::LookupRequest;
 use crate::route::target::{Declared, Fields};
 use crate::config::{self, Config, LdapScope, Problem};
 use crate::lookup::hedge::{Budget, hedged};
@@ -87,7 +87,7 @@ impl Directory {
         })
     }
 
-    pub(in crate::route) async fn ask(&self, question: &Question, budget: &Budget) -> Answer {
+    pub(in crate::route) async fn ask(&self, question: &LookupRequest, budget: &Budget) -> Answer {
         match self.entry(&question.user, budget).await {
             Err(error) => Answer::Failed(error.to_string().replace(char::is_control, " ")),
             Ok(None) => Answer::Unknown,

@@ -22,7 +22,7 @@ use zeroize::Zeroizing;
 
 use crate::route::Answer;
 use crate::route::directory::answer;
-use crate::route::question::Question;
+use crate::route::question::LookupRequest;
 use crate::route::target::Declared;
 use crate::config::{self, Config, Located, Problem, RedisPlace};
 use crate::lookup::hedge::{Budget, SharedConnection, Unanswered, hedged};
@@ -81,7 +81,7 @@ impl Redis {
         })
     }
 
-    pub(in crate::route) async fn ask(&self, question: &Question, budget: &Budget) -> Answer {
+    pub(in crate::route) async fn ask(&self, question: &LookupRequest, budget: &Budget) -> Answer {
         let key = self.key.fill(&question.user, str::to_owned);
         let command = match &self.field {
             Some(field) => Cmd::hget(key, field),

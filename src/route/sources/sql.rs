@@ -35,7 +35,7 @@ use tokio_util::sync::CancellationToken;
 use crate::route::Answer;
 use crate::route::directory::answer;
 use crate::route::idle::IdleConnections;
-use crate::route::question::Question;
+use crate::route::question::LookupRequest;
 use crate::route::target::{Declared, Fields};
 use crate::config::{self, ANSWER_FIELDS, Config, Problem};
 use crate::lookup::hedge::{Budget, hedged};
@@ -130,7 +130,7 @@ impl Sql {
         Ok(Self { server, query, variables, declared })
     }
 
-    pub(in crate::route) async fn ask(&self, question: &Question, budget: &Budget) -> Answer {
+    pub(in crate::route) async fn ask(&self, question: &LookupRequest, budget: &Budget) -> Answer {
         let values = self.variables.iter().map(|variable| variable.of(&question.user).to_owned()).collect::<Vec<_>>();
         let read = match &self.server {
             Server::Postgres(connections) => connections.row(&self.query, &values, budget).await,
