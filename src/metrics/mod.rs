@@ -18,7 +18,7 @@ use prometheus::{Histogram, IntCounter, IntGauge, TextEncoder};
 
 use self::families::Families;
 pub use self::guard::{PolicyAnswer, PolicyCommand};
-pub use self::route::{LookupResult, RouteMetrics};
+pub use self::route::{LookupOutcome, RouteMetrics};
 use self::server::ServerFamilies;
 pub use self::server::{CheckMetrics, ServerMetrics};
 use crate::failure::Reason;

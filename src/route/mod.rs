@@ -36,7 +36,7 @@ use self::reuse::Inputs;
 use self::target::Declared;
 pub use self::target::{At, Denied, Login, Place, Target};
 use crate::config::{self, Config, Problem};
-use crate::metrics::{LookupResult, Metrics};
+use crate::metrics::{LookupOutcome, Metrics};
 
 /// What a source says of a user.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -348,10 +348,10 @@ fn source(
     })
 }
 
-fn result(answer: &Answer) -> LookupResult {
+fn result(answer: &Answer) -> LookupOutcome {
     match answer {
-        Answer::Found(_) => LookupResult::Found,
-        Answer::Unknown => LookupResult::Unknown,
-        Answer::Failed(_) => LookupResult::Failed,
+        Answer::Found(_) => LookupOutcome::Found,
+        Answer::Unknown => LookupOutcome::Unknown,
+        Answer::Failed(_) => LookupOutcome::Failed,
     }
 }
