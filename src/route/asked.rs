@@ -20,7 +20,7 @@ use super::cache::{Cache, Kept, Looked};
 use super::directory::Directory;
 use super::question::LookupRequest;
 use super::target::Declared;
-use super::{Answer, Origin, warm};
+use super::{LookupResult, Origin, warm};
 use crate::config;
 use crate::deadline::Deadline;
 use crate::lookup::hedge::Budget;
@@ -64,7 +64,7 @@ pub(super) struct Asked {
 }
 
 /// A question under way: the answer, once it is there.
-type Flight = watch::Receiver<Option<Answer>>;
+type Flight = watch::Receiver<Option<LookupResult>>;
 
 impl Asked {
     /// Asks nothing yet.
@@ -222,7 +222,7 @@ impl Asked {
     }
 
     /// The answer, and where it is from.
-    pub(super) async fn lookup(self: &Arc<Self>, question: LookupRequest) -> (Answer, Origin) {
+    pub(super) async fn lookup(self: &Arc<Self>, question: LookupRequest) -> (LookupResult, Origin) {
         let Some(cache) = &self.cache else { return (self.landed(self.ask_elsewhere(question)).await, Origin::Asked) };
         let user = question.user;
         let now = Instant::now();
@@ -234,7 +234,7 @@ impl Asked {
             }
             Looked::Stale(kept) if self.is_resting(now) => (self.stale(&kept), Origin::Stale(now - kept.asked)),
             Looked::Stale(kept) => match self.landed(self.fly(&user)).await {
-                Answer::Failed(_) => (self.stale(&kept), Origin::Stale(now - kept.asked)),
+                LookupResult::Failed(_) => (self.stale(&kept), Origin::Stale(now - kept.asked)),
                 answer => (answer, Origin::Asked),
             },
             Looked::Nothing => {
@@ -244,12 +244,12 @@ impl Asked {
         }
     }
 
-    fn kept(&self, kept: &Kept) -> Answer {
+    fn kept(&self, kept: &Kept) -> LookupResult {
         self.metrics.cache_hit();
         answer(kept)
     }
 
-    fn stale(&self, kept: &Kept) -> Answer {
+    fn stale(&self, kept: &Kept) -> LookupResult {
         self.metrics.stale_answer();
         answer(kept)
     }
@@ -287,9 +287,9 @@ impl Asked {
             if let (Some(cache), Some(since)) = (&asked.cache, since) {
                 let user = landing.user.clone();
                 match &answer {
-                    Answer::Found(target) => cache.keep_current(user, Some(target.clone()), Instant::now(), since),
-                    Answer::Unknown => cache.keep_current(user, None, Instant::now(), since),
-                    Answer::Failed(_) => {}
+                    LookupResult::Found(target) => cache.keep_current(user, Some(target.clone()), Instant::now(), since),
+                    LookupResult::Unknown => cache.keep_current(user, None, Instant::now(), since),
+                    LookupResult::Failed(_) => {}
                 }
                 asked.metrics.set_cached(cache.len());
             }
@@ -321,7 +321,7 @@ impl Asked {
     }
 
     /// One question, within the deadline.
-    async fn ask(&self, question: &LookupRequest) -> Answer {
+    async fn ask(&self, question: &LookupRequest) -> LookupResult {
         let began = Instant::now();
         let budget = Budget::of(self.timeout);
         let mut waited = self.timeout;
@@ -334,7 +334,7 @@ impl Asked {
             let busy =
                 if waited < BUSY { String::new() } else { format!(", {waited:.1?} of it for a free connection") };
             let stage = if expired.is_connecting { ": the connection was not established" } else { "" };
-            Answer::Failed(format!("no answer within {:?}{busy}{stage}", self.timeout))
+            LookupResult::Failed(format!("no answer within {:?}{busy}{stage}", self.timeout))
         });
         self.metrics.asked(began.elapsed());
         self.note(&answer);
@@ -342,7 +342,7 @@ impl Asked {
     }
 
     /// Waits for the answer of a lookup, or until its thread has not even reported the timeout.
-    async fn landed(&self, mut flight: Flight) -> Answer {
+    async fn landed(&self, mut flight: Flight) -> LookupResult {
         let due = Deadline::after(self.timeout + GRACE);
         let Ok(answer) = due.limit(flight.wait_for(Option::is_some)).await else {
             if let Some(thread) = self.thread.get() {
@@ -353,21 +353,21 @@ impl Asked {
             return answer;
         };
         let answer = answer.ok().and_then(|answer| answer.clone());
-        answer.unwrap_or_else(|| Answer::Failed("the question was given up".to_owned()))
+        answer.unwrap_or_else(|| LookupResult::Failed("the question was given up".to_owned()))
     }
 
     fn is_stalled(&self) -> bool {
         self.thread.get().is_some_and(LookupThread::is_stalled)
     }
 
-    fn stalled(&self) -> Answer {
-        Answer::Failed(format!("no answer within {:?}: the thread of the directory does not respond", self.timeout))
+    fn stalled(&self) -> LookupResult {
+        LookupResult::Failed(format!("no answer within {:?}: the thread of the directory does not respond", self.timeout))
     }
 
     /// Reports the first failure and the first success after it.
-    fn note(&self, answer: &Answer) {
+    fn note(&self, answer: &LookupResult) {
         let mut failed = self.failed.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Answer::Failed(reason) = answer {
+        if let LookupResult::Failed(reason) = answer {
             if failed.is_none() {
                 tracing::warn!(route = self.metrics.label(), %reason, "a route's source fails");
             }
@@ -401,6 +401,6 @@ impl Drop for Landing {
     }
 }
 
-fn answer(kept: &Kept) -> Answer {
-    kept.target.clone().map_or(Answer::Unknown, Answer::Found)
+fn answer(kept: &Kept) -> LookupResult {
+    kept.target.clone().map_or(LookupResult::Unknown, LookupResult::Found)
 }

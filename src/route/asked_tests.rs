@@ -11,7 +11,7 @@ use super::asked::Asked;
 use super::directory::Directory;
 use super::question::LookupRequest;
 use super::target::{Declared, Target};
-use super::{Answer, Origin};
+use super::{LookupResult, Origin};
 use crate::config::{Asking, BackendId, Cache, Located, Place};
 use crate::metrics::{Metrics, Names};
 
@@ -20,7 +20,7 @@ const HOUR: Duration = Duration::from_secs(3600);
 /// Answers by heart, as often as it is let.
 #[derive(Debug, Clone)]
 pub(super) struct Scripted {
-    answers: Arc<Mutex<HashMap<String, Answer>>>,
+    answers: Arc<Mutex<HashMap<String, LookupResult>>>,
     asked: Arc<AtomicUsize>,
     let_through: Arc<Semaphore>,
 }
@@ -31,13 +31,13 @@ impl Scripted {
         Self { answers: Arc::default(), asked: Arc::default(), let_through }
     }
 
-    pub(super) async fn ask(&self, question: &LookupRequest) -> Answer {
+    pub(super) async fn ask(&self, question: &LookupRequest) -> LookupResult {
         self.asked.fetch_add(1, Ordering::SeqCst);
         let _leave = self.let_through.acquire().await.unwrap();
-        self.answers.lock().unwrap().get(&*question.user).cloned().unwrap_or(Answer::Unknown)
+        self.answers.lock().unwrap().get(&*question.user).cloned().unwrap_or(LookupResult::Unknown)
     }
 
-    fn says(&self, user: &str, answer: Answer) {
+    fn says(&self, user: &str, answer: LookupResult) {
         self.answers.lock().unwrap().insert(user.to_owned(), answer);
     }
 
@@ -46,12 +46,12 @@ impl Scripted {
     }
 }
 
-fn found(backend: usize) -> Answer {
-    Answer::Found(Target::backend(BackendId(backend)).into())
+fn found(backend: usize) -> LookupResult {
+    LookupResult::Found(Target::backend(BackendId(backend)).into())
 }
 
-fn failed() -> Answer {
-    Answer::Failed("down".to_owned())
+fn failed() -> LookupResult {
+    LookupResult::Failed("down".to_owned())
 }
 
 fn question(user: &str) -> LookupRequest {
@@ -66,7 +66,7 @@ fn gate(scripted: &Scripted) -> tokio::sync::OwnedSemaphorePermit {
 }
 
 /// A lookup of `user` that waits at the directory.
-async fn in_flight(asked: &Arc<Asked>, scripted: &Scripted, user: &'static str) -> tokio::task::JoinHandle<Answer> {
+async fn in_flight(asked: &Arc<Asked>, scripted: &Scripted, user: &'static str) -> tokio::task::JoinHandle<LookupResult> {
     let (before, asking) = (scripted.asked(), asked.clone());
     let lookup = tokio::spawn(async move { asking.lookup(question(user)).await.0 });
     while scripted.asked() == before {
@@ -109,7 +109,7 @@ async fn a_kept_answer_needs_no_question() {
     assert_eq!(answer, found(0));
     assert!(matches!(origin, Origin::Cache(_)));
     for _ in 0..3 {
-        assert_eq!(asked.lookup(question("bob")).await.0, Answer::Unknown);
+        assert_eq!(asked.lookup(question("bob")).await.0, LookupResult::Unknown);
     }
     assert_eq!(scripted.asked(), 2, "alice once, bob once");
 }
@@ -190,7 +190,7 @@ async fn a_directory_that_hangs_fails_in_time_and_says_why() {
     let (first, second) = (lookup("alice"), lookup("bob"));
     let mut reasons = Vec::new();
     for answer in [first.await.unwrap(), second.await.unwrap()] {
-        let Answer::Failed(reason) = answer else { panic!("{answer:?}") };
+        let LookupResult::Failed(reason) = answer else { panic!("{answer:?}") };
         reasons.push(reason);
     }
     assert_eq!(reasons[0], "no answer within 300ms");
@@ -212,7 +212,7 @@ async fn an_answer_older_than_a_reload_is_not_kept() {
     let new = Arc::new(patient(&scripted).with_answers_of(Some(&old)));
     new.start(tokio::runtime::Handle::current());
     drop(gate);
-    assert_eq!((alice.await.unwrap(), bob.await.unwrap()), (found(0), Answer::Unknown));
+    assert_eq!((alice.await.unwrap(), bob.await.unwrap()), (found(0), LookupResult::Unknown));
     // Nobody waits for the renewal; it is over when no lookup is in flight.
     while old.is_asking(8) {
         tokio::task::yield_now().await;

@@ -4,7 +4,7 @@
 
 use super::question::LookupRequest;
 use super::target::Target;
-use super::Answer;
+use super::LookupResult;
 use super::sources::{dns, http, ldap, redis, sql};
 use crate::lookup::hedge::Budget;
 use crate::tls;
@@ -24,7 +24,7 @@ pub(super) enum Directory {
 
 impl Directory {
     /// One question. The caller ends it at the deadline of `budget`, and bounds how many are asked at a time.
-    pub(super) async fn ask(&self, question: &LookupRequest, budget: &Budget) -> Answer {
+    pub(super) async fn ask(&self, question: &LookupRequest, budget: &Budget) -> LookupResult {
         let answer = match self {
             Self::Sql(sql) => sql.ask(question, budget).await,
             Self::Ldap(ldap) => ldap.ask(question, budget).await,
@@ -35,7 +35,7 @@ impl Directory {
             Self::Scripted(scripted) => scripted.ask(question).await,
         };
         match answer {
-            Answer::Failed(reason) => Answer::Failed(tls::explained(reason)),
+            LookupResult::Failed(reason) => LookupResult::Failed(tls::explained(reason)),
             other => other,
         }
     }
@@ -64,10 +64,10 @@ impl Directory {
 }
 
 /// A checked answer, from what [`Declared`] made of it.
-pub(super) fn answer(read: Result<Option<Target>, String>) -> Answer {
+pub(super) fn answer(read: Result<Option<Target>, String>) -> LookupResult {
     match read {
-        Ok(Some(target)) => Answer::Found(target.into()),
-        Ok(None) => Answer::Unknown,
-        Err(reason) => Answer::Failed(reason),
+        Ok(Some(target)) => LookupResult::Found(target.into()),
+        Ok(None) => LookupResult::Unknown,
+        Err(reason) => LookupResult::Failed(reason),
     }
 }

@@ -40,7 +40,7 @@ use crate::metrics::{LookupOutcome, Metrics};
 
 /// What a source says of a user.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Answer {
+pub enum LookupResult {
     /// The source knows the user.
     Found(Arc<Target>),
     /// The source does not know the user.
@@ -74,14 +74,14 @@ enum Source {
 }
 
 impl Source {
-    async fn lookup(&self, question: &LookupRequest) -> (Answer, Origin) {
+    async fn lookup(&self, question: &LookupRequest) -> (LookupResult, Origin) {
         let user = &*question.user;
         let answer = match self {
             Self::Table(table) => table.lookup(user),
             Self::Domain(domains) => domains.lookup(user),
             Self::Regex(rules) => rules.lookup(user),
             Self::Hash(hash) => hash.lookup(user),
-            Self::Default(target) => Answer::Found(target.clone()),
+            Self::Default(target) => LookupResult::Found(target.clone()),
             Self::Asked(asked, _) => return asked.lookup(question.clone()).await,
         };
         (answer, Origin::Memory)
@@ -125,7 +125,7 @@ pub struct Explained<'a> {
     /// Label of the route.
     pub route: &'a str,
     /// What it said.
-    pub answer: Answer,
+    pub answer: LookupResult,
     /// From where.
     pub origin: Origin,
     /// How long it took.
@@ -276,9 +276,9 @@ impl Router {
             let (answer, _) = source.lookup(question).await;
             metrics.route(index).answered(result(&answer), asked.elapsed());
             match answer {
-                Answer::Found(target) => return Ok(Routed { target, route: label }),
-                Answer::Unknown => {}
-                Answer::Failed(reason) => return Err(RouteError::Failed { route: label.to_string(), reason }),
+                LookupResult::Found(target) => return Ok(Routed { target, route: label }),
+                LookupResult::Unknown => {}
+                LookupResult::Failed(reason) => return Err(RouteError::Failed { route: label.to_string(), reason }),
             }
         }
         Err(RouteError::Unknown)
@@ -290,7 +290,7 @@ impl Router {
         for (label, source) in &self.routes {
             let asked = Instant::now();
             let (answer, origin) = source.lookup(question).await;
-            let last = answer != Answer::Unknown;
+            let last = answer != LookupResult::Unknown;
             explained.push(Explained { route: label, answer, origin, took: asked.elapsed() });
             if last {
                 break;
@@ -348,10 +348,10 @@ fn source(
     })
 }
 
-fn result(answer: &Answer) -> LookupOutcome {
+fn result(answer: &LookupResult) -> LookupOutcome {
     match answer {
-        Answer::Found(_) => LookupOutcome::Found,
-        Answer::Unknown => LookupOutcome::Unknown,
-        Answer::Failed(_) => LookupOutcome::Failed,
+        LookupResult::Found(_) => LookupOutcome::Found,
+        LookupResult::Unknown => LookupOutcome::Unknown,
+        LookupResult::Failed(_) => LookupOutcome::Failed,
     }
 }

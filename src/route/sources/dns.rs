@@ -11,7 +11,7 @@ use hickory_resolver::proto::op::ResponseCode;
 use hickory_resolver::proto::rr::RData;
 use tokio::sync::OnceCell;
 
-use crate::route::Answer;
+use crate::route::LookupResult;
 use crate::route::directory::answer;
 use crate::route::question::LookupRequest;
 use crate::route::target::{Declared, Fields};
@@ -43,13 +43,13 @@ impl Dns {
         Self { question: dns.question.clone(), resolver, connected: OnceCell::new(), declared }
     }
 
-    pub(in crate::route) async fn ask(&self, question: &LookupRequest) -> Answer {
+    pub(in crate::route) async fn ask(&self, question: &LookupRequest) -> LookupResult {
         let (DnsQuestion::Txt(template) | DnsQuestion::Srv(template)) = &self.question;
-        let Some(name) = filled(template, &question.user) else { return Answer::Unknown };
+        let Some(name) = filled(template, &question.user) else { return LookupResult::Unknown };
         let connect = || async { dns::resolver(&self.resolver.servers, self.resolver.timeout) };
         let resolver = match self.connected.get_or_try_init(connect).await {
             Ok(resolver) => resolver,
-            Err(error) => return Answer::Failed(error),
+            Err(error) => return LookupResult::Failed(error),
         };
         // The dot at the end keeps the system's search domains out.
         let name = format!("{name}.");
@@ -65,7 +65,7 @@ impl Dns {
         }
     }
 
-    fn text<'a>(&self, records: impl Iterator<Item = &'a RData>) -> Answer {
+    fn text<'a>(&self, records: impl Iterator<Item = &'a RData>) -> LookupResult {
         let texts: Vec<String> = records
             .filter_map(|record| match record {
                 // The strings of a record are one text (RFC 7208 section 3.3 has the same).
@@ -74,33 +74,33 @@ impl Dns {
             })
             .collect();
         match &texts[..] {
-            [] => Answer::Unknown,
+            [] => LookupResult::Unknown,
             [text] => answer(self.declared.text(text)),
-            _ => Answer::Failed(format!("{} TXT records, one is expected", texts.len())),
+            _ => LookupResult::Failed(format!("{} TXT records, one is expected", texts.len())),
         }
     }
 
-    fn service<'a>(&self, records: impl Iterator<Item = &'a RData>) -> Answer {
+    fn service<'a>(&self, records: impl Iterator<Item = &'a RData>) -> LookupResult {
         let services = records.filter_map(|record| match record {
             // RFC 2782: a target of "." says that the service does not exist.
             RData::SRV(srv) if !srv.target.is_root() => Some(srv),
             _ => None,
         });
-        let Some(first) = services.min_by_key(|srv| srv.priority) else { return Answer::Unknown };
+        let Some(first) = services.min_by_key(|srv| srv.priority) else { return LookupResult::Unknown };
         let target = first.target.to_ascii().trim_end_matches('.').to_ascii_lowercase();
         answer(self.declared.fields(Fields { backend: Some(&target), ..Fields::default() }))
     }
 }
 
 /// Only a server that says that there is nothing knows it.
-fn no_answer(error: &NetError) -> Answer {
+fn no_answer(error: &NetError) -> LookupResult {
     match error {
         NetError::Dns(DnsError::NoRecordsFound(nothing))
             if matches!(nothing.response_code, ResponseCode::NXDomain | ResponseCode::NoError) =>
         {
-            Answer::Unknown
+            LookupResult::Unknown
         }
-        error => Answer::Failed(error.to_string()),
+        error => LookupResult::Failed(error.to_string()),
     }
 }
 

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use crate::route::Answer;
+use crate::route::LookupResult;
 use crate::route::target::Target;
 use crate::config::BackendId;
 
@@ -18,9 +18,9 @@ impl Domains {
     }
 
     /// A name without `@`, or with an undeclared domain, is unknown.
-    pub(in crate::route) fn lookup(&self, user: &str) -> Answer {
+    pub(in crate::route) fn lookup(&self, user: &str) -> LookupResult {
         let target = user.rsplit_once('@').and_then(|(_, domain)| self.0.get(domain));
-        target.cloned().map_or(Answer::Unknown, Answer::Found)
+        target.cloned().map_or(LookupResult::Unknown, LookupResult::Found)
     }
 
     /// Number of domains.
@@ -36,11 +36,11 @@ mod tests {
     #[test]
     fn the_last_at_sign_counts() {
         let domains = Domains::new(&BTreeMap::from([("a.test".into(), BackendId(0)), ("b.test".into(), BackendId(1))]));
-        let found = |index| Answer::Found(Target::backend(BackendId(index)).into());
+        let found = |index| LookupResult::Found(Target::backend(BackendId(index)).into());
         assert_eq!(domains.lookup("alice@a.test"), found(0));
         assert_eq!(domains.lookup("odd@a.test@b.test"), found(1));
         for unknown in ["alice", "alice@c.test", "alice@", "a.test"] {
-            assert_eq!(domains.lookup(unknown), Answer::Unknown, "{unknown}");
+            assert_eq!(domains.lookup(unknown), LookupResult::Unknown, "{unknown}");
         }
     }
 }

@@ -3,7 +3,7 @@
 
 use std::sync::Arc;
 
-use crate::route::Answer;
+use crate::route::LookupResult;
 use super::director::Ring;
 use crate::route::target::Target;
 use crate::config::{Config, HashShare, HashStyle};
@@ -43,7 +43,7 @@ impl Hash {
     }
 
     /// Knows every user.
-    pub(in crate::route) fn lookup(&self, user: &str) -> Answer {
+    pub(in crate::route) fn lookup(&self, user: &str) -> LookupResult {
         let target = match self {
             Self::Director(ring) => ring.lookup(user),
             Self::Rendezvous(shares) => {
@@ -51,7 +51,7 @@ impl Hash {
                 shares.iter().max_by(|a, b| score(a).total_cmp(&score(b))).map(|share| &share.target)
             }
         };
-        target.cloned().map_or(Answer::Unknown, Answer::Found)
+        target.cloned().map_or(LookupResult::Unknown, LookupResult::Found)
     }
 }
 
@@ -72,8 +72,8 @@ mod tests {
         let mut seen = [0_u32; 3];
         for user in 0..2000 {
             let user = format!("user{user}");
-            let Answer::Found(target) = one.lookup(&user) else { panic!("{user} is unknown") };
-            assert_eq!(other.lookup(&user), Answer::Found(target.clone()));
+            let LookupResult::Found(target) = one.lookup(&user) else { panic!("{user} is unknown") };
+            assert_eq!(other.lookup(&user), LookupResult::Found(target.clone()));
             let Target::Place(place) = &*target else { panic!() };
             seen[place.backend.0] += 1;
         }

@@ -18,7 +18,7 @@ use serde::de::IgnoredAny;
 use serde::{Deserialize, Serialize};
 use zeroize::Zeroizing;
 
-use crate::route::Answer;
+use crate::route::LookupResult;
 use super::auth_http::{self, Verdict};
 use crate::route::directory::answer;
 use crate::route::proof::{Identity, SentPassword};
@@ -119,12 +119,12 @@ impl Http {
         })
     }
 
-    pub(in crate::route) async fn ask(&self, question: &LookupRequest, budget: &Budget) -> Answer {
+    pub(in crate::route) async fn ask(&self, question: &LookupRequest, budget: &Budget) -> LookupResult {
         let asked = match self.style {
             HttpStyle::Json => self.ask_json(question, budget).await,
             HttpStyle::NginxAuthHttp => self.ask_nginx(question, budget).await,
         };
-        asked.unwrap_or_else(Answer::Failed)
+        asked.unwrap_or_else(LookupResult::Failed)
     }
 
     /// Closes all connections that are not in use.
@@ -132,7 +132,7 @@ impl Http {
         self.client.retire();
     }
 
-    async fn ask_json(&self, question: &LookupRequest, budget: &Budget) -> Result<Answer, String> {
+    async fn ask_json(&self, question: &LookupRequest, budget: &Budget) -> Result<LookupResult, String> {
         let credentials = question.visitor.as_deref().map(|visitor| &visitor.credentials);
         let sent = credentials.filter(|_| self.password).and_then(SentPassword::of);
         let request = self.json(question, sent.as_ref())?;
@@ -141,11 +141,11 @@ impl Http {
         Ok(self.read_json(head.status, &body, sent))
     }
 
-    async fn ask_nginx(&self, question: &LookupRequest, budget: &Budget) -> Result<Answer, String> {
+    async fn ask_nginx(&self, question: &LookupRequest, budget: &Budget) -> Result<LookupResult, String> {
         // The command `route` has no password to ask with.
         let visitor = question.visitor.as_ref().ok_or("this style is asked with a client's password only")?;
         if matches!(visitor.credentials.proof, Proof::Message(_)) {
-            return Ok(Answer::Found(Target::PasswordNeeded.into()));
+            return Ok(LookupResult::Found(Target::PasswordNeeded.into()));
         }
         let sent = SentPassword::of(&visitor.credentials);
         loop {
@@ -157,7 +157,7 @@ impl Http {
                     let identity = sent.map(SentPassword::confirmed).unwrap_or_default();
                     return Ok(self.place(address, user, login, identity));
                 }
-                Verdict::Denied(denied) => return Ok(Answer::Found(Target::Denied(denied).into())),
+                Verdict::Denied(denied) => return Ok(LookupResult::Found(Target::Denied(denied).into())),
                 // The route's `timeout` ends it.
                 Verdict::AskAgain(wait) => tokio::time::sleep(wait).await,
             }
@@ -198,23 +198,23 @@ impl Http {
         Ok(request)
     }
 
-    fn read_json(&self, status: StatusCode, body: &[u8], sent: Option<SentPassword<'_>>) -> Answer {
+    fn read_json(&self, status: StatusCode, body: &[u8], sent: Option<SentPassword<'_>>) -> LookupResult {
         match status {
-            StatusCode::NOT_FOUND | StatusCode::NO_CONTENT => return Answer::Unknown,
+            StatusCode::NOT_FOUND | StatusCode::NO_CONTENT => return LookupResult::Unknown,
             StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN if self.password => {
-                return Answer::Found(Target::Denied(Denied::default()).into());
+                return LookupResult::Found(Target::Denied(Denied::default()).into());
             }
             StatusCode::OK => {}
-            other => return Answer::Failed(format!("the service answers {other}")),
+            other => return LookupResult::Failed(format!("the service answers {other}")),
         }
         // serde's own message would repeat what it could not read.
         // And it would take a list for an object.
         let said = body.trim_ascii_start().starts_with(b"{").then(|| serde_json::from_slice::<Said>(body).ok());
         let Some(said) = said.flatten() else {
-            return Answer::Failed("the answer is no JSON object with text fields".to_owned());
+            return LookupResult::Failed("the answer is no JSON object with text fields".to_owned());
         };
         if !has_known_key(body) {
-            return Answer::Failed(format!("the answer has none of the keys {}", ANSWER_FIELDS.join(", ")));
+            return LookupResult::Failed(format!("the answer has none of the keys {}", ANSWER_FIELDS.join(", ")));
         }
         let fields = [
             ("backend", said.backend.as_deref()),
@@ -245,19 +245,19 @@ impl Http {
     }
 
     /// The place that an auth server of nginx's names by its address.
-    fn place(&self, address: SocketAddr, user: Option<UserName>, login: Option<Login>, identity: Identity) -> Answer {
+    fn place(&self, address: SocketAddr, user: Option<UserName>, login: Option<Login>, identity: Identity) -> LookupResult {
         let (backend, at) = match (self.servers.get(&address), self.backend) {
             (Some((backend, server)), _) => (*backend, At::Server(server.clone())),
             (None, Some(backend)) if self.networks.iter().any(|network| network.contains(address.ip())) => {
                 (backend, At::Address(address))
             }
             (None, _) => {
-                return Answer::Failed(format!(
+                return LookupResult::Failed(format!(
                     "the answer names {address}, which is no declared server and in no network of this route"
                 ));
             }
         };
-        Answer::Found(Arc::new(Target::Place(Place { backend, at, user, login, identity })))
+        LookupResult::Found(Arc::new(Target::Place(Place { backend, at, user, login, identity })))
     }
 }
 

@@ -16,7 +16,7 @@ use tokio::net::TcpStream;
 use tokio_rustls::rustls::ClientConfig;
 use zeroize::Zeroizing;
 
-use crate::route::Answer;
+use crate::route::LookupResult;
 use crate::route::directory::answer;
 use crate::route::idle::IdleConnections;
 use crate::route::question::LookupRequest;
@@ -87,10 +87,10 @@ impl Directory {
         })
     }
 
-    pub(in crate::route) async fn ask(&self, question: &LookupRequest, budget: &Budget) -> Answer {
+    pub(in crate::route) async fn ask(&self, question: &LookupRequest, budget: &Budget) -> LookupResult {
         match self.entry(&question.user, budget).await {
-            Err(error) => Answer::Failed(error.to_string().replace(char::is_control, " ")),
-            Ok(None) => Answer::Unknown,
+            Err(error) => LookupResult::Failed(error.to_string().replace(char::is_control, " ")),
+            Ok(None) => LookupResult::Unknown,
             Ok(Some(entry)) => self.read(&entry),
         }
     }
@@ -192,7 +192,7 @@ impl Directory {
         Ok(Found::Entry(entry.map(SearchEntry::construct)))
     }
 
-    fn read(&self, entry: &SearchEntry) -> Answer {
+    fn read(&self, entry: &SearchEntry) -> LookupResult {
         let mut fields = Fields::default();
         for (field, attribute) in &self.attributes {
             // RFC 4512 section 2.5: descriptions compare without regard to letter case.
@@ -200,7 +200,7 @@ impl Directory {
             match values.map_or(&[][..], |(_, values)| &values[..]) {
                 [] => {}
                 [value] => fields.set(field, value),
-                _ => return Answer::Failed(format!("the entry has more than one {attribute}")),
+                _ => return LookupResult::Failed(format!("the entry has more than one {attribute}")),
             }
         }
         answer(self.declared.fields(fields))

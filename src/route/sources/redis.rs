@@ -20,7 +20,7 @@ use redis::{
 };
 use zeroize::Zeroizing;
 
-use crate::route::Answer;
+use crate::route::LookupResult;
 use crate::route::directory::answer;
 use crate::route::question::LookupRequest;
 use crate::route::target::Declared;
@@ -81,18 +81,18 @@ impl Redis {
         })
     }
 
-    pub(in crate::route) async fn ask(&self, question: &LookupRequest, budget: &Budget) -> Answer {
+    pub(in crate::route) async fn ask(&self, question: &LookupRequest, budget: &Budget) -> LookupResult {
         let key = self.key.fill(&question.user, str::to_owned);
         let command = match &self.field {
             Some(field) => Cmd::hget(key, field),
             None => Cmd::get(key),
         };
         match self.query(&command, budget).await.and_then(|answer| answer) {
-            Err(error) => Answer::Failed(error.to_string().replace(char::is_control, " ")),
-            Ok(None) => Answer::Unknown,
+            Err(error) => LookupResult::Failed(error.to_string().replace(char::is_control, " ")),
+            Ok(None) => LookupResult::Unknown,
             Ok(Some(value)) => match std::str::from_utf8(&value) {
                 Ok(text) => answer(self.declared.text(text)),
-                Err(_) => Answer::Failed("the value is not UTF-8".to_owned()),
+                Err(_) => LookupResult::Failed("the value is not UTF-8".to_owned()),
             },
         }
     }

@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use regex::{Captures, Regex};
 
-use crate::route::Answer;
+use crate::route::LookupResult;
 use crate::route::directory::answer;
 use crate::route::target::{Declared, Target, named_values};
 use crate::config::{Config, Problem, RegexRule};
@@ -61,11 +61,11 @@ impl Rules {
     }
 
     /// A name that no rule matches is unknown; one whose target is wrong fails.
-    pub(in crate::route) fn lookup(&self, user: &str) -> Answer {
+    pub(in crate::route) fn lookup(&self, user: &str) -> LookupResult {
         for rule in &self.rules {
             let Some(caught) = rule.pattern.captures(user) else { continue };
             return match &rule.to {
-                To::Fixed(target) => Answer::Found(target.clone()),
+                To::Fixed(target) => LookupResult::Found(target.clone()),
                 To::Expanded(fields) => {
                     let filled: Vec<_> = fields.iter().map(|(name, value)| (*name, value.fill(&caught))).collect();
                     let values: Vec<_> = filled.iter().map(|(name, value)| (*name, value.as_str())).collect();
@@ -73,7 +73,7 @@ impl Rules {
                 }
             };
         }
-        Answer::Unknown
+        LookupResult::Unknown
     }
 
     /// Number of rules.
@@ -198,15 +198,15 @@ mod tests {
             (r"@example\.org$", "shard-0"),
         ]);
         assert!(
-            matches!(rules.lookup("root@example.org"), Answer::Found(target) if matches!(*target, Target::Refuse(_)))
+            matches!(rules.lookup("root@example.org"), LookupResult::Found(target) if matches!(*target, Target::Refuse(_)))
         );
-        let Answer::Found(target) = rules.lookup("bob-1@x") else { panic!() };
+        let LookupResult::Found(target) = rules.lookup("bob-1@x") else { panic!() };
         let Target::Place(place) = &*target else { panic!() };
         assert_eq!((place.backend, place.user.as_ref().unwrap().as_str()), (BackendId(1), "bob"));
-        assert_eq!(rules.lookup("carol@example.org"), Answer::Found(Target::backend(BackendId(0)).into()));
-        assert_eq!(rules.lookup("carol@exampleXorg"), Answer::Unknown);
+        assert_eq!(rules.lookup("carol@example.org"), LookupResult::Found(Target::backend(BackendId(0)).into()));
+        assert_eq!(rules.lookup("carol@exampleXorg"), LookupResult::Unknown);
         // A shard that is not declared is no reason to ask the next route.
-        assert!(matches!(rules.lookup("bob-7@x"), Answer::Failed(reason) if reason.contains("shard-7")));
+        assert!(matches!(rules.lookup("bob-7@x"), LookupResult::Failed(reason) if reason.contains("shard-7")));
     }
 
     #[test]
@@ -241,7 +241,7 @@ mod tests {
             ("^verdict-(.*)@x$", "refuse: Sorry, $1"),
         ]);
         let place = |name: &str| match rules.lookup(name) {
-            Answer::Found(target) => match &*target {
+            LookupResult::Found(target) => match &*target {
                 Target::Place(place) => place.clone(),
                 other => panic!("{name}: {other:?}"),
             },
@@ -257,28 +257,28 @@ mod tests {
         for value in ["u2@a.test server=OTHER", "x server=y", "a' OR '1'='1", "a\u{a0}b", "a\nb", "a\0b", "", " "] {
             let failed = rules.lookup(&format!("plain-{value}@x"));
             assert!(
-                matches!(&failed, Answer::Failed(reason) if reason.contains("value of user")),
+                matches!(&failed, LookupResult::Failed(reason) if reason.contains("value of user")),
                 "{value:?}: {failed:?}"
             );
             let failed = rules.lookup(&format!("both-{value}/u@x"));
             assert!(
-                matches!(&failed, Answer::Failed(reason) if reason.contains("value of server")),
+                matches!(&failed, LookupResult::Failed(reason) if reason.contains("value of server")),
                 "{value:?}: {failed:?}"
             );
         }
         for value in ["shard-0 user=root", "shard-0 server=y", "refuse: x", "shard-0 ", "shard-2"] {
-            assert!(matches!(rules.lookup(&format!("backend-{value}@x")), Answer::Failed(_)), "{value:?}");
+            assert!(matches!(rules.lookup(&format!("backend-{value}@x")), LookupResult::Failed(_)), "{value:?}");
         }
-        assert_eq!(rules.lookup("backend-@x"), Answer::Unknown);
+        assert_eq!(rules.lookup("backend-@x"), LookupResult::Unknown);
         let long = rules.lookup(&format!("plain-{}@x", "u".repeat(513)));
-        assert!(matches!(&long, Answer::Failed(reason) if reason.len() < 100), "{long:?}");
+        assert!(matches!(&long, LookupResult::Failed(reason) if reason.len() < 100), "{long:?}");
         let refused = rules.lookup("verdict-[ALERT] a maintenance: b@x");
-        assert_eq!(refused, Answer::Found(Target::Refuse("Sorry, [ALERT] a maintenance: b".into()).into()));
+        assert_eq!(refused, LookupResult::Found(Target::Refuse("Sorry, [ALERT] a maintenance: b".into()).into()));
     }
 
     #[test]
     fn a_hostile_name_costs_little() {
         let rules = rules(&[("^(a+)+$", "shard-0")]);
-        assert_eq!(rules.lookup(&("a".repeat(500) + "!")), Answer::Unknown);
+        assert_eq!(rules.lookup(&("a".repeat(500) + "!")), LookupResult::Unknown);
     }
 }

@@ -32,7 +32,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
 use tokio::time::{sleep, timeout};
 use tokio_util::sync::CancellationToken;
 
-use crate::route::Answer;
+use crate::route::LookupResult;
 use crate::route::directory::answer;
 use crate::route::idle::IdleConnections;
 use crate::route::question::LookupRequest;
@@ -112,7 +112,7 @@ enum Fault {
     /// The connection cannot be used any more.
     Connection(String),
     /// The server's answer, or what it holds, is wrong; another connection would bring the same.
-    Answer(String),
+    LookupResult(String),
     /// The answer is wrong, and there is more of it that was not read.
     Unread(String),
 }
@@ -130,7 +130,7 @@ impl Sql {
         Ok(Self { server, query, variables, declared })
     }
 
-    pub(in crate::route) async fn ask(&self, question: &LookupRequest, budget: &Budget) -> Answer {
+    pub(in crate::route) async fn ask(&self, question: &LookupRequest, budget: &Budget) -> LookupResult {
         let values = self.variables.iter().map(|variable| variable.of(&question.user).to_owned()).collect::<Vec<_>>();
         let read = match &self.server {
             Server::Postgres(connections) => connections.row(&self.query, &values, budget).await,
@@ -138,8 +138,8 @@ impl Sql {
             Server::Sqlite(connections) => connections.row(&self.query, &values, budget).await,
         };
         match read {
-            Err(reason) => Answer::Failed(reason),
-            Ok(None) => Answer::Unknown,
+            Err(reason) => LookupResult::Failed(reason),
+            Ok(None) => LookupResult::Unknown,
             Ok(Some(row)) => {
                 let mut fields = Fields::default();
                 for (name, value) in &row {
@@ -241,7 +241,7 @@ where
                     () = open.dead.cancelled() => return,
                 }
             };
-            if let Err((open, Ok(_) | Err(Fault::Answer(_)))) = sender.send((open, read)) {
+            if let Err((open, Ok(_) | Err(Fault::LookupResult(_)))) = sender.send((open, read)) {
                 open.close();
             }
         });
@@ -249,7 +249,7 @@ where
         let result = match read {
             Err(Fault::Connection(reason)) => return Err(reason),
             Err(Fault::Unread(reason)) => return Ok(Err(reason)),
-            Err(Fault::Answer(reason)) => Err(reason),
+            Err(Fault::LookupResult(reason)) => Err(reason),
             Ok(row) => Ok(row),
         };
         if let Some(surplus) = self.idle.put(open, Instant::now()) {
@@ -279,7 +279,7 @@ where
     if rows.try_next().await.map_err(fault)?.is_some() {
         return Err(Fault::Unread("the query answers more than one row".to_owned()));
     }
-    columns::<D>(&row).map(Some).map_err(Fault::Answer)
+    columns::<D>(&row).map(Some).map_err(Fault::LookupResult)
 }
 
 /// The fields of an answer among the columns of a row.
@@ -310,7 +310,7 @@ fn fault(error: sqlx::Error) -> Fault {
         Some(error) => MYSQL_OF_CONNECTION.contains(&error.number()),
         None => error.code().is_some_and(|code| SQLSTATE_OF_CONNECTION.iter().any(|start| code.starts_with(start))),
     };
-    if is_of_connection { Fault::Connection(text) } else { Fault::Answer(text) }
+    if is_of_connection { Fault::Connection(text) } else { Fault::LookupResult(text) }
 }
 
 /// What differs between databases: which columns are text although their type has another name.

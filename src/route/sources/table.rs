@@ -22,7 +22,7 @@ use std::time::Duration;
 
 use tokio::time;
 
-use crate::route::Answer;
+use crate::route::LookupResult;
 use crate::route::target::{Declared, Target};
 use crate::config::{Config, Located, Problem};
 use crate::identity::UserName;
@@ -78,8 +78,8 @@ impl Table {
     }
 
     /// The exact name, else its domain, else everybody.
-    pub(in crate::route) fn lookup(&self, user: &str) -> Answer {
-        self.index().lookup(user).map_or(Answer::Unknown, Answer::Found)
+    pub(in crate::route) fn lookup(&self, user: &str) -> LookupResult {
+        self.index().lookup(user).map_or(LookupResult::Unknown, LookupResult::Found)
     }
 
     /// Number of entries.
