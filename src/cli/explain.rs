@@ -13,7 +13,7 @@ use tokio_util::task::TaskTracker;
 
 use crate::backend::OwnAddresses;
 use crate::identity::UserName;
-use crate::route::{Answer, At, Origin, LookupRequest, Target};
+use crate::route::{Answer, At, Origin, LookupRequest, RouteDecision};
 use crate::snapshot::Snapshot;
 
 /// The text for `user`, and whether a server would be asked to log the user in.
@@ -52,7 +52,7 @@ pub async fn explain(live: &Snapshot, user: &UserName) -> (String, bool) {
         text.push_str("backend  none: the login is refused\n");
         return (text, false);
     };
-    let Target::Place(place) = &*target else {
+    let RouteDecision::Place(place) = &*target else {
         text.push_str("backend  none: the route itself answers the login\n");
         return (text, false);
     };
@@ -137,9 +137,9 @@ async fn place(live: &Snapshot, user: &UserName) -> String {
     }
 }
 
-fn describe(live: &Snapshot, target: &Target) -> String {
+fn describe(live: &Snapshot, target: &RouteDecision) -> String {
     match target {
-        Target::Place(place) => {
+        RouteDecision::Place(place) => {
             let mut text = live.backends.backend(place.backend).name.to_string();
             let at = match &place.at {
                 At::Any => None,
@@ -158,10 +158,10 @@ fn describe(live: &Snapshot, target: &Target) -> String {
             }
             text
         }
-        Target::Refuse(reason) => format!("NO [CONTACTADMIN] {reason}"),
-        Target::Denied(_) => "NO [AUTHENTICATIONFAILED]".to_owned(),
-        Target::PasswordNeeded => "NO [UNAVAILABLE]: the route decides by the client's password".to_owned(),
-        Target::Maintenance(reason) => format!("NO [UNAVAILABLE] {reason}"),
+        RouteDecision::Refuse(reason) => format!("NO [CONTACTADMIN] {reason}"),
+        RouteDecision::Denied(_) => "NO [AUTHENTICATIONFAILED]".to_owned(),
+        RouteDecision::PasswordNeeded => "NO [UNAVAILABLE]: the route decides by the client's password".to_owned(),
+        RouteDecision::Maintenance(reason) => format!("NO [UNAVAILABLE] {reason}"),
     }
 }
 

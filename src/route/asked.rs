@@ -262,7 +262,7 @@ impl Asked {
 
     /// Keeps an answer that the directory gave `age` ago.
     #[cfg(test)]
-    pub(super) fn keep_since(&self, user: &str, target: super::Target, age: Duration) {
+    pub(super) fn keep_since(&self, user: &str, target: super::RouteDecision, age: Duration) {
         let asked = Instant::now().checked_sub(age).unwrap();
         self.cache.as_ref().unwrap().keep(user.into(), Some(target.into()), asked);
     }

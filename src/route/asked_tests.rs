@@ -10,7 +10,7 @@ use tokio::sync::Semaphore;
 use super::asked::Asked;
 use super::directory::Directory;
 use super::question::LookupRequest;
-use super::target::{Declared, Target};
+use super::target::{Declared, RouteDecision};
 use super::{LookupResult, Origin};
 use crate::config::{Asking, BackendId, Cache, Located, Place};
 use crate::metrics::{Metrics, Names};
@@ -47,7 +47,7 @@ impl Scripted {
 }
 
 fn found(backend: usize) -> LookupResult {
-    LookupResult::Found(Target::backend(BackendId(backend)).into())
+    LookupResult::Found(RouteDecision::backend(BackendId(backend)).into())
 }
 
 fn failed() -> LookupResult {
@@ -201,7 +201,7 @@ async fn a_directory_that_hangs_fails_in_time_and_says_why() {
 async fn an_answer_older_than_a_reload_is_not_kept() {
     let scripted = Scripted::new();
     let old = Arc::new(patient(&scripted));
-    old.keep_since("ageing", Target::backend(BackendId(0)), HOUR / 10 * 9);
+    old.keep_since("ageing", RouteDecision::backend(BackendId(0)), HOUR / 10 * 9);
     let gate = gate(&scripted);
     for user in ["alice", "ageing"] {
         scripted.says(user, found(0));

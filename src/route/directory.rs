@@ -3,7 +3,7 @@
 //! All are built without a word to anybody and connect when they are first asked. Called by `asked`.
 
 use super::question::LookupRequest;
-use super::target::Target;
+use super::target::RouteDecision;
 use super::LookupResult;
 use super::sources::{dns, http, ldap, redis, sql};
 use crate::lookup::hedge::Budget;
@@ -64,7 +64,7 @@ impl Directory {
 }
 
 /// A checked answer, from what [`Declared`] made of it.
-pub(super) fn answer(read: Result<Option<Target>, String>) -> LookupResult {
+pub(super) fn answer(read: Result<Option<RouteDecision>, String>) -> LookupResult {
     match read {
         Ok(Some(target)) => LookupResult::Found(target.into()),
         Ok(None) => LookupResult::Unknown,

@@ -34,7 +34,7 @@ pub use self::proof::Identity;
 pub use self::question::{LookupRequest, LoginContext, LoginTls};
 use self::reuse::Inputs;
 use self::target::Declared;
-pub use self::target::{At, Denied, Login, Place, Target};
+pub use self::target::{At, Denied, Login, Place, RouteDecision};
 use crate::config::{self, Config, Problem};
 use crate::metrics::{LookupOutcome, Metrics};
 
@@ -42,7 +42,7 @@ use crate::metrics::{LookupOutcome, Metrics};
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum LookupResult {
     /// The source knows the user.
-    Found(Arc<Target>),
+    Found(Arc<RouteDecision>),
     /// The source does not know the user.
     Unknown,
     /// The source could not tell, for the reason given (never shown to clients).
@@ -69,7 +69,7 @@ enum Source {
     Domain(sources::domain::Domains),
     Regex(sources::regex::Rules),
     Hash(sources::hash::Hash),
-    Default(Arc<Target>),
+    Default(Arc<RouteDecision>),
     Asked(Arc<Asked>, Option<Inputs>),
 }
 
@@ -98,7 +98,7 @@ pub struct Router {
 #[derive(Debug, Clone)]
 pub struct Routed<'a> {
     /// The answer.
-    pub target: Arc<Target>,
+    pub target: Arc<RouteDecision>,
     /// Label of the route that answered.
     pub route: &'a Arc<str>,
 }
@@ -329,7 +329,7 @@ fn source(
         config::Route::Domain(domains) => Source::Domain(sources::domain::Domains::new(domains)),
         config::Route::Regex(rules) => Source::Regex(sources::regex::Rules::build(config, rules, declared)?),
         config::Route::Hash { style, shares } => Source::Hash(sources::hash::Hash::new(config, *style, shares)),
-        config::Route::Default(backend) => Source::Default(Target::backend(*backend).into()),
+        config::Route::Default(backend) => Source::Default(RouteDecision::backend(*backend).into()),
         config::Route::Sql(sql) => {
             asked(&|| Ok(Directory::Sql(Box::new(sources::sql::Sql::build(config, sql, declared)?))), &sql.asking)?
         }

@@ -29,7 +29,7 @@ const MAX_SHOWN: usize = 64;
 
 /// A source's answer for a user it knows.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Target {
+pub enum RouteDecision {
     /// Log in there.
     Place(Place),
     /// The login is refused for good: NO `[CONTACTADMIN]` with this text.
@@ -97,7 +97,7 @@ pub struct Login {
     pub password: Secret,
 }
 
-impl Target {
+impl RouteDecision {
     /// A backend, and nothing said beyond it.
     pub fn backend(backend: BackendId) -> Self {
         Self::Place(Place { backend, at: At::Any, user: None, login: None, identity: Identity::Unverified })
@@ -175,12 +175,12 @@ impl Declared {
     ///
     /// # Errors
     /// A sentence for the log: what in the answer is wrong.
-    pub(super) fn fields(&self, fields: Fields<'_>) -> Result<Option<Target>, String> {
+    pub(super) fn fields(&self, fields: Fields<'_>) -> Result<Option<RouteDecision>, String> {
         if let Some(text) = fields.refuse {
-            return Ok(Some(Target::Refuse(sentence(text))));
+            return Ok(Some(RouteDecision::Refuse(sentence(text))));
         }
         if let Some(text) = fields.maintenance {
-            return Ok(Some(Target::Maintenance(sentence(text))));
+            return Ok(Some(RouteDecision::Maintenance(sentence(text))));
         }
         let Some(name) = fields.backend else {
             let rest = [fields.server, fields.user, fields.master, fields.password];
@@ -200,7 +200,7 @@ impl Declared {
                 password: Secret::new(password.as_bytes().to_vec()),
             }),
         };
-        Ok(Some(Target::Place(Place {
+        Ok(Some(RouteDecision::Place(Place {
             backend: self.backend(name)?,
             at: fields.server.map_or(At::Any, |server| At::Server(server.into())),
             user: fields.user.map(|name| user(name, "user")).transpose()?,
@@ -213,7 +213,7 @@ impl Declared {
     ///
     /// # Errors
     /// As [`Declared::fields`].
-    pub(super) fn text(&self, text: &str) -> Result<Option<Target>, String> {
+    pub(super) fn text(&self, text: &str) -> Result<Option<RouteDecision>, String> {
         let mut fields = Fields::default();
         for (name, value) in named_values(text)? {
             fields.set(name, value);
@@ -226,7 +226,7 @@ impl Declared {
     ///
     /// # Errors
     /// As [`Declared::fields`].
-    pub(super) fn values(&self, values: &[(&str, &str)]) -> Result<Option<Target>, String> {
+    pub(super) fn values(&self, values: &[(&str, &str)]) -> Result<Option<RouteDecision>, String> {
         if let [("backend", "")] = values {
             return Ok(None);
         }
@@ -317,15 +317,15 @@ mod tests {
     #[test]
     fn one_text_says_it_all() {
         let declared = declared();
-        assert_eq!(declared.text(" shard-b "), Ok(Some(Target::backend(BackendId(1)))));
+        assert_eq!(declared.text(" shard-b "), Ok(Some(RouteDecision::backend(BackendId(1)))));
         assert_eq!(declared.text("  "), Ok(None));
-        let Ok(Some(Target::Place(place))) = declared.text("shard-a server=10.0.0.1:143 user=alice.b") else {
+        let Ok(Some(RouteDecision::Place(place))) = declared.text("shard-a server=10.0.0.1:143 user=alice.b") else {
             panic!()
         };
         assert_eq!(place.at, At::Server("10.0.0.1:143".into()));
         assert_eq!(place.user.unwrap().as_str(), "alice.b");
-        assert_eq!(declared.text("refuse: Gone. Ask us."), Ok(Some(Target::Refuse("Gone. Ask us.".into()))));
-        assert_eq!(declared.text("maintenance:"), Ok(Some(Target::Maintenance("Login is not possible.".into()))));
+        assert_eq!(declared.text("refuse: Gone. Ask us."), Ok(Some(RouteDecision::Refuse("Gone. Ask us.".into()))));
+        assert_eq!(declared.text("maintenance:"), Ok(Some(RouteDecision::Maintenance("Login is not possible.".into()))));
     }
 
     #[test]
@@ -355,7 +355,7 @@ mod tests {
     fn values_of_a_user_name_are_never_syntax() {
         let declared = declared();
         let of = |user: &str| declared.values(&[("backend", "shard-a"), ("user", user)]);
-        let Ok(Some(Target::Place(place))) = of("a=b@x,server=y;*)(uid=*") else { panic!() };
+        let Ok(Some(RouteDecision::Place(place))) = of("a=b@x,server=y;*)(uid=*") else { panic!() };
         assert_eq!((place.at, place.user.unwrap().as_str()), (At::Any, "a=b@x,server=y;*)(uid=*"));
         for hostile in ["", "u server=y", "u\tserver=y", "u\u{a0}v", "u\u{2028}v", "u\nv", "u\0v", &"x".repeat(513)] {
             assert!(of(hostile).unwrap_err().contains("user"), "{hostile:?}");
@@ -366,14 +366,14 @@ mod tests {
         assert_eq!(declared.values(&[("backend", "")]), Ok(None));
         assert!(declared.values(&[("backend", ""), ("user", "alice")]).is_err());
         let refused = |text| declared.values(&[("refuse", text)]);
-        assert_eq!(refused(" "), Ok(Some(Target::Refuse("Login is not possible.".into()))));
-        assert_eq!(refused("a\r\nb"), Ok(Some(Target::Refuse("a??b".into()))));
+        assert_eq!(refused(" "), Ok(Some(RouteDecision::Refuse("Login is not possible.".into()))));
+        assert_eq!(refused("a\r\nb"), Ok(Some(RouteDecision::Refuse("a??b".into()))));
     }
 
     #[test]
     fn a_verdict_is_one_harmless_line() {
         let hostile = "[ALERT] a\r\nb OK \u{202e}x".to_owned() + &"y".repeat(1000);
-        let Ok(Some(Target::Refuse(text))) = declared().text(&format!("refuse: {hostile}")) else { panic!() };
+        let Ok(Some(RouteDecision::Refuse(text))) = declared().text(&format!("refuse: {hostile}")) else { panic!() };
         assert!(text.starts_with("ALERT] a??b OK ?x") && text.len() <= MAX_TEXT, "{text}");
     }
 
@@ -383,7 +383,7 @@ mod tests {
             Fields { backend: Some("shard-a"), master: Some("root"), password: Some("pw"), ..Fields::default() };
         let target = declared().fields(fields).unwrap().unwrap();
         assert!(target.is_secret() && !format!("{target:?}").contains("pw\""));
-        assert!(!Target::backend(BackendId(0)).is_secret());
+        assert!(!RouteDecision::backend(BackendId(0)).is_secret());
         let alone = Fields { backend: Some("shard-a"), master: Some("root"), ..Fields::default() };
         assert!(declared().fields(alone).is_err());
     }

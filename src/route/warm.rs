@@ -14,7 +14,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use serde::{Deserialize, Serialize};
 
 use super::cache::Cache;
-use super::target::{At, Declared, Fields, Target};
+use super::target::{At, Declared, Fields, RouteDecision};
 
 /// A line of the file.
 #[derive(Debug, Serialize, Deserialize)]
@@ -95,9 +95,9 @@ pub(super) fn save(path: &Path, cache: &Cache, declared: &Declared) -> io::Resul
     fs::rename(&beside, path)
 }
 
-fn written(target: &Target, declared: &Declared) -> Written {
+fn written(target: &RouteDecision, declared: &Declared) -> Written {
     match target {
-        Target::Place(place) => Written {
+        RouteDecision::Place(place) => Written {
             backend: declared.name(place.backend).map(str::to_owned),
             server: match &place.at {
                 At::Server(server) => Some(server.to_string()),
@@ -106,10 +106,10 @@ fn written(target: &Target, declared: &Declared) -> Written {
             as_user: place.user.as_ref().map(|user| user.as_str().to_owned()),
             ..Written::default()
         },
-        Target::Refuse(text) => Written { refuse: Some(text.to_string()), ..Written::default() },
-        Target::Maintenance(text) => Written { maintenance: Some(text.to_string()), ..Written::default() },
+        RouteDecision::Refuse(text) => Written { refuse: Some(text.to_string()), ..Written::default() },
+        RouteDecision::Maintenance(text) => Written { maintenance: Some(text.to_string()), ..Written::default() },
         // A verdict on a password is never kept.
-        Target::Denied(_) | Target::PasswordNeeded => Written::default(),
+        RouteDecision::Denied(_) | RouteDecision::PasswordNeeded => Written::default(),
     }
 }
 

@@ -10,7 +10,7 @@ use tokio::time::{self, Instant, timeout};
 use super::views::{ProcessStatus, ServerError, ServerStatus, SessionList, SessionView};
 use super::{Snapshot, Running};
 use crate::identity::UserName;
-use crate::route::{LookupRequest, RouteError, Target};
+use crate::route::{LookupRequest, RouteError, RouteDecision};
 use crate::session_registry::{LoginHold, RegisteredSession, SessionState, CancelReason};
 
 /// Timeout for sessions that are ended to be gone; a session that takes longer is stuck in the kernel.
@@ -210,7 +210,7 @@ impl Running {
             Ok(Err(RouteError::Unknown)) => "no route knows the user".to_owned(),
             Ok(Err(error)) => error.to_string(),
             Ok(Ok(routed)) => match &*routed.target {
-                Target::Place(place) => {
+                RouteDecision::Place(place) => {
                     let named = &live.backends.backend(place.backend).name;
                     if **named == *backend {
                         return Ok(());
@@ -220,13 +220,13 @@ impl Running {
                         routed.route
                     )
                 }
-                Target::PasswordNeeded => {
+                RouteDecision::PasswordNeeded => {
                     format!(
                         "the routes need the user's password (route {:?} answers): what they say is unknown",
                         routed.route
                     )
                 }
-                Target::Refuse(_) | Target::Denied(_) | Target::Maintenance(_) => {
+                RouteDecision::Refuse(_) | RouteDecision::Denied(_) | RouteDecision::Maintenance(_) => {
                     format!("the routes refuse the user (route {:?} answers)", routed.route)
                 }
             },
@@ -244,7 +244,7 @@ impl Running {
         let mut names = vec![question.user.clone()];
         let found = timeout(live.limits.lookup, live.router.route(&question, &live.metrics)).await;
         if let Ok(Ok(routed)) = found
-            && let Target::Place(place) = &*routed.target
+            && let RouteDecision::Place(place) = &*routed.target
         {
             let mailbox = place.mailbox(&question.user);
             if mailbox != question.user {

@@ -26,7 +26,7 @@ use crate::protocol::imap::client_id::ClientId;
 use crate::protocol::imap::prelogin::{Bye, LoginRequest, Prelogin, Step};
 use crate::protocol::imap::tag::Tag;
 use crate::protocol::imap::{reply, sasl};
-use crate::route::{LookupRequest, RouteError, Routed, Target, LoginContext, LoginTls};
+use crate::route::{LookupRequest, RouteError, Routed, RouteDecision, LoginContext, LoginTls};
 use crate::session_registry::{SessionInfo, RegisterError, SessionHandle, CancelReason};
 use crate::snapshot::Snapshot;
 use crate::stream::Stream;
@@ -215,7 +215,7 @@ impl Session {
             Err(refused) => return Some(Ok(refused)),
         };
         let (tag, credentials) = (&login.request.tag, &login.request.credentials);
-        let Target::Place(place) = &*target else { return Some(Ok(self.verdict(tag, &target))) };
+        let RouteDecision::Place(place) = &*target else { return Some(Ok(self.verdict(tag, &target))) };
         if place.user.as_ref().is_some_and(|user| live.config.naming.has_master_separator(user.as_str())) {
             return Some(Ok(self.lookup_failed("the route's user contains users.masters.separator")));
         }
@@ -286,15 +286,15 @@ impl Session {
     }
 
     /// Asks the routes. An error: the login is answered with that.
-    async fn look_up(&mut self, live: &Snapshot, login: &Login<'_>, stream: &Stream) -> Result<Arc<Target>, Attempted> {
+    async fn look_up(&mut self, live: &Snapshot, login: &Login<'_>, stream: &Stream) -> Result<Arc<RouteDecision>, Attempted> {
         // Its copy of the credentials is dropped with the lookup.
         let question = self.question(login.names, login.request, stream);
         let lookup = live.router.route(&question, &live.metrics);
         match Deadline::after(live.limits.lookup).limit(lookup).await {
             Ok(Ok(Routed { target, route })) => {
                 let backend = match &*target {
-                    Target::Place(place) => Some(&live.backends.backend(place.backend).name),
-                    Target::Refuse(_) | Target::Denied(_) | Target::Maintenance(_) | Target::PasswordNeeded => None,
+                    RouteDecision::Place(place) => Some(&live.backends.backend(place.backend).name),
+                    RouteDecision::Refuse(_) | RouteDecision::Denied(_) | RouteDecision::Maintenance(_) | RouteDecision::PasswordNeeded => None,
                 };
                 self.record.routed(route, backend, login.began.elapsed());
                 Ok(target)

@@ -11,7 +11,7 @@ use crate::metrics::LoginOutcome;
 use crate::protocol::imap::prelogin::InvalidLogin;
 use crate::protocol::imap::reply;
 use crate::protocol::imap::tag::Tag;
-use crate::route::Target;
+use crate::route::RouteDecision;
 
 impl Session {
     /// No route knows the user, or the name cannot be one.
@@ -46,13 +46,13 @@ impl Session {
     }
 
     /// The route's answer if it names no server.
-    pub(super) fn verdict(&mut self, tag: &Tag, target: &Target) -> Attempted {
+    pub(super) fn verdict(&mut self, tag: &Tag, target: &RouteDecision) -> Attempted {
         match target {
-            Target::Refuse(text) => {
+            RouteDecision::Refuse(text) => {
                 self.record.attempt_failed(Reason::RouteRefused, LoginOutcome::Refused, None);
                 Attempted::Refused { reply: reply::contact_admin(tag, text), counts: false, not_before: None }
             }
-            Target::Denied(denied) => {
+            RouteDecision::Denied(denied) => {
                 self.record.denied();
                 let reply = reply::authentication_failed(tag, denied.text.as_deref());
                 match denied.closes {
@@ -60,17 +60,17 @@ impl Session {
                     false => Attempted::Refused { reply, counts: true, not_before: Some(Instant::now() + denied.wait) },
                 }
             }
-            Target::Maintenance(text) => {
+            RouteDecision::Maintenance(text) => {
                 self.record.attempt_failed(Reason::RouteMaintenance, LoginOutcome::Unavailable, None);
                 Attempted::Refused { reply: reply::maintenance(tag, text), counts: false, not_before: None }
             }
-            Target::PasswordNeeded => {
+            RouteDecision::PasswordNeeded => {
                 self.record
                     .detail("the route decides by the client's password, and this mechanism carries none".to_owned());
                 self.record.attempt_failed(Reason::MechanismUnsupported, LoginOutcome::Unavailable, None);
                 Attempted::Unavailable
             }
-            Target::Place(_) => Attempted::Unavailable,
+            RouteDecision::Place(_) => Attempted::Unavailable,
         }
     }
 

@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use md5::{Digest as _, Md5};
 
-use crate::route::target::Target;
+use crate::route::target::RouteDecision;
 use crate::config::HashShare;
 
 /// vhosts of a weight of 1: what a director's host has by default.
@@ -17,13 +17,13 @@ const POINTS_A_WEIGHT: u32 = 100;
 
 /// Points in order, each with its backend.
 #[derive(Debug)]
-pub(in crate::route) struct Ring(Vec<(u32, Arc<Target>)>);
+pub(in crate::route) struct Ring(Vec<(u32, Arc<RouteDecision>)>);
 
 impl Ring {
     pub(in crate::route) fn new(shares: &[HashShare]) -> Self {
         let mut points = Vec::new();
         for share in shares {
-            let target: Arc<Target> = Target::backend(share.backend).into();
+            let target: Arc<RouteDecision> = RouteDecision::backend(share.backend).into();
             for host in &share.hosts {
                 let numbers = 0..share.weight * POINTS_A_WEIGHT;
                 points.extend(numbers.map(|number| (point(&format!("{host}-{number}")), target.clone())));
@@ -33,7 +33,7 @@ impl Ring {
         Self(points)
     }
 
-    pub(in crate::route) fn lookup(&self, user: &str) -> Option<&Arc<Target>> {
+    pub(in crate::route) fn lookup(&self, user: &str) -> Option<&Arc<RouteDecision>> {
         // ASCII alone: Dovecot's %L leaves all other letters as they are.
         let user = point(&user.to_ascii_lowercase()).max(1);
         let next = self.0.partition_point(|(point, _)| *point < user);
@@ -74,7 +74,7 @@ mod tests {
         for user in 0..4000 {
             let target = ring.lookup(&format!("user{user}@example.org")).unwrap();
             assert_eq!(ring.lookup(&format!("USER{user}@Example.ORG")), Some(target));
-            let Target::Place(place) = &**target else { panic!() };
+            let RouteDecision::Place(place) = &**target else { panic!() };
             seen[place.backend.0] += 1;
         }
         assert!(seen[0] > 600 && seen[1] > 600 && seen[2] > 1500, "{seen:?}");
@@ -82,7 +82,7 @@ mod tests {
 
     #[test]
     fn behind_the_last_point_the_first_follows() {
-        let target = |index| Arc::new(Target::backend(BackendId(index)));
+        let target = |index| Arc::new(RouteDecision::backend(BackendId(index)));
         let user = point("alice");
         let ring = Ring(vec![(1, target(0)), (user - 1, target(1))]);
         assert_eq!(ring.lookup("alice"), Some(&target(0)));
@@ -92,7 +92,7 @@ mod tests {
 
     #[test]
     fn letters_beyond_ascii_keep_their_case() {
-        let target = |index| Arc::new(Target::backend(BackendId(index)));
+        let target = |index| Arc::new(RouteDecision::backend(BackendId(index)));
         let user = point("z\u{d6}e");
         let ring = Ring(vec![(user - 1, target(1)), (user, target(0))]);
         assert_eq!(ring.lookup("Z\u{d6}E"), Some(&target(0)));

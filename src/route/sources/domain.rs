@@ -4,17 +4,17 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use crate::route::LookupResult;
-use crate::route::target::Target;
+use crate::route::target::RouteDecision;
 use crate::config::BackendId;
 
 /// Domains and their backends.
 #[derive(Debug)]
-pub(in crate::route) struct Domains(BTreeMap<String, Arc<Target>>);
+pub(in crate::route) struct Domains(BTreeMap<String, Arc<RouteDecision>>);
 
 impl Domains {
     /// `domains` are in lower case already.
     pub(in crate::route) fn new(domains: &BTreeMap<String, BackendId>) -> Self {
-        Self(domains.iter().map(|(domain, backend)| (domain.clone(), Target::backend(*backend).into())).collect())
+        Self(domains.iter().map(|(domain, backend)| (domain.clone(), RouteDecision::backend(*backend).into())).collect())
     }
 
     /// A name without `@`, or with an undeclared domain, is unknown.
@@ -36,7 +36,7 @@ mod tests {
     #[test]
     fn the_last_at_sign_counts() {
         let domains = Domains::new(&BTreeMap::from([("a.test".into(), BackendId(0)), ("b.test".into(), BackendId(1))]));
-        let found = |index| LookupResult::Found(Target::backend(BackendId(index)).into());
+        let found = |index| LookupResult::Found(RouteDecision::backend(BackendId(index)).into());
         assert_eq!(domains.lookup("alice@a.test"), found(0));
         assert_eq!(domains.lookup("odd@a.test@b.test"), found(1));
         for unknown in ["alice", "alice@c.test", "alice@", "a.test"] {

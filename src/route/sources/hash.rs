@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use crate::route::LookupResult;
 use super::director::Ring;
-use crate::route::target::Target;
+use crate::route::target::RouteDecision;
 use crate::config::{Config, HashShare, HashStyle};
 use crate::rendezvous;
 
@@ -21,7 +21,7 @@ pub(in crate::route) enum Hash {
 pub(in crate::route) struct Share {
     name: String,
     weight: u32,
-    target: Arc<Target>,
+    target: Arc<RouteDecision>,
 }
 
 impl Hash {
@@ -35,7 +35,7 @@ impl Hash {
                     .map(|share| Share {
                         name: config.backends[share.backend.0].name.clone(),
                         weight: share.weight,
-                        target: Target::backend(share.backend).into(),
+                        target: RouteDecision::backend(share.backend).into(),
                     })
                     .collect(),
             ),
@@ -62,7 +62,7 @@ mod tests {
 
     fn share(index: usize, weight: u32) -> Share {
         let name = ["shard-a", "shard-b", "shard-c"][index].to_owned();
-        Share { name, weight, target: Target::backend(BackendId(index)).into() }
+        Share { name, weight, target: RouteDecision::backend(BackendId(index)).into() }
     }
 
     #[test]
@@ -74,7 +74,7 @@ mod tests {
             let user = format!("user{user}");
             let LookupResult::Found(target) = one.lookup(&user) else { panic!("{user} is unknown") };
             assert_eq!(other.lookup(&user), LookupResult::Found(target.clone()));
-            let Target::Place(place) = &*target else { panic!() };
+            let RouteDecision::Place(place) = &*target else { panic!() };
             seen[place.backend.0] += 1;
         }
         for (share, expected) in seen.into_iter().zip([500, 500, 1000]) {

@@ -23,7 +23,7 @@ use super::auth_http::{self, Verdict};
 use crate::route::directory::answer;
 use crate::route::proof::{Identity, SentPassword};
 use crate::route::question::{LookupRequest, LoginContext};
-use crate::route::target::{At, Declared, Denied, Fields, Login, Place, Target};
+use crate::route::target::{At, Declared, Denied, Fields, Login, Place, RouteDecision};
 use crate::config::{self, ANSWER_FIELDS, BackendId, Config, Host, HttpStyle, Network, Problem, Server};
 use crate::identity::{Proof, UserName};
 use crate::lookup::hedge::Budget;
@@ -145,7 +145,7 @@ impl Http {
         // The command `route` has no password to ask with.
         let visitor = question.visitor.as_ref().ok_or("this style is asked with a client's password only")?;
         if matches!(visitor.credentials.proof, Proof::Message(_)) {
-            return Ok(LookupResult::Found(Target::PasswordNeeded.into()));
+            return Ok(LookupResult::Found(RouteDecision::PasswordNeeded.into()));
         }
         let sent = SentPassword::of(&visitor.credentials);
         loop {
@@ -157,7 +157,7 @@ impl Http {
                     let identity = sent.map(SentPassword::confirmed).unwrap_or_default();
                     return Ok(self.place(address, user, login, identity));
                 }
-                Verdict::Denied(denied) => return Ok(LookupResult::Found(Target::Denied(denied).into())),
+                Verdict::Denied(denied) => return Ok(LookupResult::Found(RouteDecision::Denied(denied).into())),
                 // The route's `timeout` ends it.
                 Verdict::AskAgain(wait) => tokio::time::sleep(wait).await,
             }
@@ -202,7 +202,7 @@ impl Http {
         match status {
             StatusCode::NOT_FOUND | StatusCode::NO_CONTENT => return LookupResult::Unknown,
             StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN if self.password => {
-                return LookupResult::Found(Target::Denied(Denied::default()).into());
+                return LookupResult::Found(RouteDecision::Denied(Denied::default()).into());
             }
             StatusCode::OK => {}
             other => return LookupResult::Failed(format!("the service answers {other}")),
@@ -233,8 +233,8 @@ impl Http {
     }
 
     /// A service that verifies passwords and received none has verified nothing: the credentials it hands out are not used.
-    fn verified(&self, mut target: Target, sent: Option<SentPassword<'_>>) -> Target {
-        if let Target::Place(place) = &mut target {
+    fn verified(&self, mut target: RouteDecision, sent: Option<SentPassword<'_>>) -> RouteDecision {
+        if let RouteDecision::Place(place) = &mut target {
             match sent {
                 Some(sent) => place.identity = sent.confirmed(),
                 None if self.password => place.login = None,
@@ -257,7 +257,7 @@ impl Http {
                 ));
             }
         };
-        LookupResult::Found(Arc::new(Target::Place(Place { backend, at, user, login, identity })))
+        LookupResult::Found(Arc::new(RouteDecision::Place(Place { backend, at, user, login, identity })))
     }
 }
 

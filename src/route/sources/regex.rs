@@ -9,7 +9,7 @@ use regex::{Captures, Regex};
 
 use crate::route::LookupResult;
 use crate::route::directory::answer;
-use crate::route::target::{Declared, Target, named_values};
+use crate::route::target::{Declared, RouteDecision, named_values};
 use crate::config::{Config, Problem, RegexRule};
 
 /// Rules in order.
@@ -28,7 +28,7 @@ struct Rule {
 #[derive(Debug)]
 enum To {
     /// The same for all that match.
-    Fixed(Arc<Target>),
+    Fixed(Arc<RouteDecision>),
     /// Fields by name, filled from the groups of the match.
     Expanded(Vec<(&'static str, Expansion)>),
 }
@@ -198,12 +198,12 @@ mod tests {
             (r"@example\.org$", "shard-0"),
         ]);
         assert!(
-            matches!(rules.lookup("root@example.org"), LookupResult::Found(target) if matches!(*target, Target::Refuse(_)))
+            matches!(rules.lookup("root@example.org"), LookupResult::Found(target) if matches!(*target, RouteDecision::Refuse(_)))
         );
         let LookupResult::Found(target) = rules.lookup("bob-1@x") else { panic!() };
-        let Target::Place(place) = &*target else { panic!() };
+        let RouteDecision::Place(place) = &*target else { panic!() };
         assert_eq!((place.backend, place.user.as_ref().unwrap().as_str()), (BackendId(1), "bob"));
-        assert_eq!(rules.lookup("carol@example.org"), LookupResult::Found(Target::backend(BackendId(0)).into()));
+        assert_eq!(rules.lookup("carol@example.org"), LookupResult::Found(RouteDecision::backend(BackendId(0)).into()));
         assert_eq!(rules.lookup("carol@exampleXorg"), LookupResult::Unknown);
         // A shard that is not declared is no reason to ask the next route.
         assert!(matches!(rules.lookup("bob-7@x"), LookupResult::Failed(reason) if reason.contains("shard-7")));
@@ -242,7 +242,7 @@ mod tests {
         ]);
         let place = |name: &str| match rules.lookup(name) {
             LookupResult::Found(target) => match &*target {
-                Target::Place(place) => place.clone(),
+                RouteDecision::Place(place) => place.clone(),
                 other => panic!("{name}: {other:?}"),
             },
             other => panic!("{name}: {other:?}"),
@@ -273,7 +273,7 @@ mod tests {
         let long = rules.lookup(&format!("plain-{}@x", "u".repeat(513)));
         assert!(matches!(&long, LookupResult::Failed(reason) if reason.len() < 100), "{long:?}");
         let refused = rules.lookup("verdict-[ALERT] a maintenance: b@x");
-        assert_eq!(refused, LookupResult::Found(Target::Refuse("Sorry, [ALERT] a maintenance: b".into()).into()));
+        assert_eq!(refused, LookupResult::Found(RouteDecision::Refuse("Sorry, [ALERT] a maintenance: b".into()).into()));
     }
 
     #[test]

@@ -23,7 +23,7 @@ use std::time::Duration;
 use tokio::time;
 
 use crate::route::LookupResult;
-use crate::route::target::{Declared, Target};
+use crate::route::target::{Declared, RouteDecision};
 use crate::config::{Config, Located, Problem};
 use crate::identity::UserName;
 use crate::metrics::RouteMetrics;
@@ -169,18 +169,18 @@ struct Index {
     /// Names and domains in lower case, and places in `targets`.
     keys: fst::Map<Vec<u8>>,
     /// Each different one once.
-    targets: Vec<Arc<Target>>,
-    everybody: Option<Arc<Target>>,
+    targets: Vec<Arc<RouteDecision>>,
+    everybody: Option<Arc<RouteDecision>>,
     len: usize,
 }
 
 impl Index {
-    fn lookup(&self, user: &str) -> Option<Arc<Target>> {
+    fn lookup(&self, user: &str) -> Option<Arc<RouteDecision>> {
         let domain = || user.rfind('@').and_then(|at| self.find(&user[at..]));
         self.find(user).or_else(domain).or_else(|| self.everybody.clone())
     }
 
-    fn find(&self, key: &str) -> Option<Arc<Target>> {
+    fn find(&self, key: &str) -> Option<Arc<RouteDecision>> {
         let place = self.keys.get(key)?;
         self.targets.get(usize::try_from(place).ok()?).cloned()
     }
@@ -201,7 +201,7 @@ struct Loading<'a> {
     declared: &'a Declared,
     /// What stood on a line, and its place in `targets`.
     known: HashMap<Box<str>, u32>,
-    targets: Vec<Arc<Target>>,
+    targets: Vec<Arc<RouteDecision>>,
     entries: Vec<Entry>,
     everybody: Option<u32>,
 }
@@ -346,8 +346,8 @@ mod tests {
         super::parse(&mut text.to_owned(), &Declared::named(["shard-a", "shard-b"]))
     }
 
-    fn backend(index: usize) -> Option<Arc<Target>> {
-        Some(Target::backend(BackendId(index)).into())
+    fn backend(index: usize) -> Option<Arc<RouteDecision>> {
+        Some(RouteDecision::backend(BackendId(index)).into())
     }
 
     #[test]
@@ -365,9 +365,9 @@ mod tests {
     #[test]
     fn a_line_may_say_more_than_a_backend() {
         let table = parse("a shard-a server=h:1 user=b #x\nc refuse: Bill #7 is open.\nd shard-a\n").unwrap();
-        let Target::Place(place) = &*table.lookup("a").unwrap() else { panic!() };
+        let RouteDecision::Place(place) = &*table.lookup("a").unwrap() else { panic!() };
         assert_eq!((&place.at, place.user.as_ref().unwrap().as_str()), (&At::Server("h:1".into()), "b"));
-        assert_eq!(table.lookup("c"), Some(Target::Refuse("Bill #7 is open.".into()).into()));
+        assert_eq!(table.lookup("c"), Some(RouteDecision::Refuse("Bill #7 is open.".into()).into()));
         assert_eq!(table.lookup("d"), backend(0));
     }
 
