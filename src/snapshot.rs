@@ -12,7 +12,7 @@ use crate::backend::{Backends, Server};
 use crate::config::{Config, Limits, Report};
 use crate::identity::{Delegation, Mechanisms};
 use crate::metrics::{Metrics, Names};
-use crate::route::{self, At, Place, Router};
+use crate::route::{self, ServerChoice, Place, Router};
 use crate::session::{LastWarning, RefusalLatency};
 use crate::session_registry::Sessions;
 use crate::tls::server::ServerTls;
@@ -122,13 +122,13 @@ impl Snapshot {
     pub async fn servers(&self, place: &Place, user: &str) -> Vec<Arc<Server>> {
         let backend = self.backends.backend(place.backend);
         match &place.at {
-            At::Any => backend.candidates(user).await,
-            At::Server(name) => {
+            ServerChoice::Any => backend.candidates(user).await,
+            ServerChoice::Server(name) => {
                 let mut servers = backend.candidates(user).await;
                 servers.retain(|server| *server.name == **name);
                 servers
             }
-            At::Address(address) => backend.at(*address).into_iter().collect(),
+            ServerChoice::Address(address) => backend.at(*address).into_iter().collect(),
         }
     }
 }

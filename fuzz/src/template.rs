@@ -9,7 +9,7 @@ use std::task::{Context, Poll, Waker};
 
 use vestibule::config::{self, Config, RegexRule, Route};
 use vestibule::metrics::{Metrics, Names};
-use vestibule::route::{At, LookupRequest, RouteError, Router, RouteDecision};
+use vestibule::route::{ServerChoice, LookupRequest, RouteError, Router, RouteDecision};
 use vestibule::template::Template;
 
 /// Marks the beginning and the end of a value. Neither occurs in the input.
@@ -80,7 +80,7 @@ fn regex_target(to: &str, user: &str) {
         };
         match routed {
             Ok(routed) => match &*routed.target {
-                RouteDecision::Place(place) => Some(("place", place.at != At::Any, place.user.is_some())),
+                RouteDecision::Place(place) => Some(("place", place.at != ServerChoice::Any, place.user.is_some())),
                 RouteDecision::Refuse(_) => Some(("refuse", false, false)),
                 RouteDecision::Maintenance(_) => Some(("maintenance", false, false)),
                 other => panic!("a regex cannot say {other:?}"),

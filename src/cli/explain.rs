@@ -13,7 +13,7 @@ use tokio_util::task::TaskTracker;
 
 use crate::backend::OwnAddresses;
 use crate::identity::UserName;
-use crate::route::{Answer, At, Origin, LookupRequest, RouteDecision};
+use crate::route::{Answer, ServerChoice, Origin, LookupRequest, RouteDecision};
 use crate::snapshot::Snapshot;
 
 /// The text for `user`, and whether a server would be asked to log the user in.
@@ -67,10 +67,10 @@ pub async fn explain(live: &Snapshot, user: &UserName) -> (String, bool) {
     let wait = live.config.resolver.timeout * 3;
     let servers = timeout(wait, live.servers(place, &place.mailbox(&question.user))).await.unwrap_or_default();
     match place.at {
-        At::Any => {
+        ServerChoice::Any => {
             line(&mut text, format_args!("balance  {}: {}", backend.balance.as_str(), backend.balance.decided_by()));
         }
-        At::Server(_) | At::Address(_) => text.push_str("balance  none: the route names the server\n"),
+        ServerChoice::Server(_) | ServerChoice::Address(_) => text.push_str("balance  none: the route names the server\n"),
     }
     for (rank, server) in servers.iter().enumerate() {
         let addresses = timeout(wait, server.addresses()).await.unwrap_or_default();
@@ -142,9 +142,9 @@ fn describe(live: &Snapshot, target: &RouteDecision) -> String {
         RouteDecision::Place(place) => {
             let mut text = live.backends.backend(place.backend).name.to_string();
             let at = match &place.at {
-                At::Any => None,
-                At::Server(server) => Some(server.to_string()),
-                At::Address(address) => Some(address.to_string()),
+                ServerChoice::Any => None,
+                ServerChoice::Server(server) => Some(server.to_string()),
+                ServerChoice::Address(address) => Some(address.to_string()),
             };
             for (name, value) in [
                 ("server", at.as_deref()),

@@ -34,7 +34,7 @@ pub use self::proof::Identity;
 pub use self::question::{LookupRequest, LoginContext, LoginTls};
 use self::reuse::Inputs;
 use self::target::Declared;
-pub use self::target::{At, Denied, Login, Place, RouteDecision};
+pub use self::target::{ServerChoice, Denied, Login, Place, RouteDecision};
 use crate::config::{self, Config, Problem};
 use crate::metrics::{LookupOutcome, Metrics};
 

@@ -48,7 +48,7 @@ pub struct Place {
     /// A declared backend.
     pub backend: BackendId,
     /// Where within it.
-    pub at: At,
+    pub at: ServerChoice,
     /// The user's name there, instead of the one normalisation gave.
     pub user: Option<UserName>,
     /// Credentials to log in with there, instead of the client's own. Used only for a client whose identity is verified:
@@ -67,7 +67,7 @@ impl Place {
 
 /// Where within a backend.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub enum At {
+pub enum ServerChoice {
     /// Any server, as the backend chooses.
     #[default]
     Any,
@@ -100,7 +100,7 @@ pub struct Login {
 impl RouteDecision {
     /// A backend, and nothing said beyond it.
     pub fn backend(backend: BackendId) -> Self {
-        Self::Place(Place { backend, at: At::Any, user: None, login: None, identity: Identity::Unverified })
+        Self::Place(Place { backend, at: ServerChoice::Any, user: None, login: None, identity: Identity::Unverified })
     }
 
     /// Whether it holds a secret, which no file may keep.
@@ -202,7 +202,7 @@ impl Declared {
         };
         Ok(Some(RouteDecision::Place(Place {
             backend: self.backend(name)?,
-            at: fields.server.map_or(At::Any, |server| At::Server(server.into())),
+            at: fields.server.map_or(ServerChoice::Any, |server| ServerChoice::Server(server.into())),
             user: fields.user.map(|name| user(name, "user")).transpose()?,
             login,
             identity: Identity::Unverified,
@@ -322,7 +322,7 @@ mod tests {
         let Ok(Some(RouteDecision::Place(place))) = declared.text("shard-a server=10.0.0.1:143 user=alice.b") else {
             panic!()
         };
-        assert_eq!(place.at, At::Server("10.0.0.1:143".into()));
+        assert_eq!(place.at, ServerChoice::Server("10.0.0.1:143".into()));
         assert_eq!(place.user.unwrap().as_str(), "alice.b");
         assert_eq!(declared.text("refuse: Gone. Ask us."), Ok(Some(RouteDecision::Refuse("Gone. Ask us.".into()))));
         assert_eq!(declared.text("maintenance:"), Ok(Some(RouteDecision::Maintenance("Login is not possible.".into()))));
@@ -356,7 +356,7 @@ mod tests {
         let declared = declared();
         let of = |user: &str| declared.values(&[("backend", "shard-a"), ("user", user)]);
         let Ok(Some(RouteDecision::Place(place))) = of("a=b@x,server=y;*)(uid=*") else { panic!() };
-        assert_eq!((place.at, place.user.unwrap().as_str()), (At::Any, "a=b@x,server=y;*)(uid=*"));
+        assert_eq!((place.at, place.user.unwrap().as_str()), (ServerChoice::Any, "a=b@x,server=y;*)(uid=*"));
         for hostile in ["", "u server=y", "u\tserver=y", "u\u{a0}v", "u\u{2028}v", "u\nv", "u\0v", &"x".repeat(513)] {
             assert!(of(hostile).unwrap_err().contains("user"), "{hostile:?}");
         }

@@ -97,7 +97,7 @@ impl<'a> Placing<'a, '_> {
         let mut outcome = Outcome::Unavailable(Fault::no_server());
         loop {
             let (server, slot) = match tour.next(deadline).await {
-                NextServer::At(server, slot) => (server, slot),
+                NextServer::ServerChoice(server, slot) => (server, slot),
                 NextServer::Full => return Ok((Outcome::Unavailable(Fault::full()), None)),
                 NextServer::End => return Ok((outcome, None)),
             };
@@ -224,7 +224,7 @@ impl<'a> Placing<'a, '_> {
                     ))
                 }
                 Some((backend, next)) => match self.tour(backend, vec![next]).next(deadline).await {
-                    NextServer::At(server, slot) if self.may_use(&server)? => {
+                    NextServer::ServerChoice(server, slot) if self.may_use(&server)? => {
                         // With this the place at the server that refers is given back.
                         at = Placed { backend: backend.clone(), server, slot };
                         (outcome, at) = self.log_in_at(backend, at, deadline, deadline).await;
@@ -234,7 +234,7 @@ impl<'a> Placing<'a, '_> {
                         continue;
                     }
                     NextServer::Full => return Ok((Outcome::Unavailable(Fault::full()), None)),
-                    NextServer::At(..) | NextServer::End => Fault::referral(gets_no_logins),
+                    NextServer::ServerChoice(..) | NextServer::End => Fault::referral(gets_no_logins),
                 },
             };
             self.report(&at.server, &fault);

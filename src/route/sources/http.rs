@@ -23,7 +23,7 @@ use super::auth_http::{self, Verdict};
 use crate::route::directory::answer;
 use crate::route::proof::{Identity, SentPassword};
 use crate::route::question::{LookupRequest, LoginContext};
-use crate::route::target::{At, Declared, Denied, Fields, Login, Place, RouteDecision};
+use crate::route::target::{ServerChoice, Declared, Denied, Fields, Login, Place, RouteDecision};
 use crate::config::{self, ANSWER_FIELDS, BackendId, Config, Host, HttpStyle, Network, Problem, Server};
 use crate::identity::{Proof, UserName};
 use crate::lookup::hedge::Budget;
@@ -247,9 +247,9 @@ impl Http {
     /// The place that an auth server of nginx's names by its address.
     fn place(&self, address: SocketAddr, user: Option<UserName>, login: Option<Login>, identity: Identity) -> LookupResult {
         let (backend, at) = match (self.servers.get(&address), self.backend) {
-            (Some((backend, server)), _) => (*backend, At::Server(server.clone())),
+            (Some((backend, server)), _) => (*backend, ServerChoice::Server(server.clone())),
             (None, Some(backend)) if self.networks.iter().any(|network| network.contains(address.ip())) => {
-                (backend, At::Address(address))
+                (backend, ServerChoice::Address(address))
             }
             (None, _) => {
                 return LookupResult::Failed(format!(

@@ -174,7 +174,7 @@ fn group(pattern: &Regex, name: &str) -> Result<usize, String> {
 mod tests {
     use super::*;
     use crate::config::{BackendId, Place};
-    use crate::route::target::At;
+    use crate::route::target::ServerChoice;
 
     fn rule(pattern: &str, to: &str) -> Result<Rule, String> {
         let place = Place { line: 1, column: 1, key: String::new() };
@@ -251,8 +251,8 @@ mod tests {
             ["a=b", "server=y", "*)(uid=*", "a'OR'1'='1", "$1", "${1}", "%{user}", "\"q\"", "zo\u{eb}", "refuse:x"]
         {
             let (plain, both) = (place(&format!("plain-{value}@x")), place(&format!("both-s:1/{value}@x")));
-            assert_eq!((plain.at, plain.user.unwrap().as_str()), (At::Any, value));
-            assert_eq!((both.at, both.user.unwrap().as_str()), (At::Server("s:1".into()), value));
+            assert_eq!((plain.at, plain.user.unwrap().as_str()), (ServerChoice::Any, value));
+            assert_eq!((both.at, both.user.unwrap().as_str()), (ServerChoice::Server("s:1".into()), value));
         }
         for value in ["u2@a.test server=OTHER", "x server=y", "a' OR '1'='1", "a\u{a0}b", "a\nb", "a\0b", "", " "] {
             let failed = rules.lookup(&format!("plain-{value}@x"));

@@ -338,7 +338,7 @@ fn at((line, message): &Wrong) -> String {
 
 #[cfg(test)]
 mod tests {
-    use crate::route::target::At;
+    use crate::route::target::ServerChoice;
     use super::*;
     use crate::config::BackendId;
 
@@ -366,7 +366,7 @@ mod tests {
     fn a_line_may_say_more_than_a_backend() {
         let table = parse("a shard-a server=h:1 user=b #x\nc refuse: Bill #7 is open.\nd shard-a\n").unwrap();
         let RouteDecision::Place(place) = &*table.lookup("a").unwrap() else { panic!() };
-        assert_eq!((&place.at, place.user.as_ref().unwrap().as_str()), (&At::Server("h:1".into()), "b"));
+        assert_eq!((&place.at, place.user.as_ref().unwrap().as_str()), (&ServerChoice::Server("h:1".into()), "b"));
         assert_eq!(table.lookup("c"), Some(RouteDecision::Refuse("Bill #7 is open.".into()).into()));
         assert_eq!(table.lookup("d"), backend(0));
     }
