@@ -54,7 +54,7 @@ pub(super) struct Asked {
     /// The answers are those of the configuration before: in memory they are newer than in the file.
     has_inherited: bool,
     forgotten: Notify,
-    flights: Mutex<HashMap<Arc<str>, Flight>>,
+    flights: Mutex<HashMap<Arc<str>, InFlight>>,
     /// When it failed last, if nothing has succeeded since.
     failed: Mutex<Option<Instant>>,
     runtime: OnceLock<Handle>,
@@ -64,7 +64,7 @@ pub(super) struct Asked {
 }
 
 /// A question under way: the answer, once it is there.
-type Flight = watch::Receiver<Option<LookupResult>>;
+type InFlight = watch::Receiver<Option<LookupResult>>;
 
 impl Asked {
     /// Asks nothing yet.
@@ -211,7 +211,7 @@ impl Asked {
         self.forgotten.notify_one();
     }
 
-    fn flights(&self) -> MutexGuard<'_, HashMap<Arc<str>, Flight>> {
+    fn flights(&self) -> MutexGuard<'_, HashMap<Arc<str>, InFlight>> {
         // Nothing in here panics halfway through a change.
         self.flights.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -268,7 +268,7 @@ impl Asked {
     }
 
     /// The question for `user` that is under way, or a new one.
-    fn fly(self: &Arc<Self>, user: &Arc<str>) -> Flight {
+    fn fly(self: &Arc<Self>, user: &Arc<str>) -> InFlight {
         let mut flights = self.flights();
         if let Some(flight) = flights.get(user) {
             return flight.clone();
@@ -300,7 +300,7 @@ impl Asked {
         flight
     }
 
-    fn ask_elsewhere(self: &Arc<Self>, question: LookupRequest) -> Flight {
+    fn ask_elsewhere(self: &Arc<Self>, question: LookupRequest) -> InFlight {
         if self.is_stalled() {
             return watch::channel(Some(self.stalled())).1;
         }
@@ -342,7 +342,7 @@ impl Asked {
     }
 
     /// Waits for the answer of a lookup, or until its thread has not even reported the timeout.
-    async fn landed(&self, mut flight: Flight) -> LookupResult {
+    async fn landed(&self, mut flight: InFlight) -> LookupResult {
         let due = Deadline::after(self.timeout + GRACE);
         let Ok(answer) = due.limit(flight.wait_for(Option::is_some)).await else {
             if let Some(thread) = self.thread.get() {
@@ -388,7 +388,7 @@ impl Asked {
 struct Landing {
     asked: Arc<Asked>,
     user: Arc<str>,
-    flight: Flight,
+    flight: InFlight,
 }
 
 impl Drop for Landing {
