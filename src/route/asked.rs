@@ -280,7 +280,7 @@ impl Asked {
         let (sender, flight) = watch::channel(None);
         flights.insert(user.clone(), flight.clone());
         drop(flights);
-        let landing = Landing { asked: self.clone(), user: user.clone(), flight: flight.clone() };
+        let landing = InFlightGuard { asked: self.clone(), user: user.clone(), flight: flight.clone() };
         self.spawn(async move {
             let asked = &landing.asked;
             let answer = asked.ask(&LookupRequest { user: landing.user.clone(), visitor: None }).await;
@@ -385,13 +385,13 @@ impl Asked {
 }
 
 /// Takes a question off the list of those under way, whatever ends it.
-struct Landing {
+struct InFlightGuard {
     asked: Arc<Asked>,
     user: Arc<str>,
     flight: InFlight,
 }
 
-impl Drop for Landing {
+impl Drop for InFlightGuard {
     fn drop(&mut self) {
         let mut flights = self.asked.flights();
         // Another one may have taken its place, after the user was forgotten.
