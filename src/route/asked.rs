@@ -40,7 +40,7 @@ const SAVE_FORGOTTEN: Duration = Duration::from_secs(1);
 
 /// A directory, asked with care.
 #[derive(Debug)]
-pub(super) struct Asked {
+pub(super) struct CachedDirectory {
     directory: Arc<Directory>,
     declared: Declared,
     /// Of one question, waiting for a place included.
@@ -66,7 +66,7 @@ pub(super) struct Asked {
 /// A question under way: the answer, once it is there.
 type InFlight = watch::Receiver<Option<LookupResult>>;
 
-impl Asked {
+impl CachedDirectory {
     /// Asks nothing yet.
     pub(super) fn new(
         directory: impl Into<Arc<Directory>>,
@@ -223,7 +223,7 @@ impl Asked {
 
     /// The answer, and where it is from.
     pub(super) async fn lookup(self: &Arc<Self>, question: LookupRequest) -> (LookupResult, Origin) {
-        let Some(cache) = &self.cache else { return (self.landed(self.ask_elsewhere(question)).await, Origin::Asked) };
+        let Some(cache) = &self.cache else { return (self.landed(self.ask_elsewhere(question)).await, Origin::CachedDirectory) };
         let user = question.user;
         let now = Instant::now();
         match cache.look(&user, now) {
@@ -235,11 +235,11 @@ impl Asked {
             Looked::Stale(kept) if self.is_resting(now) => (self.stale(&kept), Origin::Stale(now - kept.asked)),
             Looked::Stale(kept) => match self.landed(self.fly(&user)).await {
                 LookupResult::Failed(_) => (self.stale(&kept), Origin::Stale(now - kept.asked)),
-                answer => (answer, Origin::Asked),
+                answer => (answer, Origin::CachedDirectory),
             },
             Looked::Nothing => {
                 self.metrics.cache_missed();
-                (self.landed(self.fly(&user)).await, Origin::Asked)
+                (self.landed(self.fly(&user)).await, Origin::CachedDirectory)
             }
         }
     }
@@ -386,7 +386,7 @@ impl Asked {
 
 /// Takes a question off the list of those under way, whatever ends it.
 struct InFlightGuard {
-    asked: Arc<Asked>,
+    asked: Arc<CachedDirectory>,
     user: Arc<str>,
     flight: InFlight,
 }

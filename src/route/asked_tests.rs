@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use tokio::sync::Semaphore;
 
-use super::asked::Asked;
+use super::asked::CachedDirectory;
 use super::directory::Directory;
 use super::question::LookupRequest;
 use super::target::{Declared, RouteDecision};
@@ -66,7 +66,7 @@ fn gate(scripted: &Scripted) -> tokio::sync::OwnedSemaphorePermit {
 }
 
 /// A lookup of `user` that waits at the directory.
-async fn in_flight(asked: &Arc<Asked>, scripted: &Scripted, user: &'static str) -> tokio::task::JoinHandle<LookupResult> {
+async fn in_flight(asked: &Arc<CachedDirectory>, scripted: &Scripted, user: &'static str) -> tokio::task::JoinHandle<LookupResult> {
     let (before, asking) = (scripted.asked(), asked.clone());
     let lookup = tokio::spawn(async move { asking.lookup(question(user)).await.0 });
     while scripted.asked() == before {
@@ -75,7 +75,7 @@ async fn in_flight(asked: &Arc<Asked>, scripted: &Scripted, user: &'static str) 
     lookup
 }
 
-fn asked(scripted: &Scripted, connections: usize, cache: bool) -> (Arc<Asked>, Metrics) {
+fn asked(scripted: &Scripted, connections: usize, cache: bool) -> (Arc<CachedDirectory>, Metrics) {
     let rules = rules(Duration::from_millis(500));
     let (asked, metrics) = built(scripted, Duration::from_millis(300), connections, cache.then_some(rules));
     (Arc::new(asked), metrics)
@@ -85,16 +85,16 @@ fn rules(ttl: Duration) -> Cache {
     Cache { ttl, negative: HOUR, stale: HOUR, entries: 1000, file: None }
 }
 
-fn built(scripted: &Scripted, timeout: Duration, connections: usize, cache: Option<Cache>) -> (Asked, Metrics) {
+fn built(scripted: &Scripted, timeout: Duration, connections: usize, cache: Option<Cache>) -> (CachedDirectory, Metrics) {
     let metrics = Metrics::new(&Names { routes: vec!["test".to_owned()], ..Names::default() });
     let asking = Asking { timeout, connections, cache, names: std::collections::BTreeMap::new() };
     let directory = Directory::Scripted(scripted.clone());
-    let asked = Asked::new(directory, &asking, Declared::named(["a", "b"]), metrics.route(0).clone());
+    let asked = CachedDirectory::new(directory, &asking, Declared::named(["a", "b"]), metrics.route(0).clone());
     (asked, metrics)
 }
 
 /// A directory that may take as long as the test does, whose answers are kept for an hour.
-fn patient(scripted: &Scripted) -> Asked {
+fn patient(scripted: &Scripted) -> CachedDirectory {
     built(scripted, Duration::from_secs(60), 8, Some(rules(HOUR))).0
 }
 
@@ -103,7 +103,7 @@ async fn a_kept_answer_needs_no_question() {
     let scripted = Scripted::new();
     scripted.says("alice", found(0));
     let (asked, _metrics) = asked(&scripted, 1, true);
-    assert_eq!(asked.lookup(question("alice")).await, (found(0), Origin::Asked));
+    assert_eq!(asked.lookup(question("alice")).await, (found(0), Origin::CachedDirectory));
     scripted.says("alice", found(1));
     let (answer, origin) = asked.lookup(question("alice")).await;
     assert_eq!(answer, found(0));
@@ -221,7 +221,7 @@ async fn an_answer_older_than_a_reload_is_not_kept() {
         scripted.says(user, found(1));
     }
     for user in ["alice", "bob"] {
-        assert_eq!(new.lookup(question(user)).await, (found(1), Origin::Asked), "{user}");
+        assert_eq!(new.lookup(question(user)).await, (found(1), Origin::CachedDirectory), "{user}");
     }
     let (_, origin) = new.lookup(question("ageing")).await;
     assert!(matches!(origin, Origin::Cache(age) if age > HOUR / 2), "not renewed by the old lookup: {origin:?}");
@@ -241,7 +241,7 @@ async fn an_answer_older_than_a_move_is_not_kept_by_any_configuration() {
     drop(gate);
     assert_eq!(alice.await.unwrap(), found(0));
     scripted.says("alice", found(1));
-    assert_eq!(new.lookup(question("alice")).await, (found(1), Origin::Asked));
+    assert_eq!(new.lookup(question("alice")).await, (found(1), Origin::CachedDirectory));
 }
 
 #[tokio::test(start_paused = true)]
@@ -264,7 +264,7 @@ async fn a_forgotten_user_does_not_come_back_from_the_file() {
     let new = built(&scripted, HOUR, 8, Some(with_file())).0.with_answers_of(Some(&old));
     old.forget("alice");
     new.read_file();
-    assert_eq!(Arc::new(new).lookup(question("alice")).await.1, Origin::Asked, "a reload does not read the file");
+    assert_eq!(Arc::new(new).lookup(question("alice")).await.1, Origin::CachedDirectory, "a reload does not read the file");
     old.forget("alice");
     let forgotten = tokio::time::Instant::now();
     while saved().contains("alice") {

@@ -28,7 +28,7 @@ use tokio::runtime::Handle;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use self::asked::Asked;
+use self::asked::CachedDirectory;
 use self::directory::Directory;
 pub use self::proof::Identity;
 pub use self::question::{LookupRequest, LoginContext, LoginTls};
@@ -55,7 +55,7 @@ pub enum Origin {
     /// From memory.
     Memory,
     /// The directory was asked.
-    Asked,
+    CachedDirectory,
     /// It said so this long ago.
     Cache(Duration),
     /// It said so this long ago, and does not answer now.
@@ -70,7 +70,7 @@ enum Source {
     Regex(sources::regex::Rules),
     Hash(sources::hash::Hash),
     Default(Arc<RouteDecision>),
-    Asked(Arc<Asked>, Option<Inputs>),
+    CachedDirectory(Arc<CachedDirectory>, Option<Inputs>),
 }
 
 impl Source {
@@ -82,7 +82,7 @@ impl Source {
             Self::Regex(rules) => rules.lookup(user),
             Self::Hash(hash) => hash.lookup(user),
             Self::Default(target) => LookupResult::Found(target.clone()),
-            Self::Asked(asked, _) => return asked.lookup(question.clone()).await,
+            Self::CachedDirectory(asked, _) => return asked.lookup(question.clone()).await,
         };
         (answer, Origin::Memory)
     }
@@ -185,7 +185,7 @@ impl Router {
     /// For a command that asks and ends: kept answers are read and not written, and nothing is watched.
     pub fn start_once(&self, runtime: &Handle) {
         for (_, source) in &self.routes {
-            if let Source::Asked(asked, _) = source {
+            if let Source::CachedDirectory(asked, _) = source {
                 asked.start(runtime.clone());
                 asked.read_file();
             }
@@ -203,7 +203,7 @@ impl Router {
                     let stop = stop.clone();
                     tasks.spawn_on(async move { stop.run_until_cancelled(follow).await }, runtime);
                 }
-                Source::Asked(asked, _) => {
+                Source::CachedDirectory(asked, _) => {
                     asked.start_on_thread(runtime);
                     asked.read_file();
                     tasks.spawn_on(asked.clone().keep_file(stop.clone()), runtime);
@@ -219,7 +219,7 @@ impl Router {
     /// What was kept of a user is forgotten: the next question is asked.
     pub fn forget(&self, user: &str) {
         for (_, source) in &self.routes {
-            if let Source::Asked(asked, _) = source {
+            if let Source::CachedDirectory(asked, _) = source {
                 asked.forget(user);
             }
         }
@@ -228,9 +228,9 @@ impl Router {
     /// Closes connections to directories that `successor` does not have. Lookups under way end with their answers.
     pub fn retire(&self, successor: &Self) {
         for (_, source) in &self.routes {
-            let Source::Asked(asked, _) = source else { continue };
+            let Source::CachedDirectory(asked, _) = source else { continue };
             let is_used_on = successor.routes.iter().any(|(_, other)| {
-                matches!(other, Source::Asked(other, _) if Arc::ptr_eq(other.directory(), asked.directory()))
+                matches!(other, Source::CachedDirectory(other, _) if Arc::ptr_eq(other.directory(), asked.directory()))
             });
             if !is_used_on {
                 asked.retire_directory();
@@ -241,7 +241,7 @@ impl Router {
     /// Writes kept answers to their files no more: a successor of this process does.
     pub fn leave_files(&self) {
         for (_, source) in &self.routes {
-            if let Source::Asked(asked, _) = source {
+            if let Source::CachedDirectory(asked, _) = source {
                 asked.leave_file();
             }
         }
@@ -263,7 +263,7 @@ impl Router {
 
     /// Whether any source decides by more than the user.
     pub fn wants_visitor(&self) -> bool {
-        self.routes.iter().any(|(_, source)| matches!(source, Source::Asked(asked, _) if asked.wants_visitor()))
+        self.routes.iter().any(|(_, source)| matches!(source, Source::CachedDirectory(asked, _) if asked.wants_visitor()))
     }
 
     /// Asks the sources in order. The caller sets the deadline.
@@ -309,17 +309,17 @@ fn source(
     known: Option<&Source>,
 ) -> Result<Source, Vec<Problem>> {
     let inputs = Inputs::of(config, route);
-    let known_asked = if let Some(Source::Asked(asked, inputs)) = known { Some((asked, *inputs)) } else { None };
+    let known_asked = if let Some(Source::CachedDirectory(asked, inputs)) = known { Some((asked, *inputs)) } else { None };
     let used_on = known_asked.filter(|(_, before)| inputs.is_some() && *before == inputs);
     let asked = |build: &dyn Fn() -> Result<Directory, Vec<Problem>>, asking: &config::Asking| {
         let directory = match used_on {
             Some((asked, _)) => asked.directory().clone(),
             None => build()?.into(),
         };
-        let asked = Asked::new(directory, asking, declared.clone(), metrics.route(index).clone());
+        let asked = CachedDirectory::new(directory, asking, declared.clone(), metrics.route(index).clone());
         let asked = asked.with_answers_of(known_asked.map(|(asked, _)| &**asked));
         let asked = asked.with_thread_of(used_on.map(|(asked, _)| &**asked));
-        Ok::<_, Vec<Problem>>(Source::Asked(asked.into(), inputs))
+        Ok::<_, Vec<Problem>>(Source::CachedDirectory(asked.into(), inputs))
     };
     Ok(match route {
         config::Route::Table(path) => match known {
