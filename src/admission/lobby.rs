@@ -17,7 +17,7 @@ const ALLOWANCE: usize = 8 * 1024;
 
 /// See the module.
 #[derive(Debug)]
-pub(super) struct Lobby(Mutex<State>);
+pub(super) struct PreloginQueue(Mutex<State>);
 
 #[derive(Debug)]
 struct State {
@@ -74,7 +74,7 @@ pub struct OutOfMemory;
 /// A place in the lobby, until dropped.
 #[derive(Debug)]
 pub struct Ticket {
-    lobby: Arc<Lobby>,
+    lobby: Arc<PreloginQueue>,
     share: Arc<Share>,
 }
 
@@ -85,7 +85,7 @@ pub struct ShedSignal(Arc<Share>);
 /// Bytes of buffers that a connection holds before its login, until dropped.
 #[derive(Debug)]
 pub struct Charge {
-    lobby: Arc<Lobby>,
+    lobby: Arc<PreloginQueue>,
     share: Arc<Share>,
     held: Held,
 }
@@ -119,7 +119,7 @@ impl Share {
     }
 }
 
-impl Lobby {
+impl PreloginQueue {
     pub(super) fn new(places: usize, memory: usize) -> Self {
         Self(Mutex::new(State { places: Places::new(places, memory), shares: BTreeMap::new() }))
     }
@@ -278,7 +278,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_connection_waits_for_the_one_that_was_shed_to_be_gone() {
-        let (lobby, now) = (Arc::new(Lobby::new(1, 1 << 20)), Instant::now());
+        let (lobby, now) = (Arc::new(PreloginQueue::new(1, 1 << 20)), Instant::now());
         let first = lobby.enter(now).unwrap();
         assert_eq!(first.admitted().now_or_never(), Some(()));
         assert_eq!(first.shed_signal().shed().now_or_never(), None);
@@ -303,7 +303,7 @@ mod tests {
 
     #[test]
     fn only_what_is_over_the_allowance_uses_the_budget() {
-        let (lobby, now) = (Arc::new(Lobby::new(10, 1 << 20)), Instant::now());
+        let (lobby, now) = (Arc::new(PreloginQueue::new(10, 1 << 20)), Instant::now());
         let ticket = lobby.enter(now).unwrap();
         let (mut one, mut other) = (ticket.charge(), ticket.charge());
         one.resize(ALLOWANCE - 1).unwrap();
@@ -325,7 +325,7 @@ mod tests {
 
     #[test]
     fn a_client_that_needs_little_sheds_the_one_that_holds_most() {
-        let (lobby, now) = (Arc::new(Lobby::new(10, 1 << 20)), Instant::now());
+        let (lobby, now) = (Arc::new(PreloginQueue::new(10, 1 << 20)), Instant::now());
         let (attacker, client) = (lobby.enter(now).unwrap(), lobby.enter(now).unwrap());
         let (mut held, mut needed) = (attacker.charge(), client.charge());
         held.resize(900 * 1024).unwrap();

@@ -34,7 +34,7 @@ use tokio::sync::Semaphore;
 use self::access::{Door, Networks, Standing};
 use self::counts::{Counts, Slot};
 use self::failures::Failures;
-use self::lobby::Lobby;
+use self::lobby::PreloginQueue;
 pub(crate) use self::lobby::{Charge, OutOfMemory, Shed, Ticket};
 use self::rate::Bucket;
 use self::table::{Table, Value};
@@ -50,7 +50,7 @@ pub struct Guard {
     hasher: RandomState,
     began: Instant,
     rules: RwLock<Arc<Rules>>,
-    lobby: Arc<Lobby>,
+    lobby: Arc<PreloginQueue>,
     sessions: Mutex<Counts>,
     connections: Mutex<Table<Bucket>>,
     address_logins: Mutex<Table<Bucket>>,
@@ -206,7 +206,7 @@ impl Guard {
             hasher: RandomState::new(),
             began,
             rules: RwLock::new(Arc::new(Rules::new(config, None))),
-            lobby: Arc::new(Lobby::new(config.before_login, config.before_login_memory)),
+            lobby: Arc::new(PreloginQueue::new(config.before_login, config.before_login_memory)),
             sessions: Mutex::default(),
             connections: Mutex::new(Table::new(config.tracked)),
             address_logins: Mutex::new(Table::new(config.tracked)),
