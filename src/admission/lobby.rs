@@ -1,4 +1,4 @@
-//! Connections before their login: each has a [`Ticket`], and a [`Charge`] for each larger buffer it holds.
+//! Connections before their login: each has a [`PreloginTicket`], and a [`Charge`] for each larger buffer it holds.
 //!
 //! `places` decides who may stay; this module keeps its state behind a lock, and signals the connections.
 
@@ -73,7 +73,7 @@ pub struct OutOfMemory;
 
 /// A place in the lobby, until dropped.
 #[derive(Debug)]
-pub struct Ticket {
+pub struct PreloginTicket {
     lobby: Arc<PreloginQueue>,
     share: Arc<Share>,
 }
@@ -132,7 +132,7 @@ impl PreloginQueue {
     }
 
     /// A new connection. `None`: it is to be refused.
-    pub(super) fn enter(self: &Arc<Self>, now: Instant) -> Option<Ticket> {
+    pub(super) fn enter(self: &Arc<Self>, now: Instant) -> Option<PreloginTicket> {
         let mut state = self.lock();
         let mut shed = Vec::new();
         let entered = state.places.enter(now, &mut shed);
@@ -147,7 +147,7 @@ impl PreloginQueue {
         let share = Arc::new(Share { number, standing, changed: Notify::new(), held, sent });
         state.shares.insert(number, share.clone());
         drop(state);
-        Some(Ticket { lobby: self.clone(), share })
+        Some(PreloginTicket { lobby: self.clone(), share })
     }
 
     /// Connections with a place.
@@ -176,7 +176,7 @@ impl State {
     }
 }
 
-impl Ticket {
+impl PreloginTicket {
     /// Ready when the connection has a place, or is shed while it waits for one. Before, nothing may be read from it.
     pub async fn admitted(&self) {
         self.share.until(|standing| (standing != Standing::Waits).then_some(())).await;
@@ -192,7 +192,7 @@ impl Ticket {
         self.share.standing().shed()
     }
 
-    /// The client has sent complete credentials: the connection is shed last until [`Ticket::login_ended`].
+    /// The client has sent complete credentials: the connection is shed last until [`PreloginTicket::login_ended`].
     pub fn login_begun(&self, now: Instant) {
         self.lobby.lock().places.login_begun(self.share.number, now);
     }
@@ -215,7 +215,7 @@ impl ShedSignal {
     }
 }
 
-impl Drop for Ticket {
+impl Drop for PreloginTicket {
     fn drop(&mut self) {
         let mut state = self.lobby.lock();
         state.shares.remove(&self.share.number);

@@ -3,7 +3,7 @@
 //! | question | asked | answered |
 //! |---|---|---|
 //! | may this address connect? | [`Guard::admit`] | by `access`, rates, and how many sessions it and its network have |
-//! | who goes when too many have not logged in? | [`Guard::lobby`], [`Ticket::shed`] | the oldest connection without complete credentials |
+//! | who goes when too many have not logged in? | [`Guard::lobby`], [`PreloginTicket::shed`] | the oldest connection without complete credentials |
 //! | may a buffer grow before the login? | [`Charge::resize`] | by a budget for all; the connection that has sent most is shed |
 //! | may it try to log in? | [`Guard::may_try`] | by the rates of its address and of the users named |
 //! | how late is a failure answered? | [`Guard::failed`] | later with each of the same user from the same address |
@@ -35,7 +35,7 @@ use self::access::{Door, Networks, Standing};
 use self::counts::{Counts, Slot};
 use self::failures::Failures;
 use self::lobby::PreloginQueue;
-pub(crate) use self::lobby::{Charge, OutOfMemory, Shed, Ticket};
+pub(crate) use self::lobby::{Charge, OutOfMemory, Shed, PreloginTicket};
 use self::rate::Bucket;
 use self::table::{Table, Value};
 use crate::config;
@@ -267,11 +267,11 @@ impl Guard {
     }
 
     /// A place among the connections that have not logged in. If all are taken, another connection is shed, and the new one waits
-    /// until that one is gone ([`Ticket::admitted`]).
+    /// until that one is gone ([`PreloginTicket::admitted`]).
     ///
     /// # Errors
     /// [`Turned::BeforeLogin`]: no connection can be shed.
-    pub fn lobby(&self, now: Instant) -> Result<Ticket, Turned> {
+    pub fn lobby(&self, now: Instant) -> Result<PreloginTicket, Turned> {
         self.lobby.enter(now).ok_or(Turned::BeforeLogin)
     }
 

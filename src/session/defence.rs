@@ -13,7 +13,7 @@ use tokio::time;
 
 use super::attempt::Attempted;
 use super::{EndedBy, FAREWELL, Session};
-use crate::admission::{Limited, Shed, Ticket, Turned};
+use crate::admission::{Limited, Shed, PreloginTicket, Turned};
 use crate::auth_policy::Verdict;
 use crate::backend::request::Outcome;
 use crate::config::{BackendId, ListenerTls};
@@ -91,7 +91,7 @@ impl Session {
 
     /// Ready when the connection must go: [`Session::why_shed`] says why. The future does not borrow the session.
     pub(super) fn shed(&self) -> impl Future<Output = ()> + use<> {
-        let signal = self.ticket.as_ref().map(Ticket::shed_signal);
+        let signal = self.ticket.as_ref().map(PreloginTicket::shed_signal);
         async move {
             match signal {
                 Some(signal) => drop(signal.shed().await),
@@ -102,7 +102,7 @@ impl Session {
 
     /// What a connection that must go is sent, and what is recorded.
     pub(super) fn why_shed(&self) -> (Bye, Reason) {
-        match self.ticket.as_ref().and_then(Ticket::is_shed) {
+        match self.ticket.as_ref().and_then(PreloginTicket::is_shed) {
             Some(Shed::Memory) => (Bye::Memory, Reason::ShedForMemory),
             Some(Shed::Place) | None => (Bye::Shed, Reason::Shed),
         }

@@ -50,7 +50,7 @@ use self::record::{EndedBy, Record};
 pub(crate) use self::relayed::ParkedSession;
 use self::relayed::Relayed;
 use crate::admission::connection_limit::ConnectionPermit;
-use crate::admission::{Charge, OutOfMemory, Pass, Ticket};
+use crate::admission::{Charge, OutOfMemory, Pass, PreloginTicket};
 use crate::auth_policy;
 use crate::config::ListenerTls;
 use crate::deadline::Deadline;
@@ -96,7 +96,7 @@ pub(crate) struct AcceptedConnection {
     /// Where it waits while it is silent.
     pub room: Arc<SessionPoller>,
     /// Its place among those who have not logged in.
-    pub ticket: Ticket,
+    pub ticket: PreloginTicket,
     /// Its share of what is limited and counted.
     pub held: ConnectionPermits,
 }
@@ -132,7 +132,7 @@ struct Session {
     desk: watch::Receiver<ListenerConfig>,
     drain: Drain,
     room: Arc<SessionPoller>,
-    ticket: Option<Ticket>,
+    ticket: Option<PreloginTicket>,
     /// What the client has said.
     memory: Charge,
     /// The copies of its credentials.
@@ -310,7 +310,7 @@ impl Session {
         let tls = self.live.tls.as_ref()?;
         let secrets = Arc::new(Secrets::default());
         let turns = self.live.guard.handshakes();
-        let (accepting, memory) = (secrets.clone(), self.ticket.as_ref().map(Ticket::charge));
+        let (accepting, memory) = (secrets.clone(), self.ticket.as_ref().map(PreloginTicket::charge));
         let handshake = async {
             // Silent clients take no handshake permit: wait for a byte first. That the socket may be readable is not enough.
             socket.peek(&mut [0]).await.map_err(|error| HandshakeError::of_system(&error))?;
