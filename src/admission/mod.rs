@@ -7,7 +7,7 @@
 //! | may a buffer grow before the login? | [`Charge::resize`] | by a budget for all; the connection that has sent most is shed |
 //! | may it try to log in? | [`Guard::may_try`] | by the rates of its address and of the users named |
 //! | how late is a failure answered? | [`Guard::failed`] | later with each of the same user from the same address |
-//! | may this user have one more session? | [`Pass::take_for`] | by how many there are, in all and from this address |
+//! | may this user have one more session? | [`ConnectionCount::take_for`] | by how many there are, in all and from this address |
 //!
 //! The guard lives as long as the process; a new configuration replaces its rules ([`Guard::reconfigure`]) and not what it
 //! remembers. Its memory does not depend on who comes: rates are kept in tables of fixed size (`table`), sessions are
@@ -111,7 +111,7 @@ pub enum Limited {
 
 /// What a session counts for, until dropped.
 #[derive(Debug)]
-pub struct Pass {
+pub struct ConnectionCount {
     guard: Arc<Guard>,
     /// Address, network, user, user and address.
     slots: [Slot; 4],
@@ -236,7 +236,7 @@ impl Guard {
     ///
     /// # Errors
     /// Why not; the connection is to be closed.
-    pub fn admit(self: &Arc<Self>, now: Instant, client: IpAddr) -> Result<Pass, Turned> {
+    pub fn admit(self: &Arc<Self>, now: Instant, client: IpAddr) -> Result<ConnectionCount, Turned> {
         let rules = self.rules();
         let config = &rules.config;
         let mut pass = self.pass();
@@ -262,8 +262,8 @@ impl Guard {
     }
 
     /// A pass that counts for no address: of a connection that has yet to say whose it is.
-    pub fn pass(self: &Arc<Self>) -> Pass {
-        Pass { guard: self.clone(), slots: [Slot::NONE; 4] }
+    pub fn pass(self: &Arc<Self>) -> ConnectionCount {
+        ConnectionCount { guard: self.clone(), slots: [Slot::NONE; 4] }
     }
 
     /// A place among the connections that have not logged in. If all are taken, another connection is shed, and the new one waits
@@ -393,7 +393,7 @@ impl Guard {
     }
 }
 
-impl Pass {
+impl ConnectionCount {
     /// The session belongs to `user` from now on, by its routing name.
     ///
     /// # Errors
@@ -432,7 +432,7 @@ impl Pass {
     }
 }
 
-impl Drop for Pass {
+impl Drop for ConnectionCount {
     fn drop(&mut self) {
         self.release();
     }

@@ -22,13 +22,13 @@ fn guard(config: &config::Guard) -> (Arc<Guard>, Instant) {
     (Arc::new(Guard::new(config, began)), began)
 }
 
-fn pass(guard: &Arc<Guard>, now: Instant, client: &str) -> Result<Pass, Turned> {
+fn pass(guard: &Arc<Guard>, now: Instant, client: &str) -> Result<ConnectionCount, Turned> {
     guard.admit(now, ip(client))
 }
 
 #[test]
 fn a_pass_is_small() {
-    assert!(size_of::<Pass>() <= 24, "{}", size_of::<Pass>());
+    assert!(size_of::<ConnectionCount>() <= 24, "{}", size_of::<ConnectionCount>());
 }
 
 #[test]
@@ -224,7 +224,7 @@ fn a_new_configuration_replaces_rules_and_nothing_that_is_remembered() {
     assert_eq!(pass(&guard, now, "192.0.2.1").unwrap_err(), Turned::Rate, "of all that came before and after");
     // Off: those inside still count down, and nobody new is counted.
     guard.reconfigure(&config::Guard::default());
-    let uncounted: Vec<Pass> = (0..5).map(|_| pass(&guard, now, "192.0.2.1").unwrap()).collect();
+    let uncounted: Vec<ConnectionCount> = (0..5).map(|_| pass(&guard, now, "192.0.2.1").unwrap()).collect();
     drop(inside);
     guard.reconfigure(&config::Guard { sessions_per_address: Some(2), ..Default::default() });
     let again = pass(&guard, now, "192.0.2.1").unwrap();
@@ -307,7 +307,7 @@ proptest! {
         };
         let (guard, now) = guard(&config);
         let address = |number: u8| ip(&format!("192.0.2.{number}"));
-        let mut inside: Vec<(u8, Option<u8>, Pass)> = Vec::new();
+        let mut inside: Vec<(u8, Option<u8>, ConnectionCount)> = Vec::new();
         let mut reloaded = false;
         for step in steps {
             match step {

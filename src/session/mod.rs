@@ -50,7 +50,7 @@ use self::record::{EndedBy, Record};
 pub(crate) use self::relayed::ParkedSession;
 use self::relayed::Relayed;
 use crate::admission::connection_limit::ConnectionPermit;
-use crate::admission::{Charge, OutOfMemory, Pass, PreloginTicket};
+use crate::admission::{Charge, OutOfMemory, ConnectionCount, PreloginTicket};
 use crate::auth_policy;
 use crate::config::ListenerTls;
 use crate::deadline::Deadline;
@@ -111,7 +111,7 @@ pub(crate) struct ConnectionPermits {
     #[expect(dead_code, reason = "it counts until it is dropped")]
     pub open: OpenGuard,
     /// What it counts for at the guard.
-    pub pass: Pass,
+    pub pass: ConnectionCount,
 }
 
 /// Where silent sessions wait.
