@@ -83,7 +83,7 @@ impl Rules {
 
 /// Why a connection is not let in.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Turned {
+pub enum ConnectionRefused {
     /// `access`.
     Denied,
     /// `limits.connection_rate`.
@@ -236,27 +236,27 @@ impl Guard {
     ///
     /// # Errors
     /// Why not; the connection is to be closed.
-    pub fn admit(self: &Arc<Self>, now: Instant, client: IpAddr) -> Result<ConnectionCount, Turned> {
+    pub fn admit(self: &Arc<Self>, now: Instant, client: IpAddr) -> Result<ConnectionCount, ConnectionRefused> {
         let rules = self.rules();
         let config = &rules.config;
         let mut pass = self.pass();
         match rules.door.standing(client) {
-            Standing::Denied => return Err(Turned::Denied),
+            Standing::Denied => return Err(ConnectionRefused::Denied),
             Standing::Exempt => return Ok(pass),
             Standing::Limited => {}
         }
         let address = self.key(&Key::Address(Block::of(client)));
         if !self.take(&self.connections, config.connection_rate, address, now) {
-            return Err(Turned::Rate);
+            return Err(ConnectionRefused::Rate);
         }
         if let Some(limit) = config.sessions_per_address {
-            pass.slots[0] = lock(&self.sessions).enter(address, limit).ok_or(Turned::Address)?;
+            pass.slots[0] = lock(&self.sessions).enter(address, limit).ok_or(ConnectionRefused::Address)?;
         }
         if let Some((limit, length)) = rules.networks.find(client) {
             let network = self.key(&Key::Network(Block::listed(client, length)));
             // Taken out first: a pass that is dropped locks the counts too.
             let slot = lock(&self.sessions).enter(network, limit);
-            pass.slots[1] = slot.ok_or(Turned::Network)?;
+            pass.slots[1] = slot.ok_or(ConnectionRefused::Network)?;
         }
         Ok(pass)
     }
@@ -270,9 +270,9 @@ impl Guard {
     /// until that one is gone ([`PreloginTicket::admitted`]).
     ///
     /// # Errors
-    /// [`Turned::BeforeLogin`]: no connection can be shed.
-    pub fn lobby(&self, now: Instant) -> Result<PreloginTicket, Turned> {
-        self.lobby.enter(now).ok_or(Turned::BeforeLogin)
+    /// [`ConnectionRefused::BeforeLogin`]: no connection can be shed.
+    pub fn lobby(&self, now: Instant) -> Result<PreloginTicket, ConnectionRefused> {
+        self.lobby.enter(now).ok_or(ConnectionRefused::BeforeLogin)
     }
 
     /// Bytes of `limits.before_login_memory` in use.

@@ -22,7 +22,7 @@ fn guard(config: &config::Guard) -> (Arc<Guard>, Instant) {
     (Arc::new(Guard::new(config, began)), began)
 }
 
-fn pass(guard: &Arc<Guard>, now: Instant, client: &str) -> Result<ConnectionCount, Turned> {
+fn pass(guard: &Arc<Guard>, now: Instant, client: &str) -> Result<ConnectionCount, ConnectionRefused> {
     guard.admit(now, ip(client))
 }
 
@@ -36,12 +36,12 @@ fn sessions_of_an_address_are_counted_and_ipv6_by_64_bits() {
     let (guard, now) = guard(&config::Guard { sessions_per_address: Some(2), ..Default::default() });
     let first = pass(&guard, now, "192.0.2.1").unwrap();
     let _second = pass(&guard, now, "::ffff:192.0.2.1").unwrap();
-    assert_eq!(pass(&guard, now, "192.0.2.1").unwrap_err(), Turned::Address);
+    assert_eq!(pass(&guard, now, "192.0.2.1").unwrap_err(), ConnectionRefused::Address);
     let _neighbour = pass(&guard, now, "192.0.2.2").unwrap();
     drop(first);
     let _third = pass(&guard, now, "192.0.2.1").unwrap();
     let _household = [pass(&guard, now, "2001:db8::1").unwrap(), pass(&guard, now, "2001:db8::ffff:2").unwrap()];
-    assert_eq!(pass(&guard, now, "2001:db8::3").unwrap_err(), Turned::Address);
+    assert_eq!(pass(&guard, now, "2001:db8::3").unwrap_err(), ConnectionRefused::Address);
     assert!(pass(&guard, now, "2001:db8:0:1::3").is_ok());
 }
 
@@ -54,9 +54,9 @@ fn a_network_has_its_own_limit_and_the_narrowest_counts() {
     };
     let (guard, now) = guard(&config);
     let _narrow = pass(&guard, now, "192.0.2.200").unwrap();
-    assert_eq!(pass(&guard, now, "192.0.2.201").unwrap_err(), Turned::Network);
+    assert_eq!(pass(&guard, now, "192.0.2.201").unwrap_err(), ConnectionRefused::Network);
     let wide = [pass(&guard, now, "192.0.2.1").unwrap(), pass(&guard, now, "192.0.2.2").unwrap()];
-    assert_eq!(pass(&guard, now, "192.0.2.3").unwrap_err(), Turned::Network);
+    assert_eq!(pass(&guard, now, "192.0.2.3").unwrap_err(), ConnectionRefused::Network);
     drop(wide);
     assert!(pass(&guard, now, "192.0.2.3").is_ok(), "who was turned away holds nothing of its address");
 }
@@ -67,7 +67,7 @@ fn connections_come_at_a_rate() {
     for _ in 0..3 {
         pass(&guard, now, "192.0.2.1").unwrap();
     }
-    assert_eq!(pass(&guard, now, "192.0.2.1").unwrap_err(), Turned::Rate);
+    assert_eq!(pass(&guard, now, "192.0.2.1").unwrap_err(), ConnectionRefused::Rate);
     assert!(pass(&guard, now, "192.0.2.2").is_ok());
     assert!(pass(&guard, now + Duration::from_secs(10), "192.0.2.1").is_ok());
 }
@@ -220,15 +220,15 @@ fn a_new_configuration_replaces_rules_and_nothing_that_is_remembered() {
     let inside = [pass(&guard, now, "192.0.2.1").unwrap(), pass(&guard, now, "192.0.2.1").unwrap()];
     guard.reconfigure(&config::Guard { sessions_per_address: Some(3), ..old.clone() });
     let third = pass(&guard, now, "192.0.2.1").unwrap();
-    assert_eq!(pass(&guard, now, "192.0.2.1").unwrap_err(), Turned::Address);
-    assert_eq!(pass(&guard, now, "192.0.2.1").unwrap_err(), Turned::Rate, "of all that came before and after");
+    assert_eq!(pass(&guard, now, "192.0.2.1").unwrap_err(), ConnectionRefused::Address);
+    assert_eq!(pass(&guard, now, "192.0.2.1").unwrap_err(), ConnectionRefused::Rate, "of all that came before and after");
     // Off: those inside still count down, and nobody new is counted.
     guard.reconfigure(&config::Guard::default());
     let uncounted: Vec<ConnectionCount> = (0..5).map(|_| pass(&guard, now, "192.0.2.1").unwrap()).collect();
     drop(inside);
     guard.reconfigure(&config::Guard { sessions_per_address: Some(2), ..Default::default() });
     let again = pass(&guard, now, "192.0.2.1").unwrap();
-    assert_eq!(pass(&guard, now, "192.0.2.1").unwrap_err(), Turned::Address, "the third and the new one");
+    assert_eq!(pass(&guard, now, "192.0.2.1").unwrap_err(), ConnectionRefused::Address, "the third and the new one");
     drop((third, again, uncounted));
     assert_eq!(guard.sizes().sessions, 0);
 }

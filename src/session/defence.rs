@@ -13,7 +13,7 @@ use tokio::time;
 
 use super::attempt::Attempted;
 use super::{EndedBy, FAREWELL, Session};
-use crate::admission::{Limited, Shed, PreloginTicket, Turned};
+use crate::admission::{Limited, Shed, PreloginTicket, ConnectionRefused};
 use crate::auth_policy::Verdict;
 use crate::backend::request::Outcome;
 use crate::config::{BackendId, ListenerTls};
@@ -33,13 +33,13 @@ const MAX_DEVICE: usize = 1024;
 
 /// Counts a connection that is turned away, and tells its client where anything can be said before TLS. It is closed
 /// either way.
-pub(crate) fn turn_away(socket: &TcpStream, turned: Turned, live: &Snapshot, listener: usize) -> Refusal {
+pub(crate) fn turn_away(socket: &TcpStream, turned: ConnectionRefused, live: &Snapshot, listener: usize) -> Refusal {
     let (refusal, bye) = match turned {
-        Turned::Denied => (Refusal::Denied, "* BYE Connections from your address are not allowed.\r\n"),
-        Turned::Rate => (Refusal::Rate, "* BYE [UNAVAILABLE] Too many connections in a short time, wait a little.\r\n"),
-        Turned::Address => (Refusal::Address, "* BYE [UNAVAILABLE] Too many connections from your address.\r\n"),
-        Turned::Network => (Refusal::Network, "* BYE [UNAVAILABLE] Too many connections from your network.\r\n"),
-        Turned::BeforeLogin => {
+        ConnectionRefused::Denied => (Refusal::Denied, "* BYE Connections from your address are not allowed.\r\n"),
+        ConnectionRefused::Rate => (Refusal::Rate, "* BYE [UNAVAILABLE] Too many connections in a short time, wait a little.\r\n"),
+        ConnectionRefused::Address => (Refusal::Address, "* BYE [UNAVAILABLE] Too many connections from your address.\r\n"),
+        ConnectionRefused::Network => (Refusal::Network, "* BYE [UNAVAILABLE] Too many connections from your network.\r\n"),
+        ConnectionRefused::BeforeLogin => {
             (Refusal::BeforeLogin, "* BYE [UNAVAILABLE] Too many connections are logging in, try again later.\r\n")
         }
     };
@@ -83,7 +83,7 @@ impl Session {
             }
             () = time::sleep(ADMISSION) => {}
         }
-        turn_away(socket, Turned::BeforeLogin, &self.live, self.listener);
+        turn_away(socket, ConnectionRefused::BeforeLogin, &self.live, self.listener);
         self.record.ended_by(EndedBy::Proxy);
         self.record.failed(Reason::Shed);
         None
