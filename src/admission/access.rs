@@ -75,13 +75,13 @@ pub(super) enum Standing {
 
 /// `access`, to be looked up.
 #[derive(Debug)]
-pub(super) struct Door {
+pub(super) struct AccessList {
     listed: Networks<Standing>,
     exempt: Networks<()>,
     others: Standing,
 }
 
-impl Door {
+impl AccessList {
     pub(super) fn new(access: &Access) -> Self {
         let allowed = access.allow.iter().map(|network| (*network, Standing::Limited));
         let denied = access.deny.iter().map(|network| (*network, Standing::Denied));
@@ -114,9 +114,9 @@ mod tests {
 
     use super::*;
 
-    fn access(allow: &[&str], deny: &[&str], exempt: &[&str]) -> Door {
+    fn access(allow: &[&str], deny: &[&str], exempt: &[&str]) -> AccessList {
         let networks = |texts: &[&str]| texts.iter().map(|text| Network::parse(text).unwrap()).collect();
-        Door::new(&Access { allow: networks(allow), deny: networks(deny), exempt: networks(exempt) })
+        AccessList::new(&Access { allow: networks(allow), deny: networks(deny), exempt: networks(exempt) })
     }
 
     #[test]

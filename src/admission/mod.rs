@@ -31,7 +31,7 @@ use std::time::{Duration, Instant};
 
 use tokio::sync::Semaphore;
 
-use self::access::{Door, Networks, Standing};
+use self::access::{AccessList, Networks, Standing};
 use self::counts::{Counts, Slot};
 use self::failures::Failures;
 use self::lobby::PreloginQueue;
@@ -63,7 +63,7 @@ pub struct Guard {
 #[derive(Debug)]
 struct Rules {
     config: config::Guard,
-    door: Door,
+    door: AccessList,
     networks: Networks<u32>,
     handshakes: Arc<Semaphore>,
 }
@@ -72,7 +72,7 @@ impl Rules {
     fn new(config: &config::Guard, before: Option<&Self>) -> Self {
         let same = before.filter(|before| before.config.handshakes == config.handshakes);
         Self {
-            door: Door::new(&config.access),
+            door: AccessList::new(&config.access),
             networks: Networks::new(config.networks.iter().copied()),
             handshakes: same
                 .map_or_else(|| Arc::new(Semaphore::new(config.handshakes)), |same| same.handshakes.clone()),
