@@ -67,7 +67,7 @@ impl<T: Copy> Networks<T> {
 
 /// What is known of an address before it has said a word.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Standing {
+pub(super) enum AccessDecision {
     Denied,
     Limited,
     Exempt,
@@ -76,30 +76,30 @@ pub(super) enum Standing {
 /// `access`, to be looked up.
 #[derive(Debug)]
 pub(super) struct AccessList {
-    listed: Networks<Standing>,
+    listed: Networks<AccessDecision>,
     exempt: Networks<()>,
-    others: Standing,
+    others: AccessDecision,
 }
 
 impl AccessList {
     pub(super) fn new(access: &Access) -> Self {
-        let allowed = access.allow.iter().map(|network| (*network, Standing::Limited));
-        let denied = access.deny.iter().map(|network| (*network, Standing::Denied));
+        let allowed = access.allow.iter().map(|network| (*network, AccessDecision::Limited));
+        let denied = access.deny.iter().map(|network| (*network, AccessDecision::Denied));
         Self {
             // The later counts: deny, where a network stands in both.
             listed: Networks::new(allowed.chain(denied)),
             exempt: Networks::new(access.exempt.iter().map(|network| (*network, ()))),
-            others: if access.allow.is_empty() { Standing::Limited } else { Standing::Denied },
+            others: if access.allow.is_empty() { AccessDecision::Limited } else { AccessDecision::Denied },
         }
     }
 
-    pub(super) fn standing(&self, client: IpAddr) -> Standing {
+    pub(super) fn standing(&self, client: IpAddr) -> AccessDecision {
         let exempt = self.exempt.find(client);
         match (self.listed.find(client), exempt) {
             // Where it is exempt from limits it is let in, unless a network at least as narrow is denied.
-            (Some((Standing::Denied, denied)), Some(((), exempt))) if exempt > denied => Standing::Exempt,
-            (Some((Standing::Denied, _)), _) => Standing::Denied,
-            (_, Some(_)) => Standing::Exempt,
+            (Some((AccessDecision::Denied, denied)), Some(((), exempt))) if exempt > denied => AccessDecision::Exempt,
+            (Some((AccessDecision::Denied, _)), _) => AccessDecision::Denied,
+            (_, Some(_)) => AccessDecision::Exempt,
             (Some((standing, _)), None) => standing,
             (None, None) => self.others,
         }
@@ -121,7 +121,7 @@ mod tests {
 
     #[test]
     fn the_narrowest_network_decides() {
-        use Standing::{Denied, Exempt, Limited};
+        use AccessDecision::{Denied, Exempt, Limited};
         for (door, client, expected) in [
             (access(&[], &[], &[]), "192.0.2.1", Limited),
             (access(&[], &["192.0.2.0/24"], &[]), "192.0.2.1", Denied),

@@ -31,7 +31,7 @@ use std::time::{Duration, Instant};
 
 use tokio::sync::Semaphore;
 
-use self::access::{AccessList, Networks, Standing};
+use self::access::{AccessList, Networks, AccessDecision};
 use self::counts::{Counts, Slot};
 use self::failures::Failures;
 use self::lobby::PreloginQueue;
@@ -241,9 +241,9 @@ impl Guard {
         let config = &rules.config;
         let mut pass = self.pass();
         match rules.door.standing(client) {
-            Standing::Denied => return Err(ConnectionRefused::Denied),
-            Standing::Exempt => return Ok(pass),
-            Standing::Limited => {}
+            AccessDecision::Denied => return Err(ConnectionRefused::Denied),
+            AccessDecision::Exempt => return Ok(pass),
+            AccessDecision::Limited => {}
         }
         let address = self.key(&Key::Address(Block::of(client)));
         if !self.take(&self.connections, config.connection_rate, address, now) {
@@ -293,7 +293,7 @@ impl Guard {
         let rules = self.rules();
         let config = &rules.config;
         let (per_address, per_user) = (config.login_rate_per_address, config.login_rate_per_user);
-        if per_address.is_none() && per_user.is_none() || rules.door.standing(client) == Standing::Exempt {
+        if per_address.is_none() && per_user.is_none() || rules.door.standing(client) == AccessDecision::Exempt {
             return Ok(());
         }
         let block = Block::of(client);
@@ -320,7 +320,7 @@ impl Guard {
     pub fn failed(&self, now: Instant, client: IpAddr, users: &[impl AsRef<str>]) -> Duration {
         let rules = self.rules();
         let Some(first) = rules.config.failed_login_delay else { return Duration::ZERO };
-        if rules.door.standing(client) == Standing::Exempt {
+        if rules.door.standing(client) == AccessDecision::Exempt {
             return Duration::ZERO;
         }
         let (block, clock) = (Block::of(client), self.clock(now));
@@ -401,7 +401,7 @@ impl ConnectionCount {
     pub fn take_for(&mut self, client: IpAddr, user: &str) -> Result<(), Limited> {
         let rules = self.guard.rules();
         let (per_user, per_pair) = (rules.config.sessions_per_user, rules.config.sessions_per_user_and_address);
-        if per_user.is_none() && per_pair.is_none() || rules.door.standing(client) == Standing::Exempt {
+        if per_user.is_none() && per_pair.is_none() || rules.door.standing(client) == AccessDecision::Exempt {
             return Ok(());
         }
         let mut sessions = lock(&self.guard.sessions);
