@@ -16,7 +16,7 @@ use tokio_util::task::task_tracker::TaskTrackerToken;
 
 /// How a process stops.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Manner {
+pub(crate) enum DrainMode {
     /// Clients that have not logged in are told to come back.
     Stop,
     /// A successor takes new clients; those that are logging in may finish.
@@ -73,8 +73,8 @@ impl Drain {
 
     /// Drains: begins, waits up to `grace` or until `hurry` for sessions to end by themselves, then ends the rest.
     /// Returns how many had to be ended.
-    pub(crate) async fn run(&self, grace: Duration, hurry: impl Future<Output = ()>, manner: Manner) -> usize {
-        if manner == Manner::Stop {
+    pub(crate) async fn run(&self, grace: Duration, hurry: impl Future<Output = ()>, manner: DrainMode) -> usize {
+        if manner == DrainMode::Stop {
             self.0.announced.cancel();
             self.0.begun.cancel();
         }
@@ -151,7 +151,7 @@ mod tests {
         drain.spawn(async move { begun.cancelled().await });
         drain.announce();
         assert!(!drain.begun().is_cancelled(), "an announcement ends nothing");
-        assert_eq!(drain.run(Duration::from_secs(60), pending(), Manner::Stop).await, 0);
+        assert_eq!(drain.run(Duration::from_secs(60), pending(), DrainMode::Stop).await, 0);
         assert!(drain.announced().is_cancelled() && !drain.over().is_cancelled());
     }
 
@@ -161,7 +161,7 @@ mod tests {
         let over = drain.over().clone();
         drain.spawn(async move { over.cancelled().await });
         let began = tokio::time::Instant::now();
-        assert_eq!(drain.run(Duration::from_secs(60), pending(), Manner::Stop).await, 1);
+        assert_eq!(drain.run(Duration::from_secs(60), pending(), DrainMode::Stop).await, 1);
         assert_eq!(began.elapsed(), Duration::from_secs(60));
         assert_eq!(drain.open_sessions(), 0);
     }
@@ -171,6 +171,6 @@ mod tests {
         let drain = Drain::default();
         let over = drain.over().clone();
         drain.spawn(async move { over.cancelled().await });
-        assert_eq!(drain.run(Duration::from_secs(60), async {}, Manner::Stop).await, 1);
+        assert_eq!(drain.run(Duration::from_secs(60), async {}, DrainMode::Stop).await, 1);
     }
 }

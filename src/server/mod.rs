@@ -34,7 +34,7 @@ use crate::config::{self, Config};
 use crate::listener::{self, WorkerContext};
 use crate::logging;
 use crate::metrics::Metrics;
-use crate::process::shutdown::{Drain, Manner};
+use crate::process::shutdown::{Drain, DrainMode};
 use crate::process::workers::Worker;
 use crate::session::SessionPoller;
 use crate::session_registry::Sessions;
@@ -463,7 +463,7 @@ impl Running {
     /// Stops: no new connections, BYE to clients before login, the configured grace to relayed sessions, cut short by
     /// `hurry`. Returns how many sessions had to be ended.
     pub async fn drain(&self, hurry: impl Future<Output = ()>) -> usize {
-        self.wind_up(hurry, Manner::Stop, &[]).await
+        self.wind_up(hurry, DrainMode::Stop, &[]).await
     }
 
     /// Stops because a successor serves on the same sockets, or on others at the addresses in `replaced`: as [`Running::drain`],
@@ -475,10 +475,10 @@ impl Running {
         }
         // What this process keeps grows old while it waits for its sessions; the successor's is newer.
         self.live().router.leave_files();
-        self.wind_up(hurry, Manner::Retire, replaced).await
+        self.wind_up(hurry, DrainMode::Retire, replaced).await
     }
 
-    async fn wind_up(&self, hurry: impl Future<Output = ()>, manner: Manner, replaced: &[SocketAddr]) -> usize {
+    async fn wind_up(&self, hurry: impl Future<Output = ()>, manner: DrainMode, replaced: &[SocketAddr]) -> usize {
         let grace = self.grace();
         self.metrics().draining();
         {
