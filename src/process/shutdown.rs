@@ -25,10 +25,10 @@ pub(crate) enum DrainMode {
 
 /// The state of a drain, shared by everything that must stop.
 #[derive(Debug, Clone, Default)]
-pub(crate) struct Drain(Arc<Edges>);
+pub(crate) struct Drain(Arc<DrainState>);
 
 #[derive(Debug, Default)]
-struct Edges {
+struct DrainState {
     announced: CancellationToken,
     begun: CancellationToken,
     over: CancellationToken,
