@@ -52,7 +52,7 @@ pub(super) struct ServerSettings {
 }
 
 impl ServerSettings {
-    pub(super) fn new(care: &config::Care, max_sessions: Option<u32>, mode: Mode) -> Self {
+    pub(super) fn new(care: &config::BalancingConfig, max_sessions: Option<u32>, mode: Mode) -> Self {
         // Without checks nobody asks for their thresholds.
         let (rise, fall) = care.check.as_ref().map_or((1, 1), |check| (check.rise, check.fall));
         let thresholds = Thresholds { failures: care.failures, rise, fall };

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::path::PathBuf;
 
-use super::{Answers, Care, Located, Mode, Place};
+use super::{Answers, BalancingConfig, Located, Mode, Place};
 use crate::identity::UserName;
 
 /// A named set of equivalent servers.
@@ -31,7 +31,7 @@ pub struct Backend {
     /// Sent with ID as `x-forward-KEY`.
     pub forward: BTreeMap<String, String>,
     /// How servers are chosen, watched and limited.
-    pub care: Care,
+    pub care: BalancingConfig,
     /// In the file.
     pub place: Place,
 }

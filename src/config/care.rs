@@ -15,7 +15,7 @@ use crate::identity::UserName;
 
 /// What a backend does for its servers, and with them.
 #[derive(Debug, Clone)]
-pub struct Care {
+pub struct BalancingConfig {
     /// Which server a login goes to.
     pub balance: Balance,
     /// How servers are asked whether they are well; `None`: they are not.
@@ -172,7 +172,7 @@ pub(super) struct Written {
 }
 
 /// Absent keys have their defaults. `key` is the backend's.
-pub(super) fn care(reader: &mut Reader<'_>, folder: &Path, key: &str, mode: TlsMode, written: Written) -> Care {
+pub(super) fn care(reader: &mut Reader<'_>, folder: &Path, key: &str, mode: TlsMode, written: Written) -> BalancingConfig {
     let balance = balance(reader, &child(key, "balance"), written.balance);
     let slow_key = child(key, "slow_start");
     let slow_start = or_off(reader, &slow_key, written.slow_start, None, seconds(1, 3600));
@@ -180,7 +180,7 @@ pub(super) fn care(reader: &mut Reader<'_>, folder: &Path, key: &str, mode: TlsM
         reader.problem(&slow_key, "has no effect with balance user-hash: a user's sessions meet on one server");
     }
     let queue = child(key, "queue");
-    Care {
+    BalancingConfig {
         balance,
         check: check(reader, folder, &child(key, "check"), mode, written.check),
         slow_start,

@@ -41,7 +41,7 @@ use crate::identity::{Delegation, Mechanisms, Naming, TokenIssuer};
 
 pub use self::answers::Answers;
 pub use self::backend::{Backend, BackendId, ClientInfo, Host, MasterLogin, Server, ServerTls, TlsMode, Trust};
-pub use self::care::{Balance, Care, Check, CheckKind, Mode, Queue};
+pub use self::care::{Balance, BalancingConfig, Check, CheckKind, Mode, Queue};
 pub use self::directory::{
     ANSWER_FIELDS, Asking, Cache, Dns, DnsQuestion, Http, HttpStyle, Ldap, LdapScope, Network, Redis, RedisPlace, Sql,
 };
