@@ -9,7 +9,7 @@ use super::file::{BalanceWord, BreakerMap, CheckMap, CheckWord, QueueMap, StateW
 use super::limits::{bounded, number, or_off, seconds};
 use super::locate::child;
 use super::read::Reader;
-use super::values::{BalanceEntry, CheckEntry, Span};
+use super::values::{BalanceEntry, CheckEntry, DurationText};
 use super::{Located, TlsMode};
 use crate::identity::UserName;
 
@@ -166,7 +166,7 @@ impl From<StateWord> for Mode {
 pub(super) struct Written {
     pub(super) balance: Option<BalanceEntry>,
     pub(super) check: Option<CheckEntry>,
-    pub(super) slow_start: Option<Span>,
+    pub(super) slow_start: Option<DurationText>,
     pub(super) breaker: BreakerMap,
     pub(super) queue: QueueMap,
 }

@@ -12,25 +12,25 @@ use super::routes::{CacheMap, HashMap};
 
 /// `10s`, `2m`, `1h 30m`; `off` where the key allows it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Span(pub(super) Option<Duration>);
+pub(super) struct DurationText(pub(super) Option<Duration>);
 
-impl<'de> Deserialize<'de> for Span {
+impl<'de> Deserialize<'de> for DurationText {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         struct Words;
         impl Visitor<'_> for Words {
-            type Value = Span;
+            type Value = DurationText;
 
             fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
                 f.write_str("a duration with its unit, like 10s or 30m")
             }
 
-            fn visit_str<E: de::Error>(self, text: &str) -> Result<Span, E> {
+            fn visit_str<E: de::Error>(self, text: &str) -> Result<DurationText, E> {
                 if text == "off" {
-                    return Ok(Span(None));
+                    return Ok(DurationText(None));
                 }
                 let duration = humantime::parse_duration(text);
                 duration
-                    .map(|duration| Span(Some(duration)))
+                    .map(|duration| DurationText(Some(duration)))
                     .map_err(|_| E::invalid_type(de::Unexpected::Str(text), &self))
             }
         }
