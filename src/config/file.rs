@@ -12,7 +12,7 @@ use serde_yaml::{Mapping, Value};
 use super::answers::{EmptyPasswordWord, LoginWithWord};
 use super::guard_file::{AccessMap, PolicyMap};
 use super::users_file::UsersMap;
-use super::values::{BalanceEntry, Cap, CheckEntry, Pace, ServerEntry, Size, DurationText, TlsEntry, TlsVersionWord, Words};
+use super::values::{BalanceEntry, Cap, CheckEntry, RateText, ServerEntry, Size, DurationText, TlsEntry, TlsVersionWord, Words};
 
 /// The whole file.
 #[derive(Debug, Default, Deserialize)]
@@ -419,9 +419,9 @@ pub(super) struct LimitsMap {
     pub(super) sessions_per_user_and_address: Option<Cap>,
     /// [`super::guard_file::NetworkMap`].
     pub(super) networks: Vec<Value>,
-    pub(super) connection_rate: Option<Pace>,
-    pub(super) login_rate_per_address: Option<Pace>,
-    pub(super) login_rate_per_user: Option<Pace>,
+    pub(super) connection_rate: Option<RateText>,
+    pub(super) login_rate_per_address: Option<RateText>,
+    pub(super) login_rate_per_user: Option<RateText>,
     pub(super) tracked: Option<i64>,
     pub(super) failed_login_delay: Option<DurationText>,
     pub(super) failed_login_delay_max: Option<DurationText>,

@@ -133,28 +133,28 @@ impl<'de> Deserialize<'de> for Cap {
 
 /// `off`, or events in a time: `60/1m`.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Pace(pub(super) Option<(u32, Duration)>);
+pub(super) struct RateText(pub(super) Option<(u32, Duration)>);
 
-impl<'de> Deserialize<'de> for Pace {
+impl<'de> Deserialize<'de> for RateText {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         struct Words;
         impl Visitor<'_> for Words {
-            type Value = Pace;
+            type Value = RateText;
 
             fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
                 f.write_str("off or a rate, like 60/1m")
             }
 
-            fn visit_str<E: de::Error>(self, text: &str) -> Result<Pace, E> {
+            fn visit_str<E: de::Error>(self, text: &str) -> Result<RateText, E> {
                 if text == "off" {
-                    return Ok(Pace(None));
+                    return Ok(RateText(None));
                 }
                 let rate = text.split_once('/').and_then(|(events, per)| {
                     let digits = events.bytes().all(|byte| byte.is_ascii_digit());
                     let events = events.parse().ok().filter(|_| digits)?;
                     Some((events, humantime::parse_duration(per).ok()?))
                 });
-                rate.map(|rate| Pace(Some(rate))).ok_or_else(|| E::invalid_type(de::Unexpected::Str(text), &self))
+                rate.map(|rate| RateText(Some(rate))).ok_or_else(|| E::invalid_type(de::Unexpected::Str(text), &self))
             }
         }
         deserializer.deserialize_any(Words)
