@@ -12,7 +12,7 @@ use serde_yaml::{Mapping, Value};
 use super::answers::{EmptyPasswordWord, LoginWithWord};
 use super::guard_file::{AccessMap, PolicyMap};
 use super::users_file::UsersMap;
-use super::values::{BalanceEntry, Cap, CheckEntry, RateText, ServerEntry, Size, DurationText, TlsEntry, TlsVersionWord, Words};
+use super::values::{BalanceEntry, OptionalCount, CheckEntry, RateText, ServerEntry, Size, DurationText, TlsEntry, TlsVersionWord, Words};
 
 /// The whole file.
 #[derive(Debug, Default, Deserialize)]
@@ -414,9 +414,9 @@ pub(super) struct LimitsMap {
     pub(super) handshakes: Option<i64>,
     pub(super) before_login: Option<i64>,
     pub(super) before_login_memory: Option<Size>,
-    pub(super) sessions_per_address: Option<Cap>,
-    pub(super) sessions_per_user: Option<Cap>,
-    pub(super) sessions_per_user_and_address: Option<Cap>,
+    pub(super) sessions_per_address: Option<OptionalCount>,
+    pub(super) sessions_per_user: Option<OptionalCount>,
+    pub(super) sessions_per_user_and_address: Option<OptionalCount>,
     /// [`super::guard_file::NetworkMap`].
     pub(super) networks: Vec<Value>,
     pub(super) connection_rate: Option<RateText>,

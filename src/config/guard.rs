@@ -9,7 +9,7 @@ use super::guard_file::{AccessMap, NetworkMap};
 use super::limits::{bounded, number, or_off, seconds};
 use super::locate::child;
 use super::read::Reader;
-use super::values::{Cap, RateText, Size};
+use super::values::{OptionalCount, RateText, Size};
 
 /// Who may come in and try. An address is one of IPv4, or a /64 of IPv6, which is what one household has.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -186,7 +186,7 @@ fn network(reader: &mut Reader<'_>, key: &str, text: &str) -> Option<Network> {
     network
 }
 
-fn cap(reader: &mut Reader<'_>, key: &str, written: Option<Cap>) -> Option<u32> {
+fn cap(reader: &mut Reader<'_>, key: &str, written: Option<OptionalCount>) -> Option<u32> {
     let number = written?.0?;
     let within = u32::try_from(number).ok().filter(|number| (1..=10_000_000).contains(number));
     if within.is_none() {

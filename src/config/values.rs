@@ -103,28 +103,28 @@ impl<'de> Deserialize<'de> for Size {
 
 /// `off`, or a number.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Cap(pub(super) Option<i64>);
+pub(super) struct OptionalCount(pub(super) Option<i64>);
 
-impl<'de> Deserialize<'de> for Cap {
+impl<'de> Deserialize<'de> for OptionalCount {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         struct Either;
         impl Visitor<'_> for Either {
-            type Value = Cap;
+            type Value = OptionalCount;
 
             fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
                 f.write_str("off or a number")
             }
 
-            fn visit_i64<E>(self, number: i64) -> Result<Cap, E> {
-                Ok(Cap(Some(number)))
+            fn visit_i64<E>(self, number: i64) -> Result<OptionalCount, E> {
+                Ok(OptionalCount(Some(number)))
             }
 
-            fn visit_u64<E>(self, number: u64) -> Result<Cap, E> {
-                Ok(Cap(Some(i64::try_from(number).unwrap_or(i64::MAX))))
+            fn visit_u64<E>(self, number: u64) -> Result<OptionalCount, E> {
+                Ok(OptionalCount(Some(i64::try_from(number).unwrap_or(i64::MAX))))
             }
 
-            fn visit_str<E: de::Error>(self, text: &str) -> Result<Cap, E> {
-                if text == "off" { Ok(Cap(None)) } else { Err(E::invalid_type(de::Unexpected::Str(text), &self)) }
+            fn visit_str<E: de::Error>(self, text: &str) -> Result<OptionalCount, E> {
+                if text == "off" { Ok(OptionalCount(None)) } else { Err(E::invalid_type(de::Unexpected::Str(text), &self)) }
             }
         }
         deserializer.deserialize_any(Either)
