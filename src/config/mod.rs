@@ -51,7 +51,7 @@ use self::locate::Index;
 pub use self::policy::Policy;
 use self::read::{Reader, no_yaml};
 pub use self::report::{Located, Place, Problem, Report};
-use self::tree::Tree;
+use self::tree::YamlValue;
 
 /// A larger file is no configuration: users belong into a table.
 const MAX_FILE: u64 = 16 * 1024 * 1024;
@@ -407,7 +407,7 @@ pub fn parse(file: &Path, text: &str) -> Result<Config, Report> {
         return Err(fault(file, "the file is empty".to_owned()));
     }
     let mut value = match serde_yaml::from_str(text) {
-        Ok(Tree(value)) => value,
+        Ok(YamlValue(value)) => value,
         Err(error) => return Err(Report::new(vec![no_yaml(file, text, &error)])),
     };
     reader.tidy("", &mut value);
