@@ -47,7 +47,7 @@ pub use self::directory::{
 };
 pub use self::guard::{Access, Guard, Rate};
 pub use self::local::is_local;
-use self::locate::Index;
+use self::locate::Positions;
 pub use self::policy::Policy;
 use self::read::{Reader, no_yaml};
 pub use self::report::{Located, Place, Problem, Report};
@@ -398,7 +398,7 @@ pub fn load(path: &Path) -> Result<Config, Report> {
 pub fn parse(file: &Path, text: &str) -> Result<Config, Report> {
     // Some editors put a byte order mark ahead of a text; it says nothing.
     let text = text.strip_prefix('\u{feff}').unwrap_or(text);
-    let mut reader = Reader::new(file, Index::new(text));
+    let mut reader = Reader::new(file, Positions::new(text));
     if !reader.structure() {
         return reader.finish(None);
     }
