@@ -47,13 +47,13 @@ const UNRECOGNIZED_NAME: [u8; 7] = [21, 3, 3, 0, 2, 2, 112];
 /// What clients are shown.
 pub struct ServerTls {
     /// One a listener.
-    listeners: Vec<Shown>,
+    listeners: Vec<ListenerAcceptor>,
     certificates: Arc<Certificates>,
     tickets: Arc<Tickets>,
 }
 
 /// What clients of a listener are shown.
-struct Shown {
+struct ListenerAcceptor {
     config: ServerConfig,
     strict_sni: bool,
     strict_alpn: bool,
@@ -92,7 +92,7 @@ impl ServerTls {
             let ticketer = tickets.of(&policy.scope);
             let built = server_config(policy, resolver, ticketer)
                 .map_err(|error| vec![config.problem(&listener.place, error)])?;
-            listeners.push(Shown {
+            listeners.push(ListenerAcceptor {
                 config: built,
                 strict_sni: listener.strict_sni,
                 strict_alpn: listener.strict_alpn,
@@ -154,7 +154,7 @@ impl ServerTls {
     /// Reads the client's first message before rustls answers it, for listeners whose answer depends on it.
     async fn accept_by_hello(
         &self,
-        shown: &Shown,
+        shown: &ListenerAcceptor,
         mut config: ServerConfig,
         socket: Records<TcpStream>,
     ) -> Result<server::TlsStream<Records<TcpStream>>, Broken> {

@@ -94,11 +94,11 @@ fn metrics() -> Metrics {
 #[derive(Debug)]
 struct Noting {
     schemes: Vec<SignatureScheme>,
-    shown: Mutex<Option<Shown>>,
+    shown: Mutex<Option<ListenerAcceptor>>,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
-struct Shown {
+struct ListenerAcceptor {
     certificate: CertificateDer<'static>,
     response: Vec<u8>,
 }
@@ -113,7 +113,7 @@ impl ServerCertVerifier for Noting {
         _: UnixTime,
     ) -> Result<ServerCertVerified, Error> {
         let certificate = certificate.clone().into_owned();
-        *self.shown.lock().unwrap() = Some(Shown { certificate, response: response.to_vec() });
+        *self.shown.lock().unwrap() = Some(ListenerAcceptor { certificate, response: response.to_vec() });
         Ok(ServerCertVerified::assertion())
     }
 
@@ -186,7 +186,7 @@ impl Client {
     }
 
     /// A full handshake; what was shown in it.
-    async fn shown(&self, tls: &ServerTls, name: &str) -> Shown {
+    async fn shown(&self, tls: &ServerTls, name: &str) -> ListenerAcceptor {
         let fresh = Self { noting: self.noting.clone(), config: self.fresh() };
         fresh.connect(tls, 0, name).await.unwrap();
         self.noting.shown.lock().unwrap().take().expect("a full handshake")
@@ -352,9 +352,9 @@ async fn an_ocsp_response_is_shown_while_it_fits() {
     let failed = || metrics.render().lines().any(|line| line.contains("load_failed{") && line.ends_with(" 1"));
     assert_eq!(
         client.shown(&tls, "localhost").await,
-        Shown { certificate: certificate.clone(), response: good.clone() }
+        ListenerAcceptor { certificate: certificate.clone(), response: good.clone() }
     );
-    assert_eq!(client.shown(&tls, "b.test").await, Shown { certificate: other, response: Vec::new() });
+    assert_eq!(client.shown(&tls, "b.test").await, ListenerAcceptor { certificate: other, response: Vec::new() });
 
     // About another one, or out of date: not shown, and said.
     for wrong in [respond(78, "20990101000000Z"), respond(77, "20200101000000Z")] {
@@ -380,7 +380,7 @@ async fn an_ocsp_response_is_shown_while_it_fits() {
     let renewed = folder.certificate("a", &["localhost"], 78, false);
     look(now());
     assert!(failed());
-    assert_eq!(client.shown(&tls, "localhost").await, Shown { certificate: renewed, response: Vec::new() });
+    assert_eq!(client.shown(&tls, "localhost").await, ListenerAcceptor { certificate: renewed, response: Vec::new() });
 }
 
 #[test]
