@@ -28,7 +28,7 @@ use crate::process::file_watch::Watch;
 
 /// All certificates.
 pub(super) struct Certificates {
-    followed: Mutex<Vec<Followed>>,
+    followed: Mutex<Vec<WatchedCertificate>>,
     served: RwLock<Arc<ByName>>,
 }
 
@@ -41,7 +41,7 @@ impl Certificates {
         let mut followed = Vec::new();
         let mut problems = Vec::new();
         for certificate in &config.certificates {
-            match Followed::new(certificate, now) {
+            match WatchedCertificate::new(certificate, now) {
                 Ok(one) => followed.push(one),
                 Err(Wrong { which, message }) => {
                     let place = match which {
@@ -131,7 +131,7 @@ impl Wrong {
 }
 
 /// A certificate, and what its files were when it was loaded.
-struct Followed {
+struct WatchedCertificate {
     files: Files,
     watch: Watch,
     loaded: Loaded,
@@ -139,7 +139,7 @@ struct Followed {
     trouble: Option<String>,
 }
 
-impl Followed {
+impl WatchedCertificate {
     fn new(certificate: &Certificate, now: i64) -> Result<Self, Wrong> {
         let files = Files {
             cert: certificate.cert.value.clone(),
@@ -294,7 +294,7 @@ struct ByName {
 }
 
 impl ByName {
-    fn new(followed: &[Followed]) -> Self {
+    fn new(followed: &[WatchedCertificate]) -> Self {
         let (mut exact, mut wildcard) = (HashMap::<_, Vec<_>>::new(), HashMap::<_, Vec<_>>::new());
         for loaded in followed.iter().map(|followed| &followed.loaded) {
             for name in &loaded.names {
