@@ -227,7 +227,7 @@ impl Loaded {
         let cert = |message: String| Wrong::new(Which::Cert, &files.cert, message);
         let key = |message: String| Wrong::new(Which::Key, &files.key, message);
         let chain = read_certificates(&files.cert).map_err(cert)?;
-        let Facts { names, serial, expiry } = facts(&chain[0]).map_err(cert)?;
+        let CertificateInfo { names, serial, expiry } = facts(&chain[0]).map_err(cert)?;
         let private = read_key(&files.key).map_err(key)?;
         let certified = CertifiedKey::from_der(chain, private, &provider()).map_err(|error| {
             let file = files.cert.display();
@@ -260,7 +260,7 @@ fn read_key(path: &Path) -> Result<PrivateKeyDer<'static>, String> {
     }
 }
 
-struct Facts {
+struct CertificateInfo {
     /// Of DNS, in lower case.
     names: Vec<String>,
     serial: Vec<u8>,
@@ -268,7 +268,7 @@ struct Facts {
     expiry: i64,
 }
 
-fn facts(certificate: &[u8]) -> Result<Facts, String> {
+fn facts(certificate: &[u8]) -> Result<CertificateInfo, String> {
     let (_, parsed) = X509Certificate::from_der(certificate).map_err(|error| format!("not a certificate: {error}"))?;
     if is_version_1(&parsed) {
         return Err(VERSION_1.to_owned());
@@ -279,7 +279,7 @@ fn facts(certificate: &[u8]) -> Result<Facts, String> {
         _ => None,
     });
     let expiry = parsed.validity().not_after.timestamp();
-    Ok(Facts { names: names.collect(), serial: parsed.raw_serial().to_vec(), expiry })
+    Ok(CertificateInfo { names: names.collect(), serial: parsed.raw_serial().to_vec(), expiry })
 }
 
 /// Certificates by the names in them. Each list has at least one, in the order they are tried: those of elliptic curves
