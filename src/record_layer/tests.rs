@@ -456,7 +456,7 @@ fn a_channel_at_rest_is_small() {
             let rest = channel.rest();
             let short = suite.tls13().is_some_and(|suite| suite.common.suite == CipherSuite::TLS13_AES_128_GCM_SHA256);
             if suite.tls13().is_some() {
-                assert_eq!(matches!(rest, Dormant::Short(_)), short, "{suite:?}");
+                assert_eq!(matches!(rest, StoredChannel::Short(_)), short, "{suite:?}");
             }
             channel = rest.wake();
             peer.writer().write_all(b"a byte after sleep").unwrap();
