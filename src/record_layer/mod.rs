@@ -83,9 +83,9 @@ impl Channel {
         let (version, role) = (self.sealer.version(), self.opener.role());
         let (receive, send) = (self.opener.into_keys(), self.sealer.into_keys());
         if receive.fit::<16, 32>() && send.fit::<16, 32>() {
-            StoredChannel::Short(Box::new(AtRest { version, role, receive: receive.moved(), send: send.moved() }))
+            StoredChannel::Short(Box::new(StoredKeys { version, role, receive: receive.moved(), send: send.moved() }))
         } else {
-            StoredChannel::Long(Box::new(AtRest { version, role, receive, send }))
+            StoredChannel::Long(Box::new(StoredKeys { version, role, receive, send }))
         }
     }
 }
@@ -94,14 +94,14 @@ impl Channel {
 #[derive(Debug)]
 pub enum StoredChannel {
     /// AES-128-GCM with SHA-256, which most connections have: 64 bytes less.
-    Short(Box<AtRest<16, 32>>),
+    Short(Box<StoredKeys<16, 32>>),
     /// What is longer.
-    Long(Box<AtRest>),
+    Long(Box<StoredKeys>),
 }
 
 /// What both directions of a [`StoredChannel`] channel are made from.
 #[derive(Debug)]
-pub struct AtRest<const K: usize = LONGEST_KEY, const S: usize = LONGEST_SECRET> {
+pub struct StoredKeys<const K: usize = LONGEST_KEY, const S: usize = LONGEST_SECRET> {
     version: Version,
     role: Role,
     receive: Keys<K, S>,

@@ -447,8 +447,8 @@ fn tls_12_declines_to_begin_again_and_ignores_warnings() {
 
 #[test]
 fn a_channel_at_rest_is_small() {
-    assert!(size_of::<AtRest<16, 32>>() <= 160, "{}", size_of::<AtRest<16, 32>>());
-    assert!(size_of::<AtRest>() <= 224, "{}", size_of::<AtRest>());
+    assert!(size_of::<StoredKeys<16, 32>>() <= 160, "{}", size_of::<StoredKeys<16, 32>>());
+    assert!(size_of::<StoredKeys>() <= 224, "{}", size_of::<StoredKeys>());
     // Both kinds come back as they were.
     for suite in SUITES {
         let (mut channel, mut peer) = ends(suite, Role::Server);
