@@ -117,7 +117,7 @@ pub(super) async fn encrypt(
     let secrets = Arc::new(Secrets::default());
     match deadline.limit(tls.connect(socket, &server.tls_name, secrets.clone())).await {
         Ok(Ok(tls)) => Ok(Stream::Tls(Box::new(Encrypted { tls, secrets }))),
-        Ok(Err(error)) => Err(Fault::of_server(Reason::ServerTls, error)),
-        Err(_) => Err(Fault::of_server(Reason::ServerTls, "no TLS handshake within the deadline")),
+        Ok(Err(error)) => Err(Fault::of_server(Reason::UpstreamTlsConfig, error)),
+        Err(_) => Err(Fault::of_server(Reason::UpstreamTlsConfig, "no TLS handshake within the deadline")),
     }
 }

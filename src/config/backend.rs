@@ -17,7 +17,7 @@ pub struct Backend {
     /// Local addresses that connections to them come from. Empty: the system chooses.
     pub source_addresses: Vec<IpAddr>,
     /// TLS towards them.
-    pub tls: ServerTls,
+    pub tls: UpstreamTlsConfig,
     /// What they learn of the client.
     pub client_info: ClientInfo,
     /// Whether a client may log in on behalf of another user.
@@ -102,7 +102,7 @@ pub enum Host {
 
 /// TLS towards servers.
 #[derive(Debug, Clone)]
-pub struct ServerTls {
+pub struct UpstreamTlsConfig {
     /// How it begins.
     pub mode: TlsMode,
     /// Whom to trust.
