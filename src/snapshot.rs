@@ -15,7 +15,7 @@ use crate::metrics::{Metrics, Names};
 use crate::route::{self, ServerChoice, Place, Router};
 use crate::session::{LastWarning, RefusalLatency};
 use crate::session_registry::Sessions;
-use crate::tls::server::ServerTls;
+use crate::tls::server::DownstreamTls;
 
 /// See the module.
 pub struct Snapshot {
@@ -26,7 +26,7 @@ pub struct Snapshot {
     /// The servers.
     pub backends: Arc<Backends>,
     /// What clients are shown; absent where every listener is plain.
-    pub tls: Option<ServerTls>,
+    pub tls: Option<DownstreamTls>,
     /// Who is logged in where. The process's, not this configuration's.
     pub sessions: Arc<Sessions>,
     /// How long servers take to refuse a login. The process's too.
@@ -70,7 +70,7 @@ impl Snapshot {
             Some(previous) => previous.metrics.renewed(&names),
             None => Metrics::new(&names),
         });
-        let tls = ServerTls::build(&config, previous.and_then(|previous| previous.tls.as_ref()));
+        let tls = DownstreamTls::build(&config, previous.and_then(|previous| previous.tls.as_ref()));
         let known = previous.map(|previous| (&previous.config, &previous.router));
         let router = Router::build(&config, &metrics, known);
         let backends = Backends::build(&config, &metrics, previous.map(|previous| &*previous.backends));

@@ -1,7 +1,7 @@
 //! The side that clients connect to: what each listener asks of TLS, and the handshake.
 //!
 //! Certificates are chosen by `certificates`, tickets sealed by `tickets`; both are read again while the process runs
-//! ([`ServerTls::start`]). SNI: a listener may be strict, and then refuses a client that asks for no server there is a
+//! ([`DownstreamTls::start`]). SNI: a listener may be strict, and then refuses a client that asks for no server there is a
 //! certificate for. ALPN: a client that offers protocols without `imap` is refused (CVE-2021-3618, ALPACA), unless the
 //! listener has `alpn: any`; one that offers none is served. A handshake that fails is explained by what the client
 //! offered. Sessions are resumed by tickets alone, so that nothing is stored between them, one ticket is
@@ -45,7 +45,7 @@ const ALPN: &[u8] = b"imap";
 const UNRECOGNIZED_NAME: [u8; 7] = [21, 3, 3, 0, 2, 2, 112];
 
 /// What clients are shown.
-pub struct ServerTls {
+pub struct DownstreamTls {
     /// One a listener.
     listeners: Vec<ListenerAcceptor>,
     certificates: Arc<Certificates>,
@@ -61,7 +61,7 @@ struct ListenerAcceptor {
     user: Option<CertificateUser>,
 }
 
-impl ServerTls {
+impl DownstreamTls {
     /// Reads all certificates and keys. Tickets that `previous` gave out stay good where the policy is the same.
     ///
     /// # Errors
