@@ -48,7 +48,7 @@ use crate::config::{self, BackendId, Balance, ClientInfo, Config, Host, Limits, 
 use crate::identity::{Secret, UserName};
 use crate::metrics::Metrics;
 use crate::protocol::imap::backend_login::Offer;
-use crate::tls::client::ClientTls;
+use crate::tls::client::UpstreamTls;
 
 /// Undeclared servers that routes may name, a backend. Each is a label of metrics.
 const MAX_GUESTS: usize = 256;
@@ -234,7 +234,7 @@ pub struct Backend {
     pub id: BackendId,
     sources: Sources,
     /// TLS towards the servers, and how it begins.
-    tls: Option<ClientTls>,
+    tls: Option<UpstreamTls>,
     mode: TlsMode,
     /// What servers learn of the client.
     client_info: ClientInfo,
@@ -272,7 +272,7 @@ impl Backend {
         (metrics, admin_states): (&Arc<Metrics>, &AdminStates),
         previous: Option<&Arc<Self>>,
     ) -> Result<Self, Problem> {
-        let tls = ClientTls::build(config, backend)?;
+        let tls = UpstreamTls::build(config, backend)?;
         let label: Arc<str> = backend.name.as_str().into();
         let own = metrics.backend(id.0);
         own.set_insecure(backend.tls.mode != TlsMode::None && matches!(backend.tls.trust, Trust::Insecure));
