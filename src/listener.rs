@@ -146,7 +146,11 @@ impl Listener {
     ///
     /// # Errors
     /// The system has no room to register it.
-    pub(crate) fn new(socket: std::net::TcpListener, desk: watch::Receiver<ListenerConfig>, closing: Closing) -> io::Result<Self> {
+    pub(crate) fn new(
+        socket: std::net::TcpListener,
+        desk: watch::Receiver<ListenerConfig>,
+        closing: Closing,
+    ) -> io::Result<Self> {
         let address = socket.local_addr()?;
         socket.set_nonblocking(true)?;
         Ok(Self { socket: TcpListener::from_std(socket)?, address, desk, closing })

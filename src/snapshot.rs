@@ -12,7 +12,7 @@ use crate::backend::{Backends, Server};
 use crate::config::{Config, Limits, Report};
 use crate::identity::{Delegation, Mechanisms};
 use crate::metrics::{Metrics, Names};
-use crate::route::{self, ServerChoice, Place, Router};
+use crate::route::{self, Place, Router, ServerChoice};
 use crate::session::{LastWarning, RefusalLatency};
 use crate::session_registry::Sessions;
 use crate::tls::server::DownstreamTls;

@@ -31,11 +31,11 @@ use std::time::{Duration, Instant};
 
 use tokio::sync::Semaphore;
 
-use self::access::{AccessList, Networks, AccessDecision};
+use self::access::{AccessDecision, AccessList, Networks};
 use self::counts::{Counts, Slot};
 use self::failures::Failures;
 use self::lobby::PreloginQueue;
-pub(crate) use self::lobby::{Charge, OutOfMemory, Shed, PreloginTicket};
+pub(crate) use self::lobby::{Charge, OutOfMemory, PreloginTicket, Shed};
 use self::rate::Bucket;
 use self::table::{Table, Value};
 use crate::config;

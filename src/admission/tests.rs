@@ -221,7 +221,11 @@ fn a_new_configuration_replaces_rules_and_nothing_that_is_remembered() {
     guard.reconfigure(&config::Guard { sessions_per_address: Some(3), ..old.clone() });
     let third = pass(&guard, now, "192.0.2.1").unwrap();
     assert_eq!(pass(&guard, now, "192.0.2.1").unwrap_err(), ConnectionRefused::Address);
-    assert_eq!(pass(&guard, now, "192.0.2.1").unwrap_err(), ConnectionRefused::Rate, "of all that came before and after");
+    assert_eq!(
+        pass(&guard, now, "192.0.2.1").unwrap_err(),
+        ConnectionRefused::Rate,
+        "of all that came before and after"
+    );
     // Off: those inside still count down, and nobody new is counted.
     guard.reconfigure(&config::Guard::default());
     let uncounted: Vec<ConnectionCount> = (0..5).map(|_| pass(&guard, now, "192.0.2.1").unwrap()).collect();

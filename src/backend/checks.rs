@@ -232,7 +232,7 @@ impl Backends {
 /// Why TLS with `server` fails. `None`: it succeeds, or the server cannot be reached.
 async fn tls_fault(backend: &Backend, server: &Arc<Server>, limits: &Limits, timeout: Duration) -> Option<String> {
     let failed = asked(backend, server, Some(Purpose::CheckTls), None, limits, timeout).await.err()?;
-    let is_tls = matches!(failed.reason, Some(Reason::UpstreamTlsConfig | Reason::StartTlsUnavailable));
+    let is_tls = matches!(failed.reason, Some(Reason::ServerTls | Reason::StartTlsUnavailable));
     is_tls.then_some(failed.detail)
 }
 

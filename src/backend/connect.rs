@@ -276,7 +276,7 @@ impl<'a> Dialogue<'a> {
         let timeout = self.machine.failed(ServerFault::Timeout).verdict;
         match deadline.limit(self.established(to_client)).await {
             Ok(Ok(established)) => Outcome::Accepted(established),
-            Ok(Err((verdict, error))) => Outcome::Unavailable(Fault::decided(Reason::UpstreamTlsConfig, error, verdict)),
+            Ok(Err((verdict, error))) => Outcome::Unavailable(Fault::decided(Reason::ServerTls, error, verdict)),
             Err(_) => {
                 let detail = "the TLS connection could not be taken over within the deadline".to_owned();
                 Outcome::Unavailable(Fault::decided(Reason::LoginTimeout, detail, timeout))

@@ -78,7 +78,10 @@ impl DisconnectSpreader {
         self.sessions = sessions - 1;
         let is_half = line.had > 1 && gone + 1 >= line.had.div_ceil(2) && !line.told;
         line.told |= is_half;
-        SpreadDisconnect { wait: if wait < SHORT { Duration::ZERO } else { wait }, half_of: is_half.then_some(line.had) }
+        SpreadDisconnect {
+            wait: if wait < SHORT { Duration::ZERO } else { wait },
+            half_of: is_half.then_some(line.had),
+        }
     }
 }
 

@@ -133,7 +133,8 @@ impl Health {
             if checks.against >= if good { thresholds.rise } else { thresholds.fall } {
                 *checks = Checks { out: !good, against: 0 };
             }
-            let closes = |blow| good && !health.checks.out && (depth == Depth::Dialogue || blow == FailureKind::Refused);
+            let closes =
+                |blow| good && !health.checks.out && (depth == Depth::Dialogue || blow == FailureKind::Refused);
             if matches!(health.breaker, Breaker::Open { blow, .. } if closes(blow)) {
                 health.breaker = Breaker::default();
             }

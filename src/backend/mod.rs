@@ -39,11 +39,11 @@ pub use self::discover::OwnAddresses;
 use self::discover::{Resolver, Service};
 use self::select::{Candidate, SelectionState};
 pub use self::server::{LastError, Server};
-use self::server::{ServerState, ServerSettings};
-use self::slots::Queue;
-pub use self::slots::{DelayedDisconnect, SessionSlot, ServerPermit};
+use self::server::{ServerSettings, ServerState};
+use self::slots::LoginQueue;
+pub use self::slots::{DelayedDisconnect, ServerPermit, SessionSlot};
 use self::source::Sources;
-pub use self::tour::{NextServer, Failover};
+pub use self::tour::{Failover, NextServer};
 use crate::config::{self, BackendId, Balance, ClientInfo, Config, Host, Limits, Mode, Problem, TlsMode, Trust};
 use crate::identity::{Secret, UserName};
 use crate::metrics::Metrics;
@@ -251,7 +251,7 @@ pub struct Backend {
     /// Which server comes first.
     pub balance: Balance,
     watch: Option<HealthChecker>,
-    queue: Queue,
+    queue: LoginQueue,
     queue_limits: config::Queue,
     /// How far each server is behind its turn, by name.
     credits: Mutex<HashMap<Arc<str>, f64>>,
@@ -327,7 +327,7 @@ impl Backend {
             forward: backend.forward.clone(),
             balance: backend.care.balance,
             watch: backend.care.check.as_ref().map(|check| HealthChecker::build(config, check)).transpose()?,
-            queue: Queue::default(),
+            queue: LoginQueue::default(),
             queue_limits: backend.care.queue,
             credits: Mutex::default(),
             guest_terms,
@@ -388,8 +388,12 @@ impl Backend {
         let mut known = self.credits.lock().unwrap_or_else(PoisonError::into_inner);
         let mut credits: Vec<f64> =
             servers.iter().map(|server| known.get(&server.name).copied().unwrap_or_default()).collect();
-        let order =
-            select::order(self.balance, user, candidates, &mut SelectionState { chance: &mut chance, credits: &mut credits });
+        let order = select::order(
+            self.balance,
+            user,
+            candidates,
+            &mut SelectionState { chance: &mut chance, credits: &mut credits },
+        );
         *known = servers.iter().map(|server| server.name.clone()).zip(credits).collect();
         order
     }

@@ -15,7 +15,7 @@ use super::{Backend, Server};
 use crate::config::{ClientInfo, TlsMode};
 use crate::deadline::Deadline;
 use crate::failure::Reason;
-use crate::protocol::proxy_protocol::{self, UpstreamTls};
+use crate::protocol::proxy_protocol::{self, ClientTls};
 use crate::stream::{Encrypted, Stream};
 use crate::tls::handover::Secrets;
 
@@ -83,7 +83,7 @@ async fn open(
         ClientInfo::ProxyV2 if !is_session => proxy_protocol::local_2(),
         ClientInfo::ProxyV1 => proxy_protocol::version_1(request.client, request.listener),
         ClientInfo::ProxyV2 => {
-            let tls = request.tls.map(|tls| UpstreamTls {
+            let tls = request.tls.map(|tls| ClientTls {
                 version: tls.version.as_str(),
                 server_name: tls.server_name.as_deref(),
                 alpn: tls.alpn,
@@ -117,7 +117,7 @@ pub(super) async fn encrypt(
     let secrets = Arc::new(Secrets::default());
     match deadline.limit(tls.connect(socket, &server.tls_name, secrets.clone())).await {
         Ok(Ok(tls)) => Ok(Stream::Tls(Box::new(Encrypted { tls, secrets }))),
-        Ok(Err(error)) => Err(Fault::of_server(Reason::UpstreamTlsConfig, error)),
-        Err(_) => Err(Fault::of_server(Reason::UpstreamTlsConfig, "no TLS handshake within the deadline")),
+        Ok(Err(error)) => Err(Fault::of_server(Reason::ServerTls, error)),
+        Err(_) => Err(Fault::of_server(Reason::ServerTls, "no TLS handshake within the deadline")),
     }
 }

@@ -46,7 +46,12 @@ pub(super) struct SelectionState<'a> {
 }
 
 /// Positions of `candidates` in the order in which they are to be tried for `user`.
-pub(super) fn order(balance: Balance, user: &str, candidates: &[Candidate<'_>], luck: &mut SelectionState<'_>) -> Vec<usize> {
+pub(super) fn order(
+    balance: Balance,
+    user: &str,
+    candidates: &[Candidate<'_>],
+    luck: &mut SelectionState<'_>,
+) -> Vec<usize> {
     let rank = |index: &usize| (!candidates[*index].available, candidates[*index].priority);
     let mut order: Vec<usize> = (0..candidates.len()).collect();
     order.sort_by_key(rank);
@@ -216,7 +221,12 @@ mod tests {
         let candidates = weighted(&[1, 1]);
         let mut credits = [0.0; 2];
         let mut turn = || {
-            order(Balance::RoundRobin, "alice", &candidates, &mut SelectionState { chance: &mut || 0.5, credits: &mut credits })
+            order(
+                Balance::RoundRobin,
+                "alice",
+                &candidates,
+                &mut SelectionState { chance: &mut || 0.5, credits: &mut credits },
+            )
         };
         let turns: Vec<Vec<usize>> = (0..4).map(|_| turn()).collect();
         assert_eq!(turns, [[0, 1], [1, 0], [0, 1], [1, 0]], "and the other one is next");
@@ -229,7 +239,12 @@ mod tests {
         let pick = |first: f64, second: f64| {
             let mut draws = [first, second].into_iter();
             let mut chance = || draws.next().unwrap();
-            order(Balance::LeastSessions, "", &candidates, &mut SelectionState { chance: &mut chance, credits: &mut [] })
+            order(
+                Balance::LeastSessions,
+                "",
+                &candidates,
+                &mut SelectionState { chance: &mut chance, credits: &mut [] },
+            )
         };
         // Drawn are positions among the candidates from the emptiest on: 1, 2, 0.
         assert_eq!(pick(0.9, 0.9), [2, 1, 0], "0 and 2 were drawn");

@@ -15,10 +15,10 @@ use super::admin_state::{AdminCell, AdminState};
 use super::awaited::{Awaited, AwaitedAnswer};
 use super::departures::DisconnectSpreader;
 use super::exchanges::Exchanges;
-use super::health::{FailureKind, Depth, Health, HealthChange, Standing, Thresholds, Trial};
+use super::health::{Depth, FailureKind, Health, HealthChange, Standing, Thresholds, Trial};
 use super::request::Fault;
 use super::select::Candidate;
-use super::slots::{ServerPermit, ServerCapacity};
+use super::slots::{ServerCapacity, ServerPermit};
 use super::{first_known, publish_if_first};
 use crate::config::{self, Host, Mode};
 use crate::metrics::ServerMetrics;
@@ -264,7 +264,11 @@ impl Server {
         if self.state.health().standing(now) == Standing::Failing {
             return Admission::Failing;
         }
-        let slot = if needs_place { ServerPermit::take(self) } else { self.has_place().then(|| ServerPermit::without_place(self)) };
+        let slot = if needs_place {
+            ServerPermit::take(self)
+        } else {
+            self.has_place().then(|| ServerPermit::without_place(self))
+        };
         let Some(slot) = slot else { return Admission::Full };
         let mut health = self.state.health();
         if health.standing(now) == Standing::Alive {

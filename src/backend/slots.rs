@@ -332,7 +332,8 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn the_first_of_several_servers_to_have_a_slot_is_taken() {
-        let (one, other, queue) = (Server::for_tests("a", Some(1)), Server::for_tests("b", Some(1)), LoginQueue::default());
+        let (one, other, queue) =
+            (Server::for_tests("a", Some(1)), Server::for_tests("b", Some(1)), LoginQueue::default());
         let servers = [one.clone(), other.clone()];
         let (_kept, freed) = (ServerPermit::take(&one).unwrap(), ServerPermit::take(&other).unwrap());
         let mut waiting = Box::pin(queue.join(9).unwrap().wait(&servers, soon()));

@@ -13,7 +13,7 @@ use tokio_util::task::TaskTracker;
 
 use crate::backend::OwnAddresses;
 use crate::identity::UserName;
-use crate::route::{Answer, ServerChoice, Origin, LookupRequest, RouteDecision};
+use crate::route::{LookupRequest, LookupResult, Origin, RouteDecision, ServerChoice};
 use crate::snapshot::Snapshot;
 
 /// The text for `user`, and whether a server would be asked to log the user in.
@@ -33,16 +33,16 @@ pub async fn explain(live: &Snapshot, user: &UserName) -> (String, bool) {
     let mut found = None;
     for step in live.router.explain(&question).await {
         let answer = match &step.answer {
-            Answer::Found(target) => {
+            LookupResult::Found(target) => {
                 found = Some(target.clone());
                 format!("found: {}", describe(live, target))
             }
-            Answer::Unknown => "does not know the user".to_owned(),
-            Answer::Failed(reason) => format!("failed: {reason}"),
+            LookupResult::Unknown => "does not know the user".to_owned(),
+            LookupResult::Failed(reason) => format!("failed: {reason}"),
         };
         let origin = match step.origin {
             Origin::Memory => String::new(),
-            Origin::Asked => ", asked now".to_owned(),
+            Origin::Directory => ", asked now".to_owned(),
             Origin::Cache(age) => format!(", kept for {} s", age.as_secs()),
             Origin::Stale(age) => format!(", stale: kept for {} s, and its source is down", age.as_secs()),
         };
@@ -70,7 +70,9 @@ pub async fn explain(live: &Snapshot, user: &UserName) -> (String, bool) {
         ServerChoice::Any => {
             line(&mut text, format_args!("balance  {}: {}", backend.balance.as_str(), backend.balance.decided_by()));
         }
-        ServerChoice::Server(_) | ServerChoice::Address(_) => text.push_str("balance  none: the route names the server\n"),
+        ServerChoice::Server(_) | ServerChoice::Address(_) => {
+            text.push_str("balance  none: the route names the server\n")
+        }
     }
     for (rank, server) in servers.iter().enumerate() {
         let addresses = timeout(wait, server.addresses()).await.unwrap_or_default();
@@ -97,7 +99,12 @@ pub async fn explain(live: &Snapshot, user: &UserName) -> (String, bool) {
 ///
 /// # Errors
 /// `out` cannot be written.
-pub async fn diff(old: &Snapshot, new: &Snapshot, users: &[u8], mut out: impl std::io::Write) -> std::io::Result<usize> {
+pub async fn diff(
+    old: &Snapshot,
+    new: &Snapshot,
+    users: &[u8],
+    mut out: impl std::io::Write,
+) -> std::io::Result<usize> {
     for live in [old, new] {
         live.router.start_once(&Handle::current());
     }

@@ -172,7 +172,13 @@ pub(super) struct Written {
 }
 
 /// Absent keys have their defaults. `key` is the backend's.
-pub(super) fn care(reader: &mut Reader<'_>, folder: &Path, key: &str, mode: TlsMode, written: Written) -> BalancingConfig {
+pub(super) fn care(
+    reader: &mut Reader<'_>,
+    folder: &Path,
+    key: &str,
+    mode: TlsMode,
+    written: Written,
+) -> BalancingConfig {
     let balance = balance(reader, &child(key, "balance"), written.balance);
     let slow_key = child(key, "slow_start");
     let slow_start = or_off(reader, &slow_key, written.slow_start, None, seconds(1, 3600));

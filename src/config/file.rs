@@ -12,7 +12,9 @@ use serde_yaml::{Mapping, Value};
 use super::answers::{EmptyPasswordWord, LoginWithWord};
 use super::guard_file::{AccessMap, PolicyMap};
 use super::users_file::UsersMap;
-use super::values::{BalanceEntry, OptionalCount, CheckEntry, RateText, ServerEntry, Size, DurationText, TlsEntry, TlsVersionWord, Words};
+use super::values::{
+    BalanceEntry, CheckEntry, DurationText, OptionalCount, RateText, ServerEntry, Size, TlsEntry, TlsVersionWord, Words,
+};
 
 /// The whole file.
 #[derive(Debug, Default, Deserialize)]

@@ -6,7 +6,7 @@ use std::time::Duration;
 use super::Limits;
 use super::file::LimitsMap;
 use super::read::Reader;
-use super::values::{Size, DurationText};
+use super::values::{DurationText, Size};
 
 /// Absent keys have their defaults.
 pub(super) fn limits(reader: &mut Reader<'_>, written: &LimitsMap) -> Limits {

@@ -40,7 +40,7 @@ use zeroize::Zeroizing;
 use crate::identity::{Delegation, Mechanisms, Naming, TokenIssuer};
 
 pub use self::answers::Answers;
-pub use self::backend::{Backend, BackendId, ClientInfo, Host, MasterLogin, Server, UpstreamTlsConfig, TlsMode, Trust};
+pub use self::backend::{Backend, BackendId, ClientInfo, Host, MasterLogin, Server, TlsMode, Trust, UpstreamTlsConfig};
 pub use self::care::{Balance, BalancingConfig, Check, CheckKind, Mode, Queue};
 pub use self::directory::{
     ANSWER_FIELDS, Asking, Cache, Dns, DnsQuestion, Http, HttpStyle, Ldap, LdapScope, Network, Redis, RedisPlace, Sql,

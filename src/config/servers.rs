@@ -17,7 +17,7 @@ use super::file::{
 use super::locate::child;
 use super::read::Reader;
 use super::values::TlsEntry;
-use super::{Backend, ClientInfo, Host, MasterLogin, Server, UpstreamTlsConfig, TlsMode, Trust};
+use super::{Backend, ClientInfo, Host, MasterLogin, Server, TlsMode, Trust, UpstreamTlsConfig};
 use crate::identity::UserName;
 
 /// Longer names would be unwieldy labels.

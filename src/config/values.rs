@@ -124,7 +124,11 @@ impl<'de> Deserialize<'de> for OptionalCount {
             }
 
             fn visit_str<E: de::Error>(self, text: &str) -> Result<OptionalCount, E> {
-                if text == "off" { Ok(OptionalCount(None)) } else { Err(E::invalid_type(de::Unexpected::Str(text), &self)) }
+                if text == "off" {
+                    Ok(OptionalCount(None))
+                } else {
+                    Err(E::invalid_type(de::Unexpected::Str(text), &self))
+                }
             }
         }
         deserializer.deserialize_any(Either)

@@ -223,7 +223,9 @@ impl CachedDirectory {
 
     /// The answer, and where it is from.
     pub(super) async fn lookup(self: &Arc<Self>, question: LookupRequest) -> (LookupResult, Origin) {
-        let Some(cache) = &self.cache else { return (self.landed(self.ask_elsewhere(question)).await, Origin::CachedDirectory) };
+        let Some(cache) = &self.cache else {
+            return (self.landed(self.ask_elsewhere(question)).await, Origin::Directory);
+        };
         let user = question.user;
         let now = Instant::now();
         match cache.look(&user, now) {
@@ -235,11 +237,11 @@ impl CachedDirectory {
             Looked::Stale(kept) if self.is_resting(now) => (self.stale(&kept), Origin::Stale(now - kept.asked)),
             Looked::Stale(kept) => match self.landed(self.fly(&user)).await {
                 LookupResult::Failed(_) => (self.stale(&kept), Origin::Stale(now - kept.asked)),
-                answer => (answer, Origin::CachedDirectory),
+                answer => (answer, Origin::Directory),
             },
             Looked::Nothing => {
                 self.metrics.cache_missed();
-                (self.landed(self.fly(&user)).await, Origin::CachedDirectory)
+                (self.landed(self.fly(&user)).await, Origin::Directory)
             }
         }
     }
@@ -287,7 +289,9 @@ impl CachedDirectory {
             if let (Some(cache), Some(since)) = (&asked.cache, since) {
                 let user = landing.user.clone();
                 match &answer {
-                    LookupResult::Found(target) => cache.keep_current(user, Some(target.clone()), Instant::now(), since),
+                    LookupResult::Found(target) => {
+                        cache.keep_current(user, Some(target.clone()), Instant::now(), since)
+                    }
                     LookupResult::Unknown => cache.keep_current(user, None, Instant::now(), since),
                     LookupResult::Failed(_) => {}
                 }
@@ -361,7 +365,10 @@ impl CachedDirectory {
     }
 
     fn stalled(&self) -> LookupResult {
-        LookupResult::Failed(format!("no answer within {:?}: the thread of the directory does not respond", self.timeout))
+        LookupResult::Failed(format!(
+            "no answer within {:?}: the thread of the directory does not respond",
+            self.timeout
+        ))
     }
 
     /// Reports the first failure and the first success after it.

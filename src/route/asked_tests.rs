@@ -66,7 +66,11 @@ fn gate(scripted: &Scripted) -> tokio::sync::OwnedSemaphorePermit {
 }
 
 /// A lookup of `user` that waits at the directory.
-async fn in_flight(asked: &Arc<CachedDirectory>, scripted: &Scripted, user: &'static str) -> tokio::task::JoinHandle<LookupResult> {
+async fn in_flight(
+    asked: &Arc<CachedDirectory>,
+    scripted: &Scripted,
+    user: &'static str,
+) -> tokio::task::JoinHandle<LookupResult> {
     let (before, asking) = (scripted.asked(), asked.clone());
     let lookup = tokio::spawn(async move { asking.lookup(question(user)).await.0 });
     while scripted.asked() == before {
@@ -85,7 +89,12 @@ fn rules(ttl: Duration) -> Cache {
     Cache { ttl, negative: HOUR, stale: HOUR, entries: 1000, file: None }
 }
 
-fn built(scripted: &Scripted, timeout: Duration, connections: usize, cache: Option<Cache>) -> (CachedDirectory, Metrics) {
+fn built(
+    scripted: &Scripted,
+    timeout: Duration,
+    connections: usize,
+    cache: Option<Cache>,
+) -> (CachedDirectory, Metrics) {
     let metrics = Metrics::new(&Names { routes: vec!["test".to_owned()], ..Names::default() });
     let asking = Asking { timeout, connections, cache, names: std::collections::BTreeMap::new() };
     let directory = Directory::Scripted(scripted.clone());
@@ -103,7 +112,7 @@ async fn a_kept_answer_needs_no_question() {
     let scripted = Scripted::new();
     scripted.says("alice", found(0));
     let (asked, _metrics) = asked(&scripted, 1, true);
-    assert_eq!(asked.lookup(question("alice")).await, (found(0), Origin::CachedDirectory));
+    assert_eq!(asked.lookup(question("alice")).await, (found(0), Origin::Directory));
     scripted.says("alice", found(1));
     let (answer, origin) = asked.lookup(question("alice")).await;
     assert_eq!(answer, found(0));
@@ -221,7 +230,7 @@ async fn an_answer_older_than_a_reload_is_not_kept() {
         scripted.says(user, found(1));
     }
     for user in ["alice", "bob"] {
-        assert_eq!(new.lookup(question(user)).await, (found(1), Origin::CachedDirectory), "{user}");
+        assert_eq!(new.lookup(question(user)).await, (found(1), Origin::Directory), "{user}");
     }
     let (_, origin) = new.lookup(question("ageing")).await;
     assert!(matches!(origin, Origin::Cache(age) if age > HOUR / 2), "not renewed by the old lookup: {origin:?}");
@@ -241,7 +250,7 @@ async fn an_answer_older_than_a_move_is_not_kept_by_any_configuration() {
     drop(gate);
     assert_eq!(alice.await.unwrap(), found(0));
     scripted.says("alice", found(1));
-    assert_eq!(new.lookup(question("alice")).await, (found(1), Origin::CachedDirectory));
+    assert_eq!(new.lookup(question("alice")).await, (found(1), Origin::Directory));
 }
 
 #[tokio::test(start_paused = true)]
@@ -264,7 +273,11 @@ async fn a_forgotten_user_does_not_come_back_from_the_file() {
     let new = built(&scripted, HOUR, 8, Some(with_file())).0.with_answers_of(Some(&old));
     old.forget("alice");
     new.read_file();
-    assert_eq!(Arc::new(new).lookup(question("alice")).await.1, Origin::CachedDirectory, "a reload does not read the file");
+    assert_eq!(
+        Arc::new(new).lookup(question("alice")).await.1,
+        Origin::Directory,
+        "a reload does not read the file"
+    );
     old.forget("alice");
     let forgotten = tokio::time::Instant::now();
     while saved().contains("alice") {

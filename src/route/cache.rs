@@ -80,7 +80,13 @@ impl Cache {
 
     /// Keeps the answer of a lookup that began at `since`, unless the user was forgotten or all lookups became out of date
     /// since then.
-    pub(super) fn keep_current(&self, user: Arc<str>, target: Option<Arc<RouteDecision>>, asked: Instant, since: Generation) {
+    pub(super) fn keep_current(
+        &self,
+        user: Arc<str>,
+        target: Option<Arc<RouteDecision>>,
+        asked: Instant,
+        since: Generation,
+    ) {
         let events = self.events();
         if events.is_current(&user, since) {
             self.keep(user, target, asked);

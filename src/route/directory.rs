@@ -2,10 +2,10 @@
 //!
 //! All are built without a word to anybody and connect when they are first asked. Called by `asked`.
 
-use super::question::LookupRequest;
-use super::target::RouteDecision;
 use super::LookupResult;
+use super::question::LookupRequest;
 use super::sources::{dns, http, ldap, redis, sql};
+use super::target::RouteDecision;
 use crate::lookup::hedge::Budget;
 use crate::tls;
 

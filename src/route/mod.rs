@@ -31,10 +31,10 @@ use tokio_util::task::TaskTracker;
 use self::asked::CachedDirectory;
 use self::directory::Directory;
 pub use self::proof::Identity;
-pub use self::question::{LookupRequest, LoginContext, LoginTls};
+pub use self::question::{LoginContext, LoginTls, LookupRequest};
 use self::reuse::Inputs;
 use self::target::Declared;
-pub use self::target::{ServerChoice, Denied, Login, Place, RouteDecision};
+pub use self::target::{Denied, Login, Place, RouteDecision, ServerChoice};
 use crate::config::{self, Config, Problem};
 use crate::metrics::{LookupOutcome, Metrics};
 
@@ -55,7 +55,7 @@ pub enum Origin {
     /// From memory.
     Memory,
     /// The directory was asked.
-    CachedDirectory,
+    Directory,
     /// It said so this long ago.
     Cache(Duration),
     /// It said so this long ago, and does not answer now.
@@ -263,7 +263,9 @@ impl Router {
 
     /// Whether any source decides by more than the user.
     pub fn wants_visitor(&self) -> bool {
-        self.routes.iter().any(|(_, source)| matches!(source, Source::CachedDirectory(asked, _) if asked.wants_visitor()))
+        self.routes
+            .iter()
+            .any(|(_, source)| matches!(source, Source::CachedDirectory(asked, _) if asked.wants_visitor()))
     }
 
     /// Asks the sources in order. The caller sets the deadline.
@@ -309,7 +311,8 @@ fn source(
     known: Option<&Source>,
 ) -> Result<Source, Vec<Problem>> {
     let inputs = Inputs::of(config, route);
-    let known_asked = if let Some(Source::CachedDirectory(asked, inputs)) = known { Some((asked, *inputs)) } else { None };
+    let known_asked =
+        if let Some(Source::CachedDirectory(asked, inputs)) = known { Some((asked, *inputs)) } else { None };
     let used_on = known_asked.filter(|(_, before)| inputs.is_some() && *before == inputs);
     let asked = |build: &dyn Fn() -> Result<Directory, Vec<Problem>>, asking: &config::Asking| {
         let directory = match used_on {
@@ -333,15 +336,17 @@ fn source(
         config::Route::Sql(sql) => {
             asked(&|| Ok(Directory::Sql(Box::new(sources::sql::Sql::build(config, sql, declared)?))), &sql.asking)?
         }
-        config::Route::Ldap(ldap) => {
-            asked(&|| Ok(Directory::Ldap(Box::new(sources::ldap::Directory::build(config, ldap, declared)?))), &ldap.asking)?
-        }
+        config::Route::Ldap(ldap) => asked(
+            &|| Ok(Directory::Ldap(Box::new(sources::ldap::Directory::build(config, ldap, declared)?))),
+            &ldap.asking,
+        )?,
         config::Route::Http(http) => {
             asked(&|| Ok(Directory::Http(Box::new(sources::http::Http::build(config, http, declared)?))), &http.asking)?
         }
-        config::Route::Redis(redis) => {
-            asked(&|| Ok(Directory::Redis(Box::new(sources::redis::Redis::build(config, redis, declared)?))), &redis.asking)?
-        }
+        config::Route::Redis(redis) => asked(
+            &|| Ok(Directory::Redis(Box::new(sources::redis::Redis::build(config, redis, declared)?))),
+            &redis.asking,
+        )?,
         config::Route::Dns(dns) => {
             asked(&|| Ok(Directory::Dns(Box::new(sources::dns::Dns::new(config, dns, declared)))), &dns.asking)?
         }

@@ -325,7 +325,10 @@ mod tests {
         assert_eq!(place.at, ServerChoice::Server("10.0.0.1:143".into()));
         assert_eq!(place.user.unwrap().as_str(), "alice.b");
         assert_eq!(declared.text("refuse: Gone. Ask us."), Ok(Some(RouteDecision::Refuse("Gone. Ask us.".into()))));
-        assert_eq!(declared.text("maintenance:"), Ok(Some(RouteDecision::Maintenance("Login is not possible.".into()))));
+        assert_eq!(
+            declared.text("maintenance:"),
+            Ok(Some(RouteDecision::Maintenance("Login is not possible.".into())))
+        );
     }
 
     #[test]

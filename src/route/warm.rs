@@ -14,7 +14,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use serde::{Deserialize, Serialize};
 
 use super::cache::Cache;
-use super::target::{At, Declared, Fields, RouteDecision};
+use super::target::{Declared, Fields, RouteDecision, ServerChoice};
 
 /// A line of the file.
 #[derive(Debug, Serialize, Deserialize)]
@@ -100,8 +100,8 @@ fn written(target: &RouteDecision, declared: &Declared) -> Written {
         RouteDecision::Place(place) => Written {
             backend: declared.name(place.backend).map(str::to_owned),
             server: match &place.at {
-                At::Server(server) => Some(server.to_string()),
-                At::Any | At::Address(_) => None,
+                ServerChoice::Server(server) => Some(server.to_string()),
+                ServerChoice::Any | ServerChoice::Address(_) => None,
             },
             as_user: place.user.as_ref().map(|user| user.as_str().to_owned()),
             ..Written::default()

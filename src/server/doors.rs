@@ -140,7 +140,12 @@ impl ListenerSet {
     ///
     /// # Errors
     /// The system has no room for a socket. What is open then stays open.
-    pub(super) fn swap(&mut self, live: &Arc<Snapshot>, opening: Opening, workplaces: &[WorkerHandle]) -> io::Result<Change> {
+    pub(super) fn swap(
+        &mut self,
+        live: &Arc<Snapshot>,
+        opening: Opening,
+        workplaces: &[WorkerHandle],
+    ) -> io::Result<Change> {
         let mut change = Change::default();
         let mut opened = Vec::new();
         for (index, address, sockets) in opening.0 {

@@ -8,10 +8,10 @@ use anyhow::{Context as _, bail};
 use tokio::time::{self, Instant, timeout};
 
 use super::views::{ProcessStatus, ServerError, ServerStatus, SessionList, SessionView};
-use super::{Snapshot, Running};
+use super::{Running, Snapshot};
 use crate::identity::UserName;
-use crate::route::{LookupRequest, RouteError, RouteDecision};
-use crate::session_registry::{LoginHold, RegisteredSession, SessionState, CancelReason};
+use crate::route::{LookupRequest, RouteDecision, RouteError};
+use crate::session_registry::{CancelReason, LoginHold, RegisteredSession, SessionState};
 
 /// Timeout for sessions that are ended to be gone; a session that takes longer is stuck in the kernel.
 const GONE: Duration = Duration::from_secs(30);
@@ -85,7 +85,8 @@ impl Running {
             None => (self.sessions().list(LISTED), self.sessions().count(|_| true)),
             Some(user) => {
                 let names = self.names(user).await?;
-                let mut seen: Vec<RegisteredSession> = names.iter().flat_map(|name| self.sessions().of_user(name)).collect();
+                let mut seen: Vec<RegisteredSession> =
+                    names.iter().flat_map(|name| self.sessions().of_user(name)).collect();
                 let all = seen.len();
                 seen.truncate(LISTED);
                 (seen, all)

@@ -10,7 +10,7 @@ use anyhow::{Context as _, bail};
 use tokio::sync::MutexGuard;
 use tokio::time;
 
-use super::{Snapshot, Running, state_file};
+use super::{Running, Snapshot, state_file};
 use crate::backend::Server;
 use crate::backend::admin_state::{self, AdminState, StoredState};
 use crate::config::Mode;

@@ -26,8 +26,8 @@ use crate::protocol::imap::client_id::ClientId;
 use crate::protocol::imap::prelogin::{Bye, LoginRequest, Prelogin, Step};
 use crate::protocol::imap::tag::Tag;
 use crate::protocol::imap::{reply, sasl};
-use crate::route::{LookupRequest, RouteError, Routed, RouteDecision, LoginContext, LoginTls};
-use crate::session_registry::{SessionInfo, RegisterError, SessionHandle, CancelReason};
+use crate::route::{LoginContext, LoginTls, LookupRequest, RouteDecision, RouteError, Routed};
+use crate::session_registry::{CancelReason, RegisterError, SessionHandle, SessionInfo};
 use crate::snapshot::Snapshot;
 use crate::stream::Stream;
 
@@ -286,7 +286,12 @@ impl Session {
     }
 
     /// Asks the routes. An error: the login is answered with that.
-    async fn look_up(&mut self, live: &Snapshot, login: &Login<'_>, stream: &Stream) -> Result<Arc<RouteDecision>, Attempted> {
+    async fn look_up(
+        &mut self,
+        live: &Snapshot,
+        login: &Login<'_>,
+        stream: &Stream,
+    ) -> Result<Arc<RouteDecision>, Attempted> {
         // Its copy of the credentials is dropped with the lookup.
         let question = self.question(login.names, login.request, stream);
         let lookup = live.router.route(&question, &live.metrics);
@@ -294,7 +299,10 @@ impl Session {
             Ok(Ok(Routed { target, route })) => {
                 let backend = match &*target {
                     RouteDecision::Place(place) => Some(&live.backends.backend(place.backend).name),
-                    RouteDecision::Refuse(_) | RouteDecision::Denied(_) | RouteDecision::Maintenance(_) | RouteDecision::PasswordNeeded => None,
+                    RouteDecision::Refuse(_)
+                    | RouteDecision::Denied(_)
+                    | RouteDecision::Maintenance(_)
+                    | RouteDecision::PasswordNeeded => None,
                 };
                 self.record.routed(route, backend, login.began.elapsed());
                 Ok(target)

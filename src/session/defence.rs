@@ -13,7 +13,7 @@ use tokio::time;
 
 use super::attempt::Attempted;
 use super::{EndedBy, FAREWELL, Session};
-use crate::admission::{Limited, Shed, PreloginTicket, ConnectionRefused};
+use crate::admission::{ConnectionRefused, Limited, PreloginTicket, Shed};
 use crate::auth_policy::Verdict;
 use crate::backend::request::Outcome;
 use crate::config::{BackendId, ListenerTls};
@@ -36,9 +36,15 @@ const MAX_DEVICE: usize = 1024;
 pub(crate) fn turn_away(socket: &TcpStream, turned: ConnectionRefused, live: &Snapshot, listener: usize) -> Refusal {
     let (refusal, bye) = match turned {
         ConnectionRefused::Denied => (Refusal::Denied, "* BYE Connections from your address are not allowed.\r\n"),
-        ConnectionRefused::Rate => (Refusal::Rate, "* BYE [UNAVAILABLE] Too many connections in a short time, wait a little.\r\n"),
-        ConnectionRefused::Address => (Refusal::Address, "* BYE [UNAVAILABLE] Too many connections from your address.\r\n"),
-        ConnectionRefused::Network => (Refusal::Network, "* BYE [UNAVAILABLE] Too many connections from your network.\r\n"),
+        ConnectionRefused::Rate => {
+            (Refusal::Rate, "* BYE [UNAVAILABLE] Too many connections in a short time, wait a little.\r\n")
+        }
+        ConnectionRefused::Address => {
+            (Refusal::Address, "* BYE [UNAVAILABLE] Too many connections from your address.\r\n")
+        }
+        ConnectionRefused::Network => {
+            (Refusal::Network, "* BYE [UNAVAILABLE] Too many connections from your network.\r\n")
+        }
         ConnectionRefused::BeforeLogin => {
             (Refusal::BeforeLogin, "* BYE [UNAVAILABLE] Too many connections are logging in, try again later.\r\n")
         }

@@ -50,7 +50,7 @@ use self::record::{EndedBy, Record};
 pub(crate) use self::relayed::ParkedSession;
 use self::relayed::Relayed;
 use crate::admission::connection_limit::ConnectionPermit;
-use crate::admission::{Charge, OutOfMemory, ConnectionCount, PreloginTicket};
+use crate::admission::{Charge, ConnectionCount, OutOfMemory, PreloginTicket};
 use crate::auth_policy;
 use crate::config::ListenerTls;
 use crate::deadline::Deadline;

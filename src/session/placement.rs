@@ -14,7 +14,7 @@ use super::FAREWELL;
 use super::server_credentials::has_own_login;
 use crate::backend::connect::{self, Paused};
 use crate::backend::request::{Fault, Outcome, Request};
-use crate::backend::{Backend, Server, ServerPermit, NextServer, Failover};
+use crate::backend::{Backend, Failover, NextServer, Server, ServerPermit};
 use crate::config::BackendId;
 use crate::deadline::Deadline;
 use crate::generations::Generation;
@@ -97,7 +97,7 @@ impl<'a> Placing<'a, '_> {
         let mut outcome = Outcome::Unavailable(Fault::no_server());
         loop {
             let (server, slot) = match tour.next(deadline).await {
-                NextServer::ServerChoice(server, slot) => (server, slot),
+                NextServer::At(server, slot) => (server, slot),
                 NextServer::Full => return Ok((Outcome::Unavailable(Fault::full()), None)),
                 NextServer::End => return Ok((outcome, None)),
             };
@@ -224,7 +224,7 @@ impl<'a> Placing<'a, '_> {
                     ))
                 }
                 Some((backend, next)) => match self.tour(backend, vec![next]).next(deadline).await {
-                    NextServer::ServerChoice(server, slot) if self.may_use(&server)? => {
+                    NextServer::At(server, slot) if self.may_use(&server)? => {
                         // With this the place at the server that refers is given back.
                         at = Placed { backend: backend.clone(), server, slot };
                         (outcome, at) = self.log_in_at(backend, at, deadline, deadline).await;
@@ -234,7 +234,7 @@ impl<'a> Placing<'a, '_> {
                         continue;
                     }
                     NextServer::Full => return Ok((Outcome::Unavailable(Fault::full()), None)),
-                    NextServer::ServerChoice(..) | NextServer::End => Fault::referral(gets_no_logins),
+                    NextServer::At(..) | NextServer::End => Fault::referral(gets_no_logins),
                 },
             };
             self.report(&at.server, &fault);

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use prometheus::IntCounter;
 
 use crate::backend::request::Established;
-use crate::backend::{Backend, DelayedDisconnect, SessionSlot, ServerPermit};
+use crate::backend::{Backend, DelayedDisconnect, ServerPermit, SessionSlot};
 use crate::config::BackendId;
 use crate::failure::{Reason, Side};
 use crate::identity::{Mechanism, UserName};

@@ -12,7 +12,7 @@ use tokio_util::task::task_tracker::TaskTrackerToken;
 
 use super::attempt::Seated;
 use super::record::Record;
-use super::{FAREWELL, Held, SessionPoller, Session};
+use super::{ConnectionPermits, FAREWELL, Session, SessionPoller};
 use crate::backend::DelayedDisconnect;
 use crate::backend::request::Established;
 use crate::failure::Reason;
@@ -20,7 +20,7 @@ use crate::protocol::imap::reply;
 use crate::protocol::imap::tag::Tag;
 use crate::relay::idle_poller::Waiting;
 use crate::relay::{End, Leg, Limits, Opening, Outcome, Relay, Resting};
-use crate::session_registry::{CancelSignal, SessionHandle, CancelReason};
+use crate::session_registry::{CancelReason, CancelSignal, SessionHandle};
 use crate::stream::{Stream, keep_alive};
 
 /// Silence after which a session gives its task and buffers up. Coming back costs some 20 µs, so that a client that talks every
@@ -55,7 +55,7 @@ pub(super) struct EstablishedState {
     pub(super) keepalive_set: bool,
     /// The drain waits until it drops.
     pub(super) _counted: TaskTrackerToken,
-    pub(super) held: Held,
+    pub(super) held: ConnectionPermits,
     /// The entry in the session registry; also where the session sees that it is cancelled. The last field, because fields
     /// drop in order: a login that waits for this session finds its limits and places free.
     pub(super) seat: SessionHandle,
@@ -111,8 +111,8 @@ impl Relayed {
                 // In this order a session that is cancelled from its begin still sends the answer to the login.
                 biased;
                 outcome = relay.run(rest_after) => match outcome {
-                    Outcome::ParkedSession => return put_aside(relay, kept),
-                    Outcome::DelayedDisconnect => kept.keep_client(&relay, &call).await,
+                    Outcome::Quiet => return put_aside(relay, kept),
+                    Outcome::CutOff => kept.keep_client(&relay, &call).await,
                     Outcome::Ended(end) => break SessionEnd::Ended(end),
                 },
                 why = poll_fn(|context| call.poll(context)) => break SessionEnd::Told(why),

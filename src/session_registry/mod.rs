@@ -424,7 +424,8 @@ impl Sessions {
         let on_one = |taken: &Taken| taken.server.as_ref().is_some_and(|server| which(server));
         let calls: Vec<Arc<CancelSignal>> = {
             let inside = self.lock();
-            let logins = inside.taken.iter().filter(|(_, taken)| taken.stage == SessionState::LoggingIn && on_one(taken));
+            let logins =
+                inside.taken.iter().filter(|(_, taken)| taken.stage == SessionState::LoggingIn && on_one(taken));
             logins.map(|(_, taken)| taken.call.clone()).collect()
         };
         tell_all(&calls, why);

@@ -40,7 +40,8 @@ fn users(sessions: &Sessions) -> Vec<String> {
 fn seats_are_given_back_in_any_order() {
     let sessions = Arc::new(Sessions::default());
     let (one, two) = (server("a"), server("b"));
-    let mut seats: Vec<SessionHandle> = (0..9).map(|number| login(&sessions, ["x", "y", "z"][number % 3], &one)).collect();
+    let mut seats: Vec<SessionHandle> =
+        (0..9).map(|number| login(&sessions, ["x", "y", "z"][number % 3], &one)).collect();
     let other = login(&sessions, "x", &two);
     assert_eq!(sessions.of_user("x").len(), 4);
     // From the middle, the front and the end of a user's chain.
@@ -242,7 +243,8 @@ fn a_server_is_emptied_bit_by_bit() {
 #[test]
 fn places_go_back_after_a_peak_whoever_stays() {
     let sessions = Arc::new(Sessions::default());
-    let mut seats: Vec<SessionHandle> = (0..5000).map(|number| sessions.take(guest(&format!("u{number}"))).unwrap()).collect();
+    let mut seats: Vec<SessionHandle> =
+        (0..5000).map(|number| sessions.take(guest(&format!("u{number}"))).unwrap()).collect();
     seats.truncate(100);
     let places = || {
         let inside = sessions.lock();

@@ -260,7 +260,7 @@ mod tests {
     use tokio::io::{AsyncReadExt, AsyncWriteExt, duplex};
 
     use super::*;
-    use crate::admission::{Guard, Ticket};
+    use crate::admission::{Guard, PreloginTicket};
     use crate::config;
 
     #[tokio::test]
@@ -311,7 +311,7 @@ mod tests {
     }
 
     /// A guard with a budget of `bytes`, and a charge of its only connection.
-    fn charge(bytes: usize) -> (Arc<Guard>, Ticket) {
+    fn charge(bytes: usize) -> (Arc<Guard>, PreloginTicket) {
         let config = config::Guard { before_login_memory: bytes, ..Default::default() };
         let guard = Arc::new(Guard::new(&config, Instant::now()));
         let ticket = guard.lobby(Instant::now()).unwrap();

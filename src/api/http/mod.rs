@@ -56,7 +56,11 @@ impl Admin {
     ///
     /// # Errors
     /// The system cannot register the socket.
-    pub(crate) fn new(socket: net::TcpListener, metrics: Arc<Metrics>, stopping: CancellationToken) -> io::Result<Self> {
+    pub(crate) fn new(
+        socket: net::TcpListener,
+        metrics: Arc<Metrics>,
+        stopping: CancellationToken,
+    ) -> io::Result<Self> {
         socket.set_nonblocking(true)?;
         let socket = TcpListener::from_std(socket)?;
         let address = socket.local_addr()?;

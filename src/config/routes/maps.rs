@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use serde::Deserialize;
 use serde_yaml::Value;
 
-use crate::config::values::{CacheEntry, HashEntry, DurationText, Words};
+use crate::config::values::{CacheEntry, DurationText, HashEntry, Words};
 
 /// An item of `routes`: exactly one key.
 #[derive(Debug, Default, Deserialize)]

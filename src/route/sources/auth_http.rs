@@ -15,9 +15,9 @@ use x509_parser::prelude::{FromDer as _, X509Certificate};
 use x509_parser::x509::{AttributeTypeAndValue, X509Name};
 use zeroize::Zeroizing;
 
-use crate::route::question::{LookupRequest, LoginContext};
-use crate::route::target::{Denied, Login, sentence};
 use crate::identity::{Proof, Secret, UserName};
+use crate::route::question::{LoginContext, LookupRequest};
+use crate::route::target::{Denied, Login, sentence};
 
 /// `Auth-Wait` is honoured up to here.
 const LONGEST_WAIT: Duration = Duration::from_secs(30);
@@ -46,7 +46,11 @@ pub(in crate::route) enum Verdict {
 ///
 /// # Errors
 /// A sentence for the log: the client did not log in by something that this protocol knows.
-pub(in crate::route) fn question(question: &LookupRequest, visitor: &LoginContext, pass_certificate: bool) -> Result<HeaderMap, String> {
+pub(in crate::route) fn question(
+    question: &LookupRequest,
+    visitor: &LoginContext,
+    pass_certificate: bool,
+) -> Result<HeaderMap, String> {
     let (method, password): (_, &[u8]) = match &visitor.credentials.proof {
         // LOGIN and PLAIN are both "plain" there.
         Proof::Password(password) => ("plain", password.expose()),

@@ -9,8 +9,8 @@ use std::sync::Arc;
 
 use md5::{Digest as _, Md5};
 
-use crate::route::target::RouteDecision;
 use crate::config::HashShare;
+use crate::route::target::RouteDecision;
 
 /// vhosts of a weight of 1: what a director's host has by default.
 const POINTS_A_WEIGHT: u32 = 100;

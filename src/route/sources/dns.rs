@@ -11,12 +11,12 @@ use hickory_resolver::proto::op::ResponseCode;
 use hickory_resolver::proto::rr::RData;
 use tokio::sync::OnceCell;
 
+use crate::config::{self, Config, DnsQuestion};
+use crate::lookup::dns;
 use crate::route::LookupResult;
 use crate::route::directory::answer;
 use crate::route::question::LookupRequest;
 use crate::route::target::{Declared, Fields};
-use crate::config::{self, Config, DnsQuestion};
-use crate::lookup::dns;
 use crate::template::Template;
 
 /// RFC 1035 section 2.3.4.

@@ -3,9 +3,9 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
+use crate::config::BackendId;
 use crate::route::LookupResult;
 use crate::route::target::RouteDecision;
-use crate::config::BackendId;
 
 /// Domains and their backends.
 #[derive(Debug)]
@@ -14,7 +14,9 @@ pub(in crate::route) struct Domains(BTreeMap<String, Arc<RouteDecision>>);
 impl Domains {
     /// `domains` are in lower case already.
     pub(in crate::route) fn new(domains: &BTreeMap<String, BackendId>) -> Self {
-        Self(domains.iter().map(|(domain, backend)| (domain.clone(), RouteDecision::backend(*backend).into())).collect())
+        Self(
+            domains.iter().map(|(domain, backend)| (domain.clone(), RouteDecision::backend(*backend).into())).collect(),
+        )
     }
 
     /// A name without `@`, or with an undeclared domain, is unknown.

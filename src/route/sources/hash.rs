@@ -3,11 +3,11 @@
 
 use std::sync::Arc;
 
-use crate::route::LookupResult;
 use super::director::Ring;
-use crate::route::target::RouteDecision;
 use crate::config::{Config, HashShare, HashStyle};
 use crate::rendezvous;
+use crate::route::LookupResult;
+use crate::route::target::RouteDecision;
 
 /// Backends that share all users.
 #[derive(Debug)]

@@ -18,16 +18,16 @@ use serde::de::IgnoredAny;
 use serde::{Deserialize, Serialize};
 use zeroize::Zeroizing;
 
-use crate::route::LookupResult;
 use super::auth_http::{self, Verdict};
-use crate::route::directory::answer;
-use crate::route::proof::{Identity, SentPassword};
-use crate::route::question::{LookupRequest, LoginContext};
-use crate::route::target::{ServerChoice, Declared, Denied, Fields, Login, Place, RouteDecision};
 use crate::config::{self, ANSWER_FIELDS, BackendId, Config, Host, HttpStyle, Network, Problem, Server};
 use crate::identity::{Proof, UserName};
 use crate::lookup::hedge::Budget;
 use crate::lookup::http_client::{HttpClient, Repeat};
+use crate::route::LookupResult;
+use crate::route::directory::answer;
+use crate::route::proof::{Identity, SentPassword};
+use crate::route::question::{LoginContext, LookupRequest};
+use crate::route::target::{Declared, Denied, Fields, Login, Place, RouteDecision, ServerChoice};
 
 /// A request a user.
 pub(in crate::route) struct Http {
@@ -89,7 +89,11 @@ struct Said {
 impl Http {
     /// # Errors
     /// A URL that is none, a token file or a `ca` that cannot be read.
-    pub(in crate::route) fn build(config: &Config, http: &config::Http, declared: &Declared) -> Result<Self, Vec<Problem>> {
+    pub(in crate::route) fn build(
+        config: &Config,
+        http: &config::Http,
+        declared: &Declared,
+    ) -> Result<Self, Vec<Problem>> {
         let told = |problem| vec![problem];
         let mut headers = HeaderMap::new();
         for (name, value) in &http.headers {
@@ -245,7 +249,13 @@ impl Http {
     }
 
     /// The place that an auth server of nginx's names by its address.
-    fn place(&self, address: SocketAddr, user: Option<UserName>, login: Option<Login>, identity: Identity) -> LookupResult {
+    fn place(
+        &self,
+        address: SocketAddr,
+        user: Option<UserName>,
+        login: Option<Login>,
+        identity: Identity,
+    ) -> LookupResult {
         let (backend, at) = match (self.servers.get(&address), self.backend) {
             (Some((backend, server)), _) => (*backend, ServerChoice::Server(server.clone())),
             (None, Some(backend)) if self.networks.iter().any(|network| network.contains(address.ip())) => {

@@ -16,14 +16,14 @@ use tokio::net::TcpStream;
 use tokio_rustls::rustls::ClientConfig;
 use zeroize::Zeroizing;
 
+use crate::config::{self, Config, LdapScope, Problem};
+use crate::lookup::hedge::{Budget, hedged};
+use crate::lookup::tcp_liveness;
 use crate::route::LookupResult;
 use crate::route::directory::answer;
 use crate::route::idle::IdleConnections;
 use crate::route::question::LookupRequest;
 use crate::route::target::{Declared, Fields};
-use crate::config::{self, Config, LdapScope, Problem};
-use crate::lookup::hedge::{Budget, hedged};
-use crate::lookup::tcp_liveness;
 use crate::template::Template;
 use crate::tls;
 
@@ -59,7 +59,11 @@ impl std::fmt::Debug for Directory {
 impl Directory {
     /// # Errors
     /// A URL whose host or port is invalid, a password file or a `ca` that cannot be read.
-    pub(in crate::route) fn build(config: &Config, ldap: &config::Ldap, declared: &Declared) -> Result<Self, Vec<Problem>> {
+    pub(in crate::route) fn build(
+        config: &Config,
+        ldap: &config::Ldap,
+        declared: &Declared,
+    ) -> Result<Self, Vec<Problem>> {
         let bind = match (&ldap.bind, &ldap.password) {
             (Some(name), Some(file)) => {
                 Some((name.clone(), file.read_secret(config).map_err(|problem| vec![problem])?))

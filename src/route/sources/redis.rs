@@ -20,13 +20,13 @@ use redis::{
 };
 use zeroize::Zeroizing;
 
+use crate::config::{self, Config, Located, Problem, RedisPlace};
+use crate::lookup::hedge::{Budget, SharedConnection, Unanswered, hedged};
+use crate::lookup::tcp_liveness;
 use crate::route::LookupResult;
 use crate::route::directory::answer;
 use crate::route::question::LookupRequest;
 use crate::route::target::Declared;
-use crate::config::{self, Config, Located, Problem, RedisPlace};
-use crate::lookup::hedge::{Budget, SharedConnection, Unanswered, hedged};
-use crate::lookup::tcp_liveness;
 use crate::template::Template;
 
 /// One command per lookup.
@@ -68,7 +68,11 @@ enum Connection {
 impl Redis {
     /// # Errors
     /// A URL that is none, a password file or a `ca` that cannot be read.
-    pub(in crate::route) fn build(config: &Config, redis: &config::Redis, declared: &Declared) -> Result<Self, Vec<Problem>> {
+    pub(in crate::route) fn build(
+        config: &Config,
+        redis: &config::Redis,
+        declared: &Declared,
+    ) -> Result<Self, Vec<Problem>> {
         let client =
             Builder::new(config, redis).and_then(|builder| builder.client(redis)).map_err(|problem| vec![problem])?;
         Ok(Self {

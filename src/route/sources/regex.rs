@@ -7,10 +7,10 @@ use std::sync::Arc;
 
 use regex::{Captures, Regex};
 
+use crate::config::{Config, Problem, RegexRule};
 use crate::route::LookupResult;
 use crate::route::directory::answer;
 use crate::route::target::{Declared, RouteDecision, named_values};
-use crate::config::{Config, Problem, RegexRule};
 
 /// Rules in order.
 #[derive(Debug)]
@@ -47,7 +47,11 @@ enum Piece {
 impl Rules {
     /// # Errors
     /// Patterns that are none, groups that do not exist, and fixed targets that are wrong.
-    pub(in crate::route) fn build(config: &Config, rules: &[RegexRule], declared: &Declared) -> Result<Self, Vec<Problem>> {
+    pub(in crate::route) fn build(
+        config: &Config,
+        rules: &[RegexRule],
+        declared: &Declared,
+    ) -> Result<Self, Vec<Problem>> {
         let mut problems = Vec::new();
         let mut built = Vec::new();
         for rule in rules {
@@ -273,7 +277,10 @@ mod tests {
         let long = rules.lookup(&format!("plain-{}@x", "u".repeat(513)));
         assert!(matches!(&long, LookupResult::Failed(reason) if reason.len() < 100), "{long:?}");
         let refused = rules.lookup("verdict-[ALERT] a maintenance: b@x");
-        assert_eq!(refused, LookupResult::Found(RouteDecision::Refuse("Sorry, [ALERT] a maintenance: b".into()).into()));
+        assert_eq!(
+            refused,
+            LookupResult::Found(RouteDecision::Refuse("Sorry, [ALERT] a maintenance: b".into()).into())
+        );
     }
 
     #[test]

@@ -32,13 +32,13 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
 use tokio::time::{sleep, timeout};
 use tokio_util::sync::CancellationToken;
 
+use crate::config::{self, ANSWER_FIELDS, Config, Problem};
+use crate::lookup::hedge::{Budget, hedged};
 use crate::route::LookupResult;
 use crate::route::directory::answer;
 use crate::route::idle::IdleConnections;
 use crate::route::question::LookupRequest;
 use crate::route::target::{Declared, Fields};
-use crate::config::{self, ANSWER_FIELDS, Config, Problem};
-use crate::lookup::hedge::{Budget, hedged};
 use crate::template::Variable;
 
 /// How long the farewell to a server may take when a connection is closed.
@@ -120,7 +120,11 @@ enum Fault {
 impl Sql {
     /// # Errors
     /// A URL that is none, a password file or a `ca` that cannot be read.
-    pub(in crate::route) fn build(config: &Config, sql: &config::Sql, declared: &Declared) -> Result<Self, Vec<Problem>> {
+    pub(in crate::route) fn build(
+        config: &Config,
+        sql: &config::Sql,
+        declared: &Declared,
+    ) -> Result<Self, Vec<Problem>> {
         let server = server(config, sql).map_err(|problem| vec![problem])?;
         let (query, variables) = sql.query.bind(|before| match server {
             Server::Postgres(_) => format!("${}", before + 1),

@@ -22,12 +22,12 @@ use std::time::Duration;
 
 use tokio::time;
 
-use crate::route::LookupResult;
-use crate::route::target::{Declared, RouteDecision};
 use crate::config::{Config, Located, Problem};
 use crate::identity::UserName;
 use crate::metrics::RouteMetrics;
 use crate::process::file_watch::{LOOK, Watch};
+use crate::route::LookupResult;
+use crate::route::target::{Declared, RouteDecision};
 
 /// More problems than this say nothing new about one file.
 const MAX_PROBLEMS: usize = 20;
@@ -338,9 +338,9 @@ fn at((line, message): &Wrong) -> String {
 
 #[cfg(test)]
 mod tests {
-    use crate::route::target::ServerChoice;
     use super::*;
     use crate::config::BackendId;
+    use crate::route::target::ServerChoice;
 
     fn parse(text: &str) -> Result<Index, Vec<Wrong>> {
         super::parse(&mut text.to_owned(), &Declared::named(["shard-a", "shard-b"]))
