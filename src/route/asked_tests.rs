@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use tokio::sync::Semaphore;
 
-use super::asked::CachedDirectory;
+use super::cached_directory::CachedDirectory;
 use super::directory::Directory;
 use super::question::LookupRequest;
 use super::target::{Declared, RouteDecision};

@@ -8,7 +8,7 @@
 //! A new source is a file of its own here. One that answers from memory is a variant of [`Source`]; one that asks
 //! somebody is a variant of [`directory::Directory`], and `asked` keeps, bounds and repeats its questions.
 
-mod asked;
+mod cached_directory;
 #[cfg(test)]
 mod asked_tests;
 mod cache;
@@ -28,7 +28,7 @@ use tokio::runtime::Handle;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use self::asked::CachedDirectory;
+use self::cached_directory::CachedDirectory;
 use self::directory::Directory;
 pub use self::proof::Identity;
 pub use self::question::{LoginContext, LoginTls, LookupRequest};
