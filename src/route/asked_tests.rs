@@ -9,7 +9,7 @@ use tokio::sync::Semaphore;
 
 use super::cached_directory::CachedDirectory;
 use super::directory::Directory;
-use super::question::LookupRequest;
+use super::request::LookupRequest;
 use super::target::{Declared, RouteDecision};
 use super::{LookupResult, Origin};
 use crate::config::{Asking, BackendId, Cache, Located, Place};

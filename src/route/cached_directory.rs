@@ -18,7 +18,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::cache::{Cache, Kept, Looked};
 use super::directory::Directory;
-use super::question::LookupRequest;
+use super::request::LookupRequest;
 use super::target::Declared;
 use super::{LookupResult, Origin, warm};
 use crate::config;

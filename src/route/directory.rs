@@ -3,7 +3,7 @@
 //! All are built without a word to anybody and connect when they are first asked. Called by `asked`.
 
 use super::LookupResult;
-use super::question::LookupRequest;
+use super::request::LookupRequest;
 use super::sources::{dns, http, ldap, redis, sql};
 use super::target::RouteDecision;
 use crate::lookup::hedge::Budget;

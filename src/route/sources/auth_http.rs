@@ -16,7 +16,7 @@ use x509_parser::x509::{AttributeTypeAndValue, X509Name};
 use zeroize::Zeroizing;
 
 use crate::identity::{Proof, Secret, UserName};
-use crate::route::question::{LoginContext, LookupRequest};
+use crate::route::request::{LoginContext, LookupRequest};
 use crate::route::target::{Denied, Login, sentence};
 
 /// `Auth-Wait` is honoured up to here.

@@ -15,7 +15,7 @@ use crate::config::{self, Config, DnsQuestion};
 use crate::lookup::dns;
 use crate::route::LookupResult;
 use crate::route::directory::answer;
-use crate::route::question::LookupRequest;
+use crate::route::request::LookupRequest;
 use crate::route::target::{Declared, Fields};
 use crate::template::Template;
 

@@ -26,7 +26,7 @@ use crate::lookup::http_client::{HttpClient, Repeat};
 use crate::route::LookupResult;
 use crate::route::directory::answer;
 use crate::route::proof::{Identity, SentPassword};
-use crate::route::question::{LoginContext, LookupRequest};
+use crate::route::request::{LoginContext, LookupRequest};
 use crate::route::target::{Declared, Denied, Fields, Login, Place, RouteDecision, ServerChoice};
 
 /// A request a user.

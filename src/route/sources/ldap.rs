@@ -22,7 +22,7 @@ use crate::lookup::tcp_liveness;
 use crate::route::LookupResult;
 use crate::route::directory::answer;
 use crate::route::idle::IdleConnections;
-use crate::route::question::LookupRequest;
+use crate::route::request::LookupRequest;
 use crate::route::target::{Declared, Fields};
 use crate::template::Template;
 use crate::tls;

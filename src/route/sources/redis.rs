@@ -25,7 +25,7 @@ use crate::lookup::hedge::{Budget, SharedConnection, Unanswered, hedged};
 use crate::lookup::tcp_liveness;
 use crate::route::LookupResult;
 use crate::route::directory::answer;
-use crate::route::question::LookupRequest;
+use crate::route::request::LookupRequest;
 use crate::route::target::Declared;
 use crate::template::Template;
 

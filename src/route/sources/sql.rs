@@ -37,7 +37,7 @@ use crate::lookup::hedge::{Budget, hedged};
 use crate::route::LookupResult;
 use crate::route::directory::answer;
 use crate::route::idle::IdleConnections;
-use crate::route::question::LookupRequest;
+use crate::route::request::LookupRequest;
 use crate::route::target::{Declared, Fields};
 use crate::template::Variable;
 
