@@ -10,7 +10,7 @@ use tokio::sync::Semaphore;
 use super::cached_directory::CachedDirectory;
 use super::directory::Directory;
 use super::request::LookupRequest;
-use super::target::{Declared, RouteDecision};
+use super::decision::{Declared, RouteDecision};
 use super::{LookupResult, Origin};
 use crate::config::{Asking, BackendId, Cache, Located, Place};
 use crate::metrics::{Metrics, Names};

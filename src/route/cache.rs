@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use quick_cache::sync;
 
-use super::target::RouteDecision;
+use super::decision::RouteDecision;
 use crate::config;
 use crate::generations::{Generation, Generations};
 
@@ -214,7 +214,7 @@ mod tests {
         cache.keep("bob".into(), None, now);
         if let RouteDecision::Place(place) = &mut place {
             let password = crate::identity::Secret::new(b"x".to_vec());
-            place.login = Some(super::super::target::Login { master: None, password });
+            place.login = Some(super::super::decision::Login { master: None, password });
         }
         cache.keep("carol".into(), Some(Arc::new(place)), now);
         let stored = cache.storable(now + seconds(7));

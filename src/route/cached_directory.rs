@@ -19,7 +19,7 @@ use tokio_util::sync::CancellationToken;
 use super::cache::{Cache, Kept, Looked};
 use super::directory::Directory;
 use super::request::LookupRequest;
-use super::target::Declared;
+use super::decision::Declared;
 use super::{LookupResult, Origin, warm};
 use crate::config;
 use crate::deadline::Deadline;

@@ -5,7 +5,7 @@
 use super::LookupResult;
 use super::request::LookupRequest;
 use super::sources::{dns, http, ldap, redis, sql};
-use super::target::RouteDecision;
+use super::decision::RouteDecision;
 use crate::lookup::hedge::Budget;
 use crate::tls;
 

@@ -18,7 +18,7 @@ mod proof;
 mod request;
 mod reuse;
 mod sources;
-mod target;
+mod decision;
 mod warm;
 
 use std::sync::Arc;
@@ -33,8 +33,8 @@ use self::directory::Directory;
 pub use self::proof::Identity;
 pub use self::request::{LoginContext, LoginTls, LookupRequest};
 use self::reuse::Inputs;
-use self::target::Declared;
-pub use self::target::{Denied, Login, Place, RouteDecision, ServerChoice};
+use self::decision::Declared;
+pub use self::decision::{Denied, Login, Place, RouteDecision, ServerChoice};
 use crate::config::{self, Config, Problem};
 use crate::metrics::{LookupOutcome, Metrics};
 

@@ -14,7 +14,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use serde::{Deserialize, Serialize};
 
 use super::cache::Cache;
-use super::target::{Declared, Fields, RouteDecision, ServerChoice};
+use super::decision::{Declared, Fields, RouteDecision, ServerChoice};
 
 /// A line of the file.
 #[derive(Debug, Serialize, Deserialize)]

@@ -17,7 +17,7 @@ use zeroize::Zeroizing;
 
 use crate::identity::{Proof, Secret, UserName};
 use crate::route::request::{LoginContext, LookupRequest};
-use crate::route::target::{Denied, Login, sentence};
+use crate::route::decision::{Denied, Login, sentence};
 
 /// `Auth-Wait` is honoured up to here.
 const LONGEST_WAIT: Duration = Duration::from_secs(30);

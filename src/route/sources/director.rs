@@ -10,7 +10,7 @@ use std::sync::Arc;
 use md5::{Digest as _, Md5};
 
 use crate::config::HashShare;
-use crate::route::target::RouteDecision;
+use crate::route::decision::RouteDecision;
 
 /// vhosts of a weight of 1: what a director's host has by default.
 const POINTS_A_WEIGHT: u32 = 100;

@@ -16,7 +16,7 @@ use crate::lookup::dns;
 use crate::route::LookupResult;
 use crate::route::directory::answer;
 use crate::route::request::LookupRequest;
-use crate::route::target::{Declared, Fields};
+use crate::route::decision::{Declared, Fields};
 use crate::template::Template;
 
 /// RFC 1035 section 2.3.4.

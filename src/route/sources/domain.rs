@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use crate::config::BackendId;
 use crate::route::LookupResult;
-use crate::route::target::RouteDecision;
+use crate::route::decision::RouteDecision;
 
 /// Domains and their backends.
 #[derive(Debug)]

@@ -7,7 +7,7 @@ use super::director::Ring;
 use crate::config::{Config, HashShare, HashStyle};
 use crate::rendezvous;
 use crate::route::LookupResult;
-use crate::route::target::RouteDecision;
+use crate::route::decision::RouteDecision;
 
 /// Backends that share all users.
 #[derive(Debug)]

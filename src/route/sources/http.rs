@@ -27,7 +27,7 @@ use crate::route::LookupResult;
 use crate::route::directory::answer;
 use crate::route::proof::{Identity, SentPassword};
 use crate::route::request::{LoginContext, LookupRequest};
-use crate::route::target::{Declared, Denied, Fields, Login, Place, RouteDecision, ServerChoice};
+use crate::route::decision::{Declared, Denied, Fields, Login, Place, RouteDecision, ServerChoice};
 
 /// A request a user.
 pub(in crate::route) struct Http {

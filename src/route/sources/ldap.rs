@@ -23,7 +23,7 @@ use crate::route::LookupResult;
 use crate::route::directory::answer;
 use crate::route::idle::IdleConnections;
 use crate::route::request::LookupRequest;
-use crate::route::target::{Declared, Fields};
+use crate::route::decision::{Declared, Fields};
 use crate::template::Template;
 use crate::tls;
 

@@ -26,7 +26,7 @@ use crate::lookup::tcp_liveness;
 use crate::route::LookupResult;
 use crate::route::directory::answer;
 use crate::route::request::LookupRequest;
-use crate::route::target::Declared;
+use crate::route::decision::Declared;
 use crate::template::Template;
 
 /// One command per lookup.

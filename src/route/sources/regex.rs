@@ -10,7 +10,7 @@ use regex::{Captures, Regex};
 use crate::config::{Config, Problem, RegexRule};
 use crate::route::LookupResult;
 use crate::route::directory::answer;
-use crate::route::target::{Declared, RouteDecision, named_values};
+use crate::route::decision::{Declared, RouteDecision, named_values};
 
 /// Rules in order.
 #[derive(Debug)]
@@ -178,7 +178,7 @@ fn group(pattern: &Regex, name: &str) -> Result<usize, String> {
 mod tests {
     use super::*;
     use crate::config::{BackendId, Place};
-    use crate::route::target::ServerChoice;
+    use crate::route::decision::ServerChoice;
 
     fn rule(pattern: &str, to: &str) -> Result<Rule, String> {
         let place = Place { line: 1, column: 1, key: String::new() };

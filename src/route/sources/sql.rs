@@ -38,7 +38,7 @@ use crate::route::LookupResult;
 use crate::route::directory::answer;
 use crate::route::idle::IdleConnections;
 use crate::route::request::LookupRequest;
-use crate::route::target::{Declared, Fields};
+use crate::route::decision::{Declared, Fields};
 use crate::template::Variable;
 
 /// How long the farewell to a server may take when a connection is closed.

@@ -27,7 +27,7 @@ use crate::identity::UserName;
 use crate::metrics::RouteMetrics;
 use crate::process::file_watch::{LOOK, Watch};
 use crate::route::LookupResult;
-use crate::route::target::{Declared, RouteDecision};
+use crate::route::decision::{Declared, RouteDecision};
 
 /// More problems than this say nothing new about one file.
 const MAX_PROBLEMS: usize = 20;
@@ -340,7 +340,7 @@ fn at((line, message): &Wrong) -> String {
 mod tests {
     use super::*;
     use crate::config::BackendId;
-    use crate::route::target::ServerChoice;
+    use crate::route::decision::ServerChoice;
 
     fn parse(text: &str) -> Result<Index, Vec<Wrong>> {
         super::parse(&mut text.to_owned(), &Declared::named(["shard-a", "shard-b"]))
