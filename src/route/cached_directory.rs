@@ -154,7 +154,7 @@ impl CachedDirectory {
         if self.has_inherited {
             return;
         }
-        match warm::load(path, cache, &self.declared) {
+        match cache_file::load(path, cache, &self.declared) {
             Ok(users) => {
                 self.metrics.set_cached(cache.len());
                 tracing::info!(route = self.metrics.label(), users, "answers kept from the last run");
@@ -192,7 +192,7 @@ impl CachedDirectory {
         if self.leaves_file.load(Ordering::Acquire) {
             return;
         }
-        if let Err(error) = warm::save(path, cache, &self.declared) {
+        if let Err(error) = cache_file::save(path, cache, &self.declared) {
             tracing::error!(file = %path.display(), %error, "kept answers could not be written");
         }
     }

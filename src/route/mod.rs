@@ -19,7 +19,7 @@ mod request;
 mod reuse;
 mod sources;
 mod decision;
-mod warm;
+mod cache_file;
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
