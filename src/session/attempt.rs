@@ -9,7 +9,7 @@ use std::time::Instant;
 
 use zeroize::Zeroizing;
 
-use super::defence::{counted_users, reply_to_refused_token};
+use super::throttling::{counted_users, reply_to_refused_token};
 use super::placement::{Carried, Placed, Placing};
 use super::record::reason;
 use super::server_credentials::{renamed, server_login, split_master};

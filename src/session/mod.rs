@@ -17,7 +17,7 @@
 //! sent to a server connection of its own. Called by `listener`.
 
 mod attempt;
-mod defence;
+mod throttling;
 mod id;
 mod introduction;
 mod pace;
@@ -41,7 +41,7 @@ use tokio::time::timeout;
 use zeroize::Zeroizing;
 
 use self::attempt::Attempted;
-pub(crate) use self::defence::turn_away;
+pub(crate) use self::throttling::turn_away;
 pub(crate) use self::introduction::unknown_balancer;
 pub(crate) use self::pace::RefusalLatency;
 pub(crate) use self::proxy_header_warning::LastWarning;
