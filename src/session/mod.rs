@@ -2,7 +2,7 @@
 //!
 //! | step | where | deadline | when it fails |
 //! |---|---|---|---|
-//! | 1 whose connection it is | `proxy_protocol` in [`introduction`], where a balancer is in front | `limits.proxy_header` | the connection closes |
+//! | 1 whose connection it is | `proxy_protocol` in [`proxy_header`], where a balancer is in front | `limits.proxy_header` | the connection closes |
 //! | 2 TLS handshake | [`Session::encrypt`] | `limits.handshake` | the connection closes |
 //! | 3 who is it | `imap::prelogin` in [`Session::log_in`] | `limits.login`, from accept | BYE |
 //! | 4 which backend | `route` in [`attempt`] | `limits.lookup` | NO `[UNAVAILABLE]`, or refused when unknown |
@@ -19,7 +19,7 @@
 mod attempt;
 mod throttling;
 mod id;
-mod introduction;
+mod proxy_header;
 mod pace;
 mod placement;
 mod proxy_header_warning;
@@ -42,7 +42,7 @@ use zeroize::Zeroizing;
 
 use self::attempt::Attempted;
 pub(crate) use self::throttling::turn_away;
-pub(crate) use self::introduction::unknown_balancer;
+pub(crate) use self::proxy_header::unknown_balancer;
 pub(crate) use self::pace::RefusalLatency;
 pub(crate) use self::proxy_header_warning::LastWarning;
 use self::proxy_header_warning::{Opening, is_header_before_tls};
