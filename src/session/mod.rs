@@ -8,7 +8,7 @@
 //! | 4 which backend | `route` in [`attempt`] | `limits.lookup` | NO `[UNAVAILABLE]`, or refused when unknown |
 //! | 5 which server | `backend` in [`placement`] | `limits.server_login`, over all servers | next server, then NO `[UNAVAILABLE]` |
 //! | 6 log in there, and wait for the user's sessions elsewhere to end | `backend::connect`, [`placement`] | a share of the above | the server's NO is passed on, never retried |
-//! | 7 answer the client | [`relayed::Relayed`] | none | |
+//! | 7 answer the client | [`established::Relayed`] | none | |
 //! | 8 relay | `relay`, `waiting` | `limits.idle`, `limits.stall`, `limits.half_close` | |
 //! | 9 log lines | [`record::Record`]: one at the login, one at the end | always | |
 //!
@@ -25,7 +25,7 @@ mod placement;
 mod proxy_header_warning;
 mod record;
 mod refusal;
-mod relayed;
+mod established;
 mod server_credentials;
 mod wording;
 
@@ -47,8 +47,8 @@ pub(crate) use self::pace::RefusalLatency;
 pub(crate) use self::proxy_header_warning::LastWarning;
 use self::proxy_header_warning::{Opening, is_header_before_tls};
 use self::record::{EndedBy, Record};
-pub(crate) use self::relayed::ParkedSession;
-use self::relayed::Relayed;
+pub(crate) use self::established::ParkedSession;
+use self::established::Relayed;
 use crate::admission::connection_limit::ConnectionPermit;
 use crate::admission::{Charge, ConnectionCount, OutOfMemory, PreloginTicket};
 use crate::auth_policy;

@@ -19,7 +19,7 @@ use crate::identity::{Mechanism, UserName};
 use crate::metrics::{LoginOutcome, OpenGuard};
 use crate::relay::End;
 use crate::session::id::SessionId;
-use crate::session::relayed::SessionEnd;
+use crate::session::established::SessionEnd;
 use crate::session_registry::CancelReason;
 use crate::snapshot::SessionSettings;
 use crate::stream::TlsFacts;
