@@ -11,7 +11,7 @@ use zeroize::Zeroizing;
 
 use super::throttling::{counted_users, reply_to_refused_token};
 use super::placement::{Carried, Placed, Placing};
-use super::record::reason;
+use super::log_record::reason;
 use super::server_credentials::{renamed, server_login, split_master};
 use super::{Session, close};
 use crate::admission::Block;

@@ -11,7 +11,7 @@ use tokio::time::{self, timeout};
 use tokio_util::task::task_tracker::TaskTrackerToken;
 
 use super::attempt::Seated;
-use super::record::Record;
+use super::log_record::Record;
 use super::{ConnectionPermits, FAREWELL, Session, SessionPoller};
 use crate::backend::DelayedDisconnect;
 use crate::backend::request::Established;

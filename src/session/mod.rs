@@ -10,7 +10,7 @@
 //! | 6 log in there, and wait for the user's sessions elsewhere to end | `backend::connect`, [`placement`] | a share of the above | the server's NO is passed on, never retried |
 //! | 7 answer the client | [`established::Relayed`] | none | |
 //! | 8 relay | `relay`, `waiting` | `limits.idle`, `limits.stall`, `limits.half_close` | |
-//! | 9 log lines | [`record::Record`]: one at the login, one at the end | always | |
+//! | 9 log lines | [`log_record::Record`]: one at the login, one at the end | always | |
 //!
 //! This file, `attempt` and `placement` alone know the order. From step 4 on the login is in the session registry and ends when it is
 //! cancelled; at every step it ends with the process, and when it is shed. After a refusal nothing of the attempt is left: the next login is parsed, routed and
@@ -23,7 +23,7 @@ mod proxy_header;
 mod pace;
 mod placement;
 mod proxy_header_warning;
-mod record;
+mod log_record;
 mod refusal;
 mod established;
 mod server_credentials;
@@ -46,7 +46,7 @@ pub(crate) use self::proxy_header::unknown_balancer;
 pub(crate) use self::pace::RefusalLatency;
 pub(crate) use self::proxy_header_warning::LastWarning;
 use self::proxy_header_warning::{Opening, is_header_before_tls};
-use self::record::{EndedBy, Record};
+use self::log_record::{EndedBy, Record};
 pub(crate) use self::established::ParkedSession;
 use self::established::Relayed;
 use crate::admission::connection_limit::ConnectionPermit;

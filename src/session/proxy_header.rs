@@ -9,7 +9,7 @@ use std::net::SocketAddr;
 use tokio::io::AsyncReadExt;
 use tokio::net::TcpStream;
 
-use super::record::Record;
+use super::log_record::Record;
 use super::{Session, id};
 use crate::deadline::Deadline;
 use crate::failure::Reason;

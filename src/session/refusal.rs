@@ -3,7 +3,7 @@
 use std::time::Instant;
 
 use super::attempt::Attempted;
-use super::record::bounded;
+use super::log_record::bounded;
 use super::{Session, pace};
 use crate::backend::Backend;
 use crate::failure::Reason;
