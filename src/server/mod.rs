@@ -4,7 +4,7 @@
 //! outlives a configuration: the workers, the listening sockets (`doors`), the sessions. Called by `main` (`run`, `check`,
 //! `route`), by the demo and by the tests.
 
-mod doors;
+mod listener_set;
 mod operations;
 mod server_state;
 mod state_file;
@@ -23,7 +23,7 @@ use tokio::runtime::Handle;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use self::doors::{ListenerSet, Opening};
+use self::listener_set::{ListenerSet, Opening};
 pub use self::operations::{UserHold, UserMoved};
 pub use self::server_state::{BeforeRetirement, StateChange, StateChanged};
 use crate::admission::connection_limit::ConnectionLimit;
@@ -262,7 +262,7 @@ fn bind_admin(
     let bound = socket.map_or_else(bind, Ok);
     let bound = bound.and_then(|socket| Admin::new(socket, live.metrics.clone(), drain.announced().clone()));
     let bound = bound.and_then(|admin| admin.copy().map(|copy| (admin, copy)));
-    Ok(Some(bound.with_context(|| doors::cannot_bind(address, "admin.address"))?))
+    Ok(Some(bound.with_context(|| listener_set::cannot_bind(address, "admin.address"))?))
 }
 
 /// Starts a worker, which ends when all is stopped.
