@@ -19,7 +19,7 @@ mod select;
 mod server;
 mod slots;
 mod source;
-mod tour;
+mod failover;
 
 use std::collections::{BTreeMap, HashMap};
 use std::hash::{BuildHasher as _, RandomState};
@@ -43,7 +43,7 @@ use self::server::{ServerSettings, ServerState};
 use self::slots::LoginQueue;
 pub use self::slots::{DelayedDisconnect, ServerPermit, SessionSlot};
 use self::source::Sources;
-pub use self::tour::{Failover, NextServer};
+pub use self::failover::{Failover, NextServer};
 use crate::config::{self, BackendId, Balance, ClientInfo, Config, Host, Limits, Mode, Problem, TlsMode, Trust};
 use crate::identity::{Secret, UserName};
 use crate::metrics::Metrics;
