@@ -10,7 +10,7 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 
 use super::server::Admission;
-use super::slots::ServerPermit;
+use super::capacity::ServerPermit;
 use super::{Backend, Server};
 use crate::config::Mode;
 use crate::deadline::Deadline;

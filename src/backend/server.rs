@@ -18,7 +18,7 @@ use super::exchanges::Exchanges;
 use super::health::{Depth, FailureKind, Health, HealthChange, Standing, Thresholds, Trial};
 use super::request::Fault;
 use super::select::Candidate;
-use super::slots::{ServerCapacity, ServerPermit};
+use super::capacity::{ServerCapacity, ServerPermit};
 use super::{first_known, publish_if_first};
 use crate::config::{self, Host, Mode};
 use crate::metrics::ServerMetrics;
