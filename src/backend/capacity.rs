@@ -14,7 +14,7 @@ use std::time::Duration;
 use tokio::sync::oneshot;
 use tokio::time::Instant;
 
-use super::departures::SpreadDisconnect;
+use super::disconnect_spreader::SpreadDisconnect;
 use super::exchanges::Exchange;
 use super::health::Trial;
 use super::server::{Server, ServerState};

@@ -8,7 +8,7 @@ pub mod admin_state;
 mod awaited;
 mod checks;
 pub mod connect;
-mod departures;
+mod disconnect_spreader;
 mod discover;
 mod exchanges;
 mod health;

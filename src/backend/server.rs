@@ -13,7 +13,7 @@ use tokio_rustls::rustls::pki_types::ServerName;
 
 use super::admin_state::{AdminCell, AdminState};
 use super::awaited::{Awaited, AwaitedAnswer};
-use super::departures::DisconnectSpreader;
+use super::disconnect_spreader::DisconnectSpreader;
 use super::exchanges::Exchanges;
 use super::health::{Depth, FailureKind, Health, HealthChange, Standing, Thresholds, Trial};
 use super::request::Fault;
