@@ -14,7 +14,7 @@ use tokio::time::{self, Instant};
 
 use super::connect;
 use super::health::Depth;
-use super::reach::dial;
+use super::dial::dial;
 use super::request::{Fault, Outcome, Purpose, Request, Seen};
 use super::server::ServerState;
 use super::{Backend, Backends, Group, Server, chance};

@@ -13,7 +13,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use zeroize::Zeroizing;
 
 use super::awaited::AwaitedAnswer;
-use super::reach::{encrypt, reach};
+use super::dial::{encrypt, reach};
 use super::request::{Established, Fault, Outcome, Purpose, Request, Seen, reason};
 use super::{Backend, Server};
 use crate::config::{ClientInfo, TlsMode};

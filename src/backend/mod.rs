@@ -13,7 +13,7 @@ mod discover;
 mod exchanges;
 mod health;
 mod offer;
-mod reach;
+mod dial;
 pub mod request;
 mod select;
 mod server;
