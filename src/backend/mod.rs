@@ -9,7 +9,7 @@ mod awaited;
 mod checks;
 pub mod connect;
 mod disconnect_spreader;
-mod discover;
+mod discovery;
 mod exchanges;
 mod health;
 mod offer;
@@ -35,8 +35,8 @@ use tokio_util::task::TaskTracker;
 
 use self::admin_state::AdminStates;
 use self::checks::HealthChecker;
-pub use self::discover::OwnAddresses;
-use self::discover::{Resolver, Service};
+pub use self::discovery::OwnAddresses;
+use self::discovery::{Resolver, Service};
 use self::select::{Candidate, SelectionState};
 pub use self::server::{LastError, Server};
 use self::server::{ServerSettings, ServerState};
@@ -117,12 +117,12 @@ impl Backends {
             for (index, group) in backend.groups.iter().enumerate() {
                 if group.service.is_some() {
                     let service =
-                        discover::follow_service(resolver.clone(), backend.clone(), index, own.clone(), stop.clone());
+                        discovery::follow_service(resolver.clone(), backend.clone(), index, own.clone(), stop.clone());
                     tasks.spawn(service);
                     continue;
                 }
                 for server in group.current() {
-                    tasks.spawn(discover::follow_server(
+                    tasks.spawn(discovery::follow_server(
                         resolver.clone(),
                         backend.clone(),
                         server,
