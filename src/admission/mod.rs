@@ -19,8 +19,8 @@ mod access;
 pub(crate) mod connection_limit;
 mod counts;
 mod failures;
-mod prelogin_queue;
 mod places;
+mod prelogin_queue;
 mod rate;
 mod table;
 

@@ -9,8 +9,8 @@
 use std::collections::VecDeque;
 use std::sync::Arc;
 
-use super::server::Admission;
 use super::capacity::ServerPermit;
+use super::server::Admission;
 use super::{Backend, Server};
 use crate::config::Mode;
 use crate::deadline::Deadline;

@@ -6,20 +6,20 @@
 
 pub mod admin_state;
 mod awaited;
+mod capacity;
 mod checks;
 pub mod connect;
+mod dial;
 mod disconnect_spreader;
 mod discovery;
 mod exchanges;
+mod failover;
 mod health;
 mod offer;
-mod dial;
 pub mod request;
 mod select;
 mod server;
-mod capacity;
 mod source;
-mod failover;
 
 use std::collections::{BTreeMap, HashMap};
 use std::hash::{BuildHasher as _, RandomState};
@@ -34,16 +34,16 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use self::admin_state::AdminStates;
+use self::capacity::LoginQueue;
+pub use self::capacity::{DelayedDisconnect, ServerPermit, SessionSlot};
 use self::checks::HealthChecker;
 pub use self::discovery::OwnAddresses;
 use self::discovery::{Resolver, Service};
+pub use self::failover::{Failover, NextServer};
 use self::select::{Candidate, SelectionState};
 pub use self::server::{LastError, Server};
 use self::server::{ServerSettings, ServerState};
-use self::capacity::LoginQueue;
-pub use self::capacity::{DelayedDisconnect, ServerPermit, SessionSlot};
 use self::source::Sources;
-pub use self::failover::{Failover, NextServer};
 use crate::config::{self, BackendId, Balance, ClientInfo, Config, Host, Limits, Mode, Problem, TlsMode, Trust};
 use crate::identity::{Secret, UserName};
 use crate::metrics::Metrics;

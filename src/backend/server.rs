@@ -13,12 +13,12 @@ use tokio_rustls::rustls::pki_types::ServerName;
 
 use super::admin_state::{AdminCell, AdminState};
 use super::awaited::{Awaited, AwaitedAnswer};
+use super::capacity::{ServerCapacity, ServerPermit};
 use super::disconnect_spreader::DisconnectSpreader;
 use super::exchanges::Exchanges;
 use super::health::{Depth, FailureKind, Health, HealthChange, Standing, Thresholds, Trial};
 use super::request::Fault;
 use super::select::Candidate;
-use super::capacity::{ServerCapacity, ServerPermit};
 use super::{first_known, publish_if_first};
 use crate::config::{self, Host, Mode};
 use crate::metrics::ServerMetrics;

@@ -17,10 +17,10 @@ use tokio::time::{sleep, timeout};
 use tokio_util::sync::CancellationToken;
 
 use super::cache::{Cache, Kept, Looked};
+use super::decision::Declared;
 use super::directory::Directory;
 use super::request::LookupRequest;
-use super::decision::Declared;
-use super::{LookupResult, Origin, warm};
+use super::{LookupResult, Origin, cache_file};
 use crate::config;
 use crate::deadline::Deadline;
 use crate::lookup::hedge::Budget;

@@ -3,9 +3,9 @@
 //! All are built without a word to anybody and connect when they are first asked. Called by `asked`.
 
 use super::LookupResult;
+use super::decision::RouteDecision;
 use super::request::LookupRequest;
 use super::sources::{dns, http, ldap, redis, sql};
-use super::decision::RouteDecision;
 use crate::lookup::hedge::Budget;
 use crate::tls;
 
@@ -19,7 +19,7 @@ pub(super) enum Directory {
     Dns(Box<dns::Dns>),
     /// For tests of what is around it.
     #[cfg(test)]
-    Scripted(super::asked_tests::Scripted),
+    Scripted(super::cached_directory_tests::Scripted),
 }
 
 impl Directory {

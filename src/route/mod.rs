@@ -8,18 +8,18 @@
 //! A new source is a file of its own here. One that answers from memory is a variant of [`Source`]; one that asks
 //! somebody is a variant of [`directory::Directory`], and `asked` keeps, bounds and repeats its questions.
 
+mod cache;
+mod cache_file;
 mod cached_directory;
 #[cfg(test)]
-mod asked_tests;
-mod cache;
+mod cached_directory_tests;
+mod decision;
 mod directory;
 mod idle;
 mod proof;
 mod request;
 mod reuse;
 mod sources;
-mod decision;
-mod cache_file;
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -29,12 +29,12 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use self::cached_directory::CachedDirectory;
+use self::decision::Declared;
+pub use self::decision::{Denied, Login, Place, RouteDecision, ServerChoice};
 use self::directory::Directory;
 pub use self::proof::Identity;
 pub use self::request::{LoginContext, LoginTls, LookupRequest};
 use self::reuse::Inputs;
-use self::decision::Declared;
-pub use self::decision::{Denied, Login, Place, RouteDecision, ServerChoice};
 use crate::config::{self, Config, Problem};
 use crate::metrics::{LookupOutcome, Metrics};
 

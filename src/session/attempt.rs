@@ -9,10 +9,10 @@ use std::time::Instant;
 
 use zeroize::Zeroizing;
 
-use super::throttling::{counted_users, reply_to_refused_token};
-use super::placement::{Carried, Placed, Placing};
 use super::log_record::reason;
+use super::placement::{Carried, Placed, Placing};
 use super::server_credentials::{renamed, server_login, split_master};
+use super::throttling::{counted_users, reply_to_refused_token};
 use super::{Session, close};
 use crate::admission::Block;
 use crate::backend::request::{Established, Outcome, Purpose, Request};

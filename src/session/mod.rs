@@ -17,16 +17,16 @@
 //! sent to a server connection of its own. Called by `listener`.
 
 mod attempt;
-mod throttling;
+mod established;
 mod id;
-mod proxy_header;
+mod log_record;
 mod pace;
 mod placement;
+mod proxy_header;
 mod proxy_header_warning;
-mod log_record;
 mod refusal;
-mod established;
 mod server_credentials;
+mod throttling;
 mod wording;
 
 use std::io;
@@ -41,14 +41,14 @@ use tokio::time::timeout;
 use zeroize::Zeroizing;
 
 use self::attempt::Attempted;
-pub(crate) use self::throttling::turn_away;
-pub(crate) use self::proxy_header::unknown_balancer;
-pub(crate) use self::pace::RefusalLatency;
-pub(crate) use self::proxy_header_warning::LastWarning;
-use self::proxy_header_warning::{Opening, is_header_before_tls};
-use self::log_record::{EndedBy, Record};
 pub(crate) use self::established::ParkedSession;
 use self::established::Relayed;
+use self::log_record::{EndedBy, Record};
+pub(crate) use self::pace::RefusalLatency;
+pub(crate) use self::proxy_header::unknown_balancer;
+pub(crate) use self::proxy_header_warning::LastWarning;
+use self::proxy_header_warning::{Opening, is_header_before_tls};
+pub(crate) use self::throttling::turn_away;
 use crate::admission::connection_limit::ConnectionPermit;
 use crate::admission::{Charge, ConnectionCount, OutOfMemory, PreloginTicket};
 use crate::auth_policy;

@@ -16,8 +16,8 @@ use x509_parser::x509::{AttributeTypeAndValue, X509Name};
 use zeroize::Zeroizing;
 
 use crate::identity::{Proof, Secret, UserName};
-use crate::route::request::{LoginContext, LookupRequest};
 use crate::route::decision::{Denied, Login, sentence};
+use crate::route::request::{LoginContext, LookupRequest};
 
 /// `Auth-Wait` is honoured up to here.
 const LONGEST_WAIT: Duration = Duration::from_secs(30);

@@ -14,9 +14,9 @@ use tokio::sync::OnceCell;
 use crate::config::{self, Config, DnsQuestion};
 use crate::lookup::dns;
 use crate::route::LookupResult;
+use crate::route::decision::{Declared, Fields};
 use crate::route::directory::answer;
 use crate::route::request::LookupRequest;
-use crate::route::decision::{Declared, Fields};
 use crate::template::Template;
 
 /// RFC 1035 section 2.3.4.

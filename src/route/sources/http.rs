@@ -24,10 +24,10 @@ use crate::identity::{Proof, UserName};
 use crate::lookup::hedge::Budget;
 use crate::lookup::http_client::{HttpClient, Repeat};
 use crate::route::LookupResult;
+use crate::route::decision::{Declared, Denied, Fields, Login, Place, RouteDecision, ServerChoice};
 use crate::route::directory::answer;
 use crate::route::proof::{Identity, SentPassword};
 use crate::route::request::{LoginContext, LookupRequest};
-use crate::route::decision::{Declared, Denied, Fields, Login, Place, RouteDecision, ServerChoice};
 
 /// A request a user.
 pub(in crate::route) struct Http {

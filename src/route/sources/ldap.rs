@@ -20,10 +20,10 @@ use crate::config::{self, Config, LdapScope, Problem};
 use crate::lookup::hedge::{Budget, hedged};
 use crate::lookup::tcp_liveness;
 use crate::route::LookupResult;
+use crate::route::decision::{Declared, Fields};
 use crate::route::directory::answer;
 use crate::route::idle::IdleConnections;
 use crate::route::request::LookupRequest;
-use crate::route::decision::{Declared, Fields};
 use crate::template::Template;
 use crate::tls;
 

@@ -24,9 +24,9 @@ use crate::config::{self, Config, Located, Problem, RedisPlace};
 use crate::lookup::hedge::{Budget, SharedConnection, Unanswered, hedged};
 use crate::lookup::tcp_liveness;
 use crate::route::LookupResult;
+use crate::route::decision::Declared;
 use crate::route::directory::answer;
 use crate::route::request::LookupRequest;
-use crate::route::decision::Declared;
 use crate::template::Template;
 
 /// One command per lookup.

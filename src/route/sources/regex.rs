@@ -9,8 +9,8 @@ use regex::{Captures, Regex};
 
 use crate::config::{Config, Problem, RegexRule};
 use crate::route::LookupResult;
-use crate::route::directory::answer;
 use crate::route::decision::{Declared, RouteDecision, named_values};
+use crate::route::directory::answer;
 
 /// Rules in order.
 #[derive(Debug)]

@@ -35,10 +35,10 @@ use tokio_util::sync::CancellationToken;
 use crate::config::{self, ANSWER_FIELDS, Config, Problem};
 use crate::lookup::hedge::{Budget, hedged};
 use crate::route::LookupResult;
+use crate::route::decision::{Declared, Fields};
 use crate::route::directory::answer;
 use crate::route::idle::IdleConnections;
 use crate::route::request::LookupRequest;
-use crate::route::decision::{Declared, Fields};
 use crate::template::Variable;
 
 /// How long the farewell to a server may take when a connection is closed.

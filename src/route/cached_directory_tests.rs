@@ -8,9 +8,9 @@ use std::time::Duration;
 use tokio::sync::Semaphore;
 
 use super::cached_directory::CachedDirectory;
+use super::decision::{Declared, RouteDecision};
 use super::directory::Directory;
 use super::request::LookupRequest;
-use super::decision::{Declared, RouteDecision};
 use super::{LookupResult, Origin};
 use crate::config::{Asking, BackendId, Cache, Located, Place};
 use crate::metrics::{Metrics, Names};
@@ -273,11 +273,7 @@ async fn a_forgotten_user_does_not_come_back_from_the_file() {
     let new = built(&scripted, HOUR, 8, Some(with_file())).0.with_answers_of(Some(&old));
     old.forget("alice");
     new.read_file();
-    assert_eq!(
-        Arc::new(new).lookup(question("alice")).await.1,
-        Origin::Directory,
-        "a reload does not read the file"
-    );
+    assert_eq!(Arc::new(new).lookup(question("alice")).await.1, Origin::Directory, "a reload does not read the file");
     old.forget("alice");
     let forgotten = tokio::time::Instant::now();
     while saved().contains("alice") {
