@@ -7,13 +7,14 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use crate::admission::Guard;
+use crate::admission::refusal_latency::RefusalLatency;
 use crate::auth_policy::Policy;
 use crate::backend::{Backends, Server};
 use crate::config::{Config, Limits, Report};
 use crate::identity::{Delegation, Mechanisms};
+use crate::logging::warning_limit::WarningLimit;
 use crate::metrics::{Metrics, Names};
 use crate::route::{self, Place, Router, ServerChoice};
-use crate::session::{LastWarning, RefusalLatency};
 use crate::session_registry::Sessions;
 use crate::tls::server::DownstreamTls;
 
@@ -38,7 +39,7 @@ pub struct Snapshot {
     /// Who else is asked.
     pub policy: Option<Arc<Policy>>,
     /// Warnings about unexpected PROXY headers, one for each listener.
-    pub proxy_header_warnings: Vec<LastWarning>,
+    pub proxy_header_warnings: Vec<WarningLimit>,
     /// What is counted.
     pub metrics: Arc<Metrics>,
     /// What an established session keeps.
@@ -92,7 +93,7 @@ impl Snapshot {
                 ),
                 policy,
                 metrics,
-                proxy_header_warnings: config.listeners.iter().map(|_| LastWarning::default()).collect(),
+                proxy_header_warnings: config.listeners.iter().map(|_| WarningLimit::default()).collect(),
                 config,
             }),
             (tls, router, backends, policy) => {

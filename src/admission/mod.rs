@@ -22,6 +22,8 @@ mod failures;
 mod places;
 mod prelogin_queue;
 mod rate;
+pub(crate) mod refusal_latency;
+mod refusal_wording;
 mod table;
 
 use std::hash::{BuildHasher as _, Hash, RandomState};

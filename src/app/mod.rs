@@ -11,9 +11,9 @@ use std::process::ExitCode;
 
 use anyhow::Context as _;
 
-use crate::api::control::client::NotPermitted;
-use crate::api::control::place::PlaceError;
-use crate::api::control::upgrade::{self, REPORT_ON_STDIN, REPORT_VARIABLE};
+use crate::api::client::NotPermitted;
+use crate::api::place::PlaceError;
+use crate::api::upgrade::{self, REPORT_ON_STDIN, REPORT_VARIABLE};
 use crate::cli::{self, Command, explain, operate};
 use crate::config::{self, Report};
 use crate::identity::UserName;

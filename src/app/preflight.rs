@@ -13,7 +13,7 @@ use rustix::io::Errno;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use crate::api::control::place::may_write;
+use crate::api::place::may_write;
 use crate::backend::OwnAddresses;
 use crate::config::{self, Asking, Config, Place, Problem, Route};
 use crate::process::privileges::Identity;

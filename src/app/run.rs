@@ -7,9 +7,9 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
 
-use crate::api::control::place::{self, Occupant, PendingSocket};
-use crate::api::control::predecessor::Predecessor;
-use crate::api::control::{Control, Retire, Succession};
+use crate::api::place::{self, Occupant, PendingSocket};
+use crate::api::predecessor::Predecessor;
+use crate::api::{Control, Retire, Succession};
 use crate::app::preflight;
 use crate::config;
 use crate::deadline;

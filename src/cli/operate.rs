@@ -8,8 +8,8 @@ use anyhow::Context as _;
 use serde_json::Value;
 use tokio::time;
 
-use crate::api::control::client::{Reply, ask, begin, printable};
-use crate::api::control::{Answer, Command};
+use crate::api::client::{Reply, ask, begin, printable};
+use crate::api::{Answer, Command};
 use crate::cli::{Command as Asked, ServerMode};
 
 /// sysexits.h EX_CONFIG.

@@ -4,6 +4,7 @@
 //! itself ([`LogQueue`]): a log that is not read costs lines, and never time.
 
 mod queue;
+pub(crate) mod warning_limit;
 
 use std::io::{self, IsTerminal, Write as _};
 use std::sync::{Arc, OnceLock};

@@ -6,6 +6,7 @@
 //! holds a user, an address of a client or a text that a peer sent. Each instance has a registry of its own: nothing
 //! here is global.
 
+pub(crate) mod endpoint;
 mod families;
 mod guard;
 mod route;

@@ -2,9 +2,10 @@
 
 use std::time::Instant;
 
+use super::Session;
 use super::attempt::Attempted;
 use super::log_record::bounded;
-use super::{Session, pace};
+use crate::admission::refusal_latency;
 use crate::backend::Backend;
 use crate::failure::Reason;
 use crate::metrics::LoginOutcome;
@@ -37,7 +38,7 @@ impl Session {
     pub(super) fn refused_late(&self, tag: &Tag, routed: Option<&Backend>, began: Instant) -> Attempted {
         let user = self.routing_name.as_deref().unwrap_or_default();
         let routed = routed.map(|backend| &*backend.name);
-        let not_before = Some(began + self.live.refusals.draw(routed, user, pace::random()));
+        let not_before = Some(began + self.live.refusals.draw(routed, user, refusal_latency::random()));
         let reply = match self.live.refusals.answer(routed, user) {
             Some(answer) => reply::with_tag(tag, &answer),
             None => reply::authentication_failed(tag, None),

@@ -2,7 +2,7 @@
 //!
 //! A failed login leaves one record at once, which fail2ban reads (`deploy/fail2ban`), and is answered late: the wait is a
 //! timer, and nothing of the attempt is held meanwhile, neither a password nor a server's connection. It is counted from
-//! the command, as is the wait of [`super::pace`], so that the later of the two is all that can be seen from outside.
+//! the command, as is the wait of [`crate::admission::refusal_latency`], so that the later of the two is all that can be seen from outside.
 
 use std::future::pending;
 use std::sync::Arc;

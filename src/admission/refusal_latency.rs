@@ -9,7 +9,7 @@ use std::hash::{BuildHasher as _, RandomState};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use super::wording::Wording;
+use super::refusal_wording::Wording;
 use crate::admission::Block;
 
 /// How many of the last durations are remembered of each backend.
@@ -49,19 +49,19 @@ impl Ring {
 
 impl RefusalLatency {
     /// A server of `backend` refused a password that `client` sent after `took`.
-    pub(super) fn add(&self, backend: &Arc<str>, client: Block, took: Duration) {
+    pub(crate) fn add(&self, backend: &Arc<str>, client: Block, took: Duration) {
         self.lock().entry(backend.clone()).or_default().add(client, took.min(LONGEST));
     }
 
     /// A server of `backend` refused a password of `user` that `client` sent with this answer, without the tag.
-    pub(super) fn observe_answer(&self, backend: &Arc<str>, user: &str, client: Block, answer: &[u8]) {
+    pub(crate) fn observe_answer(&self, backend: &Arc<str>, user: &str, client: Block, answer: &[u8]) {
         let user = self.hasher.hash_one(user);
         self.lock().entry(backend.clone()).or_default().wording.observe(user, client, answer);
     }
 
     /// The answer of the backend `routed`, or else of the one that `user` is like, without the tag; `None` while it is not
     /// known.
-    pub(super) fn answer(&self, routed: Option<&str>, user: &str) -> Option<Arc<[u8]>> {
+    pub(crate) fn answer(&self, routed: Option<&str>, user: &str) -> Option<Arc<[u8]>> {
         let backends = self.lock();
         let of_routed = routed.and_then(|routed| backends.get(routed)).and_then(|ring| ring.wording.common());
         of_routed.or_else(|| self.like(&backends, user)?.wording.common())
@@ -75,7 +75,7 @@ impl RefusalLatency {
 
     /// A duration like the last ones of the backend `routed`, or, if there are none, of the backend that `user` is like; zero
     /// if no server has refused a password yet. `random` decides which duration.
-    pub(super) fn draw(&self, routed: Option<&str>, user: &str, random: u64) -> Duration {
+    pub(crate) fn draw(&self, routed: Option<&str>, user: &str, random: u64) -> Duration {
         let backends = self.lock();
         let of_routed = routed.and_then(|routed| backends.get(routed)).filter(|ring| !ring.durations.is_empty());
         let ring = of_routed.or_else(|| self.like(&backends, user));
@@ -94,7 +94,7 @@ impl RefusalLatency {
 }
 
 /// A random number for [`RefusalLatency::draw`], which no client can foresee.
-pub(super) fn random() -> u64 {
+pub(crate) fn random() -> u64 {
     RandomState::new().hash_one(0_u8)
 }
 
