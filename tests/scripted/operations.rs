@@ -3,8 +3,8 @@
 use std::path::Path;
 use std::time::Duration;
 
-use vestibule::config;
 use vestibule::cli::explain::explain;
+use vestibule::config;
 use vestibule::identity::UserName;
 use vestibule::server::{self, Running, StateChange};
 use vestibule::snapshot::Snapshot;

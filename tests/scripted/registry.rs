@@ -9,7 +9,7 @@ use base64::engine::general_purpose::STANDARD;
 use tokio::net::{TcpListener, TcpStream};
 use vestibule::backend::Server;
 use vestibule::server::{Running, StateChange};
-use vestibule::session_registry::{SessionInfo, SessionHandle};
+use vestibule::session_registry::{SessionHandle, SessionInfo};
 
 use crate::support::{Client, Line, PATIENCE, eventually, in_time, metric, proxy, start};
 
@@ -238,7 +238,11 @@ async fn an_accepted_login_that_waits_ends_with_a_kick_and_with_the_process() {
         let mut server = first.login().await;
         accept(&mut server).await;
         eventually("the server's answer", || {
-            proxy.sessions().of_user("alice").iter().any(|seen| seen.stage == vestibule::session_registry::SessionState::Accepted)
+            proxy
+                .sessions()
+                .of_user("alice")
+                .iter()
+                .any(|seen| seen.stage == vestibule::session_registry::SessionState::Accepted)
         })
         .await;
         client.send("b NOOP\r\n").await;
