@@ -44,7 +44,7 @@ const OUT_OF_DESCRIPTORS: [i32; 2] = [24, 23];
 pub(crate) struct Listener {
     socket: TcpListener,
     address: SocketAddr,
-    desk: watch::Receiver<ListenerConfig>,
+    listener_config: watch::Receiver<ListenerConfig>,
     closing: Closing,
 }
 
@@ -132,13 +132,13 @@ fn socket(address: SocketAddr, only_v6: bool, share: bool) -> io::Result<std::ne
 #[derive(Clone)]
 pub(crate) struct WorkerContext {
     /// Bounds the open connections of all listeners together.
-    pub occupancy: Arc<ConnectionLimit>,
+    pub connection_limit: Arc<ConnectionLimit>,
     /// When to stop.
     pub drain: Drain,
     /// Where silent sessions wait.
-    pub room: Arc<SessionPoller>,
+    pub poller: Arc<SessionPoller>,
     /// Tasks of listeners: a process ends after they have.
-    pub listeners: TaskTracker,
+    pub listener_tasks: TaskTracker,
 }
 
 impl Listener {
@@ -148,21 +148,21 @@ impl Listener {
     /// The system has no room to register it.
     pub(crate) fn new(
         socket: std::net::TcpListener,
-        desk: watch::Receiver<ListenerConfig>,
+        listener_config: watch::Receiver<ListenerConfig>,
         closing: Closing,
     ) -> io::Result<Self> {
         let address = socket.local_addr()?;
         socket.set_nonblocking(true)?;
-        Ok(Self { socket: TcpListener::from_std(socket)?, address, desk, closing })
+        Ok(Self { socket: TcpListener::from_std(socket)?, address, listener_config, closing })
     }
 
     /// Accepts until it is closed, or the drain begins.
-    pub(crate) async fn run(self, house: WorkerContext) {
-        let begun = house.drain.begun().clone();
+    pub(crate) async fn run(self, context: WorkerContext) {
+        let begun = context.drain.begun().clone();
         let accept = async {
             loop {
                 match self.socket.accept().await {
-                    Ok((socket, peer)) => self.welcome(socket, peer, &house),
+                    Ok((socket, peer)) => self.welcome(socket, peer, &context),
                     Err(error) => self.accept_failed(&error).await,
                 }
             }
@@ -172,30 +172,30 @@ impl Listener {
         if self.closing.gives_way.load(Ordering::Acquire) {
             begun.run_until_cancelled(tokio::time::timeout(GIVE_WAY, accept)).await;
         }
-        self.accept_rest(&house);
+        self.accept_rest(&context);
     }
 
     /// Accepts the connections that wait already: closing the socket would reset them. If the process stops, they are sent BYE;
     /// if a successor has the same socket, it is not important which of the two serves them.
-    fn accept_rest(&self, house: &WorkerContext) {
+    fn accept_rest(&self, context: &WorkerContext) {
         let Ok(copy) = self.socket.as_fd().try_clone_to_owned() else { return };
         let socket = std::net::TcpListener::from(copy);
         for _ in 0..BACKLOG {
             let Ok((connection, peer)) = socket.accept() else { return };
             let connection = connection.set_nonblocking(true).and_then(|()| TcpStream::from_std(connection));
             if let Ok(connection) = connection {
-                self.welcome(connection, peer, house);
+                self.welcome(connection, peer, context);
             }
         }
     }
 
-    fn welcome(&self, socket: TcpStream, peer: SocketAddr, house: &WorkerContext) {
+    fn welcome(&self, socket: TcpStream, peer: SocketAddr, context: &WorkerContext) {
         // Of its own, and up to date: a login looks whether it has changed since.
-        let mut desk = self.desk.clone();
-        let ListenerConfig { live, index } = desk.borrow_and_update().clone();
+        let mut listener_config = self.listener_config.clone();
+        let ListenerConfig { live, index } = listener_config.borrow_and_update().clone();
         let tls = live.config.listeners[index].tls;
         let metrics = live.metrics.listener(index);
-        let Some(occupant) = house.occupancy.enter(live.limits.sessions) else {
+        let Some(occupant) = context.connection_limit.enter(live.limits.sessions) else {
             metrics.refused(Refusal::Full);
             if tls != ListenerTls::Implicit {
                 // The connection is closed either way; a client that does not get the reason loses nothing.
@@ -230,20 +230,20 @@ impl Listener {
             listener: index,
             tls,
             live,
-            desk,
-            drain: house.drain.clone(),
-            room: house.room.clone(),
+            desk: listener_config,
+            drain: context.drain.clone(),
+            room: context.poller.clone(),
             ticket,
             held,
         };
-        house.drain.spawn(session::serve(arrival));
+        context.drain.spawn(session::serve(arrival));
     }
 
     async fn accept_failed(&self, error: &io::Error) {
         if error.kind() == io::ErrorKind::ConnectionAborted {
             return;
         }
-        let ListenerConfig { live, index } = self.desk.borrow().clone();
+        let ListenerConfig { live, index } = self.listener_config.borrow().clone();
         live.metrics.listener(index).refused(Refusal::AcceptError);
         drop(live);
         if error.raw_os_error().is_some_and(|code| OUT_OF_DESCRIPTORS.contains(&code)) {

@@ -11,12 +11,12 @@ use anyhow::{Context as _, bail, ensure};
 use clap::Parser;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
-use crate::peers::{self, Peer, Running, Standin};
-use crate::report::{Figures, Idle, Report};
 use crate::ROLE;
 use crate::account;
 use crate::certificate;
 use crate::load;
+use crate::peers::{self, Peer, Running, Standin};
+use crate::report::{Figures, Idle, Report};
 
 /// Compares Vestibule with nginx mail, HAProxy and Dovecot's login proxy on this machine.
 #[derive(Debug, Parser)]

@@ -9,7 +9,7 @@ use std::task::{Context, Poll, Waker};
 
 use vestibule::config::{self, Config, RegexRule, Route};
 use vestibule::metrics::{Metrics, Names};
-use vestibule::route::{ServerChoice, LookupRequest, RouteError, Router, RouteDecision};
+use vestibule::route::{LookupRequest, RouteDecision, RouteError, Router, ServerChoice};
 use vestibule::template::Template;
 
 /// Marks the beginning and the end of a value. Neither occurs in the input.

@@ -159,7 +159,7 @@ impl Context {
         }
         // A predecessor routes a user to learn the user's names, which takes as long as a directory does.
         let routing = match command {
-            Command::Sessions { user: Some(_) } | Command::Kick { .. } => self.running.live().limits.lookup,
+            Command::Sessions { user: Some(_) } | Command::Kick { .. } => self.running.snapshot().limits.lookup,
             _ => Duration::ZERO,
         };
         let answered = predecessors::ask_all(&self.path, command, AT_ONCE + routing).await;

@@ -38,7 +38,7 @@ struct OpenListener {
     address: SocketAddr,
     /// At least one; workers have copies.
     sockets: Vec<TcpListener>,
-    desk: watch::Sender<ListenerConfig>,
+    config_sender: watch::Sender<ListenerConfig>,
     closing: Closing,
 }
 
@@ -77,7 +77,7 @@ impl ListenerSet {
     ) -> anyhow::Result<Opening> {
         let mut opening = Vec::new();
         for (index, key) in keys(&config.listeners).into_iter().enumerate() {
-            if self.0.iter().any(|door| door.key == key) {
+            if self.0.iter().any(|listener| listener.key == key) {
                 continue;
             }
             let mut sockets: Vec<TcpListener> = inherited.extract_if(.., |socket| key.fits(socket)).collect();
@@ -110,7 +110,7 @@ impl ListenerSet {
         inherited: &[TcpListener],
         others: &[&OwnedFd],
     ) -> bool {
-        let open = self.0.iter().flat_map(|door| &door.sockets).chain(inherited).map(AsFd::as_fd);
+        let open = self.0.iter().flat_map(|listener| &listener.sockets).chain(inherited).map(AsFd::as_fd);
         let mut found = false;
         for socket in open.chain(others.iter().map(AsFd::as_fd)) {
             let socket_address = SockRef::from(&socket).local_addr().ok().and_then(|address| address.as_socket());
@@ -131,7 +131,7 @@ impl ListenerSet {
     /// Addresses as they will be bound, in the order of `config`.
     pub(super) fn addresses_with(&self, config: &Config, opening: &Opening) -> Vec<SocketAddr> {
         let opened = |index| opening.0.iter().find(|(at, ..)| *at == index).map(|(_, address, _)| *address);
-        let stays = |key: &Key| self.0.iter().find(|door| door.key == *key).map(|door| door.address);
+        let stays = |key: &Key| self.0.iter().find(|listener| listener.key == *key).map(|listener| listener.address);
         let keys = keys(&config.listeners);
         keys.iter().enumerate().filter_map(|(index, key)| opened(index).or_else(|| stays(key))).collect()
     }
@@ -142,42 +142,42 @@ impl ListenerSet {
     /// The system has no room for a socket. What is open then stays open.
     pub(super) fn swap(
         &mut self,
-        live: &Arc<Snapshot>,
+        snapshot: &Arc<Snapshot>,
         opening: Opening,
-        workplaces: &[WorkerHandle],
+        workers: &[WorkerHandle],
     ) -> io::Result<Change> {
         let mut change = Change::default();
         let mut opened = Vec::new();
         for (index, address, sockets) in opening.0 {
-            let key = keys(&live.config.listeners)[index];
-            let desk = watch::Sender::new(ListenerConfig { live: live.clone(), index });
-            let door = OpenListener { key, address, sockets, desk, closing: Closing::default() };
-            door.open(workplaces)?;
+            let key = keys(&snapshot.config.listeners)[index];
+            let config_sender = watch::Sender::new(ListenerConfig { live: snapshot.clone(), index });
+            let listener = OpenListener { key, address, sockets, config_sender, closing: Closing::default() };
+            listener.open(workers)?;
             change.opened.push(address);
-            opened.push(door);
+            opened.push(listener);
         }
         let mut before = std::mem::take(&mut self.0);
-        for (index, key) in keys(&live.config.listeners).into_iter().enumerate() {
-            if let Some(at) = before.iter().position(|door| door.key == key) {
-                let door = before.swap_remove(at);
-                door.desk.send_replace(ListenerConfig { live: live.clone(), index });
-                self.0.push(door);
-            } else if let Some(at) = opened.iter().position(|door| door.key == key) {
+        for (index, key) in keys(&snapshot.config.listeners).into_iter().enumerate() {
+            if let Some(at) = before.iter().position(|listener| listener.key == key) {
+                let listener = before.swap_remove(at);
+                listener.config_sender.send_replace(ListenerConfig { live: snapshot.clone(), index });
+                self.0.push(listener);
+            } else if let Some(at) = opened.iter().position(|listener| listener.key == key) {
                 self.0.push(opened.swap_remove(at));
             }
         }
-        for door in &before {
-            if self.0.iter().any(|other| overlap(other.address, door.address)) {
-                door.closing.give_way(&door.sockets);
+        for listener in &before {
+            if self.0.iter().any(|other| overlap(other.address, listener.address)) {
+                listener.closing.give_way(&listener.sockets);
             }
         }
-        change.closed.extend(before.iter().map(|door| door.address));
+        change.closed.extend(before.iter().map(|listener| listener.address));
         Ok(change)
     }
 
     /// As bound, in the configuration's order.
     pub(super) fn addresses(&self) -> Vec<SocketAddr> {
-        self.0.iter().map(|door| door.address).collect()
+        self.0.iter().map(|listener| listener.address).collect()
     }
 
     /// Copies of all listening sockets, for a process that takes them over.
@@ -185,13 +185,13 @@ impl ListenerSet {
     /// # Errors
     /// The system has no descriptors for them.
     pub(super) fn copies(&self) -> io::Result<Vec<OwnedFd>> {
-        self.0.iter().flat_map(|door| &door.sockets).map(|socket| socket.as_fd().try_clone_to_owned()).collect()
+        self.0.iter().flat_map(|listener| &listener.sockets).map(|socket| socket.as_fd().try_clone_to_owned()).collect()
     }
 
     /// Closes all. At addresses in `replaced` another process has sockets of its own.
     pub(super) fn close(&mut self, replaced: &[SocketAddr]) {
-        for door in self.0.iter().filter(|door| replaced.contains(&door.address)) {
-            door.closing.give_way(&door.sockets);
+        for listener in self.0.iter().filter(|listener| replaced.contains(&listener.address)) {
+            listener.closing.give_way(&listener.sockets);
         }
         self.0.clear();
     }
@@ -200,15 +200,15 @@ impl ListenerSet {
 impl OpenListener {
     /// A listener at each workplace; where there are more sockets than workplaces, some have several, for connections wait
     /// in each. Where there are fewer, they share.
-    fn open(&self, workplaces: &[WorkerHandle]) -> io::Result<()> {
-        for number in 0..self.sockets.len().max(workplaces.len()) {
+    fn open(&self, workers: &[WorkerHandle]) -> io::Result<()> {
+        for number in 0..self.sockets.len().max(workers.len()) {
             let socket = self.sockets[number % self.sockets.len()].try_clone()?;
-            let workplace = &workplaces[number % workplaces.len()];
-            let guard = workplace.runtime.enter();
-            let listener = Listener::new(socket, self.desk.subscribe(), self.closing.clone())?;
+            let worker = &workers[number % workers.len()];
+            let guard = worker.runtime.enter();
+            let listener = Listener::new(socket, self.config_sender.subscribe(), self.closing.clone())?;
             drop(guard);
-            let house = workplace.house.clone();
-            workplace.runtime.spawn(house.listeners.clone().track_future(listener.run(house)));
+            let context = worker.context.clone();
+            worker.runtime.spawn(context.listener_tasks.clone().track_future(listener.run(context)));
         }
         Ok(())
     }

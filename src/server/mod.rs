@@ -45,16 +45,16 @@ const LISTENERS_DEADLINE: Duration = Duration::from_secs(2);
 
 /// A running proxy.
 pub struct Running {
-    now: Mutex<Current>,
+    current: Mutex<Current>,
     /// One configuration after the other.
     reloading: Arc<tokio::sync::Mutex<()>>,
     /// Held while administrative states are changed and saved.
     changing_states: tokio::sync::Mutex<()>,
     /// Whether a successor has taken over.
     retired: AtomicBool,
-    workplaces: Vec<WorkerHandle>,
+    workers: Vec<WorkerHandle>,
     /// Tasks of all listeners.
-    listeners: TaskTracker,
+    listener_tasks: TaskTracker,
     sessions: Arc<Sessions>,
     drain: Drain,
     background: TaskTracker,
@@ -63,8 +63,8 @@ pub struct Running {
 
 /// What a reload changes.
 struct Current {
-    live: Arc<Snapshot>,
-    doors: ListenerSet,
+    snapshot: Arc<Snapshot>,
+    listener_set: ListenerSet,
     /// Ends what was started for this configuration.
     stop: CancellationToken,
     admin: Option<Endpoint>,
@@ -85,7 +85,7 @@ struct Endpoint {
 #[derive(Clone)]
 struct WorkerHandle {
     runtime: Handle,
-    house: WorkerContext,
+    context: WorkerContext,
 }
 
 /// What a reload has changed.
@@ -101,7 +101,7 @@ pub struct Reloaded {
 
 /// A configuration, built, and its ports, bound: nothing is served yet.
 pub struct Bound {
-    live: Arc<Snapshot>,
+    snapshot: Arc<Snapshot>,
     opening: Opening,
     admin: Option<(Admin, OwnedFd)>,
     drain: Drain,
@@ -129,17 +129,17 @@ impl Prepared {
     /// # Errors
     /// An address that cannot be bound.
     pub fn bind(self, mut inherited: Vec<TcpListener>) -> anyhow::Result<Bound> {
-        let (live, drain) = (self.0, Drain::default());
-        let doors = ListenerSet::default();
-        let opening = doors.bind(&live.config, &mut inherited, &[])?;
-        let admin = bind_admin(&live, &drain, &doors, &mut inherited, &[])?;
+        let (snapshot, drain) = (self.0, Drain::default());
+        let listener_set = ListenerSet::default();
+        let opening = listener_set.bind(&snapshot.config, &mut inherited, &[])?;
+        let admin = bind_admin(&snapshot, &drain, &listener_set, &mut inherited, &[])?;
         let mut unused: Vec<SocketAddr> = inherited.iter().filter_map(|socket| socket.local_addr().ok()).collect();
         unused.sort_unstable();
         unused.dedup();
         for address in &unused {
             tracing::warn!(%address, "a socket was handed over that the configuration has no use for: closed");
         }
-        Ok(Bound { live, opening, admin, drain, unused, states: None })
+        Ok(Bound { snapshot, opening, admin, drain, unused, states: None })
     }
 }
 
@@ -171,21 +171,22 @@ impl Bound {
     /// # Errors
     /// The system has no threads or descriptors for the workers.
     pub fn start(self) -> anyhow::Result<Running> {
-        let Self { live, opening, admin, drain, states, .. } = self;
-        restore_states(&live, states);
+        let Self { snapshot, opening, admin, drain, states, .. } = self;
+        restore_states(&snapshot, states);
         let (background, stop_background) = (TaskTracker::new(), CancellationToken::new());
-        let occupancy = Arc::new(ConnectionLimit::default());
-        let (mut workplaces, listeners) = (Vec::new(), TaskTracker::new());
-        for _ in 0..live.config.limits.workers {
-            let workplace = employ(&live, &drain, &occupancy, &listeners, (&background, &stop_background));
-            workplaces.push(workplace.context("a worker could not be started")?);
+        let connection_limit = Arc::new(ConnectionLimit::default());
+        let (mut workers, listener_tasks) = (Vec::new(), TaskTracker::new());
+        for _ in 0..snapshot.config.limits.workers {
+            let worker =
+                start_worker(&snapshot, &drain, &connection_limit, &listener_tasks, (&background, &stop_background));
+            workers.push(worker.context("a worker could not be started")?);
         }
         let stop = stop_background.child_token();
         let running = Running {
-            sessions: live.sessions.clone(),
-            now: Mutex::new(Current {
-                live: live.clone(),
-                doors: ListenerSet::default(),
+            sessions: snapshot.sessions.clone(),
+            current: Mutex::new(Current {
+                snapshot: snapshot.clone(),
+                listener_set: ListenerSet::default(),
                 stop: stop.clone(),
                 admin: None,
                 is_closed: false,
@@ -193,24 +194,26 @@ impl Bound {
             reloading: Arc::default(),
             changing_states: tokio::sync::Mutex::default(),
             retired: AtomicBool::new(false),
-            workplaces,
-            listeners,
+            workers,
+            listener_tasks,
             drain,
             background,
             stop_background,
         };
-        let measured = live.guard.clone();
+        let measured = snapshot.guard.clone();
         let memory = measured.clone();
-        live.metrics.measure_guard(move || measured.sizes().labelled().to_vec(), move || memory.memory_before_login());
-        let mut now = running.lock();
-        running.begin(&live, &stop, now.doors.addresses_with(&live.config, &opening));
-        now.doors.swap(&live, opening, &running.workplaces).context("a listener could not be started")?;
-        now.admin = admin.map(|admin| running.run_admin(&live, admin));
-        log_warnings(&live.config);
-        for (address, configured) in now.doors.addresses().iter().zip(&live.config.listeners) {
+        snapshot
+            .metrics
+            .measure_guard(move || measured.sizes().labelled().to_vec(), move || memory.memory_before_login());
+        let mut current = running.lock();
+        running.begin(&snapshot, &stop, current.listener_set.addresses_with(&snapshot.config, &opening));
+        current.listener_set.swap(&snapshot, opening, &running.workers).context("a listener could not be started")?;
+        current.admin = admin.map(|admin| running.run_admin(&snapshot, admin));
+        log_warnings(&snapshot.config);
+        for (address, configured) in current.listener_set.addresses().iter().zip(&snapshot.config.listeners) {
             tracing::info!(%address, tls = ?configured.tls, "listening");
         }
-        drop(now);
+        drop(current);
         Ok(running)
     }
 }
@@ -230,59 +233,59 @@ fn log_warnings(config: &Config) {
 }
 
 /// Sets the administrative states, before the first login is routed.
-fn restore_states(live: &Snapshot, handed_over: Option<Vec<StoredState>>) {
-    let from_file = || live.config.state_file.as_deref().map(state_file::load);
+fn restore_states(snapshot: &Snapshot, handed_over: Option<Vec<StoredState>>) {
+    let from_file = || snapshot.config.state_file.as_deref().map(state_file::load);
     let (states, is_sound) = handed_over.map(|states| (states, true)).or_else(from_file).unwrap_or((Vec::new(), true));
-    live.metrics.state_file_failed(!is_sound);
+    snapshot.metrics.state_file_failed(!is_sound);
     for StoredState { backend, server, set } in &states {
         let (state, by, since) = (set.state.as_str(), &set.by, set.since());
         tracing::info!(backend, server, state, by, since, reason = set.reason, "server state restored");
     }
-    live.backends.admin_states().replace(&states);
+    snapshot.backends.admin_states().replace(&states);
 }
 
 /// With a copy of the socket, made here so that nothing can fail once a configuration has taken another's place. The address may
 /// overlap with that of open listeners and of sockets in `others`.
 fn bind_admin(
-    live: &Snapshot,
+    snapshot: &Snapshot,
     drain: &Drain,
-    doors: &ListenerSet,
+    listener_set: &ListenerSet,
     inherited: &mut Vec<TcpListener>,
     others: &[&OwnedFd],
 ) -> anyhow::Result<Option<(Admin, OwnedFd)>> {
-    let Some(address) = live.config.admin else { return Ok(None) };
+    let Some(address) = snapshot.config.admin else { return Ok(None) };
     let fits = |socket: &mut TcpListener| socket.local_addr().is_ok_and(|bound| bound == address);
     let socket = inherited.extract_if(.., fits).next();
     let bind = || {
-        let beside = doors.share_overlapping(address, inherited, others);
+        let beside = listener_set.share_overlapping(address, inherited, others);
         let sockets = listener::bind(address, false, 1, beside)?;
         listener::listen(&sockets)?;
         sockets.into_iter().next().ok_or_else(|| io::Error::other("no socket"))
     };
     let bound = socket.map_or_else(bind, Ok);
-    let bound = bound.and_then(|socket| Admin::new(socket, live.metrics.clone(), drain.announced().clone()));
+    let bound = bound.and_then(|socket| Admin::new(socket, snapshot.metrics.clone(), drain.announced().clone()));
     let bound = bound.and_then(|admin| admin.copy().map(|copy| (admin, copy)));
     Ok(Some(bound.with_context(|| listener_set::cannot_bind(address, "admin.address"))?))
 }
 
 /// Starts a worker, which ends when all is stopped.
-fn employ(
-    live: &Snapshot,
+fn start_worker(
+    snapshot: &Snapshot,
     drain: &Drain,
-    occupancy: &Arc<ConnectionLimit>,
-    listeners: &TaskTracker,
+    connection_limit: &Arc<ConnectionLimit>,
+    listener_tasks: &TaskTracker,
     (background, stop): (&TaskTracker, &CancellationToken),
 ) -> io::Result<WorkerHandle> {
     let worker = Worker::new()?;
     let guard = worker.enter();
-    let house = WorkerContext {
-        occupancy: occupancy.clone(),
+    let context = WorkerContext {
+        connection_limit: connection_limit.clone(),
         drain: drain.clone(),
-        room: Arc::new(SessionPoller::new(live.metrics.silent_sessions())?),
-        listeners: listeners.clone(),
+        poller: Arc::new(SessionPoller::new(snapshot.metrics.silent_sessions())?),
+        listener_tasks: listener_tasks.clone(),
     };
     drop(guard);
-    let workplace = WorkerHandle { runtime: worker.handle(), house: house.clone() };
+    let handle = WorkerHandle { runtime: worker.handle(), context: context.clone() };
     let (over, stop, running) = (drain.over().clone(), stop.clone(), background.token());
     worker.start(async move {
         let closing = async {
@@ -291,12 +294,12 @@ fn employ(
                 () = stop.cancelled() => {}
             }
         };
-        house.room.run(closing).await;
+        context.poller.run(closing).await;
         // Those let out end on this thread, and the stop waits for them.
         stop.cancelled().await;
         drop(running);
     })?;
-    Ok(workplace)
+    Ok(handle)
 }
 
 impl Running {
@@ -308,12 +311,12 @@ impl Running {
     pub async fn reload(&self, file: &Path) -> anyhow::Result<Reloaded> {
         let _one = self.reloading.lock().await;
         let result = self.replace(file).await;
-        self.lock().live.metrics.reloaded(result.is_ok());
+        self.lock().snapshot.metrics.reloaded(result.is_ok());
         match &result {
             Ok(reloaded) => {
                 let Reloaded { opened, closed, unchanged } = reloaded;
                 tracing::info!(file = %file.display(), ?opened, ?closed, "configuration loaded");
-                log_warnings(&self.live().config);
+                log_warnings(&self.snapshot().config);
                 for key in unchanged {
                     tracing::warn!("{key} has changed, which takes a restart");
                 }
@@ -333,25 +336,25 @@ impl Running {
     }
 
     async fn replace(&self, file: &Path) -> anyhow::Result<Reloaded> {
-        let before = self.lock().live.clone();
+        let before = self.lock().snapshot.clone();
         let (file, previous) = (file.to_owned(), before.clone());
         // Tables of millions of lines take seconds: not on a thread that serves.
         let built = tokio::task::spawn_blocking(move || Snapshot::build(config::load(&file)?, Some(&previous)));
-        let live = Arc::new(built.await.context("the configuration could not be built")??);
-        let mut now = self.lock();
+        let snapshot = Arc::new(built.await.context("the configuration could not be built")??);
+        let mut current = self.lock();
         // A stop may have begun while the configuration was built. Its listeners must not be opened again.
-        anyhow::ensure!(!now.is_closed, "this process is stopping, or was replaced");
-        let moved = now.admin.as_ref().map(|admin| admin.configured) != live.config.admin;
-        let endpoint: Vec<&OwnedFd> = now.admin.iter().map(|admin| &admin.copy).collect();
-        let opening = now.doors.bind(&live.config, &mut Vec::new(), &endpoint)?;
+        anyhow::ensure!(!current.is_closed, "this process is stopping, or was replaced");
+        let moved = current.admin.as_ref().map(|admin| admin.configured) != snapshot.config.admin;
+        let endpoint: Vec<&OwnedFd> = current.admin.iter().map(|admin| &admin.copy).collect();
+        let opening = current.listener_set.bind(&snapshot.config, &mut Vec::new(), &endpoint)?;
         let admin = match moved {
-            true => bind_admin(&live, &self.drain, &now.doors, &mut Vec::new(), &endpoint)?,
+            true => bind_admin(&snapshot, &self.drain, &current.listener_set, &mut Vec::new(), &endpoint)?,
             false => None,
         };
         let stop = self.stop_background.child_token();
-        before.metrics.retire(&live.metrics);
-        self.begin(&live, &stop, now.doors.addresses_with(&live.config, &opening));
-        let change = match now.doors.swap(&live, opening, &self.workplaces) {
+        before.metrics.retire(&snapshot.metrics);
+        self.begin(&snapshot, &stop, current.listener_set.addresses_with(&snapshot.config, &opening));
+        let change = match current.listener_set.swap(&snapshot, opening, &self.workers) {
             Ok(change) => change,
             Err(error) => {
                 stop.cancel();
@@ -359,28 +362,28 @@ impl Running {
             }
         };
         // What was begun for the old configuration ends; what goes on under the new one has been begun again.
-        std::mem::replace(&mut now.stop, stop).cancel();
-        now.live = live.clone();
-        live.guard.reconfigure(&live.config.guard);
-        logging::set_level(&live.config.log);
+        std::mem::replace(&mut current.stop, stop).cancel();
+        current.snapshot = snapshot.clone();
+        snapshot.guard.reconfigure(&snapshot.config.guard);
+        logging::set_level(&snapshot.config.log);
         if moved {
-            let admin = admin.map(|admin| self.run_admin(&live, admin));
-            if let Some(before) = std::mem::replace(&mut now.admin, admin) {
+            let admin = admin.map(|admin| self.run_admin(&snapshot, admin));
+            if let Some(before) = std::mem::replace(&mut current.admin, admin) {
                 before.stop.cancel();
             }
         }
-        drop(now);
-        before.backends.retire(&live.backends);
-        before.router.retire(&live.router);
+        drop(current);
+        before.backends.retire(&snapshot.backends);
+        before.router.retire(&snapshot.router);
         if let Some(policy) = &before.policy {
             policy.retire();
         }
         let mut unchanged = Vec::new();
         for (key, is_same) in [
-            ("limits.workers", before.config.limits.workers == live.config.limits.workers),
-            ("log.format", before.config.log.format == live.config.log.format),
-            ("admin.control", before.config.control == live.config.control),
-            ("run_as", before.config.run_as == live.config.run_as),
+            ("limits.workers", before.config.limits.workers == snapshot.config.limits.workers),
+            ("log.format", before.config.log.format == snapshot.config.log.format),
+            ("admin.control", before.config.control == snapshot.config.control),
+            ("run_as", before.config.run_as == snapshot.config.run_as),
         ] {
             if !is_same {
                 unchanged.push(key);
@@ -390,25 +393,25 @@ impl Running {
     }
 
     /// Starts what goes on in the background under a configuration, until `stop`.
-    fn begin(&self, live: &Arc<Snapshot>, stop: &CancellationToken, own: Vec<SocketAddr>) {
-        live.backends.start(&OwnAddresses::new(own), &self.background, stop);
-        live.backends.watch(&live.limits, &self.background, stop);
-        live.router.start(&live.metrics, &Handle::current(), &self.background, stop);
-        if let Some(tls) = &live.tls {
-            tls.start(&live.metrics, &Handle::current(), &self.background, stop);
+    fn begin(&self, snapshot: &Arc<Snapshot>, stop: &CancellationToken, own: Vec<SocketAddr>) {
+        snapshot.backends.start(&OwnAddresses::new(own), &self.background, stop);
+        snapshot.backends.watch(&snapshot.limits, &self.background, stop);
+        snapshot.router.start(&snapshot.metrics, &Handle::current(), &self.background, stop);
+        if let Some(tls) = &snapshot.tls {
+            tls.start(&snapshot.metrics, &Handle::current(), &self.background, stop);
         }
     }
 
-    fn run_admin(&self, live: &Snapshot, (admin, copy): (Admin, OwnedFd)) -> Endpoint {
+    fn run_admin(&self, snapshot: &Snapshot, (admin, copy): (Admin, OwnedFd)) -> Endpoint {
         let (bound, stop) = (admin.address(), self.stop_background.child_token());
         tracing::info!(address = %bound, "metrics and health");
         self.background.spawn(admin.run(stop.clone()));
-        Endpoint { configured: live.config.admin.unwrap_or(bound), bound, copy, stop }
+        Endpoint { configured: snapshot.config.admin.unwrap_or(bound), bound, copy, stop }
     }
 
     /// The listeners' addresses, in the configuration's order; port 0 has become a real one.
     pub fn listeners(&self) -> Vec<SocketAddr> {
-        self.lock().doors.addresses()
+        self.lock().listener_set.addresses()
     }
 
     /// Where metrics are.
@@ -417,13 +420,13 @@ impl Running {
     }
 
     /// The configuration that holds now.
-    pub fn live(&self) -> Arc<Snapshot> {
-        self.lock().live.clone()
+    pub fn snapshot(&self) -> Arc<Snapshot> {
+        self.lock().snapshot.clone()
     }
 
     /// What is counted.
     pub fn metrics(&self) -> Arc<Metrics> {
-        self.lock().live.metrics.clone()
+        self.lock().snapshot.metrics.clone()
     }
 
     /// Who is logged in where.
@@ -436,9 +439,9 @@ impl Running {
     /// # Errors
     /// The system has no descriptors for them.
     pub fn sockets(&self) -> io::Result<Vec<OwnedFd>> {
-        let now = self.lock();
-        let mut copies = now.doors.copies()?;
-        if let Some(admin) = &now.admin {
+        let current = self.lock();
+        let mut copies = current.listener_set.copies()?;
+        if let Some(admin) = &current.admin {
             copies.push(admin.copy.try_clone()?);
         }
         Ok(copies)
@@ -448,7 +451,7 @@ impl Running {
     /// cut short by `hurry`.
     pub async fn announce_stop(&self, hurry: impl Future<Output = ()>) {
         self.drain.announce();
-        let delay = self.live().limits.ready_delay;
+        let delay = self.snapshot().limits.ready_delay;
         if delay.is_zero() {
             return;
         }
@@ -463,7 +466,7 @@ impl Running {
     /// Stops: no new connections, BYE to clients before login, the configured grace to relayed sessions, cut short by
     /// `hurry`. Returns how many sessions had to be ended.
     pub async fn drain(&self, hurry: impl Future<Output = ()>) -> usize {
-        self.wind_up(hurry, DrainMode::Stop, &[]).await
+        self.shut_down(hurry, DrainMode::Stop, &[]).await
     }
 
     /// Stops because a successor serves on the same sockets, or on others at the addresses in `replaced`: as [`Running::drain`],
@@ -474,21 +477,21 @@ impl Running {
             admin.stop.cancel();
         }
         // What this process keeps grows old while it waits for its sessions; the successor's is newer.
-        self.live().router.leave_files();
-        self.wind_up(hurry, DrainMode::Retire, replaced).await
+        self.snapshot().router.leave_files();
+        self.shut_down(hurry, DrainMode::Retire, replaced).await
     }
 
-    async fn wind_up(&self, hurry: impl Future<Output = ()>, manner: DrainMode, replaced: &[SocketAddr]) -> usize {
+    async fn shut_down(&self, hurry: impl Future<Output = ()>, mode: DrainMode, replaced: &[SocketAddr]) -> usize {
         let grace = self.grace();
         self.metrics().draining();
         {
-            let mut now = self.lock();
-            now.is_closed = true;
-            now.doors.close(replaced);
+            let mut current = self.lock();
+            current.is_closed = true;
+            current.listener_set.close(replaced);
         }
         // They accept what waits in their sockets, and those sessions are waited for too.
-        self.listeners.close();
-        if tokio::time::timeout(LISTENERS_DEADLINE, self.listeners.wait()).await.is_err() {
+        self.listener_tasks.close();
+        if tokio::time::timeout(LISTENERS_DEADLINE, self.listener_tasks.wait()).await.is_err() {
             tracing::warn!("listeners do not end; connections that wait are reset");
         }
         tracing::info!(sessions = self.drain.open_sessions(), grace_seconds = grace.as_secs(), "draining");
@@ -500,7 +503,7 @@ impl Running {
                 sessions.close();
             }
         });
-        let forced = self.drain.run(grace, hurry, manner).await;
+        let forced = self.drain.run(grace, hurry, mode).await;
         self.stop_background.cancel();
         self.background.close();
         self.background.wait().await;
@@ -518,11 +521,11 @@ impl Running {
 
     /// How long a drain may take at most, for systemd.
     pub fn grace(&self) -> Duration {
-        self.lock().live.limits.drain
+        self.lock().snapshot.limits.drain
     }
 
     fn lock(&self) -> MutexGuard<'_, Current> {
         // Nothing in here panics halfway through a change.
-        self.now.lock().unwrap_or_else(PoisonError::into_inner)
+        self.current.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

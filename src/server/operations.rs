@@ -44,9 +44,9 @@ impl UserHold {
 impl Running {
     /// State of the process: listeners, servers, number of sessions.
     pub fn status(&self) -> ProcessStatus {
-        let live = self.live();
+        let snapshot = self.snapshot();
         let mut servers = Vec::new();
-        for backend in live.backends.list() {
+        for backend in snapshot.backends.list() {
             servers.extend(backend.servers().iter().map(|server| ServerStatus {
                 backend: backend.name.to_string(),
                 server: server.name.to_string(),
@@ -68,7 +68,7 @@ impl Running {
         ProcessStatus {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             pid: std::process::id(),
-            file: live.config.file.display().to_string(),
+            file: snapshot.config.file.display().to_string(),
             listeners: self.listeners().iter().map(ToString::to_string).collect(),
             servers,
             unused_states,
@@ -113,7 +113,7 @@ impl Running {
     /// The user name is invalid.
     pub async fn kick(&self, user: &str) -> anyhow::Result<usize> {
         // Under the name that is known at once: the routes may take a while to answer.
-        let ended = self.sessions().end_user(&question(&self.live(), user)?.user, CancelReason::Kicked);
+        let ended = self.sessions().end_user(&question(&self.snapshot(), user)?.user, CancelReason::Kicked);
         let names = self.names(user).await?;
         Ok(ended + names.iter().map(|name| self.sessions().end_user(name, CancelReason::Kicked)).sum::<usize>())
     }
@@ -125,7 +125,7 @@ impl Running {
     pub async fn hold(&self, user: &str) -> anyhow::Result<(UserHold, usize)> {
         let sessions = self.sessions();
         // Under the name that is known at once: the routes may take a while to answer.
-        let name = question(&self.live(), user)?.user;
+        let name = question(&self.snapshot(), user)?.user;
         let mut holds = vec![sessions.hold(name.clone())];
         let mut ended = sessions.end_user(&name, CancelReason::Moved);
         let names = self.names(user).await?;
@@ -172,7 +172,7 @@ impl Running {
     /// # Errors
     /// It is not.
     pub fn declared(&self, backend: &str) -> anyhow::Result<()> {
-        match self.live().backends.named(backend) {
+        match self.snapshot().backends.named(backend) {
             Some(_) => Ok(()),
             None => bail!("no backend is declared as {backend:?}"),
         }
@@ -200,19 +200,19 @@ impl Running {
 
     async fn routes_name_now(&self, user: &str, backend: &str) -> anyhow::Result<()> {
         // Not the configuration that the move began with: a reload may be how the routes change.
-        let live = self.live();
-        let question = question(&live, user)?;
-        let refreshed = timeout(live.limits.lookup, live.router.refresh(&live.metrics)).await;
+        let snapshot = self.snapshot();
+        let question = question(&snapshot, user)?;
+        let refreshed = timeout(snapshot.limits.lookup, snapshot.router.refresh(&snapshot.metrics)).await;
         let refreshed = refreshed.unwrap_or_else(|_| Err("a table is still being written, or read".to_owned()));
-        live.router.forget(&question.user);
-        let found = timeout(live.limits.lookup, live.router.route(&question, &live.metrics)).await;
+        snapshot.router.forget(&question.user);
+        let found = timeout(snapshot.limits.lookup, snapshot.router.route(&question, &snapshot.metrics)).await;
         let answer = match found {
             Err(_) => "the routes do not answer within limits.lookup".to_owned(),
             Ok(Err(RouteError::Unknown)) => "no route knows the user".to_owned(),
             Ok(Err(error)) => error.to_string(),
             Ok(Ok(routed)) => match &*routed.target {
                 RouteDecision::Place(place) => {
-                    let named = &live.backends.backend(place.backend).name;
+                    let named = &snapshot.backends.backend(place.backend).name;
                     if **named == *backend {
                         return Ok(());
                     }
@@ -240,10 +240,10 @@ impl Running {
 
     /// Names under which a user's sessions may be registered: as routes know the user, and the mailbox's if routes rename it.
     async fn names(&self, user: &str) -> anyhow::Result<Vec<Arc<str>>> {
-        let live = self.live();
-        let question = question(&live, user)?;
+        let snapshot = self.snapshot();
+        let question = question(&snapshot, user)?;
         let mut names = vec![question.user.clone()];
-        let found = timeout(live.limits.lookup, live.router.route(&question, &live.metrics)).await;
+        let found = timeout(snapshot.limits.lookup, snapshot.router.route(&question, &snapshot.metrics)).await;
         if let Ok(Ok(routed)) = found
             && let RouteDecision::Place(place) = &*routed.target
         {
@@ -256,8 +256,8 @@ impl Running {
     }
 }
 
-fn question(live: &Snapshot, user: &str) -> anyhow::Result<LookupRequest> {
+fn question(snapshot: &Snapshot, user: &str) -> anyhow::Result<LookupRequest> {
     let name = UserName::new(user.as_bytes())?;
-    let names = live.config.naming.names(&name).map_err(|refused| anyhow::anyhow!("{refused}"))?;
+    let names = snapshot.config.naming.names(&name).map_err(|refused| anyhow::anyhow!("{refused}"))?;
     Ok(LookupRequest { user: names.routing, visitor: None })
 }

@@ -72,11 +72,11 @@ impl Running {
         if self.is_retired() && !change.is_forwarded {
             bail!("this process has been replaced: set the state in its successor");
         }
-        let live = self.live();
-        let all: Vec<Arc<Server>> = live.backends.list().iter().flat_map(|backend| backend.servers()).collect();
+        let snapshot = self.snapshot();
+        let all: Vec<Arc<Server>> = snapshot.backends.list().iter().flat_map(|backend| backend.servers()).collect();
         let servers: Vec<Arc<Server>> =
             all.iter().filter(|server| names(&change.server, &server.backend, &server.name)).cloned().collect();
-        let states = live.backends.admin_states();
+        let states = snapshot.backends.admin_states();
         let mut targets: BTreeSet<(String, String)> =
             servers.iter().map(|server| (server.backend.to_string(), server.name.to_string())).collect();
         if set.is_none() {
@@ -94,7 +94,7 @@ impl Running {
             let (state, reason) = (change.state.as_deref().unwrap_or("as-configured"), change.reason.as_deref());
             tracing::info!(backend, server, state, by = change.by, reason, "server state set");
         }
-        live.backends.show_states();
+        snapshot.backends.show_states();
         if let Some(Mode::Drain | Mode::Down) = state {
             // They are routed again; a SASL exchange could wait for its client until long after the drain.
             let is_named = |server: &Server| names(&change.server, &server.backend, &server.name);
@@ -113,7 +113,7 @@ impl Running {
 
     /// The administrative states that are set, for a successor.
     pub fn states(&self) -> Vec<StoredState> {
-        self.live().backends.admin_states().all()
+        self.snapshot().backends.admin_states().all()
     }
 
     /// Whether a successor has taken over, so that this process only finishes its sessions.
@@ -139,7 +139,7 @@ impl Running {
     /// Replaces the administrative states by a predecessor's, which had them when it retired.
     pub async fn adopt_states(&self, states: &[StoredState]) {
         let _changing = self.changing_states.lock().await;
-        let backends = self.live().backends.clone();
+        let backends = self.snapshot().backends.clone();
         if backends.admin_states().all() != states {
             backends.admin_states().replace(states);
             backends.show_states();
@@ -150,7 +150,9 @@ impl Running {
 
     /// Writes the state file, if there is one. A retired process leaves it to its successor.
     async fn save_states(&self) -> Result<(), String> {
-        let Some(path) = self.live().config.state_file.clone().filter(|_| !self.is_retired()) else { return Ok(()) };
+        let Some(path) = self.snapshot().config.state_file.clone().filter(|_| !self.is_retired()) else {
+            return Ok(());
+        };
         let (states, shown) = (self.states(), path.clone());
         // Off the thread that serves, because a disk may be slow.
         let saved = tokio::task::spawn_blocking(move || state_file::save(&path, states)).await;

@@ -183,7 +183,7 @@ async fn a_failed_handshake_after_a_reconnect_moves_no_user_of_user_hash() {
         certificates.path("ca.pem").display()
     );
     let proxy = proxy(&text).await;
-    let backend = proxy.live().backends.named("pair").unwrap().clone();
+    let backend = proxy.snapshot().backends.named("pair").unwrap().clone();
     let first = in_time("the order", backend.candidates("alice")).await[0].name.to_string();
     let (home, away) = if first == one.address().to_string() { (one, other) } else { (other, one) };
     let starttls = async || {

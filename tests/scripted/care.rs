@@ -108,13 +108,13 @@ async fn pair(care: &str, more: &str) -> (Running, Mailbox, Mailbox) {
         one.address, other.address
     );
     let proxy = proxy(&text).await;
-    let backend = proxy.live().backends.named("pair").unwrap().clone();
+    let backend = proxy.snapshot().backends.named("pair").unwrap().clone();
     let first = in_time("the order", backend.candidates("alice")).await[0].name.to_string();
     if first == one.address.to_string() { (proxy, one, other) } else { (proxy, other, one) }
 }
 
 fn server(proxy: &Running, mailbox: &Mailbox) -> Arc<Server> {
-    let servers = proxy.live().backends.list()[0].servers();
+    let servers = proxy.snapshot().backends.list()[0].servers();
     servers.into_iter().find(|server| *server.name == *mailbox.address.to_string()).unwrap()
 }
 
@@ -274,7 +274,7 @@ async fn a_refused_password_is_tried_on_no_other_server_by_any_balance() {
         let mut client = Client::connect(proxy.listeners()[0]).await;
         assert_eq!(client.ask("a LOGIN alice wrong").await, "a NO [AUTHENTICATIONFAILED] Wrong.");
         assert_eq!(one.connections() + other.connections(), 1, "{balance}");
-        let taken = proxy.live().backends.list()[0].servers().iter().map(|server| server.sessions()).sum::<u32>();
+        let taken = proxy.snapshot().backends.list()[0].servers().iter().map(|server| server.sessions()).sum::<u32>();
         assert_eq!(taken, 0, "its place is free again");
     }
 }
@@ -335,7 +335,7 @@ async fn logins_wait_for_a_place_in_order_and_not_without_bound() {
     assert_eq!(third.line().await, "a OK [CAPABILITY IMAP4rev1] in");
     assert_eq!(queue_length(&proxy), 0.0);
     drop(third);
-    eventually("the place", || proxy.live().backends.list()[0].servers()[0].sessions() == 0).await;
+    eventually("the place", || proxy.snapshot().backends.list()[0].servers()[0].sessions() == 0).await;
 }
 
 #[tokio::test]
@@ -350,7 +350,7 @@ async fn who_waits_too_long_is_refused_and_who_leaves_the_queue_is_forgotten() {
     assert_eq!(asked(&proxy).await.line().await, UNAVAILABLE);
     assert_eq!(queue_length(&proxy), 0.0);
     drop(first);
-    eventually("the place", || proxy.live().backends.list()[0].servers()[0].sessions() == 0).await;
+    eventually("the place", || proxy.snapshot().backends.list()[0].servers()[0].sessions() == 0).await;
     session(&proxy).await;
 }
 

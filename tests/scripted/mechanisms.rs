@@ -318,7 +318,7 @@ async fn a_forged_server_signature_proves_nothing() {
         let (mut client, mut server) = begun(&proxy, &listener, mechanism, message).await;
         server.send(format!("{FORGED}\r\n")).await;
         assert_eq!(client.line().await, FORGED, "the client gets it as it is, and can see that it is forged");
-        assert_eq!(proxy.live().backends.list()[0].servers()[0].sessions(), 0, "it takes no place: {mechanism}");
+        assert_eq!(proxy.snapshot().backends.list()[0].servers()[0].sessions(), 0, "it takes no place: {mechanism}");
         client.send("*\r\n").await;
         assert_eq!(server.line().await, "*");
         server.send("L BAD aborted\r\n").await;

@@ -153,7 +153,7 @@ pub(super) async fn pair(more: &str) -> (Running, Played, Played) {
         other.address()
     );
     let proxy = proxy(&text).await;
-    let backend = proxy.live().backends.named("pair").unwrap().clone();
+    let backend = proxy.snapshot().backends.named("pair").unwrap().clone();
     let first = in_time("the order", backend.candidates("alice")).await[0].name.to_string();
     if first == one.address().to_string() { (proxy, one, other) } else { (proxy, other, one) }
 }
@@ -169,7 +169,7 @@ pub(super) fn stuck(proxy: &Running, at: &Played) -> SessionHandle {
     let since = sessions.generation();
     let guest = SessionInfo { user: "alice".into(), client: [127, 0, 0, 1].into(), session: [b'x'; 16] };
     let seat = sessions.take(guest).unwrap();
-    let servers: Vec<Arc<Server>> = proxy.live().backends.list()[0].servers();
+    let servers: Vec<Arc<Server>> = proxy.snapshot().backends.list()[0].servers();
     let server = servers.iter().find(|server| *server.name == *at.address().to_string()).unwrap();
     seat.place(&"alice".into(), server, since).unwrap();
     seat.accept(true);
@@ -421,7 +421,7 @@ async fn exchanges_without_credentials_take_no_place_of_a_server() {
         for _ in 0..20 {
             pending.push(exchange(&proxy, &server).await);
         }
-        assert_eq!(proxy.live().backends.list()[0].servers()[0].sessions(), 0);
+        assert_eq!(proxy.snapshot().backends.list()[0].servers()[0].sessions(), 0);
         // Nor do they take the server's connections: as many as it may have sessions stay.
         for (mut client, mut there) in pending.drain(..18) {
             assert_eq!(client.line().await, UNAVAILABLE);
@@ -438,7 +438,7 @@ async fn exchanges_without_credentials_take_no_place_of_a_server() {
         // The server has verified it: the place stays the login's.
         there.send("+ dj1zaWduYXR1cmU=\r\n").await;
         assert_eq!(client.line().await, "+ dj1zaWduYXR1cmU=");
-        assert_eq!(proxy.live().backends.list()[0].servers()[0].sessions(), 2);
+        assert_eq!(proxy.snapshot().backends.list()[0].servers()[0].sessions(), 2);
         client.send("\r\n").await;
         assert_eq!(there.line().await, "");
         accept(&mut there).await;

@@ -82,7 +82,7 @@ async fn an_established_session_keeps_no_old_configuration() {
     let scene = Scene::new(&text("")).await;
     let mut session = Client::connect(scene.address()).await;
     assert!(session.ask("a LOGIN alice secret").await.starts_with("a OK"));
-    let before = std::sync::Arc::downgrade(&scene.proxy.live());
+    let before = std::sync::Arc::downgrade(&scene.proxy.snapshot());
     scene.reload(&text("log: {level: warn}")).await.unwrap();
     eventually("the end of the old configuration", || before.strong_count() == 0).await;
     assert_eq!(session.ask("b NOOP").await, "b OK relayed");
