@@ -27,7 +27,7 @@ static PAUSES: OnceLock<Pauses> = OnceLock::new();
 ///
 /// # Errors
 /// The system cannot start a thread.
-pub fn watch_for_pauses() -> io::Result<()> {
+pub(crate) fn watch_for_pauses() -> io::Result<()> {
     let pauses = PAUSES.get_or_init(|| Pauses::new(Instant::now()));
     let tick = move || {
         loop {

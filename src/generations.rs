@@ -15,7 +15,7 @@ pub struct Generation(u64);
 
 /// The last event of each bucket of names, and of all names together.
 #[derive(Debug)]
-pub struct Generations {
+pub(crate) struct Generations {
     now: u64,
     /// The last event that concerned every name.
     all: u64,
@@ -32,25 +32,25 @@ impl Default for Generations {
 
 impl Generations {
     /// The current generation, to be taken before a lookup starts.
-    pub fn current(&self) -> Generation {
+    pub(crate) fn current(&self) -> Generation {
         Generation(self.now)
     }
 
     /// Makes everything that was looked up for `name` before now out of date.
-    pub fn invalidate(&mut self, name: &str) {
+    pub(crate) fn invalidate(&mut self, name: &str) {
         self.now += 1;
         let bucket = self.bucket(name);
         self.by_name[bucket] = self.now;
     }
 
     /// Makes everything that was looked up before now out of date.
-    pub fn invalidate_all(&mut self) {
+    pub(crate) fn invalidate_all(&mut self) {
         self.now += 1;
         self.all = self.now;
     }
 
     /// Whether what was looked up for `name` since `since` may still be used.
-    pub fn is_current(&self, name: &str, since: Generation) -> bool {
+    pub(crate) fn is_current(&self, name: &str, since: Generation) -> bool {
         since.0 >= self.all && since.0 >= self.by_name[self.bucket(name)]
     }
 

@@ -20,11 +20,11 @@
 //! | what the user is called | [`identity::Naming::names`] |
 //! | whether it may try | [`guard::Guard::may_try`], [`policy::Policy::allow`] |
 //! | which backend | [`route::Router::route`] |
-//! | which server, and which next | [`backend::Backend::candidates`], [`backend::Tour::next`] |
+//! | which server, and which next | [`backend::Backend::candidates`], [`backend::Failover::next`] |
 //! | connect and log in there | [`backend::connect::login`], [`imap::backend_login::BackendLogin::step`] |
 //! | rustls lets go of both connections | [`stream::Stream::into_leg`], [`tls::handover`] |
 //! | bytes both ways | [`relay::Relay::run`], [`record_layer`] |
-//! | silence: two sockets and their keys | [`waiting::WaitingRoom`] |
+//! | silence: two sockets and their keys | [`waiting::IdlePoller`] |
 //! | one record | `session::record::Record`, when it drops |
 //!
 //! [`session`] alone knows this order. [`server`] builds everything from a [`config::Config`] and starts it.
@@ -46,48 +46,32 @@
 
 #![forbid(unsafe_code)]
 
-pub mod admin;
+mod admission;
+mod api;
+pub mod app;
+mod auth_policy;
 pub mod backend;
 pub mod cli;
 pub mod config;
-pub mod control;
-pub mod deadline;
-pub mod demo;
-pub mod dns;
-pub mod explain;
-pub mod failure;
-pub mod generations;
-pub mod guard;
-pub mod hedge;
-pub mod http_client;
+mod deadline;
+mod demo;
+mod failure;
+mod generations;
 pub mod identity;
-pub mod imap;
-pub mod inherit;
-pub mod limited_http;
-pub mod limits;
-pub mod listener;
-mod log_queue;
-pub mod logging;
-pub mod lookup_thread;
+mod listener;
+mod logging;
+mod lookup;
 pub mod metrics;
-pub mod occupancy;
-pub mod operate;
-pub mod policy;
-pub mod preflight;
-pub mod privileges;
-pub mod proxy_protocol;
+mod process;
+pub mod protocol;
 pub mod record_layer;
-pub mod relay;
-pub mod rendezvous;
+mod relay;
+mod rendezvous;
 pub mod route;
 pub mod server;
-pub mod session;
-pub mod sessions;
-pub mod shutdown;
-pub mod stream;
-pub mod tcp_liveness;
+mod session;
+pub mod session_registry;
+pub mod snapshot;
+mod stream;
 pub mod template;
 pub mod tls;
-pub mod waiting;
-pub mod watch;
-pub mod workers;

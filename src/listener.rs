@@ -16,12 +16,12 @@ use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
+use crate::admission::connection_limit::ConnectionLimit;
 use crate::config::{self, ListenerTls};
 use crate::metrics::Refusal;
-use crate::occupancy::Occupancy;
-use crate::server::Desk;
-use crate::session::{self, Arrival, Held, Room};
-use crate::shutdown::Drain;
+use crate::process::shutdown::Drain;
+use crate::session::{self, AcceptedConnection, ConnectionPermits, SessionPoller};
+use crate::snapshot::ListenerConfig;
 
 /// Connections the kernel may keep waiting; it caps this by net.core.somaxconn.
 const BACKLOG: i32 = 4096;
@@ -41,30 +41,30 @@ const OUT_OF_DESCRIPTORS: [i32; 2] = [24, 23];
 
 /// A port of one worker.
 #[derive(Debug)]
-pub struct Listener {
+pub(crate) struct Listener {
     socket: TcpListener,
     address: SocketAddr,
-    desk: watch::Receiver<Desk>,
+    desk: watch::Receiver<ListenerConfig>,
     closing: Closing,
 }
 
 /// Closes a listener.
 #[derive(Debug, Clone, Default)]
-pub struct Closing {
+pub(crate) struct Closing {
     closed: CancellationToken,
     gives_way: Arc<AtomicBool>,
 }
 
 impl Closing {
     /// Closes it. Connections that wait are accepted first.
-    pub fn close(&self) {
+    pub(crate) fn close(&self) {
         self.closed.cancel();
     }
 
     /// Prepares for another socket that takes the connections from now on: requests that still arrive at `sockets`, those of the
     /// listener, are dropped instead of refused, so that clients repeat them, after a second, to the other socket. Handshakes
     /// that are under way are completed.
-    pub fn give_way(&self, sockets: &[std::net::TcpListener]) {
+    pub(crate) fn give_way(&self, sockets: &[std::net::TcpListener]) {
         match sockets.iter().try_for_each(|socket| SockRef::from(socket).attach_filter(&NO_SYN)) {
             Ok(()) => self.gives_way.store(true, Ordering::Release),
             // A system that forbids it to this user: what arrives in the moment of the change is reset.
@@ -74,7 +74,7 @@ impl Closing {
 }
 
 /// Whether a listener takes IPv6 only. `[::]` also takes IPv4, unless `others` hold an IPv4 listener on the same port.
-pub fn is_only_v6(listener: &config::Listener, others: &[config::Listener]) -> bool {
+pub(crate) fn is_only_v6(listener: &config::Listener, others: &[config::Listener]) -> bool {
     match listener.address {
         SocketAddr::V6(v6) => !takes_ipv4(v6, others),
         SocketAddr::V4(_) => false,
@@ -86,7 +86,7 @@ pub fn is_only_v6(listener: &config::Listener, others: &[config::Listener]) -> b
 ///
 /// # Errors
 /// The system's reason: in use, not permitted, no such address.
-pub fn bind(
+pub(crate) fn bind(
     address: SocketAddr,
     only_v6: bool,
     workers: usize,
@@ -111,7 +111,7 @@ pub fn bind(
 ///
 /// # Errors
 /// The address is in use by a socket that listens.
-pub fn listen(sockets: &[std::net::TcpListener]) -> io::Result<()> {
+pub(crate) fn listen(sockets: &[std::net::TcpListener]) -> io::Result<()> {
     sockets.iter().try_for_each(|socket| SockRef::from(socket).listen(BACKLOG))
 }
 
@@ -130,13 +130,13 @@ fn socket(address: SocketAddr, only_v6: bool, share: bool) -> io::Result<std::ne
 
 /// What all listeners of a worker share, whatever the configuration.
 #[derive(Clone)]
-pub struct House {
+pub(crate) struct WorkerContext {
     /// Bounds the open connections of all listeners together.
-    pub occupancy: Arc<Occupancy>,
+    pub occupancy: Arc<ConnectionLimit>,
     /// When to stop.
     pub drain: Drain,
     /// Where silent sessions wait.
-    pub room: Arc<Room>,
+    pub room: Arc<SessionPoller>,
     /// Tasks of listeners: a process ends after they have.
     pub listeners: TaskTracker,
 }
@@ -146,14 +146,18 @@ impl Listener {
     ///
     /// # Errors
     /// The system has no room to register it.
-    pub fn new(socket: std::net::TcpListener, desk: watch::Receiver<Desk>, closing: Closing) -> io::Result<Self> {
+    pub(crate) fn new(
+        socket: std::net::TcpListener,
+        desk: watch::Receiver<ListenerConfig>,
+        closing: Closing,
+    ) -> io::Result<Self> {
         let address = socket.local_addr()?;
         socket.set_nonblocking(true)?;
         Ok(Self { socket: TcpListener::from_std(socket)?, address, desk, closing })
     }
 
     /// Accepts until it is closed, or the drain begins.
-    pub async fn run(self, house: House) {
+    pub(crate) async fn run(self, house: WorkerContext) {
         let begun = house.drain.begun().clone();
         let accept = async {
             loop {
@@ -173,7 +177,7 @@ impl Listener {
 
     /// Accepts the connections that wait already: closing the socket would reset them. If the process stops, they are sent BYE;
     /// if a successor has the same socket, it is not important which of the two serves them.
-    fn accept_rest(&self, house: &House) {
+    fn accept_rest(&self, house: &WorkerContext) {
         let Ok(copy) = self.socket.as_fd().try_clone_to_owned() else { return };
         let socket = std::net::TcpListener::from(copy);
         for _ in 0..BACKLOG {
@@ -185,10 +189,10 @@ impl Listener {
         }
     }
 
-    fn welcome(&self, socket: TcpStream, peer: SocketAddr, house: &House) {
+    fn welcome(&self, socket: TcpStream, peer: SocketAddr, house: &WorkerContext) {
         // Of its own, and up to date: a login looks whether it has changed since.
         let mut desk = self.desk.clone();
-        let Desk { live, index } = desk.borrow_and_update().clone();
+        let ListenerConfig { live, index } = desk.borrow_and_update().clone();
         let tls = live.config.listeners[index].tls;
         let metrics = live.metrics.listener(index);
         let Some(occupant) = house.occupancy.enter(live.limits.sessions) else {
@@ -218,8 +222,8 @@ impl Listener {
                 return tracing::debug!(client = %peer.ip().to_canonical(), listener = %self.address, reason, "turned away");
             }
         };
-        let held = Held { occupant, open: metrics.session_opened(), pass };
-        let arrival = Arrival {
+        let held = ConnectionPermits { occupant, open: metrics.session_opened(), pass };
+        let arrival = AcceptedConnection {
             socket,
             peer,
             local: self.address,
@@ -239,7 +243,7 @@ impl Listener {
         if error.kind() == io::ErrorKind::ConnectionAborted {
             return;
         }
-        let Desk { live, index } = self.desk.borrow().clone();
+        let ListenerConfig { live, index } = self.desk.borrow().clone();
         live.metrics.listener(index).refused(Refusal::AcceptError);
         drop(live);
         if error.raw_os_error().is_some_and(|code| OUT_OF_DESCRIPTORS.contains(&code)) {

@@ -10,7 +10,7 @@ use std::hash::Hasher;
 use siphasher::sip::SipHasher24;
 
 /// The score of `candidate` for `key`: higher is better, doubling the weight doubles the share of keys won.
-pub fn score(key: &[u8], candidate: &[u8], weight: u32) -> f64 {
+pub(crate) fn score(key: &[u8], candidate: &[u8], weight: u32) -> f64 {
     let mut hasher = SipHasher24::new_with_keys(0x7665_7374_6962_756c, 0x656d_6169_6c21);
     hasher.write(candidate);
     // A byte that no name holds keeps ("ab", "c") and ("a", "bc") apart.

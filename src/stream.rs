@@ -21,7 +21,7 @@ use crate::tls::records::Records;
 
 /// A connection.
 #[derive(Debug)]
-pub enum Stream {
+pub(crate) enum Stream {
     /// Plain TCP.
     Plain(TcpStream),
     /// TLS over TCP; boxed, for a TLS state is a thousand bytes and a plain session shall not carry it.
@@ -30,7 +30,7 @@ pub enum Stream {
 
 /// A connection that rustls has.
 #[derive(Debug)]
-pub struct Encrypted {
+pub(crate) struct Encrypted {
     /// rustls and the socket.
     pub tls: TlsStream<Records<TcpStream>>,
     /// What its key log told.
@@ -39,7 +39,7 @@ pub struct Encrypted {
 
 impl Stream {
     /// How the other side came, for the log record and for servers.
-    pub fn tls_facts(&self) -> Option<TlsFacts> {
+    pub(crate) fn tls_facts(&self) -> Option<TlsFacts> {
         let Self::Tls(encrypted) = self else { return None };
         let common = encrypted.tls.get_ref().1;
         let version = common.protocol_version().and_then(|version| version.as_str()).unwrap_or_default();
@@ -54,13 +54,13 @@ impl Stream {
     }
 
     /// The cipher suite, as rustls calls it: `TLS13_AES_128_GCM_SHA256`.
-    pub fn cipher(&self) -> Option<&'static str> {
+    pub(crate) fn cipher(&self) -> Option<&'static str> {
         let Self::Tls(encrypted) = self else { return None };
         encrypted.tls.get_ref().1.negotiated_cipher_suite()?.suite().as_str()
     }
 
     /// The certificate the other side has shown, in DER.
-    pub fn peer_certificate(&self) -> Option<&[u8]> {
+    pub(crate) fn peer_certificate(&self) -> Option<&[u8]> {
         let Self::Tls(encrypted) = self else { return None };
         encrypted.tls.get_ref().1.peer_certificates()?.first().map(AsRef::as_ref)
     }
@@ -69,7 +69,7 @@ impl Stream {
     ///
     /// # Errors
     /// The connection broke, or TLS did.
-    pub async fn into_leg(self) -> io::Result<(Leg<TcpStream>, Vec<u8>)> {
+    pub(crate) async fn into_leg(self) -> io::Result<(Leg<TcpStream>, Vec<u8>)> {
         match self {
             Self::Plain(socket) => Ok((Leg::plain(socket), Vec::new())),
             Self::Tls(encrypted) => {
@@ -136,7 +136,7 @@ const LONGEST_KEEPALIVE: Duration = Duration::from_secs(32_767);
 /// dead.
 ///
 /// A failure is logged and otherwise ignored: a connection without keepalive still carries mail.
-pub fn keep_alive(socket: impl AsFd, time: Duration) {
+pub(crate) fn keep_alive(socket: impl AsFd, time: Duration) {
     let time = time.min(LONGEST_KEEPALIVE);
     let probes = TcpKeepalive::new().with_time(time).with_interval(time / 4).with_retries(3);
     if let Err(error) = SockRef::from(&socket).set_tcp_keepalive(&probes) {

@@ -13,7 +13,10 @@ use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
 use crate::peers::{self, Peer, Running, Standin};
 use crate::report::{Figures, Idle, Report};
-use crate::{ROLE, account, certificate, load};
+use crate::ROLE;
+use crate::account;
+use crate::certificate;
+use crate::load;
 
 /// Compares Vestibule with nginx mail, HAProxy and Dovecot's login proxy on this machine.
 #[derive(Debug, Parser)]

@@ -14,7 +14,7 @@ use std::time::Instant;
 use anyhow::{Context as _, ensure};
 use vestibule::config;
 use vestibule::metrics::{Metrics, Names};
-use vestibule::route::{Question, RouteError, Router};
+use vestibule::route::{LookupRequest, RouteError, Router};
 
 /// The program's own: what is measured is what it would use.
 #[global_allocator]
@@ -128,8 +128,8 @@ async fn look_up(
     expected: bool,
 ) -> anyhow::Result<f64> {
     let mut state = 7;
-    let questions: Vec<Question> =
-        (0..LOOKUPS).map(|_| Question { user: Arc::from(name(random(&mut state))), visitor: None }).collect();
+    let questions: Vec<LookupRequest> =
+        (0..LOOKUPS).map(|_| LookupRequest { user: Arc::from(name(random(&mut state))), visitor: None }).collect();
     let began = Instant::now();
     let mut found = 0;
     for question in &questions {

@@ -2,8 +2,8 @@
 //! bounded, and an answer that goes there is whole lines.
 
 use vestibule::identity::{Mechanism, PasswordLogin, Secret, ServerLogin, UserName};
-use vestibule::imap::backend_login::{Attempt, BackendLogin, Rules, ServerStep};
-use vestibule::imap::tag::Tag;
+use vestibule::protocol::imap::backend_login::{Attempt, BackendLogin, Rules, ServerStep};
+use vestibule::protocol::imap::tag::Tag;
 use zeroize::Zeroizing;
 
 const MAX_UNTAGGED: usize = 4096;

@@ -14,10 +14,10 @@ pub mod table;
 pub mod template;
 
 /// A name, and what is called.
-pub type Target = (&'static str, fn(&[u8]));
+pub type RouteDecision = (&'static str, fn(&[u8]));
 
 /// All of them.
-pub const TARGETS: &[Target] = &[
+pub const TARGETS: &[RouteDecision] = &[
     ("prelogin", prelogin::run),
     ("sasl", sasl::run),
     ("backend_login", backend_login::run),

@@ -2,9 +2,9 @@
 //! replies and the same steps.
 
 use vestibule::identity::{Mechanism, Mechanisms, Proof, UserName};
-use vestibule::imap::capability::Extensions;
-use vestibule::imap::prelogin::{LoginRequest, Policy, Prelogin, Step, Transport};
-use vestibule::imap::reply;
+use vestibule::protocol::imap::capability::Extensions;
+use vestibule::protocol::imap::prelogin::{LoginRequest, Policy, Prelogin, Step, Transport};
+use vestibule::protocol::imap::reply;
 
 pub fn run(input: &[u8]) {
     // The first byte chooses; the others are spoken as they are, so that the dictionary fits.

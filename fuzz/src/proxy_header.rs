@@ -1,7 +1,7 @@
 //! What a balancer says ahead of a connection: cut anywhere, the same header, or none at the first byte that is wrong. Nothing behind
 //! it matters. What a header says can be written, and read again.
 
-use vestibule::proxy_protocol::{Beginning, Origin, beginning, parse, version_1, version_2};
+use vestibule::protocol::proxy_protocol::{Beginning, Origin, beginning, parse, version_1, version_2};
 
 pub fn run(input: &[u8]) {
     let whole = parse(input);

@@ -5,11 +5,11 @@
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use vestibule::identity::{Credentials, Mechanism, Mechanisms, Proof, ServerLogin, TokenIssuer, UserName};
-use vestibule::imap::backend_login::{Attempt, BackendLogin, Rules, ServerStep};
-use vestibule::imap::capability::Extensions;
-use vestibule::imap::prelogin::{Policy, Prelogin, Step, Transport};
-use vestibule::imap::sasl::renamed;
-use vestibule::imap::tag::Tag;
+use vestibule::protocol::imap::backend_login::{Attempt, BackendLogin, Rules, ServerStep};
+use vestibule::protocol::imap::capability::Extensions;
+use vestibule::protocol::imap::prelogin::{Policy, Prelogin, Step, Transport};
+use vestibule::protocol::imap::sasl::renamed;
+use vestibule::protocol::imap::tag::Tag;
 use zeroize::Zeroizing;
 
 /// The first byte chooses the mechanism, the rest is the message. Of LOGIN it is two, with a zero between them.

@@ -9,7 +9,7 @@ use std::task::{Context, Poll, Waker};
 
 use vestibule::config::{self, Config, RegexRule, Route};
 use vestibule::metrics::{Metrics, Names};
-use vestibule::route::{At, Question, RouteError, Router, Target};
+use vestibule::route::{ServerChoice, LookupRequest, RouteError, Router, RouteDecision};
 use vestibule::template::Template;
 
 /// Marks the beginning and the end of a value. Neither occurs in the input.
@@ -73,16 +73,16 @@ fn regex_target(to: &str, user: &str) {
     *rules = vec![RegexRule { pattern: PATTERN.to_owned(), to: to.to_owned(), place }];
     let Ok(router) = Router::build(&config, metrics, None) else { return };
     let fields = |user: &str| {
-        let question = Question { user: user.into(), visitor: None };
+        let question = LookupRequest { user: user.into(), visitor: None };
         let Poll::Ready(routed) = pin!(router.route(&question, metrics)).poll(&mut Context::from_waker(Waker::noop()))
         else {
             unreachable!("nothing is asked over a network")
         };
         match routed {
             Ok(routed) => match &*routed.target {
-                Target::Place(place) => Some(("place", place.at != At::Any, place.user.is_some())),
-                Target::Refuse(_) => Some(("refuse", false, false)),
-                Target::Maintenance(_) => Some(("maintenance", false, false)),
+                RouteDecision::Place(place) => Some(("place", place.at != ServerChoice::Any, place.user.is_some())),
+                RouteDecision::Refuse(_) => Some(("refuse", false, false)),
+                RouteDecision::Maintenance(_) => Some(("maintenance", false, false)),
                 other => panic!("a regex cannot say {other:?}"),
             },
             Err(RouteError::Failed { reason, .. }) => {

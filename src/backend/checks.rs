@@ -13,8 +13,8 @@ use tokio::task::{AbortHandle, JoinSet};
 use tokio::time::{self, Instant};
 
 use super::connect;
+use super::dial::dial;
 use super::health::Depth;
-use super::reach::dial;
 use super::request::{Fault, Outcome, Purpose, Request, Seen};
 use super::server::ServerState;
 use super::{Backend, Backends, Group, Server, chance};
@@ -22,21 +22,21 @@ use crate::config::{self, BackendId, CheckKind, Config, Limits, Mode, Problem};
 use crate::deadline::Deadline;
 use crate::failure::Reason;
 use crate::identity::{PasswordLogin, Secret, ServerLogin, UserName};
-use crate::imap::client_id::ClientId;
-use crate::imap::tag::Tag;
 use crate::metrics::CheckMetrics;
+use crate::protocol::imap::client_id::ClientId;
+use crate::protocol::imap::tag::Tag;
 
 /// Servers of an SRV record come and go: they are looked for this often.
 const LOOK_AGAIN: Duration = Duration::from_secs(1);
 
 /// A backend's checks, ready for use.
 #[derive(Debug)]
-pub(super) struct Watch {
+pub(super) struct HealthChecker {
     check: config::Check,
     account: Option<(UserName, Secret)>,
 }
 
-impl Watch {
+impl HealthChecker {
     /// Reads the password of the account that logs in.
     pub(super) fn build(config: &Config, check: &config::Check) -> Result<Self, Problem> {
         let account = match &check.kind {
@@ -51,7 +51,7 @@ impl Watch {
 }
 
 /// What is next for one server.
-struct Course {
+struct CheckSchedule {
     /// Of which server: another may get the same name.
     state: Arc<ServerState>,
     due: Instant,
@@ -59,13 +59,13 @@ struct Course {
     metrics: CheckMetrics,
 }
 
-impl Course {
+impl CheckSchedule {
     fn is_under_way(&self) -> bool {
         self.under_way.as_ref().is_some_and(|check| !check.is_finished())
     }
 }
 
-impl Drop for Course {
+impl Drop for CheckSchedule {
     fn drop(&mut self) {
         // The server is gone: nothing more is to be told of it.
         if let Some(check) = &self.under_way {
@@ -79,7 +79,7 @@ pub(super) async fn follow(backends: Arc<Backends>, backend: Arc<Backend>, limit
     let Some(watch) = &backend.watch else { return };
     let kind = watch.check.kind.as_str();
     let own = backend.metrics.backend(backend.id.0);
-    let mut courses: HashMap<Arc<str>, Course> = HashMap::new();
+    let mut courses: HashMap<Arc<str>, CheckSchedule> = HashMap::new();
     // Whatever is under way ends with this.
     let mut running = JoinSet::new();
     let comes_and_goes = backend.groups.iter().any(|group| group.service.is_some());
@@ -97,7 +97,7 @@ pub(super) async fn follow(backends: Arc<Backends>, backend: Arc<Backend>, limit
         let now = Instant::now();
         let mut next = now + if comes_and_goes { LOOK_AGAIN } else { watch.check.interval };
         for server in servers {
-            let course = courses.entry(server.name.clone()).or_insert_with(|| Course {
+            let course = courses.entry(server.name.clone()).or_insert_with(|| CheckSchedule {
                 state: server.state.clone(),
                 due: now,
                 under_way: None,

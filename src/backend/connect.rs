@@ -13,14 +13,14 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use zeroize::Zeroizing;
 
 use super::awaited::AwaitedAnswer;
-use super::reach::{encrypt, reach};
+use super::dial::{encrypt, reach};
 use super::request::{Established, Fault, Outcome, Purpose, Request, Seen, reason};
 use super::{Backend, Server};
 use crate::config::{ClientInfo, TlsMode};
 use crate::deadline::Deadline;
 use crate::failure::Reason;
-use crate::imap::backend_login::{Attempt, BackendLogin, Offer, Rules, ServerFault, ServerStep, Unavailable};
-use crate::imap::login_answer::{Action, Verdict};
+use crate::protocol::imap::backend_login::{Attempt, BackendLogin, Offer, Rules, ServerFault, ServerStep, Unavailable};
+use crate::protocol::imap::login_answer::{Action, Verdict};
 use crate::stream::Stream;
 
 /// One read from a server before login: its lines are short.

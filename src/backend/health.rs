@@ -16,7 +16,7 @@ const FIRST_STEP: f64 = 0.1;
 
 /// How a login failed, by how much that says.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Blow {
+pub(super) enum FailureKind {
     /// Nobody listens there.
     Refused,
     /// Anything else that is the server's fault.
@@ -79,7 +79,7 @@ pub(super) struct Health {
 #[derive(Debug)]
 enum Breaker {
     Closed { failures: u32 },
-    Open { retry_at: Instant, pause: Duration, blow: Blow, trial: Option<Trial> },
+    Open { retry_at: Instant, pause: Duration, blow: FailureKind, trial: Option<Trial> },
 }
 
 impl Default for Breaker {
@@ -96,19 +96,19 @@ struct Checks {
 }
 
 /// A server has just died, or come back: `Some(alive)`.
-pub(super) type News = Option<bool>;
+pub(super) type HealthChange = Option<bool>;
 
 impl Health {
     /// A login could not use the server.
     ///
     /// Failures within a pause (logins that were under way together, and those that had no other server) do not
     /// lengthen it.
-    pub(super) fn failed(&mut self, blow: Blow, now: Instant, thresholds: Thresholds) -> News {
+    pub(super) fn failed(&mut self, blow: FailureKind, now: Instant, thresholds: Thresholds) -> HealthChange {
         self.judge(now, |health| {
             let pause = match &mut health.breaker {
                 Breaker::Closed { failures } => {
                     *failures += 1;
-                    if blow == Blow::Other && *failures < thresholds.failures {
+                    if blow == FailureKind::Other && *failures < thresholds.failures {
                         return;
                     }
                     FIRST_PAUSE
@@ -121,19 +121,20 @@ impl Health {
     }
 
     /// The server answered a login, whichever way.
-    pub(super) fn answered(&mut self, now: Instant) -> News {
+    pub(super) fn answered(&mut self, now: Instant) -> HealthChange {
         self.judge(now, |health| health.breaker = Breaker::default())
     }
 
     /// A check that sees as much as `depth` ended well or not.
-    pub(super) fn checked(&mut self, good: bool, depth: Depth, now: Instant, thresholds: Thresholds) -> News {
+    pub(super) fn checked(&mut self, good: bool, depth: Depth, now: Instant, thresholds: Thresholds) -> HealthChange {
         self.judge(now, |health| {
             let checks = &mut health.checks;
             checks.against = if good == checks.out { checks.against + 1 } else { 0 };
             if checks.against >= if good { thresholds.rise } else { thresholds.fall } {
                 *checks = Checks { out: !good, against: 0 };
             }
-            let closes = |blow| good && !health.checks.out && (depth == Depth::Dialogue || blow == Blow::Refused);
+            let closes =
+                |blow| good && !health.checks.out && (depth == Depth::Dialogue || blow == FailureKind::Refused);
             if matches!(health.breaker, Breaker::Open { blow, .. } if closes(blow)) {
                 health.breaker = Breaker::default();
             }
@@ -191,7 +192,7 @@ impl Health {
         passed.clamp(FIRST_STEP, 1.0)
     }
 
-    fn judge(&mut self, now: Instant, change: impl FnOnce(&mut Self)) -> News {
+    fn judge(&mut self, now: Instant, change: impl FnOnce(&mut Self)) -> HealthChange {
         let before = self.is_alive();
         change(self);
         let after = self.is_alive();
@@ -209,11 +210,11 @@ mod tests {
     const THRESHOLDS: Thresholds = Thresholds { failures: 3, rise: 2, fall: 3 };
     const SECOND: Duration = Duration::from_secs(1);
 
-    fn fail(health: &mut Health, blow: Blow, now: Instant) -> News {
+    fn fail(health: &mut Health, blow: FailureKind, now: Instant) -> HealthChange {
         health.failed(blow, now, THRESHOLDS)
     }
 
-    fn check(health: &mut Health, good: bool, depth: Depth) -> News {
+    fn check(health: &mut Health, good: bool, depth: Depth) -> HealthChange {
         health.checked(good, depth, Instant::now(), THRESHOLDS)
     }
 
@@ -221,20 +222,20 @@ mod tests {
     fn pauses_double_and_end() {
         let mut health = Health::default();
         let mut now = Instant::now();
-        assert_eq!(fail(&mut health, Blow::Refused, now), Some(false), "at once");
+        assert_eq!(fail(&mut health, FailureKind::Refused, now), Some(false), "at once");
         for seconds in [1, 2, 4, 8, 16, 30, 30] {
-            assert_eq!(fail(&mut health, Blow::Refused, now), None, "a failure within the pause is no news");
+            assert_eq!(fail(&mut health, FailureKind::Refused, now), None, "a failure within the pause is no news");
             let nearly = now + Duration::from_millis(seconds * 1000 - 1);
             assert_eq!(health.standing(nearly), Standing::Failing, "{seconds} s");
             now += Duration::from_secs(seconds);
             assert_eq!(health.standing(now), Standing::OnTrial, "{seconds} s");
             assert!(health.begin_trial(now).is_some());
-            assert_eq!(fail(&mut health, Blow::Refused, now), None);
+            assert_eq!(fail(&mut health, FailureKind::Refused, now), None);
         }
         assert_eq!(health.answered(now), Some(true));
         assert_eq!(health.answered(now), None);
         assert_eq!(health.standing(now), Standing::Alive);
-        assert_eq!(fail(&mut health, Blow::Refused, now), Some(false));
+        assert_eq!(fail(&mut health, FailureKind::Refused, now), Some(false));
         assert_eq!(health.standing(now + FIRST_PAUSE), Standing::OnTrial, "from the first pause again");
     }
 
@@ -242,13 +243,13 @@ mod tests {
     fn other_failures_must_come_in_a_row() {
         let (mut health, now) = (Health::default(), Instant::now());
         for _ in 0..5 {
-            assert_eq!(fail(&mut health, Blow::Other, now), None);
-            assert_eq!(fail(&mut health, Blow::Other, now), None);
+            assert_eq!(fail(&mut health, FailureKind::Other, now), None);
+            assert_eq!(fail(&mut health, FailureKind::Other, now), None);
             assert_eq!(health.answered(now), None);
         }
-        assert_eq!(fail(&mut health, Blow::Other, now), None);
-        assert_eq!(fail(&mut health, Blow::Other, now), None);
-        assert_eq!(fail(&mut health, Blow::Other, now), Some(false));
+        assert_eq!(fail(&mut health, FailureKind::Other, now), None);
+        assert_eq!(fail(&mut health, FailureKind::Other, now), None);
+        assert_eq!(fail(&mut health, FailureKind::Other, now), Some(false));
         assert_eq!(health.breaker(), BreakerState::Open);
     }
 
@@ -256,7 +257,7 @@ mod tests {
     fn one_trial_at_a_time() {
         let (mut health, now) = (Health::default(), Instant::now());
         assert_eq!(health.begin_trial(now), None, "it is alive");
-        fail(&mut health, Blow::Refused, now);
+        fail(&mut health, FailureKind::Refused, now);
         assert_eq!(health.begin_trial(now), None, "the pause is not over");
         let later = now + SECOND;
         let first = health.begin_trial(later).unwrap();
@@ -267,7 +268,7 @@ mod tests {
         let second = health.begin_trial(later).expect("the first one has learnt nothing");
         health.end_trial(first);
         assert_eq!(health.begin_trial(later), None, "an old trial does not end a new one");
-        fail(&mut health, Blow::Other, later);
+        fail(&mut health, FailureKind::Other, later);
         health.end_trial(second);
         assert_eq!(health.standing(later + SECOND), Standing::Failing, "a failed trial doubles the pause");
         assert_eq!(health.standing(later + 2 * SECOND), Standing::OnTrial);
@@ -296,10 +297,10 @@ mod tests {
     #[test]
     fn a_check_closes_a_breaker_that_opened_for_what_it_sees() {
         for (blow, depth, closes) in [
-            (Blow::Refused, Depth::Connection, true),
-            (Blow::Other, Depth::Connection, false),
-            (Blow::Refused, Depth::Dialogue, true),
-            (Blow::Other, Depth::Dialogue, true),
+            (FailureKind::Refused, Depth::Connection, true),
+            (FailureKind::Other, Depth::Connection, false),
+            (FailureKind::Refused, Depth::Dialogue, true),
+            (FailureKind::Other, Depth::Dialogue, true),
         ] {
             let (mut health, now) = (Health::default(), Instant::now());
             for _ in 0..3 {
@@ -317,7 +318,7 @@ mod tests {
         for _ in 0..3 {
             check(&mut health, false, Depth::Dialogue);
         }
-        fail(&mut health, Blow::Refused, now);
+        fail(&mut health, FailureKind::Refused, now);
         assert_eq!(health.standing(now + 60 * SECOND), Standing::Failing, "no trials: checks go there by themselves");
         assert_eq!(health.answered(now), None);
         assert_eq!(health.standing(now), Standing::Failing);
@@ -330,7 +331,7 @@ mod tests {
         let (mut health, now) = (Health::default(), Instant::now());
         let slow = Some(Duration::from_secs(30));
         assert!((health.ramp(now, slow) - 1.0).abs() < 1e-9, "it was never away");
-        fail(&mut health, Blow::Refused, now);
+        fail(&mut health, FailureKind::Refused, now);
         health.answered(now);
         for (seconds, expected) in [(0, 0.1), (3, 0.1), (15, 0.5), (30, 1.0), (60, 1.0)] {
             let ramp = health.ramp(now + Duration::from_secs(seconds), slow);

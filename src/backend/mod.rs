@@ -6,20 +6,20 @@
 
 pub mod admin_state;
 mod awaited;
+mod capacity;
 mod checks;
 pub mod connect;
-mod departures;
-mod discover;
+mod dial;
+mod disconnect_spreader;
+mod discovery;
 mod exchanges;
+mod failover;
 mod health;
 mod offer;
-mod reach;
 pub mod request;
 mod select;
 mod server;
-mod slots;
 mod source;
-mod tour;
 
 use std::collections::{BTreeMap, HashMap};
 use std::hash::{BuildHasher as _, RandomState};
@@ -34,21 +34,21 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use self::admin_state::AdminStates;
-use self::checks::Watch;
-pub use self::discover::OwnAddresses;
-use self::discover::{Resolver, Service};
-use self::select::{Candidate, Luck};
+use self::capacity::LoginQueue;
+pub use self::capacity::{DelayedDisconnect, ServerPermit, SessionSlot};
+use self::checks::HealthChecker;
+pub use self::discovery::OwnAddresses;
+use self::discovery::{Resolver, Service};
+pub use self::failover::{Failover, NextServer};
+use self::select::{Candidate, SelectionState};
 pub use self::server::{LastError, Server};
-use self::server::{ServerState, Terms};
-use self::slots::Queue;
-pub use self::slots::{CutOff, SessionSlot, Slot};
+use self::server::{ServerSettings, ServerState};
 use self::source::Sources;
-pub use self::tour::{Stop, Tour};
 use crate::config::{self, BackendId, Balance, ClientInfo, Config, Host, Limits, Mode, Problem, TlsMode, Trust};
 use crate::identity::{Secret, UserName};
-use crate::imap::backend_login::Offer;
 use crate::metrics::Metrics;
-use crate::tls::client::ClientTls;
+use crate::protocol::imap::backend_login::Offer;
+use crate::tls::client::UpstreamTls;
 
 /// Undeclared servers that routes may name, a backend. Each is a label of metrics.
 const MAX_GUESTS: usize = 256;
@@ -117,12 +117,12 @@ impl Backends {
             for (index, group) in backend.groups.iter().enumerate() {
                 if group.service.is_some() {
                     let service =
-                        discover::follow_service(resolver.clone(), backend.clone(), index, own.clone(), stop.clone());
+                        discovery::follow_service(resolver.clone(), backend.clone(), index, own.clone(), stop.clone());
                     tasks.spawn(service);
                     continue;
                 }
                 for server in group.current() {
-                    tasks.spawn(discover::follow_server(
+                    tasks.spawn(discovery::follow_server(
                         resolver.clone(),
                         backend.clone(),
                         server,
@@ -234,7 +234,7 @@ pub struct Backend {
     pub id: BackendId,
     sources: Sources,
     /// TLS towards the servers, and how it begins.
-    tls: Option<ClientTls>,
+    tls: Option<UpstreamTls>,
     mode: TlsMode,
     /// What servers learn of the client.
     client_info: ClientInfo,
@@ -250,13 +250,13 @@ pub struct Backend {
     forward: BTreeMap<String, String>,
     /// Which server comes first.
     pub balance: Balance,
-    watch: Option<Watch>,
-    queue: Queue,
+    watch: Option<HealthChecker>,
+    queue: LoginQueue,
     queue_limits: config::Queue,
     /// How far each server is behind its turn, by name.
     credits: Mutex<HashMap<Arc<str>, f64>>,
     /// Of servers that a route names by address.
-    guest_terms: Terms,
+    guest_terms: ServerSettings,
     groups: Vec<Group>,
     /// Servers that a route names by their addresses.
     guests: Mutex<HashMap<SocketAddr, Arc<Server>>>,
@@ -272,7 +272,7 @@ impl Backend {
         (metrics, admin_states): (&Arc<Metrics>, &AdminStates),
         previous: Option<&Arc<Self>>,
     ) -> Result<Self, Problem> {
-        let tls = ClientTls::build(config, backend)?;
+        let tls = UpstreamTls::build(config, backend)?;
         let label: Arc<str> = backend.name.as_str().into();
         let own = metrics.backend(id.0);
         own.set_insecure(backend.tls.mode != TlsMode::None && matches!(backend.tls.trust, Trust::Insecure));
@@ -281,7 +281,7 @@ impl Backend {
         for server in &backend.servers {
             match server {
                 config::Server::Srv { name, max_sessions, mode, .. } => {
-                    let terms = Terms::new(&backend.care, *max_sessions, *mode);
+                    let terms = ServerSettings::new(&backend.care, *max_sessions, *mode);
                     let known = previous.and_then(|previous| {
                         let group = previous.groups.iter().find(|group| group.service.as_ref() == Some(name))?;
                         group.servers.borrow().clone()
@@ -301,7 +301,7 @@ impl Backend {
                         weight: *weight,
                         priority: 0,
                         tls_name,
-                        terms: Terms::new(&backend.care, *max_sessions, *mode),
+                        terms: ServerSettings::new(&backend.care, *max_sessions, *mode),
                         state: state.unwrap_or_else(|| {
                             ServerState::new(host, *port, own.server(name), admin_states.cell(&backend.name, name))
                         }),
@@ -309,7 +309,7 @@ impl Backend {
                 }
             }
         }
-        let guest_terms = Terms::new(&backend.care, None, Mode::Up);
+        let guest_terms = ServerSettings::new(&backend.care, None, Mode::Up);
         groups.push(Group::fixed(fixed, guest_terms));
         let guests = previous.map(|previous| previous.lock_guests().clone()).unwrap_or_default();
         let guests = guests.into_iter().map(|(address, server)| (address, server.on(guest_terms))).collect();
@@ -326,8 +326,8 @@ impl Backend {
             answers: backend.answers.clone(),
             forward: backend.forward.clone(),
             balance: backend.care.balance,
-            watch: backend.care.check.as_ref().map(|check| Watch::build(config, check)).transpose()?,
-            queue: Queue::default(),
+            watch: backend.care.check.as_ref().map(|check| HealthChecker::build(config, check)).transpose()?,
+            queue: LoginQueue::default(),
             queue_limits: backend.care.queue,
             credits: Mutex::default(),
             guest_terms,
@@ -381,15 +381,19 @@ impl Backend {
 
     fn ordered(&self, user: &str, candidates: &[Candidate<'_>], servers: &[Arc<Server>]) -> Vec<usize> {
         if self.balance != Balance::RoundRobin {
-            let mut luck = Luck { chance: &mut chance, credits: &mut [] };
+            let mut luck = SelectionState { chance: &mut chance, credits: &mut [] };
             return select::order(self.balance, user, candidates, &mut luck);
         }
         // What is lost with a panic elsewhere is whose turn it is.
         let mut known = self.credits.lock().unwrap_or_else(PoisonError::into_inner);
         let mut credits: Vec<f64> =
             servers.iter().map(|server| known.get(&server.name).copied().unwrap_or_default()).collect();
-        let order =
-            select::order(self.balance, user, candidates, &mut Luck { chance: &mut chance, credits: &mut credits });
+        let order = select::order(
+            self.balance,
+            user,
+            candidates,
+            &mut SelectionState { chance: &mut chance, credits: &mut credits },
+        );
         *known = servers.iter().map(|server| server.name.clone()).zip(credits).collect();
         order
     }
@@ -484,17 +488,17 @@ fn chance() -> f64 {
 #[derive(Debug)]
 struct Group {
     service: Option<String>,
-    terms: Terms,
+    terms: ServerSettings,
     /// `None` until DNS answered or failed for the first time.
     servers: watch::Sender<Option<Vec<Arc<Server>>>>,
 }
 
 impl Group {
-    fn fixed(servers: Vec<Arc<Server>>, terms: Terms) -> Self {
+    fn fixed(servers: Vec<Arc<Server>>, terms: ServerSettings) -> Self {
         Self { service: None, terms, servers: watch::Sender::new(Some(servers)) }
     }
 
-    fn service(name: String, terms: Terms, known: Option<Vec<Arc<Server>>>) -> Self {
+    fn service(name: String, terms: ServerSettings, known: Option<Vec<Arc<Server>>>) -> Self {
         Self { service: Some(name), terms, servers: watch::Sender::new(known) }
     }
 

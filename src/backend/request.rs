@@ -7,15 +7,15 @@ use tokio::net::TcpStream;
 
 use super::Backend;
 use super::connect::Paused;
-use super::health::Blow;
+use super::health::FailureKind;
 use crate::config::Limits;
 use crate::deadline::Deadline;
 use crate::failure::{Reason, Side};
 use crate::identity::{Mechanism, ServerLogin};
-use crate::imap::backend_login::{Offer, Referral, ServerFault};
-use crate::imap::client_id::ClientId;
-use crate::imap::login_answer::{self, Action, Answer, Health, Point, Verdict};
-use crate::imap::tag::Tag;
+use crate::protocol::imap::backend_login::{Offer, Referral, ServerFault};
+use crate::protocol::imap::client_id::ClientId;
+use crate::protocol::imap::login_answer::{self, Action, Answer, Health, Point, Verdict};
+use crate::protocol::imap::tag::Tag;
 use crate::relay::Leg;
 use crate::stream::TlsFacts;
 
@@ -121,7 +121,7 @@ pub struct Fault {
     /// Whether the fault shows that the server works.
     pub(super) answered: bool,
     /// How the server's health suffers; `None` for what a client can provoke.
-    pub(super) blow: Option<Blow>,
+    pub(super) blow: Option<FailureKind>,
 }
 
 impl Fault {
@@ -187,7 +187,7 @@ impl Fault {
             try_next: verdict.action == Action::TryAnotherServer,
             is_refusal: matches!(verdict.action, Action::Refuse { .. }),
             answered: verdict.health == Health::Answers,
-            blow: (verdict.health == Health::Suffers).then_some(Blow::Other),
+            blow: (verdict.health == Health::Suffers).then_some(FailureKind::Other),
         }
     }
 }

@@ -38,7 +38,7 @@ impl Candidate<'_> {
 }
 
 /// What a choice takes along from the one before it, and from chance.
-pub(super) struct Luck<'a> {
+pub(super) struct SelectionState<'a> {
     /// The next number from 0 up to 1.
     pub chance: &'a mut dyn FnMut() -> f64,
     /// How far each candidate is behind its share, for `round-robin`; as long as the candidates.
@@ -46,7 +46,12 @@ pub(super) struct Luck<'a> {
 }
 
 /// Positions of `candidates` in the order in which they are to be tried for `user`.
-pub(super) fn order(balance: Balance, user: &str, candidates: &[Candidate<'_>], luck: &mut Luck<'_>) -> Vec<usize> {
+pub(super) fn order(
+    balance: Balance,
+    user: &str,
+    candidates: &[Candidate<'_>],
+    luck: &mut SelectionState<'_>,
+) -> Vec<usize> {
     let rank = |index: &usize| (!candidates[*index].available, candidates[*index].priority);
     let mut order: Vec<usize> = (0..candidates.len()).collect();
     order.sort_by_key(rank);
@@ -158,14 +163,14 @@ mod tests {
     }
 
     fn hashed(user: &str, candidates: &[Candidate<'_>]) -> Vec<usize> {
-        order(Balance::UserHash, user, candidates, &mut Luck { chance: &mut || 0.5, credits: &mut [] })
+        order(Balance::UserHash, user, candidates, &mut SelectionState { chance: &mut || 0.5, credits: &mut [] })
     }
 
     /// `logins` of distinct users, whose sessions stay.
     fn fill(balance: Balance, candidates: &mut [Candidate<'_>], logins: u32) {
         let (mut chance, mut credits) = (chances(), vec![0.0; candidates.len()]);
         for user in 0..logins {
-            let mut luck = Luck { chance: &mut chance, credits: &mut credits };
+            let mut luck = SelectionState { chance: &mut chance, credits: &mut credits };
             let first = order(balance, &format!("user{user}"), candidates, &mut luck)[0];
             candidates[first].sessions += 1;
         }
@@ -191,7 +196,7 @@ mod tests {
         for balance in ALL {
             let (mut first, mut chance, mut credits) = ([0; 4], chances(), [0.0; 4]);
             for user in 0..100 {
-                let mut luck = Luck { chance: &mut chance, credits: &mut credits };
+                let mut luck = SelectionState { chance: &mut chance, credits: &mut credits };
                 let order = order(balance, &format!("user{user}"), &candidates, &mut luck);
                 first[order[0]] += 1;
                 assert_eq!(&order[2..], [1, 0], "spare, then what is down");
@@ -216,7 +221,12 @@ mod tests {
         let candidates = weighted(&[1, 1]);
         let mut credits = [0.0; 2];
         let mut turn = || {
-            order(Balance::RoundRobin, "alice", &candidates, &mut Luck { chance: &mut || 0.5, credits: &mut credits })
+            order(
+                Balance::RoundRobin,
+                "alice",
+                &candidates,
+                &mut SelectionState { chance: &mut || 0.5, credits: &mut credits },
+            )
         };
         let turns: Vec<Vec<usize>> = (0..4).map(|_| turn()).collect();
         assert_eq!(turns, [[0, 1], [1, 0], [0, 1], [1, 0]], "and the other one is next");
@@ -229,7 +239,12 @@ mod tests {
         let pick = |first: f64, second: f64| {
             let mut draws = [first, second].into_iter();
             let mut chance = || draws.next().unwrap();
-            order(Balance::LeastSessions, "", &candidates, &mut Luck { chance: &mut chance, credits: &mut [] })
+            order(
+                Balance::LeastSessions,
+                "",
+                &candidates,
+                &mut SelectionState { chance: &mut chance, credits: &mut [] },
+            )
         };
         // Drawn are positions among the candidates from the emptiest on: 1, 2, 0.
         assert_eq!(pick(0.9, 0.9), [2, 1, 0], "0 and 2 were drawn");
@@ -260,7 +275,7 @@ mod tests {
     #[test]
     fn nobody_is_a_valid_choice() {
         for balance in ALL {
-            let mut luck = Luck { chance: &mut || 0.0, credits: &mut [] };
+            let mut luck = SelectionState { chance: &mut || 0.0, credits: &mut [] };
             assert!(order(balance, "alice", &[], &mut luck).is_empty());
         }
     }
@@ -277,7 +292,7 @@ mod tests {
                 Candidate { name: "same", weight: *weight, priority: *priority, available: *available, sessions: *sessions, ramp: *ramp }
             }).collect();
             let mut draws = draws.into_iter();
-            let mut luck = Luck { chance: &mut || draws.next().unwrap_or(0.0), credits: &mut vec![0.0; servers.len()] };
+            let mut luck = SelectionState { chance: &mut || draws.next().unwrap_or(0.0), credits: &mut vec![0.0; servers.len()] };
             let mut order = order(ALL[balance], "alice", &candidates, &mut luck);
             let rank = |index: &usize| (!candidates[*index].available, candidates[*index].priority);
             prop_assert!(order.is_sorted_by_key(rank), "{order:?}");
@@ -310,7 +325,7 @@ mod tests {
             let mut candidates = weighted(&weights);
             let sum: f64 = weights.iter().map(|weight| f64::from(*weight)).sum();
             for user in 0..300 {
-                let mut luck = Luck { chance: &mut || 0.5, credits: &mut [] };
+                let mut luck = SelectionState { chance: &mut || 0.5, credits: &mut [] };
                 let user = format!("user{user}");
                 let first = order(Balance::BoundedHash { factor }, &user, &candidates, &mut luck)[0];
                 candidates[first].sessions += 1;
@@ -330,7 +345,7 @@ mod tests {
                 for user in 0..200 {
                     let user = format!("user{user}");
                     let first = |candidates: &[Candidate<'_>]| {
-                        order(balance, &user, candidates, &mut Luck { chance: &mut || 0.5, credits: &mut [] })[0]
+                        order(balance, &user, candidates, &mut SelectionState { chance: &mut || 0.5, credits: &mut [] })[0]
                     };
                     let (before, after) = (first(&all), first(&fewer));
                     prop_assert!(before == after || before == gone, "{user} moved from {before} to {after}");

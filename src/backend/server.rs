@@ -13,16 +13,16 @@ use tokio_rustls::rustls::pki_types::ServerName;
 
 use super::admin_state::{AdminCell, AdminState};
 use super::awaited::{Awaited, AwaitedAnswer};
-use super::departures::Departures;
+use super::capacity::{ServerCapacity, ServerPermit};
+use super::disconnect_spreader::DisconnectSpreader;
 use super::exchanges::Exchanges;
-use super::health::{Blow, Depth, Health, News, Standing, Thresholds, Trial};
+use super::health::{Depth, FailureKind, Health, HealthChange, Standing, Thresholds, Trial};
 use super::request::Fault;
 use super::select::Candidate;
-use super::slots::{Slot, Slots};
 use super::{first_known, publish_if_first};
 use crate::config::{self, Host, Mode};
-use crate::imap::backend_login::{IdAnswer, Learned, Offer};
 use crate::metrics::ServerMetrics;
+use crate::protocol::imap::backend_login::{IdAnswer, Learned, Offer};
 
 /// One mailbox server.
 #[derive(Debug)]
@@ -36,13 +36,13 @@ pub struct Server {
     pub(super) weight: u32,
     pub(super) priority: u16,
     pub(super) tls_name: ServerName<'static>,
-    pub(super) terms: Terms,
+    pub(super) terms: ServerSettings,
     pub(super) state: Arc<ServerState>,
 }
 
 /// On what terms a server is used.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Terms {
+pub(super) struct ServerSettings {
     /// Sessions at a time, logins under way included.
     pub(super) max_sessions: Option<u32>,
     /// What the configuration wants of it.
@@ -51,8 +51,8 @@ pub(super) struct Terms {
     pub(super) slow_start: Option<Duration>,
 }
 
-impl Terms {
-    pub(super) fn new(care: &config::Care, max_sessions: Option<u32>, mode: Mode) -> Self {
+impl ServerSettings {
+    pub(super) fn new(care: &config::BalancingConfig, max_sessions: Option<u32>, mode: Mode) -> Self {
         // Without checks nobody asks for their thresholds.
         let (rise, fall) = care.check.as_ref().map_or((1, 1), |check| (check.rise, check.fall));
         let thresholds = Thresholds { failures: care.failures, rise, fall };
@@ -79,7 +79,7 @@ pub struct LastError {
 #[derive(Debug)]
 pub(super) enum Admission {
     /// It may try.
-    Slot(Slot),
+    ServerPermit(ServerPermit),
     /// There is no place just now.
     Full,
     /// The server is failing, or somebody else tries it out: a last resort.
@@ -106,10 +106,10 @@ pub(super) struct ServerState {
     last_error: Mutex<Option<LastError>>,
     /// The state that an operator has set, over the configuration's.
     admin: AdminCell,
-    pub(super) slots: Slots,
+    pub(super) slots: ServerCapacity,
     pub(super) exchanges: Exchanges,
     awaited: Awaited,
-    departures: Mutex<Departures>,
+    departures: Mutex<DisconnectSpreader>,
     pub(super) metrics: ServerMetrics,
 }
 
@@ -130,7 +130,7 @@ impl ServerState {
             learned: Mutex::default(),
             last_error: Mutex::default(),
             admin,
-            slots: Slots::default(),
+            slots: ServerCapacity::default(),
             exchanges: Exchanges::default(),
             awaited: Awaited::default(),
             departures: Mutex::default(),
@@ -145,7 +145,7 @@ impl ServerState {
         self.metrics.set_breaker(health.breaker() as i64);
     }
 
-    pub(super) fn departures(&self) -> MutexGuard<'_, Departures> {
+    pub(super) fn departures(&self) -> MutexGuard<'_, DisconnectSpreader> {
         // Nothing in there panics halfway through a change.
         self.departures.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -158,7 +158,7 @@ impl ServerState {
 
 impl Server {
     /// The same server, of a configuration with other terms.
-    pub(super) fn on(&self, terms: Terms) -> Arc<Self> {
+    pub(super) fn on(&self, terms: ServerSettings) -> Arc<Self> {
         Arc::new(Self {
             name: self.name.clone(),
             backend: self.backend.clone(),
@@ -187,7 +187,7 @@ impl Server {
             weight: 1,
             priority: 0,
             tls_name: ServerName::from(IpAddr::from([127, 0, 0, 1])),
-            terms: Terms::open(),
+            terms: ServerSettings::open(),
         }
     }
 
@@ -264,16 +264,20 @@ impl Server {
         if self.state.health().standing(now) == Standing::Failing {
             return Admission::Failing;
         }
-        let slot = if needs_place { Slot::take(self) } else { self.has_place().then(|| Slot::without_place(self)) };
+        let slot = if needs_place {
+            ServerPermit::take(self)
+        } else {
+            self.has_place().then(|| ServerPermit::without_place(self))
+        };
         let Some(slot) = slot else { return Admission::Full };
         let mut health = self.state.health();
         if health.standing(now) == Standing::Alive {
-            return Admission::Slot(slot);
+            return Admission::ServerPermit(slot);
         }
         let trial = health.begin_trial(now);
         self.state.metrics.set_breaker(health.breaker() as i64);
         drop(health);
-        if trial.is_some() { Admission::Slot(slot.on_trial(trial)) } else { Admission::Failing }
+        if trial.is_some() { Admission::ServerPermit(slot.on_trial(trial)) } else { Admission::Failing }
     }
 
     /// A login was greeted, and waits for the server's answer until the guard drops.
@@ -382,7 +386,7 @@ impl Server {
     }
 
     /// A login could not use it.
-    pub(super) fn failed(&self, blow: Blow, error: &str) {
+    pub(super) fn failed(&self, blow: FailureKind, error: &str) {
         let news = self.state.health().failed(blow, Instant::now(), self.terms.thresholds);
         self.tell(news, error);
     }
@@ -402,7 +406,7 @@ impl Server {
         self.tell(news, result.err().unwrap_or_default());
     }
 
-    fn tell(&self, news: News, error: &str) {
+    fn tell(&self, news: HealthChange, error: &str) {
         let (backend, server) = (&self.backend, &self.name);
         match news {
             Some(false) => tracing::warn!(%backend, %server, %error, "server is failing and passed over"),
@@ -452,6 +456,6 @@ impl Server {
     /// A server that has but so many places.
     #[cfg(test)]
     pub(super) fn for_tests(name: &str, max_sessions: Option<u32>) -> Arc<Self> {
-        Self::named("b", name).on(Terms { max_sessions, ..Terms::open() })
+        Self::named("b", name).on(ServerSettings { max_sessions, ..ServerSettings::open() })
     }
 }

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::path::PathBuf;
 
-use super::{Answers, Care, Located, Mode, Place};
+use super::{Answers, BalancingConfig, Located, Mode, Place};
 use crate::identity::UserName;
 
 /// A named set of equivalent servers.
@@ -17,7 +17,7 @@ pub struct Backend {
     /// Local addresses that connections to them come from. Empty: the system chooses.
     pub source_addresses: Vec<IpAddr>,
     /// TLS towards them.
-    pub tls: ServerTls,
+    pub tls: UpstreamTlsConfig,
     /// What they learn of the client.
     pub client_info: ClientInfo,
     /// Whether a client may log in on behalf of another user.
@@ -31,7 +31,7 @@ pub struct Backend {
     /// Sent with ID as `x-forward-KEY`.
     pub forward: BTreeMap<String, String>,
     /// How servers are chosen, watched and limited.
-    pub care: Care,
+    pub care: BalancingConfig,
     /// In the file.
     pub place: Place,
 }
@@ -102,7 +102,7 @@ pub enum Host {
 
 /// TLS towards servers.
 #[derive(Debug, Clone)]
-pub struct ServerTls {
+pub struct UpstreamTlsConfig {
     /// How it begins.
     pub mode: TlsMode,
     /// Whom to trust.

@@ -9,13 +9,13 @@ use super::file::{BalanceWord, BreakerMap, CheckMap, CheckWord, QueueMap, StateW
 use super::limits::{bounded, number, or_off, seconds};
 use super::locate::child;
 use super::read::Reader;
-use super::values::{BalanceEntry, CheckEntry, Span};
+use super::values::{BalanceEntry, CheckEntry, DurationText};
 use super::{Located, TlsMode};
 use crate::identity::UserName;
 
 /// What a backend does for its servers, and with them.
 #[derive(Debug, Clone)]
-pub struct Care {
+pub struct BalancingConfig {
     /// Which server a login goes to.
     pub balance: Balance,
     /// How servers are asked whether they are well; `None`: they are not.
@@ -166,13 +166,19 @@ impl From<StateWord> for Mode {
 pub(super) struct Written {
     pub(super) balance: Option<BalanceEntry>,
     pub(super) check: Option<CheckEntry>,
-    pub(super) slow_start: Option<Span>,
+    pub(super) slow_start: Option<DurationText>,
     pub(super) breaker: BreakerMap,
     pub(super) queue: QueueMap,
 }
 
 /// Absent keys have their defaults. `key` is the backend's.
-pub(super) fn care(reader: &mut Reader<'_>, folder: &Path, key: &str, mode: TlsMode, written: Written) -> Care {
+pub(super) fn care(
+    reader: &mut Reader<'_>,
+    folder: &Path,
+    key: &str,
+    mode: TlsMode,
+    written: Written,
+) -> BalancingConfig {
     let balance = balance(reader, &child(key, "balance"), written.balance);
     let slow_key = child(key, "slow_start");
     let slow_start = or_off(reader, &slow_key, written.slow_start, None, seconds(1, 3600));
@@ -180,7 +186,7 @@ pub(super) fn care(reader: &mut Reader<'_>, folder: &Path, key: &str, mode: TlsM
         reader.problem(&slow_key, "has no effect with balance user-hash: a user's sessions meet on one server");
     }
     let queue = child(key, "queue");
-    Care {
+    BalancingConfig {
         balance,
         check: check(reader, folder, &child(key, "check"), mode, written.check),
         slow_start,

@@ -12,7 +12,9 @@ use serde_yaml::{Mapping, Value};
 use super::answers::{EmptyPasswordWord, LoginWithWord};
 use super::guard_file::{AccessMap, PolicyMap};
 use super::users_file::UsersMap;
-use super::values::{BalanceEntry, Cap, CheckEntry, Pace, ServerEntry, Size, Span, TlsEntry, TlsVersionWord, Words};
+use super::values::{
+    BalanceEntry, CheckEntry, DurationText, OptionalCount, RateText, ServerEntry, Size, TlsEntry, TlsVersionWord, Words,
+};
 
 /// The whole file.
 #[derive(Debug, Default, Deserialize)]
@@ -214,7 +216,7 @@ pub(super) struct BackendMap {
     pub(super) check: Option<CheckEntry>,
     /// How long a server that came back takes to its full weight.
     #[serde(default)]
-    pub(super) slow_start: Option<Span>,
+    pub(super) slow_start: Option<DurationText>,
     /// When logins stop going to a server by themselves.
     #[serde(default)]
     pub(super) breaker: BreakerMap,
@@ -251,9 +253,9 @@ pub(super) enum BalanceWord {
 pub(super) struct CheckMap {
     pub(super) kind: CheckWord,
     /// From one check to the next.
-    pub(super) interval: Option<Span>,
+    pub(super) interval: Option<DurationText>,
     /// For all of a check.
-    pub(super) timeout: Option<Span>,
+    pub(super) timeout: Option<DurationText>,
     /// Good ones in a row that bring a server back.
     pub(super) rise: Option<i64>,
     /// Failed ones in a row that take a server out.
@@ -290,7 +292,7 @@ pub(super) struct QueueMap {
     /// Logins at a time, a backend.
     pub(super) length: Option<i64>,
     /// How long each waits.
-    pub(super) timeout: Option<Span>,
+    pub(super) timeout: Option<DurationText>,
 }
 
 /// `state` of a server.
@@ -389,23 +391,23 @@ pub(super) enum AuthzidWord {
 #[derive(Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub(super) struct LimitsMap {
-    pub(super) proxy_header: Option<Span>,
-    pub(super) handshake: Option<Span>,
-    pub(super) login: Option<Span>,
-    pub(super) lookup: Option<Span>,
-    pub(super) connect: Option<Span>,
-    pub(super) server_login: Option<Span>,
+    pub(super) proxy_header: Option<DurationText>,
+    pub(super) handshake: Option<DurationText>,
+    pub(super) login: Option<DurationText>,
+    pub(super) lookup: Option<DurationText>,
+    pub(super) connect: Option<DurationText>,
+    pub(super) server_login: Option<DurationText>,
     pub(super) line: Option<Size>,
     pub(super) literal: Option<Size>,
     pub(super) bad_commands: Option<i64>,
     pub(super) failed_logins: Option<i64>,
-    pub(super) idle: Option<Span>,
-    pub(super) half_close: Option<Span>,
-    pub(super) stall: Option<Span>,
-    pub(super) max_disconnect_delay: Option<Span>,
-    pub(super) drain: Option<Span>,
-    pub(super) ready_delay: Option<Span>,
-    pub(super) keepalive: Option<Span>,
+    pub(super) idle: Option<DurationText>,
+    pub(super) half_close: Option<DurationText>,
+    pub(super) stall: Option<DurationText>,
+    pub(super) max_disconnect_delay: Option<DurationText>,
+    pub(super) drain: Option<DurationText>,
+    pub(super) ready_delay: Option<DurationText>,
+    pub(super) keepalive: Option<DurationText>,
     pub(super) sessions: Option<i64>,
     pub(super) workers: Option<i64>,
     pub(super) untagged_lines: Option<i64>,
@@ -414,17 +416,17 @@ pub(super) struct LimitsMap {
     pub(super) handshakes: Option<i64>,
     pub(super) before_login: Option<i64>,
     pub(super) before_login_memory: Option<Size>,
-    pub(super) sessions_per_address: Option<Cap>,
-    pub(super) sessions_per_user: Option<Cap>,
-    pub(super) sessions_per_user_and_address: Option<Cap>,
+    pub(super) sessions_per_address: Option<OptionalCount>,
+    pub(super) sessions_per_user: Option<OptionalCount>,
+    pub(super) sessions_per_user_and_address: Option<OptionalCount>,
     /// [`super::guard_file::NetworkMap`].
     pub(super) networks: Vec<Value>,
-    pub(super) connection_rate: Option<Pace>,
-    pub(super) login_rate_per_address: Option<Pace>,
-    pub(super) login_rate_per_user: Option<Pace>,
+    pub(super) connection_rate: Option<RateText>,
+    pub(super) login_rate_per_address: Option<RateText>,
+    pub(super) login_rate_per_user: Option<RateText>,
     pub(super) tracked: Option<i64>,
-    pub(super) failed_login_delay: Option<Span>,
-    pub(super) failed_login_delay_max: Option<Span>,
+    pub(super) failed_login_delay: Option<DurationText>,
+    pub(super) failed_login_delay_max: Option<DurationText>,
 }
 
 /// `admin`.
@@ -486,7 +488,7 @@ pub(super) struct ResolverMap {
     /// Name servers, `ip:port`. Absent: the system's.
     pub(super) servers: Vec<String>,
     /// Of one question to one server.
-    pub(super) timeout: Option<Span>,
+    pub(super) timeout: Option<DurationText>,
 }
 
 /// The server entry is used by `check`.

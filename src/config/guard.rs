@@ -9,7 +9,7 @@ use super::guard_file::{AccessMap, NetworkMap};
 use super::limits::{bounded, number, or_off, seconds};
 use super::locate::child;
 use super::read::Reader;
-use super::values::{Cap, Pace, Size};
+use super::values::{OptionalCount, RateText, Size};
 
 /// Who may come in and try. An address is one of IPv4, or a /64 of IPv6, which is what one household has.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -186,7 +186,7 @@ fn network(reader: &mut Reader<'_>, key: &str, text: &str) -> Option<Network> {
     network
 }
 
-fn cap(reader: &mut Reader<'_>, key: &str, written: Option<Cap>) -> Option<u32> {
+fn cap(reader: &mut Reader<'_>, key: &str, written: Option<OptionalCount>) -> Option<u32> {
     let number = written?.0?;
     let within = u32::try_from(number).ok().filter(|number| (1..=10_000_000).contains(number));
     if within.is_none() {
@@ -195,7 +195,7 @@ fn cap(reader: &mut Reader<'_>, key: &str, written: Option<Cap>) -> Option<u32> 
     within
 }
 
-fn rate(reader: &mut Reader<'_>, key: &str, written: Option<Pace>) -> Option<Rate> {
+fn rate(reader: &mut Reader<'_>, key: &str, written: Option<RateText>) -> Option<Rate> {
     let (events, per) = written?.0?;
     if !(1..=1_000_000).contains(&events) || !seconds(1, 24 * 3600).contains(&per) {
         reader.problem(key, "expected off, or 1 to 1000000 events in 1s to 1day, like 60/1m");

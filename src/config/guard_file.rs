@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use serde::Deserialize;
 
-use super::values::Span;
+use super::values::DurationText;
 
 /// An item of `limits.networks`.
 #[derive(Debug, Deserialize)]
@@ -53,7 +53,7 @@ pub(super) struct PolicyMap {
     pub(super) hash_bits: Option<i64>,
     /// Of one question.
     #[serde(default)]
-    pub(super) timeout: Option<Span>,
+    pub(super) timeout: Option<DurationText>,
     /// What its silence means.
     #[serde(default)]
     pub(super) on_failure: OnFailureWord,

@@ -6,7 +6,7 @@ use std::time::Duration;
 use super::Limits;
 use super::file::LimitsMap;
 use super::read::Reader;
-use super::values::{Size, Span};
+use super::values::{DurationText, Size};
 
 /// Absent keys have their defaults.
 pub(super) fn limits(reader: &mut Reader<'_>, written: &LimitsMap) -> Limits {
@@ -85,11 +85,11 @@ pub(super) fn seconds(least: u64, most: u64) -> RangeInclusive<Duration> {
 pub(super) fn bounded(
     reader: &mut Reader<'_>,
     key: &str,
-    written: Option<Span>,
+    written: Option<DurationText>,
     default: Duration,
     bounds: RangeInclusive<Duration>,
 ) -> Duration {
-    let Some(Span(span)) = written else { return default };
+    let Some(DurationText(span)) = written else { return default };
     let within = span.filter(|span| bounds.contains(span));
     within.unwrap_or_else(|| {
         let (least, most) = (humantime::format_duration(*bounds.start()), humantime::format_duration(*bounds.end()));
@@ -102,14 +102,14 @@ pub(super) fn bounded(
 pub(super) fn or_off(
     reader: &mut Reader<'_>,
     key: &str,
-    written: Option<Span>,
+    written: Option<DurationText>,
     default: Option<Duration>,
     bounds: RangeInclusive<Duration>,
 ) -> Option<Duration> {
     match written {
         None => default,
-        Some(Span(None)) => None,
-        Some(Span(Some(span))) if bounds.contains(&span) => Some(span),
+        Some(DurationText(None)) => None,
+        Some(DurationText(Some(span))) if bounds.contains(&span) => Some(span),
         Some(_) => {
             let (least, most) =
                 (humantime::format_duration(*bounds.start()), humantime::format_duration(*bounds.end()));

@@ -27,7 +27,7 @@ impl Position {
 
 /// Paths and positions of one text.
 #[derive(Debug, Default)]
-pub(super) struct Index {
+pub(super) struct Positions {
     positions: HashMap<String, Position>,
     /// Keys that stand twice in one map: the path, the first and the second position.
     pub(super) duplicates: Vec<(String, Position, Position)>,
@@ -51,7 +51,7 @@ enum Level {
     },
 }
 
-impl Index {
+impl Positions {
     /// Reads the first document as far as it is YAML; what is behind a syntax error has no position.
     pub(super) fn new(text: &str) -> Self {
         let mut index = Self::default();
@@ -159,7 +159,7 @@ mod tests {
 
     #[test]
     fn positions_are_those_an_editor_shows() {
-        let index = Index::new("a: 1\nb:\n  - x\n  - c: 2\n    d: [5, 6]\n");
+        let index = Positions::new("a: 1\nb:\n  - x\n  - c: 2\n    d: [5, 6]\n");
         let at = |path: &str| {
             let position = index.position(path);
             (position.line, position.column)
@@ -174,7 +174,7 @@ mod tests {
 
     #[test]
     fn keys_that_stand_twice() {
-        let index = Index::new("a: {x: 1, x: 2}\nb: 1\na: {x: 3}\n");
+        let index = Positions::new("a: {x: 1, x: 2}\nb: 1\na: {x: 3}\n");
         let found: Vec<_> =
             index.duplicates.iter().map(|(path, first, second)| (path.as_str(), first.line, second.line)).collect();
         assert_eq!(found, [("a.x", 1, 1), ("a", 1, 3)]);
@@ -182,20 +182,20 @@ mod tests {
 
     #[test]
     fn equal_paths_are_not_equal_keys() {
-        assert_eq!(Index::new("a: {b: 1}\na.b: 2\n").duplicates, []);
+        assert_eq!(Positions::new("a: {b: 1}\na.b: 2\n").duplicates, []);
     }
 
     #[test]
     fn a_second_document_is_not_read() {
-        let index = Index::new("a: 1\n---\na: 2\n");
+        let index = Positions::new("a: 1\n---\na: 2\n");
         assert_eq!(index.duplicates, []);
         assert_eq!(index.second_document, Some(Position { line: 2, column: 1 }));
-        assert_eq!(Index::new("---\na: 1\n").second_document, None);
+        assert_eq!(Positions::new("---\na: 1\n").second_document, None);
     }
 
     #[test]
     fn depth_costs_nothing() {
-        let index = Index::new(&"- ".repeat(20_000));
+        let index = Positions::new(&"- ".repeat(20_000));
         assert!(index.too_deep.is_some());
         assert!(index.positions.len() <= MAX_DEPTH + 1, "{}", index.positions.len());
     }

@@ -40,18 +40,18 @@ use zeroize::Zeroizing;
 use crate::identity::{Delegation, Mechanisms, Naming, TokenIssuer};
 
 pub use self::answers::Answers;
-pub use self::backend::{Backend, BackendId, ClientInfo, Host, MasterLogin, Server, ServerTls, TlsMode, Trust};
-pub use self::care::{Balance, Care, Check, CheckKind, Mode, Queue};
+pub use self::backend::{Backend, BackendId, ClientInfo, Host, MasterLogin, Server, TlsMode, Trust, UpstreamTlsConfig};
+pub use self::care::{Balance, BalancingConfig, Check, CheckKind, Mode, Queue};
 pub use self::directory::{
     ANSWER_FIELDS, Asking, Cache, Dns, DnsQuestion, Http, HttpStyle, Ldap, LdapScope, Network, Redis, RedisPlace, Sql,
 };
 pub use self::guard::{Access, Guard, Rate};
 pub use self::local::is_local;
-use self::locate::Index;
+use self::locate::Positions;
 pub use self::policy::Policy;
 use self::read::{Reader, no_yaml};
 pub use self::report::{Located, Place, Problem, Report};
-use self::tree::Tree;
+use self::tree::YamlValue;
 
 /// A larger file is no configuration: users belong into a table.
 const MAX_FILE: u64 = 16 * 1024 * 1024;
@@ -398,7 +398,7 @@ pub fn load(path: &Path) -> Result<Config, Report> {
 pub fn parse(file: &Path, text: &str) -> Result<Config, Report> {
     // Some editors put a byte order mark ahead of a text; it says nothing.
     let text = text.strip_prefix('\u{feff}').unwrap_or(text);
-    let mut reader = Reader::new(file, Index::new(text));
+    let mut reader = Reader::new(file, Positions::new(text));
     if !reader.structure() {
         return reader.finish(None);
     }
@@ -407,7 +407,7 @@ pub fn parse(file: &Path, text: &str) -> Result<Config, Report> {
         return Err(fault(file, "the file is empty".to_owned()));
     }
     let mut value = match serde_yaml::from_str(text) {
-        Ok(Tree(value)) => value,
+        Ok(YamlValue(value)) => value,
         Err(error) => return Err(Report::new(vec![no_yaml(file, text, &error)])),
     };
     reader.tidy("", &mut value);

@@ -9,7 +9,7 @@ use serde::de::DeserializeOwned;
 use serde_path_to_error::Segment;
 use serde_yaml::{Mapping, Value};
 
-use super::locate::{Index, child};
+use super::locate::{Positions, child};
 use super::report::{Place, Problem, Report, did_you_mean, suggestion};
 
 /// More mistakes than this in one map are not worth listing.
@@ -22,7 +22,7 @@ const MAX_PROBLEMS: usize = 200;
 #[derive(Debug)]
 pub(super) struct Reader<'a> {
     file: &'a Path,
-    index: Index,
+    index: Positions,
     problems: Vec<Problem>,
     warnings: Vec<Problem>,
     /// The last position of a mistake beyond [`MAX_PROBLEMS`].
@@ -30,7 +30,7 @@ pub(super) struct Reader<'a> {
 }
 
 impl<'a> Reader<'a> {
-    pub(super) fn new(file: &'a Path, index: Index) -> Self {
+    pub(super) fn new(file: &'a Path, index: Positions) -> Self {
         Self { file, index, problems: Vec::new(), warnings: Vec::new(), unlisted: None }
     }
 

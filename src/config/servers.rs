@@ -17,7 +17,7 @@ use super::file::{
 use super::locate::child;
 use super::read::Reader;
 use super::values::TlsEntry;
-use super::{Backend, ClientInfo, Host, MasterLogin, Server, ServerTls, TlsMode, Trust};
+use super::{Backend, ClientInfo, Host, MasterLogin, Server, TlsMode, Trust, UpstreamTlsConfig};
 use crate::identity::UserName;
 
 /// Longer names would be unwieldy labels.
@@ -234,7 +234,7 @@ fn is_host(name: &str) -> bool {
     name.len() <= MAX_HOST && name.split('.').all(label)
 }
 
-fn server_tls(reader: &mut Reader<'_>, folder: &Path, key: &str, entry: Option<TlsEntry>) -> ServerTls {
+fn server_tls(reader: &mut Reader<'_>, folder: &Path, key: &str, entry: Option<TlsEntry>) -> UpstreamTlsConfig {
     let map = match entry {
         None => TlsMap { mode: TlsWord::None, ca: None, server_name: None, pin: None, insecure: None },
         Some(TlsEntry::Word(mode)) => TlsMap { mode, ca: None, server_name: None, pin: None, insecure: None },
@@ -275,7 +275,7 @@ fn server_tls(reader: &mut Reader<'_>, folder: &Path, key: &str, entry: Option<T
     } else {
         Trust::System
     };
-    ServerTls { mode, trust, server_name: map.server_name }
+    UpstreamTlsConfig { mode, trust, server_name: map.server_name }
 }
 
 fn digest(reader: &mut Reader<'_>, key: &str, text: &str) -> Option<[u8; 32]> {

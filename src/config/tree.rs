@@ -9,9 +9,9 @@ use serde::de::{self, Deserialize, Deserializer, MapAccess, SeqAccess, Visitor};
 use serde_yaml::{Mapping, Value};
 
 /// Any YAML.
-pub(super) struct Tree(pub(super) Value);
+pub(super) struct YamlValue(pub(super) Value);
 
-impl<'de> Deserialize<'de> for Tree {
+impl<'de> Deserialize<'de> for YamlValue {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         deserializer.deserialize_any(Builder).map(Self)
     }
@@ -52,7 +52,7 @@ impl<'de> Visitor<'de> for Builder {
 
     fn visit_seq<A: SeqAccess<'de>>(self, mut items: A) -> Result<Value, A::Error> {
         let mut list = Vec::new();
-        while let Some(Tree(item)) = items.next_element()? {
+        while let Some(YamlValue(item)) = items.next_element()? {
             list.push(item);
         }
         Ok(Value::Sequence(list))
@@ -60,7 +60,7 @@ impl<'de> Visitor<'de> for Builder {
 
     fn visit_map<A: MapAccess<'de>>(self, mut entries: A) -> Result<Value, A::Error> {
         let mut map = Mapping::new();
-        while let Some((Tree(key), Tree(value))) = entries.next_entry()? {
+        while let Some((YamlValue(key), YamlValue(value))) = entries.next_entry()? {
             map.entry(key).or_insert(value);
         }
         Ok(Value::Mapping(map))

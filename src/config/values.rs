@@ -12,25 +12,25 @@ use super::routes::{CacheMap, HashMap};
 
 /// `10s`, `2m`, `1h 30m`; `off` where the key allows it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Span(pub(super) Option<Duration>);
+pub(super) struct DurationText(pub(super) Option<Duration>);
 
-impl<'de> Deserialize<'de> for Span {
+impl<'de> Deserialize<'de> for DurationText {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         struct Words;
         impl Visitor<'_> for Words {
-            type Value = Span;
+            type Value = DurationText;
 
             fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
                 f.write_str("a duration with its unit, like 10s or 30m")
             }
 
-            fn visit_str<E: de::Error>(self, text: &str) -> Result<Span, E> {
+            fn visit_str<E: de::Error>(self, text: &str) -> Result<DurationText, E> {
                 if text == "off" {
-                    return Ok(Span(None));
+                    return Ok(DurationText(None));
                 }
                 let duration = humantime::parse_duration(text);
                 duration
-                    .map(|duration| Span(Some(duration)))
+                    .map(|duration| DurationText(Some(duration)))
                     .map_err(|_| E::invalid_type(de::Unexpected::Str(text), &self))
             }
         }
@@ -103,28 +103,32 @@ impl<'de> Deserialize<'de> for Size {
 
 /// `off`, or a number.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Cap(pub(super) Option<i64>);
+pub(super) struct OptionalCount(pub(super) Option<i64>);
 
-impl<'de> Deserialize<'de> for Cap {
+impl<'de> Deserialize<'de> for OptionalCount {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         struct Either;
         impl Visitor<'_> for Either {
-            type Value = Cap;
+            type Value = OptionalCount;
 
             fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
                 f.write_str("off or a number")
             }
 
-            fn visit_i64<E>(self, number: i64) -> Result<Cap, E> {
-                Ok(Cap(Some(number)))
+            fn visit_i64<E>(self, number: i64) -> Result<OptionalCount, E> {
+                Ok(OptionalCount(Some(number)))
             }
 
-            fn visit_u64<E>(self, number: u64) -> Result<Cap, E> {
-                Ok(Cap(Some(i64::try_from(number).unwrap_or(i64::MAX))))
+            fn visit_u64<E>(self, number: u64) -> Result<OptionalCount, E> {
+                Ok(OptionalCount(Some(i64::try_from(number).unwrap_or(i64::MAX))))
             }
 
-            fn visit_str<E: de::Error>(self, text: &str) -> Result<Cap, E> {
-                if text == "off" { Ok(Cap(None)) } else { Err(E::invalid_type(de::Unexpected::Str(text), &self)) }
+            fn visit_str<E: de::Error>(self, text: &str) -> Result<OptionalCount, E> {
+                if text == "off" {
+                    Ok(OptionalCount(None))
+                } else {
+                    Err(E::invalid_type(de::Unexpected::Str(text), &self))
+                }
             }
         }
         deserializer.deserialize_any(Either)
@@ -133,28 +137,28 @@ impl<'de> Deserialize<'de> for Cap {
 
 /// `off`, or events in a time: `60/1m`.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Pace(pub(super) Option<(u32, Duration)>);
+pub(super) struct RateText(pub(super) Option<(u32, Duration)>);
 
-impl<'de> Deserialize<'de> for Pace {
+impl<'de> Deserialize<'de> for RateText {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         struct Words;
         impl Visitor<'_> for Words {
-            type Value = Pace;
+            type Value = RateText;
 
             fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
                 f.write_str("off or a rate, like 60/1m")
             }
 
-            fn visit_str<E: de::Error>(self, text: &str) -> Result<Pace, E> {
+            fn visit_str<E: de::Error>(self, text: &str) -> Result<RateText, E> {
                 if text == "off" {
-                    return Ok(Pace(None));
+                    return Ok(RateText(None));
                 }
                 let rate = text.split_once('/').and_then(|(events, per)| {
                     let digits = events.bytes().all(|byte| byte.is_ascii_digit());
                     let events = events.parse().ok().filter(|_| digits)?;
                     Some((events, humantime::parse_duration(per).ok()?))
                 });
-                rate.map(|rate| Pace(Some(rate))).ok_or_else(|| E::invalid_type(de::Unexpected::Str(text), &self))
+                rate.map(|rate| RateText(Some(rate))).ok_or_else(|| E::invalid_type(de::Unexpected::Str(text), &self))
             }
         }
         deserializer.deserialize_any(Words)

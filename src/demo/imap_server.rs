@@ -37,7 +37,7 @@ const MAX_COMMAND: usize = 64 * 1024;
 const UID_VALIDITY: u32 = 1;
 
 /// Accepts connections until `stop`.
-pub async fn serve(listener: TcpListener, mailbox: Arc<Mailbox>, stop: CancellationToken) {
+pub(crate) async fn serve(listener: TcpListener, mailbox: Arc<Mailbox>, stop: CancellationToken) {
     let accept = async {
         while let Ok((socket, _)) = listener.accept().await {
             // Where it fails, replies are late and not lost.

@@ -62,7 +62,7 @@ impl Message {
 
 /// A server's only user and mailbox.
 #[derive(Debug)]
-pub struct Mailbox {
+pub(crate) struct Mailbox {
     /// What the greeting and a header of each message call the server.
     pub server: String,
     /// Who may log in.
@@ -74,7 +74,7 @@ pub struct Mailbox {
 
 impl Mailbox {
     /// Three messages for `user`.
-    pub fn new(server: &str, user: &str, password: &str) -> Self {
+    pub(crate) fn new(server: &str, user: &str, password: &str) -> Self {
         let texts = [
             ("Welcome", format!("This mailbox lives on {server}.\r\n")),
             ("How you got here", format!("The proxy read your name, found {server}, and logged in there for you.\r\n")),

@@ -3,9 +3,9 @@
 //! Nothing here is a short cut: the configuration is written to a folder and read back, and the proxy is started as the command
 //! `run` does. Called by `main`.
 
-pub mod imap_server;
+pub(crate) mod imap_server;
 mod items;
-pub mod mailbox;
+pub(crate) mod mailbox;
 mod once;
 
 use std::fmt::Write as _;
@@ -23,9 +23,11 @@ use tokio_util::sync::CancellationToken;
 
 use self::mailbox::Mailbox;
 use crate::cli::DemoOptions;
+use crate::config;
+use crate::logging;
+use crate::process::shutdown::Signals;
+use crate::server;
 use crate::server::Running;
-use crate::shutdown::Signals;
-use crate::{config, logging, server};
 
 /// Backend, user and password of each mailbox server.
 const MAILBOXES: [(&str, &str, &str); 2] =
@@ -35,7 +37,7 @@ const MAILBOXES: [(&str, &str, &str); 2] =
 ///
 /// # Errors
 /// The folder cannot be written, or nothing can be bound.
-pub async fn run(options: DemoOptions) -> anyhow::Result<()> {
+pub(crate) async fn run(options: DemoOptions) -> anyhow::Result<()> {
     let stop = CancellationToken::new();
     let mut servers = Vec::new();
     for (name, user, password) in MAILBOXES {

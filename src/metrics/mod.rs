@@ -6,6 +6,7 @@
 //! holds a user, an address of a client or a text that a peer sent. Each instance has a registry of its own: nothing
 //! here is global.
 
+pub(crate) mod endpoint;
 mod families;
 mod guard;
 mod route;
@@ -18,7 +19,7 @@ use prometheus::{Histogram, IntCounter, IntGauge, TextEncoder};
 
 use self::families::Families;
 pub use self::guard::{PolicyAnswer, PolicyCommand};
-pub use self::route::{LookupResult, RouteMetrics};
+pub use self::route::{LookupOutcome, RouteMetrics};
 use self::server::ServerFamilies;
 pub use self::server::{CheckMetrics, ServerMetrics};
 use crate::failure::Reason;

@@ -9,7 +9,7 @@ use super::families::Families;
 
 /// What a route said.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum LookupResult {
+pub enum LookupOutcome {
     /// It knows the user.
     Found,
     /// It does not.
@@ -18,7 +18,7 @@ pub enum LookupResult {
     Failed,
 }
 
-impl LookupResult {
+impl LookupOutcome {
     const ALL: [Self; 3] = [Self::Found, Self::Unknown, Self::Failed];
 
     /// Label text.
@@ -39,7 +39,7 @@ pub struct RouteMetrics(Arc<Handles>);
 struct Handles {
     label: Box<str>,
     lookup: Histogram,
-    results: [IntCounter; LookupResult::ALL.len()],
+    results: [IntCounter; LookupOutcome::ALL.len()],
     users: IntGauge,
     load_failed: IntGauge,
     asked: Histogram,
@@ -56,7 +56,7 @@ impl RouteMetrics {
         Self(Arc::new(Handles {
             label: name.into(),
             lookup: families.route_lookup.with_label_values(&[name]),
-            results: LookupResult::ALL.map(|result| families.lookups.with_label_values(&[name, result.as_str()])),
+            results: LookupOutcome::ALL.map(|result| families.lookups.with_label_values(&[name, result.as_str()])),
             users: families.table_users.with_label_values(&[name]),
             load_failed: families.load_failed.with_label_values(&[name]),
             asked: families.route_asked.with_label_values(&[name]),
@@ -83,7 +83,7 @@ impl RouteMetrics {
     }
 
     /// The route answered after `took`.
-    pub fn answered(&self, result: LookupResult, took: Duration) {
+    pub fn answered(&self, result: LookupOutcome, took: Duration) {
         self.0.results[result as usize].inc();
         self.0.lookup.observe(took.as_secs_f64());
     }

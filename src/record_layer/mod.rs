@@ -1,7 +1,7 @@
 //! TLS records of established connections: sealed and opened with the secrets that rustls hands over.
 //!
 //! rustls performs every handshake; once a login is accepted the connection needs no more of TLS than this room: two
-//! traffic keys, two sequence numbers, KeyUpdate, alerts. A [`Channel`] is that, ready for use; a [`Dormant`] is the same
+//! traffic keys, two sequence numbers, KeyUpdate, alerts. A [`Channel`] is that, ready for use; a [`StoredChannel`] is the same
 //! as plain data of some hundred and fifty bytes, kept while nothing moves. Bytes in, bytes out: no socket, no clock, no
 //! allocation, and no buffer, for records are sealed and opened in place in the caller's memory.
 //!
@@ -79,36 +79,36 @@ impl Channel {
     }
 
     /// Drops the ready-made ciphers and keeps what they are made from.
-    pub fn rest(self) -> Dormant {
+    pub fn rest(self) -> StoredChannel {
         let (version, role) = (self.sealer.version(), self.opener.role());
         let (receive, send) = (self.opener.into_keys(), self.sealer.into_keys());
         if receive.fit::<16, 32>() && send.fit::<16, 32>() {
-            Dormant::Short(Box::new(AtRest { version, role, receive: receive.moved(), send: send.moved() }))
+            StoredChannel::Short(Box::new(StoredKeys { version, role, receive: receive.moved(), send: send.moved() }))
         } else {
-            Dormant::Long(Box::new(AtRest { version, role, receive, send }))
+            StoredChannel::Long(Box::new(StoredKeys { version, role, receive, send }))
         }
     }
 }
 
 /// A [`Channel`] at rest: plain data, wiped when dropped.
 #[derive(Debug)]
-pub enum Dormant {
+pub enum StoredChannel {
     /// AES-128-GCM with SHA-256, which most connections have: 64 bytes less.
-    Short(Box<AtRest<16, 32>>),
+    Short(Box<StoredKeys<16, 32>>),
     /// What is longer.
-    Long(Box<AtRest>),
+    Long(Box<StoredKeys>),
 }
 
-/// What both directions of a [`Dormant`] channel are made from.
+/// What both directions of a [`StoredChannel`] channel are made from.
 #[derive(Debug)]
-pub struct AtRest<const K: usize = LONGEST_KEY, const S: usize = LONGEST_SECRET> {
+pub struct StoredKeys<const K: usize = LONGEST_KEY, const S: usize = LONGEST_SECRET> {
     version: Version,
     role: Role,
     receive: Keys<K, S>,
     send: Keys<K, S>,
 }
 
-impl Dormant {
+impl StoredChannel {
     /// Makes the ciphers again: 0.3 µs.
     pub fn wake(self) -> Channel {
         match self {

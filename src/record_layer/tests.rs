@@ -447,8 +447,8 @@ fn tls_12_declines_to_begin_again_and_ignores_warnings() {
 
 #[test]
 fn a_channel_at_rest_is_small() {
-    assert!(size_of::<AtRest<16, 32>>() <= 160, "{}", size_of::<AtRest<16, 32>>());
-    assert!(size_of::<AtRest>() <= 224, "{}", size_of::<AtRest>());
+    assert!(size_of::<StoredKeys<16, 32>>() <= 160, "{}", size_of::<StoredKeys<16, 32>>());
+    assert!(size_of::<StoredKeys>() <= 224, "{}", size_of::<StoredKeys>());
     // Both kinds come back as they were.
     for suite in SUITES {
         let (mut channel, mut peer) = ends(suite, Role::Server);
@@ -456,7 +456,7 @@ fn a_channel_at_rest_is_small() {
             let rest = channel.rest();
             let short = suite.tls13().is_some_and(|suite| suite.common.suite == CipherSuite::TLS13_AES_128_GCM_SHA256);
             if suite.tls13().is_some() {
-                assert_eq!(matches!(rest, Dormant::Short(_)), short, "{suite:?}");
+                assert_eq!(matches!(rest, StoredChannel::Short(_)), short, "{suite:?}");
             }
             channel = rest.wake();
             peer.writer().write_all(b"a byte after sleep").unwrap();

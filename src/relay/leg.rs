@@ -19,7 +19,7 @@ use tokio::net::TcpStream;
 use super::pipe::Pipe;
 use super::scratch::{ROUND, Scratch, stride};
 use crate::record_layer::{
-    AlertCode, Channel, Dormant, HEADER, Layout, MAX_PLAINTEXT, Opened, Violation, record_length,
+    AlertCode, Channel, HEADER, Layout, MAX_PLAINTEXT, Opened, StoredChannel, Violation, record_length,
 };
 
 /// Pieces of one vectored write. Where a peer sent more, shorter records, they are gathered first.
@@ -132,7 +132,7 @@ pub struct Leg<S> {
 pub struct RestingLeg {
     /// Registered nowhere.
     pub socket: net::TcpStream,
-    tls: Option<Dormant>,
+    tls: Option<StoredChannel>,
 }
 
 impl<S> Leg<S> {

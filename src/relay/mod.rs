@@ -13,6 +13,7 @@
 //! with an alert. Called by `session`, after the login.
 
 mod direction;
+pub(crate) mod idle_poller;
 mod leg;
 mod pipe;
 mod scratch;
@@ -28,8 +29,7 @@ use tokio::net::TcpStream;
 use tokio::time::{Instant, sleep_until};
 
 use self::direction::Direction;
-pub use self::leg::{Leg, RestingLeg, Socket};
-pub use self::pipe::Pipe;
+pub(crate) use self::leg::{Leg, RestingLeg, Socket};
 use crate::record_layer::Violation;
 
 /// Who has said nothing for so long before the server closed was not waiting for anything.
@@ -37,7 +37,7 @@ const SILENCE: Duration = Duration::from_secs(1);
 
 /// When a relayed session is ended without either side asking for it.
 #[derive(Debug, Clone, Copy)]
-pub struct Limits {
+pub(crate) struct Limits {
     /// No byte in either direction for this long; `None`: never.
     pub idle: Option<Duration>,
     /// No byte for this long after one side has finished.
@@ -48,7 +48,7 @@ pub struct Limits {
 
 /// Who ended a relayed session.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum End {
+pub(crate) enum End {
     /// The client closed, or its connection broke.
     Client,
     /// The server closed, or its connection broke.
@@ -67,7 +67,7 @@ pub enum End {
 
 /// How a run of the relay came to its end.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Outcome {
+pub(crate) enum Outcome {
     /// The session is over: [`Relay::close`].
     Ended(End),
     /// Nothing has moved for a while and nothing waits: [`Relay::rest`].
@@ -79,7 +79,7 @@ pub enum Outcome {
 
 /// A relay between two connections.
 #[derive(Debug)]
-pub struct Relay<S> {
+pub(crate) struct Relay<S> {
     client: Leg<S>,
     server: Leg<S>,
     up: Direction,
@@ -93,7 +93,7 @@ pub struct Relay<S> {
 
 /// What is already read when the relay begins, and where bytes are counted.
 #[derive(Debug)]
-pub struct Opening {
+pub(crate) struct Opening {
     /// Bytes for the client, ahead of what the server sends from now on.
     pub to_client: Vec<u8>,
     /// Bytes for the server, ahead of what the client sends from now on.
@@ -106,7 +106,7 @@ pub struct Opening {
 
 impl<S: Socket> Relay<S> {
     /// Nothing moves before [`Relay::run`].
-    pub fn new(client: Leg<S>, server: Leg<S>, opening: Opening, limits: Limits) -> Self {
+    pub(crate) fn new(client: Leg<S>, server: Leg<S>, opening: Opening, limits: Limits) -> Self {
         Self {
             client,
             server,
@@ -121,7 +121,7 @@ impl<S: Socket> Relay<S> {
 
     /// Moves bytes until both directions are done, a limit is reached, or nothing has moved for `rest_after`. Dropping
     /// the future loses nothing: it may be called again.
-    pub async fn run(&mut self, rest_after: Option<Duration>) -> Outcome {
+    pub(crate) async fn run(&mut self, rest_after: Option<Duration>) -> Outcome {
         let mut timer = pin!(sleep_until(self.last_byte + Duration::from_secs(24 * 3600)));
         let mut armed = false;
         poll_fn(|context| {
@@ -146,12 +146,12 @@ impl<S: Socket> Relay<S> {
     }
 
     /// Bytes to the client and to the server so far.
-    pub fn moved(&self) -> (u64, u64) {
+    pub(crate) fn moved(&self) -> (u64, u64) {
         (self.down.moved, self.up.moved)
     }
 
     /// Says goodbye to both, as long as they take it. The sockets close when the relay drops.
-    pub async fn close(&mut self) {
+    pub(crate) async fn close(&mut self) {
         poll_fn(|context| {
             // A peer that can be told nothing any more is told nothing.
             let client = self.client.poll_finish(context, true).is_ready();
@@ -225,7 +225,7 @@ impl<S: Socket> Relay<S> {
 
 /// A silent session: two sockets, their keys, and what has moved.
 #[derive(Debug)]
-pub struct Resting {
+pub(crate) struct Resting {
     /// Towards the client.
     pub client: RestingLeg,
     /// Towards the server.
@@ -237,7 +237,7 @@ pub struct Resting {
 
 impl Relay<TcpStream> {
     /// After [`Outcome::CutOff`]: waits until the client sends something or closes.
-    pub async fn client_stirs(&self) {
+    pub(crate) async fn client_stirs(&self) {
         // An error is something, too: the next run finds it.
         let _ = self.client.readable().await;
     }
@@ -246,7 +246,7 @@ impl Relay<TcpStream> {
     ///
     /// # Errors
     /// The system would not let go of a socket; the session is lost.
-    pub fn rest(self) -> io::Result<Resting> {
+    pub(crate) fn rest(self) -> io::Result<Resting> {
         let (to_client, to_server) = self.moved();
         Ok(Resting {
             client: self.client.rest()?,
@@ -260,7 +260,7 @@ impl Relay<TcpStream> {
 
 impl Resting {
     /// When `limits.idle` ends the session.
-    pub fn idle_until(&self, limits: &Limits) -> Option<Instant> {
+    pub(crate) fn idle_until(&self, limits: &Limits) -> Option<Instant> {
         limits.idle.map(|idle| self.last_byte + idle)
     }
 
@@ -268,7 +268,7 @@ impl Resting {
     ///
     /// # Errors
     /// The system would not take a socket; the session is lost.
-    pub fn wake(
+    pub(crate) fn wake(
         self,
         limits: Limits,
         client_bytes: IntCounter,

@@ -4,6 +4,7 @@ use futures_util::FutureExt as _;
 use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream, duplex};
 use tokio::task::JoinHandle;
 
+use super::pipe::Pipe;
 use super::*;
 
 impl Socket for DuplexStream {

@@ -12,14 +12,14 @@ use std::time::{Duration, Instant};
 
 use quick_cache::sync;
 
-use super::target::Target;
+use super::decision::RouteDecision;
 use crate::config;
 use crate::generations::{Generation, Generations};
 
 /// A kept answer; `None`: the user is unknown.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Kept {
-    pub(super) target: Option<Arc<Target>>,
+    pub(super) target: Option<Arc<RouteDecision>>,
     pub(super) asked: Instant,
 }
 
@@ -69,7 +69,7 @@ impl Cache {
         }
     }
 
-    pub(super) fn keep(&self, user: Arc<str>, target: Option<Arc<Target>>, asked: Instant) {
+    pub(super) fn keep(&self, user: Arc<str>, target: Option<Arc<RouteDecision>>, asked: Instant) {
         self.kept.insert(user, Kept { target, asked });
     }
 
@@ -80,7 +80,13 @@ impl Cache {
 
     /// Keeps the answer of a lookup that began at `since`, unless the user was forgotten or all lookups became out of date
     /// since then.
-    pub(super) fn keep_current(&self, user: Arc<str>, target: Option<Arc<Target>>, asked: Instant, since: Generation) {
+    pub(super) fn keep_current(
+        &self,
+        user: Arc<str>,
+        target: Option<Arc<RouteDecision>>,
+        asked: Instant,
+        since: Generation,
+    ) {
         let events = self.events();
         if events.is_current(&user, since) {
             self.keep(user, target, asked);
@@ -115,7 +121,7 @@ impl Cache {
     }
 
     /// Found users whose answers a file may keep, and how old each is.
-    pub(super) fn storable(&self, now: Instant) -> Vec<(Arc<str>, Arc<Target>, Duration)> {
+    pub(super) fn storable(&self, now: Instant) -> Vec<(Arc<str>, Arc<RouteDecision>, Duration)> {
         let stored = self.kept.iter().filter_map(|(user, kept)| {
             let target = kept.target.filter(|target| !target.is_secret())?;
             let age = now.saturating_duration_since(kept.asked);
@@ -144,7 +150,7 @@ mod tests {
     fn a_found_user_ages_and_goes_stale() {
         let cache = cache(10);
         let now = Instant::now();
-        let target = Arc::new(Target::backend(BackendId(0)));
+        let target = Arc::new(RouteDecision::backend(BackendId(0)));
         cache.keep("alice".into(), Some(target.clone()), now);
         let kept = Kept { target: Some(target), asked: now };
         for (after, expected) in [
@@ -174,7 +180,7 @@ mod tests {
     fn an_answer_older_than_what_outdated_it_is_not_kept() {
         let cache = cache(10);
         let now = Instant::now();
-        let target = || Some(Arc::new(Target::backend(BackendId(0))));
+        let target = || Some(Arc::new(RouteDecision::backend(BackendId(0))));
         let before = cache.generation();
         cache.forget("alice");
         cache.keep_current("alice".into(), target(), now, before);
@@ -203,12 +209,12 @@ mod tests {
     fn no_secret_and_no_unknown_user_is_stored() {
         let cache = cache(10);
         let now = Instant::now();
-        let mut place = Target::backend(BackendId(1));
+        let mut place = RouteDecision::backend(BackendId(1));
         cache.keep("alice".into(), Some(Arc::new(place.clone())), now);
         cache.keep("bob".into(), None, now);
-        if let Target::Place(place) = &mut place {
+        if let RouteDecision::Place(place) = &mut place {
             let password = crate::identity::Secret::new(b"x".to_vec());
-            place.login = Some(super::super::target::Login { master: None, password });
+            place.login = Some(super::super::decision::Login { master: None, password });
         }
         cache.keep("carol".into(), Some(Arc::new(place)), now);
         let stored = cache.storable(now + seconds(7));

@@ -2,10 +2,11 @@
 //!
 //! All are built without a word to anybody and connect when they are first asked. Called by `asked`.
 
-use super::question::Question;
-use super::target::Target;
-use super::{Answer, dns, http, ldap, redis, sql};
-use crate::hedge::Budget;
+use super::LookupResult;
+use super::decision::RouteDecision;
+use super::request::LookupRequest;
+use super::sources::{dns, http, ldap, redis, sql};
+use crate::lookup::hedge::Budget;
 use crate::tls;
 
 /// A directory.
@@ -18,12 +19,12 @@ pub(super) enum Directory {
     Dns(Box<dns::Dns>),
     /// For tests of what is around it.
     #[cfg(test)]
-    Scripted(super::asked_tests::Scripted),
+    Scripted(super::cached_directory_tests::Scripted),
 }
 
 impl Directory {
     /// One question. The caller ends it at the deadline of `budget`, and bounds how many are asked at a time.
-    pub(super) async fn ask(&self, question: &Question, budget: &Budget) -> Answer {
+    pub(super) async fn ask(&self, question: &LookupRequest, budget: &Budget) -> LookupResult {
         let answer = match self {
             Self::Sql(sql) => sql.ask(question, budget).await,
             Self::Ldap(ldap) => ldap.ask(question, budget).await,
@@ -34,7 +35,7 @@ impl Directory {
             Self::Scripted(scripted) => scripted.ask(question).await,
         };
         match answer {
-            Answer::Failed(reason) => Answer::Failed(tls::explained(reason)),
+            LookupResult::Failed(reason) => LookupResult::Failed(tls::explained(reason)),
             other => other,
         }
     }
@@ -63,10 +64,10 @@ impl Directory {
 }
 
 /// A checked answer, from what [`Declared`] made of it.
-pub(super) fn answer(read: Result<Option<Target>, String>) -> Answer {
+pub(super) fn answer(read: Result<Option<RouteDecision>, String>) -> LookupResult {
     match read {
-        Ok(Some(target)) => Answer::Found(target.into()),
-        Ok(None) => Answer::Unknown,
-        Err(reason) => Answer::Failed(reason),
+        Ok(Some(target)) => LookupResult::Found(target.into()),
+        Ok(None) => LookupResult::Unknown,
+        Err(reason) => LookupResult::Failed(reason),
     }
 }

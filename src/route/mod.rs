@@ -8,28 +8,18 @@
 //! A new source is a file of its own here. One that answers from memory is a variant of [`Source`]; one that asks
 //! somebody is a variant of [`directory::Directory`], and `asked` keeps, bounds and repeats its questions.
 
-mod asked;
-#[cfg(test)]
-mod asked_tests;
-mod auth_http;
 mod cache;
-mod director;
+mod cache_file;
+mod cached_directory;
+#[cfg(test)]
+mod cached_directory_tests;
+mod decision;
 mod directory;
-mod dns;
-mod domain;
-mod hash;
-mod http;
 mod idle;
-mod ldap;
 mod proof;
-mod question;
-mod redis;
-mod regex;
+mod request;
 mod reuse;
-mod sql;
-mod table;
-mod target;
-mod warm;
+mod sources;
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -38,21 +28,21 @@ use tokio::runtime::Handle;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use self::asked::Asked;
+use self::cached_directory::CachedDirectory;
+use self::decision::Declared;
+pub use self::decision::{Denied, Login, Place, RouteDecision, ServerChoice};
 use self::directory::Directory;
 pub use self::proof::Identity;
-pub use self::question::{Question, Visitor, VisitorTls};
+pub use self::request::{LoginContext, LoginTls, LookupRequest};
 use self::reuse::Inputs;
-use self::target::Declared;
-pub use self::target::{At, Denied, Login, Place, Target};
 use crate::config::{self, Config, Problem};
-use crate::metrics::{LookupResult, Metrics};
+use crate::metrics::{LookupOutcome, Metrics};
 
 /// What a source says of a user.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Answer {
+pub enum LookupResult {
     /// The source knows the user.
-    Found(Arc<Target>),
+    Found(Arc<RouteDecision>),
     /// The source does not know the user.
     Unknown,
     /// The source could not tell, for the reason given (never shown to clients).
@@ -65,7 +55,7 @@ pub enum Origin {
     /// From memory.
     Memory,
     /// The directory was asked.
-    Asked,
+    Directory,
     /// It said so this long ago.
     Cache(Duration),
     /// It said so this long ago, and does not answer now.
@@ -75,24 +65,24 @@ pub enum Origin {
 /// A closed set: one variant a source, one file each.
 #[derive(Debug)]
 enum Source {
-    Table(Arc<table::Table>),
-    Domain(domain::Domains),
-    Regex(regex::Rules),
-    Hash(hash::Hash),
-    Default(Arc<Target>),
-    Asked(Arc<Asked>, Option<Inputs>),
+    Table(Arc<sources::table::Table>),
+    Domain(sources::domain::Domains),
+    Regex(sources::regex::Rules),
+    Hash(sources::hash::Hash),
+    Default(Arc<RouteDecision>),
+    CachedDirectory(Arc<CachedDirectory>, Option<Inputs>),
 }
 
 impl Source {
-    async fn lookup(&self, question: &Question) -> (Answer, Origin) {
+    async fn lookup(&self, question: &LookupRequest) -> (LookupResult, Origin) {
         let user = &*question.user;
         let answer = match self {
             Self::Table(table) => table.lookup(user),
             Self::Domain(domains) => domains.lookup(user),
             Self::Regex(rules) => rules.lookup(user),
             Self::Hash(hash) => hash.lookup(user),
-            Self::Default(target) => Answer::Found(target.clone()),
-            Self::Asked(asked, _) => return asked.lookup(question.clone()).await,
+            Self::Default(target) => LookupResult::Found(target.clone()),
+            Self::CachedDirectory(asked, _) => return asked.lookup(question.clone()).await,
         };
         (answer, Origin::Memory)
     }
@@ -108,7 +98,7 @@ pub struct Router {
 #[derive(Debug, Clone)]
 pub struct Routed<'a> {
     /// The answer.
-    pub target: Arc<Target>,
+    pub target: Arc<RouteDecision>,
     /// Label of the route that answered.
     pub route: &'a Arc<str>,
 }
@@ -135,7 +125,7 @@ pub struct Explained<'a> {
     /// Label of the route.
     pub route: &'a str,
     /// What it said.
-    pub answer: Answer,
+    pub answer: LookupResult,
     /// From where.
     pub origin: Origin,
     /// How long it took.
@@ -195,7 +185,7 @@ impl Router {
     /// For a command that asks and ends: kept answers are read and not written, and nothing is watched.
     pub fn start_once(&self, runtime: &Handle) {
         for (_, source) in &self.routes {
-            if let Source::Asked(asked, _) = source {
+            if let Source::CachedDirectory(asked, _) = source {
                 asked.start(runtime.clone());
                 asked.read_file();
             }
@@ -213,7 +203,7 @@ impl Router {
                     let stop = stop.clone();
                     tasks.spawn_on(async move { stop.run_until_cancelled(follow).await }, runtime);
                 }
-                Source::Asked(asked, _) => {
+                Source::CachedDirectory(asked, _) => {
                     asked.start_on_thread(runtime);
                     asked.read_file();
                     tasks.spawn_on(asked.clone().keep_file(stop.clone()), runtime);
@@ -229,7 +219,7 @@ impl Router {
     /// What was kept of a user is forgotten: the next question is asked.
     pub fn forget(&self, user: &str) {
         for (_, source) in &self.routes {
-            if let Source::Asked(asked, _) = source {
+            if let Source::CachedDirectory(asked, _) = source {
                 asked.forget(user);
             }
         }
@@ -238,9 +228,9 @@ impl Router {
     /// Closes connections to directories that `successor` does not have. Lookups under way end with their answers.
     pub fn retire(&self, successor: &Self) {
         for (_, source) in &self.routes {
-            let Source::Asked(asked, _) = source else { continue };
+            let Source::CachedDirectory(asked, _) = source else { continue };
             let is_used_on = successor.routes.iter().any(|(_, other)| {
-                matches!(other, Source::Asked(other, _) if Arc::ptr_eq(other.directory(), asked.directory()))
+                matches!(other, Source::CachedDirectory(other, _) if Arc::ptr_eq(other.directory(), asked.directory()))
             });
             if !is_used_on {
                 asked.retire_directory();
@@ -251,7 +241,7 @@ impl Router {
     /// Writes kept answers to their files no more: a successor of this process does.
     pub fn leave_files(&self) {
         for (_, source) in &self.routes {
-            if let Source::Asked(asked, _) = source {
+            if let Source::CachedDirectory(asked, _) = source {
                 asked.leave_file();
             }
         }
@@ -273,34 +263,36 @@ impl Router {
 
     /// Whether any source decides by more than the user.
     pub fn wants_visitor(&self) -> bool {
-        self.routes.iter().any(|(_, source)| matches!(source, Source::Asked(asked, _) if asked.wants_visitor()))
+        self.routes
+            .iter()
+            .any(|(_, source)| matches!(source, Source::CachedDirectory(asked, _) if asked.wants_visitor()))
     }
 
     /// Asks the sources in order. The caller sets the deadline.
     ///
     /// # Errors
     /// [`RouteError::Unknown`] and [`RouteError::Failed`] are never mixed: see the module's text.
-    pub async fn route(&self, question: &Question, metrics: &Metrics) -> Result<Routed<'_>, RouteError> {
+    pub async fn route(&self, question: &LookupRequest, metrics: &Metrics) -> Result<Routed<'_>, RouteError> {
         for (index, (label, source)) in self.routes.iter().enumerate() {
             let asked = Instant::now();
             let (answer, _) = source.lookup(question).await;
             metrics.route(index).answered(result(&answer), asked.elapsed());
             match answer {
-                Answer::Found(target) => return Ok(Routed { target, route: label }),
-                Answer::Unknown => {}
-                Answer::Failed(reason) => return Err(RouteError::Failed { route: label.to_string(), reason }),
+                LookupResult::Found(target) => return Ok(Routed { target, route: label }),
+                LookupResult::Unknown => {}
+                LookupResult::Failed(reason) => return Err(RouteError::Failed { route: label.to_string(), reason }),
             }
         }
         Err(RouteError::Unknown)
     }
 
     /// Asks the sources as [`Router::route`] does, and keeps every answer.
-    pub async fn explain(&self, question: &Question) -> Vec<Explained<'_>> {
+    pub async fn explain(&self, question: &LookupRequest) -> Vec<Explained<'_>> {
         let mut explained = Vec::new();
         for (label, source) in &self.routes {
             let asked = Instant::now();
             let (answer, origin) = source.lookup(question).await;
-            let last = answer != Answer::Unknown;
+            let last = answer != LookupResult::Unknown;
             explained.push(Explained { route: label, answer, origin, took: asked.elapsed() });
             if last {
                 break;
@@ -319,49 +311,52 @@ fn source(
     known: Option<&Source>,
 ) -> Result<Source, Vec<Problem>> {
     let inputs = Inputs::of(config, route);
-    let known_asked = if let Some(Source::Asked(asked, inputs)) = known { Some((asked, *inputs)) } else { None };
+    let known_asked =
+        if let Some(Source::CachedDirectory(asked, inputs)) = known { Some((asked, *inputs)) } else { None };
     let used_on = known_asked.filter(|(_, before)| inputs.is_some() && *before == inputs);
     let asked = |build: &dyn Fn() -> Result<Directory, Vec<Problem>>, asking: &config::Asking| {
         let directory = match used_on {
             Some((asked, _)) => asked.directory().clone(),
             None => build()?.into(),
         };
-        let asked = Asked::new(directory, asking, declared.clone(), metrics.route(index).clone());
+        let asked = CachedDirectory::new(directory, asking, declared.clone(), metrics.route(index).clone());
         let asked = asked.with_answers_of(known_asked.map(|(asked, _)| &**asked));
         let asked = asked.with_thread_of(used_on.map(|(asked, _)| &**asked));
-        Ok::<_, Vec<Problem>>(Source::Asked(asked.into(), inputs))
+        Ok::<_, Vec<Problem>>(Source::CachedDirectory(asked.into(), inputs))
     };
     Ok(match route {
         config::Route::Table(path) => match known {
             Some(Source::Table(table)) if table.is_current(&path.value, declared) => Source::Table(table.clone()),
-            _ => Source::Table(Arc::new(table::Table::load(config, path, declared)?)),
+            _ => Source::Table(Arc::new(sources::table::Table::load(config, path, declared)?)),
         },
-        config::Route::Domain(domains) => Source::Domain(domain::Domains::new(domains)),
-        config::Route::Regex(rules) => Source::Regex(regex::Rules::build(config, rules, declared)?),
-        config::Route::Hash { style, shares } => Source::Hash(hash::Hash::new(config, *style, shares)),
-        config::Route::Default(backend) => Source::Default(Target::backend(*backend).into()),
+        config::Route::Domain(domains) => Source::Domain(sources::domain::Domains::new(domains)),
+        config::Route::Regex(rules) => Source::Regex(sources::regex::Rules::build(config, rules, declared)?),
+        config::Route::Hash { style, shares } => Source::Hash(sources::hash::Hash::new(config, *style, shares)),
+        config::Route::Default(backend) => Source::Default(RouteDecision::backend(*backend).into()),
         config::Route::Sql(sql) => {
-            asked(&|| Ok(Directory::Sql(Box::new(sql::Sql::build(config, sql, declared)?))), &sql.asking)?
+            asked(&|| Ok(Directory::Sql(Box::new(sources::sql::Sql::build(config, sql, declared)?))), &sql.asking)?
         }
-        config::Route::Ldap(ldap) => {
-            asked(&|| Ok(Directory::Ldap(Box::new(ldap::Directory::build(config, ldap, declared)?))), &ldap.asking)?
-        }
+        config::Route::Ldap(ldap) => asked(
+            &|| Ok(Directory::Ldap(Box::new(sources::ldap::Directory::build(config, ldap, declared)?))),
+            &ldap.asking,
+        )?,
         config::Route::Http(http) => {
-            asked(&|| Ok(Directory::Http(Box::new(http::Http::build(config, http, declared)?))), &http.asking)?
+            asked(&|| Ok(Directory::Http(Box::new(sources::http::Http::build(config, http, declared)?))), &http.asking)?
         }
-        config::Route::Redis(redis) => {
-            asked(&|| Ok(Directory::Redis(Box::new(redis::Redis::build(config, redis, declared)?))), &redis.asking)?
-        }
+        config::Route::Redis(redis) => asked(
+            &|| Ok(Directory::Redis(Box::new(sources::redis::Redis::build(config, redis, declared)?))),
+            &redis.asking,
+        )?,
         config::Route::Dns(dns) => {
-            asked(&|| Ok(Directory::Dns(Box::new(dns::Dns::new(config, dns, declared)))), &dns.asking)?
+            asked(&|| Ok(Directory::Dns(Box::new(sources::dns::Dns::new(config, dns, declared)))), &dns.asking)?
         }
     })
 }
 
-fn result(answer: &Answer) -> LookupResult {
+fn result(answer: &LookupResult) -> LookupOutcome {
     match answer {
-        Answer::Found(_) => LookupResult::Found,
-        Answer::Unknown => LookupResult::Unknown,
-        Answer::Failed(_) => LookupResult::Failed,
+        LookupResult::Found(_) => LookupOutcome::Found,
+        LookupResult::Unknown => LookupOutcome::Unknown,
+        LookupResult::Failed(_) => LookupOutcome::Failed,
     }
 }

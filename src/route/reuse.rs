@@ -10,7 +10,7 @@ use std::path::PathBuf;
 use aws_lc_rs::digest::{Context, SHA256};
 use zeroize::Zeroizing;
 
-use super::http;
+use super::sources::http;
 use crate::config::{self, Config, Located};
 
 /// A digest of what a directory is built from, beside its section of the configuration.

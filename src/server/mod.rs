@@ -1,11 +1,10 @@
 //! Puts the rooms together: builds all of a configuration before anything is bound, starts it, changes it, stops it.
 //!
-//! [`Live`] is what a session needs, as one immutable value; a session keeps the one it logged in under. [`Running`] owns what
+//! [`Snapshot`] is what a session needs, as one immutable value; a session keeps the one it logged in under. [`Running`] owns what
 //! outlives a configuration: the workers, the listening sockets (`doors`), the sessions. Called by `main` (`run`, `check`,
 //! `route`), by the demo and by the tests.
 
-mod doors;
-mod live;
+mod listener_set;
 mod operations;
 mod server_state;
 mod state_file;
@@ -24,36 +23,36 @@ use tokio::runtime::Handle;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use self::doors::{Doors, Opening};
-pub use self::live::{Desk, Live, SessionSettings};
+use self::listener_set::{ListenerSet, Opening};
 pub use self::operations::{UserHold, UserMoved};
 pub use self::server_state::{BeforeRetirement, StateChange, StateChanged};
-use crate::admin::Admin;
+use crate::admission::connection_limit::ConnectionLimit;
 use crate::backend::OwnAddresses;
 use crate::backend::admin_state::StoredState;
 use crate::config::{self, Config};
-use crate::listener::{self, House};
+use crate::listener::{self, WorkerContext};
 use crate::logging;
 use crate::metrics::Metrics;
-use crate::occupancy::Occupancy;
-use crate::session::Room;
-use crate::sessions::Sessions;
-use crate::shutdown::{Drain, Manner};
-use crate::workers::Worker;
+use crate::metrics::endpoint::Admin;
+use crate::process::shutdown::{Drain, DrainMode};
+use crate::process::workers::Worker;
+use crate::session::SessionPoller;
+use crate::session_registry::Sessions;
+use crate::snapshot::{ListenerConfig, Snapshot};
 
 /// Timeout of the end of all listeners when a process stops.
 const LISTENERS_DEADLINE: Duration = Duration::from_secs(2);
 
 /// A running proxy.
 pub struct Running {
-    now: Mutex<Now>,
+    now: Mutex<Current>,
     /// One configuration after the other.
     reloading: Arc<tokio::sync::Mutex<()>>,
     /// Held while administrative states are changed and saved.
     changing_states: tokio::sync::Mutex<()>,
     /// Whether a successor has taken over.
     retired: AtomicBool,
-    workplaces: Vec<Workplace>,
+    workplaces: Vec<WorkerHandle>,
     /// Tasks of all listeners.
     listeners: TaskTracker,
     sessions: Arc<Sessions>,
@@ -63,9 +62,9 @@ pub struct Running {
 }
 
 /// What a reload changes.
-struct Now {
-    live: Arc<Live>,
-    doors: Doors,
+struct Current {
+    live: Arc<Snapshot>,
+    doors: ListenerSet,
     /// Ends what was started for this configuration.
     stop: CancellationToken,
     admin: Option<Endpoint>,
@@ -84,9 +83,9 @@ struct Endpoint {
 
 /// A worker, from outside.
 #[derive(Clone)]
-struct Workplace {
+struct WorkerHandle {
     runtime: Handle,
-    house: House,
+    house: WorkerContext,
 }
 
 /// What a reload has changed.
@@ -102,7 +101,7 @@ pub struct Reloaded {
 
 /// A configuration, built, and its ports, bound: nothing is served yet.
 pub struct Bound {
-    live: Arc<Live>,
+    live: Arc<Snapshot>,
     opening: Opening,
     admin: Option<(Admin, OwnedFd)>,
     drain: Drain,
@@ -117,11 +116,11 @@ pub struct Bound {
 /// # Errors
 /// A [`config::Report`] of the configuration's problems.
 pub fn prepare(config: Config) -> anyhow::Result<Prepared> {
-    Ok(Prepared(Arc::new(Live::build(config, None)?)))
+    Ok(Prepared(Arc::new(Snapshot::build(config, None)?)))
 }
 
 /// A configuration, built.
-pub struct Prepared(Arc<Live>);
+pub struct Prepared(Arc<Snapshot>);
 
 impl Prepared {
     /// Binds. Listening sockets in `inherited` are used where they fit a configured address; the others are closed. Called on
@@ -131,7 +130,7 @@ impl Prepared {
     /// An address that cannot be bound.
     pub fn bind(self, mut inherited: Vec<TcpListener>) -> anyhow::Result<Bound> {
         let (live, drain) = (self.0, Drain::default());
-        let doors = Doors::default();
+        let doors = ListenerSet::default();
         let opening = doors.bind(&live.config, &mut inherited, &[])?;
         let admin = bind_admin(&live, &drain, &doors, &mut inherited, &[])?;
         let mut unused: Vec<SocketAddr> = inherited.iter().filter_map(|socket| socket.local_addr().ok()).collect();
@@ -175,7 +174,7 @@ impl Bound {
         let Self { live, opening, admin, drain, states, .. } = self;
         restore_states(&live, states);
         let (background, stop_background) = (TaskTracker::new(), CancellationToken::new());
-        let occupancy = Arc::new(Occupancy::default());
+        let occupancy = Arc::new(ConnectionLimit::default());
         let (mut workplaces, listeners) = (Vec::new(), TaskTracker::new());
         for _ in 0..live.config.limits.workers {
             let workplace = employ(&live, &drain, &occupancy, &listeners, (&background, &stop_background));
@@ -184,9 +183,9 @@ impl Bound {
         let stop = stop_background.child_token();
         let running = Running {
             sessions: live.sessions.clone(),
-            now: Mutex::new(Now {
+            now: Mutex::new(Current {
                 live: live.clone(),
-                doors: Doors::default(),
+                doors: ListenerSet::default(),
                 stop: stop.clone(),
                 admin: None,
                 is_closed: false,
@@ -231,7 +230,7 @@ fn log_warnings(config: &Config) {
 }
 
 /// Sets the administrative states, before the first login is routed.
-fn restore_states(live: &Live, handed_over: Option<Vec<StoredState>>) {
+fn restore_states(live: &Snapshot, handed_over: Option<Vec<StoredState>>) {
     let from_file = || live.config.state_file.as_deref().map(state_file::load);
     let (states, is_sound) = handed_over.map(|states| (states, true)).or_else(from_file).unwrap_or((Vec::new(), true));
     live.metrics.state_file_failed(!is_sound);
@@ -245,9 +244,9 @@ fn restore_states(live: &Live, handed_over: Option<Vec<StoredState>>) {
 /// With a copy of the socket, made here so that nothing can fail once a configuration has taken another's place. The address may
 /// overlap with that of open listeners and of sockets in `others`.
 fn bind_admin(
-    live: &Live,
+    live: &Snapshot,
     drain: &Drain,
-    doors: &Doors,
+    doors: &ListenerSet,
     inherited: &mut Vec<TcpListener>,
     others: &[&OwnedFd],
 ) -> anyhow::Result<Option<(Admin, OwnedFd)>> {
@@ -263,27 +262,27 @@ fn bind_admin(
     let bound = socket.map_or_else(bind, Ok);
     let bound = bound.and_then(|socket| Admin::new(socket, live.metrics.clone(), drain.announced().clone()));
     let bound = bound.and_then(|admin| admin.copy().map(|copy| (admin, copy)));
-    Ok(Some(bound.with_context(|| doors::cannot_bind(address, "admin.address"))?))
+    Ok(Some(bound.with_context(|| listener_set::cannot_bind(address, "admin.address"))?))
 }
 
 /// Starts a worker, which ends when all is stopped.
 fn employ(
-    live: &Live,
+    live: &Snapshot,
     drain: &Drain,
-    occupancy: &Arc<Occupancy>,
+    occupancy: &Arc<ConnectionLimit>,
     listeners: &TaskTracker,
     (background, stop): (&TaskTracker, &CancellationToken),
-) -> io::Result<Workplace> {
+) -> io::Result<WorkerHandle> {
     let worker = Worker::new()?;
     let guard = worker.enter();
-    let house = House {
+    let house = WorkerContext {
         occupancy: occupancy.clone(),
         drain: drain.clone(),
-        room: Arc::new(Room::new(live.metrics.silent_sessions())?),
+        room: Arc::new(SessionPoller::new(live.metrics.silent_sessions())?),
         listeners: listeners.clone(),
     };
     drop(guard);
-    let workplace = Workplace { runtime: worker.handle(), house: house.clone() };
+    let workplace = WorkerHandle { runtime: worker.handle(), house: house.clone() };
     let (over, stop, running) = (drain.over().clone(), stop.clone(), background.token());
     worker.start(async move {
         let closing = async {
@@ -337,7 +336,7 @@ impl Running {
         let before = self.lock().live.clone();
         let (file, previous) = (file.to_owned(), before.clone());
         // Tables of millions of lines take seconds: not on a thread that serves.
-        let built = tokio::task::spawn_blocking(move || Live::build(config::load(&file)?, Some(&previous)));
+        let built = tokio::task::spawn_blocking(move || Snapshot::build(config::load(&file)?, Some(&previous)));
         let live = Arc::new(built.await.context("the configuration could not be built")??);
         let mut now = self.lock();
         // A stop may have begun while the configuration was built. Its listeners must not be opened again.
@@ -391,7 +390,7 @@ impl Running {
     }
 
     /// Starts what goes on in the background under a configuration, until `stop`.
-    fn begin(&self, live: &Arc<Live>, stop: &CancellationToken, own: Vec<SocketAddr>) {
+    fn begin(&self, live: &Arc<Snapshot>, stop: &CancellationToken, own: Vec<SocketAddr>) {
         live.backends.start(&OwnAddresses::new(own), &self.background, stop);
         live.backends.watch(&live.limits, &self.background, stop);
         live.router.start(&live.metrics, &Handle::current(), &self.background, stop);
@@ -400,7 +399,7 @@ impl Running {
         }
     }
 
-    fn run_admin(&self, live: &Live, (admin, copy): (Admin, OwnedFd)) -> Endpoint {
+    fn run_admin(&self, live: &Snapshot, (admin, copy): (Admin, OwnedFd)) -> Endpoint {
         let (bound, stop) = (admin.address(), self.stop_background.child_token());
         tracing::info!(address = %bound, "metrics and health");
         self.background.spawn(admin.run(stop.clone()));
@@ -418,7 +417,7 @@ impl Running {
     }
 
     /// The configuration that holds now.
-    pub fn live(&self) -> Arc<Live> {
+    pub fn live(&self) -> Arc<Snapshot> {
         self.lock().live.clone()
     }
 
@@ -464,7 +463,7 @@ impl Running {
     /// Stops: no new connections, BYE to clients before login, the configured grace to relayed sessions, cut short by
     /// `hurry`. Returns how many sessions had to be ended.
     pub async fn drain(&self, hurry: impl Future<Output = ()>) -> usize {
-        self.wind_up(hurry, Manner::Stop, &[]).await
+        self.wind_up(hurry, DrainMode::Stop, &[]).await
     }
 
     /// Stops because a successor serves on the same sockets, or on others at the addresses in `replaced`: as [`Running::drain`],
@@ -476,10 +475,10 @@ impl Running {
         }
         // What this process keeps grows old while it waits for its sessions; the successor's is newer.
         self.live().router.leave_files();
-        self.wind_up(hurry, Manner::Retire, replaced).await
+        self.wind_up(hurry, DrainMode::Retire, replaced).await
     }
 
-    async fn wind_up(&self, hurry: impl Future<Output = ()>, manner: Manner, replaced: &[SocketAddr]) -> usize {
+    async fn wind_up(&self, hurry: impl Future<Output = ()>, manner: DrainMode, replaced: &[SocketAddr]) -> usize {
         let grace = self.grace();
         self.metrics().draining();
         {
@@ -522,7 +521,7 @@ impl Running {
         self.lock().live.limits.drain
     }
 
-    fn lock(&self) -> MutexGuard<'_, Now> {
+    fn lock(&self) -> MutexGuard<'_, Current> {
         // Nothing in here panics halfway through a change.
         self.now.lock().unwrap_or_else(PoisonError::into_inner)
     }

@@ -8,10 +8,10 @@ use anyhow::{Context as _, bail};
 use tokio::time::{self, Instant, timeout};
 
 use super::views::{ProcessStatus, ServerError, ServerStatus, SessionList, SessionView};
-use super::{Live, Running};
+use super::{Running, Snapshot};
 use crate::identity::UserName;
-use crate::route::{Question, RouteError, Target};
-use crate::sessions::{Hold, Seen, Stage, Why};
+use crate::route::{LookupRequest, RouteDecision, RouteError};
+use crate::session_registry::{CancelReason, LoginHold, RegisteredSession, SessionState};
 
 /// Timeout for sessions that are ended to be gone; a session that takes longer is stuck in the kernel.
 const GONE: Duration = Duration::from_secs(30);
@@ -32,7 +32,7 @@ pub struct UserMoved {
 
 /// New logins of a user wait, under each of the user's names, until this is dropped.
 #[derive(Debug)]
-pub struct UserHold(#[expect(dead_code, reason = "held for its end")] Vec<Hold>);
+pub struct UserHold(#[expect(dead_code, reason = "held for its end")] Vec<LoginHold>);
 
 impl UserHold {
     /// Keeps the user out for the rest of the process's life.
@@ -81,11 +81,12 @@ impl Running {
     /// # Errors
     /// The user name is invalid.
     pub async fn list_sessions(&self, user: Option<&str>) -> anyhow::Result<SessionList> {
-        let (seen, all): (Vec<Seen>, usize) = match user {
+        let (seen, all): (Vec<RegisteredSession>, usize) = match user {
             None => (self.sessions().list(LISTED), self.sessions().count(|_| true)),
             Some(user) => {
                 let names = self.names(user).await?;
-                let mut seen: Vec<Seen> = names.iter().flat_map(|name| self.sessions().of_user(name)).collect();
+                let mut seen: Vec<RegisteredSession> =
+                    names.iter().flat_map(|name| self.sessions().of_user(name)).collect();
                 let all = seen.len();
                 seen.truncate(LISTED);
                 (seen, all)
@@ -99,8 +100,8 @@ impl Running {
             backend: seen.server.as_ref().map(|server| server.backend.to_string()),
             server: seen.server.as_ref().map(|server| server.name.to_string()),
             seconds: seen.age.as_secs(),
-            settled: matches!(seen.stage, Stage::Settled | Stage::CutOff),
-            cut_off: seen.stage == Stage::CutOff,
+            settled: matches!(seen.stage, SessionState::Settled | SessionState::CutOff),
+            cut_off: seen.stage == SessionState::CutOff,
             predecessor: None,
         });
         Ok(SessionList { sessions: sessions.collect(), left_out })
@@ -112,9 +113,9 @@ impl Running {
     /// The user name is invalid.
     pub async fn kick(&self, user: &str) -> anyhow::Result<usize> {
         // Under the name that is known at once: the routes may take a while to answer.
-        let ended = self.sessions().end_user(&question(&self.live(), user)?.user, Why::Kicked);
+        let ended = self.sessions().end_user(&question(&self.live(), user)?.user, CancelReason::Kicked);
         let names = self.names(user).await?;
-        Ok(ended + names.iter().map(|name| self.sessions().end_user(name, Why::Kicked)).sum::<usize>())
+        Ok(ended + names.iter().map(|name| self.sessions().end_user(name, CancelReason::Kicked)).sum::<usize>())
     }
 
     /// Keeps new logins of a user waiting, ends the user's sessions, waits until they are gone, and returns their number.
@@ -126,14 +127,14 @@ impl Running {
         // Under the name that is known at once: the routes may take a while to answer.
         let name = question(&self.live(), user)?.user;
         let mut holds = vec![sessions.hold(name.clone())];
-        let mut ended = sessions.end_user(&name, Why::Moved);
+        let mut ended = sessions.end_user(&name, CancelReason::Moved);
         let names = self.names(user).await?;
         holds.extend(names.iter().map(|name| sessions.hold(name.clone())));
-        ended += names.iter().map(|name| sessions.end_user(name, Why::Moved)).sum::<usize>();
+        ended += names.iter().map(|name| sessions.end_user(name, CancelReason::Moved)).sum::<usize>();
         let gone = self.sessions().changed(|sessions| {
             names.iter().all(|name| {
                 // A login that registered just before the hold is ended too.
-                sessions.end_user(name, Why::Moved);
+                sessions.end_user(name, CancelReason::Moved);
                 sessions.of_user(name).is_empty()
             })
         });
@@ -210,7 +211,7 @@ impl Running {
             Ok(Err(RouteError::Unknown)) => "no route knows the user".to_owned(),
             Ok(Err(error)) => error.to_string(),
             Ok(Ok(routed)) => match &*routed.target {
-                Target::Place(place) => {
+                RouteDecision::Place(place) => {
                     let named = &live.backends.backend(place.backend).name;
                     if **named == *backend {
                         return Ok(());
@@ -220,13 +221,13 @@ impl Running {
                         routed.route
                     )
                 }
-                Target::PasswordNeeded => {
+                RouteDecision::PasswordNeeded => {
                     format!(
                         "the routes need the user's password (route {:?} answers): what they say is unknown",
                         routed.route
                     )
                 }
-                Target::Refuse(_) | Target::Denied(_) | Target::Maintenance(_) => {
+                RouteDecision::Refuse(_) | RouteDecision::Denied(_) | RouteDecision::Maintenance(_) => {
                     format!("the routes refuse the user (route {:?} answers)", routed.route)
                 }
             },
@@ -244,7 +245,7 @@ impl Running {
         let mut names = vec![question.user.clone()];
         let found = timeout(live.limits.lookup, live.router.route(&question, &live.metrics)).await;
         if let Ok(Ok(routed)) = found
-            && let Target::Place(place) = &*routed.target
+            && let RouteDecision::Place(place) = &*routed.target
         {
             let mailbox = place.mailbox(&question.user);
             if mailbox != question.user {
@@ -255,8 +256,8 @@ impl Running {
     }
 }
 
-fn question(live: &Live, user: &str) -> anyhow::Result<Question> {
+fn question(live: &Snapshot, user: &str) -> anyhow::Result<LookupRequest> {
     let name = UserName::new(user.as_bytes())?;
     let names = live.config.naming.names(&name).map_err(|refused| anyhow::anyhow!("{refused}"))?;
-    Ok(Question { user: names.routing, visitor: None })
+    Ok(LookupRequest { user: names.routing, visitor: None })
 }

@@ -10,11 +10,11 @@ use anyhow::{Context as _, bail};
 use tokio::sync::MutexGuard;
 use tokio::time;
 
-use super::{Live, Running, state_file};
+use super::{Running, Snapshot, state_file};
 use crate::backend::Server;
 use crate::backend::admin_state::{self, AdminState, StoredState};
 use crate::config::Mode;
-use crate::sessions::Why;
+use crate::session_registry::CancelReason;
 
 /// Interval at which sessions of a server are ended while it is drained.
 const TICK: Duration = Duration::from_millis(200);
@@ -98,7 +98,7 @@ impl Running {
         if let Some(Mode::Drain | Mode::Down) = state {
             // They are routed again; a SASL exchange could wait for its client until long after the drain.
             let is_named = |server: &Server| names(&change.server, &server.backend, &server.name);
-            self.sessions().end_logins(Why::Drained, is_named);
+            self.sessions().end_logins(CancelReason::Drained, is_named);
         }
         let saved = self.save_states().await;
         drop(changing);
@@ -168,15 +168,15 @@ impl Running {
         let ticks = (over.as_millis() / TICK.as_millis()).max(1);
         let empty = async move {
             let is_it = |other: &Server| other.backend == server.backend && other.name == server.name;
-            let (_, all) = sessions.end_some(0, Why::Drained, is_it);
+            let (_, all) = sessions.end_some(0, CancelReason::Drained, is_it);
             for tick in 1..=ticks {
                 if server.mode() == Mode::Up {
                     tracing::info!(server = %server.name, "drain cancelled; remaining sessions kept");
                     return;
                 }
-                let (_, left) = sessions.end_some(0, Why::Drained, is_it);
+                let (_, left) = sessions.end_some(0, CancelReason::Drained, is_it);
                 let may_be_left = usize::try_from(all as u128 * (ticks - tick) / ticks).unwrap_or(0);
-                sessions.end_some(left.saturating_sub(may_be_left), Why::Drained, is_it);
+                sessions.end_some(left.saturating_sub(may_be_left), CancelReason::Drained, is_it);
                 if tick < ticks {
                     time::sleep(TICK).await;
                 }
@@ -187,7 +187,7 @@ impl Running {
     }
 }
 
-impl Live {
+impl Snapshot {
     /// Reads the states in the state file, for a command that looks and ends: a file that cannot be read stays where it is.
     ///
     /// # Errors

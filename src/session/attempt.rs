@@ -9,26 +9,26 @@ use std::time::Instant;
 
 use zeroize::Zeroizing;
 
-use super::defence::{counted_users, reply_to_refused_token};
+use super::log_record::reason;
 use super::placement::{Carried, Placed, Placing};
-use super::record::reason;
 use super::server_credentials::{renamed, server_login, split_master};
+use super::throttling::{counted_users, reply_to_refused_token};
 use super::{Session, close};
+use crate::admission::Block;
 use crate::backend::request::{Established, Outcome, Purpose, Request};
-use crate::backend::{Backend, Server, Slot};
+use crate::backend::{Backend, Server, ServerPermit};
 use crate::deadline::Deadline;
 use crate::failure::Reason;
 use crate::generations::Generation;
-use crate::guard::Block;
 use crate::identity::{Mechanism, Names, UserName, authorise_certificate};
-use crate::imap::client_id::ClientId;
-use crate::imap::prelogin::{Bye, LoginRequest, Prelogin, Step};
-use crate::imap::tag::Tag;
-use crate::imap::{reply, sasl};
 use crate::metrics::LoginOutcome;
-use crate::route::{Question, RouteError, Routed, Target, Visitor, VisitorTls};
-use crate::server::Live;
-use crate::sessions::{Guest, NoSeat, Seat, Why};
+use crate::protocol::imap::client_id::ClientId;
+use crate::protocol::imap::prelogin::{Bye, LoginRequest, Prelogin, Step};
+use crate::protocol::imap::tag::Tag;
+use crate::protocol::imap::{reply, sasl};
+use crate::route::{LoginContext, LoginTls, LookupRequest, RouteDecision, RouteError, Routed};
+use crate::session_registry::{CancelReason, RegisterError, SessionHandle, SessionInfo};
+use crate::snapshot::Snapshot;
 use crate::stream::Stream;
 
 /// Maximum number of times that one login is routed: again whenever its user is moved or its server drained meanwhile.
@@ -67,9 +67,9 @@ pub(super) struct Seated {
     pub(super) backend: Arc<Backend>,
     pub(super) server: Arc<Server>,
     /// Of the server's places.
-    pub(super) slot: Slot,
+    pub(super) slot: ServerPermit,
     /// Among the user's sessions.
-    pub(super) seat: Seat,
+    pub(super) seat: SessionHandle,
 }
 
 /// A login command whose user is known.
@@ -86,7 +86,7 @@ struct Login<'a> {
 
 /// A registered login.
 struct Registered {
-    seat: Seat,
+    seat: SessionHandle,
     /// The holds that came before the routes are asked.
     since: Generation,
 }
@@ -150,13 +150,13 @@ impl Session {
         let routing = &login.names.routing;
         let sessions = self.live.sessions.clone();
         let due = Deadline::after(self.live.limits.server_login);
-        let guest = Guest {
+        let guest = SessionInfo {
             user: routing.clone(),
             client: self.peer.ip().to_canonical(),
             session: self.record.session().bytes(),
         };
         let mut held = routing.clone();
-        let mut ended_by = Why::Moved;
+        let mut ended_by = CancelReason::Moved;
         let mut progress = Progress::default();
         let mut routings = 0;
         while routings < MAX_ROUTINGS && !due.has_expired() {
@@ -177,8 +177,8 @@ impl Session {
             routings += 1;
             match routed {
                 Ok(Ok(attempted)) => return Some(attempted),
-                Ok(Err(NoSeat::Held(name))) => held = name,
-                Ok(Err(NoSeat::Outdated)) => {}
+                Ok(Err(RegisterError::Held(name))) => held = name,
+                Ok(Err(RegisterError::Outdated)) => {}
                 Err(why) => {
                     ended_by = why;
                     if progress.in_exchange {
@@ -187,7 +187,7 @@ impl Session {
                         return Some(Attempted::Dismissed { reply, counts: false });
                     }
                     // A login that lost to a later one would end that one in turn if it was routed again.
-                    if matches!(why, Why::Kicked | Why::Stopped | Why::Replaced) {
+                    if matches!(why, CancelReason::Kicked | CancelReason::Stopped | CancelReason::Replaced) {
                         break;
                     }
                 }
@@ -205,7 +205,7 @@ impl Session {
         stream: &mut Stream,
         prelogin: &mut Prelogin,
         progress: &mut Progress,
-    ) -> Option<Result<Attempted, NoSeat>> {
+    ) -> Option<Result<Attempted, RegisterError>> {
         if let Some(refused) = self.may_be_routed(login, progress).await {
             return Some(Ok(refused));
         }
@@ -215,7 +215,7 @@ impl Session {
             Err(refused) => return Some(Ok(refused)),
         };
         let (tag, credentials) = (&login.request.tag, &login.request.credentials);
-        let Target::Place(place) = &*target else { return Some(Ok(self.verdict(tag, &target))) };
+        let RouteDecision::Place(place) = &*target else { return Some(Ok(self.verdict(tag, &target))) };
         if place.user.as_ref().is_some_and(|user| live.config.naming.has_master_separator(user.as_str())) {
             return Some(Ok(self.lookup_failed("the route's user contains users.masters.separator")));
         }
@@ -286,15 +286,23 @@ impl Session {
     }
 
     /// Asks the routes. An error: the login is answered with that.
-    async fn look_up(&mut self, live: &Live, login: &Login<'_>, stream: &Stream) -> Result<Arc<Target>, Attempted> {
+    async fn look_up(
+        &mut self,
+        live: &Snapshot,
+        login: &Login<'_>,
+        stream: &Stream,
+    ) -> Result<Arc<RouteDecision>, Attempted> {
         // Its copy of the credentials is dropped with the lookup.
         let question = self.question(login.names, login.request, stream);
         let lookup = live.router.route(&question, &live.metrics);
         match Deadline::after(live.limits.lookup).limit(lookup).await {
             Ok(Ok(Routed { target, route })) => {
                 let backend = match &*target {
-                    Target::Place(place) => Some(&live.backends.backend(place.backend).name),
-                    Target::Refuse(_) | Target::Denied(_) | Target::Maintenance(_) | Target::PasswordNeeded => None,
+                    RouteDecision::Place(place) => Some(&live.backends.backend(place.backend).name),
+                    RouteDecision::Refuse(_)
+                    | RouteDecision::Denied(_)
+                    | RouteDecision::Maintenance(_)
+                    | RouteDecision::PasswordNeeded => None,
                 };
                 self.record.routed(route, backend, login.began.elapsed());
                 Ok(target)
@@ -465,15 +473,15 @@ impl Session {
         }
     }
 
-    fn question(&self, names: &Names, login: &LoginRequest, stream: &Stream) -> Question {
+    fn question(&self, names: &Names, login: &LoginRequest, stream: &Stream) -> LookupRequest {
         let asks_certificate = || self.live.tls.as_ref().is_some_and(|tls| tls.asks_certificate(self.listener));
         let visitor = self.live.router.wants_visitor().then(|| {
-            Arc::new(Visitor {
+            Arc::new(LoginContext {
                 client: self.peer,
                 listener: self.local,
                 is_proxied: self.is_proxied,
                 session: self.record.session().as_str().into(),
-                tls: self.record.tls().map(|tls| VisitorTls {
+                tls: self.record.tls().map(|tls| LoginTls {
                     version: tls.version.as_str(),
                     cipher: stream.cipher(),
                     asks_certificate: asks_certificate(),
@@ -483,6 +491,6 @@ impl Session {
                 credentials: login.credentials.clone(),
             })
         });
-        Question { user: names.routing.clone(), visitor }
+        LookupRequest { user: names.routing.clone(), visitor }
     }
 }

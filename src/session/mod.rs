@@ -2,32 +2,30 @@
 //!
 //! | step | where | deadline | when it fails |
 //! |---|---|---|---|
-//! | 1 whose connection it is | `proxy_protocol` in [`introduction`], where a balancer is in front | `limits.proxy_header` | the connection closes |
+//! | 1 whose connection it is | `proxy_protocol` in [`proxy_header`], where a balancer is in front | `limits.proxy_header` | the connection closes |
 //! | 2 TLS handshake | [`Session::encrypt`] | `limits.handshake` | the connection closes |
 //! | 3 who is it | `imap::prelogin` in [`Session::log_in`] | `limits.login`, from accept | BYE |
 //! | 4 which backend | `route` in [`attempt`] | `limits.lookup` | NO `[UNAVAILABLE]`, or refused when unknown |
 //! | 5 which server | `backend` in [`placement`] | `limits.server_login`, over all servers | next server, then NO `[UNAVAILABLE]` |
 //! | 6 log in there, and wait for the user's sessions elsewhere to end | `backend::connect`, [`placement`] | a share of the above | the server's NO is passed on, never retried |
-//! | 7 answer the client | [`relayed::Relayed`] | none | |
+//! | 7 answer the client | [`established::Relayed`] | none | |
 //! | 8 relay | `relay`, `waiting` | `limits.idle`, `limits.stall`, `limits.half_close` | |
-//! | 9 log lines | [`record::Record`]: one at the login, one at the end | always | |
+//! | 9 log lines | [`log_record::Record`]: one at the login, one at the end | always | |
 //!
 //! This file, `attempt` and `placement` alone know the order. From step 4 on the login is in the session registry and ends when it is
 //! cancelled; at every step it ends with the process, and when it is shed. After a refusal nothing of the attempt is left: the next login is parsed, routed and
 //! sent to a server connection of its own. Called by `listener`.
 
 mod attempt;
-mod defence;
+mod established;
 mod id;
-mod introduction;
-mod pace;
+mod log_record;
 mod placement;
+mod proxy_header;
 mod proxy_header_warning;
-mod record;
 mod refusal;
-mod relayed;
 mod server_credentials;
-mod wording;
+mod throttling;
 
 use std::io;
 use std::net::SocketAddr;
@@ -41,28 +39,26 @@ use tokio::time::timeout;
 use zeroize::Zeroizing;
 
 use self::attempt::Attempted;
-pub use self::defence::turn_away;
-pub use self::introduction::unknown_balancer;
-pub use self::pace::Refusals;
-pub use self::proxy_header_warning::LastWarning;
+pub(crate) use self::established::ParkedSession;
+use self::established::Relayed;
+use self::log_record::{EndedBy, Record};
+pub(crate) use self::proxy_header::unknown_balancer;
 use self::proxy_header_warning::{Opening, is_header_before_tls};
-use self::record::{EndedBy, Record};
-pub use self::relayed::Quiet;
-use self::relayed::Relayed;
+pub(crate) use self::throttling::turn_away;
+use crate::admission::connection_limit::ConnectionPermit;
+use crate::admission::{Charge, ConnectionCount, OutOfMemory, PreloginTicket};
+use crate::auth_policy;
 use crate::config::ListenerTls;
 use crate::deadline::Deadline;
 use crate::failure::Reason;
-use crate::guard::{Charge, OutOfMemory, Pass, Ticket};
-use crate::imap::prelogin::{Bye, CloseReason, LoginRequest, Policy, Prelogin, Step, Transport};
 use crate::metrics::OpenGuard;
-use crate::occupancy::Occupant;
-use crate::policy;
-use crate::server::{Desk, Live};
-use crate::shutdown::Drain;
+use crate::process::shutdown::Drain;
+use crate::protocol::imap::prelogin::{Bye, CloseReason, LoginRequest, Policy, Prelogin, Step, Transport};
+use crate::relay::idle_poller::IdlePoller;
+use crate::snapshot::{ListenerConfig, Snapshot};
 use crate::stream::{Encrypted, Stream};
 use crate::tls::handover::Secrets;
 use crate::tls::server::HandshakeError;
-use crate::waiting::WaitingRoom;
 
 /// One read from a client before login.
 const READ: usize = 4096;
@@ -76,7 +72,7 @@ const SHORT_FAREWELL: Duration = Duration::from_millis(100);
 const COPIES: usize = 9;
 
 /// An accepted connection and what it needs.
-pub struct Arrival {
+pub(crate) struct AcceptedConnection {
     /// As accepted.
     pub socket: TcpStream,
     /// The client.
@@ -88,35 +84,37 @@ pub struct Arrival {
     /// How TLS begins there.
     pub tls: ListenerTls,
     /// The configuration that holds now.
-    pub live: Arc<Live>,
+    pub live: Arc<Snapshot>,
     /// Where the next one appears.
-    pub desk: watch::Receiver<Desk>,
+    pub desk: watch::Receiver<ListenerConfig>,
     /// When to stop.
     pub drain: Drain,
     /// Where it waits while it is silent.
-    pub room: Arc<Room>,
+    pub room: Arc<SessionPoller>,
     /// Its place among those who have not logged in.
-    pub ticket: Ticket,
+    pub ticket: PreloginTicket,
     /// Its share of what is limited and counted.
-    pub held: Held,
+    pub held: ConnectionPermits,
 }
 
 /// What a session holds as long as it lives.
 #[derive(Debug)]
-pub struct Held {
+pub(crate) struct ConnectionPermits {
     /// Of `limits.sessions`.
-    pub occupant: Occupant,
+    #[expect(dead_code, reason = "it counts until it is dropped")]
+    pub occupant: ConnectionPermit,
     /// In the listener's gauge.
+    #[expect(dead_code, reason = "it counts until it is dropped")]
     pub open: OpenGuard,
     /// What it counts for at the guard.
-    pub pass: Pass,
+    pub pass: ConnectionCount,
 }
 
 /// Where silent sessions wait.
-pub type Room = WaitingRoom<Quiet>;
+pub(crate) type SessionPoller = IdlePoller<ParkedSession>;
 
 /// Serves a connection until it is logged in, or to its end.
-pub async fn serve(arrival: Arrival) {
+pub(crate) async fn serve(arrival: AcceptedConnection) {
     let tls = arrival.tls;
     let (session, socket) = Session::new(arrival);
     let Some(relayed) = session.log_in(socket, tls).await else { return };
@@ -126,11 +124,11 @@ pub async fn serve(arrival: Arrival) {
 
 /// A client that has not logged in yet.
 struct Session {
-    live: Arc<Live>,
-    desk: watch::Receiver<Desk>,
+    live: Arc<Snapshot>,
+    desk: watch::Receiver<ListenerConfig>,
     drain: Drain,
-    room: Arc<Room>,
-    ticket: Option<Ticket>,
+    room: Arc<SessionPoller>,
+    ticket: Option<PreloginTicket>,
     /// What the client has said.
     memory: Charge,
     /// The copies of its credentials.
@@ -138,8 +136,8 @@ struct Session {
     /// The user of the login under way, by the name in the routes; `None` while it is not known.
     routing_name: Option<Arc<str>>,
     /// What the policy service knows of the login under way.
-    told: Option<Box<policy::Attempt>>,
-    held: Held,
+    told: Option<Box<auth_policy::Attempt>>,
+    held: ConnectionPermits,
     peer: SocketAddr,
     local: SocketAddr,
     /// Whether both addresses are those of a PROXY header.
@@ -151,8 +149,8 @@ struct Session {
 }
 
 impl Session {
-    fn new(arrival: Arrival) -> (Self, TcpStream) {
-        let Arrival { socket, peer, local, listener, live, desk, drain, room, ticket, held, .. } = arrival;
+    fn new(arrival: AcceptedConnection) -> (Self, TcpStream) {
+        let AcceptedConnection { socket, peer, local, listener, live, desk, drain, room, ticket, held, .. } = arrival;
         // A socket bound to one address has no other; of `[::]` only the connection knows.
         let local = if local.ip().is_unspecified() { socket.local_addr().unwrap_or(local) } else { local };
         let login_by = Deadline::after(live.limits.login);
@@ -295,7 +293,7 @@ impl Session {
     fn up_to_date(&mut self) {
         // A listener that is gone has no place in the next configuration: the last it had a place in goes on.
         if self.desk.has_changed().is_ok_and(|changed| changed) {
-            let Desk { live, index } = self.desk.borrow_and_update().clone();
+            let ListenerConfig { live, index } = self.desk.borrow_and_update().clone();
             (self.live, self.listener) = (live.clone(), index);
             self.record.now_under(live.settings.clone());
         }
@@ -308,7 +306,7 @@ impl Session {
         let tls = self.live.tls.as_ref()?;
         let secrets = Arc::new(Secrets::default());
         let turns = self.live.guard.handshakes();
-        let (accepting, memory) = (secrets.clone(), self.ticket.as_ref().map(Ticket::charge));
+        let (accepting, memory) = (secrets.clone(), self.ticket.as_ref().map(PreloginTicket::charge));
         let handshake = async {
             // Silent clients take no handshake permit: wait for a byte first. That the socket may be readable is not enough.
             socket.peek(&mut [0]).await.map_err(|error| HandshakeError::of_system(&error))?;

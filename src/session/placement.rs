@@ -14,15 +14,15 @@ use super::FAREWELL;
 use super::server_credentials::has_own_login;
 use crate::backend::connect::{self, Paused};
 use crate::backend::request::{Fault, Outcome, Request};
-use crate::backend::{Backend, Server, Slot, Stop, Tour};
+use crate::backend::{Backend, Failover, NextServer, Server, ServerPermit};
 use crate::config::BackendId;
 use crate::deadline::Deadline;
 use crate::generations::Generation;
 use crate::identity::{Credentials, Mechanism};
-use crate::imap::sasl;
+use crate::protocol::imap::sasl;
 use crate::route::Place;
-use crate::server::{Desk, Live};
-use crate::sessions::{NoSeat, Seat};
+use crate::session_registry::{RegisterError, SessionHandle};
+use crate::snapshot::{ListenerConfig, Snapshot};
 
 /// Maximum number of referrals followed per login.
 const MAX_REFERRALS: usize = 2;
@@ -32,10 +32,10 @@ const CLOSING: Duration = FAREWELL.saturating_add(Duration::from_secs(1));
 
 /// A login that is routed and looks for a server.
 pub(super) struct Placing<'a, 's> {
-    pub(super) live: &'a Live,
+    pub(super) live: &'a Snapshot,
     /// Where the next configuration appears; the one that is used has been seen.
-    pub(super) desk: watch::Receiver<Desk>,
-    pub(super) seat: &'s Seat,
+    pub(super) desk: watch::Receiver<ListenerConfig>,
+    pub(super) seat: &'s SessionHandle,
     /// The holds that came before the routes were asked.
     pub(super) since: Generation,
     /// The name of the user's mailbox.
@@ -78,11 +78,11 @@ impl Carried {
 pub(super) struct Placed {
     pub(super) backend: Arc<Backend>,
     pub(super) server: Arc<Server>,
-    pub(super) slot: Slot,
+    pub(super) slot: ServerPermit,
 }
 
 /// The last server's answer, and which server that was. An error: the login must be routed again.
-type Answered<'a> = Result<(Outcome<'a>, Option<Placed>), NoSeat>;
+type Answered<'a> = Result<(Outcome<'a>, Option<Placed>), RegisterError>;
 
 impl<'a> Placing<'a, '_> {
     /// Tries the user's servers in order, until one gives an answer that counts for all of them; follows a referral to a
@@ -97,9 +97,9 @@ impl<'a> Placing<'a, '_> {
         let mut outcome = Outcome::Unavailable(Fault::no_server());
         loop {
             let (server, slot) = match tour.next(deadline).await {
-                Stop::At(server, slot) => (server, slot),
-                Stop::Full => return Ok((Outcome::Unavailable(Fault::full()), None)),
-                Stop::End => return Ok((outcome, None)),
+                NextServer::At(server, slot) => (server, slot),
+                NextServer::Full => return Ok((Outcome::Unavailable(Fault::full()), None)),
+                NextServer::End => return Ok((outcome, None)),
             };
             if !self.may_use(&server)? {
                 continue;
@@ -124,17 +124,17 @@ impl<'a> Placing<'a, '_> {
 
     /// Names the server in the registry; returns whether it takes logins. While the login waited for a place, another
     /// configuration may have come, or the server may have been taken out of service.
-    fn may_use(&self, server: &Arc<Server>) -> Result<bool, NoSeat> {
+    fn may_use(&self, server: &Arc<Server>) -> Result<bool, RegisterError> {
         if self.desk.has_changed().is_ok_and(|changed| changed) {
-            return Err(NoSeat::Outdated);
+            return Err(RegisterError::Outdated);
         }
         self.seat.place(&self.mailbox, server, self.since)?;
         Ok(server.takes_logins())
     }
 
     /// The servers to try; a login with incomplete credentials takes no place there yet.
-    fn tour<'b>(&self, backend: &'b Backend, servers: Vec<Arc<Server>>) -> Tour<'b> {
-        let tour = Tour::new(backend, servers);
+    fn tour<'b>(&self, backend: &'b Backend, servers: Vec<Arc<Server>>) -> Failover<'b> {
+        let tour = Failover::new(backend, servers);
         let is_complete = self.request.login.as_ref().is_none_or(|login| login.is_complete());
         if is_complete { tour } else { tour.without_place() }
     }
@@ -224,7 +224,7 @@ impl<'a> Placing<'a, '_> {
                     ))
                 }
                 Some((backend, next)) => match self.tour(backend, vec![next]).next(deadline).await {
-                    Stop::At(server, slot) if self.may_use(&server)? => {
+                    NextServer::At(server, slot) if self.may_use(&server)? => {
                         // With this the place at the server that refers is given back.
                         at = Placed { backend: backend.clone(), server, slot };
                         (outcome, at) = self.log_in_at(backend, at, deadline, deadline).await;
@@ -233,8 +233,8 @@ impl<'a> Placing<'a, '_> {
                         }
                         continue;
                     }
-                    Stop::Full => return Ok((Outcome::Unavailable(Fault::full()), None)),
-                    Stop::At(..) | Stop::End => Fault::referral(gets_no_logins),
+                    NextServer::Full => return Ok((Outcome::Unavailable(Fault::full()), None)),
+                    NextServer::At(..) | NextServer::End => Fault::referral(gets_no_logins),
                 },
             };
             self.report(&at.server, &fault);

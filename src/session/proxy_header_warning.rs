@@ -1,33 +1,14 @@
 //! A PROXY header on a listener without `proxy_protocol`: a mistake of the balancer's configuration or of ours, reported
 //! once in a while for each listener, however many connections it meets.
 
-use std::sync::{Mutex, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use super::{EndedBy, Session};
 use crate::failure::Reason;
-use crate::proxy_protocol::{Beginning, beginning};
+use crate::protocol::proxy_protocol::{Beginning, beginning};
 
-/// Time between two warnings about one listener.
-const INTERVAL: Duration = Duration::from_secs(600);
 /// rustls gives up after five bytes that are not TLS. The first five of a header are not TLS either.
 const TLS_DECIDES: usize = 5;
-
-/// When the last warning about a listener was logged.
-#[derive(Debug, Default)]
-pub struct LastWarning(Mutex<Option<Instant>>);
-
-impl LastWarning {
-    /// Whether a warning is due at `now`, which is then the last one.
-    fn is_due(&self, now: Instant) -> bool {
-        let mut last = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let is_due = last.is_none_or(|last| now.saturating_duration_since(last) >= INTERVAL);
-        if is_due {
-            *last = Some(now);
-        }
-        is_due
-    }
-}
 
 /// First bytes of a client that speaks in clear, as long as they may become a PROXY header.
 #[derive(Debug, Default)]
@@ -59,7 +40,7 @@ pub(super) fn is_header_before_tls(first_bytes: &[u8]) -> bool {
 impl Session {
     /// The session is over.
     pub(super) fn unexpected_proxy_header(&mut self) {
-        if self.live.proxy_header_warnings[self.listener].is_due(Instant::now()) {
+        if self.live.proxy_header_warnings[self.listener].allows(Instant::now()) {
             tracing::warn!(
                 listener = %self.local,
                 balancer = %self.peer.ip().to_canonical(),
@@ -75,16 +56,6 @@ impl Session {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn one_warning_per_interval() {
-        let (last, now) = (LastWarning::default(), Instant::now());
-        assert!(last.is_due(now));
-        assert!(!last.is_due(now));
-        assert!(!last.is_due(now + INTERVAL - Duration::from_secs(1)));
-        assert!(last.is_due(now + INTERVAL));
-        assert!(!last.is_due(now + INTERVAL));
-    }
 
     #[test]
     fn a_header_is_found_at_every_split_and_a_login_is_not_kept() {

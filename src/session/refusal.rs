@@ -2,16 +2,17 @@
 
 use std::time::Instant;
 
+use super::Session;
 use super::attempt::Attempted;
-use super::record::bounded;
-use super::{Session, pace};
+use super::log_record::bounded;
+use crate::admission::refusal_latency;
 use crate::backend::Backend;
 use crate::failure::Reason;
-use crate::imap::prelogin::InvalidLogin;
-use crate::imap::reply;
-use crate::imap::tag::Tag;
 use crate::metrics::LoginOutcome;
-use crate::route::Target;
+use crate::protocol::imap::prelogin::InvalidLogin;
+use crate::protocol::imap::reply;
+use crate::protocol::imap::tag::Tag;
+use crate::route::RouteDecision;
 
 impl Session {
     /// No route knows the user, or the name cannot be one.
@@ -37,7 +38,7 @@ impl Session {
     pub(super) fn refused_late(&self, tag: &Tag, routed: Option<&Backend>, began: Instant) -> Attempted {
         let user = self.routing_name.as_deref().unwrap_or_default();
         let routed = routed.map(|backend| &*backend.name);
-        let not_before = Some(began + self.live.refusals.draw(routed, user, pace::random()));
+        let not_before = Some(began + self.live.refusals.draw(routed, user, refusal_latency::random()));
         let reply = match self.live.refusals.answer(routed, user) {
             Some(answer) => reply::with_tag(tag, &answer),
             None => reply::authentication_failed(tag, None),
@@ -46,13 +47,13 @@ impl Session {
     }
 
     /// The route's answer if it names no server.
-    pub(super) fn verdict(&mut self, tag: &Tag, target: &Target) -> Attempted {
+    pub(super) fn verdict(&mut self, tag: &Tag, target: &RouteDecision) -> Attempted {
         match target {
-            Target::Refuse(text) => {
+            RouteDecision::Refuse(text) => {
                 self.record.attempt_failed(Reason::RouteRefused, LoginOutcome::Refused, None);
                 Attempted::Refused { reply: reply::contact_admin(tag, text), counts: false, not_before: None }
             }
-            Target::Denied(denied) => {
+            RouteDecision::Denied(denied) => {
                 self.record.denied();
                 let reply = reply::authentication_failed(tag, denied.text.as_deref());
                 match denied.closes {
@@ -60,17 +61,17 @@ impl Session {
                     false => Attempted::Refused { reply, counts: true, not_before: Some(Instant::now() + denied.wait) },
                 }
             }
-            Target::Maintenance(text) => {
+            RouteDecision::Maintenance(text) => {
                 self.record.attempt_failed(Reason::RouteMaintenance, LoginOutcome::Unavailable, None);
                 Attempted::Refused { reply: reply::maintenance(tag, text), counts: false, not_before: None }
             }
-            Target::PasswordNeeded => {
+            RouteDecision::PasswordNeeded => {
                 self.record
                     .detail("the route decides by the client's password, and this mechanism carries none".to_owned());
                 self.record.attempt_failed(Reason::MechanismUnsupported, LoginOutcome::Unavailable, None);
                 Attempted::Unavailable
             }
-            Target::Place(_) => Attempted::Unavailable,
+            RouteDecision::Place(_) => Attempted::Unavailable,
         }
     }
 

@@ -2,12 +2,12 @@
 
 use crate::backend::Backend;
 use crate::identity::{Credentials, Names, PasswordLogin, Proof, Secret, ServerLogin, UserName};
-use crate::imap::sasl;
+use crate::protocol::imap::sasl;
 use crate::route::{Login, Place};
-use crate::server::Live;
+use crate::snapshot::Snapshot;
 
 /// `alice*admin` asks for alice's mailbox with admin's password, as PLAIN can say too.
-pub(super) fn split_master(live: &Live, credentials: &mut Credentials) {
+pub(super) fn split_master(live: &Snapshot, credentials: &mut Credentials) {
     if credentials.authzid.is_none()
         && matches!(credentials.proof, Proof::Password(_))
         && let Some((mailbox, master)) = live.config.naming.split_master(&credentials.user)

@@ -24,11 +24,11 @@ use super::ocsp::Response;
 use super::{provider, read_certificates};
 use crate::config::{Certificate, Config, Problem};
 use crate::metrics::Metrics;
-use crate::watch::Watch;
+use crate::process::file_watch::Watch;
 
 /// All certificates.
 pub(super) struct Certificates {
-    followed: Mutex<Vec<Followed>>,
+    followed: Mutex<Vec<WatchedCertificate>>,
     served: RwLock<Arc<ByName>>,
 }
 
@@ -41,7 +41,7 @@ impl Certificates {
         let mut followed = Vec::new();
         let mut problems = Vec::new();
         for certificate in &config.certificates {
-            match Followed::new(certificate, now) {
+            match WatchedCertificate::new(certificate, now) {
                 Ok(one) => followed.push(one),
                 Err(Wrong { which, message }) => {
                     let place = match which {
@@ -131,7 +131,7 @@ impl Wrong {
 }
 
 /// A certificate, and what its files were when it was loaded.
-struct Followed {
+struct WatchedCertificate {
     files: Files,
     watch: Watch,
     loaded: Loaded,
@@ -139,7 +139,7 @@ struct Followed {
     trouble: Option<String>,
 }
 
-impl Followed {
+impl WatchedCertificate {
     fn new(certificate: &Certificate, now: i64) -> Result<Self, Wrong> {
         let files = Files {
             cert: certificate.cert.value.clone(),
@@ -227,7 +227,7 @@ impl Loaded {
         let cert = |message: String| Wrong::new(Which::Cert, &files.cert, message);
         let key = |message: String| Wrong::new(Which::Key, &files.key, message);
         let chain = read_certificates(&files.cert).map_err(cert)?;
-        let Facts { names, serial, expiry } = facts(&chain[0]).map_err(cert)?;
+        let CertificateInfo { names, serial, expiry } = facts(&chain[0]).map_err(cert)?;
         let private = read_key(&files.key).map_err(key)?;
         let certified = CertifiedKey::from_der(chain, private, &provider()).map_err(|error| {
             let file = files.cert.display();
@@ -260,7 +260,7 @@ fn read_key(path: &Path) -> Result<PrivateKeyDer<'static>, String> {
     }
 }
 
-struct Facts {
+struct CertificateInfo {
     /// Of DNS, in lower case.
     names: Vec<String>,
     serial: Vec<u8>,
@@ -268,7 +268,7 @@ struct Facts {
     expiry: i64,
 }
 
-fn facts(certificate: &[u8]) -> Result<Facts, String> {
+fn facts(certificate: &[u8]) -> Result<CertificateInfo, String> {
     let (_, parsed) = X509Certificate::from_der(certificate).map_err(|error| format!("not a certificate: {error}"))?;
     if is_version_1(&parsed) {
         return Err(VERSION_1.to_owned());
@@ -279,7 +279,7 @@ fn facts(certificate: &[u8]) -> Result<Facts, String> {
         _ => None,
     });
     let expiry = parsed.validity().not_after.timestamp();
-    Ok(Facts { names: names.collect(), serial: parsed.raw_serial().to_vec(), expiry })
+    Ok(CertificateInfo { names: names.collect(), serial: parsed.raw_serial().to_vec(), expiry })
 }
 
 /// Certificates by the names in them. Each list has at least one, in the order they are tried: those of elliptic curves
@@ -294,7 +294,7 @@ struct ByName {
 }
 
 impl ByName {
-    fn new(followed: &[Followed]) -> Self {
+    fn new(followed: &[WatchedCertificate]) -> Self {
         let (mut exact, mut wildcard) = (HashMap::<_, Vec<_>>::new(), HashMap::<_, Vec<_>>::new());
         for loaded in followed.iter().map(|followed| &followed.loaded) {
             for name in &loaded.names {

@@ -23,18 +23,18 @@ use crate::config::{Backend, Config, Located, Place, Problem, TlsMode, Trust};
 
 /// How to reach the servers of one backend under TLS.
 #[derive(Clone)]
-pub struct ClientTls {
+pub struct UpstreamTls {
     config: ClientConfig,
     server_name: Option<ServerName<'static>>,
 }
 
-impl std::fmt::Debug for ClientTls {
+impl std::fmt::Debug for UpstreamTls {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("ClientTls").field("server_name", &self.server_name).finish_non_exhaustive()
     }
 }
 
-impl ClientTls {
+impl UpstreamTls {
     /// Loads roots and pins of a backend; `None` where it speaks plaintext.
     ///
     /// # Errors

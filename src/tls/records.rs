@@ -16,7 +16,7 @@ use std::task::{Context, Poll, ready};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use zeroize::Zeroizing;
 
-use crate::guard::Charge;
+use crate::admission::Charge;
 use crate::record_layer::record_length;
 
 /// One read of the socket: a handshake message, a login or a reply fits.
@@ -260,8 +260,8 @@ mod tests {
     use tokio::io::{AsyncReadExt, AsyncWriteExt, duplex};
 
     use super::*;
+    use crate::admission::{Guard, PreloginTicket};
     use crate::config;
-    use crate::guard::{Guard, Ticket};
 
     #[tokio::test]
     async fn only_whole_records_pass_and_one_at_a_time() {
@@ -311,7 +311,7 @@ mod tests {
     }
 
     /// A guard with a budget of `bytes`, and a charge of its only connection.
-    fn charge(bytes: usize) -> (Arc<Guard>, Ticket) {
+    fn charge(bytes: usize) -> (Arc<Guard>, PreloginTicket) {
         let config = config::Guard { before_login_memory: bytes, ..Default::default() };
         let guard = Arc::new(Guard::new(&config, Instant::now()));
         let ticket = guard.lobby(Instant::now()).unwrap();

@@ -1,7 +1,7 @@
 //! The side that clients connect to: what each listener asks of TLS, and the handshake.
 //!
 //! Certificates are chosen by `certificates`, tickets sealed by `tickets`; both are read again while the process runs
-//! ([`ServerTls::start`]). SNI: a listener may be strict, and then refuses a client that asks for no server there is a
+//! ([`DownstreamTls::start`]). SNI: a listener may be strict, and then refuses a client that asks for no server there is a
 //! certificate for. ALPN: a client that offers protocols without `imap` is refused (CVE-2021-3618, ALPACA), unless the
 //! listener has `alpn: any`; one that offers none is served. A handshake that fails is explained by what the client
 //! offered. Sessions are resumed by tickets alone, so that nothing is stored between them, one ticket is
@@ -33,11 +33,11 @@ use super::records::Records;
 use super::tickets::{Clients, Scope, Tickets};
 use super::trust::{ClientsByRoots, observed};
 use super::{provider, read_certificates};
+use crate::admission::Charge;
 use crate::config::{CertificateUser, ClientCertificates, Config, Listener, Problem, TlsVersion};
-use crate::guard::Charge;
 use crate::identity::UserName;
 use crate::metrics::Metrics;
-use crate::watch::LOOK;
+use crate::process::file_watch::LOOK;
 
 /// The ALPN name of IMAP (RFC 7301 registry).
 const ALPN: &[u8] = b"imap";
@@ -45,15 +45,15 @@ const ALPN: &[u8] = b"imap";
 const UNRECOGNIZED_NAME: [u8; 7] = [21, 3, 3, 0, 2, 2, 112];
 
 /// What clients are shown.
-pub struct ServerTls {
+pub struct DownstreamTls {
     /// One a listener.
-    listeners: Vec<Shown>,
+    listeners: Vec<ListenerAcceptor>,
     certificates: Arc<Certificates>,
     tickets: Arc<Tickets>,
 }
 
 /// What clients of a listener are shown.
-struct Shown {
+struct ListenerAcceptor {
     config: ServerConfig,
     strict_sni: bool,
     strict_alpn: bool,
@@ -61,7 +61,7 @@ struct Shown {
     user: Option<CertificateUser>,
 }
 
-impl ServerTls {
+impl DownstreamTls {
     /// Reads all certificates and keys. Tickets that `previous` gave out stay good where the policy is the same.
     ///
     /// # Errors
@@ -92,7 +92,7 @@ impl ServerTls {
             let ticketer = tickets.of(&policy.scope);
             let built = server_config(policy, resolver, ticketer)
                 .map_err(|error| vec![config.problem(&listener.place, error)])?;
-            listeners.push(Shown {
+            listeners.push(ListenerAcceptor {
                 config: built,
                 strict_sni: listener.strict_sni,
                 strict_alpn: listener.strict_alpn,
@@ -154,7 +154,7 @@ impl ServerTls {
     /// Reads the client's first message before rustls answers it, for listeners whose answer depends on it.
     async fn accept_by_hello(
         &self,
-        shown: &Shown,
+        shown: &ListenerAcceptor,
         mut config: ServerConfig,
         socket: Records<TcpStream>,
     ) -> Result<server::TlsStream<Records<TcpStream>>, Broken> {

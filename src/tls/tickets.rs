@@ -24,7 +24,7 @@ use zeroize::Zeroizing;
 
 use crate::config::{Config, Located, Problem, TlsVersion};
 use crate::metrics::Metrics;
-use crate::watch::Watch;
+use crate::process::file_watch::Watch;
 
 /// Seconds a ticket is good for; rustls' own tickets live as long.
 const LIFETIME: u32 = 12 * 60 * 60;

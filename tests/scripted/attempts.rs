@@ -7,7 +7,7 @@ use base64::engine::general_purpose::STANDARD;
 use futures_util::FutureExt as _;
 use tokio::net::TcpListener;
 use vestibule::server::Running;
-use vestibule::sessions::Why;
+use vestibule::session_registry::CancelReason;
 
 use crate::registry::{OK, Played, SCRAM, UNAVAILABLE, accept, answer, assert_alive, login, pair, set_mode, stuck};
 use crate::routes::{Service, json};
@@ -309,7 +309,7 @@ async fn a_login_that_lost_to_a_later_one_is_not_routed_again() {
     };
     let (mut loser, mut winner) = (refer(&servers[0]).await, refer(&servers[1]).await);
     accept(&mut loser.1).await;
-    eventually("the first acceptance", || old.call().why() == Some(Why::Replaced)).await;
+    eventually("the first acceptance", || old.call().why() == Some(CancelReason::Replaced)).await;
     accept(&mut winner.1).await;
     assert_eq!(loser.0.line().await, UNAVAILABLE);
     loser.1.assert_closed().await;

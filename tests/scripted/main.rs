@@ -5,6 +5,7 @@
 #![expect(clippy::unwrap_used, unreachable_pub, reason = "a test's panic is its failure; one binary has no outside")]
 
 mod answers;
+mod architecture;
 mod attempts;
 mod before_login;
 mod care;
@@ -12,9 +13,9 @@ mod client;
 mod credentials;
 mod defences;
 mod dns;
+mod documented_tests;
 mod endless_answers;
 mod guard;
-mod house;
 mod invariants;
 mod limits;
 mod mechanisms;

@@ -4,7 +4,7 @@ use std::net::SocketAddr;
 
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
-use vestibule::proxy_protocol::{ClientTls, Header, Origin, local_2, parse, version_1, version_2};
+use vestibule::protocol::proxy_protocol::{ClientTls, Header, Origin, local_2, parse, version_1, version_2};
 use vestibule::server::Running;
 
 use crate::support::{Certificates, Client, GOOD, Line, Scripted, eventually, in_time, metric, start};

@@ -9,7 +9,7 @@ use base64::engine::general_purpose::STANDARD;
 use tokio::net::{TcpListener, TcpStream};
 use vestibule::backend::Server;
 use vestibule::server::{Running, StateChange};
-use vestibule::sessions::{Guest, Seat};
+use vestibule::session_registry::{SessionHandle, SessionInfo};
 
 use crate::support::{Client, Line, PATIENCE, eventually, in_time, metric, proxy, start};
 
@@ -164,10 +164,10 @@ pub(super) async fn set_mode(proxy: &Running, server: &Played, mode: &str, over:
 }
 
 /// A session of alice's that does not end, whatever it is told.
-pub(super) fn stuck(proxy: &Running, at: &Played) -> Seat {
+pub(super) fn stuck(proxy: &Running, at: &Played) -> SessionHandle {
     let sessions = proxy.sessions();
     let since = sessions.generation();
-    let guest = Guest { user: "alice".into(), client: [127, 0, 0, 1].into(), session: [b'x'; 16] };
+    let guest = SessionInfo { user: "alice".into(), client: [127, 0, 0, 1].into(), session: [b'x'; 16] };
     let seat = sessions.take(guest).unwrap();
     let servers: Vec<Arc<Server>> = proxy.live().backends.list()[0].servers();
     let server = servers.iter().find(|server| *server.name == *at.address().to_string()).unwrap();
@@ -238,7 +238,11 @@ async fn an_accepted_login_that_waits_ends_with_a_kick_and_with_the_process() {
         let mut server = first.login().await;
         accept(&mut server).await;
         eventually("the server's answer", || {
-            proxy.sessions().of_user("alice").iter().any(|seen| seen.stage == vestibule::sessions::Stage::Accepted)
+            proxy
+                .sessions()
+                .of_user("alice")
+                .iter()
+                .any(|seen| seen.stage == vestibule::session_registry::SessionState::Accepted)
         })
         .await;
         client.send("b NOOP\r\n").await;

@@ -320,7 +320,7 @@ async fn a_server_with_unauthenticate_is_reported_in_the_status() {
         .await;
         let passed = || metric(&proxy, "vestibule_server_checks_total", &["outcome=\"passed\""]) > 0.0;
         eventually("a check", passed).await;
-        // The text for operators is made of this: src/control/report.rs has its test.
+        // The text for operators is made of this: src/api/control/report.rs has its test.
         assert_eq!(serde_json::to_value(proxy.status()).unwrap()["servers"][0]["unauthenticate"], reported);
     }
     // A server may show it only to those who have logged in.

@@ -6,8 +6,8 @@ use rcgen::{BasicConstraints, CertificateParams, DnType, IsCa, KeyPair};
 use tokio::io::AsyncWriteExt as _;
 use tokio::net::{TcpListener, TcpStream};
 use tokio_rustls::rustls::ConnectionCommon;
-use vestibule::preflight;
-use vestibule::server::Live;
+use vestibule::app::preflight;
+use vestibule::snapshot::Snapshot;
 
 use crate::support::{Certificates, Client, GOOD, Line, Scripted, in_time, metric, proxy, start};
 
@@ -54,7 +54,7 @@ async fn warnings(tls: &str, servers: &str) -> Vec<String> {
          backends:\n  only:\n    servers: [{servers}]\n    tls: {{{tls}}}\nroutes: [{{default: only}}]\n"
     );
     let config = vestibule::config::parse(Path::new("v.yaml"), &text).unwrap_or_else(|report| panic!("{report}"));
-    let live = Live::build(config, None).unwrap_or_else(|report| panic!("{report}"));
+    let live = Snapshot::build(config, None).unwrap_or_else(|report| panic!("{report}"));
     preflight::server_warnings(&live).await.iter().map(ToString::to_string).collect()
 }
 

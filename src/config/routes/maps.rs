@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use serde::Deserialize;
 use serde_yaml::Value;
 
-use crate::config::values::{CacheEntry, HashEntry, Span, Words};
+use crate::config::values::{CacheEntry, DurationText, HashEntry, Words};
 
 /// An item of `routes`: exactly one key.
 #[derive(Debug, Default, Deserialize)]
@@ -79,7 +79,7 @@ pub(super) struct HashShareMap {
 /// Keys that all directories have; flattened into their maps by hand, as serde cannot refuse unknown keys otherwise.
 #[derive(Debug, Default)]
 pub(super) struct AskingMap {
-    pub(super) timeout: Option<Span>,
+    pub(super) timeout: Option<DurationText>,
     pub(super) connections: Option<i64>,
     pub(super) cache: Option<CacheEntry>,
     pub(super) names: BTreeMap<String, String>,
@@ -90,11 +90,11 @@ pub(super) struct AskingMap {
 #[serde(deny_unknown_fields, default)]
 pub(in crate::config) struct CacheMap {
     /// Of a user that was found.
-    pub(super) ttl: Option<Span>,
+    pub(super) ttl: Option<DurationText>,
     /// Of a user that is unknown.
-    pub(super) negative: Option<Span>,
+    pub(super) negative: Option<DurationText>,
     /// How much longer an answer is good while the directory is down.
-    pub(super) stale: Option<Span>,
+    pub(super) stale: Option<DurationText>,
     /// Users at most.
     pub(super) entries: Option<i64>,
     /// Where answers are written for the next start.
@@ -110,7 +110,7 @@ macro_rules! directory {
             $($(#[$field_doc])* pub(super) $field: $type,)*
             /// Of one question.
             #[serde(default)]
-            timeout: Option<Span>,
+            timeout: Option<DurationText>,
             /// Questions at a time.
             #[serde(default)]
             connections: Option<i64>,

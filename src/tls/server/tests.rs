@@ -76,13 +76,13 @@ impl Folder {
         config::parse(&self.path("v.yaml"), &text).unwrap_or_else(|report| panic!("{report}"))
     }
 
-    fn build(&self, listeners: &[&str], certificates: &[&str], more: &str) -> ServerTls {
-        built(ServerTls::build(&self.config(listeners, certificates, more), None))
+    fn build(&self, listeners: &[&str], certificates: &[&str], more: &str) -> DownstreamTls {
+        built(DownstreamTls::build(&self.config(listeners, certificates, more), None))
     }
 }
 
 #[track_caller]
-fn built(result: Result<Option<ServerTls>, Vec<Problem>>) -> ServerTls {
+fn built(result: Result<Option<DownstreamTls>, Vec<Problem>>) -> DownstreamTls {
     result.unwrap_or_else(|problems| panic!("{problems:?}")).unwrap()
 }
 
@@ -94,11 +94,11 @@ fn metrics() -> Metrics {
 #[derive(Debug)]
 struct Noting {
     schemes: Vec<SignatureScheme>,
-    shown: Mutex<Option<Shown>>,
+    shown: Mutex<Option<ListenerAcceptor>>,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
-struct Shown {
+struct ListenerAcceptor {
     certificate: CertificateDer<'static>,
     response: Vec<u8>,
 }
@@ -113,7 +113,7 @@ impl ServerCertVerifier for Noting {
         _: UnixTime,
     ) -> Result<ServerCertVerified, Error> {
         let certificate = certificate.clone().into_owned();
-        *self.shown.lock().unwrap() = Some(Shown { certificate, response: response.to_vec() });
+        *self.shown.lock().unwrap() = Some(ListenerAcceptor { certificate, response: response.to_vec() });
         Ok(ServerCertVerified::assertion())
     }
 
@@ -159,7 +159,7 @@ impl Client {
     }
 
     /// Connects and reads a byte, behind which the ticket has come too. How the handshake went, or how it failed.
-    async fn connect(&self, tls: &ServerTls, listener: usize, name: &str) -> Result<HandshakeKind, std::io::Error> {
+    async fn connect(&self, tls: &DownstreamTls, listener: usize, name: &str) -> Result<HandshakeKind, std::io::Error> {
         let socket = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let server = async {
             let (accepted, _) = socket.accept().await.unwrap();
@@ -186,7 +186,7 @@ impl Client {
     }
 
     /// A full handshake; what was shown in it.
-    async fn shown(&self, tls: &ServerTls, name: &str) -> Shown {
+    async fn shown(&self, tls: &DownstreamTls, name: &str) -> ListenerAcceptor {
         let fresh = Self { noting: self.noting.clone(), config: self.fresh() };
         fresh.connect(tls, 0, name).await.unwrap();
         self.noting.shown.lock().unwrap().take().expect("a full handshake")
@@ -352,9 +352,9 @@ async fn an_ocsp_response_is_shown_while_it_fits() {
     let failed = || metrics.render().lines().any(|line| line.contains("load_failed{") && line.ends_with(" 1"));
     assert_eq!(
         client.shown(&tls, "localhost").await,
-        Shown { certificate: certificate.clone(), response: good.clone() }
+        ListenerAcceptor { certificate: certificate.clone(), response: good.clone() }
     );
-    assert_eq!(client.shown(&tls, "b.test").await, Shown { certificate: other, response: Vec::new() });
+    assert_eq!(client.shown(&tls, "b.test").await, ListenerAcceptor { certificate: other, response: Vec::new() });
 
     // About another one, or out of date: not shown, and said.
     for wrong in [respond(78, "20990101000000Z"), respond(77, "20200101000000Z")] {
@@ -380,7 +380,7 @@ async fn an_ocsp_response_is_shown_while_it_fits() {
     let renewed = folder.certificate("a", &["localhost"], 78, false);
     look(now());
     assert!(failed());
-    assert_eq!(client.shown(&tls, "localhost").await, Shown { certificate: renewed, response: Vec::new() });
+    assert_eq!(client.shown(&tls, "localhost").await, ListenerAcceptor { certificate: renewed, response: Vec::new() });
 }
 
 #[test]
@@ -391,7 +391,7 @@ fn files_that_cannot_be_used_are_told_with_their_place() {
     folder.secret("open", 1);
     fs::set_permissions(folder.path("open"), fs::Permissions::from_mode(0o644)).unwrap();
     let config = folder.config(&["sni: any"], &["a, ocsp: ocsp.der"], "ticket_keys: [open, absent]");
-    let problems = ServerTls::build(&config, None).map(drop).unwrap_err();
+    let problems = DownstreamTls::build(&config, None).map(drop).unwrap_err();
     let said: Vec<String> =
         problems.iter().map(|problem| format!("{}: {}", problem.place.key, problem.message)).collect();
     let path = |name| folder.path(name).display().to_string();
@@ -413,7 +413,7 @@ fn a_version_1_certificate_of_a_listener_is_explained() {
     let folder = Folder::new();
     fs::write(folder.path("v1.pem"), crate::tls::trust::tests::VERSION_1_PEM).unwrap();
     fs::write(folder.path("v1-key.pem"), "unused").unwrap();
-    let problems = ServerTls::build(&folder.config(&["tls_min: '1.2'"], &["v1"], ""), None).err().unwrap();
+    let problems = DownstreamTls::build(&folder.config(&["tls_min: '1.2'"], &["v1"], ""), None).err().unwrap();
     let message = problems[0].to_string();
     assert!(message.contains("v1.pem: the certificate is X.509 version 1, which TLS libraries refuse"), "{message}");
     assert!(message.contains("make one of version 3"), "{message}");

@@ -7,7 +7,7 @@ use super::*;
 /// Two sets of files with one name: `cert` is in use, `next` is what replaces it.
 struct Renewal {
     folder: Folder,
-    tls: ServerTls,
+    tls: DownstreamTls,
     metrics: Metrics,
     client: Client,
     before: CertificateDer<'static>,

@@ -89,15 +89,15 @@ async fn tickets_outlive_a_reload_of_the_configuration() {
     let folder = Folder::new();
     folder.certificate("a", &["localhost"], 1, false);
     let config = folder.config(&["sni: any"], &["a"], "");
-    let first = built(ServerTls::build(&config, None));
+    let first = built(DownstreamTls::build(&config, None));
     for versions in [&[&TLS13][..], &[&TLS12]] {
         let client = Client::new(EVERY, versions);
         client.connect(&first, 0, "localhost").await.unwrap();
         // The listener has moved to another place, among others.
         let changed = folder.config(&["tls_min: '1.3'", "sni: strict"], &["a"], "");
-        let second = built(ServerTls::build(&changed, Some(&first)));
+        let second = built(DownstreamTls::build(&changed, Some(&first)));
         assert_eq!(client.connect(&second, 1, "localhost").await.unwrap(), HandshakeKind::Resumed);
-        let other = built(ServerTls::build(&config, None));
+        let other = built(DownstreamTls::build(&config, None));
         assert_eq!(client.connect(&other, 0, "localhost").await.unwrap(), HandshakeKind::Full, "a process of its own");
     }
 }

@@ -1,0 +1,142 @@
+//! What the program does: arguments become a command, a command becomes an exit code.
+
+pub mod preflight;
+mod run;
+
+use std::fs::File;
+use std::io::Write as _;
+use std::os::fd::AsFd as _;
+use std::path::Path;
+use std::process::ExitCode;
+
+use anyhow::Context as _;
+
+use crate::api::client::NotPermitted;
+use crate::api::place::PlaceError;
+use crate::api::upgrade::{self, REPORT_ON_STDIN, REPORT_VARIABLE};
+use crate::cli::{self, Command, explain, operate};
+use crate::config::{self, Report};
+use crate::identity::UserName;
+use crate::process::privileges;
+use crate::snapshot::Snapshot;
+use crate::{demo, logging};
+
+/// sysexits.h: what systemd and scripts can tell apart.
+const EX_USAGE: u8 = 64;
+const EX_SOFTWARE: u8 = 70;
+const EX_NOPERM: u8 = 77;
+const EX_CONFIG: u8 = 78;
+
+/// Runs the command that the arguments name, reports its error, and returns the exit code of the process.
+pub fn run() -> ExitCode {
+    let command = cli::parse();
+    let is_run = matches!(command, Command::Run { .. });
+    match dispatch(command) {
+        Ok(code) => {
+            logging::flush();
+            code
+        }
+        Err(error) => {
+            let is_config = error.downcast_ref::<Report>().is_some();
+            let text = if is_config { format!("{error}") } else { format!("vestibule: {error:#}\n") };
+            if is_run {
+                report_to_predecessor(&text);
+            }
+            logging::print_last_error(&text);
+            ExitCode::from(match error.downcast_ref::<PlaceError>() {
+                _ if is_config => EX_CONFIG,
+                Some(place) if place.is_permission() => EX_NOPERM,
+                _ if error.downcast_ref::<NotPermitted>().is_some() => EX_NOPERM,
+                _ => EX_SOFTWARE,
+            })
+        }
+    }
+}
+
+/// A process that was started by `vestibule upgrade` also sends its error to the process that started it.
+fn report_to_predecessor(text: &str) {
+    if std::env::var(REPORT_VARIABLE).is_ok_and(|value| value == REPORT_ON_STDIN)
+        && let Ok(stdin) = std::io::stdin().as_fd().try_clone_to_owned()
+    {
+        // The log has it too.
+        let _ = File::from(stdin).write_all(text.as_bytes());
+    }
+}
+
+fn dispatch(command: Command) -> anyhow::Result<ExitCode> {
+    match command {
+        Command::Run { .. } if upgrade::is_launcher() => {
+            upgrade::launch().context("the successor could not be started")?;
+            Ok(ExitCode::SUCCESS)
+        }
+        Command::Run { config, replace } => {
+            let runtime = runtime()?;
+            let result = runtime.block_on(run::run(&config, replace));
+            // A start that was ended by a signal does not wait for the tables it was reading.
+            runtime.shutdown_background();
+            result
+        }
+        Command::Check { config, offline } => check(&config, offline),
+        Command::Route { config, diff: Some(new), users: Some(users), .. } => diff(&config, &new, &users),
+        Command::Route { config, user, .. } => route(&config, &user.unwrap_or_default()),
+        Command::Demo(options) => {
+            runtime()?.block_on(demo::run(options))?;
+            Ok(ExitCode::SUCCESS)
+        }
+        // What is none of the above asks something of the running process.
+        other => Ok(runtime()?.block_on(operate::operate(other))?.unwrap_or(ExitCode::FAILURE)),
+    }
+}
+
+fn runtime() -> anyhow::Result<tokio::runtime::Runtime> {
+    tokio::runtime::Builder::new_current_thread().enable_all().build().context("no runtime")
+}
+
+/// Builds everything and binds nothing. Warnings go to standard error and do not change the exit code.
+fn check(file: &Path, offline: bool) -> anyhow::Result<ExitCode> {
+    let live = build(file)?;
+    let identity = privileges::resolve(&live.config)?;
+    let mut warnings = live.config.warnings.clone();
+    warnings.extend(preflight::cache_file_warnings(&live.config, identity.as_ref())?);
+    if !offline {
+        warnings.extend(runtime()?.block_on(preflight::server_warnings(&live)));
+    }
+    for warning in Report::new(warnings).problems() {
+        eprintln!("warning: {warning}");
+    }
+    println!(
+        "{}: ok ({} listeners, {} backends, {} routes)",
+        file.display(),
+        live.config.listeners.len(),
+        live.config.backends.len(),
+        live.config.routes.len()
+    );
+    Ok(ExitCode::SUCCESS)
+}
+
+fn route(file: &Path, user: &str) -> anyhow::Result<ExitCode> {
+    let live = build(file)?;
+    let user = match UserName::new(user.as_bytes()) {
+        Ok(user) => user,
+        Err(error) => {
+            eprintln!("vestibule: {error}");
+            return Ok(ExitCode::from(EX_USAGE));
+        }
+    };
+    let (text, found) = runtime()?.block_on(explain::explain(&live, &user));
+    print!("{text}");
+    Ok(if found { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+/// Who would move.
+fn diff(old: &Path, new: &Path, users: &Path) -> anyhow::Result<ExitCode> {
+    let (old, new) = (build(old)?, build(new)?);
+    let names = std::fs::read(users).with_context(|| users.display().to_string())?;
+    let out = std::io::stdout().lock();
+    let moved = runtime()?.block_on(explain::diff(&old, &new, &names, out))?;
+    Ok(if moved == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+fn build(file: &Path) -> anyhow::Result<Snapshot> {
+    Ok(Snapshot::build(config::load(file)?, None)?)
+}

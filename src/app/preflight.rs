@@ -1,0 +1,137 @@
+//! What `check` finds beyond the configuration's text: servers with which TLS would fail, and cache files that could not be
+//! written.
+//!
+//! Connects to the servers of backends with TLS, within a short time and without a login. A server that cannot be
+//! reached is not reported: a configuration may be checked on another machine.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use rustix::fs::{Access, AtFlags, CWD, accessat};
+use rustix::io::Errno;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+use crate::api::place::may_write;
+use crate::backend::OwnAddresses;
+use crate::config::{self, Asking, Config, Place, Problem, Route};
+use crate::process::privileges::Identity;
+use crate::snapshot::Snapshot;
+
+/// Time for one server: DNS, connection and handshake.
+const TIMEOUT: Duration = Duration::from_secs(3);
+
+/// A warning for each server with which TLS fails, at its place in the configuration.
+pub async fn server_warnings(live: &Snapshot) -> Vec<Problem> {
+    let (tasks, stop) = (TaskTracker::new(), CancellationToken::new());
+    live.backends.start(&OwnAddresses::default(), &tasks, &stop);
+    let faults = Arc::clone(&live.backends).tls_faults(&live.limits, TIMEOUT).await;
+    stop.cancel();
+    let warning = |(id, server, detail): (config::BackendId, Arc<str>, String)| {
+        let backend = &live.config.backends[id.0];
+        let message = format!("TLS with {server} fails, and so would every login there: {detail}");
+        live.config.problem(place(backend, &server), message)
+    };
+    faults.into_iter().map(warning).collect()
+}
+
+fn place<'a>(backend: &'a config::Backend, server: &str) -> &'a Place {
+    let declared = backend.servers.iter().find_map(|declared| match declared {
+        config::Server::Address { name, place, .. } => (name == server).then_some(place),
+        config::Server::Srv { .. } => None,
+    });
+    declared.unwrap_or(&backend.place)
+}
+
+/// A warning for each cache file that could not be written by the user of `run_as`, or by this process.
+///
+/// # Errors
+/// The groups of that user cannot be looked up.
+pub fn cache_file_warnings(config: &Config, identity: Option<&Identity>) -> anyhow::Result<Vec<Problem>> {
+    let user = match identity.filter(|identity| identity.is_change()) {
+        Some(identity) => Some((identity.owner().0, identity.groups()?)),
+        None => None,
+    };
+    let files = config.routes.iter().filter_map(|route| asking(route)?.cache.as_ref()?.file.as_ref());
+    let warning =
+        |file: &config::Located<PathBuf>| Some(config.problem(&file.place, unwritable(&file.value, user.as_ref())?));
+    Ok(files.filter_map(warning).collect())
+}
+
+fn asking(route: &Route) -> Option<&Asking> {
+    match route {
+        Route::Sql(sql) => Some(&sql.asking),
+        Route::Ldap(ldap) => Some(&ldap.asking),
+        Route::Http(http) => Some(&http.asking),
+        Route::Redis(redis) => Some(&redis.asking),
+        Route::Dns(dns) => Some(&dns.asking),
+        _ => None,
+    }
+}
+
+/// Why `file` cannot be written by `user` (with all groups), or by the effective user of this process.
+fn unwritable(file: &Path, user: Option<&(u32, Vec<u32>)>) -> Option<String> {
+    let folder = file.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let shown = folder.display();
+    if folder.exists() && !folder.is_dir() {
+        return Some(format!("{shown} is not a directory: the file cannot be written there"));
+    }
+    match accessat(CWD, folder, Access::WRITE_OK | Access::EXEC_OK, AtFlags::EACCESS) {
+        Err(Errno::NOENT) => Some(format!(
+            "the directory {shown} does not exist, so that no answer is kept over a restart: create it for the \
+             service's user"
+        )),
+        Err(error) => Some(format!(
+            "this user cannot write in {shown} ({error}): if the service runs as the same user, no answer is kept over a \
+             restart; use a directory like /var/lib/vestibule that belongs to the service's user"
+        )),
+        Ok(()) => {
+            let (uid, groups) = user?;
+            let is_writable = may_write(folder, *uid, groups).unwrap_or(false);
+            (!is_writable).then(|| {
+                format!(
+                    "the user of run_as cannot write in {shown}, so that no answer is kept over a restart: use a directory \
+                     like /var/lib/vestibule that belongs to that user"
+                )
+            })
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs::{self, Permissions};
+    use std::os::unix::fs::PermissionsExt as _;
+
+    use super::*;
+
+    #[test]
+    fn cache_files_are_judged_by_the_directory_and_the_user_of_run_as() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = |name: &str| folder.path().join(name);
+        fs::write(path("file"), "").unwrap();
+        let other = (54_321, vec![54_321]);
+        let found = |name: &str, user| unwritable(&path(name), user).unwrap_or_default();
+        assert_eq!(found("cache.json", None), "");
+        assert!(found("absent/cache.json", None).contains("does not exist"));
+        assert!(found("file/cache.json", None).contains("is not a directory"));
+        fs::set_permissions(folder.path(), Permissions::from_mode(0o755)).unwrap();
+        assert!(found("cache.json", Some(&other)).starts_with("the user of run_as cannot write in"));
+        fs::set_permissions(folder.path(), Permissions::from_mode(0o777)).unwrap();
+        assert_eq!(found("cache.json", Some(&other)), "");
+    }
+
+    #[test]
+    fn a_warning_names_the_place_of_the_cache_file() {
+        let text = "listeners: [{address: '127.0.0.1:0', tls: none}]\nbackends: {a: {servers: ['192.0.2.1:143']}}\n\
+                    routes: [{redis: {url: 'redis://h', key: 'u:%{user}', cache: {file: absent/cache.json}}}]\n";
+        let folder = tempfile::tempdir().unwrap();
+        let config = config::parse(&folder.path().join("v.yaml"), text).unwrap();
+        assert_eq!(config.warnings, []);
+        let warnings = cache_file_warnings(&config, None).unwrap();
+        assert_eq!(warnings.len(), 1);
+        assert!(warnings[0].to_string().contains(":3:"), "{}", warnings[0]);
+        assert!(warnings[0].to_string().contains("routes[0].redis.cache.file: the directory "), "{}", warnings[0]);
+    }
+}

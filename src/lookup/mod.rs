@@ -1,0 +1,9 @@
+//! What route sources and the authentication policy share when they ask a service: an HTTP client with limits, hedged requests,
+//! a thread for lookups, DNS.
+
+pub(crate) mod dns;
+pub(crate) mod hedge;
+pub(crate) mod http_client;
+mod limited_http;
+pub(crate) mod tcp_liveness;
+pub(crate) mod thread;

@@ -1,0 +1,103 @@
+//! Changes to an unprivileged user (`run_as`) once all ports are bound, for a process that is started as root without systemd.
+//!
+//! The user is looked up before anything is bound, so that a wrong name is a mistake of the configuration. A process that is
+//! that user already (a successor) has nothing to change. What is bound later is bound without root's rights. Called by `main`.
+
+use std::ffi::CString;
+
+use anyhow::{Context as _, bail};
+use nix::unistd::{Gid, Group, Uid, User, getegid, geteuid, getgrouplist, initgroups, setgid, setuid};
+
+use crate::config::{Config, Problem, Report};
+
+/// The user and group of `run_as`, looked up.
+#[derive(Debug, Clone)]
+pub struct Identity {
+    name: String,
+    uid: Uid,
+    gid: Gid,
+}
+
+/// Looks up the user and the group of `run_as`.
+///
+/// # Errors
+/// There are no such user or group.
+pub(crate) fn resolve(config: &Config) -> Result<Option<Identity>, Report> {
+    let Some(wanted) = &config.run_as else { return Ok(None) };
+    let problem = |message: String| Report::new(vec![config.problem(&wanted.user.place, message)]);
+    let name = &wanted.user.value;
+    let user = User::from_name(name).map_err(|error| problem(format!("users cannot be looked up: {error}")))?;
+    let user = user.ok_or_else(|| problem(format!("unknown user {name:?}")))?;
+    let gid = match &wanted.group {
+        None => user.gid,
+        Some(group) => {
+            let problem = |message: String| -> Problem { config.problem(&group.place, message) };
+            let found = Group::from_name(&group.value).map_err(|error| format!("groups cannot be looked up: {error}"));
+            let found = found.and_then(|found| found.ok_or_else(|| format!("unknown group {:?}", group.value)));
+            found.map_err(|message| Report::new(vec![problem(message)]))?.gid
+        }
+    };
+    Ok(Some(Identity { name: name.clone(), uid: user.uid, gid }))
+}
+
+impl Identity {
+    /// User and group ids, to be given files and sockets.
+    pub fn owner(&self) -> (u32, u32) {
+        (self.uid.as_raw(), self.gid.as_raw())
+    }
+
+    /// All groups that the process will have.
+    ///
+    /// # Errors
+    /// The system cannot look them up.
+    pub fn groups(&self) -> anyhow::Result<Vec<u32>> {
+        let groups = getgrouplist(&self.c_name()?, self.gid).context("groups cannot be looked up")?;
+        Ok(groups.into_iter().map(Gid::as_raw).collect())
+    }
+
+    /// Whether the process has another user or group now.
+    pub fn is_change(&self) -> bool {
+        geteuid() != self.uid || getegid() != self.gid
+    }
+
+    /// Fails if the process has not the right to take this identity, before anything depends on it.
+    ///
+    /// # Errors
+    /// It is another user's process, and not root's.
+    pub fn check(&self) -> anyhow::Result<()> {
+        if self.is_change() && !geteuid().is_root() {
+            bail!(
+                "this process runs as uid {}, and only root can change to user {:?} (run_as): if run_as has changed, restart \
+                 instead of upgrading",
+                geteuid(),
+                self.name
+            );
+        }
+        Ok(())
+    }
+
+    /// Takes the user's rights and no others: groups first, and for good.
+    ///
+    /// # Errors
+    /// The process may not become the user.
+    pub fn assume(&self) -> anyhow::Result<()> {
+        if !self.is_change() {
+            return Ok(());
+        }
+        self.check()?;
+        let Self { name, uid, gid } = self;
+        initgroups(&self.c_name()?, *gid).with_context(|| format!("cannot take the groups of {name:?} (run_as)"))?;
+        setgid(*gid).with_context(|| format!("cannot become group {gid} (run_as)"))?;
+        setuid(*uid).with_context(|| format!("cannot become user {name:?} (run_as)"))?;
+        // If root's rights can be regained, something is very wrong.
+        if !uid.is_root() && setuid(Uid::from_raw(0)).is_ok() {
+            bail!("root's rights could be taken back after run_as");
+        }
+        tracing::info!(user = %name, "rights dropped");
+        Ok(())
+    }
+
+    fn c_name(&self) -> anyhow::Result<CString> {
+        CString::new(self.name.as_str()).context("run_as.user")
+    }
+}

@@ -1,0 +1,13 @@
+//! The sources of routes: each maps a user to a backend.
+
+pub(super) mod auth_http;
+pub(super) mod director;
+pub(super) mod dns;
+pub(super) mod domain;
+pub(super) mod hash;
+pub(super) mod http;
+pub(super) mod ldap;
+pub(super) mod redis;
+pub(super) mod regex;
+pub(super) mod sql;
+pub(super) mod table;

@@ -1,0 +1,322 @@
+//! Which ports are open, and which configuration a connection to each is served with.
+//!
+//! A listening socket outlives configurations: connections wait in it while one takes the place of another. So a listener
+//! that stays keeps its sockets and is only handed the new [`ListenerConfig`]; one that is new is bound before anything else changes;
+//! one that is gone is closed. Sockets may also come from outside: from systemd, or from the process before this one.
+//! Called by `server`.
+
+use std::io;
+use std::net::{SocketAddr, TcpListener};
+use std::os::fd::{AsFd, AsRawFd as _, OwnedFd};
+use std::os::unix::fs::fchown;
+use std::sync::Arc;
+
+use anyhow::Context as _;
+use socket2::SockRef;
+use tokio::sync::watch;
+
+use super::{ListenerConfig, Snapshot, WorkerHandle};
+use crate::config::{self, Config};
+use crate::listener::{self, Closing, Listener};
+
+/// Identifies a listener from one configuration to the next.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Key {
+    /// As configured.
+    address: SocketAddr,
+    /// Among listeners with this address: port 0 may be given more than once.
+    number: usize,
+    /// A socket cannot be changed in this respect once it is bound.
+    only_v6: bool,
+}
+
+/// An open port.
+#[derive(Debug)]
+struct OpenListener {
+    key: Key,
+    /// As bound.
+    address: SocketAddr,
+    /// At least one; workers have copies.
+    sockets: Vec<TcpListener>,
+    desk: watch::Sender<ListenerConfig>,
+    closing: Closing,
+}
+
+impl Drop for OpenListener {
+    fn drop(&mut self) {
+        self.closing.close();
+    }
+}
+
+/// All open ports, in the configuration's order.
+#[derive(Debug, Default)]
+pub(super) struct ListenerSet(Vec<OpenListener>);
+
+/// Ports to be opened, bound already.
+pub(super) struct Opening(Vec<(usize, SocketAddr, Vec<TcpListener>)>);
+
+/// What has changed.
+#[derive(Debug, Default)]
+pub(super) struct Change {
+    pub(super) opened: Vec<SocketAddr>,
+    pub(super) closed: Vec<SocketAddr>,
+}
+
+impl ListenerSet {
+    /// Binds what `config` has and is not open yet. Nothing is changed: connections arrive at the new sockets only after all
+    /// of them are bound. An address may overlap with one that is open and closed afterwards, or with that of a socket in
+    /// `others`.
+    ///
+    /// # Errors
+    /// The first address that cannot be bound.
+    pub(super) fn bind(
+        &self,
+        config: &Config,
+        inherited: &mut Vec<TcpListener>,
+        others: &[&OwnedFd],
+    ) -> anyhow::Result<Opening> {
+        let mut opening = Vec::new();
+        for (index, key) in keys(&config.listeners).into_iter().enumerate() {
+            if self.0.iter().any(|door| door.key == key) {
+                continue;
+            }
+            let mut sockets: Vec<TcpListener> = inherited.extract_if(.., |socket| key.fits(socket)).collect();
+            if sockets.is_empty() {
+                let beside = self.share_overlapping(key.address, inherited, others);
+                let bound = listener::bind(key.address, key.only_v6, config.limits.workers, beside);
+                sockets = match bound {
+                    // A socket of systemd, for example, that takes more or fewer versions of IP than it should.
+                    Err(error) if error.kind() == io::ErrorKind::AddrInUse && key.is_among(inherited) => {
+                        inherited.extract_if(.., |socket| is_at(socket, key.address)).collect()
+                    }
+                    bound => bound.with_context(|| cannot_bind(key.address, &config.listeners[index].place.key))?,
+                };
+            }
+            let address = sockets[0].local_addr().context("a socket without an address")?;
+            opening.push((index, address, sockets));
+        }
+        for (index, _, sockets) in &opening {
+            let listener = &config.listeners[*index];
+            listener::listen(sockets).with_context(|| cannot_bind(listener.address, &listener.place.key))?;
+        }
+        Ok(Opening(opening))
+    }
+
+    /// Lets open sockets whose addresses overlap with `address` share it, and returns whether there are any. The new socket
+    /// gets their connections once they are closed.
+    pub(super) fn share_overlapping(
+        &self,
+        address: SocketAddr,
+        inherited: &[TcpListener],
+        others: &[&OwnedFd],
+    ) -> bool {
+        let open = self.0.iter().flat_map(|door| &door.sockets).chain(inherited).map(AsFd::as_fd);
+        let mut found = false;
+        for socket in open.chain(others.iter().map(AsFd::as_fd)) {
+            let socket_address = SockRef::from(&socket).local_addr().ok().and_then(|address| address.as_socket());
+            if !socket_address.is_some_and(|other| overlap(address, other)) {
+                continue;
+            }
+            found = true;
+            // The kernel lets sockets of one user share an address. Only root can change the user, and need not if it fails:
+            // binding then reports that the address is in use.
+            let _ = fchown(socket, Some(rustix::process::geteuid().as_raw()), None);
+            if let Err(error) = SockRef::from(&socket).set_reuse_port(true) {
+                tracing::warn!(descriptor = socket.as_raw_fd(), %error, "a listening socket cannot share its address");
+            }
+        }
+        found
+    }
+
+    /// Addresses as they will be bound, in the order of `config`.
+    pub(super) fn addresses_with(&self, config: &Config, opening: &Opening) -> Vec<SocketAddr> {
+        let opened = |index| opening.0.iter().find(|(at, ..)| *at == index).map(|(_, address, _)| *address);
+        let stays = |key: &Key| self.0.iter().find(|door| door.key == *key).map(|door| door.address);
+        let keys = keys(&config.listeners);
+        keys.iter().enumerate().filter_map(|(index, key)| opened(index).or_else(|| stays(key))).collect()
+    }
+
+    /// From now on connections are served with `live`; new ports are opened at `workplaces`, those that are gone closed.
+    ///
+    /// # Errors
+    /// The system has no room for a socket. What is open then stays open.
+    pub(super) fn swap(
+        &mut self,
+        live: &Arc<Snapshot>,
+        opening: Opening,
+        workplaces: &[WorkerHandle],
+    ) -> io::Result<Change> {
+        let mut change = Change::default();
+        let mut opened = Vec::new();
+        for (index, address, sockets) in opening.0 {
+            let key = keys(&live.config.listeners)[index];
+            let desk = watch::Sender::new(ListenerConfig { live: live.clone(), index });
+            let door = OpenListener { key, address, sockets, desk, closing: Closing::default() };
+            door.open(workplaces)?;
+            change.opened.push(address);
+            opened.push(door);
+        }
+        let mut before = std::mem::take(&mut self.0);
+        for (index, key) in keys(&live.config.listeners).into_iter().enumerate() {
+            if let Some(at) = before.iter().position(|door| door.key == key) {
+                let door = before.swap_remove(at);
+                door.desk.send_replace(ListenerConfig { live: live.clone(), index });
+                self.0.push(door);
+            } else if let Some(at) = opened.iter().position(|door| door.key == key) {
+                self.0.push(opened.swap_remove(at));
+            }
+        }
+        for door in &before {
+            if self.0.iter().any(|other| overlap(other.address, door.address)) {
+                door.closing.give_way(&door.sockets);
+            }
+        }
+        change.closed.extend(before.iter().map(|door| door.address));
+        Ok(change)
+    }
+
+    /// As bound, in the configuration's order.
+    pub(super) fn addresses(&self) -> Vec<SocketAddr> {
+        self.0.iter().map(|door| door.address).collect()
+    }
+
+    /// Copies of all listening sockets, for a process that takes them over.
+    ///
+    /// # Errors
+    /// The system has no descriptors for them.
+    pub(super) fn copies(&self) -> io::Result<Vec<OwnedFd>> {
+        self.0.iter().flat_map(|door| &door.sockets).map(|socket| socket.as_fd().try_clone_to_owned()).collect()
+    }
+
+    /// Closes all. At addresses in `replaced` another process has sockets of its own.
+    pub(super) fn close(&mut self, replaced: &[SocketAddr]) {
+        for door in self.0.iter().filter(|door| replaced.contains(&door.address)) {
+            door.closing.give_way(&door.sockets);
+        }
+        self.0.clear();
+    }
+}
+
+impl OpenListener {
+    /// A listener at each workplace; where there are more sockets than workplaces, some have several, for connections wait
+    /// in each. Where there are fewer, they share.
+    fn open(&self, workplaces: &[WorkerHandle]) -> io::Result<()> {
+        for number in 0..self.sockets.len().max(workplaces.len()) {
+            let socket = self.sockets[number % self.sockets.len()].try_clone()?;
+            let workplace = &workplaces[number % workplaces.len()];
+            let guard = workplace.runtime.enter();
+            let listener = Listener::new(socket, self.desk.subscribe(), self.closing.clone())?;
+            drop(guard);
+            let house = workplace.house.clone();
+            workplace.runtime.spawn(house.listeners.clone().track_future(listener.run(house)));
+        }
+        Ok(())
+    }
+}
+
+impl Opening {
+    /// All sockets.
+    pub(super) fn sockets(&self) -> impl Iterator<Item = &TcpListener> {
+        self.0.iter().flat_map(|(.., sockets)| sockets)
+    }
+}
+
+impl Key {
+    fn fits(&self, socket: &TcpListener) -> bool {
+        let is_wildcard = self.address.is_ipv6() && self.address.ip().is_unspecified();
+        is_at(socket, self.address)
+            && (!is_wildcard || SockRef::from(socket).only_v6().is_ok_and(|only_v6| only_v6 == self.only_v6))
+    }
+
+    fn is_among(&self, sockets: &[TcpListener]) -> bool {
+        sockets.iter().any(|socket| is_at(socket, self.address))
+    }
+}
+
+fn is_at(socket: &TcpListener, address: SocketAddr) -> bool {
+    socket.local_addr().is_ok_and(|other| other == address)
+}
+
+/// Whether two sockets may be in each other's way. `[::]` may take IPv4 too.
+fn overlap(one: SocketAddr, other: SocketAddr) -> bool {
+    one.port() != 0
+        && one.port() == other.port()
+        && (one.ip() == other.ip() || one.ip().is_unspecified() || other.ip().is_unspecified())
+}
+
+/// The text of an error of the system about `address`, which is configured at `key`.
+pub(super) fn cannot_bind(address: SocketAddr, key: &str) -> String {
+    let root = rustix::process::geteuid().is_root();
+    let note = match address.port() {
+        1..1024 if !root => "; a port below 1024 that is not open yet takes root or CAP_NET_BIND_SERVICE: restart",
+        _ => "",
+    };
+    format!("{address} cannot be bound ({key}){note}")
+}
+
+fn keys(listeners: &[config::Listener]) -> Vec<Key> {
+    let number = |index: usize| {
+        let address = listeners[index].address;
+        listeners[..index].iter().filter(|other| other.address == address).count()
+    };
+    let key = |(index, listener): (usize, &config::Listener)| Key {
+        address: listener.address,
+        number: number(index),
+        only_v6: listener::is_only_v6(listener, listeners),
+    };
+    listeners.iter().enumerate().map(key).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn address(text: &str) -> SocketAddr {
+        text.parse().unwrap()
+    }
+
+    fn bound(text: &str, only_v6: bool) -> TcpListener {
+        listener::bind(address(text), only_v6, 1, false).unwrap().remove(0)
+    }
+
+    #[test]
+    fn addresses_overlap_on_one_port_if_one_is_unspecified() {
+        for (one, other, expected) in [
+            ("127.0.0.1:143", "0.0.0.0:143", true),
+            ("[::]:143", "127.0.0.1:143", true),
+            ("[::]:143", "0.0.0.0:143", true),
+            ("127.0.0.1:143", "127.0.0.1:143", true),
+            ("127.0.0.1:143", "127.0.0.2:143", false),
+            ("127.0.0.1:143", "0.0.0.0:993", false),
+            ("127.0.0.1:0", "0.0.0.0:0", false),
+        ] {
+            assert_eq!(overlap(address(one), address(other)), expected, "{one} {other}");
+            assert_eq!(overlap(address(other), address(one)), expected, "{other} {one}");
+        }
+    }
+
+    #[test]
+    fn an_inherited_socket_must_take_the_same_versions_of_ip() {
+        for only_v6 in [false, true] {
+            let socket = bound("[::]:0", only_v6);
+            let key = |only_v6| Key { address: socket.local_addr().unwrap(), number: 0, only_v6 };
+            assert!(key(only_v6).fits(&socket) && !key(!only_v6).fits(&socket));
+        }
+        // An address that is not unspecified takes one version in either case.
+        let socket = bound("[::1]:0", false);
+        assert!(Key { address: socket.local_addr().unwrap(), number: 0, only_v6: true }.fits(&socket));
+    }
+
+    #[test]
+    fn a_wider_address_is_bound_beside_a_narrow_one_that_listens() {
+        let narrow = bound("127.0.0.1:0", false);
+        listener::listen(std::slice::from_ref(&narrow)).unwrap();
+        let mut wide = narrow.local_addr().unwrap();
+        wide.set_ip(std::net::Ipv4Addr::UNSPECIFIED.into());
+        assert_eq!(listener::bind(wide, false, 2, false).unwrap_err().kind(), io::ErrorKind::AddrInUse);
+        assert!(ListenerSet::default().share_overlapping(wide, std::slice::from_ref(&narrow), &[]));
+        let sockets = listener::bind(wide, false, 2, true).unwrap();
+        listener::listen(&sockets).unwrap();
+        assert!(!ListenerSet::default().share_overlapping(address("127.0.0.1:1"), &sockets, &[]));
+    }
+}
