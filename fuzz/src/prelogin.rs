@@ -2,8 +2,8 @@
 //! replies and the same steps.
 
 use vestibule::identity::{Mechanism, Mechanisms, Proof, UserName};
-use vestibule::protocol::imap::capability::Extensions;
-use vestibule::protocol::imap::prelogin::{LoginRequest, Policy, Prelogin, Step, Transport};
+use vestibule::protocol::imap::capability::{Extensions, Transport};
+use vestibule::protocol::imap::prelogin::{LoginRequest, Policy, Prelogin, Step};
 use vestibule::protocol::imap::reply;
 
 pub fn run(input: &[u8]) {

@@ -19,8 +19,9 @@ use super::{Backend, Server};
 use crate::config::{ClientInfo, TlsMode};
 use crate::deadline::Deadline;
 use crate::failure::Reason;
-use crate::protocol::imap::backend_login::{Attempt, BackendLogin, Offer, Rules, ServerFault, ServerStep, Unavailable};
-use crate::protocol::imap::login_answer::{Action, Verdict};
+use crate::protocol::imap::backend_login::verdict::{Action, Verdict};
+use crate::protocol::imap::backend_login::{Attempt, BackendLogin, Rules, ServerFault, ServerStep, Unavailable};
+use crate::protocol::imap::capability::Offer;
 use crate::stream::Stream;
 
 /// One read from a server before login: its lines are short.

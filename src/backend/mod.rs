@@ -47,7 +47,7 @@ use self::source::Sources;
 use crate::config::{self, BackendId, Balance, ClientInfo, Config, Host, Limits, Mode, Problem, TlsMode, Trust};
 use crate::identity::{Secret, UserName};
 use crate::metrics::Metrics;
-use crate::protocol::imap::backend_login::Offer;
+use crate::protocol::imap::capability::Offer;
 use crate::tls::client::UpstreamTls;
 
 /// Undeclared servers that routes may name, a backend. Each is a label of metrics.

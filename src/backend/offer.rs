@@ -1,8 +1,7 @@
 //! What clients are offered before login, from what each server offers. Pure.
 
 use crate::identity::{Mechanism, Mechanisms};
-use crate::protocol::imap::backend_login::Offer;
-use crate::protocol::imap::capability::Extensions;
+use crate::protocol::imap::capability::{Extensions, Offer};
 
 /// The offer while no server has been seen.
 pub(super) const PASSWORDS_ONLY: Offer = Offer { mechanisms: Mechanisms::PASSWORDS, extensions: Extensions::NONE };

@@ -22,7 +22,8 @@ use super::select::Candidate;
 use super::{first_known, publish_if_first};
 use crate::config::{self, Host, Mode};
 use crate::metrics::ServerMetrics;
-use crate::protocol::imap::backend_login::{IdAnswer, Learned, Offer};
+use crate::protocol::imap::backend_login::{IdAnswer, Learned};
+use crate::protocol::imap::capability::Offer;
 
 /// One mailbox server.
 #[derive(Debug)]

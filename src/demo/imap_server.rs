@@ -29,7 +29,7 @@ use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 
-use super::items::{expanded, item, matches_key, sets_seen};
+use super::items::{expanded, item, matches_key, number, sets_seen};
 use super::mailbox::Mailbox;
 
 /// A command over this is refused.
@@ -424,10 +424,6 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
 /// A response code of RFC 5530, which the codec has no names for.
 fn code(name: &'static str) -> Code<'static> {
     Code::Other(CodeOther::unvalidated(name.as_bytes()))
-}
-
-pub(super) fn number(count: usize) -> u32 {
-    u32::try_from(count).unwrap_or(u32::MAX)
 }
 
 fn continuation() -> Response<'static> {

@@ -10,7 +10,6 @@ use imap_codec::imap_types::fetch::{Macro, MessageDataItem, MessageDataItemName,
 use imap_codec::imap_types::flag::{Flag, FlagFetch};
 use imap_codec::imap_types::search::SearchKey;
 
-use super::imap_server::number;
 use super::mailbox::Message;
 
 pub(super) fn expanded(kind: Macro) -> Vec<MessageDataItemName<'static>> {
@@ -73,6 +72,10 @@ pub(super) fn item(
         }
         _ => return None,
     })
+}
+
+pub(super) fn number(count: usize) -> u32 {
+    u32::try_from(count).unwrap_or(u32::MAX)
 }
 
 fn texts(fields: &Vec1<AString<'_>>) -> Vec<String> {

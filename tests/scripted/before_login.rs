@@ -271,8 +271,8 @@ async fn requests_for_new_keys_before_the_login_are_answered_and_bounded() {
 #[tokio::test]
 async fn replies_to_a_client_that_does_not_read_are_bounded() {
     use vestibule::identity::Mechanisms;
-    use vestibule::protocol::imap::capability::Extensions;
-    use vestibule::protocol::imap::prelogin::{Policy, Prelogin, Step, Transport};
+    use vestibule::protocol::imap::capability::{Extensions, Transport};
+    use vestibule::protocol::imap::prelogin::{Policy, Prelogin, Step};
     let policy = Policy {
         transport: Transport::Tls,
         max_line: 98_304,

@@ -2,9 +2,27 @@
 
 use std::hash::{DefaultHasher, Hash as _, Hasher as _};
 
-use super::backend_login::Offer;
-use super::prelogin::Transport;
 use crate::identity::{Mechanism, Mechanisms};
+
+/// How far the connection can be trusted with a password.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Transport {
+    /// In clear, by the operator's decision: login allowed.
+    Plain,
+    /// In clear, TLS to come: login refused.
+    StartTls,
+    /// Encrypted.
+    Tls,
+}
+
+/// What a server offers before login.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Offer {
+    /// Ways to log in that may be offered to clients.
+    pub mechanisms: Mechanisms,
+    /// Extensions that may be promised to clients.
+    pub extensions: Extensions,
+}
 
 /// The capabilities that a client sees before its login: what the proxy does itself, and the extensions that every server has. After
 /// the login the user's server lists its own (RFC 3501 section 6.1.1).

@@ -7,22 +7,11 @@
 //! passwords must stay in memory that is wiped; the codec is the oracle of its tests and the voice of the demo's servers. Called by
 //! `session` and `backend::connect`.
 
-mod answer_text;
-mod arguments;
 pub mod backend_login;
 pub mod capability;
 pub mod client_id;
-mod command;
-mod exchange;
 mod framing;
-pub mod login_answer;
-mod login_attempt;
-mod login_command;
 pub mod prelogin;
 pub mod reply;
 pub mod sasl;
-mod server_fault;
-mod server_line;
 pub mod tag;
-#[cfg(test)]
-mod transcripts;

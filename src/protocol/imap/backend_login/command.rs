@@ -2,11 +2,11 @@
 
 use zeroize::Zeroizing;
 
-use super::capability::Capabilities;
-use super::client_id::Pair;
-use super::sasl;
-use super::server_fault::ServerFault;
+use super::fault::ServerFault;
 use crate::identity::{LoginWith, Mechanism, PasswordLogin, ServerLogin};
+use crate::protocol::imap::capability::Capabilities;
+use crate::protocol::imap::client_id::Pair;
+use crate::protocol::imap::sasl;
 
 /// A login process of Dovecot reads 1 KiB of command line; a longer initial response waits to be asked for.
 const MAX_INITIAL_RESPONSE: usize = 900;

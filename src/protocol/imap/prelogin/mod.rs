@@ -5,19 +5,24 @@
 //! hands out; after a refusal nothing of it is left here. RFC 3501 section 6.1 and 6.2, RFC 4959 (SASL-IR), RFC 7888
 //! (LITERAL+), RFC 2971 (ID), RFC 5161 (ENABLE); where clients expect more than these say, Dovecot is followed.
 
-mod farewell;
+mod arguments;
+mod bye;
+mod command;
 mod memory;
+mod sasl_exchange;
+#[cfg(test)]
+mod tests;
 
 use std::sync::Arc;
 
 use zeroize::Zeroizing;
 
-pub use self::farewell::Bye;
-use super::arguments::{Arguments, Malformed};
-use super::capability::Extensions;
+use self::arguments::{Arguments, Malformed};
+pub use self::bye::Bye;
+use self::command::{Command, is_foreign, literals};
+use self::sasl_exchange::Exchange;
+use super::capability::{Extensions, Transport};
 use super::client_id::{self, ClientId};
-use super::command::{Command, is_foreign, literals};
-use super::exchange::Exchange;
 use super::framing::{Caps, Frame, Framer, without_line_end};
 use super::sasl::{self, Invalid};
 use super::tag::Tag;
@@ -30,17 +35,6 @@ const MAX_COMMANDS: u32 = 1000;
 const MAX_REPLIES: usize = 4096;
 /// First byte of a TLS handshake record.
 const TLS_HANDSHAKE: u8 = 0x16;
-
-/// How far the connection can be trusted with a password.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Transport {
-    /// In clear, by the operator's decision: login allowed.
-    Plain,
-    /// In clear, TLS to come: login refused.
-    StartTls,
-    /// Encrypted.
-    Tls,
-}
 
 /// What is allowed.
 #[derive(Debug, Clone)]

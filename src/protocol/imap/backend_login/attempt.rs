@@ -1,12 +1,12 @@
 //! What the dialogue with a server is given, and the steps that it returns.
 
-use super::capability::Extensions;
-use super::client_id::Pair;
-use super::login_answer::Verdict;
-use super::login_command::Forms;
-use super::server_fault::ServerFault;
-use super::tag::Tag;
-use crate::identity::{LoginWith, Mechanism, Mechanisms, ServerLogin};
+use super::command::Forms;
+use super::fault::ServerFault;
+use super::verdict::Verdict;
+use crate::identity::{LoginWith, Mechanism, ServerLogin};
+use crate::protocol::imap::capability::Offer;
+use crate::protocol::imap::client_id::Pair;
+use crate::protocol::imap::tag::Tag;
 
 /// One login to be made on one connection.
 #[derive(Debug)]
@@ -105,15 +105,6 @@ pub struct Referral {
     pub port: u16,
     /// The server's answer for the client, should it not be followed.
     pub reply: Vec<u8>,
-}
-
-/// What a server offers before login.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct Offer {
-    /// Ways to log in that may be offered to clients.
-    pub mechanisms: Mechanisms,
-    /// Extensions that may be promised to clients.
-    pub extensions: Extensions,
 }
 
 /// What the server said to an ID with fields that only trusted proxies may send.

@@ -6,7 +6,7 @@
 //! so nothing after that point makes a server look unhealthy, and nothing moves a user whose sessions must all be on one
 //! server to another one.
 
-use super::server_fault::ServerFault;
+use super::fault::ServerFault;
 
 /// Passwords with more bytes are longer than servers take: many end the connection instead of refusing such a password.
 pub const LONG_PASSWORD: usize = 4096;

@@ -2,9 +2,9 @@
 
 use proptest::prelude::*;
 
+use super::{Policy, Prelogin, Step};
 use crate::identity::{Credentials, Mechanism, Proof, TokenIssuer};
-use crate::protocol::imap::capability::Extensions;
-use crate::protocol::imap::prelogin::{Policy, Prelogin, Step, Transport};
+use crate::protocol::imap::capability::{Extensions, Transport};
 
 fn policy(transport: Transport) -> Policy {
     Policy {

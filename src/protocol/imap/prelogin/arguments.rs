@@ -6,7 +6,7 @@
 
 use zeroize::Zeroizing;
 
-use super::framing::{announced, without_line_end};
+use crate::protocol::imap::framing::{announced, without_line_end};
 
 /// The command does not fit the grammar.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -1,11 +1,13 @@
 //! What a server says until it has answered a login, and what it is told.
 
+mod login_forms;
+
 use zeroize::Zeroizing;
 
+use super::verdict::Action;
+use super::{Attempt, BackendLogin, Learned, Rules, ServerStep, Unavailable};
 use crate::identity::{Credentials, LoginWith, Mechanism, PasswordLogin, Proof, Secret, ServerLogin, UserName};
-use crate::protocol::imap::backend_login::{Attempt, BackendLogin, Learned, Rules, ServerStep, Unavailable};
 use crate::protocol::imap::client_id::Pair;
-use crate::protocol::imap::login_answer::Action;
 use crate::protocol::imap::tag::Tag;
 
 /// How the server's bytes are cut into reads.

@@ -1,20 +1,28 @@
 //! The server until it has accepted or refused a login: bytes in, bytes and steps out.
 //!
-//! The login takes a form that the server can take (see [`login_command::forms`]), and the next form if the server answers
+//! The login takes a form that the server can take (see [`command::forms`]), and the next form if the server answers
 //! BAD. A mechanism that is relayed goes as it came, challenge by challenge. One round trip if the greeting carries
 //! capabilities. What the server sends is untrusted: bounded, matched by exact tag, and forgotten when TLS begins. What
-//! an answer means is decided by [`login_answer::decide`] alone. Called by `backend::connect`.
+//! an answer means is decided by [`verdict::decide`] alone. Called by `backend::connect`.
+
+mod attempt;
+mod command;
+mod fault;
+mod refusal_text;
+mod response;
+#[cfg(test)]
+mod tests;
+pub mod verdict;
 
 use zeroize::Zeroizing;
 
-use super::answer_text;
-use super::capability::{self, Capabilities};
+pub use self::attempt::{Attempt, IdAnswer, Learned, Referral, Rules, ServerStep, Unavailable};
+use self::command::{Form, Forms};
+pub use self::fault::ServerFault;
+use self::response::{Line, Status, is_word, referred, status};
+use self::verdict::{Action, Answer, LONG_PASSWORD, Point, Verdict};
+use super::capability::{self, Capabilities, Offer};
 use super::framing::{Caps, Frame, Framer, announced, without_line_end};
-use super::login_answer::{self, Action, Answer, LONG_PASSWORD, Point, Verdict};
-pub use super::login_attempt::{Attempt, IdAnswer, Learned, Offer, Referral, Rules, ServerStep, Unavailable};
-use super::login_command::{self, Form, Forms};
-pub use super::server_fault::ServerFault;
-use super::server_line::{Line, Status, is_word, referred, status};
 use crate::identity::{ServerLogin, append_wiped};
 
 /// SCRAM has two, a refused token one.
@@ -129,7 +137,7 @@ impl<'a> BackendLogin<'a> {
 
     /// The client's answer to [`ServerStep::Challenge`], as it stands in its line.
     pub fn respond(&mut self, line: &[u8]) {
-        self.response = Some(login_command::joined(&[line, b"\r\n"]));
+        self.response = Some(command::joined(&[line, b"\r\n"]));
     }
 
     /// What the server said to our ID, if it was sent and answered.
@@ -170,7 +178,7 @@ impl<'a> BackendLogin<'a> {
     /// Forms that the server has shown not to understand, once it has accepted the login in another one.
     pub fn learned(&self) -> Option<Learned> {
         let login = self.attempt.login.as_ref().filter(|_| self.phase == Phase::LoggedIn)?;
-        let shown = login_command::not_understood(login, self.rejected);
+        let shown = command::not_understood(login, self.rejected);
         let learned = Learned { capabilities: self.offered, rejected: shown.or(self.known_rejected()) };
         (!shown.is_empty()).then_some(learned)
     }
@@ -240,13 +248,13 @@ impl<'a> BackendLogin<'a> {
     }
 
     fn verdict(&self, answer: Answer) -> Verdict {
-        login_answer::decide(answer, self.point(), self.attempt.rules.one_server_per_user)
+        verdict::decide(answer, self.point(), self.attempt.rules.one_server_per_user)
     }
 
     fn excerpt(&self, line: &[u8]) -> String {
         match self.attempt.login.as_ref().filter(|_| self.login_sent()) {
-            Some(login) => answer_text::excerpt_after(line, login),
-            None => answer_text::excerpt(line),
+            Some(login) => refusal_text::excerpt_after(line, login),
+            None => refusal_text::excerpt(line),
         }
     }
 
@@ -289,7 +297,7 @@ impl<'a> BackendLogin<'a> {
         {
             self.rejected.insert(Form::Initial);
             self.form = Some(Form::Continued);
-            append_wiped(out, &login_command::joined(&[&login_command::response(login), b"\r\n"]));
+            append_wiped(out, &command::joined(&[&command::response(login), b"\r\n"]));
             return Ok(None);
         }
         self.challenge(text).map(Some)
@@ -342,9 +350,9 @@ impl<'a> BackendLogin<'a> {
             return Ok(Some(ServerStep::Seen(offer)));
         };
         let Rules { login_with, client, .. } = self.attempt.rules;
-        let forms = login_command::forms(login, capabilities, login_with, client)?;
+        let forms = command::forms(login, capabilities, login_with, client)?;
         if capabilities.has("ID") && !self.attempt.id.is_empty() {
-            login_command::id(&self.attempt.id, out);
+            command::id(&self.attempt.id, out);
         }
         self.offered = capabilities.fingerprint();
         let known = self.known_rejected();
@@ -361,7 +369,7 @@ impl<'a> BackendLogin<'a> {
         self.form = Some(form);
         let capabilities = self.capabilities.clone().unwrap_or_default();
         if let Some(login) = &self.attempt.login {
-            self.parts = login_command::in_form(login, form, &capabilities).into_iter();
+            self.parts = command::in_form(login, form, &capabilities).into_iter();
         }
         if let Some(first) = self.parts.next() {
             append_wiped(out, &first);
@@ -436,7 +444,7 @@ impl<'a> BackendLogin<'a> {
             (Phase::Login, b"L", Status::Ok) => Ok(self.logged_in(text, out)),
             (Phase::Login, b"L", Status::Bad) => match self.verdict(Answer::Bad).action {
                 Action::Refuse { counts } => {
-                    let reply = answer_text::bad(self.attempt.tag.as_str(), text);
+                    let reply = refusal_text::bad(self.attempt.tag.as_str(), text);
                     Ok(Some(ServerStep::Refused { reply, counts }))
                 }
                 _ => {
@@ -495,16 +503,16 @@ impl<'a> BackendLogin<'a> {
     /// The server answered NO.
     fn refused(&self, line: &[u8], text: &[u8]) -> ServerStep {
         let Rules { unavailable_texts, limit_texts, .. } = self.attempt.rules;
-        self.answered(line, text, answer_text::of_no(text, unavailable_texts, limit_texts))
+        self.answered(line, text, refusal_text::of_no(text, unavailable_texts, limit_texts))
     }
 
     /// The server sent BYE instead of an answer.
     fn bye(&self, line: &[u8], text: &[u8]) -> ServerStep {
-        self.answered(line, text, answer_text::of_bye(text, self.attempt.rules.limit_texts))
+        self.answered(line, text, refusal_text::of_bye(text, self.attempt.rules.limit_texts))
     }
 
-    fn answered(&self, line: &[u8], text: &[u8], meaning: answer_text::Meaning) -> ServerStep {
-        let reply = answer_text::refusal(self.attempt.tag.as_str(), text, meaning.code);
+    fn answered(&self, line: &[u8], text: &[u8], meaning: refusal_text::Meaning) -> ServerStep {
+        let reply = refusal_text::refusal(self.attempt.tag.as_str(), text, meaning.code);
         let verdict = self.verdict(meaning.answer);
         match (meaning.answer, verdict.action) {
             (Answer::Fault(fault), _) => {

@@ -1,6 +1,6 @@
 //! Forms of the login, and answers that lead to another form or mean something other than a wrong password.
 
-use super::server::{Server, alice, alice_by_plain};
+use super::{Server, alice, alice_by_plain};
 use crate::identity::{LoginWith, Mechanism, Proof, Secret, UserName};
 
 const IR: &str = "* OK [CAPABILITY IMAP4rev1 SASL-IR AUTH=PLAIN] x";

@@ -1,8 +1,8 @@
 //! The commands before login, and the first words of other protocols.
 
 use super::arguments::Arguments;
-use super::client_id;
-use super::framing::Literals;
+use crate::protocol::imap::client_id;
+use crate::protocol::imap::framing::Literals;
 
 /// First words of other protocols' first lines.
 const FOREIGN_VERBS: [&str; 16] = [

@@ -7,11 +7,10 @@
 
 use zeroize::Zeroizing;
 
-use super::capability;
-use super::login_answer::Answer;
-use super::sasl;
-use super::server_fault::ServerFault;
+use super::fault::ServerFault;
+use super::verdict::Answer;
 use crate::identity::{ServerLogin, UserName};
+use crate::protocol::imap::{capability, sasl};
 
 /// Longest text of a server that is passed on in an answer, in bytes.
 const MAX_TEXT: usize = 1024;
