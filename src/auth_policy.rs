@@ -100,38 +100,42 @@ impl Policy {
     /// A URL that is none, a file that cannot be read.
     pub fn build(config: &Config) -> Result<Option<Arc<Self>>, Vec<Problem>> {
         let Some(policy) = &config.policy else { return Ok(None) };
-        Self::of(config, policy).map(|built| Some(Arc::new(built))).map_err(|problem| vec![problem])
+        Self::of(policy).map(|built| Some(Arc::new(built))).map_err(|problem| vec![problem])
     }
 
-    fn of(config: &Config, policy: &config::Policy) -> Result<Self, Problem> {
+    fn of(policy: &config::Policy) -> Result<Self, Problem> {
         let mut headers = HeaderMap::new();
         headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
-        let mut secret = |name: HeaderName, place: &config::Place, text: Zeroizing<String>| {
+        let mut secret = |name: HeaderName, location: &config::Location, text: Zeroizing<String>| {
             let mut value = HeaderValue::try_from(text.as_str())
-                .map_err(|_| config.problem(place, "what is in the file cannot stand in a header"))?;
+                .map_err(|_| location.problem("what is in the file cannot stand in a header"))?;
             value.set_sensitive(true);
             headers.insert(name, value);
             Ok(())
         };
         if let Some(file) = &policy.password {
-            let password = file.read_secret(config)?;
+            let password = file.read_secret()?;
             let pair = Zeroizing::new(format!("{}:{}", policy.user, *password));
-            secret(AUTHORIZATION, &file.place, Zeroizing::new(format!("Basic {}", STANDARD.encode(pair.as_bytes()))))?;
+            secret(
+                AUTHORIZATION,
+                &file.location,
+                Zeroizing::new(format!("Basic {}", STANDARD.encode(pair.as_bytes()))),
+            )?;
         }
         if let Some(file) = &policy.api_key {
-            secret(HeaderName::from_static("x-api-key"), &file.place, file.read_secret(config)?)?;
+            secret(HeaderName::from_static("x-api-key"), &file.location, file.read_secret()?)?;
         }
-        let client = HttpClient::build(config, &policy.url, policy.ca.as_ref(), headers, CONNECTIONS)?;
+        let client = HttpClient::build(&policy.url, policy.ca.as_ref(), headers, CONNECTIONS)?;
         let command = |name: &str| {
             format!("{}?command={name}", policy.url.value)
                 .parse()
-                .map_err(|error| config.problem(&policy.url.place, format!("the URL cannot be used: {error}")))
+                .map_err(|error| policy.url.location.problem(format!("the URL cannot be used: {error}")))
         };
         Ok(Self {
             allow: command("allow")?,
             report: command("report")?,
             client,
-            nonce: Zeroizing::new(policy.nonce.read_secret(config)?.as_bytes().to_vec()),
+            nonce: Zeroizing::new(policy.nonce.read_secret()?.as_bytes().to_vec()),
             hash_bits: policy.hash_bits as usize,
             timeout: policy.timeout,
             fail_open: policy.fail_open,

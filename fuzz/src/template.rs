@@ -69,8 +69,8 @@ fn regex_target(to: &str, user: &str) {
     let Regex { config, metrics } = &*REGEX;
     let mut config = config.clone();
     let Some(Route::Regex(rules)) = config.routes.first_mut() else { unreachable!("the route is a regex") };
-    let place = rules[0].place.clone();
-    *rules = vec![RegexRule { pattern: PATTERN.to_owned(), to: to.to_owned(), place }];
+    let location = rules[0].location.clone();
+    *rules = vec![RegexRule { pattern: PATTERN.to_owned(), to: to.to_owned(), location }];
     let Ok(router) = Router::build(&config, metrics, None) else { return };
     let fields = |user: &str| {
         let question = LookupRequest { user: user.into(), visitor: None };

@@ -15,7 +15,7 @@ use tokio_util::task::TaskTracker;
 
 use crate::api::place::may_write;
 use crate::backend::OwnAddresses;
-use crate::config::{self, Asking, Config, Place, Problem, Route};
+use crate::config::{self, Asking, Config, Location, Problem, Route};
 use crate::process::privileges::Identity;
 use crate::snapshot::Snapshot;
 
@@ -31,17 +31,17 @@ pub async fn server_warnings(live: &Snapshot) -> Vec<Problem> {
     let warning = |(id, server, detail): (config::BackendId, Arc<str>, String)| {
         let backend = &live.config.backends[id.0];
         let message = format!("TLS with {server} fails, and so would every login there: {detail}");
-        live.config.problem(place(backend, &server), message)
+        location(backend, &server).problem(message)
     };
     faults.into_iter().map(warning).collect()
 }
 
-fn place<'a>(backend: &'a config::Backend, server: &str) -> &'a Place {
+fn location<'a>(backend: &'a config::Backend, server: &str) -> &'a Location {
     let declared = backend.servers.iter().find_map(|declared| match declared {
-        config::Server::Address { name, place, .. } => (name == server).then_some(place),
+        config::Server::Address { name, location, .. } => (name == server).then_some(location),
         config::Server::Srv { .. } => None,
     });
-    declared.unwrap_or(&backend.place)
+    declared.unwrap_or(&backend.location)
 }
 
 /// A warning for each cache file that could not be written by the user of `run_as`, or by this process.
@@ -55,7 +55,7 @@ pub fn cache_file_warnings(config: &Config, identity: Option<&Identity>) -> anyh
     };
     let files = config.routes.iter().filter_map(|route| asking(route)?.cache.as_ref()?.file.as_ref());
     let warning =
-        |file: &config::Located<PathBuf>| Some(config.problem(&file.place, unwritable(&file.value, user.as_ref())?));
+        |file: &config::Located<PathBuf>| Some(file.location.problem(unwritable(&file.value, user.as_ref())?));
     Ok(files.filter_map(warning).collect())
 }
 

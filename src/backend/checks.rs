@@ -18,7 +18,7 @@ use super::health::Depth;
 use super::request::{Fault, Outcome, Purpose, Request, Seen};
 use super::server::ServerState;
 use super::{Backend, Backends, Group, Server, chance};
-use crate::config::{self, BackendId, CheckKind, Config, Limits, Mode, Problem};
+use crate::config::{self, BackendId, CheckKind, Limits, Mode, Problem};
 use crate::deadline::Deadline;
 use crate::failure::Reason;
 use crate::identity::{PasswordLogin, Secret, ServerLogin, UserName};
@@ -38,10 +38,10 @@ pub(super) struct HealthChecker {
 
 impl HealthChecker {
     /// Reads the password of the account that logs in.
-    pub(super) fn build(config: &Config, check: &config::Check) -> Result<Self, Problem> {
+    pub(super) fn build(check: &config::Check) -> Result<Self, Problem> {
         let account = match &check.kind {
             CheckKind::Login { account, password } => {
-                let password = password.read_secret(config)?;
+                let password = password.read_secret()?;
                 Some((account.clone(), Secret::new(password.as_bytes().to_vec())))
             }
             CheckKind::Tcp | CheckKind::Tls | CheckKind::Imap => None,

@@ -75,7 +75,7 @@ impl Backends {
         let mut list = Vec::new();
         for (index, backend) in config.backends.iter().enumerate() {
             let previous = previous.and_then(|previous| previous.named(&backend.name));
-            match Backend::build(config, backend, BackendId(index), (metrics, &admin_states), previous) {
+            match Backend::build(backend, BackendId(index), (metrics, &admin_states), previous) {
                 Ok(backend) => list.push(Arc::new(backend)),
                 Err(problem) => problems.push(problem),
             }
@@ -83,10 +83,9 @@ impl Backends {
         let resolver = if list.iter().any(|backend| backend.needs_dns()) {
             Resolver::build(&config.resolver)
                 .map_err(|error| {
-                    let place = &config.backends[0].place;
-                    problems.push(
-                        config.problem(place, format!("servers are given by name, but DNS cannot be used: {error}")),
-                    );
+                    let location = &config.backends[0].location;
+                    problems
+                        .push(location.problem(format!("servers are given by name, but DNS cannot be used: {error}")));
                 })
                 .ok()
         } else {
@@ -219,8 +218,8 @@ pub struct OwnLogin {
 }
 
 impl OwnLogin {
-    fn read(config: &Config, login: &config::MasterLogin) -> Result<Self, Problem> {
-        let password = login.password.read_secret(config)?;
+    fn read(login: &config::MasterLogin) -> Result<Self, Problem> {
+        let password = login.password.read_secret()?;
         Ok(Self { master: login.master.clone(), password: Secret::new(password.as_bytes().to_vec()) })
     }
 }
@@ -266,13 +265,12 @@ pub struct Backend {
 
 impl Backend {
     fn build(
-        config: &Config,
         backend: &config::Backend,
         id: BackendId,
         (metrics, admin_states): (&Arc<Metrics>, &AdminStates),
         previous: Option<&Arc<Self>>,
     ) -> Result<Self, Problem> {
-        let tls = UpstreamTls::build(config, backend)?;
+        let tls = UpstreamTls::build(backend)?;
         let label: Arc<str> = backend.name.as_str().into();
         let own = metrics.backend(id.0);
         own.set_insecure(backend.tls.mode != TlsMode::None && matches!(backend.tls.trust, Trust::Insecure));
@@ -289,8 +287,8 @@ impl Backend {
                     let known = known.map(|servers| servers.iter().map(|server| server.on(terms)).collect());
                     groups.push(Group::service(name.clone(), terms, known));
                 }
-                config::Server::Address { name, host, port, weight, max_sessions, mode, place } => {
-                    let tls_name = tls_name(host).map_err(|message| config.problem(place, message))?;
+                config::Server::Address { name, host, port, weight, max_sessions, mode, location } => {
+                    let tls_name = tls_name(host).map_err(|message| location.problem(message))?;
                     let known = previous.and_then(|previous| previous.fixed(name));
                     let state = known.map(|known| known.state.clone());
                     fixed.push(Arc::new(Server {
@@ -321,12 +319,12 @@ impl Backend {
             mode: backend.tls.mode,
             client_info: backend.client_info,
             allows_authzid: backend.authzid,
-            login: backend.login.as_ref().map(|login| OwnLogin::read(config, login)).transpose()?,
+            login: backend.login.as_ref().map(|login| OwnLogin::read(login)).transpose()?,
             follows_referrals: backend.follows_referrals,
             answers: backend.answers.clone(),
             forward: backend.forward.clone(),
             balance: backend.care.balance,
-            watch: backend.care.check.as_ref().map(|check| HealthChecker::build(config, check)).transpose()?,
+            watch: backend.care.check.as_ref().map(|check| HealthChecker::build(check)).transpose()?,
             queue: LoginQueue::default(),
             queue_limits: backend.care.queue,
             credits: Mutex::default(),

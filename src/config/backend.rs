@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::path::PathBuf;
 
-use super::{Answers, BalancingConfig, Located, Mode, Place};
+use super::{Answers, BalancingConfig, Located, Location, Mode};
 use crate::identity::UserName;
 
 /// A named set of equivalent servers.
@@ -33,7 +33,7 @@ pub struct Backend {
     /// How servers are chosen, watched and limited.
     pub care: BalancingConfig,
     /// In the file.
-    pub place: Place,
+    pub location: Location,
 }
 
 /// Credentials of the proxy's own.
@@ -76,7 +76,7 @@ pub enum Server {
         /// Whether it gets logins.
         mode: Mode,
         /// In the file.
-        place: Place,
+        location: Location,
     },
     /// All servers that an SRV record lists.
     Srv {
@@ -87,7 +87,7 @@ pub enum Server {
         /// Whether they get logins.
         mode: Mode,
         /// In the file.
-        place: Place,
+        location: Location,
     },
 }
 

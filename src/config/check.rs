@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use serde_yaml::Value;
 
+use super::error::Help;
 use super::file::{
     AlpnWord, CertificateMap, CertificateUserWord, File, FormatWord, LevelWord, ListenerMap, SniWord, TlsWord,
 };
@@ -17,7 +18,6 @@ use super::locate::child;
 use super::oauth::{delegations, issuers};
 use super::policy::policy;
 use super::read::Reader;
-use super::report::suggestion;
 use super::routes::routes;
 use super::servers::backend;
 use super::users::users;
@@ -120,7 +120,7 @@ fn run_as_name(reader: &mut Reader<'_>, key: &str, name: String) -> Located<Stri
     if name.is_empty() || name.contains(['\0', ':', '/']) {
         reader.problem(key, "expected a name, like vestibule");
     }
-    Located { value: name, place: reader.place(key) }
+    Located { value: name, location: reader.location(key) }
 }
 
 fn format(word: FormatWord) -> LogFormat {
@@ -200,7 +200,7 @@ fn listeners(reader: &mut Reader<'_>, folder: &Path, items: Vec<Value>) -> Vec<L
             }
             networks(reader, &key, &map.from)
         });
-        let place = reader.place(&address_key);
+        let location = reader.location(&address_key);
         listeners.push(Listener {
             address,
             tls,
@@ -210,7 +210,7 @@ fn listeners(reader: &mut Reader<'_>, folder: &Path, items: Vec<Value>) -> Vec<L
             strict_alpn,
             client_certificates,
             proxy_protocol,
-            place,
+            location,
         });
     }
     listeners
@@ -248,7 +248,7 @@ fn mechanisms(reader: &mut Reader<'_>, key: &str, names: &[String]) -> Mechanism
                     .collect();
                 let known: Vec<&str> = known.iter().map(String::as_str).collect();
                 let message = format!("{name:?} is no mechanism that can be offered");
-                reader.problem_with_help(&format!("{key}[{index}]"), message, suggestion(name, &known));
+                reader.problem_with_help(&format!("{key}[{index}]"), message, Some(Help::suggest(name, &known)));
             }
         }
     }
@@ -288,7 +288,7 @@ fn ticket_keys(reader: &mut Reader<'_>, folder: &Path, files: &[PathBuf]) -> Vec
 
 /// Relative paths count from the configuration file's folder.
 pub(super) fn located(reader: &Reader<'_>, folder: &Path, key: &str, path: &Path) -> Located<PathBuf> {
-    Located { value: folder.join(path), place: reader.place(key) }
+    Located { value: folder.join(path), location: reader.location(key) }
 }
 
 /// Without a backend that takes an authzid, every login on behalf of another user is refused, listed or not.
@@ -308,11 +308,11 @@ fn delegated_in_vain(reader: &mut Reader<'_>, listeners: &[Listener], backends: 
 fn pointed_at_itself(reader: &mut Reader<'_>, listeners: &[Listener], backends: &[Backend]) {
     let addresses: Vec<SocketAddr> = listeners.iter().map(|listener| listener.address).collect();
     for server in backends.iter().flat_map(|backend| &backend.servers) {
-        let Server::Address { name, host: Host::Ip(ip), port, place, .. } = server else { continue };
+        let Server::Address { name, host: Host::Ip(ip), port, location, .. } = server else { continue };
         let target = SocketAddr::new(ip.to_canonical(), *port);
         if let Some(own) = addresses.iter().find(|own| takes(**own, target, &addresses) && is_own(**own, target)) {
             let message = format!("{name} is the listener {own} of this proxy: it would connect to itself");
-            reader.problem(&place.key, message);
+            reader.problem(&location.key, message);
         }
     }
 }

@@ -128,7 +128,7 @@ pub enum HttpStyle {
 #[derive(Debug, Clone, PartialEq)]
 pub struct Redis {
     /// Where.
-    pub place: RedisPlace,
+    pub servers: RedisServers,
     /// Whom to log in as (ACL), where that is not `default`.
     pub user: Option<String>,
     /// A file with the password.
@@ -145,7 +145,7 @@ pub struct Redis {
 
 /// Which Redis.
 #[derive(Debug, Clone, PartialEq)]
-pub enum RedisPlace {
+pub enum RedisServers {
     /// One server: `redis://` or `rediss://`.
     Server(Located<String>),
     /// The master that Sentinels name.

@@ -289,7 +289,7 @@ mod tests {
             ),
             ("limits: {networks: [{network: 10.0.0.0/8}]}", "4:21: limits.networks[0]: the key `sessions` is missing"),
             ("access: {deny: [mail.test]}", "4:17: access.deny[0]: expected a network, like 10.0.0.0/8"),
-            ("access: {block: [10.0.0.1]}", "4:10: access.block: unknown key; known: allow, deny, exempt"),
+            ("access: {block: [10.0.0.1]}", "4:10: access.block: unknown key: expected allow, deny or exempt"),
         ] {
             assert_eq!(read(text), Err(vec![format!("v.yaml:{said}")]), "{text}");
         }

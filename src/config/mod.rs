@@ -2,7 +2,7 @@
 //!
 //! [`load`] reads the file as `file` describes it, finds all mistakes it can, and hands out a [`Config`] in which every name
 //! is resolved and every number is within its bounds. It opens none of the files the configuration names; the rooms
-//! that use them report with the [`Place`] they are named at. Called by `main`, the demo and the tests; read by
+//! that use them report with the [`Location`] they are named at. Called by `main`, the demo and the tests; read by
 //! every room that is configured.
 
 mod answers;
@@ -10,6 +10,7 @@ mod backend;
 mod care;
 mod check;
 mod directory;
+mod error;
 mod file;
 mod guard;
 mod guard_file;
@@ -19,7 +20,6 @@ mod locate;
 mod oauth;
 mod policy;
 mod read;
-mod report;
 mod routes;
 mod servers;
 mod tree;
@@ -35,22 +35,20 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use zeroize::Zeroizing;
-
 use crate::identity::{Delegation, Mechanisms, Naming, TokenIssuer};
 
 pub use self::answers::Answers;
 pub use self::backend::{Backend, BackendId, ClientInfo, Host, MasterLogin, Server, TlsMode, Trust, UpstreamTlsConfig};
 pub use self::care::{Balance, BalancingConfig, Check, CheckKind, Mode, Queue};
 pub use self::directory::{
-    ANSWER_FIELDS, Asking, Cache, Dns, DnsQuestion, Http, HttpStyle, Ldap, LdapScope, Network, Redis, RedisPlace, Sql,
+    ANSWER_FIELDS, Asking, Cache, Dns, DnsQuestion, Http, HttpStyle, Ldap, LdapScope, Network, Redis, RedisServers, Sql,
 };
+pub use self::error::{Help, Located, Location, Problem, Report};
 pub use self::guard::{Access, Guard, Rate};
 pub use self::local::is_local;
 use self::locate::Positions;
 pub use self::policy::Policy;
 use self::read::{Reader, no_yaml};
-pub use self::report::{Located, Place, Problem, Report};
 use self::tree::YamlValue;
 
 /// A larger file is no configuration: users belong into a table.
@@ -99,26 +97,6 @@ pub struct Config {
     pub warnings: Vec<Problem>,
 }
 
-impl Config {
-    /// A mistake found later, by a room that uses what stands at `place`.
-    pub fn problem(&self, place: &Place, message: impl Into<String>) -> Problem {
-        Problem { file: self.file.clone(), place: place.clone(), message: message.into(), help: None }
-    }
-}
-
-impl Located<PathBuf> {
-    /// The secret in the file: its text without the line end.
-    ///
-    /// # Errors
-    /// The file cannot be read, is empty, or is no text. Never its content.
-    pub fn read_secret(&self, config: &Config) -> Result<Zeroizing<String>, Problem> {
-        let fault = |message: &str| config.problem(&self.place, format!("{}: {message}", self.value.display()));
-        let bytes = fs::read(&self.value).map(Zeroizing::new).map_err(|error| fault(&error.to_string()))?;
-        let text = std::str::from_utf8(&bytes).map_err(|_| fault("not UTF-8"))?.trim_end_matches(['\r', '\n']);
-        if text.is_empty() { Err(fault("is empty")) } else { Ok(Zeroizing::new(text.to_owned())) }
-    }
-}
-
 /// A user to become.
 #[derive(Debug, Clone, PartialEq)]
 pub struct RunAs {
@@ -148,7 +126,7 @@ pub struct Listener {
     /// From where every connection begins with a PROXY header, and nobody else is let in; `None`: there are no headers.
     pub proxy_protocol: Option<Vec<Network>>,
     /// In the file.
-    pub place: Place,
+    pub location: Location,
 }
 
 /// Certificates that clients show.
@@ -244,7 +222,7 @@ pub struct RegexRule {
     /// Written like a line of a table, with `$1` for what was caught.
     pub to: String,
     /// In the file.
-    pub place: Place,
+    pub location: Location,
 }
 
 /// Whose way of hashing.
@@ -427,8 +405,7 @@ fn read_file(path: &Path) -> Result<String, String> {
 
 /// A mistake of the whole file.
 fn fault(file: &Path, message: String) -> Report {
-    let place = Place { line: 1, column: 1, key: String::new() };
-    Report::new(vec![Problem { file: file.to_owned(), place, message, help: None }])
+    Location::of_file(file).problem(message).into()
 }
 
 #[cfg(test)]

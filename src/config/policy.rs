@@ -59,7 +59,7 @@ pub(super) fn policy(reader: &mut Reader<'_>, folder: &Path, map: PolicyMap) -> 
     let api_key = file(reader, "policy.api_key_file", map.api_key_file);
     let nonce = located(reader, folder, "policy.nonce_file", &map.nonce_file);
     is_http.then(|| Policy {
-        url: Located { value: map.url, place: reader.place("policy.url") },
+        url: Located { value: map.url, location: reader.location("policy.url") },
         ca,
         user,
         password,

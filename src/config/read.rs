@@ -3,14 +3,16 @@
 //! A map with a mistake is read again without the faulty key, until it reads or nothing more can be left out: so one
 //! mistake does not hide the next. Values never appear in a message: a secret may have ended up at the wrong key.
 
+use std::marker::PhantomData;
 use std::path::Path;
+use std::sync::Arc;
 
 use serde::de::DeserializeOwned;
 use serde_path_to_error::Segment;
 use serde_yaml::{Mapping, Value};
 
-use super::locate::{Positions, child};
-use super::report::{Place, Problem, Report, did_you_mean, suggestion};
+use super::error::{Help, Location, Problem, Report};
+use super::locate::{Position, Positions, child};
 
 /// More mistakes than this in one map are not worth listing.
 const MAX_MISTAKES: usize = 50;
@@ -21,17 +23,18 @@ const MAX_PROBLEMS: usize = 200;
 /// Collects mistakes of one file.
 #[derive(Debug)]
 pub(super) struct Reader<'a> {
-    file: &'a Path,
+    file: Arc<Path>,
+    text: PhantomData<&'a ()>,
     index: Positions,
     problems: Vec<Problem>,
     warnings: Vec<Problem>,
     /// The last position of a mistake beyond [`MAX_PROBLEMS`].
-    unlisted: Option<Place>,
+    unlisted: Option<Location>,
 }
 
 impl<'a> Reader<'a> {
     pub(super) fn new(file: &'a Path, index: Positions) -> Self {
-        Self { file, index, problems: Vec::new(), warnings: Vec::new(), unlisted: None }
+        Self { file: file.into(), text: PhantomData, index, problems: Vec::new(), warnings: Vec::new(), unlisted: None }
     }
 
     /// `ready`, unless there was a mistake.
@@ -39,44 +42,46 @@ impl<'a> Reader<'a> {
         if let Some(ready) = ready.filter(|_| self.problems.is_empty()) {
             return Ok(ready);
         }
-        if let Some(place) = self.unlisted.take() {
-            let message = format!("there are more mistakes than these {MAX_PROBLEMS}");
-            self.problems.push(Problem { file: self.file.to_owned(), place, message, help: None });
+        if let Some(location) = self.unlisted.take() {
+            self.problems.push(location.problem(format!("there are more mistakes than these {MAX_PROBLEMS}")));
         }
         Err(Report::new(self.problems))
     }
 
-    pub(super) fn place(&self, key: &str) -> Place {
+    pub(super) fn location(&self, key: &str) -> Location {
         let position = self.index.position(key);
-        Place { line: position.line, column: position.column, key: key.to_owned() }
+        self.at(position, key)
+    }
+
+    fn at(&self, position: Position, key: &str) -> Location {
+        Location { file: self.file.clone(), line: position.line, column: position.column, key: key.to_owned() }
     }
 
     /// Whether a mistake at `key`, or below it, was told already, so that what follows from it need not be.
     pub(super) fn blamed(&self, key: &str) -> bool {
         self.problems.iter().any(|problem| {
-            let below = problem.place.key.strip_prefix(key);
+            let below = problem.location.key.strip_prefix(key);
             below.is_some_and(|below| below.is_empty() || below.starts_with(['.', '[']))
         })
     }
 
     /// Whether there was a mistake at `key` itself.
     pub(super) fn is_told(&self, key: &str) -> bool {
-        self.problems.iter().any(|problem| problem.place.key == key)
+        self.problems.iter().any(|problem| problem.location.key == key)
     }
 
     pub(super) fn problem(&mut self, key: &str, message: impl Into<String>) {
         self.problem_with_help(key, message, None);
     }
 
-    pub(super) fn problem_with_help(&mut self, key: &str, message: impl Into<String>, help: Option<String>) {
-        let place = self.place(key);
-        self.tell(Problem { file: self.file.to_owned(), place, message: message.into(), help });
+    pub(super) fn problem_with_help(&mut self, key: &str, message: impl Into<String>, help: Option<Help>) {
+        let location = self.location(key);
+        self.tell(Problem { location, message: message.into(), help });
     }
 
     /// Something that is allowed at `key`, but seldom meant.
     pub(super) fn warning(&mut self, key: &str, message: impl Into<String>) {
-        let (file, place) = (self.file.to_owned(), self.place(key));
-        self.warnings.push(Problem { file, place, message: message.into(), help: None });
+        self.warnings.push(self.location(key).problem(message));
     }
 
     /// The warnings so far.
@@ -88,16 +93,14 @@ impl<'a> Reader<'a> {
     pub(super) fn structure(&mut self) -> bool {
         for (key, first, second) in std::mem::take(&mut self.index.duplicates) {
             let message = format!("the key stands twice; the first time in line {}", first.line);
-            let place = Place { line: second.line, column: second.column, key };
-            self.tell(Problem { file: self.file.to_owned(), place, message, help: None });
+            self.tell(self.at(second, &key).problem(message));
         }
         let second =
             self.index.second_document.map(|at| (at, "a second document begins here (---), a configuration is one"));
         let deep = self.index.too_deep.map(|at| (at, "there are too many maps and lists in each other"));
         let readable = second.is_none() && deep.is_none();
         for (position, message) in second.into_iter().chain(deep) {
-            let place = Place { line: position.line, column: position.column, key: String::new() };
-            self.tell(Problem { file: self.file.to_owned(), place, message: message.to_owned(), help: None });
+            self.tell(self.at(position, "").problem(message));
         }
         readable
     }
@@ -159,9 +162,9 @@ impl<'a> Reader<'a> {
 
     /// `name` in the map at `key` is there, but wrong and told, or was told to be misspelt.
     fn explains_missing(&self, key: &str, name: &str) -> bool {
-        let misspelt = did_you_mean(name);
+        let misspelt = Help::DidYouMean(name.to_owned());
         let meant = |problem: &Problem| {
-            let last = problem.place.key.strip_prefix(key).map(|below| below.trim_start_matches('.'));
+            let last = problem.location.key.strip_prefix(key).map(|below| below.trim_start_matches('.'));
             problem.help.as_ref() == Some(&misspelt) && last.is_some_and(|last| !last.contains(['.', '[']))
         };
         self.blamed(&child(key, name)) || self.problems.iter().any(meant)
@@ -175,8 +178,8 @@ impl<'a> Reader<'a> {
         if self.problems.len() < MAX_PROBLEMS {
             self.problems.push(problem);
         } else {
-            let last = self.problems.iter().map(|problem| &problem.place).max_by_key(|at| (at.line, at.column));
-            self.unlisted = last.map(|at| Place { key: String::new(), ..at.clone() });
+            let last = self.problems.iter().map(|problem| &problem.location).max_by_key(|at| (at.line, at.column));
+            self.unlisted = last.map(|at| Location { key: String::new(), ..at.clone() });
         }
     }
 }
@@ -209,12 +212,12 @@ fn leave_out(value: &mut Value, steps: &[Segment]) -> Option<()> {
 /// serde's sentence in an operator's words, without the value that was found, and what was probably meant.
 ///
 /// The value may hold anything, the words around it included, so sentences are taken apart at their known ends.
-fn told(message: &str) -> (String, Option<String>) {
+fn told(message: &str) -> (String, Option<Help>) {
     if let Some((unknown, known)) = unknown(message, "field") {
-        return ("unknown key".to_owned(), suggestion(unknown, &known));
+        return ("unknown key".to_owned(), Some(Help::suggest(unknown, &known)));
     }
     if let Some((unknown, known)) = unknown(message, "variant") {
-        let nearest = suggestion(unknown, &known).filter(|help| help.starts_with("did you mean"));
+        let nearest = Some(Help::suggest(unknown, &known)).filter(|help| matches!(help, Help::DidYouMean(_)));
         return (format!("expected one of {}", known.join(", ")), nearest);
     }
     if let Some(name) = missing(message) {
@@ -232,18 +235,18 @@ fn told(message: &str) -> (String, Option<String>) {
 pub(super) fn no_yaml(file: &Path, text: &str, error: &serde_yaml::Error) -> Problem {
     let (line, column) = error.location().map_or((1, 1), |at| (at.line(), at.column()));
     let said = error.to_string();
-    let file = file.to_owned();
+    let file = file.into();
     // Tags such as !!int are checked while reading, and their sentences show the value, behind the key.
     if let Some(start) = said.find("invalid value: ").or_else(|| said.find("invalid type: ")) {
         let key = said[..start].trim_end_matches(": ").to_owned();
         let message = told(&said[start..]).0.replace(&format!(" at line {line} column {column}"), "");
-        return Problem { file, place: Place { line, column, key }, message, help: None };
+        return Location { file, line, column, key }.problem(message);
     }
     let at = text.lines().nth(line - 1).unwrap_or_default();
     let tab = at[..at.len() - at.trim_start().len()].contains('\t');
-    let help = tab.then(|| "indent with spaces: YAML allows no tab there".to_owned());
-    let place = Place { line, column, key: String::new() };
-    Problem { file, place, message: format!("not YAML: {said}"), help }
+    let help = tab.then(|| Help::Advice("indent with spaces: YAML allows no tab there"));
+    let location = Location { file, line, column, key: String::new() };
+    Problem { location, message: format!("not YAML: {said}"), help }
 }
 
 /// A key that YAML takes for something else than a text, as it is probably written.

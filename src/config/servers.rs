@@ -86,7 +86,7 @@ pub(super) fn backend(reader: &mut Reader<'_>, folder: &Path, name: String, valu
         queue: written.queue,
     };
     let care = care(reader, folder, &key, tls.mode, care_written);
-    let (forward, place) = (written.forward, reader.place(&key));
+    let (forward, location) = (written.forward, reader.location(&key));
     Some(Backend {
         name,
         servers,
@@ -99,7 +99,7 @@ pub(super) fn backend(reader: &mut Reader<'_>, folder: &Path, name: String, valu
         answers,
         forward,
         care,
-        place,
+        location,
     })
 }
 
@@ -164,7 +164,7 @@ fn server(reader: &mut Reader<'_>, key: &str, item: Value, default_sessions: Opt
         ServerWords::Word(address) => ServerMap { address: Some(address), ..ServerMap::default() },
         ServerWords::Map(map) => map,
     };
-    let place = reader.place(key);
+    let location = reader.location(key);
     let mode = map.state.into();
     let max_sessions = max_sessions(reader, key, map.max_sessions).or(default_sessions);
     match map {
@@ -174,7 +174,7 @@ fn server(reader: &mut Reader<'_>, key: &str, item: Value, default_sessions: Opt
                 reader.problem(&child(key, "srv"), "expected the name of an SRV record, like _imap._tcp.example.org");
                 return None;
             }
-            Some(Server::Srv { name, max_sessions, mode, place })
+            Some(Server::Srv { name, max_sessions, mode, location })
         }
         ServerMap { address: Some(name), srv: None, weight, .. } => {
             let weight = u32::try_from(weight.unwrap_or(1)).unwrap_or(0);
@@ -191,7 +191,7 @@ fn server(reader: &mut Reader<'_>, key: &str, item: Value, default_sessions: Opt
             {
                 reader.problem(key, format!("{ip} is no address a server can have"));
             }
-            Some(Server::Address { name, host, port, weight, max_sessions, mode, place })
+            Some(Server::Address { name, host, port, weight, max_sessions, mode, location })
         }
         ServerMap { srv: Some(_), address: None, weight: Some(_), .. } => {
             reader.problem(&child(key, "weight"), "weights of servers behind an SRV record stand in the record");

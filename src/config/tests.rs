@@ -139,7 +139,7 @@ admin: {address: ':9143'}
         "v.yaml:8:68: backends.shard-a.servers[3]: the key `address` is missing (or `srv`)",
         "v.yaml:8:81: backends.shard-a.servers[4]: the same server stands in this backend already",
         "v.yaml:9:23: backends.shard-a.tls.insecure: has no effect with mode none",
-        "v.yaml:10:5: backends.shard-a.colour: unknown key; known: servers, tls, source_addresses, client_info, authzid, login, referrals, login_with, unavailable_texts, limit_texts, empty_password, forward, balance, check, slow_start, breaker, max_sessions, queue",
+        "v.yaml:10:5: backends.shard-a.colour: unknown key: expected servers, tls, source_addresses, client_info, authzid, login, referrals, login_with, unavailable_texts, limit_texts, empty_password, forward, balance, check, slow_start, breaker, max_sessions or queue",
         "v.yaml:12:5: routes[0].default: no backend is declared as \"shard-b\"; did you mean `shard-a`?",
         "v.yaml:14:5: routes[2]: expected exactly one of table, domain, regex, hash, default, sql, ldap, http, redis, dns",
         "v.yaml:15:10: limits.idle: expected off or a duration from 30m to 30days",
@@ -383,7 +383,7 @@ fn paths_count_from_the_files_folder() {
     let config = parse(Path::new("/etc/vestibule/v.yaml"), &text).unwrap();
     let Route::Table(table) = &config.routes[0] else { panic!("a table") };
     assert_eq!(table.value, Path::new("/etc/vestibule/users.txt"));
-    assert_eq!((table.place.line, table.place.key.as_str()), (3, "routes[0].table"));
+    assert_eq!((table.location.line, table.location.key.as_str()), (3, "routes[0].table"));
 }
 
 /// A key with nothing behind it, such as `tls:` over lines that are commented out, must not mean its default.

@@ -21,7 +21,7 @@ use hyper_util::rt::{TokioExecutor, TokioTimer};
 use tokio_rustls::rustls::ClientConfig;
 use zeroize::Zeroizing;
 
-use crate::config::{Config, Located, Problem};
+use crate::config::{Located, Problem};
 use crate::lookup::hedge::{Budget, SharedConnection, Unanswered, hedged};
 use crate::lookup::limited_http::LimitedConnector;
 use crate::lookup::tcp_liveness;
@@ -89,17 +89,15 @@ impl HttpClient {
     /// # Errors
     /// A URL that is none, a `ca` that cannot be read.
     pub(crate) fn build(
-        config: &Config,
         url: &Located<String>,
         ca: Option<&Located<PathBuf>>,
         headers: HeaderMap,
         connections: usize,
     ) -> Result<Self, Problem> {
         let parsed = url.value.parse::<Uri>();
-        let parsed = parsed.map_err(|error| config.problem(&url.place, format!("the URL cannot be used: {error}")))?;
-        let tls = (parsed.scheme_str() == Some("https"))
-            .then(|| tls::client::verified(config, ca, &url.place))
-            .transpose()?;
+        let parsed = parsed.map_err(|error| url.location.problem(format!("the URL cannot be used: {error}")))?;
+        let tls =
+            (parsed.scheme_str() == Some("https")).then(|| tls::client::verified(ca, &url.location)).transpose()?;
         Ok(Self { url: parsed, headers, tls, connections, pools: SharedConnection::default() })
     }
 

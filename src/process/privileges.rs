@@ -24,14 +24,14 @@ pub struct Identity {
 /// There are no such user or group.
 pub(crate) fn resolve(config: &Config) -> Result<Option<Identity>, Report> {
     let Some(wanted) = &config.run_as else { return Ok(None) };
-    let problem = |message: String| Report::new(vec![config.problem(&wanted.user.place, message)]);
+    let problem = |message: String| Report::new(vec![wanted.user.location.problem(message)]);
     let name = &wanted.user.value;
     let user = User::from_name(name).map_err(|error| problem(format!("users cannot be looked up: {error}")))?;
     let user = user.ok_or_else(|| problem(format!("unknown user {name:?}")))?;
     let gid = match &wanted.group {
         None => user.gid,
         Some(group) => {
-            let problem = |message: String| -> Problem { config.problem(&group.place, message) };
+            let problem = |message: String| -> Problem { group.location.problem(message) };
             let found = Group::from_name(&group.value).map_err(|error| format!("groups cannot be looked up: {error}"));
             let found = found.and_then(|found| found.ok_or_else(|| format!("unknown group {:?}", group.value)));
             found.map_err(|message| Report::new(vec![problem(message)]))?.gid

@@ -12,7 +12,7 @@ use super::decision::{Declared, RouteDecision};
 use super::directory::Directory;
 use super::request::LookupRequest;
 use super::{LookupResult, Origin};
-use crate::config::{Asking, BackendId, Cache, Located, Place};
+use crate::config::{Asking, BackendId, Cache, Located, Location};
 use crate::metrics::{Metrics, Names};
 
 const HOUR: Duration = Duration::from_secs(3600);
@@ -259,8 +259,8 @@ async fn a_forgotten_user_does_not_come_back_from_the_file() {
     let path = folder.path().join("cache");
     let scripted = Scripted::new();
     scripted.says("alice", found(0));
-    let place = Place { line: 1, column: 1, key: "file".to_owned() };
-    let file = Located { value: path.clone(), place };
+    let location = Location::of_file(std::path::Path::new("v.yaml"));
+    let file = Located { value: path.clone(), location };
     let with_file = || Cache { file: Some(file.clone()), ..rules(HOUR) };
     let old = Arc::new(built(&scripted, HOUR, 8, Some(with_file())).0);
     let stop = tokio_util::sync::CancellationToken::new();

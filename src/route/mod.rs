@@ -327,26 +327,24 @@ fn source(
     Ok(match route {
         config::Route::Table(path) => match known {
             Some(Source::Table(table)) if table.is_current(&path.value, declared) => Source::Table(table.clone()),
-            _ => Source::Table(Arc::new(sources::table::Table::load(config, path, declared)?)),
+            _ => Source::Table(Arc::new(sources::table::Table::load(path, declared)?)),
         },
         config::Route::Domain(domains) => Source::Domain(sources::domain::Domains::new(domains)),
-        config::Route::Regex(rules) => Source::Regex(sources::regex::Rules::build(config, rules, declared)?),
+        config::Route::Regex(rules) => Source::Regex(sources::regex::Rules::build(rules, declared)?),
         config::Route::Hash { style, shares } => Source::Hash(sources::hash::Hash::new(config, *style, shares)),
         config::Route::Default(backend) => Source::Default(RouteDecision::backend(*backend).into()),
         config::Route::Sql(sql) => {
-            asked(&|| Ok(Directory::Sql(Box::new(sources::sql::Sql::build(config, sql, declared)?))), &sql.asking)?
+            asked(&|| Ok(Directory::Sql(Box::new(sources::sql::Sql::build(sql, declared)?))), &sql.asking)?
         }
-        config::Route::Ldap(ldap) => asked(
-            &|| Ok(Directory::Ldap(Box::new(sources::ldap::Directory::build(config, ldap, declared)?))),
-            &ldap.asking,
-        )?,
+        config::Route::Ldap(ldap) => {
+            asked(&|| Ok(Directory::Ldap(Box::new(sources::ldap::Directory::build(ldap, declared)?))), &ldap.asking)?
+        }
         config::Route::Http(http) => {
             asked(&|| Ok(Directory::Http(Box::new(sources::http::Http::build(config, http, declared)?))), &http.asking)?
         }
-        config::Route::Redis(redis) => asked(
-            &|| Ok(Directory::Redis(Box::new(sources::redis::Redis::build(config, redis, declared)?))),
-            &redis.asking,
-        )?,
+        config::Route::Redis(redis) => {
+            asked(&|| Ok(Directory::Redis(Box::new(sources::redis::Redis::build(redis, declared)?))), &redis.asking)?
+        }
         config::Route::Dns(dns) => {
             asked(&|| Ok(Directory::Dns(Box::new(sources::dns::Dns::new(config, dns, declared)))), &dns.asking)?
         }

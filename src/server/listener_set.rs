@@ -89,7 +89,7 @@ impl ListenerSet {
                     Err(error) if error.kind() == io::ErrorKind::AddrInUse && key.is_among(inherited) => {
                         inherited.extract_if(.., |socket| is_at(socket, key.address)).collect()
                     }
-                    bound => bound.with_context(|| cannot_bind(key.address, &config.listeners[index].place.key))?,
+                    bound => bound.with_context(|| cannot_bind(key.address, &config.listeners[index].location.key))?,
                 };
             }
             let address = sockets[0].local_addr().context("a socket without an address")?;
@@ -97,7 +97,7 @@ impl ListenerSet {
         }
         for (index, _, sockets) in &opening {
             let listener = &config.listeners[*index];
-            listener::listen(sockets).with_context(|| cannot_bind(listener.address, &listener.place.key))?;
+            listener::listen(sockets).with_context(|| cannot_bind(listener.address, &listener.location.key))?;
         }
         Ok(Opening(opening))
     }

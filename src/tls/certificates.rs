@@ -44,12 +44,12 @@ impl Certificates {
             match WatchedCertificate::new(certificate, now) {
                 Ok(one) => followed.push(one),
                 Err(Wrong { which, message }) => {
-                    let place = match which {
-                        Which::Cert => Some(&certificate.cert.place),
-                        Which::Key => Some(&certificate.key.place),
-                        Which::Ocsp => certificate.ocsp.as_ref().map(|file| &file.place),
+                    let location = match which {
+                        Which::Cert => Some(&certificate.cert.location),
+                        Which::Key => Some(&certificate.key.location),
+                        Which::Ocsp => certificate.ocsp.as_ref().map(|file| &file.location),
                     };
-                    problems.push(config.problem(place.unwrap_or(&certificate.cert.place), message));
+                    problems.push(location.unwrap_or(&certificate.cert.location).problem(message));
                 }
             }
         }

@@ -19,7 +19,7 @@ use super::handover::Secrets;
 use super::records::Records;
 use super::trust::{Accepted, ByPin, ByRoots, observed};
 use super::{provider, read_certificates};
-use crate::config::{Backend, Config, Located, Place, Problem, TlsMode, Trust};
+use crate::config::{Backend, Located, Location, Problem, TlsMode, Trust};
 
 /// How to reach the servers of one backend under TLS.
 #[derive(Clone)]
@@ -39,23 +39,23 @@ impl UpstreamTls {
     ///
     /// # Errors
     /// A `ca` file that cannot be used, a `server_name` that is none, no root certificate on the system.
-    pub fn build(config: &Config, backend: &Backend) -> Result<Option<Self>, Problem> {
+    pub fn build(backend: &Backend) -> Result<Option<Self>, Problem> {
         if backend.tls.mode == TlsMode::None {
             return Ok(None);
         }
         let server_name = match &backend.tls.server_name {
             None => None,
             Some(name) => Some(ServerName::try_from(name.clone()).map_err(|_| {
-                config.problem(&backend.place, format!("server_name {name:?} is neither a DNS name nor an address"))
+                backend.location.problem(format!("server_name {name:?} is neither a DNS name nor an address"))
             })?),
         };
         let verifier: Arc<dyn ServerCertVerifier> = match &backend.tls.trust {
             Trust::Pin(pins) => ByPin::new(Accepted::Pins(pins.clone())),
             Trust::Insecure => ByPin::new(Accepted::Everything),
-            Trust::System => by_roots(config, None, &backend.place)?,
-            Trust::Ca(ca) => by_roots(config, Some(ca), &backend.place)?,
+            Trust::System => by_roots(None, &backend.location)?,
+            Trust::Ca(ca) => by_roots(Some(ca), &backend.location)?,
         };
-        let mut client = client_config(verifier).map_err(|error| config.problem(&backend.place, error))?;
+        let mut client = client_config(verifier).map_err(|error| backend.location.problem(error))?;
         client.alpn_protocols = vec![b"imap".to_vec()];
         client.enable_secret_extraction = true;
         Ok(Some(Self { config: client, server_name }))
@@ -100,8 +100,8 @@ fn explain_plaintext(error: std::io::Error) -> std::io::Error {
 ///
 /// # Errors
 /// A `ca` file that cannot be used, no root certificate on the system.
-pub fn verified(config: &Config, ca: Option<&Located<PathBuf>>, place: &Place) -> Result<ClientConfig, Problem> {
-    client_config(by_roots(config, ca, place)?).map_err(|error| config.problem(place, error))
+pub fn verified(ca: Option<&Located<PathBuf>>, location: &Location) -> Result<ClientConfig, Problem> {
+    client_config(by_roots(ca, location)?).map_err(|error| location.problem(error))
 }
 
 /// TLS in which nobody is trusted: for a client that needs a configuration and speaks plaintext.
@@ -118,10 +118,10 @@ fn client_config(verifier: Arc<dyn ServerCertVerifier>) -> Result<ClientConfig, 
 }
 
 /// Trust in the certificates of a `ca` file, or in those of the system.
-fn by_roots(config: &Config, ca: Option<&Located<PathBuf>>, place: &Place) -> Result<Arc<ByRoots>, Problem> {
+fn by_roots(ca: Option<&Located<PathBuf>>, location: &Location) -> Result<Arc<ByRoots>, Problem> {
     let mut store = RootCertStore::empty();
     if let Some(path) = ca {
-        let fault = |message: String| config.problem(&path.place, format!("{}: {message}", path.value.display()));
+        let fault = |message: String| path.location.problem(format!("{}: {message}", path.value.display()));
         let certificates = read_certificates(&path.value).map_err(fault)?;
         for certificate in &certificates {
             store.add(certificate.clone()).map_err(|error| fault(error.to_string()))?;
@@ -133,7 +133,7 @@ fn by_roots(config: &Config, ca: Option<&Located<PathBuf>>, place: &Place) -> Re
     store.add_parsable_certificates(found.iter().cloned());
     if store.is_empty() {
         let message = "no root certificates on this system to verify the servers with: install ca-certificates, or name a ca, a pin or insecure";
-        return Err(config.problem(place, message));
+        return Err(location.problem(message));
     }
-    ByRoots::new(store, &found).map_err(|error| config.problem(place, error))
+    ByRoots::new(store, &found).map_err(|error| location.problem(error))
 }

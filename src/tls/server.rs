@@ -74,7 +74,7 @@ impl DownstreamTls {
         let certificates = Certificates::read(config, now()).map_err(|found| problems.extend(found)).ok();
         let mut policies = Vec::new();
         for listener in &config.listeners {
-            match Policy::build(config, listener) {
+            match Policy::build(listener) {
                 Ok(policy) => policies.push(policy),
                 Err(problem) => problems.push(problem),
             }
@@ -90,8 +90,8 @@ impl DownstreamTls {
         for (policy, listener) in policies.into_iter().zip(&config.listeners) {
             let resolver = Resolver { certificates: certificates.clone(), strict: listener.strict_sni };
             let ticketer = tickets.of(&policy.scope);
-            let built = server_config(policy, resolver, ticketer)
-                .map_err(|error| vec![config.problem(&listener.place, error)])?;
+            let built =
+                server_config(policy, resolver, ticketer).map_err(|error| vec![listener.location.problem(error)])?;
             listeners.push(ListenerAcceptor {
                 config: built,
                 strict_sni: listener.strict_sni,
@@ -232,12 +232,12 @@ struct Policy {
 }
 
 impl Policy {
-    fn build(config: &Config, listener: &Listener) -> Result<Self, Problem> {
+    fn build(listener: &Listener) -> Result<Self, Problem> {
         let min = listener.tls_min;
         let Some(wanted) = &listener.client_certificates else {
             return Ok(Self { verifier: None, scope: Scope { min, clients: None } });
         };
-        let (verifier, roots) = verifier(config, wanted)?;
+        let (verifier, roots) = verifier(wanted)?;
         let clients = Some(Clients { required: wanted.required, roots });
         Ok(Self { verifier: Some(verifier), scope: Scope { min, clients } })
     }
@@ -272,9 +272,9 @@ fn server_config(
 }
 
 /// And the digest of the roots it trusts.
-fn verifier(config: &Config, wanted: &ClientCertificates) -> Result<(Arc<dyn ClientCertVerifier>, [u8; 32]), Problem> {
+fn verifier(wanted: &ClientCertificates) -> Result<(Arc<dyn ClientCertVerifier>, [u8; 32]), Problem> {
     let file = wanted.ca.value.display();
-    let fault = |message: String| config.problem(&wanted.ca.place, format!("{file}: {message}"));
+    let fault = |message: String| wanted.ca.location.problem(format!("{file}: {message}"));
     let mut roots = RootCertStore::empty();
     let mut digest = digest::Context::new(&digest::SHA256);
     let certificates = read_certificates(&wanted.ca.value).map_err(fault)?;

@@ -105,7 +105,7 @@ impl Tickets {
                     _ => None,
                 };
                 let ticketer = kept.map_or_else(Ticketer::new, Ok).map_err(|error| {
-                    vec![config.problem(&config.certificates[0].cert.place, format!("no session tickets: {error}"))]
+                    vec![config.certificates[0].cert.location.problem(format!("no session tickets: {error}"))]
                 })?;
                 own.insert(scope, ticketer);
             }
@@ -115,10 +115,10 @@ impl Tickets {
         let watch = Watch::new(files.clone());
         let mut secrets = Vec::new();
         let mut problems = Vec::new();
-        for Located { value, place } in &config.ticket_keys {
+        for Located { value, location } in &config.ticket_keys {
             match read(value) {
                 Ok(secret) => secrets.push(secret),
-                Err(message) => problems.push(config.problem(place, format!("{}: {message}", value.display()))),
+                Err(message) => problems.push(location.problem(format!("{}: {message}", value.display()))),
             }
         }
         if !problems.is_empty() {
@@ -127,7 +127,7 @@ impl Tickets {
         let mut rings = HashMap::new();
         for scope in scopes {
             let ring = Ring::new(&secrets, &scope)
-                .ok_or_else(|| vec![config.problem(&config.ticket_keys[0].place, "no key could be derived")])?;
+                .ok_or_else(|| vec![config.ticket_keys[0].location.problem("no key could be derived")])?;
             rings.insert(scope, Arc::new(ring));
         }
         Ok(Self::Shared(Shared { files, rings, watch: Mutex::new((watch, None)) }))

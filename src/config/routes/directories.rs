@@ -12,7 +12,7 @@ use super::sql_query::{Syntax, quoted_variable};
 use super::{Context, declared_backend};
 use crate::config::check::{located, socket_address};
 use crate::config::directory::{
-    ANSWER_FIELDS, Asking, Cache, Dns, DnsQuestion, Http, HttpStyle, Ldap, LdapScope, Network, Redis, RedisPlace, Sql,
+    ANSWER_FIELDS, Asking, Cache, Dns, DnsQuestion, Http, HttpStyle, Ldap, LdapScope, Network, Redis, RedisServers, Sql,
 };
 use crate::config::limits::{bounded, number, seconds};
 use crate::config::locate::child;
@@ -181,13 +181,13 @@ impl Section<'_, '_> {
             self.problem("sentinels", "sentinels and master belong together");
         }
         let schemes = ["redis://", "rediss://"];
-        let place = match (written.url, written.sentinels, written.cluster) {
-            (Some(url), None, None) => RedisPlace::Server(self.url("url", &url, &schemes)?),
-            (None, Some(urls), None) => RedisPlace::Sentinel {
+        let servers = match (written.url, written.sentinels, written.cluster) {
+            (Some(url), None, None) => RedisServers::Server(self.url("url", &url, &schemes)?),
+            (None, Some(urls), None) => RedisServers::Sentinel {
                 urls: self.urls("sentinels", &urls, &schemes),
                 master: written.master.unwrap_or_default(),
             },
-            (None, None, Some(urls)) => RedisPlace::Cluster(self.urls("cluster", &urls, &schemes)),
+            (None, None, Some(urls)) => RedisServers::Cluster(self.urls("cluster", &urls, &schemes)),
             _ => {
                 let key = self.key.clone();
                 self.reader.problem(&key, "expected exactly one of url, sentinels, cluster");
@@ -198,7 +198,7 @@ impl Section<'_, '_> {
             self.problem("user", "needs a password_file");
         }
         Some(Route::Redis(Box::new(Redis {
-            place,
+            servers,
             user: written.user,
             password: self.file("password_file", written.password_file),
             ca: self.file("ca", written.ca),
@@ -275,7 +275,7 @@ impl Section<'_, '_> {
             self.problem(name, "a password belongs into a file of its own (password_file), not into the URL");
             return None;
         }
-        Some(Located { value: text.to_owned(), place: self.reader.place(&child(&self.key, name)) })
+        Some(Located { value: text.to_owned(), location: self.reader.location(&child(&self.key, name)) })
     }
 
     fn urls(&mut self, name: &str, words: &Words, schemes: &[&str]) -> Vec<Located<String>> {
@@ -314,8 +314,8 @@ impl Section<'_, '_> {
         let base = child(&self.key, "cache");
         let key = |name: &str| child(&base, name);
         let reader = &mut *self.reader;
-        let place = reader.place(&key("file"));
-        let file = written.file.map(|file| Located { value: self.context.folder.join(file), place });
+        let location = reader.location(&key("file"));
+        let file = written.file.map(|file| Located { value: self.context.folder.join(file), location });
         Cache {
             ttl: bounded(reader, &key("ttl"), written.ttl, Duration::from_secs(60), seconds(1, day)),
             negative: bounded(reader, &key("negative"), written.negative, Duration::from_secs(10), seconds(0, day)),

@@ -13,10 +13,10 @@ use self::directories::Section;
 pub(super) use self::maps::{CacheMap, HashMap};
 use self::maps::{HashShareMap, HashStyleWord, RegexMap, RouteMap};
 use super::check::located;
+use super::error::Help;
 use super::limits::number;
 use super::locate::child;
 use super::read::Reader;
-use super::report::suggestion;
 use super::values::HashEntry;
 use super::{BackendId, HashShare, HashStyle, RegexRule, Route};
 
@@ -132,7 +132,7 @@ fn by_regex(reader: &mut Reader<'_>, key: &str, items: Vec<Value>) -> Vec<RegexR
     for (index, item) in items.into_iter().enumerate() {
         let key = format!("{key}[{index}]");
         let Some(written) = reader.read::<RegexMap>(&key, item) else { continue };
-        rules.push(RegexRule { pattern: written.r#match, to: written.to, place: reader.place(&key) });
+        rules.push(RegexRule { pattern: written.r#match, to: written.to, location: reader.location(&key) });
     }
     rules
 }
@@ -194,7 +194,7 @@ fn declared_backend(reader: &mut Reader<'_>, declared: &Declared<'_>, key: &str,
     if found.is_none() && !reader.is_told("backends") && !reader.blamed(&child("backends", name)) {
         let mut known: Vec<&str> = declared.keys().copied().collect();
         known.sort_unstable();
-        reader.problem_with_help(key, format!("no backend is declared as {name:?}"), suggestion(name, &known));
+        reader.problem_with_help(key, format!("no backend is declared as {name:?}"), Some(Help::suggest(name, &known)));
     }
     found
 }

@@ -104,13 +104,13 @@ impl Http {
             }
         }
         if let Some(file) = &http.token {
-            let token = file.read_secret(config).map_err(told)?;
+            let token = file.read_secret().map_err(told)?;
             let mut value = HeaderValue::try_from(format!("Bearer {}", *token))
-                .map_err(|_| told(config.problem(&file.place, "the token cannot stand in a header")))?;
+                .map_err(|_| told(file.location.problem("the token cannot stand in a header")))?;
             value.set_sensitive(true);
             headers.insert(AUTHORIZATION, value);
         }
-        let client = HttpClient::build(config, &http.url, http.ca.as_ref(), headers, http.asking.connections);
+        let client = HttpClient::build(&http.url, http.ca.as_ref(), headers, http.asking.connections);
         Ok(Self {
             client: client.map_err(told)?,
             style: http.style,

@@ -16,7 +16,7 @@ use tokio::net::TcpStream;
 use tokio_rustls::rustls::ClientConfig;
 use zeroize::Zeroizing;
 
-use crate::config::{self, Config, LdapScope, Problem};
+use crate::config::{self, LdapScope, Problem};
 use crate::lookup::hedge::{Budget, hedged};
 use crate::lookup::tcp_liveness;
 use crate::route::LookupResult;
@@ -59,21 +59,15 @@ impl std::fmt::Debug for Directory {
 impl Directory {
     /// # Errors
     /// A URL whose host or port is invalid, a password file or a `ca` that cannot be read.
-    pub(in crate::route) fn build(
-        config: &Config,
-        ldap: &config::Ldap,
-        declared: &Declared,
-    ) -> Result<Self, Vec<Problem>> {
+    pub(in crate::route) fn build(ldap: &config::Ldap, declared: &Declared) -> Result<Self, Vec<Problem>> {
         let bind = match (&ldap.bind, &ldap.password) {
-            (Some(name), Some(file)) => {
-                Some((name.clone(), file.read_secret(config).map_err(|problem| vec![problem])?))
-            }
+            (Some(name), Some(file)) => Some((name.clone(), file.read_secret().map_err(|problem| vec![problem])?)),
             _ => None,
         };
         let encrypted = ldap.starttls || ldap.url.value.starts_with("ldaps://");
-        let tls = encrypted.then(|| tls::client::verified(config, ldap.ca.as_ref(), &ldap.url.place)).transpose();
+        let tls = encrypted.then(|| tls::client::verified(ldap.ca.as_ref(), &ldap.url.location)).transpose();
         Ok(Self {
-            server: server(&ldap.url.value).map_err(|message| vec![config.problem(&ldap.url.place, message)])?,
+            server: server(&ldap.url.value).map_err(|message| vec![ldap.url.location.problem(message)])?,
             url: ldap.url.value.clone(),
             starttls: ldap.starttls,
             tls: tls.map_err(|problem| vec![problem])?.map(Arc::new),

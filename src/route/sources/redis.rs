@@ -20,7 +20,7 @@ use redis::{
 };
 use zeroize::Zeroizing;
 
-use crate::config::{self, Config, Located, Problem, RedisPlace};
+use crate::config::{self, Located, Problem, RedisServers};
 use crate::lookup::hedge::{Budget, SharedConnection, Unanswered, hedged};
 use crate::lookup::tcp_liveness;
 use crate::route::LookupResult;
@@ -68,13 +68,8 @@ enum Connection {
 impl Redis {
     /// # Errors
     /// A URL that is none, a password file or a `ca` that cannot be read.
-    pub(in crate::route) fn build(
-        config: &Config,
-        redis: &config::Redis,
-        declared: &Declared,
-    ) -> Result<Self, Vec<Problem>> {
-        let client =
-            Builder::new(config, redis).and_then(|builder| builder.client(redis)).map_err(|problem| vec![problem])?;
+    pub(in crate::route) fn build(redis: &config::Redis, declared: &Declared) -> Result<Self, Vec<Problem>> {
+        let client = Builder::new(redis).and_then(|builder| builder.client(redis)).map_err(|problem| vec![problem])?;
         Ok(Self {
             client,
             shared: SharedConnection::default(),
@@ -177,7 +172,6 @@ fn is_answer(error: &RedisError) -> bool {
 
 /// What every kind of client is built from.
 struct Builder<'a> {
-    config: &'a Config,
     user: Option<&'a str>,
     password: Option<Zeroizing<String>>,
     roots: Option<Vec<u8>>,
@@ -185,19 +179,19 @@ struct Builder<'a> {
 }
 
 impl<'a> Builder<'a> {
-    fn new(config: &'a Config, redis: &'a config::Redis) -> Result<Self, Problem> {
-        let password = redis.password.as_ref().map(|file| file.read_secret(config)).transpose()?;
+    fn new(redis: &'a config::Redis) -> Result<Self, Problem> {
+        let password = redis.password.as_ref().map(|file| file.read_secret()).transpose()?;
         let read = |ca: &Located<std::path::PathBuf>| {
-            crate::tls::client::verified(config, Some(ca), &ca.place)?;
-            std::fs::read(&ca.value).map_err(|error| config.problem(&ca.place, error.to_string()))
+            crate::tls::client::verified(Some(ca), &ca.location)?;
+            std::fs::read(&ca.value).map_err(|error| ca.location.problem(error.to_string()))
         };
         let roots = redis.ca.as_ref().map(read).transpose()?;
-        Ok(Self { config, user: redis.user.as_deref(), password, roots, timeout: redis.asking.timeout })
+        Ok(Self { user: redis.user.as_deref(), password, roots, timeout: redis.asking.timeout })
     }
 
     fn client(&self, redis: &config::Redis) -> Result<RedisClient, Problem> {
-        match &redis.place {
-            RedisPlace::Server(url) => {
+        match &redis.servers {
+            RedisServers::Server(url) => {
                 let info = self.info(url)?;
                 let client = match &self.roots {
                     Some(_) => Client::build_with_tls(info, self.certificates()),
@@ -205,7 +199,7 @@ impl<'a> Builder<'a> {
                 };
                 Ok(RedisClient::Server(client.map_err(|error| self.wrong(url, &error))?.into()))
             }
-            RedisPlace::Cluster(urls) => {
+            RedisServers::Cluster(urls) => {
                 let nodes = urls.iter().map(|url| self.info(url)).collect::<Result<Vec<_>, _>>()?;
                 let mut builder = ClusterClientBuilder::new(nodes)
                     // Later than the caller's deadline, which ends an attempt.
@@ -218,7 +212,7 @@ impl<'a> Builder<'a> {
                 let client = builder.build().map_err(|error| self.wrong(&urls[0], &error))?;
                 Ok(RedisClient::Cluster(client.into()))
             }
-            RedisPlace::Sentinel { urls, master } => {
+            RedisServers::Sentinel { urls, master } => {
                 let infos = urls.iter().map(|url| self.info(url)).collect::<Result<Vec<_>, _>>()?;
                 let is_encrypted = urls.iter().any(|url| url.value.starts_with("rediss://"));
                 let (user, password) = (self.user.map(str::to_owned), self.password.clone());
@@ -269,7 +263,7 @@ impl<'a> Builder<'a> {
     }
 
     fn wrong(&self, url: &Located<String>, error: &RedisError) -> Problem {
-        self.config.problem(&url.place, format!("the URL cannot be used: {error}"))
+        url.location.problem(format!("the URL cannot be used: {error}"))
     }
 }
 

@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use regex::{Captures, Regex};
 
-use crate::config::{Config, Problem, RegexRule};
+use crate::config::{Problem, RegexRule};
 use crate::route::LookupResult;
 use crate::route::decision::{Declared, RouteDecision, named_values};
 use crate::route::directory::answer;
@@ -47,17 +47,13 @@ enum Piece {
 impl Rules {
     /// # Errors
     /// Patterns that are none, groups that do not exist, and fixed targets that are wrong.
-    pub(in crate::route) fn build(
-        config: &Config,
-        rules: &[RegexRule],
-        declared: &Declared,
-    ) -> Result<Self, Vec<Problem>> {
+    pub(in crate::route) fn build(rules: &[RegexRule], declared: &Declared) -> Result<Self, Vec<Problem>> {
         let mut problems = Vec::new();
         let mut built = Vec::new();
         for rule in rules {
             match Rule::build(rule, declared) {
                 Ok(rule) => built.push(rule),
-                Err(message) => problems.push(config.problem(&rule.place, message)),
+                Err(message) => problems.push(rule.location.problem(message)),
             }
         }
         let rules = Self { rules: built, declared: declared.clone() };
@@ -177,12 +173,12 @@ fn group(pattern: &Regex, name: &str) -> Result<usize, String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::{BackendId, Place};
+    use crate::config::{BackendId, Location};
     use crate::route::decision::ServerChoice;
 
     fn rule(pattern: &str, to: &str) -> Result<Rule, String> {
-        let place = Place { line: 1, column: 1, key: String::new() };
-        Rule::build(&RegexRule { pattern: pattern.into(), to: to.into(), place }, &declared())
+        let location = Location::of_file(std::path::Path::new("v.yaml"));
+        Rule::build(&RegexRule { pattern: pattern.into(), to: to.into(), location }, &declared())
     }
 
     fn declared() -> Declared {

@@ -32,7 +32,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
 use tokio::time::{sleep, timeout};
 use tokio_util::sync::CancellationToken;
 
-use crate::config::{self, ANSWER_FIELDS, Config, Problem};
+use crate::config::{self, ANSWER_FIELDS, Problem};
 use crate::lookup::hedge::{Budget, hedged};
 use crate::route::LookupResult;
 use crate::route::decision::{Declared, Fields};
@@ -120,12 +120,8 @@ enum Fault {
 impl Sql {
     /// # Errors
     /// A URL that is none, a password file or a `ca` that cannot be read.
-    pub(in crate::route) fn build(
-        config: &Config,
-        sql: &config::Sql,
-        declared: &Declared,
-    ) -> Result<Self, Vec<Problem>> {
-        let server = server(config, sql).map_err(|problem| vec![problem])?;
+    pub(in crate::route) fn build(sql: &config::Sql, declared: &Declared) -> Result<Self, Vec<Problem>> {
+        let server = server(sql).map_err(|problem| vec![problem])?;
         let (query, variables) = sql.query.bind(|before| match server {
             Server::Postgres(_) => format!("${}", before + 1),
             Server::MySql(_) | Server::Sqlite(_) => "?".to_owned(),
@@ -354,17 +350,16 @@ impl Dialect for Sqlite {
     const TEXT_BY_OTHER_NAMES: &'static [&'static str] = &["BLOB"];
 }
 
-fn server(config: &Config, sql: &config::Sql) -> Result<Server, Problem> {
+fn server(sql: &config::Sql) -> Result<Server, Problem> {
     let limit = sql.asking.connections;
     let url = &sql.url.value;
-    let password = sql.password.as_ref().map(|file| file.read_secret(config)).transpose()?;
+    let password = sql.password.as_ref().map(|file| file.read_secret()).transpose()?;
     if let Some(ca) = &sql.ca {
         // What the library would only tell when it connects.
-        crate::tls::client::verified(config, Some(ca), &ca.place)?;
+        crate::tls::client::verified(Some(ca), &ca.location)?;
     }
     let ca = sql.ca.as_ref().map(|ca| &ca.value);
-    let wrong =
-        |error: sqlx::Error| config.problem(&sql.url.place, format!("the URL cannot be used: {}", told(&error)));
+    let wrong = |error: sqlx::Error| sql.url.location.problem(format!("the URL cannot be used: {}", told(&error)));
     if url.starts_with("postgres") {
         let mut options = PgConnectOptions::from_str(url).map_err(wrong)?.application_name("vestibule");
         if let Some(ca) = ca {

@@ -22,7 +22,7 @@ use std::time::Duration;
 
 use tokio::time;
 
-use crate::config::{Config, Located, Problem};
+use crate::config::{Located, Problem};
 use crate::identity::UserName;
 use crate::metrics::RouteMetrics;
 use crate::process::file_watch::{LOOK, Watch};
@@ -55,7 +55,6 @@ impl Table {
     /// # Errors
     /// The file cannot be read, or lines of it are wrong: each becomes a [`Problem`] that names the table and the line.
     pub(in crate::route) fn load(
-        config: &Config,
         path: &Located<std::path::PathBuf>,
         declared: &Declared,
     ) -> Result<Self, Vec<Problem>> {
@@ -63,7 +62,7 @@ impl Table {
         let watch = Mutex::new(Watch::new(vec![path.value.clone()]));
         let index = read(&path.value, declared).map_err(|wrong| {
             let shown = path.value.display();
-            let told = wrong.into_iter().map(|wrong| config.problem(&path.place, format!("{shown}{}", at(&wrong))));
+            let told = wrong.into_iter().map(|wrong| path.location.problem(format!("{shown}{}", at(&wrong))));
             told.collect::<Vec<_>>()
         })?;
         let index = RwLock::new(Arc::new(index));

@@ -393,7 +393,7 @@ fn files_that_cannot_be_used_are_told_with_their_place() {
     let config = folder.config(&["sni: any"], &["a, ocsp: ocsp.der"], "ticket_keys: [open, absent]");
     let problems = DownstreamTls::build(&config, None).map(drop).unwrap_err();
     let said: Vec<String> =
-        problems.iter().map(|problem| format!("{}: {}", problem.place.key, problem.message)).collect();
+        problems.iter().map(|problem| format!("{}: {}", problem.location.key, problem.message)).collect();
     let path = |name| folder.path(name).display().to_string();
     assert_eq!(
         said,
