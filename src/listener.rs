@@ -192,10 +192,10 @@ impl Listener {
     fn welcome(&self, socket: TcpStream, peer: SocketAddr, context: &WorkerContext) {
         // Of its own, and up to date: a login looks whether it has changed since.
         let mut listener_config = self.listener_config.clone();
-        let ListenerConfig { live, index } = listener_config.borrow_and_update().clone();
-        let tls = live.config.listeners[index].tls;
-        let metrics = live.metrics.listener(index);
-        let Some(occupant) = context.connection_limit.enter(live.limits.sessions) else {
+        let ListenerConfig { snapshot, index } = listener_config.borrow_and_update().clone();
+        let tls = snapshot.config.listeners[index].tls;
+        let metrics = snapshot.metrics.listener(index);
+        let Some(occupant) = context.connection_limit.enter(snapshot.limits.sessions) else {
             metrics.refused(Refusal::Full);
             if tls != ListenerTls::Implicit {
                 // The connection is closed either way; a client that does not get the reason loses nothing.
@@ -203,21 +203,22 @@ impl Listener {
             }
             return;
         };
-        let balancers = live.config.listeners[index].proxy_protocol.as_ref();
+        let balancers = snapshot.config.listeners[index].proxy_protocol.as_ref();
         // Before a place is taken that a client could have: such connections must not displace those of clients.
         if balancers.is_some_and(|networks| !networks.iter().any(|network| network.contains(peer.ip()))) {
             let _open = metrics.session_opened();
-            return session::unknown_balancer(&socket, peer, self.address, &live);
+            return session::unknown_balancer(&socket, peer, self.address, &snapshot);
         }
         // A balancer is not the client, whose address is in the header.
         let is_passed_on = balancers.is_some();
-        let pass = if is_passed_on { Ok(live.guard.pass()) } else { live.guard.admit(Instant::now(), peer.ip()) };
+        let pass =
+            if is_passed_on { Ok(snapshot.guard.pass()) } else { snapshot.guard.admit(Instant::now(), peer.ip()) };
         // A place before the login: only for an address that may come in.
-        let admitted = pass.and_then(|pass| Ok((pass, live.guard.lobby(Instant::now())?)));
+        let admitted = pass.and_then(|pass| Ok((pass, snapshot.guard.lobby(Instant::now())?)));
         let (pass, ticket) = match admitted {
             Ok(admitted) => admitted,
             Err(turned) => {
-                let reason = session::turn_away(&socket, turned, &live, index).as_str();
+                let reason = session::turn_away(&socket, turned, &snapshot, index).as_str();
                 // At info a flood would write as many lines as it has connections.
                 return tracing::debug!(client = %peer.ip().to_canonical(), listener = %self.address, reason, "turned away");
             }
@@ -229,7 +230,7 @@ impl Listener {
             local: self.address,
             listener: index,
             tls,
-            live,
+            snapshot,
             desk: listener_config,
             drain: context.drain.clone(),
             room: context.poller.clone(),
@@ -243,9 +244,9 @@ impl Listener {
         if error.kind() == io::ErrorKind::ConnectionAborted {
             return;
         }
-        let ListenerConfig { live, index } = self.listener_config.borrow().clone();
-        live.metrics.listener(index).refused(Refusal::AcceptError);
-        drop(live);
+        let ListenerConfig { snapshot, index } = self.listener_config.borrow().clone();
+        snapshot.metrics.listener(index).refused(Refusal::AcceptError);
+        drop(snapshot);
         if error.raw_os_error().is_some_and(|code| OUT_OF_DESCRIPTORS.contains(&code)) {
             tracing::error!(listener = %self.address, %error, "no descriptor left to accept a connection: raise LimitNOFILE or lower limits.sessions");
         } else {

@@ -138,13 +138,13 @@ impl Snapshot {
 #[derive(Clone)]
 pub struct ListenerConfig {
     /// The configuration, built.
-    pub live: Arc<Snapshot>,
+    pub snapshot: Arc<Snapshot>,
     /// The listener's place in it.
     pub index: usize,
 }
 
 impl std::fmt::Debug for ListenerConfig {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Desk").field("index", &self.index).finish_non_exhaustive()
+        f.debug_struct("ListenerConfig").field("index", &self.index).finish_non_exhaustive()
     }
 }

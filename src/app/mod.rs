@@ -94,12 +94,12 @@ fn runtime() -> anyhow::Result<tokio::runtime::Runtime> {
 
 /// Builds everything and binds nothing. Warnings go to standard error and do not change the exit code.
 fn check(file: &Path, offline: bool) -> anyhow::Result<ExitCode> {
-    let live = build(file)?;
-    let identity = privileges::resolve(&live.config)?;
-    let mut warnings = live.config.warnings.clone();
-    warnings.extend(preflight::cache_file_warnings(&live.config, identity.as_ref())?);
+    let snapshot = build(file)?;
+    let identity = privileges::resolve(&snapshot.config)?;
+    let mut warnings = snapshot.config.warnings.clone();
+    warnings.extend(preflight::cache_file_warnings(&snapshot.config, identity.as_ref())?);
     if !offline {
-        warnings.extend(runtime()?.block_on(preflight::server_warnings(&live)));
+        warnings.extend(runtime()?.block_on(preflight::server_warnings(&snapshot)));
     }
     for warning in Report::new(warnings).problems() {
         eprintln!("warning: {warning}");
@@ -107,15 +107,15 @@ fn check(file: &Path, offline: bool) -> anyhow::Result<ExitCode> {
     println!(
         "{}: ok ({} listeners, {} backends, {} routes)",
         file.display(),
-        live.config.listeners.len(),
-        live.config.backends.len(),
-        live.config.routes.len()
+        snapshot.config.listeners.len(),
+        snapshot.config.backends.len(),
+        snapshot.config.routes.len()
     );
     Ok(ExitCode::SUCCESS)
 }
 
 fn route(file: &Path, user: &str) -> anyhow::Result<ExitCode> {
-    let live = build(file)?;
+    let snapshot = build(file)?;
     let user = match UserName::new(user.as_bytes()) {
         Ok(user) => user,
         Err(error) => {
@@ -123,7 +123,7 @@ fn route(file: &Path, user: &str) -> anyhow::Result<ExitCode> {
             return Ok(ExitCode::from(EX_USAGE));
         }
     };
-    let (text, found) = runtime()?.block_on(explain::explain(&live, &user));
+    let (text, found) = runtime()?.block_on(explain::explain(&snapshot, &user));
     print!("{text}");
     Ok(if found { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }

@@ -23,13 +23,13 @@ use crate::snapshot::Snapshot;
 const TIMEOUT: Duration = Duration::from_secs(3);
 
 /// A warning for each server with which TLS fails, at its place in the configuration.
-pub async fn server_warnings(live: &Snapshot) -> Vec<Problem> {
+pub async fn server_warnings(snapshot: &Snapshot) -> Vec<Problem> {
     let (tasks, stop) = (TaskTracker::new(), CancellationToken::new());
-    live.backends.start(&OwnAddresses::default(), &tasks, &stop);
-    let faults = Arc::clone(&live.backends).tls_faults(&live.limits, TIMEOUT).await;
+    snapshot.backends.start(&OwnAddresses::default(), &tasks, &stop);
+    let faults = Arc::clone(&snapshot.backends).tls_faults(&snapshot.limits, TIMEOUT).await;
     stop.cancel();
     let warning = |(id, server, detail): (config::BackendId, Arc<str>, String)| {
-        let backend = &live.config.backends[id.0];
+        let backend = &snapshot.config.backends[id.0];
         let message = format!("TLS with {server} fails, and so would every login there: {detail}");
         location(backend, &server).problem(message)
     };

@@ -17,9 +17,9 @@ use crate::route::{LookupRequest, LookupResult, Origin, RouteDecision, ServerCho
 use crate::snapshot::Snapshot;
 
 /// The text for `user`, and whether a server would be asked to log the user in.
-pub async fn explain(live: &Snapshot, user: &UserName) -> (String, bool) {
+pub async fn explain(snapshot: &Snapshot, user: &UserName) -> (String, bool) {
     let mut text = format!("user     {user}\n");
-    let names = match live.config.naming.names(user) {
+    let names = match snapshot.config.naming.names(user) {
         Ok(names) => names,
         Err(refused) => {
             line(&mut text, format_args!("refused  {refused}"));
@@ -28,14 +28,14 @@ pub async fn explain(live: &Snapshot, user: &UserName) -> (String, bool) {
     };
     line(&mut text, format_args!("asked as {}", names.routing));
     let (tasks, stop) = (TaskTracker::new(), CancellationToken::new());
-    live.router.start_once(&Handle::current());
+    snapshot.router.start_once(&Handle::current());
     let question = LookupRequest { user: names.routing, visitor: None };
     let mut found = None;
-    for step in live.router.explain(&question).await {
+    for step in snapshot.router.explain(&question).await {
         let answer = match &step.answer {
             LookupResult::Found(target) => {
                 found = Some(target.clone());
-                format!("found: {}", describe(live, target))
+                format!("found: {}", describe(snapshot, target))
             }
             LookupResult::Unknown => "does not know the user".to_owned(),
             LookupResult::Failed(reason) => format!("failed: {reason}"),
@@ -57,15 +57,15 @@ pub async fn explain(live: &Snapshot, user: &UserName) -> (String, bool) {
         return (text, false);
     };
     line(&mut text, format_args!("login as {}", place.user.as_ref().unwrap_or(&names.server)));
-    let backend = live.backends.backend(place.backend);
+    let backend = snapshot.backends.backend(place.backend);
     line(&mut text, format_args!("backend  {}", backend.name));
-    if let Err(error) = live.read_states() {
+    if let Err(error) = snapshot.read_states() {
         line(&mut text, format_args!("states   unknown: {error}"));
     }
-    let own = OwnAddresses::new(live.config.listeners.iter().map(|listener| listener.address).collect());
-    live.backends.start(&own, &tasks, &stop);
-    let wait = live.config.resolver.timeout * 3;
-    let servers = timeout(wait, live.servers(place, &place.mailbox(&question.user))).await.unwrap_or_default();
+    let own = OwnAddresses::new(snapshot.config.listeners.iter().map(|listener| listener.address).collect());
+    snapshot.backends.start(&own, &tasks, &stop);
+    let wait = snapshot.config.resolver.timeout * 3;
+    let servers = timeout(wait, snapshot.servers(place, &place.mailbox(&question.user))).await.unwrap_or_default();
     match place.at {
         ServerChoice::Any => {
             line(&mut text, format_args!("balance  {}: {}", backend.balance.as_str(), backend.balance.decided_by()));
@@ -105,8 +105,8 @@ pub async fn diff(
     users: &[u8],
     mut out: impl std::io::Write,
 ) -> std::io::Result<usize> {
-    for live in [old, new] {
-        live.router.start_once(&Handle::current());
+    for snapshot in [old, new] {
+        snapshot.router.start_once(&Handle::current());
     }
     let (mut compared, mut moved) = (0, 0);
     for line in users.split(|byte| *byte == b'\n') {
@@ -131,23 +131,23 @@ pub async fn diff(
 }
 
 /// Where a user belongs, in the words of `explain`.
-async fn place(live: &Snapshot, user: &UserName) -> String {
-    let names = match live.config.naming.names(user) {
+async fn place(snapshot: &Snapshot, user: &UserName) -> String {
+    let names = match snapshot.config.naming.names(user) {
         Ok(names) => names,
         Err(refused) => return refused.to_string(),
     };
     let question = LookupRequest { user: names.routing, visitor: None };
-    match timeout(live.limits.lookup, live.router.route(&question, &live.metrics)).await {
-        Ok(Ok(routed)) => describe(live, &routed.target),
+    match timeout(snapshot.limits.lookup, snapshot.router.route(&question, &snapshot.metrics)).await {
+        Ok(Ok(routed)) => describe(snapshot, &routed.target),
         Ok(Err(error)) => error.to_string(),
         Err(_) => "no answer".to_owned(),
     }
 }
 
-fn describe(live: &Snapshot, target: &RouteDecision) -> String {
+fn describe(snapshot: &Snapshot, target: &RouteDecision) -> String {
     match target {
         RouteDecision::Place(place) => {
-            let mut text = live.backends.backend(place.backend).name.to_string();
+            let mut text = snapshot.backends.backend(place.backend).name.to_string();
             let at = match &place.at {
                 ServerChoice::Any => None,
                 ServerChoice::Server(server) => Some(server.to_string()),

@@ -136,7 +136,7 @@ impl ListenerSet {
         keys.iter().enumerate().filter_map(|(index, key)| opened(index).or_else(|| stays(key))).collect()
     }
 
-    /// From now on connections are served with `live`; new ports are opened at `workplaces`, those that are gone closed.
+    /// From now on connections are served with `snapshot`; new ports are opened at `workplaces`, those that are gone closed.
     ///
     /// # Errors
     /// The system has no room for a socket. What is open then stays open.
@@ -150,7 +150,7 @@ impl ListenerSet {
         let mut opened = Vec::new();
         for (index, address, sockets) in opening.0 {
             let key = keys(&snapshot.config.listeners)[index];
-            let config_sender = watch::Sender::new(ListenerConfig { live: snapshot.clone(), index });
+            let config_sender = watch::Sender::new(ListenerConfig { snapshot: snapshot.clone(), index });
             let listener = OpenListener { key, address, sockets, config_sender, closing: Closing::default() };
             listener.open(workers)?;
             change.opened.push(address);
@@ -160,7 +160,7 @@ impl ListenerSet {
         for (index, key) in keys(&snapshot.config.listeners).into_iter().enumerate() {
             if let Some(at) = before.iter().position(|listener| listener.key == key) {
                 let listener = before.swap_remove(at);
-                listener.config_sender.send_replace(ListenerConfig { live: snapshot.clone(), index });
+                listener.config_sender.send_replace(ListenerConfig { snapshot: snapshot.clone(), index });
                 self.0.push(listener);
             } else if let Some(at) = opened.iter().position(|listener| listener.key == key) {
                 self.0.push(opened.swap_remove(at));

@@ -110,21 +110,21 @@ impl Session {
     ) -> Option<Attempted> {
         let began = Instant::now();
         self.up_to_date();
-        let live = self.live.clone();
-        split_master(&live, &mut login.credentials);
+        let snapshot = self.snapshot.clone();
+        split_master(&snapshot, &mut login.credentials);
         let delegated =
-            authorise_certificate(&mut login.credentials, &live.config.naming, live.delegations(self.listener));
+            authorise_certificate(&mut login.credentials, &snapshot.config.naming, snapshot.delegations(self.listener));
         let login = &*login;
-        let names = live.config.naming.names(login.credentials.mailbox_user());
+        let names = snapshot.config.naming.names(login.credentials.mailbox_user());
         let name_as_sent = || login.credentials.mailbox_user().as_str().into();
         self.routing_name = Some(names.as_ref().map_or_else(|_| name_as_sent(), |names| names.routing.clone()));
         let logged = names.as_ref().map_or_else(|_| login.credentials.mailbox_user(), |names| &names.log);
         self.record.attempt(Some(logged), login.credentials.mechanism);
-        let users = counted_users(&live.config.naming, &login.credentials);
+        let users = counted_users(&snapshot.config.naming, &login.credentials);
         if let Some(limited) = self.may_try(&login.tag, &users) {
             return Some(limited);
         }
-        let authcid = live.config.naming.authcid(&login.credentials.user);
+        let authcid = snapshot.config.naming.authcid(&login.credentials.user);
         let (Ok(names), Ok(authcid)) = (names, authcid) else {
             return Some(self.no_such_user(&login.tag, Reason::NameRefused, began));
         };
@@ -132,7 +132,7 @@ impl Session {
         if delegated.is_err() {
             return Some(self.not_authorised(&login.tag));
         }
-        if login.credentials.has_empty_password() && !live.backends.any_allows_empty_passwords() {
+        if login.credentials.has_empty_password() && !snapshot.backends.any_allows_empty_passwords() {
             return Some(self.empty_password(&login.tag, None, began));
         }
         let client_id = prelogin.client_id().clone();
@@ -148,8 +148,8 @@ impl Session {
         prelogin: &mut Prelogin,
     ) -> Option<Attempted> {
         let routing = &login.names.routing;
-        let sessions = self.live.sessions.clone();
-        let due = Deadline::after(self.live.limits.server_login);
+        let sessions = self.snapshot.sessions.clone();
+        let due = Deadline::after(self.snapshot.limits.server_login);
         let guest = SessionInfo {
             user: routing.clone(),
             client: self.peer.ip().to_canonical(),
@@ -209,17 +209,17 @@ impl Session {
         if let Some(refused) = self.may_be_routed(login, progress).await {
             return Some(Ok(refused));
         }
-        let live = self.live.clone();
-        let target = match self.look_up(&live, login, stream).await {
+        let snapshot = self.snapshot.clone();
+        let target = match self.look_up(&snapshot, login, stream).await {
             Ok(target) => target,
             Err(refused) => return Some(Ok(refused)),
         };
         let (tag, credentials) = (&login.request.tag, &login.request.credentials);
         let RouteDecision::Place(place) = &*target else { return Some(Ok(self.verdict(tag, &target))) };
-        if place.user.as_ref().is_some_and(|user| live.config.naming.has_master_separator(user.as_str())) {
+        if place.user.as_ref().is_some_and(|user| snapshot.config.naming.has_master_separator(user.as_str())) {
             return Some(Ok(self.lookup_failed("the route's user contains users.masters.separator")));
         }
-        let backend = live.backends.backend(place.backend);
+        let backend = snapshot.backends.backend(place.backend);
         if let Some(refused) = self.may_be_sent_to(backend, login) {
             return Some(Ok(refused));
         }
@@ -241,12 +241,12 @@ impl Session {
             listener: self.local,
             tls: tls.as_ref(),
             session_id: session_id.as_str(),
-            limits: &live.limits,
-            deadline: Some(Deadline::after(live.limits.server_login)),
+            limits: &snapshot.limits,
+            deadline: Some(Deadline::after(snapshot.limits.server_login)),
         };
         let (mailbox, Registered { seat, since }) = (place.mailbox(&login.names.routing), registered);
         let (desk, carries) = (self.desk.clone(), Carried::of(credentials, place));
-        let placing = Placing { live: &live, desk, seat: &seat, since, mailbox, request: &request, carries };
+        let placing = Placing { snapshot: &snapshot, desk, seat: &seat, since, mailbox, request: &request, carries };
         let answered = match placing.log_in_somewhere(place).await {
             Ok(answered) => answered,
             Err(again) => return Some(Err(again)),
@@ -280,7 +280,7 @@ impl Session {
             return Some(Attempted::Unavailable);
         }
         self.up_to_date();
-        let may_ask = self.live.allows_masters_from(self.peer.ip()) && self.live.backends.any_allows_authzid();
+        let may_ask = self.snapshot.allows_masters_from(self.peer.ip()) && self.snapshot.backends.any_allows_authzid();
         let is_refused = login.request.credentials.authzid.is_some() && !may_ask;
         is_refused.then(|| self.not_authorised(&login.request.tag))
     }
@@ -288,17 +288,17 @@ impl Session {
     /// Asks the routes. An error: the login is answered with that.
     async fn look_up(
         &mut self,
-        live: &Snapshot,
+        snapshot: &Snapshot,
         login: &Login<'_>,
         stream: &Stream,
     ) -> Result<Arc<RouteDecision>, Attempted> {
         // Its copy of the credentials is dropped with the lookup.
         let question = self.question(login.names, login.request, stream);
-        let lookup = live.router.route(&question, &live.metrics);
-        match Deadline::after(live.limits.lookup).limit(lookup).await {
+        let lookup = snapshot.router.route(&question, &snapshot.metrics);
+        match Deadline::after(snapshot.limits.lookup).limit(lookup).await {
             Ok(Ok(Routed { target, route })) => {
                 let backend = match &*target {
-                    RouteDecision::Place(place) => Some(&live.backends.backend(place.backend).name),
+                    RouteDecision::Place(place) => Some(&snapshot.backends.backend(place.backend).name),
                     RouteDecision::Refuse(_)
                     | RouteDecision::Denied(_)
                     | RouteDecision::Maintenance(_)
@@ -385,7 +385,7 @@ impl Session {
         let took = began.elapsed();
         match (outcome, answered) {
             (Outcome::Accepted(established), Some(seated)) => {
-                self.live.metrics.backend(seated.backend.id.0).logged_in(took);
+                self.snapshot.metrics.backend(seated.backend.id.0).logged_in(took);
                 self.record.accepted(&seated.backend, &seated.server.name, &established, took);
                 Attempted::Accepted { seated, established: Box::new(established) }
             }
@@ -393,9 +393,9 @@ impl Session {
                 // A client takes its turns in a relayed mechanism as slowly as it likes.
                 if counts && !self.record.last_attempt().0.is_some_and(Mechanism::is_relayed) {
                     let client = Block::of(self.peer.ip());
-                    self.live.refusals.add(&routed.name, client, took);
+                    self.snapshot.refusals.add(&routed.name, client, took);
                     if let (Some(user), Some(answer)) = (&self.routing_name, reply::without_tag(&reply)) {
-                        self.live.refusals.observe_answer(&routed.name, user, client, answer);
+                        self.snapshot.refusals.observe_answer(&routed.name, user, client, answer);
                     }
                 }
                 self.record.refused(routed.id, answered.as_ref().map(|answered| &answered.server.name));
@@ -474,8 +474,8 @@ impl Session {
     }
 
     fn question(&self, names: &Names, login: &LoginRequest, stream: &Stream) -> LookupRequest {
-        let asks_certificate = || self.live.tls.as_ref().is_some_and(|tls| tls.asks_certificate(self.listener));
-        let visitor = self.live.router.wants_visitor().then(|| {
+        let asks_certificate = || self.snapshot.tls.as_ref().is_some_and(|tls| tls.asks_certificate(self.listener));
+        let visitor = self.snapshot.router.wants_visitor().then(|| {
             Arc::new(LoginContext {
                 client: self.peer,
                 listener: self.local,

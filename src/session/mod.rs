@@ -85,7 +85,7 @@ pub(crate) struct AcceptedConnection {
     /// How TLS begins there.
     pub tls: ListenerTls,
     /// The configuration that holds now.
-    pub live: Arc<Snapshot>,
+    pub snapshot: Arc<Snapshot>,
     /// Where the next one appears.
     pub desk: watch::Receiver<ListenerConfig>,
     /// When to stop.
@@ -125,7 +125,7 @@ pub(crate) async fn serve(arrival: AcceptedConnection) {
 
 /// A client that has not logged in yet.
 struct Session {
-    live: Arc<Snapshot>,
+    snapshot: Arc<Snapshot>,
     desk: watch::Receiver<ListenerConfig>,
     drain: Drain,
     room: Arc<SessionPoller>,
@@ -151,15 +151,16 @@ struct Session {
 
 impl Session {
     fn new(arrival: AcceptedConnection) -> (Self, TcpStream) {
-        let AcceptedConnection { socket, peer, local, listener, live, desk, drain, room, ticket, held, .. } = arrival;
+        let AcceptedConnection { socket, peer, local, listener, snapshot, desk, drain, room, ticket, held, .. } =
+            arrival;
         // A socket bound to one address has no other; of `[::]` only the connection knows.
         let local = if local.ip().is_unspecified() { socket.local_addr().unwrap_or(local) } else { local };
-        let login_by = Deadline::after(live.limits.login);
-        let record = Record::new(id::new(peer), peer, local, live.settings.clone());
+        let login_by = Deadline::after(snapshot.limits.login);
+        let record = Record::new(id::new(peer), peer, local, snapshot.settings.clone());
         let (memory, login_memory) = (ticket.charge(), ticket.charge());
         (
             Self {
-                live,
+                snapshot,
                 desk,
                 drain,
                 room,
@@ -253,7 +254,7 @@ impl Session {
             ListenerTls::StartTls => (Stream::Plain(socket), Transport::StartTls),
             ListenerTls::None => (Stream::Plain(socket), Transport::Plain),
         };
-        if transport != Transport::Tls && self.live.config.listeners[self.listener].proxy_protocol.is_none() {
+        if transport != Transport::Tls && self.snapshot.config.listeners[self.listener].proxy_protocol.is_none() {
             self.opening = Opening::expected();
         }
         Some((stream, transport))
@@ -274,8 +275,8 @@ impl Session {
     }
 
     fn policy(&self, transport: Transport, stream: &Stream) -> Policy {
-        let limits = &self.live.limits;
-        let tls = self.live.tls.as_ref();
+        let limits = &self.snapshot.limits;
+        let tls = self.snapshot.tls.as_ref();
         let certificate = stream.peer_certificate().and_then(|certificate| tls?.owner(self.listener, certificate));
         Policy {
             transport,
@@ -283,10 +284,10 @@ impl Session {
             max_literal: limits.literal,
             max_bad_commands: limits.bad_commands,
             max_failed_logins: limits.failed_logins,
-            mechanisms: self.live.mechanisms(self.listener),
+            mechanisms: self.snapshot.mechanisms(self.listener),
             certificate,
-            extensions: self.live.backends.offered().extensions,
-            issuers: self.live.config.token_issuers.clone(),
+            extensions: self.snapshot.backends.offered().extensions,
+            issuers: self.snapshot.config.token_issuers.clone(),
         }
     }
 
@@ -294,19 +295,19 @@ impl Session {
     fn up_to_date(&mut self) {
         // A listener that is gone has no place in the next configuration: the last it had a place in goes on.
         if self.desk.has_changed().is_ok_and(|changed| changed) {
-            let ListenerConfig { live, index } = self.desk.borrow_and_update().clone();
-            (self.live, self.listener) = (live.clone(), index);
-            self.record.now_under(live.settings.clone());
+            let ListenerConfig { snapshot, index } = self.desk.borrow_and_update().clone();
+            (self.snapshot, self.listener) = (snapshot.clone(), index);
+            self.record.now_under(snapshot.settings.clone());
         }
     }
 
     /// Step 2. `None`: the session is over.
     async fn encrypt(&mut self, socket: TcpStream) -> Option<Stream> {
         let began = Instant::now();
-        let due = self.login_by.min(Deadline::after(self.live.limits.handshake));
-        let tls = self.live.tls.as_ref()?;
+        let due = self.login_by.min(Deadline::after(self.snapshot.limits.handshake));
+        let tls = self.snapshot.tls.as_ref()?;
         let secrets = Arc::new(Secrets::default());
-        let turns = self.live.guard.handshakes();
+        let turns = self.snapshot.guard.handshakes();
         let (accepting, memory) = (secrets.clone(), self.ticket.as_ref().map(PreloginTicket::charge));
         let handshake = async {
             // Silent clients take no handshake permit: wait for a byte first. That the socket may be readable is not enough.
@@ -320,7 +321,7 @@ impl Session {
                 Ok(Ok(tls)) => {
                     let stream = Stream::Tls(Box::new(Encrypted { tls, secrets }));
                     let took = began.elapsed();
-                    self.live.metrics.listener(self.listener).tls_handshake(took);
+                    self.snapshot.metrics.listener(self.listener).tls_handshake(took);
                     self.record.encrypted(took, stream.tls_facts());
                     return Some(stream);
                 }

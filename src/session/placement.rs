@@ -32,7 +32,7 @@ const CLOSING: Duration = FAREWELL.saturating_add(Duration::from_secs(1));
 
 /// A login that is routed and looks for a server.
 pub(super) struct Placing<'a, 's> {
-    pub(super) live: &'a Snapshot,
+    pub(super) snapshot: &'a Snapshot,
     /// Where the next configuration appears; the one that is used has been seen.
     pub(super) desk: watch::Receiver<ListenerConfig>,
     pub(super) seat: &'s SessionHandle,
@@ -88,11 +88,11 @@ impl<'a> Placing<'a, '_> {
     /// Tries the user's servers in order, until one gives an answer that counts for all of them; follows a referral to a
     /// declared server.
     pub(super) async fn log_in_somewhere(&self, place: &Place) -> Answered<'a> {
-        let limits = &self.live.limits;
+        let limits = &self.snapshot.limits;
         let deadline = Deadline::after(limits.server_login);
         let known_by = deadline.min(Deadline::after(limits.connect));
-        let backend = self.live.backends.backend(place.backend);
-        let servers = known_by.limit(self.live.servers(place, &self.mailbox)).await.unwrap_or_default();
+        let backend = self.snapshot.backends.backend(place.backend);
+        let servers = known_by.limit(self.snapshot.servers(place, &self.mailbox)).await.unwrap_or_default();
         let mut tour = self.tour(backend, servers);
         let mut outcome = Outcome::Unavailable(Fault::no_server());
         loop {
@@ -169,7 +169,7 @@ impl<'a> Placing<'a, '_> {
     /// Goes on with the client's answer to a challenge. Where that completes the credentials, the login takes its place
     /// first.
     pub(super) async fn respond(&self, paused: Box<Paused<'a>>, placed: &mut Placed, response: &[u8]) -> Outcome<'a> {
-        let deadline = Deadline::after(self.live.limits.server_login);
+        let deadline = Deadline::after(self.snapshot.limits.server_login);
         let is_abort = response == b"*";
         let completes = !is_abort && self.request.login.as_ref().is_some_and(|login| !login.is_complete());
         if completes && !placed.backend.take_place(&placed.server, &mut placed.slot, deadline).await {
@@ -192,7 +192,7 @@ impl<'a> Placing<'a, '_> {
         }
         let alone = placed.backend.serves_a_user_by_one_server();
         self.seat.accept(alone);
-        let others_ended = self.live.sessions.changed(|_| !alone || self.seat.is_alone());
+        let others_ended = self.snapshot.sessions.changed(|_| !alone || self.seat.is_alone());
         // The others were ended for this login: it does not fail before they can have closed their connections.
         let until = deadline.max(Deadline::after(CLOSING));
         if until.limit(others_ended).await.is_err() {
@@ -210,7 +210,7 @@ impl<'a> Placing<'a, '_> {
                 break;
             }
             let place = format!("{}:{}", referral.host, referral.port);
-            let next = self.live.backends.find(&referral.host, referral.port);
+            let next = self.snapshot.backends.find(&referral.host, referral.port);
             let gets_no_logins = format!("{} refers to {place}, which gets no logins now", at.server.name);
             let fault = match next {
                 None => Fault::referral(format!("{} refers to {place}, which is no declared server", at.server.name)),
@@ -246,7 +246,7 @@ impl<'a> Placing<'a, '_> {
     /// Counts a fault that belongs to the server that was tried.
     fn count(&self, fault: &Fault) {
         if fault.is_counted_at_server() {
-            self.live.metrics.failure(fault.reason);
+            self.snapshot.metrics.failure(fault.reason);
         }
     }
 

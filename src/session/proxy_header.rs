@@ -30,12 +30,12 @@ struct Said {
 impl Session {
     /// `None`: the session is over, without a word.
     pub(super) async fn introduced(&mut self, socket: &mut TcpStream) -> Option<()> {
-        let live = self.live.clone();
+        let snapshot = self.snapshot.clone();
         // The listener has checked the address of the balancer.
-        if live.config.listeners[self.listener].proxy_protocol.is_none() {
+        if snapshot.config.listeners[self.listener].proxy_protocol.is_none() {
             return Some(());
         }
-        let due = self.login_by.min(Deadline::after(live.limits.proxy_header));
+        let due = self.login_by.min(Deadline::after(snapshot.limits.proxy_header));
         let said = tokio::select! {
             said = due.limit(header(socket)) => said,
             () = self.drain.begun().cancelled() => {
@@ -50,7 +50,7 @@ impl Session {
         };
         match said {
             Ok(Ok(None)) => {
-                live.metrics.listener(self.listener).balancer_check(BalancerCheck::Connect);
+                snapshot.metrics.listener(self.listener).balancer_check(BalancerCheck::Connect);
                 self.record.is_check();
                 None
             }
@@ -71,7 +71,7 @@ impl Session {
                 (self.peer, self.local, self.is_proxied) = (client, listener, true);
             }
             Origin::Balancer => {
-                self.live.metrics.listener(self.listener).balancer_check(BalancerCheck::Local);
+                self.snapshot.metrics.listener(self.listener).balancer_check(BalancerCheck::Local);
                 self.record.is_check();
             }
             Origin::Untold => {}
@@ -89,9 +89,9 @@ impl Session {
 }
 
 /// Records a connection that was closed because its address is not among those of `proxy_protocol.from`.
-pub(crate) fn unknown_balancer(socket: &TcpStream, peer: SocketAddr, listener: SocketAddr, live: &Snapshot) {
+pub(crate) fn unknown_balancer(socket: &TcpStream, peer: SocketAddr, listener: SocketAddr, snapshot: &Snapshot) {
     let local = socket.local_addr().unwrap_or(listener);
-    let mut record = Record::new(id::new(peer), peer, local, live.settings.clone());
+    let mut record = Record::new(id::new(peer), peer, local, snapshot.settings.clone());
     record.detail("the address is not among those of proxy_protocol.from".to_owned());
     record.failed(Reason::ProxyHeader);
 }

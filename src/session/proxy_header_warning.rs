@@ -40,7 +40,7 @@ pub(super) fn is_header_before_tls(first_bytes: &[u8]) -> bool {
 impl Session {
     /// The session is over.
     pub(super) fn unexpected_proxy_header(&mut self) {
-        if self.live.proxy_header_warnings[self.listener].allows(Instant::now()) {
+        if self.snapshot.proxy_header_warnings[self.listener].allows(Instant::now()) {
             tracing::warn!(
                 listener = %self.local,
                 balancer = %self.peer.ip().to_canonical(),

@@ -7,10 +7,10 @@ use crate::route::{Login, Place};
 use crate::snapshot::Snapshot;
 
 /// `alice*admin` asks for alice's mailbox with admin's password, as PLAIN can say too.
-pub(super) fn split_master(live: &Snapshot, credentials: &mut Credentials) {
+pub(super) fn split_master(snapshot: &Snapshot, credentials: &mut Credentials) {
     if credentials.authzid.is_none()
         && matches!(credentials.proof, Proof::Password(_))
-        && let Some((mailbox, master)) = live.config.naming.split_master(&credentials.user)
+        && let Some((mailbox, master)) = snapshot.config.naming.split_master(&credentials.user)
     {
         credentials.authzid = Some(mailbox);
         credentials.user = master;

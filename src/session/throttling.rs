@@ -33,7 +33,12 @@ const MAX_DEVICE: usize = 1024;
 
 /// Counts a connection that is turned away, and tells its client where anything can be said before TLS. It is closed
 /// either way.
-pub(crate) fn turn_away(socket: &TcpStream, turned: ConnectionRefused, live: &Snapshot, listener: usize) -> Refusal {
+pub(crate) fn turn_away(
+    socket: &TcpStream,
+    turned: ConnectionRefused,
+    snapshot: &Snapshot,
+    listener: usize,
+) -> Refusal {
     let (refusal, bye) = match turned {
         ConnectionRefused::Denied => (Refusal::Denied, "* BYE Connections from your address are not allowed.\r\n"),
         ConnectionRefused::Rate => {
@@ -49,8 +54,8 @@ pub(crate) fn turn_away(socket: &TcpStream, turned: ConnectionRefused, live: &Sn
             (Refusal::BeforeLogin, "* BYE [UNAVAILABLE] Too many connections are logging in, try again later.\r\n")
         }
     };
-    live.metrics.listener(listener).refused(refusal);
-    if live.config.listeners[listener].tls != ListenerTls::Implicit {
+    snapshot.metrics.listener(listener).refused(refusal);
+    if snapshot.config.listeners[listener].tls != ListenerTls::Implicit {
         let _ = socket.try_write(bye.as_bytes());
     }
     refusal
@@ -59,13 +64,13 @@ pub(crate) fn turn_away(socket: &TcpStream, turned: ConnectionRefused, live: &Sn
 impl Session {
     /// Behind a balancer the client is known only now. `None`: it may not come in.
     pub(super) fn may_come_in(&mut self, socket: &TcpStream) -> Option<()> {
-        match self.live.guard.admit(Instant::now(), self.peer.ip()) {
+        match self.snapshot.guard.admit(Instant::now(), self.peer.ip()) {
             Ok(pass) => {
                 self.held.pass = pass;
                 Some(())
             }
             Err(turned) => {
-                let refusal = turn_away(socket, turned, &self.live, self.listener);
+                let refusal = turn_away(socket, turned, &self.snapshot, self.listener);
                 self.record.ended_by(EndedBy::Proxy);
                 self.record.detail(format!("turned away: {}", refusal.as_str()));
                 None
@@ -89,7 +94,7 @@ impl Session {
             }
             () = time::sleep(ADMISSION) => {}
         }
-        turn_away(socket, ConnectionRefused::BeforeLogin, &self.live, self.listener);
+        turn_away(socket, ConnectionRefused::BeforeLogin, &self.snapshot, self.listener);
         self.record.ended_by(EndedBy::Proxy);
         self.record.failed(Reason::Shed);
         None
@@ -116,7 +121,7 @@ impl Session {
 
     /// Whether the attempt is within the rates of its address and of `users`, see [`counted_users`]. `None`: it is.
     pub(super) fn may_try(&mut self, tag: &Tag, users: &[Arc<str>]) -> Option<Attempted> {
-        let limited = self.live.guard.may_try(Instant::now(), self.record.client(), users).err()?;
+        let limited = self.snapshot.guard.may_try(Instant::now(), self.record.client(), users).err()?;
         Some(self.limited(tag, limited, None))
     }
 
@@ -129,7 +134,7 @@ impl Session {
         backend: BackendId,
     ) -> Option<Attempted> {
         let client = self.record.client();
-        self.live.guard.succeeded(Instant::now(), client, users);
+        self.snapshot.guard.succeeded(Instant::now(), client, users);
         let limited = self.held.pass.take_for(client, mailbox).err()?;
         Some(self.limited(tag, limited, Some(backend)))
     }
@@ -169,7 +174,7 @@ impl Session {
 
     /// The users that a failed login counts for, and who tried to log in, if the mailbox is another user's.
     fn names_of_failed(&self, credentials: &Credentials) -> (Vec<Arc<str>>, Option<UserName>) {
-        let naming = &self.live.config.naming;
+        let naming = &self.snapshot.config.naming;
         let of_another = credentials.authzid.is_some();
         let authcid = of_another.then(|| naming.names(&credentials.user).map(|names| names.log)).transpose();
         (counted_users(naming, credentials), authcid.unwrap_or_else(|_| Some(credentials.user.clone())))
@@ -197,7 +202,7 @@ impl Session {
             "login failed"
         );
         self.report(false);
-        let due = began + self.live.guard.failed(Instant::now(), client, users);
+        let due = began + self.snapshot.guard.failed(Instant::now(), client, users);
         self.pause(time::Instant::from_std(not_before.map_or(due, |not_before| due.max(not_before)))).await;
     }
 
@@ -208,11 +213,11 @@ impl Session {
         client_id: &ClientId,
         began: Instant,
     ) -> Option<Attempted> {
-        let policy = self.live.policy.clone()?;
+        let policy = self.snapshot.policy.clone()?;
         let (tls, session) = (self.record.tls().is_some(), self.record.session());
         let attempt =
             policy.attempt(&login.credentials, self.record.client(), tls, device(client_id), session.as_str());
-        match policy.allow(&attempt, &self.live.metrics).await {
+        match policy.allow(&attempt, &self.snapshot.metrics).await {
             Verdict::Allowed(delay) => {
                 self.told = Some(Box::new(attempt));
                 if delay > Duration::ZERO {
@@ -221,7 +226,7 @@ impl Session {
                 None
             }
             Verdict::Denied => {
-                policy.report(attempt, false, true, &self.live.metrics);
+                policy.report(attempt, false, true, &self.snapshot.metrics);
                 self.record.attempt_failed(Reason::PolicyDenied, LoginOutcome::Refused, None);
                 Some(self.refused_late(&login.tag, None, began))
             }
@@ -234,8 +239,8 @@ impl Session {
 
     /// Tells the policy service how the login ended that it allowed.
     pub(super) fn report(&mut self, success: bool) {
-        if let (Some(policy), Some(attempt)) = (&self.live.policy, self.told.take()) {
-            policy.report(*attempt, success, false, &self.live.metrics);
+        if let (Some(policy), Some(attempt)) = (&self.snapshot.policy, self.told.take()) {
+            policy.report(*attempt, success, false, &self.snapshot.metrics);
         }
     }
 

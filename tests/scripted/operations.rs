@@ -80,8 +80,8 @@ async fn a_server_in_maintenance_stays_so_over_a_restart() {
     assert_eq!(scene.set(&name, Some("drain")).await.unwrap().saved, Ok(()));
     assert!(scene.login().await.starts_with("a NO [UNAVAILABLE]"));
     // The command `route` knows of it too.
-    let live = Snapshot::build(config::load(&scene.folder.path().join("vestibule.yaml")).unwrap(), None).unwrap();
-    let (explained, _) = explain(&live, &UserName::new(b"alice").unwrap()).await;
+    let snapshot = Snapshot::build(config::load(&scene.folder.path().join("vestibule.yaml")).unwrap(), None).unwrap();
+    let (explained, _) = explain(&snapshot, &UserName::new(b"alice").unwrap()).await;
     assert!(explained.contains(&format!("no logins: {name} (state drain, set by root at 20")), "{explained}");
     let scene = scene.restart(&text).await;
     assert!(scene.login().await.starts_with("a NO [UNAVAILABLE]"), "still drained");

@@ -54,8 +54,8 @@ async fn warnings(tls: &str, servers: &str) -> Vec<String> {
          backends:\n  only:\n    servers: [{servers}]\n    tls: {{{tls}}}\nroutes: [{{default: only}}]\n"
     );
     let config = vestibule::config::parse(Path::new("v.yaml"), &text).unwrap_or_else(|report| panic!("{report}"));
-    let live = Snapshot::build(config, None).unwrap_or_else(|report| panic!("{report}"));
-    preflight::server_warnings(&live).await.iter().map(ToString::to_string).collect()
+    let snapshot = Snapshot::build(config, None).unwrap_or_else(|report| panic!("{report}"));
+    preflight::server_warnings(&snapshot).await.iter().map(ToString::to_string).collect()
 }
 
 #[tokio::test]
