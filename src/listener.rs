@@ -19,7 +19,7 @@ use tokio_util::task::TaskTracker;
 use crate::admission::connection_limit::ConnectionLimit;
 use crate::config::{self, ListenerTls};
 use crate::metrics::Refusal;
-use crate::process::shutdown::Drain;
+use crate::process::drain::Drain;
 use crate::session::{self, AcceptedConnection, ConnectionPermits, SessionPoller};
 use crate::snapshot::ListenerConfig;
 

@@ -17,7 +17,7 @@ use crate::logging;
 use crate::metrics::Metrics;
 use crate::process::privileges::{self, Identity};
 use crate::process::rlimits;
-use crate::process::shutdown::{Asked, Signals};
+use crate::process::signals::{MainRequest, Signals};
 use crate::process::socket_handover;
 use crate::server::{self, Prepared, Running};
 use anyhow::Context as _;
@@ -180,8 +180,8 @@ async fn serve(file: &Path, started: Started, mut signals: Signals) -> anyhow::R
     loop {
         tokio::select! {
             asked = signals.next() => match asked {
-                Asked::Reload => reload(&running, &succession, file),
-                Asked::Stop => {
+                MainRequest::Reload => reload(&running, &succession, file),
+                MainRequest::Stop => {
                     succession.stop();
                     notify(&running, NotifyState::Stopping);
                     running.announce_stop(signals.stop()).await;

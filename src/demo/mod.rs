@@ -25,7 +25,7 @@ use self::mailbox::Mailbox;
 use crate::cli::DemoOptions;
 use crate::config;
 use crate::logging;
-use crate::process::shutdown::Signals;
+use crate::process::signals::Signals;
 use crate::server;
 use crate::server::Running;
 

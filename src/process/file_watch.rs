@@ -1,51 +1,52 @@
-//! Notices that files have changed, by looking at them once a second.
+//! Detects changed files by polling them once a second.
 //!
-//! A look costs a stat(2) a file and needs nothing of the kernel or the file system, so it works over NFS and in
-//! containers too. Symbolic links are followed: a link that leads elsewhere (certbot), or one of the folders on the way
-//! (Kubernetes), is a change of the file. A file that is still being written is left alone until it has not changed for
-//! one look. What the files say is the caller's business: `route` for tables, `tls` for certificates.
+//! A poll costs one stat(2) per file and needs no notification by the kernel or the file system, so it also works over NFS and in
+//! containers. Symbolic links are followed: a link that changes its target (certbot), or a directory on the path that does
+//! (Kubernetes), is a change of the file. A file that is still being written is not reported until it has not changed between
+//! two polls. Loading the files is the caller's job: `route` loads tables, `tls` loads certificates.
 
 use std::fs;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-/// How often files are looked at, and how long one must rest before it is loaded.
-pub(crate) const LOOK: Duration = Duration::from_secs(1);
-/// Files that could not be loaded are due again after so many looks though they have not changed: what was wrong may have
-/// been the system, out of descriptors for example.
-const RETRY: u32 = 60;
+/// Interval between two polls. A changed file must stay unchanged for this long before it is loaded.
+pub(crate) const POLL_INTERVAL: Duration = Duration::from_secs(1);
+/// Number of polls after which files that could not be loaded are due again although they have not changed: the cause may have
+/// been the system, for example a lack of descriptors.
+const RETRY_POLLS: u32 = 60;
 
-/// Files that are loaded together.
+/// The state of files that are loaded together.
 #[derive(Debug)]
-pub(crate) struct Watch {
+pub(crate) struct FileWatch {
     paths: Vec<PathBuf>,
     loaded: Vec<Stamp>,
     seen: Vec<Stamp>,
-    /// Looks until another try.
+    /// Number of polls until the files are due again, after a failure.
     retry: Option<u32>,
 }
 
-impl Watch {
-    /// Takes the files for loaded as they are now: to be called before they are read, so that a change meanwhile is one.
+impl FileWatch {
+    /// Regards the files as loaded in their present state. Call it before reading them, so that a change during the reading is
+    /// detected.
     pub(crate) fn new(paths: Vec<PathBuf>) -> Self {
         let loaded = stamps(&paths);
         Self { paths, seen: loaded.clone(), loaded, retry: None }
     }
 
-    /// Looks at the files. Whether they are to be loaded: one of them has changed since that was last due, and none since
-    /// the last look. Or it is time for another try, see [`Watch::failed`].
+    /// Polls the files and returns whether they must be loaded: one of them has changed since they were loaded and none since the
+    /// last poll, or a retry is due (see [`FileWatch::failed`]).
     pub(crate) fn is_due(&mut self) -> bool {
         let now = stamps(&self.paths);
-        self.look(now)
+        self.poll(now)
     }
 
-    /// Records the state of the files, for [`Watch::is_settled`] to compare with.
+    /// Records the state of the files for [`FileWatch::is_settled`].
     pub(crate) fn observe(&mut self) {
         self.seen = stamps(&self.paths);
     }
 
-    /// Whether no file has changed since the last look. If so they count as loaded from now on, and the caller loads them.
+    /// Whether no file has changed since the last poll. If so, they count as loaded from now on, and the caller must load them.
     pub(crate) fn is_settled(&mut self) -> bool {
         let before = std::mem::replace(&mut self.seen, stamps(&self.paths));
         let settled = self.seen == before;
@@ -56,19 +57,19 @@ impl Watch {
         settled
     }
 
-    /// Whether loading the files again would bring what they brought: they could be loaded, and have not changed since.
+    /// Whether loading the files again would have the same result: the last load succeeded, and they have not changed since.
     pub(crate) fn is_unchanged(&self) -> bool {
         self.retry.is_none() && stamps(&self.paths) == self.loaded
     }
 
-    /// What was due could not be loaded: it is due again in a minute, if it does not change before.
+    /// Records that the files could not be loaded. They are due again after a minute, or when they change.
     pub(crate) fn failed(&mut self) {
-        self.retry = Some(RETRY);
+        self.retry = Some(RETRY_POLLS);
     }
 
-    fn look(&mut self, now: Vec<Stamp>) -> bool {
+    fn poll(&mut self, now: Vec<Stamp>) -> bool {
         let before = std::mem::replace(&mut self.seen, now);
-        self.retry = self.retry.map(|looks| looks.saturating_sub(1));
+        self.retry = self.retry.map(|polls| polls.saturating_sub(1));
         let due = (self.seen != self.loaded || self.retry == Some(0)) && self.seen == before;
         if due {
             self.loaded.clone_from(&self.seen);
@@ -82,10 +83,10 @@ fn stamps(paths: &[PathBuf]) -> Vec<Stamp> {
     paths.iter().map(|path| Stamp::of(path)).collect()
 }
 
-/// What tells one version of a file from the next. `None`: there is no file.
+/// Identifies one version of a file; `None` if the file does not exist.
 ///
-/// The change time is among it: a program can set the modification time back, but not this one; and a file that becomes
-/// readable is a change.
+/// It includes the change time, because a program can set back the modification time but not the change time, and because a file
+/// that becomes readable has changed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Stamp(Option<[i128; 5]>);
 
@@ -110,37 +111,37 @@ mod tests {
         vec![Stamp(Some([version; 5]))]
     }
 
-    fn watch() -> Watch {
-        Watch { paths: Vec::new(), loaded: stamp(1), seen: stamp(1), retry: None }
+    fn watch() -> FileWatch {
+        FileWatch { paths: Vec::new(), loaded: stamp(1), seen: stamp(1), retry: None }
     }
 
     #[test]
-    fn a_change_is_loaded_once_it_rests() {
+    fn a_change_is_due_once_the_file_stays_unchanged() {
         let mut watch = watch();
-        let looks = [(1, false), (2, false), (3, false), (3, true), (3, false), (4, false), (3, false), (3, false)];
-        for (step, (version, due)) in looks.into_iter().enumerate() {
-            assert_eq!(watch.look(stamp(version)), due, "look {step}");
+        let polls = [(1, false), (2, false), (3, false), (3, true), (3, false), (4, false), (3, false), (3, false)];
+        for (step, (version, due)) in polls.into_iter().enumerate() {
+            assert_eq!(watch.poll(stamp(version)), due, "poll {step}");
         }
     }
 
     #[test]
-    fn a_file_that_goes_is_a_change_too() {
+    fn a_removed_file_is_a_change() {
         let mut watch = watch();
-        assert!(!watch.look(vec![Stamp(None)]));
-        assert!(watch.look(vec![Stamp(None)]));
+        assert!(!watch.poll(vec![Stamp(None)]));
+        assert!(watch.poll(vec![Stamp(None)]));
     }
 
     #[test]
-    fn what_failed_is_tried_again_without_a_change() {
+    fn a_failed_load_is_retried_without_a_change() {
         let mut watch = watch();
         watch.failed();
-        assert!((1..RETRY).all(|_| !watch.look(stamp(1))));
-        assert!(watch.look(stamp(1)), "once");
-        assert!((0..2 * RETRY).all(|_| !watch.look(stamp(1))));
-        // A change comes first, and is the try.
+        assert!((1..RETRY_POLLS).all(|_| !watch.poll(stamp(1))));
+        assert!(watch.poll(stamp(1)), "once");
+        assert!((0..2 * RETRY_POLLS).all(|_| !watch.poll(stamp(1))));
+        // A change before the retry replaces it.
         watch.failed();
-        assert!(!watch.look(stamp(2)) && watch.look(stamp(2)));
-        assert!((0..2 * RETRY).all(|_| !watch.look(stamp(2))));
+        assert!(!watch.poll(stamp(2)) && watch.poll(stamp(2)));
+        assert!((0..2 * RETRY_POLLS).all(|_| !watch.poll(stamp(2))));
     }
 
     #[test]
@@ -148,35 +149,35 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("table");
         fs::write(&path, "1").unwrap();
-        let mut watch = Watch::new(vec![path.clone()]);
+        let mut watch = FileWatch::new(vec![path.clone()]);
         fs::write(&path, "12").unwrap();
         watch.observe();
         fs::write(&path, "123").unwrap();
         assert!(!watch.is_settled() && !watch.is_unchanged(), "it is being written");
         assert!(watch.is_settled() && watch.is_unchanged());
-        assert!(!watch.is_due(), "what was loaded is not due once more");
+        assert!(!watch.is_due(), "loaded files are not due again");
     }
 
     #[test]
-    fn changes_are_seen_through_links_and_whatever_the_times_say() {
+    fn changes_behind_links_and_with_old_modification_times_are_detected() {
         let folder = tempfile::tempdir().unwrap();
         let path = |name: &str| folder.path().join(name);
         for version in ["1", "2"] {
             fs::create_dir(path(version)).unwrap();
             fs::write(path(version).join("cert"), version).unwrap();
         }
-        // As Kubernetes lays out a volume: the file leads through a folder that is a link, and swapped.
+        // The layout of a Kubernetes volume: a directory on the path is a link, which is replaced.
         symlink("1", path("data")).unwrap();
         symlink("data/cert", path("cert")).unwrap();
-        let mut watch = Watch::new(vec![path("cert")]);
+        let mut watch = FileWatch::new(vec![path("cert")]);
         assert!(!watch.is_due() && !watch.is_due());
         symlink("2", path("new")).unwrap();
         fs::rename(path("new"), path("data")).unwrap();
         assert!(!watch.is_due() && watch.is_due() && !watch.is_due());
-        // Another text of the same length in the same file, at the same time of day.
+        // Different content of the same length, with the modification time set back.
         let file = fs::File::options().write(true).open(path("cert")).unwrap();
         let before = file.metadata().unwrap().modified().unwrap();
-        // The kernel's clock of files ticks a few hundred times a second only.
+        // The kernel's clock for file times ticks only a few hundred times a second.
         let ticked = || {
             fs::write(path("clock"), "").unwrap();
             fs::metadata(path("clock")).unwrap().modified().unwrap() > before

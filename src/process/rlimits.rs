@@ -1,17 +1,17 @@
-//! What the process asks of the system before it serves: descriptors, and no core dump. Called by `main`.
+//! Resource limits of the process: open files, and no core dumps.
 
 use rustix::process::{DumpableBehavior, Resource, Rlimit, getrlimit, set_dumpable_behavior, setrlimit};
 
-/// Each session holds two descriptors; the rest is for listeners, DNS, files and the runtime.
+/// Descriptors for listeners, DNS, files and the runtime, in addition to two per session.
 const RESERVED: u64 = 256;
 
-/// Raises the soft limit of descriptors to the hard one and logs a warning if `sessions` do not fit; forbids core dumps.
+/// Raises the soft limit of open files to the hard limit, logs a warning if it is too low for `sessions`, and forbids core dumps.
 pub(crate) fn prepare(sessions: usize) {
     let descriptors = getrlimit(Resource::Nofile);
     if let Err(error) =
         setrlimit(Resource::Nofile, Rlimit { current: descriptors.maximum, maximum: descriptors.maximum })
     {
-        tracing::warn!(%error, "the limit of descriptors could not be raised");
+        tracing::warn!(%error, "the limit of open files could not be raised");
     }
     let wanted = 2 * sessions as u64 + RESERVED;
     let allowed = getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX);
@@ -19,16 +19,16 @@ pub(crate) fn prepare(sessions: usize) {
         tracing::warn!(
             allowed,
             wanted,
-            "descriptors do not suffice for limits.sessions: raise LimitNOFILE or lower limits.sessions"
+            "open-file limit {allowed} is too low for {sessions} sessions: raise LimitNOFILE or lower limits.sessions"
         );
     }
     forbid_core_dumps();
 }
 
-/// Forbids core dumps, which would hold passwords, and debuggers of the same user. To be called again after the user has
-/// changed: the kernel then resets one of the two.
+/// Forbids core dumps, which would contain passwords, and debuggers run by the same user. Must be called again after the user has
+/// changed, because the kernel then resets the dumpable attribute.
 pub(crate) fn forbid_core_dumps() {
-    // A core pattern that is a pipe is not bound by the limit below, but by this.
+    // A core pattern that is a pipe ignores the resource limit below, but not this attribute.
     if let Err(error) = set_dumpable_behavior(DumpableBehavior::NotDumpable) {
         tracing::warn!(%error, "the process could not be made undumpable");
     }

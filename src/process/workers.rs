@@ -1,8 +1,8 @@
-//! The threads that serve sessions: one a core, each with a runtime of its own.
+//! The threads that serve sessions: one per core, each with its own runtime.
 //!
-//! A session lives on the thread that accepted it, and so do its sockets and its timers: nothing of it crosses threads,
-//! no thread has to be woken for it, and no lock is waited for. The kernel shares new connections out among the workers'
-//! listening sockets. What is not about one session (DNS, metrics, signals) runs elsewhere. Called by `server`.
+//! A session stays on the thread that accepted it, with its sockets and timers. So it never waits for another thread or for a
+//! lock. The kernel distributes new connections over the workers' listening sockets. Everything that does not belong to one
+//! session (DNS, metrics, signals) runs on other threads.
 
 use std::future::Future;
 use std::io;
@@ -10,15 +10,15 @@ use std::thread;
 
 use tokio::runtime::{Builder, EnterGuard, Handle, Runtime};
 
-/// Tasks run between two looks for new events: beside sessions that move much, the others are kept waiting by so many
-/// turns of them (`relay`, a tenth of a millisecond each).
+/// Number of tasks that run between two polls for events. While some sessions move much data, the others wait for this number of
+/// their rounds (see `relay`), a tenth of a millisecond each.
 const EVENT_INTERVAL: u32 = 4;
 
-/// A worker that has not begun yet.
+/// A worker whose thread has not been started.
 pub(crate) struct Worker(Runtime);
 
 impl Worker {
-    /// Makes the runtime.
+    /// Creates the runtime.
     ///
     /// # Errors
     /// The system has no descriptors for it.
@@ -26,20 +26,20 @@ impl Worker {
         Builder::new_current_thread().enable_all().event_interval(EVENT_INTERVAL).build().map(Self)
     }
 
-    /// To spawn onto the worker from elsewhere.
+    /// A handle that spawns tasks on the worker from other threads.
     pub(crate) fn handle(&self) -> Handle {
         self.0.handle().clone()
     }
 
-    /// What is registered while the guard lives is registered here.
+    /// Registers sockets and timers with this worker's runtime while the guard exists.
     pub(crate) fn enter(&self) -> EnterGuard<'_> {
         self.0.enter()
     }
 
-    /// Starts the thread. It ends when `serve` does, and with it all that was spawned.
+    /// Starts the thread, which ends when `serve` does, together with all tasks that were spawned on it.
     ///
     /// # Errors
-    /// The system has no thread to give.
+    /// The system cannot create a thread.
     pub(crate) fn start(self, serve: impl Future<Output = ()> + Send + 'static) -> io::Result<()> {
         thread::Builder::new().name("worker".to_owned()).spawn(move || self.0.block_on(serve)).map(drop)
     }

@@ -34,7 +34,7 @@ use crate::listener::{self, WorkerContext};
 use crate::logging;
 use crate::metrics::Metrics;
 use crate::metrics::endpoint::Admin;
-use crate::process::shutdown::{Drain, DrainMode};
+use crate::process::drain::{Drain, DrainMode};
 use crate::process::workers::Worker;
 use crate::session::SessionPoller;
 use crate::session_registry::Sessions;

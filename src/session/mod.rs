@@ -52,7 +52,7 @@ use crate::config::ListenerTls;
 use crate::deadline::Deadline;
 use crate::failure::Reason;
 use crate::metrics::OpenGuard;
-use crate::process::shutdown::Drain;
+use crate::process::drain::Drain;
 use crate::protocol::imap::capability::Transport;
 use crate::protocol::imap::prelogin::{Bye, CloseReason, LoginRequest, Policy, Prelogin, Step};
 use crate::relay::idle_poller::IdlePoller;

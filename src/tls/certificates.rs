@@ -24,7 +24,7 @@ use super::ocsp::Response;
 use super::{provider, read_certificates};
 use crate::config::{Certificate, Config, Problem};
 use crate::metrics::Metrics;
-use crate::process::file_watch::Watch;
+use crate::process::file_watch::FileWatch;
 
 /// All certificates.
 pub(super) struct Certificates {
@@ -133,7 +133,7 @@ impl Wrong {
 /// A certificate, and what its files were when it was loaded.
 struct WatchedCertificate {
     files: Files,
-    watch: Watch,
+    watch: FileWatch,
     loaded: Loaded,
     /// What is wrong with the files as they are now.
     trouble: Option<String>,
@@ -148,7 +148,7 @@ impl WatchedCertificate {
         };
         let all = [&files.cert, &files.key].into_iter().chain(&files.ocsp);
         // Ahead of reading: a change meanwhile is a change.
-        let mut watch = Watch::new(all.cloned().collect());
+        let mut watch = FileWatch::new(all.cloned().collect());
         let mut loaded = Loaded::read(&files)?;
         loaded.response = files.response()?;
         let trouble = loaded.staple(&files, now);

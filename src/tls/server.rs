@@ -37,7 +37,7 @@ use crate::admission::Charge;
 use crate::config::{CertificateUser, ClientCertificates, Config, Listener, Problem, TlsVersion};
 use crate::identity::UserName;
 use crate::metrics::Metrics;
-use crate::process::file_watch::LOOK;
+use crate::process::file_watch::POLL_INTERVAL;
 
 /// The ALPN name of IMAP (RFC 7301 registry).
 const ALPN: &[u8] = b"imap";
@@ -187,7 +187,7 @@ impl DownstreamTls {
         let (metrics, stop) = (metrics.clone(), stop.clone());
         let follow = async move {
             loop {
-                time::sleep(LOOK).await;
+                time::sleep(POLL_INTERVAL).await;
                 let (certificates, tickets, metrics) = (certificates.clone(), tickets.clone(), metrics.clone());
                 let look = move || {
                     certificates.look(&metrics, now());

@@ -24,7 +24,7 @@ use zeroize::Zeroizing;
 
 use crate::config::{Config, Located, Problem, TlsVersion};
 use crate::metrics::Metrics;
-use crate::process::file_watch::Watch;
+use crate::process::file_watch::FileWatch;
 
 /// Seconds a ticket is good for; rustls' own tickets live as long.
 const LIFETIME: u32 = 12 * 60 * 60;
@@ -84,7 +84,7 @@ pub(super) struct Shared {
     files: Vec<PathBuf>,
     rings: HashMap<Scope, Arc<Ring>>,
     /// And what was wrong when they were last loaded.
-    watch: Mutex<(Watch, Option<String>)>,
+    watch: Mutex<(FileWatch, Option<String>)>,
 }
 
 impl Tickets {
@@ -112,7 +112,7 @@ impl Tickets {
             return Ok(Self::Own(own));
         }
         let files: Vec<PathBuf> = config.ticket_keys.iter().map(|file| file.value.clone()).collect();
-        let watch = Watch::new(files.clone());
+        let watch = FileWatch::new(files.clone());
         let mut secrets = Vec::new();
         let mut problems = Vec::new();
         for Located { value, location } in &config.ticket_keys {

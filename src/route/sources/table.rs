@@ -25,7 +25,7 @@ use tokio::time;
 use crate::config::{Located, Problem};
 use crate::identity::UserName;
 use crate::metrics::RouteMetrics;
-use crate::process::file_watch::{LOOK, Watch};
+use crate::process::file_watch::{FileWatch, POLL_INTERVAL};
 use crate::route::LookupResult;
 use crate::route::decision::{Declared, RouteDecision};
 
@@ -40,7 +40,7 @@ const SETTLED: Duration = Duration::from_millis(100);
 pub(in crate::route) struct Table {
     path: Located<std::path::PathBuf>,
     declared: Declared,
-    watch: Mutex<Watch>,
+    watch: Mutex<FileWatch>,
     /// Held while the file is loaded.
     loading: tokio::sync::Mutex<()>,
     index: RwLock<Arc<Index>>,
@@ -59,7 +59,7 @@ impl Table {
         declared: &Declared,
     ) -> Result<Self, Vec<Problem>> {
         // Taken before the file is read: a change meanwhile is a change.
-        let watch = Mutex::new(Watch::new(vec![path.value.clone()]));
+        let watch = Mutex::new(FileWatch::new(vec![path.value.clone()]));
         let index = read(&path.value, declared).map_err(|wrong| {
             let shown = path.value.display();
             let told = wrong.into_iter().map(|wrong| path.location.problem(format!("{shown}{}", at(&wrong))));
@@ -93,7 +93,7 @@ impl Table {
     /// Loads the file whenever it has changed. Never returns.
     pub(in crate::route) async fn follow(self: Arc<Self>, metrics: RouteMetrics) {
         loop {
-            time::sleep(LOOK).await;
+            time::sleep(POLL_INTERVAL).await;
             let loading = self.loading.lock().await;
             if self.watch().is_due() {
                 // The errors are logged.
@@ -146,7 +146,7 @@ impl Table {
         }
     }
 
-    fn watch(&self) -> MutexGuard<'_, Watch> {
+    fn watch(&self) -> MutexGuard<'_, FileWatch> {
         // Nothing panics halfway through a look.
         self.watch.lock().unwrap_or_else(PoisonError::into_inner)
     }

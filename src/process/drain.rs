@@ -1,23 +1,21 @@
-//! How the process stops: a signal, a drain, a bounded wait.
+//! The drain that stops a process.
 //!
-//! A drain has two edges. At the first, listeners stop and clients that have not logged in are told BYE. Relayed sessions
-//! cannot be spoken into safely (they may be inside a literal), so they run on until they end or until the second
-//! edge, when the grace time is over. Called by `server`, watched by `listener` and `session`.
+//! It has two edges. At the first, listeners stop accepting and clients that have not logged in are sent BYE. Nothing can be
+//! inserted into a relayed session safely, because it may be inside a literal, so relayed sessions continue until they end or
+//! until the second edge, when the grace time is over.
 
 use std::future::Future;
-use std::io;
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tokio_util::task::task_tracker::TaskTrackerToken;
 
-/// How a process stops.
+/// The reason for a drain.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum DrainMode {
-    /// Clients that have not logged in are told to come back.
+    /// Clients that have not logged in are sent BYE.
     Stop,
     /// A successor takes new clients; those that are logging in may finish.
     Retire,
@@ -41,12 +39,12 @@ impl Drain {
         self.0.sessions.spawn(session);
     }
 
-    /// A session that the drain waits for as long as this is held, whichever task it is in.
+    /// Makes the drain wait until the token is dropped, for a session without a task of its own.
     pub(crate) fn count(&self) -> TaskTrackerToken {
         self.0.sessions.token()
     }
 
-    /// Readiness checks fail from now on, so that balancers send clients elsewhere; all else goes on.
+    /// Lets readiness checks fail from now on, so that balancers send clients elsewhere. Everything else continues.
     pub(crate) fn announce(&self) {
         self.0.announced.cancel();
     }
@@ -56,25 +54,25 @@ impl Drain {
         &self.0.announced
     }
 
-    /// The first edge: no new sessions, no new logins.
+    /// Cancelled at the first edge: no new connections, no new logins.
     pub(crate) fn begun(&self) -> &CancellationToken {
         &self.0.begun
     }
 
-    /// The second edge: the grace time is over.
+    /// Cancelled at the second edge: the grace time is over.
     pub(crate) fn over(&self) -> &CancellationToken {
         &self.0.over
     }
 
-    /// Sessions under way.
+    /// Number of sessions that have not ended.
     pub(crate) fn open_sessions(&self) -> usize {
         self.0.sessions.len()
     }
 
-    /// Drains: begins, waits up to `grace` or until `hurry` for sessions to end by themselves, then ends the rest.
-    /// Returns how many had to be ended.
-    pub(crate) async fn run(&self, grace: Duration, hurry: impl Future<Output = ()>, manner: DrainMode) -> usize {
-        if manner == DrainMode::Stop {
+    /// Begins the drain, waits until all sessions have ended, `grace` has passed or `hurry` completes, and then ends the
+    /// remaining sessions. Returns their number.
+    pub(crate) async fn run(&self, grace: Duration, hurry: impl Future<Output = ()>, mode: DrainMode) -> usize {
+        if mode == DrainMode::Stop {
             self.0.announced.cancel();
             self.0.begun.cancel();
         }
@@ -90,51 +88,6 @@ impl Drain {
         self.0.over.cancel();
         self.0.sessions.wait().await;
         forced
-    }
-}
-
-/// What the operator asks for by a signal.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Asked {
-    /// SIGTERM or SIGINT.
-    Stop,
-    /// SIGHUP.
-    Reload,
-}
-
-/// The signals, each time one arrives.
-#[derive(Debug)]
-pub(crate) struct Signals {
-    terminate: Signal,
-    interrupt: Signal,
-    hangup: Signal,
-}
-
-impl Signals {
-    /// Takes the signals over from their default action.
-    ///
-    /// # Errors
-    /// The system refuses a handler.
-    pub(crate) fn new() -> io::Result<Self> {
-        Ok(Self {
-            terminate: signal(SignalKind::terminate())?,
-            interrupt: signal(SignalKind::interrupt())?,
-            hangup: signal(SignalKind::hangup())?,
-        })
-    }
-
-    /// Waits for the next one.
-    pub(crate) async fn next(&mut self) -> Asked {
-        tokio::select! {
-            _ = self.terminate.recv() => Asked::Stop,
-            _ = self.interrupt.recv() => Asked::Stop,
-            _ = self.hangup.recv() => Asked::Reload,
-        }
-    }
-
-    /// Waits for the next that stops.
-    pub(crate) async fn stop(&mut self) {
-        while self.next().await != Asked::Stop {}
     }
 }
 
@@ -156,7 +109,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn the_rest_is_ended_after_the_grace_time() {
+    async fn remaining_sessions_are_ended_after_the_grace_time() {
         let drain = Drain::default();
         let over = drain.over().clone();
         drain.spawn(async move { over.cancelled().await });
