@@ -46,6 +46,7 @@
 
 #![forbid(unsafe_code)]
 
+pub mod admin_state;
 mod admission;
 mod api;
 pub mod app;

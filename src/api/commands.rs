@@ -11,6 +11,7 @@ use super::predecessors::{self, AT_ONCE, HOLD};
 use super::report::{self, From};
 use super::succession::Holding;
 use super::{Answer, Command, Context};
+use crate::admin_state::AdminState;
 use crate::server::views::ProcessStatus;
 use crate::server::{StateChange, StateChanged, UserHold};
 
@@ -71,16 +72,16 @@ impl Context {
     }
 
     pub(super) async fn set_server(&self, caller: &Caller, change: ServerCommand) -> anyhow::Result<Answer> {
-        let ServerCommand { name, mode, over, reason, sudo_user } = change;
+        let ServerCommand { name, state, over, reason, sudo_user } = change;
         let by = match &sudo_user {
             Some(sudo_user) => format!("{sudo_user} (as {})", caller.user),
             None => caller.user.clone(),
         };
-        let (server, state) = (name.clone(), mode.clone());
+        let server = name.clone();
         let is_forwarded = caller.scope == Scope::Process;
         let change = StateChange { server, state, over, by, reason: reason.clone(), is_forwarded };
         let own = self.running.set_server(change).await;
-        let command = Command::Server { name: name.clone(), mode: mode.clone(), over, reason, sudo_user };
+        let command = Command::Server { name: name.clone(), state, over, reason, sudo_user };
         let others = self.values::<Sessions>(caller, &command).await;
         // A predecessor may not know the server, or know it alone; an unknown server has no sessions there.
         let known: Vec<usize> = others.iter().filter_map(|other| Some(other.value.as_ref().ok()?.sessions)).collect();
@@ -92,7 +93,7 @@ impl Context {
         let unknown = |problem: &String| problem.contains("no server is called");
         let problems: Vec<String> = report::problems(&others).into_iter().filter(|problem| !unknown(problem)).collect();
         let sessions = own.sessions + known.iter().sum::<usize>();
-        let state = mode.as_deref().unwrap_or("as configured");
+        let state = state.map_or("as configured", AdminState::as_str);
         let text = format!("{name}: {state}; {sessions} sessions there");
         let mut answer = Answer { data: json!({"sessions": sessions}), ..Answer::done(text) };
         if let Err(error) = own.saved {
@@ -183,7 +184,7 @@ fn unless(problems: Vec<String>, answer: Answer) -> Answer {
 /// Fields of [`Command::Server`].
 pub(super) struct ServerCommand {
     pub(super) name: String,
-    pub(super) mode: Option<String>,
+    pub(super) state: Option<AdminState>,
     pub(super) over: Option<f64>,
     pub(super) reason: Option<String>,
     pub(super) sudo_user: Option<String>,

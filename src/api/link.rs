@@ -18,7 +18,7 @@ use tokio::io::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _, Buf
 use tokio::net::UnixStream;
 use tokio::task::spawn_blocking;
 
-use crate::backend::admin_state::StoredState;
+use crate::backend::state_override::StoredOverride;
 use crate::process::socket_handover;
 
 /// The token of the HTTP upgrade, with the version of what follows it.
@@ -52,12 +52,12 @@ pub(super) enum FromPredecessor {
     Go {
         /// Administrative states of servers.
         #[serde(default, skip_serializing_if = "Vec::is_empty")]
-        states: Vec<StoredState>,
+        states: Vec<StoredOverride>,
     },
     Retiring {
         /// Administrative states of servers, which only the successor changes from now on.
         #[serde(default, skip_serializing_if = "Vec::is_empty")]
-        states: Vec<StoredState>,
+        states: Vec<StoredOverride>,
     },
     Refused {
         text: String,
@@ -137,7 +137,8 @@ async fn in_time<T>(deadline: Duration, future: impl Future<Output = io::Result<
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::backend::admin_state::{AdminState, MAX_STATES, state};
+    use crate::admin_state::AdminState;
+    use crate::backend::state_override::{MAX_STATES, StateOverride};
 
     fn links() -> (Link, Link) {
         let (one, other) = UnixStream::pair().unwrap();
@@ -153,8 +154,8 @@ mod tests {
         successor.write(&FromSuccessor::Send).await.unwrap();
         assert_eq!(predecessor.read::<FromSuccessor>(TRANSFER_DEADLINE).await.unwrap(), FromSuccessor::Send);
         let mut predecessor = predecessor.send_sockets(vec![listener.into()], own.clone()).await.unwrap();
-        let set = AdminState::new(state("drain").unwrap(), "root", Some("new disks")).unwrap();
-        let drained = StoredState { backend: "a".to_owned(), server: "h:1".to_owned(), set };
+        let set = StateOverride::new(AdminState::Drain, "root", Some("new disks")).unwrap();
+        let drained = StoredOverride { backend: "a".to_owned(), server: "h:1".to_owned(), set };
         let go = FromPredecessor::Go { states: vec![drained; MAX_STATES] };
         let retiring = FromPredecessor::Retiring { states: Vec::new() };
         let (mut successor, sockets) = successor.receive_sockets(own).await.unwrap();

@@ -48,6 +48,7 @@ use self::hold::Held;
 use self::lines::Lines;
 use self::place::{Occupant, PendingSocket, PublishedName, PublishedSocket};
 pub(crate) use self::succession::Succession;
+use crate::admin_state::AdminState;
 use crate::server::Running;
 
 /// Maximum number of open connections. Each user who is moved keeps one open: see [`succession::MAX_HELD`].
@@ -79,12 +80,12 @@ pub(crate) enum Command {
         /// Whose.
         user: String,
     },
-    /// Set a server's mode.
+    /// Set a server's administrative state.
     Server {
         /// As configured, in every backend that has it; or `BACKEND/SERVER`.
         name: String,
-        /// `up`, `drain`, `down`; `None`: as configured.
-        mode: Option<String>,
+        /// The new state; `None` returns to the configured one.
+        state: Option<AdminState>,
         /// End its sessions too, spread over so many seconds.
         over: Option<f64>,
         /// The operator's reason.
@@ -421,8 +422,8 @@ async fn obey(command: Command, desk: &Context, caller: &Caller) -> Answer {
         Command::Status => Ok(desk.status(caller).await),
         Command::Sessions { user } => desk.sessions(caller, user).await,
         Command::Kick { user } => desk.kick(caller, user).await,
-        Command::Server { name, mode, over, reason, sudo_user } => {
-            desk.set_server(caller, ServerCommand { name, mode, over, reason, sudo_user }).await
+        Command::Server { name, state, over, reason, sudo_user } => {
+            desk.set_server(caller, ServerCommand { name, state, over, reason, sudo_user }).await
         }
         Command::Move { user, backend, wait } => desk.move_user(caller, &user, &backend, wait).await,
         Command::Hold { .. } | Command::HandOver { .. } | Command::Upgrade { .. } => {

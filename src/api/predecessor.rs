@@ -23,7 +23,7 @@ use super::hand_over::SERVING_DEADLINE;
 use super::link::{FromPredecessor, FromSuccessor, Link, PROTOCOL, TRANSFER_DEADLINE};
 use super::place::{self, Occupant};
 use super::{Answer, Command};
-use crate::backend::admin_state::StoredState;
+use crate::backend::state_override::StoredOverride;
 
 /// Timeout of the request for a hand-over. A process that answers does so at once.
 const REQUEST_DEADLINE: Duration = Duration::from_secs(10);
@@ -66,7 +66,7 @@ impl Predecessor {
     ///
     /// # Errors
     /// The predecessor refuses or does not answer.
-    pub(crate) async fn ready(&mut self) -> anyhow::Result<Option<Vec<StoredState>>> {
+    pub(crate) async fn ready(&mut self) -> anyhow::Result<Option<Vec<StoredOverride>>> {
         self.ready = Some(Instant::now());
         let message = FromSuccessor::Ready { version: env!("CARGO_PKG_VERSION").to_owned() };
         match self.exchange(message).await? {
@@ -95,7 +95,7 @@ impl Predecessor {
     ///
     /// # Errors
     /// The predecessor refuses, and so goes on.
-    pub(crate) async fn serving(mut self, unused: Vec<SocketAddr>) -> anyhow::Result<Option<Vec<StoredState>>> {
+    pub(crate) async fn serving(mut self, unused: Vec<SocketAddr>) -> anyhow::Result<Option<Vec<StoredOverride>>> {
         self.is_published = true;
         match self.exchange(FromSuccessor::Serving { unused }).await? {
             Some(FromPredecessor::Retiring { states }) => {
@@ -135,8 +135,8 @@ impl Predecessor {
 }
 
 /// The states, if all are valid.
-fn valid(states: Vec<StoredState>) -> Option<Vec<StoredState>> {
-    match states.iter().try_for_each(StoredState::validate) {
+fn valid(states: Vec<StoredOverride>) -> Option<Vec<StoredOverride>> {
+    match states.iter().try_for_each(StoredOverride::validate) {
         Ok(()) => Some(states),
         Err(error) => {
             tracing::error!(%error, "the running process sent invalid states of servers, which are ignored");

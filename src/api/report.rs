@@ -53,10 +53,11 @@ pub(super) fn status(mut own: ProcessStatus, others: &[From<ProcessStatus>]) -> 
         let _ = writeln!(text, "listener  {address}");
     }
     for server in &own.servers {
-        let state = if server.up { "answers" } else { "failing" };
-        let ServerStatus { backend, server: name, mode, sessions, .. } = server;
+        let health = if server.up { "answers" } else { "failing" };
+        let ServerStatus { backend, server: name, sessions, .. } = server;
+        let state = server.state.as_str();
         let warning = if server.unauthenticate { ", has UNAUTHENTICATE: disable it there" } else { "" };
-        let _ = write!(text, "server    {backend} {name}: {mode}, {state}, {sessions} sessions{warning}");
+        let _ = write!(text, "server    {backend} {name}: {state}, {health}, {sessions} sessions{warning}");
         if let Some(set) = &server.set {
             let _ = write!(text, "; set by {} at {}{}", set.by, set.since(), because(set.reason.as_deref()));
         }
@@ -119,12 +120,13 @@ fn line(view: &SessionView) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::backend::admin_state::{AdminState, state};
+    use crate::admin_state::AdminState;
+    use crate::backend::state_override::StateOverride;
     use crate::server::views::ServerError;
 
     fn server(name: &str, sessions: usize) -> ServerStatus {
-        let (backend, server, mode) = ("a".to_owned(), name.to_owned(), "up".to_owned());
-        ServerStatus { backend, server, mode, up: true, sessions, unauthenticate: false, last_error: None, set: None }
+        let (backend, server, state) = ("a".to_owned(), name.to_owned(), AdminState::Up);
+        ServerStatus { backend, server, state, up: true, sessions, unauthenticate: false, last_error: None, set: None }
     }
 
     fn process(pid: u32, servers: Vec<ServerStatus>) -> ProcessStatus {
@@ -136,13 +138,9 @@ mod tests {
     #[test]
     fn sessions_of_all_processes_are_counted() {
         let mut own = process(3, vec![server("x", 1), server("y", 2)]);
-        own.servers[0].mode = "drain".into();
-        own.servers[0].set = Some(AdminState {
-            state: state("drain").unwrap(),
-            by: "root".into(),
-            since: 0,
-            reason: Some("disks".into()),
-        });
+        own.servers[0].state = AdminState::Drain;
+        own.servers[0].set =
+            Some(StateOverride { state: AdminState::Drain, by: "root".into(), since: 0, reason: Some("disks".into()) });
         own.servers[0].unauthenticate = true;
         own.servers[0].last_error = Some(ServerError { seconds_ago: 7, text: "refused".into() });
         let second =

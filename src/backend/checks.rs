@@ -18,7 +18,8 @@ use super::health::Depth;
 use super::request::{Fault, Outcome, Purpose, Request, Seen};
 use super::server::ServerState;
 use super::{Backend, Backends, Group, Server, chance};
-use crate::config::{self, BackendId, CheckKind, Limits, Mode, Problem};
+use crate::admin_state::AdminState;
+use crate::config::{self, BackendId, CheckKind, Limits, Problem};
 use crate::deadline::Deadline;
 use crate::failure::Reason;
 use crate::identity::{PasswordLogin, Secret, ServerLogin, UserName};
@@ -105,7 +106,7 @@ pub(super) async fn follow(backends: Arc<Backends>, backend: Arc<Backend>, limit
             });
             if course.due > now {
                 next = next.min(course.due);
-            } else if server.mode() == Mode::Down {
+            } else if server.admin_state() == AdminState::Down {
                 next = next.min(now + LOOK_AGAIN);
             } else if !course.is_under_way() {
                 course.due = now + watch.check.interval.mul_f64(0.9 + 0.2 * chance());

@@ -12,7 +12,7 @@ use std::sync::Arc;
 use super::capacity::ServerPermit;
 use super::server::Admission;
 use super::{Backend, Server};
-use crate::config::Mode;
+use crate::admin_state::AdminState;
 use crate::deadline::Deadline;
 
 /// See the module.
@@ -76,7 +76,7 @@ impl<'a> Failover<'a> {
             return stop;
         }
         while let Some(server) = self.last_resort.pop_front() {
-            if server.mode() != Mode::Up {
+            if server.admin_state() != AdminState::Up {
                 continue;
             }
             return match self.needs_place.then(|| ServerPermit::take(&server)).flatten() {

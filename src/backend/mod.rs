@@ -4,7 +4,6 @@
 //! know why a user belongs to a backend (`route` does) and speaks to no client. Called by `server`, which builds and
 //! starts it, and by `session` for each login.
 
-pub mod admin_state;
 mod awaited;
 mod capacity;
 mod checks;
@@ -20,6 +19,7 @@ pub mod request;
 mod select;
 mod server;
 mod source;
+pub mod state_override;
 
 use std::collections::{BTreeMap, HashMap};
 use std::hash::{BuildHasher as _, RandomState};
@@ -33,7 +33,6 @@ use tokio_rustls::rustls::pki_types::ServerName;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use self::admin_state::AdminStates;
 use self::capacity::LoginQueue;
 pub use self::capacity::{DelayedDisconnect, ServerPermit, SessionSlot};
 use self::checks::HealthChecker;
@@ -44,7 +43,9 @@ use self::select::{Candidate, SelectionState};
 pub use self::server::{LastError, Server};
 use self::server::{ServerSettings, ServerState};
 use self::source::Sources;
-use crate::config::{self, BackendId, Balance, ClientInfo, Config, Host, Limits, Mode, Problem, TlsMode, Trust};
+use self::state_override::StateOverrides;
+use crate::admin_state::AdminState;
+use crate::config::{self, BackendId, Balance, ClientInfo, Config, Host, Limits, Problem, TlsMode, Trust};
 use crate::identity::{Secret, UserName};
 use crate::metrics::Metrics;
 use crate::protocol::imap::capability::Offer;
@@ -60,7 +61,7 @@ pub struct Backends {
     resolver: Option<Resolver>,
     /// An [`Offer`]: see [`offer::packed`].
     offered: AtomicU64,
-    admin_states: AdminStates,
+    state_overrides: StateOverrides,
 }
 
 impl Backends {
@@ -70,12 +71,12 @@ impl Backends {
     /// # Errors
     /// All problems: `ca` files, server names, a system without resolver configuration.
     pub fn build(config: &Config, metrics: &Arc<Metrics>, previous: Option<&Self>) -> Result<Self, Vec<Problem>> {
-        let admin_states = previous.map(|previous| previous.admin_states.clone()).unwrap_or_default();
+        let state_overrides = previous.map(|previous| previous.state_overrides.clone()).unwrap_or_default();
         let mut problems = Vec::new();
         let mut list = Vec::new();
         for (index, backend) in config.backends.iter().enumerate() {
             let previous = previous.and_then(|previous| previous.named(&backend.name));
-            match Backend::build(backend, BackendId(index), (metrics, &admin_states), previous) {
+            match Backend::build(backend, BackendId(index), (metrics, &state_overrides), previous) {
                 Ok(backend) => list.push(Arc::new(backend)),
                 Err(problem) => problems.push(problem),
             }
@@ -95,7 +96,7 @@ impl Backends {
             return Err(problems);
         }
         let offered = AtomicU64::new(offer::packed(offer::PASSWORDS_ONLY));
-        let backends = Self { list, resolver, offered, admin_states };
+        let backends = Self { list, resolver, offered, state_overrides };
         backends.consider_offers();
         Ok(backends)
     }
@@ -191,8 +192,8 @@ impl Backends {
     }
 
     /// The states that operators have set; shared with the configurations before and after this one.
-    pub fn admin_states(&self) -> &AdminStates {
-        &self.admin_states
+    pub fn state_overrides(&self) -> &StateOverrides {
+        &self.state_overrides
     }
 
     /// Updates the gauges of all servers after administrative states have changed.
@@ -260,14 +261,14 @@ pub struct Backend {
     /// Servers that a route names by their addresses.
     guests: Mutex<HashMap<SocketAddr, Arc<Server>>>,
     metrics: Arc<Metrics>,
-    admin_states: AdminStates,
+    state_overrides: StateOverrides,
 }
 
 impl Backend {
     fn build(
         backend: &config::Backend,
         id: BackendId,
-        (metrics, admin_states): (&Arc<Metrics>, &AdminStates),
+        (metrics, state_overrides): (&Arc<Metrics>, &StateOverrides),
         previous: Option<&Arc<Self>>,
     ) -> Result<Self, Problem> {
         let tls = UpstreamTls::build(backend)?;
@@ -278,8 +279,8 @@ impl Backend {
         let mut groups = Vec::new();
         for server in &backend.servers {
             match server {
-                config::Server::Srv { name, max_sessions, mode, .. } => {
-                    let terms = ServerSettings::new(&backend.care, *max_sessions, *mode);
+                config::Server::Srv { name, max_sessions, state, .. } => {
+                    let terms = ServerSettings::new(&backend.care, *max_sessions, *state);
                     let known = previous.and_then(|previous| {
                         let group = previous.groups.iter().find(|group| group.service.as_ref() == Some(name))?;
                         group.servers.borrow().clone()
@@ -287,7 +288,7 @@ impl Backend {
                     let known = known.map(|servers| servers.iter().map(|server| server.on(terms)).collect());
                     groups.push(Group::service(name.clone(), terms, known));
                 }
-                config::Server::Address { name, host, port, weight, max_sessions, mode, location } => {
+                config::Server::Address { name, host, port, weight, max_sessions, state: admin_state, location } => {
                     let tls_name = tls_name(host).map_err(|message| location.problem(message))?;
                     let known = previous.and_then(|previous| previous.fixed(name));
                     let state = known.map(|known| known.state.clone());
@@ -299,15 +300,15 @@ impl Backend {
                         weight: *weight,
                         priority: 0,
                         tls_name,
-                        terms: ServerSettings::new(&backend.care, *max_sessions, *mode),
+                        terms: ServerSettings::new(&backend.care, *max_sessions, *admin_state),
                         state: state.unwrap_or_else(|| {
-                            ServerState::new(host, *port, own.server(name), admin_states.cell(&backend.name, name))
+                            ServerState::new(host, *port, own.server(name), state_overrides.cell(&backend.name, name))
                         }),
                     }));
                 }
             }
         }
-        let guest_terms = ServerSettings::new(&backend.care, None, Mode::Up);
+        let guest_terms = ServerSettings::new(&backend.care, None, AdminState::Up);
         groups.push(Group::fixed(fixed, guest_terms));
         let guests = previous.map(|previous| previous.lock_guests().clone()).unwrap_or_default();
         let guests = guests.into_iter().map(|(address, server)| (address, server.on(guest_terms))).collect();
@@ -332,7 +333,7 @@ impl Backend {
             groups,
             guests: Mutex::new(guests),
             metrics: metrics.clone(),
-            admin_states: admin_states.clone(),
+            state_overrides: state_overrides.clone(),
         })
     }
 
@@ -370,7 +371,7 @@ impl Backend {
         for group in &self.groups {
             servers.extend(group.first_known().await);
         }
-        servers.retain(|server| server.mode() == Mode::Up);
+        servers.retain(|server| server.admin_state() == AdminState::Up);
         let now = Instant::now();
         let candidates: Vec<Candidate<'_>> = servers.iter().map(|server| server.candidate(now)).collect();
         let order = self.ordered(user, &candidates, &servers);
@@ -422,7 +423,7 @@ impl Backend {
                 &host,
                 address.port(),
                 own.server(&name),
-                self.admin_states.cell(&self.name, &name),
+                self.state_overrides.cell(&self.name, &name),
             ),
             name: name.into(),
             backend: self.name.clone(),
@@ -452,7 +453,7 @@ impl Backend {
         let Service { target, port, priority, weight } = service.clone();
         let (name, host) = (format!("{target}:{port}"), Host::Name(target));
         let state = known.unwrap_or_else(|| {
-            let admin = self.admin_states.cell(&self.name, &name);
+            let admin = self.state_overrides.cell(&self.name, &name);
             ServerState::new(&host, port, self.metrics.backend(self.id.0).server(&name), admin)
         });
         let (backend, terms) = (self.name.clone(), group.terms);

@@ -11,7 +11,6 @@ use std::time::{Duration, Instant};
 use tokio::sync::watch;
 use tokio_rustls::rustls::pki_types::ServerName;
 
-use super::admin_state::{AdminCell, AdminState};
 use super::awaited::{Awaited, AwaitedAnswer};
 use super::capacity::{ServerCapacity, ServerPermit};
 use super::disconnect_spreader::DisconnectSpreader;
@@ -19,8 +18,10 @@ use super::exchanges::Exchanges;
 use super::health::{Depth, FailureKind, Health, HealthChange, Standing, Thresholds, Trial};
 use super::request::Fault;
 use super::select::Candidate;
+use super::state_override::{OverrideCell, StateOverride};
 use super::{first_known, publish_if_first};
-use crate::config::{self, Host, Mode};
+use crate::admin_state::AdminState;
+use crate::config::{self, Host};
 use crate::metrics::ServerMetrics;
 use crate::protocol::imap::backend_login::{IdAnswer, Learned};
 use crate::protocol::imap::capability::Offer;
@@ -46,24 +47,24 @@ pub struct Server {
 pub(super) struct ServerSettings {
     /// Sessions at a time, logins under way included.
     pub(super) max_sessions: Option<u32>,
-    /// What the configuration wants of it.
-    pub(super) mode: Mode,
+    /// The configured administrative state.
+    pub(super) state: AdminState,
     pub(super) thresholds: Thresholds,
     pub(super) slow_start: Option<Duration>,
 }
 
 impl ServerSettings {
-    pub(super) fn new(care: &config::BalancingConfig, max_sessions: Option<u32>, mode: Mode) -> Self {
+    pub(super) fn new(care: &config::BalancingConfig, max_sessions: Option<u32>, state: AdminState) -> Self {
         // Without checks nobody asks for their thresholds.
         let (rise, fall) = care.check.as_ref().map_or((1, 1), |check| (check.rise, check.fall));
         let thresholds = Thresholds { failures: care.failures, rise, fall };
-        Self { max_sessions, mode, thresholds, slow_start: care.slow_start }
+        Self { max_sessions, state, thresholds, slow_start: care.slow_start }
     }
 
     #[cfg(test)]
     fn open() -> Self {
         let thresholds = Thresholds { failures: 3, rise: 2, fall: 3 };
-        Self { max_sessions: None, mode: Mode::Up, thresholds, slow_start: None }
+        Self { max_sessions: None, state: AdminState::Up, thresholds, slow_start: None }
     }
 }
 
@@ -106,7 +107,7 @@ pub(super) struct ServerState {
     learned: Mutex<Option<Learned>>,
     last_error: Mutex<Option<LastError>>,
     /// The state that an operator has set, over the configuration's.
-    admin: AdminCell,
+    admin: OverrideCell,
     pub(super) slots: ServerCapacity,
     pub(super) exchanges: Exchanges,
     awaited: Awaited,
@@ -116,7 +117,7 @@ pub(super) struct ServerState {
 
 impl ServerState {
     /// Of a server that has just been heard of.
-    pub(super) fn new(host: &Host, port: u16, metrics: ServerMetrics, admin: AdminCell) -> Arc<Self> {
+    pub(super) fn new(host: &Host, port: u16, metrics: ServerMetrics, admin: OverrideCell) -> Arc<Self> {
         let addresses = match host {
             Host::Ip(ip) => Some(vec![SocketAddr::new(*ip, port)]),
             Host::Name(_) => None,
@@ -182,7 +183,7 @@ impl Server {
         Self {
             name: name.into(),
             backend: backend.into(),
-            state: ServerState::new(&host, 143, metrics, AdminCell::default()),
+            state: ServerState::new(&host, 143, metrics, OverrideCell::default()),
             host,
             port: 143,
             weight: 1,
@@ -222,43 +223,39 @@ impl Server {
         self.weight
     }
 
-    /// What is wanted of it: by the operator, else by the configuration.
-    pub fn mode(&self) -> Mode {
-        self.state.admin.state().unwrap_or(self.terms.mode)
+    /// The state that an operator has set, or else the configured one.
+    pub fn admin_state(&self) -> AdminState {
+        self.state.admin.state().unwrap_or(self.terms.state)
     }
 
     /// Whether it is meant to get logins: it is neither drained nor down.
     pub fn takes_logins(&self) -> bool {
-        self.mode() == Mode::Up
+        self.admin_state() == AdminState::Up
     }
 
-    /// The state that an operator has set: see [`AdminStates`](super::admin_state::AdminStates).
-    pub fn admin_state(&self) -> Option<AdminState> {
+    /// The state that an operator has set: see [`StateOverrides`](super::state_override::StateOverrides).
+    pub fn state_override(&self) -> Option<StateOverride> {
         self.state.admin.get()
     }
 
     /// Sets or resets the administrative state on behalf of the program that embeds this library.
-    pub fn set_mode(&self, mode: Option<Mode>) {
-        let set = |state| AdminState { state, by: "vestibule".to_owned(), since: 0, reason: None };
-        self.state.admin.set(mode.map(set));
+    pub fn set_admin_state(&self, state: Option<AdminState>) {
+        let set = |state| StateOverride { state, by: "vestibule".to_owned(), since: 0, reason: None };
+        self.state.admin.set(state.map(set));
         self.show();
     }
 
     /// Sets its gauges, for what the configuration says may be new.
     pub(super) fn show(&self) {
-        let (health, mode) = (self.state.health(), self.mode());
-        self.state.metrics.set_up(health.is_alive() && mode != Mode::Down);
+        let (health, state) = (self.state.health(), self.admin_state());
+        self.state.metrics.set_up(health.is_alive() && state != AdminState::Down);
         self.state.metrics.set_breaker(health.breaker() as i64);
-        self.state.metrics.set_mode(match mode {
-            Mode::Up => 0,
-            Mode::Drain => 1,
-            Mode::Down => 2,
-        });
+        self.state.metrics.set_admin_state(state);
     }
 
     /// A login asks for a place, or, with incomplete credentials, whether there is one.
     pub(super) fn admit(&self, needs_place: bool) -> Admission {
-        if self.mode() != Mode::Up {
+        if self.admin_state() != AdminState::Up {
             return Admission::Shut;
         }
         let now = Instant::now();

@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use super::*;
+use crate::admin_state::AdminState;
 use crate::metrics::Names;
 
 fn configured(servers: &str) -> Config {
@@ -23,16 +24,16 @@ fn what_is_learnt_stays_and_what_is_configured_changes() {
     let servers = old.list()[0].servers();
     let slot = ServerPermit::take(&servers[0]).unwrap();
     servers[0].failed(health::FailureKind::Refused, "nobody there");
-    servers[1].set_mode(Some(Mode::Drain));
+    servers[1].set_admin_state(Some(AdminState::Drain));
     let again = "{address: '192.0.2.1:143', max_sessions: 1, state: drain}, '192.0.2.2:143'";
     let new = Backends::build(&configured(again), &metrics, Some(&old)).unwrap();
     let servers = new.list()[0].servers();
     assert_eq!((servers[0].sessions(), servers[0].is_available()), (1, false));
-    assert_eq!((servers[0].max_sessions(), servers[0].mode()), (Some(1), Mode::Drain));
+    assert_eq!((servers[0].max_sessions(), servers[0].admin_state()), (Some(1), AdminState::Drain));
     assert!(ServerPermit::take(&servers[0]).is_none(), "the place that is taken counts");
-    assert_eq!(servers[1].mode(), Mode::Drain, "the operator's word goes over the configuration's");
-    servers[1].set_mode(None);
-    assert_eq!(servers[1].mode(), Mode::Up);
+    assert_eq!(servers[1].admin_state(), AdminState::Drain, "the operator's word goes over the configuration's");
+    servers[1].set_admin_state(None);
+    assert_eq!(servers[1].admin_state(), AdminState::Up);
     drop(slot.established());
     assert_eq!(servers[0].sessions(), 0);
 }
@@ -46,9 +47,9 @@ fn the_gauges_of_a_server_say_how_it_is() {
         let sample = format!("vestibule_server_{name}{{backend=\"b\",server=\"192.0.2.1:143\"}} ");
         metrics.render().lines().find_map(|line| line.strip_prefix(&sample).map(str::to_owned)).unwrap()
     };
-    let all = || (shown("up"), shown("breaker"), shown("mode"), shown("sessions"));
-    let expect = |up: &str, breaker: &str, mode: &str, sessions: &str| {
-        assert_eq!(all(), (up.into(), breaker.into(), mode.into(), sessions.into()));
+    let all = || (shown("up"), shown("breaker"), shown("state"), shown("sessions"));
+    let expect = |up: &str, breaker: &str, state: &str, sessions: &str| {
+        assert_eq!(all(), (up.into(), breaker.into(), state.into(), sessions.into()));
     };
     server.show();
     expect("1", "0", "0", "0");
@@ -59,9 +60,9 @@ fn the_gauges_of_a_server_say_how_it_is() {
     server.failed(health::FailureKind::Refused, "nobody there");
     expect("0", "2", "0", "1");
     server.answered();
-    server.set_mode(Some(Mode::Down));
+    server.set_admin_state(Some(AdminState::Down));
     expect("0", "0", "2", "1");
-    server.set_mode(Some(Mode::Drain));
+    server.set_admin_state(Some(AdminState::Drain));
     expect("1", "0", "1", "1");
     drop(session);
     expect("1", "0", "1", "0");

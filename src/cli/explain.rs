@@ -84,8 +84,12 @@ pub async fn explain(snapshot: &Snapshot, user: &UserName) -> (String, bool) {
         line(&mut text, format_args!("server   {rank}: {} ({resolved}){weight}{most}", server.name));
     }
     for server in backend.servers().iter().filter(|server| !server.takes_logins()) {
-        let set = server.admin_state().map(|set| format!(", set by {} at {}", set.by, set.since())).unwrap_or_default();
-        line(&mut text, format_args!("server   no logins: {} (state {}{set})", server.name, server.mode().as_str()));
+        let set =
+            server.state_override().map(|set| format!(", set by {} at {}", set.by, set.since())).unwrap_or_default();
+        line(
+            &mut text,
+            format_args!("server   no logins: {} (state {}{set})", server.name, server.admin_state().as_str()),
+        );
     }
     if servers.is_empty() {
         text.push_str("server   none known: logins get NO [UNAVAILABLE]\n");

@@ -7,7 +7,10 @@ use std::path::PathBuf;
 use std::process::exit;
 use std::time::Duration;
 
+use clap::builder::PossibleValue;
 use clap::{Args, Parser, Subcommand, ValueEnum};
+
+use crate::admin_state::AdminState;
 
 /// sysexits.h EX_USAGE.
 const EX_USAGE: i32 = 64;
@@ -139,15 +142,15 @@ pub enum Command {
         #[command(flatten)]
         control: ControlPath,
     },
-    /// Say what is wanted of a server, whatever the configuration says
+    /// Override a server's configured state
     #[command(
         after_help = "Example:\n  vestibule server 10.0.0.11:143 up\n  vestibule server 10.0.0.11:143 as-configured"
     )]
     Server {
         /// As configured, or as metrics call it; BACKEND/SERVER: in this backend alone
         server: String,
-        /// up: logins; drain: no new ones; down: not even checked
-        mode: ServerMode,
+        /// The state to set
+        state: StateArgument,
         /// Shown by status, with who set the state and when
         #[arg(long, value_name = "TEXT")]
         reason: Option<String>,
@@ -189,28 +192,23 @@ pub struct ControlPath {
     pub path: PathBuf,
 }
 
-/// What is wanted of a server.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub enum ServerMode {
-    /// Logins.
-    Up,
-    /// No new ones; sessions stay.
-    Drain,
-    /// No new ones, and it is not checked.
-    Down,
-    /// What the configuration says.
-    AsConfigured,
-}
+/// An administrative state as an argument, or `None` for `as-configured`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct StateArgument(pub Option<AdminState>);
 
-impl ServerMode {
-    /// The word of the command; `None`: as configured.
-    pub fn word(self) -> Option<&'static str> {
-        match self {
-            Self::Up => Some("up"),
-            Self::Drain => Some("drain"),
-            Self::Down => Some("down"),
-            Self::AsConfigured => None,
-        }
+impl ValueEnum for StateArgument {
+    fn value_variants<'a>() -> &'a [Self] {
+        &[Self(Some(AdminState::Up)), Self(Some(AdminState::Drain)), Self(Some(AdminState::Down)), Self(None)]
+    }
+
+    fn to_possible_value(&self) -> Option<PossibleValue> {
+        let help = match self.0 {
+            Some(AdminState::Up) => "The server receives logins",
+            Some(AdminState::Drain) => "No new logins; existing sessions continue",
+            Some(AdminState::Down) => "No new logins and no checks",
+            None => "The state in the configuration",
+        };
+        Some(PossibleValue::new(self.0.map_or("as-configured", AdminState::as_str)).help(help))
     }
 }
 
@@ -276,6 +274,7 @@ mod tests {
             &["vestibule", "route", "-c", "x"],
             &["vestibule", "route", "-c", "x", "--diff", "y"],
             &["vestibule", "dance"],
+            &["vestibule", "server", "h:1", "dry"],
         ] {
             assert!(Arguments::try_parse_from(wrong).unwrap_err().use_stderr(), "{wrong:?}");
         }

@@ -8,9 +8,10 @@ use anyhow::Context as _;
 use serde_json::Value;
 use tokio::time;
 
+use crate::admin_state::AdminState;
 use crate::api::client::{Reply, ask, begin, printable};
 use crate::api::{Answer, Command};
-use crate::cli::{Command as Asked, ServerMode};
+use crate::cli::Command as Asked;
 
 /// sysexits.h EX_CONFIG.
 const EX_CONFIG: u8 = 78;
@@ -35,8 +36,8 @@ pub async fn operate(asked: Asked) -> anyhow::Result<Option<ExitCode>> {
             shown(&ask(&control.path, &Command::Sessions { user }).await?, json)?
         }
         Asked::Kick { user, control } => printed(&ask(&control.path, &Command::Kick { user }).await?),
-        Asked::Server { server, mode, reason, control } => {
-            printed(&ask(&control.path, &set_server(server, mode, None, reason)).await?)
+        Asked::Server { server, state, reason, control } => {
+            printed(&ask(&control.path, &set_server(server, state.0, None, reason)).await?)
         }
         Asked::Drain { server, over, reason, control } => drain(&control.path, server, over, reason).await?,
         Asked::Move { user, backend, command, timeout, control } => {
@@ -47,10 +48,10 @@ pub async fn operate(asked: Asked) -> anyhow::Result<Option<ExitCode>> {
     Ok(Some(code))
 }
 
-fn set_server(name: String, mode: ServerMode, over: Option<f64>, reason: Option<String>) -> Command {
+fn set_server(name: String, state: Option<AdminState>, over: Option<f64>, reason: Option<String>) -> Command {
     // Only a hint: whoever may open the socket may claim any name.
     let sudo_user = std::env::var("SUDO_USER").ok().filter(|user| !user.is_empty());
-    Command::Server { name, mode: mode.word().map(str::to_owned), over, reason, sudo_user }
+    Command::Server { name, state, over, reason, sudo_user }
 }
 
 async fn drain(
@@ -60,7 +61,7 @@ async fn drain(
     reason: Option<String>,
 ) -> anyhow::Result<ExitCode> {
     let seconds = over.map(|over| over.as_secs_f64());
-    let command = set_server(server.clone(), ServerMode::Drain, seconds, reason);
+    let command = set_server(server.clone(), Some(AdminState::Drain), seconds, reason);
     let answer = ask(control, &command).await?;
     let code = printed(&answer);
     if over.is_none() || !answer.ok {

@@ -4,7 +4,8 @@ use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::path::PathBuf;
 
-use super::{Answers, BalancingConfig, Located, Location, Mode};
+use super::{Answers, BalancingConfig, Located, Location};
+use crate::admin_state::AdminState;
 use crate::identity::UserName;
 
 /// A named set of equivalent servers.
@@ -74,7 +75,7 @@ pub enum Server {
         /// Sessions it may have at a time.
         max_sessions: Option<u32>,
         /// Whether it gets logins.
-        mode: Mode,
+        state: AdminState,
         /// In the file.
         location: Location,
     },
@@ -85,7 +86,7 @@ pub enum Server {
         /// Sessions that each may have at a time.
         max_sessions: Option<u32>,
         /// Whether they get logins.
-        mode: Mode,
+        state: AdminState,
         /// In the file.
         location: Location,
     },

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use super::check::located;
-use super::file::{BalanceWord, BreakerMap, CheckMap, CheckWord, QueueMap, StateWord};
+use super::file::{BalanceWord, BreakerMap, CheckMap, CheckWord, QueueMap};
 use super::limits::{bounded, number, or_off, seconds};
 use super::locate::child;
 use super::read::Reader;
@@ -127,39 +127,6 @@ pub struct Queue {
     pub length: u32,
     /// Each so long. Default 5 s.
     pub timeout: Duration,
-}
-
-/// What an operator wants of a server.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub enum Mode {
-    /// Logins.
-    #[default]
-    Up,
-    /// No new ones; sessions stay.
-    Drain,
-    /// No new ones, and it is not asked how it is either: somebody works on it.
-    Down,
-}
-
-impl Mode {
-    /// As configured.
-    pub fn as_str(self) -> &'static str {
-        match self {
-            Self::Up => "up",
-            Self::Drain => "drain",
-            Self::Down => "down",
-        }
-    }
-}
-
-impl From<StateWord> for Mode {
-    fn from(word: StateWord) -> Self {
-        match word {
-            StateWord::Up => Self::Up,
-            StateWord::Drain => Self::Drain,
-            StateWord::Down => Self::Down,
-        }
-    }
 }
 
 /// The keys of a backend that are about its servers' care.

@@ -15,6 +15,7 @@ use super::users_file::UsersMap;
 use super::values::{
     BalanceEntry, CheckEntry, DurationText, OptionalCount, RateText, ServerEntry, Size, TlsEntry, TlsVersionWord, Words,
 };
+use crate::admin_state::AdminState;
 
 /// The whole file.
 #[derive(Debug, Default, Deserialize)]
@@ -295,16 +296,6 @@ pub(super) struct QueueMap {
     pub(super) timeout: Option<DurationText>,
 }
 
-/// `state` of a server.
-#[derive(Debug, Clone, Copy, Default, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub(super) enum StateWord {
-    #[default]
-    Up,
-    Drain,
-    Down,
-}
-
 /// `login` of a backend.
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -340,7 +331,7 @@ pub(super) struct ServerMap {
     pub(super) max_sessions: Option<i64>,
     /// Whether it gets logins; behind an SRV record all servers.
     #[serde(default)]
-    pub(super) state: StateWord,
+    pub(super) state: AdminState,
 }
 
 /// `tls` of a backend that is no word.

@@ -39,7 +39,7 @@ use crate::identity::{Delegation, Mechanisms, Naming, TokenIssuer};
 
 pub use self::answers::Answers;
 pub use self::backend::{Backend, BackendId, ClientInfo, Host, MasterLogin, Server, TlsMode, Trust, UpstreamTlsConfig};
-pub use self::care::{Balance, BalancingConfig, Check, CheckKind, Mode, Queue};
+pub use self::care::{Balance, BalancingConfig, Check, CheckKind, Queue};
 pub use self::directory::{
     ANSWER_FIELDS, Asking, Cache, Dns, DnsQuestion, Http, HttpStyle, Ldap, LdapScope, Network, Redis, RedisServers, Sql,
 };

@@ -165,7 +165,6 @@ fn server(reader: &mut Reader<'_>, key: &str, item: Value, default_sessions: Opt
         ServerWords::Map(map) => map,
     };
     let location = reader.location(key);
-    let mode = map.state.into();
     let max_sessions = max_sessions(reader, key, map.max_sessions).or(default_sessions);
     match map {
         ServerMap { address: None, srv: Some(name), weight: None, .. } => {
@@ -174,7 +173,7 @@ fn server(reader: &mut Reader<'_>, key: &str, item: Value, default_sessions: Opt
                 reader.problem(&child(key, "srv"), "expected the name of an SRV record, like _imap._tcp.example.org");
                 return None;
             }
-            Some(Server::Srv { name, max_sessions, mode, location })
+            Some(Server::Srv { name, max_sessions, state: map.state, location })
         }
         ServerMap { address: Some(name), srv: None, weight, .. } => {
             let weight = u32::try_from(weight.unwrap_or(1)).unwrap_or(0);
@@ -191,7 +190,7 @@ fn server(reader: &mut Reader<'_>, key: &str, item: Value, default_sessions: Opt
             {
                 reader.problem(key, format!("{ip} is no address a server can have"));
             }
-            Some(Server::Address { name, host, port, weight, max_sessions, mode, location })
+            Some(Server::Address { name, host, port, weight, max_sessions, state: map.state, location })
         }
         ServerMap { srv: Some(_), address: None, weight: Some(_), .. } => {
             reader.problem(&child(key, "weight"), "weights of servers behind an SRV record stand in the record");

@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use super::*;
+use crate::admin_state::AdminState;
 
 mod warnings;
 
@@ -244,15 +245,21 @@ fn care_of_servers_has_defaults() {
     assert_eq!((care.balance, care.slow_start, care.failures), (Balance::UserHash, None, 3));
     let check = care.check.as_ref().unwrap();
     assert_eq!((check.kind.as_str(), check.interval, check.rise, check.fall), ("imap", Duration::from_secs(10), 2, 3));
-    assert!(matches!(config.backends[0].servers[0], Server::Address { max_sessions: None, mode: Mode::Up, .. }));
+    assert!(matches!(config.backends[0].servers[0], Server::Address { max_sessions: None, state: AdminState::Up, .. }));
     let text = MINIMAL.replace(
         "143']}}",
         "143', {address: '192.0.2.2:143', max_sessions: 2, state: drain}], max_sessions: 7, check: off}}",
     );
     let config = parse(Path::new("v.yaml"), &text).unwrap();
     assert!(config.backends[0].care.check.is_none());
-    assert!(matches!(config.backends[0].servers[0], Server::Address { max_sessions: Some(7), mode: Mode::Up, .. }));
-    assert!(matches!(config.backends[0].servers[1], Server::Address { max_sessions: Some(2), mode: Mode::Drain, .. }));
+    assert!(matches!(
+        config.backends[0].servers[0],
+        Server::Address { max_sessions: Some(7), state: AdminState::Up, .. }
+    ));
+    assert!(matches!(
+        config.backends[0].servers[1],
+        Server::Address { max_sessions: Some(2), state: AdminState::Drain, .. }
+    ));
 }
 
 #[test]

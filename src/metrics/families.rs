@@ -38,7 +38,7 @@ pub(super) struct Families {
     pub(super) queue: IntGaugeVec,
     pub(super) server_up: IntGaugeVec,
     pub(super) server_breaker: IntGaugeVec,
-    pub(super) server_mode: IntGaugeVec,
+    pub(super) server_state: IntGaugeVec,
     pub(super) server_checks: IntCounterVec,
     pub(super) server_check: HistogramVec,
     pub(super) server_certificate: GaugeVec,
@@ -172,9 +172,9 @@ impl Families {
                 "0: closed; 1: one login tries the server out; 2: open after failed logins.",
                 &["backend", "server"],
             ),
-            server_mode: gauges(
-                "vestibule_server_mode",
-                "What the operator wants: 0 up, 1 drain (no new logins), 2 down.",
+            server_state: gauges(
+                "vestibule_server_state",
+                "Administrative state of the server: 0 up, 1 drain (no new logins), 2 down (no new logins, no checks).",
                 &["backend", "server"],
             ),
             server_checks: counters(
@@ -305,7 +305,7 @@ impl Families {
             Box::new(self.queue.clone()),
             Box::new(self.server_up.clone()),
             Box::new(self.server_breaker.clone()),
-            Box::new(self.server_mode.clone()),
+            Box::new(self.server_state.clone()),
             Box::new(self.server_checks.clone()),
             Box::new(self.server_check.clone()),
             Box::new(self.server_certificate.clone()),

@@ -5,6 +5,7 @@ use std::time::Duration;
 use prometheus::{Gauge, GaugeVec, Histogram, IntCounter, IntCounterVec, IntGauge, IntGaugeVec};
 
 use super::families::Families;
+use crate::admin_state::AdminState;
 use crate::metrics::{BackendMetrics, OpenGuard};
 
 /// Kinds of checks and how they end, as labels.
@@ -19,7 +20,7 @@ pub(super) struct ServerFamilies {
     sessions: IntGaugeVec,
     kept: IntGaugeVec,
     breaker: IntGaugeVec,
-    mode: IntGaugeVec,
+    state: IntGaugeVec,
     checks: IntCounterVec,
     certificate: GaugeVec,
     check: Histogram,
@@ -33,7 +34,7 @@ impl ServerFamilies {
             sessions: families.server_sessions.clone(),
             kept: families.server_kept.clone(),
             breaker: families.server_breaker.clone(),
-            mode: families.server_mode.clone(),
+            state: families.server_state.clone(),
             checks: families.server_checks.clone(),
             certificate: families.server_certificate.clone(),
             check: families.server_check.with_label_values(&[backend]),
@@ -51,7 +52,7 @@ impl BackendMetrics {
             sessions: self.servers.sessions.with_label_values(labels),
             kept: self.servers.kept.with_label_values(labels),
             breaker: self.servers.breaker.with_label_values(labels),
-            mode: self.servers.mode.with_label_values(labels),
+            state: self.servers.state.with_label_values(labels),
         };
         metrics.up.set(1);
         metrics.trusts.set(-1);
@@ -75,7 +76,7 @@ impl BackendMetrics {
         let labels = &[self.name.as_str(), server];
         let families = &self.servers;
         // An error says that the series does not exist, which is what is asked for.
-        let states = [&families.up, &families.trusts, &families.breaker, &families.mode];
+        let states = [&families.up, &families.trusts, &families.breaker, &families.state];
         for family in states.into_iter().chain([&families.sessions, &families.kept]) {
             let _ = family.remove_label_values(labels);
         }
@@ -94,7 +95,7 @@ pub struct ServerMetrics {
     sessions: IntGauge,
     kept: IntGauge,
     breaker: IntGauge,
-    mode: IntGauge,
+    state: IntGauge,
 }
 
 impl ServerMetrics {
@@ -113,9 +114,13 @@ impl ServerMetrics {
         self.breaker.set(state);
     }
 
-    /// What the operator wants of it: 0 up, 1 drain, 2 down.
-    pub fn set_mode(&self, mode: i64) {
-        self.mode.set(mode);
+    /// Sets the administrative state.
+    pub fn set_admin_state(&self, state: AdminState) {
+        self.state.set(match state {
+            AdminState::Up => 0,
+            AdminState::Drain => 1,
+            AdminState::Down => 2,
+        });
     }
 
     /// Sessions relayed to it.

@@ -28,7 +28,7 @@ pub use self::operations::{UserHold, UserMoved};
 pub use self::server_state::{BeforeRetirement, StateChange, StateChanged};
 use crate::admission::connection_limit::ConnectionLimit;
 use crate::backend::OwnAddresses;
-use crate::backend::admin_state::StoredState;
+use crate::backend::state_override::StoredOverride;
 use crate::config::{self, Config};
 use crate::listener::{self, WorkerContext};
 use crate::logging;
@@ -108,7 +108,7 @@ pub struct Bound {
     /// Addresses of inherited sockets that the configuration has no use for.
     unused: Vec<SocketAddr>,
     /// Administrative states that a predecessor has handed over.
-    states: Option<Vec<StoredState>>,
+    states: Option<Vec<StoredOverride>>,
 }
 
 /// Builds; binds nothing.
@@ -151,7 +151,7 @@ impl Bound {
 
     /// Takes the administrative states of a predecessor instead of those in the state file.
     #[must_use]
-    pub fn with_states(self, states: Option<Vec<StoredState>>) -> Self {
+    pub fn with_states(self, states: Option<Vec<StoredOverride>>) -> Self {
         Self { states, ..self }
     }
 
@@ -233,15 +233,15 @@ fn log_warnings(config: &Config) {
 }
 
 /// Sets the administrative states, before the first login is routed.
-fn restore_states(snapshot: &Snapshot, handed_over: Option<Vec<StoredState>>) {
+fn restore_states(snapshot: &Snapshot, handed_over: Option<Vec<StoredOverride>>) {
     let from_file = || snapshot.config.state_file.as_deref().map(state_file::load);
     let (states, is_sound) = handed_over.map(|states| (states, true)).or_else(from_file).unwrap_or((Vec::new(), true));
     snapshot.metrics.state_file_failed(!is_sound);
-    for StoredState { backend, server, set } in &states {
+    for StoredOverride { backend, server, set } in &states {
         let (state, by, since) = (set.state.as_str(), &set.by, set.since());
         tracing::info!(backend, server, state, by, since, reason = set.reason, "server state restored");
     }
-    snapshot.backends.admin_states().replace(&states);
+    snapshot.backends.state_overrides().replace(&states);
 }
 
 /// With a copy of the socket, made here so that nothing can fail once a configuration has taken another's place. The address may

@@ -50,7 +50,7 @@ impl Running {
             servers.extend(backend.servers().iter().map(|server| ServerStatus {
                 backend: backend.name.to_string(),
                 server: server.name.to_string(),
-                mode: server.mode().as_str().to_owned(),
+                state: server.admin_state(),
                 up: server.is_available(),
                 sessions: server.sessions() as usize,
                 unauthenticate: server.has_unauthenticate(),
@@ -58,7 +58,7 @@ impl Running {
                     seconds_ago: error.at.elapsed().as_secs(),
                     text: error.text.to_string(),
                 }),
-                set: server.admin_state(),
+                set: server.state_override(),
             }));
         }
         let mut unused_states = self.states();

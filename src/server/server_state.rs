@@ -11,9 +11,9 @@ use tokio::sync::MutexGuard;
 use tokio::time;
 
 use super::{Running, Snapshot, state_file};
+use crate::admin_state::AdminState;
 use crate::backend::Server;
-use crate::backend::admin_state::{self, AdminState, StoredState};
-use crate::config::Mode;
+use crate::backend::state_override::{StateOverride, StoredOverride};
 use crate::session_registry::CancelReason;
 
 /// Interval at which sessions of a server are ended while it is drained.
@@ -24,8 +24,8 @@ const TICK: Duration = Duration::from_millis(200);
 pub struct StateChange {
     /// The server's name, for every backend that has it, or `BACKEND/SERVER`.
     pub server: String,
-    /// `up`, `drain` or `down`; `None`: the configured state.
-    pub state: Option<String>,
+    /// The new state; `None` returns to the configured one.
+    pub state: Option<AdminState>,
     /// End the server's sessions, evenly over this number of seconds.
     pub over: Option<f64>,
     /// The operator.
@@ -53,7 +53,7 @@ pub struct BeforeRetirement<'a> {
 
 impl BeforeRetirement<'_> {
     /// Marks the process as retired, and returns its administrative states, which only its successor changes from now on.
-    pub fn retire(self) -> Vec<StoredState> {
+    pub fn retire(self) -> Vec<StoredOverride> {
         self.running.set_retired();
         self.running.states()
     }
@@ -63,11 +63,11 @@ impl Running {
     /// Sets or resets a server's administrative state. With `over` its sessions are ended too.
     ///
     /// # Errors
-    /// The server or the state is unknown, a text is not a short line, or a successor has taken over.
+    /// The server is unknown, a text is not a short line, or a successor has taken over.
     pub async fn set_server(&self, change: StateChange) -> anyhow::Result<StateChanged> {
-        let state = change.state.as_deref().map(admin_state::state).transpose()?;
+        let state = change.state;
         let over = change.over.map(Duration::try_from_secs_f64).transpose().context("invalid duration")?;
-        let set = state.map(|state| AdminState::new(state, &change.by, change.reason.as_deref())).transpose()?;
+        let set = state.map(|state| StateOverride::new(state, &change.by, change.reason.as_deref())).transpose()?;
         let changing = self.changing_states.lock().await;
         if self.is_retired() && !change.is_forwarded {
             bail!("this process has been replaced: set the state in its successor");
@@ -76,7 +76,7 @@ impl Running {
         let all: Vec<Arc<Server>> = snapshot.backends.list().iter().flat_map(|backend| backend.servers()).collect();
         let servers: Vec<Arc<Server>> =
             all.iter().filter(|server| names(&change.server, &server.backend, &server.name)).cloned().collect();
-        let states = snapshot.backends.admin_states();
+        let states = snapshot.backends.state_overrides();
         let mut targets: BTreeSet<(String, String)> =
             servers.iter().map(|server| (server.backend.to_string(), server.name.to_string())).collect();
         if set.is_none() {
@@ -91,18 +91,18 @@ impl Running {
         }
         for (backend, server) in &targets {
             states.set(backend, server, set.clone())?;
-            let (state, reason) = (change.state.as_deref().unwrap_or("as-configured"), change.reason.as_deref());
+            let (state, reason) = (change.state.map_or("as-configured", AdminState::as_str), change.reason.as_deref());
             tracing::info!(backend, server, state, by = change.by, reason, "server state set");
         }
         snapshot.backends.show_states();
-        if let Some(Mode::Drain | Mode::Down) = state {
+        if let Some(AdminState::Drain | AdminState::Down) = state {
             // They are routed again; a SASL exchange could wait for its client until long after the drain.
             let is_named = |server: &Server| names(&change.server, &server.backend, &server.name);
             self.sessions().end_logins(CancelReason::Drained, is_named);
         }
         let saved = self.save_states().await;
         drop(changing);
-        if let (Some(over), Some(Mode::Drain | Mode::Down)) = (over, state) {
+        if let (Some(over), Some(AdminState::Drain | AdminState::Down)) = (over, state) {
             for server in servers {
                 self.empty(server, over);
             }
@@ -112,8 +112,8 @@ impl Running {
     }
 
     /// The administrative states that are set, for a successor.
-    pub fn states(&self) -> Vec<StoredState> {
-        self.snapshot().backends.admin_states().all()
+    pub fn states(&self) -> Vec<StoredOverride> {
+        self.snapshot().backends.state_overrides().all()
     }
 
     /// Whether a successor has taken over, so that this process only finishes its sessions.
@@ -137,11 +137,11 @@ impl Running {
     }
 
     /// Replaces the administrative states by a predecessor's, which had them when it retired.
-    pub async fn adopt_states(&self, states: &[StoredState]) {
+    pub async fn adopt_states(&self, states: &[StoredOverride]) {
         let _changing = self.changing_states.lock().await;
         let backends = self.snapshot().backends.clone();
-        if backends.admin_states().all() != states {
-            backends.admin_states().replace(states);
+        if backends.state_overrides().all() != states {
+            backends.state_overrides().replace(states);
             backends.show_states();
         }
         // The predecessor may have had no state file, or another.
@@ -172,7 +172,7 @@ impl Running {
             let is_it = |other: &Server| other.backend == server.backend && other.name == server.name;
             let (_, all) = sessions.end_some(0, CancelReason::Drained, is_it);
             for tick in 1..=ticks {
-                if server.mode() == Mode::Up {
+                if server.admin_state() == AdminState::Up {
                     tracing::info!(server = %server.name, "drain cancelled; remaining sessions kept");
                     return;
                 }
@@ -197,7 +197,7 @@ impl Snapshot {
     pub fn read_states(&self) -> Result<(), String> {
         let Some(path) = &self.config.state_file else { return Ok(()) };
         let states = state_file::read(path).map_err(|error| format!("{}: {error}", path.display()))?;
-        self.backends.admin_states().replace(&states);
+        self.backends.state_overrides().replace(&states);
         Ok(())
     }
 }

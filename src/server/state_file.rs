@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use crate::backend::admin_state::{MAX_STATES, StoredState};
+use crate::backend::state_override::{MAX_STATES, StoredOverride};
 
 /// Maximum size of the file: more than [`MAX_STATES`] of the longest states need.
 const MAX_FILE: u64 = 8 * 1024 * 1024;
@@ -21,14 +21,14 @@ const VERSION: u32 = 1;
 #[derive(Debug, Serialize, Deserialize)]
 struct Document {
     version: u32,
-    states: Vec<StoredState>,
+    states: Vec<StoredOverride>,
 }
 
 /// Reads the states; none if there is no file.
 ///
 /// # Errors
 /// The file cannot be read, or its content is invalid.
-pub(super) fn read(path: &Path) -> Result<Vec<StoredState>, String> {
+pub(super) fn read(path: &Path) -> Result<Vec<StoredOverride>, String> {
     let file = match File::open(path) {
         Ok(file) => file,
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
@@ -46,12 +46,12 @@ pub(super) fn read(path: &Path) -> Result<Vec<StoredState>, String> {
     if document.states.len() > MAX_STATES {
         return Err(format!("more than {MAX_STATES} states"));
     }
-    document.states.iter().try_for_each(StoredState::validate).map_err(|error| error.to_string())?;
+    document.states.iter().try_for_each(StoredOverride::validate).map_err(|error| error.to_string())?;
     Ok(document.states)
 }
 
 /// Reads the states at the start. A file that cannot be read is moved aside: then the result has no states, and is false.
-pub(super) fn load(path: &Path) -> (Vec<StoredState>, bool) {
+pub(super) fn load(path: &Path) -> (Vec<StoredOverride>, bool) {
     match read(path) {
         Ok(states) => (states, true),
         Err(error) => {
@@ -71,7 +71,7 @@ pub(super) fn load(path: &Path) -> (Vec<StoredState>, bool) {
 ///
 /// # Errors
 /// The new file cannot be written: the old one stays as it was.
-pub(super) fn save(path: &Path, states: Vec<StoredState>) -> io::Result<()> {
+pub(super) fn save(path: &Path, states: Vec<StoredOverride>) -> io::Result<()> {
     let new = beside(path, ".new");
     // Removed, not truncated: its mode must be ours, and a link must not lead the text elsewhere.
     match fs::remove_file(&new) {
@@ -103,12 +103,14 @@ mod tests {
     use std::os::unix::fs::PermissionsExt as _;
 
     use super::*;
-    use crate::backend::admin_state::AdminState;
-    use crate::config::Mode;
+    use crate::admin_state::AdminState;
+    use crate::backend::state_override::StateOverride;
 
-    fn states() -> Vec<StoredState> {
-        let set = AdminState { state: Mode::Down, by: "root".into(), since: 1, reason: None };
-        ["h:1", "h:2"].map(|server| StoredState { backend: "a".into(), server: server.into(), set: set.clone() }).into()
+    fn states() -> Vec<StoredOverride> {
+        let set = StateOverride { state: AdminState::Down, by: "root".into(), since: 1, reason: None };
+        ["h:1", "h:2"]
+            .map(|server| StoredOverride { backend: "a".into(), server: server.into(), set: set.clone() })
+            .into()
     }
 
     #[test]

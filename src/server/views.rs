@@ -2,7 +2,8 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::backend::admin_state::{AdminState, StoredState};
+use crate::admin_state::AdminState;
+use crate::backend::state_override::{StateOverride, StoredOverride};
 
 /// State of one process.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -19,7 +20,7 @@ pub struct ProcessStatus {
     pub servers: Vec<ServerStatus>,
     /// Administrative states of servers that the configuration does not have.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    pub unused_states: Vec<StoredState>,
+    pub unused_states: Vec<StoredOverride>,
     /// Sessions, logins in progress included.
     pub sessions: usize,
 }
@@ -31,8 +32,8 @@ pub struct ServerStatus {
     pub backend: String,
     /// Its name.
     pub server: String,
-    /// `up`, `drain` or `down`.
-    pub mode: String,
+    /// The administrative state that applies.
+    pub state: AdminState,
     /// Whether it answers.
     pub up: bool,
     /// Sessions on it, logins in progress included.
@@ -45,7 +46,7 @@ pub struct ServerStatus {
     pub last_error: Option<ServerError>,
     /// The administrative state, if one is set.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub set: Option<AdminState>,
+    pub set: Option<StateOverride>,
 }
 
 /// A failure of a login or check on a server.

@@ -539,7 +539,7 @@ class Dying(Scene):
         process = self.replace("retires")
         wait_for("the control socket", lambda: self.alive(process) and self.pid() == process.child.pid)
         server = json.loads(self.command("status", "--json").stdout)["servers"][0]
-        self.assertEqual((server["mode"], server["set"]["reason"]), ("down", "late"))
+        self.assertEqual((server["state"], server["set"]["reason"]), ("down", "late"))
         # And they are written: the predecessor may have had no file.
         self.assertEqual([stored["reason"] for stored in json.loads((self.folder.path / "state.json").read_text())["states"]], ["late"])
 

@@ -129,7 +129,7 @@ class Commands(Scene):
         self.assertGreater(took, 1.2, "evenly")
         self.assertEqual([client.line() for client in sessions], [b""] * 5)
         self.assertTrue(alive(bob))
-        self.assertEqual(self.servers()[name]["mode"], "drain")
+        self.assertEqual(self.servers()[name]["state"], "drain")
         self.command("server", name, "up")
         self.assertTrue(newcomer.command("b", LOGIN[ALICE])[-1].startswith(b"b OK"))
         self.assertIn("no server is called", self.command("drain", "10.9.9.9:1", code=1))
@@ -138,9 +138,9 @@ class Commands(Scene):
         name = f"127.0.0.1:{self.a.port}"
         self.command("server", name, "drain")
         self.command("reload")
-        self.assertEqual(self.servers()[name]["mode"], "drain")
+        self.assertEqual(self.servers()[name]["state"], "drain")
         self.command("server", name, "as-configured")
-        self.assertEqual(self.servers()[name]["mode"], "up")
+        self.assertEqual(self.servers()[name]["state"], "up")
 
     def test_a_user_is_moved(self):
         before, bob = session(self.port), session(self.port, BOB)
@@ -250,7 +250,7 @@ class Commands(Scene):
         self.command("drain", f"shard-a/{name}", "--reason", "new disks")
         self.assertIn("no server is called", self.command("drain", f"shard-b/{name}", code=1))
         shown = self.servers()[name]
-        self.assertEqual((shown["mode"], shown["set"]["state"], shown["set"]["reason"]), ("drain", "drain", "new disks"))
+        self.assertEqual((shown["state"], shown["set"]["state"], shown["set"]["reason"]), ("drain", "drain", "new disks"))
         self.assertRegex(shown["set"]["by"], r"^(\S+ \(as )?root\)?$")
         self.assertRegex(shown["set"]["since"], r"^20\d\d-\d\d-\d\dT\d\d:\d\d:\d\dZ$")
         self.assertRegex(self.command("status"), rf"server    shard-a {name}: drain, answers, 0 sessions; set by .*root.* at 20\S*Z: new disks\n")
@@ -429,7 +429,7 @@ class Predecessors(Scene):
             client.socket.setblocking(False)
             # Ended already: nothing is waited for.
             self.assertEqual(client.socket.recv(1), b"")
-        self.assertEqual(self.servers()[name]["mode"], "drain")
+        self.assertEqual(self.servers()[name]["state"], "drain")
 
     def test_a_socket_of_another_user_is_ignored(self):
         """It would be told whose sessions end, and could keep every move from being done."""
@@ -467,14 +467,14 @@ class Predecessors(Scene):
         self.upgrade()
         self.upgrade()
         after = self.servers()
-        self.assertEqual((after[name_a]["mode"], after[name_b]["mode"]), ("drain", "down"))
+        self.assertEqual((after[name_a]["state"], after[name_b]["state"]), ("drain", "down"))
         self.assertEqual((after[name_a]["set"], after[name_b]["set"]), (before[name_a]["set"], before[name_b]["set"]))
         client = Raw(self.port)
         client.line()
         self.assertRegex(client.command("a", LOGIN[ALICE])[-1], rb"^a NO \[UNAVAILABLE\]")
         self.command("server", name_a, "as-configured")
         self.upgrade()
-        self.assertEqual(self.servers()[name_a]["mode"], "up")
+        self.assertEqual(self.servers()[name_a]["state"], "up")
 
     def test_a_state_that_is_set_during_an_upgrade_is_not_lost(self):
         """What a command has confirmed counts, whichever process confirmed it."""

@@ -6,10 +6,11 @@ use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use futures_util::FutureExt as _;
 use tokio::net::TcpListener;
+use vestibule::admin_state::AdminState;
 use vestibule::server::Running;
 use vestibule::session_registry::CancelReason;
 
-use crate::registry::{OK, Played, SCRAM, UNAVAILABLE, accept, answer, assert_alive, login, pair, set_mode, stuck};
+use crate::registry::{OK, Played, SCRAM, UNAVAILABLE, accept, answer, assert_alive, login, pair, set_state, stuck};
 use crate::routes::{Service, json};
 use crate::support::*;
 
@@ -230,7 +231,7 @@ async fn a_referral_that_waits_in_a_queue_does_not_go_to_a_server_that_was_drain
     assert_eq!(session.0.line().await, OK);
     let mut waiting = refer().await;
     eventually("the queue", || metric(&proxy, "vestibule_backend_queue_length", &[]) == 1.0).await;
-    set_mode(&proxy, &there, "drain", None).await;
+    set_state(&proxy, &there, AdminState::Drain, None).await;
     drop(session);
     assert_eq!(waiting.line().await, UNAVAILABLE);
     assert!(!there.is_asked().await);

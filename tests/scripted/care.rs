@@ -7,8 +7,8 @@ use std::time::Duration;
 
 use tokio::net::TcpListener;
 use tokio::task::JoinHandle;
+use vestibule::admin_state::AdminState;
 use vestibule::backend::Server;
-use vestibule::config::Mode;
 use vestibule::server::Running;
 
 use crate::support::{Certificates, Client, GOOD, Line, Scripted, eventually, in_time, metric, proxy};
@@ -375,20 +375,20 @@ async fn a_drained_server_keeps_its_sessions_and_gets_no_logins() {
     let (proxy, first, other) = pair(NOT_STICKY, "").await;
     let mut old = session(&proxy).await;
     let there = server(&proxy, &first);
-    there.set_mode(Some(Mode::Drain));
+    there.set_admin_state(Some(AdminState::Drain));
     let address = first.address.to_string();
-    assert_eq!((metric(&proxy, "vestibule_server_mode", &[&address]), up(&proxy, &first)), (1.0, 1.0));
+    assert_eq!((metric(&proxy, "vestibule_server_state", &[&address]), up(&proxy, &first)), (1.0, 1.0));
     session(&proxy).await;
     assert_eq!((first.logins(), other.logins()), (1, 1));
     assert_eq!(old.ask("b NOOP").await, "b OK done", "the session goes on");
-    there.set_mode(Some(Mode::Down));
-    assert_eq!((metric(&proxy, "vestibule_server_mode", &[&address]), up(&proxy, &first)), (2.0, 0.0));
+    there.set_admin_state(Some(AdminState::Down));
+    assert_eq!((metric(&proxy, "vestibule_server_state", &[&address]), up(&proxy, &first)), (2.0, 0.0));
     session(&proxy).await;
     // Not even where no other is left.
-    server(&proxy, &other).set_mode(Some(Mode::Drain));
+    server(&proxy, &other).set_admin_state(Some(AdminState::Drain));
     assert_eq!(asked(&proxy).await.line().await, UNAVAILABLE);
     assert_eq!(metric(&proxy, "vestibule_failures_total", &["reason=\"no_server\""]), 1.0);
-    there.set_mode(None);
+    there.set_admin_state(None);
     session(&proxy).await;
     assert_eq!((first.logins(), other.logins(), up(&proxy, &first)), (2, 2, 1.0));
 }
@@ -404,7 +404,7 @@ async fn a_server_that_is_down_by_the_configuration_is_left_alone() {
     eventually("checks", || up.connections() >= 3).await;
     session(&proxy).await;
     assert_eq!((down.connections(), up.logins()), (0, 1), "neither checks nor logins");
-    server(&proxy, &down).set_mode(Some(Mode::Up));
+    server(&proxy, &down).set_admin_state(Some(AdminState::Up));
     eventually("a check", || down.connections() > 0).await;
 }
 

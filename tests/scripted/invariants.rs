@@ -24,6 +24,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::net::{TcpListener, TcpStream};
 use tokio_util::sync::CancellationToken;
+use vestibule::admin_state::AdminState;
 use vestibule::server::{Running, StateChange};
 
 use crate::support::*;
@@ -437,13 +438,18 @@ impl Operator {
                 "flaps"
             }
             3 => {
-                self.calm_modes().await;
-                self.set_state(&name, "drain", Some(dice.below(3) as f64 / 10.0)).await;
+                self.reset_states().await;
+                self.set_state(&name, AdminState::Drain, Some(dice.below(3) as f64 / 10.0)).await;
                 "drains"
             }
             4..6 => {
-                self.set_state(&name, ["up", "up", "up", "down"][dice.below(4)], None).await;
-                "modes"
+                self.set_state(
+                    &name,
+                    [AdminState::Up, AdminState::Up, AdminState::Up, AdminState::Down][dice.below(4)],
+                    None,
+                )
+                .await;
+                "states"
             }
             6 => {
                 self.proxy.kick(&format!("user{}", dice.below(USERS))).await.unwrap();
@@ -462,14 +468,14 @@ impl Operator {
     }
 
     /// All servers are wanted again.
-    async fn calm_modes(&self) {
+    async fn reset_states(&self) {
         for server in &self.servers {
-            self.set_state(&server.address.to_string(), "up", None).await;
+            self.set_state(&server.address.to_string(), AdminState::Up, None).await;
         }
     }
 
-    async fn set_state(&self, server: &str, state: &str, over: Option<f64>) {
-        let (server, state, by) = (server.to_owned(), Some(state.to_owned()), "test".to_owned());
+    async fn set_state(&self, server: &str, state: AdminState, over: Option<f64>) {
+        let (server, state, by) = (server.to_owned(), Some(state), "test".to_owned());
         self.proxy
             .set_server(StateChange { server, state, over, by, reason: None, is_forwarded: false })
             .await
@@ -478,7 +484,7 @@ impl Operator {
 
     /// And alive.
     async fn calm(&mut self) {
-        self.calm_modes().await;
+        self.reset_states().await;
         for server in self.servers.iter_mut().filter(|server| server.alive.is_none()) {
             server.flap().await;
         }

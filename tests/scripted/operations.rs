@@ -3,6 +3,7 @@
 use std::path::Path;
 use std::time::Duration;
 
+use vestibule::admin_state::AdminState;
 use vestibule::cli::explain::explain;
 use vestibule::config;
 use vestibule::identity::UserName;
@@ -37,17 +38,19 @@ impl Scene {
         in_time("a reload", self.proxy.reload(&file)).await.unwrap();
     }
 
-    async fn set(&self, server: &str, state: Option<&str>) -> anyhow::Result<server::StateChanged> {
+    async fn set(&self, server: &str, state: Option<AdminState>) -> anyhow::Result<server::StateChanged> {
         let reason = state.map(|_| "new disks".to_owned());
-        let (server, state, by) = (server.to_owned(), state.map(str::to_owned), "root".to_owned());
+        let (server, state, by) = (server.to_owned(), state, "root".to_owned());
         self.proxy.set_server(StateChange { server, state, over: None, by, reason, is_forwarded: false }).await
     }
 
     /// Servers in the order of the configuration, as `NAME STATE by OPERATOR: REASON`.
     fn states(&self) -> Vec<String> {
         let shown = |server: &server::views::ServerStatus| match &server.set {
-            Some(set) => format!("{} {} by {}: {:?}", server.backend, server.mode, set.by, set.reason.as_deref()),
-            None => format!("{} {}", server.backend, server.mode),
+            Some(set) => {
+                format!("{} {} by {}: {:?}", server.backend, server.state.as_str(), set.by, set.reason.as_deref())
+            }
+            None => format!("{} {}", server.backend, server.state.as_str()),
         };
         self.proxy.status().servers.iter().map(shown).collect()
     }
@@ -77,7 +80,7 @@ async fn a_server_in_maintenance_stays_so_over_a_restart() {
     let text = configuration(&backends, "routes: [{default: only}]\nstate_file: state.json");
     let scene = Scene::new(&text, "").await;
     assert!(scene.login().await.starts_with("a OK"));
-    assert_eq!(scene.set(&name, Some("drain")).await.unwrap().saved, Ok(()));
+    assert_eq!(scene.set(&name, Some(AdminState::Drain)).await.unwrap().saved, Ok(()));
     assert!(scene.login().await.starts_with("a NO [UNAVAILABLE]"));
     // The command `route` knows of it too.
     let snapshot = Snapshot::build(config::load(&scene.folder.path().join("vestibule.yaml")).unwrap(), None).unwrap();
@@ -86,7 +89,7 @@ async fn a_server_in_maintenance_stays_so_over_a_restart() {
     let scene = scene.restart(&text).await;
     assert!(scene.login().await.starts_with("a NO [UNAVAILABLE]"), "still drained");
     assert_eq!(scene.states(), ["only drain by root: Some(\"new disks\")"]);
-    assert_eq!(metric(&scene.proxy, "vestibule_server_mode", &[]), 1.0);
+    assert_eq!(metric(&scene.proxy, "vestibule_server_state", &[]), 1.0);
     scene.set(&name, None).await.unwrap();
     let scene = scene.restart(&text).await;
     assert!(scene.login().await.starts_with("a OK"));
@@ -105,11 +108,11 @@ async fn a_damaged_state_file_does_not_prevent_the_start() {
     assert!(scene.login().await.starts_with("a OK"));
     assert_eq!(metric(&scene.proxy, "vestibule_state_file_failed", &[]), 1.0);
     assert!(!file.exists() && scene.folder.path().join("state.json.damaged").exists());
-    scene.set(&good.address.to_string(), Some("drain")).await.unwrap();
+    scene.set(&good.address.to_string(), Some(AdminState::Drain)).await.unwrap();
     assert_eq!(metric(&scene.proxy, "vestibule_state_file_failed", &[]), 0.0);
     // And one that cannot be written is reported.
     std::fs::create_dir(scene.folder.path().join("state.json.new")).unwrap();
-    let saved = scene.set(&good.address.to_string(), Some("down")).await.unwrap().saved;
+    let saved = scene.set(&good.address.to_string(), Some(AdminState::Down)).await.unwrap().saved;
     assert!(saved.unwrap_err().contains("state.json cannot be written"));
     assert_eq!(metric(&scene.proxy, "vestibule_state_file_failed", &[]), 1.0);
     scene.proxy.stop().await;
@@ -124,9 +127,9 @@ async fn a_server_that_comes_back_by_reload_has_its_state() {
     let one = configuration("a: {servers: ['127.0.0.1:2'], check: off}", "routes: [{default: a}]");
     let scene = Scene::new(&both, "").await;
     let set = " by root: Some(\"new disks\")";
-    scene.set("b/127.0.0.1:1", Some("down")).await.unwrap();
+    scene.set("b/127.0.0.1:1", Some(AdminState::Down)).await.unwrap();
     assert_eq!(scene.states(), ["a up".to_owned(), "a up".to_owned(), format!("b down{set}")]);
-    scene.set("127.0.0.1:1", Some("drain")).await.unwrap();
+    scene.set("127.0.0.1:1", Some(AdminState::Drain)).await.unwrap();
     let drained = [format!("a drain{set}"), "a up".to_owned(), format!("b drain{set}")];
     assert_eq!(scene.states(), drained);
     scene.reload(&one).await;
@@ -140,10 +143,13 @@ async fn a_server_that_comes_back_by_reload_has_its_state() {
     scene.reload(&both).await;
     assert_eq!(scene.states()[2], "b up");
     for (server, state, said) in [
-        ("127.0.0.1:9", Some("drain"), "no server is called \"127.0.0.1:9\"; known: 127.0.0.1:1, 127.0.0.1:2"),
-        ("c/127.0.0.1:1", Some("drain"), "no server is called"),
+        (
+            "127.0.0.1:9",
+            Some(AdminState::Drain),
+            "no server is called \"127.0.0.1:9\"; known: 127.0.0.1:1, 127.0.0.1:2",
+        ),
+        ("c/127.0.0.1:1", Some(AdminState::Drain), "no server is called"),
         ("127.0.0.1:9", None, "no server is called"),
-        ("127.0.0.1:1", Some("dry"), "unknown state \"dry\": expected up, drain or down"),
     ] {
         let error = scene.set(server, state).await.unwrap_err().to_string();
         assert!(error.contains(said), "{error}");
@@ -211,11 +217,11 @@ async fn a_move_waits_until_a_changed_route_is_there() {
 async fn a_state_is_set_before_the_retirement_or_by_the_successor() {
     let backends = "a: {servers: ['127.0.0.1:1', '127.0.0.1:2'], check: off}";
     let scene = Scene::new(&configuration(backends, "routes: [{default: a}]\nstate_file: state.json"), "").await;
-    scene.set("127.0.0.1:1", Some("drain")).await.unwrap();
+    scene.set("127.0.0.1:1", Some(AdminState::Drain)).await.unwrap();
     let retirement = scene.proxy.before_retirement(PATIENCE).await.unwrap();
     assert!(scene.proxy.before_retirement(Duration::ZERO).await.is_err(), "one at a time");
     // A change that is in progress when the successor takes over waits, and is refused.
-    let mut change = Box::pin(scene.set("127.0.0.1:2", Some("down")));
+    let mut change = Box::pin(scene.set("127.0.0.1:2", Some(AdminState::Down)));
     assert!(tokio::time::timeout(Duration::from_millis(20), &mut change).await.is_err());
     let states = retirement.retire();
     assert_eq!(states.iter().map(|stored| &*stored.server).collect::<Vec<_>>(), ["127.0.0.1:1"]);
@@ -224,7 +230,7 @@ async fn a_state_is_set_before_the_retirement_or_by_the_successor() {
     // What the successor passes on is carried out, and the file is the successor's.
     let file = scene.folder.path().join("state.json");
     let before = std::fs::read(&file).unwrap();
-    let (server, state, by) = ("127.0.0.1:2".to_owned(), Some("down".to_owned()), "root".to_owned());
+    let (server, state, by) = ("127.0.0.1:2".to_owned(), Some(AdminState::Down), "root".to_owned());
     let change = StateChange { server, state, by, is_forwarded: true, ..StateChange::default() };
     in_time("the change", scene.proxy.set_server(change)).await.unwrap();
     assert_eq!(scene.states()[1], "a down by root: None");

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use tokio::net::{TcpListener, TcpStream};
+use vestibule::admin_state::AdminState;
 use vestibule::backend::Server;
 use vestibule::server::{Running, StateChange};
 use vestibule::session_registry::{SessionHandle, SessionInfo};
@@ -158,8 +159,8 @@ pub(super) async fn pair(more: &str) -> (Running, Played, Played) {
     if first == one.address().to_string() { (proxy, one, other) } else { (proxy, other, one) }
 }
 
-pub(super) async fn set_mode(proxy: &Running, server: &Played, mode: &str, over: Option<f64>) {
-    let (server, state, by) = (server.address().to_string(), Some(mode.to_owned()), "test".to_owned());
+pub(super) async fn set_state(proxy: &Running, server: &Played, state: AdminState, over: Option<f64>) {
+    let (server, state, by) = (server.address().to_string(), Some(state), "test".to_owned());
     proxy.set_server(StateChange { server, state, over, by, ..StateChange::default() }).await.unwrap();
 }
 
@@ -188,7 +189,7 @@ async fn a_login_that_no_server_accepts_ends_no_session() {
     assert!(!other.is_asked().await, "the password was tried at one server");
     assert_alive(&mut there).await;
     // A wrong password, while the user's server gets no logins.
-    set_mode(&proxy, &first, "drain", None).await;
+    set_state(&proxy, &first, AdminState::Drain, None).await;
     let mut attack = login(&proxy).await;
     let mut server = other.login().await;
     answer(&mut server, "NO [AUTHENTICATIONFAILED] Wrong.").await;
@@ -328,7 +329,7 @@ async fn a_login_under_way_at_a_server_that_is_drained_goes_to_another() {
     let (proxy, first, other) = pair("").await;
     let mut client = login(&proxy).await;
     let mut server = first.login().await;
-    set_mode(&proxy, &first, "drain", None).await;
+    set_state(&proxy, &first, AdminState::Drain, None).await;
     server.assert_closed().await;
     let mut server = other.login().await;
     accept(&mut server).await;
@@ -369,8 +370,8 @@ async fn a_pending_exchange_ends_at_once_with_a_kick_a_move_and_a_drain_of_its_s
                 assert_eq!(ended, 1);
                 assert!(proxy.sessions().of_user("alice").is_empty());
             }
-            "drain" => set_mode(&proxy, &server, "drain", None).await,
-            _ => set_mode(&proxy, &server, "drain", Some(0.0)).await,
+            "drain" => set_state(&proxy, &server, AdminState::Drain, None).await,
+            _ => set_state(&proxy, &server, AdminState::Drain, Some(0.0)).await,
         }
         // Its next message, on its way already, must not be taken for a command.
         client.send("Yz1iaXdzLHI9\r\n").await;
@@ -379,7 +380,7 @@ async fn a_pending_exchange_ends_at_once_with_a_kick_a_move_and_a_drain_of_its_s
         client.assert_closed().await;
         there.assert_closed().await;
         assert_eq!(proxy.kick("alice").await.unwrap(), 0, "nothing is left of it");
-        set_mode(&proxy, &server, "up", None).await;
+        set_state(&proxy, &server, AdminState::Up, None).await;
     }
     proxy.stop().await;
 }
@@ -539,7 +540,7 @@ async fn a_login_that_waits_in_a_queue_does_not_go_to_a_server_that_was_drained_
     let there = session(&proxy, &first).await;
     let mut waiting = login(&proxy).await;
     eventually("the queue", || metric(&proxy, "vestibule_backend_queue_length", &[]) == 1.0).await;
-    set_mode(&proxy, &first, "drain", None).await;
+    set_state(&proxy, &first, AdminState::Drain, None).await;
     drop(there);
     let mut server = other.login().await;
     accept(&mut server).await;

@@ -10,7 +10,7 @@ use std::time::SystemTime;
 
 use serde::{Deserialize, Serialize};
 
-use crate::config::Mode;
+use crate::admin_state::AdminState;
 
 /// Maximum number of servers with an administrative state, those that no configuration names included.
 pub const MAX_STATES: usize = 4096;
@@ -21,10 +21,9 @@ const MAX_NAME: usize = 320;
 
 /// An administrative state: what an operator wants of a server.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct AdminState {
+pub struct StateOverride {
     /// The state, in the configuration's words.
-    #[serde(with = "word")]
-    pub state: Mode,
+    pub state: AdminState,
     /// The operator who set it.
     pub by: String,
     /// Seconds since 1970 when it was set.
@@ -37,22 +36,19 @@ pub struct AdminState {
 
 /// An administrative state together with the server it is for.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct StoredState {
+pub struct StoredOverride {
     /// The server's backend.
     pub backend: String,
     /// The server's name.
     pub server: String,
     /// Its state.
     #[serde(flatten)]
-    pub set: AdminState,
+    pub set: StateOverride,
 }
 
 /// A text that cannot be part of an administrative state.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-pub enum InvalidState {
-    /// The state is not one of the configuration's words.
-    #[error("unknown state {0:?}: expected up, drain or down")]
-    Word(String),
+pub enum InvalidOverride {
     /// The text is empty, too long, or has control characters.
     #[error("{what} must have 1 to {most} bytes and no control characters")]
     Text {
@@ -66,19 +62,19 @@ pub enum InvalidState {
     TooMany,
 }
 
-impl AdminState {
+impl StateOverride {
     /// A state that is set now.
     ///
     /// # Errors
     /// `by` or `reason` is not a short line of text.
-    pub fn new(state: Mode, by: &str, reason: Option<&str>) -> Result<Self, InvalidState> {
+    pub fn new(state: AdminState, by: &str, reason: Option<&str>) -> Result<Self, InvalidOverride> {
         let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs();
         let new = Self { state, by: by.to_owned(), since, reason: reason.map(str::to_owned) };
         new.validate()?;
         Ok(new)
     }
 
-    fn validate(&self) -> Result<(), InvalidState> {
+    fn validate(&self) -> Result<(), InvalidOverride> {
         text("the operator's name", &self.by, MAX_NAME)?;
         self.reason.as_ref().map_or(Ok(()), |reason| text("a reason", reason, MAX_REASON))
     }
@@ -89,52 +85,43 @@ impl AdminState {
     }
 }
 
-impl StoredState {
+impl StoredOverride {
     /// Checks what was read from a file or from another process.
     ///
     /// # Errors
     /// A text is not a short line.
-    pub fn validate(&self) -> Result<(), InvalidState> {
+    pub fn validate(&self) -> Result<(), InvalidOverride> {
         text("a backend's name", &self.backend, MAX_NAME)?;
         text("a server's name", &self.server, MAX_NAME)?;
         self.set.validate()
     }
 }
 
-fn text(what: &'static str, text: &str, most: usize) -> Result<(), InvalidState> {
+fn text(what: &'static str, text: &str, most: usize) -> Result<(), InvalidOverride> {
     let is_valid = !text.is_empty() && text.len() <= most && !text.chars().any(char::is_control);
-    if is_valid { Ok(()) } else { Err(InvalidState::Text { what, most }) }
-}
-
-/// The state that a word of the command line or of a file names.
-///
-/// # Errors
-/// The word is unknown.
-pub fn state(word: &str) -> Result<Mode, InvalidState> {
-    let found = [Mode::Up, Mode::Drain, Mode::Down].into_iter().find(|state| state.as_str() == word);
-    found.ok_or_else(|| InvalidState::Word(word.to_owned()))
+    if is_valid { Ok(()) } else { Err(InvalidOverride::Text { what, most }) }
 }
 
 /// The administrative state of one server, shared by all that know the server by its name.
 #[derive(Debug, Clone, Default)]
-pub(super) struct AdminCell(Arc<Mutex<Option<AdminState>>>);
+pub(super) struct OverrideCell(Arc<Mutex<Option<StateOverride>>>);
 
-impl AdminCell {
+impl OverrideCell {
     /// The state that was set, without who set it.
-    pub(super) fn state(&self) -> Option<Mode> {
+    pub(super) fn state(&self) -> Option<AdminState> {
         self.lock().as_ref().map(|set| set.state)
     }
 
     /// A copy of everything that was set.
-    pub(super) fn get(&self) -> Option<AdminState> {
+    pub(super) fn get(&self) -> Option<StateOverride> {
         self.lock().clone()
     }
 
-    pub(super) fn set(&self, state: Option<AdminState>) {
+    pub(super) fn set(&self, state: Option<StateOverride>) {
         *self.lock() = state;
     }
 
-    fn lock(&self) -> MutexGuard<'_, Option<AdminState>> {
+    fn lock(&self) -> MutexGuard<'_, Option<StateOverride>> {
         // Nothing panics while the value is replaced.
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -142,11 +129,11 @@ impl AdminCell {
 
 /// The administrative states of a process, by backend and server.
 #[derive(Debug, Clone, Default)]
-pub struct AdminStates(Arc<Mutex<BTreeMap<(String, String), AdminCell>>>);
+pub struct StateOverrides(Arc<Mutex<BTreeMap<(String, String), OverrideCell>>>);
 
-impl AdminStates {
+impl StateOverrides {
     /// The cell of a server.
-    pub(super) fn cell(&self, backend: &str, server: &str) -> AdminCell {
+    pub(super) fn cell(&self, backend: &str, server: &str) -> OverrideCell {
         let mut cells = self.lock();
         if cells.len().is_power_of_two() {
             // Drop the cells of servers that are gone and have no state.
@@ -159,27 +146,27 @@ impl AdminStates {
     ///
     /// # Errors
     /// [`MAX_STATES`] servers have a state already.
-    pub fn set(&self, backend: &str, server: &str, state: Option<AdminState>) -> Result<(), InvalidState> {
+    pub fn set(&self, backend: &str, server: &str, state: Option<StateOverride>) -> Result<(), InvalidOverride> {
         let cell = self.cell(backend, server);
         let is_new = state.is_some() && cell.state().is_none();
         if is_new && self.lock().values().filter(|cell| cell.state().is_some()).count() >= MAX_STATES {
-            return Err(InvalidState::TooMany);
+            return Err(InvalidOverride::TooMany);
         }
         cell.set(state);
         Ok(())
     }
 
     /// All states that are set, in the order of backends and servers.
-    pub fn all(&self) -> Vec<StoredState> {
+    pub fn all(&self) -> Vec<StoredOverride> {
         let cells = self.lock();
         let set = cells.iter().filter_map(|((backend, server), cell)| {
-            Some(StoredState { backend: backend.clone(), server: server.clone(), set: cell.get()? })
+            Some(StoredOverride { backend: backend.clone(), server: server.clone(), set: cell.get()? })
         });
         set.collect()
     }
 
     /// Replaces all states by `states`.
-    pub fn replace(&self, states: &[StoredState]) {
+    pub fn replace(&self, states: &[StoredOverride]) {
         for cell in self.lock().values() {
             cell.set(None);
         }
@@ -188,25 +175,9 @@ impl AdminStates {
         }
     }
 
-    fn lock(&self) -> MutexGuard<'_, BTreeMap<(String, String), AdminCell>> {
+    fn lock(&self) -> MutexGuard<'_, BTreeMap<(String, String), OverrideCell>> {
         // Nothing panics halfway through a change.
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-/// A [`Mode`] as the configuration's word.
-mod word {
-    use serde::de::Error as _;
-    use serde::{Deserialize as _, Deserializer, Serializer};
-
-    use crate::config::Mode;
-
-    pub(super) fn serialize<S: Serializer>(state: &Mode, serializer: S) -> Result<S::Ok, S::Error> {
-        serializer.serialize_str(state.as_str())
-    }
-
-    pub(super) fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Mode, D::Error> {
-        super::state(&String::deserialize(deserializer)?).map_err(D::Error::custom)
     }
 }
 
@@ -239,16 +210,21 @@ mod time {
 mod tests {
     use super::*;
 
-    fn drained() -> AdminState {
-        AdminState { state: Mode::Drain, by: "root".into(), since: 1_800_000_000, reason: Some("new disks".into()) }
+    fn drained() -> StateOverride {
+        StateOverride {
+            state: AdminState::Drain,
+            by: "root".into(),
+            since: 1_800_000_000,
+            reason: Some("new disks".into()),
+        }
     }
 
     #[test]
     fn a_state_is_shared_by_all_that_know_the_server() {
-        let states = AdminStates::default();
+        let states = StateOverrides::default();
         let cell = states.cell("shard-a", "h:1");
         states.set("shard-a", "h:1", Some(drained())).unwrap();
-        assert_eq!(cell.state(), Some(Mode::Drain));
+        assert_eq!(cell.state(), Some(AdminState::Drain));
         assert_eq!(states.cell("shard-b", "h:1").state(), None, "another backend's server is another server");
         drop(cell);
         (0..100).for_each(|number| drop(states.cell("shard-a", &format!("gone:{number}"))));
@@ -260,9 +236,9 @@ mod tests {
 
     #[test]
     fn the_number_of_states_is_bounded() {
-        let states = AdminStates::default();
+        let states = StateOverrides::default();
         (0..MAX_STATES).for_each(|number| states.set("b", &number.to_string(), Some(drained())).unwrap());
-        assert_eq!(states.set("b", "more", Some(drained())), Err(InvalidState::TooMany));
+        assert_eq!(states.set("b", "more", Some(drained())), Err(InvalidOverride::TooMany));
         states.set("b", "0", Some(drained())).unwrap();
         states.set("b", "0", None).unwrap();
         states.set("b", "more", Some(drained())).unwrap();
@@ -271,23 +247,23 @@ mod tests {
 
     #[test]
     fn states_are_written_and_read_as_json() {
-        let stored = StoredState { backend: "shard-a".into(), server: "h:1".into(), set: drained() };
+        let stored = StoredOverride { backend: "shard-a".into(), server: "h:1".into(), set: drained() };
         let text = serde_json::to_string(&stored).unwrap();
         let expected = r#"{"backend":"shard-a","server":"h:1","state":"drain","by":"root","since":"2027-01-15T08:00:00Z","reason":"new disks"}"#;
         assert_eq!(text, expected);
-        let read: StoredState = serde_json::from_str(&text).unwrap();
+        let read: StoredOverride = serde_json::from_str(&text).unwrap();
         assert_eq!(read, stored);
         for (good, bad) in [("drain", "dry"), ("2027-01-15", "soon"), ("2027", "1869")] {
-            assert!(serde_json::from_str::<StoredState>(&text.replace(good, bad)).is_err(), "{bad}");
+            assert!(serde_json::from_str::<StoredOverride>(&text.replace(good, bad)).is_err(), "{bad}");
         }
     }
 
     #[test]
     fn texts_that_could_not_be_shown_are_refused() {
         for (by, reason) in [("", None), ("root", Some("")), ("root\n", None), ("root", Some("\u{1b}[2J"))] {
-            assert!(AdminState::new(Mode::Up, by, reason).is_err(), "{by:?} {reason:?}");
+            assert!(StateOverride::new(AdminState::Up, by, reason).is_err(), "{by:?} {reason:?}");
         }
-        assert!(AdminState::new(Mode::Up, "root", Some(&"x".repeat(MAX_REASON + 1))).is_err());
-        assert!(AdminState::new(Mode::Up, "root", Some("Größe")).is_ok());
+        assert!(StateOverride::new(AdminState::Up, "root", Some(&"x".repeat(MAX_REASON + 1))).is_err());
+        assert!(StateOverride::new(AdminState::Up, "root", Some("Größe")).is_ok());
     }
 }
