@@ -1,7 +1,7 @@
-//! Accepts connections and hands each to a session of its own. Nothing else happens between two accepts.
+//! Accepts connections and starts a session for each. Between two accepts only permits are taken and a task is spawned.
 //!
-//! An accept that fails never ends a listener: a connection gone again is skipped, and a lack of descriptors is reported
-//! once in a while with what to raise, and waited out. Called by `server`.
+//! A failed accept never ends a listener: an aborted connection is skipped, and a lack of descriptors is logged with the setting
+//! to raise, followed by a pause.
 
 use std::io;
 use std::net::{Ipv6Addr, SocketAddr, SocketAddrV6};
@@ -23,23 +23,23 @@ use crate::process::drain::Drain;
 use crate::session::{self, AcceptedConnection, ConnectionPermits, SessionPoller};
 use crate::snapshot::ListenerConfig;
 
-/// Connections the kernel may keep waiting; it caps this by net.core.somaxconn.
+/// Maximum number of connections that the kernel queues; net.core.somaxconn is an upper limit.
 const BACKLOG: i32 = 4096;
-/// After an accept that failed for lack of something, which trying at once would not bring back.
+/// Pause after an accept that failed for lack of a resource, which an immediate retry would not find either.
 const PAUSE: Duration = Duration::from_millis(100);
-/// How long a listener that gives way completes handshakes that are under way.
-const GIVE_WAY: Duration = Duration::from_millis(300);
-/// A packet filter that drops what has the flag SYN in the 14th byte of its TCP header, and lets all else pass.
+/// Time in which a listener that is replaced completes TCP handshakes in progress.
+const REPLACEMENT_GRACE: Duration = Duration::from_millis(300);
+/// A packet filter that drops packets with the flag SYN in the 14th byte of the TCP header and passes all others.
 const NO_SYN: [SockFilter; 4] = [
     SockFilter::new(0x30, 0, 0, 13),
     SockFilter::new(0x45, 0, 1, 0x02),
     SockFilter::new(0x06, 0, 0, 0),
     SockFilter::new(0x06, 0, 0, u32::MAX),
 ];
-/// EMFILE and ENFILE: the process's and the system's descriptors are used up.
+/// EMFILE and ENFILE: the process or the system has no free descriptors.
 const OUT_OF_DESCRIPTORS: [i32; 2] = [24, 23];
 
-/// A port of one worker.
+/// A listening socket of one worker.
 #[derive(Debug)]
 pub(crate) struct Listener {
     socket: TcpListener,
@@ -48,54 +48,53 @@ pub(crate) struct Listener {
     closing: Closing,
 }
 
-/// Closes a listener.
+/// Handle that closes a listener.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Closing {
     closed: CancellationToken,
-    gives_way: Arc<AtomicBool>,
+    is_replaced: Arc<AtomicBool>,
 }
 
 impl Closing {
-    /// Closes it. Connections that wait are accepted first.
+    /// Closes the listener after it has accepted the queued connections.
     pub(crate) fn close(&self) {
         self.closed.cancel();
     }
 
-    /// Prepares for another socket that takes the connections from now on: requests that still arrive at `sockets`, those of the
-    /// listener, are dropped instead of refused, so that clients repeat them, after a second, to the other socket. Handshakes
-    /// that are under way are completed.
-    pub(crate) fn give_way(&self, sockets: &[std::net::TcpListener]) {
+    /// Prepares the listener's `sockets` for replacement by another socket: SYN packets that still arrive are dropped instead of
+    /// refused, so that clients repeat them, after a second, to the other socket. Handshakes in progress are completed.
+    pub(crate) fn prepare_replacement(&self, sockets: &[std::net::TcpListener]) {
         match sockets.iter().try_for_each(|socket| SockRef::from(socket).attach_filter(&NO_SYN)) {
-            Ok(()) => self.gives_way.store(true, Ordering::Release),
-            // A system that forbids it to this user: what arrives in the moment of the change is reset.
-            Err(error) => tracing::debug!(%error, "requests cannot be held back while a listener is replaced"),
+            Ok(()) => self.is_replaced.store(true, Ordering::Release),
+            // The system forbids packet filters to this user: connections that arrive during the change are reset.
+            Err(error) => tracing::debug!(%error, "new connections cannot be held back while a listener is replaced"),
         }
     }
 }
 
-/// Whether a listener takes IPv6 only. `[::]` also takes IPv4, unless `others` hold an IPv4 listener on the same port.
+/// Whether a listener accepts IPv6 only. `[::]` also accepts IPv4, unless `others` has an IPv4 listener on the same port.
 pub(crate) fn is_only_v6(listener: &config::Listener, others: &[config::Listener]) -> bool {
     match listener.address {
-        SocketAddr::V6(v6) => !takes_ipv4(v6, others),
+        SocketAddr::V6(v6) => !accepts_ipv4(v6, others),
         SocketAddr::V4(_) => false,
     }
 }
 
-/// Binds one socket for each worker; none listens yet. With `beside` the address may overlap with one of this user's sockets
-/// that may be shared too.
+/// Binds one socket for each worker, without listening. With `sharing` the address may overlap with that of another socket of this
+/// user that also allows it (SO_REUSEPORT).
 ///
 /// # Errors
-/// The system's reason: in use, not permitted, no such address.
+/// The address is in use, not permitted, or not an address of this machine.
 pub(crate) fn bind(
     address: SocketAddr,
     only_v6: bool,
     workers: usize,
-    beside: bool,
+    sharing: bool,
 ) -> io::Result<Vec<std::net::TcpListener>> {
-    // Sockets that share a port would share it with another process of the same user too, and clients with it: so the first
-    // attempt is without sharing.
-    let mut first = socket(address, only_v6, beside)?;
-    if workers > 1 && !beside {
+    // Sockets that share a port would also share it, and its clients, with another process of the same user. The first attempt
+    // therefore does not share.
+    let mut first = socket(address, only_v6, sharing)?;
+    if workers > 1 && !sharing {
         drop(first);
         first = socket(address, only_v6, true)?;
     }
@@ -107,7 +106,7 @@ pub(crate) fn bind(
     Ok(sockets)
 }
 
-/// Listens on bound sockets; those that do already stay as they are.
+/// Listens on bound sockets. Sockets that listen already are not affected.
 ///
 /// # Errors
 /// The address is in use by a socket that listens.
@@ -122,30 +121,30 @@ fn socket(address: SocketAddr, only_v6: bool, share: bool) -> io::Result<std::ne
     }
     socket.set_reuse_address(true)?;
     socket.set_reuse_port(share)?;
-    // Inherited by what is accepted.
+    // Accepted connections inherit this.
     socket.set_tcp_nodelay(true)?;
     socket.bind(&address.into())?;
     Ok(socket.into())
 }
 
-/// What all listeners of a worker share, whatever the configuration.
+/// State of a worker that its listeners share across configurations.
 #[derive(Clone)]
 pub(crate) struct WorkerContext {
-    /// Bounds the open connections of all listeners together.
+    /// Limits the open connections of all listeners together.
     pub connection_limit: Arc<ConnectionLimit>,
-    /// When to stop.
+    /// The drain that stops the process.
     pub drain: Drain,
-    /// Where silent sessions wait.
+    /// Poller of parked sessions.
     pub poller: Arc<SessionPoller>,
-    /// Tasks of listeners: a process ends after they have.
+    /// Tasks of listeners, which the process waits for when it stops.
     pub listener_tasks: TaskTracker,
 }
 
 impl Listener {
-    /// The listener of one worker, on its runtime, until `closed`.
+    /// Creates the listener of one worker. Must be called on the worker's runtime.
     ///
     /// # Errors
-    /// The system has no room to register it.
+    /// The socket cannot be registered with the runtime.
     pub(crate) fn new(
         socket: std::net::TcpListener,
         listener_config: watch::Receiver<ListenerConfig>,
@@ -156,41 +155,41 @@ impl Listener {
         Ok(Self { socket: TcpListener::from_std(socket)?, address, listener_config, closing })
     }
 
-    /// Accepts until it is closed, or the drain begins.
+    /// Accepts connections until the listener is closed or the drain begins.
     pub(crate) async fn run(self, context: WorkerContext) {
         let begun = context.drain.begun().clone();
         let accept = async {
             loop {
                 match self.socket.accept().await {
-                    Ok((socket, peer)) => self.welcome(socket, peer, &context),
+                    Ok((socket, peer)) => self.start_session(socket, peer, &context),
                     Err(error) => self.accept_failed(&error).await,
                 }
             }
         };
         tokio::pin!(accept);
         self.closing.closed.run_until_cancelled(begun.run_until_cancelled(&mut accept)).await;
-        if self.closing.gives_way.load(Ordering::Acquire) {
-            begun.run_until_cancelled(tokio::time::timeout(GIVE_WAY, accept)).await;
+        if self.closing.is_replaced.load(Ordering::Acquire) {
+            begun.run_until_cancelled(tokio::time::timeout(REPLACEMENT_GRACE, accept)).await;
         }
-        self.accept_rest(&context);
+        self.accept_queued(&context);
     }
 
-    /// Accepts the connections that wait already: closing the socket would reset them. If the process stops, they are sent BYE;
-    /// if a successor has the same socket, it is not important which of the two serves them.
-    fn accept_rest(&self, context: &WorkerContext) {
+    /// Accepts the queued connections, which closing the socket would reset. If the process stops, they are sent BYE; if a successor
+    /// has the same socket, either of the two processes may serve them.
+    fn accept_queued(&self, context: &WorkerContext) {
         let Ok(copy) = self.socket.as_fd().try_clone_to_owned() else { return };
         let socket = std::net::TcpListener::from(copy);
         for _ in 0..BACKLOG {
             let Ok((connection, peer)) = socket.accept() else { return };
             let connection = connection.set_nonblocking(true).and_then(|()| TcpStream::from_std(connection));
             if let Ok(connection) = connection {
-                self.welcome(connection, peer, context);
+                self.start_session(connection, peer, context);
             }
         }
     }
 
-    fn welcome(&self, socket: TcpStream, peer: SocketAddr, context: &WorkerContext) {
-        // Of its own, and up to date: a login looks whether it has changed since.
+    fn start_session(&self, socket: TcpStream, peer: SocketAddr, context: &WorkerContext) {
+        // A receiver of its own that has seen the present value, so that a login can detect a change.
         let mut listener_config = self.listener_config.clone();
         let ListenerConfig { snapshot, index } = listener_config.borrow_and_update().clone();
         let tls = snapshot.config.listeners[index].tls;
@@ -198,29 +197,29 @@ impl Listener {
         let Some(occupant) = context.connection_limit.enter(snapshot.limits.sessions) else {
             metrics.refused(Refusal::Full);
             if tls != ListenerTls::Implicit {
-                // The connection is closed either way; a client that does not get the reason loses nothing.
+                // The connection is closed in either case, so a failure to send the reason is ignored.
                 let _ = socket.try_write(b"* BYE [UNAVAILABLE] Too many connections, try again later.\r\n");
             }
             return;
         };
         let balancers = snapshot.config.listeners[index].proxy_protocol.as_ref();
-        // Before a place is taken that a client could have: such connections must not displace those of clients.
+        // Checked before the prelogin queue is entered, because these connections must not displace clients.
         if balancers.is_some_and(|networks| !networks.iter().any(|network| network.contains(peer.ip()))) {
             let _open = metrics.session_opened();
             return session::unknown_balancer(&socket, peer, self.address, &snapshot);
         }
-        // A balancer is not the client, whose address is in the header.
-        let is_passed_on = balancers.is_some();
+        // The address of the client is in the PROXY header, so limits by address are applied after it has been read.
+        let has_proxy_header = balancers.is_some();
         let pass =
-            if is_passed_on { Ok(snapshot.guard.pass()) } else { snapshot.guard.admit(Instant::now(), peer.ip()) };
-        // A place before the login: only for an address that may come in.
+            if has_proxy_header { Ok(snapshot.guard.pass()) } else { snapshot.guard.admit(Instant::now(), peer.ip()) };
+        // Only an admitted address may enter the prelogin queue.
         let admitted = pass.and_then(|pass| Ok((pass, snapshot.guard.lobby(Instant::now())?)));
         let (pass, ticket) = match admitted {
             Ok(admitted) => admitted,
             Err(turned) => {
                 let reason = session::turn_away(&socket, turned, &snapshot, index).as_str();
-                // At info a flood would write as many lines as it has connections.
-                return tracing::debug!(client = %peer.ip().to_canonical(), listener = %self.address, reason, "turned away");
+                // At level info a flood would log one line for each connection.
+                return tracing::debug!(client = %peer.ip().to_canonical(), listener = %self.address, reason, "connection refused");
             }
         };
         let held = ConnectionPermits { occupant, open: metrics.session_opened(), pass };
@@ -248,7 +247,7 @@ impl Listener {
         snapshot.metrics.listener(index).refused(Refusal::AcceptError);
         drop(snapshot);
         if error.raw_os_error().is_some_and(|code| OUT_OF_DESCRIPTORS.contains(&code)) {
-            tracing::error!(listener = %self.address, %error, "no descriptor left to accept a connection: raise LimitNOFILE or lower limits.sessions");
+            tracing::error!(listener = %self.address, %error, "no free descriptor to accept a connection: raise LimitNOFILE or lower limits.sessions");
         } else {
             tracing::error!(listener = %self.address, %error, "a connection could not be accepted");
         }
@@ -256,7 +255,7 @@ impl Listener {
     }
 }
 
-fn takes_ipv4(address: SocketAddrV6, others: &[config::Listener]) -> bool {
+fn accepts_ipv4(address: SocketAddrV6, others: &[config::Listener]) -> bool {
     *address.ip() == Ipv6Addr::UNSPECIFIED
         && !others.iter().any(|other| other.address.is_ipv4() && other.address.port() == address.port())
 }

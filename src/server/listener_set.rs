@@ -1,9 +1,8 @@
-//! Which ports are open, and which configuration a connection to each is served with.
+//! The open listeners, and the configuration that each serves new connections with.
 //!
-//! A listening socket outlives configurations: connections wait in it while one takes the place of another. So a listener
-//! that stays keeps its sockets and is only handed the new [`ListenerConfig`]; one that is new is bound before anything else changes;
-//! one that is gone is closed. Sockets may also come from outside: from systemd, or from the process before this one.
-//! Called by `server`.
+//! Listening sockets outlive configurations, because connections are queued in them during a reload. A listener that stays keeps
+//! its sockets and only receives the new [`ListenerConfig`]. A new listener is bound before anything else changes, and a removed
+//! one is closed. Sockets can also be inherited, from systemd or from the process that this one replaces.
 
 use std::io;
 use std::net::{SocketAddr, TcpListener};
@@ -19,24 +18,24 @@ use super::{ListenerConfig, Snapshot, WorkerHandle};
 use crate::config::{self, Config};
 use crate::listener::{self, Closing, Listener};
 
-/// Identifies a listener from one configuration to the next.
+/// Identifies a listener across configurations.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Key {
-    /// As configured.
+    /// The configured address.
     address: SocketAddr,
-    /// Among listeners with this address: port 0 may be given more than once.
+    /// Index among the listeners with this address, because port 0 can be configured more than once.
     number: usize,
-    /// A socket cannot be changed in this respect once it is bound.
+    /// Part of the key because it cannot be changed after the socket is bound.
     only_v6: bool,
 }
 
-/// An open port.
+/// A listener that accepts connections.
 #[derive(Debug)]
 struct OpenListener {
     key: Key,
-    /// As bound.
+    /// The bound address.
     address: SocketAddr,
-    /// At least one; workers have copies.
+    /// At least one. The workers have copies.
     sockets: Vec<TcpListener>,
     config_sender: watch::Sender<ListenerConfig>,
     closing: Closing,
@@ -48,14 +47,21 @@ impl Drop for OpenListener {
     }
 }
 
-/// All open ports, in the configuration's order.
+/// All open listeners, in the order of the configuration.
 #[derive(Debug, Default)]
 pub(super) struct ListenerSet(Vec<OpenListener>);
 
-/// Ports to be opened, bound already.
-pub(super) struct Opening(Vec<(usize, SocketAddr, Vec<TcpListener>)>);
+/// Bound sockets of listeners that are about to be opened.
+pub(super) struct BoundListeners(Vec<BoundListener>);
 
-/// What has changed.
+struct BoundListener {
+    /// Index in the configuration.
+    index: usize,
+    address: SocketAddr,
+    sockets: Vec<TcpListener>,
+}
+
+/// Addresses of listeners that were opened and closed.
 #[derive(Debug, Default)]
 pub(super) struct Change {
     pub(super) opened: Vec<SocketAddr>,
@@ -63,18 +69,17 @@ pub(super) struct Change {
 }
 
 impl ListenerSet {
-    /// Binds what `config` has and is not open yet. Nothing is changed: connections arrive at the new sockets only after all
-    /// of them are bound. An address may overlap with one that is open and closed afterwards, or with that of a socket in
-    /// `others`.
+    /// Binds the listeners in `config` that are not open yet. Connections arrive at the new sockets only after all of them are bound.
+    /// An address may overlap with that of an open listener that is closed afterwards, and with that of a socket in `others`.
     ///
     /// # Errors
-    /// The first address that cannot be bound.
+    /// An address cannot be bound.
     pub(super) fn bind(
         &self,
         config: &Config,
         inherited: &mut Vec<TcpListener>,
         others: &[&OwnedFd],
-    ) -> anyhow::Result<Opening> {
+    ) -> anyhow::Result<BoundListeners> {
         let mut opening = Vec::new();
         for (index, key) in keys(&config.listeners).into_iter().enumerate() {
             if self.0.iter().any(|listener| listener.key == key) {
@@ -82,10 +87,10 @@ impl ListenerSet {
             }
             let mut sockets: Vec<TcpListener> = inherited.extract_if(.., |socket| key.fits(socket)).collect();
             if sockets.is_empty() {
-                let beside = self.share_overlapping(key.address, inherited, others);
-                let bound = listener::bind(key.address, key.only_v6, config.limits.workers, beside);
+                let sharing = self.share_overlapping(key.address, inherited, others);
+                let bound = listener::bind(key.address, key.only_v6, config.limits.workers, sharing);
                 sockets = match bound {
-                    // A socket of systemd, for example, that takes more or fewer versions of IP than it should.
+                    // For example a socket of systemd that accepts other versions of IP than configured.
                     Err(error) if error.kind() == io::ErrorKind::AddrInUse && key.is_among(inherited) => {
                         inherited.extract_if(.., |socket| is_at(socket, key.address)).collect()
                     }
@@ -93,17 +98,17 @@ impl ListenerSet {
                 };
             }
             let address = sockets[0].local_addr().context("a socket without an address")?;
-            opening.push((index, address, sockets));
+            opening.push(BoundListener { index, address, sockets });
         }
-        for (index, _, sockets) in &opening {
+        for BoundListener { index, sockets, .. } in &opening {
             let listener = &config.listeners[*index];
             listener::listen(sockets).with_context(|| cannot_bind(listener.address, &listener.location.key))?;
         }
-        Ok(Opening(opening))
+        Ok(BoundListeners(opening))
     }
 
     /// Lets open sockets whose addresses overlap with `address` share it, and returns whether there are any. The new socket
-    /// gets their connections once they are closed.
+    /// receives their connections after they are closed.
     pub(super) fn share_overlapping(
         &self,
         address: SocketAddr,
@@ -118,8 +123,8 @@ impl ListenerSet {
                 continue;
             }
             found = true;
-            // The kernel lets sockets of one user share an address. Only root can change the user, and need not if it fails:
-            // binding then reports that the address is in use.
+            // The kernel lets only sockets of the same user share an address. The owner can be changed by root only; if that
+            // fails, binding reports that the address is in use.
             let _ = fchown(socket, Some(rustix::process::geteuid().as_raw()), None);
             if let Err(error) = SockRef::from(&socket).set_reuse_port(true) {
                 tracing::warn!(descriptor = socket.as_raw_fd(), %error, "a listening socket cannot share its address");
@@ -128,27 +133,28 @@ impl ListenerSet {
         found
     }
 
-    /// Addresses as they will be bound, in the order of `config`.
-    pub(super) fn addresses_with(&self, config: &Config, opening: &Opening) -> Vec<SocketAddr> {
-        let opened = |index| opening.0.iter().find(|(at, ..)| *at == index).map(|(_, address, _)| *address);
+    /// Addresses of all listeners in `config` once `opening` is open.
+    pub(super) fn addresses_with(&self, config: &Config, opening: &BoundListeners) -> Vec<SocketAddr> {
+        let opened = |index| opening.0.iter().find(|bound| bound.index == index).map(|bound| bound.address);
         let stays = |key: &Key| self.0.iter().find(|listener| listener.key == *key).map(|listener| listener.address);
         let keys = keys(&config.listeners);
         keys.iter().enumerate().filter_map(|(index, key)| opened(index).or_else(|| stays(key))).collect()
     }
 
-    /// From now on connections are served with `snapshot`; new ports are opened at `workplaces`, those that are gone closed.
+    /// Serves new connections with `snapshot`, opens the listeners in `opening` on `workers`, and closes those that are not in the
+    /// configuration.
     ///
     /// # Errors
-    /// The system has no room for a socket. What is open then stays open.
+    /// A socket cannot be copied or registered. The open listeners then stay open.
     pub(super) fn swap(
         &mut self,
         snapshot: &Arc<Snapshot>,
-        opening: Opening,
+        opening: BoundListeners,
         workers: &[WorkerHandle],
     ) -> io::Result<Change> {
         let mut change = Change::default();
         let mut opened = Vec::new();
-        for (index, address, sockets) in opening.0 {
+        for BoundListener { index, address, sockets } in opening.0 {
             let key = keys(&snapshot.config.listeners)[index];
             let config_sender = watch::Sender::new(ListenerConfig { snapshot: snapshot.clone(), index });
             let listener = OpenListener { key, address, sockets, config_sender, closing: Closing::default() };
@@ -168,14 +174,14 @@ impl ListenerSet {
         }
         for listener in &before {
             if self.0.iter().any(|other| overlap(other.address, listener.address)) {
-                listener.closing.give_way(&listener.sockets);
+                listener.closing.prepare_replacement(&listener.sockets);
             }
         }
         change.closed.extend(before.iter().map(|listener| listener.address));
         Ok(change)
     }
 
-    /// As bound, in the configuration's order.
+    /// Bound addresses, in the order of the configuration.
     pub(super) fn addresses(&self) -> Vec<SocketAddr> {
         self.0.iter().map(|listener| listener.address).collect()
     }
@@ -188,18 +194,18 @@ impl ListenerSet {
         self.0.iter().flat_map(|listener| &listener.sockets).map(|socket| socket.as_fd().try_clone_to_owned()).collect()
     }
 
-    /// Closes all. At addresses in `replaced` another process has sockets of its own.
+    /// Closes all listeners. At the addresses in `replaced` another process has sockets of its own.
     pub(super) fn close(&mut self, replaced: &[SocketAddr]) {
         for listener in self.0.iter().filter(|listener| replaced.contains(&listener.address)) {
-            listener.closing.give_way(&listener.sockets);
+            listener.closing.prepare_replacement(&listener.sockets);
         }
         self.0.clear();
     }
 }
 
 impl OpenListener {
-    /// A listener at each workplace; where there are more sockets than workplaces, some have several, for connections wait
-    /// in each. Where there are fewer, they share.
+    /// Starts a listener task on each worker. If there are more sockets than workers, some workers get several, because connections
+    /// are queued in each; if there are fewer, workers share them.
     fn open(&self, workers: &[WorkerHandle]) -> io::Result<()> {
         for number in 0..self.sockets.len().max(workers.len()) {
             let socket = self.sockets[number % self.sockets.len()].try_clone()?;
@@ -214,10 +220,10 @@ impl OpenListener {
     }
 }
 
-impl Opening {
-    /// All sockets.
+impl BoundListeners {
+    /// The sockets of all listeners.
     pub(super) fn sockets(&self) -> impl Iterator<Item = &TcpListener> {
-        self.0.iter().flat_map(|(.., sockets)| sockets)
+        self.0.iter().flat_map(|bound| &bound.sockets)
     }
 }
 
@@ -237,18 +243,18 @@ fn is_at(socket: &TcpListener, address: SocketAddr) -> bool {
     socket.local_addr().is_ok_and(|other| other == address)
 }
 
-/// Whether two sockets may be in each other's way. `[::]` may take IPv4 too.
+/// Whether sockets at these addresses can conflict. `[::]` may accept IPv4 too.
 fn overlap(one: SocketAddr, other: SocketAddr) -> bool {
     one.port() != 0
         && one.port() == other.port()
         && (one.ip() == other.ip() || one.ip().is_unspecified() || other.ip().is_unspecified())
 }
 
-/// The text of an error of the system about `address`, which is configured at `key`.
+/// Error text for `address`, which is configured at `key`.
 pub(super) fn cannot_bind(address: SocketAddr, key: &str) -> String {
     let root = rustix::process::geteuid().is_root();
     let note = match address.port() {
-        1..1024 if !root => "; a port below 1024 that is not open yet takes root or CAP_NET_BIND_SERVICE: restart",
+        1..1024 if !root => "; opening a port below 1024 requires root or CAP_NET_BIND_SERVICE: restart",
         _ => "",
     };
     format!("{address} cannot be bound ({key}){note}")
@@ -296,19 +302,19 @@ mod tests {
     }
 
     #[test]
-    fn an_inherited_socket_must_take_the_same_versions_of_ip() {
+    fn inherited_socket_must_accept_the_same_versions_of_ip() {
         for only_v6 in [false, true] {
             let socket = bound("[::]:0", only_v6);
             let key = |only_v6| Key { address: socket.local_addr().unwrap(), number: 0, only_v6 };
             assert!(key(only_v6).fits(&socket) && !key(!only_v6).fits(&socket));
         }
-        // An address that is not unspecified takes one version in either case.
+        // A specific address accepts one version in either case.
         let socket = bound("[::1]:0", false);
         assert!(Key { address: socket.local_addr().unwrap(), number: 0, only_v6: true }.fits(&socket));
     }
 
     #[test]
-    fn a_wider_address_is_bound_beside_a_narrow_one_that_listens() {
+    fn wildcard_address_is_bound_while_a_specific_one_listens() {
         let narrow = bound("127.0.0.1:0", false);
         listener::listen(std::slice::from_ref(&narrow)).unwrap();
         let mut wide = narrow.local_addr().unwrap();

@@ -1,8 +1,7 @@
-//! Puts the rooms together: builds all of a configuration before anything is bound, starts it, changes it, stops it.
+//! The server: builds everything from a configuration before it binds anything, starts, reloads and stops.
 //!
-//! [`Snapshot`] is what a session needs, as one immutable value; a session keeps the one it logged in under. [`Running`] owns what
-//! outlives a configuration: the workers, the listening sockets (`doors`), the sessions. Called by `main` (`run`, `check`,
-//! `route`), by the demo and by the tests.
+//! A [`Snapshot`] is everything built from one configuration, as one immutable value. [`Running`] owns what outlives a
+//! configuration: the workers, the listening sockets (`listener_set`) and the session registry.
 
 mod listener_set;
 mod operations;
@@ -23,7 +22,7 @@ use tokio::runtime::Handle;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use self::listener_set::{ListenerSet, Opening};
+use self::listener_set::{BoundListeners, ListenerSet};
 pub use self::operations::{UserHold, UserMoved};
 pub use self::server_state::{BeforeRetirement, StateChange, StateChanged};
 use crate::admission::connection_limit::ConnectionLimit;
@@ -40,13 +39,13 @@ use crate::session::SessionPoller;
 use crate::session_registry::Sessions;
 use crate::snapshot::{ListenerConfig, Snapshot};
 
-/// Timeout of the end of all listeners when a process stops.
+/// Timeout for the end of all listener tasks when the process stops.
 const LISTENERS_DEADLINE: Duration = Duration::from_secs(2);
 
 /// A running proxy.
 pub struct Running {
     current: Mutex<Current>,
-    /// One configuration after the other.
+    /// Held during a reload, so that reloads run one after the other.
     reloading: Arc<tokio::sync::Mutex<()>>,
     /// Held while administrative states are changed and saved.
     changing_states: tokio::sync::Mutex<()>,
@@ -61,57 +60,57 @@ pub struct Running {
     stop_background: CancellationToken,
 }
 
-/// What a reload changes.
+/// The state that a reload replaces.
 struct Current {
     snapshot: Arc<Snapshot>,
     listener_set: ListenerSet,
-    /// Ends what was started for this configuration.
+    /// Cancels the background tasks that were started for this configuration.
     stop: CancellationToken,
     admin: Option<Endpoint>,
-    /// Whether the listeners were closed for good: the process stops, or was replaced.
+    /// Whether the listeners were closed permanently, because the process is stopping or was replaced.
     is_closed: bool,
 }
 
-/// Where metrics are.
+/// The endpoint for metrics and health.
 struct Endpoint {
     configured: SocketAddr,
     bound: SocketAddr,
-    /// For a successor.
+    /// A copy of the listening socket, for a successor.
     copy: OwnedFd,
     stop: CancellationToken,
 }
 
-/// A worker, from outside.
+/// A handle to a worker for other threads.
 #[derive(Clone)]
 struct WorkerHandle {
     runtime: Handle,
     context: WorkerContext,
 }
 
-/// What a reload has changed.
+/// The changes made by a reload.
 #[derive(Debug, Default)]
 pub struct Reloaded {
-    /// Addresses that clients can connect to from now on.
+    /// Addresses at which listeners were opened.
     pub opened: Vec<SocketAddr>,
-    /// Addresses that they no longer can.
+    /// Addresses at which listeners were closed.
     pub closed: Vec<SocketAddr>,
-    /// What takes a restart, and stays as it was.
+    /// Keys whose new value requires a restart; the old value stays in use.
     pub unchanged: Vec<&'static str>,
 }
 
-/// A configuration, built, and its ports, bound: nothing is served yet.
+/// A built configuration whose ports are bound. Nothing is served yet.
 pub struct Bound {
     snapshot: Arc<Snapshot>,
-    opening: Opening,
+    opening: BoundListeners,
     admin: Option<(Admin, OwnedFd)>,
     drain: Drain,
-    /// Addresses of inherited sockets that the configuration has no use for.
+    /// Addresses of inherited sockets that the configuration does not use.
     unused: Vec<SocketAddr>,
     /// Administrative states that a predecessor has handed over.
     states: Option<Vec<StoredOverride>>,
 }
 
-/// Builds; binds nothing.
+/// Builds everything from a configuration and binds nothing.
 ///
 /// # Errors
 /// A [`config::Report`] of the configuration's problems.
@@ -119,15 +118,15 @@ pub fn prepare(config: Config) -> anyhow::Result<Prepared> {
     Ok(Prepared(Arc::new(Snapshot::build(config, None)?)))
 }
 
-/// A configuration, built.
+/// A built configuration.
 pub struct Prepared(Arc<Snapshot>);
 
 impl Prepared {
-    /// Binds. Listening sockets in `inherited` are used where they fit a configured address; the others are closed. Called on
-    /// a runtime.
+    /// Binds all listeners. A socket in `inherited` is used if it fits a configured address, and closed otherwise. Must be called
+    /// on a runtime.
     ///
     /// # Errors
-    /// An address that cannot be bound.
+    /// An address cannot be bound.
     pub fn bind(self, mut inherited: Vec<TcpListener>) -> anyhow::Result<Bound> {
         let (snapshot, drain) = (self.0, Drain::default());
         let listener_set = ListenerSet::default();
@@ -137,36 +136,36 @@ impl Prepared {
         unused.sort_unstable();
         unused.dedup();
         for address in &unused {
-            tracing::warn!(%address, "a socket was handed over that the configuration has no use for: closed");
+            tracing::warn!(%address, "inherited socket closed: no listener is configured at its address");
         }
         Ok(Bound { snapshot, opening, admin, drain, unused, states: None })
     }
 }
 
 impl Bound {
-    /// Addresses of inherited sockets that the configuration has no use for.
+    /// Addresses of inherited sockets that the configuration does not use.
     pub fn unused(&self) -> &[SocketAddr] {
         &self.unused
     }
 
-    /// Takes the administrative states of a predecessor instead of those in the state file.
+    /// Uses the administrative states of a predecessor instead of those in the state file.
     #[must_use]
     pub fn with_states(self, states: Option<Vec<StoredOverride>>) -> Self {
         Self { states, ..self }
     }
 
-    /// Gives the listening sockets to a user and a group. The kernel lets only sockets of one user overlap, as they do when a
-    /// listener's address is changed by a reload.
+    /// Changes the owner of the listening sockets. The kernel allows addresses to overlap only for sockets of the same user, and
+    /// they do overlap when a reload changes a listener's address.
     ///
     /// # Errors
-    /// Only root may do so.
+    /// The process is not run by root.
     pub fn give_to(&self, (user, group): (u32, u32)) -> io::Result<()> {
         let listeners = self.opening.sockets().map(AsFd::as_fd);
         let mut all = listeners.chain(self.admin.iter().map(|(_, copy)| copy.as_fd()));
         all.try_for_each(|socket| std::os::unix::fs::fchown(socket, Some(user), Some(group)))
     }
 
-    /// Starts. When this returns, connections are served.
+    /// Starts the workers and listeners. When this returns, connections are served.
     ///
     /// # Errors
     /// The system has no threads or descriptors for the workers.
@@ -206,7 +205,7 @@ impl Bound {
             .metrics
             .measure_guard(move || measured.sizes().labelled().to_vec(), move || memory.memory_before_login());
         let mut current = running.lock();
-        running.begin(&snapshot, &stop, current.listener_set.addresses_with(&snapshot.config, &opening));
+        running.start_background(&snapshot, &stop, current.listener_set.addresses_with(&snapshot.config, &opening));
         current.listener_set.swap(&snapshot, opening, &running.workers).context("a listener could not be started")?;
         current.admin = admin.map(|admin| running.run_admin(&snapshot, admin));
         log_warnings(&snapshot.config);
@@ -218,7 +217,7 @@ impl Bound {
     }
 }
 
-/// Builds, binds and starts: for the demo and for tests.
+/// Builds, binds and starts in one step, for the demo and for tests.
 ///
 /// # Errors
 /// As [`prepare`], [`Prepared::bind`] and [`Bound::start`].
@@ -232,7 +231,7 @@ fn log_warnings(config: &Config) {
     }
 }
 
-/// Sets the administrative states, before the first login is routed.
+/// Restores the administrative states before the first login is routed.
 fn restore_states(snapshot: &Snapshot, handed_over: Option<Vec<StoredOverride>>) {
     let from_file = || snapshot.config.state_file.as_deref().map(state_file::load);
     let (states, is_sound) = handed_over.map(|states| (states, true)).or_else(from_file).unwrap_or((Vec::new(), true));
@@ -244,8 +243,8 @@ fn restore_states(snapshot: &Snapshot, handed_over: Option<Vec<StoredOverride>>)
     snapshot.backends.state_overrides().replace(&states);
 }
 
-/// With a copy of the socket, made here so that nothing can fail once a configuration has taken another's place. The address may
-/// overlap with that of open listeners and of sockets in `others`.
+/// Binds the endpoint for metrics and health, and copies its socket here so that nothing can fail after a configuration has been
+/// replaced. The address may overlap with that of open listeners and of sockets in `others`.
 fn bind_admin(
     snapshot: &Snapshot,
     drain: &Drain,
@@ -257,8 +256,8 @@ fn bind_admin(
     let fits = |socket: &mut TcpListener| socket.local_addr().is_ok_and(|bound| bound == address);
     let socket = inherited.extract_if(.., fits).next();
     let bind = || {
-        let beside = listener_set.share_overlapping(address, inherited, others);
-        let sockets = listener::bind(address, false, 1, beside)?;
+        let sharing = listener_set.share_overlapping(address, inherited, others);
+        let sockets = listener::bind(address, false, 1, sharing)?;
         listener::listen(&sockets)?;
         sockets.into_iter().next().ok_or_else(|| io::Error::other("no socket"))
     };
@@ -268,7 +267,7 @@ fn bind_admin(
     Ok(Some(bound.with_context(|| listener_set::cannot_bind(address, "admin.address"))?))
 }
 
-/// Starts a worker, which ends when all is stopped.
+/// Starts a worker, which ends when the server stops.
 fn start_worker(
     snapshot: &Snapshot,
     drain: &Drain,
@@ -295,7 +294,7 @@ fn start_worker(
             }
         };
         context.poller.run(closing).await;
-        // Those let out end on this thread, and the stop waits for them.
+        // Unparked sessions end on this thread, and the stop waits for them.
         stop.cancelled().await;
         drop(running);
     })?;
@@ -303,8 +302,8 @@ fn start_worker(
 }
 
 impl Running {
-    /// Reads the file again and takes it for the configuration from now on: built completely, then swapped. No established
-    /// session notices; each keeps what it began with. Where anything is wrong, all stays as it was.
+    /// Reads the file again, builds everything, and then replaces the configuration in use. Established sessions are not affected;
+    /// each keeps the settings it began with. After an error the old configuration stays in use as a whole.
     ///
     /// # Errors
     /// A [`config::Report`] of the file's problems, or an address that cannot be bound.
@@ -318,7 +317,7 @@ impl Running {
                 tracing::info!(file = %file.display(), ?opened, ?closed, "configuration loaded");
                 log_warnings(&self.snapshot().config);
                 for key in unchanged {
-                    tracing::warn!("{key} has changed, which takes a restart");
+                    tracing::warn!("{key} has changed: restart to apply it");
                 }
             }
             Err(error) => {
@@ -330,7 +329,7 @@ impl Running {
         result
     }
 
-    /// Keeps configurations from being loaded until the guard is dropped. `None`: one is being loaded.
+    /// Prevents reloads until the guard is dropped; `None` if a reload is in progress.
     pub(crate) fn block_reloads(&self) -> Option<tokio::sync::OwnedMutexGuard<()>> {
         self.reloading.clone().try_lock_owned().ok()
     }
@@ -338,12 +337,12 @@ impl Running {
     async fn replace(&self, file: &Path) -> anyhow::Result<Reloaded> {
         let before = self.lock().snapshot.clone();
         let (file, previous) = (file.to_owned(), before.clone());
-        // Tables of millions of lines take seconds: not on a thread that serves.
+        // Reading tables of millions of lines takes seconds, so it must not block a thread that serves.
         let built = tokio::task::spawn_blocking(move || Snapshot::build(config::load(&file)?, Some(&previous)));
         let snapshot = Arc::new(built.await.context("the configuration could not be built")??);
         let mut current = self.lock();
-        // A stop may have begun while the configuration was built. Its listeners must not be opened again.
-        anyhow::ensure!(!current.is_closed, "this process is stopping, or was replaced");
+        // A stop may have begun while the configuration was built; listeners must not be opened again.
+        anyhow::ensure!(!current.is_closed, "this process is stopping or was replaced");
         let moved = current.admin.as_ref().map(|admin| admin.configured) != snapshot.config.admin;
         let endpoint: Vec<&OwnedFd> = current.admin.iter().map(|admin| &admin.copy).collect();
         let opening = current.listener_set.bind(&snapshot.config, &mut Vec::new(), &endpoint)?;
@@ -353,7 +352,7 @@ impl Running {
         };
         let stop = self.stop_background.child_token();
         before.metrics.retire(&snapshot.metrics);
-        self.begin(&snapshot, &stop, current.listener_set.addresses_with(&snapshot.config, &opening));
+        self.start_background(&snapshot, &stop, current.listener_set.addresses_with(&snapshot.config, &opening));
         let change = match current.listener_set.swap(&snapshot, opening, &self.workers) {
             Ok(change) => change,
             Err(error) => {
@@ -361,7 +360,7 @@ impl Running {
                 return Err(error).context("a listener could not be started");
             }
         };
-        // What was begun for the old configuration ends; what goes on under the new one has been begun again.
+        // Ends the background tasks of the old configuration; those of the new one have been started.
         std::mem::replace(&mut current.stop, stop).cancel();
         current.snapshot = snapshot.clone();
         snapshot.guard.reconfigure(&snapshot.config.guard);
@@ -392,8 +391,8 @@ impl Running {
         Ok(Reloaded { opened: change.opened, closed: change.closed, unchanged })
     }
 
-    /// Starts what goes on in the background under a configuration, until `stop`.
-    fn begin(&self, snapshot: &Arc<Snapshot>, stop: &CancellationToken, own: Vec<SocketAddr>) {
+    /// Starts the background tasks of a configuration, which end at `stop`.
+    fn start_background(&self, snapshot: &Arc<Snapshot>, stop: &CancellationToken, own: Vec<SocketAddr>) {
         snapshot.backends.start(&OwnAddresses::new(own), &self.background, stop);
         snapshot.backends.watch(&snapshot.limits, &self.background, stop);
         snapshot.router.start(&snapshot.metrics, &Handle::current(), &self.background, stop);
@@ -409,27 +408,27 @@ impl Running {
         Endpoint { configured: snapshot.config.admin.unwrap_or(bound), bound, copy, stop }
     }
 
-    /// The listeners' addresses, in the configuration's order; port 0 has become a real one.
+    /// Addresses of the listeners, in the order of the configuration, with the port that the system chose for port 0.
     pub fn listeners(&self) -> Vec<SocketAddr> {
         self.lock().listener_set.addresses()
     }
 
-    /// Where metrics are.
+    /// Address of the endpoint for metrics and health.
     pub fn admin(&self) -> Option<SocketAddr> {
         self.lock().admin.as_ref().map(|admin| admin.bound)
     }
 
-    /// The configuration that holds now.
+    /// The snapshot in use.
     pub fn snapshot(&self) -> Arc<Snapshot> {
         self.lock().snapshot.clone()
     }
 
-    /// What is counted.
+    /// The metrics of the snapshot in use.
     pub fn metrics(&self) -> Arc<Metrics> {
         self.lock().snapshot.metrics.clone()
     }
 
-    /// Who is logged in where.
+    /// The registry of sessions.
     pub fn sessions(&self) -> &Arc<Sessions> {
         &self.sessions
     }
@@ -447,8 +446,8 @@ impl Running {
         Ok(copies)
     }
 
-    /// Announces the stop to readiness checks and waits for `limits.ready_delay`, while connections are accepted as before;
-    /// cut short by `hurry`.
+    /// Announces the stop to readiness checks and waits for `limits.ready_delay`, or until `hurry` completes, while connections are
+    /// still accepted.
     pub async fn announce_stop(&self, hurry: impl Future<Output = ()>) {
         self.drain.announce();
         let delay = self.snapshot().limits.ready_delay;
@@ -459,24 +458,24 @@ impl Running {
         tracing::info!(seconds, "stopping: /ready fails, connections are still accepted for limits.ready_delay");
         tokio::select! {
             () = tokio::time::sleep(delay) => {}
-            () = hurry => tracing::info!("stopping at once"),
+            () = hurry => tracing::info!("stopping immediately"),
         }
     }
 
-    /// Stops: no new connections, BYE to clients before login, the configured grace to relayed sessions, cut short by
-    /// `hurry`. Returns how many sessions had to be ended.
+    /// Stops: accepts no more connections, sends BYE to clients that have not logged in, and gives relayed sessions the configured
+    /// grace time, or until `hurry` completes. Returns the number of sessions that were ended.
     pub async fn drain(&self, hurry: impl Future<Output = ()>) -> usize {
         self.shut_down(hurry, DrainMode::Stop, &[]).await
     }
 
-    /// Stops because a successor serves on the same sockets, or on others at the addresses in `replaced`: as [`Running::drain`],
-    /// but clients that are logging in may do so.
+    /// Stops because a successor serves on the same sockets, or on other sockets at the addresses in `replaced`. Differs from
+    /// [`Running::drain`] in that clients that are logging in may complete the login.
     pub async fn retire(&self, replaced: &[SocketAddr], hurry: impl Future<Output = ()>) -> usize {
         self.set_retired();
         if let Some(admin) = self.lock().admin.take() {
             admin.stop.cancel();
         }
-        // What this process keeps grows old while it waits for its sessions; the successor's is newer.
+        // The cached answers of this process age while it waits for its sessions; those of the successor are newer.
         self.snapshot().router.leave_files();
         self.shut_down(hurry, DrainMode::Retire, replaced).await
     }
@@ -489,16 +488,16 @@ impl Running {
             current.is_closed = true;
             current.listener_set.close(replaced);
         }
-        // They accept what waits in their sockets, and those sessions are waited for too.
+        // Listener tasks accept the connections that are queued in their sockets, and the drain waits for those sessions too.
         self.listener_tasks.close();
         if tokio::time::timeout(LISTENERS_DEADLINE, self.listener_tasks.wait()).await.is_err() {
-            tracing::warn!("listeners do not end; connections that wait are reset");
+            tracing::warn!("listeners do not end; queued connections are reset");
         }
         tracing::info!(sessions = self.drain.open_sessions(), grace_seconds = grace.as_secs(), "draining");
         let over = self.drain.over().clone();
         let (sessions, stopped) = (self.sessions.clone(), self.stop_background.clone());
         self.background.spawn(async move {
-            // All may end by themselves before the grace time is over.
+            // All sessions may end by themselves before the grace time is over.
             if stopped.run_until_cancelled(over.cancelled()).await.is_some() {
                 sessions.close();
             }
@@ -514,18 +513,18 @@ impl Running {
         forced
     }
 
-    /// Stops without grace: for the demo and for tests.
+    /// Stops without grace time, for the demo and for tests.
     pub async fn stop(self) {
         self.drain(std::future::ready(())).await;
     }
 
-    /// How long a drain may take at most, for systemd.
+    /// Maximum duration of a drain, reported to systemd.
     pub fn grace(&self) -> Duration {
         self.lock().snapshot.limits.drain
     }
 
     fn lock(&self) -> MutexGuard<'_, Current> {
-        // Nothing in here panics halfway through a change.
+        // No code panics between two changes under this lock.
         self.current.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

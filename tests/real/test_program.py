@@ -140,7 +140,7 @@ admin: {{address: "127.0.0.1:{admin}"}}
         # Before the others come: each worker accepts from a queue of its own, and another's may take all that is left.
         self.assertTrue(served.recv(4096).startswith(b"* OK"))
         clients = [served, *(socket.create_connection(("127.0.0.1", port), PATIENCE) for _ in range(59))]
-        wait_for("the advice", lambda: "no descriptor left to accept a connection: raise LimitNOFILE" in process.text())
+        wait_for("the advice", lambda: "no free descriptor to accept a connection: raise LimitNOFILE" in process.text())
         served.sendall(b"a NOOP\r\n")
         self.assertEqual(served.recv(4096), b"a OK NOOP completed.\r\n", "who was there stays")
         for client in clients[:40]:
