@@ -17,7 +17,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::admission::connection_limit::ConnectionLimit;
-use crate::config::{self, ListenerTls};
+use crate::config::{self, TlsMode};
 use crate::metrics::Refusal;
 use crate::process::drain::Drain;
 use crate::session::{self, AcceptedConnection, ConnectionPermits, SessionPoller};
@@ -196,7 +196,7 @@ impl Listener {
         let metrics = snapshot.metrics.listener(index);
         let Some(occupant) = context.connection_limit.enter(snapshot.limits.sessions) else {
             metrics.refused(Refusal::Full);
-            if tls != ListenerTls::Implicit {
+            if tls != TlsMode::Implicit {
                 // The connection is closed in either case, so a failure to send the reason is ignored.
                 let _ = socket.try_write(b"* BYE [UNAVAILABLE] Too many connections, try again later.\r\n");
             }

@@ -88,7 +88,7 @@ impl Snapshot {
                 limits,
                 // Its rules are replaced when this configuration is, see `Running::reload`.
                 guard: previous.map_or_else(
-                    || Arc::new(Guard::new(&config.guard, Instant::now())),
+                    || Arc::new(Guard::new(&config.admission, Instant::now())),
                     |previous| previous.guard.clone(),
                 ),
                 policy,

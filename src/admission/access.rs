@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::net::IpAddr;
 
-use crate::config::{Access, Network};
+use crate::config::{AccessConfig, Network};
 
 /// Values by network.
 #[derive(Debug)]
@@ -82,7 +82,7 @@ pub(super) struct AccessList {
 }
 
 impl AccessList {
-    pub(super) fn new(access: &Access) -> Self {
+    pub(super) fn new(access: &AccessConfig) -> Self {
         let allowed = access.allow.iter().map(|network| (*network, AccessDecision::Limited));
         let denied = access.deny.iter().map(|network| (*network, AccessDecision::Denied));
         Self {
@@ -116,7 +116,7 @@ mod tests {
 
     fn access(allow: &[&str], deny: &[&str], exempt: &[&str]) -> AccessList {
         let networks = |texts: &[&str]| texts.iter().map(|text| Network::parse(text).unwrap()).collect();
-        AccessList::new(&Access { allow: networks(allow), deny: networks(deny), exempt: networks(exempt) })
+        AccessList::new(&AccessConfig { allow: networks(allow), deny: networks(deny), exempt: networks(exempt) })
     }
 
     #[test]

@@ -64,14 +64,14 @@ pub struct Guard {
 /// The configuration, to be looked up.
 #[derive(Debug)]
 struct Rules {
-    config: config::Guard,
+    config: config::AdmissionConfig,
     door: AccessList,
     networks: Networks<u32>,
     handshakes: Arc<Semaphore>,
 }
 
 impl Rules {
-    fn new(config: &config::Guard, before: Option<&Self>) -> Self {
+    fn new(config: &config::AdmissionConfig, before: Option<&Self>) -> Self {
         let same = before.filter(|before| before.config.handshakes == config.handshakes);
         Self {
             door: AccessList::new(&config.access),
@@ -203,7 +203,7 @@ impl Value for Until {
 
 impl Guard {
     /// Remembers nothing yet. Times handed in later are not before `began`.
-    pub fn new(config: &config::Guard, began: Instant) -> Self {
+    pub fn new(config: &config::AdmissionConfig, began: Instant) -> Self {
         Self {
             hasher: RandomState::new(),
             began,
@@ -220,7 +220,7 @@ impl Guard {
 
     /// New rules for all that come from now on. Sessions inside stay, and count down as they counted up; a session that began
     /// while a limit was off is not counted for it. Where `limits.tracked` is another, rates and failures begin anew.
-    pub fn reconfigure(&self, config: &config::Guard) {
+    pub fn reconfigure(&self, config: &config::AdmissionConfig) {
         let before = self.rules();
         if before.config.tracked != config.tracked {
             *lock(&self.connections) = Table::new(config.tracked);

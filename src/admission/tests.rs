@@ -3,7 +3,7 @@
 use proptest::prelude::*;
 
 use super::*;
-use crate::config::{Access, Network, Rate};
+use crate::config::{AccessConfig, Network, Rate};
 
 fn rate(events: u32, seconds: u64) -> Option<Rate> {
     Some(Rate { events, per: Duration::from_secs(seconds) })
@@ -17,7 +17,7 @@ fn ip(text: &str) -> IpAddr {
     text.parse().unwrap()
 }
 
-fn guard(config: &config::Guard) -> (Arc<Guard>, Instant) {
+fn guard(config: &config::AdmissionConfig) -> (Arc<Guard>, Instant) {
     let began = Instant::now();
     (Arc::new(Guard::new(config, began)), began)
 }
@@ -33,7 +33,7 @@ fn a_pass_is_small() {
 
 #[test]
 fn sessions_of_an_address_are_counted_and_ipv6_by_64_bits() {
-    let (guard, now) = guard(&config::Guard { sessions_per_address: Some(2), ..Default::default() });
+    let (guard, now) = guard(&config::AdmissionConfig { sessions_per_address: Some(2), ..Default::default() });
     let first = pass(&guard, now, "192.0.2.1").unwrap();
     let _second = pass(&guard, now, "::ffff:192.0.2.1").unwrap();
     assert_eq!(pass(&guard, now, "192.0.2.1").unwrap_err(), ConnectionRefused::Address);
@@ -47,7 +47,7 @@ fn sessions_of_an_address_are_counted_and_ipv6_by_64_bits() {
 
 #[test]
 fn a_network_has_its_own_limit_and_the_narrowest_counts() {
-    let config = config::Guard {
+    let config = config::AdmissionConfig {
         networks: vec![(network("192.0.2.0/24"), 2), (network("192.0.2.128/25"), 1)],
         sessions_per_address: Some(1),
         ..Default::default()
@@ -63,7 +63,7 @@ fn a_network_has_its_own_limit_and_the_narrowest_counts() {
 
 #[test]
 fn connections_come_at_a_rate() {
-    let (guard, now) = guard(&config::Guard { connection_rate: rate(3, 30), ..Default::default() });
+    let (guard, now) = guard(&config::AdmissionConfig { connection_rate: rate(3, 30), ..Default::default() });
     for _ in 0..3 {
         pass(&guard, now, "192.0.2.1").unwrap();
     }
@@ -74,8 +74,8 @@ fn connections_come_at_a_rate() {
 
 #[test]
 fn nothing_limits_whom_the_operator_exempts() {
-    let config = config::Guard {
-        access: Access { exempt: vec![network("10.0.0.0/8")], ..Access::default() },
+    let config = config::AdmissionConfig {
+        access: AccessConfig { exempt: vec![network("10.0.0.0/8")], ..AccessConfig::default() },
         sessions_per_address: Some(1),
         connection_rate: rate(1, 60),
         login_rate_per_address: rate(1, 60),
@@ -98,8 +98,11 @@ fn nothing_limits_whom_the_operator_exempts() {
 
 #[test]
 fn logins_come_at_a_rate_by_address_and_by_user() {
-    let config =
-        config::Guard { login_rate_per_address: rate(3, 30), login_rate_per_user: rate(2, 30), ..Default::default() };
+    let config = config::AdmissionConfig {
+        login_rate_per_address: rate(3, 30),
+        login_rate_per_user: rate(2, 30),
+        ..Default::default()
+    };
     let (guard, now) = guard(&config);
     let (here, there) = (ip("192.0.2.1"), ip("198.51.100.1"));
     for user in ["a", "b", "c"] {
@@ -115,8 +118,11 @@ fn logins_come_at_a_rate_by_address_and_by_user() {
 /// Neither a neighbour behind the same address nor strangers who guess keep a user out who has just logged in there.
 #[test]
 fn an_address_that_has_just_logged_in_well_is_not_punished_for_its_neighbours() {
-    let config =
-        config::Guard { login_rate_per_address: rate(2, 60), login_rate_per_user: rate(2, 60), ..Default::default() };
+    let config = config::AdmissionConfig {
+        login_rate_per_address: rate(2, 60),
+        login_rate_per_user: rate(2, 60),
+        ..Default::default()
+    };
     let (guard, now) = guard(&config);
     let (here, there) = (ip("192.0.2.1"), ip("198.51.100.1"));
     assert_eq!(guard.may_try(now, here, &["alice"]), Ok(()));
@@ -136,8 +142,11 @@ fn an_address_that_has_just_logged_in_well_is_not_punished_for_its_neighbours() 
 
 #[test]
 fn sessions_of_a_user_are_counted_in_all_and_by_address() {
-    let config =
-        config::Guard { sessions_per_user: Some(3), sessions_per_user_and_address: Some(2), ..Default::default() };
+    let config = config::AdmissionConfig {
+        sessions_per_user: Some(3),
+        sessions_per_user_and_address: Some(2),
+        ..Default::default()
+    };
     let (guard, now) = guard(&config);
     let session = |client: &str, user: &str| {
         let mut pass = pass(&guard, now, client).unwrap();
@@ -155,7 +164,7 @@ fn sessions_of_a_user_are_counted_in_all_and_by_address() {
 
 #[test]
 fn failures_are_answered_later_and_later_until_one_succeeds() {
-    let (guard, now) = guard(&config::Guard::default());
+    let (guard, now) = guard(&config::AdmissionConfig::default());
     let client = ip("192.0.2.1");
     let seconds = |user: &str| guard.failed(now, client, &[user]).as_secs_f64();
     let about = |found: f64, expected: f64| assert!((found / expected - 1.0).abs() <= 0.201, "{found} {expected}");
@@ -171,7 +180,7 @@ fn failures_are_answered_later_and_later_until_one_succeeds() {
 /// Naming another mailbox each time is no way around the limits of a master user.
 #[test]
 fn guesses_at_a_master_users_password_share_one_limit_over_all_mailboxes() {
-    let config = config::Guard { login_rate_per_user: rate(3, 60), ..Default::default() };
+    let config = config::AdmissionConfig { login_rate_per_user: rate(3, 60), ..Default::default() };
     let (guard, now) = guard(&config);
     let (here, there) = (ip("192.0.2.1"), ip("198.51.100.1"));
     for number in 0..3 {
@@ -194,7 +203,7 @@ fn guesses_at_a_master_users_password_share_one_limit_over_all_mailboxes() {
 
 #[test]
 fn failures_of_a_master_user_are_answered_later_over_all_mailboxes() {
-    let (guard, now) = guard(&config::Guard::default());
+    let (guard, now) = guard(&config::AdmissionConfig::default());
     let client = ip("192.0.2.1");
     let about = |users: &[&str], expected: f64| {
         let found = guard.failed(now, client, users).as_secs_f64();
@@ -215,10 +224,11 @@ fn failures_of_a_master_user_are_answered_later_over_all_mailboxes() {
 
 #[test]
 fn a_new_configuration_replaces_rules_and_nothing_that_is_remembered() {
-    let old = config::Guard { sessions_per_address: Some(2), connection_rate: rate(4, 60), ..Default::default() };
+    let old =
+        config::AdmissionConfig { sessions_per_address: Some(2), connection_rate: rate(4, 60), ..Default::default() };
     let (guard, now) = guard(&old);
     let inside = [pass(&guard, now, "192.0.2.1").unwrap(), pass(&guard, now, "192.0.2.1").unwrap()];
-    guard.reconfigure(&config::Guard { sessions_per_address: Some(3), ..old.clone() });
+    guard.reconfigure(&config::AdmissionConfig { sessions_per_address: Some(3), ..old.clone() });
     let third = pass(&guard, now, "192.0.2.1").unwrap();
     assert_eq!(pass(&guard, now, "192.0.2.1").unwrap_err(), ConnectionRefused::Address);
     assert_eq!(
@@ -227,10 +237,10 @@ fn a_new_configuration_replaces_rules_and_nothing_that_is_remembered() {
         "of all that came before and after"
     );
     // Off: those inside still count down, and nobody new is counted.
-    guard.reconfigure(&config::Guard::default());
+    guard.reconfigure(&config::AdmissionConfig::default());
     let uncounted: Vec<ConnectionCount> = (0..5).map(|_| pass(&guard, now, "192.0.2.1").unwrap()).collect();
     drop(inside);
-    guard.reconfigure(&config::Guard { sessions_per_address: Some(2), ..Default::default() });
+    guard.reconfigure(&config::AdmissionConfig { sessions_per_address: Some(2), ..Default::default() });
     let again = pass(&guard, now, "192.0.2.1").unwrap();
     assert_eq!(pass(&guard, now, "192.0.2.1").unwrap_err(), ConnectionRefused::Address, "the third and the new one");
     drop((third, again, uncounted));
@@ -239,18 +249,18 @@ fn a_new_configuration_replaces_rules_and_nothing_that_is_remembered() {
 
 #[test]
 fn turns_for_handshakes_are_the_same_as_long_as_their_number_is() {
-    let (guard, _) = guard(&config::Guard::default());
+    let (guard, _) = guard(&config::AdmissionConfig::default());
     let before = guard.handshakes();
-    guard.reconfigure(&config::Guard { before_login: 5, ..Default::default() });
+    guard.reconfigure(&config::AdmissionConfig { before_login: 5, ..Default::default() });
     assert!(Arc::ptr_eq(&before, &guard.handshakes()));
-    guard.reconfigure(&config::Guard { handshakes: 5, ..Default::default() });
+    guard.reconfigure(&config::AdmissionConfig { handshakes: 5, ..Default::default() });
     assert_eq!(guard.handshakes().available_permits(), 5);
 }
 
 /// A million addresses, each with a connection, a login and a failure.
 #[test]
 fn a_flood_of_addresses_is_remembered_in_bounded_memory() {
-    let config = config::Guard {
+    let config = config::AdmissionConfig {
         tracked: 8192,
         connection_rate: rate(10, 60),
         login_rate_per_address: rate(10, 60),
@@ -303,7 +313,7 @@ proptest! {
     /// stood from the first session on, nobody was over them.
     #[test]
     fn counts_return_to_nothing_across_reloads(steps in prop::collection::vec(step(), 0..200)) {
-        let mut config = config::Guard {
+        let mut config = config::AdmissionConfig {
             sessions_per_address: Some(2),
             sessions_per_user: Some(3),
             sessions_per_user_and_address: Some(2),

@@ -15,7 +15,7 @@ use tokio_util::task::TaskTracker;
 
 use crate::api::place::may_write;
 use crate::backend::OwnAddresses;
-use crate::config::{self, Asking, Config, Location, Problem, Route};
+use crate::config::{self, Config, Location, LookupConfig, Problem, Route};
 use crate::process::privileges::Identity;
 use crate::snapshot::Snapshot;
 
@@ -53,19 +53,19 @@ pub fn cache_file_warnings(config: &Config, identity: Option<&Identity>) -> anyh
         Some(identity) => Some((identity.owner().0, identity.groups()?)),
         None => None,
     };
-    let files = config.routes.iter().filter_map(|route| asking(route)?.cache.as_ref()?.file.as_ref());
+    let files = config.routes.iter().filter_map(|route| lookup(route)?.cache.as_ref()?.file.as_ref());
     let warning =
         |file: &config::Located<PathBuf>| Some(file.location.problem(unwritable(&file.value, user.as_ref())?));
     Ok(files.filter_map(warning).collect())
 }
 
-fn asking(route: &Route) -> Option<&Asking> {
+fn lookup(route: &Route) -> Option<&LookupConfig> {
     match route {
-        Route::Sql(sql) => Some(&sql.asking),
-        Route::Ldap(ldap) => Some(&ldap.asking),
-        Route::Http(http) => Some(&http.asking),
-        Route::Redis(redis) => Some(&redis.asking),
-        Route::Dns(dns) => Some(&dns.asking),
+        Route::Sql(sql) => Some(&sql.lookup),
+        Route::Ldap(ldap) => Some(&ldap.lookup),
+        Route::Http(http) => Some(&http.lookup),
+        Route::Redis(redis) => Some(&redis.lookup),
+        Route::Dns(dns) => Some(&dns.lookup),
         _ => None,
     }
 }

@@ -42,7 +42,7 @@ pub(super) struct Service {
 
 impl Resolver {
     /// See [`dns::resolver`].
-    pub(super) fn build(config: &config::Resolver) -> Result<Self, String> {
+    pub(super) fn build(config: &config::ResolverConfig) -> Result<Self, String> {
         dns::resolver(&config.servers, config.timeout).map(Self)
     }
 

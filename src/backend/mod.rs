@@ -245,7 +245,7 @@ pub struct Backend {
     /// Whether a server's referral is followed.
     pub follows_referrals: bool,
     /// How passwords are sent to its servers, and how their answers are understood.
-    answers: config::Answers,
+    answers: config::LoginRules,
     /// Sent with ID as `x-forward-KEY`.
     forward: BTreeMap<String, String>,
     /// Which server comes first.
@@ -280,7 +280,7 @@ impl Backend {
         for server in &backend.servers {
             match server {
                 config::Server::Srv { name, max_sessions, state, .. } => {
-                    let terms = ServerSettings::new(&backend.care, *max_sessions, *state);
+                    let terms = ServerSettings::new(&backend.balancing, *max_sessions, *state);
                     let known = previous.and_then(|previous| {
                         let group = previous.groups.iter().find(|group| group.service.as_ref() == Some(name))?;
                         group.servers.borrow().clone()
@@ -300,7 +300,7 @@ impl Backend {
                         weight: *weight,
                         priority: 0,
                         tls_name,
-                        terms: ServerSettings::new(&backend.care, *max_sessions, *admin_state),
+                        terms: ServerSettings::new(&backend.balancing, *max_sessions, *admin_state),
                         state: state.unwrap_or_else(|| {
                             ServerState::new(host, *port, own.server(name), state_overrides.cell(&backend.name, name))
                         }),
@@ -308,7 +308,7 @@ impl Backend {
                 }
             }
         }
-        let guest_terms = ServerSettings::new(&backend.care, None, AdminState::Up);
+        let guest_terms = ServerSettings::new(&backend.balancing, None, AdminState::Up);
         groups.push(Group::fixed(fixed, guest_terms));
         let guests = previous.map(|previous| previous.lock_guests().clone()).unwrap_or_default();
         let guests = guests.into_iter().map(|(address, server)| (address, server.on(guest_terms))).collect();
@@ -322,12 +322,12 @@ impl Backend {
             allows_authzid: backend.authzid,
             login: backend.login.as_ref().map(|login| OwnLogin::read(login)).transpose()?,
             follows_referrals: backend.follows_referrals,
-            answers: backend.answers.clone(),
+            answers: backend.login_rules.clone(),
             forward: backend.forward.clone(),
-            balance: backend.care.balance,
-            watch: backend.care.check.as_ref().map(|check| HealthChecker::build(check)).transpose()?,
+            balance: backend.balancing.balance,
+            watch: backend.balancing.check.as_ref().map(|check| HealthChecker::build(check)).transpose()?,
             queue: LoginQueue::default(),
-            queue_limits: backend.care.queue,
+            queue_limits: backend.balancing.queue,
             credits: Mutex::default(),
             guest_terms,
             groups,

@@ -15,7 +15,7 @@ const MAX_TEXT: usize = 200;
 
 /// How a backend's servers are sent passwords, and how their answers are understood.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Answers {
+pub struct LoginRules {
     /// The form in which a password is sent. Default automatic.
     pub login_with: LoginWith,
     /// Texts of a NO without a response code that mean an outage, in lower case.
@@ -100,16 +100,16 @@ mod tests {
     #[test]
     fn keys_defaults_and_mistakes() {
         let config = parse(Path::new("v.yaml"), &with("tls: none")).unwrap();
-        assert_eq!(config.backends[0].answers, Answers::default());
+        assert_eq!(config.backends[0].login_rules, LoginRules::default());
         let text =
             with("login_with: as-client, unavailable_texts: [Über LAST, x], limit_texts: Full, empty_password: allow");
-        let expected = Answers {
+        let expected = LoginRules {
             login_with: LoginWith::AsClient,
             unavailable_texts: vec!["über last".to_owned(), "x".to_owned()],
             limit_texts: vec!["full".to_owned()],
             allow_empty_password: true,
         };
-        assert_eq!(parse(Path::new("v.yaml"), &text).unwrap().backends[0].answers, expected);
+        assert_eq!(parse(Path::new("v.yaml"), &text).unwrap().backends[0].login_rules, expected);
         let part = "expected a part of a server's answer: 1 to 200 bytes, no control characters";
         for (more, expected) in [
             (

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::path::PathBuf;
 
-use super::{Answers, BalancingConfig, Located, Location};
+use super::{BalancingConfig, Located, Location, LoginRules};
 use crate::admin_state::AdminState;
 use crate::identity::UserName;
 
@@ -28,11 +28,11 @@ pub struct Backend {
     /// Whether a server's referral is followed; else the client is told.
     pub follows_referrals: bool,
     /// How passwords are sent to them, and how their answers are understood.
-    pub answers: Answers,
+    pub login_rules: LoginRules,
     /// Sent with ID as `x-forward-KEY`.
     pub forward: BTreeMap<String, String>,
     /// How servers are chosen, watched and limited.
-    pub care: BalancingConfig,
+    pub balancing: BalancingConfig,
     /// In the file.
     pub location: Location,
 }

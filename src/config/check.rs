@@ -22,8 +22,8 @@ use super::routes::routes;
 use super::servers::backend;
 use super::users::users;
 use super::{
-    Backend, Certificate, CertificateUser, ClientCertificates, Config, Host, Level, Listener, ListenerTls, Located,
-    Log, LogFormat, Network, Resolver, RunAs, Server, TlsVersion, is_local,
+    Backend, Certificate, CertificateUser, ClientCertificates, Config, Host, Level, Listener, Located, LogConfig,
+    LogFormat, Network, ResolverConfig, RunAs, Server, TlsMode, TlsVersion, is_local,
 };
 use crate::identity::{Mechanism, Mechanisms};
 
@@ -34,7 +34,7 @@ pub(super) fn config(reader: &mut Reader<'_>, file: &Path, value: Value) -> Opti
     let listeners = listeners(reader, folder, written.listeners);
     let certificates = certificates(reader, folder, written.tls.certificates);
     let ticket_keys = written.tls.ticket_keys.map(|files| ticket_keys(reader, folder, &files)).unwrap_or_default();
-    let wants_tls = listeners.iter().any(|listener| listener.tls != ListenerTls::None);
+    let wants_tls = listeners.iter().any(|listener| listener.tls != TlsMode::None);
     if wants_tls && certificates.is_empty() && !reader.blamed("tls") {
         reader.problem("tls.certificates", "a listener speaks TLS, so at least one certificate is needed");
     }
@@ -104,14 +104,14 @@ pub(super) fn config(reader: &mut Reader<'_>, file: &Path, value: Value) -> Opti
         master_networks,
         token_issuers: issuers(reader, written.oauth).into(),
         limits,
-        guard,
+        admission: guard,
         policy,
         admin,
         control,
         state_file,
         run_as,
-        log: Log { format: format(written.log.format), level: level(written.log.level) },
-        resolver: Resolver { servers, timeout },
+        log: LogConfig { format: format(written.log.format), level: level(written.log.level) },
+        resolver: ResolverConfig { servers, timeout },
         warnings: reader.take_warnings(),
     })
 }
@@ -162,15 +162,15 @@ fn listeners(reader: &mut Reader<'_>, folder: &Path, items: Vec<Value>) -> Vec<L
             );
         }
         let tls = match written.tls {
-            TlsWord::Implicit => ListenerTls::Implicit,
-            TlsWord::StartTls => ListenerTls::StartTls,
-            TlsWord::None => ListenerTls::None,
+            TlsWord::Implicit => TlsMode::Implicit,
+            TlsWord::StartTls => TlsMode::StartTls,
+            TlsWord::None => TlsMode::None,
         };
         let mechanisms = written.mechanisms.map(|names| mechanisms(reader, &child(&key, "mechanisms"), &names));
         let of_tls =
             [("tls_min", written.tls_min.is_some()), ("sni", written.sni.is_some()), ("alpn", written.alpn.is_some())];
         for (name, given) in of_tls {
-            if given && tls == ListenerTls::None {
+            if given && tls == TlsMode::None {
                 reader.problem(&child(&key, name), "has no effect with tls: none");
             }
         }
@@ -179,7 +179,7 @@ fn listeners(reader: &mut Reader<'_>, folder: &Path, items: Vec<Value>) -> Vec<L
         let strict_alpn = written.alpn != Some(AlpnWord::Any);
         let client_certificates = written.client_certificates.map(|map| {
             let key = child(&key, "client_certificates");
-            if tls == ListenerTls::None {
+            if tls == TlsMode::None {
                 reader.problem(&key, "has no effect with tls: none");
             }
             ClientCertificates {

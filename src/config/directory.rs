@@ -13,20 +13,20 @@ pub const ANSWER_FIELDS: [&str; 7] = ["backend", "server", "user", "master", "pa
 
 /// What all directories have in common.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Asking {
+pub struct LookupConfig {
     /// Of one question. Default 2 s.
     pub timeout: Duration,
     /// Questions, and connections, at a time. Default 8.
     pub connections: usize,
     /// `None`: every login is a question.
-    pub cache: Option<Cache>,
+    pub cache: Option<CacheConfig>,
     /// What the directory calls a backend, where that is not its name here.
     pub names: BTreeMap<String, BackendId>,
 }
 
 /// How long answers are kept.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Cache {
+pub struct CacheConfig {
     /// Of a user that was found. Default 1 min.
     pub ttl: Duration,
     /// Of a user that is unknown. Default 10 s.
@@ -51,7 +51,7 @@ pub struct Sql {
     /// PEM file of roots, instead of the system's; TLS is demanded then.
     pub ca: Option<Located<PathBuf>>,
     /// In common.
-    pub asking: Asking,
+    pub lookup: LookupConfig,
 }
 
 /// `ldap`.
@@ -76,7 +76,7 @@ pub struct Ldap {
     /// Fields of an answer, and the attributes they stand in.
     pub attributes: BTreeMap<String, String>,
     /// In common.
-    pub asking: Asking,
+    pub lookup: LookupConfig,
 }
 
 /// `ldap.scope`, RFC 4511 section 4.5.1.2.
@@ -112,7 +112,7 @@ pub struct Http {
     /// Addresses the source may name although no server is declared there.
     pub networks: Vec<Network>,
     /// In common.
-    pub asking: Asking,
+    pub lookup: LookupConfig,
 }
 
 /// `http.style`.
@@ -140,7 +140,7 @@ pub struct Redis {
     /// A field of the hash at the key; absent: the key's own value.
     pub field: Option<String>,
     /// In common.
-    pub asking: Asking,
+    pub lookup: LookupConfig,
 }
 
 /// Which Redis.
@@ -163,16 +163,16 @@ pub enum RedisServers {
 #[derive(Debug, Clone, PartialEq)]
 pub struct Dns {
     /// What is asked.
-    pub question: DnsQuestion,
+    pub query: DnsQuery,
     /// Name servers; none: those of `resolver`.
     pub servers: Vec<SocketAddr>,
     /// In common.
-    pub asking: Asking,
+    pub lookup: LookupConfig,
 }
 
 /// `dns.txt` or `dns.srv`.
 #[derive(Debug, Clone, PartialEq)]
-pub enum DnsQuestion {
+pub enum DnsQuery {
     /// The text names the backend.
     Txt(Template),
     /// The target with the lowest priority is looked up in `names`.

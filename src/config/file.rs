@@ -45,7 +45,7 @@ pub(super) struct File {
     pub(super) state_file: Option<PathBuf>,
     /// Whom to become once all ports are bound.
     pub(super) run_as: Option<RunAsMap>,
-    /// Log records.
+    /// LogConfig records.
     pub(super) log: LogMap,
     /// DNS.
     pub(super) resolver: ResolverMap,
@@ -310,7 +310,7 @@ pub(super) struct LoginMap {
 #[derive(Debug, Clone, Copy, Default, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub(super) enum ReferralsWord {
-    /// Log in there, if it is a declared server.
+    /// LogConfig in there, if it is a declared server.
     #[default]
     Follow,
     /// The client is told.
@@ -403,7 +403,7 @@ pub(super) struct LimitsMap {
     pub(super) workers: Option<i64>,
     pub(super) untagged_lines: Option<i64>,
     pub(super) untagged_bytes: Option<Size>,
-    // See [`super::Guard`].
+    // See [`super::AdmissionConfig`].
     pub(super) handshakes: Option<i64>,
     pub(super) before_login: Option<i64>,
     pub(super) before_login_memory: Option<Size>,

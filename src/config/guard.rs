@@ -13,9 +13,9 @@ use super::values::{OptionalCount, RateText, Size};
 
 /// Who may come in and try. An address is one of IPv4, or a /64 of IPv6, which is what one household has.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Guard {
+pub struct AdmissionConfig {
     /// Networks that may come in, may not, and to which nothing below applies.
-    pub access: Access,
+    pub access: AccessConfig,
     /// TLS handshakes with clients under way at once, counted from a client's first byte; others wait for their turn. Default
     /// 4000.
     pub handshakes: usize,
@@ -49,7 +49,7 @@ pub struct Guard {
 
 /// `access`. The narrowest network that contains the client decides; `deny` where two are as narrow.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Access {
+pub struct AccessConfig {
     /// Where it is not empty, whoever is in none is not let in.
     pub allow: Vec<Network>,
     /// Who is not let in.
@@ -67,10 +67,10 @@ pub struct Rate {
     pub per: Duration,
 }
 
-impl Default for Guard {
+impl Default for AdmissionConfig {
     fn default() -> Self {
         Self {
-            access: Access::default(),
+            access: AccessConfig::default(),
             handshakes: 4000,
             before_login: 10_000,
             before_login_memory: 256 << 20,
@@ -89,8 +89,8 @@ impl Default for Guard {
 }
 
 /// Absent keys have their defaults.
-pub(super) fn guard(reader: &mut Reader<'_>, access: AccessMap, written: &LimitsMap) -> Guard {
-    let default = Guard::default();
+pub(super) fn guard(reader: &mut Reader<'_>, access: AccessMap, written: &LimitsMap) -> AdmissionConfig {
+    let default = AdmissionConfig::default();
     let tracked = number(reader, "limits.tracked", written.tracked, 100_000, 1000..=10_000_000);
     let handshakes = number(reader, "limits.handshakes", written.handshakes, 4000, 1..=1_000_000);
     let before_login = number(reader, "limits.before_login", written.before_login, 10_000, 1..=10_000_000);
@@ -112,8 +112,8 @@ pub(super) fn guard(reader: &mut Reader<'_>, access: AccessMap, written: &Limits
     if delay.is_some_and(|delay| delay > delay_max) && !reader.blamed("limits.failed_login_delay_max") {
         reader.problem("limits.failed_login_delay_max", "is less than failed_login_delay, which grows up to it");
     }
-    Guard {
-        access: Access {
+    AdmissionConfig {
+        access: AccessConfig {
             allow: networks(reader, "access.allow", &access.allow),
             deny: networks(reader, "access.deny", &access.deny),
             exempt: networks(reader, "access.exempt", &access.exempt),
@@ -214,9 +214,11 @@ mod tests {
     const MINIMAL: &str = "listeners: [{address: '127.0.0.1:1143', tls: none}]\nbackends: {a: {servers: ['192.0.2.1:143']}}\n\
                            routes: [{default: a}]\n";
 
-    fn read(more: &str) -> Result<Guard, Vec<String>> {
+    fn read(more: &str) -> Result<AdmissionConfig, Vec<String>> {
         let config = parse(Path::new("v.yaml"), &format!("{MINIMAL}{more}"));
-        config.map(|config| config.guard).map_err(|report| report.problems().iter().map(ToString::to_string).collect())
+        config
+            .map(|config| config.admission)
+            .map_err(|report| report.problems().iter().map(ToString::to_string).collect())
     }
 
     #[test]
@@ -227,8 +229,8 @@ mod tests {
                     networks: [{network: 192.0.2.0/24, sessions: 11}]}\n\
                     access: {allow: [10.0.0.0/8], deny: ['2001:db8::/32'], exempt: [10.1.2.3]}\n";
         let network = |text| Network::parse(text).unwrap();
-        let expected = Guard {
-            access: Access {
+        let expected = AdmissionConfig {
+            access: AccessConfig {
                 allow: vec![network("10.0.0.0/8")],
                 deny: vec![network("2001:db8::/32")],
                 exempt: vec![network("10.1.2.3")],
@@ -248,7 +250,7 @@ mod tests {
             failed_login_delay_max: Duration::from_secs(3),
         };
         assert_eq!(read(text), Ok(expected));
-        assert_eq!(read(""), Ok(Guard::default()));
+        assert_eq!(read(""), Ok(AdmissionConfig::default()));
     }
 
     #[test]

@@ -16,7 +16,7 @@ pub(super) struct NetworkMap {
     pub(super) sessions: i64,
 }
 
-/// `access`; see [`super::Access`].
+/// `access`; see [`super::AccessConfig`].
 #[derive(Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub(super) struct AccessMap {

@@ -37,14 +37,15 @@ use std::time::Duration;
 
 use crate::identity::{Delegation, Mechanisms, Naming, TokenIssuer};
 
-pub use self::answers::Answers;
+pub use self::answers::LoginRules;
 pub use self::backend::{Backend, BackendId, ClientInfo, Host, MasterLogin, Server, TlsMode, Trust, UpstreamTlsConfig};
 pub use self::care::{Balance, BalancingConfig, Check, CheckKind, Queue};
 pub use self::directory::{
-    ANSWER_FIELDS, Asking, Cache, Dns, DnsQuestion, Http, HttpStyle, Ldap, LdapScope, Network, Redis, RedisServers, Sql,
+    ANSWER_FIELDS, CacheConfig, Dns, DnsQuery, Http, HttpStyle, Ldap, LdapScope, LookupConfig, Network, Redis,
+    RedisServers, Sql,
 };
 pub use self::error::{Help, Located, Location, Problem, Report};
-pub use self::guard::{Access, Guard, Rate};
+pub use self::guard::{AccessConfig, AdmissionConfig, Rate};
 pub use self::local::is_local;
 use self::locate::Positions;
 pub use self::policy::Policy;
@@ -78,7 +79,7 @@ pub struct Config {
     /// Deadlines and caps.
     pub limits: Limits,
     /// Who may come in and try.
-    pub guard: Guard,
+    pub admission: AdmissionConfig,
     /// A service that is asked before each login.
     pub policy: Option<Policy>,
     /// Where metrics and health are answered.
@@ -89,10 +90,10 @@ pub struct Config {
     pub state_file: Option<PathBuf>,
     /// Whom to become once all ports are bound.
     pub run_as: Option<RunAs>,
-    /// Log records.
-    pub log: Log,
+    /// LogConfig records.
+    pub log: LogConfig,
     /// DNS.
-    pub resolver: Resolver,
+    pub resolver: ResolverConfig,
     /// What is allowed, but seldom meant.
     pub warnings: Vec<Problem>,
 }
@@ -112,7 +113,7 @@ pub struct Listener {
     /// Port 0 takes any free one.
     pub address: SocketAddr,
     /// How TLS begins.
-    pub tls: ListenerTls,
+    pub tls: TlsMode,
     /// Ways to log in that are offered; `None`: those that the backends have.
     pub mechanisms: Option<Mechanisms>,
     /// The oldest version of TLS that is spoken. Default 1.2.
@@ -151,17 +152,6 @@ pub enum CertificateUser {
     SanDns,
     /// The common name of the subject.
     CommonName,
-}
-
-/// How TLS begins on a listener.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum ListenerTls {
-    /// At once.
-    Implicit,
-    /// In clear, then STARTTLS; no login before.
-    StartTls,
-    /// Never: passwords travel in clear.
-    None,
 }
 
 /// A version of TLS.
@@ -322,9 +312,9 @@ impl Default for Limits {
     }
 }
 
-/// Log records.
+/// LogConfig records.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Log {
+pub struct LogConfig {
     /// How they look.
     pub format: LogFormat,
     /// The least important that is written.
@@ -353,7 +343,7 @@ pub enum Level {
 
 /// DNS.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Resolver {
+pub struct ResolverConfig {
     /// None: the system's.
     pub servers: Vec<SocketAddr>,
     /// Of one question to one server. Default 3 s.

@@ -8,7 +8,7 @@ use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use serde_yaml::Value;
 
-use super::answers::{Answers, EmptyPasswordWord, texts};
+use super::answers::{EmptyPasswordWord, LoginRules, texts};
 use super::care::{self, care, max_sessions};
 use super::check::located;
 use super::file::{
@@ -67,7 +67,7 @@ pub(super) fn backend(reader: &mut Reader<'_>, folder: &Path, name: String, valu
     let authzid = written.authzid == AuthzidWord::Allow;
     let login = written.login.and_then(|login| master_login(reader, folder, &child(&key, "login"), login));
     let follows_referrals = matches!(written.referrals, ReferralsWord::Follow);
-    let answers = Answers {
+    let answers = LoginRules {
         login_with: written.login_with.into(),
         unavailable_texts: texts(reader, &key, "unavailable_texts", written.unavailable_texts),
         limit_texts: texts(reader, &key, "limit_texts", written.limit_texts),
@@ -96,9 +96,9 @@ pub(super) fn backend(reader: &mut Reader<'_>, folder: &Path, name: String, valu
         authzid,
         login,
         follows_referrals,
-        answers,
+        login_rules: answers,
         forward,
-        care,
+        balancing: care,
         location,
     })
 }

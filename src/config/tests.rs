@@ -31,7 +31,7 @@ fn the_least_configuration_has_all_defaults() {
     assert_eq!(config.limits, Limits::default());
     assert_eq!(config.backends[0].client_info, ClientInfo::Id);
     assert!(!config.backends[0].authzid);
-    assert_eq!(config.log, Log { format: LogFormat::Text, level: Level::Info });
+    assert_eq!(config.log, LogConfig { format: LogFormat::Text, level: Level::Info });
     assert_eq!(config.admin, None);
 }
 
@@ -81,7 +81,7 @@ fn the_reference_names_every_key_and_its_default() {
     }
     let shown = load(&path).unwrap();
     assert_eq!(shown.limits, Limits::default(), "the reference shows the defaults");
-    assert_eq!(shown.guard, Guard::default(), "the reference shows the defaults");
+    assert_eq!(shown.admission, AdmissionConfig::default(), "the reference shows the defaults");
 }
 
 #[test]
@@ -241,7 +241,7 @@ fn care_of_servers_has_rules() {
 #[test]
 fn care_of_servers_has_defaults() {
     let config = parse(Path::new("v.yaml"), MINIMAL).unwrap();
-    let care = &config.backends[0].care;
+    let care = &config.backends[0].balancing;
     assert_eq!((care.balance, care.slow_start, care.failures), (Balance::UserHash, None, 3));
     let check = care.check.as_ref().unwrap();
     assert_eq!((check.kind.as_str(), check.interval, check.rise, check.fall), ("imap", Duration::from_secs(10), 2, 3));
@@ -251,7 +251,7 @@ fn care_of_servers_has_defaults() {
         "143', {address: '192.0.2.2:143', max_sessions: 2, state: drain}], max_sessions: 7, check: off}}",
     );
     let config = parse(Path::new("v.yaml"), &text).unwrap();
-    assert!(config.backends[0].care.check.is_none());
+    assert!(config.backends[0].balancing.check.is_none());
     assert!(matches!(
         config.backends[0].servers[0],
         Server::Address { max_sessions: Some(7), state: AdminState::Up, .. }

@@ -17,7 +17,7 @@ use tracing_subscriber::layer::SubscriberExt as _;
 use tracing_subscriber::util::SubscriberInitExt as _;
 use tracing_subscriber::{EnvFilter, Registry, fmt, reload};
 
-use crate::config::{Level, Log, LogFormat};
+use crate::config::{Level, LogConfig, LogFormat};
 use crate::logging::queue::LogQueue;
 
 /// Libraries that say at info or debug what an operator has no use for.
@@ -33,7 +33,7 @@ const FLUSH_AT_EXIT: Duration = Duration::from_secs(2);
 const FLUSH_AT_PANIC: Duration = Duration::from_millis(200);
 
 /// Installs the process's subscriber; a second call changes nothing.
-pub(crate) fn install(log: &Log) {
+pub(crate) fn install(log: &LogConfig) {
     let (filter, handle) = reload::Layer::new(filter(log));
     let registry = Registry::default().with(filter);
     let queue = LogQueue::start(io::stderr(), report_dropped);
@@ -92,12 +92,12 @@ fn report_dropped(lines: u64) {
 }
 
 /// Writes from the level in `log` on, from now on.
-pub(crate) fn set_level(log: &Log) {
+pub(crate) fn set_level(log: &LogConfig) {
     // An error says that the subscriber is gone, which it never is.
     let _ = FILTER.get().map(|handle| handle.reload(filter(log)));
 }
 
-fn filter(log: &Log) -> EnvFilter {
+fn filter(log: &LogConfig) -> EnvFilter {
     let level = match log.level {
         Level::Error => "error",
         Level::Warn => "warn",

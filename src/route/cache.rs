@@ -39,7 +39,7 @@ pub(super) enum Looked {
 /// Answers of one directory, at most `entries` of them; those asked for least go first.
 #[derive(Debug)]
 pub(super) struct Cache {
-    rules: config::Cache,
+    rules: config::CacheConfig,
     kept: sync::Cache<Arc<str>, Kept>,
     /// What makes lookups in flight out of date. Locked while an answer is kept or forgotten.
     events: Mutex<Generations>,
@@ -47,7 +47,7 @@ pub(super) struct Cache {
 }
 
 impl Cache {
-    pub(super) fn new(rules: config::Cache) -> Self {
+    pub(super) fn new(rules: config::CacheConfig) -> Self {
         let kept = sync::Cache::new(rules.entries);
         Self { kept, rules, events: Mutex::default(), saving: Mutex::default() }
     }
@@ -142,7 +142,7 @@ mod tests {
 
     fn cache(entries: usize) -> Cache {
         let rules =
-            config::Cache { ttl: seconds(100), negative: seconds(10), stale: seconds(1000), entries, file: None };
+            config::CacheConfig { ttl: seconds(100), negative: seconds(10), stale: seconds(1000), entries, file: None };
         Cache::new(rules)
     }
 

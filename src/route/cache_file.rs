@@ -127,7 +127,7 @@ mod tests {
 
     fn cache() -> Cache {
         let hour = Duration::from_secs(3600);
-        Cache::new(config::Cache { ttl: hour, negative: hour, stale: hour, entries: 1000, file: None })
+        Cache::new(config::CacheConfig { ttl: hour, negative: hour, stale: hour, entries: 1000, file: None })
     }
 
     #[test]

@@ -70,7 +70,7 @@ impl CachedDirectory {
     /// Asks nothing yet.
     pub(super) fn new(
         directory: impl Into<Arc<Directory>>,
-        asking: &config::Asking,
+        asking: &config::LookupConfig,
         declared: Declared,
         metrics: RouteMetrics,
     ) -> Self {

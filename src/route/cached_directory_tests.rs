@@ -12,7 +12,7 @@ use super::decision::{Declared, RouteDecision};
 use super::directory::Directory;
 use super::request::LookupRequest;
 use super::{LookupResult, Origin};
-use crate::config::{Asking, BackendId, Cache, Located, Location};
+use crate::config::{BackendId, CacheConfig, Located, Location, LookupConfig};
 use crate::metrics::{Metrics, Names};
 
 const HOUR: Duration = Duration::from_secs(3600);
@@ -85,18 +85,18 @@ fn asked(scripted: &Scripted, connections: usize, cache: bool) -> (Arc<CachedDir
     (Arc::new(asked), metrics)
 }
 
-fn rules(ttl: Duration) -> Cache {
-    Cache { ttl, negative: HOUR, stale: HOUR, entries: 1000, file: None }
+fn rules(ttl: Duration) -> CacheConfig {
+    CacheConfig { ttl, negative: HOUR, stale: HOUR, entries: 1000, file: None }
 }
 
 fn built(
     scripted: &Scripted,
     timeout: Duration,
     connections: usize,
-    cache: Option<Cache>,
+    cache: Option<CacheConfig>,
 ) -> (CachedDirectory, Metrics) {
     let metrics = Metrics::new(&Names { routes: vec!["test".to_owned()], ..Names::default() });
-    let asking = Asking { timeout, connections, cache, names: std::collections::BTreeMap::new() };
+    let asking = LookupConfig { timeout, connections, cache, names: std::collections::BTreeMap::new() };
     let directory = Directory::Scripted(scripted.clone());
     let asked = CachedDirectory::new(directory, &asking, Declared::named(["a", "b"]), metrics.route(0).clone());
     (asked, metrics)
@@ -261,7 +261,7 @@ async fn a_forgotten_user_does_not_come_back_from_the_file() {
     scripted.says("alice", found(0));
     let location = Location::of_file(std::path::Path::new("v.yaml"));
     let file = Located { value: path.clone(), location };
-    let with_file = || Cache { file: Some(file.clone()), ..rules(HOUR) };
+    let with_file = || CacheConfig { file: Some(file.clone()), ..rules(HOUR) };
     let old = Arc::new(built(&scripted, HOUR, 8, Some(with_file())).0);
     let stop = tokio_util::sync::CancellationToken::new();
     let keeping = tokio::spawn(old.clone().keep_file(stop.clone()));

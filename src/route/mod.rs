@@ -314,7 +314,7 @@ fn source(
     let known_asked =
         if let Some(Source::CachedDirectory(asked, inputs)) = known { Some((asked, *inputs)) } else { None };
     let used_on = known_asked.filter(|(_, before)| inputs.is_some() && *before == inputs);
-    let asked = |build: &dyn Fn() -> Result<Directory, Vec<Problem>>, asking: &config::Asking| {
+    let asked = |build: &dyn Fn() -> Result<Directory, Vec<Problem>>, asking: &config::LookupConfig| {
         let directory = match used_on {
             Some((asked, _)) => asked.directory().clone(),
             None => build()?.into(),
@@ -334,19 +334,19 @@ fn source(
         config::Route::Hash { style, shares } => Source::Hash(sources::hash::Hash::new(config, *style, shares)),
         config::Route::Default(backend) => Source::Default(RouteDecision::backend(*backend).into()),
         config::Route::Sql(sql) => {
-            asked(&|| Ok(Directory::Sql(Box::new(sources::sql::Sql::build(sql, declared)?))), &sql.asking)?
+            asked(&|| Ok(Directory::Sql(Box::new(sources::sql::Sql::build(sql, declared)?))), &sql.lookup)?
         }
         config::Route::Ldap(ldap) => {
-            asked(&|| Ok(Directory::Ldap(Box::new(sources::ldap::Directory::build(ldap, declared)?))), &ldap.asking)?
+            asked(&|| Ok(Directory::Ldap(Box::new(sources::ldap::Directory::build(ldap, declared)?))), &ldap.lookup)?
         }
         config::Route::Http(http) => {
-            asked(&|| Ok(Directory::Http(Box::new(sources::http::Http::build(config, http, declared)?))), &http.asking)?
+            asked(&|| Ok(Directory::Http(Box::new(sources::http::Http::build(config, http, declared)?))), &http.lookup)?
         }
         config::Route::Redis(redis) => {
-            asked(&|| Ok(Directory::Redis(Box::new(sources::redis::Redis::build(redis, declared)?))), &redis.asking)?
+            asked(&|| Ok(Directory::Redis(Box::new(sources::redis::Redis::build(redis, declared)?))), &redis.lookup)?
         }
         config::Route::Dns(dns) => {
-            asked(&|| Ok(Directory::Dns(Box::new(sources::dns::Dns::new(config, dns, declared)))), &dns.asking)?
+            asked(&|| Ok(Directory::Dns(Box::new(sources::dns::Dns::new(config, dns, declared)))), &dns.lookup)?
         }
     })
 }

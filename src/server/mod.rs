@@ -363,7 +363,7 @@ impl Running {
         // Ends the background tasks of the old configuration; those of the new one have been started.
         std::mem::replace(&mut current.stop, stop).cancel();
         current.snapshot = snapshot.clone();
-        snapshot.guard.reconfigure(&snapshot.config.guard);
+        snapshot.guard.reconfigure(&snapshot.config.admission);
         logging::set_level(&snapshot.config.log);
         if moved {
             let admin = admin.map(|admin| self.run_admin(&snapshot, admin));

@@ -48,7 +48,7 @@ pub(crate) use self::throttling::turn_away;
 use crate::admission::connection_limit::ConnectionPermit;
 use crate::admission::{Charge, ConnectionCount, OutOfMemory, PreloginTicket};
 use crate::auth_policy;
-use crate::config::ListenerTls;
+use crate::config::TlsMode;
 use crate::deadline::Deadline;
 use crate::failure::Reason;
 use crate::metrics::OpenGuard;
@@ -83,7 +83,7 @@ pub(crate) struct AcceptedConnection {
     /// Place of the listener in the configuration.
     pub listener: usize,
     /// How TLS begins there.
-    pub tls: ListenerTls,
+    pub tls: TlsMode,
     /// The configuration that holds now.
     pub snapshot: Arc<Snapshot>,
     /// Where the next one appears.
@@ -183,7 +183,7 @@ impl Session {
     }
 
     /// Steps 1 to 6: talks to the client until a server has accepted it, or until it is gone.
-    async fn log_in(mut self, socket: TcpStream, tls: ListenerTls) -> Option<Relayed> {
+    async fn log_in(mut self, socket: TcpStream, tls: TlsMode) -> Option<Relayed> {
         let (mut stream, transport) = self.connected(socket, tls).await?;
         let mut prelogin = Prelogin::new(self.policy(transport, &stream));
         let mut out = Vec::new();
@@ -246,13 +246,13 @@ impl Session {
     }
 
     /// Steps 1 and 2: waits for a place, the PROXY header and the handshake.
-    async fn connected(&mut self, mut socket: TcpStream, tls: ListenerTls) -> Option<(Stream, Transport)> {
+    async fn connected(&mut self, mut socket: TcpStream, tls: TlsMode) -> Option<(Stream, Transport)> {
         self.admitted(&socket).await?;
         self.introduced(&mut socket).await?;
         let (stream, transport) = match tls {
-            ListenerTls::Implicit => (self.encrypt(socket).await?, Transport::Tls),
-            ListenerTls::StartTls => (Stream::Plain(socket), Transport::StartTls),
-            ListenerTls::None => (Stream::Plain(socket), Transport::Plain),
+            TlsMode::Implicit => (self.encrypt(socket).await?, Transport::Tls),
+            TlsMode::StartTls => (Stream::Plain(socket), Transport::StartTls),
+            TlsMode::None => (Stream::Plain(socket), Transport::Plain),
         };
         if transport != Transport::Tls && self.snapshot.config.listeners[self.listener].proxy_protocol.is_none() {
             self.opening = Opening::expected();

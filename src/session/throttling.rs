@@ -16,7 +16,7 @@ use super::{EndedBy, FAREWELL, Session};
 use crate::admission::{ConnectionRefused, Limited, PreloginTicket, Shed};
 use crate::auth_policy::Verdict;
 use crate::backend::request::Outcome;
-use crate::config::{BackendId, ListenerTls};
+use crate::config::{BackendId, TlsMode};
 use crate::failure::Reason;
 use crate::identity::{Credentials, Mechanism, Naming, UserName};
 use crate::metrics::{LoginOutcome, Refusal};
@@ -55,7 +55,7 @@ pub(crate) fn turn_away(
         }
     };
     snapshot.metrics.listener(listener).refused(refusal);
-    if snapshot.config.listeners[listener].tls != ListenerTls::Implicit {
+    if snapshot.config.listeners[listener].tls != TlsMode::Implicit {
         let _ = socket.try_write(bye.as_bytes());
     }
     refusal

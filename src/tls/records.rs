@@ -312,7 +312,7 @@ mod tests {
 
     /// A guard with a budget of `bytes`, and a charge of its only connection.
     fn charge(bytes: usize) -> (Arc<Guard>, PreloginTicket) {
-        let config = config::Guard { before_login_memory: bytes, ..Default::default() };
+        let config = config::AdmissionConfig { before_login_memory: bytes, ..Default::default() };
         let guard = Arc::new(Guard::new(&config, Instant::now()));
         let ticket = guard.lobby(Instant::now()).unwrap();
         (guard, ticket)

@@ -35,11 +35,11 @@ pub async fn start(text: &str) -> Running {
     let mut config = config::parse(Path::new("test.yaml"), text).unwrap_or_else(|report| panic!("{report}"));
     // Scripted servers count who comes: nobody comes just to look, but where a test wants it.
     if !text.contains("check:") {
-        config.backends.iter_mut().for_each(|backend| backend.care.check = None);
+        config.backends.iter_mut().for_each(|backend| backend.balancing.check = None);
     }
     // And nobody waits, but where waiting is what is tested.
     if !text.contains("failed_login_delay:") {
-        config.guard.failed_login_delay = None;
+        config.admission.failed_login_delay = None;
     }
     server::start(config, Vec::new()).await.unwrap_or_else(|error| panic!("{error:#}"))
 }

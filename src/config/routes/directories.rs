@@ -12,7 +12,8 @@ use super::sql_query::{Syntax, quoted_variable};
 use super::{Context, declared_backend};
 use crate::config::check::{located, socket_address};
 use crate::config::directory::{
-    ANSWER_FIELDS, Asking, Cache, Dns, DnsQuestion, Http, HttpStyle, Ldap, LdapScope, Network, Redis, RedisServers, Sql,
+    ANSWER_FIELDS, CacheConfig, Dns, DnsQuery, Http, HttpStyle, Ldap, LdapScope, LookupConfig, Network, Redis,
+    RedisServers, Sql,
 };
 use crate::config::limits::{bounded, number, seconds};
 use crate::config::locate::child;
@@ -60,7 +61,7 @@ impl Section<'_, '_> {
             password: self.file("password_file", written.password_file),
             query,
             ca: self.file("ca", written.ca),
-            asking,
+            lookup: asking,
         })))
     }
 
@@ -112,7 +113,7 @@ impl Section<'_, '_> {
             scope,
             filter,
             attributes: written.attributes,
-            asking,
+            lookup: asking,
         })))
     }
 
@@ -169,7 +170,7 @@ impl Section<'_, '_> {
             client_certificate: written.client_certificate,
             backend,
             networks,
-            asking,
+            lookup: asking,
         })))
     }
 
@@ -204,7 +205,7 @@ impl Section<'_, '_> {
             ca: self.file("ca", written.ca),
             key: key?,
             field: written.field,
-            asking,
+            lookup: asking,
         })))
     }
 
@@ -212,12 +213,12 @@ impl Section<'_, '_> {
         let mut written: DnsMap = self.read(value)?;
         let asking = self.asking(written.asking());
         let question = match (written.txt, written.srv) {
-            (Some(txt), None) => DnsQuestion::Txt(self.for_each_user("txt", &txt)?),
+            (Some(txt), None) => DnsQuery::Txt(self.for_each_user("txt", &txt)?),
             (None, Some(srv)) => {
                 if asking.names.is_empty() {
                     self.problem("names", "targets of SRV records need it, like {mail1.internal: BACKEND}");
                 }
-                DnsQuestion::Srv(self.for_each_user("srv", &srv)?)
+                DnsQuery::Srv(self.for_each_user("srv", &srv)?)
             }
             _ => {
                 let key = self.key.clone();
@@ -229,7 +230,7 @@ impl Section<'_, '_> {
             socket_address(self.reader, &format!("{}.servers[{index}]", self.key), text, "127.0.0.1:53")
         });
         let servers = servers.collect();
-        Some(Route::Dns(Box::new(Dns { question, servers, asking })))
+        Some(Route::Dns(Box::new(Dns { query: question, servers, lookup: asking })))
     }
 
     fn read<T: DeserializeOwned>(&mut self, value: Value) -> Option<T> {
@@ -290,7 +291,7 @@ impl Section<'_, '_> {
         .collect()
     }
 
-    fn asking(&mut self, written: AskingMap) -> Asking {
+    fn asking(&mut self, written: AskingMap) -> LookupConfig {
         let key = |name: &str| child(&self.key, name);
         let timeout = bounded(self.reader, &key("timeout"), written.timeout, Duration::from_secs(2), seconds(0, 60));
         let connections = number(self.reader, &key("connections"), written.connections, 8, 1..=1000) as usize;
@@ -306,17 +307,17 @@ impl Section<'_, '_> {
                 names.insert(name, id);
             }
         }
-        Asking { timeout, connections, cache, names }
+        LookupConfig { timeout, connections, cache, names }
     }
 
-    fn cache(&mut self, written: super::maps::CacheMap) -> Cache {
+    fn cache(&mut self, written: super::maps::CacheMap) -> CacheConfig {
         let day = 24 * 3600;
         let base = child(&self.key, "cache");
         let key = |name: &str| child(&base, name);
         let reader = &mut *self.reader;
         let location = reader.location(&key("file"));
         let file = written.file.map(|file| Located { value: self.context.folder.join(file), location });
-        Cache {
+        CacheConfig {
             ttl: bounded(reader, &key("ttl"), written.ttl, Duration::from_secs(60), seconds(1, day)),
             negative: bounded(reader, &key("negative"), written.negative, Duration::from_secs(10), seconds(0, day)),
             stale: bounded(reader, &key("stale"), written.stale, Duration::from_secs(3600), seconds(1, 30 * day)),

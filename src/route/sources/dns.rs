@@ -11,7 +11,7 @@ use hickory_resolver::proto::op::ResponseCode;
 use hickory_resolver::proto::rr::RData;
 use tokio::sync::OnceCell;
 
-use crate::config::{self, Config, DnsQuestion};
+use crate::config::{self, Config, DnsQuery};
 use crate::lookup::dns;
 use crate::route::LookupResult;
 use crate::route::decision::{Declared, Fields};
@@ -26,8 +26,8 @@ const MAX_LABEL: usize = 63;
 /// A question a user.
 #[derive(Debug)]
 pub(in crate::route) struct Dns {
-    question: DnsQuestion,
-    resolver: config::Resolver,
+    query: DnsQuery,
+    resolver: config::ResolverConfig,
     /// Made on the runtime that asks.
     connected: OnceCell<TokioResolver>,
     declared: Declared,
@@ -39,12 +39,12 @@ impl Dns {
         if !dns.servers.is_empty() {
             resolver.servers.clone_from(&dns.servers);
         }
-        let declared = declared.clone().with_names(&dns.asking.names);
-        Self { question: dns.question.clone(), resolver, connected: OnceCell::new(), declared }
+        let declared = declared.clone().with_names(&dns.lookup.names);
+        Self { query: dns.query.clone(), resolver, connected: OnceCell::new(), declared }
     }
 
     pub(in crate::route) async fn ask(&self, question: &LookupRequest) -> LookupResult {
-        let (DnsQuestion::Txt(template) | DnsQuestion::Srv(template)) = &self.question;
+        let (DnsQuery::Txt(template) | DnsQuery::Srv(template)) = &self.query;
         let Some(name) = filled(template, &question.user) else { return LookupResult::Unknown };
         let connect = || async { dns::resolver(&self.resolver.servers, self.resolver.timeout) };
         let resolver = match self.connected.get_or_try_init(connect).await {
@@ -53,12 +53,12 @@ impl Dns {
         };
         // The dot at the end keeps the system's search domains out.
         let name = format!("{name}.");
-        match &self.question {
-            DnsQuestion::Txt(_) => match resolver.txt_lookup(name).await {
+        match &self.query {
+            DnsQuery::Txt(_) => match resolver.txt_lookup(name).await {
                 Ok(found) => self.text(found.answers().iter().map(|record| &record.data)),
                 Err(error) => no_answer(&error),
             },
-            DnsQuestion::Srv(_) => match resolver.srv_lookup(name).await {
+            DnsQuery::Srv(_) => match resolver.srv_lookup(name).await {
                 Ok(found) => self.service(found.answers().iter().map(|record| &record.data)),
                 Err(error) => no_answer(&error),
             },

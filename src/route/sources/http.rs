@@ -110,7 +110,7 @@ impl Http {
             value.set_sensitive(true);
             headers.insert(AUTHORIZATION, value);
         }
-        let client = HttpClient::build(&http.url, http.ca.as_ref(), headers, http.asking.connections);
+        let client = HttpClient::build(&http.url, http.ca.as_ref(), headers, http.lookup.connections);
         Ok(Self {
             client: client.map_err(told)?,
             style: http.style,
@@ -119,7 +119,7 @@ impl Http {
             servers: servers(config),
             backend: http.backend,
             networks: http.networks.clone(),
-            declared: declared.clone().with_names(&http.asking.names),
+            declared: declared.clone().with_names(&http.lookup.names),
         })
     }
 

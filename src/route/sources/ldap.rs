@@ -80,8 +80,8 @@ impl Directory {
             },
             filter: ldap.filter.clone(),
             attributes: ldap.attributes.clone().into_iter().collect(),
-            idle: IdleConnections::new(ldap.asking.connections),
-            declared: declared.clone().with_names(&ldap.asking.names),
+            idle: IdleConnections::new(ldap.lookup.connections),
+            declared: declared.clone().with_names(&ldap.lookup.names),
         })
     }
 

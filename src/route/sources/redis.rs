@@ -76,7 +76,7 @@ impl Redis {
             connecting: tokio::sync::Mutex::default(),
             key: redis.key.clone(),
             field: redis.field.clone(),
-            declared: declared.clone().with_names(&redis.asking.names),
+            declared: declared.clone().with_names(&redis.lookup.names),
         })
     }
 
@@ -186,7 +186,7 @@ impl<'a> Builder<'a> {
             std::fs::read(&ca.value).map_err(|error| ca.location.problem(error.to_string()))
         };
         let roots = redis.ca.as_ref().map(read).transpose()?;
-        Ok(Self { user: redis.user.as_deref(), password, roots, timeout: redis.asking.timeout })
+        Ok(Self { user: redis.user.as_deref(), password, roots, timeout: redis.lookup.timeout })
     }
 
     fn client(&self, redis: &config::Redis) -> Result<RedisClient, Problem> {

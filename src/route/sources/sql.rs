@@ -126,7 +126,7 @@ impl Sql {
             Server::Postgres(_) => format!("${}", before + 1),
             Server::MySql(_) | Server::Sqlite(_) => "?".to_owned(),
         });
-        let declared = declared.clone().with_names(&sql.asking.names);
+        let declared = declared.clone().with_names(&sql.lookup.names);
         Ok(Self { server, query, variables, declared })
     }
 
@@ -351,7 +351,7 @@ impl Dialect for Sqlite {
 }
 
 fn server(sql: &config::Sql) -> Result<Server, Problem> {
-    let limit = sql.asking.connections;
+    let limit = sql.lookup.connections;
     let url = &sql.url.value;
     let password = sql.password.as_ref().map(|file| file.read_secret()).transpose()?;
     if let Some(ca) = &sql.ca {
