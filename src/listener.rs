@@ -194,7 +194,7 @@ impl Listener {
         let ListenerConfig { snapshot, index } = listener_config.borrow_and_update().clone();
         let tls = snapshot.config.listeners[index].tls;
         let metrics = snapshot.metrics.listener(index);
-        let Some(occupant) = context.connection_limit.enter(snapshot.limits.sessions) else {
+        let Some(connection) = context.connection_limit.enter(snapshot.limits.sessions) else {
             metrics.refused(Refusal::Full);
             if tls != TlsMode::Implicit {
                 // The connection is closed in either case, so a failure to send the reason is ignored.
@@ -210,11 +210,14 @@ impl Listener {
         }
         // The address of the client is in the PROXY header, so limits by address are applied after it has been read.
         let has_proxy_header = balancers.is_some();
-        let pass =
-            if has_proxy_header { Ok(snapshot.guard.pass()) } else { snapshot.guard.admit(Instant::now(), peer.ip()) };
+        let count = if has_proxy_header {
+            Ok(snapshot.admission.pass())
+        } else {
+            snapshot.admission.admit(Instant::now(), peer.ip())
+        };
         // Only an admitted address may enter the prelogin queue.
-        let admitted = pass.and_then(|pass| Ok((pass, snapshot.guard.lobby(Instant::now())?)));
-        let (pass, ticket) = match admitted {
+        let admitted = count.and_then(|count| Ok((count, snapshot.admission.lobby(Instant::now())?)));
+        let (count, prelogin_ticket) = match admitted {
             Ok(admitted) => admitted,
             Err(turned) => {
                 let reason = session::turn_away(&socket, turned, &snapshot, index).as_str();
@@ -222,7 +225,7 @@ impl Listener {
                 return tracing::debug!(client = %peer.ip().to_canonical(), listener = %self.address, reason, "connection refused");
             }
         };
-        let held = ConnectionPermits { occupant, open: metrics.session_opened(), pass };
+        let permits = ConnectionPermits { connection, open_gauge: metrics.session_opened(), count };
         let arrival = AcceptedConnection {
             socket,
             peer,
@@ -230,11 +233,11 @@ impl Listener {
             listener: index,
             tls,
             snapshot,
-            desk: listener_config,
+            listener_config,
             drain: context.drain.clone(),
-            room: context.poller.clone(),
-            ticket,
-            held,
+            poller: context.poller.clone(),
+            prelogin_ticket,
+            permits,
         };
         context.drain.spawn(session::serve(arrival));
     }

@@ -15,7 +15,7 @@ use crate::identity::{Delegation, Mechanisms};
 use crate::logging::warning_limit::WarningLimit;
 use crate::metrics::{Metrics, Names};
 use crate::route::{self, Place, Router, ServerChoice};
-use crate::session_registry::Sessions;
+use crate::session_registry::SessionRegistry;
 use crate::tls::server::DownstreamTls;
 
 /// See the module.
@@ -29,21 +29,21 @@ pub struct Snapshot {
     /// What clients are shown; absent where every listener is plain.
     pub tls: Option<DownstreamTls>,
     /// Who is logged in where. The process's, not this configuration's.
-    pub sessions: Arc<Sessions>,
+    pub session_registry: Arc<SessionRegistry>,
     /// How long servers take to refuse a login. The process's too.
-    pub refusals: Arc<RefusalLatency>,
+    pub refusal_latency: Arc<RefusalLatency>,
     /// Deadlines and caps.
     pub limits: Arc<Limits>,
     /// Who may come in and try. The process's too.
-    pub guard: Arc<Guard>,
+    pub admission: Arc<Guard>,
     /// Who else is asked.
-    pub policy: Option<Arc<Policy>>,
+    pub auth_policy: Option<Arc<Policy>>,
     /// Warnings about unexpected PROXY headers, one for each listener.
     pub proxy_header_warnings: Vec<WarningLimit>,
     /// What is counted.
     pub metrics: Arc<Metrics>,
     /// What an established session keeps.
-    pub settings: Arc<SessionSettings>,
+    pub session_settings: Arc<SessionSettings>,
 }
 
 /// What an established session needs of a configuration.
@@ -82,16 +82,16 @@ impl Snapshot {
                 router,
                 backends: Arc::new(backends),
                 tls,
-                sessions: previous.map(|previous| previous.sessions.clone()).unwrap_or_default(),
-                refusals: previous.map(|previous| previous.refusals.clone()).unwrap_or_default(),
-                settings: Arc::new(SessionSettings { limits: limits.clone(), metrics: metrics.clone() }),
+                session_registry: previous.map(|previous| previous.session_registry.clone()).unwrap_or_default(),
+                refusal_latency: previous.map(|previous| previous.refusal_latency.clone()).unwrap_or_default(),
+                session_settings: Arc::new(SessionSettings { limits: limits.clone(), metrics: metrics.clone() }),
                 limits,
                 // Its rules are replaced when this configuration is, see `Running::reload`.
-                guard: previous.map_or_else(
+                admission: previous.map_or_else(
                     || Arc::new(Guard::new(&config.admission, Instant::now())),
-                    |previous| previous.guard.clone(),
+                    |previous| previous.admission.clone(),
                 ),
-                policy,
+                auth_policy: policy,
                 metrics,
                 proxy_header_warnings: config.listeners.iter().map(|_| WarningLimit::default()).collect(),
                 config,

@@ -36,7 +36,7 @@ use crate::metrics::endpoint::Admin;
 use crate::process::drain::{Drain, DrainMode};
 use crate::process::workers::Worker;
 use crate::session::SessionPoller;
-use crate::session_registry::Sessions;
+use crate::session_registry::SessionRegistry;
 use crate::snapshot::{ListenerConfig, Snapshot};
 
 /// Timeout for the end of all listener tasks when the process stops.
@@ -54,7 +54,7 @@ pub struct Running {
     workers: Vec<WorkerHandle>,
     /// Tasks of all listeners.
     listener_tasks: TaskTracker,
-    sessions: Arc<Sessions>,
+    sessions: Arc<SessionRegistry>,
     drain: Drain,
     background: TaskTracker,
     stop_background: CancellationToken,
@@ -182,7 +182,7 @@ impl Bound {
         }
         let stop = stop_background.child_token();
         let running = Running {
-            sessions: snapshot.sessions.clone(),
+            sessions: snapshot.session_registry.clone(),
             current: Mutex::new(Current {
                 snapshot: snapshot.clone(),
                 listener_set: ListenerSet::default(),
@@ -199,7 +199,7 @@ impl Bound {
             background,
             stop_background,
         };
-        let measured = snapshot.guard.clone();
+        let measured = snapshot.admission.clone();
         let memory = measured.clone();
         snapshot
             .metrics
@@ -363,7 +363,7 @@ impl Running {
         // Ends the background tasks of the old configuration; those of the new one have been started.
         std::mem::replace(&mut current.stop, stop).cancel();
         current.snapshot = snapshot.clone();
-        snapshot.guard.reconfigure(&snapshot.config.admission);
+        snapshot.admission.reconfigure(&snapshot.config.admission);
         logging::set_level(&snapshot.config.log);
         if moved {
             let admin = admin.map(|admin| self.run_admin(&snapshot, admin));
@@ -374,7 +374,7 @@ impl Running {
         drop(current);
         before.backends.retire(&snapshot.backends);
         before.router.retire(&snapshot.router);
-        if let Some(policy) = &before.policy {
+        if let Some(policy) = &before.auth_policy {
             policy.retire();
         }
         let mut unchanged = Vec::new();
@@ -429,7 +429,7 @@ impl Running {
     }
 
     /// The registry of sessions.
-    pub fn sessions(&self) -> &Arc<Sessions> {
+    pub fn sessions(&self) -> &Arc<SessionRegistry> {
         &self.sessions
     }
 

@@ -94,14 +94,14 @@ impl Running {
         };
         let left_out = all.saturating_sub(seen.len());
         let sessions = seen.iter().map(|seen| SessionView {
-            user: seen.guest.user.to_string(),
-            client: seen.guest.client.to_string(),
-            session: String::from_utf8_lossy(&seen.guest.session).into_owned(),
+            user: seen.info.user.to_string(),
+            client: seen.info.client.to_string(),
+            session: String::from_utf8_lossy(&seen.info.session).into_owned(),
             backend: seen.server.as_ref().map(|server| server.backend.to_string()),
             server: seen.server.as_ref().map(|server| server.name.to_string()),
             seconds: seen.age.as_secs(),
-            settled: matches!(seen.stage, SessionState::Settled | SessionState::CutOff),
-            cut_off: seen.stage == SessionState::CutOff,
+            settled: matches!(seen.state, SessionState::Established | SessionState::ServerClosed),
+            cut_off: seen.state == SessionState::ServerClosed,
             predecessor: None,
         });
         Ok(SessionList { sessions: sessions.collect(), left_out })
@@ -113,9 +113,9 @@ impl Running {
     /// The user name is invalid.
     pub async fn kick(&self, user: &str) -> anyhow::Result<usize> {
         // Under the name that is known at once: the routes may take a while to answer.
-        let ended = self.sessions().end_user(&question(&self.snapshot(), user)?.user, CancelReason::Kicked);
+        let ended = self.sessions().cancel_user(&question(&self.snapshot(), user)?.user, CancelReason::Kicked);
         let names = self.names(user).await?;
-        Ok(ended + names.iter().map(|name| self.sessions().end_user(name, CancelReason::Kicked)).sum::<usize>())
+        Ok(ended + names.iter().map(|name| self.sessions().cancel_user(name, CancelReason::Kicked)).sum::<usize>())
     }
 
     /// Keeps new logins of a user waiting, ends the user's sessions, waits until they are gone, and returns their number.
@@ -127,14 +127,14 @@ impl Running {
         // Under the name that is known at once: the routes may take a while to answer.
         let name = question(&self.snapshot(), user)?.user;
         let mut holds = vec![sessions.hold(name.clone())];
-        let mut ended = sessions.end_user(&name, CancelReason::Moved);
+        let mut ended = sessions.cancel_user(&name, CancelReason::Moved);
         let names = self.names(user).await?;
         holds.extend(names.iter().map(|name| sessions.hold(name.clone())));
-        ended += names.iter().map(|name| sessions.end_user(name, CancelReason::Moved)).sum::<usize>();
-        let gone = self.sessions().changed(|sessions| {
+        ended += names.iter().map(|name| sessions.cancel_user(name, CancelReason::Moved)).sum::<usize>();
+        let gone = self.sessions().wait_until(|sessions| {
             names.iter().all(|name| {
                 // A login that registered just before the hold is ended too.
-                sessions.end_user(name, CancelReason::Moved);
+                sessions.cancel_user(name, CancelReason::Moved);
                 sessions.of_user(name).is_empty()
             })
         });

@@ -98,7 +98,7 @@ impl Running {
         if let Some(AdminState::Drain | AdminState::Down) = state {
             // They are routed again; a SASL exchange could wait for its client until long after the drain.
             let is_named = |server: &Server| names(&change.server, &server.backend, &server.name);
-            self.sessions().end_logins(CancelReason::Drained, is_named);
+            self.sessions().cancel_logins(CancelReason::Drained, is_named);
         }
         let saved = self.save_states().await;
         drop(changing);
@@ -170,15 +170,15 @@ impl Running {
         let ticks = (over.as_millis() / TICK.as_millis()).max(1);
         let empty = async move {
             let is_it = |other: &Server| other.backend == server.backend && other.name == server.name;
-            let (_, all) = sessions.end_some(0, CancelReason::Drained, is_it);
+            let all = sessions.count_uncancelled(is_it);
             for tick in 1..=ticks {
                 if server.admin_state() == AdminState::Up {
                     tracing::info!(server = %server.name, "drain cancelled; remaining sessions kept");
                     return;
                 }
-                let (_, left) = sessions.end_some(0, CancelReason::Drained, is_it);
+                let left = sessions.count_uncancelled(is_it);
                 let may_be_left = usize::try_from(all as u128 * (ticks - tick) / ticks).unwrap_or(0);
-                sessions.end_some(left.saturating_sub(may_be_left), CancelReason::Drained, is_it);
+                sessions.cancel_up_to(left.saturating_sub(may_be_left), CancelReason::Drained, is_it);
                 if tick < ticks {
                     time::sleep(TICK).await;
                 }

@@ -148,7 +148,7 @@ impl Session {
         prelogin: &mut Prelogin,
     ) -> Option<Attempted> {
         let routing = &login.names.routing;
-        let sessions = self.snapshot.sessions.clone();
+        let sessions = self.snapshot.session_registry.clone();
         let due = Deadline::after(self.snapshot.limits.server_login);
         let guest = SessionInfo {
             user: routing.clone(),
@@ -161,13 +161,13 @@ impl Session {
         let mut routings = 0;
         while routings < MAX_ROUTINGS && !due.has_expired() {
             // A user who is being moved comes in when that is done.
-            let released = sessions.changed(|sessions| !sessions.is_held(routing) && !sessions.is_held(&held));
+            let released = sessions.wait_until(|sessions| !sessions.is_on_hold(routing) && !sessions.is_on_hold(&held));
             if due.limit(released).await.is_err() {
                 break;
             }
             let since = sessions.generation();
-            let Ok(seat) = sessions.take(guest.clone()) else { continue };
-            let call = seat.call().clone();
+            let Ok(seat) = sessions.register(guest.clone()) else { continue };
+            let call = seat.cancel_signal().clone();
             let registered = Registered { seat, since };
             let routed = tokio::select! {
                 biased;
@@ -177,7 +177,7 @@ impl Session {
             routings += 1;
             match routed {
                 Ok(Ok(attempted)) => return Some(attempted),
-                Ok(Err(RegisterError::Held(name))) => held = name,
+                Ok(Err(RegisterError::OnHold(name))) => held = name,
                 Ok(Err(RegisterError::Outdated)) => {}
                 Err(why) => {
                     ended_by = why;
@@ -245,8 +245,9 @@ impl Session {
             deadline: Some(Deadline::after(snapshot.limits.server_login)),
         };
         let (mailbox, Registered { seat, since }) = (place.mailbox(&login.names.routing), registered);
-        let (desk, carries) = (self.desk.clone(), Carried::of(credentials, place));
-        let placing = Placing { snapshot: &snapshot, desk, seat: &seat, since, mailbox, request: &request, carries };
+        let (listener_config, carries) = (self.listener_config.clone(), Carried::of(credentials, place));
+        let placing =
+            Placing { snapshot: &snapshot, listener_config, seat: &seat, since, mailbox, request: &request, carries };
         let answered = match placing.log_in_somewhere(place).await {
             Ok(answered) => answered,
             Err(again) => return Some(Err(again)),
@@ -393,9 +394,9 @@ impl Session {
                 // A client takes its turns in a relayed mechanism as slowly as it likes.
                 if counts && !self.record.last_attempt().0.is_some_and(Mechanism::is_relayed) {
                     let client = Block::of(self.peer.ip());
-                    self.snapshot.refusals.add(&routed.name, client, took);
+                    self.snapshot.refusal_latency.add(&routed.name, client, took);
                     if let (Some(user), Some(answer)) = (&self.routing_name, reply::without_tag(&reply)) {
-                        self.snapshot.refusals.observe_answer(&routed.name, user, client, answer);
+                        self.snapshot.refusal_latency.observe_answer(&routed.name, user, client, answer);
                     }
                 }
                 self.record.refused(routed.id, answered.as_ref().map(|answered| &answered.server.name));

@@ -1,4 +1,4 @@
-//! A session after its login: a task while bytes move, an entry of the waiting room while they do not.
+//! A session after its login: a task while bytes move, an entry of the waiting poller while they do not.
 
 use std::future::poll_fn;
 use std::os::fd::{AsFd as _, BorrowedFd};
@@ -49,13 +49,13 @@ pub(crate) struct ParkedSession {
 
 /// What a session keeps for all of its life after the login.
 pub(super) struct EstablishedState {
-    pub(super) room: Arc<SessionPoller>,
+    pub(super) poller: Arc<SessionPoller>,
     pub(super) record: Record,
     /// On both sockets.
     pub(super) keepalive_set: bool,
     /// The drain waits until it drops.
     pub(super) _counted: TaskTrackerToken,
-    pub(super) held: ConnectionPermits,
+    pub(super) permits: ConnectionPermits,
     /// The entry in the session registry; also where the session sees that it is cancelled. The last field, because fields
     /// drop in order: a login that waits for this session finds its limits and places free.
     pub(super) seat: SessionHandle,
@@ -74,8 +74,8 @@ impl EstablishedState {
     async fn keep_client(&mut self, relay: &Relay<TcpStream>, call: &CancelSignal) {
         let Some(DelayedDisconnect { wait, shown: _shown, .. }) = self.record.cut_off() else { return };
         // The user may come back at once, while this connection waits for its turn.
-        self.held.pass.release();
-        self.seat.cut_off();
+        self.permits.count.release();
+        self.seat.server_closed();
         tokio::select! {
             () = time::sleep(wait) => {}
             () = relay.client_stirs() => {}
@@ -105,7 +105,7 @@ impl Relayed {
 
     async fn run_until(self, rest_after: Option<Duration>) {
         let Self { mut relay, mut kept } = self;
-        let call = kept.seat.call().clone();
+        let call = kept.seat.cancel_signal().clone();
         let over = loop {
             tokio::select! {
                 // In this order a session that is cancelled from its begin still sends the answer to the login.
@@ -128,7 +128,7 @@ impl Relayed {
 }
 
 fn put_aside(relay: Relay<TcpStream>, mut kept: Box<EstablishedState>) {
-    let room = kept.room.clone();
+    let poller = kept.poller.clone();
     match relay.rest() {
         Ok(resting) => {
             // Only who is silent can be gone unnoticed; most sessions end before they are, and save the calls.
@@ -137,15 +137,15 @@ fn put_aside(relay: Relay<TcpStream>, mut kept: Box<EstablishedState>) {
                 keep_alive(&resting.client.socket, time);
                 keep_alive(&resting.server.socket, time);
             }
-            let call = kept.seat.call().clone();
-            // From here on the room is woken, not the task.
-            let _ = call.poll(&Context::from_waker(room.waker()));
+            let call = kept.seat.cancel_signal().clone();
+            // From here on the poller is woken, not the task.
+            let _ = call.poll(&Context::from_waker(poller.waker()));
             // One that does not get in stays as it is.
-            if let Err(quiet) = room.enter(Box::new(ParkedSession { resting, kept })) {
+            if let Err(quiet) = poller.enter(Box::new(ParkedSession { resting, kept })) {
                 quiet.resume(None);
-            } else if call.why().is_some() {
-                // Told on the way in, when the room could not find it yet.
-                room.waker().wake_by_ref();
+            } else if call.reason().is_some() {
+                // Told on the way in, when the poller could not find it yet.
+                poller.waker().wake_by_ref();
             }
         }
         Err(error) => kept.record.lost(&error),
@@ -173,7 +173,7 @@ impl Waiting for ParkedSession {
     }
 
     fn is_called(&self) -> bool {
-        self.kept.seat.call().why().is_some()
+        self.kept.seat.cancel_signal().reason().is_some()
     }
 
     fn leave(self) {
@@ -192,24 +192,24 @@ impl Session {
         established: Established,
     ) -> Option<Relayed> {
         // A session that is logged in is not shed. A client that does not read is not waited for any longer than at a close.
-        self.ticket = None;
+        self.prelogin_ticket = None;
         let leg = timeout(FAREWELL, stream.into_leg()).await;
         let Ok(Ok((client, more))) = leg else { return self.gone(Reason::Disconnected) };
         to_server.extend(more);
         let mut to_client = established.to_client;
-        if seated.seat.call().why().is_some() {
+        if seated.seat.cancel_signal().reason().is_some() {
             // The login was cancelled before the client could be answered: it ends with the first look at the call.
             (to_client, to_server) = (reply::ended(tag), Vec::new());
         }
         self.record.open_on(seated.backend.id, seated.slot);
-        seated.seat.settle();
+        seated.seat.establish();
         self.record.log_login();
         let kept = EstablishedState {
             _counted: self.drain.count(),
             keepalive_set: false,
-            room: self.room,
+            poller: self.poller,
             record: self.record,
-            held: self.held,
+            permits: self.permits,
             seat: seated.seat,
         };
         Some(Relayed::new(client, established.leg, to_client, to_server, kept))
@@ -220,7 +220,7 @@ impl Session {
 mod tests {
     use super::*;
 
-    /// What a silent session keeps, beside its keys (`record_layer` holds their size), its place in the waiting room, its
+    /// What a silent session keeps, beside its keys (`record_layer` holds their size), its place in the waiting poller, its
     /// seat (`sessions`) and its names. One step more is memory of every session of every user: the allocator's steps are
     /// 80, 96, … 384, 448 bytes.
     #[test]

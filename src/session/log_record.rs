@@ -105,7 +105,7 @@ impl EndedBy {
     }
 }
 
-/// An address in two thirds of a [`SocketAddr`]'s room.
+/// An address in two thirds of a [`SocketAddr`]'s poller.
 #[derive(Debug, Clone, Copy)]
 struct Address {
     ip: IpAddr,

@@ -87,15 +87,15 @@ pub(crate) struct AcceptedConnection {
     /// The configuration that holds now.
     pub snapshot: Arc<Snapshot>,
     /// Where the next one appears.
-    pub desk: watch::Receiver<ListenerConfig>,
+    pub listener_config: watch::Receiver<ListenerConfig>,
     /// When to stop.
     pub drain: Drain,
     /// Where it waits while it is silent.
-    pub room: Arc<SessionPoller>,
+    pub poller: Arc<SessionPoller>,
     /// Its place among those who have not logged in.
-    pub ticket: PreloginTicket,
+    pub prelogin_ticket: PreloginTicket,
     /// Its share of what is limited and counted.
-    pub held: ConnectionPermits,
+    pub permits: ConnectionPermits,
 }
 
 /// What a session holds as long as it lives.
@@ -103,12 +103,12 @@ pub(crate) struct AcceptedConnection {
 pub(crate) struct ConnectionPermits {
     /// Of `limits.sessions`.
     #[expect(dead_code, reason = "it counts until it is dropped")]
-    pub occupant: ConnectionPermit,
+    pub connection: ConnectionPermit,
     /// In the listener's gauge.
     #[expect(dead_code, reason = "it counts until it is dropped")]
-    pub open: OpenGuard,
+    pub open_gauge: OpenGuard,
     /// What it counts for at the guard.
-    pub pass: ConnectionCount,
+    pub count: ConnectionCount,
 }
 
 /// Where silent sessions wait.
@@ -126,10 +126,10 @@ pub(crate) async fn serve(arrival: AcceptedConnection) {
 /// A client that has not logged in yet.
 struct Session {
     snapshot: Arc<Snapshot>,
-    desk: watch::Receiver<ListenerConfig>,
+    listener_config: watch::Receiver<ListenerConfig>,
     drain: Drain,
-    room: Arc<SessionPoller>,
-    ticket: Option<PreloginTicket>,
+    poller: Arc<SessionPoller>,
+    prelogin_ticket: Option<PreloginTicket>,
     /// What the client has said.
     memory: Charge,
     /// The copies of its credentials.
@@ -138,7 +138,7 @@ struct Session {
     routing_name: Option<Arc<str>>,
     /// What the policy service knows of the login under way.
     told: Option<Box<auth_policy::Attempt>>,
-    held: ConnectionPermits,
+    permits: ConnectionPermits,
     peer: SocketAddr,
     local: SocketAddr,
     /// Whether both addresses are those of a PROXY header.
@@ -151,25 +151,36 @@ struct Session {
 
 impl Session {
     fn new(arrival: AcceptedConnection) -> (Self, TcpStream) {
-        let AcceptedConnection { socket, peer, local, listener, snapshot, desk, drain, room, ticket, held, .. } =
-            arrival;
+        let AcceptedConnection {
+            socket,
+            peer,
+            local,
+            listener,
+            snapshot,
+            listener_config,
+            drain,
+            poller,
+            prelogin_ticket,
+            permits,
+            ..
+        } = arrival;
         // A socket bound to one address has no other; of `[::]` only the connection knows.
         let local = if local.ip().is_unspecified() { socket.local_addr().unwrap_or(local) } else { local };
         let login_by = Deadline::after(snapshot.limits.login);
-        let record = Record::new(id::new(peer), peer, local, snapshot.settings.clone());
-        let (memory, login_memory) = (ticket.charge(), ticket.charge());
+        let record = Record::new(id::new(peer), peer, local, snapshot.session_settings.clone());
+        let (memory, login_memory) = (prelogin_ticket.charge(), prelogin_ticket.charge());
         (
             Self {
                 snapshot,
-                desk,
+                listener_config,
                 drain,
-                room,
-                ticket: Some(ticket),
+                poller,
+                prelogin_ticket: Some(prelogin_ticket),
                 memory,
                 login_memory,
                 routing_name: None,
                 told: None,
-                held,
+                permits,
                 peer,
                 local,
                 is_proxied: false,
@@ -267,7 +278,7 @@ impl Session {
 
     /// A login with complete credentials is under way since then: the connection is among the last to be shed.
     fn login_under_way(&self, since: Option<Instant>) {
-        match (&self.ticket, since) {
+        match (&self.prelogin_ticket, since) {
             (Some(ticket), Some(since)) => ticket.login_begun(since),
             (Some(ticket), None) => ticket.login_ended(),
             (None, _) => {}
@@ -294,10 +305,10 @@ impl Session {
     /// A login is routed by the configuration that holds when it is made; all else stays as the client was greeted with.
     fn up_to_date(&mut self) {
         // A listener that is gone has no place in the next configuration: the last it had a place in goes on.
-        if self.desk.has_changed().is_ok_and(|changed| changed) {
-            let ListenerConfig { snapshot, index } = self.desk.borrow_and_update().clone();
+        if self.listener_config.has_changed().is_ok_and(|changed| changed) {
+            let ListenerConfig { snapshot, index } = self.listener_config.borrow_and_update().clone();
             (self.snapshot, self.listener) = (snapshot.clone(), index);
-            self.record.now_under(snapshot.settings.clone());
+            self.record.now_under(snapshot.session_settings.clone());
         }
     }
 
@@ -307,8 +318,8 @@ impl Session {
         let due = self.login_by.min(Deadline::after(self.snapshot.limits.handshake));
         let tls = self.snapshot.tls.as_ref()?;
         let secrets = Arc::new(Secrets::default());
-        let turns = self.snapshot.guard.handshakes();
-        let (accepting, memory) = (secrets.clone(), self.ticket.as_ref().map(PreloginTicket::charge));
+        let turns = self.snapshot.admission.handshakes();
+        let (accepting, memory) = (secrets.clone(), self.prelogin_ticket.as_ref().map(PreloginTicket::charge));
         let handshake = async {
             // Silent clients take no handshake permit: wait for a byte first. That the socket may be readable is not enough.
             socket.peek(&mut [0]).await.map_err(|error| HandshakeError::of_system(&error))?;

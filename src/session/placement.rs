@@ -34,7 +34,7 @@ const CLOSING: Duration = FAREWELL.saturating_add(Duration::from_secs(1));
 pub(super) struct Placing<'a, 's> {
     pub(super) snapshot: &'a Snapshot,
     /// Where the next configuration appears; the one that is used has been seen.
-    pub(super) desk: watch::Receiver<ListenerConfig>,
+    pub(super) listener_config: watch::Receiver<ListenerConfig>,
     pub(super) seat: &'s SessionHandle,
     /// The holds that came before the routes were asked.
     pub(super) since: Generation,
@@ -125,10 +125,10 @@ impl<'a> Placing<'a, '_> {
     /// Names the server in the registry; returns whether it takes logins. While the login waited for a place, another
     /// configuration may have come, or the server may have been taken out of service.
     fn may_use(&self, server: &Arc<Server>) -> Result<bool, RegisterError> {
-        if self.desk.has_changed().is_ok_and(|changed| changed) {
+        if self.listener_config.has_changed().is_ok_and(|changed| changed) {
             return Err(RegisterError::Outdated);
         }
-        self.seat.place(&self.mailbox, server, self.since)?;
+        self.seat.set_server(&self.mailbox, server, self.since)?;
         Ok(server.takes_logins())
     }
 
@@ -191,8 +191,12 @@ impl<'a> Placing<'a, '_> {
             return Outcome::Unavailable(Fault::full());
         }
         let alone = placed.backend.serves_a_user_by_one_server();
-        self.seat.accept(alone);
-        let others_ended = self.snapshot.sessions.changed(|_| !alone || self.seat.is_alone());
+        if alone {
+            self.seat.accept_exclusively();
+        } else {
+            self.seat.accept();
+        }
+        let others_ended = self.snapshot.session_registry.wait_until(|_| !alone || !self.seat.has_sessions_elsewhere());
         // The others were ended for this login: it does not fail before they can have closed their connections.
         let until = deadline.max(Deadline::after(CLOSING));
         if until.limit(others_ended).await.is_err() {

@@ -91,7 +91,7 @@ impl Session {
 /// Records a connection that was closed because its address is not among those of `proxy_protocol.from`.
 pub(crate) fn unknown_balancer(socket: &TcpStream, peer: SocketAddr, listener: SocketAddr, snapshot: &Snapshot) {
     let local = socket.local_addr().unwrap_or(listener);
-    let mut record = Record::new(id::new(peer), peer, local, snapshot.settings.clone());
+    let mut record = Record::new(id::new(peer), peer, local, snapshot.session_settings.clone());
     record.detail("the address is not among those of proxy_protocol.from".to_owned());
     record.failed(Reason::ProxyHeader);
 }

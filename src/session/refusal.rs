@@ -38,8 +38,8 @@ impl Session {
     pub(super) fn refused_late(&self, tag: &Tag, routed: Option<&Backend>, began: Instant) -> Attempted {
         let user = self.routing_name.as_deref().unwrap_or_default();
         let routed = routed.map(|backend| &*backend.name);
-        let not_before = Some(began + self.snapshot.refusals.draw(routed, user, refusal_latency::random()));
-        let reply = match self.snapshot.refusals.answer(routed, user) {
+        let not_before = Some(began + self.snapshot.refusal_latency.draw(routed, user, refusal_latency::random()));
+        let reply = match self.snapshot.refusal_latency.answer(routed, user) {
             Some(answer) => reply::with_tag(tag, &answer),
             None => reply::authentication_failed(tag, None),
         };

@@ -64,9 +64,9 @@ pub(crate) fn turn_away(
 impl Session {
     /// Behind a balancer the client is known only now. `None`: it may not come in.
     pub(super) fn may_come_in(&mut self, socket: &TcpStream) -> Option<()> {
-        match self.snapshot.guard.admit(Instant::now(), self.peer.ip()) {
+        match self.snapshot.admission.admit(Instant::now(), self.peer.ip()) {
             Ok(pass) => {
-                self.held.pass = pass;
+                self.permits.count = pass;
                 Some(())
             }
             Err(turned) => {
@@ -80,7 +80,7 @@ impl Session {
 
     /// Waits for a place among the connections before their login, while the one that must go for it goes. `None`: none came free.
     pub(super) async fn admitted(&mut self, socket: &TcpStream) -> Option<()> {
-        let Some(ticket) = &self.ticket else { return Some(()) };
+        let Some(ticket) = &self.prelogin_ticket else { return Some(()) };
         tokio::select! {
             biased;
             () = ticket.admitted() => {
@@ -102,7 +102,7 @@ impl Session {
 
     /// Ready when the connection must go: [`Session::why_shed`] says why. The future does not borrow the session.
     pub(super) fn shed(&self) -> impl Future<Output = ()> + use<> {
-        let signal = self.ticket.as_ref().map(PreloginTicket::shed_signal);
+        let signal = self.prelogin_ticket.as_ref().map(PreloginTicket::shed_signal);
         async move {
             match signal {
                 Some(signal) => drop(signal.shed().await),
@@ -113,7 +113,7 @@ impl Session {
 
     /// What a connection that must go is sent, and what is recorded.
     pub(super) fn why_shed(&self) -> (Bye, Reason) {
-        match self.ticket.as_ref().and_then(PreloginTicket::is_shed) {
+        match self.prelogin_ticket.as_ref().and_then(PreloginTicket::is_shed) {
             Some(Shed::Memory) => (Bye::Memory, Reason::ShedForMemory),
             Some(Shed::Place) | None => (Bye::Shed, Reason::Shed),
         }
@@ -121,7 +121,7 @@ impl Session {
 
     /// Whether the attempt is within the rates of its address and of `users`, see [`counted_users`]. `None`: it is.
     pub(super) fn may_try(&mut self, tag: &Tag, users: &[Arc<str>]) -> Option<Attempted> {
-        let limited = self.snapshot.guard.may_try(Instant::now(), self.record.client(), users).err()?;
+        let limited = self.snapshot.admission.may_try(Instant::now(), self.record.client(), users).err()?;
         Some(self.limited(tag, limited, None))
     }
 
@@ -134,8 +134,8 @@ impl Session {
         backend: BackendId,
     ) -> Option<Attempted> {
         let client = self.record.client();
-        self.snapshot.guard.succeeded(Instant::now(), client, users);
-        let limited = self.held.pass.take_for(client, mailbox).err()?;
+        self.snapshot.admission.succeeded(Instant::now(), client, users);
+        let limited = self.permits.count.take_for(client, mailbox).err()?;
         Some(self.limited(tag, limited, Some(backend)))
     }
 
@@ -202,7 +202,7 @@ impl Session {
             "login failed"
         );
         self.report(false);
-        let due = began + self.snapshot.guard.failed(Instant::now(), client, users);
+        let due = began + self.snapshot.admission.failed(Instant::now(), client, users);
         self.pause(time::Instant::from_std(not_before.map_or(due, |not_before| due.max(not_before)))).await;
     }
 
@@ -213,7 +213,7 @@ impl Session {
         client_id: &ClientId,
         began: Instant,
     ) -> Option<Attempted> {
-        let policy = self.snapshot.policy.clone()?;
+        let policy = self.snapshot.auth_policy.clone()?;
         let (tls, session) = (self.record.tls().is_some(), self.record.session());
         let attempt =
             policy.attempt(&login.credentials, self.record.client(), tls, device(client_id), session.as_str());
@@ -239,7 +239,7 @@ impl Session {
 
     /// Tells the policy service how the login ended that it allowed.
     pub(super) fn report(&mut self, success: bool) {
-        if let (Some(policy), Some(attempt)) = (&self.snapshot.policy, self.told.take()) {
+        if let (Some(policy), Some(attempt)) = (&self.snapshot.auth_policy, self.told.take()) {
             policy.report(*attempt, success, false, &self.snapshot.metrics);
         }
     }

@@ -279,14 +279,14 @@ async fn a_server_that_got_less_than_limits_connect_is_not_blamed() {
 #[tokio::test]
 async fn a_login_that_was_accepted_late_gives_other_sessions_time_to_end() {
     let (proxy, first, other) = pair("limits: {server_login: 1s}\n").await;
-    let seat = stuck(&proxy, &other);
+    let handle = stuck(&proxy, &other);
     let mut client = login(&proxy).await;
     let mut server = first.login().await;
     accept(&mut server).await;
-    eventually("the end of the other session", || seat.call().why().is_some()).await;
+    eventually("the end of the other session", || handle.cancel_signal().reason().is_some()).await;
     // A session takes up to two seconds to close its connections.
     tokio::time::sleep(Duration::from_millis(1200)).await;
-    drop(seat);
+    drop(handle);
     assert_eq!(client.line().await, OK);
     assert_alive(&mut (client, server)).await;
     proxy.stop().await;
@@ -310,7 +310,7 @@ async fn a_login_that_lost_to_a_later_one_is_not_routed_again() {
     };
     let (mut loser, mut winner) = (refer(&servers[0]).await, refer(&servers[1]).await);
     accept(&mut loser.1).await;
-    eventually("the first acceptance", || old.call().why() == Some(CancelReason::Replaced)).await;
+    eventually("the first acceptance", || old.cancel_signal().reason() == Some(CancelReason::Replaced)).await;
     accept(&mut winner.1).await;
     assert_eq!(loser.0.line().await, UNAVAILABLE);
     loser.1.assert_closed().await;

@@ -205,7 +205,7 @@ async fn a_move_waits_until_a_changed_route_is_there() {
     let moving = scene.proxy.move_user("alice", "b", PATIENCE / 2);
     // The routes change while it waits, and by a reload.
     let change = async {
-        eventually("the hold", || scene.proxy.sessions().is_held("alice")).await;
+        eventually("the hold", || scene.proxy.sessions().is_on_hold("alice")).await;
         scene.reload(&configuration(backends, "routes: [{default: b}]")).await;
     };
     let (moved, ()) = in_time("the move", async { tokio::join!(moving, change) }).await;

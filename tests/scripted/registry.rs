@@ -168,14 +168,14 @@ pub(super) async fn set_state(proxy: &Running, server: &Played, state: AdminStat
 pub(super) fn stuck(proxy: &Running, at: &Played) -> SessionHandle {
     let sessions = proxy.sessions();
     let since = sessions.generation();
-    let guest = SessionInfo { user: "alice".into(), client: [127, 0, 0, 1].into(), session: [b'x'; 16] };
-    let seat = sessions.take(guest).unwrap();
+    let info = SessionInfo { user: "alice".into(), client: [127, 0, 0, 1].into(), session: [b'x'; 16] };
+    let handle = sessions.register(info).unwrap();
     let servers: Vec<Arc<Server>> = proxy.snapshot().backends.list()[0].servers();
     let server = servers.iter().find(|server| *server.name == *at.address().to_string()).unwrap();
-    seat.place(&"alice".into(), server, since).unwrap();
-    seat.accept(true);
-    seat.settle();
-    seat
+    handle.set_server(&"alice".into(), server, since).unwrap();
+    handle.accept_exclusively();
+    handle.establish();
+    handle
 }
 
 #[tokio::test]
@@ -211,7 +211,7 @@ async fn a_login_that_no_server_accepts_ends_no_session() {
 #[tokio::test]
 async fn an_accepted_login_waits_for_sessions_elsewhere_or_is_given_up() {
     let (proxy, first, other) = pair("limits: {server_login: 1s}\n").await;
-    let seat = stuck(&proxy, &other);
+    let handle = stuck(&proxy, &other);
     let mut client = login(&proxy).await;
     let mut server = first.login().await;
     accept(&mut server).await;
@@ -224,7 +224,7 @@ async fn an_accepted_login_waits_for_sessions_elsewhere_or_is_given_up() {
     let mut server = first.login().await;
     accept(&mut server).await;
     eventually("the wait", || proxy.sessions().of_user("alice").len() == 2).await;
-    drop(seat);
+    drop(handle);
     assert_eq!(client.line().await, OK);
     assert_alive(&mut (client, server)).await;
     proxy.stop().await;
@@ -233,7 +233,7 @@ async fn an_accepted_login_waits_for_sessions_elsewhere_or_is_given_up() {
 #[tokio::test]
 async fn an_accepted_login_that_waits_ends_with_a_kick_and_with_the_process() {
     let (proxy, first, other) = pair("limits: {server_login: 600s}\n").await;
-    let _seat = stuck(&proxy, &other);
+    let _handle = stuck(&proxy, &other);
     let waiting = async || {
         let mut client = login(&proxy).await;
         let mut server = first.login().await;
@@ -243,7 +243,7 @@ async fn an_accepted_login_that_waits_ends_with_a_kick_and_with_the_process() {
                 .sessions()
                 .of_user("alice")
                 .iter()
-                .any(|seen| seen.stage == vestibule::session_registry::SessionState::Accepted)
+                .any(|seen| seen.state == vestibule::session_registry::SessionState::Accepted)
         })
         .await;
         client.send("b NOOP\r\n").await;
