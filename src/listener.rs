@@ -194,7 +194,7 @@ impl Listener {
         let ListenerConfig { snapshot, index } = listener_config.borrow_and_update().clone();
         let tls = snapshot.config.listeners[index].tls;
         let metrics = snapshot.metrics.listener(index);
-        let Some(connection) = context.connection_limit.enter(snapshot.limits.sessions) else {
+        let Some(connection) = context.connection_limit.acquire(snapshot.limits.sessions) else {
             metrics.refused(Refusal::Full);
             if tls != TlsMode::Implicit {
                 // The connection is closed in either case, so a failure to send the reason is ignored.
@@ -211,12 +211,12 @@ impl Listener {
         // The address of the client is in the PROXY header, so limits by address are applied after it has been read.
         let has_proxy_header = balancers.is_some();
         let count = if has_proxy_header {
-            Ok(snapshot.admission.pass())
+            Ok(snapshot.admission.uncounted())
         } else {
             snapshot.admission.admit(Instant::now(), peer.ip())
         };
         // Only an admitted address may enter the prelogin queue.
-        let admitted = count.and_then(|count| Ok((count, snapshot.admission.lobby(Instant::now())?)));
+        let admitted = count.and_then(|count| Ok((count, snapshot.admission.enter_prelogin_queue(Instant::now())?)));
         let (count, prelogin_ticket) = match admitted {
             Ok(admitted) => admitted,
             Err(turned) => {

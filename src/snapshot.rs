@@ -6,7 +6,7 @@ use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Instant;
 
-use crate::admission::Guard;
+use crate::admission::AdmissionControl;
 use crate::admission::refusal_latency::RefusalLatency;
 use crate::auth_policy::Policy;
 use crate::backend::{Backends, Server};
@@ -14,7 +14,7 @@ use crate::config::{Config, Limits, Report};
 use crate::identity::{Delegation, Mechanisms};
 use crate::logging::warning_limit::WarningLimit;
 use crate::metrics::{Metrics, Names};
-use crate::route::{self, Place, Router, ServerChoice};
+use crate::route::{self, Destination, Router, ServerChoice};
 use crate::session_registry::SessionRegistry;
 use crate::tls::server::DownstreamTls;
 
@@ -35,7 +35,7 @@ pub struct Snapshot {
     /// Deadlines and caps.
     pub limits: Arc<Limits>,
     /// Who may come in and try. The process's too.
-    pub admission: Arc<Guard>,
+    pub admission: Arc<AdmissionControl>,
     /// Who else is asked.
     pub auth_policy: Option<Arc<Policy>>,
     /// Warnings about unexpected PROXY headers, one for each listener.
@@ -88,7 +88,7 @@ impl Snapshot {
                 limits,
                 // Its rules are replaced when this configuration is, see `Running::reload`.
                 admission: previous.map_or_else(
-                    || Arc::new(Guard::new(&config.admission, Instant::now())),
+                    || Arc::new(AdmissionControl::new(&config.admission, Instant::now())),
                     |previous| previous.admission.clone(),
                 ),
                 auth_policy: policy,
@@ -120,9 +120,9 @@ impl Snapshot {
     }
 
     /// The servers to try for `user` in this place, in order; waits for DNS only while it has never answered.
-    pub async fn servers(&self, place: &Place, user: &str) -> Vec<Arc<Server>> {
+    pub async fn servers(&self, place: &Destination, user: &str) -> Vec<Arc<Server>> {
         let backend = self.backends.backend(place.backend);
-        match &place.at {
+        match &place.server {
             ServerChoice::Any => backend.candidates(user).await,
             ServerChoice::Server(name) => {
                 let mut servers = backend.candidates(user).await;

@@ -128,8 +128,9 @@ async fn look_up(
     expected: bool,
 ) -> anyhow::Result<f64> {
     let mut state = 7;
-    let questions: Vec<LookupRequest> =
-        (0..LOOKUPS).map(|_| LookupRequest { user: Arc::from(name(random(&mut state))), visitor: None }).collect();
+    let questions: Vec<LookupRequest> = (0..LOOKUPS)
+        .map(|_| LookupRequest { user: Arc::from(name(random(&mut state))), login_context: None })
+        .collect();
     let began = Instant::now();
     let mut found = 0;
     for question in &questions {

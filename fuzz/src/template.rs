@@ -73,14 +73,16 @@ fn regex_target(to: &str, user: &str) {
     *rules = vec![RegexRule { pattern: PATTERN.to_owned(), to: to.to_owned(), location }];
     let Ok(router) = Router::build(&config, metrics, None) else { return };
     let fields = |user: &str| {
-        let question = LookupRequest { user: user.into(), visitor: None };
+        let question = LookupRequest { user: user.into(), login_context: None };
         let Poll::Ready(routed) = pin!(router.route(&question, metrics)).poll(&mut Context::from_waker(Waker::noop()))
         else {
             unreachable!("nothing is asked over a network")
         };
         match routed {
-            Ok(routed) => match &*routed.target {
-                RouteDecision::Place(place) => Some(("place", place.at != ServerChoice::Any, place.user.is_some())),
+            Ok(routed) => match &*routed.decision {
+                RouteDecision::Destination(place) => {
+                    Some(("place", place.server != ServerChoice::Any, place.user.is_some()))
+                }
                 RouteDecision::Refuse(_) => Some(("refuse", false, false)),
                 RouteDecision::Maintenance(_) => Some(("maintenance", false, false)),
                 other => panic!("a regex cannot say {other:?}"),

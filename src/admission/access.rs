@@ -1,15 +1,15 @@
-//! Which network an address is in: the narrowest that is listed decides, found by one look for each length of prefix.
+//! Access lists: the narrowest listed network that contains an address decides. A lookup takes one hash lookup for each prefix length.
 
 use std::collections::HashMap;
 use std::net::IpAddr;
 
 use crate::config::{AccessConfig, Network};
 
-/// Values by network.
+/// A map from networks to values.
 #[derive(Debug)]
 pub(super) struct Networks<T> {
     by_prefix: HashMap<Prefix, T>,
-    /// Those that occur, the longest first.
+    /// Prefix lengths that occur, longest first.
     lengths: Vec<(Family, u8)>,
 }
 
@@ -38,7 +38,7 @@ impl Prefix {
 }
 
 impl<T: Copy> Networks<T> {
-    /// Of the same network listed twice, the later counts.
+    /// If a network is listed twice, the later value counts.
     pub(super) fn new(listed: impl IntoIterator<Item = (Network, T)>) -> Self {
         let mut networks = Self { by_prefix: HashMap::new(), lengths: Vec::new() };
         for (network, value) in listed {
@@ -53,7 +53,7 @@ impl<T: Copy> Networks<T> {
         networks
     }
 
-    /// What is listed for the narrowest network that contains `address`, and the length of that network's prefix.
+    /// The value of the narrowest network that contains `address`, and the length of that network's prefix.
     pub(super) fn find(&self, address: IpAddr) -> Option<(T, u8)> {
         let address = address.to_canonical();
         let family = if address.is_ipv4() { Family::V4 } else { Family::V6 };
@@ -65,7 +65,7 @@ impl<T: Copy> Networks<T> {
     }
 }
 
-/// What is known of an address before it has said a word.
+/// What `access` decides about an address.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum AccessDecision {
     Denied,
@@ -73,12 +73,13 @@ pub(super) enum AccessDecision {
     Exempt,
 }
 
-/// `access`, to be looked up.
+/// The section `access`, prepared for lookups.
 #[derive(Debug)]
 pub(super) struct AccessList {
     listed: Networks<AccessDecision>,
     exempt: Networks<()>,
-    others: AccessDecision,
+    /// Decision about addresses in no listed network.
+    default: AccessDecision,
 }
 
 impl AccessList {
@@ -86,22 +87,22 @@ impl AccessList {
         let allowed = access.allow.iter().map(|network| (*network, AccessDecision::Limited));
         let denied = access.deny.iter().map(|network| (*network, AccessDecision::Denied));
         Self {
-            // The later counts: deny, where a network stands in both.
+            // The later value counts, which is `deny` if a network is in both lists.
             listed: Networks::new(allowed.chain(denied)),
             exempt: Networks::new(access.exempt.iter().map(|network| (*network, ()))),
-            others: if access.allow.is_empty() { AccessDecision::Limited } else { AccessDecision::Denied },
+            default: if access.allow.is_empty() { AccessDecision::Limited } else { AccessDecision::Denied },
         }
     }
 
-    pub(super) fn standing(&self, client: IpAddr) -> AccessDecision {
+    pub(super) fn decide(&self, client: IpAddr) -> AccessDecision {
         let exempt = self.exempt.find(client);
         match (self.listed.find(client), exempt) {
-            // Where it is exempt from limits it is let in, unless a network at least as narrow is denied.
+            // An exempt network also overrides `deny`, unless the denied network is at least as narrow.
             (Some((AccessDecision::Denied, denied)), Some(((), exempt))) if exempt > denied => AccessDecision::Exempt,
             (Some((AccessDecision::Denied, _)), _) => AccessDecision::Denied,
             (_, Some(_)) => AccessDecision::Exempt,
-            (Some((standing, _)), None) => standing,
-            (None, None) => self.others,
+            (Some((decision, _)), None) => decision,
+            (None, None) => self.default,
         }
     }
 }
@@ -139,7 +140,7 @@ mod tests {
             (access(&[], &["2001:db8:1::/48"], &["2001:db8::/32"]), "2001:db8:1::1", Denied),
             (access(&[], &[], &["::/0"]), "192.0.2.1", Limited),
         ] {
-            assert_eq!(door.standing(client.parse().unwrap()), expected, "{client} {door:?}");
+            assert_eq!(door.decide(client.parse().unwrap()), expected, "{client} {door:?}");
         }
     }
 

@@ -1,21 +1,24 @@
-//! How many connections are open, over all listeners and workers. Called by `listener`; held by `session`.
+//! Counts open connections of all listeners and workers, up to a limit.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-/// See the module.
+/// Number of open connections.
 #[derive(Debug, Default)]
 pub(crate) struct ConnectionLimit(AtomicUsize);
 
 impl ConnectionLimit {
-    /// One more, unless there are `limit` already.
-    pub(crate) fn enter(self: &Arc<Self>, limit: usize) -> Option<ConnectionPermit> {
-        let more = |open: usize| (open < limit).then_some(open + 1);
-        self.0.fetch_update(Ordering::Relaxed, Ordering::Relaxed, more).ok().map(|_| ConnectionPermit(self.clone()))
+    /// Adds a connection; returns `None` if there are `limit` already.
+    pub(crate) fn acquire(self: &Arc<Self>, limit: usize) -> Option<ConnectionPermit> {
+        let increment = |open: usize| (open < limit).then_some(open + 1);
+        self.0
+            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, increment)
+            .ok()
+            .map(|_| ConnectionPermit(self.clone()))
     }
 }
 
-/// One open connection, until dropped.
+/// Counts one open connection until it is dropped.
 #[derive(Debug)]
 pub(crate) struct ConnectionPermit(Arc<ConnectionLimit>);
 

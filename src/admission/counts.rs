@@ -1,25 +1,32 @@
-//! How many sessions there are of each kind: exact, as large as there are sessions, and empty when they are gone.
+//! Exact session counts by key, in memory proportional to the number of sessions.
 //!
-//! A session is told a slot, four bytes, with which it counts down at its end whatever the limits are by then.
+//! A session stores a [`CountSlot`] of four bytes, by which it leaves the count at its end whatever the limits are by then.
 
 use std::collections::HashMap;
 use std::hash::{BuildHasherDefault, Hasher};
+use std::num::NonZeroU32;
 
 use slab::Slab;
 
-/// A place in [`Counts`], or none.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Slot(u32);
+/// Identifies the count of a key in [`Counts`]; the number is one above its index in the slab, so that an `Option` needs no more memory.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) struct CountSlot(NonZeroU32);
 
-impl Slot {
-    /// Counted nowhere.
-    pub(super) const NONE: Self = Self(u32::MAX);
+impl CountSlot {
+    fn of(index: usize) -> Option<Self> {
+        u32::try_from(index).ok()?.checked_add(1).and_then(NonZeroU32::new).map(Self)
+    }
+
+    fn index(&self) -> usize {
+        self.0.get() as usize - 1
+    }
 }
 
-/// Sessions by 64 bits of a keyed hash of whatever they have in common.
+/// Number of sessions by key. Keys are 64 bits of a keyed hash of what the sessions have in common.
 #[derive(Debug, Default)]
 pub(super) struct Counts {
-    slots: HashMap<u64, u32, BuildHasherDefault<Hashed>>,
+    /// Indexes into `counts`.
+    indexes: HashMap<u64, usize, BuildHasherDefault<IdentityHasher>>,
     counts: Slab<Count>,
 }
 
@@ -30,55 +37,59 @@ struct Count {
 }
 
 impl Counts {
-    /// One more of `key`, unless there are `limit` already.
-    pub(super) fn enter(&mut self, key: u64, limit: u32) -> Option<Slot> {
-        if let Some(slot) = self.slots.get(&key) {
-            let count = &mut self.counts[*slot as usize];
-            let fits = count.sessions < limit;
-            count.sessions += u32::from(fits);
-            return fits.then_some(Slot(*slot));
+    /// Adds a session to the count of `key`; returns `None` if it has reached `limit`.
+    pub(super) fn increment(&mut self, key: u64, limit: u32) -> Option<CountSlot> {
+        if let Some(index) = self.indexes.get(&key) {
+            let count = &mut self.counts[*index];
+            if count.sessions >= limit {
+                return None;
+            }
+            count.sessions += 1;
+            return CountSlot::of(*index);
         }
-        // 4,294,967,295 sessions are more than a machine has descriptors.
-        let slot = u32::try_from(self.counts.vacant_key()).ok().filter(|slot| limit > 0 && *slot != u32::MAX)?;
+        // `CountSlot::of` fails at 4,294,967,295 keys, more than a machine has file descriptors.
+        let index = self.counts.vacant_key();
+        let slot = CountSlot::of(index).filter(|_| limit > 0)?;
         self.counts.insert(Count { key, sessions: 1 });
-        self.slots.insert(key, slot);
-        Some(Slot(slot))
+        self.indexes.insert(key, index);
+        Some(slot)
     }
 
-    /// One less.
-    pub(super) fn leave(&mut self, slot: Slot) {
-        let Some(count) = self.counts.get_mut(slot.0 as usize) else { return };
+    /// Removes a session from its count.
+    pub(super) fn decrement(&mut self, slot: CountSlot) {
+        let Some(count) = self.counts.get_mut(slot.index()) else { return };
         count.sessions -= 1;
         if count.sessions == 0 {
             let key = count.key;
-            self.counts.remove(slot.0 as usize);
-            self.slots.remove(&key);
-            self.give_back();
+            self.counts.remove(slot.index());
+            self.indexes.remove(&key);
+            self.shrink();
         }
     }
 
-    /// Different keys.
+    /// Number of keys with at least one session.
     pub(super) fn len(&self) -> usize {
-        self.slots.len()
+        self.indexes.len()
     }
 
-    /// After a peak; not each time, for it looks at all that is left.
-    fn give_back(&mut self) {
-        let left = self.slots.len();
-        if (left == 0 || left.is_power_of_two()) && left * 4 + 1024 < self.slots.capacity().max(self.counts.capacity())
+    /// Returns memory after a peak. Only at powers of two, because shrinking visits every remaining entry.
+    fn shrink(&mut self) {
+        let left = self.indexes.len();
+        if (left == 0 || left.is_power_of_two())
+            && left * 4 + 1024 < self.indexes.capacity().max(self.counts.capacity())
         {
-            self.slots.shrink_to_fit();
-            // As far as the last one in use.
+            self.indexes.shrink_to_fit();
+            // The slab shrinks to its last entry in use.
             self.counts.shrink_to_fit();
         }
     }
 }
 
-/// Keys are hashes already.
+/// Passes keys through, because they are hashes already.
 #[derive(Debug, Default)]
-struct Hashed(u64);
+struct IdentityHasher(u64);
 
-impl Hasher for Hashed {
+impl Hasher for IdentityHasher {
     fn finish(&self) -> u64 {
         self.0
     }
@@ -101,58 +112,53 @@ mod tests {
     use super::*;
 
     #[test]
-    fn up_to_the_limit_and_again_after_one_has_left() {
+    fn count_stops_at_its_limit_and_grows_again_after_a_decrement() {
         let mut counts = Counts::default();
-        let first = counts.enter(7, 2).unwrap();
-        assert!(counts.enter(7, 2).is_some());
-        assert!(counts.enter(7, 2).is_none());
-        assert!(counts.enter(8, 2).is_some(), "a neighbour");
-        counts.leave(first);
-        assert!(counts.enter(7, 2).is_some());
-        assert!(counts.enter(9, 0).is_none());
-        counts.leave(Slot::NONE);
+        let first = counts.increment(7, 2).unwrap();
+        assert!(counts.increment(7, 2).is_some());
+        assert!(counts.increment(7, 2).is_none());
+        assert!(counts.increment(8, 2).is_some(), "another key");
+        counts.decrement(first);
+        assert!(counts.increment(7, 2).is_some());
+        assert!(counts.increment(9, 0).is_none());
         assert_eq!(counts.len(), 2);
+        assert_eq!(size_of::<Option<CountSlot>>(), 4);
     }
 
     #[test]
-    fn a_peak_leaves_nothing_behind() {
+    fn memory_shrinks_after_a_peak() {
         let mut counts = Counts::default();
-        let slots: Vec<Slot> = (0..100_000).filter_map(|key| counts.enter(key, 1)).collect();
+        let slots: Vec<CountSlot> = (0..100_000).filter_map(|key| counts.increment(key, 1)).collect();
         assert_eq!((slots.len(), counts.len()), (100_000, 100_000));
         for slot in slots {
-            counts.leave(slot);
+            counts.decrement(slot);
         }
         assert_eq!(counts.len(), 0);
-        assert!(
-            counts.slots.capacity() < 4096 && counts.counts.capacity() < 4096,
-            "{} {}",
-            counts.slots.capacity(),
-            counts.counts.capacity()
-        );
+        let (indexes, counts) = (counts.indexes.capacity(), counts.counts.capacity());
+        assert!(indexes < 4096 && counts < 4096, "{indexes} {counts}");
     }
 
     proptest! {
-        /// Whatever comes and goes, with whatever limits: nobody is over the limit that was asked with, and at the end
-        /// nothing is left.
+        /// In any order and with any limits: no count exceeds the limit of its last increment, and nothing remains at the end.
         #[test]
-        fn as_a_map(steps in prop::collection::vec((0u64..5, 0u32..6, any::<prop::sample::Index>(), any::<bool>()), 0..300)) {
+        fn counts_agree_with_a_list(operations in prop::collection::vec((0u64..5, 0u32..6, any::<prop::sample::Index>(), any::<bool>()), 0..300)) {
             let mut counts = Counts::default();
-            let mut inside: Vec<(u64, Slot)> = Vec::new();
-            for (key, limit, which, leaves) in steps {
-                if leaves && !inside.is_empty() {
-                    let (_, slot) = inside.swap_remove(which.index(inside.len()));
-                    counts.leave(slot);
+            let mut sessions: Vec<(u64, CountSlot)> = Vec::new();
+            for (key, limit, which, ends) in operations {
+                if ends && !sessions.is_empty() {
+                    let (_, slot) = sessions.swap_remove(which.index(sessions.len()));
+                    counts.decrement(slot);
                 } else {
-                    let before = inside.iter().filter(|(other, _)| *other == key).count();
-                    let slot = counts.enter(key, limit);
+                    let before = sessions.iter().filter(|(other, _)| *other == key).count();
+                    let slot = counts.increment(key, limit);
                     prop_assert_eq!(slot.is_some(), before < limit as usize);
-                    inside.extend(slot.map(|slot| (key, slot)));
+                    sessions.extend(slot.map(|slot| (key, slot)));
                 }
-                let keys: std::collections::BTreeSet<u64> = inside.iter().map(|(key, _)| *key).collect();
+                let keys: std::collections::BTreeSet<u64> = sessions.iter().map(|(key, _)| *key).collect();
                 prop_assert_eq!(counts.len(), keys.len());
             }
-            for (_, slot) in inside {
-                counts.leave(slot);
+            for (_, slot) in sessions {
+                counts.decrement(slot);
             }
             prop_assert_eq!((counts.len(), counts.counts.len()), (0, 0));
         }

@@ -1,25 +1,25 @@
-//! Who may come in and try: decided by addresses, names and the time, without a socket.
+//! Admission control: decides by address, user name and time who may connect and try to log in, without touching a socket.
 //!
-//! | question | asked | answered |
+//! | question | method | decided by |
 //! |---|---|---|
-//! | may this address connect? | [`Guard::admit`] | by `access`, rates, and how many sessions it and its network have |
-//! | who goes when too many have not logged in? | [`Guard::lobby`], [`PreloginTicket::shed`] | the oldest connection without complete credentials |
-//! | may a buffer grow before the login? | [`Charge::resize`] | by a budget for all; the connection that has sent most is shed |
-//! | may it try to log in? | [`Guard::may_try`] | by the rates of its address and of the users named |
-//! | how late is a failure answered? | [`Guard::failed`] | later with each of the same user from the same address |
-//! | may this user have one more session? | [`ConnectionCount::take_for`] | by how many there are, in all and from this address |
+//! | may this address connect? | [`AdmissionControl::admit`] | `access`, rates, and the sessions of the address and its network |
+//! | which connection is shed when too many have not logged in? | [`AdmissionControl::enter_prelogin_queue`] | `prelogin_policy`: the oldest without complete credentials |
+//! | may a buffer grow before the login? | [`MemoryCharge::resize`] | one budget for all; the connection that has sent most is shed |
+//! | may this client try to log in? | [`AdmissionControl::check_login_rate`] | the rates of its address and of the users named |
+//! | how long is a refusal delayed? | [`AdmissionControl::record_failed_login`] | the failures of the user from this address |
+//! | may this user have one more session? | [`ConnectionCount::count_user`] | the sessions of the user, in all and from this address |
 //!
-//! The guard lives as long as the process; a new configuration replaces its rules ([`Guard::reconfigure`]) and not what it
-//! remembers. Its memory does not depend on who comes: rates are kept in tables of fixed size (`table`), sessions are
-//! counted once they hold a permit of `limits.sessions`. Addresses and names are kept as 64 bits of a keyed hash: nobody
-//! outside can aim at somebody's place, and nothing that could be read lies around. It logs nothing, and counts nothing that
-//! happens: who asks does. Called by `listener` and `session`; built by `server`.
+//! There is one [`AdmissionControl`] for the life of the process: a reload replaces its rules ([`AdmissionControl::reconfigure`]) and
+//! keeps its state. Its memory is bounded whatever clients do: rates are kept in tables of fixed size (`table`), and only connections
+//! with a permit of `limits.sessions` are counted. Addresses and names are stored as 64 bits of a keyed hash, so that clients can
+//! neither aim at another client's table entry nor leave readable data in memory. The module writes no logs and counts no events; its
+//! callers do.
 
 mod access;
 pub(crate) mod connection_limit;
 mod counts;
 mod failures;
-mod places;
+mod prelogin_policy;
 mod prelogin_queue;
 mod rate;
 pub(crate) mod refusal_latency;
@@ -34,38 +34,39 @@ use std::time::{Duration, Instant};
 use tokio::sync::Semaphore;
 
 use self::access::{AccessDecision, AccessList, Networks};
-use self::counts::{Counts, Slot};
+use self::counts::{CountSlot, Counts};
 use self::failures::Failures;
+pub(crate) use self::prelogin_policy::MemoryBudgetExceeded;
 use self::prelogin_queue::PreloginQueue;
-pub(crate) use self::prelogin_queue::{Charge, OutOfMemory, PreloginTicket, Shed};
+pub(crate) use self::prelogin_queue::{MemoryCharge, PreloginTicket, ShedReason};
 use self::rate::Bucket;
-use self::table::{Table, Value};
+use self::table::{Table, TableValue};
 use crate::config;
 
-/// A user who has logged in from an address is known there for so long.
-const KNOWN: Duration = Duration::from_secs(24 * 3600);
+/// A user is known at an address for this long after a login from there.
+const KNOWN_FOR: Duration = Duration::from_secs(24 * 3600);
 
-/// See the module.
+/// Rules and state of admission control.
 #[derive(Debug)]
-pub struct Guard {
-    /// Of this process alone.
+pub struct AdmissionControl {
+    /// Keyed at random for this process.
     hasher: RandomState,
     began: Instant,
     rules: RwLock<Arc<Rules>>,
-    lobby: Arc<PreloginQueue>,
+    prelogin_queue: Arc<PreloginQueue>,
     sessions: Mutex<Counts>,
     connections: Mutex<Table<Bucket>>,
     address_logins: Mutex<Table<Bucket>>,
     user_logins: Mutex<Table<Bucket>>,
     failures: Mutex<Table<Failures>>,
-    known: Mutex<Table<Until>>,
+    known: Mutex<Table<Expiry>>,
 }
 
-/// The configuration, to be looked up.
+/// The configuration, prepared for lookups.
 #[derive(Debug)]
 struct Rules {
     config: config::AdmissionConfig,
-    door: AccessList,
+    access: AccessList,
     networks: Networks<u32>,
     handshakes: Arc<Semaphore>,
 }
@@ -74,7 +75,7 @@ impl Rules {
     fn new(config: &config::AdmissionConfig, before: Option<&Self>) -> Self {
         let same = before.filter(|before| before.config.handshakes == config.handshakes);
         Self {
-            door: AccessList::new(&config.access),
+            access: AccessList::new(&config.access),
             networks: Networks::new(config.networks.iter().copied()),
             handshakes: same
                 .map_or_else(|| Arc::new(Semaphore::new(config.handshakes)), |same| same.handshakes.clone()),
@@ -83,7 +84,7 @@ impl Rules {
     }
 }
 
-/// Why a connection is not let in.
+/// Limit or list because of which a connection is refused.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ConnectionRefused {
     /// `access`.
@@ -94,13 +95,13 @@ pub enum ConnectionRefused {
     Address,
     /// `limits.networks`.
     Network,
-    /// `limits.before_login`: all places are taken by logins under way.
+    /// `limits.before_login`: all connections that count are logging in.
     BeforeLogin,
 }
 
-/// Why a user is not let in for now.
+/// Limit because of which a login is refused for now.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Limited {
+pub enum LoginThrottled {
     /// `limits.login_rate_per_address`.
     AddressRate,
     /// `limits.login_rate_per_user`.
@@ -111,20 +112,22 @@ pub enum Limited {
     UserAndAddress,
 }
 
-/// What a session counts for, until dropped.
+/// The counts that include one connection; dropping it removes the connection from them.
 #[derive(Debug)]
 pub struct ConnectionCount {
-    guard: Arc<Guard>,
-    /// Address, network, user, user and address.
-    slots: [Slot; 4],
+    admission: Arc<AdmissionControl>,
+    address: Option<CountSlot>,
+    network: Option<CountSlot>,
+    user: Option<CountSlot>,
+    user_and_address: Option<CountSlot>,
 }
 
-/// How much is remembered.
+/// Number of entries in each table of [`AdmissionControl`].
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Sizes {
-    /// Connections before their login.
+    /// Connections that have not logged in.
     pub before_login: usize,
-    /// TLS handshakes under way.
+    /// TLS handshakes in progress.
     pub handshakes: usize,
     /// Addresses, networks, users and pairs with sessions that are counted.
     pub sessions: usize,
@@ -141,7 +144,7 @@ pub struct Sizes {
 }
 
 impl Sizes {
-    /// Each with its label in metrics.
+    /// The numbers with their metric labels.
     pub fn labelled(&self) -> [(&'static str, usize); 8] {
         [
             ("before_login", self.before_login),
@@ -156,25 +159,27 @@ impl Sizes {
     }
 }
 
-/// What 64 bits stand for; each kind has numbers of its own.
+/// What a 64-bit key is the hash of; the variant is part of the hash.
 #[derive(Hash)]
 enum Key<'a> {
-    Address(Block),
-    Network(Block),
+    Address(AddressBlock),
+    Network(AddressBlock),
     User(&'a str),
-    Pair(Block, &'a str),
+    UserAtAddress(AddressBlock, &'a str),
 }
 
-/// What one client has of the address space: an IPv4 address, or a /64 of IPv6.
+/// Addresses that are treated as one client: an IPv4 address, or an IPv6 /64.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub(crate) enum Block {
+pub(crate) enum AddressBlock {
     V4(u32),
     V6(u64),
-    /// A network of the configuration, with the length of its prefix.
-    Listed(bool, u8, u128),
+    /// An IPv4 network of the configuration: length and bits of its prefix.
+    V4Network(u8, u32),
+    /// An IPv6 network of the configuration: length and bits of its prefix.
+    V6Network(u8, u128),
 }
 
-impl Block {
+impl AddressBlock {
     pub(crate) fn of(address: IpAddr) -> Self {
         match address.to_canonical() {
             IpAddr::V4(v4) => Self::V4(v4.to_bits()),
@@ -182,33 +187,33 @@ impl Block {
         }
     }
 
-    fn listed(address: IpAddr, length: u8) -> Self {
-        let (is_v4, bits, width) = match address.to_canonical() {
-            IpAddr::V4(v4) => (true, u128::from(v4.to_bits()), 32),
-            IpAddr::V6(v6) => (false, v6.to_bits(), 128),
-        };
-        Self::Listed(is_v4, length, bits.checked_shr(width - u32::from(length)).unwrap_or(0))
+    /// The network with a prefix of `length` bits that contains `address`.
+    fn network(address: IpAddr, length: u8) -> Self {
+        match address.to_canonical() {
+            IpAddr::V4(v4) => Self::V4Network(length, v4.to_bits().checked_shr(32 - u32::from(length)).unwrap_or(0)),
+            IpAddr::V6(v6) => Self::V6Network(length, v6.to_bits().checked_shr(128 - u32::from(length)).unwrap_or(0)),
+        }
     }
 }
 
-/// Microseconds on the guard's clock.
+/// Time at which an entry expires, in microseconds since [`AdmissionControl::began`].
 #[derive(Debug, Clone, Copy, Default)]
-struct Until(u64);
+struct Expiry(u64);
 
-impl Value for Until {
-    fn worth(self, now: u64) -> u64 {
+impl TableValue for Expiry {
+    fn retention_priority(self, now: u64) -> u64 {
         self.0.saturating_sub(now)
     }
 }
 
-impl Guard {
-    /// Remembers nothing yet. Times handed in later are not before `began`.
+impl AdmissionControl {
+    /// Starts with empty tables. Times passed to other methods must not be earlier than `began`.
     pub fn new(config: &config::AdmissionConfig, began: Instant) -> Self {
         Self {
             hasher: RandomState::new(),
             began,
             rules: RwLock::new(Arc::new(Rules::new(config, None))),
-            lobby: Arc::new(PreloginQueue::new(config.before_login, config.before_login_memory)),
+            prelogin_queue: Arc::new(PreloginQueue::new(config.before_login, config.before_login_memory)),
             sessions: Mutex::default(),
             connections: Mutex::new(Table::new(config.tracked)),
             address_logins: Mutex::new(Table::new(config.tracked)),
@@ -218,8 +223,8 @@ impl Guard {
         }
     }
 
-    /// New rules for all that come from now on. Sessions inside stay, and count down as they counted up; a session that began
-    /// while a limit was off is not counted for it. Where `limits.tracked` is another, rates and failures begin anew.
+    /// Replaces the rules for all connections and logins from now on. Open connections stay, and leave the counts that include them; a
+    /// session that began while a limit was off is not counted for it. If `limits.tracked` changes, rates and failures start empty.
     pub fn reconfigure(&self, config: &config::AdmissionConfig) {
         let before = self.rules();
         if before.config.tracked != config.tracked {
@@ -229,144 +234,150 @@ impl Guard {
             *lock(&self.failures) = Table::new(config.tracked);
             *lock(&self.known) = Table::new(config.tracked);
         }
-        self.lobby.set_limits(config.before_login, config.before_login_memory);
+        self.prelogin_queue.set_limits(config.before_login, config.before_login_memory);
         let rules = Arc::new(Rules::new(config, Some(&before)));
         *self.rules.write().unwrap_or_else(PoisonError::into_inner) = rules;
     }
 
-    /// Whether `client` may connect. Whoever asks holds a permit of `limits.sessions` already.
+    /// Decides whether `client` may connect. The caller already holds a permit of `limits.sessions`.
     ///
     /// # Errors
-    /// Why not; the connection is to be closed.
+    /// The limit or list that refuses the connection, which must be closed.
     pub fn admit(self: &Arc<Self>, now: Instant, client: IpAddr) -> Result<ConnectionCount, ConnectionRefused> {
         let rules = self.rules();
         let config = &rules.config;
-        let mut pass = self.pass();
-        match rules.door.standing(client) {
+        let mut count = self.uncounted();
+        match rules.access.decide(client) {
             AccessDecision::Denied => return Err(ConnectionRefused::Denied),
-            AccessDecision::Exempt => return Ok(pass),
+            AccessDecision::Exempt => return Ok(count),
             AccessDecision::Limited => {}
         }
-        let address = self.key(&Key::Address(Block::of(client)));
-        if !self.take(&self.connections, config.connection_rate, address, now) {
+        let address = self.key(&Key::Address(AddressBlock::of(client)));
+        if !self.take_token(&self.connections, config.connection_rate, address, now) {
             return Err(ConnectionRefused::Rate);
         }
         if let Some(limit) = config.sessions_per_address {
-            pass.slots[0] = lock(&self.sessions).enter(address, limit).ok_or(ConnectionRefused::Address)?;
+            count.address = Some(lock(&self.sessions).increment(address, limit).ok_or(ConnectionRefused::Address)?);
         }
         if let Some((limit, length)) = rules.networks.find(client) {
-            let network = self.key(&Key::Network(Block::listed(client, length)));
-            // Taken out first: a pass that is dropped locks the counts too.
-            let slot = lock(&self.sessions).enter(network, limit);
-            pass.slots[1] = slot.ok_or(ConnectionRefused::Network)?;
+            let network = self.key(&Key::Network(AddressBlock::network(client, length)));
+            // The lock must be released before `?` drops `count`, which takes it too.
+            let slot = lock(&self.sessions).increment(network, limit);
+            count.network = Some(slot.ok_or(ConnectionRefused::Network)?);
         }
-        Ok(pass)
+        Ok(count)
     }
 
-    /// A pass that counts for no address: of a connection that has yet to say whose it is.
-    pub fn pass(self: &Arc<Self>) -> ConnectionCount {
-        ConnectionCount { guard: self.clone(), slots: [Slot::NONE; 4] }
+    /// A count that includes the connection nowhere yet, for a connection whose PROXY header has not been read.
+    pub fn uncounted(self: &Arc<Self>) -> ConnectionCount {
+        ConnectionCount { admission: self.clone(), address: None, network: None, user: None, user_and_address: None }
     }
 
-    /// A place among the connections that have not logged in. If all are taken, another connection is shed, and the new one waits
-    /// until that one is gone ([`PreloginTicket::admitted`]).
+    /// Adds a connection to those that have not logged in. At the limit another connection is shed, and the new one waits
+    /// until that one has closed ([`PreloginTicket::admitted`]).
     ///
     /// # Errors
     /// [`ConnectionRefused::BeforeLogin`]: no connection can be shed.
-    pub fn lobby(&self, now: Instant) -> Result<PreloginTicket, ConnectionRefused> {
-        self.lobby.enter(now).ok_or(ConnectionRefused::BeforeLogin)
+    pub fn enter_prelogin_queue(&self, now: Instant) -> Result<PreloginTicket, ConnectionRefused> {
+        self.prelogin_queue.enter(now).ok_or(ConnectionRefused::BeforeLogin)
     }
 
     /// Bytes of `limits.before_login_memory` in use.
-    pub fn memory_before_login(&self) -> usize {
-        self.lobby.memory()
+    pub fn prelogin_memory(&self) -> usize {
+        self.prelogin_queue.memory()
     }
 
-    /// Whether `client` may try to log in. `users` are those the attempt counts for, by their routing names: first the one whose password
-    /// is tried, then the one whose mailbox is asked for, if that is another; none if the credentials name no user. So guesses at a
-    /// master user's password share one limit, whichever mailboxes they name.
+    /// Decides whether `client` may try to log in, and counts the attempt. `users` are routing names: first the user whose password is
+    /// tried, then the owner of the requested mailbox if that is another user; none if the credentials name no user. Guesses at a
+    /// master user's password therefore share one limit, whichever mailboxes they name.
     ///
-    /// A user known at an address has a bucket there, so that neither neighbours nor those who guess the password from elsewhere lock
-    /// the user out.
+    /// A user known at an address has a separate bucket there, so that neither other clients at that address nor password guessing from
+    /// elsewhere lock the user out.
     ///
     /// # Errors
-    /// Which rate is exceeded.
-    pub fn may_try(&self, now: Instant, client: IpAddr, users: &[impl AsRef<str>]) -> Result<(), Limited> {
+    /// The rate that is exceeded.
+    pub fn check_login_rate(
+        &self,
+        now: Instant,
+        client: IpAddr,
+        users: &[impl AsRef<str>],
+    ) -> Result<(), LoginThrottled> {
         let rules = self.rules();
         let config = &rules.config;
         let (per_address, per_user) = (config.login_rate_per_address, config.login_rate_per_user);
-        if per_address.is_none() && per_user.is_none() || rules.door.standing(client) == AccessDecision::Exempt {
+        if per_address.is_none() && per_user.is_none() || rules.access.decide(client) == AccessDecision::Exempt {
             return Ok(());
         }
-        let block = Block::of(client);
-        let pair = |user: &str| self.key(&Key::Pair(block, user));
+        let block = AddressBlock::of(client);
+        let user_key = |user: &str| self.key(&Key::UserAtAddress(block, user));
         let clock = self.clock(now);
-        let known = users.first().map(|user| pair(user.as_ref()));
-        let known = known.filter(|pair| lock(&self.known).get(*pair).is_some_and(|until| until.worth(clock) > 0));
+        let known = users.first().map(|user| user_key(user.as_ref()));
+        let known =
+            known.filter(|key| lock(&self.known).get(*key).is_some_and(|until| until.retention_priority(clock) > 0));
         let address = known.unwrap_or_else(|| self.key(&Key::Address(block)));
-        if !self.take(&self.address_logins, per_address, address, now) {
-            return Err(Limited::AddressRate);
+        if !self.take_token(&self.address_logins, per_address, address, now) {
+            return Err(LoginThrottled::AddressRate);
         }
         for user in users {
             let user = user.as_ref();
-            let bucket = if known.is_some() { pair(user) } else { self.key(&Key::User(user)) };
-            if !self.take(&self.user_logins, per_user, bucket, now) {
-                return Err(Limited::UserRate);
+            let bucket = if known.is_some() { user_key(user) } else { self.key(&Key::User(user)) };
+            if !self.take_token(&self.user_logins, per_user, bucket, now) {
+                return Err(LoginThrottled::UserRate);
             }
         }
         Ok(())
     }
 
-    /// `client` has failed to log in; `users` as for [`Guard::may_try`]. Returns how long after the command the client is answered:
-    /// the longer delay of two users.
-    pub fn failed(&self, now: Instant, client: IpAddr, users: &[impl AsRef<str>]) -> Duration {
+    /// Records a failed login of `client`; `users` as in [`AdmissionControl::check_login_rate`]. Returns how long after the command the
+    /// reply is sent: of two users the longer delay.
+    pub fn record_failed_login(&self, now: Instant, client: IpAddr, users: &[impl AsRef<str>]) -> Duration {
         let rules = self.rules();
-        let Some(first) = rules.config.failed_login_delay else { return Duration::ZERO };
-        if rules.door.standing(client) == AccessDecision::Exempt {
+        let Some(first_delay) = rules.config.failed_login_delay else { return Duration::ZERO };
+        if rules.access.decide(client) == AccessDecision::Exempt {
             return Duration::ZERO;
         }
-        let (block, clock) = (Block::of(client), self.clock(now));
-        let mut keys: Vec<u64> = users.iter().map(|user| self.key(&Key::Pair(block, user.as_ref()))).collect();
+        let (block, clock) = (AddressBlock::of(client), self.clock(now));
+        let mut keys: Vec<u64> = users.iter().map(|user| self.key(&Key::UserAtAddress(block, user.as_ref()))).collect();
         if keys.is_empty() {
             keys.push(self.key(&Key::Address(block)));
         }
         let mut failures = lock(&self.failures);
-        let numbers = keys.iter().map(|key| failures.update(*key, clock, |failures| failures.another(clock)));
-        let number = numbers.max().unwrap_or_default();
-        failures::delay(number, first, rules.config.failed_login_delay_max, self.hasher.hash_one((&keys, clock)))
+        let counts = keys.iter().map(|key| failures.update(*key, clock, |failures| failures.increment(clock)));
+        let count = counts.max().unwrap_or_default();
+        failures::delay(count, first_delay, rules.config.failed_login_delay_max, self.hasher.hash_one((&keys, clock)))
     }
 
-    /// `client` has logged in; `users` as for [`Guard::may_try`]. Their failures from there are forgotten, and the user whose password
-    /// was right is known there.
-    pub fn succeeded(&self, now: Instant, client: IpAddr, users: &[impl AsRef<str>]) {
+    /// Records a login of `client`; `users` as in [`AdmissionControl::check_login_rate`]. The failures of these users at this address are
+    /// removed, and the user whose password was right is known there.
+    pub fn record_login(&self, now: Instant, client: IpAddr, users: &[impl AsRef<str>]) {
         let rules = self.rules();
         let config = &rules.config;
-        let block = Block::of(client);
-        let pair = |user: &str| self.key(&Key::Pair(block, user));
+        let block = AddressBlock::of(client);
+        let user_key = |user: &str| self.key(&Key::UserAtAddress(block, user));
         if config.failed_login_delay.is_some() {
             let mut failures = lock(&self.failures);
             for user in users {
-                failures.remove(pair(user.as_ref()));
+                failures.remove(user_key(user.as_ref()));
             }
         }
         if config.login_rate_per_address.is_some() || config.login_rate_per_user.is_some() {
-            let until = self.clock(now + KNOWN);
+            let until = self.clock(now + KNOWN_FOR);
             if let Some(user) = users.first() {
-                lock(&self.known).update(pair(user.as_ref()), self.clock(now), |_| (Until(until), ()));
+                lock(&self.known).update(user_key(user.as_ref()), self.clock(now), |_| (Expiry(until), ()));
             }
         }
     }
 
-    /// A permit of it is a turn for a handshake.
-    pub fn handshakes(&self) -> Arc<Semaphore> {
+    /// The permits of `limits.handshakes`.
+    pub fn handshake_permits(&self) -> Arc<Semaphore> {
         self.rules().handshakes.clone()
     }
 
-    /// How much is remembered just now.
+    /// Returns the current number of entries of each table.
     pub fn sizes(&self) -> Sizes {
         let rules = self.rules();
         Sizes {
-            before_login: self.lobby.len(),
+            before_login: self.prelogin_queue.len(),
             handshakes: rules.config.handshakes.saturating_sub(rules.handshakes.available_permits()),
             sessions: lock(&self.sessions).len(),
             connections: lock(&self.connections).len(),
@@ -377,7 +388,7 @@ impl Guard {
         }
     }
 
-    fn take(&self, table: &Mutex<Table<Bucket>>, rate: Option<config::Rate>, key: u64, now: Instant) -> bool {
+    fn take_token(&self, table: &Mutex<Table<Bucket>>, rate: Option<config::Rate>, key: u64, now: Instant) -> bool {
         let clock = self.clock(now);
         rate.is_none_or(|rate| lock(table).update(key, clock, |bucket| bucket.take(rate, clock)))
     }
@@ -396,40 +407,40 @@ impl Guard {
 }
 
 impl ConnectionCount {
-    /// The session belongs to `user` from now on, by its routing name.
+    /// Counts the connection as a session of `user`, a routing name.
     ///
     /// # Errors
-    /// Which limit is reached; the session still counts for its address.
-    pub fn take_for(&mut self, client: IpAddr, user: &str) -> Result<(), Limited> {
-        let rules = self.guard.rules();
-        let (per_user, per_pair) = (rules.config.sessions_per_user, rules.config.sessions_per_user_and_address);
-        if per_user.is_none() && per_pair.is_none() || rules.door.standing(client) == AccessDecision::Exempt {
+    /// The limit that is reached. The connection stays in the counts of its address and network.
+    pub fn count_user(&mut self, client: IpAddr, user: &str) -> Result<(), LoginThrottled> {
+        let rules = self.admission.rules();
+        let (per_user, per_user_and_address) =
+            (rules.config.sessions_per_user, rules.config.sessions_per_user_and_address);
+        if per_user.is_none() && per_user_and_address.is_none() || rules.access.decide(client) == AccessDecision::Exempt
+        {
             return Ok(());
         }
-        let mut sessions = lock(&self.guard.sessions);
+        let mut sessions = lock(&self.admission.sessions);
         if let Some(limit) = per_user {
-            let key = self.guard.key(&Key::User(user));
-            self.slots[2] = sessions.enter(key, limit).ok_or(Limited::User)?;
+            let key = self.admission.key(&Key::User(user));
+            self.user = Some(sessions.increment(key, limit).ok_or(LoginThrottled::User)?);
         }
-        if let Some(limit) = per_pair {
-            let key = self.guard.key(&Key::Pair(Block::of(client), user));
-            let Some(slot) = sessions.enter(key, limit) else {
-                sessions.leave(std::mem::replace(&mut self.slots[2], Slot::NONE));
-                return Err(Limited::UserAndAddress);
-            };
-            self.slots[3] = slot;
+        if let Some(limit) = per_user_and_address {
+            let key = self.admission.key(&Key::UserAtAddress(AddressBlock::of(client), user));
+            let slot = sessions.increment(key, limit);
+            if slot.is_none() {
+                self.user.take().into_iter().for_each(|slot| sessions.decrement(slot));
+            }
+            self.user_and_address = Some(slot.ok_or(LoginThrottled::UserAndAddress)?);
         }
         Ok(())
     }
 
-    /// The session has ended, although its connection may stay: it counts for no limit any more.
+    /// Removes the connection from all counts, because its session has ended although the connection may stay open.
     pub fn release(&mut self) {
-        let slots = std::mem::replace(&mut self.slots, [Slot::NONE; 4]);
-        if slots.iter().any(|slot| *slot != Slot::NONE) {
-            let mut sessions = lock(&self.guard.sessions);
-            for slot in slots {
-                sessions.leave(slot);
-            }
+        let slots = [self.address.take(), self.network.take(), self.user.take(), self.user_and_address.take()];
+        if slots.iter().any(Option::is_some) {
+            let mut sessions = lock(&self.admission.sessions);
+            slots.into_iter().flatten().for_each(|slot| sessions.decrement(slot));
         }
     }
 }
@@ -441,7 +452,7 @@ impl Drop for ConnectionCount {
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    // Nothing in this room panics halfway through a change.
+    // A poisoned lock is safe: no critical section of this module can panic halfway through a change.
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 

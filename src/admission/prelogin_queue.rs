@@ -1,6 +1,6 @@
-//! Connections before their login: each has a [`PreloginTicket`], and a [`Charge`] for each larger buffer it holds.
+//! Connections that have not logged in: each holds a [`PreloginTicket`], and a [`MemoryCharge`] for each larger buffer.
 //!
-//! `places` decides who may stay; this module keeps its state behind a lock, and signals the connections.
+//! [`PreloginPolicy`] decides which connections may stay; this module keeps it behind a lock and signals the connections.
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU8, AtomicUsize, Ordering};
@@ -9,30 +9,30 @@ use std::time::Instant;
 
 use tokio::sync::Notify;
 
-use super::places::{Entered, Held, Number, Places};
+use super::prelogin_policy::{Arrival, ConnectionId, HeldMemory, MemoryBudgetExceeded, PreloginPolicy};
 
 /// Bytes of buffers that every connection may hold without using the budget. A login with a password, and the TLS handshake of a client
 /// without a certificate, need less.
 const ALLOWANCE: usize = 8 * 1024;
 
-/// See the module.
+/// The policy and the connections it decides about.
 #[derive(Debug)]
 pub(super) struct PreloginQueue(Mutex<State>);
 
 #[derive(Debug)]
 struct State {
-    places: Places,
-    shares: BTreeMap<Number, Arc<Share>>,
+    policy: PreloginPolicy,
+    entries: BTreeMap<ConnectionId, Arc<Entry>>,
 }
 
-/// What a connection and the lobby both know.
+/// State of one connection, shared by the queue and the connection's task.
 #[derive(Debug)]
-struct Share {
-    number: Number,
-    /// A [`Standing`].
-    standing: AtomicU8,
-    changed: Notify,
-    /// Bytes of all its charges.
+struct Entry {
+    id: ConnectionId,
+    /// An [`EntryState`].
+    state: AtomicU8,
+    state_changed: Notify,
+    /// Bytes of all memory charges of the connection.
     held: AtomicUsize,
     /// Bytes of these that the client has sent.
     sent: AtomicUsize,
@@ -40,79 +40,74 @@ struct Share {
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u8)]
-enum Standing {
-    Waits,
-    Inside,
-    ShedForPlace,
+enum EntryState {
+    Waiting,
+    Admitted,
+    ShedForCapacity,
     ShedForMemory,
 }
 
-impl Standing {
-    fn shed(self) -> Option<Shed> {
+impl EntryState {
+    fn shed_reason(self) -> Option<ShedReason> {
         match self {
-            Self::Waits | Self::Inside => None,
-            Self::ShedForPlace => Some(Shed::Place),
-            Self::ShedForMemory => Some(Shed::Memory),
+            Self::Waiting | Self::Admitted => None,
+            Self::ShedForCapacity => Some(ShedReason::Capacity),
+            Self::ShedForMemory => Some(ShedReason::Memory),
         }
     }
 }
 
-/// Why a connection must go.
+/// Limit for whose sake a connection is shed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Shed {
+pub enum ShedReason {
     /// `limits.before_login`.
-    Place,
+    Capacity,
     /// `limits.before_login_memory`.
     Memory,
 }
 
-/// The budget `limits.before_login_memory` is used up, and no connection holds more than this one would.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-#[error("limits.before_login_memory is used up")]
-pub struct OutOfMemory;
-
-/// A place in the lobby, until dropped.
+/// Membership of one connection in the queue; dropping it leaves the queue.
 #[derive(Debug)]
 pub struct PreloginTicket {
-    lobby: Arc<PreloginQueue>,
-    share: Arc<Share>,
+    queue: Arc<PreloginQueue>,
+    entry: Arc<Entry>,
 }
 
-/// Reports that a connection must go.
+/// Signals that a connection has been shed and must close.
 #[derive(Debug)]
-pub struct ShedSignal(Arc<Share>);
+pub struct ShedSignal(Arc<Entry>);
 
-/// Bytes of buffers that a connection holds before its login, until dropped.
+/// Memory that one buffer of a connection uses before the login; dropping it returns the memory to the budget.
 #[derive(Debug)]
-pub struct Charge {
-    lobby: Arc<PreloginQueue>,
-    share: Arc<Share>,
-    held: Held,
+pub struct MemoryCharge {
+    queue: Arc<PreloginQueue>,
+    entry: Arc<Entry>,
+    held: HeldMemory,
 }
 
-impl Share {
-    fn standing(&self) -> Standing {
-        match self.standing.load(Ordering::Acquire) {
-            0 => Standing::Waits,
-            1 => Standing::Inside,
-            2 => Standing::ShedForPlace,
-            _ => Standing::ShedForMemory,
+impl Entry {
+    fn state(&self) -> EntryState {
+        match self.state.load(Ordering::Acquire) {
+            0 => EntryState::Waiting,
+            1 => EntryState::Admitted,
+            2 => EntryState::ShedForCapacity,
+            _ => EntryState::ShedForMemory,
         }
     }
 
-    fn set(&self, standing: Standing) {
-        self.standing.store(standing as u8, Ordering::Release);
-        self.changed.notify_waiters();
+    fn set_state(&self, state: EntryState) {
+        self.state.store(state as u8, Ordering::Release);
+        self.state_changed.notify_waiters();
     }
 
-    /// Waits for a standing of which `answer` makes something.
-    async fn until<T>(&self, answer: impl Fn(Standing) -> Option<T>) -> T {
+    /// Waits for a state for which `select` returns a value.
+    async fn wait_for<T>(&self, select: impl Fn(EntryState) -> Option<T>) -> T {
         loop {
-            // Registered before the look, so that no change between the two is missed.
-            let mut changed = std::pin::pin!(self.changed.notified());
+            // Registered before the state is read, so that no change in between is missed.
+            let mut changed = std::pin::pin!(self.state_changed.notified());
             changed.as_mut().enable();
-            if let Some(answer) = answer(self.standing()) {
-                return answer;
+            if let Some(selected) = select(self.state()) {
+                return selected;
             }
             changed.await;
         }
@@ -120,152 +115,151 @@ impl Share {
 }
 
 impl PreloginQueue {
-    pub(super) fn new(places: usize, memory: usize) -> Self {
-        Self(Mutex::new(State { places: Places::new(places, memory), shares: BTreeMap::new() }))
+    pub(super) fn new(max_connections: usize, memory_budget: usize) -> Self {
+        let policy = PreloginPolicy::new(max_connections, memory_budget);
+        Self(Mutex::new(State { policy, entries: BTreeMap::new() }))
     }
 
-    /// Other limits from the next connection on.
-    pub(super) fn set_limits(&self, places: usize, memory: usize) {
+    /// Changes the limits. Connections over a lower limit are shed when the next connection arrives.
+    pub(super) fn set_limits(&self, max_connections: usize, memory_budget: usize) {
         let mut state = self.lock();
-        let admitted = state.places.set_limits(places, memory);
-        state.admit(&admitted);
+        let admitted = state.policy.set_limits(max_connections, memory_budget);
+        state.set_states(&admitted, EntryState::Admitted);
     }
 
-    /// A new connection. `None`: it is to be refused.
+    /// Adds a new connection. Returns `None` if it must be refused.
     pub(super) fn enter(self: &Arc<Self>, now: Instant) -> Option<PreloginTicket> {
         let mut state = self.lock();
         let mut shed = Vec::new();
-        let entered = state.places.enter(now, &mut shed);
-        state.shed(&shed, Standing::ShedForPlace);
-        let (number, standing) = match entered {
-            Entered::Inside(number) => (number, Standing::Inside),
-            Entered::Waits(number) => (number, Standing::Waits),
-            Entered::Refused => return None,
+        let arrival = state.policy.enter(now, &mut shed);
+        state.set_states(&shed, EntryState::ShedForCapacity);
+        let (id, entry_state) = match arrival {
+            Arrival::Admitted(id) => (id, EntryState::Admitted),
+            Arrival::Waiting(id) => (id, EntryState::Waiting),
+            Arrival::Refused => return None,
         };
-        let standing = AtomicU8::new(standing as u8);
-        let (held, sent) = (AtomicUsize::new(0), AtomicUsize::new(0));
-        let share = Arc::new(Share { number, standing, changed: Notify::new(), held, sent });
-        state.shares.insert(number, share.clone());
+        let entry = Arc::new(Entry {
+            id,
+            state: AtomicU8::new(entry_state as u8),
+            state_changed: Notify::new(),
+            held: AtomicUsize::new(0),
+            sent: AtomicUsize::new(0),
+        });
+        state.entries.insert(id, entry.clone());
         drop(state);
-        Some(PreloginTicket { lobby: self.clone(), share })
+        Some(PreloginTicket { queue: self.clone(), entry })
     }
 
-    /// Connections with a place.
+    /// Number of admitted connections, without those that wait to be admitted.
     pub(super) fn len(&self) -> usize {
-        self.lock().places.inside()
+        self.lock().policy.admitted()
     }
 
-    /// Bytes of the budget in use.
+    /// Bytes of the memory budget in use.
     pub(super) fn memory(&self) -> usize {
-        self.lock().places.memory()
+        self.lock().policy.memory()
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
-        // No change of the state panics halfway.
+        // A poisoned lock is safe: no critical section can panic halfway through a change.
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 impl State {
-    fn shed(&self, numbers: &[Number], standing: Standing) {
-        numbers.iter().filter_map(|number| self.shares.get(number)).for_each(|share| share.set(standing));
-    }
-
-    fn admit(&self, numbers: &[Number]) {
-        numbers.iter().filter_map(|number| self.shares.get(number)).for_each(|share| share.set(Standing::Inside));
+    fn set_states(&self, connections: &[ConnectionId], state: EntryState) {
+        connections.iter().filter_map(|id| self.entries.get(id)).for_each(|entry| entry.set_state(state));
     }
 }
 
 impl PreloginTicket {
-    /// Ready when the connection has a place, or is shed while it waits for one. Before, nothing may be read from it.
+    /// Completes when the connection is admitted, or shed while it waits. Nothing may be read from the connection before.
     pub async fn admitted(&self) {
-        self.share.until(|standing| (standing != Standing::Waits).then_some(())).await;
+        self.entry.wait_for(|state| (state != EntryState::Waiting).then_some(())).await;
     }
 
-    /// Reports when the connection must go, without borrowing the ticket.
+    /// Returns a signal for shedding that does not borrow the ticket.
     pub fn shed_signal(&self) -> ShedSignal {
-        ShedSignal(self.share.clone())
+        ShedSignal(self.entry.clone())
     }
 
-    /// Whether it must go.
-    pub fn is_shed(&self) -> Option<Shed> {
-        self.share.standing().shed()
+    /// Why the connection has been shed; `None` if it has not.
+    pub fn shed_reason(&self) -> Option<ShedReason> {
+        self.entry.state().shed_reason()
     }
 
     /// The client has sent complete credentials: the connection is shed last until [`PreloginTicket::login_ended`].
     pub fn login_begun(&self, now: Instant) {
-        self.lobby.lock().places.login_begun(self.share.number, now);
+        self.queue.lock().policy.login_begun(self.entry.id, now);
     }
 
     /// The login was answered, or waits for the client.
     pub fn login_ended(&self) {
-        self.lobby.lock().places.login_ended(self.share.number);
+        self.queue.lock().policy.login_ended(self.entry.id);
     }
 
-    /// A charge of nothing yet.
-    pub fn charge(&self) -> Charge {
-        Charge { lobby: self.lobby.clone(), share: self.share.clone(), held: Held::default() }
+    /// Returns a memory charge of zero bytes.
+    pub fn charge(&self) -> MemoryCharge {
+        MemoryCharge { queue: self.queue.clone(), entry: self.entry.clone(), held: HeldMemory::default() }
     }
 }
 
 impl ShedSignal {
-    /// Ready when the connection must go, and from then on.
-    pub async fn shed(&self) -> Shed {
-        self.0.until(Standing::shed).await
+    /// Completes when the connection has been shed, at once if that was before.
+    pub async fn wait(&self) -> ShedReason {
+        self.0.wait_for(EntryState::shed_reason).await
     }
 }
 
 impl Drop for PreloginTicket {
     fn drop(&mut self) {
-        let mut state = self.lobby.lock();
-        state.shares.remove(&self.share.number);
-        let admitted = state.places.leave(self.share.number);
-        state.admit(&admitted);
+        let mut state = self.queue.lock();
+        state.entries.remove(&self.entry.id);
+        let admitted = state.policy.leave(self.entry.id);
+        state.set_states(&admitted, EntryState::Admitted);
     }
 }
 
-impl Charge {
-    /// The buffer has, or is about to have, `bytes` that the client sent.
+impl MemoryCharge {
+    /// Sets the charge for a buffer that has, or is about to have, `bytes` that the client sent.
     ///
     /// # Errors
     /// The budget does not allow it: the buffer must not grow. A smaller number is always allowed.
-    pub fn resize(&mut self, bytes: usize) -> Result<(), OutOfMemory> {
-        self.set(Held { bytes, sent: bytes })
+    pub fn resize(&mut self, bytes: usize) -> Result<(), MemoryBudgetExceeded> {
+        self.set(HeldMemory { bytes, sent: bytes })
     }
 
-    /// There are `copies` of `bytes` that the client sent.
+    /// Sets the charge for `copies` of `bytes` that the client sent.
     ///
     /// # Errors
-    /// As [`Charge::resize`].
-    pub fn resize_copies(&mut self, bytes: usize, copies: usize) -> Result<(), OutOfMemory> {
-        self.set(Held { bytes: bytes * copies, sent: bytes })
+    /// The same as of [`MemoryCharge::resize`].
+    pub fn resize_copies(&mut self, bytes: usize, copies: usize) -> Result<(), MemoryBudgetExceeded> {
+        self.set(HeldMemory { bytes: bytes * copies, sent: bytes })
     }
 
-    fn set(&mut self, held: Held) -> Result<(), OutOfMemory> {
-        let before = self.share.held.load(Ordering::Relaxed);
+    fn set(&mut self, held: HeldMemory) -> Result<(), MemoryBudgetExceeded> {
+        let before = self.entry.held.load(Ordering::Relaxed);
         let bytes = before - self.held.bytes + held.bytes;
-        let sent = self.share.sent.load(Ordering::Relaxed) - self.held.sent + held.sent;
+        let sent = self.entry.sent.load(Ordering::Relaxed) - self.held.sent + held.sent;
         if before.max(bytes) > ALLOWANCE {
-            let over = Held { bytes: bytes.saturating_sub(ALLOWANCE), sent };
-            let mut state = self.lobby.lock();
+            let over = HeldMemory { bytes: bytes.saturating_sub(ALLOWANCE), sent };
+            let mut state = self.queue.lock();
             let mut shed = Vec::new();
-            let granted = state.places.charge(self.share.number, over, &mut shed);
-            state.shed(&shed, Standing::ShedForMemory);
-            if !granted {
-                return Err(OutOfMemory);
-            }
+            let charged = state.policy.charge(self.entry.id, over, &mut shed);
+            state.set_states(&shed, EntryState::ShedForMemory);
+            charged?;
         }
-        // All charges of a connection belong to its task.
-        self.share.held.store(bytes, Ordering::Relaxed);
-        self.share.sent.store(sent, Ordering::Relaxed);
+        // Relaxed is enough: all charges of a connection belong to its task.
+        self.entry.held.store(bytes, Ordering::Relaxed);
+        self.entry.sent.store(sent, Ordering::Relaxed);
         self.held = held;
         Ok(())
     }
 }
 
-impl Drop for Charge {
+impl Drop for MemoryCharge {
     fn drop(&mut self) {
-        // Less is always allowed.
+        // A smaller charge is always granted.
         let _ = self.resize(0);
     }
 }
@@ -277,60 +271,60 @@ mod tests {
     use super::*;
 
     #[tokio::test]
-    async fn a_connection_waits_for_the_one_that_was_shed_to_be_gone() {
-        let (lobby, now) = (Arc::new(PreloginQueue::new(1, 1 << 20)), Instant::now());
-        let first = lobby.enter(now).unwrap();
+    async fn connection_waits_until_a_shed_connection_has_left() {
+        let (queue, now) = (Arc::new(PreloginQueue::new(1, 1 << 20)), Instant::now());
+        let first = queue.enter(now).unwrap();
         assert_eq!(first.admitted().now_or_never(), Some(()));
-        assert_eq!(first.shed_signal().shed().now_or_never(), None);
-        let second = lobby.enter(now).unwrap();
-        assert_eq!(first.shed_signal().shed().now_or_never(), Some(Shed::Place));
+        assert_eq!(first.shed_signal().wait().now_or_never(), None);
+        let second = queue.enter(now).unwrap();
+        assert_eq!(first.shed_signal().wait().now_or_never(), Some(ShedReason::Capacity));
         assert_eq!(second.admitted().now_or_never(), None);
-        assert_eq!(lobby.len(), 1);
-        let third = lobby.enter(now).unwrap();
+        assert_eq!(queue.len(), 1);
+        let third = queue.enter(now).unwrap();
         assert_eq!(second.admitted().now_or_never(), Some(()));
-        assert_eq!(second.is_shed(), Some(Shed::Place), "by one that came later");
+        assert_eq!(second.shed_reason(), Some(ShedReason::Capacity), "shed for a later connection");
         let leaves = async {
             tokio::task::yield_now().await;
             drop((first, second));
         };
         tokio::join!(third.admitted(), leaves);
-        assert_eq!((third.is_shed(), lobby.len()), (None, 1));
+        assert_eq!((third.shed_reason(), queue.len()), (None, 1));
         third.login_begun(now);
-        assert!(lobby.enter(now).is_none());
+        assert!(queue.enter(now).is_none());
         drop(third);
-        assert_eq!(lobby.len(), 0);
+        assert_eq!(queue.len(), 0);
     }
 
     #[test]
-    fn only_what_is_over_the_allowance_uses_the_budget() {
-        let (lobby, now) = (Arc::new(PreloginQueue::new(10, 1 << 20)), Instant::now());
-        let ticket = lobby.enter(now).unwrap();
+    fn charges_up_to_the_allowance_use_no_budget() {
+        let (queue, now) = (Arc::new(PreloginQueue::new(10, 1 << 20)), Instant::now());
+        let ticket = queue.enter(now).unwrap();
         let (mut one, mut other) = (ticket.charge(), ticket.charge());
         one.resize(ALLOWANCE - 1).unwrap();
         other.resize(1).unwrap();
-        assert_eq!(lobby.memory(), 0);
+        assert_eq!(queue.memory(), 0);
         other.resize(1001).unwrap();
-        assert_eq!(lobby.memory(), 1000);
-        assert_eq!(other.resize(2 << 20), Err(OutOfMemory));
-        assert_eq!(lobby.memory(), 1000);
+        assert_eq!(queue.memory(), 1000);
+        assert_eq!(other.resize(2 << 20), Err(MemoryBudgetExceeded));
+        assert_eq!(queue.memory(), 1000);
         drop(one);
-        assert_eq!(lobby.memory(), 0);
+        assert_eq!(queue.memory(), 0);
         other.resize(ALLOWANCE + 5).unwrap();
-        assert_eq!(lobby.memory(), 5);
+        assert_eq!(queue.memory(), 5);
         drop(ticket);
-        assert_eq!(lobby.memory(), 0, "a connection that has logged in uses no budget");
+        assert_eq!(queue.memory(), 0, "a connection that has logged in uses no budget");
         drop(other);
-        assert_eq!(lobby.memory(), 0);
+        assert_eq!(queue.memory(), 0);
     }
 
     #[test]
-    fn a_client_that_needs_little_sheds_the_one_that_holds_most() {
-        let (lobby, now) = (Arc::new(PreloginQueue::new(10, 1 << 20)), Instant::now());
-        let (attacker, client) = (lobby.enter(now).unwrap(), lobby.enter(now).unwrap());
+    fn small_charge_sheds_the_connection_with_the_largest() {
+        let (queue, now) = (Arc::new(PreloginQueue::new(10, 1 << 20)), Instant::now());
+        let (attacker, client) = (queue.enter(now).unwrap(), queue.enter(now).unwrap());
         let (mut held, mut needed) = (attacker.charge(), client.charge());
         held.resize(900 * 1024).unwrap();
         needed.resize(40 * 1024).unwrap();
-        assert_eq!(attacker.shed_signal().shed().now_or_never(), Some(Shed::Memory));
-        assert_eq!(client.shed_signal().shed().now_or_never(), None);
+        assert_eq!(attacker.shed_signal().wait().now_or_never(), Some(ShedReason::Memory));
+        assert_eq!(client.shed_signal().wait().now_or_never(), None);
     }
 }

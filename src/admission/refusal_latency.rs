@@ -10,7 +10,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use super::refusal_wording::Wording;
-use crate::admission::Block;
+use crate::admission::AddressBlock;
 
 /// How many of the last durations are remembered of each backend.
 const REMEMBERED: usize = 32;
@@ -28,13 +28,13 @@ pub struct RefusalLatency {
 #[derive(Debug, Default)]
 struct Ring {
     /// At most one of each client, so that a client whom the servers delay does not delay the refusals of others.
-    durations: Vec<(Block, Duration)>,
+    durations: Vec<(AddressBlock, Duration)>,
     next: usize,
     wording: Wording,
 }
 
 impl Ring {
-    fn add(&mut self, client: Block, took: Duration) {
+    fn add(&mut self, client: AddressBlock, took: Duration) {
         if let Some((_, known)) = self.durations.iter_mut().find(|(of, _)| *of == client) {
             *known = took;
             return;
@@ -49,12 +49,12 @@ impl Ring {
 
 impl RefusalLatency {
     /// A server of `backend` refused a password that `client` sent after `took`.
-    pub(crate) fn add(&self, backend: &Arc<str>, client: Block, took: Duration) {
+    pub(crate) fn add(&self, backend: &Arc<str>, client: AddressBlock, took: Duration) {
         self.lock().entry(backend.clone()).or_default().add(client, took.min(LONGEST));
     }
 
     /// A server of `backend` refused a password of `user` that `client` sent with this answer, without the tag.
-    pub(crate) fn observe_answer(&self, backend: &Arc<str>, user: &str, client: Block, answer: &[u8]) {
+    pub(crate) fn observe_answer(&self, backend: &Arc<str>, user: &str, client: AddressBlock, answer: &[u8]) {
         let user = self.hasher.hash_one(user);
         self.lock().entry(backend.clone()).or_default().wording.observe(user, client, answer);
     }
@@ -120,8 +120,8 @@ mod tests {
     use super::*;
 
     /// The client of this number.
-    fn client(number: u32) -> Block {
-        Block::of(IpAddr::from(number.to_be_bytes()))
+    fn client(number: u32) -> AddressBlock {
+        AddressBlock::of(IpAddr::from(number.to_be_bytes()))
     }
 
     /// Splitmix64.
@@ -177,13 +177,13 @@ mod tests {
             refusals.add(&shard, client(number), Duration::from_millis(100));
         }
         for network in ["2001:db8::1", "2001:db8::2"] {
-            let attacker = Block::of(network.parse().unwrap());
+            let attacker = AddressBlock::of(network.parse().unwrap());
             (0..REMEMBERED).for_each(|_| refusals.add(&shard, attacker, Duration::from_secs(3)));
         }
         let mut random = Seeded(7);
         let late = (0..900).filter(|_| refusals.draw(None, "x", random.next()) > Duration::from_secs(1)).count();
         assert!((50..150).contains(&late), "one sample of nine is the attacker's: {late} of 900");
-        refusals.add(&shard, Block::of("2001:db8::3".parse().unwrap()), Duration::from_millis(100));
+        refusals.add(&shard, AddressBlock::of("2001:db8::3".parse().unwrap()), Duration::from_millis(100));
         assert!((0..900).all(|_| refusals.draw(None, "x", random.next()) < Duration::from_secs(1)));
     }
 

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use crate::admission::Block;
+use crate::admission::AddressBlock;
 
 /// The wording of one backend's refusals.
 #[derive(Debug, Default)]
@@ -19,7 +19,7 @@ pub(super) struct Wording {
 struct Seen {
     /// Hash of the user.
     user: u64,
-    client: Block,
+    client: AddressBlock,
     answer: Box<[u8]>,
 }
 
@@ -29,7 +29,7 @@ impl Wording {
     /// The two users must have come from different clients, so that nobody replaces the common answer with that to two
     /// accounts of his own. If there is no common answer yet, or all users come from one address (webmail), two users of
     /// one client are enough.
-    pub(super) fn observe(&mut self, user: u64, client: Block, answer: &[u8]) {
+    pub(super) fn observe(&mut self, user: u64, client: AddressBlock, answer: &[u8]) {
         if let Some(last) = &self.last {
             self.has_clients |= last.client != client;
             let is_other_client = last.client != client || !self.has_clients || self.common.is_none();
@@ -56,8 +56,8 @@ mod tests {
 
     use super::*;
 
-    fn client(number: u32) -> Block {
-        Block::of(IpAddr::from(number.to_be_bytes()))
+    fn client(number: u32) -> AddressBlock {
+        AddressBlock::of(IpAddr::from(number.to_be_bytes()))
     }
 
     fn common(wording: &Wording) -> Option<Vec<u8>> {

@@ -17,12 +17,12 @@ fn ip(text: &str) -> IpAddr {
     text.parse().unwrap()
 }
 
-fn guard(config: &config::AdmissionConfig) -> (Arc<Guard>, Instant) {
+fn guard(config: &config::AdmissionConfig) -> (Arc<AdmissionControl>, Instant) {
     let began = Instant::now();
-    (Arc::new(Guard::new(config, began)), began)
+    (Arc::new(AdmissionControl::new(config, began)), began)
 }
 
-fn pass(guard: &Arc<Guard>, now: Instant, client: &str) -> Result<ConnectionCount, ConnectionRefused> {
+fn pass(guard: &Arc<AdmissionControl>, now: Instant, client: &str) -> Result<ConnectionCount, ConnectionRefused> {
     guard.admit(now, ip(client))
 }
 
@@ -89,9 +89,9 @@ fn nothing_limits_whom_the_operator_exempts() {
     let mut inside = Vec::new();
     for _ in 0..10 {
         let mut pass = guard.admit(now, webmail).unwrap();
-        guard.may_try(now, webmail, &["alice"]).unwrap();
-        pass.take_for(webmail, "alice").unwrap();
-        assert_eq!(guard.failed(now, webmail, &["alice"]), Duration::ZERO);
+        guard.check_login_rate(now, webmail, &["alice"]).unwrap();
+        pass.count_user(webmail, "alice").unwrap();
+        assert_eq!(guard.record_failed_login(now, webmail, &["alice"]), Duration::ZERO);
         inside.push(pass);
     }
 }
@@ -106,13 +106,13 @@ fn logins_come_at_a_rate_by_address_and_by_user() {
     let (guard, now) = guard(&config);
     let (here, there) = (ip("192.0.2.1"), ip("198.51.100.1"));
     for user in ["a", "b", "c"] {
-        assert_eq!(guard.may_try(now, here, &[user]), Ok(()));
+        assert_eq!(guard.check_login_rate(now, here, &[user]), Ok(()));
     }
-    assert_eq!(guard.may_try(now, here, &["d"]), Err(Limited::AddressRate));
-    assert_eq!(guard.may_try(now, there, &["a"]), Ok(()));
-    assert_eq!(guard.may_try(now, there, &["a"]), Err(Limited::UserRate));
-    assert_eq!(guard.may_try(now, there, &["e"]), Ok(()));
-    assert_eq!(guard.may_try(now + Duration::from_secs(15), there, &["a"]), Ok(()));
+    assert_eq!(guard.check_login_rate(now, here, &["d"]), Err(LoginThrottled::AddressRate));
+    assert_eq!(guard.check_login_rate(now, there, &["a"]), Ok(()));
+    assert_eq!(guard.check_login_rate(now, there, &["a"]), Err(LoginThrottled::UserRate));
+    assert_eq!(guard.check_login_rate(now, there, &["e"]), Ok(()));
+    assert_eq!(guard.check_login_rate(now + Duration::from_secs(15), there, &["a"]), Ok(()));
 }
 
 /// Neither a neighbour behind the same address nor strangers who guess keep a user out who has just logged in there.
@@ -125,19 +125,23 @@ fn an_address_that_has_just_logged_in_well_is_not_punished_for_its_neighbours() 
     };
     let (guard, now) = guard(&config);
     let (here, there) = (ip("192.0.2.1"), ip("198.51.100.1"));
-    assert_eq!(guard.may_try(now, here, &["alice"]), Ok(()));
-    guard.succeeded(now, here, &["alice"]);
-    assert_eq!(guard.may_try(now, here, &["guess-1"]), Ok(()));
-    assert_eq!(guard.may_try(now, here, &["guess-2"]), Err(Limited::AddressRate));
-    assert_eq!(guard.may_try(now, there, &["alice"]), Ok(()));
-    assert_eq!(guard.may_try(now, there, &["alice"]), Err(Limited::UserRate));
-    assert_eq!(guard.may_try(now, here, &["alice"]), Ok(()));
-    assert_eq!(guard.may_try(now, here, &["alice"]), Ok(()));
-    assert_eq!(guard.may_try(now, here, &["alice"]), Err(Limited::AddressRate), "it has a bucket of its own, not none");
-    let later = now + KNOWN + Duration::from_secs(61);
-    assert_eq!(guard.may_try(later, here, &["guess-3"]), Ok(()));
-    assert_eq!(guard.may_try(later, here, &["alice"]), Ok(()));
-    assert_eq!(guard.may_try(later, here, &["alice"]), Err(Limited::AddressRate), "for a while only");
+    assert_eq!(guard.check_login_rate(now, here, &["alice"]), Ok(()));
+    guard.record_login(now, here, &["alice"]);
+    assert_eq!(guard.check_login_rate(now, here, &["guess-1"]), Ok(()));
+    assert_eq!(guard.check_login_rate(now, here, &["guess-2"]), Err(LoginThrottled::AddressRate));
+    assert_eq!(guard.check_login_rate(now, there, &["alice"]), Ok(()));
+    assert_eq!(guard.check_login_rate(now, there, &["alice"]), Err(LoginThrottled::UserRate));
+    assert_eq!(guard.check_login_rate(now, here, &["alice"]), Ok(()));
+    assert_eq!(guard.check_login_rate(now, here, &["alice"]), Ok(()));
+    assert_eq!(
+        guard.check_login_rate(now, here, &["alice"]),
+        Err(LoginThrottled::AddressRate),
+        "it has a bucket of its own, not none"
+    );
+    let later = now + KNOWN_FOR + Duration::from_secs(61);
+    assert_eq!(guard.check_login_rate(later, here, &["guess-3"]), Ok(()));
+    assert_eq!(guard.check_login_rate(later, here, &["alice"]), Ok(()));
+    assert_eq!(guard.check_login_rate(later, here, &["alice"]), Err(LoginThrottled::AddressRate), "for a while only");
 }
 
 #[test]
@@ -150,13 +154,13 @@ fn sessions_of_a_user_are_counted_in_all_and_by_address() {
     let (guard, now) = guard(&config);
     let session = |client: &str, user: &str| {
         let mut pass = pass(&guard, now, client).unwrap();
-        pass.take_for(ip(client), user).map(|()| pass)
+        pass.count_user(ip(client), user).map(|()| pass)
     };
     let first = session("192.0.2.1", "alice").unwrap();
     let _second = session("192.0.2.1", "alice").unwrap();
-    assert_eq!(session("192.0.2.1", "alice").unwrap_err(), Limited::UserAndAddress);
+    assert_eq!(session("192.0.2.1", "alice").unwrap_err(), LoginThrottled::UserAndAddress);
     let _third = session("192.0.2.2", "alice").unwrap();
-    assert_eq!(session("192.0.2.3", "alice").unwrap_err(), Limited::User);
+    assert_eq!(session("192.0.2.3", "alice").unwrap_err(), LoginThrottled::User);
     assert!(session("192.0.2.1", "bob").is_ok());
     drop(first);
     assert!(session("192.0.2.3", "alice").is_ok(), "who was refused holds nothing of the user");
@@ -166,14 +170,14 @@ fn sessions_of_a_user_are_counted_in_all_and_by_address() {
 fn failures_are_answered_later_and_later_until_one_succeeds() {
     let (guard, now) = guard(&config::AdmissionConfig::default());
     let client = ip("192.0.2.1");
-    let seconds = |user: &str| guard.failed(now, client, &[user]).as_secs_f64();
+    let seconds = |user: &str| guard.record_failed_login(now, client, &[user]).as_secs_f64();
     let about = |found: f64, expected: f64| assert!((found / expected - 1.0).abs() <= 0.201, "{found} {expected}");
     for expected in [1.0, 2.0, 4.0, 8.0, 15.0, 15.0] {
         about(seconds("alice"), expected);
     }
     about(seconds("bob"), 1.0);
-    about(guard.failed(now, ip("192.0.2.2"), &["alice"]).as_secs_f64(), 1.0);
-    guard.succeeded(now, client, &["alice"]);
+    about(guard.record_failed_login(now, ip("192.0.2.2"), &["alice"]).as_secs_f64(), 1.0);
+    guard.record_login(now, client, &["alice"]);
     about(seconds("alice"), 1.0);
 }
 
@@ -184,20 +188,24 @@ fn guesses_at_a_master_users_password_share_one_limit_over_all_mailboxes() {
     let (guard, now) = guard(&config);
     let (here, there) = (ip("192.0.2.1"), ip("198.51.100.1"));
     for number in 0..3 {
-        assert_eq!(guard.may_try(now, here, &["admin", &format!("mailbox-{number}")]), Ok(()));
+        assert_eq!(guard.check_login_rate(now, here, &["admin", &format!("mailbox-{number}")]), Ok(()));
     }
-    assert_eq!(guard.may_try(now, here, &["admin", "mailbox-3"]), Err(Limited::UserRate));
-    assert_eq!(guard.may_try(now, there, &["admin", "mailbox-4"]), Err(Limited::UserRate), "from everywhere");
-    assert_eq!(guard.may_try(now, there, &["admin"]), Err(Limited::UserRate), "in every form");
+    assert_eq!(guard.check_login_rate(now, here, &["admin", "mailbox-3"]), Err(LoginThrottled::UserRate));
+    assert_eq!(
+        guard.check_login_rate(now, there, &["admin", "mailbox-4"]),
+        Err(LoginThrottled::UserRate),
+        "from everywhere"
+    );
+    assert_eq!(guard.check_login_rate(now, there, &["admin"]), Err(LoginThrottled::UserRate), "in every form");
     // And the mailbox is counted for, too.
     for master in ["one", "two", "three"] {
-        assert_eq!(guard.may_try(now, here, &[master, "alice"]), Ok(()));
+        assert_eq!(guard.check_login_rate(now, here, &[master, "alice"]), Ok(()));
     }
-    assert_eq!(guard.may_try(now, here, &["four", "alice"]), Err(Limited::UserRate));
+    assert_eq!(guard.check_login_rate(now, here, &["four", "alice"]), Err(LoginThrottled::UserRate));
     // An administrator who has just logged in is not locked out by those who guess from elsewhere.
-    guard.succeeded(now, there, &["admin", "bob"]);
-    assert_eq!(guard.may_try(now, there, &["admin", "alice"]), Ok(()));
-    assert_eq!(guard.may_try(now, there, &["bob"]), Ok(()));
+    guard.record_login(now, there, &["admin", "bob"]);
+    assert_eq!(guard.check_login_rate(now, there, &["admin", "alice"]), Ok(()));
+    assert_eq!(guard.check_login_rate(now, there, &["bob"]), Ok(()));
     assert_eq!(guard.sizes().known, 1, "the mailbox's user has proven nothing");
 }
 
@@ -206,7 +214,7 @@ fn failures_of_a_master_user_are_answered_later_over_all_mailboxes() {
     let (guard, now) = guard(&config::AdmissionConfig::default());
     let client = ip("192.0.2.1");
     let about = |users: &[&str], expected: f64| {
-        let found = guard.failed(now, client, users).as_secs_f64();
+        let found = guard.record_failed_login(now, client, users).as_secs_f64();
         assert!((found / expected - 1.0).abs() <= 0.201, "{users:?}: {found} {expected}");
     };
     for (mailbox, expected) in [("a", 1.0), ("b", 2.0), ("c", 4.0), ("d", 8.0)] {
@@ -214,7 +222,7 @@ fn failures_of_a_master_user_are_answered_later_over_all_mailboxes() {
     }
     about(&["alice"], 1.0);
     about(&["root", "alice"], 2.0);
-    guard.succeeded(now, client, &["admin", "a"]);
+    guard.record_login(now, client, &["admin", "a"]);
     about(&["admin", "a"], 1.0);
     about(&["d"], 2.0);
     // Credentials without a user count for the address.
@@ -250,11 +258,11 @@ fn a_new_configuration_replaces_rules_and_nothing_that_is_remembered() {
 #[test]
 fn turns_for_handshakes_are_the_same_as_long_as_their_number_is() {
     let (guard, _) = guard(&config::AdmissionConfig::default());
-    let before = guard.handshakes();
+    let before = guard.handshake_permits();
     guard.reconfigure(&config::AdmissionConfig { before_login: 5, ..Default::default() });
-    assert!(Arc::ptr_eq(&before, &guard.handshakes()));
+    assert!(Arc::ptr_eq(&before, &guard.handshake_permits()));
     guard.reconfigure(&config::AdmissionConfig { handshakes: 5, ..Default::default() });
-    assert_eq!(guard.handshakes().available_permits(), 5);
+    assert_eq!(guard.handshake_permits().available_permits(), 5);
 }
 
 /// A million addresses, each with a connection, a login and a failure.
@@ -271,10 +279,10 @@ fn a_flood_of_addresses_is_remembered_in_bounded_memory() {
     let (guard, now) = guard(&config);
     for number in 0..1_000_000u32 {
         let client = IpAddr::V6(std::net::Ipv6Addr::from_bits((0x2001_0db8 << 96) | u128::from(number) << 64));
-        let (pass, ticket) = (guard.admit(now, client).unwrap(), guard.lobby(now).unwrap());
-        guard.may_try(now, client, &[number.to_string()]).unwrap();
-        guard.failed(now, client, &["alice"]);
-        guard.succeeded(now, client, &["bob"]);
+        let (pass, ticket) = (guard.admit(now, client).unwrap(), guard.enter_prelogin_queue(now).unwrap());
+        guard.check_login_rate(now, client, &[number.to_string()]).unwrap();
+        guard.record_failed_login(now, client, &["alice"]);
+        guard.record_login(now, client, &["bob"]);
         drop((pass, ticket));
     }
     let expected = Sizes {
@@ -333,7 +341,7 @@ proptest! {
                 Step::LogsIn(which, user) if !inside.is_empty() => {
                     let which = which.index(inside.len());
                     let (client, as_user, pass) = &mut inside[which];
-                    if as_user.is_none() && pass.take_for(address(*client), &user.to_string()).is_ok() {
+                    if as_user.is_none() && pass.count_user(address(*client), &user.to_string()).is_ok() {
                         *as_user = Some(user);
                     }
                 }

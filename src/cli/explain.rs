@@ -29,7 +29,7 @@ pub async fn explain(snapshot: &Snapshot, user: &UserName) -> (String, bool) {
     line(&mut text, format_args!("asked as {}", names.routing));
     let (tasks, stop) = (TaskTracker::new(), CancellationToken::new());
     snapshot.router.start_once(&Handle::current());
-    let question = LookupRequest { user: names.routing, visitor: None };
+    let question = LookupRequest { user: names.routing, login_context: None };
     let mut found = None;
     for step in snapshot.router.explain(&question).await {
         let answer = match &step.answer {
@@ -52,7 +52,7 @@ pub async fn explain(snapshot: &Snapshot, user: &UserName) -> (String, bool) {
         text.push_str("backend  none: the login is refused\n");
         return (text, false);
     };
-    let RouteDecision::Place(place) = &*target else {
+    let RouteDecision::Destination(place) = &*target else {
         text.push_str("backend  none: the route itself answers the login\n");
         return (text, false);
     };
@@ -66,7 +66,7 @@ pub async fn explain(snapshot: &Snapshot, user: &UserName) -> (String, bool) {
     snapshot.backends.start(&own, &tasks, &stop);
     let wait = snapshot.config.resolver.timeout * 3;
     let servers = timeout(wait, snapshot.servers(place, &place.mailbox(&question.user))).await.unwrap_or_default();
-    match place.at {
+    match place.server {
         ServerChoice::Any => {
             line(&mut text, format_args!("balance  {}: {}", backend.balance.as_str(), backend.balance.decided_by()));
         }
@@ -140,9 +140,9 @@ async fn place(snapshot: &Snapshot, user: &UserName) -> String {
         Ok(names) => names,
         Err(refused) => return refused.to_string(),
     };
-    let question = LookupRequest { user: names.routing, visitor: None };
+    let question = LookupRequest { user: names.routing, login_context: None };
     match timeout(snapshot.limits.lookup, snapshot.router.route(&question, &snapshot.metrics)).await {
-        Ok(Ok(routed)) => describe(snapshot, &routed.target),
+        Ok(Ok(routed)) => describe(snapshot, &routed.decision),
         Ok(Err(error)) => error.to_string(),
         Err(_) => "no answer".to_owned(),
     }
@@ -150,9 +150,9 @@ async fn place(snapshot: &Snapshot, user: &UserName) -> String {
 
 fn describe(snapshot: &Snapshot, target: &RouteDecision) -> String {
     match target {
-        RouteDecision::Place(place) => {
+        RouteDecision::Destination(place) => {
             let mut text = snapshot.backends.backend(place.backend).name.to_string();
-            let at = match &place.at {
+            let at = match &place.server {
                 ServerChoice::Any => None,
                 ServerChoice::Server(server) => Some(server.to_string()),
                 ServerChoice::Address(address) => Some(address.to_string()),
@@ -160,7 +160,7 @@ fn describe(snapshot: &Snapshot, target: &RouteDecision) -> String {
             for (name, value) in [
                 ("server", at.as_deref()),
                 ("user", place.user.as_ref().map(UserName::as_str)),
-                ("credentials", place.login.as_ref().map(|_| "of the route's")),
+                ("credentials", place.credentials.as_ref().map(|_| "of the route's")),
             ] {
                 if let Some(value) = value {
                     line(&mut text, format_args!(", {name} {value}"));
@@ -170,7 +170,7 @@ fn describe(snapshot: &Snapshot, target: &RouteDecision) -> String {
             text
         }
         RouteDecision::Refuse(reason) => format!("NO [CONTACTADMIN] {reason}"),
-        RouteDecision::Denied(_) => "NO [AUTHENTICATIONFAILED]".to_owned(),
+        RouteDecision::WrongPassword(_) => "NO [AUTHENTICATIONFAILED]".to_owned(),
         RouteDecision::PasswordNeeded => "NO [UNAVAILABLE]: the route decides by the client's password".to_owned(),
         RouteDecision::Maintenance(reason) => format!("NO [UNAVAILABLE] {reason}"),
     }

@@ -212,9 +212,9 @@ mod tests {
         let mut place = RouteDecision::backend(BackendId(1));
         cache.keep("alice".into(), Some(Arc::new(place.clone())), now);
         cache.keep("bob".into(), None, now);
-        if let RouteDecision::Place(place) = &mut place {
+        if let RouteDecision::Destination(place) = &mut place {
             let password = crate::identity::Secret::new(b"x".to_vec());
-            place.login = Some(super::super::decision::Login { master: None, password });
+            place.credentials = Some(super::super::decision::IssuedCredentials { master: None, password });
         }
         cache.keep("carol".into(), Some(Arc::new(place)), now);
         let stored = cache.storable(now + seconds(7));

@@ -97,9 +97,9 @@ pub(super) fn save(path: &Path, cache: &Cache, declared: &Declared) -> io::Resul
 
 fn written(target: &RouteDecision, declared: &Declared) -> Written {
     match target {
-        RouteDecision::Place(place) => Written {
+        RouteDecision::Destination(place) => Written {
             backend: declared.name(place.backend).map(str::to_owned),
-            server: match &place.at {
+            server: match &place.server {
                 ServerChoice::Server(server) => Some(server.to_string()),
                 ServerChoice::Any | ServerChoice::Address(_) => None,
             },
@@ -109,7 +109,7 @@ fn written(target: &RouteDecision, declared: &Declared) -> Written {
         RouteDecision::Refuse(text) => Written { refuse: Some(text.to_string()), ..Written::default() },
         RouteDecision::Maintenance(text) => Written { maintenance: Some(text.to_string()), ..Written::default() },
         // A verdict on a password is never kept.
-        RouteDecision::Denied(_) | RouteDecision::PasswordNeeded => Written::default(),
+        RouteDecision::WrongPassword(_) | RouteDecision::PasswordNeeded => Written::default(),
     }
 }
 

@@ -217,7 +217,7 @@ impl CachedDirectory {
     }
 
     /// Whether the answer may depend on more than the user.
-    pub(super) fn wants_visitor(&self) -> bool {
+    pub(super) fn needs_login_context(&self) -> bool {
         self.cache.is_none()
     }
 
@@ -285,7 +285,7 @@ impl CachedDirectory {
         let landing = InFlightGuard { asked: self.clone(), user: user.clone(), flight: flight.clone() };
         self.spawn(async move {
             let asked = &landing.asked;
-            let answer = asked.ask(&LookupRequest { user: landing.user.clone(), visitor: None }).await;
+            let answer = asked.ask(&LookupRequest { user: landing.user.clone(), login_context: None }).await;
             if let (Some(cache), Some(since)) = (&asked.cache, since) {
                 let user = landing.user.clone();
                 match &answer {
@@ -411,3 +411,6 @@ impl Drop for InFlightGuard {
 fn answer(kept: &Kept) -> LookupResult {
     kept.target.clone().map_or(LookupResult::Unknown, LookupResult::Found)
 }
+
+#[cfg(test)]
+pub(super) mod tests;

@@ -18,7 +18,8 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::proof::Identity;
+use super::LookupResult;
+use super::password_verification::PasswordVerification;
 use crate::config::{BackendId, Config};
 use crate::identity::{Secret, UserName};
 
@@ -31,11 +32,11 @@ const MAX_SHOWN: usize = 64;
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum RouteDecision {
     /// Log in there.
-    Place(Place),
+    Destination(Destination),
     /// The login is refused for good: NO `[CONTACTADMIN]` with this text.
     Refuse(Box<str>),
     /// The source checked the password, and it was wrong: NO `[AUTHENTICATIONFAILED]`.
-    Denied(Denied),
+    WrongPassword(WrongPassword),
     /// The login is refused for now: NO `[UNAVAILABLE]` with this text.
     Maintenance(Box<str>),
     /// The source decides by the client's password, and the mechanism of the login carries none.
@@ -44,21 +45,21 @@ pub enum RouteDecision {
 
 /// Where a mailbox is, and how to log in there.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Place {
+pub struct Destination {
     /// A declared backend.
     pub backend: BackendId,
     /// Where within it.
-    pub at: ServerChoice,
+    pub server: ServerChoice,
     /// The user's name there, instead of the one normalisation gave.
     pub user: Option<UserName>,
     /// Credentials to log in with there, instead of the client's own. Used only for a client whose identity is verified:
     /// otherwise any password would open the mailbox.
-    pub login: Option<Login>,
+    pub credentials: Option<IssuedCredentials>,
     /// Whether the source has verified the client's password.
-    pub identity: Identity,
+    pub verification: PasswordVerification,
 }
 
-impl Place {
+impl Destination {
     /// What tells one mailbox from others: its user's name there, or the one that was routed.
     pub fn mailbox(&self, routed: &Arc<str>) -> Arc<str> {
         self.user.as_ref().map_or_else(|| routed.clone(), |user| user.as_str().into())
@@ -79,18 +80,31 @@ pub enum ServerChoice {
 
 /// A wrong password, in a source's words.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Denied {
+pub struct WrongPassword {
     /// What the client is told; absent: what everybody is told.
     pub text: Option<Box<str>>,
-    /// How long the client waits for it.
-    pub wait: Duration,
-    /// The connection ends then.
-    pub closes: bool,
+    /// When the client may try again.
+    pub next_attempt: NextAttempt,
+}
+
+/// When a client whose password was wrong may try again.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum NextAttempt {
+    /// On the same connection, after the reply, which is sent after this delay.
+    After(Duration),
+    /// On another connection: this one is closed after the reply.
+    OnNewConnection,
+}
+
+impl Default for NextAttempt {
+    fn default() -> Self {
+        Self::After(Duration::ZERO)
+    }
 }
 
 /// Credentials a source hands out.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Login {
+pub struct IssuedCredentials {
     /// A master user; none: the user's own name.
     pub master: Option<UserName>,
     /// The password that belongs to it.
@@ -100,12 +114,29 @@ pub struct Login {
 impl RouteDecision {
     /// A backend, and nothing said beyond it.
     pub fn backend(backend: BackendId) -> Self {
-        Self::Place(Place { backend, at: ServerChoice::Any, user: None, login: None, identity: Identity::Unverified })
+        Self::Destination(Destination {
+            backend,
+            server: ServerChoice::Any,
+            user: None,
+            credentials: None,
+            verification: PasswordVerification::Unverified,
+        })
     }
 
     /// Whether it holds a secret, which no file may keep.
     pub fn is_secret(&self) -> bool {
-        matches!(self, Self::Place(Place { login: Some(_), .. }))
+        matches!(self, Self::Destination(Destination { credentials: Some(_), .. }))
+    }
+}
+
+/// A checked answer of a directory.
+impl From<Result<Option<RouteDecision>, String>> for LookupResult {
+    fn from(checked: Result<Option<RouteDecision>, String>) -> Self {
+        match checked {
+            Ok(Some(decision)) => Self::Found(decision.into()),
+            Ok(None) => Self::Unknown,
+            Err(reason) => Self::Failed(reason),
+        }
     }
 }
 
@@ -192,20 +223,20 @@ impl Declared {
         let user = |name: &str, what: &str| {
             UserName::new(name.as_bytes()).map_err(|error| format!("the answer's {what}: {error}"))
         };
-        let login = match (fields.master, fields.password) {
+        let credentials = match (fields.master, fields.password) {
             (None, None) => None,
             (Some(_), None) => return Err("the answer has a master user without a password".to_owned()),
-            (master, Some(password)) => Some(Login {
+            (master, Some(password)) => Some(IssuedCredentials {
                 master: master.map(|name| user(name, "master")).transpose()?,
                 password: Secret::new(password.as_bytes().to_vec()),
             }),
         };
-        Ok(Some(RouteDecision::Place(Place {
+        Ok(Some(RouteDecision::Destination(Destination {
             backend: self.backend(name)?,
-            at: fields.server.map_or(ServerChoice::Any, |server| ServerChoice::Server(server.into())),
+            server: fields.server.map_or(ServerChoice::Any, |server| ServerChoice::Server(server.into())),
             user: fields.user.map(|name| user(name, "user")).transpose()?,
-            login,
-            identity: Identity::Unverified,
+            credentials,
+            verification: PasswordVerification::Unverified,
         })))
     }
 
@@ -319,10 +350,11 @@ mod tests {
         let declared = declared();
         assert_eq!(declared.text(" shard-b "), Ok(Some(RouteDecision::backend(BackendId(1)))));
         assert_eq!(declared.text("  "), Ok(None));
-        let Ok(Some(RouteDecision::Place(place))) = declared.text("shard-a server=10.0.0.1:143 user=alice.b") else {
+        let Ok(Some(RouteDecision::Destination(place))) = declared.text("shard-a server=10.0.0.1:143 user=alice.b")
+        else {
             panic!()
         };
-        assert_eq!(place.at, ServerChoice::Server("10.0.0.1:143".into()));
+        assert_eq!(place.server, ServerChoice::Server("10.0.0.1:143".into()));
         assert_eq!(place.user.unwrap().as_str(), "alice.b");
         assert_eq!(declared.text("refuse: Gone. Ask us."), Ok(Some(RouteDecision::Refuse("Gone. Ask us.".into()))));
         assert_eq!(
@@ -358,8 +390,8 @@ mod tests {
     fn values_of_a_user_name_are_never_syntax() {
         let declared = declared();
         let of = |user: &str| declared.values(&[("backend", "shard-a"), ("user", user)]);
-        let Ok(Some(RouteDecision::Place(place))) = of("a=b@x,server=y;*)(uid=*") else { panic!() };
-        assert_eq!((place.at, place.user.unwrap().as_str()), (ServerChoice::Any, "a=b@x,server=y;*)(uid=*"));
+        let Ok(Some(RouteDecision::Destination(place))) = of("a=b@x,server=y;*)(uid=*") else { panic!() };
+        assert_eq!((place.server, place.user.unwrap().as_str()), (ServerChoice::Any, "a=b@x,server=y;*)(uid=*"));
         for hostile in ["", "u server=y", "u\tserver=y", "u\u{a0}v", "u\u{2028}v", "u\nv", "u\0v", &"x".repeat(513)] {
             assert!(of(hostile).unwrap_err().contains("user"), "{hostile:?}");
         }

@@ -3,7 +3,6 @@
 //! All are built without a word to anybody and connect when they are first asked. Called by `asked`.
 
 use super::LookupResult;
-use super::decision::RouteDecision;
 use super::request::LookupRequest;
 use super::sources::{dns, http, ldap, redis, sql};
 use crate::lookup::hedge::Budget;
@@ -19,7 +18,7 @@ pub(super) enum Directory {
     Dns(Box<dns::Dns>),
     /// For tests of what is around it.
     #[cfg(test)]
-    Scripted(super::cached_directory_tests::Scripted),
+    Scripted(super::cached_directory::tests::Scripted),
 }
 
 impl Directory {
@@ -60,14 +59,5 @@ impl Directory {
             #[cfg(test)]
             Self::Scripted(_) => {}
         }
-    }
-}
-
-/// A checked answer, from what [`Declared`] made of it.
-pub(super) fn answer(read: Result<Option<RouteDecision>, String>) -> LookupResult {
-    match read {
-        Ok(Some(target)) => LookupResult::Found(target.into()),
-        Ok(None) => LookupResult::Unknown,
-        Err(reason) => LookupResult::Failed(reason),
     }
 }

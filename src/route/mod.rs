@@ -11,12 +11,10 @@
 mod cache;
 mod cache_file;
 mod cached_directory;
-#[cfg(test)]
-mod cached_directory_tests;
 mod decision;
 mod directory;
 mod idle;
-mod proof;
+mod password_verification;
 mod request;
 mod reuse;
 mod sources;
@@ -30,9 +28,9 @@ use tokio_util::task::TaskTracker;
 
 use self::cached_directory::CachedDirectory;
 use self::decision::Declared;
-pub use self::decision::{Denied, Login, Place, RouteDecision, ServerChoice};
+pub use self::decision::{Destination, IssuedCredentials, NextAttempt, RouteDecision, ServerChoice, WrongPassword};
 use self::directory::Directory;
-pub use self::proof::Identity;
+pub use self::password_verification::PasswordVerification;
 pub use self::request::{LoginContext, LoginTls, LookupRequest};
 use self::reuse::Inputs;
 use crate::config::{self, Config, Problem};
@@ -96,9 +94,9 @@ pub struct Router {
 
 /// Where a user belongs, and which route said so.
 #[derive(Debug, Clone)]
-pub struct Routed<'a> {
+pub struct RouteMatch<'a> {
     /// The answer.
-    pub target: Arc<RouteDecision>,
+    pub decision: Arc<RouteDecision>,
     /// Label of the route that answered.
     pub route: &'a Arc<str>,
 }
@@ -262,23 +260,23 @@ impl Router {
     }
 
     /// Whether any source decides by more than the user.
-    pub fn wants_visitor(&self) -> bool {
+    pub fn needs_login_context(&self) -> bool {
         self.routes
             .iter()
-            .any(|(_, source)| matches!(source, Source::CachedDirectory(asked, _) if asked.wants_visitor()))
+            .any(|(_, source)| matches!(source, Source::CachedDirectory(asked, _) if asked.needs_login_context()))
     }
 
     /// Asks the sources in order. The caller sets the deadline.
     ///
     /// # Errors
     /// [`RouteError::Unknown`] and [`RouteError::Failed`] are never mixed: see the module's text.
-    pub async fn route(&self, question: &LookupRequest, metrics: &Metrics) -> Result<Routed<'_>, RouteError> {
+    pub async fn route(&self, question: &LookupRequest, metrics: &Metrics) -> Result<RouteMatch<'_>, RouteError> {
         for (index, (label, source)) in self.routes.iter().enumerate() {
             let asked = Instant::now();
             let (answer, _) = source.lookup(question).await;
             metrics.route(index).answered(result(&answer), asked.elapsed());
             match answer {
-                LookupResult::Found(target) => return Ok(Routed { target, route: label }),
+                LookupResult::Found(target) => return Ok(RouteMatch { decision: target, route: label }),
                 LookupResult::Unknown => {}
                 LookupResult::Failed(reason) => return Err(RouteError::Failed { route: label.to_string(), reason }),
             }

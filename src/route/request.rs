@@ -11,7 +11,7 @@ pub struct LookupRequest {
     /// The user's routing name.
     pub user: Arc<str>,
     /// Who asks. Absent where the answer is kept for others: it may depend on nothing but the user then.
-    pub visitor: Option<Arc<LoginContext>>,
+    pub login_context: Option<Arc<LoginContext>>,
 }
 
 /// One login attempt, for sources that decide by more than the user.

@@ -201,9 +201,7 @@ impl Bound {
         };
         let measured = snapshot.admission.clone();
         let memory = measured.clone();
-        snapshot
-            .metrics
-            .measure_guard(move || measured.sizes().labelled().to_vec(), move || memory.memory_before_login());
+        snapshot.metrics.measure_guard(move || measured.sizes().labelled().to_vec(), move || memory.prelogin_memory());
         let mut current = running.lock();
         running.start_background(&snapshot, &stop, current.listener_set.addresses_with(&snapshot.config, &opening));
         current.listener_set.swap(&snapshot, opening, &running.workers).context("a listener could not be started")?;

@@ -210,8 +210,8 @@ impl Running {
             Err(_) => "the routes do not answer within limits.lookup".to_owned(),
             Ok(Err(RouteError::Unknown)) => "no route knows the user".to_owned(),
             Ok(Err(error)) => error.to_string(),
-            Ok(Ok(routed)) => match &*routed.target {
-                RouteDecision::Place(place) => {
+            Ok(Ok(routed)) => match &*routed.decision {
+                RouteDecision::Destination(place) => {
                     let named = &snapshot.backends.backend(place.backend).name;
                     if **named == *backend {
                         return Ok(());
@@ -227,7 +227,7 @@ impl Running {
                         routed.route
                     )
                 }
-                RouteDecision::Refuse(_) | RouteDecision::Denied(_) | RouteDecision::Maintenance(_) => {
+                RouteDecision::Refuse(_) | RouteDecision::WrongPassword(_) | RouteDecision::Maintenance(_) => {
                     format!("the routes refuse the user (route {:?} answers)", routed.route)
                 }
             },
@@ -245,7 +245,7 @@ impl Running {
         let mut names = vec![question.user.clone()];
         let found = timeout(snapshot.limits.lookup, snapshot.router.route(&question, &snapshot.metrics)).await;
         if let Ok(Ok(routed)) = found
-            && let RouteDecision::Place(place) = &*routed.target
+            && let RouteDecision::Destination(place) = &*routed.decision
         {
             let mailbox = place.mailbox(&question.user);
             if mailbox != question.user {
@@ -259,5 +259,5 @@ impl Running {
 fn question(snapshot: &Snapshot, user: &str) -> anyhow::Result<LookupRequest> {
     let name = UserName::new(user.as_bytes())?;
     let names = snapshot.config.naming.names(&name).map_err(|refused| anyhow::anyhow!("{refused}"))?;
-    Ok(LookupRequest { user: names.routing, visitor: None })
+    Ok(LookupRequest { user: names.routing, login_context: None })
 }

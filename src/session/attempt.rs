@@ -14,7 +14,7 @@ use super::placement::{Carried, Placed, Placing};
 use super::server_credentials::{renamed, server_login, split_master};
 use super::throttling::{counted_users, reply_to_refused_token};
 use super::{Session, close};
-use crate::admission::Block;
+use crate::admission::AddressBlock;
 use crate::backend::request::{Established, Outcome, Purpose, Request};
 use crate::backend::{Backend, Server, ServerPermit};
 use crate::deadline::Deadline;
@@ -26,7 +26,7 @@ use crate::protocol::imap::client_id::ClientId;
 use crate::protocol::imap::prelogin::{Bye, LoginRequest, Prelogin, Step};
 use crate::protocol::imap::tag::Tag;
 use crate::protocol::imap::{reply, sasl};
-use crate::route::{LoginContext, LoginTls, LookupRequest, RouteDecision, RouteError, Routed};
+use crate::route::{LoginContext, LoginTls, LookupRequest, RouteDecision, RouteError, RouteMatch};
 use crate::session_registry::{CancelReason, RegisterError, SessionHandle, SessionInfo};
 use crate::snapshot::Snapshot;
 use crate::stream::Stream;
@@ -215,7 +215,7 @@ impl Session {
             Err(refused) => return Some(Ok(refused)),
         };
         let (tag, credentials) = (&login.request.tag, &login.request.credentials);
-        let RouteDecision::Place(place) = &*target else { return Some(Ok(self.verdict(tag, &target))) };
+        let RouteDecision::Destination(place) = &*target else { return Some(Ok(self.verdict(tag, &target))) };
         if place.user.as_ref().is_some_and(|user| snapshot.config.naming.has_master_separator(user.as_str())) {
             return Some(Ok(self.lookup_failed("the route's user contains users.masters.separator")));
         }
@@ -297,11 +297,11 @@ impl Session {
         let question = self.question(login.names, login.request, stream);
         let lookup = snapshot.router.route(&question, &snapshot.metrics);
         match Deadline::after(snapshot.limits.lookup).limit(lookup).await {
-            Ok(Ok(Routed { target, route })) => {
+            Ok(Ok(RouteMatch { decision: target, route })) => {
                 let backend = match &*target {
-                    RouteDecision::Place(place) => Some(&snapshot.backends.backend(place.backend).name),
+                    RouteDecision::Destination(place) => Some(&snapshot.backends.backend(place.backend).name),
                     RouteDecision::Refuse(_)
-                    | RouteDecision::Denied(_)
+                    | RouteDecision::WrongPassword(_)
                     | RouteDecision::Maintenance(_)
                     | RouteDecision::PasswordNeeded => None,
                 };
@@ -393,7 +393,7 @@ impl Session {
             (Outcome::Refused { reply, counts }, answered) => {
                 // A client takes its turns in a relayed mechanism as slowly as it likes.
                 if counts && !self.record.last_attempt().0.is_some_and(Mechanism::is_relayed) {
-                    let client = Block::of(self.peer.ip());
+                    let client = AddressBlock::of(self.peer.ip());
                     self.snapshot.refusal_latency.add(&routed.name, client, took);
                     if let (Some(user), Some(answer)) = (&self.routing_name, reply::without_tag(&reply)) {
                         self.snapshot.refusal_latency.observe_answer(&routed.name, user, client, answer);
@@ -476,7 +476,7 @@ impl Session {
 
     fn question(&self, names: &Names, login: &LoginRequest, stream: &Stream) -> LookupRequest {
         let asks_certificate = || self.snapshot.tls.as_ref().is_some_and(|tls| tls.asks_certificate(self.listener));
-        let visitor = self.snapshot.router.wants_visitor().then(|| {
+        let login_context = self.snapshot.router.needs_login_context().then(|| {
             Arc::new(LoginContext {
                 client: self.peer,
                 listener: self.local,
@@ -492,6 +492,6 @@ impl Session {
                 credentials: login.credentials.clone(),
             })
         });
-        LookupRequest { user: names.routing.clone(), visitor }
+        LookupRequest { user: names.routing.clone(), login_context }
     }
 }

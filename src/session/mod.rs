@@ -46,7 +46,7 @@ pub(crate) use self::proxy_header::unknown_balancer;
 use self::proxy_header_warning::{Opening, is_header_before_tls};
 pub(crate) use self::throttling::turn_away;
 use crate::admission::connection_limit::ConnectionPermit;
-use crate::admission::{Charge, ConnectionCount, OutOfMemory, PreloginTicket};
+use crate::admission::{ConnectionCount, MemoryBudgetExceeded, MemoryCharge, PreloginTicket};
 use crate::auth_policy;
 use crate::config::TlsMode;
 use crate::deadline::Deadline;
@@ -131,9 +131,9 @@ struct Session {
     poller: Arc<SessionPoller>,
     prelogin_ticket: Option<PreloginTicket>,
     /// What the client has said.
-    memory: Charge,
+    memory: MemoryCharge,
     /// The copies of its credentials.
-    login_memory: Charge,
+    login_memory: MemoryCharge,
     /// The user of the login under way, by the name in the routes; `None` while it is not known.
     routing_name: Option<Arc<str>>,
     /// What the policy service knows of the login under way.
@@ -272,7 +272,7 @@ impl Session {
     }
 
     /// Charges a login whose longest message has `length` bytes.
-    fn holds_for_login(&mut self, length: usize) -> Result<(), OutOfMemory> {
+    fn holds_for_login(&mut self, length: usize) -> Result<(), MemoryBudgetExceeded> {
         self.login_memory.resize_copies(length, COPIES)
     }
 
@@ -318,7 +318,7 @@ impl Session {
         let due = self.login_by.min(Deadline::after(self.snapshot.limits.handshake));
         let tls = self.snapshot.tls.as_ref()?;
         let secrets = Arc::new(Secrets::default());
-        let turns = self.snapshot.admission.handshakes();
+        let turns = self.snapshot.admission.handshake_permits();
         let (accepting, memory) = (secrets.clone(), self.prelogin_ticket.as_ref().map(PreloginTicket::charge));
         let handshake = async {
             // Silent clients take no handshake permit: wait for a byte first. That the socket may be readable is not enough.
@@ -514,8 +514,8 @@ enum Unread {
     ProxyHeader,
 }
 
-impl From<OutOfMemory> for Unread {
-    fn from(_: OutOfMemory) -> Self {
+impl From<MemoryBudgetExceeded> for Unread {
+    fn from(_: MemoryBudgetExceeded) -> Self {
         Self::OutOfMemory
     }
 }

@@ -20,7 +20,7 @@ use crate::deadline::Deadline;
 use crate::generations::Generation;
 use crate::identity::{Credentials, Mechanism};
 use crate::protocol::imap::sasl;
-use crate::route::Place;
+use crate::route::Destination;
 use crate::session_registry::{RegisterError, SessionHandle};
 use crate::snapshot::{ListenerConfig, Snapshot};
 
@@ -57,7 +57,7 @@ pub(super) struct Carried {
 }
 
 impl Carried {
-    pub(super) fn of(credentials: &Credentials, place: &Place) -> Self {
+    pub(super) fn of(credentials: &Credentials, place: &Destination) -> Self {
         Self {
             routed: place.backend,
             authzid: credentials.authzid.is_some(),
@@ -87,7 +87,7 @@ type Answered<'a> = Result<(Outcome<'a>, Option<Placed>), RegisterError>;
 impl<'a> Placing<'a, '_> {
     /// Tries the user's servers in order, until one gives an answer that counts for all of them; follows a referral to a
     /// declared server.
-    pub(super) async fn log_in_somewhere(&self, place: &Place) -> Answered<'a> {
+    pub(super) async fn log_in_somewhere(&self, place: &Destination) -> Answered<'a> {
         let limits = &self.snapshot.limits;
         let deadline = Deadline::after(limits.server_login);
         let known_by = deadline.min(Deadline::after(limits.connect));

@@ -12,7 +12,7 @@ use crate::metrics::LoginOutcome;
 use crate::protocol::imap::prelogin::InvalidLogin;
 use crate::protocol::imap::reply;
 use crate::protocol::imap::tag::Tag;
-use crate::route::RouteDecision;
+use crate::route::{NextAttempt, RouteDecision};
 
 impl Session {
     /// No route knows the user, or the name cannot be one.
@@ -53,12 +53,16 @@ impl Session {
                 self.record.attempt_failed(Reason::RouteRefused, LoginOutcome::Refused, None);
                 Attempted::Refused { reply: reply::contact_admin(tag, text), counts: false, not_before: None }
             }
-            RouteDecision::Denied(denied) => {
+            RouteDecision::WrongPassword(denied) => {
                 self.record.denied();
                 let reply = reply::authentication_failed(tag, denied.text.as_deref());
-                match denied.closes {
-                    true => Attempted::Dismissed { reply: reply::dismissed(reply), counts: true },
-                    false => Attempted::Refused { reply, counts: true, not_before: Some(Instant::now() + denied.wait) },
+                match denied.next_attempt {
+                    NextAttempt::OnNewConnection => {
+                        Attempted::Dismissed { reply: reply::dismissed(reply), counts: true }
+                    }
+                    NextAttempt::After(delay) => {
+                        Attempted::Refused { reply, counts: true, not_before: Some(Instant::now() + delay) }
+                    }
                 }
             }
             RouteDecision::Maintenance(text) => {
@@ -71,7 +75,7 @@ impl Session {
                 self.record.attempt_failed(Reason::MechanismUnsupported, LoginOutcome::Unavailable, None);
                 Attempted::Unavailable
             }
-            RouteDecision::Place(_) => Attempted::Unavailable,
+            RouteDecision::Destination(_) => Attempted::Unavailable,
         }
     }
 

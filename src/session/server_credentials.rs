@@ -3,7 +3,7 @@
 use crate::backend::Backend;
 use crate::identity::{Credentials, Names, PasswordLogin, Proof, Secret, ServerLogin, UserName};
 use crate::protocol::imap::sasl;
-use crate::route::{Login, Place};
+use crate::route::{Destination, IssuedCredentials};
 use crate::snapshot::Snapshot;
 
 /// `alice*admin` asks for alice's mailbox with admin's password, as PLAIN can say too.
@@ -18,7 +18,7 @@ pub(super) fn split_master(snapshot: &Snapshot, credentials: &mut Credentials) {
 }
 
 /// A token's message under the name the user has there, where that is another.
-pub(super) fn renamed(credentials: &Credentials, place: &Place, names: &Names) -> Option<Secret> {
+pub(super) fn renamed(credentials: &Credentials, place: &Destination, names: &Names) -> Option<Secret> {
     let Proof::Message(message) = &credentials.proof else { return None };
     let there = place.user.as_ref().unwrap_or(&names.server);
     if there == &credentials.user { None } else { sasl::renamed(credentials.mechanism, message, there) }
@@ -27,13 +27,13 @@ pub(super) fn renamed(credentials: &Credentials, place: &Place, names: &Names) -
 /// The credentials that the route hands out for this login. They would open the mailbox to any password if nothing had
 /// verified the client's. A verified client is verified under its own name: whether it may act for another user is the
 /// server's decision.
-fn handed_out<'a>(credentials: &Credentials, place: &'a Place) -> Option<&'a Login> {
-    let is_verified = place.identity.is_confirmed() || matches!(credentials.proof, Proof::Certificate);
-    place.login.as_ref().filter(|_| is_verified && credentials.authzid.is_none())
+fn handed_out<'a>(credentials: &Credentials, place: &'a Destination) -> Option<&'a IssuedCredentials> {
+    let is_verified = place.verification.is_confirmed() || matches!(credentials.proof, Proof::Certificate);
+    place.credentials.as_ref().filter(|_| is_verified && credentials.authzid.is_none())
 }
 
 /// Whether [`server_login`] uses another password than the client's.
-pub(super) fn has_own_login(credentials: &Credentials, place: &Place) -> bool {
+pub(super) fn has_own_login(credentials: &Credentials, place: &Destination) -> bool {
     matches!(credentials.proof, Proof::Certificate) || handed_out(credentials, place).is_some()
 }
 
@@ -41,7 +41,7 @@ pub(super) fn has_own_login(credentials: &Credentials, place: &Place) -> bool {
 /// is no proof that the server would take.
 pub(super) fn server_login<'a>(
     credentials: &'a Credentials,
-    place: &'a Place,
+    place: &'a Destination,
     names: &'a Names,
     authcid: &'a UserName,
     backend: &'a Backend,

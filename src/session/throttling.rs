@@ -13,7 +13,7 @@ use tokio::time;
 
 use super::attempt::Attempted;
 use super::{EndedBy, FAREWELL, Session};
-use crate::admission::{ConnectionRefused, Limited, PreloginTicket, Shed};
+use crate::admission::{ConnectionRefused, LoginThrottled, PreloginTicket, ShedReason};
 use crate::auth_policy::Verdict;
 use crate::backend::request::Outcome;
 use crate::config::{BackendId, TlsMode};
@@ -84,7 +84,7 @@ impl Session {
         tokio::select! {
             biased;
             () = ticket.admitted() => {
-                if ticket.is_shed().is_none() {
+                if ticket.shed_reason().is_none() {
                     return Some(());
                 }
             }
@@ -105,7 +105,7 @@ impl Session {
         let signal = self.prelogin_ticket.as_ref().map(PreloginTicket::shed_signal);
         async move {
             match signal {
-                Some(signal) => drop(signal.shed().await),
+                Some(signal) => drop(signal.wait().await),
                 None => pending().await,
             }
         }
@@ -113,15 +113,15 @@ impl Session {
 
     /// What a connection that must go is sent, and what is recorded.
     pub(super) fn why_shed(&self) -> (Bye, Reason) {
-        match self.prelogin_ticket.as_ref().and_then(PreloginTicket::is_shed) {
-            Some(Shed::Memory) => (Bye::Memory, Reason::ShedForMemory),
-            Some(Shed::Place) | None => (Bye::Shed, Reason::Shed),
+        match self.prelogin_ticket.as_ref().and_then(PreloginTicket::shed_reason) {
+            Some(ShedReason::Memory) => (Bye::Memory, Reason::ShedForMemory),
+            Some(ShedReason::Capacity) | None => (Bye::Shed, Reason::Shed),
         }
     }
 
     /// Whether the attempt is within the rates of its address and of `users`, see [`counted_users`]. `None`: it is.
     pub(super) fn may_try(&mut self, tag: &Tag, users: &[Arc<str>]) -> Option<Attempted> {
-        let limited = self.snapshot.admission.may_try(Instant::now(), self.record.client(), users).err()?;
+        let limited = self.snapshot.admission.check_login_rate(Instant::now(), self.record.client(), users).err()?;
         Some(self.limited(tag, limited, None))
     }
 
@@ -134,19 +134,19 @@ impl Session {
         backend: BackendId,
     ) -> Option<Attempted> {
         let client = self.record.client();
-        self.snapshot.admission.succeeded(Instant::now(), client, users);
-        let limited = self.permits.count.take_for(client, mailbox).err()?;
+        self.snapshot.admission.record_login(Instant::now(), client, users);
+        let limited = self.permits.count.count_user(client, mailbox).err()?;
         Some(self.limited(tag, limited, Some(backend)))
     }
 
-    fn limited(&mut self, tag: &Tag, limited: Limited, backend: Option<BackendId>) -> Attempted {
+    fn limited(&mut self, tag: &Tag, limited: LoginThrottled, backend: Option<BackendId>) -> Attempted {
         let (reason, key, text) = match limited {
-            Limited::AddressRate => {
+            LoginThrottled::AddressRate => {
                 (Reason::LoginRate, "login_rate_per_address", "Too many logins from your address, wait a little.")
             }
-            Limited::UserRate => (Reason::LoginRate, "login_rate_per_user", "Too many logins, wait a little."),
-            Limited::User => (Reason::SessionLimit, "sessions_per_user", "Too many connections of this user."),
-            Limited::UserAndAddress => (
+            LoginThrottled::UserRate => (Reason::LoginRate, "login_rate_per_user", "Too many logins, wait a little."),
+            LoginThrottled::User => (Reason::SessionLimit, "sessions_per_user", "Too many connections of this user."),
+            LoginThrottled::UserAndAddress => (
                 Reason::SessionLimit,
                 "sessions_per_user_and_address",
                 "Too many connections of this user from your address.",
@@ -202,7 +202,7 @@ impl Session {
             "login failed"
         );
         self.report(false);
-        let due = began + self.snapshot.admission.failed(Instant::now(), client, users);
+        let due = began + self.snapshot.admission.record_failed_login(Instant::now(), client, users);
         self.pause(time::Instant::from_std(not_before.map_or(due, |not_before| due.max(not_before)))).await;
     }
 

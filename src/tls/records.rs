@@ -6,7 +6,7 @@
 //! the connection is handed over, whole records and the beginning of one, is [`Records::into_parts`]. Bytes that are no
 //! record pass as they are: rustls knows what to say of them.
 //!
-//! A client's connection carries a [`Charge`] for the bytes that are here or in rustls. When the budget does not allow more of them, the
+//! A client's connection carries a [`MemoryCharge`] for the bytes that are here or in rustls. When the budget does not allow more of them, the
 //! read fails with [`io::ErrorKind::OutOfMemory`].
 
 use std::io;
@@ -16,7 +16,7 @@ use std::task::{Context, Poll, ready};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use zeroize::Zeroizing;
 
-use crate::admission::Charge;
+use crate::admission::MemoryCharge;
 use crate::record_layer::record_length;
 
 /// One read of the socket: a handshake message, a login or a reply fits.
@@ -45,7 +45,7 @@ pub struct Records<S> {
 /// Bytes of a client's connection that are charged to the budget.
 #[derive(Debug)]
 struct Account {
-    charge: Charge,
+    charge: MemoryCharge,
     /// rustls joins the records of a handshake message, and keeps certificates: all of the handshake may be in it.
     handshaking: bool,
     /// Bytes that rustls may hold.
@@ -82,7 +82,7 @@ impl<S> Records<S> {
 
     /// What is held is charged to a client's connection.
     #[must_use]
-    pub fn charged(self, charge: Charge) -> Self {
+    pub fn charged(self, charge: MemoryCharge) -> Self {
         let account = Account { charge, handshaking: true, in_rustls: 0, kept: 0 };
         Self { account: Some(account), ..self }
     }
@@ -260,7 +260,7 @@ mod tests {
     use tokio::io::{AsyncReadExt, AsyncWriteExt, duplex};
 
     use super::*;
-    use crate::admission::{Guard, PreloginTicket};
+    use crate::admission::{AdmissionControl, PreloginTicket};
     use crate::config;
 
     #[tokio::test]
@@ -311,10 +311,10 @@ mod tests {
     }
 
     /// A guard with a budget of `bytes`, and a charge of its only connection.
-    fn charge(bytes: usize) -> (Arc<Guard>, PreloginTicket) {
+    fn charge(bytes: usize) -> (Arc<AdmissionControl>, PreloginTicket) {
         let config = config::AdmissionConfig { before_login_memory: bytes, ..Default::default() };
-        let guard = Arc::new(Guard::new(&config, Instant::now()));
-        let ticket = guard.lobby(Instant::now()).unwrap();
+        let guard = Arc::new(AdmissionControl::new(&config, Instant::now()));
+        let ticket = guard.enter_prelogin_queue(Instant::now()).unwrap();
         (guard, ticket)
     }
 
@@ -330,23 +330,23 @@ mod tests {
         let mut got = vec![0; 32_768];
         let mut read = |records: &mut Records<_>| records.read(&mut got).now_or_never().map(Result::unwrap);
         assert_eq!(read(&mut records), None);
-        let partial = guard.memory_before_login();
+        let partial = guard.prelogin_memory();
         assert!((12_000..=20_480).contains(&(partial + ALLOWANCE)), "{partial}: a record of which the end is missing");
         peer.write_all(&record[12_000..]).await.unwrap();
         assert_eq!(read(&mut records), Some(record.len()));
-        let handshake = guard.memory_before_login() + ALLOWANCE;
+        let handshake = guard.prelogin_memory() + ALLOWANCE;
         assert!(
             (record.len()..=record.len() + READ).contains(&handshake),
             "{handshake}: rustls joins handshake messages"
         );
         records.established(100);
-        assert_eq!(guard.memory_before_login(), 0, "of the handshake certificates are kept");
+        assert_eq!(guard.prelogin_memory(), 0, "of the handshake certificates are kept");
         peer.write_all(&record).await.unwrap();
         assert_eq!(read(&mut records), Some(record.len()));
-        let data = guard.memory_before_login() + ALLOWANCE;
+        let data = guard.prelogin_memory() + ALLOWANCE;
         assert!((2 * record.len()..=2 * record.len() + 2 * READ).contains(&data), "{data}: encrypted and decrypted");
         assert_eq!(read(&mut records), None);
-        assert_eq!(guard.memory_before_login(), 0, "rustls has asked for more, so it has used the record");
+        assert_eq!(guard.prelogin_memory(), 0, "rustls has asked for more, so it has used the record");
         drop(records);
     }
 
@@ -366,10 +366,10 @@ mod tests {
         capacities.dedup();
         assert_eq!(capacities, [1024, 2048, 4096]);
         let held = records.buffer.capacity() + MAX_START;
-        assert_eq!(guard.memory_before_login() + ALLOWANCE, held);
+        assert_eq!(guard.prelogin_memory() + ALLOWANCE, held);
         assert_eq!(records.take_first_bytes()[..], sent[..MAX_START]);
         records.established(0);
-        assert_eq!(guard.memory_before_login(), (held - MAX_START).saturating_sub(ALLOWANCE));
+        assert_eq!(guard.prelogin_memory(), (held - MAX_START).saturating_sub(ALLOWANCE));
     }
 
     #[tokio::test]

@@ -33,7 +33,7 @@ use super::records::Records;
 use super::tickets::{Clients, Scope, Tickets};
 use super::trust::{ClientsByRoots, observed};
 use super::{provider, read_certificates};
-use crate::admission::Charge;
+use crate::admission::MemoryCharge;
 use crate::config::{CertificateUser, ClientCertificates, Config, Listener, Problem, TlsVersion};
 use crate::identity::UserName;
 use crate::metrics::Metrics;
@@ -114,7 +114,7 @@ impl DownstreamTls {
         listener: usize,
         socket: TcpStream,
         secrets: Arc<Secrets>,
-        memory: Option<Charge>,
+        memory: Option<MemoryCharge>,
     ) -> Result<TlsStream<Records<TcpStream>>, HandshakeError> {
         let shown = &self.listeners[listener];
         // A configuration of its own is what gives a connection a key log of its own; all it holds is shared.

@@ -16,7 +16,7 @@ use x509_parser::x509::{AttributeTypeAndValue, X509Name};
 use zeroize::Zeroizing;
 
 use crate::identity::{Proof, Secret, UserName};
-use crate::route::decision::{Denied, Login, sentence};
+use crate::route::decision::{IssuedCredentials, NextAttempt, WrongPassword, sentence};
 use crate::route::request::{LoginContext, LookupRequest};
 
 /// `Auth-Wait` is honoured up to here.
@@ -34,10 +34,10 @@ pub(in crate::route) enum Verdict {
         /// The name there, where it is another.
         user: Option<UserName>,
         /// The password there, where it is another.
-        login: Option<Login>,
+        login: Option<IssuedCredentials>,
     },
     /// The password is wrong.
-    Denied(Denied),
+    WrongPassword(WrongPassword),
     /// The same question is to be asked again after this time.
     AskAgain(Duration),
 }
@@ -48,10 +48,10 @@ pub(in crate::route) enum Verdict {
 /// A sentence for the log: the client did not log in by something that this protocol knows.
 pub(in crate::route) fn question(
     question: &LookupRequest,
-    visitor: &LoginContext,
+    login_context: &LoginContext,
     pass_certificate: bool,
 ) -> Result<HeaderMap, String> {
-    let (method, password): (_, &[u8]) = match &visitor.credentials.proof {
+    let (method, password): (_, &[u8]) = match &login_context.credentials.proof {
         // LOGIN and PLAIN are both "plain" there.
         Proof::Password(password) => ("plain", password.expose()),
         Proof::Certificate => ("external", b""),
@@ -68,15 +68,15 @@ pub(in crate::route) fn question(
     add("auth-user", &escaped(question.user.as_bytes()))?;
     add("auth-pass", &escaped(password))?;
     add("auth-protocol", b"imap")?;
-    add("auth-login-attempt", visitor.attempt.to_string().as_bytes())?;
-    add("client-ip", visitor.client.ip().to_canonical().to_string().as_bytes())?;
-    if visitor.is_proxied {
-        add("proxy-protocol-addr", visitor.client.ip().to_string().as_bytes())?;
-        add("proxy-protocol-port", visitor.client.port().to_string().as_bytes())?;
-        add("proxy-protocol-server-addr", visitor.listener.ip().to_string().as_bytes())?;
-        add("proxy-protocol-server-port", visitor.listener.port().to_string().as_bytes())?;
+    add("auth-login-attempt", login_context.attempt.to_string().as_bytes())?;
+    add("client-ip", login_context.client.ip().to_canonical().to_string().as_bytes())?;
+    if login_context.is_proxied {
+        add("proxy-protocol-addr", login_context.client.ip().to_string().as_bytes())?;
+        add("proxy-protocol-port", login_context.client.port().to_string().as_bytes())?;
+        add("proxy-protocol-server-addr", login_context.listener.ip().to_string().as_bytes())?;
+        add("proxy-protocol-server-port", login_context.listener.port().to_string().as_bytes())?;
     }
-    let Some(tls) = &visitor.tls else { return Ok(headers) };
+    let Some(tls) = &login_context.tls else { return Ok(headers) };
     add("auth-ssl", b"on")?;
     // rustls writes TLSv1_3.
     add("auth-ssl-protocol", tls.version.replace('_', ".").as_bytes())?;
@@ -122,11 +122,13 @@ pub(in crate::route) fn answer(headers: &HeaderMap) -> Result<Verdict, String> {
             return Ok(Verdict::AskAgain(wait.unwrap_or_default().clamp(SHORTEST_WAIT, LONGEST_WAIT)));
         }
         text => {
-            return Ok(Verdict::Denied(Denied {
+            return Ok(Verdict::WrongPassword(WrongPassword {
                 text: Some(sentence(text)),
-                wait: wait.unwrap_or_default().min(LONGEST_WAIT),
-                // As nginx has it: who is told to wait may try again.
-                closes: wait.is_none_or(|wait| wait.is_zero()),
+                // As in nginx, only a positive Auth-Wait allows another attempt on the same connection.
+                next_attempt: match wait {
+                    Some(wait) if !wait.is_zero() => NextAttempt::After(wait.min(LONGEST_WAIT)),
+                    _ => NextAttempt::OnNewConnection,
+                },
             }));
         }
     }
@@ -138,8 +140,8 @@ pub(in crate::route) fn answer(headers: &HeaderMap) -> Result<Verdict, String> {
     let address = address().ok_or("the answer has no Auth-Server and Auth-Port that are an address")?;
     let user = header("auth-user").map(|name| UserName::new(name.as_bytes())).transpose();
     let user = user.map_err(|error| format!("the answer's Auth-User: {error}"))?;
-    let login =
-        header("auth-pass").map(|password| Login { master: None, password: Secret::new(password.as_bytes().to_vec()) });
+    let login = header("auth-pass")
+        .map(|password| IssuedCredentials { master: None, password: Secret::new(password.as_bytes().to_vec()) });
     Ok(Verdict::Good { address, user, login })
 }
 
@@ -257,15 +259,19 @@ mod tests {
 
     #[test]
     fn who_is_told_to_wait_may_try_again() {
-        let denied = |wait, closes| {
-            Ok(Verdict::Denied(Denied { text: Some("No.".into()), wait: Duration::from_secs(wait), closes }))
-        };
-        assert_eq!(said(&[("auth-status", "No."), ("auth-wait", "3")]), denied(3, false));
-        assert_eq!(said(&[("auth-status", "No."), ("auth-wait", "86400")]), denied(30, false));
+        let denied =
+            |next_attempt| Ok(Verdict::WrongPassword(WrongPassword { text: Some("No.".into()), next_attempt }));
+        let retry_after = |seconds| denied(NextAttempt::After(Duration::from_secs(seconds)));
+        assert_eq!(said(&[("auth-status", "No."), ("auth-wait", "3")]), retry_after(3));
+        assert_eq!(said(&[("auth-status", "No."), ("auth-wait", "86400")]), retry_after(30));
         for wait in ["0", "soon", "-1"] {
-            assert_eq!(said(&[("auth-status", "No."), ("auth-wait", wait)]), denied(0, true), "{wait}");
+            assert_eq!(
+                said(&[("auth-status", "No."), ("auth-wait", wait)]),
+                denied(NextAttempt::OnNewConnection),
+                "{wait}"
+            );
         }
-        assert_eq!(said(&[("auth-status", "No.")]), denied(0, true));
+        assert_eq!(said(&[("auth-status", "No.")]), denied(NextAttempt::OnNewConnection));
         assert_eq!(said(&[("auth-status", "WAIT"), ("auth-wait", "2")]), Ok(Verdict::AskAgain(Duration::from_secs(2))));
         assert_eq!(said(&[("auth-status", "WAIT")]), Ok(Verdict::AskAgain(SHORTEST_WAIT)));
     }

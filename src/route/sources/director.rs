@@ -74,7 +74,7 @@ mod tests {
         for user in 0..4000 {
             let target = ring.lookup(&format!("user{user}@example.org")).unwrap();
             assert_eq!(ring.lookup(&format!("USER{user}@Example.ORG")), Some(target));
-            let RouteDecision::Place(place) = &**target else { panic!() };
+            let RouteDecision::Destination(place) = &**target else { panic!() };
             seen[place.backend.0] += 1;
         }
         assert!(seen[0] > 600 && seen[1] > 600 && seen[2] > 1500, "{seen:?}");

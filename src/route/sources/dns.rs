@@ -15,7 +15,6 @@ use crate::config::{self, Config, DnsQuery};
 use crate::lookup::dns;
 use crate::route::LookupResult;
 use crate::route::decision::{Declared, Fields};
-use crate::route::directory::answer;
 use crate::route::request::LookupRequest;
 use crate::template::Template;
 
@@ -75,7 +74,7 @@ impl Dns {
             .collect();
         match &texts[..] {
             [] => LookupResult::Unknown,
-            [text] => answer(self.declared.text(text)),
+            [text] => LookupResult::from(self.declared.text(text)),
             _ => LookupResult::Failed(format!("{} TXT records, one is expected", texts.len())),
         }
     }
@@ -88,7 +87,7 @@ impl Dns {
         });
         let Some(first) = services.min_by_key(|srv| srv.priority) else { return LookupResult::Unknown };
         let target = first.target.to_ascii().trim_end_matches('.').to_ascii_lowercase();
-        answer(self.declared.fields(Fields { backend: Some(&target), ..Fields::default() }))
+        LookupResult::from(self.declared.fields(Fields { backend: Some(&target), ..Fields::default() }))
     }
 }
 

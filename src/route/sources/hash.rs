@@ -74,7 +74,7 @@ mod tests {
             let user = format!("user{user}");
             let LookupResult::Found(target) = one.lookup(&user) else { panic!("{user} is unknown") };
             assert_eq!(other.lookup(&user), LookupResult::Found(target.clone()));
-            let RouteDecision::Place(place) = &*target else { panic!() };
+            let RouteDecision::Destination(place) = &*target else { panic!() };
             seen[place.backend.0] += 1;
         }
         for (share, expected) in seen.into_iter().zip([500, 500, 1000]) {

@@ -1,6 +1,6 @@
 //! Route by a service that is asked over HTTP/1.1 or 2, with connections that are kept.
 //!
-//! `style: json` posts an object with the user, and with what is known of the visitor where answers are not kept, and
+//! `style: json` posts an object with the user, and with what is known of the login_context where answers are not kept, and
 //! reads one whose keys are the fields of an answer (see `target`), at least one of them; 404 says that the user is unknown, 401 and 403 that
 //! the password is wrong. `style: nginx-auth-http` speaks the headers of nginx's mail module (see `auth_http`), so that an
 //! auth server written for it serves here as it is. Whatever else comes is a failure; a body over `http_client::MAX_BODY` is one too.
@@ -24,9 +24,10 @@ use crate::identity::{Proof, UserName};
 use crate::lookup::hedge::Budget;
 use crate::lookup::http_client::{HttpClient, Repeat};
 use crate::route::LookupResult;
-use crate::route::decision::{Declared, Denied, Fields, Login, Place, RouteDecision, ServerChoice};
-use crate::route::directory::answer;
-use crate::route::proof::{Identity, SentPassword};
+use crate::route::decision::{
+    Declared, Destination, Fields, IssuedCredentials, RouteDecision, ServerChoice, WrongPassword,
+};
+use crate::route::password_verification::{PasswordVerification, SentPassword};
 use crate::route::request::{LoginContext, LookupRequest};
 
 /// A request a user.
@@ -55,7 +56,7 @@ struct Asked<'a> {
     user: &'a str,
     protocol: &'static str,
     #[serde(flatten, skip_serializing_if = "Option::is_none")]
-    visitor: Option<AskedBy<'a>>,
+    login_context: Option<AskedBy<'a>>,
 }
 
 #[derive(Serialize)]
@@ -137,7 +138,7 @@ impl Http {
     }
 
     async fn ask_json(&self, question: &LookupRequest, budget: &Budget) -> Result<LookupResult, String> {
-        let credentials = question.visitor.as_deref().map(|visitor| &visitor.credentials);
+        let credentials = question.login_context.as_deref().map(|login_context| &login_context.credentials);
         let sent = credentials.filter(|_| self.password).and_then(SentPassword::of);
         let request = self.json(question, sent.as_ref())?;
         let repeat = if sent.is_some() { Repeat::IfConnectionFails } else { Repeat::IfUnanswered };
@@ -147,21 +148,24 @@ impl Http {
 
     async fn ask_nginx(&self, question: &LookupRequest, budget: &Budget) -> Result<LookupResult, String> {
         // The command `route` has no password to ask with.
-        let visitor = question.visitor.as_ref().ok_or("this style is asked with a client's password only")?;
-        if matches!(visitor.credentials.proof, Proof::Message(_)) {
+        let login_context =
+            question.login_context.as_ref().ok_or("this style is asked with a client's password only")?;
+        if matches!(login_context.credentials.proof, Proof::Message(_)) {
             return Ok(LookupResult::Found(RouteDecision::PasswordNeeded.into()));
         }
-        let sent = SentPassword::of(&visitor.credentials);
+        let sent = SentPassword::of(&login_context.credentials);
         loop {
             let (head, _) =
-                self.client.fetch(self.nginx(question, visitor)?, budget, Repeat::IfConnectionFails).await?;
+                self.client.fetch(self.nginx(question, login_context)?, budget, Repeat::IfConnectionFails).await?;
             let said = auth_http::answer(&head.headers);
             match said.map_err(|error| format!("{error} ({})", head.status))? {
                 Verdict::Good { address, user, login } => {
                     let identity = sent.map(SentPassword::confirmed).unwrap_or_default();
                     return Ok(self.place(address, user, login, identity));
                 }
-                Verdict::Denied(denied) => return Ok(LookupResult::Found(RouteDecision::Denied(denied).into())),
+                Verdict::WrongPassword(denied) => {
+                    return Ok(LookupResult::Found(RouteDecision::WrongPassword(denied).into()));
+                }
                 // The route's `timeout` ends it.
                 Verdict::AskAgain(wait) => tokio::time::sleep(wait).await,
             }
@@ -169,22 +173,22 @@ impl Http {
     }
 
     fn json(&self, question: &LookupRequest, sent: Option<&SentPassword<'_>>) -> Result<Request<Full<Bytes>>, String> {
-        let visitor = question.visitor.as_deref();
+        let login_context = question.login_context.as_deref();
         let password = sent.map(|password| std::str::from_utf8(password.expose())).transpose();
         let asked = Asked {
             user: &question.user,
             protocol: "imap",
-            visitor: visitor
-                .map(|visitor| {
+            login_context: login_context
+                .map(|login_context| {
                     Ok::<_, String>(AskedBy {
-                        client: visitor.client.ip().to_canonical(),
-                        client_port: visitor.client.port(),
-                        listener: visitor.listener,
-                        session: &visitor.session,
-                        mechanism: visitor.credentials.mechanism.as_str(),
-                        tls: visitor.tls.as_ref().map(|tls| tls.version),
-                        attempt: visitor.attempt,
-                        login: self.password.then(|| visitor.credentials.user.as_str()),
+                        client: login_context.client.ip().to_canonical(),
+                        client_port: login_context.client.port(),
+                        listener: login_context.listener,
+                        session: &login_context.session,
+                        mechanism: login_context.credentials.mechanism.as_str(),
+                        tls: login_context.tls.as_ref().map(|tls| tls.version),
+                        attempt: login_context.attempt,
+                        login: self.password.then(|| login_context.credentials.user.as_str()),
                         password: password.map_err(|_| "the password is not UTF-8, which JSON needs".to_owned())?,
                     })
                 })
@@ -196,9 +200,9 @@ impl Http {
         Ok(request)
     }
 
-    fn nginx(&self, question: &LookupRequest, visitor: &LoginContext) -> Result<Request<Full<Bytes>>, String> {
+    fn nginx(&self, question: &LookupRequest, login_context: &LoginContext) -> Result<Request<Full<Bytes>>, String> {
         let mut request = self.client.request(Method::GET, Vec::new())?;
-        request.headers_mut().extend(auth_http::question(question, visitor, self.client_certificate)?);
+        request.headers_mut().extend(auth_http::question(question, login_context, self.client_certificate)?);
         Ok(request)
     }
 
@@ -206,7 +210,7 @@ impl Http {
         match status {
             StatusCode::NOT_FOUND | StatusCode::NO_CONTENT => return LookupResult::Unknown,
             StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN if self.password => {
-                return LookupResult::Found(RouteDecision::Denied(Denied::default()).into());
+                return LookupResult::Found(RouteDecision::WrongPassword(WrongPassword::default()).into());
             }
             StatusCode::OK => {}
             other => return LookupResult::Failed(format!("the service answers {other}")),
@@ -233,15 +237,15 @@ impl Http {
         for (name, value) in fields {
             read.set(name, value.unwrap_or_default());
         }
-        answer(self.declared.fields(read).map(|target| target.map(|target| self.verified(target, sent))))
+        LookupResult::from(self.declared.fields(read).map(|target| target.map(|target| self.verified(target, sent))))
     }
 
     /// A service that verifies passwords and received none has verified nothing: the credentials it hands out are not used.
     fn verified(&self, mut target: RouteDecision, sent: Option<SentPassword<'_>>) -> RouteDecision {
-        if let RouteDecision::Place(place) = &mut target {
+        if let RouteDecision::Destination(place) = &mut target {
             match sent {
-                Some(sent) => place.identity = sent.confirmed(),
-                None if self.password => place.login = None,
+                Some(sent) => place.verification = sent.confirmed(),
+                None if self.password => place.credentials = None,
                 None => {}
             }
         }
@@ -253,10 +257,10 @@ impl Http {
         &self,
         address: SocketAddr,
         user: Option<UserName>,
-        login: Option<Login>,
-        identity: Identity,
+        credentials: Option<IssuedCredentials>,
+        verification: PasswordVerification,
     ) -> LookupResult {
-        let (backend, at) = match (self.servers.get(&address), self.backend) {
+        let (backend, server) = match (self.servers.get(&address), self.backend) {
             (Some((backend, server)), _) => (*backend, ServerChoice::Server(server.clone())),
             (None, Some(backend)) if self.networks.iter().any(|network| network.contains(address.ip())) => {
                 (backend, ServerChoice::Address(address))
@@ -267,7 +271,13 @@ impl Http {
                 ));
             }
         };
-        LookupResult::Found(Arc::new(RouteDecision::Place(Place { backend, at, user, login, identity })))
+        LookupResult::Found(Arc::new(RouteDecision::Destination(Destination {
+            backend,
+            server,
+            user,
+            credentials,
+            verification,
+        })))
     }
 }
 

@@ -21,7 +21,6 @@ use crate::lookup::hedge::{Budget, hedged};
 use crate::lookup::tcp_liveness;
 use crate::route::LookupResult;
 use crate::route::decision::{Declared, Fields};
-use crate::route::directory::answer;
 use crate::route::idle::IdleConnections;
 use crate::route::request::LookupRequest;
 use crate::template::Template;
@@ -201,7 +200,7 @@ impl Directory {
                 _ => return LookupResult::Failed(format!("the entry has more than one {attribute}")),
             }
         }
-        answer(self.declared.fields(fields))
+        LookupResult::from(self.declared.fields(fields))
     }
 }
 

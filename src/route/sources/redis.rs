@@ -25,7 +25,6 @@ use crate::lookup::hedge::{Budget, SharedConnection, Unanswered, hedged};
 use crate::lookup::tcp_liveness;
 use crate::route::LookupResult;
 use crate::route::decision::Declared;
-use crate::route::directory::answer;
 use crate::route::request::LookupRequest;
 use crate::template::Template;
 
@@ -90,7 +89,7 @@ impl Redis {
             Err(error) => LookupResult::Failed(error.to_string().replace(char::is_control, " ")),
             Ok(None) => LookupResult::Unknown,
             Ok(Some(value)) => match std::str::from_utf8(&value) {
-                Ok(text) => answer(self.declared.text(text)),
+                Ok(text) => LookupResult::from(self.declared.text(text)),
                 Err(_) => LookupResult::Failed("the value is not UTF-8".to_owned()),
             },
         }

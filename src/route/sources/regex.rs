@@ -10,7 +10,6 @@ use regex::{Captures, Regex};
 use crate::config::{Problem, RegexRule};
 use crate::route::LookupResult;
 use crate::route::decision::{Declared, RouteDecision, named_values};
-use crate::route::directory::answer;
 
 /// Rules in order.
 #[derive(Debug)]
@@ -69,7 +68,7 @@ impl Rules {
                 To::Expanded(fields) => {
                     let filled: Vec<_> = fields.iter().map(|(name, value)| (*name, value.fill(&caught))).collect();
                     let values: Vec<_> = filled.iter().map(|(name, value)| (*name, value.as_str())).collect();
-                    answer(self.declared.values(&values))
+                    LookupResult::from(self.declared.values(&values))
                 }
             };
         }
@@ -201,7 +200,7 @@ mod tests {
             matches!(rules.lookup("root@example.org"), LookupResult::Found(target) if matches!(*target, RouteDecision::Refuse(_)))
         );
         let LookupResult::Found(target) = rules.lookup("bob-1@x") else { panic!() };
-        let RouteDecision::Place(place) = &*target else { panic!() };
+        let RouteDecision::Destination(place) = &*target else { panic!() };
         assert_eq!((place.backend, place.user.as_ref().unwrap().as_str()), (BackendId(1), "bob"));
         assert_eq!(rules.lookup("carol@example.org"), LookupResult::Found(RouteDecision::backend(BackendId(0)).into()));
         assert_eq!(rules.lookup("carol@exampleXorg"), LookupResult::Unknown);
@@ -242,7 +241,7 @@ mod tests {
         ]);
         let place = |name: &str| match rules.lookup(name) {
             LookupResult::Found(target) => match &*target {
-                RouteDecision::Place(place) => place.clone(),
+                RouteDecision::Destination(place) => place.clone(),
                 other => panic!("{name}: {other:?}"),
             },
             other => panic!("{name}: {other:?}"),
@@ -251,8 +250,8 @@ mod tests {
             ["a=b", "server=y", "*)(uid=*", "a'OR'1'='1", "$1", "${1}", "%{user}", "\"q\"", "zo\u{eb}", "refuse:x"]
         {
             let (plain, both) = (place(&format!("plain-{value}@x")), place(&format!("both-s:1/{value}@x")));
-            assert_eq!((plain.at, plain.user.unwrap().as_str()), (ServerChoice::Any, value));
-            assert_eq!((both.at, both.user.unwrap().as_str()), (ServerChoice::Server("s:1".into()), value));
+            assert_eq!((plain.server, plain.user.unwrap().as_str()), (ServerChoice::Any, value));
+            assert_eq!((both.server, both.user.unwrap().as_str()), (ServerChoice::Server("s:1".into()), value));
         }
         for value in ["u2@a.test server=OTHER", "x server=y", "a' OR '1'='1", "a\u{a0}b", "a\nb", "a\0b", "", " "] {
             let failed = rules.lookup(&format!("plain-{value}@x"));

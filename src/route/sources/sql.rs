@@ -36,7 +36,6 @@ use crate::config::{self, ANSWER_FIELDS, Problem};
 use crate::lookup::hedge::{Budget, hedged};
 use crate::route::LookupResult;
 use crate::route::decision::{Declared, Fields};
-use crate::route::directory::answer;
 use crate::route::idle::IdleConnections;
 use crate::route::request::LookupRequest;
 use crate::template::Variable;
@@ -145,7 +144,7 @@ impl Sql {
                 for (name, value) in &row {
                     fields.set(name, value);
                 }
-                answer(self.declared.fields(fields))
+                LookupResult::from(self.declared.fields(fields))
             }
         }
     }

@@ -364,8 +364,8 @@ mod tests {
     #[test]
     fn a_line_may_say_more_than_a_backend() {
         let table = parse("a shard-a server=h:1 user=b #x\nc refuse: Bill #7 is open.\nd shard-a\n").unwrap();
-        let RouteDecision::Place(place) = &*table.lookup("a").unwrap() else { panic!() };
-        assert_eq!((&place.at, place.user.as_ref().unwrap().as_str()), (&ServerChoice::Server("h:1".into()), "b"));
+        let RouteDecision::Destination(place) = &*table.lookup("a").unwrap() else { panic!() };
+        assert_eq!((&place.server, place.user.as_ref().unwrap().as_str()), (&ServerChoice::Server("h:1".into()), "b"));
         assert_eq!(table.lookup("c"), Some(RouteDecision::Refuse("Bill #7 is open.".into()).into()));
         assert_eq!(table.lookup("d"), backend(0));
     }

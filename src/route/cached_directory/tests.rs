@@ -7,19 +7,19 @@ use std::time::Duration;
 
 use tokio::sync::Semaphore;
 
-use super::cached_directory::CachedDirectory;
-use super::decision::{Declared, RouteDecision};
-use super::directory::Directory;
-use super::request::LookupRequest;
-use super::{LookupResult, Origin};
+use super::CachedDirectory;
 use crate::config::{BackendId, CacheConfig, Located, Location, LookupConfig};
 use crate::metrics::{Metrics, Names};
+use crate::route::decision::{Declared, RouteDecision};
+use crate::route::directory::Directory;
+use crate::route::request::LookupRequest;
+use crate::route::{LookupResult, Origin};
 
 const HOUR: Duration = Duration::from_secs(3600);
 
 /// Answers by heart, as often as it is let.
 #[derive(Debug, Clone)]
-pub(super) struct Scripted {
+pub(in crate::route) struct Scripted {
     answers: Arc<Mutex<HashMap<String, LookupResult>>>,
     asked: Arc<AtomicUsize>,
     let_through: Arc<Semaphore>,
@@ -31,7 +31,7 @@ impl Scripted {
         Self { answers: Arc::default(), asked: Arc::default(), let_through }
     }
 
-    pub(super) async fn ask(&self, question: &LookupRequest) -> LookupResult {
+    pub(in crate::route) async fn ask(&self, question: &LookupRequest) -> LookupResult {
         self.asked.fetch_add(1, Ordering::SeqCst);
         let _leave = self.let_through.acquire().await.unwrap();
         self.answers.lock().unwrap().get(&*question.user).cloned().unwrap_or(LookupResult::Unknown)
@@ -55,7 +55,7 @@ fn failed() -> LookupResult {
 }
 
 fn question(user: &str) -> LookupRequest {
-    LookupRequest { user: user.into(), visitor: None }
+    LookupRequest { user: user.into(), login_context: None }
 }
 
 /// Closed until it is dropped: lookups wait at the directory.

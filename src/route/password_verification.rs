@@ -2,13 +2,13 @@
 //!
 //! Credentials that a route hands out open a mailbox although the mailbox server never sees the client's own. They must
 //! therefore not be used for a login whose password was not verified: one by token, by SCRAM, or without a password.
-//! [`Identity::PasswordConfirmed`] can only be made from a [`SentPassword`], and that only from a client's password.
+//! [`PasswordVerification::PasswordConfirmed`] can only be made from a [`SentPassword`], and that only from a client's password.
 
 use crate::identity::{Credentials, Secret};
 
 /// What the answer to one lookup says about the client's identity.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub enum Identity {
+pub enum PasswordVerification {
     /// Nothing: the mailbox server verifies what the client sends.
     #[default]
     Unverified,
@@ -16,7 +16,7 @@ pub enum Identity {
     PasswordConfirmed(Confirmation),
 }
 
-impl Identity {
+impl PasswordVerification {
     /// Whether the client's password was confirmed.
     pub fn is_confirmed(&self) -> bool {
         matches!(self, Self::PasswordConfirmed(_))
@@ -43,8 +43,8 @@ impl<'a> SentPassword<'a> {
     }
 
     /// The service's answer to the request with this password was positive.
-    pub(super) fn confirmed(self) -> Identity {
-        Identity::PasswordConfirmed(Confirmation(()))
+    pub(super) fn confirmed(self) -> PasswordVerification {
+        PasswordVerification::PasswordConfirmed(Confirmation(()))
     }
 }
 
@@ -67,6 +67,6 @@ mod tests {
             let sent = SentPassword::of(&credentials);
             assert_eq!(sent.map(SentPassword::confirmed).is_some_and(|identity| identity.is_confirmed()), can);
         }
-        assert!(!Identity::default().is_confirmed());
+        assert!(!PasswordVerification::default().is_confirmed());
     }
 }
