@@ -205,7 +205,7 @@ impl Listener {
         let balancers = snapshot.config.listeners[index].proxy_protocol.as_ref();
         // Checked before the prelogin queue is entered, because these connections must not displace clients.
         if balancers.is_some_and(|networks| !networks.iter().any(|network| network.contains(peer.ip()))) {
-            let _open = metrics.session_opened();
+            let _open = metrics.connection_opened();
             return session::unknown_balancer(&socket, peer, self.address, &snapshot);
         }
         // The address of the client is in the PROXY header, so limits by address are applied after it has been read.
@@ -225,7 +225,7 @@ impl Listener {
                 return tracing::debug!(client = %peer.ip().to_canonical(), listener = %self.address, reason, "connection refused");
             }
         };
-        let permits = ConnectionPermits { connection, open_gauge: metrics.session_opened(), count };
+        let permits = ConnectionPermits { connection, open_gauge: metrics.connection_opened(), count };
         let arrival = AcceptedConnection {
             socket,
             peer,

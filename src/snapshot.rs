@@ -68,7 +68,7 @@ impl Snapshot {
             routes: route::labels(&config.routes),
         };
         let metrics = Arc::new(match previous {
-            Some(previous) => previous.metrics.renewed(&names),
+            Some(previous) => previous.metrics.for_names(&names),
             None => Metrics::new(&names),
         });
         let tls = DownstreamTls::build(&config, previous.and_then(|previous| previous.tls.as_ref()));

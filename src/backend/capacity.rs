@@ -19,7 +19,7 @@ use super::exchanges::Exchange;
 use super::health::Trial;
 use super::server::{Server, ServerState};
 use crate::deadline::Deadline;
-use crate::metrics::OpenGuard;
+use crate::metrics::GaugeGuard;
 
 /// The places of one server.
 #[derive(Debug, Default)]
@@ -176,7 +176,7 @@ pub struct DelayedDisconnect {
     /// The server has just cut off one half of so many sessions. `None` for all but one of them.
     pub half_of: Option<u32>,
     /// Shown among those that are kept.
-    pub shown: OpenGuard,
+    pub shown: GaugeGuard,
 }
 
 impl SessionSlot {
@@ -185,7 +185,8 @@ impl SessionSlot {
     pub fn cut_off(&mut self, over: Duration) -> Option<DelayedDisconnect> {
         let state = self.0.take()?;
         let SpreadDisconnect { wait, half_of } = state.departures().cut_off(Instant::now().into_std(), over);
-        let cut_off = (!wait.is_zero()).then(|| DelayedDisconnect { wait, half_of, shown: state.metrics.kept() });
+        let cut_off =
+            (!wait.is_zero()).then(|| DelayedDisconnect { wait, half_of, shown: state.metrics.disconnect_pending() });
         state.metrics.session_closed();
         give_back(&state);
         cut_off

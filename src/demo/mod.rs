@@ -167,7 +167,7 @@ fn introduction(folder: &Folder, running: &Running, servers: &[SocketAddr]) -> S
     ));
     say(format_args!("\nSee the sessions in the metrics:\n"));
     say(format_args!(
-        "  curl -s http://127.0.0.1:{admin}/metrics | grep -E '^vestibule_(logins|sessions|backend_sessions|bytes)'"
+        "  curl -s http://127.0.0.1:{admin}/metrics | grep -E '^vestibule_(logins|connections|backend_sessions|bytes)'"
     ));
     say(format_args!("\nThe configuration it runs with, and what it makes of a user:\n"));
     let configuration = folder.path("vestibule.yaml");

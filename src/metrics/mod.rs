@@ -1,14 +1,13 @@
-//! Every metric: names, help texts, labels, buckets, and methods named after what happened.
+//! All metrics, with methods named after the events that they count.
 //!
-//! Children are resolved once, when the configuration is built, so that the path of a login does no label look-up.
-//! Labels are bounded: listeners, backends, routes and servers come from the configuration (or from an SRV record,
-//! whose servers are dropped again with [`BackendMetrics::forget_server`]), the rest from closed enums. No label ever
-//! holds a user, an address of a client or a text that a peer sent. Each instance has a registry of its own: nothing
-//! here is global.
+//! The metrics of a label are resolved once, when a snapshot is built, so that a login does not look up labels. The number of label
+//! values is bounded: listeners, backends, routes and servers come from the configuration (or from an SRV record, and are removed
+//! with [`BackendMetrics::forget_server`]), all others from enums. No label contains a user, a client's address or text sent by a
+//! peer. Each instance has its own registry; nothing is global.
 
+mod admission;
 pub(crate) mod endpoint;
 mod families;
-mod guard;
 mod route;
 mod server;
 
@@ -17,37 +16,40 @@ use std::time::Duration;
 
 use prometheus::{Histogram, IntCounter, IntGauge, TextEncoder};
 
+pub use self::admission::{PolicyAnswer, PolicyCommand};
 use self::families::Families;
-pub use self::guard::{PolicyAnswer, PolicyCommand};
 pub use self::route::{LookupOutcome, RouteMetrics};
 use self::server::ServerFamilies;
 pub use self::server::{CheckMetrics, ServerMetrics};
 use crate::failure::Reason;
 use crate::identity::Mechanism;
 
-/// How a login attempt ended.
+/// The outcome of a login attempt.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum LoginOutcome {
-    /// A server took it.
+    /// A server accepted it.
     Accepted,
-    /// A server, or a policy of ours, said no.
+    /// A server, or the proxy's own policy, refused it.
     Refused,
-    /// No server could answer, or the look-up failed.
+    /// No server answered, or the lookup failed.
     Unavailable,
     /// No route knows the user.
     UnknownUser,
-    /// A limit or rate of the proxy, before or after the password was checked, or a limit of the user on the server.
+    /// A limit of the proxy, or a limit of the user on the server, was exceeded.
     Limited,
-    /// The connection ended before the login had an answer.
+    /// The connection ended before the login was answered.
     Abandoned,
 }
+
+/// Values of the label `outcome` of reloads.
+const RELOADED: &str = "loaded";
+const RELOAD_REFUSED: &str = "refused";
 
 impl LoginOutcome {
     const ALL: [Self; 6] =
         [Self::Accepted, Self::Refused, Self::Unavailable, Self::UnknownUser, Self::Limited, Self::Abandoned];
 
-    /// Label text.
-    pub fn as_str(self) -> &'static str {
+    pub(crate) fn as_str(self) -> &'static str {
         match self {
             Self::Accepted => "accepted",
             Self::Refused => "refused",
@@ -59,14 +61,14 @@ impl LoginOutcome {
     }
 }
 
-/// The configured names that become label values, in the configuration's order.
+/// The configured names that become label values, in the order of the configuration.
 #[derive(Debug, Default)]
 pub struct Names {
-    /// Addresses as written.
+    /// Listener addresses as written.
     pub listeners: Vec<String>,
     /// Backend names.
     pub backends: Vec<String>,
-    /// Route labels.
+    /// Labels of routes.
     pub routes: Vec<String>,
 }
 
@@ -83,19 +85,22 @@ pub struct Metrics {
 }
 
 impl Metrics {
-    /// Registers everything for the given names.
+    /// Creates and registers all metrics.
     pub fn new(names: &Names) -> Self {
         let families = Families::new();
         families.build_info.with_label_values(&[env!("CARGO_PKG_VERSION")]).set(1);
-        Self::of(Arc::new(families), names)
+        for outcome in [RELOADED, RELOAD_REFUSED] {
+            families.reloads.with_label_values(&[outcome]);
+        }
+        Self::resolve(Arc::new(families), names)
     }
 
-    /// The same counts, resolved for the names of another configuration.
-    pub fn renewed(&self, names: &Names) -> Self {
-        Self::of(self.families.clone(), names)
+    /// The same metrics, resolved for the names of another configuration.
+    pub fn for_names(&self, names: &Names) -> Self {
+        Self::resolve(self.families.clone(), names)
     }
 
-    fn of(families: Arc<Families>, names: &Names) -> Self {
+    fn resolve(families: Arc<Families>, names: &Names) -> Self {
         let failures = Reason::ALL
             .iter()
             .map(|reason| families.failures.with_label_values(&[reason.side().as_str(), reason.as_str()]))
@@ -114,8 +119,8 @@ impl Metrics {
         }
     }
 
-    /// Ends the series of states that `successor` no longer has: nobody would ever set them again. Counters stay, and so do
-    /// gauges of sessions, which are open yet.
+    /// Removes the series of states whose labels `successor` does not have, because they would never be updated again. Counters stay,
+    /// and so do gauges of sessions, which may still be open.
     pub fn retire(&self, successor: &Self) {
         for route in &self.routes {
             if !successor.routes.iter().any(|other| other.label() == route.label()) {
@@ -124,16 +129,16 @@ impl Metrics {
         }
         for backend in &self.backends {
             if !successor.backends.iter().any(|other| other.name == backend.name) {
-                // An error says that the series does not exist, which is what is asked for.
-                let _ = self.families.insecure.remove_label_values(&[&backend.name]);
-                let _ = self.families.queue.remove_label_values(&[&backend.name]);
+                // The error means that the series does not exist.
+                let _ = self.families.backend_insecure.remove_label_values(&[&backend.name]);
+                let _ = self.families.backend_queue.remove_label_values(&[&backend.name]);
             }
         }
         self.families.certificate_expiry.reset();
         self.families.certificate_load_failed.reset();
     }
 
-    /// The text that Prometheus scrapes.
+    /// The metrics in the text format of Prometheus.
     pub fn render(&self) -> String {
         TextEncoder::new().encode_to_string(&self.families.registry.gather()).unwrap_or_else(|error| {
             tracing::error!(%error, "metrics could not be rendered");
@@ -141,116 +146,116 @@ impl Metrics {
         })
     }
 
-    /// Metrics of the listener at this place in the configuration.
+    /// Metrics of the listener with this index in the configuration.
     pub fn listener(&self, index: usize) -> &ListenerMetrics {
         &self.listeners[index]
     }
 
-    /// Metrics of the backend at this place in the configuration.
+    /// Metrics of the backend with this index in the configuration.
     pub fn backend(&self, index: usize) -> &BackendMetrics {
         &self.backends[index]
     }
 
-    /// Metrics of the route at this place in the configuration.
+    /// Metrics of the route with this index in the configuration.
     pub fn route(&self, index: usize) -> &RouteMetrics {
         &self.routes[index]
     }
 
-    /// A login attempt was answered; `backend` is absent where the attempt was never routed.
+    /// Counts an answered login attempt; `backend` is `None` if it was not routed.
     pub fn login(&self, backend: Option<usize>, mechanism: Mechanism, outcome: LoginOutcome) {
         let counters = backend.map_or(&self.unrouted_logins, |index| &self.backends[index].logins);
         counters.0[mechanism as usize][outcome as usize].inc();
     }
 
-    /// Something failed, for this reason.
+    /// Counts a failure.
     pub fn failure(&self, reason: Reason) {
         self.failures[reason as usize].inc();
     }
 
-    /// The policy service has answered, or failed to.
+    /// Counts an answer, or a failure, of the policy service.
     pub fn policy(&self, command: PolicyCommand, answer: PolicyAnswer) {
         self.policy[command as usize][answer as usize].inc();
     }
 
-    /// A certificate was loaded that ends at `expiry` (seconds since 1970).
+    /// Sets the expiry of a loaded certificate, in seconds since 1970.
     pub fn certificate(&self, file: &str, expiry: i64) {
         #[expect(clippy::cast_precision_loss, reason = "seconds since 1970 fit an f64 exactly for 285 million years")]
         self.families.certificate_expiry.with_label_values(&[file]).set(expiry as f64);
     }
 
-    /// Reads what the guard remembers, table by table, and the bytes of `limits.before_login_memory` in use, whenever metrics are
-    /// collected. Once for a process.
-    pub fn measure_guard(
+    /// Reads the number of entries of each admission table, and the bytes of `limits.before_login_memory` in use, whenever metrics
+    /// are collected. Must be called once per process.
+    pub fn measure_admission(
         &self,
         read_entries: impl Fn() -> Vec<(&'static str, usize)> + Send + Sync + 'static,
         read_memory: impl Fn() -> usize + Send + Sync + 'static,
     ) {
-        let (entries, memory) = (self.families.guard_entries.clone(), self.families.before_login_memory.clone());
-        let measured = guard::Measured { entries, memory, read_entries, read_memory };
+        let (entries, memory) = (self.families.admission_entries.clone(), self.families.before_login_memory.clone());
+        let measured = admission::Measured { entries, memory, read_entries, read_memory };
         if let Err(error) = self.families.registry.register(Box::new(measured)) {
-            tracing::error!(%error, "the guard is measured already");
+            tracing::error!(%error, "admission is measured already");
         }
     }
 
-    /// The certificate's files could be used as they are now, or not.
+    /// Sets whether the present files of a certificate are unusable.
     pub fn certificate_load_failed(&self, file: &str, failed: bool) {
         self.families.certificate_load_failed.with_label_values(&[file]).set(failed.into());
     }
 
-    /// The files of ticket keys could be used as they are now, or not.
+    /// Sets whether the present files of ticket keys are unusable.
     pub fn ticket_keys_load_failed(&self, failed: bool) {
         self.families.ticket_keys_load_failed.set(failed.into());
     }
 
-    /// The gauge of silent sessions, for the room they wait in.
-    pub fn silent_sessions(&self) -> IntGauge {
-        self.families.silent.clone()
+    /// The gauge of parked sessions, for the poller.
+    pub fn parked_sessions(&self) -> IntGauge {
+        self.families.parked_sessions.clone()
     }
 
-    /// A configuration was to be loaded again, and was or was not.
+    /// Counts a reload.
     pub fn reloaded(&self, succeeded: bool) {
-        let outcome = if succeeded { "loaded" } else { "refused" };
+        let outcome = if succeeded { RELOADED } else { RELOAD_REFUSED };
         self.families.reloads.with_label_values(&[outcome]).inc();
         self.families.reload_failed.set((!succeeded).into());
     }
 
-    /// Whether the last use of the state file failed.
+    /// Sets whether the last use of the state file failed.
     pub fn state_file_failed(&self, failed: bool) {
         self.families.state_file_failed.set(failed.into());
     }
 
-    /// The process has begun to stop.
+    /// Records that the process has begun to stop.
     pub fn draining(&self) {
         self.families.draining.set(1);
     }
 
-    /// The counter a panic hook raises.
+    /// The counter of panics, for the panic hook.
     pub fn panics(&self) -> IntCounter {
         self.families.panics.clone()
     }
 
-    /// The counter of log lines that were dropped.
+    /// The counter of dropped log lines, for the log queue.
     pub fn log_lines_dropped(&self) -> IntCounter {
         self.families.log_lines_dropped.clone()
     }
 }
 
-/// Why a connection was turned away at the door.
+/// The reason for which a connection was closed on arrival.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Refusal {
-    /// `limits.sessions` reached.
+    /// `limits.sessions` is reached.
     Full,
-    /// accept(2) failed, for example for want of descriptors.
+    /// accept(2) failed, for example for lack of descriptors.
     AcceptError,
-    /// `access`.
+    /// Denied by `access`.
     Denied,
-    /// `limits.connection_rate`.
+    /// `limits.connection_rate` is exceeded.
     Rate,
-    /// `limits.sessions_per_address`.
+    /// `limits.sessions_per_address` is reached.
     Address,
-    /// `limits.networks`.
+    /// A limit in `limits.networks` is reached.
     Network,
-    /// `limits.before_login`: all places are taken by logins under way.
+    /// `limits.before_login` is reached.
     BeforeLogin,
 }
 
@@ -258,8 +263,7 @@ impl Refusal {
     const ALL: [Self; 7] =
         [Self::Full, Self::AcceptError, Self::Denied, Self::Rate, Self::Address, Self::Network, Self::BeforeLogin];
 
-    /// Label text.
-    pub fn as_str(self) -> &'static str {
+    pub(crate) fn as_str(self) -> &'static str {
         match self {
             Self::Full => "full",
             Self::AcceptError => "accept_error",
@@ -272,20 +276,19 @@ impl Refusal {
     }
 }
 
-/// How a balancer tests a listener with `proxy_protocol`.
+/// The way in which a balancer checks a listener with `proxy_protocol`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum BalancerCheck {
-    /// By a header with LOCAL.
+    /// A PROXY header with LOCAL.
     Local,
-    /// By a connection that is closed without a byte.
+    /// A connection that is closed without data.
     Connect,
 }
 
 impl BalancerCheck {
     const ALL: [Self; 2] = [Self::Local, Self::Connect];
 
-    /// Label text.
-    pub fn as_str(self) -> &'static str {
+    pub(crate) fn as_str(self) -> &'static str {
         match self {
             Self::Local => "local",
             Self::Connect => "connect",
@@ -297,8 +300,8 @@ impl BalancerCheck {
 #[derive(Debug)]
 pub struct ListenerMetrics {
     balancer_checks: [IntCounter; BalancerCheck::ALL.len()],
-    sessions: IntGauge,
-    sessions_total: IntCounter,
+    connections: IntGauge,
+    connections_total: IntCounter,
     refused: [IntCounter; Refusal::ALL.len()],
     tls_handshake: Histogram,
 }
@@ -306,32 +309,33 @@ pub struct ListenerMetrics {
 impl ListenerMetrics {
     fn new(families: &Families, name: &str) -> Self {
         Self {
-            sessions: families.sessions.with_label_values(&[name]),
-            sessions_total: families.sessions_total.with_label_values(&[name]),
-            refused: Refusal::ALL.map(|refusal| families.refused.with_label_values(&[name, refusal.as_str()])),
+            connections: families.connections.with_label_values(&[name]),
+            connections_total: families.connections_total.with_label_values(&[name]),
+            refused: Refusal::ALL
+                .map(|refusal| families.connections_refused.with_label_values(&[name, refusal.as_str()])),
             tls_handshake: families.tls_handshake.with_label_values(&[name]),
             balancer_checks: BalancerCheck::ALL
                 .map(|check| families.balancer_checks.with_label_values(&[name, check.as_str()])),
         }
     }
 
-    /// A client connected; the session counts as open until the guard drops.
-    pub fn session_opened(&self) -> OpenGuard {
-        self.sessions_total.inc();
-        OpenGuard::new(&self.sessions)
+    /// Counts a connection, which is open until the guard is dropped.
+    pub fn connection_opened(&self) -> GaugeGuard {
+        self.connections_total.inc();
+        GaugeGuard::new(&self.connections)
     }
 
-    /// A connection was turned away.
+    /// Counts a refused connection.
     pub fn refused(&self, refusal: Refusal) {
         self.refused[refusal as usize].inc();
     }
 
-    /// A balancer tested the listener.
+    /// Counts a balancer's health check.
     pub fn balancer_check(&self, check: BalancerCheck) {
         self.balancer_checks[check as usize].inc();
     }
 
-    /// A TLS handshake with a client succeeded.
+    /// Records a successful TLS handshake with a client.
     pub fn tls_handshake(&self, took: Duration) {
         self.tls_handshake.observe(took.as_secs_f64());
     }
@@ -347,7 +351,7 @@ pub struct BackendMetrics {
     server_connect: Histogram,
     server_login: Histogram,
     login: Histogram,
-    session_length: Histogram,
+    session_duration: Histogram,
     to_client: IntCounter,
     to_server: IntCounter,
     queue: IntGauge,
@@ -366,37 +370,37 @@ impl BackendMetrics {
             server_connect: families.server_connect.with_label_values(one),
             server_login: families.server_login.with_label_values(one),
             login: families.login.with_label_values(one),
-            session_length: families.session_length.with_label_values(one),
+            session_duration: families.session_duration.with_label_values(one),
             to_client: families.bytes.with_label_values(&[name, "to_client"]),
             to_server: families.bytes.with_label_values(&[name, "to_server"]),
-            queue: families.queue.with_label_values(one),
+            queue: families.backend_queue.with_label_values(one),
             servers: ServerFamilies::new(families, name),
-            insecure: families.insecure.with_label_values(one),
+            insecure: families.backend_insecure.with_label_values(one),
         }
     }
 
-    /// A session was handed to the backend; it counts as open until the guard drops.
-    pub fn session_established(&self) -> OpenGuard {
+    /// Counts an established session, which is open until the guard is dropped.
+    pub fn session_established(&self) -> GaugeGuard {
         self.sessions_total.inc();
-        OpenGuard::new(&self.sessions)
+        GaugeGuard::new(&self.sessions)
     }
 
-    /// A relayed session ended after `length`.
-    pub fn session_ended(&self, length: Duration) {
-        self.session_length.observe(length.as_secs_f64());
+    /// Records the end of a session.
+    pub fn session_ended(&self, duration: Duration) {
+        self.session_duration.observe(duration.as_secs_f64());
     }
 
-    /// A connection to a server stood after `took`.
+    /// Records a successful TCP connect to a server.
     pub fn server_connected(&self, took: Duration) {
         self.server_connect.observe(took.as_secs_f64());
     }
 
-    /// A server answered a login after `took`, counted from the connection.
+    /// Records the answer of a server to a login, `took` after the connection.
     pub fn server_answered(&self, took: Duration) {
         self.server_login.observe(took.as_secs_f64());
     }
 
-    /// A login succeeded `took` after the client's command was complete.
+    /// Records a successful login, `took` after the client's command was complete.
     pub fn logged_in(&self, took: Duration) {
         self.login.observe(took.as_secs_f64());
     }
@@ -406,29 +410,29 @@ impl BackendMetrics {
         (self.to_client.clone(), self.to_server.clone())
     }
 
-    /// Whether certificates of this backend's servers go unchecked.
+    /// Sets whether the certificates of this backend's servers are not verified.
     pub fn set_insecure(&self, insecure: bool) {
         self.insecure.set(insecure.into());
     }
 
-    /// A login waits for a place, until the guard drops.
-    pub fn login_queued(&self) -> OpenGuard {
-        OpenGuard::new(&self.queue)
+    /// Counts a login in the queue until the guard is dropped.
+    pub fn login_queued(&self) -> GaugeGuard {
+        GaugeGuard::new(&self.queue)
     }
 }
 
-/// One more of something, until dropped.
+/// Counts one in a gauge until it is dropped.
 #[derive(Debug)]
-pub struct OpenGuard(IntGauge);
+pub struct GaugeGuard(IntGauge);
 
-impl OpenGuard {
+impl GaugeGuard {
     fn new(gauge: &IntGauge) -> Self {
         gauge.inc();
         Self(gauge.clone())
     }
 }
 
-impl Drop for OpenGuard {
+impl Drop for GaugeGuard {
     fn drop(&mut self) {
         self.0.dec();
     }
@@ -474,18 +478,18 @@ mod tests {
     }
 
     #[test]
-    fn guards_count_down_again() {
+    fn gauge_decreases_when_the_guard_is_dropped() {
         let metrics = metrics();
-        let open = metrics.listener(0).session_opened();
-        assert!(metrics.render().contains(r#"vestibule_sessions{listener="[::]:993"} 1"#));
+        let open = metrics.listener(0).connection_opened();
+        assert!(metrics.render().contains(r#"vestibule_connections{listener="[::]:993"} 1"#));
         drop(open);
         let text = metrics.render();
-        assert!(text.contains(r#"vestibule_sessions{listener="[::]:993"} 0"#), "{text}");
-        assert!(text.contains(r#"vestibule_sessions_total{listener="[::]:993"} 1"#), "{text}");
+        assert!(text.contains(r#"vestibule_connections{listener="[::]:993"} 0"#), "{text}");
+        assert!(text.contains(r#"vestibule_connections_total{listener="[::]:993"} 1"#), "{text}");
     }
 
     #[test]
-    fn a_server_gone_from_dns_leaves_no_series() {
+    fn a_forgotten_server_has_no_series() {
         let metrics = metrics();
         metrics.backend(0).server("mail-1:143").set_up(false);
         assert!(metrics.render().contains(r#"vestibule_server_up{backend="shard-a",server="mail-1:143"} 0"#));

@@ -1,4 +1,4 @@
-//! Metrics of one route: look-ups, and where it asks a directory, its questions and kept answers.
+//! Metrics of one route: lookups, and for a route that queries a service, queries and cached results.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -7,22 +7,21 @@ use prometheus::{Histogram, IntCounter, IntGauge};
 
 use super::families::Families;
 
-/// What a route said.
+/// The result of a lookup.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum LookupOutcome {
-    /// It knows the user.
+    /// The route knows the user.
     Found,
-    /// It does not.
+    /// The route does not know the user.
     Unknown,
-    /// It could not tell.
+    /// The lookup failed.
     Failed,
 }
 
 impl LookupOutcome {
     const ALL: [Self; 3] = [Self::Found, Self::Unknown, Self::Failed];
 
-    /// Label text.
-    pub fn as_str(self) -> &'static str {
+    pub(crate) fn as_str(self) -> &'static str {
         match self {
             Self::Found => "found",
             Self::Unknown => "unknown",
@@ -31,7 +30,7 @@ impl LookupOutcome {
     }
 }
 
-/// Metrics of one route. Clones count together.
+/// Metrics of one route, shared by its clones.
 #[derive(Debug, Clone)]
 pub struct RouteMetrics(Arc<Handles>);
 
@@ -42,7 +41,7 @@ struct Handles {
     results: [IntCounter; LookupOutcome::ALL.len()],
     users: IntGauge,
     load_failed: IntGauge,
-    asked: Histogram,
+    query: Histogram,
     cache_hit: IntCounter,
     cache_miss: IntCounter,
     cache_stale: IntCounter,
@@ -56,10 +55,11 @@ impl RouteMetrics {
         Self(Arc::new(Handles {
             label: name.into(),
             lookup: families.route_lookup.with_label_values(&[name]),
-            results: LookupOutcome::ALL.map(|result| families.lookups.with_label_values(&[name, result.as_str()])),
+            results: LookupOutcome::ALL
+                .map(|result| families.route_lookups.with_label_values(&[name, result.as_str()])),
             users: families.table_users.with_label_values(&[name]),
-            load_failed: families.load_failed.with_label_values(&[name]),
-            asked: families.route_asked.with_label_values(&[name]),
+            load_failed: families.table_load_failed.with_label_values(&[name]),
+            query: families.route_query.with_label_values(&[name]),
             cache_hit: cache("hit"),
             cache_miss: cache("miss"),
             cache_stale: cache("stale"),
@@ -68,62 +68,64 @@ impl RouteMetrics {
         }))
     }
 
-    /// The route is no longer there: the series of its state end.
+    /// Removes the series of the route's state.
     pub(super) fn forget(&self, families: &Families) {
         let label = &[self.label()];
-        for family in [&families.table_users, &families.load_failed, &families.route_cached, &families.route_failing] {
-            // An error says that the series does not exist, which is what is asked for.
+        for family in
+            [&families.table_users, &families.table_load_failed, &families.route_cached, &families.route_failing]
+        {
+            // An error means that the series does not exist.
             let _ = family.remove_label_values(label);
         }
     }
 
-    /// What the route is called in metrics and logs.
+    /// Name of the route in metrics and logs.
     pub fn label(&self) -> &str {
         &self.0.label
     }
 
-    /// The route answered after `took`.
+    /// Records the result of a lookup.
     pub fn answered(&self, result: LookupOutcome, took: Duration) {
         self.0.results[result as usize].inc();
         self.0.lookup.observe(took.as_secs_f64());
     }
 
-    /// The route holds this many entries.
+    /// Sets the number of entries in the route's table.
     pub fn set_users(&self, users: usize) {
         self.0.users.set(i64::try_from(users).unwrap_or(i64::MAX));
     }
 
-    /// Whether the newest version of its file could not be used.
+    /// Sets whether the newest version of the route's file is unusable.
     pub fn set_load_failed(&self, failed: bool) {
         self.0.load_failed.set(failed.into());
     }
 
-    /// Its source was asked, and the answer took this long.
-    pub fn asked(&self, took: Duration) {
-        self.0.asked.observe(took.as_secs_f64());
+    /// Records the duration of a query.
+    pub fn queried(&self, took: Duration) {
+        self.0.query.observe(took.as_secs_f64());
     }
 
-    /// A kept answer served.
+    /// Counts a lookup that was answered from the cache.
     pub fn cache_hit(&self) {
         self.0.cache_hit.inc();
     }
 
-    /// No kept answer served.
+    /// Counts a lookup without a cached result.
     pub fn cache_missed(&self) {
         self.0.cache_miss.inc();
     }
 
-    /// A kept answer served that is over its time, as the source is down.
-    pub fn stale_answer(&self) {
+    /// Counts a lookup that was answered with an expired result because the service fails.
+    pub fn cache_stale(&self) {
         self.0.cache_stale.inc();
     }
 
-    /// It keeps this many answers.
+    /// Sets the number of cached results.
     pub fn set_cached(&self, users: usize) {
         self.0.cached.set(i64::try_from(users).unwrap_or(i64::MAX));
     }
 
-    /// Whether the last question failed.
+    /// Sets whether the last query failed.
     pub fn set_failing(&self, failing: bool) {
         self.0.failing.set(failing.into());
     }

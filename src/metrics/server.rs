@@ -1,4 +1,4 @@
-//! Metrics of one server: gauges of its state, and how its checks end. Series of servers that are gone are dropped.
+//! Metrics of one server: gauges of its state, and counters of its checks. The series of removed servers are removed.
 
 use std::time::Duration;
 
@@ -6,19 +6,19 @@ use prometheus::{Gauge, GaugeVec, Histogram, IntCounter, IntCounterVec, IntGauge
 
 use super::families::Families;
 use crate::admin_state::AdminState;
-use crate::metrics::{BackendMetrics, OpenGuard};
+use crate::metrics::{BackendMetrics, GaugeGuard};
 
-/// Kinds of checks and how they end, as labels.
+/// Values of the labels `kind` and `outcome` of checks.
 const KINDS: [&str; 4] = ["tcp", "tls", "imap", "login"];
 const OUTCOMES: [&str; 2] = ["passed", "failed"];
 
-/// The families whose children belong to servers.
+/// The families with a label for the server.
 #[derive(Debug, Clone)]
 pub(super) struct ServerFamilies {
     up: IntGaugeVec,
     trusts: IntGaugeVec,
     sessions: IntGaugeVec,
-    kept: IntGaugeVec,
+    disconnects: IntGaugeVec,
     breaker: IntGaugeVec,
     state: IntGaugeVec,
     checks: IntCounterVec,
@@ -32,7 +32,7 @@ impl ServerFamilies {
             up: families.server_up.clone(),
             trusts: families.server_trusts.clone(),
             sessions: families.server_sessions.clone(),
-            kept: families.server_kept.clone(),
+            disconnects: families.server_disconnects.clone(),
             breaker: families.server_breaker.clone(),
             state: families.server_state.clone(),
             checks: families.server_checks.clone(),
@@ -43,14 +43,14 @@ impl ServerFamilies {
 }
 
 impl BackendMetrics {
-    /// Gauges of one server.
+    /// Metrics of one server.
     pub fn server(&self, server: &str) -> ServerMetrics {
         let labels = &[self.name.as_str(), server];
         let metrics = ServerMetrics {
             up: self.servers.up.with_label_values(labels),
             trusts: self.servers.trusts.with_label_values(labels),
             sessions: self.servers.sessions.with_label_values(labels),
-            kept: self.servers.kept.with_label_values(labels),
+            disconnects: self.servers.disconnects.with_label_values(labels),
             breaker: self.servers.breaker.with_label_values(labels),
             state: self.servers.state.with_label_values(labels),
         };
@@ -59,25 +59,25 @@ impl BackendMetrics {
         metrics
     }
 
-    /// What is counted of one server's checks of this kind.
+    /// Metrics of the checks of this kind on one server.
     pub fn checks(&self, server: &str, kind: &str) -> CheckMetrics {
         let count = |outcome| self.servers.checks.with_label_values(&[self.name.as_str(), server, kind, outcome]);
         CheckMetrics {
             passed: count(OUTCOMES[0]),
             failed: count(OUTCOMES[1]),
-            length: self.servers.check.clone(),
+            duration: self.servers.check.clone(),
             certificate: self.servers.certificate.clone(),
             labels: [self.name.clone(), server.to_owned()],
         }
     }
 
-    /// The server is gone: its series end.
+    /// Removes the series of a server.
     pub fn forget_server(&self, server: &str) {
         let labels = &[self.name.as_str(), server];
         let families = &self.servers;
-        // An error says that the series does not exist, which is what is asked for.
+        // An error means that the series does not exist.
         let states = [&families.up, &families.trusts, &families.breaker, &families.state];
-        for family in states.into_iter().chain([&families.sessions, &families.kept]) {
+        for family in states.into_iter().chain([&families.sessions, &families.disconnects]) {
             let _ = family.remove_label_values(labels);
         }
         let _ = families.certificate.remove_label_values(labels);
@@ -93,23 +93,23 @@ pub struct ServerMetrics {
     up: IntGauge,
     trusts: IntGauge,
     sessions: IntGauge,
-    kept: IntGauge,
+    disconnects: IntGauge,
     breaker: IntGauge,
     state: IntGauge,
 }
 
 impl ServerMetrics {
-    /// Whether the server says that it trusts our ID.
+    /// Sets whether the server reports that it trusts the ID command of this proxy.
     pub fn set_trusts(&self, trusts: bool) {
         self.trusts.set(trusts.into());
     }
 
-    /// The server is taken for alive, or not.
+    /// Sets whether the server is available.
     pub fn set_up(&self, up: bool) {
         self.up.set(up.into());
     }
 
-    /// Its breaker: 0 closed, 1 half-open, 2 open.
+    /// Sets the state of the breaker: 0 closed, 1 half-open, 2 open.
     pub fn set_breaker(&self, state: i64) {
         self.breaker.set(state);
     }
@@ -123,52 +123,52 @@ impl ServerMetrics {
         });
     }
 
-    /// Sessions relayed to it.
+    /// Number of sessions relayed to the server.
     pub fn sessions(&self) -> i64 {
         self.sessions.get()
     }
 
-    /// A session begins on the server.
+    /// Counts a session as open.
     pub fn session_opened(&self) {
         self.sessions.inc();
     }
 
-    /// And ends.
+    /// Counts a session as closed.
     pub fn session_closed(&self) {
         self.sessions.dec();
     }
 
-    /// A client is kept although the server has cut it off, until the guard drops.
-    pub fn kept(&self) -> OpenGuard {
-        OpenGuard::new(&self.kept)
+    /// Counts a client whose session the server has ended until the guard is dropped.
+    pub fn disconnect_pending(&self) -> GaugeGuard {
+        GaugeGuard::new(&self.disconnects)
     }
 }
 
-/// What is counted of one server's checks.
+/// Metrics of one server's checks.
 #[derive(Debug, Clone)]
 pub struct CheckMetrics {
     passed: IntCounter,
     failed: IntCounter,
-    length: Histogram,
+    duration: Histogram,
     certificate: GaugeVec,
     labels: [String; 2],
 }
 
 impl CheckMetrics {
-    /// A check ended after `took`.
+    /// Records the result of a check.
     pub fn checked(&self, passed: bool, took: Duration) {
         if passed {
             self.passed.inc()
         } else {
             self.failed.inc()
         }
-        self.length.observe(took.as_secs_f64());
+        self.duration.observe(took.as_secs_f64());
     }
 
-    /// The server showed a certificate that ends then (seconds since 1970). Where none is ever shown there is no series.
-    pub fn certificate(&self, ends: i64) {
+    /// Sets the expiry of the certificate that the server sent, in seconds since 1970. A server without TLS has no series.
+    pub fn certificate(&self, expiry: i64) {
         let gauge: Gauge = self.certificate.with_label_values(&self.labels);
         #[expect(clippy::cast_precision_loss, reason = "seconds since 1970 fit an f64 exactly for 285 million years")]
-        gauge.set(ends as f64);
+        gauge.set(expiry as f64);
     }
 }

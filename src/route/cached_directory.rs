@@ -252,7 +252,7 @@ impl CachedDirectory {
     }
 
     fn stale(&self, kept: &Kept) -> LookupResult {
-        self.metrics.stale_answer();
+        self.metrics.cache_stale();
         answer(kept)
     }
 
@@ -340,7 +340,7 @@ impl CachedDirectory {
             let stage = if expired.is_connecting { ": the connection was not established" } else { "" };
             LookupResult::Failed(format!("no answer within {:?}{busy}{stage}", self.timeout))
         });
-        self.metrics.asked(began.elapsed());
+        self.metrics.queried(began.elapsed());
         self.note(&answer);
         answer
     }

@@ -201,7 +201,9 @@ impl Bound {
         };
         let measured = snapshot.admission.clone();
         let memory = measured.clone();
-        snapshot.metrics.measure_guard(move || measured.sizes().labelled().to_vec(), move || memory.prelogin_memory());
+        snapshot
+            .metrics
+            .measure_admission(move || measured.sizes().labelled().to_vec(), move || memory.prelogin_memory());
         let mut current = running.lock();
         running.start_background(&snapshot, &stop, current.listener_set.addresses_with(&snapshot.config, &opening));
         current.listener_set.swap(&snapshot, opening, &running.workers).context("a listener could not be started")?;
@@ -278,7 +280,7 @@ fn start_worker(
     let context = WorkerContext {
         connection_limit: connection_limit.clone(),
         drain: drain.clone(),
-        poller: Arc::new(SessionPoller::new(snapshot.metrics.silent_sessions())?),
+        poller: Arc::new(SessionPoller::new(snapshot.metrics.parked_sessions())?),
         listener_tasks: listener_tasks.clone(),
     };
     drop(guard);

@@ -16,7 +16,7 @@ use crate::backend::{Backend, DelayedDisconnect, ServerPermit, SessionSlot};
 use crate::config::BackendId;
 use crate::failure::{Reason, Side};
 use crate::identity::{Mechanism, UserName};
-use crate::metrics::{LoginOutcome, OpenGuard};
+use crate::metrics::{GaugeGuard, LoginOutcome};
 use crate::relay::End;
 use crate::session::established::SessionEnd;
 use crate::session::id::SessionId;
@@ -127,7 +127,7 @@ impl std::fmt::Display for Address {
 /// Gauges of a relayed session, and the backend it counts for.
 struct Relaying {
     backend: u16,
-    _backend_sessions: OpenGuard,
+    _backend_sessions: GaugeGuard,
     slot: SessionSlot,
 }
 

@@ -51,7 +51,7 @@ use crate::auth_policy;
 use crate::config::TlsMode;
 use crate::deadline::Deadline;
 use crate::failure::Reason;
-use crate::metrics::OpenGuard;
+use crate::metrics::GaugeGuard;
 use crate::process::drain::Drain;
 use crate::protocol::imap::capability::Transport;
 use crate::protocol::imap::prelogin::{Bye, CloseReason, LoginRequest, Policy, Prelogin, Step};
@@ -106,7 +106,7 @@ pub(crate) struct ConnectionPermits {
     pub connection: ConnectionPermit,
     /// In the listener's gauge.
     #[expect(dead_code, reason = "it counts until it is dropped")]
-    pub open_gauge: OpenGuard,
+    pub open_gauge: GaugeGuard,
     /// What it counts for at the guard.
     pub count: ConnectionCount,
 }

@@ -168,7 +168,7 @@ class Commands(Scene):
         wait_for("the command", lambda: (self.folder.path / "begun").exists())
         self.assertEqual(before.line(), b"", "no session is open while the mailbox is moved")
         thread.start()
-        wait_for("the login to wait", lambda: self.proxy.metric("vestibule_sessions") == 2)
+        wait_for("the login to wait", lambda: self.proxy.metric("vestibule_connections") == 2)
         time.sleep(0.3)
         self.assertEqual(answer, [], "kept waiting, not turned away")
         (self.folder.path / "go").touch()

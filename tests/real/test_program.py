@@ -148,7 +148,7 @@ admin: {{address: "127.0.0.1:{admin}"}}
         for client in clients[40:]:
             self.assertTrue(client.recv(4096).startswith(b"* OK"), "who waited is served")
             client.close()
-        wait_for("all to be gone", lambda: f'vestibule_sessions{{listener="127.0.0.1:{port}"}} 0' in
+        wait_for("all to be gone", lambda: f'vestibule_connections{{listener="127.0.0.1:{port}"}} 0' in
                  urllib.request.urlopen(f"http://127.0.0.1:{admin}/metrics", timeout=PATIENCE).read().decode())
 
     def test_readiness_is_told_to_systemd(self):

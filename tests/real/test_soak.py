@@ -205,7 +205,7 @@ class Soak(unittest.TestCase):
 
     def state(self):
         """With nobody connected: what the process holds."""
-        gauges = ("vestibule_sessions", "vestibule_backend_sessions", "vestibule_server_sessions", "vestibule_silent_sessions",
+        gauges = ("vestibule_connections", "vestibule_backend_sessions", "vestibule_server_sessions", "vestibule_parked_sessions",
                   "vestibule_backend_queue_length")
         wait_for("everybody to be gone", lambda: not any(self.proxy.metric(gauge) for gauge in gauges))
         self.assertEqual(json.loads(self.command("sessions", "--json")), [])

@@ -157,7 +157,7 @@ class Handshakes(Policy):
         client.send(b"R\n")
         wait_for("s_client to give up", lambda: "no renegotiation" in client.report())
         self.assertEqual(client.line(), b"")
-        wait_for("the session to end", lambda: proxy.metric("vestibule_sessions") == 0)
+        wait_for("the session to end", lambda: proxy.metric("vestibule_connections") == 0)
         self.assertIn("a OK", self.s_client(proxy, "-tls1_2"))
 
     def test_a_handshake_that_is_cut_off(self):
@@ -180,7 +180,7 @@ class Handshakes(Policy):
                         answer += got
                 # Only a whole message is answered, by the server's own.
                 self.assertEqual(answer[:1], b"\x16" if cut == len(first) else b"", f"{cut}: {answer[:20]}")
-        wait_for("the sessions to end", lambda: proxy.metric("vestibule_sessions") == 1)
+        wait_for("the sessions to end", lambda: proxy.metric("vestibule_connections") == 1)
         self.assertEqual(proxy.metric("vestibule_failures_total", reason="handshake"), 2 * len(cuts))
         self.assertRegex(neighbour.command("b", "NOOP")[-1], b"^b OK")
 

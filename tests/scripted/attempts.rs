@@ -167,7 +167,7 @@ async fn a_password_that_an_auth_server_denies_is_a_failed_login() {
             assert_eq!(client.line().await, "* BYE Authentication failed.");
             client.assert_closed().await;
         }
-        assert_eq!(metric(&proxy, "vestibule_guard_entries", &["table=\"failed_logins\""]), 1.0, "{wait}");
+        assert_eq!(metric(&proxy, "vestibule_admission_entries", &["table=\"failed_logins\""]), 1.0, "{wait}");
     }
 }
 

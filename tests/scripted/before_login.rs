@@ -20,7 +20,7 @@ async fn with_silent_server(limits: &str) -> (Running, TcpListener) {
 }
 
 fn places(proxy: &Running) -> f64 {
-    metric(proxy, "vestibule_guard_entries", &["table=\"before_login\""])
+    metric(proxy, "vestibule_admission_entries", &["table=\"before_login\""])
 }
 
 fn memory(proxy: &Running) -> f64 {
@@ -37,7 +37,7 @@ async fn logins_under_way_count_and_beyond_the_limit_new_connections_are_refused
         client.send("a LOGIN alice secret\r\n").await;
         logins.push(client);
     }
-    eventually("the logins", || metric(&proxy, "vestibule_sessions", &[]) == f64::from(LIMIT)).await;
+    eventually("the logins", || metric(&proxy, "vestibule_connections", &[]) == f64::from(LIMIT)).await;
     let mut refused = 0_u32;
     for _ in 0..20 {
         let mut client = Client::silent(proxy.listeners()[0]).await;
@@ -55,7 +55,7 @@ async fn logins_under_way_count_and_beyond_the_limit_new_connections_are_refused
     }
     assert!(refused >= 15, "{refused} refused");
     assert_eq!(metric(&proxy, "vestibule_connections_refused_total", &["reason=\"before_login\""]), f64::from(refused));
-    eventually("the refused to be gone", || metric(&proxy, "vestibule_sessions", &[]) == f64::from(LIMIT)).await;
+    eventually("the refused to be gone", || metric(&proxy, "vestibule_connections", &[]) == f64::from(LIMIT)).await;
     assert_eq!(places(&proxy), f64::from(LIMIT), "the gauge shows all that are open");
     proxy.stop().await;
 }

@@ -111,7 +111,7 @@ async fn deadlines_before_login() {
     no_hello.assert_closed().await;
     eventually("the counts", || failures(&proxy, "login_deadline") == 2.0 && failures(&proxy, "handshake") == 1.0)
         .await;
-    assert_eq!(metric(&proxy, "vestibule_sessions", &[]), 0.0);
+    assert_eq!(metric(&proxy, "vestibule_connections", &[]), 0.0);
 }
 
 #[tokio::test]
@@ -139,7 +139,7 @@ async fn no_room_left() {
     assert_eq!(third.line().await, "* BYE [UNAVAILABLE] Too many connections, try again later.");
     assert_eq!(metric(&proxy, "vestibule_connections_refused_total", &["reason=\"full\""]), 1.0);
     drop(first);
-    eventually("room", || metric(&proxy, "vestibule_sessions", &[]) == 1.0).await;
+    eventually("room", || metric(&proxy, "vestibule_connections", &[]) == 1.0).await;
     Client::connect(proxy.listeners()[0]).await;
 }
 
@@ -166,7 +166,7 @@ async fn a_client_that_resets_at_once_ends_alone() {
     }
     let mut neighbour = Client::connect(proxy.listeners()[0]).await;
     assert!(neighbour.ask("a LOGIN alice secret").await.starts_with("a OK"));
-    eventually("the others to be gone", || metric(&proxy, "vestibule_sessions", &[]) == 1.0).await;
+    eventually("the others to be gone", || metric(&proxy, "vestibule_connections", &[]) == 1.0).await;
     proxy.stop().await;
 }
 

@@ -143,7 +143,7 @@ async fn a_name_that_leads_back_to_the_proxy_is_not_followed() {
     );
     let proxy = crate::support::start(&text).await;
     assert!(logs_in(proxy.listeners()[0]).await.starts_with("a NO [UNAVAILABLE]"));
-    assert_eq!(metric(&proxy, "vestibule_sessions_total", &[]), 1.0, "it did not connect to itself");
+    assert_eq!(metric(&proxy, "vestibule_connections_total", &[]), 1.0, "it did not connect to itself");
     assert!(metric(&proxy, "vestibule_failures_total", &["reason=\"loop\""]) >= 1.0);
 }
 

@@ -58,7 +58,7 @@ async fn refused(source: &str, proxy: &Running, bye: &str) {
 }
 
 fn entries(proxy: &Running, table: &str) -> f64 {
-    metric(proxy, "vestibule_guard_entries", &[&format!("table=\"{table}\"")])
+    metric(proxy, "vestibule_admission_entries", &[&format!("table=\"{table}\"")])
 }
 
 fn turned_away(proxy: &Running, reason: &str) -> f64 {
@@ -118,10 +118,10 @@ async fn a_flood_of_silent_connections_keeps_nobody_out() {
         flood.push(from("127.0.0.2", &proxy).await);
     }
     // All came before the client, as far as the proxy knows: in the kernel's queues they may overtake each other.
-    eventually("the flood", || metric(&proxy, "vestibule_sessions_total", &[]) == 200.0).await;
+    eventually("the flood", || metric(&proxy, "vestibule_connections_total", &[]) == 200.0).await;
     let mut client = greeted("127.0.0.1", &proxy).await;
     assert!(client.ask("a LOGIN alice@good.test x").await.starts_with("a OK"));
-    eventually("the flood to be shed", || metric(&proxy, "vestibule_sessions", &[]) <= 11.0).await;
+    eventually("the flood to be shed", || metric(&proxy, "vestibule_connections", &[]) <= 11.0).await;
     assert!(metric(&proxy, "vestibule_failures_total", &["reason=\"shed\""]) >= 190.0);
     proxy.stop().await;
 }
@@ -353,6 +353,6 @@ async fn a_reload_replaces_limits_and_forgets_nobody() {
     let fourth = greeted("127.0.0.1", &proxy).await;
     drop((first, second, third, fourth));
     eventually("all to leave", || entries(&proxy, "sessions") == 0.0).await;
-    eventually("all to leave", || metric(&proxy, "vestibule_sessions", &[]) == 0.0).await;
+    eventually("all to leave", || metric(&proxy, "vestibule_connections", &[]) == 0.0).await;
     proxy.stop().await;
 }

@@ -563,7 +563,7 @@ async fn nobody_is_served_twice_or_by_the_wrong_one_whatever_happens() {
     assert!(counts.cut_off.load(Ordering::SeqCst) > 0);
     // Nothing is left, and everybody is let in again.
     operator.calm().await;
-    for gauge in ["vestibule_sessions", "vestibule_backend_sessions", "vestibule_server_sessions"] {
+    for gauge in ["vestibule_connections", "vestibule_backend_sessions", "vestibule_server_sessions"] {
         eventually(gauge, || metric(&operator.proxy, gauge, &[]) == 0.0).await;
     }
     assert_eq!(operator.proxy.sessions().count(|_| true), 0);

@@ -218,7 +218,7 @@ fn logins(proxy: &Running, outcome: &str) -> f64 {
 }
 
 async fn all_sessions_ended(proxy: &Running) {
-    eventually("the end of the session", || metric(proxy, "vestibule_sessions", &[]) == 0.0).await;
+    eventually("the end of the session", || metric(proxy, "vestibule_connections", &[]) == 0.0).await;
 }
 
 const XOAUTH2: (&str, &str) = ("XOAUTH2", "user=alice\x01auth=Bearer wrong\x01\x01");

@@ -162,7 +162,7 @@ async fn no_header_or_a_wrong_one_closes_without_a_word() {
             client.send(said).await;
             client.assert_closed().await;
             eventually("the count", || refused(&proxy) == before + 1.0).await;
-            assert!(proxy.metrics().render().contains("vestibule_sessions"), "case {number}");
+            assert!(proxy.metrics().render().contains("vestibule_connections"), "case {number}");
         }
     }
     // A peer that leaves in the middle is not waited for.
@@ -170,7 +170,7 @@ async fn no_header_or_a_wrong_one_closes_without_a_word() {
     client.send(&binary[..20]).await;
     drop(client);
     eventually("the count", || refused(&proxy) == 22.0).await;
-    assert_eq!(metric(&proxy, "vestibule_sessions", &[]), 0.0);
+    assert_eq!(metric(&proxy, "vestibule_connections", &[]), 0.0);
 }
 
 #[tokio::test]
@@ -214,7 +214,7 @@ async fn a_balancer_that_looks_whether_we_live_is_no_failure() {
     let mut check = Client::silent(proxy.listeners()[2]).await;
     check.send(local_2()).await;
     drop(check);
-    eventually("the end", || metric(&proxy, "vestibule_sessions", &[]) == 0.0).await;
+    eventually("the end", || metric(&proxy, "vestibule_connections", &[]) == 0.0).await;
     assert_eq!(metric(&proxy, "vestibule_failures_total", &[]), 0.0);
 }
 

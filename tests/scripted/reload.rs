@@ -67,7 +67,7 @@ async fn logins_go_where_the_new_configuration_says_and_sessions_stay() {
     assert_eq!(metric(&scene.proxy, "vestibule_reloads_total", &["loaded"]), 20.0);
     assert_eq!(metric(&scene.proxy, "vestibule_backend_sessions", &[]), 1.0, "counts go on");
     drop((before, waiting, after));
-    eventually("the end", || metric(&scene.proxy, "vestibule_sessions", &[]) == 0.0).await;
+    eventually("the end", || metric(&scene.proxy, "vestibule_connections", &[]) == 0.0).await;
     scene.proxy.stop().await;
 }
 
@@ -235,7 +235,7 @@ async fn a_hundred_reloads_lose_no_session_and_no_byte() {
         assert!(in_time("a speaker", speaker).await.unwrap() > 0);
     }
     eventually("the end", || {
-        metric(&scene.proxy, "vestibule_sessions", &[]) == 0.0
+        metric(&scene.proxy, "vestibule_connections", &[]) == 0.0
             && metric(&scene.proxy, "vestibule_backend_sessions", &[]) == 0.0
     })
     .await;

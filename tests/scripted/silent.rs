@@ -5,7 +5,7 @@ use vestibule::server::Running;
 use crate::support::*;
 
 async fn silence(proxy: &Running, sessions: f64) {
-    eventually("silence", || metric(proxy, "vestibule_silent_sessions", &[]) == sessions).await;
+    eventually("silence", || metric(proxy, "vestibule_parked_sessions", &[]) == sessions).await;
 }
 
 #[tokio::test]

@@ -63,12 +63,12 @@ async fn scene(more: &str) -> (Running, Mortal, Vec<Client>) {
         assert!(client.ask(&format!("a LOGIN user{number} secret")).await.starts_with("a OK"));
         clients.push(client);
     }
-    eventually("silence", || metric(&proxy, "vestibule_silent_sessions", &[]) == SESSIONS as f64).await;
+    eventually("silence", || metric(&proxy, "vestibule_parked_sessions", &[]) == SESSIONS as f64).await;
     (proxy, server, clients)
 }
 
 fn kept(proxy: &Running) -> f64 {
-    metric(proxy, "vestibule_server_clients_kept", &[])
+    metric(proxy, "vestibule_server_disconnects_pending", &[])
 }
 
 #[tokio::test]
@@ -86,14 +86,14 @@ async fn clients_of_a_server_that_dies_are_closed_one_by_one() {
     eventually("clients that are kept", || kept(&proxy) > SESSIONS as f64 / 2.0).await;
     // The server has none of them any more, though they are still connected.
     eventually("no session on the server", || metric(&proxy, "vestibule_server_sessions", &[]) == 0.0).await;
-    assert!(metric(&proxy, "vestibule_sessions", &[]) > SESSIONS as f64 / 2.0);
+    assert!(metric(&proxy, "vestibule_connections", &[]) > SESSIONS as f64 / 2.0);
     let mut times = in_time("all ends", closing.join_all()).await;
     times.sort();
     // 40 over three seconds: each 75 ms after the one before. A busy machine makes them later, never earlier.
     for (place, time) in times.iter().enumerate().skip(2) {
         assert!(*time >= Duration::from_millis(75 * place as u64 - 75), "{place}: {time:?}");
     }
-    eventually("the end", || metric(&proxy, "vestibule_sessions", &[]) == 0.0).await;
+    eventually("the end", || metric(&proxy, "vestibule_connections", &[]) == 0.0).await;
     assert_eq!(kept(&proxy), 0.0);
     assert_eq!(metric(&proxy, "vestibule_failures_total", &["reason=\"server_gone\""]), (SESSIONS - 2) as f64);
     proxy.stop().await;
@@ -115,7 +115,7 @@ async fn who_speaks_leaves_or_is_told_to_is_not_kept() {
     kicked.assert_closed().await;
     eventually("three fewer", || kept(&proxy) <= before - 3.0).await;
     drop((clients, speaker, kicked));
-    eventually("the end", || metric(&proxy, "vestibule_sessions", &[]) == 0.0).await;
+    eventually("the end", || metric(&proxy, "vestibule_connections", &[]) == 0.0).await;
     assert_eq!(kept(&proxy), 0.0);
     proxy.stop().await;
 }
@@ -164,7 +164,7 @@ async fn a_user_whose_session_was_cut_off_may_log_in_at_once() {
         assert!(client.ask(&format!("a LOGIN user{number} secret")).await.starts_with("a OK"));
         clients.push(client);
     }
-    eventually("silence", || metric(&proxy, "vestibule_silent_sessions", &[]) == SESSIONS as f64).await;
+    eventually("silence", || metric(&proxy, "vestibule_parked_sessions", &[]) == SESSIONS as f64).await;
     let server = format!("server=\"{}\"", dying.address);
     let on_dying = || metric(&proxy, "vestibule_server_sessions", &[&server]);
     let cut_off = on_dying() as usize;

@@ -1,11 +1,11 @@
-//! What the guard remembers, read when somebody looks, so that nothing is counted twice on the way of a login; and words
-//! for what the policy service says.
+//! Metrics of admission, which are read when metrics are collected and so cost logins nothing, and labels of the authentication
+//! policy service.
 
 use prometheus::core::{Collector, Desc};
 use prometheus::proto::MetricFamily;
 use prometheus::{IntGauge, IntGaugeVec};
 
-/// Gauges that are read from the guard whenever they are collected.
+/// Gauges that are read from admission whenever metrics are collected.
 pub(super) struct Measured<E, M> {
     pub(super) entries: IntGaugeVec,
     pub(super) memory: IntGauge,
@@ -32,20 +32,19 @@ where
     }
 }
 
-/// What the policy service is asked or told.
+/// A command to the policy service.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum PolicyCommand {
-    /// Whether a login may be tried.
+    /// Asks whether a login is allowed.
     Allow,
-    /// How it ended.
+    /// Reports the outcome of a login.
     Report,
 }
 
 impl PolicyCommand {
     pub(super) const ALL: [Self; 2] = [Self::Allow, Self::Report];
 
-    /// Label text.
-    pub fn as_str(self) -> &'static str {
+    pub(crate) fn as_str(self) -> &'static str {
         match self {
             Self::Allow => "allow",
             Self::Report => "report",
@@ -53,24 +52,23 @@ impl PolicyCommand {
     }
 }
 
-/// What it says.
+/// An answer of the policy service.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum PolicyAnswer {
-    /// Go on; a report is taken.
+    /// The login is allowed, or the report was accepted.
     Allowed,
-    /// Go on, later.
+    /// The login is allowed after a delay.
     Delayed,
-    /// Do not.
+    /// The login is denied.
     Denied,
-    /// Nothing that can be used.
+    /// No valid answer was received.
     Failed,
 }
 
 impl PolicyAnswer {
     pub(super) const ALL: [Self; 4] = [Self::Allowed, Self::Delayed, Self::Denied, Self::Failed];
 
-    /// Label text.
-    pub fn as_str(self) -> &'static str {
+    pub(crate) fn as_str(self) -> &'static str {
         match self {
             Self::Allowed => "allowed",
             Self::Delayed => "delayed",
