@@ -1,6 +1,6 @@
 //! What a table of many users costs: time to load, memory once loaded, time of a look-up.
 //!
-//! `cargo bench --bench tables` makes tables of a thousand, a million and ten million users in random order in a temporary
+//! `cargo bench --profile dist --bench tables` makes tables of a thousand, a million and ten million users in random order in a temporary
 //! folder, loads each in a process of its own, and looks up names at random, known and unknown. The memory is that of the
 //! loaded table alone: anonymous pages now, less those before it was loaded.
 

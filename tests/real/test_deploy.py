@@ -53,8 +53,11 @@ class Deploy(unittest.TestCase):
         text = (REPOSITORY / "deploy/Dockerfile").read_text()
         sources = [source for line in re.findall(r"^COPY (?!--from)(.*)$", text, re.M) for source in line.split()[:-1]]
         self.assertGreaterEqual(len(sources), 4)
+        # Everything else is ignored, so that the build stage gets only what it needs.
+        sent = (REPOSITORY / "deploy/Dockerfile.dockerignore").read_text().splitlines()
         for source in sources:
             self.assertTrue((REPOSITORY / source).exists(), source)
+            self.assertIn(f"!{source}", sent)
         # What Cargo.toml names must be in the build stage, or cargo refuses to begin.
         for path in re.findall(r'^path = "(.*)"', (REPOSITORY / "Cargo.toml").read_text(), re.M):
             self.assertTrue(any(path.startswith(source) for source in sources), path)
