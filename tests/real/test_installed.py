@@ -7,7 +7,7 @@ import subprocess
 import unittest
 
 from fixtures import PATIENCE, REPOSITORY, VESTIBULE, Certificates, Folder, Process, program, wait_for
-from machine import Machine
+from systemd_container import Machine
 
 CONFIGURATION = """
 listeners:
