@@ -11,7 +11,7 @@ import threading
 import unittest
 
 from fixtures import Certificates, Folder, Proxy, wait_for
-from mail import Raw
+from imap_client import Raw
 from tls_interop import Peer
 
 MIB = 1 << 20

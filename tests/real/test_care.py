@@ -7,7 +7,7 @@ import threading
 import unittest
 
 from fixtures import PATIENCE, VESTIBULE, Certificates, Dovecot, Folder, Proxy, wait_for
-from mail import Raw
+from imap_client import Raw
 
 USERS = {f"user{number}@example.org": "secret" for number in range(12)}
 TEMPLATE = """

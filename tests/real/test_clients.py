@@ -7,7 +7,7 @@ import subprocess
 import unittest
 
 from fixtures import PASSWORDS, PATIENCE, Certificates, Dovecot, Folder, Proxy, program
-from mail import message
+from imap_client import message
 
 ALICE, BOB = "alice@example.org", "bob@example.net"
 

@@ -10,7 +10,7 @@ import unittest
 import zlib
 
 from fixtures import Certificates, Courier, Cyrus, Dovecot, Folder, Proxy
-from mail import Raw, context, message
+from imap_client import Raw, context, message
 
 USER, PASSWORD = "alice@example.org", "wonderland"
 MULTIPART = (b"From: a@example.org\r\nTo: b@example.org\r\nSubject: =?utf-8?q?p=C3=A4rts?=\r\nMIME-Version: 1.0\r\n"

@@ -11,7 +11,7 @@ import subprocess
 import unittest
 
 from fixtures import PASSWORDS, PATIENCE, Certificates, Dovecot, Folder, Proxy, free_port, program, wait_for
-from mail import Raw, context
+from imap_client import Raw, context
 
 ALICE, BOB, CAROL = "alice@example.org", "bob@example.net", "carol@example.org"
 KEY = b"the key that signs tokens"

@@ -10,7 +10,7 @@ import urllib.request
 from pathlib import Path
 
 from fixtures import Certificates, Dovecot, Folder, Proxy, wait_for
-from mail import Raw, context
+from imap_client import Raw, context
 
 ALICE = "alice@example.org"
 CONFIGURATION = """

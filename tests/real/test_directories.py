@@ -8,7 +8,7 @@ import unittest
 
 import directories
 from fixtures import PASSWORDS, PATIENCE, Certificates, Dovecot, Folder, Proxy, free_port, wait_for
-from mail import Raw
+from imap_client import Raw
 
 ALICE, BOB, CAROL = "alice@example.org", "bob@example.net", "carol@example.org"
 # Who would be found if any of these were not only a name.

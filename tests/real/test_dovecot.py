@@ -7,7 +7,7 @@ import signal
 import unittest
 
 from fixtures import PASSWORDS, Certificates, Dovecot, Folder, Proxy, wait_for
-from mail import Raw, connect, context, message, subjects
+from imap_client import Raw, connect, context, message, subjects
 
 ALICE, BOB, CAROL = "alice@example.org", "bob@example.net", "carol@example.org"
 TEMPLATE = """

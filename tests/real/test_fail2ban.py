@@ -8,7 +8,7 @@ import subprocess
 import unittest
 
 from fixtures import PATIENCE, REPOSITORY, Certificates, Dovecot, Folder, Proxy, free_port, program
-from mail import Raw
+from imap_client import Raw
 
 FILTER = REPOSITORY / "deploy/fail2ban/filter.d/vestibule.conf"
 # Names that would name somebody else, were a filter careless.

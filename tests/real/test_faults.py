@@ -18,7 +18,7 @@ import time
 import unittest
 
 from fixtures import PATIENCE, REPOSITORY, VESTIBULE, Certificates, Dovecot, Folder, Process, Proxy, answers, program, wait_for
-from mail import ALICE, BOB, LOGIN, Raw, session
+from imap_client import ALICE, BOB, LOGIN, Raw, session
 
 CONFIGURATION = """
 listeners: [{{address: "127.0.0.1:{{plain}}", tls: none}}]

@@ -19,7 +19,7 @@ import urllib.request
 from pathlib import Path
 
 from fixtures import PATIENCE, VESTIBULE, Certificates, Folder, Process, answers, free_port, program, wait_for
-from mail import Raw
+from imap_client import Raw
 
 CONFIGURATION = """
 listeners: {listeners}

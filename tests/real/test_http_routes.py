@@ -9,7 +9,7 @@ import unittest
 
 from directories import Directory
 from fixtures import PASSWORDS, PATIENCE, Certificates, Folder, Proxy, free_port, program, wait_for
-from mail import Raw, context
+from imap_client import Raw, context
 from responder import Responder
 from test_directories import ALICE, BOB, CAROL, AnyServer, Client, Directories
 

@@ -7,7 +7,7 @@ import unittest
 from pathlib import Path
 
 from fixtures import CACHE, PASSWORDS, PATIENCE, program
-from mail import message
+from imap_client import message
 from test_credentials import ALICE, BOB, Servers, token
 
 LIBRARY = CACHE / "imapflow"

@@ -10,7 +10,7 @@ import time
 import unittest
 
 from fixtures import PATIENCE, VESTIBULE, Certificates, Dovecot, Folder, Process, Proxy, program, wait_for
-from mail import ALICE, LOGIN, Raw
+from imap_client import ALICE, LOGIN, Raw
 
 SERVER = """
 import socket, threading

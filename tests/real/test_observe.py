@@ -10,7 +10,7 @@ import urllib.request
 
 import directories
 from fixtures import PATIENCE, REPOSITORY, Certificates, Dovecot, Folder, Process, Proxy, free_port, program, wait_for
-from mail import Raw, connect, message
+from imap_client import Raw, connect, message
 
 DASHBOARDS = REPOSITORY / "dashboards"
 # Grafana fills these in; $__rate_interval is four scrapes.

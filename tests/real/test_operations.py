@@ -12,7 +12,7 @@ import unittest
 from pathlib import Path
 
 from fixtures import PATIENCE, VESTIBULE, Certificates, Dovecot, Folder, Process, Proxy, answers, free_port, program, wait_for
-from mail import ALICE, BOB, LOGIN, Raw, session
+from imap_client import ALICE, BOB, LOGIN, Raw, session
 
 CONFIGURATION = """
 listeners: [{{address: "127.0.0.1:{{plain}}", tls: none}}]

@@ -3,7 +3,7 @@
 import unittest
 
 from fixtures import PASSWORDS, Courier, Cyrus, Proxy
-from mail import Raw, connect, message, subjects
+from imap_client import Raw, connect, message, subjects
 
 
 class OtherServers(unittest.TestCase):

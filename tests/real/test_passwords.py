@@ -7,7 +7,7 @@ import base64
 import unittest
 
 from fixtures import Certificates, Courier, Cyrus, Dovecot, Folder, Proxy
-from mail import Raw
+from imap_client import Raw
 
 PASSWORDS = {
     "quote@example.org": 'qu"ote',

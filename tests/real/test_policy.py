@@ -5,7 +5,7 @@ import time
 import unittest
 
 from fixtures import PASSWORDS, Certificates, Dovecot, Folder, Proxy, wait_for
-from mail import Raw
+from imap_client import Raw
 from relay import Relay
 from responder import Responder
 

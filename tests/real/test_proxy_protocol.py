@@ -4,7 +4,7 @@ import re
 import unittest
 
 from fixtures import PASSWORDS, Certificates, Dovecot, Folder, Process, Proxy, answers, free_port, program, wait_for
-from mail import Raw, context
+from imap_client import Raw, context
 
 ALICE = "alice@example.org"
 

@@ -3,7 +3,7 @@
 import unittest
 
 from fixtures import Certificates, Dovecot, Folder, Proxy
-from mail import ALICE, LOGIN, Raw, session
+from imap_client import ALICE, LOGIN, Raw, session
 
 TEMPLATE = """
 listeners: [{{address: "127.0.0.1:{{plain}}", tls: none}}]

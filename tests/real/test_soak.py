@@ -19,7 +19,7 @@ import time
 import unittest
 
 from fixtures import PATIENCE, VESTIBULE, Certificates, Dovecot, Folder, Proxy, wait_for
-from mail import connect
+from imap_client import connect
 
 LENGTH = float(os.environ.get("VESTIBULE_SOAK_MINUTES") or 0.4) * 60
 CLIENTS = 8

@@ -8,7 +8,7 @@ import socket
 import unittest
 
 from fixtures import PATIENCE, program, wait_for
-from mail import Raw
+from imap_client import Raw
 from tls_interop import (BIG, PACKAGES, SUITES, Peer, Scene, Tool, digest, each_suite, gnutls_priority, nss_database, take_directly)
 
 

@@ -11,7 +11,7 @@ import subprocess
 import unittest
 
 from fixtures import PASSWORDS, PATIENCE, Certificates, Dovecot, Folder, Proxy, program, wait_for
-from mail import Raw, context
+from imap_client import Raw, context
 from tls_interop import Tool
 
 ALICE = "alice@example.org"

@@ -7,7 +7,7 @@ import subprocess
 import unittest
 
 from fixtures import PATIENCE, VESTIBULE, Certificates, Dovecot, Folder, Proxy, program, wait_for
-from mail import ALICE, LOGIN, Raw, context
+from imap_client import ALICE, LOGIN, Raw, context
 
 
 def openssl(*words):

@@ -6,7 +6,7 @@ import socket
 import unittest
 
 from fixtures import PASSWORDS, PATIENCE, wait_for
-from mail import context
+from imap_client import context
 from tls_interop import ALICE, BIG, PACKAGES, SUITES, Conversation, Peer, Scene, digest, each_suite, take_directly
 
 

@@ -6,7 +6,7 @@ import socket
 import unittest
 
 from fixtures import PASSWORDS, PATIENCE, wait_for
-from mail import context
+from imap_client import context
 from tls_interop import ALICE, SUITES, Conversation, Middleman, Peer, Scene
 
 UNEXPECTED, BAD_MAC, OVERFLOW = 10, 20, 22

@@ -17,7 +17,7 @@ import threading
 from pathlib import Path
 
 from fixtures import PASSWORDS, PATIENCE, Certificates, Dovecot, Folder, Process, Proxy, program, wait_for
-from mail import Raw, message
+from imap_client import Raw, message
 
 SOURCES = Path(__file__).parent / "tls_peers"
 PACKAGES = {"openssl": ["openssl"], "gnutls": ["gnutls"], "nss": ["nss"]}
