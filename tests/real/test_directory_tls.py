@@ -6,7 +6,7 @@ import unittest
 
 import directories
 from fixtures import PASSWORDS, REPOSITORY, Certificates, Folder, Proxy, program
-from relay import Fixed, Relay
+from tcp_peers import Fixed, Relay
 from responder import Responder
 from test_directories import ALICE, Client, Directories
 

@@ -6,7 +6,7 @@ import unittest
 
 from fixtures import PASSWORDS, Certificates, Dovecot, Folder, Proxy, wait_for
 from imap_client import Raw
-from relay import Relay
+from tcp_peers import Relay
 from responder import Responder
 
 ALICE, BOB = "alice@example.org", "bob@example.net"
