@@ -10,7 +10,7 @@ import directories
 import test_directories
 from fixtures import PASSWORDS, free_port, program, wait_for
 from tcp_peers import Relay
-from responder import Responder
+from http_service import Responder
 from test_directories import ALICE, BOB, Client, Directories
 from test_http_routes import BASE, Nginx
 

@@ -7,7 +7,7 @@ import unittest
 import directories
 from fixtures import PASSWORDS, REPOSITORY, Certificates, Folder, Proxy, program
 from tcp_peers import Fixed, Relay
-from responder import Responder
+from http_service import Responder
 from test_directories import ALICE, Client, Directories
 
 TEMPLATE = """

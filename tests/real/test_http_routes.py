@@ -10,7 +10,7 @@ import unittest
 from directories import Directory
 from fixtures import PASSWORDS, PATIENCE, Certificates, Folder, Proxy, free_port, program, wait_for
 from imap_client import Raw, context
-from responder import Responder
+from http_service import Responder
 from test_directories import ALICE, BOB, CAROL, AnyServer, Client, Directories
 
 

@@ -7,7 +7,7 @@ import unittest
 from fixtures import PASSWORDS, Certificates, Dovecot, Folder, Proxy, wait_for
 from imap_client import Raw
 from tcp_peers import Relay
-from responder import Responder
+from http_service import Responder
 
 ALICE, BOB = "alice@example.org", "bob@example.net"
 NONCE = "a salt for tests"
