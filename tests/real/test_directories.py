@@ -6,7 +6,7 @@ import threading
 import time
 import unittest
 
-import directories
+import directory_servers
 from fixtures import PASSWORDS, PATIENCE, Certificates, Dovecot, Folder, Proxy, free_port, wait_for
 from imap_client import Raw
 
@@ -260,7 +260,7 @@ class WithTls:
 class PostgreSql(WithTls, AnyServer, unittest.TestCase):
     @classmethod
     def make(cls):
-        return directories.Postgres(cls.certificates)
+        return directory_servers.Postgres(cls.certificates)
 
     def route(self):
         return ["sql", f"url: postgres://vestibule@localhost:{self.directory.port}/postgres", "password_file: password",
@@ -297,7 +297,7 @@ class PostgreSql(WithTls, AnyServer, unittest.TestCase):
 class MariaDb(WithTls, AnyServer, unittest.TestCase):
     @classmethod
     def make(cls):
-        return directories.MariaDb(cls.certificates)
+        return directory_servers.MariaDb(cls.certificates)
 
     def route(self):
         return ["sql", f"url: mariadb://vestibule@localhost:{self.directory.port}/mail", "password_file: password",
@@ -307,7 +307,7 @@ class MariaDb(WithTls, AnyServer, unittest.TestCase):
 class Sqlite(AnyDirectory, unittest.TestCase):
     @classmethod
     def make(cls):
-        return directories.Sqlite()
+        return directory_servers.Sqlite()
 
     def route(self):
         return ["sql", f"url: sqlite://{self.directory.file}", 'query: SELECT * FROM mailbox WHERE name = %{user}']
@@ -319,7 +319,7 @@ class OpenLdap(WithTls, AnyServer, unittest.TestCase):
 
     @classmethod
     def make(cls):
-        return directories.OpenLdap(cls.certificates)
+        return directory_servers.OpenLdap(cls.certificates)
 
     def route(self):
         attributes = ", ".join(f"{field}: {name}" for field, name in self.directory.ATTRIBUTES.items())
@@ -352,7 +352,7 @@ class OpenLdap(WithTls, AnyServer, unittest.TestCase):
 class Redis(AnyServer, unittest.TestCase):
     @classmethod
     def make(cls):
-        return directories.Redis(cls.certificates)
+        return directory_servers.Redis(cls.certificates)
 
     def route(self):
         return ["redis", f"url: redis://localhost:{self.directory.port}/0", "password_file: password",
@@ -399,10 +399,10 @@ class Redis(AnyServer, unittest.TestCase):
         self.answers(self.proxy(), CAROL, "NO [UNAVAILABLE]")
 
     def test_sentinels_name_the_next_master(self):
-        replica = directories.Redis(extra=["--replicaof", "127.0.0.1", str(self.directory.port)])
+        replica = directory_servers.Redis(extra=["--replicaof", "127.0.0.1", str(self.directory.port)])
         self.addCleanup(replica.close)
         wait_for("the replica", lambda: replica.command("GET", f"mailbox:{ALICE}") == "shard-a")
-        sentinel = directories.Sentinel(self.directory)
+        sentinel = directory_servers.Sentinel(self.directory)
         self.addCleanup(sentinel.close)
         wait_for("the Sentinel", lambda: "num-slaves\n1" in sentinel.command("SENTINEL", "MASTER", "mail"))
         self.route = lambda: ["redis", f'sentinels: ["redis://localhost:{sentinel.port}"]', "master: mail",
@@ -420,14 +420,14 @@ class Redis(AnyServer, unittest.TestCase):
         for _ in range(3):
             # The port of the cluster's own talk would be 10,000 higher, which there may not be.
             settings = ["--cluster-enabled", "yes", "--cluster-node-timeout", "2000", "--cluster-port", str(free_port())]
-            nodes.append(directories.Redis(extra=settings))
+            nodes.append(directory_servers.Redis(extra=settings))
             self.addCleanup(nodes[-1].close)
         addresses = [f"127.0.0.1:{node.port}" for node in nodes]
         made = nodes[0].command("--cluster", "create", *addresses, "--cluster-yes")
         self.assertIn("All 16384 slots covered", made)
         wait_for("the cluster", lambda: all("cluster_state:ok" in node.command("CLUSTER", "INFO") for node in nodes))
         for user, fields in self.rows().items():
-            self.assertEqual(nodes[0].command("-c", "SET", f"mailbox:{user}", directories.text(fields)).splitlines()[-1], "OK")
+            self.assertEqual(nodes[0].command("-c", "SET", f"mailbox:{user}", directory_servers.text(fields)).splitlines()[-1], "OK")
         urls = ", ".join(f'"redis://{address}"' for address in addresses[:2])
         self.route = lambda: ["redis", f"cluster: [{urls}]", "password_file: password", 'key: "mailbox:%{user}"']
         proxy = self.proxy()
@@ -454,7 +454,7 @@ def owns(node, slot):
 class Valkey(AnyServer, unittest.TestCase):
     @classmethod
     def make(cls):
-        return directories.Valkey()
+        return directory_servers.Valkey()
 
     def route(self):
         return ["redis", f"url: redis://localhost:{self.directory.port}/0", "password_file: password",
@@ -467,7 +467,7 @@ class Dns(AnyServer, unittest.TestCase):
 
     @classmethod
     def make(cls):
-        return directories.DnsServer()
+        return directory_servers.DnsServer()
 
     def route(self):
         return ["dns", 'txt: "%{local}._mailbox.%{domain}"', f'servers: ["127.0.0.1:{self.directory.port}"]']

@@ -6,7 +6,7 @@ import signal
 import subprocess
 import unittest
 
-import directories
+import directory_servers
 import test_directories
 from fixtures import PASSWORDS, free_port, program, wait_for
 from tcp_peers import Relay
@@ -218,7 +218,7 @@ class SentinelConnections(Connections, test_directories.Redis):
         super().setUp()
         master = self.relay(self.directory.port)
         named = type("Master", (), {"port": master.port, "PASSWORD": self.directory.PASSWORD})
-        sentinel = directories.Sentinel(named)
+        sentinel = directory_servers.Sentinel(named)
         self.addCleanup(sentinel.close)
         wait_for("the Sentinel", lambda: "flags\nmaster\n" in sentinel.command("SENTINEL", "MASTER", "mail"))
         wait_for("its connections", lambda: master.accepted >= 2)
@@ -239,14 +239,14 @@ class ClusterConnections(Connections, test_directories.Redis):
             self.relays.append(self.relay(port))
             settings = ["--cluster-enabled", "yes", "--cluster-node-timeout", "2000", "--cluster-port", str(free_port()),
                         "--cluster-announce-port", str(self.relays[-1].port)]
-            nodes.append(directories.Redis(extra=settings, port=port))
+            nodes.append(directory_servers.Redis(extra=settings, port=port))
             self.addCleanup(nodes[-1].close)
         addresses = [f"127.0.0.1:{node.port}" for node in nodes]
         made = nodes[0].command("--cluster", "create", *addresses, "--cluster-yes")
         self.assertIn("All 16384 slots covered", made)
         wait_for("the cluster", lambda: all("cluster_state:ok" in node.command("CLUSTER", "INFO") for node in nodes))
         for user, fields in self.rows().items():
-            self.assertEqual(nodes[0].command("-c", "SET", f"mailbox:{user}", directories.text(fields)).splitlines()[-1], "OK")
+            self.assertEqual(nodes[0].command("-c", "SET", f"mailbox:{user}", directory_servers.text(fields)).splitlines()[-1], "OK")
         urls = ", ".join(f'"redis://127.0.0.1:{relay.port}"' for relay in self.relays[:2])
         self.prepared = ["redis", f"cluster: [{urls}]", "password_file: password", 'key: "mailbox:%{user}"']
 

@@ -4,7 +4,7 @@ the route and the reason."""
 import subprocess
 import unittest
 
-import directories
+import directory_servers
 from fixtures import PASSWORDS, REPOSITORY, Certificates, Folder, Proxy, program
 from tcp_peers import Fixed, Relay
 from http_service import Responder
@@ -102,7 +102,7 @@ class PostgreSqlTls(Tls, unittest.TestCase):
 
     @classmethod
     def make(cls):
-        return directories.Postgres(cls.certificates)
+        return directory_servers.Postgres(cls.certificates)
 
     def lines(self, host, port, ca):
         return ["sql", f"url: postgres://vestibule@{host}:{port}/postgres", "password_file: password", f"ca: {ca}",
@@ -114,7 +114,7 @@ class MariaDbTls(Tls, unittest.TestCase):
 
     @classmethod
     def make(cls):
-        return directories.MariaDb(cls.certificates)
+        return directory_servers.MariaDb(cls.certificates)
 
     def lines(self, host, port, ca):
         return ["sql", f"url: mariadb://vestibule@{host}:{port}/mail", "password_file: password", f"ca: {ca}",
@@ -130,7 +130,7 @@ class OpenLdapTls(Tls, unittest.TestCase):
 
     @classmethod
     def make(cls):
-        return directories.OpenLdap(cls.certificates)
+        return directory_servers.OpenLdap(cls.certificates)
 
     def lines(self, host, port, ca):
         attributes = ", ".join(f"{field}: {name}" for field, name in self.directory.ATTRIBUTES.items())
@@ -156,7 +156,7 @@ class RedisTls(Tls, unittest.TestCase):
 
     @classmethod
     def make(cls):
-        return directories.Redis(cls.certificates)
+        return directory_servers.Redis(cls.certificates)
 
     def lines(self, host, port, ca):
         return ["redis", f"url: rediss://{host}:{port}", "password_file: password", f"ca: {ca}", 'key: "mailbox:%{user}"']

@@ -7,7 +7,7 @@ import ssl
 import time
 import unittest
 
-from directories import Directory
+from directory_servers import Directory
 from fixtures import PASSWORDS, PATIENCE, Certificates, Folder, Proxy, free_port, program, wait_for
 from imap_client import Raw, context
 from http_service import Responder

@@ -8,7 +8,7 @@ import unittest
 import urllib.parse
 import urllib.request
 
-import directories
+import directory_servers
 from fixtures import PATIENCE, REPOSITORY, Certificates, Dovecot, Folder, Process, Proxy, free_port, program, wait_for
 from imap_client import Raw, connect, message
 
@@ -74,7 +74,7 @@ class Dashboard(unittest.TestCase):
         certificates = Certificates(self.folder)
         server = Dovecot(certificates)
         self.addCleanup(server.close)
-        directory = directories.Sqlite()
+        directory = directory_servers.Sqlite()
         self.addCleanup(directory.close)
         self.folder.write("users.txt", "alice@example.org good\nbob@example.net dead\n")
         self.proxy = Proxy(f"""

@@ -9,7 +9,7 @@ import subprocess
 import time
 import unittest
 
-import directories
+import directory_servers
 from fixtures import PASSWORDS, PATIENCE, VESTIBULE, Certificates, Dovecot, Folder, Process, Proxy, free_port, program, wait_for
 from test_directories import ALICE, BOB, CAROL, Client
 
@@ -80,7 +80,7 @@ class Routes(unittest.TestCase):
         self.assertEqual(proxy.metric("vestibule_table_users", route="table"), 1)
 
     def test_kept_answers_over_a_restart(self):
-        directory = directories.Redis()
+        directory = directory_servers.Redis()
         self.addCleanup(directory.close)
         directory.row(ALICE, backend="shard-b")
         routes = (f"  - redis: {{url: 'redis://127.0.0.1:{directory.port}', password_file: password, key: 'mailbox:%{{user}}', "
