@@ -12,7 +12,7 @@ import unittest
 
 from fixtures import Certificates, Folder, Proxy, wait_for
 from imap_client import Raw
-from tls_interop import Peer
+from tls_fixtures import Peer
 
 MIB = 1 << 20
 CONFIGURATION = """

@@ -9,7 +9,7 @@ import unittest
 
 from fixtures import PATIENCE, program, wait_for
 from imap_client import Raw
-from tls_interop import (BIG, PACKAGES, SUITES, Peer, Scene, Tool, digest, each_suite, gnutls_priority, nss_database, take_directly)
+from tls_fixtures import (BIG, PACKAGES, SUITES, Peer, Scene, Tool, digest, each_suite, gnutls_priority, nss_database, take_directly)
 
 
 class Interoperability(unittest.TestCase):

@@ -12,7 +12,7 @@ import unittest
 
 from fixtures import PASSWORDS, PATIENCE, Certificates, Dovecot, Folder, Proxy, program, wait_for
 from imap_client import Raw, context
-from tls_interop import Tool
+from tls_fixtures import Tool
 
 ALICE = "alice@example.org"
 OLD = {"TLS 1.0": "-tls1", "TLS 1.1": "-tls1_1"}

@@ -7,7 +7,7 @@ import unittest
 
 from fixtures import PASSWORDS, PATIENCE, wait_for
 from imap_client import context
-from tls_interop import ALICE, BIG, PACKAGES, SUITES, Conversation, Peer, Scene, digest, each_suite, take_directly
+from tls_fixtures import ALICE, BIG, PACKAGES, SUITES, Conversation, Peer, Scene, digest, each_suite, take_directly
 
 
 class Servers(unittest.TestCase):

@@ -7,7 +7,7 @@ import unittest
 
 from fixtures import PASSWORDS, PATIENCE, wait_for
 from imap_client import context
-from tls_interop import ALICE, SUITES, Conversation, Middleman, Peer, Scene
+from tls_fixtures import ALICE, SUITES, Conversation, Middleman, Peer, Scene
 
 UNEXPECTED, BAD_MAC, OVERFLOW = 10, 20, 22
 

@@ -2,7 +2,7 @@
  * round. peer.c moves them and obeys; openssl.c, gnutls.c and nss.c each speak TLS with one library.
  *
  * Everything is told by words on the command line (`key=value`, see peer.c), and later by lines on the control socket.
- * What happens is reported on standard output, a line each; tls_interop.py reads them. */
+ * What happens is reported on standard output, a line each; tls_fixtures.py reads them. */
 #ifndef PEER_H
 #define PEER_H
 
