@@ -82,7 +82,7 @@ class Tls(Directories):
         folder = Folder()
         self.addCleanup(folder.remove)
         library = folder.path / "clock.so"
-        subprocess.run([program("cc"), "-shared", "-fPIC", "-O", "-o", library, REPOSITORY / "tests/real/clock.c"], check=True)
+        subprocess.run([program("cc"), "-shared", "-fPIC", "-O", "-o", library, REPOSITORY / "tests/real/clock_offset.c"], check=True)
         shift = folder.write("shift", str(20 * 365 * 24 * 3600))
         self.fails("the server's certificate has expired", environment={"LD_PRELOAD": str(library), "CLOCK_FILE": str(shift)})
 

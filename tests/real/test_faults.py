@@ -410,7 +410,7 @@ class Clock(Scene):
         folder = Folder()
         self.addCleanup(folder.remove)
         library = folder.path / "clock.so"
-        subprocess.run([program("cc"), "-shared", "-fPIC", "-O", "-o", library, REPOSITORY / "tests/real/clock.c"], check=True)
+        subprocess.run([program("cc"), "-shared", "-fPIC", "-O", "-o", library, REPOSITORY / "tests/real/clock_offset.c"], check=True)
         now = folder.write("now", "0")
         self.start(environment={"LD_PRELOAD": str(library), "CLOCK_FILE": str(now)})
 
