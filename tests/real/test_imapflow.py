@@ -8,7 +8,7 @@ from pathlib import Path
 
 from fixtures import CACHE, PASSWORDS, PATIENCE, program
 from imap_client import message
-from test_credentials import ALICE, BOB, Servers, token
+from test_authentication import ALICE, BOB, Servers, token
 
 LIBRARY = CACHE / "imapflow"
 CLIENT = Path(__file__).with_name("imapflow") / "client.mjs"
