@@ -1,5 +1,5 @@
 /* Moves the wall clock of one process by the seconds that stand in the file $CLOCK_FILE; time that only passes is left alone.
-   Preloaded by test_faults.py. (libfaketime allocates while it starts, and an allocator that asks for the time then waits for
+   Preloaded by test_fault_injection.py. (libfaketime allocates while it starts, and an allocator that asks for the time then waits for
    itself.) */
 #define _GNU_SOURCE
 #include <fcntl.h>
