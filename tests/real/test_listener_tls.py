@@ -148,7 +148,7 @@ class Handshakes(Policy):
                     self.assertIn("a OK", said)
 
     def test_renegotiation_before_login(self):
-        """After it, see test_tls_interop.py."""
+        """After it, see test_tls_interop_clients.py."""
         proxy = self.proxy()
         client = Tool([program("openssl"), "s_client", "-brief", "-CAfile", str(self.certificates.ca), "-tls1_2", "-connect",
                        f"127.0.0.1:{proxy.ports['tls']}"])

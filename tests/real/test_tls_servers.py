@@ -77,7 +77,7 @@ class Servers(unittest.TestCase):
                         server.reports("close_notify")
 
     def test_key_updates_of_the_server(self):
-        # How often, in bytes: as the clients' in test_tls_interop.py.
+        # How often, in bytes: as the clients' in test_tls_interop_clients.py.
         every = {("openssl", 0): 1_000_000, ("openssl", 1): 1_000_000, ("gnutls", 0): 1_000_000, ("gnutls", 1): 8_000_000,
                  ("nss", 0): 1_000_000, ("nss", 1): 1_000_000}
         for (library, request), every in every.items():
