@@ -1,7 +1,7 @@
 """Clients whose TLS is not ours, after the login: OpenSSL, GnuTLS and NSS, on long transfers both ways, with key updates,
 padding, odd record sizes, every way to close, and renegotiation.
 
-What their servers do is in test_tls_interop_servers.py, what no library would send in test_tls_wrong.py.
+What their servers do is in test_tls_interop_servers.py, what no library would send in test_tls_invalid_records.py.
 """
 
 import socket
