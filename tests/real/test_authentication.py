@@ -149,7 +149,7 @@ class Servers:
 
 
 class Credentials(Servers, unittest.TestCase):
-    def test_what_all_backends_have_is_offered(self):
+    def test_mechanisms_of_all_backends_are_advertised(self):
         proxy = self.ready(self.proxy())
         self.assertEqual(self.offered(proxy),
                          {"PLAIN", "LOGIN", "XOAUTH2", "OAUTHBEARER", "SCRAM-SHA-1", "SCRAM-SHA-256"})
@@ -162,7 +162,7 @@ class Credentials(Servers, unittest.TestCase):
         self.assertEqual(self.offered(proxy), {"PLAIN", "XOAUTH2"})
         self.assertIn(b"LOGINDISABLED", self.greeting)
 
-    def test_tokens_by_curl(self):
+    def test_curl_logs_in_with_tokens(self):
         for mechanism in ("xoauth2", "oauthbearer"):
             # This curl takes OAUTHBEARER wherever it is offered.
             proxy = self.proxy(listener=f"mechanisms: [{mechanism}]")
@@ -177,7 +177,7 @@ class Credentials(Servers, unittest.TestCase):
             self.assertNotIn(token(ALICE), proxy.log())
             self.assertNotIn(xoauth2(ALICE, token(ALICE)).decode(), proxy.log())
 
-    def test_a_refused_token_is_explained_to_the_client(self):
+    def test_error_of_a_refused_token_reaches_the_client(self):
         raw = self.raw(self.ready(self.proxy()))
         for name, message in (("XOAUTH2", xoauth2), ("OAUTHBEARER", oauthbearer)):
             raw.send(f"a AUTHENTICATE {name} ".encode() + message(ALICE, "nonsense") + b"\r\n")
@@ -189,7 +189,7 @@ class Credentials(Servers, unittest.TestCase):
         # The connection is as good as before.
         self.assertRegex(raw.command("b", b"AUTHENTICATE XOAUTH2 " + xoauth2(ALICE, token(ALICE)))[-1], b"^b OK")
 
-    def test_an_exchange_is_aborted(self):
+    def test_sasl_exchange_can_be_aborted_by_the_client(self):
         raw = self.raw(self.ready(self.proxy()))
         raw.send(b"a AUTHENTICATE SCRAM-SHA-256 " + base64.b64encode(f"n,,n={ALICE},r=abcdefgh".encode()) + b"\r\n")
         self.assertTrue(raw.line().startswith(b"+ "))
@@ -197,7 +197,7 @@ class Credentials(Servers, unittest.TestCase):
         self.assertRegex(raw.line(), b"^a BAD")
         self.assertRegex(raw.command("b", b"AUTHENTICATE XOAUTH2 " + xoauth2(ALICE, token(ALICE)))[-1], b"^b OK")
 
-    def test_an_exchange_takes_no_place_while_its_client_is_asked(self):
+    def test_sasl_exchange_uses_no_session_limit_while_waiting_for_the_client(self):
         proxy = self.ready(self.proxy(backend="max_sessions: 1"))
         first = base64.b64encode(f"n,,n={ALICE},r=abcdefgh".encode())
         pending = [self.raw(proxy) for _ in range(20)]
@@ -212,7 +212,7 @@ class Credentials(Servers, unittest.TestCase):
         wait_for("the place", lambda: proxy.metric("vestibule_server_sessions") == 0)
         self.assertRegex(scram(self.raw(proxy), "SCRAM-SHA-256", ALICE, PASSWORDS[ALICE]), b"^a OK", proxy.log())
 
-    def test_scram_is_between_client_and_server(self):
+    def test_scram_is_relayed_between_client_and_server(self):
         proxy = self.ready(self.proxy())
         for name in ("SCRAM-SHA-1", "SCRAM-SHA-256"):
             self.assertRegex(scram(self.raw(proxy), name, ALICE, PASSWORDS[ALICE]), b"^a OK", proxy.log())
@@ -223,7 +223,7 @@ class Credentials(Servers, unittest.TestCase):
         self.assertRegex(raw.command("a", b"AUTHENTICATE SCRAM-SHA-256 " + binding)[-1], b"^a BAD")
         self.assertRegex(raw.command("a", b"AUTHENTICATE SCRAM-SHA-256-PLUS " + binding)[-1], b"^a NO")
 
-    def test_scram_by_mbsync(self):
+    def test_mbsync_logs_in_with_scram(self):
         proxy = self.ready(self.proxy())
         folder = Folder()
         self.addCleanup(folder.remove)
@@ -255,7 +255,7 @@ SyncState *
         self.assertEqual(done.returncode, 0, f"{done.stderr}\n{proxy.log()}")
         self.assertEqual(proxy.metric("vestibule_logins_total", mechanism="scram-sha-256", outcome="accepted"), 1)
 
-    def test_scram_by_mutt(self):
+    def test_mutt_logs_in_with_scram(self):
         """By GNU SASL; Debian's curl is built without it and has no SCRAM."""
         proxy = self.ready(self.proxy())
         folder = Folder()
@@ -278,7 +278,7 @@ set record=imaps://localhost:{proxy.ports['tls']}/INBOX
         self.assertTrue(any("scram-mutt" in text for text in self.server.messages(BOB)))
         self.assertGreater(proxy.metric("vestibule_logins_total", mechanism="scram-sha-256", outcome="accepted"), 0)
 
-    def test_a_long_token(self):
+    def test_token_length_is_limited(self):
         proxy = self.ready(self.proxy())
         for size, answer in ((5_000, rb"^(\+ |a NO)"), (65_536, rb"^(\+ |a NO)"), (120_000, b"^a BAD The response is too long")):
             raw = self.raw(proxy)
@@ -299,7 +299,7 @@ set record=imaps://localhost:{proxy.ports['tls']}/INBOX
                           "-CAcreateserial", "-days", "30", "-extfile", extensions, "-out", cert)
         return cert, key
 
-    def test_certificates(self):
+    def test_client_certificate_logs_in(self):
         wanted = f"client_certificates: {{ca: {self.certificates.ca}}}"
         login = "login: {master: admin, password_file: master}"
         proxy = self.proxy(listener=wanted, backend=login, files={"master": "master secret\n"})
@@ -323,7 +323,7 @@ set record=imaps://localhost:{proxy.ports['tls']}/INBOX
         with self.assertRaises((OSError, AssertionError)):
             self.raw(proxy)
 
-    def test_certificates_act_for_others_only_as_listed(self):
+    def test_client_certificate_acts_only_for_listed_users(self):
         login = "login: {master: admin, password_file: master}"
         webmail = self.certificate("email:webmail@example.org")
 
@@ -342,7 +342,7 @@ set record=imaps://localhost:{proxy.ports['tls']}/INBOX
             self.assertRegex(asked(proxy, webmail, user), rb"^a NO \[AUTHORIZATIONFAILED\]")
         self.assertRegex(asked(proxy, webmail, "WebMail@example.org"), b"^a OK", "another spelling of its own name")
 
-    def test_a_token_names_its_user(self):
+    def test_token_claim_determines_the_user(self):
         """OAUTHBEARER without a name: routed by a claim, and Dovecot checks that the token is this user's."""
         issuer = "https://login.example.org"
         proxy = self.proxy(listener="mechanisms: [oauthbearer]", more=f"oauth: [{{issuer: '{issuer}', claim: sub}}]")
@@ -362,7 +362,7 @@ set record=imaps://localhost:{proxy.ports['tls']}/INBOX
             self.assertRegex(answered(bearer), rb"^a NO \[AUTHENTICATIONFAILED\]", bearer)
         self.assertNotIn(token(ALICE, iss=issuer), proxy.log())
 
-    def test_idle_by_a_client_that_reads_capabilities_once(self):
+    def test_idle_is_advertised_before_login(self):
         """Python's imaplib asks for capabilities before the login, and never again."""
         proxy = self.proxy()
 
@@ -385,7 +385,7 @@ set record=imaps://localhost:{proxy.ports['tls']}/INBOX
         self.assertRegex(line, b"^z OK")
         client.logout()
 
-    def test_where_a_certificate_has_the_name(self):
+    def test_certificate_field_with_the_user_name_is_configurable(self):
         login = "login: {master: admin, password_file: master}"
         certificate = self.certificate("email:email@example.org,DNS:device.example.org", "/O=Example/CN=common@example.org")
         for rule, user in (("san-email", "email@example.org"), ("san-dns", "device.example.org"), ("common-name", "common@example.org")):
@@ -394,7 +394,7 @@ set record=imaps://localhost:{proxy.ports['tls']}/INBOX
             self.assertRegex(raw.command("a", "AUTHENTICATE EXTERNAL =")[-1], b"^a OK", rule)
             self.assertIn(f"user=<{user}>", self.server.log())
 
-    def test_a_fixed_password(self):
+    def test_fixed_server_password_for_certificate_logins(self):
         """The server knows one password for all that is ours alone; who the client is its certificate shows."""
         fixed = self.dovecot("plain login", users={user: "ours alone" for user in PASSWORDS})
         proxy = self.proxy(listener=f"client_certificates: {{ca: {self.certificates.ca}}}", server=fixed,
@@ -407,7 +407,7 @@ set record=imaps://localhost:{proxy.ports['tls']}/INBOX
         self.assertRegex(self.raw(proxy).command("a", f'LOGIN {ALICE} "{PASSWORDS[ALICE]}"')[-1], b"^a NO")
         self.assertNotIn("ours alone", proxy.log())
 
-    def test_master_users(self):
+    def test_master_user_opens_the_mailbox_of_another_user(self):
         proxy = self.proxy(users='masters: {separator: "*", networks: [127.0.0.1/32]}')
         def logins(password):
             plain = base64.b64encode(f"{ALICE}\0admin\0{password}".encode()).decode()
@@ -426,7 +426,7 @@ set record=imaps://localhost:{proxy.ports['tls']}/INBOX
         for command in logins("master secret"):
             self.assertRegex(self.raw(proxy).command("a", command)[-1], rb"^a NO \[AUTHORIZATIONFAILED\]")
 
-    def test_referrals(self):
+    def test_login_referral_is_followed(self):
         elsewhere = f"{PASSWORDS[CAROL]}::::::nologin=y host=127.0.0.1 port={self.server.port}"
         first = self.dovecot("plain login", users={CAROL: elsewhere})
         declared = f'  shard-b: {{servers: ["127.0.0.1:{self.server.port}"]}}'
@@ -441,7 +441,7 @@ set record=imaps://localhost:{proxy.ports['tls']}/INBOX
         proxy = self.proxy(server=first, backend="referrals: relay")
         self.assertRegex(self.raw(proxy).command("a", command)[-1], rb"^a NO \[REFERRAL imap://")
 
-    def test_names(self):
+    def test_user_names_are_normalised_and_hashed_in_logs(self):
         proxy = self.proxy(users='default_domain: example.org, detail: "+", server: normalised, log: hashed, separators: "%"')
         for name in ("Alice", "ALICE%example.org", "alice@EXAMPLE.org"):
             self.assertRegex(self.raw(proxy).command("a", f'LOGIN "{name}" "{PASSWORDS[ALICE]}"')[-1], b"^a OK", name)
@@ -452,7 +452,7 @@ set record=imaps://localhost:{proxy.ports['tls']}/INBOX
         proxy = self.proxy(users="unicode: refuse")
         self.assertRegex(self.raw(proxy).command("a", b'LOGIN {5+}\r\nzo\xc3\xab1 "x"')[-1], rb"^a NO \[AUTHENTICATIONFAILED\]")
 
-    def test_two_proxies_in_a_circle(self):
+    def test_proxy_loop_is_detected(self):
         """Each takes the other for the mailbox server."""
         port = free_port()
         first = self.proxy(port=port)
@@ -461,7 +461,7 @@ set record=imaps://localhost:{proxy.ports['tls']}/INBOX
         loops = first.metric("vestibule_failures_total", reason="proxy_loop") + second.metric("vestibule_failures_total", reason="proxy_loop")
         self.assertEqual(loops, 1, first.log() + second.log())
 
-    def test_the_server_learns_who_it_is(self):
+    def test_unknown_trust_of_the_server_is_not_reported_as_distrust(self):
         proxy = self.proxy(backend="forward: {site: north}")
         for _ in range(3):
             self.assertRegex(self.raw(proxy).command("a", f'LOGIN {ALICE} "{PASSWORDS[ALICE]}"')[-1], b"^a OK")

@@ -69,7 +69,7 @@ class Buffers(unittest.TestCase):
         self.proxy = Proxy(CONFIGURATION.format(certificates=self.certificates, port=server.port, limits=limits), folder)
         self.addCleanup(self.proxy.close)
 
-    def test_commands_that_never_end(self):
+    def test_endless_commands_stay_within_the_memory_budget(self):
         """Hundreds of clients hold as much as they are let; an ordinary login passes all the while."""
         self.start("before_login_memory: 16MiB")
         endless = b"a LOGIN {65000+}\r\n" + 65_000 * b"u" + b" " + 90_000 * b"p"
@@ -95,7 +95,7 @@ class Buffers(unittest.TestCase):
         self.assertLess(most - before, 16 * MIB + 600 * 24 * 1024 + 8 * MIB)
         print(f"600 commands that never end: {(most - before) >> 10} kB", flush=True)
 
-    def test_answers_of_tls_that_are_never_read(self):
+    def test_unread_key_update_answers_use_little_memory(self):
         self.start()
         tls = socket.socket()
         # What the kernel keeps of the answers is not of interest.

@@ -23,7 +23,7 @@ class Commands(unittest.TestCase):
     def configuration(self, text):
         return self.folder.write("vestibule.yaml", text)
 
-    def test_usage(self):
+    def test_usage_errors_and_help(self):
         self.assertEqual(run().returncode, 64)
         self.assertEqual(run("dance").returncode, 64)
         for command in ("run", "check", "route", "demo"):
@@ -31,7 +31,7 @@ class Commands(unittest.TestCase):
             self.assertEqual(done.returncode, 0)
             self.assertIn("Example:", done.stdout)
 
-    def test_every_shipped_configuration_checks(self):
+    def test_shipped_configurations_are_valid(self):
         """With the files that each names, made up here at the same relative place."""
         certificates = Certificates(self.folder)
         checked = 0
@@ -52,7 +52,7 @@ class Commands(unittest.TestCase):
             checked += 1
         self.assertGreaterEqual(checked, 4)
 
-    def test_check_lists_what_is_wrong_with_files(self):
+    def test_check_lists_all_file_errors(self):
         certificates = Certificates(self.folder)
         other = Folder()
         self.addCleanup(other.remove)
@@ -85,7 +85,7 @@ routes: [{{table: users.txt}}]
         self.assertEqual(len(done.stderr.strip().splitlines()), 6, done.stderr)
         self.assertNotIn("hunter2", done.stderr)
 
-    def test_route_explains(self):
+    def test_route_explains_each_step(self):
         file = self.configuration("""
 listeners: [{address: "127.0.0.1:0", tls: none}]
 backends:
@@ -109,7 +109,7 @@ routes: [{domain: {a.test: shard-a}}, {domain: {b.test: shard-b}}]
         self.assertIn("none", done.stdout)
         self.assertEqual(run("route", "--config", file, "a\nb").returncode, 64)
 
-    def test_a_taken_address_is_an_error_that_names_it(self):
+    def test_address_in_use_is_named_in_the_error(self):
         with socket.socket() as taken:
             taken.bind(("127.0.0.1", 0))
             taken.listen()
@@ -123,7 +123,7 @@ routes: [{{default: a}}]
         self.assertEqual(done.returncode, 70)
         self.assertIn(f"127.0.0.1:{port} cannot be bound (listeners[0].address): Address already in use", done.stderr)
 
-    def test_running_out_of_descriptors_ends_nothing(self):
+    def test_descriptor_exhaustion_ends_no_session(self):
         port, admin = free_port(), free_port()
         file = self.configuration(f"""
 listeners: [{{address: "127.0.0.1:{port}", tls: none}}]
@@ -151,7 +151,7 @@ admin: {{address: "127.0.0.1:{admin}"}}
         wait_for("all to be gone", lambda: f'vestibule_sessions{{listener="127.0.0.1:{port}"}} 0' in
                  urllib.request.urlopen(f"http://127.0.0.1:{admin}/metrics", timeout=PATIENCE).read().decode())
 
-    def test_readiness_is_told_to_systemd(self):
+    def test_systemd_is_notified_of_readiness(self):
         file = self.configuration("""
 listeners: [{address: "127.0.0.1:0", tls: none}]
 backends: {a: {servers: ["127.0.0.1:1"]}}
@@ -170,7 +170,7 @@ routes: [{default: a}]
 
 
 class Demo(unittest.TestCase):
-    def test_what_it_prints_works_as_pasted(self):
+    def test_printed_commands_work(self):
         folder = Folder()
         self.addCleanup(folder.remove)
         output = folder.path / "output"
@@ -194,7 +194,7 @@ class Demo(unittest.TestCase):
         process.child.send_signal(signal.SIGINT)
         self.assertEqual(process.child.wait(PATIENCE), 0)
 
-    def test_once(self):
+    def test_demo_once_fetches_each_mailbox(self):
         folder = Folder()
         self.addCleanup(folder.remove)
         done = run("demo", "--tls-port", 0, "--starttls-port", 0, "--admin-port", 0, "--folder", folder.path / "demo", "--once")

@@ -39,10 +39,10 @@ admin: {{address: "127.0.0.1:{{admin}}"}}
         client.until(b"e OK")
         self.assertEqual(client.line(), b"")
 
-    def test_courier(self):
+    def test_courier_serves_each_user(self):
         self.reads_and_writes(Courier())
 
-    def test_cyrus(self):
+    def test_cyrus_serves_each_user(self):
         self.reads_and_writes(Cyrus())
 
 

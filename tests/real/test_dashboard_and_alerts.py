@@ -38,12 +38,12 @@ def metrics_in(text):
 
 
 class Files(unittest.TestCase):
-    def test_alerts_fire_and_stay_silent(self):
+    def test_alert_rules_pass_their_unit_tests(self):
         for command in (["check", "rules", "alerts.yaml"], ["test", "rules", "alerts_test.yaml"]):
             done = subprocess.run([program("promtool"), *command], cwd=DASHBOARDS, capture_output=True, text=True, timeout=PATIENCE)
             self.assertEqual(done.returncode, 0, done.stdout + done.stderr)
 
-    def test_every_alert_has_a_case(self):
+    def test_every_alert_has_unit_tests(self):
         alerts = set(re.findall(r"- alert: (\w+)", (DASHBOARDS / "alerts.yaml").read_text()))
         cases = (DASHBOARDS / "alerts_test.yaml").read_text()
         self.assertGreater(len(alerts), 10)
@@ -51,7 +51,7 @@ class Files(unittest.TestCase):
             self.assertIn(f"alertname: {alert}, exp_alerts: []", cases, "silent once")
             self.assertIn(f"alertname: {alert}\n        exp_alerts:\n          - ", cases, "fires once")
 
-    def test_dashboard_and_alerts_know_the_metrics(self):
+    def test_dashboard_and_alerts_use_existing_metrics(self):
         known = metrics_of_the_source()
         self.assertGreater(len(known), 20)
         shown = set().union(*(metrics_in(expression) for _, expression in expressions()))
@@ -59,7 +59,7 @@ class Files(unittest.TestCase):
         alerts = re.findall(r"(?s)expr: (.*?)\n        (?:for|labels):", (DASHBOARDS / "alerts.yaml").read_text())
         self.assertLessEqual(set().union(*map(metrics_in, alerts)), known)
 
-    def test_every_panel_says_what_it_means(self):
+    def test_every_panel_has_a_description_and_a_unit(self):
         for panel in panels():
             self.assertTrue(panel["description"], panel["title"])
             self.assertTrue(panel["fieldConfig"]["defaults"]["unit"], panel["title"])
@@ -132,7 +132,7 @@ scrape_configs:
         with urllib.request.urlopen(url, timeout=PATIENCE) as answer:
             return [sample for sample in json.load(answer)["data"]["result"] if sample["value"][1] != "NaN"]
 
-    def test_no_panel_is_empty(self):
+    def test_every_panel_query_returns_samples(self):
         checked = 0
         # Rates need two scrapes that differ: traffic goes on while they are waited for.
         for title, expression in expressions():

@@ -105,7 +105,7 @@ class Directories:
 class AnyDirectory(Directories):
     """What every directory must do."""
 
-    def test_users_find_their_shards(self):
+    def test_users_are_routed_to_their_shards(self):
         proxy = self.proxy()
         self.good(proxy)
         self.good(proxy, BOB, "shard-b")
@@ -117,7 +117,7 @@ class AnyDirectory(Directories):
         self.assertIn("shard-x", proxy.log())
         self.assertNotIn(getattr(self.directory, "PASSWORD", "no password"), proxy.log())
 
-    def test_hostile_names_are_only_names(self):
+    def test_hostile_names_match_no_user(self):
         proxy = self.proxy()
         client = Client(proxy)
         for name in HOSTILE:
@@ -133,13 +133,13 @@ class AnyDirectory(Directories):
         self.assertEqual(proxy.metric("vestibule_route_lookups_total", result="found"), 0)
         self.good(proxy)
 
-    def test_odd_names_are_found_all_the_same(self):
+    def test_unusual_names_are_found(self):
         proxy = self.proxy()
         client = Client(proxy)
         for number, user in enumerate(self.odd):
             self.assertEqual(client.login(user), f"a NO [CONTACTADMIN] Odd {number}.", f"{user!r}\n{proxy.log()}")
 
-    def test_it_is_slow(self):
+    def test_slow_directory_delays_the_login(self):
         proxy = self.proxy(timeout="20s")
         self.good(proxy)
         client = Client(proxy)
@@ -155,7 +155,7 @@ class AnyDirectory(Directories):
         self.assertRegex(client.raw.until(b"a ")[-1], b"^a OK", proxy.log())
         self.assertEqual(proxy.metric("vestibule_route_lookups_total", result="failed"), 0)
 
-    def test_it_hangs_and_all_connections_with_it(self):
+    def test_hung_connections_fail_lookups_within_the_timeout(self):
         proxy = self.proxy(connections=2, timeout="1s")
         self.good(proxy)
         self.directory.hold()
@@ -173,7 +173,7 @@ class AnyDirectory(Directories):
             self.directory.release()
         wait_for("the directory", lambda: Client(proxy).login(ALICE, PASSWORDS[ALICE]).startswith("a OK"))
 
-    def test_more_logins_than_connections(self):
+    def test_lookups_wait_for_a_free_connection(self):
         proxy = self.proxy(connections=1, timeout="20s")
         clients = [Client(proxy) for _ in range(30)]
         with concurrent.futures.ThreadPoolExecutor(30) as pool:
@@ -181,7 +181,7 @@ class AnyDirectory(Directories):
         for result in results:
             self.assertRegex(result, "^a OK", proxy.log())
 
-    def test_it_hangs(self):
+    def test_hung_directory_fails_the_lookup(self):
         proxy = self.proxy()
         self.good(proxy)
         self.directory.hold()
@@ -195,7 +195,7 @@ class AnyDirectory(Directories):
         wait_for("the directory", lambda: Client(proxy).login(ALICE, PASSWORDS[ALICE]).startswith("a OK"))
         self.assertEqual(proxy.metric("vestibule_route_failing"), 0)
 
-    def test_kept_answers_outlive_it(self):
+    def test_cached_answers_are_used_while_the_directory_hangs(self):
         proxy = self.proxy("cache: {ttl: 1s, negative: 1s}")
         self.good(proxy)
         self.answers(proxy, "nobody@example.org", "NO [AUTHENTICATIONFAILED]")
@@ -216,7 +216,7 @@ class AnyDirectory(Directories):
 class AnyServer(AnyDirectory):
     """And those that are processes of their own."""
 
-    def test_it_stops_and_comes_back(self):
+    def test_stopped_directory_fails_lookups_until_it_returns(self):
         proxy = self.proxy()
         self.good(proxy)
         self.directory.kill()
@@ -227,7 +227,7 @@ class AnyServer(AnyDirectory):
         self.answers(proxy, "nobody@example.org", "NO [AUTHENTICATIONFAILED]")
 
 
-    def test_it_stops_with_a_question_under_way(self):
+    def test_directory_that_stops_during_a_lookup_fails_it(self):
         proxy = self.proxy(timeout="3s")
         self.good(proxy)
         self.directory.hold()
@@ -247,7 +247,7 @@ class AnyServer(AnyDirectory):
 class WithTls:
     """For those whose route names a `ca`."""
 
-    def test_its_certificate_is_checked(self):
+    def test_directory_certificate_is_verified(self):
         folder = Folder()
         self.addCleanup(folder.remove)
         other = Certificates(folder)
@@ -266,7 +266,7 @@ class PostgreSql(WithTls, AnyServer, unittest.TestCase):
         return ["sql", f"url: postgres://vestibule@localhost:{self.directory.port}/postgres", "password_file: password",
                 f"ca: {self.certificates.ca}", 'query: SELECT * FROM mailbox WHERE name = %{user}']
 
-    def test_what_a_query_may_not_answer(self):
+    def test_invalid_query_results_fail_the_lookup(self):
         for query, reason in (("SELECT 1 AS backend WHERE %{user} = %{user}", "the column backend is INT4: cast it"),
                               ("SELECT 'shard-a' AS host WHERE %{user} = %{user}", "no column is called as one of"),
                               ("SELECT name AS backend FROM mailbox WHERE %{user} = %{user}", "more than one row"),
@@ -279,7 +279,7 @@ class PostgreSql(WithTls, AnyServer, unittest.TestCase):
             proxy.close()
             del self.route
 
-    def test_an_answer_without_end_is_not_read(self):
+    def test_endless_query_result_is_not_read(self):
         query = "SELECT %{user} AS backend, generate_series(1, 100000000) AS n"
         route = self.route()[:-1] + [f'query: "{query}"']
         self.route = lambda: route
@@ -329,21 +329,21 @@ class OpenLdap(WithTls, AnyServer, unittest.TestCase):
     def way(self):
         return [f"url: ldap://localhost:{self.directory.port}", "starttls: true", f"ca: {self.certificates.ca}"]
 
-    def test_tls_from_the_start(self):
+    def test_ldaps_verifies_the_certificate(self):
         self.way = lambda: [f"url: ldaps://localhost:{self.directory.tls_port}", f"ca: {self.certificates.ca}"]
         self.good(self.proxy())
         other = Certificates(Folder())
         self.way = lambda: [f"url: ldaps://localhost:{self.directory.tls_port}", f"ca: {other.ca}"]
         self.answers(self.proxy(), ALICE, "NO [UNAVAILABLE]")
 
-    def test_two_entries_are_no_answer(self):
+    def test_two_ldap_entries_fail_the_lookup(self):
         for _ in range(2):
             self.directory.row("twice@example.org", backend="shard-a")
         proxy = self.proxy()
         self.answers(proxy, "twice@example.org", "NO [UNAVAILABLE]")
         self.assertIn("more than one entry", proxy.log())
 
-    def test_names_of_its_own(self):
+    def test_directory_names_are_mapped_to_backends(self):
         self.directory.row("old@example.org", backend="imap3.internal", user=CAROL)
         proxy = self.proxy("names: {imap3.internal: shard-b}")
         self.good(proxy, "old@example.org", "shard-b")
@@ -358,7 +358,7 @@ class Redis(AnyServer, unittest.TestCase):
         return ["redis", f"url: redis://localhost:{self.directory.port}/0", "password_file: password",
                 'key: "mailbox:%{user}"']
 
-    def test_it_flaps(self):
+    def test_flapping_directory_causes_only_temporary_failures(self):
         """While logins go on: each is answered as the directory says, or told to come again; nobody is sent elsewhere."""
         proxy = self.proxy()
         over, answers = threading.Event(), {ALICE: set(), "nobody@example.org": set()}
@@ -382,7 +382,7 @@ class Redis(AnyServer, unittest.TestCase):
         self.assertEqual(answers["nobody@example.org"], {"a NO [AUTHEN", "a NO [UNAVAI"})
         self.assertEqual(proxy.metric("vestibule_backend_sessions_total", backend="shard-b"), 0)
 
-    def test_hashes_and_tls(self):
+    def test_redis_hashes_over_tls(self):
         self.directory.command("HSET", f"hash:{CAROL}", "shard", "shard-b")
         self.route = lambda: ["redis", f"url: rediss://localhost:{self.directory.tls_port}", "password_file: password",
                               f"ca: {self.certificates.ca}", 'key: "hash:%{user}"', "field: shard"]
@@ -398,7 +398,7 @@ class Redis(AnyServer, unittest.TestCase):
         self.route = lambda: route
         self.answers(self.proxy(), CAROL, "NO [UNAVAILABLE]")
 
-    def test_sentinels_name_the_next_master(self):
+    def test_redis_sentinel_failover_is_followed(self):
         replica = directory_servers.Redis(extra=["--replicaof", "127.0.0.1", str(self.directory.port)])
         self.addCleanup(replica.close)
         wait_for("the replica", lambda: replica.command("GET", f"mailbox:{ALICE}") == "shard-a")
@@ -415,7 +415,7 @@ class Redis(AnyServer, unittest.TestCase):
         finally:
             self.directory.start()
 
-    def test_a_cluster(self):
+    def test_redis_cluster_lookups(self):
         nodes = []
         for _ in range(3):
             # The port of the cluster's own talk would be 10,000 higher, which there may not be.
@@ -462,7 +462,7 @@ class Valkey(AnyServer, unittest.TestCase):
 
 
 class Dns(AnyServer, unittest.TestCase):
-    # Not even asked for: test_hostile_names_are_only_names.
+    # Not even asked for: test_hostile_names_match_no_user.
     odd = []
 
     @classmethod
@@ -472,7 +472,7 @@ class Dns(AnyServer, unittest.TestCase):
     def route(self):
         return ["dns", 'txt: "%{local}._mailbox.%{domain}"', f'servers: ["127.0.0.1:{self.directory.port}"]']
 
-    def test_srv_records_name_servers(self):
+    def test_srv_records_select_the_backend(self):
         self.directory.records.append("srv-host=_imap._tcp.example.org,mail-b.internal,143,20")
         self.directory.records.append("srv-host=_imap._tcp.example.org,mail-a.internal,143,10")
         self.directory.kill()

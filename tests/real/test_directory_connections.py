@@ -81,7 +81,7 @@ class Connections(Directories):
         proxy.process.child.send_signal(signal.SIGHUP)
         wait_for("the reload", lambda: proxy.metric("vestibule_reloads_total", outcome="loaded") == before + 1)
 
-    def test_connections_that_fall_silent_fail_no_login(self):
+    def test_silent_connections_fail_no_login(self):
         proxy = self.proxy(timeout=TIMEOUT)
         self.fill(proxy)
         for _ in range(2):
@@ -102,7 +102,7 @@ class Connections(Directories):
         self.assertEqual(proxy.metric("vestibule_route_lookups_total", result="failed"), 0, proxy.log())
         self.assertEqual(proxy.metric("vestibule_route_failing"), 0)
 
-    def test_idle_connections_are_probed(self):
+    def test_idle_connections_use_keepalive(self):
         proxy = self.proxy(timeout=TIMEOUT)
         self.log_in(proxy)
         for relay in self.relays:
@@ -113,7 +113,7 @@ class Connections(Directories):
                 for line in own:
                     self.assertIn("timer:(keepalive", line)
 
-    def test_reloads_use_the_same_connections_and_a_new_secret_others(self):
+    def test_reload_keeps_connections_unless_the_secret_changes(self):
         proxy = self.proxy(timeout=TIMEOUT)
         sessions = [self.log_in(proxy)]
         accepted, text = self.accepted(), proxy.file.read_text()
@@ -141,9 +141,9 @@ class PostgreSqlConnections(Connections, test_directories.PostgreSql):
     """Of the tests of the class above none is run again: `load_tests` selects those of this file."""
 
     # The library for databases has no way to set keepalive.
-    test_idle_connections_are_probed = None
+    test_idle_connections_use_keepalive = None
 
-    def test_reloads_do_not_fill_max_connections(self):
+    def test_repeated_reloads_stay_within_max_connections(self):
         self.directory.sql("ALTER ROLE vestibule CONNECTION LIMIT 10")
         self.addCleanup(self.directory.sql, "ALTER ROLE vestibule CONNECTION LIMIT -1")
         proxy = self.proxy(timeout=TIMEOUT, connections=8)
@@ -155,7 +155,7 @@ class PostgreSqlConnections(Connections, test_directories.PostgreSql):
             sessions.append(self.log_in(proxy))
         wait_for("the old connections to close", lambda: self.open() == 1)
 
-    def test_lookups_that_time_out_on_a_locked_table_leave_a_limited_number_of_queries_running(self):
+    def test_timed_out_lookups_leave_a_limited_number_of_queries(self):
         """PostgreSQL does not notice that a client has closed its connection while a query waits for a lock."""
         proxy = self.proxy(timeout="1s", connections=2)
         self.log_in(proxy)
@@ -172,7 +172,7 @@ class PostgreSqlConnections(Connections, test_directories.PostgreSql):
         wait_for("the table", lambda: Client(proxy).login(ALICE, PASSWORDS[ALICE]).startswith("a OK"))
         wait_for("the abandoned queries to end", lambda: self.directory.connections() <= 2)
 
-    def test_a_slow_answer_closes_no_other_connection(self):
+    def test_slow_answer_closes_no_other_connection(self):
         sleep = f"pg_sleep(CASE WHEN %{{user}} = '{BOB}' THEN 4 ELSE 0 END)"
         self.prepared[-1] = f"query: SELECT mailbox.* FROM mailbox, {sleep} WHERE name = %{{user}}"
         proxy = self.proxy(timeout=TIMEOUT)
@@ -184,7 +184,7 @@ class PostgreSqlConnections(Connections, test_directories.PostgreSql):
         self.assertEqual(self.accepted(), 5)
         self.assertFalse(any(connection.is_over for connection in before))
 
-    def test_a_table_that_changes_fails_no_login(self):
+    def test_altered_table_fails_no_login(self):
         """The plans of prepared statements do not fit it any more."""
         proxy = self.proxy(timeout=TIMEOUT)
         self.log_in(proxy)
@@ -197,7 +197,7 @@ class PostgreSqlConnections(Connections, test_directories.PostgreSql):
 
 
 class MariaDbConnections(Connections, test_directories.MariaDb):
-    test_idle_connections_are_probed = None
+    test_idle_connections_use_keepalive = None
 
 
 class OpenLdapConnections(Connections, test_directories.OpenLdap):

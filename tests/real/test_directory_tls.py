@@ -64,21 +64,21 @@ class Tls(Directories):
     def tls_port(self):
         return getattr(self.directory, "tls_port", self.directory.port)
 
-    def test_the_certificate_is_right(self):
+    def test_valid_certificate_is_accepted(self):
         proxy = self.start(self.tls_port())
         self.assertRegex(Client(proxy).login(ALICE, PASSWORDS[ALICE]), "^a OK", proxy.log())
 
-    def test_unknown_authority(self):
+    def test_certificate_of_an_unknown_authority_is_refused(self):
         other = Folder()
         self.addCleanup(other.remove)
         self.fails("was not issued by an authority that `ca` or the system trusts", ca=Certificates(other).ca)
 
-    def test_another_name(self):
+    def test_certificate_for_another_host_is_refused(self):
         relay = Relay(self.tls_port(), "127.0.0.2")
         self.addCleanup(relay.close)
         self.fails("does not name the host in the URL", port=relay.port, host="127.0.0.2")
 
-    def test_expired(self):
+    def test_expired_certificate_is_refused(self):
         folder = Folder()
         self.addCleanup(folder.remove)
         library = folder.path / "clock.so"
@@ -86,12 +86,12 @@ class Tls(Directories):
         shift = folder.write("shift", str(20 * 365 * 24 * 3600))
         self.fails("the server's certificate has expired", environment={"LD_PRELOAD": str(library), "CLOCK_FILE": str(shift)})
 
-    def test_a_server_without_tls(self):
+    def test_server_without_tls_is_reported(self):
         server = Fixed(self.greeting, self.reply)
         self.addCleanup(server.close)
         self.fails(self.plaintext, port=server.port)
 
-    def test_a_handshake_that_hangs(self):
+    def test_hung_handshake_times_out(self):
         server = Fixed(self.greeting)
         self.addCleanup(server.close)
         self.fails("no answer within 2s: the connection was not established", port=server.port)
@@ -120,9 +120,9 @@ class MariaDbTls(Tls, unittest.TestCase):
         return ["sql", f"url: mariadb://vestibule@{host}:{port}/mail", "password_file: password", f"ca: {ca}",
                 "query: SELECT * FROM mailbox WHERE BINARY name = %{user}"]
 
-    def test_a_handshake_that_hangs(self):
+    def test_hung_handshake_times_out(self):
         self.greeting = b""
-        super().test_a_handshake_that_hangs()
+        super().test_hung_handshake_times_out()
 
 
 class OpenLdapTls(Tls, unittest.TestCase):
@@ -172,7 +172,7 @@ class HttpTls(Tls, unittest.TestCase):
     def lines(self, host, port, ca):
         return ["http", f"url: https://{host}:{port}/", f"ca: {ca}"]
 
-    def test_self_signed(self):
+    def test_self_signed_certificate_is_refused(self):
         folder = Folder()
         self.addCleanup(folder.remove)
         own = Certificates(folder)

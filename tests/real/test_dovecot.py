@@ -74,16 +74,16 @@ class Shards(unittest.TestCase):
         for password in PASSWORDS.values():
             self.assertNotIn(password, log)
 
-    def test_plain_shards(self):
+    def test_plaintext_shards_serve_each_user(self):
         self.each_user_reads_and_writes("none", ("port", "port"))
 
-    def test_starttls_shards(self):
+    def test_starttls_shards_serve_each_user(self):
         self.each_user_reads_and_writes("starttls", ("port", "port"))
 
-    def test_tls_shards(self):
+    def test_tls_shards_serve_each_user(self):
         self.each_user_reads_and_writes("implicit", ("tls_port", "tls_port"))
 
-    def test_untrusted_server_certificate_is_unavailable(self):
+    def test_untrusted_server_certificate_answers_unavailable(self):
         folder = Folder()
         self.addCleanup(folder.remove)
         proxy = self.proxy("implicit", ("tls_port", "tls_port"), ca=Certificates(folder).ca)
@@ -92,7 +92,7 @@ class Shards(unittest.TestCase):
         self.assertTrue(client.command("a", f"LOGIN {ALICE} wonderland")[-1].startswith(b"a NO [UNAVAILABLE]"))
         self.assertEqual(proxy.metric("vestibule_failures_total", side="backend", reason="tls"), 1)
 
-    def test_login_by_sasl(self):
+    def test_authenticate_plain_and_login(self):
         proxy = self.proxy()
         for command in (b"AUTHENTICATE PLAIN AGFsaWNlQGV4YW1wbGUub3JnAHdvbmRlcmxhbmQ=",
                         b"AUTHENTICATE PLAIN\r\nAGFsaWNlQGV4YW1wbGUub3JnAHdvbmRlcmxhbmQ=",
@@ -102,7 +102,7 @@ class Shards(unittest.TestCase):
             self.assertTrue(client.command("a", command)[-1].startswith(b"a OK [CAPABILITY IMAP4rev1 "), command)
             client.close()
 
-    def test_wrong_password_then_the_right_one(self):
+    def test_login_after_a_refused_password_is_routed_again(self):
         proxy = self.proxy()
         client = Raw(proxy.ports["tls"], context(self.certificates.ca))
         client.line()
@@ -114,7 +114,7 @@ class Shards(unittest.TestCase):
         self.assertEqual(proxy.metric("vestibule_logins_total", outcome="refused"), 1)
         self.assertEqual(proxy.metric("vestibule_logins_total", outcome="unknown_user"), 1)
 
-    def test_commands_pipelined_behind_login(self):
+    def test_commands_pipelined_after_login_are_answered(self):
         proxy = self.proxy()
         client = Raw(proxy.ports["tls"], context(self.certificates.ca))
         client.send(f"a LOGIN {ALICE} wonderland\r\nb SELECT INBOX\r\nc NOOP\r\nd LOGOUT\r\n".encode())
@@ -156,21 +156,21 @@ class Shards(unittest.TestCase):
         client.close()
         return line[1], line[2]
 
-    def test_id_tells_the_clients_address_and_the_session(self):
+    def test_id_command_forwards_client_address_and_session_id(self):
         proxy = self.proxy(info="id")
         address, session = self.seen_address(proxy, self.a)
         self.assertEqual(address, "127.0.0.2")
         self.assertIn(f'"session":"{session}"', proxy.stop(), "one word finds the session in both logs")
 
-    def test_proxy_headers_tell_the_clients_address(self):
+    def test_proxy_headers_forward_the_client_address(self):
         for info in ("proxy-v1", "proxy-v2"):
             proxy = self.proxy(info=info, ports=("haproxy_port", "haproxy_port"))
             self.assertEqual(self.seen_address(proxy, self.a)[0], "127.0.0.2", info)
 
-    def test_client_info_none_tells_nothing(self):
+    def test_client_info_none_forwards_nothing(self):
         self.assertEqual(self.seen_address(self.proxy(info="none"), self.a)[0], "127.0.0.1")
 
-    def test_a_dead_server_leaves_the_client_connected(self):
+    def test_client_stays_connected_when_the_server_is_down(self):
         server = Dovecot(self.certificates)
         self.addCleanup(server.close)
         text = f"""
@@ -198,7 +198,7 @@ admin: {{address: "127.0.0.1:{{admin}}"}}
         self.assertTrue(client.command("c", f"LOGIN {ALICE} wonderland")[-1].startswith(b"c NO [UNAVAILABLE]"))
         self.assertTrue(client.command("d", "NOOP")[-1].startswith(b"d OK"))
 
-    def test_the_next_server_takes_over(self):
+    def test_login_fails_over_to_the_next_server(self):
         dead = Dovecot(self.certificates)
         dead.close()
         text = f"""
@@ -215,7 +215,7 @@ admin: {{address: "127.0.0.1:{{admin}}"}}
             self.assertTrue(client.command("a", f'LOGIN {user} "{password}"')[-1].startswith(b"a OK"), user)
             client.close()
 
-    def test_stop_says_bye_and_lets_sessions_finish(self):
+    def test_shutdown_sends_bye_and_lets_sessions_finish(self):
         proxy = self.proxy()
         waiting = Raw(proxy.ports["plain"])
         waiting.line()

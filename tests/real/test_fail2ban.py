@@ -95,13 +95,13 @@ admin: {{address: "127.0.0.1:{{admin}}"}}
         Raw(port, source="127.0.0.9").close()
         return proxy.stop(), proxy.process.log
 
-    def test_text(self):
+    def test_filter_matches_text_logs(self):
         text, log = self.visit("text")
         self.assertIn("x client=1.2.3.4", text)
         expected = ["127.0.0.2", "127.0.0.3", "::1", "::1", "127.0.0.10", "127.0.0.10", "127.0.0.11"] + ["127.0.0.8"] * len(HOSTILE)
         self.assertEqual(self.banned(log), expected, text)
 
-    def test_json(self):
+    def test_filter_matches_json_logs(self):
         text, log = self.visit("json")
         records = [json.loads(line) for line in text.splitlines()]
         self.assertTrue(any("1.2.3.4" in str(record.get("user")) for record in records))
@@ -109,7 +109,7 @@ admin: {{address: "127.0.0.1:{{admin}}"}}
         expected = ["127.0.0.2", "127.0.0.3", "::1", "::1", "127.0.0.10", "127.0.0.10", "127.0.0.11"] + ["127.0.0.8"] * len(HOSTILE)
         self.assertEqual(self.banned(log), expected, text)
 
-    def test_a_client_that_leaves_when_its_token_is_refused(self):
+    def test_filter_matches_a_client_that_disconnects_after_a_refused_token(self):
         with socket.create_server(("127.0.0.1", 0)) as server:
             server.settimeout(PATIENCE)
             proxy = Proxy(f"""
@@ -134,13 +134,13 @@ admin: {{address: "127.0.0.1:{{admin}}"}}
         self.assertEqual(self.banned(proxy.process.log), ["127.0.0.12"], text)
         self.assertRegex(text, r"session ended.*127\.0\.0\.12.*carol@example\.org.*outcome.{0,20}refused")
 
-    def test_the_journal_and_syslog_put_words_ahead(self):
+    def test_filter_accepts_journal_and_syslog_prefixes(self):
         text, _ = self.visit("text")
         for prefix in ("host vestibule[4711]: ", "vestibule[4711]: ", "vestibule: "):
             log = self.folder.write("prefixed", "".join(prefix + line + "\n" for line in text.splitlines()))
             self.assertEqual(len(self.banned(log)), 7 + len(HOSTILE), prefix)
 
-    def test_the_example_of_a_jail_uses_the_filter(self):
+    def test_example_jail_uses_the_filter(self):
         jail = (REPOSITORY / "deploy/fail2ban/vestibule-jail.conf").read_text()
         self.assertIn("\n[vestibule]\n", jail)
         installed = (REPOSITORY / "deploy/debian/install").read_text()

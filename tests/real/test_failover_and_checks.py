@@ -66,7 +66,7 @@ class Trio(unittest.TestCase):
     def sessions(self, proxy):
         return [int(proxy.metric("vestibule_server_sessions", server=f"localhost:{server.port}")) for server in self.servers]
 
-    def test_nobody_sees_a_failed_login_while_one_server_is_alive(self):
+    def test_logins_succeed_while_one_server_is_alive(self):
         for balance in ("user-hash", "bounded-hash", "least-sessions", "round-robin"):
             proxy = self.proxy(more=f"balance: {balance}")
             failed, logins, over = [], [0], threading.Event()
@@ -105,7 +105,7 @@ class Trio(unittest.TestCase):
             self.assertEqual(failed, [], proxy.log())
             proxy.close()
 
-    def test_checks_notice_who_hangs_and_traffic_moves_there_and_back(self):
+    def test_hung_server_loses_its_users_until_it_answers_again(self):
         proxy = self.proxy()
         before = self.where_all_are(proxy)
         self.assertTrue(all(before), f"all have users: {before}")
@@ -130,7 +130,7 @@ class Trio(unittest.TestCase):
         wait_for("the end of the sessions", lambda: sum(self.sessions(proxy)) == 0)
         return sessions
 
-    def test_an_attackers_login_ends_no_session(self):
+    def test_failed_login_ends_no_session_of_the_user(self):
         proxy = self.proxy(more="balance: user-hash")
         user = "user1@example.org"
         before = [server.log().count(user) for server in self.servers]
@@ -165,7 +165,7 @@ class Trio(unittest.TestCase):
         self.assertTrue(moved.command("b", "NOOP")[-1].startswith(b"b OK"))
         self.assertEqual(self.sessions(proxy)[home], 0)
 
-    def test_an_account_logs_in_for_the_check(self):
+    def test_login_check_uses_the_configured_account(self):
         password = self.folder.write("probe", "probing\n")
         wrong = self.folder.write("wrong", "guessing\n")
         check = "{kind: login, interval: 200ms, fall: 1, account: probe, password_file: PASSWORD}"
@@ -180,7 +180,7 @@ class Trio(unittest.TestCase):
         self.log_in(proxy, "user1@example.org").close()
         self.assertNotIn("guessing", proxy.log())
 
-    def test_a_certificate_is_watched(self):
+    def test_certificate_expiry_of_a_server_is_exported(self):
         more = f"tls: {{mode: implicit, ca: {self.certificates.ca}}}"
         for kind in ("tls", "imap"):
             proxy = self.proxy(f"{{kind: {kind}, interval: 200ms}}", more, port="tls_port")

@@ -133,7 +133,7 @@ class Killed(Scene):
             return "ESTAB" in shown.stdout
         wait_for("the proxy at the server", is_there)
 
-    def test_during_the_greeting(self):
+    def test_server_killed_before_its_greeting(self):
         self.start()
         with self.untouched():
             os.killpg(self.a.process.child.pid, signal.SIGSTOP)
@@ -142,7 +142,7 @@ class Killed(Scene):
             self.a.kill()
             self.says(client, rb"^a NO \[UNAVAILABLE\]")
 
-    def test_during_the_login(self):
+    def test_server_killed_during_the_login(self):
         # Its passwords are looked up by a program that takes its time.
         folder = Folder()
         self.addCleanup(folder.remove)
@@ -158,7 +158,7 @@ class Killed(Scene):
             server.kill()
             self.says(client, rb"^a NO \[UNAVAILABLE\]")
 
-    def test_in_a_literal(self):
+    def test_server_killed_during_a_literal(self):
         self.start()
         with self.untouched():
             client = session(self.port)
@@ -168,7 +168,7 @@ class Killed(Scene):
             self.a.kill()
             self.closed(client)
 
-    def test_in_idle(self):
+    def test_server_killed_during_idle(self):
         self.start()
         with self.untouched():
             client = session(self.port)
@@ -191,7 +191,7 @@ class Stopped(Scene):
     def tearDown(self):
         os.killpg(self.a.process.child.pid, signal.SIGCONT)
 
-    def test_at_the_login(self):
+    def test_stopped_server_times_out_the_login(self):
         self.start()
         with self.untouched():
             os.killpg(self.a.process.child.pid, signal.SIGSTOP)
@@ -199,7 +199,7 @@ class Stopped(Scene):
             self.says(client, rb"^a NO \[UNAVAILABLE\]")
         self.assertEqual(self.proxy.metric("vestibule_failures_total", reason="login_timeout"), 1)
 
-    def test_within_a_session(self):
+    def test_stopped_server_stalls_a_session(self):
         self.start(limits="stall: 10s")
         with self.untouched():
             client, other = session(self.port), session(self.port)
@@ -245,7 +245,7 @@ class Resetting:
 
 
 class Resets(Scene):
-    def test_at_each_step(self):
+    def test_connection_reset_at_each_step(self):
         for step in ("greeting", "login", "literal", "silence"):
             with self.subTest(step), contextlib.closing(Resetting(step)) as server:
                 self.start(a=server.port)
@@ -293,7 +293,7 @@ sys.stdin.readline()
             child.stdout.close()
             child.wait(PATIENCE)
 
-    def test_all_are_let_in(self):
+    def test_silent_clients_are_accepted_up_to_the_limit(self):
         self.start(limits=f"before_login: {SILENT + 10}")
         pid = self.proxy.process.child.pid
         with self.untouched():
@@ -308,7 +308,7 @@ sys.stdin.readline()
             wait_for(f"memory back to {before} of {most}", lambda: held(pid)[1] <= before + MORE_MEMORY)
             print(f"{SILENT} silent: {before >> 10} kB before, {most >> 10} at the peak, {held(pid)[1] >> 10} after", flush=True)
 
-    def test_the_oldest_are_shed(self):
+    def test_oldest_silent_clients_are_shed(self):
         self.start(limits="before_login: 500")
         with self.untouched():
             children = self.crowd()
@@ -319,7 +319,7 @@ sys.stdin.readline()
 
 
 class FullDisk(Scene):
-    def test_under_the_log(self):
+    def test_full_log_disk_affects_no_session(self):
         # All that is written to it fails with ENOSPC.
         self.start()
         self.proxy.process.kill()
@@ -378,7 +378,7 @@ class UnreadLog(Scene):
         wait_for(text, has_come)
         return read.decode()
 
-    def test_a_log_that_is_not_read(self):
+    def test_unread_log_drops_and_counts_lines(self):
         reader = self.start_with_pipe()
         self.fill()
         dropped = int(self.dropped())
@@ -396,7 +396,7 @@ class UnreadLog(Scene):
             self.assertRegex(line, r"^(\x1b\[\d+m)*\d{4}-\d\d-\d\dT[\d:.]+Z.{0,20} +(ERROR|WARN|INFO|DEBUG)")
             self.assertEqual(len(re.findall(r"\d{4}-\d\d-\d\dT[\d:.]+Z", line)), 1, line)
 
-    def test_the_process_ends_with_a_log_that_is_not_read(self):
+    def test_process_stops_with_an_unread_log(self):
         self.start_with_pipe()
         self.fill()
         self.proxy.process.child.send_signal(signal.SIGTERM)
@@ -406,7 +406,7 @@ class UnreadLog(Scene):
 class Clock(Scene):
     """The wall clock of the proxy alone is moved, by a library in between; time that only passes is left alone."""
 
-    def test_it_jumps(self):
+    def test_wall_clock_jumps_affect_no_session(self):
         folder = Folder()
         self.addCleanup(folder.remove)
         library = folder.path / "clock.so"
@@ -462,7 +462,7 @@ class HalfOpen(unittest.TestCase):
         self.addCleanup(child.kill)
         return child
 
-    def test_both_sides(self):
+    def test_vanished_client_and_server_are_detected(self):
         folder = Folder()
         self.addCleanup(folder.remove)
         server = self.python("server", """

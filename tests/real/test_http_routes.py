@@ -52,12 +52,12 @@ class Json(AnyServer, unittest.TestCase):
     def route(self):
         return ["http", f"url: http://localhost:{self.directory.port}/where"]
 
-    def test_a_question_that_is_kept_tells_of_the_user_alone(self):
+    def test_cacheable_request_contains_only_the_user(self):
         proxy = self.proxy("cache: {ttl: 1m}")
         self.good(proxy)
         self.assertEqual(self.directory.questions[-1][0], {"user": ALICE, "protocol": "imap"})
 
-    def test_a_question_that_is_not_kept_tells_of_the_visitor(self):
+    def test_uncacheable_request_describes_the_login(self):
         proxy = self.proxy()
         self.good(proxy)
         question = self.directory.questions[-1][0]
@@ -66,7 +66,7 @@ class Json(AnyServer, unittest.TestCase):
         self.assertNotIn("password", question)
         wait_for("its record", lambda: question["session"] in proxy.log())
 
-    def test_a_pause_of_the_proxy_fails_no_lookup(self):
+    def test_paused_proxy_fails_no_lookup(self):
         proxy = self.proxy(timeout="3s")
         before, client = len(self.directory.questions), Client(proxy)
         self.directory.hold()
@@ -87,7 +87,7 @@ class Json(AnyServer, unittest.TestCase):
         client.raw.socket.settimeout(PATIENCE)
         self.assertRegex(client.raw.until(b"a ")[-1], b"^a OK", proxy.log())
 
-    def test_connections_are_kept(self):
+    def test_http_connections_are_reused(self):
         proxy = self.proxy()
         before = len(self.directory.questions)
         for _ in range(5):
@@ -95,7 +95,7 @@ class Json(AnyServer, unittest.TestCase):
         ports = {client for _, _, client in self.directory.questions[before:]}
         self.assertEqual(len(ports), 1, ports)
 
-    def test_many_logins_of_one_user_are_one_question(self):
+    def test_concurrent_lookups_of_one_user_are_merged(self):
         proxy = self.proxy("cache: {ttl: 1m}", timeout="20s")
         before = len(self.directory.questions)
         clients = [Client(proxy) for _ in range(20)]
@@ -110,7 +110,7 @@ class Json(AnyServer, unittest.TestCase):
             self.assertRegex(client.raw.until(b"a ")[-1], b"^a OK")
         self.assertEqual(len(self.directory.questions) - before, 1)
 
-    def test_an_answer_is_renewed_before_it_ends(self):
+    def test_cached_answer_is_refreshed_before_it_expires(self):
         proxy = self.proxy("cache: {ttl: 3s}")
         self.good(proxy)
         before = len(self.directory.questions)
@@ -125,7 +125,7 @@ class Json(AnyServer, unittest.TestCase):
         finally:
             self.directory.release()
 
-    def test_a_service_that_checks_passwords_may_hand_out_others(self):
+    def test_only_a_service_that_verifies_passwords_may_replace_them(self):
         self.directory.row(CAROL, backend="shard-b", user=BOB, password=PASSWORDS[BOB])
         self.route = lambda: ["http", f"url: http://localhost:{self.directory.port}/", "password: true"]
         proxy = self.proxy()
@@ -137,11 +137,11 @@ class Json(AnyServer, unittest.TestCase):
         self.answers(proxy, CAROL, "NO [AUTHENTICATIONFAILED]")
         self.assertNotIn(PASSWORDS[BOB], proxy.log())
 
-    def test_a_slow_request_with_a_password_is_one_attempt(self):
+    def test_slow_request_with_a_password_is_sent_once(self):
         self.route = lambda: ["http", f"url: http://localhost:{self.directory.port}/", "password: true"]
         slow_request_is_one_attempt(self)
 
-    def test_answers_that_are_none(self):
+    def test_invalid_answers_fail_the_lookup(self):
         for body in (b"", b"[]", b"{", b'{"backend": 7}', b'{"backend": "shard-a"' + b" " * 70_000 + b"}", b"\xff"):
             self.directory.users["odd@example.org"] = body
             proxy = self.proxy()
@@ -149,7 +149,7 @@ class Json(AnyServer, unittest.TestCase):
             proxy.close()
         del self.directory.users["odd@example.org"]
 
-    def test_a_token_and_headers_are_sent_and_not_logged(self):
+    def test_token_and_headers_are_sent_and_not_logged(self):
         self.directory.token = "very-secret-token"
         self.addCleanup(setattr, self.directory, "token", None)
         self.route = lambda: ["http", f"url: http://localhost:{self.directory.port}/", "token_file: password",
@@ -163,7 +163,7 @@ class Json(AnyServer, unittest.TestCase):
         self.assertEqual(self.directory.questions[-1][1]["x-who"], "vestibule")
         self.assertNotIn(self.directory.token, proxy.log())
 
-    def test_tls_and_http_2(self):
+    def test_http_2_over_tls_verifies_the_certificate(self):
         settings = BASE + f"""
             events {{}}
             http {{
@@ -246,7 +246,7 @@ admin: {{address: "127.0.0.1:{{admin}}"}}
                           "-set_serial", "0x00c0ffee", "-days", "30", "-extfile", extensions, "-out", path / "client.pem")
         return (nginx.port, proxy.ports["tls"]), (path / "client.pem", path / "client-key.pem"), proxy
 
-    def test_a_certificate_gets_no_password_of_a_service_that_verifies_passwords(self):
+    def test_certificate_login_gets_no_password_from_a_verifying_service(self):
         _, certificate, proxy = self.with_certificates()
         # The same listener before a JSON service that hands out a password without having received one.
         self.directory.users[CAROL] = {"backend": "shard-a", "password": PASSWORDS[CAROL]}
@@ -275,7 +275,7 @@ admin: {{address: "127.0.0.1:{{admin}}"}}
             self.assertEqual(told.pop("auth-ssl-cipher"), raw.socket.cipher()[0])
         return told
 
-    def test_what_is_told_of_tls_is_what_nginx_tells(self):
+    def test_tls_headers_equal_those_of_nginx(self):
         ports, certificate, proxy = self.with_certificates()
         for shown, version in ((None, "TLSv1_2"), (None, "TLSv1_3"), (certificate, "TLSv1_2"), (certificate, "TLSv1_3")):
             asked = []
@@ -294,7 +294,7 @@ admin: {{address: "127.0.0.1:{{admin}}"}}
             self.assertEqual(asked[1]["auth-ssl-verify"], "SUCCESS" if shown else "NONE")
             self.assertEqual("auth-ssl-serial" in asked[1], bool(shown))
 
-    def test_a_certificate_is_asked_about_as_nginx_does(self):
+    def test_certificate_headers_equal_those_of_nginx(self):
         ports, certificate, proxy = self.with_certificates()
         asked = []
         for port in ports:
@@ -310,7 +310,7 @@ admin: {{address: "127.0.0.1:{{admin}}"}}
         self.assertEqual(asked[1], asked[0])
         self.assertEqual((asked[1]["auth-method"], asked[1]["auth-pass"]), ("external", ""))
 
-    def test_what_a_balancer_tells_is_passed_on_as_nginx_does(self):
+    def test_proxy_protocol_headers_equal_those_of_nginx(self):
         nginx = self.nginx("listen 127.0.0.1:PORT proxy_protocol; protocol imap; set_real_ip_from 127.0.0.1;")
         proxy = Proxy(f"""
 listeners: [{{address: "127.0.0.1:{{plain}}", tls: none, proxy_protocol: {{from: [127.0.0.1]}}}}]
@@ -331,10 +331,10 @@ admin: {{address: "127.0.0.1:{{admin}}"}}
             self.assertEqual(asked[1], asked[0], header)
             self.assertEqual("proxy-protocol-server-addr" in asked[1], "UNKNOWN" not in header)
 
-    def test_a_slow_request_is_one_attempt(self):
+    def test_slow_request_is_sent_once(self):
         slow_request_is_one_attempt(self)
 
-    def test_who_shall_wait_is_asked_about_again(self):
+    def test_auth_wait_repeats_the_request(self):
         for port in (self.nginx().port, self.proxy(timeout="20s").ports["plain"]):
             self.directory.row("patient", waits=2, password="x", Auth_Server="127.0.0.1", Auth_Port=str(self.a.port),
                                Auth_User=ALICE, Auth_Pass=PASSWORDS[ALICE])
@@ -346,7 +346,7 @@ admin: {{address: "127.0.0.1:{{admin}}"}}
             self.assertGreater(time.monotonic() - began, 1.9)
             self.assertEqual(len(self.directory.questions) - before, 3)
 
-    def test_who_is_not_told_to_wait_is_sent_away(self):
+    def test_refusal_without_auth_wait_closes_the_connection(self):
         self.directory.row("final", final=True, password="x")
         for port in (self.nginx().port, self.proxy().ports["plain"]):
             raw = Raw(port)
@@ -355,7 +355,7 @@ admin: {{address: "127.0.0.1:{{admin}}"}}
             while line := raw.line():
                 self.assertRegex(line, rb"^\* BYE")
 
-    def test_the_same_users_on_the_same_shards_as_with_nginx(self):
+    def test_users_are_routed_as_by_nginx(self):
         nginx, proxy = self.nginx(), self.proxy()
         for user, password in ((ALICE, PASSWORDS[ALICE]), (BOB, PASSWORDS[BOB]), ("alias", "mine")):
             asked = []
@@ -367,7 +367,7 @@ admin: {{address: "127.0.0.1:{{admin}}"}}
             self.assertEqual(asked[1], asked[0])
         self.assertEqual(proxy.metric("vestibule_backend_sessions_total", backend="shard-b"), 2)
 
-    def test_hostile_names_reach_the_auth_server_as_nginx_would_write_them(self):
+    def test_hostile_names_are_encoded_as_by_nginx(self):
         nginx, proxy = self.nginx(), self.proxy()
         user, password = "odd @\"%\u00e9".encode(), "p%20 \"w\u00f6rd\"".encode()
         asked = []
@@ -385,7 +385,7 @@ admin: {{address: "127.0.0.1:{{admin}}"}}
         theirs, ours = asked
         self.assertEqual((ours["auth-user"], ours["auth-pass"]), (theirs["auth-user"], theirs["auth-pass"]))
 
-    def test_a_wrong_password_is_told_after_the_wait(self):
+    def test_wrong_password_is_refused_after_auth_wait(self):
         proxy = self.proxy()
         client = Client(proxy)
         began = time.monotonic()
@@ -395,7 +395,7 @@ admin: {{address: "127.0.0.1:{{admin}}"}}
         self.assertEqual(self.directory.questions[-1][0]["auth-login-attempt"], "2")
         self.assertEqual(proxy.metric("vestibule_route_failing"), 0)
 
-    def test_addresses_must_be_declared_or_allowed(self):
+    def test_returned_addresses_must_be_declared_or_allowed(self):
         port = free_port()
         self.directory.row("stray", Auth_Server="127.0.0.1", Auth_Port=str(port), password="x")
         self.directory.row("guest", Auth_Server="127.0.0.2", Auth_Port=str(self.a.port), password="x")

@@ -216,14 +216,14 @@ admin: {{address: "127.0.0.1:{{admin}}"}}
         self.assertGreaterEqual(good, least_good)
         self.assert_the_same(direct, proxied)
 
-    def test_dovecot_answers_the_same_through_the_proxy(self):
+    def test_dovecot_responses_are_unchanged_by_the_proxy(self):
         tls = f"{{mode: starttls, ca: {self.certificates.ca}, server_name: localhost}}"
         self.the_same_answers(lambda: Dovecot(self.certificates), tls, 60)
 
-    def test_cyrus_answers_the_same_through_the_proxy(self):
+    def test_cyrus_responses_are_unchanged_by_the_proxy(self):
         self.the_same_answers(Cyrus)
 
-    def test_courier_answers_the_same_through_the_proxy(self):
+    def test_courier_responses_are_unchanged_by_the_proxy(self):
         self.the_same_answers(Courier)
 
     def two_sessions_hear_the_same(self, make, tls="none", idle=True):
@@ -231,13 +231,13 @@ admin: {{address: "127.0.0.1:{{admin}}"}}
         self.assertGreater(len(direct), 20)
         self.assert_the_same(direct, proxied)
 
-    def test_two_sessions_on_dovecot(self):
+    def test_dovecot_notifies_concurrent_sessions_through_the_proxy(self):
         self.two_sessions_hear_the_same(lambda: Dovecot(self.certificates), f"{{mode: starttls, ca: {self.certificates.ca}}}")
 
-    def test_two_sessions_on_cyrus(self):
+    def test_cyrus_notifies_concurrent_sessions_through_the_proxy(self):
         self.two_sessions_hear_the_same(Cyrus)
 
-    def test_two_sessions_on_courier(self):
+    def test_courier_notifies_concurrent_sessions_through_the_proxy(self):
         # In IDLE it looks once a minute only, where no file alteration monitor runs.
         self.two_sessions_hear_the_same(Courier, idle=False)
 

@@ -83,11 +83,11 @@ admin: {{address: "127.0.0.1:{{admin}}"}}
         self.assertEqual(got, {**got, **{name: "ok" for name in passed}}, output)
         self.assertGreater(proxy.metric("vestibule_logins_total", outcome="accepted"), 3, "the suite went through the proxy")
 
-    def test_dovecot(self):
+    def test_suite_passes_with_dovecot(self):
         self.no_worse_through_the_proxy(lambda: Dovecot(self.certificates), 45,
                                         f"{{mode: starttls, ca: {self.certificates.ca}}}")
 
-    def test_cyrus(self):
+    def test_suite_passes_with_cyrus(self):
         self.no_worse_through_the_proxy(Cyrus, 40)
 
 

@@ -45,7 +45,7 @@ class ImapFlow(Servers, unittest.TestCase):
         # What it was told with the login is the server's.
         self.assertIn("IDLE", said["capabilities"])
 
-    def test_passwords(self):
+    def test_imapflow_logs_in_with_passwords(self):
         proxy = self.ready(self.proxy())
         for method in (None, "LOGIN", "AUTH=LOGIN", "AUTH=PLAIN"):
             auth = {"user": ALICE, "pass": PASSWORDS[ALICE], **({"loginMethod": method} if method else {})}
@@ -55,11 +55,11 @@ class ImapFlow(Servers, unittest.TestCase):
         for mechanism in ("login", "sasl-login", "sasl-plain"):
             self.assertGreater(proxy.metric("vestibule_logins_total", mechanism=mechanism, outcome="accepted"), 0, mechanism)
 
-    def test_starttls(self):
+    def test_imapflow_uses_starttls(self):
         proxy = self.ready(self.proxy())
         self.serves(proxy, {"user": ALICE, "pass": PASSWORDS[ALICE]}, "flow-starttls", "starttls")
 
-    def test_tokens(self):
+    def test_imapflow_logs_in_with_tokens(self):
         for mechanism in ("xoauth2", "oauthbearer"):
             proxy = self.proxy(listener=f"mechanisms: [{mechanism}]")
             self.serves(proxy, {"user": BOB, "accessToken": token(BOB)}, f"flow-{mechanism}")

@@ -36,7 +36,7 @@ def build_package(folder):
 
 
 class Unit(unittest.TestCase):
-    def test_a_stop_may_take_longer_than_the_drain(self):
+    def test_stop_timeout_is_longer_than_the_drain(self):
         """With the delay that is recommended behind a balancer."""
         unit = (REPOSITORY / "deploy/vestibule.service").read_text()
         drain = re.search(r"drain: (\d+)s ", (REPOSITORY / "config/reference.yaml").read_text())
@@ -119,7 +119,7 @@ class Installed(unittest.TestCase):
         command = json.loads(re.search(r"(?s)HEALTHCHECK.*?CMD (\[.*?\])\n", text)[1])
         return subprocess.run(self.machine.inside(*command), stdin=subprocess.DEVNULL, capture_output=True, timeout=PATIENCE).returncode
 
-    def test_it_serves_upgrades_stops_and_goes(self):
+    def test_package_installs_serves_upgrades_and_purges(self):
         machine = self.machine
         self.assertEqual(machine.run("systemctl", "is-enabled", "vestibule", check=False).strip(), "disabled")
         self.assertEqual(self.property("ActiveState"), "inactive", "there is nothing to serve yet")
@@ -206,7 +206,7 @@ class Installed(unittest.TestCase):
         self.assertGreaterEqual(wanted, 2 * 100_000 + 256, "enough for limits.sessions as it is by default")
         self.assertRegex(limits, rf"Max open files +({wanted} +{wanted}|{of_systemd} +{of_systemd}) ")
 
-    def test_a_key_for_root_alone_goes_by_credential(self):
+    def test_root_only_key_is_passed_as_a_credential(self):
         self.install_certificate("/etc/letsencrypt/live/imap.example.org", "600", "root")
         self.machine.run("chmod", "700", "/etc/letsencrypt/live")
         drop_in = (REPOSITORY / "deploy/tls-credential.conf").read_text()
@@ -234,7 +234,7 @@ class Installed(unittest.TestCase):
         self.machine.run("dpkg", "--remove", "vestibule")
         self.assertNotEqual(self.property("ActiveState"), "active")
 
-    def test_a_wrong_configuration_does_not_start(self):
+    def test_invalid_configuration_does_not_start(self):
         self.machine.write(FILE, "listeners: [{address: nowhere}]\n")
         self.machine.run("systemctl", "start", "vestibule", check=False)
         self.assertNotEqual(self.property("ActiveState"), "active")

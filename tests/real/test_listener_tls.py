@@ -104,7 +104,7 @@ def replace(path, content, mode=0o644):
 
 
 class Handshakes(Policy):
-    def test_old_versions_are_refused(self):
+    def test_old_tls_versions_are_refused(self):
         proxy = self.proxy(first='tls_min: "1.2"', second='tls_min: "1.3"')
         low = ("-cipher", "DEFAULT@SECLEVEL=0")
         for port, taken in (("tls", VERSIONS), ("starttls", {"1.3": "-tls1_3"})):
@@ -118,7 +118,7 @@ class Handshakes(Policy):
                         self.assertRegex(said, "alert (protocol version|handshake failure)" if version in OLD else "alert protocol version")
                         self.assertIn("has read 7 bytes", said, "the alert, and nothing else")
 
-    def test_server_names(self):
+    def test_unknown_server_names_are_refused_when_strict(self):
         proxy = self.proxy(first="sni: strict", second="sni: any")
         for version in VERSIONS.values():
             for name, is_known in (("localhost", True), ("MAIL.test", True), ("elsewhere.test", False), (None, False)):
@@ -130,7 +130,7 @@ class Handshakes(Policy):
                     self.assertIn("a OK", self.s_client(proxy, version, name=name, port="starttls"))
         self.assertEqual(proxy.metric("vestibule_failures_total", reason="handshake"), 4)
 
-    def test_rsa_and_elliptic_curves_side_by_side(self):
+    def test_rsa_and_ecdsa_certificates_are_selected_by_signature(self):
         (rsa, rsa_key), (curve, curve_key) = self.issue("rsa", "rsa"), self.issue("curve")
         proxy = self.proxy(certificates=f"{{cert: {rsa}, key: {rsa_key}}}, {{cert: {curve}, key: {curve_key}}}")
         for options, signature in (
@@ -147,7 +147,7 @@ class Handshakes(Policy):
                     self.assertRegex(said, rf"Peer signature type: {signature}\n")
                     self.assertIn("a OK", said)
 
-    def test_renegotiation_before_login(self):
+    def test_renegotiation_before_login_ends_the_session(self):
         """After it, see test_tls_interop_clients.py."""
         proxy = self.proxy()
         client = Tool([program("openssl"), "s_client", "-brief", "-CAfile", str(self.certificates.ca), "-tls1_2", "-connect",
@@ -160,7 +160,7 @@ class Handshakes(Policy):
         wait_for("the session to end", lambda: proxy.metric("vestibule_sessions") == 0)
         self.assertIn("a OK", self.s_client(proxy, "-tls1_2"))
 
-    def test_a_handshake_that_is_cut_off(self):
+    def test_truncated_client_hello_ends_the_connection(self):
         """After each part of the client's first message: nothing is served, nothing stays, neighbours go on."""
         hello, incoming = ssl.MemoryBIO(), ssl.MemoryBIO()
         client = context(self.certificates.ca).wrap_bio(incoming, hello, server_hostname="localhost")
@@ -184,7 +184,7 @@ class Handshakes(Policy):
         self.assertEqual(proxy.metric("vestibule_failures_total", reason="handshake"), 2 * len(cuts))
         self.assertRegex(neighbour.command("b", "NOOP")[-1], b"^b OK")
 
-    def test_early_data_is_not_taken(self):
+    def test_early_data_is_refused(self):
         """Neither is it offered, nor taken from a client that was told it could send some."""
         proxy = self.proxy()
         session, early = self.folder.path / "early.session", self.folder.write("early", "e NOOP\r\n")
@@ -222,7 +222,7 @@ def allow_early_data(session):
 
 
 class Tickets(Policy):
-    def test_a_ticket_is_good_at_its_own_policy(self):
+    def test_ticket_is_accepted_only_under_its_own_policy(self):
         asks = f"client_certificates: {{ca: {self.certificates.ca}"
         proxy = self.proxy(second='tls_min: "1.3"', third=f"{asks}, required: true}}")
         session = self.folder.path / "policy.session"
@@ -236,7 +236,7 @@ class Tickets(Policy):
                         self.assertRegex(said, "alert (certificate required|handshake failure)")
                         self.assertNotIn("* OK", said)
 
-    def test_machines_that_share_keys(self):
+    def test_shared_ticket_keys_resume_on_other_hosts(self):
         folders = [Folder(), Folder()]
         for folder in folders:
             self.addCleanup(folder.remove)
@@ -296,7 +296,7 @@ class Tickets(Policy):
         for secret in (newer, older):
             self.assertNotIn(secret.read_text().strip()[:20], one.log())
 
-    def test_check_tells_of_bad_key_files(self):
+    def test_check_reports_invalid_ticket_keys(self):
         short = self.folder.path / "short.key"
         replace(short, b"too short", 0o600)
         proxy = self.proxy()
@@ -328,7 +328,7 @@ class Renewal(Policy):
             (path / file).symlink_to(f"..data/{file}")
         return path
 
-    def test_a_certificate_is_renewed_and_sessions_go_on(self):
+    def test_certificate_is_renewed_without_ending_sessions(self):
         old, new = self.issue("old", days=30), self.issue("new", days=300)
         volume = self.volume("volume", {"1": old, "2": new})
         proxy = self.proxy(certificates=f"{{cert: {volume}/tls.crt, key: {volume}/tls.key}}")
@@ -354,7 +354,7 @@ class Renewal(Policy):
         self.assertRegex(session.command("s", "SELECT INBOX")[-1], b"^s OK")
         self.assertEqual(self.failed(proxy), 0)
 
-    def test_a_bad_pair_keeps_the_old_one(self):
+    def test_invalid_certificate_pair_keeps_the_old_one(self):
         (cert, key), other = self.issue("kept"), self.issue("other")
         cert_bytes, key_bytes = cert.read_bytes(), key.read_bytes()
         proxy = self.proxy(certificates=f"{{cert: {cert}, key: {key}}}")
@@ -383,7 +383,7 @@ class Renewal(Policy):
         wait_for("the new certificate", lambda: self.shown(proxy) != before)
         wait_for("the gauge", lambda: self.failed(proxy) == 0)
 
-    def test_ocsp(self):
+    def test_ocsp_response_is_stapled_and_renewed(self):
         (cert, key), other = self.issue("stapled"), self.issue("unstapled")
         response, wrong = self.folder.path / "ocsp.der", self.folder.path / "wrong.der"
         self.respond(cert, response)

@@ -48,7 +48,7 @@ admin: {{address: "127.0.0.1:{{admin}}"}}
         self.assertTrue(any(subject in text for text in self.home(user).messages(user)), subject)
         self.assertFalse(any(subject in text for text in other.messages(user)), subject)
 
-    def test_curl(self):
+    def test_curl_appends_and_fetches(self):
         mail = self.folder.path / "mail.eml"
         for user in (ALICE, BOB):
             for scheme, port in (("imaps", "tls"), ("imap", "starttls")):
@@ -104,7 +104,7 @@ SyncState *
             pulled = [path.read_text() for path in local.glob("INBOX/*/*") if path.is_file() and path.parent.name in ("cur", "new")]
             self.assertTrue(any(f"mbsync-pull-{name}" in text for text in pulled))
 
-    def test_mutt_keeps_its_copies_there(self):
+    def test_mutt_saves_sent_messages(self):
         configuration = self.folder.write("muttrc", f"""
 set ssl_force_tls=yes
 set ssl_ca_certificates_file="{self.certificates.ca}"
@@ -121,7 +121,7 @@ set confirmcreate=no
                              input=b"Hello.\n", env={"TERM": "xterm", "HOME": str(self.folder.path), "PATH": "/usr/bin:/bin"})
             self.assert_only_at_home(ALICE, subject)
 
-    def test_mutt_reads(self):
+    def test_mutt_reads_messages(self):
         # It wants a terminal, and is told what to type: copy these messages into a file, leave.
         mail = self.folder.path / "mail-for-mutt.eml"
         mail.write_bytes(message("for-mutt", "Read by mutt.\r\n"))
@@ -147,7 +147,7 @@ push "<tag-pattern>~s for-mutt<enter><tag-prefix><copy-message>{copies}<enter><q
                              env={"TERM": "xterm", "HOME": str(self.folder.path), "PATH": "/usr/bin:/bin", "LINES": "24", "COLUMNS": "80"})
             self.assertIn("Read by mutt.", copies.read_text())
 
-    def test_openssl_s_client(self):
+    def test_openssl_s_client_logs_in(self):
         for extra, port in (((), "tls"), (("-starttls", "imap"), "starttls")):
             said = self.run_program(
                 program("openssl"), "s_client", "-quiet", "-crlf", "-verify_return_error", "-CAfile", self.certificates.ca,
@@ -156,7 +156,7 @@ push "<tag-pattern>~s for-mutt<enter><tag-prefix><copy-message>{copies}<enter><q
             for line in ("a OK [CAPABILITY IMAP4rev1", "b OK [READ-WRITE]", "c OK"):
                 self.assertIn(line, said)
 
-    def test_alpn_of_another_protocol_is_refused(self):
+    def test_alpn_without_imap_is_refused(self):
         done = subprocess.run([program("openssl"), "s_client", "-alpn", "h2,http/1.1", "-connect",
                                f"localhost:{self.proxy.ports['tls']}"], input=b"", capture_output=True, timeout=PATIENCE)
         self.assertIn(b"no application protocol", done.stderr)

@@ -79,7 +79,7 @@ class Scene(unittest.TestCase):
 
 
 class Commands(Scene):
-    def test_reload_and_what_is_wrong(self):
+    def test_reload_applies_or_reports_errors(self):
         client = session(self.port)
         text = self.proxy.file.read_text()
         self.proxy.file.write_text(text.replace("shard-b:", "shard-c:"))
@@ -102,7 +102,7 @@ class Commands(Scene):
         self.assertEqual(self.proxy.metric("vestibule_reloads_total", outcome="loaded"), 2)
         self.assertTrue(alive(client), "through all of it")
 
-    def test_who_is_there_and_out_with_one(self):
+    def test_sessions_are_listed_and_kicked(self):
         alice, again, bob = session(self.port), session(self.port), session(self.port, BOB)
         shown = json.loads(self.command("sessions", "--json"))
         self.assertEqual(sorted((one["user"], one["backend"]) for one in shown),
@@ -114,7 +114,7 @@ class Commands(Scene):
         self.assertIn('reason="kicked"', self.proxy.log().replace("reason=kicked", 'reason="kicked"'))
         self.assertIn("0 sessions ended", self.command("kick", "nobody@example.org"))
 
-    def test_a_server_is_drained(self):
+    def test_drain_moves_sessions_off_a_server(self):
         name = f"127.0.0.1:{self.a.port}"
         sessions = [session(self.port) for _ in range(5)]
         bob = session(self.port, BOB)
@@ -134,7 +134,7 @@ class Commands(Scene):
         self.assertTrue(newcomer.command("b", LOGIN[ALICE])[-1].startswith(b"b OK"))
         self.assertIn("no server is called", self.command("drain", "10.9.9.9:1", code=1))
 
-    def test_a_mode_outlives_a_reload(self):
+    def test_server_state_survives_a_reload(self):
         name = f"127.0.0.1:{self.a.port}"
         self.command("server", name, "drain")
         self.command("reload")
@@ -142,7 +142,7 @@ class Commands(Scene):
         self.command("server", name, "as-configured")
         self.assertEqual(self.servers()[name]["mode"], "up")
 
-    def test_a_user_is_moved(self):
+    def test_move_holds_logins_while_its_command_runs(self):
         before, bob = session(self.port), session(self.port, BOB)
         # The default timeout is for people who change the routes at the same time.
         said = self.command("move", ALICE, "shard-b", "--timeout", "1s", code=1)
@@ -179,7 +179,7 @@ class Commands(Scene):
         self.assertEqual([one["backend"] for one in json.loads(self.command("sessions", ALICE, "--json"))], ["shard-b"])
         self.assertTrue(alive(bob))
 
-    def test_a_move_reads_the_table_at_once(self):
+    def test_move_reloads_the_table_at_once(self):
         """The command's own example: the table is copied over, and nothing else is done."""
         before = session(self.port)
         new = self.folder.write("users.new", f"{ALICE} shard-b\n{BOB} shard-b\n")
@@ -192,7 +192,7 @@ class Commands(Scene):
         self.assertEqual([one["backend"] for one in self.sessions(ALICE)], ["shard-b"])
         self.assertTrue(alive(client))
 
-    def test_many_users_are_moved_at_a_time(self):
+    def test_many_users_are_moved_concurrently(self):
         """Each move keeps a connection open while its command runs, and needs another one to end."""
         go = self.folder.path / "go"
         users = [f"user{number}@example.org" for number in range(24)]
@@ -208,7 +208,7 @@ class Commands(Scene):
         for mover in movers:
             self.assertEqual(mover.child.wait(PATIENCE), 0, mover.text())
 
-    def test_a_move_whose_process_ends_claims_nothing(self):
+    def test_move_reports_failure_when_the_process_ends(self):
         mover = Process([VESTIBULE, "move", ALICE, "shard-a", "--while", f"while [ ! -e {self.folder.path}/go ]; do sleep 0.05; done",
                          "--control", self.folder.path / "control"], self.folder.path / "mover")
         self.addCleanup(mover.kill)
@@ -221,11 +221,11 @@ class Commands(Scene):
         self.assertEqual(mover.child.wait(PATIENCE), 1, mover.text())
         self.assertIn(f"the process ended while the command ran: {ALICE} may have logged in meanwhile", mover.text())
 
-    def test_a_process_that_hangs_is_reported(self):
+    def test_command_reports_a_hung_process(self):
         os.kill(self.proxy.process.child.pid, signal.SIGSTOP)
         self.assertIn("does not answer within 15s", self.command("status", code=70))
 
-    def test_a_login_is_logged_at_once(self):
+    def test_login_is_logged_immediately(self):
         """Who is logged in is in the log though the process never had a chance to write it at the end."""
         alice, bob = session(self.port), session(self.port, BOB)
         ids = {one["user"]: one["session"] for one in self.sessions()}
@@ -245,7 +245,7 @@ class Commands(Scene):
             self.assertNotIn("outcome=", lines[user][0])
         alice.close()
 
-    def test_a_state_has_an_origin(self):
+    def test_server_state_has_reason_user_and_time(self):
         name = f"127.0.0.1:{self.a.port}"
         self.command("drain", f"shard-a/{name}", "--reason", "new disks")
         self.assertIn("no server is called", self.command("drain", f"shard-b/{name}", code=1))
@@ -258,11 +258,11 @@ class Commands(Scene):
         self.command("server", name, "as-configured")
         self.assertNotIn("set", self.servers()[name])
 
-    def test_a_failed_command_lets_the_user_in_again(self):
+    def test_move_with_a_failed_command_readmits_the_user(self):
         self.assertIn("let in again", self.command("move", ALICE, "shard-a", "--while", "exit 3", code=1))
         self.assertTrue(alive(session(self.port)))
 
-    def test_nobody_else_may_command(self):
+    def test_control_socket_refuses_other_users(self):
         control = self.folder.path / "control"
         self.assertEqual(control.stat().st_mode & 0o777, 0o600)
         nobody = [program("setpriv"), "--reuid", "nobody", "--clear-groups", VESTIBULE, "status", "--control", control]
@@ -297,7 +297,7 @@ class Visitors(threading.Thread):
 
 
 class Successors(Scene):
-    def test_not_one_connection_is_refused(self):
+    def test_upgrades_refuse_no_connection(self):
         """Ten upgrades and ten takeovers by hand while clients come and go, and sessions that stay."""
         stay = [session(self.port, user) for user in (ALICE, BOB) for _ in range(5)]
         visitors = [Visitors(self.port, user) for user in (ALICE, BOB) for _ in range(2)]
@@ -336,7 +336,7 @@ class Successors(Scene):
         for process in by_hand:
             self.assertEqual(process.child.wait(PATIENCE), 0, process.text())
 
-    def test_a_successor_that_cannot_start_changes_nothing(self):
+    def test_successor_that_cannot_start_changes_nothing(self):
         client = session(self.port)
         done = subprocess.run([VESTIBULE, "run", "--config", self.proxy.file], capture_output=True, text=True, timeout=PATIENCE)
         self.assertEqual(done.returncode, 70)
@@ -353,7 +353,7 @@ class Predecessors(Scene):
 
     configuration = CONFIGURATION.replace("drain: 1m", "drain: 1m, server_login: 2s")
 
-    def test_sessions_there_are_listed_ended_and_counted(self):
+    def test_sessions_of_predecessors_are_listed_and_ended(self):
         first = self.status()["pid"]
         alice, bob = [session(self.port)], session(self.port, BOB)
         second = self.upgrade()
@@ -378,7 +378,7 @@ class Predecessors(Scene):
         wait_for("the first process's end", lambda: self.status()["predecessors"] == [])
         self.assertEqual(sorted(path.name for path in self.folder.path.glob("control*")), ["control", f"control.{third}"])
 
-    def test_a_move_covers_them(self):
+    def test_move_covers_predecessors(self):
         old, waiting = session(self.port), Raw(self.port)
         waiting.line()
         self.upgrade()
@@ -392,7 +392,7 @@ class Predecessors(Scene):
         self.assertEqual([one["backend"] for one in self.sessions(ALICE)], ["shard-b"])
         self.assertTrue(alive(again))
 
-    def test_one_that_does_not_answer_is_reported(self):
+    def test_hung_predecessor_is_reported(self):
         first = self.status()["pid"]
         old = session(self.port)
         self.upgrade()
@@ -406,7 +406,7 @@ class Predecessors(Scene):
         self.assertIn("now at shard-b", self.command("move", ALICE, "shard-b"))
         self.assertEqual(old.line(), b"")
 
-    def test_one_that_is_killed_is_forgotten(self):
+    def test_killed_predecessor_is_forgotten(self):
         first = self.status()["pid"]
         old = session(self.port)
         self.upgrade()
@@ -416,7 +416,7 @@ class Predecessors(Scene):
         self.assertIn("0 sessions ended", self.command("kick", ALICE))
         self.assertFalse((self.folder.path / f"control.{first}").exists())
 
-    def test_a_drain_goes_on_there(self):
+    def test_drain_continues_in_a_predecessor(self):
         name = f"127.0.0.1:{self.a.port}"
         sessions = [session(self.port) for _ in range(6)]
         drain = Process([VESTIBULE, "drain", name, "--over", "3s", "--control", self.folder.path / "control"], self.folder.path / "drain")
@@ -431,7 +431,7 @@ class Predecessors(Scene):
             self.assertEqual(client.socket.recv(1), b"")
         self.assertEqual(self.servers()[name]["mode"], "drain")
 
-    def test_a_socket_of_another_user_is_ignored(self):
+    def test_control_socket_of_another_user_is_ignored(self):
         """It would be told whose sessions end, and could keep every move from being done."""
         self.folder.path.chmod(0o777)
         path = self.folder.path / "control.1"
@@ -444,7 +444,7 @@ class Predecessors(Scene):
         self.assertIn("now at shard-a", self.command("move", ALICE, "shard-a"))
         self.assertIn("a control socket belongs to another user and is ignored", self.proxy.log())
 
-    def test_no_upgrade_while_a_user_is_moved(self):
+    def test_upgrade_is_refused_during_a_move(self):
         go = self.folder.path / "go"
         mover = Process([VESTIBULE, "move", ALICE, "shard-a", "--while", f"while [ ! -e {go} ]; do sleep 0.05; done",
                          "--control", self.folder.path / "control"], self.folder.path / "mover")
@@ -459,7 +459,7 @@ class Predecessors(Scene):
         go.touch()
         self.assertEqual(mover.child.wait(PATIENCE), 0, mover.text())
 
-    def test_states_of_servers_are_handed_over(self):
+    def test_server_states_survive_upgrades(self):
         name_a, name_b = f"127.0.0.1:{self.a.port}", f"127.0.0.1:{self.b.port}"
         self.command("drain", name_a, "--reason", "new disks")
         self.command("server", name_b, "down")
@@ -476,7 +476,7 @@ class Predecessors(Scene):
         self.upgrade()
         self.assertEqual(self.servers()[name_a]["mode"], "up")
 
-    def test_a_state_that_is_set_during_an_upgrade_is_not_lost(self):
+    def test_server_state_set_during_an_upgrade_is_kept(self):
         """What a command has confirmed counts, whichever process confirmed it."""
         name, done, over = f"127.0.0.1:{self.a.port}", [0], threading.Event()
 
@@ -514,7 +514,7 @@ backends: {{a: {{servers: ["127.0.0.1:1"], check: off}}}}
 routes: [{{default: a}}]
 {more}""")
 
-    def test_sockets_of_systemd(self):
+    def test_systemd_socket_activation(self):
         """The connection that wakes the program is served by it."""
         port = free_port()
         process = Process([program("systemd-socket-activate"), "-l", f"127.0.0.1:{port}", VESTIBULE, "run", "--config", self.configuration(port)],
@@ -523,7 +523,7 @@ routes: [{{default: a}}]
         client = wait_for("the socket", lambda: connected(port))
         self.assertTrue(Raw.line(client).startswith(b"* OK"), process.text())
 
-    def test_root_is_given_up(self):
+    def test_root_privileges_are_dropped(self):
         port = free_port()
         process = Process([VESTIBULE, "run", "--config", self.configuration(port, "run_as: {user: nobody, group: nogroup}")],
                           self.folder.path / "log")

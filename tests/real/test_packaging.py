@@ -17,7 +17,7 @@ class Deploy(unittest.TestCase):
         self.folder = Folder()
         self.addCleanup(self.folder.remove)
 
-    def test_the_unit_is_valid_and_hardened(self):
+    def test_systemd_unit_is_valid_and_hardened(self):
         text = (REPOSITORY / "deploy/vestibule.service").read_text()
         # The program is not installed here; nor is the documentation.
         text = re.sub(r"^Documentation=.*$", "", text, flags=re.M).replace("/usr/bin/vestibule", str(VESTIBULE))
@@ -29,7 +29,7 @@ class Deploy(unittest.TestCase):
         for setting in ("Type=notify", "User=vestibule", "ExecStartPre=/usr/bin/vestibule check", "LimitCORE=0", "NoNewPrivileges=yes"):
             self.assertIn(setting, (REPOSITORY / "deploy/vestibule.service").read_text())
 
-    def test_the_debian_package(self):
+    def test_debian_package_contains_all_files(self):
         # Debug information takes a minute to pack and is not looked at.
         stripped = self.folder.path / "vestibule"
         self.assertEqual(run("strip", "-o", stripped, VESTIBULE).returncode, 0)
@@ -49,7 +49,7 @@ class Deploy(unittest.TestCase):
         done = run(program("lintian"), "--allow-root", "--fail-on", "error", package, env={**os.environ, "LC_ALL": "C"})
         self.assertEqual(done.returncode, 0, done.stdout + done.stderr)
 
-    def test_the_dockerfile_copies_what_exists(self):
+    def test_dockerfile_copies_existing_files(self):
         text = (REPOSITORY / "deploy/Dockerfile").read_text()
         sources = [source for line in re.findall(r"^COPY (?!--from)(.*)$", text, re.M) for source in line.split()[:-1]]
         self.assertGreaterEqual(len(sources), 4)

@@ -52,7 +52,7 @@ admin: {{address: "127.0.0.1:{{admin}}"}}
         said = lambda: [question for named, question in self.service.policy if named == command]
         return wait_for(f"{count} × {command}", lambda: said() if len(said()) >= count else None)
 
-    def test_it_is_asked_before_a_login_and_told_after_it(self):
+    def test_policy_is_queried_before_and_reported_after_a_login(self):
         proxy = self.proxy()
         self.assertRegex(self.login(proxy, ALICE, ahead=['ID ("name" "phone")']), "^a OK")
         [asked], [told] = self.told("allow"), self.told("report")
@@ -62,7 +62,7 @@ admin: {{address: "127.0.0.1:{{admin}}"}}
         self.assertEqual({key: told.pop(key) for key in ("success", "policy_reject")}, {"success": True, "policy_reject": False})
         self.assertEqual(told, asked)
 
-    def test_no_password_and_little_of_its_hash_is_told(self):
+    def test_report_contains_only_a_short_password_hash(self):
         proxy = self.proxy()
         self.assertRegex(self.login(proxy, ALICE, "wrong-1"), "^a NO")
         self.assertRegex(self.login(proxy, ALICE, "wrong-1"), "^a NO")
@@ -74,7 +74,7 @@ admin: {{address: "127.0.0.1:{{admin}}"}}
         self.assertEqual(first["pwhash"], second["pwhash"])
         self.assertNotEqual(first["pwhash"], third["pwhash"])
 
-    def test_the_hash_is_the_one_that_dovecot_tells(self):
+    def test_password_hash_equals_that_of_dovecot(self):
         """So that one service can weigh what both tell it."""
         dovecot = Dovecot(self.certificates, extra=f"""
             auth_policy_server_url = http://127.0.0.1:{self.service.port}/
@@ -91,7 +91,7 @@ admin: {{address: "127.0.0.1:{{admin}}"}}
         self.login(self.proxy(), ALICE, "guess")
         self.assertEqual(self.told("allow")[0]["pwhash"], theirs)
 
-    def test_a_status_below_zero_denies_and_the_service_is_told_so(self):
+    def test_negative_status_denies_the_login(self):
         self.service.statuses[ALICE] = -1
         proxy = self.proxy()
         self.assertRegex(self.login(proxy, ALICE), r"^a NO \[AUTHENTICATIONFAILED\]")
@@ -102,13 +102,13 @@ admin: {{address: "127.0.0.1:{{admin}}"}}
         self.assertEqual(proxy.metric("vestibule_failures_total", reason="policy_denied"), 1)
         self.assertRegex(self.login(proxy, BOB), "^a OK")
 
-    def test_a_status_above_zero_delays(self):
+    def test_positive_status_delays_the_login(self):
         self.service.statuses[ALICE] = 1
         began = time.monotonic()
         self.assertRegex(self.login(self.proxy(), ALICE), "^a OK")
         self.assertGreaterEqual(time.monotonic() - began, 1)
 
-    def test_silence_lets_everybody_in_or_nobody(self):
+    def test_unreachable_service_allows_or_denies_by_configuration(self):
         self.service.hold()
         self.assertRegex(self.login(self.proxy(", timeout: 200ms"), ALICE), "^a OK")
         proxy = self.proxy(", timeout: 200ms, on_failure: deny")
@@ -116,7 +116,7 @@ admin: {{address: "127.0.0.1:{{admin}}"}}
         self.assertEqual(proxy.metric("vestibule_failures_total", reason="policy_failed"), 1)
         self.assertNotIn("login failed", proxy.log())
 
-    def test_a_connection_that_falls_silent_fails_no_login(self):
+    def test_silent_connection_fails_no_login(self):
         relay = Relay(self.service.port)
         self.addCleanup(relay.close)
         self.service.port, direct = relay.port, self.service.port
@@ -131,7 +131,7 @@ admin: {{address: "127.0.0.1:{{admin}}"}}
             self.assertRegex(self.login(proxy, ALICE), "^a OK", proxy.log())
         self.assertEqual(proxy.metric("vestibule_policy_answers_total", command="allow", answer="failed"), 0)
 
-    def test_a_slow_report_counts_once(self):
+    def test_slow_report_counts_once(self):
         proxy = self.proxy(", timeout: 2s")
         self.assertRegex(self.login(proxy, ALICE), "^a OK")
         reports = lambda: proxy.metric("vestibule_policy_answers_total", command="report", answer="allowed")
@@ -145,7 +145,7 @@ admin: {{address: "127.0.0.1:{{admin}}"}}
         wait_for("the end of the report's time", lambda: failed() == 1)
         self.assertEqual([told["login"] for told in self.told("report", 2)], [ALICE, BOB])
 
-    def test_what_is_no_answer_is_an_outage(self):
+    def test_invalid_answers_count_as_failures(self):
         proxy = self.proxy(", on_failure: deny")
         for answer in (b"", b"[]", b"{}", b"{\"status\": \"-1\"}", b"x" * 100_000):
             self.service.statuses[ALICE] = answer
@@ -154,7 +154,7 @@ admin: {{address: "127.0.0.1:{{admin}}"}}
         self.assertRegex(self.login(proxy, ALICE), r"^a NO \[UNAVAILABLE\]")
         self.assertEqual(proxy.metric("vestibule_policy_answers_total", command="allow", answer="failed"), 6)
 
-    def test_it_is_shown_a_password_or_a_key_from_a_file(self):
+    def test_policy_credentials_are_read_from_a_file(self):
         basic = "Basic " + base64.b64encode(b"wforce:sesame").decode()
         for name, token in (("password_file", basic), ("api_key_file", "sesame")):
             self.service.token = token

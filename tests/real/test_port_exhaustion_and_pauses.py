@@ -119,7 +119,7 @@ class LocalPorts(unittest.TestCase):
         wait_for("a free port", lambda: self.ask(next(numbers)).startswith("a OK"))
         self.assertEqual((self.metric("vestibule_server_up"), self.metric("vestibule_server_breaker")), (1, 0))
 
-    def test_eight_without_source_addresses(self):
+    def test_local_ports_limit_sessions_without_source_addresses(self):
         self.start("[]", "user-hash")
         self.fill(8)
         # Checks that cannot be made do not count against the server.
@@ -130,12 +130,12 @@ class LocalPorts(unittest.TestCase):
         self.assertEqual(self.metric("vestibule_server_checks_total", 'outcome="failed"'), 0)
         self.recover()
 
-    def test_sixteen_from_two_source_addresses(self):
+    def test_two_source_addresses_double_the_sessions(self):
         self.start("[127.0.0.2, 127.0.0.3]")
         self.fill(16)
         self.recover()
 
-    def test_a_source_address_of_another_machine_is_passed_over(self):
+    def test_source_address_of_another_host_is_skipped(self):
         self.start("[192.0.2.1, 127.0.0.2]")
         self.fill(8)
 
@@ -143,7 +143,7 @@ class LocalPorts(unittest.TestCase):
 class Pauses(unittest.TestCase):
     """The whole process stops and goes on, as in a virtual machine that is suspended."""
 
-    def test_no_login_fails_and_no_server_is_blamed(self):
+    def test_pause_fails_no_login_and_marks_no_server_down(self):
         folder = Folder()
         self.addCleanup(folder.remove)
         certificates = Certificates(folder)
@@ -204,7 +204,7 @@ admin: {{address: "127.0.0.1:{{admin}}"}}
         self.assertNotIn("is failing and passed over", proxy.log())
         self.assertEqual(proxy.log().count("this process was not scheduled for a while"), 2)
 
-    def test_no_deadline_of_a_login_passes(self):
+    def test_pause_expires_no_login_deadline(self):
         folder = Folder()
         self.addCleanup(folder.remove)
         certificates = Certificates(folder)

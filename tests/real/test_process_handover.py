@@ -125,7 +125,7 @@ class Concurrent(Scene):
         os.mkfifo(self.folder.path / "pipe")
         self.write(routes="[{table: pipe}]")
 
-    def test_a_second_successor_is_refused_and_commands_are_answered(self):
+    def test_second_successor_is_refused(self):
         first = self.start()
         self.blocked()
         upgrade = Process([VESTIBULE, "upgrade", "--control", self.control], self.folder.path / "upgrade")
@@ -145,7 +145,7 @@ class Concurrent(Scene):
         self.unchanged(first)
         self.assertIn(f"ends when its 0 sessions have ended", self.upgrade())
 
-    def test_a_successor_that_takes_too_long_is_ended(self):
+    def test_slow_successor_is_killed_after_the_timeout(self):
         first = self.start()
         self.blocked()
         said = self.upgrade(1, "--timeout", "1s")
@@ -153,7 +153,7 @@ class Concurrent(Scene):
         wait_for("its end", lambda: has_ended(child))
         self.unchanged(first)
 
-    def test_many_at_once_leave_one(self):
+    def test_concurrent_upgrades_leave_one_process(self):
         first = self.start()
         for _ in range(3):
             upgrades = [Process([VESTIBULE, "upgrade", "--control", self.control], self.folder.path / f"upgrade-{number}")
@@ -174,7 +174,7 @@ class Concurrent(Scene):
 
 
 class Upgrade(Scene):
-    def test_the_outcome_is_reported(self):
+    def test_upgrade_reports_the_new_process(self):
         first = self.start()
         said = self.upgrade()
         pid = self.pid()
@@ -187,7 +187,7 @@ class Upgrade(Scene):
         self.assertRegex(core, r"Max core file size +0 +0")
         self.assertEqual(Path(f"/proc/{pid}/fd/0").readlink(), Path("/dev/null"))
 
-    def test_each_way_to_fail_leaves_the_process_as_it_was(self):
+    def test_failed_upgrade_keeps_the_running_process(self):
         first = self.start()
         taken = socket.create_server(("127.0.0.1", 0))
         self.addCleanup(taken.close)
@@ -212,14 +212,14 @@ class Upgrade(Scene):
         self.upgrade()
         self.assertEqual(exits(first), 0)
 
-    def test_check_resolves_the_user(self):
+    def test_check_reports_an_unknown_user(self):
         self.write(more="run_as: {user: nobody-such}")
         for command in ("check", "run"):
             done = subprocess.run([VESTIBULE, command, "--config", self.file], capture_output=True, text=True, timeout=PATIENCE)
             self.assertEqual(done.returncode, 78)
             self.assertRegex(done.stderr, r'vestibule.yaml:\d+:\d+: run_as.user: unknown user "nobody-such"')
 
-    def test_a_draining_process_that_is_killed_is_not_missed(self):
+    def test_killed_draining_process_does_not_affect_its_successor(self):
         first = self.start()
         client = Raw(self.port)
         self.assertTrue(client.line().startswith(b"* OK"))
@@ -237,7 +237,7 @@ class Upgrade(Scene):
         self.assertTrue(answers(self.port, b"* OK"))
         self.assertEqual((self.pid(), listening(self.port)), (pid, {pid}))
 
-    def test_sockets_of_systemd_are_handed_on(self):
+    def test_systemd_sockets_are_inherited_by_successors(self):
         process = Process([program("systemd-socket-activate"), "-l", f"127.0.0.1:{self.port}", VESTIBULE, "run", "--config", self.file],
                           self.folder.path / "log")
         self.addCleanup(process.kill)
@@ -250,7 +250,7 @@ class Upgrade(Scene):
             self.assertTrue(answers(self.port, b"* OK"))
         self.assertEqual(listening(self.port), {pid})
 
-    def test_a_reload_waits_for_a_hand_over_to_end(self):
+    def test_reload_is_refused_during_a_handover(self):
         first = self.start()
         other = Successor(self.control)
         self.addCleanup(other.close)
@@ -313,7 +313,7 @@ class Successor:
 class Failing(Scene):
     """The successor is gone, or falls silent, at each step."""
 
-    def test_a_successor_that_is_gone_at_each_step(self):
+    def test_successor_may_disappear_at_each_step(self):
         first = self.start()
 
         def nothing(successor):
@@ -363,7 +363,7 @@ class Failing(Scene):
         self.upgrade()
         self.assertEqual(exits(first), 0)
 
-    def test_states_of_servers_are_handed_over_twice(self):
+    def test_server_states_are_sent_at_start_and_at_retirement(self):
         """At the permission to start and at the retirement, because operators go on in between. No move begins there."""
         first = self.start()
         server = "127.0.0.1:1"
@@ -395,13 +395,13 @@ class Failing(Scene):
             self.assertNotEqual(done.returncode, 0, words)
             self.assertIn("this process has been replaced", done.stderr, words)
 
-    def test_the_name_is_restored_when_anyone_removes_it(self):
+    def test_control_socket_is_restored_after_its_removal(self):
         first = self.start()
         self.control.unlink()
         self.unchanged(first)
         self.assertIn("the control socket was lost, and is restored", first.text())
 
-    def test_a_stop_ends_a_hand_over(self):
+    def test_shutdown_ends_a_handover(self):
         first = self.start()
         successor = Successor(self.control)
         self.addCleanup(successor.close)
@@ -411,7 +411,7 @@ class Failing(Scene):
         self.assertEqual(exits(first), 0)
         self.assertEqual(list(self.control.parent.iterdir()), [])
 
-    def test_a_successor_killed_while_it_waits(self):
+    def test_successor_killed_while_waiting_is_ignored(self):
         first = self.start()
         first.child.send_signal(signal.SIGSTOP)
         second = self.run_program("--replace")
@@ -436,13 +436,13 @@ class Hung(Scene):
         self.first.child.send_signal(signal.SIGSTOP)
         self.addCleanup(lambda: self.first.child.send_signal(signal.SIGCONT))
 
-    def test_a_successor_gives_up(self):
+    def test_successor_gives_up_when_the_process_hangs(self):
         second = self.run_program("--replace")
         self.assertEqual(exits(second), 70)
         self.assertIn("the running process does not answer", second.text())
         self.goes_on()
 
-    def test_a_successor_that_waits_is_stopped_by_a_signal(self):
+    def test_waiting_successor_stops_on_a_signal(self):
         for number in (signal.SIGTERM, signal.SIGINT):
             second = self.run_program("--replace")
             wait_for("its handlers", lambda: caught(second.child.pid, number))
@@ -524,7 +524,7 @@ class Dying(Scene):
         predecessor.start()
         return self.run_program("--replace")
 
-    def test_a_predecessor_that_dies_with_its_sockets_handed_over_is_replaced(self):
+    def test_successor_starts_when_the_predecessor_dies_after_sending_sockets(self):
         for end in ("after sockets", "after go"):
             with self.subTest(end):
                 process = self.replace(end)
@@ -534,7 +534,7 @@ class Dying(Scene):
                 self.assertEqual(exits(process), 0)
                 self.assertEqual(list(self.control.parent.iterdir()), [], "a process that stops removes its socket")
 
-    def test_states_that_were_set_during_the_hand_over_are_taken(self):
+    def test_server_states_set_during_the_handover_are_kept(self):
         self.write(more="state_file: state.json")
         process = self.replace("retires")
         wait_for("the control socket", lambda: self.alive(process) and self.pid() == process.child.pid)
@@ -543,7 +543,7 @@ class Dying(Scene):
         # And they are written: the predecessor may have had no file.
         self.assertEqual([stored["reason"] for stored in json.loads((self.folder.path / "state.json").read_text())["states"]], ["late"])
 
-    def test_a_predecessor_that_does_not_keep_to_the_protocol(self):
+    def test_invalid_replies_of_the_predecessor_are_reported(self):
         for end, expected in [("no sockets", "the listening sockets could not be received"), ("refuses", "not now"),
                               ("nonsense", "the running process does not answer"), ("silent", "does not answer at")]:
             with self.subTest(end):
@@ -571,7 +571,7 @@ class OtherUser(Scene):
         # What is not dumpable belongs to root, whatever user the process has.
         self.assertEqual(Path(f"/proc/{pid}/maps").stat().st_uid, 0)
 
-    def test_a_process_that_is_not_root_any_more_is_upgraded(self):
+    def test_unprivileged_process_is_upgraded(self):
         self.own(self.control.parent)
         self.write(more=self.RUN_AS)
         first = self.start()
@@ -599,7 +599,7 @@ class OtherUser(Scene):
             self.assertIn("belongs to another user", done.stderr)
         self.unchanged(process)
 
-    def test_what_only_root_could_do_is_said(self):
+    def test_upgrade_that_needs_root_is_refused(self):
         self.own(self.control.parent)
         self.write(more=self.RUN_AS)
         first = self.start()
@@ -612,7 +612,7 @@ class OtherUser(Scene):
         self.assertIn('only root can change to user "daemon" (run_as)', self.upgrade(1))
         self.unchanged(first)
 
-    def test_a_folder_that_is_roots_alone(self):
+    def test_unwritable_control_folder_prevents_upgrades(self):
         self.write(more=self.RUN_AS)
         first = self.start()
         self.is_nobody(first.child.pid)
@@ -623,7 +623,7 @@ class OtherUser(Scene):
         self.assertIn("must be writable by the user of run_as", second.text())
         self.unchanged(first)
 
-    def test_what_lies_at_the_path_is_not_replaced_if_it_is_not_a_socket_of_ours(self):
+    def test_foreign_file_at_the_control_path_is_kept(self):
         def file():
             self.control.write_text("precious")
 
@@ -652,7 +652,7 @@ class OtherUser(Scene):
         self.assertEqual(exits(process), 70)
         self.assertIn("is writable by every user", process.text())
 
-    def test_a_process_of_another_user_at_the_path(self):
+    def test_process_of_another_user_at_the_control_path_is_refused(self):
         """In a folder like /tmp anyone may be first."""
         self.control.parent.chmod(0o1777)
         other = Predecessor(self.control, free_port(), "silent")
@@ -665,7 +665,7 @@ class OtherUser(Scene):
 
 
 class OnePath(Scene):
-    def test_of_many_that_start_at_once_one_serves(self):
+    def test_one_of_many_concurrent_starts_succeeds(self):
         processes = []
         for _ in range(6):
             self.write(listeners='[{address: "127.0.0.1:0", tls: none}]', admin=free_port())
@@ -681,13 +681,13 @@ class OnePath(Scene):
                 self.assertEqual(process.child.returncode, 70)
                 self.assertIn("take its place with --replace", process.text())
 
-    def test_names_of_processes_that_are_gone_are_removed(self):
+    def test_stale_control_sockets_are_removed(self):
         for name in ("socket", "socket.4194305", "socket.4194305.new", "socket.4194305.sockets"):
             with socket.socket(socket.AF_UNIX) as stale:
                 stale.bind(str(self.control.parent / name))
         self.unchanged(self.start())
 
-    def test_a_process_that_was_killed_is_followed(self):
+    def test_killed_process_can_be_replaced(self):
         first = self.start()
         first.kill()
         self.assertTrue(self.control.exists())
@@ -773,10 +773,10 @@ class Addresses(Scene):
         except ConnectionRefusedError:
             return False
 
-    def test_a_reload_changes_how_wide_an_address_is_under_load(self):
+    def test_reload_widens_and_narrows_addresses_under_load(self):
         self.unchanged(self.changes(3))
 
-    def test_it_does_so_without_roots_rights(self):
+    def test_reload_widens_and_narrows_addresses_without_root(self):
         """Not under load: systems may forbid to filter packets, and then connections that arrive in the moment are reset."""
         nobody = pwd.getpwnam("nobody")
         os.chown(self.control.parent, nobody.pw_uid, nobody.pw_gid)
@@ -784,7 +784,7 @@ class Addresses(Scene):
         self.write(**run_as)
         self.unchanged(self.changes(0, **run_as))
 
-    def test_an_upgrade_changes_it_too(self):
+    def test_upgrade_widens_and_narrows_addresses(self):
         process = self.start()
         pid = process.child.pid
         visitors = [Visitors(self.port) for _ in range(2)]
@@ -803,7 +803,7 @@ class Addresses(Scene):
             visitor.join(PATIENCE)
         self.assertEqual([visitor.faults for visitor in visitors], [[]] * 2)
 
-    def test_a_reload_that_fails_changes_nothing(self):
+    def test_failed_reload_changes_no_address(self):
         process = self.start()
         taken = socket.create_server(("127.0.0.1", 0))
         self.addCleanup(taken.close)
@@ -821,7 +821,7 @@ class Addresses(Scene):
         self.assertFalse(self.connects("127.0.0.2"))
         self.unchanged(process)
 
-    def test_tls_changes_on_the_same_port(self):
+    def test_reload_changes_tls_of_a_port(self):
         certificates = Certificates(self.folder)
         process = self.start()
         tls = f"tls: {{certificates: [{{cert: {certificates.cert}, key: {certificates.key}}}]}}"
@@ -831,7 +831,7 @@ class Addresses(Scene):
             self.assertTrue(answers(self.port, b"* OK", tls=with_tls), word)
         self.alive(process)
 
-    def test_the_admin_address_changes_and_trades_places(self):
+    def test_reload_changes_and_swaps_the_admin_address(self):
         process = self.start()
 
         def ready(host, port):
@@ -863,7 +863,7 @@ class Stop(Scene):
         except urllib.error.HTTPError as error:
             return error.code
 
-    def test_balancers_notice_before_the_port_closes(self):
+    def test_ready_delay_keeps_the_port_open_after_readiness_fails(self):
         for second_signal in (False, True):
             with self.subTest(second_signal=second_signal):
                 self.write(limits=f"ready_delay: {'1h' if second_signal else '2s'}")
@@ -882,7 +882,7 @@ class Stop(Scene):
                 self.assertEqual(exits(process), 0)
                 self.assertFalse(answers(self.port))
 
-    def test_it_is_off_unless_configured(self):
+    def test_ready_delay_is_off_by_default(self):
         process = self.start()
         process.child.send_signal(signal.SIGTERM)
         self.assertEqual(exits(process), 0)

@@ -78,7 +78,7 @@ class Balanced(unittest.TestCase):
         records = lambda: [line for line in proxy.log().splitlines() if '"outcome":"accepted"' in line]
         return wait_for("the record", lambda: records()[number - 1:])[0]
 
-    def test_dovecot_takes_the_tls_fields(self):
+    def test_dovecot_accepts_the_tls_fields(self):
         """The same login in clear and over TLS: of the latter Dovecot logs that it was secured, though the way to it is not."""
         proxy = Proxy(INNER.format(cert=self.certificates.cert, key=self.certificates.key, server=self.dovecot.haproxy_port,
                                    info="proxy-v2", level="info").replace(", proxy_protocol: {from: [127.0.0.1]}", ""))
@@ -92,7 +92,7 @@ class Balanced(unittest.TestCase):
         self.assertNotRegex(said, "name=|secured")
         self.assertNotIn("haproxy", self.dovecot.log().lower(), "nothing was wrong with a header")
 
-    def test_haproxy_in_front(self):
+    def test_haproxy_passes_tcp_through(self):
         """TCP passed through, with both versions, in front of each kind of listener."""
         proxy = self.inner()
         logins = 0
@@ -109,7 +109,7 @@ class Balanced(unittest.TestCase):
                 self.assertIn('"client":"127.0.0.2:', record)
                 self.assertIn(f'"listener":"127.0.0.1:{port}"', record, "the balancer's address is what was connected to")
 
-    def test_haproxy_ends_tls(self):
+    def test_haproxy_terminates_tls(self):
         """TLS is the balancer's: the record, and Dovecot, know of it all the same."""
         proxy = self.inner()
         port = free_port()
@@ -125,7 +125,7 @@ class Balanced(unittest.TestCase):
         self.assertIn('"tls":"TLSv1_3"', record)
         self.assertIn('"sni":"localhost"', record)
 
-    def test_nginx_in_front(self):
+    def test_nginx_passes_tcp_through(self):
         """Version 1, TLS passed through."""
         proxy = self.inner()
         port = free_port()
@@ -143,7 +143,7 @@ stream {{ server {{ listen 127.0.0.1:{port}; proxy_pass 127.0.0.1:{proxy.ports['
         self.assertIn("rip=127.0.0.2", self.login(port), nginx.text())
         self.assertIn('"client":"127.0.0.2:', self.record(proxy, 1))
 
-    def test_haproxys_health_checks(self):
+    def test_haproxy_health_checks_cause_no_failures(self):
         """LOCAL: served, no failure, and no record but for those who look for it. A plain TCP check is no header."""
         for kind, wanted in (("plain", "tcp-check expect string *\\ OK"), ("tls", None)):
             proxy = self.inner(level="debug")
@@ -158,7 +158,7 @@ stream {{ server {{ listen 127.0.0.1:{port}; proxy_pass 127.0.0.1:{proxy.ports['
             self.assertEqual(proxy.metric("vestibule_failures_total"), 0, proxy.log())
             self.assertNotRegex(proxy.log(), r'"level":"INFO".*"session ended"')
 
-    def test_vestibule_in_front(self):
+    def test_chained_proxies_forward_the_client_address(self):
         """A chain of two, by both versions; the checks by the first are no failures of the second."""
         inner = self.inner()
         for number, info in enumerate(("proxy-v1", "proxy-v2"), 1):
@@ -183,7 +183,7 @@ admin: {{address: "127.0.0.1:{{admin}}"}}
             outer.close()
         self.assertEqual(inner.metric("vestibule_failures_total"), 0, inner.log())
 
-    def test_without_a_header_nobody_comes_in(self):
+    def test_connection_without_a_header_is_closed(self):
         """A client that goes around the balancer, from its network and from another."""
         proxy = self.inner()
         for number, source in enumerate(("127.0.0.1", "127.0.0.3"), 1):

@@ -55,7 +55,7 @@ class Routes(unittest.TestCase):
             return False
         return proxy.metric("vestibule_backend_sessions_total", backend=backend) > before
 
-    def test_a_table_changes_under_the_running_process(self):
+    def test_table_changes_are_loaded(self):
         proxy = self.proxy("  - table: users.txt\n", {"users.txt": f"{ALICE} shard-a\n"})
         table = proxy.folder.path / "users.txt"
         self.assertTrue(self.lands_on(proxy, ALICE, "shard-a"))
@@ -79,7 +79,7 @@ class Routes(unittest.TestCase):
         self.assertEqual(proxy.metric("vestibule_table_load_failed", route="table"), 0)
         self.assertEqual(proxy.metric("vestibule_table_users", route="table"), 1)
 
-    def test_kept_answers_over_a_restart(self):
+    def test_cache_file_survives_a_restart(self):
         directory = directory_servers.Redis()
         self.addCleanup(directory.close)
         directory.row(ALICE, backend="shard-b")
@@ -108,7 +108,7 @@ class Routes(unittest.TestCase):
         short = folder.write("short.yaml", proxy.file.read_text().replace("{file: kept}", "{file: kept, ttl: 1s}"))
         wait_for("its end", lambda: re.search(r"stale: kept for \d+ s, and its source is down", vestibule("route", "--config", short, ALICE).stdout))
 
-    def test_a_directors_users_stay_where_they_are(self):
+    def test_director_hash_equals_that_of_dovecot(self):
         """Dovecot's director itself says where it would have them."""
         folder = Folder()
         self.addCleanup(folder.remove)
@@ -206,7 +206,7 @@ routes:
             self.assertEqual(ours.get(user), names[list(hosts).index(host)], f"{user}")
         self.assertEqual(set(theirs), set(hosts))
 
-    def test_who_would_move(self):
+    def test_route_diff_lists_users_that_would_move(self):
         folder = Folder()
         self.addCleanup(folder.remove)
         text = BASE.format(a=1143, b=2143).replace("{plain}", "0").replace("{admin}", "0")
@@ -225,7 +225,7 @@ routes:
             self.assertRegex(line, r"^user\d+@example.org: shard-[ab] -> shard-c$")
         self.assertEqual(lines[-1], f"{len(lines) - 1} of 1000 users would move")
 
-    def test_the_clock_does_not_tell_who_exists(self):
+    def test_response_time_does_not_reveal_users(self):
         """A wrong password and a name that no route knows are answered as late."""
         slow = Dovecot(self.certificates, extra="auth_failure_delay = 1s")
         self.addCleanup(slow.close)

@@ -91,15 +91,15 @@ class Wiped(unittest.TestCase):
         self.assertTrue(traces(pid, [ALICE.encode()]))
         return traces(pid, words)
 
-    def test_in_clear(self):
+    def test_plaintext_logins_leave_no_password_in_memory(self):
         self.assertEqual(self.left_behind("plain"), {})
 
-    def test_over_tls(self):
+    def test_tls_logins_leave_at_most_one_password_per_connection(self):
         """rustls decrypts in a buffer of its own and does not wipe it: the last record of a connection is there until the next one
         arrives, or until its memory is used again. That is one copy a connection, of twelve; none is ours."""
         self.assertLessEqual(sum(self.left_behind("tls").values()), 12)
 
-    def test_to_a_server_with_tls(self):
+    def test_logins_over_server_tls_leave_no_password_in_memory(self):
         tls = f"{{mode: implicit, ca: {self.certificates.ca}}}"
         self.assertEqual(self.left_behind("plain", tls, self.dovecot.tls_port), {})
 

@@ -29,7 +29,7 @@ class ConnectionLimit(unittest.TestCase):
             cls.addClassCleanup(server.close)
             cls.servers.append(server)
 
-    def test_the_third_client_is_refused_and_the_others_stay(self):
+    def test_login_beyond_the_limit_is_refused_and_sessions_stay(self):
         one, other = (server.port for server in self.servers)
         proxy = Proxy(TEMPLATE.format(one=one, other=other))
         self.addCleanup(proxy.close)

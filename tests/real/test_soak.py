@@ -264,7 +264,7 @@ class Soak(unittest.TestCase):
         self.assertEqual([client.failure for client in clients if client.failure], [], self.proxy.log()[-3000:])
         return {name: sum(client.counts[name] for client in clients) for name in clients[0].counts}
 
-    def test_nothing_is_left(self):
+    def test_resources_return_to_the_warm_state(self):
         self.run_for(5, disturb=True)
         warm = self.state()
         begun = self.proxy.metric("vestibule_backend_sessions_total"), self.proxy.metric("vestibule_session_seconds_count")

@@ -50,7 +50,7 @@ admin: {{address: "127.0.0.1:{{admin}}"}}
     def says(self, words):
         wait_for(f"a record with {words!r}", lambda: words in self.proxy.log())
 
-    def test_application_protocols_are_named(self):
+    def test_alpn_mismatch_is_logged(self):
         self.s_client("-alpn", "h2,http/1.1")
         self.says('the client offers the application protocols h2, http/1.1 (ALPN) and not imap')
         self.assertIn("`alpn: any` would let it in", self.proxy.log())
@@ -59,18 +59,18 @@ admin: {{address: "127.0.0.1:{{admin}}"}}
         self.assertIn("No ALPN negotiated", said)
         self.assertIn("ALPN protocol: imap", self.s_client("-alpn", "h2,imap", port="starttls"))
 
-    def test_old_versions_are_named(self):
+    def test_old_tls_version_is_logged(self):
         self.s_client("-tls1_1", "-cipher", "ALL:@SECLEVEL=0")
         self.says("the client offers TLS 1.1 at most and this listener requires TLS 1.2; cipher suites TLS_ECDHE_")
         self.s_client("-tls1_2", port="plain")
         self.says("the client offers TLS 1.2 at most and this listener requires TLS 1.3")
 
-    def test_cipher_suites_are_named(self):
+    def test_cipher_suite_mismatch_is_logged(self):
         self.s_client("-tls1_2", "-cipher", "AES128-SHA:AES256-SHA:@SECLEVEL=0")
         self.says("the client offers no cipher suite with forward secrecy and AEAD encryption: "
                   "TLS_RSA_WITH_AES_128_CBC_SHA, TLS_RSA_WITH_AES_256_CBC_SHA")
 
-    def test_one_warning_of_proxy_headers(self):
+    def test_unexpected_proxy_header_is_warned_of_once(self):
         for number in range(3):
             with socket.create_connection(("127.0.0.1", self.proxy.ports["tls"]), timeout=PATIENCE) as balancer:
                 balancer.sendall(b"PROXY TCP4 192.0.2.1 192.0.2.2 4000 993\r\n\x16\x03\x01")
@@ -99,7 +99,7 @@ routes: [{{default: shard}}]
 admin: {{address: "127.0.0.1:{{admin}}"}}
 """
 
-    def test_a_self_signed_server(self):
+    def test_self_signed_server_certificate(self):
         own = SelfSigned(self.folder)
         server = Dovecot(own)
         self.addCleanup(server.close)
@@ -129,7 +129,7 @@ admin: {{address: "127.0.0.1:{{admin}}"}}
         self.assertRegex(client.command("a", LOGIN[ALICE])[-1], rb"^a NO \[UNAVAILABLE\]")
         self.assertIn("and mail.example.org was asked for", proxy.log())
 
-    def test_a_self_signed_client(self):
+    def test_self_signed_client_certificate(self):
         """Named as its own client_certificates.ca."""
         certificates, own = Certificates(self.folder), SelfSigned(self.folder, "client")
         stranger = SelfSigned(self.folder, "stranger")
@@ -156,7 +156,7 @@ admin: {{address: "127.0.0.1:{{admin}}"}}
             raise AssertionError("the stranger came in")
         wait_for("the record", lambda: "the certificate is self-signed and not itself in client_certificates.ca" in proxy.log())
 
-    def test_version_1(self):
+    def test_x509_version_1_is_reported(self):
         """As `openssl x509 -req` makes it without extensions."""
         request, key, cert = (self.folder.path / name for name in ("v1.csr", "v1-key.pem", "v1.pem"))
         openssl("req", "-new", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=localhost", "-keyout", key, "-out", request)
@@ -180,7 +180,7 @@ routes: [{{default: shard}}]
                 self.assertEqual(done.returncode, 0)
                 self.assertIn("X.509 version 1, which TLS libraries refuse", done.stderr)
 
-    def test_warnings_of_the_configuration(self):
+    def test_configuration_warnings(self):
         text = self.configuration("insecure: true", 1, more=", client_info: none").replace("{plain}", "0").replace("{admin}", "0")
         done = self.check(text)
         self.assertEqual(done.returncode, 0)
@@ -191,7 +191,7 @@ routes: [{{default: shard}}]
         self.assertEqual(done.returncode, 78)
         self.assertRegex(done.stderr, r"check.yaml:4:\d+: routes\[0\].sql.query: %\{user\} is within quotes")
 
-    def test_a_cache_file_that_the_service_cannot_write(self):
+    def test_unwritable_cache_file_is_warned_of(self):
         text = """
 listeners: [{address: "127.0.0.1:0", tls: none}]
 backends: {shard: {servers: ["127.0.0.1:1"]}}

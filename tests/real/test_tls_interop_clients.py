@@ -70,8 +70,8 @@ class Suites(Interoperability):
                         self.assertIn(b"* OK", client.line(), client.report())
                     self.reads_and_writes(client)
 
-    def test_gnutls_cli(self):
-        """It writes its output byte by byte: the big download with GnuTLS is in `test_libraries`."""
+    def test_gnutls_cli_with_each_suite(self):
+        """It writes its output byte by byte: the big download with GnuTLS is in `test_libraries_with_each_suite`."""
         for version, suite in each_suite():
             for port, how in (("tls", []), ("starttls", ["--starttls-proto=imap"])):
                 with self.subTest(suite=suite, port=port):
@@ -82,7 +82,7 @@ class Suites(Interoperability):
                         self.assertIn(b"* OK", client.line(), client.report())
                     self.reads_and_writes(client, slow=True)
 
-    def test_nss_tstclnt(self):
+    def test_nss_tstclnt_with_each_suite(self):
         """It knows no STARTTLS of IMAP; the next test does that with NSS."""
         for version, suite in each_suite():
             with self.subTest(suite=suite):
@@ -92,7 +92,7 @@ class Suites(Interoperability):
                 self.assertIn(b"* OK", client.line(), client.report())
                 self.reads_and_writes(client)
 
-    def test_libraries(self):
+    def test_libraries_with_each_suite(self):
         """The peers that the other tests steer, NSS through STARTTLS among them."""
         for library in PACKAGES:
             for version, suite in each_suite():
@@ -108,7 +108,7 @@ class KeyUpdates(Interoperability):
     EVERY = {("openssl", 0): 1_000_000, ("openssl", 1): 1_000_000, ("gnutls", 0): 1_000_000, ("gnutls", 1): 8_000_000,
              ("nss", 0): 1_000_000, ("nss", 1): 1_000_000}
 
-    def test_by_the_client(self):
+    def test_key_updates_of_the_client_during_transfers(self):
         for (library, request), every in self.EVERY.items():
             for suite in SUITES["1.3"]:
                 with self.subTest(library=library, request=request, suite=suite):
@@ -120,7 +120,7 @@ class KeyUpdates(Interoperability):
                         # Who is asked twice before it sends anything may answer once.
                         self.assertEqual(received > 0, bool(request), peer.report())
 
-    def test_uploads_with_hundreds(self):
+    def test_hundreds_of_key_updates_during_an_upload(self):
         for library, request in (("openssl", 0), ("openssl", 1), ("gnutls", 0), ("nss", 0), ("nss", 1)):
             with self.subTest(library=library, request=request):
                 peer = self.peer(library, "1.3", update_every=50_000, request=request)
@@ -130,7 +130,7 @@ class KeyUpdates(Interoperability):
                 peer.logout()
                 self.assertGreaterEqual(peer.counts()[0], BIG // 50_000 - 1)
 
-    def test_a_flood_of_them_ends_the_session(self):
+    def test_key_update_flood_ends_the_session(self):
         neighbour = self.peer("openssl")
         neighbour.login()
         peer = self.peer("openssl", "1.3")
@@ -139,7 +139,7 @@ class KeyUpdates(Interoperability):
         peer.reports("alert 10")
         neighbour.noop()
 
-    def test_around_the_login(self):
+    def test_key_updates_around_the_login(self):
         """Asked ones before, beside and after LOGIN, whose answers rustls still has when the login is accepted."""
         for library in ("openssl", "nss"):
             for every in (40, 60, 100, 200, 400):
@@ -151,7 +151,7 @@ class KeyUpdates(Interoperability):
                     peer.logout()
                     self.assertGreater(peer.counts()[0], 0)
 
-    def test_while_idle(self):
+    def test_key_updates_while_idle(self):
         """Nothing is sent for the key update to ride on; asked ones are answered all the same."""
         for library in PACKAGES:
             with self.subTest(library=library):
@@ -167,7 +167,7 @@ class KeyUpdates(Interoperability):
                 if library == "openssl":
                     self.assertEqual(received, 4)
 
-    def test_a_row_of_them(self):
+    def test_twenty_consecutive_key_updates_are_accepted(self):
         """As many as a hasty client may send without a byte between; the proxy may refuse absurd numbers, not these."""
         for library in ("openssl", "nss"):
             with self.subTest(library=library):
@@ -178,7 +178,7 @@ class KeyUpdates(Interoperability):
                 peer.noop()
                 peer.logout()
 
-    def test_openssl_s_client_in_mid_download(self):
+    def test_key_updates_of_s_client_during_a_download(self):
         client = self.tool(program("openssl"), "s_client", "-brief", "-verify_return_error", "-CAfile", self.scene.certificates.ca,
                            "-tls1_3", "-connect", f"127.0.0.1:{self.proxy.ports['tls']}")
         self.assertIn(b"* OK", client.line(), client.report())
@@ -199,27 +199,27 @@ class KeyUpdates(Interoperability):
 class Records(Interoperability):
     """Records of all shapes."""
 
-    def test_padded(self):
+    def test_padded_records(self):
         for library, paddings in (("openssl", (512, 16384)), ("gnutls", (1, 300, 8000))):
             for padding in paddings:
                 for suite in SUITES["1.3"]:
                     with self.subTest(library=library, padding=padding, suite=suite):
                         self.reads_and_writes(self.peer(library, "1.3", suite, padding=padding))
 
-    def test_tiny(self):
+    def test_small_records(self):
         for library in ("openssl", "gnutls"):
             for version in SUITES:
                 with self.subTest(library=library, version=version):
                     self.reads_and_writes(self.peer(library, version, fragment=512))
 
-    def test_with_a_limit_announced(self):
+    def test_record_size_limit(self):
         """Kept or not taken up, by RFC 8449 the server's choice; but never half."""
         for library, limit in (("openssl", 1), ("openssl", 4), ("gnutls", 512), ("gnutls", 16384), ("nss", 64), ("nss", 16385)):
             for version in SUITES:
                 with self.subTest(library=library, limit=limit, version=version):
                     self.reads_and_writes(self.peer(library, version, limit=limit))
 
-    def test_empty_between_others(self):
+    def test_empty_records(self):
         for version in SUITES:
             with self.subTest(version=version):
                 peer = self.peer("gnutls", version)
@@ -252,7 +252,7 @@ class Closing(Interoperability):
 
         self.each(check)
 
-    def test_half_close_still_hears_the_last_words(self):
+    def test_half_closed_client_receives_all_pending_data(self):
         """What was asked before the client's close_notify is answered in full, down to the last byte of a big message."""
         def check(peer):
             peer.select("big")
@@ -268,7 +268,7 @@ class Closing(Interoperability):
 
         self.each(check)
 
-    def test_tcp_that_ends_without_close_notify(self):
+    def test_tcp_close_without_close_notify_ends_the_session(self):
         def check(peer):
             before = self.proxy.log().count("session ended")
             peer.tell("drop")
@@ -277,7 +277,7 @@ class Closing(Interoperability):
 
         self.each(check, ("openssl", "gnutls"))
 
-    def test_server_closes_first(self):
+    def test_logout_closes_tls_and_tcp(self):
         """LOGOUT: the proxy says close_notify by itself, and TCP ends after it."""
         def check(peer):
             peer.logout()
@@ -289,7 +289,7 @@ class Closing(Interoperability):
 class Renegotiation(Interoperability):
     """Asked for in TLS 1.2, after the login: refused; the session goes on or ends, but does not hang."""
 
-    def test_refused(self):
+    def test_renegotiation_affects_no_other_session(self):
         for library in PACKAGES:
             with self.subTest(library=library):
                 neighbour = self.peer("openssl")
@@ -302,7 +302,7 @@ class Renegotiation(Interoperability):
                 neighbour.noop()
                 neighbour.logout()
 
-    def test_session_goes_on(self):
+    def test_gnutls_session_continues_after_refused_renegotiation(self):
         """GnuTLS takes the refusal for what it is."""
         peer = self.peer("gnutls", "1.2")
         peer.login()

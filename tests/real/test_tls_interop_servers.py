@@ -67,7 +67,7 @@ class Servers(unittest.TestCase):
         client.logout()
         client.close()
 
-    def test_each_suite(self):
+    def test_each_cipher_suite(self):
         for library in PACKAGES:
             for version, suite in each_suite():
                 for mode in self.proxies:
@@ -76,7 +76,7 @@ class Servers(unittest.TestCase):
                         self.reads_and_writes(client)
                         server.reports("close_notify")
 
-    def test_key_updates_of_the_server(self):
+    def test_key_updates_of_the_server_during_transfers(self):
         # How often, in bytes: as the clients' in test_tls_interop_clients.py.
         every = {("openssl", 0): 1_000_000, ("openssl", 1): 1_000_000, ("gnutls", 0): 1_000_000, ("gnutls", 1): 8_000_000,
                  ("nss", 0): 1_000_000, ("nss", 1): 1_000_000}
@@ -102,7 +102,7 @@ class Servers(unittest.TestCase):
                 client.close()
                 self.assertGreaterEqual(server.counts()[0], BIG // 50_000 - 1)
 
-    def test_key_updates_around_the_answer_to_the_login(self):
+    def test_key_updates_around_the_login_response(self):
         for library in ("openssl", "nss"):
             for every in (40, 60, 100, 200, 400):
                 with self.subTest(library=library, every=every):
@@ -128,7 +128,7 @@ class Servers(unittest.TestCase):
                 if library == "openssl":
                     self.assertEqual(received, 4)
 
-    def test_late_tickets(self):
+    def test_session_tickets_after_the_handshake(self):
         """In the middle of the data, and while nothing else is said."""
         for library in PACKAGES:
             with self.subTest(library=library):
@@ -139,13 +139,13 @@ class Servers(unittest.TestCase):
                 self.reads_and_writes(client)
                 self.assertGreaterEqual(server.counts()[2], 2 * BIG // 1_000_000 - 1)
 
-    def test_padded(self):
+    def test_padded_records(self):
         for library, paddings in (("openssl", (512, 16384)), ("gnutls", (1, 300, 8000))):
             for padding in paddings:
                 with self.subTest(library=library, padding=padding):
                     self.reads_and_writes(self.session(library, "1.3", padding=padding)[0])
 
-    def test_tiny_records_and_limits(self):
+    def test_small_records_and_size_limits(self):
         for library, options in (("openssl", {"fragment": 512}), ("gnutls", {"fragment": 512}), ("gnutls", {"limit": 512}),
                                  ("nss", {"limit": 64})):
             for version in SUITES:
@@ -172,7 +172,7 @@ class Servers(unittest.TestCase):
                     client.close()
                     server.reports("close_notify")
 
-    def test_tcp_that_ends_in_mid_message(self):
+    def test_tcp_close_during_a_literal_ends_the_session(self):
         """Without close_notify, and a literal without its rest: the client's stream ends, and does not before what had come."""
         for library in ("openssl", "gnutls"):
             for version in SUITES:
@@ -185,7 +185,7 @@ class Servers(unittest.TestCase):
                     with self.assertRaisesRegex(AssertionError, "stream ended"):
                         client.exactly(BIG)
 
-    def test_renegotiation_asked_by_the_server(self):
+    def test_renegotiation_requested_by_the_server_is_refused(self):
         """Refused: the session goes on or ends, but does not hang."""
         for library in PACKAGES:
             with self.subTest(library=library):

@@ -67,7 +67,7 @@ class Wrong(unittest.TestCase):
     def violations(self, proxy, side):
         return proxy.metric("vestibule_failures_total", side=side, reason="tls_violation")
 
-    def test_from_the_client(self):
+    def test_invalid_record_from_the_client_ends_the_session(self):
         neighbour = self.python_client(self.proxy)
         neighbour.login()
 
@@ -91,7 +91,7 @@ class Wrong(unittest.TestCase):
 
         self.each(check)
 
-    def test_from_the_server(self):
+    def test_invalid_record_from_the_server_ends_the_session(self):
         listener = socket.create_server(("127.0.0.1", 0))
         self.addCleanup(listener.close)
         listener.settimeout(PATIENCE)
@@ -122,7 +122,7 @@ class Wrong(unittest.TestCase):
 
         self.each(check)
 
-    def test_a_record_that_is_cut_off(self):
+    def test_truncated_record_is_not_relayed(self):
         """Half a record, then TCP ends: the session ends, and what was cut off reaches nobody."""
         for version in SUITES:
             with self.subTest(version=version):

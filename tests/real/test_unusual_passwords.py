@@ -83,15 +83,15 @@ admin: {{address: "127.0.0.1:{{admin}}"}}
         self.assertEqual(proxy.metric("vestibule_logins_total", outcome="refused"), 1)
         self.assertEqual(proxy.metric("vestibule_logins_total", outcome="accepted"), logins)
 
-    def test_dovecot(self):
+    def test_dovecot_accepts_unusual_passwords(self):
         folder = Folder()
         self.addCleanup(folder.remove)
         self.every_form(Dovecot(Certificates(folder), users=PASSWORDS), PASSWORDS)
 
-    def test_cyrus(self):
+    def test_cyrus_accepts_unusual_passwords(self):
         self.every_form(Cyrus(PASSWORDS), PASSWORDS)
 
-    def test_courier(self):
+    def test_courier_accepts_unusual_passwords(self):
         # Its userdb keeps what crypt(3) made of a password, which reads the first few hundred bytes.
         users = {**PASSWORDS, "long@example.org": "x" * 200}
         self.every_form(Courier(users), users)
