@@ -138,28 +138,28 @@ class Servers:
         self.greeting = raw.until(b"* OK")[-1]
         return raw
 
-    def offered(self, proxy):
+    def advertised_mechanisms(self, proxy):
         self.raw(proxy)
         return {name.decode() for name in re.findall(rb"AUTH=(\S+?)[\] ]", self.greeting)}
 
-    def ready(self, proxy):
+    def wait_until_mechanisms_are_known(self, proxy):
         """Servers have been asked what they have."""
-        wait_for("the offer", lambda: "XOAUTH2" in self.offered(proxy))
+        wait_for("the offer", lambda: "XOAUTH2" in self.advertised_mechanisms(proxy))
         return proxy
 
 
-class Credentials(Servers, unittest.TestCase):
+class Authentication(Servers, unittest.TestCase):
     def test_mechanisms_of_all_backends_are_advertised(self):
-        proxy = self.ready(self.proxy())
-        self.assertEqual(self.offered(proxy),
+        proxy = self.wait_until_mechanisms_are_known(self.proxy())
+        self.assertEqual(self.advertised_mechanisms(proxy),
                          {"PLAIN", "LOGIN", "XOAUTH2", "OAUTHBEARER", "SCRAM-SHA-1", "SCRAM-SHA-256"})
         other = self.dovecot("plain scram-sha-256")
         proxy = self.proxy(more=f'  shard-b: {{servers: ["127.0.0.1:{other.port}"]}}')
-        wait_for("the offer", lambda: self.offered(proxy) == {"PLAIN", "LOGIN", "SCRAM-SHA-256"})
+        wait_for("the offer", lambda: self.advertised_mechanisms(proxy) == {"PLAIN", "LOGIN", "SCRAM-SHA-256"})
         other.kill()
-        wait_for("the offer of those that are left", lambda: "XOAUTH2" in self.offered(proxy))
+        wait_for("the offer of those that are left", lambda: "XOAUTH2" in self.advertised_mechanisms(proxy))
         proxy = self.proxy(listener="mechanisms: [xoauth2, plain]")
-        self.assertEqual(self.offered(proxy), {"PLAIN", "XOAUTH2"})
+        self.assertEqual(self.advertised_mechanisms(proxy), {"PLAIN", "XOAUTH2"})
         self.assertIn(b"LOGINDISABLED", self.greeting)
 
     def test_curl_logs_in_with_tokens(self):
@@ -178,7 +178,7 @@ class Credentials(Servers, unittest.TestCase):
             self.assertNotIn(xoauth2(ALICE, token(ALICE)).decode(), proxy.log())
 
     def test_error_of_a_refused_token_reaches_the_client(self):
-        raw = self.raw(self.ready(self.proxy()))
+        raw = self.raw(self.wait_until_mechanisms_are_known(self.proxy()))
         for name, message in (("XOAUTH2", xoauth2), ("OAUTHBEARER", oauthbearer)):
             raw.send(f"a AUTHENTICATE {name} ".encode() + message(ALICE, "nonsense") + b"\r\n")
             line = raw.line()
@@ -190,7 +190,7 @@ class Credentials(Servers, unittest.TestCase):
         self.assertRegex(raw.command("b", b"AUTHENTICATE XOAUTH2 " + xoauth2(ALICE, token(ALICE)))[-1], b"^b OK")
 
     def test_sasl_exchange_can_be_aborted_by_the_client(self):
-        raw = self.raw(self.ready(self.proxy()))
+        raw = self.raw(self.wait_until_mechanisms_are_known(self.proxy()))
         raw.send(b"a AUTHENTICATE SCRAM-SHA-256 " + base64.b64encode(f"n,,n={ALICE},r=abcdefgh".encode()) + b"\r\n")
         self.assertTrue(raw.line().startswith(b"+ "))
         raw.send(b"*\r\n")
@@ -198,7 +198,7 @@ class Credentials(Servers, unittest.TestCase):
         self.assertRegex(raw.command("b", b"AUTHENTICATE XOAUTH2 " + xoauth2(ALICE, token(ALICE)))[-1], b"^b OK")
 
     def test_sasl_exchange_uses_no_session_limit_while_waiting_for_the_client(self):
-        proxy = self.ready(self.proxy(backend="max_sessions: 1"))
+        proxy = self.wait_until_mechanisms_are_known(self.proxy(backend="max_sessions: 1"))
         first = base64.b64encode(f"n,,n={ALICE},r=abcdefgh".encode())
         pending = [self.raw(proxy) for _ in range(20)]
         for raw in pending:
@@ -213,7 +213,7 @@ class Credentials(Servers, unittest.TestCase):
         self.assertRegex(scram(self.raw(proxy), "SCRAM-SHA-256", ALICE, PASSWORDS[ALICE]), b"^a OK", proxy.log())
 
     def test_scram_is_relayed_between_client_and_server(self):
-        proxy = self.ready(self.proxy())
+        proxy = self.wait_until_mechanisms_are_known(self.proxy())
         for name in ("SCRAM-SHA-1", "SCRAM-SHA-256"):
             self.assertRegex(scram(self.raw(proxy), name, ALICE, PASSWORDS[ALICE]), b"^a OK", proxy.log())
             self.assertRegex(scram(self.raw(proxy), name, ALICE, "wrong"), rb"^a NO \[AUTHENTICATIONFAILED\]")
@@ -224,7 +224,7 @@ class Credentials(Servers, unittest.TestCase):
         self.assertRegex(raw.command("a", b"AUTHENTICATE SCRAM-SHA-256-PLUS " + binding)[-1], b"^a NO")
 
     def test_mbsync_logs_in_with_scram(self):
-        proxy = self.ready(self.proxy())
+        proxy = self.wait_until_mechanisms_are_known(self.proxy())
         folder = Folder()
         self.addCleanup(folder.remove)
         (folder.path / "mail").mkdir()
@@ -257,7 +257,7 @@ SyncState *
 
     def test_mutt_logs_in_with_scram(self):
         """By GNU SASL; Debian's curl is built without it and has no SCRAM."""
-        proxy = self.ready(self.proxy())
+        proxy = self.wait_until_mechanisms_are_known(self.proxy())
         folder = Folder()
         self.addCleanup(folder.remove)
         settings = folder.write("muttrc", f"""
@@ -279,7 +279,7 @@ set record=imaps://localhost:{proxy.ports['tls']}/INBOX
         self.assertGreater(proxy.metric("vestibule_logins_total", mechanism="scram-sha-256", outcome="accepted"), 0)
 
     def test_token_length_is_limited(self):
-        proxy = self.ready(self.proxy())
+        proxy = self.wait_until_mechanisms_are_known(self.proxy())
         for size, answer in ((5_000, rb"^(\+ |a NO)"), (65_536, rb"^(\+ |a NO)"), (120_000, b"^a BAD The response is too long")):
             raw = self.raw(proxy)
             raw.send(b"a AUTHENTICATE XOAUTH2\r\n")
@@ -327,27 +327,27 @@ set record=imaps://localhost:{proxy.ports['tls']}/INBOX
         login = "login: {master: admin, password_file: master}"
         webmail = self.certificate("email:webmail@example.org")
 
-        def asked(proxy, certificate, user):
+        def exchange_external(proxy, certificate, user):
             return self.raw(proxy, certificate).command("a", b"AUTHENTICATE EXTERNAL " + base64.b64encode(user.encode()))[-1]
         listed = "may_act_for: [{certificate: webmail@example.org, users: ['*@example.org']}]"
         proxy = self.proxy(listener=f"client_certificates: {{ca: {self.certificates.ca}, {listed}}}", backend=login,
                            files={"master": "master secret\n"})
-        self.assertRegex(asked(proxy, webmail, CAROL), b"^a OK", proxy.log())
+        self.assertRegex(exchange_external(proxy, webmail, CAROL), b"^a OK", proxy.log())
         self.assertIn(f"user=<{CAROL}>", self.server.log())
-        self.assertRegex(asked(proxy, webmail, BOB), rb"^a NO \[AUTHORIZATIONFAILED\]")
-        self.assertRegex(asked(proxy, self.certificate(f"email:{ALICE}"), CAROL), rb"^a NO \[AUTHORIZATIONFAILED\]")
+        self.assertRegex(exchange_external(proxy, webmail, BOB), rb"^a NO \[AUTHORIZATIONFAILED\]")
+        self.assertRegex(exchange_external(proxy, self.certificate(f"email:{ALICE}"), CAROL), rb"^a NO \[AUTHORIZATIONFAILED\]")
         proxy = self.proxy(listener=f"client_certificates: {{ca: {self.certificates.ca}}}", backend=login,
                            files={"master": "master secret\n"})
         for user in (CAROL, "nobody@example.org"):
-            self.assertRegex(asked(proxy, webmail, user), rb"^a NO \[AUTHORIZATIONFAILED\]")
-        self.assertRegex(asked(proxy, webmail, "WebMail@example.org"), b"^a OK", "another spelling of its own name")
+            self.assertRegex(exchange_external(proxy, webmail, user), rb"^a NO \[AUTHORIZATIONFAILED\]")
+        self.assertRegex(exchange_external(proxy, webmail, "WebMail@example.org"), b"^a OK", "another spelling of its own name")
 
     def test_token_claim_determines_the_user(self):
         """OAUTHBEARER without a name: routed by a claim, and Dovecot checks that the token is this user's."""
         issuer = "https://login.example.org"
         proxy = self.proxy(listener="mechanisms: [oauthbearer]", more=f"oauth: [{{issuer: '{issuer}', claim: sub}}]")
 
-        def answered(bearer):
+        def authenticate(bearer):
             message = base64.b64encode(f"n,,\x01auth=Bearer {bearer}\x01\x01".encode())
             raw = self.raw(proxy)
             raw.send(b"a AUTHENTICATE OAUTHBEARER " + message + b"\r\n")
@@ -356,10 +356,10 @@ set record=imaps://localhost:{proxy.ports['tls']}/INBOX
                 raw.send(b"AQ==\r\n")
                 line = raw.until(b"a ")[-1]
             return line
-        self.assertRegex(answered(token(ALICE, iss=issuer)), b"^a OK", proxy.log())
+        self.assertRegex(authenticate(token(ALICE, iss=issuer)), b"^a OK", proxy.log())
         wait_for("the session", lambda: f'user="{ALICE}"' in proxy.log())
         for bearer in (token(ALICE, b"another key", iss=issuer), token(ALICE, iss="https://elsewhere.test"), token(ALICE), "opaque"):
-            self.assertRegex(answered(bearer), rb"^a NO \[AUTHENTICATIONFAILED\]", bearer)
+            self.assertRegex(authenticate(bearer), rb"^a NO \[AUTHENTICATIONFAILED\]", bearer)
         self.assertNotIn(token(ALICE, iss=issuer), proxy.log())
 
     def test_idle_is_advertised_before_login(self):

@@ -33,7 +33,7 @@ def memory(proxy):
         return next(int(line.split()[1]) << 10 for line in rollup if line.startswith("Pss_Anon"))
 
 
-class Sink:
+class SilentServer:
     """A server that accepts every login, and takes what follows without an answer."""
 
     def __init__(self):
@@ -59,12 +59,12 @@ class Sink:
         self.listener.close()
 
 
-class Buffers(unittest.TestCase):
+class BufferMemory(unittest.TestCase):
     def start(self, limits=""):
         folder = Folder()
         self.addCleanup(folder.remove)
         self.certificates = Certificates(folder)
-        server = Sink()
+        server = SilentServer()
         self.addCleanup(server.close)
         self.proxy = Proxy(CONFIGURATION.format(certificates=self.certificates, port=server.port, limits=limits), folder)
         self.addCleanup(self.proxy.close)

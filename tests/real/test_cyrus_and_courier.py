@@ -6,7 +6,7 @@ from fixtures import PASSWORDS, Courier, Cyrus, Proxy
 from imap_client import Raw, connect, message, subjects
 
 
-class OtherServers(unittest.TestCase):
+class CyrusAndCourier(unittest.TestCase):
     def proxy(self, server):
         proxy = Proxy(f"""
 listeners: [{{address: "127.0.0.1:{{plain}}", tls: none}}]
@@ -17,7 +17,7 @@ admin: {{address: "127.0.0.1:{{admin}}"}}
         self.addCleanup(proxy.close)
         return proxy
 
-    def reads_and_writes(self, server):
+    def read_and_write(self, server):
         self.addCleanup(server.close)
         proxy = self.proxy(server)
         for user, password in PASSWORDS.items():
@@ -40,10 +40,10 @@ admin: {{address: "127.0.0.1:{{admin}}"}}
         self.assertEqual(client.line(), b"")
 
     def test_courier_serves_each_user(self):
-        self.reads_and_writes(Courier())
+        self.read_and_write(Courier())
 
     def test_cyrus_serves_each_user(self):
-        self.reads_and_writes(Cyrus())
+        self.read_and_write(Cyrus())
 
 
 if __name__ == "__main__":

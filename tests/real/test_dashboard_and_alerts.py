@@ -37,7 +37,7 @@ def metrics_in(text):
     return {re.sub(r"_(bucket|sum|count)$", "", name) for name in re.findall(r"vestibule_\w+", text)}
 
 
-class Files(unittest.TestCase):
+class DashboardFiles(unittest.TestCase):
     def test_alert_rules_pass_their_unit_tests(self):
         for command in (["check", "rules", "alerts.yaml"], ["test", "rules", "alerts_test.yaml"]):
             done = subprocess.run([program("promtool"), *command], cwd=DASHBOARDS, capture_output=True, text=True, timeout=PATIENCE)

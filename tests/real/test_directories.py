@@ -20,7 +20,7 @@ HOSTILE = ["' OR '1'='1", "x') OR ('1'='1", '" OR ""="', "alice@example.org'--",
            "x server=y", "a b=c",
            "u2@a.test server=OTHER@x", "alice@example.org user=bob", "$1@example.org", "\"q\"@example.org"]
 # Users who are really called so.
-ODD = ["o'brien\"@example.org", "a(b)*c\\d@example.org", "100%{user}%@example.org", "x'; drop table mailbox; --@example.org",
+UNUSUAL = ["o'brien\"@example.org", "a(b)*c\\d@example.org", "100%{user}%@example.org", "x'; drop table mailbox; --@example.org",
        "zo\u00eb\u4e2d@example.org", "two words@example.org", "$1 ${shard} {}@example.org", "cn=x,dc=test+y@example.org"]
 TEMPLATE = """
 listeners: [{{address: "127.0.0.1:{{plain}}", tls: none}}]
@@ -51,7 +51,7 @@ class Directories:
     """Two shards for all; each test its own proxy. Subclasses say which directory."""
 
     directory = None
-    odd = ODD
+    unusual_names = UNUSUAL
 
     @classmethod
     def setUpClass(cls):
@@ -75,7 +75,7 @@ class Directories:
             "closed@example.org": {"refuse": "The account was closed."},
             "moving@example.org": {"maintenance": "Your mailbox moves."},
             "lost@example.org": {"backend": "shard-x"},
-            **{user: {"refuse": f"Odd {number}."} for number, user in enumerate(cls.odd)},
+            **{user: {"refuse": f"Odd {number}."} for number, user in enumerate(cls.unusual_names)},
         }
 
     def proxy(self, more="cache: off", timeout="1s", connections=4):
@@ -90,7 +90,7 @@ class Directories:
         self.addCleanup(proxy.close)
         return proxy
 
-    def good(self, proxy, user=ALICE, backend="shard-a"):
+    def assert_login(self, proxy, user=ALICE, backend="shard-a"):
         before = proxy.metric("vestibule_backend_sessions_total", backend=backend)
         answer = Client(proxy).login(user, PASSWORDS.get(user, PASSWORDS[CAROL]))
         self.assertRegex(answer, "^a OK", proxy.log())
@@ -102,14 +102,14 @@ class Directories:
         self.assertTrue(answer.startswith("a " + start), f"{user}: {answer}\n{proxy.log()}")
 
 
-class AnyDirectory(Directories):
+class DirectoryTests(Directories):
     """What every directory must do."""
 
     def test_users_are_routed_to_their_shards(self):
         proxy = self.proxy()
-        self.good(proxy)
-        self.good(proxy, BOB, "shard-b")
-        self.good(proxy, "alias@example.org", "shard-b")
+        self.assert_login(proxy)
+        self.assert_login(proxy, BOB, "shard-b")
+        self.assert_login(proxy, "alias@example.org", "shard-b")
         self.answers(proxy, "closed@example.org", "NO [CONTACTADMIN] The account was closed.")
         self.answers(proxy, "moving@example.org", "NO [UNAVAILABLE] Your mailbox moves.")
         self.answers(proxy, "nobody@example.org", "NO [AUTHENTICATIONFAILED]")
@@ -131,17 +131,17 @@ class AnyDirectory(Directories):
             self.assertRegex(answer, rb"^a (NO \[AUTHENTICATIONFAILED\]|BAD)", name[:20])
         self.assertEqual(proxy.metric("vestibule_route_lookups_total", result="failed"), 0, proxy.log())
         self.assertEqual(proxy.metric("vestibule_route_lookups_total", result="found"), 0)
-        self.good(proxy)
+        self.assert_login(proxy)
 
     def test_unusual_names_are_found(self):
         proxy = self.proxy()
         client = Client(proxy)
-        for number, user in enumerate(self.odd):
+        for number, user in enumerate(self.unusual_names):
             self.assertEqual(client.login(user), f"a NO [CONTACTADMIN] Odd {number}.", f"{user!r}\n{proxy.log()}")
 
     def test_slow_directory_delays_the_login(self):
         proxy = self.proxy(timeout="20s")
-        self.good(proxy)
+        self.assert_login(proxy)
         client = Client(proxy)
         self.directory.hold()
         try:
@@ -157,7 +157,7 @@ class AnyDirectory(Directories):
 
     def test_hung_connections_fail_lookups_within_the_timeout(self):
         proxy = self.proxy(connections=2, timeout="1s")
-        self.good(proxy)
+        self.assert_login(proxy)
         self.directory.hold()
         try:
             began = time.monotonic()
@@ -183,7 +183,7 @@ class AnyDirectory(Directories):
 
     def test_hung_directory_fails_the_lookup(self):
         proxy = self.proxy()
-        self.good(proxy)
+        self.assert_login(proxy)
         self.directory.hold()
         try:
             began = time.monotonic()
@@ -197,7 +197,7 @@ class AnyDirectory(Directories):
 
     def test_cached_answers_are_used_while_the_directory_hangs(self):
         proxy = self.proxy("cache: {ttl: 1s, negative: 1s}")
-        self.good(proxy)
+        self.assert_login(proxy)
         self.answers(proxy, "nobody@example.org", "NO [AUTHENTICATIONFAILED]")
         self.directory.hold()
         try:
@@ -213,12 +213,12 @@ class AnyDirectory(Directories):
         wait_for("the directory", lambda: Client(proxy).login(BOB, PASSWORDS[BOB]).startswith("a OK"))
 
 
-class AnyServer(AnyDirectory):
+class ServerDirectoryTests(DirectoryTests):
     """And those that are processes of their own."""
 
     def test_stopped_directory_fails_lookups_until_it_returns(self):
         proxy = self.proxy()
-        self.good(proxy)
+        self.assert_login(proxy)
         self.directory.kill()
         self.answers(proxy, ALICE, "NO [UNAVAILABLE]")
         self.answers(proxy, "nobody@example.org", "NO [UNAVAILABLE]")
@@ -229,7 +229,7 @@ class AnyServer(AnyDirectory):
 
     def test_directory_that_stops_during_a_lookup_fails_it(self):
         proxy = self.proxy(timeout="3s")
-        self.good(proxy)
+        self.assert_login(proxy)
         self.directory.hold()
         client = Client(proxy)
         client.raw.send(f'a LOGIN {ALICE} "{PASSWORDS[ALICE]}"\r\n'.encode())
@@ -244,7 +244,7 @@ class AnyServer(AnyDirectory):
         wait_for("the directory", lambda: Client(proxy).login(ALICE, PASSWORDS[ALICE]).startswith("a OK"))
 
 
-class WithTls:
+class TlsDirectoryTests:
     """For those whose route names a `ca`."""
 
     def test_directory_certificate_is_verified(self):
@@ -257,7 +257,7 @@ class WithTls:
         self.answers(self.proxy(), ALICE, "NO [UNAVAILABLE]")
 
 
-class PostgreSql(WithTls, AnyServer, unittest.TestCase):
+class PostgreSql(TlsDirectoryTests, ServerDirectoryTests, unittest.TestCase):
     @classmethod
     def make(cls):
         return directory_servers.Postgres(cls.certificates)
@@ -294,7 +294,7 @@ class PostgreSql(WithTls, AnyServer, unittest.TestCase):
         wait_for("the queries to end", lambda: self.directory.sql(ended, check=False))
 
 
-class MariaDb(WithTls, AnyServer, unittest.TestCase):
+class MariaDb(TlsDirectoryTests, ServerDirectoryTests, unittest.TestCase):
     @classmethod
     def make(cls):
         return directory_servers.MariaDb(cls.certificates)
@@ -304,7 +304,7 @@ class MariaDb(WithTls, AnyServer, unittest.TestCase):
                 f"ca: {self.certificates.ca}", 'query: SELECT * FROM mailbox WHERE BINARY name = %{user}']
 
 
-class Sqlite(AnyDirectory, unittest.TestCase):
+class Sqlite(DirectoryTests, unittest.TestCase):
     @classmethod
     def make(cls):
         return directory_servers.Sqlite()
@@ -313,9 +313,9 @@ class Sqlite(AnyDirectory, unittest.TestCase):
         return ["sql", f"url: sqlite://{self.directory.file}", 'query: SELECT * FROM mailbox WHERE name = %{user}']
 
 
-class OpenLdap(WithTls, AnyServer, unittest.TestCase):
+class OpenLdap(TlsDirectoryTests, ServerDirectoryTests, unittest.TestCase):
     # What `mail` may hold there is ASCII.
-    odd = [user for user in ODD if user.isascii()]
+    unusual_names = [user for user in UNUSUAL if user.isascii()]
 
     @classmethod
     def make(cls):
@@ -331,7 +331,7 @@ class OpenLdap(WithTls, AnyServer, unittest.TestCase):
 
     def test_ldaps_verifies_the_certificate(self):
         self.way = lambda: [f"url: ldaps://localhost:{self.directory.tls_port}", f"ca: {self.certificates.ca}"]
-        self.good(self.proxy())
+        self.assert_login(self.proxy())
         other = Certificates(Folder())
         self.way = lambda: [f"url: ldaps://localhost:{self.directory.tls_port}", f"ca: {other.ca}"]
         self.answers(self.proxy(), ALICE, "NO [UNAVAILABLE]")
@@ -346,10 +346,10 @@ class OpenLdap(WithTls, AnyServer, unittest.TestCase):
     def test_directory_names_are_mapped_to_backends(self):
         self.directory.row("old@example.org", backend="imap3.internal", user=CAROL)
         proxy = self.proxy("names: {imap3.internal: shard-b}")
-        self.good(proxy, "old@example.org", "shard-b")
+        self.assert_login(proxy, "old@example.org", "shard-b")
 
 
-class Redis(AnyServer, unittest.TestCase):
+class Redis(ServerDirectoryTests, unittest.TestCase):
     @classmethod
     def make(cls):
         return directory_servers.Redis(cls.certificates)
@@ -387,7 +387,7 @@ class Redis(AnyServer, unittest.TestCase):
         self.route = lambda: ["redis", f"url: rediss://localhost:{self.directory.tls_port}", "password_file: password",
                               f"ca: {self.certificates.ca}", 'key: "hash:%{user}"', "field: shard"]
         proxy = self.proxy()
-        self.good(proxy, CAROL, "shard-b")
+        self.assert_login(proxy, CAROL, "shard-b")
         self.answers(proxy, "nobody@example.org", "NO [AUTHENTICATIONFAILED]")
         self.directory.command("SET", "hash:string@example.org", "shard-a")
         self.answers(proxy, "string@example.org", "NO [UNAVAILABLE]")
@@ -408,7 +408,7 @@ class Redis(AnyServer, unittest.TestCase):
         self.route = lambda: ["redis", f'sentinels: ["redis://localhost:{sentinel.port}"]', "master: mail",
                               "password_file: password", 'key: "mailbox:%{user}"']
         proxy = self.proxy()
-        self.good(proxy)
+        self.assert_login(proxy)
         self.directory.kill()
         try:
             wait_for("the new master", lambda: Client(proxy).login(ALICE, PASSWORDS[ALICE]).startswith("a OK"))
@@ -431,8 +431,8 @@ class Redis(AnyServer, unittest.TestCase):
         urls = ", ".join(f'"redis://{address}"' for address in addresses[:2])
         self.route = lambda: ["redis", f"cluster: [{urls}]", "password_file: password", 'key: "mailbox:%{user}"']
         proxy = self.proxy()
-        self.good(proxy)
-        self.good(proxy, BOB, "shard-b")
+        self.assert_login(proxy)
+        self.assert_login(proxy, BOB, "shard-b")
         self.answers(proxy, "closed@example.org", "NO [CONTACTADMIN]")
         self.answers(proxy, "nobody@example.org", "NO [AUTHENTICATIONFAILED]")
         # A node without a replica takes its users along, and brings them back.
@@ -451,7 +451,7 @@ def owns(node, slot):
     return any(int(part[0]) <= slot <= int(part[-1]) for part in ranges)
 
 
-class Valkey(AnyServer, unittest.TestCase):
+class Valkey(ServerDirectoryTests, unittest.TestCase):
     @classmethod
     def make(cls):
         return directory_servers.Valkey()
@@ -461,9 +461,9 @@ class Valkey(AnyServer, unittest.TestCase):
                 'key: "mailbox:%{user}"']
 
 
-class Dns(AnyServer, unittest.TestCase):
+class Dns(ServerDirectoryTests, unittest.TestCase):
     # Not even asked for: test_hostile_names_match_no_user.
-    odd = []
+    unusual_names = []
 
     @classmethod
     def make(cls):
@@ -480,7 +480,7 @@ class Dns(AnyServer, unittest.TestCase):
         self.route = lambda: ["dns", 'srv: "_imap._tcp.%{domain}"', f'servers: ["127.0.0.1:{self.directory.port}"]',
                               "names: {mail-a.internal: shard-a}"]
         proxy = self.proxy()
-        self.good(proxy)
+        self.assert_login(proxy)
         self.answers(proxy, BOB, "NO [AUTHENTICATIONFAILED]")
 
 

@@ -17,11 +17,11 @@ from test_http_routes import BASE, Nginx
 TIMEOUT = "6s"
 
 
-class Connections(Directories):
+class ConnectionTests(Directories):
     """Between the proxy and the directory is a relay; `route()` of the test of that directory leads to it."""
 
     # Connections that four lookups at the same time need.
-    pooled = 4
+    expected_connections = 4
 
     @classmethod
     def rows(cls):
@@ -32,7 +32,7 @@ class Connections(Directories):
         # Whoever builds the route asks the directory for its port.
         self.direct = self.directory.port
         self.directory.port = self.relays[0].port
-        self.spared = []
+        self.exempt = []
         try:
             self.prepared = self.route()
         finally:
@@ -50,12 +50,12 @@ class Connections(Directories):
     def open(self):
         return sum(relay.open() for relay in self.relays)
 
-    def known(self):
-        return [connection for relay in self.relays for connection in relay.connections if connection not in self.spared]
+    def relayed_connections(self):
+        return [connection for relay in self.relays for connection in relay.connections if connection not in self.exempt]
 
     def go_silent(self):
         for relay in self.relays:
-            relay.go_silent(but=self.spared)
+            relay.go_silent(but=self.exempt)
 
     def log_in(self, proxy, user=ALICE):
         """A session that stays open."""
@@ -70,7 +70,7 @@ class Connections(Directories):
         try:
             for client in clients:
                 client.raw.send(f'a LOGIN {ALICE} "{PASSWORDS[ALICE]}"\r\n'.encode())
-            wait_for("their connections", lambda: self.accepted() >= before + self.pooled)
+            wait_for("their connections", lambda: self.accepted() >= before + self.expected_connections)
         finally:
             self.directory.release()
         for client in clients:
@@ -86,7 +86,7 @@ class Connections(Directories):
         self.fill(proxy)
         for _ in range(2):
             self.go_silent()
-            accepted, silent = self.accepted(), self.known()
+            accepted, silent = self.accepted(), self.relayed_connections()
             with concurrent.futures.ThreadPoolExecutor(4) as pool:
                 clients = [Client(proxy) for _ in range(4)]
                 answers = list(pool.map(lambda client: client.login(ALICE, PASSWORDS[ALICE]), clients))
@@ -106,7 +106,7 @@ class Connections(Directories):
         proxy = self.proxy(timeout=TIMEOUT)
         self.log_in(proxy)
         for relay in self.relays:
-            if any(connection not in self.spared and not connection.is_over for connection in relay.connections):
+            if any(connection not in self.exempt and not connection.is_over for connection in relay.connections):
                 found = subprocess.run([program("ss"), "-Htnpo", "dport", "=", f":{relay.port}"], capture_output=True, text=True)
                 own = [line for line in found.stdout.splitlines() if f"pid={proxy.process.child.pid}," in line]
                 self.assertTrue(own, found.stdout)
@@ -128,7 +128,7 @@ class Connections(Directories):
             secret.write_text(secret.read_text() + "\n")
         else:
             proxy.file.write_text(text.replace(f"timeout: {TIMEOUT}", "timeout: 7s"))
-        before = self.known()
+        before = self.relayed_connections()
         self.reload(proxy)
         wait_for("the old connections to close", lambda: all(connection.is_over for connection in before))
         sessions.append(self.log_in(proxy))
@@ -137,7 +137,7 @@ class Connections(Directories):
             self.assertRegex(session.raw.command("n", "NOOP")[-1], b"^n OK")
 
 
-class PostgreSqlConnections(Connections, test_directories.PostgreSql):
+class PostgreSqlConnections(ConnectionTests, test_directories.PostgreSql):
     """Of the tests of the class above none is run again: `load_tests` selects those of this file."""
 
     # The library for databases has no way to set keepalive.
@@ -177,7 +177,7 @@ class PostgreSqlConnections(Connections, test_directories.PostgreSql):
         self.prepared[-1] = f"query: SELECT mailbox.* FROM mailbox, {sleep} WHERE name = %{{user}}"
         proxy = self.proxy(timeout=TIMEOUT)
         self.fill(proxy)
-        before = self.known()
+        before = self.relayed_connections()
         self.assertEqual(self.open(), 4)
         # The second attempt begins after 3 s.
         self.log_in(proxy, BOB)
@@ -196,22 +196,22 @@ class PostgreSqlConnections(Connections, test_directories.PostgreSql):
         self.assertEqual(proxy.metric("vestibule_route_lookups_total", result="failed"), 0, proxy.log())
 
 
-class MariaDbConnections(Connections, test_directories.MariaDb):
+class MariaDbConnections(ConnectionTests, test_directories.MariaDb):
     test_idle_connections_use_keepalive = None
 
 
-class OpenLdapConnections(Connections, test_directories.OpenLdap):
+class OpenLdapConnections(ConnectionTests, test_directories.OpenLdap):
     pass
 
 
-class RedisConnections(Connections, test_directories.Redis):
-    pooled = 1
+class RedisConnections(ConnectionTests, test_directories.Redis):
+    expected_connections = 1
 
 
 
-class SentinelConnections(Connections, test_directories.Redis):
+class SentinelConnections(ConnectionTests, test_directories.Redis):
     """Sentinel reaches the master through the same relay, and its own connections go on."""
-    pooled = 1
+    expected_connections = 1
 
 
     def setUp(self):
@@ -222,14 +222,14 @@ class SentinelConnections(Connections, test_directories.Redis):
         self.addCleanup(sentinel.close)
         wait_for("the Sentinel", lambda: "flags\nmaster\n" in sentinel.command("SENTINEL", "MASTER", "mail"))
         wait_for("its connections", lambda: master.accepted >= 2)
-        self.spared = list(master.connections)
+        self.exempt = list(master.connections)
         self.relays = [master, self.relay(sentinel.port)]
         self.prepared = ["redis", f'sentinels: ["redis://localhost:{self.relays[1].port}"]', "master: mail",
                          "password_file: password", 'key: "mailbox:%{user}"']
 
 
-class ClusterConnections(Connections, test_directories.Redis):
-    pooled = 1
+class ClusterConnections(ConnectionTests, test_directories.Redis):
+    expected_connections = 1
 
     def setUp(self):
         super().setUp()
@@ -251,7 +251,7 @@ class ClusterConnections(Connections, test_directories.Redis):
         self.prepared = ["redis", f"cluster: [{urls}]", "password_file: password", 'key: "mailbox:%{user}"']
 
 
-class HttpConnections(Connections, unittest.TestCase):
+class HttpConnections(ConnectionTests, unittest.TestCase):
     @classmethod
     def make(cls):
         return Responder()
@@ -261,7 +261,7 @@ class HttpConnections(Connections, unittest.TestCase):
 
 
 class Http2Connections(HttpConnections):
-    pooled = 1
+    expected_connections = 1
 
     def setUp(self):
         super().setUp()
@@ -286,7 +286,7 @@ def load_tests(loader, _tests, _pattern):
     own = unittest.TestSuite()
     for case in (PostgreSqlConnections, MariaDbConnections, OpenLdapConnections, RedisConnections, SentinelConnections,
                  ClusterConnections, HttpConnections, Http2Connections):
-        names = [name for name in loader.getTestCaseNames(case) if name in dir(Connections) or name in vars(case)]
+        names = [name for name in loader.getTestCaseNames(case) if name in dir(ConnectionTests) or name in vars(case)]
         own.addTests(case(name) for name in names)
     return own
 

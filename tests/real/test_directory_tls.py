@@ -50,7 +50,7 @@ class Tls(Directories):
         self.addCleanup(proxy.close)
         return proxy
 
-    def fails(self, reason, port=None, **options):
+    def assert_lookup_fails(self, reason, port=None, **options):
         proxy = self.start(port or self.tls_port(), **options)
         answer = Client(proxy).login(ALICE, PASSWORDS[ALICE])
         self.assertRegex(answer, r"^a NO \[UNAVAILABLE\]", proxy.log())
@@ -71,12 +71,12 @@ class Tls(Directories):
     def test_certificate_of_an_unknown_authority_is_refused(self):
         other = Folder()
         self.addCleanup(other.remove)
-        self.fails("was not issued by an authority that `ca` or the system trusts", ca=Certificates(other).ca)
+        self.assert_lookup_fails("was not issued by an authority that `ca` or the system trusts", ca=Certificates(other).ca)
 
     def test_certificate_for_another_host_is_refused(self):
         relay = Relay(self.tls_port(), "127.0.0.2")
         self.addCleanup(relay.close)
-        self.fails("does not name the host in the URL", port=relay.port, host="127.0.0.2")
+        self.assert_lookup_fails("does not name the host in the URL", port=relay.port, host="127.0.0.2")
 
     def test_expired_certificate_is_refused(self):
         folder = Folder()
@@ -84,17 +84,17 @@ class Tls(Directories):
         library = folder.path / "clock.so"
         subprocess.run([program("cc"), "-shared", "-fPIC", "-O", "-o", library, REPOSITORY / "tests/real/clock_offset.c"], check=True)
         shift = folder.write("shift", str(20 * 365 * 24 * 3600))
-        self.fails("the server's certificate has expired", environment={"LD_PRELOAD": str(library), "CLOCK_FILE": str(shift)})
+        self.assert_lookup_fails("the server's certificate has expired", environment={"LD_PRELOAD": str(library), "CLOCK_FILE": str(shift)})
 
     def test_server_without_tls_is_reported(self):
         server = Fixed(self.greeting, self.reply)
         self.addCleanup(server.close)
-        self.fails(self.plaintext, port=server.port)
+        self.assert_lookup_fails(self.plaintext, port=server.port)
 
     def test_hung_handshake_times_out(self):
         server = Fixed(self.greeting)
         self.addCleanup(server.close)
-        self.fails("no answer within 2s: the connection was not established", port=server.port)
+        self.assert_lookup_fails("no answer within 2s: the connection was not established", port=server.port)
 
 
 class PostgreSqlTls(Tls, unittest.TestCase):
@@ -182,7 +182,7 @@ class HttpTls(Tls, unittest.TestCase):
                           "-out", own.cert)
         service = Responder(own)
         self.addCleanup(service.close)
-        self.fails("(is that of an authority|was not issued by an authority)", port=service.port)
+        self.assert_lookup_fails("(is that of an authority|was not issued by an authority)", port=service.port)
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ log: {{format: json}}
 """
 
 
-class Shards(unittest.TestCase):
+class DovecotShards(unittest.TestCase):
     """Starts both shards once; each test starts the proxies it needs."""
 
     @classmethod
@@ -57,7 +57,7 @@ class Shards(unittest.TestCase):
         self.addCleanup(proxy.close)
         return proxy
 
-    def each_user_reads_and_writes(self, tls, ports):
+    def read_and_write_as_each_user(self, tls, ports):
         proxy = self.proxy(tls, ports)
         for port in ("tls", "starttls", "plain"):
             for user, home, other in ((ALICE, self.a, self.b), (BOB, self.b, self.a), (CAROL, self.b, self.a)):
@@ -75,13 +75,13 @@ class Shards(unittest.TestCase):
             self.assertNotIn(password, log)
 
     def test_plaintext_shards_serve_each_user(self):
-        self.each_user_reads_and_writes("none", ("port", "port"))
+        self.read_and_write_as_each_user("none", ("port", "port"))
 
     def test_starttls_shards_serve_each_user(self):
-        self.each_user_reads_and_writes("starttls", ("port", "port"))
+        self.read_and_write_as_each_user("starttls", ("port", "port"))
 
     def test_tls_shards_serve_each_user(self):
-        self.each_user_reads_and_writes("implicit", ("tls_port", "tls_port"))
+        self.read_and_write_as_each_user("implicit", ("tls_port", "tls_port"))
 
     def test_untrusted_server_certificate_answers_unavailable(self):
         folder = Folder()
@@ -145,7 +145,7 @@ class Shards(unittest.TestCase):
         for secret in ("wonderland", encoded.decode(), str(list(b"wonderland"))[1:-1]):
             self.assertNotIn(secret, log)
 
-    def seen_address(self, proxy, server):
+    def address_in_server_log(self, proxy, server):
         """Logs in from 127.0.0.2 and says which address the server saw, and under which session id."""
         client = Raw(proxy.ports["tls"], context(self.certificates.ca), source="127.0.0.2")
         client.line()
@@ -158,17 +158,17 @@ class Shards(unittest.TestCase):
 
     def test_id_command_forwards_client_address_and_session_id(self):
         proxy = self.proxy(info="id")
-        address, session = self.seen_address(proxy, self.a)
+        address, session = self.address_in_server_log(proxy, self.a)
         self.assertEqual(address, "127.0.0.2")
         self.assertIn(f'"session":"{session}"', proxy.stop(), "one word finds the session in both logs")
 
     def test_proxy_headers_forward_the_client_address(self):
         for info in ("proxy-v1", "proxy-v2"):
             proxy = self.proxy(info=info, ports=("haproxy_port", "haproxy_port"))
-            self.assertEqual(self.seen_address(proxy, self.a)[0], "127.0.0.2", info)
+            self.assertEqual(self.address_in_server_log(proxy, self.a)[0], "127.0.0.2", info)
 
     def test_client_info_none_forwards_nothing(self):
-        self.assertEqual(self.seen_address(self.proxy(info="none"), self.a)[0], "127.0.0.1")
+        self.assertEqual(self.address_in_server_log(self.proxy(info="none"), self.a)[0], "127.0.0.1")
 
     def test_client_stays_connected_when_the_server_is_down(self):
         server = Dovecot(self.certificates)

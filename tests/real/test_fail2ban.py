@@ -23,7 +23,7 @@ HOSTILE = [
 ]
 
 
-class FromIpv6(Raw):
+class Ipv6Client(Raw):
     def __init__(self, port):
         self.socket = socket.create_connection(("::1", port), timeout=PATIENCE)
         self.pending = b""
@@ -62,7 +62,7 @@ admin: {{address: "127.0.0.1:{{admin}}"}}
         self.addCleanup(proxy.close)
         return proxy
 
-    def visit(self, form):
+    def log_in_from_many_addresses(self, form):
         """Every kind of login from an address of its own."""
         proxy = self.proxy(form)
         port = proxy.ports["plain"]
@@ -76,7 +76,7 @@ admin: {{address: "127.0.0.1:{{admin}}"}}
         wrong = rb"^a NO \[AUTHENTICATIONFAILED\]"
         login(Raw(port, source="127.0.0.2"), "LOGIN alice@example.org wrong", answer=wrong)
         login(Raw(port, source="127.0.0.3"), "LOGIN nobody@nowhere.test x", answer=wrong)
-        login(FromIpv6(proxy.ports["tls"]), "LOGIN carol@example.org wrong", "LOGIN nobody@nowhere.test x", answer=wrong)
+        login(Ipv6Client(proxy.ports["tls"]), "LOGIN carol@example.org wrong", "LOGIN nobody@nowhere.test x", answer=wrong)
         # On behalf of another, and with credentials that cannot be right.
         for authcid in ("mallory", "x client=1.2.3.4 session=\""):
             message = base64.b64encode(f"dave@example.org\0{authcid}\0x".encode()).decode()
@@ -96,13 +96,13 @@ admin: {{address: "127.0.0.1:{{admin}}"}}
         return proxy.stop(), proxy.process.log
 
     def test_filter_matches_text_logs(self):
-        text, log = self.visit("text")
+        text, log = self.log_in_from_many_addresses("text")
         self.assertIn("x client=1.2.3.4", text)
         expected = ["127.0.0.2", "127.0.0.3", "::1", "::1", "127.0.0.10", "127.0.0.10", "127.0.0.11"] + ["127.0.0.8"] * len(HOSTILE)
         self.assertEqual(self.banned(log), expected, text)
 
     def test_filter_matches_json_logs(self):
-        text, log = self.visit("json")
+        text, log = self.log_in_from_many_addresses("json")
         records = [json.loads(line) for line in text.splitlines()]
         self.assertTrue(any("1.2.3.4" in str(record.get("user")) for record in records))
         self.assertTrue(any(record.get("user") == "dave@example.org" and record.get("authcid") == "mallory" for record in records))
@@ -135,7 +135,7 @@ admin: {{address: "127.0.0.1:{{admin}}"}}
         self.assertRegex(text, r"session ended.*127\.0\.0\.12.*carol@example\.org.*outcome.{0,20}refused")
 
     def test_filter_accepts_journal_and_syslog_prefixes(self):
-        text, _ = self.visit("text")
+        text, _ = self.log_in_from_many_addresses("text")
         for prefix in ("host vestibule[4711]: ", "vestibule[4711]: ", "vestibule: "):
             log = self.folder.write("prefixed", "".join(prefix + line + "\n" for line in text.splitlines()))
             self.assertEqual(len(self.banned(log)), 7 + len(HOSTILE), prefix)

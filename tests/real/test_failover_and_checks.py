@@ -24,7 +24,7 @@ admin: {address: "127.0.0.1:{admin}", control: CONTROL}
 """
 
 
-class Trio(unittest.TestCase):
+class ThreeServers(unittest.TestCase):
     # Those that a test has started.
     proxies = 0
 
@@ -74,7 +74,7 @@ class Trio(unittest.TestCase):
             # may have caused the end of the connection. One such login for each server that is killed.
             tries = 3 if balance == "user-hash" else 1
 
-            def users_come_and_go(user):
+            def log_in_repeatedly(user):
                 while not over.is_set():
                     try:
                         # A session ends with its server, and so without LOGOUT; a login must not fail.
@@ -107,20 +107,20 @@ class Trio(unittest.TestCase):
 
     def test_hung_server_loses_its_users_until_it_answers_again(self):
         proxy = self.proxy()
-        before = self.where_all_are(proxy)
+        before = self.sessions_per_server(proxy)
         self.assertTrue(all(before), f"all have users: {before}")
         os.killpg(self.servers[0].process.child.pid, signal.SIGSTOP)
         try:
             wait_for("the checks", lambda: self.up(proxy, self.servers[0]) == 0)
-            during = self.where_all_are(proxy)
+            during = self.sessions_per_server(proxy)
             self.assertEqual(during[0], 0, "nobody is sent there")
             self.assertTrue(during[1] >= before[1] and during[2] >= before[2], "and nobody else moves")
         finally:
             os.killpg(self.servers[0].process.child.pid, signal.SIGCONT)
         wait_for("the checks", lambda: self.up(proxy, self.servers[0]) == 1)
-        self.assertEqual(self.where_all_are(proxy), before, "all are at home again")
+        self.assertEqual(self.sessions_per_server(proxy), before, "all are at home again")
 
-    def where_all_are(self, proxy):
+    def sessions_per_server(self, proxy):
         """How many users each server has when all are logged in; all log out again."""
         clients = [self.log_in(proxy, user) for user in USERS]
         sessions = self.sessions(proxy)

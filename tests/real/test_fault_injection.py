@@ -35,14 +35,14 @@ SILENT = 10_000
 YEAR = 365.2425 * 86400 // 1
 
 
-def held(pid):
+def resource_usage(pid):
     """Descriptors of a process, and bytes of its own."""
     with open(f"/proc/{pid}/smaps_rollup") as rollup:
         memory = next(int(line.split()[1]) << 10 for line in rollup if line.startswith("Pss_Anon"))
     return len(os.listdir(f"/proc/{pid}/fd")), memory
 
 
-class Neighbour(threading.Thread):
+class ConcurrentSession(threading.Thread):
     """A session that speaks without a pause and checks what it is told."""
 
     def __init__(self, client):
@@ -61,7 +61,7 @@ class Neighbour(threading.Thread):
             self.count += 1
 
 
-class Scene(unittest.TestCase):
+class FaultTestCase(unittest.TestCase):
     """The proxy in front of two Dovecots: alice's, which suffers, and bob's."""
 
     limits = "server_login: 3s"
@@ -85,41 +85,41 @@ class Scene(unittest.TestCase):
         self.port = self.proxy.ports["plain"]
 
     @contextlib.contextmanager
-    def untouched(self):
+    def assert_no_side_effects(self):
         """The neighbour speaks, and afterwards nothing is left but the neighbour."""
-        neighbour = Neighbour(session(self.port, BOB))
+        other_session = ConcurrentSession(session(self.port, BOB))
         pid = self.proxy.process.child.pid
         wait_for("one session", lambda: self.proxy.metric("vestibule_sessions") == 1)
-        before, _ = held(pid)
-        neighbour.start()
+        before, _ = resource_usage(pid)
+        other_session.start()
         yield
         wait_for("one session again", lambda: self.proxy.metric("vestibule_sessions") == 1)
         self.assertEqual(self.proxy.metric("vestibule_backend_sessions"), 1)
         self.assertEqual(self.proxy.metric("vestibule_server_sessions"), 1)
-        wait_for(f"{before} descriptors", lambda: held(pid)[0] <= before)
-        spoken = neighbour.count
-        wait_for("the neighbour", lambda: neighbour.count > spoken or neighbour.failure)
-        neighbour.over.set()
-        neighbour.join(PATIENCE)
-        self.assertIsNone(neighbour.failure)
+        wait_for(f"{before} descriptors", lambda: resource_usage(pid)[0] <= before)
+        spoken = other_session.count
+        wait_for("the neighbour", lambda: other_session.count > spoken or other_session.failure)
+        other_session.over.set()
+        other_session.join(PATIENCE)
+        self.assertIsNone(other_session.failure)
         self.assertEqual(self.proxy.metric("vestibule_panics_total"), 0)
-        neighbour.client.close()
+        other_session.client.close()
 
-    def asks(self):
+    def start_login(self):
         """Alice's login, sent and not waited for."""
         client = Raw(self.port)
         client.line()
         client.send(b"a " + LOGIN[ALICE].encode() + b"\r\n")
         return client
 
-    def says(self, client, answer):
+    def assert_login_answer(self, client, answer):
         """The tagged answer, and the connection still there."""
         self.assertRegex(client.until(b"a ")[-1], answer)
         self.assertRegex(client.command("b", "NOOP")[-1], b"^b OK")
         client.close()
 
 
-class Killed(Scene):
+class KilledServer(FaultTestCase):
     """kill -9 of all of a Dovecot, at each step of a session."""
 
     def tearDown(self):
@@ -135,12 +135,12 @@ class Killed(Scene):
 
     def test_server_killed_before_its_greeting(self):
         self.start()
-        with self.untouched():
+        with self.assert_no_side_effects():
             os.killpg(self.a.process.child.pid, signal.SIGSTOP)
-            client = self.asks()
+            client = self.start_login()
             self.connected(self.a.port)
             self.a.kill()
-            self.says(client, rb"^a NO \[UNAVAILABLE\]")
+            self.assert_login_answer(client, rb"^a NO \[UNAVAILABLE\]")
 
     def test_server_killed_during_the_login(self):
         # Its passwords are looked up by a program that takes its time.
@@ -151,16 +151,16 @@ class Killed(Scene):
         server = Dovecot(certificates, extra=f"passdb {{\n driver = checkpassword\n args = {slow}\n }}")
         self.addCleanup(server.close)
         self.start(a=server.port, limits="server_login: 20s")
-        with self.untouched():
-            client = self.asks()
+        with self.assert_no_side_effects():
+            client = self.start_login()
             wait_for("the password at the server", lambda: subprocess.run(
                 [program("pgrep"), "-g", str(server.process.child.pid), "-x", "sleep"], capture_output=True).returncode == 0)
             server.kill()
-            self.says(client, rb"^a NO \[UNAVAILABLE\]")
+            self.assert_login_answer(client, rb"^a NO \[UNAVAILABLE\]")
 
     def test_server_killed_during_a_literal(self):
         self.start()
-        with self.untouched():
+        with self.assert_no_side_effects():
             client = session(self.port)
             client.send(b"b APPEND INBOX {1000000}\r\n")
             self.assertTrue(client.line().startswith(b"+"))
@@ -170,7 +170,7 @@ class Killed(Scene):
 
     def test_server_killed_during_idle(self):
         self.start()
-        with self.untouched():
+        with self.assert_no_side_effects():
             client = session(self.port)
             client.command("b", "SELECT INBOX")
             client.send(b"c IDLE\r\n")
@@ -185,7 +185,7 @@ class Killed(Scene):
         client.close()
 
 
-class Stopped(Scene):
+class StoppedServer(FaultTestCase):
     """A server that is there and says nothing."""
 
     def tearDown(self):
@@ -193,15 +193,15 @@ class Stopped(Scene):
 
     def test_stopped_server_times_out_the_login(self):
         self.start()
-        with self.untouched():
+        with self.assert_no_side_effects():
             os.killpg(self.a.process.child.pid, signal.SIGSTOP)
-            client = self.asks()
-            self.says(client, rb"^a NO \[UNAVAILABLE\]")
+            client = self.start_login()
+            self.assert_login_answer(client, rb"^a NO \[UNAVAILABLE\]")
         self.assertEqual(self.proxy.metric("vestibule_failures_total", reason="login_timeout"), 1)
 
     def test_stopped_server_stalls_a_session(self):
         self.start(limits="stall: 10s")
-        with self.untouched():
+        with self.assert_no_side_effects():
             client, other = session(self.port), session(self.port)
             os.killpg(self.a.process.child.pid, signal.SIGSTOP)
             # One just waits, and is answered when the server goes on.
@@ -218,7 +218,7 @@ class Stopped(Scene):
         self.assertEqual(self.proxy.metric("vestibule_failures_total", reason="stalled", side="backend"), 1)
 
 
-class Resetting:
+class ResettingServer:
     """A server that answers up to a step, and then resets the connection."""
 
     def __init__(self, step):
@@ -244,15 +244,15 @@ class Resetting:
         self.listener.close()
 
 
-class Resets(Scene):
+class ConnectionResets(FaultTestCase):
     def test_connection_reset_at_each_step(self):
         for step in ("greeting", "login", "literal", "silence"):
-            with self.subTest(step), contextlib.closing(Resetting(step)) as server:
+            with self.subTest(step), contextlib.closing(ResettingServer(step)) as server:
                 self.start(a=server.port)
-                with self.untouched():
-                    client = self.asks()
+                with self.assert_no_side_effects():
+                    client = self.start_login()
                     if step in ("greeting", "login"):
-                        self.says(client, rb"^a NO \[UNAVAILABLE\]")
+                        self.assert_login_answer(client, rb"^a NO \[UNAVAILABLE\]")
                         continue
                     self.assertTrue(client.until(b"a ")[-1].startswith(b"a OK"))
                     client.send(b"b APPEND INBOX {1000}\r\n" if step == "literal" else b"b NOOP\r\n")
@@ -264,7 +264,7 @@ class Resets(Scene):
                     client.close()
 
 
-class Silent(Scene):
+class SilentClients(FaultTestCase):
     """Ten thousand who connect and say nothing."""
 
     # Descriptors of one process are limited on many machines: so they come from two.
@@ -275,7 +275,7 @@ print("there", flush=True)
 sys.stdin.readline()
 """
 
-    def crowd(self):
+    def connect_silent_clients(self):
         children = []
         for _ in range(2):
             child = subprocess.Popen([sys.executable, "-c", self.PROGRAM, str(self.port), str(SILENT // 2)], stdin=subprocess.PIPE,
@@ -287,7 +287,7 @@ sys.stdin.readline()
             self.assertEqual(child.stdout.readline(), "there\n")
         return children
 
-    def leave(self, children):
+    def disconnect(self, children):
         for child in children:
             child.stdin.close()
             child.stdout.close()
@@ -296,43 +296,43 @@ sys.stdin.readline()
     def test_silent_clients_are_accepted_up_to_the_limit(self):
         self.start(limits=f"before_login: {SILENT + 10}")
         pid = self.proxy.process.child.pid
-        with self.untouched():
-            _, before = held(pid)
-            children = self.crowd()
+        with self.assert_no_side_effects():
+            _, before = resource_usage(pid)
+            children = self.connect_silent_clients()
             wait_for("all", lambda: self.proxy.metric("vestibule_sessions") == SILENT + 1)
-            descriptors, most = held(pid)
+            descriptors, most = resource_usage(pid)
             self.assertGreater(descriptors, SILENT)
             session(self.port).close()
-            self.leave(children)
+            self.disconnect(children)
             wait_for("their end", lambda: self.proxy.metric("vestibule_sessions") == 1)
-            wait_for(f"memory back to {before} of {most}", lambda: held(pid)[1] <= before + MORE_MEMORY)
-            print(f"{SILENT} silent: {before >> 10} kB before, {most >> 10} at the peak, {held(pid)[1] >> 10} after", flush=True)
+            wait_for(f"memory back to {before} of {most}", lambda: resource_usage(pid)[1] <= before + MORE_MEMORY)
+            print(f"{SILENT} silent: {before >> 10} kB before, {most >> 10} at the peak, {resource_usage(pid)[1] >> 10} after", flush=True)
 
     def test_oldest_silent_clients_are_shed(self):
         self.start(limits="before_login: 500")
-        with self.untouched():
-            children = self.crowd()
+        with self.assert_no_side_effects():
+            children = self.connect_silent_clients()
             wait_for("those who are shed", lambda: self.proxy.metric("vestibule_failures_total", reason="shed") >= SILENT - 500)
             self.assertLessEqual(self.proxy.metric("vestibule_sessions"), 502)
             session(self.port).close()
-            self.leave(children)
+            self.disconnect(children)
 
 
-class FullDisk(Scene):
+class FullLogDisk(FaultTestCase):
     def test_full_log_disk_affects_no_session(self):
         # All that is written to it fails with ENOSPC.
         self.start()
         self.proxy.process.kill()
         self.proxy.process = Process([VESTIBULE, "run", "--config", self.proxy.file], "/dev/full")
         wait_for("the proxy", lambda: answers(self.proxy.ports["admin"]))
-        with self.untouched():
+        with self.assert_no_side_effects():
             for _ in range(20):
                 client = session(self.port)
                 self.assertTrue(client.command("b", "NOOP")[-1].startswith(b"b OK"))
                 client.close()
 
 
-class UnreadLog(Scene):
+class UnreadLog(FaultTestCase):
     """Standard error is a pipe whose reader does not read, for example a log collector that hangs."""
 
     limits = "server_login: 3s, failed_login_delay: off, login_rate_per_address: off"
@@ -403,7 +403,7 @@ class UnreadLog(Scene):
         self.assertEqual(self.proxy.process.child.wait(PATIENCE), 0)
 
 
-class Clock(Scene):
+class WallClock(FaultTestCase):
     """The wall clock of the proxy alone is moved, by a library in between; time that only passes is left alone."""
 
     def test_wall_clock_jumps_affect_no_session(self):
@@ -417,7 +417,7 @@ class Clock(Scene):
         def year():
             return max(re.findall(r"(?m)^(?:\x1b\[\dm)?(\d{4})-\d\d-\d\dT", self.proxy.log())[-1:])
 
-        with self.untouched():
+        with self.assert_no_side_effects():
             before = session(self.port)
             for jump, in_year in ((3600, 0), (-3600, 0), (20 * YEAR, 20), (-10 * YEAR, -10), (0, 0)):
                 now.write_text(str(int(jump)))
@@ -430,7 +430,7 @@ class Clock(Scene):
             before.close()
 
 
-class HalfOpen(unittest.TestCase):
+class VanishedPeers(unittest.TestCase):
     """Peers that vanish from the network without a word: each in a network namespace whose link is taken down."""
 
     def setUp(self):

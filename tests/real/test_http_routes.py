@@ -11,7 +11,7 @@ from directory_servers import Directory
 from fixtures import PASSWORDS, PATIENCE, Certificates, Folder, Proxy, free_port, program, wait_for
 from imap_client import Raw, context
 from http_service import Responder
-from test_directories import ALICE, BOB, CAROL, AnyServer, Client, Directories
+from test_directories import ALICE, BOB, CAROL, ServerDirectoryTests, Client, Directories
 
 
 class Nginx(Directory):
@@ -30,10 +30,10 @@ class Nginx(Directory):
 BASE = "daemon off; master_process off; pid FOLDER/pid; error_log stderr info; user root; "
 
 
-def slow_request_is_one_attempt(test):
+def assert_slow_request_is_sent_once(test):
     """A login that the service does not answer in time reaches it once, also over a connection that was used before."""
     proxy = test.proxy(timeout="2s")
-    test.good(proxy)
+    test.assert_login(proxy)
     before = len(test.directory.questions)
     test.directory.hold()
     try:
@@ -41,10 +41,10 @@ def slow_request_is_one_attempt(test):
         test.assertEqual(len(test.directory.questions) - before, 1)
     finally:
         test.directory.release()
-    test.good(proxy)
+    test.assert_login(proxy)
 
 
-class Json(AnyServer, unittest.TestCase):
+class JsonService(ServerDirectoryTests, unittest.TestCase):
     @classmethod
     def make(cls):
         return Responder()
@@ -54,12 +54,12 @@ class Json(AnyServer, unittest.TestCase):
 
     def test_cacheable_request_contains_only_the_user(self):
         proxy = self.proxy("cache: {ttl: 1m}")
-        self.good(proxy)
+        self.assert_login(proxy)
         self.assertEqual(self.directory.questions[-1][0], {"user": ALICE, "protocol": "imap"})
 
     def test_uncacheable_request_describes_the_login(self):
         proxy = self.proxy()
-        self.good(proxy)
+        self.assert_login(proxy)
         question = self.directory.questions[-1][0]
         self.assertEqual({name: question[name] for name in ("user", "client", "mechanism", "attempt", "tls")},
                          {"user": ALICE, "client": "127.0.0.1", "mechanism": "login", "attempt": 1, "tls": None})
@@ -91,7 +91,7 @@ class Json(AnyServer, unittest.TestCase):
         proxy = self.proxy()
         before = len(self.directory.questions)
         for _ in range(5):
-            self.good(proxy)
+            self.assert_login(proxy)
         ports = {client for _, _, client in self.directory.questions[before:]}
         self.assertEqual(len(ports), 1, ports)
 
@@ -112,7 +112,7 @@ class Json(AnyServer, unittest.TestCase):
 
     def test_cached_answer_is_refreshed_before_it_expires(self):
         proxy = self.proxy("cache: {ttl: 3s}")
-        self.good(proxy)
+        self.assert_login(proxy)
         before = len(self.directory.questions)
         self.directory.hold()
         try:
@@ -129,7 +129,7 @@ class Json(AnyServer, unittest.TestCase):
         self.directory.row(CAROL, backend="shard-b", user=BOB, password=PASSWORDS[BOB])
         self.route = lambda: ["http", f"url: http://localhost:{self.directory.port}/", "password: true"]
         proxy = self.proxy()
-        self.good(proxy, CAROL, "shard-b")
+        self.assert_login(proxy, CAROL, "shard-b")
         self.answers(proxy, CAROL, "NO [AUTHENTICATIONFAILED]")
         # One that does not check them may not: or any password would do.
         self.route = lambda: ["http", f"url: http://localhost:{self.directory.port}/"]
@@ -139,7 +139,7 @@ class Json(AnyServer, unittest.TestCase):
 
     def test_slow_request_with_a_password_is_sent_once(self):
         self.route = lambda: ["http", f"url: http://localhost:{self.directory.port}/", "password: true"]
-        slow_request_is_one_attempt(self)
+        assert_slow_request_is_sent_once(self)
 
     def test_invalid_answers_fail_the_lookup(self):
         for body in (b"", b"[]", b"{", b'{"backend": 7}', b'{"backend": "shard-a"' + b" " * 70_000 + b"}", b"\xff"):
@@ -159,7 +159,7 @@ class Json(AnyServer, unittest.TestCase):
             proxy = self.proxy()
         finally:
             del self.directory.PASSWORD
-        self.good(proxy)
+        self.assert_login(proxy)
         self.assertEqual(self.directory.questions[-1][1]["x-who"], "vestibule")
         self.assertNotIn(self.directory.token, proxy.log())
 
@@ -180,14 +180,14 @@ class Json(AnyServer, unittest.TestCase):
         nginx = Nginx(settings)
         self.addCleanup(nginx.close)
         self.route = lambda: ["http", f"url: https://localhost:{nginx.port}/", f"ca: {self.certificates.ca}"]
-        self.good(self.proxy())
+        self.assert_login(self.proxy())
         wait_for("the log", lambda: "HTTP/2.0 200" in (nginx.path / "access").read_text())
         other = Certificates(Folder())
         self.route = lambda: ["http", f"url: https://localhost:{nginx.port}/", f"ca: {other.ca}"]
         self.answers(self.proxy(), ALICE, "NO [UNAVAILABLE]")
 
 
-class AuthHttp(Directories, unittest.TestCase):
+class NginxAuthHttp(Directories, unittest.TestCase):
     """An auth server for nginx's mail module is asked by nginx and by us, and says the same."""
 
     @classmethod
@@ -217,7 +217,7 @@ class AuthHttp(Directories, unittest.TestCase):
         self.addCleanup(nginx.close)
         return nginx
 
-    def with_certificates(self):
+    def start_with_client_certificates(self):
         """Both with TLS that asks for certificates: the ports of nginx and ours, and a client's certificate."""
         ca, cert, key = (self.certificates.ca, self.certificates.cert, self.certificates.key)
         nginx = self.nginx(f"""
@@ -247,7 +247,7 @@ admin: {{address: "127.0.0.1:{{admin}}"}}
         return (nginx.port, proxy.ports["tls"]), (path / "client.pem", path / "client-key.pem"), proxy
 
     def test_certificate_login_gets_no_password_from_a_verifying_service(self):
-        _, certificate, proxy = self.with_certificates()
+        _, certificate, proxy = self.start_with_client_certificates()
         # The same listener before a JSON service that hands out a password without having received one.
         self.directory.users[CAROL] = {"backend": "shard-a", "password": PASSWORDS[CAROL]}
         self.addCleanup(self.directory.row, CAROL, **self.rows()[CAROL])
@@ -267,7 +267,7 @@ admin: {{address: "127.0.0.1:{{admin}}"}}
             raw.send(base64.b64encode(CAROL.encode()) + b"\r\n")
             self.assertRegex(raw.until(b"a ")[-1], answer, other.log())
 
-    def told(self, raw=None):
+    def last_request(self, raw=None):
         """What the last question told, without what is HTTP's own, and without the cipher, which is the client's too."""
         told = {name: value for name, value in self.directory.questions[-1][0].items()
                 if name not in ("host", "connection", "accept", "user-agent")}
@@ -276,7 +276,7 @@ admin: {{address: "127.0.0.1:{{admin}}"}}
         return told
 
     def test_tls_headers_equal_those_of_nginx(self):
-        ports, certificate, proxy = self.with_certificates()
+        ports, certificate, proxy = self.start_with_client_certificates()
         for shown, version in ((None, "TLSv1_2"), (None, "TLSv1_3"), (certificate, "TLSv1_2"), (certificate, "TLSv1_3")):
             asked = []
             for port in ports:
@@ -289,13 +289,13 @@ admin: {{address: "127.0.0.1:{{admin}}"}}
                 raw.until(b"* OK")
                 plain = base64.b64encode(f"\0{ALICE}\0{PASSWORDS[ALICE]}".encode())
                 self.assertRegex(raw.command("a", b"AUTHENTICATE PLAIN " + plain)[-1], b"^a OK", proxy.log())
-                asked.append(self.told(raw))
+                asked.append(self.last_request(raw))
             self.assertEqual(asked[1], asked[0])
             self.assertEqual(asked[1]["auth-ssl-verify"], "SUCCESS" if shown else "NONE")
             self.assertEqual("auth-ssl-serial" in asked[1], bool(shown))
 
     def test_certificate_headers_equal_those_of_nginx(self):
-        ports, certificate, proxy = self.with_certificates()
+        ports, certificate, proxy = self.start_with_client_certificates()
         asked = []
         for port in ports:
             tls = context(self.certificates.ca)
@@ -306,7 +306,7 @@ admin: {{address: "127.0.0.1:{{admin}}"}}
             raw.until(b"+")
             raw.send(base64.b64encode(CAROL.encode()) + b"\r\n")
             self.assertRegex(raw.until(b"a ")[-1], b"^a OK", proxy.log())
-            asked.append(self.told(raw))
+            asked.append(self.last_request(raw))
         self.assertEqual(asked[1], asked[0])
         self.assertEqual((asked[1]["auth-method"], asked[1]["auth-pass"]), ("external", ""))
 
@@ -327,12 +327,12 @@ admin: {{address: "127.0.0.1:{{admin}}"}}
                 raw.send(header.encode() + b"\r\n")
                 raw.until(b"* OK")
                 self.assertRegex(raw.command("a", f'LOGIN {ALICE} "{PASSWORDS[ALICE]}"')[-1], b"^a OK", proxy.log())
-                asked.append(self.told())
+                asked.append(self.last_request())
             self.assertEqual(asked[1], asked[0], header)
             self.assertEqual("proxy-protocol-server-addr" in asked[1], "UNKNOWN" not in header)
 
     def test_slow_request_is_sent_once(self):
-        slow_request_is_one_attempt(self)
+        assert_slow_request_is_sent_once(self)
 
     def test_auth_wait_repeats_the_request(self):
         for port in (self.nginx().port, self.proxy(timeout="20s").ports["plain"]):
@@ -363,7 +363,7 @@ admin: {{address: "127.0.0.1:{{admin}}"}}
                 raw = Raw(port)
                 raw.until(b"* OK")
                 self.assertRegex(raw.command("a", f'LOGIN {user} "{password}"')[-1], b"^a OK", proxy.log())
-                asked.append(self.told())
+                asked.append(self.last_request())
             self.assertEqual(asked[1], asked[0])
         self.assertEqual(proxy.metric("vestibule_backend_sessions_total", backend="shard-b"), 2)
 

@@ -129,47 +129,47 @@ def two_sessions(one, two, idle):
     """What each of two sessions in one mailbox hears of the other's doings: on NOOP, in IDLE, in an expunged message's place."""
     result = []
 
-    def say(client, tag, command):
+    def run(client, tag, command):
         result.append((command[:60], exchange(client, tag, command, client.literal_plus)))
 
     for client in (one, two):
-        say(client, b"s", b"SELECT INBOX")
-    say(one, b"a", append(b"INBOX", message("first")))
-    say(two, b"b", b"NOOP")
-    say(one, b"c", b"NOOP")
-    say(one, b"d", b"STORE 1 +FLAGS (\\Flagged)")
-    say(two, b"e", b"NOOP")
+        run(client, b"s", b"SELECT INBOX")
+    run(one, b"a", append(b"INBOX", message("first")))
+    run(two, b"b", b"NOOP")
+    run(one, b"c", b"NOOP")
+    run(one, b"d", b"STORE 1 +FLAGS (\\Flagged)")
+    run(two, b"e", b"NOOP")
     changes = ((b"f", append(b"INBOX", message("second")), rb"\* 2 EXISTS"),
                (b"g", b"STORE 1 +FLAGS.SILENT (\\Deleted)", rb"\* 1 FETCH .*Deleted"),
                (b"h", b"EXPUNGE", rb"\* (1 EXPUNGE|VANISHED .*)"))
     for tag, command, event in changes:
         if not idle:
-            say(one, tag, command)
-            say(two, b"i", b"NOOP")
+            run(one, tag, command)
+            run(two, b"i", b"NOOP")
             continue
         two.send(b"i IDLE\r\n")
         result.append(("IDLE", read_answer(two, b"i", b"+")))
-        say(one, tag, command)
+        run(one, tag, command)
         heard = [two.line()]
         while heard[-1] and not re.match(event, heard[-1]):
             heard.append(two.line())
         two.send(b"DONE\r\n")
         result.append((f"heard in IDLE of {command[:20]}", heard + read_answer(two, b"i")))
-    say(two, b"j", b"FETCH 1:* FLAGS")
+    run(two, b"j", b"FETCH 1:* FLAGS")
     # Held back until a command that may tell it (RFC 3501 section 7.4.1).
-    say(one, b"k", append(b"INBOX", message("third")))
-    say(two, b"l", b"NOOP")
-    say(one, b"m", b"STORE 1 +FLAGS.SILENT (\\Deleted)")
-    say(one, b"n", b"EXPUNGE")
-    say(two, b"o", b"SEARCH ALL")
-    say(two, b"p", b"NOOP")
+    run(one, b"k", append(b"INBOX", message("third")))
+    run(two, b"l", b"NOOP")
+    run(one, b"m", b"STORE 1 +FLAGS.SILENT (\\Deleted)")
+    run(one, b"n", b"EXPUNGE")
+    run(two, b"o", b"SEARCH ALL")
+    run(two, b"p", b"NOOP")
     for client in (one, two):
-        say(client, b"z", b"LOGOUT")
+        run(client, b"z", b"LOGOUT")
         result.append(("closed", client.line()))
     return result
 
 
-class Compliance(unittest.TestCase):
+class ImapCompliance(unittest.TestCase):
     def setUp(self):
         self.folder = Folder()
         self.addCleanup(self.folder.remove)
@@ -203,43 +203,43 @@ admin: {{address: "127.0.0.1:{{admin}}"}}
                 clients.append(client)
             yield clients
 
-    def assert_the_same(self, direct, proxied):
+    def assert_equal_transcripts(self, direct, proxied):
         for (command, expected), (_, got) in zip(direct, proxied):
             self.assertEqual(got, expected, command)
         self.assertEqual(len(direct), len(proxied))
 
-    def the_same_answers(self, make, tls="none", least_good=50):
+    def assert_same_responses(self, make, tls="none", least_good=50):
         direct, proxied = (transcript(client, client.literal_plus) for (client,) in self.sessions(make, tls))
         self.assertGreater(len(direct), 100, "commands were compared")
         # The commands did something: most of them are good, and the server said so.
         good = sum(1 for _, answer in direct if isinstance(answer, list) and b" OK" in answer[-1])
         self.assertGreaterEqual(good, least_good)
-        self.assert_the_same(direct, proxied)
+        self.assert_equal_transcripts(direct, proxied)
 
     def test_dovecot_responses_are_unchanged_by_the_proxy(self):
         tls = f"{{mode: starttls, ca: {self.certificates.ca}, server_name: localhost}}"
-        self.the_same_answers(lambda: Dovecot(self.certificates), tls, 60)
+        self.assert_same_responses(lambda: Dovecot(self.certificates), tls, 60)
 
     def test_cyrus_responses_are_unchanged_by_the_proxy(self):
-        self.the_same_answers(Cyrus)
+        self.assert_same_responses(Cyrus)
 
     def test_courier_responses_are_unchanged_by_the_proxy(self):
-        self.the_same_answers(Courier)
+        self.assert_same_responses(Courier)
 
-    def two_sessions_hear_the_same(self, make, tls="none", idle=True):
+    def assert_same_notifications(self, make, tls="none", idle=True):
         direct, proxied = (two_sessions(*clients, idle) for clients in self.sessions(make, tls, 2))
         self.assertGreater(len(direct), 20)
-        self.assert_the_same(direct, proxied)
+        self.assert_equal_transcripts(direct, proxied)
 
     def test_dovecot_notifies_concurrent_sessions_through_the_proxy(self):
-        self.two_sessions_hear_the_same(lambda: Dovecot(self.certificates), f"{{mode: starttls, ca: {self.certificates.ca}}}")
+        self.assert_same_notifications(lambda: Dovecot(self.certificates), f"{{mode: starttls, ca: {self.certificates.ca}}}")
 
     def test_cyrus_notifies_concurrent_sessions_through_the_proxy(self):
-        self.two_sessions_hear_the_same(Cyrus)
+        self.assert_same_notifications(Cyrus)
 
     def test_courier_notifies_concurrent_sessions_through_the_proxy(self):
         # In IDLE it looks once a minute only, where no file alteration monitor runs.
-        self.two_sessions_hear_the_same(Courier, idle=False)
+        self.assert_same_notifications(Courier, idle=False)
 
 
 if __name__ == "__main__":

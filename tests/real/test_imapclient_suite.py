@@ -20,7 +20,7 @@ LIBRARY = CACHE / "python"
 CLASSES = ["TestGeneral", "TestWithUIDs", "TestWithoutUIDs"]
 
 
-def livetest(folder, name, port, ca=None):
+def run_suite(folder, name, port, ca=None):
     """Runs the suite against a port of localhost, over TLS where `ca` is given; the result of every test by its name."""
     assert (LIBRARY / "imapclient/livetest.py").exists(), "IMAPClient is not unpacked: run tests/run"
     options = f"ssl = true\nssl_ca_file = {ca}" if ca else "ssl = false"
@@ -48,7 +48,7 @@ password = {PASSWORDS[USER]}
     return results, done.stderr
 
 
-class Livetest(unittest.TestCase):
+class ImapClientSuite(unittest.TestCase):
     """Each server twice, fresh each time: two sessions of the suite must not meet in one mailbox."""
 
     def setUp(self):
@@ -71,7 +71,7 @@ admin: {{address: "127.0.0.1:{{admin}}"}}
         self.addCleanup(proxy.close)
         return proxy
 
-    def no_worse_through_the_proxy(self, make, least_passed, tls="none"):
+    def assert_passes_through_the_proxy(self, make, least_passed, tls="none"):
         direct, behind = self.start(make()), self.start(make())
         proxy = self.proxy(behind, tls)
         with ThreadPoolExecutor() as pool:
@@ -84,11 +84,11 @@ admin: {{address: "127.0.0.1:{{admin}}"}}
         self.assertGreater(proxy.metric("vestibule_logins_total", outcome="accepted"), 3, "the suite went through the proxy")
 
     def test_suite_passes_with_dovecot(self):
-        self.no_worse_through_the_proxy(lambda: Dovecot(self.certificates), 45,
+        self.assert_passes_through_the_proxy(lambda: Dovecot(self.certificates), 45,
                                         f"{{mode: starttls, ca: {self.certificates.ca}}}")
 
     def test_suite_passes_with_cyrus(self):
-        self.no_worse_through_the_proxy(Cyrus, 40)
+        self.assert_passes_through_the_proxy(Cyrus, 40)
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ class ImapFlow(Servers, unittest.TestCase):
         self.assertTrue(out, error)
         return json.loads(out.splitlines()[-1])
 
-    def serves(self, proxy, auth, subject, port="tls"):
+    def assert_reads_and_writes(self, proxy, auth, subject, port="tls"):
         said = self.run_client(proxy, auth, subject, port, mail_for=auth["user"])
         self.assertEqual(said.get("subject"), subject, f"{said}\n{proxy.log()}")
         self.assertGreater(said["size"], 100_000)
@@ -46,23 +46,23 @@ class ImapFlow(Servers, unittest.TestCase):
         self.assertIn("IDLE", said["capabilities"])
 
     def test_imapflow_logs_in_with_passwords(self):
-        proxy = self.ready(self.proxy())
+        proxy = self.wait_until_mechanisms_are_known(self.proxy())
         for method in (None, "LOGIN", "AUTH=LOGIN", "AUTH=PLAIN"):
             auth = {"user": ALICE, "pass": PASSWORDS[ALICE], **({"loginMethod": method} if method else {})}
-            self.serves(proxy, auth, f"flow-{method}")
+            self.assert_reads_and_writes(proxy, auth, f"flow-{method}")
             said = self.run_client(proxy, {**auth, "pass": "wrong"}, "never")
             self.assertTrue(said["refused"] and said["code"] == "AUTHENTICATIONFAILED", said)
         for mechanism in ("login", "sasl-login", "sasl-plain"):
             self.assertGreater(proxy.metric("vestibule_logins_total", mechanism=mechanism, outcome="accepted"), 0, mechanism)
 
     def test_imapflow_uses_starttls(self):
-        proxy = self.ready(self.proxy())
-        self.serves(proxy, {"user": ALICE, "pass": PASSWORDS[ALICE]}, "flow-starttls", "starttls")
+        proxy = self.wait_until_mechanisms_are_known(self.proxy())
+        self.assert_reads_and_writes(proxy, {"user": ALICE, "pass": PASSWORDS[ALICE]}, "flow-starttls", "starttls")
 
     def test_imapflow_logs_in_with_tokens(self):
         for mechanism in ("xoauth2", "oauthbearer"):
             proxy = self.proxy(listener=f"mechanisms: [{mechanism}]")
-            self.serves(proxy, {"user": BOB, "accessToken": token(BOB)}, f"flow-{mechanism}")
+            self.assert_reads_and_writes(proxy, {"user": BOB, "accessToken": token(BOB)}, f"flow-{mechanism}")
             said = self.run_client(proxy, {"user": BOB, "accessToken": "nonsense"}, "never")
             # The server's own words about the token came through.
             self.assertTrue(said["refused"] and "status" in said["oauth"], f"{said}\n{proxy.log()}")

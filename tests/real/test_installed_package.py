@@ -64,7 +64,7 @@ class Session:
             self.test.assertNotEqual(line, b"", "the session has ended")
         self.test.assertTrue(line.startswith(tag + b" OK"), line)
 
-    def is_alive(self):
+    def check_alive(self):
         self.command(b"n NOOP")
 
     def close(self):
@@ -77,7 +77,7 @@ class Session:
                 pass
 
 
-class Installed(unittest.TestCase):
+class InstalledPackage(unittest.TestCase):
     @classmethod
     def setUpClass(cls):
         cls.folder = Folder()
@@ -138,7 +138,7 @@ class Installed(unittest.TestCase):
         self.assertRegex(metrics, r'vestibule_logins_total\{backend="mail",mechanism="[\w-]+",outcome="accepted"\} 2\n')
         for name in ("process_start_time_seconds", "process_open_fds", "process_resident_memory_bytes"):
             self.assertRegex(metrics, rf"(?m)^{name} [1-9]", "the confinement leaves it readable")
-        self.is_confined()
+        self.assert_confined()
         self.assertEqual(self.health(), 0)
         self.assertNotRegex(machine.journal(), "WARN|ERROR")
 
@@ -170,8 +170,8 @@ class Installed(unittest.TestCase):
         self.assertNotEqual(after, before, "systemd watches the new process")
         self.assertEqual(self.property("ActiveState"), "active")
         self.assertIn("X-Served-By: shard-a", self.read_mail("imaps://localhost"))
-        session.is_alive()
-        self.is_confined()
+        session.check_alive()
+        self.assert_confined()
 
         # A new version that cannot start changes nothing but the program, and says what to do.
         machine.write(FILE, configuration.replace("default: mail", "default: male"))
@@ -179,18 +179,18 @@ class Installed(unittest.TestCase):
         self.assertIn('no backend is declared as "male"', said)
         self.assertIn("was not replaced and goes on serving", said)
         self.assertEqual((self.property("ActiveState"), self.property("MainPID")), ("active", after))
-        session.is_alive()
+        session.check_alive()
         machine.write(FILE, configuration)
         machine.run("vestibule", "upgrade")
         self.assertNotEqual(self.property("MainPID"), after)
-        session.is_alive()
+        session.check_alive()
         session.command(b"z LOGOUT")
         wait_for("the first process to end", lambda: not machine.run("ls", "-d", f"/proc/{before}", check=False).startswith("/proc"))
         self.assertEqual(self.property("ActiveState"), "active", "the end of a process that was replaced is not the service's")
         self.assertEqual(self.property("NRestarts"), "0")
         self.assertNotIn("not our child", machine.journal(), "systemd would kill it at once to stop it")
 
-    def is_confined(self):
+    def assert_confined(self):
         process = f"/proc/{self.property('MainPID')}"
         status = dict(re.findall(r"(?m)^(\w+):\s+(.*)$", self.machine.run("cat", f"{process}/status")))
         user = self.machine.run("id", "-u", "vestibule").strip()

@@ -19,7 +19,7 @@ OLD = {"TLS 1.0": "-tls1", "TLS 1.1": "-tls1_1"}
 VERSIONS = {"1.2": "-tls1_2", "1.3": "-tls1_3"}
 
 
-class Policy(unittest.TestCase):
+class ListenerTlsTestCase(unittest.TestCase):
     @classmethod
     def setUpClass(cls):
         cls.folder = Folder()
@@ -59,7 +59,7 @@ admin: {{address: "127.0.0.1:{{admin}}"}}
         self.assertRegex(raw.command("a", f'LOGIN {ALICE} "{PASSWORDS[ALICE]}"')[-1], b"^a OK")
         return raw
 
-    def shown(self, proxy, port="tls"):
+    def served_certificate(self, proxy, port="tls"):
         """The certificate, as OpenSSL's dictionary."""
         with socket.create_connection(("127.0.0.1", proxy.ports[port]), timeout=PATIENCE) as plain:
             with context(self.certificates.ca).wrap_socket(plain, server_hostname="localhost") as tls:
@@ -76,7 +76,7 @@ admin: {{address: "127.0.0.1:{{admin}}"}}
                           "-CAcreateserial", "-days", str(days), "-extfile", extensions, "-out", cert)
         return cert, key
 
-    def respond(self, cert, response):
+    def write_ocsp_response(self, cert, response):
         """The authority's OCSP response that the certificate is good, as DER in the file `response`."""
         path = self.folder.path
         serial = subprocess.run(["openssl", "x509", "-noout", "-serial", "-in", cert], check=True, capture_output=True,
@@ -103,7 +103,7 @@ def replace(path, content, mode=0o644):
     os.replace(beside, path)
 
 
-class Handshakes(Policy):
+class Handshakes(ListenerTlsTestCase):
     def test_old_tls_versions_are_refused(self):
         proxy = self.proxy(first='tls_min: "1.2"', second='tls_min: "1.3"')
         low = ("-cipher", "DEFAULT@SECLEVEL=0")
@@ -203,7 +203,7 @@ def allow_early_data(session):
     """Puts max_early_data into OpenSSL's session file: the element [15] of its sequence, whose elements are in order."""
     der = base64.b64decode("".join(line for line in session.read_text().splitlines() if "-----" not in line))
 
-    def after_head(at):
+    def content_range(at):
         """Where the content of the element at `at` begins, and where it ends."""
         size, octets = der[at + 1], 0
         if size & 0x80:
@@ -211,17 +211,17 @@ def allow_early_data(session):
             size = int.from_bytes(der[at + 2:at + 2 + octets], "big")
         return at + 2 + octets, at + 2 + octets + size
 
-    start, end = after_head(0)
+    start, end = content_range(0)
     at = start
     while at < end and not 0xB0 <= der[at] < 0xC0:
-        at = after_head(at)[1]
+        at = content_range(at)[1]
     content = der[start:at] + bytes.fromhex("af0402024000") + der[at:end]
     der = b"\x30\x82" + len(content).to_bytes(2, "big") + content
     body = base64.encodebytes(der).decode()
     session.write_text(f"-----BEGIN SSL SESSION PARAMETERS-----\n{body}-----END SSL SESSION PARAMETERS-----\n")
 
 
-class Tickets(Policy):
+class Tickets(ListenerTlsTestCase):
     def test_ticket_is_accepted_only_under_its_own_policy(self):
         asks = f"client_certificates: {{ca: {self.certificates.ca}"
         proxy = self.proxy(second='tls_min: "1.3"', third=f"{asks}, required: true}}")
@@ -308,7 +308,7 @@ class Tickets(Policy):
         self.assertIn("32 are needed", done.stderr)
 
 
-class Renewal(Policy):
+class CertificateRenewal(ListenerTlsTestCase):
     def failed(self, proxy):
         return proxy.metric("vestibule_certificate_load_failed")
 
@@ -332,12 +332,12 @@ class Renewal(Policy):
         old, new = self.issue("old", days=30), self.issue("new", days=300)
         volume = self.volume("volume", {"1": old, "2": new})
         proxy = self.proxy(certificates=f"{{cert: {volume}/tls.crt, key: {volume}/tls.key}}")
-        before, expiry = self.shown(proxy), self.expiry(proxy)
+        before, expiry = self.served_certificate(proxy), self.expiry(proxy)
         self.assertEqual(ssl.cert_time_to_seconds(before["notAfter"]), expiry)
         session = self.log_in(proxy)
         number = 0
 
-        def goes_on():
+        def check_session():
             nonlocal number
             number += 1
             self.assertRegex(session.command(f"n{number}", "NOOP")[-1], f"^n{number} OK".encode())
@@ -345,12 +345,12 @@ class Renewal(Policy):
 
         (volume / "..new").symlink_to("2")
         os.replace(volume / "..new", volume / "..data")
-        wait_for("the new certificate", lambda: goes_on() and self.shown(proxy)["serialNumber"] != before["serialNumber"])
-        after = self.shown(proxy)
+        wait_for("the new certificate", lambda: check_session() and self.served_certificate(proxy)["serialNumber"] != before["serialNumber"])
+        after = self.served_certificate(proxy)
         self.assertEqual(ssl.cert_time_to_seconds(after["notAfter"]), self.expiry(proxy))
         self.assertGreater(self.expiry(proxy), expiry)
         self.assertIn("certificate loaded", proxy.log())
-        goes_on()
+        check_session()
         self.assertRegex(session.command("s", "SELECT INBOX")[-1], b"^s OK")
         self.assertEqual(self.failed(proxy), 0)
 
@@ -358,7 +358,7 @@ class Renewal(Policy):
         (cert, key), other = self.issue("kept"), self.issue("other")
         cert_bytes, key_bytes = cert.read_bytes(), key.read_bytes()
         proxy = self.proxy(certificates=f"{{cert: {cert}, key: {key}}}")
-        before = self.shown(proxy)
+        before = self.served_certificate(proxy)
         for file, content, said in (
             (key, other[1].read_bytes(), f"{key}: does not fit the certificate {cert}"),
             (cert, cert_bytes[:len(cert_bytes) // 2], f"{cert}: "),
@@ -373,21 +373,21 @@ class Renewal(Policy):
                 self.assertEqual(len(lines), told + 1)
                 self.assertRegex(lines[-1], "ERROR")
                 self.assertIn(said, lines[-1])
-                self.assertEqual(self.shown(proxy), before)
+                self.assertEqual(self.served_certificate(proxy), before)
                 replace(file, good)
                 wait_for("the gauge", lambda: self.failed(proxy) == 0)
         self.assertNotIn(re.sub(r"\s", "", key_bytes.decode())[40:60], proxy.log())
         # And a good pair, file by file in place, as cp does it.
         cert.write_bytes(other[0].read_bytes())
         key.write_bytes(other[1].read_bytes())
-        wait_for("the new certificate", lambda: self.shown(proxy) != before)
+        wait_for("the new certificate", lambda: self.served_certificate(proxy) != before)
         wait_for("the gauge", lambda: self.failed(proxy) == 0)
 
     def test_ocsp_response_is_stapled_and_renewed(self):
         (cert, key), other = self.issue("stapled"), self.issue("unstapled")
         response, wrong = self.folder.path / "ocsp.der", self.folder.path / "wrong.der"
-        self.respond(cert, response)
-        self.respond(other[0], wrong)
+        self.write_ocsp_response(cert, response)
+        self.write_ocsp_response(other[0], wrong)
         good = response.read_bytes()
         proxy = self.proxy(certificates=f"{{cert: {cert}, key: {key}, ocsp: {response}}}")
 

@@ -12,7 +12,7 @@ from imap_client import message
 ALICE, BOB = "alice@example.org", "bob@example.net"
 
 
-class Clients(unittest.TestCase):
+class MailClients(unittest.TestCase):
     @classmethod
     def setUpClass(cls):
         cls.folder = Folder()
@@ -40,12 +40,12 @@ admin: {{address: "127.0.0.1:{{admin}}"}}
         self.assertEqual(done.returncode, 0, f"{command}\n{done.stdout.decode()}\n{done.stderr.decode()}\n{self.proxy.log()}")
         return done.stdout.decode(errors="replace")
 
-    def home(self, user):
+    def server_of(self, user):
         return self.a if user == ALICE else self.b
 
-    def assert_only_at_home(self, user, subject):
+    def assert_stored_only_on_own_server(self, user, subject):
         other = self.b if user == ALICE else self.a
-        self.assertTrue(any(subject in text for text in self.home(user).messages(user)), subject)
+        self.assertTrue(any(subject in text for text in self.server_of(user).messages(user)), subject)
         self.assertFalse(any(subject in text for text in other.messages(user)), subject)
 
     def test_curl_appends_and_fetches(self):
@@ -58,7 +58,7 @@ admin: {{address: "127.0.0.1:{{admin}}"}}
                 curl = [program("curl"), "-sS", "--ssl-reqd", "--cacert", self.certificates.ca, "--user",
                         f"{user}:{PASSWORDS[user]}"]
                 self.run_program(*curl, "-T", mail, url)
-                self.assert_only_at_home(user, subject)
+                self.assert_stored_only_on_own_server(user, subject)
                 listed = self.run_program(*curl, url, "-X", f'SEARCH SUBJECT "{subject}"')
                 number = listed.split()[-1]
                 self.assertIn(f"Subject: {subject}", self.run_program(*curl, f"{url};MAILINDEX={number}"))
@@ -95,7 +95,7 @@ Create Both
 SyncState *
 """, 0o600)
             self.run_program(program("mbsync"), "-c", configuration, "-a")
-            self.assert_only_at_home(user, f"mbsync-push-{name}")
+            self.assert_stored_only_on_own_server(user, f"mbsync-push-{name}")
             curl = [program("curl"), "-sS", "--cacert", self.certificates.ca, "--user", f"{user}:{PASSWORDS[user]}"]
             mail = self.folder.path / "pull.eml"
             mail.write_bytes(message(f"mbsync-pull-{name}"))
@@ -119,7 +119,7 @@ set confirmcreate=no
             url = f"{scheme}://localhost:{self.proxy.ports[port]}/INBOX"
             self.run_program(program("mutt"), "-n", "-F", configuration, "-e", f"set record={url}", "-s", subject, BOB,
                              input=b"Hello.\n", env={"TERM": "xterm", "HOME": str(self.folder.path), "PATH": "/usr/bin:/bin"})
-            self.assert_only_at_home(ALICE, subject)
+            self.assert_stored_only_on_own_server(ALICE, subject)
 
     def test_mutt_reads_messages(self):
         # It wants a terminal, and is told what to type: copy these messages into a file, leave.

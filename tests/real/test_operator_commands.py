@@ -25,11 +25,11 @@ admin: {{address: "127.0.0.1:{{admin}}", control: control}}
 """
 
 
-def alive(client):
+def responds(client):
     return client.command("n", "NOOP")[-1].startswith(b"n OK")
 
 
-class Scene(unittest.TestCase):
+class OperatorTestCase(unittest.TestCase):
     configuration = CONFIGURATION
 
     @classmethod
@@ -78,7 +78,7 @@ class Scene(unittest.TestCase):
         return {server["server"]: server for server in json.loads(self.command("status", "--json"))["servers"]}
 
 
-class Commands(Scene):
+class Commands(OperatorTestCase):
     def test_reload_applies_or_reports_errors(self):
         client = session(self.port)
         text = self.proxy.file.read_text()
@@ -86,12 +86,12 @@ class Commands(Scene):
         said = self.command("reload", code=78)
         self.assertIn("users.txt:2: no backend is declared as \"shard-b\"; declared: shard-a, shard-c", said)
         self.assertEqual(self.proxy.metric("vestibule_reload_failed"), 1)
-        self.assertTrue(alive(session(self.port, BOB)), "the old configuration is in use")
+        self.assertTrue(responds(session(self.port, BOB)), "the old configuration is in use")
         other = free_port()
         address = f'{{address: "127.0.0.1:{self.port}", tls: none}}'
         self.proxy.file.write_text(text.replace(address, f'{address}, {{address: "127.0.0.1:{other}", tls: none}}'))
         self.assertIn("loaded", self.command("reload"))
-        self.assertTrue(alive(session(other)))
+        self.assertTrue(responds(session(other)))
         self.proxy.file.write_text(text + "log: {level: debug}\n")
         self.proxy.process.child.send_signal(signal.SIGHUP)
         wait_for("the port to close", lambda: not answers(other))
@@ -100,7 +100,7 @@ class Commands(Scene):
             wait_for("the new level", lambda: "DEBUG" in self.proxy.log())
         self.assertEqual(self.proxy.metric("vestibule_reload_failed"), 0)
         self.assertEqual(self.proxy.metric("vestibule_reloads_total", outcome="loaded"), 2)
-        self.assertTrue(alive(client), "through all of it")
+        self.assertTrue(responds(client), "through all of it")
 
     def test_sessions_are_listed_and_kicked(self):
         alice, again, bob = session(self.port), session(self.port), session(self.port, BOB)
@@ -109,8 +109,8 @@ class Commands(Scene):
                          [(ALICE, "shard-a"), (ALICE, "shard-a"), (BOB, "shard-b")])
         self.assertIn("2 sessions ended", self.command("kick", "Alice@example.org"))
         self.assertEqual((alice.line(), again.line()), (b"", b""))
-        self.assertTrue(alive(bob))
-        self.assertTrue(alive(session(self.port)), "who was sent out may come back")
+        self.assertTrue(responds(bob))
+        self.assertTrue(responds(session(self.port)), "who was sent out may come back")
         self.assertIn('reason="kicked"', self.proxy.log().replace("reason=kicked", 'reason="kicked"'))
         self.assertIn("0 sessions ended", self.command("kick", "nobody@example.org"))
 
@@ -119,7 +119,7 @@ class Commands(Scene):
         sessions = [session(self.port) for _ in range(5)]
         bob = session(self.port, BOB)
         self.assertIn("5 sessions there", self.command("drain", name))
-        self.assertTrue(all(map(alive, sessions)), "without --over nobody is sent away")
+        self.assertTrue(all(map(responds, sessions)), "without --over nobody is sent away")
         newcomer = Raw(self.port)
         newcomer.line()
         self.assertTrue(newcomer.command("a", LOGIN[ALICE])[-1].startswith(b"a NO [UNAVAILABLE]"), "no new logins")
@@ -128,7 +128,7 @@ class Commands(Scene):
         took = time.monotonic() - began
         self.assertGreater(took, 1.2, "evenly")
         self.assertEqual([client.line() for client in sessions], [b""] * 5)
-        self.assertTrue(alive(bob))
+        self.assertTrue(responds(bob))
         self.assertEqual(self.servers()[name]["mode"], "drain")
         self.command("server", name, "up")
         self.assertTrue(newcomer.command("b", LOGIN[ALICE])[-1].startswith(b"b OK"))
@@ -177,7 +177,7 @@ class Commands(Scene):
         # Both servers have alice here, so what counts is where she was sent.
         self.assertTrue(answer[0].startswith(b"a OK"), answer)
         self.assertEqual([one["backend"] for one in json.loads(self.command("sessions", ALICE, "--json"))], ["shard-b"])
-        self.assertTrue(alive(bob))
+        self.assertTrue(responds(bob))
 
     def test_move_reloads_the_table_at_once(self):
         """The command's own example: the table is copied over, and nothing else is done."""
@@ -190,7 +190,7 @@ class Commands(Scene):
             self.assertIn(progress, said)
         client = session(self.port)
         self.assertEqual([one["backend"] for one in self.sessions(ALICE)], ["shard-b"])
-        self.assertTrue(alive(client))
+        self.assertTrue(responds(client))
 
     def test_many_users_are_moved_concurrently(self):
         """Each move keeps a connection open while its command runs, and needs another one to end."""
@@ -260,7 +260,7 @@ class Commands(Scene):
 
     def test_move_with_a_failed_command_readmits_the_user(self):
         self.assertIn("let in again", self.command("move", ALICE, "shard-a", "--while", "exit 3", code=1))
-        self.assertTrue(alive(session(self.port)))
+        self.assertTrue(responds(session(self.port)))
 
     def test_control_socket_refuses_other_users(self):
         control = self.folder.path / "control"
@@ -277,7 +277,7 @@ class Commands(Scene):
         self.assertIn("server", self.command("status"))
 
 
-class Visitors(threading.Thread):
+class LoginLoop(threading.Thread):
     """Connects, logs in, speaks, leaves, again and again; counts what went wrong."""
 
     def __init__(self, port, user):
@@ -288,7 +288,7 @@ class Visitors(threading.Thread):
         while not self.stop.is_set():
             try:
                 client = session(self.port, self.user)
-                assert alive(client)
+                assert responds(client)
                 client.command("z", "LOGOUT")
                 client.close()
                 self.visits += 1
@@ -296,13 +296,13 @@ class Visitors(threading.Thread):
                 self.faults.append(repr(error))
 
 
-class Successors(Scene):
+class Upgrades(OperatorTestCase):
     def test_upgrades_refuse_no_connection(self):
         """Ten upgrades and ten takeovers by hand while clients come and go, and sessions that stay."""
-        stay = [session(self.port, user) for user in (ALICE, BOB) for _ in range(5)]
-        visitors = [Visitors(self.port, user) for user in (ALICE, BOB) for _ in range(2)]
-        for visitor in visitors:
-            visitor.start()
+        lasting_sessions = [session(self.port, user) for user in (ALICE, BOB) for _ in range(5)]
+        login_loops = [LoginLoop(self.port, user) for user in (ALICE, BOB) for _ in range(2)]
+        for login_loop in login_loops:
+            login_loop.start()
         pid = self.proxy.process.child.pid
         by_hand = []
         for turn in range(20):
@@ -318,15 +318,15 @@ class Successors(Scene):
                 now = json.loads(done.stdout)["pid"] if done.returncode == 0 else pid
                 return now if now != pid else None
             pid = wait_for(f"successor {turn}", succeeded)
-            visits = sum(visitor.visits for visitor in visitors)
-            wait_for("visits", lambda: sum(visitor.visits for visitor in visitors) >= visits + 8 or any(visitor.faults for visitor in visitors))
-        for visitor in visitors:
-            visitor.stop.set()
-            visitor.join(PATIENCE)
-        self.assertEqual([visitor.faults for visitor in visitors], [[]] * 4)
-        self.assertTrue(all(map(alive, stay)), "sessions of the first process live on")
+            visits = sum(login_loop.visits for login_loop in login_loops)
+            wait_for("visits", lambda: sum(login_loop.visits for login_loop in login_loops) >= visits + 8 or any(login_loop.faults for login_loop in login_loops))
+        for login_loop in login_loops:
+            login_loop.stop.set()
+            login_loop.join(PATIENCE)
+        self.assertEqual([login_loop.faults for login_loop in login_loops], [[]] * 4)
+        self.assertTrue(all(map(responds, lasting_sessions)), "sessions of the first process live on")
         self.assertIsNone(self.proxy.process.child.poll())
-        for client in stay:
+        for client in lasting_sessions:
             client.close()
         self.assertEqual(self.proxy.process.child.wait(PATIENCE), 0, "its last session has ended")
         # The last one still answers for the ports, metrics included.
@@ -345,10 +345,10 @@ class Successors(Scene):
         self.proxy.file.write_text(text + "log: {level: shout}\n")
         self.assertIn("log.level: expected one of", self.command("upgrade", code=1))
         wait_for("its end", lambda: "the successor has ended; this process goes on" in self.proxy.log())
-        self.assertTrue(alive(client) and alive(session(self.port)))
+        self.assertTrue(responds(client) and responds(session(self.port)))
 
 
-class Predecessors(Scene):
+class Predecessors(OperatorTestCase):
     """Processes that have been replaced and still serve sessions: what operators do reaches these too."""
 
     configuration = CONFIGURATION.replace("drain: 1m", "drain: 1m, server_login: 2s")
@@ -371,7 +371,7 @@ class Predecessors(Scene):
         self.assertIn(f"predecessor {first} ", self.command("status"))
         self.assertIn("3 sessions ended", self.command("kick", ALICE))
         self.assertEqual([client.line() for client in alice], [b""] * 3)
-        self.assertTrue(alive(bob))
+        self.assertTrue(responds(bob))
         wait_for("the second process's end", lambda: [one["pid"] for one in self.status()["predecessors"]] == [first])
         self.assertIn("no session is left", self.command("drain", name_b, "--over", "1s"))
         self.assertEqual(bob.line(), b"")
@@ -390,7 +390,7 @@ class Predecessors(Scene):
         self.assertRegex(waiting.command("a", LOGIN[ALICE])[-1], rb"^a NO \[UNAVAILABLE\]")
         again = session(self.port)
         self.assertEqual([one["backend"] for one in self.sessions(ALICE)], ["shard-b"])
-        self.assertTrue(alive(again))
+        self.assertTrue(responds(again))
 
     def test_hung_predecessor_is_reported(self):
         first = self.status()["pid"]
@@ -502,7 +502,7 @@ class Predecessors(Scene):
         self.assertGreaterEqual(int(self.servers()[name]["set"]["reason"]), done[-1])
 
 
-class Start(unittest.TestCase):
+class Startup(unittest.TestCase):
     def setUp(self):
         self.folder = Folder()
         self.addCleanup(self.folder.remove)

@@ -12,7 +12,7 @@ def run(*command, **options):
     return subprocess.run([str(word) for word in command], capture_output=True, text=True, timeout=4 * PATIENCE, **options)
 
 
-class Deploy(unittest.TestCase):
+class Packaging(unittest.TestCase):
     def setUp(self):
         self.folder = Folder()
         self.addCleanup(self.folder.remove)

@@ -13,7 +13,7 @@ ALICE, BOB = "alice@example.org", "bob@example.net"
 NONCE = "a salt for tests"
 
 
-class Policy(unittest.TestCase):
+class PolicyService(unittest.TestCase):
     @classmethod
     def setUpClass(cls):
         cls.folder = Folder()
@@ -48,14 +48,14 @@ admin: {{address: "127.0.0.1:{{admin}}"}}
             client.command("i", command)
         return client.command("a", f'LOGIN {user} "{password or PASSWORDS[user]}"')[-1].decode()
 
-    def told(self, command, count=1):
+    def requests(self, command, count=1):
         said = lambda: [question for named, question in self.service.policy if named == command]
         return wait_for(f"{count} × {command}", lambda: said() if len(said()) >= count else None)
 
     def test_policy_is_queried_before_and_reported_after_a_login(self):
         proxy = self.proxy()
         self.assertRegex(self.login(proxy, ALICE, ahead=['ID ("name" "phone")']), "^a OK")
-        [asked], [told] = self.told("allow"), self.told("report")
+        [asked], [told] = self.requests("allow"), self.requests("report")
         self.assertEqual({key: asked[key] for key in ("login", "remote", "protocol", "tls", "device_id")},
                          {"login": ALICE, "remote": "127.0.0.1", "protocol": "imap", "tls": False, "device_id": '"name" "phone"'})
         self.assertIn(asked["session_id"], proxy.log() + proxy.stop())
@@ -67,7 +67,7 @@ admin: {{address: "127.0.0.1:{{admin}}"}}
         self.assertRegex(self.login(proxy, ALICE, "wrong-1"), "^a NO")
         self.assertRegex(self.login(proxy, ALICE, "wrong-1"), "^a NO")
         self.assertRegex(self.login(proxy, ALICE, "wrong-2"), "^a NO")
-        first, second, third = self.told("report", 3)
+        first, second, third = self.requests("report", 3)
         self.assertEqual([first["success"], first["policy_reject"]], [False, False])
         self.assertNotIn("wrong-1", str(self.service.policy))
         self.assertRegex(first["pwhash"], "^0[0-9a-f]{3}$")
@@ -86,16 +86,16 @@ admin: {{address: "127.0.0.1:{{admin}}"}}
         self.addCleanup(client.close)
         client.line()
         client.command("a", f"LOGIN {ALICE} guess")
-        theirs = self.told("allow")[0]["pwhash"]
+        theirs = self.requests("allow")[0]["pwhash"]
         self.service.policy.clear()
         self.login(self.proxy(), ALICE, "guess")
-        self.assertEqual(self.told("allow")[0]["pwhash"], theirs)
+        self.assertEqual(self.requests("allow")[0]["pwhash"], theirs)
 
     def test_negative_status_denies_the_login(self):
         self.service.statuses[ALICE] = -1
         proxy = self.proxy()
         self.assertRegex(self.login(proxy, ALICE), r"^a NO \[AUTHENTICATIONFAILED\]")
-        told = self.told("report")[0]
+        told = self.requests("report")[0]
         self.assertEqual((told["success"], told["policy_reject"]), (False, True))
         self.assertNotIn(f"user=<{ALICE}> method", self.server.log().split("\n")[-1])
         self.assertEqual(proxy.metric("vestibule_policy_answers_total", command="allow", answer="denied"), 1)
@@ -143,7 +143,7 @@ admin: {{address: "127.0.0.1:{{admin}}"}}
         self.assertRegex(client.command("a", f'LOGIN {BOB} "{PASSWORDS[BOB]}"')[-1], b"^a OK")
         failed = lambda: proxy.metric("vestibule_policy_answers_total", command="report", answer="failed")
         wait_for("the end of the report's time", lambda: failed() == 1)
-        self.assertEqual([told["login"] for told in self.told("report", 2)], [ALICE, BOB])
+        self.assertEqual([told["login"] for told in self.requests("report", 2)], [ALICE, BOB])
 
     def test_invalid_answers_count_as_failures(self):
         proxy = self.proxy(", on_failure: deny")

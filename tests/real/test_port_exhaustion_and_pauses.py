@@ -50,7 +50,7 @@ admin: {address: "127.0.0.1:9"}
 """
 
 
-class LocalPorts(unittest.TestCase):
+class LocalPortExhaustion(unittest.TestCase):
     """A network namespace with eight local ports."""
 
     def setUp(self):
@@ -102,7 +102,7 @@ class LocalPorts(unittest.TestCase):
         self.clients.stdin.flush()
         return self.clients.stdout.readline().strip()
 
-    def fill(self, sessions):
+    def use_all_ports(self, sessions):
         """Logs in this number of clients; the next one is refused for a reason of this machine's own."""
         for number in range(1, sessions + 1):
             self.assertTrue(self.ask(number).startswith("a OK"), f"{number}: {self.proxy.text()}")
@@ -113,7 +113,7 @@ class LocalPorts(unittest.TestCase):
         self.assertIn("no local port is free for a connection to 127.0.0.1:143", self.proxy.text())
         self.assertIn("add source_addresses to the backend", self.proxy.text())
 
-    def recover(self):
+    def free_one_port(self):
         self.assertEqual(self.ask("end 1"), "ended")
         numbers = iter(range(201, 255))
         wait_for("a free port", lambda: self.ask(next(numbers)).startswith("a OK"))
@@ -121,26 +121,26 @@ class LocalPorts(unittest.TestCase):
 
     def test_local_ports_limit_sessions_without_source_addresses(self):
         self.start("[]", "user-hash")
-        self.fill(8)
+        self.use_all_ports(8)
         # Checks that cannot be made do not count against the server.
         self.configure("[]", "check: {interval: 100ms, fall: 1},", "user-hash")
         self.proxy.child.send_signal(signal.SIGHUP)
         wait_for("a check", lambda: "this machine cannot check the server" in self.proxy.text())
         self.assertEqual(self.metric("vestibule_server_up"), 1)
         self.assertEqual(self.metric("vestibule_server_checks_total", 'outcome="failed"'), 0)
-        self.recover()
+        self.free_one_port()
 
     def test_two_source_addresses_double_the_sessions(self):
         self.start("[127.0.0.2, 127.0.0.3]")
-        self.fill(16)
-        self.recover()
+        self.use_all_ports(16)
+        self.free_one_port()
 
     def test_source_address_of_another_host_is_skipped(self):
         self.start("[192.0.2.1, 127.0.0.2]")
-        self.fill(8)
+        self.use_all_ports(8)
 
 
-class Pauses(unittest.TestCase):
+class ProcessPauses(unittest.TestCase):
     """The whole process stops and goes on, as in a virtual machine that is suspended."""
 
     def test_pause_fails_no_login_and_marks_no_server_down(self):

@@ -33,11 +33,11 @@ UPGRADE = (b"POST / HTTP/1.1\r\nhost: vestibule\r\nconnection: upgrade\r\nupgrad
            b"content-length: %d\r\n\r\n%s")
 
 
-def exits(process):
+def wait_for_exit(process):
     return process.child.wait(PATIENCE)
 
 
-def listening(port):
+def processes_listening_on(port):
     """The processes that have a listening socket on a port."""
     inodes = set()
     for table in ("tcp", "tcp6"):
@@ -62,7 +62,7 @@ def has_ended(pid):
         return True
 
 
-class Scene(unittest.TestCase):
+class HandoverTestCase(unittest.TestCase):
     """A process with a control socket in a folder of its own; no mailbox server is needed."""
 
     def setUp(self):
@@ -108,26 +108,26 @@ class Scene(unittest.TestCase):
         self.assertEqual(done.returncode, code, done.stdout + done.stderr)
         return done.stdout + done.stderr
 
-    def unchanged(self, process):
+    def assert_unaffected(self, process):
         """The process serves, answers commands, and no file is left over."""
         self.alive(process)
         self.assertTrue(answers(self.port, b"* OK"), process.text())
         wait_for("the control socket", lambda: self.pid() == process.child.pid)
-        wait_for("no other file", lambda: self.names() == ["socket", f"socket.{process.child.pid}"])
+        wait_for("no other file", lambda: self.control_files() == ["socket", f"socket.{process.child.pid}"])
 
-    def names(self):
+    def control_files(self):
         return sorted(path.name for path in self.control.parent.iterdir())
 
 
-class Concurrent(Scene):
-    def blocked(self):
+class ConcurrentSuccessors(HandoverTestCase):
+    def block_successor(self):
         """A successor that reads a table for ever: a pipe that is never written to."""
         os.mkfifo(self.folder.path / "pipe")
         self.write(routes="[{table: pipe}]")
 
     def test_second_successor_is_refused(self):
         first = self.start()
-        self.blocked()
+        self.block_successor()
         upgrade = Process([VESTIBULE, "upgrade", "--control", self.control], self.folder.path / "upgrade")
         self.addCleanup(upgrade.kill)
         child = int(wait_for("the successor", lambda: re.search(r"successor started \(pid (\d+)\)", upgrade.text()))[1])
@@ -136,22 +136,22 @@ class Concurrent(Scene):
         self.assertEqual(self.pid(), first.child.pid, "status is answered meanwhile")
         self.write()
         by_hand = self.run_program("--replace")
-        self.assertEqual(exits(by_hand), 70)
+        self.assertEqual(wait_for_exit(by_hand), 70)
         self.assertIn(f"does not hand over: another successor (pid {child}) is taking over", by_hand.text())
         # It listens to signals, whatever it waits for.
         os.kill(child, signal.SIGTERM)
-        self.assertEqual(exits(upgrade), 1)
+        self.assertEqual(wait_for_exit(upgrade), 1)
         self.assertIn(f"the successor (pid {child}) has ended, this process goes on: without an error", upgrade.text())
-        self.unchanged(first)
+        self.assert_unaffected(first)
         self.assertIn(f"ends when its 0 sessions have ended", self.upgrade())
 
     def test_slow_successor_is_killed_after_the_timeout(self):
         first = self.start()
-        self.blocked()
+        self.block_successor()
         said = self.upgrade(1, "--timeout", "1s")
         child = int(re.search(r"the successor \(pid (\d+)\) did not take over within 1s: ended", said)[1])
         wait_for("its end", lambda: has_ended(child))
-        self.unchanged(first)
+        self.assert_unaffected(first)
 
     def test_concurrent_upgrades_leave_one_process(self):
         first = self.start()
@@ -159,30 +159,30 @@ class Concurrent(Scene):
             upgrades = [Process([VESTIBULE, "upgrade", "--control", self.control], self.folder.path / f"upgrade-{number}")
                         for number in range(4)]
             by_hand = [self.run_program("--replace") for _ in range(3)]
-            codes = [exits(upgrade) for upgrade in upgrades]
+            codes = [wait_for_exit(upgrade) for upgrade in upgrades]
             # 70: the process that was asked has ended meanwhile.
             self.assertLessEqual(set(codes), {0, 1, 70})
             wait_for("those that were refused", lambda: sum(process.child.poll() is None for process in by_hand) <= 1)
             # The last of them may still be taking over.
-            pid = wait_for("the one", lambda: len(found := listening(self.port)) == 1 and found == {self.pid()} and found.pop())
-            self.assertEqual(listening(self.admin), {pid})
+            pid = wait_for("the one", lambda: len(found := processes_listening_on(self.port)) == 1 and found == {self.pid()} and found.pop())
+            self.assertEqual(processes_listening_on(self.admin), {pid})
             for process in by_hand:
-                self.assertTrue(process.child.pid == pid or exits(process) in (0, 70), process.text())
-        self.assertEqual(exits(first), 0)
+                self.assertTrue(process.child.pid == pid or wait_for_exit(process) in (0, 70), process.text())
+        self.assertEqual(wait_for_exit(first), 0)
         os.kill(pid, signal.SIGTERM)
-        wait_for("its end", lambda: not listening(self.port))
+        wait_for("its end", lambda: not processes_listening_on(self.port))
 
 
-class Upgrade(Scene):
+class Upgrade(HandoverTestCase):
     def test_upgrade_reports_the_new_process(self):
         first = self.start()
         said = self.upgrade()
         pid = self.pid()
         version = re.search(r"\S+$", subprocess.run([VESTIBULE, "--version"], capture_output=True, text=True, check=True).stdout)[0]
         self.assertIn(f"pid {pid}, version {version}, serves", said)
-        self.assertEqual(exits(first), 0)
+        self.assertEqual(wait_for_exit(first), 0)
         self.assertNotEqual(pid, first.child.pid)
-        self.assertEqual(listening(self.port), {pid})
+        self.assertEqual(processes_listening_on(self.port), {pid})
         core = Path(f"/proc/{pid}/limits").read_text()
         self.assertRegex(core, r"Max core file size +0 +0")
         self.assertEqual(Path(f"/proc/{pid}/fd/0").readlink(), Path("/dev/null"))
@@ -207,10 +207,10 @@ class Upgrade(Scene):
             with self.subTest(expected):
                 self.write(**change)
                 self.assertIn(expected, self.upgrade(1))
-                self.unchanged(first)
+                self.assert_unaffected(first)
         self.write()
         self.upgrade()
-        self.assertEqual(exits(first), 0)
+        self.assertEqual(wait_for_exit(first), 0)
 
     def test_check_reports_an_unknown_user(self):
         self.write(more="run_as: {user: nobody-such}")
@@ -230,12 +230,12 @@ class Upgrade(Scene):
         done = subprocess.run([VESTIBULE, "status", "--json", "--control", f"{self.control}.{first.child.pid}"], capture_output=True,
                               text=True, timeout=PATIENCE)
         self.assertEqual(json.loads(done.stdout)["pid"], first.child.pid)
-        self.assertEqual(self.names(), sorted(["socket", f"socket.{first.child.pid}", f"socket.{pid}"]))
+        self.assertEqual(self.control_files(), sorted(["socket", f"socket.{first.child.pid}", f"socket.{pid}"]))
         first.child.kill()
-        self.assertEqual(exits(first), -signal.SIGKILL)
+        self.assertEqual(wait_for_exit(first), -signal.SIGKILL)
         self.assertEqual(client.line(), b"")
         self.assertTrue(answers(self.port, b"* OK"))
-        self.assertEqual((self.pid(), listening(self.port)), (pid, {pid}))
+        self.assertEqual((self.pid(), processes_listening_on(self.port)), (pid, {pid}))
 
     def test_systemd_sockets_are_inherited_by_successors(self):
         process = Process([program("systemd-socket-activate"), "-l", f"127.0.0.1:{self.port}", VESTIBULE, "run", "--config", self.file],
@@ -248,7 +248,7 @@ class Upgrade(Scene):
             before, pid = pid, self.pid()
             self.assertNotEqual(pid, before)
             self.assertTrue(answers(self.port, b"* OK"))
-        self.assertEqual(listening(self.port), {pid})
+        self.assertEqual(processes_listening_on(self.port), {pid})
 
     def test_reload_is_refused_during_a_handover(self):
         first = self.start()
@@ -260,7 +260,7 @@ class Upgrade(Scene):
         self.assertIn("is taking over: reload again", done.stderr)
         other.close()
         wait_for("the end of the hand-over", lambda: self.command("reload").returncode == 0)
-        self.unchanged(first)
+        self.assert_unaffected(first)
 
 
 class Successor:
@@ -310,7 +310,7 @@ class Successor:
         self.socket.close()
 
 
-class Failing(Scene):
+class FailingSuccessor(HandoverTestCase):
     """The successor is gone, or falls silent, at each step."""
 
     def test_successor_may_disappear_at_each_step(self):
@@ -357,11 +357,11 @@ class Failing(Scene):
                 successor = Successor(self.control)
                 step(successor)
                 successor.close()
-                self.unchanged(first)
+                self.assert_unaffected(first)
                 # The next one is not refused.
                 wait_for("the lease to end", lambda: self.command("reload").returncode == 0)
         self.upgrade()
-        self.assertEqual(exits(first), 0)
+        self.assertEqual(wait_for_exit(first), 0)
 
     def test_server_states_are_sent_at_start_and_at_retirement(self):
         """At the permission to start and at the retirement, because operators go on in between. No move begins there."""
@@ -398,7 +398,7 @@ class Failing(Scene):
     def test_control_socket_is_restored_after_its_removal(self):
         first = self.start()
         self.control.unlink()
-        self.unchanged(first)
+        self.assert_unaffected(first)
         self.assertIn("the control socket was lost, and is restored", first.text())
 
     def test_shutdown_ends_a_handover(self):
@@ -408,7 +408,7 @@ class Failing(Scene):
         self.assertTrue(successor.take_sockets())
         first.child.send_signal(signal.SIGTERM)
         self.assertEqual(successor.line()["step"], "refused")
-        self.assertEqual(exits(first), 0)
+        self.assertEqual(wait_for_exit(first), 0)
         self.assertEqual(list(self.control.parent.iterdir()), [])
 
     def test_successor_killed_while_waiting_is_ignored(self):
@@ -418,9 +418,9 @@ class Failing(Scene):
         # It has connected: its request waits in the queue of a process that does not read.
         wait_for("its connection", lambda: self.queued(first.child.pid) > 0)
         second.child.send_signal(signal.SIGKILL)
-        exits(second)
+        wait_for_exit(second)
         first.child.send_signal(signal.SIGCONT)
-        self.unchanged(first)
+        self.assert_unaffected(first)
 
     def queued(self, pid):
         """Connections that a process has not accepted. The kernel knows the socket by the name it was bound to."""
@@ -429,7 +429,7 @@ class Failing(Scene):
         return int(done.stdout.split()[2]) if done.stdout else 0
 
 
-class Hung(Scene):
+class HungPredecessor(HandoverTestCase):
     def setUp(self):
         super().setUp()
         self.first = self.start()
@@ -438,24 +438,24 @@ class Hung(Scene):
 
     def test_successor_gives_up_when_the_process_hangs(self):
         second = self.run_program("--replace")
-        self.assertEqual(exits(second), 70)
+        self.assertEqual(wait_for_exit(second), 70)
         self.assertIn("the running process does not answer", second.text())
-        self.goes_on()
+        self.resume()
 
     def test_waiting_successor_stops_on_a_signal(self):
         for number in (signal.SIGTERM, signal.SIGINT):
             second = self.run_program("--replace")
-            wait_for("its handlers", lambda: caught(second.child.pid, number))
+            wait_for("its handlers", lambda: handles_signal(second.child.pid, number))
             second.child.send_signal(number)
-            self.assertEqual(exits(second), 0, second.text())
-        self.goes_on()
+            self.assertEqual(wait_for_exit(second), 0, second.text())
+        self.resume()
 
-    def goes_on(self):
+    def resume(self):
         self.first.child.send_signal(signal.SIGCONT)
-        self.unchanged(self.first)
+        self.assert_unaffected(self.first)
 
 
-def caught(pid, number):
+def handles_signal(pid, number):
     mask = int(re.search(r"SigCgt:\s+(\w+)", Path(f"/proc/{pid}/status").read_text())[1], 16)
     return mask >> (number - 1) & 1
 
@@ -518,7 +518,7 @@ class Predecessor(threading.Thread):
         return self.connection.recv(65536)
 
 
-class Dying(Scene):
+class FailingPredecessor(HandoverTestCase):
     def replace(self, end):
         predecessor = Predecessor(self.control, self.port, end)
         predecessor.start()
@@ -531,7 +531,7 @@ class Dying(Scene):
                 wait_for("the control socket", lambda: self.alive(process) and self.pid() == process.child.pid)
                 self.assertTrue(answers(self.port, b"* OK"), process.text())
                 process.child.send_signal(signal.SIGTERM)
-                self.assertEqual(exits(process), 0)
+                self.assertEqual(wait_for_exit(process), 0)
                 self.assertEqual(list(self.control.parent.iterdir()), [], "a process that stops removes its socket")
 
     def test_server_states_set_during_the_handover_are_kept(self):
@@ -548,13 +548,13 @@ class Dying(Scene):
                               ("nonsense", "the running process does not answer"), ("silent", "does not answer at")]:
             with self.subTest(end):
                 process = self.replace(end)
-                self.assertEqual(exits(process), 70, process.text())
+                self.assertEqual(wait_for_exit(process), 70, process.text())
                 self.assertIn(expected, process.text())
                 self.assertEqual([path.name for path in self.control.parent.iterdir()], ["socket"])
                 self.control.unlink()
 
 
-class OtherUser(Scene):
+class OtherUser(HandoverTestCase):
     """run_as, and other users' files."""
 
     NOBODY = ("setpriv", "--reuid", "nobody", "--regid", "nogroup", "--clear-groups")
@@ -589,7 +589,7 @@ class OtherUser(Scene):
         for before in ((), self.NOBODY, ()):
             process = self.start("--replace", before=before)
             self.is_nobody(process.child.pid)
-            wait_for("the others to end", lambda: listening(self.port) == {process.child.pid})
+            wait_for("the others to end", lambda: processes_listening_on(self.port) == {process.child.pid})
             self.assertTrue(answers(self.port, b"* OK"))
         # A third user may not.
         for program_user in ("daemon", "bin"):
@@ -597,7 +597,7 @@ class OtherUser(Scene):
                                   capture_output=True, text=True, timeout=PATIENCE)
             self.assertEqual(done.returncode, 77, done.stderr)
             self.assertIn("belongs to another user", done.stderr)
-        self.unchanged(process)
+        self.assert_unaffected(process)
 
     def test_upgrade_that_needs_root_is_refused(self):
         self.own(self.control.parent)
@@ -610,7 +610,7 @@ class OtherUser(Scene):
             self.assertIn("takes root or CAP_NET_BIND_SERVICE: restart", self.upgrade(1))
         self.write(more="run_as: {user: daemon}")
         self.assertIn('only root can change to user "daemon" (run_as)', self.upgrade(1))
-        self.unchanged(first)
+        self.assert_unaffected(first)
 
     def test_unwritable_control_folder_prevents_upgrades(self):
         self.write(more=self.RUN_AS)
@@ -619,9 +619,9 @@ class OtherUser(Scene):
         self.assertIn("is not writable by the user of run_as: this process cannot be upgraded", first.text())
         self.upgrade(1)
         second = self.run_program("--replace")
-        self.assertEqual(exits(second), 70)
+        self.assertEqual(wait_for_exit(second), 70)
         self.assertIn("must be writable by the user of run_as", second.text())
-        self.unchanged(first)
+        self.assert_unaffected(first)
 
     def test_foreign_file_at_the_control_path_is_kept(self):
         def file():
@@ -643,13 +643,13 @@ class OtherUser(Scene):
                 make()
                 for options in ((), ("--replace",)):
                     process = self.run_program(*options)
-                    self.assertEqual(exits(process), code)
+                    self.assertEqual(wait_for_exit(process), code)
                     self.assertIn(expected, process.text())
                 self.assertEqual([path.name for path in self.control.parent.iterdir()], ["socket"])
                 (Path.rmdir if self.control.is_dir() else Path.unlink)(self.control)
         self.control.parent.chmod(0o777)
         process = self.run_program()
-        self.assertEqual(exits(process), 70)
+        self.assertEqual(wait_for_exit(process), 70)
         self.assertIn("is writable by every user", process.text())
 
     def test_process_of_another_user_at_the_control_path_is_refused(self):
@@ -660,11 +660,11 @@ class OtherUser(Scene):
         other.start()
         for options in ((), ("--replace",)):
             process = self.run_program(*options)
-            self.assertEqual(exits(process), 77, process.text())
+            self.assertEqual(wait_for_exit(process), 77, process.text())
         other.unix.close()
 
 
-class OnePath(Scene):
+class ControlPath(HandoverTestCase):
     def test_one_of_many_concurrent_starts_succeeds(self):
         processes = []
         for _ in range(6):
@@ -675,7 +675,7 @@ class OnePath(Scene):
         wait_for("all but one to end", lambda: sum(process.child.poll() is None for process in processes) == 1)
         one = next(process for process in processes if process.child.poll() is None)
         wait_for("the one", lambda: self.pid() == one.child.pid)
-        self.assertEqual(self.names(), ["socket", f"socket.{one.child.pid}"])
+        self.assertEqual(self.control_files(), ["socket", f"socket.{one.child.pid}"])
         for process in processes:
             if process is not one:
                 self.assertEqual(process.child.returncode, 70)
@@ -685,17 +685,17 @@ class OnePath(Scene):
         for name in ("socket", "socket.4194305", "socket.4194305.new", "socket.4194305.sockets"):
             with socket.socket(socket.AF_UNIX) as stale:
                 stale.bind(str(self.control.parent / name))
-        self.unchanged(self.start())
+        self.assert_unaffected(self.start())
 
     def test_killed_process_can_be_replaced(self):
         first = self.start()
         first.kill()
         self.assertTrue(self.control.exists())
         second = self.start("--replace")
-        self.unchanged(second)
+        self.assert_unaffected(second)
 
 
-class Visitors(threading.Thread):
+class ShortConnections(threading.Thread):
     """Connects and reads the greeting, again and again; keeps what went wrong."""
 
     def __init__(self, port, host="127.0.0.1"):
@@ -716,7 +716,7 @@ class Visitors(threading.Thread):
                 self.faults.append(repr(error))
 
 
-def port_of_no_client():
+def non_ephemeral_port():
     """A free port from which the system makes no connections: one that a client has had lately cannot be bound for all
     addresses."""
     first = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
@@ -729,10 +729,10 @@ def port_of_no_client():
             pass
 
 
-class Addresses(Scene):
+class ListenerAddresses(HandoverTestCase):
     def setUp(self):
         super().setUp()
-        self.port, self.admin = port_of_no_client(), port_of_no_client()
+        self.port, self.admin = non_ephemeral_port(), non_ephemeral_port()
         self.write()
 
     def listeners(self, *addresses, tls="none"):
@@ -741,26 +741,26 @@ class Addresses(Scene):
     FORMS = [("0.0.0.0",), ("[::]",), ("127.0.0.1",), ("[::]", "0.0.0.0"), ("[::]",), ("[::]", "127.0.0.1"), ("0.0.0.0",),
              ("127.0.0.1", "[::1]"), ("[::]",), ("127.0.0.1",)]
 
-    def changes(self, load, **options):
+    def reload_through_all_forms(self, load, **options):
         process = self.start()
-        visitors = [Visitors(self.port) for _ in range(load)]
-        for visitor in visitors:
-            visitor.start()
+        connection_loops = [ShortConnections(self.port) for _ in range(load)]
+        for connection_loop in connection_loops:
+            connection_loop.start()
         for form in self.FORMS:
             self.write(listeners=self.listeners(*form), **options)
             done = self.command("reload")
             self.assertEqual(done.returncode, 0, f"{form}: {done.stderr}")
-            visits = sum(visitor.visits for visitor in visitors)
-            wait_for("visits", lambda: sum(visitor.visits for visitor in visitors) >= visits + 20 * load or any(visitor.faults for visitor in visitors))
-            self.assertEqual([visitor.faults for visitor in visitors], [[]] * load, form)
+            visits = sum(connection_loop.visits for connection_loop in connection_loops)
+            wait_for("visits", lambda: sum(connection_loop.visits for connection_loop in connection_loops) >= visits + 20 * load or any(connection_loop.faults for connection_loop in connection_loops))
+            self.assertEqual([connection_loop.faults for connection_loop in connection_loops], [[]] * load, form)
             # Who else can connect is as the configuration has it, and not as the one before had it.
             for host, expected in (("127.0.0.2", form[0] == "0.0.0.0" or form in (("[::]",), ("[::]", "0.0.0.0"))),
                                    ("::1", any(":" in address for address in form))):
                 self.assertEqual(self.connects(host), expected, f"{form}: {host}\n{self.lines(process)}")
-        for visitor in visitors:
-            visitor.over.set()
-            visitor.join(PATIENCE)
-        self.assertEqual([visitor.faults for visitor in visitors], [[]] * load)
+        for connection_loop in connection_loops:
+            connection_loop.over.set()
+            connection_loop.join(PATIENCE)
+        self.assertEqual([connection_loop.faults for connection_loop in connection_loops], [[]] * load)
         return process
 
     def lines(self, process):
@@ -774,7 +774,7 @@ class Addresses(Scene):
             return False
 
     def test_reload_widens_and_narrows_addresses_under_load(self):
-        self.unchanged(self.changes(3))
+        self.assert_unaffected(self.reload_through_all_forms(3))
 
     def test_reload_widens_and_narrows_addresses_without_root(self):
         """Not under load: systems may forbid to filter packets, and then connections that arrive in the moment are reset."""
@@ -782,44 +782,44 @@ class Addresses(Scene):
         os.chown(self.control.parent, nobody.pw_uid, nobody.pw_gid)
         run_as = {"more": "run_as: {user: nobody, group: nogroup}"}
         self.write(**run_as)
-        self.unchanged(self.changes(0, **run_as))
+        self.assert_unaffected(self.reload_through_all_forms(0, **run_as))
 
     def test_upgrade_widens_and_narrows_addresses(self):
         process = self.start()
         pid = process.child.pid
-        visitors = [Visitors(self.port) for _ in range(2)]
-        for visitor in visitors:
-            visitor.start()
+        connection_loops = [ShortConnections(self.port) for _ in range(2)]
+        for connection_loop in connection_loops:
+            connection_loop.start()
         for form in self.FORMS:
             self.write(listeners=self.listeners(*form))
             self.upgrade()
             self.assertNotEqual(self.pid(), pid)
             pid = self.pid()
-            wait_for("the process before it to end", lambda: listening(self.port) == {pid})
+            wait_for("the process before it to end", lambda: processes_listening_on(self.port) == {pid})
             self.assertTrue(answers(self.port, b"* OK"))
             self.assertEqual(self.connects("::1"), any(":" in address for address in form))
-        for visitor in visitors:
-            visitor.over.set()
-            visitor.join(PATIENCE)
-        self.assertEqual([visitor.faults for visitor in visitors], [[]] * 2)
+        for connection_loop in connection_loops:
+            connection_loop.over.set()
+            connection_loop.join(PATIENCE)
+        self.assertEqual([connection_loop.faults for connection_loop in connection_loops], [[]] * 2)
 
     def test_failed_reload_changes_no_address(self):
         process = self.start()
         taken = socket.create_server(("127.0.0.1", 0))
         self.addCleanup(taken.close)
-        visitors = Visitors(self.port)
-        visitors.start()
+        connection_loops = ShortConnections(self.port)
+        connection_loops.start()
         bad = f'{{address: "127.0.0.1:{taken.getsockname()[1]}", tls: none}}'
         for form in self.FORMS:
             self.write(listeners=self.listeners(*form)[:-1] + f", {bad}]")
             done = self.command("reload")
             self.assertEqual(done.returncode, 78, f"{form}: {done.stdout}{done.stderr}")
             self.assertIn(f"cannot be bound (listeners[{len(form)}].address)", done.stderr)
-        visitors.over.set()
-        visitors.join(PATIENCE)
-        self.assertEqual(visitors.faults, [])
+        connection_loops.over.set()
+        connection_loops.join(PATIENCE)
+        self.assertEqual(connection_loops.faults, [])
         self.assertFalse(self.connects("127.0.0.2"))
-        self.unchanged(process)
+        self.assert_unaffected(process)
 
     def test_reload_changes_tls_of_a_port(self):
         certificates = Certificates(self.folder)
@@ -853,10 +853,10 @@ class Addresses(Scene):
         wait_for("the listener", lambda: answers(self.port, b"* OK"))
         wait_for("the endpoint", lambda: not answers(self.admin, b"* OK"))
         self.assertTrue(ready("127.0.0.1", self.admin))
-        self.unchanged(process)
+        self.assert_unaffected(process)
 
 
-class Stop(Scene):
+class Shutdown(HandoverTestCase):
     def ready(self):
         try:
             return urllib.request.urlopen(f"http://127.0.0.1:{self.admin}/ready", timeout=PATIENCE).status
@@ -879,13 +879,13 @@ class Stop(Scene):
                 if second_signal:
                     process.child.send_signal(signal.SIGTERM)
                 self.assertTrue(client.line().startswith(b"* BYE [UNAVAILABLE]"), "the drain begins")
-                self.assertEqual(exits(process), 0)
+                self.assertEqual(wait_for_exit(process), 0)
                 self.assertFalse(answers(self.port))
 
     def test_ready_delay_is_off_by_default(self):
         process = self.start()
         process.child.send_signal(signal.SIGTERM)
-        self.assertEqual(exits(process), 0)
+        self.assertEqual(wait_for_exit(process), 0)
         self.assertNotIn("ready_delay", process.text())
 
 

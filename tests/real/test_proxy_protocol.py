@@ -36,7 +36,7 @@ class HAProxy:
         self.folder.remove()
 
 
-class Balanced(unittest.TestCase):
+class ProxyProtocol(unittest.TestCase):
     @classmethod
     def setUpClass(cls):
         cls.folder = Folder()
@@ -47,7 +47,7 @@ class Balanced(unittest.TestCase):
         cls.dovecot = Dovecot(cls.certificates, haproxy=True, trusted=False, log_elements="name=<%{local_name}> %c")
         cls.addClassCleanup(cls.dovecot.close)
 
-    def inner(self, info="proxy-v2", level="info"):
+    def start_proxy(self, info="proxy-v2", level="info"):
         port = self.dovecot.haproxy_port if info.startswith("proxy") else self.dovecot.port
         proxy = Proxy(INNER.format(cert=self.certificates.cert, key=self.certificates.key, server=port, info=info, level=level))
         self.addCleanup(proxy.close)
@@ -94,7 +94,7 @@ class Balanced(unittest.TestCase):
 
     def test_haproxy_passes_tcp_through(self):
         """TCP passed through, with both versions, in front of each kind of listener."""
-        proxy = self.inner()
+        proxy = self.start_proxy()
         logins = 0
         for version in ("send-proxy", "send-proxy-v2"):
             for kind in ("tls", "starttls", "plain"):
@@ -111,7 +111,7 @@ class Balanced(unittest.TestCase):
 
     def test_haproxy_terminates_tls(self):
         """TLS is the balancer's: the record, and Dovecot, know of it all the same."""
-        proxy = self.inner()
+        proxy = self.start_proxy()
         port = free_port()
         self.haproxy(f"""listen one
   bind 127.0.0.1:{port} ssl crt {self.pem} alpn imap
@@ -127,7 +127,7 @@ class Balanced(unittest.TestCase):
 
     def test_nginx_passes_tcp_through(self):
         """Version 1, TLS passed through."""
-        proxy = self.inner()
+        proxy = self.start_proxy()
         port = free_port()
         folder = Folder()
         self.addCleanup(folder.remove)
@@ -146,7 +146,7 @@ stream {{ server {{ listen 127.0.0.1:{port}; proxy_pass 127.0.0.1:{proxy.ports['
     def test_haproxy_health_checks_cause_no_failures(self):
         """LOCAL: served, no failure, and no record but for those who look for it. A plain TCP check is no header."""
         for kind, wanted in (("plain", "tcp-check expect string *\\ OK"), ("tls", None)):
-            proxy = self.inner(level="debug")
+            proxy = self.start_proxy(level="debug")
             port = free_port()
             check = f"  option tcp-check\n  {wanted}\n" if wanted else ""
             self.haproxy(f"""listen one
@@ -160,7 +160,7 @@ stream {{ server {{ listen 127.0.0.1:{port}; proxy_pass 127.0.0.1:{proxy.ports['
 
     def test_chained_proxies_forward_the_client_address(self):
         """A chain of two, by both versions; the checks by the first are no failures of the second."""
-        inner = self.inner()
+        inner = self.start_proxy()
         for number, info in enumerate(("proxy-v1", "proxy-v2"), 1):
             outer = Proxy(f"""
 listeners: [{{address: "127.0.0.1:{{tls}}", tls: implicit}}]
@@ -185,7 +185,7 @@ admin: {{address: "127.0.0.1:{{admin}}"}}
 
     def test_connection_without_a_header_is_closed(self):
         """A client that goes around the balancer, from its network and from another."""
-        proxy = self.inner()
+        proxy = self.start_proxy()
         for number, source in enumerate(("127.0.0.1", "127.0.0.3"), 1):
             client = Raw(proxy.ports["plain"], source=source)
             self.addCleanup(client.close)

@@ -48,7 +48,7 @@ class Routes(unittest.TestCase):
         self.addCleanup(proxy.close)
         return proxy
 
-    def lands_on(self, proxy, user, backend):
+    def logs_in_at(self, proxy, user, backend):
         """Whether a login succeeds there."""
         before = proxy.metric("vestibule_backend_sessions_total", backend=backend)
         if not Client(proxy).login(user, PASSWORDS[user]).startswith("a OK"):
@@ -58,24 +58,24 @@ class Routes(unittest.TestCase):
     def test_table_changes_are_loaded(self):
         proxy = self.proxy("  - table: users.txt\n", {"users.txt": f"{ALICE} shard-a\n"})
         table = proxy.folder.path / "users.txt"
-        self.assertTrue(self.lands_on(proxy, ALICE, "shard-a"))
+        self.assertTrue(self.logs_in_at(proxy, ALICE, "shard-a"))
         # Written in place, and moved into place.
         table.write_text(f"{ALICE} shard-b\n{BOB} shard-b\n")
-        wait_for("the new table", lambda: self.lands_on(proxy, ALICE, "shard-b"))
+        wait_for("the new table", lambda: self.logs_in_at(proxy, ALICE, "shard-b"))
         beside = proxy.folder.write("new", f"{ALICE} shard-a\n{BOB} refuse: Closed.\n")
         os.rename(beside, table)
-        wait_for("the next table", lambda: self.lands_on(proxy, ALICE, "shard-a"))
+        wait_for("the next table", lambda: self.logs_in_at(proxy, ALICE, "shard-a"))
         self.assertEqual(Client(proxy).login(BOB, "x"), "a NO [CONTACTADMIN] Closed.")
         # One with a mistake changes nothing, and is told with its line.
         table.write_text(f"{ALICE} shard-b\n{BOB} shard-x\n")
         wait_for("the complaint", lambda: "users.txt:2: no backend is declared as \"shard-x\"" in proxy.log())
         wait_for("the gauge", lambda: proxy.metric("vestibule_table_load_failed", route="table") == 1)
-        self.assertTrue(self.lands_on(proxy, ALICE, "shard-a"))
+        self.assertTrue(self.logs_in_at(proxy, ALICE, "shard-a"))
         table.unlink()
         wait_for("the next complaint", lambda: "No such file" in proxy.log())
-        self.assertTrue(self.lands_on(proxy, ALICE, "shard-a"))
+        self.assertTrue(self.logs_in_at(proxy, ALICE, "shard-a"))
         table.write_text(f"{ALICE} shard-b\n")
-        wait_for("the good one", lambda: self.lands_on(proxy, ALICE, "shard-b"))
+        wait_for("the good one", lambda: self.logs_in_at(proxy, ALICE, "shard-b"))
         self.assertEqual(proxy.metric("vestibule_table_load_failed", route="table"), 0)
         self.assertEqual(proxy.metric("vestibule_table_users", route="table"), 1)
 
@@ -89,7 +89,7 @@ class Routes(unittest.TestCase):
         self.addCleanup(folder.remove)
         folder.write("password", directory.PASSWORD, 0o600)
         proxy = self.proxy(routes, folder=folder)
-        self.assertTrue(self.lands_on(proxy, ALICE, "shard-b"))
+        self.assertTrue(self.logs_in_at(proxy, ALICE, "shard-b"))
         proxy.stop()
         explained = vestibule("route", "--config", proxy.file, CAROL)
         self.assertRegex(explained.stdout, r"route    redis: does not know the user \(\d+ \u00b5s, asked now\)\nbackend  none")
@@ -100,7 +100,7 @@ class Routes(unittest.TestCase):
         directory.kill()
         proxy = self.proxy(routes, folder=folder)
         wait_for("the kept answers", lambda: proxy.metric("vestibule_route_cached_users", route="redis") == 1)
-        self.assertTrue(self.lands_on(proxy, ALICE, "shard-b"))
+        self.assertTrue(self.logs_in_at(proxy, ALICE, "shard-b"))
         self.assertIn("NO [UNAVAILABLE]", Client(proxy).login(BOB, "x"))
         explained = vestibule("route", "--config", proxy.file, ALICE).stdout
         self.assertRegex(explained, r"route    redis: found: shard-b \(\d+ \u00b5s, kept for \d+ s\)")

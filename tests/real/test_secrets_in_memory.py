@@ -41,7 +41,7 @@ def memory(pid):
                     continue
 
 
-def traces(pid, words):
+def occurrences(pid, words):
     """Which of `words` are in a process's memory, and how often."""
     found = {}
     for part in memory(pid):
@@ -52,7 +52,7 @@ def traces(pid, words):
     return found
 
 
-class Wiped(unittest.TestCase):
+class PasswordsInMemory(unittest.TestCase):
     """Passwords are long and random here, so that each is found where it is and nowhere else."""
 
     @classmethod
@@ -64,7 +64,7 @@ class Wiped(unittest.TestCase):
         cls.dovecot = Dovecot(cls.certificates, users={ALICE: cls.password})
         cls.addClassCleanup(cls.dovecot.close)
 
-    def left_behind(self, port, tls="none", server=None):
+    def passwords_in_memory(self, port, tls="none", server=None):
         """Logins of each form, good and bad, some of them still open; then what of the passwords is in memory."""
         proxy = Proxy(CONFIGURATION.format(cert=self.certificates.cert, key=self.certificates.key, tls=tls,
                                            server=server or self.dovecot.port))
@@ -88,27 +88,27 @@ class Wiped(unittest.TestCase):
                     self.assertTrue(client.command("b", "NOOP")[-1].startswith(b"b OK"))
         words = [word.encode() for forms in encoded.values() for word in forms]
         # What is looked for would be found: the user's name is in the records of open sessions.
-        self.assertTrue(traces(pid, [ALICE.encode()]))
-        return traces(pid, words)
+        self.assertTrue(occurrences(pid, [ALICE.encode()]))
+        return occurrences(pid, words)
 
     def test_plaintext_logins_leave_no_password_in_memory(self):
-        self.assertEqual(self.left_behind("plain"), {})
+        self.assertEqual(self.passwords_in_memory("plain"), {})
 
     def test_tls_logins_leave_at_most_one_password_per_connection(self):
         """rustls decrypts in a buffer of its own and does not wipe it: the last record of a connection is there until the next one
         arrives, or until its memory is used again. That is one copy a connection, of twelve; none is ours."""
-        self.assertLessEqual(sum(self.left_behind("tls").values()), 12)
+        self.assertLessEqual(sum(self.passwords_in_memory("tls").values()), 12)
 
     def test_logins_over_server_tls_leave_no_password_in_memory(self):
         tls = f"{{mode: implicit, ca: {self.certificates.ca}}}"
-        self.assertEqual(self.left_behind("plain", tls, self.dovecot.tls_port), {})
+        self.assertEqual(self.passwords_in_memory("plain", tls, self.dovecot.tls_port), {})
 
 
 if __name__ == "__main__":
     unittest.main()
 
 
-class AdminAddress(unittest.TestCase):
+class AdminEndpoint(unittest.TestCase):
     def test_silent_connections_do_not_delay_the_health_check(self):
         proxy = Proxy("""
 listeners: [{address: "127.0.0.1:{plain}", tls: none}]

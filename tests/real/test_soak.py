@@ -58,18 +58,18 @@ class Client(threading.Thread):
 
     def __init__(self, soak, seed):
         super().__init__(daemon=True)
-        self.soak, self.dice, self.over = soak, random.Random(seed), threading.Event()
+        self.soak, self.random, self.over = soak, random.Random(seed), threading.Event()
         self.counts = dict.fromkeys(("let in", "refused", "disturbed", "bytes"), 0)
         self.failure = None
 
     def run(self):
         while not self.over.is_set() and self.failure is None:
-            user = self.dice.choice(list(USERS))
+            user = self.random.choice(list(USERS))
             shard = self.soak.shards[self.soak.home(user)]
             # Half of them are not sent to where nobody is, or most of the time would be spent being refused.
-            if self.dice.random() < 0.5:
+            if self.random.random() < 0.5:
                 shard.is_well.wait(PATIENCE)
-            what = self.dice.choice([self.writes, self.writes, self.reads, self.idles, self.guesses, self.breaks_off, self.says_nothing])
+            what = self.random.choice([self.append_and_fetch, self.append_and_fetch, self.send_noops, self.idle, self.log_in_with_wrong_password, self.disconnect_during_a_literal, self.stay_silent])
             deaths, was_well = shard.deaths, shard.is_well.is_set()
             try:
                 what(user)
@@ -79,7 +79,7 @@ class Client(threading.Thread):
                 self.counts["disturbed"] += 1
 
     def login(self, user, password=None):
-        client = connect(self.soak.proxy, self.soak.certificates, self.dice.choice(["tls", "plain"]))
+        client = connect(self.soak.proxy, self.soak.certificates, self.random.choice(["tls", "plain"]))
         try:
             client.login(user, password or USERS[user])
         except BaseException:
@@ -88,11 +88,11 @@ class Client(threading.Thread):
         self.counts["let in"] += 1
         return client
 
-    def writes(self, user):
+    def append_and_fetch(self, user):
         """A message, and the same back."""
         client = self.login(user)
         try:
-            body = self.dice.randbytes(self.dice.choice([100, 10_000, 400_000])).hex().encode()
+            body = self.random.randbytes(self.random.choice([100, 10_000, 400_000])).hex().encode()
             body = b"\r\n".join(body[at:at + 76] for at in range(0, len(body), 76))
             sent = b"Subject: %s\r\n\r\n%s\r\n" % (user.encode(), body)
             box = f"box{self.ident}"
@@ -109,23 +109,23 @@ class Client(threading.Thread):
         finally:
             hang_up(client)
 
-    def reads(self, user):
+    def send_noops(self, user):
         client = self.login(user)
         try:
-            for _ in range(self.dice.randrange(30)):
+            for _ in range(self.random.randrange(30)):
                 expect(client.noop())
             client.logout()
         finally:
             hang_up(client)
 
-    def idles(self, user):
+    def idle(self, user):
         """Long enough to be put aside, now and then."""
         client = self.login(user)
         try:
             expect(client.select("INBOX"))
             client.send(b"i IDLE\r\n")
             assert client.readline().startswith(b"+ ")
-            self.over.wait(self.dice.choice([0.1, 0.5, 3]))
+            self.over.wait(self.random.choice([0.1, 0.5, 3]))
             client.send(b"DONE\r\n")
             while not (line := client.readline()).startswith(b"i "):
                 assert line, "the connection ended"
@@ -133,7 +133,7 @@ class Client(threading.Thread):
         finally:
             hang_up(client)
 
-    def guesses(self, user):
+    def log_in_with_wrong_password(self, user):
         try:
             hang_up(self.login(user, "wrong"))
         except imaplib.IMAP4.error as error:
@@ -143,20 +143,20 @@ class Client(threading.Thread):
             return
         raise AssertionError("a wrong password was let in")
 
-    def breaks_off(self, user):
+    def disconnect_during_a_literal(self, user):
         """In the middle of a literal, half of them with a reset."""
         client = self.login(user)
         client.send(b"a APPEND INBOX {100000}\r\n")
         if client.readline().startswith(b"+ "):
-            client.send(b"x" * self.dice.randrange(50_000))
-        if self.dice.random() < 0.5:
+            client.send(b"x" * self.random.randrange(50_000))
+        if self.random.random() < 0.5:
             client.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         client.sock.close()
 
-    def says_nothing(self, _):
-        port = self.soak.proxy.ports[self.dice.choice(["tls", "plain"])]
+    def stay_silent(self, _):
+        port = self.soak.proxy.ports[self.random.choice(["tls", "plain"])]
         with socket.create_connection(("127.0.0.1", port), PATIENCE) as plain:
-            if self.dice.random() < 0.3:
+            if self.random.random() < 0.3:
                 plain.sendall(b"\x16\x03\x01\x02\x00\x01")
             elif port == self.soak.proxy.ports["plain"]:
                 plain.recv(10)
@@ -191,7 +191,7 @@ class Soak(unittest.TestCase):
         self.addCleanup(self.proxy.close)
         seed = int(os.environ.get("VESTIBULE_SOAK_SEED") or time.time_ns() % 1_000_000)
         print(f"VESTIBULE_SOAK_SEED={seed}", flush=True)
-        self.dice = random.Random(seed)
+        self.random = random.Random(seed)
 
     @staticmethod
     def home(user):
@@ -225,7 +225,7 @@ class Soak(unittest.TestCase):
         shard.is_well.clear()
         shard.deaths += 1
         shard.dovecot.kill()
-        time.sleep(self.dice.uniform(0, 1))
+        time.sleep(self.random.uniform(0, 1))
         shard.dovecot.start()
         user = next(user for user in USERS if self.shards[self.home(user)] is shard)
 
@@ -243,7 +243,7 @@ class Soak(unittest.TestCase):
 
     def run_for(self, seconds, disturb):
         """All clients for so long; the sum of what they counted."""
-        clients = [Client(self, self.dice.random()) for _ in range(CLIENTS)]
+        clients = [Client(self, self.random.random()) for _ in range(CLIENTS)]
         for client in clients:
             client.start()
         end, turn = time.monotonic() + seconds, 0
@@ -255,7 +255,7 @@ class Soak(unittest.TestCase):
                 self.proxy.file.write_text(text.replace("idle: 30m", f"idle: {30 + turn % 2}m"))
                 self.command("reload")
             if disturb and turn % 8 == 5:
-                self.restart(self.dice.choice(self.shards))
+                self.restart(self.random.choice(self.shards))
         for client in clients:
             client.over.set()
         for client in clients:

@@ -23,7 +23,7 @@ class SelfSigned:
         openssl("req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", days, "-subj", "/CN=localhost", "-keyout", self.key, "-out", self.cert)
 
 
-class Handshakes(unittest.TestCase):
+class HandshakeErrors(unittest.TestCase):
     @classmethod
     def setUpClass(cls):
         cls.folder = Folder()
@@ -47,12 +47,12 @@ admin: {{address: "127.0.0.1:{{admin}}"}}
         done = subprocess.run([str(word) for word in command], input=b"a LOGOUT\n", capture_output=True, timeout=PATIENCE)
         return done.stdout.decode(errors="replace") + done.stderr.decode(errors="replace")
 
-    def says(self, words):
+    def wait_for_log(self, words):
         wait_for(f"a record with {words!r}", lambda: words in self.proxy.log())
 
     def test_alpn_mismatch_is_logged(self):
         self.s_client("-alpn", "h2,http/1.1")
-        self.says('the client offers the application protocols h2, http/1.1 (ALPN) and not imap')
+        self.wait_for_log('the client offers the application protocols h2, http/1.1 (ALPN) and not imap')
         self.assertIn("`alpn: any` would let it in", self.proxy.log())
         said = self.s_client("-alpn", "h2,http/1.1", port="starttls")
         self.assertIn("* BYE", said, "alpn: any lets it in")
@@ -61,13 +61,13 @@ admin: {{address: "127.0.0.1:{{admin}}"}}
 
     def test_old_tls_version_is_logged(self):
         self.s_client("-tls1_1", "-cipher", "ALL:@SECLEVEL=0")
-        self.says("the client offers TLS 1.1 at most and this listener requires TLS 1.2; cipher suites TLS_ECDHE_")
+        self.wait_for_log("the client offers TLS 1.1 at most and this listener requires TLS 1.2; cipher suites TLS_ECDHE_")
         self.s_client("-tls1_2", port="plain")
-        self.says("the client offers TLS 1.2 at most and this listener requires TLS 1.3")
+        self.wait_for_log("the client offers TLS 1.2 at most and this listener requires TLS 1.3")
 
     def test_cipher_suite_mismatch_is_logged(self):
         self.s_client("-tls1_2", "-cipher", "AES128-SHA:AES256-SHA:@SECLEVEL=0")
-        self.says("the client offers no cipher suite with forward secrecy and AEAD encryption: "
+        self.wait_for_log("the client offers no cipher suite with forward secrecy and AEAD encryption: "
                   "TLS_RSA_WITH_AES_128_CBC_SHA, TLS_RSA_WITH_AES_256_CBC_SHA")
 
     def test_unexpected_proxy_header_is_warned_of_once(self):
@@ -82,7 +82,7 @@ admin: {{address: "127.0.0.1:{{admin}}"}}
         self.assertEqual(self.proxy.log().count(warning), 1)
 
 
-class OwnCertificates(unittest.TestCase):
+class CertificateDiagnostics(unittest.TestCase):
     def setUp(self):
         self.folder = Folder()
         self.addCleanup(self.folder.remove)

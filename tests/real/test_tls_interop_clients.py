@@ -12,7 +12,7 @@ from imap_client import Raw
 from tls_fixtures import (BIG, PACKAGES, SUITES, Peer, Scene, Tool, digest, each_suite, gnutls_priority, nss_database, take_directly)
 
 
-class Interoperability(unittest.TestCase):
+class InteroperabilityTestCase(unittest.TestCase):
     @classmethod
     def setUpClass(cls):
         cls.scene = Scene(cls)
@@ -42,7 +42,7 @@ class Interoperability(unittest.TestCase):
             self.assertIn(b"* OK", peer.line(), peer.report())
         return peer
 
-    def reads_and_writes(self, client, slow=False):
+    def read_and_write(self, client, slow=False):
         """A big message each way, unharmed; then LOGOUT. A medium one down if the client is slow."""
         client.login()
         client.select("big")
@@ -54,7 +54,7 @@ class Interoperability(unittest.TestCase):
         client.logout()
 
 
-class Suites(Interoperability):
+class CipherSuites(InteroperabilityTestCase):
     """Each suite of each version through each listener."""
 
     def test_openssl_s_client(self):
@@ -68,7 +68,7 @@ class Suites(Interoperability):
                     # By STARTTLS it shows nothing of what the server said before.
                     if port == "tls":
                         self.assertIn(b"* OK", client.line(), client.report())
-                    self.reads_and_writes(client)
+                    self.read_and_write(client)
 
     def test_gnutls_cli_with_each_suite(self):
         """It writes its output byte by byte: the big download with GnuTLS is in `test_libraries_with_each_suite`."""
@@ -80,7 +80,7 @@ class Suites(Interoperability):
                                        "localhost")
                     if port == "tls":
                         self.assertIn(b"* OK", client.line(), client.report())
-                    self.reads_and_writes(client, slow=True)
+                    self.read_and_write(client, slow=True)
 
     def test_nss_tstclnt_with_each_suite(self):
         """It knows no STARTTLS of IMAP; the next test does that with NSS."""
@@ -88,19 +88,19 @@ class Suites(Interoperability):
             with self.subTest(suite=suite):
                 client = self.tool(program("tstclnt"), "-h", "localhost", "-p", self.proxy.ports["tls"], "-4", "-d",
                                    nss_database(self.scene.certificates, self.scene.folder), "-V", f"tls{version}:tls{version}",
-                                   "-c", NSS_LETTERS[suite])
+                                   "-c", NSS_CIPHERS[suite])
                 self.assertIn(b"* OK", client.line(), client.report())
-                self.reads_and_writes(client)
+                self.read_and_write(client)
 
     def test_libraries_with_each_suite(self):
         """The peers that the other tests steer, NSS through STARTTLS among them."""
         for library in PACKAGES:
             for version, suite in each_suite():
                 with self.subTest(library=library, suite=suite):
-                    self.reads_and_writes(self.peer(library, version, suite, "starttls"))
+                    self.read_and_write(self.peer(library, version, suite, "starttls"))
 
 
-class KeyUpdates(Interoperability):
+class KeyUpdates(InteroperabilityTestCase):
     """Keys that change in the middle of transfers, many times."""
 
     # How often, in bytes. rustls, and who does as it does, takes 32 of them with no data between, and a client that downloads
@@ -113,7 +113,7 @@ class KeyUpdates(Interoperability):
             for suite in SUITES["1.3"]:
                 with self.subTest(library=library, request=request, suite=suite):
                     peer = self.peer(library, "1.3", suite, update_every=every, request=request)
-                    self.reads_and_writes(peer)
+                    self.read_and_write(peer)
                     sent, received, _ = peer.counts()
                     self.assertGreaterEqual(sent, 2 * BIG // every - 1)
                     if library == "openssl":
@@ -196,7 +196,7 @@ class KeyUpdates(Interoperability):
         self.assertGreaterEqual(client.report().count("KEYUPDATE"), 10, client.report())
 
 
-class Records(Interoperability):
+class RecordShapes(InteroperabilityTestCase):
     """Records of all shapes."""
 
     def test_padded_records(self):
@@ -204,20 +204,20 @@ class Records(Interoperability):
             for padding in paddings:
                 for suite in SUITES["1.3"]:
                     with self.subTest(library=library, padding=padding, suite=suite):
-                        self.reads_and_writes(self.peer(library, "1.3", suite, padding=padding))
+                        self.read_and_write(self.peer(library, "1.3", suite, padding=padding))
 
     def test_small_records(self):
         for library in ("openssl", "gnutls"):
             for version in SUITES:
                 with self.subTest(library=library, version=version):
-                    self.reads_and_writes(self.peer(library, version, fragment=512))
+                    self.read_and_write(self.peer(library, version, fragment=512))
 
     def test_record_size_limit(self):
         """Kept or not taken up, by RFC 8449 the server's choice; but never half."""
         for library, limit in (("openssl", 1), ("openssl", 4), ("gnutls", 512), ("gnutls", 16384), ("nss", 64), ("nss", 16385)):
             for version in SUITES:
                 with self.subTest(library=library, limit=limit, version=version):
-                    self.reads_and_writes(self.peer(library, version, limit=limit))
+                    self.read_and_write(self.peer(library, version, limit=limit))
 
     def test_empty_records(self):
         for version in SUITES:
@@ -232,7 +232,7 @@ class Records(Interoperability):
                 peer.logout()
 
 
-class Closing(Interoperability):
+class ConnectionClose(InteroperabilityTestCase):
     """Every way to end."""
 
     def each(self, check, libraries=tuple(PACKAGES)):
@@ -286,7 +286,7 @@ class Closing(Interoperability):
         self.each(check)
 
 
-class Renegotiation(Interoperability):
+class Renegotiation(InteroperabilityTestCase):
     """Asked for in TLS 1.2, after the login: refused; the session goes on or ends, but does not hang."""
 
     def test_renegotiation_affects_no_other_session(self):
@@ -323,7 +323,7 @@ class Renegotiation(Interoperability):
         self.assertEqual(client.line(), b"")
 
 
-NSS_LETTERS = {
+NSS_CIPHERS = {
     "TLS_AES_128_GCM_SHA256": ":1301",
     "TLS_AES_256_GCM_SHA384": ":1302",
     "TLS_CHACHA20_POLY1305_SHA256": ":1303",

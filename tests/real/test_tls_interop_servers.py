@@ -10,7 +10,7 @@ from imap_client import context
 from tls_fixtures import ALICE, BIG, PACKAGES, SUITES, Conversation, Peer, Scene, digest, each_suite, take_directly
 
 
-class Servers(unittest.TestCase):
+class ServerInteroperability(unittest.TestCase):
     @classmethod
     def setUpClass(cls):
         cls.scene = Scene(cls)
@@ -57,7 +57,7 @@ class Servers(unittest.TestCase):
         for each in (tls, dovecot):
             each.setblocking(True)
 
-    def reads_and_writes(self, client):
+    def read_and_write(self, client):
         """A big message each way, unharmed; then LOGOUT."""
         client.select("big")
         self.assertEqual(digest(client.fetch()), digest(self.scene.down))
@@ -73,7 +73,7 @@ class Servers(unittest.TestCase):
                 for mode in self.proxies:
                     with self.subTest(library=library, suite=suite, mode=mode):
                         client, server = self.session(library, version, suite, mode)
-                        self.reads_and_writes(client)
+                        self.read_and_write(client)
                         server.reports("close_notify")
 
     def test_key_updates_of_the_server_during_transfers(self):
@@ -84,7 +84,7 @@ class Servers(unittest.TestCase):
             for suite in SUITES["1.3"]:
                 with self.subTest(library=library, request=request, suite=suite):
                     client, server = self.session(library, "1.3", suite, update_every=every, request=request)
-                    self.reads_and_writes(client)
+                    self.read_and_write(client)
                     sent, received, _ = server.counts()
                     self.assertGreaterEqual(sent, 2 * BIG // every - 1)
                     if library == "openssl":
@@ -136,21 +136,21 @@ class Servers(unittest.TestCase):
                 for _ in range(4):
                     server.tell("ticket")
                     client.noop()
-                self.reads_and_writes(client)
+                self.read_and_write(client)
                 self.assertGreaterEqual(server.counts()[2], 2 * BIG // 1_000_000 - 1)
 
     def test_padded_records(self):
         for library, paddings in (("openssl", (512, 16384)), ("gnutls", (1, 300, 8000))):
             for padding in paddings:
                 with self.subTest(library=library, padding=padding):
-                    self.reads_and_writes(self.session(library, "1.3", padding=padding)[0])
+                    self.read_and_write(self.session(library, "1.3", padding=padding)[0])
 
     def test_small_records_and_size_limits(self):
         for library, options in (("openssl", {"fragment": 512}), ("gnutls", {"fragment": 512}), ("gnutls", {"limit": 512}),
                                  ("nss", {"limit": 64})):
             for version in SUITES:
                 with self.subTest(library=library, version=version, **options):
-                    self.reads_and_writes(self.session(library, version, **options)[0])
+                    self.read_and_write(self.session(library, version, **options)[0])
 
     def test_empty_records(self):
         for version in SUITES:

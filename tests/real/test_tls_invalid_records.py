@@ -12,38 +12,38 @@ from tls_fixtures import ALICE, SUITES, Conversation, Middleman, Peer, Scene
 UNEXPECTED, BAD_MAC, OVERFLOW = 10, 20, 22
 
 
-def header(kind, size):
+def record_header(kind, size):
     return bytes([kind, 3, 3]) + size.to_bytes(2, "big")
 
 
-def flipped(record, at):
+def flip_bit(record, at):
     return record[:at] + bytes([record[at] ^ 1]) + record[at + 1:]
 
 
 # What becomes of a record, and the alert that answers it, in TLS 1.3 and 1.2. A change of the record's type is found by the
 # type in the one and by the authentication in the other.
-WRONG = {
-    "a bit of the tag": (lambda record: flipped(record, len(record) - 1), BAD_MAC, BAD_MAC),
-    "a bit of the ciphertext": (lambda record: flipped(record, 14), BAD_MAC, BAD_MAC),
-    "a bit of the first byte": (lambda record: flipped(record, 5), BAD_MAC, BAD_MAC),
+INVALID_RECORDS = {
+    "a bit of the tag": (lambda record: flip_bit(record, len(record) - 1), BAD_MAC, BAD_MAC),
+    "a bit of the ciphertext": (lambda record: flip_bit(record, 14), BAD_MAC, BAD_MAC),
+    "a bit of the first byte": (lambda record: flip_bit(record, 5), BAD_MAC, BAD_MAC),
     "longer than said": (lambda record: record[:3] + (len(record) - 6).to_bytes(2, "big") + record[5:-1], BAD_MAC, BAD_MAC),
     "said twice": (lambda record: record + record, BAD_MAC, BAD_MAC),
-    "in clear": (lambda record: header(23, 32) + b"a7 NOOP\r\n".ljust(32), BAD_MAC, BAD_MAC),
-    "too short for a tag": (lambda record: header(23, 3) + b"abc", BAD_MAC, BAD_MAC),
-    "empty": (lambda record: header(23, 0), BAD_MAC, BAD_MAC),
-    "length ffff": (lambda record: header(23, 0xFFFF) + bytes(0xFFFF), OVERFLOW, OVERFLOW),
-    "one byte over what sealing may add": (lambda record: header(23, 16384 + 2049) + bytes(16384 + 2049), OVERFLOW, OVERFLOW),
-    "over what TLS 1.3 may add": (lambda record: header(23, 16384 + 257) + bytes(16384 + 257), OVERFLOW, BAD_MAC),
-    "a handshake message in clear": (lambda record: header(22, 4) + bytes(4) + record, UNEXPECTED, BAD_MAC),
-    "an alert in clear": (lambda record: header(21, 2) + b"\x02\x28" + record, UNEXPECTED, BAD_MAC),
-    "close_notify in clear": (lambda record: header(21, 2) + b"\x01\x00" + record, UNEXPECTED, BAD_MAC),
-    "a change of ciphers": (lambda record: header(20, 1) + b"\x01" + record, UNEXPECTED, BAD_MAC),
-    "an unknown type": (lambda record: header(99, 16) + bytes(16), UNEXPECTED, UNEXPECTED),
+    "in clear": (lambda record: record_header(23, 32) + b"a7 NOOP\r\n".ljust(32), BAD_MAC, BAD_MAC),
+    "too short for a tag": (lambda record: record_header(23, 3) + b"abc", BAD_MAC, BAD_MAC),
+    "empty": (lambda record: record_header(23, 0), BAD_MAC, BAD_MAC),
+    "length ffff": (lambda record: record_header(23, 0xFFFF) + bytes(0xFFFF), OVERFLOW, OVERFLOW),
+    "one byte over what sealing may add": (lambda record: record_header(23, 16384 + 2049) + bytes(16384 + 2049), OVERFLOW, OVERFLOW),
+    "over what TLS 1.3 may add": (lambda record: record_header(23, 16384 + 257) + bytes(16384 + 257), OVERFLOW, BAD_MAC),
+    "a handshake message in clear": (lambda record: record_header(22, 4) + bytes(4) + record, UNEXPECTED, BAD_MAC),
+    "an alert in clear": (lambda record: record_header(21, 2) + b"\x02\x28" + record, UNEXPECTED, BAD_MAC),
+    "close_notify in clear": (lambda record: record_header(21, 2) + b"\x01\x00" + record, UNEXPECTED, BAD_MAC),
+    "a change of ciphers": (lambda record: record_header(20, 1) + b"\x01" + record, UNEXPECTED, BAD_MAC),
+    "an unknown type": (lambda record: record_header(99, 16) + bytes(16), UNEXPECTED, UNEXPECTED),
     "no TLS at all": (lambda record: b"GET / HTTP/1.1\r\nHost: mail.test\r\n\r\n", UNEXPECTED, UNEXPECTED),
 }
 
 
-class Wrong(unittest.TestCase):
+class InvalidRecords(unittest.TestCase):
     @classmethod
     def setUpClass(cls):
         cls.scene = Scene(cls)
@@ -60,7 +60,7 @@ class Wrong(unittest.TestCase):
     def each(self, check):
         for version in SUITES:
             for suite in SUITES[version]:
-                for what, (alter, *alerts) in WRONG.items():
+                for what, (alter, *alerts) in INVALID_RECORDS.items():
                     with self.subTest(what=what, suite=suite):
                         check(version, suite, alter, alerts[version == "1.2"], what == "said twice")
 

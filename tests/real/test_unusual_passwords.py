@@ -48,8 +48,8 @@ def send_sasl(client, user, password):
     return client.command("a", b"AUTHENTICATE PLAIN " + base64.b64encode(f"\0{user}\0{password}".encode()))
 
 
-class OddPasswords(unittest.TestCase):
-    def every_form(self, server, users):
+class UnusualPasswords(unittest.TestCase):
+    def log_in_with_every_form(self, server, users):
         self.addCleanup(server.close)
         proxy = Proxy(f"""
 listeners: [{{address: "127.0.0.1:{{plain}}", tls: none}}]
@@ -86,15 +86,15 @@ admin: {{address: "127.0.0.1:{{admin}}"}}
     def test_dovecot_accepts_unusual_passwords(self):
         folder = Folder()
         self.addCleanup(folder.remove)
-        self.every_form(Dovecot(Certificates(folder), users=PASSWORDS), PASSWORDS)
+        self.log_in_with_every_form(Dovecot(Certificates(folder), users=PASSWORDS), PASSWORDS)
 
     def test_cyrus_accepts_unusual_passwords(self):
-        self.every_form(Cyrus(PASSWORDS), PASSWORDS)
+        self.log_in_with_every_form(Cyrus(PASSWORDS), PASSWORDS)
 
     def test_courier_accepts_unusual_passwords(self):
         # Its userdb keeps what crypt(3) made of a password, which reads the first few hundred bytes.
         users = {**PASSWORDS, "long@example.org": "x" * 200}
-        self.every_form(Courier(users), users)
+        self.log_in_with_every_form(Courier(users), users)
 
 
 if __name__ == "__main__":
