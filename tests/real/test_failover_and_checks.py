@@ -83,7 +83,7 @@ class ThreeServers(unittest.TestCase):
                     except Exception as error:  # whatever it is, a user has seen it
                         failed.append(f"{balance} {user}: {error!r}")
 
-            threads = [threading.Thread(target=users_come_and_go, args=(user,)) for user in list(USERS)[:3]]
+            threads = [threading.Thread(target=log_in_repeatedly, args=(user,)) for user in list(USERS)[:3]]
             for thread in threads:
                 thread.start()
             try:

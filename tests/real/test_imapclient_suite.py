@@ -75,8 +75,8 @@ admin: {{address: "127.0.0.1:{{admin}}"}}
         direct, behind = self.start(make()), self.start(make())
         proxy = self.proxy(behind, tls)
         with ThreadPoolExecutor() as pool:
-            running = [pool.submit(livetest, self.folder, "direct", direct.port),
-                       pool.submit(livetest, self.folder, "proxied", proxy.ports["tls"], self.certificates.ca)]
+            running = [pool.submit(run_suite, self.folder, "direct", direct.port),
+                       pool.submit(run_suite, self.folder, "proxied", proxy.ports["tls"], self.certificates.ca)]
             (expected, _), (got, output) = (each.result() for each in running)
         passed = {name for name, result in expected.items() if result == "ok"}
         self.assertGreaterEqual(len(passed), least_passed, expected)

@@ -44,12 +44,12 @@ admin: {{address: "127.0.0.1:{{admin}}"}}
         self.addCleanup(proxy.close)
         return proxy
 
-    def s_client(self, proxy, *options, port="tls", name="localhost", said=b"a LOGOUT\n"):
+    def s_client(self, proxy, *options, port="tls", name="localhost", commands=b"a LOGOUT\n"):
         """All it says, of a connection that ends with LOGOUT; the exit code behind."""
         name = ["-servername", name] if name else ["-noservername"]
         command = [program("openssl"), "s_client", "-crlf", "-ign_eof", "-CAfile", self.certificates.ca, *name, *options,
                    "-connect", f"127.0.0.1:{proxy.ports[port]}"]
-        done = subprocess.run([str(word) for word in command], input=said, capture_output=True, timeout=PATIENCE)
+        done = subprocess.run([str(word) for word in command], input=commands, capture_output=True, timeout=PATIENCE)
         return f"{done.stdout.decode(errors='replace')}{done.stderr.decode(errors='replace')}\nexit {done.returncode}"
 
     def log_in(self, proxy, port="tls"):
@@ -359,20 +359,20 @@ class CertificateRenewal(ListenerTlsTestCase):
         cert_bytes, key_bytes = cert.read_bytes(), key.read_bytes()
         proxy = self.proxy(certificates=f"{{cert: {cert}, key: {key}}}")
         before = self.served_certificate(proxy)
-        for file, content, said in (
+        for file, content, reason in (
             (key, other[1].read_bytes(), f"{key}: does not fit the certificate {cert}"),
             (cert, cert_bytes[:len(cert_bytes) // 2], f"{cert}: "),
             (cert, b"", f"{cert}: "),
             (key, key_bytes[:len(key_bytes) // 2], f"{key}: "),
         ):
             with self.subTest(file=file.name, size=len(content)):
-                good, told = file.read_bytes(), proxy.log().count("the old certificate stays in use")
+                good, reported = file.read_bytes(), proxy.log().count("the old certificate stays in use")
                 replace(file, content)
                 wait_for("the gauge", lambda: self.failed(proxy) == 1)
                 lines = [line for line in proxy.log().splitlines() if "the old certificate stays in use" in line]
-                self.assertEqual(len(lines), told + 1)
+                self.assertEqual(len(lines), reported + 1)
                 self.assertRegex(lines[-1], "ERROR")
-                self.assertIn(said, lines[-1])
+                self.assertIn(reason, lines[-1])
                 self.assertEqual(self.served_certificate(proxy), before)
                 replace(file, good)
                 wait_for("the gauge", lambda: self.failed(proxy) == 0)
