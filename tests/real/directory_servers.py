@@ -13,7 +13,7 @@ import subprocess
 from pathlib import Path
 from textwrap import dedent
 
-from fixtures import CACHE, PATIENCE, Folder, Process, answers, free_port, program, wait_for
+from fixtures import CACHE, TIMEOUT, Folder, Process, answers, free_port, program, wait_for
 
 FIELDS = ("backend", "server", "user", "refuse", "maintenance")
 
@@ -27,7 +27,7 @@ class Directory:
         self.port = free_port()
         self.user = user
 
-    def own(self, *paths):
+    def chown(self, *paths):
         """The server runs as a user of its own, as it would anywhere."""
         if self.user:
             account = pwd.getpwnam(self.user)
@@ -49,10 +49,10 @@ class Directory:
             os.kill(pid, signal.SIGKILL)
         self.process.kill()
 
-    def hold(self):
+    def pause(self):
         self._stopped()
 
-    def release(self):
+    def resume(self):
         for pid in self._stopped():
             os.kill(pid, signal.SIGCONT)
 
@@ -81,7 +81,7 @@ class Postgres(Directory):
         key, password = self.path / "key.pem", self.folder.write("initial", self.PASSWORD, 0o600)
         shutil.copy(certificates.key, key)
         key.chmod(0o600)
-        self.own(self.path, self.data, key, password)
+        self.chown(self.path, self.data, key, password)
         done = subprocess.run([program("setpriv"), "--reuid", "postgres", "--regid", "postgres", "--clear-groups",
                                self.bin / "initdb", "-D", self.data, "-U", "vestibule", "-A", "scram-sha-256", "-N",
                                "--pwfile", password, "--locale=C", "-E", "UTF8"], capture_output=True, text=True, cwd=self.path)
@@ -119,18 +119,18 @@ class Postgres(Directory):
         """Number of connections that the server has open for the proxy."""
         done = subprocess.run([self.bin / "psql", "-h", "127.0.0.1", "-p", str(self.port), "-U", "vestibule", "-d", "postgres",
                                "-tAc", "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'vestibule'"],
-                              capture_output=True, text=True, timeout=PATIENCE, check=True,
+                              capture_output=True, text=True, timeout=TIMEOUT, check=True,
                               env={**os.environ, "PGPASSWORD": self.PASSWORD})
         return int(done.stdout)
 
     def sql(self, text, check=True):
         done = subprocess.run([self.bin / "psql", "-h", "127.0.0.1", "-p", str(self.port), "-U", "vestibule", "-d", "postgres",
-                               "-v", "ON_ERROR_STOP=1", "-tAc", text], capture_output=True, text=True, timeout=PATIENCE,
+                               "-v", "ON_ERROR_STOP=1", "-tAc", text], capture_output=True, text=True, timeout=TIMEOUT,
                               env={**os.environ, "PGPASSWORD": self.PASSWORD})
         assert not check or done.returncode == 0, done.stderr
         return done.returncode == 0
 
-    def row(self, user, /, **fields):
+    def add_user(self, user, /, **fields):
         names = ", ".join(["name", *(f'"{field}"' for field in fields)])
         values = ", ".join("'" + value.replace("'", "''") + "'" for value in [user, *fields.values()])
         self.sql(f"INSERT INTO mailbox ({names}) VALUES ({values})")
@@ -143,7 +143,7 @@ class MariaDb(Directory):
         super().__init__("mysql")
         self.data = self.path / "data"
         self.data.mkdir()
-        self.own(self.path, self.data)
+        self.chown(self.path, self.data)
         self.certificates = certificates
         done = subprocess.run([program("mariadb-install-db"), "--no-defaults", f"--datadir={self.data}", "--user=mysql",
                                "--auth-root-authentication-method=normal", "--skip-test-db"],
@@ -165,16 +165,16 @@ class MariaDb(Directory):
         key = self.path / "key.pem"
         shutil.copy(self.certificates.key, key)
         key.chmod(0o600)
-        self.own(key)
+        self.chown(key)
         return key
 
     def sql(self, text, check=True):
         done = subprocess.run([program("mariadb"), "--no-defaults", f"--socket={self.path}/socket", "-u", "root",
-                               "--default-character-set=utf8mb4", "-e", text], capture_output=True, text=True, timeout=PATIENCE)
+                               "--default-character-set=utf8mb4", "-e", text], capture_output=True, text=True, timeout=TIMEOUT)
         assert not check or done.returncode == 0, done.stderr
         return done.returncode == 0
 
-    def row(self, user, /, **fields):
+    def add_user(self, user, /, **fields):
         names = ", ".join(["name", *(f"`{field}`" for field in fields)])
         values = ", ".join("'" + value.replace("\\", "\\\\").replace("'", "''") + "'" for value in [user, *fields.values()])
         self.sql(f"INSERT INTO mail.mailbox ({names}) VALUES ({values})")
@@ -189,14 +189,14 @@ class Sqlite(Directory):
         self.database = sqlite3.connect(self.file, isolation_level=None)
         self.database.execute(f"CREATE TABLE mailbox (name, {', '.join(FIELDS)})")
 
-    def row(self, user, /, **fields):
+    def add_user(self, user, /, **fields):
         names, places = ", ".join(["name", *fields]), ", ".join("?" * (len(fields) + 1))
         self.database.execute(f"INSERT INTO mailbox ({names}) VALUES ({places})", [user, *fields.values()])
 
-    def hold(self):
+    def pause(self):
         self.database.execute("BEGIN EXCLUSIVE")
 
-    def release(self):
+    def resume(self):
         self.database.execute("COMMIT")
 
     def close(self):
@@ -214,7 +214,7 @@ class OpenLdap(Directory):
         (self.path / "data").mkdir()
         key = self.path / "key.pem"
         shutil.copy(certificates.key, key)
-        self.own(self.path, self.path / "data", key)
+        self.chown(self.path, self.path / "data", key)
         self.settings = self.folder.write("slapd.conf", dedent(f"""
             include /etc/ldap/schema/core.schema
             include /etc/ldap/schema/cosine.schema
@@ -242,10 +242,10 @@ class OpenLdap(Directory):
 
     def ldif(self, text):
         done = subprocess.run([program("ldapadd"), "-x", "-H", f"ldap://127.0.0.1:{self.port}", "-D", "cn=vestibule,dc=test",
-                               "-w", self.PASSWORD], input=text, capture_output=True, text=True, timeout=PATIENCE)
+                               "-w", self.PASSWORD], input=text, capture_output=True, text=True, timeout=TIMEOUT)
         assert done.returncode == 0, done.stderr
 
-    def row(self, user, /, **fields):
+    def add_user(self, user, /, **fields):
         self.rows = getattr(self, "rows", 0) + 1
         lines = [f"dn: cn={self.rows},dc=test", "objectClass: inetOrgPerson", "objectClass: inetLocalMailRecipient",
                  f"cn: {self.rows}", "sn: x", f"mail:: {base64.b64encode(user.encode()).decode()}"]
@@ -277,10 +277,10 @@ class Redis(Directory):
 
     def command(self, *words):
         done = subprocess.run([program("redis-cli"), "-p", str(self.port), "--no-auth-warning", *words], capture_output=True,
-                              text=True, timeout=PATIENCE, env={**os.environ, "REDISCLI_AUTH": self.PASSWORD})
+                              text=True, timeout=TIMEOUT, env={**os.environ, "REDISCLI_AUTH": self.PASSWORD})
         return done.stdout.strip()
 
-    def row(self, user, /, **fields):
+    def add_user(self, user, /, **fields):
         assert self.command("SET", f"mailbox:{user}", text(fields)) == "OK"
 
 
@@ -324,7 +324,7 @@ sentinel failover-timeout mail 3000
 
     def command(self, *words):
         return subprocess.run([program("redis-cli"), "-p", str(self.port), *words], capture_output=True, text=True,
-                              timeout=PATIENCE).stdout.strip()
+                              timeout=TIMEOUT).stdout.strip()
 
 
 class DnsServer(Directory):
@@ -342,7 +342,7 @@ class DnsServer(Directory):
                   "--local=/example.org/example.net/", "--log-facility=-", "--user=root"])
         wait_for("dnsmasq", self.ready)
 
-    def row(self, user, /, **fields):
+    def add_user(self, user, /, **fields):
         local, domain = user.split("@")
         self.records.append(f'txt-record={local}._mailbox.{domain},"{text(fields)}"')
         self.kill()

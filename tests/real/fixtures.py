@@ -22,19 +22,19 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 VESTIBULE = (REPOSITORY / os.environ.get("VESTIBULE", "target/debug/vestibule")).resolve()
 CACHE = REPOSITORY / "tests/.cache"
 # Whatever is waited for comes within this time, or the test fails. Generous: machines are shared.
-PATIENCE = 30.0
+TIMEOUT = 30.0
 PASSWORDS = {"alice@example.org": "wonderland", "bob@example.net": "builder", "carol@example.org": "pass word"}
 
 
 def wait_for(what, condition):
-    """Asks `condition` until it answers; fails after PATIENCE."""
-    deadline = time.monotonic() + PATIENCE
+    """Asks `condition` until it answers; fails after TIMEOUT."""
+    deadline = time.monotonic() + TIMEOUT
     while time.monotonic() < deadline:
         answer = condition()
         if answer:
             return answer
         time.sleep(0.02)
-    raise AssertionError(f"waited {PATIENCE:.0f} s in vain for {what}")
+    raise AssertionError(f"waited {TIMEOUT:.0f} s in vain for {what}")
 
 
 def program(name):
@@ -154,7 +154,7 @@ class Proxy:
         return answers(self.ports["admin"])
 
     def metrics(self):
-        with urllib.request.urlopen(f"http://127.0.0.1:{self.ports['admin']}/metrics", timeout=PATIENCE) as answer:
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.ports['admin']}/metrics", timeout=TIMEOUT) as answer:
             return answer.read().decode()
 
     def metric(self, name, **labels):
@@ -188,7 +188,7 @@ class Proxy:
         """SIGTERM, as systemd does; the exit code must be 0."""
         self.process.child.send_signal(signal.SIGTERM)
         try:
-            code = self.process.child.wait(PATIENCE)
+            code = self.process.child.wait(TIMEOUT)
         except subprocess.TimeoutExpired:
             raise AssertionError(f"the proxy does not stop:\n{self.log()}") from None
         assert code == 0, f"exit {code}:\n{self.log()}"
@@ -305,7 +305,7 @@ class Dovecot:
         self.folder.remove()
 
 
-class Unpacked:
+class UnpackedServer:
     """A server from packages that are unpacked, not installed: run in a mount and process namespace whose /usr and /etc show
     the unpacked files over the system's own."""
 
@@ -351,7 +351,7 @@ class Unpacked:
         self.folder.remove()
 
 
-class Courier(Unpacked):
+class Courier(UnpackedServer):
     """Courier IMAP with users in userdb."""
 
     def __init__(self, users=None):
@@ -397,7 +397,7 @@ class Courier(Unpacked):
         return True
 
 
-class Cyrus(Unpacked):
+class Cyrus(UnpackedServer):
     """Cyrus IMAP with users in sasldb; a user's INBOX is made at the first login."""
 
     def __init__(self, users=None):

@@ -9,28 +9,28 @@ from urllib.parse import unquote
 from fixtures import PASSWORDS, free_port
 
 
-class Responder:
+class HttpService:
     """Threads of this process: it does not crash, it closes its port, and it hangs where it is told to."""
 
     def __init__(self, certificates=None):
         self.port = free_port()
         self.certificates = certificates
         self.users = {}
-        self.questions = []
+        self.requests = []
         self.connections = set()
         self.token = None
         # As a policy server: statuses by login, and what it was asked and told.
         self.statuses = {}
         self.policy = []
-        self.goes_on = threading.Event()
-        self.goes_on.set()
+        self.released = threading.Event()
+        self.released.set()
         # Reports are received and not answered.
         self.holds_reports = False
         self.is_closed = threading.Event()
         self.start()
 
     def start(self):
-        responder = self
+        service = self
 
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
@@ -39,10 +39,10 @@ class Responder:
 
             def setup(self):
                 super().setup()
-                responder.connections.add(self.connection)
+                service.connections.add(self.connection)
 
             def finish(self):
-                responder.connections.discard(self.connection)
+                service.connections.discard(self.connection)
 
             def log_message(self, *_):
                 pass
@@ -59,53 +59,53 @@ class Responder:
                     pass  # Who asked has given up.
 
             def do_POST(self):
-                question = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                responder.questions.append((question, dict(self.headers), self.client_address))
+                request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                service.requests.append((request, dict(self.headers), self.client_address))
                 if "command=" in self.path:
-                    return self.weigh(question)
-                responder.goes_on.wait()
-                if responder.token and self.headers.get("Authorization") != f"Bearer {responder.token}":
+                    return self.answer_policy(request)
+                service.released.wait()
+                if service.token and self.headers.get("Authorization") != f"Bearer {service.token}":
                     return self.answer(500)
-                user = question["user"]
-                if "password" in question and question["password"] != PASSWORDS.get(user, "none"):
+                user = request["user"]
+                if "password" in request and request["password"] != PASSWORDS.get(user, "none"):
                     return self.answer(401)
-                if user not in responder.users:
+                if user not in service.users:
                     return self.answer(404)
-                said = responder.users[user]
-                body = said if isinstance(said, bytes) else json.dumps(said).encode()
+                entry = service.users[user]
+                body = entry if isinstance(entry, bytes) else json.dumps(entry).encode()
                 self.answer(200, body, Content_Type="application/json")
 
-            def weigh(self, question):
+            def answer_policy(self, request):
                 """weakforced."""
                 command = self.path.partition("command=")[2]
-                responder.policy.append((command, question))
-                if command == "report" and responder.holds_reports:
-                    responder.is_closed.wait()
-                responder.goes_on.wait()
-                if responder.token and responder.token not in (self.headers.get("Authorization"), self.headers.get("X-API-Key")):
+                service.policy.append((command, request))
+                if command == "report" and service.holds_reports:
+                    service.is_closed.wait()
+                service.released.wait()
+                if service.token and service.token not in (self.headers.get("Authorization"), self.headers.get("X-API-Key")):
                     return self.answer(401)
-                status = responder.statuses.get(question["login"], 0) if command == "allow" else 0
+                status = service.statuses.get(request["login"], 0) if command == "allow" else 0
                 body = status if isinstance(status, bytes) else json.dumps({"status": status, "msg": ""}).encode()
                 self.answer(200, body, Content_Type="application/json")
 
             def do_GET(self):
                 """nginx's mail_auth_http."""
-                question = {name.lower(): value for name, value in self.headers.items()}
-                responder.questions.append((question, dict(self.headers), self.client_address))
-                responder.goes_on.wait()
-                user, password = unquote(question["auth-user"]), unquote(question["auth-pass"])
-                said = responder.users.get(user)
-                if said and said.get("waits"):
-                    said["waits"] -= 1
+                request = {name.lower(): value for name, value in self.headers.items()}
+                service.requests.append((request, dict(self.headers), self.client_address))
+                service.released.wait()
+                user, password = unquote(request["auth-user"]), unquote(request["auth-pass"])
+                entry = service.users.get(user)
+                if entry and entry.get("waits"):
+                    entry["waits"] -= 1
                     return self.answer(200, Auth_Status="WAIT", Auth_Wait="1")
-                if question["auth-method"] == "external" and said and question.get("auth-ssl-verify") == "SUCCESS":
-                    good = "Auth_Pass" in said
+                if request["auth-method"] == "external" and entry and request.get("auth-ssl-verify") == "SUCCESS":
+                    good = "Auth_Pass" in entry
                 else:
-                    good = said is not None and PASSWORDS.get(user, said.get("password")) == password
+                    good = entry is not None and PASSWORDS.get(user, entry.get("password")) == password
                 if not good:
-                    wait = {"Auth_Wait": "1"} if said is None or "final" not in said else {}
+                    wait = {"Auth_Wait": "1"} if entry is None or "final" not in entry else {}
                     return self.answer(200, Auth_Status="Invalid login or password", **wait)
-                headers = {name: value for name, value in said.items() if name.startswith("Auth")}
+                headers = {name: value for name, value in entry.items() if name.startswith("Auth")}
                 self.answer(200, Auth_Status="OK", **headers)
 
         self.server = ThreadingHTTPServer(("127.0.0.1", self.port), Handler)
@@ -116,7 +116,7 @@ class Responder:
             self.server.socket = context.wrap_socket(self.server.socket, server_side=True)
         threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
 
-    def row(self, user, /, **fields):
+    def add_user(self, user, /, **fields):
         self.users[user] = fields
 
     def kill(self):
@@ -128,13 +128,13 @@ class Responder:
             except OSError:
                 pass
 
-    def hold(self):
-        self.goes_on.clear()
+    def pause(self):
+        self.released.clear()
 
-    def release(self):
-        self.goes_on.set()
+    def resume(self):
+        self.released.set()
 
     def close(self):
         self.is_closed.set()
-        self.release()
+        self.resume()
         self.kill()

@@ -4,7 +4,7 @@ import imaplib
 import socket
 import ssl
 
-from fixtures import PASSWORDS, PATIENCE
+from fixtures import PASSWORDS, TIMEOUT
 
 ALICE, BOB = "alice@example.org", "bob@example.net"
 LOGIN = {user: f"LOGIN {user} {PASSWORDS[user]}" for user in (ALICE, BOB)}
@@ -19,8 +19,8 @@ def connect(proxy, certificates, port="tls"):
     """An imaplib client, before login; over TLS unless `port` is `plain`."""
     number = proxy.ports[port]
     if port == "tls":
-        return imaplib.IMAP4_SSL("localhost", number, ssl_context=context(certificates.ca), timeout=PATIENCE)
-    client = imaplib.IMAP4("localhost", number, timeout=PATIENCE)
+        return imaplib.IMAP4_SSL("localhost", number, ssl_context=context(certificates.ca), timeout=TIMEOUT)
+    client = imaplib.IMAP4("localhost", number, timeout=TIMEOUT)
     if port == "starttls":
         client.starttls(context(certificates.ca))
     return client
@@ -45,11 +45,11 @@ def subjects(client):
     return result
 
 
-class Raw:
+class RawClient:
     """A socket that speaks lines."""
 
     def __init__(self, port, tls_context=None, source="127.0.0.1"):
-        plain = socket.create_connection(("127.0.0.1", port), timeout=PATIENCE, source_address=(source, 0))
+        plain = socket.create_connection(("127.0.0.1", port), timeout=TIMEOUT, source_address=(source, 0))
         self.socket = tls_context.wrap_socket(plain, server_hostname="localhost") if tls_context else plain
         self.pending = b""
 
@@ -88,8 +88,8 @@ class Raw:
 
 
 def session(port, user=ALICE):
-    """A logged-in session of a `Raw`."""
-    client = Raw(port)
+    """A logged-in session of a `RawClient`."""
+    client = RawClient(port)
     client.line()
     answer = client.command("a", LOGIN[user])[-1]
     assert answer.startswith(b"a OK"), answer

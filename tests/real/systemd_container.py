@@ -8,7 +8,7 @@ the kernel's settings are read-only for it.
 import subprocess
 from pathlib import Path
 
-from fixtures import PATIENCE, Folder, Process, program, wait_for
+from fixtures import TIMEOUT, Folder, Process, program, wait_for
 
 # What the script is told: $1 the folder for all this, $2 the package.
 BOOT = r"""
@@ -46,7 +46,7 @@ exec chroot "$root" /lib/systemd/systemd --unit=multi-user.target
 """
 
 
-class Machine:
+class SystemdContainer:
     """Boots at once; `run` runs a command inside."""
 
     def __init__(self, package):
@@ -82,7 +82,7 @@ class Machine:
     def run(self, *command, check=True):
         """What a command inside says, errors too."""
         done = subprocess.run(self.inside(*command), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                              text=True, timeout=2 * PATIENCE)
+                              text=True, timeout=2 * TIMEOUT)
         assert not check or done.returncode == 0, f"{command}: {done.returncode}\n{done.stdout}\n{self.process.text()}"
         return done.stdout
 
@@ -94,7 +94,7 @@ class Machine:
 
     def write(self, path, text):
         """A file inside; `tee` because its folders are visible only there."""
-        subprocess.run(self.inside("tee", path), input=text, stdout=subprocess.DEVNULL, text=True, check=True, timeout=PATIENCE)
+        subprocess.run(self.inside("tee", path), input=text, stdout=subprocess.DEVNULL, text=True, check=True, timeout=TIMEOUT)
 
     def journal(self):
         return self.run("journalctl", "--no-pager", "--output=cat", "--unit=vestibule")

@@ -27,10 +27,10 @@ class Relay:
                 if connection not in but:
                     connection.is_silent = True
 
-    def open(self):
+    def open_connections(self):
         """Connections whose client has not closed them, silent ones included."""
         with self.lock:
-            return sum(not connection.is_over for connection in self.connections)
+            return sum(not connection.is_closed_by_client for connection in self.connections)
 
     def close(self):
         self.listener.close()
@@ -58,7 +58,7 @@ class Relay:
 class Connection:
     def __init__(self, client, server):
         self.client, self.server = client, server
-        self.is_silent = self.is_over = False
+        self.is_silent = self.is_closed_by_client = False
 
     def start(self):
         for pair in ((self.client, self.server), (self.server, self.client)):
@@ -72,7 +72,7 @@ class Connection:
         except OSError:
             pass
         if source is self.client:
-            self.is_over = True
+            self.is_closed_by_client = True
         if not self.is_silent:
             self.close()
         elif source is self.client:
@@ -86,7 +86,7 @@ class Connection:
                 pass
 
 
-class Fixed:
+class FixedReplyServer:
     """Sends `greeting` when a client connects and `reply` when it has sent something, then nothing."""
 
     def __init__(self, greeting=b"", reply=b""):

@@ -10,8 +10,8 @@ import re
 import subprocess
 import unittest
 
-from fixtures import PASSWORDS, PATIENCE, Certificates, Dovecot, Folder, Proxy, free_port, program, wait_for
-from imap_client import Raw, context
+from fixtures import PASSWORDS, TIMEOUT, Certificates, Dovecot, Folder, Proxy, free_port, program, wait_for
+from imap_client import RawClient, context
 
 ALICE, BOB, CAROL = "alice@example.org", "bob@example.net", "carol@example.org"
 KEY = b"the key that signs tokens"
@@ -92,7 +92,7 @@ def scram(raw, name, user, password):
     return line
 
 
-class Servers:
+class DovecotWithAllMechanisms:
     """A Dovecot with every mechanism, and proxies before it."""
 
     @classmethod
@@ -130,16 +130,16 @@ class Servers:
         self.addCleanup(proxy.close)
         return proxy
 
-    def raw(self, proxy, certificate=None):
+    def connect(self, proxy, certificate=None):
         tls = context(self.certificates.ca)
         if certificate:
             tls.load_cert_chain(*certificate)
-        raw = Raw(proxy.ports["tls"], tls)
+        raw = RawClient(proxy.ports["tls"], tls)
         self.greeting = raw.until(b"* OK")[-1]
         return raw
 
     def advertised_mechanisms(self, proxy):
-        self.raw(proxy)
+        self.connect(proxy)
         return {name.decode() for name in re.findall(rb"AUTH=(\S+?)[\] ]", self.greeting)}
 
     def wait_until_mechanisms_are_known(self, proxy):
@@ -148,7 +148,7 @@ class Servers:
         return proxy
 
 
-class Authentication(Servers, unittest.TestCase):
+class Authentication(DovecotWithAllMechanisms, unittest.TestCase):
     def test_mechanisms_of_all_backends_are_advertised(self):
         proxy = self.wait_until_mechanisms_are_known(self.proxy())
         self.assertEqual(self.advertised_mechanisms(proxy),
@@ -169,7 +169,7 @@ class Authentication(Servers, unittest.TestCase):
             for bearer, code in ((token(ALICE), 0), (token(ALICE, b"another key"), 67)):
                 done = subprocess.run([program("curl"), "--silent", "--show-error", "--cacert", self.certificates.ca, "--user",
                                        ALICE, "--oauth2-bearer", bearer, f"imaps://localhost:{proxy.ports['tls']}/"],
-                                      capture_output=True, text=True, timeout=PATIENCE)
+                                      capture_output=True, text=True, timeout=TIMEOUT)
                 self.assertEqual(done.returncode, code, f"{mechanism}: {done.stderr}\n{proxy.log()}")
             self.assertEqual(proxy.metric("vestibule_logins_total", mechanism=mechanism, outcome="accepted"), 1)
             # Also of XOAUTH2, where it leaves at the error challenge.
@@ -178,7 +178,7 @@ class Authentication(Servers, unittest.TestCase):
             self.assertNotIn(xoauth2(ALICE, token(ALICE)).decode(), proxy.log())
 
     def test_error_of_a_refused_token_reaches_the_client(self):
-        raw = self.raw(self.wait_until_mechanisms_are_known(self.proxy()))
+        raw = self.connect(self.wait_until_mechanisms_are_known(self.proxy()))
         for name, message in (("XOAUTH2", xoauth2), ("OAUTHBEARER", oauthbearer)):
             raw.send(f"a AUTHENTICATE {name} ".encode() + message(ALICE, "nonsense") + b"\r\n")
             line = raw.line()
@@ -190,7 +190,7 @@ class Authentication(Servers, unittest.TestCase):
         self.assertRegex(raw.command("b", b"AUTHENTICATE XOAUTH2 " + xoauth2(ALICE, token(ALICE)))[-1], b"^b OK")
 
     def test_sasl_exchange_can_be_aborted_by_the_client(self):
-        raw = self.raw(self.wait_until_mechanisms_are_known(self.proxy()))
+        raw = self.connect(self.wait_until_mechanisms_are_known(self.proxy()))
         raw.send(b"a AUTHENTICATE SCRAM-SHA-256 " + base64.b64encode(f"n,,n={ALICE},r=abcdefgh".encode()) + b"\r\n")
         self.assertTrue(raw.line().startswith(b"+ "))
         raw.send(b"*\r\n")
@@ -200,25 +200,25 @@ class Authentication(Servers, unittest.TestCase):
     def test_sasl_exchange_uses_no_session_limit_while_waiting_for_the_client(self):
         proxy = self.wait_until_mechanisms_are_known(self.proxy(backend="max_sessions: 1"))
         first = base64.b64encode(f"n,,n={ALICE},r=abcdefgh".encode())
-        pending = [self.raw(proxy) for _ in range(20)]
+        pending = [self.connect(proxy) for _ in range(20)]
         for raw in pending:
             raw.send(b"a AUTHENTICATE SCRAM-SHA-256 " + first + b"\r\n")
             self.assertTrue(raw.line().startswith(b"+ "))
         # Others get in, and the newest exchange goes on as if nothing had been.
-        self.assertRegex(self.raw(proxy).command("a", f"LOGIN {ALICE} {PASSWORDS[ALICE]}")[-1], b"^a OK", proxy.log())
+        self.assertRegex(self.connect(proxy).command("a", f"LOGIN {ALICE} {PASSWORDS[ALICE]}")[-1], b"^a OK", proxy.log())
         pending[-1].send(b"*\r\n")
         self.assertRegex(pending[-1].line(), b"^a BAD")
         self.assertRegex(pending[0].line(), rb"^a NO \[UNAVAILABLE\]", "older ones have made way for it")
         wait_for("the place", lambda: proxy.metric("vestibule_server_sessions") == 0)
-        self.assertRegex(scram(self.raw(proxy), "SCRAM-SHA-256", ALICE, PASSWORDS[ALICE]), b"^a OK", proxy.log())
+        self.assertRegex(scram(self.connect(proxy), "SCRAM-SHA-256", ALICE, PASSWORDS[ALICE]), b"^a OK", proxy.log())
 
     def test_scram_is_relayed_between_client_and_server(self):
         proxy = self.wait_until_mechanisms_are_known(self.proxy())
         for name in ("SCRAM-SHA-1", "SCRAM-SHA-256"):
-            self.assertRegex(scram(self.raw(proxy), name, ALICE, PASSWORDS[ALICE]), b"^a OK", proxy.log())
-            self.assertRegex(scram(self.raw(proxy), name, ALICE, "wrong"), rb"^a NO \[AUTHENTICATIONFAILED\]")
+            self.assertRegex(scram(self.connect(proxy), name, ALICE, PASSWORDS[ALICE]), b"^a OK", proxy.log())
+            self.assertRegex(scram(self.connect(proxy), name, ALICE, "wrong"), rb"^a NO \[AUTHENTICATIONFAILED\]")
         self.assertNotIn(PASSWORDS[ALICE], proxy.log())
-        raw = self.raw(proxy)
+        raw = self.connect(proxy)
         binding = base64.b64encode(f"p=tls-exporter,,n={ALICE},r=abcdefgh".encode())
         self.assertRegex(raw.command("a", b"AUTHENTICATE SCRAM-SHA-256 " + binding)[-1], b"^a BAD")
         self.assertRegex(raw.command("a", b"AUTHENTICATE SCRAM-SHA-256-PLUS " + binding)[-1], b"^a NO")
@@ -250,7 +250,7 @@ Near :near:
 Create Near
 SyncState *
 """)
-        done = subprocess.run([program("mbsync"), "-c", settings, "all"], capture_output=True, text=True, timeout=PATIENCE,
+        done = subprocess.run([program("mbsync"), "-c", settings, "all"], capture_output=True, text=True, timeout=TIMEOUT,
                               env={**os.environ, "HOME": str(folder.path)})
         self.assertEqual(done.returncode, 0, f"{done.stderr}\n{proxy.log()}")
         self.assertEqual(proxy.metric("vestibule_logins_total", mechanism="scram-sha-256", outcome="accepted"), 1)
@@ -272,7 +272,7 @@ set confirmcreate=no
 set record=imaps://localhost:{proxy.ports['tls']}/INBOX
 """, 0o600)
         done = subprocess.run([program("mutt"), "-n", "-F", settings, "-s", "scram-mutt", BOB], input=b"Hello.\n",
-                              capture_output=True, timeout=PATIENCE,
+                              capture_output=True, timeout=TIMEOUT,
                               env={"TERM": "xterm", "HOME": str(folder.path), "PATH": "/usr/bin:/bin"})
         self.assertEqual(done.returncode, 0, f"{done.stderr.decode()}\n{proxy.log()}")
         self.assertTrue(any("scram-mutt" in text for text in self.server.messages(BOB)))
@@ -281,7 +281,7 @@ set record=imaps://localhost:{proxy.ports['tls']}/INBOX
     def test_token_length_is_limited(self):
         proxy = self.wait_until_mechanisms_are_known(self.proxy())
         for size, answer in ((5_000, rb"^(\+ |a NO)"), (65_536, rb"^(\+ |a NO)"), (120_000, b"^a BAD The response is too long")):
-            raw = self.raw(proxy)
+            raw = self.connect(proxy)
             raw.send(b"a AUTHENTICATE XOAUTH2\r\n")
             self.assertEqual(raw.line(), b"+ ")
             raw.send(xoauth2(ALICE, "x" * size) + b"\r\n")
@@ -304,31 +304,31 @@ set record=imaps://localhost:{proxy.ports['tls']}/INBOX
         login = "login: {master: admin, password_file: master}"
         proxy = self.proxy(listener=wanted, backend=login, files={"master": "master secret\n"})
         alice, nobody = self.certificate(f"email:{ALICE}"), self.certificate("DNS:somebody.test")
-        raw = self.raw(proxy, alice)
+        raw = self.connect(proxy, alice)
         self.assertIn(b"AUTH=EXTERNAL", self.greeting)
         self.assertRegex(raw.command("a", "AUTHENTICATE EXTERNAL =")[-1], b"^a OK", proxy.log())
         self.assertIn(b"* LIST", b"\n".join(raw.command("b", 'LIST "" INBOX')))
         self.assertIn(f"user=<{ALICE}>", self.server.log())
         # A resumed session is still alice's.
         for certificate in (nobody, None):
-            raw = self.raw(proxy, certificate)
+            raw = self.connect(proxy, certificate)
             self.assertNotIn(b"EXTERNAL", self.greeting)
             self.assertRegex(raw.command("a", "AUTHENTICATE EXTERNAL =")[-1], b"^a NO")
             self.assertRegex(raw.command("b", f'LOGIN {BOB} "{PASSWORDS[BOB]}"')[-1], b"^b OK", "a password will do as ever")
         self.assertNotIn("master secret", proxy.log())
         other = Certificates(Folder())
         with self.assertRaises(OSError):
-            self.raw(proxy, (other.cert, other.key)).line()
+            self.connect(proxy, (other.cert, other.key)).line()
         proxy = self.proxy(listener=f"client_certificates: {{ca: {self.certificates.ca}, required: true}}")
         with self.assertRaises((OSError, AssertionError)):
-            self.raw(proxy)
+            self.connect(proxy)
 
     def test_client_certificate_acts_only_for_listed_users(self):
         login = "login: {master: admin, password_file: master}"
         webmail = self.certificate("email:webmail@example.org")
 
         def exchange_external(proxy, certificate, user):
-            return self.raw(proxy, certificate).command("a", b"AUTHENTICATE EXTERNAL " + base64.b64encode(user.encode()))[-1]
+            return self.connect(proxy, certificate).command("a", b"AUTHENTICATE EXTERNAL " + base64.b64encode(user.encode()))[-1]
         listed = "may_act_for: [{certificate: webmail@example.org, users: ['*@example.org']}]"
         proxy = self.proxy(listener=f"client_certificates: {{ca: {self.certificates.ca}, {listed}}}", backend=login,
                            files={"master": "master secret\n"})
@@ -349,7 +349,7 @@ set record=imaps://localhost:{proxy.ports['tls']}/INBOX
 
         def authenticate(bearer):
             message = base64.b64encode(f"n,,\x01auth=Bearer {bearer}\x01\x01".encode())
-            raw = self.raw(proxy)
+            raw = self.connect(proxy)
             raw.send(b"a AUTHENTICATE OAUTHBEARER " + message + b"\r\n")
             line = raw.line()
             if line.startswith(b"+ "):
@@ -367,7 +367,7 @@ set record=imaps://localhost:{proxy.ports['tls']}/INBOX
         proxy = self.proxy()
 
         def connected():
-            client = imaplib.IMAP4_SSL("localhost", proxy.ports["tls"], ssl_context=context(self.certificates.ca), timeout=PATIENCE)
+            client = imaplib.IMAP4_SSL("localhost", proxy.ports["tls"], ssl_context=context(self.certificates.ca), timeout=TIMEOUT)
             if "IDLE" in client.capabilities:
                 return client
             client.logout()
@@ -390,7 +390,7 @@ set record=imaps://localhost:{proxy.ports['tls']}/INBOX
         certificate = self.certificate("email:email@example.org,DNS:device.example.org", "/O=Example/CN=common@example.org")
         for rule, user in (("san-email", "email@example.org"), ("san-dns", "device.example.org"), ("common-name", "common@example.org")):
             wanted = f"client_certificates: {{ca: {self.certificates.ca}, user: {rule}}}"
-            raw = self.raw(self.proxy(listener=wanted, backend=login, files={"master": "master secret\n"}), certificate)
+            raw = self.connect(self.proxy(listener=wanted, backend=login, files={"master": "master secret\n"}), certificate)
             self.assertRegex(raw.command("a", "AUTHENTICATE EXTERNAL =")[-1], b"^a OK", rule)
             self.assertIn(f"user=<{user}>", self.server.log())
 
@@ -400,11 +400,11 @@ set record=imaps://localhost:{proxy.ports['tls']}/INBOX
         proxy = self.proxy(listener=f"client_certificates: {{ca: {self.certificates.ca}}}", server=fixed,
                            backend="login: {password_file: fixed}", files={"fixed": "ours alone\n"})
         for user in (ALICE, BOB):
-            raw = self.raw(proxy, self.certificate(f"email:{user}"))
+            raw = self.connect(proxy, self.certificate(f"email:{user}"))
             self.assertRegex(raw.command("a", "AUTHENTICATE EXTERNAL =")[-1], b"^a OK", proxy.log())
             self.assertIn(f"user=<{user}>", fixed.log())
         # It helps nobody who has shown nothing.
-        self.assertRegex(self.raw(proxy).command("a", f'LOGIN {ALICE} "{PASSWORDS[ALICE]}"')[-1], b"^a NO")
+        self.assertRegex(self.connect(proxy).command("a", f'LOGIN {ALICE} "{PASSWORDS[ALICE]}"')[-1], b"^a NO")
         self.assertNotIn("ours alone", proxy.log())
 
     def test_master_user_opens_the_mailbox_of_another_user(self):
@@ -413,18 +413,18 @@ set record=imaps://localhost:{proxy.ports['tls']}/INBOX
             plain = base64.b64encode(f"{ALICE}\0admin\0{password}".encode()).decode()
             return f'LOGIN "{ALICE}*admin" "{password}"', f"AUTHENTICATE PLAIN {plain}"
         for command in logins("master secret"):
-            raw = self.raw(proxy)
+            raw = self.connect(proxy)
             self.assertRegex(raw.command("a", command)[-1], b"^a OK", proxy.log())
             # It is alice's mailbox, and nobody else's.
             raw.command("b", 'CREATE "seen by the master"')
             self.assertTrue((self.server.mail / ALICE / ".seen by the master").is_dir())
             raw.command("c", 'DELETE "seen by the master"')
         for command in logins("wrong"):
-            self.assertRegex(self.raw(proxy).command("a", command)[-1], rb"^a NO \[AUTHENTICATIONFAILED\]")
+            self.assertRegex(self.connect(proxy).command("a", command)[-1], rb"^a NO \[AUTHENTICATIONFAILED\]")
         self.assertIn(f'user="{ALICE}"', proxy.log(), "the mailbox is alice's")
         proxy = self.proxy(users='masters: {separator: "*", networks: [10.0.0.0/8]}')
         for command in logins("master secret"):
-            self.assertRegex(self.raw(proxy).command("a", command)[-1], rb"^a NO \[AUTHORIZATIONFAILED\]")
+            self.assertRegex(self.connect(proxy).command("a", command)[-1], rb"^a NO \[AUTHORIZATIONFAILED\]")
 
     def test_login_referral_is_followed(self):
         elsewhere = f"{PASSWORDS[CAROL]}::::::nologin=y host=127.0.0.1 port={self.server.port}"
@@ -432,39 +432,39 @@ set record=imaps://localhost:{proxy.ports['tls']}/INBOX
         declared = f'  shard-b: {{servers: ["127.0.0.1:{self.server.port}"]}}'
         command = f'LOGIN {CAROL} "{PASSWORDS[CAROL]}"'
         proxy = self.proxy(server=first, more=declared)
-        raw = self.raw(proxy)
+        raw = self.connect(proxy)
         self.assertRegex(raw.command("a", command)[-1], b"^a OK", proxy.log() + first.log())
         wait_for("the session", lambda: proxy.metric("vestibule_backend_sessions_total", backend="shard-b") == 1)
         proxy = self.proxy(server=first)
-        self.assertRegex(self.raw(proxy).command("a", command)[-1], rb"^a NO \[UNAVAILABLE\]")
+        self.assertRegex(self.connect(proxy).command("a", command)[-1], rb"^a NO \[UNAVAILABLE\]")
         self.assertIn("which is no declared server", proxy.log())
         proxy = self.proxy(server=first, backend="referrals: relay")
-        self.assertRegex(self.raw(proxy).command("a", command)[-1], rb"^a NO \[REFERRAL imap://")
+        self.assertRegex(self.connect(proxy).command("a", command)[-1], rb"^a NO \[REFERRAL imap://")
 
     def test_user_names_are_normalised_and_hashed_in_logs(self):
         proxy = self.proxy(users='default_domain: example.org, detail: "+", server: normalised, log: hashed, separators: "%"')
         for name in ("Alice", "ALICE%example.org", "alice@EXAMPLE.org"):
-            self.assertRegex(self.raw(proxy).command("a", f'LOGIN "{name}" "{PASSWORDS[ALICE]}"')[-1], b"^a OK", name)
+            self.assertRegex(self.connect(proxy).command("a", f'LOGIN "{name}" "{PASSWORDS[ALICE]}"')[-1], b"^a OK", name)
         hashed = hashlib.sha256(ALICE.encode()).hexdigest()[:16]
         for message in ("logged in", "session ended"):
             wait_for("the records", lambda: len(re.findall(rf'{message}.* user="{hashed}"', proxy.log())) == 3)
         self.assertNotIn("alice", proxy.log().lower())
         proxy = self.proxy(users="unicode: refuse")
-        self.assertRegex(self.raw(proxy).command("a", b'LOGIN {5+}\r\nzo\xc3\xab1 "x"')[-1], rb"^a NO \[AUTHENTICATIONFAILED\]")
+        self.assertRegex(self.connect(proxy).command("a", b'LOGIN {5+}\r\nzo\xc3\xab1 "x"')[-1], rb"^a NO \[AUTHENTICATIONFAILED\]")
 
     def test_proxy_loop_is_detected(self):
         """Each takes the other for the mailbox server."""
         port = free_port()
         first = self.proxy(port=port)
         second = self.proxy(port=first.ports["plain"], plain=port)
-        self.assertRegex(self.raw(first).command("a", f'LOGIN {ALICE} "x"')[-1], rb"^a NO \[UNAVAILABLE\]")
+        self.assertRegex(self.connect(first).command("a", f'LOGIN {ALICE} "x"')[-1], rb"^a NO \[UNAVAILABLE\]")
         loops = first.metric("vestibule_failures_total", reason="proxy_loop") + second.metric("vestibule_failures_total", reason="proxy_loop")
         self.assertEqual(loops, 1, first.log() + second.log())
 
     def test_unknown_trust_of_the_server_is_not_reported_as_distrust(self):
         proxy = self.proxy(backend="forward: {site: north}")
         for _ in range(3):
-            self.assertRegex(self.raw(proxy).command("a", f'LOGIN {ALICE} "{PASSWORDS[ALICE]}"')[-1], b"^a OK")
+            self.assertRegex(self.connect(proxy).command("a", f'LOGIN {ALICE} "{PASSWORDS[ALICE]}"')[-1], b"^a OK")
         # Dovecot 2.3 does not say whether it trusts us: that is not reported as distrust.
         self.assertEqual(proxy.metric("vestibule_server_trusts_id"), -1)
         self.assertNotIn("trusts our ID", proxy.log())

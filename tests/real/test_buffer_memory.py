@@ -11,8 +11,8 @@ import threading
 import unittest
 
 from fixtures import Certificates, Folder, Proxy, wait_for
-from imap_client import Raw
-from tls_fixtures import Peer
+from imap_client import RawClient
+from tls_fixtures import TlsPeer
 
 MIB = 1 << 20
 CONFIGURATION = """
@@ -73,9 +73,9 @@ class BufferMemory(unittest.TestCase):
         """Hundreds of clients hold as much as they are let; an ordinary login passes all the while."""
         self.start("before_login_memory: 16MiB")
         endless = b"a LOGIN {65000+}\r\n" + 65_000 * b"u" + b" " + 90_000 * b"p"
-        before, most, clients = memory(self.proxy), 0, []
+        before, peak, clients = memory(self.proxy), 0, []
         for round_ in range(600):
-            client = Raw(self.proxy.ports["plain"])
+            client = RawClient(self.proxy.ports["plain"])
             self.addCleanup(client.socket.close)
             clients.append(client)
             client.line()
@@ -83,8 +83,8 @@ class BufferMemory(unittest.TestCase):
             with contextlib.suppress(OSError):
                 client.send(endless)
             if round_ % 100 == 99:
-                most = max(most, memory(self.proxy))
-                ordinary = Raw(self.proxy.ports["plain"])
+                peak = max(peak, memory(self.proxy))
+                ordinary = RawClient(self.proxy.ports["plain"])
                 ordinary.line()
                 self.assertRegex(ordinary.command("a", "LOGIN alice secret")[-1], b"^a OK")
                 ordinary.socket.close()
@@ -92,8 +92,8 @@ class BufferMemory(unittest.TestCase):
         self.assertGreater(used, 8 * MIB)
         self.assertLessEqual(used, 16 * MIB)
         # The budget, 8 KiB of each outside of it, and tasks and rounding by the allocator.
-        self.assertLess(most - before, 16 * MIB + 600 * 24 * 1024 + 8 * MIB)
-        print(f"600 commands that never end: {(most - before) >> 10} kB", flush=True)
+        self.assertLess(peak - before, 16 * MIB + 600 * 24 * 1024 + 8 * MIB)
+        print(f"600 commands that never end: {(peak - before) >> 10} kB", flush=True)
 
     def test_unread_key_update_answers_use_little_memory(self):
         self.start()
@@ -101,20 +101,20 @@ class BufferMemory(unittest.TestCase):
         # What the kernel keeps of the answers is not of interest.
         tls.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         tls.connect(("127.0.0.1", self.proxy.ports["tls"]))
-        peer = Peer("openssl", tls, version="1.3", ca=self.certificates.ca)
+        peer = TlsPeer("openssl", tls, version="1.3", ca=self.certificates.ca)
         self.addCleanup(peer.close)
         self.assertIn(b"* OK", peer.line())
         self.assertRegex(peer.command("a", "LOGIN alice secret")[-1], b"^a OK")
         before = memory(self.proxy)
         peer.control.sendall(b"deaf\n")
-        most = 0
+        peak = 0
 
-        def over():
-            nonlocal most
-            most = max(most, memory(self.proxy) - before)
-            return "asked" in peer.report() or peer.process.child.poll() is not None
+        def flood_has_ended():
+            nonlocal peak
+            peak = max(peak, memory(self.proxy) - before)
+            return "asked" in peer.output() or peer.process.child.poll() is not None
 
-        wait_for("the flood", over)
-        asked = int(re.search(r"asked (\d+)", peer.report())[1])
-        self.assertLess(most, MIB, f"after {asked} requests for new keys")
-        print(f"{asked} requests for new keys: {most >> 10} kB", flush=True)
+        wait_for("the flood", flood_has_ended)
+        asked = int(re.search(r"asked (\d+)", peer.output())[1])
+        self.assertLess(peak, MIB, f"after {asked} requests for new keys")
+        print(f"{asked} requests for new keys: {peak >> 10} kB", flush=True)

@@ -8,11 +8,11 @@ import subprocess
 import unittest
 import urllib.request
 
-from fixtures import PATIENCE, REPOSITORY, VESTIBULE, Certificates, Folder, Process, answers, free_port, program, wait_for
+from fixtures import TIMEOUT, REPOSITORY, VESTIBULE, Certificates, Folder, Process, answers, free_port, program, wait_for
 
 
 def run(*arguments, **options):
-    return subprocess.run([VESTIBULE, *map(str, arguments)], capture_output=True, text=True, timeout=PATIENCE, **options)
+    return subprocess.run([VESTIBULE, *map(str, arguments)], capture_output=True, text=True, timeout=TIMEOUT, **options)
 
 
 class Commands(unittest.TestCase):
@@ -136,10 +136,10 @@ admin: {{address: "127.0.0.1:{admin}"}}
         self.addCleanup(process.kill)
         wait_for("the proxy", lambda: answers(port, b"* OK"))
         self.assertIn("descriptors do not suffice for limits.sessions", process.text())
-        served = socket.create_connection(("127.0.0.1", port), PATIENCE)
+        served = socket.create_connection(("127.0.0.1", port), TIMEOUT)
         # Before the others come: each worker accepts from a queue of its own, and another's may take all that is left.
         self.assertTrue(served.recv(4096).startswith(b"* OK"))
-        clients = [served, *(socket.create_connection(("127.0.0.1", port), PATIENCE) for _ in range(59))]
+        clients = [served, *(socket.create_connection(("127.0.0.1", port), TIMEOUT) for _ in range(59))]
         wait_for("the advice", lambda: "no descriptor left to accept a connection: raise LimitNOFILE" in process.text())
         served.sendall(b"a NOOP\r\n")
         self.assertEqual(served.recv(4096), b"a OK NOOP completed.\r\n", "who was there stays")
@@ -149,7 +149,7 @@ admin: {{address: "127.0.0.1:{admin}"}}
             self.assertTrue(client.recv(4096).startswith(b"* OK"), "who waited is served")
             client.close()
         wait_for("all to be gone", lambda: f'vestibule_sessions{{listener="127.0.0.1:{port}"}} 0' in
-                 urllib.request.urlopen(f"http://127.0.0.1:{admin}/metrics", timeout=PATIENCE).read().decode())
+                 urllib.request.urlopen(f"http://127.0.0.1:{admin}/metrics", timeout=TIMEOUT).read().decode())
 
     def test_systemd_is_notified_of_readiness(self):
         file = self.configuration("""
@@ -160,13 +160,13 @@ routes: [{default: a}]
         address = str(self.folder.path / "notify")
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify:
             notify.bind(address)
-            notify.settimeout(PATIENCE)
+            notify.settimeout(TIMEOUT)
             process = Process([VESTIBULE, "run", "--config", file], self.folder.path / "log", env={**os.environ, "NOTIFY_SOCKET": address})
             self.addCleanup(process.kill)
             self.assertIn(b"READY=1", notify.recv(4096))
             process.child.send_signal(signal.SIGTERM)
             self.assertIn(b"STOPPING=1", notify.recv(4096))
-            self.assertEqual(process.child.wait(PATIENCE), 0)
+            self.assertEqual(process.child.wait(TIMEOUT), 0)
 
 
 class Demo(unittest.TestCase):
@@ -181,18 +181,18 @@ class Demo(unittest.TestCase):
         curls = [line for line in lines if line.startswith("curl -s --cacert")]
         self.assertEqual(len(curls), 2)
         for line, server in zip(curls, ("shard-a", "shard-b")):
-            done = subprocess.run(["sh", "-c", line], capture_output=True, text=True, timeout=PATIENCE)
+            done = subprocess.run(["sh", "-c", line], capture_output=True, text=True, timeout=TIMEOUT)
             self.assertIn(f"X-Served-By: {server}", done.stdout, f"{line}\n{done.stderr}\n{process.text()}")
         metrics = next(line for line in lines if "/metrics" in line)
-        done = subprocess.run(["sh", "-c", metrics], capture_output=True, text=True, timeout=PATIENCE)
+        done = subprocess.run(["sh", "-c", metrics], capture_output=True, text=True, timeout=TIMEOUT)
         for server in ("shard-a", "shard-b"):
             self.assertRegex(done.stdout, rf'vestibule_logins_total\{{backend="{server}",mechanism="[a-z-]+",outcome="accepted"\}} 1')
         for line in (line for line in lines if line.startswith(("cat ", str(VESTIBULE)))):
-            done = subprocess.run(["sh", "-c", line], capture_output=True, text=True, timeout=PATIENCE)
+            done = subprocess.run(["sh", "-c", line], capture_output=True, text=True, timeout=TIMEOUT)
             self.assertIn("shard-a", done.stdout, line)
         self.assertEqual((folder.path / "demo/key.pem").stat().st_mode & 0o777, 0o600)
         process.child.send_signal(signal.SIGINT)
-        self.assertEqual(process.child.wait(PATIENCE), 0)
+        self.assertEqual(process.child.wait(TIMEOUT), 0)
 
     def test_demo_once_fetches_each_mailbox(self):
         folder = Folder()

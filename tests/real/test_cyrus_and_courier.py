@@ -3,7 +3,7 @@
 import unittest
 
 from fixtures import PASSWORDS, Courier, Cyrus, Proxy
-from imap_client import Raw, connect, message, subjects
+from imap_client import RawClient, connect, message, subjects
 
 
 class CyrusAndCourier(unittest.TestCase):
@@ -27,7 +27,7 @@ admin: {{address: "127.0.0.1:{{admin}}"}}
             self.assertEqual(client.append("INBOX", None, None, message(subject))[0], "OK", server.log())
             self.assertEqual(subjects(client), [subject], "one's own mail and nobody else's")
             client.logout()
-        client = Raw(proxy.ports["plain"])
+        client = RawClient(proxy.ports["plain"])
         client.line()
         user, password = next(iter(PASSWORDS.items()))
         self.assertTrue(client.command("a", f"LOGIN {user} wrong")[-1].startswith(b"a NO ["))

@@ -9,8 +9,8 @@ import urllib.parse
 import urllib.request
 
 import directory_servers
-from fixtures import PATIENCE, REPOSITORY, Certificates, Dovecot, Folder, Process, Proxy, free_port, program, wait_for
-from imap_client import Raw, connect, message
+from fixtures import TIMEOUT, REPOSITORY, Certificates, Dovecot, Folder, Process, Proxy, free_port, program, wait_for
+from imap_client import RawClient, connect, message
 
 DASHBOARDS = REPOSITORY / "dashboards"
 # Grafana fills these in; $__rate_interval is four scrapes.
@@ -40,7 +40,7 @@ def metrics_in(text):
 class DashboardFiles(unittest.TestCase):
     def test_alert_rules_pass_their_unit_tests(self):
         for command in (["check", "rules", "alerts.yaml"], ["test", "rules", "alerts_test.yaml"]):
-            done = subprocess.run([program("promtool"), *command], cwd=DASHBOARDS, capture_output=True, text=True, timeout=PATIENCE)
+            done = subprocess.run([program("promtool"), *command], cwd=DASHBOARDS, capture_output=True, text=True, timeout=TIMEOUT)
             self.assertEqual(done.returncode, 0, done.stdout + done.stderr)
 
     def test_every_alert_has_unit_tests(self):
@@ -107,7 +107,7 @@ scrape_configs:
 
     def prometheus_is_ready(self):
         try:
-            with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/-/ready", timeout=PATIENCE) as answer:
+            with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/-/ready", timeout=TIMEOUT) as answer:
                 return answer.status == 200
         except OSError:
             return False
@@ -117,7 +117,7 @@ scrape_configs:
         client.login("alice@example.org", "wonderland")
         client.append("INBOX", None, None, message("metrics"))
         client.logout()
-        raw = Raw(self.proxy.ports["plain"])
+        raw = RawClient(self.proxy.ports["plain"])
         raw.line()
         raw.command("a", "LOGIN alice@example.org wrong")
         raw.command("b", "LOGIN bob@example.net builder")
@@ -129,7 +129,7 @@ scrape_configs:
         for name, value in VARIABLES.items():
             expression = expression.replace("${" + name[1:] + "}", value).replace(name, value)
         url = f"http://127.0.0.1:{self.port}/api/v1/query?" + urllib.parse.urlencode({"query": expression})
-        with urllib.request.urlopen(url, timeout=PATIENCE) as answer:
+        with urllib.request.urlopen(url, timeout=TIMEOUT) as answer:
             return [sample for sample in json.load(answer)["data"]["result"] if sample["value"][1] != "NaN"]
 
     def test_every_panel_query_returns_samples(self):

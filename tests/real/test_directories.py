@@ -7,8 +7,8 @@ import time
 import unittest
 
 import directory_servers
-from fixtures import PASSWORDS, PATIENCE, Certificates, Dovecot, Folder, Proxy, free_port, wait_for
-from imap_client import Raw
+from fixtures import PASSWORDS, TIMEOUT, Certificates, Dovecot, Folder, Proxy, free_port, wait_for
+from imap_client import RawClient
 
 ALICE, BOB, CAROL = "alice@example.org", "bob@example.net", "carol@example.org"
 # Who would be found if any of these were not only a name.
@@ -34,11 +34,11 @@ admin: {{address: "127.0.0.1:{{admin}}"}}
 """
 
 
-class Client:
+class LoginClient:
     """One connection, many login attempts."""
 
     def __init__(self, proxy):
-        self.raw = Raw(proxy.ports["plain"])
+        self.raw = RawClient(proxy.ports["plain"])
         self.raw.until(b"* OK")
 
     def login(self, user, password="wrong"):
@@ -64,7 +64,7 @@ class Directories:
         cls.directory = cls.make()
         cls.addClassCleanup(cls.directory.close)
         for user, fields in cls.rows().items():
-            cls.directory.row(user, **fields)
+            cls.directory.add_user(user, **fields)
 
     @classmethod
     def rows(cls):
@@ -92,13 +92,13 @@ class Directories:
 
     def assert_login(self, proxy, user=ALICE, backend="shard-a"):
         before = proxy.metric("vestibule_backend_sessions_total", backend=backend)
-        answer = Client(proxy).login(user, PASSWORDS.get(user, PASSWORDS[CAROL]))
+        answer = LoginClient(proxy).login(user, PASSWORDS.get(user, PASSWORDS[CAROL]))
         self.assertRegex(answer, "^a OK", proxy.log())
         # Counted when the relay begins, which the client may not wait for.
         wait_for("the session", lambda: proxy.metric("vestibule_backend_sessions_total", backend=backend) == before + 1)
 
-    def answers(self, proxy, user, start):
-        answer = Client(proxy).login(user, "wrong")
+    def assert_refused(self, proxy, user, start):
+        answer = LoginClient(proxy).login(user, "wrong")
         self.assertTrue(answer.startswith("a " + start), f"{user}: {answer}\n{proxy.log()}")
 
 
@@ -110,16 +110,16 @@ class DirectoryTests(Directories):
         self.assert_login(proxy)
         self.assert_login(proxy, BOB, "shard-b")
         self.assert_login(proxy, "alias@example.org", "shard-b")
-        self.answers(proxy, "closed@example.org", "NO [CONTACTADMIN] The account was closed.")
-        self.answers(proxy, "moving@example.org", "NO [UNAVAILABLE] Your mailbox moves.")
-        self.answers(proxy, "nobody@example.org", "NO [AUTHENTICATIONFAILED]")
-        self.answers(proxy, "lost@example.org", "NO [UNAVAILABLE]")
+        self.assert_refused(proxy, "closed@example.org", "NO [CONTACTADMIN] The account was closed.")
+        self.assert_refused(proxy, "moving@example.org", "NO [UNAVAILABLE] Your mailbox moves.")
+        self.assert_refused(proxy, "nobody@example.org", "NO [AUTHENTICATIONFAILED]")
+        self.assert_refused(proxy, "lost@example.org", "NO [UNAVAILABLE]")
         self.assertIn("shard-x", proxy.log())
         self.assertNotIn(getattr(self.directory, "PASSWORD", "no password"), proxy.log())
 
     def test_hostile_names_match_no_user(self):
         proxy = self.proxy()
-        client = Client(proxy)
+        client = LoginClient(proxy)
         for name in HOSTILE:
             self.assertRegex(client.login(name), r"^a (NO \[AUTHENTICATIONFAILED\]|BAD)", f"{name!r}\n{proxy.log()}")
         # NUL is no part of a literal (BAD); the others are well-formed and cannot be right (RFC 9051 section 6.2.3: NO).
@@ -135,33 +135,33 @@ class DirectoryTests(Directories):
 
     def test_unusual_names_are_found(self):
         proxy = self.proxy()
-        client = Client(proxy)
+        client = LoginClient(proxy)
         for number, user in enumerate(self.unusual_names):
             self.assertEqual(client.login(user), f"a NO [CONTACTADMIN] Odd {number}.", f"{user!r}\n{proxy.log()}")
 
     def test_slow_directory_delays_the_login(self):
         proxy = self.proxy(timeout="20s")
         self.assert_login(proxy)
-        client = Client(proxy)
-        self.directory.hold()
+        client = LoginClient(proxy)
+        self.directory.pause()
         try:
             client.raw.send(f'a LOGIN {ALICE} "{PASSWORDS[ALICE]}"\r\n'.encode())
             client.raw.socket.settimeout(1)
             with self.assertRaises(TimeoutError):
                 client.raw.line()
         finally:
-            self.directory.release()
-        client.raw.socket.settimeout(PATIENCE)
+            self.directory.resume()
+        client.raw.socket.settimeout(TIMEOUT)
         self.assertRegex(client.raw.until(b"a ")[-1], b"^a OK", proxy.log())
         self.assertEqual(proxy.metric("vestibule_route_lookups_total", result="failed"), 0)
 
     def test_hung_connections_fail_lookups_within_the_timeout(self):
         proxy = self.proxy(connections=2, timeout="1s")
         self.assert_login(proxy)
-        self.directory.hold()
+        self.directory.pause()
         try:
             began = time.monotonic()
-            clients = [Client(proxy) for _ in range(12)]
+            clients = [LoginClient(proxy) for _ in range(12)]
             with concurrent.futures.ThreadPoolExecutor(12) as pool:
                 results = list(pool.map(lambda client: client.login(ALICE, PASSWORDS[ALICE]), clients))
             for result in results:
@@ -170,12 +170,12 @@ class DirectoryTests(Directories):
             self.assertLess(time.monotonic() - began, 10)
             self.assertIn("for a free connection", proxy.log())
         finally:
-            self.directory.release()
-        wait_for("the directory", lambda: Client(proxy).login(ALICE, PASSWORDS[ALICE]).startswith("a OK"))
+            self.directory.resume()
+        wait_for("the directory", lambda: LoginClient(proxy).login(ALICE, PASSWORDS[ALICE]).startswith("a OK"))
 
     def test_lookups_wait_for_a_free_connection(self):
         proxy = self.proxy(connections=1, timeout="20s")
-        clients = [Client(proxy) for _ in range(30)]
+        clients = [LoginClient(proxy) for _ in range(30)]
         with concurrent.futures.ThreadPoolExecutor(30) as pool:
             results = list(pool.map(lambda client: client.login(ALICE, PASSWORDS[ALICE]), clients))
         for result in results:
@@ -184,33 +184,33 @@ class DirectoryTests(Directories):
     def test_hung_directory_fails_the_lookup(self):
         proxy = self.proxy()
         self.assert_login(proxy)
-        self.directory.hold()
+        self.directory.pause()
         try:
             began = time.monotonic()
-            self.answers(proxy, ALICE, "NO [UNAVAILABLE]")
+            self.assert_refused(proxy, ALICE, "NO [UNAVAILABLE]")
             self.assertGreater(time.monotonic() - began, 0.5)
             self.assertEqual(proxy.metric("vestibule_route_failing"), 1)
         finally:
-            self.directory.release()
-        wait_for("the directory", lambda: Client(proxy).login(ALICE, PASSWORDS[ALICE]).startswith("a OK"))
+            self.directory.resume()
+        wait_for("the directory", lambda: LoginClient(proxy).login(ALICE, PASSWORDS[ALICE]).startswith("a OK"))
         self.assertEqual(proxy.metric("vestibule_route_failing"), 0)
 
     def test_cached_answers_are_used_while_the_directory_hangs(self):
         proxy = self.proxy("cache: {ttl: 1s, negative: 1s}")
         self.assert_login(proxy)
-        self.answers(proxy, "nobody@example.org", "NO [AUTHENTICATIONFAILED]")
-        self.directory.hold()
+        self.assert_refused(proxy, "nobody@example.org", "NO [AUTHENTICATIONFAILED]")
+        self.directory.pause()
         try:
             # Until its time is over the answer is fresh, and nobody knows that the directory hangs.
-            wait_for("a stale answer", lambda: Client(proxy).login(ALICE, PASSWORDS[ALICE]).startswith("a OK")
+            wait_for("a stale answer", lambda: LoginClient(proxy).login(ALICE, PASSWORDS[ALICE]).startswith("a OK")
                      and proxy.metric("vestibule_route_cache_total", state="stale") > 0)
-            self.answers(proxy, BOB, "NO [UNAVAILABLE]")
+            self.assert_refused(proxy, BOB, "NO [UNAVAILABLE]")
             # An unknown user is not known to be unknown for longer than the directory said.
             wait_for("the end of the negative answer",
-                     lambda: Client(proxy).login("nobody@example.org").startswith("a NO [UNAVAILABLE]"))
+                     lambda: LoginClient(proxy).login("nobody@example.org").startswith("a NO [UNAVAILABLE]"))
         finally:
-            self.directory.release()
-        wait_for("the directory", lambda: Client(proxy).login(BOB, PASSWORDS[BOB]).startswith("a OK"))
+            self.directory.resume()
+        wait_for("the directory", lambda: LoginClient(proxy).login(BOB, PASSWORDS[BOB]).startswith("a OK"))
 
 
 class ServerDirectoryTests(DirectoryTests):
@@ -220,28 +220,28 @@ class ServerDirectoryTests(DirectoryTests):
         proxy = self.proxy()
         self.assert_login(proxy)
         self.directory.kill()
-        self.answers(proxy, ALICE, "NO [UNAVAILABLE]")
-        self.answers(proxy, "nobody@example.org", "NO [UNAVAILABLE]")
+        self.assert_refused(proxy, ALICE, "NO [UNAVAILABLE]")
+        self.assert_refused(proxy, "nobody@example.org", "NO [UNAVAILABLE]")
         self.directory.start()
-        wait_for("the directory", lambda: Client(proxy).login(ALICE, PASSWORDS[ALICE]).startswith("a OK"))
-        self.answers(proxy, "nobody@example.org", "NO [AUTHENTICATIONFAILED]")
+        wait_for("the directory", lambda: LoginClient(proxy).login(ALICE, PASSWORDS[ALICE]).startswith("a OK"))
+        self.assert_refused(proxy, "nobody@example.org", "NO [AUTHENTICATIONFAILED]")
 
 
     def test_directory_that_stops_during_a_lookup_fails_it(self):
         proxy = self.proxy(timeout="3s")
         self.assert_login(proxy)
-        self.directory.hold()
-        client = Client(proxy)
+        self.directory.pause()
+        client = LoginClient(proxy)
         client.raw.send(f'a LOGIN {ALICE} "{PASSWORDS[ALICE]}"\r\n'.encode())
         client.raw.socket.settimeout(0.3)
         with self.assertRaises(TimeoutError):
             client.raw.line()
-        client.raw.socket.settimeout(PATIENCE)
+        client.raw.socket.settimeout(TIMEOUT)
         self.directory.kill()
         self.assertRegex(client.raw.until(b"a ")[-1], rb"^a NO \[UNAVAILABLE\]")
-        self.directory.release()
+        self.directory.resume()
         self.directory.start()
-        wait_for("the directory", lambda: Client(proxy).login(ALICE, PASSWORDS[ALICE]).startswith("a OK"))
+        wait_for("the directory", lambda: LoginClient(proxy).login(ALICE, PASSWORDS[ALICE]).startswith("a OK"))
 
 
 class TlsDirectoryTests:
@@ -254,7 +254,7 @@ class TlsDirectoryTests:
         route = [line if not line.startswith("ca:") else f"ca: {other.ca}" for line in self.route()]
         self.assertNotEqual(route, self.route())
         self.route = lambda: route
-        self.answers(self.proxy(), ALICE, "NO [UNAVAILABLE]")
+        self.assert_refused(self.proxy(), ALICE, "NO [UNAVAILABLE]")
 
 
 class PostgreSql(TlsDirectoryTests, ServerDirectoryTests, unittest.TestCase):
@@ -274,7 +274,7 @@ class PostgreSql(TlsDirectoryTests, ServerDirectoryTests, unittest.TestCase):
             route = self.route()[:-1] + [f'query: "{query}"']
             self.route = lambda route=route: route
             proxy = self.proxy()
-            self.answers(proxy, ALICE, "NO [UNAVAILABLE]")
+            self.assert_refused(proxy, ALICE, "NO [UNAVAILABLE]")
             self.assertIn(reason, proxy.log())
             proxy.close()
             del self.route
@@ -286,7 +286,7 @@ class PostgreSql(TlsDirectoryTests, ServerDirectoryTests, unittest.TestCase):
         self.addCleanup(lambda: delattr(self, "route"))
         proxy = self.proxy()
         for _ in range(3):
-            self.answers(proxy, ALICE, "NO [UNAVAILABLE]")
+            self.assert_refused(proxy, ALICE, "NO [UNAVAILABLE]")
         self.assertIn("more than one row", proxy.log())
         self.assertNotIn("no answer within", proxy.log())
         ended = ("DO $$ BEGIN ASSERT (SELECT count(*) FROM pg_stat_activity WHERE state = 'active' AND "
@@ -323,28 +323,28 @@ class OpenLdap(TlsDirectoryTests, ServerDirectoryTests, unittest.TestCase):
 
     def route(self):
         attributes = ", ".join(f"{field}: {name}" for field, name in self.directory.ATTRIBUTES.items())
-        return ["ldap", *self.way(), 'bind: "cn=vestibule,dc=test"', "password_file: password", 'base: "dc=test"',
+        return ["ldap", *self.endpoint(), 'bind: "cn=vestibule,dc=test"', "password_file: password", 'base: "dc=test"',
                 'filter: "(mail=%{user})"', f"attributes: {{{attributes}}}"]
 
-    def way(self):
+    def endpoint(self):
         return [f"url: ldap://localhost:{self.directory.port}", "starttls: true", f"ca: {self.certificates.ca}"]
 
     def test_ldaps_verifies_the_certificate(self):
-        self.way = lambda: [f"url: ldaps://localhost:{self.directory.tls_port}", f"ca: {self.certificates.ca}"]
+        self.endpoint = lambda: [f"url: ldaps://localhost:{self.directory.tls_port}", f"ca: {self.certificates.ca}"]
         self.assert_login(self.proxy())
         other = Certificates(Folder())
-        self.way = lambda: [f"url: ldaps://localhost:{self.directory.tls_port}", f"ca: {other.ca}"]
-        self.answers(self.proxy(), ALICE, "NO [UNAVAILABLE]")
+        self.endpoint = lambda: [f"url: ldaps://localhost:{self.directory.tls_port}", f"ca: {other.ca}"]
+        self.assert_refused(self.proxy(), ALICE, "NO [UNAVAILABLE]")
 
     def test_two_ldap_entries_fail_the_lookup(self):
         for _ in range(2):
-            self.directory.row("twice@example.org", backend="shard-a")
+            self.directory.add_user("twice@example.org", backend="shard-a")
         proxy = self.proxy()
-        self.answers(proxy, "twice@example.org", "NO [UNAVAILABLE]")
+        self.assert_refused(proxy, "twice@example.org", "NO [UNAVAILABLE]")
         self.assertIn("more than one entry", proxy.log())
 
     def test_directory_names_are_mapped_to_backends(self):
-        self.directory.row("old@example.org", backend="imap3.internal", user=CAROL)
+        self.directory.add_user("old@example.org", backend="imap3.internal", user=CAROL)
         proxy = self.proxy("names: {imap3.internal: shard-b}")
         self.assert_login(proxy, "old@example.org", "shard-b")
 
@@ -365,7 +365,7 @@ class Redis(ServerDirectoryTests, unittest.TestCase):
 
         def log_in(user):
             while not over.is_set():
-                answers[user].add(Client(proxy).login(user, PASSWORDS.get(user, "wrong"))[:12])
+                answers[user].add(LoginClient(proxy).login(user, PASSWORDS.get(user, "wrong"))[:12])
 
         people = [threading.Thread(target=log_in, args=(user,), daemon=True) for user in answers]
         for person in people:
@@ -377,7 +377,7 @@ class Redis(ServerDirectoryTests, unittest.TestCase):
             wait_for("somebody to notice", lambda: proxy.metric("vestibule_route_failing") == 0)
         over.set()
         for person in people:
-            person.join(PATIENCE)
+            person.join(TIMEOUT)
         self.assertEqual(answers[ALICE], {"a OK [CAPABI", "a NO [UNAVAI"})
         self.assertEqual(answers["nobody@example.org"], {"a NO [AUTHEN", "a NO [UNAVAI"})
         self.assertEqual(proxy.metric("vestibule_backend_sessions_total", backend="shard-b"), 0)
@@ -388,15 +388,15 @@ class Redis(ServerDirectoryTests, unittest.TestCase):
                               f"ca: {self.certificates.ca}", 'key: "hash:%{user}"', "field: shard"]
         proxy = self.proxy()
         self.assert_login(proxy, CAROL, "shard-b")
-        self.answers(proxy, "nobody@example.org", "NO [AUTHENTICATIONFAILED]")
+        self.assert_refused(proxy, "nobody@example.org", "NO [AUTHENTICATIONFAILED]")
         self.directory.command("SET", "hash:string@example.org", "shard-a")
-        self.answers(proxy, "string@example.org", "NO [UNAVAILABLE]")
+        self.assert_refused(proxy, "string@example.org", "NO [UNAVAILABLE]")
         folder = Folder()
         self.addCleanup(folder.remove)
         other = Certificates(folder)
         route = [line if not line.startswith("ca:") else f"ca: {other.ca}" for line in self.route()]
         self.route = lambda: route
-        self.answers(self.proxy(), CAROL, "NO [UNAVAILABLE]")
+        self.assert_refused(self.proxy(), CAROL, "NO [UNAVAILABLE]")
 
     def test_redis_sentinel_failover_is_followed(self):
         replica = directory_servers.Redis(extra=["--replicaof", "127.0.0.1", str(self.directory.port)])
@@ -411,7 +411,7 @@ class Redis(ServerDirectoryTests, unittest.TestCase):
         self.assert_login(proxy)
         self.directory.kill()
         try:
-            wait_for("the new master", lambda: Client(proxy).login(ALICE, PASSWORDS[ALICE]).startswith("a OK"))
+            wait_for("the new master", lambda: LoginClient(proxy).login(ALICE, PASSWORDS[ALICE]).startswith("a OK"))
         finally:
             self.directory.start()
 
@@ -433,15 +433,15 @@ class Redis(ServerDirectoryTests, unittest.TestCase):
         proxy = self.proxy()
         self.assert_login(proxy)
         self.assert_login(proxy, BOB, "shard-b")
-        self.answers(proxy, "closed@example.org", "NO [CONTACTADMIN]")
-        self.answers(proxy, "nobody@example.org", "NO [AUTHENTICATIONFAILED]")
+        self.assert_refused(proxy, "closed@example.org", "NO [CONTACTADMIN]")
+        self.assert_refused(proxy, "nobody@example.org", "NO [AUTHENTICATIONFAILED]")
         # A node without a replica takes its users along, and brings them back.
         number = int(nodes[0].command("CLUSTER", "KEYSLOT", f"mailbox:{ALICE}"))
         owner = next(node for node in nodes if owns(node, number))
         owner.kill()
-        self.answers(proxy, ALICE, "NO [UNAVAILABLE]")
+        self.assert_refused(proxy, ALICE, "NO [UNAVAILABLE]")
         owner.start()
-        wait_for("the node", lambda: Client(proxy).login(ALICE, PASSWORDS[ALICE]).startswith("a OK"))
+        wait_for("the node", lambda: LoginClient(proxy).login(ALICE, PASSWORDS[ALICE]).startswith("a OK"))
 
 
 def owns(node, slot):
@@ -481,7 +481,7 @@ class Dns(ServerDirectoryTests, unittest.TestCase):
                               "names: {mail-a.internal: shard-a}"]
         proxy = self.proxy()
         self.assert_login(proxy)
-        self.answers(proxy, BOB, "NO [AUTHENTICATIONFAILED]")
+        self.assert_refused(proxy, BOB, "NO [AUTHENTICATIONFAILED]")
 
 
 if __name__ == "__main__":

@@ -10,11 +10,11 @@ import directory_servers
 import test_directories
 from fixtures import PASSWORDS, free_port, program, wait_for
 from tcp_peers import Relay
-from http_service import Responder
-from test_directories import ALICE, BOB, Client, Directories
+from http_service import HttpService
+from test_directories import ALICE, BOB, LoginClient, Directories
 from test_http_routes import BASE, Nginx
 
-TIMEOUT = "6s"
+LOOKUP_TIMEOUT = "6s"
 
 
 class ConnectionTests(Directories):
@@ -28,18 +28,18 @@ class ConnectionTests(Directories):
         return {ALICE: {"backend": "shard-a"}, BOB: {"backend": "shard-b"}}
 
     def setUp(self):
-        self.relays = [self.relay(self.directory.port)]
+        self.relays = [self.start_relay(self.directory.port)]
         # Whoever builds the route asks the directory for its port.
-        self.direct = self.directory.port
+        self.directory_port = self.directory.port
         self.directory.port = self.relays[0].port
         self.exempt = []
         try:
-            self.prepared = self.route()
+            self.relayed_route = self.route()
         finally:
-            self.directory.port = self.direct
-        self.route = lambda: self.prepared
+            self.directory.port = self.directory_port
+        self.route = lambda: self.relayed_route
 
-    def relay(self, port):
+    def start_relay(self, port):
         relay = Relay(port)
         self.addCleanup(relay.close)
         return relay
@@ -47,8 +47,8 @@ class ConnectionTests(Directories):
     def accepted(self):
         return sum(relay.accepted for relay in self.relays)
 
-    def open(self):
-        return sum(relay.open() for relay in self.relays)
+    def open_connections(self):
+        return sum(relay.open_connections() for relay in self.relays)
 
     def relayed_connections(self):
         return [connection for relay in self.relays for connection in relay.connections if connection not in self.exempt]
@@ -59,20 +59,20 @@ class ConnectionTests(Directories):
 
     def log_in(self, proxy, user=ALICE):
         """A session that stays open."""
-        client = Client(proxy)
+        client = LoginClient(proxy)
         self.assertRegex(client.login(user, PASSWORDS[user]), "^a OK", proxy.log())
         return client
 
-    def fill(self, proxy, count=4):
+    def use_all_connections(self, proxy, count=4):
         """Lookups at the same time use as many connections as they may."""
-        clients, before = [Client(proxy) for _ in range(count)], self.accepted()
-        self.directory.hold()
+        clients, before = [LoginClient(proxy) for _ in range(count)], self.accepted()
+        self.directory.pause()
         try:
             for client in clients:
                 client.raw.send(f'a LOGIN {ALICE} "{PASSWORDS[ALICE]}"\r\n'.encode())
             wait_for("their connections", lambda: self.accepted() >= before + self.expected_connections)
         finally:
-            self.directory.release()
+            self.directory.resume()
         for client in clients:
             self.assertRegex(client.raw.until(b"a ")[-1], b"^a OK", proxy.log())
 
@@ -82,19 +82,19 @@ class ConnectionTests(Directories):
         wait_for("the reload", lambda: proxy.metric("vestibule_reloads_total", outcome="loaded") == before + 1)
 
     def test_silent_connections_fail_no_login(self):
-        proxy = self.proxy(timeout=TIMEOUT)
-        self.fill(proxy)
+        proxy = self.proxy(timeout=LOOKUP_TIMEOUT)
+        self.use_all_connections(proxy)
         for _ in range(2):
             self.go_silent()
             accepted, silent = self.accepted(), self.relayed_connections()
             with concurrent.futures.ThreadPoolExecutor(4) as pool:
-                clients = [Client(proxy) for _ in range(4)]
+                clients = [LoginClient(proxy) for _ in range(4)]
                 answers = list(pool.map(lambda client: client.login(ALICE, PASSWORDS[ALICE]), clients))
             for answer in answers:
                 self.assertRegex(answer, "^a OK", proxy.log())
             self.assertGreater(self.accepted(), accepted)
             # The silent ones are closed: later lookups meet none.
-            wait_for("the silent connections to close", lambda: all(connection.is_over for connection in silent))
+            wait_for("the silent connections to close", lambda: all(connection.is_closed_by_client for connection in silent))
             accepted = self.accepted()
             for _ in range(6):
                 self.log_in(proxy)
@@ -103,10 +103,10 @@ class ConnectionTests(Directories):
         self.assertEqual(proxy.metric("vestibule_route_failing"), 0)
 
     def test_idle_connections_use_keepalive(self):
-        proxy = self.proxy(timeout=TIMEOUT)
+        proxy = self.proxy(timeout=LOOKUP_TIMEOUT)
         self.log_in(proxy)
         for relay in self.relays:
-            if any(connection not in self.exempt and not connection.is_over for connection in relay.connections):
+            if any(connection not in self.exempt and not connection.is_closed_by_client for connection in relay.connections):
                 found = subprocess.run([program("ss"), "-Htnpo", "dport", "=", f":{relay.port}"], capture_output=True, text=True)
                 own = [line for line in found.stdout.splitlines() if f"pid={proxy.process.child.pid}," in line]
                 self.assertTrue(own, found.stdout)
@@ -114,7 +114,7 @@ class ConnectionTests(Directories):
                     self.assertIn("timer:(keepalive", line)
 
     def test_reload_keeps_connections_unless_the_secret_changes(self):
-        proxy = self.proxy(timeout=TIMEOUT)
+        proxy = self.proxy(timeout=LOOKUP_TIMEOUT)
         sessions = [self.log_in(proxy)]
         accepted, text = self.accepted(), proxy.file.read_text()
         for round in range(10):
@@ -127,10 +127,10 @@ class ConnectionTests(Directories):
             # Another content, and the same password.
             secret.write_text(secret.read_text() + "\n")
         else:
-            proxy.file.write_text(text.replace(f"timeout: {TIMEOUT}", "timeout: 7s"))
+            proxy.file.write_text(text.replace(f"timeout: {LOOKUP_TIMEOUT}", "timeout: 7s"))
         before = self.relayed_connections()
         self.reload(proxy)
-        wait_for("the old connections to close", lambda: all(connection.is_over for connection in before))
+        wait_for("the old connections to close", lambda: all(connection.is_closed_by_client for connection in before))
         sessions.append(self.log_in(proxy))
         self.assertGreater(self.accepted(), accepted)
         for session in sessions:
@@ -146,14 +146,14 @@ class PostgreSqlConnections(ConnectionTests, test_directories.PostgreSql):
     def test_repeated_reloads_stay_within_max_connections(self):
         self.directory.sql("ALTER ROLE vestibule CONNECTION LIMIT 10")
         self.addCleanup(self.directory.sql, "ALTER ROLE vestibule CONNECTION LIMIT -1")
-        proxy = self.proxy(timeout=TIMEOUT, connections=8)
+        proxy = self.proxy(timeout=LOOKUP_TIMEOUT, connections=8)
         text, sessions = proxy.file.read_text(), []
         for round in range(10):
             # Every reload changes the query, so that none uses the connections of the one before.
             proxy.file.write_text(re.sub("SELECT .* WHERE", f"SELECT *, {round} AS n FROM mailbox WHERE", text))
             self.reload(proxy)
             sessions.append(self.log_in(proxy))
-        wait_for("the old connections to close", lambda: self.open() == 1)
+        wait_for("the old connections to close", lambda: self.open_connections() == 1)
 
     def test_timed_out_lookups_leave_a_limited_number_of_queries(self):
         """PostgreSQL does not notice that a client has closed its connection while a query waits for a lock."""
@@ -163,30 +163,30 @@ class PostgreSqlConnections(ConnectionTests, test_directories.PostgreSql):
         self.addCleanup(lock.wait)
         self.addCleanup(lock.stdin.close)
         for _ in range(5):
-            clients = [Client(proxy) for _ in range(2)]
+            clients = [LoginClient(proxy) for _ in range(2)]
             with concurrent.futures.ThreadPoolExecutor(2) as pool:
                 for answer in pool.map(lambda client: client.login(ALICE, PASSWORDS[ALICE]), clients):
                     self.assertRegex(answer, r"^a NO \[UNAVAILABLE\]")
             self.assertLessEqual(self.directory.connections(), 4)
         lock.stdin.close()
-        wait_for("the table", lambda: Client(proxy).login(ALICE, PASSWORDS[ALICE]).startswith("a OK"))
+        wait_for("the table", lambda: LoginClient(proxy).login(ALICE, PASSWORDS[ALICE]).startswith("a OK"))
         wait_for("the abandoned queries to end", lambda: self.directory.connections() <= 2)
 
     def test_slow_answer_closes_no_other_connection(self):
         sleep = f"pg_sleep(CASE WHEN %{{user}} = '{BOB}' THEN 4 ELSE 0 END)"
-        self.prepared[-1] = f"query: SELECT mailbox.* FROM mailbox, {sleep} WHERE name = %{{user}}"
-        proxy = self.proxy(timeout=TIMEOUT)
-        self.fill(proxy)
+        self.relayed_route[-1] = f"query: SELECT mailbox.* FROM mailbox, {sleep} WHERE name = %{{user}}"
+        proxy = self.proxy(timeout=LOOKUP_TIMEOUT)
+        self.use_all_connections(proxy)
         before = self.relayed_connections()
-        self.assertEqual(self.open(), 4)
+        self.assertEqual(self.open_connections(), 4)
         # The second attempt begins after 3 s.
         self.log_in(proxy, BOB)
         self.assertEqual(self.accepted(), 5)
-        self.assertFalse(any(connection.is_over for connection in before))
+        self.assertFalse(any(connection.is_closed_by_client for connection in before))
 
     def test_altered_table_fails_no_login(self):
         """The plans of prepared statements do not fit it any more."""
-        proxy = self.proxy(timeout=TIMEOUT)
+        proxy = self.proxy(timeout=LOOKUP_TIMEOUT)
         self.log_in(proxy)
         self.directory.sql("ALTER TABLE mailbox ADD COLUMN extra text")
         self.addCleanup(self.directory.sql, "ALTER TABLE mailbox DROP COLUMN extra")
@@ -216,15 +216,15 @@ class SentinelConnections(ConnectionTests, test_directories.Redis):
 
     def setUp(self):
         super().setUp()
-        master = self.relay(self.directory.port)
+        master = self.start_relay(self.directory.port)
         named = type("Master", (), {"port": master.port, "PASSWORD": self.directory.PASSWORD})
         sentinel = directory_servers.Sentinel(named)
         self.addCleanup(sentinel.close)
         wait_for("the Sentinel", lambda: "flags\nmaster\n" in sentinel.command("SENTINEL", "MASTER", "mail"))
         wait_for("its connections", lambda: master.accepted >= 2)
         self.exempt = list(master.connections)
-        self.relays = [master, self.relay(sentinel.port)]
-        self.prepared = ["redis", f'sentinels: ["redis://localhost:{self.relays[1].port}"]', "master: mail",
+        self.relays = [master, self.start_relay(sentinel.port)]
+        self.relayed_route = ["redis", f'sentinels: ["redis://localhost:{self.relays[1].port}"]', "master: mail",
                          "password_file: password", 'key: "mailbox:%{user}"']
 
 
@@ -236,7 +236,7 @@ class ClusterConnections(ConnectionTests, test_directories.Redis):
         nodes, self.relays = [], []
         for _ in range(3):
             port = free_port()
-            self.relays.append(self.relay(port))
+            self.relays.append(self.start_relay(port))
             settings = ["--cluster-enabled", "yes", "--cluster-node-timeout", "2000", "--cluster-port", str(free_port()),
                         "--cluster-announce-port", str(self.relays[-1].port)]
             nodes.append(directory_servers.Redis(extra=settings, port=port))
@@ -248,13 +248,13 @@ class ClusterConnections(ConnectionTests, test_directories.Redis):
         for user, fields in self.rows().items():
             self.assertEqual(nodes[0].command("-c", "SET", f"mailbox:{user}", directory_servers.text(fields)).splitlines()[-1], "OK")
         urls = ", ".join(f'"redis://127.0.0.1:{relay.port}"' for relay in self.relays[:2])
-        self.prepared = ["redis", f"cluster: [{urls}]", "password_file: password", 'key: "mailbox:%{user}"']
+        self.relayed_route = ["redis", f"cluster: [{urls}]", "password_file: password", 'key: "mailbox:%{user}"']
 
 
 class HttpConnections(ConnectionTests, unittest.TestCase):
     @classmethod
     def make(cls):
-        return Responder()
+        return HttpService()
 
     def route(self):
         return ["http", f"url: http://localhost:{self.directory.port}/where"]
@@ -273,12 +273,12 @@ class Http2Connections(HttpConnections):
                 listen 127.0.0.1:PORT ssl http2;
                 ssl_certificate {self.certificates.cert};
                 ssl_certificate_key {self.certificates.key};
-                location / {{ proxy_pass http://127.0.0.1:{self.direct}; }}
+                location / {{ proxy_pass http://127.0.0.1:{self.directory_port}; }}
               }}
             }}""")
         self.addCleanup(nginx.close)
-        self.relays = [self.relay(nginx.port)]
-        self.prepared = ["http", f"url: https://localhost:{self.relays[0].port}/", f"ca: {self.certificates.ca}"]
+        self.relays = [self.start_relay(nginx.port)]
+        self.relayed_route = ["http", f"url: https://localhost:{self.relays[0].port}/", f"ca: {self.certificates.ca}"]
 
 
 def load_tests(loader, _tests, _pattern):

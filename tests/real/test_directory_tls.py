@@ -6,9 +6,9 @@ import unittest
 
 import directory_servers
 from fixtures import PASSWORDS, REPOSITORY, Certificates, Folder, Proxy, program
-from tcp_peers import Fixed, Relay
-from http_service import Responder
-from test_directories import ALICE, Client, Directories
+from tcp_peers import FixedReplyServer, Relay
+from http_service import HttpService
+from test_directories import ALICE, LoginClient, Directories
 
 TEMPLATE = """
 listeners: [{{address: "127.0.0.1:{{plain}}", tls: none}}]
@@ -32,7 +32,7 @@ NO_STARTTLS = bytes.fromhex("300c02010178070a010204000400")
 
 class Tls(Directories):
     # What is in the log when the server speaks no TLS.
-    plaintext = "the server does not speak TLS on this port"
+    no_tls_error = "the server does not speak TLS on this port"
     # What a server without TLS says at the connection, and to the first request.
     greeting, reply = b"", b"* OK ready\r\n"
 
@@ -40,8 +40,8 @@ class Tls(Directories):
     def rows(cls):
         return {ALICE: {"backend": "shard-a"}}
 
-    def start(self, port, ca=None, host="localhost", environment=None):
-        kind, *keys = self.lines(host, port, ca or self.certificates.ca)
+    def start_proxy(self, port, ca=None, host="localhost", environment=None):
+        kind, *keys = self.route(host, port, ca or self.certificates.ca)
         folder = Folder()
         self.addCleanup(folder.remove)
         folder.write("password", getattr(self.directory, "PASSWORD", "none") + "\n", 0o600)
@@ -51,8 +51,8 @@ class Tls(Directories):
         return proxy
 
     def assert_lookup_fails(self, reason, port=None, **options):
-        proxy = self.start(port or self.tls_port(), **options)
-        answer = Client(proxy).login(ALICE, PASSWORDS[ALICE])
+        proxy = self.start_proxy(port or self.tls_port(), **options)
+        answer = LoginClient(proxy).login(ALICE, PASSWORDS[ALICE])
         self.assertRegex(answer, r"^a NO \[UNAVAILABLE\]", proxy.log())
         line = next((line for line in proxy.log().splitlines() if "route lookup failed" in line), "")
         self.assertRegex(line, f"route {self.kind}: .*{reason}", proxy.log())
@@ -65,8 +65,8 @@ class Tls(Directories):
         return getattr(self.directory, "tls_port", self.directory.port)
 
     def test_valid_certificate_is_accepted(self):
-        proxy = self.start(self.tls_port())
-        self.assertRegex(Client(proxy).login(ALICE, PASSWORDS[ALICE]), "^a OK", proxy.log())
+        proxy = self.start_proxy(self.tls_port())
+        self.assertRegex(LoginClient(proxy).login(ALICE, PASSWORDS[ALICE]), "^a OK", proxy.log())
 
     def test_certificate_of_an_unknown_authority_is_refused(self):
         other = Folder()
@@ -87,36 +87,36 @@ class Tls(Directories):
         self.assert_lookup_fails("the server's certificate has expired", environment={"LD_PRELOAD": str(library), "CLOCK_FILE": str(shift)})
 
     def test_server_without_tls_is_reported(self):
-        server = Fixed(self.greeting, self.reply)
+        server = FixedReplyServer(self.greeting, self.reply)
         self.addCleanup(server.close)
-        self.assert_lookup_fails(self.plaintext, port=server.port)
+        self.assert_lookup_fails(self.no_tls_error, port=server.port)
 
     def test_hung_handshake_times_out(self):
-        server = Fixed(self.greeting)
+        server = FixedReplyServer(self.greeting)
         self.addCleanup(server.close)
         self.assert_lookup_fails("no answer within 2s: the connection was not established", port=server.port)
 
 
 class PostgreSqlTls(Tls, unittest.TestCase):
-    kind, reply, plaintext = "sql", b"N", "does not support TLS"
+    kind, reply, no_tls_error = "sql", b"N", "does not support TLS"
 
     @classmethod
     def make(cls):
         return directory_servers.Postgres(cls.certificates)
 
-    def lines(self, host, port, ca):
+    def route(self, host, port, ca):
         return ["sql", f"url: postgres://vestibule@{host}:{port}/postgres", "password_file: password", f"ca: {ca}",
                 "query: SELECT * FROM mailbox WHERE name = %{user}"]
 
 
 class MariaDbTls(Tls, unittest.TestCase):
-    kind, greeting, reply, plaintext = "sql", MARIADB, b"", "does not support TLS"
+    kind, greeting, reply, no_tls_error = "sql", MARIADB, b"", "does not support TLS"
 
     @classmethod
     def make(cls):
         return directory_servers.MariaDb(cls.certificates)
 
-    def lines(self, host, port, ca):
+    def route(self, host, port, ca):
         return ["sql", f"url: mariadb://vestibule@{host}:{port}/mail", "password_file: password", f"ca: {ca}",
                 "query: SELECT * FROM mailbox WHERE BINARY name = %{user}"]
 
@@ -132,19 +132,19 @@ class OpenLdapTls(Tls, unittest.TestCase):
     def make(cls):
         return directory_servers.OpenLdap(cls.certificates)
 
-    def lines(self, host, port, ca):
+    def route(self, host, port, ca):
         attributes = ", ".join(f"{field}: {name}" for field, name in self.directory.ATTRIBUTES.items())
-        return ["ldap", *self.way(host, port), f"ca: {ca}", 'bind: "cn=vestibule,dc=test"', "password_file: password",
+        return ["ldap", *self.endpoint(host, port), f"ca: {ca}", 'bind: "cn=vestibule,dc=test"', "password_file: password",
                 'base: "dc=test"', 'filter: "(mail=%{user})"', f"attributes: {{{attributes}}}"]
 
-    def way(self, host, port):
+    def endpoint(self, host, port):
         return [f"url: ldaps://{host}:{port}"]
 
 
 class OpenLdapStartTls(OpenLdapTls):
-    reply, plaintext = NO_STARTTLS, "the server refuses StartTLS"
+    reply, no_tls_error = NO_STARTTLS, "the server refuses StartTLS"
 
-    def way(self, host, port):
+    def endpoint(self, host, port):
         return [f"url: ldap://{host}:{port}", "starttls: true"]
 
     def tls_port(self):
@@ -158,7 +158,7 @@ class RedisTls(Tls, unittest.TestCase):
     def make(cls):
         return directory_servers.Redis(cls.certificates)
 
-    def lines(self, host, port, ca):
+    def route(self, host, port, ca):
         return ["redis", f"url: rediss://{host}:{port}", "password_file: password", f"ca: {ca}", 'key: "mailbox:%{user}"']
 
 
@@ -167,9 +167,9 @@ class HttpTls(Tls, unittest.TestCase):
 
     @classmethod
     def make(cls):
-        return Responder(cls.certificates)
+        return HttpService(cls.certificates)
 
-    def lines(self, host, port, ca):
+    def route(self, host, port, ca):
         return ["http", f"url: https://{host}:{port}/", f"ca: {ca}"]
 
     def test_self_signed_certificate_is_refused(self):
@@ -180,7 +180,7 @@ class HttpTls(Tls, unittest.TestCase):
         Certificates._run("openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-days",
                           "30", "-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost", "-keyout", own.key,
                           "-out", own.cert)
-        service = Responder(own)
+        service = HttpService(own)
         self.addCleanup(service.close)
         self.assert_lookup_fails("(is that of an authority|was not issued by an authority)", port=service.port)
 

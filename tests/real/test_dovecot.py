@@ -7,7 +7,7 @@ import signal
 import unittest
 
 from fixtures import PASSWORDS, Certificates, Dovecot, Folder, Proxy, wait_for
-from imap_client import Raw, connect, context, message, subjects
+from imap_client import RawClient, connect, context, message, subjects
 
 ALICE, BOB, CAROL = "alice@example.org", "bob@example.net", "carol@example.org"
 TEMPLATE = """
@@ -87,7 +87,7 @@ class DovecotShards(unittest.TestCase):
         folder = Folder()
         self.addCleanup(folder.remove)
         proxy = self.proxy("implicit", ("tls_port", "tls_port"), ca=Certificates(folder).ca)
-        client = Raw(proxy.ports["plain"])
+        client = RawClient(proxy.ports["plain"])
         client.line()
         self.assertTrue(client.command("a", f"LOGIN {ALICE} wonderland")[-1].startswith(b"a NO [UNAVAILABLE]"))
         self.assertEqual(proxy.metric("vestibule_failures_total", side="backend", reason="tls"), 1)
@@ -97,14 +97,14 @@ class DovecotShards(unittest.TestCase):
         for command in (b"AUTHENTICATE PLAIN AGFsaWNlQGV4YW1wbGUub3JnAHdvbmRlcmxhbmQ=",
                         b"AUTHENTICATE PLAIN\r\nAGFsaWNlQGV4YW1wbGUub3JnAHdvbmRlcmxhbmQ=",
                         b"AUTHENTICATE LOGIN\r\nYWxpY2VAZXhhbXBsZS5vcmc=\r\nd29uZGVybGFuZA=="):
-            client = Raw(proxy.ports["tls"], context(self.certificates.ca))
+            client = RawClient(proxy.ports["tls"], context(self.certificates.ca))
             client.line()
             self.assertTrue(client.command("a", command)[-1].startswith(b"a OK [CAPABILITY IMAP4rev1 "), command)
             client.close()
 
     def test_login_after_a_refused_password_is_routed_again(self):
         proxy = self.proxy()
-        client = Raw(proxy.ports["tls"], context(self.certificates.ca))
+        client = RawClient(proxy.ports["tls"], context(self.certificates.ca))
         client.line()
         self.assertTrue(client.command("a", f"LOGIN {ALICE} wrong")[-1].startswith(b"a NO [AUTHENTICATIONFAILED]"))
         self.assertTrue(client.command("b", f"LOGIN nobody@nowhere.test x")[-1].startswith(b"b NO [AUTHENTICATIONFAILED]"))
@@ -116,7 +116,7 @@ class DovecotShards(unittest.TestCase):
 
     def test_commands_pipelined_after_login_are_answered(self):
         proxy = self.proxy()
-        client = Raw(proxy.ports["tls"], context(self.certificates.ca))
+        client = RawClient(proxy.ports["tls"], context(self.certificates.ca))
         client.send(f"a LOGIN {ALICE} wonderland\r\nb SELECT INBOX\r\nc NOOP\r\nd LOGOUT\r\n".encode())
         tagged = [line[:4] for line in client.until(b"d ") if line[:2] in (b"a ", b"b ", b"c ", b"d ")]
         self.assertEqual(tagged, [b"a OK", b"b OK", b"c OK", b"d OK"])
@@ -135,7 +135,7 @@ class DovecotShards(unittest.TestCase):
                         b"AUTHENTICATE PLAIN " + encoded, b"AUTHENTICATE PLAIN\r\n" + encoded,
                         f"LOGIN {ALICE} wonderland2".encode(), f"LOGIN wonderland {ALICE} x".encode()):
             for port in ("tls", "plain"):
-                client = Raw(proxy.ports[port], context(self.certificates.ca) if port == "tls" else None)
+                client = RawClient(proxy.ports[port], context(self.certificates.ca) if port == "tls" else None)
                 client.line()
                 client.command("a", command)
                 client.close()
@@ -147,7 +147,7 @@ class DovecotShards(unittest.TestCase):
 
     def address_in_server_log(self, proxy, server):
         """Logs in from 127.0.0.2 and says which address the server saw, and under which session id."""
-        client = Raw(proxy.ports["tls"], context(self.certificates.ca), source="127.0.0.2")
+        client = RawClient(proxy.ports["tls"], context(self.certificates.ca), source="127.0.0.2")
         client.line()
         client.command("a", 'ID ("name" "test" "x-originating-ip" "192.0.2.66")')
         before = len(server.log())
@@ -182,7 +182,7 @@ admin: {{address: "127.0.0.1:{{admin}}"}}
 """
         proxy = Proxy(text)
         self.addCleanup(proxy.close)
-        client = Raw(proxy.ports["plain"])
+        client = RawClient(proxy.ports["plain"])
         client.line()
         server.kill()
         self.assertTrue(client.command("a", f"LOGIN {ALICE} wonderland")[-1].startswith(b"a NO [UNAVAILABLE]"))
@@ -193,7 +193,7 @@ admin: {{address: "127.0.0.1:{{admin}}"}}
         client.close()
         # A server that is there but says nothing: stopped, not dead.
         os.killpg(server.process.child.pid, signal.SIGSTOP)
-        client = Raw(proxy.ports["plain"])
+        client = RawClient(proxy.ports["plain"])
         client.line()
         self.assertTrue(client.command("c", f"LOGIN {ALICE} wonderland")[-1].startswith(b"c NO [UNAVAILABLE]"))
         self.assertTrue(client.command("d", "NOOP")[-1].startswith(b"d OK"))
@@ -210,16 +210,16 @@ admin: {{address: "127.0.0.1:{{admin}}"}}
         proxy = Proxy(text)
         self.addCleanup(proxy.close)
         for user, password in ((ALICE, "wonderland"), (BOB, "builder"), (CAROL, "pass word")):
-            client = Raw(proxy.ports["plain"])
+            client = RawClient(proxy.ports["plain"])
             client.line()
             self.assertTrue(client.command("a", f'LOGIN {user} "{password}"')[-1].startswith(b"a OK"), user)
             client.close()
 
     def test_shutdown_sends_bye_and_lets_sessions_finish(self):
         proxy = self.proxy()
-        waiting = Raw(proxy.ports["plain"])
+        waiting = RawClient(proxy.ports["plain"])
         waiting.line()
-        relayed = Raw(proxy.ports["plain"])
+        relayed = RawClient(proxy.ports["plain"])
         relayed.line()
         relayed.command("a", f"LOGIN {ALICE} wonderland")
         # Not a reason to end anything.

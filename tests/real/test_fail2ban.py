@@ -7,8 +7,8 @@ import socket
 import subprocess
 import unittest
 
-from fixtures import PATIENCE, REPOSITORY, Certificates, Dovecot, Folder, Proxy, free_port, program
-from imap_client import Raw
+from fixtures import TIMEOUT, REPOSITORY, Certificates, Dovecot, Folder, Proxy, free_port, program
+from imap_client import RawClient
 
 FILTER = REPOSITORY / "deploy/fail2ban/filter.d/vestibule.conf"
 # Names that would name somebody else, were a filter careless.
@@ -23,9 +23,9 @@ HOSTILE = [
 ]
 
 
-class Ipv6Client(Raw):
+class Ipv6Client(RawClient):
     def __init__(self, port):
-        self.socket = socket.create_connection(("::1", port), timeout=PATIENCE)
+        self.socket = socket.create_connection(("::1", port), timeout=TIMEOUT)
         self.pending = b""
 
 
@@ -40,7 +40,7 @@ class Fail2ban(unittest.TestCase):
     def banned(self, log):
         """Addresses of the lines that match, one for each."""
         done = subprocess.run([program("fail2ban-regex"), "-o", "ip", str(log), str(FILTER)], capture_output=True, text=True,
-                              timeout=PATIENCE)
+                              timeout=TIMEOUT)
         self.assertIn(done.returncode, (0, 1), done.stderr)
         self.assertNotIn("Traceback", done.stdout + done.stderr)
         return [line for line in done.stdout.splitlines() if re.fullmatch(r"[0-9a-f.:]+", line)]
@@ -74,25 +74,25 @@ admin: {{address: "127.0.0.1:{{admin}}"}}
             client.close()
 
         wrong = rb"^a NO \[AUTHENTICATIONFAILED\]"
-        login(Raw(port, source="127.0.0.2"), "LOGIN alice@example.org wrong", answer=wrong)
-        login(Raw(port, source="127.0.0.3"), "LOGIN nobody@nowhere.test x", answer=wrong)
+        login(RawClient(port, source="127.0.0.2"), "LOGIN alice@example.org wrong", answer=wrong)
+        login(RawClient(port, source="127.0.0.3"), "LOGIN nobody@nowhere.test x", answer=wrong)
         login(Ipv6Client(proxy.ports["tls"]), "LOGIN carol@example.org wrong", "LOGIN nobody@nowhere.test x", answer=wrong)
         # On behalf of another, and with credentials that cannot be right.
         for authcid in ("mallory", "x client=1.2.3.4 session=\""):
             message = base64.b64encode(f"dave@example.org\0{authcid}\0x".encode()).decode()
-            login(Raw(port, source="127.0.0.10"), f"AUTHENTICATE PLAIN {message}", answer=rb"^a NO \[AUTHORIZATIONFAILED\]")
-        login(Raw(port, source="127.0.0.11"), 'LOGIN "" x', answer=wrong)
+            login(RawClient(port, source="127.0.0.10"), f"AUTHENTICATE PLAIN {message}", answer=rb"^a NO \[AUTHORIZATIONFAILED\]")
+        login(RawClient(port, source="127.0.0.11"), 'LOGIN "" x', answer=wrong)
         # From here on nobody is to be banned for it.
-        login(Raw(port, source="127.0.0.4"), "LOGIN carol@example.org \"pass word\"", answer=rb"^a OK")
-        login(Raw(port, source="127.0.0.5"), "LOGIN bob@example.net builder", answer=rb"^a NO \[UNAVAILABLE\]")
-        login(Raw(port, source="127.0.0.6"), "LOGIN nobody@nowhere.test x", answer=rb"^a NO \[LIMIT\]")
-        denied = Raw(port, source="127.0.0.7")
+        login(RawClient(port, source="127.0.0.4"), "LOGIN carol@example.org \"pass word\"", answer=rb"^a OK")
+        login(RawClient(port, source="127.0.0.5"), "LOGIN bob@example.net builder", answer=rb"^a NO \[UNAVAILABLE\]")
+        login(RawClient(port, source="127.0.0.6"), "LOGIN nobody@nowhere.test x", answer=rb"^a NO \[LIMIT\]")
+        denied = RawClient(port, source="127.0.0.7")
         self.assertRegex(denied.line(), rb"^\* BYE")
         denied.close()
         for name in HOSTILE:
-            login(Raw(port, source="127.0.0.8"), f"LOGIN \"{name}\" x", answer=wrong)
+            login(RawClient(port, source="127.0.0.8"), f"LOGIN \"{name}\" x", answer=wrong)
         # A client that is gone before it has logged in leaves a record too.
-        Raw(port, source="127.0.0.9").close()
+        RawClient(port, source="127.0.0.9").close()
         return proxy.stop(), proxy.process.log
 
     def test_filter_matches_text_logs(self):
@@ -111,7 +111,7 @@ admin: {{address: "127.0.0.1:{{admin}}"}}
 
     def test_filter_matches_a_client_that_disconnects_after_a_refused_token(self):
         with socket.create_server(("127.0.0.1", 0)) as server:
-            server.settimeout(PATIENCE)
+            server.settimeout(TIMEOUT)
             proxy = Proxy(f"""
 listeners: [{{address: "127.0.0.1:{{plain}}", tls: none, mechanisms: [xoauth2]}}]
 backends: {{only: {{servers: ["127.0.0.1:{server.getsockname()[1]}"], check: off}}}}
@@ -119,7 +119,7 @@ routes: [{{default: only}}]
 admin: {{address: "127.0.0.1:{{admin}}"}}
 """)
             self.addCleanup(proxy.close)
-            client = Raw(proxy.ports["plain"], source="127.0.0.12")
+            client = RawClient(proxy.ports["plain"], source="127.0.0.12")
             client.line()
             token = base64.b64encode(b"user=carol@example.org\1auth=Bearer wrong\1\1")
             client.send(b"a AUTHENTICATE XOAUTH2 " + token + b"\r\n")

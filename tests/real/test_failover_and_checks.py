@@ -6,8 +6,8 @@ import subprocess
 import threading
 import unittest
 
-from fixtures import PATIENCE, VESTIBULE, Certificates, Dovecot, Folder, Proxy, wait_for
-from imap_client import Raw
+from fixtures import TIMEOUT, VESTIBULE, Certificates, Dovecot, Folder, Proxy, wait_for
+from imap_client import RawClient
 
 USERS = {f"user{number}@example.org": "secret" for number in range(12)}
 TEMPLATE = """
@@ -38,9 +38,9 @@ class ThreeServers(unittest.TestCase):
             cls.servers.append(Dovecot(cls.certificates, users={**USERS, "probe": "probing"}))
             cls.addClassCleanup(cls.servers[-1].close)
 
-    def proxy(self, check="{interval: 200ms, timeout: 3s, fall: 2}", more="", port="port"):
+    def proxy(self, check="{interval: 200ms, timeout: 3s, fall: 2}", settings="", port="port"):
         servers = ", ".join(f'"localhost:{getattr(server, port)}"' for server in self.servers)
-        text = TEMPLATE.replace("SERVERS", servers).replace("CHECK", check).replace("MORE", more)
+        text = TEMPLATE.replace("SERVERS", servers).replace("CHECK", check).replace("MORE", settings)
         self.proxies += 1
         self.control = self.folder.path / f"control-{self.proxies}"
         proxy = Proxy(text.replace("CONTROL", str(self.control)))
@@ -51,7 +51,7 @@ class ThreeServers(unittest.TestCase):
 
     def log_in(self, proxy, user, tries=1):
         """`tries` on one connection, as clients do after UNAVAILABLE."""
-        client = Raw(proxy.ports["plain"])
+        client = RawClient(proxy.ports["plain"])
         client.line()
         for _ in range(tries):
             answer = client.command("a", f"LOGIN {user} {USERS[user]}")[-1]
@@ -60,7 +60,7 @@ class ThreeServers(unittest.TestCase):
         self.assertTrue(answer.startswith(b"a OK"), answer)
         return client
 
-    def up(self, proxy, server):
+    def is_up(self, proxy, server):
         return proxy.metric("vestibule_server_up", server=f"localhost:{server.port}")
 
     def sessions(self, proxy):
@@ -68,14 +68,14 @@ class ThreeServers(unittest.TestCase):
 
     def test_logins_succeed_while_one_server_is_alive(self):
         for balance in ("user-hash", "bounded-hash", "least-sessions", "round-robin"):
-            proxy = self.proxy(more=f"balance: {balance}")
-            failed, logins, over = [], [0], threading.Event()
+            proxy = self.proxy(settings=f"balance: {balance}")
+            failed, logins, stop = [], [0], threading.Event()
             # A login that a server had received when it was killed is not sent to another one by user-hash: the client
             # may have caused the end of the connection. One such login for each server that is killed.
             tries = 3 if balance == "user-hash" else 1
 
             def log_in_repeatedly(user):
-                while not over.is_set():
+                while not stop.is_set():
                     try:
                         # A session ends with its server, and so without LOGOUT; a login must not fail.
                         self.log_in(proxy, user, tries).close()
@@ -90,16 +90,16 @@ class ThreeServers(unittest.TestCase):
                 # One after the other dies and comes back, and for a while there is but one.
                 for server in self.servers[:2]:
                     server.kill()
-                    wait_for("the checks", lambda server=server: self.up(proxy, server) == 0)
+                    wait_for("the checks", lambda server=server: self.is_up(proxy, server) == 0)
                 before = logins[0]
                 wait_for("logins at the last server", lambda: logins[0] > before + 10)
                 for server in self.servers[:2]:
                     server.start()
-                    wait_for("the checks", lambda server=server: self.up(proxy, server) == 1)
+                    wait_for("the checks", lambda server=server: self.is_up(proxy, server) == 1)
                 before = logins[0]
                 wait_for("logins at all", lambda: logins[0] > before + 10)
             finally:
-                over.set()
+                stop.set()
                 for thread in threads:
                     thread.join()
             self.assertEqual(failed, [], proxy.log())
@@ -111,13 +111,13 @@ class ThreeServers(unittest.TestCase):
         self.assertTrue(all(before), f"all have users: {before}")
         os.killpg(self.servers[0].process.child.pid, signal.SIGSTOP)
         try:
-            wait_for("the checks", lambda: self.up(proxy, self.servers[0]) == 0)
+            wait_for("the checks", lambda: self.is_up(proxy, self.servers[0]) == 0)
             during = self.sessions_per_server(proxy)
             self.assertEqual(during[0], 0, "nobody is sent there")
             self.assertTrue(during[1] >= before[1] and during[2] >= before[2], "and nobody else moves")
         finally:
             os.killpg(self.servers[0].process.child.pid, signal.SIGCONT)
-        wait_for("the checks", lambda: self.up(proxy, self.servers[0]) == 1)
+        wait_for("the checks", lambda: self.is_up(proxy, self.servers[0]) == 1)
         self.assertEqual(self.sessions_per_server(proxy), before, "all are at home again")
 
     def sessions_per_server(self, proxy):
@@ -131,14 +131,14 @@ class ThreeServers(unittest.TestCase):
         return sessions
 
     def test_failed_login_ends_no_session_of_the_user(self):
-        proxy = self.proxy(more="balance: user-hash")
+        proxy = self.proxy(settings="balance: user-hash")
         user = "user1@example.org"
         before = [server.log().count(user) for server in self.servers]
         clients = [self.log_in(proxy, user) for _ in range(3)]
-        home = self.sessions(proxy).index(3)
+        index = self.sessions(proxy).index(3)
 
-        def attack(password):
-            attacker = Raw(proxy.ports["plain"])
+        def attempt_login(password):
+            attacker = RawClient(proxy.ports["plain"])
             attacker.line()
             answer = attacker.command("a", f"LOGIN {user} {password}")[-1]
             attacker.close()
@@ -147,23 +147,23 @@ class ThreeServers(unittest.TestCase):
             return answer
 
         # Longer than Dovecot's lines: it hangs up without an answer.
-        self.assertTrue(attack("x" * 9000).startswith(b"a NO "))
-        self.assertEqual(self.sessions(proxy), [3 if at == home else 0 for at in range(3)])
-        elsewhere = [server for at, server in enumerate(self.servers) if at != home]
-        self.assertEqual([server.log().count(user) for server in elsewhere], before[:home] + before[home + 1:],
+        self.assertTrue(attempt_login("x" * 9000).startswith(b"a NO "))
+        self.assertEqual(self.sessions(proxy), [3 if at == index else 0 for at in range(3)])
+        elsewhere = [server for at, server in enumerate(self.servers) if at != index]
+        self.assertEqual([server.log().count(user) for server in elsewhere], before[:index] + before[index + 1:],
                          "it was tried at no other server")
         # The user's server gets no new logins: the wrong password is refused by another one.
-        name = f"localhost:{self.servers[home].port}"
+        name = f"localhost:{self.servers[index].port}"
         subprocess.run([VESTIBULE, "drain", name, "--control", self.control], check=True,
-                       capture_output=True, timeout=PATIENCE)
-        self.assertTrue(attack("wrong").startswith(b"a NO [AUTHENTICATIONFAILED]"))
+                       capture_output=True, timeout=TIMEOUT)
+        self.assertTrue(attempt_login("wrong").startswith(b"a NO [AUTHENTICATIONFAILED]"))
         # The password that made the server reset the connection, and the wrong one.
         self.assertEqual(proxy.metric("vestibule_logins_total", outcome="refused"), 2)
         # The right one moves the user.
         moved = self.log_in(proxy, user)
         self.assertEqual([client.line() for client in clients], [b""] * 3)
         self.assertTrue(moved.command("b", "NOOP")[-1].startswith(b"b OK"))
-        self.assertEqual(self.sessions(proxy)[home], 0)
+        self.assertEqual(self.sessions(proxy)[index], 0)
 
     def test_login_check_uses_the_configured_account(self):
         password = self.folder.write("probe", "probing\n")
@@ -171,19 +171,19 @@ class ThreeServers(unittest.TestCase):
         check = "{kind: login, interval: 200ms, fall: 1, account: probe, password_file: PASSWORD}"
         proxy = self.proxy(check.replace("PASSWORD", str(password)))
         wait_for("logins in Dovecot's log", lambda: all("Logged out" in server.log() for server in self.servers))
-        self.assertEqual([self.up(proxy, server) for server in self.servers], [1, 1, 1])
+        self.assertEqual([self.is_up(proxy, server) for server in self.servers], [1, 1, 1])
         proxy = Proxy(TEMPLATE.replace("SERVERS", f'"localhost:{self.servers[0].port}"').replace("MORE", "")
                       .replace("CHECK", check.replace("PASSWORD", str(wrong)))
                       .replace("CONTROL", str(self.folder.path / "control-of-one")))
         self.addCleanup(proxy.close)
-        wait_for("the failed check", lambda: self.up(proxy, self.servers[0]) == 0)
+        wait_for("the failed check", lambda: self.is_up(proxy, self.servers[0]) == 0)
         self.log_in(proxy, "user1@example.org").close()
         self.assertNotIn("guessing", proxy.log())
 
     def test_certificate_expiry_of_a_server_is_exported(self):
-        more = f"tls: {{mode: implicit, ca: {self.certificates.ca}}}"
+        settings = f"tls: {{mode: implicit, ca: {self.certificates.ca}}}"
         for kind in ("tls", "imap"):
-            proxy = self.proxy(f"{{kind: {kind}, interval: 200ms}}", more, port="tls_port")
+            proxy = self.proxy(f"{{kind: {kind}, interval: 200ms}}", settings, port="tls_port")
             name = f"localhost:{self.servers[0].tls_port}"
             served = proxy.metric("vestibule_server_certificate_expiry_timestamp_seconds", server=name)
             self.assertGreater(served, 1.7e9, kind)

@@ -17,8 +17,8 @@ import threading
 import time
 import unittest
 
-from fixtures import PATIENCE, REPOSITORY, VESTIBULE, Certificates, Dovecot, Folder, Process, Proxy, answers, program, wait_for
-from imap_client import ALICE, BOB, LOGIN, Raw, session
+from fixtures import TIMEOUT, REPOSITORY, VESTIBULE, Certificates, Dovecot, Folder, Process, Proxy, answers, program, wait_for
+from imap_client import ALICE, BOB, LOGIN, RawClient, session
 
 CONFIGURATION = """
 listeners: [{{address: "127.0.0.1:{{plain}}", tls: none}}]
@@ -47,10 +47,10 @@ class ConcurrentSession(threading.Thread):
 
     def __init__(self, client):
         super().__init__(daemon=True)
-        self.client, self.over, self.count, self.failure = client, threading.Event(), 0, None
+        self.client, self.stop, self.count, self.failure = client, threading.Event(), 0, None
 
     def run(self):
-        while not self.over.is_set():
+        while not self.stop.is_set():
             try:
                 answer = self.client.command(f"n{self.count}", "NOOP")
             except (OSError, AssertionError) as error:
@@ -97,17 +97,17 @@ class FaultTestCase(unittest.TestCase):
         self.assertEqual(self.proxy.metric("vestibule_backend_sessions"), 1)
         self.assertEqual(self.proxy.metric("vestibule_server_sessions"), 1)
         wait_for(f"{before} descriptors", lambda: resource_usage(pid)[0] <= before)
-        spoken = other_session.count
-        wait_for("the neighbour", lambda: other_session.count > spoken or other_session.failure)
-        other_session.over.set()
-        other_session.join(PATIENCE)
+        count_before = other_session.count
+        wait_for("the neighbour", lambda: other_session.count > count_before or other_session.failure)
+        other_session.stop.set()
+        other_session.join(TIMEOUT)
         self.assertIsNone(other_session.failure)
         self.assertEqual(self.proxy.metric("vestibule_panics_total"), 0)
         other_session.client.close()
 
     def start_login(self):
         """Alice's login, sent and not waited for."""
-        client = Raw(self.port)
+        client = RawClient(self.port)
         client.line()
         client.send(b"a " + LOGIN[ALICE].encode() + b"\r\n")
         return client
@@ -126,7 +126,7 @@ class KilledServer(FaultTestCase):
         self.a.kill()
         self.a.start()
 
-    def connected(self, port):
+    def wait_until_connected(self, port):
         """A server has a connection of the proxy's, if only in its kernel."""
         def is_there():
             shown = subprocess.run([program("ss"), "-Htn", "dport", "=", f":{port}"], capture_output=True, text=True, check=True)
@@ -138,7 +138,7 @@ class KilledServer(FaultTestCase):
         with self.assert_no_side_effects():
             os.killpg(self.a.process.child.pid, signal.SIGSTOP)
             client = self.start_login()
-            self.connected(self.a.port)
+            self.wait_until_connected(self.a.port)
             self.a.kill()
             self.assert_login_answer(client, rb"^a NO \[UNAVAILABLE\]")
 
@@ -166,7 +166,7 @@ class KilledServer(FaultTestCase):
             self.assertTrue(client.line().startswith(b"+"))
             client.send(b"x" * 500_000)
             self.a.kill()
-            self.closed(client)
+            self.assert_closed(client)
 
     def test_server_killed_during_idle(self):
         self.start()
@@ -177,9 +177,9 @@ class KilledServer(FaultTestCase):
             self.assertTrue(client.line().startswith(b"+"))
             wait_for("silence", lambda: self.proxy.metric("vestibule_silent_sessions") == 1)
             self.a.kill()
-            self.closed(client)
+            self.assert_closed(client)
 
-    def closed(self, client):
+    def assert_closed(self, client):
         with contextlib.suppress(ConnectionResetError):
             self.assertEqual(client.line(), b"")
         client.close()
@@ -291,7 +291,7 @@ sys.stdin.readline()
         for child in children:
             child.stdin.close()
             child.stdout.close()
-            child.wait(PATIENCE)
+            child.wait(TIMEOUT)
 
     def test_silent_clients_are_accepted_up_to_the_limit(self):
         self.start(limits=f"before_login: {SILENT + 10}")
@@ -358,7 +358,7 @@ class UnreadLog(FaultTestCase):
         count = 0
         while count < 2000 or not self.dropped():
             for _ in range(100):
-                client = Raw(self.port)
+                client = RawClient(self.port)
                 client.line()
                 # A name of 400 bytes fills the pipe sooner.
                 client.send(b"a LOGIN " + b"x" * 400 + b"@example.org wrong\r\n")
@@ -370,12 +370,12 @@ class UnreadLog(FaultTestCase):
         """What is in the pipe, up to `text`."""
         read = bytearray()
 
-        def has_come():
+        def is_complete():
             with contextlib.suppress(BlockingIOError):
                 while part := os.read(reader, 1 << 16):
                     read.extend(part)
             return text in read
-        wait_for(text, has_come)
+        wait_for(text, is_complete)
         return read.decode()
 
     def test_unread_log_drops_and_counts_lines(self):
@@ -387,7 +387,7 @@ class UnreadLog(FaultTestCase):
         text = self.read_until(reader, b"log lines were dropped")
         reported = int(re.search(r"(\d+) log lines were dropped", text)[1])
         self.assertGreaterEqual(reported, dropped)
-        client = Raw(self.port)
+        client = RawClient(self.port)
         client.command("a", "LOGIN afterwards@example.org wrong")
         text += self.read_until(reader, b"afterwards@example.org")
         lines = text.splitlines()[:-1]
@@ -400,7 +400,7 @@ class UnreadLog(FaultTestCase):
         self.start_with_pipe()
         self.fill()
         self.proxy.process.child.send_signal(signal.SIGTERM)
-        self.assertEqual(self.proxy.process.child.wait(PATIENCE), 0)
+        self.assertEqual(self.proxy.process.child.wait(TIMEOUT), 0)
 
 
 class WallClock(FaultTestCase):
@@ -519,6 +519,6 @@ print(one.recv(100), flush=True)
         wait_for("silence", lambda: metric("vestibule_silent_sessions") == 1)
         self.ip("-n", self.names["server"], "link", "set", "wire", "down")
         self.assertEqual(local.stdout.readline(), "b''\n", "the client is told")
-        local.wait(PATIENCE)
+        local.wait(TIMEOUT)
         wait_for("its end", lambda: metric("vestibule_sessions") == 0)
         self.assertEqual(metric("vestibule_server_sessions"), 0)

@@ -8,10 +8,10 @@ import time
 import unittest
 
 from directory_servers import Directory
-from fixtures import PASSWORDS, PATIENCE, Certificates, Folder, Proxy, free_port, program, wait_for
-from imap_client import Raw, context
-from http_service import Responder
-from test_directories import ALICE, BOB, CAROL, ServerDirectoryTests, Client, Directories
+from fixtures import PASSWORDS, TIMEOUT, Certificates, Folder, Proxy, free_port, program, wait_for
+from imap_client import RawClient, context
+from http_service import HttpService
+from test_directories import ALICE, BOB, CAROL, ServerDirectoryTests, LoginClient, Directories
 
 
 class Nginx(Directory):
@@ -34,20 +34,20 @@ def assert_slow_request_is_sent_once(test):
     """A login that the service does not answer in time reaches it once, also over a connection that was used before."""
     proxy = test.proxy(timeout="2s")
     test.assert_login(proxy)
-    before = len(test.directory.questions)
-    test.directory.hold()
+    before = len(test.directory.requests)
+    test.directory.pause()
     try:
-        test.answers(proxy, ALICE, "NO [UNAVAILABLE]")
-        test.assertEqual(len(test.directory.questions) - before, 1)
+        test.assert_refused(proxy, ALICE, "NO [UNAVAILABLE]")
+        test.assertEqual(len(test.directory.requests) - before, 1)
     finally:
-        test.directory.release()
+        test.directory.resume()
     test.assert_login(proxy)
 
 
 class JsonService(ServerDirectoryTests, unittest.TestCase):
     @classmethod
     def make(cls):
-        return Responder()
+        return HttpService()
 
     def route(self):
         return ["http", f"url: http://localhost:{self.directory.port}/where"]
@@ -55,12 +55,12 @@ class JsonService(ServerDirectoryTests, unittest.TestCase):
     def test_cacheable_request_contains_only_the_user(self):
         proxy = self.proxy("cache: {ttl: 1m}")
         self.assert_login(proxy)
-        self.assertEqual(self.directory.questions[-1][0], {"user": ALICE, "protocol": "imap"})
+        self.assertEqual(self.directory.requests[-1][0], {"user": ALICE, "protocol": "imap"})
 
     def test_uncacheable_request_describes_the_login(self):
         proxy = self.proxy()
         self.assert_login(proxy)
-        question = self.directory.questions[-1][0]
+        question = self.directory.requests[-1][0]
         self.assertEqual({name: question[name] for name in ("user", "client", "mechanism", "attempt", "tls")},
                          {"user": ALICE, "client": "127.0.0.1", "mechanism": "login", "attempt": 1, "tls": None})
         self.assertNotIn("password", question)
@@ -68,11 +68,11 @@ class JsonService(ServerDirectoryTests, unittest.TestCase):
 
     def test_paused_proxy_fails_no_lookup(self):
         proxy = self.proxy(timeout="3s")
-        before, client = len(self.directory.questions), Client(proxy)
-        self.directory.hold()
+        before, client = len(self.directory.requests), LoginClient(proxy)
+        self.directory.pause()
         try:
             client.raw.send(f'a LOGIN {ALICE} "{PASSWORDS[ALICE]}"\r\n'.encode())
-            wait_for("the request", lambda: len(self.directory.questions) > before)
+            wait_for("the request", lambda: len(self.directory.requests) > before)
             os.killpg(proxy.process.child.pid, signal.SIGSTOP)
             try:
                 # Longer than the timeout of the lookup.
@@ -83,58 +83,58 @@ class JsonService(ServerDirectoryTests, unittest.TestCase):
             with self.assertRaises(TimeoutError):
                 client.raw.line()
         finally:
-            self.directory.release()
-        client.raw.socket.settimeout(PATIENCE)
+            self.directory.resume()
+        client.raw.socket.settimeout(TIMEOUT)
         self.assertRegex(client.raw.until(b"a ")[-1], b"^a OK", proxy.log())
 
     def test_http_connections_are_reused(self):
         proxy = self.proxy()
-        before = len(self.directory.questions)
+        before = len(self.directory.requests)
         for _ in range(5):
             self.assert_login(proxy)
-        ports = {client for _, _, client in self.directory.questions[before:]}
+        ports = {client for _, _, client in self.directory.requests[before:]}
         self.assertEqual(len(ports), 1, ports)
 
     def test_concurrent_lookups_of_one_user_are_merged(self):
         proxy = self.proxy("cache: {ttl: 1m}", timeout="20s")
-        before = len(self.directory.questions)
-        clients = [Client(proxy) for _ in range(20)]
-        self.directory.hold()
+        before = len(self.directory.requests)
+        clients = [LoginClient(proxy) for _ in range(20)]
+        self.directory.pause()
         try:
             for client in clients:
                 client.raw.send(f'a LOGIN {ALICE} "{PASSWORDS[ALICE]}"\r\n'.encode())
             wait_for("all to have missed", lambda: proxy.metric("vestibule_route_cache_total", state="miss") == len(clients))
         finally:
-            self.directory.release()
+            self.directory.resume()
         for client in clients:
             self.assertRegex(client.raw.until(b"a ")[-1], b"^a OK")
-        self.assertEqual(len(self.directory.questions) - before, 1)
+        self.assertEqual(len(self.directory.requests) - before, 1)
 
     def test_cached_answer_is_refreshed_before_it_expires(self):
         proxy = self.proxy("cache: {ttl: 3s}")
         self.assert_login(proxy)
-        before = len(self.directory.questions)
-        self.directory.hold()
+        before = len(self.directory.requests)
+        self.directory.pause()
         try:
             # The question behind the back gets no answer, and the client does not wait for it.
             def renewing():
-                self.assertRegex(Client(proxy).login(ALICE, PASSWORDS[ALICE]), "^a OK")
-                return len(self.directory.questions) > before
+                self.assertRegex(LoginClient(proxy).login(ALICE, PASSWORDS[ALICE]), "^a OK")
+                return len(self.directory.requests) > before
             wait_for("the next question", renewing)
             self.assertEqual(proxy.metric("vestibule_route_cache_total", state="stale"), 0)
         finally:
-            self.directory.release()
+            self.directory.resume()
 
     def test_only_a_service_that_verifies_passwords_may_replace_them(self):
-        self.directory.row(CAROL, backend="shard-b", user=BOB, password=PASSWORDS[BOB])
+        self.directory.add_user(CAROL, backend="shard-b", user=BOB, password=PASSWORDS[BOB])
         self.route = lambda: ["http", f"url: http://localhost:{self.directory.port}/", "password: true"]
         proxy = self.proxy()
         self.assert_login(proxy, CAROL, "shard-b")
-        self.answers(proxy, CAROL, "NO [AUTHENTICATIONFAILED]")
+        self.assert_refused(proxy, CAROL, "NO [AUTHENTICATIONFAILED]")
         # One that does not check them may not: or any password would do.
         self.route = lambda: ["http", f"url: http://localhost:{self.directory.port}/"]
         proxy = self.proxy()
-        self.answers(proxy, CAROL, "NO [AUTHENTICATIONFAILED]")
+        self.assert_refused(proxy, CAROL, "NO [AUTHENTICATIONFAILED]")
         self.assertNotIn(PASSWORDS[BOB], proxy.log())
 
     def test_slow_request_with_a_password_is_sent_once(self):
@@ -145,7 +145,7 @@ class JsonService(ServerDirectoryTests, unittest.TestCase):
         for body in (b"", b"[]", b"{", b'{"backend": 7}', b'{"backend": "shard-a"' + b" " * 70_000 + b"}", b"\xff"):
             self.directory.users["odd@example.org"] = body
             proxy = self.proxy()
-            self.answers(proxy, "odd@example.org", "NO [UNAVAILABLE]")
+            self.assert_refused(proxy, "odd@example.org", "NO [UNAVAILABLE]")
             proxy.close()
         del self.directory.users["odd@example.org"]
 
@@ -160,7 +160,7 @@ class JsonService(ServerDirectoryTests, unittest.TestCase):
         finally:
             del self.directory.PASSWORD
         self.assert_login(proxy)
-        self.assertEqual(self.directory.questions[-1][1]["x-who"], "vestibule")
+        self.assertEqual(self.directory.requests[-1][1]["x-who"], "vestibule")
         self.assertNotIn(self.directory.token, proxy.log())
 
     def test_http_2_over_tls_verifies_the_certificate(self):
@@ -184,7 +184,7 @@ class JsonService(ServerDirectoryTests, unittest.TestCase):
         wait_for("the log", lambda: "HTTP/2.0 200" in (nginx.path / "access").read_text())
         other = Certificates(Folder())
         self.route = lambda: ["http", f"url: https://localhost:{nginx.port}/", f"ca: {other.ca}"]
-        self.answers(self.proxy(), ALICE, "NO [UNAVAILABLE]")
+        self.assert_refused(self.proxy(), ALICE, "NO [UNAVAILABLE]")
 
 
 class NginxAuthHttp(Directories, unittest.TestCase):
@@ -192,7 +192,7 @@ class NginxAuthHttp(Directories, unittest.TestCase):
 
     @classmethod
     def make(cls):
-        return Responder()
+        return HttpService()
 
     @classmethod
     def rows(cls):
@@ -250,7 +250,7 @@ admin: {{address: "127.0.0.1:{{admin}}"}}
         _, certificate, proxy = self.start_with_client_certificates()
         # The same listener before a JSON service that hands out a password without having received one.
         self.directory.users[CAROL] = {"backend": "shard-a", "password": PASSWORDS[CAROL]}
-        self.addCleanup(self.directory.row, CAROL, **self.rows()[CAROL])
+        self.addCleanup(self.directory.add_user, CAROL, **self.rows()[CAROL])
         style, text = "style: nginx-auth-http, client_certificate: true", proxy.file.read_text()
         for name in ("tls", "admin"):
             text = text.replace(f":{proxy.ports[name]}\"", f":{{{name}}}\"")
@@ -260,7 +260,7 @@ admin: {{address: "127.0.0.1:{{admin}}"}}
             self.addCleanup(other.close)
             tls = context(self.certificates.ca)
             tls.load_cert_chain(*certificate)
-            raw = Raw(other.ports["tls"], tls)
+            raw = RawClient(other.ports["tls"], tls)
             raw.until(b"* OK")
             raw.send(b"a AUTHENTICATE EXTERNAL\r\n")
             raw.until(b"+")
@@ -269,7 +269,7 @@ admin: {{address: "127.0.0.1:{{admin}}"}}
 
     def last_request(self, raw=None):
         """What the last question told, without what is HTTP's own, and without the cipher, which is the client's too."""
-        told = {name: value for name, value in self.directory.questions[-1][0].items()
+        told = {name: value for name, value in self.directory.requests[-1][0].items()
                 if name not in ("host", "connection", "accept", "user-agent")}
         if raw:
             self.assertEqual(told.pop("auth-ssl-cipher"), raw.socket.cipher()[0])
@@ -278,37 +278,37 @@ admin: {{address: "127.0.0.1:{{admin}}"}}
     def test_tls_headers_equal_those_of_nginx(self):
         ports, certificate, proxy = self.start_with_client_certificates()
         for shown, version in ((None, "TLSv1_2"), (None, "TLSv1_3"), (certificate, "TLSv1_2"), (certificate, "TLSv1_3")):
-            asked = []
+            requests = []
             for port in ports:
                 tls = context(self.certificates.ca)
                 tls.minimum_version = tls.maximum_version = getattr(ssl.TLSVersion, version)
                 tls.set_ciphers("ECDHE-ECDSA-AES128-GCM-SHA256")
                 if shown:
                     tls.load_cert_chain(*shown)
-                raw = Raw(port, tls)
+                raw = RawClient(port, tls)
                 raw.until(b"* OK")
                 plain = base64.b64encode(f"\0{ALICE}\0{PASSWORDS[ALICE]}".encode())
                 self.assertRegex(raw.command("a", b"AUTHENTICATE PLAIN " + plain)[-1], b"^a OK", proxy.log())
-                asked.append(self.last_request(raw))
-            self.assertEqual(asked[1], asked[0])
-            self.assertEqual(asked[1]["auth-ssl-verify"], "SUCCESS" if shown else "NONE")
-            self.assertEqual("auth-ssl-serial" in asked[1], bool(shown))
+                requests.append(self.last_request(raw))
+            self.assertEqual(requests[1], requests[0])
+            self.assertEqual(requests[1]["auth-ssl-verify"], "SUCCESS" if shown else "NONE")
+            self.assertEqual("auth-ssl-serial" in requests[1], bool(shown))
 
     def test_certificate_headers_equal_those_of_nginx(self):
         ports, certificate, proxy = self.start_with_client_certificates()
-        asked = []
+        requests = []
         for port in ports:
             tls = context(self.certificates.ca)
             tls.load_cert_chain(*certificate)
-            raw = Raw(port, tls)
+            raw = RawClient(port, tls)
             raw.until(b"* OK")
             raw.send(b"a AUTHENTICATE EXTERNAL\r\n")
             raw.until(b"+")
             raw.send(base64.b64encode(CAROL.encode()) + b"\r\n")
             self.assertRegex(raw.until(b"a ")[-1], b"^a OK", proxy.log())
-            asked.append(self.last_request(raw))
-        self.assertEqual(asked[1], asked[0])
-        self.assertEqual((asked[1]["auth-method"], asked[1]["auth-pass"]), ("external", ""))
+            requests.append(self.last_request(raw))
+        self.assertEqual(requests[1], requests[0])
+        self.assertEqual((requests[1]["auth-method"], requests[1]["auth-pass"]), ("external", ""))
 
     def test_proxy_protocol_headers_equal_those_of_nginx(self):
         nginx = self.nginx("listen 127.0.0.1:PORT proxy_protocol; protocol imap; set_real_ip_from 127.0.0.1;")
@@ -321,35 +321,35 @@ admin: {{address: "127.0.0.1:{{admin}}"}}
         self.addCleanup(proxy.close)
         for header in ("PROXY TCP4 192.0.2.7 198.51.100.1 54321 143", "PROXY TCP6 2001:db8::7 2001:db8::1 54321 993",
                        "PROXY UNKNOWN"):
-            asked = []
+            requests = []
             for port in (nginx.port, proxy.ports["plain"]):
-                raw = Raw(port)
+                raw = RawClient(port)
                 raw.send(header.encode() + b"\r\n")
                 raw.until(b"* OK")
                 self.assertRegex(raw.command("a", f'LOGIN {ALICE} "{PASSWORDS[ALICE]}"')[-1], b"^a OK", proxy.log())
-                asked.append(self.last_request())
-            self.assertEqual(asked[1], asked[0], header)
-            self.assertEqual("proxy-protocol-server-addr" in asked[1], "UNKNOWN" not in header)
+                requests.append(self.last_request())
+            self.assertEqual(requests[1], requests[0], header)
+            self.assertEqual("proxy-protocol-server-addr" in requests[1], "UNKNOWN" not in header)
 
     def test_slow_request_is_sent_once(self):
         assert_slow_request_is_sent_once(self)
 
     def test_auth_wait_repeats_the_request(self):
         for port in (self.nginx().port, self.proxy(timeout="20s").ports["plain"]):
-            self.directory.row("patient", waits=2, password="x", Auth_Server="127.0.0.1", Auth_Port=str(self.a.port),
+            self.directory.add_user("patient", waits=2, password="x", Auth_Server="127.0.0.1", Auth_Port=str(self.a.port),
                                Auth_User=ALICE, Auth_Pass=PASSWORDS[ALICE])
-            before = len(self.directory.questions)
-            raw = Raw(port)
+            before = len(self.directory.requests)
+            raw = RawClient(port)
             raw.until(b"* OK")
             began = time.monotonic()
             self.assertRegex(raw.command("a", "LOGIN patient x")[-1], b"^a OK")
             self.assertGreater(time.monotonic() - began, 1.9)
-            self.assertEqual(len(self.directory.questions) - before, 3)
+            self.assertEqual(len(self.directory.requests) - before, 3)
 
     def test_refusal_without_auth_wait_closes_the_connection(self):
-        self.directory.row("final", final=True, password="x")
+        self.directory.add_user("final", final=True, password="x")
         for port in (self.nginx().port, self.proxy().ports["plain"]):
-            raw = Raw(port)
+            raw = RawClient(port)
             raw.until(b"* OK")
             self.assertRegex(raw.command("a", "LOGIN final wrong")[-1], b"^a NO .*Invalid login or password")
             while line := raw.line():
@@ -358,21 +358,21 @@ admin: {{address: "127.0.0.1:{{admin}}"}}
     def test_users_are_routed_as_by_nginx(self):
         nginx, proxy = self.nginx(), self.proxy()
         for user, password in ((ALICE, PASSWORDS[ALICE]), (BOB, PASSWORDS[BOB]), ("alias", "mine")):
-            asked = []
+            requests = []
             for port in (nginx.port, proxy.ports["plain"]):
-                raw = Raw(port)
+                raw = RawClient(port)
                 raw.until(b"* OK")
                 self.assertRegex(raw.command("a", f'LOGIN {user} "{password}"')[-1], b"^a OK", proxy.log())
-                asked.append(self.last_request())
-            self.assertEqual(asked[1], asked[0])
+                requests.append(self.last_request())
+            self.assertEqual(requests[1], requests[0])
         self.assertEqual(proxy.metric("vestibule_backend_sessions_total", backend="shard-b"), 2)
 
     def test_hostile_names_are_encoded_as_by_nginx(self):
         nginx, proxy = self.nginx(), self.proxy()
         user, password = "odd @\"%\u00e9".encode(), "p%20 \"w\u00f6rd\"".encode()
-        asked = []
+        requests = []
         for port in (nginx.port, proxy.ports["plain"]):
-            raw = Raw(port)
+            raw = RawClient(port)
             raw.until(b"* OK")
             raw.send(b"a LOGIN {%d}\r\n" % len(user))
             raw.until(b"+")
@@ -381,33 +381,33 @@ admin: {{address: "127.0.0.1:{{admin}}"}}
             raw.send(password + b"\r\n")
             # The shard does not know this user, so neither gets in; the question is what matters.
             raw.line()
-            asked.append(self.directory.questions[-1][0])
-        theirs, ours = asked
+            requests.append(self.directory.requests[-1][0])
+        theirs, ours = requests
         self.assertEqual((ours["auth-user"], ours["auth-pass"]), (theirs["auth-user"], theirs["auth-pass"]))
 
     def test_wrong_password_is_refused_after_auth_wait(self):
         proxy = self.proxy()
-        client = Client(proxy)
+        client = LoginClient(proxy)
         began = time.monotonic()
         self.assertEqual(client.login(ALICE), "a NO [AUTHENTICATIONFAILED] Invalid login or password")
         self.assertGreater(time.monotonic() - began, 0.9)
         self.assertEqual(client.login(ALICE, PASSWORDS[ALICE])[:4], "a OK", "the connection lives on")
-        self.assertEqual(self.directory.questions[-1][0]["auth-login-attempt"], "2")
+        self.assertEqual(self.directory.requests[-1][0]["auth-login-attempt"], "2")
         self.assertEqual(proxy.metric("vestibule_route_failing"), 0)
 
     def test_returned_addresses_must_be_declared_or_allowed(self):
         port = free_port()
-        self.directory.row("stray", Auth_Server="127.0.0.1", Auth_Port=str(port), password="x")
-        self.directory.row("guest", Auth_Server="127.0.0.2", Auth_Port=str(self.a.port), password="x")
+        self.directory.add_user("stray", Auth_Server="127.0.0.1", Auth_Port=str(port), password="x")
+        self.directory.add_user("guest", Auth_Server="127.0.0.2", Auth_Port=str(self.a.port), password="x")
         proxy = self.proxy()
-        self.assertRegex(Client(proxy).login("stray", "x"), r"NO \[UNAVAILABLE\]")
+        self.assertRegex(LoginClient(proxy).login("stray", "x"), r"NO \[UNAVAILABLE\]")
         self.assertIn(f"127.0.0.1:{port}, which is no declared server", proxy.log())
         # Dovecot listens on 127.0.0.1 alone: that somebody tried is what shows the difference.
         route = self.route() + ["backend: shard-b", "networks: [127.0.0.2/32]"]
         self.route = lambda: route
         proxy = self.proxy()
-        self.assertRegex(Client(proxy).login("stray", "x"), r"NO \[UNAVAILABLE\]")
-        self.assertRegex(Client(proxy).login("guest", "x"), r"NO \[UNAVAILABLE\]")
+        self.assertRegex(LoginClient(proxy).login("stray", "x"), r"NO \[UNAVAILABLE\]")
+        self.assertRegex(LoginClient(proxy).login("guest", "x"), r"NO \[UNAVAILABLE\]")
         self.assertIn(f"127.0.0.2:{self.a.port}: Connection refused", proxy.log())
 
 

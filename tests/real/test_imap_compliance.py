@@ -10,7 +10,7 @@ import unittest
 import zlib
 
 from fixtures import Certificates, Courier, Cyrus, Dovecot, Folder, Proxy
-from imap_client import Raw, context, message
+from imap_client import RawClient, context, message
 
 USER, PASSWORD = "alice@example.org", "wonderland"
 MULTIPART = (b"From: a@example.org\r\nTo: b@example.org\r\nSubject: =?utf-8?q?p=C3=A4rts?=\r\nMIME-Version: 1.0\r\n"
@@ -114,10 +114,10 @@ def transcript(client, literal_plus):
     if answer[-1].startswith(b"z1 OK"):
         deflate, inflate = zlib.compressobj(9, zlib.DEFLATED, -15), zlib.decompressobj(-15)
         client.send(deflate.compress(b"z2 NOOP\r\nz3 LOGOUT\r\n") + deflate.flush(zlib.Z_SYNC_FLUSH))
-        said = b""
+        output = b""
         while part := client.socket.recv(65536):
-            said += inflate.decompress(part)
-        result.append(("compressed", said))
+            output += inflate.decompress(part)
+        result.append(("compressed", output))
     else:
         client.send(b"z3 LOGOUT\r\n")
         result.append(("LOGOUT", read_answer(client, b"z3")))
@@ -194,7 +194,7 @@ admin: {{address: "127.0.0.1:{{admin}}"}}
                 port, encryption = proxy.ports["tls"], context(self.certificates.ca)
             clients = []
             for _ in range(number):
-                client = Raw(port, encryption)
+                client = RawClient(port, encryption)
                 self.addCleanup(client.close)
                 client.line()
                 login = client.command("l", f"LOGIN {USER} {PASSWORD}")

@@ -12,7 +12,7 @@ import unittest
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 
-from fixtures import CACHE, PASSWORDS, PATIENCE, Certificates, Cyrus, Dovecot, Folder, Proxy
+from fixtures import CACHE, PASSWORDS, TIMEOUT, Certificates, Cyrus, Dovecot, Folder, Proxy
 
 USER = "alice@example.org"
 LIBRARY = CACHE / "python"
@@ -32,7 +32,7 @@ password = {PASSWORDS[USER]}
 {options}
 """)
     done = subprocess.run([sys.executable, "-m", "imapclient.livetest", configuration, "-v", *CLASSES], capture_output=True, text=True,
-                          timeout=6 * PATIENCE, env={**os.environ, "PYTHONPATH": str(LIBRARY), "PYTHONDONTWRITEBYTECODE": "1"})
+                          timeout=6 * TIMEOUT, env={**os.environ, "PYTHONPATH": str(LIBRARY), "PYTHONDONTWRITEBYTECODE": "1"})
     results, test, seen = {}, None, Counter()
     for line in done.stderr.split("\n=====")[0].splitlines():
         begun = re.match(r"(test_\w+) \(", line)

@@ -6,15 +6,15 @@ import subprocess
 import unittest
 from pathlib import Path
 
-from fixtures import CACHE, PASSWORDS, PATIENCE, program
+from fixtures import CACHE, PASSWORDS, TIMEOUT, program
 from imap_client import message
-from test_authentication import ALICE, BOB, Servers, token
+from test_authentication import ALICE, BOB, DovecotWithAllMechanisms, token
 
 LIBRARY = CACHE / "imapflow"
 CLIENT = Path(__file__).with_name("imapflow") / "client.mjs"
 
 
-class ImapFlow(Servers, unittest.TestCase):
+class ImapFlow(DovecotWithAllMechanisms, unittest.TestCase):
     def run_client(self, proxy, auth, subject, port="tls", mail_for=None):
         """What it says at its end. `mail_for` is who gets mail while it waits."""
         assert LIBRARY.is_dir(), "imapflow is not unpacked: run tests/run"
@@ -27,31 +27,31 @@ class ImapFlow(Servers, unittest.TestCase):
                     first = child.stdout.readline()
                     if first != '{"idle":true}\n':
                         raise AssertionError(f"{first}{child.stderr.read()}\n{proxy.log()}")
-                    other = imaplib.IMAP4("127.0.0.1", self.server.port, timeout=PATIENCE)
+                    other = imaplib.IMAP4("127.0.0.1", self.server.port, timeout=TIMEOUT)
                     other.login(mail_for, PASSWORDS[mail_for])
                     other.append("INBOX", None, None, message("news"))
                     other.logout()
-                out, error = child.communicate(timeout=PATIENCE)
+                out, error = child.communicate(timeout=TIMEOUT)
             finally:
                 child.kill()
         self.assertTrue(out, error)
         return json.loads(out.splitlines()[-1])
 
     def assert_reads_and_writes(self, proxy, auth, subject, port="tls"):
-        said = self.run_client(proxy, auth, subject, port, mail_for=auth["user"])
-        self.assertEqual(said.get("subject"), subject, f"{said}\n{proxy.log()}")
-        self.assertGreater(said["size"], 100_000)
-        self.assertGreaterEqual(said["count"], 2)
+        result = self.run_client(proxy, auth, subject, port, mail_for=auth["user"])
+        self.assertEqual(result.get("subject"), subject, f"{result}\n{proxy.log()}")
+        self.assertGreater(result["size"], 100_000)
+        self.assertGreaterEqual(result["count"], 2)
         # What it was told with the login is the server's.
-        self.assertIn("IDLE", said["capabilities"])
+        self.assertIn("IDLE", result["capabilities"])
 
     def test_imapflow_logs_in_with_passwords(self):
         proxy = self.wait_until_mechanisms_are_known(self.proxy())
         for method in (None, "LOGIN", "AUTH=LOGIN", "AUTH=PLAIN"):
             auth = {"user": ALICE, "pass": PASSWORDS[ALICE], **({"loginMethod": method} if method else {})}
             self.assert_reads_and_writes(proxy, auth, f"flow-{method}")
-            said = self.run_client(proxy, {**auth, "pass": "wrong"}, "never")
-            self.assertTrue(said["refused"] and said["code"] == "AUTHENTICATIONFAILED", said)
+            result = self.run_client(proxy, {**auth, "pass": "wrong"}, "never")
+            self.assertTrue(result["refused"] and result["code"] == "AUTHENTICATIONFAILED", result)
         for mechanism in ("login", "sasl-login", "sasl-plain"):
             self.assertGreater(proxy.metric("vestibule_logins_total", mechanism=mechanism, outcome="accepted"), 0, mechanism)
 
@@ -63,9 +63,9 @@ class ImapFlow(Servers, unittest.TestCase):
         for mechanism in ("xoauth2", "oauthbearer"):
             proxy = self.proxy(listener=f"mechanisms: [{mechanism}]")
             self.assert_reads_and_writes(proxy, {"user": BOB, "accessToken": token(BOB)}, f"flow-{mechanism}")
-            said = self.run_client(proxy, {"user": BOB, "accessToken": "nonsense"}, "never")
+            result = self.run_client(proxy, {"user": BOB, "accessToken": "nonsense"}, "never")
             # The server's own words about the token came through.
-            self.assertTrue(said["refused"] and "status" in said["oauth"], f"{said}\n{proxy.log()}")
+            self.assertTrue(result["refused"] and "status" in result["oauth"], f"{result}\n{proxy.log()}")
             self.assertEqual(proxy.metric("vestibule_logins_total", mechanism=mechanism, outcome="accepted"), 1)
             self.assertEqual(proxy.metric("vestibule_logins_total", mechanism=mechanism, outcome="refused"), 1)
 

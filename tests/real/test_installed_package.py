@@ -6,8 +6,8 @@ import re
 import subprocess
 import unittest
 
-from fixtures import PATIENCE, REPOSITORY, VESTIBULE, Certificates, Folder, Process, program, wait_for
-from systemd_container import Machine
+from fixtures import TIMEOUT, REPOSITORY, VESTIBULE, Certificates, Folder, Process, program, wait_for
+from systemd_container import SystemdContainer
 
 CONFIGURATION = """
 listeners:
@@ -26,11 +26,11 @@ CREDENTIALS = "/run/credentials/vestibule.service"
 
 def build_package(folder):
     stripped = folder.path / "vestibule"
-    subprocess.run([program("strip"), "-o", stripped, VESTIBULE], check=True, timeout=PATIENCE)
+    subprocess.run([program("strip"), "-o", stripped, VESTIBULE], check=True, timeout=TIMEOUT)
     # Fast instead of small.
     environment = {**os.environ, "DEB_BUILD_OPTIONS": "noautodbgsym", "DPKG_DEB_COMPRESSOR_TYPE": "none"}
     done = subprocess.run([REPOSITORY / "deploy/build-deb", stripped, folder.path], capture_output=True, text=True,
-                          env=environment, timeout=4 * PATIENCE)
+                          env=environment, timeout=4 * TIMEOUT)
     assert done.returncode == 0, done.stderr
     return next(folder.path.glob("vestibule_*.deb"))
 
@@ -86,7 +86,7 @@ class InstalledPackage(unittest.TestCase):
         cls.package = build_package(cls.folder)
 
     def setUp(self):
-        self.machine = Machine(self.package)
+        self.machine = SystemdContainer(self.package)
         self.addCleanup(self.machine.close)
         self.machine.run("dpkg", "--install", "/root/package.deb")
         self.machine.write("/root/ca.pem", self.certificates.ca.read_text())
@@ -117,7 +117,7 @@ class InstalledPackage(unittest.TestCase):
         """What the container image's health check says of this service."""
         text = (REPOSITORY / "deploy/Dockerfile").read_text()
         command = json.loads(re.search(r"(?s)HEALTHCHECK.*?CMD (\[.*?\])\n", text)[1])
-        return subprocess.run(self.machine.inside(*command), stdin=subprocess.DEVNULL, capture_output=True, timeout=PATIENCE).returncode
+        return subprocess.run(self.machine.inside(*command), stdin=subprocess.DEVNULL, capture_output=True, timeout=TIMEOUT).returncode
 
     def test_package_installs_serves_upgrades_and_purges(self):
         machine = self.machine
@@ -164,8 +164,8 @@ class InstalledPackage(unittest.TestCase):
         machine = self.machine
         session = Session(self)
         before, started = self.property("MainPID"), self.property("ExecMainStartTimestamp")
-        said = machine.run("dpkg", "--install", "/root/package.deb")
-        self.assertIn(f"serves; pid {before}", said)
+        output = machine.run("dpkg", "--install", "/root/package.deb")
+        self.assertIn(f"serves; pid {before}", output)
         after = self.property("MainPID")
         self.assertNotEqual(after, before, "systemd watches the new process")
         self.assertEqual(self.property("ActiveState"), "active")
@@ -175,9 +175,9 @@ class InstalledPackage(unittest.TestCase):
 
         # A new version that cannot start changes nothing but the program, and says what to do.
         machine.write(FILE, configuration.replace("default: mail", "default: male"))
-        said = machine.run("dpkg", "--install", "/root/package.deb")
-        self.assertIn('no backend is declared as "male"', said)
-        self.assertIn("was not replaced and goes on serving", said)
+        output = machine.run("dpkg", "--install", "/root/package.deb")
+        self.assertIn('no backend is declared as "male"', output)
+        self.assertIn("was not replaced and goes on serving", output)
         self.assertEqual((self.property("ActiveState"), self.property("MainPID")), ("active", after))
         session.check_alive()
         machine.write(FILE, configuration)
@@ -222,8 +222,8 @@ class InstalledPackage(unittest.TestCase):
         self.machine.run("systemctl", "reload", "vestibule")
         wait_for("the reload", lambda: "configuration loaded" in self.machine.journal())
         pid = self.property("MainPID")
-        said = self.machine.run("dpkg", "--install", "/root/package.deb")
-        self.assertIn("set admin.control: /run/vestibule/control", said)
+        output = self.machine.run("dpkg", "--install", "/root/package.deb")
+        self.assertIn("set admin.control: /run/vestibule/control", output)
         self.assertEqual((self.property("ActiveState"), self.property("MainPID")), ("active", pid))
 
     def test_removing_the_package_stops_the_service(self):

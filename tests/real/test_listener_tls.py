@@ -10,9 +10,9 @@ import ssl
 import subprocess
 import unittest
 
-from fixtures import PASSWORDS, PATIENCE, Certificates, Dovecot, Folder, Proxy, program, wait_for
-from imap_client import Raw, context
-from tls_fixtures import Tool
+from fixtures import PASSWORDS, TIMEOUT, Certificates, Dovecot, Folder, Proxy, program, wait_for
+from imap_client import RawClient, context
+from tls_fixtures import CommandLineClient
 
 ALICE = "alice@example.org"
 OLD = {"TLS 1.0": "-tls1", "TLS 1.1": "-tls1_1"}
@@ -49,11 +49,11 @@ admin: {{address: "127.0.0.1:{{admin}}"}}
         name = ["-servername", name] if name else ["-noservername"]
         command = [program("openssl"), "s_client", "-crlf", "-ign_eof", "-CAfile", self.certificates.ca, *name, *options,
                    "-connect", f"127.0.0.1:{proxy.ports[port]}"]
-        done = subprocess.run([str(word) for word in command], input=commands, capture_output=True, timeout=PATIENCE)
+        done = subprocess.run([str(word) for word in command], input=commands, capture_output=True, timeout=TIMEOUT)
         return f"{done.stdout.decode(errors='replace')}{done.stderr.decode(errors='replace')}\nexit {done.returncode}"
 
     def log_in(self, proxy, port="tls"):
-        raw = Raw(proxy.ports[port], context(self.certificates.ca))
+        raw = RawClient(proxy.ports[port], context(self.certificates.ca))
         self.addCleanup(raw.close)
         raw.line()
         self.assertRegex(raw.command("a", f'LOGIN {ALICE} "{PASSWORDS[ALICE]}"')[-1], b"^a OK")
@@ -61,7 +61,7 @@ admin: {{address: "127.0.0.1:{{admin}}"}}
 
     def served_certificate(self, proxy, port="tls"):
         """The certificate, as OpenSSL's dictionary."""
-        with socket.create_connection(("127.0.0.1", proxy.ports[port]), timeout=PATIENCE) as plain:
+        with socket.create_connection(("127.0.0.1", proxy.ports[port]), timeout=TIMEOUT) as plain:
             with context(self.certificates.ca).wrap_socket(plain, server_hostname="localhost") as tls:
                 return tls.getpeercert()
 
@@ -110,23 +110,23 @@ class Handshakes(ListenerTlsTestCase):
         for port, taken in (("tls", VERSIONS), ("starttls", {"1.3": "-tls1_3"})):
             for version, option in {**OLD, **VERSIONS}.items():
                 with self.subTest(port=port, version=version):
-                    said = self.s_client(proxy, option, *low, port=port)
+                    output = self.s_client(proxy, option, *low, port=port)
                     if version in taken:
-                        self.assertIn("a OK", said)
+                        self.assertIn("a OK", output)
                     else:
                         # Who is so old that it names no signatures is refused for that.
-                        self.assertRegex(said, "alert (protocol version|handshake failure)" if version in OLD else "alert protocol version")
-                        self.assertIn("has read 7 bytes", said, "the alert, and nothing else")
+                        self.assertRegex(output, "alert (protocol version|handshake failure)" if version in OLD else "alert protocol version")
+                        self.assertIn("has read 7 bytes", output, "the alert, and nothing else")
 
     def test_unknown_server_names_are_refused_when_strict(self):
         proxy = self.proxy(first="sni: strict", second="sni: any")
         for version in VERSIONS.values():
             for name, is_known in (("localhost", True), ("MAIL.test", True), ("elsewhere.test", False), (None, False)):
                 with self.subTest(version=version, name=name):
-                    said = self.s_client(proxy, version, name=name)
-                    self.assertEqual("a OK" in said, is_known, said)
+                    output = self.s_client(proxy, version, name=name)
+                    self.assertEqual("a OK" in output, is_known, output)
                     # rustls itself has no word for it but access_denied.
-                    self.assertEqual("unrecognized name" in said, not is_known, said)
+                    self.assertEqual("unrecognized name" in output, not is_known, output)
                     self.assertIn("a OK", self.s_client(proxy, version, name=name, port="starttls"))
         self.assertEqual(proxy.metric("vestibule_failures_total", reason="handshake"), 4)
 
@@ -143,19 +143,19 @@ class Handshakes(ListenerTlsTestCase):
         ):
             for name in ("localhost", None):
                 with self.subTest(options=options, name=name):
-                    said = self.s_client(proxy, *options, name=name)
-                    self.assertRegex(said, rf"Peer signature type: {signature}\n")
-                    self.assertIn("a OK", said)
+                    output = self.s_client(proxy, *options, name=name)
+                    self.assertRegex(output, rf"Peer signature type: {signature}\n")
+                    self.assertIn("a OK", output)
 
     def test_renegotiation_before_login_ends_the_session(self):
         """After it, see test_tls_interop_clients.py."""
         proxy = self.proxy()
-        client = Tool([program("openssl"), "s_client", "-brief", "-CAfile", str(self.certificates.ca), "-tls1_2", "-connect",
+        client = CommandLineClient([program("openssl"), "s_client", "-brief", "-CAfile", str(self.certificates.ca), "-tls1_2", "-connect",
                        f"127.0.0.1:{proxy.ports['tls']}"])
         self.addCleanup(client.close)
-        self.assertIn(b"* OK", client.line(), client.report())
+        self.assertIn(b"* OK", client.line(), client.output())
         client.send(b"R\n")
-        wait_for("s_client to give up", lambda: "no renegotiation" in client.report())
+        wait_for("s_client to give up", lambda: "no renegotiation" in client.output())
         self.assertEqual(client.line(), b"")
         wait_for("the session to end", lambda: proxy.metric("vestibule_sessions") == 0)
         self.assertIn("a OK", self.s_client(proxy, "-tls1_2"))
@@ -168,11 +168,11 @@ class Handshakes(ListenerTlsTestCase):
             client.do_handshake()
         first = hello.read()
         proxy = self.proxy(first="sni: any", second="sni: strict")
-        neighbour = self.log_in(proxy)
+        other_session = self.log_in(proxy)
         cuts = (0, 1, 5, 6, len(first) // 2, len(first) - 1, len(first))
         for port in ("tls", "starttls"):
             for cut in cuts:
-                with socket.create_connection(("127.0.0.1", proxy.ports[port]), timeout=PATIENCE) as plain:
+                with socket.create_connection(("127.0.0.1", proxy.ports[port]), timeout=TIMEOUT) as plain:
                     plain.sendall(first[:cut])
                     plain.shutdown(socket.SHUT_WR)
                     answer = b""
@@ -182,7 +182,7 @@ class Handshakes(ListenerTlsTestCase):
                 self.assertEqual(answer[:1], b"\x16" if cut == len(first) else b"", f"{cut}: {answer[:20]}")
         wait_for("the sessions to end", lambda: proxy.metric("vestibule_sessions") == 1)
         self.assertEqual(proxy.metric("vestibule_failures_total", reason="handshake"), 2 * len(cuts))
-        self.assertRegex(neighbour.command("b", "NOOP")[-1], b"^b OK")
+        self.assertRegex(other_session.command("b", "NOOP")[-1], b"^b OK")
 
     def test_early_data_is_refused(self):
         """Neither is it offered, nor taken from a client that was told it could send some."""
@@ -192,11 +192,11 @@ class Handshakes(ListenerTlsTestCase):
         self.assertIn("Early data was not sent", self.s_client(proxy, "-tls1_3", "-sess_in", session, "-early_data", early))
         self.s_client(proxy, "-tls1_3", "-sess_out", session)
         allow_early_data(session)
-        said = self.s_client(proxy, "-tls1_3", "-sess_in", session, "-early_data", early)
-        self.assertIn("Early data was rejected", said)
-        self.assertIn("Reused, TLSv1.3", said)
-        self.assertNotIn("e OK", said)
-        self.assertIn("a OK", said)
+        output = self.s_client(proxy, "-tls1_3", "-sess_in", session, "-early_data", early)
+        self.assertIn("Early data was rejected", output)
+        self.assertIn("Reused, TLSv1.3", output)
+        self.assertNotIn("e OK", output)
+        self.assertIn("a OK", output)
 
 
 def allow_early_data(session):
@@ -223,18 +223,18 @@ def allow_early_data(session):
 
 class Tickets(ListenerTlsTestCase):
     def test_ticket_is_accepted_only_under_its_own_policy(self):
-        asks = f"client_certificates: {{ca: {self.certificates.ca}"
-        proxy = self.proxy(second='tls_min: "1.3"', third=f"{asks}, required: true}}")
+        client_certificates = f"client_certificates: {{ca: {self.certificates.ca}"
+        proxy = self.proxy(second='tls_min: "1.3"', third=f"{client_certificates}, required: true}}")
         session = self.folder.path / "policy.session"
         for version in VERSIONS.values():
             with self.subTest(version=version):
                 self.assertIn("New, TLSv", self.s_client(proxy, version, "-sess_out", session))
                 for port in ("tls", "starttls", "plain"):
-                    said = self.s_client(proxy, version, "-sess_in", session, port=port)
-                    self.assertEqual("Reused, TLSv" in said, port == "tls", f"{port}\n{said}")
+                    output = self.s_client(proxy, version, "-sess_in", session, port=port)
+                    self.assertEqual("Reused, TLSv" in output, port == "tls", f"{port}\n{output}")
                     if port == "plain":
-                        self.assertRegex(said, "alert (certificate required|handshake failure)")
-                        self.assertNotIn("* OK", said)
+                        self.assertRegex(output, "alert (certificate required|handshake failure)")
+                        self.assertNotIn("* OK", output)
 
     def test_shared_ticket_keys_resume_on_other_hosts(self):
         folders = [Folder(), Folder()]
@@ -247,21 +247,21 @@ class Tickets(ListenerTlsTestCase):
                 replace(folder.path / file.name, file.read_bytes(), 0o600)
             proxies.append(self.proxy(second='tls_min: "1.3"', more="ticket_keys: [newer.key, older.key]", folder=folder))
         one, two = proxies
-        lonely = self.proxy()
+        unrelated = self.proxy()
         sessions = {version: self.folder.path / f"shared-{version}.session" for version in VERSIONS}
 
-        def resumes(proxy, port="tls"):
-            said = {version: self.s_client(proxy, option, "-sess_in", sessions[version], port=port) for version, option in VERSIONS.items()}
-            for text in said.values():
+        def resumed(proxy, port="tls"):
+            output = {version: self.s_client(proxy, option, "-sess_in", sessions[version], port=port) for version, option in VERSIONS.items()}
+            for text in output.values():
                 self.assertRegex(text, "(New|Reused), ", "a handshake at least")
-            return ["Reused, TLSv" in text for text in said.values()]
+            return ["Reused, TLSv" in text for text in output.values()]
 
         for version, option in VERSIONS.items():
             self.assertIn("New, TLSv", self.s_client(one, option, "-sess_out", sessions[version]))
-        self.assertEqual(resumes(one), [True, True])
-        self.assertEqual(resumes(two), [True, True])
-        self.assertEqual(resumes(two, "starttls"), [False, False])
-        self.assertEqual(resumes(lonely), [False, False])
+        self.assertEqual(resumed(one), [True, True])
+        self.assertEqual(resumed(two), [True, True])
+        self.assertEqual(resumed(two, "starttls"), [False, False])
+        self.assertEqual(resumed(unrelated), [False, False])
 
         # A newer key comes and the oldest goes: what the one between sealed is good still.
         next_key = self.key_file("next.key").read_bytes()
@@ -276,23 +276,23 @@ class Tickets(ListenerTlsTestCase):
                 wait_for("the keys", lambda: proxy.log().count("ticket keys loaded") >= loads[at])
 
         rotate(next_key, newer.read_bytes())
-        self.assertEqual(resumes(one), [True, True])
-        self.assertEqual(resumes(two), [True, True])
+        self.assertEqual(resumed(one), [True, True])
+        self.assertEqual(resumed(two), [True, True])
 
         # A file that everybody may read is not taken, and changes nothing.
         bad = folders[1].path / "newer.key"
         replace(bad, self.key_file("bad.key").read_bytes(), 0o644)
         wait_for("the gauge", lambda: two.metric("vestibule_ticket_keys_load_failed") == 1)
         self.assertIn(f"{bad}: is open to everybody on this machine (mode 644): chmod 600 it; the old ticket keys stay in use", two.log())
-        self.assertEqual(resumes(two), [True, True])
+        self.assertEqual(resumed(two), [True, True])
         bad.chmod(0o600)
         wait_for("the gauge", lambda: two.metric("vestibule_ticket_keys_load_failed") == 0)
         loads[1] += 1
 
         # The key that sealed them goes.
         rotate(self.key_file("last.key").read_bytes(), next_key)
-        self.assertEqual(resumes(one), [False, False])
-        self.assertEqual(resumes(two), [False, False])
+        self.assertEqual(resumed(one), [False, False])
+        self.assertEqual(resumed(two), [False, False])
         for secret in (newer, older):
             self.assertNotIn(secret.read_text().strip()[:20], one.log())
 
@@ -302,14 +302,14 @@ class Tickets(ListenerTlsTestCase):
         proxy = self.proxy()
         wrong = proxy.file.with_name("wrong.yaml")
         wrong.write_text(proxy.file.read_text().replace("tls: {certificates", f"tls: {{ticket_keys: [{short}], certificates"))
-        done = subprocess.run([proxy.process.child.args[3], "check", "--config", wrong], capture_output=True, text=True, timeout=PATIENCE)
+        done = subprocess.run([proxy.process.child.args[3], "check", "--config", wrong], capture_output=True, text=True, timeout=TIMEOUT)
         self.assertNotEqual(done.returncode, 0, done.stdout + done.stderr)
         self.assertIn("tls.ticket_keys[0]", done.stderr)
         self.assertIn("32 are needed", done.stderr)
 
 
 class CertificateRenewal(ListenerTlsTestCase):
-    def failed(self, proxy):
+    def load_failed(self, proxy):
         return proxy.metric("vestibule_certificate_load_failed")
 
     def expiry(self, proxy):
@@ -352,7 +352,7 @@ class CertificateRenewal(ListenerTlsTestCase):
         self.assertIn("certificate loaded", proxy.log())
         check_session()
         self.assertRegex(session.command("s", "SELECT INBOX")[-1], b"^s OK")
-        self.assertEqual(self.failed(proxy), 0)
+        self.assertEqual(self.load_failed(proxy), 0)
 
     def test_invalid_certificate_pair_keeps_the_old_one(self):
         (cert, key), other = self.issue("kept"), self.issue("other")
@@ -368,20 +368,20 @@ class CertificateRenewal(ListenerTlsTestCase):
             with self.subTest(file=file.name, size=len(content)):
                 good, reported = file.read_bytes(), proxy.log().count("the old certificate stays in use")
                 replace(file, content)
-                wait_for("the gauge", lambda: self.failed(proxy) == 1)
+                wait_for("the gauge", lambda: self.load_failed(proxy) == 1)
                 lines = [line for line in proxy.log().splitlines() if "the old certificate stays in use" in line]
                 self.assertEqual(len(lines), reported + 1)
                 self.assertRegex(lines[-1], "ERROR")
                 self.assertIn(reason, lines[-1])
                 self.assertEqual(self.served_certificate(proxy), before)
                 replace(file, good)
-                wait_for("the gauge", lambda: self.failed(proxy) == 0)
+                wait_for("the gauge", lambda: self.load_failed(proxy) == 0)
         self.assertNotIn(re.sub(r"\s", "", key_bytes.decode())[40:60], proxy.log())
         # And a good pair, file by file in place, as cp does it.
         cert.write_bytes(other[0].read_bytes())
         key.write_bytes(other[1].read_bytes())
         wait_for("the new certificate", lambda: self.served_certificate(proxy) != before)
-        wait_for("the gauge", lambda: self.failed(proxy) == 0)
+        wait_for("the gauge", lambda: self.load_failed(proxy) == 0)
 
     def test_ocsp_response_is_stapled_and_renewed(self):
         (cert, key), other = self.issue("stapled"), self.issue("unstapled")
@@ -392,21 +392,21 @@ class CertificateRenewal(ListenerTlsTestCase):
         proxy = self.proxy(certificates=f"{{cert: {cert}, key: {key}, ocsp: {response}}}")
 
         def status(*options):
-            said = self.s_client(proxy, "-status", *options)
-            self.assertIn("a OK", said)
-            return "good" if "Cert Status: good" in said else re.search("OCSP response: (.*)", said)[1]
+            output = self.s_client(proxy, "-status", *options)
+            self.assertIn("a OK", output)
+            return "good" if "Cert Status: good" in output else re.search("OCSP response: (.*)", output)[1]
 
         for version in VERSIONS.values():
             self.assertEqual(status(version), "good")
         replace(response, wrong.read_bytes())
-        wait_for("the gauge", lambda: self.failed(proxy) == 1)
+        wait_for("the gauge", lambda: self.load_failed(proxy) == 1)
         self.assertIn(f"{response}: is about another certificate; the certificate is shown without it", proxy.log())
         self.assertEqual(status(), "no response sent")
         replace(response, good)
-        wait_for("the gauge", lambda: self.failed(proxy) == 0)
+        wait_for("the gauge", lambda: self.load_failed(proxy) == 0)
         self.assertEqual(status(), "good")
         replace(response, b"nonsense")
-        wait_for("the gauge", lambda: self.failed(proxy) == 1)
+        wait_for("the gauge", lambda: self.load_failed(proxy) == 1)
         self.assertIn(f"{response}: is not an OCSP response in DER; the old response stays in use while it fits", proxy.log())
         self.assertEqual(status(), "good")
 

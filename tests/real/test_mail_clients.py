@@ -6,7 +6,7 @@ imaplib is the client of the other files.
 import subprocess
 import unittest
 
-from fixtures import PASSWORDS, PATIENCE, Certificates, Dovecot, Folder, Proxy, program
+from fixtures import PASSWORDS, TIMEOUT, Certificates, Dovecot, Folder, Proxy, program
 from imap_client import message
 
 ALICE, BOB = "alice@example.org", "bob@example.net"
@@ -36,7 +36,7 @@ admin: {{address: "127.0.0.1:{{admin}}"}}
         cls.addClassCleanup(cls.proxy.close)
 
     def run_program(self, *command, **options):
-        done = subprocess.run([str(word) for word in command], capture_output=True, timeout=PATIENCE, **options)
+        done = subprocess.run([str(word) for word in command], capture_output=True, timeout=TIMEOUT, **options)
         self.assertEqual(done.returncode, 0, f"{command}\n{done.stdout.decode()}\n{done.stderr.decode()}\n{self.proxy.log()}")
         return done.stdout.decode(errors="replace")
 
@@ -149,16 +149,16 @@ push "<tag-pattern>~s for-mutt<enter><tag-prefix><copy-message>{copies}<enter><q
 
     def test_openssl_s_client_logs_in(self):
         for extra, port in (((), "tls"), (("-starttls", "imap"), "starttls")):
-            said = self.run_program(
+            output = self.run_program(
                 program("openssl"), "s_client", "-quiet", "-crlf", "-verify_return_error", "-CAfile", self.certificates.ca,
                 "-servername", "localhost", "-alpn", "imap", *extra, "-connect", f"localhost:{self.proxy.ports[port]}",
                 input=f"a LOGIN {ALICE} {PASSWORDS[ALICE]}\nb SELECT INBOX\nc LOGOUT\n".encode())
             for line in ("a OK [CAPABILITY IMAP4rev1", "b OK [READ-WRITE]", "c OK"):
-                self.assertIn(line, said)
+                self.assertIn(line, output)
 
     def test_alpn_without_imap_is_refused(self):
         done = subprocess.run([program("openssl"), "s_client", "-alpn", "h2,http/1.1", "-connect",
-                               f"localhost:{self.proxy.ports['tls']}"], input=b"", capture_output=True, timeout=PATIENCE)
+                               f"localhost:{self.proxy.ports['tls']}"], input=b"", capture_output=True, timeout=TIMEOUT)
         self.assertIn(b"no application protocol", done.stderr)
         self.assertNotEqual(done.returncode, 0)
 

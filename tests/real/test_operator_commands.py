@@ -11,8 +11,8 @@ import time
 import unittest
 from pathlib import Path
 
-from fixtures import PATIENCE, VESTIBULE, Certificates, Dovecot, Folder, Process, Proxy, answers, free_port, program, wait_for
-from imap_client import ALICE, BOB, LOGIN, Raw, session
+from fixtures import TIMEOUT, VESTIBULE, Certificates, Dovecot, Folder, Process, Proxy, answers, free_port, program, wait_for
+from imap_client import ALICE, BOB, LOGIN, RawClient, session
 
 CONFIGURATION = """
 listeners: [{{address: "127.0.0.1:{{plain}}", tls: none}}]
@@ -53,7 +53,7 @@ class OperatorTestCase(unittest.TestCase):
     def command(self, *words, code=0):
         """A command to the running process; what it printed."""
         done = subprocess.run([VESTIBULE, *map(str, words), "--control", self.folder.path / "control"], capture_output=True, text=True,
-                              timeout=PATIENCE)
+                              timeout=TIMEOUT)
         self.assertEqual(done.returncode, code, f"{words}\n{done.stdout}{done.stderr}\n{self.proxy.log()}")
         return done.stdout + done.stderr
 
@@ -83,8 +83,8 @@ class Commands(OperatorTestCase):
         client = session(self.port)
         text = self.proxy.file.read_text()
         self.proxy.file.write_text(text.replace("shard-b:", "shard-c:"))
-        said = self.command("reload", code=78)
-        self.assertIn("users.txt:2: no backend is declared as \"shard-b\"; declared: shard-a, shard-c", said)
+        output = self.command("reload", code=78)
+        self.assertIn("users.txt:2: no backend is declared as \"shard-b\"; declared: shard-a, shard-c", output)
         self.assertEqual(self.proxy.metric("vestibule_reload_failed"), 1)
         self.assertTrue(responds(session(self.port, BOB)), "the old configuration is in use")
         other = free_port()
@@ -95,7 +95,7 @@ class Commands(OperatorTestCase):
         self.proxy.file.write_text(text + "log: {level: debug}\n")
         self.proxy.process.child.send_signal(signal.SIGHUP)
         wait_for("the port to close", lambda: not answers(other))
-        with socket.create_connection(("127.0.0.1", self.proxy.ports["admin"]), PATIENCE) as junk:
+        with socket.create_connection(("127.0.0.1", self.proxy.ports["admin"]), TIMEOUT) as junk:
             junk.sendall(b"what?\r\n\r\n")
             wait_for("the new level", lambda: "DEBUG" in self.proxy.log())
         self.assertEqual(self.proxy.metric("vestibule_reload_failed"), 0)
@@ -120,7 +120,7 @@ class Commands(OperatorTestCase):
         bob = session(self.port, BOB)
         self.assertIn("5 sessions there", self.command("drain", name))
         self.assertTrue(all(map(responds, sessions)), "without --over nobody is sent away")
-        newcomer = Raw(self.port)
+        newcomer = RawClient(self.port)
         newcomer.line()
         self.assertTrue(newcomer.command("a", LOGIN[ALICE])[-1].startswith(b"a NO [UNAVAILABLE]"), "no new logins")
         began = time.monotonic()
@@ -145,13 +145,13 @@ class Commands(OperatorTestCase):
     def test_move_holds_logins_while_its_command_runs(self):
         before, bob = session(self.port), session(self.port, BOB)
         # The default timeout is for people who change the routes at the same time.
-        said = self.command("move", ALICE, "shard-b", "--timeout", "1s", code=1)
-        self.assertIn("the routes say shard-a, not shard-b", said)
-        self.assertIn('route "table" answers', said)
+        output = self.command("move", ALICE, "shard-b", "--timeout", "1s", code=1)
+        self.assertIn("the routes say shard-a, not shard-b", output)
+        self.assertIn('route "table" answers', output)
         self.assertEqual(before.line(), b"")
         before = session(self.port)
         # While the command runs, a login waits; then it goes to the new place.
-        waiting, answer = Raw(self.port), []
+        waiting, answer = RawClient(self.port), []
         waiting.line()
         thread = threading.Thread(target=lambda: answer.append(waiting.command("a", LOGIN[ALICE])[-1]))
         script = self.folder.write("script", f"""
@@ -172,8 +172,8 @@ class Commands(OperatorTestCase):
         time.sleep(0.3)
         self.assertEqual(answer, [], "kept waiting, not turned away")
         (self.folder.path / "go").touch()
-        self.assertEqual(mover.child.wait(PATIENCE), 0, mover.text())
-        thread.join(PATIENCE)
+        self.assertEqual(mover.child.wait(TIMEOUT), 0, mover.text())
+        thread.join(TIMEOUT)
         # Both servers have alice here, so what counts is where she was sent.
         self.assertTrue(answer[0].startswith(b"a OK"), answer)
         self.assertEqual([one["backend"] for one in json.loads(self.command("sessions", ALICE, "--json"))], ["shard-b"])
@@ -183,11 +183,11 @@ class Commands(OperatorTestCase):
         """The command's own example: the table is copied over, and nothing else is done."""
         before = session(self.port)
         new = self.folder.write("users.new", f"{ALICE} shard-b\n{BOB} shard-b\n")
-        said = self.command("move", ALICE, "shard-b", "--while", f"cp {new} {self.folder.path}/users.txt")
+        output = self.command("move", ALICE, "shard-b", "--while", f"cp {new} {self.folder.path}/users.txt")
         self.assertEqual(before.line(), b"")
-        self.assertIn(f"{ALICE}: 1 sessions ended, now at shard-b", said)
+        self.assertIn(f"{ALICE}: 1 sessions ended, now at shard-b", output)
         for progress in ("new logins wait", f"running cp {new}", "waiting until the routes name shard-b, at most 10s"):
-            self.assertIn(progress, said)
+            self.assertIn(progress, output)
         client = session(self.port)
         self.assertEqual([one["backend"] for one in self.sessions(ALICE)], ["shard-b"])
         self.assertTrue(responds(client))
@@ -206,7 +206,7 @@ class Commands(OperatorTestCase):
         self.command("status")
         go.touch()
         for mover in movers:
-            self.assertEqual(mover.child.wait(PATIENCE), 0, mover.text())
+            self.assertEqual(mover.child.wait(TIMEOUT), 0, mover.text())
 
     def test_move_reports_failure_when_the_process_ends(self):
         mover = Process([VESTIBULE, "move", ALICE, "shard-a", "--while", f"while [ ! -e {self.folder.path}/go ]; do sleep 0.05; done",
@@ -218,7 +218,7 @@ class Commands(OperatorTestCase):
         self.addCleanup(again.kill)
         wait_for("the next process", lambda: answers(self.port, b"* OK"))
         self.folder.write("go", "")
-        self.assertEqual(mover.child.wait(PATIENCE), 1, mover.text())
+        self.assertEqual(mover.child.wait(TIMEOUT), 1, mover.text())
         self.assertIn(f"the process ended while the command ran: {ALICE} may have logged in meanwhile", mover.text())
 
     def test_command_reports_a_hung_process(self):
@@ -266,13 +266,13 @@ class Commands(OperatorTestCase):
         control = self.folder.path / "control"
         self.assertEqual(control.stat().st_mode & 0o777, 0o600)
         nobody = [program("setpriv"), "--reuid", "nobody", "--clear-groups", VESTIBULE, "status", "--control", control]
-        done = subprocess.run(nobody, capture_output=True, text=True, timeout=PATIENCE)
+        done = subprocess.run(nobody, capture_output=True, text=True, timeout=TIMEOUT)
         self.assertEqual(done.returncode, 77)
         self.assertIn("may be opened by the user that the process runs as, and by root, only", done.stderr)
         with socket.socket(socket.AF_UNIX) as junk:
             junk.connect(str(control))
             junk.sendall(b"\x00\x01 what\r\n\r\n")
-            junk.settimeout(PATIENCE)
+            junk.settimeout(TIMEOUT)
             junk.recv(4096)
         self.assertIn("server", self.command("status"))
 
@@ -282,7 +282,7 @@ class LoginLoop(threading.Thread):
 
     def __init__(self, port, user):
         super().__init__(daemon=True)
-        self.port, self.user, self.visits, self.faults, self.stop = port, user, 0, [], threading.Event()
+        self.port, self.user, self.count, self.errors, self.stop = port, user, 0, [], threading.Event()
 
     def run(self):
         while not self.stop.is_set():
@@ -291,9 +291,9 @@ class LoginLoop(threading.Thread):
                 assert responds(client)
                 client.command("z", "LOGOUT")
                 client.close()
-                self.visits += 1
+                self.count += 1
             except Exception as error:  # noqa: BLE001: whatever it is, it is what the test looks for
-                self.faults.append(repr(error))
+                self.errors.append(repr(error))
 
 
 class Upgrades(OperatorTestCase):
@@ -304,41 +304,41 @@ class Upgrades(OperatorTestCase):
         for login_loop in login_loops:
             login_loop.start()
         pid = self.proxy.process.child.pid
-        by_hand = []
+        direct_starts = []
         for turn in range(20):
             if turn % 2:
                 self.command("upgrade")
             else:
-                by_hand.append(Process([VESTIBULE, "run", "--replace", "--config", self.proxy.file], self.folder.path / f"log-{turn}"))
-                self.addCleanup(by_hand[-1].kill)
+                direct_starts.append(Process([VESTIBULE, "run", "--replace", "--config", self.proxy.file], self.folder.path / f"log-{turn}"))
+                self.addCleanup(direct_starts[-1].kill)
 
             def succeeded():
                 done = subprocess.run([VESTIBULE, "status", "--json", "--control", self.folder.path / "control"], capture_output=True, text=True,
-                                      timeout=PATIENCE)
+                                      timeout=TIMEOUT)
                 now = json.loads(done.stdout)["pid"] if done.returncode == 0 else pid
                 return now if now != pid else None
             pid = wait_for(f"successor {turn}", succeeded)
-            visits = sum(login_loop.visits for login_loop in login_loops)
-            wait_for("visits", lambda: sum(login_loop.visits for login_loop in login_loops) >= visits + 8 or any(login_loop.faults for login_loop in login_loops))
+            count = sum(login_loop.count for login_loop in login_loops)
+            wait_for("visits", lambda: sum(login_loop.count for login_loop in login_loops) >= count + 8 or any(login_loop.errors for login_loop in login_loops))
         for login_loop in login_loops:
             login_loop.stop.set()
-            login_loop.join(PATIENCE)
-        self.assertEqual([login_loop.faults for login_loop in login_loops], [[]] * 4)
+            login_loop.join(TIMEOUT)
+        self.assertEqual([login_loop.errors for login_loop in login_loops], [[]] * 4)
         self.assertTrue(all(map(responds, lasting_sessions)), "sessions of the first process live on")
         self.assertIsNone(self.proxy.process.child.poll())
         for client in lasting_sessions:
             client.close()
-        self.assertEqual(self.proxy.process.child.wait(PATIENCE), 0, "its last session has ended")
+        self.assertEqual(self.proxy.process.child.wait(TIMEOUT), 0, "its last session has ended")
         # The last one still answers for the ports, metrics included.
         self.assertEqual(self.proxy.metric("vestibule_draining"), 0)
         os.kill(pid, signal.SIGTERM)
         wait_for("the last one's end", lambda: not answers(self.port))
-        for process in by_hand:
-            self.assertEqual(process.child.wait(PATIENCE), 0, process.text())
+        for process in direct_starts:
+            self.assertEqual(process.child.wait(TIMEOUT), 0, process.text())
 
     def test_successor_that_cannot_start_changes_nothing(self):
         client = session(self.port)
-        done = subprocess.run([VESTIBULE, "run", "--config", self.proxy.file], capture_output=True, text=True, timeout=PATIENCE)
+        done = subprocess.run([VESTIBULE, "run", "--config", self.proxy.file], capture_output=True, text=True, timeout=TIMEOUT)
         self.assertEqual(done.returncode, 70)
         self.assertIn("take its place with --replace", done.stderr)
         text = self.proxy.file.read_text()
@@ -379,7 +379,7 @@ class Predecessors(OperatorTestCase):
         self.assertEqual(sorted(path.name for path in self.folder.path.glob("control*")), ["control", f"control.{third}"])
 
     def test_move_covers_predecessors(self):
-        old, waiting = session(self.port), Raw(self.port)
+        old, waiting = session(self.port), RawClient(self.port)
         waiting.line()
         self.upgrade()
         new = session(self.port)
@@ -411,7 +411,7 @@ class Predecessors(OperatorTestCase):
         old = session(self.port)
         self.upgrade()
         os.kill(first, signal.SIGKILL)
-        self.proxy.process.child.wait(PATIENCE)
+        self.proxy.process.child.wait(TIMEOUT)
         self.assertEqual(old.line(), b"")
         self.assertIn("0 sessions ended", self.command("kick", ALICE))
         self.assertFalse((self.folder.path / f"control.{first}").exists())
@@ -423,7 +423,7 @@ class Predecessors(OperatorTestCase):
         self.addCleanup(drain.kill)
         wait_for("the drain", lambda: "6 sessions there" in drain.text())
         self.upgrade()
-        self.assertEqual(drain.child.wait(PATIENCE), 0, drain.text())
+        self.assertEqual(drain.child.wait(TIMEOUT), 0, drain.text())
         self.assertIn("no session is left", drain.text())
         for client in sessions:
             client.socket.setblocking(False)
@@ -453,11 +453,11 @@ class Predecessors(OperatorTestCase):
         before = self.status()["pid"]
         successor = Process([VESTIBULE, "run", "--replace", "--config", self.proxy.file], self.folder.path / "successor")
         self.addCleanup(successor.kill)
-        self.assertNotEqual(successor.child.wait(PATIENCE), 0)
+        self.assertNotEqual(successor.child.wait(TIMEOUT), 0)
         self.assertIn("a user is being moved: try again when that is done", successor.text())
         self.assertEqual(self.status()["pid"], before)
         go.touch()
-        self.assertEqual(mover.child.wait(PATIENCE), 0, mover.text())
+        self.assertEqual(mover.child.wait(TIMEOUT), 0, mover.text())
 
     def test_server_states_survive_upgrades(self):
         name_a, name_b = f"127.0.0.1:{self.a.port}", f"127.0.0.1:{self.b.port}"
@@ -469,7 +469,7 @@ class Predecessors(OperatorTestCase):
         after = self.servers()
         self.assertEqual((after[name_a]["mode"], after[name_b]["mode"]), ("drain", "down"))
         self.assertEqual((after[name_a]["set"], after[name_b]["set"]), (before[name_a]["set"], before[name_b]["set"]))
-        client = Raw(self.port)
+        client = RawClient(self.port)
         client.line()
         self.assertRegex(client.command("a", LOGIN[ALICE])[-1], rb"^a NO \[UNAVAILABLE\]")
         self.command("server", name_a, "as-configured")
@@ -478,14 +478,14 @@ class Predecessors(OperatorTestCase):
 
     def test_server_state_set_during_an_upgrade_is_kept(self):
         """What a command has confirmed counts, whichever process confirmed it."""
-        name, done, over = f"127.0.0.1:{self.a.port}", [0], threading.Event()
+        name, done, stop = f"127.0.0.1:{self.a.port}", [0], threading.Event()
 
         def change():
             for number in itertools.count(1):
-                if over.is_set():
+                if stop.is_set():
                     return
                 words = ["server", name, "drain", "--reason", str(number), "--control", self.folder.path / "control"]
-                if subprocess.run([VESTIBULE, *words], capture_output=True, timeout=PATIENCE).returncode == 0:
+                if subprocess.run([VESTIBULE, *words], capture_output=True, timeout=TIMEOUT).returncode == 0:
                     done.append(number)
         changing = threading.Thread(target=change)
         changing.start()
@@ -497,8 +497,8 @@ class Predecessors(OperatorTestCase):
                 confirmed = done[-1]
                 self.assertGreaterEqual(int(self.servers()[name]["set"]["reason"]), confirmed)
         finally:
-            over.set()
-            changing.join(PATIENCE)
+            stop.set()
+            changing.join(TIMEOUT)
         self.assertGreaterEqual(int(self.servers()[name]["set"]["reason"]), done[-1])
 
 
@@ -520,8 +520,8 @@ routes: [{{default: a}}]
         process = Process([program("systemd-socket-activate"), "-l", f"127.0.0.1:{port}", VESTIBULE, "run", "--config", self.configuration(port)],
                           self.folder.path / "log")
         self.addCleanup(process.kill)
-        client = wait_for("the socket", lambda: connected(port))
-        self.assertTrue(Raw.line(client).startswith(b"* OK"), process.text())
+        client = wait_for("the socket", lambda: connect(port))
+        self.assertTrue(RawClient.line(client).startswith(b"* OK"), process.text())
 
     def test_root_privileges_are_dropped(self):
         port = free_port()
@@ -540,14 +540,14 @@ routes: [{{default: a}}]
         # What is not dumpable belongs to root, whoever the process is.
         self.assertEqual(Path(f"/proc/{process.child.pid}/maps").stat().st_uid, 0)
         done = subprocess.run([VESTIBULE, "run", "--config", self.configuration(free_port(), "run_as: {user: nobody-such}")], capture_output=True,
-                              text=True, timeout=PATIENCE)
+                              text=True, timeout=TIMEOUT)
         self.assertEqual(done.returncode, 78)
         self.assertIn("run_as.user: unknown user \"nobody-such\"", done.stderr)
 
 
-def connected(port):
+def connect(port):
     try:
-        return Raw(port)
+        return RawClient(port)
     except OSError:
         return None
 

@@ -5,11 +5,11 @@ import re
 import subprocess
 import unittest
 
-from fixtures import PATIENCE, REPOSITORY, VESTIBULE, Folder, program
+from fixtures import TIMEOUT, REPOSITORY, VESTIBULE, Folder, program
 
 
 def run(*command, **options):
-    return subprocess.run([str(word) for word in command], capture_output=True, text=True, timeout=4 * PATIENCE, **options)
+    return subprocess.run([str(word) for word in command], capture_output=True, text=True, timeout=4 * TIMEOUT, **options)
 
 
 class Packaging(unittest.TestCase):

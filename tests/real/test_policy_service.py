@@ -5,9 +5,9 @@ import time
 import unittest
 
 from fixtures import PASSWORDS, Certificates, Dovecot, Folder, Proxy, wait_for
-from imap_client import Raw
+from imap_client import RawClient
 from tcp_peers import Relay
-from http_service import Responder
+from http_service import HttpService
 
 ALICE, BOB = "alice@example.org", "bob@example.net"
 NONCE = "a salt for tests"
@@ -23,7 +23,7 @@ class PolicyService(unittest.TestCase):
         cls.addClassCleanup(cls.server.close)
 
     def setUp(self):
-        self.service = Responder()
+        self.service = HttpService()
         self.addCleanup(self.service.close)
         self.folder.write("nonce", NONCE + "\n")
         self.folder.write("secret", "sesame\n")
@@ -40,27 +40,27 @@ admin: {{address: "127.0.0.1:{{admin}}"}}
         self.addCleanup(proxy.close)
         return proxy
 
-    def login(self, proxy, user, password=None, ahead=()):
-        client = Raw(proxy.ports["plain"])
+    def login(self, proxy, user, password=None, before_login=()):
+        client = RawClient(proxy.ports["plain"])
         self.addCleanup(client.close)
         client.line()
-        for command in ahead:
+        for command in before_login:
             client.command("i", command)
         return client.command("a", f'LOGIN {user} "{password or PASSWORDS[user]}"')[-1].decode()
 
     def requests(self, command, count=1):
-        said = lambda: [question for named, question in self.service.policy if named == command]
-        return wait_for(f"{count} × {command}", lambda: said() if len(said()) >= count else None)
+        matching = lambda: [question for named, question in self.service.policy if named == command]
+        return wait_for(f"{count} × {command}", lambda: matching() if len(matching()) >= count else None)
 
     def test_policy_is_queried_before_and_reported_after_a_login(self):
         proxy = self.proxy()
-        self.assertRegex(self.login(proxy, ALICE, ahead=['ID ("name" "phone")']), "^a OK")
-        [asked], [told] = self.requests("allow"), self.requests("report")
-        self.assertEqual({key: asked[key] for key in ("login", "remote", "protocol", "tls", "device_id")},
+        self.assertRegex(self.login(proxy, ALICE, before_login=['ID ("name" "phone")']), "^a OK")
+        [query], [report] = self.requests("allow"), self.requests("report")
+        self.assertEqual({key: query[key] for key in ("login", "remote", "protocol", "tls", "device_id")},
                          {"login": ALICE, "remote": "127.0.0.1", "protocol": "imap", "tls": False, "device_id": '"name" "phone"'})
-        self.assertIn(asked["session_id"], proxy.log() + proxy.stop())
-        self.assertEqual({key: told.pop(key) for key in ("success", "policy_reject")}, {"success": True, "policy_reject": False})
-        self.assertEqual(told, asked)
+        self.assertIn(query["session_id"], proxy.log() + proxy.stop())
+        self.assertEqual({key: report.pop(key) for key in ("success", "policy_reject")}, {"success": True, "policy_reject": False})
+        self.assertEqual(report, query)
 
     def test_report_contains_only_a_short_password_hash(self):
         proxy = self.proxy()
@@ -82,7 +82,7 @@ admin: {{address: "127.0.0.1:{{admin}}"}}
             auth_policy_hash_mech = sha256
         """)
         self.addCleanup(dovecot.close)
-        client = Raw(dovecot.port)
+        client = RawClient(dovecot.port)
         self.addCleanup(client.close)
         client.line()
         client.command("a", f"LOGIN {ALICE} guess")
@@ -95,8 +95,8 @@ admin: {{address: "127.0.0.1:{{admin}}"}}
         self.service.statuses[ALICE] = -1
         proxy = self.proxy()
         self.assertRegex(self.login(proxy, ALICE), r"^a NO \[AUTHENTICATIONFAILED\]")
-        told = self.requests("report")[0]
-        self.assertEqual((told["success"], told["policy_reject"]), (False, True))
+        report = self.requests("report")[0]
+        self.assertEqual((report["success"], report["policy_reject"]), (False, True))
         self.assertNotIn(f"user=<{ALICE}> method", self.server.log().split("\n")[-1])
         self.assertEqual(proxy.metric("vestibule_policy_answers_total", command="allow", answer="denied"), 1)
         self.assertEqual(proxy.metric("vestibule_failures_total", reason="policy_denied"), 1)
@@ -109,7 +109,7 @@ admin: {{address: "127.0.0.1:{{admin}}"}}
         self.assertGreaterEqual(time.monotonic() - began, 1)
 
     def test_unreachable_service_allows_or_denies_by_configuration(self):
-        self.service.hold()
+        self.service.pause()
         self.assertRegex(self.login(self.proxy(", timeout: 200ms"), ALICE), "^a OK")
         proxy = self.proxy(", timeout: 200ms, on_failure: deny")
         self.assertRegex(self.login(proxy, ALICE), r"^a NO \[UNAVAILABLE\]")
@@ -125,8 +125,8 @@ admin: {{address: "127.0.0.1:{{admin}}"}}
         self.assertRegex(self.login(proxy, ALICE), "^a OK")
         for logins in (1, 2):
             # Once the report is answered, its connection waits for the next request.
-            reports = lambda: proxy.metric("vestibule_policy_answers_total", command="report", answer="allowed")
-            wait_for("the report", lambda: reports() == logins)
+            answered_reports = lambda: proxy.metric("vestibule_policy_answers_total", command="report", answer="allowed")
+            wait_for("the report", lambda: answered_reports() == logins)
             relay.go_silent()
             self.assertRegex(self.login(proxy, ALICE), "^a OK", proxy.log())
         self.assertEqual(proxy.metric("vestibule_policy_answers_total", command="allow", answer="failed"), 0)
@@ -134,16 +134,16 @@ admin: {{address: "127.0.0.1:{{admin}}"}}
     def test_slow_report_counts_once(self):
         proxy = self.proxy(", timeout: 2s")
         self.assertRegex(self.login(proxy, ALICE), "^a OK")
-        reports = lambda: proxy.metric("vestibule_policy_answers_total", command="report", answer="allowed")
-        wait_for("the report", lambda: reports() == 1)
-        client = Raw(proxy.ports["plain"])
+        answered_reports = lambda: proxy.metric("vestibule_policy_answers_total", command="report", answer="allowed")
+        wait_for("the report", lambda: answered_reports() == 1)
+        client = RawClient(proxy.ports["plain"])
         self.addCleanup(client.close)
         client.line()
         self.service.holds_reports = True
         self.assertRegex(client.command("a", f'LOGIN {BOB} "{PASSWORDS[BOB]}"')[-1], b"^a OK")
         failed = lambda: proxy.metric("vestibule_policy_answers_total", command="report", answer="failed")
         wait_for("the end of the report's time", lambda: failed() == 1)
-        self.assertEqual([told["login"] for told in self.requests("report", 2)], [ALICE, BOB])
+        self.assertEqual([report["login"] for report in self.requests("report", 2)], [ALICE, BOB])
 
     def test_invalid_answers_count_as_failures(self):
         proxy = self.proxy(", on_failure: deny")

@@ -9,8 +9,8 @@ import threading
 import time
 import unittest
 
-from fixtures import PATIENCE, VESTIBULE, Certificates, Dovecot, Folder, Process, Proxy, program, wait_for
-from imap_client import ALICE, LOGIN, Raw
+from fixtures import TIMEOUT, VESTIBULE, Certificates, Dovecot, Folder, Process, Proxy, program, wait_for
+from imap_client import ALICE, LOGIN, RawClient
 
 SERVER = """
 import socket, threading
@@ -97,7 +97,7 @@ class LocalPortExhaustion(unittest.TestCase):
         return sum(float(line.rsplit(" ", 1)[1]) for line in text.splitlines()
                    if line.split("{")[0].split(" ")[0] == name and label in line)
 
-    def ask(self, text):
+    def request(self, text):
         self.clients.stdin.write(f"{text}\n")
         self.clients.stdin.flush()
         return self.clients.stdout.readline().strip()
@@ -105,8 +105,8 @@ class LocalPortExhaustion(unittest.TestCase):
     def use_all_ports(self, sessions):
         """Logs in this number of clients; the next one is refused for a reason of this machine's own."""
         for number in range(1, sessions + 1):
-            self.assertTrue(self.ask(number).startswith("a OK"), f"{number}: {self.proxy.text()}")
-        self.assertTrue(self.ask(200).startswith("a NO [UNAVAILABLE]"), self.proxy.text())
+            self.assertTrue(self.request(number).startswith("a OK"), f"{number}: {self.proxy.text()}")
+        self.assertTrue(self.request(200).startswith("a NO [UNAVAILABLE]"), self.proxy.text())
         self.assertEqual(self.metric("vestibule_failures_total", 'reason="local_ports"'), 1)
         self.assertEqual(self.metric("vestibule_failures_total"), 1)
         self.assertEqual((self.metric("vestibule_server_up"), self.metric("vestibule_server_breaker")), (1, 0))
@@ -114,9 +114,9 @@ class LocalPortExhaustion(unittest.TestCase):
         self.assertIn("add source_addresses to the backend", self.proxy.text())
 
     def free_one_port(self):
-        self.assertEqual(self.ask("end 1"), "ended")
+        self.assertEqual(self.request("end 1"), "ended")
         numbers = iter(range(201, 255))
-        wait_for("a free port", lambda: self.ask(next(numbers)).startswith("a OK"))
+        wait_for("a free port", lambda: self.request(next(numbers)).startswith("a OK"))
         self.assertEqual((self.metric("vestibule_server_up"), self.metric("vestibule_server_breaker")), (1, 0))
 
     def test_local_ports_limit_sessions_without_source_addresses(self):
@@ -163,11 +163,11 @@ admin: {{address: "127.0.0.1:{{admin}}"}}
 """)
         self.addCleanup(proxy.close)
         wait_for("checks", lambda: proxy.metric("vestibule_server_checks_total", outcome="passed") >= 4)
-        failed, logins, over = [], [0], threading.Event()
+        failed, logins, stop = [], [0], threading.Event()
 
-        def log_in_again_and_again():
-            while not over.is_set():
-                client = Raw(proxy.ports["plain"])
+        def log_in_repeatedly():
+            while not stop.is_set():
+                client = RawClient(proxy.ports["plain"])
                 try:
                     client.line()
                     answer = client.command("a", LOGIN[ALICE])[-1]
@@ -179,7 +179,7 @@ admin: {{address: "127.0.0.1:{{admin}}"}}
                 finally:
                     client.close()
 
-        threads = [threading.Thread(target=log_in_again_and_again) for _ in range(8)]
+        threads = [threading.Thread(target=log_in_repeatedly) for _ in range(8)]
         for thread in threads:
             thread.start()
         try:
@@ -195,9 +195,9 @@ admin: {{address: "127.0.0.1:{{admin}}"}}
                 self.assertEqual(proxy.metric("vestibule_server_up"), 2)
         finally:
             os.killpg(proxy.process.child.pid, signal.SIGCONT)
-            over.set()
+            stop.set()
             for thread in threads:
-                thread.join(PATIENCE)
+                thread.join(TIMEOUT)
         self.assertEqual(failed, [], proxy.log())
         self.assertEqual(proxy.metric("vestibule_server_checks_total", outcome="failed"), 0)
         self.assertEqual(proxy.metric("vestibule_failures_total", side="backend"), 0)
@@ -224,7 +224,7 @@ limits: {{login: 10s}}
 admin: {{address: "127.0.0.1:{{admin}}"}}
 """)
         self.addCleanup(proxy.close)
-        clients = [Raw(proxy.ports["plain"]) for _ in range(3)]
+        clients = [RawClient(proxy.ports["plain"]) for _ in range(3)]
         for client in clients:
             self.addCleanup(client.close)
             client.line()

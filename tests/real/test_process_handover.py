@@ -18,8 +18,8 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
-from fixtures import PATIENCE, VESTIBULE, Certificates, Folder, Process, answers, free_port, program, wait_for
-from imap_client import Raw
+from fixtures import TIMEOUT, VESTIBULE, Certificates, Folder, Process, answers, free_port, program, wait_for
+from imap_client import RawClient
 
 CONFIGURATION = """
 listeners: {listeners}
@@ -34,7 +34,7 @@ UPGRADE = (b"POST / HTTP/1.1\r\nhost: vestibule\r\nconnection: upgrade\r\nupgrad
 
 
 def wait_for_exit(process):
-    return process.child.wait(PATIENCE)
+    return process.child.wait(TIMEOUT)
 
 
 def processes_listening_on(port):
@@ -96,7 +96,7 @@ class HandoverTestCase(unittest.TestCase):
 
     def command(self, *words, before=()):
         return subprocess.run([*before, VESTIBULE, *map(str, words), "--control", self.control], capture_output=True, text=True,
-                              timeout=2 * PATIENCE)
+                              timeout=2 * TIMEOUT)
 
     def pid(self):
         """Of the process that answers commands."""
@@ -135,9 +135,9 @@ class ConcurrentSuccessors(HandoverTestCase):
             self.assertIn(f"another successor (pid {child}) is taking over", self.upgrade(1))
         self.assertEqual(self.pid(), first.child.pid, "status is answered meanwhile")
         self.write()
-        by_hand = self.run_program("--replace")
-        self.assertEqual(wait_for_exit(by_hand), 70)
-        self.assertIn(f"does not hand over: another successor (pid {child}) is taking over", by_hand.text())
+        direct_starts = self.run_program("--replace")
+        self.assertEqual(wait_for_exit(direct_starts), 70)
+        self.assertIn(f"does not hand over: another successor (pid {child}) is taking over", direct_starts.text())
         # It listens to signals, whatever it waits for.
         os.kill(child, signal.SIGTERM)
         self.assertEqual(wait_for_exit(upgrade), 1)
@@ -148,8 +148,8 @@ class ConcurrentSuccessors(HandoverTestCase):
     def test_slow_successor_is_killed_after_the_timeout(self):
         first = self.start()
         self.block_successor()
-        said = self.upgrade(1, "--timeout", "1s")
-        child = int(re.search(r"the successor \(pid (\d+)\) did not take over within 1s: ended", said)[1])
+        output = self.upgrade(1, "--timeout", "1s")
+        child = int(re.search(r"the successor \(pid (\d+)\) did not take over within 1s: ended", output)[1])
         wait_for("its end", lambda: has_ended(child))
         self.assert_unaffected(first)
 
@@ -158,15 +158,15 @@ class ConcurrentSuccessors(HandoverTestCase):
         for _ in range(3):
             upgrades = [Process([VESTIBULE, "upgrade", "--control", self.control], self.folder.path / f"upgrade-{number}")
                         for number in range(4)]
-            by_hand = [self.run_program("--replace") for _ in range(3)]
+            direct_starts = [self.run_program("--replace") for _ in range(3)]
             codes = [wait_for_exit(upgrade) for upgrade in upgrades]
             # 70: the process that was asked has ended meanwhile.
             self.assertLessEqual(set(codes), {0, 1, 70})
-            wait_for("those that were refused", lambda: sum(process.child.poll() is None for process in by_hand) <= 1)
+            wait_for("those that were refused", lambda: sum(process.child.poll() is None for process in direct_starts) <= 1)
             # The last of them may still be taking over.
             pid = wait_for("the one", lambda: len(found := processes_listening_on(self.port)) == 1 and found == {self.pid()} and found.pop())
             self.assertEqual(processes_listening_on(self.admin), {pid})
-            for process in by_hand:
+            for process in direct_starts:
                 self.assertTrue(process.child.pid == pid or wait_for_exit(process) in (0, 70), process.text())
         self.assertEqual(wait_for_exit(first), 0)
         os.kill(pid, signal.SIGTERM)
@@ -176,10 +176,10 @@ class ConcurrentSuccessors(HandoverTestCase):
 class Upgrade(HandoverTestCase):
     def test_upgrade_reports_the_new_process(self):
         first = self.start()
-        said = self.upgrade()
+        output = self.upgrade()
         pid = self.pid()
         version = re.search(r"\S+$", subprocess.run([VESTIBULE, "--version"], capture_output=True, text=True, check=True).stdout)[0]
-        self.assertIn(f"pid {pid}, version {version}, serves", said)
+        self.assertIn(f"pid {pid}, version {version}, serves", output)
         self.assertEqual(wait_for_exit(first), 0)
         self.assertNotEqual(pid, first.child.pid)
         self.assertEqual(processes_listening_on(self.port), {pid})
@@ -215,20 +215,20 @@ class Upgrade(HandoverTestCase):
     def test_check_reports_an_unknown_user(self):
         self.write(more="run_as: {user: nobody-such}")
         for command in ("check", "run"):
-            done = subprocess.run([VESTIBULE, command, "--config", self.file], capture_output=True, text=True, timeout=PATIENCE)
+            done = subprocess.run([VESTIBULE, command, "--config", self.file], capture_output=True, text=True, timeout=TIMEOUT)
             self.assertEqual(done.returncode, 78)
             self.assertRegex(done.stderr, r'vestibule.yaml:\d+:\d+: run_as.user: unknown user "nobody-such"')
 
     def test_killed_draining_process_does_not_affect_its_successor(self):
         first = self.start()
-        client = Raw(self.port)
+        client = RawClient(self.port)
         self.assertTrue(client.line().startswith(b"* OK"))
         self.upgrade()
         pid = self.pid()
         self.alive(first)
         # It still can be asked, by a name of its own.
         done = subprocess.run([VESTIBULE, "status", "--json", "--control", f"{self.control}.{first.child.pid}"], capture_output=True,
-                              text=True, timeout=PATIENCE)
+                              text=True, timeout=TIMEOUT)
         self.assertEqual(json.loads(done.stdout)["pid"], first.child.pid)
         self.assertEqual(self.control_files(), sorted(["socket", f"socket.{first.child.pid}", f"socket.{pid}"]))
         first.child.kill()
@@ -268,7 +268,7 @@ class Successor:
 
     def __init__(self, control):
         self.socket = socket.socket(socket.AF_UNIX)
-        self.socket.settimeout(PATIENCE)
+        self.socket.settimeout(TIMEOUT)
         self.socket.connect(str(control))
         self.sockets = []
 
@@ -316,43 +316,43 @@ class FailingSuccessor(HandoverTestCase):
     def test_successor_may_disappear_at_each_step(self):
         first = self.start()
 
-        def nothing(successor):
+        def connects(successor):
             pass
 
-        def asks(successor):
+        def requests_handover(successor):
             self.assertIn(b" 101 ", successor.request())
 
-        def has_sockets(successor):
+        def receives_sockets(successor):
             self.assertTrue(successor.take_sockets())
 
-        def may_go(successor):
-            has_sockets(successor)
+        def receives_go(successor):
+            receives_sockets(successor)
             successor.send({"step": "ready", "version": "x"})
             self.assertEqual(successor.line(), {"step": "go"})
 
-        def has_taken_the_name(successor):
-            may_go(successor)
+        def replaces_control_socket(successor):
+            receives_go(successor)
             name = self.control.parent / "other"
             with socket.socket(socket.AF_UNIX) as listener:
                 listener.bind(str(name))
                 listener.listen()
                 name.rename(self.control)
 
-        def has_removed_the_name(successor):
-            may_go(successor)
+        def removes_control_socket(successor):
+            receives_go(successor)
             self.control.unlink()
 
-        def talks_out_of_order(successor):
-            has_sockets(successor)
+        def sends_out_of_order(successor):
+            receives_sockets(successor)
             successor.send({"step": "serving"})
             self.assertEqual(successor.line()["step"], "refused")
 
-        def talks_nonsense(successor):
-            asks(successor)
+        def sends_invalid_message(successor):
+            requests_handover(successor)
             successor.send("what?")
             self.assertEqual(successor.line()["step"], "refused")
 
-        for step in (nothing, asks, has_sockets, may_go, has_taken_the_name, has_removed_the_name, talks_out_of_order, talks_nonsense):
+        for step in (connects, requests_handover, receives_sockets, receives_go, replaces_control_socket, removes_control_socket, sends_out_of_order, sends_invalid_message):
             with self.subTest(step.__name__):
                 successor = Successor(self.control)
                 step(successor)
@@ -374,7 +374,7 @@ class FailingSuccessor(HandoverTestCase):
 
         self.assertEqual(self.command("server", server, "down", "--reason", "early").returncode, 0)
         # A client keeps the process from ending as soon as it is replaced.
-        client = socket.create_connection(("127.0.0.1", self.port), PATIENCE)
+        client = socket.create_connection(("127.0.0.1", self.port), TIMEOUT)
         self.addCleanup(client.close)
         client.recv(100)
         successor = Successor(self.control)
@@ -391,7 +391,7 @@ class FailingSuccessor(HandoverTestCase):
         self.assertEqual((message["step"], states(message)), ("retiring", [("a", server, "drain", "late")]))
         # From now on the successor decides.
         for words in (("server", server, "up"), ("drain", server), ("kick", "alice"), ("move", "alice", "a"), ("reload",), ("upgrade",)):
-            done = subprocess.run([VESTIBULE, *words, "--control", own], capture_output=True, text=True, timeout=2 * PATIENCE)
+            done = subprocess.run([VESTIBULE, *words, "--control", own], capture_output=True, text=True, timeout=2 * TIMEOUT)
             self.assertNotEqual(done.returncode, 0, words)
             self.assertIn("this process has been replaced", done.stderr, words)
 
@@ -560,10 +560,10 @@ class OtherUser(HandoverTestCase):
     NOBODY = ("setpriv", "--reuid", "nobody", "--regid", "nogroup", "--clear-groups")
     RUN_AS = "run_as: {user: nobody, group: nogroup}"
 
-    def own(self, path, user="nobody", group="nogroup"):
+    def chown(self, path, user="nobody", group="nogroup"):
         os.chown(path, pwd.getpwnam(user).pw_uid, grp.getgrnam(group).gr_gid)
 
-    def is_nobody(self, pid):
+    def assert_runs_as_nobody(self, pid):
         status = Path(f"/proc/{pid}/status").read_text()
         uid = pwd.getpwnam("nobody").pw_uid
         self.assertRegex(status, rf"Uid:\s+{uid}\s+{uid}\s+{uid}\s+{uid}\n")
@@ -572,10 +572,10 @@ class OtherUser(HandoverTestCase):
         self.assertEqual(Path(f"/proc/{pid}/maps").stat().st_uid, 0)
 
     def test_unprivileged_process_is_upgraded(self):
-        self.own(self.control.parent)
+        self.chown(self.control.parent)
         self.write(more=self.RUN_AS)
         first = self.start()
-        self.is_nobody(first.child.pid)
+        self.assert_runs_as_nobody(first.child.pid)
         found = self.control.stat()
         self.assertEqual((found.st_uid, stat.S_IMODE(found.st_mode)), (pwd.getpwnam("nobody").pw_uid, 0o600))
         # By root, and by the user itself.
@@ -584,23 +584,23 @@ class OtherUser(HandoverTestCase):
             done = self.command("upgrade", before=before)
             self.assertEqual(done.returncode, 0, done.stderr)
             self.assertNotEqual(self.pid(), pid)
-            self.is_nobody(self.pid())
+            self.assert_runs_as_nobody(self.pid())
         # By hand, as root and as the user.
         for before in ((), self.NOBODY, ()):
             process = self.start("--replace", before=before)
-            self.is_nobody(process.child.pid)
+            self.assert_runs_as_nobody(process.child.pid)
             wait_for("the others to end", lambda: processes_listening_on(self.port) == {process.child.pid})
             self.assertTrue(answers(self.port, b"* OK"))
         # A third user may not.
         for program_user in ("daemon", "bin"):
             done = subprocess.run(["setpriv", "--reuid", program_user, "--clear-groups", VESTIBULE, "run", "--replace", "--config", self.file],
-                                  capture_output=True, text=True, timeout=PATIENCE)
+                                  capture_output=True, text=True, timeout=TIMEOUT)
             self.assertEqual(done.returncode, 77, done.stderr)
             self.assertIn("belongs to another user", done.stderr)
         self.assert_unaffected(process)
 
     def test_upgrade_that_needs_root_is_refused(self):
-        self.own(self.control.parent)
+        self.chown(self.control.parent)
         self.write(more=self.RUN_AS)
         first = self.start()
         own = f'{{address: "127.0.0.1:{self.port}", tls: none}}'
@@ -615,7 +615,7 @@ class OtherUser(HandoverTestCase):
     def test_unwritable_control_folder_prevents_upgrades(self):
         self.write(more=self.RUN_AS)
         first = self.start()
-        self.is_nobody(first.child.pid)
+        self.assert_runs_as_nobody(first.child.pid)
         self.assertIn("is not writable by the user of run_as: this process cannot be upgraded", first.text())
         self.upgrade(1)
         second = self.run_program("--replace")
@@ -634,7 +634,7 @@ class OtherUser(HandoverTestCase):
         def socket_of_another():
             with socket.socket(socket.AF_UNIX) as other:
                 other.bind(str(self.control))
-            self.own(self.control, "daemon", "daemon")
+            self.chown(self.control, "daemon", "daemon")
 
         for make, code, expected in [(file, 70, "is a file, not a socket"), (link, 70, "is a symbolic link, not a socket"),
                                      (self.control.mkdir, 70, "is a folder, not a socket"),
@@ -656,7 +656,7 @@ class OtherUser(HandoverTestCase):
         """In a folder like /tmp anyone may be first."""
         self.control.parent.chmod(0o1777)
         other = Predecessor(self.control, free_port(), "silent")
-        self.own(self.control, "daemon", "daemon")
+        self.chown(self.control, "daemon", "daemon")
         other.start()
         for options in ((), ("--replace",)):
             process = self.run_program(*options)
@@ -700,20 +700,20 @@ class ShortConnections(threading.Thread):
 
     def __init__(self, port, host="127.0.0.1"):
         super().__init__(daemon=True)
-        self.address, self.visits, self.faults, self.over = (host, port), 0, [], threading.Event()
+        self.address, self.count, self.errors, self.stop = (host, port), 0, [], threading.Event()
 
     def run(self):
-        while not self.over.is_set():
+        while not self.stop.is_set():
             try:
-                with socket.create_connection(self.address, PATIENCE) as client:
+                with socket.create_connection(self.address, TIMEOUT) as client:
                     greeting = client.recv(4)
                     if greeting != b"* OK":
-                        raise AssertionError(f"{greeting!r} after {self.visits} visits")
+                        raise AssertionError(f"{greeting!r} after {self.count} visits")
                     client.shutdown(socket.SHUT_WR)
                     client.recv(4096)
-                self.visits += 1
+                self.count += 1
             except Exception as error:  # noqa: BLE001: whatever it is, it is what the test looks for
-                self.faults.append(repr(error))
+                self.errors.append(repr(error))
 
 
 def non_ephemeral_port():
@@ -750,17 +750,17 @@ class ListenerAddresses(HandoverTestCase):
             self.write(listeners=self.listeners(*form), **options)
             done = self.command("reload")
             self.assertEqual(done.returncode, 0, f"{form}: {done.stderr}")
-            visits = sum(connection_loop.visits for connection_loop in connection_loops)
-            wait_for("visits", lambda: sum(connection_loop.visits for connection_loop in connection_loops) >= visits + 20 * load or any(connection_loop.faults for connection_loop in connection_loops))
-            self.assertEqual([connection_loop.faults for connection_loop in connection_loops], [[]] * load, form)
+            count = sum(connection_loop.count for connection_loop in connection_loops)
+            wait_for("visits", lambda: sum(connection_loop.count for connection_loop in connection_loops) >= count + 20 * load or any(connection_loop.errors for connection_loop in connection_loops))
+            self.assertEqual([connection_loop.errors for connection_loop in connection_loops], [[]] * load, form)
             # Who else can connect is as the configuration has it, and not as the one before had it.
             for host, expected in (("127.0.0.2", form[0] == "0.0.0.0" or form in (("[::]",), ("[::]", "0.0.0.0"))),
                                    ("::1", any(":" in address for address in form))):
                 self.assertEqual(self.connects(host), expected, f"{form}: {host}\n{self.lines(process)}")
         for connection_loop in connection_loops:
-            connection_loop.over.set()
-            connection_loop.join(PATIENCE)
-        self.assertEqual([connection_loop.faults for connection_loop in connection_loops], [[]] * load)
+            connection_loop.stop.set()
+            connection_loop.join(TIMEOUT)
+        self.assertEqual([connection_loop.errors for connection_loop in connection_loops], [[]] * load)
         return process
 
     def lines(self, process):
@@ -768,7 +768,7 @@ class ListenerAddresses(HandoverTestCase):
 
     def connects(self, host):
         try:
-            with socket.create_connection((host, self.port), PATIENCE) as client:
+            with socket.create_connection((host, self.port), TIMEOUT) as client:
                 return client.recv(4) == b"* OK"
         except ConnectionRefusedError:
             return False
@@ -799,9 +799,9 @@ class ListenerAddresses(HandoverTestCase):
             self.assertTrue(answers(self.port, b"* OK"))
             self.assertEqual(self.connects("::1"), any(":" in address for address in form))
         for connection_loop in connection_loops:
-            connection_loop.over.set()
-            connection_loop.join(PATIENCE)
-        self.assertEqual([connection_loop.faults for connection_loop in connection_loops], [[]] * 2)
+            connection_loop.stop.set()
+            connection_loop.join(TIMEOUT)
+        self.assertEqual([connection_loop.errors for connection_loop in connection_loops], [[]] * 2)
 
     def test_failed_reload_changes_no_address(self):
         process = self.start()
@@ -815,9 +815,9 @@ class ListenerAddresses(HandoverTestCase):
             done = self.command("reload")
             self.assertEqual(done.returncode, 78, f"{form}: {done.stdout}{done.stderr}")
             self.assertIn(f"cannot be bound (listeners[{len(form)}].address)", done.stderr)
-        connection_loops.over.set()
-        connection_loops.join(PATIENCE)
-        self.assertEqual(connection_loops.faults, [])
+        connection_loops.stop.set()
+        connection_loops.join(TIMEOUT)
+        self.assertEqual(connection_loops.errors, [])
         self.assertFalse(self.connects("127.0.0.2"))
         self.assert_unaffected(process)
 
@@ -837,7 +837,7 @@ class ListenerAddresses(HandoverTestCase):
         def ready(host, port):
             """A request to the endpoint that is being replaced may be cut off."""
             try:
-                return urllib.request.urlopen(f"http://{host}:{port}/ready", timeout=PATIENCE).status == 200
+                return urllib.request.urlopen(f"http://{host}:{port}/ready", timeout=TIMEOUT).status == 200
             except OSError:
                 return False
 
@@ -859,7 +859,7 @@ class ListenerAddresses(HandoverTestCase):
 class Shutdown(HandoverTestCase):
     def ready(self):
         try:
-            return urllib.request.urlopen(f"http://127.0.0.1:{self.admin}/ready", timeout=PATIENCE).status
+            return urllib.request.urlopen(f"http://127.0.0.1:{self.admin}/ready", timeout=TIMEOUT).status
         except urllib.error.HTTPError as error:
             return error.code
 
@@ -874,7 +874,7 @@ class Shutdown(HandoverTestCase):
                 # Connections are served as before, and no more hand-over begins.
                 self.assertTrue(answers(self.port, b"* OK"))
                 self.assertIn("this process is stopping", self.upgrade(1))
-                client = Raw(self.port)
+                client = RawClient(self.port)
                 self.assertTrue(client.line().startswith(b"* OK"))
                 if second_signal:
                     process.child.send_signal(signal.SIGTERM)

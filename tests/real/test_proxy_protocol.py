@@ -4,7 +4,7 @@ import re
 import unittest
 
 from fixtures import PASSWORDS, Certificates, Dovecot, Folder, Process, Proxy, answers, free_port, program, wait_for
-from imap_client import Raw, context
+from imap_client import RawClient, context
 
 ALICE = "alice@example.org"
 
@@ -61,7 +61,7 @@ class ProxyProtocol(unittest.TestCase):
     def login(self, port, tls=True, starttls=False):
         """Logs in from 127.0.0.2, and gives what Dovecot logged of it."""
         before = len(self.dovecot.log())
-        client = Raw(port, context(self.certificates.ca) if tls and not starttls else None, source="127.0.0.2")
+        client = RawClient(port, context(self.certificates.ca) if tls and not starttls else None, source="127.0.0.2")
         self.addCleanup(client.close)
         client.line()
         if starttls:
@@ -83,13 +83,13 @@ class ProxyProtocol(unittest.TestCase):
         proxy = Proxy(INNER.format(cert=self.certificates.cert, key=self.certificates.key, server=self.dovecot.haproxy_port,
                                    info="proxy-v2", level="info").replace(", proxy_protocol: {from: [127.0.0.1]}", ""))
         self.addCleanup(proxy.close)
-        said = self.login(proxy.ports["tls"])
-        self.assertIn("rip=127.0.0.2", said)
-        self.assertRegex(said, "name=<localhost>.*secured")
-        said = self.login(proxy.ports["plain"], tls=False)
-        self.assertIn("rip=127.0.0.2", said)
+        output = self.login(proxy.ports["tls"])
+        self.assertIn("rip=127.0.0.2", output)
+        self.assertRegex(output, "name=<localhost>.*secured")
+        output = self.login(proxy.ports["plain"], tls=False)
+        self.assertIn("rip=127.0.0.2", output)
         # Empty elements are left out of the line.
-        self.assertNotRegex(said, "name=|secured")
+        self.assertNotRegex(output, "name=|secured")
         self.assertNotIn("haproxy", self.dovecot.log().lower(), "nothing was wrong with a header")
 
     def test_haproxy_passes_tcp_through(self):
@@ -102,8 +102,8 @@ class ProxyProtocol(unittest.TestCase):
                 logins += 1
                 haproxy = self.haproxy(f"listen one\n  bind 127.0.0.1:{port}\n  server v 127.0.0.1:{proxy.ports[kind]} {version}\n")
                 wait_for("HAProxy", lambda: answers(port))
-                said = self.login(port, tls=kind != "plain", starttls=kind == "starttls")
-                self.assertIn("rip=127.0.0.2", said, f"{version} {kind}")
+                output = self.login(port, tls=kind != "plain", starttls=kind == "starttls")
+                self.assertIn("rip=127.0.0.2", output, f"{version} {kind}")
                 haproxy.close()
                 record = self.record(proxy, logins)
                 self.assertIn('"client":"127.0.0.2:', record)
@@ -118,9 +118,9 @@ class ProxyProtocol(unittest.TestCase):
   server v 127.0.0.1:{proxy.ports['plain']} send-proxy-v2 proxy-v2-options ssl,cert-cn,ssl-cipher,authority,crc32c,unique-id
 """)
         wait_for("HAProxy", lambda: answers(port))
-        said = self.login(port)
-        self.assertIn("rip=127.0.0.2", said)
-        self.assertRegex(said, "name=<localhost>.*secured")
+        output = self.login(port)
+        self.assertIn("rip=127.0.0.2", output)
+        self.assertRegex(output, "name=<localhost>.*secured")
         record = self.record(proxy, 1)
         self.assertIn('"tls":"TLSv1_3"', record)
         self.assertIn('"sni":"localhost"', record)
@@ -170,10 +170,10 @@ routes: [{{default: inner}}]
 admin: {{address: "127.0.0.1:{{admin}}"}}
 """)
             self.addCleanup(outer.close)
-            said = self.login(outer.ports["tls"])
-            self.assertIn("rip=127.0.0.2", said, info)
+            output = self.login(outer.ports["tls"])
+            self.assertIn("rip=127.0.0.2", output, info)
             # Version 1 has no words for TLS.
-            self.assertEqual("secured" in said, info == "proxy-v2", said)
+            self.assertEqual("secured" in output, info == "proxy-v2", output)
             record = self.record(inner, number)
             self.assertEqual('"sni":"localhost"' in record, info == "proxy-v2", record)
             checks = lambda: outer.metric("vestibule_server_checks_total", backend="inner")
@@ -187,7 +187,7 @@ admin: {{address: "127.0.0.1:{{admin}}"}}
         """A client that goes around the balancer, from its network and from another."""
         proxy = self.start_proxy()
         for number, source in enumerate(("127.0.0.1", "127.0.0.3"), 1):
-            client = Raw(proxy.ports["plain"], source=source)
+            client = RawClient(proxy.ports["plain"], source=source)
             self.addCleanup(client.close)
             try:
                 client.send(b"a LOGIN alice@example.org wonderland\r\n")

@@ -10,8 +10,8 @@ import time
 import unittest
 
 import directory_servers
-from fixtures import PASSWORDS, PATIENCE, VESTIBULE, Certificates, Dovecot, Folder, Process, Proxy, free_port, program, wait_for
-from test_directories import ALICE, BOB, CAROL, Client
+from fixtures import PASSWORDS, TIMEOUT, VESTIBULE, Certificates, Dovecot, Folder, Process, Proxy, free_port, program, wait_for
+from test_directories import ALICE, BOB, CAROL, LoginClient
 
 BASE = """
 listeners: [{{address: "127.0.0.1:{{plain}}", tls: none}}]
@@ -25,7 +25,7 @@ routes:
 
 
 def vestibule(*words):
-    return subprocess.run([VESTIBULE, *map(str, words)], capture_output=True, text=True, timeout=PATIENCE)
+    return subprocess.run([VESTIBULE, *map(str, words)], capture_output=True, text=True, timeout=TIMEOUT)
 
 
 class Routes(unittest.TestCase):
@@ -51,7 +51,7 @@ class Routes(unittest.TestCase):
     def logs_in_at(self, proxy, user, backend):
         """Whether a login succeeds there."""
         before = proxy.metric("vestibule_backend_sessions_total", backend=backend)
-        if not Client(proxy).login(user, PASSWORDS[user]).startswith("a OK"):
+        if not LoginClient(proxy).login(user, PASSWORDS[user]).startswith("a OK"):
             return False
         return proxy.metric("vestibule_backend_sessions_total", backend=backend) > before
 
@@ -65,7 +65,7 @@ class Routes(unittest.TestCase):
         beside = proxy.folder.write("new", f"{ALICE} shard-a\n{BOB} refuse: Closed.\n")
         os.rename(beside, table)
         wait_for("the next table", lambda: self.logs_in_at(proxy, ALICE, "shard-a"))
-        self.assertEqual(Client(proxy).login(BOB, "x"), "a NO [CONTACTADMIN] Closed.")
+        self.assertEqual(LoginClient(proxy).login(BOB, "x"), "a NO [CONTACTADMIN] Closed.")
         # One with a mistake changes nothing, and is told with its line.
         table.write_text(f"{ALICE} shard-b\n{BOB} shard-x\n")
         wait_for("the complaint", lambda: "users.txt:2: no backend is declared as \"shard-x\"" in proxy.log())
@@ -82,7 +82,7 @@ class Routes(unittest.TestCase):
     def test_cache_file_survives_a_restart(self):
         directory = directory_servers.Redis()
         self.addCleanup(directory.close)
-        directory.row(ALICE, backend="shard-b")
+        directory.add_user(ALICE, backend="shard-b")
         routes = (f"  - redis: {{url: 'redis://127.0.0.1:{directory.port}', password_file: password, key: 'mailbox:%{{user}}', "
                   "timeout: 500ms, cache: {file: kept}}\n")
         folder = Folder()
@@ -101,7 +101,7 @@ class Routes(unittest.TestCase):
         proxy = self.proxy(routes, folder=folder)
         wait_for("the kept answers", lambda: proxy.metric("vestibule_route_cached_users", route="redis") == 1)
         self.assertTrue(self.logs_in_at(proxy, ALICE, "shard-b"))
-        self.assertIn("NO [UNAVAILABLE]", Client(proxy).login(BOB, "x"))
+        self.assertIn("NO [UNAVAILABLE]", LoginClient(proxy).login(BOB, "x"))
         explained = vestibule("route", "--config", proxy.file, ALICE).stdout
         self.assertRegex(explained, r"route    redis: found: shard-b \(\d+ \u00b5s, kept for \d+ s\)")
         self.assertRegex(vestibule("route", "--config", proxy.file, BOB).stdout, r"route    redis: failed: .*refused.* \(\d+ \u00b5s, asked now\)")
@@ -165,7 +165,7 @@ class Routes(unittest.TestCase):
 
         def doveadm(*words):
             return subprocess.run([program("doveadm"), "-c", settings, "director", *words], capture_output=True, text=True,
-                                  timeout=PATIENCE)
+                                  timeout=TIMEOUT)
         wait_for("the director", lambda: doveadm("status").returncode == 0)
         for host, weight in hosts.items():
             done = doveadm("add", host, str(100 * weight))
@@ -188,7 +188,7 @@ routes:
         users += [f"\u00c4RZT\u0130N{number}@example.org" for number in range(50)]
         users += ["alice", "ALICE", "a+b@example.org", "z\u00f6e@example.org", "\u1e9e"]
         with socket.socket(socket.AF_UNIX) as admin:
-            admin.settimeout(PATIENCE)
+            admin.settimeout(TIMEOUT)
             admin.connect(f"{folder.path}/run/director-admin")
             lines = admin.makefile("rw", encoding="utf-8", newline="\n")
             lines.readline()
@@ -234,7 +234,7 @@ routes:
         self.addCleanup(proxy.close)
 
         def took(user):
-            client = Client(proxy)
+            client = LoginClient(proxy)
             began = time.monotonic()
             self.assertRegex(client.login(user, "wrong"), "^a NO")
             return time.monotonic() - began

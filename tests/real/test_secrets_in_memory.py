@@ -10,7 +10,7 @@ import urllib.request
 from pathlib import Path
 
 from fixtures import Certificates, Dovecot, Folder, Proxy, wait_for
-from imap_client import Raw, context
+from imap_client import RawClient, context
 
 ALICE = "alice@example.org"
 CONFIGURATION = """
@@ -79,7 +79,7 @@ class PasswordsInMemory(unittest.TestCase):
             for command in (f"LOGIN {ALICE} {password}", f'LOGIN {ALICE} "{password}"', f"LOGIN {ALICE} {{{len(password)}+}}\r\n{password}",
                             f"AUTHENTICATE PLAIN {message}", f"AUTHENTICATE PLAIN\r\n{message}",
                             f"AUTHENTICATE LOGIN\r\n{base64.b64encode(ALICE.encode()).decode()}\r\n{alone}"):
-                client = Raw(proxy.ports[port], context(self.certificates.ca) if port == "tls" else None)
+                client = RawClient(proxy.ports[port], context(self.certificates.ca) if port == "tls" else None)
                 self.addCleanup(client.close)
                 client.line()
                 answer = client.command("a", command)[-1]

@@ -3,7 +3,7 @@
 import unittest
 
 from fixtures import Certificates, Dovecot, Folder, Proxy
-from imap_client import ALICE, LOGIN, Raw, session
+from imap_client import ALICE, LOGIN, RawClient, session
 
 TEMPLATE = """
 listeners: [{{address: "127.0.0.1:{{plain}}", tls: none}}]
@@ -35,7 +35,7 @@ class ConnectionLimit(unittest.TestCase):
         self.addCleanup(proxy.close)
         port = proxy.ports["plain"]
         sessions = [session(port), session(port)]
-        third = Raw(port)
+        third = RawClient(port)
         third.line()
         # More of them than failed logins are allowed.
         for _ in range(7):

@@ -18,7 +18,7 @@ import threading
 import time
 import unittest
 
-from fixtures import PATIENCE, VESTIBULE, Certificates, Dovecot, Folder, Proxy, wait_for
+from fixtures import TIMEOUT, VESTIBULE, Certificates, Dovecot, Folder, Proxy, wait_for
 from imap_client import connect
 
 LENGTH = float(os.environ.get("VESTIBULE_SOAK_MINUTES") or 0.4) * 60
@@ -48,9 +48,9 @@ class Shard:
 
     def __init__(self, certificates):
         self.dovecot = Dovecot(certificates, users=USERS)
-        self.deaths = 0
-        self.is_well = threading.Event()
-        self.is_well.set()
+        self.restarts = 0
+        self.is_available = threading.Event()
+        self.is_available.set()
 
 
 class Client(threading.Thread):
@@ -58,24 +58,24 @@ class Client(threading.Thread):
 
     def __init__(self, soak, seed):
         super().__init__(daemon=True)
-        self.soak, self.random, self.over = soak, random.Random(seed), threading.Event()
+        self.soak, self.random, self.stop = soak, random.Random(seed), threading.Event()
         self.counts = dict.fromkeys(("let in", "refused", "disturbed", "bytes"), 0)
         self.failure = None
 
     def run(self):
-        while not self.over.is_set() and self.failure is None:
+        while not self.stop.is_set() and self.failure is None:
             user = self.random.choice(list(USERS))
-            shard = self.soak.shards[self.soak.home(user)]
+            shard = self.soak.shards[self.soak.shard_number(user)]
             # Half of them are not sent to where nobody is, or most of the time would be spent being refused.
             if self.random.random() < 0.5:
-                shard.is_well.wait(PATIENCE)
-            what = self.random.choice([self.append_and_fetch, self.append_and_fetch, self.send_noops, self.idle, self.log_in_with_wrong_password, self.disconnect_during_a_literal, self.stay_silent])
-            deaths, was_well = shard.deaths, shard.is_well.is_set()
+                shard.is_available.wait(TIMEOUT)
+            action = self.random.choice([self.append_and_fetch, self.append_and_fetch, self.send_noops, self.idle, self.log_in_with_wrong_password, self.disconnect_during_a_literal, self.stay_silent])
+            restarts, was_available = shard.restarts, shard.is_available.is_set()
             try:
-                what(user)
+                action(user)
             except Exception as error:
-                if was_well and shard.is_well.is_set() and shard.deaths == deaths:
-                    self.failure = f"{what.__name__} as {user}: {error!r}"
+                if was_available and shard.is_available.is_set() and shard.restarts == restarts:
+                    self.failure = f"{action.__name__} as {user}: {error!r}"
                 self.counts["disturbed"] += 1
 
     def login(self, user, password=None):
@@ -83,7 +83,7 @@ class Client(threading.Thread):
         try:
             client.login(user, password or USERS[user])
         except BaseException:
-            hang_up(client)
+            close(client)
             raise
         self.counts["let in"] += 1
         return client
@@ -97,45 +97,45 @@ class Client(threading.Thread):
             sent = b"Subject: %s\r\n\r\n%s\r\n" % (user.encode(), body)
             box = f"box{self.ident}"
             client.create(box)
-            expect(client.append(box, None, None, sent))
-            expect(client.select(box))
+            require_ok(client.append(box, None, None, sent))
+            require_ok(client.select(box))
             number = client.search(None, "ALL")[1][0].split()[-1]
-            data = expect(client.fetch(number, "(BODY.PEEK[])"))
+            data = require_ok(client.fetch(number, "(BODY.PEEK[])"))
             assert data[0][1] == sent, f"{len(sent)} bytes came back as {len(data[0][1])} others"
             self.counts["bytes"] += 2 * len(sent)
             client.store(number, "+FLAGS", "\\Deleted")
-            expect(client.expunge())
+            require_ok(client.expunge())
             client.logout()
         finally:
-            hang_up(client)
+            close(client)
 
     def send_noops(self, user):
         client = self.login(user)
         try:
             for _ in range(self.random.randrange(30)):
-                expect(client.noop())
+                require_ok(client.noop())
             client.logout()
         finally:
-            hang_up(client)
+            close(client)
 
     def idle(self, user):
         """Long enough to be put aside, now and then."""
         client = self.login(user)
         try:
-            expect(client.select("INBOX"))
+            require_ok(client.select("INBOX"))
             client.send(b"i IDLE\r\n")
             assert client.readline().startswith(b"+ ")
-            self.over.wait(self.random.choice([0.1, 0.5, 3]))
+            self.stop.wait(self.random.choice([0.1, 0.5, 3]))
             client.send(b"DONE\r\n")
             while not (line := client.readline()).startswith(b"i "):
                 assert line, "the connection ended"
             client.logout()
         finally:
-            hang_up(client)
+            close(client)
 
     def log_in_with_wrong_password(self, user):
         try:
-            hang_up(self.login(user, "wrong"))
+            close(self.login(user, "wrong"))
         except imaplib.IMAP4.error as error:
             if "AUTHENTICATIONFAILED" not in str(error):
                 raise
@@ -155,14 +155,14 @@ class Client(threading.Thread):
 
     def stay_silent(self, _):
         port = self.soak.proxy.ports[self.random.choice(["tls", "plain"])]
-        with socket.create_connection(("127.0.0.1", port), PATIENCE) as plain:
+        with socket.create_connection(("127.0.0.1", port), TIMEOUT) as plain:
             if self.random.random() < 0.3:
                 plain.sendall(b"\x16\x03\x01\x02\x00\x01")
             elif port == self.soak.proxy.ports["plain"]:
                 plain.recv(10)
 
 
-def hang_up(client):
+def close(client):
     """Whether it has logged out or not."""
     try:
         client.shutdown()
@@ -170,7 +170,7 @@ def hang_up(client):
         pass
 
 
-def expect(answer):
+def require_ok(answer):
     status, data = answer
     if status != "OK":
         raise AssertionError(f"{status} {data!r}")
@@ -185,7 +185,7 @@ class Soak(unittest.TestCase):
         self.shards = [Shard(self.certificates) for _ in SHARDS]
         for shard in self.shards:
             self.addCleanup(shard.dovecot.close)
-        self.folder.write("users.txt", "".join(f"{user} {SHARDS[self.home(user)]}\n" for user in USERS))
+        self.folder.write("users.txt", "".join(f"{user} {SHARDS[self.shard_number(user)]}\n" for user in USERS))
         a, b = (shard.dovecot.port for shard in self.shards)
         self.proxy = Proxy(CONFIGURATION.format(a=a, b=b, certificates=self.certificates), self.folder)
         self.addCleanup(self.proxy.close)
@@ -194,12 +194,12 @@ class Soak(unittest.TestCase):
         self.random = random.Random(seed)
 
     @staticmethod
-    def home(user):
+    def shard_number(user):
         return list(USERS).index(user) % len(SHARDS)
 
     def command(self, *words):
         done = subprocess.run([VESTIBULE, *words, "--control", self.folder.path / "control"], capture_output=True, text=True,
-                              timeout=PATIENCE)
+                              timeout=TIMEOUT)
         self.assertEqual(done.returncode, 0, f"{words}\n{done.stdout}{done.stderr}\n{self.proxy.log()[-5000:]}")
         return done.stdout
 
@@ -222,44 +222,44 @@ class Soak(unittest.TestCase):
 
     def restart(self, shard):
         """Killed without a word, and back; until a user gets in, what fails is its fault."""
-        shard.is_well.clear()
-        shard.deaths += 1
+        shard.is_available.clear()
+        shard.restarts += 1
         shard.dovecot.kill()
         time.sleep(self.random.uniform(0, 1))
         shard.dovecot.start()
-        user = next(user for user in USERS if self.shards[self.home(user)] is shard)
+        user = next(user for user in USERS if self.shards[self.shard_number(user)] is shard)
 
-        def gets_in():
+        def login_succeeds():
             client = connect(self.proxy, self.certificates)
             try:
                 return client.login(user, USERS[user])[0] == "OK"
             except imaplib.IMAP4.error:
                 return False
             finally:
-                hang_up(client)
+                close(client)
 
-        wait_for("a login at a server that is back", gets_in)
-        shard.is_well.set()
+        wait_for("a login at a server that is back", login_succeeds)
+        shard.is_available.set()
 
     def run_for(self, seconds, disturb):
         """All clients for so long; the sum of what they counted."""
         clients = [Client(self, self.random.random()) for _ in range(CLIENTS)]
         for client in clients:
             client.start()
-        end, turn = time.monotonic() + seconds, 0
+        end, tick = time.monotonic() + seconds, 0
         text = self.proxy.file.read_text()
         while time.monotonic() < end and not any(client.failure for client in clients):
             time.sleep(1)
-            turn += 1
-            if disturb and turn % 3 == 0:
-                self.proxy.file.write_text(text.replace("idle: 30m", f"idle: {30 + turn % 2}m"))
+            tick += 1
+            if disturb and tick % 3 == 0:
+                self.proxy.file.write_text(text.replace("idle: 30m", f"idle: {30 + tick % 2}m"))
                 self.command("reload")
-            if disturb and turn % 8 == 5:
+            if disturb and tick % 8 == 5:
                 self.restart(self.random.choice(self.shards))
         for client in clients:
-            client.over.set()
+            client.stop.set()
         for client in clients:
-            client.join(2 * PATIENCE)
+            client.join(2 * TIMEOUT)
             self.assertFalse(client.is_alive(), "a client hangs")
         self.assertEqual([client.failure for client in clients if client.failure], [], self.proxy.log()[-3000:])
         return {name: sum(client.counts[name] for client in clients) for name in clients[0].counts}
@@ -281,7 +281,7 @@ class Soak(unittest.TestCase):
         # server died at that moment; those who looked whether a server is back are let in too.
         began = self.proxy.metric("vestibule_backend_sessions_total") - begun[0]
         self.assertEqual(began, self.proxy.metric("vestibule_session_seconds_count") - begun[1])
-        restarts = sum(shard.deaths for shard in self.shards)
+        restarts = sum(shard.restarts for shard in self.shards)
         self.assertLessEqual(counts["let in"], began)
         self.assertLessEqual(began, counts["let in"] + counts["disturbed"] + restarts)
         self.assertGreaterEqual(self.proxy.metric("vestibule_bytes_total") - moved, counts["bytes"])

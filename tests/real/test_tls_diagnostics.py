@@ -6,12 +6,12 @@ import socket
 import subprocess
 import unittest
 
-from fixtures import PATIENCE, VESTIBULE, Certificates, Dovecot, Folder, Proxy, program, wait_for
-from imap_client import ALICE, LOGIN, Raw, context
+from fixtures import TIMEOUT, VESTIBULE, Certificates, Dovecot, Folder, Proxy, program, wait_for
+from imap_client import ALICE, LOGIN, RawClient, context
 
 
 def openssl(*words):
-    subprocess.run([program("openssl"), *map(str, words)], check=True, capture_output=True, timeout=PATIENCE)
+    subprocess.run([program("openssl"), *map(str, words)], check=True, capture_output=True, timeout=TIMEOUT)
 
 
 class SelfSigned:
@@ -44,7 +44,7 @@ admin: {{address: "127.0.0.1:{{admin}}"}}
     def s_client(self, *options, port="tls"):
         command = [program("openssl"), "s_client", "-CAfile", self.certificates.ca, "-servername", "localhost", "-crlf", "-ign_eof",
                    *options, "-connect", f"127.0.0.1:{self.proxy.ports[port]}"]
-        done = subprocess.run([str(word) for word in command], input=b"a LOGOUT\n", capture_output=True, timeout=PATIENCE)
+        done = subprocess.run([str(word) for word in command], input=b"a LOGOUT\n", capture_output=True, timeout=TIMEOUT)
         return done.stdout.decode(errors="replace") + done.stderr.decode(errors="replace")
 
     def wait_for_log(self, words):
@@ -54,9 +54,9 @@ admin: {{address: "127.0.0.1:{{admin}}"}}
         self.s_client("-alpn", "h2,http/1.1")
         self.wait_for_log('the client offers the application protocols h2, http/1.1 (ALPN) and not imap')
         self.assertIn("`alpn: any` would let it in", self.proxy.log())
-        said = self.s_client("-alpn", "h2,http/1.1", port="starttls")
-        self.assertIn("* BYE", said, "alpn: any lets it in")
-        self.assertIn("No ALPN negotiated", said)
+        output = self.s_client("-alpn", "h2,http/1.1", port="starttls")
+        self.assertIn("* BYE", output, "alpn: any lets it in")
+        self.assertIn("No ALPN negotiated", output)
         self.assertIn("ALPN protocol: imap", self.s_client("-alpn", "h2,imap", port="starttls"))
 
     def test_old_tls_version_is_logged(self):
@@ -72,7 +72,7 @@ admin: {{address: "127.0.0.1:{{admin}}"}}
 
     def test_unexpected_proxy_header_is_warned_of_once(self):
         for number in range(3):
-            with socket.create_connection(("127.0.0.1", self.proxy.ports["tls"]), timeout=PATIENCE) as balancer:
+            with socket.create_connection(("127.0.0.1", self.proxy.ports["tls"]), timeout=TIMEOUT) as balancer:
                 balancer.sendall(b"PROXY TCP4 192.0.2.1 192.0.2.2 4000 993\r\n\x16\x03\x01")
                 while balancer.recv(100):
                     pass
@@ -89,7 +89,7 @@ class CertificateDiagnostics(unittest.TestCase):
 
     def check(self, configuration, *options):
         file = self.folder.write("check.yaml", configuration)
-        return subprocess.run([VESTIBULE, "check", "--config", str(file), *options], capture_output=True, text=True, timeout=PATIENCE)
+        return subprocess.run([VESTIBULE, "check", "--config", str(file), *options], capture_output=True, text=True, timeout=TIMEOUT)
 
     def configuration(self, tls, port, more=""):
         return f"""
@@ -116,14 +116,14 @@ admin: {{address: "127.0.0.1:{{admin}}"}}
             with self.subTest(tls):
                 proxy = Proxy(self.configuration(tls, server.tls_port))
                 self.addCleanup(proxy.close)
-                client = Raw(proxy.ports["plain"])
+                client = RawClient(proxy.ports["plain"])
                 self.addCleanup(client.close)
                 client.line()
                 self.assertRegex(client.command("a", LOGIN[ALICE])[-1], b"^a OK", proxy.log())
         # Its name is still checked.
         proxy = Proxy(self.configuration(f"ca: {own.cert}, server_name: mail.example.org", server.tls_port))
         self.addCleanup(proxy.close)
-        client = Raw(proxy.ports["plain"])
+        client = RawClient(proxy.ports["plain"])
         self.addCleanup(client.close)
         client.line()
         self.assertRegex(client.command("a", LOGIN[ALICE])[-1], rb"^a NO \[UNAVAILABLE\]")
@@ -144,13 +144,13 @@ admin: {{address: "127.0.0.1:{{admin}}"}}
         self.addCleanup(proxy.close)
         trusting = context(certificates.ca)
         trusting.load_cert_chain(own.cert, own.key)
-        client = Raw(proxy.ports["tls"], trusting)
+        client = RawClient(proxy.ports["tls"], trusting)
         self.addCleanup(client.close)
         self.assertTrue(client.line().startswith(b"* OK"))
         refused = context(certificates.ca)
         refused.load_cert_chain(stranger.cert, stranger.key)
         with self.assertRaises(OSError):
-            client = Raw(proxy.ports["tls"], refused)
+            client = RawClient(proxy.ports["tls"], refused)
             self.addCleanup(client.close)
             assert client.line(), "closed"
             raise AssertionError("the stranger came in")
@@ -205,7 +205,7 @@ routes: [{redis: {url: "redis://127.0.0.1", key: "u:%{user}", cache: {file: answ
         copy = self.folder.path / "vestibule"
         shutil.copy(VESTIBULE, copy)
         done = subprocess.run([program("setpriv"), "--reuid", "65534", "--clear-groups", copy, "check", "--config",
-                               self.folder.path / "check.yaml"], capture_output=True, text=True, timeout=PATIENCE)
+                               self.folder.path / "check.yaml"], capture_output=True, text=True, timeout=TIMEOUT)
         self.assertEqual(done.returncode, 0, done.stderr)
         self.assertRegex(done.stderr, r"^warning: \S+check.yaml:4:\d+: routes\[0\].redis.cache.file: this user cannot write in /tmp/")
         self.assertIn("use a directory like /var/lib/vestibule that belongs to the service's user", done.stderr)

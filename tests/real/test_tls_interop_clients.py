@@ -7,39 +7,39 @@ What their servers do is in test_tls_interop_servers.py, what no library would s
 import socket
 import unittest
 
-from fixtures import PATIENCE, program, wait_for
-from imap_client import Raw
-from tls_fixtures import (BIG, PACKAGES, SUITES, Peer, Scene, Tool, digest, each_suite, gnutls_priority, nss_database, take_directly)
+from fixtures import TIMEOUT, program, wait_for
+from imap_client import RawClient
+from tls_fixtures import (BIG_SIZE, PACKAGES, SUITES, TlsPeer, InteropSetup, CommandLineClient, digest, each_suite, gnutls_priority, nss_database, fetch_and_delete_directly)
 
 
 class InteroperabilityTestCase(unittest.TestCase):
     @classmethod
     def setUpClass(cls):
-        cls.scene = Scene(cls)
+        cls.scene = InteropSetup(cls)
         cls.proxy = cls.scene.proxy()
         cls.addClassCleanup(cls.proxy.close)
 
-    def tool(self, *command):
-        tool = Tool([str(word) for word in command])
+    def start_tool(self, *command):
+        tool = CommandLineClient([str(word) for word in command])
         self.addCleanup(tool.close)
         return tool
 
     def peer(self, library, version=None, suite=None, port="tls", **options):
         """A client that has done its handshake, by STARTTLS if `port` says so."""
-        tls = socket.create_connection(("127.0.0.1", self.proxy.ports[port]), timeout=PATIENCE)
+        tls = socket.create_connection(("127.0.0.1", self.proxy.ports[port]), timeout=TIMEOUT)
         if port == "starttls":
-            before = Raw.__new__(Raw)
+            before = RawClient.__new__(RawClient)
             before.socket, before.pending = tls, b""
             before.line()
             self.assertTrue(before.command("s", "STARTTLS")[-1].startswith(b"s OK"))
             self.assertEqual(before.pending, b"")
         tls.setblocking(True)
-        peer = Peer(library, tls, **self.scene.peer_options(library, version, suite), **options)
+        peer = TlsPeer(library, tls, **self.scene.peer_options(library, version, suite), **options)
         self.addCleanup(peer.close)
-        peer.reports("handshake .*" if not version else rf"handshake TLSv?{version} .*" if not suite or library == "gnutls"
+        peer.wait_for_report("handshake .*" if not version else rf"handshake TLSv?{version} .*" if not suite or library == "gnutls"
                      else f"handshake TLSv{version} {suite}")
         if port == "tls":
-            self.assertIn(b"* OK", peer.line(), peer.report())
+            self.assertIn(b"* OK", peer.line(), peer.output())
         return peer
 
     def read_and_write(self, client, slow=False):
@@ -49,7 +49,7 @@ class InteroperabilityTestCase(unittest.TestCase):
         number, expected = (2, self.scene.medium) if slow else (1, self.scene.down)
         self.assertEqual(digest(client.fetch(number)), digest(expected))
         client.append("up", self.scene.up)
-        self.assertEqual(take_directly(self.scene.dovecot, "up"), [digest(self.scene.up)])
+        self.assertEqual(fetch_and_delete_directly(self.scene.dovecot, "up"), [digest(self.scene.up)])
         client.noop()
         client.logout()
 
@@ -62,12 +62,12 @@ class CipherSuites(InteroperabilityTestCase):
             cipher = {"1.3": ["-ciphersuites", suite, "-tls1_3"], "1.2": ["-cipher", openssl_name(suite), "-tls1_2"]}[version]
             for port, how in (("tls", []), ("starttls", ["-starttls", "imap"])):
                 with self.subTest(suite=suite, port=port):
-                    client = self.tool(program("openssl"), "s_client", "-quiet", "-verify_return_error", "-verify_hostname", "localhost",
+                    client = self.start_tool(program("openssl"), "s_client", "-quiet", "-verify_return_error", "-verify_hostname", "localhost",
                                        "-CAfile", self.scene.certificates.ca, *cipher, *how, "-connect",
                                        f"127.0.0.1:{self.proxy.ports[port]}")
                     # By STARTTLS it shows nothing of what the server said before.
                     if port == "tls":
-                        self.assertIn(b"* OK", client.line(), client.report())
+                        self.assertIn(b"* OK", client.line(), client.output())
                     self.read_and_write(client)
 
     def test_gnutls_cli_with_each_suite(self):
@@ -75,21 +75,21 @@ class CipherSuites(InteroperabilityTestCase):
         for version, suite in each_suite():
             for port, how in (("tls", []), ("starttls", ["--starttls-proto=imap"])):
                 with self.subTest(suite=suite, port=port):
-                    client = self.tool(program("gnutls-cli"), "--logfile=/dev/stderr", f"--x509cafile={self.scene.certificates.ca}",
+                    client = self.start_tool(program("gnutls-cli"), "--logfile=/dev/stderr", f"--x509cafile={self.scene.certificates.ca}",
                                        f"--priority={gnutls_priority(version, suite)}", *how, f"--port={self.proxy.ports[port]}",
                                        "localhost")
                     if port == "tls":
-                        self.assertIn(b"* OK", client.line(), client.report())
+                        self.assertIn(b"* OK", client.line(), client.output())
                     self.read_and_write(client, slow=True)
 
     def test_nss_tstclnt_with_each_suite(self):
         """It knows no STARTTLS of IMAP; the next test does that with NSS."""
         for version, suite in each_suite():
             with self.subTest(suite=suite):
-                client = self.tool(program("tstclnt"), "-h", "localhost", "-p", self.proxy.ports["tls"], "-4", "-d",
+                client = self.start_tool(program("tstclnt"), "-h", "localhost", "-p", self.proxy.ports["tls"], "-4", "-d",
                                    nss_database(self.scene.certificates, self.scene.folder), "-V", f"tls{version}:tls{version}",
                                    "-c", NSS_CIPHERS[suite])
-                self.assertIn(b"* OK", client.line(), client.report())
+                self.assertIn(b"* OK", client.line(), client.output())
                 self.read_and_write(client)
 
     def test_libraries_with_each_suite(self):
@@ -115,10 +115,10 @@ class KeyUpdates(InteroperabilityTestCase):
                     peer = self.peer(library, "1.3", suite, update_every=every, request=request)
                     self.read_and_write(peer)
                     sent, received, _ = peer.counts()
-                    self.assertGreaterEqual(sent, 2 * BIG // every - 1)
+                    self.assertGreaterEqual(sent, 2 * BIG_SIZE // every - 1)
                     if library == "openssl":
                         # Who is asked twice before it sends anything may answer once.
-                        self.assertEqual(received > 0, bool(request), peer.report())
+                        self.assertEqual(received > 0, bool(request), peer.output())
 
     def test_hundreds_of_key_updates_during_an_upload(self):
         for library, request in (("openssl", 0), ("openssl", 1), ("gnutls", 0), ("nss", 0), ("nss", 1)):
@@ -126,18 +126,18 @@ class KeyUpdates(InteroperabilityTestCase):
                 peer = self.peer(library, "1.3", update_every=50_000, request=request)
                 peer.login()
                 peer.append("up", self.scene.up)
-                self.assertEqual(take_directly(self.scene.dovecot, "up"), [digest(self.scene.up)])
+                self.assertEqual(fetch_and_delete_directly(self.scene.dovecot, "up"), [digest(self.scene.up)])
                 peer.logout()
-                self.assertGreaterEqual(peer.counts()[0], BIG // 50_000 - 1)
+                self.assertGreaterEqual(peer.counts()[0], BIG_SIZE // 50_000 - 1)
 
     def test_key_update_flood_ends_the_session(self):
-        neighbour = self.peer("openssl")
-        neighbour.login()
+        other_session = self.peer("openssl")
+        other_session.login()
         peer = self.peer("openssl", "1.3")
         peer.login()
-        peer.tell("flood")
-        peer.reports("alert 10")
-        neighbour.noop()
+        peer.send_command("flood")
+        peer.wait_for_report("alert 10")
+        other_session.noop()
 
     def test_key_updates_around_the_login(self):
         """Asked ones before, beside and after LOGIN, whose answers rustls still has when the login is accepted."""
@@ -158,8 +158,8 @@ class KeyUpdates(InteroperabilityTestCase):
                 peer = self.peer(library, "1.3")
                 peer.login()
                 for _ in range(4):
-                    peer.tell("update")
-                    peer.tell("request")
+                    peer.send_command("update")
+                    peer.send_command("request")
                     peer.noop()
                 peer.logout()
                 sent, received, _ = peer.counts()
@@ -174,26 +174,26 @@ class KeyUpdates(InteroperabilityTestCase):
                 peer = self.peer(library, "1.3")
                 peer.login()
                 for _ in range(20):
-                    peer.tell("update")
+                    peer.send_command("update")
                 peer.noop()
                 peer.logout()
 
     def test_key_updates_of_s_client_during_a_download(self):
-        client = self.tool(program("openssl"), "s_client", "-brief", "-verify_return_error", "-CAfile", self.scene.certificates.ca,
+        client = self.start_tool(program("openssl"), "s_client", "-brief", "-verify_return_error", "-CAfile", self.scene.certificates.ca,
                            "-tls1_3", "-connect", f"127.0.0.1:{self.proxy.ports['tls']}")
-        self.assertIn(b"* OK", client.line(), client.report())
+        self.assertIn(b"* OK", client.line(), client.output())
         client.login()
         client.select("big")
-        size = client.ask_for_message()
+        size = client.start_fetch()
         body = b""
         for letter in (b"k\n", b"K\n") * 5:
-            body += client.exactly(size // 11)
+            body += client.read_exactly(size // 11)
             client.send(letter)
-        body += client.exactly(size - len(body))
+        body += client.read_exactly(size - len(body))
         self.assertEqual(digest(body), digest(self.scene.down))
         self.assertTrue(client.until(b"a3 ")[-1].startswith(b"a3 OK"))
         client.noop()
-        self.assertGreaterEqual(client.report().count("KEYUPDATE"), 10, client.report())
+        self.assertGreaterEqual(client.output().count("KEYUPDATE"), 10, client.output())
 
 
 class RecordShapes(InteroperabilityTestCase):
@@ -223,11 +223,11 @@ class RecordShapes(InteroperabilityTestCase):
         for version in SUITES:
             with self.subTest(version=version):
                 peer = self.peer("gnutls", version)
-                peer.tell("empty")
+                peer.send_command("empty")
                 peer.login()
                 for _ in range(5):
-                    peer.tell("empty")
-                    peer.tell("empty")
+                    peer.send_command("empty")
+                    peer.send_command("empty")
                     peer.noop()
                 peer.logout()
 
@@ -246,9 +246,9 @@ class ConnectionClose(InteroperabilityTestCase):
 
     def test_close_notify_is_answered(self):
         def check(peer):
-            peer.tell("close")
-            peer.reports("close_notify")
-            peer.reports("end: .*")
+            peer.send_command("close")
+            peer.wait_for_report("close_notify")
+            peer.wait_for_report("end: .*")
 
         self.each(check)
 
@@ -256,24 +256,24 @@ class ConnectionClose(InteroperabilityTestCase):
         """What was asked before the client's close_notify is answered in full, down to the last byte of a big message."""
         def check(peer):
             peer.select("big")
-            size = peer.ask_for_message()
-            first = peer.exactly(1000)
+            size = peer.start_fetch()
+            first = peer.read_exactly(1000)
             peer.send(b"a9 LOGOUT\r\n")
-            peer.tell("close")
-            self.assertEqual(digest(first + peer.exactly(size - 1000)), digest(self.scene.down), peer.report())
-            said = peer.until(b"a9 ")
-            self.assertTrue(any(line.startswith(b"* BYE") for line in said), said)
+            peer.send_command("close")
+            self.assertEqual(digest(first + peer.read_exactly(size - 1000)), digest(self.scene.down), peer.output())
+            output = peer.until(b"a9 ")
+            self.assertTrue(any(line.startswith(b"* BYE") for line in output), output)
             self.assertEqual(peer.line(), b"")
-            peer.reports("close_notify")
+            peer.wait_for_report("close_notify")
 
         self.each(check)
 
     def test_tcp_close_without_close_notify_ends_the_session(self):
         def check(peer):
             before = self.proxy.log().count("session ended")
-            peer.tell("drop")
+            peer.send_command("drop")
             wait_for("the session to end", lambda: self.proxy.log().count("session ended") > before)
-            peer.reports("close_notify|broken .*|alert .*")
+            peer.wait_for_report("close_notify|broken .*|alert .*")
 
         self.each(check, ("openssl", "gnutls"))
 
@@ -281,7 +281,7 @@ class ConnectionClose(InteroperabilityTestCase):
         """LOGOUT: the proxy says close_notify by itself, and TCP ends after it."""
         def check(peer):
             peer.logout()
-            peer.reports("close_notify")
+            peer.wait_for_report("close_notify")
 
         self.each(check)
 
@@ -292,34 +292,34 @@ class Renegotiation(InteroperabilityTestCase):
     def test_renegotiation_affects_no_other_session(self):
         for library in PACKAGES:
             with self.subTest(library=library):
-                neighbour = self.peer("openssl")
-                neighbour.login()
+                other_session = self.peer("openssl")
+                other_session.login()
                 peer = self.peer(library, "1.2")
                 peer.login()
-                peer.tell("renegotiate")
+                peer.send_command("renegotiate")
                 # no_renegotiation is 100; what the library makes of it is its own affair.
-                peer.reports("warning 100|broken .*|alert .*")
-                neighbour.noop()
-                neighbour.logout()
+                peer.wait_for_report("warning 100|broken .*|alert .*")
+                other_session.noop()
+                other_session.logout()
 
     def test_gnutls_session_continues_after_refused_renegotiation(self):
         """GnuTLS takes the refusal for what it is."""
         peer = self.peer("gnutls", "1.2")
         peer.login()
-        peer.tell("renegotiate")
-        peer.reports("warning 100")
+        peer.send_command("renegotiate")
+        peer.wait_for_report("warning 100")
         peer.noop()
         peer.select("big")
         self.assertEqual(digest(peer.fetch()), digest(self.scene.down))
         peer.logout()
 
     def test_openssl_s_client(self):
-        client = self.tool(program("openssl"), "s_client", "-brief", "-CAfile", self.scene.certificates.ca, "-tls1_2", "-connect",
+        client = self.start_tool(program("openssl"), "s_client", "-brief", "-CAfile", self.scene.certificates.ca, "-tls1_2", "-connect",
                            f"127.0.0.1:{self.proxy.ports['tls']}")
-        self.assertIn(b"* OK", client.line(), client.report())
+        self.assertIn(b"* OK", client.line(), client.output())
         client.login()
         client.send(b"R\n")
-        wait_for("s_client to give up", lambda: "no renegotiation" in client.report())
+        wait_for("s_client to give up", lambda: "no renegotiation" in client.output())
         self.assertEqual(client.line(), b"")
 
 

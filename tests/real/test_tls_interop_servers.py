@@ -5,53 +5,53 @@ transfers both ways, with key updates, late tickets, padding, every way to close
 import socket
 import unittest
 
-from fixtures import PASSWORDS, PATIENCE, wait_for
+from fixtures import PASSWORDS, TIMEOUT, wait_for
 from imap_client import context
-from tls_fixtures import ALICE, BIG, PACKAGES, SUITES, Conversation, Peer, Scene, digest, each_suite, take_directly
+from tls_fixtures import ALICE, BIG_SIZE, PACKAGES, SUITES, ImapConversation, TlsPeer, InteropSetup, digest, each_suite, fetch_and_delete_directly
 
 
 class ServerInteroperability(unittest.TestCase):
     @classmethod
     def setUpClass(cls):
-        cls.scene = Scene(cls)
+        cls.scene = InteropSetup(cls)
         cls.listeners, cls.proxies = {}, {}
         for mode in ("implicit", "starttls"):
             listener = cls.listeners[mode] = socket.create_server(("127.0.0.1", 0))
             cls.addClassCleanup(listener.close)
-            listener.settimeout(PATIENCE)
+            listener.settimeout(TIMEOUT)
             cls.proxies[mode] = cls.scene.proxy(listener.getsockname()[1], mode)
             cls.addClassCleanup(cls.proxies[mode].close)
 
     def session(self, library, version=None, suite=None, mode="implicit", **options):
         """A client that is logged in, and the server's end of TLS."""
-        plain = socket.create_connection(("127.0.0.1", self.proxies[mode].ports["tls"]), timeout=PATIENCE)
-        client = Conversation(context(self.scene.certificates.ca).wrap_socket(plain, server_hostname="localhost"))
+        plain = socket.create_connection(("127.0.0.1", self.proxies[mode].ports["tls"]), timeout=TIMEOUT)
+        client = ImapConversation(context(self.scene.certificates.ca).wrap_socket(plain, server_hostname="localhost"))
         self.addCleanup(client.close)
         client.line()
         client.send(f"a1 LOGIN {ALICE} {PASSWORDS[ALICE]}\r\n".encode())
         tls, _ = self.listeners[mode].accept()
-        dovecot = socket.create_connection(("127.0.0.1", self.scene.dovecot.port), timeout=PATIENCE)
+        dovecot = socket.create_connection(("127.0.0.1", self.scene.dovecot.port), timeout=TIMEOUT)
         for each in (tls, dovecot):
             each.setblocking(True)
         if mode == "starttls":
             self.offer_starttls(tls, dovecot)
-        server = Peer(library, tls, "server", dovecot, **self.scene.peer_options(library, version, suite, "server"), **options)
+        server = TlsPeer(library, tls, "server", dovecot, **self.scene.peer_options(library, version, suite, "server"), **options)
         self.addCleanup(server.close)
         answer = client.until(b"a1 ")[-1]
-        self.assertTrue(answer.startswith(b"a1 OK"), f"{answer}\n{server.report()}\n{self.proxies[mode].log()}")
+        self.assertTrue(answer.startswith(b"a1 OK"), f"{answer}\n{server.output()}\n{self.proxies[mode].log()}")
         if suite and library != "gnutls":
-            server.reports(f"handshake TLSv{version} {suite}")
+            server.wait_for_report(f"handshake TLSv{version} {suite}")
         return client, server
 
     @staticmethod
     def offer_starttls(tls, dovecot):
         """Says what a server says before TLS, and keeps the greeting of the real one, which comes once only."""
-        before = Conversation(tls)
+        before = ImapConversation(tls)
         before.send(b"* OK [CAPABILITY IMAP4rev1 STARTTLS] ready\r\n")
         line = before.line()
         assert line.upper().endswith(b" STARTTLS"), line
         before.send(line.split()[0] + b" OK go\r\n")
-        greeting = Conversation(dovecot)
+        greeting = ImapConversation(dovecot)
         greeting.line()
         assert before.pending == greeting.pending == b""
         for each in (tls, dovecot):
@@ -62,7 +62,7 @@ class ServerInteroperability(unittest.TestCase):
         client.select("big")
         self.assertEqual(digest(client.fetch()), digest(self.scene.down))
         client.append("up", self.scene.up)
-        self.assertEqual(take_directly(self.scene.dovecot, "up"), [digest(self.scene.up)])
+        self.assertEqual(fetch_and_delete_directly(self.scene.dovecot, "up"), [digest(self.scene.up)])
         client.noop()
         client.logout()
         client.close()
@@ -74,7 +74,7 @@ class ServerInteroperability(unittest.TestCase):
                     with self.subTest(library=library, suite=suite, mode=mode):
                         client, server = self.session(library, version, suite, mode)
                         self.read_and_write(client)
-                        server.reports("close_notify")
+                        server.wait_for_report("close_notify")
 
     def test_key_updates_of_the_server_during_transfers(self):
         # How often, in bytes: as the clients' in test_tls_interop_clients.py.
@@ -86,9 +86,9 @@ class ServerInteroperability(unittest.TestCase):
                     client, server = self.session(library, "1.3", suite, update_every=every, request=request)
                     self.read_and_write(client)
                     sent, received, _ = server.counts()
-                    self.assertGreaterEqual(sent, 2 * BIG // every - 1)
+                    self.assertGreaterEqual(sent, 2 * BIG_SIZE // every - 1)
                     if library == "openssl":
-                        self.assertEqual(received > 0, bool(request), server.report())
+                        self.assertEqual(received > 0, bool(request), server.output())
 
     def test_hundreds_of_key_updates_during_a_download(self):
         """Asked ones too: nothing of ours goes out meanwhile but the answers."""
@@ -100,7 +100,7 @@ class ServerInteroperability(unittest.TestCase):
                 client.noop()
                 client.logout()
                 client.close()
-                self.assertGreaterEqual(server.counts()[0], BIG // 50_000 - 1)
+                self.assertGreaterEqual(server.counts()[0], BIG_SIZE // 50_000 - 1)
 
     def test_key_updates_around_the_login_response(self):
         for library in ("openssl", "nss"):
@@ -118,8 +118,8 @@ class ServerInteroperability(unittest.TestCase):
             with self.subTest(library=library):
                 client, server = self.session(library, "1.3")
                 for _ in range(4):
-                    server.tell("update")
-                    server.tell("request")
+                    server.send_command("update")
+                    server.send_command("request")
                     client.noop()
                 client.logout()
                 client.close()
@@ -134,10 +134,10 @@ class ServerInteroperability(unittest.TestCase):
             with self.subTest(library=library):
                 client, server = self.session(library, "1.3", ticket_every=1_000_000)
                 for _ in range(4):
-                    server.tell("ticket")
+                    server.send_command("ticket")
                     client.noop()
                 self.read_and_write(client)
-                self.assertGreaterEqual(server.counts()[2], 2 * BIG // 1_000_000 - 1)
+                self.assertGreaterEqual(server.counts()[2], 2 * BIG_SIZE // 1_000_000 - 1)
 
     def test_padded_records(self):
         for library, paddings in (("openssl", (512, 16384)), ("gnutls", (1, 300, 8000))):
@@ -157,8 +157,8 @@ class ServerInteroperability(unittest.TestCase):
             with self.subTest(version=version):
                 client, server = self.session("gnutls", version)
                 for _ in range(5):
-                    server.tell("empty")
-                    server.tell("empty")
+                    server.send_command("empty")
+                    server.send_command("empty")
                     client.noop()
                 client.logout()
 
@@ -167,10 +167,10 @@ class ServerInteroperability(unittest.TestCase):
             for version in SUITES:
                 with self.subTest(library=library, version=version):
                     client, server = self.session(library, version)
-                    server.tell("close")
+                    server.send_command("close")
                     self.assertEqual(client.line(), b"")
                     client.close()
-                    server.reports("close_notify")
+                    server.wait_for_report("close_notify")
 
     def test_tcp_close_during_a_literal_ends_the_session(self):
         """Without close_notify, and a literal without its rest: the client's stream ends, and does not before what had come."""
@@ -179,24 +179,24 @@ class ServerInteroperability(unittest.TestCase):
                 with self.subTest(library=library, version=version):
                     client, server = self.session(library, version)
                     client.select("big")
-                    client.ask_for_message()
-                    client.exactly(100_000)
-                    server.tell("drop")
+                    client.start_fetch()
+                    client.read_exactly(100_000)
+                    server.send_command("drop")
                     with self.assertRaisesRegex(AssertionError, "stream ended"):
-                        client.exactly(BIG)
+                        client.read_exactly(BIG_SIZE)
 
     def test_renegotiation_requested_by_the_server_is_refused(self):
         """Refused: the session goes on or ends, but does not hang."""
         for library in PACKAGES:
             with self.subTest(library=library):
                 client, server = self.session(library, "1.2")
-                neighbour, _ = self.session("openssl")
-                server.tell("renegotiate")
+                other_session, _ = self.session("openssl")
+                server.send_command("renegotiate")
                 # Something for the answer to ride on.
                 client.send(b"a7 NOOP\r\n")
-                wait_for("an answer", lambda: "warning 100" in server.report() or "broken" in server.report()
-                         or "alert" in server.report())
-                neighbour.noop()
+                wait_for("an answer", lambda: "warning 100" in server.output() or "broken" in server.output()
+                         or "alert" in server.output())
+                other_session.noop()
 
 
 if __name__ == "__main__":

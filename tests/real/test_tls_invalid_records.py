@@ -5,9 +5,9 @@ beside it go on. A middleman makes them out of good ones.
 import socket
 import unittest
 
-from fixtures import PASSWORDS, PATIENCE, wait_for
+from fixtures import PASSWORDS, TIMEOUT, wait_for
 from imap_client import context
-from tls_fixtures import ALICE, SUITES, Conversation, Middleman, Peer, Scene
+from tls_fixtures import ALICE, SUITES, ImapConversation, TamperingRelay, TlsPeer, InteropSetup
 
 UNEXPECTED, BAD_MAC, OVERFLOW = 10, 20, 22
 
@@ -46,90 +46,90 @@ INVALID_RECORDS = {
 class InvalidRecords(unittest.TestCase):
     @classmethod
     def setUpClass(cls):
-        cls.scene = Scene(cls)
+        cls.scene = InteropSetup(cls)
         cls.proxy = cls.scene.proxy()
         cls.addClassCleanup(cls.proxy.close)
 
     def python_client(self, proxy):
-        plain = socket.create_connection(("127.0.0.1", proxy.ports["tls"]), timeout=PATIENCE)
-        client = Conversation(context(self.scene.certificates.ca).wrap_socket(plain, server_hostname="localhost"))
+        plain = socket.create_connection(("127.0.0.1", proxy.ports["tls"]), timeout=TIMEOUT)
+        client = ImapConversation(context(self.scene.certificates.ca).wrap_socket(plain, server_hostname="localhost"))
         self.addCleanup(client.close)
         client.line()
         return client
 
-    def each(self, check):
+    def for_each_record(self, check):
         for version in SUITES:
             for suite in SUITES[version]:
-                for what, (alter, *alerts) in INVALID_RECORDS.items():
-                    with self.subTest(what=what, suite=suite):
-                        check(version, suite, alter, alerts[version == "1.2"], what == "said twice")
+                for name, (alter, *alerts) in INVALID_RECORDS.items():
+                    with self.subTest(name=name, suite=suite):
+                        check(version, suite, alter, alerts[version == "1.2"], name == "said twice")
 
     def violations(self, proxy, side):
         return proxy.metric("vestibule_failures_total", side=side, reason="tls_violation")
 
     def test_invalid_record_from_the_client_ends_the_session(self):
-        neighbour = self.python_client(self.proxy)
-        neighbour.login()
+        other_session = self.python_client(self.proxy)
+        other_session.login()
 
-        def check(version, suite, alter, alert, once_is_good):
-            middleman = Middleman(self.proxy.ports["tls"], alter)
+        def check(version, suite, alter, alert, first_copy_is_valid):
+            middleman = TamperingRelay(self.proxy.ports["tls"], alter)
             self.addCleanup(middleman.close)
             tls = socket.create_connection(("127.0.0.1", middleman.port))
-            peer = Peer("openssl", tls, **self.scene.peer_options("openssl", version, suite))
+            peer = TlsPeer("openssl", tls, **self.scene.peer_options("openssl", version, suite))
             self.addCleanup(peer.close)
             peer.line()
             peer.login()
             before = self.violations(self.proxy, "client")
             middleman.armed.set()
             peer.send(b"a7 NOOP\r\n")
-            if not once_is_good:
+            if not first_copy_is_valid:
                 self.assertEqual(peer.line(), b"")
-            self.assertTrue(middleman.altered.wait(PATIENCE))
-            peer.reports(f"alert {alert}")
+            self.assertTrue(middleman.altered.wait(TIMEOUT))
+            peer.wait_for_report(f"alert {alert}")
             wait_for("the count", lambda: self.violations(self.proxy, "client") == before + 1)
-            neighbour.noop()
+            other_session.noop()
 
-        self.each(check)
+        self.for_each_record(check)
 
     def test_invalid_record_from_the_server_ends_the_session(self):
         listener = socket.create_server(("127.0.0.1", 0))
         self.addCleanup(listener.close)
-        listener.settimeout(PATIENCE)
+        listener.settimeout(TIMEOUT)
         # The one server that proxies know of; where the middleman stands is said at each connection.
         proxy = self.scene.proxy(listener.getsockname()[1], "implicit")
         self.addCleanup(proxy.close)
 
-        def check(version, suite, alter, alert, once_is_good):
+        def check(version, suite, alter, alert, first_copy_is_valid):
             behind = socket.create_server(("127.0.0.1", 0))
             self.addCleanup(behind.close)
             client = self.python_client(proxy)
             client.send(f"a1 LOGIN {ALICE} {PASSWORDS[ALICE]}\r\n".encode())
-            middleman = Middleman(behind.getsockname()[1], alter, of_server=True, accepted=listener.accept()[0])
+            middleman = TamperingRelay(behind.getsockname()[1], alter, of_server=True, accepted=listener.accept()[0])
             self.addCleanup(middleman.close)
             tls, _ = behind.accept()
             dovecot = socket.create_connection(("127.0.0.1", self.scene.dovecot.port))
-            server = Peer("openssl", tls, "server", dovecot, **self.scene.peer_options("openssl", version, suite, "server"))
+            server = TlsPeer("openssl", tls, "server", dovecot, **self.scene.peer_options("openssl", version, suite, "server"))
             self.addCleanup(server.close)
             self.assertTrue(client.until(b"a1 ")[-1].startswith(b"a1 OK"))
             before = self.violations(proxy, "backend")
             middleman.armed.set()
             client.send(b"a7 NOOP\r\n")
-            if not once_is_good:
+            if not first_copy_is_valid:
                 self.assertEqual(client.line(), b"", "nothing that was altered comes through")
-            self.assertTrue(middleman.altered.wait(PATIENCE))
-            server.reports(f"alert {alert}")
+            self.assertTrue(middleman.altered.wait(TIMEOUT))
+            server.wait_for_report(f"alert {alert}")
             wait_for("the count", lambda: self.violations(proxy, "backend") == before + 1)
 
-        self.each(check)
+        self.for_each_record(check)
 
     def test_truncated_record_is_not_relayed(self):
         """Half a record, then TCP ends: the session ends, and what was cut off reaches nobody."""
         for version in SUITES:
             with self.subTest(version=version):
-                middleman = Middleman(self.proxy.ports["tls"], lambda record: record[:len(record) // 2], last=True)
+                middleman = TamperingRelay(self.proxy.ports["tls"], lambda record: record[:len(record) // 2], last=True)
                 self.addCleanup(middleman.close)
                 tls = socket.create_connection(("127.0.0.1", middleman.port))
-                peer = Peer("openssl", tls, **self.scene.peer_options("openssl", version))
+                peer = TlsPeer("openssl", tls, **self.scene.peer_options("openssl", version))
                 self.addCleanup(peer.close)
                 peer.line()
                 peer.login()

@@ -7,7 +7,7 @@ import base64
 import unittest
 
 from fixtures import Certificates, Courier, Cyrus, Dovecot, Folder, Proxy
-from imap_client import Raw
+from imap_client import RawClient
 
 PASSWORDS = {
     "quote@example.org": 'qu"ote',
@@ -65,7 +65,7 @@ admin: {{address: "127.0.0.1:{{admin}}"}}
                 if send == send_quoted and not password.isascii():
                     continue
                 with self.subTest(form=send.__name__, user=user):
-                    client = Raw(proxy.ports["plain"])
+                    client = RawClient(proxy.ports["plain"])
                     self.addCleanup(client.close)
                     client.line()
                     answer = send(client, user, password)
@@ -76,7 +76,7 @@ admin: {{address: "127.0.0.1:{{admin}}"}}
                     logins += 1
         self.assertEqual(logins, 4 * len(users) - 1)
         # And a wrong one is refused in the same words of the server, not as a fault.
-        client = Raw(proxy.ports["plain"])
+        client = RawClient(proxy.ports["plain"])
         self.addCleanup(client.close)
         client.line()
         self.assertTrue(send_literals(client, "quote@example.org", 'qu"ot')[-1].startswith(b"a NO [AUTHENTICATIONFAILED]"))

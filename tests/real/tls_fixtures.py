@@ -16,13 +16,13 @@ import subprocess
 import threading
 from pathlib import Path
 
-from fixtures import PASSWORDS, PATIENCE, Certificates, Dovecot, Folder, Process, Proxy, program, wait_for
-from imap_client import Raw, message
+from fixtures import PASSWORDS, TIMEOUT, Certificates, Dovecot, Folder, Process, Proxy, program, wait_for
+from imap_client import RawClient, message
 
 SOURCES = Path(__file__).parent / "tls_peers"
 PACKAGES = {"openssl": ["openssl"], "gnutls": ["gnutls"], "nss": ["nss"]}
 ALICE = "alice@example.org"
-BIG = 20 << 20
+BIG_SIZE = 20 << 20
 SUITES = {
     "1.3": ("TLS_AES_128_GCM_SHA256", "TLS_AES_256_GCM_SHA384", "TLS_CHACHA20_POLY1305_SHA256"),
     "1.2": ("TLS_ECDHE_ECDSA_WITH_AES_128_GCM_SHA256", "TLS_ECDHE_ECDSA_WITH_AES_256_GCM_SHA384",
@@ -44,7 +44,7 @@ def gnutls_priority(version, suite=None):
     return text
 
 
-def big_message(subject, size=BIG):
+def big_message(subject, size=BIG_SIZE):
     """A mail of `size` bytes and some, the same for the same subject. Nothing in it begins a command of openssl s_client,
     wherever it is cut: those are upper case, or k."""
     lines = random.Random(subject).randbytes(size // 78 * 38).hex()
@@ -85,19 +85,19 @@ def nss_database(certificates, folder):
     return f"sql:{path}"
 
 
-class Conversation(Raw):
+class ImapConversation(RawClient):
     """IMAP on a socket that is already connected."""
 
     def __init__(self, connected):
-        connected.settimeout(PATIENCE)
+        connected.settimeout(TIMEOUT)
         self.socket = connected
         self.pending = b""
 
-    def report(self):
+    def output(self):
         """What the process said beside."""
         return self.process.text()
 
-    def exactly(self, size):
+    def read_exactly(self, size):
         data = bytearray(size)
         have = min(size, len(self.pending))
         data[:have], self.pending = self.pending[:have], self.pending[have:]
@@ -116,23 +116,23 @@ class Conversation(Raw):
         answer = self.command("a2", f"SELECT {mailbox}")[-1]
         assert answer.startswith(b"a2 OK"), answer
 
-    def ask_for_message(self, number=1):
+    def start_fetch(self, number=1):
         """Sends FETCH, and reads up to the literal; its length."""
         self.send(f"a3 FETCH {number} BODY.PEEK[]\r\n".encode())
         return int(re.search(rb"\{(\d+)\}$", self.until(f"* {number} FETCH".encode())[-1])[1])
 
-    def rest_of_message(self, size):
-        body = self.exactly(size)
+    def finish_fetch(self, size):
+        body = self.read_exactly(size)
         assert self.until(b"a3 ")[-1].startswith(b"a3 OK")
         return body
 
     def fetch(self, number=1):
-        return self.rest_of_message(self.ask_for_message(number))
+        return self.finish_fetch(self.start_fetch(number))
 
     def append(self, mailbox, text):
         self.send(f"a4 APPEND {mailbox} {{{len(text)}}}\r\n".encode())
         assert self.until(b"+ ")
-        self.socket.settimeout(2 * PATIENCE)
+        self.socket.settimeout(2 * TIMEOUT)
         self.send(text + b"\r\n")
         answer = self.until(b"a4 ")[-1]
         assert answer.startswith(b"a4 OK"), answer
@@ -142,8 +142,8 @@ class Conversation(Raw):
         assert answer.startswith(b"a5 OK"), answer
 
     def logout(self):
-        said = self.command("a6", "LOGOUT")
-        assert any(line.startswith(b"* BYE") for line in said) and said[-1].startswith(b"a6 OK"), said
+        output = self.command("a6", "LOGOUT")
+        assert any(line.startswith(b"* BYE") for line in output) and output[-1].startswith(b"a6 OK"), output
         self.finish()
 
     def finish(self):
@@ -151,7 +151,7 @@ class Conversation(Raw):
         assert self.line() == b"", "nothing follows LOGOUT"
 
 
-class Peer(Conversation):
+class TlsPeer(ImapConversation):
     """A process that speaks TLS by `library` on the socket `tls`; options as in tls_peers/peer.h."""
 
     def __init__(self, library, tls, role="client", plain=None, **options):
@@ -167,27 +167,27 @@ class Peer(Conversation):
         if ours:
             super().__init__(ours)
 
-    def reports(self, pattern):
+    def wait_for_report(self, pattern):
         """Waits for a line of the report that matches whole."""
-        return self._wait(pattern, lambda: re.search(rf"^(?:{pattern})$", self.report(), re.MULTILINE))
+        return self._wait(pattern, lambda: re.search(rf"^(?:{pattern})$", self.output(), re.MULTILINE))
 
-    def tell(self, command):
+    def send_command(self, command):
         """Has the peer do something, and waits until it has."""
-        before = self.report().count(f"did {command}\n")
+        before = self.output().count(f"did {command}\n")
         self.control.sendall(command.encode() + b"\n")
-        self._wait(f"did {command}", lambda: self.report().count(f"did {command}\n") > before)
+        self._wait(f"did {command}", lambda: self.output().count(f"did {command}\n") > before)
 
     def _wait(self, what, condition):
         try:
             return wait_for(what, condition)
         except AssertionError as error:
-            raise AssertionError(f"{error}; the peer said:\n{self.report()}") from None
+            raise AssertionError(f"{error}; the peer said:\n{self.output()}") from None
 
     def counts(self):
         """Key updates sent and received, tickets sent. Ends the peer, which knows them only then."""
         if hasattr(self, "socket"):
             self.socket.close()
-        found = self.reports(r"end: updates sent (\d+) received (-?\d+), tickets sent (\d+)")
+        found = self.wait_for_report(r"end: updates sent (\d+) received (-?\d+), tickets sent (\d+)")
         return tuple(int(number) for number in found.groups())
 
     def close(self):
@@ -198,7 +198,7 @@ class Peer(Conversation):
         self.folder.remove()
 
 
-class Tool(Conversation):
+class CommandLineClient(ImapConversation):
     """A command line client: its standard input and output are the conversation, what it says beside goes to a file."""
 
     def __init__(self, command):
@@ -221,7 +221,7 @@ class Tool(Conversation):
         self.folder.remove()
 
 
-class Middleman:
+class TamperingRelay:
     """Between a TLS client and a TLS server: passes records on, and alters one, once it is told to.
 
     `alter` gets the next application data record of the client, or of the server, and answers with the bytes that go on in its
@@ -230,7 +230,7 @@ class Middleman:
 
     def __init__(self, port, alter, of_server=False, last=False, accepted=None):
         self.listener = socket.create_server(("127.0.0.1", 0))
-        self.listener.settimeout(PATIENCE)
+        self.listener.settimeout(TIMEOUT)
         self.port = self.listener.getsockname()[1]
         self.server_port = port
         self.alter = alter
@@ -281,18 +281,18 @@ class Middleman:
             opened.close()
 
 
-def store_directly(dovecot, mailbox, text, user=ALICE):
+def append_directly(dovecot, mailbox, text, user=ALICE):
     """Puts a message into a mailbox of its own, past the proxy."""
-    client = imaplib.IMAP4("127.0.0.1", dovecot.port, timeout=2 * PATIENCE)
+    client = imaplib.IMAP4("127.0.0.1", dovecot.port, timeout=2 * TIMEOUT)
     client.login(user, PASSWORDS[user])
     client.create(mailbox)
     assert client.append(mailbox, None, None, text)[0] == "OK"
     client.logout()
 
 
-def take_directly(dovecot, mailbox, user=ALICE):
+def fetch_and_delete_directly(dovecot, mailbox, user=ALICE):
     """The digests of all messages of a mailbox, which is emptied."""
-    client = imaplib.IMAP4("127.0.0.1", dovecot.port, timeout=2 * PATIENCE)
+    client = imaplib.IMAP4("127.0.0.1", dovecot.port, timeout=2 * TIMEOUT)
     client.login(user, PASSWORDS[user])
     assert client.select(mailbox)[0] == "OK"
     numbers = client.search(None, "ALL")[1][0].split()
@@ -303,7 +303,7 @@ def take_directly(dovecot, mailbox, user=ALICE):
     return found
 
 
-class Scene:
+class InteropSetup:
     """One Dovecot with a big and a medium message in the mailbox `big` and an empty mailbox `up`, and certificates."""
 
     def __init__(self, test):
@@ -313,10 +313,10 @@ class Scene:
         self.dovecot = Dovecot(self.certificates)
         test.addClassCleanup(self.dovecot.close)
         self.down, self.medium, self.up = big_message("down"), big_message("medium", 1 << 20), big_message("up")
-        store_directly(self.dovecot, "big", self.down)
-        store_directly(self.dovecot, "big", self.medium)
-        store_directly(self.dovecot, "up", message("first"))
-        take_directly(self.dovecot, "up")
+        append_directly(self.dovecot, "big", self.down)
+        append_directly(self.dovecot, "big", self.medium)
+        append_directly(self.dovecot, "up", message("first"))
+        fetch_and_delete_directly(self.dovecot, "up")
 
     def proxy(self, port=None, mode="none", limits="{}"):
         """A proxy before the server at `port`, or before Dovecot."""
