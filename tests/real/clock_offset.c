@@ -1,6 +1,6 @@
-/* Moves the wall clock of one process by the seconds that stand in the file $CLOCK_FILE; time that only passes is left alone.
-   Preloaded by test_fault_injection.py. (libfaketime allocates while it starts, and an allocator that asks for the time then waits for
-   itself.) */
+/* Shifts the wall clock of one process by the number of seconds in the file $CLOCK_FILE; monotonic clocks are unchanged.
+   Preloaded by test_fault_injection.py and test_directory_tls.py. (libfaketime is not used because it allocates while it
+   starts: an allocator that reads the clock then deadlocks.) */
 #define _GNU_SOURCE
 #include <fcntl.h>
 #include <stdlib.h>

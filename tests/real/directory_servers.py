@@ -1,6 +1,6 @@
-"""Directories that routes ask: databases, LDAP, Redis, DNS, each a real server on loopback with data of the test's own.
+"""Directory servers that routes query: SQL databases, LDAP, Redis and DNS, each a real server on loopback with its own data.
 
-Every one knows `row(user, **fields)`, `start()`, `kill()` (at once, its data stay), `hold()` and `release()` (it hangs).
+Each has `add_user(user, **fields)`, `start()`, `kill()` (which keeps the data), `pause()` (it hangs) and `resume()`.
 """
 
 import base64
@@ -19,7 +19,7 @@ FIELDS = ("backend", "server", "user", "refuse", "maintenance")
 
 
 class Directory:
-    """What they have in common."""
+    """Base class of the directory servers."""
 
     def __init__(self, user=None):
         self.folder = Folder()
@@ -28,7 +28,7 @@ class Directory:
         self.user = user
 
     def chown(self, *paths):
-        """The server runs as a user of its own, as it would anywhere."""
+        """Changes the owner of `paths` to the user that the server runs as."""
         if self.user:
             account = pwd.getpwnam(self.user)
             for path in paths:
@@ -40,11 +40,11 @@ class Directory:
         self.process = Process(command, self.path / "log", cwd=self.path)
 
     def ready(self):
-        assert self.process.child.poll() is None, f"it ended:\n{self.process.text()}"
+        assert self.process.child.poll() is None, f"the server ended:\n{self.process.text()}"
         return answers(self.port)
 
     def kill(self):
-        # Those that are held up would not see that their parent is gone.
+        # Stopped processes do not notice that their parent has ended.
         for pid in self._stopped():
             os.kill(pid, signal.SIGKILL)
         self.process.kill()
@@ -57,8 +57,8 @@ class Directory:
             os.kill(pid, signal.SIGCONT)
 
     def _stopped(self):
-        """Stops the process and all below it, some of which have groups of their own, and says who they are. Nobody where it
-        was killed. Who is stopped neither ends nor begins another, so the list is whole."""
+        """Stops the process and its descendants, some of which have their own process groups, and returns their process ids.
+        Empty if the process has ended. A stopped process neither exits nor forks, so the list is complete."""
         found = [] if self.process.child.poll() is not None else [self.process.child.pid]
         for pid in found:
             os.kill(pid, signal.SIGSTOP)
@@ -106,7 +106,7 @@ class Postgres(Directory):
         wait_for("PostgreSQL", lambda: self.ready() and self.sql("SELECT 1", check=False))
 
     def locked(self):
-        """A process whose session holds a lock on the table until its standard input is closed."""
+        """Starts a process that holds a lock on the table until its standard input is closed."""
         holder = subprocess.Popen([self.bin / "psql", "-h", "127.0.0.1", "-p", str(self.port), "-U", "vestibule", "-d", "postgres",
                                    "-v", "ON_ERROR_STOP=1", "-qtA"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
                                   env={**os.environ, "PGPASSWORD": self.PASSWORD})
@@ -181,7 +181,7 @@ class MariaDb(Directory):
 
 
 class Sqlite(Directory):
-    """A file: it does not stop, and it hangs while somebody writes."""
+    """A database file. It cannot be stopped; a write transaction makes it hang."""
 
     def __init__(self):
         super().__init__()
@@ -256,7 +256,6 @@ class OpenLdap(Directory):
 class Redis(Directory):
     PASSWORD = "redis secret"
 
-
     def __init__(self, certificates=None, extra=(), port=None):
         super().__init__()
         self.port = port or self.port
@@ -283,14 +282,13 @@ class Redis(Directory):
     def add_user(self, user, /, **fields):
         assert self.command("SET", f"mailbox:{user}", text(fields)) == "OK"
 
-
     @staticmethod
     def program():
         return program("redis-server")
 
 
 class Valkey(Redis):
-    """Debian has it from 13 on; until then it is in a Python package (requirements.txt)."""
+    """Debian has a package since 13; for Debian 12 the program is in a Python package (requirements.txt)."""
 
     @staticmethod
     def program():
@@ -303,7 +301,7 @@ class Valkey(Redis):
 
 
 class Sentinel(Directory):
-    """Watches a Redis named `mail`."""
+    """A Redis Sentinel that monitors a master named `mail`."""
 
     def __init__(self, master):
         super().__init__()
@@ -328,7 +326,7 @@ sentinel failover-timeout mail 3000
 
 
 class DnsServer(Directory):
-    """dnsmasq, which reads its records when it starts."""
+    """dnsmasq, restarted for each new record, because it reads its records at the start."""
 
     def __init__(self):
         super().__init__()
@@ -350,7 +348,7 @@ class DnsServer(Directory):
 
 
 def text(fields):
-    """An answer as one text, see src/route/target.rs."""
+    """A lookup result as the text that Redis and DNS contain."""
     for verdict in ("refuse", "maintenance"):
         if verdict in fields:
             return f"{verdict}: {fields[verdict]}"

@@ -23,7 +23,7 @@ admin: {{address: "127.0.0.1:{admin}", control: control/socket}}
 
 
 class HandoverTestCase(unittest.TestCase):
-    """A process with a control socket in a folder of its own; no mailbox server is needed."""
+    """Tests of a process with a control socket; no mailbox server is needed."""
 
     def setUp(self):
         self.folder = Folder()
@@ -59,7 +59,7 @@ class HandoverTestCase(unittest.TestCase):
                               timeout=2 * TIMEOUT)
 
     def pid(self):
-        """Of the process that answers commands."""
+        """Process id of the process that answers commands; None if there is none."""
         done = self.command("status", "--json")
         return json.loads(done.stdout)["pid"] if done.returncode == 0 else None
 
@@ -69,18 +69,18 @@ class HandoverTestCase(unittest.TestCase):
         return done.stdout + done.stderr
 
     def assert_unaffected(self, process):
-        """The process serves, answers commands, and no file is left over."""
+        """Checks that the process serves and answers commands, and that no stale control file remains."""
         self.alive(process)
         self.assertTrue(answers(self.port, b"* OK"), process.text())
         wait_for("the control socket", lambda: self.pid() == process.child.pid)
-        wait_for("no other file", lambda: self.control_files() == ["socket", f"socket.{process.child.pid}"])
+        wait_for("stale control files to be removed", lambda: self.control_files() == ["socket", f"socket.{process.child.pid}"])
 
     def control_files(self):
         return sorted(path.name for path in self.control.parent.iterdir())
 
 
 class Predecessor(threading.Thread):
-    """A process that hands its sockets over and dies at a given step."""
+    """A scripted predecessor that hands its sockets over and ends at the step `end`."""
 
     def __init__(self, control, port, end):
         super().__init__(daemon=True)
@@ -94,10 +94,10 @@ class Predecessor(threading.Thread):
         try:
             self.hand_over()
         except OSError:
-            pass  # The test has ended, or the other side has.
+            pass  # The test or the successor has ended.
 
     def hand_over(self):
-        # Others only look whether there is a process, or how it is.
+        # Other connections only check whether a process listens, or request its status.
         while b"hand-over" not in (request := self.accept()):
             self.connection.close()
         connection = self.connection
@@ -124,7 +124,7 @@ class Predecessor(threading.Thread):
                             {"step": "retiring", "states": [self.state("late", "down")]}):
                 connection.sendall(json.dumps(message).encode() + b"\n")
                 connection.recv(65536)
-        # As if killed.
+        # Closes everything, as after SIGKILL.
         self.unix.close()
         self.tcp.close()
         connection.close()
@@ -142,7 +142,7 @@ def wait_for_exit(process):
 
 
 def processes_listening_on(port):
-    """The processes that have a listening socket on a port."""
+    """Process ids that have a listening socket on a port."""
     inodes = set()
     for table in ("tcp", "tcp6"):
         for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:

@@ -1,4 +1,4 @@
-"""A small HTTP service that knows where users are: JSON, or the headers of nginx's mail module. HTTP/1.1, kept alive."""
+"""An HTTP/1.1 service for routes (JSON, or the headers of nginx's mail module) and for policies (weakforced)."""
 
 import json
 import ssl
@@ -10,7 +10,7 @@ from fixtures import PASSWORDS, free_port
 
 
 class HttpService:
-    """Threads of this process: it does not crash, it closes its port, and it hangs where it is told to."""
+    """Runs in threads of this process. `kill()` closes its port, and `pause()` holds back its answers."""
 
     def __init__(self, certificates=None):
         self.port = free_port()
@@ -19,12 +19,12 @@ class HttpService:
         self.requests = []
         self.connections = set()
         self.token = None
-        # As a policy server: statuses by login, and what it was asked and told.
+        # Statuses by login, and the requests received so far, if it is used as a policy service.
         self.statuses = {}
         self.policy = []
         self.released = threading.Event()
         self.released.set()
-        # Reports are received and not answered.
+        # Whether reports are received and not answered.
         self.holds_reports = False
         self.is_closed = threading.Event()
         self.start()
@@ -34,7 +34,7 @@ class HttpService:
 
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
-            # Head and body are two writes: the second shall not wait until the first is acknowledged.
+            # Headers and body are two writes: do not delay the second until the first is acknowledged.
             disable_nagle_algorithm = True
 
             def setup(self):
@@ -56,7 +56,7 @@ class HttpService:
                     self.end_headers()
                     self.wfile.write(body)
                 except OSError:
-                    pass  # Who asked has given up.
+                    pass  # The client has closed the connection.
 
             def do_POST(self):
                 request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -76,7 +76,7 @@ class HttpService:
                 self.answer(200, body, Content_Type="application/json")
 
             def answer_policy(self, request):
-                """weakforced."""
+                """Answers in the protocol of weakforced."""
                 command = self.path.partition("command=")[2]
                 service.policy.append((command, request))
                 if command == "report" and service.holds_reports:
@@ -89,7 +89,7 @@ class HttpService:
                 self.answer(200, body, Content_Type="application/json")
 
             def do_GET(self):
-                """nginx's mail_auth_http."""
+                """Answers in the protocol of nginx's mail_auth_http."""
                 request = {name.lower(): value for name, value in self.headers.items()}
                 service.requests.append((request, dict(self.headers), self.client_address))
                 service.released.wait()

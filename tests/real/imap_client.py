@@ -1,4 +1,4 @@
-"""Small IMAP conversations: imaplib with a deadline, and a raw socket for what no client library would send."""
+"""IMAP clients: imaplib with a timeout, and a raw socket for bytes that no client library sends."""
 
 import imaplib
 import socket
@@ -11,7 +11,7 @@ LOGIN = {user: f"LOGIN {user} {PASSWORDS[user]}" for user in (ALICE, BOB)}
 
 
 def context(ca):
-    """Verifies the proxy's certificate."""
+    """A TLS context that verifies the certificate of the proxy."""
     return ssl.create_default_context(cafile=str(ca))
 
 
@@ -32,7 +32,7 @@ def message(subject, body="Hello.\r\n"):
 
 
 def subjects(client):
-    """Subjects of all messages in INBOX."""
+    """The subjects of all messages in INBOX."""
     client.select("INBOX")
     status, found = client.search(None, "ALL")
     assert status == "OK"
@@ -46,7 +46,7 @@ def subjects(client):
 
 
 class RawClient:
-    """A socket that speaks lines."""
+    """An IMAP client that sends bytes and reads lines."""
 
     def __init__(self, port, tls_context=None, source="127.0.0.1"):
         plain = socket.create_connection(("127.0.0.1", port), timeout=TIMEOUT, source_address=(source, 0))
@@ -57,7 +57,7 @@ class RawClient:
         self.socket.sendall(data)
 
     def line(self):
-        """One line without its end; empty at the end of the stream."""
+        """The next line without CRLF; empty at the end of the stream."""
         while b"\n" not in self.pending:
             got = self.socket.recv(65536)
             if not got:
@@ -68,7 +68,7 @@ class RawClient:
         return line.rstrip(b"\r")
 
     def until(self, start):
-        """Lines up to the one that begins with `start`."""
+        """The next lines, up to the first that begins with `start`."""
         lines = []
         while True:
             line = self.line()
@@ -79,7 +79,7 @@ class RawClient:
                 raise AssertionError(f"no line begins with {start!r} in {lines!r}")
 
     def command(self, tag, text):
-        """Sends a command; answers with its lines, the tagged one last."""
+        """Sends a command and returns the lines of its response, the tagged one last."""
         self.send(tag.encode() + b" " + (text if isinstance(text, bytes) else text.encode()) + b"\r\n")
         return self.until(tag.encode() + b" ")
 
@@ -88,7 +88,7 @@ class RawClient:
 
 
 def session(port, user=ALICE):
-    """A logged-in session of a `RawClient`."""
+    """A `RawClient` that has logged in."""
     client = RawClient(port)
     client.line()
     answer = client.command("a", LOGIN[user])[-1]

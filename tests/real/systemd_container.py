@@ -1,8 +1,8 @@
-"""A machine of its own: systemd as first process over this system's files, where a package is really installed and its
-service really runs.
+"""A container with systemd as its first process and this system's files as its root, to install a package and run its
+service.
 
-Everything it writes goes to memory and is gone afterwards. Network, processes, control groups and devices are its own;
-the kernel's settings are read-only for it.
+Everything it writes goes to memory and is lost afterwards. It has its own network, processes, control groups and devices;
+kernel settings are read-only.
 """
 
 import subprocess
@@ -10,7 +10,7 @@ from pathlib import Path
 
 from fixtures import TIMEOUT, Folder, Process, program, wait_for
 
-# What the script is told: $1 the folder for all this, $2 the package.
+# Boot script. $1 is the folder of the container, $2 the package.
 BOOT = r"""
 set -e
 root=$1/root
@@ -32,14 +32,14 @@ done
 mkdir "$root/dev/pts"
 mount -t devpts -o newinstance,ptmxmode=666 devpts "$root/dev/pts"
 ln -s pts/ptmx "$root/dev/ptmx"
-# Nothing starts by itself but the journal and what the test installs.
+# Only the journal and the installed package start automatically.
 rm -rf "$root"/lib/systemd/system/*.wants "$root"/etc/systemd/system/*.wants
 mkdir "$root/lib/systemd/system/sysinit.target.wants"
 ln -s ../systemd-journald.service "$root/lib/systemd/system/sysinit.target.wants"
 : > "$root/etc/fstab"
 rm -f "$root/usr/sbin/policy-rc.d"
 cp "$2" "$root/root/package.deb"
-# As every systemd has it: credentials are mounted beside a service and must arrive there.
+# As in a normal boot: systemd mounts the credentials of a service outside of its mount namespace.
 mount --make-rshared "$root"
 export container=test PATH=/usr/sbin:/usr/bin:/sbin:/bin
 exec chroot "$root" /lib/systemd/systemd --unit=multi-user.target
@@ -47,7 +47,7 @@ exec chroot "$root" /lib/systemd/systemd --unit=multi-user.target
 
 
 class SystemdContainer:
-    """Boots at once; `run` runs a command inside."""
+    """Boots when it is created; `run` runs a command inside."""
 
     def __init__(self, package):
         self.folder = Folder()
@@ -59,7 +59,7 @@ class SystemdContainer:
         self.group = self.groups / self.folder.path.name
         self.group.mkdir()
         script = self.folder.write("boot", BOOT)
-        # The control group is entered first, so that it is the root of those that systemd sees.
+        # Enter the control group before creating the namespace, so that it is the root of the control groups of systemd.
         enter = f'echo $$ > {self.group}/cgroup.procs; exec "$@"'
         own = [program("unshare"), "--cgroup", "--mount", "--pid", "--net", "--ipc", "--uts", "--fork", "--kill-child"]
         self.process = Process(["sh", "-ec", enter, "enter", *own, "sh", script, self.folder.path, package],
@@ -72,7 +72,7 @@ class SystemdContainer:
             raise
 
     def _first(self):
-        assert self.process.child.poll() is None, f"the machine ended:\n{self.process.text()}"
+        assert self.process.child.poll() is None, f"the container ended:\n{self.process.text()}"
         children = Path(f"/proc/{self.process.child.pid}/task/{self.process.child.pid}/children").read_text().split()
         return children and int(children[0])
 
@@ -80,20 +80,20 @@ class SystemdContainer:
         return self.run("systemctl", "is-system-running", check=False).strip() in ("running", "degraded")
 
     def run(self, *command, check=True):
-        """What a command inside says, errors too."""
+        """Runs a command inside and returns its standard output and error."""
         done = subprocess.run(self.inside(*command), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                               text=True, timeout=2 * TIMEOUT)
         assert not check or done.returncode == 0, f"{command}: {done.returncode}\n{done.stdout}\n{self.process.text()}"
         return done.stdout
 
     def inside(self, *command):
-        """The command line that runs a command inside."""
+        """The command line that runs `command` inside."""
         spaces = ["--mount", "--pid", "--net", "--ipc", "--uts", "--cgroup", "--root", "--wd"]
         environment = ["env", "-i", "PATH=/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL=C.UTF-8", "HOME=/root"]
         return [program("nsenter"), "--target", str(self.first), *spaces, *environment, *map(str, command)]
 
     def write(self, path, text):
-        """A file inside; `tee` because its folders are visible only there."""
+        """Writes a file inside, with `tee`, because its folders are visible only there."""
         subprocess.run(self.inside("tee", path), input=text, stdout=subprocess.DEVNULL, text=True, check=True, timeout=TIMEOUT)
 
     def journal(self):
@@ -107,7 +107,7 @@ class SystemdContainer:
 
     def _remove_groups(self):
         try:
-            # Those below first.
+            # Children first.
             for path in sorted(self.group.glob("**/"), key=lambda path: len(path.parts), reverse=True):
                 path.rmdir()
         except OSError:

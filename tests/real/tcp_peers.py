@@ -1,5 +1,4 @@
-"""Peers on the way to a server: a TCP relay that can fall silent, as a firewall does that has forgotten its connections,
-and a server that says the same to every client."""
+"""TCP peers: a relay that can stop forwarding, like a firewall that has lost its state, and a server with fixed replies."""
 
 import socket
 import threading
@@ -8,27 +7,26 @@ from fixtures import free_port
 
 
 class Relay:
-    """Forwards connections to a port of this machine. After `go_silent()` the connections that were open carry nothing any
-    more and are not closed; new ones are forwarded."""
+    """Forwards connections to a port of 127.0.0.1. After `go_silent()` it drops the bytes of the open connections without
+    closing them; it forwards new connections."""
 
     def __init__(self, target, host="127.0.0.1"):
         self.port, self.target = free_port(), target
         self.lock = threading.Lock()
-        # Sockets of both sides, and whether the connection is silent.
         self.connections = []
         self.accepted = 0
         self.listener = socket.create_server((host, self.port), backlog=128)
         threading.Thread(target=self._accept, daemon=True).start()
 
     def go_silent(self, but=()):
-        """All connections but those in `but`, a list that `connections` was before."""
+        """Drops the bytes of all open connections except `but`."""
         with self.lock:
             for connection in self.connections:
                 if connection not in but:
                     connection.is_silent = True
 
     def open_connections(self):
-        """Connections whose client has not closed them, silent ones included."""
+        """Number of connections that the client has not closed, including silent ones."""
         with self.lock:
             return sum(not connection.is_closed_by_client for connection in self.connections)
 
@@ -87,7 +85,7 @@ class Connection:
 
 
 class FixedReplyServer:
-    """Sends `greeting` when a client connects and `reply` when it has sent something, then nothing."""
+    """Sends `greeting` when a client connects and `reply` after the first bytes of the client, then nothing."""
 
     def __init__(self, greeting=b"", reply=b""):
         self.port = free_port()

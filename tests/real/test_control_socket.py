@@ -14,7 +14,7 @@ from handover_fixtures import HandoverTestCase, Predecessor, processes_listening
 
 
 class OtherUser(HandoverTestCase):
-    """run_as, and other users' files."""
+    """Processes and files of other users."""
 
     NOBODY = ("setpriv", "--reuid", "nobody", "--regid", "nogroup", "--clear-groups")
     RUN_AS = "run_as: {user: nobody, group: nogroup}"
@@ -27,7 +27,7 @@ class OtherUser(HandoverTestCase):
         uid = pwd.getpwnam("nobody").pw_uid
         self.assertRegex(status, rf"Uid:\s+{uid}\s+{uid}\s+{uid}\s+{uid}\n")
         self.assertRegex(status, r"CapEff:\s+0+\n")
-        # What is not dumpable belongs to root, whatever user the process has.
+        # The files in /proc of a process that is not dumpable belong to root.
         self.assertEqual(Path(f"/proc/{pid}/maps").stat().st_uid, 0)
 
     def test_unprivileged_process_is_upgraded(self):
@@ -37,20 +37,20 @@ class OtherUser(HandoverTestCase):
         self.assert_runs_as_nobody(first.child.pid)
         found = self.control.stat()
         self.assertEqual((found.st_uid, stat.S_IMODE(found.st_mode)), (pwd.getpwnam("nobody").pw_uid, 0o600))
-        # By root, and by the user itself.
+        # The command is run by root, and by the user of the process.
         for before in ((), self.NOBODY):
             pid = self.pid()
             done = self.command("upgrade", before=before)
             self.assertEqual(done.returncode, 0, done.stderr)
             self.assertNotEqual(self.pid(), pid)
             self.assert_runs_as_nobody(self.pid())
-        # By hand, as root and as the user.
+        # The successor is started directly, by root and by the user.
         for before in ((), self.NOBODY, ()):
             process = self.start("--replace", before=before)
             self.assert_runs_as_nobody(process.child.pid)
-            wait_for("the others to end", lambda: processes_listening_on(self.port) == {process.child.pid})
+            wait_for("the predecessors to end", lambda: processes_listening_on(self.port) == {process.child.pid})
             self.assertTrue(answers(self.port, b"* OK"))
-        # A third user may not.
+        # Other users are refused.
         for program_user in ("daemon", "bin"):
             done = subprocess.run(["setpriv", "--reuid", program_user, "--clear-groups", VESTIBULE, "run", "--replace", "--config", self.file],
                                   capture_output=True, text=True, timeout=TIMEOUT)
@@ -112,7 +112,7 @@ class OtherUser(HandoverTestCase):
         self.assertIn("is writable by every user", process.text())
 
     def test_process_of_another_user_at_the_control_path_is_refused(self):
-        """In a folder like /tmp anyone may be first."""
+        """In a folder like /tmp another user may create the socket first."""
         self.control.parent.chmod(0o1777)
         other = Predecessor(self.control, free_port(), "silent")
         self.chown(self.control, "daemon", "daemon")
@@ -133,7 +133,7 @@ class ControlPath(HandoverTestCase):
             processes.append(self.run_program())
         wait_for("all but one to end", lambda: sum(process.child.poll() is None for process in processes) == 1)
         one = next(process for process in processes if process.child.poll() is None)
-        wait_for("the one", lambda: self.pid() == one.child.pid)
+        wait_for("the remaining process", lambda: self.pid() == one.child.pid)
         self.assertEqual(self.control_files(), ["socket", f"socket.{one.child.pid}"])
         for process in processes:
             if process is not one:

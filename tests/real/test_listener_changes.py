@@ -15,7 +15,7 @@ from handover_fixtures import HandoverTestCase, processes_listening_on
 
 
 class ShortConnections(threading.Thread):
-    """Connects and reads the greeting, again and again; keeps what went wrong."""
+    """Connects and reads the greeting in a loop, and collects errors."""
 
     def __init__(self, port, host="127.0.0.1"):
         super().__init__(daemon=True)
@@ -27,17 +27,16 @@ class ShortConnections(threading.Thread):
                 with socket.create_connection(self.address, TIMEOUT) as client:
                     greeting = client.recv(4)
                     if greeting != b"* OK":
-                        raise AssertionError(f"{greeting!r} after {self.count} visits")
+                        raise AssertionError(f"{greeting!r} after {self.count} connections")
                     client.shutdown(socket.SHUT_WR)
                     client.recv(4096)
                 self.count += 1
-            except Exception as error:  # noqa: BLE001: whatever it is, it is what the test looks for
+            except Exception as error:  # noqa: BLE001: any error fails the test
                 self.errors.append(repr(error))
 
 
 def non_ephemeral_port():
-    """A free port from which the system makes no connections: one that a client has had lately cannot be bound for all
-    addresses."""
+    """A free port outside of the ephemeral range: a port that a client has used recently cannot be bound for all addresses."""
     first = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
     while True:
         port = random.randrange(max(1024, first // 2), first)
@@ -70,9 +69,9 @@ class ListenerAddresses(HandoverTestCase):
             done = self.command("reload")
             self.assertEqual(done.returncode, 0, f"{form}: {done.stderr}")
             count = sum(connection_loop.count for connection_loop in connection_loops)
-            wait_for("visits", lambda: sum(connection_loop.count for connection_loop in connection_loops) >= count + 20 * load or any(connection_loop.errors for connection_loop in connection_loops))
+            wait_for("more connections", lambda: sum(connection_loop.count for connection_loop in connection_loops) >= count + 20 * load or any(connection_loop.errors for connection_loop in connection_loops))
             self.assertEqual([connection_loop.errors for connection_loop in connection_loops], [[]] * load, form)
-            # Who else can connect is as the configuration has it, and not as the one before had it.
+            # Other addresses accept connections exactly if the new configuration contains them.
             for host, expected in (("127.0.0.2", form[0] == "0.0.0.0" or form in (("[::]",), ("[::]", "0.0.0.0"))),
                                    ("::1", any(":" in address for address in form))):
                 self.assertEqual(self.connects(host), expected, f"{form}: {host}\n{self.lines(process)}")
@@ -96,7 +95,7 @@ class ListenerAddresses(HandoverTestCase):
         self.assert_unaffected(self.reload_through_all_forms(3))
 
     def test_reload_widens_and_narrows_addresses_without_root(self):
-        """Not under load: systems may forbid to filter packets, and then connections that arrive in the moment are reset."""
+        """Not under load: without permission to filter packets, connections that arrive during the change are reset."""
         nobody = pwd.getpwnam("nobody")
         os.chown(self.control.parent, nobody.pw_uid, nobody.pw_gid)
         run_as = {"more": "run_as: {user: nobody, group: nogroup}"}
@@ -114,7 +113,7 @@ class ListenerAddresses(HandoverTestCase):
             self.upgrade()
             self.assertNotEqual(self.pid(), pid)
             pid = self.pid()
-            wait_for("the process before it to end", lambda: processes_listening_on(self.port) == {pid})
+            wait_for("the predecessor to end", lambda: processes_listening_on(self.port) == {pid})
             self.assertTrue(answers(self.port, b"* OK"))
             self.assertEqual(self.connects("::1"), any(":" in address for address in form))
         for connection_loop in connection_loops:
@@ -154,7 +153,7 @@ class ListenerAddresses(HandoverTestCase):
         process = self.start()
 
         def ready(host, port):
-            """A request to the endpoint that is being replaced may be cut off."""
+            """Whether the endpoint is ready; a request to an endpoint that is being replaced may be cut off."""
             try:
                 return urllib.request.urlopen(f"http://{host}:{port}/ready", timeout=TIMEOUT).status == 200
             except OSError:

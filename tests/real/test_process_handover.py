@@ -20,7 +20,7 @@ UPGRADE = (b"POST / HTTP/1.1\r\nhost: vestibule\r\nconnection: upgrade\r\nupgrad
 
 class ConcurrentSuccessors(HandoverTestCase):
     def block_successor(self):
-        """A successor that reads a table for ever: a pipe that is never written to."""
+        """Makes successors block while they read their table, a pipe without a writer."""
         os.mkfifo(self.folder.path / "pipe")
         self.write(routes="[{table: pipe}]")
 
@@ -32,17 +32,17 @@ class ConcurrentSuccessors(HandoverTestCase):
         child = int(wait_for("the successor", lambda: re.search(r"successor started \(pid (\d+)\)", upgrade.text()))[1])
         for _ in range(3):
             self.assertIn(f"another successor (pid {child}) is taking over", self.upgrade(1))
-        self.assertEqual(self.pid(), first.child.pid, "status is answered meanwhile")
+        self.assertEqual(self.pid(), first.child.pid, "status is answered during the handover")
         self.write()
-        direct_starts = self.run_program("--replace")
-        self.assertEqual(wait_for_exit(direct_starts), 70)
-        self.assertIn(f"does not hand over: another successor (pid {child}) is taking over", direct_starts.text())
-        # It listens to signals, whatever it waits for.
+        successor = self.run_program("--replace")
+        self.assertEqual(wait_for_exit(successor), 70)
+        self.assertIn(f"does not hand over: another successor (pid {child}) is taking over", successor.text())
+        # The blocked successor still handles signals.
         os.kill(child, signal.SIGTERM)
         self.assertEqual(wait_for_exit(upgrade), 1)
         self.assertIn(f"the successor (pid {child}) has ended, this process goes on: without an error", upgrade.text())
         self.assert_unaffected(first)
-        self.assertIn(f"ends when its 0 sessions have ended", self.upgrade())
+        self.assertIn("ends when its 0 sessions have ended", self.upgrade())
 
     def test_slow_successor_is_killed_after_the_timeout(self):
         first = self.start()
@@ -59,11 +59,11 @@ class ConcurrentSuccessors(HandoverTestCase):
                         for number in range(4)]
             direct_starts = [self.run_program("--replace") for _ in range(3)]
             codes = [wait_for_exit(upgrade) for upgrade in upgrades]
-            # 70: the process that was asked has ended meanwhile.
+            # 70: the process that received the command has ended.
             self.assertLessEqual(set(codes), {0, 1, 70})
-            wait_for("those that were refused", lambda: sum(process.child.poll() is None for process in direct_starts) <= 1)
-            # The last of them may still be taking over.
-            pid = wait_for("the one", lambda: len(found := processes_listening_on(self.port)) == 1 and found == {self.pid()} and found.pop())
+            wait_for("the refused processes to end", lambda: sum(process.child.poll() is None for process in direct_starts) <= 1)
+            # The last one may still be taking over.
+            pid = wait_for("a single process", lambda: len(found := processes_listening_on(self.port)) == 1 and found == {self.pid()} and found.pop())
             self.assertEqual(processes_listening_on(self.admin), {pid})
             for process in direct_starts:
                 self.assertTrue(process.child.pid == pid or wait_for_exit(process) in (0, 70), process.text())
@@ -100,7 +100,7 @@ class Upgrade(HandoverTestCase):
             ({"listeners": f'[{own}, {{address: "127.0.0.1:{port}", tls: none}}]'}, f"127.0.0.1:{port} cannot be bound (listeners[1].address)"),
             ({"admin": port}, f"127.0.0.1:{port} cannot be bound (admin.address)"),
             ({"more": "tls: {certificates: [{cert: bad.pem, key: bad.pem}]}"}, "bad.pem"),
-            # Its folder is not the user's: found before the socket is taken, and long before the process retires.
+            # The control folder belongs to another user: this is detected before the sockets are handed over.
             ({"more": "run_as: {user: nobody, group: nogroup}"}, "must be writable by the user of run_as"),
         ]:
             with self.subTest(expected):
@@ -125,7 +125,7 @@ class Upgrade(HandoverTestCase):
         self.upgrade()
         pid = self.pid()
         self.alive(first)
-        # It still can be asked, by a name of its own.
+        # It still answers on a control socket named after its process id.
         done = subprocess.run([VESTIBULE, "status", "--json", "--control", f"{self.control}.{first.child.pid}"], capture_output=True,
                               text=True, timeout=TIMEOUT)
         self.assertEqual(json.loads(done.stdout)["pid"], first.child.pid)
@@ -163,7 +163,7 @@ class Upgrade(HandoverTestCase):
 
 
 class Successor:
-    """A successor that does what no real one does."""
+    """A scripted successor."""
 
     def __init__(self, control):
         self.socket = socket.socket(socket.AF_UNIX)
@@ -210,7 +210,7 @@ class Successor:
 
 
 class FailingSuccessor(HandoverTestCase):
-    """The successor is gone, or falls silent, at each step."""
+    """Successors that end, hang or violate the protocol."""
 
     def test_successor_may_disappear_at_each_step(self):
         first = self.start()
@@ -257,13 +257,13 @@ class FailingSuccessor(HandoverTestCase):
                 step(successor)
                 successor.close()
                 self.assert_unaffected(first)
-                # The next one is not refused.
+                # The next successor is accepted.
                 wait_for("the lease to end", lambda: self.command("reload").returncode == 0)
         self.upgrade()
         self.assertEqual(wait_for_exit(first), 0)
 
     def test_server_states_are_sent_at_start_and_at_retirement(self):
-        """At the permission to start and at the retirement, because operators go on in between. No move begins there."""
+        """They are sent with "go" and with "retiring", because operators may change them in between. No move begins then."""
         first = self.start()
         server = "127.0.0.1:1"
         own = f"{self.control}.{first.child.pid}"
@@ -272,7 +272,7 @@ class FailingSuccessor(HandoverTestCase):
             return [(stored["backend"], stored["server"], stored["state"], stored.get("reason")) for stored in message.get("states", [])]
 
         self.assertEqual(self.command("server", server, "down", "--reason", "early").returncode, 0)
-        # A client keeps the process from ending as soon as it is replaced.
+        # An open connection keeps the replaced process running.
         client = socket.create_connection(("127.0.0.1", self.port), TIMEOUT)
         self.addCleanup(client.close)
         client.recv(100)
@@ -288,7 +288,7 @@ class FailingSuccessor(HandoverTestCase):
         successor.send({"step": "serving"})
         message = successor.line()
         self.assertEqual((message["step"], states(message)), ("retiring", [("a", server, "drain", "late")]))
-        # From now on the successor decides.
+        # From now on only the successor accepts commands that change something.
         for words in (("server", server, "up"), ("drain", server), ("kick", "alice"), ("move", "alice", "a"), ("reload",), ("upgrade",)):
             done = subprocess.run([VESTIBULE, *words, "--control", own], capture_output=True, text=True, timeout=2 * TIMEOUT)
             self.assertNotEqual(done.returncode, 0, words)
@@ -314,15 +314,15 @@ class FailingSuccessor(HandoverTestCase):
         first = self.start()
         first.child.send_signal(signal.SIGSTOP)
         second = self.run_program("--replace")
-        # It has connected: its request waits in the queue of a process that does not read.
-        wait_for("its connection", lambda: self.queued(first.child.pid) > 0)
+        # The successor has connected; its request is in the accept queue of the stopped process.
+        wait_for("the connection of the successor", lambda: self.queued(first.child.pid) > 0)
         second.child.send_signal(signal.SIGKILL)
         wait_for_exit(second)
         first.child.send_signal(signal.SIGCONT)
         self.assert_unaffected(first)
 
     def queued(self, pid):
-        """Connections that a process has not accepted. The kernel knows the socket by the name it was bound to."""
+        """Number of connections that a process has not accepted. The kernel knows the socket by the name it was bound to."""
         name = f"{self.control}.{pid}.new"
         done = subprocess.run([program("ss"), "-xlH", "src", name], capture_output=True, text=True, check=True)
         return int(done.stdout.split()[2]) if done.stdout else 0
@@ -344,7 +344,7 @@ class HungPredecessor(HandoverTestCase):
     def test_waiting_successor_stops_on_a_signal(self):
         for number in (signal.SIGTERM, signal.SIGINT):
             second = self.run_program("--replace")
-            wait_for("its handlers", lambda: handles_signal(second.child.pid, number))
+            wait_for("its signal handlers", lambda: handles_signal(second.child.pid, number))
             second.child.send_signal(number)
             self.assertEqual(wait_for_exit(second), 0, second.text())
         self.resume()
@@ -373,7 +373,7 @@ class FailingPredecessor(HandoverTestCase):
                 self.assertTrue(answers(self.port, b"* OK"), process.text())
                 process.child.send_signal(signal.SIGTERM)
                 self.assertEqual(wait_for_exit(process), 0)
-                self.assertEqual(list(self.control.parent.iterdir()), [], "a process that stops removes its socket")
+                self.assertEqual(list(self.control.parent.iterdir()), [], "a stopped process has removed its socket")
 
     def test_server_states_set_during_the_handover_are_kept(self):
         self.write(more="state_file: state.json")
@@ -381,7 +381,7 @@ class FailingPredecessor(HandoverTestCase):
         wait_for("the control socket", lambda: self.alive(process) and self.pid() == process.child.pid)
         server = json.loads(self.command("status", "--json").stdout)["servers"][0]
         self.assertEqual((server["mode"], server["set"]["reason"]), ("down", "late"))
-        # And they are written: the predecessor may have had no file.
+        # They are also written to the state file: the predecessor may have had none.
         self.assertEqual([stored["reason"] for stored in json.loads((self.folder.path / "state.json").read_text())["states"]], ["late"])
 
     def test_invalid_replies_of_the_predecessor_are_reported(self):

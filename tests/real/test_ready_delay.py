@@ -1,4 +1,4 @@
-"""shutdown.ready_delay"""
+"""limits.ready_delay: after SIGTERM the readiness check fails before the port closes."""
 
 import signal
 import unittest
@@ -10,8 +10,8 @@ from handover_fixtures import HandoverTestCase, wait_for_exit
 from imap_client import RawClient
 
 
-class Shutdown(HandoverTestCase):
-    def ready(self):
+class ReadyDelay(HandoverTestCase):
+    def ready_status(self):
         try:
             return urllib.request.urlopen(f"http://127.0.0.1:{self.admin}/ready", timeout=TIMEOUT).status
         except urllib.error.HTTPError as error:
@@ -22,17 +22,17 @@ class Shutdown(HandoverTestCase):
             with self.subTest(second_signal=second_signal):
                 self.write(limits=f"ready_delay: {'1h' if second_signal else '2s'}")
                 process = self.start()
-                self.assertEqual(self.ready(), 200)
+                self.assertEqual(self.ready_status(), 200)
                 process.child.send_signal(signal.SIGTERM)
-                wait_for("the check to fail", lambda: self.ready() == 503)
-                # Connections are served as before, and no more hand-over begins.
+                wait_for("the check to fail", lambda: self.ready_status() == 503)
+                # Connections are still served, and no handover begins.
                 self.assertTrue(answers(self.port, b"* OK"))
                 self.assertIn("this process is stopping", self.upgrade(1))
                 client = RawClient(self.port)
                 self.assertTrue(client.line().startswith(b"* OK"))
                 if second_signal:
                     process.child.send_signal(signal.SIGTERM)
-                self.assertTrue(client.line().startswith(b"* BYE [UNAVAILABLE]"), "the drain begins")
+                self.assertTrue(client.line().startswith(b"* BYE [UNAVAILABLE]"), "the drain has begun")
                 self.assertEqual(wait_for_exit(process), 0)
                 self.assertFalse(answers(self.port))
 

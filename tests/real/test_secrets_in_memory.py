@@ -1,4 +1,4 @@
-"""Defences that show only from outside of the process: see tests/DEFENCES.md."""
+"""Passwords are wiped from the memory of the process after a login."""
 
 import base64
 import re
@@ -24,7 +24,7 @@ limits: {{workers: 1}}
 
 
 def memory(pid):
-    """All that a process could write to, as far as it is there."""
+    """The writable memory of a process that is present."""
     with open(f"/proc/{pid}/mem", "rb", buffering=0) as image:
         for line in Path(f"/proc/{pid}/maps").read_text().splitlines():
             start, end, access = re.match(r"([0-9a-f]+)-([0-9a-f]+) (\S+)", line).groups()
@@ -34,12 +34,12 @@ def memory(pid):
                     image.seek(start)
                     yield image.read(end - start)
                 except OSError:
-                    # What the kernel keeps for itself.
+                    # Mappings that only the kernel can read.
                     continue
 
 
 def occurrences(pid, words):
-    """Which of `words` are in a process's memory, and how often."""
+    """How often each of `words` is in the memory of a process; words that are not there are left out."""
     found = {}
     for part in memory(pid):
         for word in words:
@@ -50,7 +50,7 @@ def occurrences(pid, words):
 
 
 class PasswordsInMemory(unittest.TestCase):
-    """Passwords are long and random here, so that each is found where it is and nowhere else."""
+    """Uses long random passwords, so that a match cannot be a coincidence."""
 
     @classmethod
     def setUpClass(cls):
@@ -62,7 +62,7 @@ class PasswordsInMemory(unittest.TestCase):
         cls.addClassCleanup(cls.dovecot.close)
 
     def passwords_in_memory(self, port, tls="none", server=None):
-        """Logins of each form, good and bad, some of them still open; then what of the passwords is in memory."""
+        """Logs in with each command, with right and wrong passwords, and searches the memory for the passwords."""
         proxy = Proxy(CONFIGURATION.format(cert=self.certificates.cert, key=self.certificates.key, tls=tls,
                                            server=server or self.dovecot.port))
         self.addCleanup(proxy.close)
@@ -84,7 +84,7 @@ class PasswordsInMemory(unittest.TestCase):
                 if password == self.password:
                     self.assertTrue(client.command("b", "NOOP")[-1].startswith(b"b OK"))
         words = [word.encode() for forms in encoded.values() for word in forms]
-        # What is looked for would be found: the user's name is in the records of open sessions.
+        # The search works: it finds the user name, which is in the log records of open sessions.
         self.assertTrue(occurrences(pid, [ALICE.encode()]))
         return occurrences(pid, words)
 
@@ -92,8 +92,8 @@ class PasswordsInMemory(unittest.TestCase):
         self.assertEqual(self.passwords_in_memory("plain"), {})
 
     def test_tls_logins_leave_at_most_one_password_per_connection(self):
-        """rustls decrypts in a buffer of its own and does not wipe it: the last record of a connection is there until the next one
-        arrives, or until its memory is used again. That is one copy a connection, of twelve; none is ours."""
+        """rustls does not wipe its decryption buffer: it keeps the last record of a connection until the next one arrives or
+        the memory is reused. That is one copy per connection, of which there are twelve; no copy is in buffers of Vestibule."""
         self.assertLessEqual(sum(self.passwords_in_memory("tls").values()), 12)
 
     def test_logins_over_server_tls_leave_no_password_in_memory(self):
