@@ -1,4 +1,4 @@
-"""Ways to log in other than a password in clear: tokens, SCRAM, certificates, master users, referrals; and names."""
+"""Authentication other than by plaintext password: tokens, SCRAM, certificates, master users, referrals; and user names."""
 
 import base64
 import hashlib
@@ -47,7 +47,7 @@ admin: {{address: "127.0.0.1:{{admin}}"}}
 
 
 def token(user, key=KEY, **claims):
-    """A JSON Web Token, as Dovecot checks it by itself."""
+    """A JSON Web Token for the local validation of Dovecot."""
     def part(value):
         return base64.urlsafe_b64encode(value).rstrip(b"=")
     head = part(json.dumps({"alg": "HS256", "typ": "JWT"}).encode())
@@ -64,7 +64,7 @@ def oauthbearer(user, bearer):
 
 
 def scram(raw, name, user, password):
-    """RFC 5802 by hand, so that each step is seen; the tagged line at its end."""
+    """Performs SCRAM (RFC 5802) step by step, and returns the tagged line."""
     algorithm = {"SCRAM-SHA-1": "sha1", "SCRAM-SHA-256": "sha256"}[name]
     first = f"n={user},r=abcdefghij".encode()
     raw.send(f"a AUTHENTICATE {name} ".encode() + base64.b64encode(b"n,," + first) + b"\r\n")
@@ -86,14 +86,14 @@ def scram(raw, name, user, password):
     line = raw.line()
     if line.startswith(b"+ "):
         signature = base64.b64encode(mac(mac(salted, b"Server Key"), whole))
-        assert base64.b64decode(line[2:]) == b"v=" + signature, "the server has shown that it knows the password too"
+        assert base64.b64decode(line[2:]) == b"v=" + signature, "the signature proves that the server knows the password"
         raw.send(b"\r\n")
         line = raw.until(b"a ")[-1]
     return line
 
 
 class DovecotWithAllMechanisms:
-    """A Dovecot with every mechanism, and proxies before it."""
+    """A Dovecot with all mechanisms, and proxies for it."""
 
     @classmethod
     def setUpClass(cls):
@@ -104,7 +104,7 @@ class DovecotWithAllMechanisms:
 
     @classmethod
     def dovecot(cls, mechanisms, extra="", users=None):
-        # The files must be there before Dovecot is.
+        # Dovecot reads these files when it starts.
         folder = Folder()
         cls.addClassCleanup(folder.remove)
         (folder.path / "keys/default/HS256").mkdir(parents=True)
@@ -117,7 +117,7 @@ class DovecotWithAllMechanisms:
         return server
 
     def proxy(self, listener="", backend="", more="", users="", server=None, files=None, port=None, plain=None):
-        """`port` is the mailbox server's, where that is not Dovecot; `plain` is the proxy's own."""
+        """`port` is that of the mailbox server if it is not Dovecot; `plain` is the plaintext port of the proxy."""
         text = TEMPLATE.format(cert=self.certificates.cert, key=self.certificates.key, a=port or (server or self.server).port,
                                listener=listener, backend=backend, more=more, users=users)
         if plain:
@@ -143,8 +143,8 @@ class DovecotWithAllMechanisms:
         return {name.decode() for name in re.findall(rb"AUTH=(\S+?)[\] ]", self.greeting)}
 
     def wait_until_mechanisms_are_known(self, proxy):
-        """Servers have been asked what they have."""
-        wait_for("the offer", lambda: "XOAUTH2" in self.advertised_mechanisms(proxy))
+        """Waits until the proxy has read the capabilities of the servers."""
+        wait_for("the mechanisms", lambda: "XOAUTH2" in self.advertised_mechanisms(proxy))
         return proxy
 
 
@@ -155,16 +155,16 @@ class Authentication(DovecotWithAllMechanisms, unittest.TestCase):
                          {"PLAIN", "LOGIN", "XOAUTH2", "OAUTHBEARER", "SCRAM-SHA-1", "SCRAM-SHA-256"})
         other = self.dovecot("plain scram-sha-256")
         proxy = self.proxy(more=f'  shard-b: {{servers: ["127.0.0.1:{other.port}"]}}')
-        wait_for("the offer", lambda: self.advertised_mechanisms(proxy) == {"PLAIN", "LOGIN", "SCRAM-SHA-256"})
+        wait_for("the mechanisms", lambda: self.advertised_mechanisms(proxy) == {"PLAIN", "LOGIN", "SCRAM-SHA-256"})
         other.kill()
-        wait_for("the offer of those that are left", lambda: "XOAUTH2" in self.advertised_mechanisms(proxy))
+        wait_for("the mechanisms of the remaining server", lambda: "XOAUTH2" in self.advertised_mechanisms(proxy))
         proxy = self.proxy(listener="mechanisms: [xoauth2, plain]")
         self.assertEqual(self.advertised_mechanisms(proxy), {"PLAIN", "XOAUTH2"})
         self.assertIn(b"LOGINDISABLED", self.greeting)
 
     def test_curl_logs_in_with_tokens(self):
         for mechanism in ("xoauth2", "oauthbearer"):
-            # This curl takes OAUTHBEARER wherever it is offered.
+            # curl prefers OAUTHBEARER if it is advertised.
             proxy = self.proxy(listener=f"mechanisms: [{mechanism}]")
             for bearer, code in ((token(ALICE), 0), (token(ALICE, b"another key"), 67)):
                 done = subprocess.run([program("curl"), "--silent", "--show-error", "--cacert", self.certificates.ca, "--user",
@@ -172,7 +172,7 @@ class Authentication(DovecotWithAllMechanisms, unittest.TestCase):
                                       capture_output=True, text=True, timeout=TIMEOUT)
                 self.assertEqual(done.returncode, code, f"{mechanism}: {done.stderr}\n{proxy.log()}")
             self.assertEqual(proxy.metric("vestibule_logins_total", mechanism=mechanism, outcome="accepted"), 1)
-            # Also of XOAUTH2, where it leaves at the error challenge.
+            # curl disconnects after the error challenge of XOAUTH2; that counts as refused, too.
             self.assertEqual(proxy.metric("vestibule_logins_total", mechanism=mechanism, outcome="refused"), 1)
             self.assertNotIn(token(ALICE), proxy.log())
             self.assertNotIn(xoauth2(ALICE, token(ALICE)).decode(), proxy.log())
@@ -186,7 +186,7 @@ class Authentication(DovecotWithAllMechanisms, unittest.TestCase):
             self.assertIn("status", json.loads(base64.b64decode(line[2:])))
             raw.send(b"\r\n" if name == "XOAUTH2" else b"AQ==\r\n")
             self.assertRegex(raw.line(), rb"^a NO \[AUTHENTICATIONFAILED\]")
-        # The connection is as good as before.
+        # The connection can still log in.
         self.assertRegex(raw.command("b", b"AUTHENTICATE XOAUTH2 " + xoauth2(ALICE, token(ALICE)))[-1], b"^b OK")
 
     def test_sasl_exchange_can_be_aborted_by_the_client(self):
@@ -204,12 +204,12 @@ class Authentication(DovecotWithAllMechanisms, unittest.TestCase):
         for raw in pending:
             raw.send(b"a AUTHENTICATE SCRAM-SHA-256 " + first + b"\r\n")
             self.assertTrue(raw.line().startswith(b"+ "))
-        # Others get in, and the newest exchange goes on as if nothing had been.
+        # Another client can log in, and the newest exchange continues.
         self.assertRegex(self.connect(proxy).command("a", f"LOGIN {ALICE} {PASSWORDS[ALICE]}")[-1], b"^a OK", proxy.log())
         pending[-1].send(b"*\r\n")
         self.assertRegex(pending[-1].line(), b"^a BAD")
-        self.assertRegex(pending[0].line(), rb"^a NO \[UNAVAILABLE\]", "older ones have made way for it")
-        wait_for("the place", lambda: proxy.metric("vestibule_server_sessions") == 0)
+        self.assertRegex(pending[0].line(), rb"^a NO \[UNAVAILABLE\]", "the oldest exchange was ended to free its place")
+        wait_for("a free session", lambda: proxy.metric("vestibule_server_sessions") == 0)
         self.assertRegex(scram(self.connect(proxy), "SCRAM-SHA-256", ALICE, PASSWORDS[ALICE]), b"^a OK", proxy.log())
 
     def test_scram_is_relayed_between_client_and_server(self):
@@ -256,7 +256,7 @@ SyncState *
         self.assertEqual(proxy.metric("vestibule_logins_total", mechanism="scram-sha-256", outcome="accepted"), 1)
 
     def test_mutt_logs_in_with_scram(self):
-        """By GNU SASL; Debian's curl is built without it and has no SCRAM."""
+        """mutt uses GNU SASL; the curl of Debian is built without it and does not support SCRAM."""
         proxy = self.wait_until_mechanisms_are_known(self.proxy())
         folder = Folder()
         self.addCleanup(folder.remove)
@@ -288,7 +288,7 @@ set record=imaps://localhost:{proxy.ports['tls']}/INBOX
             self.assertRegex(raw.line(), answer, size)
 
     def certificate(self, names, subject="/CN=a person"):
-        """Of a client: its chain and its key."""
+        """Issues a client certificate; returns the paths of the certificate and its key."""
         path = self.folder.path
         base = f"client-{len(list(path.glob('client-*.pem')))}"
         key, request, cert = path / f"{base}-key.pem", path / f"{base}.csr", path / f"{base}.pem"
@@ -303,18 +303,18 @@ set record=imaps://localhost:{proxy.ports['tls']}/INBOX
         wanted = f"client_certificates: {{ca: {self.certificates.ca}}}"
         login = "login: {master: admin, password_file: master}"
         proxy = self.proxy(listener=wanted, backend=login, files={"master": "master secret\n"})
-        alice, nobody = self.certificate(f"email:{ALICE}"), self.certificate("DNS:somebody.test")
+        alice, other_name = self.certificate(f"email:{ALICE}"), self.certificate("DNS:other.test")
         raw = self.connect(proxy, alice)
         self.assertIn(b"AUTH=EXTERNAL", self.greeting)
         self.assertRegex(raw.command("a", "AUTHENTICATE EXTERNAL =")[-1], b"^a OK", proxy.log())
         self.assertIn(b"* LIST", b"\n".join(raw.command("b", 'LIST "" INBOX')))
         self.assertIn(f"user=<{ALICE}>", self.server.log())
-        # A resumed session is still alice's.
-        for certificate in (nobody, None):
+        # Another certificate, or none, does not log in.
+        for certificate in (other_name, None):
             raw = self.connect(proxy, certificate)
             self.assertNotIn(b"EXTERNAL", self.greeting)
             self.assertRegex(raw.command("a", "AUTHENTICATE EXTERNAL =")[-1], b"^a NO")
-            self.assertRegex(raw.command("b", f'LOGIN {BOB} "{PASSWORDS[BOB]}"')[-1], b"^b OK", "a password will do as ever")
+            self.assertRegex(raw.command("b", f'LOGIN {BOB} "{PASSWORDS[BOB]}"')[-1], b"^b OK", "a password is still accepted")
         self.assertNotIn("master secret", proxy.log())
         other = Certificates(Folder())
         with self.assertRaises(OSError):
@@ -340,10 +340,10 @@ set record=imaps://localhost:{proxy.ports['tls']}/INBOX
                            files={"master": "master secret\n"})
         for user in (CAROL, "nobody@example.org"):
             self.assertRegex(exchange_external(proxy, webmail, user), rb"^a NO \[AUTHORIZATIONFAILED\]")
-        self.assertRegex(exchange_external(proxy, webmail, "WebMail@example.org"), b"^a OK", "another spelling of its own name")
+        self.assertRegex(exchange_external(proxy, webmail, "WebMail@example.org"), b"^a OK", "its own name in different case")
 
     def test_token_claim_determines_the_user(self):
-        """OAUTHBEARER without a name: routed by a claim, and Dovecot checks that the token is this user's."""
+        """OAUTHBEARER without a user name: a claim determines the route, and Dovecot verifies that the token belongs to that user."""
         issuer = "https://login.example.org"
         proxy = self.proxy(listener="mechanisms: [oauthbearer]", more=f"oauth: [{{issuer: '{issuer}', claim: sub}}]")
 
@@ -363,7 +363,7 @@ set record=imaps://localhost:{proxy.ports['tls']}/INBOX
         self.assertNotIn(token(ALICE, iss=issuer), proxy.log())
 
     def test_idle_is_advertised_before_login(self):
-        """Python's imaplib asks for capabilities before the login, and never again."""
+        """imaplib reads the capabilities only before the login."""
         proxy = self.proxy()
 
         def connected():
@@ -372,7 +372,7 @@ set record=imaps://localhost:{proxy.ports['tls']}/INBOX
                 return client
             client.logout()
             return None
-        client = wait_for("IDLE in the list before the login", connected)
+        client = wait_for("IDLE in the capabilities before the login", connected)
         for absent in ("STARTTLS", "LOGIN-REFERRALS", "LOGINDISABLED"):
             self.assertNotIn(absent, client.capabilities)
         client.login(ALICE, PASSWORDS[ALICE])
@@ -395,17 +395,17 @@ set record=imaps://localhost:{proxy.ports['tls']}/INBOX
             self.assertIn(f"user=<{user}>", self.server.log())
 
     def test_fixed_server_password_for_certificate_logins(self):
-        """The server knows one password for all that is ours alone; who the client is its certificate shows."""
-        fixed = self.dovecot("plain login", users={user: "ours alone" for user in PASSWORDS})
+        """The server has one password for all users, which only the proxy knows; the certificate identifies the client."""
+        fixed = self.dovecot("plain login", users={user: "fixed secret" for user in PASSWORDS})
         proxy = self.proxy(listener=f"client_certificates: {{ca: {self.certificates.ca}}}", server=fixed,
-                           backend="login: {password_file: fixed}", files={"fixed": "ours alone\n"})
+                           backend="login: {password_file: fixed}", files={"fixed": "fixed secret\n"})
         for user in (ALICE, BOB):
             raw = self.connect(proxy, self.certificate(f"email:{user}"))
             self.assertRegex(raw.command("a", "AUTHENTICATE EXTERNAL =")[-1], b"^a OK", proxy.log())
             self.assertIn(f"user=<{user}>", fixed.log())
-        # It helps nobody who has shown nothing.
+        # Without a certificate the user's own password is refused, because the server does not know it.
         self.assertRegex(self.connect(proxy).command("a", f'LOGIN {ALICE} "{PASSWORDS[ALICE]}"')[-1], b"^a NO")
-        self.assertNotIn("ours alone", proxy.log())
+        self.assertNotIn("fixed secret", proxy.log())
 
     def test_master_user_opens_the_mailbox_of_another_user(self):
         proxy = self.proxy(users='masters: {separator: "*", networks: [127.0.0.1/32]}')
@@ -415,13 +415,13 @@ set record=imaps://localhost:{proxy.ports['tls']}/INBOX
         for command in logins("master secret"):
             raw = self.connect(proxy)
             self.assertRegex(raw.command("a", command)[-1], b"^a OK", proxy.log())
-            # It is alice's mailbox, and nobody else's.
+            # The session is in the mailbox of alice.
             raw.command("b", 'CREATE "seen by the master"')
             self.assertTrue((self.server.mail / ALICE / ".seen by the master").is_dir())
             raw.command("c", 'DELETE "seen by the master"')
         for command in logins("wrong"):
             self.assertRegex(self.connect(proxy).command("a", command)[-1], rb"^a NO \[AUTHENTICATIONFAILED\]")
-        self.assertIn(f'user="{ALICE}"', proxy.log(), "the mailbox is alice's")
+        self.assertIn(f'user="{ALICE}"', proxy.log(), "the session is logged for alice")
         proxy = self.proxy(users='masters: {separator: "*", networks: [10.0.0.0/8]}')
         for command in logins("master secret"):
             self.assertRegex(self.connect(proxy).command("a", command)[-1], rb"^a NO \[AUTHORIZATIONFAILED\]")
@@ -453,7 +453,7 @@ set record=imaps://localhost:{proxy.ports['tls']}/INBOX
         self.assertRegex(self.connect(proxy).command("a", b'LOGIN {5+}\r\nzo\xc3\xab1 "x"')[-1], rb"^a NO \[AUTHENTICATIONFAILED\]")
 
     def test_proxy_loop_is_detected(self):
-        """Each takes the other for the mailbox server."""
+        """Each proxy uses the other as its mailbox server."""
         port = free_port()
         first = self.proxy(port=port)
         second = self.proxy(port=first.ports["plain"], plain=port)
@@ -465,7 +465,7 @@ set record=imaps://localhost:{proxy.ports['tls']}/INBOX
         proxy = self.proxy(backend="forward: {site: north}")
         for _ in range(3):
             self.assertRegex(self.connect(proxy).command("a", f'LOGIN {ALICE} "{PASSWORDS[ALICE]}"')[-1], b"^a OK")
-        # Dovecot 2.3 does not say whether it trusts us: that is not reported as distrust.
+        # Dovecot 2.3 does not report whether it trusts the ID of the proxy; that is not logged as distrust.
         self.assertEqual(proxy.metric("vestibule_server_trusts_id"), -1)
         self.assertNotIn("trusts our ID", proxy.log())
         self.assertRegex(self.server.log(), r"rip=127\.0\.0\.1")

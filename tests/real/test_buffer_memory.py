@@ -1,7 +1,7 @@
-"""Memory of the running proxy while clients do what makes buffers grow: before the login with commands that never end, after it with
-requests that TLS must answer and answers that are never read.
+"""Memory of the running proxy while clients make its buffers grow: before the login with endless commands, after it with
+TLS messages that require an answer which the client never reads.
 
-What each buffer may hold is in docs/security.md; here the memory of the process is measured.
+docs/security.md lists the limit of each buffer; these tests measure the memory of the process.
 """
 
 import contextlib
@@ -28,13 +28,13 @@ admin: {{address: "127.0.0.1:{{admin}}"}}
 
 
 def memory(proxy):
-    """Bytes that belong to the process alone."""
+    """Bytes of anonymous memory of the process."""
     with open(f"/proc/{proxy.process.child.pid}/smaps_rollup") as rollup:
         return next(int(line.split()[1]) << 10 for line in rollup if line.startswith("Pss_Anon"))
 
 
 class SilentServer:
-    """A server that accepts every login, and takes what follows without an answer."""
+    """A server that accepts every login, and reads what follows without an answer."""
 
     def __init__(self):
         self.listener = socket.create_server(("127.0.0.1", 0))
@@ -70,7 +70,7 @@ class BufferMemory(unittest.TestCase):
         self.addCleanup(self.proxy.close)
 
     def test_endless_commands_stay_within_the_memory_budget(self):
-        """Hundreds of clients hold as much as they are let; an ordinary login passes all the while."""
+        """Hundreds of clients send as much as is accepted; an ordinary login still succeeds."""
         self.start("before_login_memory: 16MiB")
         endless = b"a LOGIN {65000+}\r\n" + 65_000 * b"u" + b" " + 90_000 * b"p"
         before, peak, clients = memory(self.proxy), 0, []
@@ -79,7 +79,7 @@ class BufferMemory(unittest.TestCase):
             self.addCleanup(client.socket.close)
             clients.append(client)
             client.line()
-            # Who is shed meanwhile cannot send the rest.
+            # A client that is shed cannot send the rest.
             with contextlib.suppress(OSError):
                 client.send(endless)
             if round_ % 100 == 99:
@@ -91,14 +91,14 @@ class BufferMemory(unittest.TestCase):
         used = self.proxy.metric("vestibule_before_login_memory_bytes")
         self.assertGreater(used, 8 * MIB)
         self.assertLessEqual(used, 16 * MIB)
-        # The budget, 8 KiB of each outside of it, and tasks and rounding by the allocator.
+        # The budget, 8 KiB per client outside of it, and the tasks and the rounding of the allocator.
         self.assertLess(peak - before, 16 * MIB + 600 * 24 * 1024 + 8 * MIB)
-        print(f"600 commands that never end: {(peak - before) >> 10} kB", flush=True)
+        print(f"600 endless commands: {(peak - before) >> 10} kB", flush=True)
 
     def test_unread_key_update_answers_use_little_memory(self):
         self.start()
         tls = socket.socket()
-        # What the kernel keeps of the answers is not of interest.
+        # Keep the kernel's receive buffer small, so that the answers stay in the proxy.
         tls.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         tls.connect(("127.0.0.1", self.proxy.ports["tls"]))
         peer = TlsPeer("openssl", tls, version="1.3", ca=self.certificates.ca)
@@ -116,5 +116,5 @@ class BufferMemory(unittest.TestCase):
 
         wait_for("the flood", flood_has_ended)
         asked = int(re.search(r"asked (\d+)", peer.output())[1])
-        self.assertLess(peak, MIB, f"after {asked} requests for new keys")
-        print(f"{asked} requests for new keys: {peak >> 10} kB", flush=True)
+        self.assertLess(peak, MIB, f"after {asked} KeyUpdate requests")
+        print(f"{asked} KeyUpdate requests: {peak >> 10} kB", flush=True)

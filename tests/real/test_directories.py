@@ -1,5 +1,5 @@
-"""Routes that ask real directories, with two real Dovecot shards behind: found, unknown, verdicts, hostile names, a
-directory that stops, that hangs, and that has fewer connections than there are logins."""
+"""Routes that query real directories, with two Dovecot shards: known and unknown users, refusals, hostile names, and
+directories that stop, hang, or have fewer connections than there are logins."""
 
 import concurrent.futures
 import threading
@@ -11,7 +11,7 @@ from fixtures import PASSWORDS, TIMEOUT, Certificates, Dovecot, Folder, Proxy, f
 from imap_client import RawClient
 
 ALICE, BOB, CAROL = "alice@example.org", "bob@example.net", "carol@example.org"
-# Who would be found if any of these were not only a name.
+# Names that would match a user if they were interpreted as a query or a pattern.
 HOSTILE = ["' OR '1'='1", "x') OR ('1'='1", '" OR ""="', "alice@example.org'--", "*", "alice*", "*)(mail=*", "(|(mail=*))",
            "a\\2a", "alice@example.org\\", "%{user}", "%%", "mailbox:alice", "..", "a..b@example.org", "@", "@example.org",
            "*)(|(uid=*", "*))(|(uid=*", "x)(&", "{", "{0}", "${user}", "%", "%s%n", "%u", "'; SELECT pg_sleep(9);--", "\\' OR 1=1 --",
@@ -19,7 +19,7 @@ HOSTILE = ["' OR '1'='1", "x') OR ('1'='1", '" OR ""="', "alice@example.org'--",
            "\u202ealice@example.org", "zo\u00eb@example.org", "alice\u00a0@example.org", "a" * 500,
            "x server=y", "a b=c",
            "u2@a.test server=OTHER@x", "alice@example.org user=bob", "$1@example.org", "\"q\"@example.org"]
-# Users who are really called so.
+# Existing users with unusual names.
 UNUSUAL = ["o'brien\"@example.org", "a(b)*c\\d@example.org", "100%{user}%@example.org", "x'; drop table mailbox; --@example.org",
        "zo\u00eb\u4e2d@example.org", "two words@example.org", "$1 ${shard} {}@example.org", "cn=x,dc=test+y@example.org"]
 TEMPLATE = """
@@ -35,20 +35,20 @@ admin: {{address: "127.0.0.1:{{admin}}"}}
 
 
 class LoginClient:
-    """One connection, many login attempts."""
+    """A connection for many login attempts."""
 
     def __init__(self, proxy):
         self.raw = RawClient(proxy.ports["plain"])
         self.raw.until(b"* OK")
 
     def login(self, user, password="wrong"):
-        """The tagged answer to LOGIN, with literals, as names may hold anything."""
+        """The tagged response to LOGIN. It sends literals, because names may contain any bytes."""
         user, password = user.encode(), password.encode()
         return self.raw.command("a", b"LOGIN {%d+}\r\n%s {%d+}\r\n%s" % (len(user), user, len(password), password))[-1].decode()
 
 
 class Directories:
-    """Two shards for all; each test its own proxy. Subclasses say which directory."""
+    """Base class with two shards for all tests and a proxy per test; subclasses provide the directory and its route."""
 
     directory = None
     unusual_names = UNUSUAL
@@ -94,7 +94,7 @@ class Directories:
         before = proxy.metric("vestibule_backend_sessions_total", backend=backend)
         answer = LoginClient(proxy).login(user, PASSWORDS.get(user, PASSWORDS[CAROL]))
         self.assertRegex(answer, "^a OK", proxy.log())
-        # Counted when the relay begins, which the client may not wait for.
+        # The session is counted when the relay starts, which may be after the response to the client.
         wait_for("the session", lambda: proxy.metric("vestibule_backend_sessions_total", backend=backend) == before + 1)
 
     def assert_refused(self, proxy, user, start):
@@ -103,7 +103,7 @@ class Directories:
 
 
 class DirectoryTests(Directories):
-    """What every directory must do."""
+    """Tests of every directory."""
 
     def test_users_are_routed_to_their_shards(self):
         proxy = self.proxy()
@@ -122,10 +122,10 @@ class DirectoryTests(Directories):
         client = LoginClient(proxy)
         for name in HOSTILE:
             self.assertRegex(client.login(name), r"^a (NO \[AUTHENTICATIONFAILED\]|BAD)", f"{name!r}\n{proxy.log()}")
-        # NUL is no part of a literal (BAD); the others are well-formed and cannot be right (RFC 9051 section 6.2.3: NO).
+        # A literal cannot contain NUL (BAD); the others are valid literals of invalid names (NO, RFC 9051 section 6.2.3).
         for control, answer in (("alice@example.org\r\n", "NO"), ("alice\0", "BAD"), ("\n", "NO")):
             self.assertRegex(client.login(control), f"^a {answer}", repr(control))
-        # Not UTF-8, and too long.
+        # Names that are not UTF-8 or too long.
         for name in (b"\xff\xfe@example.org", b"alice\xc3@example.org", b"\xed\xa0\x80", b"a" * 513, b"'" * 4000):
             answer = client.raw.command("a", b"LOGIN {%d+}\r\n%s x" % (len(name), name))[-1]
             self.assertRegex(answer, rb"^a (NO \[AUTHENTICATIONFAILED\]|BAD)", name[:20])
@@ -166,7 +166,7 @@ class DirectoryTests(Directories):
                 results = list(pool.map(lambda client: client.login(ALICE, PASSWORDS[ALICE]), clients))
             for result in results:
                 self.assertRegex(result, r"^a NO \[UNAVAILABLE\]")
-            # Who waits for a connection waits no longer than the others.
+            # Lookups that wait for a connection use the same timeout.
             self.assertLess(time.monotonic() - began, 10)
             self.assertIn("for a free connection", proxy.log())
         finally:
@@ -201,11 +201,11 @@ class DirectoryTests(Directories):
         self.assert_refused(proxy, "nobody@example.org", "NO [AUTHENTICATIONFAILED]")
         self.directory.pause()
         try:
-            # Until its time is over the answer is fresh, and nobody knows that the directory hangs.
+            # Until the answer expires, it counts as fresh.
             wait_for("a stale answer", lambda: LoginClient(proxy).login(ALICE, PASSWORDS[ALICE]).startswith("a OK")
                      and proxy.metric("vestibule_route_cache_total", state="stale") > 0)
             self.assert_refused(proxy, BOB, "NO [UNAVAILABLE]")
-            # An unknown user is not known to be unknown for longer than the directory said.
+            # The answer that a user is unknown is not used after it has expired.
             wait_for("the end of the negative answer",
                      lambda: LoginClient(proxy).login("nobody@example.org").startswith("a NO [UNAVAILABLE]"))
         finally:
@@ -214,7 +214,7 @@ class DirectoryTests(Directories):
 
 
 class ServerDirectoryTests(DirectoryTests):
-    """And those that are processes of their own."""
+    """Tests of every directory that is a server process."""
 
     def test_stopped_directory_fails_lookups_until_it_returns(self):
         proxy = self.proxy()
@@ -225,7 +225,6 @@ class ServerDirectoryTests(DirectoryTests):
         self.directory.start()
         wait_for("the directory", lambda: LoginClient(proxy).login(ALICE, PASSWORDS[ALICE]).startswith("a OK"))
         self.assert_refused(proxy, "nobody@example.org", "NO [AUTHENTICATIONFAILED]")
-
 
     def test_directory_that_stops_during_a_lookup_fails_it(self):
         proxy = self.proxy(timeout="3s")
@@ -245,7 +244,7 @@ class ServerDirectoryTests(DirectoryTests):
 
 
 class TlsDirectoryTests:
-    """For those whose route names a `ca`."""
+    """Tests of every directory whose route has a `ca`."""
 
     def test_directory_certificate_is_verified(self):
         folder = Folder()
@@ -314,7 +313,7 @@ class Sqlite(DirectoryTests, unittest.TestCase):
 
 
 class OpenLdap(TlsDirectoryTests, ServerDirectoryTests, unittest.TestCase):
-    # What `mail` may hold there is ASCII.
+    # The attribute `mail` contains only ASCII.
     unusual_names = [user for user in UNUSUAL if user.isascii()]
 
     @classmethod
@@ -359,25 +358,25 @@ class Redis(ServerDirectoryTests, unittest.TestCase):
                 'key: "mailbox:%{user}"']
 
     def test_flapping_directory_causes_only_temporary_failures(self):
-        """While logins go on: each is answered as the directory says, or told to come again; nobody is sent elsewhere."""
+        """During continuous logins, each is answered correctly or with UNAVAILABLE; none is routed to another backend."""
         proxy = self.proxy()
-        over, answers = threading.Event(), {ALICE: set(), "nobody@example.org": set()}
+        stop, answers = threading.Event(), {ALICE: set(), "nobody@example.org": set()}
 
         def log_in(user):
-            while not over.is_set():
+            while not stop.is_set():
                 answers[user].add(LoginClient(proxy).login(user, PASSWORDS.get(user, "wrong"))[:12])
 
-        people = [threading.Thread(target=log_in, args=(user,), daemon=True) for user in answers]
-        for person in people:
-            person.start()
+        threads = [threading.Thread(target=log_in, args=(user,), daemon=True) for user in answers]
+        for thread in threads:
+            thread.start()
         for _ in range(5):
             self.directory.kill()
-            wait_for("somebody to notice", lambda: proxy.metric("vestibule_route_failing") == 1)
+            wait_for("the route to fail", lambda: proxy.metric("vestibule_route_failing") == 1)
             self.directory.start()
-            wait_for("somebody to notice", lambda: proxy.metric("vestibule_route_failing") == 0)
-        over.set()
-        for person in people:
-            person.join(TIMEOUT)
+            wait_for("the route to work", lambda: proxy.metric("vestibule_route_failing") == 0)
+        stop.set()
+        for thread in threads:
+            thread.join(TIMEOUT)
         self.assertEqual(answers[ALICE], {"a OK [CAPABI", "a NO [UNAVAI"})
         self.assertEqual(answers["nobody@example.org"], {"a NO [AUTHEN", "a NO [UNAVAI"})
         self.assertEqual(proxy.metric("vestibule_backend_sessions_total", backend="shard-b"), 0)
@@ -418,7 +417,7 @@ class Redis(ServerDirectoryTests, unittest.TestCase):
     def test_redis_cluster_lookups(self):
         nodes = []
         for _ in range(3):
-            # The port of the cluster's own talk would be 10,000 higher, which there may not be.
+            # The default port of the cluster bus, 10,000 above the port, may not exist.
             settings = ["--cluster-enabled", "yes", "--cluster-node-timeout", "2000", "--cluster-port", str(free_port())]
             nodes.append(directory_servers.Redis(extra=settings))
             self.addCleanup(nodes[-1].close)
@@ -435,7 +434,7 @@ class Redis(ServerDirectoryTests, unittest.TestCase):
         self.assert_login(proxy, BOB, "shard-b")
         self.assert_refused(proxy, "closed@example.org", "NO [CONTACTADMIN]")
         self.assert_refused(proxy, "nobody@example.org", "NO [AUTHENTICATIONFAILED]")
-        # A node without a replica takes its users along, and brings them back.
+        # While a node without a replica is down, lookups of its users fail.
         number = int(nodes[0].command("CLUSTER", "KEYSLOT", f"mailbox:{ALICE}"))
         owner = next(node for node in nodes if owns(node, number))
         owner.kill()
@@ -445,7 +444,7 @@ class Redis(ServerDirectoryTests, unittest.TestCase):
 
 
 def owns(node, slot):
-    """Whether a slot is a node's own."""
+    """Whether a slot belongs to a node."""
     own = next(line for line in node.command("CLUSTER", "NODES").splitlines() if "myself" in line)
     ranges = [word.split("-") for word in own.split()[8:]]
     return any(int(part[0]) <= slot <= int(part[-1]) for part in ranges)
@@ -462,7 +461,7 @@ class Valkey(ServerDirectoryTests, unittest.TestCase):
 
 
 class Dns(ServerDirectoryTests, unittest.TestCase):
-    # Not even asked for: test_hostile_names_match_no_user.
+    # Unusual names are not looked up in DNS: see test_hostile_names_match_no_user.
     unusual_names = []
 
     @classmethod

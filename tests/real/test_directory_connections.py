@@ -1,4 +1,4 @@
-"""Connections to directories that fall silent, and those of a configuration that is no longer in use."""
+"""Connections to directories: silent ones, and those of a replaced configuration."""
 
 import concurrent.futures
 import re
@@ -18,9 +18,9 @@ LOOKUP_TIMEOUT = "6s"
 
 
 class ConnectionTests(Directories):
-    """Between the proxy and the directory is a relay; `route()` of the test of that directory leads to it."""
+    """Tests with a relay between the proxy and the directory, to which the route of the directory points."""
 
-    # Connections that four lookups at the same time need.
+    # Number of connections that four concurrent lookups use.
     expected_connections = 4
 
     @classmethod
@@ -29,7 +29,7 @@ class ConnectionTests(Directories):
 
     def setUp(self):
         self.relays = [self.start_relay(self.directory.port)]
-        # Whoever builds the route asks the directory for its port.
+        # `route()` reads the port from the directory, so it is that of the relay for the call.
         self.directory_port = self.directory.port
         self.directory.port = self.relays[0].port
         self.exempt = []
@@ -58,19 +58,19 @@ class ConnectionTests(Directories):
             relay.go_silent(but=self.exempt)
 
     def log_in(self, proxy, user=ALICE):
-        """A session that stays open."""
+        """Logs in and keeps the session open."""
         client = LoginClient(proxy)
         self.assertRegex(client.login(user, PASSWORDS[user]), "^a OK", proxy.log())
         return client
 
     def use_all_connections(self, proxy, count=4):
-        """Lookups at the same time use as many connections as they may."""
+        """Runs enough concurrent lookups to use all connections."""
         clients, before = [LoginClient(proxy) for _ in range(count)], self.accepted()
         self.directory.pause()
         try:
             for client in clients:
                 client.raw.send(f'a LOGIN {ALICE} "{PASSWORDS[ALICE]}"\r\n'.encode())
-            wait_for("their connections", lambda: self.accepted() >= before + self.expected_connections)
+            wait_for("the connections of the lookups", lambda: self.accepted() >= before + self.expected_connections)
         finally:
             self.directory.resume()
         for client in clients:
@@ -93,7 +93,7 @@ class ConnectionTests(Directories):
             for answer in answers:
                 self.assertRegex(answer, "^a OK", proxy.log())
             self.assertGreater(self.accepted(), accepted)
-            # The silent ones are closed: later lookups meet none.
+            # The silent connections are closed, so that later lookups do not use them.
             wait_for("the silent connections to close", lambda: all(connection.is_closed_by_client for connection in silent))
             accepted = self.accepted()
             for _ in range(6):
@@ -121,10 +121,10 @@ class ConnectionTests(Directories):
             proxy.file.write_text(text.replace("failed_logins: 1000", f"failed_logins: {100 + round}"))
             self.reload(proxy)
             sessions.append(self.log_in(proxy))
-        self.assertEqual(self.accepted(), accepted, "no lookup needed another connection")
+        self.assertEqual(self.accepted(), accepted, "no lookup opened another connection")
         secret = proxy.folder.path / "password"
         if "password_file" in text:
-            # Another content, and the same password.
+            # The content of the file changes, the password does not.
             secret.write_text(secret.read_text() + "\n")
         else:
             proxy.file.write_text(text.replace(f"timeout: {LOOKUP_TIMEOUT}", "timeout: 7s"))
@@ -138,9 +138,9 @@ class ConnectionTests(Directories):
 
 
 class PostgreSqlConnections(ConnectionTests, test_directories.PostgreSql):
-    """Of the tests of the class above none is run again: `load_tests` selects those of this file."""
+    """`load_tests` leaves out the inherited tests of test_directories.py."""
 
-    # The library for databases has no way to set keepalive.
+    # The database library cannot set keepalive.
     test_idle_connections_use_keepalive = None
 
     def test_repeated_reloads_stay_within_max_connections(self):
@@ -149,7 +149,7 @@ class PostgreSqlConnections(ConnectionTests, test_directories.PostgreSql):
         proxy = self.proxy(timeout=LOOKUP_TIMEOUT, connections=8)
         text, sessions = proxy.file.read_text(), []
         for round in range(10):
-            # Every reload changes the query, so that none uses the connections of the one before.
+            # Every reload changes the query, so that it cannot use the connections of the previous configuration.
             proxy.file.write_text(re.sub("SELECT .* WHERE", f"SELECT *, {round} AS n FROM mailbox WHERE", text))
             self.reload(proxy)
             sessions.append(self.log_in(proxy))
@@ -179,13 +179,13 @@ class PostgreSqlConnections(ConnectionTests, test_directories.PostgreSql):
         self.use_all_connections(proxy)
         before = self.relayed_connections()
         self.assertEqual(self.open_connections(), 4)
-        # The second attempt begins after 3 s.
+        # The lookup is repeated on another connection after 3 s.
         self.log_in(proxy, BOB)
         self.assertEqual(self.accepted(), 5)
         self.assertFalse(any(connection.is_closed_by_client for connection in before))
 
     def test_altered_table_fails_no_login(self):
-        """The plans of prepared statements do not fit it any more."""
+        """The cached plans of prepared statements become invalid."""
         proxy = self.proxy(timeout=LOOKUP_TIMEOUT)
         self.log_in(proxy)
         self.directory.sql("ALTER TABLE mailbox ADD COLUMN extra text")
@@ -208,11 +208,9 @@ class RedisConnections(ConnectionTests, test_directories.Redis):
     expected_connections = 1
 
 
-
 class SentinelConnections(ConnectionTests, test_directories.Redis):
-    """Sentinel reaches the master through the same relay, and its own connections go on."""
+    """The Sentinel connects to the master through the same relay; its own connections are not silenced."""
     expected_connections = 1
-
 
     def setUp(self):
         super().setUp()
@@ -221,7 +219,7 @@ class SentinelConnections(ConnectionTests, test_directories.Redis):
         sentinel = directory_servers.Sentinel(named)
         self.addCleanup(sentinel.close)
         wait_for("the Sentinel", lambda: "flags\nmaster\n" in sentinel.command("SENTINEL", "MASTER", "mail"))
-        wait_for("its connections", lambda: master.accepted >= 2)
+        wait_for("the connections of the Sentinel", lambda: master.accepted >= 2)
         self.exempt = list(master.connections)
         self.relays = [master, self.start_relay(sentinel.port)]
         self.relayed_route = ["redis", f'sentinels: ["redis://localhost:{self.relays[1].port}"]', "master: mail",
@@ -282,13 +280,13 @@ class Http2Connections(HttpConnections):
 
 
 def load_tests(loader, _tests, _pattern):
-    """The classes of directories bring tests of their own along, which have been run."""
-    own = unittest.TestSuite()
+    """Selects the tests of this file: the classes of test_directories.py contribute tests that run there."""
+    suite = unittest.TestSuite()
     for case in (PostgreSqlConnections, MariaDbConnections, OpenLdapConnections, RedisConnections, SentinelConnections,
                  ClusterConnections, HttpConnections, Http2Connections):
         names = [name for name in loader.getTestCaseNames(case) if name in dir(ConnectionTests) or name in vars(case)]
-        own.addTests(case(name) for name in names)
-    return own
+        suite.addTests(case(name) for name in names)
+    return suite
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
-"""TLS towards directories that fails in each way: the client gets NO [UNAVAILABLE], no other route is asked, and the log names
-the route and the reason."""
+"""TLS failures of directories: the client gets NO [UNAVAILABLE], no other route is queried, and the log names the route and
+the reason."""
 
 import subprocess
 import unittest
@@ -22,18 +22,18 @@ routes:
 limits: {{drain: 1s}}
 admin: {{address: "127.0.0.1:{{admin}}"}}
 """
-# A MariaDB that does not offer TLS: protocol 10, an authentication by native password, no CLIENT_SSL.
+# Greeting of a MariaDB without TLS: protocol 10, mysql_native_password, no CLIENT_SSL.
 MARIADB = (b"\x0a5.5.5-10.11.6\x00" + b"\x01\x00\x00\x00" + b"saltsalt\x00" + b"\x08\xa2" + b"\x08" + b"\x02\x00" + b"\x08\x00"
            + b"\x15" + bytes(10) + b"saltsaltsalt\x00" + b"mysql_native_password\x00")
 MARIADB = len(MARIADB).to_bytes(3, "little") + b"\x00" + MARIADB
-# An ExtendedResponse to message 1: protocolError.
+# An LDAP ExtendedResponse to message 1 with protocolError.
 NO_STARTTLS = bytes.fromhex("300c02010178070a010204000400")
 
 
 class Tls(Directories):
-    # What is in the log when the server speaks no TLS.
+    # Logged error if the server does not support TLS.
     no_tls_error = "the server does not speak TLS on this port"
-    # What a server without TLS says at the connection, and to the first request.
+    # Bytes that a server without TLS sends on connect, and in response to the first request.
     greeting, reply = b"", b"* OK ready\r\n"
 
     @classmethod

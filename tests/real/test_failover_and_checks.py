@@ -1,4 +1,4 @@
-"""Three Dovecots of one backend that are killed, stopped and started again, and clients that notice nothing of it."""
+"""Failover, health checks and session moves in a backend of three Dovecots that are killed, stopped and restarted."""
 
 import os
 import signal
@@ -25,7 +25,7 @@ admin: {address: "127.0.0.1:{admin}", control: CONTROL}
 
 
 class ThreeServers(unittest.TestCase):
-    # Those that a test has started.
+    # Number of proxies that the test has started.
     proxies = 0
 
     @classmethod
@@ -50,7 +50,7 @@ class ThreeServers(unittest.TestCase):
         return proxy
 
     def log_in(self, proxy, user, tries=1):
-        """`tries` on one connection, as clients do after UNAVAILABLE."""
+        """Logs in with up to `tries` attempts on one connection, as clients do after UNAVAILABLE."""
         client = RawClient(proxy.ports["plain"])
         client.line()
         for _ in range(tries):
@@ -70,34 +70,34 @@ class ThreeServers(unittest.TestCase):
         for balance in ("user-hash", "bounded-hash", "least-sessions", "round-robin"):
             proxy = self.proxy(settings=f"balance: {balance}")
             failed, logins, stop = [], [0], threading.Event()
-            # A login that a server had received when it was killed is not sent to another one by user-hash: the client
-            # may have caused the end of the connection. One such login for each server that is killed.
+            # With user-hash, a login that a server had received when it was killed is not retried on another server, because
+            # the login may have caused the failure. That is one login per killed server.
             tries = 3 if balance == "user-hash" else 1
 
             def log_in_repeatedly(user):
                 while not stop.is_set():
                     try:
-                        # A session ends with its server, and so without LOGOUT; a login must not fail.
+                        # A session may end with its server, so there is no LOGOUT; only a login must not fail.
                         self.log_in(proxy, user, tries).close()
                         logins[0] += 1
-                    except Exception as error:  # whatever it is, a user has seen it
+                    except Exception as error:  # any error is visible to a user
                         failed.append(f"{balance} {user}: {error!r}")
 
             threads = [threading.Thread(target=log_in_repeatedly, args=(user,)) for user in list(USERS)[:3]]
             for thread in threads:
                 thread.start()
             try:
-                # One after the other dies and comes back, and for a while there is but one.
+                # Kill two servers one after the other, so that only one is left, and start them again.
                 for server in self.servers[:2]:
                     server.kill()
-                    wait_for("the checks", lambda server=server: self.is_up(proxy, server) == 0)
+                    wait_for("the health checks", lambda server=server: self.is_up(proxy, server) == 0)
                 before = logins[0]
                 wait_for("logins at the last server", lambda: logins[0] > before + 10)
                 for server in self.servers[:2]:
                     server.start()
-                    wait_for("the checks", lambda server=server: self.is_up(proxy, server) == 1)
+                    wait_for("the health checks", lambda server=server: self.is_up(proxy, server) == 1)
                 before = logins[0]
-                wait_for("logins at all", lambda: logins[0] > before + 10)
+                wait_for("logins after the restarts", lambda: logins[0] > before + 10)
             finally:
                 stop.set()
                 for thread in threads:
@@ -108,20 +108,20 @@ class ThreeServers(unittest.TestCase):
     def test_hung_server_loses_its_users_until_it_answers_again(self):
         proxy = self.proxy()
         before = self.sessions_per_server(proxy)
-        self.assertTrue(all(before), f"all have users: {before}")
+        self.assertTrue(all(before), f"every server has users: {before}")
         os.killpg(self.servers[0].process.child.pid, signal.SIGSTOP)
         try:
-            wait_for("the checks", lambda: self.is_up(proxy, self.servers[0]) == 0)
+            wait_for("the health checks", lambda: self.is_up(proxy, self.servers[0]) == 0)
             during = self.sessions_per_server(proxy)
-            self.assertEqual(during[0], 0, "nobody is sent there")
-            self.assertTrue(during[1] >= before[1] and during[2] >= before[2], "and nobody else moves")
+            self.assertEqual(during[0], 0, "no user is routed to the stopped server")
+            self.assertTrue(during[1] >= before[1] and during[2] >= before[2], "no other user moves")
         finally:
             os.killpg(self.servers[0].process.child.pid, signal.SIGCONT)
-        wait_for("the checks", lambda: self.is_up(proxy, self.servers[0]) == 1)
-        self.assertEqual(self.sessions_per_server(proxy), before, "all are at home again")
+        wait_for("the health checks", lambda: self.is_up(proxy, self.servers[0]) == 1)
+        self.assertEqual(self.sessions_per_server(proxy), before, "all users are on their own servers again")
 
     def sessions_per_server(self, proxy):
-        """How many users each server has when all are logged in; all log out again."""
+        """The number of sessions per server when all users are logged in; logs them out again."""
         clients = [self.log_in(proxy, user) for user in USERS]
         sessions = self.sessions(proxy)
         self.assertEqual(sum(sessions), len(USERS))
@@ -146,20 +146,20 @@ class ThreeServers(unittest.TestCase):
                 self.assertTrue(client.command("b", "NOOP")[-1].startswith(b"b OK"), password[:20])
             return answer
 
-        # Longer than Dovecot's lines: it hangs up without an answer.
+        # Longer than the line limit of Dovecot, which closes the connection without an answer.
         self.assertTrue(attempt_login("x" * 9000).startswith(b"a NO "))
         self.assertEqual(self.sessions(proxy), [3 if at == index else 0 for at in range(3)])
         elsewhere = [server for at, server in enumerate(self.servers) if at != index]
         self.assertEqual([server.log().count(user) for server in elsewhere], before[:index] + before[index + 1:],
-                         "it was tried at no other server")
-        # The user's server gets no new logins: the wrong password is refused by another one.
+                         "the login was tried on no other server")
+        # The server of the user is drained, so that another server refuses the wrong password.
         name = f"localhost:{self.servers[index].port}"
         subprocess.run([VESTIBULE, "drain", name, "--control", self.control], check=True,
                        capture_output=True, timeout=TIMEOUT)
         self.assertTrue(attempt_login("wrong").startswith(b"a NO [AUTHENTICATIONFAILED]"))
-        # The password that made the server reset the connection, and the wrong one.
+        # The password that made the server close the connection, and the wrong one.
         self.assertEqual(proxy.metric("vestibule_logins_total", outcome="refused"), 2)
-        # The right one moves the user.
+        # The right password moves the user.
         moved = self.log_in(proxy, user)
         self.assertEqual([client.line() for client in clients], [b""] * 3)
         self.assertTrue(moved.command("b", "NOOP")[-1].startswith(b"b OK"))

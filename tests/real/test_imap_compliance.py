@@ -1,8 +1,9 @@
-"""An IMAP compliance run: the same commands to the server itself and through the proxy, with the same answers.
+"""IMAP compliance: the same commands get the same responses from a server directly and through the proxy.
 
-The commands walk through the states of RFC 3501 section 3 and its extensions that the server has: mailboxes, appending, fetching
-in every form, flags, searching, sorting, copying, moving, idling, literals of many sizes, pipelining, errors, compression.
-Then two sessions in one mailbox hear of each other. What differs by nature (times, UIDVALIDITY, modification sequences) is masked; everything else must be equal byte for byte.
+The commands cover the states of RFC 3501 section 3 and the extensions of the server: mailboxes, APPEND, all forms of FETCH,
+flags, SEARCH, SORT, COPY, MOVE, IDLE, literals of many sizes, pipelining, errors and compression. Two sessions in one mailbox
+test notifications. Values that differ between runs (times, UIDVALIDITY, modification sequences) are masked; everything else
+must be equal byte for byte.
 """
 
 import re
@@ -46,7 +47,7 @@ COMMANDS = [
 ]
 
 
-def masked(line):
+def mask(line):
     line = re.sub(rb"UIDVALIDITY \d+", b"UIDVALIDITY n", line)
     line = re.sub(rb"APPENDUID \d+", b"APPENDUID n", line)
     line = re.sub(rb"COPYUID \d+", b"COPYUID n", line)
@@ -58,12 +59,12 @@ def masked(line):
 
 
 def read_answer(client, tag, *ends):
-    """Lines and literals up to the tagged one, or one that begins with `ends`."""
+    """Reads lines and literals up to the tagged line, or to a line that begins with one of `ends`."""
     lines = []
     while True:
         line = client.line()
         assert line, f"closed after {lines[-3:]}"
-        lines.append(masked(line))
+        lines.append(mask(line))
         literal = re.search(rb"\{(\d+)\}$", line)
         if literal:
             size = int(literal[1])
@@ -76,7 +77,7 @@ def read_answer(client, tag, *ends):
 
 
 def exchange(client, tag, command, literal_plus):
-    """Sends a command and reads its answer; literals wait for the server where it does not take them at once."""
+    """Sends a command and reads its response; a literal waits for the server unless LITERAL+ is available."""
     pieces = re.split(rb"(?<=\+\})\r\n", command)
     lines = []
     if not literal_plus:
@@ -93,14 +94,14 @@ def exchange(client, tag, command, literal_plus):
 
 
 def transcript(client, literal_plus):
-    """Answers to all commands, the special dialogues, and the last words."""
+    """The responses to all commands and special dialogues, and the end of the connection."""
     result = []
     for number, command in enumerate(COMMANDS):
         result.append((command[:60], exchange(client, b"t%d" % number, command, literal_plus)))
     client.send(b"s1 APPEND INBOX {5}\r\n")
-    result.append(("synchronising literal", masked(client.line())))
+    result.append(("synchronising literal", mask(client.line())))
     client.send(b"a: b\n\r\n")
-    result.append(("its answer", read_answer(client, b"s1")))
+    result.append(("response to the literal", read_answer(client, b"s1")))
     client.send(b"i1 IDLE\r\n")
     result.append(("IDLE", client.line()))
     client.send(b"DONE\r\n")
@@ -126,7 +127,7 @@ def transcript(client, literal_plus):
 
 
 def two_sessions(one, two, idle):
-    """What each of two sessions in one mailbox hears of the other's doings: on NOOP, in IDLE, in an expunged message's place."""
+    """The notifications that two sessions of one mailbox get of the changes of each other: after NOOP, in IDLE, after EXPUNGE."""
     result = []
 
     def run(client, tag, command):
@@ -150,13 +151,13 @@ def two_sessions(one, two, idle):
         two.send(b"i IDLE\r\n")
         result.append(("IDLE", read_answer(two, b"i", b"+")))
         run(one, tag, command)
-        heard = [two.line()]
-        while heard[-1] and not re.match(event, heard[-1]):
-            heard.append(two.line())
+        notified = [two.line()]
+        while notified[-1] and not re.match(event, notified[-1]):
+            notified.append(two.line())
         two.send(b"DONE\r\n")
-        result.append((f"heard in IDLE of {command[:20]}", heard + read_answer(two, b"i")))
+        result.append((f"notifications in IDLE of {command[:20]}", notified + read_answer(two, b"i")))
     run(two, b"j", b"FETCH 1:* FLAGS")
-    # Held back until a command that may tell it (RFC 3501 section 7.4.1).
+    # EXPUNGE responses are delayed until a command that allows them (RFC 3501 section 7.4.1).
     run(one, b"k", append(b"INBOX", message("third")))
     run(two, b"l", b"NOOP")
     run(one, b"m", b"STORE 1 +FLAGS.SILENT (\\Deleted)")
@@ -176,8 +177,8 @@ class ImapCompliance(unittest.TestCase):
         self.certificates = Certificates(self.folder)
 
     def sessions(self, make, tls="none", number=1):
-        """Fresh sessions of one user, first to the server itself, then to another fresh server through the proxy: the same
-        commands meet the same mailbox."""
+        """Yields new sessions of one user, first with a new server directly, then with another new server through the proxy,
+        so that both see the same mailbox."""
         for through in (False, True):
             server = make()
             self.addCleanup(server.close)
@@ -210,8 +211,8 @@ admin: {{address: "127.0.0.1:{{admin}}"}}
 
     def assert_same_responses(self, make, tls="none", least_good=50):
         direct, proxied = (transcript(client, client.literal_plus) for (client,) in self.sessions(make, tls))
-        self.assertGreater(len(direct), 100, "commands were compared")
-        # The commands did something: most of them are good, and the server said so.
+        self.assertGreater(len(direct), 100, "number of compared commands")
+        # The commands had an effect: the server has accepted most of them.
         good = sum(1 for _, answer in direct if isinstance(answer, list) and b" OK" in answer[-1])
         self.assertGreaterEqual(good, least_good)
         self.assert_equal_transcripts(direct, proxied)
@@ -238,7 +239,7 @@ admin: {{address: "127.0.0.1:{{admin}}"}}
         self.assert_same_notifications(Cyrus)
 
     def test_courier_notifies_concurrent_sessions_through_the_proxy(self):
-        # In IDLE it looks once a minute only, where no file alteration monitor runs.
+        # Without a file alteration monitor, Courier checks for changes only once a minute in IDLE.
         self.assert_same_notifications(Courier, idle=False)
 
 

@@ -1,6 +1,6 @@
-"""Mail clients that people use, reading and writing through the proxy: curl, mbsync, mutt, openssl s_client.
+"""Mail clients read and write through the proxy: curl, mbsync, mutt, openssl s_client.
 
-imaplib is the client of the other files.
+The other files use imaplib.
 """
 
 import subprocess
@@ -122,7 +122,7 @@ set confirmcreate=no
             self.assert_stored_only_on_own_server(ALICE, subject)
 
     def test_mutt_reads_messages(self):
-        # It wants a terminal, and is told what to type: copy these messages into a file, leave.
+        # mutt needs a terminal; `push` in its configuration types the commands that copy the messages to a file and quit.
         mail = self.folder.path / "mail-for-mutt.eml"
         mail.write_bytes(message("for-mutt", "Read by mutt.\r\n"))
         self.run_program(program("curl"), "-sS", "--cacert", self.certificates.ca, "--user", f"{BOB}:{PASSWORDS[BOB]}", "-T", mail,

@@ -1,4 +1,4 @@
-"""What is shipped to machines: the systemd unit, the Debian package, the Dockerfile."""
+"""Packaging: the systemd unit, the Debian package and the Dockerfile."""
 
 import os
 import re
@@ -19,7 +19,7 @@ class Packaging(unittest.TestCase):
 
     def test_systemd_unit_is_valid_and_hardened(self):
         text = (REPOSITORY / "deploy/vestibule.service").read_text()
-        # The program is not installed here; nor is the documentation.
+        # Neither the program nor the documentation is installed on the test machine.
         text = re.sub(r"^Documentation=.*$", "", text, flags=re.M).replace("/usr/bin/vestibule", str(VESTIBULE))
         unit = self.folder.write("vestibule.service", text)
         done = run(program("systemd-analyze"), "verify", unit)
@@ -30,7 +30,7 @@ class Packaging(unittest.TestCase):
             self.assertIn(setting, (REPOSITORY / "deploy/vestibule.service").read_text())
 
     def test_debian_package_contains_all_files(self):
-        # Debug information takes a minute to pack and is not looked at.
+        # Strip the program first: packing debug information takes a minute.
         stripped = self.folder.path / "vestibule"
         self.assertEqual(run("strip", "-o", stripped, VESTIBULE).returncode, 0)
         done = run(REPOSITORY / "deploy/build-deb", stripped, self.folder.path, 
@@ -55,7 +55,7 @@ class Packaging(unittest.TestCase):
         self.assertGreaterEqual(len(sources), 4)
         for source in sources:
             self.assertTrue((REPOSITORY / source).exists(), source)
-        # What Cargo.toml names must be in the build stage, or cargo refuses to begin.
+        # The build stage must contain the files named in Cargo.toml, or cargo fails.
         for path in re.findall(r'^path = "(.*)"', (REPOSITORY / "Cargo.toml").read_text(), re.M):
             self.assertTrue(any(path.startswith(source) for source in sources), path)
         self.assertRegex(text, r"(?m)^USER \d+:\d+$")
