@@ -1,4 +1,4 @@
-"""What operators look at: the alerts, and the dashboard over a real Prometheus that scrapes the running proxy."""
+"""The alert rules, and the dashboard with a real Prometheus that scrapes the proxy."""
 
 import json
 import re
@@ -13,7 +13,7 @@ from fixtures import TIMEOUT, REPOSITORY, Certificates, Dovecot, Folder, Process
 from imap_client import RawClient, connect, message
 
 DASHBOARDS = REPOSITORY / "dashboards"
-# Grafana fills these in; $__rate_interval is four scrapes.
+# Values of Grafana's variables; $__rate_interval covers at least four scrapes.
 VARIABLES = {"$__rate_interval": "10s", "$datasource": "", "$job": ".*", "$listener": ".*", "$backend": ".*"}
 
 
@@ -28,7 +28,7 @@ def expressions():
             yield panel["title"], target["expr"]
 
 
-def metrics_of_the_source():
+def metrics_in_source():
     source = (REPOSITORY / "src/metrics/families.rs").read_text()
     return set(re.findall(r'"(vestibule_\w+)"', source))
 
@@ -48,14 +48,14 @@ class DashboardFiles(unittest.TestCase):
         cases = (DASHBOARDS / "alerts_test.yaml").read_text()
         self.assertGreater(len(alerts), 10)
         for alert in alerts:
-            self.assertIn(f"alertname: {alert}, exp_alerts: []", cases, "silent once")
-            self.assertIn(f"alertname: {alert}\n        exp_alerts:\n          - ", cases, "fires once")
+            self.assertIn(f"alertname: {alert}, exp_alerts: []", cases, "a case in which it does not fire")
+            self.assertIn(f"alertname: {alert}\n        exp_alerts:\n          - ", cases, "a case in which it fires")
 
     def test_dashboard_and_alerts_use_existing_metrics(self):
-        known = metrics_of_the_source()
+        known = metrics_in_source()
         self.assertGreater(len(known), 20)
         shown = set().union(*(metrics_in(expression) for _, expression in expressions()))
-        self.assertEqual(shown, known, "every metric has a panel, and no panel an unknown metric")
+        self.assertEqual(shown, known, "every metric is on the dashboard, and every metric on the dashboard exists")
         alerts = re.findall(r"(?s)expr: (.*?)\n        (?:for|labels):", (DASHBOARDS / "alerts.yaml").read_text())
         self.assertLessEqual(set().union(*map(metrics_in, alerts)), known)
 
@@ -66,7 +66,7 @@ class DashboardFiles(unittest.TestCase):
 
 
 class Dashboard(unittest.TestCase):
-    """Traffic of every kind, then every panel's query."""
+    """Runs the query of every panel after traffic of every kind."""
 
     def setUp(self):
         self.folder = Folder()
@@ -121,8 +121,8 @@ scrape_configs:
         raw.line()
         raw.command("a", "LOGIN alice@example.org wrong")
         raw.command("b", "LOGIN bob@example.net builder")
-        # Nobody's answer is kept: the name is new each time.
-        raw.command("c", f"LOGIN nobody{time.monotonic_ns()}@nowhere.test x")
+        # A new name each time, so that the cache has no answer for it.
+        raw.command("c", f"LOGIN unknown{time.monotonic_ns()}@nowhere.test x")
         raw.close()
 
     def query(self, expression):
@@ -134,20 +134,20 @@ scrape_configs:
 
     def test_every_panel_query_returns_samples(self):
         checked = 0
-        # Rates need two scrapes that differ: traffic goes on while they are waited for.
+        # Rates need two scrapes that differ, so traffic continues while the test waits.
         for title, expression in expressions():
-            # With its zero for quiet times a query could never be empty, whatever it asked.
+            # Remove the fallback to zero, which would make the result of any query non-empty.
             expression = expression.removesuffix(" or vector(0)")
 
-            def filled():
+            def has_samples():
                 result = self.query(expression)
                 if not result:
                     self.traffic()
                 return result
             try:
-                wait_for("a sample", filled)
+                wait_for("a sample", has_samples)
             except AssertionError:
-                self.fail(f"{title}: nothing comes back from {expression}")
+                self.fail(f"{title}: no result of {expression}")
             checked += 1
         self.assertGreater(checked, 30)
 

@@ -1,4 +1,4 @@
-"""Two Dovecot shards behind the proxy: plain, STARTTLS and TLS."""
+"""Two Dovecot shards behind the proxy, with plaintext, STARTTLS and TLS connections to the servers."""
 
 import base64
 import os
@@ -29,7 +29,7 @@ log: {{format: json}}
 
 
 class DovecotShards(unittest.TestCase):
-    """Starts both shards once; each test starts the proxies it needs."""
+    """Starts both shards once; each test starts its own proxies."""
 
     @classmethod
     def setUpClass(cls):
@@ -67,8 +67,8 @@ class DovecotShards(unittest.TestCase):
                 self.assertEqual(client.append("INBOX", None, None, message(subject))[0], "OK")
                 self.assertIn(subject, subjects(client))
                 client.logout()
-                self.assertTrue(any(subject in text for text in home.messages(user)), "on the user's own shard")
-                self.assertFalse(any(subject in text for text in other.messages(user)), "and on no other")
+                self.assertTrue(any(subject in text for text in home.messages(user)), "on the shard of the user")
+                self.assertFalse(any(subject in text for text in other.messages(user)), "not on the other shard")
         log = proxy.stop()
         self.assertEqual(log.count('"outcome":"accepted"'), 9, log)
         for password in PASSWORDS.values():
@@ -107,8 +107,8 @@ class DovecotShards(unittest.TestCase):
         client = RawClient(proxy.ports["tls"], context(self.certificates.ca))
         client.line()
         self.assertTrue(client.command("a", f"LOGIN {ALICE} wrong")[-1].startswith(b"a NO [AUTHENTICATIONFAILED]"))
-        self.assertTrue(client.command("b", f"LOGIN nobody@nowhere.test x")[-1].startswith(b"b NO [AUTHENTICATIONFAILED]"))
-        # Routed anew: bob's mailbox is on the other shard.
+        self.assertTrue(client.command("b", "LOGIN nobody@nowhere.test x")[-1].startswith(b"b NO [AUTHENTICATIONFAILED]"))
+        # The login is routed again: the mailbox of bob is on the other shard.
         self.assertTrue(client.command("c", f"LOGIN {BOB} builder")[-1].startswith(b"c OK"))
         self.assertTrue(client.command("d", "SELECT INBOX")[-1].startswith(b"d OK"))
         self.assertEqual(proxy.metric("vestibule_logins_total", outcome="refused"), 1)
@@ -120,7 +120,7 @@ class DovecotShards(unittest.TestCase):
         client.send(f"a LOGIN {ALICE} wonderland\r\nb SELECT INBOX\r\nc NOOP\r\nd LOGOUT\r\n".encode())
         tagged = [line[:4] for line in client.until(b"d ") if line[:2] in (b"a ", b"b ", b"c ", b"d ")]
         self.assertEqual(tagged, [b"a OK", b"b OK", b"c OK", b"d OK"])
-        self.assertEqual(client.line(), b"", "the server closed, and so did the proxy")
+        self.assertEqual(client.line(), b"", "the proxy closes the connection after the server")
 
     def test_no_secret_is_logged_at_any_level(self):
         text = TEMPLATE.format(cert=self.certificates.cert, key=self.certificates.key, tls="none", info="id",
@@ -140,13 +140,13 @@ class DovecotShards(unittest.TestCase):
                 client.command("a", command)
                 client.close()
         log = proxy.stop()
-        self.assertIn('"level":"TRACE"', log, "the level is in force")
+        self.assertIn('"level":"TRACE"', log, "the configured level is in use")
         self.assertIn(ALICE, log)
         for secret in ("wonderland", encoded.decode(), str(list(b"wonderland"))[1:-1]):
             self.assertNotIn(secret, log)
 
     def address_in_server_log(self, proxy, server):
-        """Logs in from 127.0.0.2 and says which address the server saw, and under which session id."""
+        """Logs in from 127.0.0.2 and returns the client address and the session id that the server logged."""
         client = RawClient(proxy.ports["tls"], context(self.certificates.ca), source="127.0.0.2")
         client.line()
         client.command("a", 'ID ("name" "test" "x-originating-ip" "192.0.2.66")')
@@ -160,7 +160,7 @@ class DovecotShards(unittest.TestCase):
         proxy = self.proxy(info="id")
         address, session = self.address_in_server_log(proxy, self.a)
         self.assertEqual(address, "127.0.0.2")
-        self.assertIn(f'"session":"{session}"', proxy.stop(), "one word finds the session in both logs")
+        self.assertIn(f'"session":"{session}"', proxy.stop(), "both logs contain the same session id")
 
     def test_proxy_headers_forward_the_client_address(self):
         for info in ("proxy-v1", "proxy-v2"):
@@ -186,12 +186,12 @@ admin: {{address: "127.0.0.1:{{admin}}"}}
         client.line()
         server.kill()
         self.assertTrue(client.command("a", f"LOGIN {ALICE} wonderland")[-1].startswith(b"a NO [UNAVAILABLE]"))
-        wait_for("the checks", lambda: proxy.metric("vestibule_server_up", backend="only") == 0)
+        wait_for("the health checks", lambda: proxy.metric("vestibule_server_up", backend="only") == 0)
         server.start()
-        self.assertTrue(client.command("b", f"LOGIN {ALICE} wonderland")[-1].startswith(b"b OK"), "the same connection")
-        wait_for("the checks", lambda: proxy.metric("vestibule_server_up", backend="only") == 1)
+        self.assertTrue(client.command("b", f"LOGIN {ALICE} wonderland")[-1].startswith(b"b OK"), "on the same connection")
+        wait_for("the health checks", lambda: proxy.metric("vestibule_server_up", backend="only") == 1)
         client.close()
-        # A server that is there but says nothing: stopped, not dead.
+        # A stopped server accepts connections and does not answer.
         os.killpg(server.process.child.pid, signal.SIGSTOP)
         client = RawClient(proxy.ports["plain"])
         client.line()
@@ -222,14 +222,14 @@ admin: {{address: "127.0.0.1:{{admin}}"}}
         relayed = RawClient(proxy.ports["plain"])
         relayed.line()
         relayed.command("a", f"LOGIN {ALICE} wonderland")
-        # Not a reason to end anything.
+        # SIGHUP reloads and ends no connection.
         proxy.process.child.send_signal(signal.SIGHUP)
         wait_for("the reload", lambda: "configuration loaded" in proxy.log())
         self.assertTrue(relayed.command("h", "NOOP")[-1].startswith(b"h OK"))
         proxy.process.child.send_signal(signal.SIGTERM)
         self.assertTrue(waiting.line().startswith(b"* BYE [UNAVAILABLE]"))
         self.assertEqual(waiting.line(), b"")
-        self.assertTrue(relayed.command("b", "NOOP")[-1].startswith(b"b OK"), "within the grace time")
+        self.assertTrue(relayed.command("b", "NOOP")[-1].startswith(b"b OK"), "sessions continue until limits.drain")
         relayed.command("c", "LOGOUT")
         self.assertEqual(proxy.process.child.wait(10), 0)
 

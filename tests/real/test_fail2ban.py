@@ -1,4 +1,4 @@
-"""fail2ban-regex reads what the program really wrote: who is banned, and who is not."""
+"""fail2ban-regex applies the filter to real logs: which addresses it bans, and which it does not."""
 
 import base64
 import json
@@ -11,7 +11,7 @@ from fixtures import TIMEOUT, REPOSITORY, Certificates, Dovecot, Folder, Proxy, 
 from imap_client import RawClient
 
 FILTER = REPOSITORY / "deploy/fail2ban/filter.d/vestibule.conf"
-# Names that would name somebody else, were a filter careless.
+# User names that make a careless filter ban another address.
 HOSTILE = [
     "x client=1.2.3.4",
     "x session=1 client=1.2.3.4 session=",
@@ -37,8 +37,8 @@ class Fail2ban(unittest.TestCase):
         cls.server = Dovecot(Certificates(cls.folder))
         cls.addClassCleanup(cls.server.close)
 
-    def banned(self, log):
-        """Addresses of the lines that match, one for each."""
+    def banned_addresses(self, log):
+        """The address of each matching line."""
         done = subprocess.run([program("fail2ban-regex"), "-o", "ip", str(log), str(FILTER)], capture_output=True, text=True,
                               timeout=TIMEOUT)
         self.assertIn(done.returncode, (0, 1), done.stderr)
@@ -63,7 +63,7 @@ admin: {{address: "127.0.0.1:{{admin}}"}}
         return proxy
 
     def log_in_from_many_addresses(self, form):
-        """Every kind of login from an address of its own."""
+        """Logs in with every outcome, each from a different address; returns the log and its path."""
         proxy = self.proxy(form)
         port = proxy.ports["plain"]
 
@@ -77,12 +77,12 @@ admin: {{address: "127.0.0.1:{{admin}}"}}
         login(RawClient(port, source="127.0.0.2"), "LOGIN alice@example.org wrong", answer=wrong)
         login(RawClient(port, source="127.0.0.3"), "LOGIN nobody@nowhere.test x", answer=wrong)
         login(Ipv6Client(proxy.ports["tls"]), "LOGIN carol@example.org wrong", "LOGIN nobody@nowhere.test x", answer=wrong)
-        # On behalf of another, and with credentials that cannot be right.
+        # On behalf of another user, and with invalid credentials.
         for authcid in ("mallory", "x client=1.2.3.4 session=\""):
             message = base64.b64encode(f"dave@example.org\0{authcid}\0x".encode()).decode()
             login(RawClient(port, source="127.0.0.10"), f"AUTHENTICATE PLAIN {message}", answer=rb"^a NO \[AUTHORIZATIONFAILED\]")
         login(RawClient(port, source="127.0.0.11"), 'LOGIN "" x', answer=wrong)
-        # From here on nobody is to be banned for it.
+        # The following outcomes must not cause a ban, except those of the hostile names.
         login(RawClient(port, source="127.0.0.4"), "LOGIN carol@example.org \"pass word\"", answer=rb"^a OK")
         login(RawClient(port, source="127.0.0.5"), "LOGIN bob@example.net builder", answer=rb"^a NO \[UNAVAILABLE\]")
         login(RawClient(port, source="127.0.0.6"), "LOGIN nobody@nowhere.test x", answer=rb"^a NO \[LIMIT\]")
@@ -91,7 +91,7 @@ admin: {{address: "127.0.0.1:{{admin}}"}}
         denied.close()
         for name in HOSTILE:
             login(RawClient(port, source="127.0.0.8"), f"LOGIN \"{name}\" x", answer=wrong)
-        # A client that is gone before it has logged in leaves a record too.
+        # A client that disconnects before the login is also logged.
         RawClient(port, source="127.0.0.9").close()
         return proxy.stop(), proxy.process.log
 
@@ -99,7 +99,7 @@ admin: {{address: "127.0.0.1:{{admin}}"}}
         text, log = self.log_in_from_many_addresses("text")
         self.assertIn("x client=1.2.3.4", text)
         expected = ["127.0.0.2", "127.0.0.3", "::1", "::1", "127.0.0.10", "127.0.0.10", "127.0.0.11"] + ["127.0.0.8"] * len(HOSTILE)
-        self.assertEqual(self.banned(log), expected, text)
+        self.assertEqual(self.banned_addresses(log), expected, text)
 
     def test_filter_matches_json_logs(self):
         text, log = self.log_in_from_many_addresses("json")
@@ -107,7 +107,7 @@ admin: {{address: "127.0.0.1:{{admin}}"}}
         self.assertTrue(any("1.2.3.4" in str(record.get("user")) for record in records))
         self.assertTrue(any(record.get("user") == "dave@example.org" and record.get("authcid") == "mallory" for record in records))
         expected = ["127.0.0.2", "127.0.0.3", "::1", "::1", "127.0.0.10", "127.0.0.10", "127.0.0.11"] + ["127.0.0.8"] * len(HOSTILE)
-        self.assertEqual(self.banned(log), expected, text)
+        self.assertEqual(self.banned_addresses(log), expected, text)
 
     def test_filter_matches_a_client_that_disconnects_after_a_refused_token(self):
         with socket.create_server(("127.0.0.1", 0)) as server:
@@ -131,14 +131,14 @@ admin: {{address: "127.0.0.1:{{admin}}"}}
                 self.assertEqual(client.line(), b"+ eyJzdGF0dXMiOiI0MDEifQ==")
                 client.close()
                 text = proxy.stop()
-        self.assertEqual(self.banned(proxy.process.log), ["127.0.0.12"], text)
+        self.assertEqual(self.banned_addresses(proxy.process.log), ["127.0.0.12"], text)
         self.assertRegex(text, r"session ended.*127\.0\.0\.12.*carol@example\.org.*outcome.{0,20}refused")
 
     def test_filter_accepts_journal_and_syslog_prefixes(self):
         text, _ = self.log_in_from_many_addresses("text")
         for prefix in ("host vestibule[4711]: ", "vestibule[4711]: ", "vestibule: "):
             log = self.folder.write("prefixed", "".join(prefix + line + "\n" for line in text.splitlines()))
-            self.assertEqual(len(self.banned(log)), 7 + len(HOSTILE), prefix)
+            self.assertEqual(len(self.banned_addresses(log)), 7 + len(HOSTILE), prefix)
 
     def test_example_jail_uses_the_filter(self):
         jail = (REPOSITORY / "deploy/fail2ban/vestibule-jail.conf").read_text()

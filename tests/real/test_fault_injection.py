@@ -1,8 +1,8 @@
-"""Faults beneath a running proxy: servers killed or stopped at each step, resets, peers that vanish from the network, a full disk
-under the log, a clock that jumps, thousands who say nothing.
+"""Faults around a running proxy: servers killed or stopped at each step, resets, peers that vanish from the network, a full
+log disk, an unread log, clock jumps, thousands of silent clients.
 
-Each fault is one user's; a neighbour on another server speaks all the while and must notice nothing, and what the process
-holds afterwards is what it held before.
+Each fault affects one user. A session on another server must continue without errors, and afterwards the process must use as
+many resources as before.
 """
 
 import contextlib
@@ -29,21 +29,21 @@ routes: [{{table: users.txt}}]
 limits: {{{limits}}}
 admin: {{address: "127.0.0.1:{{admin}}"}}
 """
-# Of 10,000 connections at 20 kB each. What stays are tables that were made for the peak, and rounding by the allocator.
+# Allowed growth of memory after 10,000 connections of 20 kB each: tables sized for the peak, and rounding of the allocator.
 MORE_MEMORY = 8 << 20
 SILENT = 10_000
 YEAR = 365.2425 * 86400 // 1
 
 
 def resource_usage(pid):
-    """Descriptors of a process, and bytes of its own."""
+    """The number of descriptors of a process, and its anonymous memory in bytes."""
     with open(f"/proc/{pid}/smaps_rollup") as rollup:
         memory = next(int(line.split()[1]) << 10 for line in rollup if line.startswith("Pss_Anon"))
     return len(os.listdir(f"/proc/{pid}/fd")), memory
 
 
 class ConcurrentSession(threading.Thread):
-    """A session that speaks without a pause and checks what it is told."""
+    """A session that sends NOOPs without a pause and checks the responses."""
 
     def __init__(self, client):
         super().__init__(daemon=True)
@@ -62,7 +62,7 @@ class ConcurrentSession(threading.Thread):
 
 
 class FaultTestCase(unittest.TestCase):
-    """The proxy in front of two Dovecots: alice's, which suffers, and bob's."""
+    """Tests with a proxy and two Dovecots: that of alice has the fault, that of bob does not."""
 
     limits = "server_login: 3s"
 
@@ -86,7 +86,7 @@ class FaultTestCase(unittest.TestCase):
 
     @contextlib.contextmanager
     def assert_no_side_effects(self):
-        """The neighbour speaks, and afterwards nothing is left but the neighbour."""
+        """Runs another session during the fault; afterwards only that session and its resources remain."""
         other_session = ConcurrentSession(session(self.port, BOB))
         pid = self.proxy.process.child.pid
         wait_for("one session", lambda: self.proxy.metric("vestibule_sessions") == 1)
@@ -98,7 +98,7 @@ class FaultTestCase(unittest.TestCase):
         self.assertEqual(self.proxy.metric("vestibule_server_sessions"), 1)
         wait_for(f"{before} descriptors", lambda: resource_usage(pid)[0] <= before)
         count_before = other_session.count
-        wait_for("the neighbour", lambda: other_session.count > count_before or other_session.failure)
+        wait_for("the other session", lambda: other_session.count > count_before or other_session.failure)
         other_session.stop.set()
         other_session.join(TIMEOUT)
         self.assertIsNone(other_session.failure)
@@ -106,32 +106,32 @@ class FaultTestCase(unittest.TestCase):
         other_session.client.close()
 
     def start_login(self):
-        """Alice's login, sent and not waited for."""
+        """Sends a login as alice without reading the response."""
         client = RawClient(self.port)
         client.line()
         client.send(b"a " + LOGIN[ALICE].encode() + b"\r\n")
         return client
 
     def assert_login_answer(self, client, answer):
-        """The tagged answer, and the connection still there."""
+        """Checks the tagged response, and that the connection is still open."""
         self.assertRegex(client.until(b"a ")[-1], answer)
         self.assertRegex(client.command("b", "NOOP")[-1], b"^b OK")
         client.close()
 
 
 class KilledServer(FaultTestCase):
-    """kill -9 of all of a Dovecot, at each step of a session."""
+    """Kills all processes of a Dovecot with SIGKILL at each step of a session."""
 
     def tearDown(self):
         self.a.kill()
         self.a.start()
 
     def wait_until_connected(self, port):
-        """A server has a connection of the proxy's, if only in its kernel."""
-        def is_there():
+        """Waits for a connection of the proxy to a server, even if the server has not accepted it."""
+        def is_established():
             shown = subprocess.run([program("ss"), "-Htn", "dport", "=", f":{port}"], capture_output=True, text=True, check=True)
             return "ESTAB" in shown.stdout
-        wait_for("the proxy at the server", is_there)
+        wait_for("the connection to the server", is_established)
 
     def test_server_killed_before_its_greeting(self):
         self.start()
@@ -143,7 +143,7 @@ class KilledServer(FaultTestCase):
             self.assert_login_answer(client, rb"^a NO \[UNAVAILABLE\]")
 
     def test_server_killed_during_the_login(self):
-        # Its passwords are looked up by a program that takes its time.
+        # The password check runs a program that sleeps.
         folder = Folder()
         self.addCleanup(folder.remove)
         slow = folder.write("slow", "#!/bin/sh\nexec sleep 60\n", 0o755)
@@ -153,7 +153,7 @@ class KilledServer(FaultTestCase):
         self.start(a=server.port, limits="server_login: 20s")
         with self.assert_no_side_effects():
             client = self.start_login()
-            wait_for("the password at the server", lambda: subprocess.run(
+            wait_for("the password check of the server", lambda: subprocess.run(
                 [program("pgrep"), "-g", str(server.process.child.pid), "-x", "sleep"], capture_output=True).returncode == 0)
             server.kill()
             self.assert_login_answer(client, rb"^a NO \[UNAVAILABLE\]")
@@ -175,7 +175,7 @@ class KilledServer(FaultTestCase):
             client.command("b", "SELECT INBOX")
             client.send(b"c IDLE\r\n")
             self.assertTrue(client.line().startswith(b"+"))
-            wait_for("silence", lambda: self.proxy.metric("vestibule_silent_sessions") == 1)
+            wait_for("the session to be parked", lambda: self.proxy.metric("vestibule_silent_sessions") == 1)
             self.a.kill()
             self.assert_closed(client)
 
@@ -186,7 +186,7 @@ class KilledServer(FaultTestCase):
 
 
 class StoppedServer(FaultTestCase):
-    """A server that is there and says nothing."""
+    """A server that accepts connections and does not answer."""
 
     def tearDown(self):
         os.killpg(self.a.process.child.pid, signal.SIGCONT)
@@ -204,9 +204,9 @@ class StoppedServer(FaultTestCase):
         with self.assert_no_side_effects():
             client, other = session(self.port), session(self.port)
             os.killpg(self.a.process.child.pid, signal.SIGSTOP)
-            # One just waits, and is answered when the server goes on.
+            # This session waits, and gets its response when the server continues.
             client.send(b"b NOOP\r\n")
-            # To the other one's bytes there is an end.
+            # This session sends until no buffer accepts more, and is ended after limits.stall.
             other.send(b"b APPEND INBOX {100000000+}\r\n")
             with self.assertRaises(OSError):
                 while True:
@@ -219,7 +219,7 @@ class StoppedServer(FaultTestCase):
 
 
 class ResettingServer:
-    """A server that answers up to a step, and then resets the connection."""
+    """A server that answers up to a given step, and then resets the connection."""
 
     def __init__(self, step):
         self.step = step
@@ -265,13 +265,13 @@ class ConnectionResets(FaultTestCase):
 
 
 class SilentClients(FaultTestCase):
-    """Ten thousand who connect and say nothing."""
+    """Ten thousand clients that connect and send nothing."""
 
-    # Descriptors of one process are limited on many machines: so they come from two.
+    # Two processes open the connections, because many machines limit the descriptors of one.
     PROGRAM = """
 import socket, sys
 sockets = [socket.create_connection(("127.0.0.1", int(sys.argv[1])), 60, source_address=(f"127.0.1.{at % 200 + 1}", 0)) for at in range(int(sys.argv[2]))]
-print("there", flush=True)
+print("ready", flush=True)
 sys.stdin.readline()
 """
 
@@ -284,7 +284,7 @@ sys.stdin.readline()
             self.addCleanup(child.kill)
             children.append(child)
         for child in children:
-            self.assertEqual(child.stdout.readline(), "there\n")
+            self.assertEqual(child.stdout.readline(), "ready\n")
         return children
 
     def disconnect(self, children):
@@ -299,20 +299,20 @@ sys.stdin.readline()
         with self.assert_no_side_effects():
             _, before = resource_usage(pid)
             children = self.connect_silent_clients()
-            wait_for("all", lambda: self.proxy.metric("vestibule_sessions") == SILENT + 1)
+            wait_for("all connections", lambda: self.proxy.metric("vestibule_sessions") == SILENT + 1)
             descriptors, most = resource_usage(pid)
             self.assertGreater(descriptors, SILENT)
             session(self.port).close()
             self.disconnect(children)
-            wait_for("their end", lambda: self.proxy.metric("vestibule_sessions") == 1)
+            wait_for("the connections to end", lambda: self.proxy.metric("vestibule_sessions") == 1)
             wait_for(f"memory back to {before} of {most}", lambda: resource_usage(pid)[1] <= before + MORE_MEMORY)
-            print(f"{SILENT} silent: {before >> 10} kB before, {most >> 10} at the peak, {resource_usage(pid)[1] >> 10} after", flush=True)
+            print(f"{SILENT} silent clients: {before >> 10} kB before, {most >> 10} at the peak, {resource_usage(pid)[1] >> 10} after", flush=True)
 
     def test_oldest_silent_clients_are_shed(self):
         self.start(limits="before_login: 500")
         with self.assert_no_side_effects():
             children = self.connect_silent_clients()
-            wait_for("those who are shed", lambda: self.proxy.metric("vestibule_failures_total", reason="shed") >= SILENT - 500)
+            wait_for("clients to be shed", lambda: self.proxy.metric("vestibule_failures_total", reason="shed") >= SILENT - 500)
             self.assertLessEqual(self.proxy.metric("vestibule_sessions"), 502)
             session(self.port).close()
             self.disconnect(children)
@@ -320,7 +320,7 @@ sys.stdin.readline()
 
 class FullLogDisk(FaultTestCase):
     def test_full_log_disk_affects_no_session(self):
-        # All that is written to it fails with ENOSPC.
+        # Every write to /dev/full fails with ENOSPC.
         self.start()
         self.proxy.process.kill()
         self.proxy.process = Process([VESTIBULE, "run", "--config", self.proxy.file], "/dev/full")
@@ -333,12 +333,12 @@ class FullLogDisk(FaultTestCase):
 
 
 class UnreadLog(FaultTestCase):
-    """Standard error is a pipe whose reader does not read, for example a log collector that hangs."""
+    """Standard error is a pipe that is not read, for example because the log collector hangs."""
 
     limits = "server_login: 3s, failed_login_delay: off, login_rate_per_address: off"
 
     def start_with_pipe(self):
-        """The proxy, and the pipe's reading end, which does not block."""
+        """Starts the proxy with a pipe as its log; returns the non-blocking reading end."""
         self.start()
         self.proxy.process.kill()
         self.proxy.file.write_text(self.proxy.file.read_text() + "log: {level: debug}\n")
@@ -353,21 +353,21 @@ class UnreadLog(FaultTestCase):
     def dropped(self):
         return self.proxy.metric("vestibule_log_lines_dropped_total")
 
-    def fill(self):
-        """Failed logins, each of which logs a line, until lines are dropped: at least 2,000, and all are answered."""
+    def overflow_log(self):
+        """Fails at least 2,000 logins, each of which logs a line, until log lines are dropped; every login is answered."""
         count = 0
         while count < 2000 or not self.dropped():
             for _ in range(100):
                 client = RawClient(self.port)
                 client.line()
-                # A name of 400 bytes fills the pipe sooner.
+                # A long name fills the pipe sooner.
                 client.send(b"a LOGIN " + b"x" * 400 + b"@example.org wrong\r\n")
                 self.assertRegex(client.until(b"a ")[-1], b"^a NO")
                 client.close()
             count += 100
 
     def read_until(self, reader, text):
-        """What is in the pipe, up to `text`."""
+        """Reads the pipe up to `text`."""
         read = bytearray()
 
         def is_complete():
@@ -380,10 +380,10 @@ class UnreadLog(FaultTestCase):
 
     def test_unread_log_drops_and_counts_lines(self):
         reader = self.start_with_pipe()
-        self.fill()
+        self.overflow_log()
         dropped = int(self.dropped())
         session(self.port).close()
-        # What was kept comes whole when it is read again, then the number of lines that are missing, then what follows.
+        # Reading yields the kept lines complete, then the number of dropped lines, then later lines.
         text = self.read_until(reader, b"log lines were dropped")
         reported = int(re.search(r"(\d+) log lines were dropped", text)[1])
         self.assertGreaterEqual(reported, dropped)
@@ -398,13 +398,13 @@ class UnreadLog(FaultTestCase):
 
     def test_process_stops_with_an_unread_log(self):
         self.start_with_pipe()
-        self.fill()
+        self.overflow_log()
         self.proxy.process.child.send_signal(signal.SIGTERM)
         self.assertEqual(self.proxy.process.child.wait(TIMEOUT), 0)
 
 
 class WallClock(FaultTestCase):
-    """The wall clock of the proxy alone is moved, by a library in between; time that only passes is left alone."""
+    """A preloaded library shifts the wall clock of the proxy; the monotonic clock is unchanged."""
 
     def test_wall_clock_jumps_affect_no_session(self):
         folder = Folder()
@@ -425,13 +425,13 @@ class WallClock(FaultTestCase):
                 after = session(self.port)
                 self.assertTrue(after.command("c", "NOOP")[-1].startswith(b"c OK"), jump)
                 after.close()
-                wait_for("the record", lambda: self.proxy.metric("vestibule_backend_sessions") == 2)
+                wait_for("the session to be counted", lambda: self.proxy.metric("vestibule_backend_sessions") == 2)
                 wait_for(f"the log at {jump}", lambda: int(year()) == time.localtime().tm_year + in_year)
             before.close()
 
 
 class VanishedPeers(unittest.TestCase):
-    """Peers that vanish from the network without a word: each in a network namespace whose link is taken down."""
+    """Peers that vanish from the network: each is in a network namespace whose link is taken down."""
 
     def setUp(self):
         self.names = {name: f"vst-{os.getpid()}-{name}" for name in ("proxy", "client", "server")}
@@ -473,10 +473,10 @@ def serve(one):
     one.recv(4096)
     one.sendall(b"L OK [CAPABILITY IMAP4rev1] in\\r\\n")
     while one.recv(4096): one.sendall(b"b OK done\\r\\n")
-print("there", flush=True)
+print("ready", flush=True)
 while True: threading.Thread(target=serve, args=(listener.accept()[0],), daemon=True).start()
 """)
-        self.assertEqual(server.stdout.readline(), "there\n")
+        self.assertEqual(server.stdout.readline(), "ready\n")
         file = folder.write("vestibule.yaml", """
 listeners: [{address: "10.77.1.1:143", tls: none}, {address: "127.0.0.1:143", tls: none}]
 backends: {only: {servers: ["10.77.2.2:143"], check: off, balance: round-robin}}
@@ -505,20 +505,20 @@ one, other = session("10.77.1.1"), socket.create_connection(("10.77.1.1", 143))
 print("in", flush=True); sys.stdin.readline()
 """)
         self.assertEqual(client.stdout.readline(), "in\n")
-        wait_for("silence", lambda: metric("vestibule_silent_sessions") == 1)
-        # The client is gone, and one more who had not logged in. Deadlines and keepalive (10 s, and three probes) find it.
+        wait_for("the session to be parked", lambda: metric("vestibule_silent_sessions") == 1)
+        # A session and a connection before the login lose their client; keepalive (10 s, three probes) and a deadline end them.
         self.ip("-n", self.names["client"], "link", "set", "wire", "down")
-        wait_for("the client's end", lambda: metric("vestibule_sessions") == 0)
-        # Now the server, under a client that is there.
+        wait_for("the connections of the client to end", lambda: metric("vestibule_sessions") == 0)
+        # Now a session loses its server.
         local = self.python("proxy", talk + """
 one = session("127.0.0.1")
 print("in", flush=True)
 print(one.recv(100), flush=True)
 """)
         self.assertEqual(local.stdout.readline(), "in\n")
-        wait_for("silence", lambda: metric("vestibule_silent_sessions") == 1)
+        wait_for("the session to be parked", lambda: metric("vestibule_silent_sessions") == 1)
         self.ip("-n", self.names["server"], "link", "set", "wire", "down")
-        self.assertEqual(local.stdout.readline(), "b''\n", "the client is told")
+        self.assertEqual(local.stdout.readline(), "b''\n", "the proxy closes the client connection")
         local.wait(TIMEOUT)
-        wait_for("its end", lambda: metric("vestibule_sessions") == 0)
+        wait_for("the session to end", lambda: metric("vestibule_sessions") == 0)
         self.assertEqual(metric("vestibule_server_sessions"), 0)

@@ -1,4 +1,4 @@
-"""Routes over HTTP: a JSON service, and one written for nginx's mail module, which nginx itself asks too."""
+"""HTTP routes: a JSON service, and an auth server for nginx's mail module, which nginx also queries for comparison."""
 
 import base64
 import os
@@ -15,7 +15,7 @@ from test_directories import ALICE, BOB, CAROL, ServerDirectoryTests, LoginClien
 
 
 class Nginx(Directory):
-    """nginx with a configuration of the test's own."""
+    """nginx with the given configuration."""
 
     def __init__(self, settings):
         super().__init__()
@@ -31,7 +31,7 @@ BASE = "daemon off; master_process off; pid FOLDER/pid; error_log stderr info; u
 
 
 def assert_slow_request_is_sent_once(test):
-    """A login that the service does not answer in time reaches it once, also over a connection that was used before."""
+    """A lookup that times out is sent to the service once, even on a reused connection."""
     proxy = test.proxy(timeout="2s")
     test.assert_login(proxy)
     before = len(test.directory.requests)
@@ -60,11 +60,11 @@ class JsonService(ServerDirectoryTests, unittest.TestCase):
     def test_uncacheable_request_describes_the_login(self):
         proxy = self.proxy()
         self.assert_login(proxy)
-        question = self.directory.requests[-1][0]
-        self.assertEqual({name: question[name] for name in ("user", "client", "mechanism", "attempt", "tls")},
+        request = self.directory.requests[-1][0]
+        self.assertEqual({name: request[name] for name in ("user", "client", "mechanism", "attempt", "tls")},
                          {"user": ALICE, "client": "127.0.0.1", "mechanism": "login", "attempt": 1, "tls": None})
-        self.assertNotIn("password", question)
-        wait_for("its record", lambda: question["session"] in proxy.log())
+        self.assertNotIn("password", request)
+        wait_for("the log record", lambda: request["session"] in proxy.log())
 
     def test_paused_proxy_fails_no_lookup(self):
         proxy = self.proxy(timeout="3s")
@@ -75,7 +75,7 @@ class JsonService(ServerDirectoryTests, unittest.TestCase):
             wait_for("the request", lambda: len(self.directory.requests) > before)
             os.killpg(proxy.process.child.pid, signal.SIGSTOP)
             try:
-                # Longer than the timeout of the lookup.
+                # Longer than the lookup timeout.
                 time.sleep(4)
             finally:
                 os.killpg(proxy.process.child.pid, signal.SIGCONT)
@@ -103,7 +103,7 @@ class JsonService(ServerDirectoryTests, unittest.TestCase):
         try:
             for client in clients:
                 client.raw.send(f'a LOGIN {ALICE} "{PASSWORDS[ALICE]}"\r\n'.encode())
-            wait_for("all to have missed", lambda: proxy.metric("vestibule_route_cache_total", state="miss") == len(clients))
+            wait_for("all lookups to miss the cache", lambda: proxy.metric("vestibule_route_cache_total", state="miss") == len(clients))
         finally:
             self.directory.resume()
         for client in clients:
@@ -116,11 +116,11 @@ class JsonService(ServerDirectoryTests, unittest.TestCase):
         before = len(self.directory.requests)
         self.directory.pause()
         try:
-            # The question behind the back gets no answer, and the client does not wait for it.
-            def renewing():
+            # The background refresh gets no answer, and the client does not wait for it.
+            def refresh_is_requested():
                 self.assertRegex(LoginClient(proxy).login(ALICE, PASSWORDS[ALICE]), "^a OK")
                 return len(self.directory.requests) > before
-            wait_for("the next question", renewing)
+            wait_for("the background refresh", refresh_is_requested)
             self.assertEqual(proxy.metric("vestibule_route_cache_total", state="stale"), 0)
         finally:
             self.directory.resume()
@@ -131,7 +131,7 @@ class JsonService(ServerDirectoryTests, unittest.TestCase):
         proxy = self.proxy()
         self.assert_login(proxy, CAROL, "shard-b")
         self.assert_refused(proxy, CAROL, "NO [AUTHENTICATIONFAILED]")
-        # One that does not check them may not: or any password would do.
+        # Without `password: true` the service must not replace passwords, or any password would be accepted.
         self.route = lambda: ["http", f"url: http://localhost:{self.directory.port}/"]
         proxy = self.proxy()
         self.assert_refused(proxy, CAROL, "NO [AUTHENTICATIONFAILED]")
@@ -188,7 +188,7 @@ class JsonService(ServerDirectoryTests, unittest.TestCase):
 
 
 class NginxAuthHttp(Directories, unittest.TestCase):
-    """An auth server for nginx's mail module is asked by nginx and by us, and says the same."""
+    """nginx and Vestibule send equal requests to an auth server for nginx's mail module."""
 
     @classmethod
     def make(cls):
@@ -218,7 +218,7 @@ class NginxAuthHttp(Directories, unittest.TestCase):
         return nginx
 
     def start_with_client_certificates(self):
-        """Both with TLS that asks for certificates: the ports of nginx and ours, and a client's certificate."""
+        """Starts nginx and Vestibule with TLS that requests certificates; returns their ports, a client certificate, and the proxy."""
         ca, cert, key = (self.certificates.ca, self.certificates.cert, self.certificates.key)
         nginx = self.nginx(f"""
             listen 127.0.0.1:PORT ssl; protocol imap; imap_auth plain login external;
@@ -248,7 +248,7 @@ admin: {{address: "127.0.0.1:{{admin}}"}}
 
     def test_certificate_login_gets_no_password_from_a_verifying_service(self):
         _, certificate, proxy = self.start_with_client_certificates()
-        # The same listener before a JSON service that hands out a password without having received one.
+        # The same listener with a JSON service that returns a password.
         self.directory.users[CAROL] = {"backend": "shard-a", "password": PASSWORDS[CAROL]}
         self.addCleanup(self.directory.add_user, CAROL, **self.rows()[CAROL])
         style, text = "style: nginx-auth-http, client_certificate: true", proxy.file.read_text()
@@ -268,12 +268,12 @@ admin: {{address: "127.0.0.1:{{admin}}"}}
             self.assertRegex(raw.until(b"a ")[-1], answer, other.log())
 
     def last_request(self, raw=None):
-        """What the last question told, without what is HTTP's own, and without the cipher, which is the client's too."""
-        told = {name: value for name, value in self.directory.requests[-1][0].items()
-                if name not in ("host", "connection", "accept", "user-agent")}
+        """The headers of the last request, except general HTTP headers; checks the cipher against that of the client."""
+        headers = {name: value for name, value in self.directory.requests[-1][0].items()
+                   if name not in ("host", "connection", "accept", "user-agent")}
         if raw:
-            self.assertEqual(told.pop("auth-ssl-cipher"), raw.socket.cipher()[0])
-        return told
+            self.assertEqual(headers.pop("auth-ssl-cipher"), raw.socket.cipher()[0])
+        return headers
 
     def test_tls_headers_equal_those_of_nginx(self):
         ports, certificate, proxy = self.start_with_client_certificates()
@@ -379,7 +379,7 @@ admin: {{address: "127.0.0.1:{{admin}}"}}
             raw.send(user + b" {%d}\r\n" % len(password))
             raw.until(b"+")
             raw.send(password + b"\r\n")
-            # The shard does not know this user, so neither gets in; the question is what matters.
+            # The shard does not know this user, so the login fails; only the request is compared.
             raw.line()
             requests.append(self.directory.requests[-1][0])
         theirs, ours = requests
@@ -391,7 +391,7 @@ admin: {{address: "127.0.0.1:{{admin}}"}}
         began = time.monotonic()
         self.assertEqual(client.login(ALICE), "a NO [AUTHENTICATIONFAILED] Invalid login or password")
         self.assertGreater(time.monotonic() - began, 0.9)
-        self.assertEqual(client.login(ALICE, PASSWORDS[ALICE])[:4], "a OK", "the connection lives on")
+        self.assertEqual(client.login(ALICE, PASSWORDS[ALICE])[:4], "a OK", "the connection stays open")
         self.assertEqual(self.directory.requests[-1][0]["auth-login-attempt"], "2")
         self.assertEqual(proxy.metric("vestibule_route_failing"), 0)
 
@@ -402,7 +402,7 @@ admin: {{address: "127.0.0.1:{{admin}}"}}
         proxy = self.proxy()
         self.assertRegex(LoginClient(proxy).login("stray", "x"), r"NO \[UNAVAILABLE\]")
         self.assertIn(f"127.0.0.1:{port}, which is no declared server", proxy.log())
-        # Dovecot listens on 127.0.0.1 alone: that somebody tried is what shows the difference.
+        # Dovecot listens only on 127.0.0.1, so the failed connection shows that the address was used.
         route = self.route() + ["backend: shard-b", "networks: [127.0.0.2/32]"]
         self.route = lambda: route
         proxy = self.proxy()

@@ -1,7 +1,7 @@
-"""A test suite for IMAP servers, written by others: IMAPClient's livetest, against each server itself and through the proxy.
+"""IMAPClient's test suite for servers (livetest), run with each server directly and through the proxy.
 
-What fails directly may fail through the proxy; whatever passes directly must pass through it. Courier is not here: it does
-not let a session make a mailbox again that it has deleted, which is how every test of the suite begins.
+Every test that passes directly must pass through the proxy. Courier is left out, because it does not let a session create a
+mailbox again after deleting it, as every test of the suite does.
 """
 
 import os
@@ -16,12 +16,12 @@ from fixtures import CACHE, PASSWORDS, TIMEOUT, Certificates, Cyrus, Dovecot, Fo
 
 USER = "alice@example.org"
 LIBRARY = CACHE / "python"
-# Not TestSocketTimeout: that is about the client's own time limits, and the outcome hangs on who is faster.
+# TestSocketTimeout is left out: it tests timeouts of the client, and its outcome depends on timing.
 CLASSES = ["TestGeneral", "TestWithUIDs", "TestWithoutUIDs"]
 
 
 def run_suite(folder, name, port, ca=None):
-    """Runs the suite against a port of localhost, over TLS where `ca` is given; the result of every test by its name."""
+    """Runs the suite with a port of localhost, over TLS if `ca` is given; returns the result of every test by name, and the log."""
     assert (LIBRARY / "imapclient/livetest.py").exists(), "IMAPClient is not unpacked: run tests/run"
     options = f"ssl = true\nssl_ca_file = {ca}" if ca else "ssl = false"
     configuration = folder.write(f"{name}.ini", f"""[DEFAULT]
@@ -36,9 +36,9 @@ password = {PASSWORDS[USER]}
     results, test, seen = {}, None, Counter()
     for line in done.stderr.split("\n=====")[0].splitlines():
         begun = re.match(r"(test_\w+) \(", line)
-        # A test that fails and then cannot clean up is told twice, one line after the other.
+        # A test that fails and then fails to clean up has two consecutive lines.
         if begun and test != f"{begun[1]} {seen[begun[1]]}":
-            # With and without UIDs the suite gives its tests the same names, in the same order.
+            # The classes with and without UIDs have tests of the same names, in the same order.
             seen[begun[1]] += 1
             test = f"{begun[1]} {seen[begun[1]]}"
         if ended := re.search(r"(?:^|\.\.\. )(ok$|FAIL$|ERROR$|skipped )", line):
@@ -49,7 +49,7 @@ password = {PASSWORDS[USER]}
 
 
 class ImapClientSuite(unittest.TestCase):
-    """Each server twice, fresh each time: two sessions of the suite must not meet in one mailbox."""
+    """Starts two new servers per test, because two runs of the suite must not share a mailbox."""
 
     def setUp(self):
         self.folder = Folder()
@@ -72,8 +72,8 @@ admin: {{address: "127.0.0.1:{{admin}}"}}
         return proxy
 
     def assert_passes_through_the_proxy(self, make, least_passed, tls="none"):
-        direct, behind = self.start(make()), self.start(make())
-        proxy = self.proxy(behind, tls)
+        direct, proxied = self.start(make()), self.start(make())
+        proxy = self.proxy(proxied, tls)
         with ThreadPoolExecutor() as pool:
             running = [pool.submit(run_suite, self.folder, "direct", direct.port),
                        pool.submit(run_suite, self.folder, "proxied", proxy.ports["tls"], self.certificates.ca)]
@@ -81,7 +81,7 @@ admin: {{address: "127.0.0.1:{{admin}}"}}
         passed = {name for name, result in expected.items() if result == "ok"}
         self.assertGreaterEqual(len(passed), least_passed, expected)
         self.assertEqual(got, {**got, **{name: "ok" for name in passed}}, output)
-        self.assertGreater(proxy.metric("vestibule_logins_total", outcome="accepted"), 3, "the suite went through the proxy")
+        self.assertGreater(proxy.metric("vestibule_logins_total", outcome="accepted"), 3, "number of logins through the proxy")
 
     def test_suite_passes_with_dovecot(self):
         self.assert_passes_through_the_proxy(lambda: Dovecot(self.certificates), 45,

@@ -1,4 +1,4 @@
-"""ImapFlow, a client library of Node.js: passwords and tokens, STARTTLS, reading, writing and waiting through the proxy."""
+"""ImapFlow, a Node.js client library: passwords, tokens, STARTTLS, reading, writing and IDLE through the proxy."""
 
 import imaplib
 import json
@@ -16,7 +16,7 @@ CLIENT = Path(__file__).with_name("imapflow") / "client.mjs"
 
 class ImapFlow(DovecotWithAllMechanisms, unittest.TestCase):
     def run_client(self, proxy, auth, subject, port="tls", mail_for=None):
-        """What it says at its end. `mail_for` is who gets mail while it waits."""
+        """Runs the client and returns its result. The user `mail_for` gets a message while the client is in IDLE."""
         assert LIBRARY.is_dir(), "imapflow is not unpacked: run tests/run"
         task = {"port": proxy.ports[port], "secure": port == "tls", "ca": str(self.certificates.ca), "auth": auth,
                 "subject": subject, "message": message(subject, "x" * 100_000 + "\r\n").decode()}
@@ -42,7 +42,7 @@ class ImapFlow(DovecotWithAllMechanisms, unittest.TestCase):
         self.assertEqual(result.get("subject"), subject, f"{result}\n{proxy.log()}")
         self.assertGreater(result["size"], 100_000)
         self.assertGreaterEqual(result["count"], 2)
-        # What it was told with the login is the server's.
+        # The capabilities in the login response are those of the server.
         self.assertIn("IDLE", result["capabilities"])
 
     def test_imapflow_logs_in_with_passwords(self):
@@ -64,7 +64,7 @@ class ImapFlow(DovecotWithAllMechanisms, unittest.TestCase):
             proxy = self.proxy(listener=f"mechanisms: [{mechanism}]")
             self.assert_reads_and_writes(proxy, {"user": BOB, "accessToken": token(BOB)}, f"flow-{mechanism}")
             result = self.run_client(proxy, {"user": BOB, "accessToken": "nonsense"}, "never")
-            # The server's own words about the token came through.
+            # The client has received the error of the server about the token.
             self.assertTrue(result["refused"] and "status" in result["oauth"], f"{result}\n{proxy.log()}")
             self.assertEqual(proxy.metric("vestibule_logins_total", mechanism=mechanism, outcome="accepted"), 1)
             self.assertEqual(proxy.metric("vestibule_logins_total", mechanism=mechanism, outcome="refused"), 1)

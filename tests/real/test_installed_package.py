@@ -1,4 +1,4 @@
-"""The Debian package, installed on a machine of its own: the service really runs in the confinement of its unit."""
+"""The Debian package, installed in a container with systemd: the service runs with the sandboxing of its unit."""
 
 import json
 import os
@@ -27,7 +27,7 @@ CREDENTIALS = "/run/credentials/vestibule.service"
 def build_package(folder):
     stripped = folder.path / "vestibule"
     subprocess.run([program("strip"), "-o", stripped, VESTIBULE], check=True, timeout=TIMEOUT)
-    # Fast instead of small.
+    # No compression, to build faster.
     environment = {**os.environ, "DEB_BUILD_OPTIONS": "noautodbgsym", "DPKG_DEB_COMPRESSOR_TYPE": "none"}
     done = subprocess.run([REPOSITORY / "deploy/build-deb", stripped, folder.path], capture_output=True, text=True,
                           env=environment, timeout=4 * TIMEOUT)
@@ -37,7 +37,7 @@ def build_package(folder):
 
 class Unit(unittest.TestCase):
     def test_stop_timeout_is_longer_than_the_drain(self):
-        """With the delay that is recommended behind a balancer."""
+        """TimeoutStopSec is longer than the default drain and the ready_delay recommended behind a load balancer."""
         unit = (REPOSITORY / "deploy/vestibule.service").read_text()
         drain = re.search(r"drain: (\d+)s ", (REPOSITORY / "config/reference.yaml").read_text())
         delay = re.search(r"(\d+) s behind a balancer", unit)
@@ -46,7 +46,7 @@ class Unit(unittest.TestCase):
 
 
 class Session:
-    """Alice's session by openssl, which stays."""
+    """An open session of alice with openssl s_client."""
 
     def __init__(self, test):
         self.test = test
@@ -99,7 +99,7 @@ class InstalledPackage(unittest.TestCase):
         self.machine.run("chgrp", group, f"{folder}/privkey.pem")
 
     def mailbox_server(self):
-        """The demo's server that has alice's mail, on this machine's loopback."""
+        """Starts the demo in the container; returns the address of its server with the mailbox of alice."""
         output = self.machine.folder.path / "demo"
         ports = [word for name in ("tls", "starttls", "admin") for word in (f"--{name}-port", "0")]
         demo = Process(self.machine.inside("/usr/bin/vestibule", "demo", "--folder", "/root/demo", *ports), output)
@@ -114,7 +114,7 @@ class InstalledPackage(unittest.TestCase):
                                 "--user", "alice@example.org:wonderland", *options, f"{url}/INBOX;UID=1")
 
     def health(self):
-        """What the container image's health check says of this service."""
+        """The exit code of the health check of the container image."""
         text = (REPOSITORY / "deploy/Dockerfile").read_text()
         command = json.loads(re.search(r"(?s)HEALTHCHECK.*?CMD (\[.*?\])\n", text)[1])
         return subprocess.run(self.machine.inside(*command), stdin=subprocess.DEVNULL, capture_output=True, timeout=TIMEOUT).returncode
@@ -122,7 +122,7 @@ class InstalledPackage(unittest.TestCase):
     def test_package_installs_serves_upgrades_and_purges(self):
         machine = self.machine
         self.assertEqual(machine.run("systemctl", "is-enabled", "vestibule", check=False).strip(), "disabled")
-        self.assertEqual(self.property("ActiveState"), "inactive", "there is nothing to serve yet")
+        self.assertEqual(self.property("ActiveState"), "inactive", "the service is not started without a configuration")
         self.assertEqual(machine.run("stat", "-c", "%A %U %G", "/etc/vestibule/tls").strip(), "drwxr-x--- root vestibule")
 
         self.install_certificate("/etc/vestibule/tls", "640", "vestibule")
@@ -137,7 +137,7 @@ class InstalledPackage(unittest.TestCase):
         metrics = machine.run("curl", "--silent", "http://127.0.0.1:9143/metrics")
         self.assertRegex(metrics, r'vestibule_logins_total\{backend="mail",mechanism="[\w-]+",outcome="accepted"\} 2\n')
         for name in ("process_start_time_seconds", "process_open_fds", "process_resident_memory_bytes"):
-            self.assertRegex(metrics, rf"(?m)^{name} [1-9]", "the confinement leaves it readable")
+            self.assertRegex(metrics, rf"(?m)^{name} [1-9]", "readable despite the sandboxing")
         self.assert_confined()
         self.assertEqual(self.health(), 0)
         self.assertNotRegex(machine.journal(), "WARN|ERROR")
@@ -148,7 +148,7 @@ class InstalledPackage(unittest.TestCase):
         self.assertEqual((self.property("Result"), self.property("ExecMainStatus")), ("success", "0"), machine.journal())
         self.assertNotEqual(self.health(), 0)
         machine.run("dpkg", "--purge", "vestibule")
-        self.assertEqual(machine.run("ls", "/etc/vestibule").split(), ["tls"], "the key is not the package's to remove")
+        self.assertEqual(machine.run("ls", "/etc/vestibule").split(), ["tls"], "purging the package keeps the key")
 
     def reload_reports_its_outcome(self, configuration):
         machine = self.machine
@@ -163,17 +163,17 @@ class InstalledPackage(unittest.TestCase):
     def upgrades_end_no_session(self, configuration):
         machine = self.machine
         session = Session(self)
-        before, started = self.property("MainPID"), self.property("ExecMainStartTimestamp")
+        before = self.property("MainPID")
         output = machine.run("dpkg", "--install", "/root/package.deb")
         self.assertIn(f"serves; pid {before}", output)
         after = self.property("MainPID")
-        self.assertNotEqual(after, before, "systemd watches the new process")
+        self.assertNotEqual(after, before, "systemd monitors the new process")
         self.assertEqual(self.property("ActiveState"), "active")
         self.assertIn("X-Served-By: shard-a", self.read_mail("imaps://localhost"))
         session.check_alive()
         self.assert_confined()
 
-        # A new version that cannot start changes nothing but the program, and says what to do.
+        # A new version that cannot start leaves the old process running, and the output names the reason.
         machine.write(FILE, configuration.replace("default: mail", "default: male"))
         output = machine.run("dpkg", "--install", "/root/package.deb")
         self.assertIn('no backend is declared as "male"', output)
@@ -186,9 +186,9 @@ class InstalledPackage(unittest.TestCase):
         session.check_alive()
         session.command(b"z LOGOUT")
         wait_for("the first process to end", lambda: not machine.run("ls", "-d", f"/proc/{before}", check=False).startswith("/proc"))
-        self.assertEqual(self.property("ActiveState"), "active", "the end of a process that was replaced is not the service's")
+        self.assertEqual(self.property("ActiveState"), "active", "the service stays active when the replaced process ends")
         self.assertEqual(self.property("NRestarts"), "0")
-        self.assertNotIn("not our child", machine.journal(), "systemd would kill it at once to stop it")
+        self.assertNotIn("not our child", machine.journal(), "systemd can wait only for its own children when it stops the service")
 
     def assert_confined(self):
         process = f"/proc/{self.property('MainPID')}"
@@ -200,10 +200,10 @@ class InstalledPackage(unittest.TestCase):
         self.assertEqual((status["NoNewPrivs"], status["Seccomp"]), ("1", "2"))
         limits = self.machine.run("cat", f"{process}/limits")
         self.assertRegex(limits, r"Max core file size +0 +0 ")
-        # Inside a container systemd itself may not be allowed that many: it takes what it can get.
+        # In a container, the limit of systemd itself may be lower; the service then gets that limit.
         wanted = int(self.property("LimitNOFILE"))
         of_systemd = re.search(r"Max open files +\d+ +(\d+)", self.machine.run("cat", "/proc/1/limits"))[1]
-        self.assertGreaterEqual(wanted, 2 * 100_000 + 256, "enough for limits.sessions as it is by default")
+        self.assertGreaterEqual(wanted, 2 * 100_000 + 256, "enough for the default of limits.sessions")
         self.assertRegex(limits, rf"Max open files +({wanted} +{wanted}|{of_systemd} +{of_systemd}) ")
 
     def test_root_only_key_is_passed_as_a_credential(self):
@@ -218,7 +218,7 @@ class InstalledPackage(unittest.TestCase):
         self.machine.run("systemctl", "start", "vestibule", check=False)
         self.assertEqual(self.property("ActiveState"), "active", self.machine.journal())
         self.assertIn("X-Served-By: shard-a", self.read_mail("imaps://localhost"))
-        # Without admin.control a reload is a signal, and a package cannot replace the process: it is left running.
+        # Without admin.control a reload is a signal, and the package cannot replace the process: it keeps running.
         self.machine.run("systemctl", "reload", "vestibule")
         wait_for("the reload", lambda: "configuration loaded" in self.machine.journal())
         pid = self.property("MainPID")

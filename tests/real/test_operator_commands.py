@@ -1,4 +1,4 @@
-"""What an operator does to the running program: reload, kick, drain, move, upgrade; sockets from systemd; root's rights given up."""
+"""Commands of an operator to the running process: reload, kick, drain, move, upgrade; socket activation; dropping root."""
 
 import itertools
 import json
@@ -51,7 +51,7 @@ class OperatorTestCase(unittest.TestCase):
         wait_for("the control socket", (self.folder.path / "control").exists)
 
     def command(self, *words, code=0):
-        """A command to the running process; what it printed."""
+        """Sends a command to the running process; returns its output."""
         done = subprocess.run([VESTIBULE, *map(str, words), "--control", self.folder.path / "control"], capture_output=True, text=True,
                               timeout=TIMEOUT)
         self.assertEqual(done.returncode, code, f"{words}\n{done.stdout}{done.stderr}\n{self.proxy.log()}")
@@ -67,7 +67,7 @@ class OperatorTestCase(unittest.TestCase):
         return json.loads(self.command("status", "--json"))
 
     def upgrade(self):
-        """Replaces the process; the process id of the new one."""
+        """Replaces the process; returns the process id of the new one."""
         before = self.status()["pid"]
         self.command("upgrade")
         now = self.status()["pid"]
@@ -86,7 +86,7 @@ class Commands(OperatorTestCase):
         output = self.command("reload", code=78)
         self.assertIn("users.txt:2: no backend is declared as \"shard-b\"; declared: shard-a, shard-c", output)
         self.assertEqual(self.proxy.metric("vestibule_reload_failed"), 1)
-        self.assertTrue(responds(session(self.port, BOB)), "the old configuration is in use")
+        self.assertTrue(responds(session(self.port, BOB)), "the old configuration stays in use")
         other = free_port()
         address = f'{{address: "127.0.0.1:{self.port}", tls: none}}'
         self.proxy.file.write_text(text.replace(address, f'{address}, {{address: "127.0.0.1:{other}", tls: none}}'))
@@ -100,7 +100,7 @@ class Commands(OperatorTestCase):
             wait_for("the new level", lambda: "DEBUG" in self.proxy.log())
         self.assertEqual(self.proxy.metric("vestibule_reload_failed"), 0)
         self.assertEqual(self.proxy.metric("vestibule_reloads_total", outcome="loaded"), 2)
-        self.assertTrue(responds(client), "through all of it")
+        self.assertTrue(responds(client), "the session survives all reloads")
 
     def test_sessions_are_listed_and_kicked(self):
         alice, again, bob = session(self.port), session(self.port), session(self.port, BOB)
@@ -110,7 +110,7 @@ class Commands(OperatorTestCase):
         self.assertIn("2 sessions ended", self.command("kick", "Alice@example.org"))
         self.assertEqual((alice.line(), again.line()), (b"", b""))
         self.assertTrue(responds(bob))
-        self.assertTrue(responds(session(self.port)), "who was sent out may come back")
+        self.assertTrue(responds(session(self.port)), "a kicked user may log in again")
         self.assertIn('reason="kicked"', self.proxy.log().replace("reason=kicked", 'reason="kicked"'))
         self.assertIn("0 sessions ended", self.command("kick", "nobody@example.org"))
 
@@ -119,14 +119,14 @@ class Commands(OperatorTestCase):
         sessions = [session(self.port) for _ in range(5)]
         bob = session(self.port, BOB)
         self.assertIn("5 sessions there", self.command("drain", name))
-        self.assertTrue(all(map(responds, sessions)), "without --over nobody is sent away")
+        self.assertTrue(all(map(responds, sessions)), "without --over no session ends")
         newcomer = RawClient(self.port)
         newcomer.line()
         self.assertTrue(newcomer.command("a", LOGIN[ALICE])[-1].startswith(b"a NO [UNAVAILABLE]"), "no new logins")
         began = time.monotonic()
         self.assertIn("no session is left", self.command("drain", name, "--over", "2s"))
         took = time.monotonic() - began
-        self.assertGreater(took, 1.2, "evenly")
+        self.assertGreater(took, 1.2, "sessions end evenly over the given time")
         self.assertEqual([client.line() for client in sessions], [b""] * 5)
         self.assertTrue(responds(bob))
         self.assertEqual(self.servers()[name]["mode"], "drain")
@@ -144,13 +144,13 @@ class Commands(OperatorTestCase):
 
     def test_move_holds_logins_while_its_command_runs(self):
         before, bob = session(self.port), session(self.port, BOB)
-        # The default timeout is for people who change the routes at the same time.
+        # The default timeout is longer, for routes that are changed by hand.
         output = self.command("move", ALICE, "shard-b", "--timeout", "1s", code=1)
         self.assertIn("the routes say shard-a, not shard-b", output)
         self.assertIn('route "table" answers', output)
         self.assertEqual(before.line(), b"")
         before = session(self.port)
-        # While the command runs, a login waits; then it goes to the new place.
+        # A login waits while the command runs, and is then routed to the new backend.
         waiting, answer = RawClient(self.port), []
         waiting.line()
         thread = threading.Thread(target=lambda: answer.append(waiting.command("a", LOGIN[ALICE])[-1]))
@@ -166,21 +166,21 @@ class Commands(OperatorTestCase):
                         self.folder.path / "mover")
         self.addCleanup(mover.kill)
         wait_for("the command", lambda: (self.folder.path / "begun").exists())
-        self.assertEqual(before.line(), b"", "no session is open while the mailbox is moved")
+        self.assertEqual(before.line(), b"", "sessions end before the mailbox is moved")
         thread.start()
         wait_for("the login to wait", lambda: self.proxy.metric("vestibule_sessions") == 2)
         time.sleep(0.3)
-        self.assertEqual(answer, [], "kept waiting, not turned away")
+        self.assertEqual(answer, [], "the login waits and is not refused")
         (self.folder.path / "go").touch()
         self.assertEqual(mover.child.wait(TIMEOUT), 0, mover.text())
         thread.join(TIMEOUT)
-        # Both servers have alice here, so what counts is where she was sent.
+        # Both servers have a mailbox of alice, so check where the session is.
         self.assertTrue(answer[0].startswith(b"a OK"), answer)
         self.assertEqual([one["backend"] for one in json.loads(self.command("sessions", ALICE, "--json"))], ["shard-b"])
         self.assertTrue(responds(bob))
 
     def test_move_reloads_the_table_at_once(self):
-        """The command's own example: the table is copied over, and nothing else is done."""
+        """The example of the help text: the command only copies the new table."""
         before = session(self.port)
         new = self.folder.write("users.new", f"{ALICE} shard-b\n{BOB} shard-b\n")
         output = self.command("move", ALICE, "shard-b", "--while", f"cp {new} {self.folder.path}/users.txt")
@@ -193,7 +193,7 @@ class Commands(OperatorTestCase):
         self.assertTrue(responds(client))
 
     def test_many_users_are_moved_concurrently(self):
-        """Each move keeps a connection open while its command runs, and needs another one to end."""
+        """Each move keeps a control connection open while its command runs, and needs another one at the end."""
         go = self.folder.path / "go"
         users = [f"user{number}@example.org" for number in range(24)]
         self.folder.write("users.txt", "".join(f"{user} shard-b\n" for user in users))
@@ -202,7 +202,7 @@ class Commands(OperatorTestCase):
         for mover in movers:
             self.addCleanup(mover.kill)
         for mover in movers:
-            wait_for("a hold", lambda: "new logins wait" in mover.text())
+            wait_for("the login hold", lambda: "new logins wait" in mover.text())
         self.command("status")
         go.touch()
         for mover in movers:
@@ -212,7 +212,7 @@ class Commands(OperatorTestCase):
         mover = Process([VESTIBULE, "move", ALICE, "shard-a", "--while", f"while [ ! -e {self.folder.path}/go ]; do sleep 0.05; done",
                          "--control", self.folder.path / "control"], self.folder.path / "mover")
         self.addCleanup(mover.kill)
-        wait_for("the hold", lambda: "new logins wait" in mover.text())
+        wait_for("the login hold", lambda: "new logins wait" in mover.text())
         self.proxy.process.kill()
         again = Process([VESTIBULE, "run", "--config", self.proxy.file], self.folder.path / "again")
         self.addCleanup(again.kill)
@@ -226,12 +226,12 @@ class Commands(OperatorTestCase):
         self.assertIn("does not answer within 15s", self.command("status", code=70))
 
     def test_login_is_logged_immediately(self):
-        """Who is logged in is in the log though the process never had a chance to write it at the end."""
+        """A login is in the log even if the process is killed before the session ends."""
         alice, bob = session(self.port), session(self.port, BOB)
         ids = {one["user"]: one["session"] for one in self.sessions()}
         bob.command("z", "LOGOUT")
         bob.close()
-        ended = wait_for("bob's end", lambda: [line for line in self.lines("session ended") if BOB in line])
+        ended = wait_for("the end of the session of bob", lambda: [line for line in self.lines("session ended") if BOB in line])
         self.proxy.process.kill()
         lines = {user: [line for line in self.lines("logged in") if f'user="{user}"' in line] for user in (ALICE, BOB)}
         self.assertEqual([len(lines[ALICE]), len(lines[BOB]), len(ended)], [1, 1, 1], self.proxy.log())
@@ -278,7 +278,7 @@ class Commands(OperatorTestCase):
 
 
 class LoginLoop(threading.Thread):
-    """Connects, logs in, speaks, leaves, again and again; counts what went wrong."""
+    """Connects, logs in, sends a command and logs out in a loop; collects errors."""
 
     def __init__(self, port, user):
         super().__init__(daemon=True)
@@ -292,13 +292,13 @@ class LoginLoop(threading.Thread):
                 client.command("z", "LOGOUT")
                 client.close()
                 self.count += 1
-            except Exception as error:  # noqa: BLE001: whatever it is, it is what the test looks for
+            except Exception as error:  # noqa: BLE001: any error fails the test
                 self.errors.append(repr(error))
 
 
 class Upgrades(OperatorTestCase):
     def test_upgrades_refuse_no_connection(self):
-        """Ten upgrades and ten takeovers by hand while clients come and go, and sessions that stay."""
+        """Ten upgrades and ten starts with --replace during continuous logins and open sessions."""
         lasting_sessions = [session(self.port, user) for user in (ALICE, BOB) for _ in range(5)]
         login_loops = [LoginLoop(self.port, user) for user in (ALICE, BOB) for _ in range(2)]
         for login_loop in login_loops:
@@ -319,20 +319,20 @@ class Upgrades(OperatorTestCase):
                 return now if now != pid else None
             pid = wait_for(f"successor {turn}", succeeded)
             count = sum(login_loop.count for login_loop in login_loops)
-            wait_for("visits", lambda: sum(login_loop.count for login_loop in login_loops) >= count + 8 or any(login_loop.errors for login_loop in login_loops))
+            wait_for("more logins", lambda: sum(login_loop.count for login_loop in login_loops) >= count + 8 or any(login_loop.errors for login_loop in login_loops))
         for login_loop in login_loops:
             login_loop.stop.set()
             login_loop.join(TIMEOUT)
         self.assertEqual([login_loop.errors for login_loop in login_loops], [[]] * 4)
-        self.assertTrue(all(map(responds, lasting_sessions)), "sessions of the first process live on")
+        self.assertTrue(all(map(responds, lasting_sessions)), "sessions of the first process continue")
         self.assertIsNone(self.proxy.process.child.poll())
         for client in lasting_sessions:
             client.close()
-        self.assertEqual(self.proxy.process.child.wait(TIMEOUT), 0, "its last session has ended")
-        # The last one still answers for the ports, metrics included.
+        self.assertEqual(self.proxy.process.child.wait(TIMEOUT), 0, "the first process ends with its last session")
+        # The last process serves all ports, including metrics.
         self.assertEqual(self.proxy.metric("vestibule_draining"), 0)
         os.kill(pid, signal.SIGTERM)
-        wait_for("the last one's end", lambda: not answers(self.port))
+        wait_for("the last process to end", lambda: not answers(self.port))
         for process in direct_starts:
             self.assertEqual(process.child.wait(TIMEOUT), 0, process.text())
 
@@ -344,12 +344,12 @@ class Upgrades(OperatorTestCase):
         text = self.proxy.file.read_text()
         self.proxy.file.write_text(text + "log: {level: shout}\n")
         self.assertIn("log.level: expected one of", self.command("upgrade", code=1))
-        wait_for("its end", lambda: "the successor has ended; this process goes on" in self.proxy.log())
+        wait_for("the successor to end", lambda: "the successor has ended; this process goes on" in self.proxy.log())
         self.assertTrue(responds(client) and responds(session(self.port)))
 
 
 class Predecessors(OperatorTestCase):
-    """Processes that have been replaced and still serve sessions: what operators do reaches these too."""
+    """Commands also apply to replaced processes that still serve sessions."""
 
     configuration = CONFIGURATION.replace("drain: 1m", "drain: 1m, server_login: 2s")
 
@@ -372,10 +372,10 @@ class Predecessors(OperatorTestCase):
         self.assertIn("3 sessions ended", self.command("kick", ALICE))
         self.assertEqual([client.line() for client in alice], [b""] * 3)
         self.assertTrue(responds(bob))
-        wait_for("the second process's end", lambda: [one["pid"] for one in self.status()["predecessors"]] == [first])
+        wait_for("the second process to end", lambda: [one["pid"] for one in self.status()["predecessors"]] == [first])
         self.assertIn("no session is left", self.command("drain", name_b, "--over", "1s"))
         self.assertEqual(bob.line(), b"")
-        wait_for("the first process's end", lambda: self.status()["predecessors"] == [])
+        wait_for("the first process to end", lambda: self.status()["predecessors"] == [])
         self.assertEqual(sorted(path.name for path in self.folder.path.glob("control*")), ["control", f"control.{third}"])
 
     def test_move_covers_predecessors(self):
@@ -386,7 +386,7 @@ class Predecessors(OperatorTestCase):
         self.folder.write("users.txt", f"{ALICE} shard-b\n{BOB} shard-b\n")
         self.assertIn("2 sessions ended, now at shard-b", self.command("move", ALICE, "shard-b"))
         self.assertEqual((old.line(), new.line()), (b"", b""))
-        # A client that is still connected to the predecessor is not let in there, whatever the routes were when it was replaced.
+        # The predecessor refuses a login of the moved user, even though its own routes are those from before the move.
         self.assertRegex(waiting.command("a", LOGIN[ALICE])[-1], rb"^a NO \[UNAVAILABLE\]")
         again = session(self.port)
         self.assertEqual([one["backend"] for one in self.sessions(ALICE)], ["shard-b"])
@@ -427,19 +427,19 @@ class Predecessors(OperatorTestCase):
         self.assertIn("no session is left", drain.text())
         for client in sessions:
             client.socket.setblocking(False)
-            # Ended already: nothing is waited for.
+            # The session has ended already: the read does not block.
             self.assertEqual(client.socket.recv(1), b"")
         self.assertEqual(self.servers()[name]["mode"], "drain")
 
     def test_control_socket_of_another_user_is_ignored(self):
-        """It would be told whose sessions end, and could keep every move from being done."""
+        """Its process could read which sessions are kicked, and prevent every move from completing."""
         self.folder.path.chmod(0o777)
         path = self.folder.path / "control.1"
         listen = "$s = IO::Socket::UNIX->new(Local => $ARGV[0], Listen => 5) or die; chmod(0666, $ARGV[0]); sleep"
-        stranger = Process([program("setpriv"), "--reuid", "nobody", "--clear-groups", program("perl"), "-MIO::Socket::UNIX", "-e", listen, path],
-                           self.folder.path / "stranger")
-        self.addCleanup(stranger.kill)
-        wait_for("its socket", path.exists)
+        other_user = Process([program("setpriv"), "--reuid", "nobody", "--clear-groups", program("perl"), "-MIO::Socket::UNIX", "-e", listen, path],
+                           self.folder.path / "other_user")
+        self.addCleanup(other_user.kill)
+        wait_for("the socket of the other user", path.exists)
         self.assertIn("0 sessions ended", self.command("kick", ALICE))
         self.assertIn("now at shard-a", self.command("move", ALICE, "shard-a"))
         self.assertIn("a control socket belongs to another user and is ignored", self.proxy.log())
@@ -449,7 +449,7 @@ class Predecessors(OperatorTestCase):
         mover = Process([VESTIBULE, "move", ALICE, "shard-a", "--while", f"while [ ! -e {go} ]; do sleep 0.05; done",
                          "--control", self.folder.path / "control"], self.folder.path / "mover")
         self.addCleanup(mover.kill)
-        wait_for("the hold", lambda: "new logins wait" in mover.text())
+        wait_for("the login hold", lambda: "new logins wait" in mover.text())
         before = self.status()["pid"]
         successor = Process([VESTIBULE, "run", "--replace", "--config", self.proxy.file], self.folder.path / "successor")
         self.addCleanup(successor.kill)
@@ -477,7 +477,7 @@ class Predecessors(OperatorTestCase):
         self.assertEqual(self.servers()[name_a]["mode"], "up")
 
     def test_server_state_set_during_an_upgrade_is_kept(self):
-        """What a command has confirmed counts, whichever process confirmed it."""
+        """A state that a command has confirmed is kept, even if the confirming process is being replaced."""
         name, done, stop = f"127.0.0.1:{self.a.port}", [0], threading.Event()
 
         def change():
@@ -492,7 +492,7 @@ class Predecessors(OperatorTestCase):
         try:
             for _ in range(6):
                 before = len(done)
-                wait_for("a change", lambda: len(done) > before)
+                wait_for("a state change", lambda: len(done) > before)
                 self.upgrade()
                 confirmed = done[-1]
                 self.assertGreaterEqual(int(self.servers()[name]["set"]["reason"]), confirmed)
@@ -515,7 +515,7 @@ routes: [{{default: a}}]
 {more}""")
 
     def test_systemd_socket_activation(self):
-        """The connection that wakes the program is served by it."""
+        """The connection that triggers the activation is served."""
         port = free_port()
         process = Process([program("systemd-socket-activate"), "-l", f"127.0.0.1:{port}", VESTIBULE, "run", "--config", self.configuration(port)],
                           self.folder.path / "log")
@@ -533,11 +533,11 @@ routes: [{{default: a}}]
             status = dict(line.split(":", 1) for line in (task / "status").read_text().splitlines())
             ids = {name: set(status[name].split()) for name in ("Uid", "Gid")}
             nobody, nogroup = str(__import__("pwd").getpwnam("nobody").pw_uid), str(__import__("grp").getgrnam("nogroup").gr_gid)
-            self.assertEqual(ids, {"Uid": {nobody}, "Gid": {nogroup}}, "every thread, in every sense")
+            self.assertEqual(ids, {"Uid": {nobody}, "Gid": {nogroup}}, "real, effective, saved and file system id of every thread")
             self.assertEqual(int(status["CapEff"], 16), 0)
         limits = Path(f"/proc/{process.child.pid}/limits").read_text()
         self.assertRegex(limits, r"Max core file size +0 +0")
-        # What is not dumpable belongs to root, whoever the process is.
+        # The files in /proc of a process that is not dumpable belong to root.
         self.assertEqual(Path(f"/proc/{process.child.pid}/maps").stat().st_uid, 0)
         done = subprocess.run([VESTIBULE, "run", "--config", self.configuration(free_port(), "run_as: {user: nobody-such}")], capture_output=True,
                               text=True, timeout=TIMEOUT)

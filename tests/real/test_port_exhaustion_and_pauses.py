@@ -1,5 +1,5 @@
-"""This machine's own limits and pauses: local ports that run out, and a process that is not scheduled for a while.
-Neither is a server's fault."""
+"""Faults of the proxy host: exhausted local ports, and a process that is not scheduled for some time. Neither must count
+against a server."""
 
 import os
 import signal
@@ -20,12 +20,12 @@ def serve(one):
     while line := one.recv(4096):
         one.sendall(b"L OK [CAPABILITY IMAP4rev1] in\\r\\n" if line.startswith(b"L ") else b"b OK done\\r\\n")
     one.close()
-print("there", flush=True)
+print("ready", flush=True)
 while True: threading.Thread(target=serve, args=(listener.accept()[0],), daemon=True).start()
 """
 
-# Reads a number of a client, which logs in from an address and a port of its own, outside of the range; or `end N`, which
-# ends that client's session.
+# Each line on standard input is the number of a client, which logs in from its own address and from a port outside of the
+# ephemeral range, or `end N`, which ends the session of client N.
 CLIENTS = """
 import socket, sys
 clients = {}
@@ -51,7 +51,7 @@ admin: {address: "127.0.0.1:9"}
 
 
 class LocalPortExhaustion(unittest.TestCase):
-    """A network namespace with eight local ports."""
+    """Runs in a network namespace with eight ephemeral ports."""
 
     def setUp(self):
         self.name = f"vst-{os.getpid()}-ports"
@@ -91,7 +91,7 @@ class LocalPortExhaustion(unittest.TestCase):
         self.folder.write("vestibule.yaml", text)
 
     def metric(self, name, label=""):
-        # Scraping takes no port of the range.
+        # The scrape uses a port outside of the ephemeral range.
         text = subprocess.run(self.inside("curl", "-s", "--local-port", "50000-60000", "http://127.0.0.1:9/metrics"),
                               capture_output=True, text=True).stdout
         return sum(float(line.rsplit(" ", 1)[1]) for line in text.splitlines()
@@ -103,7 +103,7 @@ class LocalPortExhaustion(unittest.TestCase):
         return self.clients.stdout.readline().strip()
 
     def use_all_ports(self, sessions):
-        """Logs in this number of clients; the next one is refused for a reason of this machine's own."""
+        """Logs in `sessions` clients; the next login fails because no local port is free."""
         for number in range(1, sessions + 1):
             self.assertTrue(self.request(number).startswith("a OK"), f"{number}: {self.proxy.text()}")
         self.assertTrue(self.request(200).startswith("a NO [UNAVAILABLE]"), self.proxy.text())
@@ -122,10 +122,10 @@ class LocalPortExhaustion(unittest.TestCase):
     def test_local_ports_limit_sessions_without_source_addresses(self):
         self.start("[]", "user-hash")
         self.use_all_ports(8)
-        # Checks that cannot be made do not count against the server.
+        # Health checks that fail for lack of a local port do not count against the server.
         self.configure("[]", "check: {interval: 100ms, fall: 1},", "user-hash")
         self.proxy.child.send_signal(signal.SIGHUP)
-        wait_for("a check", lambda: "this machine cannot check the server" in self.proxy.text())
+        wait_for("a health check", lambda: "this machine cannot check the server" in self.proxy.text())
         self.assertEqual(self.metric("vestibule_server_up"), 1)
         self.assertEqual(self.metric("vestibule_server_checks_total", 'outcome="failed"'), 0)
         self.free_one_port()
@@ -141,7 +141,7 @@ class LocalPortExhaustion(unittest.TestCase):
 
 
 class ProcessPauses(unittest.TestCase):
-    """The whole process stops and goes on, as in a virtual machine that is suspended."""
+    """The process is stopped and continued, as in a suspended virtual machine."""
 
     def test_pause_fails_no_login_and_marks_no_server_down(self):
         folder = Folder()
@@ -162,7 +162,7 @@ routes: [{{default: pair}}]
 admin: {{address: "127.0.0.1:{{admin}}"}}
 """)
         self.addCleanup(proxy.close)
-        wait_for("checks", lambda: proxy.metric("vestibule_server_checks_total", outcome="passed") >= 4)
+        wait_for("health checks", lambda: proxy.metric("vestibule_server_checks_total", outcome="passed") >= 4)
         failed, logins, stop = [], [0], threading.Event()
 
         def log_in_repeatedly():
@@ -174,7 +174,7 @@ admin: {{address: "127.0.0.1:{{admin}}"}}
                     if not answer.startswith(b"a OK"):
                         failed.append(answer)
                     logins[0] += 1
-                except Exception as error:  # whatever it is, a user has seen it
+                except Exception as error:  # any error is visible to a user
                     failed.append(error)
                 finally:
                     client.close()
@@ -186,7 +186,7 @@ admin: {{address: "127.0.0.1:{{admin}}"}}
             for _ in range(2):
                 before = logins[0]
                 wait_for("logins", lambda: logins[0] > before + 8)
-                # Longer than limits.connect and the timeout of a check.
+                # Longer than limits.connect and the timeout of a health check.
                 os.killpg(proxy.process.child.pid, signal.SIGSTOP)
                 time.sleep(6.5)
                 os.killpg(proxy.process.child.pid, signal.SIGCONT)
@@ -232,7 +232,7 @@ admin: {{address: "127.0.0.1:{{admin}}"}}
         self.assertTrue(first.command("a", LOGIN[ALICE])[-1].startswith(b"a OK"))
         queued.send(b"a " + LOGIN[ALICE].encode() + b"\r\n")
         wait_for("the queue", lambda: proxy.metric("vestibule_backend_queue_length") == 1)
-        # Longer than limits.login and the queue's timeout.
+        # Longer than limits.login and the timeout of the queue.
         os.killpg(proxy.process.child.pid, signal.SIGSTOP)
         time.sleep(11)
         os.killpg(proxy.process.child.pid, signal.SIGCONT)
@@ -240,6 +240,7 @@ admin: {{address: "127.0.0.1:{{admin}}"}}
         self.assertTrue(queued.until(b"a ")[-1].startswith(b"a OK"))
         queued.close()
         self.assertTrue(silent.command("a", LOGIN[ALICE])[-1].startswith(b"a OK"))
+
 
 if __name__ == "__main__":
     unittest.main()
