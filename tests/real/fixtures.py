@@ -211,8 +211,8 @@ class Dovecot:
         self.port, self.tls_port, self.haproxy_port = free_port(), free_port(), free_port()
         self.mail = self.folder.path / "mail"
         self.mail.mkdir()
-        nobody = pwd.getpwnam("nobody")
-        os.chown(self.mail, nobody.pw_uid, nobody.pw_gid)
+        account = pwd.getpwnam("nobody")
+        os.chown(self.mail, account.pw_uid, account.pw_gid)
         # A password may contain further fields of passwd-file, separated by colons.
         lines = [f"{user}:{{PLAIN}}{password}" for user, password in self.users.items()]
         extra = extra.replace("{path}", str(self.folder.path))
@@ -241,7 +241,7 @@ class Dovecot:
             first_valid_uid = 1
             first_valid_gid = 1
             mail_uid = nobody
-            mail_gid = {nobody.pw_gid}
+            mail_gid = {account.pw_gid}
             namespace inbox {{
               inbox = yes
               separator = /
@@ -253,7 +253,7 @@ class Dovecot:
             }}
             userdb {{
               driver = static
-              args = uid={nobody.pw_uid} gid={nobody.pw_gid} home={path}/mail/%u
+              args = uid={account.pw_uid} gid={account.pw_gid} home={path}/mail/%u
             }}
             service imap-login {{
               chroot =
@@ -358,15 +358,15 @@ class Courier(UnpackedServer):
         super().__init__("courier")
         self.port = free_port()
         path = self.folder.path
-        nobody = pwd.getpwnam("nobody")
+        account = pwd.getpwnam("nobody")
         lines = []
         for user, password in (users or PASSWORDS).items():
             home = path / "mail" / user
             for part in ("cur", "new", "tmp"):
                 (home / "Maildir" / part).mkdir(parents=True)
-            subprocess.run(["chown", "-R", f"{nobody.pw_uid}:{nobody.pw_gid}", home], check=True)
+            subprocess.run(["chown", "-R", f"{account.pw_uid}:{account.pw_gid}", home], check=True)
             hashed = subprocess.run(["openssl", "passwd", "-6", password], check=True, capture_output=True, text=True)
-            lines.append(f"{user}\thome={home}|mail={home}/Maildir|uid={nobody.pw_uid}|gid={nobody.pw_gid}"
+            lines.append(f"{user}\thome={home}|mail={home}/Maildir|uid={account.pw_uid}|gid={account.pw_gid}"
                          f"|imappw={hashed.stdout.strip()}\n")
         courier = self.etc() / "courier"
         courier.mkdir()

@@ -338,7 +338,7 @@ set record=imaps://localhost:{proxy.ports['tls']}/INBOX
         self.assertRegex(exchange_external(proxy, self.certificate(f"email:{ALICE}"), CAROL), rb"^a NO \[AUTHORIZATIONFAILED\]")
         proxy = self.proxy(listener=f"client_certificates: {{ca: {self.certificates.ca}}}", backend=login,
                            files={"master": "master secret\n"})
-        for user in (CAROL, "nobody@example.org"):
+        for user in (CAROL, "unknown@example.org"):
             self.assertRegex(exchange_external(proxy, webmail, user), rb"^a NO \[AUTHORIZATIONFAILED\]")
         self.assertRegex(exchange_external(proxy, webmail, "WebMail@example.org"), b"^a OK", "its own name in different case")
 

@@ -1,4 +1,4 @@
-"""The program as an operator meets it: commands, exit codes, error texts, the shipped configurations, the demo."""
+"""The command line: commands, exit codes, error texts, the shipped configurations, the demo."""
 
 import os
 import re
@@ -32,7 +32,7 @@ class Commands(unittest.TestCase):
             self.assertIn("Example:", done.stdout)
 
     def test_shipped_configurations_are_valid(self):
-        """With the files that each names, made up here at the same relative place."""
+        """The files that each configuration names are replaced by files of the test."""
         certificates = Certificates(self.folder)
         checked = 0
         for path in sorted((REPOSITORY / "config").glob("*.yaml")):
@@ -40,12 +40,12 @@ class Commands(unittest.TestCase):
             for name in set(re.findall(r"/etc/vestibule/[\w./-]+|/etc/ssl/certs/[\w.-]+", text)):
                 base = name.split("/")[-1]
                 if base.endswith(("password", "token")):
-                    stand_in = self.folder.write(base, "secret\n")
+                    replacement = self.folder.write(base, "secret\n")
                 elif base in ("users.txt", "moved-users.txt"):
-                    stand_in = self.folder.write(base, "# none yet\n")
+                    replacement = self.folder.write(base, "# none yet\n")
                 else:
-                    stand_in = {"fullchain.pem": certificates.cert, "privkey.pem": certificates.key}.get(base, certificates.ca)
-                text = text.replace(name, str(stand_in))
+                    replacement = {"fullchain.pem": certificates.cert, "privkey.pem": certificates.key}.get(base, certificates.ca)
+                text = text.replace(name, str(replacement))
             done = run("check", "--config", self.configuration(text))
             self.assertEqual(done.returncode, 0, f"{path}\n{done.stderr}")
             self.assertIn(": ok (", done.stdout)
@@ -56,7 +56,7 @@ class Commands(unittest.TestCase):
         certificates = Certificates(self.folder)
         other = Folder()
         self.addCleanup(other.remove)
-        stranger = Certificates(other)
+        unrelated = Certificates(other)
         self.folder.write("users.txt", "alice shard-a\nbob shard-z\n")
         encrypted = self.folder.path / "encrypted.pem"
         subprocess.run([program("openssl"), "pkcs8", "-topk8", "-in", certificates.key, "-out", encrypted, "-passout", "pass:hunter2"], check=True)
@@ -64,7 +64,7 @@ class Commands(unittest.TestCase):
 listeners: [{{address: "127.0.0.1:0", tls: implicit}}]
 tls:
   certificates:
-    - {{cert: {certificates.cert}, key: {stranger.key}}}
+    - {{cert: {certificates.cert}, key: {unrelated.key}}}
     - {{cert: absent.pem, key: {certificates.key}}}
     - {{cert: {certificates.cert}, key: {encrypted}}}
     - {{cert: {certificates.key}, key: {certificates.key}}}
@@ -137,18 +137,19 @@ admin: {{address: "127.0.0.1:{admin}"}}
         wait_for("the proxy", lambda: answers(port, b"* OK"))
         self.assertIn("descriptors do not suffice for limits.sessions", process.text())
         served = socket.create_connection(("127.0.0.1", port), TIMEOUT)
-        # Before the others come: each worker accepts from a queue of its own, and another's may take all that is left.
+        # Accept this client before the others connect: each worker has its own accept queue, and another worker may use all
+        # remaining descriptors.
         self.assertTrue(served.recv(4096).startswith(b"* OK"))
         clients = [served, *(socket.create_connection(("127.0.0.1", port), TIMEOUT) for _ in range(59))]
-        wait_for("the advice", lambda: "no descriptor left to accept a connection: raise LimitNOFILE" in process.text())
+        wait_for("the logged advice", lambda: "no descriptor left to accept a connection: raise LimitNOFILE" in process.text())
         served.sendall(b"a NOOP\r\n")
-        self.assertEqual(served.recv(4096), b"a OK NOOP completed.\r\n", "who was there stays")
+        self.assertEqual(served.recv(4096), b"a OK NOOP completed.\r\n", "the existing connection stays open")
         for client in clients[:40]:
             client.close()
         for client in clients[40:]:
-            self.assertTrue(client.recv(4096).startswith(b"* OK"), "who waited is served")
+            self.assertTrue(client.recv(4096).startswith(b"* OK"), "a waiting connection is served")
             client.close()
-        wait_for("all to be gone", lambda: f'vestibule_sessions{{listener="127.0.0.1:{port}"}} 0' in
+        wait_for("all connections to end", lambda: f'vestibule_sessions{{listener="127.0.0.1:{port}"}} 0' in
                  urllib.request.urlopen(f"http://127.0.0.1:{admin}/metrics", timeout=TIMEOUT).read().decode())
 
     def test_systemd_is_notified_of_readiness(self):
@@ -176,7 +177,7 @@ class Demo(unittest.TestCase):
         output = folder.path / "output"
         process = Process([VESTIBULE, "demo", "--tls-port", 0, "--starttls-port", 0, "--admin-port", 0, "--folder", folder.path / "demo"], output)
         self.addCleanup(process.kill)
-        wait_for("the demo's introduction", lambda: "Ctrl-C ends it." in process.text())
+        wait_for("the output of the demo", lambda: "Ctrl-C ends it." in process.text())
         lines = [line.strip() for line in process.text().splitlines() if line.startswith("  ")]
         curls = [line for line in lines if line.startswith("curl -s --cacert")]
         self.assertEqual(len(curls), 2)

@@ -1,4 +1,4 @@
-"""Cyrus and Courier as single backends: other greetings, other capabilities, other ways to log in."""
+"""Cyrus and Courier as backends: their greetings, capabilities and login commands differ from those of Dovecot."""
 
 import unittest
 
@@ -25,14 +25,14 @@ admin: {{address: "127.0.0.1:{{admin}}"}}
             client.login(user, password)
             subject = f"for-{user.split('@')[0]}"
             self.assertEqual(client.append("INBOX", None, None, message(subject))[0], "OK", server.log())
-            self.assertEqual(subjects(client), [subject], "one's own mail and nobody else's")
+            self.assertEqual(subjects(client), [subject], "only the mail of this user")
             client.logout()
         client = RawClient(proxy.ports["plain"])
         client.line()
         user, password = next(iter(PASSWORDS.items()))
         self.assertTrue(client.command("a", f"LOGIN {user} wrong")[-1].startswith(b"a NO ["))
         answer = client.command("b", f"LOGIN {user} {password}")
-        # Whatever the server itself says, the client is told the capabilities with or before the OK.
+        # The client gets the capabilities in or before the OK, even if the server does not send them.
         self.assertTrue(any(b"CAPABILITY IMAP4" in line for line in answer), answer)
         self.assertTrue(answer[-1].startswith(b"b OK"), answer)
         client.send(b"c SELECT INBOX\r\nd FETCH 1 FLAGS\r\ne LOGOUT\r\n")

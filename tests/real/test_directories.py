@@ -112,7 +112,7 @@ class DirectoryTests(Directories):
         self.assert_login(proxy, "alias@example.org", "shard-b")
         self.assert_refused(proxy, "closed@example.org", "NO [CONTACTADMIN] The account was closed.")
         self.assert_refused(proxy, "moving@example.org", "NO [UNAVAILABLE] Your mailbox moves.")
-        self.assert_refused(proxy, "nobody@example.org", "NO [AUTHENTICATIONFAILED]")
+        self.assert_refused(proxy, "unknown@example.org", "NO [AUTHENTICATIONFAILED]")
         self.assert_refused(proxy, "lost@example.org", "NO [UNAVAILABLE]")
         self.assertIn("shard-x", proxy.log())
         self.assertNotIn(getattr(self.directory, "PASSWORD", "no password"), proxy.log())
@@ -198,7 +198,7 @@ class DirectoryTests(Directories):
     def test_cached_answers_are_used_while_the_directory_hangs(self):
         proxy = self.proxy("cache: {ttl: 1s, negative: 1s}")
         self.assert_login(proxy)
-        self.assert_refused(proxy, "nobody@example.org", "NO [AUTHENTICATIONFAILED]")
+        self.assert_refused(proxy, "unknown@example.org", "NO [AUTHENTICATIONFAILED]")
         self.directory.pause()
         try:
             # Until the answer expires, it counts as fresh.
@@ -207,7 +207,7 @@ class DirectoryTests(Directories):
             self.assert_refused(proxy, BOB, "NO [UNAVAILABLE]")
             # The answer that a user is unknown is not used after it has expired.
             wait_for("the end of the negative answer",
-                     lambda: LoginClient(proxy).login("nobody@example.org").startswith("a NO [UNAVAILABLE]"))
+                     lambda: LoginClient(proxy).login("unknown@example.org").startswith("a NO [UNAVAILABLE]"))
         finally:
             self.directory.resume()
         wait_for("the directory", lambda: LoginClient(proxy).login(BOB, PASSWORDS[BOB]).startswith("a OK"))
@@ -221,10 +221,10 @@ class ServerDirectoryTests(DirectoryTests):
         self.assert_login(proxy)
         self.directory.kill()
         self.assert_refused(proxy, ALICE, "NO [UNAVAILABLE]")
-        self.assert_refused(proxy, "nobody@example.org", "NO [UNAVAILABLE]")
+        self.assert_refused(proxy, "unknown@example.org", "NO [UNAVAILABLE]")
         self.directory.start()
         wait_for("the directory", lambda: LoginClient(proxy).login(ALICE, PASSWORDS[ALICE]).startswith("a OK"))
-        self.assert_refused(proxy, "nobody@example.org", "NO [AUTHENTICATIONFAILED]")
+        self.assert_refused(proxy, "unknown@example.org", "NO [AUTHENTICATIONFAILED]")
 
     def test_directory_that_stops_during_a_lookup_fails_it(self):
         proxy = self.proxy(timeout="3s")
@@ -360,7 +360,7 @@ class Redis(ServerDirectoryTests, unittest.TestCase):
     def test_flapping_directory_causes_only_temporary_failures(self):
         """During continuous logins, each is answered correctly or with UNAVAILABLE; none is routed to another backend."""
         proxy = self.proxy()
-        stop, answers = threading.Event(), {ALICE: set(), "nobody@example.org": set()}
+        stop, answers = threading.Event(), {ALICE: set(), "unknown@example.org": set()}
 
         def log_in(user):
             while not stop.is_set():
@@ -378,7 +378,7 @@ class Redis(ServerDirectoryTests, unittest.TestCase):
         for thread in threads:
             thread.join(TIMEOUT)
         self.assertEqual(answers[ALICE], {"a OK [CAPABI", "a NO [UNAVAI"})
-        self.assertEqual(answers["nobody@example.org"], {"a NO [AUTHEN", "a NO [UNAVAI"})
+        self.assertEqual(answers["unknown@example.org"], {"a NO [AUTHEN", "a NO [UNAVAI"})
         self.assertEqual(proxy.metric("vestibule_backend_sessions_total", backend="shard-b"), 0)
 
     def test_redis_hashes_over_tls(self):
@@ -387,7 +387,7 @@ class Redis(ServerDirectoryTests, unittest.TestCase):
                               f"ca: {self.certificates.ca}", 'key: "hash:%{user}"', "field: shard"]
         proxy = self.proxy()
         self.assert_login(proxy, CAROL, "shard-b")
-        self.assert_refused(proxy, "nobody@example.org", "NO [AUTHENTICATIONFAILED]")
+        self.assert_refused(proxy, "unknown@example.org", "NO [AUTHENTICATIONFAILED]")
         self.directory.command("SET", "hash:string@example.org", "shard-a")
         self.assert_refused(proxy, "string@example.org", "NO [UNAVAILABLE]")
         folder = Folder()
@@ -433,7 +433,7 @@ class Redis(ServerDirectoryTests, unittest.TestCase):
         self.assert_login(proxy)
         self.assert_login(proxy, BOB, "shard-b")
         self.assert_refused(proxy, "closed@example.org", "NO [CONTACTADMIN]")
-        self.assert_refused(proxy, "nobody@example.org", "NO [AUTHENTICATIONFAILED]")
+        self.assert_refused(proxy, "unknown@example.org", "NO [AUTHENTICATIONFAILED]")
         # While a node without a replica is down, lookups of its users fail.
         number = int(nodes[0].command("CLUSTER", "KEYSLOT", f"mailbox:{ALICE}"))
         owner = next(node for node in nodes if owns(node, number))

@@ -75,8 +75,8 @@ admin: {{address: "127.0.0.1:{{admin}}"}}
 
         wrong = rb"^a NO \[AUTHENTICATIONFAILED\]"
         login(RawClient(port, source="127.0.0.2"), "LOGIN alice@example.org wrong", answer=wrong)
-        login(RawClient(port, source="127.0.0.3"), "LOGIN nobody@nowhere.test x", answer=wrong)
-        login(Ipv6Client(proxy.ports["tls"]), "LOGIN carol@example.org wrong", "LOGIN nobody@nowhere.test x", answer=wrong)
+        login(RawClient(port, source="127.0.0.3"), "LOGIN unknown@nowhere.test x", answer=wrong)
+        login(Ipv6Client(proxy.ports["tls"]), "LOGIN carol@example.org wrong", "LOGIN unknown@nowhere.test x", answer=wrong)
         # On behalf of another user, and with invalid credentials.
         for authcid in ("mallory", "x client=1.2.3.4 session=\""):
             message = base64.b64encode(f"dave@example.org\0{authcid}\0x".encode()).decode()
@@ -85,7 +85,7 @@ admin: {{address: "127.0.0.1:{{admin}}"}}
         # The following outcomes must not cause a ban, except those of the hostile names.
         login(RawClient(port, source="127.0.0.4"), "LOGIN carol@example.org \"pass word\"", answer=rb"^a OK")
         login(RawClient(port, source="127.0.0.5"), "LOGIN bob@example.net builder", answer=rb"^a NO \[UNAVAILABLE\]")
-        login(RawClient(port, source="127.0.0.6"), "LOGIN nobody@nowhere.test x", answer=rb"^a NO \[LIMIT\]")
+        login(RawClient(port, source="127.0.0.6"), "LOGIN unknown@nowhere.test x", answer=rb"^a NO \[LIMIT\]")
         denied = RawClient(port, source="127.0.0.7")
         self.assertRegex(denied.line(), rb"^\* BYE")
         denied.close()

@@ -96,8 +96,8 @@ class ListenerAddresses(HandoverTestCase):
 
     def test_reload_widens_and_narrows_addresses_without_root(self):
         """Not under load: without permission to filter packets, connections that arrive during the change are reset."""
-        nobody = pwd.getpwnam("nobody")
-        os.chown(self.control.parent, nobody.pw_uid, nobody.pw_gid)
+        account = pwd.getpwnam("nobody")
+        os.chown(self.control.parent, account.pw_uid, account.pw_gid)
         run_as = {"more": "run_as: {user: nobody, group: nogroup}"}
         self.write(**run_as)
         self.assert_unaffected(self.reload_through_all_forms(0, **run_as))

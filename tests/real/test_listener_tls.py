@@ -1,5 +1,5 @@
-"""What listeners ask of TLS, as openssl s_client sees it: versions, server names, signatures, OCSP, tickets between machines that
-share keys; and files that are renewed under the running program.
+"""TLS of listeners, tested with openssl s_client: versions, server names, signatures, OCSP, session tickets shared between
+hosts; and renewal of certificates and keys in the running process.
 """
 
 import base64
@@ -29,7 +29,7 @@ class ListenerTlsTestCase(unittest.TestCase):
         cls.addClassCleanup(cls.server.close)
 
     def proxy(self, first="", second="", third="", certificates="", more="", folder=None):
-        """Three listeners at the ports `tls`, `starttls` and `plain`, all of which begin with TLS."""
+        """Three listeners with implicit TLS at the ports `tls`, `starttls` and `plain`."""
         certificates = certificates or f"{{cert: {self.certificates.cert}, key: {self.certificates.key}}}"
         listeners = "".join(f'  - {{address: "127.0.0.1:{{{port}}}", tls: implicit, {policy}}}\n'
                             for port, policy in (("tls", first), ("starttls", second), ("plain", third)))
@@ -45,7 +45,7 @@ admin: {{address: "127.0.0.1:{{admin}}"}}
         return proxy
 
     def s_client(self, proxy, *options, port="tls", name="localhost", commands=b"a LOGOUT\n"):
-        """All it says, of a connection that ends with LOGOUT; the exit code behind."""
+        """Sends `commands` and returns the output of s_client, followed by its exit code."""
         name = ["-servername", name] if name else ["-noservername"]
         command = [program("openssl"), "s_client", "-crlf", "-ign_eof", "-CAfile", self.certificates.ca, *name, *options,
                    "-connect", f"127.0.0.1:{proxy.ports[port]}"]
@@ -60,13 +60,13 @@ admin: {{address: "127.0.0.1:{{admin}}"}}
         return raw
 
     def served_certificate(self, proxy, port="tls"):
-        """The certificate, as OpenSSL's dictionary."""
+        """The certificate that a listener serves, as a dictionary of the ssl module."""
         with socket.create_connection(("127.0.0.1", proxy.ports[port]), timeout=TIMEOUT) as plain:
             with context(self.certificates.ca).wrap_socket(plain, server_hostname="localhost") as tls:
                 return tls.getpeercert()
 
     def issue(self, name, algorithm="ec", days=30, names="DNS:localhost"):
-        """A certificate of the authority's and its key."""
+        """Issues a certificate; returns the paths of the certificate and its key."""
         path = self.folder.path
         cert, key, request = path / f"{name}.pem", path / f"{name}-key.pem", path / f"{name}.csr"
         extensions = self.folder.write(f"{name}.ext", f"subjectAltName={names}\n")
@@ -77,7 +77,7 @@ admin: {{address: "127.0.0.1:{{admin}}"}}
         return cert, key
 
     def write_ocsp_response(self, cert, response):
-        """The authority's OCSP response that the certificate is good, as DER in the file `response`."""
+        """Writes an OCSP response of the authority with status good to the file `response`, as DER."""
         path = self.folder.path
         serial = subprocess.run(["openssl", "x509", "-noout", "-serial", "-in", cert], check=True, capture_output=True,
                                 text=True).stdout.strip().removeprefix("serial=")
@@ -88,7 +88,7 @@ admin: {{address: "127.0.0.1:{{admin}}"}}
                           path / "ca-key.pem", "-reqin", path / "request.der", "-ndays", "7", "-respout", response)
 
     def key_file(self, name, folder=None):
-        """A ticket key, made as the reference says."""
+        """Creates a ticket key as described in the reference configuration."""
         path = (folder or self.folder).path / name
         secret = subprocess.run(["openssl", "rand", "-base64", "48"], check=True, capture_output=True).stdout
         replace(path, secret, 0o600)
@@ -96,7 +96,7 @@ admin: {{address: "127.0.0.1:{{admin}}"}}
 
 
 def replace(path, content, mode=0o644):
-    """A new file in the place of the old one, in one step."""
+    """Replaces a file atomically."""
     beside = path.with_name(path.name + ".new")
     beside.write_bytes(content)
     beside.chmod(mode)
@@ -114,9 +114,9 @@ class Handshakes(ListenerTlsTestCase):
                     if version in taken:
                         self.assertIn("a OK", output)
                     else:
-                        # Who is so old that it names no signatures is refused for that.
+                        # A client too old to send signature algorithms may be refused for that reason.
                         self.assertRegex(output, "alert (protocol version|handshake failure)" if version in OLD else "alert protocol version")
-                        self.assertIn("has read 7 bytes", output, "the alert, and nothing else")
+                        self.assertIn("has read 7 bytes", output, "the server sends only the alert")
 
     def test_unknown_server_names_are_refused_when_strict(self):
         proxy = self.proxy(first="sni: strict", second="sni: any")
@@ -125,7 +125,7 @@ class Handshakes(ListenerTlsTestCase):
                 with self.subTest(version=version, name=name):
                     output = self.s_client(proxy, version, name=name)
                     self.assertEqual("a OK" in output, is_known, output)
-                    # rustls itself has no word for it but access_denied.
+                    # rustls itself would send access_denied.
                     self.assertEqual("unrecognized name" in output, not is_known, output)
                     self.assertIn("a OK", self.s_client(proxy, version, name=name, port="starttls"))
         self.assertEqual(proxy.metric("vestibule_failures_total", reason="handshake"), 4)
@@ -148,7 +148,7 @@ class Handshakes(ListenerTlsTestCase):
                     self.assertIn("a OK", output)
 
     def test_renegotiation_before_login_ends_the_session(self):
-        """After it, see test_tls_interop_clients.py."""
+        """test_tls_interop_clients.py tests renegotiation after the login."""
         proxy = self.proxy()
         client = CommandLineClient([program("openssl"), "s_client", "-brief", "-CAfile", str(self.certificates.ca), "-tls1_2", "-connect",
                        f"127.0.0.1:{proxy.ports['tls']}"])
@@ -161,7 +161,7 @@ class Handshakes(ListenerTlsTestCase):
         self.assertIn("a OK", self.s_client(proxy, "-tls1_2"))
 
     def test_truncated_client_hello_ends_the_connection(self):
-        """After each part of the client's first message: nothing is served, nothing stays, neighbours go on."""
+        """After each prefix of the ClientHello: the connection ends without a response, and other sessions continue."""
         hello, incoming = ssl.MemoryBIO(), ssl.MemoryBIO()
         client = context(self.certificates.ca).wrap_bio(incoming, hello, server_hostname="localhost")
         with self.assertRaises(ssl.SSLWantReadError):
@@ -178,14 +178,14 @@ class Handshakes(ListenerTlsTestCase):
                     answer = b""
                     while got := plain.recv(65536):
                         answer += got
-                # Only a whole message is answered, by the server's own.
+                # Only a complete ClientHello is answered with a handshake record.
                 self.assertEqual(answer[:1], b"\x16" if cut == len(first) else b"", f"{cut}: {answer[:20]}")
         wait_for("the sessions to end", lambda: proxy.metric("vestibule_sessions") == 1)
         self.assertEqual(proxy.metric("vestibule_failures_total", reason="handshake"), 2 * len(cuts))
         self.assertRegex(other_session.command("b", "NOOP")[-1], b"^b OK")
 
     def test_early_data_is_refused(self):
-        """Neither is it offered, nor taken from a client that was told it could send some."""
+        """Early data is not offered, and is rejected from a client whose session file allows it."""
         proxy = self.proxy()
         session, early = self.folder.path / "early.session", self.folder.write("early", "e NOOP\r\n")
         self.assertIn("Max Early Data: 0", self.s_client(proxy, "-tls1_3", "-sess_out", session))
@@ -200,11 +200,11 @@ class Handshakes(ListenerTlsTestCase):
 
 
 def allow_early_data(session):
-    """Puts max_early_data into OpenSSL's session file: the element [15] of its sequence, whose elements are in order."""
+    """Inserts max_early_data into OpenSSL's session file: element [15] of an ordered sequence."""
     der = base64.b64decode("".join(line for line in session.read_text().splitlines() if "-----" not in line))
 
     def content_range(at):
-        """Where the content of the element at `at` begins, and where it ends."""
+        """The start and the end of the content of the element at `at`."""
         size, octets = der[at + 1], 0
         if size & 0x80:
             octets = size & 0x7F
@@ -253,7 +253,7 @@ class Tickets(ListenerTlsTestCase):
         def resumed(proxy, port="tls"):
             output = {version: self.s_client(proxy, option, "-sess_in", sessions[version], port=port) for version, option in VERSIONS.items()}
             for text in output.values():
-                self.assertRegex(text, "(New|Reused), ", "a handshake at least")
+                self.assertRegex(text, "(New|Reused), ", "the handshake succeeds")
             return ["Reused, TLSv" in text for text in output.values()]
 
         for version, option in VERSIONS.items():
@@ -263,7 +263,7 @@ class Tickets(ListenerTlsTestCase):
         self.assertEqual(resumed(two, "starttls"), [False, False])
         self.assertEqual(resumed(unrelated), [False, False])
 
-        # A newer key comes and the oldest goes: what the one between sealed is good still.
+        # A new key is added and the oldest is removed: tickets of the remaining key stay valid.
         next_key = self.key_file("next.key").read_bytes()
         loads = [0, 0]
 
@@ -279,7 +279,7 @@ class Tickets(ListenerTlsTestCase):
         self.assertEqual(resumed(one), [True, True])
         self.assertEqual(resumed(two), [True, True])
 
-        # A file that everybody may read is not taken, and changes nothing.
+        # A key file that other users can read is refused; the old keys stay in use.
         bad = folders[1].path / "newer.key"
         replace(bad, self.key_file("bad.key").read_bytes(), 0o644)
         wait_for("the gauge", lambda: two.metric("vestibule_ticket_keys_load_failed") == 1)
@@ -289,7 +289,7 @@ class Tickets(ListenerTlsTestCase):
         wait_for("the gauge", lambda: two.metric("vestibule_ticket_keys_load_failed") == 0)
         loads[1] += 1
 
-        # The key that sealed them goes.
+        # The key that encrypted the tickets is removed.
         rotate(self.key_file("last.key").read_bytes(), next_key)
         self.assertEqual(resumed(one), [False, False])
         self.assertEqual(resumed(two), [False, False])
@@ -316,7 +316,7 @@ class CertificateRenewal(ListenerTlsTestCase):
         return proxy.metric("vestibule_certificate_expiry_timestamp_seconds")
 
     def volume(self, name, versions):
-        """A folder laid out as Kubernetes does: files lead through a link to a folder of their version."""
+        """A folder with the layout of Kubernetes: files are links through a link to the folder of a version."""
         path = self.folder.path / name
         path.mkdir()
         for version, (cert, key) in versions.items():
@@ -377,7 +377,7 @@ class CertificateRenewal(ListenerTlsTestCase):
                 replace(file, good)
                 wait_for("the gauge", lambda: self.load_failed(proxy) == 0)
         self.assertNotIn(re.sub(r"\s", "", key_bytes.decode())[40:60], proxy.log())
-        # And a good pair, file by file in place, as cp does it.
+        # A valid pair is used after both files are overwritten in place, as cp does.
         cert.write_bytes(other[0].read_bytes())
         key.write_bytes(other[1].read_bytes())
         wait_for("the new certificate", lambda: self.served_certificate(proxy) != before)

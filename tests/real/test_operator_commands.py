@@ -112,7 +112,7 @@ class Commands(OperatorTestCase):
         self.assertTrue(responds(bob))
         self.assertTrue(responds(session(self.port)), "a kicked user may log in again")
         self.assertIn('reason="kicked"', self.proxy.log().replace("reason=kicked", 'reason="kicked"'))
-        self.assertIn("0 sessions ended", self.command("kick", "nobody@example.org"))
+        self.assertIn("0 sessions ended", self.command("kick", "unknown@example.org"))
 
     def test_drain_moves_sessions_off_a_server(self):
         name = f"127.0.0.1:{self.a.port}"
@@ -265,8 +265,8 @@ class Commands(OperatorTestCase):
     def test_control_socket_refuses_other_users(self):
         control = self.folder.path / "control"
         self.assertEqual(control.stat().st_mode & 0o777, 0o600)
-        nobody = [program("setpriv"), "--reuid", "nobody", "--clear-groups", VESTIBULE, "status", "--control", control]
-        done = subprocess.run(nobody, capture_output=True, text=True, timeout=TIMEOUT)
+        command = [program("setpriv"), "--reuid", "nobody", "--clear-groups", VESTIBULE, "status", "--control", control]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT)
         self.assertEqual(done.returncode, 77)
         self.assertIn("may be opened by the user that the process runs as, and by root, only", done.stderr)
         with socket.socket(socket.AF_UNIX) as junk:
@@ -532,17 +532,17 @@ routes: [{{default: a}}]
         for task in Path(f"/proc/{process.child.pid}/task").iterdir():
             status = dict(line.split(":", 1) for line in (task / "status").read_text().splitlines())
             ids = {name: set(status[name].split()) for name in ("Uid", "Gid")}
-            nobody, nogroup = str(__import__("pwd").getpwnam("nobody").pw_uid), str(__import__("grp").getgrnam("nogroup").gr_gid)
-            self.assertEqual(ids, {"Uid": {nobody}, "Gid": {nogroup}}, "real, effective, saved and file system id of every thread")
+            uid, gid = str(__import__("pwd").getpwnam("nobody").pw_uid), str(__import__("grp").getgrnam("nogroup").gr_gid)
+            self.assertEqual(ids, {"Uid": {uid}, "Gid": {gid}}, "real, effective, saved and file system id of every thread")
             self.assertEqual(int(status["CapEff"], 16), 0)
         limits = Path(f"/proc/{process.child.pid}/limits").read_text()
         self.assertRegex(limits, r"Max core file size +0 +0")
         # The files in /proc of a process that is not dumpable belong to root.
         self.assertEqual(Path(f"/proc/{process.child.pid}/maps").stat().st_uid, 0)
-        done = subprocess.run([VESTIBULE, "run", "--config", self.configuration(free_port(), "run_as: {user: nobody-such}")], capture_output=True,
+        done = subprocess.run([VESTIBULE, "run", "--config", self.configuration(free_port(), "run_as: {user: no-such-user}")], capture_output=True,
                               text=True, timeout=TIMEOUT)
         self.assertEqual(done.returncode, 78)
-        self.assertIn("run_as.user: unknown user \"nobody-such\"", done.stderr)
+        self.assertIn("run_as.user: unknown user \"no-such-user\"", done.stderr)
 
 
 def connect(port):

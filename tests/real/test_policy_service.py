@@ -1,4 +1,4 @@
-"""A policy service in weakforced's words, asked before logins and told after them; and the same hash of a password as Dovecot's."""
+"""A policy service with the protocol of weakforced: queries before logins, reports after them, and the password hash of Dovecot."""
 
 import base64
 import time
@@ -49,7 +49,7 @@ admin: {{address: "127.0.0.1:{{admin}}"}}
         return client.command("a", f'LOGIN {user} "{password or PASSWORDS[user]}"')[-1].decode()
 
     def requests(self, command, count=1):
-        matching = lambda: [question for named, question in self.service.policy if named == command]
+        matching = lambda: [body for name, body in self.service.policy if name == command]
         return wait_for(f"{count} × {command}", lambda: matching() if len(matching()) >= count else None)
 
     def test_policy_is_queried_before_and_reported_after_a_login(self):
@@ -75,7 +75,7 @@ admin: {{address: "127.0.0.1:{{admin}}"}}
         self.assertNotEqual(first["pwhash"], third["pwhash"])
 
     def test_password_hash_equals_that_of_dovecot(self):
-        """So that one service can weigh what both tell it."""
+        """Equal hashes let one service combine the reports of both."""
         dovecot = Dovecot(self.certificates, extra=f"""
             auth_policy_server_url = http://127.0.0.1:{self.service.port}/
             auth_policy_hash_nonce = {NONCE}
@@ -124,7 +124,7 @@ admin: {{address: "127.0.0.1:{{admin}}"}}
         self.service.port = direct
         self.assertRegex(self.login(proxy, ALICE), "^a OK")
         for logins in (1, 2):
-            # Once the report is answered, its connection waits for the next request.
+            # After the answer to the report, its connection is reused for the next request.
             answered_reports = lambda: proxy.metric("vestibule_policy_answers_total", command="report", answer="allowed")
             wait_for("the report", lambda: answered_reports() == logins)
             relay.go_silent()
@@ -142,7 +142,7 @@ admin: {{address: "127.0.0.1:{{admin}}"}}
         self.service.holds_reports = True
         self.assertRegex(client.command("a", f'LOGIN {BOB} "{PASSWORDS[BOB]}"')[-1], b"^a OK")
         failed = lambda: proxy.metric("vestibule_policy_answers_total", command="report", answer="failed")
-        wait_for("the end of the report's time", lambda: failed() == 1)
+        wait_for("the report to time out", lambda: failed() == 1)
         self.assertEqual([report["login"] for report in self.requests("report", 2)], [ALICE, BOB])
 
     def test_invalid_answers_count_as_failures(self):

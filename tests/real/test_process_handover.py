@@ -95,8 +95,8 @@ class Upgrade(HandoverTestCase):
         self.folder.write("bad.pem", "-----BEGIN CERTIFICATE-----\nbm8=\n-----END CERTIFICATE-----\n")
         for change, expected in [
             ({"more": "log: {level: shout}"}, "log.level"),
-            ({"more": "run_as: {user: nobody-such}"}, 'run_as.user: unknown user "nobody-such"'),
-            ({"more": "run_as: {user: nobody, group: none-such}"}, 'run_as.group: unknown group "none-such"'),
+            ({"more": "run_as: {user: no-such-user}"}, 'run_as.user: unknown user "no-such-user"'),
+            ({"more": "run_as: {user: nobody, group: no-such-group}"}, 'run_as.group: unknown group "no-such-group"'),
             ({"listeners": f'[{own}, {{address: "127.0.0.1:{port}", tls: none}}]'}, f"127.0.0.1:{port} cannot be bound (listeners[1].address)"),
             ({"admin": port}, f"127.0.0.1:{port} cannot be bound (admin.address)"),
             ({"more": "tls: {certificates: [{cert: bad.pem, key: bad.pem}]}"}, "bad.pem"),
@@ -112,11 +112,11 @@ class Upgrade(HandoverTestCase):
         self.assertEqual(wait_for_exit(first), 0)
 
     def test_check_reports_an_unknown_user(self):
-        self.write(more="run_as: {user: nobody-such}")
+        self.write(more="run_as: {user: no-such-user}")
         for command in ("check", "run"):
             done = subprocess.run([VESTIBULE, command, "--config", self.file], capture_output=True, text=True, timeout=TIMEOUT)
             self.assertEqual(done.returncode, 78)
-            self.assertRegex(done.stderr, r'vestibule.yaml:\d+:\d+: run_as.user: unknown user "nobody-such"')
+            self.assertRegex(done.stderr, r'vestibule.yaml:\d+:\d+: run_as.user: unknown user "no-such-user"')
 
     def test_killed_draining_process_does_not_affect_its_successor(self):
         first = self.start()

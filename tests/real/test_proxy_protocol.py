@@ -1,4 +1,4 @@
-"""PROXY headers: HAProxy, nginx and Vestibule in front of Vestibule, Dovecot behind it."""
+"""PROXY headers: HAProxy, nginx or another Vestibule send them to Vestibule, which sends them to Dovecot."""
 
 import re
 import unittest
@@ -8,8 +8,8 @@ from imap_client import RawClient, context
 
 ALICE = "alice@example.org"
 
-# Behind a balancer on every port. Dovecot is told by version 2.
-INNER = """
+# Every listener expects PROXY headers; Dovecot gets headers of version 2.
+CONFIGURATION = """
 listeners:
   - {{address: "127.0.0.1:{{tls}}", tls: implicit, proxy_protocol: {{from: [127.0.0.1]}}}}
   - {{address: "127.0.0.1:{{starttls}}", tls: starttls, proxy_protocol: {{from: [127.0.0.1]}}}}
@@ -23,7 +23,7 @@ log: {{format: json, level: {level}}}
 
 
 class HAProxy:
-    """Lines of `listen` sections, in TCP mode."""
+    """HAProxy in TCP mode with the given `listen` sections."""
 
     def __init__(self, sections):
         self.folder = Folder()
@@ -49,7 +49,7 @@ class ProxyProtocol(unittest.TestCase):
 
     def start_proxy(self, info="proxy-v2", level="info"):
         port = self.dovecot.haproxy_port if info.startswith("proxy") else self.dovecot.port
-        proxy = Proxy(INNER.format(cert=self.certificates.cert, key=self.certificates.key, server=port, info=info, level=level))
+        proxy = Proxy(CONFIGURATION.format(cert=self.certificates.cert, key=self.certificates.key, server=port, info=info, level=level))
         self.addCleanup(proxy.close)
         return proxy
 
@@ -59,7 +59,7 @@ class ProxyProtocol(unittest.TestCase):
         return haproxy
 
     def login(self, port, tls=True, starttls=False):
-        """Logs in from 127.0.0.2, and gives what Dovecot logged of it."""
+        """Logs in from 127.0.0.2, and returns the log line of Dovecot."""
         before = len(self.dovecot.log())
         client = RawClient(port, context(self.certificates.ca) if tls and not starttls else None, source="127.0.0.2")
         self.addCleanup(client.close)
@@ -74,13 +74,13 @@ class ProxyProtocol(unittest.TestCase):
         return line[0]
 
     def record(self, proxy, number):
-        """The record of the login that was the proxy's `number`th."""
+        """The log record of login number `number` of the proxy."""
         records = lambda: [line for line in proxy.log().splitlines() if '"outcome":"accepted"' in line]
-        return wait_for("the record", lambda: records()[number - 1:])[0]
+        return wait_for("the log record", lambda: records()[number - 1:])[0]
 
     def test_dovecot_accepts_the_tls_fields(self):
-        """The same login in clear and over TLS: of the latter Dovecot logs that it was secured, though the way to it is not."""
-        proxy = Proxy(INNER.format(cert=self.certificates.cert, key=self.certificates.key, server=self.dovecot.haproxy_port,
+        """Dovecot logs a login over TLS as secured, although the connection from the proxy is plaintext."""
+        proxy = Proxy(CONFIGURATION.format(cert=self.certificates.cert, key=self.certificates.key, server=self.dovecot.haproxy_port,
                                    info="proxy-v2", level="info").replace(", proxy_protocol: {from: [127.0.0.1]}", ""))
         self.addCleanup(proxy.close)
         output = self.login(proxy.ports["tls"])
@@ -88,12 +88,12 @@ class ProxyProtocol(unittest.TestCase):
         self.assertRegex(output, "name=<localhost>.*secured")
         output = self.login(proxy.ports["plain"], tls=False)
         self.assertIn("rip=127.0.0.2", output)
-        # Empty elements are left out of the line.
+        # Dovecot omits empty elements.
         self.assertNotRegex(output, "name=|secured")
-        self.assertNotIn("haproxy", self.dovecot.log().lower(), "nothing was wrong with a header")
+        self.assertNotIn("haproxy", self.dovecot.log().lower(), "no error about a header")
 
     def test_haproxy_passes_tcp_through(self):
-        """TCP passed through, with both versions, in front of each kind of listener."""
+        """HAProxy sends headers of both versions to each kind of listener."""
         proxy = self.start_proxy()
         logins = 0
         for version in ("send-proxy", "send-proxy-v2"):
@@ -107,10 +107,10 @@ class ProxyProtocol(unittest.TestCase):
                 haproxy.close()
                 record = self.record(proxy, logins)
                 self.assertIn('"client":"127.0.0.2:', record)
-                self.assertIn(f'"listener":"127.0.0.1:{port}"', record, "the balancer's address is what was connected to")
+                self.assertIn(f'"listener":"127.0.0.1:{port}"', record, "the logged listener is the address of the load balancer")
 
     def test_haproxy_terminates_tls(self):
-        """TLS is the balancer's: the record, and Dovecot, know of it all the same."""
+        """The log record and Dovecot contain the TLS parameters of the load balancer."""
         proxy = self.start_proxy()
         port = free_port()
         self.haproxy(f"""listen one
@@ -126,7 +126,7 @@ class ProxyProtocol(unittest.TestCase):
         self.assertIn('"sni":"localhost"', record)
 
     def test_nginx_passes_tcp_through(self):
-        """Version 1, TLS passed through."""
+        """nginx sends headers of version 1 and passes TLS through."""
         proxy = self.start_proxy()
         port = free_port()
         folder = Folder()
@@ -144,7 +144,7 @@ stream {{ server {{ listen 127.0.0.1:{port}; proxy_pass 127.0.0.1:{proxy.ports['
         self.assertIn('"client":"127.0.0.2:', self.record(proxy, 1))
 
     def test_haproxy_health_checks_cause_no_failures(self):
-        """LOCAL: served, no failure, and no record but for those who look for it. A plain TCP check is no header."""
+        """Checks with a LOCAL header and plain TCP checks are no failures, and are logged only at level debug."""
         for kind, wanted in (("plain", "tcp-check expect string *\\ OK"), ("tls", None)):
             proxy = self.start_proxy(level="debug")
             port = free_port()
@@ -159,7 +159,7 @@ stream {{ server {{ listen 127.0.0.1:{port}; proxy_pass 127.0.0.1:{proxy.ports['
             self.assertNotRegex(proxy.log(), r'"level":"INFO".*"session ended"')
 
     def test_chained_proxies_forward_the_client_address(self):
-        """A chain of two, by both versions; the checks by the first are no failures of the second."""
+        """Two proxies in a chain, with headers of both versions; health checks of the first are no failures of the second."""
         inner = self.start_proxy()
         for number, info in enumerate(("proxy-v1", "proxy-v2"), 1):
             outer = Proxy(f"""
@@ -172,7 +172,7 @@ admin: {{address: "127.0.0.1:{{admin}}"}}
             self.addCleanup(outer.close)
             output = self.login(outer.ports["tls"])
             self.assertIn("rip=127.0.0.2", output, info)
-            # Version 1 has no words for TLS.
+            # Version 1 does not transfer TLS parameters.
             self.assertEqual("secured" in output, info == "proxy-v2", output)
             record = self.record(inner, number)
             self.assertEqual('"sni":"localhost"' in record, info == "proxy-v2", record)
@@ -184,7 +184,7 @@ admin: {{address: "127.0.0.1:{{admin}}"}}
         self.assertEqual(inner.metric("vestibule_failures_total"), 0, inner.log())
 
     def test_connection_without_a_header_is_closed(self):
-        """A client that goes around the balancer, from its network and from another."""
+        """A client that bypasses the load balancer, from an address in its network and from another address."""
         proxy = self.start_proxy()
         for number, source in enumerate(("127.0.0.1", "127.0.0.3"), 1):
             client = RawClient(proxy.ports["plain"], source=source)
@@ -194,7 +194,7 @@ admin: {{address: "127.0.0.1:{{admin}}"}}
                 self.assertEqual(client.line(), b"")
             except ConnectionError:
                 pass
-            wait_for("the count", lambda: proxy.metric("vestibule_failures_total", reason="proxy_header") == number)
+            wait_for("the failure to be counted", lambda: proxy.metric("vestibule_failures_total", reason="proxy_header") == number)
 
 
 if __name__ == "__main__":

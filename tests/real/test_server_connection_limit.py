@@ -1,4 +1,4 @@
-"""What a real Dovecot's refusal means for the user's other sessions."""
+"""A login that Dovecot refuses because of its connection limit does not affect other sessions of the user."""
 
 import unittest
 
@@ -16,7 +16,7 @@ limits: {{failed_logins: 5, drain: 1s}}
 
 
 class ConnectionLimit(unittest.TestCase):
-    """Each of two Dovecots accepts two sessions of a user from an address."""
+    """Each of two Dovecots accepts two sessions per user and address."""
 
     @classmethod
     def setUpClass(cls):
@@ -37,7 +37,7 @@ class ConnectionLimit(unittest.TestCase):
         sessions = [session(port), session(port)]
         third = RawClient(port)
         third.line()
-        # More of them than failed logins are allowed.
+        # More attempts than limits.failed_logins allows.
         for _ in range(7):
             answer = third.command("c", LOGIN[ALICE])[-1]
             self.assertRegex(answer, rb"^c NO \[\w+\] Maximum number of connections from user\+IP exceeded", proxy.log())
@@ -46,8 +46,8 @@ class ConnectionLimit(unittest.TestCase):
             self.assertTrue(client.command("e", "SELECT INBOX")[-1].startswith(b"e OK"), proxy.log())
         self.assertEqual(proxy.metric("vestibule_failures_total", reason="moved"), 0)
         self.assertEqual(proxy.metric("vestibule_server_up"), 2)
-        self.assertEqual(sum("Login: user=" in server.log() for server in self.servers), 1, "one server was asked")
-        # When one of the user's sessions ends, the next login gets in.
+        self.assertEqual(sum("Login: user=" in server.log() for server in self.servers), 1, "only one server received logins")
+        # When a session of the user ends, the next login succeeds.
         sessions.pop().close()
         for _ in range(200):
             if third.command("f", LOGIN[ALICE])[-1].startswith(b"f OK"):

@@ -1,4 +1,4 @@
-"""What a log record says of a handshake that failed, certificates as `openssl` makes them by default, and what `check` finds."""
+"""Diagnostics of TLS: log records of failed handshakes, certificates with openssl's defaults, and warnings of `check`."""
 
 import re
 import shutil
@@ -15,7 +15,7 @@ def openssl(*words):
 
 
 class SelfSigned:
-    """Plain `openssl req -x509`: a certificate with CA:TRUE and without alternative names."""
+    """The result of `openssl req -x509`: a certificate with CA:TRUE and without alternative names."""
 
     def __init__(self, folder, name="own", days=30):
         self.ca = self.cert = folder.path / f"{name}.pem"
@@ -55,7 +55,7 @@ admin: {{address: "127.0.0.1:{{admin}}"}}
         self.wait_for_log('the client offers the application protocols h2, http/1.1 (ALPN) and not imap')
         self.assertIn("`alpn: any` would let it in", self.proxy.log())
         output = self.s_client("-alpn", "h2,http/1.1", port="starttls")
-        self.assertIn("* BYE", output, "alpn: any lets it in")
+        self.assertIn("* BYE", output, "accepted because of alpn: any")
         self.assertIn("No ALPN negotiated", output)
         self.assertIn("ALPN protocol: imap", self.s_client("-alpn", "h2,imap", port="starttls"))
 
@@ -103,7 +103,7 @@ admin: {{address: "127.0.0.1:{{admin}}"}}
         own = SelfSigned(self.folder)
         server = Dovecot(own)
         self.addCleanup(server.close)
-        # Not trusted: check says so, with the pin that would do.
+        # The certificate is not trusted: `check` warns, and prints the pin that would trust it.
         done = self.check(self.configuration("server_name: localhost", server.tls_port).replace("{plain}", "0").replace("{admin}", "0"))
         self.assertEqual(done.returncode, 0, done.stderr)
         self.assertRegex(done.stderr, r"^warning: \S+check.yaml:3:\d+: backends.shard.servers\[0\]: TLS with localhost:\d+ fails")
@@ -111,7 +111,7 @@ admin: {{address: "127.0.0.1:{{admin}}"}}
         pin = re.search(r'pin: "(sha256:[A-Za-z0-9+/=]+)"', done.stderr)[1]
         offline = self.check(self.configuration("server_name: localhost", server.tls_port).replace("{plain}", "0").replace("{admin}", "0"), "--offline")
         self.assertEqual((offline.returncode, offline.stderr), (0, ""))
-        # By itself as `ca`, and by that pin, it is.
+        # The certificate is trusted as its own `ca`, and by the pin.
         for tls in (f"ca: {own.cert}", f"pin: '{pin}'"):
             with self.subTest(tls):
                 proxy = Proxy(self.configuration(tls, server.tls_port))
@@ -120,7 +120,7 @@ admin: {{address: "127.0.0.1:{{admin}}"}}
                 self.addCleanup(client.close)
                 client.line()
                 self.assertRegex(client.command("a", LOGIN[ALICE])[-1], b"^a OK", proxy.log())
-        # Its name is still checked.
+        # The name is still verified.
         proxy = Proxy(self.configuration(f"ca: {own.cert}, server_name: mail.example.org", server.tls_port))
         self.addCleanup(proxy.close)
         client = RawClient(proxy.ports["plain"])
@@ -130,9 +130,9 @@ admin: {{address: "127.0.0.1:{{admin}}"}}
         self.assertIn("and mail.example.org was asked for", proxy.log())
 
     def test_self_signed_client_certificate(self):
-        """Named as its own client_certificates.ca."""
+        """A self-signed client certificate is trusted if it is in client_certificates.ca itself."""
         certificates, own = Certificates(self.folder), SelfSigned(self.folder, "client")
-        stranger = SelfSigned(self.folder, "stranger")
+        untrusted = SelfSigned(self.folder, "untrusted")
         proxy = Proxy(f"""
 listeners:
   - {{address: "127.0.0.1:{{tls}}", tls: implicit, client_certificates: {{ca: {own.cert}, required: true, user: common-name}}}}
@@ -148,16 +148,16 @@ admin: {{address: "127.0.0.1:{{admin}}"}}
         self.addCleanup(client.close)
         self.assertTrue(client.line().startswith(b"* OK"))
         refused = context(certificates.ca)
-        refused.load_cert_chain(stranger.cert, stranger.key)
+        refused.load_cert_chain(untrusted.cert, untrusted.key)
         with self.assertRaises(OSError):
             client = RawClient(proxy.ports["tls"], refused)
             self.addCleanup(client.close)
             assert client.line(), "closed"
-            raise AssertionError("the stranger came in")
+            raise AssertionError("an untrusted certificate was accepted")
         wait_for("the record", lambda: "the certificate is self-signed and not itself in client_certificates.ca" in proxy.log())
 
     def test_x509_version_1_is_reported(self):
-        """As `openssl x509 -req` makes it without extensions."""
+        """`openssl x509 -req` without extensions creates such a certificate."""
         request, key, cert = (self.folder.path / name for name in ("v1.csr", "v1-key.pem", "v1.pem"))
         openssl("req", "-new", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=localhost", "-keyout", key, "-out", request)
         openssl("x509", "-req", "-in", request, "-signkey", key, "-days", "30", "-out", cert)
@@ -197,11 +197,11 @@ listeners: [{address: "127.0.0.1:0", tls: none}]
 backends: {shard: {servers: ["127.0.0.1:1"]}}
 routes: [{redis: {url: "redis://127.0.0.1", key: "u:%{user}", cache: {file: answers.json}}}]
 """
-        self.assertEqual(self.check(text).stderr, "", "root may write there")
+        self.assertEqual(self.check(text).stderr, "", "root can write the file")
         done = self.check(text + "run_as: {user: nobody}\n")
         self.assertRegex(done.stderr, r"^warning: \S+check.yaml:4:\d+: routes\[0\].redis.cache.file: the user of run_as cannot write in /tmp/")
         self.check(text)
-        # The program too is where another user can start it.
+        # Copy the program to where another user can run it.
         copy = self.folder.path / "vestibule"
         shutil.copy(VESTIBULE, copy)
         done = subprocess.run([program("setpriv"), "--reuid", "65534", "--clear-groups", copy, "check", "--config",

@@ -1,7 +1,7 @@
-"""Clients whose TLS is not ours, after the login: OpenSSL, GnuTLS and NSS, on long transfers both ways, with key updates,
-padding, odd record sizes, every way to close, and renegotiation.
+"""TLS interoperability with clients that use OpenSSL, GnuTLS or NSS: long transfers in both directions, key updates, padding,
+small records, connection close, and renegotiation.
 
-What their servers do is in test_tls_interop_servers.py, what no library would send in test_tls_invalid_records.py.
+Servers with these libraries are tested in test_tls_interop_servers.py, invalid records in test_tls_invalid_records.py.
 """
 
 import socket
@@ -25,7 +25,7 @@ class InteroperabilityTestCase(unittest.TestCase):
         return tool
 
     def peer(self, library, version=None, suite=None, port="tls", **options):
-        """A client that has done its handshake, by STARTTLS if `port` says so."""
+        """A client after its TLS handshake; with STARTTLS if `port` is `starttls`."""
         tls = socket.create_connection(("127.0.0.1", self.proxy.ports[port]), timeout=TIMEOUT)
         if port == "starttls":
             before = RawClient.__new__(RawClient)
@@ -43,7 +43,7 @@ class InteroperabilityTestCase(unittest.TestCase):
         return peer
 
     def read_and_write(self, client, slow=False):
-        """A big message each way, unharmed; then LOGOUT. A medium one down if the client is slow."""
+        """Fetches and appends a big message, compares both, and logs out. A slow client fetches a smaller message."""
         client.login()
         client.select("big")
         number, expected = (2, self.scene.medium) if slow else (1, self.scene.down)
@@ -55,7 +55,7 @@ class InteroperabilityTestCase(unittest.TestCase):
 
 
 class CipherSuites(InteroperabilityTestCase):
-    """Each suite of each version through each listener."""
+    """Each cipher suite of each TLS version with each listener."""
 
     def test_openssl_s_client(self):
         for version, suite in each_suite():
@@ -65,13 +65,13 @@ class CipherSuites(InteroperabilityTestCase):
                     client = self.start_tool(program("openssl"), "s_client", "-quiet", "-verify_return_error", "-verify_hostname", "localhost",
                                        "-CAfile", self.scene.certificates.ca, *cipher, *how, "-connect",
                                        f"127.0.0.1:{self.proxy.ports[port]}")
-                    # By STARTTLS it shows nothing of what the server said before.
+                    # With STARTTLS, s_client does not print the greeting.
                     if port == "tls":
                         self.assertIn(b"* OK", client.line(), client.output())
                     self.read_and_write(client)
 
     def test_gnutls_cli_with_each_suite(self):
-        """It writes its output byte by byte: the big download with GnuTLS is in `test_libraries_with_each_suite`."""
+        """gnutls-cli writes its output byte by byte, so `test_libraries_with_each_suite` tests the big download with GnuTLS."""
         for version, suite in each_suite():
             for port, how in (("tls", []), ("starttls", ["--starttls-proto=imap"])):
                 with self.subTest(suite=suite, port=port):
@@ -83,7 +83,7 @@ class CipherSuites(InteroperabilityTestCase):
                     self.read_and_write(client, slow=True)
 
     def test_nss_tstclnt_with_each_suite(self):
-        """It knows no STARTTLS of IMAP; the next test does that with NSS."""
+        """tstclnt does not support STARTTLS of IMAP; the next test uses it with NSS."""
         for version, suite in each_suite():
             with self.subTest(suite=suite):
                 client = self.start_tool(program("tstclnt"), "-h", "localhost", "-p", self.proxy.ports["tls"], "-4", "-d",
@@ -93,7 +93,7 @@ class CipherSuites(InteroperabilityTestCase):
                 self.read_and_write(client)
 
     def test_libraries_with_each_suite(self):
-        """The peers that the other tests steer, NSS through STARTTLS among them."""
+        """The programs in tls_peers with each library, over STARTTLS."""
         for library in PACKAGES:
             for version, suite in each_suite():
                 with self.subTest(library=library, suite=suite):
@@ -101,10 +101,10 @@ class CipherSuites(InteroperabilityTestCase):
 
 
 class KeyUpdates(InteroperabilityTestCase):
-    """Keys that change in the middle of transfers, many times."""
+    """Key updates during transfers, around the login and while idle."""
 
-    # How often, in bytes. rustls, and who does as it does, takes 32 of them with no data between, and a client that downloads
-    # sends none. GnuTLS itself takes no more than eight a second, so it seldom asks for any.
+    # Bytes between two key updates. rustls and similar libraries accept 32 key updates without data in between, and a
+    # downloading client sends no data. GnuTLS accepts only eight per second, so it requests few.
     EVERY = {("openssl", 0): 1_000_000, ("openssl", 1): 1_000_000, ("gnutls", 0): 1_000_000, ("gnutls", 1): 8_000_000,
              ("nss", 0): 1_000_000, ("nss", 1): 1_000_000}
 
@@ -117,7 +117,7 @@ class KeyUpdates(InteroperabilityTestCase):
                     sent, received, _ = peer.counts()
                     self.assertGreaterEqual(sent, 2 * BIG_SIZE // every - 1)
                     if library == "openssl":
-                        # Who is asked twice before it sends anything may answer once.
+                        # Several requests may be answered by one key update.
                         self.assertEqual(received > 0, bool(request), peer.output())
 
     def test_hundreds_of_key_updates_during_an_upload(self):
@@ -140,7 +140,7 @@ class KeyUpdates(InteroperabilityTestCase):
         other_session.noop()
 
     def test_key_updates_around_the_login(self):
-        """Asked ones before, beside and after LOGIN, whose answers rustls still has when the login is accepted."""
+        """Requested key updates before, during and after LOGIN: rustls may still hold answers when the login is accepted."""
         for library in ("openssl", "nss"):
             for every in (40, 60, 100, 200, 400):
                 with self.subTest(library=library, every=every):
@@ -152,7 +152,7 @@ class KeyUpdates(InteroperabilityTestCase):
                     self.assertGreater(peer.counts()[0], 0)
 
     def test_key_updates_while_idle(self):
-        """Nothing is sent for the key update to ride on; asked ones are answered all the same."""
+        """Key updates without data; requested ones are answered."""
         for library in PACKAGES:
             with self.subTest(library=library):
                 peer = self.peer(library, "1.3")
@@ -168,7 +168,7 @@ class KeyUpdates(InteroperabilityTestCase):
                     self.assertEqual(received, 4)
 
     def test_twenty_consecutive_key_updates_are_accepted(self):
-        """As many as a hasty client may send without a byte between; the proxy may refuse absurd numbers, not these."""
+        """The proxy may refuse a flood of key updates, but must accept the number that a client may send without data."""
         for library in ("openssl", "nss"):
             with self.subTest(library=library):
                 peer = self.peer(library, "1.3")
@@ -197,7 +197,7 @@ class KeyUpdates(InteroperabilityTestCase):
 
 
 class RecordShapes(InteroperabilityTestCase):
-    """Records of all shapes."""
+    """Padded, small and empty records, and record size limits."""
 
     def test_padded_records(self):
         for library, paddings in (("openssl", (512, 16384)), ("gnutls", (1, 300, 8000))):
@@ -213,7 +213,7 @@ class RecordShapes(InteroperabilityTestCase):
                     self.read_and_write(self.peer(library, version, fragment=512))
 
     def test_record_size_limit(self):
-        """Kept or not taken up, by RFC 8449 the server's choice; but never half."""
+        """The client announces a record size limit, which the server may ignore (RFC 8449)."""
         for library, limit in (("openssl", 1), ("openssl", 4), ("gnutls", 512), ("gnutls", 16384), ("nss", 64), ("nss", 16385)):
             for version in SUITES:
                 with self.subTest(library=library, limit=limit, version=version):
@@ -233,9 +233,9 @@ class RecordShapes(InteroperabilityTestCase):
 
 
 class ConnectionClose(InteroperabilityTestCase):
-    """Every way to end."""
+    """Every way to close a connection."""
 
-    def each(self, check, libraries=tuple(PACKAGES)):
+    def for_each_client(self, check, libraries=tuple(PACKAGES)):
         """Runs `check` on a logged-in client of each library and version."""
         for library in libraries:
             for version in SUITES:
@@ -250,10 +250,10 @@ class ConnectionClose(InteroperabilityTestCase):
             peer.wait_for_report("close_notify")
             peer.wait_for_report("end: .*")
 
-        self.each(check)
+        self.for_each_client(check)
 
     def test_half_closed_client_receives_all_pending_data(self):
-        """What was asked before the client's close_notify is answered in full, down to the last byte of a big message."""
+        """Commands before the close_notify of the client are answered completely, including a big message."""
         def check(peer):
             peer.select("big")
             size = peer.start_fetch()
@@ -266,7 +266,7 @@ class ConnectionClose(InteroperabilityTestCase):
             self.assertEqual(peer.line(), b"")
             peer.wait_for_report("close_notify")
 
-        self.each(check)
+        self.for_each_client(check)
 
     def test_tcp_close_without_close_notify_ends_the_session(self):
         def check(peer):
@@ -275,19 +275,19 @@ class ConnectionClose(InteroperabilityTestCase):
             wait_for("the session to end", lambda: self.proxy.log().count("session ended") > before)
             peer.wait_for_report("close_notify|broken .*|alert .*")
 
-        self.each(check, ("openssl", "gnutls"))
+        self.for_each_client(check, ("openssl", "gnutls"))
 
     def test_logout_closes_tls_and_tcp(self):
-        """LOGOUT: the proxy says close_notify by itself, and TCP ends after it."""
+        """After LOGOUT the proxy sends close_notify and closes TCP."""
         def check(peer):
             peer.logout()
             peer.wait_for_report("close_notify")
 
-        self.each(check)
+        self.for_each_client(check)
 
 
 class Renegotiation(InteroperabilityTestCase):
-    """Asked for in TLS 1.2, after the login: refused; the session goes on or ends, but does not hang."""
+    """Renegotiation after the login in TLS 1.2 is refused; the session continues or ends, and does not hang."""
 
     def test_renegotiation_affects_no_other_session(self):
         for library in PACKAGES:
@@ -297,13 +297,13 @@ class Renegotiation(InteroperabilityTestCase):
                 peer = self.peer(library, "1.2")
                 peer.login()
                 peer.send_command("renegotiate")
-                # no_renegotiation is 100; what the library makes of it is its own affair.
+                # Alert 100 is no_renegotiation; libraries handle it differently.
                 peer.wait_for_report("warning 100|broken .*|alert .*")
                 other_session.noop()
                 other_session.logout()
 
     def test_gnutls_session_continues_after_refused_renegotiation(self):
-        """GnuTLS takes the refusal for what it is."""
+        """GnuTLS continues the session after the refusal."""
         peer = self.peer("gnutls", "1.2")
         peer.login()
         peer.send_command("renegotiate")
@@ -334,7 +334,7 @@ NSS_CIPHERS = {
 
 
 def openssl_name(suite):
-    """OpenSSL's own name of a TLS 1.2 suite."""
+    """OpenSSL's name of a TLS 1.2 cipher suite."""
     return (suite.removeprefix("TLS_").replace("_WITH", "").replace("AES_128", "AES128").replace("AES_256", "AES256")
             .removesuffix("_SHA256" if "CHACHA20" in suite else "").replace("_", "-"))
 

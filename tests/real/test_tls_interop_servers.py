@@ -1,5 +1,5 @@
-"""The proxy's leg to the server, against TLS that is not ours: OpenSSL, GnuTLS and NSS terminate TLS before a Dovecot, on long
-transfers both ways, with key updates, late tickets, padding, every way to close, and renegotiation.
+"""TLS interoperability with servers: OpenSSL, GnuTLS or NSS terminate TLS in front of a Dovecot. Long transfers in both
+directions, key updates, late tickets, padding, connection close, and renegotiation.
 """
 
 import socket
@@ -23,7 +23,7 @@ class ServerInteroperability(unittest.TestCase):
             cls.addClassCleanup(cls.proxies[mode].close)
 
     def session(self, library, version=None, suite=None, mode="implicit", **options):
-        """A client that is logged in, and the server's end of TLS."""
+        """Returns a logged-in client and the TLS endpoint of its server."""
         plain = socket.create_connection(("127.0.0.1", self.proxies[mode].ports["tls"]), timeout=TIMEOUT)
         client = ImapConversation(context(self.scene.certificates.ca).wrap_socket(plain, server_hostname="localhost"))
         self.addCleanup(client.close)
@@ -45,7 +45,7 @@ class ServerInteroperability(unittest.TestCase):
 
     @staticmethod
     def offer_starttls(tls, dovecot):
-        """Says what a server says before TLS, and keeps the greeting of the real one, which comes once only."""
+        """Performs the plaintext dialogue of a server up to TLS, and discards the greeting of Dovecot, which must not be sent twice."""
         before = ImapConversation(tls)
         before.send(b"* OK [CAPABILITY IMAP4rev1 STARTTLS] ready\r\n")
         line = before.line()
@@ -58,7 +58,7 @@ class ServerInteroperability(unittest.TestCase):
             each.setblocking(True)
 
     def read_and_write(self, client):
-        """A big message each way, unharmed; then LOGOUT."""
+        """Fetches and appends a big message, compares both, and logs out."""
         client.select("big")
         self.assertEqual(digest(client.fetch()), digest(self.scene.down))
         client.append("up", self.scene.up)
@@ -77,7 +77,7 @@ class ServerInteroperability(unittest.TestCase):
                         server.wait_for_report("close_notify")
 
     def test_key_updates_of_the_server_during_transfers(self):
-        # How often, in bytes: as the clients' in test_tls_interop_clients.py.
+        # Bytes between two key updates, see KeyUpdates in test_tls_interop_clients.py.
         every = {("openssl", 0): 1_000_000, ("openssl", 1): 1_000_000, ("gnutls", 0): 1_000_000, ("gnutls", 1): 8_000_000,
                  ("nss", 0): 1_000_000, ("nss", 1): 1_000_000}
         for (library, request), every in every.items():
@@ -91,7 +91,7 @@ class ServerInteroperability(unittest.TestCase):
                         self.assertEqual(received > 0, bool(request), server.output())
 
     def test_hundreds_of_key_updates_during_a_download(self):
-        """Asked ones too: nothing of ours goes out meanwhile but the answers."""
+        """During a download the proxy sends nothing except answers to requested key updates."""
         for library, request in (("openssl", 0), ("openssl", 1), ("gnutls", 0), ("nss", 0), ("nss", 1)):
             with self.subTest(library=library, request=request):
                 client, server = self.session(library, "1.3", update_every=50_000, request=request)
@@ -129,7 +129,7 @@ class ServerInteroperability(unittest.TestCase):
                     self.assertEqual(received, 4)
 
     def test_session_tickets_after_the_handshake(self):
-        """In the middle of the data, and while nothing else is said."""
+        """Session tickets during transfers and while idle."""
         for library in PACKAGES:
             with self.subTest(library=library):
                 client, server = self.session(library, "1.3", ticket_every=1_000_000)
@@ -173,7 +173,7 @@ class ServerInteroperability(unittest.TestCase):
                     server.wait_for_report("close_notify")
 
     def test_tcp_close_during_a_literal_ends_the_session(self):
-        """Without close_notify, and a literal without its rest: the client's stream ends, and does not before what had come."""
+        """The server closes TCP without close_notify during a literal: the client gets all bytes received before, then the end."""
         for library in ("openssl", "gnutls"):
             for version in SUITES:
                 with self.subTest(library=library, version=version):
@@ -186,13 +186,13 @@ class ServerInteroperability(unittest.TestCase):
                         client.read_exactly(BIG_SIZE)
 
     def test_renegotiation_requested_by_the_server_is_refused(self):
-        """Refused: the session goes on or ends, but does not hang."""
+        """The session continues or ends, and does not hang."""
         for library in PACKAGES:
             with self.subTest(library=library):
                 client, server = self.session(library, "1.2")
                 other_session, _ = self.session("openssl")
                 server.send_command("renegotiate")
-                # Something for the answer to ride on.
+                # The answer is sent with the next data.
                 client.send(b"a7 NOOP\r\n")
                 wait_for("an answer", lambda: "warning 100" in server.output() or "broken" in server.output()
                          or "alert" in server.output())

@@ -1,6 +1,7 @@
-"""Passwords that are not plain words, in every form a client may send them, to servers that take them in different ways.
+"""Passwords with special characters, in every syntax that a client may use, with servers of different capabilities.
 
-Dovecot and Cyrus advertise AUTH=PLAIN with SASL-IR, Courier neither: what cannot be quoted reaches it as a literal.
+Dovecot and Cyrus advertise AUTH=PLAIN and SASL-IR. Courier advertises neither, so the proxy sends passwords that cannot be
+quoted as literals.
 """
 
 import base64
@@ -28,7 +29,7 @@ def send_quoted(client, user, password):
 
 
 def send_literals(client, user, password):
-    """Both as literals that wait for the server, RFC 3501 section 4.3."""
+    """Sends name and password as synchronising literals (RFC 3501 section 4.3)."""
     user, password = user.encode(), password.encode()
     client.send(b"a LOGIN {%d}\r\n" % len(user))
     assert client.line().startswith(b"+")
@@ -39,7 +40,7 @@ def send_literals(client, user, password):
 
 
 def send_literal_plus(client, user, password):
-    """RFC 7888: without waiting."""
+    """Sends the password as a non-synchronising literal (RFC 7888)."""
     password = password.encode()
     return client.command("a", b"LOGIN " + user.encode() + b" {%d+}\r\n" % len(password) + password)
 
@@ -61,7 +62,7 @@ admin: {{address: "127.0.0.1:{{admin}}"}}
         logins = 0
         for send in (send_quoted, send_literals, send_literal_plus, send_sasl):
             for user, password in users.items():
-                # In quotes IMAP4rev1 has seven bits only.
+                # Quoted strings of IMAP4rev1 contain only seven-bit characters.
                 if send == send_quoted and not password.isascii():
                     continue
                 with self.subTest(form=send.__name__, user=user):
@@ -70,12 +71,12 @@ admin: {{address: "127.0.0.1:{{admin}}"}}
                     client.line()
                     answer = send(client, user, password)
                     self.assertTrue(answer[-1].startswith(b"a OK"), answer)
-                    # Nothing of the login is left over where the server or the client would read it.
+                    # No bytes of the login dialogue are left in the relayed stream.
                     self.assertTrue(client.command("b", "NOOP")[-1].startswith(b"b OK"))
                     client.command("c", "LOGOUT")
                     logins += 1
         self.assertEqual(logins, 4 * len(users) - 1)
-        # And a wrong one is refused in the same words of the server, not as a fault.
+        # A wrong password is refused by the server, and does not count as a failure.
         client = RawClient(proxy.ports["plain"])
         self.addCleanup(client.close)
         client.line()
@@ -92,7 +93,7 @@ admin: {{address: "127.0.0.1:{{admin}}"}}
         self.log_in_with_every_form(Cyrus(PASSWORDS), PASSWORDS)
 
     def test_courier_accepts_unusual_passwords(self):
-        # Its userdb keeps what crypt(3) made of a password, which reads the first few hundred bytes.
+        # Courier checks passwords with crypt(3), which reads only the first few hundred bytes.
         users = {**PASSWORDS, "long@example.org": "x" * 200}
         self.log_in_with_every_form(Courier(users), users)
 

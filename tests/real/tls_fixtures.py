@@ -1,8 +1,8 @@
-"""What the TLS interoperability tests share: peers that speak TLS by other libraries, a conversation through one of them, big
-mail, and a middleman that alters records.
+"""Fixtures of the TLS interoperability tests: peers that use other TLS libraries, IMAP over such a peer, big messages, and a
+relay that alters records.
 
-A peer is a process: plain bytes on one socket, TLS on another. The tests speak IMAP on the plain one, whatever the library,
-and whichever side of TLS it plays.
+A peer is a process with a plaintext socket and a TLS socket. The tests use IMAP on the plaintext socket, independent of the
+library and of the side of TLS.
 """
 
 import atexit
@@ -31,12 +31,12 @@ SUITES = {
 
 
 def each_suite():
-    """All (version, suite) that the proxy has."""
+    """All pairs of TLS version and cipher suite that the proxy supports."""
     return [(version, suite) for version, suites in SUITES.items() for suite in suites]
 
 
 def gnutls_priority(version, suite=None):
-    """The priority string of one version, and one suite of it."""
+    """The GnuTLS priority string of one version, optionally with one cipher suite."""
     text = f"NORMAL:-VERS-ALL:+VERS-TLS{version}"
     if suite:
         cipher = "CHACHA20-POLY1305" if "CHACHA20" in suite else "AES-128-GCM" if "AES_128" in suite else "AES-256-GCM"
@@ -45,8 +45,8 @@ def gnutls_priority(version, suite=None):
 
 
 def big_message(subject, size=BIG_SIZE):
-    """A mail of `size` bytes and some, the same for the same subject. Nothing in it begins a command of openssl s_client,
-    wherever it is cut: those are upper case, or k."""
+    """A message of about `size` bytes, always the same for a subject. It contains no upper case letter and no k in its body,
+    which openssl s_client would interpret as commands at the start of a read."""
     lines = random.Random(subject).randbytes(size // 78 * 38).hex()
     return message(subject, "".join(f"{lines[at:at + 76]}\r\n" for at in range(0, len(lines), 76)))
 
@@ -57,7 +57,7 @@ def digest(data):
 
 @functools.cache
 def build(library):
-    """Compiles a peer; its path."""
+    """Compiles a peer; returns its path."""
     folder = Folder()
     atexit.register(folder.remove)
     output = folder.path / library
@@ -69,7 +69,7 @@ def build(library):
 
 
 def nss_database(certificates, folder):
-    """The authority's certificate, and the server's with its key, as NSS wants them; the database's name."""
+    """Creates an NSS database with the authority's certificate, and the server's with its key; returns its name."""
     path = folder.path / "nssdb"
     if not path.exists():
         path.mkdir()
@@ -86,7 +86,7 @@ def nss_database(certificates, folder):
 
 
 class ImapConversation(RawClient):
-    """IMAP on a socket that is already connected."""
+    """An IMAP client on a connected socket."""
 
     def __init__(self, connected):
         connected.settimeout(TIMEOUT)
@@ -94,7 +94,7 @@ class ImapConversation(RawClient):
         self.pending = b""
 
     def output(self):
-        """What the process said beside."""
+        """The output of the process other than IMAP."""
         return self.process.text()
 
     def read_exactly(self, size):
@@ -117,7 +117,7 @@ class ImapConversation(RawClient):
         assert answer.startswith(b"a2 OK"), answer
 
     def start_fetch(self, number=1):
-        """Sends FETCH, and reads up to the literal; its length."""
+        """Sends FETCH and reads up to the literal; returns its length."""
         self.send(f"a3 FETCH {number} BODY.PEEK[]\r\n".encode())
         return int(re.search(rb"\{(\d+)\}$", self.until(f"* {number} FETCH".encode())[-1])[1])
 
@@ -147,12 +147,12 @@ class ImapConversation(RawClient):
         self.finish()
 
     def finish(self):
-        """Nothing follows but the end."""
-        assert self.line() == b"", "nothing follows LOGOUT"
+        """Checks that the stream ends."""
+        assert self.line() == b"", "bytes after LOGOUT"
 
 
 class TlsPeer(ImapConversation):
-    """A process that speaks TLS by `library` on the socket `tls`; options as in tls_peers/peer.h."""
+    """A process that uses TLS of `library` on the socket `tls`; tls_peers/peer.h describes the options."""
 
     def __init__(self, library, tls, role="client", plain=None, **options):
         ours, theirs = (None, plain) if plain else socket.socketpair()
@@ -168,11 +168,11 @@ class TlsPeer(ImapConversation):
             super().__init__(ours)
 
     def wait_for_report(self, pattern):
-        """Waits for a line of the report that matches whole."""
+        """Waits for a line of the output that matches `pattern` completely."""
         return self._wait(pattern, lambda: re.search(rf"^(?:{pattern})$", self.output(), re.MULTILINE))
 
     def send_command(self, command):
-        """Has the peer do something, and waits until it has."""
+        """Sends a command to the peer, and waits until it has run."""
         before = self.output().count(f"did {command}\n")
         self.control.sendall(command.encode() + b"\n")
         self._wait(f"did {command}", lambda: self.output().count(f"did {command}\n") > before)
@@ -181,10 +181,10 @@ class TlsPeer(ImapConversation):
         try:
             return wait_for(what, condition)
         except AssertionError as error:
-            raise AssertionError(f"{error}; the peer said:\n{self.output()}") from None
+            raise AssertionError(f"{error}; output of the peer:\n{self.output()}") from None
 
     def counts(self):
-        """Key updates sent and received, tickets sent. Ends the peer, which knows them only then."""
+        """Ends the peer, and returns the number of key updates sent and received and of tickets sent."""
         if hasattr(self, "socket"):
             self.socket.close()
         found = self.wait_for_report(r"end: updates sent (\d+) received (-?\d+), tickets sent (\d+)")
@@ -199,7 +199,7 @@ class TlsPeer(ImapConversation):
 
 
 class CommandLineClient(ImapConversation):
-    """A command line client: its standard input and output are the conversation, what it says beside goes to a file."""
+    """A command line client: IMAP on its standard input and output, other output in a file."""
 
     def __init__(self, command):
         ours, theirs = socket.socketpair()
@@ -211,7 +211,7 @@ class CommandLineClient(ImapConversation):
         super().__init__(ours)
 
     def finish(self):
-        # tstclnt stays until its input ends, too.
+        # tstclnt runs until its input ends.
         self.socket.shutdown(socket.SHUT_WR)
         super().finish()
 
@@ -222,10 +222,10 @@ class CommandLineClient(ImapConversation):
 
 
 class TamperingRelay:
-    """Between a TLS client and a TLS server: passes records on, and alters one, once it is told to.
+    """A relay between a TLS client and a TLS server that alters one record after `armed` is set.
 
-    `alter` gets the next application data record of the client, or of the server, and answers with the bytes that go on in its
-    place; with `last`, this direction ends behind them. Where the client is connected already, it is `accepted`.
+    `alter` gets the next application data record of the client, or of the server if `of_server`, and returns the bytes to send
+    instead; with `last`, this direction ends after them. `accepted` is the connection of a client that is already connected.
     """
 
     def __init__(self, port, alter, of_server=False, last=False, accepted=None):
@@ -282,7 +282,7 @@ class TamperingRelay:
 
 
 def append_directly(dovecot, mailbox, text, user=ALICE):
-    """Puts a message into a mailbox of its own, past the proxy."""
+    """Creates a mailbox and appends a message to it, without the proxy."""
     client = imaplib.IMAP4("127.0.0.1", dovecot.port, timeout=2 * TIMEOUT)
     client.login(user, PASSWORDS[user])
     client.create(mailbox)
@@ -291,7 +291,7 @@ def append_directly(dovecot, mailbox, text, user=ALICE):
 
 
 def fetch_and_delete_directly(dovecot, mailbox, user=ALICE):
-    """The digests of all messages of a mailbox, which is emptied."""
+    """Empties a mailbox without the proxy, and returns the digests of its messages."""
     client = imaplib.IMAP4("127.0.0.1", dovecot.port, timeout=2 * TIMEOUT)
     client.login(user, PASSWORDS[user])
     assert client.select(mailbox)[0] == "OK"
@@ -304,7 +304,7 @@ def fetch_and_delete_directly(dovecot, mailbox, user=ALICE):
 
 
 class InteropSetup:
-    """One Dovecot with a big and a medium message in the mailbox `big` and an empty mailbox `up`, and certificates."""
+    """A Dovecot with a big and a medium message in the mailbox `big` and an empty mailbox `up`, and certificates."""
 
     def __init__(self, test):
         self.folder = Folder()
@@ -319,7 +319,7 @@ class InteropSetup:
         fetch_and_delete_directly(self.dovecot, "up")
 
     def proxy(self, port=None, mode="none", limits="{}"):
-        """A proxy before the server at `port`, or before Dovecot."""
+        """A proxy for the server at `port`, by default Dovecot."""
         tls = "none" if mode == "none" else f"{{mode: {mode}, ca: {self.certificates.ca}}}"
         return Proxy(f"""
 listeners:
@@ -329,13 +329,13 @@ listeners:
 tls: {{certificates: [{{cert: {self.certificates.cert}, key: {self.certificates.key}}}]}}
 backends: {{shard: {{servers: ["localhost:{port or self.dovecot.port}"], tls: {tls}, check: off}}}}
 routes: [{{domain: {{example.org: shard}}}}]
-# No check: it would take a peer that waits for one connection.
+# No health check: it would use up the only connection that a peer accepts.
 limits: {limits}
 admin: {{address: "127.0.0.1:{{admin}}"}}
 """)
 
     def peer_options(self, library, version=None, suite=None, role="client"):
-        """What a peer of this library must be told of certificates and suites."""
+        """The options for certificates and cipher suites of a peer of this library."""
         if library == "nss":
             options = {"ca": nss_database(self.certificates, self.folder)}
         elif role == "client":
