@@ -1,8 +1,10 @@
 """Commands of an operator to the running process: reload, kick, drain, move, upgrade; socket activation; dropping root."""
 
+import grp
 import itertools
 import json
 import os
+import pwd
 import signal
 import socket
 import subprocess
@@ -114,7 +116,7 @@ class Commands(OperatorTestCase):
         self.assertIn('reason="kicked"', self.proxy.log().replace("reason=kicked", 'reason="kicked"'))
         self.assertIn("0 sessions ended", self.command("kick", "unknown@example.org"))
 
-    def test_drain_moves_sessions_off_a_server(self):
+    def test_drain_ends_the_sessions_of_a_server(self):
         name = f"127.0.0.1:{self.a.port}"
         sessions = [session(self.port) for _ in range(5)]
         bob = session(self.port, BOB)
@@ -532,7 +534,7 @@ routes: [{{default: a}}]
         for task in Path(f"/proc/{process.child.pid}/task").iterdir():
             status = dict(line.split(":", 1) for line in (task / "status").read_text().splitlines())
             ids = {name: set(status[name].split()) for name in ("Uid", "Gid")}
-            uid, gid = str(__import__("pwd").getpwnam("nobody").pw_uid), str(__import__("grp").getgrnam("nogroup").gr_gid)
+            uid, gid = str(pwd.getpwnam("nobody").pw_uid), str(grp.getgrnam("nogroup").gr_gid)
             self.assertEqual(ids, {"Uid": {uid}, "Gid": {gid}}, "real, effective, saved and file system id of every thread")
             self.assertEqual(int(status["CapEff"], 16), 0)
         limits = Path(f"/proc/{process.child.pid}/limits").read_text()

@@ -57,7 +57,7 @@ class InteroperabilityTestCase(unittest.TestCase):
 class CipherSuites(InteroperabilityTestCase):
     """Each cipher suite of each TLS version with each listener."""
 
-    def test_openssl_s_client(self):
+    def test_openssl_s_client_with_each_suite(self):
         for version, suite in each_suite():
             cipher = {"1.3": ["-ciphersuites", suite, "-tls1_3"], "1.2": ["-cipher", openssl_name(suite), "-tls1_2"]}[version]
             for port, how in (("tls", []), ("starttls", ["-starttls", "imap"])):
@@ -313,7 +313,7 @@ class Renegotiation(InteroperabilityTestCase):
         self.assertEqual(digest(peer.fetch()), digest(self.scene.down))
         peer.logout()
 
-    def test_openssl_s_client(self):
+    def test_renegotiation_of_s_client_ends_the_session(self):
         client = self.start_tool(program("openssl"), "s_client", "-brief", "-CAfile", self.scene.certificates.ca, "-tls1_2", "-connect",
                            f"127.0.0.1:{self.proxy.ports['tls']}")
         self.assertIn(b"* OK", client.line(), client.output())
