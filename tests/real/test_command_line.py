@@ -8,7 +8,7 @@ import subprocess
 import unittest
 import urllib.request
 
-from fixtures import TIMEOUT, REPOSITORY, VESTIBULE, Certificates, Folder, Process, answers, free_port, program, wait_for
+from fixtures import REPOSITORY, TIMEOUT, VESTIBULE, Certificates, Folder, Process, answers, free_port, program, wait_for
 
 
 def run(*arguments, **options):

@@ -9,7 +9,7 @@ import urllib.parse
 import urllib.request
 
 import directory_servers
-from fixtures import TIMEOUT, REPOSITORY, Certificates, Dovecot, Folder, Process, Proxy, free_port, program, wait_for
+from fixtures import REPOSITORY, TIMEOUT, Certificates, Dovecot, Folder, Process, Proxy, free_port, program, wait_for
 from imap_client import RawClient, connect, message
 
 DASHBOARDS = REPOSITORY / "dashboards"

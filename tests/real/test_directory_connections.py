@@ -9,9 +9,9 @@ import unittest
 import directory_servers
 import test_directories
 from fixtures import PASSWORDS, free_port, program, wait_for
-from tcp_peers import Relay
 from http_service import HttpService
-from test_directories import ALICE, BOB, LoginClient, Directories
+from tcp_peers import Relay
+from test_directories import ALICE, BOB, Directories, LoginClient
 from test_http_routes import BASE, Nginx
 
 LOOKUP_TIMEOUT = "6s"

@@ -6,9 +6,9 @@ import unittest
 
 import directory_servers
 from fixtures import PASSWORDS, REPOSITORY, Certificates, Folder, Proxy, program
-from tcp_peers import FixedReplyServer, Relay
 from http_service import HttpService
-from test_directories import ALICE, LoginClient, Directories
+from tcp_peers import FixedReplyServer, Relay
+from test_directories import ALICE, Directories, LoginClient
 
 TEMPLATE = """
 listeners: [{{address: "127.0.0.1:{{plain}}", tls: none}}]

@@ -7,7 +7,7 @@ import socket
 import subprocess
 import unittest
 
-from fixtures import TIMEOUT, REPOSITORY, Certificates, Dovecot, Folder, Proxy, free_port, program
+from fixtures import REPOSITORY, TIMEOUT, Certificates, Dovecot, Folder, Proxy, free_port, program
 from imap_client import RawClient
 
 FILTER = REPOSITORY / "deploy/fail2ban/filter.d/vestibule.conf"

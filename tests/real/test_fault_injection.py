@@ -17,7 +17,7 @@ import threading
 import time
 import unittest
 
-from fixtures import TIMEOUT, REPOSITORY, VESTIBULE, Certificates, Dovecot, Folder, Process, Proxy, answers, program, wait_for
+from fixtures import REPOSITORY, TIMEOUT, VESTIBULE, Certificates, Dovecot, Folder, Process, Proxy, answers, program, wait_for
 from imap_client import ALICE, BOB, LOGIN, RawClient, session
 
 CONFIGURATION = """
@@ -306,7 +306,8 @@ sys.stdin.readline()
             self.disconnect(children)
             wait_for("the connections to end", lambda: self.proxy.metric("vestibule_sessions") == 1)
             wait_for(f"memory back to {before} of {most}", lambda: resource_usage(pid)[1] <= before + MORE_MEMORY)
-            print(f"{SILENT} silent clients: {before >> 10} kB before, {most >> 10} at the peak, {resource_usage(pid)[1] >> 10} after", flush=True)
+            after = resource_usage(pid)[1]
+            print(f"{SILENT} silent clients: {before >> 10} kB before, {most >> 10} at the peak, {after >> 10} after", flush=True)
 
     def test_oldest_silent_clients_are_shed(self):
         self.start(limits="before_login: 500")

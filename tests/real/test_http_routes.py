@@ -9,9 +9,9 @@ import unittest
 
 from directory_servers import Directory
 from fixtures import PASSWORDS, TIMEOUT, Certificates, Folder, Proxy, free_port, program, wait_for
-from imap_client import RawClient, context
 from http_service import HttpService
-from test_directories import ALICE, BOB, CAROL, ServerDirectoryTests, LoginClient, Directories
+from imap_client import RawClient, context
+from test_directories import ALICE, BOB, CAROL, Directories, LoginClient, ServerDirectoryTests
 
 
 class Nginx(Directory):

@@ -6,7 +6,7 @@ import re
 import subprocess
 import unittest
 
-from fixtures import TIMEOUT, REPOSITORY, VESTIBULE, Certificates, Folder, Process, program, wait_for
+from fixtures import REPOSITORY, TIMEOUT, VESTIBULE, Certificates, Folder, Process, program, wait_for
 from systemd_container import SystemdContainer
 
 CONFIGURATION = """

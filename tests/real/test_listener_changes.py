@@ -61,24 +61,25 @@ class ListenerAddresses(HandoverTestCase):
 
     def reload_through_all_forms(self, load, **options):
         process = self.start()
-        connection_loops = [ShortConnections(self.port) for _ in range(load)]
-        for connection_loop in connection_loops:
-            connection_loop.start()
+        loops = [ShortConnections(self.port) for _ in range(load)]
+        for loop in loops:
+            loop.start()
         for form in self.FORMS:
             self.write(listeners=self.listeners(*form), **options)
             done = self.command("reload")
             self.assertEqual(done.returncode, 0, f"{form}: {done.stderr}")
-            count = sum(connection_loop.count for connection_loop in connection_loops)
-            wait_for("more connections", lambda: sum(connection_loop.count for connection_loop in connection_loops) >= count + 20 * load or any(connection_loop.errors for connection_loop in connection_loops))
-            self.assertEqual([connection_loop.errors for connection_loop in connection_loops], [[]] * load, form)
+            count = sum(loop.count for loop in loops)
+            wait_for("more connections", lambda: sum(loop.count for loop in loops) >= count + 20 * load
+                     or any(loop.errors for loop in loops))
+            self.assertEqual([loop.errors for loop in loops], [[]] * load, form)
             # Other addresses accept connections exactly if the new configuration contains them.
             for host, expected in (("127.0.0.2", form[0] == "0.0.0.0" or form in (("[::]",), ("[::]", "0.0.0.0"))),
                                    ("::1", any(":" in address for address in form))):
                 self.assertEqual(self.connects(host), expected, f"{form}: {host}\n{self.lines(process)}")
-        for connection_loop in connection_loops:
-            connection_loop.stop.set()
-            connection_loop.join(TIMEOUT)
-        self.assertEqual([connection_loop.errors for connection_loop in connection_loops], [[]] * load)
+        for loop in loops:
+            loop.stop.set()
+            loop.join(TIMEOUT)
+        self.assertEqual([loop.errors for loop in loops], [[]] * load)
         return process
 
     def lines(self, process):
@@ -105,9 +106,9 @@ class ListenerAddresses(HandoverTestCase):
     def test_upgrade_widens_and_narrows_addresses(self):
         process = self.start()
         pid = process.child.pid
-        connection_loops = [ShortConnections(self.port) for _ in range(2)]
-        for connection_loop in connection_loops:
-            connection_loop.start()
+        loops = [ShortConnections(self.port) for _ in range(2)]
+        for loop in loops:
+            loop.start()
         for form in self.FORMS:
             self.write(listeners=self.listeners(*form))
             self.upgrade()
@@ -116,26 +117,26 @@ class ListenerAddresses(HandoverTestCase):
             wait_for("the predecessor to end", lambda: processes_listening_on(self.port) == {pid})
             self.assertTrue(answers(self.port, b"* OK"))
             self.assertEqual(self.connects("::1"), any(":" in address for address in form))
-        for connection_loop in connection_loops:
-            connection_loop.stop.set()
-            connection_loop.join(TIMEOUT)
-        self.assertEqual([connection_loop.errors for connection_loop in connection_loops], [[]] * 2)
+        for loop in loops:
+            loop.stop.set()
+            loop.join(TIMEOUT)
+        self.assertEqual([loop.errors for loop in loops], [[]] * 2)
 
     def test_failed_reload_changes_no_address(self):
         process = self.start()
         taken = socket.create_server(("127.0.0.1", 0))
         self.addCleanup(taken.close)
-        connection_loops = ShortConnections(self.port)
-        connection_loops.start()
+        loops = ShortConnections(self.port)
+        loops.start()
         bad = f'{{address: "127.0.0.1:{taken.getsockname()[1]}", tls: none}}'
         for form in self.FORMS:
             self.write(listeners=self.listeners(*form)[:-1] + f", {bad}]")
             done = self.command("reload")
             self.assertEqual(done.returncode, 78, f"{form}: {done.stdout}{done.stderr}")
             self.assertIn(f"cannot be bound (listeners[{len(form)}].address)", done.stderr)
-        connection_loops.stop.set()
-        connection_loops.join(TIMEOUT)
-        self.assertEqual(connection_loops.errors, [])
+        loops.stop.set()
+        loops.join(TIMEOUT)
+        self.assertEqual(loops.errors, [])
         self.assertFalse(self.connects("127.0.0.2"))
         self.assert_unaffected(process)
 

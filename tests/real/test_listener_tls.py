@@ -251,7 +251,8 @@ class Tickets(ListenerTlsTestCase):
         sessions = {version: self.folder.path / f"shared-{version}.session" for version in VERSIONS}
 
         def resumed(proxy, port="tls"):
-            output = {version: self.s_client(proxy, option, "-sess_in", sessions[version], port=port) for version, option in VERSIONS.items()}
+            output = {version: self.s_client(proxy, option, "-sess_in", sessions[version], port=port)
+                      for version, option in VERSIONS.items()}
             for text in output.values():
                 self.assertRegex(text, "(New|Reused), ", "the handshake succeeds")
             return ["Reused, TLSv" in text for text in output.values()]
@@ -345,7 +346,8 @@ class CertificateRenewal(ListenerTlsTestCase):
 
         (volume / "..new").symlink_to("2")
         os.replace(volume / "..new", volume / "..data")
-        wait_for("the new certificate", lambda: check_session() and self.served_certificate(proxy)["serialNumber"] != before["serialNumber"])
+        wait_for("the new certificate", lambda: check_session()
+                 and self.served_certificate(proxy)["serialNumber"] != before["serialNumber"])
         after = self.served_certificate(proxy)
         self.assertEqual(ssl.cert_time_to_seconds(after["notAfter"]), self.expiry(proxy))
         self.assertGreater(self.expiry(proxy), expiry)

@@ -302,9 +302,9 @@ class Upgrades(OperatorTestCase):
     def test_upgrades_refuse_no_connection(self):
         """Ten upgrades and ten starts with --replace during continuous logins and open sessions."""
         lasting_sessions = [session(self.port, user) for user in (ALICE, BOB) for _ in range(5)]
-        login_loops = [LoginLoop(self.port, user) for user in (ALICE, BOB) for _ in range(2)]
-        for login_loop in login_loops:
-            login_loop.start()
+        loops = [LoginLoop(self.port, user) for user in (ALICE, BOB) for _ in range(2)]
+        for loop in loops:
+            loop.start()
         pid = self.proxy.process.child.pid
         direct_starts = []
         for turn in range(20):
@@ -320,12 +320,12 @@ class Upgrades(OperatorTestCase):
                 now = json.loads(done.stdout)["pid"] if done.returncode == 0 else pid
                 return now if now != pid else None
             pid = wait_for(f"successor {turn}", succeeded)
-            count = sum(login_loop.count for login_loop in login_loops)
-            wait_for("more logins", lambda: sum(login_loop.count for login_loop in login_loops) >= count + 8 or any(login_loop.errors for login_loop in login_loops))
-        for login_loop in login_loops:
-            login_loop.stop.set()
-            login_loop.join(TIMEOUT)
-        self.assertEqual([login_loop.errors for login_loop in login_loops], [[]] * 4)
+            count = sum(loop.count for loop in loops)
+            wait_for("more logins", lambda: sum(loop.count for loop in loops) >= count + 8 or any(loop.errors for loop in loops))
+        for loop in loops:
+            loop.stop.set()
+            loop.join(TIMEOUT)
+        self.assertEqual([loop.errors for loop in loops], [[]] * 4)
         self.assertTrue(all(map(responds, lasting_sessions)), "sessions of the first process continue")
         self.assertIsNone(self.proxy.process.child.poll())
         for client in lasting_sessions:

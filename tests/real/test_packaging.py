@@ -5,7 +5,7 @@ import re
 import subprocess
 import unittest
 
-from fixtures import TIMEOUT, REPOSITORY, VESTIBULE, Folder, program
+from fixtures import REPOSITORY, TIMEOUT, VESTIBULE, Folder, program
 
 
 def run(*command, **options):

@@ -5,9 +5,9 @@ import time
 import unittest
 
 from fixtures import PASSWORDS, Certificates, Dovecot, Folder, Proxy, wait_for
+from http_service import HttpService
 from imap_client import RawClient
 from tcp_peers import Relay
-from http_service import HttpService
 
 ALICE, BOB = "alice@example.org", "bob@example.net"
 NONCE = "a salt for tests"

@@ -63,7 +63,8 @@ class ConcurrentSuccessors(HandoverTestCase):
             self.assertLessEqual(set(codes), {0, 1, 70})
             wait_for("the refused processes to end", lambda: sum(process.child.poll() is None for process in direct_starts) <= 1)
             # The last one may still be taking over.
-            pid = wait_for("a single process", lambda: len(found := processes_listening_on(self.port)) == 1 and found == {self.pid()} and found.pop())
+            pid = wait_for("a single process", lambda: len(found := processes_listening_on(self.port)) == 1
+                           and found == {self.pid()} and found.pop())
             self.assertEqual(processes_listening_on(self.admin), {pid})
             for process in direct_starts:
                 self.assertTrue(process.child.pid == pid or wait_for_exit(process) in (0, 70), process.text())
@@ -251,7 +252,8 @@ class FailingSuccessor(HandoverTestCase):
             successor.send("what?")
             self.assertEqual(successor.line()["step"], "refused")
 
-        for step in (connects, requests_handover, receives_sockets, receives_go, replaces_control_socket, removes_control_socket, sends_out_of_order, sends_invalid_message):
+        for step in (connects, requests_handover, receives_sockets, receives_go, replaces_control_socket, removes_control_socket,
+                     sends_out_of_order, sends_invalid_message):
             with self.subTest(step.__name__):
                 successor = Successor(self.control)
                 step(successor)

@@ -70,7 +70,8 @@ class Client(threading.Thread):
             # Half of the time, wait for an unavailable server: otherwise most logins would be refused.
             if self.random.random() < 0.5:
                 shard.is_available.wait(TIMEOUT)
-            action = self.random.choice([self.append_and_fetch, self.append_and_fetch, self.send_noops, self.idle, self.log_in_with_wrong_password, self.disconnect_during_a_literal, self.stay_silent])
+            action = self.random.choice([self.append_and_fetch, self.append_and_fetch, self.send_noops, self.idle,
+                                         self.log_in_with_wrong_password, self.disconnect_during_a_literal, self.stay_silent])
             restarts, was_available = shard.restarts, shard.is_available.is_set()
             try:
                 action(user)

@@ -9,7 +9,10 @@ import unittest
 
 from fixtures import TIMEOUT, program, wait_for
 from imap_client import RawClient
-from tls_fixtures import (BIG_SIZE, PACKAGES, SUITES, TlsPeer, InteropSetup, CommandLineClient, digest, each_suite, gnutls_priority, nss_database, fetch_and_delete_directly)
+from tls_fixtures import (
+    BIG_SIZE, PACKAGES, SUITES, CommandLineClient, InteropSetup, TlsPeer, digest, each_suite, fetch_and_delete_directly,
+    gnutls_priority, nss_database,
+)
 
 
 class InteroperabilityTestCase(unittest.TestCase):

@@ -7,7 +7,9 @@ import unittest
 
 from fixtures import PASSWORDS, TIMEOUT, wait_for
 from imap_client import context
-from tls_fixtures import ALICE, BIG_SIZE, PACKAGES, SUITES, ImapConversation, TlsPeer, InteropSetup, digest, each_suite, fetch_and_delete_directly
+from tls_fixtures import (
+    ALICE, BIG_SIZE, PACKAGES, SUITES, ImapConversation, InteropSetup, TlsPeer, digest, each_suite, fetch_and_delete_directly,
+)
 
 
 class ServerInteroperability(unittest.TestCase):

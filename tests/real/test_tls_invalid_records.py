@@ -7,7 +7,7 @@ import unittest
 
 from fixtures import PASSWORDS, TIMEOUT, wait_for
 from imap_client import context
-from tls_fixtures import ALICE, SUITES, ImapConversation, TamperingRelay, TlsPeer, InteropSetup
+from tls_fixtures import ALICE, SUITES, ImapConversation, InteropSetup, TamperingRelay, TlsPeer
 
 UNEXPECTED, BAD_MAC, OVERFLOW = 10, 20, 22
 
