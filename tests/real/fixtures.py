@@ -452,7 +452,7 @@ EVENTS {{
         (self.etc() / "passwd").write_text(Path("/etc/passwd").read_text() +
                                            "cyrus:x:996:8:Cyrus:/var/spool/cyrus:/usr/sbin/nologin\n")
         subprocess.run(["chown", "-R", "996:8", state], check=True)
-        self.run(f"""
+        self.run("""
             export PATH=/usr/sbin:/usr/bin:/sbin:/bin:/usr/lib/cyrus/bin
             mkdir -p /run/cyrus/proc /run/cyrus/lock /run/cyrus/socket /var/lib/cyrus
             chown -R 996:8 /run/cyrus /var/lib/cyrus

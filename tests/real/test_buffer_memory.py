@@ -106,15 +106,15 @@ class BufferMemory(unittest.TestCase):
         self.assertIn(b"* OK", peer.line())
         self.assertRegex(peer.command("a", "LOGIN alice secret")[-1], b"^a OK")
         before = memory(self.proxy)
-        peer.control.sendall(b"deaf\n")
+        peer.control.sendall(b"flood-without-reading\n")
         peak = 0
 
         def flood_has_ended():
             nonlocal peak
             peak = max(peak, memory(self.proxy) - before)
-            return "asked" in peer.output() or peer.process.child.poll() is not None
+            return "requested" in peer.output() or peer.process.child.poll() is not None
 
         wait_for("the flood", flood_has_ended)
-        asked = int(re.search(r"asked (\d+)", peer.output())[1])
-        self.assertLess(peak, MIB, f"after {asked} KeyUpdate requests")
-        print(f"{asked} KeyUpdate requests: {peak >> 10} kB", flush=True)
+        requests = int(re.search(r"requested (\d+)", peer.output())[1])
+        self.assertLess(peak, MIB, f"after {requests} KeyUpdate requests")
+        print(f"{requests} KeyUpdate requests: {peak >> 10} kB", flush=True)

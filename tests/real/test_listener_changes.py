@@ -14,7 +14,7 @@ from fixtures import TIMEOUT, Certificates, answers, wait_for
 from handover_fixtures import HandoverTestCase, processes_listening_on
 
 
-class ShortConnections(threading.Thread):
+class ConnectionLoop(threading.Thread):
     """Connects and reads the greeting in a loop, and collects errors."""
 
     def __init__(self, port, host="127.0.0.1"):
@@ -61,7 +61,7 @@ class ListenerAddresses(HandoverTestCase):
 
     def reload_through_all_forms(self, load, **options):
         process = self.start()
-        loops = [ShortConnections(self.port) for _ in range(load)]
+        loops = [ConnectionLoop(self.port) for _ in range(load)]
         for loop in loops:
             loop.start()
         for form in self.FORMS:
@@ -106,7 +106,7 @@ class ListenerAddresses(HandoverTestCase):
     def test_upgrade_widens_and_narrows_addresses(self):
         process = self.start()
         pid = process.child.pid
-        loops = [ShortConnections(self.port) for _ in range(2)]
+        loops = [ConnectionLoop(self.port) for _ in range(2)]
         for loop in loops:
             loop.start()
         for form in self.FORMS:
@@ -126,17 +126,17 @@ class ListenerAddresses(HandoverTestCase):
         process = self.start()
         taken = socket.create_server(("127.0.0.1", 0))
         self.addCleanup(taken.close)
-        loops = ShortConnections(self.port)
-        loops.start()
+        loop = ConnectionLoop(self.port)
+        loop.start()
         bad = f'{{address: "127.0.0.1:{taken.getsockname()[1]}", tls: none}}'
         for form in self.FORMS:
             self.write(listeners=self.listeners(*form)[:-1] + f", {bad}]")
             done = self.command("reload")
             self.assertEqual(done.returncode, 78, f"{form}: {done.stdout}{done.stderr}")
             self.assertIn(f"cannot be bound (listeners[{len(form)}].address)", done.stderr)
-        loops.stop.set()
-        loops.join(TIMEOUT)
-        self.assertEqual(loops.errors, [])
+        loop.stop.set()
+        loop.join(TIMEOUT)
+        self.assertEqual(loop.errors, [])
         self.assertFalse(self.connects("127.0.0.2"))
         self.assert_unaffected(process)
 

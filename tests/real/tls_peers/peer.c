@@ -72,17 +72,17 @@ static void read_options(int count, char **words) {
 
 /* Requests a KeyUpdate with every byte it sends, and reads nothing until the next command. */
 static void flood_without_reading(void) {
-    long asked = 0;
-    for (bool taken = true; taken && asked < 300000; asked++) {
+    long requested = 0;
+    for (bool taken = true; taken && requested < 300000; requested++) {
         tls_update(true);
         ssize_t sent;
         while (taken && (sent = tls_write("x", 1)) == TLS_LATER) {
             struct pollfd on = {.fd = options.tls, .events = POLLOUT};
             taken = poll(&on, 1, 10000) == 1;
         }
-        if (taken && sent < 0) fail("the flood was cut off after %ld", asked);
+        if (taken && sent < 0) fail("the connection ended after %ld requests", requested);
     }
-    say("asked %ld", asked);
+    say("requested %ld", requested);
     struct pollfd on = {.fd = options.control, .events = POLLIN};
     poll(&on, 1, -1);
 }
@@ -92,7 +92,7 @@ static void run_command(const char *command) {
     if (!strcmp(command, "update")) tls_update(false), updates++;
     else if (!strcmp(command, "request")) tls_update(true), updates++;
     else if (!strcmp(command, "flood")) for (int i = 0; i < 100; i++) tls_update(false);
-    else if (!strcmp(command, "deaf")) flood_without_reading();
+    else if (!strcmp(command, "flood-without-reading")) flood_without_reading();
     else if (!strcmp(command, "ticket")) tls_ticket();
     else if (!strcmp(command, "renegotiate")) tls_renegotiate();
     else if (!strcmp(command, "empty")) tls_empty_record();
