@@ -47,7 +47,7 @@ class HandoverTestCase(unittest.TestCase):
 
     def start(self, *options, before=()):
         process = self.run_program(*options, before=before)
-        wait_for("the start", lambda: self.alive(process) and self.pid() == process.child.pid)
+        wait_for("the process to start", lambda: self.alive(process) and self.pid() == process.child.pid)
         return process
 
     def alive(self, process):

@@ -47,7 +47,7 @@ class LoginClient:
         return self.raw.command("a", b"LOGIN {%d+}\r\n%s {%d+}\r\n%s" % (len(user), user, len(password), password))[-1].decode()
 
 
-class Directories:
+class DirectoryFixture:
     """Base class with two shards for all tests and a proxy per test; subclasses provide the directory and its route."""
 
     directory = None
@@ -75,7 +75,7 @@ class Directories:
             "closed@example.org": {"refuse": "The account was closed."},
             "moving@example.org": {"maintenance": "Your mailbox moves."},
             "lost@example.org": {"backend": "shard-x"},
-            **{user: {"refuse": f"Odd {number}."} for number, user in enumerate(cls.unusual_names)},
+            **{user: {"refuse": f"Unusual {number}."} for number, user in enumerate(cls.unusual_names)},
         }
 
     def proxy(self, more="cache: off", timeout="1s", connections=4):
@@ -102,7 +102,7 @@ class Directories:
         self.assertTrue(answer.startswith("a " + start), f"{user}: {answer}\n{proxy.log()}")
 
 
-class DirectoryTests(Directories):
+class DirectoryTests(DirectoryFixture):
     """Tests of every directory."""
 
     def test_users_are_routed_to_their_shards(self):
@@ -137,7 +137,7 @@ class DirectoryTests(Directories):
         proxy = self.proxy()
         client = LoginClient(proxy)
         for number, user in enumerate(self.unusual_names):
-            self.assertEqual(client.login(user), f"a NO [CONTACTADMIN] Odd {number}.", f"{user!r}\n{proxy.log()}")
+            self.assertEqual(client.login(user), f"a NO [CONTACTADMIN] Unusual {number}.", f"{user!r}\n{proxy.log()}")
 
     def test_slow_directory_delays_the_login(self):
         proxy = self.proxy(timeout="20s")

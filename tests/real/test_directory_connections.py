@@ -11,13 +11,13 @@ import test_directories
 from fixtures import PASSWORDS, free_port, program, wait_for
 from http_service import HttpService
 from tcp_peers import Relay
-from test_directories import ALICE, BOB, Directories, LoginClient
+from test_directories import ALICE, BOB, DirectoryFixture, LoginClient
 from test_http_routes import BASE, Nginx
 
 LOOKUP_TIMEOUT = "6s"
 
 
-class ConnectionTests(Directories):
+class ConnectionTests(DirectoryFixture):
     """Tests with a relay between the proxy and the directory, to which the route of the directory points."""
 
     # Number of connections that four concurrent lookups use.

@@ -8,7 +8,7 @@ import directory_servers
 from fixtures import PASSWORDS, REPOSITORY, Certificates, Folder, Proxy, program
 from http_service import HttpService
 from tcp_peers import FixedReplyServer, Relay
-from test_directories import ALICE, Directories, LoginClient
+from test_directories import ALICE, DirectoryFixture, LoginClient
 
 TEMPLATE = """
 listeners: [{{address: "127.0.0.1:{{plain}}", tls: none}}]
@@ -30,7 +30,7 @@ MARIADB = len(MARIADB).to_bytes(3, "little") + b"\x00" + MARIADB
 NO_STARTTLS = bytes.fromhex("300c02010178070a010204000400")
 
 
-class Tls(Directories):
+class DirectoryTlsTests(DirectoryFixture):
     # Logged error if the server does not support TLS.
     no_tls_error = "the server does not speak TLS on this port"
     # Bytes that a server without TLS sends on connect, and in response to the first request.
@@ -97,7 +97,7 @@ class Tls(Directories):
         self.assert_lookup_fails("no answer within 2s: the connection was not established", port=server.port)
 
 
-class PostgreSqlTls(Tls, unittest.TestCase):
+class PostgreSqlTls(DirectoryTlsTests, unittest.TestCase):
     kind, reply, no_tls_error = "sql", b"N", "does not support TLS"
 
     @classmethod
@@ -109,7 +109,7 @@ class PostgreSqlTls(Tls, unittest.TestCase):
                 "query: SELECT * FROM mailbox WHERE name = %{user}"]
 
 
-class MariaDbTls(Tls, unittest.TestCase):
+class MariaDbTls(DirectoryTlsTests, unittest.TestCase):
     kind, greeting, reply, no_tls_error = "sql", MARIADB, b"", "does not support TLS"
 
     @classmethod
@@ -125,7 +125,7 @@ class MariaDbTls(Tls, unittest.TestCase):
         super().test_hung_handshake_times_out()
 
 
-class OpenLdapTls(Tls, unittest.TestCase):
+class OpenLdapTls(DirectoryTlsTests, unittest.TestCase):
     kind = "ldap"
 
     @classmethod
@@ -151,7 +151,7 @@ class OpenLdapStartTls(OpenLdapTls):
         return self.directory.port
 
 
-class RedisTls(Tls, unittest.TestCase):
+class RedisTls(DirectoryTlsTests, unittest.TestCase):
     kind = "redis"
 
     @classmethod
@@ -162,7 +162,7 @@ class RedisTls(Tls, unittest.TestCase):
         return ["redis", f"url: rediss://{host}:{port}", "password_file: password", f"ca: {ca}", 'key: "mailbox:%{user}"']
 
 
-class HttpTls(Tls, unittest.TestCase):
+class HttpTls(DirectoryTlsTests, unittest.TestCase):
     kind = "http"
 
     @classmethod

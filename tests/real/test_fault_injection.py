@@ -1,8 +1,8 @@
 """Faults around a running proxy: servers killed or stopped at each step, resets, peers that vanish from the network, a full
 log disk, an unread log, clock jumps, thousands of silent clients.
 
-Each fault affects one user. A session on another server must continue without errors, and afterwards the process must use as
-many resources as before.
+Each fault affects one user. A session on another server must continue without errors, and afterwards the process must use no
+more resources than before.
 """
 
 import contextlib

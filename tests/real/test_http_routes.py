@@ -11,7 +11,7 @@ from directory_servers import Directory
 from fixtures import PASSWORDS, TIMEOUT, Certificates, Folder, Proxy, free_port, program, wait_for
 from http_service import HttpService
 from imap_client import RawClient, context
-from test_directories import ALICE, BOB, CAROL, Directories, LoginClient, ServerDirectoryTests
+from test_directories import ALICE, BOB, CAROL, DirectoryFixture, LoginClient, ServerDirectoryTests
 
 
 class Nginx(Directory):
@@ -187,7 +187,7 @@ class JsonService(ServerDirectoryTests, unittest.TestCase):
         self.assert_refused(self.proxy(), ALICE, "NO [UNAVAILABLE]")
 
 
-class NginxAuthHttp(Directories, unittest.TestCase):
+class NginxAuthHttp(DirectoryFixture, unittest.TestCase):
     """nginx and Vestibule send equal requests to an auth server for nginx's mail module."""
 
     @classmethod

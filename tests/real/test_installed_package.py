@@ -35,7 +35,7 @@ def build_package(folder):
     return next(folder.path.glob("vestibule_*.deb"))
 
 
-class Unit(unittest.TestCase):
+class SystemdUnit(unittest.TestCase):
     def test_stop_timeout_is_longer_than_the_drain(self):
         """TimeoutStopSec is longer than the default drain and the ready_delay recommended behind a load balancer."""
         unit = (REPOSITORY / "deploy/vestibule.service").read_text()

@@ -49,7 +49,7 @@ class ConcurrentSuccessors(HandoverTestCase):
         self.block_successor()
         output = self.upgrade(1, "--timeout", "1s")
         child = int(re.search(r"the successor \(pid (\d+)\) did not take over within 1s: ended", output)[1])
-        wait_for("its end", lambda: has_ended(child))
+        wait_for("the successor to end", lambda: has_ended(child))
         self.assert_unaffected(first)
 
     def test_concurrent_upgrades_leave_one_process(self):
@@ -70,7 +70,7 @@ class ConcurrentSuccessors(HandoverTestCase):
                 self.assertTrue(process.child.pid == pid or wait_for_exit(process) in (0, 70), process.text())
         self.assertEqual(wait_for_exit(first), 0)
         os.kill(pid, signal.SIGTERM)
-        wait_for("its end", lambda: not processes_listening_on(self.port))
+        wait_for("the process to end", lambda: not processes_listening_on(self.port))
 
 
 class Upgrade(HandoverTestCase):
@@ -159,7 +159,7 @@ class Upgrade(HandoverTestCase):
         self.assertEqual(done.returncode, 78)
         self.assertIn("is taking over: reload again", done.stderr)
         other.close()
-        wait_for("the end of the hand-over", lambda: self.command("reload").returncode == 0)
+        wait_for("the end of the handover", lambda: self.command("reload").returncode == 0)
         self.assert_unaffected(first)
 
 

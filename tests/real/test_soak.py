@@ -1,4 +1,4 @@
-"""Soak test: random activity of many clients, after which the process uses as many resources as before.
+"""Soak test: random activity of many clients, after which the process uses no more resources than before.
 
 Clients log in, also with wrong passwords, append mail and compare it with what they fetch, wait in IDLE, and disconnect in the
 middle of literals. At the same time the configuration is reloaded every few seconds, and Dovecots are killed and restarted.
@@ -103,7 +103,7 @@ class Client(threading.Thread):
             require_ok(client.select(box))
             number = client.search(None, "ALL")[1][0].split()[-1]
             data = require_ok(client.fetch(number, "(BODY.PEEK[])"))
-            assert data[0][1] == sent, f"{len(sent)} bytes came back as {len(data[0][1])} others"
+            assert data[0][1] == sent, f"{len(sent)} bytes appended, {len(data[0][1])} different bytes fetched"
             self.counts["bytes"] += 2 * len(sent)
             client.store(number, "+FLAGS", "\\Deleted")
             require_ok(client.expunge())
