@@ -169,8 +169,8 @@ class Proxy:
         return total
 
     def log(self):
-        """The log so far. A separate thread writes it: waits until that thread has nothing left to write."""
-        wait_for("the log", lambda: self._log_writer_state() in ("S", None))
+        """The log so far. A separate thread writes it: waits until that thread sleeps, or is stopped with the process."""
+        wait_for("the log", lambda: self._log_writer_state() in ("S", "T", None))
         return self.process.text()
 
     def _log_writer_state(self):
