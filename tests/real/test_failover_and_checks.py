@@ -77,7 +77,7 @@ class ThreeServers(unittest.TestCase):
             def log_in_repeatedly(user):
                 while not stop.is_set():
                     try:
-                        # A session may end with its server, so there is no LOGOUT; only a login must not fail.
+                        # Close without LOGOUT, because a session may end with its server; only a login must not fail.
                         self.log_in(proxy, user, tries).close()
                         logins[0] += 1
                     except Exception as error:  # any error is visible to a user
