@@ -62,7 +62,7 @@ class LocalPortExhaustion(unittest.TestCase):
         self.folder = Folder()
         self.addCleanup(self.folder.remove)
         server = self.python(SERVER)
-        self.assertEqual(server.stdout.readline(), "there\n")
+        self.assertEqual(server.stdout.readline(), "ready\n")
         self.clients = self.python(CLIENTS)
 
     def ip(self, *words):
