@@ -283,7 +283,7 @@ class PostgreSql(TlsDirectoryTests, ServerDirectoryTests, unittest.TestCase):
         route = self.route()[:-1] + [f'query: "{query}"']
         self.route = lambda: route
         self.addCleanup(lambda: delattr(self, "route"))
-        proxy = self.proxy()
+        proxy = self.proxy(timeout="5s")
         for _ in range(3):
             self.assert_refused(proxy, ALICE, "NO [UNAVAILABLE]")
         self.assertIn("more than one row", proxy.log())
