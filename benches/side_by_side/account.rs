@@ -1,4 +1,4 @@
-//! What a process and all below it have used: CPU time, and memory that is theirs.
+//! CPU time and memory of a process and its descendants.
 
 use std::collections::HashMap;
 use std::fs;
@@ -6,13 +6,13 @@ use std::time::Duration;
 
 use rustix::process::{Pid, setpriority_process};
 
-/// The process and its descendants.
+/// Process ids of a process and its descendants.
 fn tree(root: u32) -> Vec<u32> {
     let mut children: HashMap<u32, Vec<u32>> = HashMap::new();
     for entry in fs::read_dir("/proc").into_iter().flatten().flatten() {
         let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse().ok()) else { continue };
         let Ok(stat) = fs::read_to_string(entry.path().join("stat")) else { continue };
-        // The name, in parentheses, may hold anything; the parent is the second field behind it.
+        // The name, in parentheses, may contain any character; the parent is the second field after it.
         let parent = stat.rsplit_once(')').and_then(|(_, rest)| rest.split_whitespace().nth(1)?.parse().ok());
         children.entry(parent.unwrap_or(0)).or_default().push(pid);
     }
@@ -25,8 +25,8 @@ fn tree(root: u32) -> Vec<u32> {
     found
 }
 
-/// User and system time of the tree so far, to the nanosecond. Processes that have ended are not in it: none of the
-/// peers ends one while it is measured.
+/// User and system time of the tree so far, with a resolution of one nanosecond. It excludes processes that have ended: no
+/// peer ends one during a measurement.
 pub(crate) fn cpu(root: u32) -> Duration {
     let mut nanoseconds = 0;
     for pid in tree(root) {
@@ -38,7 +38,7 @@ pub(crate) fn cpu(root: u32) -> Duration {
     Duration::from_nanos(nanoseconds)
 }
 
-/// Gives all threads of the tree this niceness. Raising takes root.
+/// Sets the niceness of all threads of the tree. Lowering it requires root.
 pub(crate) fn renice(root: u32, niceness: i32) -> std::io::Result<()> {
     for pid in tree(root) {
         for task in fs::read_dir(format!("/proc/{pid}/task"))?.flatten() {
@@ -49,7 +49,7 @@ pub(crate) fn renice(root: u32, niceness: i32) -> std::io::Result<()> {
     Ok(())
 }
 
-/// CPU time of one process, threads that have ended included, to ten milliseconds: for the clients.
+/// CPU time of one process, including ended threads, with a resolution of ten milliseconds. Used for the clients.
 pub(crate) fn rough_cpu(pid: u32) -> Duration {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
     let fields = stat.rsplit_once(')').map(|(_, rest)| rest.split_whitespace().skip(11).take(2)).into_iter().flatten();
@@ -57,8 +57,8 @@ pub(crate) fn rough_cpu(pid: u32) -> Duration {
     Duration::from_millis(ticks * 1000 / rustix::param::clock_ticks_per_second())
 }
 
-/// Memory that the tree holds, each shared page counted once, in bytes: PSS, of anonymous pages (heaps, stacks), for
-/// what is read from files costs no session anything.
+/// Memory of the tree in bytes: the proportional set size of anonymous pages (heaps, stacks). Pages of files do not grow
+/// with the number of sessions.
 pub(crate) fn memory(root: u32) -> f64 {
     let mut kilobytes = 0.0;
     for pid in tree(root) {

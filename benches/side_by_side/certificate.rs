@@ -1,4 +1,4 @@
-//! One certificate for all (ECDSA, P-256), and TLS as all of them speak it here: 1.3 with AES-128-GCM.
+//! The certificate of all peers (ECDSA, P-256), and their TLS settings: TLS 1.3 with AES-128-GCM.
 
 use std::fs;
 use std::path::Path;
@@ -32,7 +32,7 @@ fn certificates(folder: &Path) -> anyhow::Result<Vec<CertificateDer<'static>>> {
     Ok(rustls_pemfile::certs(&mut &pem[..]).collect::<Result<_, _>>()?)
 }
 
-/// For the load: each with tickets of its own, or without any.
+/// TLS settings of the clients: each has its own tickets, or none.
 pub(crate) fn client(folder: &Path, resume: bool) -> anyhow::Result<Arc<ClientConfig>> {
     let mut roots = RootCertStore::empty();
     roots.add_parsable_certificates(certificates(folder)?);
@@ -47,7 +47,7 @@ pub(crate) fn client(folder: &Path, resume: bool) -> anyhow::Result<Arc<ClientCo
     Ok(Arc::new(config))
 }
 
-/// For the stand-in.
+/// TLS settings of the stand-in server.
 pub(crate) fn server(folder: &Path) -> anyhow::Result<Arc<ServerConfig>> {
     let pem = fs::read(folder.join("key.pem"))?;
     let key: PrivateKeyDer<'_> = rustls_pemfile::private_key(&mut &pem[..])?.ok_or(anyhow::anyhow!("no key"))?;

@@ -1,4 +1,4 @@
-//! The order of events: rounds of CPU measurements over all peers, then memory, peer by peer.
+//! The measurements: rounds of CPU time with all peers, then memory, one peer after the other.
 
 use std::io::{BufRead, BufReader, Write};
 use std::net::SocketAddr;
@@ -21,25 +21,25 @@ use crate::report::{Figures, Idle, Report};
 /// Compares Vestibule with nginx mail, HAProxy and Dovecot's login proxy on this machine.
 #[derive(Debug, Parser)]
 struct Options {
-    /// One short round: to see that everything runs, not to quote.
+    /// Run one short round, to check that everything works; the figures are not meaningful.
     #[arg(long)]
     quick: bool,
-    /// Only these, of nginx,haproxy,dovecot,vestibule.
+    /// Measure only these peers: nginx,haproxy,dovecot,vestibule.
     #[arg(long, value_delimiter = ',')]
     peers: Vec<String>,
-    /// Only these, of login,noop,bulk,idle.
+    /// Run only these measurements: login,noop,bulk,idle.
     #[arg(long, value_delimiter = ',')]
     only: Vec<String>,
-    /// Rounds of CPU measurements; the table shows their medians.
+    /// Number of rounds of CPU measurements; the table shows the medians.
     #[arg(long, default_value_t = 3)]
     rounds: usize,
-    /// Writes the table to benches/RESULTS.md.
+    /// Write the tables to benches/RESULTS.md.
     #[arg(long)]
     record: bool,
-    /// The program to measure.
+    /// The Vestibule program to measure.
     #[arg(long, default_value = env!("CARGO_BIN_EXE_vestibule"))]
     vestibule: PathBuf,
-    /// What cargo tells every benchmark.
+    /// Passed by cargo to every benchmark; ignored.
     #[arg(long, hide = true)]
     bench: bool,
 }
@@ -59,17 +59,17 @@ impl Options {
     }
 }
 
-/// Of each figure in a round: short ones, for what disturbs a machine comes and goes.
+/// Samples of each figure in a round. They are short, because disturbances of the machine are temporary.
 const SAMPLES: usize = 3;
-/// Niceness of a proxy that gets the CPU before its clients do.
-const AHEAD: i32 = -20;
+/// Niceness of a proxy that has priority over its clients.
+const PRIORITY_NICENESS: i32 = -20;
 
-/// Everything the measurements need.
-struct Scene {
+/// The stand-in server, certificates and options that all measurements use.
+struct Benchmark {
     options: Options,
     folder: tempfile::TempDir,
     standin: Standin,
-    /// Ends with its standard input.
+    /// The process ends when its standard input closes.
     _standin: Child,
 }
 
@@ -77,49 +77,49 @@ pub(crate) fn run() -> anyhow::Result<()> {
     let options = Options::parse();
     let limit = getrlimit(Resource::Nofile);
     setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, maximum: limit.maximum })?;
-    let scene = Scene::new(options)?;
-    let peers = scene.options.peers();
-    ensure!(!peers.is_empty(), "no such peer");
-    let mut report = Report::new(&peers, &scene.options.vestibule);
-    let rounds = if scene.options.quick { 1 } else { scene.options.rounds };
+    let benchmark = Benchmark::new(options)?;
+    let peers = benchmark.options.peers();
+    ensure!(!peers.is_empty(), "--peers names no known peer");
+    let mut report = Report::new(&peers, &benchmark.options.vestibule);
+    let rounds = if benchmark.options.quick { 1 } else { benchmark.options.rounds };
     for round in 1..=rounds {
         for &peer in &peers {
             eprintln!("round {round} of {rounds}: {}", peer.name());
-            let result = scene.cpu(peer, report.figures(peer));
+            let result = benchmark.cpu(peer, report.figures(peer));
             report.fail_on(peer, result);
         }
     }
-    if scene.options.wants("idle") {
-        let mut emptied = Vec::new();
+    if benchmark.options.wants("idle") {
+        let mut memory_checks = Vec::new();
         for &peer in &peers {
             for tls in [false, true] {
                 if tls && !peer.can_encrypt_to_servers() {
                     continue;
                 }
                 eprintln!("idle sessions: {}, {} server leg", peer.name(), if tls { "TLS" } else { "plain" });
-                let result = scene.idle(peer, tls, report.figures(peer));
-                let result = result.map(|after| emptied.extend(after.map(|after| (peer, after))));
+                let result = benchmark.idle(peer, tls, report.figures(peer));
+                let result = result.map(|after| memory_checks.extend(after.map(|after| (peer, after))));
                 report.fail_on(peer, result);
             }
         }
-        for (peer, after) in emptied {
+        for (peer, after) in memory_checks {
             let given_back = after.join().map_err(|_| anyhow::anyhow!("a thread panicked"))?;
             report.figures(peer).given_back.push(given_back);
         }
     }
-    let text = report.render(&scene.options.vestibule);
+    let text = report.render(&benchmark.options.vestibule);
     println!("{text}");
-    if scene.options.record {
+    if benchmark.options.record {
         std::fs::write(Path::new(env!("CARGO_MANIFEST_DIR")).join("benches/RESULTS.md"), text)?;
     }
     ensure!(!report.failed(), "a peer failed: see above");
     Ok(())
 }
 
-impl Scene {
+impl Benchmark {
     fn new(options: Options) -> anyhow::Result<Self> {
         let folder = tempfile::tempdir()?;
-        // Dovecot's login processes run as users of their own and must get to their sockets.
+        // The login processes of Dovecot run as other users and need access to their sockets.
         std::fs::set_permissions(folder.path(), std::os::unix::fs::PermissionsExt::from_mode(0o755))?;
         certificate::write(folder.path())?;
         let mut child = Command::new(std::env::current_exe()?)
@@ -131,7 +131,7 @@ impl Scene {
         let mut line = String::new();
         BufReader::new(child.stdout.take().context("no output")?).read_line(&mut line)?;
         let ports: Vec<u16> = line.split_whitespace().map(str::parse).collect::<Result<_, _>>()?;
-        let [plain, tls, directory] = ports[..] else { bail!("the stand-in said {line:?}") };
+        let [plain, tls, directory] = ports[..] else { bail!("unexpected output of the stand-in server: {line:?}") };
         Ok(Self { options, folder, standin: Standin { plain, tls, directory }, _standin: child })
     }
 
@@ -148,7 +148,7 @@ impl Scene {
         let mut clients = self.load(running.tls, true)?;
         let mut measure = |command: &str| -> anyhow::Result<(f64, String)> {
             let (before, load_before) = (account::cpu(running.pid()), account::rough_cpu(clients.pid()));
-            let answer = clients.ask(command)?;
+            let answer = clients.request(command)?;
             let used = (account::cpu(running.pid()) - before).as_secs_f64();
             figures.load_share.push((account::rough_cpu(clients.pid()) - load_before).as_secs_f64() / used);
             Ok((used, answer))
@@ -159,7 +159,7 @@ impl Scene {
             for _ in 0..SAMPLES {
                 figures.login.push(measure(&format!("login {count} full"))?.0 / count as f64);
                 let (used, answer) = measure(&format!("login {count} resumed"))?;
-                // Workers that do not share their tickets resume by chance: that is no figure.
+                // If workers do not share tickets, resumption depends on chance: discard the sample.
                 if answer == count.to_string() {
                     figures.resumed.push(used / count as f64);
                 }
@@ -167,24 +167,24 @@ impl Scene {
         }
         if self.options.wants("noop") {
             let count = self.options.count(4000, 1000);
-            // A tenth of a second each, and dearer by half where the kernel wakes the peers on the other core.
+            // A sample takes a tenth of a second, and costs half as much again if the kernel wakes the peer on the other core.
             for _ in 0..3 * SAMPLES {
                 let (used, answer) = measure(&format!("noop {count}"))?;
                 figures.noop.push(used / count as f64);
-                let (p50, p99) = two(&answer)?;
+                let (p50, p99) = two_figures(&answer)?;
                 figures.noop_p50.push(p50 / 1e6);
                 figures.noop_p99.push(p99 / 1e6);
             }
-            // Each with new connections: which worker has which of them is chance, and decides much.
+            // Each sample has new connections, because their random assignment to workers has a large effect.
             for _ in 0..SAMPLES {
                 let (_, answer) = measure(&format!("beside {}", self.options.count(2, 1)))?;
-                figures.beside_p99.push(two(&answer)?.1 / 1e6);
+                figures.beside_p99.push(two_figures(&answer)?.1 / 1e6);
             }
-            // Clients and server are other machines in earnest, and take no CPU from the proxy.
-            if account::renice(running.pid(), AHEAD).is_ok() {
+            // In production, clients and servers are other machines and use no CPU time of the proxy.
+            if account::renice(running.pid(), PRIORITY_NICENESS).is_ok() {
                 for _ in 0..SAMPLES {
                     let (_, answer) = measure(&format!("beside {}", self.options.count(2, 1)))?;
-                    figures.beside_ahead_p99.push(two(&answer)?.1 / 1e6);
+                    figures.beside_ahead_p99.push(two_figures(&answer)?.1 / 1e6);
                 }
                 account::renice(running.pid(), 0)?;
             }
@@ -199,36 +199,36 @@ impl Scene {
             let mut plain = self.load(running.plain, false)?;
             for _ in 0..SAMPLES {
                 let before = account::cpu(running.pid());
-                plain.ask(&format!("down {mib}"))?;
+                plain.request(&format!("down {mib}"))?;
                 figures.plain_down.push((account::cpu(running.pid()) - before).as_secs_f64() / gigabytes);
             }
         }
         Ok(())
     }
 
-    /// Where the server leg is plain: the share given back is measured a minute after, while others are at work. They
-    /// disturb no count of memory.
+    /// Measures the memory of idle sessions. With a plaintext server leg, it also returns a thread that measures the share of
+    /// memory released after a minute, at the same time as later measurements, which do not affect it.
     fn idle(&self, peer: Peer, server_tls: bool, figures: &mut Figures) -> anyhow::Result<Option<JoinHandle<f64>>> {
         let running = self.start(peer, server_tls)?;
         let mut clients = self.load(running.tls, true)?;
-        // What the first sessions allocate once and for all is no cost of a session.
-        clients.ask("login 50 full")?;
+        // Run logins first, so that one-time allocations are not counted as a cost of sessions.
+        clients.request("login 50 full")?;
         thread::sleep(Duration::from_secs(3));
         let base = account::memory(running.pid());
         let steps: &[usize] = if self.options.quick { &[200, 800] } else { &[1000, 4000, 9000] };
         let mut peak = base;
         for &count in steps {
-            clients.ask(&format!("open {count}"))?;
+            clients.request(&format!("open {count}"))?;
             thread::sleep(Duration::from_secs(6));
             peak = account::memory(running.pid());
             let bytes = (peak - base) / count as f64;
-            eprintln!("  {count}: {bytes:.0} bytes each");
+            eprintln!("  {count} sessions: {bytes:.0} bytes per session");
             figures.idle.push(Idle { count, server_tls, bytes });
         }
         if server_tls {
             return Ok(None);
         }
-        clients.ask("close")?;
+        clients.request("close")?;
         let wait = Duration::from_secs(self.options.count(60, 10) as u64);
         Ok(Some(thread::spawn(move || {
             thread::sleep(wait);
@@ -237,12 +237,12 @@ impl Scene {
     }
 }
 
-fn two(answer: &str) -> anyhow::Result<(f64, f64)> {
-    let (first, second) = answer.split_once(' ').context("two figures")?;
+fn two_figures(answer: &str) -> anyhow::Result<(f64, f64)> {
+    let (first, second) = answer.split_once(' ').context("expected two figures")?;
     Ok((first.parse()?, second.parse()?))
 }
 
-/// The clients' process. It ends when this drops.
+/// The process of the clients. It ends when this value is dropped.
 struct Load {
     child: Child,
     input: ChildStdin,
@@ -265,12 +265,12 @@ impl Load {
         self.child.id()
     }
 
-    fn ask(&mut self, command: &str) -> anyhow::Result<String> {
+    fn request(&mut self, command: &str) -> anyhow::Result<String> {
         writeln!(self.input, "{command}")?;
         let mut line = String::new();
         self.output.read_line(&mut line)?;
         let answer =
-            line.trim_end().strip_prefix("ok").with_context(|| format!("the clients failed at {command:?}"))?;
+            line.trim_end().strip_prefix("ok").with_context(|| format!("the clients failed to run {command:?}"))?;
         Ok(answer.trim().to_owned())
     }
 }

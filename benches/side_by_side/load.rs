@@ -1,15 +1,15 @@
-//! The clients: told by lines on standard input what to do, they answer each with a line of figures.
+//! The clients. Each line on standard input is a command, which they answer with a line of figures.
 //!
-//! | command | does | answers |
+//! | command | action | answer |
 //! |---|---|---|
-//! | `login COUNT full\|resumed` | connect, TLS, LOGIN, LOGOUT, close, over two threads | how many were resumed |
+//! | `login COUNT full\|resumed` | connect, TLS, LOGIN, LOGOUT, close, in two threads | number of resumed TLS sessions |
 //! | `noop COUNT` | NOOPs on one connection | p50 and p99 in microseconds |
-//! | `beside SECONDS` | the same for so long, while two other connections download | p50 and p99 |
-//! | `down MIB`, `up MIB` | a FETCH or an APPEND on each of two connections, together so much | nothing |
-//! | `open COUNT` | logs in until so many sessions are idle | nothing |
-//! | `close` | ends them | nothing |
+//! | `beside SECONDS` | NOOPs for a time, while two other connections download | p50 and p99 |
+//! | `down MIB`, `up MIB` | a FETCH or an APPEND of half the size on each of two connections | none |
+//! | `open COUNT` | log in until this number of sessions is idle | none |
+//! | `close` | close the idle sessions | none |
 //!
-//! Every answer of a server is checked; what is not as it must be ends the program with an error.
+//! The clients check every response of a server; an unexpected one ends the program with an error.
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{SocketAddr, TcpStream};
@@ -27,12 +27,12 @@ use crate::certificate;
 
 const MIB: usize = 1 << 20;
 const THREADS: usize = 2;
-/// Threads that open idle sessions: nginx's greeting waits 40 ms for the client's delayed acknowledgement.
+/// Threads that open idle sessions: the greeting of nginx waits 40 ms for the delayed acknowledgement of the client.
 const OPENERS: usize = 8;
-/// No answer in this time is an error.
-const PATIENCE: Duration = Duration::from_secs(60);
+/// Timeout of each read and write.
+const TIMEOUT: Duration = Duration::from_secs(60);
 
-/// Where to connect, and how.
+/// The address and the kind of connection to a proxy.
 #[derive(Clone)]
 struct Target {
     address: SocketAddr,
@@ -53,10 +53,10 @@ pub(crate) fn run() -> anyhow::Result<()> {
         let answer = match command {
             "login" => logins(&target, count, words.next() == Some("resumed"))?,
             "noop" => noops(&mut Connection::open(&target, None)?, |done, _| done < count)?,
-            "beside" => beside(&target, Duration::from_secs(count as u64))?,
-            "down" => both(&target, move |connection| connection.fetch(count / THREADS))?,
-            "up" => both(&target, move |connection| connection.append(count / THREADS))?,
-            "open" => open(&target, &mut idle, count)?,
+            "beside" => noops_during_downloads(&target, Duration::from_secs(count as u64))?,
+            "down" => on_each_thread(&target, move |connection| connection.fetch(count / THREADS))?,
+            "up" => on_each_thread(&target, move |connection| connection.append(count / THREADS))?,
+            "open" => open_idle(&target, &mut idle, count)?,
             "close" => {
                 idle.clear();
                 String::new()
@@ -75,7 +75,7 @@ fn logins(target: &Target, count: usize, resumed: bool) -> anyhow::Result<String
             let (target, counted) = (target.clone(), counted.clone());
             thread::spawn(move || -> anyhow::Result<()> {
                 let config = certificate::client(&target.folder, resumed)?;
-                // The first brings the ticket.
+                // The first connection receives the ticket.
                 Connection::open(&target, Some(config.clone()))?.log_out()?;
                 for _ in 0..count / THREADS {
                     let mut connection = Connection::open(&target, Some(config.clone()))?;
@@ -99,10 +99,10 @@ fn join(threads: Vec<thread::JoinHandle<anyhow::Result<()>>>) -> anyhow::Result<
     Ok(String::new())
 }
 
-fn noops(connection: &mut Connection, goes_on: impl Fn(usize, Duration) -> bool) -> anyhow::Result<String> {
+fn noops(connection: &mut Connection, continues: impl Fn(usize, Duration) -> bool) -> anyhow::Result<String> {
     let mut times = Vec::new();
     let all = Instant::now();
-    while goes_on(times.len(), all.elapsed()) {
+    while continues(times.len(), all.elapsed()) {
         let began = Instant::now();
         connection.command("n NOOP", "n OK")?;
         times.push(began.elapsed());
@@ -112,7 +112,7 @@ fn noops(connection: &mut Connection, goes_on: impl Fn(usize, Duration) -> bool)
     Ok(format!("{:.1} {:.1}", micros(50), micros(99)))
 }
 
-fn beside(target: &Target, time: Duration) -> anyhow::Result<String> {
+fn noops_during_downloads(target: &Target, time: Duration) -> anyhow::Result<String> {
     let stop = Arc::new(AtomicBool::new(false));
     let threads: Vec<_> = (0..THREADS)
         .map(|_| {
@@ -132,7 +132,7 @@ fn beside(target: &Target, time: Duration) -> anyhow::Result<String> {
     answer
 }
 
-fn both(
+fn on_each_thread(
     target: &Target,
     work: impl Fn(&mut Connection) -> anyhow::Result<()> + Clone + Send + 'static,
 ) -> anyhow::Result<String> {
@@ -145,7 +145,7 @@ fn both(
     join(threads)
 }
 
-fn open(target: &Target, idle: &mut Vec<Connection>, count: usize) -> anyhow::Result<String> {
+fn open_idle(target: &Target, idle: &mut Vec<Connection>, count: usize) -> anyhow::Result<String> {
     let config = certificate::client(&target.folder, false)?;
     let missing = count.saturating_sub(idle.len());
     let threads: Vec<_> = (0..OPENERS)
@@ -172,7 +172,7 @@ fn open(target: &Target, idle: &mut Vec<Connection>, count: usize) -> anyhow::Re
 trait Stream: Read + Write + Send {}
 impl<S: Read + Write + Send> Stream for S {}
 
-/// A logged-in client.
+/// A connection that has logged in.
 struct Connection {
     stream: BufReader<Box<dyn Stream>>,
     handshake: Option<HandshakeKind>,
@@ -181,14 +181,14 @@ struct Connection {
 impl Connection {
     fn open(target: &Target, config: Option<Arc<ClientConfig>>) -> anyhow::Result<Self> {
         static USERS: AtomicUsize = AtomicUsize::new(0);
-        /// So many names are used over and over; all different without it.
+        /// Number of user names to use repeatedly; without the variable all names differ.
         static NAMES: LazyLock<usize> = LazyLock::new(|| {
             std::env::var("VESTIBULE_BENCH_NAMES").ok().and_then(|names| names.parse().ok()).unwrap_or(usize::MAX)
         });
         let socket = TcpStream::connect(target.address).context("connect")?;
         socket.set_nodelay(true)?;
-        socket.set_read_timeout(Some(PATIENCE))?;
-        socket.set_write_timeout(Some(PATIENCE))?;
+        socket.set_read_timeout(Some(TIMEOUT))?;
+        socket.set_write_timeout(Some(TIMEOUT))?;
         let mut handshake = None;
         let stream: Box<dyn Stream> = if target.tls {
             let config = config.map_or_else(|| certificate::client(&target.folder, false), Ok)?;
@@ -215,7 +215,7 @@ impl Connection {
             if line.starts_with(expected) {
                 return Ok(());
             }
-            ensure!(line.starts_with("* "), "{line:?} in answer to {command:?}");
+            ensure!(line.starts_with("* "), "unexpected response {line:?} to {command:?}");
         }
     }
 
@@ -232,8 +232,8 @@ impl Connection {
         while left > 0 {
             let wanted = left.min(buffer.len());
             let read = self.stream.read(&mut buffer[..wanted])?;
-            ensure!(read > 0, "the end, with {left} bytes to come");
-            ensure!(buffer[0] == b'x' && buffer[read - 1] == b'x', "not the bytes of the literal");
+            ensure!(read > 0, "the connection ended {left} bytes early");
+            ensure!(buffer[0] == b'x' && buffer[read - 1] == b'x', "unexpected bytes in the literal");
             left -= read;
         }
         self.line(")")?;
@@ -258,7 +258,7 @@ impl Connection {
 
     fn line(&mut self, expected: &str) -> anyhow::Result<String> {
         let line = self.any_line()?;
-        ensure!(line.starts_with(expected), "{line:?} instead of {expected:?}");
+        ensure!(line.starts_with(expected), "got {line:?}, expected {expected:?}");
         Ok(line)
     }
 
@@ -269,7 +269,7 @@ impl Connection {
     }
 }
 
-/// The load's arguments for a target.
+/// The arguments of the client process for a target.
 pub(crate) fn arguments(address: SocketAddr, tls: bool, folder: &Path) -> [String; 3] {
     [address.to_string(), if tls { "tls" } else { "plain" }.to_owned(), folder.display().to_string()]
 }

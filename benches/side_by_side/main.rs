@@ -1,10 +1,11 @@
-//! Vestibule beside nginx mail, HAProxy and Dovecot's login proxy: what a login, a gigabyte, a NOOP and an idle session cost.
+//! Compares Vestibule with nginx mail, HAProxy and Dovecot's login proxy: the cost of a login, a gigabyte, a NOOP and an
+//! idle session.
 //!
-//! `benches/run` installs the peers and starts this. All of them get the same certificate, the same stand-in server and
-//! the same load, one after the other, over and over, so that a noisy machine is noisy for all; the table shows medians,
-//! and ratios are what travels between machines. The program is three: the driver, which reads clocks and memory of the
-//! proxy's whole process tree; the load (`load`) and the stand-in (`standin`), which run as processes of their own.
-//! `benches/routes` uses the latter two alone. Everything stays on loopback and stops by itself.
+//! `benches/run` installs the peers and starts this program. All peers use the same certificate, stand-in server and load,
+//! and take turns in several rounds, so that other activity of the machine affects all of them. The tables show medians;
+//! only ratios are comparable between machines. The driver measures CPU time and memory of the process tree of the proxy;
+//! the clients (`load`) and the stand-in server (`standin`) are separate processes, which `benches/routes` also uses.
+//! Everything runs on loopback.
 
 mod account;
 mod certificate;
@@ -16,7 +17,7 @@ mod standin;
 
 use std::process::ExitCode;
 
-/// Tells a child of the driver what it is.
+/// Environment variable with the role of a child process.
 pub(crate) const ROLE: &str = "VESTIBULE_BENCH_ROLE";
 
 fn main() -> ExitCode {

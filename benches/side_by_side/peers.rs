@@ -1,4 +1,4 @@
-//! The proxies: their configurations, which stand as files beside this one, and how they are started.
+//! The proxies: their configurations, which are files in `peers/`, and how to start them.
 
 use std::fs::{self, File};
 use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, bail};
 use rustix::process::{Pid, Signal, kill_process};
 
-/// A proxy that takes part.
+/// A proxy to measure.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Peer {
     Nginx,
@@ -41,7 +41,7 @@ impl Peer {
         }
     }
 
-    /// What its configuration says for a server that speaks TLS, or that does not; `None`: it has no such thing.
+    /// The configuration text for servers with or without TLS; `None` if the proxy does not support it.
     fn server_tls(self, tls: bool) -> Option<&'static str> {
         match (self, tls) {
             (Self::Nginx, true) => None,
@@ -82,11 +82,11 @@ impl Peer {
         command.arg(if self == Self::Vestibule || self == Self::Dovecot { "--version" } else { "-v" });
         let output = command.output();
         let text = output.map(|output| [output.stdout, output.stderr].concat()).unwrap_or_default();
-        String::from_utf8_lossy(&text).lines().next().unwrap_or("not there").to_owned()
+        String::from_utf8_lossy(&text).lines().next().unwrap_or("not installed").to_owned()
     }
 }
 
-/// Ports of the stand-in.
+/// Ports of the stand-in server.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Standin {
     pub(crate) plain: u16,
@@ -94,7 +94,7 @@ pub(crate) struct Standin {
     pub(crate) directory: u16,
 }
 
-/// A proxy that runs. It ends when this drops.
+/// A running proxy. It ends when this value is dropped.
 pub(crate) struct Running {
     child: Child,
     pub(crate) tls: SocketAddr,
@@ -110,8 +110,8 @@ impl Running {
 impl Drop for Running {
     fn drop(&mut self) {
         let _ = kill_process(Pid::from_child(&self.child), Signal::TERM);
-        let patience = Instant::now() + Duration::from_secs(10);
-        while Instant::now() < patience {
+        let deadline = Instant::now() + Duration::from_secs(10);
+        while Instant::now() < deadline {
             if matches!(self.child.try_wait(), Ok(Some(_))) {
                 return;
             }
@@ -122,7 +122,7 @@ impl Drop for Running {
     }
 }
 
-/// Starts a proxy in front of the stand-in, and returns when it accepts connections.
+/// Starts a proxy for the stand-in server, and returns when it accepts connections.
 pub(crate) fn start(
     peer: Peer,
     vestibule: &Path,
@@ -130,11 +130,11 @@ pub(crate) fn start(
     standin: Standin,
     server_tls: bool,
 ) -> anyhow::Result<Running> {
-    let words = peer.server_tls(server_tls).context("it cannot speak TLS to servers")?;
+    let words = peer.server_tls(server_tls).context("the peer does not support TLS to servers")?;
     let (tls, plain, admin) = (free_port()?, free_port()?, free_port()?);
     let (name, template) = peer.template();
     let server = if server_tls { standin.tls } else { standin.plain };
-    // A folder of its own for each start: a program may still be cleaning up its last.
+    // A new folder for each start: the previous process may still be removing its files.
     let own = tempfile::Builder::new()
         .prefix(peer.name())
         .permissions(PermissionsExt::from_mode(0o755))
@@ -153,19 +153,19 @@ pub(crate) fn start(
     let configuration: PathBuf = folder.join(name);
     fs::write(&configuration, text)?;
     fs::create_dir_all(folder.join("dovecot"))?;
-    // One record a session goes to a file, as it would in earnest.
+    // The log goes to a file, as in production.
     let log = File::create(folder.join(format!("{}.out", peer.name())))?;
     let mut command = peer.command(vestibule, &configuration);
     command.stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log);
     let child = command.spawn().with_context(|| format!("{} does not start", peer.name()))?;
     let at = |port| SocketAddr::from((Ipv4Addr::LOCALHOST, port));
     let mut running = Running { child, tls: at(tls), plain: at(plain) };
-    let patience = Instant::now() + Duration::from_secs(20);
+    let deadline = Instant::now() + Duration::from_secs(20);
     while TcpStream::connect(running.tls).is_err() {
         if let Some(status) = running.child.try_wait()? {
-            bail!("{} ended at once ({status}): see {}", peer.name(), folder.display());
+            bail!("{} ended after its start ({status}): see {}", peer.name(), folder.display());
         }
-        if Instant::now() > patience {
+        if Instant::now() > deadline {
             bail!("{} does not listen", peer.name());
         }
         thread::sleep(Duration::from_millis(50));

@@ -1,4 +1,4 @@
-//! The tables: medians, and ratios to the peer that a target names.
+//! The tables: medians, and ratios to the peers that the targets name.
 
 use std::fmt::Write as _;
 use std::path::Path;
@@ -6,14 +6,14 @@ use std::process::Command;
 
 use crate::peers::Peer;
 
-/// Memory of one count of idle sessions.
+/// Memory per session for one number of idle sessions.
 pub(crate) struct Idle {
     pub(crate) count: usize,
     pub(crate) server_tls: bool,
     pub(crate) bytes: f64,
 }
 
-/// What was measured of a peer: seconds, one value a round.
+/// The figures of a peer: in seconds, one value per sample.
 #[derive(Default)]
 pub(crate) struct Figures {
     pub(crate) login: Vec<f64>,
@@ -33,10 +33,10 @@ pub(crate) struct Figures {
     failure: Option<String>,
 }
 
-/// A column of values measured in rounds: heading, unit's factor, digits, the values.
-type Column = (&'static str, f64, usize, fn(&Figures) -> &[f64]);
+/// A row of the first table: name, factor of the unit, number of decimals, values.
+type Row = (&'static str, f64, usize, fn(&Figures) -> &[f64]);
 
-const COLUMNS: [Column; 12] = [
+const ROWS: [Row; 12] = [
     ("full login, µs CPU", 1e6, 0, |of| &of.login),
     ("resumed login, µs CPU", 1e6, 0, |of| &of.resumed),
     ("GB down, s CPU", 1.0, 2, |of| &of.down),
@@ -51,7 +51,7 @@ const COLUMNS: [Column; 12] = [
     ("CPU of the clients / of the proxy", 1.0, 1, |of| &of.load_share),
 ];
 
-/// What, compared with whom, at most which ratio.
+/// A target: name, peer to compare with, maximum ratio, values.
 type Target = (&'static str, Peer, f64, fn(&Figures) -> &[f64]);
 
 const TARGETS: [Target; 7] = [
@@ -64,7 +64,7 @@ const TARGETS: [Target; 7] = [
     ("the same, the proxy ahead of its clients", Peer::Nginx, 1.0, |of| &of.beside_ahead_p99),
 ];
 
-/// Everything measured.
+/// The figures and versions of all peers.
 pub(crate) struct Report {
     peers: Vec<(Peer, Figures)>,
     versions: Vec<String>,
@@ -108,9 +108,18 @@ impl Report {
         let model = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
         let model = model.lines().find_map(|line| line.strip_prefix("model name")).unwrap_or(": unknown");
         let cores = std::thread::available_parallelism().map_or(0, usize::from);
-        let _ =
-            writeln!(text, "Machine:{}; {cores} cores; Linux {}.", &model.trim_start()[1..], said("uname", &["-r"]));
-        let _ = writeln!(text, "Commit {}, {}.", said("git", &["rev-parse", "--short", "HEAD"]), said("date", &["-I"]));
+        let _ = writeln!(
+            text,
+            "Machine:{}; {cores} cores; Linux {}.",
+            &model.trim_start()[1..],
+            output_of("uname", &["-r"])
+        );
+        let _ = writeln!(
+            text,
+            "Commit {}, {}.",
+            output_of("git", &["rev-parse", "--short", "HEAD"]),
+            output_of("date", &["-I"])
+        );
         let _ = writeln!(text, "Programs: {}.", self.versions.join("; "));
         let size = std::fs::metadata(vestibule).map_or(0, |file| file.len()) >> 20;
         let _ = writeln!(text, "The measured vestibule is {size} MiB on disk, with its line tables.\n");
@@ -131,7 +140,7 @@ impl Report {
 
     fn absolute(&self, text: &mut String) {
         self.header(text, "median of the rounds");
-        for (name, factor, digits, values) in COLUMNS {
+        for (name, factor, digits, values) in ROWS {
             if self.peers.iter().all(|(_, figures)| values(figures).is_empty()) {
                 continue;
             }
@@ -213,7 +222,7 @@ fn median(values: &[f64]) -> Option<f64> {
     }
 }
 
-fn said(program: &str, arguments: &[&str]) -> String {
+fn output_of(program: &str, arguments: &[&str]) -> String {
     let output = Command::new(program).args(arguments).output();
     output.map_or_else(|_| "unknown".to_owned(), |output| String::from_utf8_lossy(&output.stdout).trim().to_owned())
 }

@@ -1,7 +1,7 @@
-//! The server behind every proxy: it takes any login, sends and takes bytes as told, and costs little.
+//! The stand-in mailbox server of all proxies: it accepts every login, and uses little CPU time.
 //!
-//! `FETCH n` is answered with a literal of n MiB; `APPEND` takes one. It also answers nginx's auth_http, whose CPU is so
-//! not counted to nginx. Its addresses go to standard output, and it ends with its standard input.
+//! It answers `FETCH n` with a literal of n MiB, and reads the literal of `APPEND`. It also answers auth_http requests of nginx,
+//! so that their CPU time is not counted for nginx. It prints its ports, and ends when its standard input closes.
 
 use std::io::Read as _;
 use std::path::Path;
@@ -52,7 +52,7 @@ async fn serve(folder: &Path) -> anyhow::Result<()> {
             tokio::spawn(auth_http(socket, mail.port()));
         }
     });
-    // The driver's end of it closes when the driver ends, however that happens.
+    // The input closes when the driver ends, for whatever reason.
     let ended = || std::io::stdin().read_to_end(&mut Vec::new());
     tokio::task::spawn_blocking(ended).await??;
     Ok(())
@@ -65,13 +65,13 @@ fn listen() -> anyhow::Result<TcpListener> {
 }
 
 async fn connection(stream: impl AsyncRead + AsyncWrite + Unpin) {
-    // A connection that breaks is the load's to notice.
+    // The clients report broken connections.
     let _ = converse(stream).await;
 }
 
 async fn converse(stream: impl AsyncRead + AsyncWrite + Unpin) -> std::io::Result<()> {
     let mut stream = BufReader::with_capacity(4096, stream);
-    say(&mut stream, GREETING).await?;
+    send(&mut stream, GREETING).await?;
     let mut line = Vec::new();
     loop {
         line.clear();
@@ -91,15 +91,15 @@ async fn converse(stream: impl AsyncRead + AsyncWrite + Unpin) -> std::io::Resul
             "AUTHENTICATE" => format!("{tag} OK logged in\r\n"),
             "IDLE" => "+ idling\r\n".to_owned(),
             "LOGOUT" => {
-                say(&mut stream, format!("* BYE\r\n{tag} OK done\r\n").as_bytes()).await?;
+                send(&mut stream, format!("* BYE\r\n{tag} OK done\r\n").as_bytes()).await?;
                 return stream.shutdown().await;
             }
             "FETCH" => {
                 let count: usize = first.parse().unwrap_or(0);
-                say(&mut stream, format!("* 1 FETCH (BODY[] {{{}}}\r\n", count * MIB).as_bytes()).await?;
+                send(&mut stream, format!("* 1 FETCH (BODY[] {{{}}}\r\n", count * MIB).as_bytes()).await?;
                 for _ in 0..count * BLOCKS {
                     stream.write_all(&BLOCK).await?;
-                    // A fast proxy takes all there is: others shall not wait for it here.
+                    // Let other connections proceed while a fast proxy reads.
                     tokio::task::yield_now().await;
                 }
                 format!(")\r\n{tag} OK done\r\n")
@@ -110,16 +110,16 @@ async fn converse(stream: impl AsyncRead + AsyncWrite + Unpin) -> std::io::Resul
             }
             _ => format!("{tag} OK done\r\n"),
         };
-        say(&mut stream, answer.as_bytes()).await?;
+        send(&mut stream, answer.as_bytes()).await?;
     }
 }
 
-async fn say(stream: &mut (impl AsyncWrite + Unpin), bytes: &[u8]) -> std::io::Result<()> {
+async fn send(stream: &mut (impl AsyncWrite + Unpin), bytes: &[u8]) -> std::io::Result<()> {
     stream.write_all(bytes).await?;
     stream.flush().await
 }
 
-/// Takes all literals of a command, each announced at the end of a line.
+/// Reads all literals of a command; each is announced at the end of a line.
 async fn skip_literals<S>(stream: &mut BufReader<S>, line: &str) -> std::io::Result<()>
 where
     S: AsyncRead + AsyncWrite + Unpin,
@@ -129,7 +129,7 @@ where
         line.strip_suffix('}').and_then(|line| line.rsplit_once('{')).map(|(_, size)| size.to_owned())
     {
         if !size.ends_with('+') {
-            say(stream, b"+ go\r\n").await?;
+            send(stream, b"+ go\r\n").await?;
         }
         let mut left: usize = size.trim_end_matches('+').parse().unwrap_or(0);
         let mut buffer = vec![0; left.min(256 * 1024)];

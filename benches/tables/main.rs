@@ -1,8 +1,8 @@
-//! What a table of many users costs: time to load, memory once loaded, time of a look-up.
+//! The cost of a table of many users: load time, memory after loading, and lookup time.
 //!
-//! `cargo bench --profile dist --bench tables` makes tables of a thousand, a million and ten million users in random order in a temporary
-//! folder, loads each in a process of its own, and looks up names at random, known and unknown. The memory is that of the
-//! loaded table alone: anonymous pages now, less those before it was loaded.
+//! `cargo bench --profile dist --bench tables` creates tables of a thousand, a million and ten million users in random order in a temporary
+//! folder, loads each in a separate process, and looks up random names, known and unknown. The memory is that of the loaded
+//! table: the difference of anonymous pages after and before loading.
 
 use std::fmt::Write as _;
 use std::fs;
@@ -16,7 +16,7 @@ use vestibule::config;
 use vestibule::metrics::{Metrics, Names};
 use vestibule::route::{LookupRequest, RouteError, Router};
 
-/// The program's own: what is measured is what it would use.
+/// The allocator of the program, so that memory is measured as the program would use it.
 #[global_allocator]
 static ALLOCATOR: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;
 
@@ -38,20 +38,20 @@ fn main() -> ExitCode {
 }
 
 fn all() -> anyhow::Result<()> {
-    println!("| users | file | load | memory | a user | look-up, known | look-up, unknown |");
+    println!("| users | file | load | memory | per user | lookup, known | lookup, unknown |");
     println!("|---|---|---|---|---|---|---|");
     for users in SIZES {
         let folder = tempfile::tempdir()?;
         write_table(folder.path(), users)?;
         let mut child = Command::new(std::env::current_exe()?);
-        // As src/allocator.rs has it.
+        // The settings of src/allocator.rs.
         child.env("MALLOC_CONF", "background_thread:true,dirty_decay_ms:1000,muzzy_decay_ms:0");
         ensure!(child.env("VESTIBULE_BENCH_TABLE", folder.path()).status()?.success(), "the measuring process failed");
     }
     Ok(())
 }
 
-/// Numbers that look random and repeat: SplitMix64.
+/// Reproducible pseudo-random numbers: SplitMix64.
 fn random(state: &mut u64) -> u64 {
     *state = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
     let mut mixed = *state;
@@ -60,7 +60,7 @@ fn random(state: &mut u64) -> u64 {
     mixed ^ (mixed >> 31)
 }
 
-/// First name, last name, number, and one of a thousand domains, as providers have them.
+/// A realistic user name: first name, last name, number, and one of a thousand domains.
 fn name(number: u64) -> String {
     const FIRST: [&str; 16] = [
         "anna", "ben", "carla", "david", "emma", "felix", "greta", "hugo", "ida", "jonas", "klara", "liam", "mia",
@@ -103,7 +103,7 @@ fn measure(folder: &Path) -> anyhow::Result<()> {
     let began = Instant::now();
     let router = Router::build(&config, &metrics, None).map_err(|problems| anyhow::anyhow!("{problems:?}"))?;
     let load = began.elapsed();
-    // What was needed to load it goes back first.
+    // Wait until the allocator has returned the memory used for loading.
     std::thread::sleep(std::time::Duration::from_secs(3));
     let memory = anonymous_pages()?.saturating_sub(before);
     let users = fs::read_to_string(folder.join("users.txt"))?.lines().count() as u64;
@@ -120,7 +120,7 @@ fn measure(folder: &Path) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Microseconds a look-up, making up the names left out.
+/// Microseconds per lookup, without the time to generate the names.
 async fn look_up(
     router: &Router,
     metrics: &Metrics,
@@ -141,7 +141,7 @@ async fn look_up(
         }
     }
     let took = began.elapsed();
-    ensure!(found == if expected { LOOKUPS } else { 0 }, "{found} found");
+    ensure!(found == if expected { LOOKUPS } else { 0 }, "{found} users found");
     Ok(took.as_secs_f64() * 1e6 / LOOKUPS as f64)
 }
 

@@ -1,7 +1,7 @@
-"""What the tests with real parts share: the proxy, mailbox servers, certificates, waiting for conditions.
+"""Fixtures of the tests with real programs: the proxy, mailbox servers, certificates, waiting for conditions.
 
-Everything listens on loopback, on ports the system chose, in folders that are removed; every process dies with the
-test that started it. A part that is not installed is a failure that says what to run, never a test left out.
+Everything listens on loopback, on ports chosen by the system, in temporary folders; every process ends with the test
+that started it. A program that is not installed fails the test with the command that installs it; no test is skipped.
 """
 
 import atexit
@@ -21,20 +21,20 @@ from pathlib import Path
 REPOSITORY = Path(__file__).resolve().parents[2]
 VESTIBULE = (REPOSITORY / os.environ.get("VESTIBULE", "target/debug/vestibule")).resolve()
 CACHE = REPOSITORY / "tests/.cache"
-# Whatever is waited for comes within this time, or the test fails. Generous: machines are shared.
-PATIENCE = 30.0
+# Seconds to wait for a condition before the test fails. Long, because test machines are shared.
+TIMEOUT = 30.0
 PASSWORDS = {"alice@example.org": "wonderland", "bob@example.net": "builder", "carol@example.org": "pass word"}
 
 
 def wait_for(what, condition):
-    """Asks `condition` until it answers; fails after PATIENCE."""
-    deadline = time.monotonic() + PATIENCE
+    """Polls `condition` until it returns a true value, and returns that; fails after TIMEOUT."""
+    deadline = time.monotonic() + TIMEOUT
     while time.monotonic() < deadline:
         answer = condition()
         if answer:
             return answer
         time.sleep(0.02)
-    raise AssertionError(f"waited {PATIENCE:.0f} s in vain for {what}")
+    raise AssertionError(f"waited {TIMEOUT:.0f} s for {what}")
 
 
 def program(name):
@@ -45,14 +45,14 @@ def program(name):
 
 
 def free_port():
-    """A port that nobody listens on."""
+    """A free TCP port of 127.0.0.1."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
 
 
 def answers(port, greeting=b"", tls=False):
-    """Whether somebody listens on `port`, and begins with `greeting`."""
+    """Whether a server listens on `port` and sends `greeting` first."""
     try:
         with socket.create_connection(("127.0.0.1", port), timeout=2) as plain:
             stream = ssl._create_unverified_context().wrap_socket(plain) if tls else plain
@@ -62,7 +62,7 @@ def answers(port, greeting=b"", tls=False):
 
 
 class Folder:
-    """A temporary folder that everybody may enter: servers change their user."""
+    """A temporary folder that all users can enter, because servers change their user."""
 
     def __init__(self):
         self.path = Path(tempfile.mkdtemp(prefix="vestibule-test-"))
@@ -79,7 +79,7 @@ class Folder:
 
 
 class Certificates:
-    """A certificate authority of the test's own and a certificate for loopback."""
+    """A new certificate authority and a certificate of it for loopback."""
 
     def __init__(self, folder):
         self.ca, self.cert, self.key = (folder.path / name for name in ("ca.pem", "cert.pem", "key.pem"))
@@ -99,8 +99,8 @@ class Certificates:
 class Process:
     """A program that runs until the test ends, with its output in a file.
 
-    Also where a test ends before it could keep what it started, and where the tests themselves are killed: the kernel then
-    ends the program. It does so too when the thread ends that started it: start programs in the main thread.
+    The kernel also ends it if the test process is killed, and if the thread that started it ends: start programs in the
+    main thread.
     """
 
     def __init__(self, command, log, **options):
@@ -115,7 +115,7 @@ class Process:
         return self.log.read_text(errors="replace")
 
     def kill(self):
-        """The program and what it started, at once."""
+        """Kills the program and its process group."""
         atexit.unregister(self.kill)
         try:
             os.killpg(self.child.pid, signal.SIGKILL)
@@ -125,7 +125,7 @@ class Process:
 
 
 def without_delay(configuration):
-    """Tests fail to log in more often than people do, and do not wait for it, but where waiting is what is tested."""
+    """Turns off the delay of failed logins, unless the configuration sets it: tests fail many logins."""
     if "failed_login_delay" in configuration:
         return configuration
     if re.search(r"(?m)^limits:", configuration):
@@ -134,7 +134,7 @@ def without_delay(configuration):
 
 
 class Proxy:
-    """The real binary, on a configuration. `{tls}`, `{starttls}`, `{plain}`, `{admin}` in it become free ports."""
+    """The real binary. `{tls}`, `{starttls}`, `{plain}` and `{admin}` in its configuration become free ports."""
 
     def __init__(self, configuration, folder=None, environment=None):
         assert VESTIBULE.exists(), f"{VESTIBULE} is not built: run tests/run"
@@ -154,7 +154,7 @@ class Proxy:
         return answers(self.ports["admin"])
 
     def metrics(self):
-        with urllib.request.urlopen(f"http://127.0.0.1:{self.ports['admin']}/metrics", timeout=PATIENCE) as answer:
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.ports['admin']}/metrics", timeout=TIMEOUT) as answer:
             return answer.read().decode()
 
     def metric(self, name, **labels):
@@ -169,8 +169,8 @@ class Proxy:
         return total
 
     def log(self):
-        """What the proxy has logged. A thread of its own writes the log: waits until that thread has nothing left to write."""
-        wait_for("the log", lambda: self._log_writer_state() in ("S", None))
+        """The log so far. A separate thread writes it: waits until that thread sleeps, or is stopped with the process."""
+        wait_for("the log", lambda: self._log_writer_state() in ("S", "T", None))
         return self.process.text()
 
     def _log_writer_state(self):
@@ -185,10 +185,10 @@ class Proxy:
         return None
 
     def stop(self):
-        """SIGTERM, as systemd does; the exit code must be 0."""
+        """Stops the proxy with SIGTERM, as systemd does, and returns the log; the exit code must be 0."""
         self.process.child.send_signal(signal.SIGTERM)
         try:
-            code = self.process.child.wait(PATIENCE)
+            code = self.process.child.wait(TIMEOUT)
         except subprocess.TimeoutExpired:
             raise AssertionError(f"the proxy does not stop:\n{self.log()}") from None
         assert code == 0, f"exit {code}:\n{self.log()}"
@@ -201,19 +201,19 @@ class Proxy:
 
 
 class Dovecot:
-    """A Dovecot of its own; mail in Maildirs below `mail`."""
+    """A Dovecot process with its own configuration; its Maildirs are in the folder `mail`."""
 
     def __init__(self, certificates, users=None, haproxy=False, trusted=True, mechanisms="plain login", extra="",
                  log_elements=""):
-        """`extra` is configuration ahead of the passdb; in it `{path}` is the server's folder."""
+        """`extra` is configuration inserted before the passdb; `{path}` in it is the folder of the server."""
         self.users = users or PASSWORDS
         self.folder = Folder()
         self.port, self.tls_port, self.haproxy_port = free_port(), free_port(), free_port()
         self.mail = self.folder.path / "mail"
         self.mail.mkdir()
-        nobody = pwd.getpwnam("nobody")
-        os.chown(self.mail, nobody.pw_uid, nobody.pw_gid)
-        # A password may bring fields of passwd-file along, behind colons.
+        account = pwd.getpwnam("nobody")
+        os.chown(self.mail, account.pw_uid, account.pw_gid)
+        # A password may contain further fields of passwd-file, separated by colons.
         lines = [f"{user}:{{PLAIN}}{password}" for user, password in self.users.items()]
         extra = extra.replace("{path}", str(self.folder.path))
         users = self.folder.write("users", "\n".join(lines) + "\n")
@@ -241,7 +241,7 @@ class Dovecot:
             first_valid_uid = 1
             first_valid_gid = 1
             mail_uid = nobody
-            mail_gid = {nobody.pw_gid}
+            mail_gid = {account.pw_gid}
             namespace inbox {{
               inbox = yes
               separator = /
@@ -253,7 +253,7 @@ class Dovecot:
             }}
             userdb {{
               driver = static
-              args = uid={nobody.pw_uid} gid={nobody.pw_gid} home={path}/mail/%u
+              args = uid={account.pw_uid} gid={account.pw_gid} home={path}/mail/%u
             }}
             service imap-login {{
               chroot =
@@ -271,7 +271,7 @@ class Dovecot:
             }}
             service anvil {{
               chroot =
-              # No growing delay after failed logins: the tests make some on purpose.
+              # Turns off the growing delay after failed logins, which the tests cause.
               unix_listener anvil-auth-penalty {{
                 mode = 0
               }}
@@ -292,12 +292,12 @@ class Dovecot:
         return path.read_text(errors="replace") if path.exists() else ""
 
     def messages(self, user):
-        """Texts of all messages of a user, wherever in the Maildir."""
+        """Texts of all messages in all folders of a user."""
         return [path.read_text(errors="replace") for part in ("cur", "new")
                 for path in (self.mail / user).glob(f"**/{part}/*")]
 
     def kill(self):
-        """All processes at once, without a word to anybody."""
+        """Kills all processes, so that connections close without a BYE."""
         self.process.kill()
 
     def close(self):
@@ -305,9 +305,9 @@ class Dovecot:
         self.folder.remove()
 
 
-class Unpacked:
-    """A server from packages that are unpacked, not installed: run in a mount and process namespace whose /usr and /etc show
-    the unpacked files over the system's own."""
+class UnpackedServer:
+    """A server from packages that are unpacked, not installed. It runs in a mount and process namespace in which the unpacked
+    files overlay /usr and /etc."""
 
     def __init__(self, name):
         self.root = CACHE / name / "root"
@@ -315,7 +315,7 @@ class Unpacked:
         self.folder = Folder()
 
     def run(self, script, log):
-        """Runs a shell script as root inside; it ends when the test ends."""
+        """Runs a shell script as root in the namespace until the test ends."""
         root = self.folder.path / "root"
         for name in ("usr", "etc", "run", "var", "proc", "dev", "tmp", "root"):
             (root / name).mkdir(parents=True, exist_ok=True)
@@ -338,7 +338,7 @@ class Unpacked:
         self.process = Process(command, self.folder.path / log)
 
     def etc(self):
-        """A folder whose files stand in /etc above all others."""
+        """The folder that overlays /etc."""
         path = self.folder.path / "etc"
         path.mkdir(exist_ok=True)
         return path
@@ -351,22 +351,22 @@ class Unpacked:
         self.folder.remove()
 
 
-class Courier(Unpacked):
+class Courier(UnpackedServer):
     """Courier IMAP with users in userdb."""
 
     def __init__(self, users=None):
         super().__init__("courier")
         self.port = free_port()
         path = self.folder.path
-        nobody = pwd.getpwnam("nobody")
+        account = pwd.getpwnam("nobody")
         lines = []
         for user, password in (users or PASSWORDS).items():
             home = path / "mail" / user
             for part in ("cur", "new", "tmp"):
                 (home / "Maildir" / part).mkdir(parents=True)
-            subprocess.run(["chown", "-R", f"{nobody.pw_uid}:{nobody.pw_gid}", home], check=True)
+            subprocess.run(["chown", "-R", f"{account.pw_uid}:{account.pw_gid}", home], check=True)
             hashed = subprocess.run(["openssl", "passwd", "-6", password], check=True, capture_output=True, text=True)
-            lines.append(f"{user}\thome={home}|mail={home}/Maildir|uid={nobody.pw_uid}|gid={nobody.pw_gid}"
+            lines.append(f"{user}\thome={home}|mail={home}/Maildir|uid={account.pw_uid}|gid={account.pw_gid}"
                          f"|imappw={hashed.stdout.strip()}\n")
         courier = self.etc() / "courier"
         courier.mkdir()
@@ -397,8 +397,8 @@ class Courier(Unpacked):
         return True
 
 
-class Cyrus(Unpacked):
-    """Cyrus IMAP with users in sasldb; a user's INBOX is made at the first login."""
+class Cyrus(UnpackedServer):
+    """Cyrus IMAP with users in sasldb; it creates the INBOX of a user at the first login."""
 
     def __init__(self, users=None):
         super().__init__("cyrus")
@@ -452,11 +452,11 @@ EVENTS {{
         (self.etc() / "passwd").write_text(Path("/etc/passwd").read_text() +
                                            "cyrus:x:996:8:Cyrus:/var/spool/cyrus:/usr/sbin/nologin\n")
         subprocess.run(["chown", "-R", "996:8", state], check=True)
-        self.run(f"""
+        self.run("""
             export PATH=/usr/sbin:/usr/bin:/sbin:/bin:/usr/lib/cyrus/bin
             mkdir -p /run/cyrus/proc /run/cyrus/lock /run/cyrus/socket /var/lib/cyrus
             chown -R 996:8 /run/cyrus /var/lib/cyrus
-            # The shell stays: who changes its user, as this server does, is no longer ended with its parent.
+            # Keeps the shell running: a process that changes its user, as cyrmaster does, no longer ends with its parent.
             /usr/sbin/cyrmaster -C /etc/imapd.conf -M /etc/cyrus.conf &
             wait
         """, "log")

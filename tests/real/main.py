@@ -1,6 +1,6 @@
-"""Runs the tests with real servers and clients; words behind -k select some.
+"""Runs the tests with real servers and clients; `-k WORD` selects tests by name.
 
-The closing line is `real: N passed, N failed`; no test at all is a failure.
+The last line is `real: N passed, N failed`. Running no test is a failure unless `-k` is given.
 """
 
 import sys

@@ -1,14 +1,14 @@
-"""TLS towards directories that fails in each way: the client gets NO [UNAVAILABLE], no other route is asked, and the log names
-the route and the reason."""
+"""TLS failures of directories: the client gets NO [UNAVAILABLE], no other route is queried, and the log names the route and
+the reason."""
 
 import subprocess
 import unittest
 
-import directories
+import directory_servers
 from fixtures import PASSWORDS, REPOSITORY, Certificates, Folder, Proxy, program
-from relay import Fixed, Relay
-from responder import Responder
-from test_directories import ALICE, Client, Directories
+from http_service import HttpService
+from tcp_peers import FixedReplyServer, Relay
+from test_directories import ALICE, DirectoryFixture, LoginClient
 
 TEMPLATE = """
 listeners: [{{address: "127.0.0.1:{{plain}}", tls: none}}]
@@ -22,26 +22,26 @@ routes:
 limits: {{drain: 1s}}
 admin: {{address: "127.0.0.1:{{admin}}"}}
 """
-# A MariaDB that does not offer TLS: protocol 10, an authentication by native password, no CLIENT_SSL.
+# Greeting of a MariaDB without TLS: protocol 10, mysql_native_password, no CLIENT_SSL.
 MARIADB = (b"\x0a5.5.5-10.11.6\x00" + b"\x01\x00\x00\x00" + b"saltsalt\x00" + b"\x08\xa2" + b"\x08" + b"\x02\x00" + b"\x08\x00"
            + b"\x15" + bytes(10) + b"saltsaltsalt\x00" + b"mysql_native_password\x00")
 MARIADB = len(MARIADB).to_bytes(3, "little") + b"\x00" + MARIADB
-# An ExtendedResponse to message 1: protocolError.
+# An LDAP ExtendedResponse to message 1 with protocolError.
 NO_STARTTLS = bytes.fromhex("300c02010178070a010204000400")
 
 
-class Tls(Directories):
-    # What is in the log when the server speaks no TLS.
-    plaintext = "the server does not speak TLS on this port"
-    # What a server without TLS says at the connection, and to the first request.
+class DirectoryTlsTests(DirectoryFixture):
+    # Logged error if the server does not support TLS.
+    no_tls_error = "the server does not speak TLS on this port"
+    # Bytes that a server without TLS sends on connect, and in response to the first request.
     greeting, reply = b"", b"* OK ready\r\n"
 
     @classmethod
     def rows(cls):
         return {ALICE: {"backend": "shard-a"}}
 
-    def start(self, port, ca=None, host="localhost", environment=None):
-        kind, *keys = self.lines(host, port, ca or self.certificates.ca)
+    def start_proxy(self, port, ca=None, host="localhost", environment=None):
+        kind, *keys = self.route(host, port, ca or self.certificates.ca)
         folder = Folder()
         self.addCleanup(folder.remove)
         folder.write("password", getattr(self.directory, "PASSWORD", "none") + "\n", 0o600)
@@ -50,9 +50,9 @@ class Tls(Directories):
         self.addCleanup(proxy.close)
         return proxy
 
-    def fails(self, reason, port=None, **options):
-        proxy = self.start(port or self.tls_port(), **options)
-        answer = Client(proxy).login(ALICE, PASSWORDS[ALICE])
+    def assert_lookup_fails(self, reason, port=None, **options):
+        proxy = self.start_proxy(port or self.tls_port(), **options)
+        answer = LoginClient(proxy).login(ALICE, PASSWORDS[ALICE])
         self.assertRegex(answer, r"^a NO \[UNAVAILABLE\]", proxy.log())
         line = next((line for line in proxy.log().splitlines() if "route lookup failed" in line), "")
         self.assertRegex(line, f"route {self.kind}: .*{reason}", proxy.log())
@@ -64,115 +64,115 @@ class Tls(Directories):
     def tls_port(self):
         return getattr(self.directory, "tls_port", self.directory.port)
 
-    def test_the_certificate_is_right(self):
-        proxy = self.start(self.tls_port())
-        self.assertRegex(Client(proxy).login(ALICE, PASSWORDS[ALICE]), "^a OK", proxy.log())
+    def test_valid_certificate_is_accepted(self):
+        proxy = self.start_proxy(self.tls_port())
+        self.assertRegex(LoginClient(proxy).login(ALICE, PASSWORDS[ALICE]), "^a OK", proxy.log())
 
-    def test_unknown_authority(self):
+    def test_certificate_of_an_unknown_authority_is_refused(self):
         other = Folder()
         self.addCleanup(other.remove)
-        self.fails("was not issued by an authority that `ca` or the system trusts", ca=Certificates(other).ca)
+        self.assert_lookup_fails("was not issued by an authority that `ca` or the system trusts", ca=Certificates(other).ca)
 
-    def test_another_name(self):
+    def test_certificate_for_another_host_is_refused(self):
         relay = Relay(self.tls_port(), "127.0.0.2")
         self.addCleanup(relay.close)
-        self.fails("does not name the host in the URL", port=relay.port, host="127.0.0.2")
+        self.assert_lookup_fails("does not name the host in the URL", port=relay.port, host="127.0.0.2")
 
-    def test_expired(self):
+    def test_expired_certificate_is_refused(self):
         folder = Folder()
         self.addCleanup(folder.remove)
         library = folder.path / "clock.so"
-        subprocess.run([program("cc"), "-shared", "-fPIC", "-O", "-o", library, REPOSITORY / "tests/real/clock.c"], check=True)
+        subprocess.run([program("cc"), "-shared", "-fPIC", "-O", "-o", library, REPOSITORY / "tests/real/clock_offset.c"], check=True)
         shift = folder.write("shift", str(20 * 365 * 24 * 3600))
-        self.fails("the server's certificate has expired", environment={"LD_PRELOAD": str(library), "CLOCK_FILE": str(shift)})
+        self.assert_lookup_fails("the server's certificate has expired", environment={"LD_PRELOAD": str(library), "CLOCK_FILE": str(shift)})
 
-    def test_a_server_without_tls(self):
-        server = Fixed(self.greeting, self.reply)
+    def test_server_without_tls_is_reported(self):
+        server = FixedReplyServer(self.greeting, self.reply)
         self.addCleanup(server.close)
-        self.fails(self.plaintext, port=server.port)
+        self.assert_lookup_fails(self.no_tls_error, port=server.port)
 
-    def test_a_handshake_that_hangs(self):
-        server = Fixed(self.greeting)
+    def test_hung_handshake_times_out(self):
+        server = FixedReplyServer(self.greeting)
         self.addCleanup(server.close)
-        self.fails("no answer within 2s: the connection was not established", port=server.port)
+        self.assert_lookup_fails("no answer within 2s: the connection was not established", port=server.port)
 
 
-class PostgreSqlTls(Tls, unittest.TestCase):
-    kind, reply, plaintext = "sql", b"N", "does not support TLS"
+class PostgreSqlTls(DirectoryTlsTests, unittest.TestCase):
+    kind, reply, no_tls_error = "sql", b"N", "does not support TLS"
 
     @classmethod
     def make(cls):
-        return directories.Postgres(cls.certificates)
+        return directory_servers.Postgres(cls.certificates)
 
-    def lines(self, host, port, ca):
+    def route(self, host, port, ca):
         return ["sql", f"url: postgres://vestibule@{host}:{port}/postgres", "password_file: password", f"ca: {ca}",
                 "query: SELECT * FROM mailbox WHERE name = %{user}"]
 
 
-class MariaDbTls(Tls, unittest.TestCase):
-    kind, greeting, reply, plaintext = "sql", MARIADB, b"", "does not support TLS"
+class MariaDbTls(DirectoryTlsTests, unittest.TestCase):
+    kind, greeting, reply, no_tls_error = "sql", MARIADB, b"", "does not support TLS"
 
     @classmethod
     def make(cls):
-        return directories.MariaDb(cls.certificates)
+        return directory_servers.MariaDb(cls.certificates)
 
-    def lines(self, host, port, ca):
+    def route(self, host, port, ca):
         return ["sql", f"url: mariadb://vestibule@{host}:{port}/mail", "password_file: password", f"ca: {ca}",
                 "query: SELECT * FROM mailbox WHERE BINARY name = %{user}"]
 
-    def test_a_handshake_that_hangs(self):
+    def test_hung_handshake_times_out(self):
         self.greeting = b""
-        super().test_a_handshake_that_hangs()
+        super().test_hung_handshake_times_out()
 
 
-class OpenLdapTls(Tls, unittest.TestCase):
+class OpenLdapTls(DirectoryTlsTests, unittest.TestCase):
     kind = "ldap"
 
     @classmethod
     def make(cls):
-        return directories.OpenLdap(cls.certificates)
+        return directory_servers.OpenLdap(cls.certificates)
 
-    def lines(self, host, port, ca):
+    def route(self, host, port, ca):
         attributes = ", ".join(f"{field}: {name}" for field, name in self.directory.ATTRIBUTES.items())
-        return ["ldap", *self.way(host, port), f"ca: {ca}", 'bind: "cn=vestibule,dc=test"', "password_file: password",
+        return ["ldap", *self.endpoint(host, port), f"ca: {ca}", 'bind: "cn=vestibule,dc=test"', "password_file: password",
                 'base: "dc=test"', 'filter: "(mail=%{user})"', f"attributes: {{{attributes}}}"]
 
-    def way(self, host, port):
+    def endpoint(self, host, port):
         return [f"url: ldaps://{host}:{port}"]
 
 
 class OpenLdapStartTls(OpenLdapTls):
-    reply, plaintext = NO_STARTTLS, "the server refuses StartTLS"
+    reply, no_tls_error = NO_STARTTLS, "the server refuses StartTLS"
 
-    def way(self, host, port):
+    def endpoint(self, host, port):
         return [f"url: ldap://{host}:{port}", "starttls: true"]
 
     def tls_port(self):
         return self.directory.port
 
 
-class RedisTls(Tls, unittest.TestCase):
+class RedisTls(DirectoryTlsTests, unittest.TestCase):
     kind = "redis"
 
     @classmethod
     def make(cls):
-        return directories.Redis(cls.certificates)
+        return directory_servers.Redis(cls.certificates)
 
-    def lines(self, host, port, ca):
+    def route(self, host, port, ca):
         return ["redis", f"url: rediss://{host}:{port}", "password_file: password", f"ca: {ca}", 'key: "mailbox:%{user}"']
 
 
-class HttpTls(Tls, unittest.TestCase):
+class HttpTls(DirectoryTlsTests, unittest.TestCase):
     kind = "http"
 
     @classmethod
     def make(cls):
-        return Responder(cls.certificates)
+        return HttpService(cls.certificates)
 
-    def lines(self, host, port, ca):
+    def route(self, host, port, ca):
         return ["http", f"url: https://{host}:{port}/", f"ca: {ca}"]
 
-    def test_self_signed(self):
+    def test_self_signed_certificate_is_refused(self):
         folder = Folder()
         self.addCleanup(folder.remove)
         own = Certificates(folder)
@@ -180,9 +180,9 @@ class HttpTls(Tls, unittest.TestCase):
         Certificates._run("openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-days",
                           "30", "-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost", "-keyout", own.key,
                           "-out", own.cert)
-        service = Responder(own)
+        service = HttpService(own)
         self.addCleanup(service.close)
-        self.fails("(is that of an authority|was not issued by an authority)", port=service.port)
+        self.assert_lookup_fails("(is that of an authority|was not issued by an authority)", port=service.port)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""fail2ban-regex reads what the program really wrote: who is banned, and who is not."""
+"""fail2ban-regex applies the filter to real logs: which addresses it bans, and which it does not."""
 
 import base64
 import json
@@ -7,11 +7,11 @@ import socket
 import subprocess
 import unittest
 
-from fixtures import PATIENCE, REPOSITORY, Certificates, Dovecot, Folder, Proxy, free_port, program
-from mail import Raw
+from fixtures import REPOSITORY, TIMEOUT, Certificates, Dovecot, Folder, Proxy, free_port, program
+from imap_client import RawClient
 
 FILTER = REPOSITORY / "deploy/fail2ban/filter.d/vestibule.conf"
-# Names that would name somebody else, were a filter careless.
+# User names that make a careless filter ban another address.
 HOSTILE = [
     "x client=1.2.3.4",
     "x session=1 client=1.2.3.4 session=",
@@ -23,9 +23,9 @@ HOSTILE = [
 ]
 
 
-class FromIpv6(Raw):
+class Ipv6Client(RawClient):
     def __init__(self, port):
-        self.socket = socket.create_connection(("::1", port), timeout=PATIENCE)
+        self.socket = socket.create_connection(("::1", port), timeout=TIMEOUT)
         self.pending = b""
 
 
@@ -37,10 +37,10 @@ class Fail2ban(unittest.TestCase):
         cls.server = Dovecot(Certificates(cls.folder))
         cls.addClassCleanup(cls.server.close)
 
-    def banned(self, log):
-        """Addresses of the lines that match, one for each."""
+    def banned_addresses(self, log):
+        """The address of each matching line."""
         done = subprocess.run([program("fail2ban-regex"), "-o", "ip", str(log), str(FILTER)], capture_output=True, text=True,
-                              timeout=PATIENCE)
+                              timeout=TIMEOUT)
         self.assertIn(done.returncode, (0, 1), done.stderr)
         self.assertNotIn("Traceback", done.stdout + done.stderr)
         return [line for line in done.stdout.splitlines() if re.fullmatch(r"[0-9a-f.:]+", line)]
@@ -62,8 +62,8 @@ admin: {{address: "127.0.0.1:{{admin}}"}}
         self.addCleanup(proxy.close)
         return proxy
 
-    def visit(self, form):
-        """Every kind of login from an address of its own."""
+    def log_in_from_many_addresses(self, form):
+        """Logs in with every outcome, each from a different address; returns the log and its path."""
         proxy = self.proxy(form)
         port = proxy.ports["plain"]
 
@@ -74,44 +74,44 @@ admin: {{address: "127.0.0.1:{{admin}}"}}
             client.close()
 
         wrong = rb"^a NO \[AUTHENTICATIONFAILED\]"
-        login(Raw(port, source="127.0.0.2"), "LOGIN alice@example.org wrong", answer=wrong)
-        login(Raw(port, source="127.0.0.3"), "LOGIN nobody@nowhere.test x", answer=wrong)
-        login(FromIpv6(proxy.ports["tls"]), "LOGIN carol@example.org wrong", "LOGIN nobody@nowhere.test x", answer=wrong)
-        # On behalf of another, and with credentials that cannot be right.
+        login(RawClient(port, source="127.0.0.2"), "LOGIN alice@example.org wrong", answer=wrong)
+        login(RawClient(port, source="127.0.0.3"), "LOGIN unknown@nowhere.test x", answer=wrong)
+        login(Ipv6Client(proxy.ports["tls"]), "LOGIN carol@example.org wrong", "LOGIN unknown@nowhere.test x", answer=wrong)
+        # On behalf of another user, and with invalid credentials.
         for authcid in ("mallory", "x client=1.2.3.4 session=\""):
             message = base64.b64encode(f"dave@example.org\0{authcid}\0x".encode()).decode()
-            login(Raw(port, source="127.0.0.10"), f"AUTHENTICATE PLAIN {message}", answer=rb"^a NO \[AUTHORIZATIONFAILED\]")
-        login(Raw(port, source="127.0.0.11"), 'LOGIN "" x', answer=wrong)
-        # From here on nobody is to be banned for it.
-        login(Raw(port, source="127.0.0.4"), "LOGIN carol@example.org \"pass word\"", answer=rb"^a OK")
-        login(Raw(port, source="127.0.0.5"), "LOGIN bob@example.net builder", answer=rb"^a NO \[UNAVAILABLE\]")
-        login(Raw(port, source="127.0.0.6"), "LOGIN nobody@nowhere.test x", answer=rb"^a NO \[LIMIT\]")
-        denied = Raw(port, source="127.0.0.7")
+            login(RawClient(port, source="127.0.0.10"), f"AUTHENTICATE PLAIN {message}", answer=rb"^a NO \[AUTHORIZATIONFAILED\]")
+        login(RawClient(port, source="127.0.0.11"), 'LOGIN "" x', answer=wrong)
+        # The following outcomes must not cause a ban, except those of the hostile names.
+        login(RawClient(port, source="127.0.0.4"), "LOGIN carol@example.org \"pass word\"", answer=rb"^a OK")
+        login(RawClient(port, source="127.0.0.5"), "LOGIN bob@example.net builder", answer=rb"^a NO \[UNAVAILABLE\]")
+        login(RawClient(port, source="127.0.0.6"), "LOGIN unknown@nowhere.test x", answer=rb"^a NO \[LIMIT\]")
+        denied = RawClient(port, source="127.0.0.7")
         self.assertRegex(denied.line(), rb"^\* BYE")
         denied.close()
         for name in HOSTILE:
-            login(Raw(port, source="127.0.0.8"), f"LOGIN \"{name}\" x", answer=wrong)
-        # A client that is gone before it has logged in leaves a record too.
-        Raw(port, source="127.0.0.9").close()
+            login(RawClient(port, source="127.0.0.8"), f"LOGIN \"{name}\" x", answer=wrong)
+        # A client that disconnects before the login is also logged.
+        RawClient(port, source="127.0.0.9").close()
         return proxy.stop(), proxy.process.log
 
-    def test_text(self):
-        text, log = self.visit("text")
+    def test_filter_matches_text_logs(self):
+        text, log = self.log_in_from_many_addresses("text")
         self.assertIn("x client=1.2.3.4", text)
         expected = ["127.0.0.2", "127.0.0.3", "::1", "::1", "127.0.0.10", "127.0.0.10", "127.0.0.11"] + ["127.0.0.8"] * len(HOSTILE)
-        self.assertEqual(self.banned(log), expected, text)
+        self.assertEqual(self.banned_addresses(log), expected, text)
 
-    def test_json(self):
-        text, log = self.visit("json")
+    def test_filter_matches_json_logs(self):
+        text, log = self.log_in_from_many_addresses("json")
         records = [json.loads(line) for line in text.splitlines()]
         self.assertTrue(any("1.2.3.4" in str(record.get("user")) for record in records))
         self.assertTrue(any(record.get("user") == "dave@example.org" and record.get("authcid") == "mallory" for record in records))
         expected = ["127.0.0.2", "127.0.0.3", "::1", "::1", "127.0.0.10", "127.0.0.10", "127.0.0.11"] + ["127.0.0.8"] * len(HOSTILE)
-        self.assertEqual(self.banned(log), expected, text)
+        self.assertEqual(self.banned_addresses(log), expected, text)
 
-    def test_a_client_that_leaves_when_its_token_is_refused(self):
+    def test_filter_matches_a_client_that_disconnects_after_a_refused_token(self):
         with socket.create_server(("127.0.0.1", 0)) as server:
-            server.settimeout(PATIENCE)
+            server.settimeout(TIMEOUT)
             proxy = Proxy(f"""
 listeners: [{{address: "127.0.0.1:{{plain}}", tls: none, mechanisms: [xoauth2]}}]
 backends: {{only: {{servers: ["127.0.0.1:{server.getsockname()[1]}"], check: off}}}}
@@ -119,7 +119,7 @@ routes: [{{default: only}}]
 admin: {{address: "127.0.0.1:{{admin}}"}}
 """)
             self.addCleanup(proxy.close)
-            client = Raw(proxy.ports["plain"], source="127.0.0.12")
+            client = RawClient(proxy.ports["plain"], source="127.0.0.12")
             client.line()
             token = base64.b64encode(b"user=carol@example.org\1auth=Bearer wrong\1\1")
             client.send(b"a AUTHENTICATE XOAUTH2 " + token + b"\r\n")
@@ -131,16 +131,16 @@ admin: {{address: "127.0.0.1:{{admin}}"}}
                 self.assertEqual(client.line(), b"+ eyJzdGF0dXMiOiI0MDEifQ==")
                 client.close()
                 text = proxy.stop()
-        self.assertEqual(self.banned(proxy.process.log), ["127.0.0.12"], text)
+        self.assertEqual(self.banned_addresses(proxy.process.log), ["127.0.0.12"], text)
         self.assertRegex(text, r"session ended.*127\.0\.0\.12.*carol@example\.org.*outcome.{0,20}refused")
 
-    def test_the_journal_and_syslog_put_words_ahead(self):
-        text, _ = self.visit("text")
+    def test_filter_accepts_journal_and_syslog_prefixes(self):
+        text, _ = self.log_in_from_many_addresses("text")
         for prefix in ("host vestibule[4711]: ", "vestibule[4711]: ", "vestibule: "):
             log = self.folder.write("prefixed", "".join(prefix + line + "\n" for line in text.splitlines()))
-            self.assertEqual(len(self.banned(log)), 7 + len(HOSTILE), prefix)
+            self.assertEqual(len(self.banned_addresses(log)), 7 + len(HOSTILE), prefix)
 
-    def test_the_example_of_a_jail_uses_the_filter(self):
+    def test_example_jail_uses_the_filter(self):
         jail = (REPOSITORY / "deploy/fail2ban/vestibule-jail.conf").read_text()
         self.assertIn("\n[vestibule]\n", jail)
         installed = (REPOSITORY / "deploy/debian/install").read_text()

@@ -1,4 +1,4 @@
-"""Routes over HTTP: a JSON service, and one written for nginx's mail module, which nginx itself asks too."""
+"""HTTP routes: a JSON service, and an auth server for nginx's mail module, which nginx also queries for comparison."""
 
 import base64
 import os
@@ -7,15 +7,15 @@ import ssl
 import time
 import unittest
 
-from directories import Directory
-from fixtures import PASSWORDS, PATIENCE, Certificates, Folder, Proxy, free_port, program, wait_for
-from mail import Raw, context
-from responder import Responder
-from test_directories import ALICE, BOB, CAROL, AnyServer, Client, Directories
+from directory_servers import Directory
+from fixtures import PASSWORDS, TIMEOUT, Certificates, Folder, Proxy, free_port, program, wait_for
+from http_service import HttpService
+from imap_client import RawClient, context
+from test_directories import ALICE, BOB, CAROL, DirectoryFixture, LoginClient, ServerDirectoryTests
 
 
 class Nginx(Directory):
-    """nginx with a configuration of the test's own."""
+    """nginx with the given configuration."""
 
     def __init__(self, settings):
         super().__init__()
@@ -30,52 +30,52 @@ class Nginx(Directory):
 BASE = "daemon off; master_process off; pid FOLDER/pid; error_log stderr info; user root; "
 
 
-def slow_request_is_one_attempt(test):
-    """A login that the service does not answer in time reaches it once, also over a connection that was used before."""
+def assert_slow_request_is_sent_once(test):
+    """A lookup that times out is sent to the service once, even on a reused connection."""
     proxy = test.proxy(timeout="2s")
-    test.good(proxy)
-    before = len(test.directory.questions)
-    test.directory.hold()
+    test.assert_login(proxy)
+    before = len(test.directory.requests)
+    test.directory.pause()
     try:
-        test.answers(proxy, ALICE, "NO [UNAVAILABLE]")
-        test.assertEqual(len(test.directory.questions) - before, 1)
+        test.assert_refused(proxy, ALICE, "NO [UNAVAILABLE]")
+        test.assertEqual(len(test.directory.requests) - before, 1)
     finally:
-        test.directory.release()
-    test.good(proxy)
+        test.directory.resume()
+    test.assert_login(proxy)
 
 
-class Json(AnyServer, unittest.TestCase):
+class JsonService(ServerDirectoryTests, unittest.TestCase):
     @classmethod
     def make(cls):
-        return Responder()
+        return HttpService()
 
     def route(self):
         return ["http", f"url: http://localhost:{self.directory.port}/where"]
 
-    def test_a_question_that_is_kept_tells_of_the_user_alone(self):
+    def test_cacheable_request_contains_only_the_user(self):
         proxy = self.proxy("cache: {ttl: 1m}")
-        self.good(proxy)
-        self.assertEqual(self.directory.questions[-1][0], {"user": ALICE, "protocol": "imap"})
+        self.assert_login(proxy)
+        self.assertEqual(self.directory.requests[-1][0], {"user": ALICE, "protocol": "imap"})
 
-    def test_a_question_that_is_not_kept_tells_of_the_visitor(self):
+    def test_uncacheable_request_describes_the_login(self):
         proxy = self.proxy()
-        self.good(proxy)
-        question = self.directory.questions[-1][0]
-        self.assertEqual({name: question[name] for name in ("user", "client", "mechanism", "attempt", "tls")},
+        self.assert_login(proxy)
+        request = self.directory.requests[-1][0]
+        self.assertEqual({name: request[name] for name in ("user", "client", "mechanism", "attempt", "tls")},
                          {"user": ALICE, "client": "127.0.0.1", "mechanism": "login", "attempt": 1, "tls": None})
-        self.assertNotIn("password", question)
-        wait_for("its record", lambda: question["session"] in proxy.log())
+        self.assertNotIn("password", request)
+        wait_for("the log record", lambda: request["session"] in proxy.log())
 
-    def test_a_pause_of_the_proxy_fails_no_lookup(self):
+    def test_paused_proxy_fails_no_lookup(self):
         proxy = self.proxy(timeout="3s")
-        before, client = len(self.directory.questions), Client(proxy)
-        self.directory.hold()
+        before, client = len(self.directory.requests), LoginClient(proxy)
+        self.directory.pause()
         try:
             client.raw.send(f'a LOGIN {ALICE} "{PASSWORDS[ALICE]}"\r\n'.encode())
-            wait_for("the request", lambda: len(self.directory.questions) > before)
+            wait_for("the request", lambda: len(self.directory.requests) > before)
             os.killpg(proxy.process.child.pid, signal.SIGSTOP)
             try:
-                # Longer than the timeout of the lookup.
+                # Longer than the lookup timeout.
                 time.sleep(4)
             finally:
                 os.killpg(proxy.process.child.pid, signal.SIGCONT)
@@ -83,73 +83,73 @@ class Json(AnyServer, unittest.TestCase):
             with self.assertRaises(TimeoutError):
                 client.raw.line()
         finally:
-            self.directory.release()
-        client.raw.socket.settimeout(PATIENCE)
+            self.directory.resume()
+        client.raw.socket.settimeout(TIMEOUT)
         self.assertRegex(client.raw.until(b"a ")[-1], b"^a OK", proxy.log())
 
-    def test_connections_are_kept(self):
+    def test_http_connections_are_reused(self):
         proxy = self.proxy()
-        before = len(self.directory.questions)
+        before = len(self.directory.requests)
         for _ in range(5):
-            self.good(proxy)
-        ports = {client for _, _, client in self.directory.questions[before:]}
+            self.assert_login(proxy)
+        ports = {client for _, _, client in self.directory.requests[before:]}
         self.assertEqual(len(ports), 1, ports)
 
-    def test_many_logins_of_one_user_are_one_question(self):
+    def test_concurrent_lookups_of_one_user_are_merged(self):
         proxy = self.proxy("cache: {ttl: 1m}", timeout="20s")
-        before = len(self.directory.questions)
-        clients = [Client(proxy) for _ in range(20)]
-        self.directory.hold()
+        before = len(self.directory.requests)
+        clients = [LoginClient(proxy) for _ in range(20)]
+        self.directory.pause()
         try:
             for client in clients:
                 client.raw.send(f'a LOGIN {ALICE} "{PASSWORDS[ALICE]}"\r\n'.encode())
-            wait_for("all to have missed", lambda: proxy.metric("vestibule_route_cache_total", state="miss") == len(clients))
+            wait_for("all lookups to miss the cache", lambda: proxy.metric("vestibule_route_cache_total", state="miss") == len(clients))
         finally:
-            self.directory.release()
+            self.directory.resume()
         for client in clients:
             self.assertRegex(client.raw.until(b"a ")[-1], b"^a OK")
-        self.assertEqual(len(self.directory.questions) - before, 1)
+        self.assertEqual(len(self.directory.requests) - before, 1)
 
-    def test_an_answer_is_renewed_before_it_ends(self):
+    def test_cached_answer_is_refreshed_before_it_expires(self):
         proxy = self.proxy("cache: {ttl: 3s}")
-        self.good(proxy)
-        before = len(self.directory.questions)
-        self.directory.hold()
+        self.assert_login(proxy)
+        before = len(self.directory.requests)
+        self.directory.pause()
         try:
-            # The question behind the back gets no answer, and the client does not wait for it.
-            def renewing():
-                self.assertRegex(Client(proxy).login(ALICE, PASSWORDS[ALICE]), "^a OK")
-                return len(self.directory.questions) > before
-            wait_for("the next question", renewing)
+            # The background refresh gets no answer, and the client does not wait for it.
+            def refresh_is_requested():
+                self.assertRegex(LoginClient(proxy).login(ALICE, PASSWORDS[ALICE]), "^a OK")
+                return len(self.directory.requests) > before
+            wait_for("the background refresh", refresh_is_requested)
             self.assertEqual(proxy.metric("vestibule_route_cache_total", state="stale"), 0)
         finally:
-            self.directory.release()
+            self.directory.resume()
 
-    def test_a_service_that_checks_passwords_may_hand_out_others(self):
-        self.directory.row(CAROL, backend="shard-b", user=BOB, password=PASSWORDS[BOB])
+    def test_only_a_service_that_verifies_passwords_may_replace_them(self):
+        self.directory.add_user(CAROL, backend="shard-b", user=BOB, password=PASSWORDS[BOB])
         self.route = lambda: ["http", f"url: http://localhost:{self.directory.port}/", "password: true"]
         proxy = self.proxy()
-        self.good(proxy, CAROL, "shard-b")
-        self.answers(proxy, CAROL, "NO [AUTHENTICATIONFAILED]")
-        # One that does not check them may not: or any password would do.
+        self.assert_login(proxy, CAROL, "shard-b")
+        self.assert_refused(proxy, CAROL, "NO [AUTHENTICATIONFAILED]")
+        # Without `password: true` the service must not replace passwords, or any password would be accepted.
         self.route = lambda: ["http", f"url: http://localhost:{self.directory.port}/"]
         proxy = self.proxy()
-        self.answers(proxy, CAROL, "NO [AUTHENTICATIONFAILED]")
+        self.assert_refused(proxy, CAROL, "NO [AUTHENTICATIONFAILED]")
         self.assertNotIn(PASSWORDS[BOB], proxy.log())
 
-    def test_a_slow_request_with_a_password_is_one_attempt(self):
+    def test_slow_request_with_a_password_is_sent_once(self):
         self.route = lambda: ["http", f"url: http://localhost:{self.directory.port}/", "password: true"]
-        slow_request_is_one_attempt(self)
+        assert_slow_request_is_sent_once(self)
 
-    def test_answers_that_are_none(self):
+    def test_invalid_answers_fail_the_lookup(self):
         for body in (b"", b"[]", b"{", b'{"backend": 7}', b'{"backend": "shard-a"' + b" " * 70_000 + b"}", b"\xff"):
             self.directory.users["odd@example.org"] = body
             proxy = self.proxy()
-            self.answers(proxy, "odd@example.org", "NO [UNAVAILABLE]")
+            self.assert_refused(proxy, "odd@example.org", "NO [UNAVAILABLE]")
             proxy.close()
         del self.directory.users["odd@example.org"]
 
-    def test_a_token_and_headers_are_sent_and_not_logged(self):
+    def test_token_and_headers_are_sent_and_not_logged(self):
         self.directory.token = "very-secret-token"
         self.addCleanup(setattr, self.directory, "token", None)
         self.route = lambda: ["http", f"url: http://localhost:{self.directory.port}/", "token_file: password",
@@ -159,11 +159,11 @@ class Json(AnyServer, unittest.TestCase):
             proxy = self.proxy()
         finally:
             del self.directory.PASSWORD
-        self.good(proxy)
-        self.assertEqual(self.directory.questions[-1][1]["x-who"], "vestibule")
+        self.assert_login(proxy)
+        self.assertEqual(self.directory.requests[-1][1]["x-who"], "vestibule")
         self.assertNotIn(self.directory.token, proxy.log())
 
-    def test_tls_and_http_2(self):
+    def test_http_2_over_tls_verifies_the_certificate(self):
         settings = BASE + f"""
             events {{}}
             http {{
@@ -180,19 +180,19 @@ class Json(AnyServer, unittest.TestCase):
         nginx = Nginx(settings)
         self.addCleanup(nginx.close)
         self.route = lambda: ["http", f"url: https://localhost:{nginx.port}/", f"ca: {self.certificates.ca}"]
-        self.good(self.proxy())
+        self.assert_login(self.proxy())
         wait_for("the log", lambda: "HTTP/2.0 200" in (nginx.path / "access").read_text())
         other = Certificates(Folder())
         self.route = lambda: ["http", f"url: https://localhost:{nginx.port}/", f"ca: {other.ca}"]
-        self.answers(self.proxy(), ALICE, "NO [UNAVAILABLE]")
+        self.assert_refused(self.proxy(), ALICE, "NO [UNAVAILABLE]")
 
 
-class AuthHttp(Directories, unittest.TestCase):
-    """An auth server for nginx's mail module is asked by nginx and by us, and says the same."""
+class NginxAuthHttp(DirectoryFixture, unittest.TestCase):
+    """nginx and Vestibule send equal requests to an auth server for nginx's mail module."""
 
     @classmethod
     def make(cls):
-        return Responder()
+        return HttpService()
 
     @classmethod
     def rows(cls):
@@ -217,8 +217,8 @@ class AuthHttp(Directories, unittest.TestCase):
         self.addCleanup(nginx.close)
         return nginx
 
-    def with_certificates(self):
-        """Both with TLS that asks for certificates: the ports of nginx and ours, and a client's certificate."""
+    def start_with_client_certificates(self):
+        """Starts nginx and Vestibule with TLS that requests certificates; returns their ports, a client certificate, and the proxy."""
         ca, cert, key = (self.certificates.ca, self.certificates.cert, self.certificates.key)
         nginx = self.nginx(f"""
             listen 127.0.0.1:PORT ssl; protocol imap; imap_auth plain login external;
@@ -246,11 +246,11 @@ admin: {{address: "127.0.0.1:{{admin}}"}}
                           "-set_serial", "0x00c0ffee", "-days", "30", "-extfile", extensions, "-out", path / "client.pem")
         return (nginx.port, proxy.ports["tls"]), (path / "client.pem", path / "client-key.pem"), proxy
 
-    def test_a_certificate_gets_no_password_of_a_service_that_verifies_passwords(self):
-        _, certificate, proxy = self.with_certificates()
-        # The same listener before a JSON service that hands out a password without having received one.
+    def test_certificate_login_gets_no_password_from_a_verifying_service(self):
+        _, certificate, proxy = self.start_with_client_certificates()
+        # The same listener with a JSON service that returns a password.
         self.directory.users[CAROL] = {"backend": "shard-a", "password": PASSWORDS[CAROL]}
-        self.addCleanup(self.directory.row, CAROL, **self.rows()[CAROL])
+        self.addCleanup(self.directory.add_user, CAROL, **self.rows()[CAROL])
         style, text = "style: nginx-auth-http, client_certificate: true", proxy.file.read_text()
         for name in ("tls", "admin"):
             text = text.replace(f":{proxy.ports[name]}\"", f":{{{name}}}\"")
@@ -260,57 +260,57 @@ admin: {{address: "127.0.0.1:{{admin}}"}}
             self.addCleanup(other.close)
             tls = context(self.certificates.ca)
             tls.load_cert_chain(*certificate)
-            raw = Raw(other.ports["tls"], tls)
+            raw = RawClient(other.ports["tls"], tls)
             raw.until(b"* OK")
             raw.send(b"a AUTHENTICATE EXTERNAL\r\n")
             raw.until(b"+")
             raw.send(base64.b64encode(CAROL.encode()) + b"\r\n")
             self.assertRegex(raw.until(b"a ")[-1], answer, other.log())
 
-    def told(self, raw=None):
-        """What the last question told, without what is HTTP's own, and without the cipher, which is the client's too."""
-        told = {name: value for name, value in self.directory.questions[-1][0].items()
-                if name not in ("host", "connection", "accept", "user-agent")}
+    def last_request(self, raw=None):
+        """The headers of the last request, except general HTTP headers; checks the cipher against that of the client."""
+        headers = {name: value for name, value in self.directory.requests[-1][0].items()
+                   if name not in ("host", "connection", "accept", "user-agent")}
         if raw:
-            self.assertEqual(told.pop("auth-ssl-cipher"), raw.socket.cipher()[0])
-        return told
+            self.assertEqual(headers.pop("auth-ssl-cipher"), raw.socket.cipher()[0])
+        return headers
 
-    def test_what_is_told_of_tls_is_what_nginx_tells(self):
-        ports, certificate, proxy = self.with_certificates()
+    def test_tls_headers_equal_those_of_nginx(self):
+        ports, certificate, proxy = self.start_with_client_certificates()
         for shown, version in ((None, "TLSv1_2"), (None, "TLSv1_3"), (certificate, "TLSv1_2"), (certificate, "TLSv1_3")):
-            asked = []
+            requests = []
             for port in ports:
                 tls = context(self.certificates.ca)
                 tls.minimum_version = tls.maximum_version = getattr(ssl.TLSVersion, version)
                 tls.set_ciphers("ECDHE-ECDSA-AES128-GCM-SHA256")
                 if shown:
                     tls.load_cert_chain(*shown)
-                raw = Raw(port, tls)
+                raw = RawClient(port, tls)
                 raw.until(b"* OK")
                 plain = base64.b64encode(f"\0{ALICE}\0{PASSWORDS[ALICE]}".encode())
                 self.assertRegex(raw.command("a", b"AUTHENTICATE PLAIN " + plain)[-1], b"^a OK", proxy.log())
-                asked.append(self.told(raw))
-            self.assertEqual(asked[1], asked[0])
-            self.assertEqual(asked[1]["auth-ssl-verify"], "SUCCESS" if shown else "NONE")
-            self.assertEqual("auth-ssl-serial" in asked[1], bool(shown))
+                requests.append(self.last_request(raw))
+            self.assertEqual(requests[1], requests[0])
+            self.assertEqual(requests[1]["auth-ssl-verify"], "SUCCESS" if shown else "NONE")
+            self.assertEqual("auth-ssl-serial" in requests[1], bool(shown))
 
-    def test_a_certificate_is_asked_about_as_nginx_does(self):
-        ports, certificate, proxy = self.with_certificates()
-        asked = []
+    def test_certificate_headers_equal_those_of_nginx(self):
+        ports, certificate, proxy = self.start_with_client_certificates()
+        requests = []
         for port in ports:
             tls = context(self.certificates.ca)
             tls.load_cert_chain(*certificate)
-            raw = Raw(port, tls)
+            raw = RawClient(port, tls)
             raw.until(b"* OK")
             raw.send(b"a AUTHENTICATE EXTERNAL\r\n")
             raw.until(b"+")
             raw.send(base64.b64encode(CAROL.encode()) + b"\r\n")
             self.assertRegex(raw.until(b"a ")[-1], b"^a OK", proxy.log())
-            asked.append(self.told(raw))
-        self.assertEqual(asked[1], asked[0])
-        self.assertEqual((asked[1]["auth-method"], asked[1]["auth-pass"]), ("external", ""))
+            requests.append(self.last_request(raw))
+        self.assertEqual(requests[1], requests[0])
+        self.assertEqual((requests[1]["auth-method"], requests[1]["auth-pass"]), ("external", ""))
 
-    def test_what_a_balancer_tells_is_passed_on_as_nginx_does(self):
+    def test_proxy_protocol_headers_equal_those_of_nginx(self):
         nginx = self.nginx("listen 127.0.0.1:PORT proxy_protocol; protocol imap; set_real_ip_from 127.0.0.1;")
         proxy = Proxy(f"""
 listeners: [{{address: "127.0.0.1:{{plain}}", tls: none, proxy_protocol: {{from: [127.0.0.1]}}}}]
@@ -321,93 +321,93 @@ admin: {{address: "127.0.0.1:{{admin}}"}}
         self.addCleanup(proxy.close)
         for header in ("PROXY TCP4 192.0.2.7 198.51.100.1 54321 143", "PROXY TCP6 2001:db8::7 2001:db8::1 54321 993",
                        "PROXY UNKNOWN"):
-            asked = []
+            requests = []
             for port in (nginx.port, proxy.ports["plain"]):
-                raw = Raw(port)
+                raw = RawClient(port)
                 raw.send(header.encode() + b"\r\n")
                 raw.until(b"* OK")
                 self.assertRegex(raw.command("a", f'LOGIN {ALICE} "{PASSWORDS[ALICE]}"')[-1], b"^a OK", proxy.log())
-                asked.append(self.told())
-            self.assertEqual(asked[1], asked[0], header)
-            self.assertEqual("proxy-protocol-server-addr" in asked[1], "UNKNOWN" not in header)
+                requests.append(self.last_request())
+            self.assertEqual(requests[1], requests[0], header)
+            self.assertEqual("proxy-protocol-server-addr" in requests[1], "UNKNOWN" not in header)
 
-    def test_a_slow_request_is_one_attempt(self):
-        slow_request_is_one_attempt(self)
+    def test_slow_request_is_sent_once(self):
+        assert_slow_request_is_sent_once(self)
 
-    def test_who_shall_wait_is_asked_about_again(self):
+    def test_auth_wait_repeats_the_request(self):
         for port in (self.nginx().port, self.proxy(timeout="20s").ports["plain"]):
-            self.directory.row("patient", waits=2, password="x", Auth_Server="127.0.0.1", Auth_Port=str(self.a.port),
+            self.directory.add_user("patient", waits=2, password="x", Auth_Server="127.0.0.1", Auth_Port=str(self.a.port),
                                Auth_User=ALICE, Auth_Pass=PASSWORDS[ALICE])
-            before = len(self.directory.questions)
-            raw = Raw(port)
+            before = len(self.directory.requests)
+            raw = RawClient(port)
             raw.until(b"* OK")
             began = time.monotonic()
             self.assertRegex(raw.command("a", "LOGIN patient x")[-1], b"^a OK")
             self.assertGreater(time.monotonic() - began, 1.9)
-            self.assertEqual(len(self.directory.questions) - before, 3)
+            self.assertEqual(len(self.directory.requests) - before, 3)
 
-    def test_who_is_not_told_to_wait_is_sent_away(self):
-        self.directory.row("final", final=True, password="x")
+    def test_refusal_without_auth_wait_closes_the_connection(self):
+        self.directory.add_user("final", final=True, password="x")
         for port in (self.nginx().port, self.proxy().ports["plain"]):
-            raw = Raw(port)
+            raw = RawClient(port)
             raw.until(b"* OK")
             self.assertRegex(raw.command("a", "LOGIN final wrong")[-1], b"^a NO .*Invalid login or password")
             while line := raw.line():
                 self.assertRegex(line, rb"^\* BYE")
 
-    def test_the_same_users_on_the_same_shards_as_with_nginx(self):
+    def test_users_are_routed_as_by_nginx(self):
         nginx, proxy = self.nginx(), self.proxy()
         for user, password in ((ALICE, PASSWORDS[ALICE]), (BOB, PASSWORDS[BOB]), ("alias", "mine")):
-            asked = []
+            requests = []
             for port in (nginx.port, proxy.ports["plain"]):
-                raw = Raw(port)
+                raw = RawClient(port)
                 raw.until(b"* OK")
                 self.assertRegex(raw.command("a", f'LOGIN {user} "{password}"')[-1], b"^a OK", proxy.log())
-                asked.append(self.told())
-            self.assertEqual(asked[1], asked[0])
+                requests.append(self.last_request())
+            self.assertEqual(requests[1], requests[0])
         self.assertEqual(proxy.metric("vestibule_backend_sessions_total", backend="shard-b"), 2)
 
-    def test_hostile_names_reach_the_auth_server_as_nginx_would_write_them(self):
+    def test_hostile_names_are_encoded_as_by_nginx(self):
         nginx, proxy = self.nginx(), self.proxy()
         user, password = "odd @\"%\u00e9".encode(), "p%20 \"w\u00f6rd\"".encode()
-        asked = []
+        requests = []
         for port in (nginx.port, proxy.ports["plain"]):
-            raw = Raw(port)
+            raw = RawClient(port)
             raw.until(b"* OK")
             raw.send(b"a LOGIN {%d}\r\n" % len(user))
             raw.until(b"+")
             raw.send(user + b" {%d}\r\n" % len(password))
             raw.until(b"+")
             raw.send(password + b"\r\n")
-            # The shard does not know this user, so neither gets in; the question is what matters.
+            # The shard does not know this user, so the login fails; only the request is compared.
             raw.line()
-            asked.append(self.directory.questions[-1][0])
-        theirs, ours = asked
+            requests.append(self.directory.requests[-1][0])
+        theirs, ours = requests
         self.assertEqual((ours["auth-user"], ours["auth-pass"]), (theirs["auth-user"], theirs["auth-pass"]))
 
-    def test_a_wrong_password_is_told_after_the_wait(self):
+    def test_wrong_password_is_refused_after_auth_wait(self):
         proxy = self.proxy()
-        client = Client(proxy)
+        client = LoginClient(proxy)
         began = time.monotonic()
         self.assertEqual(client.login(ALICE), "a NO [AUTHENTICATIONFAILED] Invalid login or password")
         self.assertGreater(time.monotonic() - began, 0.9)
-        self.assertEqual(client.login(ALICE, PASSWORDS[ALICE])[:4], "a OK", "the connection lives on")
-        self.assertEqual(self.directory.questions[-1][0]["auth-login-attempt"], "2")
+        self.assertEqual(client.login(ALICE, PASSWORDS[ALICE])[:4], "a OK", "the connection stays open")
+        self.assertEqual(self.directory.requests[-1][0]["auth-login-attempt"], "2")
         self.assertEqual(proxy.metric("vestibule_route_failing"), 0)
 
-    def test_addresses_must_be_declared_or_allowed(self):
+    def test_returned_addresses_must_be_declared_or_allowed(self):
         port = free_port()
-        self.directory.row("stray", Auth_Server="127.0.0.1", Auth_Port=str(port), password="x")
-        self.directory.row("guest", Auth_Server="127.0.0.2", Auth_Port=str(self.a.port), password="x")
+        self.directory.add_user("stray", Auth_Server="127.0.0.1", Auth_Port=str(port), password="x")
+        self.directory.add_user("guest", Auth_Server="127.0.0.2", Auth_Port=str(self.a.port), password="x")
         proxy = self.proxy()
-        self.assertRegex(Client(proxy).login("stray", "x"), r"NO \[UNAVAILABLE\]")
+        self.assertRegex(LoginClient(proxy).login("stray", "x"), r"NO \[UNAVAILABLE\]")
         self.assertIn(f"127.0.0.1:{port}, which is no declared server", proxy.log())
-        # Dovecot listens on 127.0.0.1 alone: that somebody tried is what shows the difference.
+        # Dovecot listens only on 127.0.0.1, so the failed connection shows that the address was used.
         route = self.route() + ["backend: shard-b", "networks: [127.0.0.2/32]"]
         self.route = lambda: route
         proxy = self.proxy()
-        self.assertRegex(Client(proxy).login("stray", "x"), r"NO \[UNAVAILABLE\]")
-        self.assertRegex(Client(proxy).login("guest", "x"), r"NO \[UNAVAILABLE\]")
+        self.assertRegex(LoginClient(proxy).login("stray", "x"), r"NO \[UNAVAILABLE\]")
+        self.assertRegex(LoginClient(proxy).login("guest", "x"), r"NO \[UNAVAILABLE\]")
         self.assertIn(f"127.0.0.2:{self.a.port}: Connection refused", proxy.log())
 
 

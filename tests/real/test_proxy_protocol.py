@@ -1,15 +1,15 @@
-"""PROXY headers: HAProxy, nginx and Vestibule in front of Vestibule, Dovecot behind it."""
+"""PROXY headers: HAProxy, nginx or another Vestibule send them to Vestibule, which sends them to Dovecot."""
 
 import re
 import unittest
 
 from fixtures import PASSWORDS, Certificates, Dovecot, Folder, Process, Proxy, answers, free_port, program, wait_for
-from mail import Raw, context
+from imap_client import RawClient, context
 
 ALICE = "alice@example.org"
 
-# Behind a balancer on every port. Dovecot is told by version 2.
-INNER = """
+# Every listener expects PROXY headers; Dovecot gets headers of version 2.
+CONFIGURATION = """
 listeners:
   - {{address: "127.0.0.1:{{tls}}", tls: implicit, proxy_protocol: {{from: [127.0.0.1]}}}}
   - {{address: "127.0.0.1:{{starttls}}", tls: starttls, proxy_protocol: {{from: [127.0.0.1]}}}}
@@ -23,7 +23,7 @@ log: {{format: json, level: {level}}}
 
 
 class HAProxy:
-    """Lines of `listen` sections, in TCP mode."""
+    """HAProxy in TCP mode with the given `listen` sections."""
 
     def __init__(self, sections):
         self.folder = Folder()
@@ -36,7 +36,7 @@ class HAProxy:
         self.folder.remove()
 
 
-class Balanced(unittest.TestCase):
+class ProxyProtocol(unittest.TestCase):
     @classmethod
     def setUpClass(cls):
         cls.folder = Folder()
@@ -47,9 +47,9 @@ class Balanced(unittest.TestCase):
         cls.dovecot = Dovecot(cls.certificates, haproxy=True, trusted=False, log_elements="name=<%{local_name}> %c")
         cls.addClassCleanup(cls.dovecot.close)
 
-    def inner(self, info="proxy-v2", level="info"):
+    def start_proxy(self, info="proxy-v2", level="info"):
         port = self.dovecot.haproxy_port if info.startswith("proxy") else self.dovecot.port
-        proxy = Proxy(INNER.format(cert=self.certificates.cert, key=self.certificates.key, server=port, info=info, level=level))
+        proxy = Proxy(CONFIGURATION.format(cert=self.certificates.cert, key=self.certificates.key, server=port, info=info, level=level))
         self.addCleanup(proxy.close)
         return proxy
 
@@ -59,9 +59,9 @@ class Balanced(unittest.TestCase):
         return haproxy
 
     def login(self, port, tls=True, starttls=False):
-        """Logs in from 127.0.0.2, and gives what Dovecot logged of it."""
+        """Logs in from 127.0.0.2, and returns the log line of Dovecot."""
         before = len(self.dovecot.log())
-        client = Raw(port, context(self.certificates.ca) if tls and not starttls else None, source="127.0.0.2")
+        client = RawClient(port, context(self.certificates.ca) if tls and not starttls else None, source="127.0.0.2")
         self.addCleanup(client.close)
         client.line()
         if starttls:
@@ -74,27 +74,27 @@ class Balanced(unittest.TestCase):
         return line[0]
 
     def record(self, proxy, number):
-        """The record of the login that was the proxy's `number`th."""
+        """The log record of login number `number` of the proxy."""
         records = lambda: [line for line in proxy.log().splitlines() if '"outcome":"accepted"' in line]
-        return wait_for("the record", lambda: records()[number - 1:])[0]
+        return wait_for("the log record", lambda: records()[number - 1:])[0]
 
-    def test_dovecot_takes_the_tls_fields(self):
-        """The same login in clear and over TLS: of the latter Dovecot logs that it was secured, though the way to it is not."""
-        proxy = Proxy(INNER.format(cert=self.certificates.cert, key=self.certificates.key, server=self.dovecot.haproxy_port,
+    def test_dovecot_accepts_the_tls_fields(self):
+        """Dovecot logs a login over TLS as secured, although the connection from the proxy is plaintext."""
+        proxy = Proxy(CONFIGURATION.format(cert=self.certificates.cert, key=self.certificates.key, server=self.dovecot.haproxy_port,
                                    info="proxy-v2", level="info").replace(", proxy_protocol: {from: [127.0.0.1]}", ""))
         self.addCleanup(proxy.close)
-        said = self.login(proxy.ports["tls"])
-        self.assertIn("rip=127.0.0.2", said)
-        self.assertRegex(said, "name=<localhost>.*secured")
-        said = self.login(proxy.ports["plain"], tls=False)
-        self.assertIn("rip=127.0.0.2", said)
-        # Empty elements are left out of the line.
-        self.assertNotRegex(said, "name=|secured")
-        self.assertNotIn("haproxy", self.dovecot.log().lower(), "nothing was wrong with a header")
+        output = self.login(proxy.ports["tls"])
+        self.assertIn("rip=127.0.0.2", output)
+        self.assertRegex(output, "name=<localhost>.*secured")
+        output = self.login(proxy.ports["plain"], tls=False)
+        self.assertIn("rip=127.0.0.2", output)
+        # Dovecot omits empty elements.
+        self.assertNotRegex(output, "name=|secured")
+        self.assertNotIn("haproxy", self.dovecot.log().lower(), "no error about a header")
 
-    def test_haproxy_in_front(self):
-        """TCP passed through, with both versions, in front of each kind of listener."""
-        proxy = self.inner()
+    def test_haproxy_passes_tcp_through(self):
+        """HAProxy sends headers of both versions to each kind of listener."""
+        proxy = self.start_proxy()
         logins = 0
         for version in ("send-proxy", "send-proxy-v2"):
             for kind in ("tls", "starttls", "plain"):
@@ -102,32 +102,32 @@ class Balanced(unittest.TestCase):
                 logins += 1
                 haproxy = self.haproxy(f"listen one\n  bind 127.0.0.1:{port}\n  server v 127.0.0.1:{proxy.ports[kind]} {version}\n")
                 wait_for("HAProxy", lambda: answers(port))
-                said = self.login(port, tls=kind != "plain", starttls=kind == "starttls")
-                self.assertIn("rip=127.0.0.2", said, f"{version} {kind}")
+                output = self.login(port, tls=kind != "plain", starttls=kind == "starttls")
+                self.assertIn("rip=127.0.0.2", output, f"{version} {kind}")
                 haproxy.close()
                 record = self.record(proxy, logins)
                 self.assertIn('"client":"127.0.0.2:', record)
-                self.assertIn(f'"listener":"127.0.0.1:{port}"', record, "the balancer's address is what was connected to")
+                self.assertIn(f'"listener":"127.0.0.1:{port}"', record, "the logged listener is the address of the load balancer")
 
-    def test_haproxy_ends_tls(self):
-        """TLS is the balancer's: the record, and Dovecot, know of it all the same."""
-        proxy = self.inner()
+    def test_haproxy_terminates_tls(self):
+        """The log record and Dovecot contain the TLS parameters of the load balancer."""
+        proxy = self.start_proxy()
         port = free_port()
         self.haproxy(f"""listen one
   bind 127.0.0.1:{port} ssl crt {self.pem} alpn imap
   server v 127.0.0.1:{proxy.ports['plain']} send-proxy-v2 proxy-v2-options ssl,cert-cn,ssl-cipher,authority,crc32c,unique-id
 """)
         wait_for("HAProxy", lambda: answers(port))
-        said = self.login(port)
-        self.assertIn("rip=127.0.0.2", said)
-        self.assertRegex(said, "name=<localhost>.*secured")
+        output = self.login(port)
+        self.assertIn("rip=127.0.0.2", output)
+        self.assertRegex(output, "name=<localhost>.*secured")
         record = self.record(proxy, 1)
         self.assertIn('"tls":"TLSv1_3"', record)
         self.assertIn('"sni":"localhost"', record)
 
-    def test_nginx_in_front(self):
-        """Version 1, TLS passed through."""
-        proxy = self.inner()
+    def test_nginx_passes_tcp_through(self):
+        """nginx sends headers of version 1 and passes TLS through."""
+        proxy = self.start_proxy()
         port = free_port()
         folder = Folder()
         self.addCleanup(folder.remove)
@@ -143,10 +143,10 @@ stream {{ server {{ listen 127.0.0.1:{port}; proxy_pass 127.0.0.1:{proxy.ports['
         self.assertIn("rip=127.0.0.2", self.login(port), nginx.text())
         self.assertIn('"client":"127.0.0.2:', self.record(proxy, 1))
 
-    def test_haproxys_health_checks(self):
-        """LOCAL: served, no failure, and no record but for those who look for it. A plain TCP check is no header."""
+    def test_haproxy_health_checks_cause_no_failures(self):
+        """Checks with a LOCAL header and plain TCP checks are no failures, and are logged only at level debug."""
         for kind, wanted in (("plain", "tcp-check expect string *\\ OK"), ("tls", None)):
-            proxy = self.inner(level="debug")
+            proxy = self.start_proxy(level="debug")
             port = free_port()
             check = f"  option tcp-check\n  {wanted}\n" if wanted else ""
             self.haproxy(f"""listen one
@@ -158,9 +158,9 @@ stream {{ server {{ listen 127.0.0.1:{port}; proxy_pass 127.0.0.1:{proxy.ports['
             self.assertEqual(proxy.metric("vestibule_failures_total"), 0, proxy.log())
             self.assertNotRegex(proxy.log(), r'"level":"INFO".*"session ended"')
 
-    def test_vestibule_in_front(self):
-        """A chain of two, by both versions; the checks by the first are no failures of the second."""
-        inner = self.inner()
+    def test_chained_proxies_forward_the_client_address(self):
+        """Two proxies in a chain, with headers of both versions; health checks of the first are no failures of the second."""
+        inner = self.start_proxy()
         for number, info in enumerate(("proxy-v1", "proxy-v2"), 1):
             outer = Proxy(f"""
 listeners: [{{address: "127.0.0.1:{{tls}}", tls: implicit}}]
@@ -170,10 +170,10 @@ routes: [{{default: inner}}]
 admin: {{address: "127.0.0.1:{{admin}}"}}
 """)
             self.addCleanup(outer.close)
-            said = self.login(outer.ports["tls"])
-            self.assertIn("rip=127.0.0.2", said, info)
-            # Version 1 has no words for TLS.
-            self.assertEqual("secured" in said, info == "proxy-v2", said)
+            output = self.login(outer.ports["tls"])
+            self.assertIn("rip=127.0.0.2", output, info)
+            # Version 1 does not transfer TLS parameters.
+            self.assertEqual("secured" in output, info == "proxy-v2", output)
             record = self.record(inner, number)
             self.assertEqual('"sni":"localhost"' in record, info == "proxy-v2", record)
             checks = lambda: outer.metric("vestibule_server_checks_total", backend="inner")
@@ -183,18 +183,18 @@ admin: {{address: "127.0.0.1:{{admin}}"}}
             outer.close()
         self.assertEqual(inner.metric("vestibule_failures_total"), 0, inner.log())
 
-    def test_without_a_header_nobody_comes_in(self):
-        """A client that goes around the balancer, from its network and from another."""
-        proxy = self.inner()
+    def test_connection_without_a_header_is_closed(self):
+        """A client that bypasses the load balancer, from an address in its network and from another address."""
+        proxy = self.start_proxy()
         for number, source in enumerate(("127.0.0.1", "127.0.0.3"), 1):
-            client = Raw(proxy.ports["plain"], source=source)
+            client = RawClient(proxy.ports["plain"], source=source)
             self.addCleanup(client.close)
             try:
                 client.send(b"a LOGIN alice@example.org wonderland\r\n")
                 self.assertEqual(client.line(), b"")
             except ConnectionError:
                 pass
-            wait_for("the count", lambda: proxy.metric("vestibule_failures_total", reason="proxy_header") == number)
+            wait_for("the failure to be counted", lambda: proxy.metric("vestibule_failures_total", reason="proxy_header") == number)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
-"""Routes that need no directory, in the running program: tables that change, kept answers over a restart, Dovecot's own
-director, and what the clock tells."""
+"""Routes without a directory server in the running program: changed tables, cache files, the hash of Dovecot's director, route
+diffs, and response times."""
 
 import os
 import re
@@ -9,9 +9,9 @@ import subprocess
 import time
 import unittest
 
-import directories
-from fixtures import PASSWORDS, PATIENCE, VESTIBULE, Certificates, Dovecot, Folder, Process, Proxy, free_port, program, wait_for
-from test_directories import ALICE, BOB, CAROL, Client
+import directory_servers
+from fixtures import PASSWORDS, TIMEOUT, VESTIBULE, Certificates, Dovecot, Folder, Process, Proxy, free_port, program, wait_for
+from test_directories import ALICE, BOB, CAROL, LoginClient
 
 BASE = """
 listeners: [{{address: "127.0.0.1:{{plain}}", tls: none}}]
@@ -25,7 +25,7 @@ routes:
 
 
 def vestibule(*words):
-    return subprocess.run([VESTIBULE, *map(str, words)], capture_output=True, text=True, timeout=PATIENCE)
+    return subprocess.run([VESTIBULE, *map(str, words)], capture_output=True, text=True, timeout=TIMEOUT)
 
 
 class Routes(unittest.TestCase):
@@ -48,48 +48,48 @@ class Routes(unittest.TestCase):
         self.addCleanup(proxy.close)
         return proxy
 
-    def lands_on(self, proxy, user, backend):
-        """Whether a login succeeds there."""
+    def logs_in_at(self, proxy, user, backend):
+        """Whether a login succeeds on a server of `backend`."""
         before = proxy.metric("vestibule_backend_sessions_total", backend=backend)
-        if not Client(proxy).login(user, PASSWORDS[user]).startswith("a OK"):
+        if not LoginClient(proxy).login(user, PASSWORDS[user]).startswith("a OK"):
             return False
         return proxy.metric("vestibule_backend_sessions_total", backend=backend) > before
 
-    def test_a_table_changes_under_the_running_process(self):
+    def test_table_changes_are_loaded(self):
         proxy = self.proxy("  - table: users.txt\n", {"users.txt": f"{ALICE} shard-a\n"})
         table = proxy.folder.path / "users.txt"
-        self.assertTrue(self.lands_on(proxy, ALICE, "shard-a"))
-        # Written in place, and moved into place.
+        self.assertTrue(self.logs_in_at(proxy, ALICE, "shard-a"))
+        # The table is written in place, then replaced by a rename.
         table.write_text(f"{ALICE} shard-b\n{BOB} shard-b\n")
-        wait_for("the new table", lambda: self.lands_on(proxy, ALICE, "shard-b"))
+        wait_for("the new table", lambda: self.logs_in_at(proxy, ALICE, "shard-b"))
         beside = proxy.folder.write("new", f"{ALICE} shard-a\n{BOB} refuse: Closed.\n")
         os.rename(beside, table)
-        wait_for("the next table", lambda: self.lands_on(proxy, ALICE, "shard-a"))
-        self.assertEqual(Client(proxy).login(BOB, "x"), "a NO [CONTACTADMIN] Closed.")
-        # One with a mistake changes nothing, and is told with its line.
+        wait_for("the next table", lambda: self.logs_in_at(proxy, ALICE, "shard-a"))
+        self.assertEqual(LoginClient(proxy).login(BOB, "x"), "a NO [CONTACTADMIN] Closed.")
+        # A table with an error is not used, and the log names the line.
         table.write_text(f"{ALICE} shard-b\n{BOB} shard-x\n")
-        wait_for("the complaint", lambda: "users.txt:2: no backend is declared as \"shard-x\"" in proxy.log())
+        wait_for("the error", lambda: "users.txt:2: no backend is declared as \"shard-x\"" in proxy.log())
         wait_for("the gauge", lambda: proxy.metric("vestibule_table_load_failed", route="table") == 1)
-        self.assertTrue(self.lands_on(proxy, ALICE, "shard-a"))
+        self.assertTrue(self.logs_in_at(proxy, ALICE, "shard-a"))
         table.unlink()
-        wait_for("the next complaint", lambda: "No such file" in proxy.log())
-        self.assertTrue(self.lands_on(proxy, ALICE, "shard-a"))
+        wait_for("the next error", lambda: "No such file" in proxy.log())
+        self.assertTrue(self.logs_in_at(proxy, ALICE, "shard-a"))
         table.write_text(f"{ALICE} shard-b\n")
-        wait_for("the good one", lambda: self.lands_on(proxy, ALICE, "shard-b"))
+        wait_for("the valid table", lambda: self.logs_in_at(proxy, ALICE, "shard-b"))
         self.assertEqual(proxy.metric("vestibule_table_load_failed", route="table"), 0)
         self.assertEqual(proxy.metric("vestibule_table_users", route="table"), 1)
 
-    def test_kept_answers_over_a_restart(self):
-        directory = directories.Redis()
+    def test_cache_file_survives_a_restart(self):
+        directory = directory_servers.Redis()
         self.addCleanup(directory.close)
-        directory.row(ALICE, backend="shard-b")
+        directory.add_user(ALICE, backend="shard-b")
         routes = (f"  - redis: {{url: 'redis://127.0.0.1:{directory.port}', password_file: password, key: 'mailbox:%{{user}}', "
                   "timeout: 500ms, cache: {file: kept}}\n")
         folder = Folder()
         self.addCleanup(folder.remove)
         folder.write("password", directory.PASSWORD, 0o600)
         proxy = self.proxy(routes, folder=folder)
-        self.assertTrue(self.lands_on(proxy, ALICE, "shard-b"))
+        self.assertTrue(self.logs_in_at(proxy, ALICE, "shard-b"))
         proxy.stop()
         explained = vestibule("route", "--config", proxy.file, CAROL)
         self.assertRegex(explained.stdout, r"route    redis: does not know the user \(\d+ \u00b5s, asked now\)\nbackend  none")
@@ -99,17 +99,17 @@ class Routes(unittest.TestCase):
         self.assertIn(ALICE, kept.read_text())
         directory.kill()
         proxy = self.proxy(routes, folder=folder)
-        wait_for("the kept answers", lambda: proxy.metric("vestibule_route_cached_users", route="redis") == 1)
-        self.assertTrue(self.lands_on(proxy, ALICE, "shard-b"))
-        self.assertIn("NO [UNAVAILABLE]", Client(proxy).login(BOB, "x"))
+        wait_for("the cached answer", lambda: proxy.metric("vestibule_route_cached_users", route="redis") == 1)
+        self.assertTrue(self.logs_in_at(proxy, ALICE, "shard-b"))
+        self.assertIn("NO [UNAVAILABLE]", LoginClient(proxy).login(BOB, "x"))
         explained = vestibule("route", "--config", proxy.file, ALICE).stdout
         self.assertRegex(explained, r"route    redis: found: shard-b \(\d+ \u00b5s, kept for \d+ s\)")
         self.assertRegex(vestibule("route", "--config", proxy.file, BOB).stdout, r"route    redis: failed: .*refused.* \(\d+ \u00b5s, asked now\)")
         short = folder.write("short.yaml", proxy.file.read_text().replace("{file: kept}", "{file: kept, ttl: 1s}"))
-        wait_for("its end", lambda: re.search(r"stale: kept for \d+ s, and its source is down", vestibule("route", "--config", short, ALICE).stdout))
+        wait_for("the answer to become stale", lambda: re.search(r"stale: kept for \d+ s, and its source is down", vestibule("route", "--config", short, ALICE).stdout))
 
-    def test_a_directors_users_stay_where_they_are(self):
-        """Dovecot's director itself says where it would have them."""
+    def test_director_hash_equals_that_of_dovecot(self):
+        """Compares the backend of each user with the lookup of a running director."""
         folder = Folder()
         self.addCleanup(folder.remove)
         hosts = {"10.0.0.11": 1, "10.0.0.12": 1, "10.0.0.13": 3}
@@ -165,7 +165,7 @@ class Routes(unittest.TestCase):
 
         def doveadm(*words):
             return subprocess.run([program("doveadm"), "-c", settings, "director", *words], capture_output=True, text=True,
-                                  timeout=PATIENCE)
+                                  timeout=TIMEOUT)
         wait_for("the director", lambda: doveadm("status").returncode == 0)
         for host, weight in hosts.items():
             done = doveadm("add", host, str(100 * weight))
@@ -183,30 +183,30 @@ routes:
       backends:
 {shares}
 """)
-        # Letter case beyond ASCII, collisions of spelling, names that are no addresses.
+        # Non-ASCII letters in upper case, names that differ only in case, and names without a domain.
         users = [f"User{number}@Example.org" for number in range(3000)]
         users += [f"\u00c4RZT\u0130N{number}@example.org" for number in range(50)]
         users += ["alice", "ALICE", "a+b@example.org", "z\u00f6e@example.org", "\u1e9e"]
         with socket.socket(socket.AF_UNIX) as admin:
-            admin.settimeout(PATIENCE)
+            admin.settimeout(TIMEOUT)
             admin.connect(f"{folder.path}/run/director-admin")
             lines = admin.makefile("rw", encoding="utf-8", newline="\n")
             lines.readline()
             lines.write("VERSION\tdirector-doveadm\t1\t0\n" + "".join(f"USER-LOOKUP\t{user}\n" for user in users))
             lines.flush()
-            # When it expires, where the user is, and where the ring would have it.
-            theirs = [lines.readline().rstrip("\n").split("\t")[2] for _ in users]
+            # The fields are the expiry time, the current host, and the host by hash.
+            director_hosts = [lines.readline().rstrip("\n").split("\t")[2] for _ in users]
         listed = folder.write("users.txt", "".join(f"{user}\n" for user in users))
-        # Against a configuration that has all of them elsewhere, every user is told.
+        # Compared with a configuration that routes all users elsewhere, the diff lists every user.
         nowhere = folder.write("nowhere.yaml", configuration.read_text().split("routes:")[0].replace("backends:", "backends:\n  nowhere: {servers: ['10.9.9.9:143']}")
                                + "routes: [{default: nowhere}]\n")
-        told = vestibule("route", "--config", configuration, "--diff", nowhere, "--users", listed).stdout
-        ours = dict(re.findall(r"^(.+): (\S+) -> nowhere$", told, re.MULTILINE))
-        for user, host in zip(users, theirs):
-            self.assertEqual(ours.get(user), names[list(hosts).index(host)], f"{user}")
-        self.assertEqual(set(theirs), set(hosts))
+        diff = vestibule("route", "--config", configuration, "--diff", nowhere, "--users", listed).stdout
+        routed = dict(re.findall(r"^(.+): (\S+) -> nowhere$", diff, re.MULTILINE))
+        for user, host in zip(users, director_hosts):
+            self.assertEqual(routed.get(user), names[list(hosts).index(host)], f"{user}")
+        self.assertEqual(set(director_hosts), set(hosts))
 
-    def test_who_would_move(self):
+    def test_route_diff_lists_users_that_would_move(self):
         folder = Folder()
         self.addCleanup(folder.remove)
         text = BASE.format(a=1143, b=2143).replace("{plain}", "0").replace("{admin}", "0")
@@ -225,21 +225,21 @@ routes:
             self.assertRegex(line, r"^user\d+@example.org: shard-[ab] -> shard-c$")
         self.assertEqual(lines[-1], f"{len(lines) - 1} of 1000 users would move")
 
-    def test_the_clock_does_not_tell_who_exists(self):
-        """A wrong password and a name that no route knows are answered as late."""
+    def test_response_time_does_not_reveal_users(self):
+        """The response to an unknown name takes as long as the response to a wrong password."""
         slow = Dovecot(self.certificates, extra="auth_failure_delay = 1s")
         self.addCleanup(slow.close)
         text = BASE.format(a=slow.port, b=self.b.port) + "  - domain: {example.org: shard-a}\n"
         proxy = Proxy(text)
         self.addCleanup(proxy.close)
 
-        def took(user):
-            client = Client(proxy)
+        def login_seconds(user):
+            client = LoginClient(proxy)
             began = time.monotonic()
             self.assertRegex(client.login(user, "wrong"), "^a NO")
             return time.monotonic() - began
-        wrong = [took(ALICE) for _ in range(5)]
-        unknown = [took(f"user{number}@nowhere.test") for number in range(5)]
+        wrong = [login_seconds(ALICE) for _ in range(5)]
+        unknown = [login_seconds(f"user{number}@nowhere.test") for number in range(5)]
         self.assertGreater(statistics.median(wrong), 0.3)
         self.assertGreater(min(unknown), min(wrong) * 0.8, (wrong, unknown))
         self.assertLess(max(unknown), max(wrong) * 1.5, (wrong, unknown))

@@ -1,5 +1,5 @@
-// Logs in by ImapFlow, appends a message, reads it back, waits for another in IDLE, and says what it saw, as JSON.
-// What to do stands in the first argument, as JSON too; the library is below the folder of the second.
+// Logs in with ImapFlow, appends a message, reads it back, waits for another one in IDLE, and prints the results as JSON.
+// The first argument is the task as JSON, the second the folder that contains the library.
 import { createRequire } from "node:module";
 import { readFileSync } from "node:fs";
 
@@ -16,7 +16,7 @@ const client = new ImapFlow({
     clientInfo: { name: "a test" },
     logger: false,
 });
-client.on("error", () => {}); // Told by what fails.
+client.on("error", () => {}); // The failing call reports it.
 
 try {
     await client.connect();

@@ -1,4 +1,4 @@
-/* TLS by GnuTLS. */
+/* TLS with GnuTLS. */
 #include "peer.h"
 
 #include <gnutls/gnutls.h>
@@ -23,7 +23,7 @@ static ssize_t result(ssize_t count) {
     return count;
 }
 
-/* Waits for the socket: for the few messages that are sent in one go. */
+/* Blocks until a message is sent. */
 static void finish(int (*step)(void), const char *what) {
     int code;
     while ((code = step()) == GNUTLS_E_AGAIN || code == GNUTLS_E_INTERRUPTED) {
@@ -66,9 +66,9 @@ ssize_t tls_read(void *buffer, size_t size) { return result(gnutls_record_recv(s
 
 ssize_t tls_write(const void *buffer, size_t size) {
     if (!chosen->padding) return result(gnutls_record_send(session, buffer, size));
-    /* Data and padding share a record. */
-    size_t room = gnutls_record_get_max_size(session) - chosen->padding;
-    return result(gnutls_record_send2(session, buffer, size < room ? size : room, chosen->padding, 0));
+    /* Data and padding share the size of a record. */
+    size_t limit = gnutls_record_get_max_size(session) - chosen->padding;
+    return result(gnutls_record_send2(session, buffer, size < limit ? size : limit, chosen->padding, 0));
 }
 
 static int update(void) { return gnutls_session_key_update(session, 0); }
@@ -76,7 +76,7 @@ static int request(void) { return gnutls_session_key_update(session, GNUTLS_KU_P
 static int ticket(void) { return gnutls_session_ticket_send(session, 1, 0); }
 static int rehandshake(void) { return chosen->server ? gnutls_rehandshake(session) : gnutls_handshake(session); }
 static int empty_record(void) {
-    /* In TLS 1.3 it takes some padding, or GnuTLS takes it for the end of a cork. */
+    /* In TLS 1.3 padding is required: GnuTLS treats an empty send without it as the end of a cork. */
     if (gnutls_protocol_get_version(session) == GNUTLS_TLS1_3) return gnutls_record_send2(session, "", 0, 16, 0);
     return gnutls_record_send(session, "", 0);
 }

@@ -1,4 +1,4 @@
-/* TLS by NSS. Certificates come from a database; a server's is called `server` there. */
+/* TLS with NSS. Certificates come from a database, in which that of the server is named `server`. */
 #include "peer.h"
 
 #include <cert.h>

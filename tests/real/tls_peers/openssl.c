@@ -1,4 +1,4 @@
-/* TLS by OpenSSL. */
+/* TLS with OpenSSL. */
 #include "peer.h"
 
 #include <openssl/err.h>
@@ -77,7 +77,7 @@ ssize_t tls_write(const void *buffer, size_t size) {
     return result(SSL_write(ssl, buffer, size));
 }
 
-/* What is asked for goes out with the next read or write, should the socket be full now. */
+/* If the socket is full, the message goes out with the next read or write. */
 static void flush(const char *what) {
     ERR_clear_error();
     int done = SSL_do_handshake(ssl);

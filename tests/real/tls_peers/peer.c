@@ -1,4 +1,4 @@
-/* Moves bytes between the plain and the TLS side without blocking on either, and does what the control socket says. */
+/* Forwards bytes between the plaintext and the TLS socket without blocking, and runs commands of the control socket. */
 #include "peer.h"
 
 #include <errno.h>
@@ -12,7 +12,7 @@
 #include <sys/socket.h>
 #include <unistd.h>
 
-/* What waits to go out on one side. */
+/* Bytes not yet written to one side. */
 struct pending {
     char bytes[16384];
     size_t start, end;
@@ -67,37 +67,37 @@ static void read_options(int count, char **words) {
         else if (!strcmp(key, "limit")) options.limit = atoi(value);
         else fail("unknown option %s", key);
     }
-    if (options.tls < 0 || options.plain < 0 || options.control < 0) fail("tls=, plain= and control= are needed");
+    if (options.tls < 0 || options.plain < 0 || options.control < 0) fail("tls=, plain= and control= are required");
 }
 
-/* Asks for new keys with every byte it sends, and reads nothing before the next command comes. */
-static void deaf(void) {
-    long asked = 0;
-    for (bool taken = true; taken && asked < 300000; asked++) {
+/* Requests a KeyUpdate with every byte it sends, and reads nothing until the next command. */
+static void flood_without_reading(void) {
+    long requested = 0;
+    for (bool taken = true; taken && requested < 300000; requested++) {
         tls_update(true);
         ssize_t sent;
         while (taken && (sent = tls_write("x", 1)) == TLS_LATER) {
             struct pollfd on = {.fd = options.tls, .events = POLLOUT};
             taken = poll(&on, 1, 10000) == 1;
         }
-        if (taken && sent < 0) fail("the flood was cut off after %ld", asked);
+        if (taken && sent < 0) fail("the connection ended after %ld requests", requested);
     }
-    say("asked %ld", asked);
+    say("requested %ld", requested);
     struct pollfd on = {.fd = options.control, .events = POLLIN};
     poll(&on, 1, -1);
 }
 
-static void obey(const char *command) {
+static void run_command(const char *command) {
     say("does %s", command);
     if (!strcmp(command, "update")) tls_update(false), updates++;
     else if (!strcmp(command, "request")) tls_update(true), updates++;
     else if (!strcmp(command, "flood")) for (int i = 0; i < 100; i++) tls_update(false);
-    else if (!strcmp(command, "deaf")) deaf();
+    else if (!strcmp(command, "flood-without-reading")) flood_without_reading();
     else if (!strcmp(command, "ticket")) tls_ticket();
     else if (!strcmp(command, "renegotiate")) tls_renegotiate();
     else if (!strcmp(command, "empty")) tls_empty_record();
     else if (!strcmp(command, "close")) tls_close_notify(), closed = true;
-    /* TCP ends without close_notify. */
+    /* Closes TCP without close_notify. */
     else if (!strcmp(command, "drop")) shutdown(options.tls, SHUT_WR), closed = true;
     else fail("unknown command %s", command);
     say("did %s", command);
@@ -118,13 +118,13 @@ static bool step_up(void) {
     if (write_broken || closed) return up.start = up.end, true;
     ssize_t sent = tls_write(up.bytes + up.start, up.end - up.start);
     if (sent == TLS_LATER) return false;
-    if (sent == TLS_BROKEN) return write_broken = true; /* reading goes on: an alert may be there */
+    if (sent == TLS_BROKEN) return write_broken = true; /* keep reading: an alert may be pending */
     up.start += sent, moved += sent;
     return true;
 }
 
-/* One command, if one has come. Lines come whole: the test sends them one by one. What the test sent on the plain side
- * before it goes out first; but nothing holds up `drop`, as nothing holds up a cable that breaks. */
+/* Runs a pending command. Each read returns whole lines, because the test sends them one by one. Bytes that the test sent on
+ * the plaintext socket before the command are written first, except before `drop`, which simulates a lost connection. */
 static bool step_control(void) {
     char line[64];
     ssize_t got = recv(options.control, line, sizeof line - 1, MSG_DONTWAIT | MSG_PEEK);
@@ -136,7 +136,7 @@ static bool step_control(void) {
     }
     recv(options.control, line, got, MSG_DONTWAIT);
     line[got] = 0;
-    for (char *command = strtok(line, "\n"); command; command = strtok(NULL, "\n")) obey(command);
+    for (char *command = strtok(line, "\n"); command; command = strtok(NULL, "\n")) run_command(command);
     return true;
 }
 
@@ -157,12 +157,12 @@ static bool step_down(void) {
     if (empty(&down)) return progress;
     ssize_t sent = send(options.plain, down.bytes + down.start, down.end - down.start, MSG_DONTWAIT | MSG_NOSIGNAL);
     if (sent < 0 && (errno == EAGAIN || errno == EINTR)) return progress;
-    if (sent < 0) return down.start = down.end, true; /* nobody listens any more */
+    if (sent < 0) return down.start = down.end, true; /* the test has closed its socket */
     down.start += sent;
     return true;
 }
 
-/* What is due after so many bytes. */
+/* Sends the KeyUpdates and tickets that are due. */
 static void step_due(void) {
     if (!empty(&up) || closed || write_broken) return;
     if (options.update_every && moved / options.update_every > updates) tls_update(options.request), updates++;
@@ -179,7 +179,7 @@ static void wait_for_more(void) {
     if (!empty(&up)) on[0].events |= POLLOUT;
     if (empty(&up) && !plain_ended) on[1].events |= POLLIN;
     if (!empty(&down)) on[1].events |= POLLOUT;
-    /* A side that has hung up would wake us for nothing. */
+    /* A closed side would end poll at once. */
     if (!on[0].events) on[0].fd = -1;
     if (!on[1].events) on[1].fd = -1;
     poll(on, 3, -1);

@@ -1,8 +1,8 @@
-/* One end of a TLS connection for the interoperability tests: bytes of a plain socket go out sealed, and the other way
- * round. peer.c moves them and obeys; openssl.c, gnutls.c and nss.c each speak TLS with one library.
+/* One end of a TLS connection for the interoperability tests: it encrypts the bytes of a plaintext socket, and decrypts
+ * those of the TLS socket. peer.c forwards bytes and runs commands; openssl.c, gnutls.c and nss.c each use one TLS library.
  *
- * Everything is told by words on the command line (`key=value`, see peer.c), and later by lines on the control socket.
- * What happens is reported on standard output, a line each; tls_interop.py reads them. */
+ * Options are `key=value` arguments (see peer.c); commands are lines on the control socket. Each event is a line on
+ * standard output, which tls_fixtures.py reads. */
 #ifndef PEER_H
 #define PEER_H
 
@@ -12,38 +12,38 @@
 
 struct options {
     bool server;
-    int tls, plain, control;  /* descriptors handed down by the test */
-    const char *version;      /* "1.2" or "1.3"; NULL: what both sides like best */
-    const char *cipher;       /* the IANA name of the only suite to offer; for GnuTLS a whole priority string */
-    const char *ca, *cert, *key; /* PEM files; for NSS `ca` is a database with all of them */
-    long update_every;        /* a KeyUpdate after so many bytes, both directions counted together; 0: none */
-    bool request;             /* these KeyUpdates ask the other side for one too */
-    long ticket_every;        /* a server sends a ticket after so many bytes; 0: none */
-    int padding;              /* TLS 1.3 records are padded: OpenSSL to multiples of it, GnuTLS by so many bytes */
-    int fragment;             /* plaintext bytes a record, at most; 0: the library's default */
-    int limit;                /* the record size limit to announce (RFC 8449), for OpenSSL the RFC 6066 code; 0: none */
+    int tls, plain, control;  /* descriptors inherited from the test */
+    const char *version;      /* "1.2" or "1.3"; NULL: the highest common version */
+    const char *cipher;       /* IANA name of the only suite to offer; for GnuTLS a priority string */
+    const char *ca, *cert, *key; /* PEM files; for NSS `ca` is a database that contains them */
+    long update_every;        /* bytes, both directions together, between two KeyUpdates; 0: none */
+    bool request;             /* these KeyUpdates request one of the other side */
+    long ticket_every;        /* bytes between two tickets of a server; 0: none */
+    int padding;              /* of TLS 1.3 records: a block size for OpenSSL, a number of bytes for GnuTLS */
+    int fragment;             /* maximum plaintext bytes per record; 0: the default of the library */
+    int limit;                /* record size limit to announce (RFC 8449), for OpenSSL the code of RFC 6066; 0: none */
 };
 
-/* Results of reading and writing beside a count of bytes. TLS_END is the other side's close_notify. */
+/* Results of reading and writing other than a number of bytes. TLS_END: the other side has sent close_notify. */
 enum { TLS_END = 0, TLS_LATER = -1, TLS_BROKEN = -2 };
 
-/* Prints one line of the report. */
+/* Prints one line to standard output. */
 void say(const char *format, ...) __attribute__((format(printf, 1, 2)));
-/* Reports why it cannot go on, and ends the program. */
+/* Prints the reason of a failure and exits. */
 void fail(const char *format, ...) __attribute__((format(printf, 1, 2), noreturn));
 
-/* The handshake; blocks. Reports `handshake VERSION SUITE`. */
+/* Performs the handshake, blocking, and prints `handshake VERSION SUITE`. */
 void tls_start(const struct options *options);
-/* Neither blocks. A failure is reported first: `alert N` where one was received, else `broken REASON`. */
+/* These do not block. A failure prints `alert N` if an alert was received, else `broken REASON`. */
 ssize_t tls_read(void *buffer, size_t size);
 ssize_t tls_write(const void *buffer, size_t size);
-/* These are called while nothing is half written. */
+/* Only called while no partial write is pending. */
 void tls_update(bool request);
 void tls_ticket(void);
 void tls_renegotiate(void);
 void tls_empty_record(void);
 void tls_close_notify(void);
-/* KeyUpdates received so far, or -1 where the library does not tell. */
+/* Number of KeyUpdates received, or -1 if the library does not provide it. */
 long tls_updates_received(void);
 
 #endif
