@@ -8,7 +8,7 @@ use std::time::Instant;
 
 use crate::admission::AdmissionControl;
 use crate::admission::refusal_latency::RefusalLatency;
-use crate::auth_policy::Policy;
+use crate::auth_policy::AuthPolicy;
 use crate::backend::{Backends, Server};
 use crate::config::{Config, Limits, Report};
 use crate::identity::{Delegation, Mechanisms};
@@ -37,7 +37,7 @@ pub struct Snapshot {
     /// Who may come in and try. The process's too.
     pub admission: Arc<AdmissionControl>,
     /// Who else is asked.
-    pub auth_policy: Option<Arc<Policy>>,
+    pub auth_policy: Option<Arc<AuthPolicy>>,
     /// Warnings about unexpected PROXY headers, one for each listener.
     pub proxy_header_warnings: Vec<WarningLimit>,
     /// What is counted.
@@ -75,7 +75,7 @@ impl Snapshot {
         let known = previous.map(|previous| (&previous.config, &previous.router));
         let router = Router::build(&config, &metrics, known);
         let backends = Backends::build(&config, &metrics, previous.map(|previous| &*previous.backends));
-        let policy = Policy::build(&config);
+        let policy = AuthPolicy::build(&config);
         let limits = Arc::new(config.limits.clone());
         match (tls, router, backends, policy) {
             (Ok(tls), Ok(router), Ok(backends), Ok(policy)) => Ok(Self {

@@ -13,7 +13,7 @@ use tokio_util::task::TaskTracker;
 
 use crate::backend::OwnAddresses;
 use crate::identity::UserName;
-use crate::route::{LookupRequest, LookupResult, Origin, RouteDecision, ServerChoice};
+use crate::route::{LookupOrigin, LookupRequest, LookupResult, RouteDecision, ServerChoice};
 use crate::snapshot::Snapshot;
 
 /// The text for `user`, and whether a server would be asked to log the user in.
@@ -28,11 +28,11 @@ pub async fn explain(snapshot: &Snapshot, user: &UserName) -> (String, bool) {
     };
     line(&mut text, format_args!("asked as {}", names.routing));
     let (tasks, stop) = (TaskTracker::new(), CancellationToken::new());
-    snapshot.router.start_once(&Handle::current());
+    snapshot.router.start_read_only(&Handle::current());
     let question = LookupRequest { user: names.routing, login_context: None };
     let mut found = None;
     for step in snapshot.router.explain(&question).await {
-        let answer = match &step.answer {
+        let answer = match &step.result {
             LookupResult::Found(target) => {
                 found = Some(target.clone());
                 format!("found: {}", describe(snapshot, target))
@@ -41,12 +41,12 @@ pub async fn explain(snapshot: &Snapshot, user: &UserName) -> (String, bool) {
             LookupResult::Failed(reason) => format!("failed: {reason}"),
         };
         let origin = match step.origin {
-            Origin::Memory => String::new(),
-            Origin::Directory => ", asked now".to_owned(),
-            Origin::Cache(age) => format!(", kept for {} s", age.as_secs()),
-            Origin::Stale(age) => format!(", stale: kept for {} s, and its source is down", age.as_secs()),
+            LookupOrigin::Memory => String::new(),
+            LookupOrigin::Directory => ", asked now".to_owned(),
+            LookupOrigin::Cache(age) => format!(", kept for {} s", age.as_secs()),
+            LookupOrigin::Stale(age) => format!(", stale: kept for {} s, and its source is down", age.as_secs()),
         };
-        line(&mut text, format_args!("route    {}: {answer} ({} µs{origin})", step.route, step.took.as_micros()));
+        line(&mut text, format_args!("route    {}: {answer} ({} µs{origin})", step.route, step.duration.as_micros()));
     }
     let Some(target) = found else {
         text.push_str("backend  none: the login is refused\n");
@@ -110,7 +110,7 @@ pub async fn diff(
     mut out: impl std::io::Write,
 ) -> std::io::Result<usize> {
     for snapshot in [old, new] {
-        snapshot.router.start_once(&Handle::current());
+        snapshot.router.start_read_only(&Handle::current());
     }
     let (mut compared, mut moved) = (0, 0);
     for line in users.split(|byte| *byte == b'\n') {

@@ -20,7 +20,7 @@ use super::cache::{Cache, Kept, Looked};
 use super::decision::Declared;
 use super::directory::Directory;
 use super::request::LookupRequest;
-use super::{LookupResult, Origin, cache_file};
+use super::{LookupOrigin, LookupResult, cache_file};
 use crate::config;
 use crate::deadline::Deadline;
 use crate::lookup::hedge::Budget;
@@ -222,26 +222,26 @@ impl CachedDirectory {
     }
 
     /// The answer, and where it is from.
-    pub(super) async fn lookup(self: &Arc<Self>, question: LookupRequest) -> (LookupResult, Origin) {
+    pub(super) async fn lookup(self: &Arc<Self>, question: LookupRequest) -> (LookupResult, LookupOrigin) {
         let Some(cache) = &self.cache else {
-            return (self.landed(self.ask_elsewhere(question)).await, Origin::Directory);
+            return (self.landed(self.ask_elsewhere(question)).await, LookupOrigin::Directory);
         };
         let user = question.user;
         let now = Instant::now();
         match cache.look(&user, now) {
-            Looked::Fresh(kept) => (self.kept(&kept), Origin::Cache(now - kept.asked)),
+            Looked::Fresh(kept) => (self.kept(&kept), LookupOrigin::Cache(now - kept.asked)),
             Looked::Ageing(kept) => {
                 self.fly(&user);
-                (self.kept(&kept), Origin::Cache(now - kept.asked))
+                (self.kept(&kept), LookupOrigin::Cache(now - kept.asked))
             }
-            Looked::Stale(kept) if self.is_resting(now) => (self.stale(&kept), Origin::Stale(now - kept.asked)),
+            Looked::Stale(kept) if self.is_resting(now) => (self.stale(&kept), LookupOrigin::Stale(now - kept.asked)),
             Looked::Stale(kept) => match self.landed(self.fly(&user)).await {
-                LookupResult::Failed(_) => (self.stale(&kept), Origin::Stale(now - kept.asked)),
-                answer => (answer, Origin::Directory),
+                LookupResult::Failed(_) => (self.stale(&kept), LookupOrigin::Stale(now - kept.asked)),
+                answer => (answer, LookupOrigin::Directory),
             },
             Looked::Nothing => {
                 self.metrics.cache_missed();
-                (self.landed(self.fly(&user)).await, Origin::Directory)
+                (self.landed(self.fly(&user)).await, LookupOrigin::Directory)
             }
         }
     }

@@ -49,7 +49,7 @@ pub enum LookupResult {
 
 /// Where an answer is from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Origin {
+pub enum LookupOrigin {
     /// From memory.
     Memory,
     /// The directory was asked.
@@ -72,7 +72,7 @@ enum Source {
 }
 
 impl Source {
-    async fn lookup(&self, question: &LookupRequest) -> (LookupResult, Origin) {
+    async fn lookup(&self, question: &LookupRequest) -> (LookupResult, LookupOrigin) {
         let user = &*question.user;
         let answer = match self {
             Self::Table(table) => table.lookup(user),
@@ -82,7 +82,7 @@ impl Source {
             Self::Default(target) => LookupResult::Found(target.clone()),
             Self::CachedDirectory(asked, _) => return asked.lookup(question.clone()).await,
         };
-        (answer, Origin::Memory)
+        (answer, LookupOrigin::Memory)
     }
 }
 
@@ -119,15 +119,15 @@ pub enum RouteError {
 
 /// One source's answer, for the command `route`.
 #[derive(Debug)]
-pub struct Explained<'a> {
+pub struct ExplainedLookup<'a> {
     /// Label of the route.
     pub route: &'a str,
-    /// What it said.
-    pub answer: LookupResult,
-    /// From where.
-    pub origin: Origin,
-    /// How long it took.
-    pub took: Duration,
+    /// Its result.
+    pub result: LookupResult,
+    /// Where the result comes from.
+    pub origin: LookupOrigin,
+    /// Duration of the lookup.
+    pub duration: Duration,
 }
 
 /// Labels of the configured routes, in order: the kind, with a number from the second of a kind on.
@@ -181,7 +181,7 @@ impl Router {
     }
 
     /// For a command that asks and ends: kept answers are read and not written, and nothing is watched.
-    pub fn start_once(&self, runtime: &Handle) {
+    pub fn start_read_only(&self, runtime: &Handle) {
         for (_, source) in &self.routes {
             if let Source::CachedDirectory(asked, _) = source {
                 asked.start(runtime.clone());
@@ -237,7 +237,7 @@ impl Router {
     }
 
     /// Writes kept answers to their files no more: a successor of this process does.
-    pub fn leave_files(&self) {
+    pub fn stop_writing_files(&self) {
         for (_, source) in &self.routes {
             if let Source::CachedDirectory(asked, _) = source {
                 asked.leave_file();
@@ -285,13 +285,13 @@ impl Router {
     }
 
     /// Asks the sources as [`Router::route`] does, and keeps every answer.
-    pub async fn explain(&self, question: &LookupRequest) -> Vec<Explained<'_>> {
+    pub async fn explain(&self, request: &LookupRequest) -> Vec<ExplainedLookup<'_>> {
         let mut explained = Vec::new();
         for (label, source) in &self.routes {
-            let asked = Instant::now();
-            let (answer, origin) = source.lookup(question).await;
-            let last = answer != LookupResult::Unknown;
-            explained.push(Explained { route: label, answer, origin, took: asked.elapsed() });
+            let began = Instant::now();
+            let (result, origin) = source.lookup(request).await;
+            let last = result != LookupResult::Unknown;
+            explained.push(ExplainedLookup { route: label, result, origin, duration: began.elapsed() });
             if last {
                 break;
             }

@@ -476,7 +476,7 @@ impl Running {
             admin.stop.cancel();
         }
         // The cached answers of this process age while it waits for its sessions; those of the successor are newer.
-        self.snapshot().router.leave_files();
+        self.snapshot().router.stop_writing_files();
         self.shut_down(hurry, DrainMode::Retire, replaced).await
     }
 

@@ -216,7 +216,7 @@ impl Session {
                 Step::Login(mut request) => match self.bounded_attempt(&mut request, &mut stream, &mut prelogin).await?
                 {
                     Attempted::Accepted { seated, established } => {
-                        self.report(true);
+                        self.report(auth_policy::LoginResult::Success);
                         return self
                             .relayed(&request.tag, stream, prelogin.into_leftover(), seated, *established)
                             .await;

@@ -14,7 +14,7 @@ use tokio::time;
 use super::attempt::Attempted;
 use super::{EndedBy, FAREWELL, Session};
 use crate::admission::{ConnectionRefused, LoginThrottled, PreloginTicket, ShedReason};
-use crate::auth_policy::Verdict;
+use crate::auth_policy::{LoginResult, PolicyDecision};
 use crate::backend::request::Outcome;
 use crate::config::{BackendId, TlsMode};
 use crate::failure::Reason;
@@ -201,7 +201,7 @@ impl Session {
             authcid = authcid.as_ref().map(UserName::as_str),
             "login failed"
         );
-        self.report(false);
+        self.report(LoginResult::Failure);
         let due = began + self.snapshot.admission.record_failed_login(Instant::now(), client, users);
         self.pause(time::Instant::from_std(not_before.map_or(due, |not_before| due.max(not_before)))).await;
     }
@@ -218,19 +218,19 @@ impl Session {
         let attempt =
             policy.attempt(&login.credentials, self.record.client(), tls, device(client_id), session.as_str());
         match policy.allow(&attempt, &self.snapshot.metrics).await {
-            Verdict::Allowed(delay) => {
+            PolicyDecision::Allowed(delay) => {
                 self.told = Some(Box::new(attempt));
                 if delay > Duration::ZERO {
                     self.pause(time::Instant::now() + delay).await;
                 }
                 None
             }
-            Verdict::Denied => {
-                policy.report(attempt, false, true, &self.snapshot.metrics);
+            PolicyDecision::Denied => {
+                policy.report(attempt, LoginResult::RejectedByPolicy, &self.snapshot.metrics);
                 self.record.attempt_failed(Reason::PolicyDenied, LoginOutcome::Refused, None);
                 Some(self.refused_late(&login.tag, None, began))
             }
-            Verdict::Unavailable => {
+            PolicyDecision::Unavailable => {
                 self.record.attempt_failed(Reason::PolicyFailed, LoginOutcome::Unavailable, None);
                 Some(Attempted::Unavailable)
             }
@@ -238,9 +238,9 @@ impl Session {
     }
 
     /// Tells the policy service how the login ended that it allowed.
-    pub(super) fn report(&mut self, success: bool) {
+    pub(super) fn report(&mut self, result: LoginResult) {
         if let (Some(policy), Some(attempt)) = (&self.snapshot.auth_policy, self.told.take()) {
-            policy.report(*attempt, success, false, &self.snapshot.metrics);
+            policy.report(*attempt, result, &self.snapshot.metrics);
         }
     }
 

@@ -4,6 +4,7 @@
 
 #![expect(clippy::unwrap_used, unreachable_pub, reason = "a test's panic is its failure; one binary has no outside")]
 
+mod admission;
 mod answers;
 mod architecture;
 mod attempts;
@@ -11,11 +12,9 @@ mod before_login;
 mod care;
 mod client;
 mod credentials;
-mod defences;
 mod dns;
 mod documented_tests;
 mod endless_answers;
-mod guard;
 mod invariants;
 mod limits;
 mod mechanisms;
@@ -29,3 +28,4 @@ mod silent;
 mod spread;
 mod support;
 mod tls;
+mod tls_tickets_and_starttls;

@@ -13,7 +13,7 @@ use crate::metrics::{Metrics, Names};
 use crate::route::decision::{Declared, RouteDecision};
 use crate::route::directory::Directory;
 use crate::route::request::LookupRequest;
-use crate::route::{LookupResult, Origin};
+use crate::route::{LookupOrigin, LookupResult};
 
 const HOUR: Duration = Duration::from_secs(3600);
 
@@ -112,11 +112,11 @@ async fn a_kept_answer_needs_no_question() {
     let scripted = Scripted::new();
     scripted.says("alice", found(0));
     let (asked, _metrics) = asked(&scripted, 1, true);
-    assert_eq!(asked.lookup(question("alice")).await, (found(0), Origin::Directory));
+    assert_eq!(asked.lookup(question("alice")).await, (found(0), LookupOrigin::Directory));
     scripted.says("alice", found(1));
     let (answer, origin) = asked.lookup(question("alice")).await;
     assert_eq!(answer, found(0));
-    assert!(matches!(origin, Origin::Cache(_)));
+    assert!(matches!(origin, LookupOrigin::Cache(_)));
     for _ in 0..3 {
         assert_eq!(asked.lookup(question("bob")).await.0, LookupResult::Unknown);
     }
@@ -159,7 +159,7 @@ async fn a_directory_that_is_down_leaves_stale_answers_and_no_lies() {
     for asked_by_then in [2, 2] {
         let (answer, origin) = asked.lookup(question("alice")).await;
         assert_eq!(answer, found(0));
-        assert!(matches!(origin, Origin::Stale(_)), "{origin:?}");
+        assert!(matches!(origin, LookupOrigin::Stale(_)), "{origin:?}");
         assert_eq!(scripted.asked(), asked_by_then);
     }
     assert_eq!(asked.lookup(question("carol")).await.0, failed(), "unknown would be a lie");
@@ -230,10 +230,10 @@ async fn an_answer_older_than_a_reload_is_not_kept() {
         scripted.says(user, found(1));
     }
     for user in ["alice", "bob"] {
-        assert_eq!(new.lookup(question(user)).await, (found(1), Origin::Directory), "{user}");
+        assert_eq!(new.lookup(question(user)).await, (found(1), LookupOrigin::Directory), "{user}");
     }
     let (_, origin) = new.lookup(question("ageing")).await;
-    assert!(matches!(origin, Origin::Cache(age) if age > HOUR / 2), "not renewed by the old lookup: {origin:?}");
+    assert!(matches!(origin, LookupOrigin::Cache(age) if age > HOUR / 2), "not renewed by the old lookup: {origin:?}");
 }
 
 #[tokio::test]
@@ -250,7 +250,7 @@ async fn an_answer_older_than_a_move_is_not_kept_by_any_configuration() {
     drop(gate);
     assert_eq!(alice.await.unwrap(), found(0));
     scripted.says("alice", found(1));
-    assert_eq!(new.lookup(question("alice")).await, (found(1), Origin::Directory));
+    assert_eq!(new.lookup(question("alice")).await, (found(1), LookupOrigin::Directory));
 }
 
 #[tokio::test(start_paused = true)]
@@ -273,7 +273,11 @@ async fn a_forgotten_user_does_not_come_back_from_the_file() {
     let new = built(&scripted, HOUR, 8, Some(with_file())).0.with_answers_of(Some(&old));
     old.forget("alice");
     new.read_file();
-    assert_eq!(Arc::new(new).lookup(question("alice")).await.1, Origin::Directory, "a reload does not read the file");
+    assert_eq!(
+        Arc::new(new).lookup(question("alice")).await.1,
+        LookupOrigin::Directory,
+        "a reload does not read the file"
+    );
     old.forget("alice");
     let forgotten = tokio::time::Instant::now();
     while saved().contains("alice") {
