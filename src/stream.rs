@@ -74,7 +74,9 @@ impl Stream {
             Self::Plain(socket) => Ok((Leg::plain(socket), Vec::new())),
             Self::Tls(encrypted) => {
                 let taken = take_over(encrypted.tls, &encrypted.secrets).await?;
-                Ok((Leg::tls(taken.socket, taken.channel, taken.records, taken.closed), taken.plaintext))
+                let leg = Leg::tls(taken.socket, taken.channel, taken.records);
+                let leg = if taken.closed { leg.with_peer_closed() } else { leg };
+                Ok((leg, taken.plaintext))
             }
         }
     }

@@ -1,10 +1,10 @@
-//! Where silent sessions wait for a byte: one epoll over all of them, no task and no buffer for any.
+//! Watches the sockets of parked sessions with one epoll, without a task or a buffer for each session.
 //!
-//! The runtime's own registration of a socket and a task cost more memory than all the rest of an idle session. So a
-//! session that has been silent for a while leaves the runtime and comes in here, with its two sockets; the first byte
-//! from either side, its time running out or the end of the process sends it out again. The sockets are watched by level and once, so
-//! that what arrived on the way in is not missed. The room knows nothing of what waits in it: [`Waiting`] is all it asks.
-//! Called by `session`; run by `server`.
+//! The registration of a socket with the runtime and a task took more memory than everything else in an idle session. A session
+//! that has been silent for a while therefore leaves the runtime and is parked here with its two sockets. The first byte from
+//! either side, its deadline, its cancellation or the end of the process unparks it. The sockets are watched level-triggered and
+//! one-shot, so that bytes that arrived before are not missed. The poller does not know what a parked session is: it needs only
+//! [`Parked`].
 
 use std::io;
 use std::mem::MaybeUninit;
@@ -23,196 +23,200 @@ use tokio::io::unix::AsyncFd;
 use tokio::sync::Notify;
 use tokio::time::{Instant, MissedTickBehavior, interval};
 
-/// Events taken with one call.
-const EVENTS: usize = 256;
-/// How exactly time limits are kept: they are half an hour and more. It is as short as this for another reason: the
-/// runtime wakes itself, with two system calls, whenever a timer is set that is due before all others, and behind a
-/// tick this near hardly any is.
-const SWEEP: Duration = Duration::from_secs(1);
-/// Free places that are kept without a thought.
+/// Maximum number of events from one call.
+const MAX_EVENTS: usize = 256;
+/// Interval of the search for deadlines that have passed. Deadlines are half an hour or more, and would not need this precision.
+/// But the runtime wakes itself, with two system calls, when a timer is set that is due before all others, which this interval
+/// makes rare.
+const SWEEP_INTERVAL: Duration = Duration::from_secs(1);
+/// Free slots that are never given back.
 const SPARE: usize = 256;
 
-/// What can wait.
-pub(crate) trait Waiting: Send + 'static {
-    /// Both are watched.
+/// A session that can be parked.
+pub(crate) trait Parked: Send + 'static {
+    /// The two sockets to watch.
     fn sockets(&self) -> [BorrowedFd<'_>; 2];
-    /// Out again at this time, if not before.
-    fn until(&self) -> Option<Instant>;
-    /// Out again now. Asked when [`IdlePoller::waker`] is woken.
-    fn is_called(&self) -> bool;
-    /// Out again. Called on the runtime; must not block.
-    fn leave(self);
+    /// When the session must be unparked if nothing happens before.
+    fn deadline(&self) -> Option<Instant>;
+    /// Whether the session must be unparked at once. It is checked after a call of [`IdlePoller::waker`].
+    fn is_cancelled(&self) -> bool;
+    /// Continues the session. It is called on the runtime and must not block.
+    fn unpark(self);
 }
 
-/// See the module.
+/// The parked sessions of one worker.
 #[derive(Debug)]
 pub(crate) struct IdlePoller<T> {
     epoll: AsyncFd<OwnedFd>,
-    inside: Mutex<Inside<T>>,
-    count: IntGauge,
-    bell: Arc<Bell>,
+    slots: Mutex<Slots<T>>,
+    gauge: IntGauge,
+    cancellations: Arc<Cancellations>,
     waker: Waker,
 }
 
-/// Rung when somebody inside is called; the room then asks everybody. One for all costs no session a byte.
+/// Notified when a parked session is cancelled; then all are checked. One for all takes no memory in a session.
 #[derive(Debug, Default)]
-struct Bell(Notify);
+struct Cancellations(Notify);
 
-impl Wake for Bell {
+impl Wake for Cancellations {
     fn wake(self: Arc<Self>) {
         self.0.notify_one();
     }
 }
 
 #[derive(Debug)]
-struct Inside<T> {
-    sessions: Slab<Place<T>>,
-    closed: bool,
+struct Slots<T> {
+    sessions: Slab<Slot<T>>,
+    is_closed: bool,
 }
 
 #[derive(Debug)]
-struct Place<T> {
-    /// Beside the box, so that a sweep over a hundred thousand touches none of them.
-    until: Option<Instant>,
-    waiting: Box<T>,
+struct Slot<T> {
+    /// Copied from the session, so that a sweep over 100,000 sessions reads the memory of none.
+    deadline: Option<Instant>,
+    session: Box<T>,
 }
 
-impl<T: Waiting> IdlePoller<T> {
-    /// Empty. `count` shows how many are inside.
+impl<T: Parked> IdlePoller<T> {
+    /// A poller without sessions. `gauge` shows their number.
     ///
     /// # Errors
-    /// The system has no epoll instance to give.
-    pub(crate) fn new(count: IntGauge) -> io::Result<Self> {
-        #[expect(deprecated, reason = "its hole is types that may change their descriptor, and OwnedFd cannot")]
+    /// The system could not create an epoll instance.
+    pub(crate) fn new(gauge: IntGauge) -> io::Result<Self> {
+        #[expect(
+            deprecated,
+            reason = "it is unsound only for types that may change their descriptor, which OwnedFd does not"
+        )]
         let epoll = AsyncFd::with_interest(epoll::create(CreateFlags::CLOEXEC)?, Interest::READABLE)?;
-        let bell = Arc::new(Bell::default());
-        let waker = Waker::from(bell.clone());
-        Ok(Self { epoll, inside: Mutex::new(Inside { sessions: Slab::new(), closed: false }), count, bell, waker })
+        let cancellations = Arc::new(Cancellations::default());
+        let waker = Waker::from(cancellations.clone());
+        let slots = Mutex::new(Slots { sessions: Slab::new(), is_closed: false });
+        Ok(Self { epoll, slots, gauge, cancellations, waker })
     }
 
-    /// To be woken when somebody inside is called.
+    /// The waker to call when a parked session has been cancelled.
     pub(crate) fn waker(&self) -> &Waker {
         &self.waker
     }
 
-    /// Takes a session in. It may leave again before this returns.
+    /// Parks a session. It may be unparked before this returns.
     ///
     /// # Errors
-    /// The room is closed, or the system watches no more sockets (`fs.epoll.max_user_watches`): the session is given back.
-    pub(crate) fn enter(&self, waiting: Box<T>) -> Result<(), Box<T>> {
-        let mut inside = self.lock();
-        if inside.closed {
-            return Err(waiting);
+    /// The poller is closed, or the system watches no more sockets (`fs.epoll.max_user_watches`): the session is returned.
+    pub(crate) fn park(&self, session: Box<T>) -> Result<(), Box<T>> {
+        let mut slots = self.lock();
+        if slots.is_closed {
+            return Err(session);
         }
-        let entry = inside.sessions.vacant_entry();
-        let key = entry.key();
-        if let Err(error) = self.watch(key, waiting.sockets()) {
-            tracing::warn!(%error, "a silent session could not be put aside and keeps its task");
-            return Err(waiting);
+        let slot = slots.sessions.vacant_entry();
+        if let Err(error) = self.watch(slot.key(), session.sockets()) {
+            tracing::warn!(%error, "silent session could not be parked and keeps its task");
+            return Err(session);
         }
-        entry.insert(Place { until: waiting.until(), waiting });
-        self.count.inc();
+        slot.insert(Slot { deadline: session.deadline(), session });
+        self.gauge.inc();
         Ok(())
     }
 
-    /// Lets sessions out when it is time. Returns when `closing` is done and all are out; none comes in after that.
+    /// Unparks sessions when bytes arrive, at their deadlines, and when they are cancelled. When `closing` is ready, unparks all
+    /// sessions and returns; after that no session can be parked.
     pub(crate) async fn run(&self, closing: impl Future<Output = ()>) {
         let mut closing = pin!(closing);
-        let mut sweep = interval(SWEEP);
+        let mut sweep = interval(SWEEP_INTERVAL);
         sweep.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
             tokio::select! {
                 ready = self.epoll.readable() => match ready {
-                    Ok(mut ready) => if self.serve() {
+                    Ok(mut ready) => if self.unpark_readable() == 0 {
                         ready.clear_ready();
                     },
                     Err(error) => {
-                        tracing::error!(%error, "silent sessions cannot be watched any more and are all let out");
+                        tracing::error!(%error, "silent sessions cannot be watched any more; all of them are unparked");
                         break;
                     }
                 },
-                _ = sweep.tick() => self.sweep(),
-                () = self.bell.0.notified() => self.let_out_called(),
+                _ = sweep.tick() => self.unpark_due(),
+                () = self.cancellations.0.notified() => self.unpark_cancelled(),
                 () = &mut closing => break,
             }
-            // A storm of events leaves room for others.
+            // Other tasks run also while there are many events.
             tokio::task::yield_now().await;
         }
         self.close();
     }
 
-    /// Lets out whom the events name, one batch. Whether there were none.
-    fn serve(&self) -> bool {
-        let mut buffer = [const { MaybeUninit::uninit() }; EVENTS];
+    /// Unparks the sessions of one batch of events. Returns the number of events.
+    fn unpark_readable(&self) -> usize {
+        let mut buffer = [const { MaybeUninit::uninit() }; MAX_EVENTS];
         let events: &[Event] = match epoll::wait(&self.epoll, &mut buffer, Some(&Timespec::default())) {
             Ok((events, _)) => events,
             Err(error) => {
-                tracing::debug!(%error, "no events");
-                return true;
+                tracing::debug!(%error, "epoll_wait failed");
+                return 0;
             }
         };
         for event in events {
-            // Of a session's two sockets the other may have been faster: then its place is empty, or another's, who
-            // goes out for nothing and comes back.
-            self.let_out(event.data.u64() as usize);
+            // The other socket of the session may have reported first. Then the slot is free, or has another session, which is
+            // unparked without need and will be parked again.
+            self.unpark(event.data.u64() as usize);
         }
-        events.is_empty()
+        events.len()
     }
 
-    fn sweep(&self) {
+    fn unpark_due(&self) {
         let now = Instant::now();
         let due: Vec<usize> = {
-            let mut inside = self.lock();
-            if inside.sessions.len() * 4 + SPARE < inside.sessions.capacity() {
-                // After a peak; as far as the last place in use.
-                inside.sessions.shrink_to_fit();
+            let mut slots = self.lock();
+            if slots.sessions.len() * 4 + SPARE < slots.sessions.capacity() {
+                // Gives memory back after a peak, up to the last slot in use.
+                slots.sessions.shrink_to_fit();
             }
-            let due = |(key, place): (usize, &Place<T>)| place.until.is_some_and(|until| until <= now).then_some(key);
-            inside.sessions.iter().filter_map(due).collect()
+            let is_due = |slot: &Slot<T>| slot.deadline.is_some_and(|deadline| deadline <= now);
+            slots.sessions.iter().filter_map(|(key, slot)| is_due(slot).then_some(key)).collect()
         };
         for key in due {
-            self.let_out(key);
+            self.unpark(key);
         }
     }
 
-    fn let_out_called(&self) {
-        let called: Vec<usize> = {
-            let inside = self.lock();
-            inside.sessions.iter().filter_map(|(key, place)| place.waiting.is_called().then_some(key)).collect()
+    fn unpark_cancelled(&self) {
+        let cancelled: Vec<usize> = {
+            let slots = self.lock();
+            slots.sessions.iter().filter_map(|(key, slot)| slot.session.is_cancelled().then_some(key)).collect()
         };
-        for key in called {
-            self.let_out(key);
+        for key in cancelled {
+            self.unpark(key);
         }
     }
 
     fn close(&self) {
-        let left = {
-            let mut inside = self.lock();
-            inside.closed = true;
-            std::mem::take(&mut inside.sessions)
+        let sessions = {
+            let mut slots = self.lock();
+            slots.is_closed = true;
+            std::mem::take(&mut slots.sessions)
         };
-        for (_, place) in left {
-            self.release(place);
+        for (_, slot) in sessions {
+            self.release(*slot.session);
         }
     }
 
-    fn let_out(&self, key: usize) {
-        let place = self.lock().sessions.try_remove(key);
-        if let Some(place) = place {
-            self.release(place);
+    fn unpark(&self, key: usize) {
+        let slot = self.lock().sessions.try_remove(key);
+        if let Some(slot) = slot {
+            self.release(*slot.session);
         }
     }
 
-    fn release(&self, place: Place<T>) {
-        self.count.dec();
-        for socket in place.waiting.sockets() {
-            // A socket that is not watched is what is wanted.
+    fn release(&self, session: T) {
+        self.gauge.dec();
+        for socket in session.sockets() {
+            // An error means that the socket is not watched, which is the aim.
             let _ = epoll::delete(&self.epoll, socket);
         }
-        place.waiting.leave();
+        session.unpark();
     }
 
-    /// Watches both or none.
+    /// Watches both sockets, or none if that fails.
     fn watch(&self, key: usize, [first, second]: [BorrowedFd<'_>; 2]) -> io::Result<()> {
         let data = EventData::new_u64(key as u64);
         let flags = EventFlags::IN | EventFlags::ONESHOT;
@@ -223,143 +227,142 @@ impl<T: Waiting> IdlePoller<T> {
         Ok(())
     }
 
-    fn lock(&self) -> MutexGuard<'_, Inside<T>> {
-        // Nothing in here panics halfway through a change.
-        self.inside.lock().unwrap_or_else(PoisonError::into_inner)
+    fn lock(&self) -> MutexGuard<'_, Slots<T>> {
+        // No code that holds the lock panics halfway through a change.
+        self.slots.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 #[cfg(test)]
 mod tests {
     use std::io::Write;
+    use std::os::fd::AsFd;
     use std::os::unix::net::UnixStream;
     use std::sync::atomic::{AtomicBool, Ordering};
-
-    use std::os::fd::AsFd;
 
     use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
     use tokio_util::sync::CancellationToken;
 
     use super::*;
 
-    struct Pair {
+    struct TestSession {
         name: &'static str,
         sockets: [UnixStream; 2],
-        until: Option<Instant>,
-        called: Arc<AtomicBool>,
-        left: UnboundedSender<&'static str>,
+        deadline: Option<Instant>,
+        cancelled: Arc<AtomicBool>,
+        unparked: UnboundedSender<&'static str>,
     }
 
-    impl Waiting for Pair {
+    impl Parked for TestSession {
         fn sockets(&self) -> [BorrowedFd<'_>; 2] {
             [self.sockets[0].as_fd(), self.sockets[1].as_fd()]
         }
 
-        fn until(&self) -> Option<Instant> {
-            self.until
+        fn deadline(&self) -> Option<Instant> {
+            self.deadline
         }
 
-        fn is_called(&self) -> bool {
-            self.called.load(Ordering::SeqCst)
+        fn is_cancelled(&self) -> bool {
+            self.cancelled.load(Ordering::SeqCst)
         }
 
-        fn leave(self) {
-            self.left.send(self.name).unwrap();
+        fn unpark(self) {
+            self.unparked.send(self.name).unwrap();
         }
     }
 
     struct Scene {
-        room: Arc<IdlePoller<Pair>>,
-        count: IntGauge,
+        poller: Arc<IdlePoller<TestSession>>,
+        gauge: IntGauge,
         closing: CancellationToken,
-        left: UnboundedReceiver<&'static str>,
-        leave: UnboundedSender<&'static str>,
+        unparked: UnboundedReceiver<&'static str>,
+        sender: UnboundedSender<&'static str>,
     }
 
     fn scene() -> Scene {
-        let count = IntGauge::new("waiting", "waiting").unwrap();
-        let room = Arc::new(IdlePoller::new(count.clone()).unwrap());
-        let (leave, left) = unbounded_channel();
+        let gauge = IntGauge::new("parked", "parked").unwrap();
+        let poller = Arc::new(IdlePoller::new(gauge.clone()).unwrap());
+        let (sender, unparked) = unbounded_channel();
         let closing = CancellationToken::new();
-        let (running, token) = (room.clone(), closing.clone());
+        let (running, token) = (poller.clone(), closing.clone());
         tokio::spawn(async move { running.run(token.cancelled()).await });
-        Scene { room, count, closing, left, leave }
+        Scene { poller, gauge, closing, unparked, sender }
     }
 
     impl Scene {
-        /// A session's other ends.
-        fn pair(&self, name: &'static str, until: Option<Instant>) -> (Box<Pair>, [UnixStream; 2]) {
-            let (first, far_first) = UnixStream::pair().unwrap();
-            let (second, far_second) = UnixStream::pair().unwrap();
-            let (sockets, called, left) = ([first, second], Arc::default(), self.leave.clone());
-            let pair = Pair { name, sockets, until, called, left };
-            (Box::new(pair), [far_first, far_second])
+        /// A session, and the peers of its sockets.
+        fn session(&self, name: &'static str, deadline: Option<Instant>) -> (Box<TestSession>, [UnixStream; 2]) {
+            let (first, first_peer) = UnixStream::pair().unwrap();
+            let (second, second_peer) = UnixStream::pair().unwrap();
+            let (sockets, cancelled, unparked) = ([first, second], Arc::default(), self.sender.clone());
+            let session = TestSession { name, sockets, deadline, cancelled, unparked };
+            (Box::new(session), [first_peer, second_peer])
         }
     }
 
     #[tokio::test]
-    async fn a_byte_from_either_side_or_an_end_lets_one_out_and_no_other() {
+    async fn poller_unparks_one_session_for_a_byte_or_an_end_from_either_side() {
         let mut scene = scene();
-        let (first, mut far_first) = scene.pair("first", None);
-        let (second, mut far_second) = scene.pair("second", None);
-        let (third, far_third) = scene.pair("third", None);
-        let (silent, _far_silent) = scene.pair("silent", None);
-        for pair in [first, second, third, silent] {
-            assert!(scene.room.enter(pair).is_ok());
+        let (first, mut first_peers) = scene.session("first", None);
+        let (second, mut second_peers) = scene.session("second", None);
+        let (third, third_peers) = scene.session("third", None);
+        let (silent, _silent_peers) = scene.session("silent", None);
+        for session in [first, second, third, silent] {
+            assert!(scene.poller.park(session).is_ok());
         }
-        assert_eq!(scene.count.get(), 4);
-        far_first[0].write_all(b"x").unwrap();
-        assert_eq!(scene.left.recv().await, Some("first"));
-        far_second[1].write_all(b"x").unwrap();
-        assert_eq!(scene.left.recv().await, Some("second"));
-        drop(far_third);
-        assert_eq!(scene.left.recv().await, Some("third"));
-        assert_eq!(scene.count.get(), 1);
-        assert!(scene.left.try_recv().is_err());
+        assert_eq!(scene.gauge.get(), 4);
+        first_peers[0].write_all(b"x").unwrap();
+        assert_eq!(scene.unparked.recv().await, Some("first"));
+        second_peers[1].write_all(b"x").unwrap();
+        assert_eq!(scene.unparked.recv().await, Some("second"));
+        drop(third_peers);
+        assert_eq!(scene.unparked.recv().await, Some("third"));
+        assert_eq!(scene.gauge.get(), 1);
+        assert!(scene.unparked.try_recv().is_err());
     }
 
     #[tokio::test]
-    async fn what_arrived_before_is_not_missed() {
+    async fn poller_sees_bytes_that_arrived_before_parking() {
         let mut scene = scene();
-        let (pair, mut far) = scene.pair("early", None);
-        far[0].write_all(b"x").unwrap();
-        far[1].write_all(b"x").unwrap();
-        assert!(scene.room.enter(pair).is_ok());
-        assert_eq!(scene.left.recv().await, Some("early"));
+        let (session, mut peers) = scene.session("early", None);
+        peers[0].write_all(b"x").unwrap();
+        peers[1].write_all(b"x").unwrap();
+        assert!(scene.poller.park(session).is_ok());
+        assert_eq!(scene.unparked.recv().await, Some("early"));
     }
 
     #[tokio::test(start_paused = true)]
-    async fn time_lets_one_out() {
+    async fn poller_unparks_at_the_deadline() {
         let mut scene = scene();
         let began = Instant::now();
-        let (pair, _far) = scene.pair("timed", Some(began + Duration::from_secs(1800)));
-        assert!(scene.room.enter(pair).is_ok());
-        assert_eq!(scene.left.recv().await, Some("timed"));
+        let (session, _peers) = scene.session("due", Some(began + Duration::from_secs(1800)));
+        assert!(scene.poller.park(session).is_ok());
+        assert_eq!(scene.unparked.recv().await, Some("due"));
         assert!((1800..=1820).contains(&began.elapsed().as_secs()), "{:?}", began.elapsed());
     }
 
     #[tokio::test]
-    async fn who_is_called_goes_out() {
+    async fn poller_unparks_a_cancelled_session() {
         let mut scene = scene();
-        let (pair, _far) = scene.pair("called", None);
-        let (silent, _far_silent) = scene.pair("silent", None);
-        let called = pair.called.clone();
-        assert!(scene.room.enter(pair).is_ok() && scene.room.enter(silent).is_ok());
-        called.store(true, Ordering::SeqCst);
-        scene.room.waker().wake_by_ref();
-        assert_eq!(scene.left.recv().await, Some("called"));
-        assert_eq!(scene.count.get(), 1);
+        let (session, _peers) = scene.session("cancelled", None);
+        let (silent, _silent_peers) = scene.session("silent", None);
+        let cancelled = session.cancelled.clone();
+        assert!(scene.poller.park(session).is_ok() && scene.poller.park(silent).is_ok());
+        cancelled.store(true, Ordering::SeqCst);
+        scene.poller.waker().wake_by_ref();
+        assert_eq!(scene.unparked.recv().await, Some("cancelled"));
+        assert_eq!(scene.gauge.get(), 1);
     }
 
     #[tokio::test]
-    async fn a_closing_room_lets_all_out_and_none_in() {
+    async fn closing_poller_unparks_all_sessions_and_parks_no_more() {
         let mut scene = scene();
-        let (pair, _far) = scene.pair("inside", None);
-        let (late, _far_late) = scene.pair("late", None);
-        assert!(scene.room.enter(pair).is_ok());
+        let (session, _peers) = scene.session("parked", None);
+        let (late, _late_peers) = scene.session("late", None);
+        assert!(scene.poller.park(session).is_ok());
         scene.closing.cancel();
-        assert_eq!(scene.left.recv().await, Some("inside"));
-        assert_eq!(scene.room.enter(late).err().map(|late| late.name), Some("late"));
-        assert_eq!(scene.count.get(), 0);
+        assert_eq!(scene.unparked.recv().await, Some("parked"));
+        assert_eq!(scene.poller.park(late).err().map(|late| late.name), Some("late"));
+        assert_eq!(scene.gauge.get(), 0);
     }
 }

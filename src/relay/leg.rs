@@ -1,11 +1,11 @@
-//! One side of a relayed session: a socket, and TLS where it has it.
+//! One side of a relayed session: a socket, with TLS or without.
 //!
-//! A leg reads into the worker's scratch memory and writes from there; of its own it has memory only for what cannot go
-//! on at once: the beginning of a record, and bytes that the peer does not take. What TLS says by itself (answers to
-//! KeyUpdates, close_notify, alerts) is said here; the two directions see plaintext.
+//! A leg reads into the buffers of the worker and writes from there. It has memory of its own only for what cannot be processed
+//! at once: the beginning of a record, and bytes that the peer does not accept. It sends the messages of the TLS layer itself
+//! (replies to KeyUpdates, close_notify, alerts); the two directions see only plaintext.
 //!
-//! A peer can ask TLS for answers as fast as it can send. There is one slot for an answer that is due, and a leg whose peer has not
-//! taken its answer is not read: a peer that never reads makes the proxy hold one answer, and spend time on one read.
+//! A peer can request TLS replies as fast as it can send. A leg keeps at most one pending reply, and does not read from a peer
+//! that has not accepted it: a peer that never reads costs the proxy one reply and the time of one read.
 
 use std::io::{self, IoSlice, IoSliceMut};
 use std::net;
@@ -16,36 +16,37 @@ use thiserror::Error;
 use tokio::io::{AsyncRead, AsyncWrite, Interest, ReadBuf};
 use tokio::net::TcpStream;
 
+use super::MAX_ROUND;
 use super::pipe::Pipe;
-use super::scratch::{ROUND, Scratch, stride};
+use super::scratch::{Scratch, stride};
 use crate::record_layer::{
     AlertCode, Channel, HEADER, Layout, MAX_PLAINTEXT, Opened, StoredChannel, Violation, record_length,
 };
 
-/// Pieces of one vectored write. Where a peer sent more, shorter records, they are gathered first.
-const PIECES: usize = 128;
-/// After this many TLS records without data other sessions of the worker run.
+/// Maximum number of slices in one vectored write. More, shorter records are copied to one buffer first.
+const MAX_SLICES: usize = 128;
+/// Maximum number of TLS records without data before other sessions of the worker run.
 const MAX_EMPTY_RECORDS: u16 = 64;
 
-/// What a leg needs of a socket beyond reading and writing.
+/// What a leg needs from a socket beyond reading and writing.
 pub trait Socket: AsyncRead + AsyncWrite + Unpin {
-    /// Reads into several buffers what is there already.
+    /// Reads bytes that have arrived into several buffers.
     ///
     /// # Errors
-    /// `WouldBlock`: nothing is.
+    /// `WouldBlock`: no bytes have arrived.
     fn try_read_vectored(&self, buffers: &mut [IoSliceMut<'_>]) -> io::Result<usize>;
 
-    /// Moves what is there already into the pipe; 0 is the end of the stream.
+    /// Moves bytes that have arrived into the pipe. Returns 0 at the end of the stream.
     ///
     /// # Errors
-    /// `WouldBlock`: nothing is. Any other: this cannot be done with this socket.
-    fn try_fill(&self, pipe: &Pipe) -> io::Result<usize>;
+    /// `WouldBlock`: no bytes have arrived. Any other error: this socket does not support it.
+    fn try_read_to_pipe(&self, pipe: &Pipe) -> io::Result<usize>;
 
-    /// Moves bytes of the pipe out.
+    /// Sends bytes from the pipe.
     ///
     /// # Errors
-    /// `WouldBlock`: the peer takes none now.
-    fn try_empty(&self, pipe: &Pipe, length: usize) -> io::Result<usize>;
+    /// `WouldBlock`: the peer accepts none at present.
+    fn try_write_from_pipe(&self, pipe: &Pipe, length: usize) -> io::Result<usize>;
 }
 
 impl Socket for TcpStream {
@@ -53,145 +54,163 @@ impl Socket for TcpStream {
         self.try_read_vectored(buffers)
     }
 
-    fn try_fill(&self, pipe: &Pipe) -> io::Result<usize> {
-        self.try_io(Interest::READABLE, || pipe.fill(self))
+    fn try_read_to_pipe(&self, pipe: &Pipe) -> io::Result<usize> {
+        self.try_io(Interest::READABLE, || pipe.read_from(self))
     }
 
-    fn try_empty(&self, pipe: &Pipe, length: usize) -> io::Result<usize> {
-        self.try_io(Interest::WRITABLE, || pipe.empty(self, length))
+    fn try_write_from_pipe(&self, pipe: &Pipe, length: usize) -> io::Result<usize> {
+        self.try_io(Interest::WRITABLE, || pipe.write_to(self, length))
     }
 }
 
-/// Why nothing more comes from a peer, or goes to it.
+/// Why nothing more can be received from a peer, or sent to it.
 #[derive(Debug, Error)]
 pub(super) enum Broken {
-    /// The connection.
+    /// The connection failed.
     #[error(transparent)]
     Socket(#[from] io::Error),
-    /// TLS: the session must end.
+    /// The peer violated the TLS protocol, and the session must end.
     #[error(transparent)]
     Tls(#[from] Violation),
 }
 
-/// What one read brought.
+/// The result of one read. The numbers are bytes of plaintext.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Received {
-    /// The peer will send no more.
+    /// The peer has ended its stream.
     End,
-    /// So much plaintext, in the slots of `Scratch::outbound`.
+    /// In the slots of `Scratch::outbound`.
     InSlots(usize),
-    /// So much plaintext, at the places in `Scratch::opened`.
+    /// In `Scratch::inbound`, at the ranges of `Scratch::opened`.
     Opened(usize),
-    /// So much plaintext, in `Scratch::pipe`: only between plain sockets.
+    /// In `Scratch::pipe`; only between plain sockets.
     InPipe(usize),
 }
 
-/// A reply that the TLS layer owes the peer. One of a kind is enough: one KeyUpdate answers any number of requests (RFC 8446
+/// How the stream to a peer is ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Finish {
+    /// With a FIN, because the peer may still send.
+    HalfClose,
+    /// Without a FIN of its own, because the socket is about to be closed.
+    WithClose,
+}
+
+/// A reply that the peer has requested from the TLS layer. One is enough: one KeyUpdate answers any number of requests (RFC 8446
 /// section 4.6.3), and one warning declines any number of handshakes. Each TLS version has one kind.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Answer {
+enum TlsReply {
     KeyUpdate,
     NoRenegotiation,
 }
 
-/// Progress of the one answer that a leg may owe its peer.
+/// Progress of the pending reply.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Owed {
-    Nothing,
-    /// To be sealed once everything before it is sent.
-    Due(Answer),
+enum PendingReply {
+    None,
+    /// To be sealed when everything before it has been sent.
+    Due(TlsReply),
     /// Sealed, and part of `Leg::unsent`.
     Sealed,
 }
 
-/// See the module.
+/// Whether the peer's TLS stream is open.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum PeerStream {
+    Open,
+    /// Ended by a close_notify.
+    Closed,
+    Violated(Violation),
+}
+
+/// One side of a relayed session.
 #[derive(Debug)]
 pub struct Leg<S> {
     socket: S,
     tls: Option<Box<Channel>>,
-    /// Read, but no whole record yet.
+    /// Bytes of a record that is not complete yet.
     received: Vec<u8>,
-    /// There may be whole records in `received`.
-    unparsed: bool,
+    /// Whether `received` may contain complete records.
+    has_unparsed: bool,
     /// TLS records opened since [`Leg::take_records_opened`].
     records_opened: u16,
-    /// To be sent, from `sent`: as it goes over the wire.
+    /// Bytes to be sent as they are; those before index `sent` have been sent.
     unsent: Vec<u8>,
     sent: usize,
-    /// Of all that was ever unsent, so much has gone out.
+    /// Number of bytes that were unsent once and have been sent since.
     flushed: u64,
-    owed: Owed,
-    /// Nothing more can be sent: the peer was told.
+    pending_reply: PendingReply,
+    /// Whether the stream to the peer has been ended.
     finished: bool,
-    /// The peer has closed, or broken, TLS.
-    ended: Option<Result<(), Violation>>,
+    peer_stream: PeerStream,
 }
 
-/// A leg at rest.
+/// The leg of a parked session.
 #[derive(Debug)]
-pub struct RestingLeg {
-    /// Registered nowhere.
+pub(crate) struct ParkedLeg {
+    /// The socket, which is not registered with the runtime.
     pub socket: net::TcpStream,
     tls: Option<StoredChannel>,
 }
 
 impl<S> Leg<S> {
-    /// Plain TCP.
-    pub fn plain(socket: S) -> Self {
-        Self::new(socket, None, Vec::new(), false)
+    pub(crate) fn plain(socket: S) -> Self {
+        Self::new(socket, None, Vec::new())
     }
 
-    /// TLS, with the bytes that were read from the socket and are not opened yet. `closed`: the peer has said that it
-    /// will send no more.
-    pub fn tls(socket: S, channel: Channel, received: Vec<u8>, closed: bool) -> Self {
-        Self::new(socket, Some(Box::new(channel)), received, closed)
+    /// A leg with TLS. `received` are bytes that were read from the socket and have not been decrypted.
+    pub(crate) fn tls(socket: S, channel: Channel, received: Vec<u8>) -> Self {
+        Self::new(socket, Some(Box::new(channel)), received)
     }
 
-    fn new(socket: S, tls: Option<Box<Channel>>, received: Vec<u8>, closed: bool) -> Self {
-        let unparsed = !received.is_empty();
-        let ended = closed.then_some(Ok(()));
-        let (unsent, owed) = (Vec::new(), Owed::Nothing);
+    /// A leg whose peer has already sent a close_notify.
+    pub(crate) fn with_peer_closed(self) -> Self {
+        Self { peer_stream: PeerStream::Closed, ..self }
+    }
+
+    fn new(socket: S, tls: Option<Box<Channel>>, received: Vec<u8>) -> Self {
+        let has_unparsed = !received.is_empty();
         Self {
             socket,
             tls,
             received,
-            unparsed,
+            has_unparsed,
             records_opened: 0,
-            unsent,
+            unsent: Vec::new(),
             sent: 0,
             flushed: 0,
-            owed,
+            pending_reply: PendingReply::None,
             finished: false,
-            ended,
+            peer_stream: PeerStream::Open,
         }
     }
 
-    /// Room to leave around plaintext that this leg is to send.
+    /// Space that a record needs around plaintext that this leg sends.
     pub(super) fn layout(&self) -> Layout {
         self.tls.as_ref().map_or(Layout::default(), |tls| tls.sealer.layout())
     }
 
-    /// Whether bytes, or an answer of TLS, wait for the peer to take them.
+    /// Whether bytes or a TLS reply wait for the peer to accept them.
     pub(super) fn has_unsent(&self) -> bool {
-        !self.unsent.is_empty() || self.owed != Owed::Nothing
+        !self.unsent.is_empty() || self.pending_reply != PendingReply::None
     }
 
-    /// Bytes of memory that wait for the peer, or for the rest of a record.
+    /// Bytes of memory for what waits for the peer, or for the rest of a record.
     #[cfg(test)]
-    pub(super) fn held(&self) -> usize {
+    pub(super) fn buffered(&self) -> usize {
         self.unsent.capacity() + self.received.len()
     }
 
-    /// Whether the leg is nothing but a socket and keys just now.
-    pub(super) fn can_rest(&self) -> bool {
+    /// Whether the state of the leg is only a socket and keys at present.
+    pub(super) fn can_park(&self) -> bool {
         self.received.is_empty()
             && !self.has_unsent()
-            && self.ended.is_none()
+            && self.peer_stream == PeerStream::Open
             && self.tls.as_ref().is_none_or(|tls| tls.can_rest())
     }
 
-    /// Tells the peer what it did wrong, behind what is still unsent.
-    pub(super) fn fail(&mut self, violation: Violation) {
+    /// Appends the alert for the violation to what is unsent.
+    pub(super) fn send_alert(&mut self, violation: Violation) {
         if let (Some(tls), Some(alert)) = (&mut self.tls, violation.alert()) {
             tls.sealer.close(alert, &mut self.unsent);
         }
@@ -199,34 +218,34 @@ impl<S> Leg<S> {
 }
 
 impl Leg<TcpStream> {
-    /// Waits until the peer has sent something, or closed.
+    /// Waits until the peer has sent something or closed.
     pub(super) async fn readable(&self) -> io::Result<()> {
         self.socket.readable().await
     }
 
-    /// Takes the socket from the runtime and the ciphers apart.
+    /// Removes the socket from the runtime and reduces the TLS state to its keys.
     ///
     /// # Errors
-    /// The system would not have the socket unregistered.
-    pub fn rest(self) -> io::Result<RestingLeg> {
+    /// The socket could not be removed from the runtime.
+    pub(super) fn park(self) -> io::Result<ParkedLeg> {
         let tls = self.tls.map(|tls| tls.rest());
-        Ok(RestingLeg { socket: self.socket.into_std()?, tls })
+        Ok(ParkedLeg { socket: self.socket.into_std()?, tls })
     }
 }
 
-impl RestingLeg {
-    /// The leg again, on this runtime.
+impl ParkedLeg {
+    /// Registers the socket with the current runtime.
     ///
     /// # Errors
-    /// The system would not have the socket registered.
-    pub fn wake(self) -> io::Result<Leg<TcpStream>> {
+    /// The socket could not be registered.
+    pub(super) fn unpark(self) -> io::Result<Leg<TcpStream>> {
         let tls = self.tls.map(|tls| Box::new(tls.wake()));
-        Ok(Leg::new(TcpStream::from_std(self.socket)?, tls, Vec::new(), false))
+        Ok(Leg::new(TcpStream::from_std(self.socket)?, tls, Vec::new()))
     }
 }
 
 impl<S: Socket> Leg<S> {
-    /// Reads once, up to `round` records. Plaintext is placed for a receiver that needs `layout`.
+    /// Reads once, up to `round` records. Plaintext is placed for a receiver with this layout.
     pub(super) fn poll_receive(
         &mut self,
         context: &mut Context<'_>,
@@ -253,10 +272,10 @@ impl<S: Socket> Leg<S> {
         round: usize,
     ) -> Poll<Result<Received, Broken>> {
         if layout == Layout::default() {
-            if round == ROUND
-                && let Some(filled) = self.fill_pipe(scratch)
+            if round == MAX_ROUND
+                && let Some(read) = self.read_to_pipe(scratch)
             {
-                return Poll::Ready(Ok(if filled == 0 { Received::End } else { Received::InPipe(filled) }));
+                return Poll::Ready(Ok(if read == 0 { Received::End } else { Received::InPipe(read) }));
             }
             let read = ready!(self.poll_read(context, &mut scratch.outbound[..round * MAX_PLAINTEXT]))?;
             return Poll::Ready(Ok(if read == 0 { Received::End } else { Received::InSlots(read) }));
@@ -265,20 +284,20 @@ impl<S: Socket> Leg<S> {
         if read == 0 {
             return Poll::Ready(Ok(Received::End));
         }
-        // A full slot: there is more, and the records behind it come with one call. What goes wrong there, or the end
-        // of the stream, the next read meets again.
+        // A full slot means that more may have arrived: one call reads the further slots. The next read sees again an error or
+        // the end of the stream that this call found.
         if read == MAX_PLAINTEXT && round > 1 {
             read += self.socket.try_read_vectored(&mut scratch.further_slots(layout)[..round - 1]).unwrap_or(0);
         }
         Poll::Ready(Ok(Received::InSlots(read)))
     }
 
-    /// `None`: nothing is there, or it must be read in the ordinary way.
-    fn fill_pipe(&self, scratch: &mut Scratch) -> Option<usize> {
+    /// Returns `None` if no bytes have arrived or splice cannot be used.
+    fn read_to_pipe(&self, scratch: &mut Scratch) -> Option<usize> {
         if scratch.pipe.is_none() {
             scratch.pipe = Pipe::new().ok();
         }
-        self.socket.try_fill(scratch.pipe.as_ref()?).ok()
+        self.socket.try_read_to_pipe(scratch.pipe.as_ref()?).ok()
     }
 
     fn poll_receive_tls(
@@ -288,17 +307,17 @@ impl<S: Socket> Leg<S> {
         round: usize,
     ) -> Poll<Result<Received, Broken>> {
         loop {
-            match self.ended {
-                Some(Ok(())) => return Poll::Ready(Ok(Received::End)),
-                Some(Err(violation)) => return Poll::Ready(Err(violation.into())),
-                None => {}
+            match self.peer_stream {
+                PeerStream::Closed => return Poll::Ready(Ok(Received::End)),
+                PeerStream::Violated(violation) => return Poll::Ready(Err(violation.into())),
+                PeerStream::Open => {}
             }
-            // What goes wrong with the write is for the other direction to find: the peer may still have sent something.
-            if self.owed != Owed::Nothing && self.poll_flush(context).is_pending() {
+            // A failed write is left to the other direction, because the peer may still have sent something.
+            if self.pending_reply != PendingReply::None && self.poll_flush(context).is_pending() {
                 return Poll::Pending;
             }
             let mut filled = self.received.len();
-            if !std::mem::take(&mut self.unparsed) {
+            if !std::mem::take(&mut self.has_unparsed) {
                 let end = (filled + round * stride(self.layout())).min(scratch.inbound.len());
                 let read = ready!(self.poll_read(context, &mut scratch.inbound[filled..end]))?;
                 if read == 0 {
@@ -311,7 +330,7 @@ impl<S: Socket> Leg<S> {
             if total > 0 {
                 return Poll::Ready(Ok(Received::Opened(total)));
             }
-            // Records without data, such as KeyUpdate: other sessions of the worker run before the next ones.
+            // After many records without data, such as KeyUpdates, other sessions of the worker run first.
             if self.records_opened >= MAX_EMPTY_RECORDS {
                 self.records_opened = 0;
                 context.waker().wake_by_ref();
@@ -320,17 +339,17 @@ impl<S: Socket> Leg<S> {
         }
     }
 
-    /// Opens the records in the first `filled` bytes; keeps what is not a whole one.
+    /// Decrypts the records in the first `filled` bytes and keeps an incomplete one. Returns the length of the plaintext.
     fn open(&mut self, scratch: &mut Scratch, filled: usize) -> usize {
         let Some(tls) = &mut self.tls else { return 0 };
         scratch.opened.clear();
-        let (mut at, mut total) = (0, 0);
-        while self.ended.is_none() {
-            let record = match record_length(&scratch.inbound[at..filled]) {
-                Ok(Some(length)) if at + length <= filled => &mut scratch.inbound[at..at + length],
+        let (mut start, mut total) = (0, 0);
+        while self.peer_stream == PeerStream::Open {
+            let record = match record_length(&scratch.inbound[start..filled]) {
+                Ok(Some(length)) if start + length <= filled => &mut scratch.inbound[start..start + length],
                 Ok(_) => break,
                 Err(violation) => {
-                    self.ended = Some(Err(violation));
+                    self.peer_stream = PeerStream::Violated(violation);
                     break;
                 }
             };
@@ -338,40 +357,40 @@ impl<S: Socket> Leg<S> {
             match tls.opener.open(record) {
                 Ok(Opened::Data(range)) => {
                     total += range.len();
-                    scratch.opened.push(at + range.start..at + range.end);
+                    scratch.opened.push(start + range.start..start + range.end);
                 }
                 Ok(Opened::Nothing) => {}
-                Ok(Opened::KeyUpdateRequested) => self.owed = Owed::Due(Answer::KeyUpdate),
-                Ok(Opened::Renegotiation) => self.owed = Owed::Due(Answer::NoRenegotiation),
-                Ok(Opened::Closed) => self.ended = Some(Ok(())),
-                Err(violation) => self.ended = Some(Err(violation)),
+                Ok(Opened::KeyUpdateRequested) => self.pending_reply = PendingReply::Due(TlsReply::KeyUpdate),
+                Ok(Opened::Renegotiation) => self.pending_reply = PendingReply::Due(TlsReply::NoRenegotiation),
+                Ok(Opened::Closed) => self.peer_stream = PeerStream::Closed,
+                Err(violation) => self.peer_stream = PeerStream::Violated(violation),
             }
-            at += length;
+            start += length;
             self.records_opened = self.records_opened.saturating_add(1);
         }
         self.received.clear();
-        if self.ended.is_none() {
-            self.received.extend_from_slice(&scratch.inbound[at..filled]);
+        if self.peer_stream == PeerStream::Open {
+            self.received.extend_from_slice(&scratch.inbound[start..filled]);
         }
         total
     }
 
-    /// Sends what another leg received. What the peer does not take is kept, and then nothing more may be given before
-    /// [`Leg::poll_flush`] is ready.
+    /// Sends what another leg received. What the peer does not accept is kept; then [`Leg::poll_flush`] must be ready before the
+    /// next call.
     pub(super) fn poll_send(
         &mut self,
         context: &mut Context<'_>,
         scratch: &mut Scratch,
         received: Received,
     ) -> Result<(), Broken> {
-        // RFC 8446 section 4.6.3: the answer goes before the next data.
-        self.seal_answer();
+        // RFC 8446 section 4.6.3: the reply goes before the next data.
+        self.seal_reply();
         let layout = self.layout();
         let length = match received {
             Received::End => return Ok(()),
-            Received::InPipe(length) => return self.send_pipe(scratch, length),
-            Received::Opened(_) if self.tls.is_none() && scratch.opened.len() <= PIECES => {
-                return self.poll_write_pieces(context, scratch);
+            Received::InPipe(length) => return self.send_from_pipe(scratch, length),
+            Received::Opened(_) if self.tls.is_none() && scratch.opened.len() <= MAX_SLICES => {
+                return self.poll_write_opened(context, scratch);
             }
             Received::Opened(_) => scratch.gather(layout),
             Received::InSlots(length) => length,
@@ -384,9 +403,9 @@ impl<S: Socket> Leg<S> {
                 }
                 let mut sealed = 0;
                 for slot in 0..length.div_ceil(MAX_PLAINTEXT) {
-                    let plain = (length - slot * MAX_PLAINTEXT).min(MAX_PLAINTEXT);
-                    // Every record but the last is full, so that they lie side by side.
-                    sealed += tls.sealer.seal(&mut scratch.outbound[sealed..], plain).map_err(io::Error::other)?;
+                    let plaintext = (length - slot * MAX_PLAINTEXT).min(MAX_PLAINTEXT);
+                    // Every record but the last is full, so that the sealed records are contiguous.
+                    sealed += tls.sealer.seal(&mut scratch.outbound[sealed..], plaintext).map_err(io::Error::other)?;
                 }
                 sealed
             }
@@ -394,27 +413,27 @@ impl<S: Socket> Leg<S> {
         self.poll_write(context, &scratch.outbound[..sealed])
     }
 
-    /// Sends what is in the pipe; what the peer does not take comes out of it.
-    fn send_pipe(&mut self, scratch: &mut Scratch, length: usize) -> Result<(), Broken> {
+    /// Sends the bytes in the pipe. What the peer does not accept is moved from the pipe to the unsent bytes.
+    fn send_from_pipe(&mut self, scratch: &mut Scratch, length: usize) -> Result<(), Broken> {
         let Some(pipe) = scratch.pipe.take() else { return Ok(()) };
         let mut left = length;
         while left > 0 {
-            match self.socket.try_empty(&pipe, left) {
+            match self.socket.try_write_from_pipe(&pipe, left) {
                 Ok(moved) if moved > 0 => left -= moved,
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                    pipe.take(left, &mut self.unsent)?;
+                    pipe.drain_to(left, &mut self.unsent)?;
                     break;
                 }
                 Ok(_) => return Err(io::Error::from(io::ErrorKind::WriteZero).into()),
                 Err(error) => return Err(error.into()),
             }
         }
-        // After an error it is not put back: the next transfer makes a new, empty one.
+        // After an error the pipe is dropped, and the next transfer creates an empty one.
         scratch.pipe = Some(pipe);
         Ok(())
     }
 
-    /// Sends `plaintext`, in the order of all that is sent.
+    /// Sends `plaintext` after everything that was sent before.
     pub(super) fn poll_send_bytes(
         &mut self,
         context: &mut Context<'_>,
@@ -429,12 +448,12 @@ impl<S: Socket> Leg<S> {
         Ok(())
     }
 
-    /// Writes plaintext from where it was opened.
-    fn poll_write_pieces(&mut self, context: &mut Context<'_>, scratch: &Scratch) -> Result<(), Broken> {
+    /// Writes plaintext from the buffer in which it was decrypted.
+    fn poll_write_opened(&mut self, context: &mut Context<'_>, scratch: &Scratch) -> Result<(), Broken> {
         if let [range] = &scratch.opened[..] {
             return self.poll_write(context, &scratch.inbound[range.clone()]);
         }
-        let mut slices = [IoSlice::new(&[]); PIECES];
+        let mut slices = [IoSlice::new(&[]); MAX_SLICES];
         for (slice, range) in slices.iter_mut().zip(&scratch.opened) {
             *slice = IoSlice::new(&scratch.inbound[range.clone()]);
         }
@@ -464,7 +483,7 @@ impl<S: Socket> Leg<S> {
         Ok(())
     }
 
-    /// Sends what is unsent, and then the answer that is due. Ready when nothing is left.
+    /// Sends what is unsent, and then the pending reply. Ready when nothing is left.
     pub(super) fn poll_flush(&mut self, context: &mut Context<'_>) -> Poll<io::Result<()>> {
         loop {
             while self.sent < self.unsent.len() {
@@ -479,34 +498,33 @@ impl<S: Socket> Leg<S> {
             if self.unsent.capacity() > 0 {
                 (self.unsent, self.sent) = (Vec::new(), 0);
             }
-            if self.owed == Owed::Sealed {
-                self.owed = Owed::Nothing;
+            if self.pending_reply == PendingReply::Sealed {
+                self.pending_reply = PendingReply::None;
             }
-            self.seal_answer();
+            self.seal_reply();
             if self.unsent.is_empty() {
                 return Poll::Ready(Ok(()));
             }
         }
     }
 
-    /// Appends the answer that is due. A leg that has closed, or may send no more under its key, answers nothing.
-    fn seal_answer(&mut self) {
-        let (Owed::Due(answer), Some(tls)) = (self.owed, &mut self.tls) else { return };
-        let sealed = match answer {
-            Answer::KeyUpdate => tls.sealer.key_update(&mut self.unsent),
-            Answer::NoRenegotiation => tls.sealer.decline_renegotiation(&mut self.unsent),
+    /// Appends the reply that is due. A leg that has sent a close_notify, or may not use its key any more, sends none.
+    fn seal_reply(&mut self) {
+        let (PendingReply::Due(reply), Some(tls)) = (self.pending_reply, &mut self.tls) else { return };
+        let sealed = match reply {
+            TlsReply::KeyUpdate => tls.sealer.key_update(&mut self.unsent),
+            TlsReply::NoRenegotiation => tls.sealer.decline_renegotiation(&mut self.unsent),
         };
-        self.owed = if sealed.is_ok() { Owed::Sealed } else { Owed::Nothing };
+        self.pending_reply = if sealed.is_ok() { PendingReply::Sealed } else { PendingReply::None };
     }
 
-    /// How much of what is unsent has gone out: grows as long as the peer takes anything.
+    /// Number of bytes that were unsent once and have been sent since: grows while the peer accepts anything.
     pub(super) fn flushed(&self) -> u64 {
         self.flushed
     }
 
-    /// Says that nothing more will be sent: close_notify, then FIN. `last`: nothing more is expected either, and the
-    /// FIN comes with the close.
-    pub(super) fn poll_finish(&mut self, context: &mut Context<'_>, last: bool) -> Poll<io::Result<()>> {
+    /// Ends the stream to the peer: sends what is unsent and a close_notify, then a FIN as `finish` says.
+    pub(super) fn poll_finish(&mut self, context: &mut Context<'_>, finish: Finish) -> Poll<io::Result<()>> {
         if self.finished {
             return Poll::Ready(Ok(()));
         }
@@ -514,21 +532,23 @@ impl<S: Socket> Leg<S> {
             tls.sealer.close(AlertCode::CLOSE_NOTIFY, &mut self.unsent);
         }
         let flushed = ready!(self.poll_flush(context));
-        self.finished = flushed.is_err() || last || Pin::new(&mut self.socket).poll_shutdown(context)?.is_ready();
+        self.finished = flushed.is_err()
+            || finish == Finish::WithClose
+            || Pin::new(&mut self.socket).poll_shutdown(context)?.is_ready();
         if self.finished { Poll::Ready(flushed) } else { Poll::Pending }
     }
 
-    /// What is unsent will never be taken.
+    /// Drops what is unsent, because the peer will never accept it.
     pub(super) fn discard_unsent(&mut self) {
-        (self.unsent, self.sent, self.owed) = (Vec::new(), 0, Owed::Nothing);
+        (self.unsent, self.sent, self.pending_reply) = (Vec::new(), 0, PendingReply::None);
     }
 
-    fn poll_read(&mut self, context: &mut Context<'_>, to: &mut [u8]) -> Poll<io::Result<usize>> {
-        let mut buffer = ReadBuf::new(to);
+    fn poll_read(&mut self, context: &mut Context<'_>, space: &mut [u8]) -> Poll<io::Result<usize>> {
+        let mut buffer = ReadBuf::new(space);
         ready!(Pin::new(&mut self.socket).poll_read(context, &mut buffer))?;
         Poll::Ready(Ok(buffer.filled().len()))
     }
 }
 
-// One read holds at least the rest of any record.
-const _: () = assert!(ROUND >= 2 && HEADER < MAX_PLAINTEXT);
+// One read has space for the rest of any record.
+const _: () = assert!(MAX_ROUND >= 2 && HEADER < MAX_PLAINTEXT);

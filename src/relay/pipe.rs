@@ -1,54 +1,54 @@
-//! Between two plain sockets bytes need not enter this process: splice(2) moves them through a pipe in the kernel.
+//! Moves bytes between two plain sockets with splice(2) through a pipe in the kernel, so that they do not enter this process.
 //!
-//! Only while a transfer runs at full rounds: for a line of text the two calls and a copy of a read and a write are cheaper. One pipe a
-//! worker; what a slow receiver leaves in it is taken out before another session's turn.
+//! It is used only while a transfer runs at full rounds: for a line of text, a read and a write cost less than two splice calls.
+//! Each worker has one pipe. What a slow receiver leaves in it is taken out before the turn of another session.
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 
 use rustix::pipe::{PipeFlags, SpliceFlags, fcntl_setpipe_size, pipe_with, splice};
 
-use super::scratch::ROUND;
+use super::MAX_ROUND;
 use crate::record_layer::MAX_PLAINTEXT;
 
-/// Moved at most in one round, as with the other ways.
-const LENGTH: usize = ROUND * MAX_PLAINTEXT;
-/// The pipe has a slot for each page, and pages from a network card are seldom full: what any process may have.
+/// Maximum number of bytes that one call moves, as in a round of TLS records.
+const MAX_MOVED: usize = MAX_ROUND * MAX_PLAINTEXT;
+/// Size of the pipe, the largest that any process may have. The pipe has a slot for each page, and pages from a network card are
+/// seldom full.
 const SIZE: usize = 1 << 20;
 
-/// See the module.
 #[derive(Debug)]
 pub struct Pipe {
-    out: OwnedFd,
-    into: OwnedFd,
+    reader: OwnedFd,
+    writer: OwnedFd,
 }
 
 impl Pipe {
     pub(super) fn new() -> io::Result<Self> {
-        let (out, into) = pipe_with(PipeFlags::CLOEXEC | PipeFlags::NONBLOCK)?;
-        // A smaller one works too.
-        let _ = fcntl_setpipe_size(&into, SIZE);
-        Ok(Self { out, into })
+        let (reader, writer) = pipe_with(PipeFlags::CLOEXEC | PipeFlags::NONBLOCK)?;
+        // If the system does not permit this size, a smaller pipe works too.
+        let _ = fcntl_setpipe_size(&writer, SIZE);
+        Ok(Self { reader, writer })
     }
 
-    /// Takes what the socket has. 0: its end.
-    pub(super) fn fill(&self, socket: impl AsFd) -> io::Result<usize> {
-        Ok(splice(socket, None, &self.into, None, LENGTH, SpliceFlags::MOVE | SpliceFlags::NONBLOCK)?)
+    /// Moves bytes that have arrived at the socket into the pipe. Returns 0 at the end of the stream.
+    pub(super) fn read_from(&self, socket: impl AsFd) -> io::Result<usize> {
+        Ok(splice(socket, None, &self.writer, None, MAX_MOVED, SpliceFlags::MOVE | SpliceFlags::NONBLOCK)?)
     }
 
-    /// Gives the socket up to `length` bytes.
-    pub(super) fn empty(&self, socket: impl AsFd, length: usize) -> io::Result<usize> {
-        Ok(splice(&self.out, None, socket, None, length, SpliceFlags::MOVE | SpliceFlags::NONBLOCK)?)
+    /// Moves up to `length` bytes from the pipe to the socket.
+    pub(super) fn write_to(&self, socket: impl AsFd, length: usize) -> io::Result<usize> {
+        Ok(splice(&self.reader, None, socket, None, length, SpliceFlags::MOVE | SpliceFlags::NONBLOCK)?)
     }
 
-    /// Takes `length` bytes out, which are in it, to the end of `to`.
-    pub(super) fn take(&self, length: usize, to: &mut Vec<u8>) -> io::Result<()> {
-        let mut at = to.len();
-        to.resize(at + length, 0);
-        while at < to.len() {
-            match rustix::io::read(&self.out, &mut to[at..])? {
+    /// Reads exactly `length` bytes, which are in the pipe, and appends them to `buffer`.
+    pub(super) fn drain_to(&self, length: usize, buffer: &mut Vec<u8>) -> io::Result<()> {
+        let mut filled = buffer.len();
+        buffer.resize(filled + length, 0);
+        while filled < buffer.len() {
+            match rustix::io::read(&self.reader, &mut buffer[filled..])? {
                 0 => return Err(io::ErrorKind::UnexpectedEof.into()),
-                read => at += read,
+                read => filled += read,
             }
         }
         Ok(())

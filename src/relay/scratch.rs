@@ -1,18 +1,15 @@
-//! Memory that bytes pass through, one piece for each worker thread: sessions own none while they are idle.
+//! Buffers that relayed bytes pass through, one set for each worker thread, so that an idle session owns none.
 
 use std::cell::RefCell;
 use std::io::IoSliceMut;
 use std::ops::Range;
 
+use super::MAX_ROUND;
 use super::pipe::Pipe;
 use crate::record_layer::{Layout, MAX_PLAINTEXT, MAX_RECORD};
 
-/// Full records that one round moves at most: a MiB of plaintext. A session whose peer stops taking them keeps up to as much
-/// (`direction` says who gets that far). Twice as many records a round are an eighth less CPU a byte, up to here: the peers
-/// are woken less often.
-pub(super) const ROUND: usize = 64;
-/// One of either buffer. Pages that no transfer has touched cost nothing.
-const SIZE: usize = ROUND * MAX_RECORD;
+/// Size of each buffer. Pages that no transfer has touched take no memory.
+const SIZE: usize = MAX_ROUND * MAX_RECORD;
 
 thread_local! {
     static SCRATCH: RefCell<Scratch> = RefCell::new(Scratch {
@@ -23,21 +20,21 @@ thread_local! {
     });
 }
 
-/// A worker's memory.
+/// The buffers of one worker.
 pub(super) struct Scratch {
-    /// What a TLS peer sent: records, opened where they lie.
+    /// TLS records from a peer, decrypted in place.
     pub(super) inbound: Box<[u8]>,
-    /// What goes to a peer: plaintext with the room that records need around it.
+    /// Plaintext for a peer, in slots that leave space for the header and the tag of a record.
     pub(super) outbound: Box<[u8]>,
-    /// Where in `inbound` plaintext lies.
+    /// Ranges of plaintext in `inbound`.
     pub(super) opened: Vec<Range<usize>>,
-    /// For bulk between plain sockets; made when first needed, empty between two calls.
+    /// The pipe for large transfers between plain sockets: created on first use, empty between two calls.
     pub(super) pipe: Option<Pipe>,
 }
 
-/// Lends the thread's memory.
-pub(super) fn with<R>(use_it: impl FnOnce(&mut Scratch) -> R) -> R {
-    SCRATCH.with_borrow_mut(use_it)
+/// Calls `use_scratch` with the buffers of this thread.
+pub(super) fn with<R>(use_scratch: impl FnOnce(&mut Scratch) -> R) -> R {
+    SCRATCH.with_borrow_mut(use_scratch)
 }
 
 /// Distance from one slot of `outbound` to the next.
@@ -46,13 +43,13 @@ pub(super) fn stride(layout: Layout) -> usize {
 }
 
 impl Scratch {
-    /// The plaintext of the first slot.
+    /// Space for the plaintext of the first slot.
     pub(super) fn first_slot(&mut self, layout: Layout) -> &mut [u8] {
         &mut self.outbound[layout.prefix..][..MAX_PLAINTEXT]
     }
 
-    /// The plaintexts of the slots behind the first, for one vectored read.
-    pub(super) fn further_slots(&mut self, layout: Layout) -> [IoSliceMut<'_>; ROUND - 1] {
+    /// Space for the plaintext of all slots after the first, for one vectored read.
+    pub(super) fn further_slots(&mut self, layout: Layout) -> [IoSliceMut<'_>; MAX_ROUND - 1] {
         let stride = stride(layout);
         let mut slots = self.outbound[stride..].chunks_exact_mut(stride);
         std::array::from_fn(|_| match slots.next() {
@@ -61,17 +58,17 @@ impl Scratch {
         })
     }
 
-    /// Copies what was opened to the slots, without gaps. Returns how much it is.
+    /// Copies the decrypted plaintext to the slots without gaps. Returns its length.
     pub(super) fn gather(&mut self, layout: Layout) -> usize {
         let stride = stride(layout);
         let mut total = 0;
         for range in &self.opened {
             let mut piece = &self.inbound[range.clone()];
             while !piece.is_empty() {
-                let (slot, at) = (total / MAX_PLAINTEXT, total % MAX_PLAINTEXT);
-                let length = piece.len().min(MAX_PLAINTEXT - at);
-                let place = slot * stride + layout.prefix + at;
-                self.outbound[place..place + length].copy_from_slice(&piece[..length]);
+                let (slot, offset) = (total / MAX_PLAINTEXT, total % MAX_PLAINTEXT);
+                let length = piece.len().min(MAX_PLAINTEXT - offset);
+                let start = slot * stride + layout.prefix + offset;
+                self.outbound[start..start + length].copy_from_slice(&piece[..length]);
                 piece = &piece[length..];
                 total += length;
             }
@@ -85,7 +82,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn every_layout_has_room_for_a_round() {
+    fn buffers_hold_a_full_round_in_every_layout() {
         let layouts = [(0, 0), (5, 17), (5, 16), (13, 16)].map(|(prefix, suffix)| Layout { prefix, suffix });
         for layout in layouts {
             with(|scratch| {
@@ -96,24 +93,24 @@ mod tests {
     }
 
     #[test]
-    fn pieces_are_gathered_without_gaps() {
+    fn gather_leaves_no_gaps() {
         let layout = Layout { prefix: 5, suffix: 17 };
         with(|scratch| {
-            for (at, byte) in scratch.inbound.iter_mut().enumerate() {
-                *byte = (at % 251) as u8;
+            for (index, byte) in scratch.inbound.iter_mut().enumerate() {
+                *byte = (index % 251) as u8;
             }
             scratch.opened = vec![10..20, 100..40_000, 50_000..50_001];
             let expected: Vec<u8> =
                 scratch.opened.iter().flat_map(|range| scratch.inbound[range.clone()].to_vec()).collect();
             let total = scratch.gather(layout);
             assert_eq!(total, expected.len());
-            let got: Vec<u8> = scratch
+            let gathered: Vec<u8> = scratch
                 .outbound
                 .chunks(stride(layout))
                 .flat_map(|slot| slot.iter().skip(5).take(MAX_PLAINTEXT).copied().collect::<Vec<_>>())
                 .take(total)
                 .collect();
-            assert!(got == expected);
+            assert!(gathered == expected, "gathered bytes differ");
         });
     }
 }

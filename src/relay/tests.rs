@@ -1,4 +1,6 @@
-//! The relay over pipes in memory, with time that stands still.
+//! Tests of the relay over pipes in memory, some with paused time. Those in `sockets` use real sockets.
+
+mod sockets;
 
 use futures_util::FutureExt as _;
 use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream, duplex};
@@ -12,43 +14,42 @@ impl Socket for DuplexStream {
         Err(io::ErrorKind::WouldBlock.into())
     }
 
-    fn try_fill(&self, _pipe: &Pipe) -> io::Result<usize> {
+    fn try_read_to_pipe(&self, _pipe: &Pipe) -> io::Result<usize> {
         Err(io::ErrorKind::Unsupported.into())
     }
 
-    fn try_empty(&self, _pipe: &Pipe, _length: usize) -> io::Result<usize> {
+    fn try_write_from_pipe(&self, _pipe: &Pipe, _length: usize) -> io::Result<usize> {
         Err(io::ErrorKind::Unsupported.into())
     }
 }
 
 const LIMITS: Limits = Limits { idle: None, half_close: Duration::from_secs(60), stall: Duration::from_secs(300) };
 
+fn counters() -> ByteCounters {
+    let counter = || IntCounter::new("bytes", "bytes").unwrap();
+    ByteCounters { to_client: counter(), to_server: counter() }
+}
+
 struct Ends {
     client: DuplexStream,
     server: DuplexStream,
-    relay: JoinHandle<(Outcome, (u64, u64))>,
+    relay: JoinHandle<(RelayEvent, BytesMoved)>,
 }
 
 fn start(pipe: usize, limits: Limits, to_client: &[u8], to_server: &[u8]) -> Ends {
     let (client, relay_client) = duplex(pipe);
     let (server, relay_server) = duplex(pipe);
-    let counter = || IntCounter::new("bytes", "bytes").unwrap();
-    let opening = Opening {
-        to_client: to_client.to_vec(),
-        to_server: to_server.to_vec(),
-        client_bytes: counter(),
-        server_bytes: counter(),
-    };
-    let mut relay = Relay::new(Leg::plain(relay_client), Leg::plain(relay_server), opening, limits);
+    let buffered = Buffered { to_client: to_client.to_vec(), to_server: to_server.to_vec() };
+    let mut relay = Relay::new(Leg::plain(relay_client), Leg::plain(relay_server), buffered, counters(), limits);
     let relay = tokio::spawn(async move {
-        let outcome = relay.run(None).await;
-        (outcome, relay.moved())
+        let event = relay.run(None).await;
+        (event, relay.moved())
     });
     Ends { client, server, relay }
 }
 
 #[tokio::test]
-async fn what_was_read_early_goes_first() {
+async fn buffered_bytes_go_first() {
     let mut ends = start(64, LIMITS, b"a OK\r\n", b"b NOOP\r\n");
     ends.client.write_all(b"c NOOP\r\n").await.unwrap();
     ends.server.write_all(b"b OK\r\n").await.unwrap();
@@ -58,11 +59,14 @@ async fn what_was_read_early_goes_first() {
     ends.server.shutdown().await.unwrap();
     ends.client.read_to_string(&mut down).await.unwrap();
     assert_eq!((up.as_str(), down.as_str()), ("b NOOP\r\nc NOOP\r\n", "a OK\r\nb OK\r\n"));
-    assert_eq!(ends.relay.await.unwrap(), (Outcome::Ended(End::Client), (12, 16)));
+    assert_eq!(
+        ends.relay.await.unwrap(),
+        (RelayEvent::Ended(RelayEnd::Client), BytesMoved { to_client: 12, to_server: 16 })
+    );
 }
 
 #[tokio::test]
-async fn a_megabyte_passes_through_a_narrow_pipe_unchanged() {
+async fn megabyte_through_a_narrow_pipe_is_unchanged() {
     let mut ends = start(7, LIMITS, b"", b"");
     let sent: Vec<u8> = (0..1_000_000_u32).map(|i| (i.wrapping_mul(2_654_435_761) >> 24) as u8).collect();
     let expected = sent.clone();
@@ -76,11 +80,11 @@ async fn a_megabyte_passes_through_a_narrow_pipe_unchanged() {
     assert!(got == expected, "bytes differ");
     drop(ends.client);
     drop(writer.await.unwrap());
-    assert_eq!(ends.relay.await.unwrap().0, Outcome::Ended(End::Server));
+    assert_eq!(ends.relay.await.unwrap().0, RelayEvent::Ended(RelayEnd::Server));
 }
 
 #[tokio::test]
-async fn a_side_that_does_not_read_stops_the_other() {
+async fn backpressure_reaches_the_sender() {
     let mut ends = start(16, LIMITS, b"", b"");
     let mut accepted = 0;
     // Duplex (16) + one read kept (16) + duplex (16): more than that is never taken from the sender.
@@ -94,7 +98,7 @@ async fn a_side_that_does_not_read_stops_the_other() {
 }
 
 #[tokio::test]
-async fn last_words_of_a_server_reach_a_client_that_still_sends() {
+async fn last_line_of_a_server_reaches_a_client_that_is_sending() {
     let mut ends = start(1024, LIMITS, b"", b"");
     ends.server.write_all(b"* BYE shutting down\r\n").await.unwrap();
     drop(ends.server);
@@ -102,31 +106,31 @@ async fn last_words_of_a_server_reach_a_client_that_still_sends() {
     let mut got = String::new();
     ends.client.read_to_string(&mut got).await.unwrap();
     assert_eq!(got, "* BYE shutting down\r\n");
-    assert_eq!(ends.relay.await.unwrap().0, Outcome::Ended(End::Server));
+    assert_eq!(ends.relay.await.unwrap().0, RelayEvent::Ended(RelayEnd::Server));
 }
 
 #[tokio::test(start_paused = true)]
-async fn the_idle_limit_counts_from_the_last_byte() {
+async fn idle_limit_counts_from_the_last_byte() {
     let limits = Limits { idle: Some(Duration::from_secs(1800)), ..LIMITS };
     let mut ends = start(1024, limits, b"", b"");
     let began = Instant::now();
     tokio::time::sleep(Duration::from_secs(1700)).await;
     ends.client.write_all(b"a NOOP\r\n").await.unwrap();
-    assert_eq!(ends.relay.await.unwrap().0, Outcome::Ended(End::Idle));
+    assert_eq!(ends.relay.await.unwrap().0, RelayEvent::Ended(RelayEnd::Idle));
     assert_eq!(began.elapsed().as_secs(), 3500);
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_half_closed_session_that_falls_silent_ends() {
+async fn half_closed_session_ends_after_silence() {
     let mut ends = start(1024, LIMITS, b"", b"");
     ends.client.shutdown().await.unwrap();
     let began = Instant::now();
-    assert_eq!(ends.relay.await.unwrap().0, Outcome::Ended(End::Client));
+    assert_eq!(ends.relay.await.unwrap().0, RelayEvent::Ended(RelayEnd::Client));
     assert_eq!(began.elapsed().as_secs(), 60);
 }
 
 #[tokio::test(start_paused = true)]
-async fn without_an_idle_limit_silence_lasts() {
+async fn silent_session_lasts_without_an_idle_limit() {
     let mut ends = start(1024, LIMITS, b"", b"");
     tokio::time::sleep(Duration::from_secs(30 * 24 * 3600)).await;
     ends.client.write_all(b"x").await.unwrap();
@@ -135,7 +139,7 @@ async fn without_an_idle_limit_silence_lasts() {
 
 /// Three records in two pieces, cut at every byte, come out as they went in.
 #[tokio::test]
-async fn records_may_be_cut_anywhere() {
+async fn records_are_reassembled_at_every_split() {
     use crate::record_layer::{Channel, Cipher, Keys, Role, Version};
     let keys = |byte: u8| Keys::from_secret(Cipher::Aes128Gcm, &[byte; 32]).unwrap();
     for version in [Version::Tls13, Version::Tls12] {
@@ -157,15 +161,8 @@ async fn records_may_be_cut_anywhere() {
             let ours = Channel::new(version, Role::Server, keys(1), keys(2));
             // What was read before the relay began may be cut anywhere too.
             let early = stream[..cut / 2].to_vec();
-            let counter = || IntCounter::new("bytes", "bytes").unwrap();
-            let opening = Opening {
-                to_client: Vec::new(),
-                to_server: Vec::new(),
-                client_bytes: counter(),
-                server_bytes: counter(),
-            };
-            let leg = Leg::tls(relay_client, ours, early, false);
-            let mut relay = Relay::new(leg, Leg::plain(relay_server), opening, LIMITS);
+            let leg = Leg::tls(relay_client, ours, early);
+            let mut relay = Relay::new(leg, Leg::plain(relay_server), Buffered::default(), counters(), LIMITS);
             let relay = tokio::spawn(async move { relay.run(None).await });
             client.write_all(&stream[cut / 2..cut]).await.unwrap();
             tokio::task::yield_now().await;
@@ -186,13 +183,10 @@ async fn flooded(version: crate::record_layer::Version, from_server: bool) {
     let role = if from_server { Role::Client } else { Role::Server };
     let (mut attacker, near) = duplex(PIPE);
     let (mut other, relay_other) = duplex(1 << 20);
-    let tls = Leg::tls(near, Channel::new(version, role, keys(1), keys(2)), Vec::new(), false);
+    let tls = Leg::tls(near, Channel::new(version, role, keys(1), keys(2)), Vec::new());
     let plain = Leg::plain(relay_other);
     let (client, server) = if from_server { (plain, tls) } else { (tls, plain) };
-    let counter = || IntCounter::new("bytes", "bytes").unwrap();
-    let opening =
-        Opening { to_client: Vec::new(), to_server: Vec::new(), client_bytes: counter(), server_bytes: counter() };
-    let mut relay = Relay::new(client, server, opening, LIMITS);
+    let mut relay = Relay::new(client, server, Buffered::default(), counters(), LIMITS);
     let mut theirs = Channel::new(version, role, keys(2), keys(1));
     let mut flood = move || {
         let mut records = Vec::new();
@@ -216,10 +210,10 @@ async fn flooded(version: crate::record_layer::Version, from_server: bool) {
     };
     tokio::select! {
         () = sent => {}
-        outcome = relay.run(None) => panic!("{outcome:?}"),
+        event = relay.run(None) => panic!("{event:?}"),
     }
     let leg = if from_server { &relay.server } else { &relay.client };
-    assert!(leg.held() <= 64, "{version:?}, server: {from_server}: {} bytes held", leg.held());
+    assert!(leg.buffered() <= 64, "{version:?}, server: {from_server}: {} bytes held", leg.buffered());
     // The peer begins to read, and everything goes on.
     let (mut answers, mut bytes) = ([0; PIPE], Vec::new());
     let goes_on = async {
@@ -228,12 +222,12 @@ async fn flooded(version: crate::record_layer::Version, from_server: bool) {
     };
     tokio::select! {
         () = goes_on => assert!(bytes.starts_with(b"x")),
-        outcome = relay.run(None) => panic!("{outcome:?}"),
+        event = relay.run(None) => panic!("{event:?}"),
     }
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_peer_that_never_reads_is_owed_one_answer_and_is_not_read() {
+async fn peer_that_never_reads_gets_one_tls_reply_and_is_not_read() {
     use crate::record_layer::Version;
     for version in [Version::Tls13, Version::Tls12] {
         flooded(version, false).await;
@@ -243,7 +237,7 @@ async fn a_peer_that_never_reads_is_owed_one_answer_and_is_not_read() {
 
 /// RFC 8446 section 4.6.3: one KeyUpdate answers all requests that came before it, and comes before the next data.
 #[tokio::test(start_paused = true)]
-async fn requests_for_new_keys_in_one_read_get_one_answer_ahead_of_the_data() {
+async fn key_update_requests_in_one_read_get_one_reply_before_data() {
     use crate::record_layer::{Channel, Cipher, Keys, Opened, Role, Version, record_length};
     let keys = |byte: u8| Keys::from_secret(Cipher::Aes128Gcm, &[byte; 32]).unwrap();
     let (mut client, relay_client) = duplex(4096);
@@ -251,15 +245,9 @@ async fn requests_for_new_keys_in_one_read_get_one_answer_ahead_of_the_data() {
     let mut theirs = Channel::new(Version::Tls13, Role::Client, keys(2), keys(1));
     let mut early = Vec::new();
     (0..5).for_each(|_| theirs.sealer.request_key_update_for_test(&mut early));
-    let leg = Leg::tls(relay_client, Channel::new(Version::Tls13, Role::Server, keys(1), keys(2)), early, false);
-    let counter = || IntCounter::new("bytes", "bytes").unwrap();
-    let opening = Opening {
-        to_client: b"a OK\r\n".to_vec(),
-        to_server: Vec::new(),
-        client_bytes: counter(),
-        server_bytes: counter(),
-    };
-    let mut relay = Relay::new(leg, Leg::plain(relay_server), opening, LIMITS);
+    let leg = Leg::tls(relay_client, Channel::new(Version::Tls13, Role::Server, keys(1), keys(2)), early);
+    let buffered = Buffered { to_client: b"a OK\r\n".to_vec(), to_server: Vec::new() };
+    let mut relay = Relay::new(leg, Leg::plain(relay_server), buffered, counters(), LIMITS);
     assert!(tokio::time::timeout(Duration::from_secs(1), relay.run(None)).await.is_err());
     let mut got = vec![0; 4096];
     let read = client.read(&mut got).await.unwrap();
@@ -286,11 +274,8 @@ async fn one_turn(payload: &'static [u8], count: usize) -> usize {
     (0..count).for_each(|_| theirs.sealer.say_for_test(ContentType::Data, payload, &mut records));
     theirs.sealer.say_for_test(ContentType::Data, b"end", &mut records);
     client.write_all(&records).await.unwrap();
-    let leg = Leg::tls(relay_client, Channel::new(Version::Tls13, Role::Server, keys(1), keys(2)), Vec::new(), false);
-    let counter = || IntCounter::new("bytes", "bytes").unwrap();
-    let opening =
-        Opening { to_client: Vec::new(), to_server: Vec::new(), client_bytes: counter(), server_bytes: counter() };
-    let mut relay = Relay::new(leg, Leg::plain(relay_server), opening, LIMITS);
+    let leg = Leg::tls(relay_client, Channel::new(Version::Tls13, Role::Server, keys(1), keys(2)), Vec::new());
+    let mut relay = Relay::new(leg, Leg::plain(relay_server), Buffered::default(), counters(), LIMITS);
     let mut run = Box::pin(relay.run(None));
     let polled = futures_util::poll!(&mut run);
     assert!(polled.is_pending(), "{polled:?}");
@@ -305,14 +290,14 @@ async fn one_turn(payload: &'static [u8], count: usize) -> usize {
     };
     tokio::select! {
         () = rest => {}
-        outcome = run => panic!("{outcome:?}"),
+        event = run => panic!("{event:?}"),
     }
     assert_eq!(got.len(), payload.len() * count + 3);
     first_turn
 }
 
 #[tokio::test]
-async fn a_turn_ends_after_a_limited_number_of_records() {
+async fn turn_ends_after_a_limited_number_of_records() {
     const COUNT: usize = 20_000;
     let relayed = one_turn(b"x", COUNT).await;
     assert!(relayed < COUNT / 10, "{relayed} records in one turn");

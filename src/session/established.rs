@@ -18,8 +18,8 @@ use crate::backend::request::Established;
 use crate::failure::Reason;
 use crate::protocol::imap::reply;
 use crate::protocol::imap::tag::Tag;
-use crate::relay::idle_poller::Waiting;
-use crate::relay::{End, Leg, Limits, Opening, Outcome, Relay, Resting};
+use crate::relay::idle_poller::Parked;
+use crate::relay::{Buffered, Leg, Limits, ParkedRelay, Relay, RelayEnd, RelayEvent};
 use crate::session_registry::{CancelReason, CancelSignal, SessionHandle};
 use crate::stream::{Stream, keep_alive};
 
@@ -36,14 +36,14 @@ pub(super) struct Relayed {
 /// How a relayed session came to its end.
 pub(super) enum SessionEnd {
     /// By itself.
-    Ended(End),
+    Ended(RelayEnd),
     /// It was told to.
     Told(CancelReason),
 }
 
 /// A session that waits for a byte.
 pub(crate) struct ParkedSession {
-    resting: Resting,
+    relay: ParkedRelay,
     kept: Box<EstablishedState>,
 }
 
@@ -78,7 +78,7 @@ impl EstablishedState {
         self.seat.server_closed();
         tokio::select! {
             () = time::sleep(wait) => {}
-            () = relay.client_stirs() => {}
+            () = relay.client_readable() => {}
             _ = poll_fn(|context| call.poll(context)) => {}
         }
     }
@@ -93,9 +93,9 @@ impl Relayed {
         to_server: Vec<u8>,
         kept: EstablishedState,
     ) -> Self {
-        let (client_bytes, server_bytes) = kept.record.byte_counters();
-        let opening = Opening { to_client, to_server, client_bytes, server_bytes };
-        Self { relay: Relay::new(client, server, opening, kept.limits()), kept: Box::new(kept) }
+        let buffered = Buffered { to_client, to_server };
+        let relay = Relay::new(client, server, buffered, kept.record.byte_counters(), kept.limits());
+        Self { relay, kept: Box::new(kept) }
     }
 
     /// Runs until the session ends or falls silent.
@@ -111,15 +111,14 @@ impl Relayed {
                 // In this order a session that is cancelled from its begin still sends the answer to the login.
                 biased;
                 outcome = relay.run(rest_after) => match outcome {
-                    Outcome::Quiet => return put_aside(relay, kept),
-                    Outcome::CutOff => kept.keep_client(&relay, &call).await,
-                    Outcome::Ended(end) => break SessionEnd::Ended(end),
+                    RelayEvent::Silent => return put_aside(relay, kept),
+                    RelayEvent::ServerClosed => kept.keep_client(&relay, &call).await,
+                    RelayEvent::Ended(end) => break SessionEnd::Ended(end),
                 },
                 why = poll_fn(|context| call.poll(context)) => break SessionEnd::Told(why),
             }
         };
-        let (to_client, to_server) = relay.moved();
-        kept.record.relayed(over, to_client, to_server);
+        kept.record.relayed(over, relay.moved());
         // Whatever the result, the sockets close when the relay drops.
         let _ = timeout(FAREWELL, relay.close()).await;
         // Ahead of the seat: who waits for it must find the server's connection closed.
@@ -129,19 +128,19 @@ impl Relayed {
 
 fn put_aside(relay: Relay<TcpStream>, mut kept: Box<EstablishedState>) {
     let poller = kept.poller.clone();
-    match relay.rest() {
-        Ok(resting) => {
+    match relay.park() {
+        Ok(relay) => {
             // Only who is silent can be gone unnoticed; most sessions end before they are, and save the calls.
             if let Some(time) = kept.record.settings().limits.keepalive.filter(|_| !kept.keepalive_set) {
                 kept.keepalive_set = true;
-                keep_alive(&resting.client.socket, time);
-                keep_alive(&resting.server.socket, time);
+                keep_alive(&relay.client.socket, time);
+                keep_alive(&relay.server.socket, time);
             }
             let call = kept.seat.cancel_signal().clone();
             // From here on the poller is woken, not the task.
             let _ = call.poll(&Context::from_waker(poller.waker()));
             // One that does not get in stays as it is.
-            if let Err(quiet) = poller.enter(Box::new(ParkedSession { resting, kept })) {
+            if let Err(quiet) = poller.park(Box::new(ParkedSession { relay, kept })) {
                 quiet.resume(None);
             } else if call.reason().is_some() {
                 // Told on the way in, when the poller could not find it yet.
@@ -154,29 +153,28 @@ fn put_aside(relay: Relay<TcpStream>, mut kept: Box<EstablishedState>) {
 
 impl ParkedSession {
     fn resume(self, rest_after: Option<Duration>) {
-        let Self { resting, mut kept } = self;
-        let (client_bytes, server_bytes) = kept.record.byte_counters();
-        match resting.wake(kept.limits(), client_bytes, server_bytes) {
+        let Self { relay, mut kept } = self;
+        match relay.unpark(kept.limits(), kept.record.byte_counters()) {
             Ok(relay) => drop(tokio::spawn(Relayed { relay, kept }.run_until(rest_after))),
             Err(error) => kept.record.lost(&error),
         }
     }
 }
 
-impl Waiting for ParkedSession {
+impl Parked for ParkedSession {
     fn sockets(&self) -> [BorrowedFd<'_>; 2] {
-        [self.resting.client.socket.as_fd(), self.resting.server.socket.as_fd()]
+        [self.relay.client.socket.as_fd(), self.relay.server.socket.as_fd()]
     }
 
-    fn until(&self) -> Option<time::Instant> {
-        self.resting.idle_until(&self.kept.limits())
+    fn deadline(&self) -> Option<time::Instant> {
+        self.relay.idle_deadline(&self.kept.limits())
     }
 
-    fn is_called(&self) -> bool {
+    fn is_cancelled(&self) -> bool {
         self.kept.seat.cancel_signal().reason().is_some()
     }
 
-    fn leave(self) {
+    fn unpark(self) {
         self.resume(Some(REST_AFTER));
     }
 }

@@ -9,15 +9,13 @@ use std::num::NonZeroU32;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use prometheus::IntCounter;
-
 use crate::backend::request::Established;
 use crate::backend::{Backend, DelayedDisconnect, ServerPermit, SessionSlot};
 use crate::config::BackendId;
 use crate::failure::{Reason, Side};
 use crate::identity::{Mechanism, UserName};
 use crate::metrics::{GaugeGuard, LoginOutcome};
-use crate::relay::End;
+use crate::relay::{ByteCounters, BytesMoved, RelayEnd};
 use crate::session::established::SessionEnd;
 use crate::session::id::SessionId;
 use crate::session_registry::CancelReason;
@@ -78,8 +76,7 @@ pub(super) struct Record {
     ended_by: EndedBy,
     is_check: bool,
     times: Times,
-    to_client: u64,
-    to_server: u64,
+    moved: BytesMoved,
     relaying: Option<Relaying>,
 }
 
@@ -185,8 +182,7 @@ impl Record {
             ended_by: EndedBy::Client,
             is_check: false,
             times: Times::default(),
-            to_client: 0,
-            to_server: 0,
+            moved: BytesMoved::default(),
             relaying: None,
         }
     }
@@ -344,9 +340,10 @@ impl Record {
     }
 
     /// Where bytes of the relay are counted: to the client, to the server.
-    pub(super) fn byte_counters(&self) -> (IntCounter, IntCounter) {
+    pub(super) fn byte_counters(&self) -> ByteCounters {
         let backend = self.relaying.as_ref().map_or(0, |relaying| relaying.backend);
-        self.settings.metrics.backend(backend.into()).byte_counters()
+        let (to_client, to_server) = self.settings.metrics.backend(backend.into()).byte_counters();
+        ByteCounters { to_client, to_server }
     }
 
     /// The server has closed without being asked: it counts the session no more. `None`: the client is not kept.
@@ -366,26 +363,26 @@ impl Record {
         Some(cut_off)
     }
 
-    pub(super) fn relayed(&mut self, over: SessionEnd, to_client: u64, to_server: u64) {
-        (self.to_client, self.to_server) = (to_client, to_server);
+    pub(super) fn relayed(&mut self, over: SessionEnd, moved: BytesMoved) {
+        self.moved = moved;
         let end = match over {
             SessionEnd::Ended(end) => end,
             SessionEnd::Told(why) => return self.cancelled(why),
         };
         self.ended_by = match end {
-            End::Client | End::ClientStalled | End::ClientTls(_) => EndedBy::Client,
-            End::Server | End::ServerStalled | End::ServerTls(_) => EndedBy::Server,
-            End::Idle => EndedBy::Idle,
+            RelayEnd::Client | RelayEnd::ClientStalled | RelayEnd::ClientTls(_) => EndedBy::Client,
+            RelayEnd::Server | RelayEnd::ServerStalled | RelayEnd::ServerTls(_) => EndedBy::Server,
+            RelayEnd::Idle => EndedBy::Idle,
         };
         let reason = match end {
-            End::Client | End::Server | End::Idle => return,
-            End::ClientStalled => Reason::Stalled,
-            End::ServerStalled => Reason::ServerStalled,
-            End::ClientTls(violation) => {
+            RelayEnd::Client | RelayEnd::Server | RelayEnd::Idle => return,
+            RelayEnd::ClientStalled => Reason::Stalled,
+            RelayEnd::ServerStalled => Reason::ServerStalled,
+            RelayEnd::ClientTls(violation) => {
                 self.detail(violation.to_string());
                 Reason::TlsViolation
             }
-            End::ServerTls(violation) => {
+            RelayEnd::ServerTls(violation) => {
                 self.detail(violation.to_string());
                 Reason::ServerTlsViolation
             }
@@ -444,8 +441,8 @@ impl Drop for Record {
                     },
                     {
                         seconds = length.as_secs_f64(),
-                        to_client = self.to_client,
-                        to_server = self.to_server,
+                        to_client = self.moved.to_client,
+                        to_server = self.moved.to_server,
                     }
                 )
             };

@@ -1,4 +1,5 @@
-//! The relay over real sockets: every pair of plain and TLS, bulk past a slow reader, key changes, wrong records.
+//! Tests of the relay over real sockets: every pair of plain and TLS legs, bulk data past a slow reader, key changes, invalid
+//! records.
 
 use std::sync::Arc;
 
@@ -6,7 +7,8 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::task::JoinHandle;
 
-use super::*;
+use super::super::*;
+use super::counters;
 use crate::record_layer::{Channel, Cipher, Keys, MAX_PLAINTEXT, Opened, Role, Version, record_length};
 
 const SIZE: usize = 12 << 20;
@@ -46,7 +48,7 @@ async fn leg(kind: Kind) -> (Leg<TcpStream>, Far) {
     let keys = |byte: u8| Keys::from_secret(cipher, &[byte; 32][..]).unwrap();
     let ours = Channel::new(version, Role::Server, keys(1), keys(2));
     let theirs = Channel::new(version, Role::Client, keys(2), keys(1));
-    (Leg::tls(near, ours, Vec::new(), false), Far { socket: far, channel: Some(theirs), received: Vec::new() })
+    (Leg::tls(near, ours, Vec::new()), Far { socket: far, channel: Some(theirs), received: Vec::new() })
 }
 
 impl Far {
@@ -103,16 +105,13 @@ impl Far {
     }
 }
 
-fn start(client: Leg<TcpStream>, server: Leg<TcpStream>) -> JoinHandle<(Outcome, (u64, u64))> {
-    let counter = || IntCounter::new("bytes", "bytes").unwrap();
-    let opening =
-        Opening { to_client: Vec::new(), to_server: Vec::new(), client_bytes: counter(), server_bytes: counter() };
-    let mut relay = Relay::new(client, server, opening, LIMITS);
+fn start(client: Leg<TcpStream>, server: Leg<TcpStream>) -> JoinHandle<(RelayEvent, BytesMoved)> {
+    let mut relay = Relay::new(client, server, Buffered::default(), counters(), LIMITS);
     tokio::spawn(async move {
-        let outcome = relay.run(None).await;
+        let event = relay.run(None).await;
         // Ended by the test's end of it, or given up as a session would.
         let _ = tokio::time::timeout(Duration::from_secs(2), relay.close()).await;
-        (outcome, relay.moved())
+        (event, relay.moved())
     })
 }
 
@@ -121,7 +120,7 @@ fn noise(length: usize) -> Arc<Vec<u8>> {
 }
 
 #[tokio::test]
-async fn bulk_both_ways_past_a_slow_reader_arrives_unchanged_between_all_kinds() {
+async fn bulk_data_past_a_slow_reader_is_unchanged_between_all_kinds_of_legs() {
     let data = noise(SIZE);
     for client_kind in KINDS {
         for server_kind in KINDS {
@@ -154,14 +153,17 @@ async fn bulk_both_ways_past_a_slow_reader_arrives_unchanged_between_all_kinds()
             assert!(client.receive().await.is_empty());
             client.finish().await;
             assert!(server.await.unwrap() == *data, "up: {client_kind:?} {server_kind:?}");
-            let (outcome, moved) = relay.await.unwrap();
-            assert_eq!((outcome, moved), (Outcome::Ended(End::Server), (SIZE as u64, SIZE as u64)));
+            let (event, moved) = relay.await.unwrap();
+            assert_eq!(
+                (event, moved),
+                (RelayEvent::Ended(RelayEnd::Server), BytesMoved { to_client: SIZE as u64, to_server: SIZE as u64 })
+            );
         }
     }
 }
 
 #[tokio::test]
-async fn both_peers_may_change_keys_at_any_moment() {
+async fn keys_may_change_at_any_time_on_both_sides() {
     let kind = KINDS[1];
     let (client_leg, mut client) = leg(kind).await;
     let (server_leg, mut server) = leg(kind).await;
@@ -184,11 +186,11 @@ async fn both_peers_may_change_keys_at_any_moment() {
     client.finish().await;
     assert!(server.receive().await.is_empty());
     server.finish().await;
-    assert_eq!(relay.await.unwrap().0, Outcome::Ended(End::Client));
+    assert_eq!(relay.await.unwrap().0, RelayEvent::Ended(RelayEnd::Client));
 }
 
 #[tokio::test]
-async fn what_came_before_a_wrong_record_passes_and_the_wrong_one_is_answered_by_an_alert() {
+async fn invalid_record_ends_the_session_with_an_alert_after_earlier_data() {
     for wrong_server in [false, true] {
         let (client_leg, mut client) = leg(KINDS[1]).await;
         let (server_leg, mut server) = leg(KINDS[1]).await;
@@ -202,36 +204,30 @@ async fn what_came_before_a_wrong_record_passes_and_the_wrong_one_is_answered_by
         wrong.socket.read_to_end(&mut record).await.unwrap();
         let violation = wrong.channel.as_mut().unwrap().opener.open(&mut record).unwrap_err();
         assert_eq!(violation, Violation::AlertReceived(crate::record_layer::AlertCode(20)));
-        let end = if wrong_server { End::ServerTls } else { End::ClientTls };
-        assert_eq!(relay.await.unwrap().0, Outcome::Ended(end(Violation::BadRecord)));
+        let end = if wrong_server { RelayEnd::ServerTls } else { RelayEnd::ClientTls };
+        assert_eq!(relay.await.unwrap().0, RelayEvent::Ended(end(Violation::BadRecord)));
     }
 }
 
 #[tokio::test]
-async fn a_relay_rests_and_wakes_with_its_keys() {
+async fn parked_relay_continues_with_its_keys() {
     let (client_leg, mut client) = leg(KINDS[1]).await;
     let (server_leg, mut server) = leg(KINDS[2]).await;
-    let counter = || IntCounter::new("bytes", "bytes").unwrap();
-    let opening = Opening {
-        to_client: b"* first\r\n".to_vec(),
-        to_server: Vec::new(),
-        client_bytes: counter(),
-        server_bytes: counter(),
-    };
-    let mut relay = Relay::new(client_leg, server_leg, opening, LIMITS);
+    let buffered = Buffered { to_client: b"* first\r\n".to_vec(), to_server: Vec::new() };
+    let mut relay = Relay::new(client_leg, server_leg, buffered, counters(), LIMITS);
     for round in 0..3_u64 {
-        assert_eq!(relay.run(Some(Duration::from_millis(1))).await, Outcome::Quiet);
-        assert_eq!(relay.moved(), (9 + 6 * round, 6 * round));
-        let resting = relay.rest().unwrap();
+        assert_eq!(relay.run(Some(Duration::from_millis(1))).await, RelayEvent::Silent);
+        assert_eq!(relay.moved(), BytesMoved { to_client: 9 + 6 * round, to_server: 6 * round });
+        let resting = relay.park().unwrap();
         client.send(b"a NOOP").await;
         server.send(b"* OK..").await;
         resting.client.socket.set_nonblocking(true).unwrap();
-        relay = resting.wake(LIMITS, counter(), counter()).unwrap();
+        relay = resting.unpark(LIMITS, counters()).unwrap();
     }
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_side_that_takes_nothing_is_given_up() {
+async fn stalled_peer_ends_the_session() {
     let (client_leg, client) = leg(Kind::Plain).await;
     let (server_leg, mut server) = leg(Kind::Plain).await;
     let relay = start(client_leg, server_leg);
@@ -239,7 +235,7 @@ async fn a_side_that_takes_nothing_is_given_up() {
         let piece = vec![b'x'; 1 << 20];
         while server.socket.write_all(&piece).await.is_ok() {}
     });
-    assert_eq!(relay.await.unwrap().0, Outcome::Ended(End::ClientStalled));
+    assert_eq!(relay.await.unwrap().0, RelayEvent::Ended(RelayEnd::ClientStalled));
     drop(client);
     sender.await.unwrap();
 }
@@ -247,15 +243,12 @@ async fn a_side_that_takes_nothing_is_given_up() {
 /// What a session costs beside its socket: a task that moves bytes, and what is left of it in silence. A figure that grows
 /// is memory of every session of every user.
 #[tokio::test]
-async fn sizes() {
+async fn sizes_are_bounded() {
     let (client, _far) = leg(KINDS[1]).await;
     let (server, _far) = leg(KINDS[1]).await;
-    let counter = || IntCounter::new("bytes", "bytes").unwrap();
-    let opening =
-        Opening { to_client: Vec::new(), to_server: Vec::new(), client_bytes: counter(), server_bytes: counter() };
-    let mut relay = Relay::new(client, server, opening, LIMITS);
+    let mut relay = Relay::new(client, server, Buffered::default(), counters(), LIMITS);
     assert!(size_of_val(&relay) <= 480, "a relay: {}", size_of_val(&relay));
     let running = size_of_val(&relay.run(None));
     assert!(running <= 320, "its run: {running}");
-    assert!(size_of::<Resting>() <= 80, "at rest: {}", size_of::<Resting>());
+    assert!(size_of::<ParkedRelay>() <= 80, "at rest: {}", size_of::<ParkedRelay>());
 }
