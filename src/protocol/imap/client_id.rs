@@ -1,14 +1,14 @@
 //! The client's own ID (RFC 2971): kept for the server, which some servers insist on.
 
-use super::framing::Literals;
+use super::framing::LiteralLimits;
 
 /// RFC 2971 section 3.3.
 pub(super) const MAX_PAIRS: usize = 30;
 const MAX_KEY: usize = 30;
 const MAX_VALUE: usize = 1024;
-/// Literals of an ID: new versions of Outlook write every value as one.
-pub(super) const LITERALS: Literals =
-    Literals { count: 2 * MAX_PAIRS as u32, bytes: MAX_PAIRS * (MAX_KEY + MAX_VALUE) };
+/// LiteralLimits of an ID: new versions of Outlook write every value as one.
+pub(super) const LITERALS: LiteralLimits =
+    LiteralLimits { count: 2 * MAX_PAIRS as u32, bytes: MAX_PAIRS * (MAX_KEY + MAX_VALUE) };
 
 /// Key and value of one pair; the value may be NIL.
 pub type Pair = (Vec<u8>, Option<Vec<u8>>);

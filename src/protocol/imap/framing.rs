@@ -8,12 +8,12 @@ use zeroize::{Zeroize, Zeroizing};
 
 /// How many literals a command may have, and how many bytes together.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Literals {
+pub(super) struct LiteralLimits {
     pub(super) count: u32,
     pub(super) bytes: usize,
 }
 
-impl Literals {
+impl LiteralLimits {
     /// LOGIN has two; more than a few in one command are an attack.
     pub(super) const FEW: Self = Self { count: 4, bytes: usize::MAX };
 }
@@ -36,21 +36,21 @@ pub(super) enum Frame {
     LiteralTooLong,
 }
 
-/// Caps, in bytes.
+/// FrameLimits, in bytes.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Caps {
+pub(super) struct FrameLimits {
     /// A command or response without its literals.
     pub(super) line: usize,
     /// All literals of a command together.
-    pub(super) literal: usize,
+    pub(super) literals: usize,
 }
 
 /// The buffer, and how far it was looked through.
 #[derive(Debug)]
 pub(super) struct Framer {
-    caps: Caps,
+    limits: FrameLimits,
     /// What a command may have, by what is known of it.
-    literals_of: fn(&[u8]) -> Literals,
+    literals_of: fn(&[u8]) -> LiteralLimits,
     buffer: Zeroizing<Vec<u8>>,
     /// First byte of the current command.
     start: usize,
@@ -66,10 +66,10 @@ pub(super) struct Framer {
 }
 
 impl Framer {
-    pub(super) fn new(caps: Caps) -> Self {
+    pub(super) fn new(limits: FrameLimits) -> Self {
         Self {
-            caps,
-            literals_of: |_| Literals::FEW,
+            limits,
+            literals_of: |_| LiteralLimits::FEW,
             buffer: Zeroizing::new(Vec::new()),
             start: 0,
             scanned: 0,
@@ -82,7 +82,7 @@ impl Framer {
     }
 
     /// Asks `literals_of` what a command may have; it is given the beginning of the command.
-    pub(super) fn with_literals(mut self, literals_of: fn(&[u8]) -> Literals) -> Self {
+    pub(super) fn with_literals(mut self, literals_of: fn(&[u8]) -> LiteralLimits) -> Self {
         self.literals_of = literals_of;
         self
     }
@@ -109,7 +109,7 @@ impl Framer {
     pub(super) fn capacity_with(&self, more: usize) -> usize {
         let needed = self.buffer.len() - self.start + more;
         let capacity = self.buffer.capacity();
-        if needed <= capacity { capacity } else { needed.max((2 * capacity).min(self.caps.line + self.caps.literal)) }
+        if needed <= capacity { capacity } else { needed.max((2 * capacity).min(self.limits.line + self.limits.literals)) }
     }
 
     /// Looks for the end of a command, literals included.
@@ -131,7 +131,7 @@ impl Framer {
             let Some(announced) = announced(&self.buffer[self.line..self.scanned]) else { return Frame::Complete };
             let allowed = (self.literals_of)(self.so_far());
             self.literals += 1;
-            let bytes = allowed.bytes.min(self.caps.literal);
+            let bytes = allowed.bytes.min(self.limits.literals);
             if announced.size > bytes.saturating_sub(self.literal_bytes) || self.literals > allowed.count {
                 return Frame::LiteralTooLong;
             }
@@ -149,7 +149,7 @@ impl Framer {
         let found = self.buffer[self.scanned..].iter().position(|byte| *byte == b'\n');
         let end = found.map_or(self.buffer.len(), |at| self.scanned + at + 1);
         self.scanned = end;
-        if end - self.start - self.literal_bytes > self.caps.line {
+        if end - self.start - self.literal_bytes > self.limits.line {
             return Frame::LineTooLong;
         }
         if found.is_some() { Frame::Complete } else { Frame::Incomplete }
@@ -263,10 +263,10 @@ pub(super) fn without_line_end(line: &[u8]) -> &[u8] {
 mod tests {
     use super::*;
 
-    const CAPS: Caps = Caps { line: 64, literal: 32 };
+    const LIMITS: FrameLimits = FrameLimits { line: 64, literals: 32 };
 
     fn framer(bytes: &[u8]) -> Framer {
-        let mut framer = Framer::new(CAPS);
+        let mut framer = Framer::new(LIMITS);
         framer.input(bytes);
         framer
     }
@@ -339,9 +339,9 @@ mod tests {
 
     #[test]
     fn a_long_command_leaves_no_memory_behind() {
-        let caps = Caps { line: 96 * 1024, literal: 64 * 1024 };
+        let limits = FrameLimits { line: 96 * 1024, literals: 64 * 1024 };
         let command = [&vec![b'x'; 90_000][..], b"\r\n"].concat();
-        let mut framer = Framer::new(caps);
+        let mut framer = Framer::new(limits);
         for part in [b"a NOOP\r\n", &command[..], b"b"].concat().chunks(4096) {
             let expected = framer.capacity_with(part.len());
             framer.input(part);
@@ -358,9 +358,9 @@ mod tests {
     /// The most that a client can make the buffer take, in pieces of any size.
     #[test]
     fn the_buffer_is_bounded_by_the_caps() {
-        let caps = Caps { line: 96 * 1024, literal: 64 * 1024 };
+        let limits = FrameLimits { line: 96 * 1024, literals: 64 * 1024 };
         for piece in [1, 100, 4096] {
-            let mut framer = Framer::new(caps);
+            let mut framer = Framer::new(limits);
             let hostile = [&b"a LOGIN {65536+}\r\n"[..], &vec![b'x'; 65536], &vec![b'y'; 1 << 20]].concat();
             let mut most = 0;
             for part in hostile.chunks(piece) {
@@ -371,18 +371,18 @@ mod tests {
                 }
             }
             assert_eq!(framer.command(), Frame::LineTooLong);
-            assert!(most <= caps.line + caps.literal + 4096, "{most} with pieces of {piece}");
+            assert!(most <= limits.line + limits.literals + 4096, "{most} with pieces of {piece}");
         }
     }
 
     #[test]
     fn a_command_may_have_literals_of_its_own_number_and_size() {
         let allowed = |command: &[u8]| match command {
-            [b'i', ..] => Literals { count: 6, bytes: 30 },
-            _ => Literals::FEW,
+            [b'i', ..] => LiteralLimits { count: 6, bytes: 30 },
+            _ => LiteralLimits::FEW,
         };
         let read = |bytes: &[u8]| {
-            let mut framer = Framer::new(CAPS).with_literals(allowed);
+            let mut framer = Framer::new(LIMITS).with_literals(allowed);
             framer.input(bytes);
             framer.command()
         };
@@ -395,7 +395,7 @@ mod tests {
 
     #[test]
     fn every_byte_is_looked_at_once() {
-        let mut framer = Framer::new(Caps { line: 1 << 20, literal: 0 });
+        let mut framer = Framer::new(FrameLimits { line: 1 << 20, literals: 0 });
         let mut looked_at = 0;
         for _ in 0..(1 << 16) {
             framer.input(b"x");

@@ -22,7 +22,7 @@ pub use self::fault::ServerFault;
 use self::response::{Line, Status, is_word, referred, status};
 use self::verdict::{Action, Answer, LONG_PASSWORD, Point, Verdict};
 use super::capability::{self, Capabilities, Offer};
-use super::framing::{Caps, Frame, Framer, announced, without_line_end};
+use super::framing::{FrameLimits, Frame, Framer, announced, without_line_end};
 use crate::identity::{ServerLogin, append_wiped};
 
 /// SCRAM has two, a refused token one.
@@ -82,10 +82,10 @@ enum Phase {
 impl<'a> BackendLogin<'a> {
     /// For a fresh connection, before its greeting.
     pub fn new(attempt: Attempt<'a>) -> Self {
-        let caps = Caps { line: attempt.max_line, literal: 0 };
+        let limits = FrameLimits { line: attempt.max_line, literals: 0 };
         Self {
             attempt,
-            framer: Framer::new(caps),
+            framer: Framer::new(limits),
             phase: Phase::Greeting,
             encrypted: false,
             capabilities: None,
@@ -122,7 +122,7 @@ impl<'a> BackendLogin<'a> {
 
     /// The login goes on over a new connection to the same server, from its greeting.
     pub fn reconnected(&mut self) {
-        self.framer = Framer::new(Caps { line: self.attempt.max_line, literal: 0 });
+        self.framer = Framer::new(FrameLimits { line: self.attempt.max_line, literals: 0 });
         self.phase = Phase::Greeting;
         self.encrypted = false;
         self.capabilities = None;
@@ -495,7 +495,7 @@ impl<'a> BackendLogin<'a> {
         // resp-text must not be empty (RFC 3501 section 9), whatever the server thought.
         let text = if text.is_empty() { b"Logged in." } else { text };
         to_client.extend_from_slice(&[self.attempt.tag.as_str().as_bytes(), b" OK ", &code, text, b"\r\n"].concat());
-        let framer = std::mem::replace(&mut self.framer, Framer::new(Caps { line: 0, literal: 0 }));
+        let framer = std::mem::replace(&mut self.framer, Framer::new(FrameLimits { line: 0, literals: 0 }));
         to_client.extend_from_slice(&framer.into_leftover());
         ServerStep::Accepted { to_client }
     }

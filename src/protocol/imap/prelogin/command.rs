@@ -2,7 +2,7 @@
 
 use super::arguments::Arguments;
 use crate::protocol::imap::client_id;
-use crate::protocol::imap::framing::Literals;
+use crate::protocol::imap::framing::LiteralLimits;
 
 /// First words of other protocols' first lines.
 const FOREIGN_VERBS: [&str; 16] = [
@@ -41,12 +41,12 @@ impl Command {
 }
 
 /// The literals that a command may have, of which this is the beginning.
-pub(super) fn literals(command: &[u8]) -> Literals {
+pub(super) fn literals(command: &[u8]) -> LiteralLimits {
     let mut arguments = Arguments::new(command);
     arguments.word();
     match Command::named(arguments.word()) {
         Some(Command::Id) => client_id::LITERALS,
-        _ => Literals::FEW,
+        _ => LiteralLimits::FEW,
     }
 }
 

@@ -23,7 +23,7 @@ use self::command::{Command, is_foreign, literals};
 use self::sasl_exchange::Exchange;
 use super::capability::{Extensions, Transport};
 use super::client_id::{self, ClientId};
-use super::framing::{Caps, Frame, Framer, without_line_end};
+use super::framing::{FrameLimits, Frame, Framer, without_line_end};
 use super::sasl::{self, Invalid};
 use super::tag::Tag;
 use super::{capability, reply};
@@ -152,7 +152,7 @@ impl Prelogin {
     /// For a fresh connection, or anew after STARTTLS.
     pub fn new(policy: Policy) -> Self {
         Self {
-            framer: Framer::new(Caps { line: policy.max_line, literal: policy.max_literal }).with_literals(literals),
+            framer: Framer::new(FrameLimits { line: policy.max_line, literals: policy.max_literal }).with_literals(literals),
             policy,
             state: State::Command,
             commands: 0,
