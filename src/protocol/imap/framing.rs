@@ -128,16 +128,16 @@ impl Framer {
                 Frame::Complete => {}
                 other => return other,
             }
-            let Some(announced) = announced(&self.buffer[self.line..self.scanned]) else { return Frame::Complete };
+            let Some(literal) = literal_header(&self.buffer[self.line..self.scanned]) else { return Frame::Complete };
             let allowed = (self.literals_of)(self.so_far());
             self.literals += 1;
             let bytes = allowed.bytes.min(self.limits.literals);
-            if announced.size > bytes.saturating_sub(self.literal_bytes) || self.literals > allowed.count {
+            if literal.size > bytes.saturating_sub(self.literal_bytes) || self.literals > allowed.count {
                 return Frame::LiteralTooLong;
             }
-            self.literal_bytes += announced.size;
-            self.literal_end = Some(self.scanned + announced.size);
-            if announced.synchronising {
+            self.literal_bytes += literal.size;
+            self.literal_end = Some(self.scanned + literal.size);
+            if literal.synchronising {
                 self.waiting = true;
                 return Frame::Literal;
             }
@@ -231,14 +231,14 @@ impl Framer {
 
 /// A literal announced at the end of a line.
 #[derive(Debug, PartialEq, Eq)]
-pub(super) struct Announced {
+pub(super) struct LiteralHeader {
     pub(super) size: usize,
     pub(super) synchronising: bool,
 }
 
 /// Reads `{n}` or `{n+}` at the end of `line`, which still has its line end. A size beyond `usize` is taken as the
 /// largest, which is over every cap.
-pub(super) fn announced(line: &[u8]) -> Option<Announced> {
+pub(super) fn literal_header(line: &[u8]) -> Option<LiteralHeader> {
     let inner = without_line_end(line).strip_suffix(b"}")?;
     let (inner, synchronising) = match inner.strip_suffix(b"+") {
         Some(inner) => (inner, false),
@@ -250,7 +250,7 @@ pub(super) fn announced(line: &[u8]) -> Option<Announced> {
         return None;
     }
     let size = digits.iter().try_fold(0_usize, |sum, digit| sum.checked_mul(10)?.checked_add((digit - b'0').into()));
-    Some(Announced { size: size.unwrap_or(usize::MAX), synchronising })
+    Some(LiteralHeader { size: size.unwrap_or(usize::MAX), synchronising })
 }
 
 /// `line` without its CRLF or LF.
@@ -273,7 +273,7 @@ mod tests {
 
     #[test]
     fn announcements() {
-        let read = |line: &[u8]| announced(line).map(|it| (it.size, it.synchronising));
+        let read = |line: &[u8]| literal_header(line).map(|it| (it.size, it.synchronising));
         assert_eq!(read(b"a LOGIN {5}\r\n"), Some((5, true)));
         assert_eq!(read(b"a LOGIN {0+}\n"), Some((0, false)));
         assert_eq!(read(b"{99999999999999999999999}\r\n"), Some((usize::MAX, true)));

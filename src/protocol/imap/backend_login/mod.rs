@@ -22,7 +22,7 @@ pub use self::fault::ServerFault;
 use self::response::{Line, Status, is_word, referred, status};
 use self::verdict::{Action, Answer, LONG_PASSWORD, Point, Verdict};
 use super::capability::{self, Capabilities, Offer};
-use super::framing::{FrameLimits, Frame, Framer, announced, without_line_end};
+use super::framing::{FrameLimits, Frame, Framer, literal_header, without_line_end};
 use crate::identity::{ServerLogin, append_wiped};
 
 /// SCRAM has two, a refused token one.
@@ -382,7 +382,7 @@ impl<'a> BackendLogin<'a> {
             return Err(ServerFault::Bye);
         }
         // Behind a literal the line would go on, and no server has one to send here.
-        if status(content).is_none() && announced(line).is_some() {
+        if status(content).is_none() && literal_header(line).is_some() {
             return Err(ServerFault::Protocol);
         }
         self.untagged_lines += 1;

@@ -6,7 +6,7 @@
 
 use zeroize::Zeroizing;
 
-use crate::protocol::imap::framing::{announced, without_line_end};
+use crate::protocol::imap::framing::{literal_header, without_line_end};
 
 /// The command does not fit the grammar.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -135,7 +135,7 @@ impl<'a> Arguments<'a> {
         let (line, rest) = self.0.split_at(line_end);
         // The line must be the announcement and nothing else.
         let size =
-            announced(line).filter(|_| line.iter().filter(|byte| **byte == b'{').count() == 1).ok_or(Malformed)?.size;
+            literal_header(line).filter(|_| line.iter().filter(|byte| **byte == b'{').count() == 1).ok_or(Malformed)?.size;
         if rest.len() < size {
             return Err(Malformed);
         }
