@@ -46,15 +46,15 @@ pub enum Origin {
 /// Why bytes are no header. Nothing that the peer sent is in the text.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error("{0}")]
-pub struct Malformed(&'static str);
+pub struct MalformedHeader(&'static str);
 
-const NO_HEADER: Malformed = Malformed("no PROXY header");
+const NO_HEADER: MalformedHeader = MalformedHeader("no PROXY header");
 
 /// The header at the start of `bytes`. `None`: it may become one, and all that is there belongs to it.
 ///
 /// # Errors
 /// It is no header, or one that breaks the rules.
-pub fn parse(bytes: &[u8]) -> Result<Option<Header<'_>>, Malformed> {
+pub fn parse(bytes: &[u8]) -> Result<Option<Header<'_>>, MalformedHeader> {
     match bytes.first() {
         None => Ok(None),
         Some(b'P') => version_1(bytes),
@@ -91,7 +91,7 @@ fn begins(bytes: &[u8], start: &[u8]) -> bool {
     bytes.iter().zip(start).all(|(byte, expected)| byte == expected)
 }
 
-fn version_1(bytes: &[u8]) -> Result<Option<Header<'_>>, Malformed> {
+fn version_1(bytes: &[u8]) -> Result<Option<Header<'_>>, MalformedHeader> {
     const START: &[u8] = b"PROXY ";
     if !begins(bytes, START) {
         return Err(NO_HEADER);
@@ -99,15 +99,15 @@ fn version_1(bytes: &[u8]) -> Result<Option<Header<'_>>, Malformed> {
     let seen = &bytes[..bytes.len().min(MAX_LINE)];
     // Before its end a line holds no controls.
     let Some(end) = seen.iter().position(|byte| !matches!(byte, b' '..=b'~')) else {
-        return if seen.len() == MAX_LINE { Err(Malformed("the line is too long")) } else { Ok(None) };
+        return if seen.len() == MAX_LINE { Err(MalformedHeader("the line is too long")) } else { Ok(None) };
     };
     match seen[end..] {
         [b'\r', b'\n', ..] => {}
         [b'\r'] if seen.len() < MAX_LINE => return Ok(None),
-        _ => return Err(Malformed("the line is too long, or no text")),
+        _ => return Err(MalformedHeader("the line is too long, or no text")),
     }
     let line = seen.get(START.len()..end).and_then(|line| std::str::from_utf8(line).ok()).unwrap_or_default();
-    let origin = line_origin(line).ok_or(Malformed("the line has not the form of version 1"))?;
+    let origin = line_origin(line).ok_or(MalformedHeader("the line has not the form of version 1"))?;
     Ok(Some(Header { length: end + 2, origin, tls: None }))
 }
 
@@ -143,7 +143,7 @@ fn port(word: &str) -> Option<u16> {
     word.parse().ok().filter(|_| plain)
 }
 
-fn version_2(bytes: &[u8]) -> Result<Option<Header<'_>>, Malformed> {
+fn version_2(bytes: &[u8]) -> Result<Option<Header<'_>>, MalformedHeader> {
     if !begins(bytes, SIGNATURE) {
         return Err(NO_HEADER);
     }
@@ -151,7 +151,7 @@ fn version_2(bytes: &[u8]) -> Result<Option<Header<'_>>, Malformed> {
         None => return Ok(None),
         Some(0x20) => true,
         Some(0x21) => false,
-        Some(_) => return Err(Malformed("neither version 2 nor a command of it")),
+        Some(_) => return Err(MalformedHeader("neither version 2 nor a command of it")),
     };
     let Some(fixed) = bytes.first_chunk::<FIXED>() else { return Ok(None) };
     let [.., family, high, low] = *fixed;
@@ -162,14 +162,14 @@ fn version_2(bytes: &[u8]) -> Result<Option<Header<'_>>, Malformed> {
         0x11 | 0x12 => 12,
         0x21 | 0x22 => 36,
         0x31 | 0x32 => 216,
-        _ => return Err(Malformed("an unknown family of addresses")),
+        _ => return Err(MalformedHeader("an unknown family of addresses")),
     };
     let length = usize::from(u16::from_be_bytes([high, low]));
     if length > MAX_BLOCK {
-        return Err(Malformed("the header is too long"));
+        return Err(MalformedHeader("the header is too long"));
     }
     if length < addresses {
-        return Err(Malformed("the header is too short for its addresses"));
+        return Err(MalformedHeader("the header is too short for its addresses"));
     }
     let length = FIXED + length;
     let Some(header) = bytes.get(..length) else { return Ok(None) };
@@ -183,7 +183,7 @@ fn version_2(bytes: &[u8]) -> Result<Option<Header<'_>>, Malformed> {
         // Valid, but no address of a TCP connection: as if not told, says the specification.
         _ => Some(Origin::Untold),
     };
-    let origin = origin.ok_or(Malformed("the header is too short for its addresses"))?;
+    let origin = origin.ok_or(MalformedHeader("the header is too short for its addresses"))?;
     // What follows an unspecified family is to be ignored too.
     let tls = if family == 0 { None } else { told(header, fields)? };
     Ok(Some(Header { length, origin, tls }))
@@ -205,11 +205,11 @@ where
 }
 
 /// What the fields say of the client's TLS.
-fn told<'a>(header: &[u8], mut fields: &'a [u8]) -> Result<Option<ClientTls<'a>>, Malformed> {
+fn told<'a>(header: &[u8], mut fields: &'a [u8]) -> Result<Option<ClientTls<'a>>, MalformedHeader> {
     let (mut alpn, mut server_name, mut sum, mut ssl) = (None, None, None, None);
     let end = header.len();
     while let Some(field) = tlv::next(&mut fields) {
-        let (number, value) = field.map_err(|()| Malformed("a field reaches beyond the header"))?;
+        let (number, value) = field.map_err(|()| MalformedHeader("a field reaches beyond the header"))?;
         let place = match number {
             kind::ALPN => &mut alpn,
             kind::AUTHORITY => &mut server_name,
@@ -218,14 +218,14 @@ fn told<'a>(header: &[u8], mut fields: &'a [u8]) -> Result<Option<ClientTls<'a>>
                 let after = end - fields.len();
                 let (before, after) = (&header[..after - value.len()], &header[after..]);
                 if value.len() != 4 || tlv::checksum([before, &[0; 4], after]) != *value {
-                    return Err(Malformed("the checksum is wrong"));
+                    return Err(MalformedHeader("the checksum is wrong"));
                 }
                 &mut sum
             }
             _ => continue,
         };
         if place.replace(value).is_some() {
-            return Err(Malformed("a field stands twice"));
+            return Err(MalformedHeader("a field stands twice"));
         }
     }
     let server_name = server_name.map(name).transpose()?;
@@ -235,20 +235,20 @@ fn told<'a>(header: &[u8], mut fields: &'a [u8]) -> Result<Option<ClientTls<'a>>
 }
 
 /// It goes to servers and into logs, so it is text that nothing can hide in.
-fn name(value: &[u8]) -> Result<&str, Malformed> {
+fn name(value: &[u8]) -> Result<&str, MalformedHeader> {
     let name = std::str::from_utf8(value).ok().filter(|name| (1..=MAX_NAME).contains(&name.len()));
     let name = name.filter(|name| !name.contains(|char: char| char.is_control() || char.is_whitespace()));
-    name.ok_or(Malformed("the server name is no name"))
+    name.ok_or(MalformedHeader("the server name is no name"))
 }
 
 /// Flags of the client and the version of TLS; `None`: it was not TLS. A certificate that was not verified is none.
-fn ssl_field(value: &[u8]) -> Result<Option<(u8, &'static str)>, Malformed> {
-    const SHORT: Malformed = Malformed("the field on TLS is too short");
+fn ssl_field(value: &[u8]) -> Result<Option<(u8, &'static str)>, MalformedHeader> {
+    const SHORT: MalformedHeader = MalformedHeader("the field on TLS is too short");
     let (&flags, rest) = value.split_first().ok_or(SHORT)?;
     let (&verified, mut inner) = rest.split_first_chunk::<4>().ok_or(SHORT)?;
     let mut version = None;
     while let Some(field) = tlv::next(&mut inner) {
-        let (number, value) = field.map_err(|()| Malformed("a field reaches beyond the one around it"))?;
+        let (number, value) = field.map_err(|()| MalformedHeader("a field reaches beyond the one around it"))?;
         if number == kind::SSL_VERSION {
             version = tlv::VERSIONS.iter().find(|(_, theirs)| theirs.as_bytes() == value).map(|(ours, _)| *ours);
         }

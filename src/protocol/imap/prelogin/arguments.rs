@@ -10,7 +10,7 @@ use crate::protocol::imap::framing::{literal_header, without_line_end};
 
 /// The command does not fit the grammar.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Malformed;
+pub(super) struct MalformedArguments;
 
 /// An argument's bytes.
 pub(super) type Value = Zeroizing<Vec<u8>>;
@@ -35,9 +35,9 @@ impl<'a> Arguments<'a> {
     }
 
     /// An atom, a quoted string or a literal, behind at least one space.
-    pub(super) fn astring(&mut self) -> Result<Value, Malformed> {
+    pub(super) fn astring(&mut self) -> Result<Value, MalformedArguments> {
         self.space()?;
-        match self.0.first().ok_or(Malformed)? {
+        match self.0.first().ok_or(MalformedArguments)? {
             b'"' => self.quoted(),
             b'{' => self.literal(),
             _ => self.atom(),
@@ -45,13 +45,13 @@ impl<'a> Arguments<'a> {
     }
 
     /// The list of ID: pairs of a string and a string or NIL; NIL or `()` is an empty one (RFC 2971 section 3.1).
-    pub(super) fn pairs(&mut self, most: usize) -> Result<Vec<(Value, Option<Value>)>, Malformed> {
+    pub(super) fn pairs(&mut self, most: usize) -> Result<Vec<(Value, Option<Value>)>, MalformedArguments> {
         self.space()?;
         if let Some(rest) = strip_prefix_ignoring_case(self.0, b"NIL") {
             self.0 = rest;
             return Ok(Vec::new());
         }
-        self.0 = self.0.strip_prefix(b"(").ok_or(Malformed)?;
+        self.0 = self.0.strip_prefix(b"(").ok_or(MalformedArguments)?;
         let mut pairs = Vec::new();
         loop {
             self.skip_spaces();
@@ -60,7 +60,7 @@ impl<'a> Arguments<'a> {
                 return Ok(pairs);
             }
             if pairs.len() == most {
-                return Err(Malformed);
+                return Err(MalformedArguments);
             }
             let key = self.string()?;
             self.space()?;
@@ -76,23 +76,23 @@ impl<'a> Arguments<'a> {
     }
 
     /// Nothing but spaces is left.
-    pub(super) fn end(mut self) -> Result<(), Malformed> {
+    pub(super) fn end(mut self) -> Result<(), MalformedArguments> {
         self.skip_spaces();
-        if self.0.is_empty() { Ok(()) } else { Err(Malformed) }
+        if self.0.is_empty() { Ok(()) } else { Err(MalformedArguments) }
     }
 
-    fn string(&mut self) -> Result<Value, Malformed> {
-        match self.0.first().ok_or(Malformed)? {
+    fn string(&mut self) -> Result<Value, MalformedArguments> {
+        match self.0.first().ok_or(MalformedArguments)? {
             b'"' => self.quoted(),
             b'{' => self.literal(),
-            _ => Err(Malformed),
+            _ => Err(MalformedArguments),
         }
     }
 
-    fn space(&mut self) -> Result<(), Malformed> {
+    fn space(&mut self) -> Result<(), MalformedArguments> {
         let before = self.0.len();
         self.skip_spaces();
-        if self.0.len() < before { Ok(()) } else { Err(Malformed) }
+        if self.0.len() < before { Ok(()) } else { Err(MalformedArguments) }
     }
 
     fn skip_spaces(&mut self) {
@@ -100,18 +100,18 @@ impl<'a> Arguments<'a> {
         self.0 = &self.0[spaces..];
     }
 
-    fn atom(&mut self) -> Result<Value, Malformed> {
+    fn atom(&mut self) -> Result<Value, MalformedArguments> {
         let ends = |byte: &u8| *byte <= b' ' || *byte == 0x7f || matches!(byte, b'(' | b')' | b'{' | b'"' | b'\\');
         let end = self.0.iter().position(ends).unwrap_or(self.0.len());
         let (atom, rest) = self.0.split_at(end);
         if atom.is_empty() || rest.first().is_some_and(|byte| *byte != b' ') {
-            return Err(Malformed);
+            return Err(MalformedArguments);
         }
         self.0 = rest;
         Ok(Zeroizing::new(atom.to_vec()))
     }
 
-    fn quoted(&mut self) -> Result<Value, Malformed> {
+    fn quoted(&mut self) -> Result<Value, MalformedArguments> {
         // Of the length of the string and not of the command, of which each of many strings would take as much.
         let mut value = Zeroizing::new(Vec::with_capacity(quoted_length(self.0)));
         let mut bytes = self.0.iter().enumerate().skip(1);
@@ -122,37 +122,37 @@ impl<'a> Arguments<'a> {
                     return self.separated().map(|()| value);
                 }
                 // A backslash hides what follows it. RFC 3501 allows only \" and \\; old clients send others.
-                b'\\' => value.push(*bytes.next().ok_or(Malformed)?.1),
-                b'\r' | b'\n' | 0 => return Err(Malformed),
+                b'\\' => value.push(*bytes.next().ok_or(MalformedArguments)?.1),
+                b'\r' | b'\n' | 0 => return Err(MalformedArguments),
                 other => value.push(*other),
             }
         }
-        Err(Malformed)
+        Err(MalformedArguments)
     }
 
-    fn literal(&mut self) -> Result<Value, Malformed> {
-        let line_end = self.0.iter().position(|byte| *byte == b'\n').ok_or(Malformed)? + 1;
+    fn literal(&mut self) -> Result<Value, MalformedArguments> {
+        let line_end = self.0.iter().position(|byte| *byte == b'\n').ok_or(MalformedArguments)? + 1;
         let (line, rest) = self.0.split_at(line_end);
         // The line must be the announcement and nothing else.
         let size =
-            literal_header(line).filter(|_| line.iter().filter(|byte| **byte == b'{').count() == 1).ok_or(Malformed)?.size;
+            literal_header(line).filter(|_| line.iter().filter(|byte| **byte == b'{').count() == 1).ok_or(MalformedArguments)?.size;
         if rest.len() < size {
-            return Err(Malformed);
+            return Err(MalformedArguments);
         }
         let (value, rest) = rest.split_at(size);
         // RFC 9051 section 9: a literal has no NUL, as a quoted string has none.
         if value.contains(&0) {
-            return Err(Malformed);
+            return Err(MalformedArguments);
         }
         self.0 = rest;
         self.separated().map(|()| Zeroizing::new(value.to_vec()))
     }
 
     /// A string is followed by a space, the end of its list, or nothing.
-    fn separated(&self) -> Result<(), Malformed> {
+    fn separated(&self) -> Result<(), MalformedArguments> {
         match self.0.first() {
             None | Some(b' ' | b')') => Ok(()),
-            Some(_) => Err(Malformed),
+            Some(_) => Err(MalformedArguments),
         }
     }
 }
@@ -177,7 +177,7 @@ fn strip_prefix_ignoring_case<'a>(bytes: &'a [u8], prefix: &[u8]) -> Option<&'a 
 mod tests {
     use super::*;
 
-    fn two(bytes: &[u8]) -> Result<(Vec<u8>, Vec<u8>), Malformed> {
+    fn two(bytes: &[u8]) -> Result<(Vec<u8>, Vec<u8>), MalformedArguments> {
         let mut arguments = Arguments::new(bytes);
         let pair = (arguments.astring()?.to_vec(), arguments.astring()?.to_vec());
         arguments.end().map(|()| pair)
@@ -222,7 +222,7 @@ mod tests {
             b" {2}\r\na\0 pass\r\n",
             b" user a(b\r\n",
         ] {
-            assert_eq!(two(input), Err(Malformed), "{}", input.escape_ascii());
+            assert_eq!(two(input), Err(MalformedArguments), "{}", input.escape_ascii());
         }
     }
 
@@ -260,7 +260,7 @@ mod tests {
             b" x\r\n",
             b" (\"a\" NIL \"b\" NIL \"c\" NIL)\r\n",
         ] {
-            assert_eq!(read(bad), Err(Malformed), "{}", bad.escape_ascii());
+            assert_eq!(read(bad), Err(MalformedArguments), "{}", bad.escape_ascii());
         }
     }
 }

@@ -17,7 +17,7 @@ use std::sync::Arc;
 
 use zeroize::Zeroizing;
 
-use self::arguments::{Arguments, Malformed};
+use self::arguments::{Arguments, MalformedArguments};
 pub use self::bye::Bye;
 use self::command::{Command, is_foreign, literals};
 use self::sasl_exchange::Exchange;
@@ -314,7 +314,7 @@ impl Prelogin {
         };
         match self.run(name, &tag, after_first, out) {
             Ok(next) => next,
-            Err(Malformed) => self.bad_command(Some(&tag), "Error in IMAP command: wrong arguments.", out),
+            Err(MalformedArguments) => self.bad_command(Some(&tag), "Error in IMAP command: wrong arguments.", out),
         }
     }
 
@@ -324,14 +324,14 @@ impl Prelogin {
         tag: &Tag,
         mut arguments: Arguments<'_>,
         out: &mut Vec<u8>,
-    ) -> Result<Next, Malformed> {
+    ) -> Result<Next, MalformedArguments> {
         match name {
             Command::Login => return self.login(tag, arguments, out),
             Command::Authenticate => return self.authenticate(tag, arguments, out),
             Command::Id => self.id(tag, arguments, out)?,
             Command::Enable => {
                 if arguments.word().is_empty() {
-                    return Err(Malformed);
+                    return Err(MalformedArguments);
                 }
                 reply::untagged("ENABLED", out);
                 reply::ok(tag, "ENABLE has no effect before login.", out);
@@ -373,7 +373,7 @@ impl Prelogin {
         }
     }
 
-    fn id(&mut self, tag: &Tag, mut arguments: Arguments<'_>, out: &mut Vec<u8>) -> Result<(), Malformed> {
+    fn id(&mut self, tag: &Tag, mut arguments: Arguments<'_>, out: &mut Vec<u8>) -> Result<(), MalformedArguments> {
         let pairs = arguments.pairs(client_id::MAX_PAIRS)?;
         arguments.end()?;
         // The first ID counts, as for Dovecot.
@@ -385,7 +385,7 @@ impl Prelogin {
         Ok(())
     }
 
-    fn login(&mut self, tag: &Tag, mut arguments: Arguments<'_>, out: &mut Vec<u8>) -> Result<Next, Malformed> {
+    fn login(&mut self, tag: &Tag, mut arguments: Arguments<'_>, out: &mut Vec<u8>) -> Result<Next, MalformedArguments> {
         if self.policy.transport == Transport::StartTls {
             return Ok(self.refuse_in_clear(tag, out));
         }
@@ -400,7 +400,7 @@ impl Prelogin {
         Ok(self.attempt(tag, Mechanism::Login, credentials, out))
     }
 
-    fn authenticate(&mut self, tag: &Tag, mut arguments: Arguments<'_>, out: &mut Vec<u8>) -> Result<Next, Malformed> {
+    fn authenticate(&mut self, tag: &Tag, mut arguments: Arguments<'_>, out: &mut Vec<u8>) -> Result<Next, MalformedArguments> {
         if self.policy.transport == Transport::StartTls {
             return Ok(self.refuse_in_clear(tag, out));
         }
