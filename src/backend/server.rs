@@ -369,7 +369,7 @@ impl Server {
         *self.state.last_error.lock().unwrap_or_else(PoisonError::into_inner) = Some(error);
     }
 
-    /// Forms of the login that it does not understand although it lists them.
+    /// LoginForms of the login that it does not understand although it lists them.
     pub(super) fn learned(&self) -> Option<Learned> {
         *self.state.learned.lock().unwrap_or_else(PoisonError::into_inner)
     }

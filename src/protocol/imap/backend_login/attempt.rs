@@ -1,6 +1,6 @@
 //! What the dialogue with a server is given, and the steps that it returns.
 
-use super::command::Forms;
+use super::command::LoginForms;
 use super::fault::ServerFault;
 use super::verdict::Verdict;
 use crate::identity::{LoginWith, Mechanism, ServerLogin};
@@ -46,12 +46,12 @@ pub struct Rules<'a> {
     pub learned: Option<Learned>,
 }
 
-/// Forms of the login that a server does not understand although its capabilities list them.
+/// LoginForms of the login that a server does not understand although its capabilities list them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Learned {
     /// Fingerprint of the capabilities: other ones may mean another server.
     pub(super) capabilities: u64,
-    pub(super) rejected: Forms,
+    pub(super) rejected: LoginForms,
 }
 
 /// What the caller does next; what is in `out` is sent first.

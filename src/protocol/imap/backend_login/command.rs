@@ -19,25 +19,25 @@ const MAX_LITERAL_MINUS: usize = 4096;
 
 /// A form of the login command.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Form {
+pub(super) enum LoginForm {
     /// AUTHENTICATE with the response in the command (RFC 4959).
-    Initial = 1,
+    InitialResponse = 1,
     /// AUTHENTICATE, and the response when the server asks for it.
-    Continued = 2,
+    Continuation = 2,
     /// LOGIN.
     Login = 4,
 }
 
 /// A set of forms.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub(super) struct Forms(u8);
+pub(super) struct LoginForms(u8);
 
-impl Forms {
-    pub(super) fn insert(&mut self, form: Form) {
+impl LoginForms {
+    pub(super) fn insert(&mut self, form: LoginForm) {
         self.0 |= form as u8;
     }
 
-    pub(super) fn has(self, form: Form) -> bool {
+    pub(super) fn has(self, form: LoginForm) -> bool {
         self.0 & form as u8 != 0
     }
 
@@ -50,20 +50,20 @@ impl Forms {
     }
 }
 
-/// Forms in which `login` can be made on a server with these capabilities, the best one first. `client` is the command
+/// LoginForms in which `login` can be made on a server with these capabilities, the best one first. `client` is the command
 /// that the client used; `None`: the login is the proxy's own.
 pub(super) fn forms(
     login: &ServerLogin<'_>,
     capabilities: &Capabilities,
     with: LoginWith,
     client: Option<Mechanism>,
-) -> Result<Vec<Form>, ServerFault> {
-    use Form::{Continued, Initial, Login};
+) -> Result<Vec<LoginForm>, ServerFault> {
+    use LoginForm::{Continuation, InitialResponse, Command};
     let has_mechanism = capabilities.mechanisms().has(mechanism(login));
-    let (order, may_login): (&[Form], bool) = match login {
+    let (order, may_login): (&[LoginForm], bool) = match login {
         // The rest of the exchange is between client and server: only this mechanism will do.
         ServerLogin::Relayed { .. } if !has_mechanism => return Err(ServerFault::MechanismUnsupported),
-        ServerLogin::Relayed { .. } => (&[Initial, Continued], false),
+        ServerLogin::Relayed { .. } => (&[InitialResponse, Continuation], false),
         ServerLogin::Password(PasswordLogin { authzid: Some(_), .. }) if !has_mechanism => {
             return Err(ServerFault::AuthzidUnsupported);
         }
@@ -74,11 +74,11 @@ pub(super) fn forms(
     };
     let may_be_initial = capabilities.has("SASL-IR") && response(login).len() <= MAX_INITIAL_RESPONSE;
     let available = order.iter().copied().filter(|form| match form {
-        Initial => has_mechanism && may_be_initial,
-        Continued => has_mechanism,
+        InitialResponse => has_mechanism && may_be_initial,
+        Continuation => has_mechanism,
         Login => may_login,
     });
-    let available: Vec<Form> = available.collect();
+    let available: Vec<LoginForm> = available.collect();
     match available.is_empty() {
         // The client chose the command: it must not be able to make the server look unhealthy.
         true if with == LoginWith::AsClient && client.is_some() => Err(ServerFault::MechanismUnsupported),
@@ -87,9 +87,9 @@ pub(super) fn forms(
     }
 }
 
-fn password_forms(password: &PasswordLogin<'_>, with: LoginWith, client: Option<Mechanism>) -> &'static [Form] {
-    use Form::{Continued, Initial, Login};
-    const PLAIN: &[Form] = &[Initial, Continued];
+fn password_forms(password: &PasswordLogin<'_>, with: LoginWith, client: Option<Mechanism>) -> &'static [LoginForm] {
+    use LoginForm::{Continuation, InitialResponse, Command};
+    const PLAIN: &[LoginForm] = &[InitialResponse, Continuation];
     // SASL's LOGIN has the same two arguments as the command.
     let is_login = matches!(client, Some(Mechanism::Login | Mechanism::SaslLogin));
     let is_plain = client == Some(Mechanism::SaslPlain);
@@ -100,10 +100,10 @@ fn password_forms(password: &PasswordLogin<'_>, with: LoginWith, client: Option<
         LoginWith::Login => &[Login],
         LoginWith::AsClient if is_login => &[Login],
         LoginWith::AsClient if is_plain => PLAIN,
-        LoginWith::Automatic | LoginWith::AsClient if is_login && fits_login(password) => &[Login, Initial, Continued],
-        LoginWith::Automatic | LoginWith::AsClient if is_login || is_plain => &[Initial, Continued, Login],
+        LoginWith::Automatic | LoginWith::AsClient if is_login && fits_login(password) => &[Login, InitialResponse, Continuation],
+        LoginWith::Automatic | LoginWith::AsClient if is_login || is_plain => &[InitialResponse, Continuation, Login],
         // The one round trip is worth more than the form.
-        LoginWith::Automatic | LoginWith::AsClient => &[Initial, Login, Continued],
+        LoginWith::Automatic | LoginWith::AsClient => &[InitialResponse, Login, Continuation],
     }
 }
 
@@ -123,17 +123,17 @@ fn mechanism(login: &ServerLogin<'_>) -> Mechanism {
 
 /// Those of the `rejected` forms that the server does not understand. For the others BAD may be due to the credentials: a
 /// long response, or special characters in an argument of LOGIN. A user must not be able to change how others log in.
-pub(super) fn not_understood(login: &ServerLogin<'_>, rejected: Forms) -> Forms {
+pub(super) fn not_understood(login: &ServerLogin<'_>, rejected: LoginForms) -> LoginForms {
     let is_plain = |bytes: &[u8]| bytes.iter().all(|byte| byte.is_ascii_alphanumeric() || b".-_@".contains(byte));
     let is_simple = match login {
         ServerLogin::Password(it) => is_plain(it.user.as_str().as_bytes()) && is_plain(it.password.expose()),
         ServerLogin::Relayed { .. } => false,
     };
-    let mut shown = Forms::default();
+    let mut shown = LoginForms::default();
     if response(login).len() <= MAX_TELLING_RESPONSE {
-        let forms = [Form::Initial, Form::Continued, Form::Login].into_iter();
+        let forms = [LoginForm::InitialResponse, LoginForm::Continuation, LoginForm::Command].into_iter();
         forms
-            .filter(|form| rejected.has(*form) && (*form != Form::Login || is_simple))
+            .filter(|form| rejected.has(*form) && (*form != LoginForm::Command || is_simple))
             .for_each(|form| shown.insert(form));
     }
     shown
@@ -148,12 +148,12 @@ pub(super) fn response(login: &ServerLogin<'_>) -> Zeroizing<Vec<u8>> {
 }
 
 /// The login command in parts: the first is sent at once, each further one when the server asks for it.
-pub(super) fn in_form(login: &ServerLogin<'_>, form: Form, capabilities: &Capabilities) -> Vec<Zeroizing<Vec<u8>>> {
+pub(super) fn in_form(login: &ServerLogin<'_>, form: LoginForm, capabilities: &Capabilities) -> Vec<Zeroizing<Vec<u8>>> {
     let name = mechanism(login).sasl_name().as_bytes();
     match (form, login) {
-        (Form::Login, ServerLogin::Password(password)) => login_command(password, capabilities),
-        (Form::Initial, _) => vec![joined(&[b"L AUTHENTICATE ", name, b" ", &response(login), b"\r\n"])],
-        (Form::Continued | Form::Login, _) => {
+        (LoginForm::Command, ServerLogin::Password(password)) => login_command(password, capabilities),
+        (LoginForm::InitialResponse, _) => vec![joined(&[b"L AUTHENTICATE ", name, b" ", &response(login), b"\r\n"])],
+        (LoginForm::Continuation | LoginForm::Command, _) => {
             vec![joined(&[b"L AUTHENTICATE ", name, b"\r\n"]), joined(&[&response(login), b"\r\n"])]
         }
     }

@@ -17,7 +17,7 @@ pub mod verdict;
 use zeroize::Zeroizing;
 
 pub use self::attempt::{Attempt, IdAnswer, Learned, Referral, Rules, ServerStep, Unavailable};
-use self::command::{Form, Forms};
+use self::command::{LoginForm, LoginForms};
 pub use self::fault::ServerFault;
 use self::response::{Line, Status, is_word, referred, status};
 use self::verdict::{Action, Answer, LONG_PASSWORD, Point, Verdict};
@@ -37,12 +37,12 @@ pub struct BackendLogin<'a> {
     encrypted: bool,
     /// As last heard; nothing while unknown.
     capabilities: Option<Capabilities>,
-    /// Forms of the login that the server offers, the best one first.
-    forms: Vec<Form>,
-    /// Forms that the server has answered with BAD.
-    rejected: Forms,
+    /// LoginForms of the login that the server offers, the best one first.
+    forms: Vec<LoginForm>,
+    /// LoginForms that the server has answered with BAD.
+    rejected: LoginForms,
     /// The form that was sent last.
-    form: Option<Form>,
+    form: Option<LoginForm>,
     /// Whether it was sent after BAD to another one on this connection.
     retried: bool,
     /// Whether the server got the login on an earlier connection.
@@ -90,7 +90,7 @@ impl<'a> BackendLogin<'a> {
             encrypted: false,
             capabilities: None,
             forms: Vec::new(),
-            rejected: Forms::default(),
+            rejected: LoginForms::default(),
             form: None,
             retried: false,
             reconnected: false,
@@ -175,7 +175,7 @@ impl<'a> BackendLogin<'a> {
         }
     }
 
-    /// Forms that the server has shown not to understand, once it has accepted the login in another one.
+    /// LoginForms that the server has shown not to understand, once it has accepted the login in another one.
     pub fn learned(&self) -> Option<Learned> {
         let login = self.attempt.login.as_ref().filter(|_| self.phase == Phase::LoggedIn)?;
         let shown = command::not_understood(login, self.rejected);
@@ -258,7 +258,7 @@ impl<'a> BackendLogin<'a> {
         }
     }
 
-    fn known_rejected(&self) -> Forms {
+    fn known_rejected(&self) -> LoginForms {
         let learned = self.attempt.rules.learned.filter(|learned| learned.capabilities == self.offered);
         learned.map(|learned| learned.rejected).unwrap_or_default()
     }
@@ -291,12 +291,12 @@ impl<'a> BackendLogin<'a> {
             append_wiped(out, &part);
             return Ok(None);
         }
-        let asks_again = text.is_empty() && self.form == Some(Form::Initial) && self.challenges == 0;
+        let asks_again = text.is_empty() && self.form == Some(LoginForm::InitialResponse) && self.challenges == 0;
         if let Some(login) = self.attempt.login.as_ref().filter(|_| asks_again)
             && self.verdict(Answer::AsksAgain).action == Action::AnotherForm
         {
-            self.rejected.insert(Form::Initial);
-            self.form = Some(Form::Continued);
+            self.rejected.insert(LoginForm::InitialResponse);
+            self.form = Some(LoginForm::Continuation);
             append_wiped(out, &command::joined(&[&command::response(login), b"\r\n"]));
             return Ok(None);
         }
@@ -356,7 +356,7 @@ impl<'a> BackendLogin<'a> {
         }
         self.offered = capabilities.fingerprint();
         let known = self.known_rejected();
-        let understood: Vec<Form> = forms.iter().copied().filter(|form| !known.has(*form)).collect();
+        let understood: Vec<LoginForm> = forms.iter().copied().filter(|form| !known.has(*form)).collect();
         self.forms = if understood.is_empty() { forms } else { understood };
         self.phase = Phase::Login;
         self.send_login(out)

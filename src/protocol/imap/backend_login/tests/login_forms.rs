@@ -1,4 +1,4 @@
-//! Forms of the login, and answers that lead to another form or mean something other than a wrong password.
+//! LoginForms of the login, and answers that lead to another form or mean something other than a wrong password.
 
 use super::{Server, alice, alice_by_plain};
 use crate::identity::{LoginWith, Mechanism, Proof, Secret, UserName};
