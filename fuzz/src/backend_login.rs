@@ -2,7 +2,7 @@
 //! bounded, and an answer that goes there is whole lines.
 
 use vestibule::identity::{Mechanism, PasswordLogin, Secret, ServerLogin, UserName};
-use vestibule::protocol::imap::backend_login::{Attempt, BackendLogin, Rules, ServerStep};
+use vestibule::protocol::imap::backend_login::{LoginAttempt, BackendLogin, DialogueRules, ServerStep};
 use vestibule::protocol::imap::tag::Tag;
 use zeroize::Zeroizing;
 
@@ -50,7 +50,7 @@ fn end<'a>(
         None => false,
     };
     let tag = Tag::new(b"a1").expect("a tag");
-    let attempt = Attempt {
+    let attempt = LoginAttempt {
         login,
         tag: &tag,
         starttls,
@@ -58,7 +58,7 @@ fn end<'a>(
         max_line: 1024,
         max_untagged_lines: 20,
         max_untagged_bytes: MAX_UNTAGGED,
-        rules: Rules { client: by_plain.then_some(Mechanism::SaslPlain), ..Rules::default() },
+        rules: DialogueRules { client: by_plain.then_some(Mechanism::SaslPlain), ..DialogueRules::default() },
     };
     let mut dialogue = BackendLogin::new(attempt);
     let mut sent = Zeroizing::new(Vec::new());

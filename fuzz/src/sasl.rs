@@ -5,7 +5,7 @@
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use vestibule::identity::{Credentials, Mechanism, Mechanisms, Proof, ServerLogin, TokenIssuer, UserName};
-use vestibule::protocol::imap::backend_login::{Attempt, BackendLogin, Rules, ServerStep};
+use vestibule::protocol::imap::backend_login::{LoginAttempt, BackendLogin, DialogueRules, ServerStep};
 use vestibule::protocol::imap::capability::{Extensions, Transport};
 use vestibule::protocol::imap::prelogin::{Policy, Prelogin, Step};
 use vestibule::protocol::imap::sasl::renamed;
@@ -129,7 +129,7 @@ fn login(mechanism: Mechanism, messages: &[&[u8]], at_once: bool) -> Option<Cred
 fn relayed(mechanism: Mechanism, credentials: &Credentials) -> Vec<u8> {
     let Proof::Message(first) = &credentials.proof else { return Vec::new() };
     let tag = Tag::new(b"a1").expect("a tag");
-    let mut dialogue = BackendLogin::new(Attempt {
+    let mut dialogue = BackendLogin::new(LoginAttempt {
         login: Some(ServerLogin::Relayed {
             mechanism,
             first,
@@ -142,7 +142,7 @@ fn relayed(mechanism: Mechanism, credentials: &Credentials) -> Vec<u8> {
         max_line: 1024,
         max_untagged_lines: 20,
         max_untagged_bytes: 1024,
-        rules: Rules::default(),
+        rules: DialogueRules::default(),
     });
     let mut sent = Zeroizing::new(Vec::new());
     let name = mechanism.sasl_name();

@@ -20,7 +20,7 @@ use crate::config::{ClientInfo, TlsMode};
 use crate::deadline::Deadline;
 use crate::failure::Reason;
 use crate::protocol::imap::backend_login::verdict::{Action, Verdict};
-use crate::protocol::imap::backend_login::{Attempt, BackendLogin, Rules, ServerFault, ServerStep, Unavailable};
+use crate::protocol::imap::backend_login::{LoginAttempt, BackendLogin, DialogueRules, ServerFault, ServerStep, Unavailable};
 use crate::protocol::imap::capability::Offer;
 use crate::stream::Stream;
 
@@ -127,7 +127,7 @@ impl<'a> Dialogue<'a> {
             ClientInfo::ProxyV1 | ClientInfo::ProxyV2 => request.client_id.pairs().to_vec(),
             ClientInfo::Id => identified(backend, request),
         };
-        let machine = BackendLogin::new(Attempt {
+        let machine = BackendLogin::new(LoginAttempt {
             login: request.login,
             tag: request.tag,
             starttls: backend.mode == TlsMode::StartTls,
@@ -135,7 +135,7 @@ impl<'a> Dialogue<'a> {
             max_line: request.limits.line,
             max_untagged_lines: request.limits.untagged_lines,
             max_untagged_bytes: request.limits.untagged_bytes,
-            rules: Rules {
+            rules: DialogueRules {
                 login_with: backend.answers.login_with,
                 client: request.mechanism,
                 one_server_per_user: backend.serves_a_user_by_one_server(),

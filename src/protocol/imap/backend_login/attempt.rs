@@ -10,7 +10,7 @@ use crate::protocol::imap::tag::Tag;
 
 /// One login to be made on one connection.
 #[derive(Debug)]
-pub struct Attempt<'a> {
+pub struct LoginAttempt<'a> {
     /// What to log in with; none: only to see what the server offers.
     pub login: Option<ServerLogin<'a>>,
     /// What the answer is given under.
@@ -26,12 +26,12 @@ pub struct Attempt<'a> {
     /// Bytes of them together.
     pub max_untagged_bytes: usize,
     /// How the backend wants its servers logged in to, and their answers understood.
-    pub rules: Rules<'a>,
+    pub rules: DialogueRules<'a>,
 }
 
 /// How a backend's servers are logged in to, and how their answers are understood.
 #[derive(Debug, Clone, Copy, Default)]
-pub struct Rules<'a> {
+pub struct DialogueRules<'a> {
     /// The form in which a password is sent.
     pub login_with: LoginWith,
     /// The command that the client used; `None`: the login is the proxy's own.

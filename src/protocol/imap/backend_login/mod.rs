@@ -16,7 +16,7 @@ pub mod verdict;
 
 use zeroize::Zeroizing;
 
-pub use self::attempt::{Attempt, IdAnswer, Learned, Referral, Rules, ServerStep, Unavailable};
+pub use self::attempt::{LoginAttempt, IdAnswer, Learned, Referral, DialogueRules, ServerStep, Unavailable};
 use self::command::{LoginForm, LoginForms};
 pub use self::fault::ServerFault;
 use self::response::{Line, Status, is_word, referred, status};
@@ -31,7 +31,7 @@ const MAX_CHALLENGES: usize = 4;
 /// The dialogue so far.
 #[derive(Debug)]
 pub struct BackendLogin<'a> {
-    attempt: Attempt<'a>,
+    attempt: LoginAttempt<'a>,
     framer: Framer,
     phase: Phase,
     encrypted: bool,
@@ -81,7 +81,7 @@ enum Phase {
 
 impl<'a> BackendLogin<'a> {
     /// For a fresh connection, before its greeting.
-    pub fn new(attempt: Attempt<'a>) -> Self {
+    pub fn new(attempt: LoginAttempt<'a>) -> Self {
         let limits = FrameLimits { line: attempt.max_line, literals: 0 };
         Self {
             attempt,
@@ -349,7 +349,7 @@ impl<'a> BackendLogin<'a> {
             out.extend_from_slice(b"Q LOGOUT\r\n");
             return Ok(Some(ServerStep::Seen(offer)));
         };
-        let Rules { login_with, client, .. } = self.attempt.rules;
+        let DialogueRules { login_with, client, .. } = self.attempt.rules;
         let forms = command::forms(login, capabilities, login_with, client)?;
         if capabilities.has("ID") && !self.attempt.id.is_empty() {
             command::id(&self.attempt.id, out);
@@ -502,7 +502,7 @@ impl<'a> BackendLogin<'a> {
 
     /// The server answered NO.
     fn refused(&self, line: &[u8], text: &[u8]) -> ServerStep {
-        let Rules { unavailable_texts, limit_texts, .. } = self.attempt.rules;
+        let DialogueRules { unavailable_texts, limit_texts, .. } = self.attempt.rules;
         self.answered(line, text, refusal_text::of_no(text, unavailable_texts, limit_texts))
     }
 

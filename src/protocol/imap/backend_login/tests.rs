@@ -5,7 +5,7 @@ mod login_forms;
 use zeroize::Zeroizing;
 
 use super::verdict::Action;
-use super::{Attempt, BackendLogin, Learned, Rules, ServerStep, Unavailable};
+use super::{LoginAttempt, BackendLogin, Learned, DialogueRules, ServerStep, Unavailable};
 use crate::identity::{Credentials, LoginWith, Mechanism, PasswordLogin, Proof, Secret, ServerLogin, UserName};
 use crate::protocol::imap::client_id::Pair;
 use crate::protocol::imap::tag::Tag;
@@ -68,7 +68,7 @@ impl Server {
     fn run_and_learn(&self, dialogue: &str, cut: Cut) -> (String, Option<Learned>) {
         let tag = Tag::new(b"tag1").unwrap();
         let (unavailable_texts, limit_texts) = (["is on fire".to_owned()], ["quota of logins".to_owned()]);
-        let mut machine = BackendLogin::new(Attempt {
+        let mut machine = BackendLogin::new(LoginAttempt {
             login: (!self.only_looks).then_some(match &self.credentials.proof {
                 Proof::Message(first) => ServerLogin::Relayed {
                     mechanism: self.credentials.mechanism,
@@ -88,7 +88,7 @@ impl Server {
             max_line: 1024,
             max_untagged_lines: 4,
             max_untagged_bytes: 512,
-            rules: Rules {
+            rules: DialogueRules {
                 login_with: self.login_with,
                 client: Some(self.credentials.mechanism),
                 one_server_per_user: true,
