@@ -141,7 +141,7 @@ impl<'a> Dialogue<'a> {
                 one_server_per_user: backend.serves_a_user_by_one_server(),
                 unavailable_texts: &backend.answers.unavailable_texts,
                 limit_texts: &backend.answers.limit_texts,
-                learned: server.learned(),
+                unsupported_forms: server.learned(),
             },
         });
         Self {
@@ -263,7 +263,7 @@ impl<'a> Dialogue<'a> {
 
     /// The server has accepted the login of a check, which ends with LOGOUT.
     async fn logged_in_for_check(mut self, deadline: Deadline) -> Seen {
-        self.server.learns(self.machine.learned());
+        self.server.learns(self.machine.unsupported_forms());
         let _ = deadline.limit(self.exchange(b"Q LOGOUT\r\n", true)).await;
         let unauthenticate = self.machine.advertises_unauthenticate();
         Seen { unauthenticate, ..seen_and_left(self.stream, self.offer, deadline).await }
@@ -272,7 +272,7 @@ impl<'a> Dialogue<'a> {
     /// The server has accepted the login: takes over the connection.
     async fn accepted(self, to_client: Vec<u8>, deadline: Deadline) -> Outcome<'a> {
         self.judge_id();
-        self.server.learns(self.machine.learned());
+        self.server.learns(self.machine.unsupported_forms());
         self.server.set_unauthenticate(self.machine.advertises_unauthenticate());
         let timeout = self.machine.failed(ServerFault::Timeout).verdict;
         match deadline.limit(self.established(to_client)).await {

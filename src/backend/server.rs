@@ -23,7 +23,7 @@ use super::{first_known, publish_if_first};
 use crate::admin_state::AdminState;
 use crate::config::{self, Host};
 use crate::metrics::ServerMetrics;
-use crate::protocol::imap::backend_login::{IdAnswer, Learned};
+use crate::protocol::imap::backend_login::{IdAnswer, UnsupportedForms};
 use crate::protocol::imap::capability::Offer;
 
 /// One mailbox server.
@@ -104,7 +104,7 @@ pub(super) struct ServerState {
     distrust_logged: AtomicBool,
     /// Whether the server lets a session change its user (RFC 8437), which is logged once.
     unauthenticate: AtomicBool,
-    learned: Mutex<Option<Learned>>,
+    learned: Mutex<Option<UnsupportedForms>>,
     last_error: Mutex<Option<LastError>>,
     /// The state that an operator has set, over the configuration's.
     admin: OverrideCell,
@@ -370,12 +370,12 @@ impl Server {
     }
 
     /// LoginForms of the login that it does not understand although it lists them.
-    pub(super) fn learned(&self) -> Option<Learned> {
+    pub(super) fn learned(&self) -> Option<UnsupportedForms> {
         *self.state.learned.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// A login has shown which forms it does not understand; `None`: nothing new.
-    pub(super) fn learns(&self, learned: Option<Learned>) {
+    pub(super) fn learns(&self, learned: Option<UnsupportedForms>) {
         if learned.is_some() && learned != self.learned() {
             let (backend, server) = (&self.backend, &self.name);
             tracing::info!(%backend, %server, "server answers BAD to a form of login that its capabilities list; another form is used");

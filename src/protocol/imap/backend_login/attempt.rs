@@ -43,12 +43,12 @@ pub struct DialogueRules<'a> {
     /// Texts of a refusal that mean a limit of the user.
     pub limit_texts: &'a [String],
     /// What earlier logins have shown about the server.
-    pub learned: Option<Learned>,
+    pub learned: Option<UnsupportedForms>,
 }
 
 /// LoginForms of the login that a server does not understand although its capabilities list them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Learned {
+pub struct UnsupportedForms {
     /// Fingerprint of the capabilities: other ones may mean another server.
     pub(super) capabilities: u64,
     pub(super) rejected: LoginForms,

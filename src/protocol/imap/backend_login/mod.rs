@@ -16,7 +16,7 @@ pub mod verdict;
 
 use zeroize::Zeroizing;
 
-pub use self::attempt::{LoginAttempt, IdAnswer, Learned, Referral, DialogueRules, ServerStep, Unavailable};
+pub use self::attempt::{LoginAttempt, IdAnswer, UnsupportedForms, Referral, DialogueRules, ServerStep, Unavailable};
 use self::command::{LoginForm, LoginForms};
 pub use self::fault::ServerFault;
 use self::response::{Line, Status, is_word, referred, status};
@@ -176,10 +176,10 @@ impl<'a> BackendLogin<'a> {
     }
 
     /// LoginForms that the server has shown not to understand, once it has accepted the login in another one.
-    pub fn learned(&self) -> Option<Learned> {
+    pub fn learned(&self) -> Option<UnsupportedForms> {
         let login = self.attempt.login.as_ref().filter(|_| self.phase == Phase::LoggedIn)?;
         let shown = command::not_understood(login, self.rejected);
-        let learned = Learned { capabilities: self.offered, rejected: shown.or(self.known_rejected()) };
+        let learned = UnsupportedForms { capabilities: self.offered, rejected: shown.or(self.known_rejected()) };
         (!shown.is_empty()).then_some(learned)
     }
 

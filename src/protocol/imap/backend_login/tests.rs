@@ -5,7 +5,7 @@ mod login_forms;
 use zeroize::Zeroizing;
 
 use super::verdict::Action;
-use super::{LoginAttempt, BackendLogin, Learned, DialogueRules, ServerStep, Unavailable};
+use super::{LoginAttempt, BackendLogin, UnsupportedForms, DialogueRules, ServerStep, Unavailable};
 use crate::identity::{Credentials, LoginWith, Mechanism, PasswordLogin, Proof, Secret, ServerLogin, UserName};
 use crate::protocol::imap::client_id::Pair;
 use crate::protocol::imap::tag::Tag;
@@ -23,7 +23,7 @@ pub(super) struct Server {
     only_looks: bool,
     id: Vec<Pair>,
     pub(super) login_with: LoginWith,
-    pub(super) learned: Option<Learned>,
+    pub(super) learned: Option<UnsupportedForms>,
     pub(super) credentials: Credentials,
 }
 
@@ -61,11 +61,11 @@ impl Server {
     }
 
     /// What was sent and decided, and what the login has shown about the server.
-    pub(super) fn learn(&self, dialogue: &str) -> (String, Option<Learned>) {
+    pub(super) fn learn(&self, dialogue: &str) -> (String, Option<UnsupportedForms>) {
         self.run_and_learn(dialogue, Cut::Whole)
     }
 
-    fn run_and_learn(&self, dialogue: &str, cut: Cut) -> (String, Option<Learned>) {
+    fn run_and_learn(&self, dialogue: &str, cut: Cut) -> (String, Option<UnsupportedForms>) {
         let tag = Tag::new(b"tag1").unwrap();
         let (unavailable_texts, limit_texts) = (["is on fire".to_owned()], ["quota of logins".to_owned()]);
         let mut machine = BackendLogin::new(LoginAttempt {
@@ -94,7 +94,7 @@ impl Server {
                 one_server_per_user: true,
                 unavailable_texts: &unavailable_texts,
                 limit_texts: &limit_texts,
-                learned: self.learned,
+                unsupported_forms: self.learned,
             },
         });
         let mut log: Vec<String> = Vec::new();
@@ -131,7 +131,7 @@ impl Server {
                 index += 1;
             }
         }
-        (log.join("\n"), machine.learned())
+        (log.join("\n"), machine.unsupported_forms())
     }
 
     fn steps(machine: &mut BackendLogin<'_>, log: &mut Vec<String>) -> bool {
