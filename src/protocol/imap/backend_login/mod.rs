@@ -20,7 +20,7 @@ pub use self::attempt::{LoginAttempt, IdAnswer, UnsupportedForms, Referral, Dial
 use self::command::{LoginForm, LoginForms};
 pub use self::fault::ServerFault;
 use self::response::{Line, Status, is_word, referred, status};
-use self::verdict::{Action, Answer, LONG_PASSWORD, Point, Verdict};
+use self::verdict::{Action, ServerAnswer, LONG_PASSWORD, Point, Verdict};
 use super::capability::{self, Capabilities, Offer};
 use super::framing::{FrameLimits, Frame, Framer, literal_header, without_line_end};
 use crate::identity::{ServerLogin, append_wiped};
@@ -190,7 +190,7 @@ impl<'a> BackendLogin<'a> {
 
     /// Decides about a fault that the caller has noticed.
     pub fn failed(&self, fault: ServerFault) -> Unavailable {
-        Unavailable { fault, verdict: self.verdict(Answer::Fault(fault)), reply: None, excerpt: None }
+        Unavailable { fault, verdict: self.verdict(ServerAnswer::Fault(fault)), reply: None, excerpt: None }
     }
 
     /// Goes on as far as the input allows; what the server is to be sent is appended to `out`.
@@ -247,7 +247,7 @@ impl<'a> BackendLogin<'a> {
         login.password.expose().len() > LONG_PASSWORD
     }
 
-    fn verdict(&self, answer: Answer) -> Verdict {
+    fn verdict(&self, answer: ServerAnswer) -> Verdict {
         verdict::decide(answer, self.point(), self.attempt.rules.one_server_per_user)
     }
 
@@ -293,7 +293,7 @@ impl<'a> BackendLogin<'a> {
         }
         let asks_again = text.is_empty() && self.form == Some(LoginForm::InitialResponse) && self.challenges == 0;
         if let Some(login) = self.attempt.login.as_ref().filter(|_| asks_again)
-            && self.verdict(Answer::AsksAgain).action == Action::AnotherForm
+            && self.verdict(ServerAnswer::EmptyContinuation).action == Action::AnotherForm
         {
             self.rejected.insert(LoginForm::InitialResponse);
             self.form = Some(LoginForm::Continuation);
@@ -442,7 +442,7 @@ impl<'a> BackendLogin<'a> {
                 Ok(None)
             }
             (Phase::Login, b"L", Status::Ok) => Ok(self.logged_in(text, out)),
-            (Phase::Login, b"L", Status::Bad) => match self.verdict(Answer::Bad).action {
+            (Phase::Login, b"L", Status::Bad) => match self.verdict(ServerAnswer::Bad).action {
                 Action::Refuse { counts } => {
                     let reply = refusal_text::bad(self.attempt.tag.as_str(), text);
                     Ok(Some(ServerStep::Refused { reply, counts }))
@@ -515,7 +515,7 @@ impl<'a> BackendLogin<'a> {
         let reply = refusal_text::refusal(self.attempt.tag.as_str(), text, meaning.code);
         let verdict = self.verdict(meaning.answer);
         match (meaning.answer, verdict.action) {
-            (Answer::Fault(fault), _) => {
+            (ServerAnswer::Fault(fault), _) => {
                 // The client cannot do anything about the proxy's TLS, and BYE may come without a text.
                 let has_words = fault != ServerFault::TlsRequired && !(fault == ServerFault::Bye && text.is_empty());
                 let reply = has_words.then_some(reply);

@@ -8,7 +8,7 @@
 use zeroize::Zeroizing;
 
 use super::fault::ServerFault;
-use super::verdict::Answer;
+use super::verdict::ServerAnswer;
 use crate::identity::{ServerLogin, UserName};
 use crate::protocol::imap::{capability, sasl};
 
@@ -62,7 +62,7 @@ const LIMIT_TEXTS: &[&str] = &[
 /// What a refusal means, and the response code that the client gets in front of its text.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Meaning {
-    pub(super) answer: Answer,
+    pub(super) answer: ServerAnswer,
     /// Instead of the server's own code; `None`: the server's text stays as it is.
     pub(super) code: Option<&'static str>,
 }
@@ -77,8 +77,8 @@ pub(super) fn of_no(text: &[u8], unavailable: &[String], limit: &[String]) -> Me
         }
     };
     match recognised {
-        Some(fault) => Meaning { answer: Answer::Fault(fault), code: Some(code_of(fault)) },
-        None => Meaning { answer: Answer::Refusal, code: code.is_none().then_some("AUTHENTICATIONFAILED") },
+        Some(fault) => Meaning { answer: ServerAnswer::Fault(fault), code: Some(code_of(fault)) },
+        None => Meaning { answer: ServerAnswer::Refusal, code: code.is_none().then_some("AUTHENTICATIONFAILED") },
     }
 }
 
@@ -87,33 +87,33 @@ pub(super) fn of_bye(text: &[u8], limit: &[String]) -> Meaning {
     let code = capability::code(text).map(|(code, ..)| code.to_ascii_uppercase());
     match code.as_deref() {
         Some(b"AUTHENTICATIONFAILED" | b"AUTHORIZATIONFAILED" | b"EXPIRED") => {
-            Meaning { answer: Answer::Refusal, code: None }
+            Meaning { answer: ServerAnswer::Refusal, code: None }
         }
-        Some(code) if of_code(code) == Answer::Fault(ServerFault::UserLimit) => {
-            Meaning { answer: Answer::Fault(ServerFault::UserLimit), code: None }
+        Some(code) if of_code(code) == ServerAnswer::Fault(ServerFault::UserLimit) => {
+            Meaning { answer: ServerAnswer::Fault(ServerFault::UserLimit), code: None }
         }
         None | Some(b"ALERT") if recognised(text, &[], limit) == Some(ServerFault::UserLimit) => {
-            Meaning { answer: Answer::Fault(ServerFault::UserLimit), code: Some("LIMIT") }
+            Meaning { answer: ServerAnswer::Fault(ServerFault::UserLimit), code: Some("LIMIT") }
         }
-        _ => Meaning { answer: Answer::Fault(ServerFault::Bye), code: Some("UNAVAILABLE") },
+        _ => Meaning { answer: ServerAnswer::Fault(ServerFault::Bye), code: Some("UNAVAILABLE") },
     }
 }
 
 /// What a response code of a NO means (RFC 5530 section 3). `code` is in upper case.
-fn of_code(code: &[u8]) -> Answer {
+fn of_code(code: &[u8]) -> ServerAnswer {
     match code {
         // "Temporary failure because a subsystem is down", "the server encountered a bug"; Yahoo's word for the former.
-        b"UNAVAILABLE" | b"SERVERBUG" | b"TEMPFAIL" => Answer::Fault(ServerFault::Overloaded),
+        b"UNAVAILABLE" | b"SERVERBUG" | b"TEMPFAIL" => ServerAnswer::Fault(ServerFault::Overloaded),
         // A mailbox that is locked, a limit or quota reached: the password may be right, another server changes nothing.
-        b"INUSE" | b"LIMIT" | b"OVERQUOTA" => Answer::Fault(ServerFault::UserLimit),
+        b"INUSE" | b"LIMIT" | b"OVERQUOTA" => ServerAnswer::Fault(ServerFault::UserLimit),
         // The client has TLS, or is allowed to log in without: it is the proxy that needs TLS towards this server.
-        b"PRIVACYREQUIRED" => Answer::Fault(ServerFault::TlsRequired),
+        b"PRIVACYREQUIRED" => ServerAnswer::Fault(ServerFault::TlsRequired),
         // The account is closed. Phones repeat their login for days, and must not get their network banned for it.
-        b"CONTACTADMIN" => Answer::AccountClosed,
-        b"REFERRAL" => Answer::Referral,
+        b"CONTACTADMIN" => ServerAnswer::AccountClosed,
+        b"REFERRAL" => ServerAnswer::Referral,
         // AUTHENTICATIONFAILED, AUTHORIZATIONFAILED, EXPIRED (a password that is no longer right), NOPERM, CANNOT, and
         // codes that are not known: were they not counted, such a server's users could be guessed without limit.
-        _ => Answer::Refusal,
+        _ => ServerAnswer::Refusal,
     }
 }
 
@@ -229,14 +229,14 @@ mod tests {
     use super::*;
     use crate::identity::{Mechanism, PasswordLogin, Secret};
 
-    fn meaning(text: &str) -> (Answer, Option<&'static str>) {
+    fn meaning(text: &str) -> (ServerAnswer, Option<&'static str>) {
         let Meaning { answer, code } = of_no(text.as_bytes(), &["backend is down".into()], &["quota of logins".into()]);
         (answer, code)
     }
 
     #[test]
     fn codes_decide_before_texts() {
-        let fault = Answer::Fault;
+        let fault = ServerAnswer::Fault;
         for (text, expected) in [
             ("[UNAVAILABLE] x", fault(ServerFault::Overloaded)),
             ("[serverbug] x", fault(ServerFault::Overloaded)),
@@ -245,14 +245,14 @@ mod tests {
             ("[LIMIT] x", fault(ServerFault::UserLimit)),
             ("[OVERQUOTA] Account exceeded bandwidth limits", fault(ServerFault::UserLimit)),
             ("[PRIVACYREQUIRED] x", fault(ServerFault::TlsRequired)),
-            ("[CONTACTADMIN] x", Answer::AccountClosed),
-            ("[REFERRAL imap://x/] x", Answer::Referral),
-            ("[AUTHENTICATIONFAILED] Temporary authentication failure", Answer::Refusal),
-            ("[AUTHORIZATIONFAILED] x", Answer::Refusal),
-            ("[EXPIRED] x", Answer::Refusal),
-            ("[CANNOT] Too many connections", Answer::Refusal),
-            ("[NOPERM] x", Answer::Refusal),
-            ("[X-UNKNOWN y] x", Answer::Refusal),
+            ("[CONTACTADMIN] x", ServerAnswer::AccountClosed),
+            ("[REFERRAL imap://x/] x", ServerAnswer::Referral),
+            ("[AUTHENTICATIONFAILED] Temporary authentication failure", ServerAnswer::Refusal),
+            ("[AUTHORIZATIONFAILED] x", ServerAnswer::Refusal),
+            ("[EXPIRED] x", ServerAnswer::Refusal),
+            ("[CANNOT] Too many connections", ServerAnswer::Refusal),
+            ("[NOPERM] x", ServerAnswer::Refusal),
+            ("[X-UNKNOWN y] x", ServerAnswer::Refusal),
         ] {
             assert_eq!(meaning(text), (expected, None), "{text}");
         }
@@ -260,8 +260,8 @@ mod tests {
 
     #[test]
     fn texts_decide_without_a_code() {
-        let unavailable = (Answer::Fault(ServerFault::Overloaded), Some("UNAVAILABLE"));
-        let limit = (Answer::Fault(ServerFault::UserLimit), Some("LIMIT"));
+        let unavailable = (ServerAnswer::Fault(ServerFault::Overloaded), Some("UNAVAILABLE"));
+        let limit = (ServerAnswer::Fault(ServerFault::UserLimit), Some("LIMIT"));
         for (text, expected) in [
             ("Server Unavailable. 15", unavailable),
             ("[ALERT] TEMPORARY Authentication failure.", unavailable),
@@ -269,10 +269,10 @@ mod tests {
             ("Too many open connections (5 of 5 for x)", limit),
             ("[ALERT] Too many simultaneous connections. (Failure)", limit),
             ("Quota of logins reached, server unavailable", limit),
-            ("LOGIN failed.", (Answer::Refusal, Some("AUTHENTICATIONFAILED"))),
-            ("", (Answer::Refusal, Some("AUTHENTICATIONFAILED"))),
-            ("[ALERT] Invalid credentials (Failure)", (Answer::Refusal, None)),
-            ("[unterminated", (Answer::Refusal, Some("AUTHENTICATIONFAILED"))),
+            ("LOGIN failed.", (ServerAnswer::Refusal, Some("AUTHENTICATIONFAILED"))),
+            ("", (ServerAnswer::Refusal, Some("AUTHENTICATIONFAILED"))),
+            ("[ALERT] Invalid credentials (Failure)", (ServerAnswer::Refusal, None)),
+            ("[unterminated", (ServerAnswer::Refusal, Some("AUTHENTICATIONFAILED"))),
         ] {
             assert_eq!(meaning(text), expected, "{text}");
         }
@@ -292,12 +292,12 @@ mod tests {
     #[test]
     fn bye_is_an_outage_unless_its_code_or_text_says_otherwise() {
         for (text, answer, code) in [
-            ("IMAP access disabled for this account.", Answer::Fault(ServerFault::Bye), Some("UNAVAILABLE")),
-            ("[ALERT] Server unavailable", Answer::Fault(ServerFault::Bye), Some("UNAVAILABLE")),
-            ("[AUTHENTICATIONFAILED] Too many failures", Answer::Refusal, None),
-            ("[limit] x", Answer::Fault(ServerFault::UserLimit), None),
-            ("Maximum number of connections exceeded", Answer::Fault(ServerFault::UserLimit), Some("LIMIT")),
-            ("", Answer::Fault(ServerFault::Bye), Some("UNAVAILABLE")),
+            ("IMAP access disabled for this account.", ServerAnswer::Fault(ServerFault::Bye), Some("UNAVAILABLE")),
+            ("[ALERT] Server unavailable", ServerAnswer::Fault(ServerFault::Bye), Some("UNAVAILABLE")),
+            ("[AUTHENTICATIONFAILED] Too many failures", ServerAnswer::Refusal, None),
+            ("[limit] x", ServerAnswer::Fault(ServerFault::UserLimit), None),
+            ("Maximum number of connections exceeded", ServerAnswer::Fault(ServerFault::UserLimit), Some("LIMIT")),
+            ("", ServerAnswer::Fault(ServerFault::Bye), Some("UNAVAILABLE")),
         ] {
             assert_eq!(of_bye(text.as_bytes(), &[]), Meaning { answer, code }, "{text}");
         }

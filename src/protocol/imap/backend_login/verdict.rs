@@ -13,7 +13,7 @@ pub const LONG_PASSWORD: usize = 4096;
 
 /// What a server did instead of accepting a login.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Answer {
+pub enum ServerAnswer {
     /// NO without a response code, or with a code that means neither an outage nor a limit.
     Refusal,
     /// NO `[CONTACTADMIN]`: the account is closed, whatever its password.
@@ -23,7 +23,7 @@ pub enum Answer {
     /// BAD: the server did not understand the command, or the client's answer to a challenge.
     Bad,
     /// An empty continuation request for the response that the command already carried.
-    AsksAgain,
+    EmptyContinuation,
     /// The server could not answer.
     Fault(ServerFault),
 }
@@ -85,16 +85,16 @@ pub struct Verdict {
 
 /// Decides what `answer` means at `point`. `one_server_per_user`: all sessions of a user must be on one server
 /// (`balance: user-hash`).
-pub fn decide(answer: Answer, point: Point, one_server_per_user: bool) -> Verdict {
+pub fn decide(answer: ServerAnswer, point: Point, one_server_per_user: bool) -> Verdict {
     let verdict = |action, health| Verdict { action, health };
     match answer {
-        Answer::Refusal => verdict(Action::Refuse { counts: true }, Health::Answers),
-        Answer::AccountClosed => verdict(Action::Refuse { counts: false }, Health::Answers),
-        Answer::Referral => verdict(Action::Refer, Health::Answers),
+        ServerAnswer::Refusal => verdict(Action::Refuse { counts: true }, Health::Answers),
+        ServerAnswer::AccountClosed => verdict(Action::Refuse { counts: false }, Health::Answers),
+        ServerAnswer::Referral => verdict(Action::Refer, Health::Answers),
         // The client cancelled the exchange, or answered the challenge with something invalid.
-        Answer::Bad if point == Point::Challenged => verdict(Action::Refuse { counts: true }, Health::Answers),
-        Answer::Bad | Answer::AsksAgain => verdict(Action::AnotherForm, Health::Unchanged),
-        Answer::Fault(fault) => of_fault(fault, point, one_server_per_user),
+        ServerAnswer::Bad if point == Point::Challenged => verdict(Action::Refuse { counts: true }, Health::Answers),
+        ServerAnswer::Bad | ServerAnswer::EmptyContinuation => verdict(Action::AnotherForm, Health::Unchanged),
+        ServerAnswer::Fault(fault) => of_fault(fault, point, one_server_per_user),
     }
 }
 

@@ -4,12 +4,12 @@ use std::path::Path;
 
 use super::*;
 
-const ANSWERS: [Answer; 5] = [Answer::Refusal, Answer::AccountClosed, Answer::Referral, Answer::Bad, Answer::AsksAgain];
+const ANSWERS: [ServerAnswer; 5] = [ServerAnswer::Refusal, ServerAnswer::AccountClosed, ServerAnswer::Referral, ServerAnswer::Bad, ServerAnswer::EmptyContinuation];
 const POINTS: [Point; 5] =
     [Point::BeforeLogin, Point::LoginSent, Point::LongPasswordSent, Point::Retried, Point::Challenged];
 
-fn all_answers() -> impl Iterator<Item = Answer> {
-    ANSWERS.into_iter().chain(ServerFault::ALL.iter().copied().map(Answer::Fault))
+fn all_answers() -> impl Iterator<Item = ServerAnswer> {
+    ANSWERS.into_iter().chain(ServerFault::ALL.iter().copied().map(ServerAnswer::Fault))
 }
 
 /// Shorthand of the expected table: what happens, and the server's health.
@@ -32,15 +32,15 @@ fn words(verdict: Verdict) -> String {
 #[test]
 fn every_row_of_the_table() {
     use ServerFault::*;
-    let fault = Answer::Fault;
+    let fault = ServerAnswer::Fault;
     // Before the login; after it with user-hash; after it with another balance; after a challenge.
     let blamed = "next server; counts against the server";
-    let table: &[(Answer, [&str; 4])] = &[
-        (Answer::Refusal, ["refused, counted"; 4]),
-        (Answer::AccountClosed, ["refused, not counted"; 4]),
-        (Answer::Referral, ["referral"; 4]),
-        (Answer::Bad, ["next form", "next form", "next form", "refused, counted"]),
-        (Answer::AsksAgain, ["next form"; 4]),
+    let table: &[(ServerAnswer, [&str; 4])] = &[
+        (ServerAnswer::Refusal, ["refused, counted"; 4]),
+        (ServerAnswer::AccountClosed, ["refused, not counted"; 4]),
+        (ServerAnswer::Referral, ["referral"; 4]),
+        (ServerAnswer::Bad, ["next form", "next form", "next form", "refused, counted"]),
+        (ServerAnswer::EmptyContinuation, ["next form"; 4]),
         (fault(Unreachable), [blamed, "no other server", "next server", "no other server"]),
         (fault(Silent), [blamed, "no other server", "next server", "no other server"]),
         (fault(Crowded), ["no other server", "no other server", "next server", "no other server"]),
@@ -75,17 +75,17 @@ fn every_row_of_the_table() {
         assert_eq!(decide(*answer, Point::LongPasswordSent, false), long_password(*answer, false), "{answer:?}");
         let retried = decide(*answer, Point::Retried, true);
         match answer {
-            Answer::Fault(Bye | Closed) => assert_eq!(words(retried), "same server again"),
+            ServerAnswer::Fault(Bye | Closed) => assert_eq!(words(retried), "same server again"),
             _ => assert_eq!(retried, decide(*answer, Point::LoginSent, true), "{answer:?}"),
         }
     }
 }
 
 /// What a server does with a password that it cannot take is a refusal of it; anything else means the same as of others.
-fn long_password(answer: Answer, one_server_per_user: bool) -> Verdict {
+fn long_password(answer: ServerAnswer, one_server_per_user: bool) -> Verdict {
     use ServerFault::*;
     match answer {
-        Answer::Fault(Bye | Closed | Protocol | TooMuchUntagged | LoginBad) => {
+        ServerAnswer::Fault(Bye | Closed | Protocol | TooMuchUntagged | LoginBad) => {
             Verdict { action: Action::Refuse { counts: true }, health: Health::Unchanged }
         }
         _ => decide(answer, Point::LoginSent, one_server_per_user),
@@ -94,7 +94,7 @@ fn long_password(answer: Answer, one_server_per_user: bool) -> Verdict {
 
 #[test]
 fn overload_that_clients_may_have_caused_blames_no_server_and_moves_no_user_of_user_hash() {
-    let crowded = |one_server| decide(Answer::Fault(ServerFault::Crowded), Point::BeforeLogin, one_server);
+    let crowded = |one_server| decide(ServerAnswer::Fault(ServerFault::Crowded), Point::BeforeLogin, one_server);
     assert_eq!((words(crowded(true)), words(crowded(false))), ("no other server".into(), "next server".into()));
 }
 
@@ -119,7 +119,7 @@ fn a_server_that_refuses_works() {
         for point in POINTS {
             let Verdict { action, health } = decide(answer, point, false);
             // A connection that ends after a long password is a refusal for the client, and shows nothing about the server.
-            let is_answer = point != Point::LongPasswordSent || !matches!(answer, Answer::Fault(_));
+            let is_answer = point != Point::LongPasswordSent || !matches!(answer, ServerAnswer::Fault(_));
             if is_answer && matches!(action, Action::Refuse { .. } | Action::Refer) {
                 assert_eq!(health, Health::Answers, "{answer:?} {point:?}");
             }
@@ -136,26 +136,26 @@ enum When {
 }
 
 /// The answer in operators' words.
-fn row(answer: Answer) -> (String, When) {
+fn row(answer: ServerAnswer) -> (String, When) {
     use ServerFault::*;
     let (text, when) = match answer {
-        Answer::Refusal => ("`NO` with no response code, or with any code that is not in this table", When::After),
-        Answer::AccountClosed => ("`NO [CONTACTADMIN]`", When::After),
-        Answer::Referral => ("`NO [REFERRAL …]`", When::After),
-        Answer::Bad => ("`BAD`", When::After),
-        Answer::AsksAgain => ("`+` although the command carried the response", When::After),
-        Answer::Fault(Overloaded) => {
+        ServerAnswer::Refusal => ("`NO` with no response code, or with any code that is not in this table", When::After),
+        ServerAnswer::AccountClosed => ("`NO [CONTACTADMIN]`", When::After),
+        ServerAnswer::Referral => ("`NO [REFERRAL …]`", When::After),
+        ServerAnswer::Bad => ("`BAD`", When::After),
+        ServerAnswer::EmptyContinuation => ("`+` although the command carried the response", When::After),
+        ServerAnswer::Fault(Overloaded) => {
             ("`NO [UNAVAILABLE]`, `[SERVERBUG]`, `[TEMPFAIL]`, or a text that means an outage", When::After)
         }
-        Answer::Fault(UserLimit) => {
+        ServerAnswer::Fault(UserLimit) => {
             ("`NO [LIMIT]`, `[INUSE]`, `[OVERQUOTA]`, or a text that means a limit of the user", When::After)
         }
-        Answer::Fault(TlsRequired) => ("`NO [PRIVACYREQUIRED]`", When::After),
-        Answer::Fault(LoginBad) => ("`BAD` to every form of the login", When::After),
-        Answer::Fault(Bye) => ("`* BYE` instead of an answer", When::Both),
-        Answer::Fault(fault @ TooManyChallenges) => (fault.as_str(), When::After),
-        Answer::Fault(fault @ (Protocol | TooMuchUntagged | Closed | Timeout)) => (fault.as_str(), When::Both),
-        Answer::Fault(fault) => (fault.as_str(), When::Before),
+        ServerAnswer::Fault(TlsRequired) => ("`NO [PRIVACYREQUIRED]`", When::After),
+        ServerAnswer::Fault(LoginBad) => ("`BAD` to every form of the login", When::After),
+        ServerAnswer::Fault(Bye) => ("`* BYE` instead of an answer", When::Both),
+        ServerAnswer::Fault(fault @ TooManyChallenges) => (fault.as_str(), When::After),
+        ServerAnswer::Fault(fault @ (Protocol | TooMuchUntagged | Closed | Timeout)) => (fault.as_str(), When::Both),
+        ServerAnswer::Fault(fault) => (fault.as_str(), When::Before),
     };
     (text.to_owned(), when)
 }
@@ -165,7 +165,7 @@ fn printed() -> String {
         "| the server's answer | before the login was sent | after, `balance: user-hash` | after, other balance \
                      | after a challenge |\n|---|---|---|---|---|\n"
             .to_owned();
-    for answer in all_answers().filter(|answer| *answer != Answer::Fault(ServerFault::Crowded)) {
+    for answer in all_answers().filter(|answer| *answer != ServerAnswer::Fault(ServerFault::Crowded)) {
         let (text, when) = row(answer);
         let columns = [
             (Point::BeforeLogin, true),
@@ -179,19 +179,19 @@ fn printed() -> String {
         });
         writeln!(table, "| {text} | {} |", cells.join(" | ")).unwrap();
     }
-    for answer in [Answer::Fault(ServerFault::Bye), Answer::Fault(ServerFault::Closed)] {
+    for answer in [ServerAnswer::Fault(ServerFault::Bye), ServerAnswer::Fault(ServerFault::Closed)] {
         let cells = [true, false].map(|one_server_per_user| words(decide(answer, Point::Retried, one_server_per_user)));
         let (text, _) = row(answer);
         writeln!(table, "| after `BAD` to another form: {text} | – | {} | – |", cells.join(" | ")).unwrap();
     }
     let cells = [true, false].map(|one_server_per_user| {
-        words(decide(Answer::Fault(ServerFault::Crowded), Point::BeforeLogin, one_server_per_user))
+        words(decide(ServerAnswer::Fault(ServerFault::Crowded), Point::BeforeLogin, one_server_per_user))
     });
     let (text, before) = (ServerFault::Crowded.as_str(), format!("`user-hash`: {}; else {}", cells[0], cells[1]));
     writeln!(table, "| {text} | {before} | – | – | – |").unwrap();
-    let of_long_passwords = |answer: &Answer| decide(*answer, Point::LongPasswordSent, true).action;
+    let of_long_passwords = |answer: &ServerAnswer| decide(*answer, Point::LongPasswordSent, true).action;
     for answer in all_answers().filter(|answer| {
-        matches!(answer, Answer::Fault(_)) && matches!(of_long_passwords(answer), Action::Refuse { .. })
+        matches!(answer, ServerAnswer::Fault(_)) && matches!(of_long_passwords(answer), Action::Refuse { .. })
     }) {
         let cells = [true, false]
             .map(|one_server_per_user| words(decide(answer, Point::LongPasswordSent, one_server_per_user)));
