@@ -12,7 +12,7 @@ use crate::config::Limits;
 use crate::deadline::Deadline;
 use crate::failure::{Reason, Side};
 use crate::identity::{Mechanism, ServerLogin};
-use crate::protocol::imap::backend_login::verdict::{self, Action, ServerAnswer, Health, Point, Verdict};
+use crate::protocol::imap::backend_login::verdict::{self, Action, ServerAnswer, Health, LoginStage, Verdict};
 use crate::protocol::imap::backend_login::{Referral, ServerFault};
 use crate::protocol::imap::capability::Offer;
 use crate::protocol::imap::client_id::ClientId;
@@ -169,14 +169,14 @@ impl Fault {
     /// A server that cannot be reached, or with which there is no TLS: nothing of the client's was sent.
     pub(super) fn of_server(reason: Reason, detail: impl ToString) -> Self {
         let answer = ServerAnswer::Fault(ServerFault::Unreachable);
-        Self::decided(reason, detail.to_string(), verdict::decide(answer, Point::BeforeLogin, false))
+        Self::decided(reason, detail.to_string(), verdict::decide(answer, LoginStage::BeforeLogin, false))
     }
 
     /// A server that cannot be reached in time while it is loaded with logins.
     pub(super) fn crowded(backend: &Backend, detail: &str) -> Self {
         let fault = ServerFault::Crowded;
         let alone = backend.serves_a_user_by_one_server();
-        let verdict = verdict::decide(ServerAnswer::Fault(fault), Point::BeforeLogin, alone);
+        let verdict = verdict::decide(ServerAnswer::Fault(fault), LoginStage::BeforeLogin, alone);
         Self::decided(reason(fault), format!("{detail}; {}", fault.as_str()), verdict)
     }
 

@@ -20,7 +20,7 @@ pub use self::attempt::{LoginAttempt, IdAnswer, UnsupportedForms, Referral, Dial
 use self::command::{LoginForm, LoginForms};
 pub use self::fault::ServerFault;
 use self::response::{Line, Status, is_word, referred, status};
-use self::verdict::{Action, ServerAnswer, LONG_PASSWORD, Point, Verdict};
+use self::verdict::{Action, ServerAnswer, LONG_PASSWORD, LoginStage, Verdict};
 use super::capability::{self, Capabilities, Offer};
 use super::framing::{FrameLimits, Frame, Framer, literal_header, without_line_end};
 use crate::identity::{ServerLogin, append_wiped};
@@ -228,17 +228,17 @@ impl<'a> BackendLogin<'a> {
         matches!(self.phase, Phase::Login | Phase::CapabilityAfterLogin | Phase::LoggedIn)
     }
 
-    fn point(&self) -> Point {
+    fn stage(&self) -> LoginStage {
         if self.challenges > 0 {
-            Point::Challenged
+            LoginStage::Challenged
         } else if self.has_long_password() && (self.reconnected || self.login_sent()) {
-            Point::LongPasswordSent
+            LoginStage::LongPasswordSent
         } else if self.retried {
-            Point::Retried
+            LoginStage::Retried
         } else if self.reconnected || self.login_sent() {
-            Point::LoginSent
+            LoginStage::LoginSent
         } else {
-            Point::BeforeLogin
+            LoginStage::BeforeLogin
         }
     }
 
@@ -248,7 +248,7 @@ impl<'a> BackendLogin<'a> {
     }
 
     fn verdict(&self, answer: ServerAnswer) -> Verdict {
-        verdict::decide(answer, self.point(), self.attempt.rules.one_server_per_user)
+        verdict::decide(answer, self.stage(), self.attempt.rules.one_server_per_user)
     }
 
     fn excerpt(&self, line: &[u8]) -> String {

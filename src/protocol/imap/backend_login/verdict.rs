@@ -30,7 +30,7 @@ pub enum ServerAnswer {
 
 /// How far the dialogue has come.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Point {
+pub enum LoginStage {
     /// Nothing that the client sent has reached the server.
     BeforeLogin,
     /// The login command was sent, in whole or in part.
@@ -85,28 +85,28 @@ pub struct Verdict {
 
 /// Decides what `answer` means at `point`. `one_server_per_user`: all sessions of a user must be on one server
 /// (`balance: user-hash`).
-pub fn decide(answer: ServerAnswer, point: Point, one_server_per_user: bool) -> Verdict {
+pub fn decide(answer: ServerAnswer, stage: LoginStage, one_server_per_user: bool) -> Verdict {
     let verdict = |action, health| Verdict { action, health };
     match answer {
         ServerAnswer::Refusal => verdict(Action::Refuse { counts: true }, Health::Answers),
         ServerAnswer::AccountClosed => verdict(Action::Refuse { counts: false }, Health::Answers),
         ServerAnswer::Referral => verdict(Action::Refer, Health::Answers),
         // The client cancelled the exchange, or answered the challenge with something invalid.
-        ServerAnswer::Bad if point == Point::Challenged => verdict(Action::Refuse { counts: true }, Health::Answers),
+        ServerAnswer::Bad if stage == LoginStage::Challenged => verdict(Action::Refuse { counts: true }, Health::Answers),
         ServerAnswer::Bad | ServerAnswer::EmptyContinuation => verdict(Action::AnotherForm, Health::Unchanged),
-        ServerAnswer::Fault(fault) => of_fault(fault, point, one_server_per_user),
+        ServerAnswer::Fault(fault) => of_fault(fault, stage, one_server_per_user),
     }
 }
 
-fn of_fault(fault: ServerFault, point: Point, one_server_per_user: bool) -> Verdict {
-    let is_bound = match point {
-        Point::BeforeLogin => false,
-        Point::LoginSent | Point::LongPasswordSent | Point::Retried => one_server_per_user,
+fn of_fault(fault: ServerFault, stage: LoginStage, one_server_per_user: bool) -> Verdict {
+    let is_bound = match stage {
+        LoginStage::BeforeLogin => false,
+        LoginStage::LoginSent | LoginStage::LongPasswordSent | LoginStage::Retried => one_server_per_user,
         // The exchange with the client cannot be repeated with another server.
-        Point::Challenged => true,
+        LoginStage::Challenged => true,
     };
     let another = if is_bound { Action::GiveUp } else { Action::TryAnotherServer };
-    let blamed = if point == Point::BeforeLogin { Health::Suffers } else { Health::Unchanged };
+    let blamed = if stage == LoginStage::BeforeLogin { Health::Suffers } else { Health::Unchanged };
     let (action, health) = match fault {
         // As an outage, it would show that the user exists, and guesses with such passwords would not be counted. That the
         // client can cause it says nothing about the server.
@@ -115,7 +115,7 @@ fn of_fault(fault: ServerFault, point: Point, one_server_per_user: bool) -> Verd
         | ServerFault::Protocol
         | ServerFault::TooMuchUntagged
         | ServerFault::LoginBad
-            if point == Point::LongPasswordSent =>
+            if stage == LoginStage::LongPasswordSent =>
         {
             (Action::Refuse { counts: true }, Health::Unchanged)
         }
@@ -124,7 +124,7 @@ fn of_fault(fault: ServerFault, point: Point, one_server_per_user: bool) -> Verd
         ServerFault::Crowded if one_server_per_user => (Action::GiveUp, Health::Unchanged),
         ServerFault::Crowded => (another, Health::Unchanged),
         // Some servers close after a command that they did not understand.
-        ServerFault::Bye | ServerFault::Closed if point == Point::Retried => (Action::Reconnect, Health::Unchanged),
+        ServerFault::Bye | ServerFault::Closed if stage == LoginStage::Retried => (Action::Reconnect, Health::Unchanged),
         ServerFault::Unreachable
         | ServerFault::Silent
         | ServerFault::Greeting

@@ -5,8 +5,8 @@ use std::path::Path;
 use super::*;
 
 const ANSWERS: [ServerAnswer; 5] = [ServerAnswer::Refusal, ServerAnswer::AccountClosed, ServerAnswer::Referral, ServerAnswer::Bad, ServerAnswer::EmptyContinuation];
-const POINTS: [Point; 5] =
-    [Point::BeforeLogin, Point::LoginSent, Point::LongPasswordSent, Point::Retried, Point::Challenged];
+const STAGES: [LoginStage; 5] =
+    [LoginStage::BeforeLogin, LoginStage::LoginSent, LoginStage::LongPasswordSent, LoginStage::Retried, LoginStage::Challenged];
 
 fn all_answers() -> impl Iterator<Item = ServerAnswer> {
     ANSWERS.into_iter().chain(ServerFault::ALL.iter().copied().map(ServerAnswer::Fault))
@@ -65,18 +65,18 @@ fn every_row_of_the_table() {
     assert_eq!(table.iter().map(|(answer, _)| *answer).collect::<Vec<_>>(), all_answers().collect::<Vec<_>>());
     for (answer, expected) in table {
         let columns = [
-            decide(*answer, Point::BeforeLogin, true),
-            decide(*answer, Point::LoginSent, true),
-            decide(*answer, Point::LoginSent, false),
-            decide(*answer, Point::Challenged, false),
+            decide(*answer, LoginStage::BeforeLogin, true),
+            decide(*answer, LoginStage::LoginSent, true),
+            decide(*answer, LoginStage::LoginSent, false),
+            decide(*answer, LoginStage::Challenged, false),
         ];
         assert_eq!(columns.map(words), *expected, "{answer:?}");
-        assert_eq!(decide(*answer, Point::LongPasswordSent, true), long_password(*answer, true), "{answer:?}");
-        assert_eq!(decide(*answer, Point::LongPasswordSent, false), long_password(*answer, false), "{answer:?}");
-        let retried = decide(*answer, Point::Retried, true);
+        assert_eq!(decide(*answer, LoginStage::LongPasswordSent, true), long_password(*answer, true), "{answer:?}");
+        assert_eq!(decide(*answer, LoginStage::LongPasswordSent, false), long_password(*answer, false), "{answer:?}");
+        let retried = decide(*answer, LoginStage::Retried, true);
         match answer {
             ServerAnswer::Fault(Bye | Closed) => assert_eq!(words(retried), "same server again"),
-            _ => assert_eq!(retried, decide(*answer, Point::LoginSent, true), "{answer:?}"),
+            _ => assert_eq!(retried, decide(*answer, LoginStage::LoginSent, true), "{answer:?}"),
         }
     }
 }
@@ -88,25 +88,25 @@ fn long_password(answer: ServerAnswer, one_server_per_user: bool) -> Verdict {
         ServerAnswer::Fault(Bye | Closed | Protocol | TooMuchUntagged | LoginBad) => {
             Verdict { action: Action::Refuse { counts: true }, health: Health::Unchanged }
         }
-        _ => decide(answer, Point::LoginSent, one_server_per_user),
+        _ => decide(answer, LoginStage::LoginSent, one_server_per_user),
     }
 }
 
 #[test]
 fn overload_that_clients_may_have_caused_blames_no_server_and_moves_no_user_of_user_hash() {
-    let crowded = |one_server| decide(ServerAnswer::Fault(ServerFault::Crowded), Point::BeforeLogin, one_server);
+    let crowded = |one_server| decide(ServerAnswer::Fault(ServerFault::Crowded), LoginStage::BeforeLogin, one_server);
     assert_eq!((words(crowded(true)), words(crowded(false))), ("no other server".into(), "next server".into()));
 }
 
 #[test]
 fn a_client_can_neither_blame_a_server_nor_move_a_user_once_its_login_was_sent() {
     for answer in all_answers() {
-        for point in POINTS.into_iter().filter(|point| *point != Point::BeforeLogin) {
+        for stage in STAGES.into_iter().filter(|stage| *stage != LoginStage::BeforeLogin) {
             for one_server_per_user in [true, false] {
-                let verdict = decide(answer, point, one_server_per_user);
-                assert_ne!(verdict.health, Health::Suffers, "{answer:?} {point:?}");
+                let verdict = decide(answer, stage, one_server_per_user);
+                assert_ne!(verdict.health, Health::Suffers, "{answer:?} {stage:?}");
                 if one_server_per_user {
-                    assert_ne!(verdict.action, Action::TryAnotherServer, "{answer:?} {point:?}");
+                    assert_ne!(verdict.action, Action::TryAnotherServer, "{answer:?} {stage:?}");
                 }
             }
         }
@@ -116,12 +116,12 @@ fn a_client_can_neither_blame_a_server_nor_move_a_user_once_its_login_was_sent()
 #[test]
 fn a_server_that_refuses_works() {
     for answer in all_answers() {
-        for point in POINTS {
-            let Verdict { action, health } = decide(answer, point, false);
+        for stage in STAGES {
+            let Verdict { action, health } = decide(answer, stage, false);
             // A connection that ends after a long password is a refusal for the client, and shows nothing about the server.
-            let is_answer = point != Point::LongPasswordSent || !matches!(answer, ServerAnswer::Fault(_));
+            let is_answer = stage != LoginStage::LongPasswordSent || !matches!(answer, ServerAnswer::Fault(_));
             if is_answer && matches!(action, Action::Refuse { .. } | Action::Refer) {
-                assert_eq!(health, Health::Answers, "{answer:?} {point:?}");
+                assert_eq!(health, Health::Answers, "{answer:?} {stage:?}");
             }
         }
     }
@@ -168,33 +168,33 @@ fn printed() -> String {
     for answer in all_answers().filter(|answer| *answer != ServerAnswer::Fault(ServerFault::Crowded)) {
         let (text, when) = row(answer);
         let columns = [
-            (Point::BeforeLogin, true),
-            (Point::LoginSent, true),
-            (Point::LoginSent, false),
-            (Point::Challenged, true),
+            (LoginStage::BeforeLogin, true),
+            (LoginStage::LoginSent, true),
+            (LoginStage::LoginSent, false),
+            (LoginStage::Challenged, true),
         ];
-        let cells = columns.map(|(point, one_server_per_user)| {
-            let shown = when == When::Both || (when == When::Before) == (point == Point::BeforeLogin);
-            if shown { words(decide(answer, point, one_server_per_user)) } else { "–".to_owned() }
+        let cells = columns.map(|(stage, one_server_per_user)| {
+            let shown = when == When::Both || (when == When::Before) == (stage == LoginStage::BeforeLogin);
+            if shown { words(decide(answer, stage, one_server_per_user)) } else { "–".to_owned() }
         });
         writeln!(table, "| {text} | {} |", cells.join(" | ")).unwrap();
     }
     for answer in [ServerAnswer::Fault(ServerFault::Bye), ServerAnswer::Fault(ServerFault::Closed)] {
-        let cells = [true, false].map(|one_server_per_user| words(decide(answer, Point::Retried, one_server_per_user)));
+        let cells = [true, false].map(|one_server_per_user| words(decide(answer, LoginStage::Retried, one_server_per_user)));
         let (text, _) = row(answer);
         writeln!(table, "| after `BAD` to another form: {text} | – | {} | – |", cells.join(" | ")).unwrap();
     }
     let cells = [true, false].map(|one_server_per_user| {
-        words(decide(ServerAnswer::Fault(ServerFault::Crowded), Point::BeforeLogin, one_server_per_user))
+        words(decide(ServerAnswer::Fault(ServerFault::Crowded), LoginStage::BeforeLogin, one_server_per_user))
     });
     let (text, before) = (ServerFault::Crowded.as_str(), format!("`user-hash`: {}; else {}", cells[0], cells[1]));
     writeln!(table, "| {text} | {before} | – | – | – |").unwrap();
-    let of_long_passwords = |answer: &ServerAnswer| decide(*answer, Point::LongPasswordSent, true).action;
+    let of_long_passwords = |answer: &ServerAnswer| decide(*answer, LoginStage::LongPasswordSent, true).action;
     for answer in all_answers().filter(|answer| {
         matches!(answer, ServerAnswer::Fault(_)) && matches!(of_long_passwords(answer), Action::Refuse { .. })
     }) {
         let cells = [true, false]
-            .map(|one_server_per_user| words(decide(answer, Point::LongPasswordSent, one_server_per_user)));
+            .map(|one_server_per_user| words(decide(answer, LoginStage::LongPasswordSent, one_server_per_user)));
         let (text, _) = row(answer);
         writeln!(
             table,
