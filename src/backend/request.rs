@@ -12,7 +12,7 @@ use crate::config::Limits;
 use crate::deadline::Deadline;
 use crate::failure::{Reason, Side};
 use crate::identity::{Mechanism, ServerLogin};
-use crate::protocol::imap::backend_login::verdict::{self, Action, ServerAnswer, Health, LoginStage, Verdict};
+use crate::protocol::imap::backend_login::verdict::{self, Action, ServerAnswer, HealthEffect, LoginStage, Verdict};
 use crate::protocol::imap::backend_login::{Referral, ServerFault};
 use crate::protocol::imap::capability::Offer;
 use crate::protocol::imap::client_id::ClientId;
@@ -187,8 +187,8 @@ impl Fault {
             reply: None,
             try_next: verdict.action == Action::TryAnotherServer,
             is_refusal: matches!(verdict.action, Action::Refuse { .. }),
-            answered: verdict.health == Health::Answers,
-            blow: (verdict.health == Health::Suffers).then_some(FailureKind::Other),
+            answered: verdict.health == HealthEffect::Success,
+            blow: (verdict.health == HealthEffect::Failure).then_some(FailureKind::Other),
         }
     }
 }

@@ -65,7 +65,7 @@ pub enum Action {
 
 /// What the server's health learns.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Health {
+pub enum HealthEffect {
     /// The server works: its breaker closes.
     Answers,
     /// Nothing.
@@ -80,7 +80,7 @@ pub struct Verdict {
     /// What happens to the login.
     pub action: Action,
     /// What the server's health learns.
-    pub health: Health,
+    pub health: HealthEffect,
 }
 
 /// Decides what `answer` means at `point`. `one_server_per_user`: all sessions of a user must be on one server
@@ -88,12 +88,12 @@ pub struct Verdict {
 pub fn decide(answer: ServerAnswer, stage: LoginStage, one_server_per_user: bool) -> Verdict {
     let verdict = |action, health| Verdict { action, health };
     match answer {
-        ServerAnswer::Refusal => verdict(Action::Refuse { counts: true }, Health::Answers),
-        ServerAnswer::AccountClosed => verdict(Action::Refuse { counts: false }, Health::Answers),
-        ServerAnswer::Referral => verdict(Action::Refer, Health::Answers),
+        ServerAnswer::Refusal => verdict(Action::Refuse { counts: true }, HealthEffect::Success),
+        ServerAnswer::AccountClosed => verdict(Action::Refuse { counts: false }, HealthEffect::Success),
+        ServerAnswer::Referral => verdict(Action::Refer, HealthEffect::Success),
         // The client cancelled the exchange, or answered the challenge with something invalid.
-        ServerAnswer::Bad if stage == LoginStage::Challenged => verdict(Action::Refuse { counts: true }, Health::Answers),
-        ServerAnswer::Bad | ServerAnswer::EmptyContinuation => verdict(Action::AnotherForm, Health::Unchanged),
+        ServerAnswer::Bad if stage == LoginStage::Challenged => verdict(Action::Refuse { counts: true }, HealthEffect::Success),
+        ServerAnswer::Bad | ServerAnswer::EmptyContinuation => verdict(Action::AnotherForm, HealthEffect::Unchanged),
         ServerAnswer::Fault(fault) => of_fault(fault, stage, one_server_per_user),
     }
 }
@@ -106,7 +106,7 @@ fn of_fault(fault: ServerFault, stage: LoginStage, one_server_per_user: bool) ->
         LoginStage::Challenged => true,
     };
     let another = if is_bound { Action::GiveUp } else { Action::TryAnotherServer };
-    let blamed = if stage == LoginStage::BeforeLogin { Health::Suffers } else { Health::Unchanged };
+    let blamed = if stage == LoginStage::BeforeLogin { HealthEffect::Failure } else { HealthEffect::Unchanged };
     let (action, health) = match fault {
         // As an outage, it would show that the user exists, and guesses with such passwords would not be counted. That the
         // client can cause it says nothing about the server.
@@ -117,14 +117,14 @@ fn of_fault(fault: ServerFault, stage: LoginStage, one_server_per_user: bool) ->
         | ServerFault::LoginBad
             if stage == LoginStage::LongPasswordSent =>
         {
-            (Action::Refuse { counts: true }, Health::Unchanged)
+            (Action::Refuse { counts: true }, HealthEffect::Unchanged)
         }
         // The load may be caused by clients that have not logged in, so it is neither evidence against the server nor a
         // reason to move a user.
-        ServerFault::Crowded if one_server_per_user => (Action::GiveUp, Health::Unchanged),
-        ServerFault::Crowded => (another, Health::Unchanged),
+        ServerFault::Crowded if one_server_per_user => (Action::GiveUp, HealthEffect::Unchanged),
+        ServerFault::Crowded => (another, HealthEffect::Unchanged),
         // Some servers close after a command that they did not understand.
-        ServerFault::Bye | ServerFault::Closed if stage == LoginStage::Retried => (Action::Reconnect, Health::Unchanged),
+        ServerFault::Bye | ServerFault::Closed if stage == LoginStage::Retried => (Action::Reconnect, HealthEffect::Unchanged),
         ServerFault::Unreachable
         | ServerFault::Silent
         | ServerFault::Greeting
@@ -140,12 +140,12 @@ fn of_fault(fault: ServerFault, stage: LoginStage, one_server_per_user: bool) ->
         ServerFault::Timeout
         | ServerFault::AuthzidUnsupported
         | ServerFault::MechanismUnsupported
-        | ServerFault::Overloaded => (another, Health::Unchanged),
+        | ServerFault::Overloaded => (another, HealthEffect::Unchanged),
         // The server has decided, and evading a limit by way of another server would defeat it.
-        ServerFault::UserLimit => (Action::GiveUp, Health::Answers),
+        ServerFault::UserLimit => (Action::GiveUp, HealthEffect::Success),
         // The other servers of the backend are configured alike.
-        ServerFault::TlsRequired => (Action::GiveUp, Health::Unchanged),
-        ServerFault::LoginBad | ServerFault::TooManyChallenges => (Action::GiveUp, Health::Unchanged),
+        ServerFault::TlsRequired => (Action::GiveUp, HealthEffect::Unchanged),
+        ServerFault::LoginBad | ServerFault::TooManyChallenges => (Action::GiveUp, HealthEffect::Unchanged),
     };
     Verdict { action, health }
 }

@@ -24,8 +24,8 @@ fn words(verdict: Verdict) -> String {
         Action::Reconnect => "same server again",
     };
     match verdict.health {
-        Health::Suffers => format!("{action}; counts against the server"),
-        Health::Answers | Health::Unchanged => action.to_owned(),
+        HealthEffect::Failure => format!("{action}; counts against the server"),
+        HealthEffect::Success | HealthEffect::Unchanged => action.to_owned(),
     }
 }
 
@@ -86,7 +86,7 @@ fn long_password(answer: ServerAnswer, one_server_per_user: bool) -> Verdict {
     use ServerFault::*;
     match answer {
         ServerAnswer::Fault(Bye | Closed | Protocol | TooMuchUntagged | LoginBad) => {
-            Verdict { action: Action::Refuse { counts: true }, health: Health::Unchanged }
+            Verdict { action: Action::Refuse { counts: true }, health: HealthEffect::Unchanged }
         }
         _ => decide(answer, LoginStage::LoginSent, one_server_per_user),
     }
@@ -104,7 +104,7 @@ fn a_client_can_neither_blame_a_server_nor_move_a_user_once_its_login_was_sent()
         for stage in STAGES.into_iter().filter(|stage| *stage != LoginStage::BeforeLogin) {
             for one_server_per_user in [true, false] {
                 let verdict = decide(answer, stage, one_server_per_user);
-                assert_ne!(verdict.health, Health::Suffers, "{answer:?} {stage:?}");
+                assert_ne!(verdict.health, HealthEffect::Failure, "{answer:?} {stage:?}");
                 if one_server_per_user {
                     assert_ne!(verdict.action, Action::TryAnotherServer, "{answer:?} {stage:?}");
                 }
@@ -121,7 +121,7 @@ fn a_server_that_refuses_works() {
             // A connection that ends after a long password is a refusal for the client, and shows nothing about the server.
             let is_answer = stage != LoginStage::LongPasswordSent || !matches!(answer, ServerAnswer::Fault(_));
             if is_answer && matches!(action, Action::Refuse { .. } | Action::Refer) {
-                assert_eq!(health, Health::Answers, "{answer:?} {stage:?}");
+                assert_eq!(health, HealthEffect::Success, "{answer:?} {stage:?}");
             }
         }
     }
