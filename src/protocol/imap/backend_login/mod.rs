@@ -503,15 +503,15 @@ impl<'a> BackendLogin<'a> {
     /// The server answered NO.
     fn refused(&self, line: &[u8], text: &[u8]) -> ServerStep {
         let DialogueRules { unavailable_texts, limit_texts, .. } = self.attempt.rules;
-        self.answered(line, text, refusal_text::of_no(text, unavailable_texts, limit_texts))
+        self.answered(line, text, refusal_text::classify_no(text, unavailable_texts, limit_texts))
     }
 
     /// The server sent BYE instead of an answer.
     fn bye(&self, line: &[u8], text: &[u8]) -> ServerStep {
-        self.answered(line, text, refusal_text::of_bye(text, self.attempt.rules.limit_texts))
+        self.answered(line, text, refusal_text::classify_bye(text, self.attempt.rules.limit_texts))
     }
 
-    fn answered(&self, line: &[u8], text: &[u8], meaning: refusal_text::Meaning) -> ServerStep {
+    fn answered(&self, line: &[u8], text: &[u8], meaning: refusal_text::ClassifiedRefusal) -> ServerStep {
         let reply = refusal_text::refusal(self.attempt.tag.as_str(), text, meaning.code);
         let verdict = self.verdict(meaning.answer);
         match (meaning.answer, verdict.action) {

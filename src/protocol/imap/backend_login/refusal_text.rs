@@ -61,46 +61,46 @@ const LIMIT_TEXTS: &[&str] = &[
 
 /// What a refusal means, and the response code that the client gets in front of its text.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Meaning {
+pub(super) struct ClassifiedRefusal {
     pub(super) answer: ServerAnswer,
     /// Instead of the server's own code; `None`: the server's text stays as it is.
     pub(super) code: Option<&'static str>,
 }
 
 /// What the text of a tagged NO means. `unavailable` and `limit` are the backend's own texts, in lower case.
-pub(super) fn of_no(text: &[u8], unavailable: &[String], limit: &[String]) -> Meaning {
+pub(super) fn classify_no(text: &[u8], unavailable: &[String], limit: &[String]) -> ClassifiedRefusal {
     let code = capability::code(text).map(|(code, ..)| code.to_ascii_uppercase());
     let recognised = match code.as_deref() {
         None | Some(b"ALERT") => recognised(text, unavailable, limit),
         Some(code) => {
-            return Meaning { answer: of_code(code), code: None };
+            return ClassifiedRefusal { answer: answer_of_code(code), code: None };
         }
     };
     match recognised {
-        Some(fault) => Meaning { answer: ServerAnswer::Fault(fault), code: Some(code_of(fault)) },
-        None => Meaning { answer: ServerAnswer::Refusal, code: code.is_none().then_some("AUTHENTICATIONFAILED") },
+        Some(fault) => ClassifiedRefusal { answer: ServerAnswer::Fault(fault), code: Some(code_of_fault(fault)) },
+        None => ClassifiedRefusal { answer: ServerAnswer::Refusal, code: code.is_none().then_some("AUTHENTICATIONFAILED") },
     }
 }
 
 /// What the text of `* BYE` means, sent in place of a tagged answer.
-pub(super) fn of_bye(text: &[u8], limit: &[String]) -> Meaning {
+pub(super) fn classify_bye(text: &[u8], limit: &[String]) -> ClassifiedRefusal {
     let code = capability::code(text).map(|(code, ..)| code.to_ascii_uppercase());
     match code.as_deref() {
         Some(b"AUTHENTICATIONFAILED" | b"AUTHORIZATIONFAILED" | b"EXPIRED") => {
-            Meaning { answer: ServerAnswer::Refusal, code: None }
+            ClassifiedRefusal { answer: ServerAnswer::Refusal, code: None }
         }
-        Some(code) if of_code(code) == ServerAnswer::Fault(ServerFault::UserLimit) => {
-            Meaning { answer: ServerAnswer::Fault(ServerFault::UserLimit), code: None }
+        Some(code) if answer_of_code(code) == ServerAnswer::Fault(ServerFault::UserLimit) => {
+            ClassifiedRefusal { answer: ServerAnswer::Fault(ServerFault::UserLimit), code: None }
         }
         None | Some(b"ALERT") if recognised(text, &[], limit) == Some(ServerFault::UserLimit) => {
-            Meaning { answer: ServerAnswer::Fault(ServerFault::UserLimit), code: Some("LIMIT") }
+            ClassifiedRefusal { answer: ServerAnswer::Fault(ServerFault::UserLimit), code: Some("LIMIT") }
         }
-        _ => Meaning { answer: ServerAnswer::Fault(ServerFault::Bye), code: Some("UNAVAILABLE") },
+        _ => ClassifiedRefusal { answer: ServerAnswer::Fault(ServerFault::Bye), code: Some("UNAVAILABLE") },
     }
 }
 
 /// What a response code of a NO means (RFC 5530 section 3). `code` is in upper case.
-fn of_code(code: &[u8]) -> ServerAnswer {
+fn answer_of_code(code: &[u8]) -> ServerAnswer {
     match code {
         // "Temporary failure because a subsystem is down", "the server encountered a bug"; Yahoo's word for the former.
         b"UNAVAILABLE" | b"SERVERBUG" | b"TEMPFAIL" => ServerAnswer::Fault(ServerFault::Overloaded),
@@ -117,7 +117,7 @@ fn of_code(code: &[u8]) -> ServerAnswer {
     }
 }
 
-fn code_of(fault: ServerFault) -> &'static str {
+fn code_of_fault(fault: ServerFault) -> &'static str {
     if fault == ServerFault::UserLimit { "LIMIT" } else { "UNAVAILABLE" }
 }
 
@@ -230,7 +230,7 @@ mod tests {
     use crate::identity::{Mechanism, PasswordLogin, Secret};
 
     fn meaning(text: &str) -> (ServerAnswer, Option<&'static str>) {
-        let Meaning { answer, code } = of_no(text.as_bytes(), &["backend is down".into()], &["quota of logins".into()]);
+        let ClassifiedRefusal { answer, code } = classify_no(text.as_bytes(), &["backend is down".into()], &["quota of logins".into()]);
         (answer, code)
     }
 
@@ -299,7 +299,7 @@ mod tests {
             ("Maximum number of connections exceeded", ServerAnswer::Fault(ServerFault::UserLimit), Some("LIMIT")),
             ("", ServerAnswer::Fault(ServerFault::Bye), Some("UNAVAILABLE")),
         ] {
-            assert_eq!(of_bye(text.as_bytes(), &[]), Meaning { answer, code }, "{text}");
+            assert_eq!(classify_bye(text.as_bytes(), &[]), ClassifiedRefusal { answer, code }, "{text}");
         }
     }
 
