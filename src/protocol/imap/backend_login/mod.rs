@@ -293,7 +293,7 @@ impl<'a> BackendLogin<'a> {
         }
         let asks_again = text.is_empty() && self.form == Some(LoginForm::InitialResponse) && self.challenges == 0;
         if let Some(login) = self.attempt.login.as_ref().filter(|_| asks_again)
-            && self.verdict(ServerAnswer::EmptyContinuation).action == Action::AnotherForm
+            && self.verdict(ServerAnswer::EmptyContinuation).action == Action::TryAnotherForm
         {
             self.rejected.insert(LoginForm::InitialResponse);
             self.form = Some(LoginForm::Continuation);
@@ -521,7 +521,7 @@ impl<'a> BackendLogin<'a> {
                 let reply = has_words.then_some(reply);
                 ServerStep::Unavailable(Unavailable { fault, verdict, reply, excerpt: Some(self.excerpt(line)) })
             }
-            (_, Action::Refer) => match capability::code(text).and_then(|(_, url, _)| referred(url)) {
+            (_, Action::FollowReferral) => match capability::code(text).and_then(|(_, url, _)| referred(url)) {
                 Some((host, port)) => ServerStep::Referred(Referral { host, port, reply }),
                 None => ServerStep::Refused { reply, counts: false },
             },

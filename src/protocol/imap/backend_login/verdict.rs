@@ -52,13 +52,13 @@ pub enum Action {
         counts: bool,
     },
     /// The login goes to the server that the answer names, or the client gets the answer.
-    Refer,
+    FollowReferral,
     /// The backend's next server is tried; the client gets `NO [UNAVAILABLE]` if there is none.
     TryAnotherServer,
     /// The client gets `NO`, with the server's code and text if it gave any. No other server is tried.
     GiveUp,
     /// The login is sent again in the next form; if there is none, [`ServerFault::LoginBad`] applies.
-    AnotherForm,
+    TryAnotherForm,
     /// The login is sent again to the same server, in the same form, on a new connection.
     Reconnect,
 }
@@ -90,10 +90,10 @@ pub fn decide(answer: ServerAnswer, stage: LoginStage, one_server_per_user: bool
     match answer {
         ServerAnswer::Refusal => verdict(Action::Refuse { counts: true }, HealthEffect::Success),
         ServerAnswer::AccountClosed => verdict(Action::Refuse { counts: false }, HealthEffect::Success),
-        ServerAnswer::Referral => verdict(Action::Refer, HealthEffect::Success),
+        ServerAnswer::Referral => verdict(Action::FollowReferral, HealthEffect::Success),
         // The client cancelled the exchange, or answered the challenge with something invalid.
         ServerAnswer::Bad if stage == LoginStage::Challenged => verdict(Action::Refuse { counts: true }, HealthEffect::Success),
-        ServerAnswer::Bad | ServerAnswer::EmptyContinuation => verdict(Action::AnotherForm, HealthEffect::Unchanged),
+        ServerAnswer::Bad | ServerAnswer::EmptyContinuation => verdict(Action::TryAnotherForm, HealthEffect::Unchanged),
         ServerAnswer::Fault(fault) => of_fault(fault, stage, one_server_per_user),
     }
 }

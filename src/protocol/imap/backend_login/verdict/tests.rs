@@ -17,10 +17,10 @@ fn words(verdict: Verdict) -> String {
     let action = match verdict.action {
         Action::Refuse { counts: true } => "refused, counted",
         Action::Refuse { counts: false } => "refused, not counted",
-        Action::Refer => "referral",
+        Action::FollowReferral => "referral",
         Action::TryAnotherServer => "next server",
         Action::GiveUp => "no other server",
-        Action::AnotherForm => "next form",
+        Action::TryAnotherForm => "next form",
         Action::Reconnect => "same server again",
     };
     match verdict.health {
@@ -120,7 +120,7 @@ fn a_server_that_refuses_works() {
             let Verdict { action, health } = decide(answer, stage, false);
             // A connection that ends after a long password is a refusal for the client, and shows nothing about the server.
             let is_answer = stage != LoginStage::LongPasswordSent || !matches!(answer, ServerAnswer::Fault(_));
-            if is_answer && matches!(action, Action::Refuse { .. } | Action::Refer) {
+            if is_answer && matches!(action, Action::Refuse { .. } | Action::FollowReferral) {
                 assert_eq!(health, HealthEffect::Success, "{answer:?} {stage:?}");
             }
         }
