@@ -91,7 +91,7 @@ fn end<'a>(
                     assert!(referral.reply.starts_with(b"a1 NO") && referral.reply.ends_with(b"\r\n"), "{referral:?}");
                     return format!("{referral:?} {:?}", *sent);
                 }
-                ServerStep::Seen(offer) => return format!("{offer:?} {:?}", *sent),
+                ServerStep::Probed(offer) => return format!("{offer:?} {:?}", *sent),
                 ServerStep::Unavailable(unavailable) => {
                     unavailable.reply.iter().for_each(|reply| is_one_line(reply));
                     let excerpt = unavailable.excerpt.as_deref().unwrap_or_default();

@@ -21,7 +21,7 @@ use crate::deadline::Deadline;
 use crate::failure::Reason;
 use crate::protocol::imap::backend_login::verdict::{Action, Verdict};
 use crate::protocol::imap::backend_login::{LoginAttempt, BackendLogin, DialogueRules, ServerFault, ServerStep, Unavailable};
-use crate::protocol::imap::capability::Offer;
+use crate::protocol::imap::capability::ServerCapabilities;
 use crate::stream::Stream;
 
 /// One read from a server before login: its lines are short.
@@ -73,7 +73,7 @@ fn is_hurried(request: &Request<'_>, deadline: Deadline) -> bool {
 }
 
 /// Nothing more is wanted of this connection.
-async fn seen_and_left(mut stream: Stream, offer: Option<Offer>, deadline: Deadline) -> Seen {
+async fn seen_and_left(mut stream: Stream, offer: Option<ServerCapabilities>, deadline: Deadline) -> Seen {
     let certificate_ends = stream.peer_certificate().and_then(crate::tls::ends);
     let _ = deadline.limit(stream.shutdown()).await;
     Seen { offer, certificate_ends, unauthenticate: false }
@@ -108,7 +108,7 @@ struct Dialogue<'a> {
     connect: Duration,
     connected: Instant,
     /// What it offers before login, for a check.
-    offer: Option<Offer>,
+    offer: Option<ServerCapabilities>,
     /// Set once a client's login was greeted.
     awaited: Option<AwaitedAnswer>,
 }
@@ -229,7 +229,7 @@ impl<'a> Dialogue<'a> {
                     self.leave(deadline).await;
                     return Outcome::Referred(referral);
                 }
-                ServerStep::Seen(offer) => {
+                ServerStep::Probed(offer) => {
                     let unauthenticate = self.machine.advertises_unauthenticate();
                     let seen = seen_and_left(self.stream, Some(offer), deadline).await;
                     return Outcome::Seen(Seen { unauthenticate, ..seen });

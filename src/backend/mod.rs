@@ -48,7 +48,7 @@ use crate::admin_state::AdminState;
 use crate::config::{self, BackendId, Balance, ClientInfo, Config, Host, Limits, Problem, TlsMode, Trust};
 use crate::identity::{Secret, UserName};
 use crate::metrics::Metrics;
-use crate::protocol::imap::capability::Offer;
+use crate::protocol::imap::capability::ServerCapabilities;
 use crate::tls::client::UpstreamTls;
 
 /// Undeclared servers that routes may name, a backend. Each is a label of metrics.
@@ -59,7 +59,7 @@ const MAX_GUESTS: usize = 256;
 pub struct Backends {
     list: Vec<Arc<Backend>>,
     resolver: Option<Resolver>,
-    /// An [`Offer`]: see [`offer::packed`].
+    /// An [`ServerCapabilities`]: see [`offer::packed`].
     offered: AtomicU64,
     state_overrides: StateOverrides,
 }
@@ -147,7 +147,7 @@ impl Backends {
 
     /// What clients are offered before login: ways to log in and extensions that the servers of all backends have, as far as they are
     /// known.
-    pub fn offered(&self) -> Offer {
+    pub fn offered(&self) -> ServerCapabilities {
         offer::unpacked(self.offered.load(Ordering::Relaxed))
     }
 

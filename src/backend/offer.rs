@@ -1,14 +1,14 @@
 //! What clients are offered before login, from what each server offers. Pure.
 
 use crate::identity::{Mechanism, Mechanisms};
-use crate::protocol::imap::capability::{Extensions, Offer};
+use crate::protocol::imap::capability::{Extensions, ServerCapabilities};
 
 /// The offer while no server has been seen.
-pub(super) const PASSWORDS_ONLY: Offer = Offer { mechanisms: Mechanisms::PASSWORDS, extensions: Extensions::NONE };
+pub(super) const PASSWORDS_ONLY: ServerCapabilities = ServerCapabilities { mechanisms: Mechanisms::PASSWORDS, extensions: Extensions::NONE };
 
 /// What every server that has been seen can take, of backends with a login of their own or without: a password can be brought in any
 /// form, a certificate needs a login of the backend. Nothing is promised while no server has been seen.
-pub(super) fn common(backends: impl Iterator<Item = (bool, Vec<Offer>)>) -> Offer {
+pub(super) fn common(backends: impl Iterator<Item = (bool, Vec<ServerCapabilities>)>) -> ServerCapabilities {
     let passwords = Mechanisms::PASSWORDS;
     let mut mechanisms: Mechanisms = Mechanism::ALL.into_iter().collect();
     let mut extensions = Extensions::ALL;
@@ -31,26 +31,26 @@ pub(super) fn common(backends: impl Iterator<Item = (bool, Vec<Offer>)>) -> Offe
     if !seen || !mechanisms.iter().any(|mechanism| mechanism != Mechanism::External) {
         mechanisms = passwords.or(mechanisms.and(Mechanisms::default().with(Mechanism::External)));
     }
-    Offer { mechanisms, extensions: if seen { extensions } else { Extensions::NONE } }
+    ServerCapabilities { mechanisms, extensions: if seen { extensions } else { Extensions::NONE } }
 }
 
 /// An offer as one number, so that it is replaced as a whole: mechanisms in the low half, extensions in the high one.
-pub(super) fn packed(offer: Offer) -> u64 {
+pub(super) fn packed(offer: ServerCapabilities) -> u64 {
     u64::from(offer.mechanisms.to_bits()) | u64::from(offer.extensions.to_bits()) << 32
 }
 
 /// The offer that [`packed`] gave.
-pub(super) fn unpacked(bits: u64) -> Offer {
+pub(super) fn unpacked(bits: u64) -> ServerCapabilities {
     let (mechanisms, extensions) = (Mechanisms::from_bits(bits as u16), Extensions::from_bits((bits >> 32) as u32));
-    Offer { mechanisms, extensions }
+    ServerCapabilities { mechanisms, extensions }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    fn offer(mechanisms: &[Mechanism], extensions: u32) -> Offer {
-        Offer { mechanisms: mechanisms.iter().copied().collect(), extensions: Extensions::from_bits(extensions) }
+    fn offer(mechanisms: &[Mechanism], extensions: u32) -> ServerCapabilities {
+        ServerCapabilities { mechanisms: mechanisms.iter().copied().collect(), extensions: Extensions::from_bits(extensions) }
     }
 
     #[test]

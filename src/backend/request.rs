@@ -14,7 +14,7 @@ use crate::failure::{Reason, Side};
 use crate::identity::{Mechanism, ServerLogin};
 use crate::protocol::imap::backend_login::verdict::{self, Action, ServerAnswer, HealthEffect, LoginStage, Verdict};
 use crate::protocol::imap::backend_login::{Referral, ServerFault};
-use crate::protocol::imap::capability::Offer;
+use crate::protocol::imap::capability::ServerCapabilities;
 use crate::protocol::imap::client_id::ClientId;
 use crate::protocol::imap::tag::Tag;
 use crate::relay::Leg;
@@ -84,7 +84,7 @@ pub enum Outcome<'a> {
 #[derive(Debug, Default)]
 pub struct Seen {
     /// What the server offers before login.
-    pub offer: Option<Offer>,
+    pub offer: Option<ServerCapabilities>,
     /// When its certificate ends, in seconds since 1970.
     pub certificate_ends: Option<i64>,
     /// Whether the server lets a session change its user (RFC 8437).

@@ -24,7 +24,7 @@ use crate::admin_state::AdminState;
 use crate::config::{self, Host};
 use crate::metrics::ServerMetrics;
 use crate::protocol::imap::backend_login::{IdAnswer, UnsupportedForms};
-use crate::protocol::imap::capability::Offer;
+use crate::protocol::imap::capability::ServerCapabilities;
 
 /// One mailbox server.
 #[derive(Debug)]
@@ -97,7 +97,7 @@ pub(super) struct ServerState {
     addresses: watch::Sender<Option<Vec<SocketAddr>>>,
     health: Mutex<Health>,
     /// What it offered before login when it was last asked.
-    offer: Mutex<Option<Offer>>,
+    offer: Mutex<Option<ServerCapabilities>>,
     /// Whether the server has said that it trusts our ID.
     has_trusted: AtomicBool,
     /// Whether it was logged that the server no longer says so.
@@ -301,11 +301,11 @@ impl Server {
         }
     }
 
-    pub(super) fn offer(&self) -> Option<Offer> {
+    pub(super) fn offer(&self) -> Option<ServerCapabilities> {
         *self.state.offer.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    pub(super) fn offers(&self, offer: Option<Offer>) {
+    pub(super) fn offers(&self, offer: Option<ServerCapabilities>) {
         *self.state.offer.lock().unwrap_or_else(PoisonError::into_inner) = offer;
     }
 

@@ -17,7 +17,7 @@ pub enum Transport {
 
 /// What a server offers before login.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct Offer {
+pub struct ServerCapabilities {
     /// Ways to log in that may be offered to clients.
     pub mechanisms: Mechanisms,
     /// Extensions that may be promised to clients.
@@ -116,9 +116,9 @@ impl Extensions {
 
 /// A server's list.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub(super) struct Capabilities(Vec<Vec<u8>>);
+pub(super) struct CapabilityList(Vec<Vec<u8>>);
 
-impl Capabilities {
+impl CapabilityList {
     /// Words separated by spaces.
     pub(super) fn new(words: &[u8]) -> Self {
         Self(words.split(|byte| *byte == b' ').filter(|word| !word.is_empty()).map(<[u8]>::to_vec).collect())
@@ -153,8 +153,8 @@ impl Capabilities {
     }
 
     /// What of the list matters before login.
-    pub(super) fn offer(&self) -> Offer {
-        Offer { mechanisms: self.offerable(), extensions: self.extensions() }
+    pub(super) fn offer(&self) -> ServerCapabilities {
+        ServerCapabilities { mechanisms: self.offerable(), extensions: self.extensions() }
     }
 
     /// Mechanisms of the server that a proxy may offer to clients. A hash whose `-PLUS` form the server offers is left out: a client
@@ -211,7 +211,7 @@ mod tests {
     #[test]
     fn a_logged_in_client_is_not_told_how_to_log_in() {
         let list =
-            Capabilities::new(b"IMAP4rev1  auth=PLAIN AUTH=LOGIN starttls IDLE LOGINDISABLED UNAUTHENTICATE SASL-IR");
+            CapabilityList::new(b"IMAP4rev1  auth=PLAIN AUTH=LOGIN starttls IDLE LOGINDISABLED UNAUTHENTICATE SASL-IR");
         assert!(list.has("StartTLS") && list.has("AUTH=plain") && !list.has("AUTH"));
         assert_eq!(list.after_login(), b"IMAP4rev1 IDLE");
     }
@@ -228,15 +228,15 @@ mod tests {
 
     #[test]
     fn what_a_server_offers() {
-        let list = Capabilities::new(b"IMAP4rev1 AUTH=PLAIN auth=scram-sha-256 AUTH=SCRAM-SHA-256-PLUS LOGINDISABLED");
+        let list = CapabilityList::new(b"IMAP4rev1 AUTH=PLAIN auth=scram-sha-256 AUTH=SCRAM-SHA-256-PLUS LOGINDISABLED");
         let names: Vec<&str> = list.mechanisms().iter().map(Mechanism::sasl_name).collect();
         assert_eq!(names, ["PLAIN", "SCRAM-SHA-256"]);
-        assert!(Capabilities::new(b"IMAP4rev1").mechanisms().has(Mechanism::Login));
+        assert!(CapabilityList::new(b"IMAP4rev1").mechanisms().has(Mechanism::Login));
     }
 
     #[test]
     fn a_hash_that_the_server_can_bind_to_a_channel_is_not_offered_without() {
-        let list = Capabilities::new(b"AUTH=SCRAM-SHA-1 AUTH=SCRAM-SHA-256 auth=scram-sha-256-plus LOGINDISABLED");
+        let list = CapabilityList::new(b"AUTH=SCRAM-SHA-1 AUTH=SCRAM-SHA-256 auth=scram-sha-256-plus LOGINDISABLED");
         let names: Vec<&str> = list.offerable().iter().map(Mechanism::sasl_name).collect();
         assert_eq!(names, ["SCRAM-SHA-1"]);
         assert!(list.mechanisms().has(Mechanism::ScramSha256), "it can be relayed if the operator offers it");
@@ -244,11 +244,11 @@ mod tests {
 
     #[test]
     fn extensions_that_every_server_has_are_promised_before_login() {
-        let one = Capabilities::new(
+        let one = CapabilityList::new(
             b"IMAP4rev1 idle MOVE UIDPLUS STARTTLS LOGINDISABLED AUTH=PLAIN COMPRESS=DEFLATE LOGIN-REFERRALS \
               UNAUTHENTICATE LITERAL- IMAP4rev2 UTF8=ACCEPT X-OWN ACL",
         );
-        let other = Capabilities::new(b"IMAP4rev1 IDLE UIDPLUS QUOTA");
+        let other = CapabilityList::new(b"IMAP4rev1 IDLE UIDPLUS QUOTA");
         let names: Vec<&str> = one.extensions().iter().collect();
         assert_eq!(names, ["IDLE", "UIDPLUS", "MOVE"]);
         let common = one.extensions().and(other.extensions());

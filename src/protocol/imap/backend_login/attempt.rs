@@ -4,7 +4,7 @@ use super::command::LoginForms;
 use super::fault::ServerFault;
 use super::verdict::Verdict;
 use crate::identity::{LoginWith, Mechanism, ServerLogin};
-use crate::protocol::imap::capability::Offer;
+use crate::protocol::imap::capability::ServerCapabilities;
 use crate::protocol::imap::client_id::Pair;
 use crate::protocol::imap::tag::Tag;
 
@@ -78,7 +78,7 @@ pub enum ServerStep {
     /// The server knows where the user is: elsewhere.
     Referred(Referral),
     /// There was nothing to log in with, and this is what the server offers.
-    Seen(Offer),
+    Seen(ServerCapabilities),
     /// The server could not answer.
     Unavailable(Unavailable),
 }

@@ -4,7 +4,7 @@ use zeroize::Zeroizing;
 
 use super::fault::ServerFault;
 use crate::identity::{LoginWith, Mechanism, PasswordLogin, ServerLogin};
-use crate::protocol::imap::capability::Capabilities;
+use crate::protocol::imap::capability::CapabilityList;
 use crate::protocol::imap::client_id::Pair;
 use crate::protocol::imap::sasl;
 
@@ -54,7 +54,7 @@ impl LoginForms {
 /// that the client used; `None`: the login is the proxy's own.
 pub(super) fn forms(
     login: &ServerLogin<'_>,
-    capabilities: &Capabilities,
+    capabilities: &CapabilityList,
     with: LoginWith,
     client: Option<Mechanism>,
 ) -> Result<Vec<LoginForm>, ServerFault> {
@@ -148,7 +148,7 @@ pub(super) fn response(login: &ServerLogin<'_>) -> Zeroizing<Vec<u8>> {
 }
 
 /// The login command in parts: the first is sent at once, each further one when the server asks for it.
-pub(super) fn in_form(login: &ServerLogin<'_>, form: LoginForm, capabilities: &Capabilities) -> Vec<Zeroizing<Vec<u8>>> {
+pub(super) fn in_form(login: &ServerLogin<'_>, form: LoginForm, capabilities: &CapabilityList) -> Vec<Zeroizing<Vec<u8>>> {
     let name = mechanism(login).sasl_name().as_bytes();
     match (form, login) {
         (LoginForm::Command, ServerLogin::Password(password)) => login_command(password, capabilities),
@@ -159,7 +159,7 @@ pub(super) fn in_form(login: &ServerLogin<'_>, form: LoginForm, capabilities: &C
     }
 }
 
-fn login_command(credentials: &PasswordLogin<'_>, capabilities: &Capabilities) -> Vec<Zeroizing<Vec<u8>>> {
+fn login_command(credentials: &PasswordLogin<'_>, capabilities: &CapabilityList) -> Vec<Zeroizing<Vec<u8>>> {
     let mut parts = Vec::new();
     let mut current = joined(&[b"L LOGIN"]);
     for argument in [credentials.user.as_str().as_bytes(), credentials.password.expose()] {

@@ -21,7 +21,7 @@ use self::command::{LoginForm, LoginForms};
 pub use self::fault::ServerFault;
 use self::response::{Line, Status, is_word, referred, status};
 use self::verdict::{Action, ServerAnswer, LONG_PASSWORD, LoginStage, Verdict};
-use super::capability::{self, Capabilities, Offer};
+use super::capability::{self, CapabilityList, ServerCapabilities};
 use super::framing::{FrameLimits, Frame, Framer, literal_header, without_line_end};
 use crate::identity::{ServerLogin, append_wiped};
 
@@ -36,7 +36,7 @@ pub struct BackendLogin<'a> {
     phase: Phase,
     encrypted: bool,
     /// As last heard; nothing while unknown.
-    capabilities: Option<Capabilities>,
+    capabilities: Option<CapabilityList>,
     /// LoginForms of the login that the server offers, the best one first.
     forms: Vec<LoginForm>,
     /// LoginForms that the server has answered with BAD.
@@ -150,12 +150,12 @@ impl<'a> BackendLogin<'a> {
         self.unauthenticate
     }
 
-    fn note(&mut self, capabilities: &Capabilities) {
+    fn note(&mut self, capabilities: &CapabilityList) {
         self.unauthenticate |= capabilities.has("UNAUTHENTICATE");
     }
 
     /// What the server offers before login, as far as it is known.
-    pub fn offer(&self) -> Option<Offer> {
+    pub fn offer(&self) -> Option<ServerCapabilities> {
         // After the login the list is about other things.
         let is_before = !matches!(self.phase, Phase::CapabilityAfterLogin | Phase::LoggedIn);
         let capabilities = self.capabilities.as_ref().filter(|_| is_before)?;
@@ -318,7 +318,7 @@ impl<'a> BackendLogin<'a> {
         let Line::Untagged(content) = line else { return Err(ServerFault::Greeting) };
         match status(content) {
             Some((Status::Ok, text)) => {
-                let capabilities = Capabilities::from_code(text);
+                let capabilities = CapabilityList::from_code(text);
                 capabilities.iter().for_each(|capabilities| self.note(capabilities));
                 self.capabilities = capabilities;
                 Ok(())
@@ -347,7 +347,7 @@ impl<'a> BackendLogin<'a> {
         let Some(login) = &self.attempt.login else {
             let offer = capabilities.offer();
             out.extend_from_slice(b"Q LOGOUT\r\n");
-            return Ok(Some(ServerStep::Seen(offer)));
+            return Ok(Some(ServerStep::Probed(offer)));
         };
         let DialogueRules { login_with, client, .. } = self.attempt.rules;
         let forms = command::forms(login, capabilities, login_with, client)?;
@@ -392,7 +392,7 @@ impl<'a> BackendLogin<'a> {
             return Err(ServerFault::TooMuchUntagged);
         }
         if is_word(content, b"CAPABILITY") {
-            let capabilities = Capabilities::new(&content[b"CAPABILITY".len()..]);
+            let capabilities = CapabilityList::new(&content[b"CAPABILITY".len()..]);
             self.note(&capabilities);
             if self.phase == Phase::Login {
                 self.told_after_login = true;
@@ -464,7 +464,7 @@ impl<'a> BackendLogin<'a> {
 
     /// The client is told the capabilities with the OK. Where the server told none, it is asked.
     fn logged_in(&mut self, text: &[u8], out: &mut Zeroizing<Vec<u8>>) -> Option<ServerStep> {
-        if let Some(capabilities) = Capabilities::from_code(text) {
+        if let Some(capabilities) = CapabilityList::from_code(text) {
             self.note(&capabilities);
             let text = capability::code(text).map_or(text, |(_, _, rest)| rest);
             return Some(self.accept(Some(&capabilities.after_login()), text));

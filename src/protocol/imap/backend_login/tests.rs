@@ -169,7 +169,7 @@ impl Server {
                     log.push(format!("! referred to {} {}: {}", referral.host, referral.port, escape(&referral.reply)));
                     return true;
                 }
-                ServerStep::Seen(offer) => {
+                ServerStep::Probed(offer) => {
                     let names: Vec<&str> = offer.mechanisms.iter().map(Mechanism::as_str).collect();
                     log.push(format!("! seen: {}", names.join(" ")));
                     return true;
