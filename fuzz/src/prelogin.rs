@@ -3,14 +3,14 @@
 
 use vestibule::identity::{Mechanism, Mechanisms, Proof, UserName};
 use vestibule::protocol::imap::capability::{Extensions, Transport};
-use vestibule::protocol::imap::prelogin::{LoginRequest, Policy, Prelogin, Step};
+use vestibule::protocol::imap::prelogin::{LoginRequest, PreloginSettings, Prelogin, Step};
 use vestibule::protocol::imap::reply;
 
 pub fn run(input: &[u8]) {
     // The first byte chooses; the others are spoken as they are, so that the dictionary fits.
     let Some((&choice, bytes)) = input.split_first() else { return };
     let transport = [Transport::Tls, Transport::Plain, Transport::StartTls][usize::from(choice % 3)];
-    let policy = Policy {
+    let policy = PreloginSettings {
         transport,
         max_line: 1024,
         max_literal: 256,
@@ -31,7 +31,7 @@ pub fn run(input: &[u8]) {
 }
 
 /// All replies and steps, as text.
-fn transcript<'a>(policy: &Policy, pieces: impl Iterator<Item = &'a [u8]>) -> String {
+fn transcript<'a>(policy: &PreloginSettings, pieces: impl Iterator<Item = &'a [u8]>) -> String {
     let mut dialogue = Prelogin::new(policy.clone());
     let (mut replies, mut sent) = (Vec::new(), Vec::new());
     let mut steps = String::new();

@@ -7,7 +7,7 @@ use base64::engine::general_purpose::STANDARD;
 use vestibule::identity::{Credentials, Mechanism, Mechanisms, Proof, ServerLogin, TokenIssuer, UserName};
 use vestibule::protocol::imap::backend_login::{LoginAttempt, BackendLogin, DialogueRules, ServerStep};
 use vestibule::protocol::imap::capability::{Extensions, Transport};
-use vestibule::protocol::imap::prelogin::{Policy, Prelogin, Step};
+use vestibule::protocol::imap::prelogin::{PreloginSettings, Prelogin, Step};
 use vestibule::protocol::imap::sasl::renamed;
 use vestibule::protocol::imap::tag::Tag;
 use zeroize::Zeroizing;
@@ -91,7 +91,7 @@ fn one_user_for_every_reader(mechanism: Mechanism, message: &[u8], credentials: 
 
 /// What the client's login brings, if it is one.
 fn login(mechanism: Mechanism, messages: &[&[u8]], at_once: bool) -> Option<Credentials> {
-    let mut dialogue = Prelogin::new(Policy {
+    let mut dialogue = Prelogin::new(PreloginSettings {
         transport: Transport::Tls,
         max_line: 128 * 1024,
         max_literal: 1024,

@@ -54,7 +54,7 @@ use crate::failure::Reason;
 use crate::metrics::GaugeGuard;
 use crate::process::drain::Drain;
 use crate::protocol::imap::capability::Transport;
-use crate::protocol::imap::prelogin::{Bye, CloseReason, LoginRequest, Policy, Prelogin, Step};
+use crate::protocol::imap::prelogin::{Bye, CloseReason, LoginRequest, PreloginSettings, Prelogin, Step};
 use crate::relay::idle_poller::IdlePoller;
 use crate::snapshot::{ListenerConfig, Snapshot};
 use crate::stream::{Encrypted, Stream};
@@ -285,11 +285,11 @@ impl Session {
         }
     }
 
-    fn policy(&self, transport: Transport, stream: &Stream) -> Policy {
+    fn policy(&self, transport: Transport, stream: &Stream) -> PreloginSettings {
         let limits = &self.snapshot.limits;
         let tls = self.snapshot.tls.as_ref();
         let certificate = stream.peer_certificate().and_then(|certificate| tls?.owner(self.listener, certificate));
-        Policy {
+        PreloginSettings {
             transport,
             max_line: limits.line,
             max_literal: limits.literal,

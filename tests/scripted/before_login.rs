@@ -272,8 +272,8 @@ async fn requests_for_new_keys_before_the_login_are_answered_and_bounded() {
 async fn replies_to_a_client_that_does_not_read_are_bounded() {
     use vestibule::identity::Mechanisms;
     use vestibule::protocol::imap::capability::{Extensions, Transport};
-    use vestibule::protocol::imap::prelogin::{Policy, Prelogin, Step};
-    let policy = Policy {
+    use vestibule::protocol::imap::prelogin::{PreloginSettings, Prelogin, Step};
+    let policy = PreloginSettings {
         transport: Transport::Tls,
         max_line: 98_304,
         max_literal: 65_536,

@@ -38,7 +38,7 @@ const TLS_HANDSHAKE: u8 = 0x16;
 
 /// What is allowed.
 #[derive(Debug, Clone)]
-pub struct Policy {
+pub struct PreloginSettings {
     /// See [`Transport`].
     pub transport: Transport,
     /// Bytes of a command line or a SASL response.
@@ -105,13 +105,13 @@ pub struct InvalidLogin {
 pub enum CloseReason {
     /// The client asked for it.
     Logout,
-    /// See [`Policy::max_bad_commands`].
+    /// See [`PreloginSettings::max_bad_commands`].
     TooManyBadCommands,
-    /// See [`Policy::max_failed_logins`].
+    /// See [`PreloginSettings::max_failed_logins`].
     TooManyFailedLogins,
-    /// See [`Policy::max_line`].
+    /// See [`PreloginSettings::max_line`].
     LineTooLong,
-    /// See [`Policy::max_literal`].
+    /// See [`PreloginSettings::max_literal`].
     LiteralTooLong,
     /// Bytes came with STARTTLS (CVE-2011-0411).
     StartTlsInjection,
@@ -124,7 +124,7 @@ pub enum CloseReason {
 /// The dialogue so far.
 #[derive(Debug)]
 pub struct Prelogin {
-    policy: Policy,
+    policy: PreloginSettings,
     framer: Framer,
     state: State,
     commands: u32,
@@ -150,7 +150,7 @@ type Next = Option<Step>;
 
 impl Prelogin {
     /// For a fresh connection, or anew after STARTTLS.
-    pub fn new(policy: Policy) -> Self {
+    pub fn new(policy: PreloginSettings) -> Self {
         Self {
             framer: Framer::new(FrameLimits { line: policy.max_line, literals: policy.max_literal }).with_literals(literals),
             policy,
@@ -193,7 +193,7 @@ impl Prelogin {
         }
     }
 
-    /// The attempt was refused with `answer`, a complete line; `counts` against [`Policy::max_failed_logins`].
+    /// The attempt was refused with `answer`, a complete line; `counts` against [`PreloginSettings::max_failed_logins`].
     pub fn refused(&mut self, answer: &[u8], counts: bool, out: &mut Vec<u8>) {
         out.extend_from_slice(answer);
         if counts {
@@ -216,15 +216,15 @@ impl Prelogin {
     }
 
     fn capabilities(&self) -> String {
-        capability::before_login(self.policy.transport, self.offered(), self.policy.extensions)
+        capability::before_login(self.settings.transport, self.offered(), self.settings.extensions)
     }
 
     /// What may be used: EXTERNAL only with a certificate.
     fn offered(&self) -> Mechanisms {
         let without = Mechanism::ALL
             .into_iter()
-            .filter(|mechanism| *mechanism != Mechanism::External || self.policy.certificate.is_some());
-        self.policy.mechanisms.and(without.collect())
+            .filter(|mechanism| *mechanism != Mechanism::External || self.settings.certificate.is_some());
+        self.settings.mechanisms.and(without.collect())
     }
 
     /// What the client said of itself.
@@ -244,7 +244,7 @@ impl Prelogin {
     }
 
     fn next_command(&mut self, out: &mut Vec<u8>) -> Next {
-        let plaintext = self.policy.transport != Transport::Tls;
+        let plaintext = self.settings.transport != Transport::Tls;
         if self.commands == 0 && plaintext && self.framer.first_byte() == Some(TLS_HANDSHAKE) {
             return Some(Step::Close(CloseReason::TlsOnPlainPort));
         }
@@ -277,7 +277,7 @@ impl Prelogin {
         let tag = Tag::new(arguments.word());
         let verb = arguments.word();
         let login = verb.eq_ignore_ascii_case(b"LOGIN") || verb.eq_ignore_ascii_case(b"AUTHENTICATE");
-        let wanted = login && self.policy.transport != Transport::StartTls || verb.eq_ignore_ascii_case(b"ID");
+        let wanted = login && self.settings.transport != Transport::StartTls || verb.eq_ignore_ascii_case(b"ID");
         tag.is_some() && wanted
     }
 
@@ -361,7 +361,7 @@ impl Prelogin {
     }
 
     fn start_tls(&mut self, tag: &Tag, out: &mut Vec<u8>) -> Next {
-        match self.policy.transport {
+        match self.settings.transport {
             Transport::Tls => self.bad_command(Some(tag), "TLS is already active.", out),
             Transport::Plain => self.bad_command(Some(tag), "TLS is not available on this port.", out),
             // Whoever sent more could not yet know our answer: that is how commands are smuggled into a TLS session.
@@ -386,7 +386,7 @@ impl Prelogin {
     }
 
     fn login(&mut self, tag: &Tag, mut arguments: Arguments<'_>, out: &mut Vec<u8>) -> Result<Next, MalformedArguments> {
-        if self.policy.transport == Transport::StartTls {
+        if self.settings.transport == Transport::StartTls {
             return Ok(self.refuse_in_clear(tag, out));
         }
         let user = arguments.astring()?;
@@ -401,7 +401,7 @@ impl Prelogin {
     }
 
     fn authenticate(&mut self, tag: &Tag, mut arguments: Arguments<'_>, out: &mut Vec<u8>) -> Result<Next, MalformedArguments> {
-        if self.policy.transport == Transport::StartTls {
+        if self.settings.transport == Transport::StartTls {
             return Ok(self.refuse_in_clear(tag, out));
         }
         let mechanism = arguments.astring()?;
@@ -464,8 +464,8 @@ impl Prelogin {
         };
         let credentials = match exchange {
             Exchange::Plain => sasl::plain(&message),
-            Exchange::First(mechanism) => sasl::first_message(mechanism, &message, &self.policy.issuers),
-            Exchange::External => match &self.policy.certificate {
+            Exchange::First(mechanism) => sasl::first_message(mechanism, &message, &self.settings.issuers),
+            Exchange::External => match &self.settings.certificate {
                 Some(owner) => sasl::external(&message, owner),
                 None => Err(Invalid::Form),
             },
@@ -502,7 +502,7 @@ impl Prelogin {
 
     fn count_failed_login(&mut self, out: &mut Vec<u8>) {
         self.failed_logins += 1;
-        if self.failed_logins >= self.policy.max_failed_logins {
+        if self.failed_logins >= self.settings.max_failed_logins {
             reply::bye("Too many failed logins.", out);
             self.closing = Some(CloseReason::TooManyFailedLogins);
         }
@@ -511,7 +511,7 @@ impl Prelogin {
     fn bad_command(&mut self, tag: Option<&Tag>, text: &str, out: &mut Vec<u8>) -> Next {
         reply::bad(tag, text, out);
         self.bad_commands += 1;
-        if self.bad_commands < self.policy.max_bad_commands {
+        if self.bad_commands < self.settings.max_bad_commands {
             return None;
         }
         reply::bye("Too many invalid IMAP commands.", out);

@@ -2,12 +2,12 @@
 
 use proptest::prelude::*;
 
-use super::{Policy, Prelogin, Step};
+use super::{PreloginSettings, Prelogin, Step};
 use crate::identity::{Credentials, Mechanism, Proof, TokenIssuer};
 use crate::protocol::imap::capability::{Extensions, Transport};
 
-fn policy(transport: Transport) -> Policy {
-    Policy {
+fn policy(transport: Transport) -> PreloginSettings {
+    PreloginSettings {
         transport,
         max_line: 1024,
         max_literal: 256,
