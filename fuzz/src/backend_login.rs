@@ -2,7 +2,7 @@
 //! bounded, and an answer that goes there is whole lines.
 
 use vestibule::identity::{Mechanism, PasswordLogin, Secret, ServerLogin, UserName};
-use vestibule::protocol::imap::backend_login::{LoginAttempt, BackendLogin, DialogueRules, ServerStep};
+use vestibule::protocol::imap::backend_login::{LoginAttempt, BackendLogin, DialogueRules, LoginStep};
 use vestibule::protocol::imap::tag::Tag;
 use zeroize::Zeroizing;
 
@@ -73,26 +73,26 @@ fn end<'a>(
         dialogue.input(piece);
         loop {
             match dialogue.step(&mut sent) {
-                ServerStep::NeedInput => break,
-                ServerStep::StartTls => dialogue.tls_established(),
-                ServerStep::Accepted { to_client } => {
+                LoginStep::NeedInput => break,
+                LoginStep::StartTls => dialogue.tls_established(),
+                LoginStep::Accepted { to_client } => {
                     ended = Some(Ok(to_client));
                     break;
                 }
-                ServerStep::Refused { reply, counts } => {
+                LoginStep::Refused { reply, counts } => {
                     is_one_line(&reply);
                     return format!("refused {counts} {reply:?} {:?}", *sent);
                 }
-                ServerStep::Challenge(line) => {
+                LoginStep::Challenge(line) => {
                     assert!(!line.contains(&b'\n'), "{line:?}");
                     dialogue.respond(b"cmVzcG9uc2U=");
                 }
-                ServerStep::Referred(referral) => {
+                LoginStep::Referred(referral) => {
                     assert!(referral.reply.starts_with(b"a1 NO") && referral.reply.ends_with(b"\r\n"), "{referral:?}");
                     return format!("{referral:?} {:?}", *sent);
                 }
-                ServerStep::Probed(offer) => return format!("{offer:?} {:?}", *sent),
-                ServerStep::Unavailable(unavailable) => {
+                LoginStep::Probed(offer) => return format!("{offer:?} {:?}", *sent),
+                LoginStep::Unavailable(unavailable) => {
                     unavailable.reply.iter().for_each(|reply| is_one_line(reply));
                     let excerpt = unavailable.excerpt.as_deref().unwrap_or_default();
                     assert!(excerpt.len() < 1000 && !excerpt.chars().any(char::is_control), "{excerpt:?}");

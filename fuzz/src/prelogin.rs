@@ -3,7 +3,7 @@
 
 use vestibule::identity::{Mechanism, Mechanisms, Proof, UserName};
 use vestibule::protocol::imap::capability::{Extensions, Transport};
-use vestibule::protocol::imap::prelogin::{LoginRequest, PreloginSettings, Prelogin, Step};
+use vestibule::protocol::imap::prelogin::{LoginRequest, PreloginSettings, Prelogin, PreloginStep};
 use vestibule::protocol::imap::reply;
 
 pub fn run(input: &[u8]) {
@@ -41,11 +41,11 @@ fn transcript<'a>(policy: &PreloginSettings, pieces: impl Iterator<Item = &'a [u
         dialogue.input(piece);
         loop {
             match dialogue.step(&mut replies) {
-                Step::NeedInput => break,
-                Step::Send => sent.append(&mut replies),
-                Step::StartTls => return format!("{steps}starttls {:?}", [sent, replies].concat()),
-                Step::Close(reason) => return format!("{steps}{reason:?} {:?}", [sent, replies].concat()),
-                Step::Login(LoginRequest { tag, credentials }) => {
+                PreloginStep::NeedInput => break,
+                PreloginStep::Send => sent.append(&mut replies),
+                PreloginStep::StartTls => return format!("{steps}starttls {:?}", [sent, replies].concat()),
+                PreloginStep::Close(reason) => return format!("{steps}{reason:?} {:?}", [sent, replies].concat()),
+                PreloginStep::Login(LoginRequest { tag, credentials }) => {
                     let proof = match &credentials.proof {
                         Proof::Password(secret) | Proof::Message(secret) => secret.expose(),
                         Proof::Certificate => b"",
@@ -58,11 +58,11 @@ fn transcript<'a>(policy: &PreloginSettings, pieces: impl Iterator<Item = &'a [u
                         dialogue.refused(&reply::authentication_failed(&tag, None), true, &mut replies);
                     }
                 }
-                Step::InvalidLogin(login) => {
+                PreloginStep::InvalidLogin(login) => {
                     steps += &format!("{:?} {:?} {}\n", login.tag, login.mechanism, login.fault);
                     dialogue.refused(&reply::authentication_failed(&login.tag, None), true, &mut replies);
                 }
-                Step::Response(line) => {
+                PreloginStep::Response(line) => {
                     steps += &format!("response {:?}\n", *line);
                     let tag = asked.take().expect("nobody answers what was not asked");
                     dialogue.refused(&reply::authentication_failed(&tag, None), true, &mut replies);

@@ -5,9 +5,9 @@
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use vestibule::identity::{Credentials, Mechanism, Mechanisms, Proof, ServerLogin, TokenIssuer, UserName};
-use vestibule::protocol::imap::backend_login::{LoginAttempt, BackendLogin, DialogueRules, ServerStep};
+use vestibule::protocol::imap::backend_login::{LoginAttempt, BackendLogin, DialogueRules, LoginStep};
 use vestibule::protocol::imap::capability::{Extensions, Transport};
-use vestibule::protocol::imap::prelogin::{PreloginSettings, Prelogin, Step};
+use vestibule::protocol::imap::prelogin::{PreloginSettings, Prelogin, PreloginStep};
 use vestibule::protocol::imap::sasl::renamed;
 use vestibule::protocol::imap::tag::Tag;
 use zeroize::Zeroizing;
@@ -116,10 +116,10 @@ fn login(mechanism: Mechanism, messages: &[&[u8]], at_once: bool) -> Option<Cred
     for line in lines {
         dialogue.input(format!("{line}\r\n").as_bytes());
         match dialogue.step(&mut replies) {
-            Step::NeedInput | Step::Send => {}
-            Step::Login(request) => return Some(request.credentials),
-            Step::Close(_) | Step::InvalidLogin(_) => return None,
-            Step::StartTls | Step::Response(_) => panic!("nobody asked for that"),
+            PreloginStep::NeedInput | PreloginStep::Send => {}
+            PreloginStep::Login(request) => return Some(request.credentials),
+            PreloginStep::Close(_) | PreloginStep::InvalidLogin(_) => return None,
+            PreloginStep::StartTls | PreloginStep::Response(_) => panic!("nobody asked for that"),
         }
     }
     None
@@ -147,7 +147,7 @@ fn relayed(mechanism: Mechanism, credentials: &Credentials) -> Vec<u8> {
     let mut sent = Zeroizing::new(Vec::new());
     let name = mechanism.sasl_name();
     dialogue.input(format!("* OK [CAPABILITY IMAP4rev1 SASL-IR AUTH={name}] x\r\n").as_bytes());
-    assert!(matches!(dialogue.step(&mut sent), ServerStep::NeedInput));
+    assert!(matches!(dialogue.step(&mut sent), LoginStep::NeedInput));
     let line = std::str::from_utf8(&sent).expect("base64 is ASCII");
     let encoded = line.trim_end().rsplit(' ').next().unwrap_or_default();
     STANDARD.decode(encoded).expect("base64")

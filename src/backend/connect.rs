@@ -20,7 +20,7 @@ use crate::config::{ClientInfo, TlsMode};
 use crate::deadline::Deadline;
 use crate::failure::Reason;
 use crate::protocol::imap::backend_login::verdict::{Action, Verdict};
-use crate::protocol::imap::backend_login::{LoginAttempt, BackendLogin, DialogueRules, ServerFault, ServerStep, Unavailable};
+use crate::protocol::imap::backend_login::{LoginAttempt, BackendLogin, DialogueRules, ServerFault, LoginStep, Unavailable};
 use crate::protocol::imap::capability::ServerCapabilities;
 use crate::stream::Stream;
 
@@ -200,7 +200,7 @@ impl<'a> Dialogue<'a> {
             tracing::trace!(session = self.request.session_id, server = %self.server.name, state = self.machine.state(), "login dialogue");
             let step = self.carry_out(step, &out, due, is_first && has_connect_time).await;
             match step {
-                ServerStep::NeedInput => {
+                LoginStep::NeedInput => {
                     (due, is_first) = (deadline, false);
                     if self.request.purpose == Purpose::Session {
                         self.awaited.get_or_insert_with(|| self.server.greeted());
@@ -208,47 +208,47 @@ impl<'a> Dialogue<'a> {
                     // Once an account is logged in, capabilities are others.
                     self.offer = self.offer.or_else(|| self.machine.offer());
                 }
-                ServerStep::StartTls => match self.start_tls(deadline).await {
+                LoginStep::StartTls => match self.start_tls(deadline).await {
                     Ok(encrypted) if encrypted.request.purpose == Purpose::CheckTls => {
                         return Outcome::Seen(seen_and_left(encrypted.stream, None, deadline).await);
                     }
                     Ok(encrypted) => self = encrypted,
                     Err(fault) => return Outcome::Unavailable(fault),
                 },
-                ServerStep::Challenge(line) => return Outcome::Challenged(Box::new(Paused(self)), line),
-                ServerStep::Accepted { .. } if self.request.purpose == Purpose::Check => {
+                LoginStep::Challenge(line) => return Outcome::Challenged(Box::new(Paused(self)), line),
+                LoginStep::Accepted { .. } if self.request.purpose == Purpose::Check => {
                     return Outcome::Seen(self.logged_in_for_check(deadline).await);
                 }
-                ServerStep::Accepted { to_client } => return self.accepted(to_client, deadline).await,
-                ServerStep::Refused { reply, counts } => {
+                LoginStep::Accepted { to_client } => return self.accepted(to_client, deadline).await,
+                LoginStep::Refused { reply, counts } => {
                     self.judge_id();
                     self.leave(deadline).await;
                     return Outcome::Refused { reply, counts };
                 }
-                ServerStep::Referred(referral) => {
+                LoginStep::Referred(referral) => {
                     self.leave(deadline).await;
                     return Outcome::Referred(referral);
                 }
-                ServerStep::Probed(offer) => {
+                LoginStep::Probed(offer) => {
                     let unauthenticate = self.machine.advertises_unauthenticate();
                     let seen = seen_and_left(self.stream, Some(offer), deadline).await;
                     return Outcome::Seen(Seen { unauthenticate, ..seen });
                 }
-                ServerStep::Unavailable(unavailable) if unavailable.verdict.action == Action::Reconnect => {
+                LoginStep::Unavailable(unavailable) if unavailable.verdict.action == Action::Reconnect => {
                     match self.reconnect(deadline).await {
                         Ok(reconnected) => self = reconnected,
                         Err(fault) => return Outcome::Unavailable(fault),
                     }
                 }
-                ServerStep::Unavailable(unavailable) => return Outcome::Unavailable(self.explained(unavailable)),
+                LoginStep::Unavailable(unavailable) => return Outcome::Unavailable(self.explained(unavailable)),
             }
         }
     }
 
     /// Sends what the machine said, and reads if it needs input. `is_connecting`: the server has not greeted yet, and has
     /// had `limits.connect` for it when `due` comes.
-    async fn carry_out(&mut self, step: ServerStep, out: &[u8], due: Deadline, is_connecting: bool) -> ServerStep {
-        let needs_input = matches!(step, ServerStep::NeedInput);
+    async fn carry_out(&mut self, step: LoginStep, out: &[u8], due: Deadline, is_connecting: bool) -> LoginStep {
+        let needs_input = matches!(step, LoginStep::NeedInput);
         let (fault, error) = match due.limit(self.exchange(out, needs_input)).await {
             Ok(Ok(())) => return step,
             // What the server sent before its connection broke is an answer too.
@@ -258,7 +258,7 @@ impl<'a> Dialogue<'a> {
             Err(_) if is_connecting => (ServerFault::Silent, None),
             Err(_) => (ServerFault::Timeout, None),
         };
-        ServerStep::Unavailable(Unavailable { excerpt: error, ..self.machine.failed(fault) })
+        LoginStep::Unavailable(Unavailable { excerpt: error, ..self.machine.failed(fault) })
     }
 
     /// The server has accepted the login of a check, which ends with LOGOUT.

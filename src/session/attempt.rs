@@ -23,7 +23,7 @@ use crate::generations::Generation;
 use crate::identity::{Mechanism, Names, UserName, authorise_certificate};
 use crate::metrics::LoginOutcome;
 use crate::protocol::imap::client_id::ClientId;
-use crate::protocol::imap::prelogin::{Bye, LoginRequest, Prelogin, Step};
+use crate::protocol::imap::prelogin::{Bye, LoginRequest, Prelogin, PreloginStep};
 use crate::protocol::imap::tag::Tag;
 use crate::protocol::imap::{reply, sasl};
 use crate::route::{LoginContext, LoginTls, LookupRequest, RouteDecision, RouteError, RouteMatch};
@@ -447,13 +447,13 @@ impl Session {
             self.send(stream, &mut out).await?;
             match prelogin.step(&mut out) {
                 // The drain and shedding end the whole attempt.
-                Step::NeedInput => {
+                PreloginStep::NeedInput => {
                     if let Err(unread) = self.read(stream, prelogin).await {
                         return self.not_read(unread, stream, prelogin).await;
                     }
                 }
-                Step::Send => {}
-                Step::Response(response) => {
+                PreloginStep::Send => {}
+                PreloginStep::Response(response) => {
                     // The first message is held until the login ends.
                     let longest = response.len().max(login.credentials.proof_size());
                     if self.holds_for_login(longest).is_err() {
@@ -462,14 +462,14 @@ impl Session {
                     self.login_under_way(Some(Instant::now()));
                     return Some(response);
                 }
-                Step::Close(reason) => {
+                PreloginStep::Close(reason) => {
                     self.send(stream, &mut out).await?;
                     self.closed(reason);
                     close(stream).await;
                     return None;
                 }
                 // A response is waited for, and nothing else is read.
-                Step::Login(_) | Step::InvalidLogin(_) | Step::StartTls => return None,
+                PreloginStep::Login(_) | PreloginStep::InvalidLogin(_) | PreloginStep::StartTls => return None,
             }
         }
     }

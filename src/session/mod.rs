@@ -54,7 +54,7 @@ use crate::failure::Reason;
 use crate::metrics::GaugeGuard;
 use crate::process::drain::Drain;
 use crate::protocol::imap::capability::Transport;
-use crate::protocol::imap::prelogin::{Bye, CloseReason, LoginRequest, PreloginSettings, Prelogin, Step};
+use crate::protocol::imap::prelogin::{Bye, CloseReason, LoginRequest, PreloginSettings, Prelogin, PreloginStep};
 use crate::relay::idle_poller::IdlePoller;
 use crate::snapshot::{ListenerConfig, Snapshot};
 use crate::stream::{Encrypted, Stream};
@@ -205,15 +205,15 @@ impl Session {
             let began = Instant::now();
             self.told = None;
             match step {
-                Step::NeedInput => self.receive(&mut stream, &mut prelogin).await?,
-                Step::Send => {}
-                Step::StartTls => {
+                PreloginStep::NeedInput => self.receive(&mut stream, &mut prelogin).await?,
+                PreloginStep::Send => {}
+                PreloginStep::StartTls => {
                     let Stream::Plain(socket) = stream else { return None };
                     stream = self.encrypt(socket).await?;
                     // Nothing learnt in clear is believed: a new parser, new counters, no ID.
                     prelogin = Prelogin::new(self.policy(Transport::Tls, &stream));
                 }
-                Step::Login(mut request) => match self.bounded_attempt(&mut request, &mut stream, &mut prelogin).await?
+                PreloginStep::Login(mut request) => match self.bounded_attempt(&mut request, &mut stream, &mut prelogin).await?
                 {
                     Attempted::Accepted { seated, established } => {
                         self.report(auth_policy::LoginResult::Success);
@@ -241,17 +241,17 @@ impl Session {
                     }
                     Attempted::Unavailable => prelogin.unavailable(&request.tag, &mut out),
                 },
-                Step::InvalidLogin(login) => {
+                PreloginStep::InvalidLogin(login) => {
                     let reply = self.refuse_invalid(login, began).await;
                     prelogin.refused(&reply, true, &mut out);
                 }
-                Step::Close(reason) => {
+                PreloginStep::Close(reason) => {
                     self.closed(reason);
                     close(&mut stream).await;
                     return None;
                 }
                 // Only `attempt` passes challenges on, and it takes what comes back.
-                Step::Response(_) => {}
+                PreloginStep::Response(_) => {}
             }
         }
     }
@@ -312,7 +312,7 @@ impl Session {
         }
     }
 
-    /// Step 2. `None`: the session is over.
+    /// PreloginStep 2. `None`: the session is over.
     async fn encrypt(&mut self, socket: TcpStream) -> Option<Stream> {
         let began = Instant::now();
         let due = self.login_by.min(Deadline::after(self.snapshot.limits.handshake));

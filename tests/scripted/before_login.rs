@@ -272,7 +272,7 @@ async fn requests_for_new_keys_before_the_login_are_answered_and_bounded() {
 async fn replies_to_a_client_that_does_not_read_are_bounded() {
     use vestibule::identity::Mechanisms;
     use vestibule::protocol::imap::capability::{Extensions, Transport};
-    use vestibule::protocol::imap::prelogin::{PreloginSettings, Prelogin, Step};
+    use vestibule::protocol::imap::prelogin::{PreloginSettings, Prelogin, PreloginStep};
     let policy = PreloginSettings {
         transport: Transport::Tls,
         max_line: 98_304,
@@ -287,7 +287,7 @@ async fn replies_to_a_client_that_does_not_read_are_bounded() {
     let mut dialogue = Prelogin::new(policy);
     dialogue.input(&b"a CAPABILITY\r\n".repeat(4096 / 14));
     let (mut out, mut sent) = (Vec::new(), 0);
-    while !matches!(dialogue.step(&mut out), Step::NeedInput) {
+    while !matches!(dialogue.step(&mut out), PreloginStep::NeedInput) {
         assert!(out.len() < 5000, "{}", out.len());
         sent += std::mem::take(&mut out).len();
     }

@@ -56,7 +56,7 @@ pub struct UnsupportedForms {
 
 /// What the caller does next; what is in `out` is sent first.
 #[derive(Debug)]
-pub enum ServerStep {
+pub enum LoginStep {
     /// Read more.
     NeedInput,
     /// Perform the handshake, then call `BackendLogin::tls_established`.

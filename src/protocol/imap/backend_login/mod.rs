@@ -16,7 +16,7 @@ pub mod verdict;
 
 use zeroize::Zeroizing;
 
-pub use self::attempt::{LoginAttempt, IdAnswer, UnsupportedForms, Referral, DialogueRules, ServerStep, Unavailable};
+pub use self::attempt::{LoginAttempt, IdAnswer, UnsupportedForms, Referral, DialogueRules, LoginStep, Unavailable};
 use self::command::{LoginForm, LoginForms};
 pub use self::fault::ServerFault;
 use self::response::{Line, Status, is_word, referred, status};
@@ -135,7 +135,7 @@ impl<'a> BackendLogin<'a> {
         (self.retried, self.reconnected) = (false, true);
     }
 
-    /// The client's answer to [`ServerStep::Challenge`], as it stands in its line.
+    /// The client's answer to [`LoginStep::Challenge`], as it stands in its line.
     pub fn respond(&mut self, line: &[u8]) {
         self.response = Some(command::joined(&[line, b"\r\n"]));
     }
@@ -194,10 +194,10 @@ impl<'a> BackendLogin<'a> {
     }
 
     /// Goes on as far as the input allows; what the server is to be sent is appended to `out`.
-    pub fn step(&mut self, out: &mut Zeroizing<Vec<u8>>) -> ServerStep {
+    pub fn step(&mut self, out: &mut Zeroizing<Vec<u8>>) -> LoginStep {
         if self.phase == Phase::Handshake {
             match self.proceed(out) {
-                Err(fault) => return ServerStep::Unavailable(self.failed(fault)),
+                Err(fault) => return LoginStep::Unavailable(self.failed(fault)),
                 Ok(Some(step)) => return step,
                 Ok(None) => {}
             }
@@ -208,8 +208,8 @@ impl<'a> BackendLogin<'a> {
         loop {
             match self.framer.line() {
                 Frame::Complete => {}
-                Frame::Incomplete => return ServerStep::NeedInput,
-                _ => return ServerStep::Unavailable(self.failed(ServerFault::Protocol)),
+                Frame::Incomplete => return LoginStep::NeedInput,
+                _ => return LoginStep::Unavailable(self.failed(ServerFault::Protocol)),
             }
             let line = self.framer.take();
             let line = without_line_end(&line);
@@ -218,7 +218,7 @@ impl<'a> BackendLogin<'a> {
                 Ok(Some(step)) => return step,
                 Err(fault) => {
                     let excerpt = Some(self.excerpt(line));
-                    return ServerStep::Unavailable(Unavailable { excerpt, ..self.failed(fault) });
+                    return LoginStep::Unavailable(Unavailable { excerpt, ..self.failed(fault) });
                 }
             }
         }
@@ -263,7 +263,7 @@ impl<'a> BackendLogin<'a> {
         learned.map(|learned| learned.rejected).unwrap_or_default()
     }
 
-    fn line(&mut self, line: &[u8], out: &mut Zeroizing<Vec<u8>>) -> Result<Option<ServerStep>, ServerFault> {
+    fn line(&mut self, line: &[u8], out: &mut Zeroizing<Vec<u8>>) -> Result<Option<LoginStep>, ServerFault> {
         let parsed = Line::parse(line).ok_or(match self.phase {
             Phase::Greeting => ServerFault::Greeting,
             _ => ServerFault::Protocol,
@@ -286,7 +286,7 @@ impl<'a> BackendLogin<'a> {
         }
     }
 
-    fn continued(&mut self, text: &[u8], out: &mut Zeroizing<Vec<u8>>) -> Result<Option<ServerStep>, ServerFault> {
+    fn continued(&mut self, text: &[u8], out: &mut Zeroizing<Vec<u8>>) -> Result<Option<LoginStep>, ServerFault> {
         if let Some(part) = self.parts.next() {
             append_wiped(out, &part);
             return Ok(None);
@@ -303,7 +303,7 @@ impl<'a> BackendLogin<'a> {
         self.challenge(text).map(Some)
     }
 
-    fn challenge(&mut self, text: &[u8]) -> Result<ServerStep, ServerFault> {
+    fn challenge(&mut self, text: &[u8]) -> Result<LoginStep, ServerFault> {
         if !matches!(self.attempt.login, Some(ServerLogin::Relayed { .. })) {
             return Err(ServerFault::Protocol);
         }
@@ -311,7 +311,7 @@ impl<'a> BackendLogin<'a> {
         if self.challenges > MAX_CHALLENGES {
             return Err(ServerFault::TooManyChallenges);
         }
-        Ok(ServerStep::Challenge(text.to_vec()))
+        Ok(LoginStep::Challenge(text.to_vec()))
     }
 
     fn greeting(&mut self, line: &Line<'_>) -> Result<(), ServerFault> {
@@ -330,7 +330,7 @@ impl<'a> BackendLogin<'a> {
     }
 
     /// Sends the next command: capabilities where they are unknown, STARTTLS where it is due, else the login.
-    fn proceed(&mut self, out: &mut Zeroizing<Vec<u8>>) -> Result<Option<ServerStep>, ServerFault> {
+    fn proceed(&mut self, out: &mut Zeroizing<Vec<u8>>) -> Result<Option<LoginStep>, ServerFault> {
         let Some(capabilities) = &self.capabilities else {
             out.extend_from_slice(b"C CAPABILITY\r\n");
             self.phase = Phase::Capability;
@@ -347,7 +347,7 @@ impl<'a> BackendLogin<'a> {
         let Some(login) = &self.attempt.login else {
             let offer = capabilities.offer();
             out.extend_from_slice(b"Q LOGOUT\r\n");
-            return Ok(Some(ServerStep::Probed(offer)));
+            return Ok(Some(LoginStep::Probed(offer)));
         };
         let DialogueRules { login_with, client, .. } = self.attempt.rules;
         let forms = command::forms(login, capabilities, login_with, client)?;
@@ -364,7 +364,7 @@ impl<'a> BackendLogin<'a> {
 
     /// Sends the login in the best form that the server has not answered with BAD. The tag stays the same: nothing is
     /// sent before the answer to the form before.
-    fn send_login(&mut self, out: &mut Zeroizing<Vec<u8>>) -> Result<Option<ServerStep>, ServerFault> {
+    fn send_login(&mut self, out: &mut Zeroizing<Vec<u8>>) -> Result<Option<LoginStep>, ServerFault> {
         let form = self.forms.iter().copied().find(|form| !self.rejected.has(*form)).ok_or(ServerFault::LoginBad)?;
         self.form = Some(form);
         let capabilities = self.capabilities.clone().unwrap_or_default();
@@ -421,7 +421,7 @@ impl<'a> BackendLogin<'a> {
         status: Status,
         text: &[u8],
         out: &mut Zeroizing<Vec<u8>>,
-    ) -> Result<Option<ServerStep>, ServerFault> {
+    ) -> Result<Option<LoginStep>, ServerFault> {
         match (self.phase, tag, status) {
             (Phase::Capability, b"C", Status::Ok) => {
                 // A server that names none can do what every server can.
@@ -431,7 +431,7 @@ impl<'a> BackendLogin<'a> {
             (Phase::StartTls, b"S", Status::Ok) if self.framer.has_leftover() => Err(ServerFault::StartTlsResidue),
             (Phase::StartTls, b"S", Status::Ok) => {
                 self.phase = Phase::Handshake;
-                Ok(Some(ServerStep::StartTls))
+                Ok(Some(LoginStep::StartTls))
             }
             (Phase::StartTls, b"S", _) => Err(ServerFault::StartTlsRefused),
             // Whether the server likes our ID does not matter.
@@ -445,7 +445,7 @@ impl<'a> BackendLogin<'a> {
             (Phase::Login, b"L", Status::Bad) => match self.verdict(ServerAnswer::Bad).action {
                 Action::Refuse { counts } => {
                     let reply = refusal_text::bad(self.attempt.tag.as_str(), text);
-                    Ok(Some(ServerStep::Refused { reply, counts }))
+                    Ok(Some(LoginStep::Refused { reply, counts }))
                 }
                 _ => {
                     self.form.into_iter().for_each(|form| self.rejected.insert(form));
@@ -463,7 +463,7 @@ impl<'a> BackendLogin<'a> {
     }
 
     /// The client is told the capabilities with the OK. Where the server told none, it is asked.
-    fn logged_in(&mut self, text: &[u8], out: &mut Zeroizing<Vec<u8>>) -> Option<ServerStep> {
+    fn logged_in(&mut self, text: &[u8], out: &mut Zeroizing<Vec<u8>>) -> Option<LoginStep> {
         if let Some(capabilities) = CapabilityList::from_code(text) {
             self.note(&capabilities);
             let text = capability::code(text).map_or(text, |(_, _, rest)| rest);
@@ -480,7 +480,7 @@ impl<'a> BackendLogin<'a> {
     }
 
     /// `text` is what follows OK, without a capability code.
-    fn accept(&mut self, capabilities: Option<&[u8]>, text: &[u8]) -> ServerStep {
+    fn accept(&mut self, capabilities: Option<&[u8]>, text: &[u8]) -> LoginStep {
         self.phase = Phase::LoggedIn;
         let mut to_client = std::mem::take(&mut self.untagged);
         let code = match capabilities {
@@ -497,21 +497,21 @@ impl<'a> BackendLogin<'a> {
         to_client.extend_from_slice(&[self.attempt.tag.as_str().as_bytes(), b" OK ", &code, text, b"\r\n"].concat());
         let framer = std::mem::replace(&mut self.framer, Framer::new(FrameLimits { line: 0, literals: 0 }));
         to_client.extend_from_slice(&framer.into_leftover());
-        ServerStep::Accepted { to_client }
+        LoginStep::Accepted { to_client }
     }
 
     /// The server answered NO.
-    fn refused(&self, line: &[u8], text: &[u8]) -> ServerStep {
+    fn refused(&self, line: &[u8], text: &[u8]) -> LoginStep {
         let DialogueRules { unavailable_texts, limit_texts, .. } = self.attempt.rules;
         self.answered(line, text, refusal_text::classify_no(text, unavailable_texts, limit_texts))
     }
 
     /// The server sent BYE instead of an answer.
-    fn bye(&self, line: &[u8], text: &[u8]) -> ServerStep {
+    fn bye(&self, line: &[u8], text: &[u8]) -> LoginStep {
         self.answered(line, text, refusal_text::classify_bye(text, self.attempt.rules.limit_texts))
     }
 
-    fn answered(&self, line: &[u8], text: &[u8], meaning: refusal_text::ClassifiedRefusal) -> ServerStep {
+    fn answered(&self, line: &[u8], text: &[u8], meaning: refusal_text::ClassifiedRefusal) -> LoginStep {
         let reply = refusal_text::refusal(self.attempt.tag.as_str(), text, meaning.code);
         let verdict = self.verdict(meaning.answer);
         match (meaning.answer, verdict.action) {
@@ -519,13 +519,13 @@ impl<'a> BackendLogin<'a> {
                 // The client cannot do anything about the proxy's TLS, and BYE may come without a text.
                 let has_words = fault != ServerFault::TlsRequired && !(fault == ServerFault::Bye && text.is_empty());
                 let reply = has_words.then_some(reply);
-                ServerStep::Unavailable(Unavailable { fault, verdict, reply, excerpt: Some(self.excerpt(line)) })
+                LoginStep::Unavailable(Unavailable { fault, verdict, reply, excerpt: Some(self.excerpt(line)) })
             }
             (_, Action::FollowReferral) => match capability::code(text).and_then(|(_, url, _)| referred(url)) {
-                Some((host, port)) => ServerStep::Referred(Referral { host, port, reply }),
-                None => ServerStep::Refused { reply, counts: false },
+                Some((host, port)) => LoginStep::Referred(Referral { host, port, reply }),
+                None => LoginStep::Refused { reply, counts: false },
             },
-            (_, action) => ServerStep::Refused { reply, counts: action == Action::Refuse { counts: true } },
+            (_, action) => LoginStep::Refused { reply, counts: action == Action::Refuse { counts: true } },
         }
     }
 }

@@ -5,7 +5,7 @@ mod login_forms;
 use zeroize::Zeroizing;
 
 use super::verdict::Action;
-use super::{LoginAttempt, BackendLogin, UnsupportedForms, DialogueRules, ServerStep, Unavailable};
+use super::{LoginAttempt, BackendLogin, UnsupportedForms, DialogueRules, LoginStep, Unavailable};
 use crate::identity::{Credentials, LoginWith, Mechanism, PasswordLogin, Proof, Secret, ServerLogin, UserName};
 use crate::protocol::imap::client_id::Pair;
 use crate::protocol::imap::tag::Tag;
@@ -144,12 +144,12 @@ impl Server {
                 }
             }
             match step {
-                ServerStep::NeedInput => return false,
-                ServerStep::StartTls => {
+                LoginStep::NeedInput => return false,
+                LoginStep::StartTls => {
                     log.push("! start TLS".to_owned());
                     machine.tls_established();
                 }
-                ServerStep::Accepted { to_client } => {
+                LoginStep::Accepted { to_client } => {
                     log.extend(
                         to_client
                             .split_inclusive(|byte| *byte == b'\n')
@@ -157,31 +157,31 @@ impl Server {
                     );
                     return true;
                 }
-                ServerStep::Refused { reply, counts } => {
+                LoginStep::Refused { reply, counts } => {
                     log.push(format!("! refused{}: {}", if counts { "" } else { " (not counted)" }, escape(&reply)));
                     return true;
                 }
-                ServerStep::Challenge(line) => {
+                LoginStep::Challenge(line) => {
                     log.push(format!("! challenge: {}", line.escape_ascii()));
                     machine.respond(b"YW5zd2Vy");
                 }
-                ServerStep::Referred(referral) => {
+                LoginStep::Referred(referral) => {
                     log.push(format!("! referred to {} {}: {}", referral.host, referral.port, escape(&referral.reply)));
                     return true;
                 }
-                ServerStep::Probed(offer) => {
+                LoginStep::Probed(offer) => {
                     let names: Vec<&str> = offer.mechanisms.iter().map(Mechanism::as_str).collect();
                     log.push(format!("! seen: {}", names.join(" ")));
                     return true;
                 }
-                ServerStep::Unavailable(Unavailable { fault, verdict, reply, .. })
+                LoginStep::Unavailable(Unavailable { fault, verdict, reply, .. })
                     if verdict.action != Action::Reconnect =>
                 {
                     let reply = reply.map(|reply| format!(" {}", escape(&reply))).unwrap_or_default();
                     log.push(format!("! unavailable: {fault:?}{reply}"));
                     return true;
                 }
-                ServerStep::Unavailable(_) => {
+                LoginStep::Unavailable(_) => {
                     log.push("! reconnect".to_owned());
                     machine.reconnected();
                 }

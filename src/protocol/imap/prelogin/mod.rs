@@ -61,7 +61,7 @@ pub struct PreloginSettings {
 
 /// What the caller does next.
 #[derive(Debug)]
-pub enum Step {
+pub enum PreloginStep {
     /// Send the replies, read more, hand it to [`Prelogin::input`].
     NeedInput,
     /// Send the replies before there are more of them.
@@ -146,7 +146,7 @@ enum State {
 }
 
 /// What a command led to: `None` goes on.
-type Next = Option<Step>;
+type Next = Option<PreloginStep>;
 
 impl Prelogin {
     /// For a fresh connection, or anew after STARTTLS.
@@ -175,13 +175,13 @@ impl Prelogin {
     }
 
     /// Goes on as far as the input allows; replies are appended to `out`.
-    pub fn step(&mut self, out: &mut Vec<u8>) -> Step {
+    pub fn step(&mut self, out: &mut Vec<u8>) -> PreloginStep {
         loop {
             if let Some(reason) = self.closing.take() {
-                return Step::Close(reason);
+                return PreloginStep::Close(reason);
             }
             if out.len() > MAX_REPLIES {
-                return Step::Send;
+                return PreloginStep::Send;
             }
             let next = match &self.state {
                 State::Command => self.next_command(out),
@@ -246,10 +246,10 @@ impl Prelogin {
     fn next_command(&mut self, out: &mut Vec<u8>) -> Next {
         let plaintext = self.settings.transport != Transport::Tls;
         if self.commands == 0 && plaintext && self.framer.first_byte() == Some(TLS_HANDSHAKE) {
-            return Some(Step::Close(CloseReason::TlsOnPlainPort));
+            return Some(PreloginStep::Close(CloseReason::TlsOnPlainPort));
         }
         match self.framer.command() {
-            Frame::Incomplete => Some(Step::NeedInput),
+            Frame::Incomplete => Some(PreloginStep::NeedInput),
             Frame::Complete => {
                 let command = self.framer.take();
                 self.command(&command, out)
@@ -285,7 +285,7 @@ impl Prelogin {
         let tag = Tag::new(Arguments::new(self.framer.so_far()).word());
         reply::bad(tag.as_ref(), text, out);
         reply::bye(text, out);
-        Some(Step::Close(reason))
+        Some(PreloginStep::Close(reason))
     }
 
     fn command(&mut self, command: &[u8], out: &mut Vec<u8>) -> Next {
@@ -294,12 +294,12 @@ impl Prelogin {
         let mut after_first = arguments;
         let verb = after_first.word();
         if self.commands == 0 && is_foreign(first, verb) {
-            return Some(Step::Close(CloseReason::ForeignProtocol));
+            return Some(PreloginStep::Close(CloseReason::ForeignProtocol));
         }
         self.commands += 1;
         if self.commands > MAX_COMMANDS {
             reply::bye("Too many commands without a login.", out);
-            return Some(Step::Close(CloseReason::TooManyBadCommands));
+            return Some(PreloginStep::Close(CloseReason::TooManyBadCommands));
         }
         let Some(tag) = Tag::new(first) else {
             return self.bad_command(None, "Error in IMAP command: no valid tag.", out);
@@ -350,7 +350,7 @@ impl Prelogin {
                 arguments.end()?;
                 reply::bye("Logging out", out);
                 reply::ok(tag, "Logout completed.", out);
-                return Ok(Some(Step::Close(CloseReason::Logout)));
+                return Ok(Some(PreloginStep::Close(CloseReason::Logout)));
             }
             Command::StartTls => {
                 arguments.end()?;
@@ -365,10 +365,10 @@ impl Prelogin {
             Transport::Tls => self.bad_command(Some(tag), "TLS is already active.", out),
             Transport::Plain => self.bad_command(Some(tag), "TLS is not available on this port.", out),
             // Whoever sent more could not yet know our answer: that is how commands are smuggled into a TLS session.
-            Transport::StartTls if self.framer.has_leftover() => Some(Step::Close(CloseReason::StartTlsInjection)),
+            Transport::StartTls if self.framer.has_leftover() => Some(PreloginStep::Close(CloseReason::StartTlsInjection)),
             Transport::StartTls => {
                 reply::ok(tag, "Begin TLS negotiation now.", out);
-                Some(Step::StartTls)
+                Some(PreloginStep::StartTls)
             }
         }
     }
@@ -437,16 +437,16 @@ impl Prelogin {
                     reply::bad(Some(tag), "The response is too long.", out);
                 }
                 reply::bye("The response is too long.", out);
-                return Some(Step::Close(CloseReason::LineTooLong));
+                return Some(PreloginStep::Close(CloseReason::LineTooLong));
             }
-            _ => return Some(Step::NeedInput),
+            _ => return Some(PreloginStep::NeedInput),
         }
         let line = self.framer.take();
         let response = without_line_end(&line);
         match std::mem::replace(&mut self.state, State::Command) {
             State::Command => None,
             // The server is told of an abort too: it has the last word.
-            State::Relayed(_) => Some(Step::Response(Zeroizing::new(response.to_vec()))),
+            State::Relayed(_) => Some(PreloginStep::Response(Zeroizing::new(response.to_vec()))),
             State::Sasl(tag, _) if response == b"*" => {
                 reply::bad(Some(&tag), "Authentication aborted by client.", out);
                 None
@@ -486,9 +486,9 @@ impl Prelogin {
         out: &mut Vec<u8>,
     ) -> Next {
         match credentials {
-            Ok(credentials) => Some(Step::Login(LoginRequest { tag: tag.clone(), credentials })),
+            Ok(credentials) => Some(PreloginStep::Login(LoginRequest { tag: tag.clone(), credentials })),
             Err(fault) if fault.is_well_formed() => {
-                Some(Step::InvalidLogin(InvalidLogin { tag: tag.clone(), mechanism, fault }))
+                Some(PreloginStep::InvalidLogin(InvalidLogin { tag: tag.clone(), mechanism, fault }))
             }
             Err(fault) => self.bad_command(Some(tag), &format!("Invalid credentials: {fault}."), out),
         }
@@ -515,6 +515,6 @@ impl Prelogin {
             return None;
         }
         reply::bye("Too many invalid IMAP commands.", out);
-        Some(Step::Close(CloseReason::TooManyBadCommands))
+        Some(PreloginStep::Close(CloseReason::TooManyBadCommands))
     }
 }

@@ -2,7 +2,7 @@
 
 use proptest::prelude::*;
 
-use super::{PreloginSettings, Prelogin, Step};
+use super::{PreloginSettings, Prelogin, PreloginStep};
 use crate::identity::{Credentials, Mechanism, Proof, TokenIssuer};
 use crate::protocol::imap::capability::{Extensions, Transport};
 
@@ -31,9 +31,9 @@ fn client(transport: Transport, chunks: &[&[u8]]) -> String {
             let step = prelogin.step(&mut out);
             log += &out.escape_ascii().to_string().replace("\\r\\n", "\n");
             match step {
-                Step::NeedInput => break,
-                Step::Send => {}
-                Step::Login(login) => {
+                PreloginStep::NeedInput => break,
+                PreloginStep::Send => {}
+                PreloginStep::Login(login) => {
                     let Credentials { user, authzid, mechanism, proof } = &login.credentials;
                     let authzid = authzid.as_ref().map(|name| format!(" for {name}")).unwrap_or_default();
                     let password = match proof {
@@ -51,15 +51,15 @@ fn client(transport: Transport, chunks: &[&[u8]]) -> String {
                     prelogin.refused(refusal.as_bytes(), true, &mut out);
                     log += &out.escape_ascii().to_string().replace("\\r\\n", "\n");
                 }
-                Step::InvalidLogin(login) => {
+                PreloginStep::InvalidLogin(login) => {
                     log += &format!("! {} invalid by {}: {}\n", login.tag, login.mechanism.as_str(), login.fault);
                     let mut out = Vec::new();
                     prelogin.refused(format!("{} NO refused\r\n", login.tag).as_bytes(), true, &mut out);
                     log += &out.escape_ascii().to_string().replace("\\r\\n", "\n");
                 }
-                Step::Response(line) => log += &format!("! response {}\n", line.escape_ascii()),
-                Step::StartTls => return log + "! start TLS\n",
-                Step::Close(reason) => return log + &format!("! close: {reason:?}\n"),
+                PreloginStep::Response(line) => log += &format!("! response {}\n", line.escape_ascii()),
+                PreloginStep::StartTls => return log + "! start TLS\n",
+                PreloginStep::Close(reason) => return log + &format!("! close: {reason:?}\n"),
             }
         }
     }
@@ -328,7 +328,7 @@ fn a_token_without_an_authzid_logs_in_the_user_it_claims() {
     let mut prelogin = Prelogin::new(policy);
     let message = STANDARD.encode(format!("n,,\x01auth=Bearer {token}\x01\x01"));
     prelogin.input(format!("a AUTHENTICATE OAUTHBEARER {message}\r\n").as_bytes());
-    let Step::Login(login) = prelogin.step(&mut Vec::new()) else { panic!() };
+    let PreloginStep::Login(login) = prelogin.step(&mut Vec::new()) else { panic!() };
     assert_eq!(login.credentials.user.as_str(), "alice@a.test");
     let Proof::Message(sent) = &login.credentials.proof else { panic!() };
     assert!(sent.expose().starts_with(b"n,a=alice@a.test,\x01auth=Bearer "));
@@ -377,10 +377,10 @@ fn what_follows_the_login_is_the_servers() {
         prelogin.input(&input[..split]);
         let mut out = Vec::new();
         let first = prelogin.step(&mut out);
-        let fed = matches!(first, Step::NeedInput);
+        let fed = matches!(first, PreloginStep::NeedInput);
         if fed {
             prelogin.input(&input[split..]);
-            assert!(matches!(prelogin.step(&mut out), Step::Login(_)));
+            assert!(matches!(prelogin.step(&mut out), PreloginStep::Login(_)));
         }
         let mut rest = prelogin.into_leftover();
         if !fed {
@@ -441,7 +441,7 @@ proptest! {
         }
         let mut prelogin = Prelogin::new(policy(Transport::Tls));
         prelogin.input(&bytes);
-        let Step::Login(login) = prelogin.step(&mut Vec::new()) else {
+        let PreloginStep::Login(login) = prelogin.step(&mut Vec::new()) else {
             return Err(TestCaseError::fail(format!("no login in {}", bytes.escape_ascii())));
         };
         prop_assert_eq!(login.credentials.user.as_str(), user.as_str());
@@ -493,7 +493,7 @@ fn what_is_not_offered_is_refused() {
     let mut out = Vec::new();
     prelogin.greet(&mut out);
     prelogin.input(b"a LOGIN alice secret\r\nb AUTHENTICATE EXTERNAL =\r\n");
-    let Step::Login(login) = prelogin.step(&mut out) else { panic!() };
+    let PreloginStep::Login(login) = prelogin.step(&mut out) else { panic!() };
     assert_eq!(
         out.escape_ascii().to_string(),
         "* OK [CAPABILITY IMAP4rev1 SASL-IR LITERAL+ ID ENABLE AUTH=EXTERNAL LOGINDISABLED] Vestibule ready.\\r\\n\
@@ -507,18 +507,18 @@ fn a_challenge_is_passed_on_and_its_answer_brought_back() {
     let mut prelogin = Prelogin::new(policy(Transport::Tls));
     let mut out = Vec::new();
     prelogin.input(b"a AUTHENTICATE SCRAM-SHA-1 biwsbj1hbGljZSxyPXg=\r\n");
-    let Step::Login(login) = prelogin.step(&mut out) else { panic!() };
+    let PreloginStep::Login(login) = prelogin.step(&mut out) else { panic!() };
     prelogin.challenge(&login.tag, b"c2VydmVy", &mut out);
     assert_eq!(out, b"+ c2VydmVy\r\n");
     for (line, response) in [(&b"Y2xpZW50\r\n"[..], &b"Y2xpZW50"[..]), (b"*\r\n", b"*"), (b"\n", b"")] {
-        assert!(matches!(prelogin.step(&mut out), Step::NeedInput));
+        assert!(matches!(prelogin.step(&mut out), PreloginStep::NeedInput));
         prelogin.input(line);
-        let Step::Response(got) = prelogin.step(&mut out) else { panic!() };
+        let PreloginStep::Response(got) = prelogin.step(&mut out) else { panic!() };
         assert_eq!(&got[..], response);
         prelogin.challenge(&login.tag, b"", &mut out);
     }
     prelogin.input(&[b'x'; 2000]);
     out.clear();
-    assert!(matches!(prelogin.step(&mut out), Step::Close(_)));
+    assert!(matches!(prelogin.step(&mut out), PreloginStep::Close(_)));
     assert!(out.starts_with(b"a BAD The response is too long."));
 }
