@@ -97,7 +97,7 @@ pub struct InvalidLogin {
     /// How it arrived.
     pub mechanism: Mechanism,
     /// What is wrong, for the log: never a part of the credentials.
-    pub fault: Invalid,
+    pub fault: InvalidCredentials,
 }
 
 /// Why a connection closes before login.
@@ -467,7 +467,7 @@ impl Prelogin {
             Exchange::First(mechanism) => sasl::first_message(mechanism, &message, &self.settings.issuers),
             Exchange::External => match &self.settings.certificate {
                 Some(owner) => sasl::external(&message, owner),
-                None => Err(Invalid::Form),
+                None => Err(InvalidCredentials::Grammar),
             },
             Exchange::LoginUser => {
                 self.ask(tag.clone(), Exchange::LoginPassword(message), out);
@@ -482,7 +482,7 @@ impl Prelogin {
         &mut self,
         tag: &Tag,
         mechanism: Mechanism,
-        credentials: Result<Credentials, Invalid>,
+        credentials: Result<Credentials, InvalidCredentials>,
         out: &mut Vec<u8>,
     ) -> Next {
         match credentials {

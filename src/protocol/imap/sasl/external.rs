@@ -1,10 +1,10 @@
 //! EXTERNAL (RFC 4422 appendix A).
 
-use super::{Invalid, name};
+use super::{InvalidCredentials, name};
 use crate::identity::{Credentials, Mechanism, Proof, UserName};
 
 /// Reads an empty message, or the name of the user whose mailbox the certificate's owner asks for.
-pub(in crate::protocol::imap) fn external(message: &[u8], owner: &UserName) -> Result<Credentials, Invalid> {
+pub(in crate::protocol::imap) fn external(message: &[u8], owner: &UserName) -> Result<Credentials, InvalidCredentials> {
     let authzid = match message {
         b"" => None,
         authzid => Some(name(authzid)?),

@@ -30,7 +30,7 @@ const BASE64: GeneralPurpose = GeneralPurpose::new(
 
 /// Why a message is refused.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Invalid {
+pub enum InvalidCredentials {
     /// Not base64.
     Base64,
     /// Not the grammar of the mechanism.
@@ -43,7 +43,7 @@ pub enum Invalid {
     Token(TokenFault),
 }
 
-impl Invalid {
+impl InvalidCredentials {
     /// Whether the message is well-formed, so that only its credentials cannot be right.
     pub(super) fn is_well_formed(self) -> bool {
         match self {
@@ -53,7 +53,7 @@ impl Invalid {
     }
 }
 
-impl std::fmt::Display for Invalid {
+impl std::fmt::Display for InvalidCredentials {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
             Self::Base64 => f.write_str("the response is not base64"),
@@ -66,8 +66,8 @@ impl std::fmt::Display for Invalid {
 }
 
 /// Decodes a line of a SASL exchange.
-pub(super) fn decode(line: &[u8]) -> Result<Zeroizing<Vec<u8>>, Invalid> {
-    BASE64.decode(line).map(Zeroizing::new).map_err(|_| Invalid::Base64)
+pub(super) fn decode(line: &[u8]) -> Result<Zeroizing<Vec<u8>>, InvalidCredentials> {
+    BASE64.decode(line).map(Zeroizing::new).map_err(|_| InvalidCredentials::Base64)
 }
 
 /// Encodes a message as a server gets it.
@@ -84,7 +84,7 @@ pub(super) fn first_message(
     mechanism: Mechanism,
     message: &[u8],
     issuers: &[TokenIssuer],
-) -> Result<Credentials, Invalid> {
+) -> Result<Credentials, InvalidCredentials> {
     let (user, authzid) = match mechanism {
         Mechanism::XOauth2 => (name(oauth::xoauth2(message)?.user)?, None),
         Mechanism::OauthBearer => return oauth::bearer_credentials(message, issuers),
@@ -92,7 +92,7 @@ pub(super) fn first_message(
             let first = scram::client_first(message)?;
             (name(&first.user)?, first.authzid.as_deref().map(name).transpose()?)
         }
-        _ => return Err(Invalid::Form),
+        _ => return Err(InvalidCredentials::Grammar),
     };
     Ok(relayed(mechanism, user, authzid, message))
 }
@@ -109,8 +109,8 @@ pub fn is_token_refusal(mechanism: Mechanism, challenge: &[u8]) -> bool {
     matches!(mechanism, Mechanism::XOauth2 | Mechanism::OauthBearer) && !challenge.trim_ascii().is_empty()
 }
 
-fn name(bytes: &[u8]) -> Result<UserName, Invalid> {
-    UserName::new(bytes).map_err(Invalid::Name)
+fn name(bytes: &[u8]) -> Result<UserName, InvalidCredentials> {
+    UserName::new(bytes).map_err(InvalidCredentials::Name)
 }
 
 #[cfg(test)]

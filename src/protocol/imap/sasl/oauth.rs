@@ -1,7 +1,7 @@
 //! XOAUTH2 (Google's) and OAUTHBEARER (RFC 7628): a bearer token and the name of its user.
 
 use super::gs2::{self, escaped};
-use super::{Invalid, name, relayed};
+use super::{InvalidCredentials, name, relayed};
 use crate::identity::{Credentials, Mechanism, Secret, TokenIssuer, UserName, claimed_user};
 
 /// Separates the fields of both mechanisms.
@@ -16,13 +16,13 @@ pub(super) struct XOauth2<'a> {
 }
 
 /// Reads `user=NAME ^A auth=Bearer TOKEN ^A ^A`, and nothing else: with a field more, servers differ in which one they use.
-pub(super) fn xoauth2(message: &[u8]) -> Result<XOauth2<'_>, Invalid> {
+pub(super) fn xoauth2(message: &[u8]) -> Result<XOauth2<'_>, InvalidCredentials> {
     let mut fields = fields(message)?;
     let (Some(user), Some(auth), None) = (fields.next(), fields.next(), fields.next()) else {
-        return Err(Invalid::Form);
+        return Err(InvalidCredentials::Grammar);
     };
-    let user = user.strip_prefix(b"user=").ok_or(Invalid::Form)?;
-    bearer_token(auth.strip_prefix(b"auth=").ok_or(Invalid::Form)?)?;
+    let user = user.strip_prefix(b"user=").ok_or(InvalidCredentials::Grammar)?;
+    bearer_token(auth.strip_prefix(b"auth=").ok_or(InvalidCredentials::Grammar)?)?;
     Ok(XOauth2 { user })
 }
 
@@ -35,17 +35,17 @@ pub(super) struct Bearer<'a> {
 
 /// Reads `gs2-header ^A (key=value ^A)… ^A` (RFC 7628 section 3.1). Unknown keys are ignored, as the RFC demands, but for `user`,
 /// a key of its drafts that names a user; a key that occurs twice, in any letter case, is refused.
-pub(super) fn bearer(message: &[u8]) -> Result<Bearer<'_>, Invalid> {
+pub(super) fn bearer(message: &[u8]) -> Result<Bearer<'_>, InvalidCredentials> {
     let header = gs2::header(message)?;
     // Section 3.1: the flag is "n", because the mechanism binds no channel.
     if header.could_bind {
-        return Err(Invalid::Form);
+        return Err(InvalidCredentials::Grammar);
     }
-    let pairs = header.rest.strip_prefix(&[SEPARATOR]).ok_or(Invalid::Form)?;
+    let pairs = header.rest.strip_prefix(&[SEPARATOR]).ok_or(InvalidCredentials::Grammar)?;
     let mut seen: Vec<Vec<u8>> = Vec::new();
     let mut token = None;
     for pair in fields(pairs)? {
-        let split = pair.iter().position(|byte| *byte == b'=').ok_or(Invalid::Form)?;
+        let split = pair.iter().position(|byte| *byte == b'=').ok_or(InvalidCredentials::Grammar)?;
         let (key, value) = (&pair[..split], &pair[split + 1..]);
         let folded = key.to_ascii_lowercase();
         if key.is_empty()
@@ -54,28 +54,28 @@ pub(super) fn bearer(message: &[u8]) -> Result<Bearer<'_>, Invalid> {
             || folded == b"user"
             || seen.contains(&folded)
         {
-            return Err(Invalid::Form);
+            return Err(InvalidCredentials::Grammar);
         }
         if key == b"auth" {
             token = Some(bearer_token(value)?);
         }
         seen.push(folded);
         if seen.len() > MAX_KEYS {
-            return Err(Invalid::Form);
+            return Err(InvalidCredentials::Grammar);
         }
     }
-    Ok(Bearer { authzid: header.authzid, token: token.ok_or(Invalid::Form)? })
+    Ok(Bearer { authzid: header.authzid, token: token.ok_or(InvalidCredentials::Grammar)? })
 }
 
 /// The credentials in a message of OAUTHBEARER. Without an authorization identity the user is the one that the token claims, if one
 /// of `issuers` issued it; the message then gets that name, so that the server accepts this user or none.
-pub(super) fn bearer_credentials(message: &[u8], issuers: &[TokenIssuer]) -> Result<Credentials, Invalid> {
+pub(super) fn bearer_credentials(message: &[u8], issuers: &[TokenIssuer]) -> Result<Credentials, InvalidCredentials> {
     let Bearer { authzid, token } = bearer(message)?;
     if let Some(authzid) = authzid {
         return Ok(relayed(Mechanism::OauthBearer, name(&authzid)?, None, message));
     }
-    let user = claimed_user(token, issuers).map_err(Invalid::Token)?;
-    let message = with_authzid(message, &user).ok_or(Invalid::Form)?;
+    let user = claimed_user(token, issuers).map_err(InvalidCredentials::Token)?;
+    let message = with_authzid(message, &user).ok_or(InvalidCredentials::Grammar)?;
     Ok(relayed(Mechanism::OauthBearer, user, None, message.expose()))
 }
 
@@ -98,15 +98,15 @@ fn with_authzid(message: &[u8], user: &UserName) -> Option<Secret> {
 }
 
 /// The fields of a message, which ends with two separators: one of the last field, one of the message.
-fn fields(message: &[u8]) -> Result<impl Iterator<Item = &[u8]>, Invalid> {
-    let content = message.strip_suffix(&[SEPARATOR, SEPARATOR]).ok_or(Invalid::Form)?;
+fn fields(message: &[u8]) -> Result<impl Iterator<Item = &[u8]>, InvalidCredentials> {
+    let content = message.strip_suffix(&[SEPARATOR, SEPARATOR]).ok_or(InvalidCredentials::Grammar)?;
     Ok(content.split(|byte| *byte == SEPARATOR))
 }
 
 /// Reads `Bearer TOKEN`: the scheme in any letter case, as in HTTP (RFC 9110 section 11.1); one or more VSCHAR (RFC 6749
 /// appendix A.12).
-fn bearer_token(value: &[u8]) -> Result<&[u8], Invalid> {
-    let (scheme, token) = value.split_at_checked(b"Bearer ".len()).ok_or(Invalid::Form)?;
+fn bearer_token(value: &[u8]) -> Result<&[u8], InvalidCredentials> {
+    let (scheme, token) = value.split_at_checked(b"Bearer ".len()).ok_or(InvalidCredentials::Grammar)?;
     let is_token = !token.is_empty() && token.iter().all(u8::is_ascii_graphic);
-    if scheme.eq_ignore_ascii_case(b"Bearer ") && is_token { Ok(token) } else { Err(Invalid::Form) }
+    if scheme.eq_ignore_ascii_case(b"Bearer ") && is_token { Ok(token) } else { Err(InvalidCredentials::Grammar) }
 }

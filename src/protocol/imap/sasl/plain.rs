@@ -2,15 +2,15 @@
 
 use zeroize::Zeroizing;
 
-use super::{Invalid, encode, name};
+use super::{InvalidCredentials, encode, name};
 use crate::identity::{Credentials, Mechanism, PasswordLogin, Proof, Secret, UserName};
 
 /// Reads `authzid NUL authcid NUL password`. An authzid that repeats the authcid asks for nothing and is left out.
-pub(in crate::protocol::imap) fn plain(message: &[u8]) -> Result<Credentials, Invalid> {
+pub(in crate::protocol::imap) fn plain(message: &[u8]) -> Result<Credentials, InvalidCredentials> {
     let mut parts = message.split(|byte| *byte == 0);
     let (Some(authzid), Some(authcid), Some(password), None) = (parts.next(), parts.next(), parts.next(), parts.next())
     else {
-        return Err(Invalid::Form);
+        return Err(InvalidCredentials::Grammar);
     };
     let mut credentials = password_login(authcid, password, Mechanism::SaslPlain)?;
     if !authzid.is_empty() && authzid != authcid {
@@ -24,10 +24,10 @@ pub(in crate::protocol::imap) fn password_login(
     user: &[u8],
     password: &[u8],
     mechanism: Mechanism,
-) -> Result<Credentials, Invalid> {
+) -> Result<Credentials, InvalidCredentials> {
     let user = name(user)?;
     if password.iter().any(|byte| matches!(byte, 0 | b'\r' | b'\n')) {
-        return Err(Invalid::Password);
+        return Err(InvalidCredentials::Password);
     }
     Ok(Credentials { user, authzid: None, mechanism, proof: Proof::Password(Secret::new(password.to_vec())) })
 }

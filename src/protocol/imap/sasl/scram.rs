@@ -1,6 +1,6 @@
 //! The first message of SCRAM (RFC 5802 section 7).
 
-use super::{Invalid, gs2};
+use super::{InvalidCredentials, gs2};
 
 /// Names of attributes with a meaning elsewhere in the exchange: none of them may be an extension of the first message.
 const RESERVED: &[u8] = b"anmrcspvie";
@@ -14,20 +14,20 @@ pub(super) struct ClientFirst {
 
 /// Reads `gs2-header n=user,r=nonce[,extension]…`. `m=`, an extension that a server must not ignore, is refused, and so is an
 /// attribute that occurs twice, in any letter case.
-pub(super) fn client_first(message: &[u8]) -> Result<ClientFirst, Invalid> {
+pub(super) fn client_first(message: &[u8]) -> Result<ClientFirst, InvalidCredentials> {
     let header = gs2::header(message)?;
     let mut attributes = header.rest.split(|byte| *byte == b',');
-    let user = attributes.next().and_then(|first| first.strip_prefix(b"n=")).ok_or(Invalid::Form)?;
-    let nonce = attributes.next().and_then(|second| second.strip_prefix(b"r=")).ok_or(Invalid::Form)?;
+    let user = attributes.next().and_then(|first| first.strip_prefix(b"n=")).ok_or(InvalidCredentials::Grammar)?;
+    let nonce = attributes.next().and_then(|second| second.strip_prefix(b"r=")).ok_or(InvalidCredentials::Grammar)?;
     if nonce.is_empty() || !nonce.iter().all(u8::is_ascii_graphic) {
-        return Err(Invalid::Form);
+        return Err(InvalidCredentials::Grammar);
     }
     let mut names = RESERVED.to_vec();
     for extension in attributes {
-        let [attribute, b'=', value @ ..] = extension else { return Err(Invalid::Form) };
+        let [attribute, b'=', value @ ..] = extension else { return Err(InvalidCredentials::Grammar) };
         let attribute_name = attribute.to_ascii_lowercase();
         if !attribute.is_ascii_alphabetic() || names.contains(&attribute_name) || !is_value(value) {
-            return Err(Invalid::Form);
+            return Err(InvalidCredentials::Grammar);
         }
         names.push(attribute_name);
     }

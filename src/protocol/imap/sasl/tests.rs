@@ -5,11 +5,11 @@ use proptest::prelude::*;
 use super::*;
 use crate::identity::PasswordLogin;
 
-fn both(credentials: Result<Credentials, Invalid>) -> Result<(String, Option<String>), Invalid> {
+fn both(credentials: Result<Credentials, InvalidCredentials>) -> Result<(String, Option<String>), InvalidCredentials> {
     credentials.map(|it| (it.user.to_string(), it.authzid.map(|name| name.to_string())))
 }
 
-fn first(mechanism: Mechanism, message: &[u8]) -> Result<(String, Option<String>), Invalid> {
+fn first(mechanism: Mechanism, message: &[u8]) -> Result<(String, Option<String>), InvalidCredentials> {
     both(first_message(mechanism, message, &[]))
 }
 
@@ -25,14 +25,14 @@ fn plain_messages() {
     assert_eq!(read(b"alice\0alice\0x"), Ok(("alice".into(), None, b"x".to_vec())));
     assert_eq!(read(b"bob\0alice\0\xff"), Ok(("alice".into(), Some("bob".into()), b"\xff".to_vec())));
     for wrong in [&b"alice\0x"[..], b"", b"\0alice\0a\0b", b"\0alice\0a\0", b"\0\0\0\0"] {
-        assert_eq!(read(wrong), Err(Invalid::Form), "{}", wrong.escape_ascii());
+        assert_eq!(read(wrong), Err(InvalidCredentials::Grammar), "{}", wrong.escape_ascii());
     }
-    assert_eq!(read(b"\0alice\0a\nb"), Err(Invalid::Password));
-    assert_eq!(read(b"\0\0x"), Err(Invalid::Name(InvalidName::Empty)));
-    assert_eq!(read(b"bob\0\0x"), Err(Invalid::Name(InvalidName::Empty)));
-    assert_eq!(read(b"b\rob\0alice\0x"), Err(Invalid::Name(InvalidName::Control)));
-    assert_eq!(read(b" \0alice\0x"), Err(Invalid::Name(InvalidName::WhiteSpace)));
-    assert_eq!(read(b"\0al\xffice\0x"), Err(Invalid::Name(InvalidName::NotUtf8)));
+    assert_eq!(read(b"\0alice\0a\nb"), Err(InvalidCredentials::Password));
+    assert_eq!(read(b"\0\0x"), Err(InvalidCredentials::Name(InvalidName::Empty)));
+    assert_eq!(read(b"bob\0\0x"), Err(InvalidCredentials::Name(InvalidName::Empty)));
+    assert_eq!(read(b"b\rob\0alice\0x"), Err(InvalidCredentials::Name(InvalidName::Control)));
+    assert_eq!(read(b" \0alice\0x"), Err(InvalidCredentials::Name(InvalidName::WhiteSpace)));
+    assert_eq!(read(b"\0al\xffice\0x"), Err(InvalidCredentials::Name(InvalidName::NotUtf8)));
 }
 
 #[test]
@@ -40,7 +40,7 @@ fn padding_may_be_missing() {
     assert_eq!(decode(b"AGEAYg==").as_deref().map(Vec::as_slice), Ok(&b"\0a\0b"[..]));
     assert_eq!(decode(b"AGEAYg").as_deref().map(Vec::as_slice), Ok(&b"\0a\0b"[..]));
     for bad in [&b"A"[..], b"AGEA Yg==", b"AGEAYg==x", b"!"] {
-        assert_eq!(decode(bad).err(), Some(Invalid::Base64), "{}", bad.escape_ascii());
+        assert_eq!(decode(bad).err(), Some(InvalidCredentials::Base64), "{}", bad.escape_ascii());
     }
 }
 
@@ -57,17 +57,17 @@ fn first_messages_name_their_user() {
         Ok(("al,ice".into(), Some("bob".into())))
     );
     assert_eq!(first(Mechanism::ScramSha1, b"n,a=bob,n=bob,r=x"), good("bob"));
-    assert_eq!(first(Mechanism::ScramSha256, b"n,,n=a\x01b,r=x"), Err(Invalid::Name(InvalidName::Control)));
-    assert_eq!(first(Mechanism::ScramSha256, b"n,,n=,r=x"), Err(Invalid::Name(InvalidName::Empty)));
-    assert_eq!(first(Mechanism::ScramSha256, b"n,a=,n=a,r=x"), Err(Invalid::Name(InvalidName::Empty)));
-    assert_eq!(first(Mechanism::XOauth2, b"user=\x01auth=Bearer t\x01\x01"), Err(Invalid::Name(InvalidName::Empty)));
+    assert_eq!(first(Mechanism::ScramSha256, b"n,,n=a\x01b,r=x"), Err(InvalidCredentials::Name(InvalidName::Control)));
+    assert_eq!(first(Mechanism::ScramSha256, b"n,,n=,r=x"), Err(InvalidCredentials::Name(InvalidName::Empty)));
+    assert_eq!(first(Mechanism::ScramSha256, b"n,a=,n=a,r=x"), Err(InvalidCredentials::Name(InvalidName::Empty)));
+    assert_eq!(first(Mechanism::XOauth2, b"user=\x01auth=Bearer t\x01\x01"), Err(InvalidCredentials::Name(InvalidName::Empty)));
     assert_eq!(
         first(Mechanism::XOauth2, b"user=a \x01auth=Bearer t\x01\x01"),
-        Err(Invalid::Name(InvalidName::WhiteSpace))
+        Err(InvalidCredentials::Name(InvalidName::WhiteSpace))
     );
     assert_eq!(
         first(Mechanism::OauthBearer, b"n,a=\xff,\x01auth=Bearer t\x01\x01"),
-        Err(Invalid::Name(InvalidName::NotUtf8))
+        Err(InvalidCredentials::Name(InvalidName::NotUtf8))
     );
 }
 
@@ -139,7 +139,7 @@ fn a_message_that_can_be_read_in_two_ways_is_refused() {
         (Mechanism::ScramSha256, b"n=user,r=x"),
         (Mechanism::ScramSha256, b"n,,r=x,n=user"),
     ] {
-        assert_eq!(first(mechanism, wrong), Err(Invalid::Form), "{}", wrong.escape_ascii());
+        assert_eq!(first(mechanism, wrong), Err(InvalidCredentials::Grammar), "{}", wrong.escape_ascii());
     }
 }
 
@@ -158,7 +158,7 @@ fn a_token_without_an_authzid_is_relayed_under_the_name_it_claims() {
         format!("n,a=a=3Dli=2Cce,\x01host=h\x01auth=Bearer {token}\x01\x01")
     );
     let unknown = first_message(Mechanism::OauthBearer, message.as_bytes(), &[]);
-    assert_eq!(unknown.map(|it| it.user).unwrap_err(), Invalid::Token(TokenFault::NoIssuer));
+    assert_eq!(unknown.map(|it| it.user).unwrap_err(), InvalidCredentials::Token(TokenFault::NoIssuer));
 }
 
 #[test]
