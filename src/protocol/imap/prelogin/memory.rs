@@ -1,6 +1,6 @@
 //! What a client makes the dialogue remember, in bytes.
 
-use super::{Exchange, Prelogin, State};
+use super::{SaslExchange, Prelogin, State};
 
 impl Prelogin {
     /// Memory that the client's words take now.
@@ -16,7 +16,7 @@ impl Prelogin {
     /// What is kept of earlier commands.
     fn kept(&self) -> usize {
         let exchange = match &self.state {
-            State::Sasl(_, Exchange::LoginPassword(user)) => user.len(),
+            State::Sasl(_, SaslExchange::LoginPassword(user)) => user.len(),
             State::Sasl(..) | State::Command | State::Relayed(_) => 0,
         };
         exchange + self.client_id().size()

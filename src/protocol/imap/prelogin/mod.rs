@@ -20,7 +20,7 @@ use zeroize::Zeroizing;
 use self::arguments::{Arguments, MalformedArguments};
 pub use self::bye::Bye;
 use self::command::{Command, is_foreign, literals};
-use self::sasl_exchange::Exchange;
+use self::sasl_exchange::SaslExchange;
 use super::capability::{Extensions, Transport};
 use super::client_id::{self, ClientId};
 use super::framing::{FrameLimits, Frame, Framer, without_line_end};
@@ -140,7 +140,7 @@ enum State {
     /// Waiting for a command.
     Command,
     /// Waiting for the response of a SASL exchange.
-    Sasl(Tag, Exchange),
+    Sasl(Tag, SaslExchange),
     /// Waiting for the response to a server's challenge.
     Relayed(Tag),
 }
@@ -408,7 +408,7 @@ impl Prelogin {
         let initial = Zeroizing::new(arguments.word().to_vec());
         arguments.end()?;
         let known = Mechanism::by_sasl_name(&mechanism).filter(|mechanism| self.offered().has(*mechanism));
-        let Some(exchange) = known.and_then(Exchange::of) else {
+        let Some(exchange) = known.and_then(SaslExchange::of) else {
             let offered: Vec<&str> =
                 self.offered().iter().map(Mechanism::sasl_name).filter(|name| !name.is_empty()).collect();
             let text = format!("[CANNOT] Mechanism not supported. Offered: {}.", offered.join(", "));
@@ -424,7 +424,7 @@ impl Prelogin {
         Ok(self.response(&tag.clone(), exchange, &initial, out))
     }
 
-    fn ask(&mut self, tag: Tag, exchange: Exchange, out: &mut Vec<u8>) {
+    fn ask(&mut self, tag: Tag, exchange: SaslExchange, out: &mut Vec<u8>) {
         out.extend_from_slice(exchange.prompt());
         self.state = State::Sasl(tag, exchange);
     }
@@ -456,24 +456,24 @@ impl Prelogin {
     }
 
     /// A response in base64, initial or not.
-    fn response(&mut self, tag: &Tag, exchange: Exchange, response: &[u8], out: &mut Vec<u8>) -> Next {
+    fn response(&mut self, tag: &Tag, exchange: SaslExchange, response: &[u8], out: &mut Vec<u8>) -> Next {
         let mechanism = exchange.mechanism();
         let message = match sasl::decode(response.trim_ascii_end()) {
             Ok(message) => message,
             Err(invalid) => return self.attempt(tag, mechanism, Err(invalid), out),
         };
         let credentials = match exchange {
-            Exchange::Plain => sasl::plain(&message),
-            Exchange::First(mechanism) => sasl::first_message(mechanism, &message, &self.settings.issuers),
-            Exchange::External => match &self.settings.certificate {
+            SaslExchange::Plain => sasl::plain(&message),
+            SaslExchange::First(mechanism) => sasl::first_message(mechanism, &message, &self.settings.issuers),
+            SaslExchange::External => match &self.settings.certificate {
                 Some(owner) => sasl::external(&message, owner),
                 None => Err(InvalidCredentials::Grammar),
             },
-            Exchange::LoginUser => {
-                self.ask(tag.clone(), Exchange::LoginPassword(message), out);
+            SaslExchange::LoginUserName => {
+                self.ask(tag.clone(), SaslExchange::LoginPassword(message), out);
                 return None;
             }
-            Exchange::LoginPassword(user) => sasl::password_login(&user, &message, mechanism),
+            SaslExchange::LoginPassword(user) => sasl::password_login(&user, &message, mechanism),
         };
         self.attempt(tag, mechanism, credentials, out)
     }

@@ -6,9 +6,9 @@ use crate::identity::Mechanism;
 
 /// What the next response is.
 #[derive(Debug)]
-pub(super) enum Exchange {
+pub(super) enum SaslExchange {
     Plain,
-    LoginUser,
+    LoginUserName,
     /// The user's name has arrived, not yet checked.
     LoginPassword(Zeroizing<Vec<u8>>),
     External,
@@ -16,13 +16,13 @@ pub(super) enum Exchange {
     First(Mechanism),
 }
 
-impl Exchange {
+impl SaslExchange {
     /// The first step of `mechanism`. `None`: the command LOGIN, which has no exchange.
     pub(super) fn of(mechanism: Mechanism) -> Option<Self> {
         match mechanism {
             Mechanism::Login => None,
             Mechanism::SaslPlain => Some(Self::Plain),
-            Mechanism::SaslLogin => Some(Self::LoginUser),
+            Mechanism::SaslLogin => Some(Self::LoginUserName),
             Mechanism::External => Some(Self::External),
             Mechanism::XOauth2 | Mechanism::OauthBearer | Mechanism::ScramSha1 | Mechanism::ScramSha256 => {
                 Some(Self::First(mechanism))
@@ -34,7 +34,7 @@ impl Exchange {
     pub(super) fn mechanism(&self) -> Mechanism {
         match self {
             Self::Plain => Mechanism::SaslPlain,
-            Self::LoginUser | Self::LoginPassword(_) => Mechanism::SaslLogin,
+            Self::LoginUserName | Self::LoginPassword(_) => Mechanism::SaslLogin,
             Self::External => Mechanism::External,
             Self::First(mechanism) => *mechanism,
         }
@@ -45,7 +45,7 @@ impl Exchange {
         match self {
             Self::Plain | Self::External | Self::First(_) => b"+ \r\n",
             // "Username:" and "Password:" in base64, as every server of this mechanism asks.
-            Self::LoginUser => b"+ VXNlcm5hbWU6\r\n",
+            Self::LoginUserName => b"+ VXNlcm5hbWU6\r\n",
             Self::LoginPassword(_) => b"+ UGFzc3dvcmQ6\r\n",
         }
     }
