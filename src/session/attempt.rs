@@ -23,7 +23,7 @@ use crate::generations::Generation;
 use crate::identity::{Mechanism, Names, UserName, authorise_certificate};
 use crate::metrics::LoginOutcome;
 use crate::protocol::imap::client_id::ClientId;
-use crate::protocol::imap::prelogin::{Bye, LoginRequest, Prelogin, PreloginStep};
+use crate::protocol::imap::prelogin::{ByeReason, LoginRequest, Prelogin, PreloginStep};
 use crate::protocol::imap::tag::Tag;
 use crate::protocol::imap::{reply, sasl};
 use crate::route::{LoginContext, LoginTls, LookupRequest, RouteDecision, RouteError, RouteMatch};
@@ -457,7 +457,7 @@ impl Session {
                     // The first message is held until the login ends.
                     let longest = response.len().max(login.credentials.proof_size());
                     if self.holds_for_login(longest).is_err() {
-                        return self.farewell(stream, prelogin, (Bye::Memory, Reason::ShedForMemory)).await;
+                        return self.farewell(stream, prelogin, (ByeReason::Memory, Reason::ShedForMemory)).await;
                     }
                     self.login_under_way(Some(Instant::now()));
                     return Some(response);

@@ -54,7 +54,7 @@ use crate::failure::Reason;
 use crate::metrics::GaugeGuard;
 use crate::process::drain::Drain;
 use crate::protocol::imap::capability::Transport;
-use crate::protocol::imap::prelogin::{Bye, CloseReason, LoginRequest, PreloginSettings, Prelogin, PreloginStep};
+use crate::protocol::imap::prelogin::{ByeReason, CloseReason, LoginRequest, PreloginSettings, Prelogin, PreloginStep};
 use crate::relay::idle_poller::IdlePoller;
 use crate::snapshot::{ListenerConfig, Snapshot};
 use crate::stream::{Encrypted, Stream};
@@ -396,7 +396,7 @@ impl Session {
         prelogin: &mut Prelogin,
     ) -> Option<Attempted> {
         if self.holds_for_login(request.credentials.proof_size()).is_err() {
-            return self.farewell(stream, prelogin, (Bye::Memory, Reason::ShedForMemory)).await;
+            return self.farewell(stream, prelogin, (ByeReason::Memory, Reason::ShedForMemory)).await;
         }
         self.login_under_way(request.credentials.is_complete().then(Instant::now));
         let (drain, shed) = (self.drain.begun().clone(), self.shed());
@@ -411,7 +411,7 @@ impl Session {
                 let _ = self.login_memory.resize(0);
                 return attempted;
             }
-            () = drain.cancelled() => (Bye::Shutdown, Reason::Drain),
+            () = drain.cancelled() => (ByeReason::Shutdown, Reason::Drain),
             () = shed => self.why_shed(),
         };
         self.record.abandoned(None);
@@ -426,7 +426,7 @@ impl Session {
                 Ok(()) => return Some(()),
                 Err(unread) => return self.not_read(unread, stream, prelogin).await,
             },
-            () = drain.cancelled() => (Bye::Shutdown, Reason::Drain),
+            () = drain.cancelled() => (ByeReason::Shutdown, Reason::Drain),
             () = shed => self.why_shed(),
         };
         self.farewell(stream, prelogin, ending).await
@@ -455,8 +455,8 @@ impl Session {
     async fn not_read<T>(&mut self, unread: Unread, stream: &mut Stream, prelogin: &Prelogin) -> Option<T> {
         let ending = match unread {
             Unread::Gone => return self.gone(Reason::Disconnected),
-            Unread::Late => (Bye::LoginDeadline, Reason::LoginDeadline),
-            Unread::OutOfMemory => (Bye::Memory, Reason::ShedForMemory),
+            Unread::Late => (ByeReason::LoginDeadline, Reason::LoginDeadline),
+            Unread::OutOfMemory => (ByeReason::Memory, Reason::ShedForMemory),
             Unread::ProxyHeader => {
                 self.unexpected_proxy_header();
                 return None;
@@ -466,7 +466,7 @@ impl Session {
     }
 
     /// Ends the session with a BYE, whether or not the client takes it. Returns `None`, for its callers to return.
-    async fn farewell<T>(&mut self, stream: &mut Stream, prelogin: &Prelogin, ending: (Bye, Reason)) -> Option<T> {
+    async fn farewell<T>(&mut self, stream: &mut Stream, prelogin: &Prelogin, ending: (ByeReason, Reason)) -> Option<T> {
         let (bye, reason) = ending;
         let mut out = Vec::new();
         prelogin.bye(bye, &mut out);
@@ -474,7 +474,7 @@ impl Session {
             stream.write_all(&out).await?;
             stream.shutdown().await
         };
-        let patience = if bye == Bye::Memory { SHORT_FAREWELL } else { FAREWELL };
+        let patience = if bye == ByeReason::Memory { SHORT_FAREWELL } else { FAREWELL };
         let _ = timeout(patience, farewell).await;
         self.record.ended_by(EndedBy::Proxy);
         self.record.failed(reason);

@@ -21,7 +21,7 @@ use crate::failure::Reason;
 use crate::identity::{Credentials, Mechanism, Naming, UserName};
 use crate::metrics::{LoginOutcome, Refusal};
 use crate::protocol::imap::client_id::ClientId;
-use crate::protocol::imap::prelogin::{Bye, LoginRequest};
+use crate::protocol::imap::prelogin::{ByeReason, LoginRequest};
 use crate::protocol::imap::reply;
 use crate::protocol::imap::tag::Tag;
 use crate::snapshot::Snapshot;
@@ -112,10 +112,10 @@ impl Session {
     }
 
     /// What a connection that must go is sent, and what is recorded.
-    pub(super) fn why_shed(&self) -> (Bye, Reason) {
+    pub(super) fn why_shed(&self) -> (ByeReason, Reason) {
         match self.prelogin_ticket.as_ref().and_then(PreloginTicket::shed_reason) {
-            Some(ShedReason::Memory) => (Bye::Memory, Reason::ShedForMemory),
-            Some(ShedReason::Capacity) | None => (Bye::Shed, Reason::Shed),
+            Some(ShedReason::Memory) => (ByeReason::Memory, Reason::ShedForMemory),
+            Some(ShedReason::Capacity) | None => (ByeReason::Shed, Reason::Shed),
         }
     }
 

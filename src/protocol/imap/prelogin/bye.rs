@@ -2,7 +2,7 @@
 
 /// Why the proxy ends a connection that did nothing wrong.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Bye {
+pub enum ByeReason {
     /// Not logged in in time.
     LoginDeadline,
     /// The process stops.
@@ -13,7 +13,7 @@ pub enum Bye {
     Memory,
 }
 
-impl Bye {
+impl ByeReason {
     pub(super) fn text(self) -> &'static str {
         match self {
             Self::LoginDeadline => "Login took too long.",

@@ -18,7 +18,7 @@ use std::sync::Arc;
 use zeroize::Zeroizing;
 
 use self::arguments::{Arguments, MalformedArguments};
-pub use self::bye::Bye;
+pub use self::bye::ByeReason;
 use self::command::{Command, is_foreign, literals};
 use self::sasl_exchange::SaslExchange;
 use super::capability::{Extensions, Transport};
@@ -239,7 +239,7 @@ impl Prelogin {
     }
 
     /// The farewell for `why`.
-    pub fn bye(&self, why: Bye, out: &mut Vec<u8>) {
+    pub fn bye(&self, why: ByeReason, out: &mut Vec<u8>) {
         reply::bye(why.text(), out);
     }
 
