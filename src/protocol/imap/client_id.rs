@@ -3,26 +3,26 @@
 use super::framing::LiteralLimits;
 
 /// RFC 2971 section 3.3.
-pub(super) const MAX_PAIRS: usize = 30;
+pub(super) const MAX_ID_PAIRS: usize = 30;
 const MAX_KEY: usize = 30;
 const MAX_VALUE: usize = 1024;
 /// LiteralLimits of an ID: new versions of Outlook write every value as one.
 pub(super) const LITERALS: LiteralLimits =
-    LiteralLimits { count: 2 * MAX_PAIRS as u32, bytes: MAX_PAIRS * (MAX_KEY + MAX_VALUE) };
+    LiteralLimits { count: 2 * MAX_ID_PAIRS as u32, bytes: MAX_ID_PAIRS * (MAX_KEY + MAX_VALUE) };
 
 /// Key and value of one pair; the value may be NIL.
-pub type Pair = (Vec<u8>, Option<Vec<u8>>);
+pub type IdPair = (Vec<u8>, Option<Vec<u8>>);
 
 /// Pairs that are safe to send on: within the limits, quotable, and none that a proxy uses to tell about the client.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct ClientId {
-    pairs: Vec<Pair>,
+    pairs: Vec<IdPair>,
     ttl: Option<u8>,
 }
 
 impl ClientId {
     /// Keeps what may be sent on. Keys that begin with `x-` are left out: servers that trust us would believe them.
-    pub(super) fn new(pairs: impl IntoIterator<Item = Pair>) -> Self {
+    pub(super) fn new(pairs: impl IntoIterator<Item = IdPair>) -> Self {
         let mut id = Self::empty();
         for (key, value) in pairs {
             if key.eq_ignore_ascii_case(b"x-proxy-ttl") {
@@ -48,12 +48,12 @@ impl ClientId {
 
     /// Bytes of memory that the pairs take.
     pub(super) fn size(&self) -> usize {
-        let pair = |(key, value): &Pair| size_of::<Pair>() + key.len() + value.as_ref().map_or(0, Vec::len);
+        let pair = |(key, value): &IdPair| size_of::<IdPair>() + key.len() + value.as_ref().map_or(0, Vec::len);
         self.pairs.iter().map(pair).sum()
     }
 
     /// What is left of the client's pairs.
-    pub fn pairs(&self) -> &[Pair] {
+    pub fn pairs(&self) -> &[IdPair] {
         &self.pairs
     }
 }

@@ -5,7 +5,7 @@ use super::fault::ServerFault;
 use super::verdict::Verdict;
 use crate::identity::{LoginWith, Mechanism, ServerLogin};
 use crate::protocol::imap::capability::ServerCapabilities;
-use crate::protocol::imap::client_id::Pair;
+use crate::protocol::imap::client_id::IdPair;
 use crate::protocol::imap::tag::Tag;
 
 /// One login to be made on one connection.
@@ -18,7 +18,7 @@ pub struct LoginAttempt<'a> {
     /// Demand TLS before anything else.
     pub starttls: bool,
     /// Pairs for ID; none: no ID is sent.
-    pub id: Vec<Pair>,
+    pub id: Vec<IdPair>,
     /// Bytes of a line.
     pub max_line: usize,
     /// Untagged lines before the answer.

@@ -5,7 +5,7 @@ use zeroize::Zeroizing;
 use super::fault::ServerFault;
 use crate::identity::{LoginWith, Mechanism, PasswordLogin, ServerLogin};
 use crate::protocol::imap::capability::CapabilityList;
-use crate::protocol::imap::client_id::Pair;
+use crate::protocol::imap::client_id::IdPair;
 use crate::protocol::imap::sasl;
 
 /// A login process of Dovecot reads 1 KiB of command line; a longer initial response waits to be asked for.
@@ -200,7 +200,7 @@ pub(super) fn joined(parts: &[&[u8]]) -> Zeroizing<Vec<u8>> {
 }
 
 /// `I ID (…)`. Pairs that cannot be quoted are left out.
-pub(super) fn id(pairs: &[Pair], out: &mut Zeroizing<Vec<u8>>) {
+pub(super) fn id(pairs: &[IdPair], out: &mut Zeroizing<Vec<u8>>) {
     out.extend_from_slice(b"I ID (");
     let sendable = pairs.iter().filter(|(key, value)| is_quotable(key) && value.as_deref().is_none_or(is_quotable));
     for (index, (key, value)) in sendable.enumerate() {

@@ -7,7 +7,7 @@ use zeroize::Zeroizing;
 use super::verdict::Action;
 use super::{LoginAttempt, BackendLogin, UnsupportedForms, DialogueRules, LoginStep, Unavailable};
 use crate::identity::{Credentials, LoginWith, Mechanism, PasswordLogin, Proof, Secret, ServerLogin, UserName};
-use crate::protocol::imap::client_id::Pair;
+use crate::protocol::imap::client_id::IdPair;
 use crate::protocol::imap::tag::Tag;
 
 /// How the server's bytes are cut into reads.
@@ -21,7 +21,7 @@ enum Cut {
 pub(super) struct Server {
     starttls: bool,
     only_looks: bool,
-    id: Vec<Pair>,
+    id: Vec<IdPair>,
     pub(super) login_with: LoginWith,
     pub(super) learned: Option<UnsupportedForms>,
     pub(super) credentials: Credentials,

@@ -374,7 +374,7 @@ impl Prelogin {
     }
 
     fn id(&mut self, tag: &Tag, mut arguments: Arguments<'_>, out: &mut Vec<u8>) -> Result<(), MalformedArguments> {
-        let pairs = arguments.pairs(client_id::MAX_PAIRS)?;
+        let pairs = arguments.pairs(client_id::MAX_ID_PAIRS)?;
         arguments.end()?;
         // The first ID counts, as for Dovecot.
         self.client_id.get_or_insert_with(|| {
