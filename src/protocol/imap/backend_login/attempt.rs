@@ -113,5 +113,5 @@ pub enum IdAnswer {
     /// "Trusted ID completed.", as Dovecot has it since 2.4.
     Trusted,
     /// Anything else. Dovecot before 2.4 answers the same whether or not it trusts.
-    Silent,
+    Ambiguous,
 }

@@ -438,7 +438,7 @@ impl<'a> BackendLogin<'a> {
             (Phase::Login, b"I", _) => {
                 let trusted = status == Status::Ok
                     && text.get(..10).is_some_and(|start| start.eq_ignore_ascii_case(b"Trusted ID"));
-                self.id_answer = Some(if trusted { IdAnswer::Trusted } else { IdAnswer::Silent });
+                self.id_answer = Some(if trusted { IdAnswer::Trusted } else { IdAnswer::Ambiguous });
                 Ok(None)
             }
             (Phase::Login, b"L", Status::Ok) => Ok(self.logged_in(text, out)),
