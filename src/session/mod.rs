@@ -434,14 +434,14 @@ impl Session {
 
     /// Reads once, within the deadline of the login and the budget of memory.
     async fn read(&mut self, stream: &mut Stream, prelogin: &mut Prelogin) -> Result<(), Unread> {
-        self.memory.resize(prelogin.held())?;
+        self.memory.resize(prelogin.memory())?;
         let mut buffer = Zeroizing::new(Vec::with_capacity(READ));
         match self.login_by.limit(stream.read_buf(&mut *buffer)).await {
             Ok(Ok(read)) if read > 0 => {
                 if self.opening.is_header(&buffer) {
                     return Err(Unread::ProxyHeader);
                 }
-                self.memory.resize(prelogin.held_with(read))?;
+                self.memory.resize(prelogin.memory_with(read))?;
                 prelogin.input(&buffer);
                 Ok(())
             }

@@ -4,17 +4,17 @@ use super::{SaslExchange, Prelogin, State};
 
 impl Prelogin {
     /// Memory that the client's words take now.
-    pub fn held(&self) -> usize {
-        self.framer.capacity() + self.kept()
+    pub fn memory(&self) -> usize {
+        self.framer.capacity() + self.retained()
     }
 
     /// Memory that they take once `more` bytes have arrived.
-    pub fn held_with(&self, more: usize) -> usize {
-        self.framer.capacity_with(more) + self.kept()
+    pub fn memory_with(&self, more: usize) -> usize {
+        self.framer.capacity_with(more) + self.retained()
     }
 
     /// What is kept of earlier commands.
-    fn kept(&self) -> usize {
+    fn retained(&self) -> usize {
         let exchange = match &self.state {
             State::Sasl(_, SaslExchange::LoginPassword(user)) => user.len(),
             State::Sasl(..) | State::Command | State::Relayed(_) => 0,
