@@ -26,7 +26,7 @@ const LONG: usize = 4096;
 pub(super) enum Frame {
     /// Not yet a whole command.
     Incomplete,
-    /// The client waits for leave to send a literal of this size: [`Framer::accept_literal`] or [`Framer::abandon`].
+    /// The client waits for leave to send a literal of this size: [`Framer::accept_literal`] or [`Framer::reject_literal`].
     Literal,
     /// A whole command: [`Framer::take`] has it.
     Complete,
@@ -89,7 +89,7 @@ impl Framer {
 
     /// Appends what arrived.
     pub(super) fn input(&mut self, bytes: &[u8]) {
-        self.forget_consumed();
+        self.discard_consumed();
         let capacity = self.capacity_with(bytes.len());
         if capacity > self.buffer.capacity() {
             // Not grown in place: what was outgrown would not be wiped.
@@ -129,7 +129,7 @@ impl Framer {
                 other => return other,
             }
             let Some(literal) = literal_header(&self.buffer[self.line..self.scanned]) else { return Frame::Complete };
-            let allowed = (self.literals_of)(self.so_far());
+            let allowed = (self.literals_of)(self.partial_command());
             self.literals += 1;
             let bytes = allowed.bytes.min(self.limits.literals);
             if literal.size > bytes.saturating_sub(self.literal_bytes) || self.literals > allowed.count {
@@ -161,14 +161,14 @@ impl Framer {
     }
 
     /// The client gets no leave, so its command ends here.
-    pub(super) fn abandon(&mut self) {
+    pub(super) fn reject_literal(&mut self) {
         self.waiting = false;
         self.literal_end = None;
         self.end_command();
     }
 
     /// What is known of the current command, complete or not.
-    pub(super) fn so_far(&self) -> &[u8] {
+    pub(super) fn partial_command(&self) -> &[u8] {
         &self.buffer[self.start..self.scanned]
     }
 
@@ -178,7 +178,7 @@ impl Framer {
         if self.scanned - self.start > LONG {
             return self.take_long();
         }
-        let command = Zeroizing::new(self.so_far().to_vec());
+        let command = Zeroizing::new(self.partial_command().to_vec());
         self.buffer[self.start..self.scanned].zeroize();
         self.end_command();
         command
@@ -215,7 +215,7 @@ impl Framer {
         (self.literals, self.literal_bytes) = (0, 0);
     }
 
-    fn forget_consumed(&mut self) {
+    fn discard_consumed(&mut self) {
         let gone = self.start;
         if gone == 0 {
             return;
@@ -318,7 +318,7 @@ mod tests {
     fn an_abandoned_literal_leaves_what_follows() {
         let mut framer = framer(b"a LOGIN {3}\r\nb NOOP\r\n");
         assert_eq!(framer.command(), Frame::Literal);
-        framer.abandon();
+        framer.reject_literal();
         assert_eq!(framer.command(), Frame::Complete);
         assert_eq!(&framer.take()[..], b"b NOOP\r\n");
     }

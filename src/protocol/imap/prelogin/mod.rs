@@ -260,8 +260,8 @@ impl Prelogin {
                     out.extend_from_slice(b"+ OK\r\n");
                 } else {
                     // Without leave the client sends no literal: a password stays where it is.
-                    let command = Zeroizing::new(self.framer.so_far().to_vec());
-                    self.framer.abandon();
+                    let command = Zeroizing::new(self.framer.partial_command().to_vec());
+                    self.framer.reject_literal();
                     return self.command(&command, out);
                 }
                 None
@@ -273,7 +273,7 @@ impl Prelogin {
 
     /// Only a login, and ID, have a use for literals.
     fn wants_literal(&self) -> bool {
-        let mut arguments = Arguments::new(self.framer.so_far());
+        let mut arguments = Arguments::new(self.framer.partial_command());
         let tag = Tag::new(arguments.word());
         let verb = arguments.word();
         let login = verb.eq_ignore_ascii_case(b"LOGIN") || verb.eq_ignore_ascii_case(b"AUTHENTICATE");
@@ -282,7 +282,7 @@ impl Prelogin {
     }
 
     fn over_cap(&mut self, reason: CloseReason, text: &str, out: &mut Vec<u8>) -> Next {
-        let tag = Tag::new(Arguments::new(self.framer.so_far()).word());
+        let tag = Tag::new(Arguments::new(self.framer.partial_command()).word());
         reply::bad(tag.as_ref(), text, out);
         reply::bye(text, out);
         Some(PreloginStep::Close(reason))
