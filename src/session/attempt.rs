@@ -183,7 +183,7 @@ impl Session {
                     ended_by = why;
                     if progress.in_exchange {
                         self.record.attempt_failed(reason(why), LoginOutcome::Unavailable, None);
-                        let reply = reply::ended(&login.request.tag);
+                        let reply = reply::exchange_cancelled(&login.request.tag);
                         return Some(Attempted::Dismissed { reply, counts: false });
                     }
                     // A login that lost to a later one would end that one in turn if it was routed again.
@@ -362,7 +362,7 @@ impl Session {
                 },
                 () = placed.slot.displaced() => {
                     self.record.attempt_failed(Reason::ServersFull, LoginOutcome::Unavailable, backend);
-                    let reply = reply::ended(&login.request.tag);
+                    let reply = reply::exchange_cancelled(&login.request.tag);
                     return Some(Err(Attempted::Dismissed { reply, counts: false }));
                 }
             };

@@ -197,7 +197,7 @@ impl Session {
         let mut to_client = established.to_client;
         if seated.seat.cancel_signal().reason().is_some() {
             // The login was cancelled before the client could be answered: it ends with the first look at the call.
-            (to_client, to_server) = (reply::ended(tag), Vec::new());
+            (to_client, to_server) = (reply::exchange_cancelled(tag), Vec::new());
         }
         self.record.open_on(seated.backend.id, seated.slot);
         seated.seat.establish();

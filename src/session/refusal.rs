@@ -58,7 +58,7 @@ impl Session {
                 let reply = reply::authentication_failed(tag, denied.text.as_deref());
                 match denied.next_attempt {
                     NextAttempt::OnNewConnection => {
-                        Attempted::Dismissed { reply: reply::dismissed(reply), counts: true }
+                        Attempted::Dismissed { reply: reply::refusal_with_bye(reply), counts: true }
                     }
                     NextAttempt::After(delay) => {
                         Attempted::Refused { reply, counts: true, not_before: Some(Instant::now() + delay) }

@@ -51,14 +51,14 @@ pub fn with_tag(tag: &Tag, answer: &[u8]) -> Vec<u8> {
 }
 
 /// A refusal, and the connection ends.
-pub fn dismissed(mut refusal: Vec<u8>) -> Vec<u8> {
+pub fn refusal_with_bye(mut refusal: Vec<u8>) -> Vec<u8> {
     bye("Authentication failed.", &mut refusal);
     refusal
 }
 
 /// The login is ended while the client is asked for its next SASL message. The connection ends too: a message that is on
 /// its way would otherwise be read as a command.
-pub fn ended(tag: &Tag) -> Vec<u8> {
+pub fn exchange_cancelled(tag: &Tag) -> Vec<u8> {
     let mut out = Vec::new();
     unavailable(tag, &mut out);
     bye("[UNAVAILABLE] The login was ended, connect again.", &mut out);
