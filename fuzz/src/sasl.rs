@@ -8,7 +8,7 @@ use vestibule::identity::{Credentials, Mechanism, Mechanisms, Proof, ServerLogin
 use vestibule::protocol::imap::backend_login::{LoginAttempt, BackendLogin, DialogueRules, LoginStep};
 use vestibule::protocol::imap::capability::{Extensions, Transport};
 use vestibule::protocol::imap::prelogin::{PreloginSettings, Prelogin, PreloginStep};
-use vestibule::protocol::imap::sasl::renamed;
+use vestibule::protocol::imap::sasl::with_user;
 use vestibule::protocol::imap::tag::Tag;
 use zeroize::Zeroizing;
 
@@ -46,11 +46,11 @@ pub fn run(input: &[u8]) {
             assert_eq!(relayed(mechanism, &credentials), first.expose(), "to the last byte");
             one_user_for_every_reader(mechanism, first.expose(), &credentials);
             let other = UserName::new("d,a=v\u{e9}".as_bytes()).expect("a name");
-            if let Some(renamed) = renamed(mechanism, first, &other) {
+            if let Some(renamed) = with_user(mechanism, first, &other) {
                 let again = login(mechanism, &[renamed.expose()], true).expect("still a message");
                 assert_eq!((again.user, again.authzid), (other, None));
             }
-            if let Some(same) = renamed(mechanism, first, &credentials.user) {
+            if let Some(same) = with_user(mechanism, first, &credentials.user) {
                 assert_eq!(same.expose(), first.expose(), "written as it was read");
             }
         }

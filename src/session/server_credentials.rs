@@ -18,10 +18,10 @@ pub(super) fn split_master(snapshot: &Snapshot, credentials: &mut Credentials) {
 }
 
 /// A token's message under the name the user has there, where that is another.
-pub(super) fn renamed(credentials: &Credentials, place: &Destination, names: &Names) -> Option<Secret> {
+pub(super) fn with_user(credentials: &Credentials, place: &Destination, names: &Names) -> Option<Secret> {
     let Proof::Message(message) = &credentials.proof else { return None };
     let there = place.user.as_ref().unwrap_or(&names.server);
-    if there == &credentials.user { None } else { sasl::renamed(credentials.mechanism, message, there) }
+    if there == &credentials.user { None } else { sasl::with_user(credentials.mechanism, message, there) }
 }
 
 /// The credentials that the route hands out for this login. They would open the mailbox to any password if nothing had

@@ -18,7 +18,7 @@ use base64::engine::{DecodePaddingMode, GeneralPurpose, GeneralPurposeConfig};
 use zeroize::Zeroizing;
 
 pub(super) use self::external::external;
-pub use self::oauth::renamed;
+pub use self::oauth::with_user;
 pub(super) use self::plain::{password_login, plain, plain_response};
 pub use self::scram::is_server_final as is_scram_signature;
 use crate::identity::{Credentials, InvalidName, Mechanism, Proof, Secret, TokenFault, TokenIssuer, UserName};

@@ -80,7 +80,7 @@ pub(super) fn bearer_credentials(message: &[u8], issuers: &[TokenIssuer]) -> Res
 }
 
 /// The message of a token under another name. `None`: the name is part of the proof, as in SCRAM.
-pub fn renamed(mechanism: Mechanism, message: &Secret, user: &UserName) -> Option<Secret> {
+pub fn with_user(mechanism: Mechanism, message: &Secret, user: &UserName) -> Option<Secret> {
     let message = message.expose();
     match mechanism {
         Mechanism::XOauth2 => {

@@ -165,7 +165,7 @@ fn a_token_without_an_authzid_is_relayed_under_the_name_it_claims() {
 fn a_token_may_travel_under_another_name() {
     let user = UserName::new(b"c,=d").unwrap();
     let under = |mechanism, message: &[u8]| {
-        renamed(mechanism, &Secret::new(message.to_vec()), &user).map(|secret| secret.expose().to_vec())
+        with_user(mechanism, &Secret::new(message.to_vec()), &user).map(|secret| secret.expose().to_vec())
     };
     assert_eq!(
         under(Mechanism::XOauth2, b"user=a\x01auth=Bearer t\x01\x01"),
@@ -240,7 +240,7 @@ proptest! {
         }
         let Proof::Message(secret) = &read.proof else { return Err(TestCaseError::fail("not a message")) };
         prop_assert_eq!(secret.expose(), &message[..]);
-        if let Some(again) = renamed(mechanism, secret, &read.user) {
+        if let Some(again) = with_user(mechanism, secret, &read.user) {
             let again = first_message(mechanism, again.expose(), &[]).unwrap();
             prop_assert_eq!((again.user, again.authzid), (read.user, read.authzid));
         }
