@@ -17,7 +17,7 @@
 //! | whose connection a balancer passes on | [`proxy_protocol::parse`] |
 //! | TLS, if it begins at once or by STARTTLS | `session::Session::encrypt`, [`tls::server`] |
 //! | commands until a login is complete | [`imap::prelogin::Prelogin::step`] |
-//! | what the user is called | [`identity::Naming::names`] |
+//! | what the user is called | [`identity::NamingRules::names`] |
 //! | whether it may try | [`guard::Guard::may_try`], [`policy::Policy::allow`] |
 //! | which backend | [`route::Router::route`] |
 //! | which server, and which next | [`backend::Backend::candidates`], [`backend::Failover::next`] |

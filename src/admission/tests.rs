@@ -181,7 +181,7 @@ fn failures_are_answered_later_and_later_until_one_succeeds() {
     about(seconds("alice"), 1.0);
 }
 
-/// Naming another mailbox each time is no way around the limits of a master user.
+/// NamingRules another mailbox each time is no way around the limits of a master user.
 #[test]
 fn guesses_at_a_master_users_password_share_one_limit_over_all_mailboxes() {
     let config = config::AdmissionConfig { login_rate_per_user: rate(3, 60), ..Default::default() };

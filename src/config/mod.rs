@@ -35,7 +35,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use crate::identity::{Delegation, Mechanisms, Naming, TokenIssuer};
+use crate::identity::{Delegation, Mechanisms, NamingRules, TokenIssuer};
 
 pub use self::answers::LoginRules;
 pub use self::backend::{Backend, BackendId, ClientInfo, Host, MasterLogin, Server, TlsMode, Trust, UpstreamTlsConfig};
@@ -71,7 +71,7 @@ pub struct Config {
     /// At least one.
     pub routes: Vec<Route>,
     /// What users are called.
-    pub naming: Naming,
+    pub naming: NamingRules,
     /// From where logins on behalf of others may come; `None`: from everywhere.
     pub master_networks: Option<Vec<Network>>,
     /// Issuers whose tokens may name the user.

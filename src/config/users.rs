@@ -4,10 +4,10 @@ use super::Network;
 use super::check::networks;
 use super::read::Reader;
 use super::users_file::{CaseWord, LogNameWord, ServerNameWord, UnicodeWord, UsersMap};
-use crate::identity::{LogName, Naming, UnicodeRule};
+use crate::identity::{LogName, NamingRules, UnicodeRule};
 
 /// The rules for names, and the networks that logins on behalf of others may come from.
-pub(super) fn users(reader: &mut Reader<'_>, written: UsersMap) -> (Naming, Option<Vec<Network>>) {
+pub(super) fn users(reader: &mut Reader<'_>, written: UsersMap) -> (NamingRules, Option<Vec<Network>>) {
     let separators = written.separators.unwrap_or_default();
     if separators.chars().any(|char| char == '@' || char.is_alphanumeric() || char.is_control()) {
         reader.problem("users.separators", "expected punctuation, like \"%\": these characters stand for @");
@@ -29,7 +29,7 @@ pub(super) fn users(reader: &mut Reader<'_>, written: UsersMap) -> (Naming, Opti
         reader.problem("users.masters.separator", "occurs in users.default_domain, which servers are given");
     }
     let networks = written.masters.networks.map(|texts| networks(reader, "users.masters.networks", &texts));
-    let naming = Naming {
+    let naming = NamingRules {
         lower_case: written.case == CaseWord::Lower,
         unicode: match written.unicode {
             UnicodeWord::Keep => UnicodeRule::Keep,

@@ -3,7 +3,7 @@
 //! No server checks such a request, because the proxy's own credentials open the mailbox. So the configuration has to list it;
 //! without a list a certificate opens its owner's mailbox only. Names are compared as routes see them. Pure.
 
-use super::{Credentials, Naming, Proof, UserName};
+use super::{Credentials, NamingRules, Proof, UserName};
 
 /// A user name, or all names of a domain.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -31,7 +31,7 @@ impl NamePattern {
     }
 
     /// Whether the pattern matches a user, by the name that routes see.
-    fn matches(&self, naming: &Naming, routing_name: &str) -> bool {
+    fn matches(&self, naming: &NamingRules, routing_name: &str) -> bool {
         match self {
             Self::Any => true,
             Self::Exact(name) => naming.names(name).is_ok_and(|names| *names.routing == *routing_name),
@@ -63,7 +63,7 @@ pub struct NotDelegated;
 /// The mailbox is another user's, and no entry allows it.
 pub fn authorise_certificate(
     credentials: &mut Credentials,
-    naming: &Naming,
+    naming: &NamingRules,
     delegations: &[Delegation],
 ) -> Result<(), NotDelegated> {
     let (Proof::Certificate, Some(authzid)) = (&credentials.proof, &credentials.authzid) else { return Ok(()) };
@@ -114,7 +114,7 @@ mod tests {
     fn a_certificate_opens_its_owners_mailbox_and_those_that_are_listed() {
         let allows = |owner: &str, mailbox: &str| {
             let mut credentials = external(owner, Some(mailbox));
-            authorise_certificate(&mut credentials, &Naming::default(), &delegations()).is_ok()
+            authorise_certificate(&mut credentials, &NamingRules::default(), &delegations()).is_ok()
         };
         for (owner, mailbox) in [
             ("webmail@host.test", "alice@a.test"),
@@ -143,14 +143,14 @@ mod tests {
     #[test]
     fn without_a_list_a_certificate_opens_its_owners_mailbox_only() {
         let mut credentials = external("alice@a.test", Some("bob@a.test"));
-        assert_eq!(authorise_certificate(&mut credentials, &Naming::default(), &[]), Err(NotDelegated));
+        assert_eq!(authorise_certificate(&mut credentials, &NamingRules::default(), &[]), Err(NotDelegated));
         let mut own = external("alice@a.test", None);
-        assert_eq!(authorise_certificate(&mut own, &Naming::default(), &[]), Ok(()));
+        assert_eq!(authorise_certificate(&mut own, &NamingRules::default(), &[]), Ok(()));
     }
 
     #[test]
     fn another_spelling_of_the_owners_name_is_left_out() {
-        let naming = Naming { detail: Some('+'), ..Naming::default() };
+        let naming = NamingRules { detail: Some('+'), ..NamingRules::default() };
         let mut credentials = external("alice@a.test", Some("ALICE+secret@a.test"));
         assert_eq!(authorise_certificate(&mut credentials, &naming, &[]), Ok(()));
         assert_eq!((credentials.authzid, credentials.user), (None, name("alice@a.test")));
@@ -160,7 +160,7 @@ mod tests {
     fn other_logins_are_not_concerned() {
         let mut credentials = external("alice", Some("bob"));
         credentials.proof = Proof::Password(Secret::new(b"x".to_vec()));
-        assert_eq!(authorise_certificate(&mut credentials, &Naming::default(), &[]), Ok(()));
+        assert_eq!(authorise_certificate(&mut credentials, &NamingRules::default(), &[]), Ok(()));
         assert_eq!(credentials.authzid, Some(name("bob")));
     }
 

@@ -16,7 +16,7 @@ use super::UserName;
 
 /// The rules, from `users` in the configuration.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Naming {
+pub struct NamingRules {
     /// ASCII letters become lower case. Default: they do.
     pub lower_case: bool,
     /// What else there may be.
@@ -59,7 +59,7 @@ pub enum LogName {
     Hashed,
 }
 
-impl Default for Naming {
+impl Default for NamingRules {
     fn default() -> Self {
         Self {
             lower_case: true,
@@ -90,7 +90,7 @@ pub struct Names {
 #[error("the user name has characters that are not allowed here")]
 pub struct NameRefused;
 
-impl Naming {
+impl NamingRules {
     /// A master user's login, taken apart: whose mailbox, and who logs in. `None` where it is none.
     pub fn split_master(&self, sent: &UserName) -> Option<(UserName, UserName)> {
         let (user, master) = sent.as_str().rsplit_once(self.master_separator?)?;
@@ -109,7 +109,7 @@ impl Naming {
     /// that, but without a default domain, which master users need not have.
     ///
     /// # Errors
-    /// See [`Naming::names`].
+    /// See [`NamingRules::names`].
     pub fn authcid(&self, sent: &UserName) -> Result<UserName, NameRefused> {
         let folded = self.folded(sent.as_str())?;
         if self.server_normalised {
@@ -202,33 +202,33 @@ mod tests {
         UserName::new(text.as_bytes()).unwrap()
     }
 
-    fn routing(naming: &Naming, sent: &str) -> Option<String> {
+    fn routing(naming: &NamingRules, sent: &str) -> Option<String> {
         naming.names(&name(sent)).ok().map(|names| names.routing.to_string())
     }
 
     #[test]
     fn by_default_letters_fold_for_routes_and_nothing_else_changes() {
-        let names = Naming::default().names(&name("Zo\u{cb}+X@Example.ORG")).unwrap();
+        let names = NamingRules::default().names(&name("Zo\u{cb}+X@Example.ORG")).unwrap();
         assert_eq!(&*names.routing, "zo\u{cb}+x@example.org");
         assert_eq!((names.server.as_str(), names.log.as_str()), ("Zo\u{cb}+X@Example.ORG", "Zo\u{cb}+X@Example.ORG"));
     }
 
     #[test]
     fn names_that_are_the_same_are_kept_once() {
-        let names = Naming::default().names(&name("alice@example.org")).unwrap();
+        let names = NamingRules::default().names(&name("alice@example.org")).unwrap();
         let places = [names.routing.as_ptr(), names.server.as_str().as_ptr(), names.log.as_str().as_ptr()];
         assert!(places.iter().all(|place| *place == places[0]));
     }
 
     #[test]
     fn every_rule_in_its_order() {
-        let naming = Naming {
+        let naming = NamingRules {
             separators: ['%', '!'].into(),
             default_domain: Some("example.org".into()),
             detail: Some('+'),
             server_normalised: true,
             log: LogName::Normalised,
-            ..Naming::default()
+            ..NamingRules::default()
         };
         for (sent, routed, server) in [
             ("Alice", "alice@example.org", "alice@example.org"),
@@ -250,7 +250,7 @@ mod tests {
 
     #[test]
     fn unicode_by_rule() {
-        let rule = |unicode| Naming { unicode, ..Naming::default() };
+        let rule = |unicode| NamingRules { unicode, ..NamingRules::default() };
         assert_eq!(routing(&rule(UnicodeRule::Refuse), "zo\u{eb}"), None);
         assert_eq!(routing(&rule(UnicodeRule::Refuse), "Zoe"), Some("zoe".into()));
         let precis = rule(UnicodeRule::Precis);
@@ -265,27 +265,27 @@ mod tests {
 
     #[test]
     fn a_name_too_long_for_its_domain_is_refused() {
-        let naming = Naming { default_domain: Some("example.org".into()), ..Naming::default() };
+        let naming = NamingRules { default_domain: Some("example.org".into()), ..NamingRules::default() };
         assert_eq!(routing(&naming, &"a".repeat(505)), None);
     }
 
     #[test]
     fn master_users_are_split_off() {
-        let naming = Naming { master_separator: Some('*'), ..Naming::default() };
+        let naming = NamingRules { master_separator: Some('*'), ..NamingRules::default() };
         assert_eq!(naming.split_master(&name("a*b*root")), Some((name("a*b"), name("root"))));
         for none in ["alice", "*root", "alice*"] {
             assert_eq!(naming.split_master(&name(none)), None, "{none}");
         }
-        assert_eq!(Naming::default().split_master(&name("alice*root")), None);
+        assert_eq!(NamingRules::default().split_master(&name("alice*root")), None);
     }
 
     #[test]
     fn no_name_contains_the_separator_of_master_users_before_or_after_normalisation() {
-        let naming = |unicode, server_normalised| Naming {
+        let naming = |unicode, server_normalised| NamingRules {
             unicode,
             server_normalised,
             master_separator: Some('*'),
-            ..Naming::default()
+            ..NamingRules::default()
         };
         for server_normalised in [true, false] {
             let precis = naming(UnicodeRule::Precis, server_normalised);
@@ -303,13 +303,13 @@ mod tests {
 
     #[test]
     fn full_width_characters_mean_the_same_for_routes_and_for_servers() {
-        let naming = Naming {
+        let naming = NamingRules {
             unicode: UnicodeRule::Precis,
             server_normalised: true,
             separators: ['%'].into(),
             default_domain: Some("example.org".into()),
             detail: Some('+'),
-            ..Naming::default()
+            ..NamingRules::default()
         };
         for (sent, routed, server) in [
             ("alice\u{ff20}b.test", "alice@b.test", "alice@b.test"),
@@ -327,11 +327,11 @@ mod tests {
 
     #[test]
     fn a_master_user_is_normalised_without_a_domain() {
-        let naming = |server_normalised| Naming {
+        let naming = |server_normalised| NamingRules {
             unicode: UnicodeRule::Precis,
             default_domain: Some("example.org".into()),
             server_normalised,
-            ..Naming::default()
+            ..NamingRules::default()
         };
         assert_eq!(naming(true).authcid(&name("\u{ff21}dmin")), Ok(name("admin")));
         assert_eq!(naming(false).authcid(&name("Admin")), Ok(name("Admin")));
@@ -339,7 +339,7 @@ mod tests {
 
     #[test]
     fn a_hashed_name_tells_nothing() {
-        let naming = Naming { log: LogName::Hashed, ..Naming::default() };
+        let naming = NamingRules { log: LogName::Hashed, ..NamingRules::default() };
         let names = naming.names(&name("Alice")).unwrap();
         // The SHA-256 of "alice".
         assert_eq!(names.log.as_str(), "2bd806c97f0e00af");

@@ -18,7 +18,7 @@ use crate::auth_policy::{LoginResult, PolicyDecision};
 use crate::backend::request::Outcome;
 use crate::config::{BackendId, TlsMode};
 use crate::failure::Reason;
-use crate::identity::{Credentials, Mechanism, Naming, UserName};
+use crate::identity::{Credentials, Mechanism, NamingRules, UserName};
 use crate::metrics::{LoginOutcome, Refusal};
 use crate::protocol::imap::client_id::ClientId;
 use crate::protocol::imap::prelogin::{ByeReason, LoginRequest};
@@ -257,7 +257,7 @@ impl Session {
 
 /// The users that a login attempt counts for, by their routing names: whose password is tried, and whose mailbox is asked for, if that
 /// is another's. A name that the rules refuse counts as it was sent.
-pub(super) fn counted_users(naming: &Naming, credentials: &Credentials) -> Vec<Arc<str>> {
+pub(super) fn counted_users(naming: &NamingRules, credentials: &Credentials) -> Vec<Arc<str>> {
     let routing = |name: &UserName| naming.names(name).map_or_else(|_| name.as_str().into(), |names| names.routing);
     let mut users = vec![routing(&credentials.user)];
     users.extend(credentials.authzid.as_ref().map(routing).filter(|mailbox| *mailbox != users[0]));
@@ -300,7 +300,7 @@ mod tests {
 
     #[test]
     fn a_login_counts_for_the_password_and_for_the_mailbox() {
-        let naming = Naming { detail: Some('+'), unicode: UnicodeRule::Refuse, ..Naming::default() };
+        let naming = NamingRules { detail: Some('+'), unicode: UnicodeRule::Refuse, ..NamingRules::default() };
         let counted = |user: &str, authzid: Option<&str>| {
             let name = |text: &str| UserName::new(text.as_bytes()).unwrap();
             let credentials = Credentials {
