@@ -76,7 +76,7 @@ impl Default for NamingRules {
 
 /// A user's three names.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Names {
+pub struct UserNames {
     /// What routes are asked for.
     pub routing: Arc<str>,
     /// What servers are given.
@@ -123,7 +123,7 @@ impl NamingRules {
     ///
     /// # Errors
     /// A character that the rules do not allow, or the separator of master users, in `sent` or in its normalised form.
-    pub fn names(&self, sent: &UserName) -> Result<Names, NameRefused> {
+    pub fn names(&self, sent: &UserName) -> Result<UserNames, NameRefused> {
         let whole = self.normalised(sent.as_str())?;
         let routing = self.without_detail(&whole);
         let server = match self.server_normalised {
@@ -135,7 +135,7 @@ impl NamingRules {
             LogName::Normalised => UserName::new(whole.as_bytes()).map_err(|_| NameRefused)?,
             LogName::Hashed => hashed(&whole),
         };
-        Ok(Names { routing: log.share(&routing), server, log })
+        Ok(UserNames { routing: log.share(&routing), server, log })
     }
 
     /// Applies the rules for single characters.

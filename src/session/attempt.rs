@@ -20,7 +20,7 @@ use crate::backend::{Backend, Server, ServerPermit};
 use crate::deadline::Deadline;
 use crate::failure::Reason;
 use crate::generations::Generation;
-use crate::identity::{Mechanism, Names, UserName, authorise_certificate};
+use crate::identity::{Mechanism, UserNames, UserName, authorise_certificate};
 use crate::metrics::LoginOutcome;
 use crate::protocol::imap::client_id::ClientId;
 use crate::protocol::imap::prelogin::{ByeReason, LoginRequest, Prelogin, PreloginStep};
@@ -75,7 +75,7 @@ pub(super) struct Seated {
 /// A login command whose user is known.
 struct Login<'a> {
     request: &'a LoginRequest,
-    names: &'a Names,
+    names: &'a UserNames,
     /// The users that the attempt counts for: see [`counted_users`].
     users: Vec<Arc<str>>,
     /// The name for servers of the user who logs in, if that is on behalf of another.
@@ -474,7 +474,7 @@ impl Session {
         }
     }
 
-    fn question(&self, names: &Names, login: &LoginRequest, stream: &Stream) -> LookupRequest {
+    fn question(&self, names: &UserNames, login: &LoginRequest, stream: &Stream) -> LookupRequest {
         let asks_certificate = || self.snapshot.tls.as_ref().is_some_and(|tls| tls.asks_certificate(self.listener));
         let login_context = self.snapshot.router.needs_login_context().then(|| {
             Arc::new(LoginContext {

@@ -1,7 +1,7 @@
 //! What a server is logged in with, from what the client sent and what the route answered.
 
 use crate::backend::Backend;
-use crate::identity::{Credentials, Names, PasswordLogin, Proof, Secret, ServerLogin, UserName};
+use crate::identity::{Credentials, UserNames, PasswordLogin, Proof, Secret, ServerLogin, UserName};
 use crate::protocol::imap::sasl;
 use crate::route::{Destination, IssuedCredentials};
 use crate::snapshot::Snapshot;
@@ -18,7 +18,7 @@ pub(super) fn split_master(snapshot: &Snapshot, credentials: &mut Credentials) {
 }
 
 /// A token's message under the name the user has there, where that is another.
-pub(super) fn with_user(credentials: &Credentials, place: &Destination, names: &Names) -> Option<Secret> {
+pub(super) fn with_user(credentials: &Credentials, place: &Destination, names: &UserNames) -> Option<Secret> {
     let Proof::Message(message) = &credentials.proof else { return None };
     let there = place.user.as_ref().unwrap_or(&names.server);
     if there == &credentials.user { None } else { sasl::with_user(credentials.mechanism, message, there) }
@@ -42,7 +42,7 @@ pub(super) fn has_own_login(credentials: &Credentials, place: &Destination) -> b
 pub(super) fn server_login<'a>(
     credentials: &'a Credentials,
     place: &'a Destination,
-    names: &'a Names,
+    names: &'a UserNames,
     authcid: &'a UserName,
     backend: &'a Backend,
     renamed: Option<&'a Secret>,
