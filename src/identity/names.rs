@@ -88,7 +88,7 @@ pub struct UserNames {
 /// The name breaks a rule of the configuration, or of PRECIS.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error("the user name has characters that are not allowed here")]
-pub struct NameRefused;
+pub struct NameNotAllowed;
 
 impl NamingRules {
     /// A master user's login, taken apart: whose mailbox, and who logs in. `None` where it is none.
@@ -110,10 +110,10 @@ impl NamingRules {
     ///
     /// # Errors
     /// See [`NamingRules::names`].
-    pub fn authcid(&self, sent: &UserName) -> Result<UserName, NameRefused> {
+    pub fn authcid(&self, sent: &UserName) -> Result<UserName, NameNotAllowed> {
         let folded = self.folded(sent.as_str())?;
         if self.server_normalised {
-            UserName::new(folded.as_bytes()).map_err(|_| NameRefused)
+            UserName::new(folded.as_bytes()).map_err(|_| NameNotAllowed)
         } else {
             Ok(sent.clone())
         }
@@ -123,40 +123,40 @@ impl NamingRules {
     ///
     /// # Errors
     /// A character that the rules do not allow, or the separator of master users, in `sent` or in its normalised form.
-    pub fn names(&self, sent: &UserName) -> Result<UserNames, NameRefused> {
+    pub fn names(&self, sent: &UserName) -> Result<UserNames, NameNotAllowed> {
         let whole = self.normalised(sent.as_str())?;
         let routing = self.without_detail(&whole);
         let server = match self.server_normalised {
-            true => UserName::new(whole.as_bytes()).map_err(|_| NameRefused)?,
+            true => UserName::new(whole.as_bytes()).map_err(|_| NameNotAllowed)?,
             false => sent.clone(),
         };
         let log = match self.log {
             LogName::AsSent => sent.clone(),
-            LogName::Normalised => UserName::new(whole.as_bytes()).map_err(|_| NameRefused)?,
+            LogName::Normalised => UserName::new(whole.as_bytes()).map_err(|_| NameNotAllowed)?,
             LogName::Hashed => hashed(&whole),
         };
         Ok(UserNames { routing: log.share(&routing), server, log })
     }
 
     /// Applies the rules for single characters.
-    fn folded(&self, sent: &str) -> Result<String, NameRefused> {
+    fn folded(&self, sent: &str) -> Result<String, NameNotAllowed> {
         let mut name = match self.unicode {
-            UnicodeRule::Refuse if !sent.is_ascii() => return Err(NameRefused),
+            UnicodeRule::Refuse if !sent.is_ascii() => return Err(NameNotAllowed),
             UnicodeRule::Keep | UnicodeRule::Refuse => sent.to_owned(),
             // The profile is for the parts before and after `@`; it allows the sign itself too.
-            UnicodeRule::Precis => UsernameCaseMapped::new().enforce(sent).map_err(|_| NameRefused)?.into_owned(),
+            UnicodeRule::Precis => UsernameCaseMapped::new().enforce(sent).map_err(|_| NameNotAllowed)?.into_owned(),
         };
         if self.lower_case {
             name.make_ascii_lowercase();
         }
         // PRECIS maps a full-width asterisk to `*`.
         if self.has_master_separator(sent) || self.has_master_separator(&name) {
-            return Err(NameRefused);
+            return Err(NameNotAllowed);
         }
         Ok(name)
     }
 
-    fn normalised(&self, sent: &str) -> Result<String, NameRefused> {
+    fn normalised(&self, sent: &str) -> Result<String, NameNotAllowed> {
         let mut name = self.folded(sent)?;
         if !name.contains('@')
             && let Some((at, separator)) = name.char_indices().rfind(|(_, char)| self.separators.contains(char))
@@ -167,7 +167,7 @@ impl NamingRules {
             name.push('@');
             name.push_str(domain);
         }
-        UserName::new(name.as_bytes()).map_err(|_| NameRefused)?;
+        UserName::new(name.as_bytes()).map_err(|_| NameNotAllowed)?;
         Ok(name)
     }
 
@@ -292,8 +292,8 @@ mod tests {
             for refused in ["alice*admin", "alice\u{ff0a}admin", "alice\u{fe61}admin", "\u{ff0a}alice", "alice\u{ff0a}"]
             {
                 assert_eq!(precis.split_master(&name(refused)).is_some(), refused == "alice*admin", "{refused}");
-                assert_eq!(precis.names(&name(refused)), Err(NameRefused), "{refused}");
-                assert_eq!(precis.authcid(&name(refused)), Err(NameRefused), "{refused}");
+                assert_eq!(precis.names(&name(refused)), Err(NameNotAllowed), "{refused}");
+                assert_eq!(precis.authcid(&name(refused)), Err(NameNotAllowed), "{refused}");
             }
             // Servers get these as sent, and none of them splits at a full-width asterisk.
             let keep = naming(UnicodeRule::Keep, server_normalised);
@@ -321,7 +321,7 @@ mod tests {
             assert_eq!((&*names.routing, names.server.as_str()), (routed, server), "{sent}");
         }
         for refused in ["alice\u{2028}x", "alice\u{200b}x", "alice\u{3000}x", "alice\u{feff}"] {
-            assert_eq!(naming.names(&name(refused)), Err(NameRefused), "{refused:?}");
+            assert_eq!(naming.names(&name(refused)), Err(NameNotAllowed), "{refused:?}");
         }
     }
 

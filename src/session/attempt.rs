@@ -126,7 +126,7 @@ impl Session {
         }
         let authcid = snapshot.config.naming.authcid(&login.credentials.user);
         let (Ok(names), Ok(authcid)) = (names, authcid) else {
-            return Some(self.no_such_user(&login.tag, Reason::NameRefused, began));
+            return Some(self.no_such_user(&login.tag, Reason::NameNotAllowed, began));
         };
         // Before any lookup, so that the answer is the same whether the mailbox exists.
         if delegated.is_err() {
