@@ -15,7 +15,7 @@ use super::{Backend, Server};
 use crate::config::{ClientInfo, TlsMode};
 use crate::deadline::Deadline;
 use crate::failure::Reason;
-use crate::protocol::proxy_protocol::{self, ClientTls};
+use crate::protocol::proxy_protocol::{self, ClientTlsInfo};
 use crate::stream::{Encrypted, Stream};
 use crate::tls::handover::Secrets;
 
@@ -83,7 +83,7 @@ async fn open(
         ClientInfo::ProxyV2 if !is_session => proxy_protocol::local_2(),
         ClientInfo::ProxyV1 => proxy_protocol::version_1(request.client, request.listener),
         ClientInfo::ProxyV2 => {
-            let tls = request.tls.map(|tls| ClientTls {
+            let tls = request.tls.map(|tls| ClientTlsInfo {
                 version: tls.version.as_str(),
                 server_name: tls.server_name.as_deref(),
                 alpn: tls.alpn,

@@ -4,7 +4,7 @@ use std::net::SocketAddr;
 
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
-use vestibule::protocol::proxy_protocol::{ClientTls, Header, Origin, local_2, parse, version_1, version_2};
+use vestibule::protocol::proxy_protocol::{ClientTlsInfo, Header, Origin, local_2, parse, version_1, version_2};
 use vestibule::server::Running;
 
 use crate::support::{Certificates, Client, GOOD, Line, Scripted, eventually, in_time, metric, start};
@@ -117,7 +117,7 @@ async fn tls_begins_right_behind_the_header() {
             }
             let (sent, ()) = tokio::join!(server.header(), log_in(&mut client));
             let told = parse(&sent).unwrap().unwrap();
-            let tls = ClientTls { version: "TLSv1_3", server_name: Some("localhost"), alpn: false, certificate: false };
+            let tls = ClientTlsInfo { version: "TLSv1_3", server_name: Some("localhost"), alpn: false, certificate: false };
             assert_eq!((told.origin, told.tls), (named, Some(tls)), "in one piece with what the header began");
         }
     }
@@ -128,7 +128,7 @@ async fn tls_that_ended_at_the_balancer_is_passed_on() {
     let certificates = Certificates::new();
     let server = Shown::new().await;
     let proxy = behind_a_balancer(&certificates, server.address(), "").await;
-    let tls = ClientTls { version: "TLSv1_2", server_name: Some("mail.test"), alpn: true, certificate: false };
+    let tls = ClientTlsInfo { version: "TLSv1_2", server_name: Some("mail.test"), alpn: true, certificate: false };
     let header = version_2(address(CLIENT), address(FRONT), Some(&tls));
     let mut client = Client::new(introduced(proxy.listeners()[0], &header, 0).await);
     client.line().await;

@@ -22,7 +22,7 @@ const FIXED: usize = 16;
 
 /// How a client came over TLS, as TLVs carry it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct ClientTls<'a> {
+pub struct ClientTlsInfo<'a> {
     /// As log records write it: `TLSv1_3`; `unknown` where the balancer did not say.
     pub version: &'static str,
     /// The name that the client asked for (SNI): text without blanks and controls, up to 255 bytes.

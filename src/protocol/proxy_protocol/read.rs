@@ -7,7 +7,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::str::FromStr;
 
 use super::tlv::{self, kind};
-use super::{ClientTls, FIXED, SIGNATURE};
+use super::{ClientTlsInfo, FIXED, SIGNATURE};
 
 /// A line of version 1 with its end.
 const MAX_LINE: usize = 107;
@@ -24,7 +24,7 @@ pub struct Header<'a> {
     /// Whose connection it is.
     pub origin: Origin,
     /// How the client came to the balancer, where TLS ended there.
-    pub tls: Option<ClientTls<'a>>,
+    pub tls: Option<ClientTlsInfo<'a>>,
 }
 
 /// Whose connection it is.
@@ -205,7 +205,7 @@ where
 }
 
 /// What the fields say of the client's TLS.
-fn told<'a>(header: &[u8], mut fields: &'a [u8]) -> Result<Option<ClientTls<'a>>, MalformedHeader> {
+fn told<'a>(header: &[u8], mut fields: &'a [u8]) -> Result<Option<ClientTlsInfo<'a>>, MalformedHeader> {
     let (mut alpn, mut server_name, mut sum, mut ssl) = (None, None, None, None);
     let end = header.len();
     while let Some(field) = tlv::next(&mut fields) {
@@ -231,7 +231,7 @@ fn told<'a>(header: &[u8], mut fields: &'a [u8]) -> Result<Option<ClientTls<'a>>
     let server_name = server_name.map(name).transpose()?;
     let Some((flags, version)) = ssl.map(ssl_field).transpose()?.flatten() else { return Ok(None) };
     let alpn = alpn == Some(b"imap");
-    Ok(Some(ClientTls { version, server_name, alpn, certificate: flags & tlv::CLIENT_CERTIFICATE != 0 }))
+    Ok(Some(ClientTlsInfo { version, server_name, alpn, certificate: flags & tlv::CLIENT_CERTIFICATE != 0 }))
 }
 
 /// It goes to servers and into logs, so it is text that nothing can hide in.

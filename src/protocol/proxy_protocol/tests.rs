@@ -146,8 +146,8 @@ fn binary_headers_that_break_the_rules() {
 
 #[test]
 fn the_clients_tls() {
-    let told = ClientTls { version: "TLSv1_3", server_name: Some("mail.test"), alpn: true, certificate: true };
-    for told in [told, ClientTls { version: "TLSv1_2", server_name: None, alpn: false, certificate: false }] {
+    let told = ClientTlsInfo { version: "TLSv1_3", server_name: Some("mail.test"), alpn: true, certificate: true };
+    for told in [told, ClientTlsInfo { version: "TLSv1_2", server_name: None, alpn: false, certificate: false }] {
         let header = version_2(address("192.0.2.1:4000"), address("198.51.100.2:993"), Some(&told));
         let read = whole(&header);
         assert_eq!((read.origin, read.tls), (client("192.0.2.1:4000", "198.51.100.2:993"), Some(told)));
@@ -164,15 +164,15 @@ fn the_clients_tls() {
     // No name is in these, so nothing is borrowed from them.
     let ssl = |value: &[u8]| {
         let header = with_fields(&field(kind::SSL, value));
-        parse(&header).map(|header| header.unwrap().tls.map(|tls| ClientTls { server_name: None, ..tls }))
+        parse(&header).map(|header| header.unwrap().tls.map(|tls| ClientTlsInfo { server_name: None, ..tls }))
     };
-    let unknown = ClientTls { version: "unknown", server_name: None, alpn: false, certificate: false };
+    let unknown = ClientTlsInfo { version: "unknown", server_name: None, alpn: false, certificate: false };
     assert_eq!(ssl(&[1, 0, 0, 0, 1]), Ok(Some(unknown)));
     // Not TLS, whatever else it is.
     assert_eq!(ssl(&[0, 0, 0, 0, 0]), Ok(None));
     // A certificate that was not verified is none.
     assert_eq!(ssl(&[7, 0, 0, 0, 1]), Ok(Some(unknown)));
-    assert_eq!(ssl(&[7, 0, 0, 0, 0]), Ok(Some(ClientTls { certificate: true, ..unknown })));
+    assert_eq!(ssl(&[7, 0, 0, 0, 0]), Ok(Some(ClientTlsInfo { certificate: true, ..unknown })));
     assert!(ssl(&[1, 0, 0, 0]).is_err());
     assert!(ssl(&[1, 0, 0, 0, 0, 0x21, 0, 9, b'T']).is_err());
     for name in [&b""[..], b"a\r\nb", b"a b", b"a\0", b"\xff", &[b'x'; 256]] {

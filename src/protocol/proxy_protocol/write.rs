@@ -3,7 +3,7 @@
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use super::tlv::{self, kind};
-use super::{ClientTls, FIXED, SIGNATURE};
+use super::{ClientTlsInfo, FIXED, SIGNATURE};
 
 /// Version 2, command PROXY.
 const VERSION_AND_COMMAND: u8 = 0x21;
@@ -48,7 +48,7 @@ pub fn version_1(client: SocketAddr, listener: SocketAddr) -> Vec<u8> {
 }
 
 /// The binary header of version 2. Of a client that came over TLS it says how, and ends with a checksum.
-pub fn version_2(client: SocketAddr, listener: SocketAddr, tls: Option<&ClientTls<'_>>) -> Vec<u8> {
+pub fn version_2(client: SocketAddr, listener: SocketAddr, tls: Option<&ClientTlsInfo<'_>>) -> Vec<u8> {
     let mut header = [&SIGNATURE[..], &[VERSION_AND_COMMAND, 0, 0, 0]].concat();
     let family = match Pair::new(client.ip(), listener.ip()) {
         Pair::V4(from, to) => {
@@ -77,7 +77,7 @@ pub fn version_2(client: SocketAddr, listener: SocketAddr, tls: Option<&ClientTl
     header
 }
 
-fn fields(tls: &ClientTls<'_>, out: &mut Vec<u8>) {
+fn fields(tls: &ClientTlsInfo<'_>, out: &mut Vec<u8>) {
     if tls.alpn {
         tlv::put(out, kind::ALPN, b"imap");
     }
@@ -122,14 +122,14 @@ mod tests {
 
     #[test]
     fn version_2_tells_of_tls() {
-        let tls = ClientTls { version: "TLSv1_3", server_name: Some("mail.test"), alpn: true, certificate: false };
+        let tls = ClientTlsInfo { version: "TLSv1_3", server_name: Some("mail.test"), alpn: true, certificate: false };
         let header = version_2(address("192.0.2.1:4000"), address("198.51.100.2:993"), Some(&tls));
         let fields = b"\x01\0\x04imap\x02\0\x09mail.test\x20\0\x0f\x01\0\0\0\x01\x21\0\x07TLSv1.3\x03\0\x04";
         assert_eq!(&header[28..header.len() - 4], fields);
         assert_eq!(usize::from(header[15]), header.len() - FIXED);
         // Calculated apart from this program.
         assert_eq!(header[header.len() - 4..], [0xf0, 0x6b, 0x50, 0xaf]);
-        let certified = ClientTls { certificate: true, alpn: false, server_name: None, ..tls };
+        let certified = ClientTlsInfo { certificate: true, alpn: false, server_name: None, ..tls };
         let header = version_2(address("192.0.2.1:4000"), address("198.51.100.2:993"), Some(&certified));
         assert_eq!(&header[28..36], b"\x20\0\x0f\x03\0\0\0\0");
     }
