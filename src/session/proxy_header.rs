@@ -55,7 +55,7 @@ impl Session {
                 None
             }
             Ok(Ok(Some(said))) => {
-                let is_check = matches!(said.origin, Origin::Balancer);
+                let is_check = matches!(said.origin, Origin::Local);
                 self.believe(said);
                 if is_check { Some(()) } else { self.may_come_in(socket) }
             }
@@ -70,11 +70,11 @@ impl Session {
             Origin::Client { client, listener } => {
                 (self.peer, self.local, self.is_proxied) = (client, listener, true);
             }
-            Origin::Balancer => {
+            Origin::Local => {
                 self.snapshot.metrics.listener(self.listener).balancer_check(BalancerCheck::Local);
                 self.record.is_check();
             }
-            Origin::Untold => {}
+            Origin::Unknown => {}
         }
         self.record.introduced(id::new(self.peer), self.peer, self.local, said.tls);
         let session = self.record.session();

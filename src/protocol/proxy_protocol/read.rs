@@ -31,9 +31,9 @@ pub struct Header<'a> {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Origin {
     /// The balancer's own (LOCAL): it looks whether we are alive.
-    Balancer,
+    Local,
     /// The balancer does not say (UNKNOWN, UNSPEC), or it is no TCP connection.
-    Untold,
+    Unknown,
     /// A client's.
     Client {
         /// The client.
@@ -116,7 +116,7 @@ fn line_origin(line: &str) -> Option<Origin> {
     let (family, rest) = line.split_once(' ').unwrap_or((line, ""));
     if family == "UNKNOWN" {
         // Whatever follows is to be ignored.
-        return Some(Origin::Untold);
+        return Some(Origin::Unknown);
     }
     let mut words = rest.split(' ');
     let mut word = || words.next();
@@ -174,14 +174,14 @@ fn version_2(bytes: &[u8]) -> Result<Option<Header<'_>>, MalformedHeader> {
     let length = FIXED + length;
     let Some(header) = bytes.get(..length) else { return Ok(None) };
     if is_local {
-        return Ok(Some(Header { length, origin: Origin::Balancer, tls: None }));
+        return Ok(Some(Header { length, origin: Origin::Local, tls: None }));
     }
     let (block, fields) = header[FIXED..].split_at(addresses);
     let origin = match family {
         0x11 => pair::<4>(block),
         0x21 => pair::<16>(block),
         // Valid, but no address of a TCP connection: as if not told, says the specification.
-        _ => Some(Origin::Untold),
+        _ => Some(Origin::Unknown),
     };
     let origin = origin.ok_or(MalformedHeader("the header is too short for its addresses"))?;
     // What follows an unspecified family is to be ignored too.

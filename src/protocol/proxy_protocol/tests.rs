@@ -56,11 +56,11 @@ fn lines_of_version_1() {
     let read = whole(b"PROXY TCP6 2001:db8::1 ::1 0 65535\r\n");
     assert_eq!(read.origin, client("[2001:db8::1]:0", "[::1]:65535"));
     for untold in [LOCAL_1, b"PROXY UNKNOWN ffff::1 anything at all\r\n"] {
-        assert_eq!(whole(untold).origin, Origin::Untold);
+        assert_eq!(whole(untold).origin, Origin::Unknown);
     }
     // The longest that there can be.
     let long = format!("PROXY UNKNOWN {}\r\n", "x".repeat(91));
-    assert_eq!((long.len(), whole(long.as_bytes()).origin), (107, Origin::Untold));
+    assert_eq!((long.len(), whole(long.as_bytes()).origin), (107, Origin::Unknown));
 }
 
 #[test]
@@ -114,14 +114,14 @@ fn headers_of_version_2() {
     assert_eq!((whole(&v4).origin, whole(&v4).tls), (client("192.0.2.1:4000", "198.51.100.2:993"), None));
     let v6 = version_2(address("[2001:db8::1]:1"), address("[::1]:2"), None);
     assert_eq!(whole(&v6).origin, client("[2001:db8::1]:1", "[::1]:2"));
-    assert_eq!(whole(&local_2()).origin, Origin::Balancer);
+    assert_eq!(whole(&local_2()).origin, Origin::Local);
     // Of LOCAL all that follows is ignored, as it is of an unspecified family.
     for block in [&b""[..], b"whatever there is"] {
-        assert_eq!(whole(&binary(0x20, 0x11, block)).origin, Origin::Balancer);
-        assert_eq!(whole(&binary(0x21, 0x00, block)).origin, Origin::Untold);
+        assert_eq!(whole(&binary(0x20, 0x11, block)).origin, Origin::Local);
+        assert_eq!(whole(&binary(0x21, 0x00, block)).origin, Origin::Unknown);
     }
     for (family, length) in [(0x12, 12), (0x22, 36), (0x31, 216), (0x32, 216)] {
-        assert_eq!(whole(&binary(0x21, family, &vec![b'/'; length])).origin, Origin::Untold);
+        assert_eq!(whole(&binary(0x21, family, &vec![b'/'; length])).origin, Origin::Unknown);
         refused(&binary(0x21, family, &vec![b'/'; length - 1]));
     }
 }
