@@ -1,7 +1,7 @@
 //! What a balancer says ahead of a connection: cut anywhere, the same header, or none at the first byte that is wrong. Nothing behind
 //! it matters. What a header says can be written, and read again.
 
-use vestibule::protocol::proxy_protocol::{Beginning, Origin, beginning, parse, version_1, version_2};
+use vestibule::protocol::proxy_protocol::{Detection, Origin, detect, parse, version_1, version_2};
 
 pub fn run(input: &[u8]) {
     let whole = parse(input);
@@ -19,7 +19,7 @@ pub fn run(input: &[u8]) {
         Ok(Some(header)) => header,
     };
     let (bytes, _) = input.split_at(header.length);
-    assert_eq!(beginning(bytes), Beginning::Header, "also where none is expected");
+    assert_eq!(detect(bytes), Detection::ProxyHeader, "also where none is expected");
     assert_eq!(parse(bytes), Ok(Some(header)), "what follows is not looked at");
     cut_short(&bytes[..bytes.len() - 1]);
     if let Some(name) = header.tls.and_then(|tls| tls.server_name) {

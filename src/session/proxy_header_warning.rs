@@ -5,7 +5,7 @@ use std::time::Instant;
 
 use super::{EndedBy, Session};
 use crate::failure::Reason;
-use crate::protocol::proxy_protocol::{Beginning, beginning};
+use crate::protocol::proxy_protocol::{Detection, detect};
 
 /// rustls gives up after five bytes that are not TLS. The first five of a header are not TLS either.
 const TLS_DECIDES: usize = 5;
@@ -24,17 +24,17 @@ impl Opening {
     pub(super) fn is_header(&mut self, bytes: &[u8]) -> bool {
         let Some(opening) = &mut self.0 else { return false };
         opening.extend_from_slice(&bytes[..bytes.len().min(16)]);
-        let beginning = beginning(opening);
-        if beginning != Beginning::Undecided {
+        let beginning = detect(opening);
+        if beginning != Detection::Undecided {
             self.0 = None;
         }
-        beginning == Beginning::Header
+        beginning == Detection::ProxyHeader
     }
 }
 
 /// Whether what came instead of a ClientHello is a PROXY header.
 pub(super) fn is_header_before_tls(first_bytes: &[u8]) -> bool {
-    first_bytes.len() >= TLS_DECIDES && beginning(first_bytes) != Beginning::Other
+    first_bytes.len() >= TLS_DECIDES && detect(first_bytes) != Detection::Other
 }
 
 impl Session {

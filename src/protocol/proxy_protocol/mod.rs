@@ -11,7 +11,7 @@ mod tests;
 mod tlv;
 mod write;
 
-pub use self::read::{Beginning, Header, MalformedHeader, Origin, beginning, parse};
+pub use self::read::{Detection, Header, MalformedHeader, Origin, detect, parse};
 pub use self::write::{LOCAL_1, local_2, version_1, version_2};
 
 /// First twelve bytes of version 2.

@@ -64,9 +64,9 @@ pub fn parse(bytes: &[u8]) -> Result<Option<Header<'_>>, MalformedHeader> {
 
 /// Whether a connection that is not to begin with a header does.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Beginning {
+pub enum Detection {
     /// It does.
-    Header,
+    ProxyHeader,
     /// More bytes are needed.
     Undecided,
     /// It does not.
@@ -74,15 +74,15 @@ pub enum Beginning {
 }
 
 /// Looks at the first bytes of a connection for the start of a header, which no command of IMAP can be.
-pub fn beginning(bytes: &[u8]) -> Beginning {
+pub fn detect(bytes: &[u8]) -> Detection {
     let starts = [&b"PROXY TCP4 "[..], b"PROXY TCP6 ", b"PROXY UNKNOWN", SIGNATURE];
     let mut possible = starts.into_iter().filter(|start| begins(bytes, start)).peekable();
     if possible.peek().is_none() {
-        Beginning::Other
+        Detection::Other
     } else if possible.any(|start| bytes.len() >= start.len()) {
-        Beginning::Header
+        Detection::ProxyHeader
     } else {
-        Beginning::Undecided
+        Detection::Undecided
     }
 }
 

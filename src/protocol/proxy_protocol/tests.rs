@@ -191,12 +191,12 @@ fn a_header_is_recognised_where_none_is_expected() {
         [(&line[..], 11), (b"PROXY TCP6 2001:db8::7", 11), (b"PROXY UNKNOWN\r\n", 13), (&block, 12), (&local_2(), 12)]
     {
         for length in 0..header.len() {
-            let expected = if length >= start { Beginning::Header } else { Beginning::Undecided };
-            assert_eq!(beginning(&header[..length]), expected, "{length} bytes of {header:?}");
+            let expected = if length >= start { Detection::ProxyHeader } else { Detection::Undecided };
+            assert_eq!(detect(&header[..length]), expected, "{length} bytes of {header:?}");
         }
     }
     for other in [&b"PROXY NOOP\r\n"[..], b"PROXY TCP5 ", b"PROXYA", b"\r\n\r\na", b"\x16\x03\x01", b"a1 ID", b"proxy "]
     {
-        assert_eq!(beginning(other), Beginning::Other, "{other:?}");
+        assert_eq!(detect(other), Detection::Other, "{other:?}");
     }
 }
