@@ -1,7 +1,7 @@
 //! What a balancer says ahead of a connection: cut anywhere, the same header, or none at the first byte that is wrong. Nothing behind
 //! it matters. What a header says can be written, and read again.
 
-use vestibule::protocol::proxy_protocol::{Detection, Origin, detect, parse, version_1, version_2};
+use vestibule::protocol::proxy_protocol::{Detection, Origin, detect, parse, header_v1, header_v2};
 
 pub fn run(input: &[u8]) {
     let whole = parse(input);
@@ -26,11 +26,11 @@ pub fn run(input: &[u8]) {
         assert!(!name.is_empty() && name.len() <= 255 && !name.contains(char::is_control));
     }
     if let Origin::Client { client, listener } = header.origin {
-        let written = version_2(client, listener, header.tls.as_ref());
+        let written = header_v2(client, listener, header.tls.as_ref());
         let again = parse(&written).expect("what we write").expect("is whole");
         assert_eq!((again.length, again.tls), (written.len(), header.tls));
         assert_eq!(canonical(again.origin), canonical(header.origin));
-        let written = version_1(client, listener);
+        let written = header_v1(client, listener);
         let again = parse(&written).expect("what we write").expect("is whole");
         assert_eq!((again.length, canonical(again.origin)), (written.len(), canonical(header.origin)));
     }

@@ -79,9 +79,9 @@ async fn open(
 ) -> Result<Stream, Fault> {
     let is_session = request.purpose == Purpose::Session;
     let header = match backend.client_info {
-        ClientInfo::ProxyV1 if !is_session => proxy_protocol::LOCAL_1.to_vec(),
-        ClientInfo::ProxyV2 if !is_session => proxy_protocol::local_2(),
-        ClientInfo::ProxyV1 => proxy_protocol::version_1(request.client, request.listener),
+        ClientInfo::ProxyV1 if !is_session => proxy_protocol::LOCAL_V1.to_vec(),
+        ClientInfo::ProxyV2 if !is_session => proxy_protocol::local_v2(),
+        ClientInfo::ProxyV1 => proxy_protocol::header_v1(request.client, request.listener),
         ClientInfo::ProxyV2 => {
             let tls = request.tls.map(|tls| ClientTlsInfo {
                 version: tls.version.as_str(),
@@ -89,7 +89,7 @@ async fn open(
                 alpn: tls.alpn,
                 certificate: tls.certificate,
             });
-            proxy_protocol::version_2(request.client, request.listener, tls.as_ref())
+            proxy_protocol::header_v2(request.client, request.listener, tls.as_ref())
         }
         ClientInfo::Id | ClientInfo::None => Vec::new(),
     };

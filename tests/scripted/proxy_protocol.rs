@@ -4,7 +4,7 @@ use std::net::SocketAddr;
 
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
-use vestibule::protocol::proxy_protocol::{ClientTlsInfo, Header, Origin, local_2, parse, version_1, version_2};
+use vestibule::protocol::proxy_protocol::{ClientTlsInfo, Header, Origin, local_v2, parse, header_v1, header_v2};
 use vestibule::server::Running;
 
 use crate::support::{Certificates, Client, GOOD, Line, Scripted, eventually, in_time, metric, start};
@@ -17,7 +17,7 @@ fn address(text: &str) -> SocketAddr {
 }
 
 fn headers() -> [Vec<u8>; 2] {
-    [version_1(address(CLIENT), address(FRONT)), version_2(address(CLIENT), address(FRONT), None)]
+    [header_v1(address(CLIENT), address(FRONT)), header_v2(address(CLIENT), address(FRONT), None)]
 }
 
 /// Listeners in clear, with STARTTLS and with TLS, that believe 127.0.0.1 and nobody else.
@@ -129,7 +129,7 @@ async fn tls_that_ended_at_the_balancer_is_passed_on() {
     let server = Shown::new().await;
     let proxy = behind_a_balancer(&certificates, server.address(), "").await;
     let tls = ClientTlsInfo { version: "TLSv1_2", server_name: Some("mail.test"), alpn: true, certificate: false };
-    let header = version_2(address(CLIENT), address(FRONT), Some(&tls));
+    let header = header_v2(address(CLIENT), address(FRONT), Some(&tls));
     let mut client = Client::new(introduced(proxy.listeners()[0], &header, 0).await);
     client.line().await;
     let (sent, ()) = tokio::join!(server.header(), log_in(&mut client));
@@ -206,13 +206,13 @@ async fn a_balancer_that_looks_whether_we_live_is_no_failure() {
     let server = Scripted::new("S: * OK [CAPABILITY IMAP4rev1] x\nC: *\n...").await;
     let proxy = behind_a_balancer(&certificates, server.address, "").await;
     let mut check = Client::silent(proxy.listeners()[0]).await;
-    check.send(local_2()).await;
+    check.send(local_v2()).await;
     assert!(check.line().await.starts_with("* OK [CAPABILITY IMAP4rev1 "), "served as everybody is");
     assert!(check.ask("a NOOP").await.starts_with("a OK"));
     drop(check);
     // With TLS, a look is over before the handshake.
     let mut check = Client::silent(proxy.listeners()[2]).await;
-    check.send(local_2()).await;
+    check.send(local_v2()).await;
     drop(check);
     eventually("the end", || metric(&proxy, "vestibule_connections", &[]) == 0.0).await;
     assert_eq!(metric(&proxy, "vestibule_failures_total", &[]), 0.0);
@@ -256,7 +256,7 @@ async fn a_balancer_that_connects_and_says_nothing_is_no_failure() {
         eventually("the checks", || checks() == 2.0 * (number + 1) as f64).await;
     }
     let mut check = Client::silent(proxy.listeners()[0]).await;
-    check.send(local_2()).await;
+    check.send(local_v2()).await;
     check.line().await;
     assert_eq!(metric(&proxy, "vestibule_balancer_checks_total", &["kind=\"local\""]), 1.0);
     // Half a header is a failure as before.

@@ -1,7 +1,7 @@
 //! PROXY protocol headers, versions 1 and 2 (the HAProxy specification, sections 2.1 and 2.2): how a balancer says whose connection it
 //! passes on.
 //!
-//! Bytes in, bytes out. [`parse`] reads what a balancer in front of us says, [`version_1`] and [`version_2`] write what servers
+//! Bytes in, bytes out. [`parse`] reads what a balancer in front of us says, [`header_v1`] and [`header_v2`] write what servers
 //! are told. Whether a header may be believed is not known here: `session` asks for one only where the configuration names
 //! the sender's network. Called by `session` and `backend::connect`.
 
@@ -12,7 +12,7 @@ mod tlv;
 mod write;
 
 pub use self::read::{Detection, Header, MalformedHeader, Origin, detect, parse};
-pub use self::write::{LOCAL_1, local_2, version_1, version_2};
+pub use self::write::{LOCAL_V1, local_v2, header_v1, header_v2};
 
 /// First twelve bytes of version 2.
 const SIGNATURE: &[u8; 12] = b"\r\n\r\n\0\r\nQUIT\n";

@@ -57,8 +57,8 @@ const NO_HEADER: MalformedHeader = MalformedHeader("no PROXY header");
 pub fn parse(bytes: &[u8]) -> Result<Option<Header<'_>>, MalformedHeader> {
     match bytes.first() {
         None => Ok(None),
-        Some(b'P') => version_1(bytes),
-        Some(_) => version_2(bytes),
+        Some(b'P') => header_v1(bytes),
+        Some(_) => header_v2(bytes),
     }
 }
 
@@ -91,7 +91,7 @@ fn begins(bytes: &[u8], start: &[u8]) -> bool {
     bytes.iter().zip(start).all(|(byte, expected)| byte == expected)
 }
 
-fn version_1(bytes: &[u8]) -> Result<Option<Header<'_>>, MalformedHeader> {
+fn header_v1(bytes: &[u8]) -> Result<Option<Header<'_>>, MalformedHeader> {
     const START: &[u8] = b"PROXY ";
     if !begins(bytes, START) {
         return Err(NO_HEADER);
@@ -143,7 +143,7 @@ fn port(word: &str) -> Option<u16> {
     word.parse().ok().filter(|_| plain)
 }
 
-fn version_2(bytes: &[u8]) -> Result<Option<Header<'_>>, MalformedHeader> {
+fn header_v2(bytes: &[u8]) -> Result<Option<Header<'_>>, MalformedHeader> {
     if !begins(bytes, SIGNATURE) {
         return Err(NO_HEADER);
     }

@@ -55,7 +55,7 @@ fn lines_of_version_1() {
     assert_eq!((read.origin, read.tls), (client("192.0.2.1:4000", "198.51.100.2:993"), None));
     let read = whole(b"PROXY TCP6 2001:db8::1 ::1 0 65535\r\n");
     assert_eq!(read.origin, client("[2001:db8::1]:0", "[::1]:65535"));
-    for untold in [LOCAL_1, b"PROXY UNKNOWN ffff::1 anything at all\r\n"] {
+    for untold in [LOCAL_V1, b"PROXY UNKNOWN ffff::1 anything at all\r\n"] {
         assert_eq!(whole(untold).origin, Origin::Unknown);
     }
     // The longest that there can be.
@@ -112,9 +112,9 @@ fn other_protocols_are_not_waited_for() {
 fn headers_of_version_2() {
     let v4 = with_fields(b"");
     assert_eq!((whole(&v4).origin, whole(&v4).tls), (client("192.0.2.1:4000", "198.51.100.2:993"), None));
-    let v6 = version_2(address("[2001:db8::1]:1"), address("[::1]:2"), None);
+    let v6 = header_v2(address("[2001:db8::1]:1"), address("[::1]:2"), None);
     assert_eq!(whole(&v6).origin, client("[2001:db8::1]:1", "[::1]:2"));
-    assert_eq!(whole(&local_2()).origin, Origin::Local);
+    assert_eq!(whole(&local_v2()).origin, Origin::Local);
     // Of LOCAL all that follows is ignored, as it is of an unspecified family.
     for block in [&b""[..], b"whatever there is"] {
         assert_eq!(whole(&binary(0x20, 0x11, block)).origin, Origin::Local);
@@ -148,7 +148,7 @@ fn binary_headers_that_break_the_rules() {
 fn the_clients_tls() {
     let told = ClientTlsInfo { version: "TLSv1_3", server_name: Some("mail.test"), alpn: true, certificate: true };
     for told in [told, ClientTlsInfo { version: "TLSv1_2", server_name: None, alpn: false, certificate: false }] {
-        let header = version_2(address("192.0.2.1:4000"), address("198.51.100.2:993"), Some(&told));
+        let header = header_v2(address("192.0.2.1:4000"), address("198.51.100.2:993"), Some(&told));
         let read = whole(&header);
         assert_eq!((read.origin, read.tls), (client("192.0.2.1:4000", "198.51.100.2:993"), Some(told)));
         // The number of the last field alone may change: then there is no checksum.
@@ -185,10 +185,10 @@ fn the_clients_tls() {
 
 #[test]
 fn a_header_is_recognised_where_none_is_expected() {
-    let line = version_1(address("192.0.2.7:4000"), address("198.51.100.2:993"));
-    let block = version_2(address("[2001:db8::7]:4000"), address("[2001:db8::1]:993"), None);
+    let line = header_v1(address("192.0.2.7:4000"), address("198.51.100.2:993"));
+    let block = header_v2(address("[2001:db8::7]:4000"), address("[2001:db8::1]:993"), None);
     for (header, start) in
-        [(&line[..], 11), (b"PROXY TCP6 2001:db8::7", 11), (b"PROXY UNKNOWN\r\n", 13), (&block, 12), (&local_2(), 12)]
+        [(&line[..], 11), (b"PROXY TCP6 2001:db8::7", 11), (b"PROXY UNKNOWN\r\n", 13), (&block, 12), (&local_v2(), 12)]
     {
         for length in 0..header.len() {
             let expected = if length >= start { Detection::ProxyHeader } else { Detection::Undecided };

@@ -9,10 +9,10 @@ use super::{ClientTlsInfo, FIXED, SIGNATURE};
 const VERSION_AND_COMMAND: u8 = 0x21;
 
 /// The line of version 1 for a connection of the proxy's own.
-pub const LOCAL_1: &[u8] = b"PROXY UNKNOWN\r\n";
+pub const LOCAL_V1: &[u8] = b"PROXY UNKNOWN\r\n";
 
 /// The header of version 2 for a connection of the proxy's own: the command LOCAL, and no addresses.
-pub fn local_2() -> Vec<u8> {
+pub fn local_v2() -> Vec<u8> {
     [&SIGNATURE[..], &[0x20, 0, 0, 0]].concat()
 }
 
@@ -39,7 +39,7 @@ fn as_v6(address: IpAddr) -> Ipv6Addr {
 }
 
 /// The line of version 1.
-pub fn version_1(client: SocketAddr, listener: SocketAddr) -> Vec<u8> {
+pub fn header_v1(client: SocketAddr, listener: SocketAddr) -> Vec<u8> {
     let (family, from, to) = match Pair::new(client.ip(), listener.ip()) {
         Pair::V4(from, to) => ("TCP4", from.to_string(), to.to_string()),
         Pair::V6(from, to) => ("TCP6", from.to_string(), to.to_string()),
@@ -48,7 +48,7 @@ pub fn version_1(client: SocketAddr, listener: SocketAddr) -> Vec<u8> {
 }
 
 /// The binary header of version 2. Of a client that came over TLS it says how, and ends with a checksum.
-pub fn version_2(client: SocketAddr, listener: SocketAddr, tls: Option<&ClientTlsInfo<'_>>) -> Vec<u8> {
+pub fn header_v2(client: SocketAddr, listener: SocketAddr, tls: Option<&ClientTlsInfo<'_>>) -> Vec<u8> {
     let mut header = [&SIGNATURE[..], &[VERSION_AND_COMMAND, 0, 0, 0]].concat();
     let family = match Pair::new(client.ip(), listener.ip()) {
         Pair::V4(from, to) => {
@@ -104,7 +104,7 @@ mod tests {
 
     #[test]
     fn version_1_lines() {
-        let line = |client, listener| String::from_utf8(version_1(address(client), address(listener))).unwrap();
+        let line = |client, listener| String::from_utf8(header_v1(address(client), address(listener))).unwrap();
         assert_eq!(line("192.0.2.1:4000", "198.51.100.2:993"), "PROXY TCP4 192.0.2.1 198.51.100.2 4000 993\r\n");
         assert_eq!(line("[2001:db8::1]:4000", "[::1]:993"), "PROXY TCP6 2001:db8::1 ::1 4000 993\r\n");
         // A dual-stack listener sees IPv4 clients as mapped addresses.
@@ -113,24 +113,24 @@ mod tests {
 
     #[test]
     fn version_2_headers() {
-        let v4 = version_2(address("192.0.2.1:4000"), address("198.51.100.2:993"), None);
+        let v4 = header_v2(address("192.0.2.1:4000"), address("198.51.100.2:993"), None);
         assert_eq!(&v4[..16], b"\r\n\r\n\0\r\nQUIT\n\x21\x11\0\x0c");
         assert_eq!(&v4[16..], [192, 0, 2, 1, 198, 51, 100, 2, 0x0f, 0xa0, 0x03, 0xe1]);
-        let v6 = version_2(address("[2001:db8::1]:1"), address("[::1]:2"), None);
+        let v6 = header_v2(address("[2001:db8::1]:1"), address("[::1]:2"), None);
         assert_eq!((&v6[12..16], v6.len()), (&[0x21, 0x21, 0, 36][..], 52));
     }
 
     #[test]
     fn version_2_tells_of_tls() {
         let tls = ClientTlsInfo { version: "TLSv1_3", server_name: Some("mail.test"), alpn: true, certificate: false };
-        let header = version_2(address("192.0.2.1:4000"), address("198.51.100.2:993"), Some(&tls));
+        let header = header_v2(address("192.0.2.1:4000"), address("198.51.100.2:993"), Some(&tls));
         let fields = b"\x01\0\x04imap\x02\0\x09mail.test\x20\0\x0f\x01\0\0\0\x01\x21\0\x07TLSv1.3\x03\0\x04";
         assert_eq!(&header[28..header.len() - 4], fields);
         assert_eq!(usize::from(header[15]), header.len() - FIXED);
         // Calculated apart from this program.
         assert_eq!(header[header.len() - 4..], [0xf0, 0x6b, 0x50, 0xaf]);
         let certified = ClientTlsInfo { certificate: true, alpn: false, server_name: None, ..tls };
-        let header = version_2(address("192.0.2.1:4000"), address("198.51.100.2:993"), Some(&certified));
+        let header = header_v2(address("192.0.2.1:4000"), address("198.51.100.2:993"), Some(&certified));
         assert_eq!(&header[28..36], b"\x20\0\x0f\x03\0\0\0\0");
     }
 }
