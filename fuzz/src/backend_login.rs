@@ -2,7 +2,7 @@
 //! bounded, and an answer that goes there is whole lines.
 
 use vestibule::identity::{Mechanism, PasswordLogin, Secret, ServerLogin, UserName};
-use vestibule::protocol::imap::backend_login::{LoginAttempt, BackendLogin, DialogueRules, LoginStep};
+use vestibule::protocol::imap::backend_login::{BackendLogin, DialogueRules, LoginAttempt, LoginStep};
 use vestibule::protocol::imap::tag::Tag;
 use zeroize::Zeroizing;
 

@@ -3,7 +3,7 @@
 
 use vestibule::identity::{Mechanism, Mechanisms, Proof, UserName};
 use vestibule::protocol::imap::capability::{Extensions, Transport};
-use vestibule::protocol::imap::prelogin::{LoginRequest, PreloginSettings, Prelogin, PreloginStep};
+use vestibule::protocol::imap::prelogin::{LoginRequest, Prelogin, PreloginSettings, PreloginStep};
 use vestibule::protocol::imap::reply;
 
 pub fn run(input: &[u8]) {

@@ -1,7 +1,7 @@
 //! What a balancer says ahead of a connection: cut anywhere, the same header, or none at the first byte that is wrong. Nothing behind
 //! it matters. What a header says can be written, and read again.
 
-use vestibule::protocol::proxy_protocol::{Detection, Origin, detect, parse, header_v1, header_v2};
+use vestibule::protocol::proxy_protocol::{Detection, Origin, detect, header_v1, header_v2, parse};
 
 pub fn run(input: &[u8]) {
     let whole = parse(input);

@@ -5,9 +5,9 @@
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use vestibule::identity::{Credentials, Mechanism, Mechanisms, Proof, ServerLogin, TokenIssuer, UserName};
-use vestibule::protocol::imap::backend_login::{LoginAttempt, BackendLogin, DialogueRules, LoginStep};
+use vestibule::protocol::imap::backend_login::{BackendLogin, DialogueRules, LoginAttempt, LoginStep};
 use vestibule::protocol::imap::capability::{Extensions, Transport};
-use vestibule::protocol::imap::prelogin::{PreloginSettings, Prelogin, PreloginStep};
+use vestibule::protocol::imap::prelogin::{Prelogin, PreloginSettings, PreloginStep};
 use vestibule::protocol::imap::sasl::with_user;
 use vestibule::protocol::imap::tag::Tag;
 use zeroize::Zeroizing;

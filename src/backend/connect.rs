@@ -20,7 +20,9 @@ use crate::config::{ClientInfo, TlsMode};
 use crate::deadline::Deadline;
 use crate::failure::Reason;
 use crate::protocol::imap::backend_login::verdict::{Action, Verdict};
-use crate::protocol::imap::backend_login::{LoginAttempt, BackendLogin, DialogueRules, ServerFault, LoginStep, Unavailable};
+use crate::protocol::imap::backend_login::{
+    BackendLogin, DialogueRules, LoginAttempt, LoginStep, ServerFault, Unavailable,
+};
 use crate::protocol::imap::capability::ServerCapabilities;
 use crate::stream::Stream;
 

@@ -4,7 +4,8 @@ use crate::identity::{Mechanism, Mechanisms};
 use crate::protocol::imap::capability::{Extensions, ServerCapabilities};
 
 /// The offer while no server has been seen.
-pub(super) const PASSWORDS_ONLY: ServerCapabilities = ServerCapabilities { mechanisms: Mechanisms::PASSWORDS, extensions: Extensions::NONE };
+pub(super) const PASSWORDS_ONLY: ServerCapabilities =
+    ServerCapabilities { mechanisms: Mechanisms::PASSWORDS, extensions: Extensions::NONE };
 
 /// What every server that has been seen can take, of backends with a login of their own or without: a password can be brought in any
 /// form, a certificate needs a login of the backend. Nothing is promised while no server has been seen.
@@ -50,7 +51,10 @@ mod tests {
     use super::*;
 
     fn offer(mechanisms: &[Mechanism], extensions: u32) -> ServerCapabilities {
-        ServerCapabilities { mechanisms: mechanisms.iter().copied().collect(), extensions: Extensions::from_bits(extensions) }
+        ServerCapabilities {
+            mechanisms: mechanisms.iter().copied().collect(),
+            extensions: Extensions::from_bits(extensions),
+        }
     }
 
     #[test]

@@ -12,7 +12,7 @@ use crate::config::Limits;
 use crate::deadline::Deadline;
 use crate::failure::{Reason, Side};
 use crate::identity::{Mechanism, ServerLogin};
-use crate::protocol::imap::backend_login::verdict::{self, Action, ServerAnswer, HealthEffect, LoginStage, Verdict};
+use crate::protocol::imap::backend_login::verdict::{self, Action, HealthEffect, LoginStage, ServerAnswer, Verdict};
 use crate::protocol::imap::backend_login::{Referral, ServerFault};
 use crate::protocol::imap::capability::ServerCapabilities;
 use crate::protocol::imap::client_id::ClientId;

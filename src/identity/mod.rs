@@ -17,7 +17,7 @@ use zeroize::{Zeroize, ZeroizeOnDrop, Zeroizing};
 
 pub use self::credentials::{Credentials, LoginWith, Mechanism, Mechanisms, PasswordLogin, Proof, ServerLogin};
 pub use self::delegation::{Delegation, NamePattern, NotDelegated, authorise_certificate};
-pub use self::names::{LogName, NameNotAllowed, UserNames, NamingRules, UnicodeRule};
+pub use self::names::{LogName, NameNotAllowed, NamingRules, UnicodeRule, UserNames};
 pub use self::token::{TokenFault, TokenIssuer, claimed_user};
 
 /// Longest accepted user name, in bytes. RFC 3501 sets no limit; Dovecot's servers refuse names over this anyway.

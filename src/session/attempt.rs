@@ -11,7 +11,7 @@ use zeroize::Zeroizing;
 
 use super::log_record::reason;
 use super::placement::{Carried, Placed, Placing};
-use super::server_credentials::{renamed, server_login, split_master};
+use super::server_credentials::{server_login, split_master, with_user};
 use super::throttling::{counted_users, reply_to_refused_token};
 use super::{Session, close};
 use crate::admission::AddressBlock;
@@ -20,7 +20,7 @@ use crate::backend::{Backend, Server, ServerPermit};
 use crate::deadline::Deadline;
 use crate::failure::Reason;
 use crate::generations::Generation;
-use crate::identity::{Mechanism, UserNames, UserName, authorise_certificate};
+use crate::identity::{Mechanism, UserName, UserNames, authorise_certificate};
 use crate::metrics::LoginOutcome;
 use crate::protocol::imap::client_id::ClientId;
 use crate::protocol::imap::prelogin::{ByeReason, LoginRequest, Prelogin, PreloginStep};
@@ -126,7 +126,7 @@ impl Session {
         }
         let authcid = snapshot.config.naming.authcid(&login.credentials.user);
         let (Ok(names), Ok(authcid)) = (names, authcid) else {
-            return Some(self.no_such_user(&login.tag, Reason::NameNotAllowed, began));
+            return Some(self.no_such_user(&login.tag, Reason::NameRefused, began));
         };
         // Before any lookup, so that the answer is the same whether the mailbox exists.
         if delegated.is_err() {
@@ -223,9 +223,9 @@ impl Session {
         if let Some(refused) = self.may_be_sent_to(backend, login) {
             return Some(Ok(refused));
         }
-        let renamed = renamed(credentials, place, login.names);
+        let with_other_user = with_user(credentials, place, login.names);
         let Some(server_login) =
-            server_login(credentials, place, login.names, login.authcid, backend, renamed.as_ref())
+            server_login(credentials, place, login.names, login.authcid, backend, with_other_user.as_ref())
         else {
             self.record.attempt_failed(Reason::MechanismUnsupported, LoginOutcome::Unavailable, Some(backend.id));
             return Some(Ok(Attempted::Unavailable));

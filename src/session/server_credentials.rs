@@ -1,7 +1,7 @@
 //! What a server is logged in with, from what the client sent and what the route answered.
 
 use crate::backend::Backend;
-use crate::identity::{Credentials, UserNames, PasswordLogin, Proof, Secret, ServerLogin, UserName};
+use crate::identity::{Credentials, PasswordLogin, Proof, Secret, ServerLogin, UserName, UserNames};
 use crate::protocol::imap::sasl;
 use crate::route::{Destination, IssuedCredentials};
 use crate::snapshot::Snapshot;

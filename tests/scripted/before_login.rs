@@ -272,7 +272,7 @@ async fn requests_for_new_keys_before_the_login_are_answered_and_bounded() {
 async fn replies_to_a_client_that_does_not_read_are_bounded() {
     use vestibule::identity::Mechanisms;
     use vestibule::protocol::imap::capability::{Extensions, Transport};
-    use vestibule::protocol::imap::prelogin::{PreloginSettings, Prelogin, PreloginStep};
+    use vestibule::protocol::imap::prelogin::{Prelogin, PreloginSettings, PreloginStep};
     let policy = PreloginSettings {
         transport: Transport::Tls,
         max_line: 98_304,

@@ -4,7 +4,7 @@ use std::net::SocketAddr;
 
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
-use vestibule::protocol::proxy_protocol::{ClientTlsInfo, Header, Origin, local_v2, parse, header_v1, header_v2};
+use vestibule::protocol::proxy_protocol::{ClientTlsInfo, Header, Origin, header_v1, header_v2, local_v2, parse};
 use vestibule::server::Running;
 
 use crate::support::{Certificates, Client, GOOD, Line, Scripted, eventually, in_time, metric, start};
@@ -117,7 +117,8 @@ async fn tls_begins_right_behind_the_header() {
             }
             let (sent, ()) = tokio::join!(server.header(), log_in(&mut client));
             let told = parse(&sent).unwrap().unwrap();
-            let tls = ClientTlsInfo { version: "TLSv1_3", server_name: Some("localhost"), alpn: false, certificate: false };
+            let tls =
+                ClientTlsInfo { version: "TLSv1_3", server_name: Some("localhost"), alpn: false, certificate: false };
             assert_eq!((told.origin, told.tls), (named, Some(tls)), "in one piece with what the header began");
         }
     }

@@ -228,7 +228,8 @@ mod tests {
 
     #[test]
     fn what_a_server_offers() {
-        let list = CapabilityList::new(b"IMAP4rev1 AUTH=PLAIN auth=scram-sha-256 AUTH=SCRAM-SHA-256-PLUS LOGINDISABLED");
+        let list =
+            CapabilityList::new(b"IMAP4rev1 AUTH=PLAIN auth=scram-sha-256 AUTH=SCRAM-SHA-256-PLUS LOGINDISABLED");
         let names: Vec<&str> = list.mechanisms().iter().map(Mechanism::sasl_name).collect();
         assert_eq!(names, ["PLAIN", "SCRAM-SHA-256"]);
         assert!(CapabilityList::new(b"IMAP4rev1").mechanisms().has(Mechanism::Login));

@@ -109,7 +109,11 @@ impl Framer {
     pub(super) fn capacity_with(&self, more: usize) -> usize {
         let needed = self.buffer.len() - self.start + more;
         let capacity = self.buffer.capacity();
-        if needed <= capacity { capacity } else { needed.max((2 * capacity).min(self.limits.line + self.limits.literals)) }
+        if needed <= capacity {
+            capacity
+        } else {
+            needed.max((2 * capacity).min(self.limits.line + self.limits.literals))
+        }
     }
 
     /// Looks for the end of a command, literals included.

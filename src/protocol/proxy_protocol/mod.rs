@@ -12,7 +12,7 @@ mod tlv;
 mod write;
 
 pub use self::read::{Detection, Header, MalformedHeader, Origin, detect, parse};
-pub use self::write::{LOCAL_V1, local_v2, header_v1, header_v2};
+pub use self::write::{LOCAL_V1, header_v1, header_v2, local_v2};
 
 /// First twelve bytes of version 2.
 const SIGNATURE: &[u8; 12] = b"\r\n\r\n\0\r\nQUIT\n";

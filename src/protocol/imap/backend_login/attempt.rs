@@ -43,7 +43,7 @@ pub struct DialogueRules<'a> {
     /// Texts of a refusal that mean a limit of the user.
     pub limit_texts: &'a [String],
     /// What earlier logins have shown about the server.
-    pub learned: Option<UnsupportedForms>,
+    pub unsupported_forms: Option<UnsupportedForms>,
 }
 
 /// LoginForms of the login that a server does not understand although its capabilities list them.
@@ -78,7 +78,7 @@ pub enum LoginStep {
     /// The server knows where the user is: elsewhere.
     Referred(Referral),
     /// There was nothing to log in with, and this is what the server offers.
-    Seen(ServerCapabilities),
+    Probed(ServerCapabilities),
     /// The server could not answer.
     Unavailable(Unavailable),
 }

@@ -25,7 +25,7 @@ pub(super) enum LoginForm {
     /// AUTHENTICATE, and the response when the server asks for it.
     Continuation = 2,
     /// LOGIN.
-    Login = 4,
+    Command = 4,
 }
 
 /// A set of forms.
@@ -58,7 +58,7 @@ pub(super) fn forms(
     with: LoginWith,
     client: Option<Mechanism>,
 ) -> Result<Vec<LoginForm>, ServerFault> {
-    use LoginForm::{Continuation, InitialResponse, Command};
+    use LoginForm::{Command, Continuation, InitialResponse};
     let has_mechanism = capabilities.mechanisms().has(mechanism(login));
     let (order, may_login): (&[LoginForm], bool) = match login {
         // The rest of the exchange is between client and server: only this mechanism will do.
@@ -76,7 +76,7 @@ pub(super) fn forms(
     let available = order.iter().copied().filter(|form| match form {
         InitialResponse => has_mechanism && may_be_initial,
         Continuation => has_mechanism,
-        Login => may_login,
+        Command => may_login,
     });
     let available: Vec<LoginForm> = available.collect();
     match available.is_empty() {
@@ -88,7 +88,7 @@ pub(super) fn forms(
 }
 
 fn password_forms(password: &PasswordLogin<'_>, with: LoginWith, client: Option<Mechanism>) -> &'static [LoginForm] {
-    use LoginForm::{Continuation, InitialResponse, Command};
+    use LoginForm::{Command, Continuation, InitialResponse};
     const PLAIN: &[LoginForm] = &[InitialResponse, Continuation];
     // SASL's LOGIN has the same two arguments as the command.
     let is_login = matches!(client, Some(Mechanism::Login | Mechanism::SaslLogin));
@@ -97,13 +97,15 @@ fn password_forms(password: &PasswordLogin<'_>, with: LoginWith, client: Option<
         // LOGIN cannot carry it.
         _ if password.authzid.is_some() => PLAIN,
         LoginWith::Plain => PLAIN,
-        LoginWith::Login => &[Login],
-        LoginWith::AsClient if is_login => &[Login],
+        LoginWith::Login => &[Command],
+        LoginWith::AsClient if is_login => &[Command],
         LoginWith::AsClient if is_plain => PLAIN,
-        LoginWith::Automatic | LoginWith::AsClient if is_login && fits_login(password) => &[Login, InitialResponse, Continuation],
-        LoginWith::Automatic | LoginWith::AsClient if is_login || is_plain => &[InitialResponse, Continuation, Login],
+        LoginWith::Automatic | LoginWith::AsClient if is_login && fits_login(password) => {
+            &[Command, InitialResponse, Continuation]
+        }
+        LoginWith::Automatic | LoginWith::AsClient if is_login || is_plain => &[InitialResponse, Continuation, Command],
         // The one round trip is worth more than the form.
-        LoginWith::Automatic | LoginWith::AsClient => &[InitialResponse, Login, Continuation],
+        LoginWith::Automatic | LoginWith::AsClient => &[InitialResponse, Command, Continuation],
     }
 }
 
@@ -148,7 +150,11 @@ pub(super) fn response(login: &ServerLogin<'_>) -> Zeroizing<Vec<u8>> {
 }
 
 /// The login command in parts: the first is sent at once, each further one when the server asks for it.
-pub(super) fn in_form(login: &ServerLogin<'_>, form: LoginForm, capabilities: &CapabilityList) -> Vec<Zeroizing<Vec<u8>>> {
+pub(super) fn in_form(
+    login: &ServerLogin<'_>,
+    form: LoginForm,
+    capabilities: &CapabilityList,
+) -> Vec<Zeroizing<Vec<u8>>> {
     let name = mechanism(login).sasl_name().as_bytes();
     match (form, login) {
         (LoginForm::Command, ServerLogin::Password(password)) => login_command(password, capabilities),

@@ -16,13 +16,13 @@ pub mod verdict;
 
 use zeroize::Zeroizing;
 
-pub use self::attempt::{LoginAttempt, IdAnswer, UnsupportedForms, Referral, DialogueRules, LoginStep, Unavailable};
+pub use self::attempt::{DialogueRules, IdAnswer, LoginAttempt, LoginStep, Referral, Unavailable, UnsupportedForms};
 use self::command::{LoginForm, LoginForms};
 pub use self::fault::ServerFault;
 use self::response::{Line, Status, is_word, referred, status};
-use self::verdict::{Action, ServerAnswer, LONG_PASSWORD, LoginStage, Verdict};
+use self::verdict::{Action, LONG_PASSWORD, LoginStage, ServerAnswer, Verdict};
 use super::capability::{self, CapabilityList, ServerCapabilities};
-use super::framing::{FrameLimits, Frame, Framer, literal_header, without_line_end};
+use super::framing::{Frame, FrameLimits, Framer, literal_header, without_line_end};
 use crate::identity::{ServerLogin, append_wiped};
 
 /// SCRAM has two, a refused token one.
@@ -176,7 +176,7 @@ impl<'a> BackendLogin<'a> {
     }
 
     /// LoginForms that the server has shown not to understand, once it has accepted the login in another one.
-    pub fn learned(&self) -> Option<UnsupportedForms> {
+    pub fn unsupported_forms(&self) -> Option<UnsupportedForms> {
         let login = self.attempt.login.as_ref().filter(|_| self.phase == Phase::LoggedIn)?;
         let shown = command::not_understood(login, self.rejected);
         let learned = UnsupportedForms { capabilities: self.offered, rejected: shown.or(self.known_rejected()) };
@@ -259,7 +259,7 @@ impl<'a> BackendLogin<'a> {
     }
 
     fn known_rejected(&self) -> LoginForms {
-        let learned = self.attempt.rules.learned.filter(|learned| learned.capabilities == self.offered);
+        let learned = self.attempt.rules.unsupported_forms.filter(|learned| learned.capabilities == self.offered);
         learned.map(|learned| learned.rejected).unwrap_or_default()
     }
 

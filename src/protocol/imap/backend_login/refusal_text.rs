@@ -78,7 +78,9 @@ pub(super) fn classify_no(text: &[u8], unavailable: &[String], limit: &[String])
     };
     match recognised {
         Some(fault) => ClassifiedRefusal { answer: ServerAnswer::Fault(fault), code: Some(code_of_fault(fault)) },
-        None => ClassifiedRefusal { answer: ServerAnswer::Refusal, code: code.is_none().then_some("AUTHENTICATIONFAILED") },
+        None => {
+            ClassifiedRefusal { answer: ServerAnswer::Refusal, code: code.is_none().then_some("AUTHENTICATIONFAILED") }
+        }
     }
 }
 
@@ -230,7 +232,8 @@ mod tests {
     use crate::identity::{Mechanism, PasswordLogin, Secret};
 
     fn meaning(text: &str) -> (ServerAnswer, Option<&'static str>) {
-        let ClassifiedRefusal { answer, code } = classify_no(text.as_bytes(), &["backend is down".into()], &["quota of logins".into()]);
+        let ClassifiedRefusal { answer, code } =
+            classify_no(text.as_bytes(), &["backend is down".into()], &["quota of logins".into()]);
         (answer, code)
     }
 

@@ -5,7 +5,7 @@ mod login_forms;
 use zeroize::Zeroizing;
 
 use super::verdict::Action;
-use super::{LoginAttempt, BackendLogin, UnsupportedForms, DialogueRules, LoginStep, Unavailable};
+use super::{BackendLogin, DialogueRules, LoginAttempt, LoginStep, Unavailable, UnsupportedForms};
 use crate::identity::{Credentials, LoginWith, Mechanism, PasswordLogin, Proof, Secret, ServerLogin, UserName};
 use crate::protocol::imap::client_id::IdPair;
 use crate::protocol::imap::tag::Tag;

@@ -67,11 +67,11 @@ pub enum Action {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum HealthEffect {
     /// The server works: its breaker closes.
-    Answers,
+    Success,
     /// Nothing.
     Unchanged,
     /// The server is at fault: counts towards its breaker.
-    Suffers,
+    Failure,
 }
 
 /// The decision about one answer.
@@ -92,7 +92,9 @@ pub fn decide(answer: ServerAnswer, stage: LoginStage, one_server_per_user: bool
         ServerAnswer::AccountClosed => verdict(Action::Refuse { counts: false }, HealthEffect::Success),
         ServerAnswer::Referral => verdict(Action::FollowReferral, HealthEffect::Success),
         // The client cancelled the exchange, or answered the challenge with something invalid.
-        ServerAnswer::Bad if stage == LoginStage::Challenged => verdict(Action::Refuse { counts: true }, HealthEffect::Success),
+        ServerAnswer::Bad if stage == LoginStage::Challenged => {
+            verdict(Action::Refuse { counts: true }, HealthEffect::Success)
+        }
         ServerAnswer::Bad | ServerAnswer::EmptyContinuation => verdict(Action::TryAnotherForm, HealthEffect::Unchanged),
         ServerAnswer::Fault(fault) => of_fault(fault, stage, one_server_per_user),
     }
@@ -124,7 +126,9 @@ fn of_fault(fault: ServerFault, stage: LoginStage, one_server_per_user: bool) ->
         ServerFault::Crowded if one_server_per_user => (Action::GiveUp, HealthEffect::Unchanged),
         ServerFault::Crowded => (another, HealthEffect::Unchanged),
         // Some servers close after a command that they did not understand.
-        ServerFault::Bye | ServerFault::Closed if stage == LoginStage::Retried => (Action::Reconnect, HealthEffect::Unchanged),
+        ServerFault::Bye | ServerFault::Closed if stage == LoginStage::Retried => {
+            (Action::Reconnect, HealthEffect::Unchanged)
+        }
         ServerFault::Unreachable
         | ServerFault::Silent
         | ServerFault::Greeting

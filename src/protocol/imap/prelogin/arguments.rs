@@ -134,8 +134,10 @@ impl<'a> Arguments<'a> {
         let line_end = self.0.iter().position(|byte| *byte == b'\n').ok_or(MalformedArguments)? + 1;
         let (line, rest) = self.0.split_at(line_end);
         // The line must be the announcement and nothing else.
-        let size =
-            literal_header(line).filter(|_| line.iter().filter(|byte| **byte == b'{').count() == 1).ok_or(MalformedArguments)?.size;
+        let size = literal_header(line)
+            .filter(|_| line.iter().filter(|byte| **byte == b'{').count() == 1)
+            .ok_or(MalformedArguments)?
+            .size;
         if rest.len() < size {
             return Err(MalformedArguments);
         }

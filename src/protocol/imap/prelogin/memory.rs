@@ -1,6 +1,6 @@
 //! What a client makes the dialogue remember, in bytes.
 
-use super::{SaslExchange, Prelogin, State};
+use super::{Prelogin, SaslExchange, State};
 
 impl Prelogin {
     /// Memory that the client's words take now.

@@ -23,8 +23,8 @@ use self::command::{Command, is_foreign, literals};
 use self::sasl_exchange::SaslExchange;
 use super::capability::{Extensions, Transport};
 use super::client_id::{self, ClientId};
-use super::framing::{FrameLimits, Frame, Framer, without_line_end};
-use super::sasl::{self, Invalid};
+use super::framing::{Frame, FrameLimits, Framer, without_line_end};
+use super::sasl::{self, InvalidCredentials};
 use super::tag::Tag;
 use super::{capability, reply};
 use crate::identity::{Credentials, Mechanism, Mechanisms, TokenIssuer, UserName};
@@ -124,7 +124,7 @@ pub enum CloseReason {
 /// The dialogue so far.
 #[derive(Debug)]
 pub struct Prelogin {
-    policy: PreloginSettings,
+    settings: PreloginSettings,
     framer: Framer,
     state: State,
     commands: u32,
@@ -150,10 +150,11 @@ type Next = Option<PreloginStep>;
 
 impl Prelogin {
     /// For a fresh connection, or anew after STARTTLS.
-    pub fn new(policy: PreloginSettings) -> Self {
+    pub fn new(settings: PreloginSettings) -> Self {
         Self {
-            framer: Framer::new(FrameLimits { line: policy.max_line, literals: policy.max_literal }).with_literals(literals),
-            policy,
+            framer: Framer::new(FrameLimits { line: settings.max_line, literals: settings.max_literal })
+                .with_literals(literals),
+            settings,
             state: State::Command,
             commands: 0,
             bad_commands: 0,
@@ -365,7 +366,9 @@ impl Prelogin {
             Transport::Tls => self.bad_command(Some(tag), "TLS is already active.", out),
             Transport::Plain => self.bad_command(Some(tag), "TLS is not available on this port.", out),
             // Whoever sent more could not yet know our answer: that is how commands are smuggled into a TLS session.
-            Transport::StartTls if self.framer.has_leftover() => Some(PreloginStep::Close(CloseReason::StartTlsInjection)),
+            Transport::StartTls if self.framer.has_leftover() => {
+                Some(PreloginStep::Close(CloseReason::StartTlsInjection))
+            }
             Transport::StartTls => {
                 reply::ok(tag, "Begin TLS negotiation now.", out);
                 Some(PreloginStep::StartTls)
@@ -385,7 +388,12 @@ impl Prelogin {
         Ok(())
     }
 
-    fn login(&mut self, tag: &Tag, mut arguments: Arguments<'_>, out: &mut Vec<u8>) -> Result<Next, MalformedArguments> {
+    fn login(
+        &mut self,
+        tag: &Tag,
+        mut arguments: Arguments<'_>,
+        out: &mut Vec<u8>,
+    ) -> Result<Next, MalformedArguments> {
         if self.settings.transport == Transport::StartTls {
             return Ok(self.refuse_in_clear(tag, out));
         }
@@ -400,7 +408,12 @@ impl Prelogin {
         Ok(self.attempt(tag, Mechanism::Login, credentials, out))
     }
 
-    fn authenticate(&mut self, tag: &Tag, mut arguments: Arguments<'_>, out: &mut Vec<u8>) -> Result<Next, MalformedArguments> {
+    fn authenticate(
+        &mut self,
+        tag: &Tag,
+        mut arguments: Arguments<'_>,
+        out: &mut Vec<u8>,
+    ) -> Result<Next, MalformedArguments> {
         if self.settings.transport == Transport::StartTls {
             return Ok(self.refuse_in_clear(tag, out));
         }

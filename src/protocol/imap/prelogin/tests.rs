@@ -2,7 +2,7 @@
 
 use proptest::prelude::*;
 
-use super::{PreloginSettings, Prelogin, PreloginStep};
+use super::{Prelogin, PreloginSettings, PreloginStep};
 use crate::identity::{Credentials, Mechanism, Proof, TokenIssuer};
 use crate::protocol::imap::capability::{Extensions, Transport};
 

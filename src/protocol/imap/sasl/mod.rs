@@ -34,7 +34,7 @@ pub enum InvalidCredentials {
     /// Not base64.
     Base64,
     /// Not the grammar of the mechanism.
-    Form,
+    Grammar,
     /// A user name that breaks a rule.
     Name(InvalidName),
     /// A password with NUL, CR or LF.
@@ -47,7 +47,7 @@ impl InvalidCredentials {
     /// Whether the message is well-formed, so that only its credentials cannot be right.
     pub(super) fn is_well_formed(self) -> bool {
         match self {
-            Self::Base64 | Self::Form => false,
+            Self::Base64 | Self::Grammar => false,
             Self::Name(_) | Self::Password | Self::Token(_) => true,
         }
     }
@@ -57,7 +57,7 @@ impl std::fmt::Display for InvalidCredentials {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
             Self::Base64 => f.write_str("the response is not base64"),
-            Self::Form => f.write_str("the response does not fit the grammar of the mechanism"),
+            Self::Grammar => f.write_str("the response does not fit the grammar of the mechanism"),
             Self::Name(name) => name.fmt(f),
             Self::Password => f.write_str("the password has NUL, CR or LF"),
             Self::Token(fault) => fault.fmt(f),

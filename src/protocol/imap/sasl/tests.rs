@@ -60,7 +60,10 @@ fn first_messages_name_their_user() {
     assert_eq!(first(Mechanism::ScramSha256, b"n,,n=a\x01b,r=x"), Err(InvalidCredentials::Name(InvalidName::Control)));
     assert_eq!(first(Mechanism::ScramSha256, b"n,,n=,r=x"), Err(InvalidCredentials::Name(InvalidName::Empty)));
     assert_eq!(first(Mechanism::ScramSha256, b"n,a=,n=a,r=x"), Err(InvalidCredentials::Name(InvalidName::Empty)));
-    assert_eq!(first(Mechanism::XOauth2, b"user=\x01auth=Bearer t\x01\x01"), Err(InvalidCredentials::Name(InvalidName::Empty)));
+    assert_eq!(
+        first(Mechanism::XOauth2, b"user=\x01auth=Bearer t\x01\x01"),
+        Err(InvalidCredentials::Name(InvalidName::Empty))
+    );
     assert_eq!(
         first(Mechanism::XOauth2, b"user=a \x01auth=Bearer t\x01\x01"),
         Err(InvalidCredentials::Name(InvalidName::WhiteSpace))

@@ -4,9 +4,20 @@ use std::path::Path;
 
 use super::*;
 
-const ANSWERS: [ServerAnswer; 5] = [ServerAnswer::Refusal, ServerAnswer::AccountClosed, ServerAnswer::Referral, ServerAnswer::Bad, ServerAnswer::EmptyContinuation];
-const STAGES: [LoginStage; 5] =
-    [LoginStage::BeforeLogin, LoginStage::LoginSent, LoginStage::LongPasswordSent, LoginStage::Retried, LoginStage::Challenged];
+const ANSWERS: [ServerAnswer; 5] = [
+    ServerAnswer::Refusal,
+    ServerAnswer::AccountClosed,
+    ServerAnswer::Referral,
+    ServerAnswer::Bad,
+    ServerAnswer::EmptyContinuation,
+];
+const STAGES: [LoginStage; 5] = [
+    LoginStage::BeforeLogin,
+    LoginStage::LoginSent,
+    LoginStage::LongPasswordSent,
+    LoginStage::Retried,
+    LoginStage::Challenged,
+];
 
 fn all_answers() -> impl Iterator<Item = ServerAnswer> {
     ANSWERS.into_iter().chain(ServerFault::ALL.iter().copied().map(ServerAnswer::Fault))
@@ -139,7 +150,9 @@ enum When {
 fn row(answer: ServerAnswer) -> (String, When) {
     use ServerFault::*;
     let (text, when) = match answer {
-        ServerAnswer::Refusal => ("`NO` with no response code, or with any code that is not in this table", When::After),
+        ServerAnswer::Refusal => {
+            ("`NO` with no response code, or with any code that is not in this table", When::After)
+        }
         ServerAnswer::AccountClosed => ("`NO [CONTACTADMIN]`", When::After),
         ServerAnswer::Referral => ("`NO [REFERRAL …]`", When::After),
         ServerAnswer::Bad => ("`BAD`", When::After),
@@ -180,7 +193,8 @@ fn printed() -> String {
         writeln!(table, "| {text} | {} |", cells.join(" | ")).unwrap();
     }
     for answer in [ServerAnswer::Fault(ServerFault::Bye), ServerAnswer::Fault(ServerFault::Closed)] {
-        let cells = [true, false].map(|one_server_per_user| words(decide(answer, LoginStage::Retried, one_server_per_user)));
+        let cells =
+            [true, false].map(|one_server_per_user| words(decide(answer, LoginStage::Retried, one_server_per_user)));
         let (text, _) = row(answer);
         writeln!(table, "| after `BAD` to another form: {text} | – | {} | – |", cells.join(" | ")).unwrap();
     }
