@@ -54,7 +54,7 @@ use crate::failure::Reason;
 use crate::metrics::GaugeGuard;
 use crate::process::drain::Drain;
 use crate::protocol::imap::capability::Transport;
-use crate::protocol::imap::prelogin::{ByeReason, CloseReason, LoginRequest, PreloginSettings, Prelogin, PreloginStep};
+use crate::protocol::imap::prelogin::{ByeReason, CloseReason, LoginRequest, Prelogin, PreloginSettings, PreloginStep};
 use crate::relay::idle_poller::IdlePoller;
 use crate::snapshot::{ListenerConfig, Snapshot};
 use crate::stream::{Encrypted, Stream};
@@ -213,34 +213,35 @@ impl Session {
                     // Nothing learnt in clear is believed: a new parser, new counters, no ID.
                     prelogin = Prelogin::new(self.policy(Transport::Tls, &stream));
                 }
-                PreloginStep::Login(mut request) => match self.bounded_attempt(&mut request, &mut stream, &mut prelogin).await?
-                {
-                    Attempted::Accepted { seated, established } => {
-                        self.report(auth_policy::LoginResult::Success);
-                        return self
-                            .relayed(&request.tag, stream, prelogin.into_leftover(), seated, *established)
-                            .await;
-                    }
-                    Attempted::Refused { reply, counts, not_before } => {
-                        if counts {
-                            self.refused_login(request, began, not_before).await;
+                PreloginStep::Login(mut request) => {
+                    match self.bounded_attempt(&mut request, &mut stream, &mut prelogin).await? {
+                        Attempted::Accepted { seated, established } => {
+                            self.report(auth_policy::LoginResult::Success);
+                            return self
+                                .relayed(&request.tag, stream, prelogin.into_leftover(), seated, *established)
+                                .await;
                         }
-                        prelogin.refused(&reply, counts, &mut out);
-                    }
-                    Attempted::Limited { reply } | Attempted::TokenRefused { reply } => {
-                        prelogin.refused(&reply, true, &mut out)
-                    }
-                    Attempted::Dismissed { mut reply, counts } => {
-                        if counts {
-                            self.refused_login(request, began, None).await;
+                        Attempted::Refused { reply, counts, not_before } => {
+                            if counts {
+                                self.refused_login(request, began, not_before).await;
+                            }
+                            prelogin.refused(&reply, counts, &mut out);
                         }
-                        self.send(&mut stream, &mut reply).await?;
-                        self.record.ended_by(EndedBy::Proxy);
-                        close(&mut stream).await;
-                        return None;
+                        Attempted::Limited { reply } | Attempted::TokenRefused { reply } => {
+                            prelogin.refused(&reply, true, &mut out)
+                        }
+                        Attempted::Dismissed { mut reply, counts } => {
+                            if counts {
+                                self.refused_login(request, began, None).await;
+                            }
+                            self.send(&mut stream, &mut reply).await?;
+                            self.record.ended_by(EndedBy::Proxy);
+                            close(&mut stream).await;
+                            return None;
+                        }
+                        Attempted::Unavailable => prelogin.unavailable(&request.tag, &mut out),
                     }
-                    Attempted::Unavailable => prelogin.unavailable(&request.tag, &mut out),
-                },
+                }
                 PreloginStep::InvalidLogin(login) => {
                     let reply = self.refuse_invalid(login, began).await;
                     prelogin.refused(&reply, true, &mut out);
@@ -466,7 +467,12 @@ impl Session {
     }
 
     /// Ends the session with a BYE, whether or not the client takes it. Returns `None`, for its callers to return.
-    async fn farewell<T>(&mut self, stream: &mut Stream, prelogin: &Prelogin, ending: (ByeReason, Reason)) -> Option<T> {
+    async fn farewell<T>(
+        &mut self,
+        stream: &mut Stream,
+        prelogin: &Prelogin,
+        ending: (ByeReason, Reason),
+    ) -> Option<T> {
         let (bye, reason) = ending;
         let mut out = Vec::new();
         prelogin.bye(bye, &mut out);
