@@ -26,8 +26,8 @@ const TAKES_NOBODY: &str = "
 ";
 
 /// Users of good.test belong to a server with this script; others are unknown.
-async fn with_server(script: &str, more: &str) -> (Running, Scripted) {
-    let server = Scripted::new(script).await;
+async fn with_server(script: &str, more: &str) -> (Running, ScriptedServer) {
+    let server = ScriptedServer::new(script).await;
     let text = format!(
         "backends: {{only: {{servers: ['{}']}}}}\nroutes: [{{domain: {{good.test: only}}}}]\n{more}\n",
         server.address
@@ -39,7 +39,7 @@ async fn with_server(script: &str, more: &str) -> (Running, Scripted) {
 async fn from(source: &str, proxy: &Running) -> Client {
     let socket = TcpSocket::new_v4().unwrap();
     socket.bind(SocketAddr::new(source.parse().unwrap(), 0)).unwrap();
-    Line::new(in_time("a connection", socket.connect(proxy.listeners()[0])).await.unwrap())
+    LineStream::new(with_timeout("a connection", socket.connect(proxy.listeners()[0])).await.unwrap())
 }
 
 /// One that is greeted.
@@ -69,7 +69,7 @@ fn turned_away(proxy: &Running, reason: &str) -> f64 {
 async fn when_too_many_have_not_logged_in_the_oldest_is_shed_and_never_one_that_has() {
     let (proxy, _server) = with_server(TAKES_ALL, "limits: {before_login: 2}").await;
     let mut logged_in = greeted("127.0.0.1", &proxy).await;
-    assert!(logged_in.ask("a LOGIN alice@good.test x").await.starts_with("a OK"));
+    assert!(logged_in.command("a LOGIN alice@good.test x").await.starts_with("a OK"));
     assert_eq!(entries(&proxy, "before_login"), 0.0, "who is logged in has left the lobby");
     let mut oldest = greeted("127.0.0.1", &proxy).await;
     let mut second = greeted("127.0.0.1", &proxy).await;
@@ -77,7 +77,7 @@ async fn when_too_many_have_not_logged_in_the_oldest_is_shed_and_never_one_that_
     assert!(oldest.line().await.starts_with("* BYE [UNAVAILABLE] "));
     oldest.assert_closed().await;
     for (client, tag) in [(&mut second, "b"), (&mut third, "c")] {
-        assert!(client.ask(&format!("{tag} LOGIN alice@good.test x")).await.starts_with(&format!("{tag} OK")));
+        assert!(client.command(&format!("{tag} LOGIN alice@good.test x")).await.starts_with(&format!("{tag} OK")));
     }
     logged_in.send("d NOOP\r\n").await;
     eventually("the session to end", || metric(&proxy, "vestibule_failures_total", &["reason=\"shed\""]) == 1.0).await;
@@ -95,7 +95,7 @@ async fn a_login_under_way_is_not_cut_by_shedding() {
     .await;
     let mut client = greeted("127.0.0.1", &proxy).await;
     client.send("a LOGIN alice secret\r\n").await;
-    let mut server = Line::new(in_time("the server's turn", listener.accept()).await.unwrap().0);
+    let mut server = LineStream::new(with_timeout("the server's turn", listener.accept()).await.unwrap().0);
     // The client came first, and each of the others takes the place of the one before it.
     let mut crowd = Vec::new();
     for _ in 0..4 {
@@ -120,7 +120,7 @@ async fn a_flood_of_silent_connections_keeps_nobody_out() {
     // All came before the client, as far as the proxy knows: in the kernel's queues they may overtake each other.
     eventually("the flood", || metric(&proxy, "vestibule_connections_total", &[]) == 200.0).await;
     let mut client = greeted("127.0.0.1", &proxy).await;
-    assert!(client.ask("a LOGIN alice@good.test x").await.starts_with("a OK"));
+    assert!(client.command("a LOGIN alice@good.test x").await.starts_with("a OK"));
     eventually("the flood to be shed", || metric(&proxy, "vestibule_connections", &[]) <= 11.0).await;
     assert!(metric(&proxy, "vestibule_failures_total", &["reason=\"shed\""]) >= 190.0);
     proxy.stop().await;
@@ -139,7 +139,7 @@ async fn handshakes_wait_for_their_turn_and_silence_takes_none() {
     for _ in 0..5 {
         silent.push(from("127.0.0.1", &proxy).await);
     }
-    let greeting = |socket: TcpStream| async { Line::new(certificates.encrypt(socket).await).line().await };
+    let greeting = |socket: TcpStream| async { LineStream::new(certificates.encrypt(socket).await).line().await };
     let socket = TcpStream::connect(proxy.listeners()[0]).await.unwrap();
     assert!(greeting(socket).await.starts_with("* OK"), "silence took the only turn");
     // Half a hello takes the turn, until it is gone.
@@ -162,7 +162,7 @@ async fn an_address_has_so_many_sessions_and_so_has_a_network() {
     let (proxy, _server) = with_server(TAKES_ALL, limits).await;
     let first = greeted("127.0.0.1", &proxy).await;
     let mut second = greeted("127.0.0.1", &proxy).await;
-    assert!(second.ask("a LOGIN alice@good.test x").await.starts_with("a OK"));
+    assert!(second.command("a LOGIN alice@good.test x").await.starts_with("a OK"));
     refused("127.0.0.1", &proxy, "* BYE [UNAVAILABLE] Too many connections from your address").await;
     assert_eq!(turned_away(&proxy, "sessions_per_address"), 1.0);
     let mut network = Vec::new();
@@ -211,20 +211,20 @@ async fn a_user_has_so_many_sessions_in_all_and_from_an_address() {
     let limits = "limits: {sessions_per_user: 2, sessions_per_user_and_address: 1}";
     let (proxy, _server) = with_server(TAKES_ALL, limits).await;
     let mut first = greeted("127.0.0.1", &proxy).await;
-    assert!(first.ask("a LOGIN alice@good.test x").await.starts_with("a OK"));
+    assert!(first.command("a LOGIN alice@good.test x").await.starts_with("a OK"));
     let mut other = greeted("127.0.0.1", &proxy).await;
-    let said = other.ask("a LOGIN Alice@good.test x").await;
+    let said = other.command("a LOGIN Alice@good.test x").await;
     assert_eq!(said, "a NO [LIMIT] Too many connections of this user from your address.");
-    assert!(other.ask("b LOGIN bob@good.test x").await.starts_with("b OK"));
+    assert!(other.command("b LOGIN bob@good.test x").await.starts_with("b OK"));
     let mut second = greeted("127.0.0.2", &proxy).await;
-    assert!(second.ask("a LOGIN alice@good.test x").await.starts_with("a OK"));
+    assert!(second.command("a LOGIN alice@good.test x").await.starts_with("a OK"));
     let mut third = greeted("127.0.0.3", &proxy).await;
-    assert_eq!(third.ask("a LOGIN alice@good.test x").await, "a NO [LIMIT] Too many connections of this user.");
+    assert_eq!(third.command("a LOGIN alice@good.test x").await, "a NO [LIMIT] Too many connections of this user.");
     assert_eq!(metric(&proxy, "vestibule_logins_total", &["outcome=\"limited\""]), 2.0);
     assert_eq!(metric(&proxy, "vestibule_failures_total", &["reason=\"session_limit\""]), 2.0);
     drop(first);
     eventually("the first to leave", || metric(&proxy, "vestibule_backend_sessions", &[]) == 2.0).await;
-    assert!(third.ask("b LOGIN alice@good.test x").await.starts_with("b OK"));
+    assert!(third.command("b LOGIN alice@good.test x").await.starts_with("b OK"));
     proxy.stop().await;
 }
 
@@ -234,7 +234,7 @@ async fn wrong_passwords_take_no_session_of_a_user() {
     let (proxy, _server) = with_server(TAKES_NOBODY, "limits: {sessions_per_user: 1}").await;
     let mut stranger = greeted("127.0.0.2", &proxy).await;
     for tag in ["a", "b"] {
-        let said = stranger.ask(&format!("{tag} LOGIN alice@good.test x")).await;
+        let said = stranger.command(&format!("{tag} LOGIN alice@good.test x")).await;
         assert!(said.starts_with(&format!("{tag} NO [AUTHENTICATIONFAILED]")), "{said}");
     }
     assert_eq!(entries(&proxy, "sessions"), 0.0);
@@ -246,22 +246,22 @@ async fn guesses_come_at_a_rate_and_do_not_keep_out_who_is_known_there() {
     let limits = "limits: {login_rate_per_address: 4/1h, login_rate_per_user: 2/1h}";
     let (proxy, server) = with_server(TAKES_ALL, limits).await;
     let mut alice = greeted("127.0.0.1", &proxy).await;
-    assert!(alice.ask("a LOGIN alice@good.test x").await.starts_with("a OK"));
+    assert!(alice.command("a LOGIN alice@good.test x").await.starts_with("a OK"));
     let mut guesser = greeted("127.0.0.1", &proxy).await;
     for user in ["u1", "u2", "u3"] {
-        assert!(guesser.ask(&format!("g LOGIN {user} x")).await.starts_with("g NO [AUTHENTICATIONFAILED]"));
+        assert!(guesser.command(&format!("g LOGIN {user} x")).await.starts_with("g NO [AUTHENTICATIONFAILED]"));
     }
     let asked = server.connections();
-    let said = guesser.ask("h LOGIN bob@good.test x").await;
+    let said = guesser.command("h LOGIN bob@good.test x").await;
     assert_eq!(said, "h NO [LIMIT] Too many logins from your address, wait a little.");
     assert_eq!(server.connections(), asked, "no server was troubled");
     let mut again = greeted("127.0.0.1", &proxy).await;
-    assert!(again.ask("a LOGIN alice@good.test x").await.starts_with("a OK"));
+    assert!(again.command("a LOGIN alice@good.test x").await.starts_with("a OK"));
     // By user, from everywhere: where she is known she has tries of her own.
     let mut elsewhere = greeted("127.0.0.2", &proxy).await;
-    assert!(elsewhere.ask("a LOGIN carol@bad.test x").await.starts_with("a NO [AUTH"));
-    assert!(elsewhere.ask("b LOGIN carol@bad.test x").await.starts_with("b NO [AUTH"));
-    assert_eq!(elsewhere.ask("c LOGIN carol@bad.test x").await, "c NO [LIMIT] Too many logins, wait a little.");
+    assert!(elsewhere.command("a LOGIN carol@bad.test x").await.starts_with("a NO [AUTH"));
+    assert!(elsewhere.command("b LOGIN carol@bad.test x").await.starts_with("b NO [AUTH"));
+    assert_eq!(elsewhere.command("c LOGIN carol@bad.test x").await, "c NO [LIMIT] Too many logins, wait a little.");
     assert_eq!(metric(&proxy, "vestibule_failures_total", &["reason=\"login_rate\""]), 2.0);
     proxy.stop().await;
 }
@@ -271,11 +271,11 @@ async fn who_goes_on_beyond_the_rate_is_disconnected() {
     let limits = "limits: {login_rate_per_address: 1/1h, failed_logins: 3, failed_login_delay: 20s, failed_login_delay_max: 20s}";
     let (proxy, _server) = with_server(TAKES_ALL, limits).await;
     let mut alice = greeted("127.0.0.1", &proxy).await;
-    assert!(alice.ask("a LOGIN alice@good.test x").await.starts_with("a OK"));
+    assert!(alice.command("a LOGIN alice@good.test x").await.starts_with("a OK"));
     let mut client = greeted("127.0.0.1", &proxy).await;
     let began = Instant::now();
     for _ in 0..3 {
-        assert!(client.ask("a LOGIN bob@good.test x").await.starts_with("a NO [LIMIT]"));
+        assert!(client.command("a LOGIN bob@good.test x").await.starts_with("a NO [LIMIT]"));
     }
     assert!(client.line().await.starts_with("* BYE"));
     assert!(began.elapsed() < Duration::from_secs(10), "nobody waits for a limit");
@@ -291,7 +291,7 @@ async fn failed_logins_are_answered_late_and_alike() {
         let mut client = greeted("127.0.0.1", &proxy).await;
         for least in [160, 320, 320] {
             let began = Instant::now();
-            let said = client.ask(&format!("a LOGIN {user} x")).await;
+            let said = client.command(&format!("a LOGIN {user} x")).await;
             assert!(said.starts_with("a NO [AUTHENTICATIONFAILED]"), "{said}");
             let took = began.elapsed();
             assert!(took >= Duration::from_millis(least), "{user}: {took:?}");
@@ -312,13 +312,13 @@ async fn a_late_answer_holds_no_server_and_ends_with_the_process() {
     .await;
     let mut client = greeted("127.0.0.1", &proxy).await;
     client.send("a LOGIN alice secret\r\n").await;
-    let mut server = Line::new(in_time("the server's turn", listener.accept()).await.unwrap().0);
+    let mut server = LineStream::new(with_timeout("the server's turn", listener.accept()).await.unwrap().0);
     server.send("* OK [CAPABILITY IMAP4rev1] x\r\n").await;
     server.line().await;
     server.send("L NO [AUTHENTICATIONFAILED] no\r\n").await;
     // Some say LOGOUT first.
     while !server.line().await.is_empty() {}
-    in_time("the stop", proxy.stop()).await;
+    with_timeout("the stop", proxy.stop()).await;
     assert!(client.line().await.starts_with("a NO [AUTHENTICATIONFAILED]"));
     assert!(client.line().await.starts_with("* BYE"));
 }
@@ -326,7 +326,7 @@ async fn a_late_answer_holds_no_server_and_ends_with_the_process() {
 /// The rules are new, what is remembered is not, and sessions of before count down as they should.
 #[tokio::test]
 async fn a_reload_replaces_limits_and_forgets_nobody() {
-    let server = Scripted::new(TAKES_ALL).await;
+    let server = ScriptedServer::new(TAKES_ALL).await;
     let (address, folder) = (server.address, tempfile::tempdir().unwrap());
     let with = |limits: &str| {
         format!(
@@ -338,10 +338,10 @@ async fn a_reload_replaces_limits_and_forgets_nobody() {
     let reload = async |limits: &str| {
         let file = folder.path().join("vestibule.yaml");
         std::fs::write(&file, with(limits)).unwrap();
-        in_time("a reload", proxy.reload(&file)).await
+        with_timeout("a reload", proxy.reload(&file)).await
     };
     let mut first = greeted("127.0.0.1", &proxy).await;
-    assert!(first.ask("a LOGIN alice@good.test x").await.starts_with("a OK"));
+    assert!(first.command("a LOGIN alice@good.test x").await.starts_with("a OK"));
     let second = greeted("127.0.0.1", &proxy).await;
     refused("127.0.0.1", &proxy, "* BYE [UNAVAILABLE] Too many connections from your address").await;
     reload("sessions_per_address: 3").await.unwrap();

@@ -8,7 +8,7 @@ use std::time::Duration;
 use tokio::net::TcpListener;
 use vestibule::server::{self, Running};
 
-use crate::support::{Client, Line, Scripted, eventually, in_time, metric, proxy};
+use crate::support::{Client, LineStream, ScriptedServer, eventually, metric, proxy, with_timeout};
 
 const UNAVAILABLE: &str = "NO [UNAVAILABLE] The mailbox is temporarily unavailable, try again later.";
 
@@ -33,7 +33,7 @@ impl Limited {
             while let Ok((socket, _)) = listener.accept().await {
                 let counter = counter.clone();
                 tokio::spawn(async move {
-                    let mut line = Line::new(socket);
+                    let mut line = LineStream::new(socket);
                     line.send("* OK [CAPABILITY IMAP4rev1] x\r\n").await;
                     assert!(line.line().await.starts_with("L LOGIN "));
                     if counter.fetch_add(1, Ordering::SeqCst) < accepted {
@@ -88,17 +88,17 @@ async fn a_refused_third_login_leaves_the_sessions_of_user_hash_alone() {
         let (mut desktop, mut phone) =
             (Client::connect(proxy.listeners()[0]).await, Client::connect(proxy.listeners()[0]).await);
         for client in [&mut desktop, &mut phone] {
-            assert_eq!(client.ask("a LOGIN alice secret").await, "a OK [CAPABILITY IMAP4rev1] in");
+            assert_eq!(client.command("a LOGIN alice secret").await, "a OK [CAPABILITY IMAP4rev1] in");
         }
         let mut third = Client::connect(proxy.listeners()[0]).await;
         // No failed login: six of them would end the connection.
         for attempt in 1..=if answer == "..." { 1 } else { 6 } {
-            assert_eq!(third.ask("a LOGIN alice secret").await, format!("a {expected}"), "{answer:?}");
+            assert_eq!(third.command("a LOGIN alice secret").await, format!("a {expected}"), "{answer:?}");
             assert_eq!(failures(&proxy, reason), f64::from(attempt), "{answer:?}");
         }
-        assert_eq!(third.ask("b NOOP").await, "b OK NOOP completed.");
+        assert_eq!(third.command("b NOOP").await, "b OK NOOP completed.");
         for client in [&mut desktop, &mut phone] {
-            assert_eq!(client.ask("b NOOP").await, "b OK relayed", "{answer:?}");
+            assert_eq!(client.command("b NOOP").await, "b OK relayed", "{answer:?}");
         }
         assert!(one.logins() == 0 || other.logins() == 0, "{answer:?}: only the user's server is asked");
         assert_eq!(failures(&proxy, "moved"), 0.0);
@@ -128,7 +128,7 @@ async fn a_slow_answer_has_the_whole_deadline_with_user_hash() {
             accepted = other.accept() => accepted,
         }
     };
-    let mut server = Line::new(in_time("the proxy", accepted).await.unwrap().0);
+    let mut server = LineStream::new(with_timeout("the proxy", accepted).await.unwrap().0);
     server.send("* OK [CAPABILITY IMAP4rev1] x\r\n").await;
     assert!(server.line().await.starts_with("L LOGIN"));
     // More than half of the deadline, and much less than all of it.
@@ -156,7 +156,7 @@ async fn other_balances_try_another_server_in_an_outage_and_not_at_a_limit() {
         let proxy = proxy(&text).await;
         let mut answers = Vec::new();
         for _ in 0..2 {
-            answers.push(Client::connect(proxy.listeners()[0]).await.ask("a LOGIN alice secret").await);
+            answers.push(Client::connect(proxy.listeners()[0]).await.command("a LOGIN alice secret").await);
         }
         assert!(answers.iter().any(|answer| answer == expected), "{answer:?}: {answers:?}");
         assert_eq!(bad.logins(), 1, "{answer:?}: each server had its turn");
@@ -182,7 +182,7 @@ async fn a_server_that_lists_sasl_ir_and_does_not_know_it_is_logged_in_to_and_re
         }
         let mut client = Client::connect(proxy.listeners()[0]).await;
         client.send(format!("a AUTHENTICATE PLAIN {response}\r\n")).await;
-        let mut server = Line::new(in_time("the proxy", listener.accept()).await.unwrap().0);
+        let mut server = LineStream::new(with_timeout("the proxy", listener.accept()).await.unwrap().0);
         server.send("* OK [CAPABILITY IMAP4rev1 SASL-IR AUTH=PLAIN] Coremail\r\n").await;
         if !understands {
             assert_eq!(server.line().await, format!("L AUTHENTICATE PLAIN {response}"));
@@ -204,12 +204,12 @@ async fn a_server_that_closes_after_bad_is_connected_to_again() {
     let proxy = proxy(&format!("backends: {{only: {{servers: ['{address}']}}}}\nroutes: [{{default: only}}]\n")).await;
     let mut client = Client::connect(proxy.listeners()[0]).await;
     client.send("a AUTHENTICATE PLAIN AGFsaWNlAHNlY3JldA==\r\n").await;
-    let mut first = Line::new(in_time("the proxy", listener.accept()).await.unwrap().0);
+    let mut first = LineStream::new(with_timeout("the proxy", listener.accept()).await.unwrap().0);
     first.send("* OK [CAPABILITY IMAP4rev1 SASL-IR AUTH=PLAIN] x\r\n").await;
     first.line().await;
     first.send("L BAD x\r\n").await;
     drop(first);
-    let mut second = Line::new(in_time("the proxy", listener.accept()).await.unwrap().0);
+    let mut second = LineStream::new(with_timeout("the proxy", listener.accept()).await.unwrap().0);
     second.send("* OK [CAPABILITY IMAP4rev1 SASL-IR AUTH=PLAIN] x\r\n").await;
     assert_eq!(second.line().await, "L AUTHENTICATE PLAIN");
     second.send("+ \r\n").await;
@@ -223,7 +223,7 @@ async fn a_login_command_reaches_the_server_as_one() {
     // Exchange opens shared mailboxes for LOGIN alone.
     let script = "S: * OK [CAPABILITY IMAP4rev1 SASL-IR AUTH=PLAIN] Exchange\nC: L LOGIN \"exch\\\\shared\" \"pw\"\n\
                   S: L OK [CAPABILITY IMAP4rev1] in\n...";
-    let server = Scripted::new(script).await;
+    let server = ScriptedServer::new(script).await;
     for (with, accepted) in [
         ("", true),
         (", login_with: automatic", true),
@@ -235,7 +235,7 @@ async fn a_login_command_reaches_the_server_as_one() {
             format!("backends: {{only: {{servers: ['{}']{with}}}}}\nroutes: [{{default: only}}]\n", server.address);
         let proxy = proxy(&text).await;
         let mut client = Client::connect(proxy.listeners()[0]).await;
-        let answer = client.ask("a LOGIN \"exch\\\\shared\" pw").await;
+        let answer = client.command("a LOGIN \"exch\\\\shared\" pw").await;
         assert_eq!(answer.starts_with("a OK"), accepted, "{with}: {answer}");
         if !accepted {
             assert!(answer.contains("AUTHENTICATE PLAIN"), "{answer}");
@@ -245,7 +245,7 @@ async fn a_login_command_reaches_the_server_as_one() {
 
 /// How many logins in a row the client may make with a server that answers so, up to eight.
 async fn attempts(answer: &str, more: &str) -> (usize, Running) {
-    let server = Scripted::new(&format!("S: * OK [CAPABILITY IMAP4rev1] x\nC: *\nS: {answer}")).await;
+    let server = ScriptedServer::new(&format!("S: * OK [CAPABILITY IMAP4rev1] x\nC: *\nS: {answer}")).await;
     let text = format!(
         "backends: {{only: {{servers: ['{}']{more}}}}}\nroutes: [{{default: only}}]\nlimits: {{failed_logins: 5}}\n",
         server.address
@@ -253,7 +253,7 @@ async fn attempts(answer: &str, more: &str) -> (usize, Running) {
     let proxy = proxy(&text).await;
     let mut client = Client::connect(proxy.listeners()[0]).await;
     for attempt in 1..=8 {
-        if !client.ask("a LOGIN alice guess").await.starts_with("a NO") {
+        if !client.command("a LOGIN alice guess").await.starts_with("a NO") {
             return (attempt - 1, proxy);
         }
     }
@@ -288,7 +288,7 @@ async fn an_outage_is_not_counted_as_a_guess_and_every_other_refusal_is() {
 #[tokio::test]
 async fn an_empty_password_is_refused_without_asking_a_server() {
     let script = "S: * OK [CAPABILITY IMAP4rev1] x\nC: *\nS: L OK [CAPABILITY IMAP4rev1] in\n...";
-    let server = Scripted::new(script).await;
+    let server = ScriptedServer::new(script).await;
     let folder = tempfile::tempdir().unwrap();
     let users = folder.path().join("users");
     std::fs::write(&users, "alice strict\nbob lax\n").unwrap();
@@ -304,7 +304,7 @@ async fn an_empty_password_is_refused_without_asking_a_server() {
     let strict = proxy(&with("")).await;
     let mut client = Client::connect(strict.listeners()[0]).await;
     for command in ["LOGIN alice \"\"", "LOGIN nobody \"\"", "AUTHENTICATE PLAIN AGFsaWNlAA==", "LOGIN bob \"\""] {
-        assert_eq!(client.ask(&format!("a {command}")).await, format!("a {refused}"), "{command}");
+        assert_eq!(client.command(&format!("a {command}")).await, format!("a {refused}"), "{command}");
     }
     client.send("a AUTHENTICATE LOGIN\r\n").await;
     for said in ["YWxpY2U=", ""] {
@@ -318,10 +318,10 @@ async fn an_empty_password_is_refused_without_asking_a_server() {
     // Where one backend wants them, all users are looked up, and one that has none looks like one that is refused.
     let lax = proxy(&with(", empty_password: allow")).await;
     let mut client = Client::connect(lax.listeners()[0]).await;
-    assert_eq!(client.ask("a LOGIN alice \"\"").await, format!("a {refused}"));
-    assert_eq!(client.ask("b LOGIN nobody \"\"").await, format!("b {refused}"));
+    assert_eq!(client.command("a LOGIN alice \"\"").await, format!("a {refused}"));
+    assert_eq!(client.command("b LOGIN nobody \"\"").await, format!("b {refused}"));
     assert_eq!(server.connections(), 0);
-    assert_eq!(client.ask("c LOGIN bob \"\"").await, "c OK [CAPABILITY IMAP4rev1] in");
+    assert_eq!(client.command("c LOGIN bob \"\"").await, "c OK [CAPABILITY IMAP4rev1] in");
 }
 
 #[tokio::test]
@@ -343,10 +343,10 @@ async fn the_status_shows_what_a_server_sent_and_no_password() {
         (&format!("{login}S: wonder \"alice\""), "(text withheld"),
         (&format!("{login}S: * BYE L LOGIN \"alice\" \"wonderl"), "(text withheld"),
     ] {
-        let server = Scripted::new(script).await;
+        let server = ScriptedServer::new(script).await;
         let text = format!("backends: {{only: {{servers: ['{}']}}}}\nroutes: [{{default: only}}]\n", server.address);
         let proxy = proxy(&text).await;
-        let answer = Client::connect(proxy.listeners()[0]).await.ask("a LOGIN alice wonderland").await;
+        let answer = Client::connect(proxy.listeners()[0]).await.command("a LOGIN alice wonderland").await;
         assert!(answer.starts_with("a NO [UNAVAILABLE]"), "{script}: {answer}");
         let status = serde_json::to_string(&proxy.status()).unwrap();
         let text = proxy.status().servers.remove(0).last_error.expect("a last error").text;
@@ -357,12 +357,12 @@ async fn the_status_shows_what_a_server_sent_and_no_password() {
 
 #[tokio::test]
 async fn bye_to_three_logins_opens_no_breaker() {
-    let server = Scripted::new("S: * OK [CAPABILITY IMAP4rev1] x\nC: *\nS: * BYE Go away").await;
+    let server = ScriptedServer::new("S: * OK [CAPABILITY IMAP4rev1] x\nC: *\nS: * BYE Go away").await;
     let text = format!("backends: {{only: {{servers: ['{}']}}}}\nroutes: [{{default: only}}]\n", server.address);
     let proxy: server::Running = proxy(&text).await;
     for _ in 0..4 {
         let mut client = Client::connect(proxy.listeners()[0]).await;
-        assert_eq!(client.ask("a LOGIN alice secret").await, "a NO [UNAVAILABLE] Go away");
+        assert_eq!(client.command("a LOGIN alice secret").await, "a NO [UNAVAILABLE] Go away");
     }
     assert_eq!(server.connections(), 4);
     assert_eq!(metric(&proxy, "vestibule_server_up", &[]), 1.0);
@@ -372,7 +372,7 @@ async fn bye_to_three_logins_opens_no_breaker() {
 /// With `as-client` the client chooses the command, and so cannot take out of service a server that does not have it.
 #[tokio::test]
 async fn a_command_that_a_server_does_not_have_opens_no_breaker() {
-    let server = Scripted::new("S: * OK [CAPABILITY IMAP4rev1 LOGINDISABLED AUTH=PLAIN] x\n...").await;
+    let server = ScriptedServer::new("S: * OK [CAPABILITY IMAP4rev1 LOGINDISABLED AUTH=PLAIN] x\n...").await;
     let text = format!(
         "backends: {{only: {{servers: ['{}'], login_with: as-client, breaker: {{failures: 1}}}}}}\n\
          routes: [{{default: only}}]\n",
@@ -380,7 +380,7 @@ async fn a_command_that_a_server_does_not_have_opens_no_breaker() {
     );
     let proxy = proxy(&text).await;
     let mut client = Client::connect(proxy.listeners()[0]).await;
-    let answer = client.ask("a LOGIN alice secret").await;
+    let answer = client.command("a LOGIN alice secret").await;
     assert!(answer.starts_with("a NO [UNAVAILABLE]"), "{answer}");
     assert_eq!((failures(&proxy, "mechanism_unsupported"), metric(&proxy, "vestibule_server_up", &[])), (1.0, 1.0));
 }
@@ -394,7 +394,7 @@ async fn a_password_that_is_too_long_for_a_server_is_a_failed_login() {
         (4097, "\nS: L BAD Too long argument", true),
         (4096, "", false),
     ] {
-        let server = Scripted::new(&format!("S: * OK [CAPABILITY IMAP4rev1] x\nC: *{answer}")).await;
+        let server = ScriptedServer::new(&format!("S: * OK [CAPABILITY IMAP4rev1] x\nC: *{answer}")).await;
         let proxy = proxy(&format!(
             "backends: {{only: {{servers: ['{}']}}}}\nroutes: [{{domain: {{good.test: only}}}}]\n\
              limits: {{failed_logins: 5}}\n",
@@ -402,11 +402,11 @@ async fn a_password_that_is_too_long_for_a_server_is_a_failed_login() {
         ))
         .await;
         let login = |user: &str| format!("a LOGIN {user} {{{length}+}}\r\n{}", "x".repeat(length));
-        let unknown = Client::connect(proxy.listeners()[0]).await.ask(&login("nobody@unknown.test")).await;
+        let unknown = Client::connect(proxy.listeners()[0]).await.command(&login("nobody@unknown.test")).await;
         let mut client = Client::connect(proxy.listeners()[0]).await;
         let mut made = 0;
         loop {
-            let said = client.ask(&login("alice@good.test")).await;
+            let said = client.command(&login("alice@good.test")).await;
             if made == 8 || !said.starts_with("a NO") {
                 break;
             }
@@ -429,7 +429,7 @@ async fn a_server_that_is_loaded_with_logins_is_not_blamed_for_a_missing_greetin
     tokio::spawn(async move {
         let mut held = Vec::new();
         while let Ok((socket, _)) = listener.accept().await {
-            let mut line = Line::new(socket);
+            let mut line = LineStream::new(socket);
             if held.len() < LOGINS {
                 line.send("* OK [CAPABILITY IMAP4rev1] x\r\n").await;
                 line.line().await;
@@ -451,7 +451,7 @@ async fn a_server_that_is_loaded_with_logins_is_not_blamed_for_a_missing_greetin
     }
     eventually("logins at the server", || logins.load(Ordering::SeqCst) == LOGINS).await;
     let mut client = Client::connect(proxy.listeners()[0]).await;
-    assert_eq!(client.ask("a LOGIN alice secret").await, format!("a {UNAVAILABLE}"));
+    assert_eq!(client.command("a LOGIN alice secret").await, format!("a {UNAVAILABLE}"));
     assert_eq!(failures(&proxy, "overloaded"), 1.0);
     assert_eq!(metric(&proxy, "vestibule_server_up", &[]), 1.0);
     drop(waiting);
@@ -459,8 +459,8 @@ async fn a_server_that_is_loaded_with_logins_is_not_blamed_for_a_missing_greetin
     let is_down = async {
         while metric(&proxy, "vestibule_server_up", &[]) == 1.0 {
             client = Client::connect(proxy.listeners()[0]).await;
-            client.ask("a LOGIN alice secret").await;
+            client.command("a LOGIN alice secret").await;
         }
     };
-    in_time("the server's failure", is_down).await;
+    with_timeout("the server's failure", is_down).await;
 }

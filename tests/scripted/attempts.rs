@@ -33,7 +33,7 @@ async fn failures_before_a_server_is_connected_are_counted_once() {
         "backends: {only: {servers: ['127.0.0.1:1'], source_addresses: [192.0.2.1]}}\nroutes: [{default: only}]\n",
     )
     .await;
-    assert_eq!(Client::connect(local.listeners()[0]).await.ask("a LOGIN alice secret").await, UNAVAILABLE);
+    assert_eq!(Client::connect(local.listeners()[0]).await.command("a LOGIN alice secret").await, UNAVAILABLE);
     assert_eq!((failures(&local, "local_ports"), outcomes(&local, "unavailable")), (1.0, 1.0));
     // The route needs a password, which SCRAM does not carry.
     let text = format!(
@@ -43,11 +43,11 @@ async fn failures_before_a_server_is_connected_are_counted_once() {
     let scram = start(&text).await;
     let first = STANDARD.encode("n,,n=alice,r=nonce");
     let mut client = Client::connect(scram.listeners()[0]).await;
-    assert_eq!(client.ask(&format!("a AUTHENTICATE SCRAM-SHA-256 {first}")).await, UNAVAILABLE);
+    assert_eq!(client.command(&format!("a AUTHENTICATE SCRAM-SHA-256 {first}")).await, UNAVAILABLE);
     assert_eq!((failures(&scram, "mechanism_unsupported"), outcomes(&scram, "unavailable")), (1.0, 1.0));
     // A fault of a server is counted at that server, and not again for the login.
     let refused = proxy("backends: {only: {servers: ['127.0.0.1:1']}}\nroutes: [{default: only}]\n").await;
-    assert_eq!(Client::connect(refused.listeners()[0]).await.ask("a LOGIN alice secret").await, UNAVAILABLE);
+    assert_eq!(Client::connect(refused.listeners()[0]).await.command("a LOGIN alice secret").await, UNAVAILABLE);
     assert_eq!((failures(&refused, "connect"), outcomes(&refused, "unavailable")), (1.0, 1.0));
 }
 
@@ -72,7 +72,7 @@ async fn a_referral_takes_no_login_to_a_backend_that_does_not_allow_it() {
     let refer = async |proxy: &Running, command: &str| {
         let mut client = Client::connect(proxy.listeners()[0]).await;
         client.send(format!("{command}\r\n")).await;
-        let mut server = Line::new(front.accept().await);
+        let mut server = LineStream::new(front.accept().await);
         server.send("* OK [CAPABILITY IMAP4rev1 SASL-IR AUTH=PLAIN] x\r\n").await;
         let sent = server.line().await;
         assert!(sent.starts_with("L LOGIN") || sent.starts_with("L AUTHENTICATE"), "{sent}");
@@ -92,7 +92,7 @@ async fn a_referral_takes_no_login_to_a_backend_that_does_not_allow_it() {
     for (command, is_sent) in commands.iter().zip([true, true, false]) {
         let mut client = refer(&lenient, command).await;
         if is_sent {
-            let mut server = Line::new(other.accept().await);
+            let mut server = LineStream::new(other.accept().await);
             server.send("* OK [CAPABILITY IMAP4rev1 SASL-IR AUTH=PLAIN] x\r\n").await;
             server.line().await;
             accept(&mut server).await;
@@ -114,7 +114,7 @@ async fn slow_to_refuse(more: &str) -> Running {
     let proxy = proxy(&text).await;
     let mut client = Client::connect(proxy.listeners()[0]).await;
     client.send("a LOGIN alice@good.test x\r\n").await;
-    let mut server = Line::new(in_time("the proxy", listener.accept()).await.unwrap().0);
+    let mut server = LineStream::new(with_timeout("the proxy", listener.accept()).await.unwrap().0);
     server.send("* OK [CAPABILITY IMAP4rev1] x\r\n").await;
     server.line().await;
     // The latency of this server, not a wait for anything.
@@ -140,7 +140,7 @@ async fn a_refusal_that_is_held_back_keeps_no_seat_and_ends_with_the_process_and
         assert!(client.line().await.starts_with("* BYE [UNAVAILABLE] "));
         next.send(format!("{command}\r\n")).await;
         eventually("the refusal", || failures(&proxy, reason) == 2.0).await;
-        in_time("the stop", proxy.stop()).await;
+        with_timeout("the stop", proxy.stop()).await;
         assert!(next.line().await.starts_with("a NO [AUTHENTICATIONFAILED]"));
         assert!(next.line().await.starts_with("* BYE"));
         assert!(began.elapsed() < Duration::from_secs(4), "{reason}: {:?}", began.elapsed());
@@ -160,7 +160,7 @@ async fn a_password_that_an_auth_server_denies_is_a_failed_login() {
         .await;
         let mut client = Client::connect(proxy.listeners()[0]).await;
         let began = Instant::now();
-        assert_eq!(client.ask("a LOGIN alice wrong").await, "a NO [AUTHENTICATIONFAILED] Invalid login");
+        assert_eq!(client.command("a LOGIN alice wrong").await, "a NO [AUTHENTICATIONFAILED] Invalid login");
         let least = if wait.is_empty() { 80 } else { 1000 };
         assert!(began.elapsed() >= Duration::from_millis(least), "{:?}", began.elapsed());
         if wait.is_empty() {
@@ -185,10 +185,10 @@ async fn a_failed_handshake_after_a_reconnect_moves_no_user_of_user_hash() {
     );
     let proxy = proxy(&text).await;
     let backend = proxy.snapshot().backends.named("pair").unwrap().clone();
-    let first = in_time("the order", backend.candidates("alice")).await[0].name.to_string();
+    let first = with_timeout("the order", backend.candidates("alice")).await[0].name.to_string();
     let (home, away) = if first == one.address().to_string() { (one, other) } else { (other, one) };
     let starttls = async || {
-        let mut server = Line::new(home.accept().await);
+        let mut server = LineStream::new(home.accept().await);
         server.send("* OK [CAPABILITY IMAP4rev1 STARTTLS] x\r\n").await;
         let tag = server.line().await.split(' ').next().unwrap().to_owned();
         server.send(format!("{tag} OK begin\r\n")).await;
@@ -197,7 +197,8 @@ async fn a_failed_handshake_after_a_reconnect_moves_no_user_of_user_hash() {
     let mut client = Client::connect(proxy.listeners()[0]).await;
     client.send(format!("{}\r\n", plain("", "alice", "secret"))).await;
     let socket = starttls().await;
-    let mut server = Line::new(in_time("a handshake", certificates.acceptor().accept(socket)).await.unwrap());
+    let mut server =
+        LineStream::new(with_timeout("a handshake", certificates.acceptor().accept(socket)).await.unwrap());
     let tag = server.line().await.split(' ').next().unwrap().to_owned();
     server.send(format!("* CAPABILITY IMAP4rev1 SASL-IR AUTH=PLAIN\r\n{tag} OK\r\n")).await;
     assert!(server.line().await.starts_with("L AUTHENTICATE PLAIN"));
@@ -239,15 +240,16 @@ async fn a_referral_that_waits_in_a_queue_does_not_go_to_a_server_that_was_drain
 
 #[tokio::test]
 async fn the_first_message_of_an_exchange_stays_charged_until_the_login_ends() {
-    let server =
-        Scripted::new("S: * OK [CAPABILITY IMAP4rev1 SASL-IR AUTH=XOAUTH2] x\nC: *\nS: +\nC: *\nS: + eyJ9\nC: *\n...")
-            .await;
+    let server = ScriptedServer::new(
+        "S: * OK [CAPABILITY IMAP4rev1 SASL-IR AUTH=XOAUTH2] x\nC: *\nS: +\nC: *\nS: + eyJ9\nC: *\n...",
+    )
+    .await;
     let text = format!("{SCRAM}backends: {{only: {{servers: ['{}']}}}}\nroutes: [{{default: only}}]\n", server.address);
     let proxy = start(&text).await;
     let memory = || metric(&proxy, "vestibule_before_login_memory_bytes", &[]);
     let token = STANDARD.encode(format!("user=alice\x01auth=Bearer {}\x01\x01", "t".repeat(40_000)));
     let mut client = Client::connect(proxy.listeners()[0]).await;
-    assert_eq!(client.ask(&format!("a AUTHENTICATE XOAUTH2 {token}")).await, "+ eyJ9");
+    assert_eq!(client.command(&format!("a AUTHENTICATE XOAUTH2 {token}")).await, "+ eyJ9");
     assert!(memory() >= 40_000.0, "{}", memory());
     client.send("\r\n").await;
     // The response is on its way to the server, which does not answer.
@@ -270,7 +272,7 @@ async fn a_server_that_got_less_than_limits_connect_is_not_blamed() {
     };
     for (server_login, up) in [("500ms", 1.0), ("30s", 0.0)] {
         let proxy = proxy(&text(server_login)).await;
-        let answer = Client::connect(proxy.listeners()[0]).await.ask("a LOGIN alice secret").await;
+        let answer = Client::connect(proxy.listeners()[0]).await.command("a LOGIN alice secret").await;
         assert_eq!(answer, UNAVAILABLE);
         assert_eq!((failures(&proxy, "tls"), metric(&proxy, "vestibule_server_up", &[])), (1.0, up), "{server_login}");
     }
@@ -334,7 +336,7 @@ async fn a_login_that_the_stop_of_the_process_ends_has_an_outcome() {
         assert_eq!(client.line().await, "* BYE [UNAVAILABLE] Server shutting down, connect again.");
         client.assert_closed().await;
     };
-    in_time("the stop", async { tokio::join!(ended, proxy.drain(std::future::pending())) }).await;
+    with_timeout("the stop", async { tokio::join!(ended, proxy.drain(std::future::pending())) }).await;
     assert_eq!((outcomes(&proxy, "abandoned"), failures(&proxy, "drain")), (1.0, 1.0));
 }
 
@@ -348,8 +350,8 @@ async fn refused_names_count_for_the_rate_of_their_address() {
     let mut client = Client::connect(proxy.listeners()[0]).await;
     let name = plain("", "zo\u{eb}", "x");
     for _ in 0..2 {
-        assert!(client.ask(&name).await.starts_with("a NO [AUTHENTICATIONFAILED]"));
+        assert!(client.command(&name).await.starts_with("a NO [AUTHENTICATIONFAILED]"));
     }
-    assert_eq!(client.ask(&name).await, "a NO [LIMIT] Too many logins from your address, wait a little.");
+    assert_eq!(client.command(&name).await, "a NO [LIMIT] Too many logins from your address, wait a little.");
     assert_eq!((failures(&proxy, "name_refused"), failures(&proxy, "login_rate")), (2.0, 1.0));
 }

@@ -40,7 +40,7 @@ async fn logins_under_way_count_and_beyond_the_limit_new_connections_are_refused
     eventually("the logins", || metric(&proxy, "vestibule_connections", &[]) == f64::from(LIMIT)).await;
     let mut refused = 0_u32;
     for _ in 0..20 {
-        let mut client = Client::silent(proxy.listeners()[0]).await;
+        let mut client = Client::connect_only(proxy.listeners()[0]).await;
         let line = client.line().await;
         assert!(places(&proxy) <= f64::from(LIMIT));
         // A login that the proxy has not read yet looks like a silent connection.
@@ -62,14 +62,15 @@ async fn logins_under_way_count_and_beyond_the_limit_new_connections_are_refused
 
 #[tokio::test]
 async fn a_login_that_was_answered_can_be_shed_again() {
-    let server = Scripted::new("S: * OK [CAPABILITY IMAP4rev1] x\nC: *\nS: L NO [AUTHENTICATIONFAILED] no\n...").await;
+    let server =
+        ScriptedServer::new("S: * OK [CAPABILITY IMAP4rev1] x\nC: *\nS: L NO [AUTHENTICATIONFAILED] no\n...").await;
     let text = format!(
         "backends: {{only: {{servers: ['{}']}}}}\nroutes: [{{default: only}}]\nlimits: {{before_login: 1}}\n",
         server.address
     );
     let proxy = proxy(&text).await;
     let mut first = Client::connect(proxy.listeners()[0]).await;
-    assert!(first.ask("a LOGIN alice secret").await.starts_with("a NO"));
+    assert!(first.command("a LOGIN alice secret").await.starts_with("a NO"));
     let _second = Client::connect(proxy.listeners()[0]).await;
     assert!(first.line().await.starts_with("* BYE [UNAVAILABLE] "));
     proxy.stop().await;
@@ -78,7 +79,8 @@ async fn a_login_that_was_answered_can_be_shed_again() {
 #[tokio::test]
 async fn a_login_that_waits_for_its_client_is_shed_like_any_other() {
     let server =
-        Scripted::new("S: * OK [CAPABILITY IMAP4rev1 SASL-IR AUTH=SCRAM-SHA-256] x\nC: *\nS: + cj14\nC: *\n...").await;
+        ScriptedServer::new("S: * OK [CAPABILITY IMAP4rev1 SASL-IR AUTH=SCRAM-SHA-256] x\nC: *\nS: + cj14\nC: *\n...")
+            .await;
     let text = format!(
         "backends: {{only: {{servers: ['{}'], check: {{kind: imap, interval: 1s}}}}}}\nroutes: [{{default: only}}]\n\
          limits: {{before_login: 1}}\n",
@@ -87,14 +89,14 @@ async fn a_login_that_waits_for_its_client_is_shed_like_any_other() {
     let proxy = proxy(&text).await;
     let offered = async {
         loop {
-            let mut client = Client::silent(proxy.listeners()[0]).await;
+            let mut client = Client::connect_only(proxy.listeners()[0]).await;
             if client.line().await.contains("AUTH=SCRAM-SHA-256") {
                 return client;
             }
         }
     };
-    let mut first = in_time("the offer", offered).await;
-    let line = first.ask("a AUTHENTICATE SCRAM-SHA-256 biwsbj1hbGljZSxyPXg=").await;
+    let mut first = with_timeout("the offer", offered).await;
+    let line = first.command("a AUTHENTICATE SCRAM-SHA-256 biwsbj1hbGljZSxyPXg=").await;
     assert_eq!(line, "+ cj14");
     let _second = Client::connect(proxy.listeners()[0]).await;
     assert!(first.line().await.starts_with("* BYE [UNAVAILABLE] "));
@@ -107,7 +109,7 @@ async fn while_a_login_is_under_way_the_client_is_not_read() {
     let (proxy, listener) = with_silent_server("before_login: 10").await;
     let mut client = Client::connect(proxy.listeners()[0]).await;
     client.send("a LOGIN alice secret\r\n").await;
-    let mut server = Line::new(in_time("the server's turn", listener.accept()).await.unwrap().0);
+    let mut server = LineStream::new(with_timeout("the server's turn", listener.accept()).await.unwrap().0);
     let piece = vec![b'x'; 1 << 20];
     let mut written = 0;
     while let Ok(more) = tokio::time::timeout(Duration::from_millis(300), client.stream.write(&piece)).await {
@@ -119,7 +121,7 @@ async fn while_a_login_is_under_way_the_client_is_not_read() {
     server.line().await;
     server.send("L OK [CAPABILITY IMAP4rev1] in\r\n").await;
     let mut got = vec![0; written];
-    in_time("all that was sent", server.stream.read_exact(&mut got)).await.unwrap();
+    with_timeout("all that was sent", server.stream.read_exact(&mut got)).await.unwrap();
     assert!(got.iter().all(|byte| *byte == b'x'));
     proxy.stop().await;
 }
@@ -135,16 +137,16 @@ async fn a_connection_is_shed_in_every_wait() {
     socket.set_recv_buffer_size(1024).unwrap();
     // Small segments keep the proxy's send buffer small too: the kernel must not take all of the replies.
     SockRef::from(&socket).set_tcp_mss(536).unwrap();
-    let mut deaf = Line::new(socket.connect(proxy.listeners()[0]).await.unwrap());
+    let mut deaf = LineStream::new(socket.connect(proxy.listeners()[0]).await.unwrap());
     // It has a place before the next one comes.
     assert!(deaf.line().await.starts_with("* OK"));
     deaf.send(b"a CAPABILITY\r\n".repeat(990)).await;
     let mut next = Client::connect(proxy.listeners()[0]).await;
-    assert!(next.ask("a NOOP").await.starts_with("a OK"));
-    let balancer = Client::silent(proxy.listeners()[1]).await;
+    assert!(next.command("a NOOP").await.starts_with("a OK"));
+    let balancer = Client::connect_only(proxy.listeners()[1]).await;
     assert!(next.line().await.starts_with("* BYE "));
     let mut last = Client::connect(proxy.listeners()[0]).await;
-    assert!(last.ask("a NOOP").await.starts_with("a OK"));
+    assert!(last.command("a NOOP").await.starts_with("a OK"));
     eventually("all to be counted", || metric(&proxy, "vestibule_failures_total", &["reason=\"shed\""]) == 3.0).await;
     drop((deaf, balancer));
     proxy.stop().await;
@@ -159,7 +161,8 @@ fn endless() -> Vec<u8> {
 async fn the_memory_of_all_is_bounded_and_those_who_need_little_are_served() {
     const BUDGET: f64 = 8_388_608.0;
     let server =
-        Scripted::new("S: * OK [CAPABILITY IMAP4rev1 LITERAL+] x\nC: *\nS: L OK [CAPABILITY IMAP4rev1] in\n...").await;
+        ScriptedServer::new("S: * OK [CAPABILITY IMAP4rev1 LITERAL+] x\nC: *\nS: L OK [CAPABILITY IMAP4rev1] in\n...")
+            .await;
     let text = format!(
         "backends: {{only: {{servers: ['{}']}}}}\nroutes: [{{default: only}}]\nlimits: {{before_login_memory: 8MiB}}\n",
         server.address
@@ -173,11 +176,14 @@ async fn the_memory_of_all_is_bounded_and_those_who_need_little_are_served() {
         assert!(memory(&proxy) <= BUDGET, "{} in round {round}", memory(&proxy));
         if round % 20 == 0 {
             let mut client = Client::connect(proxy.listeners()[0]).await;
-            assert!(client.ask("b LOGIN alice secret").await.starts_with("b OK"), "round {round}");
+            assert!(client.command("b LOGIN alice secret").await.starts_with("b OK"), "round {round}");
             // A token of 40 kB.
             let mut client = Client::connect(proxy.listeners()[0]).await;
             let password = "t".repeat(40_000);
-            assert!(client.ask(&format!("b LOGIN alice \"{password}\"")).await.starts_with("b OK"), "round {round}");
+            assert!(
+                client.command(&format!("b LOGIN alice \"{password}\"")).await.starts_with("b OK"),
+                "round {round}"
+            );
         }
     }
     let shed = || metric(&proxy, "vestibule_failures_total", &["reason=\"shed_for_memory\""]);
@@ -216,7 +222,7 @@ async fn the_memory_of_tls_counts_too() {
     );
     let proxy = start(&text).await;
     // A handshake message that never ends.
-    let mut handshake = Client::silent(proxy.listeners()[0]).await;
+    let mut handshake = Client::connect_only(proxy.listeners()[0]).await;
     for _ in 0..3 {
         handshake.send([&[22, 3, 1, 0x3f, 0xff, 1, 0, 0xff, 0xff][..], &[0; 0x3ffb]].concat()).await;
     }
@@ -225,13 +231,13 @@ async fn the_memory_of_tls_counts_too() {
     eventually("its end", || memory(&proxy) == 0.0).await;
     // An ordinary client uses none of the budget.
     let socket = tokio::net::TcpStream::connect(proxy.listeners()[0]).await.unwrap();
-    let mut client = Line::new(certificates.encrypt(socket).await);
+    let mut client = LineStream::new(certificates.encrypt(socket).await);
     client.line().await;
-    assert!(client.ask("a CAPABILITY").await.starts_with("* CAPABILITY"));
+    assert!(client.command("a CAPABILITY").await.starts_with("* CAPABILITY"));
     assert_eq!(memory(&proxy), 0.0);
     // A record of which the end is missing.
     let (tls, _) = client.into_parts();
-    let mut socket = Line::new(tls.into_inner().0);
+    let mut socket = LineStream::new(tls.into_inner().0);
     socket.send([&[23, 3, 3, 0x40, 0][..], &[0; 0x3f00]].concat()).await;
     eventually("the record's memory", || memory(&proxy) > 8_000.0).await;
     proxy.stop().await;
@@ -248,7 +254,7 @@ async fn requests_for_new_keys_before_the_login_are_answered_and_bounded() {
     );
     let proxy = start(&text).await;
     let socket = tokio::net::TcpStream::connect(proxy.listeners()[0]).await.unwrap();
-    let mut client = Line::new(certificates.encrypt(socket).await);
+    let mut client = LineStream::new(certificates.encrypt(socket).await);
     client.line().await;
     for _ in 0..100 {
         client.stream.get_mut().1.refresh_traffic_keys().unwrap();
@@ -302,9 +308,9 @@ async fn connections_from_addresses_that_are_not_balancers_displace_no_client() 
     let proxy = start(text).await;
     let mut client = Client::connect(proxy.listeners()[0]).await;
     for _ in 0..5 {
-        Client::silent(proxy.listeners()[1]).await.assert_closed().await;
+        Client::connect_only(proxy.listeners()[1]).await.assert_closed().await;
     }
-    assert!(client.ask("a NOOP").await.starts_with("a OK"));
+    assert!(client.command("a NOOP").await.starts_with("a OK"));
     assert_eq!(metric(&proxy, "vestibule_failures_total", &["reason=\"proxy_header\""]), 5.0);
     proxy.stop().await;
 }

@@ -11,7 +11,9 @@ use vestibule::admin_state::AdminState;
 use vestibule::backend::Server;
 use vestibule::server::Running;
 
-use crate::support::{Certificates, Client, GOOD, Line, Scripted, eventually, in_time, metric, proxy};
+use crate::support::{
+    ACCEPTS_ALICE, Certificates, Client, LineStream, ScriptedServer, eventually, metric, proxy, with_timeout,
+};
 
 const UNAVAILABLE: &str = "a NO [UNAVAILABLE] The mailbox is temporarily unavailable, try again later.";
 /// By the user's name like user-hash, but a user may be on two servers at once: a login leaves the others alone.
@@ -47,7 +49,7 @@ impl Mailbox {
         *self.accepting.lock().unwrap() = tokio::spawn(async move {
             while let Ok((socket, _)) = listener.accept().await {
                 connections.fetch_add(1, Ordering::SeqCst);
-                tokio::spawn(serve(Line::new(socket), silent.load(Ordering::SeqCst), logins.clone()));
+                tokio::spawn(serve(LineStream::new(socket), silent.load(Ordering::SeqCst), logins.clone()));
             }
         });
     }
@@ -109,7 +111,7 @@ async fn pair(care: &str, more: &str) -> (Running, Mailbox, Mailbox) {
     );
     let proxy = proxy(&text).await;
     let backend = proxy.snapshot().backends.named("pair").unwrap().clone();
-    let first = in_time("the order", backend.candidates("alice")).await[0].name.to_string();
+    let first = with_timeout("the order", backend.candidates("alice")).await[0].name.to_string();
     if first == one.address.to_string() { (proxy, one, other) } else { (proxy, other, one) }
 }
 
@@ -125,7 +127,7 @@ fn up(proxy: &Running, mailbox: &Mailbox) -> f64 {
 /// A session of alice's that has logged in.
 async fn session(proxy: &Running) -> Client {
     let mut client = Client::connect(proxy.listeners()[0]).await;
-    assert_eq!(client.ask("a LOGIN alice secret").await, "a OK [CAPABILITY IMAP4rev1] in");
+    assert_eq!(client.command("a LOGIN alice secret").await, "a OK [CAPABILITY IMAP4rev1] in");
     client
 }
 
@@ -178,10 +180,10 @@ async fn checks_notice_a_server_that_hangs_before_anybody_logs_in() {
 async fn a_check_tells_what_servers_offer() {
     let (proxy, _first, _other) = pair("check: {interval: 100ms}", "").await;
     let offered = || async {
-        let mut client = Client::silent(proxy.listeners()[0]).await;
+        let mut client = Client::connect_only(proxy.listeners()[0]).await;
         client.line().await.contains("AUTH=XOAUTH2")
     };
-    in_time("the offer", async { while !offered().await {} }).await;
+    with_timeout("the offer", async { while !offered().await {} }).await;
 }
 
 #[tokio::test]
@@ -225,14 +227,14 @@ async fn one_login_at_a_time_tries_a_server_out() {
 
 #[tokio::test]
 async fn what_a_client_provokes_opens_no_breaker() {
-    let dies = Scripted::new("S: * OK [CAPABILITY IMAP4rev1] x\nC: *").await;
+    let dies = ScriptedServer::new("S: * OK [CAPABILITY IMAP4rev1] x\nC: *").await;
     let text = format!(
         "backends: {{only: {{servers: ['{}'], breaker: {{failures: 1}}}}}}\nroutes: [{{default: only}}]\n",
         dies.address
     );
     let proxy = proxy(&text).await;
     for tried in 1..=3 {
-        assert_eq!(Client::connect(proxy.listeners()[0]).await.ask("a LOGIN alice secret").await, UNAVAILABLE);
+        assert_eq!(Client::connect(proxy.listeners()[0]).await.command("a LOGIN alice secret").await, UNAVAILABLE);
         assert_eq!(dies.connections(), tried);
         assert_eq!(metric(&proxy, "vestibule_server_up", &[]), 1.0);
     }
@@ -246,7 +248,7 @@ async fn a_server_that_dies_before_its_answer_costs_nobody_a_login() {
         // With user-hash a server that may have the login keeps it: the client may have caused the server's end.
         let ways: &[&str] = if balance == "user-hash" { &[at_once] } else { &[at_once, greeted, login_read] };
         for broken in ways {
-            let (bad, good) = (Scripted::new(broken).await, Scripted::new(GOOD).await);
+            let (bad, good) = (ScriptedServer::new(broken).await, ScriptedServer::new(ACCEPTS_ALICE).await);
             let servers = format!("'{}', '{}'", bad.address, good.address);
             let text = format!(
                 "backends: {{pair: {{servers: [{servers}], balance: {balance}}}}}\nroutes: [{{default: pair}}]\n"
@@ -254,7 +256,7 @@ async fn a_server_that_dies_before_its_answer_costs_nobody_a_login() {
             let proxy = proxy(&text).await;
             for login in 1..=4 {
                 let mut client = Client::connect(proxy.listeners()[0]).await;
-                let answer = client.ask("a LOGIN alice secret").await;
+                let answer = client.command("a LOGIN alice secret").await;
                 assert_eq!(answer, "a OK [CAPABILITY IMAP4rev1 IDLE] in", "{balance} {broken}");
                 assert_eq!(good.connections(), login);
             }
@@ -266,13 +268,13 @@ async fn a_server_that_dies_before_its_answer_costs_nobody_a_login() {
 async fn a_refused_password_is_tried_on_no_other_server_by_any_balance() {
     let refuse = "S: * OK [CAPABILITY IMAP4rev1] x\nC: *\nS: L NO [AUTHENTICATIONFAILED] Wrong.";
     for balance in BALANCES {
-        let (one, other) = (Scripted::new(refuse).await, Scripted::new(refuse).await);
+        let (one, other) = (ScriptedServer::new(refuse).await, ScriptedServer::new(refuse).await);
         let servers = format!("'{}', '{}'", one.address, other.address);
         let text =
             format!("backends: {{pair: {{servers: [{servers}], balance: {balance}}}}}\nroutes: [{{default: pair}}]\n");
         let proxy = proxy(&text).await;
         let mut client = Client::connect(proxy.listeners()[0]).await;
-        assert_eq!(client.ask("a LOGIN alice wrong").await, "a NO [AUTHENTICATIONFAILED] Wrong.");
+        assert_eq!(client.command("a LOGIN alice wrong").await, "a NO [AUTHENTICATIONFAILED] Wrong.");
         assert_eq!(one.connections() + other.connections(), 1, "{balance}");
         let taken = proxy.snapshot().backends.list()[0].servers().iter().map(|server| server.sessions()).sum::<u32>();
         assert_eq!(taken, 0, "its place is free again");
@@ -380,7 +382,7 @@ async fn a_drained_server_keeps_its_sessions_and_gets_no_logins() {
     assert_eq!((metric(&proxy, "vestibule_server_state", &[&address]), up(&proxy, &first)), (1.0, 1.0));
     session(&proxy).await;
     assert_eq!((first.logins(), other.logins()), (1, 1));
-    assert_eq!(old.ask("b NOOP").await, "b OK done", "the session goes on");
+    assert_eq!(old.command("b NOOP").await, "b OK done", "the session goes on");
     there.set_admin_state(Some(AdminState::Down));
     assert_eq!((metric(&proxy, "vestibule_server_state", &[&address]), up(&proxy, &first)), (2.0, 0.0));
     session(&proxy).await;
@@ -420,7 +422,7 @@ async fn an_account_logs_in_and_out_for_a_check() {
     for (answer, outcome) in
         [("OK [CAPABILITY IMAP4rev1] in", "passed"), ("NO [AUTHENTICATIONFAILED] x", "failed"), ("BAD x", "failed")]
     {
-        let server = Scripted::new(&dialogue(answer)).await;
+        let server = ScriptedServer::new(&dialogue(answer)).await;
         let check = format!(
             "{{kind: login, interval: 100ms, fall: 2, account: probe, password_file: {}}}",
             folder.path().join("password").display()
@@ -456,7 +458,7 @@ async fn checks_of_connection_and_certificate() {
         ("imap", "implicit", "!TLS\nS: * OK [CAPABILITY IMAP4rev1] x\n...", &certificates, true),
         ("imap", "implicit", "!TLS\n...", &certificates, false),
     ] {
-        let server = Scripted::with_tls(script, &certificates).await;
+        let server = ScriptedServer::with_tls(script, &certificates).await;
         let ca = ca.path("ca.pem");
         let text = format!(
             "backends: {{only: {{servers: ['{}'], tls: {{mode: {mode}, ca: {}}}, check: {{kind: {kind}, interval: 100ms, timeout: 500ms, fall: 1}}}}}}\nroutes: [{{default: only}}]\n",

@@ -7,11 +7,12 @@ use tokio::net::TcpStream;
 use vestibule::server::Running;
 
 use crate::support::{
-    Certificates, Client, GOOD, Line, Scripted, eventually, in_time, metric, proxy, start, tls_session,
+    ACCEPTS_ALICE, Certificates, Client, LineStream, ScriptedServer, eventually, metric, proxy, start, tls_session,
+    with_timeout,
 };
 
-async fn with_good_server(more: &str) -> (Running, Scripted) {
-    let server = Scripted::new(GOOD).await;
+async fn with_good_server(more: &str) -> (Running, ScriptedServer) {
+    let server = ScriptedServer::new(ACCEPTS_ALICE).await;
     let text = format!("backends: {{only: {{servers: ['{}']}}}}\nroutes: [{{default: only}}]\n{more}", server.address);
     (proxy(&text).await, server)
 }
@@ -21,8 +22,8 @@ fn failures(proxy: &Running, reason: &str) -> f64 {
 }
 
 /// A STARTTLS listener in front of a good server.
-async fn starttls(certificates: &Certificates, more: &str) -> (Running, Scripted) {
-    let server = Scripted::new(GOOD).await;
+async fn starttls(certificates: &Certificates, more: &str) -> (Running, ScriptedServer) {
+    let server = ScriptedServer::new(ACCEPTS_ALICE).await;
     let text = format!(
         "listeners: [{{address: '127.0.0.1:0', tls: starttls}}, {{address: '127.0.0.1:0', tls: implicit}}]\n{}\
          backends: {{only: {{servers: ['{}']}}}}\nroutes: [{{default: only}}]\n{more}",
@@ -54,22 +55,22 @@ async fn starttls_then_login() {
     let (proxy, _server) = starttls(&certificates, "").await;
     let mut client = Client::connect(proxy.listeners()[0]).await;
     assert!(
-        client.ask("a LOGIN alice {6}").await.starts_with("a NO [PRIVACYREQUIRED]"),
+        client.command("a LOGIN alice {6}").await.starts_with("a NO [PRIVACYREQUIRED]"),
         "the literal is not asked for"
     );
-    assert!(client.ask("b AUTHENTICATE PLAIN").await.starts_with("b NO [PRIVACYREQUIRED]"));
-    assert_eq!(client.ask("c STARTTLS").await, "c OK Begin TLS negotiation now.");
+    assert!(client.command("b AUTHENTICATE PLAIN").await.starts_with("b NO [PRIVACYREQUIRED]"));
+    assert_eq!(client.command("c STARTTLS").await, "c OK Begin TLS negotiation now.");
     let (socket, pending) = client.into_parts();
     assert!(pending.is_empty());
-    let mut client = Line::new(certificates.encrypt(socket).await);
+    let mut client = LineStream::new(certificates.encrypt(socket).await);
     // No greeting, a new list, and the failures before TLS are forgotten.
     assert_eq!(
-        client.ask("d CAPABILITY").await,
+        client.command("d CAPABILITY").await,
         "* CAPABILITY IMAP4rev1 SASL-IR LITERAL+ ID ENABLE AUTH=PLAIN AUTH=LOGIN"
     );
     client.line().await;
-    assert_eq!(client.ask("e STARTTLS").await, "e BAD TLS is already active.");
-    assert_eq!(client.ask("a LOGIN alice secret").await, "a OK [CAPABILITY IMAP4rev1 IDLE] in");
+    assert_eq!(client.command("e STARTTLS").await, "e BAD TLS is already active.");
+    assert_eq!(client.command("a LOGIN alice secret").await, "a OK [CAPABILITY IMAP4rev1 IDLE] in");
     assert_eq!(metric(&proxy, "vestibule_tls_handshake_seconds_count", &[]), 1.0);
 }
 
@@ -93,7 +94,7 @@ async fn deadlines_before_login() {
     // Says a little all the time: the deadline is absolute.
     let mut slow = Client::connect(proxy.listeners()[0]).await;
     // Begins no handshake.
-    let mut no_hello = Client::silent(proxy.listeners()[1]).await;
+    let mut no_hello = Client::connect_only(proxy.listeners()[1]).await;
     let feeder = async {
         for tag in 0.. {
             if slow.stream.write_all(format!("t{tag} NOOP\r\n").as_bytes()).await.is_err() {
@@ -105,7 +106,7 @@ async fn deadlines_before_login() {
             tokio::time::sleep(Duration::from_millis(50)).await;
         }
     };
-    in_time("the slow client's end", feeder).await;
+    with_timeout("the slow client's end", feeder).await;
     assert_eq!(silent.line().await, "* BYE Login took too long.");
     silent.assert_closed().await;
     no_hello.assert_closed().await;
@@ -135,7 +136,7 @@ async fn no_room_left() {
     let (proxy, _server) = with_good_server("limits: {sessions: 2}\n").await;
     let first = Client::connect(proxy.listeners()[0]).await;
     let _second = Client::connect(proxy.listeners()[0]).await;
-    let mut third = Client::silent(proxy.listeners()[0]).await;
+    let mut third = Client::connect_only(proxy.listeners()[0]).await;
     assert_eq!(third.line().await, "* BYE [UNAVAILABLE] Too many connections, try again later.");
     assert_eq!(metric(&proxy, "vestibule_connections_refused_total", &["reason=\"full\""]), 1.0);
     drop(first);
@@ -165,7 +166,7 @@ async fn a_client_that_resets_at_once_ends_alone() {
         drop(client);
     }
     let mut neighbour = Client::connect(proxy.listeners()[0]).await;
-    assert!(neighbour.ask("a LOGIN alice secret").await.starts_with("a OK"));
+    assert!(neighbour.command("a LOGIN alice secret").await.starts_with("a OK"));
     eventually("the others to be gone", || metric(&proxy, "vestibule_connections", &[]) == 1.0).await;
     proxy.stop().await;
 }
@@ -195,7 +196,7 @@ async fn megabytes_both_ways_past_a_slow_reader() {
     let (mut client_read, mut client_write) = tokio::io::split(client);
     let (mut server_read, mut server_write) = server.into_split();
     let (mut down, mut up) = (Vec::new(), Vec::new());
-    in_time("the transfers", async {
+    with_timeout("the transfers", async {
         tokio::join!(
             async {
                 client_write.write_all(&pattern).await.unwrap();
@@ -228,23 +229,23 @@ async fn a_stop_says_bye_before_login_and_gives_grace_after_it() {
     let address = proxy.listeners()[0];
     let mut waiting = Client::connect(address).await;
     let mut relayed = Client::connect(address).await;
-    relayed.ask("a LOGIN alice secret").await;
+    relayed.command("a LOGIN alice secret").await;
     let metrics = proxy.metrics().clone();
     let stopping = tokio::spawn(async move { proxy.drain(std::future::pending()).await });
     assert_eq!(waiting.line().await, "* BYE [UNAVAILABLE] Server shutting down, connect again.");
     waiting.assert_closed().await;
-    assert_eq!(relayed.ask("b NOOP").await, "b OK relayed", "within the grace time");
+    assert_eq!(relayed.command("b NOOP").await, "b OK relayed", "within the grace time");
     assert!(metrics.render().contains("vestibule_draining 1"));
     eventually("a closed port", || std::net::TcpStream::connect(address).is_err()).await;
     drop(relayed);
-    assert_eq!(in_time("the stop", stopping).await.unwrap(), 0, "nothing had to be ended");
+    assert_eq!(with_timeout("the stop", stopping).await.unwrap(), 0, "nothing had to be ended");
 }
 
 #[tokio::test]
 async fn grace_ends() {
     let (proxy, _server) = with_good_server("limits: {drain: 100ms}\n").await;
     let mut relayed = Client::connect(proxy.listeners()[0]).await;
-    relayed.ask("a LOGIN alice secret").await;
-    assert_eq!(in_time("the stop", proxy.drain(std::future::pending())).await, 1);
+    relayed.command("a LOGIN alice secret").await;
+    assert_eq!(with_timeout("the stop", proxy.drain(std::future::pending())).await, 1);
     relayed.assert_closed().await;
 }

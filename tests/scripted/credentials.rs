@@ -45,7 +45,7 @@ impl Owners {
     }
 
     /// A greeted connection of the owner of a certificate for `email`.
-    async fn client(&self, proxy: &Running, server: &Certificates, email: &str) -> Line<TlsStream<TcpStream>> {
+    async fn client(&self, proxy: &Running, server: &Certificates, email: &str) -> LineStream<TlsStream<TcpStream>> {
         let key = KeyPair::generate().unwrap();
         let mut params = CertificateParams::new(Vec::new()).unwrap();
         params.subject_alt_names = vec![SanType::Rfc822Name(email.try_into().unwrap())];
@@ -61,7 +61,7 @@ impl Owners {
         let socket = TcpStream::connect(proxy.listeners()[0]).await.unwrap();
         let connector = TlsConnector::from(Arc::new(config));
         let name = ServerName::try_from("localhost").unwrap();
-        let mut client = Line::new(in_time("a handshake", connector.connect(name, socket)).await.unwrap());
+        let mut client = LineStream::new(with_timeout("a handshake", connector.connect(name, socket)).await.unwrap());
         assert!(client.line().await.starts_with("* OK"));
         client
     }
@@ -71,7 +71,7 @@ impl Owners {
 #[tokio::test]
 async fn a_certificate_opens_anothers_mailbox_only_if_it_is_listed() {
     let (owners, certificates) = (Owners::new(), Certificates::new());
-    let server = Scripted::new(ACCEPTS).await;
+    let server = ScriptedServer::new(ACCEPTS).await;
     std::fs::write(certificates.path("users-ca.pem"), owners.ca.pem()).unwrap();
     std::fs::write(certificates.path("master"), "master secret").unwrap();
     let with = |listed: &str| {
@@ -90,24 +90,24 @@ async fn a_certificate_opens_anothers_mailbox_only_if_it_is_listed() {
     let proxy = start(&with("")).await;
     for asked_for in ["bob@good.test", "nobody@unknown.test"] {
         let mut alice = owners.client(&proxy, &certificates, "alice@good.test").await;
-        assert_eq!(alice.ask(&command(asked_for)).await, refusal, "whether the mailbox exists or not");
+        assert_eq!(alice.command(&command(asked_for)).await, refusal, "whether the mailbox exists or not");
     }
     assert_eq!((server.connections(), failures(&proxy, "authzid_refused")), (0, 2.0), "no server was asked");
     let mut alice = owners.client(&proxy, &certificates, "alice@good.test").await;
-    assert!(alice.ask(&command("ALICE@good.test")).await.starts_with("a OK"), "another spelling of her own name");
+    assert!(alice.command(&command("ALICE@good.test")).await.starts_with("a OK"), "another spelling of her own name");
     let listed = ", may_act_for: [{certificate: webmail@good.test, users: ['*@good.test']}]";
     let proxy = start(&with(listed)).await;
     let mut webmail = owners.client(&proxy, &certificates, "webmail@good.test").await;
-    assert!(webmail.ask(&command("bob@good.test")).await.starts_with("a OK"));
+    assert!(webmail.command(&command("bob@good.test")).await.starts_with("a OK"));
     for (owner, asked_for) in [("webmail@good.test", "bob@other.test"), ("alice@good.test", "bob@good.test")] {
         let mut client = owners.client(&proxy, &certificates, owner).await;
-        assert_eq!(client.ask(&command(asked_for)).await, refusal, "{owner} {asked_for}");
+        assert_eq!(client.command(&command(asked_for)).await, refusal, "{owner} {asked_for}");
     }
 }
 
 #[tokio::test]
 async fn guesses_at_a_master_users_password_are_limited_over_all_mailboxes() {
-    let server = Scripted::new(REFUSES).await;
+    let server = ScriptedServer::new(REFUSES).await;
     let proxy = proxy(&format!(
         "backends: {{only: {{servers: ['{}'], authzid: allow}}}}\nroutes: [{{default: only}}]\n\
          users: {{masters: {{separator: '*'}}}}\nlimits: {{login_rate_per_user: 3/1h, failed_logins: 100}}\n",
@@ -116,12 +116,12 @@ async fn guesses_at_a_master_users_password_are_limited_over_all_mailboxes() {
     .await;
     let mut client = Client::connect(proxy.listeners()[0]).await;
     for command in ["LOGIN a*admin x".to_owned(), plain("b", "admin"), "LOGIN c*Admin x".to_owned()] {
-        let said = client.ask(&format!("a {command}")).await;
+        let said = client.command(&format!("a {command}")).await;
         assert!(said.starts_with("a NO [AUTHENTICATIONFAILED]"), "{said}");
     }
     let asked = server.connections();
     for command in ["LOGIN d*admin x".to_owned(), plain("e", "ADMIN"), "LOGIN admin x".to_owned()] {
-        assert_eq!(client.ask(&format!("a {command}")).await, "a NO [LIMIT] Too many logins, wait a little.");
+        assert_eq!(client.command(&format!("a {command}")).await, "a NO [LIMIT] Too many logins, wait a little.");
     }
     assert_eq!(server.connections(), asked, "no server was asked");
 }
@@ -129,7 +129,7 @@ async fn guesses_at_a_master_users_password_are_limited_over_all_mailboxes() {
 /// A server with the same separator would take the name apart, and open another mailbox than the one routed by.
 #[tokio::test]
 async fn a_name_with_a_separator_that_was_not_taken_apart_is_refused() {
-    let server = Scripted::new(ACCEPTS).await;
+    let server = ScriptedServer::new(ACCEPTS).await;
     let xoauth2 = STANDARD.encode("user=alice*admin\x01auth=Bearer t\x01\x01");
     let proxy = start(&format!(
         "listeners: [{{address: '127.0.0.1:0', tls: none, mechanisms: [login, plain, xoauth2]}}]\n\
@@ -147,7 +147,7 @@ async fn a_name_with_a_separator_that_was_not_taken_apart_is_refused() {
         &plain("alice*x", "admin"),
         &format!("AUTHENTICATE XOAUTH2 {xoauth2}"),
     ] {
-        let said = Client::connect(proxy.listeners()[0]).await.ask(&format!("a {command}")).await;
+        let said = Client::connect(proxy.listeners()[0]).await.command(&format!("a {command}")).await;
         assert_eq!(said, "a NO [AUTHENTICATIONFAILED] Authentication failed.", "{command}");
     }
     assert_eq!((server.connections(), failures(&proxy, "name_refused")), (0, 7.0));
@@ -156,7 +156,7 @@ async fn a_name_with_a_separator_that_was_not_taken_apart_is_refused() {
 /// PRECIS maps a full-width asterisk to `*`, at which the server would split the normalised name.
 #[tokio::test]
 async fn a_separator_that_appears_only_after_normalisation_is_refused() {
-    let server = Scripted::new(ACCEPTS).await;
+    let server = ScriptedServer::new(ACCEPTS).await;
     for sent_as in ["normalised", "as-sent"] {
         let proxy = start(&format!(
             "listeners: [{{address: '127.0.0.1:0', tls: none, mechanisms: [login, plain, xoauth2]}}]\n\
@@ -174,7 +174,7 @@ async fn a_separator_that_appears_only_after_normalisation_is_refused() {
             &plain("alice\u{ff0a}x", "admin"),
             &format!("AUTHENTICATE XOAUTH2 {xoauth2}"),
         ] {
-            let said = Client::connect(proxy.listeners()[0]).await.ask(&format!("a {command}")).await;
+            let said = Client::connect(proxy.listeners()[0]).await.command(&format!("a {command}")).await;
             assert_eq!(said, "a NO [AUTHENTICATIONFAILED] Authentication failed.", "{sent_as}: {command}");
         }
         assert_eq!((server.connections(), failures(&proxy, "name_refused")), (0, 6.0), "{sent_as}");
@@ -183,7 +183,7 @@ async fn a_separator_that_appears_only_after_normalisation_is_refused() {
 
 #[tokio::test]
 async fn with_normalised_names_the_server_gets_both_names_of_a_login_normalised() {
-    let server = Scripted::new(&format!(
+    let server = ScriptedServer::new(&format!(
         "S: * OK [CAPABILITY IMAP4rev1 SASL-IR AUTH=PLAIN] x\nC: L {}\nS: L OK [CAPABILITY IMAP4rev1] in\n...",
         plain("alice", "admin")
     ))
@@ -195,14 +195,14 @@ async fn with_normalised_names_the_server_gets_both_names_of_a_login_normalised(
     ))
     .await;
     let mut client = Client::connect(proxy.listeners()[0]).await;
-    let said = client.ask(&format!("a {}", plain("\u{ff21}lice", "\u{ff21}dmin"))).await;
+    let said = client.command(&format!("a {}", plain("\u{ff21}lice", "\u{ff21}dmin"))).await;
     assert!(said.starts_with("a OK"), "{said}");
 }
 
 /// A route could compose such a name from parts of the user's.
 #[tokio::test]
 async fn a_user_of_a_route_with_the_separator_reaches_no_server() {
-    let server = Scripted::new(ACCEPTS).await;
+    let server = ScriptedServer::new(ACCEPTS).await;
     let proxy = proxy(&format!(
         "backends: {{only: {{servers: ['{}']}}}}\n\
          routes: [{{regex: [{{match: '^(.*)@(.*)$', to: 'only user=$1*$2'}}]}}]\n\
@@ -210,7 +210,7 @@ async fn a_user_of_a_route_with_the_separator_reaches_no_server() {
         server.address
     ))
     .await;
-    let said = Client::connect(proxy.listeners()[0]).await.ask("a LOGIN alice@good.test x").await;
+    let said = Client::connect(proxy.listeners()[0]).await.command("a LOGIN alice@good.test x").await;
     assert!(said.starts_with("a NO [UNAVAILABLE]"), "{said}");
     assert_eq!((server.connections(), failures(&proxy, "lookup_failed")), (0, 1.0));
 }
@@ -218,9 +218,10 @@ async fn a_user_of_a_route_with_the_separator_reaches_no_server() {
 /// Servers differ in which of two users they take: the proxy must not route by one, and the server open the other.
 #[tokio::test]
 async fn a_message_with_two_users_reaches_no_server() {
-    let server =
-        Scripted::new("S: * OK [CAPABILITY IMAP4rev1 SASL-IR AUTH=XOAUTH2 AUTH=OAUTHBEARER AUTH=SCRAM-SHA-1] x\n...")
-            .await;
+    let server = ScriptedServer::new(
+        "S: * OK [CAPABILITY IMAP4rev1 SASL-IR AUTH=XOAUTH2 AUTH=OAUTHBEARER AUTH=SCRAM-SHA-1] x\n...",
+    )
+    .await;
     let proxy = start(&format!(
         "listeners: [{{address: '127.0.0.1:0', tls: none, mechanisms: [xoauth2, oauthbearer, scram-sha-1]}}]\n\
          backends: {{only: {{servers: ['{}']}}}}\nroutes: [{{default: only}}]\n",
@@ -235,7 +236,7 @@ async fn a_message_with_two_users_reaches_no_server() {
     ] {
         let message = STANDARD.encode(message);
         let mut client = Client::connect(proxy.listeners()[0]).await;
-        let said = client.ask(&format!("a AUTHENTICATE {mechanism} {message}")).await;
+        let said = client.command(&format!("a AUTHENTICATE {mechanism} {message}")).await;
         assert!(said.starts_with("a BAD Invalid credentials"), "{mechanism}: {said}");
     }
     assert_eq!(server.connections(), 0);
@@ -251,14 +252,14 @@ async fn credentials_that_cannot_be_right_are_failed_logins_of_the_address() {
     let mut client = Client::connect(proxy.listeners()[0]).await;
     let began = Instant::now();
     for command in ["LOGIN \"\" pw", "LOGIN \"a\x07b\" pw", &plain("", ""), "LOGIN \" a\" pw"] {
-        let said = client.ask(&format!("a {command}")).await;
+        let said = client.command(&format!("a {command}")).await;
         assert_eq!(said, "a NO [AUTHENTICATIONFAILED] Authentication failed.", "{command}");
     }
     // 100, 200, 400 and 800 ms, a fifth less or more.
     assert!(began.elapsed() > Duration::from_millis(1100), "late, and later each time: {:?}", began.elapsed());
     assert_eq!(failures(&proxy, "invalid_credentials"), 4.0);
     for _ in 0..2 {
-        let said = client.ask("a LOGIN \"\" pw").await;
+        let said = client.command("a LOGIN \"\" pw").await;
         assert_eq!(said, "a NO [LIMIT] Too many logins from your address, wait a little.");
     }
     assert_eq!(client.line().await, "* BYE Too many failed logins.");
@@ -272,7 +273,7 @@ async fn a_token_without_a_user_name_is_routed_by_its_claim() {
     let bearer =
         |authzid: &str, token: &str| STANDARD.encode(format!("n,{authzid},\x01host=h\x01auth=Bearer {token}\x01\x01"));
     let good = token(r#"{"iss":"https://login.test","email":"alice@good.test","aud":"imap"}"#);
-    let server = Scripted::new(&format!(
+    let server = ScriptedServer::new(&format!(
         "S: * OK [CAPABILITY IMAP4rev1 SASL-IR AUTH=OAUTHBEARER] x\nC: L AUTHENTICATE OAUTHBEARER {}\n\
          S: L OK [CAPABILITY IMAP4rev1] in\n...",
         bearer("a=alice@good.test", &good)
@@ -289,7 +290,7 @@ async fn a_token_without_a_user_name_is_routed_by_its_claim() {
     let failed = "a NO [AUTHENTICATIONFAILED] Authentication failed.";
     let ask = async |proxy: &Running, token: &str| {
         let mut client = Client::connect(proxy.listeners()[0]).await;
-        client.ask(&format!("a AUTHENTICATE OAUTHBEARER {}", bearer("", token))).await
+        client.command(&format!("a AUTHENTICATE OAUTHBEARER {}", bearer("", token))).await
     };
     let unconfigured = start(&with("")).await;
     assert_eq!(ask(&unconfigured, &good).await, failed);
@@ -318,7 +319,7 @@ async fn the_delay_of_unknown_users_is_drawn_afresh_for_each_attempt() {
         while let Ok((socket, _)) = listener.accept().await {
             let is_late = turn.fetch_add(1, Ordering::SeqCst) % 2 == 1;
             tokio::spawn(async move {
-                let mut server = Line::new(socket);
+                let mut server = LineStream::new(socket);
                 server.send("* OK [CAPABILITY IMAP4rev1] x\r\n").await;
                 server.line().await;
                 // The latency of this server, not a wait for anything.
@@ -336,15 +337,15 @@ async fn the_delay_of_unknown_users_is_drawn_afresh_for_each_attempt() {
     for number in 1..=10 {
         let socket = TcpSocket::new_v4().unwrap();
         socket.bind(SocketAddr::from(([127, 0, 1, number], 0))).unwrap();
-        let mut client = Line::new(socket.connect(proxy.listeners()[0]).await.unwrap());
+        let mut client = LineStream::new(socket.connect(proxy.listeners()[0]).await.unwrap());
         client.line().await;
-        assert!(client.ask("a LOGIN alice@good.test x").await.starts_with("a NO"));
+        assert!(client.command("a LOGIN alice@good.test x").await.starts_with("a NO"));
     }
     let mut client = Client::connect(proxy.listeners()[0]).await;
     let mut late = Vec::new();
     for _ in 0..24 {
         let began = Instant::now();
-        assert!(client.ask("a LOGIN nobody@unknown.test x").await.starts_with("a NO"));
+        assert!(client.command("a LOGIN nobody@unknown.test x").await.starts_with("a NO"));
         late.push(began.elapsed() >= Duration::from_millis(200));
     }
     assert!(late.contains(&true) && late.contains(&false), "{late:?}");
@@ -353,27 +354,28 @@ async fn the_delay_of_unknown_users_is_drawn_afresh_for_each_attempt() {
 /// Servers word their refusals as they like; that of an unknown user must not stand out.
 #[tokio::test]
 async fn unknown_users_are_refused_in_the_words_of_a_server() {
-    let server =
-        Scripted::new("S: * OK [CAPABILITY IMAP4rev1] x\nC: *\nS: L NO Login failed: authentication failure\n...")
-            .await;
+    let server = ScriptedServer::new(
+        "S: * OK [CAPABILITY IMAP4rev1] x\nC: *\nS: L NO Login failed: authentication failure\n...",
+    )
+    .await;
     let proxy = proxy(&format!(
         "backends: {{only: {{servers: ['{}']}}}}\nroutes: [{{domain: {{good.test: only}}}}]\nlimits: {{failed_logins: 100}}\n",
         server.address
     ))
     .await;
     let mut client = Client::connect(proxy.listeners()[0]).await;
-    let known = client.ask("a LOGIN alice@good.test x").await;
-    assert_eq!(client.ask("a LOGIN bob@good.test x").await, known);
+    let known = client.command("a LOGIN alice@good.test x").await;
+    assert_eq!(client.command("a LOGIN bob@good.test x").await, known);
     assert_eq!(known, "a NO [AUTHENTICATIONFAILED] Login failed: authentication failure");
-    assert_eq!(client.ask("a LOGIN nobody@unknown.test x").await, known);
-    assert_eq!(client.ask("a LOGIN carol@good.test \"\"").await, known, "an empty password");
+    assert_eq!(client.command("a LOGIN nobody@unknown.test x").await, known);
+    assert_eq!(client.command("a LOGIN carol@good.test \"\"").await, known, "an empty password");
     proxy.stop().await;
 }
 
 /// New versions of Outlook write every value of their ID as a literal, and LOGIN right after it.
 #[tokio::test]
 async fn the_id_of_new_outlook_and_its_login_in_one_write() {
-    let server = Scripted::new(
+    let server = ScriptedServer::new(
         "S: * OK [CAPABILITY IMAP4rev1 ID] x\nC: *\nC: L LOGIN \"alice\" \"secret\"\nS: I OK x\nS: L OK [CAPABILITY IMAP4rev1] in\n...",
     )
     .await;

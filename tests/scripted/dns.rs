@@ -9,7 +9,7 @@ use hickory_resolver::proto::rr::rdata::{A, SRV};
 use hickory_resolver::proto::rr::{Name, RData, Record, RecordType};
 use tokio::net::UdpSocket;
 
-use crate::support::{Client, GOOD, Scripted, eventually, metric, proxy};
+use crate::support::{ACCEPTS_ALICE, Client, ScriptedServer, eventually, metric, proxy};
 
 type Zone = Arc<Mutex<Option<HashMap<(String, RecordType), Vec<RData>>>>>;
 
@@ -73,13 +73,13 @@ fn srv(priority: u16, port: u16, target: &str) -> RData {
 }
 
 async fn logs_in(address: SocketAddr) -> String {
-    Client::connect(address).await.ask("a LOGIN alice secret").await
+    Client::connect(address).await.command("a LOGIN alice secret").await
 }
 
 #[tokio::test]
 async fn a_name_is_followed_and_its_last_answer_kept() {
     let dns = NameServer::new().await;
-    let server = Scripted::new(GOOD).await;
+    let server = ScriptedServer::new(ACCEPTS_ALICE).await;
     dns.set("mail.test", a(server.address.ip()));
     let text = format!(
         "backends: {{only: {{servers: ['mail.test:{}']}}}}\nroutes: [{{default: only}}]\nresolver: {{servers: ['{}'], timeout: 1s}}\n",
@@ -97,16 +97,16 @@ async fn a_name_is_followed_and_its_last_answer_kept() {
     // It is back, and the name has moved to where nobody listens.
     dns.set("mail.test", a(IpAddr::V4(Ipv4Addr::new(127, 0, 0, 77))));
     let moved = async { while logs_in(address).await.starts_with("a OK") {} };
-    crate::support::in_time("the move", moved).await;
+    crate::support::with_timeout("the move", moved).await;
     dns.set("mail.test", a(server.address.ip()));
     let back = async { while !logs_in(address).await.starts_with("a OK") {} };
-    crate::support::in_time("the return", back).await;
+    crate::support::with_timeout("the return", back).await;
 }
 
 #[tokio::test]
 async fn servers_of_an_srv_record_come_and_go() {
     let dns = NameServer::new().await;
-    let (first, spare) = (Scripted::new(GOOD).await, Scripted::new(GOOD).await);
+    let (first, spare) = (ScriptedServer::new(ACCEPTS_ALICE).await, ScriptedServer::new(ACCEPTS_ALICE).await);
     dns.set("one.test", a(first.address.ip()));
     dns.set("two.test", a(spare.address.ip()));
     dns.set(

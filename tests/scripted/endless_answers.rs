@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use tokio::io::AsyncReadExt as _;
 
-use crate::support::{Client, Scripted, in_time, metric, start};
+use crate::support::{Client, ScriptedServer, metric, start, with_timeout};
 
 const UNAVAILABLE: &str = "a NO [UNAVAILABLE]";
 /// Far less than the timeouts of directories that must not be waited for.
@@ -79,7 +79,7 @@ async fn a_database_that_floods_its_client_stops_nothing_but_its_lookups() {
     let proxy = start(&text).await;
     for _ in 0..2 {
         let mut client = Client::connect(proxy.listeners()[0]).await;
-        let answer = in_time("a refusal", client.ask("a LOGIN alice secret")).await;
+        let answer = with_timeout("a refusal", client.command("a LOGIN alice secret")).await;
         assert!(answer.starts_with(UNAVAILABLE), "{answer}");
     }
     let mut admin = tokio::net::TcpStream::connect(proxy.admin().unwrap()).await.unwrap();
@@ -87,10 +87,10 @@ async fn a_database_that_floods_its_client_stops_nothing_but_its_lookups() {
         .await
         .unwrap();
     let mut health = String::new();
-    in_time("the health", admin.read_to_string(&mut health)).await.unwrap();
+    with_timeout("the health", admin.read_to_string(&mut health)).await.unwrap();
     assert!(health.starts_with("HTTP/1.1 200"), "{health}");
     assert_eq!(metric(&proxy, "vestibule_route_failing", &[]), 1.0);
-    in_time("the stop", proxy.stop()).await;
+    with_timeout("the stop", proxy.stop()).await;
 }
 
 #[tokio::test]
@@ -102,7 +102,7 @@ async fn informational_responses_without_end_fail_a_lookup() {
     );
     let proxy = start(&text).await;
     let mut client = Client::connect(proxy.listeners()[0]).await;
-    let answer = tokio::time::timeout(SOON, client.ask("a LOGIN alice secret")).await.unwrap();
+    let answer = tokio::time::timeout(SOON, client.command("a LOGIN alice secret")).await.unwrap();
     assert!(answer.starts_with(UNAVAILABLE), "{answer}");
     proxy.stop().await;
 }
@@ -112,7 +112,7 @@ async fn informational_responses_without_end_fail_a_policy_request() {
     let (url, folder) = (service(http), tempfile::tempdir().unwrap());
     let nonce = folder.path().join("nonce");
     std::fs::write(&nonce, "0123456789abcdef").unwrap();
-    let server = Scripted::new("S: * OK [CAPABILITY IMAP4rev1] x\n...").await;
+    let server = ScriptedServer::new("S: * OK [CAPABILITY IMAP4rev1] x\n...").await;
     let text = format!(
         "listeners: [{{address: '127.0.0.1:0', tls: none}}]\nbackends: {{only: {{servers: ['{}']}}}}\n\
          routes: [{{default: only}}]\npolicy: {{url: 'http://{url}/', nonce_file: {}, timeout: 30s, on_failure: deny}}\n",
@@ -121,7 +121,7 @@ async fn informational_responses_without_end_fail_a_policy_request() {
     );
     let proxy = start(&text).await;
     let mut client = Client::connect(proxy.listeners()[0]).await;
-    let answer = tokio::time::timeout(SOON, client.ask("a LOGIN alice secret")).await.unwrap();
+    let answer = tokio::time::timeout(SOON, client.command("a LOGIN alice secret")).await.unwrap();
     assert!(answer.starts_with(UNAVAILABLE), "{answer}");
     proxy.stop().await;
 }
@@ -136,7 +136,7 @@ async fn the_second_entry_of_an_ldap_answer_ends_the_lookup() {
     );
     let proxy = start(&text).await;
     let mut client = Client::connect(proxy.listeners()[0]).await;
-    let answer = tokio::time::timeout(SOON, client.ask("a LOGIN alice secret")).await.unwrap();
+    let answer = tokio::time::timeout(SOON, client.command("a LOGIN alice secret")).await.unwrap();
     assert!(answer.starts_with(UNAVAILABLE), "{answer}");
     proxy.stop().await;
 }

@@ -312,12 +312,12 @@ async fn client(world: World, proxy: SocketAddr, mut dice: Dice, over: Cancellat
         let user = format!("user{}", dice.below(USERS));
         let session = counts.sessions.fetch_add(1, Ordering::SeqCst);
         let began = world.truth().right[&user].len() - 1;
-        let socket = in_time("a connection", TcpStream::connect(proxy)).await.unwrap();
+        let socket = with_timeout("a connection", TcpStream::connect(proxy)).await.unwrap();
         let mut stream = BufReader::new(socket);
         let mut line = String::new();
-        in_time("a greeting", read(&mut stream, &mut line)).await.expect("a greeting");
+        with_timeout("a greeting", read(&mut stream, &mut line)).await.expect("a greeting");
         stream.get_mut().write_all(format!("a LOGIN {user} secret\r\n").as_bytes()).await.unwrap();
-        match in_time("an answer", read(&mut stream, &mut line)).await {
+        match with_timeout("an answer", read(&mut stream, &mut line)).await {
             Some(()) if line.starts_with("a OK") => {}
             Some(()) if line.starts_with("a NO [UNAVAILABLE]") || line.starts_with("* BYE [UNAVAILABLE]") => {
                 counts.refused.fetch_add(1, Ordering::SeqCst);
@@ -339,7 +339,7 @@ async fn client(world: World, proxy: SocketAddr, mut dice: Dice, over: Cancellat
                 stream.get_mut().write_all(said.as_bytes()).await.ok()?;
                 read(&mut stream, &mut line).await
             };
-            if in_time("a line", answered).await.is_none() {
+            if with_timeout("a line", answered).await.is_none() {
                 counts.cut_off.fetch_add(1, Ordering::SeqCst);
                 break;
             }
@@ -366,7 +366,7 @@ async fn client(world: World, proxy: SocketAddr, mut dice: Dice, over: Cancellat
         }
         if dice.below(2) == 0 && stream.get_mut().write_all(b"z LOGOUT\r\n").await.is_ok() {
             let mut rest = Vec::new();
-            let _ = in_time("the end after LOGOUT", stream.read_to_end(&mut rest)).await;
+            let _ = with_timeout("the end after LOGOUT", stream.read_to_end(&mut rest)).await;
         }
     }
 }
@@ -405,7 +405,7 @@ impl Operator {
         self.turns += 1;
         write_files(&self.folder, &self.servers, &self.homes, self.turns);
         let file = self.folder.path().join("vestibule.yaml");
-        in_time("a reload", self.proxy.reload(&file)).await.unwrap_or_else(|error| panic!("{error:#}"));
+        with_timeout("a reload", self.proxy.reload(&file)).await.unwrap_or_else(|error| panic!("{error:#}"));
     }
 
     /// Moves a user, as README says it: the table first, then the command.
@@ -415,7 +415,7 @@ impl Operator {
         self.world.truth().right.get_mut(&name).unwrap().push(vec![old, new]);
         self.homes[user] = new;
         self.reload().await;
-        let moved = in_time("a move", self.proxy.move_user(&name, BACKENDS[new], PATIENCE / 2)).await;
+        let moved = with_timeout("a move", self.proxy.move_user(&name, BACKENDS[new], TIMEOUT / 2)).await;
         assert_eq!(moved.unwrap_or_else(|error| panic!("{error:#}")).backend, BACKENDS[new]);
         let mut truth = self.world.truth();
         truth.right.get_mut(&name).unwrap().push(vec![new]);
@@ -544,7 +544,7 @@ async fn nobody_is_served_twice_or_by_the_wrong_one_whatever_happens() {
     }
     over.cancel();
     for client in clients {
-        in_time("a client", client).await.unwrap();
+        with_timeout("a client", client).await.unwrap();
     }
     assert_eq!(world.truth().violations, Vec::<String>::new());
     let counts = &world.1;
@@ -570,7 +570,7 @@ async fn nobody_is_served_twice_or_by_the_wrong_one_whatever_happens() {
     eventually("the servers' ends", || world.truth().open.values().all(Vec::is_empty)).await;
     for user in 0..USERS {
         let mut client = Client::connect(address).await;
-        assert!(client.ask(&format!("a LOGIN user{user} secret")).await.starts_with("a OK"), "user{user}");
+        assert!(client.command(&format!("a LOGIN user{user} secret")).await.starts_with("a OK"), "user{user}");
     }
     operator.proxy.stop().await;
 }

@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use tokio::net::TcpListener;
 
-use crate::support::{Client, Line, in_time, metric};
+use crate::support::{Client, LineStream, metric, with_timeout};
 
 /// Each key with its least and its greatest value, and one that is refused because it is beneath.
 const LIMITS: &[(&str, &[&str], &str)] = &[
@@ -54,7 +54,7 @@ async fn mailbox() -> std::net::SocketAddr {
     tokio::spawn(async move {
         while let Ok((socket, _)) = listener.accept().await {
             tokio::spawn(async move {
-                let mut line = Line::new(socket);
+                let mut line = LineStream::new(socket);
                 // The proxy may be gone at any step.
                 let _ = line.try_send("* OK [CAPABILITY IMAP4rev1] x\r\n").await;
                 line.line().await;
@@ -84,44 +84,46 @@ async fn every_limit_at_its_least_and_its_most_under_load() {
     let proxy = vestibule::server::start(vestibule::config::load(&file).unwrap(), Vec::new()).await.unwrap();
     let address = proxy.listeners()[0];
     let mut open = Client::connect(address).await;
-    assert!(open.ask("a LOGIN alice secret").await.starts_with("a OK"));
+    assert!(open.command("a LOGIN alice secret").await.starts_with("a OK"));
     let (stop, attempts) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicUsize::new(0)));
     let clients: Vec<_> =
         (0..4).map(|number| tokio::spawn(visit(address, number, stop.clone(), attempts.clone()))).collect();
     for (key, values, beneath) in LIMITS {
         for value in *values {
             write(&format!("{key}: {value}"));
-            in_time("a reload", proxy.reload(&file)).await.unwrap_or_else(|error| panic!("{key}: {value}: {error:#}"));
+            with_timeout("a reload", proxy.reload(&file))
+                .await
+                .unwrap_or_else(|error| panic!("{key}: {value}: {error:#}"));
             let before = attempts.load(Ordering::SeqCst);
-            in_time("clients", async {
+            with_timeout("clients", async {
                 while attempts.load(Ordering::SeqCst) < before + 8 {
                     tokio::task::yield_now().await;
                     tokio::time::sleep(std::time::Duration::from_millis(1)).await;
                 }
             })
             .await;
-            assert_eq!(open.ask("b NOOP").await, "b OK relayed", "{key}: {value}");
+            assert_eq!(open.command("b NOOP").await, "b OK relayed", "{key}: {value}");
         }
         write(&format!("{key}: {beneath}"));
-        let error = in_time("a reload", proxy.reload(&file)).await.unwrap_err().to_string();
+        let error = with_timeout("a reload", proxy.reload(&file)).await.unwrap_err().to_string();
         assert!(error.contains(&format!("limits.{key}")) && error.contains("expected"), "{key}: {error}");
         write("");
-        in_time("a reload", proxy.reload(&file)).await.unwrap();
+        with_timeout("a reload", proxy.reload(&file)).await.unwrap();
     }
     stop.store(true, Ordering::SeqCst);
     for client in clients {
-        in_time("a client", client).await.unwrap();
+        with_timeout("a client", client).await.unwrap();
     }
     assert_eq!(metric(&proxy, "vestibule_panics_total", &[]), 0.0);
     let mut after = Client::connect(address).await;
-    assert!(after.ask("a LOGIN zoe secret").await.starts_with("a OK"));
+    assert!(after.command("a LOGIN zoe secret").await.starts_with("a OK"));
     proxy.stop().await;
 }
 
 /// Logs in again and again, whatever comes of it; an attempt ends with an answer or with the connection.
 async fn visit(address: std::net::SocketAddr, number: usize, stop: Arc<AtomicBool>, attempts: Arc<AtomicUsize>) {
     while !stop.load(Ordering::SeqCst) {
-        let mut client = Client::silent(address).await;
+        let mut client = Client::connect_only(address).await;
         if client.line().await.starts_with("* OK") {
             let _ = client.try_send(&format!("a LOGIN u{number} secret\r\n")).await;
             if client.line().await.starts_with("a OK") {

@@ -6,7 +6,9 @@ use base64::engine::general_purpose::STANDARD;
 use tokio::net::{TcpListener, TcpStream};
 use vestibule::server::Running;
 
-use crate::support::{Certificates, Client, Line, Scripted, eventually, in_time, metric, proxy, start};
+use crate::support::{
+    Certificates, Client, LineStream, ScriptedServer, eventually, metric, proxy, start, with_timeout,
+};
 
 const UNAVAILABLE: &str = "a NO [UNAVAILABLE] The mailbox is temporarily unavailable, try again later.";
 
@@ -21,7 +23,7 @@ async fn a_token_of_64_kib_arrives_whole() {
         for sasl_ir in ["SASL-IR ", ""] {
             // Longer than a server's command line: it waits to be asked for.
             let sent = format!("C: L AUTHENTICATE {name}\nS: +\nC: {encoded}");
-            let server = Scripted::new(&format!(
+            let server = ScriptedServer::new(&format!(
                 "S: * OK [CAPABILITY IMAP4rev1 {sasl_ir}AUTH={name}] x\n{sent}\nS: L OK [CAPABILITY IMAP4rev1] in\n..."
             ))
             .await;
@@ -37,7 +39,7 @@ async fn a_token_of_64_kib_arrives_whole() {
                 if initial {
                     client.send(format!("a AUTHENTICATE {name} {encoded}\r\n")).await;
                 } else {
-                    assert_eq!(client.ask(&format!("a AUTHENTICATE {name}")).await, "+");
+                    assert_eq!(client.command(&format!("a AUTHENTICATE {name}")).await, "+");
                     client.send(format!("{encoded}\r\n")).await;
                 }
                 let answer = client.line().await;
@@ -50,7 +52,7 @@ async fn a_token_of_64_kib_arrives_whole() {
 #[tokio::test]
 async fn what_servers_offer_and_what_of_it_is_offered() {
     let certificates = Certificates::new();
-    let server = Scripted::new(
+    let server = ScriptedServer::new(
         "S: * OK [CAPABILITY IMAP4rev1 STARTTLS LOGIN-REFERRALS LITERAL+ SASL-IR IDLE MOVE AUTH=PLAIN AUTH=SCRAM-SHA-1 \
          AUTH=SCRAM-SHA-256 AUTH=SCRAM-SHA-256-PLUS AUTH=GSSAPI AUTH=CRAM-MD5 AUTH=XOAUTH2] x\n...",
     )
@@ -64,12 +66,12 @@ async fn what_servers_offer_and_what_of_it_is_offered() {
         server.address
     ))
     .await;
-    let greeting = async |listener: usize| Line::silent(proxy.listeners()[listener]).await.line().await;
-    in_time("the offer", async { while !greeting(1).await.contains("SCRAM") {} }).await;
+    let greeting = async |listener: usize| LineStream::connect_only(proxy.listeners()[listener]).await.line().await;
+    with_timeout("the offer", async { while !greeting(1).await.contains("SCRAM") {} }).await;
     let offered = "IMAP4rev1 SASL-IR LITERAL+ ID ENABLE IDLE MOVE AUTH=PLAIN AUTH=LOGIN AUTH=XOAUTH2 AUTH=SCRAM-SHA-1";
     assert_eq!(greeting(1).await, format!("* OK [CAPABILITY {offered}] Vestibule ready."));
     let socket = TcpStream::connect(proxy.listeners()[0]).await.unwrap();
-    let inside_tls = Line::new(certificates.encrypt(socket).await).line().await;
+    let inside_tls = LineStream::new(certificates.encrypt(socket).await).line().await;
     assert_eq!(inside_tls, format!("* OK [CAPABILITY {offered}] Vestibule ready."));
     assert!(greeting(2).await.contains("IDLE MOVE STARTTLS LOGINDISABLED]"), "before TLS no way to log in");
     // Set by hand: what the operator says, whatever servers do.
@@ -96,10 +98,10 @@ async fn all_that_dovecot_is_told_and_whether_it_believes_it() {
     ] {
         let socket = TcpStream::connect(proxy.listeners()[0]).await.unwrap();
         let client_port = socket.local_addr().unwrap().port();
-        let mut client = Line::new(certificates.encrypt(socket).await);
+        let mut client = LineStream::new(certificates.encrypt(socket).await);
         client.line().await;
         client.send(format!("{said}a LOGIN alice secret\r\n")).await;
-        let mut server = Line::new(in_time("the proxy", listener.accept()).await.unwrap().0);
+        let mut server = LineStream::new(with_timeout("the proxy", listener.accept()).await.unwrap().0);
         server.send("* OK [CAPABILITY IMAP4rev1 ID] x\r\n").await;
         let id = server.line().await;
         let session = id.split('"').skip_while(|word| *word != "x-session-id").nth(2).unwrap().to_owned();
@@ -124,7 +126,7 @@ async fn all_that_dovecot_is_told_and_whether_it_believes_it() {
 
 #[tokio::test]
 async fn a_proxy_that_may_have_no_other_behind_it_is_refused() {
-    let server = Scripted::new(crate::support::GOOD).await;
+    let server = ScriptedServer::new(crate::support::ACCEPTS_ALICE).await;
     let text = format!(
         "backends: {{only: {{servers: ['{}']}}}}
 routes: [{{default: only}}]
@@ -135,7 +137,7 @@ routes: [{{default: only}}]
     let mut client = Client::connect(proxy.listeners()[0]).await;
     client.send("i ID (\"x-proxy-ttl\" \"0\")\r\n").await;
     while client.line().await != "i OK ID completed." {}
-    assert_eq!(client.ask("a LOGIN alice secret").await, UNAVAILABLE);
+    assert_eq!(client.command("a LOGIN alice secret").await, UNAVAILABLE);
     assert_eq!(metric(&proxy, "vestibule_failures_total", &["reason=\"proxy_loop\""]), 1.0);
     assert_eq!(server.connections(), 0);
 }
@@ -157,21 +159,21 @@ async fn referrals_have_an_end() {
     let text = format!("backends: {{{}}}\nroutes: [{{default: b0}}]\n", backends.join(", "));
     // In a circle of two; and the third of a chain, which the fourth would end well.
     let mut at = listeners.into_iter();
-    let mut next = |script: &str| Scripted::listening(at.next().unwrap(), script);
+    let mut next = |script: &str| ScriptedServer::on_listener(at.next().unwrap(), script);
     let servers = [
         next(&referring(&places[1])),
         next(&referring(&places[2])),
         next(&referring(&places[3])),
-        next(crate::support::GOOD),
+        next(crate::support::ACCEPTS_ALICE),
     ];
     let chain = proxy(&text).await;
-    assert_eq!(Client::connect(chain.listeners()[0]).await.ask("a LOGIN alice secret").await, UNAVAILABLE);
-    assert_eq!(servers.each_ref().map(Scripted::connections), [1, 1, 1, 0]);
+    assert_eq!(Client::connect(chain.listeners()[0]).await.command("a LOGIN alice secret").await, UNAVAILABLE);
+    assert_eq!(servers.each_ref().map(ScriptedServer::connections), [1, 1, 1, 0]);
     assert_eq!(metric(&chain, "vestibule_failures_total", &["reason=\"referral\""]), 1.0);
     // From the second on it is two steps.
     let shorter = proxy(&text.replace("default: b0", "default: b1")).await;
     let mut client = Client::connect(shorter.listeners()[0]).await;
-    assert_eq!(client.ask("a LOGIN alice secret").await, "a OK [CAPABILITY IMAP4rev1 IDLE] in");
+    assert_eq!(client.command("a LOGIN alice secret").await, "a OK [CAPABILITY IMAP4rev1 IDLE] in");
     eventually("the session", || metric(&shorter, "vestibule_backend_sessions_total", &["backend=\"b3\""]) == 1.0)
         .await;
 }
@@ -181,12 +183,13 @@ async fn referrals_in_a_circle() {
     let (one, other) =
         (TcpListener::bind("127.0.0.1:0").await.unwrap(), TcpListener::bind("127.0.0.1:0").await.unwrap());
     let (first, second) = (one.local_addr().unwrap().to_string(), other.local_addr().unwrap().to_string());
-    let servers = [Scripted::listening(one, &referring(&second)), Scripted::listening(other, &referring(&first))];
+    let servers =
+        [ScriptedServer::on_listener(one, &referring(&second)), ScriptedServer::on_listener(other, &referring(&first))];
     let text =
         format!("backends: {{a: {{servers: ['{first}']}}, b: {{servers: ['{second}']}}}}\nroutes: [{{default: a}}]\n");
     let proxy = proxy(&text).await;
-    assert_eq!(Client::connect(proxy.listeners()[0]).await.ask("a LOGIN alice secret").await, UNAVAILABLE);
-    assert_eq!(servers.each_ref().map(Scripted::connections), [1, 1]);
+    assert_eq!(Client::connect(proxy.listeners()[0]).await.command("a LOGIN alice secret").await, UNAVAILABLE);
+    assert_eq!(servers.each_ref().map(ScriptedServer::connections), [1, 1]);
     assert_eq!(metric(&proxy, "vestibule_failures_total", &["reason=\"referral\""]), 1.0);
 }
 
@@ -207,7 +210,7 @@ async fn relaying(limits: &str) -> (Running, TcpListener) {
 async fn begun(proxy: &Running, listener: &TcpListener, mechanism: &str, message: &str) -> (Client, Client) {
     let mut client = Client::connect(proxy.listeners()[0]).await;
     client.send(format!("a AUTHENTICATE {mechanism} {}\r\n", STANDARD.encode(message))).await;
-    let mut server = Line::new(in_time("the proxy", listener.accept()).await.unwrap().0);
+    let mut server = LineStream::new(with_timeout("the proxy", listener.accept()).await.unwrap().0);
     server.send("* OK [CAPABILITY IMAP4rev1 SASL-IR AUTH=XOAUTH2 AUTH=OAUTHBEARER AUTH=SCRAM-SHA-256] x\r\n").await;
     assert!(server.line().await.starts_with(&format!("L AUTHENTICATE {mechanism} ")));
     (client, server)
@@ -323,7 +326,7 @@ async fn a_forged_server_signature_proves_nothing() {
         assert_eq!(server.line().await, "*");
         server.send("L BAD aborted\r\n").await;
         assert_eq!(client.line().await, "a BAD aborted");
-        assert_eq!(client.ask("b NOOP").await, "b OK NOOP completed.", "the client is not logged in");
+        assert_eq!(client.command("b NOOP").await, "b OK NOOP completed.", "the client is not logged in");
         assert_eq!((logins(&proxy, "accepted"), logins(&proxy, "refused")), (0.0, count as f64 + 1.0));
     }
     // Every byte of the real one arrives too, whatever it is, and the server's word counts, not its signature.

@@ -35,7 +35,7 @@ impl Scene {
     async fn reload(&self, text: &str) {
         let file = self.folder.path().join("vestibule.yaml");
         std::fs::write(&file, text).unwrap();
-        in_time("a reload", self.proxy.reload(&file)).await.unwrap();
+        with_timeout("a reload", self.proxy.reload(&file)).await.unwrap();
     }
 
     async fn set(&self, server: &str, state: Option<AdminState>) -> anyhow::Result<server::StateChanged> {
@@ -56,7 +56,7 @@ impl Scene {
     }
 
     async fn login(&self) -> String {
-        Client::connect(self.proxy.listeners()[0]).await.ask("a LOGIN alice secret").await
+        Client::connect(self.proxy.listeners()[0]).await.command("a LOGIN alice secret").await
     }
 }
 
@@ -74,7 +74,7 @@ fn configuration(backends: &str, more: &str) -> String {
 
 #[tokio::test]
 async fn a_server_in_maintenance_stays_so_over_a_restart() {
-    let good = Scripted::new(GOOD).await;
+    let good = ScriptedServer::new(ACCEPTS_ALICE).await;
     let name = good.address.to_string();
     let backends = format!("only: {{servers: ['{name}'], check: off}}");
     let text = configuration(&backends, "routes: [{default: only}]\nstate_file: state.json");
@@ -98,7 +98,7 @@ async fn a_server_in_maintenance_stays_so_over_a_restart() {
 
 #[tokio::test]
 async fn a_damaged_state_file_does_not_prevent_the_start() {
-    let good = Scripted::new(GOOD).await;
+    let good = ScriptedServer::new(ACCEPTS_ALICE).await;
     let backends = format!("only: {{servers: ['{}'], check: off}}", good.address);
     let text = configuration(&backends, "routes: [{default: only}]\nstate_file: state.json");
     let scene = Scene::new(&text, "").await;
@@ -159,15 +159,15 @@ async fn a_server_that_comes_back_by_reload_has_its_state() {
 
 #[tokio::test]
 async fn a_move_reads_the_table_that_has_just_been_written() {
-    let (old, new) = (Scripted::new(GOOD).await, Scripted::new(GOOD).await);
+    let (old, new) = (ScriptedServer::new(ACCEPTS_ALICE).await, ScriptedServer::new(ACCEPTS_ALICE).await);
     let backends =
         format!("a: {{servers: ['{}'], check: off}}, b: {{servers: ['{}'], check: off}}", old.address, new.address);
     let scene = Scene::new(&configuration(&backends, "routes: [{table: users.txt}]"), "alice a\n").await;
     let mut before = Client::connect(scene.proxy.listeners()[0]).await;
-    assert!(before.ask("a LOGIN alice secret").await.starts_with("a OK"));
+    assert!(before.command("a LOGIN alice secret").await.starts_with("a OK"));
     // As `cp users.new users.txt` does it: the same file, with new content. Without any wait, for the file is read at once.
     std::fs::write(scene.folder.path().join("users.txt"), "alice b\n").unwrap();
-    let moved = in_time("the move", scene.proxy.move_user("alice", "b", Duration::ZERO)).await;
+    let moved = with_timeout("the move", scene.proxy.move_user("alice", "b", Duration::ZERO)).await;
     assert_eq!(moved.unwrap_or_else(|error| panic!("{error:#}")).ended, 1);
     before.assert_closed().await;
     assert!(scene.login().await.starts_with("a OK"));
@@ -177,13 +177,13 @@ async fn a_move_reads_the_table_that_has_just_been_written() {
 
 #[tokio::test]
 async fn a_move_that_the_routes_do_not_follow_fails_and_lets_the_user_in() {
-    let good = Scripted::new(GOOD).await;
+    let good = ScriptedServer::new(ACCEPTS_ALICE).await;
     let backends =
         format!("a: {{servers: ['{}'], check: off}}, b: {{servers: ['127.0.0.1:1'], check: off}}", good.address);
     let routes = "routes: [{table: users.txt}, {default: b}]";
     let scene = Scene::new(&configuration(&backends, routes), "alice a\n").await;
     let failed = async |user: &str, backend: &str| {
-        let moved = in_time("the move", scene.proxy.move_user(user, backend, Duration::from_millis(300))).await;
+        let moved = with_timeout("the move", scene.proxy.move_user(user, backend, Duration::from_millis(300))).await;
         format!("{:#}", moved.unwrap_err())
     };
     let error = failed("alice", "b").await;
@@ -202,13 +202,13 @@ async fn a_move_that_the_routes_do_not_follow_fails_and_lets_the_user_in() {
 async fn a_move_waits_until_a_changed_route_is_there() {
     let backends = "a: {servers: ['127.0.0.1:1'], check: off}, b: {servers: ['127.0.0.1:1'], check: off}";
     let scene = Scene::new(&configuration(backends, "routes: [{table: users.txt}]"), "alice a\n").await;
-    let moving = scene.proxy.move_user("alice", "b", PATIENCE / 2);
+    let moving = scene.proxy.move_user("alice", "b", TIMEOUT / 2);
     // The routes change while it waits, and by a reload.
     let change = async {
         eventually("the hold", || scene.proxy.sessions().is_on_hold("alice")).await;
         scene.reload(&configuration(backends, "routes: [{default: b}]")).await;
     };
-    let (moved, ()) = in_time("the move", async { tokio::join!(moving, change) }).await;
+    let (moved, ()) = with_timeout("the move", async { tokio::join!(moving, change) }).await;
     assert_eq!(moved.unwrap().backend, "b");
     scene.proxy.stop().await;
 }
@@ -218,21 +218,23 @@ async fn a_state_is_set_before_the_retirement_or_by_the_successor() {
     let backends = "a: {servers: ['127.0.0.1:1', '127.0.0.1:2'], check: off}";
     let scene = Scene::new(&configuration(backends, "routes: [{default: a}]\nstate_file: state.json"), "").await;
     scene.set("127.0.0.1:1", Some(AdminState::Drain)).await.unwrap();
-    let retirement = scene.proxy.before_retirement(PATIENCE).await.unwrap();
+    let retirement = scene.proxy.before_retirement(TIMEOUT).await.unwrap();
     assert!(scene.proxy.before_retirement(Duration::ZERO).await.is_err(), "one at a time");
     // A change that is in progress when the successor takes over waits, and is refused.
     let mut change = Box::pin(scene.set("127.0.0.1:2", Some(AdminState::Down)));
     assert!(tokio::time::timeout(Duration::from_millis(20), &mut change).await.is_err());
     let states = retirement.retire();
     assert_eq!(states.iter().map(|stored| &*stored.server).collect::<Vec<_>>(), ["127.0.0.1:1"]);
-    assert!(in_time("the change", change).await.unwrap_err().to_string().contains("this process has been replaced"));
+    assert!(
+        with_timeout("the change", change).await.unwrap_err().to_string().contains("this process has been replaced")
+    );
     assert_eq!(scene.proxy.states(), states);
     // What the successor passes on is carried out, and the file is the successor's.
     let file = scene.folder.path().join("state.json");
     let before = std::fs::read(&file).unwrap();
     let (server, state, by) = ("127.0.0.1:2".to_owned(), Some(AdminState::Down), "root".to_owned());
     let change = StateChange { server, state, by, is_forwarded: true, ..StateChange::default() };
-    in_time("the change", scene.proxy.set_server(change)).await.unwrap();
+    with_timeout("the change", scene.proxy.set_server(change)).await.unwrap();
     assert_eq!(scene.states()[1], "a down by root: None");
     assert_eq!(std::fs::read(&file).unwrap(), before);
     scene.proxy.stop().await;

@@ -7,7 +7,9 @@ use tokio::net::{TcpListener, TcpStream};
 use vestibule::protocol::proxy_protocol::{ClientTlsInfo, Header, Origin, header_v1, header_v2, local_v2, parse};
 use vestibule::server::Running;
 
-use crate::support::{Certificates, Client, GOOD, Line, Scripted, eventually, in_time, metric, start};
+use crate::support::{
+    ACCEPTS_ALICE, Certificates, Client, LineStream, ScriptedServer, eventually, metric, start, with_timeout,
+};
 
 const CLIENT: &str = "192.0.2.7:4000";
 const FRONT: &str = "198.51.100.2:993";
@@ -50,13 +52,13 @@ impl Shown {
 
     /// The header of the next login, and the rest of the dialogue.
     async fn header(&self) -> Vec<u8> {
-        let mut socket = in_time("a login", self.0.accept()).await.unwrap().0;
+        let mut socket = with_timeout("a login", self.0.accept()).await.unwrap().0;
         let mut header = vec![0; 16];
-        in_time("a header", socket.read_exact(&mut header)).await.unwrap();
+        with_timeout("a header", socket.read_exact(&mut header)).await.unwrap();
         let fixed = header.len();
         header.resize(fixed + usize::from(header[15]), 0);
-        in_time("a header", socket.read_exact(&mut header[fixed..])).await.unwrap();
-        let mut line = Line::new(socket);
+        with_timeout("a header", socket.read_exact(&mut header[fixed..])).await.unwrap();
+        let mut line = LineStream::new(socket);
         line.send("* OK [CAPABILITY IMAP4rev1] x\r\n").await;
         assert_eq!(line.line().await, "L LOGIN \"alice\" \"secret\"");
         line.send("L OK [CAPABILITY IMAP4rev1] in\r\n").await;
@@ -64,7 +66,7 @@ impl Shown {
     }
 }
 
-async fn log_in<S: tokio::io::AsyncRead + tokio::io::AsyncWrite + Unpin>(client: &mut Line<S>) {
+async fn log_in<S: tokio::io::AsyncRead + tokio::io::AsyncWrite + Unpin>(client: &mut LineStream<S>) {
     client.send("a LOGIN alice secret\r\n").await;
     assert_eq!(client.line().await, "a OK [CAPABILITY IMAP4rev1] in");
 }
@@ -106,12 +108,12 @@ async fn tls_begins_right_behind_the_header() {
         for (listener, cut) in [(2, 0), (2, 1), (2, 20), (1, 0), (1, 20)] {
             let mut socket = introduced(proxy.listeners()[listener], &header, cut).await;
             if listener == 1 {
-                let mut plain = Line::new(socket);
+                let mut plain = LineStream::new(socket);
                 plain.line().await;
-                assert_eq!(plain.ask("s STARTTLS").await, "s OK Begin TLS negotiation now.");
+                assert_eq!(plain.command("s STARTTLS").await, "s OK Begin TLS negotiation now.");
                 socket = plain.into_parts().0;
             }
-            let mut client = Line::new(certificates.encrypt(socket).await);
+            let mut client = LineStream::new(certificates.encrypt(socket).await);
             if listener == 2 {
                 client.line().await;
             }
@@ -159,7 +161,7 @@ async fn no_header_or_a_wrong_one_closes_without_a_word() {
     {
         for listener in [0, 1, 2] {
             let before = refused(&proxy);
-            let mut client = Client::silent(proxy.listeners()[listener]).await;
+            let mut client = Client::connect_only(proxy.listeners()[listener]).await;
             client.send(said).await;
             client.assert_closed().await;
             eventually("the count", || refused(&proxy) == before + 1.0).await;
@@ -167,7 +169,7 @@ async fn no_header_or_a_wrong_one_closes_without_a_word() {
         }
     }
     // A peer that leaves in the middle is not waited for.
-    let mut client = Client::silent(proxy.listeners()[0]).await;
+    let mut client = Client::connect_only(proxy.listeners()[0]).await;
     client.send(&binary[..20]).await;
     drop(client);
     eventually("the count", || refused(&proxy) == 22.0).await;
@@ -177,13 +179,13 @@ async fn no_header_or_a_wrong_one_closes_without_a_word() {
 #[tokio::test]
 async fn from_elsewhere_no_header_is_believed_and_nobody_let_in() {
     let certificates = Certificates::new();
-    let server = Scripted::new(GOOD).await;
+    let server = ScriptedServer::new(ACCEPTS_ALICE).await;
     let proxy = behind_a_balancer(&certificates, server.address, "").await;
     for said in [&headers()[1][..], b"a LOGIN alice secret\r\n"] {
         let before = refused(&proxy);
         let socket = tokio::net::TcpSocket::new_v4().unwrap();
         socket.bind(address("127.0.0.2:0")).unwrap();
-        let mut client = Line::new(socket.connect(proxy.listeners()[0]).await.unwrap());
+        let mut client = LineStream::new(socket.connect(proxy.listeners()[0]).await.unwrap());
         // It may be gone already.
         let _ = client.stream.write_all(said).await;
         client.assert_closed().await;
@@ -204,15 +206,15 @@ async fn from_elsewhere_no_header_is_believed_and_nobody_let_in() {
 #[tokio::test]
 async fn a_balancer_that_looks_whether_we_live_is_no_failure() {
     let certificates = Certificates::new();
-    let server = Scripted::new("S: * OK [CAPABILITY IMAP4rev1] x\nC: *\n...").await;
+    let server = ScriptedServer::new("S: * OK [CAPABILITY IMAP4rev1] x\nC: *\n...").await;
     let proxy = behind_a_balancer(&certificates, server.address, "").await;
-    let mut check = Client::silent(proxy.listeners()[0]).await;
+    let mut check = Client::connect_only(proxy.listeners()[0]).await;
     check.send(local_v2()).await;
     assert!(check.line().await.starts_with("* OK [CAPABILITY IMAP4rev1 "), "served as everybody is");
-    assert!(check.ask("a NOOP").await.starts_with("a OK"));
+    assert!(check.command("a NOOP").await.starts_with("a OK"));
     drop(check);
     // With TLS, a look is over before the handshake.
-    let mut check = Client::silent(proxy.listeners()[2]).await;
+    let mut check = Client::connect_only(proxy.listeners()[2]).await;
     check.send(local_v2()).await;
     drop(check);
     eventually("the end", || metric(&proxy, "vestibule_connections", &[]) == 0.0).await;
@@ -221,7 +223,7 @@ async fn a_balancer_that_looks_whether_we_live_is_no_failure() {
 
 #[tokio::test]
 async fn limits_count_the_client_and_not_the_balancer() {
-    let server = Scripted::new(GOOD).await;
+    let server = ScriptedServer::new(ACCEPTS_ALICE).await;
     let text = format!(
         "listeners: [{{address: '127.0.0.1:0', tls: none, proxy_protocol: {{from: [127.0.0.0/8]}}}}]\n\
          backends: {{only: {{servers: ['{}']}}}}\nroutes: [{{default: only}}]\n\
@@ -231,7 +233,7 @@ async fn limits_count_the_client_and_not_the_balancer() {
     let proxy = start(&text).await;
     let mut open = Vec::new();
     for (client, greeted) in [("192.0.2.1", true), ("192.0.2.2", true), ("192.0.2.1", false), ("203.0.113.9", false)] {
-        let mut line = Line::silent(proxy.listeners()[0]).await;
+        let mut line = LineStream::connect_only(proxy.listeners()[0]).await;
         line.send(format!("PROXY TCP4 {client} 198.51.100.1 4000 143\r\n")).await;
         assert_eq!(line.line().await.starts_with("* OK"), greeted, "{client}");
         open.push(line);
@@ -256,12 +258,12 @@ async fn a_balancer_that_connects_and_says_nothing_is_no_failure() {
         let checks = || metric(&proxy, "vestibule_balancer_checks_total", &["kind=\"connect\""]);
         eventually("the checks", || checks() == 2.0 * (number + 1) as f64).await;
     }
-    let mut check = Client::silent(proxy.listeners()[0]).await;
+    let mut check = Client::connect_only(proxy.listeners()[0]).await;
     check.send(local_v2()).await;
     check.line().await;
     assert_eq!(metric(&proxy, "vestibule_balancer_checks_total", &["kind=\"local\""]), 1.0);
     // Half a header is a failure as before.
-    let mut broken = Client::silent(proxy.listeners()[0]).await;
+    let mut broken = Client::connect_only(proxy.listeners()[0]).await;
     broken.send("PROXY TCP4").await;
     drop(broken);
     eventually("the failure", || refused(&proxy) == 1.0).await;
@@ -271,7 +273,7 @@ async fn a_balancer_that_connects_and_says_nothing_is_no_failure() {
 #[tokio::test]
 async fn a_header_on_a_listener_that_expects_none_is_named() {
     let certificates = Certificates::new();
-    let server = Scripted::new(GOOD).await;
+    let server = ScriptedServer::new(ACCEPTS_ALICE).await;
     let listeners =
         ["none", "starttls", "implicit"].map(|tls| format!("{{address: '127.0.0.1:0', tls: {tls}}}")).join(", ");
     let proxy = start(&format!(
@@ -299,10 +301,10 @@ async fn a_header_on_a_listener_that_expects_none_is_named() {
     assert_eq!(metric(&proxy, "vestibule_failures_total", &[]), expected, "and by no other name");
     // A tag may look like the start of a header.
     let mut client = Client::connect(proxy.listeners()[0]).await;
-    assert_eq!(client.ask("PROXY NOOP").await, "PROXY OK NOOP completed.");
+    assert_eq!(client.command("PROXY NOOP").await, "PROXY OK NOOP completed.");
     log_in_good(&mut client).await;
 }
 
 async fn log_in_good(client: &mut Client) {
-    assert_eq!(client.ask("a LOGIN alice secret").await, "a OK [CAPABILITY IMAP4rev1 IDLE] in");
+    assert_eq!(client.command("a LOGIN alice secret").await, "a OK [CAPABILITY IMAP4rev1 IDLE] in");
 }

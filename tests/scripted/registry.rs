@@ -12,7 +12,7 @@ use vestibule::backend::Server;
 use vestibule::server::{Running, StateChange};
 use vestibule::session_registry::{SessionHandle, SessionInfo};
 
-use crate::support::{Client, Line, PATIENCE, eventually, in_time, metric, proxy, start};
+use crate::support::{Client, LineStream, TIMEOUT, eventually, metric, proxy, start, with_timeout};
 
 pub(super) const UNAVAILABLE: &str = "a NO [UNAVAILABLE] The mailbox is temporarily unavailable, try again later.";
 pub(super) const OK: &str = "a OK [CAPABILITY IMAP4rev1] in";
@@ -33,12 +33,12 @@ impl Played {
 
     /// The proxy's next connection.
     pub(super) async fn accept(&self) -> TcpStream {
-        in_time("a connection of the proxy", self.0.accept()).await.unwrap().0
+        with_timeout("a connection of the proxy", self.0.accept()).await.unwrap().0
     }
 
     /// The proxy's next connection, once it has sent a login.
     pub(super) async fn login(&self) -> Client {
-        let mut line = Line::new(self.accept().await);
+        let mut line = LineStream::new(self.accept().await);
         line.send("* OK [CAPABILITY IMAP4rev1 SASL-IR AUTH=SCRAM-SHA-256 AUTH=XOAUTH2] x\r\n").await;
         let command = line.line().await;
         assert!(command.starts_with("L LOGIN") || command.starts_with("L AUTHENTICATE"), "{command}");
@@ -88,7 +88,7 @@ async fn assert_ends_with(proxy: &Running, client: &mut Client) {
         assert_eq!(client.line().await, "* BYE [UNAVAILABLE] Server shutting down, connect again.");
         client.assert_closed().await;
     };
-    in_time("the stop", async { tokio::join!(ended, proxy.drain(std::future::pending())) }).await;
+    with_timeout("the stop", async { tokio::join!(ended, proxy.drain(std::future::pending())) }).await;
 }
 
 #[tokio::test]
@@ -132,7 +132,7 @@ async fn every_wait_before_a_server_is_chosen_ends_with_a_kick_and_with_the_proc
                 _ = proxy.kick("alice") => panic!("the directory has answered"),
             },
             _ => {
-                assert_eq!(in_time("the kick", proxy.kick("alice")).await.unwrap(), before + 1, "{wait}");
+                assert_eq!(with_timeout("the kick", proxy.kick("alice")).await.unwrap(), before + 1, "{wait}");
                 assert_eq!(client.line().await, UNAVAILABLE);
             }
         }
@@ -155,7 +155,7 @@ pub(super) async fn pair(more: &str) -> (Running, Played, Played) {
     );
     let proxy = proxy(&text).await;
     let backend = proxy.snapshot().backends.named("pair").unwrap().clone();
-    let first = in_time("the order", backend.candidates("alice")).await[0].name.to_string();
+    let first = with_timeout("the order", backend.candidates("alice")).await[0].name.to_string();
     if first == one.address().to_string() { (proxy, one, other) } else { (proxy, other, one) }
 }
 
@@ -366,7 +366,7 @@ async fn a_pending_exchange_ends_at_once_with_a_kick_a_move_and_a_drain_of_its_s
         match way {
             "kick" => assert_eq!(proxy.kick("alice").await.unwrap(), 1),
             "move" => {
-                let (_hold, ended) = in_time("the hold", proxy.hold("alice")).await.unwrap();
+                let (_hold, ended) = with_timeout("the hold", proxy.hold("alice")).await.unwrap();
                 assert_eq!(ended, 1);
                 assert!(proxy.sessions().of_user("alice").is_empty());
             }
@@ -395,7 +395,7 @@ async fn a_pending_exchange_ends_at_once_with_the_process() {
         there.assert_closed().await;
     };
     let never = std::future::pending();
-    assert_eq!(in_time("the stop", async { tokio::join!(ended, proxy.drain(never)) }).await.1, 0);
+    assert_eq!(with_timeout("the stop", async { tokio::join!(ended, proxy.drain(never)) }).await.1, 0);
 }
 
 #[tokio::test]
@@ -502,7 +502,7 @@ impl Scene {
 
     async fn table(&self, table: &str) {
         std::fs::write(self.folder.path().join("users"), table).unwrap();
-        in_time("a reload", self.proxy.reload(&self.folder.path().join("vestibule.yaml"))).await.unwrap();
+        with_timeout("a reload", self.proxy.reload(&self.folder.path().join("vestibule.yaml"))).await.unwrap();
     }
 
     async fn login(&self, user: &str) -> Client {
@@ -521,7 +521,7 @@ async fn a_move_reaches_a_login_that_waits_in_a_queue() {
     let mut alice = scene.login("alice").await;
     eventually("the queue", || metric(&scene.proxy, "vestibule_backend_queue_length", &[]) == 1.0).await;
     scene.table("alice b\nbob a\n").await;
-    in_time("the move", scene.proxy.move_user("alice", "b", PATIENCE / 2)).await.unwrap();
+    with_timeout("the move", scene.proxy.move_user("alice", "b", TIMEOUT / 2)).await.unwrap();
     let mut there = scene.b.login().await;
     accept(&mut there).await;
     assert_eq!(alice.line().await, OK);
@@ -593,7 +593,7 @@ async fn directory(first: tokio::sync::oneshot::Receiver<()>, asked: Arc<tokio::
         while let Ok((socket, _)) = listener.accept().await {
             let (held, asked) = (first.take(), asked.clone());
             tokio::spawn(async move {
-                let mut line = Line::new(socket);
+                let mut line = LineStream::new(socket);
                 let mut backend = if held.is_some() { "a" } else { "b" };
                 let mut held = held;
                 loop {
@@ -640,8 +640,8 @@ async fn a_move_reaches_a_login_whose_lookup_is_in_flight() {
     ))
     .await;
     let mut alice = login(&proxy).await;
-    in_time("the lookup", asked.notified()).await;
-    in_time("the move", proxy.move_user("alice", "b", PATIENCE / 2)).await.unwrap();
+    with_timeout("the lookup", asked.notified()).await;
+    with_timeout("the move", proxy.move_user("alice", "b", TIMEOUT / 2)).await.unwrap();
     let mut there = b.login().await;
     // The late answer names the old server, and nobody waits for it.
     let_go.send(()).unwrap();

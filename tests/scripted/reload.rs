@@ -24,7 +24,7 @@ impl Scene {
     async fn reload(&self, text: &str) -> anyhow::Result<vestibule::server::Reloaded> {
         let file = self.folder.path().join("vestibule.yaml");
         std::fs::write(&file, text).unwrap();
-        in_time("a reload", self.proxy.reload(&file)).await
+        with_timeout("a reload", self.proxy.reload(&file)).await
     }
 
     fn address(&self) -> SocketAddr {
@@ -37,13 +37,13 @@ fn configuration(backends: &str, more: &str) -> String {
 }
 
 async fn greeting(address: SocketAddr) -> bool {
-    Client::silent(address).await.line().await.starts_with("* OK")
+    Client::connect_only(address).await.line().await.starts_with("* OK")
 }
 
 #[tokio::test]
 async fn logins_go_where_the_new_configuration_says_and_sessions_stay() {
-    let (one, two) = (Scripted::new(GOOD).await, Scripted::new(GOOD).await);
-    let to = |server: &Scripted| {
+    let (one, two) = (ScriptedServer::new(ACCEPTS_ALICE).await, ScriptedServer::new(ACCEPTS_ALICE).await);
+    let to = |server: &ScriptedServer| {
         configuration(
             &format!("backends: {{only: {{servers: ['{}'], check: off}}}}", server.address),
             "routes: [{default: only}]",
@@ -51,17 +51,17 @@ async fn logins_go_where_the_new_configuration_says_and_sessions_stay() {
     };
     let scene = Scene::new(&to(&one)).await;
     let mut before = Client::connect(scene.address()).await;
-    assert!(before.ask("a LOGIN alice secret").await.starts_with("a OK"));
+    assert!(before.command("a LOGIN alice secret").await.starts_with("a OK"));
     let mut waiting = Client::connect(scene.address()).await;
     for _ in 0..20 {
         scene.reload(&to(&two)).await.unwrap();
     }
     let mut after = Client::connect(scene.address()).await;
-    assert!(after.ask("a LOGIN bob secret").await.starts_with("a NO"), "its script knows only alice");
+    assert!(after.command("a LOGIN bob secret").await.starts_with("a NO"), "its script knows only alice");
     assert_eq!((one.connections(), two.connections()), (1, 1));
-    assert_eq!(before.ask("b NOOP").await, "b OK relayed");
+    assert_eq!(before.command("b NOOP").await, "b OK relayed");
     // Who has been connected since before the reloads is routed by the last, too. One server a user: the first session ends.
-    assert!(waiting.ask("a LOGIN alice secret").await.starts_with("a OK"));
+    assert!(waiting.command("a LOGIN alice secret").await.starts_with("a OK"));
     assert_eq!((one.connections(), two.connections()), (1, 2));
     before.assert_closed().await;
     assert_eq!(metric(&scene.proxy, "vestibule_reloads_total", &["loaded"]), 20.0);
@@ -74,24 +74,24 @@ async fn logins_go_where_the_new_configuration_says_and_sessions_stay() {
 /// A configuration holds the routes, and they the connections to directories.
 #[tokio::test]
 async fn an_established_session_keeps_no_old_configuration() {
-    let server = Scripted::new(GOOD).await;
+    let server = ScriptedServer::new(ACCEPTS_ALICE).await;
     let text = |more: &str| {
         let backends = format!("backends: {{only: {{servers: ['{}'], check: off}}}}", server.address);
         configuration(&backends, &format!("routes: [{{default: only}}]\n{more}"))
     };
     let scene = Scene::new(&text("")).await;
     let mut session = Client::connect(scene.address()).await;
-    assert!(session.ask("a LOGIN alice secret").await.starts_with("a OK"));
+    assert!(session.command("a LOGIN alice secret").await.starts_with("a OK"));
     let before = std::sync::Arc::downgrade(&scene.proxy.snapshot());
     scene.reload(&text("log: {level: warn}")).await.unwrap();
     eventually("the end of the old configuration", || before.strong_count() == 0).await;
-    assert_eq!(session.ask("b NOOP").await, "b OK relayed");
+    assert_eq!(session.command("b NOOP").await, "b OK relayed");
     scene.proxy.stop().await;
 }
 
 #[tokio::test]
 async fn a_bad_file_keeps_everything_and_says_what_is_wrong() {
-    let server = Scripted::new(GOOD).await;
+    let server = ScriptedServer::new(ACCEPTS_ALICE).await;
     let backends = format!("backends: {{only: {{servers: ['{}'], check: off}}}}", server.address);
     let good = configuration(&backends, "routes: [{default: only}]");
     let scene = Scene::new(&good).await;
@@ -108,7 +108,7 @@ async fn a_bad_file_keeps_everything_and_says_what_is_wrong() {
         assert!(error.contains(said), "{error}");
         assert_eq!(metric(&scene.proxy, "vestibule_reload_failed", &[]), 1.0);
         let mut client = Client::connect(scene.address()).await;
-        assert!(client.ask("a LOGIN alice secret").await.starts_with("a OK"));
+        assert!(client.command("a LOGIN alice secret").await.starts_with("a OK"));
     }
     scene.reload(&good).await.unwrap();
     assert_eq!(metric(&scene.proxy, "vestibule_reload_failed", &[]), 0.0);
@@ -131,8 +131,8 @@ async fn listeners_come_and_go() {
     let swapped = scene.reload(&with("{address: '127.0.0.2:0', tls: none, mechanisms: [login]}")).await.unwrap();
     assert_eq!((swapped.opened, swapped.closed), (Vec::new(), vec![first]));
     eventually("a closed port", || std::net::TcpStream::connect(first).is_err()).await;
-    assert_eq!(open.ask("a NOOP").await, "a OK NOOP completed.", "who is in stays");
-    let mut client = Client::silent(second).await;
+    assert_eq!(open.command("a NOOP").await, "a OK NOOP completed.", "who is in stays");
+    let mut client = Client::connect_only(second).await;
     assert!(!client.line().await.contains("AUTH=PLAIN"), "as the new configuration has it");
     // An address that cannot be had: nothing changes.
     let taken = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
@@ -151,11 +151,11 @@ async fn the_cap_of_sessions_follows() {
     };
     let scene = Scene::new(&with(2)).await;
     let (_one, _two) = (Client::connect(scene.address()).await, Client::connect(scene.address()).await);
-    assert!(Client::silent(scene.address()).await.line().await.starts_with("* BYE [UNAVAILABLE]"));
+    assert!(Client::connect_only(scene.address()).await.line().await.starts_with("* BYE [UNAVAILABLE]"));
     scene.reload(&with(3)).await.unwrap();
     let _three = Client::connect(scene.address()).await;
     scene.reload(&with(1)).await.unwrap();
-    assert!(Client::silent(scene.address()).await.line().await.starts_with("* BYE [UNAVAILABLE]"));
+    assert!(Client::connect_only(scene.address()).await.line().await.starts_with("* BYE [UNAVAILABLE]"));
     scene.proxy.stop().await;
 }
 
@@ -166,7 +166,7 @@ async fn marking() -> SocketAddr {
     tokio::spawn(async move {
         while let Ok((socket, _)) = listener.accept().await {
             tokio::spawn(async move {
-                let mut line = Line::new(socket);
+                let mut line = LineStream::new(socket);
                 line.send("* OK [CAPABILITY IMAP4rev1] x\r\n").await;
                 let login = line.line().await;
                 let user = login.split('"').nth(1).unwrap_or_default().to_owned();
@@ -188,7 +188,7 @@ async fn marking() -> SocketAddr {
 async fn speaks(mut client: Client, user: String, over: tokio_util::sync::CancellationToken) -> usize {
     let mut lines = 0;
     while !over.is_cancelled() {
-        assert_eq!(client.ask(&format!("line {lines}")).await, format!("{user} line {lines}"));
+        assert_eq!(client.command(&format!("line {lines}")).await, format!("{user} line {lines}"));
         lines += 1;
     }
     lines
@@ -216,7 +216,7 @@ async fn a_hundred_reloads_lose_no_session_and_no_byte() {
     let mut join = async |number: usize| {
         let user = format!("user{number}");
         let mut client = Client::connect(scene.address()).await;
-        assert!(client.ask(&format!("a LOGIN {user} secret")).await.starts_with("a OK"));
+        assert!(client.command(&format!("a LOGIN {user} secret")).await.starts_with("a OK"));
         speaking.push(tokio::spawn(speaks(client, user, over.clone())));
     };
     for number in 0..20 {
@@ -232,7 +232,7 @@ async fn a_hundred_reloads_lose_no_session_and_no_byte() {
     assert_eq!(metric(&scene.proxy, "vestibule_reloads_total", &["loaded"]), 100.0);
     over.cancel();
     for speaker in speaking {
-        assert!(in_time("a speaker", speaker).await.unwrap() > 0);
+        assert!(with_timeout("a speaker", speaker).await.unwrap() > 0);
     }
     eventually("the end", || {
         metric(&scene.proxy, "vestibule_connections", &[]) == 0.0

@@ -8,7 +8,7 @@ use base64::engine::general_purpose::STANDARD;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{TcpListener, TcpStream};
 
-use crate::support::{Client, GOOD, Line, Scripted, start};
+use crate::support::{ACCEPTS_ALICE, Client, LineStream, ScriptedServer, start};
 
 const UNAVAILABLE: &str = "a NO [UNAVAILABLE] The mailbox is temporarily unavailable, try again later.";
 const FAILED: &str = "a NO [AUTHENTICATIONFAILED] no";
@@ -81,7 +81,7 @@ async fn server() -> (SocketAddr, Arc<Mutex<Vec<String>>>) {
         while let Ok((socket, _)) = listener.accept().await {
             let seen = seen.clone();
             tokio::spawn(async move {
-                let mut line = Line::new(socket);
+                let mut line = LineStream::new(socket);
                 let mechanisms = "AUTH=XOAUTH2 AUTH=OAUTHBEARER AUTH=SCRAM-SHA-256 AUTH=SCRAM-SHA-1";
                 line.send(format!("* OK [CAPABILITY IMAP4rev1 SASL-IR {mechanisms}] x\r\n")).await;
                 let command = line.line().await;
@@ -129,19 +129,19 @@ async fn a_handed_out_password_needs_a_confirmed_one() {
         start(&configuration(address, &format!("{{url: 'http://{}/', password: true}}", service.address))).await;
     let mut client = Client::connect(proxy.listeners()[0]).await;
     for (mechanism, message) in WITHOUT_PASSWORD {
-        assert_eq!(client.ask(&authenticate(mechanism, message)).await, FAILED, "{mechanism}");
+        assert_eq!(client.command(&authenticate(mechanism, message)).await, FAILED, "{mechanism}");
         assert!(!service.last_request().contains("\"password\""), "{mechanism}");
         let relayed = commands.lock().unwrap().last().cloned().unwrap();
         assert!(relayed.starts_with(&format!("L AUTHENTICATE {mechanism}")), "the server decides: {relayed}");
     }
     // A password that was confirmed is the user's own, and no other user's.
     let sent = commands.lock().unwrap().len();
-    assert!(client.ask("a LOGIN alice wrong").await.starts_with("a NO [AUTHENTICATIONFAILED]"));
+    assert!(client.command("a LOGIN alice wrong").await.starts_with("a NO [AUTHENTICATIONFAILED]"));
     assert_eq!(commands.lock().unwrap().len(), sent, "no server was asked");
     // The server has no PLAIN, the only mechanism that could ask it whether alice may act for bob.
-    assert_eq!(client.ask(&authenticate("PLAIN", "bob\0alice\0secret")).await, UNAVAILABLE);
+    assert_eq!(client.command(&authenticate("PLAIN", "bob\0alice\0secret")).await, UNAVAILABLE);
     assert!(commands.lock().unwrap().iter().all(|command| !command.contains("handed out")));
-    assert!(client.ask("a LOGIN alice secret").await.starts_with("a OK"));
+    assert!(client.command("a LOGIN alice secret").await.starts_with("a OK"));
 }
 
 #[tokio::test]
@@ -153,9 +153,9 @@ async fn a_route_that_verifies_nothing_hands_out_no_password() {
         let proxy = start(&configuration(address, &route)).await;
         let mut client = Client::connect(proxy.listeners()[0]).await;
         for (mechanism, message) in WITHOUT_PASSWORD {
-            assert_eq!(client.ask(&authenticate(mechanism, message)).await, FAILED, "{cache} {mechanism}");
+            assert_eq!(client.command(&authenticate(mechanism, message)).await, FAILED, "{cache} {mechanism}");
         }
-        assert_eq!(client.ask("a LOGIN alice secret").await, FAILED, "{cache}");
+        assert_eq!(client.command("a LOGIN alice secret").await, FAILED, "{cache}");
     }
     assert!(commands.lock().unwrap().iter().all(|command| !command.contains("handed out")));
 }
@@ -176,12 +176,12 @@ async fn an_auth_server_of_nginx_is_asked_with_passwords_only() {
     let proxy = start(&configuration(address, &route)).await;
     let mut client = Client::connect(proxy.listeners()[0]).await;
     for (mechanism, message) in WITHOUT_PASSWORD {
-        assert_eq!(client.ask(&authenticate(mechanism, message)).await, UNAVAILABLE, "{mechanism}");
+        assert_eq!(client.command(&authenticate(mechanism, message)).await, UNAVAILABLE, "{mechanism}");
     }
     assert!(service.requests.lock().unwrap().is_empty() && commands.lock().unwrap().is_empty());
     let metrics = proxy.metrics().render();
     assert!(!metrics.contains("vestibule_route_failing{route=\"http\"} 1"), "clients cannot make a route look broken");
-    assert!(client.ask("a LOGIN alice secret").await.starts_with("a OK"));
+    assert!(client.command("a LOGIN alice secret").await.starts_with("a OK"));
 }
 
 #[tokio::test]
@@ -197,16 +197,16 @@ async fn an_answer_without_a_known_key_is_a_failure() {
     let proxy = start(&text.replace("]\nlimits", ", {default: only}]\nlimits")).await;
     let mut client = Client::connect(proxy.listeners()[0]).await;
     for user in ["empty@a.test", "other@a.test"] {
-        assert_eq!(client.ask(&format!("a LOGIN {user} secret")).await, UNAVAILABLE, "{user}");
+        assert_eq!(client.command(&format!("a LOGIN {user} secret")).await, UNAVAILABLE, "{user}");
     }
     assert!(commands.lock().unwrap().is_empty(), "the next route is not asked");
-    assert_eq!(client.ask("a LOGIN unknown@a.test secret").await, FAILED, "the next route knows everybody");
+    assert_eq!(client.command("a LOGIN unknown@a.test secret").await, FAILED, "the next route knows everybody");
 }
 
 /// `user=$1` with a name that holds the syntax of a field: it must not choose the server.
 #[tokio::test]
 async fn a_user_name_cannot_add_fields_to_the_target_of_a_regex() {
-    let (main, other) = (Scripted::new(GOOD).await, Scripted::new(GOOD).await);
+    let (main, other) = (ScriptedServer::new(ACCEPTS_ALICE).await, ScriptedServer::new(ACCEPTS_ALICE).await);
     let proxy = start(&format!(
         "listeners: [{{address: '127.0.0.1:0', tls: none}}]\n\
          backends:\n  shard-a: {{servers: ['{0}', '{1}']}}\n  shard-b: {{servers: ['{0}']}}\n\
@@ -224,10 +224,10 @@ async fn a_user_name_cannot_add_fields_to_the_target_of_a_regex() {
         "@x".to_owned(),
     ] {
         let literal = format!("a LOGIN {{{}+}}\r\n{name} secret", name.len());
-        assert_eq!(client.ask(&literal).await, UNAVAILABLE, "{name}");
+        assert_eq!(client.command(&literal).await, UNAVAILABLE, "{name}");
     }
     assert_eq!(main.connections() + other.connections(), 0);
-    assert!(client.ask("a LOGIN alice@x secret").await.starts_with("a OK"));
+    assert!(client.command("a LOGIN alice@x secret").await.starts_with("a OK"));
     assert_eq!(main.connections() + other.connections(), 1);
     proxy.stop().await;
 }

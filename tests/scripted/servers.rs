@@ -1,12 +1,12 @@
 //! Servers that fail in every way, and what the client and the metrics see of it.
 
-use crate::support::{Certificates, Client, GOOD, Scripted, eventually, metric, proxy};
+use crate::support::{ACCEPTS_ALICE, Certificates, Client, ScriptedServer, eventually, metric, proxy};
 
 const UNAVAILABLE: &str = "a NO [UNAVAILABLE] The mailbox is temporarily unavailable, try again later.";
 
 /// One server, short deadlines.
-async fn alone(script: &str) -> (vestibule::server::Running, Scripted) {
-    let server = Scripted::new(script).await;
+async fn alone(script: &str) -> (vestibule::server::Running, ScriptedServer) {
+    let server = ScriptedServer::new(script).await;
     let text = format!(
         "backends: {{only: {{servers: ['{}']}}}}\nroutes: [{{default: only}}]\nlimits: {{connect: 300ms, server_login: 600ms}}\n",
         server.address
@@ -36,9 +36,9 @@ async fn every_way_to_fail_before_the_answer_is_unavailable() {
     ] {
         let (proxy, _server) = alone(script).await;
         let mut client = Client::connect(proxy.listeners()[0]).await;
-        assert_eq!(client.ask("a LOGIN alice secret").await, UNAVAILABLE, "{script}");
+        assert_eq!(client.command("a LOGIN alice secret").await, UNAVAILABLE, "{script}");
         assert_eq!(failures(&proxy, reason), 1.0, "{script}\n{}", proxy.metrics().render());
-        assert_eq!(client.ask("c NOOP").await, "c OK NOOP completed.", "the connection is kept");
+        assert_eq!(client.command("c NOOP").await, "c OK NOOP completed.", "the connection is kept");
         assert_eq!(metric(&proxy, "vestibule_logins_total", &["outcome=\"unavailable\"", "backend=\"only\""]), 1.0);
         proxy.stop().await;
     }
@@ -51,7 +51,7 @@ async fn nobody_listens() {
     drop(listener);
     let proxy = proxy(&format!("backends: {{only: {{servers: ['{address}']}}}}\nroutes: [{{default: only}}]\n")).await;
     let mut client = Client::connect(proxy.listeners()[0]).await;
-    assert_eq!(client.ask("a LOGIN alice secret").await, UNAVAILABLE);
+    assert_eq!(client.command("a LOGIN alice secret").await, UNAVAILABLE);
     assert_eq!(failures(&proxy, "connect"), 1.0);
     assert_eq!(metric(&proxy, "vestibule_server_up", &[]), 0.0);
 }
@@ -64,7 +64,7 @@ async fn the_next_server_is_tried_and_the_client_sees_nothing_of_it() {
         // Once it has the login, only the servers of other balances are alike for the user.
         ("S: * OK [CAPABILITY IMAP4rev1] x\nC: *\nS: L NO [UNAVAILABLE] x", "round-robin"),
     ] {
-        let (bad, good) = (Scripted::new(broken).await, Scripted::new(GOOD).await);
+        let (bad, good) = (ScriptedServer::new(broken).await, ScriptedServer::new(ACCEPTS_ALICE).await);
         let text = format!(
             "backends: {{pair: {{servers: ['{}', '{}'], balance: {balance}}}}}\nroutes: [{{default: pair}}]\nlimits: {{connect: 300ms, server_login: 10s}}\n",
             bad.address, good.address
@@ -72,8 +72,8 @@ async fn the_next_server_is_tried_and_the_client_sees_nothing_of_it() {
         let proxy = proxy(&text).await;
         // Whichever of the two is alice's first server.
         let mut client = Client::connect(proxy.listeners()[0]).await;
-        assert_eq!(client.ask("a LOGIN alice secret").await, "a OK [CAPABILITY IMAP4rev1 IDLE] in", "{broken}");
-        assert_eq!(client.ask("b NOOP").await, "b OK relayed");
+        assert_eq!(client.command("a LOGIN alice secret").await, "a OK [CAPABILITY IMAP4rev1 IDLE] in", "{broken}");
+        assert_eq!(client.command("b NOOP").await, "b OK relayed");
         assert_eq!(good.connections(), 1);
     }
 }
@@ -81,22 +81,22 @@ async fn the_next_server_is_tried_and_the_client_sees_nothing_of_it() {
 #[tokio::test]
 async fn a_refused_password_is_tried_on_no_other_server() {
     let refuse = "S: * OK [CAPABILITY IMAP4rev1] x\nC: *\nS: L NO [AUTHENTICATIONFAILED] Wrong.";
-    let (one, other) = (Scripted::new(refuse).await, Scripted::new(refuse).await);
+    let (one, other) = (ScriptedServer::new(refuse).await, ScriptedServer::new(refuse).await);
     let text = format!(
         "backends: {{pair: {{servers: ['{}', '{}']}}}}\nroutes: [{{default: pair}}]\n",
         one.address, other.address
     );
     let proxy = proxy(&text).await;
     let mut client = Client::connect(proxy.listeners()[0]).await;
-    assert_eq!(client.ask("a LOGIN alice wrong").await, "a NO [AUTHENTICATIONFAILED] Wrong.");
+    assert_eq!(client.command("a LOGIN alice wrong").await, "a NO [AUTHENTICATIONFAILED] Wrong.");
     assert_eq!(one.connections() + other.connections(), 1);
     // And again on a connection of its own.
-    assert_eq!(client.ask("b LOGIN alice wrong").await, "b NO [AUTHENTICATIONFAILED] Wrong.");
+    assert_eq!(client.command("b LOGIN alice wrong").await, "b NO [AUTHENTICATIONFAILED] Wrong.");
     assert_eq!(one.connections() + other.connections(), 2);
     for tag in ["c", "d"] {
-        client.ask(&format!("{tag} LOGIN alice wrong")).await;
+        client.command(&format!("{tag} LOGIN alice wrong")).await;
     }
-    assert_eq!(client.ask("e LOGIN alice wrong").await, "e NO [AUTHENTICATIONFAILED] Wrong.");
+    assert_eq!(client.command("e LOGIN alice wrong").await, "e NO [AUTHENTICATIONFAILED] Wrong.");
     assert_eq!(client.line().await, "* BYE Too many failed logins.");
     client.assert_closed().await;
     assert_eq!(failures(&proxy, "too_many_failed_logins"), 1.0);
@@ -114,7 +114,7 @@ async fn answers_are_relayed_with_their_codes() {
         ("L NO just no", "a NO [AUTHENTICATIONFAILED] just no"),
     ] {
         let (proxy, _server) = alone(&format!("S: * OK [CAPABILITY IMAP4rev1] x\nC: *\nS: {answer}")).await;
-        assert_eq!(Client::connect(proxy.listeners()[0]).await.ask("a LOGIN alice x").await, expected);
+        assert_eq!(Client::connect(proxy.listeners()[0]).await.command("a LOGIN alice x").await, expected);
     }
 }
 
@@ -156,7 +156,7 @@ async fn the_server_learns_who_the_client_is() {
     assert_eq!(client.line().await, "a OK ID completed.");
     client.send("b LOGIN alice secret\r\n").await;
     let (socket, _) = listener.accept().await.unwrap();
-    let mut server = crate::support::Line::new(socket);
+    let mut server = crate::support::LineStream::new(socket);
     server.send("* OK [CAPABILITY IMAP4rev1 ID] hi\r\n").await;
     let id = server.line().await;
     assert!(id.starts_with("I ID (\"name\" \"phone\" \"x-session-id\" \""), "{id}");
@@ -179,7 +179,7 @@ async fn plaintext_behind_starttls_fails_the_server() {
     .await;
     let mut client = Client::connect(proxy.listeners()[0]).await;
     client.send("a LOGIN alice secret\r\n").await;
-    let mut server = crate::support::Line::new(listener.accept().await.unwrap().0);
+    let mut server = crate::support::LineStream::new(listener.accept().await.unwrap().0);
     server.send("* OK [CAPABILITY IMAP4rev1 STARTTLS] x\r\n").await;
     assert_eq!(server.line().await, "S STARTTLS");
     server.send("S OK go\r\nL OK [CAPABILITY X] injected\r\n").await;
@@ -199,7 +199,7 @@ async fn starttls_and_its_refusals() {
         ("S: * OK [CAPABILITY IMAP4rev1 STARTTLS] x\nC: *\nS: S NO x\n...", UNAVAILABLE, Some("starttls_unavailable")),
         ("S: * OK [CAPABILITY IMAP4rev1 STARTTLS] x\nC: *\nS: S OK x\nC: *\nS: no handshake", UNAVAILABLE, Some("tls")),
     ] {
-        let server = Scripted::with_tls(script, &certificates).await;
+        let server = ScriptedServer::with_tls(script, &certificates).await;
         let ca = certificates.path("ca.pem");
         let proxy = proxy(&format!(
             "backends: {{only: {{servers: ['{}'], tls: {{mode: starttls, ca: {}}}}}}}\nroutes: [{{default: only}}]\nlimits: {{connect: 2s}}\n",
@@ -208,7 +208,7 @@ async fn starttls_and_its_refusals() {
         ))
         .await;
         let mut client = Client::connect(proxy.listeners()[0]).await;
-        assert_eq!(client.ask("a LOGIN alice secret").await, expected, "{script}");
+        assert_eq!(client.command("a LOGIN alice secret").await, expected, "{script}");
         if let Some(reason) = reason {
             assert_eq!(failures(&proxy, reason), 1.0, "{script}");
         }
@@ -219,8 +219,8 @@ async fn starttls_and_its_refusals() {
 async fn whom_a_server_must_be() {
     let certificates = Certificates::new();
     let strangers = Certificates::new();
-    let script = format!("!TLS\n{GOOD}");
-    let server = Scripted::with_tls(&script, &certificates).await;
+    let script = format!("!TLS\n{ACCEPTS_ALICE}");
+    let server = ScriptedServer::with_tls(&script, &certificates).await;
     let port = server.address.port();
     let der =
         rustls_pemfile::certs(&mut &std::fs::read(certificates.path("cert.pem")).unwrap()[..]).next().unwrap().unwrap();
@@ -248,7 +248,7 @@ async fn whom_a_server_must_be() {
         ))
         .await;
         let mut client = Client::connect(proxy.listeners()[0]).await;
-        let answer = client.ask("a LOGIN alice secret").await;
+        let answer = client.command("a LOGIN alice secret").await;
         assert_eq!(answer.starts_with("a OK"), accepted, "{tls}: {answer}");
         assert_eq!(failures(&proxy, "tls"), if accepted { 0.0 } else { 1.0 }, "{tls}");
         let insecure = if tls.starts_with("insecure") { 1.0 } else { 0.0 };
@@ -261,7 +261,7 @@ async fn an_authorization_identity_is_routed_by_or_refused() {
     // bob\0alice\0secret
     let command = "a AUTHENTICATE PLAIN Ym9iAGFsaWNlAHNlY3JldA==";
     let script = "S: * OK [CAPABILITY IMAP4rev1 SASL-IR AUTH=PLAIN] x\nC: L AUTHENTICATE PLAIN Ym9iAGFsaWNlAHNlY3JldA==\nS: L OK [CAPABILITY IMAP4rev1] in\n...";
-    let server = Scripted::new(script).await;
+    let server = ScriptedServer::new(script).await;
     let folder = tempfile::tempdir().unwrap();
     std::fs::write(folder.path().join("users"), "bob of-bob\nalice of-alice\n").unwrap();
     let with = |authzid: &str| {
@@ -272,9 +272,9 @@ async fn an_authorization_identity_is_routed_by_or_refused() {
         )
     };
     let allowed = proxy(&with("allow")).await;
-    assert_eq!(Client::connect(allowed.listeners()[0]).await.ask(command).await, "a OK [CAPABILITY IMAP4rev1] in");
+    assert_eq!(Client::connect(allowed.listeners()[0]).await.command(command).await, "a OK [CAPABILITY IMAP4rev1] in");
     let refused = proxy(&with("refuse")).await;
-    let answer = Client::connect(refused.listeners()[0]).await.ask(command).await;
+    let answer = Client::connect(refused.listeners()[0]).await.command(command).await;
     assert_eq!(answer, "a NO [AUTHORIZATIONFAILED] Logging in on behalf of another user is not allowed.");
     assert_eq!(server.connections(), 1, "the server was not asked");
     assert_eq!(failures(&refused, "authzid_refused"), 1.0);
@@ -298,7 +298,7 @@ async fn asking_for_anothers_mailbox_does_not_tell_who_exists() {
         let proxy = proxy(&text).await;
         let mut answers = Vec::new();
         for mailbox in ["bob", "nobody"] {
-            answers.push(Client::connect(proxy.listeners()[0]).await.ask(&command(mailbox)).await);
+            answers.push(Client::connect(proxy.listeners()[0]).await.command(&command(mailbox)).await);
         }
         assert!(answers[0].contains(expected), "{answers:?}");
         assert_eq!(answers[0], answers[1]);
@@ -312,7 +312,7 @@ async fn a_server_with_unauthenticate_is_reported_in_the_status() {
     let before = "S: * OK [CAPABILITY IMAP4rev1 UNAUTHENTICATE] x\nC: Q LOGOUT\n...";
     let asked = "S: * OK x\nC: C CAPABILITY\nS: * CAPABILITY IMAP4rev1 unauthenticate\nS: C OK\nC: Q LOGOUT\n...";
     for (script, reported) in [(plain, false), (before, true), (asked, true)] {
-        let server = Scripted::new(script).await;
+        let server = ScriptedServer::new(script).await;
         let proxy = proxy(&format!(
             "backends: {{only: {{servers: ['{}'], check: {{interval: 100ms}}}}}}\nroutes: [{{default: only}}]\n",
             server.address
@@ -327,6 +327,6 @@ async fn a_server_with_unauthenticate_is_reported_in_the_status() {
     let script = "S: * OK [CAPABILITY IMAP4rev1] x\nC: *\nS: L OK [CAPABILITY IMAP4rev1 UNAUTHENTICATE] in\n...";
     let (proxy, _server) = alone(script).await;
     let mut client = Client::connect(proxy.listeners()[0]).await;
-    assert_eq!(client.ask("a LOGIN alice secret").await, "a OK [CAPABILITY IMAP4rev1] in");
+    assert_eq!(client.command("a LOGIN alice secret").await, "a OK [CAPABILITY IMAP4rev1] in");
     assert!(proxy.status().servers[0].unauthenticate);
 }

@@ -32,7 +32,7 @@ async fn a_silent_session_wakes_for_either_side() {
 async fn a_stop_ends_silent_sessions_in_order() {
     let (proxy, mut client, mut server) = tls_session("limits: {drain: 100ms}\n").await;
     silence(&proxy, 1.0).await;
-    assert_eq!(in_time("the stop", proxy.drain(std::future::pending())).await, 1);
+    assert_eq!(with_timeout("the stop", proxy.drain(std::future::pending())).await, 1);
     // rustls tells an end without close_notify as an error, which `line` would take for an end too: this reads itself.
     let mut rest = Vec::new();
     let end = tokio::io::AsyncReadExt::read_to_end(&mut client.stream, &mut rest).await;

@@ -24,14 +24,14 @@ impl Mortal {
         let token = dies.clone();
         tokio::spawn(token.clone().run_until_cancelled_owned(async move {
             while let Ok((socket, _)) = listener.accept().await {
-                tokio::spawn(token.clone().run_until_cancelled_owned(serve(Line::new(socket))));
+                tokio::spawn(token.clone().run_until_cancelled_owned(serve(LineStream::new(socket))));
             }
         }));
         Self { address, dies }
     }
 }
 
-async fn serve(mut line: Line<tokio::net::TcpStream>) {
+async fn serve(mut line: LineStream<tokio::net::TcpStream>) {
     line.send("* OK [CAPABILITY IMAP4rev1] x\r\n").await;
     line.line().await;
     line.send("L OK [CAPABILITY IMAP4rev1] in\r\n").await;
@@ -60,7 +60,7 @@ async fn scene(more: &str) -> (Running, Mortal, Vec<Client>) {
     let mut clients = Vec::new();
     for number in 0..SESSIONS {
         let mut client = Client::connect(proxy.listeners()[0]).await;
-        assert!(client.ask(&format!("a LOGIN user{number} secret")).await.starts_with("a OK"));
+        assert!(client.command(&format!("a LOGIN user{number} secret")).await.starts_with("a OK"));
         clients.push(client);
     }
     eventually("silence", || metric(&proxy, "vestibule_parked_sessions", &[]) == SESSIONS as f64).await;
@@ -87,7 +87,7 @@ async fn clients_of_a_server_that_dies_are_closed_one_by_one() {
     // The server has none of them any more, though they are still connected.
     eventually("no session on the server", || metric(&proxy, "vestibule_server_sessions", &[]) == 0.0).await;
     assert!(metric(&proxy, "vestibule_connections", &[]) > SESSIONS as f64 / 2.0);
-    let mut times = in_time("all ends", closing.join_all()).await;
+    let mut times = with_timeout("all ends", closing.join_all()).await;
     times.sort();
     // 40 over three seconds: each 75 ms after the one before. A busy machine makes them later, never earlier.
     for (place, time) in times.iter().enumerate().skip(2) {
@@ -161,7 +161,7 @@ async fn a_user_whose_session_was_cut_off_may_log_in_at_once() {
     let mut clients = Vec::new();
     for number in 0..SESSIONS {
         let mut client = Client::connect(proxy.listeners()[0]).await;
-        assert!(client.ask(&format!("a LOGIN user{number} secret")).await.starts_with("a OK"));
+        assert!(client.command(&format!("a LOGIN user{number} secret")).await.starts_with("a OK"));
         clients.push(client);
     }
     eventually("silence", || metric(&proxy, "vestibule_parked_sessions", &[]) == SESSIONS as f64).await;
@@ -175,7 +175,7 @@ async fn a_user_whose_session_was_cut_off_may_log_in_at_once() {
     let (mut accepted, mut limited) = (0, 0);
     for number in 0..SESSIONS {
         let mut client = Client::connect(proxy.listeners()[0]).await;
-        let said = client.ask(&format!("a LOGIN user{number} secret")).await;
+        let said = client.command(&format!("a LOGIN user{number} secret")).await;
         accepted += usize::from(said.starts_with("a OK"));
         limited += usize::from(said.starts_with("a NO [LIMIT]"));
         clients.push(client);

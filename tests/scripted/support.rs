@@ -1,4 +1,4 @@
-//! The proxy in this process, scripted mailbox servers, and a client that speaks lines.
+//! Shared parts of the scripted tests: the proxy in this process, scripted mailbox servers, a line-based client, certificates.
 
 use std::future::Future;
 use std::net::SocketAddr;
@@ -16,28 +16,28 @@ use tokio_rustls::{TlsAcceptor, TlsConnector};
 use vestibule::config;
 use vestibule::server::{self, Running};
 
-/// Whatever is waited for comes within this time, or the test fails.
-pub const PATIENCE: Duration = Duration::from_secs(20);
+/// Time limit of every wait in the tests.
+pub const TIMEOUT: Duration = Duration::from_secs(20);
 
-/// Fails instead of hanging.
-pub async fn in_time<T>(what: &str, future: impl Future<Output = T>) -> T {
-    tokio::time::timeout(PATIENCE, future).await.unwrap_or_else(|_| panic!("waited in vain for {what}"))
+/// Awaits `future`, and fails the test after [`TIMEOUT`].
+pub async fn with_timeout<T>(what: &str, future: impl Future<Output = T>) -> T {
+    tokio::time::timeout(TIMEOUT, future).await.unwrap_or_else(|_| panic!("timed out: {what}"))
 }
 
-/// The proxy on a configuration. `backends`, `routes` and more are given; a plain listener is there already.
+/// Starts the proxy with one plaintext listener and the given rest of the configuration.
 pub async fn proxy(rest: &str) -> Running {
     let text = format!("listeners: [{{address: '127.0.0.1:0', tls: none}}]\n{rest}");
     start(&text).await
 }
 
-/// The proxy on a whole configuration.
+/// Starts the proxy with a complete configuration.
 pub async fn start(text: &str) -> Running {
     let mut config = config::parse(Path::new("test.yaml"), text).unwrap_or_else(|report| panic!("{report}"));
-    // Scripted servers count who comes: nobody comes just to look, but where a test wants it.
+    // Tests count the connections to scripted servers, so health checks run only if the test configures them.
     if !text.contains("check:") {
         config.backends.iter_mut().for_each(|backend| backend.balancing.check = None);
     }
-    // And nobody waits, but where waiting is what is tested.
+    // Refusals are not delayed unless the test configures a delay.
     if !text.contains("failed_login_delay:") {
         config.admission.failed_login_delay = None;
     }
@@ -53,9 +53,9 @@ pub fn metric(proxy: &Running, name: &str, labels: &[&str]) -> f64 {
     samples.map(|line| line.rsplit(' ').next().unwrap().parse::<f64>().unwrap()).sum()
 }
 
-/// Asks until the answer is yes; events of the proxy have no other signal.
+/// Polls `condition` until it is true, for events of the proxy that have no other signal.
 pub async fn eventually(what: &str, mut condition: impl FnMut() -> bool) {
-    in_time(what, async {
+    with_timeout(what, async {
         while !condition() {
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
@@ -63,35 +63,35 @@ pub async fn eventually(what: &str, mut condition: impl FnMut() -> bool) {
     .await;
 }
 
-/// A connection that speaks lines.
-pub struct Line<S> {
+/// A connection on which lines are sent and read.
+pub struct LineStream<S> {
     pub stream: S,
     pending: Vec<u8>,
 }
 
-pub type Client = Line<TcpStream>;
+pub type Client = LineStream<TcpStream>;
 
-impl Line<TcpStream> {
+impl LineStream<TcpStream> {
     /// Connects, and reads the greeting.
     pub async fn connect(address: SocketAddr) -> Self {
-        let mut client = Self::silent(address).await;
+        let mut client = Self::connect_only(address).await;
         assert!(client.line().await.starts_with("* OK [CAPABILITY IMAP4rev1 "));
         client
     }
 
-    /// Connects and reads nothing.
-    pub async fn silent(address: SocketAddr) -> Self {
-        Self::new(in_time("a connection", TcpStream::connect(address)).await.unwrap())
+    /// Connects, and does not read the greeting.
+    pub async fn connect_only(address: SocketAddr) -> Self {
+        Self::new(with_timeout("a connection", TcpStream::connect(address)).await.unwrap())
     }
 }
 
-impl<S: AsyncRead + AsyncWrite + Unpin> Line<S> {
+impl<S: AsyncRead + AsyncWrite + Unpin> LineStream<S> {
     pub fn new(stream: S) -> Self {
         Self { stream, pending: Vec::new() }
     }
 
     pub async fn send(&mut self, text: impl AsRef<[u8]>) {
-        in_time("a write", async {
+        with_timeout("a write", async {
             self.stream.write_all(text.as_ref()).await?;
             self.stream.flush().await
         })
@@ -99,33 +99,33 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Line<S> {
         .unwrap();
     }
 
-    /// Sends to a peer that may be gone.
+    /// Sends to a peer that may have closed the connection.
     pub async fn try_send(&mut self, text: &str) -> std::io::Result<()> {
-        in_time("a write", async {
+        with_timeout("a write", async {
             self.stream.write_all(text.as_bytes()).await?;
             self.stream.flush().await
         })
         .await
     }
 
-    /// One line without its end; empty where the stream ends, in whichever way.
+    /// Reads one line without its line end. At the end of the stream, and on an error, the result is what is left: usually nothing.
     pub async fn line(&mut self) -> String {
         loop {
             if let Some(end) = self.pending.iter().position(|byte| *byte == b'\n') {
                 let line: Vec<u8> = self.pending.drain(..=end).collect();
                 return String::from_utf8_lossy(&line).trim_end().to_owned();
             }
-            match in_time("a line", self.stream.read_buf(&mut self.pending)).await {
+            match with_timeout("a line", self.stream.read_buf(&mut self.pending)).await {
                 Ok(0) | Err(_) => return String::from_utf8_lossy(&std::mem::take(&mut self.pending)).into_owned(),
                 Ok(_) => {}
             }
         }
     }
 
-    /// Exactly `length` bytes; `None` if the stream ends before.
+    /// Reads exactly `length` bytes. Returns `None` if the stream ends before.
     pub async fn bytes(&mut self, length: usize) -> Option<Vec<u8>> {
         while self.pending.len() < length {
-            match in_time("bytes", self.stream.read_buf(&mut self.pending)).await {
+            match with_timeout("bytes", self.stream.read_buf(&mut self.pending)).await {
                 Ok(0) | Err(_) => return None,
                 Ok(_) => {}
             }
@@ -133,37 +133,37 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Line<S> {
         Some(self.pending.drain(..length).collect())
     }
 
-    /// Sends a line and reads one.
-    pub async fn ask(&mut self, text: &str) -> String {
+    /// Sends a line, and returns the line that comes back.
+    pub async fn command(&mut self, text: &str) -> String {
         self.send(format!("{text}\r\n")).await;
         self.line().await
     }
 
-    /// Nothing comes any more.
+    /// Asserts that the peer closes the connection without sending anything more.
     pub async fn assert_closed(&mut self) {
         assert_eq!(self.line().await, "");
     }
 
-    /// What was read but not asked for.
+    /// Returns the stream, and the bytes that were read from it but not consumed.
     pub fn into_parts(self) -> (S, Vec<u8>) {
         (self.stream, self.pending)
     }
 }
 
-/// A server that plays the same script to everybody: `S: ` lines are said, `C: ` lines are awaited, and must be said to it; `C: *`
-/// is any line. At the end it closes, or stays silent if the script ends with `...`.
-pub struct Scripted {
+/// A server that runs the same script on every connection. It sends `S: ` lines, and expects `C: ` lines; `C: *` accepts any line.
+/// At the end of the script it closes the connection, or keeps it open without a word if the last line is `...`.
+pub struct ScriptedServer {
     pub address: SocketAddr,
     connections: Arc<AtomicUsize>,
 }
 
-impl Scripted {
+impl ScriptedServer {
     pub async fn new(script: &str) -> Self {
         Self::at(TcpListener::bind("127.0.0.1:0").await.unwrap(), script, None)
     }
 
-    /// Where somebody must know the address before there is a script.
-    pub fn listening(listener: TcpListener, script: &str) -> Self {
+    /// For tests that need the server's address in the script.
+    pub fn on_listener(listener: TcpListener, script: &str) -> Self {
         Self::at(listener, script, None)
     }
 
@@ -181,45 +181,45 @@ impl Scripted {
         tokio::spawn(async move {
             while let Ok((socket, _)) = listener.accept().await {
                 counter.fetch_add(1, Ordering::SeqCst);
-                tokio::spawn(play(Line::new(socket), script.clone(), acceptor.clone()));
+                tokio::spawn(serve(LineStream::new(socket), script.clone(), acceptor.clone()));
             }
         });
         Self { address, connections }
     }
 
-    /// How many have connected.
+    /// Number of connections accepted.
     pub fn connections(&self) -> usize {
         self.connections.load(Ordering::SeqCst)
     }
 }
 
-async fn play(mut line: Line<TcpStream>, script: Arc<Vec<String>>, acceptor: Option<TlsAcceptor>) {
-    let end = perform(&mut line, &script).await;
+async fn serve(mut line: LineStream<TcpStream>, script: Arc<Vec<String>>, acceptor: Option<TlsAcceptor>) {
+    let end = run_script(&mut line, &script).await;
     if let Some(acceptor) = acceptor.filter(|_| script.get(end).is_some_and(|step| step == "!TLS")) {
         let (socket, pending) = line.into_parts();
-        assert!(pending.is_empty(), "the proxy sent more than it should before TLS");
+        assert!(pending.is_empty(), "the proxy sent bytes before the TLS handshake");
         if let Ok(tls) = acceptor.accept(socket).await {
-            perform(&mut Line::new(tls), &script[end + 1..]).await;
+            run_script(&mut LineStream::new(tls), &script[end + 1..]).await;
         }
     }
 }
 
-/// Plays up to the end, or to `!TLS`; says where it stopped.
-async fn perform<S: AsyncRead + AsyncWrite + Unpin>(line: &mut Line<S>, script: &[String]) -> usize {
+/// Runs the script up to its end or to `!TLS`, and returns the index at which it stopped.
+async fn run_script<S: AsyncRead + AsyncWrite + Unpin>(line: &mut LineStream<S>, script: &[String]) -> usize {
     for (index, step) in script.iter().enumerate() {
         if step == "!TLS" {
             return index;
         }
         if step == "..." {
-            // Until the proxy gives up.
+            // Until the proxy closes the connection.
             while !line.line().await.is_empty() {}
         } else if let Some(text) = step.strip_prefix("S: ") {
             line.send(format!("{text}\r\n")).await;
         } else if let Some(expected) = step.strip_prefix("C: ") {
-            let said = line.line().await;
-            if expected != "*" && said != expected {
-                // The client of the test gets this as the server's answer, and shows it in its assertion.
-                line.send(format!("* BYE script: expected {expected:?}, was told {said:?}\r\n")).await;
+            let received = line.line().await;
+            if expected != "*" && received != expected {
+                // The proxy relays or logs this text, so that it appears in the test's failing assertion.
+                line.send(format!("* BYE script: expected {expected:?}, got {received:?}\r\n")).await;
                 return script.len();
             }
         }
@@ -227,10 +227,10 @@ async fn perform<S: AsyncRead + AsyncWrite + Unpin>(line: &mut Line<S>, script: 
     script.len()
 }
 
-/// A client of the proxy over TLS.
-pub type TlsClient = Line<tokio_rustls::client::TlsStream<TcpStream>>;
+/// A client connected to the proxy over TLS.
+pub type TlsClient = LineStream<tokio_rustls::client::TlsStream<TcpStream>>;
 
-/// The proxy with TLS in front, and the two ends of a session that has just logged in.
+/// Starts the proxy with a TLS listener, and returns it with both ends of an established session.
 pub async fn tls_session(more: &str) -> (Running, TlsClient, Client) {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let certificates = Certificates::new();
@@ -242,10 +242,10 @@ pub async fn tls_session(more: &str) -> (Running, TlsClient, Client) {
     );
     let proxy = start(&text).await;
     let socket = TcpStream::connect(proxy.listeners()[0]).await.unwrap();
-    let mut client = Line::new(certificates.encrypt(socket).await);
+    let mut client = LineStream::new(certificates.encrypt(socket).await);
     client.line().await;
     client.send("a LOGIN alice secret\r\n").await;
-    let mut server = Line::new(listener.accept().await.unwrap().0);
+    let mut server = LineStream::new(listener.accept().await.unwrap().0);
     server.send("* OK [CAPABILITY IMAP4rev1] x\r\n").await;
     server.line().await;
     server.send("L OK [CAPABILITY IMAP4rev1] in\r\n").await;
@@ -253,8 +253,8 @@ pub async fn tls_session(more: &str) -> (Running, TlsClient, Client) {
     (proxy, client, server)
 }
 
-/// A server that accepts alice, one round trip.
-pub const GOOD: &str = r#"
+/// A script that accepts the login of alice and answers one command.
+pub const ACCEPTS_ALICE: &str = r#"
     S: * OK [CAPABILITY IMAP4rev1] good
     C: L LOGIN "alice" "secret"
     S: L OK [CAPABILITY IMAP4rev1 IDLE] in
@@ -263,7 +263,7 @@ pub const GOOD: &str = r#"
     ...
 "#;
 
-/// A test's certificate authority and a certificate for `localhost` and 127.0.0.1.
+/// A certificate authority, and a certificate for `localhost` and 127.0.0.1.
 pub struct Certificates {
     pub folder: tempfile::TempDir,
     certificate: CertificateDer<'static>,
@@ -294,8 +294,13 @@ impl Certificates {
         }
     }
 
-    /// A certificate with its key; `ca` is trusted by clients of the test and in `ca.pem`.
-    pub fn of(certificate: CertificateDer<'static>, key: &KeyPair, ca: CertificateDer<'static>, ca_pem: &str) -> Self {
+    /// Uses a given certificate and key. The test's clients trust `ca`; `ca.pem` contains `ca_pem`.
+    pub fn with_certificate(
+        certificate: CertificateDer<'static>,
+        key: &KeyPair,
+        ca: CertificateDer<'static>,
+        ca_pem: &str,
+    ) -> Self {
         let folder = tempfile::tempdir().unwrap();
         std::fs::write(folder.path().join("ca.pem"), ca_pem).unwrap();
         Self { certificate, key: PrivateKeyDer::try_from(key.serialize_der()).unwrap(), ca, folder }
@@ -305,7 +310,7 @@ impl Certificates {
         self.folder.path().join(name)
     }
 
-    /// The `tls` section of a configuration.
+    /// The `tls` section of a configuration with this certificate.
     pub fn section(&self) -> String {
         format!(
             "tls: {{certificates: [{{cert: {}, key: {}}}]}}\n",
@@ -320,12 +325,14 @@ impl Certificates {
         TlsAcceptor::from(Arc::new(config))
     }
 
-    /// A TLS client over `socket`, which must verify the proxy.
+    /// Performs a TLS handshake as a client that verifies the proxy's certificate.
     pub async fn encrypt(&self, socket: TcpStream) -> tokio_rustls::client::TlsStream<TcpStream> {
         let mut roots = RootCertStore::empty();
         roots.add(self.ca.clone()).unwrap();
         let config = ClientConfig::builder().with_root_certificates(roots).with_no_client_auth();
         let connector = TlsConnector::from(Arc::new(config));
-        in_time("a handshake", connector.connect(ServerName::try_from("localhost").unwrap(), socket)).await.unwrap()
+        with_timeout("a handshake", connector.connect(ServerName::try_from("localhost").unwrap(), socket))
+            .await
+            .unwrap()
     }
 }

@@ -9,7 +9,9 @@ use tokio_rustls::rustls::ConnectionCommon;
 use vestibule::app::preflight;
 use vestibule::snapshot::Snapshot;
 
-use crate::support::{Certificates, Client, GOOD, Line, Scripted, in_time, metric, proxy, start};
+use crate::support::{
+    ACCEPTS_ALICE, Certificates, Client, LineStream, ScriptedServer, metric, proxy, start, with_timeout,
+};
 
 /// A self-signed certificate with CA:TRUE, as plain `openssl req -x509` makes it.
 fn self_signed(names: &[&str]) -> Certificates {
@@ -19,14 +21,14 @@ fn self_signed(names: &[&str]) -> Certificates {
     params.distinguished_name.push(DnType::CommonName, "localhost");
     let key = KeyPair::generate().unwrap();
     let certificate = params.self_signed(&key).unwrap();
-    Certificates::of(certificate.der().clone(), &key, certificate.der().clone(), &certificate.pem())
+    Certificates::with_certificate(certificate.der().clone(), &key, certificate.der().clone(), &certificate.pem())
 }
 
 #[tokio::test]
 async fn a_self_signed_certificate_is_trusted_by_itself() {
     for names in [&["localhost", "127.0.0.1"][..], &[]] {
         let certificates = self_signed(names);
-        let server = Scripted::with_tls(&format!("!TLS\n{GOOD}"), &certificates).await;
+        let server = ScriptedServer::with_tls(&format!("!TLS\n{ACCEPTS_ALICE}"), &certificates).await;
         let (ca, other) = (certificates.path("ca.pem"), self_signed(names));
         for (tls, accepted) in [
             (format!("ca: {}, server_name: localhost", ca.display()), true),
@@ -39,7 +41,7 @@ async fn a_self_signed_certificate_is_trusted_by_itself() {
             ))
             .await;
             let mut client = Client::connect(proxy.listeners()[0]).await;
-            let answer = client.ask("a LOGIN alice secret").await;
+            let answer = client.command("a LOGIN alice secret").await;
             assert_eq!(answer.starts_with("a OK"), accepted, "{names:?} {tls}: {answer}");
             let failed = metric(&proxy, "vestibule_failures_total", &["reason=\"tls\""]);
             assert_eq!(failed, if accepted { 0.0 } else { 1.0 });
@@ -61,9 +63,9 @@ async fn warnings(tls: &str, servers: &str) -> Vec<String> {
 #[tokio::test]
 async fn check_warns_of_a_certificate_that_is_not_trusted_and_prints_the_pin() {
     let (certificates, strangers) = (self_signed(&["localhost", "127.0.0.1"]), Certificates::new());
-    let implicit = Scripted::with_tls("!TLS\n...", &certificates).await;
+    let implicit = ScriptedServer::with_tls("!TLS\n...", &certificates).await;
     let script = "S: * OK [CAPABILITY IMAP4rev1 STARTTLS] x\nC: S STARTTLS\nS: S OK go\n!TLS\n...";
-    let starttls = Scripted::with_tls(script, &certificates).await;
+    let starttls = ScriptedServer::with_tls(script, &certificates).await;
     let closed = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
     let (ca, own) = (strangers.path("ca.pem"), certificates.path("ca.pem"));
     for (mode, server) in [("implicit", implicit.address), ("starttls", starttls.address)] {
@@ -96,7 +98,7 @@ async fn requests_for_new_keys_beside_a_login_are_answered_on_both_sides() {
         ))
         .await;
         let socket = TcpStream::connect(proxy.listeners()[0]).await.unwrap();
-        let mut client = Line::new(certificates.encrypt(socket).await);
+        let mut client = LineStream::new(certificates.encrypt(socket).await);
         client.line().await;
         update(client.stream.get_mut().1);
         if flushes {
@@ -105,8 +107,9 @@ async fn requests_for_new_keys_beside_a_login_are_answered_on_both_sides() {
         client.stream.write_all(b"a LOGIN alice secret\r\n").await.unwrap();
         update(client.stream.get_mut().1);
         client.send("b NOOP\r\n").await;
-        let (socket, _) = in_time("a connection", listener.accept()).await.unwrap();
-        let mut server = Line::new(in_time("a handshake", certificates.acceptor().accept(socket)).await.unwrap());
+        let (socket, _) = with_timeout("a connection", listener.accept()).await.unwrap();
+        let mut server =
+            LineStream::new(with_timeout("a handshake", certificates.acceptor().accept(socket)).await.unwrap());
         server.send("* OK [CAPABILITY IMAP4rev1] x\r\n").await;
         assert_eq!(server.line().await, "L LOGIN \"alice\" \"secret\"");
         update(server.stream.get_mut().1);

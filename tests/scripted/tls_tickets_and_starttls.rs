@@ -8,13 +8,13 @@ use tokio::net::TcpListener;
 use tokio_rustls::rustls::pki_types::ServerName;
 use tokio_rustls::rustls::{ClientConfig, ClientConnection, HandshakeKind, RootCertStore, Stream};
 
-use crate::support::{Certificates, Client, Line, PATIENCE, in_time, start};
+use crate::support::{Certificates, Client, LineStream, TIMEOUT, start, with_timeout};
 
 /// A handshake and a greeting, by a client that keeps its tickets in `config`; how the handshake was, and whether data could have
 /// been sent ahead of it.
 fn handshake(config: &Arc<ClientConfig>, address: SocketAddr) -> (Option<HandshakeKind>, bool) {
     let mut socket = TcpStream::connect(address).unwrap();
-    socket.set_read_timeout(Some(PATIENCE)).unwrap();
+    socket.set_read_timeout(Some(TIMEOUT)).unwrap();
     let mut connection = ClientConnection::new(config.clone(), ServerName::try_from("localhost").unwrap()).unwrap();
     let early = connection.early_data().is_some();
     let mut stream = Stream::new(&mut connection, &mut socket);
@@ -78,16 +78,16 @@ async fn what_was_said_before_tls_is_forgotten() {
     assert!(client.line().await.starts_with("* ID "));
     assert!(client.line().await.starts_with("a OK"));
     for _ in 0..2 {
-        assert!(client.ask("b NONSENSE").await.starts_with("b BAD"));
+        assert!(client.command("b NONSENSE").await.starts_with("b BAD"));
     }
-    assert!(client.ask("c STARTTLS").await.starts_with("c OK"));
-    let mut client = Line::new(certificates.encrypt(client.into_parts().0).await);
+    assert!(client.command("c STARTTLS").await.starts_with("c OK"));
+    let mut client = LineStream::new(certificates.encrypt(client.into_parts().0).await);
     // Two more would be four.
     for _ in 0..2 {
-        assert!(client.ask("d NONSENSE").await.starts_with("d BAD"));
+        assert!(client.command("d NONSENSE").await.starts_with("d BAD"));
     }
     client.send("e LOGIN alice secret\r\n").await;
-    let mut server = Line::new(in_time("the login", listener.accept()).await.unwrap().0);
+    let mut server = LineStream::new(with_timeout("the login", listener.accept()).await.unwrap().0);
     server.send("* OK [CAPABILITY IMAP4rev1 ID STARTTLS] x\r\n").await;
     let id = server.line().await;
     assert!(id.starts_with("I ID (\"x-session-id\" "), "{id}");
