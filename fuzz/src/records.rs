@@ -66,8 +66,8 @@ pub fn run(input: &[u8]) {
                 return;
             }
         }
-        if channel.can_rest() {
-            channel = channel.rest().wake();
+        if channel.can_suspend() {
+            channel = channel.suspend().resume();
         }
     }
 }

@@ -74,12 +74,12 @@ impl Channel {
     }
 
     /// Whether nothing but keys is needed to go on later: no handshake message is half received, nothing is closed.
-    pub fn can_rest(&self) -> bool {
-        self.opener.can_rest() && !self.sealer.is_closed()
+    pub fn can_suspend(&self) -> bool {
+        self.opener.can_suspend() && !self.sealer.is_closed()
     }
 
     /// Drops the ready-made ciphers and keeps what they are made from.
-    pub fn rest(self) -> StoredChannel {
+    pub fn suspend(self) -> StoredChannel {
         let (version, role) = (self.sealer.version(), self.opener.role());
         let (receive, send) = (self.opener.into_keys(), self.sealer.into_keys());
         if receive.fit::<16, 32>() && send.fit::<16, 32>() {
@@ -90,7 +90,7 @@ impl Channel {
     }
 }
 
-/// A [`Channel`] at rest: plain data, wiped when dropped.
+/// A suspended [`Channel`]: plain data, wiped when dropped.
 #[derive(Debug)]
 pub enum StoredChannel {
     /// AES-128-GCM with SHA-256, which most connections have: 64 bytes less.
@@ -110,7 +110,7 @@ pub struct StoredKeys<const K: usize = LONGEST_KEY, const S: usize = LONGEST_SEC
 
 impl StoredChannel {
     /// Makes the ciphers again: 0.3 µs.
-    pub fn wake(self) -> Channel {
+    pub fn resume(self) -> Channel {
         match self {
             Self::Short(rest) => Channel::new(rest.version, rest.role, rest.receive.moved(), rest.send.moved()),
             Self::Long(rest) => Channel::new(rest.version, rest.role, rest.receive, rest.send),

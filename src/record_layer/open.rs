@@ -52,7 +52,7 @@ impl Opener {
         self.role
     }
 
-    pub(super) fn can_rest(&self) -> bool {
+    pub(super) fn can_suspend(&self) -> bool {
         !self.messages.is_inside() && !self.closed
     }
 

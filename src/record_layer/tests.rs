@@ -222,11 +222,11 @@ fn both_directions_of_every_suite_carry_what_rustls_says_and_hears() {
                 peer.writer().write_all(&data).unwrap();
                 let (got, events) = opened(&mut channel, &output(&mut peer)).unwrap();
                 assert!(got == data && events.is_empty(), "{suite:?} {role:?}");
-                channel = channel.rest().wake();
+                channel = channel.suspend().resume();
             }
             peer.send_close_notify();
             assert_eq!(opened(&mut channel, &output(&mut peer)).unwrap().1, [Opened::Closed]);
-            assert!(!channel.can_rest());
+            assert!(!channel.can_suspend());
             let mut out = Vec::new();
             channel.sealer.close(AlertCode::CLOSE_NOTIFY, &mut out);
             peer.read_tls(&mut &out[..]).unwrap();
@@ -255,7 +255,7 @@ fn keys_change_on_either_sides_wish() {
                 out.extend(sealed(&mut channel, b" twice"));
                 input(&mut peer, &out);
                 assert_eq!(plaintext(&mut peer), b"answered twice");
-                channel = channel.rest().wake();
+                channel = channel.suspend().resume();
             }
         }
     }
@@ -416,9 +416,9 @@ fn messages_may_be_split_over_records_and_not_interleaved() {
         let first = record_13(&mut theirs, &[&ticket[..cut], &[22]].concat());
         let second = record_13(&mut theirs, &[&ticket[cut..], &[24, 0, 0, 1, 1, 22]].concat());
         assert_eq!(opened(&mut ours, &first).unwrap(), (vec![], vec![]));
-        assert!(!ours.can_rest());
+        assert!(!ours.can_suspend());
         assert_eq!(opened(&mut ours, &second).unwrap().1, [Opened::KeyUpdateRequested], "cut at {cut}");
-        assert!(ours.can_rest());
+        assert!(ours.can_suspend());
     }
     let (mut theirs, mut ours) = twins(Version::Tls13);
     opened(&mut ours, &record_13(&mut theirs, &[&ticket[..50], &[22]].concat())).unwrap();
@@ -446,19 +446,19 @@ fn tls_12_declines_to_begin_again_and_ignores_warnings() {
 }
 
 #[test]
-fn a_channel_at_rest_is_small() {
+fn a_stored_channel_is_small() {
     assert!(size_of::<StoredKeys<16, 32>>() <= 160, "{}", size_of::<StoredKeys<16, 32>>());
     assert!(size_of::<StoredKeys>() <= 224, "{}", size_of::<StoredKeys>());
     // Both kinds come back as they were.
     for suite in SUITES {
         let (mut channel, mut peer) = ends(suite, Role::Server);
         for _ in 0..2 {
-            let rest = channel.rest();
+            let stored = channel.suspend();
             let short = suite.tls13().is_some_and(|suite| suite.common.suite == CipherSuite::TLS13_AES_128_GCM_SHA256);
             if suite.tls13().is_some() {
-                assert_eq!(matches!(rest, StoredChannel::Short(_)), short, "{suite:?}");
+                assert_eq!(matches!(stored, StoredChannel::Short(_)), short, "{suite:?}");
             }
-            channel = rest.wake();
+            channel = stored.resume();
             peer.writer().write_all(b"a byte after sleep").unwrap();
             let mut record = output(&mut peer);
             let Ok(Opened::Data(place)) = channel.opener.open(&mut record) else { panic!("{suite:?}") };

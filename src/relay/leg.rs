@@ -206,7 +206,7 @@ impl<S> Leg<S> {
         self.received.is_empty()
             && !self.has_unsent()
             && self.peer_stream == PeerStream::Open
-            && self.tls.as_ref().is_none_or(|tls| tls.can_rest())
+            && self.tls.as_ref().is_none_or(|tls| tls.can_suspend())
     }
 
     /// Appends the alert for the violation to what is unsent.
@@ -228,7 +228,7 @@ impl Leg<TcpStream> {
     /// # Errors
     /// The socket could not be removed from the runtime.
     pub(super) fn park(self) -> io::Result<ParkedLeg> {
-        let tls = self.tls.map(|tls| tls.rest());
+        let tls = self.tls.map(|tls| tls.suspend());
         Ok(ParkedLeg { socket: self.socket.into_std()?, tls })
     }
 }
@@ -239,7 +239,7 @@ impl ParkedLeg {
     /// # Errors
     /// The socket could not be registered.
     pub(super) fn unpark(self) -> io::Result<Leg<TcpStream>> {
-        let tls = self.tls.map(|tls| Box::new(tls.wake()));
+        let tls = self.tls.map(|tls| Box::new(tls.resume()));
         Ok(Leg::new(TcpStream::from_std(self.socket)?, tls, Vec::new()))
     }
 }
