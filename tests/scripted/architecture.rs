@@ -49,6 +49,9 @@ const IMPORTS: &[(&str, &str)] = &[
 /// Maximum number of lines of a file.
 const MAX_FILE_LINES: usize = 560;
 
+/// Maximum number of lines of a function, from its name to its closing brace.
+const MAX_FUNCTION_LINES: usize = 60;
+
 /// Imports of each module.
 type Graph = BTreeMap<String, BTreeSet<String>>;
 
@@ -95,6 +98,26 @@ fn no_file_is_too_long() {
         let lines = fs::read_to_string(&path).unwrap().lines().count();
         assert!(lines <= MAX_FILE_LINES, "{} has {lines} lines", path.display());
     }
+}
+
+#[test]
+fn no_function_is_too_long() {
+    let mut too_long = Vec::new();
+    let mut count = 0;
+    for path in sources().iter().filter(|path| !is_test(&module_path(path))) {
+        let text = without_tests(&fs::read_to_string(path).unwrap());
+        for (name, lines) in function_lengths(&text) {
+            count += 1;
+            if lines > MAX_FUNCTION_LINES {
+                too_long.push(format!("{}: {name} has {lines} lines", path.display()));
+            }
+        }
+    }
+    assert!(count > 1000, "only {count} functions");
+    assert!(too_long.is_empty(), "{}", too_long.join("\n"));
+    let example = "fn a() {\n    1;\n}\nfn b() {}\n    async fn c(\n    ) {\n        if d {\n        }\n    }\n";
+    let expected = [("a", 3), ("b", 1), ("c", 5)].map(|(name, lines)| (name.to_owned(), lines));
+    assert_eq!(function_lengths(example), expected);
 }
 
 /// What is wrong with `table`, compared with the real imports.
@@ -182,8 +205,7 @@ fn file_imports() -> Graph {
     let mut graph = Graph::new();
     for path in sources() {
         let module = module_path(&path);
-        let is_test = module.iter().any(|name| name.ends_with("tests") || name == "transcripts");
-        if is_test || ["lib", "main"].contains(&module[0].as_str()) {
+        if is_test(&module) || ["lib", "main"].contains(&module[0].as_str()) {
             continue;
         }
         let imports = graph.entry(module.join("/")).or_default();
@@ -205,7 +227,7 @@ fn imports_of(path: &Path) -> Vec<Vec<String>> {
     // Documentation and the file's tests may name anything.
     let code: String =
         text.lines().filter(|line| !line.trim_start().starts_with("//")).map(|line| format!("{line}\n")).collect();
-    let code = code.split("#[cfg(test)]\nmod tests {").next().unwrap();
+    let code = without_tests(&code);
     let mut found = Vec::new();
     for root in ["crate::", "super::", "self::", "vestibule::"] {
         for (at, _) in code.match_indices(root) {
@@ -218,6 +240,36 @@ fn imports_of(path: &Path) -> Vec<Vec<String>> {
         }
     }
     found.into_iter().filter_map(|path| from_root(&module, &path)).collect()
+}
+
+/// Whether a module contains tests only.
+fn is_test(module: &[String]) -> bool {
+    module.iter().any(|name| name.ends_with("tests") || name == "transcripts")
+}
+
+/// The text of a file before its tests.
+fn without_tests(text: &str) -> String {
+    text.split("#[cfg(test)]\nmod tests {").next().unwrap().to_owned()
+}
+
+/// Names and lengths in lines of the functions in a formatted file.
+fn function_lengths(text: &str) -> Vec<(String, usize)> {
+    let lines: Vec<&str> = text.lines().collect();
+    let mut found = Vec::new();
+    for (start, line) in lines.iter().enumerate() {
+        let code = line.trim_start();
+        let Some((before, rest)) = code.split_once("fn ") else { continue };
+        let words = ["pub", "pub(crate)", "pub(super)", "pub(in", "crate::route)", "async", "const"];
+        if !before.split_whitespace().all(|word| words.contains(&word)) {
+            continue;
+        }
+        let name = rest.chars().take_while(|letter| letter.is_alphanumeric() || *letter == '_').collect();
+        let end = format!("{}}}", &line[..line.len() - code.len()]);
+        let is_one_line = line.ends_with('}') || line.ends_with(';');
+        let length = if is_one_line { 0 } else { lines[start..].iter().position(|line| *line == end).unwrap_or(0) };
+        found.push((name, length + 1));
+    }
+    found
 }
 
 /// Expands a tree such as `a::{b, c::d}` to paths.

@@ -16,6 +16,7 @@ mod dns;
 mod documented_tests;
 mod endless_answers;
 mod invariants;
+mod language;
 mod limits;
 mod mechanisms;
 mod operations;
