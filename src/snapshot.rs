@@ -105,7 +105,7 @@ impl Snapshot {
 
     /// Ways to log in that the listener at this place offers just now.
     pub fn mechanisms(&self, listener: usize) -> Mechanisms {
-        self.config.listeners[listener].mechanisms.unwrap_or_else(|| self.backends.offered().mechanisms)
+        self.config.listeners[listener].mechanisms.unwrap_or_else(|| self.backends.offer().mechanisms)
     }
 
     /// Whether a login on behalf of another user may come from there.
@@ -129,7 +129,7 @@ impl Snapshot {
                 servers.retain(|server| *server.name == **name);
                 servers
             }
-            ServerChoice::Address(address) => backend.at(*address).into_iter().collect(),
+            ServerChoice::Address(address) => backend.undeclared_server(*address).into_iter().collect(),
         }
     }
 }

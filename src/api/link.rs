@@ -138,7 +138,7 @@ async fn in_time<T>(deadline: Duration, future: impl Future<Output = io::Result<
 mod tests {
     use super::*;
     use crate::admin_state::AdminState;
-    use crate::backend::state_override::{MAX_STATES, StateOverride};
+    use crate::backend::state_override::{MAX_OVERRIDES, StateOverride};
 
     fn links() -> (Link, Link) {
         let (one, other) = UnixStream::pair().unwrap();
@@ -156,7 +156,7 @@ mod tests {
         let mut predecessor = predecessor.send_sockets(vec![listener.into()], own.clone()).await.unwrap();
         let set = StateOverride::new(AdminState::Drain, "root", Some("new disks")).unwrap();
         let drained = StoredOverride { backend: "a".to_owned(), server: "h:1".to_owned(), set };
-        let go = FromPredecessor::Go { states: vec![drained; MAX_STATES] };
+        let go = FromPredecessor::Go { states: vec![drained; MAX_OVERRIDES] };
         let retiring = FromPredecessor::Retiring { states: Vec::new() };
         let (mut successor, sockets) = successor.receive_sockets(own).await.unwrap();
         assert_eq!(sockets[0].local_addr().unwrap(), address);

@@ -14,7 +14,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::api::place::may_write;
-use crate::backend::OwnAddresses;
+use crate::backend::{ListenerAddresses, TlsFault};
 use crate::config::{self, Config, Location, LookupConfig, Problem, Route};
 use crate::process::privileges::Identity;
 use crate::snapshot::Snapshot;
@@ -25,11 +25,11 @@ const TIMEOUT: Duration = Duration::from_secs(3);
 /// A warning for each server with which TLS fails, at its place in the configuration.
 pub async fn server_warnings(snapshot: &Snapshot) -> Vec<Problem> {
     let (tasks, stop) = (TaskTracker::new(), CancellationToken::new());
-    snapshot.backends.start(&OwnAddresses::default(), &tasks, &stop);
+    snapshot.backends.start_discovery(&ListenerAddresses::default(), &tasks, &stop);
     let faults = Arc::clone(&snapshot.backends).tls_faults(&snapshot.limits, TIMEOUT).await;
     stop.cancel();
-    let warning = |(id, server, detail): (config::BackendId, Arc<str>, String)| {
-        let backend = &snapshot.config.backends[id.0];
+    let warning = |TlsFault { backend, server, detail }: TlsFault| {
+        let backend = &snapshot.config.backends[backend.0];
         let message = format!("TLS with {server} fails, and so would every login there: {detail}");
         location(backend, &server).problem(message)
     };

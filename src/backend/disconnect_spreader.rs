@@ -1,86 +1,93 @@
-//! How the sessions of one server leave it, and how long the client of one that was cut off is kept.
+//! Spreads client disconnects when a server dies, to prevent a reconnect stampede.
 //!
-//! When a server dies, all its clients would come back at the same moment, to servers that are fewer than before. So one
-//! whose server has closed without being asked is kept for a while, each longer than the one before it, evenly over
-//! `limits.max_disconnect_delay`, though never fewer than [`LEAST_PACE`] leave in a second. A server that dies is known by
-//! two things together: it has cut off others just before, and has so many sessions fewer. A lone end (a timeout, a session
-//! that is ended at the server) is passed on at once; so is any on a server that gets new logins as fast as it closes
-//! sessions.
+//! All clients of a server that dies would reconnect at the same moment, to fewer servers than before. So a client whose
+//! server has closed its session without being asked stays connected for a while, each one longer than the one before,
+//! evenly over `limits.max_disconnect_delay`, but at least [`MIN_RATE`] clients are disconnected per second. Two things
+//! together show that a server dies: it has closed other sessions just before, and its number of sessions has fallen by
+//! that many. The end of a single session, for example by a timeout or by the server's operator, is passed on at once, and
+//! so is any end on a server that receives new logins as fast as it closes sessions.
 //!
-//! The place in this line is all there is to decide; nothing here waits, and nothing is drawn at random: several processes
-//! that spread their own clients evenly are even together. Called by `slots`.
+//! This module only decides; it does not wait. Nothing is random: processes that each spread their own clients evenly are
+//! even together.
 
 use std::time::{Duration, Instant};
 
-/// Cut off within this time after another: together.
-const TOGETHER: Duration = Duration::from_secs(1);
-/// What takes longer is spread already: it is looked at in parts.
-const LONGEST: Duration = Duration::from_secs(10);
-/// So few clients in a second are no stampede, however few sessions the server had and however long they may be kept.
-pub(super) const LEAST_PACE: u32 = 10;
-/// Who would be kept shorter than this is not kept at all.
-const SHORT: Duration = Duration::from_millis(100);
+/// Sessions that are closed within this time after another belong to the same burst.
+const MAX_GAP: Duration = Duration::from_secs(1);
+/// A burst that lasts longer is spread already, and is treated as several ones.
+const MAX_BURST: Duration = Duration::from_secs(10);
+/// Minimum number of disconnects per second. So few are not a stampede, whatever the number of sessions and the delay.
+const MIN_RATE: u32 = 10;
+/// Shorter delays are not worth a timer.
+const MIN_DELAY: Duration = Duration::from_millis(100);
 
-/// The sessions of one server, all workers' together.
+/// The sessions of one server, of all workers together.
 #[derive(Debug, Default)]
 pub(super) struct DisconnectSpreader {
     sessions: u32,
-    line: Option<Burst>,
+    burst: Option<Burst>,
 }
 
-/// Sessions that were cut off together.
+/// Sessions that a server has closed shortly after one another.
 #[derive(Debug)]
 struct Burst {
-    began: Instant,
+    started: Instant,
     last: Instant,
-    /// Sessions there were when it began.
-    had: u32,
-    /// Sessions in it.
-    cut_off: u32,
-    /// That it is half of them has been told.
-    told: bool,
+    /// Number of sessions at the start.
+    sessions_before: u32,
+    /// Number of sessions closed.
+    closed: u32,
+    /// Whether it was reported that half of the sessions were closed.
+    half_reported: bool,
 }
 
-/// What is to be done with the client of a session that was cut off.
+/// What happens to the client of a session that the server has closed.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct SpreadDisconnect {
-    /// It is kept so long; zero: not at all.
-    pub(super) wait: Duration,
-    /// Of so many sessions this was the one that makes it a half. `None` for all others.
+    /// Time for which the client stays connected.
+    pub(super) delay: Duration,
+    /// Number of sessions at the start of the burst, if this session is the one that makes it half of them.
     pub(super) half_of: Option<u32>,
 }
 
 impl DisconnectSpreader {
     /// A session begins.
-    pub(super) fn arrived(&mut self) {
+    pub(super) fn session_opened(&mut self) {
         self.sessions += 1;
     }
 
-    /// One ends in the ordinary way.
-    pub(super) fn left(&mut self) {
+    /// A session ends, but not because the server has closed it.
+    pub(super) fn session_ended(&mut self) {
         self.sessions = self.sessions.saturating_sub(1);
     }
 
-    /// One ends because the server has closed it.
-    pub(super) fn cut_off(&mut self, now: Instant, over: Duration) -> SpreadDisconnect {
+    /// The server has closed a session without being asked.
+    pub(super) fn session_cut_off(&mut self, now: Instant, max_delay: Duration) -> SpreadDisconnect {
         let sessions = self.sessions.max(1);
-        let goes_on =
-            |line: &Burst| now.duration_since(line.last) <= TOGETHER && now.duration_since(line.began) < LONGEST;
-        let line = match self.line.take().filter(goes_on) {
-            Some(line) => self.line.insert(Burst { last: now, ..line }),
-            None => self.line.insert(Burst { began: now, last: now, had: sessions, cut_off: 0, told: false }),
+        let continues =
+            |burst: &Burst| now.duration_since(burst.last) <= MAX_GAP && now.duration_since(burst.started) < MAX_BURST;
+        let burst = match self.burst.take().filter(continues) {
+            Some(burst) => self.burst.insert(Burst { last: now, ..burst }),
+            None => self.burst.insert(Burst {
+                started: now,
+                last: now,
+                sessions_before: sessions,
+                closed: 0,
+                half_reported: false,
+            }),
         };
-        let fewer = line.had.saturating_sub(sessions);
-        let pace = (over / line.had).min(Duration::from_secs(1) / LEAST_PACE);
-        let gone = line.cut_off.min(fewer);
-        let wait = pace * gone;
-        line.cut_off += 1;
+        let fewer = burst.sessions_before.saturating_sub(sessions);
+        let interval = (max_delay / burst.sessions_before).min(Duration::from_secs(1) / MIN_RATE);
+        let lost = burst.closed.min(fewer);
+        let delay = interval * lost;
+        burst.closed += 1;
         self.sessions = sessions - 1;
-        let is_half = line.had > 1 && gone + 1 >= line.had.div_ceil(2) && !line.told;
-        line.told |= is_half;
+        let is_half = burst.sessions_before > 1 && lost + 1 >= burst.sessions_before.div_ceil(2);
+        let is_reported = is_half && !burst.half_reported;
+        burst.half_reported |= is_half;
         SpreadDisconnect {
-            wait: if wait < SHORT { Duration::ZERO } else { wait },
-            half_of: is_half.then_some(line.had),
+            delay: if delay < MIN_DELAY { Duration::ZERO } else { delay },
+            half_of: is_reported.then_some(burst.sessions_before),
         }
     }
 }
@@ -89,100 +96,100 @@ impl DisconnectSpreader {
 mod tests {
     use super::*;
 
-    const OVER: Duration = Duration::from_secs(30);
+    const MAX_DELAY: Duration = Duration::from_secs(30);
 
     fn with(sessions: u32) -> DisconnectSpreader {
-        DisconnectSpreader { sessions, line: None }
+        DisconnectSpreader { sessions, burst: None }
     }
 
-    /// All sessions end, a millisecond after each other: how long their clients are kept.
-    fn death(departures: &mut DisconnectSpreader, now: Instant, over: Duration) -> Vec<Duration> {
-        (0..departures.sessions)
-            .map(|place| departures.cut_off(now + Duration::from_millis(place.into()), over).wait)
+    /// Closes all sessions, a millisecond after one another, and returns the delays.
+    fn close_all(spreader: &mut DisconnectSpreader, now: Instant, max_delay: Duration) -> Vec<Duration> {
+        (0..spreader.sessions)
+            .map(|index| spreader.session_cut_off(now + Duration::from_millis(index.into()), max_delay).delay)
             .collect()
     }
 
     #[test]
-    fn a_server_that_dies_is_left_evenly_over_the_time() {
-        let waits = death(&mut with(900), Instant::now(), OVER);
+    fn clients_of_a_dying_server_are_disconnected_evenly_over_the_time() {
+        let delays = close_all(&mut with(900), Instant::now(), MAX_DELAY);
         for second in 0..30 {
-            let leaving = waits.iter().filter(|wait| wait.as_secs() == second).count();
+            let leaving = delays.iter().filter(|delay| delay.as_secs() == second).count();
             assert!((29..=31).contains(&leaving), "{leaving} in second {second}");
         }
-        assert_eq!(waits[..3], [Duration::ZERO; 3], "the first are not worth a timer");
-        assert!(waits.is_sorted() && *waits.last().unwrap() < OVER);
+        assert_eq!(delays[..3], [Duration::ZERO; 3], "the first delays are not worth a timer");
+        assert!(delays.is_sorted() && *delays.last().unwrap() < MAX_DELAY);
     }
 
     #[test]
-    fn few_clients_are_kept_no_longer_than_they_must() {
+    fn few_clients_are_disconnected_at_the_minimum_rate() {
         let now = Instant::now();
-        assert_eq!(death(&mut with(1), now, OVER), [Duration::ZERO]);
-        assert_eq!(death(&mut with(3), now, OVER), [0, 100, 200].map(Duration::from_millis));
-        let waits = death(&mut with(100), now, OVER);
-        assert_eq!(*waits.last().unwrap(), Duration::from_millis(9900));
-        let waits = death(&mut with(100), now, Duration::from_secs(2));
-        assert_eq!(*waits.last().unwrap(), Duration::from_millis(1980));
+        assert_eq!(close_all(&mut with(1), now, MAX_DELAY), [Duration::ZERO]);
+        assert_eq!(close_all(&mut with(3), now, MAX_DELAY), [0, 100, 200].map(Duration::from_millis));
+        let delays = close_all(&mut with(100), now, MAX_DELAY);
+        assert_eq!(*delays.last().unwrap(), Duration::from_millis(9900));
+        let delays = close_all(&mut with(100), now, Duration::from_secs(2));
+        assert_eq!(*delays.last().unwrap(), Duration::from_millis(1980));
     }
 
     #[test]
-    fn lone_ends_are_passed_on_at_once() {
-        let (mut departures, mut now) = (with(5), Instant::now());
+    fn single_ends_are_passed_on_at_once() {
+        let (mut spreader, mut now) = (with(5), Instant::now());
         for _ in 0..5 {
-            assert_eq!(departures.cut_off(now, OVER).wait, Duration::ZERO);
-            now += TOGETHER + Duration::from_millis(1);
+            assert_eq!(spreader.session_cut_off(now, MAX_DELAY).delay, Duration::ZERO);
+            now += MAX_GAP + Duration::from_millis(1);
         }
-        // And when there are many sessions, also a few together.
-        let mut departures = with(100_000);
+        // The same applies to a few together if there are many sessions.
+        let mut spreader = with(100_000);
         for _ in 0..300 {
-            assert_eq!(departures.cut_off(now, OVER).wait, Duration::ZERO);
+            assert_eq!(spreader.session_cut_off(now, MAX_DELAY).delay, Duration::ZERO);
         }
     }
 
     #[test]
-    fn a_server_that_closes_many_short_sessions_is_not_dying() {
-        let (mut departures, now) = (with(20), Instant::now());
+    fn server_that_closes_many_short_sessions_is_not_dying() {
+        let (mut spreader, now) = (with(20), Instant::now());
         for end in 0..2000 {
-            let departure = departures.cut_off(now + Duration::from_millis(10 * end), OVER);
-            assert_eq!(departure, SpreadDisconnect { wait: Duration::ZERO, half_of: None }, "{end}");
-            departures.arrived();
+            let disconnect = spreader.session_cut_off(now + Duration::from_millis(10 * end), MAX_DELAY);
+            assert_eq!(disconnect, SpreadDisconnect { delay: Duration::ZERO, half_of: None }, "{end}");
+            spreader.session_opened();
         }
     }
 
     #[test]
-    fn sessions_that_end_at_their_own_wish_are_no_part_of_it() {
-        let (mut departures, now) = (with(1000), Instant::now());
-        departures.cut_off(now, OVER);
-        (0..500).for_each(|_| departures.left());
-        assert_eq!(departures.cut_off(now, OVER).wait, Duration::ZERO);
+    fn sessions_that_clients_end_are_not_part_of_a_burst() {
+        let (mut spreader, now) = (with(1000), Instant::now());
+        spreader.session_cut_off(now, MAX_DELAY);
+        (0..500).for_each(|_| spreader.session_ended());
+        assert_eq!(spreader.session_cut_off(now, MAX_DELAY).delay, Duration::ZERO);
     }
 
     #[test]
-    fn a_server_that_dies_again_begins_again() {
-        let (mut departures, now) = (with(300), Instant::now());
-        assert_eq!(death(&mut departures, now, OVER).len(), 300);
-        (0..10).for_each(|_| departures.arrived());
-        let waits = death(&mut departures, now + Duration::from_secs(3), OVER);
-        assert_eq!(*waits.last().unwrap(), Duration::from_millis(900), "of those that are there now");
+    fn server_that_dies_again_begins_a_new_burst() {
+        let (mut spreader, now) = (with(300), Instant::now());
+        assert_eq!(close_all(&mut spreader, now, MAX_DELAY).len(), 300);
+        (0..10).for_each(|_| spreader.session_opened());
+        let delays = close_all(&mut spreader, now + Duration::from_secs(3), MAX_DELAY);
+        assert_eq!(*delays.last().unwrap(), Duration::from_millis(900), "by the number of sessions now");
     }
 
     #[test]
-    fn ends_that_never_cease_are_counted_anew_now_and_then() {
-        let (mut departures, began) = (with(100_000), Instant::now());
-        let wait = |departures: &mut DisconnectSpreader, second: u64| {
-            departures.cut_off(began + Duration::from_secs(second), OVER).wait
+    fn long_burst_is_counted_in_parts() {
+        let (mut spreader, started) = (with(100_000), Instant::now());
+        let delay = |spreader: &mut DisconnectSpreader, second: u64| {
+            spreader.session_cut_off(started + Duration::from_secs(second), MAX_DELAY).delay
         };
-        // One in a second, at an hour at which everybody goes home.
+        // The server closes one session per second, while many clients log out.
         for second in 0..2400 {
-            assert_eq!(wait(&mut departures, second), Duration::ZERO, "{second}");
-            (0..30).for_each(|_| departures.left());
+            assert_eq!(delay(&mut spreader, second), Duration::ZERO, "{second}");
+            (0..30).for_each(|_| spreader.session_ended());
         }
     }
 
     #[test]
-    fn the_half_is_told_once() {
-        let (mut departures, now) = (with(7), Instant::now());
-        let told: Vec<_> = (0..7).filter_map(|_| departures.cut_off(now, OVER).half_of).collect();
-        assert_eq!(told, [7]);
-        assert_eq!(with(1).cut_off(now, OVER).half_of, None);
+    fn half_of_the_sessions_is_reported_once() {
+        let (mut spreader, now) = (with(7), Instant::now());
+        let reported: Vec<_> = (0..7).filter_map(|_| spreader.session_cut_off(now, MAX_DELAY).half_of).collect();
+        assert_eq!(reported, [7]);
+        assert_eq!(with(1).session_cut_off(now, MAX_DELAY).half_of, None);
     }
 }

@@ -1,121 +1,141 @@
-//! The servers that one login tries, one after the other, with a slot at each.
+//! The servers that one login tries, one after another, with a permit at each.
 //!
-//! In the order that `select` found. A server that is failing, or that somebody else tries out just now, comes when
-//! there is no other; one that is full is passed over where another has a place, and where none has one, the login waits in
-//! the backend's queue. Only where a user must not be served by two servers at once (`user-hash`) does it wait for its own
-//! server sooner than go elsewhere. A login with incomplete credentials waits nowhere and takes no place; it asks for one
-//! when they are complete ([`Backend::take_place`]). Called by `session`.
+//! The order is that of `select`. A server that is failing, or that another login tries out, comes last. A full server is
+//! skipped while another has a free permit; if none has, the login waits in the backend's queue. Only if all sessions of a
+//! user must be on one server (`user-hash`) does it wait for its own server rather than use another. A login with incomplete
+//! credentials does not wait and does not count as a session; it asks for that when its credentials are complete
+//! ([`Backend::end_exchange`]).
 
 use std::collections::VecDeque;
 use std::sync::Arc;
 
-use super::capacity::ServerPermit;
-use super::server::Admission;
+use super::server::{PermitKind, PermitResult, ServerPermit};
 use super::{Backend, Server};
-use crate::admin_state::AdminState;
 use crate::deadline::Deadline;
 
-/// See the module.
+/// The servers that one login tries.
 #[derive(Debug)]
 pub struct Failover<'a> {
     backend: &'a Backend,
-    ahead: VecDeque<Arc<Server>>,
-    last_resort: VecDeque<Arc<Server>>,
+    untried: VecDeque<Arc<Server>>,
+    failing: VecDeque<Arc<Server>>,
     full: Vec<Arc<Server>>,
-    /// How long this login may wait in the queue.
+    /// End of the time that this login may spend in the queue.
     queue_until: Option<Deadline>,
-    needs_place: bool,
+    kind: PermitKind,
 }
 
-/// What comes next.
+/// What a login tries next.
 #[derive(Debug)]
 pub enum NextServer {
-    /// This server, where there is a slot.
-    At(Arc<Server>, ServerPermit),
-    /// No server has a place, and none came free in time.
-    Full,
-    /// There is no other server.
-    End,
+    /// This server, with a permit there.
+    Try(Arc<Server>, ServerPermit),
+    /// Every server has `max_sessions`, and no permit was returned in time.
+    AllFull,
+    /// All servers have been tried.
+    Exhausted,
 }
 
 impl<'a> Failover<'a> {
-    /// Of `servers`, which are the backend's.
+    /// The order in which `servers` of this backend are tried.
     pub fn new(backend: &'a Backend, servers: Vec<Arc<Server>>) -> Self {
-        let (last_resort, full) = (VecDeque::new(), Vec::new());
-        Self { backend, ahead: servers.into(), last_resort, full, queue_until: None, needs_place: true }
+        let (failing, full) = (VecDeque::new(), Vec::new());
+        Self { backend, untried: servers.into(), failing, full, queue_until: None, kind: PermitKind::Session }
     }
 
-    /// For a login with incomplete credentials, which takes no place yet.
+    /// The same for a login with incomplete credentials, which does not count as a session yet.
     #[must_use]
-    pub fn without_place(self) -> Self {
-        Self { needs_place: false, ..self }
+    pub fn for_exchange(self) -> Self {
+        Self { kind: PermitKind::Exchange, ..self }
     }
 
     /// Whether there may be another server after the last one.
     pub fn has_more(&self) -> bool {
-        !(self.ahead.is_empty() && self.last_resort.is_empty() && self.full.is_empty())
+        !(self.untried.is_empty() && self.failing.is_empty() && self.full.is_empty())
     }
 
-    /// The next server; waits for a place no longer than the queue allows, and not beyond `due`.
-    pub async fn next(&mut self, due: Deadline) -> NextServer {
-        while let Some(server) = self.ahead.pop_front() {
-            match server.admit(self.needs_place) {
-                Admission::ServerPermit(slot) => return NextServer::At(server, slot),
-                Admission::Full if self.backend.balance.is_sticky() => return self.wait(&[server], due).await,
-                Admission::Full => self.full.push(server),
-                Admission::Failing => self.last_resort.push_back(server),
-                Admission::Shut => {}
+    /// The next server. Waits for a permit no longer than the queue allows, and not beyond `deadline`.
+    pub async fn next(&mut self, deadline: Deadline) -> NextServer {
+        while let Some(server) = self.untried.pop_front() {
+            match server.request_permit(self.kind) {
+                PermitResult::Granted(permit) => return NextServer::Try(server, permit),
+                PermitResult::Full if self.backend.is_sticky() => return self.wait(&[server], deadline).await,
+                PermitResult::Full => self.full.push(server),
+                PermitResult::Failing => self.failing.push_back(server),
+                PermitResult::NoLogins => {}
             }
         }
         if !self.full.is_empty() {
             let full = std::mem::take(&mut self.full);
-            let stop = self.wait(&full, due).await;
-            if let NextServer::At(there, _) = &stop {
-                self.full = full.into_iter().filter(|server| !Arc::ptr_eq(server, there)).collect();
+            let next = self.wait(&full, deadline).await;
+            if let NextServer::Try(granted, _) = &next {
+                self.full = full.into_iter().filter(|server| !Arc::ptr_eq(server, granted)).collect();
             }
-            return stop;
+            return next;
         }
-        while let Some(server) = self.last_resort.pop_front() {
-            if server.admin_state() != AdminState::Up {
+        while let Some(server) = self.failing.pop_front() {
+            if !server.takes_logins() {
                 continue;
             }
-            return match self.needs_place.then(|| ServerPermit::take(&server)).flatten() {
-                Some(slot) => NextServer::At(server, slot),
-                None => self.wait(&[server], due).await,
+            let permit = match self.kind {
+                PermitKind::Session => ServerPermit::try_take(&server, PermitKind::Session),
+                // Without a limit, because no other server is left.
+                PermitKind::Exchange => Some(ServerPermit::exchange(&server)),
+            };
+            return match permit {
+                Some(permit) => NextServer::Try(server, permit),
+                None => self.wait(&[server], deadline).await,
             };
         }
-        NextServer::End
+        NextServer::Exhausted
     }
 
-    async fn wait(&mut self, servers: &[Arc<Server>], due: Deadline) -> NextServer {
-        if let Some(first) = servers.first().filter(|_| !self.needs_place) {
-            return NextServer::At(first.clone(), ServerPermit::without_place(first));
+    async fn wait(&mut self, servers: &[Arc<Server>], deadline: Deadline) -> NextServer {
+        if let (PermitKind::Exchange, Some(first)) = (self.kind, servers.first()) {
+            return NextServer::Try(first.clone(), ServerPermit::exchange(first));
         }
         let until = *self.queue_until.get_or_insert_with(|| Deadline::after(self.backend.queue_limits.timeout));
-        let Some(queue) = self.backend.queue.join(self.backend.queue_limits.length) else { return NextServer::Full };
-        let _counted = self.backend.metrics.backend(self.backend.id.0).login_queued();
-        match queue.wait(servers, until.min(due)).await {
-            Some((server, slot)) => NextServer::At(server, slot),
-            None => NextServer::Full,
+        let Some(entry) = self.backend.queue.enter(self.backend.queue_limits.length) else {
+            return NextServer::AllFull;
+        };
+        let _gauge = self.backend.metrics.backend(self.backend.id.0).login_queued();
+        let owners: Vec<_> =
+            servers.iter().map(|server| (server.state.clone(), server.settings.max_sessions)).collect();
+        let Some(permit) = entry.wait(&owners, until.min(deadline)).await else { return NextServer::AllFull };
+        match servers.iter().find(|server| permit.is_of(&server.state)) {
+            Some(server) => NextServer::Try(server.clone(), ServerPermit::session(server, permit)),
+            None => NextServer::AllFull,
         }
     }
 }
 
 impl Backend {
-    /// Makes sure that `slot`, which is at `server`, has a place; waits for one no longer than the queue allows, and not
-    /// beyond `due`. Returns whether it has.
-    pub async fn take_place(&self, server: &Arc<Server>, slot: &mut ServerPermit, due: Deadline) -> bool {
-        if slot.has_place() {
-            return true;
+    /// Makes a login at `server` count as a session after its SASL exchange. Waits for a permit no longer than the queue
+    /// allows, and not beyond `deadline`.
+    ///
+    /// # Errors
+    /// The server has `max_sessions`.
+    pub async fn end_exchange(
+        &self,
+        server: &Arc<Server>,
+        login: &mut ServerPermit,
+        deadline: Deadline,
+    ) -> Result<(), ServerFull> {
+        if login.is_session() {
+            return Ok(());
         }
-        let servers = vec![server.clone()];
-        let place = match ServerPermit::take(server) {
-            Some(place) => Some(place),
-            None => match Failover::new(self, Vec::new()).wait(&servers, due).await {
-                NextServer::At(_, place) => Some(place),
-                NextServer::Full | NextServer::End => None,
+        let session = match ServerPermit::try_take(server, PermitKind::Session) {
+            Some(session) => session,
+            None => match Failover::new(self, Vec::new()).wait(std::slice::from_ref(server), deadline).await {
+                NextServer::Try(_, session) => session,
+                NextServer::AllFull | NextServer::Exhausted => return Err(ServerFull),
             },
         };
-        place.map(|place| slot.take_place_of(place)).is_some()
+        login.end_exchange(session);
+        Ok(())
     }
 }
+
+/// The server has `max_sessions`, and no permit was returned in time.
+#[derive(Debug)]
+pub struct ServerFull;

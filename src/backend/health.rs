@@ -1,60 +1,59 @@
-//! Is a server alive? Decided from what sessions and checks met, and from time handed in.
+//! Decides whether a server is alive, from the results of logins and checks.
 //!
-//! Two judges. A *breaker* hears of real logins: it opens at once where a connection is refused, and after some other
-//! failures in a row; then the server is passed over for a while, one second at first, doubling to half a minute, after
-//! which a single login at a time may try it. *Checks* ask by themselves: some failures in a row take the server out,
-//! some successes bring it back, and may close the breaker too, if they have seen as much as the logins that opened it.
-//! A server that is not alive is passed over, not shut out: when no other server is left it is tried all the same. This
-//! room touches no socket and no clock. Called by `backend`.
+//! Two mechanisms decide. The *breaker* follows real logins: it opens at once if a connection is refused, and after a
+//! configured number of other failures in a row. Then logins avoid the server for a pause of one second, which doubles up
+//! to half a minute; after each pause one login at a time may try the server. *Checks* run by themselves: a number of
+//! failures in a row takes the server out and a number of successes brings it back. A passed check also closes the breaker
+//! if it has tested as much as the logins that opened it. A server that is not alive is still used when there is no other.
+//! This module uses no socket and no clock.
 
 use std::time::{Duration, Instant};
 
 const FIRST_PAUSE: Duration = Duration::from_secs(1);
 const LONGEST_PAUSE: Duration = Duration::from_secs(30);
-/// What a server gets of its weight when its slow start begins.
-const FIRST_STEP: f64 = 0.1;
+/// Share of its weight with which a server begins its slow start.
+const FIRST_RAMP: f64 = 0.1;
 
-/// How a login failed, by how much that says.
+/// How a login failed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum FailureKind {
-    /// Nobody listens there.
+    /// The connection was refused: no process listens there.
     Refused,
-    /// Anything else that is the server's fault.
+    /// Any other failure of the server.
     Other,
 }
 
-/// How much of a server a check has seen.
+/// How much of a server a check tests.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Depth {
-    /// It takes connections.
+pub(super) enum CheckDepth {
+    /// The server accepts connections.
     Connection,
-    /// It speaks IMAP.
+    /// The server speaks IMAP.
     Dialogue,
 }
 
-/// When judgements change.
+/// Numbers of results that change the state of a server.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Thresholds {
     /// Failed logins in a row that open the breaker.
     pub failures: u32,
-    /// Good checks in a row that bring a server back.
+    /// Passed checks in a row that bring a server back.
     pub rise: u32,
     /// Failed checks in a row that take a server out.
     pub fall: u32,
 }
 
-/// What a login may expect of a server.
+/// Whether a login may use a server.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Standing {
-    /// It is alive.
+pub(super) enum Availability {
     Alive,
-    /// Its pause is over: one login may try it, who must [`Health::begin_trial`].
-    OnTrial,
-    /// It comes last.
+    /// The breaker's pause is over: one login may try the server after [`Health::begin_trial`].
+    TrialDue,
+    /// The server is used only if there is no other.
     Failing,
 }
 
-/// A breaker's word for metrics.
+/// State of the breaker, with its value in metrics.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum BreakerState {
     Closed = 0,
@@ -62,24 +61,24 @@ pub(super) enum BreakerState {
     Open = 2,
 }
 
-/// Names one trial: see [`Health::begin_trial`].
+/// Identifies one trial: see [`Health::begin_trial`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Trial(u32);
 
-/// What is known of one server.
+/// Health of one server.
 #[derive(Debug, Default)]
 pub(super) struct Health {
     breaker: Breaker,
     checks: Checks,
     trials: u32,
-    /// When it last came back to life.
+    /// Time of the last recovery.
     recovered: Option<Instant>,
 }
 
 #[derive(Debug)]
 enum Breaker {
     Closed { failures: u32 },
-    Open { retry_at: Instant, pause: Duration, blow: FailureKind, trial: Option<Trial> },
+    Open { retry_at: Instant, pause: Duration, cause: FailureKind, trial: Option<Trial> },
 }
 
 impl Default for Breaker {
@@ -88,27 +87,42 @@ impl Default for Breaker {
     }
 }
 
-#[derive(Debug, Default)]
-struct Checks {
-    out: bool,
-    /// Results in a row that speak against `out`.
-    against: u32,
+/// What the checks have decided, with the number of results in a row that contradict it.
+#[derive(Debug)]
+enum Checks {
+    In { failed: u32 },
+    Out { passed: u32 },
 }
 
-/// A server has just died, or come back: `Some(alive)`.
-pub(super) type HealthChange = Option<bool>;
+impl Default for Checks {
+    fn default() -> Self {
+        Self::In { failed: 0 }
+    }
+}
+
+/// A change of a server's health.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum HealthChange {
+    Failed,
+    Recovered,
+}
 
 impl Health {
-    /// A login could not use the server.
+    /// Records that a login could not use the server.
     ///
-    /// Failures within a pause (logins that were under way together, and those that had no other server) do not
-    /// lengthen it.
-    pub(super) fn failed(&mut self, blow: FailureKind, now: Instant, thresholds: Thresholds) -> HealthChange {
-        self.judge(now, |health| {
+    /// Failures within a pause do not lengthen it: they are of logins that were in progress together, or that had no other
+    /// server.
+    pub(super) fn login_failed(
+        &mut self,
+        kind: FailureKind,
+        now: Instant,
+        thresholds: Thresholds,
+    ) -> Option<HealthChange> {
+        self.update(now, |health| {
             let pause = match &mut health.breaker {
                 Breaker::Closed { failures } => {
                     *failures += 1;
-                    if blow == FailureKind::Other && *failures < thresholds.failures {
+                    if kind == FailureKind::Other && *failures < thresholds.failures {
                         return;
                     }
                     FIRST_PAUSE
@@ -116,49 +130,64 @@ impl Health {
                 Breaker::Open { retry_at, .. } if now < *retry_at => return,
                 Breaker::Open { pause, .. } => (*pause * 2).min(LONGEST_PAUSE),
             };
-            health.breaker = Breaker::Open { retry_at: now + pause, pause, blow, trial: None };
+            health.breaker = Breaker::Open { retry_at: now + pause, pause, cause: kind, trial: None };
         })
     }
 
-    /// The server answered a login, whichever way.
-    pub(super) fn answered(&mut self, now: Instant) -> HealthChange {
-        self.judge(now, |health| health.breaker = Breaker::default())
+    /// Records that the server has answered a login, whether it accepted or refused it.
+    pub(super) fn login_answered(&mut self, now: Instant) -> Option<HealthChange> {
+        self.update(now, |health| health.breaker = Breaker::default())
     }
 
-    /// A check that sees as much as `depth` ended well or not.
-    pub(super) fn checked(&mut self, good: bool, depth: Depth, now: Instant, thresholds: Thresholds) -> HealthChange {
-        self.judge(now, |health| {
-            let checks = &mut health.checks;
-            checks.against = if good == checks.out { checks.against + 1 } else { 0 };
-            if checks.against >= if good { thresholds.rise } else { thresholds.fall } {
-                *checks = Checks { out: !good, against: 0 };
-            }
-            let closes =
-                |blow| good && !health.checks.out && (depth == Depth::Dialogue || blow == FailureKind::Refused);
-            if matches!(health.breaker, Breaker::Open { blow, .. } if closes(blow)) {
+    /// Records a passed check.
+    pub(super) fn check_passed(
+        &mut self,
+        depth: CheckDepth,
+        now: Instant,
+        thresholds: Thresholds,
+    ) -> Option<HealthChange> {
+        self.update(now, |health| {
+            health.checks = match health.checks {
+                Checks::Out { passed } if passed + 1 < thresholds.rise => Checks::Out { passed: passed + 1 },
+                Checks::In { .. } | Checks::Out { .. } => Checks::default(),
+            };
+            if let (Checks::In { .. }, Breaker::Open { cause, .. }) = (&health.checks, &health.breaker)
+                && (depth == CheckDepth::Dialogue || *cause == FailureKind::Refused)
+            {
                 health.breaker = Breaker::default();
             }
         })
     }
 
-    /// Whether it is taken for alive.
-    pub(super) fn is_alive(&self) -> bool {
-        !self.checks.out && matches!(self.breaker, Breaker::Closed { .. })
+    /// Records a failed check.
+    pub(super) fn check_failed(&mut self, now: Instant, thresholds: Thresholds) -> Option<HealthChange> {
+        self.update(now, |health| {
+            health.checks = match health.checks {
+                Checks::In { failed } if failed + 1 < thresholds.fall => Checks::In { failed: failed + 1 },
+                Checks::In { .. } | Checks::Out { .. } => Checks::Out { passed: 0 },
+            };
+        })
     }
 
-    /// See [`Standing`].
-    pub(super) fn standing(&self, now: Instant) -> Standing {
-        match &self.breaker {
-            _ if self.checks.out => Standing::Failing,
-            Breaker::Closed { .. } => Standing::Alive,
-            Breaker::Open { retry_at, trial: None, .. } if now >= *retry_at => Standing::OnTrial,
-            Breaker::Open { .. } => Standing::Failing,
+    /// Whether neither the checks nor the breaker speak against the server.
+    pub(super) fn is_alive(&self) -> bool {
+        matches!((&self.checks, &self.breaker), (Checks::In { .. }, Breaker::Closed { .. }))
+    }
+
+    pub(super) fn availability(&self, now: Instant) -> Availability {
+        match (&self.checks, &self.breaker) {
+            (Checks::Out { .. }, _) => Availability::Failing,
+            (Checks::In { .. }, Breaker::Closed { .. }) => Availability::Alive,
+            (Checks::In { .. }, Breaker::Open { retry_at, trial: None, .. }) if now >= *retry_at => {
+                Availability::TrialDue
+            }
+            (Checks::In { .. }, Breaker::Open { .. }) => Availability::Failing,
         }
     }
 
-    /// The caller tries a server on trial. `None`: it is not, or somebody else does already.
+    /// Begins a trial. `None` if none is due, or another login tries the server already.
     pub(super) fn begin_trial(&mut self, now: Instant) -> Option<Trial> {
-        if self.standing(now) != Standing::OnTrial {
+        if self.availability(now) != Availability::TrialDue {
             return None;
         }
         let Breaker::Open { trial, .. } = &mut self.breaker else { return None };
@@ -167,7 +196,7 @@ impl Health {
         *trial
     }
 
-    /// A trial is over. Where nothing was learnt from it, the next login may try.
+    /// Ends a trial. If it had no result, the next login may try the server.
     pub(super) fn end_trial(&mut self, ended: Trial) {
         if let Breaker::Open { trial, .. } = &mut self.breaker
             && *trial == Some(ended)
@@ -176,7 +205,6 @@ impl Health {
         }
     }
 
-    /// For metrics.
     pub(super) fn breaker(&self) -> BreakerState {
         match &self.breaker {
             Breaker::Closed { .. } => BreakerState::Closed,
@@ -185,21 +213,24 @@ impl Health {
         }
     }
 
-    /// How much of its weight counts: a tenth when it has just come back, all of it after `slow_start`.
+    /// Share of its weight that the server gets: a tenth right after its recovery, all of it after `slow_start`.
     pub(super) fn ramp(&self, now: Instant, slow_start: Option<Duration>) -> f64 {
         let Some((recovered, slow_start)) = self.recovered.zip(slow_start) else { return 1.0 };
         let passed = now.saturating_duration_since(recovered).as_secs_f64() / slow_start.as_secs_f64();
-        passed.clamp(FIRST_STEP, 1.0)
+        passed.clamp(FIRST_RAMP, 1.0)
     }
 
-    fn judge(&mut self, now: Instant, change: impl FnOnce(&mut Self)) -> HealthChange {
-        let before = self.is_alive();
+    fn update(&mut self, now: Instant, change: impl FnOnce(&mut Self)) -> Option<HealthChange> {
+        let was_alive = self.is_alive();
         change(self);
-        let after = self.is_alive();
-        if after && !before {
-            self.recovered = Some(now);
+        match (was_alive, self.is_alive()) {
+            (true, false) => Some(HealthChange::Failed),
+            (false, true) => {
+                self.recovered = Some(now);
+                Some(HealthChange::Recovered)
+            }
+            (true, true) | (false, false) => None,
         }
-        (before != after).then_some(after)
     }
 }
 
@@ -210,129 +241,142 @@ mod tests {
     const THRESHOLDS: Thresholds = Thresholds { failures: 3, rise: 2, fall: 3 };
     const SECOND: Duration = Duration::from_secs(1);
 
-    fn fail(health: &mut Health, blow: FailureKind, now: Instant) -> HealthChange {
-        health.failed(blow, now, THRESHOLDS)
+    fn fail(health: &mut Health, kind: FailureKind, now: Instant) -> Option<HealthChange> {
+        health.login_failed(kind, now, THRESHOLDS)
     }
 
-    fn check(health: &mut Health, good: bool, depth: Depth) -> HealthChange {
-        health.checked(good, depth, Instant::now(), THRESHOLDS)
+    fn pass(health: &mut Health, depth: CheckDepth) -> Option<HealthChange> {
+        health.check_passed(depth, Instant::now(), THRESHOLDS)
+    }
+
+    fn fail_check(health: &mut Health) -> Option<HealthChange> {
+        health.check_failed(Instant::now(), THRESHOLDS)
     }
 
     #[test]
-    fn pauses_double_and_end() {
+    fn breaker_pauses_double_up_to_a_limit() {
         let mut health = Health::default();
         let mut now = Instant::now();
-        assert_eq!(fail(&mut health, FailureKind::Refused, now), Some(false), "at once");
+        assert_eq!(fail(&mut health, FailureKind::Refused, now), Some(HealthChange::Failed), "at once");
         for seconds in [1, 2, 4, 8, 16, 30, 30] {
-            assert_eq!(fail(&mut health, FailureKind::Refused, now), None, "a failure within the pause is no news");
+            assert_eq!(
+                fail(&mut health, FailureKind::Refused, now),
+                None,
+                "a failure within the pause changes nothing"
+            );
             let nearly = now + Duration::from_millis(seconds * 1000 - 1);
-            assert_eq!(health.standing(nearly), Standing::Failing, "{seconds} s");
+            assert_eq!(health.availability(nearly), Availability::Failing, "{seconds} s");
             now += Duration::from_secs(seconds);
-            assert_eq!(health.standing(now), Standing::OnTrial, "{seconds} s");
+            assert_eq!(health.availability(now), Availability::TrialDue, "{seconds} s");
             assert!(health.begin_trial(now).is_some());
             assert_eq!(fail(&mut health, FailureKind::Refused, now), None);
         }
-        assert_eq!(health.answered(now), Some(true));
-        assert_eq!(health.answered(now), None);
-        assert_eq!(health.standing(now), Standing::Alive);
-        assert_eq!(fail(&mut health, FailureKind::Refused, now), Some(false));
-        assert_eq!(health.standing(now + FIRST_PAUSE), Standing::OnTrial, "from the first pause again");
+        assert_eq!(health.login_answered(now), Some(HealthChange::Recovered));
+        assert_eq!(health.login_answered(now), None);
+        assert_eq!(health.availability(now), Availability::Alive);
+        assert_eq!(fail(&mut health, FailureKind::Refused, now), Some(HealthChange::Failed));
+        assert_eq!(health.availability(now + FIRST_PAUSE), Availability::TrialDue, "from the first pause again");
     }
 
     #[test]
-    fn other_failures_must_come_in_a_row() {
+    fn breaker_opens_after_failures_in_a_row() {
         let (mut health, now) = (Health::default(), Instant::now());
         for _ in 0..5 {
             assert_eq!(fail(&mut health, FailureKind::Other, now), None);
             assert_eq!(fail(&mut health, FailureKind::Other, now), None);
-            assert_eq!(health.answered(now), None);
+            assert_eq!(health.login_answered(now), None);
         }
         assert_eq!(fail(&mut health, FailureKind::Other, now), None);
         assert_eq!(fail(&mut health, FailureKind::Other, now), None);
-        assert_eq!(fail(&mut health, FailureKind::Other, now), Some(false));
+        assert_eq!(fail(&mut health, FailureKind::Other, now), Some(HealthChange::Failed));
         assert_eq!(health.breaker(), BreakerState::Open);
     }
 
     #[test]
-    fn one_trial_at_a_time() {
+    fn trial_is_given_to_one_login_at_a_time() {
         let (mut health, now) = (Health::default(), Instant::now());
-        assert_eq!(health.begin_trial(now), None, "it is alive");
+        assert_eq!(health.begin_trial(now), None, "the server is alive");
         fail(&mut health, FailureKind::Refused, now);
         assert_eq!(health.begin_trial(now), None, "the pause is not over");
         let later = now + SECOND;
         let first = health.begin_trial(later).unwrap();
         assert_eq!(health.breaker(), BreakerState::HalfOpen);
-        assert_eq!(health.standing(later), Standing::Failing, "for everybody else");
+        assert_eq!(health.availability(later), Availability::Failing, "for other logins");
         assert_eq!(health.begin_trial(later), None);
         health.end_trial(first);
-        let second = health.begin_trial(later).expect("the first one has learnt nothing");
+        let second = health.begin_trial(later).expect("the first trial had no result");
         health.end_trial(first);
         assert_eq!(health.begin_trial(later), None, "an old trial does not end a new one");
         fail(&mut health, FailureKind::Other, later);
         health.end_trial(second);
-        assert_eq!(health.standing(later + SECOND), Standing::Failing, "a failed trial doubles the pause");
-        assert_eq!(health.standing(later + 2 * SECOND), Standing::OnTrial);
+        assert_eq!(health.availability(later + SECOND), Availability::Failing, "a failed trial doubles the pause");
+        assert_eq!(health.availability(later + 2 * SECOND), Availability::TrialDue);
     }
 
     #[test]
-    fn checks_rise_and_fall() {
+    fn checks_take_a_server_out_and_bring_it_back() {
         let mut health = Health::default();
-        for (good, expected) in [
+        for (passed, expected) in [
             (false, None),
             (false, None),
             (true, None),
             (false, None),
             (false, None),
-            (false, Some(false)),
+            (false, Some(HealthChange::Failed)),
             (true, None),
             (false, None),
             (true, None),
-            (true, Some(true)),
+            (true, Some(HealthChange::Recovered)),
             (true, None),
         ] {
-            assert_eq!(check(&mut health, good, Depth::Dialogue), expected, "{health:?}");
+            let change = if passed { pass(&mut health, CheckDepth::Dialogue) } else { fail_check(&mut health) };
+            assert_eq!(change, expected, "{health:?}");
         }
     }
 
     #[test]
-    fn a_check_closes_a_breaker_that_opened_for_what_it_sees() {
-        for (blow, depth, closes) in [
-            (FailureKind::Refused, Depth::Connection, true),
-            (FailureKind::Other, Depth::Connection, false),
-            (FailureKind::Refused, Depth::Dialogue, true),
-            (FailureKind::Other, Depth::Dialogue, true),
+    fn breaker_is_closed_by_a_check_that_tests_as_much_as_the_failed_logins() {
+        for (kind, depth, closes) in [
+            (FailureKind::Refused, CheckDepth::Connection, true),
+            (FailureKind::Other, CheckDepth::Connection, false),
+            (FailureKind::Refused, CheckDepth::Dialogue, true),
+            (FailureKind::Other, CheckDepth::Dialogue, true),
         ] {
             let (mut health, now) = (Health::default(), Instant::now());
             for _ in 0..3 {
-                fail(&mut health, blow, now);
+                fail(&mut health, kind, now);
             }
             assert!(!health.is_alive());
-            assert_eq!(check(&mut health, false, depth), None);
-            assert_eq!(check(&mut health, true, depth), closes.then_some(true), "{blow:?} {depth:?}");
+            assert_eq!(fail_check(&mut health), None);
+            assert_eq!(pass(&mut health, depth), closes.then_some(HealthChange::Recovered), "{kind:?} {depth:?}");
         }
     }
 
     #[test]
-    fn a_server_that_checks_took_out_is_not_tried_and_logins_do_not_bring_it_back() {
+    fn server_taken_out_by_checks_has_no_trials_and_logins_do_not_bring_it_back() {
         let (mut health, now) = (Health::default(), Instant::now());
         for _ in 0..3 {
-            check(&mut health, false, Depth::Dialogue);
+            fail_check(&mut health);
         }
         fail(&mut health, FailureKind::Refused, now);
-        assert_eq!(health.standing(now + 60 * SECOND), Standing::Failing, "no trials: checks go there by themselves");
-        assert_eq!(health.answered(now), None);
-        assert_eq!(health.standing(now), Standing::Failing);
-        check(&mut health, true, Depth::Connection);
-        assert_eq!(check(&mut health, true, Depth::Connection), Some(true));
+        assert_eq!(
+            health.availability(now + 60 * SECOND),
+            Availability::Failing,
+            "no trials, because checks test the server"
+        );
+        assert_eq!(health.login_answered(now), None);
+        assert_eq!(health.availability(now), Availability::Failing);
+        pass(&mut health, CheckDepth::Connection);
+        assert_eq!(pass(&mut health, CheckDepth::Connection), Some(HealthChange::Recovered));
     }
 
     #[test]
-    fn a_weight_rises_from_a_tenth() {
+    fn ramp_rises_from_a_tenth() {
         let (mut health, now) = (Health::default(), Instant::now());
         let slow = Some(Duration::from_secs(30));
-        assert!((health.ramp(now, slow) - 1.0).abs() < 1e-9, "it was never away");
+        assert!((health.ramp(now, slow) - 1.0).abs() < 1e-9, "it has never failed");
         fail(&mut health, FailureKind::Refused, now);
-        health.answered(now);
+        health.login_answered(now);
         for (seconds, expected) in [(0, 0.1), (3, 0.1), (15, 0.5), (30, 1.0), (60, 1.0)] {
             let ramp = health.ramp(now + Duration::from_secs(seconds), slow);
             assert!((ramp - expected).abs() < 1e-9, "{seconds} s: {ramp}");

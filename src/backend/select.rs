@@ -1,28 +1,27 @@
-//! Which server of a backend comes first for a login, and which next. Pure: counts, chance and turns are handed in.
+//! Decides in which order a login tries a backend's servers. Pure: counts, random numbers and credits are arguments.
 //!
-//! Servers that are available come before those that are failing, a lower SRV priority before a higher (RFC 2782), and
-//! among equals the backend's `balance` decides. `user-hash` is the default: a user's sessions meet on one server while
-//! it is up, which storage that several servers share needs (two Dovecots on one mailbox damage its index). The other
-//! balances are for storage that does not mind. Servers that are drained or down are no candidates at all. Called by
-//! `backend` for each login.
+//! Available servers come before failing ones, and a lower SRV priority before a higher one (RFC 2782). Among equals the
+//! backend's `balance` decides. `user-hash` is the default: a user's sessions are all on one server while it is up, as
+//! storage requires that several servers share (two Dovecot servers on one mailbox damage its index). The other balances
+//! are for storage without that restriction. Servers that are drained or down are not candidates.
 
 use crate::config::Balance;
 use crate::rendezvous;
 
-/// What the choice depends on.
+/// A server as far as the order depends on it.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Candidate<'a> {
-    /// The server's name as configured: part of the hash.
+    /// The configured name, which is part of the hash.
     pub name: &'a str,
     /// Share among servers of the same priority.
     pub weight: u32,
-    /// Lower is asked first.
+    /// The lowest priority is tried first.
     pub priority: u16,
-    /// See `health`.
-    pub available: bool,
-    /// Sessions it has, logins under way included.
+    /// Whether the server is not failing: see `health`.
+    pub is_available: bool,
+    /// Number of sessions, logins in progress included.
     pub sessions: u32,
-    /// How much of its weight counts just now: less than 1 for a while after a recovery (`slow_start`).
+    /// Share of its weight that the server gets: less than 1 for a while after a recovery (`slow_start`).
     pub ramp: f64,
 }
 
@@ -31,42 +30,43 @@ impl Candidate<'_> {
         f64::from(self.weight) * self.ramp
     }
 
-    /// How full it would be with one more.
+    /// Sessions per weight with one session more.
     fn load(&self) -> f64 {
         (f64::from(self.sessions) + 1.0) / f64::from(self.weight)
     }
 }
 
-/// What a choice takes along from the one before it, and from chance.
+/// Non-deterministic inputs: a source of random numbers and the credits of earlier turns.
 pub(super) struct SelectionState<'a> {
-    /// The next number from 0 up to 1.
-    pub chance: &'a mut dyn FnMut() -> f64,
-    /// How far each candidate is behind its share, for `round-robin`; as long as the candidates.
+    /// Returns a random number from 0 up to, but not including, 1.
+    pub random: &'a mut dyn FnMut() -> f64,
+    /// Credits of each candidate for `round-robin`; empty for other balances.
     pub credits: &'a mut [f64],
 }
 
-/// Positions of `candidates` in the order in which they are to be tried for `user`.
+/// Positions of `candidates` in the order in which a login of `user` tries them.
 pub(super) fn order(
     balance: Balance,
     user: &str,
     candidates: &[Candidate<'_>],
-    luck: &mut SelectionState<'_>,
+    state: &mut SelectionState<'_>,
 ) -> Vec<usize> {
-    let rank = |index: &usize| (!candidates[*index].available, candidates[*index].priority);
+    let rank = |index: &usize| (!candidates[*index].is_available, candidates[*index].priority);
     let mut order: Vec<usize> = (0..candidates.len()).collect();
     order.sort_by_key(rank);
     for (position, equals) in order.chunk_by_mut(|a, b| rank(a) == rank(b)).enumerate() {
         match balance {
             Balance::UserHash => by_hash(user, candidates, equals),
             Balance::BoundedHash { factor } => by_bounded_hash(factor, user, candidates, equals),
-            Balance::LeastSessions => by_sessions(candidates, equals, luck.chance),
-            Balance::RoundRobin => by_turn(candidates, equals, luck.credits, position == 0),
+            Balance::LeastSessions => by_sessions(candidates, equals, state.random),
+            Balance::RoundRobin if position == 0 => by_turn(candidates, equals, state.credits),
+            Balance::RoundRobin => by_credits(equals, state.credits),
         }
     }
     order
 }
 
-/// Rendezvous hashing. A slow start has no say: it would send a user's sessions to two servers.
+/// Rendezvous hashing. A slow start is ignored, because it would send the sessions of one user to two servers.
 fn by_hash(user: &str, candidates: &[Candidate<'_>], equals: &mut [usize]) {
     let score = |index: &usize| {
         let candidate = &candidates[*index];
@@ -75,7 +75,7 @@ fn by_hash(user: &str, candidates: &[Candidate<'_>], equals: &mut [usize]) {
     equals.sort_by(|a, b| score(b).total_cmp(&score(a)));
 }
 
-/// The same, but whoever has `factor` times its fair share of the sessions already comes behind those who have not
+/// Rendezvous hashing in which servers with `factor` times their fair share of sessions come after all others
 /// (Mirrokni, Thorup and Zadimoghaddam, 2016).
 fn by_bounded_hash(factor: f64, user: &str, candidates: &[Candidate<'_>], equals: &mut [usize]) {
     by_hash(user, candidates, equals);
@@ -85,39 +85,37 @@ fn by_bounded_hash(factor: f64, user: &str, candidates: &[Candidate<'_>], equals
         let candidate = &candidates[*index];
         f64::from(candidate.sessions) >= (factor * total * candidate.share() / shares).ceil()
     };
-    // Stable: among the full ones, and among the others, the user's own order stays.
+    // The sort is stable: the user's own order is kept among the full ones and among the others.
     equals.sort_by_key(is_full);
 }
 
-/// Of two drawn by weight the one with fewer sessions for its weight; then the others, the emptiest first.
+/// The less loaded of two servers drawn by weight comes first, then the others by load.
 ///
-/// Drawing two keeps machines that do not know of each other's logins from all running to the same empty server
-/// (Mitzenmacher, 2001). One in its slow start is empty, and would win each time it is drawn: it takes part in a growing
-/// share of draws only.
-fn by_sessions(candidates: &[Candidate<'_>], equals: &mut [usize], chance: &mut dyn FnMut() -> f64) {
-    let sits_out: Vec<bool> =
-        equals.iter().map(|index| candidates[*index].ramp).map(|ramp| ramp < 1.0 && chance() >= ramp).collect();
-    let playing: Vec<usize> =
-        equals.iter().zip(&sits_out).filter_map(|(index, sits_out)| (!sits_out).then_some(*index)).collect();
-    let is_behind = |index: &usize| !playing.is_empty() && !playing.contains(index);
+/// If the least loaded server always came first, proxies that do not know of each other's logins would all send them there
+/// (Mitzenmacher, 2001). A server in its slow start is empty and would win whenever it is drawn, so it takes part in a
+/// growing share of the draws only.
+fn by_sessions(candidates: &[Candidate<'_>], equals: &mut [usize], random: &mut dyn FnMut() -> f64) {
+    let mut is_excluded = |ramp: f64| ramp < 1.0 && random() >= ramp;
+    let drawable: Vec<usize> = equals.iter().copied().filter(|index| !is_excluded(candidates[*index].ramp)).collect();
+    let comes_last = |index: &usize| !drawable.is_empty() && !drawable.contains(index);
     equals.sort_by(|a, b| {
         let load = |index: &usize| candidates[*index].load();
-        is_behind(a).cmp(&is_behind(b)).then(load(a).total_cmp(&load(b)))
+        comes_last(a).cmp(&comes_last(b)).then(load(a).total_cmp(&load(b)))
     });
-    let players = if playing.is_empty() { equals.len() } else { playing.len() };
-    let first = drawn(candidates, &equals[..players], None, chance());
-    let second = drawn(candidates, &equals[..players], Some(first), chance());
+    let count = if drawable.is_empty() { equals.len() } else { drawable.len() };
+    let first = draw(candidates, &equals[..count], None, random());
+    let second = draw(candidates, &equals[..count], Some(first), random());
     let load = |position: usize| candidates[equals[position]].load();
     let winner = if load(second) < load(first) { second } else { first };
     equals[..=winner].rotate_right(1);
 }
 
-/// The position of one of `equals`, by weight, `but` one of them. Where there is no other, that one.
-fn drawn(candidates: &[Candidate<'_>], equals: &[usize], but: Option<usize>, chance: f64) -> usize {
+/// Draws the position of one of `equals` by weight, other than `excluded` if there is another one.
+fn draw(candidates: &[Candidate<'_>], equals: &[usize], excluded: Option<usize>, random: f64) -> usize {
     let weight = |position: usize| f64::from(candidates[equals[position]].weight);
-    let positions = || (0..equals.len()).filter(|position| Some(*position) != but);
-    let mut left = chance * positions().map(weight).sum::<f64>();
-    let mut last = but.unwrap_or(0);
+    let positions = || (0..equals.len()).filter(|position| Some(*position) != excluded);
+    let mut left = random * positions().map(weight).sum::<f64>();
+    let mut last = excluded.unwrap_or(0);
     for position in positions() {
         last = position;
         left -= weight(position);
@@ -128,17 +126,19 @@ fn drawn(candidates: &[Candidate<'_>], equals: &[usize], but: Option<usize>, cha
     last
 }
 
-/// Smooth weighted turns: everybody earns its weight, the richest has the turn and pays what all have earned.
-fn by_turn(candidates: &[Candidate<'_>], equals: &mut [usize], credits: &mut [f64], is_turn: bool) {
-    if is_turn {
-        for index in &*equals {
-            credits[*index] += candidates[*index].share();
-        }
+/// Smooth weighted round robin: every server earns its weight, and the one with most credits is first and pays the sum.
+fn by_turn(candidates: &[Candidate<'_>], equals: &mut [usize], credits: &mut [f64]) {
+    for index in &*equals {
+        credits[*index] += candidates[*index].share();
     }
-    equals.sort_by(|a, b| credits[*b].total_cmp(&credits[*a]));
-    if let Some(first) = equals.first().filter(|_| is_turn) {
+    by_credits(equals, credits);
+    if let Some(first) = equals.first() {
         credits[*first] -= equals.iter().map(|index| candidates[*index].share()).sum::<f64>();
     }
+}
+
+fn by_credits(equals: &mut [usize], credits: &[f64]) {
+    equals.sort_by(|a, b| credits[*b].total_cmp(&credits[*a]));
 }
 
 #[cfg(test)]
@@ -147,12 +147,12 @@ mod tests {
 
     use super::*;
 
-    fn candidate(name: &str, priority: u16, available: bool) -> Candidate<'_> {
-        Candidate { name, weight: 1, priority, available, sessions: 0, ramp: 1.0 }
+    fn candidate(name: &str, priority: u16, is_available: bool) -> Candidate<'_> {
+        Candidate { name, weight: 1, priority, is_available, sessions: 0, ramp: 1.0 }
     }
 
-    /// A chance that repeats itself in each run.
-    fn chances() -> impl FnMut() -> f64 {
+    /// Random numbers that are the same in each run.
+    fn random_numbers() -> impl FnMut() -> f64 {
         let mut state = 0x9e37_79b9_7f4a_7c15_u64;
         move || {
             state ^= state << 13;
@@ -163,15 +163,15 @@ mod tests {
     }
 
     fn hashed(user: &str, candidates: &[Candidate<'_>]) -> Vec<usize> {
-        order(Balance::UserHash, user, candidates, &mut SelectionState { chance: &mut || 0.5, credits: &mut [] })
+        order(Balance::UserHash, user, candidates, &mut SelectionState { random: &mut || 0.5, credits: &mut [] })
     }
 
-    /// `logins` of distinct users, whose sessions stay.
+    /// Adds a session for each of `logins` users.
     fn fill(balance: Balance, candidates: &mut [Candidate<'_>], logins: u32) {
-        let (mut chance, mut credits) = (chances(), vec![0.0; candidates.len()]);
+        let (mut random, mut credits) = (random_numbers(), vec![0.0; candidates.len()]);
         for user in 0..logins {
-            let mut luck = SelectionState { chance: &mut chance, credits: &mut credits };
-            let first = order(balance, &format!("user{user}"), candidates, &mut luck)[0];
+            let mut state = SelectionState { random: &mut random, credits: &mut credits };
+            let first = order(balance, &format!("user{user}"), candidates, &mut state)[0];
             candidates[first].sessions += 1;
         }
     }
@@ -186,38 +186,38 @@ mod tests {
     }
 
     #[test]
-    fn availability_comes_before_priority_before_balance() {
+    fn order_is_by_availability_then_priority_then_balance() {
         let candidates = [
-            candidate("down", 0, false),
+            candidate("failing", 0, false),
             candidate("spare", 20, true),
             candidate("a", 10, true),
             candidate("b", 10, true),
         ];
         for balance in ALL {
-            let (mut first, mut chance, mut credits) = ([0; 4], chances(), [0.0; 4]);
+            let (mut first, mut random, mut credits) = ([0; 4], random_numbers(), [0.0; 4]);
             for user in 0..100 {
-                let mut luck = SelectionState { chance: &mut chance, credits: &mut credits };
-                let order = order(balance, &format!("user{user}"), &candidates, &mut luck);
+                let mut state = SelectionState { random: &mut random, credits: &mut credits };
+                let order = order(balance, &format!("user{user}"), &candidates, &mut state);
                 first[order[0]] += 1;
-                assert_eq!(&order[2..], [1, 0], "spare, then what is down");
+                assert_eq!(&order[2..], [1, 0], "spare, then the failing one");
             }
             assert!(first[2] > 30 && first[3] > 30 && first[2] + first[3] == 100, "{balance:?} {first:?}");
         }
     }
 
     #[test]
-    fn a_user_returns_to_its_server_after_an_outage() {
+    fn user_returns_to_its_server_after_an_outage() {
         let up = [candidate("a", 0, true), candidate("b", 0, true), candidate("c", 0, true)];
         let before = hashed("alice", &up);
         let mut outage = up;
-        outage[before[0]].available = false;
+        outage[before[0]].is_available = false;
         let during = hashed("alice", &outage);
         assert_eq!(during, [before[1], before[2], before[0]], "the others keep their order");
         assert_eq!(hashed("alice", &up), before);
     }
 
     #[test]
-    fn turns_alternate() {
+    fn round_robin_alternates() {
         let candidates = weighted(&[1, 1]);
         let mut credits = [0.0; 2];
         let mut turn = || {
@@ -225,46 +225,46 @@ mod tests {
                 Balance::RoundRobin,
                 "alice",
                 &candidates,
-                &mut SelectionState { chance: &mut || 0.5, credits: &mut credits },
+                &mut SelectionState { random: &mut || 0.5, credits: &mut credits },
             )
         };
         let turns: Vec<Vec<usize>> = (0..4).map(|_| turn()).collect();
-        assert_eq!(turns, [[0, 1], [1, 0], [0, 1], [1, 0]], "and the other one is next");
+        assert_eq!(turns, [[0, 1], [1, 0], [0, 1], [1, 0]], "the turns alternate");
     }
 
     #[test]
-    fn of_two_drawn_the_emptier_one_wins() {
+    fn less_loaded_of_two_drawn_servers_wins() {
         let mut candidates = weighted(&[1, 1, 1]);
         (candidates[0].sessions, candidates[1].sessions, candidates[2].sessions) = (9, 5, 7);
         let pick = |first: f64, second: f64| {
             let mut draws = [first, second].into_iter();
-            let mut chance = || draws.next().unwrap();
+            let mut random = || draws.next().unwrap();
             order(
                 Balance::LeastSessions,
                 "",
                 &candidates,
-                &mut SelectionState { chance: &mut chance, credits: &mut [] },
+                &mut SelectionState { random: &mut random, credits: &mut [] },
             )
         };
-        // Drawn are positions among the candidates from the emptiest on: 1, 2, 0.
+        // Positions are drawn among the candidates by load: 1, 2, 0.
         assert_eq!(pick(0.9, 0.9), [2, 1, 0], "0 and 2 were drawn");
         assert_eq!(pick(0.9, 0.1), [1, 2, 0], "0 and 1");
         assert_eq!(pick(0.1, 0.1), [1, 2, 0], "1 and 2");
     }
 
     #[test]
-    fn one_that_comes_back_empty_is_not_overrun() {
+    fn recovered_server_is_not_overrun() {
         for (balance, bound) in [(Balance::LeastSessions, 13), (Balance::RoundRobin, 10)] {
             let mut candidates = weighted(&[1, 1]);
             (candidates[0].sessions, candidates[1].ramp) = (1000, 0.1);
             fill(balance, &mut candidates, 100);
             let taken = candidates[1].sessions;
-            assert!((5..=bound).contains(&taken), "{balance:?}: {taken} of a hundred");
+            assert!((5..=bound).contains(&taken), "{balance:?}: {taken} of 100");
             candidates[1].ramp = 1.0;
             fill(balance, &mut candidates, 100);
             assert!(candidates[1].sessions >= taken + 50, "{balance:?}");
         }
-        // Stickiness counts for more.
+        // With user-hash the user's server takes precedence over the slow start.
         let mut candidates = weighted(&[1, 1]);
         let before: Vec<_> = (0..50).map(|user| hashed(&format!("user{user}"), &candidates)).collect();
         candidates[1].ramp = 0.1;
@@ -273,10 +273,10 @@ mod tests {
     }
 
     #[test]
-    fn nobody_is_a_valid_choice() {
+    fn order_of_no_candidates_is_empty() {
         for balance in ALL {
-            let mut luck = SelectionState { chance: &mut || 0.0, credits: &mut [] };
-            assert!(order(balance, "alice", &[], &mut luck).is_empty());
+            let mut state = SelectionState { random: &mut || 0.0, credits: &mut [] };
+            assert!(order(balance, "alice", &[], &mut state).is_empty());
         }
     }
 
@@ -284,17 +284,17 @@ mod tests {
         #![proptest_config(ProptestConfig::with_cases(48))]
 
         #[test]
-        fn everybody_is_tried_once(
+        fn every_candidate_is_tried_once(
             servers in proptest::collection::vec((1_u32..20, 0_u16..3, any::<bool>(), 0_u32..50, 0.1_f64..=1.0), 1..8),
             balance in 0..4_usize, draws in proptest::collection::vec(0.0_f64..1.0, 32),
         ) {
-            let candidates: Vec<Candidate<'_>> = servers.iter().map(|(weight, priority, available, sessions, ramp)| {
-                Candidate { name: "same", weight: *weight, priority: *priority, available: *available, sessions: *sessions, ramp: *ramp }
+            let candidates: Vec<Candidate<'_>> = servers.iter().map(|(weight, priority, is_available, sessions, ramp)| {
+                Candidate { name: "same", weight: *weight, priority: *priority, is_available: *is_available, sessions: *sessions, ramp: *ramp }
             }).collect();
             let mut draws = draws.into_iter();
-            let mut luck = SelectionState { chance: &mut || draws.next().unwrap_or(0.0), credits: &mut vec![0.0; servers.len()] };
-            let mut order = order(ALL[balance], "alice", &candidates, &mut luck);
-            let rank = |index: &usize| (!candidates[*index].available, candidates[*index].priority);
+            let mut state = SelectionState { random: &mut || draws.next().unwrap_or(0.0), credits: &mut vec![0.0; servers.len()] };
+            let mut order = order(ALL[balance], "alice", &candidates, &mut state);
+            let rank = |index: &usize| (!candidates[*index].is_available, candidates[*index].priority);
             prop_assert!(order.is_sorted_by_key(rank), "{order:?}");
             order.sort_unstable();
             prop_assert_eq!(order, (0..servers.len()).collect::<Vec<_>>());
@@ -303,7 +303,7 @@ mod tests {
         #[test]
         fn shares_follow_weights(weights in proptest::collection::vec(1_u32..5, 2..=5)) {
             let sum: u32 = weights.iter().sum();
-            // How far off chance may be; turns leave nothing to it.
+            // Tolerated deviation: random balances vary, turns do not.
             for (balance, slack) in [
                 (Balance::UserHash, 0.12), (Balance::BoundedHash { factor: 1.25 }, 0.30),
                 (Balance::LeastSessions, 0.12), (Balance::RoundRobin, 0.002),
@@ -319,15 +319,15 @@ mod tests {
         }
 
         #[test]
-        fn a_bound_is_kept_after_every_login(
+        fn bound_is_kept_after_every_login(
             weights in proptest::collection::vec(1_u32..5, 2..=5), factor in 1.05_f64..2.0,
         ) {
             let mut candidates = weighted(&weights);
             let sum: f64 = weights.iter().map(|weight| f64::from(*weight)).sum();
             for user in 0..300 {
-                let mut luck = SelectionState { chance: &mut || 0.5, credits: &mut [] };
+                let mut state = SelectionState { random: &mut || 0.5, credits: &mut [] };
                 let user = format!("user{user}");
-                let first = order(Balance::BoundedHash { factor }, &user, &candidates, &mut luck)[0];
+                let first = order(Balance::BoundedHash { factor }, &user, &candidates, &mut state)[0];
                 candidates[first].sessions += 1;
                 let total: u32 = candidates.iter().map(|candidate| candidate.sessions).sum();
                 let bound = (factor * f64::from(total) * f64::from(candidates[first].weight) / sum).ceil();
@@ -336,16 +336,16 @@ mod tests {
         }
 
         #[test]
-        fn a_hash_moves_only_whom_it_must(weights in proptest::collection::vec(1_u32..5, 3..=5), gone in 0..3_usize) {
-            // Without any load the bounded hash is the plain one.
+        fn hash_moves_only_users_of_the_server_that_fails(weights in proptest::collection::vec(1_u32..5, 3..=5), gone in 0..3_usize) {
+            // Without sessions the bounded hash equals the plain one.
             for balance in [Balance::UserHash, Balance::BoundedHash { factor: 1.25 }] {
                 let all = weighted(&weights);
                 let mut fewer = all.clone();
-                fewer[gone].available = false;
+                fewer[gone].is_available = false;
                 for user in 0..200 {
                     let user = format!("user{user}");
                     let first = |candidates: &[Candidate<'_>]| {
-                        order(balance, &user, candidates, &mut SelectionState { chance: &mut || 0.5, credits: &mut [] })[0]
+                        order(balance, &user, candidates, &mut SelectionState { random: &mut || 0.5, credits: &mut [] })[0]
                     };
                     let (before, after) = (first(&all), first(&fewer));
                     prop_assert!(before == after || before == gone, "{user} moved from {before} to {after}");

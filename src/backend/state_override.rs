@@ -1,8 +1,8 @@
-//! States of servers that operators have set, over what the configuration says.
+//! Administrative states that operators have set, which override the configured ones.
 //!
-//! An administrative state belongs to a server's name within its backend, not to a configuration: it outlives reloads, servers that
-//! leave the configuration or DNS and come back, and, written down by `server`, the process. This module keeps and validates
-//! states; it reads no file.
+//! An override belongs to a server's name within its backend, not to a configuration. It outlives reloads, and applies again
+//! to a server that has left the configuration or DNS and comes back; `server` saves it to a file for the next process. This
+//! module holds and validates overrides and does not access files.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -12,17 +12,17 @@ use serde::{Deserialize, Serialize};
 
 use crate::admin_state::AdminState;
 
-/// Maximum number of servers with an administrative state, those that no configuration names included.
-pub const MAX_STATES: usize = 4096;
+/// Maximum number of overrides, those of servers that no configuration names included.
+pub const MAX_OVERRIDES: usize = 4096;
 /// Maximum length of a reason, in bytes.
 pub const MAX_REASON: usize = 256;
 /// Maximum length of the name of the operator, and of a server's name, in bytes.
 const MAX_NAME: usize = 320;
 
-/// An administrative state: what an operator wants of a server.
+/// An administrative state that an operator has set.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct StateOverride {
-    /// The state, in the configuration's words.
+    /// The state.
     pub state: AdminState,
     /// The operator who set it.
     pub by: String,
@@ -34,31 +34,31 @@ pub struct StateOverride {
     pub reason: Option<String>,
 }
 
-/// An administrative state together with the server it is for.
+/// An override together with the server that it applies to.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct StoredOverride {
-    /// The server's backend.
+    /// Name of the backend.
     pub backend: String,
-    /// The server's name.
+    /// Name of the server.
     pub server: String,
-    /// Its state.
+    /// The override.
     #[serde(flatten)]
     pub set: StateOverride,
 }
 
-/// A text that cannot be part of an administrative state.
+/// An override that cannot be set.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum InvalidOverride {
     /// The text is empty, too long, or has control characters.
-    #[error("{what} must have 1 to {most} bytes and no control characters")]
+    #[error("{what} must have 1 to {max} bytes and no control characters")]
     Text {
-        /// Which text.
+        /// Which text is invalid.
         what: &'static str,
         /// Its maximum length.
-        most: usize,
+        max: usize,
     },
-    /// [`MAX_STATES`] is reached.
-    #[error("{MAX_STATES} servers have a state set already: reset some with `vestibule server NAME as-configured`")]
+    /// [`MAX_OVERRIDES`] is reached.
+    #[error("{MAX_OVERRIDES} servers have a state set already: reset some with `vestibule server NAME as-configured`")]
     TooMany,
 }
 
@@ -79,14 +79,14 @@ impl StateOverride {
         self.reason.as_ref().map_or(Ok(()), |reason| text("a reason", reason, MAX_REASON))
     }
 
-    /// The time when it was set, as RFC 3339 has it.
+    /// The time when it was set, in the format of RFC 3339.
     pub fn since(&self) -> String {
-        time::shown(self.since)
+        time::format(self.since)
     }
 }
 
 impl StoredOverride {
-    /// Checks what was read from a file or from another process.
+    /// Checks an override that was read from a file or received from another process.
     ///
     /// # Errors
     /// A text is not a short line.
@@ -97,12 +97,12 @@ impl StoredOverride {
     }
 }
 
-fn text(what: &'static str, text: &str, most: usize) -> Result<(), InvalidOverride> {
-    let is_valid = !text.is_empty() && text.len() <= most && !text.chars().any(char::is_control);
-    if is_valid { Ok(()) } else { Err(InvalidOverride::Text { what, most }) }
+fn text(what: &'static str, text: &str, max: usize) -> Result<(), InvalidOverride> {
+    let is_valid = !text.is_empty() && text.len() <= max && !text.chars().any(char::is_control);
+    if is_valid { Ok(()) } else { Err(InvalidOverride::Text { what, max }) }
 }
 
-/// The administrative state of one server, shared by all that know the server by its name.
+/// The override of one server, shared by all that know the server by its name.
 #[derive(Debug, Clone, Default)]
 pub(super) struct OverrideCell(Arc<Mutex<Option<StateOverride>>>);
 
@@ -127,36 +127,36 @@ impl OverrideCell {
     }
 }
 
-/// The administrative states of a process, by backend and server.
+/// The overrides of a process, by backend and server.
 #[derive(Debug, Clone, Default)]
 pub struct StateOverrides(Arc<Mutex<BTreeMap<(String, String), OverrideCell>>>);
 
 impl StateOverrides {
-    /// The cell of a server.
+    /// The cell of a server's override.
     pub(super) fn cell(&self, backend: &str, server: &str) -> OverrideCell {
         let mut cells = self.lock();
         if cells.len().is_power_of_two() {
-            // Drop the cells of servers that are gone and have no state.
+            // Drop the cells of servers that are gone and have no override.
             cells.retain(|_, cell| Arc::strong_count(&cell.0) > 1 || cell.state().is_some());
         }
         cells.entry((backend.to_owned(), server.to_owned())).or_default().clone()
     }
 
-    /// Sets or clears the state of a server, whether or not the server exists.
+    /// Sets or clears the override of a server, whether or not the server exists.
     ///
     /// # Errors
-    /// [`MAX_STATES`] servers have a state already.
+    /// There are [`MAX_OVERRIDES`] already.
     pub fn set(&self, backend: &str, server: &str, state: Option<StateOverride>) -> Result<(), InvalidOverride> {
         let cell = self.cell(backend, server);
         let is_new = state.is_some() && cell.state().is_none();
-        if is_new && self.lock().values().filter(|cell| cell.state().is_some()).count() >= MAX_STATES {
+        if is_new && self.lock().values().filter(|cell| cell.state().is_some()).count() >= MAX_OVERRIDES {
             return Err(InvalidOverride::TooMany);
         }
         cell.set(state);
         Ok(())
     }
 
-    /// All states that are set, in the order of backends and servers.
+    /// All overrides, in the order of backends and servers.
     pub fn all(&self) -> Vec<StoredOverride> {
         let cells = self.lock();
         let set = cells.iter().filter_map(|((backend, server), cell)| {
@@ -165,12 +165,12 @@ impl StateOverrides {
         set.collect()
     }
 
-    /// Replaces all states by `states`.
+    /// Replaces all overrides by `states`.
     pub fn replace(&self, states: &[StoredOverride]) {
         for cell in self.lock().values() {
             cell.set(None);
         }
-        for stored in states.iter().take(MAX_STATES) {
+        for stored in states.iter().take(MAX_OVERRIDES) {
             self.cell(&stored.backend, &stored.server).set(Some(stored.set.clone()));
         }
     }
@@ -188,15 +188,15 @@ mod time {
     use serde::de::Error as _;
     use serde::{Deserialize as _, Deserializer, Serializer};
 
-    /// The last second of the year 9999, beyond which RFC 3339 has no text.
+    /// The last second of the year 9999, which is the last one that RFC 3339 can express.
     const LAST: u64 = 253_402_300_799;
 
-    pub(super) fn shown(since: u64) -> String {
+    pub(super) fn format(since: u64) -> String {
         humantime::format_rfc3339_seconds(SystemTime::UNIX_EPOCH + Duration::from_secs(since.min(LAST))).to_string()
     }
 
     pub(super) fn serialize<S: Serializer>(since: &u64, serializer: S) -> Result<S::Ok, S::Error> {
-        serializer.serialize_str(&shown(*since))
+        serializer.serialize_str(&format(*since))
     }
 
     pub(super) fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<u64, D::Error> {
@@ -220,12 +220,12 @@ mod tests {
     }
 
     #[test]
-    fn a_state_is_shared_by_all_that_know_the_server() {
+    fn override_is_shared_by_all_that_know_the_server() {
         let states = StateOverrides::default();
         let cell = states.cell("shard-a", "h:1");
         states.set("shard-a", "h:1", Some(drained())).unwrap();
         assert_eq!(cell.state(), Some(AdminState::Drain));
-        assert_eq!(states.cell("shard-b", "h:1").state(), None, "another backend's server is another server");
+        assert_eq!(states.cell("shard-b", "h:1").state(), None, "a server of another backend is another server");
         drop(cell);
         (0..100).for_each(|number| drop(states.cell("shard-a", &format!("gone:{number}"))));
         assert!(states.lock().len() < 70, "cells without a state and a server are dropped");
@@ -235,18 +235,18 @@ mod tests {
     }
 
     #[test]
-    fn the_number_of_states_is_bounded() {
+    fn number_of_overrides_is_bounded() {
         let states = StateOverrides::default();
-        (0..MAX_STATES).for_each(|number| states.set("b", &number.to_string(), Some(drained())).unwrap());
+        (0..MAX_OVERRIDES).for_each(|number| states.set("b", &number.to_string(), Some(drained())).unwrap());
         assert_eq!(states.set("b", "more", Some(drained())), Err(InvalidOverride::TooMany));
         states.set("b", "0", Some(drained())).unwrap();
         states.set("b", "0", None).unwrap();
         states.set("b", "more", Some(drained())).unwrap();
-        assert_eq!(states.all().len(), MAX_STATES);
+        assert_eq!(states.all().len(), MAX_OVERRIDES);
     }
 
     #[test]
-    fn states_are_written_and_read_as_json() {
+    fn overrides_are_written_and_read_as_json() {
         let stored = StoredOverride { backend: "shard-a".into(), server: "h:1".into(), set: drained() };
         let text = serde_json::to_string(&stored).unwrap();
         let expected = r#"{"backend":"shard-a","server":"h:1","state":"drain","by":"root","since":"2027-01-15T08:00:00Z","reason":"new disks"}"#;
@@ -259,7 +259,7 @@ mod tests {
     }
 
     #[test]
-    fn texts_that_could_not_be_shown_are_refused() {
+    fn texts_with_control_characters_or_excess_length_are_invalid() {
         for (by, reason) in [("", None), ("root", Some("")), ("root\n", None), ("root", Some("\u{1b}[2J"))] {
             assert!(StateOverride::new(AdminState::Up, by, reason).is_err(), "{by:?} {reason:?}");
         }

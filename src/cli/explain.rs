@@ -11,7 +11,7 @@ use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use crate::backend::OwnAddresses;
+use crate::backend::ListenerAddresses;
 use crate::identity::UserName;
 use crate::route::{LookupOrigin, LookupRequest, LookupResult, RouteDecision, ServerChoice};
 use crate::snapshot::Snapshot;
@@ -62,8 +62,8 @@ pub async fn explain(snapshot: &Snapshot, user: &UserName) -> (String, bool) {
     if let Err(error) = snapshot.read_states() {
         line(&mut text, format_args!("states   unknown: {error}"));
     }
-    let own = OwnAddresses::new(snapshot.config.listeners.iter().map(|listener| listener.address).collect());
-    snapshot.backends.start(&own, &tasks, &stop);
+    let own = ListenerAddresses::new(snapshot.config.listeners.iter().map(|listener| listener.address).collect());
+    snapshot.backends.start_discovery(&own, &tasks, &stop);
     let wait = snapshot.config.resolver.timeout * 3;
     let servers = timeout(wait, snapshot.servers(place, &place.mailbox(&question.user))).await.unwrap_or_default();
     match place.server {

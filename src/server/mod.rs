@@ -26,7 +26,7 @@ use self::listener_set::{BoundListeners, ListenerSet};
 pub use self::operations::{UserHold, UserMoved};
 pub use self::server_state::{BeforeRetirement, StateChange, StateChanged};
 use crate::admission::connection_limit::ConnectionLimit;
-use crate::backend::OwnAddresses;
+use crate::backend::ListenerAddresses;
 use crate::backend::state_override::StoredOverride;
 use crate::config::{self, Config};
 use crate::listener::{self, WorkerContext};
@@ -372,7 +372,7 @@ impl Running {
             }
         }
         drop(current);
-        before.backends.retire(&snapshot.backends);
+        before.backends.remove_stale_metrics(&snapshot.backends);
         before.router.retire(&snapshot.router);
         if let Some(policy) = &before.auth_policy {
             policy.retire();
@@ -393,8 +393,8 @@ impl Running {
 
     /// Starts the background tasks of a configuration, which end at `stop`.
     fn start_background(&self, snapshot: &Arc<Snapshot>, stop: &CancellationToken, own: Vec<SocketAddr>) {
-        snapshot.backends.start(&OwnAddresses::new(own), &self.background, stop);
-        snapshot.backends.watch(&snapshot.limits, &self.background, stop);
+        snapshot.backends.start_discovery(&ListenerAddresses::new(own), &self.background, stop);
+        snapshot.backends.start_checks(&snapshot.limits, &self.background, stop);
         snapshot.router.start(&snapshot.metrics, &Handle::current(), &self.background, stop);
         if let Some(tls) = &snapshot.tls {
             tls.start(&snapshot.metrics, &Handle::current(), &self.background, stop);

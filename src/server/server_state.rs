@@ -94,7 +94,7 @@ impl Running {
             let (state, reason) = (change.state.map_or("as-configured", AdminState::as_str), change.reason.as_deref());
             tracing::info!(backend, server, state, by = change.by, reason, "server state set");
         }
-        snapshot.backends.show_states();
+        snapshot.backends.update_gauges();
         if let Some(AdminState::Drain | AdminState::Down) = state {
             // They are routed again; a SASL exchange could wait for its client until long after the drain.
             let is_named = |server: &Server| names(&change.server, &server.backend, &server.name);
@@ -142,7 +142,7 @@ impl Running {
         let backends = self.snapshot().backends.clone();
         if backends.state_overrides().all() != states {
             backends.state_overrides().replace(states);
-            backends.show_states();
+            backends.update_gauges();
         }
         // The predecessor may have had no state file, or another.
         let _ = self.save_states().await;

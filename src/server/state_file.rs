@@ -11,9 +11,9 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use crate::backend::state_override::{MAX_STATES, StoredOverride};
+use crate::backend::state_override::{MAX_OVERRIDES, StoredOverride};
 
-/// Maximum size of the file: more than [`MAX_STATES`] of the longest states need.
+/// Maximum size of the file: more than [`MAX_OVERRIDES`] of the longest states need.
 const MAX_FILE: u64 = 8 * 1024 * 1024;
 /// Version of the format.
 const VERSION: u32 = 1;
@@ -43,8 +43,8 @@ pub(super) fn read(path: &Path) -> Result<Vec<StoredOverride>, String> {
     if document.version != VERSION {
         return Err(format!("unknown version {}: expected {VERSION}", document.version));
     }
-    if document.states.len() > MAX_STATES {
-        return Err(format!("more than {MAX_STATES} states"));
+    if document.states.len() > MAX_OVERRIDES {
+        return Err(format!("more than {MAX_OVERRIDES} states"));
     }
     document.states.iter().try_for_each(StoredOverride::validate).map_err(|error| error.to_string())?;
     Ok(document.states)

@@ -15,7 +15,8 @@ use super::server_credentials::{server_login, split_master, with_user};
 use super::throttling::{counted_users, reply_to_refused_token};
 use super::{Session, close};
 use crate::admission::AddressBlock;
-use crate::backend::request::{Established, Outcome, Purpose, Request};
+use crate::backend::login::{Established, LoginResponse};
+use crate::backend::request::{ClientDetails, Request};
 use crate::backend::{Backend, Server, ServerPermit};
 use crate::deadline::Deadline;
 use crate::failure::Reason;
@@ -232,17 +233,18 @@ impl Session {
         };
         let (session_id, tls) = (self.record.session(), self.record.tls().cloned());
         let request = Request {
-            login: Some(server_login),
-            mechanism: Some(credentials.mechanism),
-            purpose: Purpose::Session,
+            login: server_login,
+            mechanism: credentials.mechanism,
             tag,
-            client_id: &login.client_id,
-            client: self.peer,
-            listener: self.local,
-            tls: tls.as_ref(),
-            session_id: session_id.as_str(),
+            client: ClientDetails {
+                address: self.peer,
+                listener: self.local,
+                tls: tls.as_ref(),
+                session_id: session_id.as_str(),
+                id: &login.client_id,
+            },
             limits: &snapshot.limits,
-            deadline: Some(Deadline::after(snapshot.limits.server_login)),
+            deadline: Deadline::after(snapshot.limits.server_login),
         };
         let (mailbox, Registered { seat, since }) = (place.mailbox(&login.names.routing), registered);
         let (listener_config, carries) = (self.listener_config.clone(), Carried::of(credentials, place));
@@ -256,7 +258,7 @@ impl Session {
             Ok(answered) => answered,
             Err(ended) => return Some(Ok(ended)),
         };
-        if matches!(outcome, Outcome::Accepted(_))
+        if matches!(outcome, LoginResponse::Accepted(_))
             && let Some(limited) =
                 self.may_have_one_more(&login.request.tag, &login.users, &login.names.routing, backend.id)
         {
@@ -334,14 +336,14 @@ impl Session {
         &mut self,
         login: &Login<'_>,
         placing: &Placing<'a, '_>,
-        (mut outcome, mut placed): (Outcome<'a>, Option<Placed>),
+        (mut outcome, mut placed): (LoginResponse<'a>, Option<Placed>),
         stream: &mut Stream,
         prelogin: &mut Prelogin,
         progress: &mut Progress,
-    ) -> Option<Result<(Outcome<'a>, Option<Placed>), Attempted>> {
+    ) -> Option<Result<(LoginResponse<'a>, Option<Placed>), Attempted>> {
         let backend = Some(placing.carries.routed);
         let mut is_token_refused = false;
-        while let Outcome::Challenged(paused, challenge) = outcome {
+        while let LoginResponse::Challenged(paused, challenge) = outcome {
             let Some(placed) = &mut placed else { return Some(Err(Attempted::Unavailable)) };
             placing.asks_client(placed, &challenge, progress.in_exchange);
             progress.in_exchange = true;
@@ -368,7 +370,7 @@ impl Session {
             };
             outcome = placing.respond(paused, placed, &response).await;
         }
-        if is_token_refused && !matches!(outcome, Outcome::Accepted(_)) {
+        if is_token_refused && !matches!(outcome, LoginResponse::Accepted(_)) {
             let reply = reply_to_refused_token(outcome, &login.request.tag);
             return Some(Err(Attempted::TokenRefused { reply }));
         }
@@ -378,19 +380,19 @@ impl Session {
     fn answered(
         &mut self,
         tag: &Tag,
-        outcome: Outcome<'_>,
+        outcome: LoginResponse<'_>,
         answered: Option<Seated>,
         routed: &Backend,
         began: Instant,
     ) -> Attempted {
         let took = began.elapsed();
         match (outcome, answered) {
-            (Outcome::Accepted(established), Some(seated)) => {
+            (LoginResponse::Accepted(established), Some(seated)) => {
                 self.snapshot.metrics.backend(seated.backend.id.0).logged_in(took);
                 self.record.accepted(&seated.backend, &seated.server.name, &established, took);
                 Attempted::Accepted { seated, established: Box::new(established) }
             }
-            (Outcome::Refused { reply, counts }, answered) => {
+            (LoginResponse::Refused { reply, counts }, answered) => {
                 // A client takes its turns in a relayed mechanism as slowly as it likes.
                 if counts && !self.record.last_attempt().0.is_some_and(Mechanism::is_relayed) {
                     let client = AddressBlock::of(self.peer.ip());
@@ -403,16 +405,16 @@ impl Session {
                 Attempted::Refused { reply, counts, not_before: None }
             }
             // Not followed: the client may know better.
-            (Outcome::Referred(referral), answered) => {
+            (LoginResponse::Referred(referral), answered) => {
                 self.record.refused(routed.id, answered.as_ref().map(|answered| &answered.server.name));
                 Attempted::Refused { reply: referral.reply, counts: false, not_before: None }
             }
-            (Outcome::Unavailable(fault), answered) if fault.is_refusal => {
+            (LoginResponse::Unavailable(fault), answered) if fault.is_refusal() => {
                 self.record.refused(routed.id, answered.as_ref().map(|answered| &answered.server.name));
                 self.record.detail(fault.detail);
                 self.refused_late(tag, Some(routed), began)
             }
-            (Outcome::Unavailable(fault), _) => {
+            (LoginResponse::Unavailable(fault), _) => {
                 let is_limit = fault.reason == Reason::UserLimit;
                 let outcome = if is_limit { LoginOutcome::Limited } else { LoginOutcome::Unavailable };
                 if fault.is_counted_at_server() {
@@ -427,7 +429,7 @@ impl Session {
                 }
             }
             // A server is named with every acceptance, challenges are answered before, and none is only looked at.
-            (Outcome::Accepted(_) | Outcome::Challenged(..) | Outcome::Seen(_), _) => Attempted::Unavailable,
+            (LoginResponse::Accepted(_) | LoginResponse::Challenged(..), _) => Attempted::Unavailable,
         }
     }
 

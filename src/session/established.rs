@@ -14,7 +14,7 @@ use super::attempt::Seated;
 use super::log_record::Record;
 use super::{ConnectionPermits, FAREWELL, Session, SessionPoller};
 use crate::backend::DelayedDisconnect;
-use crate::backend::request::Established;
+use crate::backend::login::Established;
 use crate::failure::Reason;
 use crate::protocol::imap::reply;
 use crate::protocol::imap::tag::Tag;
@@ -72,7 +72,7 @@ impl EstablishedState {
     /// The server has closed, and the client shall not come back at the same moment as all others of this server: waits for
     /// its turn, or until something happens to it.
     async fn keep_client(&mut self, relay: &Relay<TcpStream>, call: &CancelSignal) {
-        let Some(DelayedDisconnect { wait, shown: _shown, .. }) = self.record.cut_off() else { return };
+        let Some(DelayedDisconnect { delay: wait, gauge: _gauge, .. }) = self.record.cut_off() else { return };
         // The user may come back at once, while this connection waits for its turn.
         self.permits.count.release();
         self.seat.server_closed();

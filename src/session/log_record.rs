@@ -9,8 +9,8 @@ use std::num::NonZeroU32;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use crate::backend::request::Established;
-use crate::backend::{Backend, DelayedDisconnect, ServerPermit, SessionSlot};
+use crate::backend::login::Established;
+use crate::backend::{Backend, DelayedDisconnect, ServerPermit, SessionPermit};
 use crate::config::BackendId;
 use crate::failure::{Reason, Side};
 use crate::identity::{Mechanism, UserName};
@@ -125,7 +125,7 @@ impl std::fmt::Display for Address {
 struct Relaying {
     backend: u16,
     _backend_sessions: GaugeGuard,
-    slot: SessionSlot,
+    slot: SessionPermit,
 }
 
 /// How long each phase took.
@@ -349,7 +349,7 @@ impl Record {
     /// The server has closed without being asked: it counts the session no more. `None`: the client is not kept.
     pub(super) fn cut_off(&mut self) -> Option<DelayedDisconnect> {
         let over = self.settings.limits.max_disconnect_delay?;
-        let cut_off = self.relaying.as_mut()?.slot.cut_off(over)?;
+        let cut_off = self.relaying.as_mut()?.slot.closed_by_server(over)?;
         if let Some(sessions) = cut_off.half_of {
             let (backend, server) = (self.backend.as_deref(), self.server.as_deref());
             tracing::warn!(

@@ -298,7 +298,7 @@ impl Session {
             max_failed_logins: limits.failed_logins,
             mechanisms: self.snapshot.mechanisms(self.listener),
             certificate,
-            extensions: self.snapshot.backends.offered().extensions,
+            extensions: self.snapshot.backends.offer().extensions,
             issuers: self.snapshot.config.token_issuers.clone(),
         }
     }

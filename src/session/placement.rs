@@ -12,8 +12,9 @@ use tokio::sync::watch;
 
 use super::FAREWELL;
 use super::server_credentials::has_own_login;
-use crate::backend::connect::{self, Paused};
-use crate::backend::request::{Fault, Outcome, Request};
+use crate::backend::fault::Fault;
+use crate::backend::login::{self, LoginResponse, PausedLogin};
+use crate::backend::request::Request;
 use crate::backend::{Backend, Failover, NextServer, Server, ServerPermit};
 use crate::config::BackendId;
 use crate::deadline::Deadline;
@@ -82,7 +83,7 @@ pub(super) struct Placed {
 }
 
 /// The last server's answer, and which server that was. An error: the login must be routed again.
-type Answered<'a> = Result<(Outcome<'a>, Option<Placed>), RegisterError>;
+type Answered<'a> = Result<(LoginResponse<'a>, Option<Placed>), RegisterError>;
 
 impl<'a> Placing<'a, '_> {
     /// Tries the user's servers in order, until one gives an answer that counts for all of them; follows a referral to a
@@ -94,12 +95,12 @@ impl<'a> Placing<'a, '_> {
         let backend = self.snapshot.backends.backend(place.backend);
         let servers = known_by.limit(self.snapshot.servers(place, &self.mailbox)).await.unwrap_or_default();
         let mut tour = self.tour(backend, servers);
-        let mut outcome = Outcome::Unavailable(Fault::no_server());
+        let mut outcome = LoginResponse::Unavailable(Fault::no_server());
         loop {
             let (server, slot) = match tour.next(deadline).await {
-                NextServer::At(server, slot) => (server, slot),
-                NextServer::Full => return Ok((Outcome::Unavailable(Fault::full()), None)),
-                NextServer::End => return Ok((outcome, None)),
+                NextServer::Try(server, slot) => (server, slot),
+                NextServer::AllFull => return Ok((LoginResponse::Unavailable(Fault::full()), None)),
+                NextServer::Exhausted => return Ok((outcome, None)),
             };
             if !self.may_use(&server)? {
                 continue;
@@ -110,13 +111,13 @@ impl<'a> Placing<'a, '_> {
             let (answer, placed) = self.log_in_at(backend, placed, due, deadline).await;
             outcome = answer;
             match &outcome {
-                Outcome::Unavailable(fault) => {
+                LoginResponse::Unavailable(fault) => {
                     self.report(&placed.server, fault);
-                    if !fault.try_next || deadline.has_expired() {
+                    if !fault.allows_next_server() || deadline.has_expired() {
                         return Ok((outcome, None));
                     }
                 }
-                Outcome::Referred(_) => return self.follow(outcome, placed, deadline).await,
+                LoginResponse::Referred(_) => return self.follow(outcome, placed, deadline).await,
                 _ => return Ok((outcome, Some(placed))),
             }
         }
@@ -135,8 +136,8 @@ impl<'a> Placing<'a, '_> {
     /// The servers to try; a login with incomplete credentials takes no place there yet.
     fn tour<'b>(&self, backend: &'b Backend, servers: Vec<Arc<Server>>) -> Failover<'b> {
         let tour = Failover::new(backend, servers);
-        let is_complete = self.request.login.as_ref().is_none_or(|login| login.is_complete());
-        if is_complete { tour } else { tour.without_place() }
+        let is_complete = self.request.login.is_complete();
+        if is_complete { tour } else { tour.for_exchange() }
     }
 
     /// Logs in on one server: dial and dialogue until `due`, the wait for sessions elsewhere until `deadline`.
@@ -146,11 +147,11 @@ impl<'a> Placing<'a, '_> {
         mut placed: Placed,
         due: Deadline,
         deadline: Deadline,
-    ) -> (Outcome<'a>, Placed) {
+    ) -> (LoginResponse<'a>, Placed) {
         let outcome = tokio::select! {
             biased;
-            () = placed.slot.displaced() => Outcome::Unavailable(Fault::full()),
-            outcome = connect::login(backend, &placed.server, self.request, due) => outcome,
+            () = placed.slot.displaced() => LoginResponse::Unavailable(Fault::full()),
+            outcome = login::login(backend, &placed.server, self.request, due) => outcome,
         };
         let outcome = self.alone(outcome, &mut placed, deadline).await;
         (outcome, placed)
@@ -160,37 +161,42 @@ impl<'a> Placing<'a, '_> {
     /// challenge, after which only the server's OK is missing. `has_answered`: the client has answered an earlier challenge, so that
     /// the server can have seen a proof.
     pub(super) fn asks_client(&self, placed: &mut Placed, challenge: &[u8], has_answered: bool) {
-        let is_scram = matches!(self.request.mechanism, Some(Mechanism::ScramSha1 | Mechanism::ScramSha256));
+        let is_scram = matches!(self.request.mechanism, Mechanism::ScramSha1 | Mechanism::ScramSha256);
         if !(is_scram && has_answered && sasl::is_scram_signature(challenge)) {
-            placed.slot.release_place(&placed.server);
+            placed.slot.begin_exchange(&placed.server);
         }
     }
 
     /// Goes on with the client's answer to a challenge. Where that completes the credentials, the login takes its place
     /// first.
-    pub(super) async fn respond(&self, paused: Box<Paused<'a>>, placed: &mut Placed, response: &[u8]) -> Outcome<'a> {
+    pub(super) async fn respond(
+        &self,
+        paused: Box<PausedLogin<'a>>,
+        placed: &mut Placed,
+        response: &[u8],
+    ) -> LoginResponse<'a> {
         let deadline = Deadline::after(self.snapshot.limits.server_login);
         let is_abort = response == b"*";
-        let completes = !is_abort && self.request.login.as_ref().is_some_and(|login| !login.is_complete());
-        if completes && !placed.backend.take_place(&placed.server, &mut placed.slot, deadline).await {
-            return Outcome::Unavailable(Fault::full());
+        let completes = !is_abort && !self.request.login.is_complete();
+        if completes && placed.backend.end_exchange(&placed.server, &mut placed.slot, deadline).await.is_err() {
+            return LoginResponse::Unavailable(Fault::full());
         }
         let outcome = paused.respond(response, deadline).await;
-        if let Outcome::Unavailable(fault) = &outcome {
+        if let LoginResponse::Unavailable(fault) = &outcome {
             self.count(fault);
         }
         self.alone(outcome, placed, deadline).await
     }
 
     /// Holds an accepted login back until the user has no session on another server of the backend, where that must be.
-    async fn alone(&self, outcome: Outcome<'a>, placed: &mut Placed, deadline: Deadline) -> Outcome<'a> {
-        if !matches!(outcome, Outcome::Accepted(_)) {
+    async fn alone(&self, outcome: LoginResponse<'a>, placed: &mut Placed, deadline: Deadline) -> LoginResponse<'a> {
+        if !matches!(outcome, LoginResponse::Accepted(_)) {
             return outcome;
         }
-        if !placed.backend.take_place(&placed.server, &mut placed.slot, deadline).await {
-            return Outcome::Unavailable(Fault::full());
+        if placed.backend.end_exchange(&placed.server, &mut placed.slot, deadline).await.is_err() {
+            return LoginResponse::Unavailable(Fault::full());
         }
-        let alone = placed.backend.serves_a_user_by_one_server();
+        let alone = placed.backend.is_sticky();
         if alone {
             self.seat.accept_exclusively();
         } else {
@@ -200,15 +206,15 @@ impl<'a> Placing<'a, '_> {
         // The others were ended for this login: it does not fail before they can have closed their connections.
         let until = deadline.max(Deadline::after(CLOSING));
         if until.limit(others_ended).await.is_err() {
-            return Outcome::Unavailable(Fault::sessions_elsewhere());
+            return LoginResponse::Unavailable(Fault::sessions_elsewhere());
         }
         outcome
     }
 
     /// Follows referrals, as far as the backends allow it.
-    async fn follow(&self, mut outcome: Outcome<'a>, mut at: Placed, deadline: Deadline) -> Answered<'a> {
+    async fn follow(&self, mut outcome: LoginResponse<'a>, mut at: Placed, deadline: Deadline) -> Answered<'a> {
         let mut visited = Vec::new();
-        while let Outcome::Referred(referral) = &outcome {
+        while let LoginResponse::Referred(referral) = &outcome {
             visited.push(at.server.name.clone());
             if !at.backend.follows_referrals {
                 break;
@@ -228,21 +234,21 @@ impl<'a> Placing<'a, '_> {
                     ))
                 }
                 Some((backend, next)) => match self.tour(backend, vec![next]).next(deadline).await {
-                    NextServer::At(server, slot) if self.may_use(&server)? => {
+                    NextServer::Try(server, slot) if self.may_use(&server)? => {
                         // With this the place at the server that refers is given back.
                         at = Placed { backend: backend.clone(), server, slot };
                         (outcome, at) = self.log_in_at(backend, at, deadline, deadline).await;
-                        if let Outcome::Unavailable(fault) = &outcome {
+                        if let LoginResponse::Unavailable(fault) = &outcome {
                             self.report(&at.server, fault);
                         }
                         continue;
                     }
-                    NextServer::Full => return Ok((Outcome::Unavailable(Fault::full()), None)),
-                    NextServer::At(..) | NextServer::End => Fault::referral(gets_no_logins),
+                    NextServer::AllFull => return Ok((LoginResponse::Unavailable(Fault::full()), None)),
+                    NextServer::Try(..) | NextServer::Exhausted => Fault::referral(gets_no_logins),
                 },
             };
             self.report(&at.server, &fault);
-            return Ok((Outcome::Unavailable(fault), None));
+            return Ok((LoginResponse::Unavailable(fault), None));
         }
         Ok((outcome, Some(at)))
     }
@@ -255,7 +261,7 @@ impl<'a> Placing<'a, '_> {
     }
 
     fn report(&self, server: &Server, fault: &Fault) {
-        let (session, reason) = (self.request.session_id, fault.reason.as_str());
+        let (session, reason) = (self.request.client.session_id, fault.reason.as_str());
         tracing::info!(session, server = %server.name, reason, detail = %fault.detail, "server could not take the login");
         self.count(fault);
     }

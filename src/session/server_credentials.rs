@@ -74,6 +74,6 @@ pub(super) fn server_login<'a>(
             let (mechanism, authzid) = (credentials.mechanism, credentials.authzid.as_ref());
             Some(ServerLogin::Relayed { mechanism, first, user, authzid })
         }
-        Proof::Certificate => backend.login.as_ref().map(|own| on_behalf(own.master.as_ref(), &own.password)),
+        Proof::Certificate => backend.credentials.as_ref().map(|own| on_behalf(own.master.as_ref(), &own.password)),
     }
 }

@@ -15,7 +15,7 @@ use super::attempt::Attempted;
 use super::{EndedBy, FAREWELL, Session};
 use crate::admission::{ConnectionRefused, LoginThrottled, PreloginTicket, ShedReason};
 use crate::auth_policy::{LoginResult, PolicyDecision};
-use crate::backend::request::Outcome;
+use crate::backend::login::LoginResponse;
 use crate::config::{BackendId, TlsMode};
 use crate::failure::Reason;
 use crate::identity::{Credentials, Mechanism, NamingRules, UserName};
@@ -265,12 +265,12 @@ pub(super) fn counted_users(naming: &NamingRules, credentials: &Credentials) -> 
 }
 
 /// The reply that ends an exchange in which the token was refused.
-pub(super) fn reply_to_refused_token(outcome: Outcome<'_>, tag: &Tag) -> Vec<u8> {
+pub(super) fn reply_to_refused_token(outcome: LoginResponse<'_>, tag: &Tag) -> Vec<u8> {
     let reply = match outcome {
-        Outcome::Refused { reply, .. } => Some(reply),
-        Outcome::Referred(referral) => Some(referral.reply),
-        Outcome::Unavailable(fault) => fault.reply,
-        Outcome::Accepted(_) | Outcome::Challenged(..) | Outcome::Seen(_) => None,
+        LoginResponse::Refused { reply, .. } => Some(reply),
+        LoginResponse::Referred(referral) => Some(referral.reply),
+        LoginResponse::Unavailable(fault) => fault.reply,
+        LoginResponse::Accepted(_) | LoginResponse::Challenged(..) => None,
     };
     reply.unwrap_or_else(|| reply::authentication_failed(tag, None))
 }

@@ -1,8 +1,9 @@
-//! Local addresses and ports that connections to servers come from.
+//! Local addresses and ports of connections to servers.
 //!
-//! One local address has some 28,000 ports for each address and port of a server. `source_addresses` gives a backend
-//! several: they take turns, and one that has no port left is followed by the next. IP_BIND_ADDRESS_NO_PORT leaves the
-//! port to connect(2), which may use a port once for each server. What this machine lacks is never a server's fault.
+//! One local address has about 28,000 ports for each address and port of a server. `source_addresses` gives a backend
+//! several addresses, which are used in turn; if one has no free port, the next is used. IP_BIND_ADDRESS_NO_PORT leaves the
+//! choice of the port to connect(2), which can use a port once for each server. A lack of this machine is never treated as a
+//! fault of the server.
 
 use std::io;
 use std::net::{IpAddr, SocketAddr};
@@ -16,20 +17,20 @@ use crate::failure::Reason;
 
 /// The source addresses of a backend.
 #[derive(Debug, Default)]
-pub(super) struct Sources {
+pub(super) struct SourceAddresses {
     v4: Vec<IpAddr>,
     v6: Vec<IpAddr>,
-    /// Connections so far.
+    /// Number of connections so far.
     turn: AtomicUsize,
 }
 
-impl Sources {
+impl SourceAddresses {
     pub(super) fn new(addresses: &[IpAddr]) -> Self {
         let (v4, v6) = addresses.iter().partition(|address| address.is_ipv4());
         Self { v4, v6, turn: AtomicUsize::new(0) }
     }
 
-    /// Connects to `server` from the next source address of its family, or from the first after it that has a port left.
+    /// Connects to `server` from the next source address of its family, or from the first one after it with a free port.
     pub(super) async fn connect(&self, server: SocketAddr) -> io::Result<TcpStream> {
         let server = SocketAddr::new(server.ip().to_canonical(), server.port());
         let sources = if server.is_ipv4() { &self.v4 } else { &self.v6 };
@@ -48,7 +49,7 @@ impl Sources {
     }
 }
 
-/// All of `sources`, beginning with the one whose turn it is.
+/// All of `sources`, beginning with the one at `turn`.
 fn in_turn(sources: &[IpAddr], turn: usize) -> impl Iterator<Item = IpAddr> {
     let first = turn.checked_rem(sources.len()).unwrap_or_default();
     sources[first..].iter().chain(&sources[..first]).copied()
@@ -59,7 +60,7 @@ async fn connect_from(source: IpAddr, server: SocketAddr) -> io::Result<TcpStrea
     setsockopt(&socket, sockopt::IpBindAddressNoPort, &true)?;
     socket.bind(SocketAddr::new(source, 0)).map_err(|error| unusable(source, &error))?;
     socket.connect(server).await.map_err(|error| match error.kind() {
-        // A loopback address cannot speak to another machine, for example.
+        // For example, a loopback address cannot connect to another machine.
         io::ErrorKind::InvalidInput => unusable(source, &io::Error::new(io::ErrorKind::AddrNotAvailable, error)),
         _ => error,
     })
@@ -69,28 +70,28 @@ fn unusable(source: IpAddr, error: &io::Error) -> io::Error {
     io::Error::new(error.kind(), format!("the source address {source} cannot be used: {error}"))
 }
 
-/// The reason, if a connection failed for something that this machine lacks or forbids.
+/// The reason, if a connection failed because this machine lacks or forbids something.
 pub(super) fn local_fault(error: &io::Error) -> Option<Reason> {
     match error.kind() {
         io::ErrorKind::AddrNotAvailable | io::ErrorKind::AddrInUse => return Some(Reason::LocalPorts),
-        // An error of `bind` has a text of its own instead of a code.
+        // An error of bind(2) has our own text instead of a code.
         io::ErrorKind::PermissionDenied | io::ErrorKind::OutOfMemory => return Some(Reason::System),
         _ => {}
     }
-    // The last two: a security module, or a rule of the local firewall.
+    // The last two are caused by a security module, or by a rule of the local firewall.
     let causes = [Errno::MFILE, Errno::NFILE, Errno::NOBUFS, Errno::NOMEM, Errno::ACCESS, Errno::PERM];
     let code = error.raw_os_error()?;
     causes.iter().any(|errno| errno.raw_os_error() == code).then_some(Reason::System)
 }
 
-/// `error` in an operator's words.
-pub(super) fn in_words(reason: Reason, server: SocketAddr, error: &io::Error) -> String {
+/// Text for the operator about an error with a local reason.
+pub(super) fn describe_local_fault(reason: Reason, server: SocketAddr, error: &io::Error) -> String {
     match reason {
         Reason::LocalPorts => format!(
             "no local port is free for a connection to {server} ({error}): add source_addresses to the backend, or widen \
              net.ipv4.ip_local_port_range"
         ),
-        _ => format!("this machine cannot make a connection to {server}: {error}"),
+        _ => format!("this machine cannot connect to {server}: {error}"),
     }
 }
 
@@ -103,7 +104,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn sources_take_turns_and_each_is_tried_once() {
+    fn source_addresses_are_used_in_turn_and_each_is_tried_once() {
         let addresses: Vec<IpAddr> = ["10.0.0.1", "10.0.0.2", "10.0.0.3"].map(|text| text.parse().unwrap()).into();
         for turn in [0, 1, 2, 3, usize::MAX] {
             let tried: Vec<IpAddr> = in_turn(&addresses, turn).collect();
@@ -131,9 +132,9 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn connections_come_from_the_sources_of_the_servers_family() {
+    async fn connections_use_source_addresses_of_the_servers_family() {
         let sources: Vec<IpAddr> = ["127.0.0.2", "127.0.0.3", "::1"].map(|text| text.parse().unwrap()).into();
-        let sources = Sources::new(&sources);
+        let sources = SourceAddresses::new(&sources);
         let v4 = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
         let mut seen = Vec::new();
         for _ in 0..4 {
@@ -146,18 +147,18 @@ mod tests {
             let _client = sources.connect(v6.local_addr().unwrap()).await.unwrap();
             assert_eq!(v6.accept().await.unwrap().1.ip(), Ipv6Addr::LOCALHOST);
         }
-        // An address that is not this machine's is passed over.
-        let sources = Sources::new(&["192.0.2.1", "127.0.0.4"].map(|text| text.parse().unwrap()));
+        // An address of another machine is skipped.
+        let sources = SourceAddresses::new(&["192.0.2.1", "127.0.0.4"].map(|text| text.parse().unwrap()));
         for _ in 0..2 {
             let _client = sources.connect(v4.local_addr().unwrap()).await.unwrap();
             assert_eq!(v4.accept().await.unwrap().1.ip().to_string(), "127.0.0.4");
         }
-        // Without a route at all the network is unreachable, which says as little about the server.
-        let loopback = Sources::new(&["127.0.0.4".parse().unwrap()]);
+        // Without any route the network is unreachable, which shows nothing about the server either.
+        let loopback = SourceAddresses::new(&["127.0.0.4".parse().unwrap()]);
         let error = loopback.connect("192.0.2.1:143".parse().unwrap()).await.unwrap_err();
         let is_unreachable = error.kind() == io::ErrorKind::NetworkUnreachable;
         assert!(is_unreachable || local_fault(&error) == Some(Reason::LocalPorts), "{error:?}");
-        let foreign = Sources::new(&["192.0.2.1".parse().unwrap()]);
+        let foreign = SourceAddresses::new(&["192.0.2.1".parse().unwrap()]);
         let error = foreign.connect(v4.local_addr().unwrap()).await.unwrap_err();
         assert_eq!(local_fault(&error), Some(Reason::LocalPorts));
         assert!(error.to_string().contains("192.0.2.1"), "{error}");
