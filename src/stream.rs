@@ -14,6 +14,7 @@ use socket2::{SockRef, TcpKeepalive};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::TcpStream;
 use tokio_rustls::TlsStream;
+use tokio_rustls::rustls::ProtocolVersion;
 
 use crate::relay::Leg;
 use crate::tls::handover::{self, Secrets, take_over};
@@ -42,8 +43,11 @@ impl Stream {
     pub(crate) fn tls_facts(&self) -> Option<TlsFacts> {
         let Self::Tls(encrypted) = self else { return None };
         let common = encrypted.tls.get_ref().1;
-        let version = common.protocol_version().and_then(|version| version.as_str()).unwrap_or_default();
-        let version = TlsVersion::named(version);
+        let version = match common.protocol_version() {
+            Some(ProtocolVersion::TLSv1_3) => TlsVersion::V13,
+            Some(ProtocolVersion::TLSv1_2) => TlsVersion::V12,
+            _ => TlsVersion::Unknown,
+        };
         let server_name = match &encrypted.tls {
             TlsStream::Server(server) => server.get_ref().1.server_name().map(Into::into),
             TlsStream::Client(_) => None,
@@ -119,13 +123,13 @@ impl TlsVersion {
             .unwrap_or(Self::Unknown)
     }
 
-    /// As rustls writes it.
+    /// The name in log records.
     pub fn as_str(self) -> &'static str {
         match self {
-            Self::V10 => "TLSv1_0",
-            Self::V11 => "TLSv1_1",
-            Self::V12 => "TLSv1_2",
-            Self::V13 => "TLSv1_3",
+            Self::V10 => "TLSv1.0",
+            Self::V11 => "TLSv1.1",
+            Self::V12 => "TLSv1.2",
+            Self::V13 => "TLSv1.3",
             Self::Unknown => "unknown",
         }
     }

@@ -20,6 +20,7 @@ mod succession;
 pub(crate) mod upgrade;
 
 use std::convert::Infallible;
+use std::fmt;
 use std::io;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -120,6 +121,30 @@ pub(crate) enum Command {
         /// Seconds after which a successor that does not serve is ended.
         timeout: f64,
     },
+}
+
+/// The command and its arguments, as the log shows them.
+impl fmt::Display for Command {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Reload => f.write_str("reload"),
+            Self::Status => f.write_str("status"),
+            Self::Sessions { user: None } => f.write_str("sessions"),
+            Self::Sessions { user: Some(user) } => write!(f, "sessions {user}"),
+            Self::Kick { user } => write!(f, "kick {user}"),
+            Self::Server { name, state, over, reason, sudo_user } => {
+                write!(f, "server {name} {}", state.map_or("reset", AdminState::as_str))?;
+                over.map_or(Ok(()), |seconds| write!(f, " over {seconds} s"))?;
+                reason.as_ref().map_or(Ok(()), |reason| write!(f, ", reason: {reason}"))?;
+                sudo_user.as_ref().map_or(Ok(()), |user| write!(f, ", sudo user: {user}"))
+            }
+            Self::Move { user, backend, wait: None } => write!(f, "move {user} to {backend}"),
+            Self::Move { user, backend, wait: Some(wait) } => write!(f, "move {user} to {backend} within {wait} s"),
+            Self::Hold { user } => write!(f, "hold {user}"),
+            Self::HandOver { pid } => write!(f, "hand over to process {pid}"),
+            Self::Upgrade { timeout } => write!(f, "upgrade within {timeout} s"),
+        }
+    }
 }
 
 /// A line before the answer to a command that takes long.
@@ -367,7 +392,7 @@ async fn carry_out(command: Command, desk: &Context, caller: &Caller) -> Respons
     if let Some(refusal) = desk.refusal(&command, caller) {
         return whole(&refusal);
     }
-    tracing::info!(?command, user = caller.user, "command received");
+    tracing::info!(command = command.to_string(), user = caller.user, "command received");
     let Command::Hold { user } = command else { return whole(&obey(command, desk, caller).await) };
     match desk.hold(caller, &user).await {
         Ok((hold, ended)) => {

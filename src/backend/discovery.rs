@@ -220,7 +220,8 @@ impl Lookup {
         let (ours, others): (Vec<_>, Vec<_>) = all.partition(|address| self.listeners.contains(*address));
         if !ours.is_empty() {
             self.backend.metrics.failure(Reason::Loop);
-            tracing::error!(server = %server.name, ?ours, "DNS points a server at our own listener: address left out");
+            let ours = ours.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ");
+            tracing::error!(server = %server.name, ours, "DNS points a server at our own listener: address left out");
         }
         others
     }

@@ -123,6 +123,17 @@ pub enum TlsMode {
     Implicit,
 }
 
+impl TlsMode {
+    /// The word of the configuration.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::None => "none",
+            Self::StartTls => "starttls",
+            Self::Implicit => "implicit",
+        }
+    }
+}
+
 /// Whom to trust among servers.
 #[derive(Debug, Clone)]
 pub enum Trust {

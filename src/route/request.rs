@@ -36,7 +36,7 @@ pub struct LoginContext {
 /// A client's TLS.
 #[derive(Debug)]
 pub struct LoginTls {
-    /// As rustls writes it: `TLSv1_3`.
+    /// As log records write it: `TLSv1.3`.
     pub version: &'static str,
     /// As rustls writes it: `TLS13_AES_128_GCM_SHA256`.
     pub cipher: Option<&'static str>,

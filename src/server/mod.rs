@@ -210,7 +210,7 @@ impl Bound {
         current.admin = admin.map(|admin| running.run_admin(&snapshot, admin));
         log_warnings(&snapshot.config);
         for (address, configured) in current.listener_set.addresses().iter().zip(&snapshot.config.listeners) {
-            tracing::info!(%address, tls = ?configured.tls, "listening");
+            tracing::info!(%address, tls = configured.tls.as_str(), "listening");
         }
         drop(current);
         Ok(running)
@@ -301,6 +301,11 @@ fn start_worker(
     Ok(handle)
 }
 
+/// The addresses as a log field; `None` if there are none.
+fn listed(addresses: &[SocketAddr]) -> Option<String> {
+    (!addresses.is_empty()).then(|| addresses.iter().map(ToString::to_string).collect::<Vec<_>>().join(", "))
+}
+
 impl Running {
     /// Reads the file again, builds everything, and then replaces the configuration in use. Established sessions are not affected;
     /// each keeps the settings it began with. After an error the old configuration stays in use as a whole.
@@ -314,7 +319,8 @@ impl Running {
         match &result {
             Ok(reloaded) => {
                 let Reloaded { opened, closed, unchanged } = reloaded;
-                tracing::info!(file = %file.display(), ?opened, ?closed, "configuration loaded");
+                let (opened, closed) = (listed(opened), listed(closed));
+                tracing::info!(file = %file.display(), opened, closed, "configuration loaded");
                 log_warnings(&self.snapshot().config);
                 for key in unchanged {
                     tracing::warn!("{key} has changed: restart to apply it");

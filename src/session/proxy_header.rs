@@ -78,7 +78,7 @@ impl Session {
         }
         self.record.introduced(id::new(self.peer), self.peer, self.local, said.tls);
         let session = self.record.session();
-        tracing::debug!(session = session.as_str(), %balancer, said = ?said.origin, "introduced by a PROXY header");
+        tracing::debug!(session = session.as_str(), %balancer, origin = said.origin.as_str(), "introduced by a PROXY header");
     }
 
     fn not_introduced(&mut self, fault: String) -> Option<()> {

@@ -122,7 +122,7 @@ class ProxyProtocol(unittest.TestCase):
         self.assertIn("rip=127.0.0.2", output)
         self.assertRegex(output, "name=<localhost>.*secured")
         record = self.record(proxy, 1)
-        self.assertIn('"tls":"TLSv1_3"', record)
+        self.assertIn('"tls":"TLSv1.3"', record)
         self.assertIn('"sni":"localhost"', record)
 
     def test_nginx_passes_tcp_through(self):

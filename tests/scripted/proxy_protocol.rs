@@ -120,7 +120,7 @@ async fn tls_begins_right_behind_the_header() {
             let (sent, ()) = tokio::join!(server.header(), log_in(&mut client));
             let told = parse(&sent).unwrap().unwrap();
             let tls =
-                ClientTlsInfo { version: "TLSv1_3", server_name: Some("localhost"), alpn: false, certificate: false };
+                ClientTlsInfo { version: "TLSv1.3", server_name: Some("localhost"), alpn: false, certificate: false };
             assert_eq!((told.origin, told.tls), (named, Some(tls)), "in one piece with what the header began");
         }
     }
@@ -131,7 +131,7 @@ async fn tls_that_ended_at_the_balancer_is_passed_on() {
     let certificates = Certificates::new();
     let server = Shown::new().await;
     let proxy = behind_a_balancer(&certificates, server.address(), "").await;
-    let tls = ClientTlsInfo { version: "TLSv1_2", server_name: Some("mail.test"), alpn: true, certificate: false };
+    let tls = ClientTlsInfo { version: "TLSv1.2", server_name: Some("mail.test"), alpn: true, certificate: false };
     let header = header_v2(address(CLIENT), address(FRONT), Some(&tls));
     let mut client = Client::new(introduced(proxy.listeners()[0], &header, 0).await);
     client.line().await;

@@ -23,7 +23,7 @@ const FIXED: usize = 16;
 /// How a client came over TLS, as TLVs carry it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct ClientTlsInfo<'a> {
-    /// As log records write it: `TLSv1_3`; `unknown` where the balancer did not say.
+    /// As log records write it: `TLSv1.3`; `unknown` where the balancer did not say.
     pub version: &'static str,
     /// The name that the client asked for (SNI): text without blanks and controls, up to 255 bytes.
     pub server_name: Option<&'a str>,

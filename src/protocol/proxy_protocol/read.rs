@@ -43,6 +43,17 @@ pub enum Origin {
     },
 }
 
+impl Origin {
+    /// The word for the origin in log lines.
+    pub fn as_str(&self) -> &'static str {
+        match self {
+            Self::Local => "local",
+            Self::Unknown => "unknown",
+            Self::Client { .. } => "client",
+        }
+    }
+}
+
 /// Why bytes are no header. Nothing that the peer sent is in the text.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error("{0}")]

@@ -146,8 +146,8 @@ fn binary_headers_that_break_the_rules() {
 
 #[test]
 fn the_clients_tls() {
-    let told = ClientTlsInfo { version: "TLSv1_3", server_name: Some("mail.test"), alpn: true, certificate: true };
-    for told in [told, ClientTlsInfo { version: "TLSv1_2", server_name: None, alpn: false, certificate: false }] {
+    let told = ClientTlsInfo { version: "TLSv1.3", server_name: Some("mail.test"), alpn: true, certificate: true };
+    for told in [told, ClientTlsInfo { version: "TLSv1.2", server_name: None, alpn: false, certificate: false }] {
         let header = header_v2(address("192.0.2.1:4000"), address("198.51.100.2:993"), Some(&told));
         let read = whole(&header);
         assert_eq!((read.origin, read.tls), (client("192.0.2.1:4000", "198.51.100.2:993"), Some(told)));

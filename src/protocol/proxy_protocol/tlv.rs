@@ -20,9 +20,9 @@ pub(super) const CLIENT_CERTIFICATE: u8 = 0x02 | 0x04;
 /// The same, of this connection.
 pub(super) const CLIENT_CERTIFICATE_NOW: u8 = 0x02;
 
-/// What TLS versions are called here and there. The first name is ours.
+/// Names of TLS versions: in log lines, and in headers.
 pub(super) const VERSIONS: &[(&str, &str)] =
-    &[("TLSv1_3", "TLSv1.3"), ("TLSv1_2", "TLSv1.2"), ("TLSv1_1", "TLSv1.1"), ("TLSv1_0", "TLSv1")];
+    &[("TLSv1.3", "TLSv1.3"), ("TLSv1.2", "TLSv1.2"), ("TLSv1.1", "TLSv1.1"), ("TLSv1.0", "TLSv1")];
 
 /// Takes the next field off `bytes`: its number and value. `Err`: there is half a one.
 pub(super) fn next<'a>(bytes: &mut &'a [u8]) -> Option<Result<(u8, &'a [u8]), ()>> {

@@ -122,7 +122,7 @@ mod tests {
 
     #[test]
     fn version_2_tells_of_tls() {
-        let tls = ClientTlsInfo { version: "TLSv1_3", server_name: Some("mail.test"), alpn: true, certificate: false };
+        let tls = ClientTlsInfo { version: "TLSv1.3", server_name: Some("mail.test"), alpn: true, certificate: false };
         let header = header_v2(address("192.0.2.1:4000"), address("198.51.100.2:993"), Some(&tls));
         let fields = b"\x01\0\x04imap\x02\0\x09mail.test\x20\0\x0f\x01\0\0\0\x01\x21\0\x07TLSv1.3\x03\0\x04";
         assert_eq!(&header[28..header.len() - 4], fields);

@@ -78,8 +78,7 @@ pub(in crate::route) fn question(
     }
     let Some(tls) = &login_context.tls else { return Ok(headers) };
     add("auth-ssl", b"on")?;
-    // rustls writes TLSv1_3.
-    add("auth-ssl-protocol", tls.version.replace('_', ".").as_bytes())?;
+    add("auth-ssl-protocol", tls.version.as_bytes())?;
     if let Some(cipher) = tls.cipher {
         add("auth-ssl-cipher", openssl_name(cipher).as_bytes())?;
     }

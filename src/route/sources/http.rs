@@ -66,7 +66,7 @@ struct AskedBy<'a> {
     listener: SocketAddr,
     session: &'a str,
     mechanism: &'static str,
-    tls: Option<&'static str>,
+    tls: Option<String>,
     attempt: u32,
     #[serde(skip_serializing_if = "Option::is_none")]
     login: Option<&'a str>,
@@ -186,7 +186,8 @@ impl Http {
                         listener: login_context.listener,
                         session: &login_context.session,
                         mechanism: login_context.credentials.mechanism.as_str(),
-                        tls: login_context.tls.as_ref().map(|tls| tls.version),
+                        // This field has an underscore: `TLSv1_3`.
+                        tls: login_context.tls.as_ref().map(|tls| tls.version.replace('.', "_")),
                         attempt: login_context.attempt,
                         login: self.password.then(|| login_context.credentials.user.as_str()),
                         password: password.map_err(|_| "the password is not UTF-8, which JSON needs".to_owned())?,
