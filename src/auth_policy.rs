@@ -148,7 +148,7 @@ impl AuthPolicy {
             nonce: Zeroizing::new(policy.nonce.read_secret()?.as_bytes().to_vec()),
             hash_bits: policy.hash_bits as usize,
             timeout: policy.timeout,
-            fail_open: policy.fail_open,
+            fail_open: policy.on_failure == config::OnFailure::Allow,
             reports: Arc::new(Semaphore::new(MAX_REPORTS)),
             thread: OnceLock::new(),
         })

@@ -210,7 +210,7 @@ impl Backend {
 
     /// Whether a login with an empty password is sent to the servers.
     pub fn allows_empty_passwords(&self) -> bool {
-        self.login_rules.allow_empty_password
+        self.login_rules.empty_password == config::EmptyPassword::Allow
     }
 
     /// Whether all sessions of a user must be on one server, because two servers that share the storage of a mailbox would

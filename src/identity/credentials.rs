@@ -1,5 +1,7 @@
 //! What a login brought, and what a server is sent for it.
 
+use serde::Deserialize;
+
 use super::{Secret, UserName};
 
 macro_rules! mechanisms {
@@ -178,7 +180,8 @@ impl Credentials {
 }
 
 /// The form in which a password is sent to a backend's servers.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize)]
+#[serde(rename_all = "kebab-case")]
 pub enum LoginWith {
     /// The client's command if the server has it, else the other one.
     #[default]

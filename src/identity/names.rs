@@ -11,6 +11,7 @@ use std::sync::Arc;
 use aws_lc_rs::digest::{SHA256, digest};
 use precis_profiles::UsernameCaseMapped;
 use precis_profiles::precis_core::profile::Profile as _;
+use serde::Deserialize;
 
 use super::UserName;
 
@@ -36,7 +37,8 @@ pub struct NamingRules {
 }
 
 /// What a name may hold beyond ASCII.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
 pub enum UnicodeRule {
     /// Anything, as it was sent.
     #[default]
@@ -48,7 +50,8 @@ pub enum UnicodeRule {
 }
 
 /// What log records call a user.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "kebab-case")]
 pub enum LogName {
     /// As the client wrote it.
     #[default]

@@ -34,7 +34,9 @@ use super::tickets::{Clients, Scope, Tickets};
 use super::trust::{ClientsByRoots, observed};
 use super::{provider, read_certificates};
 use crate::admission::MemoryCharge;
-use crate::config::{CertificateUser, ClientCertificates, Config, Listener, Problem, TlsVersion};
+use crate::config::{
+    AlpnPolicy, CertificateUser, ClientCertificates, Config, Listener, Problem, SniPolicy, TlsVersion,
+};
 use crate::identity::UserName;
 use crate::metrics::Metrics;
 use crate::process::file_watch::POLL_INTERVAL;
@@ -88,14 +90,14 @@ impl DownstreamTls {
         let certificates = Arc::new(certificates);
         let mut listeners = Vec::new();
         for (policy, listener) in policies.into_iter().zip(&config.listeners) {
-            let resolver = Resolver { certificates: certificates.clone(), strict: listener.strict_sni };
+            let resolver = Resolver { certificates: certificates.clone(), strict: listener.sni == SniPolicy::Strict };
             let ticketer = tickets.of(&policy.scope);
             let built =
                 server_config(policy, resolver, ticketer).map_err(|error| vec![listener.location.problem(error)])?;
             listeners.push(ListenerAcceptor {
                 config: built,
-                strict_sni: listener.strict_sni,
-                strict_alpn: listener.strict_alpn,
+                strict_sni: listener.sni == SniPolicy::Strict,
+                strict_alpn: listener.alpn == AlpnPolicy::Strict,
                 oldest: listener.tls_min,
                 user: listener.client_certificates.as_ref().map(|wanted| wanted.user),
             });

@@ -156,7 +156,7 @@ class InstalledPackage(unittest.TestCase):
         machine.write(FILE, configuration.replace("default: mail", "default: male"))
         self.assertIn("failed", machine.run("systemctl", "reload", "vestibule", check=False))
         self.assertEqual((self.property("ActiveState"), self.property("ReloadResult")), ("active", "exit-code"))
-        wait_for("the reason in the journal", lambda: 'no backend is declared as "male"' in machine.journal())
+        wait_for("the reason in the journal", lambda: 'unknown backend "male"' in machine.journal())
         machine.write(FILE, configuration)
         machine.run("systemctl", "reload", "vestibule")
 
@@ -176,7 +176,7 @@ class InstalledPackage(unittest.TestCase):
         # A new version that cannot start leaves the old process running, and the output names the reason.
         machine.write(FILE, configuration.replace("default: mail", "default: male"))
         output = machine.run("dpkg", "--install", "/root/package.deb")
-        self.assertIn('no backend is declared as "male"', output)
+        self.assertIn('unknown backend "male"', output)
         self.assertIn("was not replaced and goes on serving", output)
         self.assertEqual((self.property("ActiveState"), self.property("MainPID")), ("active", after))
         session.check_alive()

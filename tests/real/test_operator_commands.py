@@ -345,7 +345,7 @@ class Upgrades(OperatorTestCase):
         self.assertIn("take its place with --replace", done.stderr)
         text = self.proxy.file.read_text()
         self.proxy.file.write_text(text + "log: {level: shout}\n")
-        self.assertIn("log.level: expected one of", self.command("upgrade", code=1))
+        self.assertIn("log.level: unknown value: expected", self.command("upgrade", code=1))
         wait_for("the successor to end", lambda: "the successor has ended; this process goes on" in self.proxy.log())
         self.assertTrue(responds(client) and responds(session(self.port)))
 
