@@ -1,9 +1,9 @@
-//! Deadlines that leave out the time in which this process was not scheduled.
+//! Deadlines that do not count the time in which this process was not scheduled.
 //!
 //! A process that was stopped (SIGSTOP, a suspended or migrated virtual machine, a starved container) finds its timers
-//! expired and the peers' answers unread. Such an expiry says nothing about the peer. A thread ticks regularly; a gap
-//! between two ticks that is much longer than the interval is time in which the process did not run, and a [`Deadline`]
-//! moves back by it. The gap is known even if the deadline is looked at before the thread ticks again.
+//! expired and its peers' answers unread, although the peers are not late. A thread ticks at intervals; a gap between two
+//! ticks that is much longer than the interval is time in which the process did not run, and every [`Deadline`] is extended
+//! by it. The gap is detected even if a deadline is checked before the thread ticks again.
 
 use std::future::Future;
 use std::pin::pin;
@@ -17,13 +17,13 @@ use tokio::time::{self, timeout_at};
 
 /// Time between two ticks.
 const TICK: Duration = Duration::from_millis(250);
-/// A gap up to this long is ordinary load, and is not left out.
+/// Longest gap that is attributed to ordinary load.
 const TOLERANCE: Duration = Duration::from_secs(1);
 
-/// The pauses of this process: a fact of the process, like its clock.
+/// The pauses of this process. They are global because they affect all of its clocks.
 static PAUSES: OnceLock<Pauses> = OnceLock::new();
 
-/// Starts the thread that ticks. Without it deadlines are ordinary ones.
+/// Starts the thread that ticks. Without it deadlines are not extended.
 ///
 /// # Errors
 /// The system cannot start a thread.
@@ -35,7 +35,7 @@ pub(crate) fn watch_for_pauses() -> io::Result<()> {
             let pause = pauses.tick(Instant::now());
             if !pause.is_zero() {
                 let seconds = pause.as_secs_f64();
-                tracing::warn!(seconds, "this process was not scheduled for a while: its deadlines move back");
+                tracing::warn!(seconds, "this process was not scheduled for a while: its deadlines are extended");
             }
         }
     };
@@ -47,7 +47,7 @@ fn lost() -> Duration {
     PAUSES.get().map_or(Duration::ZERO, |pauses| pauses.lost_until(Instant::now()))
 }
 
-/// Sums up pauses. Times are nanoseconds since `start`.
+/// The sum of all pauses. Times are nanoseconds since `start`.
 #[derive(Debug)]
 struct Pauses {
     start: Instant,
@@ -64,7 +64,7 @@ impl Pauses {
     fn tick(&self, now: Instant) -> Duration {
         let before = Duration::from_nanos(self.lost.load(Ordering::Acquire));
         let lost = self.lost_until(now);
-        // In this order a reader between the two counts a gap twice rather than not at all.
+        // In this order a reader between the two stores counts a gap twice rather than not at all.
         self.lost.store(nanoseconds(lost), Ordering::Release);
         self.last_tick.store(nanoseconds(now.saturating_duration_since(self.start)), Ordering::Release);
         lost - before
@@ -82,11 +82,11 @@ fn nanoseconds(duration: Duration) -> u64 {
     u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX)
 }
 
-/// A point in time that moves back by the pauses of the process.
+/// A point in time that is extended by the pauses of the process.
 #[derive(Debug, Clone, Copy)]
 pub struct Deadline {
     due: time::Instant,
-    /// Time already lost when the deadline was set.
+    /// Time that was lost before the deadline was set.
     lost: Duration,
 }
 
@@ -101,28 +101,28 @@ impl Deadline {
         Self::at(time::Instant::now() + duration)
     }
 
-    /// When it expires, as far as is known now.
+    /// The time at which it expires, unless there are further pauses.
     pub fn due(self) -> time::Instant {
         self.due + lost().saturating_sub(self.lost)
     }
 
-    /// Whether it has expired.
+    /// Whether the deadline has expired.
     pub fn has_expired(self) -> bool {
         self.left().is_zero()
     }
 
-    /// Time until it expires.
+    /// Time until the deadline expires.
     pub fn left(self) -> Duration {
         self.due().saturating_duration_since(time::Instant::now())
     }
 
-    /// The earlier of two.
+    /// The earlier of two deadlines.
     #[must_use]
     pub fn min(self, other: Self) -> Self {
         if other.due() < self.due() { other } else { self }
     }
 
-    /// The later of two.
+    /// The later of two deadlines.
     #[must_use]
     pub fn max(self, other: Self) -> Self {
         if other.due() > self.due() { other } else { self }
@@ -151,7 +151,7 @@ mod tests {
     const SECOND: Duration = Duration::from_secs(1);
 
     #[test]
-    fn gaps_between_ticks_are_lost_time_and_ordinary_delays_are_not() {
+    fn gap_between_ticks_is_lost_time_and_an_ordinary_delay_is_not() {
         let start = Instant::now();
         let pauses = Pauses::new(start);
         let mut now = start;
@@ -163,7 +163,7 @@ mod tests {
         assert_eq!(pauses.tick(now), Duration::ZERO, "load delays ticks");
         now += 7 * SECOND;
         let lost = 7 * SECOND - TICK;
-        assert_eq!(pauses.lost_until(now), lost, "known before the next tick");
+        assert_eq!(pauses.lost_until(now), lost, "detected before the next tick");
         assert_eq!(pauses.tick(now), lost);
         assert_eq!(pauses.lost_until(now), lost, "and counted once");
         assert_eq!(pauses.lost_until(now + SECOND / 2), lost);
@@ -173,7 +173,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_deadline_expires_on_time_while_the_process_runs() {
+    async fn deadline_expires_on_time_while_the_process_runs() {
         let began = time::Instant::now();
         let deadline = Deadline::after(5 * SECOND);
         assert!(deadline.limit(std::future::pending::<()>()).await.is_err());

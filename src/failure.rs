@@ -1,25 +1,25 @@
-//! Why something did not work, and whose fault that is.
+//! Reasons of failures, and the side at fault.
 //!
-//! One closed vocabulary for replies, metrics and log records: a [`Reason`] names the fault, its [`Side`] says who must
-//! act. This room holds words only. `session` and `backend::connect` make the values, `metrics` counts them.
+//! One closed set for replies, metrics and log records: a [`Reason`] names the failure, and its [`Side`] is where the cause
+//! must be fixed.
 
-/// Who must act on a failure.
+/// Where the cause of a failure must be fixed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Side {
-    /// The mail client, or whoever connects as one.
+    /// The mail client, or another program that connects as one.
     Client,
-    /// The source of routes.
+    /// The directory or service that a route queries, or its data.
     Directory,
     /// The mailbox servers.
     Backend,
-    /// Vestibule itself.
+    /// Vestibule, or the machine that it runs on.
     Internal,
-    /// Nobody: the operator stops or drains the process.
+    /// Nowhere: the operator has ended the session or stops the process.
     Shutdown,
 }
 
 impl Side {
-    /// Label text.
+    /// The value in labels and log records.
     pub fn as_str(self) -> &'static str {
         match self {
             Self::Client => "client",
@@ -33,20 +33,20 @@ impl Side {
 
 macro_rules! reasons {
     ($($(#[$doc:meta])* $side:ident $variant:ident = $label:literal,)*) => {
-        /// What went wrong, in one word that metrics and log records share.
+        /// The reason of a failure, with one name for metrics and log records.
         #[derive(Debug, Clone, Copy, PartialEq, Eq)]
         pub enum Reason { $($(#[$doc])* $variant,)* }
 
         impl Reason {
-            /// All of them, so that metrics resolve their counters once and every series exists from the start.
+            /// All reasons, so that every time series exists from the start.
             pub const ALL: &[Self] = &[$(Self::$variant,)*];
 
-            /// Label text.
+            /// The value in labels and log records.
             pub fn as_str(self) -> &'static str {
                 match self { $(Self::$variant => $label,)* }
             }
 
-            /// Who must act.
+            /// Where the cause must be fixed.
             pub fn side(self) -> Side {
                 match self { $(Self::$variant => Side::$side,)* }
             }
@@ -55,23 +55,23 @@ macro_rules! reasons {
 }
 
 reasons! {
-    /// No PROXY header, a wrong one, or from where none is believed.
+    /// The PROXY header is missing or invalid, or comes from an address that is not trusted.
     Client ProxyHeader = "proxy_header",
     /// A PROXY header on a listener that has no `proxy_protocol`.
     Client UnexpectedProxyHeader = "unexpected_proxy_header",
-    /// The TLS handshake failed or took too long.
+    /// The TLS handshake failed, or took longer than `limits.handshake`.
     Client Handshake = "handshake",
-    /// Not logged in within `limits.login`.
+    /// The client did not log in within `limits.login`.
     Client LoginDeadline = "login_deadline",
-    /// Bytes pipelined behind STARTTLS (the CVE-2011-0411 family).
+    /// Bytes were pipelined after STARTTLS (as in CVE-2011-0411).
     Client StartTlsInjection = "starttls_injection",
-    /// HTTP or SMTP spoken to an IMAP port (CVE-2021-3618, ALPACA).
+    /// HTTP or SMTP on an IMAP port (ALPACA, CVE-2021-3618).
     Client ForeignProtocol = "foreign_protocol",
-    /// A TLS hello on a port that speaks plaintext first.
+    /// A TLS handshake on a port that begins in plaintext.
     Client TlsOnPlainPort = "tls_on_plain_port",
-    /// `limits.bad_commands` reached.
+    /// The client has sent `limits.bad_commands` invalid commands.
     Client TooManyBadCommands = "too_many_bad_commands",
-    /// `limits.failed_logins` reached.
+    /// The connection has had `limits.failed_logins` failed logins.
     Client TooManyFailedLogins = "too_many_failed_logins",
     /// A command line or SASL response over `limits.line`.
     Client LineTooLong = "line_too_long",
@@ -79,96 +79,97 @@ reasons! {
     Client LiteralTooLong = "literal_too_long",
     /// The connection ended before a login succeeded.
     Client Disconnected = "disconnected",
-    /// The client broke the rules of TLS after its login: a record that does not authenticate, a message out of place.
+    /// The client violated TLS after its login, for example with a record that does not authenticate.
     Client TlsViolation = "tls_violation",
-    /// The client took nothing for `limits.stall` while bytes waited for it.
+    /// The client read nothing for `limits.stall` while bytes waited for it.
     Client Stalled = "stalled",
-    /// The client asked for another user's mailbox and the backend's configuration forbids it.
+    /// The client logs in on behalf of another user, which the backend's configuration does not allow.
     Client AuthzidRefused = "authzid_refused",
-    /// A password of no bytes, which `empty_password` refuses.
+    /// The password is empty, which `empty_password` does not allow.
     Client EmptyPassword = "empty_password",
-    /// The name has characters that `users` does not allow.
+    /// The user name has characters that `users` does not allow.
     Client NameRefused = "name_refused",
-    /// A well-formed login with credentials that cannot be right: an empty name, control characters, a token that names no user.
+    /// Credentials that cannot be valid: an empty name, control characters, a token without a user name.
     Client InvalidCredentials = "invalid_credentials",
-    /// The client is a proxy, and too many came before it: a circle.
+    /// The login has passed too many proxies, so they form a loop.
     Client ProxyLoop = "proxy_loop",
-    /// The oldest of too many connections that had not logged in (`limits.before_login`).
+    /// The connection was the oldest of too many that had not logged in (`limits.before_login`).
     Client Shed = "shed",
-    /// Connections before their login needed more memory than `limits.before_login_memory`, and this one held most of it.
+    /// Connections before login needed more memory than `limits.before_login_memory`, and this one held most of it.
     Client ShedForMemory = "shed_for_memory",
-    /// Too many login attempts from the address or for the user.
+    /// The rate of login attempts from the address or of the user is exceeded.
     Client LoginRate = "login_rate",
-    /// The user has as many sessions as are allowed, in all or from the address.
+    /// The user has reached a limit of sessions, in total or from the address.
     Client SessionLimit = "session_limit",
-    /// The policy service denies the login.
+    /// The policy service has denied the login.
     Client PolicyDenied = "policy_denied",
-    /// The policy service could not answer, and `policy.on_failure` is deny.
+    /// The policy service did not answer, and `policy.on_failure` is `deny`.
     Directory PolicyFailed = "policy_failed",
-    /// A route source could not answer.
+    /// A route could not be looked up.
     Directory LookupFailed = "lookup_failed",
-    /// No route knows the user.
+    /// The user is unknown to all routes.
     Directory UnknownUser = "unknown_user",
-    /// The route refuses this user.
+    /// The route refuses the user.
     Directory RouteRefused = "refused",
-    /// The route says that the user's mailbox is under maintenance.
+    /// The user's mailbox is under maintenance, according to the route.
     Directory RouteMaintenance = "maintenance",
-    /// No address is known for the server: DNS has not answered, or has none.
+    /// The server has no known address: DNS has not answered, or has no address.
     Backend Resolve = "resolve",
-    /// The server's address leads back to one of our own listeners.
+    /// The server's address is that of one of our own listeners.
     Backend Loop = "loop",
-    /// Refused, unreachable or too slow to accept a connection.
+    /// The server refused the connection, was unreachable, or was too slow to accept it.
     Backend Connect = "connect",
     /// The TLS handshake with the server failed, or its certificate is not trusted.
     Backend ServerTls = "tls",
-    /// The server broke the rules of TLS after the login.
+    /// The server violated TLS after the login.
     Backend ServerTlsViolation = "tls_violation",
-    /// The server took nothing for `limits.stall` while bytes waited for it.
+    /// The server read nothing for `limits.stall` while bytes waited for it.
     Backend ServerStalled = "stalled",
-    /// The server has closed many sessions at once without being asked: it has died, and the client was kept for a while.
+    /// The server has closed many sessions at once, so the client was disconnected with a delay.
     Backend ServerGone = "server_gone",
-    /// The greeting was not `* OK`.
+    /// The server's greeting was not `* OK`.
     Backend Greeting = "greeting",
-    /// The server said BYE or closed before it answered the login.
+    /// The server sent BYE or closed the connection before it answered the login.
     Backend Bye = "bye",
-    /// STARTTLS is configured, but the server does not offer it or refuses it.
+    /// STARTTLS is configured, but the server does not offer it or refused it.
     Backend StartTlsUnavailable = "starttls_unavailable",
     /// Plaintext followed the server's answer to STARTTLS (response injection).
     Backend StartTlsResidue = "starttls_residue",
-    /// The server broke the protocol, or said more before its answer than is allowed.
+    /// The server violated the protocol, or sent more before its answer than is allowed.
     Backend Protocol = "protocol",
-    /// NO with [UNAVAILABLE] or [SERVERBUG], or with a text that means an outage.
+    /// The server answered NO with [UNAVAILABLE] or [SERVERBUG], or with a text that means an outage.
     Backend Overloaded = "overloaded",
-    /// NO with [LIMIT], [INUSE] or [OVERQUOTA], or with a text that means a limit of the user.
+    /// The server answered NO with [LIMIT], [INUSE] or [OVERQUOTA], or with a text that means a limit of the user.
     Backend UserLimit = "user_limit",
-    /// BAD in answer to the login, in every form.
+    /// The server answered BAD to every form of the login.
     Backend LoginBad = "login_bad",
-    /// The server offers no way to log in that the configuration permits, or demands TLS for it.
+    /// The server offers no form of login that the configuration allows, or requires TLS for logins.
     Backend LoginDisabled = "login_disabled",
-    /// The server has no PLAIN, which alone can carry an authorization identity.
+    /// The server does not offer PLAIN, which the authorization identity requires.
     Backend AuthzidUnsupported = "authzid_unsupported",
-    /// The server does not have the mechanism of the client's login, or the user's name there is another.
+    /// The server does not offer the mechanism of the client's login, or uses another name for the user, which the mechanism
+    /// cannot express.
     Backend MechanismUnsupported = "mechanism_unsupported",
-    /// A server refers users to a place that is no declared server, or in a circle.
+    /// A server refers the user to an undeclared server, or in a circle.
     Backend Referral = "referral",
-    /// No answer within `limits.connect` or `limits.server_login`.
+    /// The server did not answer within `limits.connect` or `limits.server_login`.
     Backend LoginTimeout = "login_timeout",
-    /// The backend has no server at all (an SRV name with no answer), or none that is to get logins.
+    /// The backend has no server, for example because DNS has no answer, or none whose state allows logins.
     Backend NoServer = "no_server",
-    /// All servers have `max_sessions`, and the queue was full or the wait too long.
+    /// All servers have `max_sessions`, and the queue was full or the wait was too long.
     Backend ServersFull = "servers_full",
-    /// The system refused what a session needs to go on.
+    /// The operating system refused a resource that a session needs.
     Internal System = "system",
-    /// No local port is free for a connection to the server, or its source address is not one of this machine.
+    /// No local port is free for a connection to the server, or the source address is not an address of this machine.
     Internal LocalPorts = "local_ports",
-    /// A session ended in a panic.
+    /// The session ended in a panic.
     Internal Panic = "panic",
-    /// Ended by the operator's stop.
+    /// The process stops.
     Shutdown Drain = "drain",
-    /// The operator ended this user's sessions.
+    /// The operator has ended the user's sessions.
     Shutdown Kicked = "kicked",
-    /// The user is served by another server from now on, or is being moved.
+    /// The user is now served by another server, or is being moved.
     Shutdown Moved = "moved",
-    /// The operator takes the server out of service.
+    /// The operator drains the server.
     Shutdown ServerDrained = "server_drained",
 }

@@ -21,7 +21,7 @@
 //! | whether it may try | [`guard::Guard::may_try`], [`policy::Policy::allow`] |
 //! | which backend | [`route::Router::route`] |
 //! | which server, and which next | [`backend::Backend::candidates`], [`backend::Failover::next`] |
-//! | connect and log in there | [`backend::connect::login`], [`imap::backend_login::BackendLogin::step`] |
+//! | connect and log in there | [`backend::login::login`], [`imap::backend_login::BackendLogin::step`] |
 //! | rustls lets go of both connections | [`stream::Stream::into_leg`], [`tls::handover`] |
 //! | bytes both ways | [`relay::Relay::run`], [`record_layer`] |
 //! | silence: two sockets and their keys | [`waiting::IdlePoller`] |

@@ -1,22 +1,22 @@
-//! Rendezvous hashing: the same key picks the same candidate, and a candidate more or less moves only its own share.
+//! Rendezvous hashing: a key always selects the same candidate, and adding or removing a candidate moves only its own share.
 //!
-//! Every candidate gets a score from the key and its own name; the highest wins (Thaler and Ravishankar, 1998, in the
-//! weighted form). No table, no state, no order: two machines with the same names agree without talking. The hash is
-//! SipHash-2-4 with a fixed key, so results stay the same over versions, machines and restarts; changing it would move
-//! users. Called by `route::hash` (users to backends) and `backend::select` (users to servers).
+//! Each candidate gets a score from the key and its own name, and the highest score wins (Thaler and Ravishankar, 1998, in
+//! the weighted form). It needs no table, state or order: machines with the same names agree without communication. The
+//! hash is SipHash-2-4 with a fixed key, so results are the same on all machines, versions and restarts. A different hash
+//! would move users.
 
 use std::hash::Hasher;
 
 use siphasher::sip::SipHasher24;
 
-/// The score of `candidate` for `key`: higher is better, doubling the weight doubles the share of keys won.
+/// The score of `candidate` for `key`. The highest wins; twice the weight wins twice the share of keys.
 pub(crate) fn score(key: &[u8], candidate: &[u8], weight: u32) -> f64 {
     let mut hasher = SipHasher24::new_with_keys(0x7665_7374_6962_756c, 0x656d_6169_6c21);
     hasher.write(candidate);
-    // A byte that no name holds keeps ("ab", "c") and ("a", "bc") apart.
+    // A byte that cannot be part of a name separates ("ab", "c") from ("a", "bc").
     hasher.write_u8(0);
     hasher.write(key);
-    // The upper 53 bits as a fraction in (0, 1): never 0, whose logarithm is infinite.
+    // The upper 53 bits as a fraction in (0, 1); never 0, because its logarithm is infinite.
     #[expect(clippy::cast_precision_loss, reason = "53 bits fit an f64 exactly")]
     let fraction = ((hasher.finish() >> 11) as f64 + 0.5) / (1_u64 << 53) as f64;
     f64::from(weight) / -fraction.ln()
@@ -44,13 +44,13 @@ mod tests {
     }
 
     #[test]
-    fn a_new_candidate_moves_only_its_own_share() {
+    fn new_candidate_moves_only_its_own_share() {
         let mut moved = 0;
         for key in 0..10_000 {
             let before = winner(key, &[("a", 1), ("b", 1), ("c", 1)]);
             let after = winner(key, &[("a", 1), ("b", 1), ("c", 1), ("d", 1)]);
             if before != after {
-                assert_eq!(after, 3, "a user moved between two old candidates");
+                assert_eq!(after, 3, "the user moved from one old candidate to another");
                 moved += 1;
             }
         }
@@ -58,8 +58,8 @@ mod tests {
     }
 
     #[test]
-    fn the_scores_are_those_of_the_first_release() {
-        // Users are where these figures put them; a change here moves mailboxes.
+    fn scores_are_those_of_the_first_release() {
+        // A change would move users to servers that do not have their mailboxes.
         let picks: Vec<usize> = (0..12).map(|key| winner(key, &[("shard-a", 1), ("shard-b", 1)])).collect();
         assert_eq!(picks, PICKS);
     }

@@ -7,7 +7,7 @@
 //! | 3 who is it | `imap::prelogin` in [`Session::log_in`] | `limits.login`, from accept | BYE |
 //! | 4 which backend | `route` in [`attempt`] | `limits.lookup` | NO `[UNAVAILABLE]`, or refused when unknown |
 //! | 5 which server | `backend` in [`placement`] | `limits.server_login`, over all servers | next server, then NO `[UNAVAILABLE]` |
-//! | 6 log in there, and wait for the user's sessions elsewhere to end | `backend::connect`, [`placement`] | a share of the above | the server's NO is passed on, never retried |
+//! | 6 log in there, and wait for the user's sessions elsewhere to end | `backend::login`, [`placement`] | a share of the above | the server's NO is passed on, never retried |
 //! | 7 answer the client | [`established::Relayed`] | none | |
 //! | 8 relay | `relay`, `waiting` | `limits.idle`, `limits.stall`, `limits.half_close` | |
 //! | 9 log lines | [`log_record::Record`]: one at the login, one at the end | always | |
