@@ -1,4 +1,4 @@
-//! Credentials that claim more than they prove: another user's mailbox, two names in one message, names that cannot be.
+//! Credentials that are invalid or claim another identity: delegation, separators, two names in one message, tokens.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -17,7 +17,7 @@ use vestibule::server::Running;
 
 use crate::support::*;
 
-/// A server that accepts every login, and one that refuses every one.
+/// Scripts of a server that accepts every login, and of one that refuses every login.
 const ACCEPTS: &str =
     "S: * OK [CAPABILITY IMAP4rev1 SASL-IR AUTH=PLAIN] x\nC: *\nS: L OK [CAPABILITY IMAP4rev1] in\n...";
 const REFUSES: &str =
@@ -31,12 +31,12 @@ fn plain(authzid: &str, authcid: &str) -> String {
     format!("AUTHENTICATE PLAIN {}", STANDARD.encode(format!("{authzid}\0{authcid}\0secret")))
 }
 
-/// The authority of clients' certificates.
-struct Owners {
+/// The certificate authority of the clients.
+struct ClientAuthority {
     ca: CertifiedIssuer<'static, KeyPair>,
 }
 
-impl Owners {
+impl ClientAuthority {
     fn new() -> Self {
         let mut ca = CertificateParams::new(Vec::new()).unwrap();
         ca.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
@@ -44,7 +44,7 @@ impl Owners {
         Self { ca: CertifiedIssuer::self_signed(ca, KeyPair::generate().unwrap()).unwrap() }
     }
 
-    /// A greeted connection of the owner of a certificate for `email`.
+    /// A connection with a client certificate for `email`, after the greeting.
     async fn client(&self, proxy: &Running, server: &Certificates, email: &str) -> LineStream<TlsStream<TcpStream>> {
         let key = KeyPair::generate().unwrap();
         let mut params = CertificateParams::new(Vec::new()).unwrap();
@@ -67,12 +67,12 @@ impl Owners {
     }
 }
 
-/// The proxy's own credentials open every mailbox, so no server would refuse what the certificate does not allow.
+/// The proxy's own credentials open every mailbox, so the servers would not refuse what the certificate does not allow.
 #[tokio::test]
-async fn a_certificate_opens_anothers_mailbox_only_if_it_is_listed() {
-    let (owners, certificates) = (Owners::new(), Certificates::new());
+async fn certificate_opens_another_mailbox_only_if_it_is_listed() {
+    let (authority, certificates) = (ClientAuthority::new(), Certificates::new());
     let server = ScriptedServer::new(ACCEPTS).await;
-    std::fs::write(certificates.path("users-ca.pem"), owners.ca.pem()).unwrap();
+    std::fs::write(certificates.path("users-ca.pem"), authority.ca.pem()).unwrap();
     std::fs::write(certificates.path("master"), "master secret").unwrap();
     let with = |listed: &str| {
         format!(
@@ -88,25 +88,33 @@ async fn a_certificate_opens_anothers_mailbox_only_if_it_is_listed() {
     let command = |authzid: &str| format!("a AUTHENTICATE EXTERNAL {}", STANDARD.encode(authzid));
     let refusal = "a NO [AUTHORIZATIONFAILED] Logging in on behalf of another user is not allowed.";
     let proxy = start(&with("")).await;
-    for asked_for in ["bob@good.test", "nobody@unknown.test"] {
-        let mut alice = owners.client(&proxy, &certificates, "alice@good.test").await;
-        assert_eq!(alice.command(&command(asked_for)).await, refusal, "whether the mailbox exists or not");
+    for mailbox in ["bob@good.test", "someone@unknown.test"] {
+        let mut alice = authority.client(&proxy, &certificates, "alice@good.test").await;
+        assert_eq!(
+            alice.command(&command(mailbox)).await,
+            refusal,
+            "the answer is the same whether or not the mailbox exists"
+        );
     }
-    assert_eq!((server.connections(), failures(&proxy, "authzid_refused")), (0, 2.0), "no server was asked");
-    let mut alice = owners.client(&proxy, &certificates, "alice@good.test").await;
-    assert!(alice.command(&command("ALICE@good.test")).await.starts_with("a OK"), "another spelling of her own name");
+    assert_eq!(
+        (server.connections(), failures(&proxy, "authzid_refused")),
+        (0, 2.0),
+        "the logins were not sent to the server"
+    );
+    let mut alice = authority.client(&proxy, &certificates, "alice@good.test").await;
+    assert!(alice.command(&command("ALICE@good.test")).await.starts_with("a OK"), "another spelling of the same name");
     let listed = ", may_act_for: [{certificate: webmail@good.test, users: ['*@good.test']}]";
     let proxy = start(&with(listed)).await;
-    let mut webmail = owners.client(&proxy, &certificates, "webmail@good.test").await;
+    let mut webmail = authority.client(&proxy, &certificates, "webmail@good.test").await;
     assert!(webmail.command(&command("bob@good.test")).await.starts_with("a OK"));
-    for (owner, asked_for) in [("webmail@good.test", "bob@other.test"), ("alice@good.test", "bob@good.test")] {
-        let mut client = owners.client(&proxy, &certificates, owner).await;
-        assert_eq!(client.command(&command(asked_for)).await, refusal, "{owner} {asked_for}");
+    for (owner, mailbox) in [("webmail@good.test", "bob@other.test"), ("alice@good.test", "bob@good.test")] {
+        let mut client = authority.client(&proxy, &certificates, owner).await;
+        assert_eq!(client.command(&command(mailbox)).await, refusal, "{owner} {mailbox}");
     }
 }
 
 #[tokio::test]
-async fn guesses_at_a_master_users_password_are_limited_over_all_mailboxes() {
+async fn guesses_at_a_master_password_are_limited_over_all_mailboxes() {
     let server = ScriptedServer::new(REFUSES).await;
     let proxy = proxy(&format!(
         "backends: {{only: {{servers: ['{}'], authzid: allow}}}}\nroutes: [{{default: only}}]\n\
@@ -116,19 +124,19 @@ async fn guesses_at_a_master_users_password_are_limited_over_all_mailboxes() {
     .await;
     let mut client = Client::connect(proxy.listeners()[0]).await;
     for command in ["LOGIN a*admin x".to_owned(), plain("b", "admin"), "LOGIN c*Admin x".to_owned()] {
-        let said = client.command(&format!("a {command}")).await;
-        assert!(said.starts_with("a NO [AUTHENTICATIONFAILED]"), "{said}");
+        let answer = client.command(&format!("a {command}")).await;
+        assert!(answer.starts_with("a NO [AUTHENTICATIONFAILED]"), "{answer}");
     }
-    let asked = server.connections();
+    let connections = server.connections();
     for command in ["LOGIN d*admin x".to_owned(), plain("e", "ADMIN"), "LOGIN admin x".to_owned()] {
         assert_eq!(client.command(&format!("a {command}")).await, "a NO [LIMIT] Too many logins, wait a little.");
     }
-    assert_eq!(server.connections(), asked, "no server was asked");
+    assert_eq!(server.connections(), connections, "the logins were not sent to the server");
 }
 
-/// A server with the same separator would take the name apart, and open another mailbox than the one routed by.
+/// A server with the same separator would split the name, and open another mailbox than the one that was routed.
 #[tokio::test]
-async fn a_name_with_a_separator_that_was_not_taken_apart_is_refused() {
+async fn user_name_with_a_separator_that_was_not_split_is_refused() {
     let server = ScriptedServer::new(ACCEPTS).await;
     let xoauth2 = STANDARD.encode("user=alice*admin\x01auth=Bearer t\x01\x01");
     let proxy = start(&format!(
@@ -147,15 +155,15 @@ async fn a_name_with_a_separator_that_was_not_taken_apart_is_refused() {
         &plain("alice*x", "admin"),
         &format!("AUTHENTICATE XOAUTH2 {xoauth2}"),
     ] {
-        let said = Client::connect(proxy.listeners()[0]).await.command(&format!("a {command}")).await;
-        assert_eq!(said, "a NO [AUTHENTICATIONFAILED] Authentication failed.", "{command}");
+        let answer = Client::connect(proxy.listeners()[0]).await.command(&format!("a {command}")).await;
+        assert_eq!(answer, "a NO [AUTHENTICATIONFAILED] Authentication failed.", "{command}");
     }
     assert_eq!((server.connections(), failures(&proxy, "name_refused")), (0, 7.0));
 }
 
 /// PRECIS maps a full-width asterisk to `*`, at which the server would split the normalised name.
 #[tokio::test]
-async fn a_separator_that_appears_only_after_normalisation_is_refused() {
+async fn separator_that_appears_only_after_normalisation_is_refused() {
     let server = ScriptedServer::new(ACCEPTS).await;
     for sent_as in ["normalised", "as-sent"] {
         let proxy = start(&format!(
@@ -174,15 +182,15 @@ async fn a_separator_that_appears_only_after_normalisation_is_refused() {
             &plain("alice\u{ff0a}x", "admin"),
             &format!("AUTHENTICATE XOAUTH2 {xoauth2}"),
         ] {
-            let said = Client::connect(proxy.listeners()[0]).await.command(&format!("a {command}")).await;
-            assert_eq!(said, "a NO [AUTHENTICATIONFAILED] Authentication failed.", "{sent_as}: {command}");
+            let answer = Client::connect(proxy.listeners()[0]).await.command(&format!("a {command}")).await;
+            assert_eq!(answer, "a NO [AUTHENTICATIONFAILED] Authentication failed.", "{sent_as}: {command}");
         }
         assert_eq!((server.connections(), failures(&proxy, "name_refused")), (0, 6.0), "{sent_as}");
     }
 }
 
 #[tokio::test]
-async fn with_normalised_names_the_server_gets_both_names_of_a_login_normalised() {
+async fn server_receives_both_names_of_a_login_normalised() {
     let server = ScriptedServer::new(&format!(
         "S: * OK [CAPABILITY IMAP4rev1 SASL-IR AUTH=PLAIN] x\nC: L {}\nS: L OK [CAPABILITY IMAP4rev1] in\n...",
         plain("alice", "admin")
@@ -195,13 +203,13 @@ async fn with_normalised_names_the_server_gets_both_names_of_a_login_normalised(
     ))
     .await;
     let mut client = Client::connect(proxy.listeners()[0]).await;
-    let said = client.command(&format!("a {}", plain("\u{ff21}lice", "\u{ff21}dmin"))).await;
-    assert!(said.starts_with("a OK"), "{said}");
+    let answer = client.command(&format!("a {}", plain("\u{ff21}lice", "\u{ff21}dmin"))).await;
+    assert!(answer.starts_with("a OK"), "{answer}");
 }
 
-/// A route could compose such a name from parts of the user's.
+/// A route could compose such a name from parts of the user name.
 #[tokio::test]
-async fn a_user_of_a_route_with_the_separator_reaches_no_server() {
+async fn route_user_with_the_separator_is_not_sent_to_a_server() {
     let server = ScriptedServer::new(ACCEPTS).await;
     let proxy = proxy(&format!(
         "backends: {{only: {{servers: ['{}']}}}}\n\
@@ -210,14 +218,14 @@ async fn a_user_of_a_route_with_the_separator_reaches_no_server() {
         server.address
     ))
     .await;
-    let said = Client::connect(proxy.listeners()[0]).await.command("a LOGIN alice@good.test x").await;
-    assert!(said.starts_with("a NO [UNAVAILABLE]"), "{said}");
+    let answer = Client::connect(proxy.listeners()[0]).await.command("a LOGIN alice@good.test x").await;
+    assert!(answer.starts_with("a NO [UNAVAILABLE]"), "{answer}");
     assert_eq!((server.connections(), failures(&proxy, "lookup_failed")), (0, 1.0));
 }
 
-/// Servers differ in which of two users they take: the proxy must not route by one, and the server open the other.
+/// Servers differ in which of two users they use, so the proxy could route by one and the server open the other.
 #[tokio::test]
-async fn a_message_with_two_users_reaches_no_server() {
+async fn message_with_two_users_is_not_sent_to_a_server() {
     let server = ScriptedServer::new(
         "S: * OK [CAPABILITY IMAP4rev1 SASL-IR AUTH=XOAUTH2 AUTH=OAUTHBEARER AUTH=SCRAM-SHA-1] x\n...",
     )
@@ -236,38 +244,38 @@ async fn a_message_with_two_users_reaches_no_server() {
     ] {
         let message = STANDARD.encode(message);
         let mut client = Client::connect(proxy.listeners()[0]).await;
-        let said = client.command(&format!("a AUTHENTICATE {mechanism} {message}")).await;
-        assert!(said.starts_with("a BAD Invalid credentials"), "{mechanism}: {said}");
+        let answer = client.command(&format!("a AUTHENTICATE {mechanism} {message}")).await;
+        assert!(answer.starts_with("a BAD Invalid credentials"), "{mechanism}: {answer}");
     }
     assert_eq!(server.connections(), 0);
 }
 
 #[tokio::test]
-async fn credentials_that_cannot_be_right_are_failed_logins_of_the_address() {
+async fn invalid_credentials_are_failed_logins_of_the_address() {
     let proxy = proxy(
         "backends: {only: {servers: ['127.0.0.1:1']}}\nroutes: [{default: only}]\n\
          limits: {login_rate_per_address: 4/1h, login_rate_per_user: 1/1h, failed_logins: 6, failed_login_delay: 100ms}\n",
     )
     .await;
     let mut client = Client::connect(proxy.listeners()[0]).await;
-    let began = Instant::now();
+    let started = Instant::now();
     for command in ["LOGIN \"\" pw", "LOGIN \"a\x07b\" pw", &plain("", ""), "LOGIN \" a\" pw"] {
-        let said = client.command(&format!("a {command}")).await;
-        assert_eq!(said, "a NO [AUTHENTICATIONFAILED] Authentication failed.", "{command}");
+        let answer = client.command(&format!("a {command}")).await;
+        assert_eq!(answer, "a NO [AUTHENTICATIONFAILED] Authentication failed.", "{command}");
     }
-    // 100, 200, 400 and 800 ms, a fifth less or more.
-    assert!(began.elapsed() > Duration::from_millis(1100), "late, and later each time: {:?}", began.elapsed());
+    // The delays are 100, 200, 400 and 800 ms, with a jitter of a fifth.
+    assert!(started.elapsed() > Duration::from_millis(1100), "each answer has a longer delay: {:?}", started.elapsed());
     assert_eq!(failures(&proxy, "invalid_credentials"), 4.0);
     for _ in 0..2 {
-        let said = client.command("a LOGIN \"\" pw").await;
-        assert_eq!(said, "a NO [LIMIT] Too many logins from your address, wait a little.");
+        let answer = client.command("a LOGIN \"\" pw").await;
+        assert_eq!(answer, "a NO [LIMIT] Too many logins from your address, wait a little.");
     }
     assert_eq!(client.line().await, "* BYE Too many failed logins.");
     client.assert_closed().await;
 }
 
 #[tokio::test]
-async fn a_token_without_a_user_name_is_routed_by_its_claim() {
+async fn token_without_a_user_name_is_routed_by_its_claim() {
     let part = |text: &str| URL_SAFE_NO_PAD.encode(text);
     let token = |payload: &str| format!("{}.{}.{}", part(r#"{"alg":"RS256"}"#), part(payload), part("signature"));
     let bearer =
@@ -302,16 +310,16 @@ async fn a_token_without_a_user_name_is_routed_by_its_claim() {
         token(r#"{"iss":"https://other.test","email":"alice@good.test","aud":"imap"}"#),
         token(r#"{"iss":"https://login.test","email":"alice@good.test","aud":"smtp"}"#),
         token(r#"{"iss":"https://login.test","email":"alice@good.test","email":"bob@good.test","aud":"imap"}"#),
-        token(r#"{"iss":"https://login.test","email":"nobody@unknown.test","aud":"imap"}"#),
+        token(r#"{"iss":"https://login.test","email":"someone@unknown.test","aud":"imap"}"#),
     ] {
         assert_eq!(ask(&proxy, &other).await, failed, "{other}");
     }
     assert_eq!(server.connections(), 1);
 }
 
-/// A server that takes turns in refusing at once and late: within one connection, unknown users are refused both ways.
+/// A server that refuses alternately at once and late: within one connection, unknown users are refused both ways.
 #[tokio::test]
-async fn the_delay_of_unknown_users_is_drawn_afresh_for_each_attempt() {
+async fn delay_of_unknown_users_is_sampled_for_each_attempt() {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
     let turn = Arc::new(AtomicUsize::new(0));
@@ -322,7 +330,7 @@ async fn the_delay_of_unknown_users_is_drawn_afresh_for_each_attempt() {
                 let mut server = LineStream::new(socket);
                 server.send("* OK [CAPABILITY IMAP4rev1] x\r\n").await;
                 server.line().await;
-                // The latency of this server, not a wait for anything.
+                // This is the latency of the server; the test does not wait for a condition here.
                 tokio::time::sleep(Duration::from_millis(if is_late { 250 } else { 0 })).await;
                 server.send("L NO [AUTHENTICATIONFAILED] no\r\n").await;
                 server.line().await;
@@ -333,7 +341,7 @@ async fn the_delay_of_unknown_users_is_drawn_afresh_for_each_attempt() {
         "backends: {{only: {{servers: ['{address}']}}}}\nroutes: [{{domain: {{good.test: only}}}}]\nlimits: {{failed_logins: 100}}\n"
     ))
     .await;
-    // One sample of each client counts.
+    // Only one sample of each client address is used.
     for number in 1..=10 {
         let socket = TcpSocket::new_v4().unwrap();
         socket.bind(SocketAddr::from(([127, 0, 1, number], 0))).unwrap();
@@ -344,16 +352,16 @@ async fn the_delay_of_unknown_users_is_drawn_afresh_for_each_attempt() {
     let mut client = Client::connect(proxy.listeners()[0]).await;
     let mut late = Vec::new();
     for _ in 0..24 {
-        let began = Instant::now();
-        assert!(client.command("a LOGIN nobody@unknown.test x").await.starts_with("a NO"));
-        late.push(began.elapsed() >= Duration::from_millis(200));
+        let started = Instant::now();
+        assert!(client.command("a LOGIN someone@unknown.test x").await.starts_with("a NO"));
+        late.push(started.elapsed() >= Duration::from_millis(200));
     }
     assert!(late.contains(&true) && late.contains(&false), "{late:?}");
 }
 
-/// Servers word their refusals as they like; that of an unknown user must not stand out.
+/// The texts of refusals differ between servers; that of an unknown user must not be distinguishable.
 #[tokio::test]
-async fn unknown_users_are_refused_in_the_words_of_a_server() {
+async fn unknown_user_is_refused_with_the_text_of_a_server() {
     let server = ScriptedServer::new(
         "S: * OK [CAPABILITY IMAP4rev1] x\nC: *\nS: L NO Login failed: authentication failure\n...",
     )
@@ -367,14 +375,14 @@ async fn unknown_users_are_refused_in_the_words_of_a_server() {
     let known = client.command("a LOGIN alice@good.test x").await;
     assert_eq!(client.command("a LOGIN bob@good.test x").await, known);
     assert_eq!(known, "a NO [AUTHENTICATIONFAILED] Login failed: authentication failure");
-    assert_eq!(client.command("a LOGIN nobody@unknown.test x").await, known);
+    assert_eq!(client.command("a LOGIN someone@unknown.test x").await, known);
     assert_eq!(client.command("a LOGIN carol@good.test \"\"").await, known, "an empty password");
     proxy.stop().await;
 }
 
-/// New versions of Outlook write every value of their ID as a literal, and LOGIN right after it.
+/// New versions of Outlook send every value of their ID as a literal, and LOGIN directly after it.
 #[tokio::test]
-async fn the_id_of_new_outlook_and_its_login_in_one_write() {
+async fn outlook_id_with_literals_and_login_in_one_write_are_accepted() {
     let server = ScriptedServer::new(
         "S: * OK [CAPABILITY IMAP4rev1 ID] x\nC: *\nC: L LOGIN \"alice\" \"secret\"\nS: I OK x\nS: L OK [CAPABILITY IMAP4rev1] in\n...",
     )

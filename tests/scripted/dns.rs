@@ -1,4 +1,4 @@
-//! Servers by name, with a name server whose answers change under the proxy.
+//! Servers that are configured by name or SRV record, with a name server whose answers change.
 
 use std::collections::HashMap;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
@@ -13,7 +13,7 @@ use crate::support::{ACCEPTS_ALICE, Client, ScriptedServer, eventually, metric, 
 
 type Zone = Arc<Mutex<Option<HashMap<(String, RecordType), Vec<RData>>>>>;
 
-/// Answers from its zone, each record for one second; says nothing at all while the zone is away.
+/// A name server that answers from its zone with a time to live of one second, and does not answer without a zone.
 struct NameServer {
     address: SocketAddr,
     zone: Zone,
@@ -24,11 +24,11 @@ impl NameServer {
         let socket = UdpSocket::bind("127.0.0.1:0").await.unwrap();
         let address = socket.local_addr().unwrap();
         let zone: Zone = Arc::new(Mutex::new(Some(HashMap::new())));
-        let served = zone.clone();
+        let served_zone = zone.clone();
         tokio::spawn(async move {
             let mut buffer = [0; 4096];
             while let Ok((size, peer)) = socket.recv_from(&mut buffer).await {
-                if let Some(answer) = answer(&buffer[..size], &served) {
+                if let Some(answer) = answer(&buffer[..size], &served_zone) {
                     socket.send_to(&answer, peer).await.unwrap();
                 }
             }
@@ -41,7 +41,7 @@ impl NameServer {
         self.zone.lock().unwrap().get_or_insert_default().insert((name.to_owned(), kind), data);
     }
 
-    fn go_away(&self) {
+    fn stop_answering(&self) {
         *self.zone.lock().unwrap() = None;
     }
 }
@@ -72,12 +72,12 @@ fn srv(priority: u16, port: u16, target: &str) -> RData {
     RData::SRV(SRV::new(priority, 1, port, Name::from_ascii(target).unwrap()))
 }
 
-async fn logs_in(address: SocketAddr) -> String {
+async fn log_in(address: SocketAddr) -> String {
     Client::connect(address).await.command("a LOGIN alice secret").await
 }
 
 #[tokio::test]
-async fn a_name_is_followed_and_its_last_answer_kept() {
+async fn server_name_is_resolved_again_and_its_last_answer_kept() {
     let dns = NameServer::new().await;
     let server = ScriptedServer::new(ACCEPTS_ALICE).await;
     dns.set("mail.test", a(server.address.ip()));
@@ -88,23 +88,23 @@ async fn a_name_is_followed_and_its_last_answer_kept() {
     );
     let proxy = proxy(&text).await;
     let address = proxy.listeners()[0];
-    assert!(logs_in(address).await.starts_with("a OK"));
-    // The record's time of one second is over many times while DNS says nothing.
-    dns.go_away();
+    assert!(log_in(address).await.starts_with("a OK"));
+    // The record expires several times while DNS does not answer.
+    dns.stop_answering();
     for _ in 0..3 {
-        assert!(logs_in(address).await.starts_with("a OK"), "the last good answer stays in use");
+        assert!(log_in(address).await.starts_with("a OK"), "the last good answer stays in use");
     }
-    // It is back, and the name has moved to where nobody listens.
+    // DNS answers again, and the name resolves to an address without a server.
     dns.set("mail.test", a(IpAddr::V4(Ipv4Addr::new(127, 0, 0, 77))));
-    let moved = async { while logs_in(address).await.starts_with("a OK") {} };
-    crate::support::with_timeout("the move", moved).await;
+    let changed = async { while log_in(address).await.starts_with("a OK") {} };
+    crate::support::with_timeout("the change of address", changed).await;
     dns.set("mail.test", a(server.address.ip()));
-    let back = async { while !logs_in(address).await.starts_with("a OK") {} };
-    crate::support::with_timeout("the return", back).await;
+    let changed_back = async { while !log_in(address).await.starts_with("a OK") {} };
+    crate::support::with_timeout("the second change", changed_back).await;
 }
 
 #[tokio::test]
-async fn servers_of_an_srv_record_come_and_go() {
+async fn servers_of_an_srv_record_are_added_and_removed() {
     let dns = NameServer::new().await;
     let (first, spare) = (ScriptedServer::new(ACCEPTS_ALICE).await, ScriptedServer::new(ACCEPTS_ALICE).await);
     dns.set("one.test", a(first.address.ip()));
@@ -120,21 +120,21 @@ async fn servers_of_an_srv_record_come_and_go() {
     let proxy = proxy(&text).await;
     let address = proxy.listeners()[0];
     for _ in 0..5 {
-        assert!(logs_in(address).await.starts_with("a OK"));
+        assert!(log_in(address).await.starts_with("a OK"));
     }
     assert_eq!((first.connections(), spare.connections()), (5, 0), "the lower priority value comes first");
     dns.set("_imap._tcp.shard.test", vec![srv(10, spare.address.port(), "two.test.")]);
     let gone = format!("server=\"one.test:{}\"", first.address.port());
-    eventually("the series to end", || !proxy.metrics().render().contains(&gone)).await;
-    assert!(logs_in(address).await.starts_with("a OK"));
+    eventually("removal of the time series", || !proxy.metrics().render().contains(&gone)).await;
+    assert!(log_in(address).await.starts_with("a OK"));
     assert_eq!(spare.connections(), 1);
 }
 
 #[tokio::test]
-async fn a_name_that_leads_back_to_the_proxy_is_not_followed() {
+async fn server_name_of_the_proxy_itself_is_not_used() {
     let dns = NameServer::new().await;
     dns.set("self.test", a(IpAddr::V4(Ipv4Addr::LOCALHOST)));
-    // The port must be known before the proxy starts: one that was free a moment ago.
+    // The port must be known before the proxy starts, so the test uses one that was free a moment ago.
     let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
     let text = format!(
         "listeners: [{{address: '127.0.0.1:{port}', tls: none}}]\nbackends: {{only: {{servers: ['self.test:{port}']}}}}\n\
@@ -142,13 +142,13 @@ async fn a_name_that_leads_back_to_the_proxy_is_not_followed() {
         dns.address
     );
     let proxy = crate::support::start(&text).await;
-    assert!(logs_in(proxy.listeners()[0]).await.starts_with("a NO [UNAVAILABLE]"));
-    assert_eq!(metric(&proxy, "vestibule_connections_total", &[]), 1.0, "it did not connect to itself");
+    assert!(log_in(proxy.listeners()[0]).await.starts_with("a NO [UNAVAILABLE]"));
+    assert_eq!(metric(&proxy, "vestibule_connections_total", &[]), 1.0, "the proxy did not connect to itself");
     assert!(metric(&proxy, "vestibule_failures_total", &["reason=\"loop\""]) >= 1.0);
 }
 
 #[tokio::test]
-async fn names_that_do_not_exist() {
+async fn unknown_server_names_are_answered_with_unavailable() {
     let dns = NameServer::new().await;
     for server in ["'nowhere.test:143'", "{srv: _imap._tcp.nowhere.test}"] {
         let text = format!(
@@ -156,6 +156,6 @@ async fn names_that_do_not_exist() {
             dns.address
         );
         let proxy = proxy(&text).await;
-        assert!(logs_in(proxy.listeners()[0]).await.starts_with("a NO [UNAVAILABLE]"), "{server}");
+        assert!(log_in(proxy.listeners()[0]).await.starts_with("a NO [UNAVAILABLE]"), "{server}");
     }
 }

@@ -1,11 +1,11 @@
-//! Servers that fail in every way, and what the client and the metrics see of it.
+//! Faults and refusals of servers before a session: the client's answer, the metrics, and TLS and identity towards servers.
 
 use crate::support::{ACCEPTS_ALICE, Certificates, Client, ScriptedServer, eventually, metric, proxy};
 
 const UNAVAILABLE: &str = "a NO [UNAVAILABLE] The mailbox is temporarily unavailable, try again later.";
 
-/// One server, short deadlines.
-async fn alone(script: &str) -> (vestibule::server::Running, ScriptedServer) {
+/// A proxy with one server and short deadlines.
+async fn single_server(script: &str) -> (vestibule::server::Running, ScriptedServer) {
     let server = ScriptedServer::new(script).await;
     let text = format!(
         "backends: {{only: {{servers: ['{}']}}}}\nroutes: [{{default: only}}]\nlimits: {{connect: 300ms, server_login: 600ms}}\n",
@@ -20,7 +20,7 @@ fn failures(proxy: &vestibule::server::Running, reason: &str) -> f64 {
 }
 
 #[tokio::test]
-async fn every_way_to_fail_before_the_answer_is_unavailable() {
+async fn server_fault_before_the_answer_is_answered_with_unavailable() {
     let login = "S: * OK [CAPABILITY IMAP4rev1] x\nC: *\n";
     for (script, reason) in [
         ("...", "login_timeout"),
@@ -34,18 +34,18 @@ async fn every_way_to_fail_before_the_answer_is_unavailable() {
         (&format!("{login}S: X OK forged"), "protocol"),
         ("S: * OK [CAPABILITY IMAP4rev1 LOGINDISABLED] x\n...", "login_disabled"),
     ] {
-        let (proxy, _server) = alone(script).await;
+        let (proxy, _server) = single_server(script).await;
         let mut client = Client::connect(proxy.listeners()[0]).await;
         assert_eq!(client.command("a LOGIN alice secret").await, UNAVAILABLE, "{script}");
         assert_eq!(failures(&proxy, reason), 1.0, "{script}\n{}", proxy.metrics().render());
-        assert_eq!(client.command("c NOOP").await, "c OK NOOP completed.", "the connection is kept");
+        assert_eq!(client.command("c NOOP").await, "c OK NOOP completed.", "the connection stays open");
         assert_eq!(metric(&proxy, "vestibule_logins_total", &["outcome=\"unavailable\"", "backend=\"only\""]), 1.0);
         proxy.stop().await;
     }
 }
 
 #[tokio::test]
-async fn nobody_listens() {
+async fn refused_connection_is_answered_with_unavailable() {
     let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     let address = listener.local_addr().unwrap();
     drop(listener);
@@ -57,11 +57,11 @@ async fn nobody_listens() {
 }
 
 #[tokio::test]
-async fn the_next_server_is_tried_and_the_client_sees_nothing_of_it() {
+async fn next_server_is_tried_without_the_client_noticing() {
     for (broken, balance) in [
         ("...", "user-hash"),
         ("S: * BYE x", "user-hash"),
-        // Once it has the login, only the servers of other balances are alike for the user.
+        // With user-hash no other server is tried once a server has received the login.
         ("S: * OK [CAPABILITY IMAP4rev1] x\nC: *\nS: L NO [UNAVAILABLE] x", "round-robin"),
     ] {
         let (bad, good) = (ScriptedServer::new(broken).await, ScriptedServer::new(ACCEPTS_ALICE).await);
@@ -70,7 +70,7 @@ async fn the_next_server_is_tried_and_the_client_sees_nothing_of_it() {
             bad.address, good.address
         );
         let proxy = proxy(&text).await;
-        // Whichever of the two is alice's first server.
+        // The login succeeds whichever of the two comes first for alice.
         let mut client = Client::connect(proxy.listeners()[0]).await;
         assert_eq!(client.command("a LOGIN alice secret").await, "a OK [CAPABILITY IMAP4rev1 IDLE] in", "{broken}");
         assert_eq!(client.command("b NOOP").await, "b OK relayed");
@@ -79,7 +79,7 @@ async fn the_next_server_is_tried_and_the_client_sees_nothing_of_it() {
 }
 
 #[tokio::test]
-async fn a_refused_password_is_tried_on_no_other_server() {
+async fn refused_password_is_not_tried_on_another_server() {
     let refuse = "S: * OK [CAPABILITY IMAP4rev1] x\nC: *\nS: L NO [AUTHENTICATIONFAILED] Wrong.";
     let (one, other) = (ScriptedServer::new(refuse).await, ScriptedServer::new(refuse).await);
     let text = format!(
@@ -90,7 +90,7 @@ async fn a_refused_password_is_tried_on_no_other_server() {
     let mut client = Client::connect(proxy.listeners()[0]).await;
     assert_eq!(client.command("a LOGIN alice wrong").await, "a NO [AUTHENTICATIONFAILED] Wrong.");
     assert_eq!(one.connections() + other.connections(), 1);
-    // And again on a connection of its own.
+    // The next attempt uses a new connection to a server.
     assert_eq!(client.command("b LOGIN alice wrong").await, "b NO [AUTHENTICATIONFAILED] Wrong.");
     assert_eq!(one.connections() + other.connections(), 2);
     for tag in ["c", "d"] {
@@ -103,7 +103,7 @@ async fn a_refused_password_is_tried_on_no_other_server() {
 }
 
 #[tokio::test]
-async fn answers_are_relayed_with_their_codes() {
+async fn server_answers_are_relayed_with_their_codes() {
     for (answer, expected) in [
         ("L NO [LIMIT] Too many sessions", "a NO [LIMIT] Too many sessions"),
         ("L NO [UNAVAILABLE] Down", "a NO [UNAVAILABLE] Down"),
@@ -113,13 +113,13 @@ async fn answers_are_relayed_with_their_codes() {
         ("L NO [ALERT] Schönen Gruß", "a NO [ALERT] Schönen Gruß"),
         ("L NO just no", "a NO [AUTHENTICATIONFAILED] just no"),
     ] {
-        let (proxy, _server) = alone(&format!("S: * OK [CAPABILITY IMAP4rev1] x\nC: *\nS: {answer}")).await;
+        let (proxy, _server) = single_server(&format!("S: * OK [CAPABILITY IMAP4rev1] x\nC: *\nS: {answer}")).await;
         assert_eq!(Client::connect(proxy.listeners()[0]).await.command("a LOGIN alice x").await, expected);
     }
 }
 
 #[tokio::test]
-async fn what_the_server_says_around_its_ok_reaches_the_client() {
+async fn lines_around_the_servers_ok_reach_the_client() {
     let script = r#"
         S: * OK old server
         C: C CAPABILITY
@@ -136,7 +136,7 @@ async fn what_the_server_says_around_its_ok_reaches_the_client() {
         S: b OK done
         ...
     "#;
-    let (proxy, _server) = alone(script).await;
+    let (proxy, _server) = single_server(script).await;
     let mut client = Client::connect(proxy.listeners()[0]).await;
     client.send("a LOGIN alice secret\r\nb NOOP\r\n").await;
     for expected in ["* OK [ALERT] Quota", "a OK [CAPABILITY IMAP4rev1 IDLE] Logged in.", "* 3 EXISTS", "b OK done"] {
@@ -145,7 +145,7 @@ async fn what_the_server_says_around_its_ok_reaches_the_client() {
 }
 
 #[tokio::test]
-async fn the_server_learns_who_the_client_is() {
+async fn server_receives_the_clients_address_by_id() {
     let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
     let proxy = proxy(&format!("backends: {{only: {{servers: ['{address}']}}}}\nroutes: [{{default: only}}]\n")).await;
@@ -162,13 +162,13 @@ async fn the_server_learns_who_the_client_is() {
     assert!(id.starts_with("I ID (\"name\" \"phone\" \"x-session-id\" \""), "{id}");
     assert!(id.contains(&format!("\"x-originating-ip\" \"127.0.0.1\" \"x-originating-port\" \"{port}\"")), "{id}");
     assert!(!id.contains("forged") && !id.contains("192.0.2.1"), "{id}");
-    assert_eq!(server.line().await, "L LOGIN \"alice\" \"secret\"", "in one round trip");
+    assert_eq!(server.line().await, "L LOGIN \"alice\" \"secret\"", "without waiting for the answer to ID");
 }
 
 #[tokio::test]
-async fn plaintext_behind_starttls_fails_the_server() {
+async fn plaintext_after_starttls_fails_the_server() {
     let certificates = Certificates::new();
-    // Both lines must arrive together, so they are sent by hand and not by a script.
+    // Both lines must arrive together, which a script cannot ensure.
     let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
     let ca = certificates.path("ca.pem");
@@ -189,7 +189,7 @@ async fn plaintext_behind_starttls_fails_the_server() {
 }
 
 #[tokio::test]
-async fn starttls_and_its_refusals() {
+async fn starttls_is_used_and_its_refusal_is_a_server_fault() {
     let certificates = Certificates::new();
     let good = "S: * OK [CAPABILITY IMAP4rev1 STARTTLS LOGINDISABLED] x\nC: S STARTTLS\nS: S OK go\n!TLS\nC: C CAPABILITY\n\
                 S: * CAPABILITY IMAP4rev1\nS: C OK\nC: L LOGIN \"alice\" \"secret\"\nS: L OK [CAPABILITY IMAP4rev1] in\n...";
@@ -216,9 +216,9 @@ async fn starttls_and_its_refusals() {
 }
 
 #[tokio::test]
-async fn whom_a_server_must_be() {
+async fn server_certificate_must_match_ca_name_or_pin() {
     let certificates = Certificates::new();
-    let strangers = Certificates::new();
+    let other_certificates = Certificates::new();
     let script = format!("!TLS\n{ACCEPTS_ALICE}");
     let server = ScriptedServer::with_tls(&script, &certificates).await;
     let port = server.address.port();
@@ -231,7 +231,7 @@ async fn whom_a_server_must_be() {
         let digest = aws_lc_rs::digest::digest(&aws_lc_rs::digest::SHA256, parsed.public_key().raw);
         base64::engine::general_purpose::STANDARD.encode(digest)
     };
-    let (ca, other_ca) = (certificates.path("ca.pem"), strangers.path("ca.pem"));
+    let (ca, other_ca) = (certificates.path("ca.pem"), other_certificates.path("ca.pem"));
     let wrong_pin = "A".repeat(43) + "=";
     for (tls, accepted) in [
         (format!("ca: {}", ca.display()), true),
@@ -257,7 +257,7 @@ async fn whom_a_server_must_be() {
 }
 
 #[tokio::test]
-async fn an_authorization_identity_is_routed_by_or_refused() {
+async fn authorization_identity_is_routed_by_or_refused() {
     // bob\0alice\0secret
     let command = "a AUTHENTICATE PLAIN Ym9iAGFsaWNlAHNlY3JldA==";
     let script = "S: * OK [CAPABILITY IMAP4rev1 SASL-IR AUTH=PLAIN] x\nC: L AUTHENTICATE PLAIN Ym9iAGFsaWNlAHNlY3JldA==\nS: L OK [CAPABILITY IMAP4rev1] in\n...";
@@ -276,12 +276,12 @@ async fn an_authorization_identity_is_routed_by_or_refused() {
     let refused = proxy(&with("refuse")).await;
     let answer = Client::connect(refused.listeners()[0]).await.command(command).await;
     assert_eq!(answer, "a NO [AUTHORIZATIONFAILED] Logging in on behalf of another user is not allowed.");
-    assert_eq!(server.connections(), 1, "the server was not asked");
+    assert_eq!(server.connections(), 1, "the refused login was not sent to the server");
     assert_eq!(failures(&refused, "authzid_refused"), 1.0);
 }
 
 #[tokio::test]
-async fn asking_for_anothers_mailbox_does_not_tell_who_exists() {
+async fn refused_authorization_identity_does_not_reveal_whether_the_user_exists() {
     use base64::Engine as _;
     let folder = tempfile::tempdir().unwrap();
     std::fs::write(folder.path().join("users"), "bob one\nalice other\n").unwrap();
@@ -297,7 +297,7 @@ async fn asking_for_anothers_mailbox_does_not_tell_who_exists() {
         );
         let proxy = proxy(&text).await;
         let mut answers = Vec::new();
-        for mailbox in ["bob", "nobody"] {
+        for mailbox in ["bob", "unknown"] {
             answers.push(Client::connect(proxy.listeners()[0]).await.command(&command(mailbox)).await);
         }
         assert!(answers[0].contains(expected), "{answers:?}");
@@ -307,11 +307,11 @@ async fn asking_for_anothers_mailbox_does_not_tell_who_exists() {
 }
 
 #[tokio::test]
-async fn a_server_with_unauthenticate_is_reported_in_the_status() {
+async fn server_with_unauthenticate_is_reported_in_the_status() {
     let plain = "S: * OK [CAPABILITY IMAP4rev1] x\nC: Q LOGOUT\n...";
-    let before = "S: * OK [CAPABILITY IMAP4rev1 UNAUTHENTICATE] x\nC: Q LOGOUT\n...";
-    let asked = "S: * OK x\nC: C CAPABILITY\nS: * CAPABILITY IMAP4rev1 unauthenticate\nS: C OK\nC: Q LOGOUT\n...";
-    for (script, reported) in [(plain, false), (before, true), (asked, true)] {
+    let in_greeting = "S: * OK [CAPABILITY IMAP4rev1 UNAUTHENTICATE] x\nC: Q LOGOUT\n...";
+    let in_answer = "S: * OK x\nC: C CAPABILITY\nS: * CAPABILITY IMAP4rev1 unauthenticate\nS: C OK\nC: Q LOGOUT\n...";
+    for (script, reported) in [(plain, false), (in_greeting, true), (in_answer, true)] {
         let server = ScriptedServer::new(script).await;
         let proxy = proxy(&format!(
             "backends: {{only: {{servers: ['{}'], check: {{interval: 100ms}}}}}}\nroutes: [{{default: only}}]\n",
@@ -320,12 +320,12 @@ async fn a_server_with_unauthenticate_is_reported_in_the_status() {
         .await;
         let passed = || metric(&proxy, "vestibule_server_checks_total", &["outcome=\"passed\""]) > 0.0;
         eventually("a check", passed).await;
-        // The text for operators is made of this: src/api/control/report.rs has its test.
+        // `src/api/report.rs` tests the text that is made from this.
         assert_eq!(serde_json::to_value(proxy.status()).unwrap()["servers"][0]["unauthenticate"], reported);
     }
-    // A server may show it only to those who have logged in.
+    // A server may advertise it only after a login.
     let script = "S: * OK [CAPABILITY IMAP4rev1] x\nC: *\nS: L OK [CAPABILITY IMAP4rev1 UNAUTHENTICATE] in\n...";
-    let (proxy, _server) = alone(script).await;
+    let (proxy, _server) = single_server(script).await;
     let mut client = Client::connect(proxy.listeners()[0]).await;
     assert_eq!(client.command("a LOGIN alice secret").await, "a OK [CAPABILITY IMAP4rev1] in");
     assert!(proxy.status().servers[0].unauthenticate);

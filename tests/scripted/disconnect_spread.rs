@@ -1,4 +1,4 @@
-//! A server dies under its sessions: their clients are closed one after another, and whoever has better to do is not kept.
+//! Delayed disconnects after a server dies: clients are disconnected one after another, and active ones at once.
 
 use std::time::Duration;
 
@@ -11,13 +11,13 @@ use crate::support::*;
 
 const SESSIONS: usize = 40;
 
-/// A server that lets everybody in, and drops all connections when it is told to die.
-struct Mortal {
+/// A server that accepts every login, and closes all connections when `dies` is cancelled.
+struct MortalServer {
     address: std::net::SocketAddr,
     dies: tokio_util::sync::CancellationToken,
 }
 
-impl Mortal {
+impl MortalServer {
     async fn new() -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let (address, dies) = (listener.local_addr().unwrap(), tokio_util::sync::CancellationToken::new());
@@ -36,22 +36,22 @@ async fn serve(mut line: LineStream<tokio::net::TcpStream>) {
     line.line().await;
     line.send("L OK [CAPABILITY IMAP4rev1] in\r\n").await;
     loop {
-        let said = line.line().await;
-        let answer = match said.as_str() {
+        let command = line.line().await;
+        let answer = match command.as_str() {
             "" => return,
             "z LOGOUT" => "* BYE x\r\nz OK x\r\n",
             _ => "b OK done\r\n",
         };
         line.send(answer).await;
-        if said == "z LOGOUT" {
+        if command == "z LOGOUT" {
             return;
         }
     }
 }
 
-/// The proxy, its only server, and sessions that have been silent for long enough to be put aside.
-async fn scene(more: &str) -> (Running, Mortal, Vec<Client>) {
-    let server = Mortal::new().await;
+/// A proxy, its only server, and sessions that are parked.
+async fn with_parked_sessions(more: &str) -> (Running, MortalServer, Vec<Client>) {
+    let server = MortalServer::new().await;
     let text = format!(
         "backends: {{only: {{servers: ['{}']}}}}\nroutes: [{{default: only}}]\nlimits: {{{more}}}",
         server.address
@@ -63,67 +63,67 @@ async fn scene(more: &str) -> (Running, Mortal, Vec<Client>) {
         assert!(client.command(&format!("a LOGIN user{number} secret")).await.starts_with("a OK"));
         clients.push(client);
     }
-    eventually("silence", || metric(&proxy, "vestibule_parked_sessions", &[]) == SESSIONS as f64).await;
+    eventually("parked sessions", || metric(&proxy, "vestibule_parked_sessions", &[]) == SESSIONS as f64).await;
     (proxy, server, clients)
 }
 
-fn kept(proxy: &Running) -> f64 {
+fn pending_disconnects(proxy: &Running) -> f64 {
     metric(proxy, "vestibule_server_disconnects_pending", &[])
 }
 
 #[tokio::test]
-async fn clients_of_a_server_that_dies_are_closed_one_by_one() {
-    let (proxy, server, clients) = scene("max_disconnect_delay: 3s").await;
-    let began = Instant::now();
+async fn clients_of_a_dead_server_are_disconnected_one_by_one() {
+    let (proxy, server, clients) = with_parked_sessions("max_disconnect_delay: 3s").await;
+    let started = Instant::now();
     server.dies.cancel();
     let mut closing = JoinSet::new();
     for mut client in clients {
         closing.spawn(async move {
             client.assert_closed().await;
-            began.elapsed()
+            started.elapsed()
         });
     }
-    eventually("clients that are kept", || kept(&proxy) > SESSIONS as f64 / 2.0).await;
-    // The server has none of them any more, though they are still connected.
+    eventually("pending disconnects", || pending_disconnects(&proxy) > SESSIONS as f64 / 2.0).await;
+    // They no longer count as sessions of the server, although their clients are still connected.
     eventually("no session on the server", || metric(&proxy, "vestibule_server_sessions", &[]) == 0.0).await;
     assert!(metric(&proxy, "vestibule_connections", &[]) > SESSIONS as f64 / 2.0);
     let mut times = with_timeout("all ends", closing.join_all()).await;
     times.sort();
-    // 40 over three seconds: each 75 ms after the one before. A busy machine makes them later, never earlier.
-    for (place, time) in times.iter().enumerate().skip(2) {
-        assert!(*time >= Duration::from_millis(75 * place as u64 - 75), "{place}: {time:?}");
+    // 40 in three seconds: one every 75 ms. On a busy machine they may be later, but never earlier.
+    for (index, time) in times.iter().enumerate().skip(2) {
+        assert!(*time >= Duration::from_millis(75 * index as u64 - 75), "{index}: {time:?}");
     }
     eventually("the end", || metric(&proxy, "vestibule_connections", &[]) == 0.0).await;
-    assert_eq!(kept(&proxy), 0.0);
+    assert_eq!(pending_disconnects(&proxy), 0.0);
     assert_eq!(metric(&proxy, "vestibule_failures_total", &["reason=\"server_gone\""]), (SESSIONS - 2) as f64);
     proxy.stop().await;
 }
 
 #[tokio::test]
-async fn who_speaks_leaves_or_is_told_to_is_not_kept() {
-    let (proxy, server, mut clients) = scene("max_disconnect_delay: 1h").await;
+async fn client_that_sends_leaves_or_is_kicked_is_disconnected_at_once() {
+    let (proxy, server, mut clients) = with_parked_sessions("max_disconnect_delay: 1h").await;
     server.dies.cancel();
-    // With an hour for all, the last of them would be here for four seconds.
-    eventually("clients that are kept", || kept(&proxy) >= (SESSIONS - 10) as f64).await;
-    let before = kept(&proxy);
-    let mut speaker = clients.pop().unwrap();
-    speaker.send("b NOOP\r\n").await;
-    speaker.assert_closed().await;
+    // Although the maximum is an hour, the minimum rate disconnects the last client after four seconds.
+    eventually("pending disconnects", || pending_disconnects(&proxy) >= (SESSIONS - 10) as f64).await;
+    let before = pending_disconnects(&proxy);
+    let mut sender = clients.pop().unwrap();
+    sender.send("b NOOP\r\n").await;
+    sender.assert_closed().await;
     drop(clients.pop());
     assert_eq!(proxy.kick("user37").await.unwrap(), 1);
     let mut kicked = clients.pop().unwrap();
     kicked.assert_closed().await;
-    eventually("three fewer", || kept(&proxy) <= before - 3.0).await;
-    drop((clients, speaker, kicked));
+    eventually("three fewer", || pending_disconnects(&proxy) <= before - 3.0).await;
+    drop((clients, sender, kicked));
     eventually("the end", || metric(&proxy, "vestibule_connections", &[]) == 0.0).await;
-    assert_eq!(kept(&proxy), 0.0);
+    assert_eq!(pending_disconnects(&proxy), 0.0);
     proxy.stop().await;
 }
 
 #[tokio::test]
-async fn ends_that_were_asked_for_are_passed_on_at_once() {
-    let (proxy, server, mut clients) = scene("max_disconnect_delay: 1h").await;
-    // All at once, but at their own wish.
+async fn session_ended_by_its_client_is_closed_at_once() {
+    let (proxy, server, mut clients) = with_parked_sessions("max_disconnect_delay: 1h").await;
+    // All sessions end at the same time, but because the clients log out.
     for client in &mut clients {
         client.send("z LOGOUT\r\n").await;
     }
@@ -133,14 +133,14 @@ async fn ends_that_were_asked_for_are_passed_on_at_once() {
         client.assert_closed().await;
     }
     assert_eq!(metric(&proxy, "vestibule_failures_total", &["reason=\"server_gone\""]), 0.0);
-    assert_eq!(kept(&proxy), 0.0);
+    assert_eq!(pending_disconnects(&proxy), 0.0);
     drop(server);
     proxy.stop().await;
 }
 
 #[tokio::test]
-async fn nobody_is_kept_where_that_is_off() {
-    let (proxy, server, mut clients) = scene("max_disconnect_delay: off").await;
+async fn max_disconnect_delay_off_disconnects_all_clients_at_once() {
+    let (proxy, server, mut clients) = with_parked_sessions("max_disconnect_delay: off").await;
     server.dies.cancel();
     for client in &mut clients {
         client.assert_closed().await;
@@ -150,8 +150,8 @@ async fn nobody_is_kept_where_that_is_off() {
 }
 
 #[tokio::test]
-async fn a_user_whose_session_was_cut_off_may_log_in_at_once() {
-    let (dying, other) = (Mortal::new().await, Mortal::new().await);
+async fn user_of_a_delayed_disconnect_may_log_in_at_once() {
+    let (dying, other) = (MortalServer::new().await, MortalServer::new().await);
     let proxy = proxy(&format!(
         "backends: {{only: {{servers: ['{}', '{}']}}}}\nroutes: [{{default: only}}]\n\
          limits: {{max_disconnect_delay: 1h, sessions_per_user: 1, sessions_per_user_and_address: 1}}\n",
@@ -164,22 +164,22 @@ async fn a_user_whose_session_was_cut_off_may_log_in_at_once() {
         assert!(client.command(&format!("a LOGIN user{number} secret")).await.starts_with("a OK"));
         clients.push(client);
     }
-    eventually("silence", || metric(&proxy, "vestibule_parked_sessions", &[]) == SESSIONS as f64).await;
+    eventually("parked sessions", || metric(&proxy, "vestibule_parked_sessions", &[]) == SESSIONS as f64).await;
     let server = format!("server=\"{}\"", dying.address);
     let on_dying = || metric(&proxy, "vestibule_server_sessions", &[&server]);
-    let cut_off = on_dying() as usize;
-    assert!(cut_off > 4 && cut_off < SESSIONS, "{cut_off}");
+    let closed = on_dying() as usize;
+    assert!(closed > 4 && closed < SESSIONS, "{closed}");
     dying.dies.cancel();
     eventually("no session on the server that died", || on_dying() == 0.0).await;
-    assert!(kept(&proxy) > 0.0);
+    assert!(pending_disconnects(&proxy) > 0.0);
     let (mut accepted, mut limited) = (0, 0);
     for number in 0..SESSIONS {
         let mut client = Client::connect(proxy.listeners()[0]).await;
-        let said = client.command(&format!("a LOGIN user{number} secret")).await;
-        accepted += usize::from(said.starts_with("a OK"));
-        limited += usize::from(said.starts_with("a NO [LIMIT]"));
+        let answer = client.command(&format!("a LOGIN user{number} secret")).await;
+        accepted += usize::from(answer.starts_with("a OK"));
+        limited += usize::from(answer.starts_with("a NO [LIMIT]"));
         clients.push(client);
     }
-    assert_eq!((accepted, limited), (cut_off, SESSIONS - cut_off));
+    assert_eq!((accepted, limited), (closed, SESSIONS - closed));
     proxy.stop().await;
 }
