@@ -1,7 +1,7 @@
 //! What servers say while they are logged in to. Cut anywhere, the same bytes lead to the same end; what goes to the client is
 //! bounded, and an answer that goes there is whole lines.
 
-use vestibule::identity::{Mechanism, PasswordLogin, Secret, ServerLogin, UserName};
+use vestibule::identity::{Mechanism, PasswordLogin, RelayedMechanism, Secret, ServerLogin, UserName};
 use vestibule::protocol::imap::backend_login::{BackendLogin, DialogueRules, LoginAttempt, LoginStep};
 use vestibule::protocol::imap::tag::Tag;
 use zeroize::Zeroizing;
@@ -17,7 +17,7 @@ pub fn run(input: &[u8]) {
     let login = match choice & 0x18 {
         0 => None,
         8 => Some(ServerLogin::Relayed {
-            mechanism: if choice & 1 != 0 { Mechanism::XOauth2 } else { Mechanism::ScramSha256 },
+            mechanism: if choice & 1 != 0 { RelayedMechanism::XOauth2 } else { RelayedMechanism::ScramSha256 },
             first: &password,
             user: &user,
             authzid: None,
@@ -79,9 +79,9 @@ fn end<'a>(
                     ended = Some(Ok(to_client));
                     break;
                 }
-                LoginStep::Refused { reply, counts } => {
+                LoginStep::Refused { reply, kind } => {
                     is_one_line(&reply);
-                    return format!("refused {counts} {reply:?} {:?}", *sent);
+                    return format!("refused {kind:?} {reply:?} {:?}", *sent);
                 }
                 LoginStep::Challenge(line) => {
                     assert!(!line.contains(&b'\n'), "{line:?}");

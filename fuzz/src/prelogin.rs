@@ -3,8 +3,10 @@
 
 use vestibule::identity::{Mechanism, Mechanisms, Proof, UserName};
 use vestibule::protocol::imap::capability::{Extensions, Transport};
-use vestibule::protocol::imap::prelogin::{LoginRequest, Prelogin, PreloginSettings, PreloginStep};
+use vestibule::protocol::imap::prelogin::{ChallengeStep, LoginRequest, Prelogin, PreloginSettings, PreloginStep};
+use vestibule::protocol::imap::refusal::RefusalKind;
 use vestibule::protocol::imap::reply;
+use vestibule::protocol::imap::tag::Tag;
 
 pub fn run(input: &[u8]) {
     // The first byte chooses; the others are spoken as they are, so that the dictionary fits.
@@ -35,11 +37,23 @@ fn transcript<'a>(policy: &PreloginSettings, pieces: impl Iterator<Item = &'a [u
     let mut dialogue = Prelogin::new(policy.clone());
     let (mut replies, mut sent) = (Vec::new(), Vec::new());
     let mut steps = String::new();
-    // Whose challenge waits for an answer.
-    let mut asked = None;
+    // The tag of the command that waits for the client's response to a challenge.
+    let mut challenged: Option<Tag> = None;
     for piece in pieces {
         dialogue.input(piece);
         loop {
+            if let Some(tag) = &challenged {
+                match dialogue.challenge_step(tag, &mut replies) {
+                    ChallengeStep::NeedInput => break,
+                    ChallengeStep::Close(reason) => return format!("{steps}{reason:?} {:?}", [sent, replies].concat()),
+                    ChallengeStep::Response(line) => {
+                        steps += &format!("response {:?}\n", *line);
+                        let reply = reply::authentication_failed(tag, None);
+                        dialogue.refused(&reply, RefusalKind::FailedLogin, &mut replies);
+                        challenged = None;
+                    }
+                }
+            }
             match dialogue.step(&mut replies) {
                 PreloginStep::NeedInput => break,
                 PreloginStep::Send => sent.append(&mut replies),
@@ -47,25 +61,28 @@ fn transcript<'a>(policy: &PreloginSettings, pieces: impl Iterator<Item = &'a [u
                 PreloginStep::Close(reason) => return format!("{steps}{reason:?} {:?}", [sent, replies].concat()),
                 PreloginStep::Login(LoginRequest { tag, credentials }) => {
                     let proof = match &credentials.proof {
-                        Proof::Password(secret) | Proof::Message(secret) => secret.expose(),
+                        Proof::Password(secret) | Proof::Message { first: secret, .. } => secret.expose(),
                         Proof::Certificate => b"",
                     };
                     steps += &format!("{tag:?} {credentials:?} {proof:?}\n");
-                    if matches!(credentials.proof, Proof::Message(_)) {
-                        dialogue.challenge(&tag, b"Y2hhbGxlbmdl", &mut replies);
-                        asked = Some(tag);
+                    if matches!(credentials.proof, Proof::Message { .. }) {
+                        dialogue.challenge(b"Y2hhbGxlbmdl", &mut replies);
+                        challenged = Some(tag);
                     } else {
-                        dialogue.refused(&reply::authentication_failed(&tag, None), true, &mut replies);
+                        dialogue.refused(
+                            &reply::authentication_failed(&tag, None),
+                            RefusalKind::FailedLogin,
+                            &mut replies,
+                        );
                     }
                 }
                 PreloginStep::InvalidLogin(login) => {
                     steps += &format!("{:?} {:?} {}\n", login.tag, login.mechanism, login.fault);
-                    dialogue.refused(&reply::authentication_failed(&login.tag, None), true, &mut replies);
-                }
-                PreloginStep::Response(line) => {
-                    steps += &format!("response {:?}\n", *line);
-                    let tag = asked.take().expect("nobody answers what was not asked");
-                    dialogue.refused(&reply::authentication_failed(&tag, None), true, &mut replies);
+                    dialogue.refused(
+                        &reply::authentication_failed(&login.tag, None),
+                        RefusalKind::FailedLogin,
+                        &mut replies,
+                    );
                 }
             }
         }

@@ -4,7 +4,9 @@
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
-use vestibule::identity::{Credentials, Mechanism, Mechanisms, Proof, ServerLogin, TokenIssuer, UserName};
+use vestibule::identity::{
+    Credentials, Mechanism, Mechanisms, Proof, RelayedMechanism, Secret, ServerLogin, TokenIssuer, UserName,
+};
 use vestibule::protocol::imap::backend_login::{BackendLogin, DialogueRules, LoginAttempt, LoginStep};
 use vestibule::protocol::imap::capability::{Extensions, Transport};
 use vestibule::protocol::imap::prelogin::{Prelogin, PreloginSettings, PreloginStep};
@@ -15,7 +17,7 @@ use zeroize::Zeroizing;
 /// The first byte chooses the mechanism, the rest is the message. Of LOGIN it is two, with a zero between them.
 pub fn run(input: &[u8]) {
     let Some((&choice, message)) = input.split_first() else { return };
-    let mechanisms: Vec<Mechanism> = Mechanism::ALL.into_iter().filter(|known| !known.sasl_name().is_empty()).collect();
+    let mechanisms: Vec<Mechanism> = Mechanism::ALL.into_iter().filter(|known| known.sasl_name().is_some()).collect();
     let mechanism = mechanisms[usize::from(choice) % mechanisms.len()];
     let messages: Vec<&[u8]> = match mechanism {
         Mechanism::SaslLogin => message.splitn(2, |byte| *byte == 0).collect(),
@@ -40,17 +42,17 @@ pub fn run(input: &[u8]) {
                 _ => assert_eq!([b"\0", message].concat(), end),
             }
         }
-        Proof::Message(first) => {
+        Proof::Message { mechanism: relayed_mechanism, first } => {
             let claimed = mechanism == Mechanism::OauthBearer && message.starts_with(b"n,,");
             assert!(claimed || first.expose() == message, "relayed as it came");
-            assert_eq!(relayed(mechanism, &credentials), first.expose(), "to the last byte");
+            assert_eq!(relayed(*relayed_mechanism, &credentials, first), first.expose(), "to the last byte");
             one_user_for_every_reader(mechanism, first.expose(), &credentials);
             let other = UserName::new("d,a=v\u{e9}".as_bytes()).expect("a name");
-            if let Some(renamed) = with_user(mechanism, first, &other) {
+            if let Some(renamed) = with_user(*relayed_mechanism, first, &other) {
                 let again = login(mechanism, &[renamed.expose()], true).expect("still a message");
                 assert_eq!((again.user, again.authzid), (other, None));
             }
-            if let Some(same) = with_user(mechanism, first, &credentials.user) {
+            if let Some(same) = with_user(*relayed_mechanism, first, &credentials.user) {
                 assert_eq!(same.expose(), first.expose(), "written as it was read");
             }
         }
@@ -103,7 +105,7 @@ fn login(mechanism: Mechanism, messages: &[&[u8]], at_once: bool) -> Option<Cred
         issuers: [TokenIssuer { issuer: "https://a.test".to_owned(), claim: "email".to_owned(), audience: None }]
             .into(),
     });
-    let mut lines = vec![format!("a AUTHENTICATE {}", mechanism.sasl_name())];
+    let mut lines = vec![format!("a AUTHENTICATE {}", mechanism.sasl_name().expect("a mechanism with a name"))];
     for (index, message) in messages.iter().enumerate() {
         let encoded = STANDARD.encode(message);
         match (index, at_once) {
@@ -119,15 +121,14 @@ fn login(mechanism: Mechanism, messages: &[&[u8]], at_once: bool) -> Option<Cred
             PreloginStep::NeedInput | PreloginStep::Send => {}
             PreloginStep::Login(request) => return Some(request.credentials),
             PreloginStep::Close(_) | PreloginStep::InvalidLogin(_) => return None,
-            PreloginStep::StartTls | PreloginStep::Response(_) => panic!("nobody asked for that"),
+            PreloginStep::StartTls => panic!("the client did not send STARTTLS"),
         }
     }
     None
 }
 
 /// The message as the server gets it.
-fn relayed(mechanism: Mechanism, credentials: &Credentials) -> Vec<u8> {
-    let Proof::Message(first) = &credentials.proof else { return Vec::new() };
+fn relayed(mechanism: RelayedMechanism, credentials: &Credentials, first: &Secret) -> Vec<u8> {
     let tag = Tag::new(b"a1").expect("a tag");
     let mut dialogue = BackendLogin::new(LoginAttempt {
         login: Some(ServerLogin::Relayed {

@@ -99,7 +99,7 @@ impl Fault {
     pub(super) fn with_verdict(reason: Reason, detail: String, verdict: Verdict) -> Self {
         let action = match verdict.action {
             Action::TryAnotherServer => FaultAction::TryNextServer,
-            Action::Refuse { .. } => FaultAction::Refuse,
+            Action::Refuse(_) => FaultAction::Refuse,
             Action::FollowReferral | Action::GiveUp | Action::TryAnotherForm | Action::Reconnect => FaultAction::GiveUp,
         };
         let evidence = match verdict.health {

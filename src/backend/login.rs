@@ -21,6 +21,7 @@ use crate::deadline::Deadline;
 use crate::failure::Reason;
 use crate::protocol::imap::backend_login::verdict::{Action, Verdict};
 use crate::protocol::imap::backend_login::{LoginStep, Referral, ServerFault};
+use crate::protocol::imap::refusal::RefusalKind;
 use crate::relay::Leg;
 
 /// How one server answered a login.
@@ -33,7 +34,7 @@ pub enum LoginResponse<'a> {
         /// A complete line under the client's tag.
         reply: Vec<u8>,
         /// Whether the login counts as failed in `limits.failed_logins`.
-        counts: bool,
+        kind: RefusalKind,
     },
     /// The server sent this challenge, and waits for the client's response: see [`PausedLogin::respond`].
     Challenged(Box<PausedLogin<'a>>, Vec<u8>),
@@ -177,10 +178,10 @@ impl<'a> Login<'a> {
                 },
                 LoginStep::Challenge(line) => return LoginResponse::Challenged(Box::new(PausedLogin(self)), line),
                 LoginStep::Accepted { to_client } => return self.accepted(to_client, deadline).await,
-                LoginStep::Refused { reply, counts } => {
+                LoginStep::Refused { reply, kind } => {
                     self.dialogue.record_id_answer();
                     self.dialogue.close(deadline).await;
-                    return LoginResponse::Refused { reply, counts };
+                    return LoginResponse::Refused { reply, kind };
                 }
                 LoginStep::Referred(referral) => {
                     self.dialogue.close(deadline).await;

@@ -1,26 +1,26 @@
-//! What a login brought, and what a server is sent for it.
+//! The credentials in a client's login, and those with which the proxy logs in on a server.
 
 use serde::Deserialize;
 
 use super::{Secret, UserName};
 
 macro_rules! mechanisms {
-    ($($(#[$doc:meta])* $variant:ident = $label:literal, $sasl:literal,)*) => {
-        /// How the client logged in: the label of metrics and log records.
+    ($($(#[$doc:meta])* $variant:ident = $label:literal, $sasl:expr,)*) => {
+        /// How the client logged in.
         #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
         pub enum Mechanism { $($(#[$doc])* $variant,)* }
 
         impl Mechanism {
-            /// All of them, in label order: metrics resolve their children once.
+            /// All mechanisms, in the order of their declaration.
             pub const ALL: [Self; [$($label),*].len()] = [$(Self::$variant),*];
 
-            /// Label text.
+            /// The value of the `mechanism` label of metrics and of the field in log records.
             pub fn as_str(self) -> &'static str {
                 match self { $(Self::$variant => $label,)* }
             }
 
-            /// The name in SASL's registry; none for the command LOGIN.
-            pub fn sasl_name(self) -> &'static str {
+            /// The registered SASL name; the command LOGIN has none.
+            pub fn sasl_name(self) -> Option<&'static str> {
                 match self { $(Self::$variant => $sasl,)* }
             }
         }
@@ -29,41 +29,87 @@ macro_rules! mechanisms {
 
 mechanisms! {
     /// The LOGIN command (RFC 3501 section 6.2.3).
-    Login = "login", "",
+    Login = "login", None,
     /// SASL PLAIN (RFC 4616).
-    SaslPlain = "sasl-plain", "PLAIN",
-    /// SASL LOGIN (an expired draft that many clients speak).
-    SaslLogin = "sasl-login", "LOGIN",
-    /// XOAUTH2 (Google's, older than the next).
-    XOauth2 = "xoauth2", "XOAUTH2",
+    SaslPlain = "sasl-plain", Some("PLAIN"),
+    /// SASL LOGIN, an expired draft that many clients use.
+    SaslLogin = "sasl-login", Some("LOGIN"),
+    /// XOAUTH2, Google's predecessor of OAUTHBEARER.
+    XOauth2 = "xoauth2", Some("XOAUTH2"),
     /// OAUTHBEARER (RFC 7628).
-    OauthBearer = "oauthbearer", "OAUTHBEARER",
+    OauthBearer = "oauthbearer", Some("OAUTHBEARER"),
     /// EXTERNAL (RFC 4422 appendix A): the client's certificate.
-    External = "external", "EXTERNAL",
+    External = "external", Some("EXTERNAL"),
     /// SCRAM-SHA-1 (RFC 5802).
-    ScramSha1 = "scram-sha-1", "SCRAM-SHA-1",
+    ScramSha1 = "scram-sha-1", Some("SCRAM-SHA-1"),
     /// SCRAM-SHA-256 (RFC 7677).
-    ScramSha256 = "scram-sha-256", "SCRAM-SHA-256",
+    ScramSha256 = "scram-sha-256", Some("SCRAM-SHA-256"),
 }
 
 impl Mechanism {
-    /// By the name in AUTHENTICATE or behind `AUTH=`.
+    /// Finds a mechanism by its name in AUTHENTICATE or after `AUTH=`.
     pub fn by_sasl_name(name: &[u8]) -> Option<Self> {
-        Self::ALL.into_iter().find(|known| {
-            let known = known.sasl_name().as_bytes();
-            !known.is_empty() && known.eq_ignore_ascii_case(name)
-        })
+        let is_named =
+            |known: &Self| known.sasl_name().is_some_and(|known| known.as_bytes().eq_ignore_ascii_case(name));
+        Self::ALL.into_iter().find(is_named)
     }
 
-    /// Whether its messages go to the server as the client sent them, and the server's come back.
+    /// The mechanism as one that is relayed, or `None` if the proxy reads its messages completely.
+    pub fn relayed(self) -> Option<RelayedMechanism> {
+        match self {
+            Self::Login | Self::SaslPlain | Self::SaslLogin | Self::External => None,
+            Self::XOauth2 => Some(RelayedMechanism::XOauth2),
+            Self::OauthBearer => Some(RelayedMechanism::OauthBearer),
+            Self::ScramSha1 => Some(RelayedMechanism::ScramSha1),
+            Self::ScramSha256 => Some(RelayedMechanism::ScramSha256),
+        }
+    }
+
+    /// Whether the mechanism is relayed: see [`RelayedMechanism`].
     pub fn is_relayed(self) -> bool {
-        matches!(self, Self::XOauth2 | Self::OauthBearer | Self::ScramSha1 | Self::ScramSha256)
+        self.relayed().is_some()
     }
 
-    /// Whether the first message carries all that a server needs to decide. SCRAM's only names the user; the proof is the
-    /// answer to the server's challenge.
+    /// Whether the first message contains everything that a server needs to verify the login. In SCRAM it only names the user;
+    /// the proof is the response to the server's challenge.
     pub fn is_complete_at_once(self) -> bool {
         !matches!(self, Self::ScramSha1 | Self::ScramSha256)
+    }
+}
+
+/// A mechanism whose messages are relayed: the proxy reads the first message, and passes the exchange on between client and server.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum RelayedMechanism {
+    /// See [`Mechanism::XOauth2`].
+    XOauth2,
+    /// See [`Mechanism::OauthBearer`].
+    OauthBearer,
+    /// See [`Mechanism::ScramSha1`].
+    ScramSha1,
+    /// See [`Mechanism::ScramSha256`].
+    ScramSha256,
+}
+
+impl RelayedMechanism {
+    /// The registered SASL name.
+    pub fn sasl_name(self) -> &'static str {
+        match self {
+            Self::XOauth2 => "XOAUTH2",
+            Self::OauthBearer => "OAUTHBEARER",
+            Self::ScramSha1 => "SCRAM-SHA-1",
+            Self::ScramSha256 => "SCRAM-SHA-256",
+        }
+    }
+}
+
+impl From<RelayedMechanism> for Mechanism {
+    fn from(mechanism: RelayedMechanism) -> Self {
+        match mechanism {
+            RelayedMechanism::XOauth2 => Self::XOauth2,
+            RelayedMechanism::OauthBearer => Self::OauthBearer,
+            RelayedMechanism::ScramSha1 => Self::ScramSha1,
+            RelayedMechanism::ScramSha256 => Self::ScramSha256,
+        }
     }
 }
 
@@ -72,43 +118,43 @@ impl Mechanism {
 pub struct Mechanisms(u16);
 
 impl Mechanisms {
-    /// Those whose passwords we can bring to a server in whatever form it takes: always possible.
+    /// The mechanisms that carry a password, which can be sent to any server in a form that it supports.
     pub const PASSWORDS: Self = Self(0b111);
 
-    /// With `mechanism` too.
+    /// The set with `mechanism` added.
     #[must_use]
     pub const fn with(self, mechanism: Mechanism) -> Self {
         Self(self.0 | 1 << mechanism as u16)
     }
 
-    /// Whether `mechanism` is in it.
+    /// Whether the set contains `mechanism`.
     pub fn has(self, mechanism: Mechanism) -> bool {
         self.0 & 1 << mechanism as u16 != 0
     }
 
-    /// What is in both.
+    /// The intersection of both sets.
     #[must_use]
     pub fn and(self, other: Self) -> Self {
         Self(self.0 & other.0)
     }
 
-    /// What is in either.
+    /// The union of both sets.
     #[must_use]
     pub fn or(self, other: Self) -> Self {
         Self(self.0 | other.0)
     }
 
-    /// As one number, to be kept where threads share it.
+    /// The set as a number, which can be stored in an atomic.
     pub fn to_bits(self) -> u16 {
         self.0
     }
 
-    /// What [`Mechanisms::to_bits`] gave.
+    /// The set that [`Mechanisms::to_bits`] returned as `bits`.
     pub fn from_bits(bits: u16) -> Self {
         Self(bits)
     }
 
-    /// Those in it, in order.
+    /// The mechanisms in the set, in the order of [`Mechanism::ALL`].
     pub fn iter(self) -> impl Iterator<Item = Mechanism> {
         Mechanism::ALL.into_iter().filter(move |mechanism| self.has(*mechanism))
     }
@@ -120,60 +166,65 @@ impl FromIterator<Mechanism> for Mechanisms {
     }
 }
 
-/// What one login attempt brought.
+/// The credentials of one login attempt.
 #[derive(Debug, Clone)]
 pub struct Credentials {
-    /// Whose proof it is.
+    /// The user who authenticates (the authentication identity).
     pub user: UserName,
-    /// On whose behalf (RFC 4616), where it differs from `user`. Never dropped on the way: routed by and passed on, or
-    /// the login is refused.
+    /// The user whose mailbox is requested (the authorization identity, RFC 4616), if it differs from `user`. It is never
+    /// dropped: the proxy routes by it and passes it on, or refuses the login.
     pub authzid: Option<UserName>,
-    /// How it arrived.
+    /// The mechanism that the client used.
     pub mechanism: Mechanism,
-    /// What shows that it is the user.
+    /// The proof of the user's identity.
     pub proof: Proof,
 }
 
-/// What shows that it is the user.
+/// The proof of a user's identity.
 #[derive(Debug, Clone)]
 pub enum Proof {
-    /// A password, for the server to check.
+    /// A password, which the server verifies.
     Password(Secret),
-    /// The first message of a mechanism that is relayed, decoded: a token, or the beginning of SCRAM.
-    Message(Secret),
-    /// A certificate, which TLS has checked.
+    /// The first message of a relayed mechanism: a token, or the start of SCRAM.
+    Message {
+        /// The mechanism of the message.
+        mechanism: RelayedMechanism,
+        /// The message, decoded from base64.
+        first: Secret,
+    },
+    /// A client certificate, which TLS has verified.
     Certificate,
 }
 
 impl Credentials {
-    /// The name whose mailbox is asked for: the one to route by.
+    /// The user whose mailbox is requested, by which the login is routed.
     pub fn mailbox_user(&self) -> &UserName {
         self.authzid.as_ref().unwrap_or(&self.user)
     }
 
-    /// Whether they carry all that a server needs to decide: see [`Mechanism::is_complete_at_once`].
+    /// Whether a server can verify the login by these credentials alone: see [`Mechanism::is_complete_at_once`].
     pub fn is_complete(&self) -> bool {
         self.mechanism.is_complete_at_once()
     }
 
-    /// Bytes of the proof.
+    /// Size of the proof in bytes.
     pub fn proof_size(&self) -> usize {
         match &self.proof {
-            Proof::Password(secret) | Proof::Message(secret) => secret.expose().len(),
+            Proof::Password(secret) | Proof::Message { first: secret, .. } => secret.expose().len(),
             Proof::Certificate => 0,
         }
     }
 
-    /// The password, where there is one.
+    /// The password, if the proof is one.
     pub fn password(&self) -> Option<&Secret> {
         match &self.proof {
             Proof::Password(password) => Some(password),
-            Proof::Message(_) | Proof::Certificate => None,
+            Proof::Message { .. } | Proof::Certificate => None,
         }
     }
 
-    /// Whether the client sent a password of no bytes, which proves nothing. Some servers and directories accept it:
-    /// LDAP takes a bind with an empty password for an anonymous one (RFC 4513 section 5.1.2).
+    /// Whether the password is empty, which proves nothing. Some servers and directories accept it: an LDAP bind with an empty
+    /// password is anonymous and succeeds (RFC 4513 section 5.1.2).
     pub fn has_empty_password(&self) -> bool {
         self.password().is_some_and(|password| password.expose().is_empty())
     }
@@ -183,51 +234,51 @@ impl Credentials {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum LoginWith {
-    /// The client's command if the server has it, else the other one.
+    /// The client's command if the server supports it, otherwise the other one.
     #[default]
     Automatic,
-    /// AUTHENTICATE PLAIN only.
+    /// Always AUTHENTICATE PLAIN.
     Plain,
-    /// The command LOGIN only.
+    /// Always the command LOGIN.
     Login,
-    /// The client's command only.
+    /// Always the client's command.
     AsClient,
 }
 
-/// What a server is logged in with.
+/// The credentials with which the proxy logs in on a server.
 #[derive(Debug, Clone, Copy)]
 pub enum ServerLogin<'a> {
-    /// A password, in whatever form the server takes.
+    /// A password, sent in a form that the server supports.
     Password(PasswordLogin<'a>),
-    /// The client's own exchange, beginning with this message.
+    /// The client's exchange, which is relayed.
     Relayed {
-        /// By what.
-        mechanism: Mechanism,
-        /// Decoded.
+        /// The mechanism that the client used.
+        mechanism: RelayedMechanism,
+        /// The client's first message, decoded from base64.
         first: &'a Secret,
-        /// The name that logs in, and that of the mailbox if it is another user's. Both are in the message.
+        /// The user who authenticates, as named in the message.
         user: &'a UserName,
-        /// See `user`.
+        /// The user whose mailbox is requested, if it is another one, as named in the message.
         authzid: Option<&'a UserName>,
     },
 }
 
 impl ServerLogin<'_> {
-    /// Whether it carries all that a server needs to decide: see [`Mechanism::is_complete_at_once`].
+    /// Whether a server can verify the login without a further message: see [`Mechanism::is_complete_at_once`].
     pub fn is_complete(&self) -> bool {
         match self {
             Self::Password(_) => true,
-            Self::Relayed { mechanism, .. } => mechanism.is_complete_at_once(),
+            Self::Relayed { mechanism, .. } => Mechanism::from(*mechanism).is_complete_at_once(),
         }
     }
 }
 
-/// A password and whose it is.
+/// A user name and a password.
 #[derive(Debug, Clone, Copy)]
 pub struct PasswordLogin<'a> {
-    /// Whose password it is.
+    /// The user who authenticates.
     pub user: &'a UserName,
-    /// Whose mailbox is asked for, where that is another's.
+    /// The user whose mailbox is requested, if it is another one.
     pub authzid: Option<&'a UserName>,
     /// The password.
     pub password: &'a Secret,
@@ -238,7 +289,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn mechanisms_by_name() {
+    fn mechanism_is_found_by_its_sasl_name() {
         assert_eq!(Mechanism::by_sasl_name(b"scram-sha-256"), Some(Mechanism::ScramSha256));
         for none in ["", "SCRAM-SHA-256-PLUS", "CRAM-MD5"] {
             assert_eq!(Mechanism::by_sasl_name(none.as_bytes()), None, "{none}");
@@ -246,7 +297,15 @@ mod tests {
     }
 
     #[test]
-    fn sets() {
+    fn relayed_mechanisms_have_the_name_of_their_mechanism() {
+        for mechanism in Mechanism::ALL {
+            let Some(relayed) = mechanism.relayed() else { continue };
+            assert_eq!((Mechanism::from(relayed), Some(relayed.sasl_name())), (mechanism, mechanism.sasl_name()));
+        }
+    }
+
+    #[test]
+    fn mechanism_sets_have_set_operations() {
         let set = Mechanisms::PASSWORDS.with(Mechanism::XOauth2);
         assert!(set.has(Mechanism::Login) && set.has(Mechanism::XOauth2) && !set.has(Mechanism::External));
         assert_eq!(set.and(Mechanisms::PASSWORDS), Mechanisms::PASSWORDS);

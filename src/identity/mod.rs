@@ -15,7 +15,9 @@ use std::sync::Arc;
 
 use zeroize::{Zeroize, ZeroizeOnDrop, Zeroizing};
 
-pub use self::credentials::{Credentials, LoginWith, Mechanism, Mechanisms, PasswordLogin, Proof, ServerLogin};
+pub use self::credentials::{
+    Credentials, LoginWith, Mechanism, Mechanisms, PasswordLogin, Proof, RelayedMechanism, ServerLogin,
+};
 pub use self::delegation::{Delegation, NamePattern, NotDelegated, authorise_certificate};
 pub use self::names::{LogName, NameNotAllowed, NamingRules, UnicodeRule, UserNames};
 pub use self::token::{TokenFault, TokenIssuer, claimed_user};

@@ -51,7 +51,7 @@ impl<'a> SentPassword<'a> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::identity::{Mechanism, Proof, UserName};
+    use crate::identity::{Mechanism, Proof, RelayedMechanism, UserName};
 
     #[test]
     fn only_a_password_can_be_confirmed() {
@@ -59,8 +59,19 @@ mod tests {
         for (mechanism, proof, can) in [
             (Mechanism::Login, Proof::Password(secret("secret")), true),
             (Mechanism::SaslPlain, Proof::Password(secret("")), false),
-            (Mechanism::XOauth2, Proof::Message(secret("user=alice\x01auth=Bearer t\x01\x01")), false),
-            (Mechanism::ScramSha256, Proof::Message(secret("n,,n=alice,r=x")), false),
+            (
+                Mechanism::XOauth2,
+                Proof::Message {
+                    mechanism: RelayedMechanism::XOauth2,
+                    first: secret("user=alice\x01auth=Bearer t\x01\x01"),
+                },
+                false,
+            ),
+            (
+                Mechanism::ScramSha256,
+                Proof::Message { mechanism: RelayedMechanism::ScramSha256, first: secret("n,,n=alice,r=x") },
+                false,
+            ),
             (Mechanism::External, Proof::Certificate, false),
         ] {
             let credentials = Credentials { user: UserName::new(b"alice").unwrap(), authzid: None, mechanism, proof };

@@ -24,7 +24,8 @@ use crate::generations::Generation;
 use crate::identity::{Mechanism, UserName, UserNames, authorise_certificate};
 use crate::metrics::LoginOutcome;
 use crate::protocol::imap::client_id::ClientId;
-use crate::protocol::imap::prelogin::{ByeReason, LoginRequest, Prelogin, PreloginStep};
+use crate::protocol::imap::prelogin::{ByeReason, ChallengeStep, LoginRequest, Prelogin};
+use crate::protocol::imap::refusal::RefusalKind;
 use crate::protocol::imap::tag::Tag;
 use crate::protocol::imap::{reply, sasl};
 use crate::route::{LoginContext, LoginTls, LookupRequest, RouteDecision, RouteError, RouteMatch};
@@ -43,14 +44,14 @@ pub(super) enum Attempted {
     },
     Refused {
         reply: Vec<u8>,
-        counts: bool,
+        kind: RefusalKind,
         /// The client gets the reply of a login that counts as failed no sooner.
         not_before: Option<Instant>,
     },
     /// Refused, and the connection ends.
     Dismissed {
         reply: Vec<u8>,
-        counts: bool,
+        kind: RefusalKind,
     },
     /// By a limit or rate of ours.
     Limited {
@@ -185,7 +186,7 @@ impl Session {
                     if progress.in_exchange {
                         self.record.attempt_failed(reason(why), LoginOutcome::Unavailable, None);
                         let reply = reply::exchange_cancelled(&login.request.tag);
-                        return Some(Attempted::Dismissed { reply, counts: false });
+                        return Some(Attempted::Dismissed { reply, kind: RefusalKind::NotCounted });
                     }
                     // A login that lost to a later one would end that one in turn if it was routed again.
                     if matches!(why, CancelReason::Kicked | CancelReason::Stopped | CancelReason::Replaced) {
@@ -365,7 +366,7 @@ impl Session {
                 () = placed.slot.displaced() => {
                     self.record.attempt_failed(Reason::ServersFull, LoginOutcome::Unavailable, backend);
                     let reply = reply::exchange_cancelled(&login.request.tag);
-                    return Some(Err(Attempted::Dismissed { reply, counts: false }));
+                    return Some(Err(Attempted::Dismissed { reply, kind: RefusalKind::NotCounted }));
                 }
             };
             outcome = placing.respond(paused, placed, &response).await;
@@ -392,9 +393,10 @@ impl Session {
                 self.record.accepted(&seated.backend, &seated.server.name, &established, took);
                 Attempted::Accepted { seated, established: Box::new(established) }
             }
-            (LoginResponse::Refused { reply, counts }, answered) => {
+            (LoginResponse::Refused { reply, kind }, answered) => {
                 // A client takes its turns in a relayed mechanism as slowly as it likes.
-                if counts && !self.record.last_attempt().0.is_some_and(Mechanism::is_relayed) {
+                if kind == RefusalKind::FailedLogin && !self.record.last_attempt().0.is_some_and(Mechanism::is_relayed)
+                {
                     let client = AddressBlock::of(self.peer.ip());
                     self.snapshot.refusal_latency.add(&routed.name, client, took);
                     if let (Some(user), Some(answer)) = (&self.routing_name, reply::without_tag(&reply)) {
@@ -402,12 +404,12 @@ impl Session {
                     }
                 }
                 self.record.refused(routed.id, answered.as_ref().map(|answered| &answered.server.name));
-                Attempted::Refused { reply, counts, not_before: None }
+                Attempted::Refused { reply, kind, not_before: None }
             }
             // Not followed: the client may know better.
             (LoginResponse::Referred(referral), answered) => {
                 self.record.refused(routed.id, answered.as_ref().map(|answered| &answered.server.name));
-                Attempted::Refused { reply: referral.reply, counts: false, not_before: None }
+                Attempted::Refused { reply: referral.reply, kind: RefusalKind::NotCounted, not_before: None }
             }
             (LoginResponse::Unavailable(fault), answered) if fault.is_refusal() => {
                 self.record.refused(routed.id, answered.as_ref().map(|answered| &answered.server.name));
@@ -424,7 +426,7 @@ impl Session {
                 }
                 self.record.detail(fault.detail);
                 match fault.reply {
-                    Some(reply) => Attempted::Refused { reply, counts: false, not_before: None },
+                    Some(reply) => Attempted::Refused { reply, kind: RefusalKind::NotCounted, not_before: None },
                     None => Attempted::Unavailable,
                 }
             }
@@ -442,20 +444,19 @@ impl Session {
         prelogin: &mut Prelogin,
     ) -> Option<Zeroizing<Vec<u8>>> {
         let mut out = Vec::new();
-        prelogin.challenge(&login.tag, challenge, &mut out);
+        prelogin.challenge(challenge, &mut out);
         // A login that waits for its client has no complete credentials, and may be shed.
         self.login_under_way(None);
         loop {
             self.send(stream, &mut out).await?;
-            match prelogin.step(&mut out) {
+            match prelogin.challenge_step(&login.tag, &mut out) {
                 // The drain and shedding end the whole attempt.
-                PreloginStep::NeedInput => {
+                ChallengeStep::NeedInput => {
                     if let Err(unread) = self.read(stream, prelogin).await {
                         return self.not_read(unread, stream, prelogin).await;
                     }
                 }
-                PreloginStep::Send => {}
-                PreloginStep::Response(response) => {
+                ChallengeStep::Response(response) => {
                     // The first message is held until the login ends.
                     let longest = response.len().max(login.credentials.proof_size());
                     if self.holds_for_login(longest).is_err() {
@@ -464,14 +465,12 @@ impl Session {
                     self.login_under_way(Some(Instant::now()));
                     return Some(response);
                 }
-                PreloginStep::Close(reason) => {
+                ChallengeStep::Close(reason) => {
                     self.send(stream, &mut out).await?;
                     self.closed(reason);
                     close(stream).await;
                     return None;
                 }
-                // A response is waited for, and nothing else is read.
-                PreloginStep::Login(_) | PreloginStep::InvalidLogin(_) | PreloginStep::StartTls => return None,
             }
         }
     }

@@ -55,6 +55,7 @@ use crate::metrics::GaugeGuard;
 use crate::process::drain::Drain;
 use crate::protocol::imap::capability::Transport;
 use crate::protocol::imap::prelogin::{ByeReason, CloseReason, LoginRequest, Prelogin, PreloginSettings, PreloginStep};
+use crate::protocol::imap::refusal::RefusalKind;
 use crate::relay::idle_poller::IdlePoller;
 use crate::snapshot::{ListenerConfig, Snapshot};
 use crate::stream::{Encrypted, Stream};
@@ -221,17 +222,17 @@ impl Session {
                                 .relayed(&request.tag, stream, prelogin.into_leftover(), seated, *established)
                                 .await;
                         }
-                        Attempted::Refused { reply, counts, not_before } => {
-                            if counts {
+                        Attempted::Refused { reply, kind, not_before } => {
+                            if kind == RefusalKind::FailedLogin {
                                 self.refused_login(request, began, not_before).await;
                             }
-                            prelogin.refused(&reply, counts, &mut out);
+                            prelogin.refused(&reply, kind, &mut out);
                         }
                         Attempted::Limited { reply } | Attempted::TokenRefused { reply } => {
-                            prelogin.refused(&reply, true, &mut out)
+                            prelogin.refused(&reply, RefusalKind::FailedLogin, &mut out)
                         }
-                        Attempted::Dismissed { mut reply, counts } => {
-                            if counts {
+                        Attempted::Dismissed { mut reply, kind } => {
+                            if kind == RefusalKind::FailedLogin {
                                 self.refused_login(request, began, None).await;
                             }
                             self.send(&mut stream, &mut reply).await?;
@@ -244,15 +245,13 @@ impl Session {
                 }
                 PreloginStep::InvalidLogin(login) => {
                     let reply = self.refuse_invalid(login, began).await;
-                    prelogin.refused(&reply, true, &mut out);
+                    prelogin.refused(&reply, RefusalKind::FailedLogin, &mut out);
                 }
                 PreloginStep::Close(reason) => {
                     self.closed(reason);
                     close(&mut stream).await;
                     return None;
                 }
-                // Only `attempt` passes challenges on, and it takes what comes back.
-                PreloginStep::Response(_) => {}
             }
         }
     }
@@ -313,7 +312,7 @@ impl Session {
         }
     }
 
-    /// PreloginStep 2. `None`: the session is over.
+    /// Step 2. `None`: the session is over.
     async fn encrypt(&mut self, socket: TcpStream) -> Option<Stream> {
         let began = Instant::now();
         let due = self.login_by.min(Deadline::after(self.snapshot.limits.handshake));

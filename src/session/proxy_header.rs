@@ -1,4 +1,4 @@
-//! PreloginStep 1 of a session: behind a balancer, whose connection it is.
+//! Step 1 of a session: behind a balancer, whose connection it is.
 //!
 //! The balancer's header is read, and not one byte of what follows it, which may be the client's TLS. Where the configuration
 //! names balancers nobody else is let in, for anybody can write a header. Called by `session`.

@@ -10,6 +10,7 @@ use crate::backend::Backend;
 use crate::failure::Reason;
 use crate::metrics::LoginOutcome;
 use crate::protocol::imap::prelogin::InvalidLogin;
+use crate::protocol::imap::refusal::RefusalKind;
 use crate::protocol::imap::reply;
 use crate::protocol::imap::tag::Tag;
 use crate::route::{NextAttempt, RouteDecision};
@@ -24,7 +25,7 @@ impl Session {
     /// The client may not open the mailbox it asked for.
     pub(super) fn not_authorised(&mut self, tag: &Tag) -> Attempted {
         self.record.attempt_failed(Reason::AuthzidRefused, LoginOutcome::Refused, None);
-        Attempted::Refused { reply: reply::authorization_failed(tag), counts: true, not_before: None }
+        Attempted::Refused { reply: reply::authorization_failed(tag), kind: RefusalKind::FailedLogin, not_before: None }
     }
 
     /// Refuses a login with an empty password without asking a server, as late as if one had been asked.
@@ -43,7 +44,7 @@ impl Session {
             Some(answer) => reply::with_tag(tag, &answer),
             None => reply::authentication_failed(tag, None),
         };
-        Attempted::Refused { reply, counts: true, not_before }
+        Attempted::Refused { reply, kind: RefusalKind::FailedLogin, not_before }
     }
 
     /// The route's answer if it names no server.
@@ -51,23 +52,33 @@ impl Session {
         match target {
             RouteDecision::Refuse(text) => {
                 self.record.attempt_failed(Reason::RouteRefused, LoginOutcome::Refused, None);
-                Attempted::Refused { reply: reply::contact_admin(tag, text), counts: false, not_before: None }
+                Attempted::Refused {
+                    reply: reply::contact_admin(tag, text),
+                    kind: RefusalKind::NotCounted,
+                    not_before: None,
+                }
             }
             RouteDecision::WrongPassword(denied) => {
                 self.record.denied();
                 let reply = reply::authentication_failed(tag, denied.text.as_deref());
                 match denied.next_attempt {
                     NextAttempt::OnNewConnection => {
-                        Attempted::Dismissed { reply: reply::refusal_with_bye(reply), counts: true }
+                        Attempted::Dismissed { reply: reply::refusal_with_bye(reply), kind: RefusalKind::FailedLogin }
                     }
-                    NextAttempt::After(delay) => {
-                        Attempted::Refused { reply, counts: true, not_before: Some(Instant::now() + delay) }
-                    }
+                    NextAttempt::After(delay) => Attempted::Refused {
+                        reply,
+                        kind: RefusalKind::FailedLogin,
+                        not_before: Some(Instant::now() + delay),
+                    },
                 }
             }
             RouteDecision::Maintenance(text) => {
                 self.record.attempt_failed(Reason::RouteMaintenance, LoginOutcome::Unavailable, None);
-                Attempted::Refused { reply: reply::maintenance(tag, text), counts: false, not_before: None }
+                Attempted::Refused {
+                    reply: reply::maintenance(tag, text),
+                    kind: RefusalKind::NotCounted,
+                    not_before: None,
+                }
             }
             RouteDecision::PasswordNeeded => {
                 self.record

@@ -19,9 +19,9 @@ pub(super) fn split_master(snapshot: &Snapshot, credentials: &mut Credentials) {
 
 /// A token's message under the name the user has there, where that is another.
 pub(super) fn with_user(credentials: &Credentials, place: &Destination, names: &UserNames) -> Option<Secret> {
-    let Proof::Message(message) = &credentials.proof else { return None };
+    let Proof::Message { mechanism, first } = &credentials.proof else { return None };
     let there = place.user.as_ref().unwrap_or(&names.server);
-    if there == &credentials.user { None } else { sasl::with_user(credentials.mechanism, message, there) }
+    if there == &credentials.user { None } else { sasl::with_user(*mechanism, first, there) }
 }
 
 /// The credentials that the route hands out for this login. They would open the mailbox to any password if nothing had
@@ -64,15 +64,14 @@ pub(super) fn server_login<'a>(
             authzid: credentials.authzid.is_some().then_some(mailbox),
             password,
         })),
-        Proof::Message(first) => {
+        Proof::Message { mechanism, first } => {
             // SCRAM proves a password for one name: under another it would prove nothing.
             let (first, user) = match (renamed, &place.user) {
                 (Some(renamed), _) => (renamed, mailbox),
                 (None, Some(user)) if *user != credentials.user => return None,
                 (None, _) => (first, &credentials.user),
             };
-            let (mechanism, authzid) = (credentials.mechanism, credentials.authzid.as_ref());
-            Some(ServerLogin::Relayed { mechanism, first, user, authzid })
+            Some(ServerLogin::Relayed { mechanism: *mechanism, first, user, authzid: credentials.authzid.as_ref() })
         }
         Proof::Certificate => backend.credentials.as_ref().map(|own| on_behalf(own.master.as_ref(), &own.password)),
     }

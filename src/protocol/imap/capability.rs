@@ -36,7 +36,7 @@ pub(super) fn before_login(transport: Transport, mechanisms: Mechanisms, extensi
         list.push_str(" STARTTLS LOGINDISABLED");
         return list;
     }
-    for mechanism in mechanisms.iter().map(Mechanism::sasl_name).filter(|name| !name.is_empty()) {
+    for mechanism in mechanisms.iter().filter_map(Mechanism::sasl_name) {
         list.push_str(" AUTH=");
         list.push_str(mechanism);
     }
@@ -161,8 +161,9 @@ impl CapabilityList {
     /// that could bind its channel would see no `-PLUS`, say so (`y,,`), and the server would have to refuse it as an attack (RFC 5802
     /// section 6).
     fn offerable(&self) -> Mechanisms {
-        let binds_channels = |mechanism: Mechanism| self.has(&format!("AUTH={}-PLUS", mechanism.sasl_name()));
-        self.mechanisms().iter().filter(|mechanism| !binds_channels(*mechanism)).collect()
+        let has_channel_binding =
+            |mechanism: Mechanism| mechanism.sasl_name().is_some_and(|name| self.has(&format!("AUTH={name}-PLUS")));
+        self.mechanisms().iter().filter(|mechanism| !has_channel_binding(*mechanism)).collect()
     }
 
     /// The server's extensions among those that may be promised to clients before login.
@@ -230,7 +231,7 @@ mod tests {
     fn what_a_server_offers() {
         let list =
             CapabilityList::new(b"IMAP4rev1 AUTH=PLAIN auth=scram-sha-256 AUTH=SCRAM-SHA-256-PLUS LOGINDISABLED");
-        let names: Vec<&str> = list.mechanisms().iter().map(Mechanism::sasl_name).collect();
+        let names: Vec<&str> = list.mechanisms().iter().filter_map(Mechanism::sasl_name).collect();
         assert_eq!(names, ["PLAIN", "SCRAM-SHA-256"]);
         assert!(CapabilityList::new(b"IMAP4rev1").mechanisms().has(Mechanism::Login));
     }
@@ -238,7 +239,7 @@ mod tests {
     #[test]
     fn a_hash_that_the_server_can_bind_to_a_channel_is_not_offered_without() {
         let list = CapabilityList::new(b"AUTH=SCRAM-SHA-1 AUTH=SCRAM-SHA-256 auth=scram-sha-256-plus LOGINDISABLED");
-        let names: Vec<&str> = list.offerable().iter().map(Mechanism::sasl_name).collect();
+        let names: Vec<&str> = list.offerable().iter().filter_map(Mechanism::sasl_name).collect();
         assert_eq!(names, ["SCRAM-SHA-1"]);
         assert!(list.mechanisms().has(Mechanism::ScramSha256), "it can be relayed if the operator offers it");
     }

@@ -1,12 +1,12 @@
-//! Bytes to complete commands and lines, each with a cap, in linear time however the bytes arrive.
+//! Splits input into complete commands and lines with limited sizes, in linear time even if single bytes arrive.
 //!
-//! The framer owns the buffer, wipes it, and gives back what follows the last command taken. It knows lines and
-//! literals (RFC 3501 section 4.3, RFC 7888) and nothing else of IMAP: whether a literal is wanted is the caller's
-//! decision. Bare LF ends a line like CRLF, as Dovecot has it. Called by `prelogin` and `backend_login`.
+//! The framer owns the buffer, wipes it, and returns the bytes that follow the last command. It recognises lines and literals
+//! (RFC 3501 section 4.3, RFC 7888) and no other syntax of IMAP; the caller decides whether a literal is accepted. A bare LF ends
+//! a line like CRLF, as in Dovecot.
 
 use zeroize::{Zeroize, Zeroizing};
 
-/// How many literals a command may have, and how many bytes together.
+/// Maximum number of a command's literals, and their maximum total size in bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct LiteralLimits {
     pub(super) count: u32,
@@ -14,51 +14,62 @@ pub(super) struct LiteralLimits {
 }
 
 impl LiteralLimits {
-    /// LOGIN has two; more than a few in one command are an attack.
+    /// LOGIN has two literals; a command with more than a few is an attack.
     pub(super) const FEW: Self = Self { count: 4, bytes: usize::MAX };
 }
 
-/// A command over this is moved and not copied: larger than one read.
+/// A command above this size, which is larger than one read, is moved out of the buffer instead of copied.
 const LONG: usize = 4096;
 
-/// What stands at the front of the buffer.
+/// What the buffer begins with.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Frame {
-    /// Not yet a whole command.
+    /// An incomplete command.
     Incomplete,
-    /// The client waits for leave to send a literal of this size: [`Framer::accept_literal`] or [`Framer::reject_literal`].
+    /// The client waits for a continuation request before it sends a literal: call [`Framer::accept_literal`] or
+    /// [`Framer::reject_literal`].
     Literal,
-    /// A whole command: [`Framer::take`] has it.
+    /// A complete command, which [`Framer::take`] returns.
     Complete,
-    /// The line is over the cap. Where it ends is not known: the connection cannot go on.
+    /// The line exceeds the limit. Its end is unknown, so the connection must close.
     LineTooLong,
-    /// The literals of a command are over the cap together, or there are too many.
+    /// A command's literals exceed the limit of their number or total size.
     LiteralTooLong,
+}
+
+/// Whether the buffer begins with a complete line.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum LineFrame {
+    Incomplete,
+    /// A complete line, which [`Framer::take`] returns.
+    Complete,
+    /// The line exceeds the limit.
+    TooLong,
 }
 
 /// FrameLimits, in bytes.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct FrameLimits {
-    /// A command or response without its literals.
+    /// Maximum size of a command or response without its literals.
     pub(super) line: usize,
-    /// All literals of a command together.
+    /// Maximum total size of a command's literals.
     pub(super) literals: usize,
 }
 
-/// The buffer, and how far it was looked through.
+/// The buffer, and the position up to which it has been scanned.
 #[derive(Debug)]
 pub(super) struct Framer {
     limits: FrameLimits,
-    /// What a command may have, by what is known of it.
+    /// Returns the limits of a command's literals; the argument is the beginning of the command.
     literals_of: fn(&[u8]) -> LiteralLimits,
     buffer: Zeroizing<Vec<u8>>,
-    /// First byte of the current command.
+    /// Index of the first byte of the current command.
     start: usize,
-    /// Everything before it was looked through and is never looked at again.
+    /// Bytes before this index have been scanned and are not scanned again.
     scanned: usize,
-    /// First byte of the line being looked for the end of.
+    /// Index of the first byte of the current line.
     line: usize,
-    /// End of the literal being read, or of the one the client waits to send.
+    /// Index of the end of the literal that is being read, or that the client waits to send.
     literal_end: Option<usize>,
     waiting: bool,
     literals: u32,
@@ -81,18 +92,18 @@ impl Framer {
         }
     }
 
-    /// Asks `literals_of` what a command may have; it is given the beginning of the command.
+    /// Sets the function that returns the limits of a command's literals.
     pub(super) fn with_literals(mut self, literals_of: fn(&[u8]) -> LiteralLimits) -> Self {
         self.literals_of = literals_of;
         self
     }
 
-    /// Appends what arrived.
+    /// Appends received bytes.
     pub(super) fn input(&mut self, bytes: &[u8]) {
         self.discard_consumed();
         let capacity = self.capacity_with(bytes.len());
         if capacity > self.buffer.capacity() {
-            // Not grown in place: what was outgrown would not be wiped.
+            // Not grown in place, because the previous allocation would not be wiped.
             let mut larger = Zeroizing::new(Vec::with_capacity(capacity));
             larger.extend_from_slice(&self.buffer);
             self.buffer = larger;
@@ -100,12 +111,12 @@ impl Framer {
         self.buffer.extend_from_slice(bytes);
     }
 
-    /// Bytes of memory that the buffer takes.
+    /// Size of the buffer's allocation in bytes.
     pub(super) fn capacity(&self) -> usize {
         self.buffer.capacity()
     }
 
-    /// Bytes of memory that it takes once `more` bytes have arrived: twice what it had, but hardly more than a command may have.
+    /// Size of the allocation once `more` bytes have arrived: doubled if it must grow, but not far beyond the limits of a command.
     pub(super) fn capacity_with(&self, more: usize) -> usize {
         let needed = self.buffer.len() - self.start + more;
         let capacity = self.buffer.capacity();
@@ -129,8 +140,9 @@ impl Framer {
                 (self.scanned, self.line, self.literal_end) = (end, end, None);
             }
             match self.line() {
-                Frame::Complete => {}
-                other => return other,
+                LineFrame::Complete => {}
+                LineFrame::Incomplete => return Frame::Incomplete,
+                LineFrame::TooLong => return Frame::LineTooLong,
             }
             let Some(literal) = literal_header(&self.buffer[self.line..self.scanned]) else { return Frame::Complete };
             let allowed = (self.literals_of)(self.partial_command());
@@ -148,23 +160,23 @@ impl Framer {
         }
     }
 
-    /// Looks for the end of a line; what looks like a literal is text.
-    pub(super) fn line(&mut self) -> Frame {
+    /// Looks for the end of a line, without regard to literals.
+    pub(super) fn line(&mut self) -> LineFrame {
         let found = self.buffer[self.scanned..].iter().position(|byte| *byte == b'\n');
         let end = found.map_or(self.buffer.len(), |at| self.scanned + at + 1);
         self.scanned = end;
         if end - self.start - self.literal_bytes > self.limits.line {
-            return Frame::LineTooLong;
+            return LineFrame::TooLong;
         }
-        if found.is_some() { Frame::Complete } else { Frame::Incomplete }
+        if found.is_some() { LineFrame::Complete } else { LineFrame::Incomplete }
     }
 
-    /// The client may send the literal it announced.
+    /// Lets the client's literal become part of the command.
     pub(super) fn accept_literal(&mut self) {
         self.waiting = false;
     }
 
-    /// The client gets no leave, so its command ends here.
+    /// Ends the command before its literal, which the client will not send.
     pub(super) fn reject_literal(&mut self) {
         self.waiting = false;
         self.literal_end = None;

@@ -12,6 +12,7 @@ pub mod capability;
 pub mod client_id;
 mod framing;
 pub mod prelogin;
+pub mod refusal;
 pub mod reply;
 pub mod sasl;
 pub mod tag;

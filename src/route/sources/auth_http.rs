@@ -55,7 +55,7 @@ pub(in crate::route) fn question(
         // LOGIN and PLAIN are both "plain" there.
         Proof::Password(password) => ("plain", password.expose()),
         Proof::Certificate => ("external", b""),
-        Proof::Message(_) => return Err("this style is asked with a password or a certificate only".to_owned()),
+        Proof::Message { .. } => return Err("this style is asked with a password or a certificate only".to_owned()),
     };
     let mut headers = HeaderMap::new();
     let mut add = |name, value: &[u8]| {

@@ -150,7 +150,7 @@ impl Http {
         // The command `route` has no password to ask with.
         let login_context =
             question.login_context.as_ref().ok_or("this style is asked with a client's password only")?;
-        if matches!(login_context.credentials.proof, Proof::Message(_)) {
+        if matches!(login_context.credentials.proof, Proof::Message { .. }) {
             return Ok(LookupResult::Found(RouteDecision::PasswordNeeded.into()));
         }
         let sent = SentPassword::of(&login_context.credentials);

@@ -6,6 +6,7 @@ use super::verdict::Verdict;
 use crate::identity::{LoginWith, Mechanism, ServerLogin};
 use crate::protocol::imap::capability::ServerCapabilities;
 use crate::protocol::imap::client_id::IdPair;
+use crate::protocol::imap::refusal::RefusalKind;
 use crate::protocol::imap::tag::Tag;
 
 /// One login to be made on one connection.
@@ -70,8 +71,8 @@ pub enum LoginStep {
     Refused {
         /// A complete line under the client's tag.
         reply: Vec<u8>,
-        /// Whether it is a failed login, and not a matter of limits or maintenance.
-        counts: bool,
+        /// Whether it is a failed login.
+        kind: RefusalKind,
     },
     /// The server asks the client something: this is what follows `+ `. The answer goes to `BackendLogin::respond`.
     Challenge(Vec<u8>),

@@ -119,7 +119,14 @@ fn fits_login(password: &PasswordLogin<'_>) -> bool {
 fn mechanism(login: &ServerLogin<'_>) -> Mechanism {
     match login {
         ServerLogin::Password(_) => Mechanism::SaslPlain,
-        ServerLogin::Relayed { mechanism, .. } => *mechanism,
+        ServerLogin::Relayed { mechanism, .. } => (*mechanism).into(),
+    }
+}
+
+fn sasl_name(login: &ServerLogin<'_>) -> &'static str {
+    match login {
+        ServerLogin::Password(_) => "PLAIN",
+        ServerLogin::Relayed { mechanism, .. } => mechanism.sasl_name(),
     }
 }
 
@@ -155,7 +162,7 @@ pub(super) fn in_form(
     form: LoginForm,
     capabilities: &CapabilityList,
 ) -> Vec<Zeroizing<Vec<u8>>> {
-    let name = mechanism(login).sasl_name().as_bytes();
+    let name = sasl_name(login).as_bytes();
     match (form, login) {
         (LoginForm::Command, ServerLogin::Password(password)) => login_command(password, capabilities),
         (LoginForm::InitialResponse, _) => vec![joined(&[b"L AUTHENTICATE ", name, b" ", &response(login), b"\r\n"])],

@@ -22,7 +22,8 @@ pub use self::fault::ServerFault;
 use self::response::{Line, Status, is_word, referred, status};
 use self::verdict::{Action, LONG_PASSWORD, LoginStage, ServerAnswer, Verdict};
 use super::capability::{self, CapabilityList, ServerCapabilities};
-use super::framing::{Frame, FrameLimits, Framer, literal_header, without_line_end};
+use super::framing::{FrameLimits, Framer, LineFrame, literal_header, without_line_end};
+use super::refusal::RefusalKind;
 use crate::identity::{ServerLogin, append_wiped};
 
 /// SCRAM has two, a refused token one.
@@ -207,9 +208,9 @@ impl<'a> BackendLogin<'a> {
         }
         loop {
             match self.framer.line() {
-                Frame::Complete => {}
-                Frame::Incomplete => return LoginStep::NeedInput,
-                _ => return LoginStep::Unavailable(self.failed(ServerFault::Protocol)),
+                LineFrame::Complete => {}
+                LineFrame::Incomplete => return LoginStep::NeedInput,
+                LineFrame::TooLong => return LoginStep::Unavailable(self.failed(ServerFault::Protocol)),
             }
             let line = self.framer.take();
             let line = without_line_end(&line);
@@ -443,9 +444,9 @@ impl<'a> BackendLogin<'a> {
             }
             (Phase::Login, b"L", Status::Ok) => Ok(self.logged_in(text, out)),
             (Phase::Login, b"L", Status::Bad) => match self.verdict(ServerAnswer::Bad).action {
-                Action::Refuse { counts } => {
+                Action::Refuse(kind) => {
                     let reply = refusal_text::bad(self.attempt.tag.as_str(), text);
-                    Ok(Some(LoginStep::Refused { reply, counts }))
+                    Ok(Some(LoginStep::Refused { reply, kind }))
                 }
                 _ => {
                     self.form.into_iter().for_each(|form| self.rejected.insert(form));
@@ -523,9 +524,10 @@ impl<'a> BackendLogin<'a> {
             }
             (_, Action::FollowReferral) => match capability::code(text).and_then(|(_, url, _)| referred(url)) {
                 Some((host, port)) => LoginStep::Referred(Referral { host, port, reply }),
-                None => LoginStep::Refused { reply, counts: false },
+                None => LoginStep::Refused { reply, kind: RefusalKind::NotCounted },
             },
-            (_, action) => LoginStep::Refused { reply, counts: action == Action::Refuse { counts: true } },
+            (_, Action::Refuse(kind)) => LoginStep::Refused { reply, kind },
+            (_, _) => LoginStep::Refused { reply, kind: RefusalKind::NotCounted },
         }
     }
 }

@@ -229,7 +229,7 @@ fn position(text: &[u8], part: &[u8]) -> Option<usize> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::identity::{Mechanism, PasswordLogin, Secret};
+    use crate::identity::{PasswordLogin, RelayedMechanism, Secret};
 
     fn meaning(text: &str) -> (ServerAnswer, Option<&'static str>) {
         let ClassifiedRefusal { answer, code } =
@@ -346,8 +346,12 @@ mod tests {
         assert_eq!(excerpt_after(b"NO maximum exceeded", &login), WITHHELD);
         let bob = UserName::new(b"bob").unwrap();
         let token = Secret::new(b"user=alice\x01auth=Bearer abcdefghijkl\x01\x01".to_vec());
-        let login =
-            ServerLogin::Relayed { mechanism: Mechanism::XOauth2, first: &token, user: &user, authzid: Some(&bob) };
+        let login = ServerLogin::Relayed {
+            mechanism: RelayedMechanism::XOauth2,
+            first: &token,
+            user: &user,
+            authzid: Some(&bob),
+        };
         assert_eq!(excerpt_after(b"BAD token efghijkl", &login), WITHHELD);
         assert_eq!(excerpt_after(b"BAD no authentication", &login), "\"BAD no authentication\"");
         // Names are shorter than a part of the message that is searched for.

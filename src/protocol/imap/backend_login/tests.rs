@@ -6,8 +6,11 @@ use zeroize::Zeroizing;
 
 use super::verdict::Action;
 use super::{BackendLogin, DialogueRules, LoginAttempt, LoginStep, Unavailable, UnsupportedForms};
-use crate::identity::{Credentials, LoginWith, Mechanism, PasswordLogin, Proof, Secret, ServerLogin, UserName};
+use crate::identity::{
+    Credentials, LoginWith, Mechanism, PasswordLogin, Proof, RelayedMechanism, Secret, ServerLogin, UserName,
+};
 use crate::protocol::imap::client_id::IdPair;
+use crate::protocol::imap::refusal::RefusalKind;
 use crate::protocol::imap::tag::Tag;
 
 /// How the server's bytes are cut into reads.
@@ -70,8 +73,8 @@ impl Server {
         let (unavailable_texts, limit_texts) = (["is on fire".to_owned()], ["quota of logins".to_owned()]);
         let mut machine = BackendLogin::new(LoginAttempt {
             login: (!self.only_looks).then_some(match &self.credentials.proof {
-                Proof::Message(first) => ServerLogin::Relayed {
-                    mechanism: self.credentials.mechanism,
+                Proof::Message { mechanism, first } => ServerLogin::Relayed {
+                    mechanism: *mechanism,
                     first,
                     user: &self.credentials.user,
                     authzid: self.credentials.authzid.as_ref(),
@@ -157,8 +160,15 @@ impl Server {
                     );
                     return true;
                 }
-                LoginStep::Refused { reply, counts } => {
-                    log.push(format!("! refused{}: {}", if counts { "" } else { " (not counted)" }, escape(&reply)));
+                LoginStep::Refused { reply, kind } => {
+                    log.push(format!(
+                        "! refused{}: {}",
+                        match kind {
+                            RefusalKind::FailedLogin => "",
+                            RefusalKind::NotCounted => " (not counted)",
+                        },
+                        escape(&reply)
+                    ));
                     return true;
                 }
                 LoginStep::Challenge(line) => {
@@ -431,16 +441,16 @@ fn a_server_that_talks_too_much_is_left() {
     assert!(talk(&format!("* OK {}", "x".repeat(2000)), 1).ends_with("! unavailable: Protocol"));
 }
 
-fn relayed(mechanism: Mechanism, message: &[u8]) -> Server {
+fn relayed(mechanism: RelayedMechanism, message: &[u8]) -> Server {
     let mut server = Server::new("alice", b"");
-    server.credentials.mechanism = mechanism;
-    server.credentials.proof = Proof::Message(Secret::new(message.to_vec()));
+    server.credentials.mechanism = mechanism.into();
+    server.credentials.proof = Proof::Message { mechanism, first: Secret::new(message.to_vec()) };
     server
 }
 
 #[test]
 fn a_mechanism_is_relayed_challenge_by_challenge() {
-    relayed(Mechanism::ScramSha256, b"n,,n=alice,r=x").check(
+    relayed(RelayedMechanism::ScramSha256, b"n,,n=alice,r=x").check(
         "S: * OK [CAPABILITY IMAP4rev1 SASL-IR AUTH=PLAIN AUTH=SCRAM-SHA-256] x
          C: L AUTHENTICATE SCRAM-SHA-256 biwsbj1hbGljZSxyPXg=
          S: + cj14eSxzPXosaT00MDk2
@@ -453,7 +463,7 @@ fn a_mechanism_is_relayed_challenge_by_challenge() {
          ! client: tag1 OK [CAPABILITY IMAP4rev1 IDLE] in",
     );
     // Without SASL-IR the first message waits to be asked for; an empty challenge may lack its space.
-    relayed(Mechanism::XOauth2, b"user=alice\x01auth=Bearer t\x01\x01").check(
+    relayed(RelayedMechanism::XOauth2, b"user=alice\x01auth=Bearer t\x01\x01").check(
         "S: * OK [CAPABILITY IMAP4rev1 AUTH=XOAUTH2] x
          C: L AUTHENTICATE XOAUTH2
          S: +
@@ -465,7 +475,7 @@ fn a_mechanism_is_relayed_challenge_by_challenge() {
          ! refused: tag1 NO [AUTHENTICATIONFAILED] expired",
     );
     // A client that breaks off is no fault of the server.
-    relayed(Mechanism::ScramSha1, b"n,,n=alice,r=x").check(
+    relayed(RelayedMechanism::ScramSha1, b"n,,n=alice,r=x").check(
         "S: * OK [CAPABILITY IMAP4rev1 SASL-IR AUTH=SCRAM-SHA-1] x
          C: L AUTHENTICATE SCRAM-SHA-1 biwsbj1hbGljZSxyPXg=
          S: + cj14eSxzPXosaT00MDk2
@@ -478,7 +488,7 @@ fn a_mechanism_is_relayed_challenge_by_challenge() {
 
 #[test]
 fn a_mechanism_the_server_lacks_is_not_tried() {
-    relayed(Mechanism::ScramSha1, b"n,,n=alice,r=x").check(
+    relayed(RelayedMechanism::ScramSha1, b"n,,n=alice,r=x").check(
         "S: * OK [CAPABILITY IMAP4rev1 SASL-IR AUTH=PLAIN AUTH=SCRAM-SHA-1-PLUS] x
          ! unavailable: MechanismUnsupported",
     );
@@ -490,7 +500,7 @@ fn challenges_have_an_end_and_their_place() {
          ! challenge: eA==
          C: YW5zd2Vy\n"
         .repeat(4);
-    relayed(Mechanism::ScramSha1, b"n,,n=alice,r=x").check(&format!(
+    relayed(RelayedMechanism::ScramSha1, b"n,,n=alice,r=x").check(&format!(
         "S: * OK [CAPABILITY SASL-IR AUTH=SCRAM-SHA-1] x
          C: L AUTHENTICATE SCRAM-SHA-1 biwsbj1hbGljZSxyPXg=\n{endless}         S: + eA==
          ! unavailable: TooManyChallenges"

@@ -7,6 +7,7 @@
 //! server to another one.
 
 use super::fault::ServerFault;
+use crate::protocol::imap::refusal::RefusalKind;
 
 /// Passwords with more bytes are longer than servers take: many end the connection instead of refusing such a password.
 pub const LONG_PASSWORD: usize = 4096;
@@ -47,10 +48,7 @@ pub enum LoginStage {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Action {
     /// The client gets the server's answer.
-    Refuse {
-        /// Whether this is a failed login: delayed, logged for fail2ban, and counted by `limits.failed_logins`.
-        counts: bool,
-    },
+    Refuse(RefusalKind),
     /// The login goes to the server that the answer names, or the client gets the answer.
     FollowReferral,
     /// The backend's next server is tried; the client gets `NO [UNAVAILABLE]` if there is none.
@@ -88,12 +86,12 @@ pub struct Verdict {
 pub fn decide(answer: ServerAnswer, stage: LoginStage, one_server_per_user: bool) -> Verdict {
     let verdict = |action, health| Verdict { action, health };
     match answer {
-        ServerAnswer::Refusal => verdict(Action::Refuse { counts: true }, HealthEffect::Success),
-        ServerAnswer::AccountClosed => verdict(Action::Refuse { counts: false }, HealthEffect::Success),
+        ServerAnswer::Refusal => verdict(Action::Refuse(RefusalKind::FailedLogin), HealthEffect::Success),
+        ServerAnswer::AccountClosed => verdict(Action::Refuse(RefusalKind::NotCounted), HealthEffect::Success),
         ServerAnswer::Referral => verdict(Action::FollowReferral, HealthEffect::Success),
         // The client cancelled the exchange, or answered the challenge with something invalid.
         ServerAnswer::Bad if stage == LoginStage::Challenged => {
-            verdict(Action::Refuse { counts: true }, HealthEffect::Success)
+            verdict(Action::Refuse(RefusalKind::FailedLogin), HealthEffect::Success)
         }
         ServerAnswer::Bad | ServerAnswer::EmptyContinuation => verdict(Action::TryAnotherForm, HealthEffect::Unchanged),
         ServerAnswer::Fault(fault) => of_fault(fault, stage, one_server_per_user),
@@ -119,7 +117,7 @@ fn of_fault(fault: ServerFault, stage: LoginStage, one_server_per_user: bool) ->
         | ServerFault::LoginBad
             if stage == LoginStage::LongPasswordSent =>
         {
-            (Action::Refuse { counts: true }, HealthEffect::Unchanged)
+            (Action::Refuse(RefusalKind::FailedLogin), HealthEffect::Unchanged)
         }
         // The load may be caused by clients that have not logged in, so it is neither evidence against the server nor a
         // reason to move a user.

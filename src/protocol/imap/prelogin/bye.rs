@@ -1,15 +1,15 @@
-//! The last line for a client whose connection the proxy ends.
+//! The last line sent to a client whose connection the proxy closes.
 
-/// Why the proxy ends a connection that did nothing wrong.
+/// Why the proxy closes a connection although the client did nothing wrong.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ByeReason {
-    /// Not logged in in time.
+    /// The client has not logged in within `limits.login`.
     LoginDeadline,
-    /// The process stops.
+    /// The process shuts down.
     Shutdown,
-    /// Too many connections have not logged in, and this one is the first to go.
+    /// Too many connections have not logged in, and this one has the lowest priority.
     Shed,
-    /// Connections before their login need too much memory, and this one holds most of it.
+    /// Connections before login need too much memory, and this one holds the most.
     Memory,
 }
 

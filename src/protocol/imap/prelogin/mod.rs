@@ -1,9 +1,9 @@
-//! The client before it has logged in: bytes in, replies and steps out.
+//! The dialogue with a client until it has logged in: takes bytes, returns replies and steps.
 //!
-//! Knows the eight commands of this state, the SASL mechanisms, and when to stop listening. It does not know whether
-//! a password is right and never sees a server. Everything about one login attempt lives in the [`LoginRequest`] it
-//! hands out; after a refusal nothing of it is left here. RFC 3501 section 6.1 and 6.2, RFC 4959 (SASL-IR), RFC 7888
-//! (LITERAL+), RFC 2971 (ID), RFC 5161 (ENABLE); where clients expect more than these say, Dovecot is followed.
+//! It implements the eight commands of this state and the SASL mechanisms, and decides when a connection must close. It does
+//! not decide whether a password is right, and it knows no server. All data of a login attempt is in the [`LoginRequest`] that
+//! it returns; nothing of it remains here after a refusal. Implements RFC 3501 sections 6.1 and 6.2, RFC 4959 (SASL-IR), RFC 7888
+//! (LITERAL+), RFC 2971 (ID) and RFC 5161 (ENABLE); where clients expect more than the RFCs specify, it behaves like Dovecot.
 
 mod arguments;
 mod bye;
@@ -23,105 +23,117 @@ use self::command::{Command, is_foreign, literals};
 use self::sasl_exchange::SaslExchange;
 use super::capability::{Extensions, Transport};
 use super::client_id::{self, ClientId};
-use super::framing::{Frame, FrameLimits, Framer, without_line_end};
+use super::framing::{Frame, FrameLimits, Framer, LineFrame, without_line_end};
+use super::refusal::RefusalKind;
 use super::sasl::{self, InvalidCredentials};
 use super::tag::Tag;
 use super::{capability, reply};
 use crate::identity::{Credentials, Mechanism, Mechanisms, TokenIssuer, UserName};
 
-/// Commands, good ones too: a client that never logs in may not go on for ever within its deadline.
+/// Maximum number of commands before login, valid ones included: the deadline alone does not limit the work that a client causes.
 const MAX_COMMANDS: u32 = 1000;
-/// Bytes of replies, without the last one, that wait to be sent: a client may send hundreds of commands at once, and read nothing.
+/// Bytes of replies after which they are sent before the next command is read: a client may send hundreds of commands at once and
+/// read no reply.
 const MAX_REPLIES: usize = 4096;
-/// First byte of a TLS handshake record.
+/// The first byte of a TLS handshake record.
 const TLS_HANDSHAKE: u8 = 0x16;
 
-/// What is allowed.
+/// The listener's settings for the dialogue.
 #[derive(Debug, Clone)]
 pub struct PreloginSettings {
-    /// See [`Transport`].
+    /// Whether the connection is encrypted, and whether it may be.
     pub transport: Transport,
-    /// Bytes of a command line or a SASL response.
+    /// Maximum size of a command line or a SASL response, in bytes.
     pub max_line: usize,
-    /// Bytes of the literals of a command, together.
+    /// Maximum total size of a command's literals, in bytes.
     pub max_literal: usize,
-    /// The bad command that ends the connection.
+    /// The number of invalid commands after which the connection is closed.
     pub max_bad_commands: u32,
-    /// The failed login that ends the connection.
+    /// The number of failed logins after which the connection is closed.
     pub max_failed_logins: u32,
-    /// Ways to log in that are offered.
+    /// Mechanisms offered to the client.
     pub mechanisms: Mechanisms,
-    /// Whose certificate the client has shown.
+    /// The owner of the client's certificate, if it presented one.
     pub certificate: Option<UserName>,
-    /// Extensions that every server has, whichever the user's is.
+    /// Extensions that all servers support.
     pub extensions: Extensions,
-    /// Issuers whose tokens may name the user.
+    /// Token issuers whose tokens may name the user.
     pub issuers: Arc<[TokenIssuer]>,
 }
 
-/// What the caller does next.
+/// What the caller must do next.
 #[derive(Debug)]
 pub enum PreloginStep {
-    /// Send the replies, read more, hand it to [`Prelogin::input`].
+    /// Send the replies, read from the client, and pass the bytes to [`Prelogin::input`].
     NeedInput,
-    /// Send the replies before there are more of them.
+    /// Send the replies, and call [`Prelogin::step`] again.
     Send,
-    /// Send the replies, perform the handshake, begin anew with [`Transport::Tls`] and no greeting.
+    /// Send the replies, perform the TLS handshake, and start a new dialogue with [`Transport::Tls`], without a greeting.
     StartTls,
-    /// Find out whether these credentials are good; then [`Prelogin::refused`], [`Prelogin::unavailable`],
-    /// [`Prelogin::challenge`], or [`Prelogin::into_leftover`].
+    /// Verify these credentials, then call [`Prelogin::refused`], [`Prelogin::unavailable`], [`Prelogin::challenge`] or
+    /// [`Prelogin::into_leftover`].
     Login(LoginRequest),
-    /// Refuse these credentials, which no server could accept, as late as a wrong password; then [`Prelogin::refused`].
+    /// Refuse these credentials with the same delay as a wrong password, then call [`Prelogin::refused`]. No server could accept
+    /// them.
     InvalidLogin(InvalidLogin),
-    /// The client's answer to a challenge: the server's to judge, as it stands in the line.
-    Response(Zeroizing<Vec<u8>>),
-    /// Send the replies and close.
+    /// Send the replies and close the connection.
     Close(CloseReason),
 }
 
-/// One login command.
+/// What the caller must do next while the client has to answer a server's challenge.
+#[derive(Debug)]
+pub enum ChallengeStep {
+    /// Read from the client, and pass the bytes to [`Prelogin::input`].
+    NeedInput,
+    /// Pass the client's response, still in base64, to the server. It may be `*`, with which the client cancels the exchange.
+    Response(Zeroizing<Vec<u8>>),
+    /// Send the replies and close the connection.
+    Close(CloseReason),
+}
+
+/// A login command and the credentials in it.
 #[derive(Debug)]
 pub struct LoginRequest {
-    /// To answer under.
+    /// The tag of the command.
     pub tag: Tag,
-    /// What it brought.
+    /// The credentials, which are not verified.
     pub credentials: Credentials,
 }
 
-/// A well-formed login command with credentials that cannot be right: an empty name, control characters, a token that names no
-/// user (RFC 9051 section 6.2.3: NO; BAD is for what does not fit the grammar).
+/// A well-formed login command with credentials that cannot be right: an empty name, control characters, or a token that names no
+/// user. RFC 9051 section 6.2.3 requires NO for them; BAD is for syntax errors.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct InvalidLogin {
-    /// The tag to answer under.
+    /// The tag of the command.
     pub tag: Tag,
-    /// How it arrived.
+    /// The mechanism that the client used.
     pub mechanism: Mechanism,
-    /// What is wrong, for the log: never a part of the credentials.
+    /// The error for the log. It contains no part of the credentials.
     pub fault: InvalidCredentials,
 }
 
 /// Why a connection closes before login.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum CloseReason {
-    /// The client asked for it.
+    /// The client sent LOGOUT.
     Logout,
-    /// See [`PreloginSettings::max_bad_commands`].
+    /// The client sent [`PreloginSettings::max_bad_commands`] invalid commands, or too many commands in all.
     TooManyBadCommands,
-    /// See [`PreloginSettings::max_failed_logins`].
+    /// [`PreloginSettings::max_failed_logins`] logins have failed.
     TooManyFailedLogins,
-    /// See [`PreloginSettings::max_line`].
+    /// A line exceeds [`PreloginSettings::max_line`].
     LineTooLong,
-    /// See [`PreloginSettings::max_literal`].
+    /// A literal exceeds [`PreloginSettings::max_literal`].
     LiteralTooLong,
-    /// Bytes came with STARTTLS (CVE-2011-0411).
+    /// Plaintext followed the STARTTLS command (CVE-2011-0411).
     StartTlsInjection,
-    /// HTTP or SMTP (CVE-2021-3618).
+    /// The client speaks HTTP or SMTP (CVE-2021-3618).
     ForeignProtocol,
-    /// A TLS hello where plaintext is spoken.
+    /// The client started a TLS handshake on a plaintext port.
     TlsOnPlainPort,
 }
 
-/// The dialogue so far.
+/// The state of the dialogue.
 #[derive(Debug)]
 pub struct Prelogin {
     settings: PreloginSettings,
@@ -131,25 +143,20 @@ pub struct Prelogin {
     bad_commands: u32,
     failed_logins: u32,
     client_id: Option<ClientId>,
-    /// Replied to already; the next step says so.
+    /// Set if the replies that precede the close are written already; the next step returns it.
     closing: Option<CloseReason>,
 }
 
 #[derive(Debug)]
 enum State {
-    /// Waiting for a command.
+    /// The next line is a command.
     Command,
-    /// Waiting for the response of a SASL exchange.
+    /// The next line is the response of a SASL exchange.
     Sasl(Tag, SaslExchange),
-    /// Waiting for the response to a server's challenge.
-    Relayed(Tag),
 }
 
-/// What a command led to: `None` goes on.
-type Next = Option<PreloginStep>;
-
 impl Prelogin {
-    /// For a fresh connection, or anew after STARTTLS.
+    /// Starts the dialogue of a new connection, or restarts it after STARTTLS.
     pub fn new(settings: PreloginSettings) -> Self {
         Self {
             framer: Framer::new(FrameLimits { line: settings.max_line, literals: settings.max_literal })
@@ -164,18 +171,18 @@ impl Prelogin {
         }
     }
 
-    /// The first line of a connection.
+    /// Writes the greeting.
     pub fn greet(&self, out: &mut Vec<u8>) {
         let capabilities = self.capabilities();
         reply::untagged(&format!("OK [CAPABILITY {capabilities}] {}", reply::READY), out);
     }
 
-    /// Bytes from the client.
+    /// Adds bytes received from the client.
     pub fn input(&mut self, bytes: &[u8]) {
         self.framer.input(bytes);
     }
 
-    /// Goes on as far as the input allows; replies are appended to `out`.
+    /// Processes the input up to the next step, and appends replies to `out`.
     pub fn step(&mut self, out: &mut Vec<u8>) -> PreloginStep {
         loop {
             if let Some(reason) = self.closing.take() {
@@ -184,9 +191,9 @@ impl Prelogin {
             if out.len() > MAX_REPLIES {
                 return PreloginStep::Send;
             }
-            let next = match &self.state {
+            let next = match std::mem::replace(&mut self.state, State::Command) {
                 State::Command => self.next_command(out),
-                State::Sasl(..) | State::Relayed(_) => self.next_response(out),
+                State::Sasl(tag, exchange) => self.next_response(tag, exchange, out),
             };
             if let Some(step) = next {
                 return step;
@@ -194,33 +201,45 @@ impl Prelogin {
         }
     }
 
-    /// The attempt was refused with `answer`, a complete line; `counts` against [`PreloginSettings::max_failed_logins`].
-    pub fn refused(&mut self, answer: &[u8], counts: bool, out: &mut Vec<u8>) {
-        out.extend_from_slice(answer);
-        if counts {
+    /// Sends `reply`, a complete line that refuses the login.
+    pub fn refused(&mut self, reply: &[u8], kind: RefusalKind, out: &mut Vec<u8>) {
+        out.extend_from_slice(reply);
+        if kind == RefusalKind::FailedLogin {
             self.count_failed_login(out);
         }
     }
 
-    /// The attempt could not be decided.
+    /// Reports that no server could verify the login.
     pub fn unavailable(&mut self, tag: &Tag, out: &mut Vec<u8>) {
         reply::unavailable(tag, out);
     }
 
-    /// The server the attempt was passed to asks something: `line` is what follows `+ `. The client's answer is the next
-    /// step.
-    pub fn challenge(&mut self, tag: &Tag, line: &[u8], out: &mut Vec<u8>) {
+    /// Sends a server's challenge; `line` is the text after `+ `. Then call [`Prelogin::challenge_step`] until it returns the
+    /// client's response.
+    pub fn challenge(&self, line: &[u8], out: &mut Vec<u8>) {
         out.extend_from_slice(b"+ ");
         out.extend_from_slice(line);
         out.extend_from_slice(b"\r\n");
-        self.state = State::Relayed(tag.clone());
+    }
+
+    /// Reads the client's response to a challenge that belongs to the command `tag`.
+    pub fn challenge_step(&mut self, tag: &Tag, out: &mut Vec<u8>) -> ChallengeStep {
+        match self.framer.line() {
+            LineFrame::Incomplete => ChallengeStep::NeedInput,
+            LineFrame::TooLong => ChallengeStep::Close(response_too_long(tag, out)),
+            // A `*` is passed on too: the server answers the cancelled command.
+            LineFrame::Complete => {
+                let line = self.framer.take();
+                ChallengeStep::Response(Zeroizing::new(without_line_end(&line).to_vec()))
+            }
+        }
     }
 
     fn capabilities(&self) -> String {
         capability::before_login(self.settings.transport, self.offered(), self.settings.extensions)
     }
 
-    /// What may be used: EXTERNAL only with a certificate.
+    /// The mechanisms that this client may use: EXTERNAL requires a certificate.
     fn offered(&self) -> Mechanisms {
         let without = Mechanism::ALL
             .into_iter()
@@ -228,23 +247,23 @@ impl Prelogin {
         self.settings.mechanisms.and(without.collect())
     }
 
-    /// What the client said of itself.
+    /// The ID that the client has sent.
     pub fn client_id(&self) -> &ClientId {
-        static NOTHING: ClientId = ClientId::empty();
-        self.client_id.as_ref().unwrap_or(&NOTHING)
+        static EMPTY: ClientId = ClientId::empty();
+        self.client_id.as_ref().unwrap_or(&EMPTY)
     }
 
-    /// What followed the login command: the server's, once it has accepted.
+    /// The bytes after the login command, which are sent to the server after it has accepted the login.
     pub fn into_leftover(self) -> Vec<u8> {
         self.framer.into_leftover()
     }
 
-    /// The farewell for `why`.
-    pub fn bye(&self, why: ByeReason, out: &mut Vec<u8>) {
-        reply::bye(why.text(), out);
+    /// Writes the BYE that precedes a close by the proxy.
+    pub fn bye(&self, reason: ByeReason, out: &mut Vec<u8>) {
+        reply::bye(reason.text(), out);
     }
 
-    fn next_command(&mut self, out: &mut Vec<u8>) -> Next {
+    fn next_command(&mut self, out: &mut Vec<u8>) -> Option<PreloginStep> {
         let plaintext = self.settings.transport != Transport::Tls;
         if self.commands == 0 && plaintext && self.framer.first_byte() == Some(TLS_HANDSHAKE) {
             return Some(PreloginStep::Close(CloseReason::TlsOnPlainPort));
@@ -260,7 +279,7 @@ impl Prelogin {
                     self.framer.accept_literal();
                     out.extend_from_slice(b"+ OK\r\n");
                 } else {
-                    // Without leave the client sends no literal: a password stays where it is.
+                    // Without a continuation request the client does not send the literal, which may be a password.
                     let command = Zeroizing::new(self.framer.partial_command().to_vec());
                     self.framer.reject_literal();
                     return self.command(&command, out);
@@ -272,7 +291,7 @@ impl Prelogin {
         }
     }
 
-    /// Only a login, and ID, have a use for literals.
+    /// Only logins and ID have literals.
     fn wants_literal(&self) -> bool {
         let mut arguments = Arguments::new(self.framer.partial_command());
         let tag = Tag::new(arguments.word());
@@ -282,14 +301,14 @@ impl Prelogin {
         tag.is_some() && wanted
     }
 
-    fn over_cap(&mut self, reason: CloseReason, text: &str, out: &mut Vec<u8>) -> Next {
+    fn over_cap(&mut self, reason: CloseReason, text: &str, out: &mut Vec<u8>) -> Option<PreloginStep> {
         let tag = Tag::new(Arguments::new(self.framer.partial_command()).word());
         reply::bad(tag.as_ref(), text, out);
         reply::bye(text, out);
         Some(PreloginStep::Close(reason))
     }
 
-    fn command(&mut self, command: &[u8], out: &mut Vec<u8>) -> Next {
+    fn command(&mut self, command: &[u8], out: &mut Vec<u8>) -> Option<PreloginStep> {
         let mut arguments = Arguments::new(command);
         let first = arguments.word();
         let mut after_first = arguments;
@@ -321,12 +340,12 @@ impl Prelogin {
 
     fn run(
         &mut self,
-        name: Command,
+        command: Command,
         tag: &Tag,
         mut arguments: Arguments<'_>,
         out: &mut Vec<u8>,
-    ) -> Result<Next, MalformedArguments> {
-        match name {
+    ) -> Result<Option<PreloginStep>, MalformedArguments> {
+        match command {
             Command::Login => return self.login(tag, arguments, out),
             Command::Authenticate => return self.authenticate(tag, arguments, out),
             Command::Id => self.id(tag, arguments, out)?,
@@ -361,11 +380,11 @@ impl Prelogin {
         Ok(None)
     }
 
-    fn start_tls(&mut self, tag: &Tag, out: &mut Vec<u8>) -> Next {
+    fn start_tls(&mut self, tag: &Tag, out: &mut Vec<u8>) -> Option<PreloginStep> {
         match self.settings.transport {
             Transport::Tls => self.bad_command(Some(tag), "TLS is already active.", out),
             Transport::Plain => self.bad_command(Some(tag), "TLS is not available on this port.", out),
-            // Whoever sent more could not yet know our answer: that is how commands are smuggled into a TLS session.
+            // Bytes sent before our answer would be injected into the TLS session.
             Transport::StartTls if self.framer.has_leftover() => {
                 Some(PreloginStep::Close(CloseReason::StartTlsInjection))
             }
@@ -379,7 +398,7 @@ impl Prelogin {
     fn id(&mut self, tag: &Tag, mut arguments: Arguments<'_>, out: &mut Vec<u8>) -> Result<(), MalformedArguments> {
         let pairs = arguments.pairs(client_id::MAX_ID_PAIRS)?;
         arguments.end()?;
-        // The first ID counts, as for Dovecot.
+        // Only the first ID is used, as in Dovecot.
         self.client_id.get_or_insert_with(|| {
             ClientId::new(pairs.into_iter().map(|(key, value)| (key.to_vec(), value.map(|value| value.to_vec()))))
         });
@@ -393,7 +412,7 @@ impl Prelogin {
         tag: &Tag,
         mut arguments: Arguments<'_>,
         out: &mut Vec<u8>,
-    ) -> Result<Next, MalformedArguments> {
+    ) -> Result<Option<PreloginStep>, MalformedArguments> {
         if self.settings.transport == Transport::StartTls {
             return Ok(self.refuse_in_clear(tag, out));
         }
@@ -413,7 +432,7 @@ impl Prelogin {
         tag: &Tag,
         mut arguments: Arguments<'_>,
         out: &mut Vec<u8>,
-    ) -> Result<Next, MalformedArguments> {
+    ) -> Result<Option<PreloginStep>, MalformedArguments> {
         if self.settings.transport == Transport::StartTls {
             return Ok(self.refuse_in_clear(tag, out));
         }
@@ -421,9 +440,9 @@ impl Prelogin {
         let initial = Zeroizing::new(arguments.word().to_vec());
         arguments.end()?;
         let known = Mechanism::by_sasl_name(&mechanism).filter(|mechanism| self.offered().has(*mechanism));
-        let Some(exchange) = known.and_then(SaslExchange::of) else {
-            let offered: Vec<&str> =
-                self.offered().iter().map(Mechanism::sasl_name).filter(|name| !name.is_empty()).collect();
+        let exchange = known.and_then(|mechanism| SaslExchange::new(mechanism, self.settings.certificate.as_ref()));
+        let Some(exchange) = exchange else {
+            let offered: Vec<&str> = self.offered().iter().filter_map(Mechanism::sasl_name).collect();
             let text = format!("[CANNOT] Mechanism not supported. Offered: {}.", offered.join(", "));
             reply::no(tag, &text, out);
             return Ok(None);
@@ -432,9 +451,9 @@ impl Prelogin {
             self.ask(tag.clone(), exchange, out);
             return Ok(None);
         }
-        // RFC 4959: "=" is an initial response of no bytes.
+        // RFC 4959: "=" is an empty initial response.
         let initial = if initial[..] == *b"=" { Zeroizing::new(Vec::new()) } else { initial };
-        Ok(self.response(&tag.clone(), exchange, &initial, out))
+        Ok(self.response(tag, exchange, &initial, out))
     }
 
     fn ask(&mut self, tag: Tag, exchange: SaslExchange, out: &mut Vec<u8>) {
@@ -442,34 +461,33 @@ impl Prelogin {
         self.state = State::Sasl(tag, exchange);
     }
 
-    fn next_response(&mut self, out: &mut Vec<u8>) -> Next {
+    fn next_response(&mut self, tag: Tag, exchange: SaslExchange, out: &mut Vec<u8>) -> Option<PreloginStep> {
         match self.framer.line() {
-            Frame::Complete => {}
-            Frame::LineTooLong => {
-                if let State::Sasl(tag, _) | State::Relayed(tag) = &self.state {
-                    reply::bad(Some(tag), "The response is too long.", out);
+            LineFrame::Incomplete => {
+                self.state = State::Sasl(tag, exchange);
+                Some(PreloginStep::NeedInput)
+            }
+            LineFrame::TooLong => Some(PreloginStep::Close(response_too_long(&tag, out))),
+            LineFrame::Complete => {
+                let line = self.framer.take();
+                let response = without_line_end(&line);
+                if response == b"*" {
+                    reply::bad(Some(&tag), "Authentication aborted by client.", out);
+                    return None;
                 }
-                reply::bye("The response is too long.", out);
-                return Some(PreloginStep::Close(CloseReason::LineTooLong));
+                self.response(&tag, exchange, response, out)
             }
-            _ => return Some(PreloginStep::NeedInput),
-        }
-        let line = self.framer.take();
-        let response = without_line_end(&line);
-        match std::mem::replace(&mut self.state, State::Command) {
-            State::Command => None,
-            // The server is told of an abort too: it has the last word.
-            State::Relayed(_) => Some(PreloginStep::Response(Zeroizing::new(response.to_vec()))),
-            State::Sasl(tag, _) if response == b"*" => {
-                reply::bad(Some(&tag), "Authentication aborted by client.", out);
-                None
-            }
-            State::Sasl(tag, exchange) => self.response(&tag, exchange, response, out),
         }
     }
 
-    /// A response in base64, initial or not.
-    fn response(&mut self, tag: &Tag, exchange: SaslExchange, response: &[u8], out: &mut Vec<u8>) -> Next {
+    /// Handles a response in base64, which is an initial response or a line of its own.
+    fn response(
+        &mut self,
+        tag: &Tag,
+        exchange: SaslExchange,
+        response: &[u8],
+        out: &mut Vec<u8>,
+    ) -> Option<PreloginStep> {
         let mechanism = exchange.mechanism();
         let message = match sasl::decode(response.trim_ascii_end()) {
             Ok(message) => message,
@@ -478,10 +496,7 @@ impl Prelogin {
         let credentials = match exchange {
             SaslExchange::Plain => sasl::plain(&message),
             SaslExchange::First(mechanism) => sasl::first_message(mechanism, &message, &self.settings.issuers),
-            SaslExchange::External => match &self.settings.certificate {
-                Some(owner) => sasl::external(&message, owner),
-                None => Err(InvalidCredentials::Grammar),
-            },
+            SaslExchange::External(owner) => sasl::external(&message, &owner),
             SaslExchange::LoginUserName => {
                 self.ask(tag.clone(), SaslExchange::LoginPassword(message), out);
                 return None;
@@ -497,7 +512,7 @@ impl Prelogin {
         mechanism: Mechanism,
         credentials: Result<Credentials, InvalidCredentials>,
         out: &mut Vec<u8>,
-    ) -> Next {
+    ) -> Option<PreloginStep> {
         match credentials {
             Ok(credentials) => Some(PreloginStep::Login(LoginRequest { tag: tag.clone(), credentials })),
             Err(fault) if fault.is_well_formed() => {
@@ -507,7 +522,7 @@ impl Prelogin {
         }
     }
 
-    fn refuse_in_clear(&mut self, tag: &Tag, out: &mut Vec<u8>) -> Next {
+    fn refuse_in_clear(&mut self, tag: &Tag, out: &mut Vec<u8>) -> Option<PreloginStep> {
         reply::privacy_required(tag, out);
         self.count_failed_login(out);
         None
@@ -521,7 +536,7 @@ impl Prelogin {
         }
     }
 
-    fn bad_command(&mut self, tag: Option<&Tag>, text: &str, out: &mut Vec<u8>) -> Next {
+    fn bad_command(&mut self, tag: Option<&Tag>, text: &str, out: &mut Vec<u8>) -> Option<PreloginStep> {
         reply::bad(tag, text, out);
         self.bad_commands += 1;
         if self.bad_commands < self.settings.max_bad_commands {
@@ -530,4 +545,10 @@ impl Prelogin {
         reply::bye("Too many invalid IMAP commands.", out);
         Some(PreloginStep::Close(CloseReason::TooManyBadCommands))
     }
+}
+
+fn response_too_long(tag: &Tag, out: &mut Vec<u8>) -> CloseReason {
+    reply::bad(Some(tag), "The response is too long.", out);
+    reply::bye("The response is too long.", out);
+    CloseReason::LineTooLong
 }

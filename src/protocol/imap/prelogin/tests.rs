@@ -2,9 +2,10 @@
 
 use proptest::prelude::*;
 
-use super::{Prelogin, PreloginSettings, PreloginStep};
+use super::{ChallengeStep, Prelogin, PreloginSettings, PreloginStep};
 use crate::identity::{Credentials, Mechanism, Proof, TokenIssuer};
 use crate::protocol::imap::capability::{Extensions, Transport};
+use crate::protocol::imap::refusal::RefusalKind;
 
 fn policy(transport: Transport) -> PreloginSettings {
     PreloginSettings {
@@ -37,7 +38,7 @@ fn client(transport: Transport, chunks: &[&[u8]]) -> String {
                     let Credentials { user, authzid, mechanism, proof } = &login.credentials;
                     let authzid = authzid.as_ref().map(|name| format!(" for {name}")).unwrap_or_default();
                     let password = match proof {
-                        Proof::Password(secret) | Proof::Message(secret) => secret.expose(),
+                        Proof::Password(secret) | Proof::Message { first: secret, .. } => secret.expose(),
                         Proof::Certificate => b"a certificate",
                     };
                     let password = String::from_utf8_lossy(password).replace('\x01', "^A");
@@ -48,16 +49,19 @@ fn client(transport: Transport, chunks: &[&[u8]]) -> String {
                     );
                     let mut out = Vec::new();
                     let refusal = format!("{} NO refused\r\n", login.tag);
-                    prelogin.refused(refusal.as_bytes(), true, &mut out);
+                    prelogin.refused(refusal.as_bytes(), RefusalKind::FailedLogin, &mut out);
                     log += &out.escape_ascii().to_string().replace("\\r\\n", "\n");
                 }
                 PreloginStep::InvalidLogin(login) => {
                     log += &format!("! {} invalid by {}: {}\n", login.tag, login.mechanism.as_str(), login.fault);
                     let mut out = Vec::new();
-                    prelogin.refused(format!("{} NO refused\r\n", login.tag).as_bytes(), true, &mut out);
+                    prelogin.refused(
+                        format!("{} NO refused\r\n", login.tag).as_bytes(),
+                        RefusalKind::FailedLogin,
+                        &mut out,
+                    );
                     log += &out.escape_ascii().to_string().replace("\\r\\n", "\n");
                 }
-                PreloginStep::Response(line) => log += &format!("! response {}\n", line.escape_ascii()),
                 PreloginStep::StartTls => return log + "! start TLS\n",
                 PreloginStep::Close(reason) => return log + &format!("! close: {reason:?}\n"),
             }
@@ -330,7 +334,7 @@ fn a_token_without_an_authzid_logs_in_the_user_it_claims() {
     prelogin.input(format!("a AUTHENTICATE OAUTHBEARER {message}\r\n").as_bytes());
     let PreloginStep::Login(login) = prelogin.step(&mut Vec::new()) else { panic!() };
     assert_eq!(login.credentials.user.as_str(), "alice@a.test");
-    let Proof::Message(sent) = &login.credentials.proof else { panic!() };
+    let Proof::Message { first: sent, .. } = &login.credentials.proof else { panic!() };
     assert!(sent.expose().starts_with(b"n,a=alice@a.test,\x01auth=Bearer "));
 }
 
@@ -508,17 +512,17 @@ fn a_challenge_is_passed_on_and_its_answer_brought_back() {
     let mut out = Vec::new();
     prelogin.input(b"a AUTHENTICATE SCRAM-SHA-1 biwsbj1hbGljZSxyPXg=\r\n");
     let PreloginStep::Login(login) = prelogin.step(&mut out) else { panic!() };
-    prelogin.challenge(&login.tag, b"c2VydmVy", &mut out);
+    prelogin.challenge(b"c2VydmVy", &mut out);
     assert_eq!(out, b"+ c2VydmVy\r\n");
     for (line, response) in [(&b"Y2xpZW50\r\n"[..], &b"Y2xpZW50"[..]), (b"*\r\n", b"*"), (b"\n", b"")] {
-        assert!(matches!(prelogin.step(&mut out), PreloginStep::NeedInput));
+        assert!(matches!(prelogin.challenge_step(&login.tag, &mut out), ChallengeStep::NeedInput));
         prelogin.input(line);
-        let PreloginStep::Response(got) = prelogin.step(&mut out) else { panic!() };
+        let ChallengeStep::Response(got) = prelogin.challenge_step(&login.tag, &mut out) else { panic!() };
         assert_eq!(&got[..], response);
-        prelogin.challenge(&login.tag, b"", &mut out);
+        prelogin.challenge(b"", &mut out);
     }
     prelogin.input(&[b'x'; 2000]);
     out.clear();
-    assert!(matches!(prelogin.step(&mut out), PreloginStep::Close(_)));
+    assert!(matches!(prelogin.challenge_step(&login.tag, &mut out), ChallengeStep::Close(_)));
     assert!(out.starts_with(b"a BAD The response is too long."));
 }

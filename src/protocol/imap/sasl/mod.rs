@@ -21,7 +21,9 @@ pub(super) use self::external::external;
 pub use self::oauth::with_user;
 pub(super) use self::plain::{password_login, plain, plain_response};
 pub use self::scram::is_server_final as is_scram_signature;
-use crate::identity::{Credentials, InvalidName, Mechanism, Proof, Secret, TokenFault, TokenIssuer, UserName};
+use crate::identity::{
+    Credentials, InvalidName, Mechanism, Proof, RelayedMechanism, Secret, TokenFault, TokenIssuer, UserName,
+};
 
 const BASE64: GeneralPurpose = GeneralPurpose::new(
     &STANDARD,
@@ -81,26 +83,26 @@ pub(super) fn encode(message: &[u8]) -> Zeroizing<Vec<u8>> {
 
 /// Reads the first message of a relayed mechanism. `issuers` are those whose tokens may name the user.
 pub(super) fn first_message(
-    mechanism: Mechanism,
+    mechanism: RelayedMechanism,
     message: &[u8],
     issuers: &[TokenIssuer],
 ) -> Result<Credentials, InvalidCredentials> {
     let (user, authzid) = match mechanism {
-        Mechanism::XOauth2 => (name(oauth::xoauth2(message)?.user)?, None),
-        Mechanism::OauthBearer => return oauth::bearer_credentials(message, issuers),
-        Mechanism::ScramSha1 | Mechanism::ScramSha256 => {
+        RelayedMechanism::XOauth2 => (name(oauth::xoauth2(message)?.user)?, None),
+        RelayedMechanism::OauthBearer => return oauth::bearer_credentials(message, issuers),
+        RelayedMechanism::ScramSha1 | RelayedMechanism::ScramSha256 => {
             let first = scram::client_first(message)?;
             (name(&first.user)?, first.authzid.as_deref().map(name).transpose()?)
         }
-        _ => return Err(InvalidCredentials::Grammar),
     };
     Ok(relayed(mechanism, user, authzid, message))
 }
 
 /// The credentials of a relayed mechanism. An authzid that repeats the user's name asks for nothing and is left out.
-fn relayed(mechanism: Mechanism, user: UserName, authzid: Option<UserName>, message: &[u8]) -> Credentials {
+fn relayed(mechanism: RelayedMechanism, user: UserName, authzid: Option<UserName>, message: &[u8]) -> Credentials {
     let authzid = authzid.filter(|name| *name != user);
-    Credentials { user, authzid, mechanism, proof: Proof::Message(Secret::new(message.to_vec())) }
+    let proof = Proof::Message { mechanism, first: Secret::new(message.to_vec()) };
+    Credentials { user, authzid, mechanism: mechanism.into(), proof }
 }
 
 /// Whether a server's challenge refuses the token: XOAUTH2 and OAUTHBEARER (RFC 7628 section 3.2.2) have no other challenge than the

@@ -2,7 +2,7 @@
 
 use super::gs2::{self, escaped};
 use super::{InvalidCredentials, name, relayed};
-use crate::identity::{Credentials, Mechanism, Secret, TokenIssuer, UserName, claimed_user};
+use crate::identity::{Credentials, RelayedMechanism, Secret, TokenIssuer, UserName, claimed_user};
 
 /// Separates the fields of both mechanisms.
 const SEPARATOR: u8 = 1;
@@ -72,23 +72,23 @@ pub(super) fn bearer(message: &[u8]) -> Result<Bearer<'_>, InvalidCredentials> {
 pub(super) fn bearer_credentials(message: &[u8], issuers: &[TokenIssuer]) -> Result<Credentials, InvalidCredentials> {
     let Bearer { authzid, token } = bearer(message)?;
     if let Some(authzid) = authzid {
-        return Ok(relayed(Mechanism::OauthBearer, name(&authzid)?, None, message));
+        return Ok(relayed(RelayedMechanism::OauthBearer, name(&authzid)?, None, message));
     }
     let user = claimed_user(token, issuers).map_err(InvalidCredentials::Token)?;
     let message = with_authzid(message, &user).ok_or(InvalidCredentials::Grammar)?;
-    Ok(relayed(Mechanism::OauthBearer, user, None, message.expose()))
+    Ok(relayed(RelayedMechanism::OauthBearer, user, None, message.expose()))
 }
 
 /// The message of a token under another name. `None`: the name is part of the proof, as in SCRAM.
-pub fn with_user(mechanism: Mechanism, message: &Secret, user: &UserName) -> Option<Secret> {
+pub fn with_user(mechanism: RelayedMechanism, message: &Secret, user: &UserName) -> Option<Secret> {
     let message = message.expose();
     match mechanism {
-        Mechanism::XOauth2 => {
+        RelayedMechanism::XOauth2 => {
             let rest = message.iter().position(|byte| *byte == SEPARATOR)?;
             Some(Secret::new([b"user=", user.as_str().as_bytes(), &message[rest..]].concat()))
         }
-        Mechanism::OauthBearer => with_authzid(message, user),
-        _ => None,
+        RelayedMechanism::OauthBearer => with_authzid(message, user),
+        RelayedMechanism::ScramSha1 | RelayedMechanism::ScramSha256 => None,
     }
 }
 

@@ -9,7 +9,7 @@ fn both(credentials: Result<Credentials, InvalidCredentials>) -> Result<(String,
     credentials.map(|it| (it.user.to_string(), it.authzid.map(|name| name.to_string())))
 }
 
-fn first(mechanism: Mechanism, message: &[u8]) -> Result<(String, Option<String>), InvalidCredentials> {
+fn first(mechanism: RelayedMechanism, message: &[u8]) -> Result<(String, Option<String>), InvalidCredentials> {
     both(first_message(mechanism, message, &[]))
 }
 
@@ -47,29 +47,35 @@ fn padding_may_be_missing() {
 #[test]
 fn first_messages_name_their_user() {
     let good = |user: &str| Ok((user.to_owned(), None));
-    assert_eq!(first(Mechanism::XOauth2, b"user=a@b\x01auth=Bearer t\x01\x01"), good("a@b"));
-    assert_eq!(first(Mechanism::XOauth2, b"user=a=b,c\x01auth=bearer t-._~+/=\x01\x01"), good("a=b,c"));
-    assert_eq!(first(Mechanism::OauthBearer, b"n,a=a=2Cb=3D,\x01host=h\x01auth=Bearer t\x01\x01"), good("a,b="));
-    assert_eq!(first(Mechanism::OauthBearer, b"n,a=a,\x01auth=Bearer t\x01port=1\x01x=\x01\x01"), good("a"));
-    assert_eq!(first(Mechanism::ScramSha256, b"n,,n=user,r=rOprNGfw"), good("user"));
+    assert_eq!(first(RelayedMechanism::XOauth2, b"user=a@b\x01auth=Bearer t\x01\x01"), good("a@b"));
+    assert_eq!(first(RelayedMechanism::XOauth2, b"user=a=b,c\x01auth=bearer t-._~+/=\x01\x01"), good("a=b,c"));
+    assert_eq!(first(RelayedMechanism::OauthBearer, b"n,a=a=2Cb=3D,\x01host=h\x01auth=Bearer t\x01\x01"), good("a,b="));
+    assert_eq!(first(RelayedMechanism::OauthBearer, b"n,a=a,\x01auth=Bearer t\x01port=1\x01x=\x01\x01"), good("a"));
+    assert_eq!(first(RelayedMechanism::ScramSha256, b"n,,n=user,r=rOprNGfw"), good("user"));
     assert_eq!(
-        first(Mechanism::ScramSha1, b"y,a=bob,n=al=2Cice,r=x,x=1,Y=a=b"),
+        first(RelayedMechanism::ScramSha1, b"y,a=bob,n=al=2Cice,r=x,x=1,Y=a=b"),
         Ok(("al,ice".into(), Some("bob".into())))
     );
-    assert_eq!(first(Mechanism::ScramSha1, b"n,a=bob,n=bob,r=x"), good("bob"));
-    assert_eq!(first(Mechanism::ScramSha256, b"n,,n=a\x01b,r=x"), Err(InvalidCredentials::Name(InvalidName::Control)));
-    assert_eq!(first(Mechanism::ScramSha256, b"n,,n=,r=x"), Err(InvalidCredentials::Name(InvalidName::Empty)));
-    assert_eq!(first(Mechanism::ScramSha256, b"n,a=,n=a,r=x"), Err(InvalidCredentials::Name(InvalidName::Empty)));
+    assert_eq!(first(RelayedMechanism::ScramSha1, b"n,a=bob,n=bob,r=x"), good("bob"));
     assert_eq!(
-        first(Mechanism::XOauth2, b"user=\x01auth=Bearer t\x01\x01"),
+        first(RelayedMechanism::ScramSha256, b"n,,n=a\x01b,r=x"),
+        Err(InvalidCredentials::Name(InvalidName::Control))
+    );
+    assert_eq!(first(RelayedMechanism::ScramSha256, b"n,,n=,r=x"), Err(InvalidCredentials::Name(InvalidName::Empty)));
+    assert_eq!(
+        first(RelayedMechanism::ScramSha256, b"n,a=,n=a,r=x"),
         Err(InvalidCredentials::Name(InvalidName::Empty))
     );
     assert_eq!(
-        first(Mechanism::XOauth2, b"user=a \x01auth=Bearer t\x01\x01"),
+        first(RelayedMechanism::XOauth2, b"user=\x01auth=Bearer t\x01\x01"),
+        Err(InvalidCredentials::Name(InvalidName::Empty))
+    );
+    assert_eq!(
+        first(RelayedMechanism::XOauth2, b"user=a \x01auth=Bearer t\x01\x01"),
         Err(InvalidCredentials::Name(InvalidName::WhiteSpace))
     );
     assert_eq!(
-        first(Mechanism::OauthBearer, b"n,a=\xff,\x01auth=Bearer t\x01\x01"),
+        first(RelayedMechanism::OauthBearer, b"n,a=\xff,\x01auth=Bearer t\x01\x01"),
         Err(InvalidCredentials::Name(InvalidName::NotUtf8))
     );
 }
@@ -78,69 +84,69 @@ fn first_messages_name_their_user() {
 #[test]
 fn a_message_that_can_be_read_in_two_ways_is_refused() {
     for (mechanism, wrong) in [
-        (Mechanism::XOauth2, &b"user=alice\x01user=bob\x01auth=Bearer t\x01\x01"[..]),
-        (Mechanism::XOauth2, b"user=alice\x01auth=Bearer t\x01user=bob\x01\x01"),
-        (Mechanism::XOauth2, b"user=alice\x01auth=Bearer t\x01USER=bob\x01\x01"),
-        (Mechanism::XOauth2, b"user=alice\x01auth=Bearer t\x01\x01user=bob\x01\x01"),
-        (Mechanism::XOauth2, b"user=alice\x01auth=Bearer t\x01auth=Bearer u\x01\x01"),
-        (Mechanism::XOauth2, b"user=alice\x01auth=Bearer t\x01host=h\x01\x01"),
-        (Mechanism::XOauth2, b"user=alice\x01auth=Bearer t\x01\x01x"),
-        (Mechanism::XOauth2, b"user=alice\x01auth=Bearer t\x01\x01\x01"),
-        (Mechanism::XOauth2, b"user=alice\x01auth=Bearer t\x01"),
-        (Mechanism::XOauth2, b"user=alice\x01auth=Bearer t"),
-        (Mechanism::XOauth2, b"User=alice\x01auth=Bearer t\x01\x01"),
-        (Mechanism::XOauth2, b"user=alice\x01Auth=Bearer t\x01\x01"),
-        (Mechanism::XOauth2, b"user=alice\x01auth=Basic t\x01\x01"),
-        (Mechanism::XOauth2, b"user=alice\x01auth=Bearer \x01\x01"),
-        (Mechanism::XOauth2, b"user=alice\x01auth=Bearer a b\x01\x01"),
-        (Mechanism::XOauth2, b"user=alice\x01auth=Bearer t\0user=bob\x01\x01"),
-        (Mechanism::XOauth2, b"user=a\x01\x01"),
-        (Mechanism::XOauth2, b"auth=Bearer t\x01user=a\x01\x01"),
-        (Mechanism::XOauth2, b""),
-        (Mechanism::OauthBearer, b"n,a=alice,\x01\x01"),
-        (Mechanism::OauthBearer, b"n,a=alice,a=bob,\x01auth=Bearer t\x01\x01"),
-        (Mechanism::OauthBearer, b"n,a=alice,x\x01auth=Bearer t\x01\x01"),
-        (Mechanism::OauthBearer, b"n,alice,\x01auth=Bearer t\x01\x01"),
-        (Mechanism::OauthBearer, b"n,A=alice,\x01auth=Bearer t\x01\x01"),
-        (Mechanism::OauthBearer, b"N,a=alice,\x01auth=Bearer t\x01\x01"),
-        (Mechanism::OauthBearer, b"y,a=alice,\x01auth=Bearer t\x01\x01"),
-        (Mechanism::OauthBearer, b"F,n,a=alice,\x01auth=Bearer t\x01\x01"),
-        (Mechanism::OauthBearer, b"p=tls-unique,a=alice,\x01auth=Bearer t\x01\x01"),
-        (Mechanism::OauthBearer, b"n,a=alice,\x01auth=Bearer t\x01user=bob\x01\x01"),
-        (Mechanism::OauthBearer, b"n,a=alice,\x01auth=Bearer t\x01User=bob\x01\x01"),
-        (Mechanism::OauthBearer, b"n,a=alice,\x01auth=Bearer t\x01auth=Bearer u\x01\x01"),
-        (Mechanism::OauthBearer, b"n,a=alice,\x01auth=Bearer t\x01AUTH=Bearer u\x01\x01"),
-        (Mechanism::OauthBearer, b"n,a=alice,\x01host=a\x01Host=b\x01auth=Bearer t\x01\x01"),
-        (Mechanism::OauthBearer, b"n,a=alice,\x01auth=Bearer t\x01\x01\x01"),
-        (Mechanism::OauthBearer, b"n,a=alice,\x01auth=Bearer t\x01\x01x"),
-        (Mechanism::OauthBearer, b"n,a=alice,\x01auth=Bearer t\x01"),
-        (Mechanism::OauthBearer, b"n,a=alice,auth=Bearer t\x01\x01"),
-        (Mechanism::OauthBearer, b"n,a=alice,\x01auth=Bearer t\x01ho st=x\x01\x01"),
-        (Mechanism::OauthBearer, b"n,a=alice,\x01auth=Bearer t\x01host=\xff\x01\x01"),
-        (Mechanism::OauthBearer, b"n,a=al=2cice,\x01auth=Bearer t\x01\x01"),
-        (Mechanism::OauthBearer, b"n,a=alice\0,\x01auth=Bearer t\x01\x01"),
-        (Mechanism::ScramSha256, b"p=tls-exporter,,n=user,r=x"),
-        (Mechanism::ScramSha256, b"n,,m=ext,n=user,r=x"),
-        (Mechanism::ScramSha256, b"n,,n=user,r=x,m=ext"),
-        (Mechanism::ScramSha256, b"n,,n=user,r=x,n=other"),
-        (Mechanism::ScramSha256, b"n,,n=user,r=x,N=other"),
-        (Mechanism::ScramSha256, b"n,,n=user,r=x,a=other"),
-        (Mechanism::ScramSha256, b"n,,n=user,r=x,r=y"),
-        (Mechanism::ScramSha256, b"n,,n=user,r=x,x=1,x=2"),
-        (Mechanism::ScramSha256, b"n,,n=user,r=x,x=1,X=2"),
-        (Mechanism::ScramSha256, b"n,,n=user,r=x,ext=1"),
-        (Mechanism::ScramSha256, b"n,,n=user,r=x,x="),
-        (Mechanism::ScramSha256, b"n,,n=user,r=x,"),
-        (Mechanism::ScramSha256, b"n,,n=user,r=x,x=\xff"),
-        (Mechanism::ScramSha256, b"n,,n=user,r=a b"),
-        (Mechanism::ScramSha256, b"n,,n=user,r=a\0b"),
-        (Mechanism::ScramSha256, b"n,,n=us=er,r=x"),
-        (Mechanism::ScramSha256, b"n,,n=us=3der,r=x"),
-        (Mechanism::ScramSha256, b"n,,n=us\0er,r=x"),
-        (Mechanism::ScramSha256, b"n,,n=user,r="),
-        (Mechanism::ScramSha256, b"n,,n=user"),
-        (Mechanism::ScramSha256, b"n=user,r=x"),
-        (Mechanism::ScramSha256, b"n,,r=x,n=user"),
+        (RelayedMechanism::XOauth2, &b"user=alice\x01user=bob\x01auth=Bearer t\x01\x01"[..]),
+        (RelayedMechanism::XOauth2, b"user=alice\x01auth=Bearer t\x01user=bob\x01\x01"),
+        (RelayedMechanism::XOauth2, b"user=alice\x01auth=Bearer t\x01USER=bob\x01\x01"),
+        (RelayedMechanism::XOauth2, b"user=alice\x01auth=Bearer t\x01\x01user=bob\x01\x01"),
+        (RelayedMechanism::XOauth2, b"user=alice\x01auth=Bearer t\x01auth=Bearer u\x01\x01"),
+        (RelayedMechanism::XOauth2, b"user=alice\x01auth=Bearer t\x01host=h\x01\x01"),
+        (RelayedMechanism::XOauth2, b"user=alice\x01auth=Bearer t\x01\x01x"),
+        (RelayedMechanism::XOauth2, b"user=alice\x01auth=Bearer t\x01\x01\x01"),
+        (RelayedMechanism::XOauth2, b"user=alice\x01auth=Bearer t\x01"),
+        (RelayedMechanism::XOauth2, b"user=alice\x01auth=Bearer t"),
+        (RelayedMechanism::XOauth2, b"User=alice\x01auth=Bearer t\x01\x01"),
+        (RelayedMechanism::XOauth2, b"user=alice\x01Auth=Bearer t\x01\x01"),
+        (RelayedMechanism::XOauth2, b"user=alice\x01auth=Basic t\x01\x01"),
+        (RelayedMechanism::XOauth2, b"user=alice\x01auth=Bearer \x01\x01"),
+        (RelayedMechanism::XOauth2, b"user=alice\x01auth=Bearer a b\x01\x01"),
+        (RelayedMechanism::XOauth2, b"user=alice\x01auth=Bearer t\0user=bob\x01\x01"),
+        (RelayedMechanism::XOauth2, b"user=a\x01\x01"),
+        (RelayedMechanism::XOauth2, b"auth=Bearer t\x01user=a\x01\x01"),
+        (RelayedMechanism::XOauth2, b""),
+        (RelayedMechanism::OauthBearer, b"n,a=alice,\x01\x01"),
+        (RelayedMechanism::OauthBearer, b"n,a=alice,a=bob,\x01auth=Bearer t\x01\x01"),
+        (RelayedMechanism::OauthBearer, b"n,a=alice,x\x01auth=Bearer t\x01\x01"),
+        (RelayedMechanism::OauthBearer, b"n,alice,\x01auth=Bearer t\x01\x01"),
+        (RelayedMechanism::OauthBearer, b"n,A=alice,\x01auth=Bearer t\x01\x01"),
+        (RelayedMechanism::OauthBearer, b"N,a=alice,\x01auth=Bearer t\x01\x01"),
+        (RelayedMechanism::OauthBearer, b"y,a=alice,\x01auth=Bearer t\x01\x01"),
+        (RelayedMechanism::OauthBearer, b"F,n,a=alice,\x01auth=Bearer t\x01\x01"),
+        (RelayedMechanism::OauthBearer, b"p=tls-unique,a=alice,\x01auth=Bearer t\x01\x01"),
+        (RelayedMechanism::OauthBearer, b"n,a=alice,\x01auth=Bearer t\x01user=bob\x01\x01"),
+        (RelayedMechanism::OauthBearer, b"n,a=alice,\x01auth=Bearer t\x01User=bob\x01\x01"),
+        (RelayedMechanism::OauthBearer, b"n,a=alice,\x01auth=Bearer t\x01auth=Bearer u\x01\x01"),
+        (RelayedMechanism::OauthBearer, b"n,a=alice,\x01auth=Bearer t\x01AUTH=Bearer u\x01\x01"),
+        (RelayedMechanism::OauthBearer, b"n,a=alice,\x01host=a\x01Host=b\x01auth=Bearer t\x01\x01"),
+        (RelayedMechanism::OauthBearer, b"n,a=alice,\x01auth=Bearer t\x01\x01\x01"),
+        (RelayedMechanism::OauthBearer, b"n,a=alice,\x01auth=Bearer t\x01\x01x"),
+        (RelayedMechanism::OauthBearer, b"n,a=alice,\x01auth=Bearer t\x01"),
+        (RelayedMechanism::OauthBearer, b"n,a=alice,auth=Bearer t\x01\x01"),
+        (RelayedMechanism::OauthBearer, b"n,a=alice,\x01auth=Bearer t\x01ho st=x\x01\x01"),
+        (RelayedMechanism::OauthBearer, b"n,a=alice,\x01auth=Bearer t\x01host=\xff\x01\x01"),
+        (RelayedMechanism::OauthBearer, b"n,a=al=2cice,\x01auth=Bearer t\x01\x01"),
+        (RelayedMechanism::OauthBearer, b"n,a=alice\0,\x01auth=Bearer t\x01\x01"),
+        (RelayedMechanism::ScramSha256, b"p=tls-exporter,,n=user,r=x"),
+        (RelayedMechanism::ScramSha256, b"n,,m=ext,n=user,r=x"),
+        (RelayedMechanism::ScramSha256, b"n,,n=user,r=x,m=ext"),
+        (RelayedMechanism::ScramSha256, b"n,,n=user,r=x,n=other"),
+        (RelayedMechanism::ScramSha256, b"n,,n=user,r=x,N=other"),
+        (RelayedMechanism::ScramSha256, b"n,,n=user,r=x,a=other"),
+        (RelayedMechanism::ScramSha256, b"n,,n=user,r=x,r=y"),
+        (RelayedMechanism::ScramSha256, b"n,,n=user,r=x,x=1,x=2"),
+        (RelayedMechanism::ScramSha256, b"n,,n=user,r=x,x=1,X=2"),
+        (RelayedMechanism::ScramSha256, b"n,,n=user,r=x,ext=1"),
+        (RelayedMechanism::ScramSha256, b"n,,n=user,r=x,x="),
+        (RelayedMechanism::ScramSha256, b"n,,n=user,r=x,"),
+        (RelayedMechanism::ScramSha256, b"n,,n=user,r=x,x=\xff"),
+        (RelayedMechanism::ScramSha256, b"n,,n=user,r=a b"),
+        (RelayedMechanism::ScramSha256, b"n,,n=user,r=a\0b"),
+        (RelayedMechanism::ScramSha256, b"n,,n=us=er,r=x"),
+        (RelayedMechanism::ScramSha256, b"n,,n=us=3der,r=x"),
+        (RelayedMechanism::ScramSha256, b"n,,n=us\0er,r=x"),
+        (RelayedMechanism::ScramSha256, b"n,,n=user,r="),
+        (RelayedMechanism::ScramSha256, b"n,,n=user"),
+        (RelayedMechanism::ScramSha256, b"n=user,r=x"),
+        (RelayedMechanism::ScramSha256, b"n,,r=x,n=user"),
     ] {
         assert_eq!(first(mechanism, wrong), Err(InvalidCredentials::Grammar), "{}", wrong.escape_ascii());
     }
@@ -153,14 +159,14 @@ fn a_token_without_an_authzid_is_relayed_under_the_name_it_claims() {
     let token = format!("{}.{}.{}", part("{}"), part(r#"{"iss":"https://a.test","email":"a=li,ce"}"#), part("s"));
     let message = format!("n,,\x01host=h\x01auth=Bearer {token}\x01\x01");
     let issuer = TokenIssuer { issuer: "https://a.test".into(), claim: "email".into(), audience: None };
-    let read = first_message(Mechanism::OauthBearer, message.as_bytes(), &[issuer]).unwrap();
+    let read = first_message(RelayedMechanism::OauthBearer, message.as_bytes(), &[issuer]).unwrap();
     assert_eq!((read.user.as_str(), read.authzid), ("a=li,ce", None));
-    let Proof::Message(first) = read.proof else { panic!("not a message") };
+    let Proof::Message { first, .. } = read.proof else { panic!("not a message") };
     assert_eq!(
         String::from_utf8_lossy(first.expose()),
         format!("n,a=a=3Dli=2Cce,\x01host=h\x01auth=Bearer {token}\x01\x01")
     );
-    let unknown = first_message(Mechanism::OauthBearer, message.as_bytes(), &[]);
+    let unknown = first_message(RelayedMechanism::OauthBearer, message.as_bytes(), &[]);
     assert_eq!(unknown.map(|it| it.user).unwrap_err(), InvalidCredentials::Token(TokenFault::NoIssuer));
 }
 
@@ -171,14 +177,14 @@ fn a_token_may_travel_under_another_name() {
         with_user(mechanism, &Secret::new(message.to_vec()), &user).map(|secret| secret.expose().to_vec())
     };
     assert_eq!(
-        under(Mechanism::XOauth2, b"user=a\x01auth=Bearer t\x01\x01"),
+        under(RelayedMechanism::XOauth2, b"user=a\x01auth=Bearer t\x01\x01"),
         Some(b"user=c,=d\x01auth=Bearer t\x01\x01".to_vec())
     );
     assert_eq!(
-        under(Mechanism::OauthBearer, b"n,a=a,\x01port=1\x01auth=Bearer t\x01\x01"),
+        under(RelayedMechanism::OauthBearer, b"n,a=a,\x01port=1\x01auth=Bearer t\x01\x01"),
         Some(b"n,a=c=2C=3Dd,\x01port=1\x01auth=Bearer t\x01\x01".to_vec())
     );
-    assert_eq!(under(Mechanism::ScramSha256, b"n,,n=a,r=x"), None);
+    assert_eq!(under(RelayedMechanism::ScramSha256, b"n,,n=a,r=x"), None);
 }
 
 #[test]
@@ -233,15 +239,15 @@ proptest! {
     fn what_is_accepted_names_one_user(
         pieces in prop::collection::vec(piece(), 0..10),
         mechanism in prop::sample::select(vec![
-            Mechanism::XOauth2, Mechanism::OauthBearer, Mechanism::ScramSha1, Mechanism::ScramSha256,
+            RelayedMechanism::XOauth2, RelayedMechanism::OauthBearer, RelayedMechanism::ScramSha1, RelayedMechanism::ScramSha256,
         ]),
     ) {
         let message = pieces.concat();
         let Ok(read) = first_message(mechanism, &message, &[]) else { return Ok(()) };
-        if mechanism == Mechanism::XOauth2 {
+        if mechanism == RelayedMechanism::XOauth2 {
             prop_assert_eq!(last_user_field(&message), Some(read.user.as_str().as_bytes()));
         }
-        let Proof::Message(secret) = &read.proof else { return Err(TestCaseError::fail("not a message")) };
+        let Proof::Message { first: secret, .. } = &read.proof else { return Err(TestCaseError::fail("not a message")) };
         prop_assert_eq!(secret.expose(), &message[..]);
         if let Some(again) = with_user(mechanism, secret, &read.user) {
             let again = first_message(mechanism, again.expose(), &[]).unwrap();

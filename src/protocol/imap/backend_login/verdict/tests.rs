@@ -26,8 +26,8 @@ fn all_answers() -> impl Iterator<Item = ServerAnswer> {
 /// Shorthand of the expected table: what happens, and the server's health.
 fn words(verdict: Verdict) -> String {
     let action = match verdict.action {
-        Action::Refuse { counts: true } => "refused, counted",
-        Action::Refuse { counts: false } => "refused, not counted",
+        Action::Refuse(RefusalKind::FailedLogin) => "refused, counted",
+        Action::Refuse(RefusalKind::NotCounted) => "refused, not counted",
         Action::FollowReferral => "referral",
         Action::TryAnotherServer => "next server",
         Action::GiveUp => "no other server",
@@ -97,7 +97,7 @@ fn long_password(answer: ServerAnswer, one_server_per_user: bool) -> Verdict {
     use ServerFault::*;
     match answer {
         ServerAnswer::Fault(Bye | Closed | Protocol | TooMuchUntagged | LoginBad) => {
-            Verdict { action: Action::Refuse { counts: true }, health: HealthEffect::Unchanged }
+            Verdict { action: Action::Refuse(RefusalKind::FailedLogin), health: HealthEffect::Unchanged }
         }
         _ => decide(answer, LoginStage::LoginSent, one_server_per_user),
     }
@@ -131,7 +131,7 @@ fn a_server_that_refuses_works() {
             let Verdict { action, health } = decide(answer, stage, false);
             // A connection that ends after a long password is a refusal for the client, and shows nothing about the server.
             let is_answer = stage != LoginStage::LongPasswordSent || !matches!(answer, ServerAnswer::Fault(_));
-            if is_answer && matches!(action, Action::Refuse { .. } | Action::FollowReferral) {
+            if is_answer && matches!(action, Action::Refuse(_) | Action::FollowReferral) {
                 assert_eq!(health, HealthEffect::Success, "{answer:?} {stage:?}");
             }
         }
@@ -205,7 +205,7 @@ fn printed() -> String {
     writeln!(table, "| {text} | {before} | – | – | – |").unwrap();
     let of_long_passwords = |answer: &ServerAnswer| decide(*answer, LoginStage::LongPasswordSent, true).action;
     for answer in all_answers().filter(|answer| {
-        matches!(answer, ServerAnswer::Fault(_)) && matches!(of_long_passwords(answer), Action::Refuse { .. })
+        matches!(answer, ServerAnswer::Fault(_)) && matches!(of_long_passwords(answer), Action::Refuse(_))
     }) {
         let cells = [true, false]
             .map(|one_server_per_user| words(decide(answer, LoginStage::LongPasswordSent, one_server_per_user)));
