@@ -144,8 +144,9 @@ fn check_mechanisms(section: &mut Section<'_>, names: &[String]) -> Mechanisms {
             }
             Some(mechanism) => mechanisms = mechanisms.with(mechanism),
             None => {
-                let names = Mechanism::ALL.into_iter().filter_map(|known| Some(known.sasl_name()?.to_ascii_lowercase()));
-                let known: Vec<String> = names.filter(|name| !name.is_empty()).collect();
+                let names =
+                    Mechanism::ALL.into_iter().filter_map(|known| Some(known.sasl_name()?.to_ascii_lowercase()));
+                let known: Vec<String> = names.collect();
                 section.unknown(&format!("mechanisms[{index}]"), "mechanism", name, &known);
             }
         }
