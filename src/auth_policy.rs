@@ -187,7 +187,7 @@ impl AuthPolicy {
         let (decision, counted) = match status {
             Ok(status) => decision_of(status),
             Err(error) => {
-                let error = tls::explained(error);
+                let error = tls::explain_error(error);
                 tracing::warn!(session = attempt.session_id, %error, "the policy service did not answer");
                 let decision =
                     if self.fail_open { PolicyDecision::Allowed(Duration::ZERO) } else { PolicyDecision::Unavailable };

@@ -15,14 +15,14 @@
 //! |---|---|
 //! | accepted, one permit, and who may come in | [`listener::Listener::run`], [`guard::Guard::admit`] |
 //! | whose connection a balancer passes on | [`proxy_protocol::parse`] |
-//! | TLS, if it begins at once or by STARTTLS | `session::Session::encrypt`, [`tls::server`] |
+//! | TLS, if it begins at once or by STARTTLS | `session::Session::encrypt`, [`tls::downstream`] |
 //! | commands until a login is complete | [`imap::prelogin::Prelogin::step`] |
 //! | what the user is called | [`identity::NamingRules::names`] |
 //! | whether it may try | [`guard::Guard::may_try`], [`policy::Policy::allow`] |
 //! | which backend | [`route::Router::route`] |
 //! | which server, and which next | [`backend::Backend::candidates`], [`backend::Failover::next`] |
 //! | connect and log in there | [`backend::login::login`], [`imap::backend_login::BackendLogin::step`] |
-//! | rustls lets go of both connections | [`stream::Stream::into_leg`], [`tls::handover`] |
+//! | rustls lets go of both connections | [`stream::Stream::into_leg`], [`tls::extraction`] |
 //! | bytes both ways | [`relay::Relay::run`], [`record_layer`] |
 //! | silence: two sockets and their keys | [`waiting::IdlePoller`] |
 //! | one record | `session::record::Record`, when it drops |

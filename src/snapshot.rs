@@ -16,7 +16,7 @@ use crate::logging::warning_limit::WarningLimit;
 use crate::metrics::{Metrics, Names};
 use crate::route::{self, Destination, Router, ServerChoice};
 use crate::session_registry::SessionRegistry;
-use crate::tls::server::DownstreamTls;
+use crate::tls::downstream::DownstreamTls;
 
 /// See the module.
 pub struct Snapshot {

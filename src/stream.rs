@@ -17,8 +17,8 @@ use tokio_rustls::TlsStream;
 use tokio_rustls::rustls::ProtocolVersion;
 
 use crate::relay::Leg;
-use crate::tls::handover::{self, Secrets, take_over};
-use crate::tls::records::Records;
+use crate::tls::extraction::{self, TrafficSecrets, extract};
+use crate::tls::record_stream::RecordStream;
 
 /// A connection.
 #[derive(Debug)]
@@ -33,9 +33,9 @@ pub(crate) enum Stream {
 #[derive(Debug)]
 pub(crate) struct Encrypted {
     /// rustls and the socket.
-    pub tls: TlsStream<Records<TcpStream>>,
+    pub tls: TlsStream<RecordStream<TcpStream>>,
     /// What its key log told.
-    pub secrets: Arc<Secrets>,
+    pub secrets: Arc<TrafficSecrets>,
 }
 
 impl Stream {
@@ -77,7 +77,7 @@ impl Stream {
         match self {
             Self::Plain(socket) => Ok((Leg::plain(socket), Vec::new())),
             Self::Tls(encrypted) => {
-                let taken = take_over(encrypted.tls, &encrypted.secrets).await?;
+                let taken = extract(encrypted.tls, &encrypted.secrets).await?;
                 let leg = Leg::tls(taken.socket, taken.channel, taken.records);
                 let leg = if taken.closed { leg.with_peer_closed() } else { leg };
                 Ok((leg, taken.plaintext))
@@ -154,7 +154,7 @@ impl AsyncRead for Stream {
     fn poll_read(self: Pin<&mut Self>, context: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         match self.get_mut() {
             Self::Plain(socket) => Pin::new(socket).poll_read(context, buffer),
-            Self::Tls(encrypted) => handover::poll_read(&mut encrypted.tls, context, buffer),
+            Self::Tls(encrypted) => extraction::poll_read(&mut encrypted.tls, context, buffer),
         }
     }
 }

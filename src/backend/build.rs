@@ -18,7 +18,7 @@ use super::{Backend, Backends, Server, offer};
 use crate::admin_state::AdminState;
 use crate::config::{self, BackendId, Config, Host, Problem, TlsMode, Trust};
 use crate::metrics::Metrics;
-use crate::tls::client::UpstreamTls;
+use crate::tls::upstream::UpstreamTls;
 
 impl Backends {
     /// Builds all backends, without connecting to servers or DNS. What is known about servers that remain is taken over

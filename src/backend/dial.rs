@@ -17,7 +17,7 @@ use crate::deadline::Deadline;
 use crate::failure::Reason;
 use crate::protocol::proxy_protocol::{self, ClientTlsInfo};
 use crate::stream::{Encrypted, Stream};
-use crate::tls::handover::Secrets;
+use crate::tls::extraction::TrafficSecrets;
 
 /// Opens a connection on which the server's greeting, or its answer to STARTTLS, comes next.
 pub(super) async fn dial(
@@ -117,7 +117,7 @@ pub(super) async fn encrypt(
     deadline: Deadline,
 ) -> Result<Stream, Fault> {
     let Some(tls) = &backend.tls else { return Ok(Stream::Plain(socket)) };
-    let secrets = Arc::new(Secrets::default());
+    let secrets = Arc::new(TrafficSecrets::default());
     match deadline.limit(tls.connect(socket, &server.tls_name, secrets.clone())).await {
         Ok(Ok(tls)) => Ok(Stream::Tls(Box::new(Encrypted { tls, secrets }))),
         Ok(Err(error)) => Err(Fault::of_server(Reason::ServerTls, error)),

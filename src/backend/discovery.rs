@@ -227,7 +227,7 @@ impl Lookup {
     }
 }
 
-/// The name for which the certificate of an SRV record's server must be valid: see `tls::client`.
+/// The name for which the certificate of an SRV record's server must be valid: see `tls::upstream`.
 fn tls_name(srv_name: &str) -> ServerName<'static> {
     // The configuration has checked that it is a name. Otherwise no certificate would be valid for this address.
     ServerName::try_from(service_domain(srv_name).to_owned())

@@ -55,7 +55,7 @@ use self::undeclared_servers::UndeclaredServers;
 use crate::config::{self, BackendId, Balance, ClientInfo, Limits, TlsMode};
 use crate::metrics::{Metrics, ServerMetrics};
 use crate::protocol::imap::capability::ServerCapabilities;
-use crate::tls::client::UpstreamTls;
+use crate::tls::upstream::UpstreamTls;
 
 /// All backends of one configuration.
 #[derive(Debug)]

@@ -173,7 +173,7 @@ async fn run(mut dialogue: Dialogue<'_>, probe: &Probe, deadline: Deadline) -> R
 
 /// Closes the connection and returns what it has shown.
 async fn observe(mut stream: Stream, offer: Option<ServerCapabilities>, deadline: Deadline) -> Observation {
-    let certificate_expiry = stream.peer_certificate().and_then(crate::tls::ends);
+    let certificate_expiry = stream.peer_certificate().and_then(crate::tls::certificate_expiry);
     // Whether the server notices is not our concern.
     let _ = deadline.limit(stream.shutdown()).await;
     Observation { offer, certificate_expiry, has_unauthenticate: false }

@@ -96,8 +96,9 @@ impl HttpClient {
     ) -> Result<Self, Problem> {
         let parsed = url.value.parse::<Uri>();
         let parsed = parsed.map_err(|error| url.location.problem(format!("the URL cannot be used: {error}")))?;
-        let tls =
-            (parsed.scheme_str() == Some("https")).then(|| tls::client::verified(ca, &url.location)).transpose()?;
+        let tls = (parsed.scheme_str() == Some("https"))
+            .then(|| tls::upstream::verified_config(ca, &url.location))
+            .transpose()?;
         Ok(Self { url: parsed, headers, tls, connections, pools: SharedConnection::default() })
     }
 
@@ -206,7 +207,7 @@ impl HttpClient {
         tcp.set_tcp_user_timeout(Some(tcp_liveness::USER_TIMEOUT));
         let builder = HttpsConnectorBuilder::new();
         // Without TLS in the URL this configuration is never used.
-        let tls = self.tls.clone().unwrap_or_else(tls::client::nobody);
+        let tls = self.tls.clone().unwrap_or_else(tls::upstream::config_without_roots);
         let connector = builder.with_tls_config(tls).https_or_http().enable_http1().enable_http2().wrap_connector(tcp);
         let client = Client::builder(TokioExecutor::new())
             .pool_timer(TokioTimer::new())

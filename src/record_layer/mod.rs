@@ -10,9 +10,9 @@
 //! a row without data (KeyUpdates, handshakes, tickets, alerts, empty records) the channel is closed. Ciphers, nonces and derivations are those of the provider (aws-lc) and of rustls's own key schedule
 //! interface. Called by `tls` (which makes channels) and `relay` (which uses them).
 
-mod handshake;
 mod keys;
 mod open;
+mod post_handshake;
 mod seal;
 mod violation;
 

@@ -4,8 +4,8 @@ use std::ops::Range;
 
 use aws_lc_rs::aead::{Aad, LessSafeKey};
 
-use super::handshake::{Asked, Messages};
 use super::keys::{Cipher, Keys, Version, nonce};
+use super::post_handshake::{Asked, Messages};
 use super::violation::{AlertCode, Violation};
 use super::{ContentType, HEADER, MAX_PLAINTEXT, Role, TAG};
 

@@ -34,7 +34,7 @@ impl Directory {
             Self::Scripted(scripted) => scripted.ask(question).await,
         };
         match answer {
-            LookupResult::Failed(reason) => LookupResult::Failed(tls::explained(reason)),
+            LookupResult::Failed(reason) => LookupResult::Failed(tls::explain_error(reason)),
             other => other,
         }
     }

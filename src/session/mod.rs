@@ -59,8 +59,8 @@ use crate::protocol::imap::refusal::RefusalKind;
 use crate::relay::idle_poller::IdlePoller;
 use crate::snapshot::{ListenerConfig, Snapshot};
 use crate::stream::{Encrypted, Stream};
-use crate::tls::handover::Secrets;
-use crate::tls::server::HandshakeError;
+use crate::tls::downstream::HandshakeError;
+use crate::tls::extraction::TrafficSecrets;
 
 /// One read from a client before login.
 const READ: usize = 4096;
@@ -317,7 +317,7 @@ impl Session {
         let began = Instant::now();
         let due = self.login_by.min(Deadline::after(self.snapshot.limits.handshake));
         let tls = self.snapshot.tls.as_ref()?;
-        let secrets = Arc::new(Secrets::default());
+        let secrets = Arc::new(TrafficSecrets::default());
         let turns = self.snapshot.admission.handshake_permits();
         let (accepting, memory) = (secrets.clone(), self.prelogin_ticket.as_ref().map(PreloginTicket::charge));
         let handshake = async {

@@ -19,7 +19,7 @@ use tokio_rustls::rustls::{SignatureAlgorithm, SignatureScheme};
 use x509_parser::extensions::GeneralName;
 use x509_parser::prelude::{FromDer as _, X509Certificate};
 
-use super::certificate_words::{VERSION_1, is_version_1};
+use super::certificate_refusal::{VERSION_1, is_version_1};
 use super::ocsp::Response;
 use super::{provider, read_certificates};
 use crate::config::{Certificate, Config, Problem};

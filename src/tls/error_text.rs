@@ -1,6 +1,6 @@
 //! Explanations of TLS errors that reach us as text, from the libraries that speak to directories.
 
-use super::certificate_words::VERSION_1;
+use super::certificate_refusal::VERSION_1;
 
 /// Explains that a peer does not speak TLS.
 pub(super) const NOT_TLS: &str = "the server does not speak TLS on this port";
@@ -28,7 +28,7 @@ const KNOWN: [(&str, &str); 11] = [
 
 /// `text` with an explanation in front, if it reports a failed handshake. For the libraries of `sql` and `redis` routes, which
 /// verify certificates on their own; `http`, `ldap` and the policy service use `trust`.
-pub fn explained(text: String) -> String {
+pub fn explain_error(text: String) -> String {
     let is_of_tls = text.contains("peer certificate") || text.contains("corrupt message");
     let known = KNOWN.iter().find(|(part, _)| is_of_tls && text.contains(part));
     known.map_or(text.clone(), |(_, explanation)| format!("{explanation} ({text})"))
@@ -80,10 +80,10 @@ mod tests {
             (of_webpki("CaUsedAsEndEntity"), "the server's certificate is that of an authority (CA:TRUE)"),
         ] {
             let text = format!("error communicating with database: {error}");
-            let explained = explained(text.clone());
+            let explained = explain_error(text.clone());
             assert!(explained.starts_with(start) && explained.ends_with(&format!("({text})")), "{explained}");
         }
         let other = "the session has expired";
-        assert_eq!(explained(other.to_owned()), other);
+        assert_eq!(explain_error(other.to_owned()), other);
     }
 }

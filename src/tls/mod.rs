@@ -5,19 +5,17 @@
 //! provider (aws-lc) with AES-128-GCM first: it is the fastest on hardware with AES instructions, and SHA-384, which
 //! the 256-bit suites bring along, has no hardware help on common processors.
 
-mod certificate_words;
+mod certificate_refusal;
 mod certificates;
-pub mod client;
 pub mod client_hello;
+pub mod downstream;
 mod error_text;
-pub mod handover;
-#[cfg(test)]
-mod handover_tests;
+pub mod extraction;
 mod ocsp;
-pub mod records;
-pub mod server;
+pub mod record_stream;
 mod tickets;
 mod trust;
+pub mod upstream;
 
 use std::path::Path;
 use std::sync::Arc;
@@ -26,7 +24,7 @@ use tokio_rustls::rustls::crypto::{CryptoProvider, aws_lc_rs};
 use tokio_rustls::rustls::pki_types::CertificateDer;
 use x509_parser::prelude::{FromDer as _, X509Certificate};
 
-pub use self::error_text::explained;
+pub use self::error_text::explain_error;
 
 /// The process's crypto provider: TLS 1.3 and 1.2, AES-128-GCM preferred.
 fn provider() -> Arc<CryptoProvider> {
@@ -48,7 +46,7 @@ fn provider() -> Arc<CryptoProvider> {
 }
 
 /// When a certificate (in DER) ends, in seconds since 1970. `None`: it cannot be read.
-pub fn ends(certificate: &[u8]) -> Option<i64> {
+pub fn certificate_expiry(certificate: &[u8]) -> Option<i64> {
     let (_, parsed) = X509Certificate::from_der(certificate).ok()?;
     Some(parsed.validity().not_after.timestamp())
 }

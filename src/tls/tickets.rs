@@ -73,7 +73,7 @@ impl Scope {
 
 /// What seals the tickets of all scopes.
 pub(super) enum Tickets {
-    /// Secrets of the process's own.
+    /// TrafficSecrets of the process's own.
     Own(HashMap<Scope, Arc<dyn ProducesTickets>>),
     /// Keys from files.
     Shared(Shared),

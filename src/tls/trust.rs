@@ -22,7 +22,7 @@ use tokio_rustls::rustls::{
 };
 use x509_parser::prelude::{FromDer as _, X509Certificate};
 
-use super::certificate_words::{Role, in_words};
+use super::certificate_refusal::{Role, in_words};
 use super::provider;
 
 tokio::task_local! {

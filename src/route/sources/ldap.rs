@@ -64,7 +64,7 @@ impl Directory {
             _ => None,
         };
         let encrypted = ldap.starttls || ldap.url.value.starts_with("ldaps://");
-        let tls = encrypted.then(|| tls::client::verified(ldap.ca.as_ref(), &ldap.url.location)).transpose();
+        let tls = encrypted.then(|| tls::upstream::verified_config(ldap.ca.as_ref(), &ldap.url.location)).transpose();
         Ok(Self {
             server: server(&ldap.url.value).map_err(|message| vec![ldap.url.location.problem(message)])?,
             url: ldap.url.value.clone(),

@@ -181,7 +181,7 @@ impl<'a> Builder<'a> {
     fn new(redis: &'a config::Redis) -> Result<Self, Problem> {
         let password = redis.password.as_ref().map(|file| file.read_secret()).transpose()?;
         let read = |ca: &Located<std::path::PathBuf>| {
-            crate::tls::client::verified(Some(ca), &ca.location)?;
+            crate::tls::upstream::verified_config(Some(ca), &ca.location)?;
             std::fs::read(&ca.value).map_err(|error| ca.location.problem(error.to_string()))
         };
         let roots = redis.ca.as_ref().map(read).transpose()?;

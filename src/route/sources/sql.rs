@@ -355,7 +355,7 @@ fn server(sql: &config::Sql) -> Result<Server, Problem> {
     let password = sql.password.as_ref().map(|file| file.read_secret()).transpose()?;
     if let Some(ca) = &sql.ca {
         // What the library would only tell when it connects.
-        crate::tls::client::verified(Some(ca), &ca.location)?;
+        crate::tls::upstream::verified_config(Some(ca), &ca.location)?;
     }
     let ca = sql.ca.as_ref().map(|ca| &ca.value);
     let wrong = |error: sqlx::Error| sql.url.location.problem(format!("the URL cannot be used: {}", told(&error)));

@@ -6,7 +6,7 @@ use rcgen::{
 use rustls_pemfile::certs;
 use tokio_rustls::rustls::pki_types::pem::PemObject as _;
 
-use super::super::certificate_words::in_words;
+use super::super::certificate_refusal::in_words;
 use super::*;
 
 /// 2026-01-01.

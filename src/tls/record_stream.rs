@@ -3,7 +3,7 @@
 //! rustls keeps what it has read of a record that is not complete, and gives it to nobody; a connection that shall be
 //! taken from it at any moment must therefore never have handed it half a record. So the reading is done here, into a
 //! buffer of ours: a record goes out when all of it is there, and the next one in a call of its own. What is left when
-//! the connection is handed over, whole records and the beginning of one, is [`Records::into_parts`]. Bytes that are no
+//! the connection is handed over, whole records and the beginning of one, is [`RecordStream::into_parts`]. Bytes that are no
 //! record pass as they are: rustls knows what to say of them.
 //!
 //! A client's connection carries a [`MemoryCharge`] for the bytes that are here or in rustls. When the budget does not allow more of them, the
@@ -28,7 +28,7 @@ const MAX_START: usize = 4096;
 
 /// See the module.
 #[derive(Debug)]
-pub struct Records<S> {
+pub struct RecordStream<S> {
     socket: S,
     /// Read from the socket, and not yet given to rustls from `start`.
     buffer: Vec<u8>,
@@ -68,13 +68,13 @@ impl Account {
     }
 }
 
-impl<S> Records<S> {
+impl<S> RecordStream<S> {
     /// Nothing is read yet.
     pub fn new(socket: S) -> Self {
         Self { socket, buffer: Vec::new(), start: 0, releasing: 0, account: None, reads: 0, first_bytes: None }
     }
 
-    /// What comes first is kept for [`Records::take_first_bytes`]. Nothing may have been read yet.
+    /// What comes first is kept for [`RecordStream::take_first_bytes`]. Nothing may have been read yet.
     #[must_use]
     pub fn keeping_first_bytes(self) -> Self {
         Self { first_bytes: Some(Zeroizing::default()), ..self }
@@ -179,7 +179,7 @@ impl<S> Records<S> {
     }
 }
 
-impl<S: AsyncRead + Unpin> Records<S> {
+impl<S: AsyncRead + Unpin> RecordStream<S> {
     /// Reads once. Ready with `false` at the end of the stream.
     fn poll_fill(&mut self, context: &mut Context<'_>) -> Poll<io::Result<bool>> {
         self.buffer.drain(..self.start);
@@ -198,7 +198,7 @@ impl<S: AsyncRead + Unpin> Records<S> {
     }
 }
 
-impl<S: AsyncRead + Unpin> AsyncRead for Records<S> {
+impl<S: AsyncRead + Unpin> AsyncRead for RecordStream<S> {
     fn poll_read(mut self: Pin<&mut Self>, context: &mut Context<'_>, to: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         if self.releasing == 0
             && let Some(account) = &mut self.account
@@ -225,7 +225,7 @@ impl<S: AsyncRead + Unpin> AsyncRead for Records<S> {
     }
 }
 
-impl<S: AsyncWrite + Unpin> AsyncWrite for Records<S> {
+impl<S: AsyncWrite + Unpin> AsyncWrite for RecordStream<S> {
     fn poll_write(mut self: Pin<&mut Self>, context: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
         Pin::new(&mut self.socket).poll_write(context, bytes)
     }
@@ -268,7 +268,7 @@ mod tests {
         let stream = [&[22, 3, 1, 0, 3][..], b"abc", &[23, 3, 3, 0, 2], b"de", &[23, 3, 3, 0, 9], b"fg"].concat();
         for cut in 0..=stream.len() {
             let (mut peer, socket) = duplex(64);
-            let mut records = Records::new(socket);
+            let mut records = RecordStream::new(socket);
             peer.write_all(&stream[..cut]).await.unwrap();
             let mut got = Vec::new();
             for length in [8, 7] {
@@ -299,7 +299,7 @@ mod tests {
     #[tokio::test]
     async fn many_small_records_let_other_tasks_run() {
         let (mut peer, socket) = duplex(1 << 16);
-        let mut records = Records::new(socket);
+        let mut records = RecordStream::new(socket);
         peer.write_all(&[23, 3, 3, 0, 1, 0].repeat(1000)).await.unwrap();
         let mut got = [0; 64];
         let mut reads = 0;
@@ -325,10 +325,10 @@ mod tests {
         let record = [&[23, 3, 3, 0x40, 0][..], &[7; 0x4000]].concat();
         let (guard, ticket) = charge(1 << 20);
         let (mut peer, socket) = duplex(1 << 16);
-        let mut records = Records::new(socket).charged(ticket.charge());
+        let mut records = RecordStream::new(socket).charged(ticket.charge());
         peer.write_all(&record[..12_000]).await.unwrap();
         let mut got = vec![0; 32_768];
-        let mut read = |records: &mut Records<_>| records.read(&mut got).now_or_never().map(Result::unwrap);
+        let mut read = |records: &mut RecordStream<_>| records.read(&mut got).now_or_never().map(Result::unwrap);
         assert_eq!(read(&mut records), None);
         let partial = guard.prelogin_memory();
         assert!((12_000..=20_480).contains(&(partial + ALLOWANCE)), "{partial}: a record of which the end is missing");
@@ -355,7 +355,7 @@ mod tests {
         const ALLOWANCE: usize = 8192;
         let (guard, ticket) = charge(1 << 20);
         let (mut peer, socket) = duplex(1 << 16);
-        let mut records = Records::new(socket).charged(ticket.charge()).keeping_first_bytes();
+        let mut records = RecordStream::new(socket).charged(ticket.charge()).keeping_first_bytes();
         let sent = [&[22, 3, 1, 0x40, 0][..], &[7; 8187]].concat();
         let mut capacities = Vec::new();
         for piece in sent.chunks(700) {
@@ -376,7 +376,7 @@ mod tests {
     async fn without_budget_a_record_is_not_read_to_its_end() {
         let (_guard, ticket) = charge(4096);
         let (mut peer, socket) = duplex(1 << 16);
-        let mut records = Records::new(socket).charged(ticket.charge());
+        let mut records = RecordStream::new(socket).charged(ticket.charge());
         peer.write_all(&[&[22, 3, 1, 0x40, 0][..], &[1; 0x4000]].concat()).await.unwrap();
         let error = records.read(&mut [0; 64]).await.unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::OutOfMemory);
@@ -388,7 +388,7 @@ mod tests {
         peer.write_all(b"a1 LOGIN u p\r\n").await.unwrap();
         drop(peer);
         let mut got = Vec::new();
-        Records::new(socket).read_to_end(&mut got).await.unwrap();
+        RecordStream::new(socket).read_to_end(&mut got).await.unwrap();
         assert_eq!(got, b"a1 LOGIN u p\r\n");
     }
 }

@@ -10,8 +10,7 @@ use tokio_rustls::rustls::version::{TLS12, TLS13};
 use tokio_rustls::rustls::{ClientConfig, ClientConnection, RootCertStore, ServerConfig, SupportedProtocolVersion};
 use tokio_rustls::{TlsAcceptor, TlsConnector, TlsStream};
 
-use super::handover::{Secrets, poll_read, take_over};
-use super::records::Records;
+use super::*;
 use crate::record_layer::{Channel, ContentType, Opened, Role, Version, record_length};
 
 const LOGIN: &[u8] = b"a LOGIN alice secret\r\n";
@@ -32,8 +31,8 @@ use Sent::{Data, Request, SplitRequest};
 
 /// A connection after its handshake: rustls here, a channel of the record layer as the peer.
 struct Pair {
-    near: TlsStream<Records<DuplexStream>>,
-    secrets: Arc<Secrets>,
+    near: TlsStream<RecordStream<DuplexStream>>,
+    secrets: Arc<TrafficSecrets>,
     peer: Channel,
     socket: DuplexStream,
 }
@@ -64,14 +63,14 @@ static CONFIGS: LazyLock<[Configs; 2]> = LazyLock::new(|| [configs(&TLS13), conf
 impl Pair {
     async fn new(version: Version, near_role: Role) -> Self {
         let configs = &CONFIGS[usize::from(version == Version::Tls12)];
-        let (server_secrets, client_secrets) = (Arc::<Secrets>::default(), Arc::<Secrets>::default());
+        let (server_secrets, client_secrets) = (Arc::<TrafficSecrets>::default(), Arc::<TrafficSecrets>::default());
         let (mut server, mut client) = (configs.server.clone(), configs.client.clone());
         (server.key_log, client.key_log) = (server_secrets.clone(), client_secrets.clone());
         let (server_end, client_end) = duplex(1 << 16);
         let (server, client) = tokio::join!(
-            TlsAcceptor::from(Arc::new(server)).accept(Records::new(server_end)),
+            TlsAcceptor::from(Arc::new(server)).accept(RecordStream::new(server_end)),
             TlsConnector::from(Arc::new(client))
-                .connect(ServerName::try_from("localhost").unwrap(), Records::new(client_end)),
+                .connect(ServerName::try_from("localhost").unwrap(), RecordStream::new(client_end)),
         );
         let (server, mut client) = (TlsStream::Server(server.unwrap()), TlsStream::Client(client.unwrap()));
         // Tickets of TLS 1.3 that the client has not read would be in the way.
@@ -85,7 +84,7 @@ impl Pair {
             Role::Server => (server, server_secrets, client, client_secrets),
             Role::Client => (client, client_secrets, server, server_secrets),
         };
-        let far = take_over(far, &far_secrets).await.unwrap();
+        let far = extract(far, &far_secrets).await.unwrap();
         assert!(far.records.is_empty() && far.plaintext.is_empty());
         Self { near, secrets, peer: far.channel, socket: far.socket }
     }
@@ -145,7 +144,7 @@ async fn survives(version: Version, role: Role, flight: &[Sent], split: Option<u
             Poll::Pending => pair.socket.write_all(rest.take().expect(&case)).await.unwrap(),
         }
     }
-    let mut near = take_over(pair.near, &pair.secrets).await.expect(&case);
+    let mut near = extract(pair.near, &pair.secrets).await.expect(&case);
     pair.socket.write_all(rest.unwrap_or_default()).await.unwrap();
     data.extend(&near.plaintext);
     let expected: Vec<u8> =
@@ -257,7 +256,7 @@ async fn answers_that_are_not_read_do_not_add_up_before_the_login() {
     let mut answers = Vec::with_capacity(1 << 17);
     // At most one answer is left in the buffer of rustls, and one in its slot.
     let taken = pair.socket.read_buf(&mut answers).await.unwrap();
-    take_over(pair.near, &pair.secrets).await.unwrap();
+    extract(pair.near, &pair.secrets).await.unwrap();
     pair.socket.read_to_end(&mut answers).await.unwrap();
     assert!(answers.len() - taken < 100, "{taken} {}", answers.len());
 }

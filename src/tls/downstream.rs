@@ -28,8 +28,8 @@ use zeroize::Zeroizing;
 
 use super::certificates::{Certificates, Resolver};
 use super::client_hello::Offer;
-use super::handover::Secrets;
-use super::records::Records;
+use super::extraction::TrafficSecrets;
+use super::record_stream::RecordStream;
 use super::tickets::{Clients, Scope, Tickets};
 use super::trust::{ClientsByRoots, observed};
 use super::{provider, read_certificates};
@@ -115,14 +115,14 @@ impl DownstreamTls {
         &self,
         listener: usize,
         socket: TcpStream,
-        secrets: Arc<Secrets>,
+        secrets: Arc<TrafficSecrets>,
         memory: Option<MemoryCharge>,
-    ) -> Result<TlsStream<Records<TcpStream>>, HandshakeError> {
+    ) -> Result<TlsStream<RecordStream<TcpStream>>, HandshakeError> {
         let shown = &self.listeners[listener];
         // A configuration of its own is what gives a connection a key log of its own; all it holds is shared.
         let mut config = shown.config.clone();
         config.key_log = secrets;
-        let records = Records::new(socket).keeping_first_bytes();
+        let records = RecordStream::new(socket).keeping_first_bytes();
         let records = match memory {
             Some(charge) => records.charged(charge),
             None => records,
@@ -158,8 +158,8 @@ impl DownstreamTls {
         &self,
         shown: &ListenerAcceptor,
         mut config: ServerConfig,
-        socket: Records<TcpStream>,
-    ) -> Result<server::TlsStream<Records<TcpStream>>, Broken> {
+        socket: RecordStream<TcpStream>,
+    ) -> Result<server::TlsStream<RecordStream<TcpStream>>, Broken> {
         let mut acceptor = LazyConfigAcceptor::new(Acceptor::default(), socket);
         let mut start = match (&mut acceptor).await {
             Ok(start) => start,
@@ -293,7 +293,7 @@ fn verifier(wanted: &ClientCertificates) -> Result<(Arc<dyn ClientCertVerifier>,
 /// Why a handshake failed, and what the client sent first.
 type Broken = (std::io::Error, Zeroizing<Vec<u8>>);
 
-fn broken((error, mut socket): (std::io::Error, Records<TcpStream>)) -> Broken {
+fn broken((error, mut socket): (std::io::Error, RecordStream<TcpStream>)) -> Broken {
     (error, socket.take_first_bytes())
 }
 

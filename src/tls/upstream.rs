@@ -15,8 +15,8 @@ use tokio_rustls::rustls::{ClientConfig, Error, InvalidMessage, RootCertStore};
 use tokio_rustls::{TlsConnector, TlsStream};
 
 use super::error_text::NOT_TLS;
-use super::handover::Secrets;
-use super::records::Records;
+use super::extraction::TrafficSecrets;
+use super::record_stream::RecordStream;
 use super::trust::{Accepted, ByPin, ByRoots, observed};
 use super::{provider, read_certificates};
 use crate::config::{Backend, Located, Location, Problem, TlsMode, Trust};
@@ -69,13 +69,13 @@ impl UpstreamTls {
         &self,
         socket: TcpStream,
         host: &ServerName<'static>,
-        secrets: Arc<Secrets>,
-    ) -> std::io::Result<TlsStream<Records<TcpStream>>> {
+        secrets: Arc<TrafficSecrets>,
+    ) -> std::io::Result<TlsStream<RecordStream<TcpStream>>> {
         let name = self.server_name.as_ref().unwrap_or(host).clone();
         // A configuration of its own is what gives a connection a key log of its own; all it holds is shared.
         let mut config = self.config.clone();
         config.key_log = secrets;
-        let handshake = TlsConnector::from(Arc::new(config)).connect(name, Records::new(socket));
+        let handshake = TlsConnector::from(Arc::new(config)).connect(name, RecordStream::new(socket));
         match observed(handshake).await {
             (Ok(tls), _) => Ok(TlsStream::Client(tls)),
             (Err(error), Some(refusal)) => Err(std::io::Error::new(error.kind(), refusal)),
@@ -100,12 +100,12 @@ fn explain_plaintext(error: std::io::Error) -> std::io::Error {
 ///
 /// # Errors
 /// A `ca` file that cannot be used, no root certificate on the system.
-pub fn verified(ca: Option<&Located<PathBuf>>, location: &Location) -> Result<ClientConfig, Problem> {
+pub fn verified_config(ca: Option<&Located<PathBuf>>, location: &Location) -> Result<ClientConfig, Problem> {
     client_config(by_roots(ca, location)?).map_err(|error| location.problem(error))
 }
 
 /// TLS in which nobody is trusted: for a client that needs a configuration and speaks plaintext.
-pub fn nobody() -> ClientConfig {
+pub fn config_without_roots() -> ClientConfig {
     let builder = ClientConfig::builder_with_provider(provider());
     let builder = builder.with_safe_default_protocol_versions().expect("the provider has suites of both versions");
     builder.with_root_certificates(RootCertStore::empty()).with_no_client_auth()

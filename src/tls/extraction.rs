@@ -1,13 +1,13 @@
 //! Takes an established connection from rustls: its secrets become a channel of the record layer.
 //!
 //! rustls hands over keys and sequence numbers; the traffic secrets behind them, which KeyUpdate needs, its key log tells
-//! during the handshake, to a [`Secrets`] that belongs to the one connection. Everything rustls has read is decrypted and
+//! during the handshake, to a [`TrafficSecrets`] that belongs to the one connection. Everything rustls has read is decrypted and
 //! carried along, and so is what it never saw, so that no byte is lost at the moment of the change. Kernel TLS would begin here
 //! too; `benches/NOTES.md` says what it takes. Called by `stream`.
 //!
-//! Two states of rustls cannot be extracted and must be empty at that moment: an answer that waits to be sent, which [`take_over`] sends
+//! Two states of rustls cannot be extracted and must be empty at that moment: an answer that waits to be sent, which [`extract`] sends
 //! first, and a handshake message of which only some records have arrived. [`poll_read`] therefore reads one record with
-//! data at a time: no such message can be incomplete when data arrives (RFC 8446 section 5.1), and later records stay in [`Records`].
+//! data at a time: no such message can be incomplete when data arrives (RFC 8446 section 5.1), and later records stay in [`RecordStream`].
 
 use std::io::{self, Read, Write};
 use std::pin::Pin;
@@ -19,12 +19,12 @@ use tokio_rustls::TlsStream;
 use tokio_rustls::rustls::{self, KeyLog, ProtocolVersion};
 use zeroize::Zeroizing;
 
-use super::records::Records;
+use super::record_stream::RecordStream;
 use crate::record_layer::{Channel, Keys, Role, Version};
 
 /// The traffic secrets of one connection (TLS 1.3), as its handshake told them.
 #[derive(Default)]
-pub struct Secrets(Mutex<Told>);
+pub struct TrafficSecrets(Mutex<Told>);
 
 #[derive(Default)]
 struct Told {
@@ -35,7 +35,7 @@ struct Told {
 const CLIENT: &str = "CLIENT_TRAFFIC_SECRET_0";
 const SERVER: &str = "SERVER_TRAFFIC_SECRET_0";
 
-impl KeyLog for Secrets {
+impl KeyLog for TrafficSecrets {
     fn log(&self, label: &str, _client_random: &[u8], secret: &[u8]) {
         let mut told = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         match label {
@@ -50,9 +50,9 @@ impl KeyLog for Secrets {
     }
 }
 
-impl std::fmt::Debug for Secrets {
+impl std::fmt::Debug for TrafficSecrets {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str("Secrets")
+        f.write_str("TrafficSecrets")
     }
 }
 
@@ -74,7 +74,7 @@ pub struct Established<S> {
 /// Reads from one record with data, and sends the answer that a record before it asked for (a KeyUpdate, or the alert that declines a
 /// renegotiation): a peer may wait for the answer. An error of that write is also an error of the next read.
 pub fn poll_read<S>(
-    stream: &mut TlsStream<Records<S>>,
+    stream: &mut TlsStream<RecordStream<S>>,
     context: &mut Context<'_>,
     buffer: &mut ReadBuf<'_>,
 ) -> Poll<io::Result<()>>
@@ -92,7 +92,7 @@ where
 
 /// `TlsStream::poll_read` would go on with the next records while `buffer` has space.
 fn poll_read_record<S>(
-    stream: &mut TlsStream<Records<S>>,
+    stream: &mut TlsStream<RecordStream<S>>,
     context: &mut Context<'_>,
     buffer: &mut ReadBuf<'_>,
 ) -> Poll<io::Result<()>>
@@ -120,7 +120,7 @@ fn queue_answer<S>(stream: &mut TlsStream<S>) -> io::Result<()> {
 ///
 /// # Errors
 /// The connection broke, or rustls found something wrong with it.
-pub async fn take_over<S>(mut stream: TlsStream<Records<S>>, secrets: &Secrets) -> io::Result<Established<S>>
+pub async fn extract<S>(mut stream: TlsStream<RecordStream<S>>, secrets: &TrafficSecrets) -> io::Result<Established<S>>
 where
     S: AsyncRead + AsyncWrite + Unpin,
 {
@@ -137,12 +137,15 @@ where
         }
     };
     debug_assert!(records.is_between_records());
-    let (plaintext, closed, channel) = extract(connection, secrets)?;
+    let (plaintext, closed, channel) = extract_channel(connection, secrets)?;
     let (socket, records) = records.into_parts();
     Ok(Established { socket, channel, plaintext, records, closed })
 }
 
-fn extract(mut connection: rustls::Connection, secrets: &Secrets) -> io::Result<(Vec<u8>, bool, Channel)> {
+fn extract_channel(
+    mut connection: rustls::Connection,
+    secrets: &TrafficSecrets,
+) -> io::Result<(Vec<u8>, bool, Channel)> {
     let mut plaintext = Vec::new();
     let closed = match connection.reader().read_to_end(&mut plaintext) {
         Ok(_) => true,
@@ -170,3 +173,6 @@ fn extract(mut connection: rustls::Connection, secrets: &Secrets) -> io::Result<
     let send = Keys::new(&extracted.tx.1, extracted.tx.0, send).ok_or_else(unknown)?;
     Ok((plaintext, closed, Channel::new(version, role, receive, send)))
 }
+
+#[cfg(test)]
+mod tests;
