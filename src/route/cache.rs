@@ -1,133 +1,138 @@
-//! What a directory said, kept for a while. Decides by the time handed in; asks nobody. Called by `asked`.
+//! Caches the results of one directory. The caller passes the time.
 //!
-//! A user may be forgotten, and a configuration replaced, while a lookup is in flight. Its answer may be older than that
-//! event and is not kept: see [`Cache::keep_current`].
+//! A user may be forgotten, and a configuration replaced, while a lookup is in flight. Its result may be older than that
+//! event and is not cached: see [`Cache::insert_if_current`].
 //!
-//! A found user is fresh for `ttl`; in its last fifth it is asked for again while the old answer is used. After that the
-//! answer is stale: good only while the directory is down, for `stale` longer. An unknown user is fresh for `negative`
-//! and never used stale: who was added meanwhile would be turned away as if by a directory that answers.
+//! A found user is fresh for `ttl`; in the last fifth of it, a lookup in the background renews the entry. After that the entry is
+//! stale: it is used only while the directory fails, for `stale` longer. An unknown user is fresh for `negative` and never used
+//! stale: a user who was created since then would be refused as if the directory did not know the user.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use quick_cache::sync;
 
-use super::decision::RouteDecision;
+use super::decision::{LookupResult, RouteDecision};
 use crate::config;
 use crate::generations::{Generation, Generations};
 
-/// A kept answer; `None`: the user is unknown.
+/// A cached result.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Kept {
-    pub(super) target: Option<Arc<RouteDecision>>,
-    pub(super) asked: Instant,
+pub(super) struct CacheEntry {
+    /// `None` if the user is unknown.
+    pub(super) decision: Option<Arc<RouteDecision>>,
+    /// When the directory answered.
+    pub(super) queried_at: Instant,
 }
 
-/// What is there for a user.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) enum Looked {
-    /// Good, no question needed.
-    Fresh(Kept),
-    /// Good, and soon not: ask again meanwhile.
-    Ageing(Kept),
-    /// Good only if the directory is down.
-    Stale(Kept),
-    /// Nothing that may be used.
-    Nothing,
+impl CacheEntry {
+    pub(super) fn result(&self) -> LookupResult {
+        self.decision.clone().map_or(LookupResult::Unknown, LookupResult::Found)
+    }
 }
 
-/// Answers of one directory, at most `entries` of them; those asked for least go first.
+/// What the cache contains for a user.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum CacheLookup {
+    Fresh(CacheEntry),
+    /// Fresh, but to be renewed in the background.
+    Ageing(CacheEntry),
+    /// To be used only if the directory fails.
+    Stale(CacheEntry),
+    Missing,
+}
+
+/// At most `entries` results of one directory; those used least are evicted first.
 #[derive(Debug)]
 pub(super) struct Cache {
-    rules: config::CacheConfig,
-    kept: sync::Cache<Arc<str>, Kept>,
-    /// What makes lookups in flight out of date. Locked while an answer is kept or forgotten.
-    events: Mutex<Generations>,
-    saving: Mutex<()>,
+    config: config::CacheConfig,
+    entries: sync::Cache<Arc<str>, CacheEntry>,
+    /// Which lookups in flight are out of date. Locked while an entry is inserted or removed.
+    generations: Mutex<Generations>,
+    file_writes: Mutex<()>,
 }
 
 impl Cache {
-    pub(super) fn new(rules: config::CacheConfig) -> Self {
-        let kept = sync::Cache::new(rules.entries);
-        Self { kept, rules, events: Mutex::default(), saving: Mutex::default() }
+    pub(super) fn new(config: config::CacheConfig) -> Self {
+        let entries = sync::Cache::new(config.entries);
+        Self { entries, config, generations: Mutex::default(), file_writes: Mutex::default() }
     }
 
-    pub(super) fn look(&self, user: &str, now: Instant) -> Looked {
-        let Some(kept) = self.kept.get(user) else { return Looked::Nothing };
-        let age = now.saturating_duration_since(kept.asked);
-        if kept.target.is_none() {
-            return if age < self.rules.negative { Looked::Fresh(kept) } else { Looked::Nothing };
+    pub(super) fn get(&self, user: &str, now: Instant) -> CacheLookup {
+        let Some(entry) = self.entries.get(user) else { return CacheLookup::Missing };
+        let age = now.saturating_duration_since(entry.queried_at);
+        if entry.decision.is_none() {
+            return if age < self.config.negative { CacheLookup::Fresh(entry) } else { CacheLookup::Missing };
         }
-        if age < self.rules.ttl / 5 * 4 {
-            Looked::Fresh(kept)
-        } else if age < self.rules.ttl {
-            Looked::Ageing(kept)
-        } else if age < self.rules.ttl + self.rules.stale {
-            Looked::Stale(kept)
+        if age < self.config.ttl / 5 * 4 {
+            CacheLookup::Fresh(entry)
+        } else if age < self.config.ttl {
+            CacheLookup::Ageing(entry)
+        } else if age < self.config.ttl + self.config.stale {
+            CacheLookup::Stale(entry)
         } else {
-            Looked::Nothing
+            CacheLookup::Missing
         }
     }
 
-    pub(super) fn keep(&self, user: Arc<str>, target: Option<Arc<RouteDecision>>, asked: Instant) {
-        self.kept.insert(user, Kept { target, asked });
+    pub(super) fn insert(&self, user: Arc<str>, decision: Option<Arc<RouteDecision>>, queried_at: Instant) {
+        self.entries.insert(user, CacheEntry { decision, queried_at });
     }
 
-    /// The current generation, to be taken before the directory is asked.
+    /// The current generation, to be read before the directory is queried.
     pub(super) fn generation(&self) -> Generation {
-        self.events().current()
+        self.generations().current()
     }
 
-    /// Keeps the answer of a lookup that began at `since`, unless the user was forgotten or all lookups became out of date
+    /// Inserts the result of a lookup that began at `since`, unless the user was forgotten or all lookups became out of date
     /// since then.
-    pub(super) fn keep_current(
+    pub(super) fn insert_if_current(
         &self,
         user: Arc<str>,
-        target: Option<Arc<RouteDecision>>,
-        asked: Instant,
+        decision: Option<Arc<RouteDecision>>,
+        queried_at: Instant,
         since: Generation,
     ) {
-        let events = self.events();
-        if events.is_current(&user, since) {
-            self.keep(user, target, asked);
+        let generations = self.generations();
+        if generations.is_current(&user, since) {
+            self.insert(user, decision, queried_at);
         }
     }
 
-    /// Removes a user's answer. Answers of lookups in flight are not kept.
+    /// Removes a user's entry, and prevents lookups in flight from inserting one.
     pub(super) fn forget(&self, user: &str) {
-        let mut events = self.events();
-        events.invalidate(user);
-        self.kept.remove(user);
+        let mut generations = self.generations();
+        generations.invalidate(user);
+        self.entries.remove(user);
     }
 
-    /// Answers of lookups in flight are not kept.
-    pub(super) fn outdate_lookups(&self) {
-        self.events().invalidate_all();
+    /// Prevents all lookups in flight from inserting their results.
+    pub(super) fn invalidate_lookups(&self) {
+        self.generations().invalidate_all();
     }
 
-    /// Held while the file is written: two configurations that share the cache write one file.
-    pub(super) fn saving(&self) -> MutexGuard<'_, ()> {
-        self.saving.lock().unwrap_or_else(PoisonError::into_inner)
+    /// Locks the file for writing: two configurations that share the cache write one file.
+    pub(super) fn lock_file(&self) -> MutexGuard<'_, ()> {
+        self.file_writes.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn events(&self) -> MutexGuard<'_, Generations> {
-        // Plain numbers, valid whatever they hold.
-        self.events.lock().unwrap_or_else(PoisonError::into_inner)
+    fn generations(&self) -> MutexGuard<'_, Generations> {
+        // A poisoned lock is safe: every state of the numbers is valid.
+        self.generations.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Number of answers held.
     pub(super) fn len(&self) -> usize {
-        self.kept.len()
+        self.entries.len()
     }
 
-    /// Found users whose answers a file may keep, and how old each is.
+    /// The entries that a file may contain: found users without secrets, each with the age of its entry.
     pub(super) fn storable(&self, now: Instant) -> Vec<(Arc<str>, Arc<RouteDecision>, Duration)> {
-        let stored = self.kept.iter().filter_map(|(user, kept)| {
-            let target = kept.target.filter(|target| !target.is_secret())?;
-            let age = now.saturating_duration_since(kept.asked);
-            (age < self.rules.ttl + self.rules.stale).then_some((user, target, age))
+        let storable = self.entries.iter().filter_map(|(user, entry)| {
+            let decision = entry.decision.filter(|decision| !decision.has_secret())?;
+            let age = now.saturating_duration_since(entry.queried_at);
+            (age < self.config.ttl + self.config.stale).then_some((user, decision, age))
         });
-        stored.collect()
+        storable.collect()
     }
 }
 
@@ -141,82 +146,85 @@ mod tests {
     }
 
     fn cache(entries: usize) -> Cache {
-        let rules =
+        let config =
             config::CacheConfig { ttl: seconds(100), negative: seconds(10), stale: seconds(1000), entries, file: None };
-        Cache::new(rules)
+        Cache::new(config)
     }
 
     #[test]
-    fn a_found_user_ages_and_goes_stale() {
+    fn entry_of_a_found_user_ages_and_becomes_stale() {
         let cache = cache(10);
         let now = Instant::now();
-        let target = Arc::new(RouteDecision::backend(BackendId(0)));
-        cache.keep("alice".into(), Some(target.clone()), now);
-        let kept = Kept { target: Some(target), asked: now };
+        let decision = Arc::new(RouteDecision::backend(BackendId(0)));
+        cache.insert("alice".into(), Some(decision.clone()), now);
+        let entry = CacheEntry { decision: Some(decision), queried_at: now };
         for (after, expected) in [
-            (0, Looked::Fresh(kept.clone())),
-            (79, Looked::Fresh(kept.clone())),
-            (80, Looked::Ageing(kept.clone())),
-            (99, Looked::Ageing(kept.clone())),
-            (100, Looked::Stale(kept.clone())),
-            (1099, Looked::Stale(kept)),
-            (1100, Looked::Nothing),
+            (0, CacheLookup::Fresh(entry.clone())),
+            (79, CacheLookup::Fresh(entry.clone())),
+            (80, CacheLookup::Ageing(entry.clone())),
+            (99, CacheLookup::Ageing(entry.clone())),
+            (100, CacheLookup::Stale(entry.clone())),
+            (1099, CacheLookup::Stale(entry)),
+            (1100, CacheLookup::Missing),
         ] {
-            assert_eq!(cache.look("alice", now + seconds(after)), expected, "after {after} s");
+            assert_eq!(cache.get("alice", now + seconds(after)), expected, "after {after} s");
         }
-        assert_eq!(cache.look("bob", now), Looked::Nothing);
+        assert_eq!(cache.get("bob", now), CacheLookup::Missing);
     }
 
     #[test]
-    fn an_unknown_user_is_never_stale() {
+    fn entry_of_an_unknown_user_is_never_stale() {
         let cache = cache(10);
         let now = Instant::now();
-        cache.keep("mallory".into(), None, now);
-        assert!(matches!(cache.look("mallory", now + seconds(9)), Looked::Fresh(Kept { target: None, .. })));
-        assert_eq!(cache.look("mallory", now + seconds(10)), Looked::Nothing);
+        cache.insert("mallory".into(), None, now);
+        assert!(matches!(
+            cache.get("mallory", now + seconds(9)),
+            CacheLookup::Fresh(CacheEntry { decision: None, .. })
+        ));
+        assert_eq!(cache.get("mallory", now + seconds(10)), CacheLookup::Missing);
     }
 
     #[test]
-    fn an_answer_older_than_what_outdated_it_is_not_kept() {
+    fn result_older_than_an_invalidation_is_not_inserted() {
         let cache = cache(10);
         let now = Instant::now();
-        let target = || Some(Arc::new(RouteDecision::backend(BackendId(0))));
+        let decision = || Some(Arc::new(RouteDecision::backend(BackendId(0))));
         let before = cache.generation();
         cache.forget("alice");
-        cache.keep_current("alice".into(), target(), now, before);
-        assert_eq!(cache.look("alice", now), Looked::Nothing);
-        cache.keep_current("alice".into(), target(), now, cache.generation());
-        assert!(matches!(cache.look("alice", now), Looked::Fresh(_)));
+        cache.insert_if_current("alice".into(), decision(), now, before);
+        assert_eq!(cache.get("alice", now), CacheLookup::Missing);
+        cache.insert_if_current("alice".into(), decision(), now, cache.generation());
+        assert!(matches!(cache.get("alice", now), CacheLookup::Fresh(_)));
         let before = cache.generation();
-        cache.outdate_lookups();
-        cache.keep_current("bob".into(), target(), now, before);
-        cache.keep_current("mallory".into(), None, now, before);
-        assert_eq!((cache.look("bob", now), cache.look("mallory", now)), (Looked::Nothing, Looked::Nothing));
-        assert!(matches!(cache.look("alice", now), Looked::Fresh(_)), "what is kept stays");
+        cache.invalidate_lookups();
+        cache.insert_if_current("bob".into(), decision(), now, before);
+        cache.insert_if_current("mallory".into(), None, now, before);
+        assert_eq!((cache.get("bob", now), cache.get("mallory", now)), (CacheLookup::Missing, CacheLookup::Missing));
+        assert!(matches!(cache.get("alice", now), CacheLookup::Fresh(_)), "existing entries stay");
     }
 
     #[test]
-    fn it_stays_within_its_bound() {
+    fn cache_stays_within_its_limit() {
         let cache = cache(100);
         let now = Instant::now();
         for user in 0..10_000 {
-            cache.keep(format!("user{user}").into(), None, now);
+            cache.insert(format!("user{user}").into(), None, now);
         }
         assert!(cache.len() <= 100, "{}", cache.len());
     }
 
     #[test]
-    fn no_secret_and_no_unknown_user_is_stored() {
+    fn secrets_and_unknown_users_are_not_storable() {
         let cache = cache(10);
         let now = Instant::now();
-        let mut place = RouteDecision::backend(BackendId(1));
-        cache.keep("alice".into(), Some(Arc::new(place.clone())), now);
-        cache.keep("bob".into(), None, now);
-        if let RouteDecision::Destination(place) = &mut place {
+        let mut decision = RouteDecision::backend(BackendId(1));
+        cache.insert("alice".into(), Some(Arc::new(decision.clone())), now);
+        cache.insert("bob".into(), None, now);
+        if let RouteDecision::Destination(destination) = &mut decision {
             let password = crate::identity::Secret::new(b"x".to_vec());
-            place.credentials = Some(super::super::decision::IssuedCredentials { master: None, password });
+            destination.credentials = Some(crate::route::IssuedCredentials { master: None, password });
         }
-        cache.keep("carol".into(), Some(Arc::new(place)), now);
+        cache.insert("carol".into(), Some(Arc::new(decision)), now);
         let stored = cache.storable(now + seconds(7));
         assert_eq!(stored.len(), 1);
         assert_eq!((&*stored[0].0, stored[0].2), ("alice", seconds(7)));

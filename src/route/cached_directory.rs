@@ -1,9 +1,9 @@
-//! A directory and what keeps it from being asked too much: a bound on questions at a time, a deadline, one question in
-//! flight a user, answers kept (see `cache`), and stale ones used while it is down.
+//! A directory with everything that limits its load: a cache, one lookup in flight per user, a limit of concurrent queries, and a
+//! deadline. Stale cache entries are used while the directory fails.
 //!
-//! Sessions run on many threads and end whenever their clients like. Lookups therefore run on a thread of their own, one for
-//! each directory: a lookup that has begun is finished and its answer cached although its session has ended. A directory
-//! whose client library does not return in time makes its own lookups fail, and nothing else. Called by `route`.
+//! Sessions run on many threads and end at any time. Lookups therefore run on a separate thread for each directory: a lookup that
+//! has begun is completed and cached although its session has ended, and a directory whose client library does not return in time
+//! delays only its own lookups.
 
 use std::collections::HashMap;
 use std::path::PathBuf;
@@ -16,104 +16,93 @@ use tokio::sync::{Notify, Semaphore, watch};
 use tokio::time::{sleep, timeout};
 use tokio_util::sync::CancellationToken;
 
-use super::cache::{Cache, Kept, Looked};
-use super::decision::Declared;
+use super::answer::DeclaredBackends;
+use super::cache::{Cache, CacheEntry, CacheLookup};
+use super::cache_file;
+use super::decision::{LookupOrigin, LookupResult};
 use super::directory::Directory;
 use super::request::LookupRequest;
-use super::{LookupOrigin, LookupResult, cache_file};
 use crate::config;
 use crate::deadline::Deadline;
 use crate::lookup::hedge::Budget;
 use crate::lookup::thread::{GRACE, LookupThread};
 use crate::metrics::RouteMetrics;
 
-/// A directory that failed is left alone for this long by those who have a stale answer.
-const REST: Duration = Duration::from_secs(1);
-/// A wait for a connection that is worth a word.
-const BUSY: Duration = Duration::from_millis(100);
-/// How often answers are written to their file.
-const SAVE: Duration = Duration::from_secs(60);
-/// How often connections that have not been used for long are closed.
-const CLOSE_EXPIRED: Duration = Duration::from_secs(20);
-/// Time from a forgotten user to the next write: a restart must not bring its old answer back. Many at once are one write.
-const SAVE_FORGOTTEN: Duration = Duration::from_secs(1);
+/// After a failure, lookups with a stale cache entry do not query the directory for this long.
+const FAILURE_BACKOFF: Duration = Duration::from_secs(1);
+/// A longer wait for a free connection is mentioned in the reason of a timeout.
+const LONG_WAIT: Duration = Duration::from_millis(100);
+/// Interval between two writes of the cache file.
+const WRITE_INTERVAL: Duration = Duration::from_secs(60);
+/// Delay between forgetting a user and the next write, which combines several users: a restart must not restore the old entry.
+const WRITE_DELAY_AFTER_FORGET: Duration = Duration::from_secs(1);
+/// Interval between two checks for connections that have been idle for long.
+const CLOSE_EXPIRED_INTERVAL: Duration = Duration::from_secs(20);
 
-/// A directory, asked with care.
+/// A directory and its cache.
 #[derive(Debug)]
 pub(super) struct CachedDirectory {
     directory: Arc<Directory>,
-    declared: Declared,
-    /// Of one question, waiting for a place included.
+    declared: DeclaredBackends,
+    /// Timeout of one lookup, including the wait for a permit.
     timeout: Duration,
-    places: Semaphore,
+    query_permits: Semaphore,
     cache: Option<Arc<Cache>>,
-    /// Where answers are kept for the next start.
-    file: Option<PathBuf>,
-    /// The file is another process's from now on.
-    leaves_file: AtomicBool,
-    /// The answers are those of the configuration before: in memory they are newer than in the file.
-    has_inherited: bool,
-    forgotten: Notify,
-    flights: Mutex<HashMap<Arc<str>, InFlight>>,
-    /// When it failed last, if nothing has succeeded since.
-    failed: Mutex<Option<Instant>>,
+    cache_file: Option<PathBuf>,
+    /// Set when another process has taken over the cache file.
+    is_file_handed_over: AtomicBool,
+    /// The cache is that of the previous configuration, which is newer than the file.
+    has_inherited_cache: bool,
+    user_forgotten: Notify,
+    in_flight: Mutex<HashMap<Arc<str>, InFlight>>,
+    /// Time of the last failure, if no query has succeeded since.
+    last_failure: Mutex<Option<Instant>>,
     runtime: OnceLock<Handle>,
-    /// The thread of the directory: connections belong to its runtime. Shared with the next configuration's lookups.
+    /// The thread of the directory: connections belong to its runtime. Shared with the next configuration if it has the same directory.
     thread: Arc<OnceLock<LookupThread>>,
     metrics: RouteMetrics,
 }
 
-/// A question under way: the answer, once it is there.
+/// A lookup in flight: receives the result.
 type InFlight = watch::Receiver<Option<LookupResult>>;
 
 impl CachedDirectory {
-    /// Asks nothing yet.
     pub(super) fn new(
         directory: impl Into<Arc<Directory>>,
-        asking: &config::LookupConfig,
-        declared: Declared,
+        lookup: &config::LookupConfig,
+        declared: DeclaredBackends,
         metrics: RouteMetrics,
     ) -> Self {
         Self {
             directory: directory.into(),
             declared,
-            timeout: asking.timeout,
-            places: Semaphore::new(asking.connections),
-            cache: asking.cache.clone().map(|rules| Arc::new(Cache::new(rules))),
-            file: asking.cache.as_ref().and_then(|cache| cache.file.as_ref().map(|file| file.value.clone())),
-            leaves_file: AtomicBool::new(false),
-            has_inherited: false,
-            forgotten: Notify::new(),
-            flights: Mutex::default(),
-            failed: Mutex::default(),
+            timeout: lookup.timeout,
+            query_permits: Semaphore::new(lookup.connections),
+            cache: lookup.cache.clone().map(|cache| Arc::new(Cache::new(cache))),
+            cache_file: lookup.cache.as_ref().and_then(|cache| cache.file.as_ref().map(|file| file.value.clone())),
+            is_file_handed_over: AtomicBool::new(false),
+            has_inherited_cache: false,
+            user_forgotten: Notify::new(),
+            in_flight: Mutex::default(),
+            last_failure: Mutex::default(),
             runtime: OnceLock::new(),
             thread: Arc::default(),
             metrics,
         }
     }
 
-    /// The directory, for a next configuration that has it too.
+    /// The directory, to be shared with the next configuration.
     pub(super) fn directory(&self) -> &Arc<Directory> {
         &self.directory
     }
 
-    /// Closes connections that have not been used for long, until `stop`.
-    pub(super) fn close_expired(self: &Arc<Self>, stop: CancellationToken) {
-        let asked = self.clone();
-        self.spawn(async move {
-            while timeout(CLOSE_EXPIRED, stop.cancelled()).await.is_err() {
-                asked.directory.close_expired();
-            }
-        });
+    /// Uses the cache of `previous`, which has the same section of the configuration.
+    pub(super) fn with_cache_of(self, previous: Option<&Self>) -> Self {
+        let cache = previous.and_then(|previous| previous.cache.clone());
+        Self { has_inherited_cache: cache.is_some(), cache: cache.or(self.cache), ..self }
     }
 
-    /// With the answers that `previous`, which asked the same question, has kept.
-    pub(super) fn with_answers_of(self, previous: Option<&Self>) -> Self {
-        let kept = previous.and_then(|previous| previous.cache.clone());
-        Self { has_inherited: kept.is_some(), cache: kept.or(self.cache), ..self }
-    }
-
-    /// Uses the directory's thread of `previous`, which has the same directory.
+    /// Uses the thread of `previous`, which has the same directory.
     pub(super) fn with_thread_of(self, previous: Option<&Self>) -> Self {
         Self { thread: previous.map_or(self.thread, |previous| previous.thread.clone()), ..self }
     }
@@ -122,242 +111,233 @@ impl CachedDirectory {
     pub(super) fn start_on_thread(&self, fallback: &Handle) {
         if self.thread.get().is_none() {
             match LookupThread::start(self.metrics.label()) {
-                // Another configuration's start with the same directory may have been first.
+                // A concurrent start of another configuration with the same directory may have been first.
                 Ok(thread) => drop(self.thread.set(thread)),
                 Err(error) => {
-                    tracing::error!(route = self.metrics.label(), %error, "no thread for the lookups of a route");
+                    tracing::error!(route = self.metrics.label(), %error, "cannot start a thread for the lookups of a route");
                 }
             }
         }
         self.start(self.thread.get().map_or(fallback, LookupThread::handle).clone());
     }
 
-    /// Closes all connections of the directory that are not in use.
+    /// Sets the runtime of lookups. Lookups that began before, under another configuration, are not cached.
+    pub(super) fn start(&self, runtime: Handle) {
+        // A second start would set the same runtime.
+        let _ = self.runtime.set(runtime);
+        self.in_flight().clear();
+        if let Some(cache) = &self.cache {
+            cache.invalidate_lookups();
+        }
+    }
+
+    /// Closes connections that have been idle for long, until `stop`.
+    pub(super) fn close_expired(self: &Arc<Self>, stop: CancellationToken) {
+        let this = self.clone();
+        self.spawn(async move {
+            while timeout(CLOSE_EXPIRED_INTERVAL, stop.cancelled()).await.is_err() {
+                this.directory.close_expired();
+            }
+        });
+    }
+
+    /// Closes all idle connections of the directory.
     pub(super) fn retire_directory(&self) {
         let _on_runtime = self.runtime.get().map(Handle::enter);
         self.directory.retire();
     }
 
-    /// Where questions run from now on. Lookups that began before, under another configuration, are not kept.
-    pub(super) fn start(&self, runtime: Handle) {
-        // Once: a second start would be with the same runtime.
-        let _ = self.runtime.set(runtime);
-        self.flights().clear();
-        if let Some(cache) = &self.cache {
-            cache.outdate_lookups();
-        }
-    }
-
-    /// Reads the file of kept answers.
-    pub(super) fn read_file(&self) {
-        let (Some(path), Some(cache)) = (&self.file, &self.cache) else { return };
-        if self.has_inherited {
+    /// Fills the cache from its file, unless it was inherited.
+    pub(super) fn read_cache_file(&self) {
+        let (Some(path), Some(cache)) = (&self.cache_file, &self.cache) else { return };
+        if self.has_inherited_cache {
             return;
         }
         match cache_file::load(path, cache, &self.declared) {
             Ok(users) => {
                 self.metrics.set_cached(cache.len());
-                tracing::info!(route = self.metrics.label(), users, "answers kept from the last run");
+                tracing::info!(route = self.metrics.label(), users, "cache file loaded");
             }
             Err(error) => {
-                tracing::error!(file = %path.display(), %error, "kept answers could not be read");
+                tracing::error!(file = %path.display(), %error, "the cache file cannot be read");
             }
         }
     }
 
-    /// Writes the file now and then, soon after a user was forgotten, and once more at `stop`.
-    pub(super) async fn keep_file(self: Arc<Self>, stop: CancellationToken) {
-        while self.file.is_some() {
+    /// Writes the cache file regularly, soon after a user was forgotten, and once more at `stop`.
+    pub(super) async fn write_cache_file_regularly(self: Arc<Self>, stop: CancellationToken) {
+        while self.cache_file.is_some() {
             let forgotten = async {
-                self.forgotten.notified().await;
-                sleep(SAVE_FORGOTTEN).await;
+                self.user_forgotten.notified().await;
+                sleep(WRITE_DELAY_AFTER_FORGET).await;
             };
             let stopped = tokio::select! {
                 () = stop.cancelled() => true,
-                () = sleep(SAVE) => false,
+                () = sleep(WRITE_INTERVAL) => false,
                 () = forgotten => false,
             };
-            let asked = self.clone();
-            // Off the thread that asks: a disk may be slow.
-            let written = tokio::task::spawn_blocking(move || asked.write_file()).await;
+            let this = self.clone();
+            // A slow disk must not block the runtime.
+            let written = tokio::task::spawn_blocking(move || this.write_cache_file()).await;
             if stopped || written.is_err() {
                 return;
             }
         }
     }
 
-    fn write_file(&self) {
-        let (Some(path), Some(cache)) = (&self.file, &self.cache) else { return };
-        let _one = cache.saving();
-        if self.leaves_file.load(Ordering::Acquire) {
+    fn write_cache_file(&self) {
+        let (Some(path), Some(cache)) = (&self.cache_file, &self.cache) else { return };
+        let _lock = cache.lock_file();
+        if self.is_file_handed_over.load(Ordering::Acquire) {
             return;
         }
         if let Err(error) = cache_file::save(path, cache, &self.declared) {
-            tracing::error!(file = %path.display(), %error, "kept answers could not be written");
+            tracing::error!(file = %path.display(), %error, "the cache file cannot be written");
         }
     }
 
-    /// Writes the file no more: a successor of this process does.
-    pub(super) fn leave_file(&self) {
-        self.leaves_file.store(true, Ordering::Release);
+    /// Stops writing the cache file, because the successor of this process writes it now.
+    pub(super) fn stop_writing_cache_file(&self) {
+        self.is_file_handed_over.store(true, Ordering::Release);
     }
 
-    /// Forgets the answer for a user. A lookup in flight is not joined any more, and its answer is not kept.
+    /// Removes a user from the cache. New lookups do not join one in flight, whose result is not cached.
     pub(super) fn forget(&self, user: &str) {
-        self.flights().remove(user);
+        self.in_flight().remove(user);
         if let Some(cache) = &self.cache {
             cache.forget(user);
         }
-        self.forgotten.notify_one();
+        self.user_forgotten.notify_one();
     }
 
-    fn flights(&self) -> MutexGuard<'_, HashMap<Arc<str>, InFlight>> {
-        // Nothing in here panics halfway through a change.
-        self.flights.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Whether the answer may depend on more than the user.
+    /// Whether results may depend on more than the user: only if they are not cached.
     pub(super) fn needs_login_context(&self) -> bool {
         self.cache.is_none()
     }
 
-    /// The answer, and where it is from.
-    pub(super) async fn lookup(self: &Arc<Self>, question: LookupRequest) -> (LookupResult, LookupOrigin) {
+    pub(super) async fn lookup(self: &Arc<Self>, request: LookupRequest) -> (LookupResult, LookupOrigin) {
         let Some(cache) = &self.cache else {
-            return (self.landed(self.ask_elsewhere(question)).await, LookupOrigin::Directory);
+            return (self.wait_for(self.start_lookup(request)).await, LookupOrigin::Directory);
         };
-        let user = question.user;
+        let user = request.user;
         let now = Instant::now();
-        match cache.look(&user, now) {
-            Looked::Fresh(kept) => (self.kept(&kept), LookupOrigin::Cache(now - kept.asked)),
-            Looked::Ageing(kept) => {
-                self.fly(&user);
-                (self.kept(&kept), LookupOrigin::Cache(now - kept.asked))
+        match cache.get(&user, now) {
+            CacheLookup::Fresh(entry) => self.fresh(&entry, now),
+            CacheLookup::Ageing(entry) => {
+                // Renews the entry in the background.
+                self.join_or_start_lookup(&user);
+                self.fresh(&entry, now)
             }
-            Looked::Stale(kept) if self.is_resting(now) => (self.stale(&kept), LookupOrigin::Stale(now - kept.asked)),
-            Looked::Stale(kept) => match self.landed(self.fly(&user)).await {
-                LookupResult::Failed(_) => (self.stale(&kept), LookupOrigin::Stale(now - kept.asked)),
-                answer => (answer, LookupOrigin::Directory),
+            CacheLookup::Stale(entry) if self.is_backing_off(now) => self.stale(&entry, now),
+            CacheLookup::Stale(entry) => match self.wait_for(self.join_or_start_lookup(&user)).await {
+                LookupResult::Failed(_) => self.stale(&entry, now),
+                result => (result, LookupOrigin::Directory),
             },
-            Looked::Nothing => {
+            CacheLookup::Missing => {
                 self.metrics.cache_missed();
-                (self.landed(self.fly(&user)).await, LookupOrigin::Directory)
+                (self.wait_for(self.join_or_start_lookup(&user)).await, LookupOrigin::Directory)
             }
         }
     }
 
-    fn kept(&self, kept: &Kept) -> LookupResult {
+    fn fresh(&self, entry: &CacheEntry, now: Instant) -> (LookupResult, LookupOrigin) {
         self.metrics.cache_hit();
-        answer(kept)
+        (entry.result(), LookupOrigin::Cache(now - entry.queried_at))
     }
 
-    fn stale(&self, kept: &Kept) -> LookupResult {
+    fn stale(&self, entry: &CacheEntry, now: Instant) -> (LookupResult, LookupOrigin) {
         self.metrics.cache_stale();
-        answer(kept)
+        (entry.result(), LookupOrigin::Stale(now - entry.queried_at))
     }
 
-    /// Whether a lookup of a directory with `connections` is in flight, joined by new ones or not.
-    #[cfg(test)]
-    pub(super) fn is_asking(&self, connections: usize) -> bool {
-        self.places.available_permits() < connections
-    }
-
-    /// Keeps an answer that the directory gave `age` ago.
-    #[cfg(test)]
-    pub(super) fn keep_since(&self, user: &str, target: super::RouteDecision, age: Duration) {
-        let asked = Instant::now().checked_sub(age).unwrap();
-        self.cache.as_ref().unwrap().keep(user.into(), Some(target.into()), asked);
-    }
-
-    /// The question for `user` that is under way, or a new one.
-    fn fly(self: &Arc<Self>, user: &Arc<str>) -> InFlight {
-        let mut flights = self.flights();
-        if let Some(flight) = flights.get(user) {
-            return flight.clone();
+    /// Returns the lookup of `user` that is in flight, or starts one whose result is cached.
+    fn join_or_start_lookup(self: &Arc<Self>, user: &Arc<str>) -> InFlight {
+        let mut in_flight = self.in_flight();
+        if let Some(lookup) = in_flight.get(user) {
+            return lookup.clone();
         }
         if self.is_stalled() {
             return watch::channel(Some(self.stalled())).1;
         }
         let since = self.cache.as_ref().map(|cache| cache.generation());
-        let (sender, flight) = watch::channel(None);
-        flights.insert(user.clone(), flight.clone());
-        drop(flights);
-        let landing = InFlightGuard { asked: self.clone(), user: user.clone(), flight: flight.clone() };
+        let (sender, lookup) = watch::channel(None);
+        in_flight.insert(user.clone(), lookup.clone());
+        drop(in_flight);
+        let guard = InFlightGuard { owner: self.clone(), user: user.clone(), lookup: lookup.clone() };
         self.spawn(async move {
-            let asked = &landing.asked;
-            let answer = asked.ask(&LookupRequest { user: landing.user.clone(), login_context: None }).await;
-            if let (Some(cache), Some(since)) = (&asked.cache, since) {
-                let user = landing.user.clone();
-                match &answer {
-                    LookupResult::Found(target) => {
-                        cache.keep_current(user, Some(target.clone()), Instant::now(), since)
-                    }
-                    LookupResult::Unknown => cache.keep_current(user, None, Instant::now(), since),
+            let this = &guard.owner;
+            let result = this.query(&LookupRequest { user: guard.user.clone(), login_context: None }).await;
+            if let (Some(cache), Some(since)) = (&this.cache, since) {
+                let (user, now) = (guard.user.clone(), Instant::now());
+                match &result {
+                    LookupResult::Found(decision) => cache.insert_if_current(user, Some(decision.clone()), now, since),
+                    LookupResult::Unknown => cache.insert_if_current(user, None, now, since),
                     LookupResult::Failed(_) => {}
                 }
-                asked.metrics.set_cached(cache.len());
+                this.metrics.set_cached(cache.len());
             }
-            // Taken off before the answer is told, so that who asks then does not get an old one.
-            drop(landing);
-            sender.send_replace(Some(answer));
+            // Removes the entry in flight before the result is published, so that later lookups start a new query.
+            drop(guard);
+            sender.send_replace(Some(result));
         });
-        flight
+        lookup
     }
 
-    fn ask_elsewhere(self: &Arc<Self>, question: LookupRequest) -> InFlight {
+    /// Starts a lookup whose result is not cached.
+    fn start_lookup(self: &Arc<Self>, request: LookupRequest) -> InFlight {
         if self.is_stalled() {
             return watch::channel(Some(self.stalled())).1;
         }
-        let (sender, flight) = watch::channel(None);
-        let asked = self.clone();
+        let (sender, lookup) = watch::channel(None);
+        let this = self.clone();
         self.spawn(async move {
-            let answer = asked.ask(&question).await;
-            sender.send_replace(Some(answer));
+            let result = this.query(&request).await;
+            sender.send_replace(Some(result));
         });
-        flight
+        lookup
     }
 
-    fn spawn(&self, question: impl Future<Output = ()> + Send + 'static) {
+    fn spawn(&self, task: impl Future<Output = ()> + Send + 'static) {
         match self.runtime.get() {
-            Some(runtime) => drop(runtime.spawn(question)),
-            None => drop(tokio::spawn(question)),
+            Some(runtime) => drop(runtime.spawn(task)),
+            None => drop(tokio::spawn(task)),
         }
     }
 
-    /// One question, within the deadline.
-    async fn ask(&self, question: &LookupRequest) -> LookupResult {
+    /// Queries the directory, within the timeout.
+    async fn query(&self, request: &LookupRequest) -> LookupResult {
         let began = Instant::now();
         let budget = Budget::of(self.timeout);
         let mut waited = self.timeout;
-        let answer = budget.limit(async {
-            let _place = self.places.acquire().await;
+        let result = budget.limit(async {
+            let _permit = self.query_permits.acquire().await;
             waited = began.elapsed();
-            self.directory.ask(question, &budget).await
+            self.directory.query(request, &budget).await
         });
-        let answer = answer.await.unwrap_or_else(|expired| {
-            let busy =
-                if waited < BUSY { String::new() } else { format!(", {waited:.1?} of it for a free connection") };
+        let result = result.await.unwrap_or_else(|expired| {
+            let wait =
+                if waited < LONG_WAIT { String::new() } else { format!(", {waited:.1?} of it for a free connection") };
             let stage = if expired.is_connecting { ": the connection was not established" } else { "" };
-            LookupResult::Failed(format!("no answer within {:?}{busy}{stage}", self.timeout))
+            LookupResult::Failed(format!("no answer within {:?}{wait}{stage}", self.timeout))
         });
         self.metrics.queried(began.elapsed());
-        self.note(&answer);
-        answer
+        self.record_result(&result);
+        result
     }
 
-    /// Waits for the answer of a lookup, or until its thread has not even reported the timeout.
-    async fn landed(&self, mut flight: InFlight) -> LookupResult {
-        let due = Deadline::after(self.timeout + GRACE);
-        let Ok(answer) = due.limit(flight.wait_for(Option::is_some)).await else {
+    /// Waits for the result of a lookup. If its thread does not report the timeout in time either, the thread is marked as stalled.
+    async fn wait_for(&self, mut lookup: InFlight) -> LookupResult {
+        let deadline = Deadline::after(self.timeout + GRACE);
+        let Ok(result) = deadline.limit(lookup.wait_for(Option::is_some)).await else {
             if let Some(thread) = self.thread.get() {
                 thread.set_stalled();
             }
-            let answer = self.stalled();
-            self.note(&answer);
-            return answer;
+            let result = self.stalled();
+            self.record_result(&result);
+            return result;
         };
-        let answer = answer.ok().and_then(|answer| answer.clone());
-        answer.unwrap_or_else(|| LookupResult::Failed("the question was given up".to_owned()))
+        let result = result.ok().and_then(|result| result.clone());
+        result.unwrap_or_else(|| LookupResult::Failed("the lookup was aborted".to_owned()))
     }
 
     fn is_stalled(&self) -> bool {
@@ -365,51 +345,67 @@ impl CachedDirectory {
     }
 
     fn stalled(&self) -> LookupResult {
-        LookupResult::Failed(format!(
-            "no answer within {:?}: the thread of the directory does not respond",
-            self.timeout
-        ))
+        let timeout = self.timeout;
+        LookupResult::Failed(format!("no answer within {timeout:?}: the thread of the directory does not respond"))
     }
 
-    /// Reports the first failure and the first success after it.
-    fn note(&self, answer: &LookupResult) {
-        let mut failed = self.failed.lock().unwrap_or_else(PoisonError::into_inner);
-        if let LookupResult::Failed(reason) = answer {
-            if failed.is_none() {
-                tracing::warn!(route = self.metrics.label(), %reason, "a route's source fails");
+    /// Updates the metrics, and logs the first failure and the first success after it.
+    fn record_result(&self, result: &LookupResult) {
+        let mut last_failure = self.last_failure();
+        if let LookupResult::Failed(reason) = result {
+            if last_failure.is_none() {
+                tracing::warn!(route = self.metrics.label(), %reason, "lookups of a route fail");
             }
-            *failed = Some(Instant::now());
-        } else if failed.take().is_some() {
-            tracing::info!(route = self.metrics.label(), "the route's source answers again");
+            *last_failure = Some(Instant::now());
+        } else if last_failure.take().is_some() {
+            tracing::info!(route = self.metrics.label(), "lookups of the route succeed again");
         }
-        self.metrics.set_failing(failed.is_some());
+        self.metrics.set_failing(last_failure.is_some());
     }
 
-    fn is_resting(&self, now: Instant) -> bool {
-        let failed = self.failed.lock().unwrap_or_else(PoisonError::into_inner);
-        failed.is_some_and(|failed| now.saturating_duration_since(failed) < REST)
+    fn is_backing_off(&self, now: Instant) -> bool {
+        self.last_failure().is_some_and(|failure| now.saturating_duration_since(failure) < FAILURE_BACKOFF)
+    }
+
+    fn last_failure(&self) -> MutexGuard<'_, Option<Instant>> {
+        // A poisoned lock is safe: every value is valid.
+        self.last_failure.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn in_flight(&self) -> MutexGuard<'_, HashMap<Arc<str>, InFlight>> {
+        // A poisoned lock is safe: no critical section can panic halfway through a change.
+        self.in_flight.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whether a query of a directory with this number of `connections` is in progress.
+    #[cfg(test)]
+    fn is_querying(&self, connections: usize) -> bool {
+        self.query_permits.available_permits() < connections
+    }
+
+    /// Inserts a cache entry of this age.
+    #[cfg(test)]
+    fn insert_with_age(&self, user: &str, decision: super::RouteDecision, age: Duration) {
+        let queried_at = Instant::now().checked_sub(age).unwrap();
+        self.cache.as_ref().unwrap().insert(user.into(), Some(decision.into()), queried_at);
     }
 }
 
-/// Takes a question off the list of those under way, whatever ends it.
+/// Removes a lookup from those in flight, however it ends.
 struct InFlightGuard {
-    asked: Arc<CachedDirectory>,
+    owner: Arc<CachedDirectory>,
     user: Arc<str>,
-    flight: InFlight,
+    lookup: InFlight,
 }
 
 impl Drop for InFlightGuard {
     fn drop(&mut self) {
-        let mut flights = self.asked.flights();
-        // Another one may have taken its place, after the user was forgotten.
-        if flights.get(&self.user).is_some_and(|flight| flight.same_channel(&self.flight)) {
-            flights.remove(&self.user);
+        let mut in_flight = self.owner.in_flight();
+        // After the user was forgotten, another lookup may have taken its place.
+        if in_flight.get(&self.user).is_some_and(|lookup| lookup.same_channel(&self.lookup)) {
+            in_flight.remove(&self.user);
         }
     }
-}
-
-fn answer(kept: &Kept) -> LookupResult {
-    kept.target.clone().map_or(LookupResult::Unknown, LookupResult::Found)
 }
 
 #[cfg(test)]

@@ -1,45 +1,44 @@
-//! The sources that are asked over a network, or from a file that other programs write: a closed set, one file each.
+//! The directories: sources that are queried over a network, or from a file that other programs write.
 //!
-//! All are built without a word to anybody and connect when they are first asked. Called by `asked`.
+//! Building a directory does not connect to it; the first lookup does.
 
-use super::LookupResult;
+use super::decision::LookupResult;
 use super::request::LookupRequest;
 use super::sources::{dns, http, ldap, redis, sql};
 use crate::lookup::hedge::Budget;
 use crate::tls;
 
-/// A directory.
+/// One directory. The set is closed, so an enum serves instead of a trait object.
 #[derive(Debug)]
 pub(super) enum Directory {
     Sql(Box<sql::Sql>),
-    Ldap(Box<ldap::Directory>),
+    Ldap(Box<ldap::Ldap>),
     Http(Box<http::Http>),
     Redis(Box<redis::Redis>),
     Dns(Box<dns::Dns>),
-    /// For tests of what is around it.
     #[cfg(test)]
     Scripted(super::cached_directory::tests::Scripted),
 }
 
 impl Directory {
-    /// One question. The caller ends it at the deadline of `budget`, and bounds how many are asked at a time.
-    pub(super) async fn ask(&self, question: &LookupRequest, budget: &Budget) -> LookupResult {
-        let answer = match self {
-            Self::Sql(sql) => sql.ask(question, budget).await,
-            Self::Ldap(ldap) => ldap.ask(question, budget).await,
-            Self::Http(http) => http.ask(question, budget).await,
-            Self::Redis(redis) => redis.ask(question, budget).await,
-            Self::Dns(dns) => dns.ask(question).await,
+    /// Queries the directory once. The caller ends the query at the deadline of `budget`, and limits concurrent queries.
+    pub(super) async fn query(&self, request: &LookupRequest, budget: &Budget) -> LookupResult {
+        let result = match self {
+            Self::Sql(sql) => sql.query(request, budget).await,
+            Self::Ldap(ldap) => ldap.query(request, budget).await,
+            Self::Http(http) => http.query(request, budget).await,
+            Self::Redis(redis) => redis.query(request, budget).await,
+            Self::Dns(dns) => dns.query(request).await,
             #[cfg(test)]
-            Self::Scripted(scripted) => scripted.ask(question).await,
+            Self::Scripted(scripted) => scripted.query(request).await,
         };
-        match answer {
+        match result {
             LookupResult::Failed(reason) => LookupResult::Failed(tls::explain_error(reason)),
             other => other,
         }
     }
 
-    /// Closes connections that have not been used for long. Clients of HTTP do that by themselves, and Redis has only one.
+    /// Closes connections that have been idle for long. The HTTP client does that itself, and Redis has a single connection.
     pub(super) fn close_expired(&self) {
         match self {
             Self::Sql(sql) => sql.close_expired(),
@@ -48,7 +47,7 @@ impl Directory {
         }
     }
 
-    /// Closes all connections that are not in use: the next configuration does not have this directory.
+    /// Closes all idle connections, because the next configuration does not use this directory.
     pub(super) fn retire(&self) {
         match self {
             Self::Sql(sql) => sql.retire(),

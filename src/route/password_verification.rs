@@ -1,29 +1,29 @@
 //! Evidence that a service has verified the client's password.
 //!
-//! Credentials that a route hands out open a mailbox although the mailbox server never sees the client's own. They must
+//! Credentials that a route provides open a mailbox although the mailbox server never sees the client's own. They must
 //! therefore not be used for a login whose password was not verified: one by token, by SCRAM, or without a password.
-//! [`PasswordVerification::PasswordConfirmed`] can only be made from a [`SentPassword`], and that only from a client's password.
+//! [`PasswordVerification::Confirmed`] can only be created from a [`SentPassword`], and that only from a client's password.
 
 use crate::identity::{Credentials, Secret};
 
-/// What the answer to one lookup says about the client's identity.
+/// Whether a lookup has verified the client's password.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub enum PasswordVerification {
-    /// Nothing: the mailbox server verifies what the client sends.
+    /// It was not verified: the mailbox server verifies the client's credentials.
     #[default]
     Unverified,
     /// The service received the client's password with this lookup and confirmed it.
-    PasswordConfirmed(Confirmation),
+    Confirmed(Confirmation),
 }
 
 impl PasswordVerification {
     /// Whether the client's password was confirmed.
     pub fn is_confirmed(&self) -> bool {
-        matches!(self, Self::PasswordConfirmed(_))
+        matches!(self, Self::Confirmed(_))
     }
 }
 
-/// Made by [`SentPassword::confirmed`] only.
+/// Can only be created by [`SentPassword::confirmed`].
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Confirmation(());
 
@@ -32,8 +32,8 @@ pub struct Confirmation(());
 pub(super) struct SentPassword<'a>(&'a Secret);
 
 impl<'a> SentPassword<'a> {
-    /// `None` if the mechanism carries no password, or the password is empty: a service that passes an empty one to an LDAP
-    /// bind gets a success that proves nothing (RFC 4513 section 5.1.2).
+    /// Returns `None` if the mechanism carries no password, or if the password is empty: a service that passes an empty one to an LDAP
+    /// bind gets a success that verifies nothing (RFC 4513 section 5.1.2).
     pub(super) fn of(credentials: &'a Credentials) -> Option<Self> {
         credentials.password().filter(|password| !password.expose().is_empty()).map(Self)
     }
@@ -42,9 +42,9 @@ impl<'a> SentPassword<'a> {
         self.0.expose()
     }
 
-    /// The service's answer to the request with this password was positive.
+    /// The service accepted the request with this password.
     pub(super) fn confirmed(self) -> PasswordVerification {
-        PasswordVerification::PasswordConfirmed(Confirmation(()))
+        PasswordVerification::Confirmed(Confirmation(()))
     }
 }
 
@@ -56,7 +56,7 @@ mod tests {
     #[test]
     fn only_a_password_can_be_confirmed() {
         let secret = |text: &str| Secret::new(text.as_bytes().to_vec());
-        for (mechanism, proof, can) in [
+        for (mechanism, proof, expected) in [
             (Mechanism::Login, Proof::Password(secret("secret")), true),
             (Mechanism::SaslPlain, Proof::Password(secret("")), false),
             (
@@ -76,7 +76,10 @@ mod tests {
         ] {
             let credentials = Credentials { user: UserName::new(b"alice").unwrap(), authzid: None, mechanism, proof };
             let sent = SentPassword::of(&credentials);
-            assert_eq!(sent.map(SentPassword::confirmed).is_some_and(|identity| identity.is_confirmed()), can);
+            assert_eq!(
+                sent.map(SentPassword::confirmed).is_some_and(|verification| verification.is_confirmed()),
+                expected
+            );
         }
         assert!(!PasswordVerification::default().is_confirmed());
     }

@@ -1,47 +1,47 @@
-//! What a source is asked. Made by `session` for a login, and by the command `route`.
+//! What a route lookup is made with: the user, and the login if the source decides by it.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
 
 use crate::identity::Credentials;
 
-/// A question to a source.
+/// Input of a lookup.
 #[derive(Debug, Clone)]
 pub struct LookupRequest {
     /// The user's routing name.
     pub user: Arc<str>,
-    /// Who asks. Absent where the answer is kept for others: it may depend on nothing but the user then.
+    /// The login attempt. `None` if the result is cached, because it must then depend on the user alone.
     pub login_context: Option<Arc<LoginContext>>,
 }
 
-/// One login attempt, for sources that decide by more than the user.
+/// One login attempt, for sources that decide by more than the user name.
 #[derive(Debug)]
 pub struct LoginContext {
-    /// The client.
+    /// Address of the client.
     pub client: SocketAddr,
-    /// Where it connected to.
+    /// Address that the client connected to.
     pub listener: SocketAddr,
-    /// Whether both addresses are those of a PROXY header.
+    /// Whether both addresses come from a PROXY header.
     pub is_proxied: bool,
-    /// One id in our log and the source's.
+    /// Session id, for the logs of Vestibule and the source.
     pub session: Box<str>,
-    /// What is known of its TLS.
+    /// TLS parameters of the client's connection; `None` without TLS.
     pub tls: Option<LoginTls>,
-    /// How many logins it has tried on this connection, this one included.
+    /// Number of this attempt on its connection, starting from 1.
     pub attempt: u32,
-    /// What it brought.
+    /// Credentials that the client sent.
     pub credentials: Credentials,
 }
 
-/// A client's TLS.
+/// TLS parameters of a client's connection.
 #[derive(Debug)]
 pub struct LoginTls {
-    /// As log records write it: `TLSv1.3`.
+    /// Version, as in log records: `TLSv1.3`.
     pub version: &'static str,
-    /// As rustls writes it: `TLS13_AES_128_GCM_SHA256`.
+    /// Cipher suite, as rustls spells it: `TLS13_AES_128_GCM_SHA256`.
     pub cipher: Option<&'static str>,
-    /// Whether the listener asks for certificates.
+    /// Whether the listener requests client certificates.
     pub asks_certificate: bool,
-    /// The client's, verified, in DER.
+    /// The verified client certificate, in DER.
     pub certificate: Option<Box<[u8]>>,
 }

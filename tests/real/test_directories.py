@@ -267,7 +267,7 @@ class PostgreSql(TlsDirectoryTests, ServerDirectoryTests, unittest.TestCase):
 
     def test_invalid_query_results_fail_the_lookup(self):
         for query, reason in (("SELECT 1 AS backend WHERE %{user} = %{user}", "the column backend is INT4: cast it"),
-                              ("SELECT 'shard-a' AS host WHERE %{user} = %{user}", "no column is called as one of"),
+                              ("SELECT 'shard-a' AS host WHERE %{user} = %{user}", "the query has no column named"),
                               ("SELECT name AS backend FROM mailbox WHERE %{user} = %{user}", "more than one row"),
                               ("SELECT backend FROM nowhere WHERE name = %{user}", "nowhere")):
             route = self.route()[:-1] + [f'query: "{query}"']

@@ -1,4 +1,4 @@
-//! What `asked` does around a directory, shown with one that answers by a script.
+//! Tests of caching, merging and limiting, with a scripted directory.
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -10,39 +10,40 @@ use tokio::sync::Semaphore;
 use super::CachedDirectory;
 use crate::config::{BackendId, CacheConfig, Located, Location, LookupConfig};
 use crate::metrics::{Metrics, Names};
-use crate::route::decision::{Declared, RouteDecision};
+use crate::route::answer::DeclaredBackends;
+use crate::route::decision::RouteDecision;
 use crate::route::directory::Directory;
 use crate::route::request::LookupRequest;
 use crate::route::{LookupOrigin, LookupResult};
 
 const HOUR: Duration = Duration::from_secs(3600);
 
-/// Answers by heart, as often as it is let.
+/// A directory with fixed results, whose queries can be blocked.
 #[derive(Debug, Clone)]
 pub(in crate::route) struct Scripted {
-    answers: Arc<Mutex<HashMap<String, LookupResult>>>,
-    asked: Arc<AtomicUsize>,
-    let_through: Arc<Semaphore>,
+    results: Arc<Mutex<HashMap<String, LookupResult>>>,
+    queries: Arc<AtomicUsize>,
+    permits: Arc<Semaphore>,
 }
 
 impl Scripted {
     fn new() -> Self {
-        let let_through = Arc::new(Semaphore::new(Semaphore::MAX_PERMITS));
-        Self { answers: Arc::default(), asked: Arc::default(), let_through }
+        let permits = Arc::new(Semaphore::new(Semaphore::MAX_PERMITS));
+        Self { results: Arc::default(), queries: Arc::default(), permits }
     }
 
-    pub(in crate::route) async fn ask(&self, question: &LookupRequest) -> LookupResult {
-        self.asked.fetch_add(1, Ordering::SeqCst);
-        let _leave = self.let_through.acquire().await.unwrap();
-        self.answers.lock().unwrap().get(&*question.user).cloned().unwrap_or(LookupResult::Unknown)
+    pub(in crate::route) async fn query(&self, request: &LookupRequest) -> LookupResult {
+        self.queries.fetch_add(1, Ordering::SeqCst);
+        let _permit = self.permits.acquire().await.unwrap();
+        self.results.lock().unwrap().get(&*request.user).cloned().unwrap_or(LookupResult::Unknown)
     }
 
-    fn says(&self, user: &str, answer: LookupResult) {
-        self.answers.lock().unwrap().insert(user.to_owned(), answer);
+    fn set_result(&self, user: &str, result: LookupResult) {
+        self.results.lock().unwrap().insert(user.to_owned(), result);
     }
 
-    fn asked(&self) -> usize {
-        self.asked.load(Ordering::SeqCst)
+    fn queries(&self) -> usize {
+        self.queries.load(Ordering::SeqCst)
     }
 }
 
@@ -54,152 +55,153 @@ fn failed() -> LookupResult {
     LookupResult::Failed("down".to_owned())
 }
 
-fn question(user: &str) -> LookupRequest {
+fn request(user: &str) -> LookupRequest {
     LookupRequest { user: user.into(), login_context: None }
 }
 
-/// Closed until it is dropped: lookups wait at the directory.
-fn gate(scripted: &Scripted) -> tokio::sync::OwnedSemaphorePermit {
-    let gate = scripted.let_through.clone().try_acquire_many_owned(u32::MAX >> 4).unwrap();
-    scripted.let_through.forget_permits(usize::MAX >> 3);
-    gate
+/// Blocks queries until it is dropped.
+fn block(scripted: &Scripted) -> tokio::sync::OwnedSemaphorePermit {
+    let blocked = scripted.permits.clone().try_acquire_many_owned(u32::MAX >> 4).unwrap();
+    scripted.permits.forget_permits(usize::MAX >> 3);
+    blocked
 }
 
-/// A lookup of `user` that waits at the directory.
+/// Starts a lookup of `user`, and waits until its query has begun.
 async fn in_flight(
-    asked: &Arc<CachedDirectory>,
+    directory: &Arc<CachedDirectory>,
     scripted: &Scripted,
     user: &'static str,
 ) -> tokio::task::JoinHandle<LookupResult> {
-    let (before, asking) = (scripted.asked(), asked.clone());
-    let lookup = tokio::spawn(async move { asking.lookup(question(user)).await.0 });
-    while scripted.asked() == before {
+    let (before, directory) = (scripted.queries(), directory.clone());
+    let lookup = tokio::spawn(async move { directory.lookup(request(user)).await.0 });
+    while scripted.queries() == before {
         tokio::task::yield_now().await;
     }
     lookup
 }
 
-fn asked(scripted: &Scripted, connections: usize, cache: bool) -> (Arc<CachedDirectory>, Metrics) {
-    let rules = rules(Duration::from_millis(500));
-    let (asked, metrics) = built(scripted, Duration::from_millis(300), connections, cache.then_some(rules));
-    (Arc::new(asked), metrics)
+fn directory(scripted: &Scripted, connections: usize, has_cache: bool) -> (Arc<CachedDirectory>, Metrics) {
+    let cache = cache_config(Duration::from_millis(500));
+    let (directory, metrics) = build(scripted, Duration::from_millis(300), connections, has_cache.then_some(cache));
+    (Arc::new(directory), metrics)
 }
 
-fn rules(ttl: Duration) -> CacheConfig {
+fn cache_config(ttl: Duration) -> CacheConfig {
     CacheConfig { ttl, negative: HOUR, stale: HOUR, entries: 1000, file: None }
 }
 
-fn built(
+fn build(
     scripted: &Scripted,
     timeout: Duration,
     connections: usize,
     cache: Option<CacheConfig>,
 ) -> (CachedDirectory, Metrics) {
     let metrics = Metrics::new(&Names { routes: vec!["test".to_owned()], ..Names::default() });
-    let asking = LookupConfig { timeout, connections, cache, names: std::collections::BTreeMap::new() };
+    let lookup = LookupConfig { timeout, connections, cache, names: std::collections::BTreeMap::new() };
     let directory = Directory::Scripted(scripted.clone());
-    let asked = CachedDirectory::new(directory, &asking, Declared::named(["a", "b"]), metrics.route(0).clone());
-    (asked, metrics)
+    let directory =
+        CachedDirectory::new(directory, &lookup, DeclaredBackends::named(["a", "b"]), metrics.route(0).clone());
+    (directory, metrics)
 }
 
-/// A directory that may take as long as the test does, whose answers are kept for an hour.
-fn patient(scripted: &Scripted) -> CachedDirectory {
-    built(scripted, Duration::from_secs(60), 8, Some(rules(HOUR))).0
+/// A directory with a long timeout and a cache of an hour.
+fn slow_directory(scripted: &Scripted) -> CachedDirectory {
+    build(scripted, Duration::from_secs(60), 8, Some(cache_config(HOUR))).0
 }
 
 #[tokio::test]
-async fn a_kept_answer_needs_no_question() {
+async fn cached_result_needs_no_query() {
     let scripted = Scripted::new();
-    scripted.says("alice", found(0));
-    let (asked, _metrics) = asked(&scripted, 1, true);
-    assert_eq!(asked.lookup(question("alice")).await, (found(0), LookupOrigin::Directory));
-    scripted.says("alice", found(1));
-    let (answer, origin) = asked.lookup(question("alice")).await;
-    assert_eq!(answer, found(0));
+    scripted.set_result("alice", found(0));
+    let (directory, _metrics) = directory(&scripted, 1, true);
+    assert_eq!(directory.lookup(request("alice")).await, (found(0), LookupOrigin::Directory));
+    scripted.set_result("alice", found(1));
+    let (result, origin) = directory.lookup(request("alice")).await;
+    assert_eq!(result, found(0));
     assert!(matches!(origin, LookupOrigin::Cache(_)));
     for _ in 0..3 {
-        assert_eq!(asked.lookup(question("bob")).await.0, LookupResult::Unknown);
+        assert_eq!(directory.lookup(request("bob")).await.0, LookupResult::Unknown);
     }
-    assert_eq!(scripted.asked(), 2, "alice once, bob once");
+    assert_eq!(scripted.queries(), 2, "one query for alice, one for bob");
 }
 
 #[tokio::test]
-async fn many_who_ask_for_one_user_ask_once() {
+async fn concurrent_lookups_of_one_user_share_a_query() {
     let scripted = Scripted::new();
-    scripted.says("alice", found(0));
-    let gate = scripted.let_through.clone().acquire_many_owned(u32::MAX >> 4).await.unwrap();
-    scripted.let_through.forget_permits(usize::MAX >> 3);
-    let (asked, _metrics) = asked(&scripted, 4, true);
+    scripted.set_result("alice", found(0));
+    let blocked = scripted.permits.clone().acquire_many_owned(u32::MAX >> 4).await.unwrap();
+    scripted.permits.forget_permits(usize::MAX >> 3);
+    let (directory, _metrics) = directory(&scripted, 4, true);
     let waiting: Vec<_> = (0..50)
         .map(|_| {
-            let asked = asked.clone();
-            tokio::spawn(async move { asked.lookup(question("alice")).await.0 })
+            let directory = directory.clone();
+            tokio::spawn(async move { directory.lookup(request("alice")).await.0 })
         })
         .collect();
-    while scripted.asked() == 0 {
+    while scripted.queries() == 0 {
         tokio::task::yield_now().await;
     }
-    drop(gate);
+    drop(blocked);
     for lookup in waiting {
         assert_eq!(lookup.await.unwrap(), found(0));
     }
-    assert_eq!(scripted.asked(), 1);
+    assert_eq!(scripted.queries(), 1);
 }
 
 #[tokio::test]
-async fn a_directory_that_is_down_leaves_stale_answers_and_no_lies() {
+async fn failing_directory_leaves_stale_results_in_use_and_unknown_users_fail() {
     let scripted = Scripted::new();
-    scripted.says("alice", found(0));
-    let (asked, metrics) = asked(&scripted, 1, true);
-    asked.lookup(question("alice")).await;
-    scripted.says("alice", failed());
-    scripted.says("carol", failed());
+    scripted.set_result("alice", found(0));
+    let (directory, metrics) = directory(&scripted, 1, true);
+    directory.lookup(request("alice")).await;
+    scripted.set_result("alice", failed());
+    scripted.set_result("carol", failed());
     tokio::time::sleep(Duration::from_millis(600)).await;
-    // The first finds out, the next does not wait for the same news.
-    for asked_by_then in [2, 2] {
-        let (answer, origin) = asked.lookup(question("alice")).await;
-        assert_eq!(answer, found(0));
+    // The first lookup queries the directory; the next one backs off.
+    for queries in [2, 2] {
+        let (result, origin) = directory.lookup(request("alice")).await;
+        assert_eq!(result, found(0));
         assert!(matches!(origin, LookupOrigin::Stale(_)), "{origin:?}");
-        assert_eq!(scripted.asked(), asked_by_then);
+        assert_eq!(scripted.queries(), queries);
     }
-    assert_eq!(asked.lookup(question("carol")).await.0, failed(), "unknown would be a lie");
+    assert_eq!(directory.lookup(request("carol")).await.0, failed(), "the user must not count as unknown");
     let text = metrics.render();
     assert!(text.contains("vestibule_route_failing{route=\"test\"} 1"), "{text}");
     assert!(text.contains("vestibule_route_cache_total{route=\"test\",state=\"stale\"} 2"), "{text}");
-    scripted.says("carol", found(1));
-    assert_eq!(asked.lookup(question("carol")).await.0, found(1));
+    scripted.set_result("carol", found(1));
+    assert_eq!(directory.lookup(request("carol")).await.0, found(1));
     assert!(metrics.render().contains("vestibule_route_failing{route=\"test\"} 0"));
 }
 
 #[tokio::test]
-async fn an_ageing_answer_is_renewed_behind_the_back() {
+async fn ageing_entry_is_renewed_in_the_background() {
     let scripted = Scripted::new();
-    scripted.says("alice", found(0));
-    let (asked, _metrics) = asked(&scripted, 1, true);
-    asked.lookup(question("alice")).await;
-    scripted.says("alice", found(1));
+    scripted.set_result("alice", found(0));
+    let (directory, _metrics) = directory(&scripted, 1, true);
+    directory.lookup(request("alice")).await;
+    scripted.set_result("alice", found(1));
     tokio::time::sleep(Duration::from_millis(420)).await;
-    assert_eq!(asked.lookup(question("alice")).await.0, found(0));
-    while asked.lookup(question("alice")).await.0 != found(1) {
+    assert_eq!(directory.lookup(request("alice")).await.0, found(0));
+    while directory.lookup(request("alice")).await.0 != found(1) {
         tokio::task::yield_now().await;
     }
-    assert_eq!(scripted.asked(), 2);
+    assert_eq!(scripted.queries(), 2);
 }
 
 #[tokio::test]
-async fn a_directory_that_hangs_fails_in_time_and_says_why() {
+async fn directory_that_hangs_fails_lookups_in_time_with_the_reason() {
     let scripted = Scripted::new();
-    let _gate = scripted.let_through.clone().acquire_many_owned(u32::MAX >> 4).await.unwrap();
-    scripted.let_through.forget_permits(usize::MAX >> 3);
-    let (asked, _metrics) = asked(&scripted, 1, false);
+    let _blocked = scripted.permits.clone().acquire_many_owned(u32::MAX >> 4).await.unwrap();
+    scripted.permits.forget_permits(usize::MAX >> 3);
+    let (directory, _metrics) = directory(&scripted, 1, false);
     let lookup = |user: &'static str| {
-        let asked = asked.clone();
-        tokio::spawn(async move { asked.lookup(question(user)).await.0 })
+        let directory = directory.clone();
+        tokio::spawn(async move { directory.lookup(request(user)).await.0 })
     };
     let (first, second) = (lookup("alice"), lookup("bob"));
     let mut reasons = Vec::new();
-    for answer in [first.await.unwrap(), second.await.unwrap()] {
-        let LookupResult::Failed(reason) = answer else { panic!("{answer:?}") };
+    for result in [first.await.unwrap(), second.await.unwrap()] {
+        let LookupResult::Failed(reason) = result else { panic!("{result:?}") };
         reasons.push(reason);
     }
     assert_eq!(reasons[0], "no answer within 300ms");
@@ -207,74 +209,74 @@ async fn a_directory_that_hangs_fails_in_time_and_says_why() {
 }
 
 #[tokio::test]
-async fn an_answer_older_than_a_reload_is_not_kept() {
+async fn result_older_than_a_reload_is_not_cached() {
     let scripted = Scripted::new();
-    let old = Arc::new(patient(&scripted));
-    old.keep_since("ageing", RouteDecision::backend(BackendId(0)), HOUR / 10 * 9);
-    let gate = gate(&scripted);
+    let old = Arc::new(slow_directory(&scripted));
+    old.insert_with_age("ageing", RouteDecision::backend(BackendId(0)), HOUR / 10 * 9);
+    let blocked = block(&scripted);
     for user in ["alice", "ageing"] {
-        scripted.says(user, found(0));
+        scripted.set_result(user, found(0));
     }
-    // One user is found, one is unknown, and one answer is renewed ahead of time.
+    // One user is found, one is unknown, and one entry is renewed.
     let (alice, bob) = (in_flight(&old, &scripted, "alice").await, in_flight(&old, &scripted, "bob").await);
     assert_eq!(in_flight(&old, &scripted, "ageing").await.await.unwrap(), found(0));
-    let new = Arc::new(patient(&scripted).with_answers_of(Some(&old)));
+    let new = Arc::new(slow_directory(&scripted).with_cache_of(Some(&old)));
     new.start(tokio::runtime::Handle::current());
-    drop(gate);
+    drop(blocked);
     assert_eq!((alice.await.unwrap(), bob.await.unwrap()), (found(0), LookupResult::Unknown));
-    // Nobody waits for the renewal; it is over when no lookup is in flight.
-    while old.is_asking(8) {
+    // The renewal has ended when no query is in progress.
+    while old.is_querying(8) {
         tokio::task::yield_now().await;
     }
     for user in ["alice", "bob", "ageing"] {
-        scripted.says(user, found(1));
+        scripted.set_result(user, found(1));
     }
     for user in ["alice", "bob"] {
-        assert_eq!(new.lookup(question(user)).await, (found(1), LookupOrigin::Directory), "{user}");
+        assert_eq!(new.lookup(request(user)).await, (found(1), LookupOrigin::Directory), "{user}");
     }
-    let (_, origin) = new.lookup(question("ageing")).await;
+    let (_, origin) = new.lookup(request("ageing")).await;
     assert!(matches!(origin, LookupOrigin::Cache(age) if age > HOUR / 2), "not renewed by the old lookup: {origin:?}");
 }
 
 #[tokio::test]
-async fn an_answer_older_than_a_move_is_not_kept_by_any_configuration() {
+async fn result_older_than_a_move_is_not_cached_by_any_configuration() {
     let scripted = Scripted::new();
-    let old = Arc::new(patient(&scripted));
-    let new = Arc::new(patient(&scripted).with_answers_of(Some(&old)));
+    let old = Arc::new(slow_directory(&scripted));
+    let new = Arc::new(slow_directory(&scripted).with_cache_of(Some(&old)));
     new.start(tokio::runtime::Handle::current());
-    let gate = gate(&scripted);
-    scripted.says("alice", found(0));
-    // A login that still holds the old configuration asks; the user is forgotten in the new one.
+    let blocked = block(&scripted);
+    scripted.set_result("alice", found(0));
+    // A login with the old configuration starts a lookup; the user is forgotten in the new one.
     let alice = in_flight(&old, &scripted, "alice").await;
     new.forget("alice");
-    drop(gate);
+    drop(blocked);
     assert_eq!(alice.await.unwrap(), found(0));
-    scripted.says("alice", found(1));
-    assert_eq!(new.lookup(question("alice")).await, (found(1), LookupOrigin::Directory));
+    scripted.set_result("alice", found(1));
+    assert_eq!(new.lookup(request("alice")).await, (found(1), LookupOrigin::Directory));
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_forgotten_user_does_not_come_back_from_the_file() {
+async fn forgotten_user_is_not_restored_from_the_file() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("cache");
     let scripted = Scripted::new();
-    scripted.says("alice", found(0));
+    scripted.set_result("alice", found(0));
     let location = Location::of_file(std::path::Path::new("v.yaml"));
     let file = Located { value: path.clone(), location };
-    let with_file = || CacheConfig { file: Some(file.clone()), ..rules(HOUR) };
-    let old = Arc::new(built(&scripted, HOUR, 8, Some(with_file())).0);
+    let with_file = || CacheConfig { file: Some(file.clone()), ..cache_config(HOUR) };
+    let old = Arc::new(build(&scripted, HOUR, 8, Some(with_file())).0);
     let stop = tokio_util::sync::CancellationToken::new();
-    let keeping = tokio::spawn(old.clone().keep_file(stop.clone()));
-    old.lookup(question("alice")).await;
+    let writing = tokio::spawn(old.clone().write_cache_file_regularly(stop.clone()));
+    old.lookup(request("alice")).await;
     let saved = || std::fs::read_to_string(&path).unwrap_or_default();
     while !saved().contains("alice") {
         tokio::time::sleep(Duration::from_secs(1)).await;
     }
-    let new = built(&scripted, HOUR, 8, Some(with_file())).0.with_answers_of(Some(&old));
+    let new = build(&scripted, HOUR, 8, Some(with_file())).0.with_cache_of(Some(&old));
     old.forget("alice");
-    new.read_file();
+    new.read_cache_file();
     assert_eq!(
-        Arc::new(new).lookup(question("alice")).await.1,
+        Arc::new(new).lookup(request("alice")).await.1,
         LookupOrigin::Directory,
         "a reload does not read the file"
     );
@@ -284,10 +286,10 @@ async fn a_forgotten_user_does_not_come_back_from_the_file() {
         tokio::time::sleep(Duration::from_millis(100)).await;
     }
     assert!(forgotten.elapsed() < Duration::from_secs(30), "sooner than the next regular write");
-    // A process with a successor leaves the file to it.
-    old.leave_file();
+    // A process with a successor does not write the file.
+    old.stop_writing_cache_file();
     std::fs::write(&path, "the successor's").unwrap();
     stop.cancel();
-    keeping.await.unwrap();
+    writing.await.unwrap();
     assert_eq!(saved(), "the successor's");
 }

@@ -1,4 +1,4 @@
-//! Route by the part of the user name behind its last `@`.
+//! Routes by the part of the user name after its last `@`.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -7,25 +7,24 @@ use crate::config::BackendId;
 use crate::route::LookupResult;
 use crate::route::decision::RouteDecision;
 
-/// Domains and their backends.
+/// The backend of each domain.
 #[derive(Debug)]
 pub(in crate::route) struct Domains(BTreeMap<String, Arc<RouteDecision>>);
 
 impl Domains {
-    /// `domains` are in lower case already.
+    /// Expects `domains` in lower case.
     pub(in crate::route) fn new(domains: &BTreeMap<String, BackendId>) -> Self {
         Self(
             domains.iter().map(|(domain, backend)| (domain.clone(), RouteDecision::backend(*backend).into())).collect(),
         )
     }
 
-    /// A name without `@`, or with an undeclared domain, is unknown.
+    /// A user name without `@`, or with an undeclared domain, is unknown.
     pub(in crate::route) fn lookup(&self, user: &str) -> LookupResult {
-        let target = user.rsplit_once('@').and_then(|(_, domain)| self.0.get(domain));
-        target.cloned().map_or(LookupResult::Unknown, LookupResult::Found)
+        let decision = user.rsplit_once('@').and_then(|(_, domain)| self.0.get(domain));
+        decision.cloned().map_or(LookupResult::Unknown, LookupResult::Found)
     }
 
-    /// Number of domains.
     pub(in crate::route) fn len(&self) -> usize {
         self.0.len()
     }
@@ -36,7 +35,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_last_at_sign_counts() {
+    fn domain_follows_the_last_at_sign() {
         let domains = Domains::new(&BTreeMap::from([("a.test".into(), BackendId(0)), ("b.test".into(), BackendId(1))]));
         let found = |index| LookupResult::Found(RouteDecision::backend(BackendId(index)).into());
         assert_eq!(domains.lookup("alice@a.test"), found(0));

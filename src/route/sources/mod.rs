@@ -1,4 +1,4 @@
-//! The sources of routes: each maps a user to a backend.
+//! The kinds of sources, one file each. A source maps a user to a route decision.
 
 pub(super) mod auth_http;
 pub(super) mod director;
@@ -11,3 +11,4 @@ pub(super) mod redis;
 pub(super) mod regex;
 pub(super) mod sql;
 pub(super) mod table;
+mod table_index;

@@ -1,10 +1,10 @@
-//! Route by Redis or Valkey: one server, the master that Sentinels name, or a cluster.
+//! Routes by Redis or Valkey: one server, the master that Sentinels name, or a cluster.
 //!
-//! The value at the user's key, or a field of the hash there, is a text as a line of a table has it (see `target`). No
-//! value is an unknown user. Keys are bytes: nothing in a user's name can mean anything there.
+//! The value at the user's key, or a field of the hash there, is an answer in text form (see `answer`). A missing value means an unknown
+//! user. Keys are bytes, so user names need no escaping.
 //!
-//! One connection carries the commands of all lookups. It is replaced when a command on it fails, or is answered earlier over a
-//! second one (see `hedge`).
+//! All lookups share one connection. It is replaced when a command on it fails, or when a second connection answers earlier (see
+//! `hedge`).
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -24,11 +24,11 @@ use crate::config::{self, Located, Problem, RedisServers};
 use crate::lookup::hedge::{Budget, SharedConnection, Unanswered, hedged};
 use crate::lookup::tcp_liveness;
 use crate::route::LookupResult;
-use crate::route::decision::Declared;
+use crate::route::answer::DeclaredBackends;
 use crate::route::request::LookupRequest;
 use crate::template::Template;
 
-/// One command per lookup.
+/// A Redis service that receives one command per lookup.
 pub(in crate::route) struct Redis {
     client: RedisClient,
     shared: SharedConnection<Connection>,
@@ -36,12 +36,12 @@ pub(in crate::route) struct Redis {
     connecting: tokio::sync::Mutex<()>,
     key: Template,
     field: Option<String>,
-    declared: Declared,
+    declared: DeclaredBackends,
 }
 
 impl std::fmt::Debug for Redis {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        // The client holds the password.
+        // The client contains the password.
         f.debug_struct("Redis").field("key", &self.key).finish_non_exhaustive()
     }
 }
@@ -49,15 +49,15 @@ impl std::fmt::Debug for Redis {
 /// How a connection is established.
 enum RedisClient {
     Server(Box<Client>),
-    /// The builder, not the client: that would keep connections to Sentinels, which may have fallen silent.
+    /// Creates a new client for each connection, because a client keeps connections to Sentinels, which may be dead.
     Sentinel(Box<dyn Fn() -> Result<SentinelClientBuilder, RedisError> + Send + Sync>),
     Cluster(Box<ClusterClient>),
 }
 
-/// What a server answers to a command: a value, or an error that another connection would bring too.
+/// Reply to a command: a value, or an error that does not depend on the connection.
 type Reply = Result<Option<Vec<u8>>, RedisError>;
 
-/// A connection that is established. Clones are handles of the same connection.
+/// An established connection. Clones are handles of the same connection.
 #[derive(Clone)]
 enum Connection {
     Server(MultiplexedConnection),
@@ -66,30 +66,31 @@ enum Connection {
 
 impl Redis {
     /// # Errors
-    /// A URL that is none, a password file or a `ca` that cannot be read.
-    pub(in crate::route) fn build(redis: &config::Redis, declared: &Declared) -> Result<Self, Vec<Problem>> {
-        let client = Builder::new(redis).and_then(|builder| builder.client(redis)).map_err(|problem| vec![problem])?;
+    /// An invalid URL, or a password file or `ca` that cannot be read.
+    pub(in crate::route) fn build(redis: &config::Redis, declared: &DeclaredBackends) -> Result<Self, Vec<Problem>> {
+        let client =
+            ClientBuilder::new(redis).and_then(|builder| builder.client(redis)).map_err(|problem| vec![problem])?;
         Ok(Self {
             client,
             shared: SharedConnection::default(),
             connecting: tokio::sync::Mutex::default(),
             key: redis.key.clone(),
             field: redis.field.clone(),
-            declared: declared.clone().with_names(&redis.lookup.names),
+            declared: declared.clone().with_directory_names(&redis.lookup.names),
         })
     }
 
-    pub(in crate::route) async fn ask(&self, question: &LookupRequest, budget: &Budget) -> LookupResult {
-        let key = self.key.fill(&question.user, str::to_owned);
+    pub(in crate::route) async fn query(&self, request: &LookupRequest, budget: &Budget) -> LookupResult {
+        let key = self.key.fill(&request.user, str::to_owned);
         let command = match &self.field {
             Some(field) => Cmd::hget(key, field),
             None => Cmd::get(key),
         };
-        match self.query(&command, budget).await.and_then(|answer| answer) {
+        match self.run(&command, budget).await.and_then(|reply| reply) {
             Err(error) => LookupResult::Failed(error.to_string().replace(char::is_control, " ")),
             Ok(None) => LookupResult::Unknown,
             Ok(Some(value)) => match std::str::from_utf8(&value) {
-                Ok(text) => LookupResult::from(self.declared.text(text)),
+                Ok(text) => LookupResult::from(self.declared.check_text(text)),
                 Err(_) => LookupResult::Failed("the value is not UTF-8".to_owned()),
             },
         }
@@ -100,35 +101,36 @@ impl Redis {
         self.shared.clear();
     }
 
-    async fn query(&self, command: &Cmd, budget: &Budget) -> Result<Reply, RedisError> {
-        let Some(known) = self.shared.current() else { return self.run_once(command, budget).await };
-        let first = run(&known, command);
-        hedged(first, budget.patience(), self.run_again(&known, command, budget), || self.shared.discard(&known)).await
+    async fn run(&self, command: &Cmd, budget: &Budget) -> Result<Reply, RedisError> {
+        let Some(current) = self.shared.current() else { return self.run_once(command, budget).await };
+        let first = run_on(&current, command);
+        hedged(first, budget.patience(), self.run_again(&current, command, budget), || self.shared.discard(&current))
+            .await
     }
 
-    /// The only attempt, of a lookup that found no connection.
+    /// Runs the command once, on a new connection or one that another lookup has established.
     async fn run_once(&self, command: &Cmd, budget: &Budget) -> Result<Reply, RedisError> {
-        let connection = self.connected(budget, || self.shared.current()).await?;
-        run(&connection, command).await.inspect_err(|_| self.shared.discard(&connection))
+        let connection = self.connection_or_new(budget, || self.shared.current()).await?;
+        run_on(&connection, command).await.inspect_err(|_| self.shared.discard(&connection))
     }
 
-    /// The second attempt, over another connection than `old`.
+    /// Makes the second attempt, on another connection than `old`.
     async fn run_again(&self, old: &Arc<Connection>, command: &Cmd, budget: &Budget) -> Result<Reply, RedisError> {
-        let connection = self.connected(budget, || self.shared.other_than(old)).await?;
+        let connection = self.connection_or_new(budget, || self.shared.other_than(old)).await?;
         let mut unanswered = Unanswered { discard: Some(|| self.shared.discard_spare(&connection)) };
-        let reply = run(&connection, command).await.inspect_err(|_| self.shared.discard(&connection))?;
+        let reply = run_on(&connection, command).await.inspect_err(|_| self.shared.discard(&connection))?;
         unanswered.discard = None;
         Ok(reply)
     }
 
-    /// The connection that `known` returns, or a new one.
-    async fn connected(
+    /// Returns the connection that `existing` returns, or establishes one.
+    async fn connection_or_new(
         &self,
         budget: &Budget,
-        known: impl Fn() -> Option<Arc<Connection>>,
+        existing: impl Fn() -> Option<Arc<Connection>>,
     ) -> Result<Arc<Connection>, RedisError> {
-        let _one = budget.connecting(self.connecting.lock()).await;
-        if let Some(connection) = known() {
+        let _lock = budget.connecting(self.connecting.lock()).await;
+        if let Some(connection) = existing() {
             return Ok(connection);
         }
         let connection = Arc::new(budget.connecting(self.connect()).await?);
@@ -137,7 +139,7 @@ impl Redis {
     }
 
     async fn connect(&self) -> Result<Connection, RedisError> {
-        // The caller's deadline ends an attempt, and says how far it came.
+        // The deadline of the caller ends the attempt, and reports its stage.
         let settings = AsyncConnectionConfig::new().set_connection_timeout(None).set_response_timeout(None);
         Ok(match &self.client {
             RedisClient::Server(client) => {
@@ -151,40 +153,40 @@ impl Redis {
     }
 }
 
-/// Runs a command. The error is one of the connection.
-async fn run(connection: &Connection, command: &Cmd) -> Result<Reply, RedisError> {
+/// Runs a command. The outer error is that of the connection.
+async fn run_on(connection: &Connection, command: &Cmd) -> Result<Reply, RedisError> {
     let result = match connection.clone() {
         Connection::Server(mut connection) => command.query_async(&mut connection).await,
         Connection::Cluster(mut connection) => command.query_async(&mut connection).await,
     };
     match result {
-        Err(error) if !is_answer(&error) => Err(error),
-        answer => Ok(answer),
+        Err(error) if !is_reply(&error) => Err(error),
+        reply => Ok(reply),
     }
 }
 
-/// Whether an error is the server's answer to the command, such as WRONGTYPE: another connection would bring the same.
-fn is_answer(error: &RedisError) -> bool {
+/// Whether an error is the server's reply to the command, such as WRONGTYPE, which would be the same on another connection.
+fn is_reply(error: &RedisError) -> bool {
     let kind = error.kind();
     matches!(kind, ErrorKind::Extension | ErrorKind::Server(ServerErrorKind::ResponseError | ServerErrorKind::NoPerm))
 }
 
-/// What every kind of client is built from.
-struct Builder<'a> {
+/// Settings for all kinds of clients.
+struct ClientBuilder<'a> {
     user: Option<&'a str>,
     password: Option<Zeroizing<String>>,
     roots: Option<Vec<u8>>,
     timeout: Duration,
 }
 
-impl<'a> Builder<'a> {
+impl<'a> ClientBuilder<'a> {
     fn new(redis: &'a config::Redis) -> Result<Self, Problem> {
         let password = redis.password.as_ref().map(|file| file.read_secret()).transpose()?;
-        let read = |ca: &Located<std::path::PathBuf>| {
+        let read_ca = |ca: &Located<std::path::PathBuf>| {
             crate::tls::upstream::verified_config(Some(ca), &ca.location)?;
             std::fs::read(&ca.value).map_err(|error| ca.location.problem(error.to_string()))
         };
-        let roots = redis.ca.as_ref().map(read).transpose()?;
+        let roots = redis.ca.as_ref().map(read_ca).transpose()?;
         Ok(Self { user: redis.user.as_deref(), password, roots, timeout: redis.lookup.timeout })
     }
 
@@ -196,19 +198,19 @@ impl<'a> Builder<'a> {
                     Some(_) => Client::build_with_tls(info, self.certificates()),
                     None => Client::open(info),
                 };
-                Ok(RedisClient::Server(client.map_err(|error| self.wrong(url, &error))?.into()))
+                Ok(RedisClient::Server(client.map_err(|error| self.invalid_url(url, &error))?.into()))
             }
             RedisServers::Cluster(urls) => {
                 let nodes = urls.iter().map(|url| self.info(url)).collect::<Result<Vec<_>, _>>()?;
                 let mut builder = ClusterClientBuilder::new(nodes)
-                    // Later than the caller's deadline, which ends an attempt.
+                    // Longer than the deadline of the caller, which ends the attempt.
                     .connection_timeout(2 * self.timeout)
                     .response_timeout(2 * self.timeout)
                     .tcp_settings(tcp_settings());
                 if self.roots.is_some() {
                     builder = builder.certs(self.certificates());
                 }
-                let client = builder.build().map_err(|error| self.wrong(&urls[0], &error))?;
+                let client = builder.build().map_err(|error| self.invalid_url(&urls[0], &error))?;
                 Ok(RedisClient::Cluster(client.into()))
             }
             RedisServers::Sentinel { urls, master } => {
@@ -239,14 +241,14 @@ impl<'a> Builder<'a> {
                     }
                     Ok(builder)
                 };
-                builder().and_then(SentinelClientBuilder::build).map_err(|error| self.wrong(&urls[0], &error))?;
+                builder().and_then(SentinelClientBuilder::build).map_err(|error| self.invalid_url(&urls[0], &error))?;
                 Ok(RedisClient::Sentinel(Box::new(builder)))
             }
         }
     }
 
     fn info(&self, url: &Located<String>) -> Result<ConnectionInfo, Problem> {
-        let info = url.value.as_str().into_connection_info().map_err(|error| self.wrong(url, &error))?;
+        let info = url.value.as_str().into_connection_info().map_err(|error| self.invalid_url(url, &error))?;
         let mut settings = info.redis_settings().clone();
         if let Some(user) = self.user {
             settings = settings.set_username(user);
@@ -261,8 +263,8 @@ impl<'a> Builder<'a> {
         TlsCertificates { client_tls: None, root_cert: self.roots.clone() }
     }
 
-    fn wrong(&self, url: &Located<String>, error: &RedisError) -> Problem {
-        url.location.problem(format!("the URL cannot be used: {error}"))
+    fn invalid_url(&self, url: &Located<String>, error: &RedisError) -> Problem {
+        url.location.problem(format!("invalid URL: {error}"))
     }
 }
 

@@ -1,7 +1,7 @@
-//! Route by regular expressions, in time linear to the name's length whatever the pattern. The first that matches wins.
+//! Routes by regular expressions; the first that matches decides. Matching takes time linear in the length of the name, whatever the pattern.
 //!
-//! The syntax of `to` is read when the configuration is loaded; a lookup fills the groups of the match into the values of its
-//! fields. What a user name holds is therefore always a part of one value.
+//! The syntax of `to` is parsed when the configuration is loaded; a lookup inserts the groups of the match into the values of its
+//! fields. The content of a user name is therefore always part of a value.
 
 use std::sync::Arc;
 
@@ -9,26 +9,27 @@ use regex::{Captures, Regex};
 
 use crate::config::{Problem, RegexRule};
 use crate::route::LookupResult;
-use crate::route::decision::{Declared, RouteDecision, named_values};
+use crate::route::answer::{DeclaredBackends, named_values};
+use crate::route::decision::RouteDecision;
 
-/// Rules in order.
+/// The rules, in order.
 #[derive(Debug)]
 pub(in crate::route) struct Rules {
     rules: Vec<Rule>,
-    declared: Declared,
+    declared: DeclaredBackends,
 }
 
 #[derive(Debug)]
 struct Rule {
     pattern: Regex,
-    to: To,
+    outcome: Outcome,
 }
 
 #[derive(Debug)]
-enum To {
-    /// The same for all that match.
+enum Outcome {
+    /// The same decision for all matching users.
     Fixed(Arc<RouteDecision>),
-    /// Fields by name, filled from the groups of the match.
+    /// Names of fields and their values, which depend on the match.
     Expanded(Vec<(&'static str, Expansion)>),
 }
 
@@ -39,14 +40,14 @@ struct Expansion(Vec<Piece>);
 #[derive(Debug)]
 enum Piece {
     Text(Box<str>),
-    /// By its number in the pattern.
+    /// Number of a group in the pattern.
     Group(usize),
 }
 
 impl Rules {
     /// # Errors
-    /// Patterns that are none, groups that do not exist, and fixed targets that are wrong.
-    pub(in crate::route) fn build(rules: &[RegexRule], declared: &Declared) -> Result<Self, Vec<Problem>> {
+    /// Invalid patterns, unknown groups, and invalid answers that do not depend on the match.
+    pub(in crate::route) fn build(rules: &[RegexRule], declared: &DeclaredBackends) -> Result<Self, Vec<Problem>> {
         let mut problems = Vec::new();
         let mut built = Vec::new();
         for rule in rules {
@@ -59,52 +60,57 @@ impl Rules {
         if problems.is_empty() { Ok(rules) } else { Err(problems) }
     }
 
-    /// A name that no rule matches is unknown; one whose target is wrong fails.
+    /// A user name that no rule matches is unknown; if the expanded answer is invalid, the lookup fails.
     pub(in crate::route) fn lookup(&self, user: &str) -> LookupResult {
         for rule in &self.rules {
-            let Some(caught) = rule.pattern.captures(user) else { continue };
-            return match &rule.to {
-                To::Fixed(target) => LookupResult::Found(target.clone()),
-                To::Expanded(fields) => {
-                    let filled: Vec<_> = fields.iter().map(|(name, value)| (*name, value.fill(&caught))).collect();
+            let Some(captures) = rule.pattern.captures(user) else { continue };
+            return match &rule.outcome {
+                Outcome::Fixed(decision) => LookupResult::Found(decision.clone()),
+                Outcome::Expanded(fields) => {
+                    let filled: Vec<_> = fields.iter().map(|(name, value)| (*name, value.fill(&captures))).collect();
                     let values: Vec<_> = filled.iter().map(|(name, value)| (*name, value.as_str())).collect();
-                    LookupResult::from(self.declared.values(&values))
+                    LookupResult::from(self.declared.check_values(&values))
                 }
             };
         }
         LookupResult::Unknown
     }
 
-    /// Number of rules.
     pub(in crate::route) fn len(&self) -> usize {
         self.rules.len()
     }
 }
 
 impl Rule {
-    fn build(rule: &RegexRule, declared: &Declared) -> Result<Self, String> {
-        // The crate's own text draws the pattern over several lines; its last says what is wrong.
+    fn build(rule: &RegexRule, declared: &DeclaredBackends) -> Result<Self, String> {
+        // The message of the library quotes the pattern over several lines; its last line contains the reason.
         let pattern = Regex::new(&rule.pattern).map_err(|error| {
             let text = error.to_string();
-            format!("the pattern cannot be read: {}", text.lines().last().unwrap_or_default().trim())
+            format!("invalid pattern: {}", text.lines().last().unwrap_or_default().trim())
         })?;
-        let to = if rule.to.contains('$') {
-            To::Expanded(expansions(&pattern, &rule.to, declared)?)
+        let outcome = if rule.to.contains('$') {
+            Outcome::Expanded(parse_expansions(&pattern, &rule.to, declared)?)
         } else {
-            To::Fixed(declared.text(&rule.to)?.ok_or("`to` is empty")?.into())
+            Outcome::Fixed(declared.check_text(&rule.to)?.ok_or("`to` is empty")?.into())
         };
-        Ok(Self { pattern, to })
+        Ok(Self { pattern, outcome })
     }
 }
 
+/// Parses `to` into the values of its fields.
+///
 /// # Errors
 /// Invalid syntax, a group that does not exist, or an undeclared backend whose name does not depend on the match.
-fn expansions(pattern: &Regex, to: &str, declared: &Declared) -> Result<Vec<(&'static str, Expansion)>, String> {
+fn parse_expansions(
+    pattern: &Regex,
+    to: &str,
+    declared: &DeclaredBackends,
+) -> Result<Vec<(&'static str, Expansion)>, String> {
     let mut fields = Vec::new();
     for (name, value) in named_values(to)? {
         let expansion = Expansion::new(pattern, value)?;
         if let ("backend", Some(backend)) = (name, expansion.constant()) {
-            declared.backend(backend)?;
+            declared.find(backend)?;
         }
         fields.push((name, expansion));
     }
@@ -112,21 +118,21 @@ fn expansions(pattern: &Regex, to: &str, declared: &Declared) -> Result<Vec<(&'s
 }
 
 impl Expansion {
-    /// Reads `$1`, `${name}`, and `$$` for a dollar sign.
+    /// Parses a value with `$1`, `${name}`, and `$$` for a dollar sign.
     ///
     /// # Errors
-    /// A group that does not exist: it would silently be empty.
+    /// An unknown group, which would always be empty.
     fn new(pattern: &Regex, text: &str) -> Result<Self, String> {
         let mut pieces = Vec::new();
         let mut rest = text;
         while let Some((before, after)) = rest.split_once('$') {
             pieces.push(Piece::Text(before.into()));
-            if let Some(behind) = after.strip_prefix('$') {
+            if let Some(rest_after) = after.strip_prefix('$') {
                 pieces.push(Piece::Text("$".into()));
-                rest = behind;
+                rest = rest_after;
                 continue;
             }
-            let (name, behind) = match after.strip_prefix('{') {
+            let (name, rest_after) = match after.strip_prefix('{') {
                 Some(braced) => braced.split_once('}').ok_or("${ without }")?,
                 None => {
                     let is_name = |char: char| char.is_ascii_alphanumeric() || char == '_';
@@ -134,14 +140,14 @@ impl Expansion {
                 }
             };
             pieces.push(Piece::Group(group(pattern, name)?));
-            rest = behind;
+            rest = rest_after;
         }
         pieces.push(Piece::Text(rest.into()));
         pieces.retain(|piece| !matches!(piece, Piece::Text(text) if text.is_empty()));
         Ok(Self(pieces))
     }
 
-    /// The value, if it is the same for every match.
+    /// The value, if it does not depend on the match.
     fn constant(&self) -> Option<&str> {
         match &self.0[..] {
             [Piece::Text(text)] => Some(text),
@@ -149,24 +155,24 @@ impl Expansion {
         }
     }
 
-    /// The value for a match. A group that took no part in it is empty.
-    fn fill(&self, caught: &Captures<'_>) -> String {
+    /// The value for a match. A group that did not participate is empty.
+    fn fill(&self, captures: &Captures<'_>) -> String {
         let pieces = self.0.iter().map(|piece| match piece {
             Piece::Text(text) => &**text,
-            Piece::Group(number) => caught.get(*number).map_or("", |group| group.as_str()),
+            Piece::Group(number) => captures.get(*number).map_or("", |group| group.as_str()),
         });
         pieces.collect()
     }
 }
 
-/// The number of a group, by its number or name.
+/// Finds the number of a group by its number or name.
 fn group(pattern: &Regex, name: &str) -> Result<usize, String> {
     let is_number = !name.is_empty() && name.bytes().all(|byte| byte.is_ascii_digit());
     let number = match is_number {
         true => name.parse().ok().filter(|number| *number < pattern.captures_len()),
         false => pattern.capture_names().position(|known| known == Some(name)),
     };
-    number.ok_or_else(|| format!("the pattern has no group {name:?}: write ${{1}} where letters follow a number"))
+    number.ok_or_else(|| format!("the pattern has no group {name:?}: write ${{1}} if letters follow the number"))
 }
 
 #[cfg(test)]
@@ -180,8 +186,8 @@ mod tests {
         Rule::build(&RegexRule { pattern: pattern.into(), to: to.into(), location }, &declared())
     }
 
-    fn declared() -> Declared {
-        Declared::named(["shard-0", "shard-1"])
+    fn declared() -> DeclaredBackends {
+        DeclaredBackends::named(["shard-0", "shard-1"])
     }
 
     fn rules(list: &[(&str, &str)]) -> Rules {
@@ -190,26 +196,26 @@ mod tests {
     }
 
     #[test]
-    fn the_first_match_wins_and_captures_fill_in() {
+    fn first_match_decides_and_groups_are_inserted() {
         let rules = rules(&[
             ("^root@", "refuse: Not here."),
             (r"^(\w+)-(?<digit>\d)@", "shard-${digit} user=$1"),
             (r"@example\.org$", "shard-0"),
         ]);
         assert!(
-            matches!(rules.lookup("root@example.org"), LookupResult::Found(target) if matches!(*target, RouteDecision::Refuse(_)))
+            matches!(rules.lookup("root@example.org"), LookupResult::Found(decision) if matches!(*decision, RouteDecision::Refuse(_)))
         );
-        let LookupResult::Found(target) = rules.lookup("bob-1@x") else { panic!() };
-        let RouteDecision::Destination(place) = &*target else { panic!() };
-        assert_eq!((place.backend, place.user.as_ref().unwrap().as_str()), (BackendId(1), "bob"));
+        let LookupResult::Found(decision) = rules.lookup("bob-1@x") else { panic!() };
+        let RouteDecision::Destination(destination) = &*decision else { panic!() };
+        assert_eq!((destination.backend, destination.user.as_ref().unwrap().as_str()), (BackendId(1), "bob"));
         assert_eq!(rules.lookup("carol@example.org"), LookupResult::Found(RouteDecision::backend(BackendId(0)).into()));
         assert_eq!(rules.lookup("carol@exampleXorg"), LookupResult::Unknown);
-        // A shard that is not declared is no reason to ask the next route.
+        // An undeclared backend fails the lookup: the next route must not be used.
         assert!(matches!(rules.lookup("bob-7@x"), LookupResult::Failed(reason) if reason.contains("shard-7")));
     }
 
     #[test]
-    fn mistakes_are_told_when_it_is_built() {
+    fn invalid_rules_are_errors_when_loading() {
         for (pattern, to, part) in [
             ("(", "shard-0", "unclosed group"),
             ("a", "shard-9", "shard-0, shard-1"),
@@ -232,16 +238,16 @@ mod tests {
     }
 
     #[test]
-    fn a_captured_text_is_a_value_and_never_a_field() {
+    fn captured_text_is_a_value_and_never_a_field() {
         let rules = rules(&[
             ("(?s)^plain-(.*)@x$", "shard-0 user=$1"),
             ("(?s)^both-(.*)/(.*)@x$", "shard-0 server=$1 user=$2"),
             ("^backend-(.*)@x$", "$1"),
             ("^verdict-(.*)@x$", "refuse: Sorry, $1"),
         ]);
-        let place = |name: &str| match rules.lookup(name) {
-            LookupResult::Found(target) => match &*target {
-                RouteDecision::Destination(place) => place.clone(),
+        let destination = |name: &str| match rules.lookup(name) {
+            LookupResult::Found(decision) => match &*decision {
+                RouteDecision::Destination(found) => found.clone(),
                 other => panic!("{name}: {other:?}"),
             },
             other => panic!("{name}: {other:?}"),
@@ -249,7 +255,7 @@ mod tests {
         for value in
             ["a=b", "server=y", "*)(uid=*", "a'OR'1'='1", "$1", "${1}", "%{user}", "\"q\"", "zo\u{eb}", "refuse:x"]
         {
-            let (plain, both) = (place(&format!("plain-{value}@x")), place(&format!("both-s:1/{value}@x")));
+            let (plain, both) = (destination(&format!("plain-{value}@x")), destination(&format!("both-s:1/{value}@x")));
             assert_eq!((plain.server, plain.user.unwrap().as_str()), (ServerChoice::Any, value));
             assert_eq!((both.server, both.user.unwrap().as_str()), (ServerChoice::Server("s:1".into()), value));
         }
@@ -279,7 +285,7 @@ mod tests {
     }
 
     #[test]
-    fn a_hostile_name_costs_little() {
+    fn hostile_name_is_matched_in_linear_time() {
         let rules = rules(&[("^(a+)+$", "shard-0")]);
         assert_eq!(rules.lookup(&("a".repeat(500) + "!")), LookupResult::Unknown);
     }

@@ -1,18 +1,18 @@
-//! Route by a database: PostgreSQL, MySQL or MariaDB, SQLite.
+//! Routes by a database: PostgreSQL, MySQL or MariaDB, or SQLite.
 //!
-//! The query is the operator's; what it is told of the user is bound, never pasted. Its columns are called as the fields
-//! of an answer (see `target`). No row, or a row of nothing but NULL, is an unknown user; a second row is a failure,
-//! because it is not known which one counts.
+//! The query is configured; parts of the user name are bound as parameters, never inserted into its text. Its columns are named like the
+//! fields of an answer (see `answer`). No row, or a row that contains only NULL, means an unknown user; a second row fails the lookup,
+//! because it would be ambiguous.
 //!
-//! Connections are kept for the next lookup, without a query to test them first: one that has died silently would not
-//! answer the test either. Instead a lookup gets a second attempt on a fresh connection (see `hedge`).
+//! Connections are reused without a test query: a connection that has died silently would not answer the test either. Instead
+//! a lookup makes a second attempt on a fresh connection (see `hedge`).
 //!
-//! A server may not notice that the client has closed a connection while it works on a query: PostgreSQL does not while it
-//! waits for a lock. The number of open connections is therefore limited, and a connection whose answer was not awaited
-//! counts until the server begins to answer (see [`Connections::row_by`]).
+//! A server may not notice that the client has closed a connection while it executes a query: PostgreSQL does not while it
+//! waits for a lock. The number of open connections is therefore limited, and a connection with an abandoned query
+//! counts until the server begins to answer (see [`Connections::row_on`]).
 //!
-//! A connection whose answer was not read to its end is dropped: to use it again the library would read the rest of the
-//! answer, which may have no end.
+//! A connection whose answer was not read to its end is dropped: to reuse it the library would read the rest of the
+//! answer, which may be endless.
 
 use std::fmt::Display;
 use std::str::FromStr as _;
@@ -35,28 +35,28 @@ use tokio_util::sync::CancellationToken;
 use crate::config::{self, ANSWER_FIELDS, Problem};
 use crate::lookup::hedge::{Budget, hedged};
 use crate::route::LookupResult;
-use crate::route::decision::{Declared, Fields};
-use crate::route::idle::IdleConnections;
+use crate::route::answer::{AnswerFields, DeclaredBackends};
+use crate::route::idle_connections::IdleConnections;
 use crate::route::request::LookupRequest;
 use crate::template::Variable;
 
-/// How long the farewell to a server may take when a connection is closed.
-const FAREWELL: Duration = Duration::from_secs(2);
-/// How long a connection whose answer was not awaited counts as open at most.
-const LONGEST_QUERY: Duration = Duration::from_secs(60);
-/// SQLSTATE of errors after which another connection may succeed, by their beginnings: connection exception; operator
-/// intervention; the cached plan does not fit the table any more; the prepared statement is gone.
-const SQLSTATE_OF_CONNECTION: [&str; 4] = ["08", "57P", "0A000", "26000"];
-/// The same of MySQL and MariaDB, by number: shutdown, statement to be prepared again, killed, idle for too long.
-const MYSQL_OF_CONNECTION: [u16; 4] = [1053, 1615, 1927, 4031];
+/// Timeout for closing a connection properly.
+const CLOSE_TIMEOUT: Duration = Duration::from_secs(2);
+/// A connection with an abandoned query counts as open for at most this long.
+const MAX_ABANDONED_QUERY: Duration = Duration::from_secs(60);
+/// Prefixes of SQLSTATE codes after which another connection may succeed: connection exception, operator intervention, cached plan
+/// invalid for the changed table, prepared statement missing.
+const CONNECTION_SQLSTATES: [&str; 4] = ["08", "57P", "0A000", "26000"];
+/// Error numbers of MySQL and MariaDB with the same meaning: shutdown, statement must be prepared again, killed, idle for too long.
+const CONNECTION_MYSQL_ERRORS: [u16; 4] = [1053, 1615, 1927, 4031];
 
-/// One query per lookup.
+/// A database that receives one query per lookup.
 #[derive(Debug)]
 pub(in crate::route) struct Sql {
     server: Server,
     query: String,
     variables: Vec<Variable>,
-    declared: Declared,
+    declared: DeclaredBackends,
 }
 
 #[derive(Debug)]
@@ -66,30 +66,30 @@ enum Server {
     Sqlite(Connections<Sqlite>),
 }
 
-/// Connections to one server. They are established when a lookup needs one.
+/// Connections to one server, established when lookups need them.
 struct Connections<D: Dialect> {
     options: Box<<D::Connection as Connection>::Options>,
-    idle: IdleConnections<Open<D::Connection>>,
-    /// One permit for each connection that may be open: two for each lookup, as it may make two attempts.
+    idle: IdleConnections<OpenConnection<D::Connection>>,
+    /// One permit for each open connection: two for each concurrent lookup, because a lookup can make two attempts.
     permits: Arc<Semaphore>,
 }
 
 /// An open connection with its permit.
-struct Open<C: Connection + Send + 'static> {
+struct OpenConnection<C: Connection + Send + 'static> {
     connection: C,
     permit: OwnedSemaphorePermit,
-    /// Cancelled by the lookup if another connection was answered first: this one is dead then.
+    /// Cancelled by the lookup if another connection answers first, which shows that this one is dead.
     dead: CancellationToken,
 }
 
-impl<C: Connection + Send + 'static> Open<C> {
-    /// Closes the connection with a farewell, without which the server logs an error.
+impl<C: Connection + Send + 'static> OpenConnection<C> {
+    /// Closes the connection properly; otherwise the server would log an error.
     fn close(self) {
         let Self { connection, permit, .. } = self;
         if let Ok(runtime) = Handle::try_current() {
-            // If the farewell fails or takes too long, the socket closes all the same.
+            // If this fails or takes too long, dropping the connection closes the socket.
             runtime.spawn(async move {
-                let _ = timeout(FAREWELL, connection.close()).await;
+                let _ = timeout(CLOSE_TIMEOUT, connection.close()).await;
                 drop(permit);
             });
         }
@@ -98,58 +98,58 @@ impl<C: Connection + Send + 'static> Open<C> {
 
 impl<D: Dialect> std::fmt::Debug for Connections<D> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        // The options hold the password.
+        // The options contain the password.
         f.debug_struct("Connections").finish_non_exhaustive()
     }
 }
 
-/// Names and values of a row.
+/// Names and values of the columns of a row.
 type Columns = Vec<(&'static str, String)>;
 
-/// Why a query gave no row that can be used.
-enum Fault {
-    /// The connection cannot be used any more.
+/// Error of a query.
+enum QueryError {
+    /// The connection cannot be used any longer.
     Connection(String),
-    /// The server's answer, or what it holds, is wrong; another connection would bring the same.
-    LookupResult(String),
-    /// The answer is wrong, and there is more of it that was not read.
+    /// The answer of the server is an error or invalid, which would be the same on another connection.
+    Answer(String),
+    /// The answer is invalid, and was not read to its end.
     Unread(String),
 }
 
 impl Sql {
     /// # Errors
-    /// A URL that is none, a password file or a `ca` that cannot be read.
-    pub(in crate::route) fn build(sql: &config::Sql, declared: &Declared) -> Result<Self, Vec<Problem>> {
+    /// An invalid URL, or a password file or `ca` that cannot be read.
+    pub(in crate::route) fn build(sql: &config::Sql, declared: &DeclaredBackends) -> Result<Self, Vec<Problem>> {
         let server = server(sql).map_err(|problem| vec![problem])?;
-        let (query, variables) = sql.query.bind(|before| match server {
-            Server::Postgres(_) => format!("${}", before + 1),
+        let (query, variables) = sql.query.bind(|index| match server {
+            Server::Postgres(_) => format!("${}", index + 1),
             Server::MySql(_) | Server::Sqlite(_) => "?".to_owned(),
         });
-        let declared = declared.clone().with_names(&sql.lookup.names);
+        let declared = declared.clone().with_directory_names(&sql.lookup.names);
         Ok(Self { server, query, variables, declared })
     }
 
-    pub(in crate::route) async fn ask(&self, question: &LookupRequest, budget: &Budget) -> LookupResult {
-        let values = self.variables.iter().map(|variable| variable.of(&question.user).to_owned()).collect::<Vec<_>>();
-        let read = match &self.server {
+    pub(in crate::route) async fn query(&self, request: &LookupRequest, budget: &Budget) -> LookupResult {
+        let values = self.variables.iter().map(|variable| variable.of(&request.user).to_owned()).collect::<Vec<_>>();
+        let row = match &self.server {
             Server::Postgres(connections) => connections.row(&self.query, &values, budget).await,
             Server::MySql(connections) => connections.row(&self.query, &values, budget).await,
             Server::Sqlite(connections) => connections.row(&self.query, &values, budget).await,
         };
-        match read {
+        match row {
             Err(reason) => LookupResult::Failed(reason),
             Ok(None) => LookupResult::Unknown,
             Ok(Some(row)) => {
-                let mut fields = Fields::default();
+                let mut fields = AnswerFields::default();
                 for (name, value) in &row {
                     fields.set(name, value);
                 }
-                LookupResult::from(self.declared.fields(fields))
+                LookupResult::from(self.declared.check_fields(fields))
             }
         }
     }
 
-    /// Closes connections that have not been used for long.
+    /// Closes connections that have been idle for long.
     pub(in crate::route) fn close_expired(&self) {
         match &self.server {
             Server::Postgres(connections) => connections.close_expired(),
@@ -158,7 +158,7 @@ impl Sql {
         }
     }
 
-    /// Closes all connections that are not in use, and those in use once their lookup ends.
+    /// Closes all idle connections, and those in use when their lookup ends.
     pub(in crate::route) fn retire(&self) {
         match &self.server {
             Server::Postgres(connections) => connections.retire(),
@@ -178,11 +178,11 @@ impl<D: Dialect> Connections<D> {
     }
 
     fn close_expired(&self) {
-        self.idle.remove_expired(Instant::now()).into_iter().for_each(Open::close);
+        self.idle.remove_expired(Instant::now()).into_iter().for_each(OpenConnection::close);
     }
 
     fn retire(&self) {
-        self.idle.close().into_iter().for_each(Open::close);
+        self.idle.close().into_iter().for_each(OpenConnection::close);
     }
 }
 
@@ -199,56 +199,56 @@ where
     for<'a> String: sqlx::Encode<'a, D> + Type<D> + Decode<'a, D>,
     usize: sqlx::ColumnIndex<D::Row>,
 {
-    /// Names and values of the only row.
+    /// Returns the only row, if there is one.
     async fn row(&self, query: &str, values: &[String], budget: &Budget) -> Result<Option<Columns>, String> {
         let began = Instant::now();
-        let fresh = async { self.row_by(budget.connecting(self.connect()).await?, query, values).await };
+        let fresh = async { self.row_on(budget.connecting(self.connect()).await?, query, values).await };
         let Some(connection) = self.idle.take(began) else { return fresh.await? };
         let dead = connection.dead.clone();
         let on_dead = || {
             dead.cancel();
             self.idle.remove_older_than(began);
         };
-        hedged(self.row_by(connection, query, values), budget.patience(), fresh, on_dead).await?
+        hedged(self.row_on(connection, query, values), budget.patience(), fresh, on_dead).await?
     }
 
-    async fn connect(&self) -> Result<Open<D::Connection>, String> {
-        let permit = self.permits.clone().acquire_owned().await.map_err(|error| told(&error))?;
-        let connection = self.options.connect().await.map_err(|error| told(&error))?;
-        Ok(Open { connection, permit, dead: CancellationToken::new() })
+    async fn connect(&self) -> Result<OpenConnection<D::Connection>, String> {
+        let permit = self.permits.clone().acquire_owned().await.map_err(|error| one_line(&error))?;
+        let connection = self.options.connect().await.map_err(|error| one_line(&error))?;
+        Ok(OpenConnection { connection, permit, dead: CancellationToken::new() })
     }
 
     /// Runs the query in a task. If this future is dropped, the task keeps the connection and its permit until the server
-    /// answers, for [`LONGEST_QUERY`] at most. The outer error is that of the connection, which is dropped then.
-    async fn row_by(
+    /// answers, for at most [`MAX_ABANDONED_QUERY`]. The outer error is that of the connection, which is then dropped.
+    async fn row_on(
         &self,
-        mut open: Open<D::Connection>,
+        mut open: OpenConnection<D::Connection>,
         query: &str,
         values: &[String],
     ) -> Result<Result<Option<Columns>, String>, String> {
         let (mut sender, receiver) = oneshot::channel();
         let (query, values) = (query.to_owned(), values.to_vec());
         tokio::spawn(async move {
-            let read = {
+            let row = {
                 let abandoned = async {
                     sender.closed().await;
-                    sleep(LONGEST_QUERY).await;
+                    sleep(MAX_ABANDONED_QUERY).await;
                 };
                 tokio::select! {
-                    read = read::<D>(&mut open.connection, &query, &values) => read,
+                    row = single_row::<D>(&mut open.connection, &query, &values) => row,
                     () = abandoned => return,
                     () = open.dead.cancelled() => return,
                 }
             };
-            if let Err((open, Ok(_) | Err(Fault::LookupResult(_)))) = sender.send((open, read)) {
+            if let Err((open, Ok(_) | Err(QueryError::Answer(_)))) = sender.send((open, row)) {
                 open.close();
             }
         });
-        let (open, read) = receiver.await.map_err(|_| "the query was aborted".to_owned())?;
-        let result = match read {
-            Err(Fault::Connection(reason)) => return Err(reason),
-            Err(Fault::Unread(reason)) => return Ok(Err(reason)),
-            Err(Fault::LookupResult(reason)) => Err(reason),
+        let (open, row) = receiver.await.map_err(|_| "the query was aborted".to_owned())?;
+        let result = match row {
+            Err(QueryError::Connection(reason)) => return Err(reason),
+            Err(QueryError::Unread(reason)) => return Ok(Err(reason)),
+            Err(QueryError::Answer(reason)) => Err(reason),
             Ok(row) => Ok(row),
         };
         if let Some(surplus) = self.idle.put(open, Instant::now()) {
@@ -258,11 +258,12 @@ where
     }
 }
 
-async fn read<D: Dialect>(
+/// Runs a query that returns at most one row.
+async fn single_row<D: Dialect>(
     connection: &mut D::Connection,
     query: &str,
     values: &[String],
-) -> Result<Option<Columns>, Fault>
+) -> Result<Option<Columns>, QueryError>
 where
     for<'c> &'c mut D::Connection: sqlx::Executor<'c, Database = D>,
     for<'a> D::Arguments: sqlx::IntoArguments<D>,
@@ -274,20 +275,20 @@ where
         query = query.bind(value.clone());
     }
     let mut rows = query.fetch(connection);
-    let Some(row) = rows.try_next().await.map_err(fault)? else { return Ok(None) };
-    if rows.try_next().await.map_err(fault)?.is_some() {
-        return Err(Fault::Unread("the query answers more than one row".to_owned()));
+    let Some(row) = rows.try_next().await.map_err(query_error)? else { return Ok(None) };
+    if rows.try_next().await.map_err(query_error)?.is_some() {
+        return Err(QueryError::Unread("the query returned more than one row".to_owned()));
     }
-    columns::<D>(&row).map(Some).map_err(Fault::LookupResult)
+    columns::<D>(&row).map(Some).map_err(QueryError::Answer)
 }
 
-/// The fields of an answer among the columns of a row.
+/// Selects the columns that are fields of an answer.
 fn columns<D: Dialect>(row: &D::Row) -> Result<Columns, String>
 where
     for<'a> String: Type<D> + Decode<'a, D>,
     usize: sqlx::ColumnIndex<D::Row>,
 {
-    let mut read = Vec::new();
+    let mut columns = Vec::new();
     let mut has_fields = false;
     for (index, column) in row.columns().iter().enumerate() {
         let Some(name) = ANSWER_FIELDS.iter().find(|field| column.name().eq_ignore_ascii_case(field)) else {
@@ -295,28 +296,28 @@ where
         };
         has_fields = true;
         if let Some(value) = D::text(row, index)? {
-            read.push((*name, value));
+            columns.push((*name, value));
         }
     }
-    if has_fields { Ok(read) } else { Err(format!("no column is called as one of {}", ANSWER_FIELDS.join(", "))) }
+    if has_fields { Ok(columns) } else { Err(format!("the query has no column named {}", ANSWER_FIELDS.join(" or "))) }
 }
 
-/// Whether an error is one of the connection or of the query.
-fn fault(error: sqlx::Error) -> Fault {
-    let text = told(&error);
-    let sqlx::Error::Database(error) = error else { return Fault::Connection(text) };
-    let is_of_connection = match error.try_downcast_ref::<MySqlDatabaseError>() {
-        Some(error) => MYSQL_OF_CONNECTION.contains(&error.number()),
-        None => error.code().is_some_and(|code| SQLSTATE_OF_CONNECTION.iter().any(|start| code.starts_with(start))),
+/// Classifies an error by whether another connection may succeed.
+fn query_error(error: sqlx::Error) -> QueryError {
+    let text = one_line(&error);
+    let sqlx::Error::Database(error) = error else { return QueryError::Connection(text) };
+    let is_connection_error = match error.try_downcast_ref::<MySqlDatabaseError>() {
+        Some(error) => CONNECTION_MYSQL_ERRORS.contains(&error.number()),
+        None => error.code().is_some_and(|code| CONNECTION_SQLSTATES.iter().any(|start| code.starts_with(start))),
     };
-    if is_of_connection { Fault::Connection(text) } else { Fault::LookupResult(text) }
+    if is_connection_error { QueryError::Connection(text) } else { QueryError::Answer(text) }
 }
 
-/// What differs between databases: which columns are text although their type has another name.
+/// Differences between databases: which types contain text although the library does not decode them as such.
 trait Dialect: Database {
-    const TEXT_BY_OTHER_NAMES: &'static [&'static str];
+    const OTHER_TEXT_TYPES: &'static [&'static str];
 
-    /// The text in a column, NULL as nothing.
+    /// The text in a column; `None` for NULL.
     fn text(row: &Self::Row, index: usize) -> Result<Option<String>, String>
     where
         for<'a> String: Decode<'a, Self> + Type<Self>,
@@ -327,26 +328,26 @@ trait Dialect: Database {
             Err(sqlx::Error::ColumnDecode { .. }) => {
                 let column = &row.columns()[index];
                 let kind = column.type_info().name();
-                if Self::TEXT_BY_OTHER_NAMES.iter().any(|text| kind.eq_ignore_ascii_case(text)) {
-                    return row.try_get_unchecked(index).map_err(|error| told(&error));
+                if Self::OTHER_TEXT_TYPES.iter().any(|text| kind.eq_ignore_ascii_case(text)) {
+                    return row.try_get_unchecked(index).map_err(|error| one_line(&error));
                 }
                 Err(format!("the column {} is {kind}: cast it to text in the query", column.name()))
             }
-            Err(error) => Err(told(&error)),
+            Err(error) => Err(one_line(&error)),
         }
     }
 }
 
 impl Dialect for Postgres {
-    const TEXT_BY_OTHER_NAMES: &'static [&'static str] = &["citext"];
+    const OTHER_TEXT_TYPES: &'static [&'static str] = &["citext"];
 }
 
 impl Dialect for MySql {
-    const TEXT_BY_OTHER_NAMES: &'static [&'static str] = &["VARBINARY", "BINARY", "BLOB", "ENUM"];
+    const OTHER_TEXT_TYPES: &'static [&'static str] = &["VARBINARY", "BINARY", "BLOB", "ENUM"];
 }
 
 impl Dialect for Sqlite {
-    const TEXT_BY_OTHER_NAMES: &'static [&'static str] = &["BLOB"];
+    const OTHER_TEXT_TYPES: &'static [&'static str] = &["BLOB"];
 }
 
 fn server(sql: &config::Sql) -> Result<Server, Problem> {
@@ -354,13 +355,13 @@ fn server(sql: &config::Sql) -> Result<Server, Problem> {
     let url = &sql.url.value;
     let password = sql.password.as_ref().map(|file| file.read_secret()).transpose()?;
     if let Some(ca) = &sql.ca {
-        // What the library would only tell when it connects.
+        // Checked here, because the library reads the file only when it connects.
         crate::tls::upstream::verified_config(Some(ca), &ca.location)?;
     }
     let ca = sql.ca.as_ref().map(|ca| &ca.value);
-    let wrong = |error: sqlx::Error| sql.url.location.problem(format!("the URL cannot be used: {}", told(&error)));
+    let invalid_url = |error: sqlx::Error| sql.url.location.problem(format!("invalid URL: {}", one_line(&error)));
     if url.starts_with("postgres") {
-        let mut options = PgConnectOptions::from_str(url).map_err(wrong)?.application_name("vestibule");
+        let mut options = PgConnectOptions::from_str(url).map_err(invalid_url)?.application_name("vestibule");
         if let Some(ca) = ca {
             options = options.ssl_mode(PgSslMode::VerifyFull).ssl_root_cert(ca);
         }
@@ -370,11 +371,11 @@ fn server(sql: &config::Sql) -> Result<Server, Problem> {
         return Ok(Server::Postgres(Connections::new(options, limit)));
     }
     if url.starts_with("sqlite") {
-        let options = SqliteConnectOptions::from_str(url).map_err(wrong)?.read_only(true);
+        let options = SqliteConnectOptions::from_str(url).map_err(invalid_url)?.read_only(true);
         return Ok(Server::Sqlite(Connections::new(options, limit)));
     }
     let url = url.replacen("mariadb://", "mysql://", 1);
-    let mut options = MySqlConnectOptions::from_str(&url).map_err(wrong)?;
+    let mut options = MySqlConnectOptions::from_str(&url).map_err(invalid_url)?;
     if let Some(ca) = ca {
         options = options.ssl_mode(MySqlSslMode::VerifyIdentity).ssl_ca(ca);
     }
@@ -384,7 +385,7 @@ fn server(sql: &config::Sql) -> Result<Server, Problem> {
     Ok(Server::MySql(Connections::new(options, limit)))
 }
 
-/// One line for the log.
-fn told(error: &impl Display) -> String {
+/// Formats an error as one line for the log.
+fn one_line(error: &impl Display) -> String {
     error.to_string().replace(char::is_control, " ")
 }

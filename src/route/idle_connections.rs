@@ -1,39 +1,39 @@
-//! Connections to a directory that wait for their next lookup.
+//! Idle connections to a directory.
 //!
-//! The number of connections in use is bounded elsewhere (by the places of `asked`); this list bounds those that wait, and
-//! their age. Decides by the time passed in.
+//! [`CachedDirectory`](super::cached_directory::CachedDirectory) limits the connections in use; this list limits the number and the age of
+//! idle ones. The caller passes the time.
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-/// A connection that was unused for this long is closed: firewalls on the way may have forgotten it.
-const LONGEST: Duration = Duration::from_secs(60);
+/// A connection that has been idle for this long is closed, because firewalls on the path may have dropped its state.
+const MAX_IDLE: Duration = Duration::from_secs(60);
 
-/// The connections of one directory; the last one used is the first one taken.
+/// The idle connections of one directory; the most recently used one is taken first.
 pub(super) struct IdleConnections<C> {
     limit: usize,
     list: Mutex<List<C>>,
 }
 
 struct List<C> {
-    /// With the time each was last used, oldest first.
+    /// Each with the time of its last use, oldest first.
     connections: Vec<(C, Instant)>,
     is_closed: bool,
 }
 
 impl<C> IdleConnections<C> {
-    /// Keeps `limit` connections at most.
+    /// Creates a list of at most `limit` connections.
     pub(super) fn new(limit: usize) -> Self {
         Self { limit, list: Mutex::new(List { connections: Vec::new(), is_closed: false }) }
     }
 
-    /// The connection that was used last, unless that is too long ago.
+    /// Takes the most recently used connection, unless it has been idle for too long.
     pub(super) fn take(&self, now: Instant) -> Option<C> {
         let (connection, used) = self.lock().connections.pop()?;
-        (now.saturating_duration_since(used) < LONGEST).then_some(connection)
+        (now.saturating_duration_since(used) < MAX_IDLE).then_some(connection)
     }
 
-    /// Keeps a connection whose last answer has been read. Returns it if it cannot be kept.
+    /// Adds a connection whose last answer has been read. Returns the connection if the list is full or closed.
     pub(super) fn put(&self, connection: C, now: Instant) -> Option<C> {
         let mut list = self.lock();
         if list.is_closed || list.connections.len() >= self.limit {
@@ -43,19 +43,19 @@ impl<C> IdleConnections<C> {
         None
     }
 
-    /// Removes connections last used before `time`. Called when another that was as old has failed.
+    /// Removes connections last used before `time`, because a connection of that age has failed.
     pub(super) fn remove_older_than(&self, time: Instant) -> Vec<C> {
         let connections = &mut self.lock().connections;
-        let kept_from = connections.partition_point(|(_, used)| *used < time);
-        connections.drain(..kept_from).map(|(connection, _)| connection).collect()
+        let end = connections.partition_point(|(_, used)| *used < time);
+        connections.drain(..end).map(|(connection, _)| connection).collect()
     }
 
-    /// Removes connections that are too old to be used again.
+    /// Removes connections that have been idle for too long.
     pub(super) fn remove_expired(&self, now: Instant) -> Vec<C> {
-        now.checked_sub(LONGEST).map_or_else(Vec::new, |time| self.remove_older_than(time))
+        now.checked_sub(MAX_IDLE).map_or_else(Vec::new, |time| self.remove_older_than(time))
     }
 
-    /// Removes all connections, and keeps none from now on.
+    /// Removes all connections and accepts no more.
     pub(super) fn close(&self) -> Vec<C> {
         let mut list = self.lock();
         list.is_closed = true;
@@ -63,7 +63,7 @@ impl<C> IdleConnections<C> {
     }
 
     fn lock(&self) -> MutexGuard<'_, List<C>> {
-        // No operation above can panic between two changes.
+        // A poisoned lock is safe: no critical section can panic halfway through a change.
         self.list.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -73,22 +73,22 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_last_used_is_taken_first_and_old_ones_are_not_used() {
+    fn most_recent_connection_is_taken_first_and_expired_ones_are_removed() {
         let idle = IdleConnections::new(3);
         let start = Instant::now();
         let at = |seconds| start + Duration::from_secs(seconds);
         for (connection, seconds) in [(1, 0), (2, 10), (3, 20)] {
             assert_eq!(idle.put(connection, at(seconds)), None);
         }
-        assert_eq!(idle.put(4, at(30)), Some(4), "there is a limit");
+        assert_eq!(idle.put(4, at(30)), Some(4), "the list is full");
         assert_eq!(idle.take(at(30)), Some(3));
         assert_eq!(idle.remove_expired(at(65)), [1]);
-        assert_eq!(idle.take(at(70)), None, "60 s after its last use");
+        assert_eq!(idle.take(at(70)), None, "it has been idle for 60 s");
         assert_eq!(idle.take(at(70)), None);
     }
 
     #[test]
-    fn a_failure_removes_those_as_old_and_a_closed_list_keeps_none() {
+    fn failure_removes_older_connections_and_a_closed_list_accepts_none() {
         let idle = IdleConnections::new(8);
         let start = Instant::now();
         let at = |seconds| start + Duration::from_secs(seconds);

@@ -1,8 +1,8 @@
-//! Whether a directory of the previous configuration can be used on, with its connections.
+//! A digest that decides whether a directory of the previous configuration is reused, with its connections.
 //!
-//! It can if all it was built from is the same: its section of the configuration, the names of backends and the addresses of
-//! servers that its answers are checked against, and the content of the files it names. A changed password file makes a
-//! new directory. The system's own root certificates are not compared: they are read when a directory is built.
+//! It is reused if everything it was built from is unchanged: its section of the configuration, the names of backends and the
+//! addresses of servers that its answers are checked against, and the content of the files it names. The root certificates
+//! of the system are not compared: they are read when a directory is built.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -13,14 +13,14 @@ use zeroize::Zeroizing;
 use super::sources::http;
 use crate::config::{self, Config, Located};
 
-/// A digest of what a directory is built from, beside its section of the configuration.
+/// A digest of everything a directory is built from except its section of the configuration.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Inputs([u8; 32]);
+pub(super) struct InputDigest([u8; 32]);
 
-impl Inputs {
-    /// `None` if the directory is not used on: it has no connections, or a file cannot be read.
+impl InputDigest {
+    /// Returns `None` if the directory is not reused: it has no connections, or a file cannot be read.
     pub(super) fn of(config: &Config, route: &config::Route) -> Option<Self> {
-        let (files, is_checked_by_address): (Vec<Option<&Located<PathBuf>>>, bool) = match route {
+        let (files, names_addresses): (Vec<Option<&Located<PathBuf>>>, bool) = match route {
             config::Route::Sql(sql) => (vec![sql.password.as_ref(), sql.ca.as_ref()], false),
             config::Route::Ldap(ldap) => (vec![ldap.password.as_ref(), ldap.ca.as_ref()], false),
             config::Route::Http(http) => (vec![http.token.as_ref(), http.ca.as_ref()], true),
@@ -34,7 +34,7 @@ impl Inputs {
             digest.update(&length.to_be_bytes());
             digest.update(content.as_ref().map_or(&[], |content| content.as_slice()));
         }
-        if is_checked_by_address {
+        if names_addresses {
             let servers: BTreeMap<_, _> = http::servers(config).into_iter().collect();
             digest.update(format!("{servers:?}").as_bytes());
         }
@@ -50,46 +50,46 @@ mod tests {
 
     use super::*;
 
-    fn inputs(folder: &Path, server: &str, route: &str) -> Option<Inputs> {
+    fn digest_of(folder: &Path, server: &str, route: &str) -> Option<InputDigest> {
         let text = format!(
             "listeners: [{{address: '127.0.0.1:0', tls: none}}]\nbackends: {{a: {{servers: ['{server}']}}}}\n\
              routes: [{route}]\n"
         );
         let config = config::parse(&folder.join("v.yaml"), &text).unwrap();
-        Inputs::of(&config, &config.routes[0])
+        InputDigest::of(&config, &config.routes[0])
     }
 
     #[test]
-    fn a_changed_secret_or_certificate_changes_the_inputs() {
+    fn digest_depends_on_secrets_and_certificates() {
         let folder = tempfile::tempdir().unwrap();
         let write = |name: &str, text: &str| std::fs::write(folder.path().join(name), text).unwrap();
         let sql = "{sql: {url: 'postgres://v@h/d', password_file: p, ca: c, query: 'SELECT %{user}'}}";
-        let of = |route: &str| inputs(folder.path(), "192.0.2.1:143", route);
-        assert_eq!(of(sql), None, "no file can be read");
+        let digest = |route: &str| digest_of(folder.path(), "192.0.2.1:143", route);
+        assert_eq!(digest(sql), None, "the files do not exist");
         write("p", "one");
         write("c", "ca");
-        let first = of(sql);
-        assert!(first.is_some() && of(sql) == first);
+        let first = digest(sql);
+        assert!(first.is_some() && digest(sql) == first);
         write("p", "two");
-        assert_ne!(of(sql), first);
-        // What moves from one file to the other is a change, too.
+        assert_ne!(digest(sql), first);
+        // Moving bytes from one file to the other is a change.
         write("p", "on");
         write("c", "eca");
-        assert_ne!(of(sql), first);
+        assert_ne!(digest(sql), first);
         write("p", "one");
         write("c", "ca");
-        assert_eq!(of(sql), first);
-        assert_eq!(of("{dns: {txt: '%{local}._mailbox.%{domain}'}}"), None);
+        assert_eq!(digest(sql), first);
+        assert_eq!(digest("{dns: {txt: '%{local}._mailbox.%{domain}'}}"), None);
     }
 
     #[test]
-    fn only_answers_that_name_addresses_depend_on_the_servers() {
+    fn digest_depends_on_servers_only_if_answers_name_addresses() {
         let folder = tempfile::tempdir().unwrap();
         for (route, depends) in
             [("{http: {url: 'http://h/'}}", true), ("{redis: {url: 'redis://h', key: '%{user}'}}", false)]
         {
-            let of = |server: &str| inputs(folder.path(), server, route).unwrap();
-            assert_eq!(of("192.0.2.1:143") != of("192.0.2.2:143"), depends, "{route}");
+            let digest = |server: &str| digest_of(folder.path(), server, route).unwrap();
+            assert_eq!(digest("192.0.2.1:143") != digest("192.0.2.2:143"), depends, "{route}");
         }
     }
 }
