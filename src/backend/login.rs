@@ -197,7 +197,10 @@ impl<'a> Login<'a> {
                     return LoginResponse::Unavailable(self.dialogue.fault(unavailable));
                 }
                 // Only a dialogue without credentials ends with the server's offer.
-                LoginStep::Probed(_) => return LoginResponse::Unavailable(self.no_answer()),
+                LoginStep::Probed(_) => {
+                    let unexpected = self.dialogue.machine.failed(ServerFault::Protocol);
+                    return LoginResponse::Unavailable(self.dialogue.fault(unexpected));
+                }
             }
         }
     }
@@ -210,10 +213,6 @@ impl<'a> Login<'a> {
             Err(fault) => return Err(fault),
         }
         Ok(self)
-    }
-
-    fn no_answer(&self) -> Fault {
-        self.dialogue.fault(self.dialogue.machine.failed(ServerFault::Protocol))
     }
 
     /// The server has accepted the login: takes over the connection from rustls.

@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::admin_state::AdminState;
 
-/// Maximum number of overrides, those of servers that no configuration names included.
+/// Maximum number of overrides, including those of servers that are not in the configuration.
 pub const MAX_OVERRIDES: usize = 4096;
 /// Maximum length of a reason, in bytes.
 pub const MAX_REASON: usize = 256;
@@ -66,7 +66,7 @@ impl StateOverride {
     /// A state that is set now.
     ///
     /// # Errors
-    /// `by` or `reason` is not a short line of text.
+    /// `by` or `reason` is empty, too long, or has control characters.
     pub fn new(state: AdminState, by: &str, reason: Option<&str>) -> Result<Self, InvalidOverride> {
         let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs();
         let new = Self { state, by: by.to_owned(), since, reason: reason.map(str::to_owned) };
@@ -75,8 +75,8 @@ impl StateOverride {
     }
 
     fn validate(&self) -> Result<(), InvalidOverride> {
-        text("the operator's name", &self.by, MAX_NAME)?;
-        self.reason.as_ref().map_or(Ok(()), |reason| text("a reason", reason, MAX_REASON))
+        check_text("the operator's name", &self.by, MAX_NAME)?;
+        self.reason.as_ref().map_or(Ok(()), |reason| check_text("a reason", reason, MAX_REASON))
     }
 
     /// The time when it was set, in the format of RFC 3339.
@@ -89,15 +89,15 @@ impl StoredOverride {
     /// Checks an override that was read from a file or received from another process.
     ///
     /// # Errors
-    /// A text is not a short line.
+    /// A text is empty, too long, or has control characters.
     pub fn validate(&self) -> Result<(), InvalidOverride> {
-        text("a backend's name", &self.backend, MAX_NAME)?;
-        text("a server's name", &self.server, MAX_NAME)?;
+        check_text("a backend's name", &self.backend, MAX_NAME)?;
+        check_text("a server's name", &self.server, MAX_NAME)?;
         self.set.validate()
     }
 }
 
-fn text(what: &'static str, text: &str, max: usize) -> Result<(), InvalidOverride> {
+fn check_text(what: &'static str, text: &str, max: usize) -> Result<(), InvalidOverride> {
     let is_valid = !text.is_empty() && text.len() <= max && !text.chars().any(char::is_control);
     if is_valid { Ok(()) } else { Err(InvalidOverride::Text { what, max }) }
 }

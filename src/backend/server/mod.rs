@@ -213,7 +213,7 @@ impl Server {
         self.state.pending_logins.begin()
     }
 
-    /// Whether so many logins are pending that a missing greeting means overload.
+    /// Whether enough logins are pending for a missing greeting to mean overload.
     pub(super) fn has_many_pending_logins(&self) -> bool {
         self.state.pending_logins.are_many()
     }
