@@ -206,7 +206,7 @@ impl Listener {
         // Checked before the prelogin queue is entered, because these connections must not displace clients.
         if balancers.is_some_and(|networks| !networks.iter().any(|network| network.contains(peer.ip()))) {
             let _open = metrics.connection_opened();
-            return session::unknown_balancer(&socket, peer, self.address, &snapshot);
+            return session::log_unknown_balancer(&socket, peer, self.address, &snapshot);
         }
         // The address of the client is in the PROXY header, so limits by address are applied after it has been read.
         let has_proxy_header = balancers.is_some();
@@ -220,7 +220,7 @@ impl Listener {
         let (count, prelogin_ticket) = match admitted {
             Ok(admitted) => admitted,
             Err(turned) => {
-                let reason = session::turn_away(&socket, turned, &snapshot, index).as_str();
+                let reason = session::refuse_connection(&socket, turned, &snapshot, index).as_str();
                 // At level info a flood would log one line for each connection.
                 return tracing::debug!(client = %peer.ip().to_canonical(), listener = %self.address, reason, "connection refused");
             }

@@ -1,7 +1,7 @@
-//! One connection before its login is done, plain or encrypted, to a client or to a server.
+//! A connection to a client or a server until its login is complete, with TLS or without.
 //!
-//! The rest of the code reads and writes without knowing which it is. This room starts no handshake (`tls` does). When the login is done, [`Stream::into_leg`] makes it one side of
-//! a relay. Called by `session` and `backend::connect`.
+//! Callers read and write without a distinction between the two. Handshakes are made by `tls`. After the login [`Stream::into_leg`]
+//! makes the connection one side of a relay.
 
 use std::io;
 use std::os::fd::AsFd;
@@ -20,27 +20,25 @@ use crate::relay::Leg;
 use crate::tls::extraction::{self, TrafficSecrets, extract};
 use crate::tls::record_stream::RecordStream;
 
-/// A connection.
+/// A connection to a client or a server.
 #[derive(Debug)]
 pub(crate) enum Stream {
-    /// Plain TCP.
     Plain(TcpStream),
-    /// TLS over TCP; boxed, for a TLS state is a thousand bytes and a plain session shall not carry it.
+    /// Boxed, because a TLS state takes a kilobyte, which a plain session does not need.
     Tls(Box<Encrypted>),
 }
 
-/// A connection that rustls has.
+/// A connection with the TLS state of rustls.
 #[derive(Debug)]
 pub(crate) struct Encrypted {
-    /// rustls and the socket.
     pub tls: TlsStream<RecordStream<TcpStream>>,
-    /// What its key log told.
+    /// The secrets that rustls has passed to its key log.
     pub secrets: Arc<TrafficSecrets>,
 }
 
 impl Stream {
-    /// How the other side came, for the log record and for servers.
-    pub(crate) fn tls_facts(&self) -> Option<TlsFacts> {
+    /// Properties of the TLS connection, for the log record and for servers.
+    pub(crate) fn tls_info(&self) -> Option<TlsInfo> {
         let Self::Tls(encrypted) = self else { return None };
         let common = encrypted.tls.get_ref().1;
         let version = match common.protocol_version() {
@@ -54,25 +52,25 @@ impl Stream {
         };
         let alpn = common.alpn_protocol().is_some();
         let certificate = common.peer_certificates().is_some();
-        Some(TlsFacts { version, server_name, alpn, certificate })
+        Some(TlsInfo { version, server_name, alpn, certificate })
     }
 
-    /// The cipher suite, as rustls calls it: `TLS13_AES_128_GCM_SHA256`.
+    /// The cipher suite by its name in rustls, such as `TLS13_AES_128_GCM_SHA256`.
     pub(crate) fn cipher(&self) -> Option<&'static str> {
         let Self::Tls(encrypted) = self else { return None };
         encrypted.tls.get_ref().1.negotiated_cipher_suite()?.suite().as_str()
     }
 
-    /// The certificate the other side has shown, in DER.
+    /// The peer's certificate, in DER.
     pub(crate) fn peer_certificate(&self) -> Option<&[u8]> {
         let Self::Tls(encrypted) = self else { return None };
         encrypted.tls.get_ref().1.peer_certificates()?.first().map(AsRef::as_ref)
     }
 
-    /// The connection as one side of a relay, without rustls, and what it has received that nobody has read.
+    /// Makes the connection one side of a relay, without rustls. Returns also the plaintext that has been received and not read.
     ///
     /// # Errors
-    /// The connection broke, or TLS did.
+    /// The connection broke, or the peer violated the TLS protocol.
     pub(crate) async fn into_leg(self) -> io::Result<(Leg<TcpStream>, Vec<u8>)> {
         match self {
             Self::Plain(socket) => Ok((Leg::plain(socket), Vec::new())),
@@ -86,36 +84,36 @@ impl Stream {
     }
 }
 
-/// What a log record says of a TLS connection.
+/// Properties of a TLS connection.
 #[derive(Debug, Clone)]
-pub struct TlsFacts {
-    /// Which.
+pub struct TlsInfo {
+    /// The negotiated version.
     pub version: TlsVersion,
-    /// The name the client asked for (SNI).
+    /// The server name that the client requested (SNI).
     pub server_name: Option<Box<str>>,
-    /// Whether ALPN agreed on something, which can only be `imap`.
+    /// Whether a protocol was negotiated by ALPN, which can only be `imap`.
     pub alpn: bool,
-    /// Whether the client showed a certificate, which was verified.
+    /// Whether the client has sent a certificate, which was verified.
     pub certificate: bool,
 }
 
-/// A version of TLS, in one byte: sessions keep it. The old ones are those of balancers that ended TLS ahead of us.
+/// A version of TLS, in one byte, because every session stores it. Versions before 1.2 are reported by balancers that terminate TLS.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum TlsVersion {
-    /// 1.0.
+    /// TLS 1.0.
     V10,
-    /// 1.1.
+    /// TLS 1.1.
     V11,
-    /// 1.2.
+    /// TLS 1.2.
     V12,
-    /// 1.3.
+    /// TLS 1.3.
     V13,
-    /// Nobody said.
+    /// The balancer has not sent a version.
     Unknown,
 }
 
 impl TlsVersion {
-    /// By its name in log records.
+    /// The version with this name; names are those of log records.
     pub fn named(name: &str) -> Self {
         [Self::V10, Self::V11, Self::V12, Self::V13]
             .into_iter()
@@ -135,18 +133,18 @@ impl TlsVersion {
     }
 }
 
-/// Linux refuses longer times for keepalive (MAX_TCP_KEEPIDLE): nine hours.
-const LONGEST_KEEPALIVE: Duration = Duration::from_secs(32_767);
+/// Maximum keepalive time that Linux accepts (MAX_TCP_KEEPIDLE): nine hours.
+const MAX_KEEPALIVE: Duration = Duration::from_secs(32_767);
 
-/// Probes after `time` of silence, three, a quarter of that apart: so that a session whose peer is gone is noticed to be
-/// dead.
+/// Enables TCP keepalive: after `time` of silence three probes are sent at intervals of a quarter of it, so that the session ends if
+/// its peer has disappeared.
 ///
-/// A failure is logged and otherwise ignored: a connection without keepalive still carries mail.
-pub(crate) fn keep_alive(socket: impl AsFd, time: Duration) {
-    let time = time.min(LONGEST_KEEPALIVE);
+/// An error is logged and otherwise ignored, because the connection works without keepalive.
+pub(crate) fn set_keepalive(socket: impl AsFd, time: Duration) {
+    let time = time.min(MAX_KEEPALIVE);
     let probes = TcpKeepalive::new().with_time(time).with_interval(time / 4).with_retries(3);
     if let Err(error) = SockRef::from(&socket).set_tcp_keepalive(&probes) {
-        tracing::debug!(%error, "no keepalive");
+        tracing::debug!(%error, "keepalive could not be enabled");
     }
 }
 
@@ -187,10 +185,10 @@ mod tests {
     use super::*;
 
     #[test]
-    fn every_keepalive_that_the_configuration_allows_is_set() {
+    fn keepalive_is_set_for_every_time_that_the_configuration_allows() {
         for seconds in [10, 120, 32_767, 86_400] {
             let socket = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
-            keep_alive(&socket, Duration::from_secs(seconds));
+            set_keepalive(&socket, Duration::from_secs(seconds));
             let set = SockRef::from(&socket).tcp_keepalive_time().unwrap();
             assert_eq!(set, Duration::from_secs(seconds.min(32_767)));
             assert!(SockRef::from(&socket).keepalive().unwrap());

@@ -7,7 +7,7 @@ use crate::deadline::Deadline;
 use crate::identity::{Mechanism, ServerLogin};
 use crate::protocol::imap::client_id::ClientId;
 use crate::protocol::imap::tag::Tag;
-use crate::stream::TlsFacts;
+use crate::stream::TlsInfo;
 
 /// A client's login as it is to be made on a server.
 #[derive(Debug)]
@@ -34,7 +34,7 @@ pub struct ClientDetails<'a> {
     /// Address that the client connected to.
     pub listener: SocketAddr,
     /// The client's TLS connection, if it uses TLS.
-    pub tls: Option<&'a TlsFacts>,
+    pub tls: Option<&'a TlsInfo>,
     /// The session's id, which appears in the server's log too.
     pub session_id: &'a str,
     /// ID fields that the client has sent.

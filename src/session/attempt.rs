@@ -1,205 +1,166 @@
 //! Steps 4 to 6 of a session, for one login command: normalise the user, route, log in on a server.
 //!
-//! A login is registered (`sessions`) before it is routed, and everything it waits for from then on ends when it is
-//! cancelled. The user is moved, or its server drained: the login is routed again, a bounded number of times. Nothing of an
-//! attempt outlives it but its answer and what the record keeps. Called by `session`.
+//! A login is registered in the session registry before it is routed, and from then on ends when it is cancelled. If the user is
+//! moved or the server drained during the login, it is routed again, a limited number of times. Nothing of an attempt is kept but
+//! its result and the log record.
 
 use std::sync::Arc;
 use std::time::Instant;
 
-use zeroize::Zeroizing;
-
-use super::log_record::reason;
-use super::placement::{Carried, Placed, Placing};
+use super::attempt_result::{AcceptedLogin, AttemptResult, Interrupt, Refusal};
+use super::log_record::failure_reason;
+use super::placement::{Exchange, PlacedLogin, Placement, Restrictions};
 use super::server_credentials::{server_login, split_master, with_user};
-use super::throttling::{counted_users, reply_to_refused_token};
-use super::{Session, close};
+use super::throttling::counted_users;
+use super::{Session, SessionEnded};
 use crate::admission::AddressBlock;
-use crate::backend::login::{Established, LoginResponse};
+use crate::backend::Backend;
+use crate::backend::fault::Fault;
+use crate::backend::login::LoginResponse;
 use crate::backend::request::{ClientDetails, Request};
-use crate::backend::{Backend, Server, ServerPermit};
 use crate::deadline::Deadline;
 use crate::failure::Reason;
 use crate::generations::Generation;
 use crate::identity::{Mechanism, UserName, UserNames, authorise_certificate};
 use crate::metrics::LoginOutcome;
 use crate::protocol::imap::client_id::ClientId;
-use crate::protocol::imap::prelogin::{ByeReason, ChallengeStep, LoginRequest, Prelogin};
+use crate::protocol::imap::prelogin::{LoginRequest, Prelogin};
 use crate::protocol::imap::refusal::RefusalKind;
-use crate::protocol::imap::tag::Tag;
-use crate::protocol::imap::{reply, sasl};
-use crate::route::{LoginContext, LoginTls, LookupRequest, RouteDecision, RouteError, RouteMatch};
+use crate::protocol::imap::reply;
+use crate::route::{Destination, RouteDecision};
 use crate::session_registry::{CancelReason, RegisterError, SessionHandle, SessionInfo};
-use crate::snapshot::Snapshot;
 use crate::stream::Stream;
 
-/// Maximum number of times that one login is routed: again whenever its user is moved or its server drained meanwhile.
+/// Maximum number of times that one login is routed, because its user is moved or its server drained in the meantime.
 const MAX_ROUTINGS: usize = 8;
 
-/// How a login attempt ended.
-pub(super) enum Attempted {
-    Accepted {
-        seated: Seated,
-        established: Box<Established>,
-    },
-    Refused {
-        reply: Vec<u8>,
-        kind: RefusalKind,
-        /// The client gets the reply of a login that counts as failed no sooner.
-        not_before: Option<Instant>,
-    },
-    /// Refused, and the connection ends.
-    Dismissed {
-        reply: Vec<u8>,
-        kind: RefusalKind,
-    },
-    /// By a limit or rate of ours.
-    Limited {
-        reply: Vec<u8>,
-    },
-    /// A server has refused the token; the failed login is logged and delayed already.
-    TokenRefused {
-        reply: Vec<u8>,
-    },
-    Unavailable,
-}
-
-/// The server that answered, and the place there.
-pub(super) struct Seated {
-    pub(super) backend: Arc<Backend>,
-    pub(super) server: Arc<Server>,
-    /// Of the server's places.
-    pub(super) slot: ServerPermit,
-    /// Among the user's sessions.
-    pub(super) seat: SessionHandle,
-}
-
-/// A login command whose user is known.
-struct Login<'a> {
-    request: &'a LoginRequest,
-    names: &'a UserNames,
+/// A login command whose user name is valid.
+pub(super) struct Login<'a> {
+    pub(super) request: &'a LoginRequest,
+    pub(super) names: &'a UserNames,
     /// The users that the attempt counts for: see [`counted_users`].
     users: Vec<Arc<str>>,
-    /// The name for servers of the user who logs in, if that is on behalf of another.
+    /// The name that servers know of the user who logs in, if that is on behalf of another.
     authcid: &'a UserName,
-    client_id: ClientId,
-    began: Instant,
+    pub(super) client_id: ClientId,
+    pub(super) began: Instant,
 }
 
 /// A registered login.
 struct Registered {
-    seat: SessionHandle,
-    /// The holds that came before the routes are asked.
+    handle: SessionHandle,
+    /// The generation of holds before the routes are queried.
     since: Generation,
 }
 
-/// How far an attempt has come when it is cancelled.
+/// What has been done for a login, over all its routings.
 #[derive(Debug, Default)]
-struct Progress {
-    /// The policy service has let the login go on.
-    is_allowed: bool,
-    /// A server's challenge was sent to the client: the login cannot begin again without it.
-    in_exchange: bool,
+pub(super) struct Progress {
+    /// Whether the policy service has allowed the login.
+    pub(super) is_allowed: bool,
+    /// Once it has begun, the login cannot begin again without the client.
+    pub(super) exchange: Exchange,
 }
 
 impl Session {
-    /// `None`: the session is over.
+    /// Makes one login attempt.
     pub(super) async fn attempt(
         &mut self,
-        login: &mut LoginRequest,
+        request: &mut LoginRequest,
         stream: &mut Stream,
         prelogin: &mut Prelogin,
-    ) -> Option<Attempted> {
+    ) -> Result<AttemptResult, SessionEnded> {
         let began = Instant::now();
-        self.up_to_date();
+        self.update_snapshot();
         let snapshot = self.snapshot.clone();
-        split_master(&snapshot, &mut login.credentials);
-        let delegated =
-            authorise_certificate(&mut login.credentials, &snapshot.config.naming, snapshot.delegations(self.listener));
-        let login = &*login;
-        let names = snapshot.config.naming.names(login.credentials.mailbox_user());
-        let name_as_sent = || login.credentials.mailbox_user().as_str().into();
+        let naming = &snapshot.config.naming;
+        split_master(&snapshot, &mut request.credentials);
+        let delegated = authorise_certificate(&mut request.credentials, naming, snapshot.delegations(self.listener));
+        let request = &*request;
+        let credentials = &request.credentials;
+        let names = naming.names(credentials.mailbox_user());
+        let name_as_sent = || credentials.mailbox_user().as_str().into();
         self.routing_name = Some(names.as_ref().map_or_else(|_| name_as_sent(), |names| names.routing.clone()));
-        let logged = names.as_ref().map_or_else(|_| login.credentials.mailbox_user(), |names| &names.log);
-        self.record.attempt(Some(logged), login.credentials.mechanism);
-        let users = counted_users(&snapshot.config.naming, &login.credentials);
-        if let Some(limited) = self.may_try(&login.tag, &users) {
-            return Some(limited);
+        let logged = names.as_ref().map_or_else(|_| credentials.mailbox_user(), |names| &names.log);
+        self.record.attempt(Some(logged), credentials.mechanism);
+        let users = counted_users(naming, credentials);
+        if let Err(refusal) = self.check_rate(&request.tag, &users) {
+            return Ok(AttemptResult::Refused(refusal));
         }
-        let authcid = snapshot.config.naming.authcid(&login.credentials.user);
-        let (Ok(names), Ok(authcid)) = (names, authcid) else {
-            return Some(self.no_such_user(&login.tag, Reason::NameRefused, began));
+        let (Ok(names), Ok(authcid)) = (names, naming.authcid(&credentials.user)) else {
+            return Ok(AttemptResult::Refused(self.unknown_user(&request.tag, Reason::NameRefused, began)));
         };
-        // Before any lookup, so that the answer is the same whether the mailbox exists.
+        // Before any lookup, so that the answer does not depend on whether the mailbox exists.
         if delegated.is_err() {
-            return Some(self.not_authorised(&login.tag));
+            return Ok(AttemptResult::Refused(self.not_authorised(&request.tag)));
         }
-        if login.credentials.has_empty_password() && !snapshot.backends.any_allows_empty_passwords() {
-            return Some(self.empty_password(&login.tag, None, began));
+        if credentials.has_empty_password() && !snapshot.backends.any_allows_empty_passwords() {
+            return Ok(AttemptResult::Refused(self.empty_password(&request.tag, None, began)));
         }
         let client_id = prelogin.client_id().clone();
-        let login = Login { request: login, names: &names, users, authcid: &authcid, client_id, began };
+        let login = Login { request, names: &names, users, authcid: &authcid, client_id, began };
         self.registered_attempt(&login, stream, prelogin).await
     }
 
-    /// Registers the login and routes it, again when a move or a drained server has made the first answer out of date.
+    /// Registers the login and routes it. If a hold, a move or a drained server makes the result out of date, begins again.
     async fn registered_attempt(
         &mut self,
         login: &Login<'_>,
         stream: &mut Stream,
         prelogin: &mut Prelogin,
-    ) -> Option<Attempted> {
-        let routing = &login.names.routing;
-        let sessions = self.snapshot.session_registry.clone();
-        let due = Deadline::after(self.snapshot.limits.server_login);
-        let guest = SessionInfo {
-            user: routing.clone(),
-            client: self.peer.ip().to_canonical(),
-            session: self.record.session().bytes(),
-        };
-        let mut held = routing.clone();
-        let mut ended_by = CancelReason::Moved;
+    ) -> Result<AttemptResult, SessionEnded> {
+        let user = &login.names.routing;
+        let registry = self.snapshot.session_registry.clone();
+        let deadline = Deadline::after(self.snapshot.limits.server_login);
+        let (client, session) = (self.peer.ip().to_canonical(), self.record.session().bytes());
+        let info = SessionInfo { user: user.clone(), client, session };
+        let mut name_on_hold = user.clone();
+        let mut cancel_reason = CancelReason::Moved;
         let mut progress = Progress::default();
         let mut routings = 0;
-        while routings < MAX_ROUTINGS && !due.has_expired() {
-            // A user who is being moved comes in when that is done.
-            let released = sessions.wait_until(|sessions| !sessions.is_on_hold(routing) && !sessions.is_on_hold(&held));
-            if due.limit(released).await.is_err() {
+        while routings < MAX_ROUTINGS && !deadline.has_expired() {
+            // A user who is being moved may log in when that is done.
+            let released =
+                registry.wait_until(|registry| !registry.is_on_hold(user) && !registry.is_on_hold(&name_on_hold));
+            if deadline.limit(released).await.is_err() {
                 break;
             }
-            let since = sessions.generation();
-            let Ok(seat) = sessions.register(guest.clone()) else { continue };
-            let call = seat.cancel_signal().clone();
-            let registered = Registered { seat, since };
-            let routed = tokio::select! {
+            let since = registry.generation();
+            let Ok(handle) = registry.register(info.clone()) else { continue };
+            let cancel_signal = handle.cancel_signal().clone();
+            let registered = Registered { handle, since };
+            let result = tokio::select! {
                 biased;
-                why = call.cancelled() => Err(why),
-                routed = self.routed_attempt(login, registered, stream, prelogin, &mut progress) => Ok(routed?),
+                reason = cancel_signal.cancelled() => Err(reason),
+                result = self.routed_attempt(login, registered, stream, prelogin, &mut progress) => Ok(result),
             };
             routings += 1;
-            match routed {
-                Ok(Ok(attempted)) => return Some(attempted),
-                Ok(Err(RegisterError::OnHold(name))) => held = name,
-                Ok(Err(RegisterError::Outdated)) => {}
-                Err(why) => {
-                    ended_by = why;
-                    if progress.in_exchange {
-                        self.record.attempt_failed(reason(why), LoginOutcome::Unavailable, None);
-                        let reply = reply::exchange_cancelled(&login.request.tag);
-                        return Some(Attempted::Dismissed { reply, kind: RefusalKind::NotCounted });
+            match result {
+                Ok(Ok(accepted)) => return Ok(AttemptResult::Accepted(accepted)),
+                Ok(Err(Interrupt::SessionEnded)) => return Err(SessionEnded),
+                Ok(Err(Interrupt::Refused(refusal))) => return Ok(AttemptResult::Refused(refusal)),
+                Ok(Err(Interrupt::Unavailable)) => return Ok(AttemptResult::Unavailable),
+                Ok(Err(Interrupt::Reroute(RegisterError::OnHold(name)))) => name_on_hold = name,
+                Ok(Err(Interrupt::Reroute(RegisterError::Outdated))) => {}
+                Err(reason) => {
+                    cancel_reason = reason;
+                    if progress.exchange == Exchange::Begun {
+                        self.record.attempt_failed(failure_reason(reason), LoginOutcome::Unavailable, None);
+                        let refusal = Refusal::uncounted(reply::exchange_cancelled(&login.request.tag)).and_close();
+                        return Ok(AttemptResult::Refused(refusal));
                     }
-                    // A login that lost to a later one would end that one in turn if it was routed again.
-                    if matches!(why, CancelReason::Kicked | CancelReason::Stopped | CancelReason::Replaced) {
+                    // A login that was replaced by a later one would end that one in turn if it was routed again.
+                    if matches!(reason, CancelReason::Kicked | CancelReason::Stopped | CancelReason::Replaced) {
                         break;
                     }
                 }
             }
         }
-        self.record.attempt_failed(reason(ended_by), LoginOutcome::Unavailable, None);
-        Some(Attempted::Unavailable)
+        self.record.attempt_failed(failure_reason(cancel_reason), LoginOutcome::Unavailable, None);
+        Ok(AttemptResult::Unavailable)
     }
 
-    /// Asks the policy service once, then the routes, and logs in where they say. An error: the login must be routed again.
+    /// Asks the policy service once, queries the routes, and logs in on a server of the backend that they name.
     async fn routed_attempt(
         &mut self,
         login: &Login<'_>,
@@ -207,30 +168,36 @@ impl Session {
         stream: &mut Stream,
         prelogin: &mut Prelogin,
         progress: &mut Progress,
-    ) -> Option<Result<Attempted, RegisterError>> {
-        if let Some(refused) = self.may_be_routed(login, progress).await {
-            return Some(Ok(refused));
-        }
+    ) -> Result<AcceptedLogin, Interrupt> {
+        self.check_before_lookup(login, progress).await?;
         let snapshot = self.snapshot.clone();
-        let target = match self.look_up(&snapshot, login, stream).await {
-            Ok(target) => target,
-            Err(refused) => return Some(Ok(refused)),
+        let decision = self.look_up(&snapshot, login, stream).await?;
+        let RouteDecision::Destination(destination) = &*decision else {
+            return Err(self.refused_by_route(&login.request.tag, &decision));
         };
+        let backend = snapshot.backends.backend(destination.backend);
+        self.check_destination(login, destination, backend)?;
+        self.log_in_on_server(login, destination, registered, stream, prelogin, progress).await
+    }
+
+    async fn log_in_on_server(
+        &mut self,
+        login: &Login<'_>,
+        destination: &Destination,
+        registered: Registered,
+        stream: &mut Stream,
+        prelogin: &mut Prelogin,
+        progress: &mut Progress,
+    ) -> Result<AcceptedLogin, Interrupt> {
         let (tag, credentials) = (&login.request.tag, &login.request.credentials);
-        let RouteDecision::Destination(place) = &*target else { return Some(Ok(self.verdict(tag, &target))) };
-        if place.user.as_ref().is_some_and(|user| snapshot.config.naming.has_master_separator(user.as_str())) {
-            return Some(Ok(self.lookup_failed("the route's user contains users.masters.separator")));
-        }
-        let backend = snapshot.backends.backend(place.backend);
-        if let Some(refused) = self.may_be_sent_to(backend, login) {
-            return Some(Ok(refused));
-        }
-        let with_other_user = with_user(credentials, place, login.names);
-        let Some(server_login) =
-            server_login(credentials, place, login.names, login.authcid, backend, with_other_user.as_ref())
-        else {
+        let snapshot = self.snapshot.clone();
+        let backend = snapshot.backends.backend(destination.backend);
+        let with_other_user = with_user(credentials, destination, login.names);
+        let server_login =
+            server_login(credentials, destination, login.names, login.authcid, backend, with_other_user.as_ref());
+        let Some(server_login) = server_login else {
             self.record.attempt_failed(Reason::MechanismUnsupported, LoginOutcome::Unavailable, Some(backend.id));
-            return Some(Ok(Attempted::Unavailable));
+            return Err(Interrupt::Unavailable);
         };
         let (session_id, tls) = (self.record.session(), self.record.tls().cloned());
         let request = Request {
@@ -247,252 +214,85 @@ impl Session {
             limits: &snapshot.limits,
             deadline: Deadline::after(snapshot.limits.server_login),
         };
-        let (mailbox, Registered { seat, since }) = (place.mailbox(&login.names.routing), registered);
-        let (listener_config, carries) = (self.listener_config.clone(), Carried::of(credentials, place));
-        let placing =
-            Placing { snapshot: &snapshot, listener_config, seat: &seat, since, mailbox, request: &request, carries };
-        let answered = match placing.log_in_somewhere(place).await {
-            Ok(answered) => answered,
-            Err(again) => return Some(Err(again)),
+        let Registered { handle, since } = registered;
+        let placement = Placement {
+            snapshot: &snapshot,
+            listener_config: self.listener_config.clone(),
+            handle: &handle,
+            since,
+            mailbox: destination.mailbox(&login.names.routing),
+            request: &request,
+            restrictions: Restrictions::of(credentials, destination),
         };
-        let (outcome, placed) = match self.exchange(login, &placing, answered, stream, prelogin, progress).await? {
-            Ok(answered) => answered,
-            Err(ended) => return Some(Ok(ended)),
-        };
-        if matches!(outcome, LoginResponse::Accepted(_))
-            && let Some(limited) =
-                self.may_have_one_more(&login.request.tag, &login.users, &login.names.routing, backend.id)
-        {
-            return Some(Ok(limited));
+        let answer = placement.log_in(destination).await?;
+        let (outcome, placed) = self.exchange(login, &placement, answer, stream, prelogin, progress).await?;
+        if matches!(outcome, LoginResponse::Accepted(_)) {
+            self.check_user_limits(tag, &login.users, &login.names.routing, backend.id)?;
         }
-        let seated = placed.map(|Placed { backend, server, slot }| Seated { backend, server, slot, seat });
-        Some(Ok(self.answered(tag, outcome, seated, backend, login.began)))
+        self.conclude(login, outcome, placed, handle, backend)
     }
 
-    /// Refuses a login before any lookup, so that the answer is the same whether the mailbox exists. `None`: it goes on,
-    /// under the configuration that holds now.
-    async fn may_be_routed(&mut self, login: &Login<'_>, progress: &mut Progress) -> Option<Attempted> {
-        if !progress.is_allowed {
-            let refused = self.policy_refuses(login.request, &login.client_id, login.began).await;
-            if refused.is_some() {
-                return refused;
-            }
-            progress.is_allowed = true;
-        }
-        if login.client_id.ttl() == Some(0) {
-            self.record.attempt_failed(Reason::ProxyLoop, LoginOutcome::Unavailable, None);
-            return Some(Attempted::Unavailable);
-        }
-        self.up_to_date();
-        let may_ask = self.snapshot.allows_masters_from(self.peer.ip()) && self.snapshot.backends.any_allows_authzid();
-        let is_refused = login.request.credentials.authzid.is_some() && !may_ask;
-        is_refused.then(|| self.not_authorised(&login.request.tag))
-    }
-
-    /// Asks the routes. An error: the login is answered with that.
-    async fn look_up(
-        &mut self,
-        snapshot: &Snapshot,
-        login: &Login<'_>,
-        stream: &Stream,
-    ) -> Result<Arc<RouteDecision>, Attempted> {
-        // Its copy of the credentials is dropped with the lookup.
-        let question = self.question(login.names, login.request, stream);
-        let lookup = snapshot.router.route(&question, &snapshot.metrics);
-        match Deadline::after(snapshot.limits.lookup).limit(lookup).await {
-            Ok(Ok(RouteMatch { decision: target, route })) => {
-                let backend = match &*target {
-                    RouteDecision::Destination(place) => Some(&snapshot.backends.backend(place.backend).name),
-                    RouteDecision::Refuse(_)
-                    | RouteDecision::WrongPassword(_)
-                    | RouteDecision::Maintenance(_)
-                    | RouteDecision::PasswordNeeded => None,
-                };
-                self.record.routed(route, backend, login.began.elapsed());
-                Ok(target)
-            }
-            Ok(Err(RouteError::Unknown)) => {
-                Err(self.no_such_user(&login.request.tag, Reason::UnknownUser, login.began))
-            }
-            Ok(Err(error)) => Err(self.lookup_failed(&error.to_string())),
-            Err(_) => Err(self.lookup_failed("no answer within limits.lookup")),
-        }
-    }
-
-    /// Refuses a login that `backend` does not allow. `None`: it may be sent there.
-    fn may_be_sent_to(&mut self, backend: &Backend, login: &Login<'_>) -> Option<Attempted> {
-        let credentials = &login.request.credentials;
-        if credentials.authzid.is_some() && !backend.allows_authzid {
-            // Another backend allows it: users of this one and unknown users get the same answer.
-            self.record.attempt_failed(Reason::AuthzidRefused, LoginOutcome::Refused, Some(backend.id));
-            return Some(self.refused_late(&login.request.tag, Some(backend), login.began));
-        }
-        let is_refused = credentials.has_empty_password() && !backend.allows_empty_passwords();
-        is_refused.then(|| self.empty_password(&login.request.tag, Some(backend), login.began))
-    }
-
-    /// Passes challenges to the client and its responses to the server until the server has answered the login. An error:
-    /// the exchange was ended, and the login is answered with that. `None`: the session is over.
-    async fn exchange<'a>(
+    /// Records the answer of the last server. `routed` is the backend that the route named.
+    fn conclude(
         &mut self,
         login: &Login<'_>,
-        placing: &Placing<'a, '_>,
-        (mut outcome, mut placed): (LoginResponse<'a>, Option<Placed>),
-        stream: &mut Stream,
-        prelogin: &mut Prelogin,
-        progress: &mut Progress,
-    ) -> Option<Result<(LoginResponse<'a>, Option<Placed>), Attempted>> {
-        let backend = Some(placing.carries.routed);
-        let mut is_token_refused = false;
-        while let LoginResponse::Challenged(paused, challenge) = outcome {
-            let Some(placed) = &mut placed else { return Some(Err(Attempted::Unavailable)) };
-            placing.asks_client(placed, &challenge, progress.in_exchange);
-            progress.in_exchange = true;
-            let credentials = &login.request.credentials;
-            if sasl::is_token_refusal(credentials.mechanism, &challenge) && !is_token_refused {
-                is_token_refused = true;
-                self.record.refused(placing.carries.routed, Some(&placed.server.name));
-                self.token_refused(credentials, login.began).await;
-            }
-            let response = tokio::select! {
-                biased;
-                response = self.ask(login.request, &challenge, stream, prelogin) => match response {
-                    Some(response) => response,
-                    None => {
-                        self.record.abandoned(backend);
-                        return None;
-                    }
-                },
-                () = placed.slot.displaced() => {
-                    self.record.attempt_failed(Reason::ServersFull, LoginOutcome::Unavailable, backend);
-                    let reply = reply::exchange_cancelled(&login.request.tag);
-                    return Some(Err(Attempted::Dismissed { reply, kind: RefusalKind::NotCounted }));
-                }
-            };
-            outcome = placing.respond(paused, placed, &response).await;
-        }
-        if is_token_refused && !matches!(outcome, LoginResponse::Accepted(_)) {
-            let reply = reply_to_refused_token(outcome, &login.request.tag);
-            return Some(Err(Attempted::TokenRefused { reply }));
-        }
-        Some(Ok((outcome, placed)))
-    }
-
-    fn answered(
-        &mut self,
-        tag: &Tag,
         outcome: LoginResponse<'_>,
-        answered: Option<Seated>,
+        placed: Option<PlacedLogin>,
+        handle: SessionHandle,
         routed: &Backend,
-        began: Instant,
-    ) -> Attempted {
-        let took = began.elapsed();
-        match (outcome, answered) {
-            (LoginResponse::Accepted(established), Some(seated)) => {
-                self.snapshot.metrics.backend(seated.backend.id.0).logged_in(took);
-                self.record.accepted(&seated.backend, &seated.server.name, &established, took);
-                Attempted::Accepted { seated, established: Box::new(established) }
+    ) -> Result<AcceptedLogin, Interrupt> {
+        let duration = login.began.elapsed();
+        match (outcome, placed) {
+            (LoginResponse::Accepted(established), Some(PlacedLogin { backend, server, server_permit })) => {
+                self.snapshot.metrics.backend(backend.id.0).logged_in(duration);
+                self.record.accepted(&backend, &server.name, &established, duration);
+                Ok(AcceptedLogin { backend, server_permit, handle, established: Box::new(established) })
             }
-            (LoginResponse::Refused { reply, kind }, answered) => {
-                // A client takes its turns in a relayed mechanism as slowly as it likes.
+            (LoginResponse::Refused { reply, kind }, placed) => {
+                // The duration of a relayed mechanism depends on the client.
                 if kind == RefusalKind::FailedLogin && !self.record.last_attempt().0.is_some_and(Mechanism::is_relayed)
                 {
                     let client = AddressBlock::of(self.peer.ip());
-                    self.snapshot.refusal_latency.add(&routed.name, client, took);
+                    self.snapshot.refusal_latency.add(&routed.name, client, duration);
                     if let (Some(user), Some(answer)) = (&self.routing_name, reply::without_tag(&reply)) {
                         self.snapshot.refusal_latency.observe_answer(&routed.name, user, client, answer);
                     }
                 }
-                self.record.refused(routed.id, answered.as_ref().map(|answered| &answered.server.name));
-                Attempted::Refused { reply, kind, not_before: None }
+                self.record.refused(routed.id, placed.as_ref().map(|placed| &placed.server.name));
+                let refusal = match kind {
+                    RefusalKind::FailedLogin => Refusal::failed(reply, None),
+                    RefusalKind::NotCounted => Refusal::uncounted(reply),
+                };
+                Err(refusal.into())
             }
-            // Not followed: the client may know better.
-            (LoginResponse::Referred(referral), answered) => {
-                self.record.refused(routed.id, answered.as_ref().map(|answered| &answered.server.name));
-                Attempted::Refused { reply: referral.reply, kind: RefusalKind::NotCounted, not_before: None }
+            // A referral that was not followed is passed on, because the client may be able to follow it.
+            (LoginResponse::Referred(referral), placed) => {
+                self.record.refused(routed.id, placed.as_ref().map(|placed| &placed.server.name));
+                Err(Refusal::uncounted(referral.reply).into())
             }
-            (LoginResponse::Unavailable(fault), answered) if fault.is_refusal() => {
-                self.record.refused(routed.id, answered.as_ref().map(|answered| &answered.server.name));
+            (LoginResponse::Unavailable(fault), placed) if fault.is_refusal() => {
+                self.record.refused(routed.id, placed.as_ref().map(|placed| &placed.server.name));
                 self.record.detail(fault.detail);
-                self.refused_late(tag, Some(routed), began)
+                Err(self.refused_with_delay(&login.request.tag, Some(routed), login.began).into())
             }
-            (LoginResponse::Unavailable(fault), _) => {
-                let is_limit = fault.reason == Reason::UserLimit;
-                let outcome = if is_limit { LoginOutcome::Limited } else { LoginOutcome::Unavailable };
-                if fault.is_counted_at_server() {
-                    self.record.attempt_ended(fault.reason, outcome, Some(routed.id));
-                } else {
-                    self.record.attempt_failed(fault.reason, outcome, Some(routed.id));
-                }
-                self.record.detail(fault.detail);
-                match fault.reply {
-                    Some(reply) => Attempted::Refused { reply, kind: RefusalKind::NotCounted, not_before: None },
-                    None => Attempted::Unavailable,
-                }
-            }
-            // A server is named with every acceptance, challenges are answered before, and none is only looked at.
-            (LoginResponse::Accepted(_) | LoginResponse::Challenged(..), _) => Attempted::Unavailable,
+            (LoginResponse::Unavailable(fault), _) => Err(self.no_server_answered(fault, routed)),
+            // A server is named with every acceptance, and challenges have been answered.
+            (LoginResponse::Accepted(_) | LoginResponse::Challenged(..), _) => Err(Interrupt::Unavailable),
         }
     }
 
-    /// Passes a server's challenge to the client, and brings back what it says.
-    async fn ask(
-        &mut self,
-        login: &LoginRequest,
-        challenge: &[u8],
-        stream: &mut Stream,
-        prelogin: &mut Prelogin,
-    ) -> Option<Zeroizing<Vec<u8>>> {
-        let mut out = Vec::new();
-        prelogin.challenge(challenge, &mut out);
-        // A login that waits for its client has no complete credentials, and may be shed.
-        self.login_under_way(None);
-        loop {
-            self.send(stream, &mut out).await?;
-            match prelogin.challenge_step(&login.tag, &mut out) {
-                // The drain and shedding end the whole attempt.
-                ChallengeStep::NeedInput => {
-                    if let Err(unread) = self.read(stream, prelogin).await {
-                        return self.not_read(unread, stream, prelogin).await;
-                    }
-                }
-                ChallengeStep::Response(response) => {
-                    // The first message is held until the login ends.
-                    let longest = response.len().max(login.credentials.proof_size());
-                    if self.holds_for_login(longest).is_err() {
-                        return self.farewell(stream, prelogin, (ByeReason::Memory, Reason::ShedForMemory)).await;
-                    }
-                    self.login_under_way(Some(Instant::now()));
-                    return Some(response);
-                }
-                ChallengeStep::Close(reason) => {
-                    self.send(stream, &mut out).await?;
-                    self.closed(reason);
-                    close(stream).await;
-                    return None;
-                }
-            }
+    fn no_server_answered(&mut self, fault: Fault, routed: &Backend) -> Interrupt {
+        let is_limit = fault.reason == Reason::UserLimit;
+        let outcome = if is_limit { LoginOutcome::Limited } else { LoginOutcome::Unavailable };
+        if fault.is_counted_at_server() {
+            self.record.attempt_ended(fault.reason, outcome, Some(routed.id));
+        } else {
+            self.record.attempt_failed(fault.reason, outcome, Some(routed.id));
         }
-    }
-
-    fn question(&self, names: &UserNames, login: &LoginRequest, stream: &Stream) -> LookupRequest {
-        let asks_certificate = || self.snapshot.tls.as_ref().is_some_and(|tls| tls.asks_certificate(self.listener));
-        let login_context = self.snapshot.router.needs_login_context().then(|| {
-            Arc::new(LoginContext {
-                client: self.peer,
-                listener: self.local,
-                is_proxied: self.is_proxied,
-                session: self.record.session().as_str().into(),
-                tls: self.record.tls().map(|tls| LoginTls {
-                    version: tls.version.as_str(),
-                    cipher: stream.cipher(),
-                    asks_certificate: asks_certificate(),
-                    certificate: stream.peer_certificate().map(Into::into),
-                }),
-                attempt: self.record.attempts(),
-                credentials: login.credentials.clone(),
-            })
-        });
-        LookupRequest { user: names.routing.clone(), login_context }
+        self.record.detail(fault.detail);
+        match fault.reply {
+            Some(reply) => Refusal::uncounted(reply).into(),
+            None => Interrupt::Unavailable,
+        }
     }
 }

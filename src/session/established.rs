@@ -1,4 +1,4 @@
-//! A session after its login: a task while bytes move, an entry of the waiting poller while they do not.
+//! Steps 7 and 8: a session after its login. It is a task while bytes move, and an entry of the idle poller while they do not.
 
 use std::future::poll_fn;
 use std::os::fd::{AsFd as _, BorrowedFd};
@@ -10,55 +10,46 @@ use tokio::net::TcpStream;
 use tokio::time::{self, timeout};
 use tokio_util::task::task_tracker::TaskTrackerToken;
 
-use super::attempt::Seated;
-use super::log_record::Record;
-use super::{ConnectionPermits, FAREWELL, Session, SessionPoller};
+use super::attempt_result::AcceptedLogin;
+use super::log_record::{EndedBy, Record, SessionEnd};
+use super::{CLOSE_TIMEOUT, ConnectionPermits, Session, SessionEnded, SessionPoller};
 use crate::backend::DelayedDisconnect;
-use crate::backend::login::Established;
 use crate::failure::Reason;
 use crate::protocol::imap::reply;
 use crate::protocol::imap::tag::Tag;
 use crate::relay::idle_poller::Parked;
-use crate::relay::{Buffered, Leg, Limits, ParkedRelay, Relay, RelayEnd, RelayEvent};
-use crate::session_registry::{CancelReason, CancelSignal, SessionHandle};
-use crate::stream::{Stream, keep_alive};
+use crate::relay::{Buffered, Limits, ParkedRelay, Relay, RelayEvent};
+use crate::session_registry::{CancelSignal, SessionHandle};
+use crate::stream::{Stream, set_keepalive};
 
-/// Silence after which a session gives its task and buffers up. Coming back costs some 20 µs, so that a client that talks every
-/// few seconds should not have to.
-const REST_AFTER: Duration = Duration::from_secs(2);
+/// Silence after which a session is parked, without task and buffers. Unparking takes about 20 µs, so that a client that sends
+/// something every few seconds is not parked.
+const PARK_AFTER: Duration = Duration::from_secs(2);
 
-/// A session that moves bytes.
-pub(super) struct Relayed {
+/// A session with a task, which moves bytes.
+pub(super) struct RelayedSession {
     relay: Relay<TcpStream>,
-    kept: Box<EstablishedState>,
+    state: Box<EstablishedState>,
 }
 
-/// How a relayed session came to its end.
-pub(super) enum SessionEnd {
-    /// By itself.
-    Ended(RelayEnd),
-    /// It was told to.
-    Told(CancelReason),
-}
-
-/// A session that waits for a byte.
+/// A silent session.
 pub(crate) struct ParkedSession {
     relay: ParkedRelay,
-    kept: Box<EstablishedState>,
+    state: Box<EstablishedState>,
 }
 
-/// What a session keeps for all of its life after the login.
-pub(super) struct EstablishedState {
-    pub(super) poller: Arc<SessionPoller>,
-    pub(super) record: Record,
-    /// On both sockets.
-    pub(super) keepalive_set: bool,
-    /// The drain waits until it drops.
-    pub(super) _counted: TaskTrackerToken,
-    pub(super) permits: ConnectionPermits,
-    /// The entry in the session registry; also where the session sees that it is cancelled. The last field, because fields
-    /// drop in order: a login that waits for this session finds its limits and places free.
-    pub(super) seat: SessionHandle,
+/// What a session keeps from its login to its end.
+struct EstablishedState {
+    poller: Arc<SessionPoller>,
+    record: Record,
+    /// Whether TCP keepalive has been enabled on both sockets.
+    keepalive_set: bool,
+    /// The drain waits until this is dropped.
+    _drain_token: TaskTrackerToken,
+    permits: ConnectionPermits,
+    /// The entry in the session registry, with the cancel signal. It is the last field, because fields are dropped in order: when a
+    /// login that waits for this session continues, the permits of this session have been released.
+    handle: SessionHandle,
 }
 
 impl EstablishedState {
@@ -66,97 +57,83 @@ impl EstablishedState {
         let limits = &self.record.settings().limits;
         Limits { idle: limits.idle, half_close: limits.half_close, stall: limits.stall }
     }
-}
 
-impl EstablishedState {
-    /// The server has closed, and the client shall not come back at the same moment as all others of this server: waits for
-    /// its turn, or until something happens to it.
-    async fn keep_client(&mut self, relay: &Relay<TcpStream>, call: &CancelSignal) {
-        let Some(DelayedDisconnect { delay: wait, gauge: _gauge, .. }) = self.record.cut_off() else { return };
-        // The user may come back at once, while this connection waits for its turn.
+    /// The server has closed. Delays the disconnect of the client, so that the clients of this server do not all reconnect at the
+    /// same moment. Returns earlier if the client becomes active or the session is cancelled.
+    async fn delay_disconnect(&mut self, relay: &Relay<TcpStream>, cancel_signal: &CancelSignal) {
+        let Some(DelayedDisconnect { delay, gauge: _gauge, .. }) = self.record.server_closed() else { return };
+        // The user may log in again during the delay.
         self.permits.count.release();
-        self.seat.server_closed();
+        self.handle.server_closed();
         tokio::select! {
-            () = time::sleep(wait) => {}
+            () = time::sleep(delay) => {}
             () = relay.client_readable() => {}
-            _ = poll_fn(|context| call.poll(context)) => {}
+            _ = poll_fn(|context| cancel_signal.poll(context)) => {}
         }
     }
 }
 
-impl Relayed {
-    /// Steps 6 and 7: the OK and what followed it go first, then bytes both ways.
-    pub(super) fn new(
-        client: Leg<TcpStream>,
-        server: Leg<TcpStream>,
-        to_client: Vec<u8>,
-        to_server: Vec<u8>,
-        kept: EstablishedState,
-    ) -> Self {
-        let buffered = Buffered { to_client, to_server };
-        let relay = Relay::new(client, server, buffered, kept.record.byte_counters(), kept.limits());
-        Self { relay, kept: Box::new(kept) }
-    }
-
-    /// Runs until the session ends or falls silent.
+impl RelayedSession {
+    /// Runs until the session ends or is parked.
     pub(super) async fn run(self) {
-        self.run_until(Some(REST_AFTER)).await;
+        self.run_until_silent(Some(PARK_AFTER)).await;
     }
 
-    async fn run_until(self, rest_after: Option<Duration>) {
-        let Self { mut relay, mut kept } = self;
-        let call = kept.seat.cancel_signal().clone();
-        let over = loop {
+    async fn run_until_silent(self, park_after: Option<Duration>) {
+        let Self { mut relay, mut state } = self;
+        let cancel_signal = state.handle.cancel_signal().clone();
+        let end = loop {
             tokio::select! {
-                // In this order a session that is cancelled from its begin still sends the answer to the login.
+                // The relay is first, so that a session that was cancelled before it begins still sends the answer to the login.
                 biased;
-                outcome = relay.run(rest_after) => match outcome {
-                    RelayEvent::Silent => return put_aside(relay, kept),
-                    RelayEvent::ServerClosed => kept.keep_client(&relay, &call).await,
-                    RelayEvent::Ended(end) => break SessionEnd::Ended(end),
+                event = relay.run(park_after) => match event {
+                    RelayEvent::Silent => return park(relay, state),
+                    RelayEvent::ServerClosed => state.delay_disconnect(&relay, &cancel_signal).await,
+                    RelayEvent::Ended(end) => break SessionEnd::Relay(end),
                 },
-                why = poll_fn(|context| call.poll(context)) => break SessionEnd::Told(why),
+                reason = poll_fn(|context| cancel_signal.poll(context)) => break SessionEnd::Cancelled(reason),
             }
         };
-        kept.record.relayed(over, relay.moved());
-        // Whatever the result, the sockets close when the relay drops.
-        let _ = timeout(FAREWELL, relay.close()).await;
-        // Ahead of the seat: who waits for it must find the server's connection closed.
+        state.record.relayed(end, relay.moved());
+        // If that fails or takes too long, the sockets close when the relay is dropped.
+        let _ = timeout(CLOSE_TIMEOUT, relay.close()).await;
+        // Before the registry entry: a login that waits for this session requires that the connection to the server is closed.
         drop(relay);
     }
 }
 
-fn put_aside(relay: Relay<TcpStream>, mut kept: Box<EstablishedState>) {
-    let poller = kept.poller.clone();
+fn park(relay: Relay<TcpStream>, mut state: Box<EstablishedState>) {
+    let poller = state.poller.clone();
     match relay.park() {
         Ok(relay) => {
-            // Only who is silent can be gone unnoticed; most sessions end before they are, and save the calls.
-            if let Some(time) = kept.record.settings().limits.keepalive.filter(|_| !kept.keepalive_set) {
-                kept.keepalive_set = true;
-                keep_alive(&relay.client.socket, time);
-                keep_alive(&relay.server.socket, time);
+            // Enable TCP keepalive when a session is first parked: an active session notices a dead peer anyway, and most
+            // sessions end before they are parked.
+            if let Some(time) = state.record.settings().limits.keepalive.filter(|_| !state.keepalive_set) {
+                state.keepalive_set = true;
+                set_keepalive(&relay.client.socket, time);
+                set_keepalive(&relay.server.socket, time);
             }
-            let call = kept.seat.cancel_signal().clone();
-            // From here on the poller is woken, not the task.
-            let _ = call.poll(&Context::from_waker(poller.waker()));
-            // One that does not get in stays as it is.
-            if let Err(quiet) = poller.park(Box::new(ParkedSession { relay, kept })) {
-                quiet.resume(None);
-            } else if call.reason().is_some() {
-                // Told on the way in, when the poller could not find it yet.
+            let cancel_signal = state.handle.cancel_signal().clone();
+            // From here on the signal wakes the poller instead of the task.
+            let _ = cancel_signal.poll(&Context::from_waker(poller.waker()));
+            if let Err(session) = poller.park(Box::new(ParkedSession { relay, state })) {
+                session.unpark(None);
+            } else if cancel_signal.reason().is_some() {
+                // Cancelled before the poller could find the session.
                 poller.waker().wake_by_ref();
             }
         }
-        Err(error) => kept.record.lost(&error),
+        Err(error) => state.record.lost(&error),
     }
 }
 
 impl ParkedSession {
-    fn resume(self, rest_after: Option<Duration>) {
-        let Self { relay, mut kept } = self;
-        match relay.unpark(kept.limits(), kept.record.byte_counters()) {
-            Ok(relay) => drop(tokio::spawn(Relayed { relay, kept }.run_until(rest_after))),
-            Err(error) => kept.record.lost(&error),
+    /// Continues the session in a task, which parks it again after `park_after`.
+    fn unpark(self, park_after: Option<Duration>) {
+        let Self { relay, mut state } = self;
+        match relay.unpark(state.limits(), state.record.byte_counters()) {
+            Ok(relay) => drop(tokio::spawn(RelayedSession { relay, state }.run_until_silent(park_after))),
+            Err(error) => state.record.lost(&error),
         }
     }
 }
@@ -167,50 +144,53 @@ impl Parked for ParkedSession {
     }
 
     fn deadline(&self) -> Option<time::Instant> {
-        self.relay.idle_deadline(&self.kept.limits())
+        self.relay.idle_deadline(&self.state.limits())
     }
 
     fn is_cancelled(&self) -> bool {
-        self.kept.seat.cancel_signal().reason().is_some()
+        self.state.handle.cancel_signal().reason().is_some()
     }
 
     fn unpark(self) {
-        self.resume(Some(REST_AFTER));
+        self.unpark(Some(PARK_AFTER));
     }
 }
 
 impl Session {
-    /// The end of the login: rustls lets go of the client's connection, and all that is kept is packed up.
-    pub(super) async fn relayed(
+    /// Step 7: takes the client's connection from rustls and reduces the session to what it needs after the login. The relay sends
+    /// the server's OK, and what the client has sent after the login.
+    pub(super) async fn establish(
         mut self,
         tag: &Tag,
         stream: Stream,
         mut to_server: Vec<u8>,
-        seated: Seated,
-        established: Established,
-    ) -> Option<Relayed> {
-        // A session that is logged in is not shed. A client that does not read is not waited for any longer than at a close.
+        accepted: AcceptedLogin,
+    ) -> Result<RelayedSession, SessionEnded> {
+        let AcceptedLogin { backend, server_permit, handle, established } = accepted;
+        // A session that has logged in is not shed. If the client does not read, the handover from rustls is given up as a close is.
         self.prelogin_ticket = None;
-        let leg = timeout(FAREWELL, stream.into_leg()).await;
-        let Ok(Ok((client, more))) = leg else { return self.gone(Reason::Disconnected) };
+        let leg = timeout(CLOSE_TIMEOUT, stream.into_leg()).await;
+        let Ok(Ok((client, more))) = leg else { return Err(self.ended(EndedBy::Client, Reason::Disconnected)) };
         to_server.extend(more);
         let mut to_client = established.to_client;
-        if seated.seat.cancel_signal().reason().is_some() {
-            // The login was cancelled before the client could be answered: it ends with the first look at the call.
+        if handle.cancel_signal().reason().is_some() {
+            // The login was cancelled before the client was answered. The relay ends when it sees the signal.
             (to_client, to_server) = (reply::exchange_cancelled(tag), Vec::new());
         }
-        self.record.open_on(seated.backend.id, seated.slot);
-        seated.seat.establish();
+        self.record.set_relaying(backend.id, server_permit);
+        handle.establish();
         self.record.log_login();
-        let kept = EstablishedState {
-            _counted: self.drain.count(),
+        let state = EstablishedState {
+            _drain_token: self.drain.count(),
             keepalive_set: false,
             poller: self.poller,
             record: self.record,
             permits: self.permits,
-            seat: seated.seat,
+            handle,
         };
-        Some(Relayed::new(client, established.leg, to_client, to_server, kept))
+        let buffered = Buffered { to_client, to_server };
+        let relay = Relay::new(client, established.leg, buffered, state.record.byte_counters(), state.limits());
+        Ok(RelayedSession { relay, state: Box::new(state) })
     }
 }
 
@@ -218,11 +198,11 @@ impl Session {
 mod tests {
     use super::*;
 
-    /// What a silent session keeps, beside its keys (`record_layer` holds their size), its place in the waiting poller, its
-    /// seat (`sessions`) and its names. One step more is memory of every session of every user: the allocator's steps are
-    /// 80, 96, … 384, 448 bytes.
+    /// A silent session consists of these, its keys (`record_layer` tests their size), a slot of the idle poller, the registry entry
+    /// (`session_registry` tests its size) and its names. The steps of the allocator are 80, 96, … 384, 448 bytes; a session of
+    /// every user takes one step more if a size grows beyond one.
     #[test]
-    fn a_silent_session_is_small() {
+    fn parked_session_is_small() {
         assert!(size_of::<ParkedSession>() <= 88, "{}", size_of::<ParkedSession>());
         assert!(size_of::<EstablishedState>() <= 384, "{}", size_of::<EstablishedState>());
     }

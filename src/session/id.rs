@@ -1,4 +1,4 @@
-//! Names for sessions: one word that finds a session in our log and in the server's.
+//! Session ids, which identify a session in the log of the proxy and in that of the server.
 
 use std::net::SocketAddr;
 use std::sync::LazyLock;
@@ -10,7 +10,7 @@ use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 
 const LENGTH: usize = 16;
 
-/// See [`new`].
+/// A session id: 16 characters.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(super) struct SessionId([u8; LENGTH]);
 
@@ -25,8 +25,8 @@ impl SessionId {
     }
 }
 
-/// A new id: 48 bits of time in microseconds, the client's port and a counter, in 16 characters. Distinct within the
-/// process, and over several machines as far as the same microsecond, port and count do not meet. Dovecot takes up to 64.
+/// A new id: 48 bits of time in microseconds, the client's port and a counter, in base64. It is unique within the process, and
+/// among several machines unless microsecond, port and counter are all equal. Dovecot accepts up to 64 characters.
 pub(super) fn new(peer: SocketAddr) -> SessionId {
     static COUNT: AtomicU32 = AtomicU32::new(0);
     static PROCESS: LazyLock<u32> = LazyLock::new(std::process::id);
@@ -38,7 +38,7 @@ pub(super) fn new(peer: SocketAddr) -> SessionId {
     bytes[6..8].copy_from_slice(&peer.port().to_be_bytes());
     bytes[8..].copy_from_slice(&count.to_be_bytes());
     let mut text = [b'A'; LENGTH];
-    // Twelve bytes are sixteen characters.
+    // Twelve bytes are 16 characters, so that this cannot fail.
     let _ = URL_SAFE_NO_PAD.encode_slice(bytes, &mut text);
     SessionId(text)
 }
@@ -50,7 +50,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn ids_are_distinct_and_short() {
+    fn ids_are_unique_and_short() {
         let peer = "192.0.2.1:4000".parse().unwrap();
         let ids: HashSet<SessionId> = (0..10_000).map(|_| new(peer)).collect();
         assert_eq!(ids.len(), 10_000);

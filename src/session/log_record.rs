@@ -1,14 +1,14 @@
-//! The record of a session: filled in as it proceeds, logged when the login succeeds ("logged in"), and once more, with how it
-//! ended, when it drops ("session ended"), whatever ended the session.
+//! The log record of a session. It is filled in while the session proceeds, written when the login succeeds ("logged in"), and
+//! written again with the reason of the end when it is dropped ("session ended"), so that every session has a record.
 //!
-//! Attempts and failures are counted here too, so that a metric and the record never tell different stories. No secret
-//! reaches this file: it is handed names and words.
+//! Login attempts and failures are counted here too, so that metrics and log records agree. No secrets are passed to this module.
 
 use std::net::{IpAddr, SocketAddr};
 use std::num::NonZeroU32;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use super::id::SessionId;
 use crate::backend::login::Established;
 use crate::backend::{Backend, DelayedDisconnect, ServerPermit, SessionPermit};
 use crate::config::BackendId;
@@ -16,17 +16,15 @@ use crate::failure::{Reason, Side};
 use crate::identity::{Mechanism, UserName};
 use crate::metrics::{GaugeGuard, LoginOutcome};
 use crate::relay::{ByteCounters, BytesMoved, RelayEnd};
-use crate::session::established::SessionEnd;
-use crate::session::id::SessionId;
 use crate::session_registry::CancelReason;
 use crate::snapshot::SessionSettings;
-use crate::stream::TlsFacts;
+use crate::stream::TlsInfo;
 
-/// Bytes of [`Record::detail`].
+/// Maximum length of the detail of a record, in bytes.
 const MAX_DETAIL: usize = 512;
 
-/// Logs a [`Record`]: the fields that "logged in" and "session ended" have in common, and the given ones before and after the
-/// times of the phases.
+/// Logs a [`Record`] with the fields that "logged in" and "session ended" share, and the given fields before and after the times of
+/// the phases.
 macro_rules! log_record {
     ($record:expr, $level:ident, $message:literal, { $($before_times:tt)* }, { $($after_times:tt)* }) => {
         tracing::$level!(
@@ -44,25 +42,25 @@ macro_rules! log_record {
             server = $record.server.as_deref(),
             address = $record.address.map(tracing::field::display),
             $($before_times)*
-            tls_ms = $record.times.tls.map(Took::milliseconds),
-            route_ms = $record.times.route.map(Took::milliseconds),
-            connect_ms = $record.times.connect.map(Took::milliseconds),
-            server_login_ms = $record.times.server_login.map(Took::milliseconds),
-            login_ms = $record.times.login.map(Took::milliseconds),
+            tls_ms = $record.times.tls.map(PhaseDuration::milliseconds),
+            route_ms = $record.times.route.map(PhaseDuration::milliseconds),
+            connect_ms = $record.times.connect.map(PhaseDuration::milliseconds),
+            server_login_ms = $record.times.server_login.map(PhaseDuration::milliseconds),
+            login_ms = $record.times.login.map(PhaseDuration::milliseconds),
             $($after_times)*
             $message
         )
     };
 }
 
-/// What is known of a session so far. It is most of what an idle session keeps, so it is packed: a test holds its size.
+/// The log record. It is most of the memory of an idle session; a test checks its size.
 pub(super) struct Record {
     settings: Arc<SessionSettings>,
     began: Instant,
     session: SessionId,
     client: Address,
     listener: Address,
-    tls: Option<TlsFacts>,
+    tls: Option<TlsInfo>,
     user: Option<UserName>,
     mechanism: Option<Mechanism>,
     route: Option<Arc<str>>,
@@ -74,20 +72,28 @@ pub(super) struct Record {
     failure: Option<Reason>,
     detail: Option<Box<str>>,
     ended_by: EndedBy,
-    is_check: bool,
+    is_balancer_check: bool,
     times: Times,
     moved: BytesMoved,
     relaying: Option<Relaying>,
 }
 
-/// Whose doing the end was.
+/// Which side ended the session.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum EndedBy {
     Client,
     Server,
     Proxy,
+    /// The proxy, because of `limits.idle`.
     Idle,
-    Drain,
+    /// The proxy, because the session was cancelled.
+    Cancelled,
+}
+
+/// How an established session ended.
+pub(super) enum SessionEnd {
+    Relay(RelayEnd),
+    Cancelled(CancelReason),
 }
 
 impl EndedBy {
@@ -97,12 +103,12 @@ impl EndedBy {
             Self::Server => "server",
             Self::Proxy => "proxy",
             Self::Idle => "idle",
-            Self::Drain => "drained",
+            Self::Cancelled => "drained",
         }
     }
 }
 
-/// An address in two thirds of a [`SocketAddr`]'s poller.
+/// A socket address in two thirds of the size of a [`SocketAddr`].
 #[derive(Debug, Clone, Copy)]
 struct Address {
     ip: IpAddr,
@@ -121,35 +127,35 @@ impl std::fmt::Display for Address {
     }
 }
 
-/// Gauges of a relayed session, and the backend it counts for.
+/// Gauges of an established session, and the backend it counts for.
 struct Relaying {
     backend: u16,
     _backend_sessions: GaugeGuard,
-    slot: SessionPermit,
+    server_session: SessionPermit,
 }
 
-/// How long each phase took.
+/// Durations of the phases.
 #[derive(Default)]
 struct Times {
-    tls: Option<Took>,
-    route: Option<Took>,
-    connect: Option<Took>,
-    server_login: Option<Took>,
-    login: Option<Took>,
+    tls: Option<PhaseDuration>,
+    route: Option<PhaseDuration>,
+    connect: Option<PhaseDuration>,
+    server_login: Option<PhaseDuration>,
+    login: Option<PhaseDuration>,
 }
 
-/// Microseconds, at least one, up to 71 minutes.
+/// A duration in microseconds: at least 1, at most 71 minutes.
 #[derive(Clone, Copy)]
-struct Took(NonZeroU32);
+struct PhaseDuration(NonZeroU32);
 
-impl From<Duration> for Took {
+impl From<Duration> for PhaseDuration {
     fn from(duration: Duration) -> Self {
         let micros = u32::try_from(duration.as_micros()).unwrap_or(u32::MAX);
         Self(NonZeroU32::new(micros).unwrap_or(NonZeroU32::MIN))
     }
 }
 
-impl Took {
+impl PhaseDuration {
     fn milliseconds(self) -> f64 {
         f64::from(self.0.get()) / 1000.0
     }
@@ -180,7 +186,7 @@ impl Record {
             failure: None,
             detail: None,
             ended_by: EndedBy::Client,
-            is_check: false,
+            is_balancer_check: false,
             times: Times::default(),
             moved: BytesMoved::default(),
             relaying: None,
@@ -196,44 +202,43 @@ impl Record {
         self.client.ip
     }
 
-    /// Of the last attempt: what it was made with, whose it was, and why it failed if not for the password.
+    /// Mechanism and user of the last attempt, and why it failed if not because of the password.
     pub(super) fn last_attempt(&self) -> (Option<Mechanism>, Option<&UserName>, Option<Reason>) {
         (self.mechanism, self.user.as_ref(), self.failure)
     }
 
-    /// Login commands so far, the one under way included.
+    /// Number of login commands, including the current one.
     pub(super) fn attempts(&self) -> u32 {
         self.attempts
     }
 
-    pub(super) fn tls(&self) -> Option<&TlsFacts> {
+    pub(super) fn tls(&self) -> Option<&TlsInfo> {
         self.tls.as_ref()
     }
 
-    /// A balancer has said whose connection it is, and how that client came to it.
-    pub(super) fn introduced(
+    /// Takes the addresses and TLS properties of the client from a PROXY header.
+    pub(super) fn set_proxied(
         &mut self,
         session: SessionId,
         client: SocketAddr,
         listener: SocketAddr,
-        tls: Option<TlsFacts>,
+        tls: Option<TlsInfo>,
     ) {
         (self.session, self.client, self.listener, self.tls) = (session, client.into(), listener.into(), tls);
     }
 
-    /// A balancer only looks whether we are alive, which it does all day: it may leave when it has seen enough, and its
-    /// record is for those who look for it.
-    pub(super) fn is_check(&mut self) {
-        self.is_check = true;
+    /// The connection is a health check of a balancer. Such connections are frequent: they may end at any time without a failure,
+    /// and their record is logged at level debug.
+    pub(super) fn set_balancer_check(&mut self) {
+        self.is_balancer_check = true;
     }
 
-    pub(super) fn encrypted(&mut self, took: Duration, facts: Option<TlsFacts>) {
-        self.times.tls = Some(took.into());
-        self.tls = facts;
+    pub(super) fn encrypted(&mut self, duration: Duration, info: Option<TlsInfo>) {
+        self.times.tls = Some(duration.into());
+        self.tls = info;
     }
 
-    /// A login command is complete. What an earlier one left is forgotten: the record tells of the last.
-    /// `None`: the credentials have no usable name.
+    /// A login command is complete. The record contains only the last one. `user` is `None` if the credentials are invalid.
     pub(super) fn attempt(&mut self, user: Option<&UserName>, mechanism: Mechanism) {
         self.attempts += 1;
         self.user = user.cloned();
@@ -242,25 +247,25 @@ impl Record {
         (self.outcome, self.times.route) = (None, None);
     }
 
-    pub(super) fn routed(&mut self, route: &Arc<str>, backend: Option<&Arc<str>>, took: Duration) {
+    pub(super) fn routed(&mut self, route: &Arc<str>, backend: Option<&Arc<str>>, duration: Duration) {
         self.route = Some(route.clone());
         self.backend = backend.cloned();
-        self.times.route = Some(took.into());
+        self.times.route = Some(duration.into());
     }
 
-    /// The attempt ended without an answer of a server.
+    /// The attempt ended without an answer of a server, for a reason that has not been counted yet.
     pub(super) fn attempt_failed(&mut self, reason: Reason, outcome: LoginOutcome, backend: Option<BackendId>) {
         self.settings.metrics.failure(reason);
         self.attempt_ended(reason, outcome, backend);
     }
 
-    /// The attempt ended for a reason that was counted already.
+    /// The attempt ended for a reason that has been counted.
     pub(super) fn attempt_ended(&mut self, reason: Reason, outcome: LoginOutcome, backend: Option<BackendId>) {
         self.failure = Some(reason);
         self.answered(outcome, backend);
     }
 
-    /// The route has checked the password, and it was wrong.
+    /// The route has checked the password and refused it.
     pub(super) fn denied(&mut self) {
         self.answered(LoginOutcome::Refused, None);
     }
@@ -270,23 +275,29 @@ impl Record {
         self.answered(LoginOutcome::Refused, Some(backend));
     }
 
-    pub(super) fn accepted(&mut self, backend: &Backend, server: &Arc<str>, established: &Established, took: Duration) {
-        // A referral may have led to another than the route named.
+    pub(super) fn accepted(
+        &mut self,
+        backend: &Backend,
+        server: &Arc<str>,
+        established: &Established,
+        duration: Duration,
+    ) {
+        // After a referral it may be another backend than the route named.
         self.backend = Some(backend.name.clone());
         self.server = Some(server.clone());
         self.address = Some(established.address.into());
         self.times.connect = Some(established.connect.into());
         self.times.server_login = Some(established.login.into());
-        self.times.login = Some(took.into());
+        self.times.login = Some(duration.into());
         self.answered(LoginOutcome::Accepted, Some(backend.id));
     }
 
-    /// The connection ended, or must end, before the attempt had an answer; `backend` is the one whose server was asked.
+    /// The connection ended before the attempt had an answer. `backend` is the one whose server was asked.
     pub(super) fn abandoned(&mut self, backend: Option<BackendId>) {
         self.answered(LoginOutcome::Abandoned, backend);
     }
 
-    /// Counts the attempt, once: a refused token stays refused, however the exchange ends after that.
+    /// Counts the attempt once. A refused token stays refused, however the exchange ends.
     fn answered(&mut self, outcome: LoginOutcome, backend: Option<BackendId>) {
         if self.outcome.is_some() && outcome != LoginOutcome::Accepted {
             return;
@@ -297,16 +308,16 @@ impl Record {
         }
     }
 
-    /// The session ends for this reason.
+    /// Counts and records the reason of the end of the session.
     pub(super) fn failed(&mut self, reason: Reason) {
-        if self.is_check && self.attempts == 0 && matches!(reason, Reason::Disconnected | Reason::Handshake) {
+        if self.is_balancer_check && self.attempts == 0 && matches!(reason, Reason::Disconnected | Reason::Handshake) {
             return;
         }
         self.settings.metrics.failure(reason);
         self.failure = Some(reason);
     }
 
-    /// A sentence for the operator.
+    /// Sets an explanation for the operator.
     pub(super) fn detail(&mut self, detail: String) {
         self.detail = Some(bounded(detail).into());
     }
@@ -315,59 +326,62 @@ impl Record {
         self.ended_by = side;
     }
 
-    /// The login is done: counts for the backend and the server until the record drops.
-    pub(super) fn open_on(&mut self, backend: BackendId, slot: ServerPermit) {
+    /// The login is complete: the session counts for the backend and the server until the record is dropped.
+    pub(super) fn set_relaying(&mut self, backend: BackendId, permit: ServerPermit) {
         self.relaying = Some(Relaying {
             backend: backend.0 as u16,
             _backend_sessions: self.settings.metrics.backend(backend.0).session_established(),
-            slot: slot.established(),
+            server_session: permit.established(),
         });
     }
 
-    /// Logs the successful login at once, because the final record may be days away, or lost with the process.
+    /// Logs the successful login at once, because the final record may be written days later, or never if the process is killed.
     pub(super) fn log_login(&self) {
         log_record!(self, info, "logged in", {}, {});
     }
 
-    /// Another configuration holds from now on.
-    pub(super) fn now_under(&mut self, settings: Arc<SessionSettings>) {
+    /// Uses the settings of a newer configuration.
+    pub(super) fn set_settings(&mut self, settings: Arc<SessionSettings>) {
         self.settings = settings;
     }
 
-    /// The settings at the session's last login.
+    /// The settings of the configuration that the last login used.
     pub(super) fn settings(&self) -> &SessionSettings {
         &self.settings
     }
 
-    /// Where bytes of the relay are counted: to the client, to the server.
     pub(super) fn byte_counters(&self) -> ByteCounters {
         let backend = self.relaying.as_ref().map_or(0, |relaying| relaying.backend);
         let (to_client, to_server) = self.settings.metrics.backend(backend.into()).byte_counters();
         ByteCounters { to_client, to_server }
     }
 
-    /// The server has closed without being asked: it counts the session no more. `None`: the client is not kept.
-    pub(super) fn cut_off(&mut self) -> Option<DelayedDisconnect> {
-        let over = self.settings.limits.max_disconnect_delay?;
-        let cut_off = self.relaying.as_mut()?.slot.closed_by_server(over)?;
-        if let Some(sessions) = cut_off.half_of {
+    /// The server has closed during silence, and the session does not count for it any more. Returns `None` if the client is
+    /// disconnected at once.
+    pub(super) fn server_closed(&mut self) -> Option<DelayedDisconnect> {
+        let max_delay = self.settings.limits.max_disconnect_delay?;
+        let disconnect = self.relaying.as_mut()?.server_session.closed_by_server(max_delay)?;
+        if let Some(sessions) = disconnect.half_of {
             let (backend, server) = (self.backend.as_deref(), self.server.as_deref());
             tracing::warn!(
                 backend,
                 server,
                 sessions,
-                "the server closes all sessions: their clients are closed one by one"
+                "the server closes all sessions; their clients are disconnected one after the other"
             );
         }
         self.failed(Reason::ServerGone);
-        Some(cut_off)
+        Some(disconnect)
     }
 
-    pub(super) fn relayed(&mut self, over: SessionEnd, moved: BytesMoved) {
+    pub(super) fn relayed(&mut self, end: SessionEnd, moved: BytesMoved) {
         self.moved = moved;
-        let end = match over {
-            SessionEnd::Ended(end) => end,
-            SessionEnd::Told(why) => return self.cancelled(why),
+        let end = match end {
+            SessionEnd::Relay(end) => end,
+            SessionEnd::Cancelled(reason) => {
+                self.ended_by = EndedBy::Cancelled;
+                return self.failed(failure_reason(reason));
+            }
         };
         self.ended_by = match end {
             RelayEnd::Client | RelayEnd::ClientStalled | RelayEnd::ClientTls(_) => EndedBy::Client,
@@ -390,13 +404,7 @@ impl Record {
         self.failed(reason);
     }
 
-    /// The session is cancelled.
-    pub(super) fn cancelled(&mut self, why: CancelReason) {
-        self.ended_by = EndedBy::Drain;
-        self.failed(reason(why));
-    }
-
-    /// The system would not let the session rest, or come back.
+    /// The session ended because it could not be parked or unparked.
     pub(super) fn lost(&mut self, error: &std::io::Error) {
         self.ended_by = EndedBy::Proxy;
         self.detail(error.to_string());
@@ -404,9 +412,9 @@ impl Record {
     }
 }
 
-/// The word for a session that was told to end.
-pub(super) fn reason(why: CancelReason) -> Reason {
-    match why {
+/// The reason of failure of a session that was cancelled.
+pub(super) fn failure_reason(reason: CancelReason) -> Reason {
+    match reason {
         CancelReason::Stopped => Reason::Drain,
         CancelReason::Kicked => Reason::Kicked,
         CancelReason::Moved | CancelReason::Replaced => Reason::Moved,
@@ -416,9 +424,9 @@ pub(super) fn reason(why: CancelReason) -> Reason {
 
 impl Drop for Record {
     fn drop(&mut self) {
-        let length = self.began.elapsed();
+        let duration = self.began.elapsed();
         if let Some(relaying) = &self.relaying {
-            self.settings.metrics.backend(relaying.backend.into()).session_ended(length);
+            self.settings.metrics.backend(relaying.backend.into()).session_ended(duration);
         }
         if std::thread::panicking() {
             self.failure = Some(Reason::Panic);
@@ -440,28 +448,29 @@ impl Drop for Record {
                         detail = self.detail.as_deref(),
                     },
                     {
-                        seconds = length.as_secs_f64(),
+                        seconds = duration.as_secs_f64(),
                         to_client = self.moved.to_client,
                         to_server = self.moved.to_server,
                     }
                 )
             };
         }
-        let is_answer =
+        // Directories that work as intended.
+        let is_decision =
             |reason| matches!(reason, Reason::UnknownUser | Reason::RouteRefused | Reason::RouteMaintenance);
         match self.failure.map(Reason::side) {
-            None if self.is_check && self.attempts == 0 => ended!(debug),
+            None if self.is_balancer_check && self.attempts == 0 => ended!(debug),
             None | Some(Side::Client | Side::Shutdown) => ended!(info),
-            // A limit of one user concerns that user.
+            // A limit of one user needs no action of the operator.
             Some(Side::Backend) if self.failure == Some(Reason::UserLimit) => ended!(info),
-            Some(Side::Directory) if self.failure.is_some_and(is_answer) => ended!(info),
+            Some(Side::Directory) if self.failure.is_some_and(is_decision) => ended!(info),
             Some(Side::Directory | Side::Backend) => ended!(warn),
             Some(Side::Internal) => ended!(error),
         }
     }
 }
 
-/// The text, or the beginning of one that is too long: directories and servers have a say in it, and a session keeps it.
+/// Truncates a text that is too long: it may come from a directory or a server, and is kept until the session ends.
 pub(super) fn bounded(mut text: String) -> String {
     if text.len() > MAX_DETAIL {
         text.truncate(text.floor_char_boundary(MAX_DETAIL - "…".len()));
@@ -475,14 +484,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_detail_of_the_record_is_bounded() {
-        assert_eq!(bounded("as it is".to_owned()), "as it is");
+    fn detail_is_bounded() {
+        assert_eq!(bounded("short".to_owned()), "short");
         assert_eq!(bounded("x".repeat(512)), "x".repeat(512));
         assert_eq!(bounded("\u{e4}".repeat(300)), format!("{}…", "\u{e4}".repeat(254)));
     }
 
     #[test]
-    fn a_record_is_small() {
+    fn record_is_small() {
         assert!(size_of::<Record>() <= 320, "{}", size_of::<Record>());
     }
 }

@@ -1,45 +1,46 @@
-//! A PROXY header on a listener without `proxy_protocol`: a mistake of the balancer's configuration or of ours, reported
-//! once in a while for each listener, however many connections it meets.
+//! Detects a PROXY header on a listener without `proxy_protocol`: the balancer or this proxy is misconfigured. The warning is
+//! rate-limited for each listener.
 
 use std::time::Instant;
 
-use super::{EndedBy, Session};
+use super::Session;
+use super::log_record::EndedBy;
 use crate::failure::Reason;
 use crate::protocol::proxy_protocol::{Detection, detect};
 
-/// rustls gives up after five bytes that are not TLS. The first five of a header are not TLS either.
-const TLS_DECIDES: usize = 5;
+/// Number of bytes after which rustls rejects input that is not TLS. The first five bytes of a PROXY header are not TLS.
+const TLS_HEADER: usize = 5;
 
-/// First bytes of a client that speaks in clear, as long as they may become a PROXY header.
+/// The first bytes of a client without TLS, while they may be the begin of a PROXY header.
 #[derive(Debug, Default)]
-pub(super) struct Opening(Option<Vec<u8>>);
+pub(super) struct FirstBytes(Option<Vec<u8>>);
 
-impl Opening {
-    /// Nothing was read yet.
+impl FirstBytes {
+    /// The state before the first read. The default state expects no header.
     pub(super) fn expected() -> Self {
         Self(Some(Vec::new()))
     }
 
-    /// Whether the connection begins with a PROXY header, now that `bytes` were read.
+    /// Whether the connection begins with a PROXY header, after `bytes` were read.
     pub(super) fn is_header(&mut self, bytes: &[u8]) -> bool {
-        let Some(opening) = &mut self.0 else { return false };
-        opening.extend_from_slice(&bytes[..bytes.len().min(16)]);
-        let beginning = detect(opening);
-        if beginning != Detection::Undecided {
+        let Some(first_bytes) = &mut self.0 else { return false };
+        first_bytes.extend_from_slice(&bytes[..bytes.len().min(16)]);
+        let detection = detect(first_bytes);
+        if detection != Detection::Undecided {
             self.0 = None;
         }
-        beginning == Detection::ProxyHeader
+        detection == Detection::ProxyHeader
     }
 }
 
-/// Whether what came instead of a ClientHello is a PROXY header.
+/// Whether the bytes that were received instead of a ClientHello are a PROXY header.
 pub(super) fn is_header_before_tls(first_bytes: &[u8]) -> bool {
-    first_bytes.len() >= TLS_DECIDES && detect(first_bytes) != Detection::Other
+    first_bytes.len() >= TLS_HEADER && detect(first_bytes) != Detection::Other
 }
 
 impl Session {
-    /// The session is over.
-    pub(super) fn unexpected_proxy_header(&mut self) {
+    /// Ends the session, with a warning.
+    pub(super) fn record_unexpected_proxy_header(&mut self) {
         if self.snapshot.proxy_header_warnings[self.listener].allows(Instant::now()) {
             tracing::warn!(
                 listener = %self.local,
@@ -58,21 +59,21 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_header_is_found_at_every_split_and_a_login_is_not_kept() {
+    fn header_is_found_at_every_split_and_a_login_is_not_stored() {
         let header = b"PROXY TCP4 192.0.2.1 192.0.2.2 4000 143\r\n";
         for cut in 0..header.len() {
-            let mut opening = Opening::expected();
-            assert!(opening.is_header(&header[..cut]) || opening.is_header(&header[cut..]), "cut at {cut}");
+            let mut first_bytes = FirstBytes::expected();
+            assert!(first_bytes.is_header(&header[..cut]) || first_bytes.is_header(&header[cut..]), "cut at {cut}");
         }
-        let mut opening = Opening::expected();
-        assert!(!opening.is_header(b"a LOGIN u secret\r\n"));
-        assert!(opening.0.is_none());
-        assert!(!opening.is_header(header), "only at the start of a connection");
-        assert!(!Opening::default().is_header(header));
+        let mut first_bytes = FirstBytes::expected();
+        assert!(!first_bytes.is_header(b"a LOGIN u secret\r\n"));
+        assert!(first_bytes.0.is_none());
+        assert!(!first_bytes.is_header(header), "a header is expected only at the begin of a connection");
+        assert!(!FirstBytes::default().is_header(header));
     }
 
     #[test]
-    fn what_comes_instead_of_tls() {
+    fn header_before_tls_is_distinguished_from_other_bytes() {
         assert!(is_header_before_tls(b"PROXY"));
         assert!(is_header_before_tls(b"PROXY TCP4 192.0.2.1"));
         assert!(is_header_before_tls(b"\r\n\r\n\0\r\nQUIT\n\x21\x11"));

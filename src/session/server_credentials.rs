@@ -1,4 +1,4 @@
-//! What a server is logged in with, from what the client sent and what the route answered.
+//! The credentials for a server, made from those of the client and the decision of the route.
 
 use crate::backend::Backend;
 use crate::identity::{Credentials, PasswordLogin, Proof, Secret, ServerLogin, UserName, UserNames};
@@ -6,7 +6,8 @@ use crate::protocol::imap::sasl;
 use crate::route::{Destination, IssuedCredentials};
 use crate::snapshot::Snapshot;
 
-/// `alice*admin` asks for alice's mailbox with admin's password, as PLAIN can say too.
+/// Splits a user name such as `alice*admin`, which requests the mailbox of alice with the password of admin, as PLAIN with an
+/// authorization identity does.
 pub(super) fn split_master(snapshot: &Snapshot, credentials: &mut Credentials) {
     if credentials.authzid.is_none()
         && matches!(credentials.proof, Proof::Password(_))
@@ -17,37 +18,37 @@ pub(super) fn split_master(snapshot: &Snapshot, credentials: &mut Credentials) {
     }
 }
 
-/// A token's message under the name the user has there, where that is another.
-pub(super) fn with_user(credentials: &Credentials, place: &Destination, names: &UserNames) -> Option<Secret> {
+/// The client's message with the name that the user has on the server, if that is another.
+pub(super) fn with_user(credentials: &Credentials, destination: &Destination, names: &UserNames) -> Option<Secret> {
     let Proof::Message { mechanism, first } = &credentials.proof else { return None };
-    let there = place.user.as_ref().unwrap_or(&names.server);
-    if there == &credentials.user { None } else { sasl::with_user(*mechanism, first, there) }
+    let user = destination.user.as_ref().unwrap_or(&names.server);
+    if user == &credentials.user { None } else { sasl::with_user(*mechanism, first, user) }
 }
 
-/// The credentials that the route hands out for this login. They would open the mailbox to any password if nothing had
-/// verified the client's. A verified client is verified under its own name: whether it may act for another user is the
-/// server's decision.
-fn handed_out<'a>(credentials: &Credentials, place: &'a Destination) -> Option<&'a IssuedCredentials> {
-    let is_verified = place.verification.is_confirmed() || matches!(credentials.proof, Proof::Certificate);
-    place.credentials.as_ref().filter(|_| is_verified && credentials.authzid.is_none())
+/// The credentials that the route issues for this login. They are used only if the client has been verified, because otherwise
+/// any password would open the mailbox. A client is verified under its own name only: whether it may act for another user is
+/// decided by the server.
+fn issued_credentials<'a>(credentials: &Credentials, destination: &'a Destination) -> Option<&'a IssuedCredentials> {
+    let is_verified = destination.verification.is_confirmed() || matches!(credentials.proof, Proof::Certificate);
+    destination.credentials.as_ref().filter(|_| is_verified && credentials.authzid.is_none())
 }
 
-/// Whether [`server_login`] uses another password than the client's.
-pub(super) fn has_own_login(credentials: &Credentials, place: &Destination) -> bool {
-    matches!(credentials.proof, Proof::Certificate) || handed_out(credentials, place).is_some()
+/// Whether [`server_login`] replaces the client's credentials.
+pub(super) fn uses_own_login(credentials: &Credentials, destination: &Destination) -> bool {
+    matches!(credentials.proof, Proof::Certificate) || issued_credentials(credentials, destination).is_some()
 }
 
-/// What the server is logged in with; `authcid` is the name for it of the user who logs in on behalf of another. `None`: there
-/// is no proof that the server would take.
+/// The credentials for the server, or `None` if the client has sent none that the server would accept. `authcid` is the name that
+/// the server knows of the user who logs in, if that is on behalf of another.
 pub(super) fn server_login<'a>(
     credentials: &'a Credentials,
-    place: &'a Destination,
+    destination: &'a Destination,
     names: &'a UserNames,
     authcid: &'a UserName,
     backend: &'a Backend,
-    renamed: Option<&'a Secret>,
+    with_other_user: Option<&'a Secret>,
 ) -> Option<ServerLogin<'a>> {
-    let mailbox = place.user.as_ref().unwrap_or(&names.server);
+    let mailbox = destination.user.as_ref().unwrap_or(&names.server);
     let on_behalf = |master: Option<&'a UserName>, password: &'a Secret| {
         ServerLogin::Password(PasswordLogin {
             user: master.unwrap_or(mailbox),
@@ -55,7 +56,7 @@ pub(super) fn server_login<'a>(
             password,
         })
     };
-    if let Some(login) = handed_out(credentials, place) {
+    if let Some(login) = issued_credentials(credentials, destination) {
         return Some(on_behalf(login.master.as_ref(), &login.password));
     }
     match &credentials.proof {
@@ -65,9 +66,9 @@ pub(super) fn server_login<'a>(
             password,
         })),
         Proof::Message { mechanism, first } => {
-            // SCRAM proves a password for one name: under another it would prove nothing.
-            let (first, user) = match (renamed, &place.user) {
-                (Some(renamed), _) => (renamed, mailbox),
+            // A SCRAM message is valid only for the name that it contains.
+            let (first, user) = match (with_other_user, &destination.user) {
+                (Some(first), _) => (first, mailbox),
                 (None, Some(user)) if *user != credentials.user => return None,
                 (None, _) => (first, &credentials.user),
             };

@@ -437,7 +437,7 @@ set record=imaps://localhost:{proxy.ports['tls']}/INBOX
         wait_for("the session", lambda: proxy.metric("vestibule_backend_sessions_total", backend="shard-b") == 1)
         proxy = self.proxy(server=first)
         self.assertRegex(self.connect(proxy).command("a", command)[-1], rb"^a NO \[UNAVAILABLE\]")
-        self.assertIn("which is no declared server", proxy.log())
+        self.assertIn("which is not a declared server", proxy.log())
         proxy = self.proxy(server=first, backend="referrals: relay")
         self.assertRegex(self.connect(proxy).command("a", command)[-1], rb"^a NO \[REFERRAL imap://")
 

@@ -55,6 +55,6 @@ class ConnectionLimit(unittest.TestCase):
         else:
             self.fail(proxy.log())
         log = proxy.stop()
-        self.assertIn("server could not take the login", log)
+        self.assertIn("server could not accept the login", log)
         self.assertIn("Maximum number of connections from user+IP exceeded", log)
         self.assertNotIn("login failed", log)
