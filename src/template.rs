@@ -1,11 +1,10 @@
-//! Texts with places for the user's name: `(mail=%{user})`, `user:%{local}:%{domain}`.
+//! Texts with variables for the user name: `(mail=%{user})`, `user:%{local}:%{domain}`.
 //!
-//! Every source escapes what is filled in by its own rules, or hands it over as a bound parameter; nothing is ever
-//! pasted in as it is. Read by `config`, filled by the sources of `route`.
+//! Each source escapes the values by its own rules or sends them as bound parameters. A value is never inserted unescaped.
 
 use std::fmt;
 
-/// A checked template.
+/// A text with variables, all of which are known.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Template(Vec<Piece>);
 
@@ -15,21 +14,21 @@ enum Piece {
     Variable(Variable),
 }
 
-/// What can be filled in.
+/// A part of the user name.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Variable {
-    /// The whole routing name.
+    /// The whole name.
     User,
-    /// What stands before the last `@`; the whole name where there is none.
+    /// The part before the last `@`; the whole name if there is none.
     Local,
-    /// What follows the last `@`; nothing where there is none.
+    /// The part after the last `@`; empty if there is none.
     Domain,
 }
 
 impl Variable {
     const ALL: [(&'static str, Self); 3] = [("user", Self::User), ("local", Self::Local), ("domain", Self::Domain)];
 
-    /// Its value for `user`.
+    /// The value for `user`.
     pub fn of(self, user: &str) -> &str {
         match (self, user.rsplit_once('@')) {
             (Self::User, _) | (Self::Local, None) => user,
@@ -40,21 +39,21 @@ impl Variable {
     }
 }
 
-/// `%{` without `}`, or with another name than those that can be filled in.
+/// A variable with an unknown name, or without the closing `}`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct UnknownVariable(String);
 
 impl fmt::Display for UnknownVariable {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "%{{{}}} is not known; known: %{{user}}, %{{local}}, %{{domain}}", self.0)
+        write!(f, "unknown variable %{{{}}}: expected %{{user}}, %{{local}} or %{{domain}}", self.0)
     }
 }
 
 impl Template {
-    /// Reads a template. `%` means something only before `{`.
+    /// Parses a template. `%` is an ordinary character unless `{` follows.
     ///
     /// # Errors
-    /// A variable that does not exist.
+    /// A variable is unknown.
     pub fn new(text: &str) -> Result<Self, UnknownVariable> {
         let mut pieces = Vec::new();
         let mut rest = text;
@@ -63,10 +62,10 @@ impl Template {
                 pieces.push(Piece::Text(before.to_owned()));
             }
             let unknown = |name: &str| UnknownVariable(name.chars().take(30).collect());
-            let (name, behind) = after.split_once('}').ok_or_else(|| unknown(after))?;
+            let (name, remainder) = after.split_once('}').ok_or_else(|| unknown(after))?;
             let known = Variable::ALL.into_iter().find(|(known, _)| *known == name);
             pieces.push(Piece::Variable(known.ok_or_else(|| unknown(name))?.1));
-            rest = behind;
+            rest = remainder;
         }
         if !rest.is_empty() {
             pieces.push(Piece::Text(rest.to_owned()));
@@ -74,7 +73,7 @@ impl Template {
         Ok(Self(pieces))
     }
 
-    /// The text for `user`, each value passed through `escape`.
+    /// The text for `user`, with values escaped by `escape`.
     pub fn fill<T: AsRef<str>>(&self, user: &str, escape: impl Fn(&str) -> T) -> String {
         let mut filled = String::new();
         for piece in &self.0 {
@@ -86,8 +85,8 @@ impl Template {
         filled
     }
 
-    /// The text with a placeholder for each variable (`placeholder` is told how many came before), and the variables in
-    /// their order.
+    /// The text with a placeholder for each variable, and the variables in order. The argument of `placeholder` is the number
+    /// of variables before it.
     pub fn bind(&self, placeholder: impl Fn(usize) -> String) -> (String, Vec<Variable>) {
         let mut text = String::new();
         let mut variables = Vec::new();
@@ -103,13 +102,13 @@ impl Template {
         (text, variables)
     }
 
-    /// Whether every variable is a part of a value: after an `=` that follows the last of `separators`, as in `(mail=%{user})`. In
-    /// other places, such as the name of an attribute, the rules for escaping values do not apply.
+    /// Whether every variable is part of a value: after an `=` that follows the last of `separators`, as in `(mail=%{user})`.
+    /// Elsewhere, such as in an attribute's name, the escaping rules for values do not apply.
     pub fn has_variables_in_values_only(&self, separators: &[char]) -> bool {
         let mut before = String::new();
         for piece in &self.0 {
             match piece {
-                // An escaped separator separates nothing.
+                // An escaped separator does not end a value.
                 Piece::Text(text) => before.push_str(&text.replace("\\,", "").replace("\\+", "")),
                 Piece::Variable(_) => {
                     let start = before.rfind(separators).map_or(0, |at| at + 1);
@@ -123,14 +122,9 @@ impl Template {
         true
     }
 
-    /// Whether it says the same for every user.
+    /// Whether the text is the same for every user.
     pub fn is_constant(&self) -> bool {
         !self.0.iter().any(|piece| matches!(piece, Piece::Variable(_)))
-    }
-
-    /// Whether a name without `@` leaves a gap in it.
-    pub fn needs_domain(&self) -> bool {
-        self.0.contains(&Piece::Variable(Variable::Domain))
     }
 }
 
@@ -139,7 +133,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn values_are_escaped_and_text_is_not() {
+    fn fill_escapes_values_and_not_the_text() {
         let template = Template::new("100% (mail=%{user}) %{local}/%{domain}").unwrap();
         let escaped = template.fill("a(b@c@d", |value| value.replace('(', "\\28"));
         assert_eq!(escaped, "100% (mail=a\\28b@c@d) a\\28b@c/d");
@@ -147,46 +141,46 @@ mod tests {
     }
 
     #[test]
-    fn what_is_filled_in_is_not_read_again() {
+    fn variables_in_values_are_not_expanded() {
         let template = Template::new("%{user}").unwrap();
         assert_eq!(template.fill("%{domain}@x", str::to_owned), "%{domain}@x");
     }
 
     #[test]
-    fn placeholders_count() {
+    fn bind_numbers_the_placeholders() {
         let template = Template::new("SELECT '%' WHERE u = %{local} AND d = %{domain}").unwrap();
         let (text, variables) = template.bind(|before| format!("${}", before + 1));
         assert_eq!(text, "SELECT '%' WHERE u = $1 AND d = $2");
         assert_eq!(variables, [Variable::Local, Variable::Domain]);
-        assert!(template.needs_domain() && !template.is_constant());
+        assert!(!template.is_constant());
         assert!(Template::new("plain").unwrap().is_constant());
     }
 
     #[test]
-    fn variables_outside_of_values_are_noticed() {
-        let is_good =
+    fn variables_outside_of_values_are_detected() {
+        let is_accepted =
             |text: &str, separators: &[char]| Template::new(text).unwrap().has_variables_in_values_only(separators);
         for filter in
             ["(&(a=b)(mail=%{user}))", "(mail=*%{local}.%{domain}*)", "(cn:dn:2.4.6:=%{user})", "(a=b)", "a=%{user}"]
         {
-            assert!(is_good(filter, &['(', ')']), "{filter}");
+            assert!(is_accepted(filter, &['(', ')']), "{filter}");
         }
         for filter in ["%{user}", "(%{user}=b)", "(&(a=b)%{user})", "(&(a=b)(%{local}:=x))"] {
-            assert!(!is_good(filter, &['(', ')']), "{filter}");
+            assert!(!is_accepted(filter, &['(', ')']), "{filter}");
         }
         for base in ["ou=%{domain},dc=x", "cn=a\\,%{local},dc=x", "cn=%{local}+uid=%{local}", "dc=x"] {
-            assert!(is_good(base, &[',', '+']), "{base}");
+            assert!(is_accepted(base, &[',', '+']), "{base}");
         }
         for base in ["%{user}", "ou=x,%{domain}", "cn=x+%{local},dc=x"] {
-            assert!(!is_good(base, &[',', '+']), "{base}");
+            assert!(!is_accepted(base, &[',', '+']), "{base}");
         }
     }
 
     #[test]
-    fn unknown_variables_are_named() {
+    fn unknown_variable_is_refused() {
         assert_eq!(
             Template::new("%{password}").unwrap_err().to_string(),
-            "%{password} is not known; known: %{user}, %{local}, %{domain}"
+            "unknown variable %{password}: expected %{user}, %{local} or %{domain}"
         );
         assert!(Template::new("%{user").is_err());
     }

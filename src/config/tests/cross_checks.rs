@@ -18,17 +18,17 @@ fn contradictory_settings_are_refused() {
         "YAML 1.1 would read false"
     );
     assert!(tls("false")[0].contains("got true or false"));
-    let need = problems(&edited("tls: none}", "tls: implicit}"));
+    let found = problems(&edited("tls: none}", "tls: implicit}"));
     assert_eq!(
-        need,
+        found,
         ["v.yaml:1:1: tls.certificates: at least one certificate is required, because a listener uses TLS"]
     );
-    let after = problems(&edited("[{default: a}]", "[{default: a}, {table: x}]"));
-    assert!(after[0].contains("routes[1]: is unreachable"), "{after:?}");
-    let twice = problems(&edited("tls: none}]", "tls: none}, {address: '127.0.0.1:1143', tls: none}]"));
+    let found = problems(&edited("[{default: a}]", "[{default: a}, {table: x}]"));
+    assert!(found[0].contains("routes[1]: is unreachable"), "{found:?}");
+    let found = problems(&edited("tls: none}]", "tls: none}, {address: '127.0.0.1:1143', tls: none}]"));
     assert!(
-        twice[0].contains("listeners[1].address: 127.0.0.1:1143 is already the address of another listener"),
-        "{twice:?}"
+        found[0].contains("listeners[1].address: 127.0.0.1:1143 is already the address of another listener"),
+        "{found:?}"
     );
 }
 
@@ -44,7 +44,7 @@ fn server_that_is_the_proxy_itself_is_refused() {
     assert!(loops("127.0.0.1:1143", "[::ffff:127.0.0.1]:1143"));
     assert!(!loops("127.0.0.1:1143", "127.0.0.1:1144"));
     assert!(!loops("[::]:1143", "192.0.2.1:1143"));
-    assert!(!loops("0.0.0.0:1143", "[::1]:1143"), "0.0.0.0 takes IPv4 only");
+    assert!(!loops("0.0.0.0:1143", "[::1]:1143"), "0.0.0.0 accepts IPv4 only");
     assert!(!loops("127.0.0.1:0", "127.0.0.1:143"));
 }
 
@@ -67,6 +67,6 @@ fn overlapping_addresses_are_refused() {
     {
         assert_eq!(found(&listeners, other), None, "{listeners:?}");
     }
-    assert!(found(&["[::]:9143"], other).expect("[::] takes IPv4 too").contains("admin.address: "));
-    assert_eq!(found(&["[::]:9143", "127.0.0.2:9143"], other), None, "[::] leaves IPv4 to the other");
+    assert!(found(&["[::]:9143"], other).expect("[::] accepts IPv4 too").contains("admin.address: "));
+    assert_eq!(found(&["[::]:9143", "127.0.0.2:9143"], other), None, "127.0.0.2:9143 accepts IPv4 instead of [::]");
 }

@@ -4,17 +4,17 @@ use super::*;
 
 #[test]
 fn unusable_paths_are_refused() {
-    // Another process beside `control` has its own socket at `control.7`.
-    for (key, wrong, found) in [
+    // The process 7 has the socket `control.7` beside `control`.
+    for (key, path, expected) in [
         ("admin: {control", "/run/vestibule/control.7", "admin.control: a name that ends in a number"),
         ("admin: {control", &*format!("/{}", "x".repeat(90)), "admin.control: the path is too long"),
         ("state_file", "/var/lib/..", "state_file: expected the path of a file"),
     ] {
-        let text = format!("{key}: {wrong}{}\n", if key.contains('{') { "}" } else { "" });
-        assert!(with(&text)[0].contains(found), "{:?}", with(&text));
+        let text = format!("{key}: {path}{}\n", if key.contains('{') { "}" } else { "" });
+        assert!(with(&text)[0].contains(expected), "{:?}", with(&text));
     }
-    let good = format!("{MINIMAL}admin: {{control: /run/vestibule.2/control}}\nstate_file: state.json\n");
-    parse(Path::new("v.yaml"), &good).unwrap();
+    let valid = format!("{MINIMAL}admin: {{control: /run/vestibule.2/control}}\nstate_file: state.json\n");
+    parse(Path::new("v.yaml"), &valid).unwrap();
 }
 
 #[test]
@@ -44,16 +44,16 @@ fn files_without_a_configuration_are_refused() {
 fn relative_paths_are_resolved_against_the_files_folder() {
     let text = edited("{default: a}", "{table: users.txt}");
     let config = parse(Path::new("/etc/vestibule/v.yaml"), &text).unwrap();
-    let Route::Table(table) = &config.routes[0] else { panic!("a table") };
+    let Route::Table(table) = &config.routes[0] else { panic!("the route is not a table") };
     assert_eq!(table.value, Path::new("/etc/vestibule/users.txt"));
     assert_eq!((table.location.line, table.location.key.as_str()), (3, "routes[0].table"));
 }
 
 #[test]
 fn unusual_yaml_is_handled() {
-    let limts = ["v.yaml:4:1: limts: unknown key; did you mean `limits`?"];
-    assert_eq!(problems(&format!("\u{feff}{MINIMAL}limts: {{}}\n")), limts, "a byte order mark");
-    assert_eq!(problems(&format!("{MINIMAL}limts: {{}}\n").replace('\n', "\r\n")), limts);
+    let expected = ["v.yaml:4:1: limts: unknown key; did you mean `limits`?"];
+    assert_eq!(problems(&format!("\u{feff}{MINIMAL}limts: {{}}\n")), expected, "a byte order mark");
+    assert_eq!(problems(&format!("{MINIMAL}limts: {{}}\n").replace('\n', "\r\n")), expected);
     assert_eq!(
         with("---\n"),
         ["v.yaml:4:1: a second YAML document begins here (---); a configuration file contains one document"]
@@ -61,7 +61,7 @@ fn unusual_yaml_is_handled() {
     assert_eq!(with("log:\n\tlevel: info\n").len(), 1);
     assert!(with("log:\n\tlevel: info\n")[0].ends_with("indent with spaces: YAML does not allow tabs there"));
     assert!(problems(&"[".repeat(100_000))[0].contains("maps and lists are nested too deeply"));
-    assert_eq!(with("\"a\\nb\": 1\n")[0].lines().count(), 1, "a problem is one line");
+    assert_eq!(with("\"a\\nb\": 1\n")[0].lines().count(), 1, "a problem must be one line");
     let dotted = edited("']}}", "']}, a.servers: {servers: ['192.0.2.1:143']}}");
-    assert_eq!(parse(Path::new("v.yaml"), &dotted).unwrap().backends.len(), 2, "a dot is part of a name");
+    assert_eq!(parse(Path::new("v.yaml"), &dotted).unwrap().backends.len(), 2, "a dot in a name is not a separator");
 }

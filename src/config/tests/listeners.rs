@@ -47,6 +47,19 @@ fn tls_settings_are_checked() {
 }
 
 #[test]
+fn alpn_requires_tls() {
+    assert_eq!(parse(Path::new("v.yaml"), MINIMAL).unwrap().listeners[0].alpn, AlpnPolicy::Strict);
+    let found = problems(&edited("tls: none", "tls: none, alpn: any"));
+    assert!(found[0].contains("alpn: has no effect with tls: none"), "{found:?}");
+}
+
+#[test]
+fn mechanisms_are_checked() {
+    let found = problems(&edited("tls: none", "tls: none, mechanisms: [plian, plain]"));
+    assert_eq!(found, ["v.yaml:1:65: listeners[0].mechanisms[0]: unknown mechanism \"plian\"; did you mean `plain`?"]);
+}
+
+#[test]
 fn proxy_protocol_networks_are_checked() {
     let listener = |setting: &str| edited("tls: none}", &format!("tls: none, proxy_protocol: {setting}}}"));
     let config = parse(Path::new("v.yaml"), &listener("{from: [10.0.0.0/8, '2001:db8::1']}")).unwrap();
