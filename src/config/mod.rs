@@ -107,8 +107,8 @@ pub fn parse(file: &Path, text: &str) -> Result<Config, Report> {
         Err(error) => return Err(syntax_error(file, text, &error).into()),
     };
     reader.reject_nulls("", &mut value);
-    let written: Option<FileSection> = Section::new(&mut reader, "").read(value);
-    let config = written.map(|written| written.check(&mut reader, file));
+    let raw: Option<FileSection> = Section::new(&mut reader, "").read(value);
+    let config = raw.map(|raw| raw.check(&mut reader, file));
     reader.finish(config)
 }
 

@@ -157,9 +157,9 @@ fn check_networks(section: &mut Section<'_>, limits: &LimitsSection) -> Vec<(Net
     let mut networks: Vec<(Network, u32)> = Vec::new();
     for (index, item) in limits.networks.iter().enumerate() {
         let mut section = section.child(&format!("networks[{index}]"));
-        let Some(written) = section.read::<NetworkSection>(item.clone()) else { continue };
-        let sessions = section.number("sessions", Some(written.sessions), 1, 1..=10_000_000);
-        let Some(network) = section.network("network", &written.network) else { continue };
+        let Some(raw) = section.read::<NetworkSection>(item.clone()) else { continue };
+        let sessions = section.number("sessions", Some(raw.sessions), 1, 1..=10_000_000);
+        let Some(network) = section.network("network", &raw.network) else { continue };
         if networks.iter().any(|(other, _)| *other == network) {
             section.problem("network", "duplicate network");
         }
@@ -168,8 +168,8 @@ fn check_networks(section: &mut Section<'_>, limits: &LimitsSection) -> Vec<(Net
     networks
 }
 
-fn check_count(section: &mut Section<'_>, name: &str, written: Option<OrOff<Count>>) -> Option<u32> {
-    let Some(OrOff::On(Count(number))) = written else { return None };
+fn check_count(section: &mut Section<'_>, name: &str, raw: Option<OrOff<Count>>) -> Option<u32> {
+    let Some(OrOff::On(Count(number))) = raw else { return None };
     let count = u32::try_from(number).ok().filter(|number| (1..=10_000_000).contains(number));
     if count.is_none() {
         section.problem(name, "expected off or a number from 1 to 10000000");
@@ -177,8 +177,8 @@ fn check_count(section: &mut Section<'_>, name: &str, written: Option<OrOff<Coun
     count
 }
 
-fn check_rate(section: &mut Section<'_>, name: &str, written: Option<OrOff<RateText>>) -> Option<Rate> {
-    let Some(OrOff::On(RateText { events, per })) = written else { return None };
+fn check_rate(section: &mut Section<'_>, name: &str, raw: Option<OrOff<RateText>>) -> Option<Rate> {
+    let Some(OrOff::On(RateText { events, per })) = raw else { return None };
     if !(1..=1_000_000).contains(&events) || !seconds(1, 24 * 3600).contains(&per) {
         section.problem(name, "expected off, or 1 to 1000000 events in 1s to 1day, like 60/1m");
         return None;

@@ -59,8 +59,8 @@ impl ClientCertificatesSection {
         let mut may_act_for = Vec::new();
         for (index, item) in self.may_act_for.into_iter().enumerate() {
             let mut section = section.child(&format!("may_act_for[{index}]"));
-            let Some(written) = section.read::<DelegationSection>(item) else { continue };
-            may_act_for.extend(written.check(&mut section));
+            let Some(raw) = section.read::<DelegationSection>(item) else { continue };
+            may_act_for.extend(raw.check(&mut section));
         }
         ClientCertificates { ca: section.file("ca", &self.ca), required: self.required, user: self.user, may_act_for }
     }

@@ -85,8 +85,8 @@ pub(super) fn check(mut section: Section<'_>, items: Vec<Value>) -> Vec<Listener
     let mut listeners = Vec::new();
     for (index, item) in items.into_iter().enumerate() {
         let mut section = section.child(&format!("[{index}]"));
-        let Some(written) = section.read::<ListenerSection>(item) else { continue };
-        listeners.extend(written.check(&mut section));
+        let Some(raw) = section.read::<ListenerSection>(item) else { continue };
+        listeners.extend(raw.check(&mut section));
     }
     listeners
 }

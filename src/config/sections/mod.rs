@@ -1,6 +1,6 @@
 //! The sections of the configuration file, one file for each: what is written, what it becomes, its defaults and its rules.
 //!
-//! Lists of maps are first read as plain YAML and then item by item, so that a mistake in one item does not hide those in
+//! Lists of maps are first read as plain YAML and then item by item, so that an error in one item does not hide those in
 //! the next.
 
 mod access;

@@ -22,8 +22,8 @@ pub(super) fn check(mut section: Section<'_>, items: Vec<Value>) -> Vec<TokenIss
     let mut issuers: Vec<TokenIssuer> = Vec::new();
     for (index, item) in items.into_iter().enumerate() {
         let mut section = section.child(&format!("[{index}]"));
-        let Some(written) = section.read::<IssuerSection>(item) else { continue };
-        let issuer = written.check(&mut section);
+        let Some(raw) = section.read::<IssuerSection>(item) else { continue };
+        let issuer = raw.check(&mut section);
         if issuers.iter().any(|other| other.issuer == issuer.issuer) {
             section.problem("issuer", format!("duplicate issuer {:?}", issuer.issuer));
         }

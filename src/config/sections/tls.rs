@@ -95,11 +95,11 @@ impl TlsSection {
         let mut certificates = Vec::new();
         for (index, item) in self.certificates.into_iter().enumerate() {
             let mut section = section.child(&format!("certificates[{index}]"));
-            if let Some(written) = section.read::<CertificateSection>(item) {
+            if let Some(raw) = section.read::<CertificateSection>(item) {
                 certificates.push(Certificate {
-                    cert: section.file("cert", &written.cert),
-                    key: section.file("key", &written.key),
-                    ocsp: section.optional_file("ocsp", written.ocsp.as_deref()),
+                    cert: section.file("cert", &raw.cert),
+                    key: section.file("key", &raw.key),
+                    ocsp: section.optional_file("ocsp", raw.ocsp.as_deref()),
                 });
             }
         }

@@ -11,15 +11,15 @@ fn tls_settings_are_checked() {
             MINIMAL.split_once('\n').unwrap().1
         )
     };
-    for (written, tls_min, sni) in [
+    for (settings, tls_min, sni) in [
         ("", TlsVersion::Tls12, SniPolicy::Any),
         ("tls_min: '1.3', sni: strict", TlsVersion::Tls13, SniPolicy::Strict),
         ("tls_min: 1.3, sni: any", TlsVersion::Tls13, SniPolicy::Any),
         ("tls_min: 1.2", TlsVersion::Tls12, SniPolicy::Any),
     ] {
-        let config = parse(Path::new("v.yaml"), &listeners(written, "")).unwrap();
+        let config = parse(Path::new("v.yaml"), &listeners(settings, "")).unwrap();
         let listener = &config.listeners[0];
-        assert_eq!((listener.tls_min, listener.sni), (tls_min, sni), "{written}");
+        assert_eq!((listener.tls_min, listener.sni), (tls_min, sni), "{settings}");
     }
     assert_eq!(
         problems(&listeners("tls_min: '1.1', sni: strickt", "ticket_keys: [a, b, a]")),

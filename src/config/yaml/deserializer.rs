@@ -11,7 +11,7 @@ use crate::config::error::alternatives;
 
 /// Why a value cannot be deserialized.
 #[derive(Debug)]
-pub(super) enum Mistake {
+pub(super) enum ValueError {
     UnknownKey { key: String, known: &'static [&'static str] },
     MissingKey(&'static str),
     UnknownWord { word: String, known: &'static [&'static str] },
@@ -20,7 +20,7 @@ pub(super) enum Mistake {
     Other,
 }
 
-impl fmt::Display for Mistake {
+impl fmt::Display for ValueError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::UnknownKey { .. } => f.write_str("unknown key"),
@@ -33,9 +33,9 @@ impl fmt::Display for Mistake {
     }
 }
 
-impl std::error::Error for Mistake {}
+impl std::error::Error for ValueError {}
 
-impl de::Error for Mistake {
+impl de::Error for ValueError {
     /// Drops the message, because it may contain the value.
     fn custom<T: fmt::Display>(_message: T) -> Self {
         Self::Other
@@ -92,9 +92,9 @@ fn in_words(expected: &dyn Expected) -> String {
 pub(super) struct ValueDeserializer(pub(super) Value);
 
 impl<'de> Deserializer<'de> for ValueDeserializer {
-    type Error = Mistake;
+    type Error = ValueError;
 
-    fn deserialize_any<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, Mistake> {
+    fn deserialize_any<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, ValueError> {
         match self.0 {
             Value::Null => visitor.visit_unit(),
             Value::Bool(value) => visitor.visit_bool(value),
@@ -118,11 +118,11 @@ impl<'de> Deserializer<'de> for ValueDeserializer {
         }
     }
 
-    fn deserialize_option<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, Mistake> {
+    fn deserialize_option<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, ValueError> {
         if self.0.is_null() { visitor.visit_none() } else { visitor.visit_some(self) }
     }
 
-    fn deserialize_newtype_struct<V: Visitor<'de>>(self, _: &'static str, visitor: V) -> Result<V::Value, Mistake> {
+    fn deserialize_newtype_struct<V: Visitor<'de>>(self, _: &'static str, visitor: V) -> Result<V::Value, ValueError> {
         visitor.visit_newtype_struct(self)
     }
 
@@ -131,21 +131,21 @@ impl<'de> Deserializer<'de> for ValueDeserializer {
         _: &'static str,
         words: &'static [&'static str],
         visitor: V,
-    ) -> Result<V::Value, Mistake> {
+    ) -> Result<V::Value, ValueError> {
         match self.0 {
             Value::String(word) => visitor.visit_enum(word.into_deserializer()),
-            other => Self(other).deserialize_any(NoWord(words)).and(Err(Mistake::Other)),
+            other => Self(other).deserialize_any(NoWord(words)).and(Err(ValueError::Other)),
         }
     }
 
     /// Only a top-level section has no value here: `Reader::reject_nulls` has removed the others.
-    fn deserialize_seq<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, Mistake> {
+    fn deserialize_seq<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, ValueError> {
         let value = if self.0.is_null() { Value::Sequence(Vec::new()) } else { self.0 };
         Self(value).deserialize_any(visitor)
     }
 
     /// As for lists.
-    fn deserialize_map<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, Mistake> {
+    fn deserialize_map<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, ValueError> {
         let value = if self.0.is_null() { Value::Mapping(Mapping::new()) } else { self.0 };
         Self(value).deserialize_any(visitor)
     }
@@ -156,7 +156,7 @@ impl<'de> Deserializer<'de> for ValueDeserializer {
         _: &'static str,
         _: &'static [&'static str],
         visitor: V,
-    ) -> Result<V::Value, Mistake> {
+    ) -> Result<V::Value, ValueError> {
         if self.0.is_sequence() {
             return Err(de::Error::invalid_type(Unexpected::Seq, &visitor));
         }
@@ -169,7 +169,7 @@ impl<'de> Deserializer<'de> for ValueDeserializer {
     }
 }
 
-impl IntoDeserializer<'_, Mistake> for ValueDeserializer {
+impl IntoDeserializer<'_, ValueError> for ValueDeserializer {
     type Deserializer = Self;
 
     fn into_deserializer(self) -> Self {

@@ -1,7 +1,7 @@
 //! Collects the problems of one configuration file.
 //!
-//! A map with a mistake is read again without the faulty key, until it can be read or nothing more can be removed, so that
-//! one mistake does not hide the next.
+//! A map with an error is read again without the faulty key, until it can be read or nothing more can be removed, so that
+//! one error does not hide the next.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -10,12 +10,12 @@ use serde::de::DeserializeOwned;
 use serde_path_to_error::Segment;
 use serde_yaml::Value;
 
-use super::deserializer::{Mistake, ValueDeserializer};
+use super::deserializer::{ValueDeserializer, ValueError};
 use super::positions::{Duplicate, Position, Positions, join};
 use crate::config::error::{Help, Location, Problem, Report};
 
-/// Maximum number of mistakes reported for one map.
-const MAX_MISTAKES: usize = 50;
+/// Maximum number of errors reported for one map.
+const MAX_ERRORS_PER_MAP: usize = 50;
 
 /// Maximum number of problems reported for one file.
 const MAX_PROBLEMS: usize = 200;
@@ -130,26 +130,26 @@ impl Reader {
         }
     }
 
-    /// Reads the value of `key` as a `T`, and reports all mistakes. Returns `None` if it cannot be read even without the
+    /// Reads the value of `key` as a `T`, and reports all errors. Returns `None` if it cannot be read even without the
     /// faulty keys.
     pub(super) fn read<T: DeserializeOwned>(&mut self, key: &str, mut value: Value) -> Option<T> {
-        for _ in 0..MAX_MISTAKES {
+        for _ in 0..MAX_ERRORS_PER_MAP {
             let error = match serde_path_to_error::deserialize::<_, T>(ValueDeserializer(value.clone())) {
                 Ok(read) => return Some(read),
                 Err(error) => error,
             };
             let mut steps: Vec<Segment> = error.path().iter().cloned().collect();
             steps.retain(|step| !matches!(step, Segment::Unknown | Segment::Enum { .. }));
-            let mistake = error.into_inner();
-            match &mistake {
-                Mistake::MissingKey(name) if self.explains_missing(&path(key, &steps), name) => return None,
-                Mistake::UnknownKey { key: unknown, .. } if !matches!(steps.last(), Some(Segment::Map { key }) if key == unknown) =>
+            let error = error.into_inner();
+            match &error {
+                ValueError::MissingKey(name) if self.explains_missing(&path(key, &steps), name) => return None,
+                ValueError::UnknownKey { key: unknown, .. } if !matches!(steps.last(), Some(Segment::Map { key }) if key == unknown) =>
                 {
                     steps.push(Segment::Map { key: unknown.clone() });
                 }
                 _ => {}
             }
-            self.report(&path(key, &steps), mistake.to_string(), help(&mistake));
+            self.report(&path(key, &steps), error.to_string(), help(&error));
             remove(&mut value, &steps)?;
         }
         None
@@ -171,7 +171,7 @@ impl Reader {
     }
 
     fn add(&mut self, problem: Problem) {
-        // A mistake in an anchor is found again at each of its aliases.
+        // A problem in an anchor is found again at each of its aliases.
         if self.problems.contains(&problem) {
             return;
         }
@@ -200,14 +200,16 @@ pub(in crate::config) fn syntax_error(file: &Path, text: &str, error: &serde_yam
     Problem { location, message: format!("invalid YAML: {message}"), help }
 }
 
-fn help(mistake: &Mistake) -> Option<Help> {
-    match mistake {
-        Mistake::UnknownKey { key, known } => Some(Help::suggest(key, known)),
+fn help(error: &ValueError) -> Option<Help> {
+    match error {
+        ValueError::UnknownKey { key, known } => Some(Help::suggest(key, known)),
         // The message lists the known words, so that only a near one helps.
-        Mistake::UnknownWord { word, known } => {
+        ValueError::UnknownWord { word, known } => {
             Some(Help::suggest(word, known)).filter(|help| matches!(help, Help::DidYouMean(_)))
         }
-        Mistake::MissingKey(_) | Mistake::WrongType { .. } | Mistake::WrongForm { .. } | Mistake::Other => None,
+        ValueError::MissingKey(_) | ValueError::WrongType { .. } | ValueError::WrongForm { .. } | ValueError::Other => {
+            None
+        }
     }
 }
 

@@ -149,8 +149,8 @@ impl Balance {
         self == Self::UserHash
     }
 
-    pub(super) fn check(section: &mut Section<'_>, written: Option<WordOrMap<BalanceKind, BalanceSection>>) -> Self {
-        let (kind, factor) = match written {
+    pub(super) fn validate(section: &mut Section<'_>, raw: Option<WordOrMap<BalanceKind, BalanceSection>>) -> Self {
+        let (kind, factor) = match raw {
             None => (BalanceKind::default(), None),
             Some(WordOrMap::Word(kind)) => (kind, None),
             Some(WordOrMap::Map(map)) => (map.kind, map.factor),
@@ -197,12 +197,12 @@ impl Default for Check {
 
 impl Check {
     /// Returns `None` if checks are off. `mode` is how TLS starts towards the servers.
-    pub(super) fn check(
+    pub(super) fn validate(
         section: &mut Section<'_>,
         mode: TlsMode,
-        written: Option<WordOrMap<CheckWord, CheckSection>>,
+        raw: Option<WordOrMap<CheckWord, CheckSection>>,
     ) -> Option<Self> {
-        let written = match written {
+        let raw = match raw {
             Some(WordOrMap::Word(CheckWord::Off)) => return None,
             Some(WordOrMap::Word(kind)) => CheckSection { kind, ..CheckSection::default() },
             Some(WordOrMap::Map(map)) => map,
@@ -210,11 +210,11 @@ impl Check {
         };
         let default = Self::default();
         Some(Self {
-            interval: section.duration("interval", written.interval, default.interval, seconds(0, 86_400)),
-            timeout: section.duration("timeout", written.timeout, default.timeout, seconds(0, 300)),
-            rise: section.number("rise", written.rise, default.rise, 1..=1000),
-            fall: section.number("fall", written.fall, default.fall, 1..=1000),
-            kind: CheckKind::check(section, mode, written)?,
+            interval: section.duration("interval", raw.interval, default.interval, seconds(0, 86_400)),
+            timeout: section.duration("timeout", raw.timeout, default.timeout, seconds(0, 300)),
+            rise: section.number("rise", raw.rise, default.rise, 1..=1000),
+            fall: section.number("fall", raw.fall, default.fall, 1..=1000),
+            kind: CheckKind::validate(section, mode, raw)?,
         })
     }
 }
@@ -249,11 +249,9 @@ impl CheckKind {
     }
 
     /// Returns `None` if the account is missing or invalid.
-    fn check(section: &mut Section<'_>, mode: TlsMode, written: CheckSection) -> Option<Self> {
-        let is_login = written.kind == CheckWord::Login;
-        for (name, is_set) in
-            [("account", written.account.is_some()), ("password_file", written.password_file.is_some())]
-        {
+    fn validate(section: &mut Section<'_>, mode: TlsMode, raw: CheckSection) -> Option<Self> {
+        let is_login = raw.kind == CheckWord::Login;
+        for (name, is_set) in [("account", raw.account.is_some()), ("password_file", raw.password_file.is_some())] {
             match (is_login, is_set) {
                 (true, false) if !section.has_problem_below(name) => {
                     section.problem("", format!("kind: login requires the key `{name}`"));
@@ -262,7 +260,7 @@ impl CheckKind {
                 _ => {}
             }
         }
-        match written.kind {
+        match raw.kind {
             CheckWord::Off => {
                 section.problem("kind", "expected tcp, tls, imap or login; to disable checks, write check: off");
                 None
@@ -276,8 +274,8 @@ impl CheckKind {
             }
             CheckWord::Imap => Some(Self::Imap),
             CheckWord::Login => {
-                let password = section.file("password_file", &written.password_file?);
-                match UserName::new(written.account?.as_bytes()) {
+                let password = section.file("password_file", &raw.password_file?);
+                match UserName::new(raw.account?.as_bytes()) {
                     Ok(account) => Some(Self::Login { account, password }),
                     Err(error) => {
                         section.problem("account", error.to_string());
@@ -324,10 +322,10 @@ impl BreakerSection {
 pub(super) fn check_slow_start(
     section: &mut Section<'_>,
     balance: Balance,
-    written: Option<OrOff<DurationText>>,
+    raw: Option<OrOff<DurationText>>,
 ) -> Option<Duration> {
     let slow_start =
-        section.duration_or_off("slow_start", written, BalancingConfig::default().slow_start, seconds(1, 3600));
+        section.duration_or_off("slow_start", raw, BalancingConfig::default().slow_start, seconds(1, 3600));
     if slow_start.is_some() && balance == Balance::UserHash {
         section.problem("slow_start", "has no effect with balance: user-hash, which serves a user from one server");
     }

@@ -181,37 +181,37 @@ fn check_backend(section: &mut Section<'_>, name: String, value: Value) -> Optio
             format!("a backend's name must be 1 to {MAX_NAME} printable ASCII characters, without space and #");
         section.problem("", message);
     }
-    let written: BackendSection = section.read(value)?;
-    let tls = UpstreamTlsConfig::check(&mut section.child("tls"), written.tls);
-    if written.client_info == ClientInfo::None {
+    let raw: BackendSection = section.read(value)?;
+    let tls = UpstreamTlsConfig::validate(&mut section.child("tls"), raw.tls);
+    if raw.client_info == ClientInfo::None {
         section.warning("client_info", CLIENT_INFO_NONE);
     }
-    check_forward(section, written.client_info, &written.forward);
+    check_forward(section, raw.client_info, &raw.forward);
     let login_rules = LoginRules {
-        login_with: written.login_with,
-        unavailable_texts: login_rules::check_texts(section, "unavailable_texts", written.unavailable_texts),
-        limit_texts: login_rules::check_texts(section, "limit_texts", written.limit_texts),
-        empty_password: written.empty_password,
+        login_with: raw.login_with,
+        unavailable_texts: login_rules::check_texts(section, "unavailable_texts", raw.unavailable_texts),
+        limit_texts: login_rules::check_texts(section, "limit_texts", raw.limit_texts),
+        empty_password: raw.empty_password,
     };
-    let balance = Balance::check(&mut section.child("balance"), written.balance);
+    let balance = Balance::validate(&mut section.child("balance"), raw.balance);
     let balancing = BalancingConfig {
         balance,
-        check: Check::check(&mut section.child("check"), tls.mode, written.check),
-        slow_start: balancing::check_slow_start(section, balance, written.slow_start),
-        failures: written.breaker.check(&mut section.child("breaker")),
-        queue: written.queue.check(&mut section.child("queue")),
+        check: Check::validate(&mut section.child("check"), tls.mode, raw.check),
+        slow_start: balancing::check_slow_start(section, balance, raw.slow_start),
+        failures: raw.breaker.check(&mut section.child("breaker")),
+        queue: raw.queue.check(&mut section.child("queue")),
     };
     Some(Backend {
-        servers: server::check_servers(section, written.servers, written.max_sessions),
+        servers: server::check_servers(section, raw.servers, raw.max_sessions),
         name,
-        source_addresses: check_source_addresses(section, &written.source_addresses),
+        source_addresses: check_source_addresses(section, &raw.source_addresses),
         tls,
-        client_info: written.client_info,
-        authzid: written.authzid,
-        login: written.login.and_then(|login| login.check(&mut section.child("login"))),
-        referrals: written.referrals,
+        client_info: raw.client_info,
+        authzid: raw.authzid,
+        login: raw.login.and_then(|login| login.check(&mut section.child("login"))),
+        referrals: raw.referrals,
         login_rules,
-        forward: written.forward,
+        forward: raw.forward,
         balancing,
         location: section.location(""),
     })

@@ -112,21 +112,21 @@ fn check_max_sessions(section: &mut Section<'_>, value: Option<i64>) -> Option<u
 }
 
 fn check_server(section: &mut Section<'_>, item: Value, default_sessions: Option<u32>) -> Option<Server> {
-    let written = match section.read::<WordOrMap<String, ServerSection>>(item)? {
+    let raw = match section.read::<WordOrMap<String, ServerSection>>(item)? {
         WordOrMap::Word(address) => ServerSection { address: Some(address), ..ServerSection::default() },
         WordOrMap::Map(map) => map,
     };
     let location = section.location("");
-    let max_sessions = check_max_sessions(section, written.max_sessions).or(default_sessions);
-    let state = written.state;
-    match (written.address, written.srv) {
+    let max_sessions = check_max_sessions(section, raw.max_sessions).or(default_sessions);
+    let state = raw.state;
+    match (raw.address, raw.srv) {
         (Some(name), None) => {
-            let weight = section.number("weight", written.weight, 1, 1..=1000);
+            let weight = section.number("weight", raw.weight, 1, 1..=1000);
             let (host, port) = check_address(section, &name)?;
             Some(Server::Address { name, host, port, weight, max_sessions, state, location })
         }
         (None, Some(name)) => {
-            if written.weight.is_some() {
+            if raw.weight.is_some() {
                 section.problem("weight", "cannot be set with srv: the SRV record contains the weights");
             }
             let name = name.trim_end_matches('.').to_ascii_lowercase();

@@ -51,34 +51,34 @@ pub enum Trust {
 }
 
 impl UpstreamTlsConfig {
-    pub(super) fn check(section: &mut Section<'_>, written: Option<WordOrMap<TlsMode, UpstreamTlsSection>>) -> Self {
-        let written = match written {
+    pub(super) fn validate(section: &mut Section<'_>, raw: Option<WordOrMap<TlsMode, UpstreamTlsSection>>) -> Self {
+        let raw = match raw {
             Some(WordOrMap::Map(map)) => map,
             Some(WordOrMap::Word(mode)) => UpstreamTlsSection::with_mode(mode),
             None => UpstreamTlsSection::with_mode(TlsMode::default()),
         };
-        let is_insecure = written.insecure.unwrap_or(false);
-        let trusts = [("ca", written.ca.is_some()), ("pin", written.pin.is_some()), ("insecure", is_insecure)];
+        let is_insecure = raw.insecure.unwrap_or(false);
+        let trusts = [("ca", raw.ca.is_some()), ("pin", raw.pin.is_some()), ("insecure", is_insecure)];
         let trusts: Vec<&str> = trusts.into_iter().filter_map(|(name, is_set)| is_set.then_some(name)).collect();
         if trusts.len() > 1 {
             section.problem("", format!("{} exclude each other", trusts.join(" and ")));
         }
-        if written.mode == TlsMode::None
-            && let Some(name) = trusts.first().copied().or(written.server_name.as_ref().map(|_| "server_name"))
+        if raw.mode == TlsMode::None
+            && let Some(name) = trusts.first().copied().or(raw.server_name.as_ref().map(|_| "server_name"))
         {
             section.problem(name, "has no effect with mode: none");
         }
-        let server_name = written.server_name;
+        let server_name = raw.server_name;
         if let Some(name) = server_name.as_deref().filter(|name| !is_host(name) && name.parse::<IpAddr>().is_err()) {
             section.problem("server_name", format!("expected a host name, got {name:?}"));
         }
-        let trust = match (is_insecure, written.pin, written.ca) {
+        let trust = match (is_insecure, raw.pin, raw.ca) {
             (true, ..) => Trust::Insecure,
             (false, Some(pins), _) => Trust::Pin(check_pins(section, &pins)),
             (false, None, Some(ca)) => Trust::Ca(section.file("ca", &ca)),
             (false, None, None) => Trust::System,
         };
-        Self { mode: written.mode, trust, server_name }
+        Self { mode: raw.mode, trust, server_name }
     }
 }
 

@@ -38,10 +38,10 @@ pub enum DnsQuery {
 }
 
 pub(super) fn check(mut reader: RouteReader<'_>, value: Value) -> Option<Route> {
-    let mut written: DnsSection = reader.section.read(value)?;
-    let lookup = written.take_lookup();
+    let mut raw: DnsSection = reader.section.read(value)?;
+    let lookup = raw.take_lookup();
     let lookup = reader.lookup(lookup);
-    let query = match (written.txt, written.srv) {
+    let query = match (raw.txt, raw.srv) {
         (Some(txt), None) => DnsQuery::Txt(reader.template_with_user("txt", &txt)?),
         (None, Some(srv)) => {
             if lookup.names.is_empty() {
@@ -54,6 +54,6 @@ pub(super) fn check(mut reader: RouteReader<'_>, value: Value) -> Option<Route> 
             return None;
         }
     };
-    let servers = reader.section.name_servers(&written.servers);
+    let servers = reader.section.name_servers(&raw.servers);
     Some(Route::Dns(Box::new(Dns { query, servers, lookup })))
 }

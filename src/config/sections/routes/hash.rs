@@ -62,9 +62,9 @@ struct Entry {
 pub(super) fn check(
     section: &mut Section<'_>,
     declared: &DeclaredBackends<'_>,
-    written: WordOrMap<Vec<String>, HashSection>,
+    raw: WordOrMap<Vec<String>, HashSection>,
 ) -> Route {
-    let (style, entries) = entries(written);
+    let (style, entries) = entries(raw);
     if entries.is_empty() {
         section.consequence("", "at least one backend is required");
     }
@@ -80,8 +80,8 @@ pub(super) fn check(
     Route::Hash { style, shares }
 }
 
-fn entries(written: WordOrMap<Vec<String>, HashSection>) -> (HashStyle, Vec<Entry>) {
-    match written {
+fn entries(raw: WordOrMap<Vec<String>, HashSection>) -> (HashStyle, Vec<Entry>) {
+    match raw {
         WordOrMap::Word(names) => {
             let indexed = names.into_iter().enumerate();
             let entries = indexed.map(|(index, name)| Entry { key: format!("[{index}]"), name, share: None });
@@ -98,7 +98,7 @@ fn entries(written: WordOrMap<Vec<String>, HashSection>) -> (HashStyle, Vec<Entr
 
 /// Returns the weight and the director's hosts.
 fn check_share(section: &mut Section<'_>, style: HashStyle, share: Option<Value>) -> Option<(u32, Vec<String>)> {
-    let written = match share {
+    let raw = match share {
         None => ShareSection::default(),
         Some(Value::Number(number)) => {
             let Some(weight) = number.as_i64() else {
@@ -109,13 +109,13 @@ fn check_share(section: &mut Section<'_>, style: HashStyle, share: Option<Value>
         }
         Some(value) => section.read(value)?,
     };
-    match (style, &written.host) {
+    match (style, &raw.host) {
         (HashStyle::Director, None) => {
             section.problem("", "requires `host`: the addresses of its servers in the director's ring");
         }
         (HashStyle::Vestibule, Some(_)) => section.problem("host", "requires style: director"),
         _ => {}
     }
-    let weight = section.number("weight", written.weight, 1, 1..=1000);
-    Some((weight, written.host.map(OneOrMany::into_vec).unwrap_or_default()))
+    let weight = section.number("weight", raw.weight, 1, 1..=1000);
+    Some((weight, raw.host.map(OneOrMany::into_vec).unwrap_or_default()))
 }

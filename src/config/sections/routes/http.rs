@@ -68,36 +68,36 @@ pub enum HttpStyle {
 }
 
 pub(super) fn check(mut reader: RouteReader<'_>, value: Value) -> Option<Route> {
-    let mut written: HttpSection = reader.section.read(value)?;
-    let is_nginx = written.style == HttpStyle::NginxAuthHttp;
-    let password = written.password.unwrap_or(is_nginx);
-    let lookup = written.take_lookup();
+    let mut raw: HttpSection = reader.section.read(value)?;
+    let is_nginx = raw.style == HttpStyle::NginxAuthHttp;
+    let password = raw.password.unwrap_or(is_nginx);
+    let lookup = raw.take_lookup();
     let lookup = check_cache(&mut reader, lookup, password);
     let lookup = reader.lookup(lookup);
     if is_nginx && !password {
         reader.problem("password", "must be true with style: nginx-auth-http");
     }
-    if written.client_certificate && !is_nginx {
+    if raw.client_certificate && !is_nginx {
         reader.problem("client_certificate", "requires style: nginx-auth-http");
     }
-    let url = reader.url("url", &written.url, &["http://", "https://"])?;
-    if written.ca.is_some() && url.value.starts_with("http://") {
+    let url = reader.url("url", &raw.url, &["http://", "https://"])?;
+    if raw.ca.is_some() && url.value.starts_with("http://") {
         reader.problem("ca", "has no effect without TLS: use https://");
     }
-    check_headers(&mut reader, &written.headers);
-    let networks = reader.section.networks("networks", &written.networks);
-    if written.networks.is_empty() != written.backend.is_none() {
+    check_headers(&mut reader, &raw.headers);
+    let networks = reader.section.networks("networks", &raw.networks);
+    if raw.networks.is_empty() != raw.backend.is_none() {
         reader.problem("networks", "networks and backend require each other: addresses there belong to that backend");
     }
-    let backend = written.backend.and_then(|name| reader.backend("backend", &name));
+    let backend = raw.backend.and_then(|name| reader.backend("backend", &name));
     Some(Route::Http(Box::new(Http {
         url,
-        style: written.style,
-        ca: reader.file("ca", written.ca.as_deref()),
-        headers: written.headers,
-        token: reader.file("token_file", written.token_file.as_deref()),
+        style: raw.style,
+        ca: reader.file("ca", raw.ca.as_deref()),
+        headers: raw.headers,
+        token: reader.file("token_file", raw.token_file.as_deref()),
         password,
-        client_certificate: written.client_certificate,
+        client_certificate: raw.client_certificate,
         backend,
         networks,
         lookup,

@@ -66,14 +66,14 @@ pub enum LdapScope {
 }
 
 pub(super) fn check(mut reader: RouteReader<'_>, value: Value) -> Option<Route> {
-    let mut written: LdapSection = reader.section.read(value)?;
-    let lookup = written.take_lookup();
+    let mut raw: LdapSection = reader.section.read(value)?;
+    let lookup = raw.take_lookup();
     let lookup = reader.lookup(lookup);
-    let url = reader.url("url", &written.url, &["ldap://", "ldaps://"])?;
-    check_connection(&mut reader, &written);
-    check_attributes(&mut reader, &written.attributes);
-    let base = reader.template("base", &written.base);
-    let filter = reader.template("filter", &written.filter);
+    let url = reader.url("url", &raw.url, &["ldap://", "ldaps://"])?;
+    check_connection(&mut reader, &raw);
+    check_attributes(&mut reader, &raw.attributes);
+    let base = reader.template("base", &raw.base);
+    let filter = reader.template("filter", &raw.filter);
     let (base, filter) = (base?, filter?);
     for (name, template, separators) in [("base", &base, &[',', '+', ';'][..]), ("filter", &filter, &['(', ')'])] {
         if !template.has_variables_in_values_only(separators) {
@@ -85,27 +85,27 @@ pub(super) fn check(mut reader: RouteReader<'_>, value: Value) -> Option<Route> 
     }
     Some(Route::Ldap(Box::new(Ldap {
         url,
-        starttls: written.starttls,
-        ca: reader.file("ca", written.ca.as_deref()),
-        bind: written.bind,
-        password: reader.file("password_file", written.password_file.as_deref()),
+        starttls: raw.starttls,
+        ca: reader.file("ca", raw.ca.as_deref()),
+        bind: raw.bind,
+        password: reader.file("password_file", raw.password_file.as_deref()),
         base,
-        scope: written.scope,
+        scope: raw.scope,
         filter,
-        attributes: written.attributes,
+        attributes: raw.attributes,
         lookup,
     })))
 }
 
-fn check_connection(reader: &mut RouteReader<'_>, written: &LdapSection) {
-    let is_plain = written.url.starts_with("ldap://");
-    if written.starttls && !is_plain {
+fn check_connection(reader: &mut RouteReader<'_>, raw: &LdapSection) {
+    let is_plain = raw.url.starts_with("ldap://");
+    if raw.starttls && !is_plain {
         reader.problem("starttls", "has no effect with ldaps://, which always uses TLS");
     }
-    if written.ca.is_some() && is_plain && !written.starttls {
+    if raw.ca.is_some() && is_plain && !raw.starttls {
         reader.problem("ca", "has no effect without TLS: use ldaps:// or starttls");
     }
-    if written.bind.is_some() != written.password_file.is_some() {
+    if raw.bind.is_some() != raw.password_file.is_some() {
         reader.problem("bind", "bind and password_file require each other");
     }
 }

@@ -146,19 +146,19 @@ impl<'a> RouteReader<'a> {
         self.declared.resolve(&mut self.section, key, name)
     }
 
-    pub(super) fn lookup(&mut self, written: LookupSection) -> LookupConfig {
+    pub(super) fn lookup(&mut self, raw: LookupSection) -> LookupConfig {
         let default = LookupConfig::default();
         let mut names = BTreeMap::new();
-        for (name, backend) in written.names {
+        for (name, backend) in raw.names {
             if let Some(id) = self.backend(&format!("names.{name}"), &backend) {
                 names.insert(name, id);
             }
         }
         let section = &mut self.section;
         LookupConfig {
-            timeout: section.duration("timeout", written.timeout, default.timeout, seconds(0, 60)),
-            connections: section.count("connections", written.connections, default.connections, 1..=1000),
-            cache: match written.cache {
+            timeout: section.duration("timeout", raw.timeout, default.timeout, seconds(0, 60)),
+            connections: section.count("connections", raw.connections, default.connections, 1..=1000),
+            cache: match raw.cache {
                 Some(WordOrMap::Word(Off::Off)) => None,
                 Some(WordOrMap::Map(map)) => Some(map.check(&mut section.child("cache"))),
                 None => default.cache,

@@ -174,8 +174,8 @@ pub(super) fn check(mut section: Section<'_>, names: &[String], items: Vec<Value
         if routes.iter().any(Route::matches_all_users) {
             section.problem("", "is unreachable: an earlier route matches all users");
         }
-        let Some(written) = section.read::<RouteSection>(item) else { continue };
-        match written.into_source() {
+        let Some(raw) = section.read::<RouteSection>(item) else { continue };
+        match raw.into_source() {
             Some(source) => routes.extend(check_source(&mut section, &declared, source)),
             None => section.consequence("", format!("expected exactly one of {KINDS}")),
         }
@@ -188,7 +188,7 @@ fn check_source(section: &mut Section<'_>, declared: &DeclaredBackends<'_>, sour
         Source::Table(path) => Some(Route::Table(section.file("table", &path))),
         Source::Domain(domains) => Some(Route::Domain(check_domains(&mut section.child("domain"), declared, domains))),
         Source::Regex(rules) => Some(Route::Regex(check_rules(&mut section.child("regex"), rules))),
-        Source::Hash(written) => Some(hash::check(&mut section.child("hash"), declared, written)),
+        Source::Hash(raw) => Some(hash::check(&mut section.child("hash"), declared, raw)),
         Source::Default(name) => declared.resolve(section, "default", &name).map(Route::Default),
         Source::Sql(value) => sql::check(RouteReader::new(section.child("sql"), declared), value),
         Source::Ldap(value) => ldap::check(RouteReader::new(section.child("ldap"), declared), value),
@@ -234,8 +234,8 @@ fn check_rules(section: &mut Section<'_>, items: Vec<Value>) -> Vec<RegexRule> {
     let mut rules = Vec::new();
     for (index, item) in items.into_iter().enumerate() {
         let mut section = section.child(&format!("[{index}]"));
-        let Some(written) = section.read::<RegexSection>(item) else { continue };
-        rules.push(RegexRule { pattern: written.r#match, to: written.to, location: section.location("") });
+        let Some(raw) = section.read::<RegexSection>(item) else { continue };
+        rules.push(RegexRule { pattern: raw.r#match, to: raw.to, location: section.location("") });
     }
     rules
 }

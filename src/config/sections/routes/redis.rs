@@ -62,21 +62,21 @@ pub enum RedisServers {
 }
 
 pub(super) fn check(mut reader: RouteReader<'_>, value: Value) -> Option<Route> {
-    let mut written: RedisSection = reader.section.read(value)?;
-    let lookup = written.take_lookup();
+    let mut raw: RedisSection = reader.section.read(value)?;
+    let lookup = raw.take_lookup();
     let lookup = reader.lookup(lookup);
-    let key = reader.template_with_user("key", &written.key);
-    if written.user.is_some() && written.password_file.is_none() {
+    let key = reader.template_with_user("key", &raw.key);
+    if raw.user.is_some() && raw.password_file.is_none() {
         reader.problem("user", "requires password_file");
     }
-    if written.master.is_some() != written.sentinels.is_some() {
+    if raw.master.is_some() != raw.sentinels.is_some() {
         reader.problem("sentinels", "sentinels and master require each other");
     }
-    let servers = match (written.url, written.sentinels, written.cluster) {
+    let servers = match (raw.url, raw.sentinels, raw.cluster) {
         (Some(url), None, None) => RedisServers::Server(reader.url("url", &url, &SCHEMES)?),
         (None, Some(urls), None) => RedisServers::Sentinel {
             urls: reader.urls("sentinels", &urls, &SCHEMES),
-            master: written.master.unwrap_or_default(),
+            master: raw.master.unwrap_or_default(),
         },
         (None, None, Some(urls)) => RedisServers::Cluster(reader.urls("cluster", &urls, &SCHEMES)),
         _ => {
@@ -86,11 +86,11 @@ pub(super) fn check(mut reader: RouteReader<'_>, value: Value) -> Option<Route> 
     };
     Some(Route::Redis(Box::new(Redis {
         servers,
-        user: written.user,
-        password: reader.file("password_file", written.password_file.as_deref()),
-        ca: reader.file("ca", written.ca.as_deref()),
+        user: raw.user,
+        password: reader.file("password_file", raw.password_file.as_deref()),
+        ca: reader.file("ca", raw.ca.as_deref()),
         key: key?,
-        field: written.field,
+        field: raw.field,
         lookup,
     })))
 }

@@ -35,34 +35,34 @@ pub struct Sql {
 }
 
 pub(super) fn check(mut reader: RouteReader<'_>, value: Value) -> Option<Route> {
-    let mut written: SqlSection = reader.section.read(value)?;
-    let lookup = written.take_lookup();
+    let mut raw: SqlSection = reader.section.read(value)?;
+    let lookup = raw.take_lookup();
     let lookup = reader.lookup(lookup);
-    let query = reader.template_with_user("query", &written.query)?;
+    let query = reader.template_with_user("query", &raw.query)?;
     let schemes = ["postgres://", "postgresql://", "mysql://", "mariadb://", "sqlite:"];
-    let url = reader.url("url", &written.url, &schemes)?;
+    let url = reader.url("url", &raw.url, &schemes)?;
     let syntax = match url.value.split(':').next() {
         Some("mysql" | "mariadb") => Syntax::MySql,
         Some("sqlite") => Syntax::Sqlite,
         _ => Syntax::Postgres,
     };
-    if let Some(variable) = quoted_variable(&written.query, syntax) {
+    if let Some(variable) = quoted_variable(&raw.query, syntax) {
         let message = format!(
             "{variable} is within quotes, where the database reads it as text and finds no user: it is a bound parameter, so \
              write it without quotes, like WHERE name = {variable}"
         );
         reader.problem("query", message);
     }
-    for (name, file) in [("password_file", &written.password_file), ("ca", &written.ca)] {
+    for (name, file) in [("password_file", &raw.password_file), ("ca", &raw.ca)] {
         if syntax == Syntax::Sqlite && file.is_some() {
             reader.problem(name, "has no effect with SQLite, which is a file");
         }
     }
     Some(Route::Sql(Box::new(Sql {
         url,
-        password: reader.file("password_file", written.password_file.as_deref()),
+        password: reader.file("password_file", raw.password_file.as_deref()),
         query,
-        ca: reader.file("ca", written.ca.as_deref()),
+        ca: reader.file("ca", raw.ca.as_deref()),
         lookup,
     })))
 }
