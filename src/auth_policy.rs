@@ -1,4 +1,4 @@
-//! Client of an authentication policy service, such as weakforced, that is asked before each login and receives its result.
+//! Client of an authentication policy service, such as weakforced, that is queried before each login and receives its result.
 //!
 //! The protocol is that of weakforced as Dovecot uses it. `POST ?command=allow` sends `login`, `remote`, `pwhash`, `protocol`, `tls`,
 //! `device_id` and `session_id`; the response's `status` is -1 to refuse the login, 0 to allow it, or the number of seconds to delay it.
@@ -75,7 +75,7 @@ pub enum LoginResult {
     Success,
     /// The login failed.
     Failure,
-    /// The policy service refused the login, and no server was asked.
+    /// The policy service refused the login, and no server was contacted.
     RejectedByPolicy,
 }
 
@@ -181,7 +181,7 @@ impl AuthPolicy {
         }
     }
 
-    /// Asks the service whether the login may be tried.
+    /// Queries the service whether the login may be tried.
     pub async fn allow(self: &Arc<Self>, attempt: &Attempt, metrics: &Metrics) -> PolicyDecision {
         let status = self.query_on_thread(attempt).await;
         let (decision, counted) = match status {

@@ -77,8 +77,8 @@ fn name(number: u64) -> String {
 fn write_table(folder: &Path, users: usize) -> anyhow::Result<()> {
     let mut order: Vec<u32> = (0..u32::try_from(users)?).collect();
     let mut state = 1;
-    for place in (1..order.len()).rev() {
-        order.swap(place, usize::try_from(random(&mut state) % (place as u64 + 1))?);
+    for index in (1..order.len()).rev() {
+        order.swap(index, usize::try_from(random(&mut state) % (index as u64 + 1))?);
     }
     let mut text = String::new();
     for number in order {
@@ -108,8 +108,8 @@ fn measure(folder: &Path) -> anyhow::Result<()> {
     let memory = anonymous_pages()?.saturating_sub(before);
     let users = fs::read_to_string(folder.join("users.txt"))?.lines().count() as u64;
     let runtime = tokio::runtime::Builder::new_current_thread().build()?;
-    let known = runtime.block_on(look_up(&router, &metrics, |random| name(random % users), true))?;
-    let unknown = runtime.block_on(look_up(&router, &metrics, |random| name(users + random % users), false))?;
+    let known = runtime.block_on(lookups(&router, &metrics, |random| name(random % users), true))?;
+    let unknown = runtime.block_on(lookups(&router, &metrics, |random| name(users + random % users), false))?;
     println!(
         "| {users} | {:.1} MB | {:.2} s | {:.1} MB | {:.1} B | {known:.2} µs | {unknown:.2} µs |",
         file as f64 / 1e6,
@@ -121,28 +121,28 @@ fn measure(folder: &Path) -> anyhow::Result<()> {
 }
 
 /// Microseconds per lookup, without the time to generate the names.
-async fn look_up(
+async fn lookups(
     router: &Router,
     metrics: &Metrics,
     name: impl Fn(u64) -> String,
     expected: bool,
 ) -> anyhow::Result<f64> {
     let mut state = 7;
-    let questions: Vec<LookupRequest> = (0..LOOKUPS)
+    let requests: Vec<LookupRequest> = (0..LOOKUPS)
         .map(|_| LookupRequest { user: Arc::from(name(random(&mut state))), login_context: None })
         .collect();
     let began = Instant::now();
     let mut found = 0;
-    for question in &questions {
-        match router.route(question, metrics).await {
+    for request in &requests {
+        match router.route(request, metrics).await {
             Ok(_) => found += 1,
             Err(RouteError::Unknown) => {}
             Err(error) => return Err(error.into()),
         }
     }
-    let took = began.elapsed();
+    let duration = began.elapsed();
     ensure!(found == if expected { LOOKUPS } else { 0 }, "{found} users found");
-    Ok(took.as_secs_f64() * 1e6 / LOOKUPS as f64)
+    Ok(duration.as_secs_f64() * 1e6 / LOOKUPS as f64)
 }
 
 fn anonymous_pages() -> anyhow::Result<u64> {

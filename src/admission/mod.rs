@@ -10,7 +10,7 @@
 //! | may this user have one more session? | [`ConnectionCount::count_user`] | the sessions of the user, in all and from this address |
 //!
 //! There is one [`AdmissionControl`] for the life of the process: a reload replaces its rules ([`AdmissionControl::reconfigure`]) and
-//! keeps its state. Its memory is bounded whatever clients do: rates are kept in tables of fixed size (`table`), and only connections
+//! keeps its state. Its memory is bounded whatever clients do: rates are stored in tables of fixed size (`table`), and only connections
 //! with a permit of `limits.sessions` are counted. Addresses and names are stored as 64 bits of a keyed hash, so that clients can
 //! neither aim at another client's table entry nor leave readable data in memory. The module writes no logs and counts no events; its
 //! callers do.

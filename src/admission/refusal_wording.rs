@@ -1,4 +1,4 @@
-//! How servers word the refusal of a password, so that a refusal without a server reads the same.
+//! The text with which servers refuse passwords, so that a refusal without a server has the same text.
 
 use std::sync::Arc;
 
@@ -7,44 +7,43 @@ use crate::admission::AddressBlock;
 /// The wording of one backend's refusals.
 #[derive(Debug, Default)]
 pub(super) struct Wording {
-    last: Option<Seen>,
-    /// The last answer that two different users got in a row, so that it names neither of them.
+    last: Option<Refusal>,
+    /// The last reply that two different users received in succession: it names neither of them.
     common: Option<Arc<[u8]>>,
-    /// Refusals of more than one client have been seen.
-    has_clients: bool,
+    /// Whether refusals of more than one client have been observed.
+    has_several_clients: bool,
 }
 
-/// The last refusal.
+/// One refusal.
 #[derive(Debug)]
-struct Seen {
+struct Refusal {
     /// Hash of the user.
     user: u64,
     client: AddressBlock,
-    answer: Box<[u8]>,
+    reply: Box<[u8]>,
 }
 
 impl Wording {
-    /// A server refused a password of `user` that `client` sent with this answer, without the tag.
+    /// Records the reply, without the tag, with which a server refused a password that `client` sent for `user`.
     ///
-    /// The two users must have come from different clients, so that nobody replaces the common answer with that to two
-    /// accounts of his own. If there is no common answer yet, or all users come from one address (webmail), two users of
-    /// one client are enough.
-    pub(super) fn observe(&mut self, user: u64, client: AddressBlock, answer: &[u8]) {
+    /// A reply becomes common if two users from different clients receive it in succession, so that an attacker with two accounts cannot
+    /// replace it. If there is no common reply yet, or all users come from one address (webmail), two users of one client are enough.
+    pub(super) fn observe(&mut self, user: u64, client: AddressBlock, reply: &[u8]) {
         if let Some(last) = &self.last {
-            self.has_clients |= last.client != client;
-            let is_other_client = last.client != client || !self.has_clients || self.common.is_none();
-            let is_common = last.user != user && is_other_client && *last.answer == *answer;
-            if is_common && self.common.as_deref() != Some(answer) {
-                self.common = Some(answer.into());
+            self.has_several_clients |= last.client != client;
+            let is_other_client = last.client != client || !self.has_several_clients || self.common.is_none();
+            let is_common = last.user != user && is_other_client && *last.reply == *reply;
+            if is_common && self.common.as_deref() != Some(reply) {
+                self.common = Some(reply.into());
             }
         }
         match &mut self.last {
-            Some(last) if *last.answer == *answer => (last.user, last.client) = (user, client),
-            last => *last = Some(Seen { user, client, answer: answer.into() }),
+            Some(last) if *last.reply == *reply => (last.user, last.client) = (user, client),
+            last => *last = Some(Refusal { user, client, reply: reply.into() }),
         }
     }
 
-    /// The answer to a user whom no server knows.
+    /// The reply for unknown users.
     pub(super) fn common(&self) -> Option<Arc<[u8]>> {
         self.common.clone()
     }
@@ -61,17 +60,17 @@ mod tests {
     }
 
     fn common(wording: &Wording) -> Option<Vec<u8>> {
-        wording.common().map(|answer| answer.to_vec())
+        wording.common().map(|reply| reply.to_vec())
     }
 
     #[test]
-    fn an_answer_is_common_once_two_users_have_had_it() {
+    fn reply_is_common_once_two_users_have_received_it() {
         // From one address, as with webmail, and from several.
         for several in [0, 1] {
             let mut wording = Wording::default();
             wording.observe(1, client(1), b"NO alice, no");
             wording.observe(1, client(1 + several), b"NO alice, no");
-            assert_eq!(common(&wording), None, "one user's answers may name the user");
+            assert_eq!(common(&wording), None, "replies to one user may name the user");
             wording.observe(2, client(1), b"NO bob, no");
             wording.observe(1, client(1 + several), b"NO denied");
             assert_eq!(common(&wording), None);
@@ -83,7 +82,7 @@ mod tests {
     }
 
     #[test]
-    fn one_client_cannot_replace_the_answer_that_others_get() {
+    fn one_client_cannot_replace_the_common_reply() {
         let mut wording = Wording::default();
         wording.observe(1, client(1), b"NO denied");
         wording.observe(2, client(2), b"NO denied");
@@ -95,12 +94,12 @@ mod tests {
     }
 
     #[test]
-    fn a_site_behind_one_address_follows_its_servers() {
+    fn site_behind_one_address_follows_its_servers() {
         let mut wording = Wording::default();
-        for answer in [&b"NO denied"[..], b"NO refused"] {
-            wording.observe(1, client(1), answer);
-            wording.observe(2, client(1), answer);
-            assert_eq!(common(&wording), Some(answer.to_vec()));
+        for reply in [&b"NO denied"[..], b"NO refused"] {
+            wording.observe(1, client(1), reply);
+            wording.observe(2, client(1), reply);
+            assert_eq!(common(&wording), Some(reply.to_vec()));
         }
     }
 }

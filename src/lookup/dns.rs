@@ -1,4 +1,4 @@
-//! The way to DNS. Asks nothing itself. Called by `backend` (addresses of servers) and `route` (where users are).
+//! Creates DNS resolvers. Sends no queries itself.
 
 use std::net::SocketAddr;
 use std::time::Duration;
@@ -7,11 +7,11 @@ use hickory_resolver::TokioResolver;
 use hickory_resolver::config::{ConnectionConfig, NameServerConfig, ResolverConfig};
 use hickory_resolver::net::runtime::TokioRuntimeProvider;
 
-/// A resolver over these name servers (UDP, and TCP for what is too long), or the system's where there are none;
-/// `timeout` is that of one question to one server.
+/// Creates a resolver for these name servers (UDP, and TCP for truncated answers), or for those of the system if the list is empty.
+/// `timeout` is that of one query to one server.
 ///
 /// # Errors
-/// The system's configuration cannot be read.
+/// The configuration of the system cannot be read.
 pub(crate) fn resolver(servers: &[SocketAddr], timeout: Duration) -> Result<TokioResolver, String> {
     let mut builder = if servers.is_empty() {
         TokioResolver::builder_tokio().map_err(|error| error.to_string())?

@@ -1,8 +1,8 @@
-//! A second attempt on a fresh connection, for requests over a connection that was idle before.
+//! Hedged requests: a request over an idle connection gets a second attempt on a fresh connection.
 //!
-//! A firewall or a peer that died without a word leaves connections that look open and carry nothing. Waiting for an answer
-//! cannot tell such a connection from a slow peer, so the second attempt does not end the first: whichever answers first
-//! wins, and a slow peer costs one more request instead of a failure.
+//! A firewall or a peer that died silently leaves connections that look open and carry nothing. A client that waits for an answer
+//! cannot distinguish such a connection from a slow peer, so the second attempt does not end the first: the first answer
+//! is used, and a slow peer costs one more request instead of a failure.
 
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -16,12 +16,12 @@ use crate::deadline::Deadline;
 #[derive(Debug)]
 pub(crate) struct Budget {
     deadline: Deadline,
-    /// Connections that are being established.
+    /// Number of connections that are being established.
     connecting: AtomicU32,
 }
 
 impl Budget {
-    /// A request that ends `time` from now.
+    /// Budget of a request that ends `time` from now.
     pub(crate) fn of(time: Duration) -> Self {
         Self { deadline: Deadline::after(time), connecting: AtomicU32::new(0) }
     }
@@ -29,7 +29,7 @@ impl Budget {
     /// Runs the request until the deadline.
     ///
     /// # Errors
-    /// The deadline expired while the process was running.
+    /// The deadline has expired. Time in which the process was not scheduled does not count.
     pub(crate) async fn limit<F: Future>(&self, request: F) -> Result<F::Output, Expired> {
         let mut request = std::pin::pin!(request);
         let result = self.deadline.limit(&mut request).await;
@@ -37,12 +37,12 @@ impl Budget {
         result.map_err(|_| Expired { is_connecting: self.is_connecting() })
     }
 
-    /// Until when an attempt on a connection that was idle is waited for alone: half of the time that is left.
+    /// How long the first attempt runs alone: half of the remaining time.
     pub(crate) fn patience(&self) -> Deadline {
         Deadline::after(self.deadline.due().saturating_duration_since(Instant::now()) / 2)
     }
 
-    /// Runs `connect`; until it ends or is dropped, [`Budget::is_connecting`] is true.
+    /// Runs `connect`. Until it ends or is dropped, [`Budget::is_connecting`] returns true.
     pub(crate) async fn connecting<T>(&self, connect: impl Future<Output = T>) -> T {
         let _connecting = Connecting::new(&self.connecting);
         connect.await
@@ -61,7 +61,7 @@ pub(crate) struct Expired {
     pub is_connecting: bool,
 }
 
-/// One connection that is being established. Its drop ends the count, also if the attempt is cancelled.
+/// Counts a connection that is being established, until it is dropped: also if the attempt is cancelled.
 struct Connecting<'a>(&'a AtomicU32);
 
 impl<'a> Connecting<'a> {
@@ -80,10 +80,10 @@ impl Drop for Connecting<'_> {
 /// Runs `first` alone until `patience`, then `second` beside it; `second` runs at once if `first` fails. The first success
 /// is the result, and the other attempt is dropped with its connection. If both fail, the error is that of `second`.
 ///
-/// `on_dead` is called when the connection of `first` has failed, or `second` has got an answer before it. Connections that
-/// are as old are not used any more then. A first attempt that is slow, and answers or times out, costs no other connection.
+/// `on_dead` is called when the connection of `first` has failed, or when `second` is answered first: the caller then discards connections
+/// of that age. If the first attempt is slow, and answers or times out, no other connection is discarded.
 ///
-/// The errors are failures of a connection. What a peer answers, whatever it is, is a success here.
+/// The errors are failures of a connection. Any answer of a peer, also an error, is a success here.
 pub(crate) async fn hedged<T, E>(
     first: impl Future<Output = Result<T, E>>,
     patience: Deadline,
@@ -122,8 +122,7 @@ pub(crate) async fn hedged<T, E>(
 
 /// A connection that requests share, and a spare one for the second attempts of requests on it.
 ///
-/// The spare connection takes the place of the first one when that has proved to be dead. Until then a slow answer leaves
-/// the first one in use.
+/// The spare connection replaces the current one when that has proved to be dead. A slow answer alone does not replace it.
 #[derive(Debug)]
 pub(crate) struct SharedConnection<C>(Mutex<Pair<C>>);
 
@@ -140,25 +139,25 @@ impl<C> Default for SharedConnection<C> {
 }
 
 impl<C> SharedConnection<C> {
-    /// The connection for a first attempt.
+    /// Returns the connection for a first attempt.
     pub(crate) fn current(&self) -> Option<Arc<C>> {
         self.lock().current.clone()
     }
 
-    /// The connection for a second attempt, if the first one used `old`.
+    /// Returns a connection for the second attempt of a request whose first attempt used `old`.
     pub(crate) fn other_than(&self, old: &Arc<C>) -> Option<Arc<C>> {
         let pair = self.lock();
         pair.current.as_ref().filter(|current| !Arc::ptr_eq(current, old)).or(pair.spare.as_ref()).cloned()
     }
 
-    /// Adds a new connection, as the spare one if there is a current one.
+    /// Adds a new connection: as the spare one if there is a current one.
     pub(crate) fn put(&self, connection: Arc<C>) {
         let mut pair = self.lock();
-        let place = if pair.current.is_none() { &mut pair.current } else { &mut pair.spare };
-        *place = Some(connection);
+        let slot = if pair.current.is_none() { &mut pair.current } else { &mut pair.spare };
+        *slot = Some(connection);
     }
 
-    /// Gives up a connection that has failed, also for requests that come later.
+    /// Discards a connection that has failed.
     pub(crate) fn discard(&self, dead: &Arc<C>) {
         self.discard_spare(dead);
         let mut pair = self.lock();
@@ -167,29 +166,29 @@ impl<C> SharedConnection<C> {
         }
     }
 
-    /// Gives up a connection if it is the spare one.
+    /// Discards a connection if it is the spare one.
     pub(crate) fn discard_spare(&self, unused: &Arc<C>) {
         self.lock().spare.take_if(|spare| Arc::ptr_eq(spare, unused));
     }
 
-    /// Gives up all connections.
+    /// Discards all connections.
     pub(crate) fn clear(&self) {
         *self.lock() = Pair { current: None, spare: None };
     }
 
     fn lock(&self) -> MutexGuard<'_, Pair<C>> {
-        // No operation above can panic between two changes.
+        // A poisoned lock is safe: no critical section can panic halfway through a change.
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-/// Discards a connection when it drops: the request on it failed, or its answer is not awaited any more.
-pub(crate) struct Unanswered<F: FnMut()> {
-    /// Discards it; `None` once it was answered.
+/// Discards a connection when dropped, unless the request on it was answered.
+pub(crate) struct DiscardUnlessAnswered<F: FnMut()> {
+    /// `None` once the request was answered.
     pub discard: Option<F>,
 }
 
-impl<F: FnMut()> Drop for Unanswered<F> {
+impl<F: FnMut()> Drop for DiscardUnlessAnswered<F> {
     fn drop(&mut self) {
         if let Some(discard) = &mut self.discard {
             discard();
@@ -212,13 +211,13 @@ mod tests {
         result
     }
 
-    /// Result and seconds it took, with a patience of ten seconds.
+    /// Returns the result and its duration in seconds. The first attempt runs alone for ten seconds.
     async fn run(first: impl Future<Output = Attempt>, second: impl Future<Output = Attempt>) -> (Attempt, u64) {
         let (result, seconds, _) = run_all(first, second).await;
         (result, seconds)
     }
 
-    /// The same, and whether the first connection is regarded as dead.
+    /// Also returns whether the first connection counts as dead.
     async fn run_all(
         first: impl Future<Output = Attempt>,
         second: impl Future<Output = Attempt>,
@@ -230,7 +229,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_cancelled_connection_attempt_is_not_counted_any_more() {
+    async fn cancelled_connection_attempt_is_no_longer_counted() {
         let budget = Budget::of(Duration::from_secs(10));
         tokio::select! {
             biased;
@@ -239,21 +238,21 @@ mod tests {
         }
         assert!(!budget.is_connecting());
         let expired = budget.limit(budget.connecting(pending::<()>())).await.unwrap_err();
-        assert!(expired.is_connecting, "when the deadline expired");
+        assert!(expired.is_connecting, "the deadline expired during the attempt");
         assert!(!budget.is_connecting());
         budget.connecting(async { assert!(budget.is_connecting()) }).await;
         assert!(!budget.is_connecting());
     }
 
     #[tokio::test(start_paused = true)]
-    async fn the_second_attempt_begins_when_the_first_fails_or_is_silent() {
-        assert_eq!(run(after(9, Ok("first")), async { panic!("not needed") }).await, (Ok("first"), 9));
+    async fn second_attempt_begins_when_the_first_fails_or_is_silent() {
+        assert_eq!(run(after(9, Ok("first")), async { panic!("must not be started") }).await, (Ok("first"), 9));
         assert_eq!(run(after(1, Err("reset")), after(2, Ok("second"))).await, (Ok("second"), 3));
         assert_eq!(run(pending(), after(2, Ok("second"))).await, (Ok("second"), 12));
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_slow_first_answer_counts() {
+    async fn slow_first_answer_is_used() {
         assert_eq!(run(after(11, Ok("first")), after(5, Ok("second"))).await, (Ok("first"), 11));
         assert_eq!(run(after(14, Ok("first")), after(2, Err("refused"))).await, (Ok("first"), 14));
         assert_eq!(run(after(11, Err("reset")), after(5, Ok("second"))).await, (Ok("second"), 15));
@@ -261,7 +260,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_connection_is_dead_if_it_failed_or_another_was_faster_and_not_if_it_was_slow() {
+    async fn connection_is_dead_if_it_failed_or_another_was_faster_and_not_if_it_was_slow() {
         let is_dead = async |first: Option<(u64, Attempt)>, second: (u64, Attempt)| {
             let first = async {
                 match first {
@@ -272,7 +271,7 @@ mod tests {
             run_all(first, after(second.0, second.1)).await.2
         };
         assert!(!is_dead(Some((9, Ok("first"))), (1, Ok("second"))).await);
-        assert!(!is_dead(Some((11, Ok("first"))), (5, Ok("second"))).await, "it was slow");
+        assert!(!is_dead(Some((11, Ok("first"))), (5, Ok("second"))).await, "the connection was only slow");
         assert!(!is_dead(Some((14, Ok("first"))), (2, Err("refused"))).await);
         assert!(is_dead(Some((1, Err("reset"))), (2, Err("refused"))).await);
         assert!(is_dead(Some((11, Err("reset"))), (5, Ok("second"))).await);
@@ -281,7 +280,7 @@ mod tests {
     }
 
     #[test]
-    fn a_spare_connection_is_used_by_second_attempts_alone_until_the_current_one_is_dead() {
+    fn spare_connection_is_only_used_by_second_attempts_until_the_current_one_is_dead() {
         let shared = SharedConnection::default();
         let [first, spare, third] = [1, 2, 3].map(Arc::new);
         shared.put(first.clone());
@@ -293,7 +292,7 @@ mod tests {
         assert_eq!(shared.other_than(&spare), None);
         shared.put(third.clone());
         shared.discard_spare(&spare);
-        assert_eq!(shared.other_than(&spare), Some(third.clone()), "the current one is not a spare one");
+        assert_eq!(shared.other_than(&spare), Some(third.clone()), "the current connection is not a spare one");
         shared.discard_spare(&third);
         assert_eq!(shared.other_than(&spare), None);
         shared.discard(&spare);

@@ -1,8 +1,8 @@
-//! A limit of the bytes that an HTTP/1 server may send for one request.
+//! Limits the bytes that an HTTP/1 server may send for one request.
 //!
-//! hyper skips informational responses (RFC 9110 section 15.2) without a limit of their number. A connection is therefore
+//! hyper skips informational responses (RFC 9110 section 15.2) without limiting their number. A connection is therefore
 //! closed when more than [`MAX_RESPONSE`] bytes have arrived since the last write, which is the last part of the request.
-//! HTTP/2 has limits of its own, and many responses on one connection.
+//! HTTP/2 is not limited here: it has its own limits, and a connection carries many responses at once.
 
 use std::io;
 use std::pin::Pin;
@@ -14,12 +14,12 @@ use hyper::rt::{Read, ReadBuf, ReadBufCursor, Write};
 use hyper_util::client::legacy::connect::{Connected, Connection};
 use tower_service::Service;
 
-/// Head, body with the overhead of small chunks, and informational responses before it.
+/// Maximum number of bytes per request: head, body with the overhead of small chunks, and informational responses.
 const MAX_RESPONSE: usize = 512 * 1024;
-/// Bytes of one read at most.
-const READ: usize = 8 * 1024;
+/// Maximum number of bytes per read.
+const MAX_READ: usize = 8 * 1024;
 
-/// Connects by the inner connector; the connections are limited.
+/// Limits the connections of another connector.
 #[derive(Debug, Clone)]
 pub(super) struct LimitedConnector<C>(pub C);
 
@@ -43,11 +43,11 @@ where
     }
 }
 
-/// See the module.
+/// A connection with a limit of bytes per request.
 #[derive(Debug)]
 pub(super) struct LimitedStream<S> {
     inner: S,
-    /// Bytes that may still be read before the next write; `None` with HTTP/2.
+    /// Bytes that may be read before the next write; `None` with HTTP/2.
     left: Option<usize>,
 }
 
@@ -59,7 +59,7 @@ impl<S: Connection> LimitedStream<S> {
 }
 
 impl<S> LimitedStream<S> {
-    fn written(&mut self, written: &Poll<io::Result<usize>>) {
+    fn reset_after_write(&mut self, written: &Poll<io::Result<usize>>) {
         if let (Some(left), Poll::Ready(Ok(1..))) = (&mut self.left, written) {
             *left = MAX_RESPONSE;
         }
@@ -75,11 +75,11 @@ impl<S: Read + Unpin> Read for LimitedStream<S> {
         let this = &mut *self;
         let Some(left) = &mut this.left else { return Pin::new(&mut this.inner).poll_read(context, to) };
         if *left == 0 {
-            return Poll::Ready(Err(io::Error::other("the server sends more than 512 KiB for one request")));
+            return Poll::Ready(Err(io::Error::other("the server sent more than 512 KiB for one request")));
         }
-        let space = to.remaining().min(*left).min(READ);
-        // The cursor of the caller does not show how much was read into it.
-        let mut bytes = [0; READ];
+        let space = to.remaining().min(*left).min(MAX_READ);
+        // Read into a local buffer first: the cursor of the caller does not show how much was read into it.
+        let mut bytes = [0; MAX_READ];
         let mut part = ReadBuf::new(&mut bytes[..space]);
         ready!(Pin::new(&mut this.inner).poll_read(context, part.unfilled()))?;
         *left -= part.filled().len();
@@ -91,7 +91,7 @@ impl<S: Read + Unpin> Read for LimitedStream<S> {
 impl<S: Write + Unpin> Write for LimitedStream<S> {
     fn poll_write(mut self: Pin<&mut Self>, context: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
         let written = Pin::new(&mut self.inner).poll_write(context, bytes);
-        self.written(&written);
+        self.reset_after_write(&written);
         written
     }
 
@@ -113,7 +113,7 @@ impl<S: Write + Unpin> Write for LimitedStream<S> {
         parts: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
         let written = Pin::new(&mut self.inner).poll_write_vectored(context, parts);
-        self.written(&written);
+        self.reset_after_write(&written);
         written
     }
 }

@@ -1,4 +1,4 @@
-//! What route sources and the authentication policy share when they ask a service: an HTTP client with limits, hedged requests,
+//! Building blocks of requests to directories and to the authentication policy service: an HTTP client with limits, hedged requests,
 //! a thread for lookups, DNS.
 
 pub(crate) mod dns;

@@ -1,28 +1,28 @@
-//! When a peer that vanished without a word is noticed on a TCP connection to a directory or service.
+//! TCP options that detect a vanished peer on a connection to a directory or service.
 //!
-//! Keepalive probes find it on an idle connection and refresh the state of firewalls on the way; `TCP_USER_TIMEOUT` finds it
-//! on a connection with data that is not acknowledged.
+//! Keepalive probes detect it on an idle connection and refresh the state of firewalls on the path; `TCP_USER_TIMEOUT` detects it
+//! on a connection with unacknowledged data.
 
 use std::os::fd::AsFd;
 use std::time::Duration;
 
 use socket2::{SockRef, TcpKeepalive};
 
-/// Silence before the first probe.
+/// Idle time before the first probe.
 pub(crate) const IDLE: Duration = Duration::from_secs(30);
-/// Between probes.
+/// Interval between probes.
 pub(crate) const INTERVAL: Duration = Duration::from_secs(10);
-/// Probes without an answer that end the connection.
+/// Number of unanswered probes after which the connection is closed.
 pub(crate) const RETRIES: u32 = 3;
-/// Data that is not acknowledged for this time ends the connection.
+/// The connection is closed if data is not acknowledged within this time.
 pub(crate) const USER_TIMEOUT: Duration = Duration::from_secs(60);
 
-/// The probes, as a socket option.
+/// The keepalive option.
 pub(crate) fn keepalive() -> TcpKeepalive {
     TcpKeepalive::new().with_time(IDLE).with_interval(INTERVAL).with_retries(RETRIES)
 }
 
-/// Sets both on `socket`.
+/// Sets both options on `socket`.
 ///
 /// A failure is logged and otherwise ignored: a connection without these options still carries requests.
 pub(crate) fn apply(socket: &impl AsFd) {

@@ -1,8 +1,8 @@
-//! A thread with a runtime of its own, for the requests to one directory or to the policy service.
+//! A thread with its own runtime, for the requests to one directory or to the policy service.
 //!
-//! A client library may parse an endless answer without ever returning to its executor, and no timer on the same thread can
-//! end that. On a thread of their own such requests delay neither sessions nor signals, commands and health checks, and
-//! take one CPU core at most. The caller waits with a deadline on its own runtime and calls [`LookupThread::set_stalled`]
+//! A client library may parse an endless answer without returning to its executor, and no timer on the same thread can
+//! end that. On a separate thread, such requests delay neither sessions nor signals, commands and health checks, and
+//! use at most one CPU core. The caller waits with a deadline on its own runtime and calls [`LookupThread::set_stalled`]
 //! when that expires; new requests then fail at once until the thread runs again.
 
 use std::sync::Arc;
@@ -13,12 +13,12 @@ use std::{io, thread};
 use tokio::runtime::{Builder, Handle};
 use tokio_util::sync::CancellationToken;
 
-/// Time for a request to report its own timeout, before its thread counts as stalled.
+/// Time in which a request must report its own timeout before its thread counts as stalled.
 pub(crate) const GRACE: Duration = Duration::from_secs(1);
-/// Time after the drop for farewells to servers and for queries that are still running.
+/// Time after the drop to close connections properly and for queries that are still running.
 const LINGER: Duration = Duration::from_secs(62);
 
-/// A running thread. It ends some time after this is dropped.
+/// A running thread, which ends some time after this is dropped.
 #[derive(Debug)]
 pub(crate) struct LookupThread {
     handle: Handle,
@@ -51,7 +51,7 @@ impl LookupThread {
         &self.handle
     }
 
-    /// A request on the thread did not even report its timeout.
+    /// Marks the thread as stalled: a request on it did not report its timeout.
     pub(crate) fn set_stalled(&self) {
         if !self.is_stalled.swap(true, Ordering::AcqRel) {
             let is_stalled = self.is_stalled.clone();
@@ -79,7 +79,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_stalled_thread_is_used_again_when_it_runs() {
+    fn stalled_thread_is_used_again_when_it_runs() {
         let thread = LookupThread::start("test").unwrap();
         let (resume, wait) = mpsc::channel::<()>();
         thread.handle().spawn(async move {

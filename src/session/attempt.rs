@@ -255,7 +255,7 @@ impl Session {
                     let client = AddressBlock::of(self.peer.ip());
                     self.snapshot.refusal_latency.add(&routed.name, client, duration);
                     if let (Some(user), Some(answer)) = (&self.routing_name, reply::without_tag(&reply)) {
-                        self.snapshot.refusal_latency.observe_answer(&routed.name, user, client, answer);
+                        self.snapshot.refusal_latency.observe_reply(&routed.name, user, client, answer);
                     }
                 }
                 self.record.refused(routed.id, placed.as_ref().map(|placed| &placed.server.name));

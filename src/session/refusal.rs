@@ -39,7 +39,7 @@ impl Session {
         let user = self.routing_name.as_deref().unwrap_or_default();
         let routed = routed.map(|backend| &*backend.name);
         let not_before = began + self.snapshot.refusal_latency.draw(routed, user, refusal_latency::random());
-        let reply = match self.snapshot.refusal_latency.answer(routed, user) {
+        let reply = match self.snapshot.refusal_latency.common_reply(routed, user) {
             Some(answer) => reply::with_tag(tag, &answer),
             None => reply::authentication_failed(tag, None),
         };

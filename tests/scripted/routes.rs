@@ -1,4 +1,4 @@
-//! Services behind routes, scripted: what they are sent, and what their answers may do.
+//! Routes with scripted HTTP services: the requests they receive, and the effect of their answers.
 
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex};
@@ -71,7 +71,7 @@ pub(super) fn json(body: &str) -> String {
     format!("HTTP/1.1 200 OK\r\ncontent-length: {}\r\n\r\n{body}", body.len())
 }
 
-/// A mailbox server that accepts the password "handed out" and refuses everything else; it records what it is sent.
+/// A mailbox server that accepts the password "handed out" and refuses everything else; it records the commands it receives.
 async fn server() -> (SocketAddr, Arc<Mutex<Vec<String>>>) {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
@@ -116,9 +116,9 @@ const WITHOUT_PASSWORD: [(&str, &str); 4] = [
     ("SCRAM-SHA-256", "n,,n=alice,r=nonce"),
 ];
 
-/// The service answers every request that holds no wrong password, also one without any.
+/// The service accepts every request that contains no wrong password, also one without a password.
 #[tokio::test]
-async fn a_handed_out_password_needs_a_confirmed_one() {
+async fn issued_password_is_used_only_if_the_clients_was_confirmed() {
     let service = Service::new(|request| match request.contains("\"password\":\"wrong\"") {
         true => "HTTP/1.1 401 Unauthorized\r\ncontent-length: 0\r\n\r\n".to_owned(),
         false => json("{\"backend\": \"only\", \"password\": \"handed out\"}"),
@@ -134,18 +134,18 @@ async fn a_handed_out_password_needs_a_confirmed_one() {
         let relayed = commands.lock().unwrap().last().cloned().unwrap();
         assert!(relayed.starts_with(&format!("L AUTHENTICATE {mechanism}")), "the server decides: {relayed}");
     }
-    // A password that was confirmed is the user's own, and no other user's.
+    // The confirmed password identifies the user, not another user.
     let sent = commands.lock().unwrap().len();
     assert!(client.command("a LOGIN alice wrong").await.starts_with("a NO [AUTHENTICATIONFAILED]"));
-    assert_eq!(commands.lock().unwrap().len(), sent, "no server was asked");
-    // The server has no PLAIN, the only mechanism that could ask it whether alice may act for bob.
+    assert_eq!(commands.lock().unwrap().len(), sent, "no server is contacted");
+    // The server does not offer PLAIN, the only mechanism with which it could decide whether alice may act for bob.
     assert_eq!(client.command(&authenticate("PLAIN", "bob\0alice\0secret")).await, UNAVAILABLE);
     assert!(commands.lock().unwrap().iter().all(|command| !command.contains("handed out")));
     assert!(client.command("a LOGIN alice secret").await.starts_with("a OK"));
 }
 
 #[tokio::test]
-async fn a_route_that_verifies_nothing_hands_out_no_password() {
+async fn issued_password_of_a_route_that_does_not_verify_is_not_used() {
     let service = Service::new(|_| json("{\"backend\": \"only\", \"password\": \"handed out\"}")).await;
     let (address, commands) = server().await;
     for cache in ["cache: off", "cache: {ttl: 1m}"] {
@@ -161,7 +161,7 @@ async fn a_route_that_verifies_nothing_hands_out_no_password() {
 }
 
 #[tokio::test]
-async fn an_auth_server_of_nginx_is_asked_with_passwords_only() {
+async fn nginx_auth_server_receives_only_logins_with_passwords() {
     let server_address = server().await;
     let (address, commands) = server_address;
     let service = Service::new(move |_| {
@@ -180,12 +180,12 @@ async fn an_auth_server_of_nginx_is_asked_with_passwords_only() {
     }
     assert!(service.requests.lock().unwrap().is_empty() && commands.lock().unwrap().is_empty());
     let metrics = proxy.metrics().render();
-    assert!(!metrics.contains("vestibule_route_failing{route=\"http\"} 1"), "clients cannot make a route look broken");
+    assert!(!metrics.contains("vestibule_route_failing{route=\"http\"} 1"), "clients cannot mark a route as failing");
     assert!(client.command("a LOGIN alice secret").await.starts_with("a OK"));
 }
 
 #[tokio::test]
-async fn an_answer_without_a_known_key_is_a_failure() {
+async fn answer_without_a_known_key_fails_the_lookup() {
     let (address, commands) = server().await;
     let service = Service::new(|request| match request {
         other if other.contains("empty@") => json("{}"),
@@ -199,13 +199,13 @@ async fn an_answer_without_a_known_key_is_a_failure() {
     for user in ["empty@a.test", "other@a.test"] {
         assert_eq!(client.command(&format!("a LOGIN {user} secret")).await, UNAVAILABLE, "{user}");
     }
-    assert!(commands.lock().unwrap().is_empty(), "the next route is not asked");
-    assert_eq!(client.command("a LOGIN unknown@a.test secret").await, FAILED, "the next route knows everybody");
+    assert!(commands.lock().unwrap().is_empty(), "the next route must not be used");
+    assert_eq!(client.command("a LOGIN unknown@a.test secret").await, FAILED, "the next route knows every user");
 }
 
-/// `user=$1` with a name that holds the syntax of a field: it must not choose the server.
+/// `user=$1` with a user name that contains the syntax of a field, which must not choose the server.
 #[tokio::test]
-async fn a_user_name_cannot_add_fields_to_the_target_of_a_regex() {
+async fn user_name_cannot_add_fields_to_the_answer_of_a_regex() {
     let (main, other) = (ScriptedServer::new(ACCEPTS_ALICE).await, ScriptedServer::new(ACCEPTS_ALICE).await);
     let proxy = start(&format!(
         "listeners: [{{address: '127.0.0.1:0', tls: none}}]\n\

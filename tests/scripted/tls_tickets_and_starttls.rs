@@ -1,4 +1,4 @@
-//! Defences that no other file here shows; tests/DEFENCES.md has all of them.
+//! TLS session tickets are bound to a policy, and state from before STARTTLS is discarded.
 
 use std::io::{Read as _, Write as _};
 use std::net::{SocketAddr, TcpStream};
@@ -10,8 +10,8 @@ use tokio_rustls::rustls::{ClientConfig, ClientConnection, HandshakeKind, RootCe
 
 use crate::support::{Certificates, Client, LineStream, TIMEOUT, start, with_timeout};
 
-/// A handshake and a greeting, by a client that keeps its tickets in `config`; how the handshake was, and whether data could have
-/// been sent ahead of it.
+/// Connects with a client that stores its tickets in `config`, and reads the greeting. Returns the kind of the handshake, and whether the
+/// client could have sent early data.
 fn handshake(config: &Arc<ClientConfig>, address: SocketAddr) -> (Option<HandshakeKind>, bool) {
     let mut socket = TcpStream::connect(address).unwrap();
     socket.set_read_timeout(Some(TIMEOUT)).unwrap();
@@ -22,14 +22,14 @@ fn handshake(config: &Arc<ClientConfig>, address: SocketAddr) -> (Option<Handsha
     stream.read_exact(&mut greeting).unwrap();
     assert_eq!(&greeting, b"* OK ");
     stream.write_all(b"a LOGOUT\r\n").unwrap();
-    // The ticket comes with it, in TLS 1.3.
+    // In TLS 1.3 the ticket arrives after the handshake.
     let mut rest = Vec::new();
     let _ = stream.read_to_end(&mut rest);
     (connection.handshake_kind(), early)
 }
 
 #[tokio::test]
-async fn a_ticket_is_good_where_it_was_given_and_carries_no_early_data() {
+async fn ticket_is_valid_only_for_its_policy_and_allows_no_early_data() {
     let certificates = Certificates::new();
     let ca = certificates.path("ca.pem");
     let proxy = start(&format!(
@@ -40,7 +40,7 @@ async fn a_ticket_is_good_where_it_was_given_and_carries_no_early_data() {
         certificates.section()
     ))
     .await;
-    let (open, asking) = (proxy.listeners()[0], proxy.listeners()[1]);
+    let (without_certificates, with_certificates) = (proxy.listeners()[0], proxy.listeners()[1]);
     let pem = std::fs::read(ca).unwrap();
     tokio::task::spawn_blocking(move || {
         let mut roots = RootCertStore::empty();
@@ -50,12 +50,12 @@ async fn a_ticket_is_good_where_it_was_given_and_carries_no_early_data() {
             let mut config = config.with_no_client_auth();
             config.enable_early_data = true;
             let config = Arc::new(config);
-            assert_eq!(handshake(&config, open), (Some(HandshakeKind::Full), false));
-            assert_eq!(handshake(&config, open), (Some(HandshakeKind::Resumed), false), "{version:?}");
-            // Whoever comes there must be asked for a certificate.
-            assert_eq!(handshake(&config, asking), (Some(HandshakeKind::Full), false), "{version:?}");
-            assert_eq!(handshake(&config, asking), (Some(HandshakeKind::Resumed), false), "{version:?}");
-            assert_eq!(handshake(&config, open), (Some(HandshakeKind::Full), false), "{version:?}");
+            assert_eq!(handshake(&config, without_certificates), (Some(HandshakeKind::Full), false));
+            assert_eq!(handshake(&config, without_certificates), (Some(HandshakeKind::Resumed), false), "{version:?}");
+            // Every client of this listener must be asked for a certificate.
+            assert_eq!(handshake(&config, with_certificates), (Some(HandshakeKind::Full), false), "{version:?}");
+            assert_eq!(handshake(&config, with_certificates), (Some(HandshakeKind::Resumed), false), "{version:?}");
+            assert_eq!(handshake(&config, without_certificates), (Some(HandshakeKind::Full), false), "{version:?}");
         }
     })
     .await
@@ -63,7 +63,7 @@ async fn a_ticket_is_good_where_it_was_given_and_carries_no_early_data() {
 }
 
 #[tokio::test]
-async fn what_was_said_before_tls_is_forgotten() {
+async fn starttls_discards_earlier_state() {
     let certificates = Certificates::new();
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let proxy = start(&format!(
@@ -82,7 +82,7 @@ async fn what_was_said_before_tls_is_forgotten() {
     }
     assert!(client.command("c STARTTLS").await.starts_with("c OK"));
     let mut client = LineStream::new(certificates.encrypt(client.into_parts().0).await);
-    // Two more would be four.
+    // Together with those before STARTTLS they would be four.
     for _ in 0..2 {
         assert!(client.command("d NONSENSE").await.starts_with("d BAD"));
     }
@@ -93,8 +93,8 @@ async fn what_was_said_before_tls_is_forgotten() {
     assert!(id.starts_with("I ID (\"x-session-id\" "), "{id}");
     assert_eq!(server.line().await, "L LOGIN \"alice\" \"secret\"");
     server.send("I OK\r\nL OK [CAPABILITY IMAP4rev1 STARTTLS LOGINDISABLED AUTH=PLAIN IDLE] in\r\n").await;
-    assert_eq!(client.line().await, "e OK [CAPABILITY IMAP4rev1 IDLE] in", "nothing asks for a second STARTTLS");
-    // One that comes all the same is the server's to refuse, as every command after the login.
+    assert_eq!(client.line().await, "e OK [CAPABILITY IMAP4rev1 IDLE] in", "no second STARTTLS is offered");
+    // A second STARTTLS is left to the server to refuse, like every command after the login.
     client.send("f STARTTLS\r\n").await;
     assert_eq!(server.line().await, "f STARTTLS");
 }

@@ -21,7 +21,7 @@ use redis::{
 use zeroize::Zeroizing;
 
 use crate::config::{self, Located, Problem, RedisServers};
-use crate::lookup::hedge::{Budget, SharedConnection, Unanswered, hedged};
+use crate::lookup::hedge::{Budget, DiscardUnlessAnswered, SharedConnection, hedged};
 use crate::lookup::tcp_liveness;
 use crate::route::LookupResult;
 use crate::route::answer::DeclaredBackends;
@@ -117,9 +117,9 @@ impl Redis {
     /// Makes the second attempt, on another connection than `old`.
     async fn run_again(&self, old: &Arc<Connection>, command: &Cmd, budget: &Budget) -> Result<Reply, RedisError> {
         let connection = self.connection_or_new(budget, || self.shared.other_than(old)).await?;
-        let mut unanswered = Unanswered { discard: Some(|| self.shared.discard_spare(&connection)) };
+        let mut on_drop = DiscardUnlessAnswered { discard: Some(|| self.shared.discard_spare(&connection)) };
         let reply = run_on(&connection, command).await.inspect_err(|_| self.shared.discard(&connection))?;
-        unanswered.discard = None;
+        on_drop.discard = None;
         Ok(reply)
     }
 
