@@ -86,7 +86,7 @@ impl Stream {
 
 /// Properties of a TLS connection.
 #[derive(Debug, Clone)]
-pub struct TlsInfo {
+pub(crate) struct TlsInfo {
     /// The negotiated version.
     pub version: TlsVersion,
     /// The server name that the client requested (SNI).
@@ -99,7 +99,7 @@ pub struct TlsInfo {
 
 /// A version of TLS, in one byte, because every session stores it. Versions before 1.2 are reported by balancers that terminate TLS.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum TlsVersion {
+pub(crate) enum TlsVersion {
     /// TLS 1.0.
     V10,
     /// TLS 1.1.
@@ -114,7 +114,7 @@ pub enum TlsVersion {
 
 impl TlsVersion {
     /// The version with this name; names are those of log records.
-    pub fn named(name: &str) -> Self {
+    pub(crate) fn named(name: &str) -> Self {
         [Self::V10, Self::V11, Self::V12, Self::V13]
             .into_iter()
             .find(|version| version.as_str() == name)
@@ -122,7 +122,7 @@ impl TlsVersion {
     }
 
     /// The name in log records.
-    pub fn as_str(self) -> &'static str {
+    pub(crate) fn as_str(self) -> &'static str {
         match self {
             Self::V10 => "TLSv1.0",
             Self::V11 => "TLSv1.1",

@@ -8,7 +8,7 @@ use crate::protocol::imap::backend_login::verdict::{self, Action, HealthEffect, 
 
 /// Why a server could not answer a login.
 #[derive(Debug)]
-pub struct Fault {
+pub(crate) struct Fault {
     /// Reason for metrics and log records.
     pub reason: Reason,
     /// Text for logs; never sent to the client.
@@ -39,17 +39,17 @@ pub(super) enum Evidence {
 
 impl Fault {
     /// The backend has no server to try.
-    pub fn no_server() -> Self {
+    pub(crate) fn no_server() -> Self {
         Self::of_proxy(Reason::NoServer, "the backend has no server at the moment", FaultAction::GiveUp)
     }
 
     /// A referral that is not followed.
-    pub fn referral(detail: String) -> Self {
+    pub(crate) fn referral(detail: String) -> Self {
         Self::of_proxy(Reason::Referral, detail, FaultAction::GiveUp)
     }
 
     /// Every server that could take the login has `max_sessions`.
-    pub fn full() -> Self {
+    pub(crate) fn full() -> Self {
         Self::of_proxy(
             Reason::ServersFull,
             "all servers have max_sessions, and none had a free place in time",
@@ -58,7 +58,7 @@ impl Fault {
     }
 
     /// A server has accepted the login, but the user's sessions on other servers of the backend did not end in time.
-    pub fn sessions_elsewhere() -> Self {
+    pub(crate) fn sessions_elsewhere() -> Self {
         Self::of_proxy(
             Reason::Moved,
             "the user's sessions on another server of the backend did not end in time",
@@ -125,12 +125,12 @@ impl Fault {
     }
 
     /// Whether another server may be tried.
-    pub fn allows_next_server(&self) -> bool {
+    pub(crate) fn allows_next_server(&self) -> bool {
         self.action == FaultAction::TryNextServer
     }
 
     /// Whether the login counts as failed, as if the server had refused it.
-    pub fn is_refusal(&self) -> bool {
+    pub(crate) fn is_refusal(&self) -> bool {
         self.action == FaultAction::Refuse
     }
 
@@ -140,7 +140,7 @@ impl Fault {
     }
 
     /// Whether the fault is counted when the server is tried. All others are counted with the result of the login.
-    pub fn is_counted_at_server(&self) -> bool {
+    pub(crate) fn is_counted_at_server(&self) -> bool {
         let is_of_all_servers = matches!(self.reason, Reason::NoServer | Reason::ServersFull);
         self.reason.side() == Side::Backend && !is_of_all_servers || self.is_local()
     }

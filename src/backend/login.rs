@@ -26,7 +26,7 @@ use crate::relay::Leg;
 
 /// How one server answered a login.
 #[derive(Debug)]
-pub enum LoginResponse<'a> {
+pub(crate) enum LoginResponse<'a> {
     /// The server accepted the login.
     Accepted(Established),
     /// The server refused the login.
@@ -46,7 +46,7 @@ pub enum LoginResponse<'a> {
 
 /// A logged-in connection to a server.
 #[derive(Debug)]
-pub struct Established {
+pub(crate) struct Established {
     /// The connection.
     pub leg: Leg<TcpStream>,
     /// What is sent to the client first: untagged lines, the tagged OK, and what followed it.
@@ -60,7 +60,7 @@ pub struct Established {
 }
 
 /// Logs in on `server`, within `deadline`.
-pub async fn login<'a>(
+pub(crate) async fn login<'a>(
     backend: &'a Backend,
     server: &Arc<Server>,
     request: &'a Request<'a>,
@@ -105,7 +105,7 @@ fn is_shorter_than_connect(request: &Request<'_>, deadline: Deadline) -> bool {
 }
 
 /// A login that waits for the client's response to a challenge.
-pub struct PausedLogin<'a>(Login<'a>);
+pub(crate) struct PausedLogin<'a>(Login<'a>);
 
 impl std::fmt::Debug for PausedLogin<'_> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -115,7 +115,7 @@ impl std::fmt::Debug for PausedLogin<'_> {
 
 impl<'a> PausedLogin<'a> {
     /// Sends the client's response, a line without its end, and continues until `deadline`.
-    pub async fn respond(mut self, line: &[u8], deadline: Deadline) -> LoginResponse<'a> {
+    pub(crate) async fn respond(mut self, line: &[u8], deadline: Deadline) -> LoginResponse<'a> {
         self.0.dialogue.machine.respond(line);
         self.0.run(deadline, deadline).await
     }

@@ -11,7 +11,7 @@ use crate::stream::TlsInfo;
 
 /// A client's login as it is to be made on a server.
 #[derive(Debug)]
-pub struct Request<'a> {
+pub(crate) struct Request<'a> {
     /// Credentials for the server.
     pub login: ServerLogin<'a>,
     /// The command that the client used.
@@ -28,7 +28,7 @@ pub struct Request<'a> {
 
 /// What a server may learn about a client, by PROXY header or ID.
 #[derive(Debug, Clone, Copy)]
-pub struct ClientDetails<'a> {
+pub(crate) struct ClientDetails<'a> {
     /// Address of the client.
     pub address: SocketAddr,
     /// Address that the client connected to.

@@ -13,9 +13,9 @@ use serde::{Deserialize, Serialize};
 use crate::admin_state::AdminState;
 
 /// Maximum number of overrides, including those of servers that are not in the configuration.
-pub const MAX_OVERRIDES: usize = 4096;
+pub(crate) const MAX_OVERRIDES: usize = 4096;
 /// Maximum length of a reason, in bytes.
-pub const MAX_REASON: usize = 256;
+pub(crate) const MAX_REASON: usize = 256;
 /// Maximum length of the name of the operator, and of a server's name, in bytes.
 const MAX_NAME: usize = 320;
 

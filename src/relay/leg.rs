@@ -29,7 +29,7 @@ const MAX_SLICES: usize = 128;
 const MAX_EMPTY_RECORDS: u16 = 64;
 
 /// What a leg needs from a socket beyond reading and writing.
-pub trait Socket: AsyncRead + AsyncWrite + Unpin {
+pub(crate) trait Socket: AsyncRead + AsyncWrite + Unpin {
     /// Reads bytes that have arrived into several buffers.
     ///
     /// # Errors
@@ -125,7 +125,7 @@ enum PeerStream {
 
 /// One side of a relayed session.
 #[derive(Debug)]
-pub struct Leg<S> {
+pub(crate) struct Leg<S> {
     socket: S,
     tls: Option<Box<Channel>>,
     /// Bytes of a record that is not complete yet.

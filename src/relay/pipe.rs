@@ -18,7 +18,7 @@ const MAX_MOVED: usize = MAX_ROUND * MAX_PLAINTEXT;
 const SIZE: usize = 1 << 20;
 
 #[derive(Debug)]
-pub struct Pipe {
+pub(crate) struct Pipe {
     reader: OwnedFd,
     writer: OwnedFd,
 }
