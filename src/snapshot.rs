@@ -1,6 +1,8 @@
-//! Everything a session asks or uses, as one immutable value: built whole, swapped whole. A login takes the one that holds
-//! then. An established session keeps its [`SessionSettings`] alone, so that nothing else of an old configuration, such as
-//! connections to directories, stays in use for as long as a session lasts.
+//! One loaded configuration and everything built from it, as one immutable value that a reload replaces as a whole.
+//!
+//! A login uses the snapshot that is current when it begins. An established session keeps only its [`SessionSettings`], so that
+//! nothing else of an old configuration, such as connections to directories, stays in use until the session ends. Values that
+//! outlive a configuration are shared with the previous snapshot. A snapshot binds no sockets.
 
 use std::net::IpAddr;
 use std::sync::Arc;
@@ -18,49 +20,49 @@ use crate::route::{self, Destination, Router, ServerChoice};
 use crate::session_registry::SessionRegistry;
 use crate::tls::downstream::DownstreamTls;
 
-/// See the module.
+/// Everything that a session uses, built from one configuration.
 pub struct Snapshot {
-    /// What it was built from.
+    /// The configuration.
     pub config: Config,
-    /// Who belongs where.
+    /// The routes.
     pub router: Router,
-    /// The servers.
+    /// The backends and their servers.
     pub backends: Arc<Backends>,
-    /// What clients are shown; absent where every listener is plain.
+    /// TLS towards clients; absent if no listener uses TLS.
     pub tls: Option<DownstreamTls>,
-    /// Who is logged in where. The process's, not this configuration's.
+    /// The sessions and logins of the process, shared by all snapshots.
     pub session_registry: Arc<SessionRegistry>,
-    /// How long servers take to refuse a login. The process's too.
+    /// Latencies of refused logins, shared by all snapshots.
     pub refusal_latency: Arc<RefusalLatency>,
-    /// Deadlines and caps.
+    /// The section `limits`.
     pub limits: Arc<Limits>,
-    /// Who may come in and try. The process's too.
+    /// Limits of connections and logins, shared by all snapshots.
     pub admission: Arc<AdmissionControl>,
-    /// Who else is asked.
+    /// The client of the policy service, if one is configured.
     pub auth_policy: Option<Arc<AuthPolicy>>,
-    /// Warnings about unexpected PROXY headers, one for each listener.
+    /// Rate limits of the warning about unexpected PROXY headers, one for each listener.
     pub proxy_header_warnings: Vec<WarningLimit>,
-    /// What is counted.
+    /// The metrics.
     pub metrics: Arc<Metrics>,
-    /// What an established session keeps.
+    /// The part that an established session keeps.
     pub session_settings: Arc<SessionSettings>,
 }
 
-/// What an established session needs of a configuration.
+/// The part of a configuration that an established session needs.
 #[derive(Debug)]
 pub struct SessionSettings {
-    /// Deadlines and caps.
+    /// The section `limits`.
     pub limits: Arc<Limits>,
-    /// Counters and gauges.
+    /// The metrics.
     pub metrics: Arc<Metrics>,
 }
 
 impl Snapshot {
-    /// Builds everything and binds nothing: certificates, tables, roots. What outlives a configuration is taken over from
-    /// `previous`: counts, what is known of servers, kept answers, and a table that has not changed.
+    /// Builds a snapshot: reads certificates, tables and trusted roots. It takes from `previous` what outlives a configuration:
+    /// counts, the health of servers, cached lookups, and tables that have not changed.
     ///
     /// # Errors
-    /// All problems of all rooms.
+    /// All problems that the modules have found.
     pub fn build(config: Config, previous: Option<&Self>) -> Result<Self, Report> {
         let names = Names {
             listeners: config.listeners.iter().map(|listener| listener.address.to_string()).collect(),
@@ -86,7 +88,7 @@ impl Snapshot {
                 refusal_latency: previous.map(|previous| previous.refusal_latency.clone()).unwrap_or_default(),
                 session_settings: Arc::new(SessionSettings { limits: limits.clone(), metrics: metrics.clone() }),
                 limits,
-                // Its rules are replaced when this configuration is, see `Running::reload`.
+                // `Running::reload` replaces its rules when this configuration takes effect.
                 admission: previous.map_or_else(
                     || Arc::new(AdmissionControl::new(&config.admission, Instant::now())),
                     |previous| previous.admission.clone(),
@@ -103,26 +105,26 @@ impl Snapshot {
         }
     }
 
-    /// Ways to log in that the listener at this place offers just now.
+    /// The SASL mechanisms that the listener with this index offers at present.
     pub fn mechanisms(&self, listener: usize) -> Mechanisms {
         self.config.listeners[listener].mechanisms.unwrap_or_else(|| self.backends.offer().mechanisms)
     }
 
-    /// Whether a login on behalf of another user may come from there.
+    /// Whether this client may log in on behalf of another user.
     pub fn allows_masters_from(&self, client: IpAddr) -> bool {
         let networks = self.config.master_networks.as_ref();
         networks.is_none_or(|networks| networks.iter().any(|network| network.contains(client)))
     }
 
-    /// Whose mailboxes the owners of client certificates may open at the listener at this place.
+    /// The mailboxes that owners of client certificates may open at the listener with this index.
     pub fn delegations(&self, listener: usize) -> &[Delegation] {
         self.config.listeners[listener].client_certificates.as_ref().map_or(&[], |wanted| &wanted.may_act_for)
     }
 
-    /// The servers to try for `user` in this place, in order; waits for DNS only while it has never answered.
-    pub async fn servers(&self, place: &Destination, user: &str) -> Vec<Arc<Server>> {
-        let backend = self.backends.backend(place.backend);
-        match &place.server {
+    /// The servers to try for `user` in order. It waits for DNS only until DNS has answered once.
+    pub async fn servers(&self, destination: &Destination, user: &str) -> Vec<Arc<Server>> {
+        let backend = self.backends.backend(destination.backend);
+        match &destination.server {
             ServerChoice::Any => backend.candidates(user).await,
             ServerChoice::Server(name) => {
                 let mut servers = backend.candidates(user).await;
@@ -134,12 +136,12 @@ impl Snapshot {
     }
 }
 
-/// What connections are served with from now on.
+/// The configuration with which a listener serves new connections.
 #[derive(Clone)]
 pub struct ListenerConfig {
-    /// The configuration, built.
+    /// The snapshot.
     pub snapshot: Arc<Snapshot>,
-    /// The listener's place in it.
+    /// The index of the listener in it.
     pub index: usize,
 }
 

@@ -87,10 +87,10 @@ async fn megabyte_through_a_narrow_pipe_is_unchanged() {
 async fn backpressure_reaches_the_sender() {
     let mut ends = start(16, LIMITS, b"", b"");
     let mut accepted = 0;
-    // Duplex (16) + one read kept (16) + duplex (16): more than that is never taken from the sender.
+    // Duplex (16) + one unsent read (16) + duplex (16): the sender can send no more than that.
     while let Ok(written) = tokio::time::timeout(Duration::from_millis(50), ends.server.write(&[b'x'; 16])).await {
         accepted += written.unwrap();
-        assert!(accepted <= 48, "{accepted} bytes taken for a client that reads nothing");
+        assert!(accepted <= 48, "{accepted} bytes accepted for a client that reads nothing");
     }
     let mut got = vec![0; accepted];
     ends.client.read_exact(&mut got).await.unwrap();
@@ -137,7 +137,7 @@ async fn silent_session_lasts_without_an_idle_limit() {
     assert_eq!(ends.server.read_u8().await.unwrap(), b'x');
 }
 
-/// Three records in two pieces, cut at every byte, come out as they went in.
+/// Three records in two pieces, split at every byte, are relayed unchanged.
 #[tokio::test]
 async fn records_are_reassembled_at_every_split() {
     use crate::record_layer::{Channel, Cipher, Keys, Role, Version};
@@ -159,7 +159,7 @@ async fn records_are_reassembled_at_every_split() {
             let (mut client, relay_client) = duplex(1024);
             let (mut server, relay_server) = duplex(1024);
             let ours = Channel::new(version, Role::Server, keys(1), keys(2));
-            // What was read before the relay began may be cut anywhere too.
+            // The bytes that were read before the relay began may end anywhere, too.
             let early = stream[..cut / 2].to_vec();
             let leg = Leg::tls(relay_client, ours, early);
             let mut relay = Relay::new(leg, Leg::plain(relay_server), Buffered::default(), counters(), LIMITS);
@@ -169,14 +169,14 @@ async fn records_are_reassembled_at_every_split() {
             client.write_all(&stream[cut..]).await.unwrap();
             let mut got = [0; 26];
             server.read_exact(&mut got).await.unwrap();
-            assert_eq!(&got, b"a NOOP\r\nbc FETCH 1:* ALL\r\n", "{version:?} cut at {cut}");
+            assert_eq!(&got, b"a NOOP\r\nbc FETCH 1:* ALL\r\n", "{version:?} split at {cut}");
             relay.abort();
         }
     }
 }
 
-/// A peer that asks TLS for an answer with every line, and never reads one.
-async fn flooded(version: crate::record_layer::Version, from_server: bool) {
+/// A peer that requests a TLS reply with every line and never reads one.
+async fn flood(version: crate::record_layer::Version, from_server: bool) {
     use crate::record_layer::{Channel, Cipher, ContentType, Keys, Role, Version};
     const PIPE: usize = 256;
     let keys = |byte: u8| Keys::from_secret(Cipher::Aes128Gcm, &[byte; 32]).unwrap();
@@ -213,15 +213,15 @@ async fn flooded(version: crate::record_layer::Version, from_server: bool) {
         event = relay.run(None) => panic!("{event:?}"),
     }
     let leg = if from_server { &relay.server } else { &relay.client };
-    assert!(leg.buffered() <= 64, "{version:?}, server: {from_server}: {} bytes held", leg.buffered());
-    // The peer begins to read, and everything goes on.
+    assert!(leg.buffered() <= 64, "{version:?}, server: {from_server}: {} bytes kept", leg.buffered());
+    // The peer begins to read, and the relay continues.
     let (mut answers, mut bytes) = ([0; PIPE], Vec::new());
-    let goes_on = async {
+    let continues = async {
         let (_, _) = tokio::join!(attacker.read(&mut answers), other.read_buf(&mut bytes));
         attacker.write_all(&[]).await.unwrap();
     };
     tokio::select! {
-        () = goes_on => assert!(bytes.starts_with(b"x")),
+        () = continues => assert!(bytes.starts_with(b"x")),
         event = relay.run(None) => panic!("{event:?}"),
     }
 }
@@ -230,12 +230,12 @@ async fn flooded(version: crate::record_layer::Version, from_server: bool) {
 async fn peer_that_never_reads_gets_one_tls_reply_and_is_not_read() {
     use crate::record_layer::Version;
     for version in [Version::Tls13, Version::Tls12] {
-        flooded(version, false).await;
-        flooded(version, true).await;
+        flood(version, false).await;
+        flood(version, true).await;
     }
 }
 
-/// RFC 8446 section 4.6.3: one KeyUpdate answers all requests that came before it, and comes before the next data.
+/// RFC 8446 section 4.6.3: one KeyUpdate answers all requests before it, and is sent before the next data.
 #[tokio::test(start_paused = true)]
 async fn key_update_requests_in_one_read_get_one_reply_before_data() {
     use crate::record_layer::{Channel, Cipher, Keys, Opened, Role, Version, record_length};
@@ -263,7 +263,7 @@ async fn key_update_requests_in_one_read_get_one_reply_before_data() {
     assert_eq!(events, [b"Nothing".to_vec(), b"a OK\r\n".to_vec()]);
 }
 
-/// Runs one poll of a relay whose client has sent `count` of `record`, and returns how much was relayed by it.
+/// Runs one poll of a relay whose client has sent `count` records with `payload`, and returns the number of bytes that it relayed.
 async fn one_turn(payload: &'static [u8], count: usize) -> usize {
     use crate::record_layer::{Channel, Cipher, ContentType, Keys, Role, Version};
     let keys = |byte: u8| Keys::from_secret(Cipher::Aes128Gcm, &[byte; 32]).unwrap();
@@ -282,7 +282,7 @@ async fn one_turn(payload: &'static [u8], count: usize) -> usize {
     let mut got = Vec::new();
     while let Some(Ok(1..)) = server.read_buf(&mut got).now_or_never() {}
     let first_turn = got.len();
-    // The relay wakes itself for the rest.
+    // The relay wakes itself to move the rest.
     let rest = async {
         while !got.ends_with(b"end") {
             server.read_buf(&mut got).await.unwrap();

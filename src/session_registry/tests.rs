@@ -1,4 +1,4 @@
-//! The registry: chains of users, cancellation, holds, and which of two servers keeps a user.
+//! Tests of the session registry: lists of users, cancellation, holds, and which of two servers keeps a user.
 
 use std::pin::pin;
 use std::task::{Context, Poll};
@@ -16,7 +16,7 @@ fn server(name: &str) -> Arc<Server> {
     Arc::new(Server::named("shard", name))
 }
 
-/// A login of `user` that is under way on `server`.
+/// A login of `user` on `server` that has not been accepted.
 fn login(registry: &Arc<SessionRegistry>, user: &str, server: &Arc<Server>) -> SessionHandle {
     let since = registry.generation();
     let handle = registry.register(info(user)).unwrap();
@@ -34,20 +34,20 @@ fn session(registry: &Arc<SessionRegistry>, user: &str, server: &Arc<Server>) ->
 }
 
 fn users(registry: &SessionRegistry) -> Vec<String> {
-    registry.list(100).iter().map(|seen| seen.info.user.to_string()).collect()
+    registry.list(100).iter().map(|session| session.info.user.to_string()).collect()
 }
 
 #[test]
-fn seats_are_given_back_in_any_order() {
+fn entries_are_removed_in_any_order() {
     let registry = Arc::new(SessionRegistry::default());
     let (one, two) = (server("a"), server("b"));
     let mut handles: Vec<SessionHandle> =
         (0..9).map(|number| login(&registry, ["x", "y", "z"][number % 3], &one)).collect();
     let other = login(&registry, "x", &two);
     assert_eq!(registry.of_user("x").len(), 4);
-    // From the middle, the front and the end of a user's chain.
-    for place in [3, 0, 4] {
-        handles.remove(place);
+    // From the middle, the front and the end of the list of a user.
+    for index in [3, 0, 4] {
+        handles.remove(index);
     }
     assert_eq!((registry.of_user("x").len(), registry.of_user("y").len(), registry.of_user("z").len()), (1, 3, 3));
     assert_eq!(registry.count(|server| *server.name == *"b"), 1);
@@ -63,7 +63,7 @@ fn users_whose_hashes_collide_are_different_users() {
     let (one, two) = (server("a"), server("b"));
     let (alice, bob, carol) =
         (session(&registry, "alice", &one), session(&registry, "bob", &one), login(&registry, "carol", &one));
-    assert_eq!(registry.lock().entries.lists(), 1, "all are in one chain");
+    assert_eq!(registry.lock().entries.lists(), 1, "all are in one list");
     // A login elsewhere moves its own user only, and is alone whatever registry the others have.
     let moved = login(&registry, "bob", &two);
     moved.accept_exclusively();
@@ -74,15 +74,15 @@ fn users_whose_hashes_collide_are_different_users() {
     );
     drop(bob);
     assert!(!moved.has_sessions_elsewhere());
-    // So do a kick, the list, and a hold.
-    assert_eq!(registry.cancel_user("nobody", CancelReason::Kicked), 0);
+    // A kick, the list and a hold concern one user only, too.
+    assert_eq!(registry.cancel_user("unknown", CancelReason::Kicked), 0);
     assert_eq!(registry.cancel_user("alice", CancelReason::Kicked), 1);
     assert_eq!((moved.cancel_signal().reason(), carol.cancel_signal().reason()), (None, None));
     assert_eq!((registry.of_user("carol").len(), registry.of_user("dave").len()), (1, 0));
     let hold = registry.hold("alice".into());
     assert!(registry.register(info("alice")).is_err() && registry.register(info("carol")).is_ok());
     drop(hold);
-    // A new name within the chain, and removal from its middle.
+    // Rename within the list, and removal from its middle.
     let since = registry.generation();
     carol.set_server(&"dave".into(), &two, since).unwrap();
     assert_eq!((registry.of_user("carol").len(), registry.of_user("dave").len()), (0, 1));
@@ -96,7 +96,7 @@ fn users_whose_hashes_collide_are_different_users() {
 }
 
 #[test]
-fn a_login_has_no_effect_on_other_sessions_until_a_server_accepts_it() {
+fn login_has_no_effect_on_other_sessions_until_a_server_accepts_it() {
     let registry = Arc::new(SessionRegistry::default());
     let (one, two) = (server("a"), server("b"));
     let (first, second) = (session(&registry, "x", &one), session(&registry, "x", &one));
@@ -105,7 +105,7 @@ fn a_login_has_no_effect_on_other_sessions_until_a_server_accepts_it() {
     assert_eq!(
         (first.cancel_signal().reason(), second.cancel_signal().reason()),
         (None, None),
-        "nothing is proven yet"
+        "no server has accepted the login"
     );
     drop(attack);
     let moved = login(&registry, "x", &two);
@@ -120,15 +120,15 @@ fn a_login_has_no_effect_on_other_sessions_until_a_server_accepts_it() {
     drop(second);
     assert!(!moved.has_sessions_elsewhere());
     assert_eq!(registry.of_user("x")[0].server.as_ref().unwrap().name, two.name);
-    // A session whose server has closed its connection is not waited for, but can still be cancelled.
+    // No login waits for a session whose server has closed, but it can still be cancelled.
     moved.server_closed();
     let back = login(&registry, "x", &one);
     back.accept_exclusively();
     assert!(!back.has_sessions_elsewhere());
     assert_eq!(moved.cancel_signal().reason(), None);
     assert_eq!(registry.cancel_user("x", CancelReason::Kicked), 2);
-    assert_eq!(registry.cancel_user("x", CancelReason::Kicked), 0, "both are cancelled already");
-    // Another backend has its own servers.
+    assert_eq!(registry.cancel_user("x", CancelReason::Kicked), 0, "both have been cancelled");
+    // Sessions on another backend are not affected.
     let there = session(&registry, "x", &one);
     let elsewhere = login(&registry, "x", &Arc::new(Server::named("other", "a")));
     elsewhere.accept_exclusively();
@@ -137,14 +137,14 @@ fn a_login_has_no_effect_on_other_sessions_until_a_server_accepts_it() {
 }
 
 #[test]
-fn of_two_servers_that_accept_a_user_the_last_to_accept_keeps_it() {
+fn server_that_accepts_a_user_last_keeps_the_user() {
     let registry = Arc::new(SessionRegistry::default());
     let servers = [server("a"), server("b"), server("c")];
     let old = session(&registry, "x", &servers[2]);
-    // In both orders of arrival and of acceptance.
+    // In both orders of registration and acceptance.
     for order in [[0, 1], [1, 0]] {
         let logins = [login(&registry, "x", &servers[0]), login(&registry, "x", &servers[1])];
-        let [loser, winner] = order.map(|at| &logins[at]);
+        let [loser, winner] = order.map(|index| &logins[index]);
         loser.accept_exclusively();
         assert_eq!(
             (loser.cancel_signal().reason(), !loser.has_sessions_elsewhere()),
@@ -173,7 +173,7 @@ fn of_two_servers_that_accept_a_user_the_last_to_accept_keeps_it() {
 }
 
 #[test]
-fn a_server_that_need_not_be_alone_leaves_others() {
+fn login_that_is_not_exclusive_leaves_other_sessions() {
     let registry = Arc::new(SessionRegistry::default());
     let there = session(&registry, "x", &server("a"));
     login(&registry, "x", &server("b")).accept();
@@ -181,7 +181,7 @@ fn a_server_that_need_not_be_alone_leaves_others() {
 }
 
 #[tokio::test]
-async fn a_hold_keeps_new_logins_out_until_it_ends() {
+async fn hold_prevents_new_logins_until_it_ends() {
     let registry = Arc::new(SessionRegistry::default());
     let (hold, again) = (registry.hold("x".into()), registry.hold("x".into()));
     assert_eq!(registry.register(info("x")).unwrap_err(), RegisterError::OnHold("x".into()));
@@ -196,17 +196,17 @@ async fn a_hold_keeps_new_logins_out_until_it_ends() {
 }
 
 #[test]
-fn a_login_that_was_routed_before_a_hold_is_routed_again() {
+fn login_routed_before_a_hold_is_routed_again() {
     let registry = Arc::new(SessionRegistry::default());
     let one = server("a");
-    // A login is registered under its own name while the routes are asked, so that a hold reaches it.
+    // A login is registered under its own name while the routes are queried, so that a hold cancels it.
     let since = registry.generation();
     let routing = registry.register(info("x")).unwrap();
     drop(registry.hold("x".into()));
     assert_eq!(registry.cancel_user("x", CancelReason::Moved), 1);
     assert_eq!(routing.set_server(&"x".into(), &one, since).unwrap_err(), RegisterError::Outdated);
     drop(routing);
-    // The mailbox may have another name, which only the routes know.
+    // The mailbox may have another name, which is known only after the lookup.
     let alias = registry.register(info("alias")).unwrap();
     let since = registry.generation();
     let hold = registry.hold("x".into());
@@ -217,7 +217,7 @@ fn a_login_that_was_routed_before_a_hold_is_routed_again() {
     assert_eq!(
         alias.set_server(&"x".into(), &one, during).unwrap_err(),
         RegisterError::Outdated,
-        "the answer may be old"
+        "the lookup may be older than the move"
     );
     assert_eq!(alias.set_server(&"x".into(), &one, registry.generation()), Ok(()));
     assert_eq!((registry.of_user("alias").len(), registry.of_user("x").len()), (0, 1));
@@ -226,7 +226,7 @@ fn a_login_that_was_routed_before_a_hold_is_routed_again() {
 }
 
 #[test]
-fn a_call_wakes_and_keeps_its_first_reason() {
+fn cancel_signal_wakes_and_keeps_its_first_reason() {
     let registry = Arc::new(SessionRegistry::default());
     let handle = session(&registry, "x", &server("a"));
     let routing = registry.register(info("w")).unwrap();
@@ -242,11 +242,11 @@ fn a_call_wakes_and_keeps_its_first_reason() {
         "a login without a server is cancelled too"
     );
     let late = registry.register(info("y")).unwrap();
-    assert_eq!(late.cancel_signal().reason(), Some(CancelReason::Stopped), "and so is one that comes after the end");
+    assert_eq!(late.cancel_signal().reason(), Some(CancelReason::Stopped), "and so is a login after that");
 }
 
 #[test]
-fn a_server_is_emptied_bit_by_bit() {
+fn sessions_of_a_server_are_cancelled_in_steps() {
     let registry = Arc::new(SessionRegistry::default());
     let (one, two) = (server("a"), server("b"));
     let handles: Vec<SessionHandle> = (0..10).map(|number| login(&registry, &format!("u{number}"), &one)).collect();
@@ -270,17 +270,17 @@ fn a_server_is_emptied_bit_by_bit() {
         10
     );
     assert_eq!((stays.cancel_signal().reason(), routing.cancel_signal().reason()), (None, None));
-    assert_eq!(registry.count(|_| true), 11, "a login without a server is on none");
+    assert_eq!(registry.count(|_| true), 11, "a login without a server is not counted");
 }
 
 #[test]
-fn places_go_back_after_a_peak_whoever_stays() {
+fn memory_is_given_back_after_a_peak() {
     let registry = Arc::new(SessionRegistry::default());
     let mut handles: Vec<SessionHandle> =
         (0..5000).map(|number| registry.register(info(&format!("u{number}"))).unwrap()).collect();
     handles.truncate(100);
     let capacity = || registry.lock().entries.capacity();
-    // The session that ended last may have had the last place; later ends shrink the registry.
+    // If the session that ended last had the last slot, the registry shrinks when later sessions end.
     (0..100).for_each(|_| drop(registry.register(info("late")).unwrap()));
     assert!(capacity().0 < 1000 && capacity().1 < 1000, "{:?}", capacity());
     (0..5000).for_each(|number| handles.push(registry.register(info(&format!("u{number}"))).unwrap()));
@@ -289,7 +289,7 @@ fn places_go_back_after_a_peak_whoever_stays() {
 }
 
 #[test]
-fn a_seat_is_small() {
+fn entries_are_small() {
     assert!(size_of::<Entry>() <= 96, "{}", size_of::<Entry>());
     assert!(size_of::<CancelSignal>() <= 32 && size_of::<SessionHandle>() <= 24);
 }

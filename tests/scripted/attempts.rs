@@ -1,4 +1,4 @@
-//! Single login attempts: what is counted, what is held while the client waits for a refusal, and what a server receives.
+//! Tests of single login attempts: what is counted, what is kept during the delay of a refusal, and what a server receives.
 
 use std::time::{Duration, Instant};
 
@@ -10,7 +10,9 @@ use vestibule::admin_state::AdminState;
 use vestibule::server::Running;
 use vestibule::session_registry::CancelReason;
 
-use crate::registry::{OK, Played, SCRAM, UNAVAILABLE, accept, answer, assert_alive, login, pair, set_state, stuck};
+use crate::registry::{
+    ManualServer, OK, SCRAM, UNAVAILABLE, accept, answer, assert_alive, login, pair, set_state, stuck,
+};
 use crate::routes::{Service, json};
 use crate::support::*;
 
@@ -27,15 +29,15 @@ fn plain(mailbox: &str, user: &str, password: &str) -> String {
 }
 
 #[tokio::test]
-async fn failures_before_a_server_is_connected_are_counted_once() {
-    // 192.0.2.1 is not an address of this machine.
+async fn failure_before_the_connection_to_a_server_is_counted_once() {
+    // 192.0.2.1 is not an address of the test machine.
     let local = proxy(
         "backends: {only: {servers: ['127.0.0.1:1'], source_addresses: [192.0.2.1]}}\nroutes: [{default: only}]\n",
     )
     .await;
     assert_eq!(Client::connect(local.listeners()[0]).await.command("a LOGIN alice secret").await, UNAVAILABLE);
     assert_eq!((failures(&local, "local_ports"), outcomes(&local, "unavailable")), (1.0, 1.0));
-    // The route needs a password, which SCRAM does not carry.
+    // The route needs a password, which SCRAM does not send.
     let text = format!(
         "{SCRAM}backends: {{only: {{servers: ['127.0.0.1:1']}}}}\n\
          routes: [{{http: {{url: 'http://127.0.0.1:1/', style: nginx-auth-http}}}}]\n"
@@ -45,18 +47,18 @@ async fn failures_before_a_server_is_connected_are_counted_once() {
     let mut client = Client::connect(scram.listeners()[0]).await;
     assert_eq!(client.command(&format!("a AUTHENTICATE SCRAM-SHA-256 {first}")).await, UNAVAILABLE);
     assert_eq!((failures(&scram, "mechanism_unsupported"), outcomes(&scram, "unavailable")), (1.0, 1.0));
-    // A fault of a server is counted at that server, and not again for the login.
+    // A fault of a server is counted for the server, and not again for the login.
     let refused = proxy("backends: {only: {servers: ['127.0.0.1:1']}}\nroutes: [{default: only}]\n").await;
     assert_eq!(Client::connect(refused.listeners()[0]).await.command("a LOGIN alice secret").await, UNAVAILABLE);
     assert_eq!((failures(&refused, "connect"), outcomes(&refused, "unavailable")), (1.0, 1.0));
 }
 
-/// The first backend may be sent logins that the second may not.
+/// The first backend allows logins that the second does not allow.
 #[tokio::test]
-async fn a_referral_takes_no_login_to_a_backend_that_does_not_allow_it() {
-    let (front, other) = (Played::new().await, Played::new().await);
+async fn referral_to_a_backend_that_does_not_allow_the_login_is_not_followed() {
+    let (front, other) = (ManualServer::new().await, ManualServer::new().await);
     let service = Service::new(|request| match request.contains("confirmed") {
-        true => json("{\"backend\": \"front\", \"password\": \"handed out\"}"),
+        true => json("{\"backend\": \"front\", \"password\": \"issued\"}"),
         false => json("{\"backend\": \"front\"}"),
     })
     .await;
@@ -85,7 +87,7 @@ async fn a_referral_takes_no_login_to_a_backend_that_does_not_allow_it() {
     for (refused, command) in commands.iter().enumerate() {
         let mut client = refer(&strict, command).await;
         assert_eq!(client.line().await, UNAVAILABLE, "{command}");
-        assert!(!other.is_asked().await, "{command}");
+        assert!(!other.has_pending_connection().await, "{command}");
         assert_eq!(failures(&strict, "referral"), refused as f64 + 1.0);
     }
     let lenient = proxy(&with(", authzid: allow, empty_password: allow")).await;
@@ -99,12 +101,15 @@ async fn a_referral_takes_no_login_to_a_backend_that_does_not_allow_it() {
             assert_eq!(client.line().await, OK, "{command}");
         } else {
             assert_eq!(client.line().await, UNAVAILABLE, "{command}");
-            assert!(!other.is_asked().await, "a password that a route hands out is for the route's backend");
+            assert!(
+                !other.has_pending_connection().await,
+                "a password that a route issues is for the backend of the route only"
+            );
         }
     }
 }
 
-/// A server that answers a wrong password after six seconds, so that refusals without a server are as late.
+/// A proxy whose server has refused a wrong password after six seconds, so that refusals without a server are delayed as long.
 async fn slow_to_refuse(more: &str) -> Running {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let text = format!(
@@ -117,7 +122,7 @@ async fn slow_to_refuse(more: &str) -> Running {
     let mut server = LineStream::new(with_timeout("the proxy", listener.accept()).await.unwrap().0);
     server.send("* OK [CAPABILITY IMAP4rev1] x\r\n").await;
     server.line().await;
-    // The latency of this server, not a wait for anything.
+    // This is the latency of the server; the test does not wait for anything.
     tokio::time::sleep(Duration::from_secs(6)).await;
     answer(&mut server, "NO [AUTHENTICATIONFAILED] no").await;
     assert!(client.line().await.starts_with("a NO"));
@@ -125,16 +130,16 @@ async fn slow_to_refuse(more: &str) -> Running {
 }
 
 #[tokio::test]
-async fn a_refusal_that_is_held_back_keeps_no_seat_and_ends_with_the_process_and_when_shed() {
-    for (command, reason) in [("a LOGIN nobody@bad.test x", "unknown_user"), ("a LOGIN \"\" x", "invalid_credentials")]
+async fn delayed_refusal_is_not_registered_and_ends_with_a_stop_and_when_shed() {
+    for (command, reason) in [("a LOGIN unknown@bad.test x", "unknown_user"), ("a LOGIN \"\" x", "invalid_credentials")]
     {
         let proxy = slow_to_refuse("limits: {before_login: 1}\n").await;
         let mut client = Client::connect(proxy.listeners()[0]).await;
         client.send(format!("{command}\r\n")).await;
         eventually("the refusal", || failures(&proxy, reason) == 1.0).await;
         let began = Instant::now();
-        assert!(proxy.sessions().of_user("nobody@bad.test").is_empty(), "the login is over");
-        // A new connection takes its place.
+        assert!(proxy.sessions().of_user("unknown@bad.test").is_empty(), "the login has ended");
+        // A new connection sheds this one.
         let mut next = Client::connect(proxy.listeners()[0]).await;
         assert!(client.line().await.starts_with("a NO [AUTHENTICATIONFAILED]"));
         assert!(client.line().await.starts_with("* BYE [UNAVAILABLE] "));
@@ -148,7 +153,7 @@ async fn a_refusal_that_is_held_back_keeps_no_seat_and_ends_with_the_process_and
 }
 
 #[tokio::test]
-async fn a_password_that_an_auth_server_denies_is_a_failed_login() {
+async fn password_denied_by_an_auth_server_is_a_failed_login() {
     for wait in ["", "auth-wait: 1\r\n"] {
         let answer = format!("HTTP/1.1 200 OK\r\nauth-status: Invalid login\r\n{wait}content-length: 0\r\n\r\n");
         let service = Service::new(move |_| answer.clone()).await;
@@ -171,11 +176,11 @@ async fn a_password_that_an_auth_server_denies_is_a_failed_login() {
     }
 }
 
-/// The server closes after BAD, and the second connection fails in its TLS handshake: the server has had the login.
+/// The server closes after BAD, and the TLS handshake of the second connection fails. The server has received the login before.
 #[tokio::test]
-async fn a_failed_handshake_after_a_reconnect_moves_no_user_of_user_hash() {
+async fn failed_handshake_after_a_reconnect_moves_no_user_of_user_hash() {
     let certificates = Certificates::new();
-    let (one, other) = (Played::new().await, Played::new().await);
+    let (one, other) = (ManualServer::new().await, ManualServer::new().await);
     let text = format!(
         "backends: {{pair: {{servers: ['{}', '{}'], tls: {{mode: starttls, ca: {}}}, breaker: {{failures: 1}}}}}}\n\
          routes: [{{default: pair}}]\n",
@@ -206,15 +211,15 @@ async fn a_failed_handshake_after_a_reconnect_moves_no_user_of_user_hash() {
     drop(server);
     drop(starttls().await);
     assert_eq!(client.line().await, UNAVAILABLE);
-    assert!(!away.is_asked().await, "its sessions are on one server");
+    assert!(!away.has_pending_connection().await, "all sessions of a user are on one server");
     assert_eq!(failures(&proxy, "tls"), 1.0);
     let up = ["backend=\"pair\"", &*format!("server=\"{}\"", home.address())];
-    assert_eq!(metric(&proxy, "vestibule_server_up", &up), 1.0, "a client may have caused it");
+    assert_eq!(metric(&proxy, "vestibule_server_up", &up), 1.0, "a client may have caused the fault");
 }
 
 #[tokio::test]
-async fn a_referral_that_waits_in_a_queue_does_not_go_to_a_server_that_was_drained_meanwhile() {
-    let (front, there) = (Played::new().await, Played::new().await);
+async fn queued_referral_avoids_a_server_drained_in_the_meantime() {
+    let (front, there) = (ManualServer::new().await, ManualServer::new().await);
     let text = format!(
         "backends:\n  front: {{servers: ['{}']}}\n  there: {{servers: ['{}'], max_sessions: 1, queue: {{timeout: 60s}}}}\n\
          routes: [{{default: front}}]\n",
@@ -235,11 +240,11 @@ async fn a_referral_that_waits_in_a_queue_does_not_go_to_a_server_that_was_drain
     set_state(&proxy, &there, AdminState::Drain, None).await;
     drop(session);
     assert_eq!(waiting.line().await, UNAVAILABLE);
-    assert!(!there.is_asked().await);
+    assert!(!there.has_pending_connection().await);
 }
 
 #[tokio::test]
-async fn the_first_message_of_an_exchange_stays_charged_until_the_login_ends() {
+async fn first_message_of_an_exchange_is_charged_until_the_login_ends() {
     let server = ScriptedServer::new(
         "S: * OK [CAPABILITY IMAP4rev1 SASL-IR AUTH=XOAUTH2] x\nC: *\nS: +\nC: *\nS: + eyJ9\nC: *\n...",
     )
@@ -252,7 +257,7 @@ async fn the_first_message_of_an_exchange_stays_charged_until_the_login_ends() {
     assert_eq!(client.command(&format!("a AUTHENTICATE XOAUTH2 {token}")).await, "+ eyJ9");
     assert!(memory() >= 40_000.0, "{}", memory());
     client.send("\r\n").await;
-    // The response is on its way to the server, which does not answer.
+    // The response has been sent to the server, which does not answer.
     eventually("the response", || proxy.sessions().of_user("alice").len() == 1).await;
     for _ in 0..20 {
         tokio::time::sleep(Duration::from_millis(10)).await;
@@ -261,7 +266,7 @@ async fn the_first_message_of_an_exchange_stays_charged_until_the_login_ends() {
 }
 
 #[tokio::test]
-async fn a_server_that_got_less_than_limits_connect_is_not_blamed() {
+async fn server_given_less_than_limits_connect_stays_up() {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let text = |server_login: &str| {
         format!(
@@ -279,7 +284,7 @@ async fn a_server_that_got_less_than_limits_connect_is_not_blamed() {
 }
 
 #[tokio::test]
-async fn a_login_that_was_accepted_late_gives_other_sessions_time_to_end() {
+async fn login_accepted_late_gives_other_sessions_time_to_end() {
     let (proxy, first, other) = pair("limits: {server_login: 1s}\n").await;
     let handle = stuck(&proxy, &other);
     let mut client = login(&proxy).await;
@@ -295,9 +300,9 @@ async fn a_login_that_was_accepted_late_gives_other_sessions_time_to_end() {
 }
 
 #[tokio::test]
-async fn a_login_that_lost_to_a_later_one_is_not_routed_again() {
-    let front = Played::new().await;
-    let servers = [Played::new().await, Played::new().await, Played::new().await];
+async fn replaced_login_is_not_routed_again() {
+    let front = ManualServer::new().await;
+    let servers = [ManualServer::new().await, ManualServer::new().await, ManualServer::new().await];
     let names = servers.each_ref().map(|server| format!("'{}'", server.address())).join(", ");
     let text = format!(
         "backends: {{trio: {{servers: [{names}]}}, zfront: {{servers: ['{}']}}}}\nroutes: [{{default: zfront}}]\n",
@@ -305,28 +310,28 @@ async fn a_login_that_lost_to_a_later_one_is_not_routed_again() {
     );
     let proxy = proxy(&text).await;
     let old = stuck(&proxy, &servers[2]);
-    let refer = async |to: &Played| {
+    let refer = async |to: &ManualServer| {
         let client = login(&proxy).await;
         answer(&mut front.login().await, &format!("NO [REFERRAL imap://alice@{}/] there", to.address())).await;
         (client, to.login().await)
     };
-    let (mut loser, mut winner) = (refer(&servers[0]).await, refer(&servers[1]).await);
-    accept(&mut loser.1).await;
+    let (mut replaced, mut later) = (refer(&servers[0]).await, refer(&servers[1]).await);
+    accept(&mut replaced.1).await;
     eventually("the first acceptance", || old.cancel_signal().reason() == Some(CancelReason::Replaced)).await;
-    accept(&mut winner.1).await;
-    assert_eq!(loser.0.line().await, UNAVAILABLE);
-    loser.1.assert_closed().await;
-    assert!(!front.is_asked().await, "the loser does not end the winner in turn");
-    assert_eq!(winner.0.line().now_or_never(), None, "the old session is still there");
+    accept(&mut later.1).await;
+    assert_eq!(replaced.0.line().await, UNAVAILABLE);
+    replaced.1.assert_closed().await;
+    assert!(!front.has_pending_connection().await, "the replaced login must not end the later one");
+    assert_eq!(later.0.line().now_or_never(), None, "the old session has not ended");
     drop(old);
-    assert_eq!(winner.0.line().await, OK);
-    assert_alive(&mut winner).await;
+    assert_eq!(later.0.line().await, OK);
+    assert_alive(&mut later).await;
     proxy.stop().await;
 }
 
 #[tokio::test]
-async fn a_login_that_the_stop_of_the_process_ends_has_an_outcome() {
-    let server = Played::new().await;
+async fn login_ended_by_a_stop_has_an_outcome() {
+    let server = ManualServer::new().await;
     let proxy =
         proxy(&format!("backends: {{only: {{servers: ['{}']}}}}\nroutes: [{{default: only}}]\n", server.address()))
             .await;
@@ -341,7 +346,7 @@ async fn a_login_that_the_stop_of_the_process_ends_has_an_outcome() {
 }
 
 #[tokio::test]
-async fn refused_names_count_for_the_rate_of_their_address() {
+async fn invalid_names_count_for_the_rate_of_their_address() {
     let proxy = proxy(
         "backends: {only: {servers: ['127.0.0.1:1']}}\nroutes: [{default: only}]\nusers: {unicode: refuse}\n\
          limits: {login_rate_per_address: 2/1h, failed_logins: 100}\n",

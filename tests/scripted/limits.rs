@@ -1,5 +1,5 @@
-//! Every limit at its least, at one and at its most, set by a reload while clients log in: nothing panics or hangs, and a
-//! session that is open stays.
+//! Test of every limit at its minimum and maximum, set by reloads while clients log in: nothing panics or hangs, and an open session
+//! continues.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -8,7 +8,7 @@ use tokio::net::TcpListener;
 
 use crate::support::{Client, LineStream, metric, with_timeout};
 
-/// Each key with its least and its greatest value, and one that is refused because it is beneath.
+/// Each key with valid values, including minimum and maximum, and one that is rejected because it is less than the minimum.
 const LIMITS: &[(&str, &[&str], &str)] = &[
     ("proxy_header", &["100ms", "1s", "1m"], "0s"),
     ("handshake", &["1s", "5m"], "0s"),
@@ -47,7 +47,7 @@ const LIMITS: &[(&str, &[&str], &str)] = &[
     ("failed_login_delay_max", &["1s", "1m"], "0s"),
 ];
 
-/// Lets everybody log in, and answers one more command.
+/// A server that accepts every login and answers further commands.
 async fn mailbox() -> std::net::SocketAddr {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
@@ -55,7 +55,7 @@ async fn mailbox() -> std::net::SocketAddr {
         while let Ok((socket, _)) = listener.accept().await {
             tokio::spawn(async move {
                 let mut line = LineStream::new(socket);
-                // The proxy may be gone at any step.
+                // The proxy may close the connection at any step.
                 let _ = line.try_send("* OK [CAPABILITY IMAP4rev1] x\r\n").await;
                 line.line().await;
                 let _ = line.try_send("L OK [CAPABILITY IMAP4rev1] in\r\n").await;
@@ -69,7 +69,7 @@ async fn mailbox() -> std::net::SocketAddr {
 }
 
 #[tokio::test]
-async fn every_limit_at_its_least_and_its_most_under_load() {
+async fn limits_at_minimum_and_maximum_work_under_load() {
     let server = mailbox().await;
     let folder = tempfile::tempdir().unwrap();
     let file = folder.path().join("vestibule.yaml");
@@ -87,8 +87,8 @@ async fn every_limit_at_its_least_and_its_most_under_load() {
     assert!(open.command("a LOGIN alice secret").await.starts_with("a OK"));
     let (stop, attempts) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicUsize::new(0)));
     let clients: Vec<_> =
-        (0..4).map(|number| tokio::spawn(visit(address, number, stop.clone(), attempts.clone()))).collect();
-    for (key, values, beneath) in LIMITS {
+        (0..4).map(|number| tokio::spawn(log_in_repeatedly(address, number, stop.clone(), attempts.clone()))).collect();
+    for (key, values, too_low) in LIMITS {
         for value in *values {
             write(&format!("{key}: {value}"));
             with_timeout("a reload", proxy.reload(&file))
@@ -104,7 +104,7 @@ async fn every_limit_at_its_least_and_its_most_under_load() {
             .await;
             assert_eq!(open.command("b NOOP").await, "b OK relayed", "{key}: {value}");
         }
-        write(&format!("{key}: {beneath}"));
+        write(&format!("{key}: {too_low}"));
         let error = with_timeout("a reload", proxy.reload(&file)).await.unwrap_err().to_string();
         assert!(error.contains(&format!("limits.{key}")) && error.contains("expected"), "{key}: {error}");
         write("");
@@ -120,8 +120,13 @@ async fn every_limit_at_its_least_and_its_most_under_load() {
     proxy.stop().await;
 }
 
-/// Logs in again and again, whatever comes of it; an attempt ends with an answer or with the connection.
-async fn visit(address: std::net::SocketAddr, number: usize, stop: Arc<AtomicBool>, attempts: Arc<AtomicUsize>) {
+/// Logs in repeatedly and ignores the results. An attempt ends with an answer or with the connection.
+async fn log_in_repeatedly(
+    address: std::net::SocketAddr,
+    number: usize,
+    stop: Arc<AtomicBool>,
+    attempts: Arc<AtomicUsize>,
+) {
     while !stop.load(Ordering::SeqCst) {
         let mut client = Client::connect_only(address).await;
         if client.line().await.starts_with("* OK") {

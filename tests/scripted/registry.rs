@@ -1,5 +1,5 @@
-//! The session registry under concurrency: what a login may do to the user's other sessions, what ends a login that waits,
-//! and what a move reaches.
+//! Tests of the session registry with concurrent logins: the effect of a login on the user's other sessions, what ends a login that
+//! waits, and what a move affects.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -19,10 +19,10 @@ pub(super) const OK: &str = "a OK [CAPABILITY IMAP4rev1] in";
 pub(super) const SCRAM: &str =
     "listeners: [{address: '127.0.0.1:0', tls: none, mechanisms: [login, scram-sha-256, xoauth2]}]\n";
 
-/// A server that the test plays itself, one connection at a time.
-pub(super) struct Played(TcpListener);
+/// A server whose replies the test sends itself, one connection at a time.
+pub(super) struct ManualServer(TcpListener);
 
-impl Played {
+impl ManualServer {
     pub(super) async fn new() -> Self {
         Self(TcpListener::bind("127.0.0.1:0").await.unwrap())
     }
@@ -31,12 +31,12 @@ impl Played {
         self.0.local_addr().unwrap()
     }
 
-    /// The proxy's next connection.
+    /// Accepts the next connection of the proxy.
     pub(super) async fn accept(&self) -> TcpStream {
         with_timeout("a connection of the proxy", self.0.accept()).await.unwrap().0
     }
 
-    /// The proxy's next connection, once it has sent a login.
+    /// Accepts the next connection of the proxy and reads its login command.
     pub(super) async fn login(&self) -> Client {
         let mut line = LineStream::new(self.accept().await);
         line.send("* OK [CAPABILITY IMAP4rev1 SASL-IR AUTH=SCRAM-SHA-256 AUTH=XOAUTH2] x\r\n").await;
@@ -45,8 +45,8 @@ impl Played {
         line
     }
 
-    /// Whether the proxy has connected and was not accepted yet.
-    pub(super) async fn is_asked(&self) -> bool {
+    /// Whether the proxy has a connection that has not been accepted yet.
+    pub(super) async fn has_pending_connection(&self) -> bool {
         futures_util::poll!(Box::pin(self.0.accept())).is_ready()
     }
 }
@@ -59,15 +59,15 @@ pub(super) async fn accept(server: &mut Client) {
     answer(server, "OK [CAPABILITY IMAP4rev1] in").await;
 }
 
-/// A client whose login is sent and not answered.
+/// A client that has sent a login and has no answer yet.
 pub(super) async fn login(proxy: &Running) -> Client {
     let mut client = Client::connect(proxy.listeners()[0]).await;
     client.send("a LOGIN alice secret\r\n").await;
     client
 }
 
-/// Both ends of a session of alice's.
-pub(super) async fn session(proxy: &Running, at: &Played) -> (Client, Client) {
+/// Client and server of an established session of alice.
+pub(super) async fn session(proxy: &Running, at: &ManualServer) -> (Client, Client) {
     let mut client = login(proxy).await;
     let mut server = at.login().await;
     accept(&mut server).await;
@@ -82,7 +82,7 @@ pub(super) async fn assert_alive((client, server): &mut (Client, Client)) {
     assert_eq!(client.line().await, "b OK done");
 }
 
-/// The end of a login at a stop of the process, while it waits.
+/// Stops the process while a login waits, and checks that the login ends.
 async fn assert_ends_with(proxy: &Running, client: &mut Client) {
     let ended = async {
         assert_eq!(client.line().await, "* BYE [UNAVAILABLE] Server shutting down, connect again.");
@@ -92,13 +92,13 @@ async fn assert_ends_with(proxy: &Running, client: &mut Client) {
 }
 
 #[tokio::test]
-async fn every_wait_before_a_server_is_chosen_ends_with_a_kick_and_with_the_process() {
+async fn login_waiting_before_server_choice_ends_with_a_kick_and_a_stop() {
     let folder = tempfile::tempdir().unwrap();
     let nonce = folder.path().join("nonce");
     std::fs::write(&nonce, "salt\n").unwrap();
     for wait in ["policy", "lookup", "place"] {
-        // A peer that accepts and never answers, for the policy service and the directory.
-        let (silent, server) = (Played::new().await, Played::new().await);
+        // A policy service or directory that accepts connections and never answers.
+        let (silent, server) = (ManualServer::new().await, ManualServer::new().await);
         let url = format!("http://{}/", silent.address());
         let backends = format!(
             "backends: {{only: {{servers: ['{}'], max_sessions: 1, queue: {{timeout: 60s}}}}}}\n",
@@ -126,7 +126,7 @@ async fn every_wait_before_a_server_is_chosen_ends_with_a_kick_and_with_the_proc
         };
         let mut client = waiting().await;
         match wait {
-            // The kick itself asks the routes for the user's other names, and waits for a directory that hangs.
+            // The kick queries the routes for the user's other names, and waits for the directory that hangs.
             "lookup" => tokio::select! {
                 line = client.line() => assert_eq!(line, UNAVAILABLE),
                 _ = proxy.kick("alice") => panic!("the directory has answered"),
@@ -137,7 +137,7 @@ async fn every_wait_before_a_server_is_chosen_ends_with_a_kick_and_with_the_proc
             }
         }
         if wait == "place" {
-            // The session that had the place is gone too.
+            // The kick has also ended the session that had the permit.
             continue;
         }
         let mut client = waiting().await;
@@ -145,9 +145,9 @@ async fn every_wait_before_a_server_is_chosen_ends_with_a_kick_and_with_the_proc
     }
 }
 
-/// Two servers of a `user-hash` backend; the first is alice's.
-pub(super) async fn pair(more: &str) -> (Running, Played, Played) {
-    let (one, other) = (Played::new().await, Played::new().await);
+/// Two servers of a `user-hash` backend. The first is the one that alice is hashed to.
+pub(super) async fn pair(more: &str) -> (Running, ManualServer, ManualServer) {
+    let (one, other) = (ManualServer::new().await, ManualServer::new().await);
     let text = format!(
         "backends: {{pair: {{servers: ['{}', '{}']}}}}\nroutes: [{{default: pair}}]\n{more}",
         one.address(),
@@ -159,13 +159,13 @@ pub(super) async fn pair(more: &str) -> (Running, Played, Played) {
     if first == one.address().to_string() { (proxy, one, other) } else { (proxy, other, one) }
 }
 
-pub(super) async fn set_state(proxy: &Running, server: &Played, state: AdminState, over: Option<f64>) {
+pub(super) async fn set_state(proxy: &Running, server: &ManualServer, state: AdminState, over: Option<f64>) {
     let (server, state, by) = (server.address().to_string(), Some(state), "test".to_owned());
     proxy.set_server(StateChange { server, state, over, by, ..StateChange::default() }).await.unwrap();
 }
 
-/// A session of alice's that does not end, whatever it is told.
-pub(super) fn stuck(proxy: &Running, at: &Played) -> SessionHandle {
+/// A registered session of alice that does not end when it is cancelled.
+pub(super) fn stuck(proxy: &Running, at: &ManualServer) -> SessionHandle {
     let sessions = proxy.sessions();
     let since = sessions.generation();
     let info = SessionInfo { user: "alice".into(), client: [127, 0, 0, 1].into(), session: [b'x'; 16] };
@@ -179,16 +179,16 @@ pub(super) fn stuck(proxy: &Running, at: &Played) -> SessionHandle {
 }
 
 #[tokio::test]
-async fn a_login_that_no_server_accepts_ends_no_session() {
+async fn unaccepted_login_ends_no_session() {
     let (proxy, first, other) = pair("").await;
     let mut there = session(&proxy, &first).await;
-    // A password that makes the server hang up.
+    // The server closes the connection after the password.
     let mut attack = login(&proxy).await;
     drop(first.login().await);
     assert_eq!(attack.line().await, UNAVAILABLE);
-    assert!(!other.is_asked().await, "the password was tried at one server");
+    assert!(!other.has_pending_connection().await, "the password was sent to one server only");
     assert_alive(&mut there).await;
-    // A wrong password, while the user's server gets no logins.
+    // A wrong password, while the user's server accepts no logins.
     set_state(&proxy, &first, AdminState::Drain, None).await;
     let mut attack = login(&proxy).await;
     let mut server = other.login().await;
@@ -196,7 +196,7 @@ async fn a_login_that_no_server_accepts_ends_no_session() {
     assert_eq!(attack.line().await, "a NO [AUTHENTICATIONFAILED] Wrong.");
     assert_eq!(metric(&proxy, "vestibule_logins_total", &["outcome=\"refused\""]), 1.0, "it counts as failed");
     assert_alive(&mut there).await;
-    // Even a login that the server is about to accept.
+    // A correct password has no effect either before the server accepts it.
     let mut moved = login(&proxy).await;
     let mut server = other.login().await;
     assert_alive(&mut there).await;
@@ -209,7 +209,7 @@ async fn a_login_that_no_server_accepts_ends_no_session() {
 }
 
 #[tokio::test]
-async fn an_accepted_login_waits_for_sessions_elsewhere_or_is_given_up() {
+async fn accepted_login_waits_for_sessions_elsewhere_or_fails() {
     let (proxy, first, other) = pair("limits: {server_login: 1s}\n").await;
     let handle = stuck(&proxy, &other);
     let mut client = login(&proxy).await;
@@ -218,8 +218,8 @@ async fn an_accepted_login_waits_for_sessions_elsewhere_or_is_given_up() {
     assert_eq!(client.line().await, UNAVAILABLE);
     server.assert_closed().await;
     assert_eq!(metric(&proxy, "vestibule_failures_total", &["reason=\"moved\""]), 1.0);
-    assert!(!other.is_asked().await, "no other server is tried with it");
-    // The session ends while it is waited for.
+    assert!(!other.has_pending_connection().await, "no other server is tried with it");
+    // The other session ends during the wait.
     let mut client = login(&proxy).await;
     let mut server = first.login().await;
     accept(&mut server).await;
@@ -231,7 +231,7 @@ async fn an_accepted_login_waits_for_sessions_elsewhere_or_is_given_up() {
 }
 
 #[tokio::test]
-async fn an_accepted_login_that_waits_ends_with_a_kick_and_with_the_process() {
+async fn waiting_accepted_login_ends_with_a_kick_and_a_stop() {
     let (proxy, first, other) = pair("limits: {server_login: 600s}\n").await;
     let _handle = stuck(&proxy, &other);
     let waiting = async || {
@@ -243,7 +243,7 @@ async fn an_accepted_login_that_waits_ends_with_a_kick_and_with_the_process() {
                 .sessions()
                 .of_user("alice")
                 .iter()
-                .any(|seen| seen.state == vestibule::session_registry::SessionState::Accepted)
+                .any(|session| session.state == vestibule::session_registry::SessionState::Accepted)
         })
         .await;
         client.send("b NOOP\r\n").await;
@@ -256,9 +256,9 @@ async fn an_accepted_login_that_waits_ends_with_a_kick_and_with_the_process() {
     let (mut client, mut server) = waiting().await;
     let (client, ()) = tokio::join!(
         async {
-            let said = client.line().await;
+            let reply = client.line().await;
             server.assert_closed().await;
-            said
+            reply
         },
         async {
             proxy.drain(std::future::pending()).await;
@@ -267,9 +267,9 @@ async fn an_accepted_login_that_waits_ends_with_a_kick_and_with_the_process() {
     assert_eq!(client, "* BYE [UNAVAILABLE] Server shutting down, connect again.");
 }
 
-/// A server that refers users to one of two servers of another backend, which is `user-hash`.
-async fn referring() -> (Running, Played, [Played; 2]) {
-    let (front, one, other) = (Played::new().await, Played::new().await, Played::new().await);
+/// A backend whose server refers users to the two servers of another backend with `user-hash`.
+async fn referring() -> (Running, ManualServer, [ManualServer; 2]) {
+    let (front, one, other) = (ManualServer::new().await, ManualServer::new().await, ManualServer::new().await);
     let text = format!(
         "backends: {{front: {{servers: ['{}']}}, pair: {{servers: ['{}', '{}']}}}}\nroutes: [{{default: front}}]\n",
         front.address(),
@@ -279,8 +279,8 @@ async fn referring() -> (Running, Played, [Played; 2]) {
     (proxy(&text).await, front, [one, other])
 }
 
-/// A login of alice's that waits for the answer of the server it was referred to.
-async fn referred(proxy: &Running, front: &Played, to: &Played) -> (Client, Client) {
+/// A login of alice that waits for the answer of the server that it was referred to.
+async fn referred(proxy: &Running, front: &ManualServer, to: &ManualServer) -> (Client, Client) {
     let client = login(proxy).await;
     let mut server = front.login().await;
     answer(&mut server, &format!("NO [REFERRAL imap://alice@{}/] there", to.address())).await;
@@ -288,7 +288,7 @@ async fn referred(proxy: &Running, front: &Played, to: &Played) -> (Client, Clie
 }
 
 #[tokio::test]
-async fn of_two_logins_that_different_servers_accept_the_last_accepted_is_established() {
+async fn login_accepted_last_is_established_if_different_servers_accept() {
     for first_accepts_first in [true, false] {
         let (proxy, front, [one, other]) = referring().await;
         let (mut early, mut late) = (referred(&proxy, &front, &one).await, referred(&proxy, &front, &other).await);
@@ -306,7 +306,7 @@ async fn of_two_logins_that_different_servers_accept_the_last_accepted_is_establ
 }
 
 #[tokio::test]
-async fn a_referral_ends_sessions_only_once_it_is_accepted() {
+async fn referred_login_ends_sessions_only_after_its_acceptance() {
     let (proxy, front, [one, other]) = referring().await;
     let mut there = referred(&proxy, &front, &one).await;
     accept(&mut there.1).await;
@@ -325,7 +325,7 @@ async fn a_referral_ends_sessions_only_once_it_is_accepted() {
 }
 
 #[tokio::test]
-async fn a_login_under_way_at_a_server_that_is_drained_goes_to_another() {
+async fn login_at_a_drained_server_continues_on_another() {
     let (proxy, first, other) = pair("").await;
     let mut client = login(&proxy).await;
     let mut server = first.login().await;
@@ -337,8 +337,8 @@ async fn a_login_under_way_at_a_server_that_is_drained_goes_to_another() {
     proxy.stop().await;
 }
 
-/// A client in the middle of a SCRAM exchange, which its server has answered with a challenge.
-async fn exchange(proxy: &Running, at: &Played) -> (Client, Client) {
+/// A client in a SCRAM exchange that has received the first challenge of the server.
+async fn exchange(proxy: &Running, at: &ManualServer) -> (Client, Client) {
     let mut client = Client::connect(proxy.listeners()[0]).await;
     let first = STANDARD.encode("n,,n=alice,r=clientnonce");
     client.send(format!("a AUTHENTICATE SCRAM-SHA-256 {first}\r\n")).await;
@@ -349,17 +349,17 @@ async fn exchange(proxy: &Running, at: &Played) -> (Client, Client) {
     (client, server)
 }
 
-async fn one_server(care: &str, more: &str) -> (Running, Played) {
-    let server = Played::new().await;
+async fn one_server(settings: &str, more: &str) -> (Running, ManualServer) {
+    let server = ManualServer::new().await;
     let text = format!(
-        "{SCRAM}backends: {{only: {{servers: ['{}'], {care}}}}}\nroutes: [{{default: only}}]\n{more}",
+        "{SCRAM}backends: {{only: {{servers: ['{}'], {settings}}}}}\nroutes: [{{default: only}}]\n{more}",
         server.address()
     );
     (start(&text).await, server)
 }
 
 #[tokio::test]
-async fn a_pending_exchange_ends_at_once_with_a_kick_a_move_and_a_drain_of_its_server() {
+async fn pending_exchange_ends_with_a_kick_a_move_and_a_drain_of_its_server() {
     let (proxy, server) = one_server("balance: user-hash", "").await;
     for way in ["kick", "move", "drain over a time", "drain"] {
         let (mut client, mut there) = exchange(&proxy, &server).await;
@@ -373,20 +373,20 @@ async fn a_pending_exchange_ends_at_once_with_a_kick_a_move_and_a_drain_of_its_s
             "drain" => set_state(&proxy, &server, AdminState::Drain, None).await,
             _ => set_state(&proxy, &server, AdminState::Drain, Some(0.0)).await,
         }
-        // Its next message, on its way already, must not be taken for a command.
+        // The next message of the exchange must not be parsed as a command.
         client.send("Yz1iaXdzLHI9\r\n").await;
         assert_eq!(client.line().await, UNAVAILABLE, "{way}");
         assert_eq!(client.line().await, "* BYE [UNAVAILABLE] The login was ended, connect again.");
         client.assert_closed().await;
         there.assert_closed().await;
-        assert_eq!(proxy.kick("alice").await.unwrap(), 0, "nothing is left of it");
+        assert_eq!(proxy.kick("alice").await.unwrap(), 0, "the login is not registered any more");
         set_state(&proxy, &server, AdminState::Up, None).await;
     }
     proxy.stop().await;
 }
 
 #[tokio::test]
-async fn a_pending_exchange_ends_at_once_with_the_process() {
+async fn pending_exchange_ends_with_a_stop() {
     let (proxy, server) = one_server("balance: user-hash", "").await;
     let (mut client, mut there) = exchange(&proxy, &server).await;
     let ended = async {
@@ -399,7 +399,7 @@ async fn a_pending_exchange_ends_at_once_with_the_process() {
 }
 
 #[tokio::test]
-async fn a_pending_exchange_ends_when_it_is_shed_and_at_the_deadline() {
+async fn pending_exchange_ends_when_shed_and_at_the_deadline() {
     let (proxy, server) = one_server("balance: user-hash", "limits: {before_login: 1}\n").await;
     let (mut client, mut there) = exchange(&proxy, &server).await;
     let _next = Client::connect(proxy.listeners()[0]).await;
@@ -414,29 +414,29 @@ async fn a_pending_exchange_ends_when_it_is_shed_and_at_the_deadline() {
 }
 
 #[tokio::test]
-async fn exchanges_without_credentials_take_no_place_of_a_server() {
+async fn exchange_without_credentials_uses_no_server_permit() {
     for balance in ["user-hash", "least-sessions"] {
-        let care = format!("balance: {balance}, max_sessions: 2, queue: {{length: 5, timeout: 30s}}");
-        let (proxy, server) = one_server(&care, "").await;
+        let settings = format!("balance: {balance}, max_sessions: 2, queue: {{length: 5, timeout: 30s}}");
+        let (proxy, server) = one_server(&settings, "").await;
         let mut pending = Vec::new();
         for _ in 0..20 {
             pending.push(exchange(&proxy, &server).await);
         }
         assert_eq!(proxy.snapshot().backends.list()[0].servers()[0].sessions(), 0);
-        // Nor do they take the server's connections: as many as it may have sessions stay.
+        // The number of exchanges is limited to max_sessions, so that they do not use up the server's connections.
         for (mut client, mut there) in pending.drain(..18) {
             assert_eq!(client.line().await, UNAVAILABLE);
             there.assert_closed().await;
         }
         let _one = session(&proxy, &server).await;
         let two = session(&proxy, &server).await;
-        // An exchange that goes on needs a place before the server sees the proof.
+        // An exchange that continues needs a permit before the proof is sent to the server.
         let (mut client, mut there) = pending.pop().unwrap();
         client.send("cHJvb2Y=\r\n").await;
         eventually("the queue", || metric(&proxy, "vestibule_backend_queue_length", &[]) == 1.0).await;
         drop(two);
         assert_eq!(there.line().await, "cHJvb2Y=");
-        // The server has verified it: the place stays the login's.
+        // The server has verified the proof, and the login keeps its permit.
         there.send("+ dj1zaWduYXR1cmU=\r\n").await;
         assert_eq!(client.line().await, "+ dj1zaWduYXR1cmU=");
         assert_eq!(proxy.snapshot().backends.list()[0].servers()[0].sessions(), 2);
@@ -451,7 +451,7 @@ async fn exchanges_without_credentials_take_no_place_of_a_server() {
 }
 
 #[tokio::test]
-async fn a_refused_token_takes_no_place_while_its_client_is_asked() {
+async fn refused_token_uses_no_server_permit_while_the_client_is_asked() {
     let (proxy, server) = one_server("max_sessions: 1, queue: {length: 0}", "").await;
     let mut client = Client::connect(proxy.listeners()[0]).await;
     let token = STANDARD.encode("user=alice\x01auth=Bearer wrong\x01\x01");
@@ -461,10 +461,10 @@ async fn a_refused_token_takes_no_place_while_its_client_is_asked() {
     assert_eq!(client.line().await, "+ eyJzdGF0dXMiOiI0MDEifQ==");
     let _session = session(&proxy, &server).await;
     client.send("\r\n").await;
-    assert_eq!(there.line().await, "", "the refusal needs no place");
+    assert_eq!(there.line().await, "", "the refusal needs no permit");
     answer(&mut there, "NO [AUTHENTICATIONFAILED] No.").await;
     assert_eq!(client.line().await, "a NO [AUTHENTICATIONFAILED] No.");
-    // Nor does the end of an exchange that its client breaks off.
+    // The end of an exchange that the client aborts needs no permit either.
     let (mut client, mut there) = exchange(&proxy, &server).await;
     client.send("*\r\n").await;
     assert_eq!(there.line().await, "*");
@@ -473,21 +473,21 @@ async fn a_refused_token_takes_no_place_while_its_client_is_asked() {
     proxy.stop().await;
 }
 
-/// Two backends of one server each, and a table of users that can be written again.
+/// Two backends with one server each, and a table of users that can be replaced.
 struct Scene {
     folder: tempfile::TempDir,
     proxy: Running,
-    a: Played,
-    b: Played,
+    a: ManualServer,
+    b: ManualServer,
 }
 
 impl Scene {
-    /// `care` is the first backend's.
-    async fn new(care: &str, table: &str) -> Self {
-        let (folder, a, b) = (tempfile::tempdir().unwrap(), Played::new().await, Played::new().await);
+    /// `settings` are added to the first backend.
+    async fn new(settings: &str, table: &str) -> Self {
+        let (folder, a, b) = (tempfile::tempdir().unwrap(), ManualServer::new().await, ManualServer::new().await);
         let text = format!(
             "listeners: [{{address: '127.0.0.1:0', tls: none}}]\nlimits: {{workers: 1}}\n\
-             backends: {{a: {{servers: ['{}'], check: off, {care}}}, b: {{servers: ['{}'], check: off}}}}\n\
+             backends: {{a: {{servers: ['{}'], check: off, {settings}}}, b: {{servers: ['{}'], check: off}}}}\n\
              routes: [{{table: {}}}]\n",
             a.address(),
             b.address(),
@@ -513,7 +513,7 @@ impl Scene {
 }
 
 #[tokio::test]
-async fn a_move_reaches_a_login_that_waits_in_a_queue() {
+async fn move_reaches_a_queued_login() {
     let scene = Scene::new("max_sessions: 1, queue: {timeout: 60s}", "alice a\nbob a\n").await;
     let mut bob = (scene.login("bob").await, scene.a.login().await);
     accept(&mut bob.1).await;
@@ -531,7 +531,7 @@ async fn a_move_reaches_a_login_that_waits_in_a_queue() {
 }
 
 #[tokio::test]
-async fn a_login_that_waits_in_a_queue_does_not_go_to_a_server_that_was_drained_meanwhile() {
+async fn queued_login_avoids_a_server_drained_in_the_meantime() {
     let (proxy, first, other) = pair("").await;
     proxy.stop().await;
     let servers = format!("servers: ['{}', '{}'], max_sessions: 1", first.address(), other.address());
@@ -545,12 +545,12 @@ async fn a_login_that_waits_in_a_queue_does_not_go_to_a_server_that_was_drained_
     let mut server = other.login().await;
     accept(&mut server).await;
     assert_eq!(waiting.line().await, OK);
-    assert!(!first.is_asked().await);
+    assert!(!first.has_pending_connection().await);
     proxy.stop().await;
 }
 
 #[tokio::test]
-async fn a_login_that_gets_its_place_after_a_reload_is_routed_again() {
+async fn queued_login_is_routed_again_after_a_reload() {
     let scene = Scene::new("max_sessions: 1, queue: {timeout: 60s}", "alice a\nbob a\n").await;
     let mut bob = (scene.login("bob").await, scene.a.login().await);
     accept(&mut bob.1).await;
@@ -562,40 +562,39 @@ async fn a_login_that_gets_its_place_after_a_reload_is_routed_again() {
     let mut there = scene.b.login().await;
     accept(&mut there).await;
     assert_eq!(alice.line().await, OK);
-    assert!(!scene.a.is_asked().await);
+    assert!(!scene.a.has_pending_connection().await);
     scene.proxy.stop().await;
 }
 
 #[tokio::test]
-async fn a_hold_of_the_mailbox_name_holds_its_other_names_and_blocks_nothing_else() {
+async fn hold_of_a_mailbox_covers_its_aliases_and_blocks_no_other_user() {
     let scene = Scene::new("balance: user-hash", "alice a\nalias a user=alice\nbob a\n").await;
     let (hold, _) = scene.proxy.hold("alice").await.unwrap();
     let mut alias = scene.login("alias").await;
-    // One worker serves both: it has time for others.
+    // There is one worker, so that a busy loop would block this login.
     let mut bob = scene.login("bob").await;
     accept(&mut scene.a.login().await).await;
     assert_eq!(bob.line().await, OK);
-    assert!(!scene.a.is_asked().await);
+    assert!(!scene.a.has_pending_connection().await);
     let lookups = metric(&scene.proxy, "vestibule_route_lookups_total", &[]);
-    assert!(lookups < 10.0, "{lookups} lookups: a login that is held waits");
+    assert!(lookups < 10.0, "{lookups} lookups: a login on hold must not query the routes repeatedly");
     drop(hold);
     accept(&mut scene.a.login().await).await;
     assert_eq!(alias.line().await, OK);
     scene.proxy.stop().await;
 }
 
-/// A directory over HTTP that holds its first answer back until it is let go.
-async fn directory(first: tokio::sync::oneshot::Receiver<()>, asked: Arc<tokio::sync::Notify>) -> SocketAddr {
+/// An HTTP directory that delays its first answer until `release` is sent.
+async fn directory(release: tokio::sync::oneshot::Receiver<()>, queried: Arc<tokio::sync::Notify>) -> SocketAddr {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
-    let mut first = Some(first);
+    let mut release = Some(release);
     tokio::spawn(async move {
         while let Ok((socket, _)) = listener.accept().await {
-            let (held, asked) = (first.take(), asked.clone());
+            let (mut release, queried) = (release.take(), queried.clone());
             tokio::spawn(async move {
                 let mut line = LineStream::new(socket);
-                let mut backend = if held.is_some() { "a" } else { "b" };
-                let mut held = held;
+                let mut backend = if release.is_some() { "a" } else { "b" };
                 loop {
                     let mut length = 0;
                     loop {
@@ -610,9 +609,9 @@ async fn directory(first: tokio::sync::oneshot::Receiver<()>, asked: Arc<tokio::
                     if length == 0 || line.bytes(length).await.is_none() {
                         return;
                     }
-                    if let Some(held) = held.take() {
-                        asked.notify_one();
-                        let _ = held.await;
+                    if let Some(release) = release.take() {
+                        queried.notify_one();
+                        let _ = release.await;
                     }
                     let body = format!("{{\"backend\": \"{backend}\"}}");
                     let head =
@@ -627,11 +626,11 @@ async fn directory(first: tokio::sync::oneshot::Receiver<()>, asked: Arc<tokio::
 }
 
 #[tokio::test]
-async fn a_move_reaches_a_login_whose_lookup_is_in_flight() {
-    let (let_go, held) = tokio::sync::oneshot::channel();
-    let asked = Arc::new(tokio::sync::Notify::new());
-    let url = format!("http://{}/", directory(held, asked.clone()).await);
-    let (a, b) = (Played::new().await, Played::new().await);
+async fn move_reaches_a_login_during_its_lookup() {
+    let (release, released) = tokio::sync::oneshot::channel();
+    let queried = Arc::new(tokio::sync::Notify::new());
+    let url = format!("http://{}/", directory(released, queried.clone()).await);
+    let (a, b) = (ManualServer::new().await, ManualServer::new().await);
     let proxy = proxy(&format!(
         "backends: {{a: {{servers: ['{}']}}, b: {{servers: ['{}']}}}}\nlimits: {{lookup: 30s}}\n\
          routes: [{{http: {{url: '{url}', style: json, timeout: 30s, cache: off}}}}]\n",
@@ -640,13 +639,13 @@ async fn a_move_reaches_a_login_whose_lookup_is_in_flight() {
     ))
     .await;
     let mut alice = login(&proxy).await;
-    with_timeout("the lookup", asked.notified()).await;
+    with_timeout("the lookup", queried.notified()).await;
     with_timeout("the move", proxy.move_user("alice", "b", TIMEOUT / 2)).await.unwrap();
     let mut there = b.login().await;
-    // The late answer names the old server, and nobody waits for it.
-    let_go.send(()).unwrap();
+    // The delayed answer names the old backend and must be ignored.
+    release.send(()).unwrap();
     accept(&mut there).await;
     assert_eq!(alice.line().await, OK);
-    assert!(!a.is_asked().await);
+    assert!(!a.has_pending_connection().await);
     proxy.stop().await;
 }

@@ -14,8 +14,8 @@ use crate::record_layer::{Channel, Cipher, Keys, MAX_PLAINTEXT, Opened, Role, Ve
 const SIZE: usize = 12 << 20;
 const LIMITS: Limits = Limits { idle: None, half_close: Duration::from_secs(60), stall: Duration::from_secs(300) };
 
-/// A test's end of a leg.
-struct Far {
+/// The peer of a leg.
+struct Peer {
     socket: TcpStream,
     channel: Option<Channel>,
     received: Vec<u8>,
@@ -36,22 +36,22 @@ const KINDS: [Kind; 4] = [
 
 async fn connected() -> (TcpStream, TcpStream) {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-    let (near, far) = tokio::join!(TcpStream::connect(listener.local_addr().unwrap()), listener.accept());
-    (near.unwrap(), far.unwrap().0)
+    let (near, peer) = tokio::join!(TcpStream::connect(listener.local_addr().unwrap()), listener.accept());
+    (near.unwrap(), peer.unwrap().0)
 }
 
-async fn leg(kind: Kind) -> (Leg<TcpStream>, Far) {
-    let (near, far) = connected().await;
+async fn leg(kind: Kind) -> (Leg<TcpStream>, Peer) {
+    let (near, peer) = connected().await;
     let Kind::Tls(version, cipher) = kind else {
-        return (Leg::plain(near), Far { socket: far, channel: None, received: Vec::new() });
+        return (Leg::plain(near), Peer { socket: peer, channel: None, received: Vec::new() });
     };
     let keys = |byte: u8| Keys::from_secret(cipher, &[byte; 32][..]).unwrap();
     let ours = Channel::new(version, Role::Server, keys(1), keys(2));
     let theirs = Channel::new(version, Role::Client, keys(2), keys(1));
-    (Leg::tls(near, ours, Vec::new()), Far { socket: far, channel: Some(theirs), received: Vec::new() })
+    (Leg::tls(near, ours, Vec::new()), Peer { socket: peer, channel: Some(theirs), received: Vec::new() })
 }
 
-impl Far {
+impl Peer {
     async fn send(&mut self, data: &[u8]) {
         for part in data.chunks(MAX_PLAINTEXT) {
             let record = match &mut self.channel {
@@ -86,7 +86,7 @@ impl Far {
             }
             let mut buffer = vec![0; 200_000];
             let read = self.socket.read(&mut buffer).await.unwrap();
-            assert!(read > 0 || self.channel.is_none(), "the end, without close_notify");
+            assert!(read > 0 || self.channel.is_none(), "end of the stream without close_notify");
             buffer.truncate(read);
             if self.channel.is_none() {
                 return buffer;
@@ -109,7 +109,7 @@ fn start(client: Leg<TcpStream>, server: Leg<TcpStream>) -> JoinHandle<(RelayEve
     let mut relay = Relay::new(client, server, Buffered::default(), counters(), LIMITS);
     tokio::spawn(async move {
         let event = relay.run(None).await;
-        // Ended by the test's end of it, or given up as a session would.
+        // As a session does.
         let _ = tokio::time::timeout(Duration::from_secs(2), relay.close()).await;
         (event, relay.moved())
     })
@@ -130,25 +130,25 @@ async fn bulk_data_past_a_slow_reader_is_unchanged_between_all_kinds_of_legs() {
             let sent = data.clone();
             let server = tokio::spawn(async move {
                 server.send(&sent).await;
-                let mut got = Vec::new();
-                while got.len() < SIZE {
-                    got.extend(server.receive().await);
+                let mut received = Vec::new();
+                while received.len() < SIZE {
+                    received.extend(server.receive().await);
                 }
                 server.finish().await;
                 assert!(server.receive().await.is_empty());
-                got
+                received
             });
-            // Nothing is read until the sender can send no more; then all at once, a pause after each quarter.
-            let mut got = Vec::new();
-            while got.len() < SIZE {
-                if got.len() % (SIZE / 4) < 100_000 {
+            // The client begins to read when the sender can send no more, and pauses after each quarter.
+            let mut received = Vec::new();
+            while received.len() < SIZE {
+                if received.len() % (SIZE / 4) < 100_000 {
                     for _ in 0..50 {
                         tokio::task::yield_now().await;
                     }
                 }
-                got.extend(client.receive().await);
+                received.extend(client.receive().await);
             }
-            assert!(got == *data, "down: {client_kind:?} {server_kind:?}");
+            assert!(received == *data, "down: {client_kind:?} {server_kind:?}");
             client.send(&data).await;
             assert!(client.receive().await.is_empty());
             client.finish().await;
@@ -176,11 +176,11 @@ async fn keys_may_change_at_any_time_on_both_sides() {
             sender.channel.as_mut().unwrap().sealer.key_update(&mut update).unwrap();
             sender.socket.write_all(&update).await.unwrap();
             sender.send(&[round; 3000]).await;
-            let mut got = Vec::new();
-            while got.len() < 3000 {
-                got.extend(receiver.receive().await);
+            let mut received = Vec::new();
+            while received.len() < 3000 {
+                received.extend(receiver.receive().await);
             }
-            assert_eq!(got, [round; 3000]);
+            assert_eq!(received, [round; 3000]);
         }
     }
     client.finish().await;
@@ -191,20 +191,20 @@ async fn keys_may_change_at_any_time_on_both_sides() {
 
 #[tokio::test]
 async fn invalid_record_ends_the_session_with_an_alert_after_earlier_data() {
-    for wrong_server in [false, true] {
+    for invalid_server in [false, true] {
         let (client_leg, mut client) = leg(KINDS[1]).await;
         let (server_leg, mut server) = leg(KINDS[1]).await;
         let relay = start(client_leg, server_leg);
-        let (wrong, other) = if wrong_server { (&mut server, &mut client) } else { (&mut client, &mut server) };
-        wrong.send(b"* still good\r\n").await;
-        wrong.socket.write_all(&[&[23, 3, 3, 0, 40][..], &[7; 40]].concat()).await.unwrap();
-        assert_eq!(other.receive().await, b"* still good\r\n");
-        assert!(other.receive().await.is_empty(), "the other side is closed in order");
+        let (violator, other) = if invalid_server { (&mut server, &mut client) } else { (&mut client, &mut server) };
+        violator.send(b"* still valid\r\n").await;
+        violator.socket.write_all(&[&[23, 3, 3, 0, 40][..], &[7; 40]].concat()).await.unwrap();
+        assert_eq!(other.receive().await, b"* still valid\r\n");
+        assert!(other.receive().await.is_empty(), "the other side is closed with a close_notify");
         let mut record = Vec::new();
-        wrong.socket.read_to_end(&mut record).await.unwrap();
-        let violation = wrong.channel.as_mut().unwrap().opener.open(&mut record).unwrap_err();
+        violator.socket.read_to_end(&mut record).await.unwrap();
+        let violation = violator.channel.as_mut().unwrap().opener.open(&mut record).unwrap_err();
         assert_eq!(violation, Violation::AlertReceived(crate::record_layer::AlertCode(20)));
-        let end = if wrong_server { RelayEnd::ServerTls } else { RelayEnd::ClientTls };
+        let end = if invalid_server { RelayEnd::ServerTls } else { RelayEnd::ClientTls };
         assert_eq!(relay.await.unwrap().0, RelayEvent::Ended(end(Violation::BadRecord)));
     }
 }
@@ -240,15 +240,15 @@ async fn stalled_peer_ends_the_session() {
     sender.await.unwrap();
 }
 
-/// What a session costs beside its socket: a task that moves bytes, and what is left of it in silence. A figure that grows
-/// is memory of every session of every user.
+/// The memory of a session besides its sockets, while it moves bytes and while it is parked. A larger size is more memory for every
+/// session of every user.
 #[tokio::test]
 async fn sizes_are_bounded() {
-    let (client, _far) = leg(KINDS[1]).await;
-    let (server, _far) = leg(KINDS[1]).await;
+    let (client, _peer) = leg(KINDS[1]).await;
+    let (server, _peer) = leg(KINDS[1]).await;
     let mut relay = Relay::new(client, server, Buffered::default(), counters(), LIMITS);
-    assert!(size_of_val(&relay) <= 480, "a relay: {}", size_of_val(&relay));
+    assert!(size_of_val(&relay) <= 480, "relay: {}", size_of_val(&relay));
     let running = size_of_val(&relay.run(None));
-    assert!(running <= 320, "its run: {running}");
-    assert!(size_of::<ParkedRelay>() <= 80, "at rest: {}", size_of::<ParkedRelay>());
+    assert!(running <= 320, "future of its run: {running}");
+    assert!(size_of::<ParkedRelay>() <= 80, "parked: {}", size_of::<ParkedRelay>());
 }
