@@ -184,7 +184,7 @@ routes: [{{default: shard}}]
         text = self.configuration("insecure: true", 1, more=", client_info: none").replace("{plain}", "0").replace("{admin}", "0")
         done = self.check(text)
         self.assertEqual(done.returncode, 0)
-        self.assertRegex(done.stderr, r"^warning: \S+check.yaml:3:\d+: backends.shard.client_info: with none")
+        self.assertRegex(done.stderr, r"^warning: \S+check.yaml:3:\d+: backends.shard.client_info: with client_info: none")
         self.assertIn("login_trusted_networks", done.stderr)
         sql = "{sql: {url: 'sqlite:users.db', query: \"SELECT b FROM u WHERE n = '%{user}'\"}}"
         done = self.check(text.replace("{default: shard}", sql))

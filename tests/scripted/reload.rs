@@ -102,7 +102,7 @@ async fn a_bad_file_keeps_everything_and_says_what_is_wrong() {
             configuration(&backends, "routes: [{default: only}]\ntls: {certificates: [{cert: a.pem, key: b.pem}]}"),
             "a.pem",
         ),
-        ("listeners: [".to_owned(), "not YAML"),
+        ("listeners: [".to_owned(), "invalid YAML"),
     ] {
         let error = scene.reload(&bad).await.unwrap_err().to_string();
         assert!(error.contains(said), "{error}");
