@@ -17,7 +17,7 @@ enum Piece {
 /// A part of the user name.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Variable {
-    /// The whole name.
+    /// The whole user name.
     User,
     /// The part before the last `@`; the whole name if there is none.
     Local,

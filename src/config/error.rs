@@ -10,7 +10,7 @@ use zeroize::Zeroizing;
 /// A position in a configuration file.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Location {
-    /// The configuration file.
+    /// Path of the configuration file.
     pub file: Arc<Path>,
     /// Line, counted from 1.
     pub line: usize,
@@ -79,7 +79,7 @@ pub enum Help {
     DidYouMean(String),
     /// All words that are known.
     Known(Vec<String>),
-    /// A sentence.
+    /// Advice for this problem only.
     Advice(&'static str),
 }
 

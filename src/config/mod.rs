@@ -35,10 +35,10 @@ use self::yaml::{Positions, Reader, Section, YamlValue, syntax_error};
 /// Maximum size of a configuration file in bytes.
 const MAX_FILE: u64 = 16 * 1024 * 1024;
 
-/// A checked configuration.
+/// A configuration that has passed all checks.
 #[derive(Debug, Clone)]
 pub struct Config {
-    /// The configuration file.
+    /// Path of the configuration file.
     pub file: PathBuf,
     /// At least one listener.
     pub listeners: Vec<Listener>,

@@ -75,9 +75,9 @@ impl Default for AdmissionConfig {
 /// A token bucket that contains `events` tokens and is refilled evenly within `per`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Rate {
-    /// 1 to 1,000,000.
+    /// Number of tokens, 1 to 1,000,000.
     pub events: u32,
-    /// One second to one day.
+    /// Time in which all tokens are refilled, from one second to one day.
     pub per: Duration,
 }
 

@@ -36,7 +36,7 @@ struct ProxyProtocolSection {
 pub struct Listener {
     /// Address and port. Port 0 means any free port.
     pub address: SocketAddr,
-    /// How TLS starts.
+    /// How TLS starts on its connections.
     pub tls: TlsMode,
     /// Mechanisms offered to clients; `None` means those that the servers of all backends offer.
     pub mechanisms: Option<Mechanisms>,
@@ -70,14 +70,13 @@ pub enum SniPolicy {
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum AlpnPolicy {
-    /// None, or a list that contains `imap`.
+    /// A list that contains `imap`, or none.
     #[default]
     Strict,
-    /// Any.
+    /// Any list of protocols, or none.
     Any,
 }
 
-/// Checks all listeners.
 pub(super) fn check(mut section: Section<'_>, items: Vec<Value>) -> Vec<Listener> {
     if items.is_empty() {
         section.consequence("", "at least one listener is required");

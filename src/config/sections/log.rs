@@ -6,7 +6,7 @@ use serde::Deserialize;
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct LogConfig {
-    /// Format of records.
+    /// Format of the records.
     pub format: LogFormat,
     /// Least important level that is written.
     pub level: Level,
@@ -16,7 +16,7 @@ pub struct LogConfig {
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum LogFormat {
-    /// Lines for people.
+    /// Lines in a format for people.
     #[default]
     Text,
     /// One JSON object per line.

@@ -54,7 +54,7 @@ pub use self::routes::{
 pub use self::run_as::RunAs;
 pub use self::tls::{Certificate, TlsMode, TlsVersion};
 
-/// The whole file.
+/// The whole file as written.
 #[derive(Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub(super) struct FileSection {

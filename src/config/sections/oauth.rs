@@ -17,7 +17,6 @@ struct IssuerSection {
     audience: Option<String>,
 }
 
-/// Checks all issuers.
 pub(super) fn check(mut section: Section<'_>, items: Vec<Value>) -> Vec<TokenIssuer> {
     let mut issuers: Vec<TokenIssuer> = Vec::new();
     for (index, item) in items.into_iter().enumerate() {

@@ -54,10 +54,10 @@ pub struct Policy {
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum OnFailure {
-    /// Logins proceed.
+    /// Logins proceed without its decision.
     #[default]
     Allow,
-    /// Logins are refused.
+    /// Logins are refused with NO [UNAVAILABLE].
     Deny,
 }
 

@@ -88,7 +88,6 @@ fn in_words(expected: &dyn Expected) -> String {
     .to_owned()
 }
 
-/// Deserializes one value.
 pub(super) struct ValueDeserializer(pub(super) Value);
 
 impl<'de> Deserializer<'de> for ValueDeserializer {
@@ -144,7 +143,7 @@ impl<'de> Deserializer<'de> for ValueDeserializer {
         Self(value).deserialize_any(visitor)
     }
 
-    /// As for lists.
+    /// An absent value is an empty map, as for lists.
     fn deserialize_map<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, ValueError> {
         let value = if self.0.is_null() { Value::Mapping(Mapping::new()) } else { self.0 };
         Self(value).deserialize_any(visitor)

@@ -101,7 +101,6 @@ impl Scalar for Size {
     }
 }
 
-/// A whole number.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(in crate::config) struct Count(pub(in crate::config) i64);
 

@@ -222,13 +222,13 @@ impl Check {
 /// What a health check does.
 #[derive(Debug, Clone)]
 pub enum CheckKind {
-    /// Connects.
+    /// Opens a TCP connection.
     Tcp,
     /// Performs a TLS handshake, including verification of chain and name.
     Tls,
     /// Reads the greeting and the capabilities.
     Imap,
-    /// Logs in.
+    /// Logs in with an account.
     Login {
         /// The user who logs in.
         account: UserName,

@@ -31,7 +31,7 @@ pub enum EmptyPassword {
     /// The proxy refuses it.
     #[default]
     Refuse,
-    /// The server decides.
+    /// The proxy sends it, and the server decides.
     Allow,
 }
 

@@ -31,13 +31,13 @@ impl Shorthand for ServerSection {
 /// One server, or the servers of an SRV record.
 #[derive(Debug, Clone)]
 pub enum Server {
-    /// One server.
+    /// One server, by its address.
     Address {
         /// The address as configured, which is the server's name in metrics and logs.
         name: String,
         /// Address or DNS name.
         host: Host,
-        /// Never 0.
+        /// Port, which is not 0.
         port: u16,
         /// Share of users among the backend's servers, 1 to 1000.
         weight: u32,
@@ -77,7 +77,7 @@ impl Server {
 /// Host of a server.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Host {
-    /// An IP address.
+    /// An IPv4 or IPv6 address.
     Ip(IpAddr),
     /// A DNS name, in lower case.
     Name(String),

@@ -29,7 +29,7 @@ impl Shorthand for UpstreamTlsSection {
 /// TLS towards the servers of a backend.
 #[derive(Debug, Clone)]
 pub struct UpstreamTlsConfig {
-    /// How TLS starts.
+    /// How TLS starts towards the servers.
     pub mode: TlsMode,
     /// Which certificates are accepted.
     pub trust: Trust,
@@ -46,7 +46,7 @@ pub enum Trust {
     Ca(Located<PathBuf>),
     /// Those whose public key has one of these SHA-256 digests (of the SubjectPublicKeyInfo).
     Pin(Vec<[u8; 32]>),
-    /// All, without verification.
+    /// All certificates, without verification.
     Insecure,
 }
 

@@ -17,7 +17,7 @@ lookup_section! {
     }
 }
 
-/// DNS records.
+/// A source that consists of DNS records.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Dns {
     /// The query for a user.

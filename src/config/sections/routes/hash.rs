@@ -30,11 +30,11 @@ struct ShareSection {
     host: Option<OneOrMany>,
 }
 
-/// The hash algorithm.
+/// Algorithm that distributes users over backends.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum HashStyle {
-    /// Rendezvous hashing.
+    /// Rendezvous hashing, weighted by share.
     #[default]
     Vestibule,
     /// The hash ring of Dovecot's director.
@@ -44,9 +44,9 @@ pub enum HashStyle {
 /// A backend's share of users.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct HashShare {
-    /// The backend.
+    /// The backend that has the share.
     pub backend: BackendId,
-    /// 1 to 1000.
+    /// Weight, from 1 to 1000.
     pub weight: u32,
     /// Addresses of the backend's servers in the director's ring; empty with other styles.
     pub hosts: Vec<String>,

@@ -31,12 +31,12 @@ lookup_section! {
     }
 }
 
-/// A web service.
+/// A source that is a web service.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Http {
     /// URL that begins with `http://` or `https://`.
     pub url: Located<String>,
-    /// The protocol.
+    /// Protocol of requests and responses.
     pub style: HttpStyle,
     /// PEM file of root certificates, instead of the system's.
     pub ca: Option<Located<PathBuf>>,

@@ -27,7 +27,7 @@ lookup_section! {
     }
 }
 
-/// A directory.
+/// A source that is an LDAP directory.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Ldap {
     /// URL that begins with `ldap://` or `ldaps://`.
@@ -56,7 +56,7 @@ pub struct Ldap {
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum LdapScope {
-    /// Only the base.
+    /// Only the base entry.
     Base,
     /// Only entries directly below the base.
     One,

@@ -83,7 +83,6 @@ impl RouteSection {
     }
 }
 
-/// A rule of `regex`.
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct RegexSection {
@@ -94,7 +93,7 @@ struct RegexSection {
 /// One source that maps users to backends.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Route {
-    /// A text file.
+    /// A table in a text file.
     Table(Located<PathBuf>),
     /// Backends by domain in lower case.
     Domain(BTreeMap<String, BackendId>),
@@ -102,22 +101,22 @@ pub enum Route {
     Regex(Vec<RegexRule>),
     /// Backends that share all users.
     Hash {
-        /// The hash algorithm.
+        /// Algorithm that distributes users over backends.
         style: HashStyle,
         /// At least one share; each backend occurs once.
         shares: Vec<HashShare>,
     },
     /// One backend for all users.
     Default(BackendId),
-    /// An SQL database.
+    /// A query of an SQL database.
     Sql(Box<Sql>),
-    /// An LDAP directory.
+    /// A search in an LDAP directory.
     Ldap(Box<Ldap>),
-    /// An HTTP service.
+    /// A request to a web service.
     Http(Box<Http>),
-    /// Redis or Valkey.
+    /// A key in Redis or Valkey.
     Redis(Box<Redis>),
-    /// DNS records.
+    /// A query for DNS records.
     Dns(Box<Dns>),
 }
 
@@ -131,7 +130,7 @@ impl Route {
 /// A pattern and the destination of the users that match it.
 #[derive(Debug, Clone, PartialEq)]
 pub struct RegexRule {
-    /// A regular expression.
+    /// Regular expression that is searched in the user name.
     pub pattern: String,
     /// The destination, like a line of a table, with `$1` for the first group of the match.
     pub to: String,

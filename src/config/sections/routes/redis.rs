@@ -26,10 +26,10 @@ lookup_section! {
     }
 }
 
-/// Redis or Valkey.
+/// A source that is Redis or Valkey.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Redis {
-    /// The servers.
+    /// The servers to connect to.
     pub servers: RedisServers,
     /// ACL user; `None` means `default`.
     pub user: Option<String>,

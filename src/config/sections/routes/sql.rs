@@ -19,7 +19,7 @@ lookup_section! {
     }
 }
 
-/// A database.
+/// A source that is an SQL database.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Sql {
     /// URL that begins with `postgres://`, `mysql://` or `sqlite:`.
