@@ -1,5 +1,5 @@
-//! What servers say while they are logged in to. Cut anywhere, the same bytes lead to the same end; what goes to the client is
-//! bounded, and an answer that goes there is whole lines.
+//! The login dialogue with a server. The same bytes lead to the same result however they are split, the output for the client has a
+//! limited size, and replies consist of complete lines.
 
 use vestibule::identity::{Mechanism, PasswordLogin, RelayedMechanism, Secret, ServerLogin, UserName};
 use vestibule::protocol::imap::backend_login::{BackendLogin, DialogueRules, LoginAttempt, LoginStep};
@@ -9,7 +9,7 @@ use zeroize::Zeroizing;
 const MAX_UNTAGGED: usize = 4096;
 
 pub fn run(input: &[u8]) {
-    // The first byte chooses; the others are spoken as they are, so that the dictionary fits.
+    // The first byte selects the login; the other bytes are the server's input unchanged, so that the dictionary applies.
     let Some((&choice, bytes)) = input.split_first() else { return };
     let [user, authzid] =
         [&b"alice@example.org"[..], b"bob@example.net"].map(|name| UserName::new(name).expect("a name"));
@@ -29,21 +29,21 @@ pub fn run(input: &[u8]) {
     };
     let starttls = choice & 4 != 0;
     let by_plain = choice & 0x20 != 0;
-    let whole = end(login, (starttls, by_plain), bytes.chunks(bytes.len().max(1)));
-    // Bytes that arrive together with the answer to STARTTLS are refused, those that arrive later belong to TLS.
+    let whole = outcome(login, (starttls, by_plain), bytes.chunks(bytes.len().max(1)));
+    // Bytes that arrive with the answer to STARTTLS are refused, and later bytes belong to TLS, so the result depends on the split.
     if !starttls {
-        assert_eq!(whole, end(login, (starttls, by_plain), bytes.chunks(1)), "byte by byte");
+        assert_eq!(whole, outcome(login, (starttls, by_plain), bytes.chunks(1)), "byte by byte");
     }
 }
 
-/// How it ended, and what the server was sent.
-fn end<'a>(
+/// Returns the result of the dialogue, and the bytes for the server.
+fn outcome<'a>(
     login: Option<ServerLogin<'_>>,
     (starttls, by_plain): (bool, bool),
     pieces: impl Iterator<Item = &'a [u8]>,
 ) -> String {
-    // Whether the secret is one that could be seen in a text.
-    let has_words = match login {
+    // Whether the secret could be recognised in an excerpt.
+    let is_recognisable = match login {
         Some(ServerLogin::Password(PasswordLogin { password, .. }) | ServerLogin::Relayed { first: password, .. }) => {
             password.expose().starts_with(b"pass")
         }
@@ -66,7 +66,7 @@ fn end<'a>(
     let mut after = Vec::new();
     for piece in pieces {
         if ended.is_some() {
-            // What comes behind the answer is relayed: it is the client's, in order, whether it came with the answer or after.
+            // Bytes after the answer are relayed to the client, in order, whether they arrived with the answer or later.
             after.extend_from_slice(piece);
             continue;
         }
@@ -80,7 +80,7 @@ fn end<'a>(
                     break;
                 }
                 LoginStep::Refused { reply, kind } => {
-                    is_one_line(&reply);
+                    assert_one_line(&reply);
                     return format!("refused {kind:?} {reply:?} {:?}", *sent);
                 }
                 LoginStep::Challenge(line) => {
@@ -93,11 +93,14 @@ fn end<'a>(
                 }
                 LoginStep::Probed(offer) => return format!("{offer:?} {:?}", *sent),
                 LoginStep::Unavailable(unavailable) => {
-                    unavailable.reply.iter().for_each(|reply| is_one_line(reply));
+                    unavailable.reply.iter().for_each(|reply| assert_one_line(reply));
                     let excerpt = unavailable.excerpt.as_deref().unwrap_or_default();
                     assert!(excerpt.len() < 1000 && !excerpt.chars().any(char::is_control), "{excerpt:?}");
                     let has_login = sent.split(|byte| *byte == b'\n').any(|line| line.starts_with(b"L "));
-                    assert!(!has_words || !has_login || !excerpt.contains("pass \\\"word"), "a secret in {excerpt:?}");
+                    assert!(
+                        !is_recognisable || !has_login || !excerpt.contains("pass \\\"word"),
+                        "a secret in {excerpt:?}"
+                    );
                     return format!("{unavailable:?} {:?}", *sent);
                 }
             }
@@ -105,7 +108,7 @@ fn end<'a>(
     }
     match ended {
         Some(Ok::<Vec<u8>, ()>(mut to_client)) => {
-            assert!(to_client.len() <= MAX_UNTAGGED + 2048 + 65536, "what is kept for the client is bounded");
+            assert!(to_client.len() <= MAX_UNTAGGED + 2048 + 65536, "the output for the client has a limited size");
             to_client.extend_from_slice(&after);
             format!("accepted {to_client:?} {:?}", *sent)
         }
@@ -113,8 +116,8 @@ fn end<'a>(
     }
 }
 
-/// What the client is sent in place of the server's answer: one line under its tag, without control characters.
-fn is_one_line(reply: &[u8]) {
+/// Checks that a reply to the client is one line with its tag, without control characters.
+fn assert_one_line(reply: &[u8]) {
     let line = reply.strip_suffix(b"\r\n").expect("a complete line");
     assert!(line.starts_with(b"a1 NO ") || line.starts_with(b"a1 BAD "), "{reply:?}");
     assert!(!line.iter().any(u8::is_ascii_control) && line.len() < 1200, "{reply:?}");

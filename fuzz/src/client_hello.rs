@@ -1,15 +1,16 @@
-//! What a client sent before a TLS handshake failed: read as far as it goes, and shown in words that are bounded and hold no controls.
+//! The ClientHello of a failed TLS handshake. It is parsed as far as possible, and its description has a limited size and contains no
+//! control characters.
 
 use tokio_rustls::rustls::{Error, PeerIncompatible};
 use vestibule::config::TlsVersion;
 use vestibule::tls::client_hello::Offer;
 
-/// Longer details would make a log record unwieldy.
-const MAX_WORDS: usize = 2000;
+/// Maximum size of the description in a log record, in bytes.
+const MAX_DESCRIPTION: usize = 2000;
 
 pub fn run(input: &[u8]) {
     let Some(offer) = Offer::read(input) else {
-        // What is not a ClientHello does not become one by being cut.
+        // A prefix of an invalid ClientHello is not a valid one.
         return assert!(input.first() != Some(&22) || Offer::read(&input[..input.len().min(5)]).is_none());
     };
     for error in [
@@ -20,7 +21,7 @@ pub fn run(input: &[u8]) {
     ] {
         for oldest in [TlsVersion::Tls12, TlsVersion::Tls13] {
             let words = offer.explains(&error, oldest).unwrap_or_default();
-            assert!(words.len() <= MAX_WORDS, "{} bytes", words.len());
+            assert!(words.len() <= MAX_DESCRIPTION, "{} bytes", words.len());
             assert!(!words.contains(char::is_control), "{words:?}");
         }
     }

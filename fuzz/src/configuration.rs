@@ -1,4 +1,4 @@
-//! The configuration file: any text is a configuration or a report of what is wrong, which can be printed.
+//! The configuration file. Any text is a valid configuration or leads to a report that can be printed.
 
 use std::path::Path;
 

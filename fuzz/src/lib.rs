@@ -1,7 +1,7 @@
-//! What the fuzzer calls: one function a target, which takes any bytes and panics where something does not hold.
+//! The fuzz targets: functions that take any bytes and panic if an invariant is violated.
 //!
-//! Plain functions, so that two may call them: libFuzzer, by the programs in `fuzz_targets`, and the test in `tests/fuzz`, which runs
-//! the corpus and changes of it in every run of the tests.
+//! They are plain functions because two programs call them: libFuzzer, through the programs in `fuzz_targets`, and the test in
+//! `tests/fuzz`, which runs the corpus and mutations of it whenever the tests run.
 
 pub mod backend_login;
 pub mod client_hello;
@@ -13,11 +13,11 @@ pub mod sasl;
 pub mod table;
 pub mod template;
 
-/// A name, and what is called.
-pub type RouteDecision = (&'static str, fn(&[u8]));
+/// Name and function of a target.
+pub type Target = (&'static str, fn(&[u8]));
 
-/// All of them.
-pub const TARGETS: &[RouteDecision] = &[
+/// All targets.
+pub const TARGETS: &[Target] = &[
     ("prelogin", prelogin::run),
     ("sasl", sasl::run),
     ("backend_login", backend_login::run),

@@ -1,5 +1,5 @@
-//! What clients say before they are logged in: framing, commands, SASL payloads. Cut anywhere, the same bytes lead to the same
-//! replies and the same steps.
+//! The dialogue with a client before login: framing, commands and SASL messages. The same bytes lead to the same replies and steps
+//! however they are split.
 
 use vestibule::identity::{Mechanism, Mechanisms, Proof, UserName};
 use vestibule::protocol::imap::capability::{Extensions, Transport};
@@ -9,7 +9,7 @@ use vestibule::protocol::imap::reply;
 use vestibule::protocol::imap::tag::Tag;
 
 pub fn run(input: &[u8]) {
-    // The first byte chooses; the others are spoken as they are, so that the dictionary fits.
+    // The first byte selects the settings; the other bytes are the client's input unchanged, so that the dictionary applies.
     let Some((&choice, bytes)) = input.split_first() else { return };
     let transport = [Transport::Tls, Transport::Plain, Transport::StartTls][usize::from(choice % 3)];
     let policy = PreloginSettings {
@@ -23,7 +23,7 @@ pub fn run(input: &[u8]) {
         extensions: Extensions::ALL,
         issuers: Vec::new().into(),
     };
-    // After STARTTLS the bytes that follow are looked at only as far as they have come: that is its purpose.
+    // After STARTTLS the result depends on which bytes have arrived, because plaintext after the command is refused.
     let whole = transcript(&policy, bytes.chunks(bytes.len().max(1)));
     if transport == Transport::StartTls {
         return;
@@ -32,7 +32,7 @@ pub fn run(input: &[u8]) {
     assert_eq!(whole, transcript(&policy, bytes.chunks(usize::from(choice) + 2)), "in pieces");
 }
 
-/// All replies and steps, as text.
+/// Returns all replies and steps as text.
 fn transcript<'a>(policy: &PreloginSettings, pieces: impl Iterator<Item = &'a [u8]>) -> String {
     let mut dialogue = Prelogin::new(policy.clone());
     let (mut replies, mut sent) = (Vec::new(), Vec::new());

@@ -1,5 +1,5 @@
-//! Records of an established connection: some sealed with the right key around any content of any type, some raw. Data comes
-//! out as it went in, once; everything else is understood or a violation.
+//! TLS records of an established connection: some sealed with the right key, with any content and type, and some raw. Data is opened
+//! unchanged and once; every other record is handled or is a violation.
 
 use aws_lc_rs::aead::{AES_256_GCM, Aad, LessSafeKey, Nonce, UnboundKey};
 use tokio_rustls::rustls::ConnectionTrafficSecrets;
@@ -10,7 +10,7 @@ const KEY: [u8; 32] = [7; 32];
 const IV: [u8; 12] = [9; 12];
 const SECRET: [u8; 48] = [3; 48];
 
-/// First what is spoken and who we are, then records: a type, how it is sealed, two bytes of length, the content.
+/// The first byte selects the TLS version and the role. Records follow: a type, how it is sealed, two bytes of length, the content.
 pub fn run(input: &[u8]) {
     let Some((&choice, mut rest)) = input.split_first() else { return };
     let (tls13, server) = (choice & 1 != 0, choice & 2 != 0);
@@ -25,7 +25,7 @@ pub fn run(input: &[u8]) {
         let (content, behind) = behind.split_at(length);
         rest = behind;
         let mut record = match how {
-            // As it is, so that the header is anything.
+            // Raw, so that the header can have any value.
             0 => content.to_vec(),
             padding => seal(&key, version, sequence, kind, usize::from(padding - 1), content),
         };
@@ -37,9 +37,9 @@ pub fn run(input: &[u8]) {
         sequence += 1;
         match opened {
             Ok(Opened::Data(range)) => {
-                assert!(how != 0, "nothing unsealed is data");
+                assert!(how != 0, "an unsealed record is not data");
                 assert!(range.len() <= MAX_PLAINTEXT);
-                // A type of zero is padding, and the last byte before it is the type then.
+                // A type of zero is padding, so the last byte before it is the type.
                 if kind != 0 {
                     assert_eq!((kind, &record[range]), (23, content));
                 }
@@ -47,21 +47,21 @@ pub fn run(input: &[u8]) {
             Ok(Opened::Nothing) => {}
             Ok(Opened::KeyUpdateRequested) => {
                 assert!(tls13);
-                channel.sealer.key_update(&mut Vec::new()).expect("one key more");
+                channel.sealer.key_update(&mut Vec::new()).expect("a key update is sealed");
             }
             Ok(Opened::Renegotiation) => {
                 assert!(!tls13);
-                channel.sealer.decline_renegotiation(&mut Vec::new()).expect("one alert more");
+                channel.sealer.decline_renegotiation(&mut Vec::new()).expect("an alert is sealed");
             }
             Ok(Opened::Closed) => {
-                assert_eq!(channel.opener.open(&mut record[..length]), Ok(Opened::Closed), "closed for good");
+                assert_eq!(channel.opener.open(&mut record[..length]), Ok(Opened::Closed), "the channel stays closed");
                 return;
             }
             Err(violation) => {
                 if let Some(alert) = violation.alert() {
                     let mut out = Vec::new();
                     channel.sealer.close(alert, &mut out);
-                    assert_eq!(record_length(&out), Ok(Some(out.len())), "one whole record");
+                    assert_eq!(record_length(&out), Ok(Some(out.len())), "a complete record");
                 }
                 return;
             }
@@ -75,11 +75,10 @@ pub fn run(input: &[u8]) {
 fn keys(version: Version) -> Keys {
     let secrets = ConnectionTrafficSecrets::Aes256Gcm { key: AeadKey::from(KEY), iv: Iv::from(IV) };
     let secret = if version == Version::Tls13 { &SECRET[..] } else { &[] };
-    Keys::new(&secrets, 0, secret).expect("a cipher that is known")
+    Keys::new(&secrets, 0, secret).expect("a supported cipher")
 }
 
-/// A record as the other side would seal it, whatever its content. Of KeyUpdates it knows nothing: what follows one is a record
-/// that does not authenticate.
+/// Seals a record with any content. KeyUpdates are not implemented: a record after a KeyUpdate does not authenticate.
 fn seal(key: &LessSafeKey, version: Version, sequence: u64, kind: u8, padding: usize, content: &[u8]) -> Vec<u8> {
     let mut sealed = content.to_vec();
     let mut nonce = IV;

@@ -1,6 +1,6 @@
-//! SASL messages of every mechanism, with the base64 already right so that what is in it is reached. With an initial response or
-//! after a continuation they are the same login; every reader finds the same user in an accepted message; what is relayed reaches the
-//! server as it was.
+//! SASL messages of every mechanism, encoded in base64 so that their content is reached. With an initial response or after a
+//! continuation request they are the same login, every parser finds the same user in an accepted message, and a relayed message
+//! reaches the server unchanged.
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
@@ -14,7 +14,7 @@ use vestibule::protocol::imap::sasl::with_user;
 use vestibule::protocol::imap::tag::Tag;
 use zeroize::Zeroizing;
 
-/// The first byte chooses the mechanism, the rest is the message. Of LOGIN it is two, with a zero between them.
+/// The first byte selects the mechanism, the rest is the message. For LOGIN it is two messages, separated by a zero byte.
 pub fn run(input: &[u8]) {
     let Some((&choice, message)) = input.split_first() else { return };
     let mechanisms: Vec<Mechanism> = Mechanism::ALL.into_iter().filter(|known| known.sasl_name().is_some()).collect();
@@ -23,45 +23,54 @@ pub fn run(input: &[u8]) {
         Mechanism::SaslLogin => message.splitn(2, |byte| *byte == 0).collect(),
         _ => vec![message],
     };
-    let read = login(mechanism, &messages, false);
-    assert_eq!(format!("{read:?}"), format!("{:?}", login(mechanism, &messages, true)), "with an initial response");
+    let read = login(mechanism, &messages, FirstMessage::Continuation);
+    assert_eq!(
+        format!("{read:?}"),
+        format!("{:?}", login(mechanism, &messages, FirstMessage::InitialResponse)),
+        "with an initial response"
+    );
     let Some(credentials) = read else { return };
     assert_eq!(credentials.mechanism, mechanism);
     for name in [Some(&credentials.user), credentials.authzid.as_ref()].into_iter().flatten() {
         assert!(!name.as_str().is_empty() && !name.as_str().contains(|char: char| char.is_ascii_control()), "{name:?}");
     }
-    assert_ne!(credentials.authzid.as_ref(), Some(&credentials.user), "that asks for nothing");
+    assert_ne!(credentials.authzid.as_ref(), Some(&credentials.user), "an authzid that repeats the user is removed");
     match &credentials.proof {
         Proof::Password(password) => {
             let end = [b"\0", credentials.user.as_str().as_bytes(), b"\0", password.expose()].concat();
             match mechanism {
                 Mechanism::SaslPlain => {
                     assert!(message.ends_with(&end));
-                    assert_eq!(message.split(|byte| *byte == 0).count(), 3, "three parts, however they are counted");
+                    assert_eq!(message.split(|byte| *byte == 0).count(), 3, "the message has three parts");
                 }
                 _ => assert_eq!([b"\0", message].concat(), end),
             }
         }
         Proof::Message { mechanism: relayed_mechanism, first } => {
             let claimed = mechanism == Mechanism::OauthBearer && message.starts_with(b"n,,");
-            assert!(claimed || first.expose() == message, "relayed as it came");
-            assert_eq!(relayed(*relayed_mechanism, &credentials, first), first.expose(), "to the last byte");
-            one_user_for_every_reader(mechanism, first.expose(), &credentials);
+            assert!(claimed || first.expose() == message, "the first message is unchanged");
+            assert_eq!(
+                relayed(*relayed_mechanism, &credentials, first),
+                first.expose(),
+                "the server receives the message unchanged"
+            );
+            assert_one_user_for_every_parser(mechanism, first.expose(), &credentials);
             let other = UserName::new("d,a=v\u{e9}".as_bytes()).expect("a name");
             if let Some(renamed) = with_user(*relayed_mechanism, first, &other) {
-                let again = login(mechanism, &[renamed.expose()], true).expect("still a message");
+                let again = login(mechanism, &[renamed.expose()], FirstMessage::InitialResponse)
+                    .expect("the message is still valid");
                 assert_eq!((again.user, again.authzid), (other, None));
             }
             if let Some(same) = with_user(*relayed_mechanism, first, &credentials.user) {
-                assert_eq!(same.expose(), first.expose(), "written as it was read");
+                assert_eq!(same.expose(), first.expose(), "setting the same name changes nothing");
             }
         }
         Proof::Certificate => assert_eq!(credentials.user.as_str(), "carol"),
     }
 }
 
-/// Reads the message as careless servers do: any field that names a user, wherever it is and in any letter case.
-fn one_user_for_every_reader(mechanism: Mechanism, message: &[u8], credentials: &Credentials) {
+/// Reads the message like careless servers: any field that names a user, at any position and in any letter case.
+fn assert_one_user_for_every_parser(mechanism: Mechanism, message: &[u8], credentials: &Credentials) {
     let named = |separators: &[u8], key: &[u8]| -> Vec<String> {
         let fields = message.split(|byte| separators.contains(byte));
         let named = fields.filter(|field| field.get(..key.len()).is_some_and(|start| start.eq_ignore_ascii_case(key)));
@@ -91,8 +100,15 @@ fn one_user_for_every_reader(mechanism: Mechanism, message: &[u8], credentials: 
     }
 }
 
-/// What the client's login brings, if it is one.
-fn login(mechanism: Mechanism, messages: &[&[u8]], at_once: bool) -> Option<Credentials> {
+/// How the first message is sent.
+#[derive(Clone, Copy)]
+enum FirstMessage {
+    InitialResponse,
+    Continuation,
+}
+
+/// Returns the credentials of a login with these messages, if it is valid.
+fn login(mechanism: Mechanism, messages: &[&[u8]], first: FirstMessage) -> Option<Credentials> {
     let mut dialogue = Prelogin::new(PreloginSettings {
         transport: Transport::Tls,
         max_line: 128 * 1024,
@@ -108,9 +124,11 @@ fn login(mechanism: Mechanism, messages: &[&[u8]], at_once: bool) -> Option<Cred
     let mut lines = vec![format!("a AUTHENTICATE {}", mechanism.sasl_name().expect("a mechanism with a name"))];
     for (index, message) in messages.iter().enumerate() {
         let encoded = STANDARD.encode(message);
-        match (index, at_once) {
-            // RFC 4959: an empty one is written so.
-            (0, true) => lines[0] += &format!(" {}", if encoded.is_empty() { "=" } else { &encoded }),
+        match (index, first) {
+            // RFC 4959: "=" is an empty initial response.
+            (0, FirstMessage::InitialResponse) => {
+                lines[0] += &format!(" {}", if encoded.is_empty() { "=" } else { &encoded })
+            }
             _ => lines.push(encoded),
         }
     }
@@ -127,7 +145,7 @@ fn login(mechanism: Mechanism, messages: &[&[u8]], at_once: bool) -> Option<Cred
     None
 }
 
-/// The message as the server gets it.
+/// Returns the message that the server receives.
 fn relayed(mechanism: RelayedMechanism, credentials: &Credentials, first: &Secret) -> Vec<u8> {
     let tag = Tag::new(b"a1").expect("a tag");
     let mut dialogue = BackendLogin::new(LoginAttempt {

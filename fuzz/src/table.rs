@@ -1,4 +1,4 @@
-//! The table file of users: any bytes are a table or a list of what is wrong, a line each.
+//! The table file of users. Any bytes are a valid table or lead to a list of errors.
 
 use std::path::PathBuf;
 use std::sync::LazyLock;
@@ -8,19 +8,19 @@ use vestibule::config::{self, Config};
 use vestibule::metrics::{Metrics, Names};
 use vestibule::route::Router;
 
-/// What does not change: where the file is, and what names it.
-struct Around {
+/// The path of the table file, and the configuration that names it.
+struct Fixture {
     path: PathBuf,
     config: Config,
     metrics: Metrics,
 }
 
 pub fn run(table: &[u8]) {
-    static AROUND: LazyLock<Around> = LazyLock::new(Around::new);
-    let around = &*AROUND;
-    fs::write(&around.path, table).expect("the folder can be written");
-    let built = Router::build(&around.config, &around.metrics, None);
-    fs::remove_file(&around.path).expect("it is there");
+    static FIXTURE: LazyLock<Fixture> = LazyLock::new(Fixture::new);
+    let fixture = &*FIXTURE;
+    fs::write(&fixture.path, table).expect("the folder is writable");
+    let built = Router::build(&fixture.config, &fixture.metrics, None);
+    fs::remove_file(&fixture.path).expect("the file exists");
     if let Err(problems) = built {
         assert!(!problems.is_empty());
         for problem in &problems {
@@ -29,9 +29,9 @@ pub fn run(table: &[u8]) {
     }
 }
 
-impl Around {
+impl Fixture {
     fn new() -> Self {
-        // In memory where there is such a folder: it is written at each turn.
+        // In memory if possible, because the file is written for each input.
         let memory = PathBuf::from("/dev/shm");
         let folder = if memory.is_dir() { memory } else { env::temp_dir() };
         let path = folder.join(format!("vestibule-fuzz-{}", process::id()));
@@ -41,7 +41,7 @@ impl Around {
              routes: [{{table: {}}}]\n",
             path.display()
         );
-        let config = config::parse(&folder.join("vestibule.yaml"), &text).expect("the configuration is good");
+        let config = config::parse(&folder.join("vestibule.yaml"), &text).expect("the configuration is valid");
         let metrics = Metrics::new(&Names { routes: vec!["table".to_owned()], ..Names::default() });
         Self { path, config, metrics }
     }

@@ -1,6 +1,6 @@
-//! Templates and the user names they are filled with. Every value is escaped and is never read as a part of the template; the text
-//! around the values is what was written; the length is bounded by that of the template and the name. The same text is the `to`
-//! of a regex route: what a user name holds changes neither the number nor the names of the fields.
+//! Templates and the user names with which they are filled. Every value is escaped and is not parsed as a part of the template, the
+//! text around the values is unchanged, and the size of the result is limited by the sizes of template and name. The same text is
+//! the `to` of a regex route, in which a user name changes neither the number nor the names of the fields.
 
 use std::path::Path;
 use std::pin::pin;
@@ -12,36 +12,36 @@ use vestibule::metrics::{Metrics, Names};
 use vestibule::route::{LookupRequest, RouteDecision, RouteError, Router, ServerChoice};
 use vestibule::template::Template;
 
-/// Marks the beginning and the end of a value. Neither occurs in the input.
+/// Marks of the beginning and the end of a value, which are removed from the input.
 const MARKS: [char; 2] = ['\u{e000}', '\u{e001}'];
 
-/// The template, a zero byte, and the user's name.
+/// The input is a template, a zero byte and a user name.
 pub fn run(input: &[u8]) {
     let text = String::from_utf8_lossy(input).replace(MARKS, "");
     let (text, user) = text.split_once('\0').unwrap_or((&text, "alice@example.org"));
     regex_target(text, user);
     let Ok(template) = Template::new(text) else {
-        assert!(text.contains("%{"), "only a variable can be wrong");
+        assert!(text.contains("%{"), "only variables can be invalid");
         return;
     };
     let filled = template.fill(user, |value| format!("{}{}{}", MARKS[0], value.replace('%', "%25"), MARKS[1]));
     let (bound, variables) = template.bind(|before| format!("{}{before}{}", MARKS[0], MARKS[1]));
-    let (around_filled, values) = taken_apart(&filled);
-    let (around_bound, places) = taken_apart(&bound);
+    let (around_filled, values) = split_at_marks(&filled);
+    let (around_bound, indexes) = split_at_marks(&bound);
     assert_eq!(around_filled, around_bound, "the text around the values is the same");
-    assert_eq!(places, (0..variables.len()).map(|place| place.to_string()).collect::<Vec<_>>());
+    assert_eq!(indexes, (0..variables.len()).map(|index| index.to_string()).collect::<Vec<_>>());
     let expected: Vec<String> = variables.iter().map(|variable| variable.of(user).replace('%', "%25")).collect();
-    assert_eq!(values, expected, "each value is escaped, and not read again");
+    assert_eq!(values, expected, "each value is escaped and not parsed again");
     assert_eq!(template.is_constant(), variables.is_empty());
-    let written: usize = around_filled.iter().map(|part| part.len()).sum();
+    let size: usize = around_filled.iter().map(|part| part.len()).sum();
     let unescaped = template.fill(user, str::to_owned);
-    assert!(written <= text.len() && unescaped.len() <= text.len() + variables.len() * user.len(), "bounded");
+    assert!(size <= text.len() && unescaped.len() <= text.len() + variables.len() * user.len(), "the size is limited");
     for variable in &variables {
         assert!(user.contains(variable.of(user)));
     }
 }
 
-/// A rule whose groups are all of the name, its first part and its last.
+/// A pattern whose groups are the whole name, its local part and its domain.
 const PATTERN: &str = "(?s)^(.*?)(?:@(?<domain>.*))?$";
 
 struct Regex {
@@ -53,14 +53,14 @@ static REGEX: LazyLock<Regex> = LazyLock::new(|| {
     let text = "listeners: [{address: '127.0.0.1:0', tls: none}]\n\
                 backends: {shard-a: {servers: ['127.0.0.1:1']}, shard-b: {servers: ['127.0.0.1:2']}}\n\
                 routes: [{regex: [{match: '', to: shard-a}]}]\n";
-    let config = config::parse(Path::new("vestibule.yaml"), text).expect("the configuration is good");
+    let config = config::parse(Path::new("vestibule.yaml"), text).expect("the configuration is valid");
     let metrics = Metrics::new(&Names { routes: vec!["regex".to_owned()], ..Names::default() });
     Regex { config, metrics }
 });
 
-/// Looks up `user` and a harmless user with `to` as the target, and compares the fields of the answers.
+/// Looks up `user` and harmless users with the target `to`, and compares the fields of the results.
 fn regex_target(to: &str, user: &str) {
-    // To compile a pattern takes long, and most texts name no backend or no group.
+    // Compiling a pattern is slow, and most texts contain no backend or no group.
     let first = to.split_whitespace().next().unwrap_or_default();
     let is_verdict = first.starts_with("refuse:") || first.starts_with("maintenance:");
     if !to.contains('$') || !(is_verdict || first.contains('$') || matches!(first, "shard-a" | "shard-b")) {
@@ -76,7 +76,7 @@ fn regex_target(to: &str, user: &str) {
         let question = LookupRequest { user: user.into(), login_context: None };
         let Poll::Ready(routed) = pin!(router.route(&question, metrics)).poll(&mut Context::from_waker(Waker::noop()))
         else {
-            unreachable!("nothing is asked over a network")
+            unreachable!("a regex route does not wait")
         };
         match routed {
             Ok(routed) => match &*routed.decision {
@@ -88,7 +88,7 @@ fn regex_target(to: &str, user: &str) {
                 other => panic!("a regex cannot say {other:?}"),
             },
             Err(RouteError::Failed { reason, .. }) => {
-                assert!(reason.len() < 600, "bounded: {reason}");
+                assert!(reason.len() < 600, "the size is limited: {reason}");
                 None
             }
             Err(RouteError::Unknown) => None,
@@ -96,13 +96,13 @@ fn regex_target(to: &str, user: &str) {
     };
     for harmless in ["alice@example.org", "shard-a@shard-b", "a@shard-a"] {
         if let (Some(expected), Some(found)) = (fields(harmless), fields(user)) {
-            assert_eq!(found, expected, "the fields are those of the text: {to:?} {user:?}");
+            assert_eq!(found, expected, "the user name changes no fields: {to:?} {user:?}");
         }
     }
 }
 
-/// The parts around the values, and the values.
-fn taken_apart(text: &str) -> (Vec<&str>, Vec<&str>) {
+/// Splits a text into the parts around the values, and the values.
+fn split_at_marks(text: &str) -> (Vec<&str>, Vec<&str>) {
     let mut parts = text.split(MARKS);
     let (mut around, mut values) = (Vec::new(), Vec::new());
     while let Some(part) = parts.next() {

@@ -135,7 +135,7 @@ async fn run(mut dialogue: Dialogue<'_>, probe: &Probe, deadline: Deadline) -> R
     loop {
         let (step, out) = dialogue.next_step();
         match dialogue.carry_out(step, &out, deadline, Expected::Answer).await {
-            LoginStep::NeedInput => offer = offer.or_else(|| dialogue.machine.offer()),
+            LoginStep::NeedInput => offer = offer.or_else(|| dialogue.machine.server_capabilities()),
             LoginStep::StartTls => {
                 dialogue = dialogue.start_tls(deadline).await?;
                 offer = None;

@@ -1,7 +1,7 @@
-//! A tiny IMAP server on imap-codec: one user, one INBOX, enough for mail clients to read and flag.
+//! A small IMAP server based on imap-codec, with one user and one INBOX whose messages can be read and flagged.
 //!
-//! It is the demo's mailbox server and, in tests, the well-behaved server behind the proxy. It is no product: it has no
-//! TLS, no limits beyond a line's length, and forgets everything when it ends.
+//! It is the mailbox server of the demo. It is not for production: it has no TLS and no limits except the size of a command, and
+//! stores nothing.
 
 use std::borrow::Cow;
 use std::num::NonZeroU32;
@@ -32,20 +32,20 @@ use tokio_util::sync::CancellationToken;
 use super::items::{expanded, item, matches_key, number, sets_seen};
 use super::mailbox::Mailbox;
 
-/// A command over this is refused.
+/// Maximum size of a command in bytes.
 const MAX_COMMAND: usize = 64 * 1024;
 const UID_VALIDITY: u32 = 1;
 
-/// Accepts connections until `stop`.
+/// Accepts connections until `stop` is cancelled.
 pub(crate) async fn serve(listener: TcpListener, mailbox: Arc<Mailbox>, stop: CancellationToken) {
     let accept = async {
         while let Ok((socket, _)) = listener.accept().await {
-            // Where it fails, replies are late and not lost.
+            // Without it replies are only delayed.
             let _ = socket.set_nodelay(true);
             let connection = Connection::new(socket, mailbox.clone());
             let stop = stop.clone();
             tokio::spawn(async move {
-                // A client that is gone needs no answer.
+                // An error means that the client is gone.
                 let _ = stop.run_until_cancelled(connection.run()).await;
             });
         }
@@ -53,14 +53,14 @@ pub(crate) async fn serve(listener: TcpListener, mailbox: Arc<Mailbox>, stop: Ca
     stop.run_until_cancelled(accept).await;
 }
 
-/// One client.
+/// The connection of a client.
 struct Connection<S> {
     socket: S,
     mailbox: Arc<Mailbox>,
     input: Vec<u8>,
     output: Vec<u8>,
     logged_in: bool,
-    /// Whether INBOX is open, and may be changed.
+    /// The access to INBOX, if it is selected.
     selected: Option<Access>,
 }
 
@@ -70,8 +70,8 @@ enum Access {
     ReadWrite,
 }
 
-/// How a command ends: the word and the text of its tagged answer.
-enum Done {
+/// The tagged response to a command: its status, code and text.
+enum TaggedResponse {
     Ok(Option<Code<'static>>, &'static str),
     No(Option<Code<'static>>, &'static str),
     Bad(&'static str),
@@ -91,8 +91,8 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
         while let Some(command) = self.command().await? {
             let logout = matches!(command.body, CommandBody::Logout);
             let tag = command.tag.clone();
-            let done = self.execute(command).await?;
-            self.answer(tag, done);
+            let response = self.execute(command).await?;
+            self.answer(tag, response);
             self.send().await?;
             if logout {
                 break;
@@ -108,14 +108,14 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
         Ok(())
     }
 
-    /// The next command; `None`: the client is gone. The codec is asked only when a line is complete, for decoding a
-    /// growing buffer again and again takes quadratic time.
+    /// Reads the next command, or returns `None` if the client is gone. The codec is called only for complete lines, because decoding
+    /// a growing buffer again and again takes quadratic time.
     async fn command(&mut self) -> std::io::Result<Option<Command<'static>>> {
-        let mut asked_for = 0;
-        let mut looked_at = 0;
+        let mut accepted_literals = 0;
+        let mut scanned = 0;
         loop {
-            let complete = self.input[looked_at..].contains(&b'\n');
-            looked_at = self.input.len();
+            let complete = self.input[scanned..].contains(&b'\n');
+            scanned = self.input.len();
             if complete {
                 match CommandCodec::default().decode(&self.input) {
                     Ok((rest, command)) => {
@@ -124,10 +124,10 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
                         return Ok(Some(command));
                     }
                     Err(CommandDecodeError::LiteralFound { length, .. }) if (length as usize) <= MAX_COMMAND => {
-                        // The codec says so again until the literal is there: ask once a literal.
+                        // The codec reports the same literal until it is complete, so each one is accepted once.
                         let literals = self.input.windows(3).filter(|window| window == b"}\r\n").count();
-                        if literals > asked_for {
-                            asked_for = literals;
+                        if literals > accepted_literals {
+                            accepted_literals = literals;
                             self.respond(&continuation());
                             self.send().await?;
                         }
@@ -135,7 +135,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
                     Err(CommandDecodeError::Incomplete) => {}
                     Err(_) => {
                         self.malformed().await?;
-                        (asked_for, looked_at) = (0, 0);
+                        (accepted_literals, scanned) = (0, 0);
                         continue;
                     }
                 }
@@ -164,34 +164,34 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
         self.respond(&Response::Data(data));
     }
 
-    fn answer(&mut self, tag: Tag<'static>, done: Done) {
-        let status = match done {
-            Done::Ok(code, text) => Status::ok(Some(tag), code, text),
-            Done::No(code, text) => Status::no(Some(tag), code, text),
-            Done::Bad(text) => Status::bad(Some(tag), None, text),
+    fn answer(&mut self, tag: Tag<'static>, response: TaggedResponse) {
+        let status = match response {
+            TaggedResponse::Ok(code, text) => Status::ok(Some(tag), code, text),
+            TaggedResponse::No(code, text) => Status::no(Some(tag), code, text),
+            TaggedResponse::Bad(text) => Status::bad(Some(tag), None, text),
         };
-        // The texts are constants without line breaks.
+        // The conversion cannot fail: the texts are constants without line breaks.
         if let Ok(status) = status {
             self.respond(&Response::Status(status));
         }
     }
 
-    async fn execute(&mut self, command: Command<'static>) -> std::io::Result<Done> {
+    async fn execute(&mut self, command: Command<'static>) -> std::io::Result<TaggedResponse> {
         Ok(match command.body {
             CommandBody::Capability => {
                 self.data(Data::Capability(capabilities(self.logged_in)));
-                Done::Ok(None, "capabilities listed")
+                TaggedResponse::Ok(None, "capabilities listed")
             }
-            CommandBody::Noop | CommandBody::Check => Done::Ok(None, "done"),
+            CommandBody::Noop | CommandBody::Check => TaggedResponse::Ok(None, "done"),
             CommandBody::Id { .. } => {
                 self.data(Data::Id { parameters: None });
-                Done::Ok(None, "noted")
+                TaggedResponse::Ok(None, "noted")
             }
             CommandBody::Logout => {
                 if let Ok(bye) = Status::bye(None, "see you") {
                     self.respond(&Response::Status(bye));
                 }
-                Done::Ok(None, "logged out")
+                TaggedResponse::Ok(None, "logged out")
             }
             CommandBody::Login { username, password } if !self.logged_in => {
                 self.log_in(username.as_ref(), password.declassify().as_ref())
@@ -199,22 +199,22 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
             CommandBody::Authenticate { mechanism: AuthMechanism::Plain, initial_response } if !self.logged_in => {
                 let response = match initial_response {
                     Some(response) => Some(response.declassify().to_vec()),
-                    None => self.ask_for_response().await?,
+                    None => self.request_response().await?,
                 };
                 self.authenticate(response.as_deref())
             }
-            CommandBody::Authenticate { .. } => Done::No(None, "PLAIN only"),
-            _ if !self.logged_in => Done::Bad("log in first"),
+            CommandBody::Authenticate { .. } => TaggedResponse::No(None, "PLAIN only"),
+            _ if !self.logged_in => TaggedResponse::Bad("log in first"),
             CommandBody::List { mailbox_wildcard, .. } => self.list(&mailbox_wildcard, false),
             CommandBody::Lsub { mailbox_wildcard, .. } => self.list(&mailbox_wildcard, true),
             CommandBody::Status { mailbox: MailboxName::Inbox, item_names } => self.status(&item_names),
             CommandBody::Select { mailbox: MailboxName::Inbox, .. } => self.select(Access::ReadWrite),
             CommandBody::Examine { mailbox: MailboxName::Inbox, .. } => self.select(Access::ReadOnly),
             CommandBody::Select { .. } | CommandBody::Examine { .. } | CommandBody::Status { .. } => {
-                Done::No(None, "there is only INBOX")
+                TaggedResponse::No(None, "there is only INBOX")
             }
             CommandBody::Idle => self.idle().await?,
-            _ if self.selected.is_none() => Done::Bad("select a mailbox first"),
+            _ if self.selected.is_none() => TaggedResponse::Bad("select a mailbox first"),
             CommandBody::Fetch { sequence_set, macro_or_item_names, uid, .. } => {
                 self.fetch(&sequence_set, macro_or_item_names, uid)
             }
@@ -224,30 +224,30 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
             CommandBody::Search { criteria, .. } => self.search(&criteria),
             CommandBody::Close | CommandBody::Unselect => {
                 self.selected = None;
-                Done::Ok(None, "closed")
+                TaggedResponse::Ok(None, "closed")
             }
-            _ => Done::No(None, "not in this demo"),
+            _ => TaggedResponse::No(None, "not in this demo"),
         })
     }
 
-    fn log_in(&mut self, user: &[u8], password: &[u8]) -> Done {
+    fn log_in(&mut self, user: &[u8], password: &[u8]) -> TaggedResponse {
         if user.eq_ignore_ascii_case(self.mailbox.user.as_bytes()) && password == self.mailbox.password.as_bytes() {
             self.logged_in = true;
-            return Done::Ok(Some(Code::Capability(capabilities(true))), "logged in");
+            return TaggedResponse::Ok(Some(Code::Capability(capabilities(true))), "logged in");
         }
-        Done::No(Some(code("AUTHENTICATIONFAILED")), "wrong user or password")
+        TaggedResponse::No(Some(code("AUTHENTICATIONFAILED")), "wrong user or password")
     }
 
-    fn authenticate(&mut self, response: Option<&[u8]>) -> Done {
-        let Some(response) = response else { return Done::Bad("no response") };
+    fn authenticate(&mut self, response: Option<&[u8]>) -> TaggedResponse {
+        let Some(response) = response else { return TaggedResponse::Bad("no response") };
         match *response.split(|byte| *byte == 0).collect::<Vec<_>>() {
             [authzid, user, password] if authzid.is_empty() || authzid == user => self.log_in(user, password),
-            [..] => Done::No(Some(code("AUTHORIZATIONFAILED")), "only for yourself"),
+            [..] => TaggedResponse::No(Some(code("AUTHORIZATIONFAILED")), "only for yourself"),
         }
     }
 
-    /// Sends `+` and reads the line that follows, as base64.
-    async fn ask_for_response(&mut self) -> std::io::Result<Option<Vec<u8>>> {
+    /// Sends a continuation request, and decodes the next line from base64.
+    async fn request_response(&mut self) -> std::io::Result<Option<Vec<u8>>> {
         self.respond(&Response::CommandContinuationRequest(CommandContinuationRequest::base64(&b""[..])));
         self.send().await?;
         let line = self.line().await?;
@@ -265,16 +265,16 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
         }
     }
 
-    async fn idle(&mut self) -> std::io::Result<Done> {
+    async fn idle(&mut self) -> std::io::Result<TaggedResponse> {
         self.respond(&continuation());
         self.send().await?;
         Ok(match self.line().await? {
-            Some(line) if line.trim_ascii().eq_ignore_ascii_case(b"DONE") => Done::Ok(None, "idle no more"),
-            _ => Done::Bad("expected DONE"),
+            Some(line) if line.trim_ascii().eq_ignore_ascii_case(b"DONE") => TaggedResponse::Ok(None, "idle no more"),
+            _ => TaggedResponse::Bad("expected DONE"),
         })
     }
 
-    fn list(&mut self, wildcard: &ListMailbox<'_>, subscribed: bool) -> Done {
+    fn list(&mut self, wildcard: &ListMailbox<'_>, subscribed: bool) -> TaggedResponse {
         let pattern = match wildcard {
             ListMailbox::Token(token) => token.as_ref().to_vec(),
             ListMailbox::String(string) => string.as_ref().to_vec(),
@@ -287,10 +287,10 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
                 false => Data::List { items, delimiter, mailbox },
             });
         }
-        Done::Ok(None, "listed")
+        TaggedResponse::Ok(None, "listed")
     }
 
-    fn status(&mut self, names: &[StatusDataItemName]) -> Done {
+    fn status(&mut self, names: &[StatusDataItemName]) -> TaggedResponse {
         let (count, unseen) = self.counts();
         let items: Vec<StatusDataItem> = names
             .iter()
@@ -304,7 +304,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
             })
             .collect();
         self.data(Data::Status { mailbox: MailboxName::Inbox, items: Cow::Owned(items) });
-        Done::Ok(None, "status told")
+        TaggedResponse::Ok(None, "status told")
     }
 
     fn counts(&self) -> (u32, u32) {
@@ -313,7 +313,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
         (number(messages.len()), number(unseen))
     }
 
-    fn select(&mut self, access: Access) -> Done {
+    fn select(&mut self, access: Access) -> TaggedResponse {
         let (count, _) = self.counts();
         let flags = [Flag::Answered, Flag::Flagged, Flag::Deleted, Flag::Seen, Flag::Draft];
         self.data(Data::Flags(flags.to_vec()));
@@ -333,22 +333,22 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
         }
         self.selected = Some(access);
         match access {
-            Access::ReadWrite => Done::Ok(Some(Code::ReadWrite), "INBOX is open"),
-            Access::ReadOnly => Done::Ok(Some(Code::ReadOnly), "INBOX is open"),
+            Access::ReadWrite => TaggedResponse::Ok(Some(Code::ReadWrite), "INBOX is open"),
+            Access::ReadOnly => TaggedResponse::Ok(Some(Code::ReadOnly), "INBOX is open"),
         }
     }
 
-    /// Positions from 1 of the messages in `set`; UIDs are positions too.
-    fn chosen(&self, set: &SequenceSet) -> Vec<NonZeroU32> {
+    /// Returns the positions, counted from 1, of the messages in `set`. UIDs are equal to positions.
+    fn selected_positions(&self, set: &SequenceSet) -> Vec<NonZeroU32> {
         let count = number(self.mailbox.messages().len());
         let Some(largest) = NonZeroU32::new(count) else { return Vec::new() };
-        let mut chosen: Vec<NonZeroU32> = set.iter(largest).filter(|position| *position <= largest).collect();
-        chosen.sort_unstable();
-        chosen.dedup();
-        chosen
+        let mut positions: Vec<NonZeroU32> = set.iter(largest).filter(|position| *position <= largest).collect();
+        positions.sort_unstable();
+        positions.dedup();
+        positions
     }
 
-    fn fetch(&mut self, set: &SequenceSet, items: MacroOrMessageDataItemNames<'static>, uid: bool) -> Done {
+    fn fetch(&mut self, set: &SequenceSet, items: MacroOrMessageDataItemNames<'static>, uid: bool) -> TaggedResponse {
         let mut names = match items {
             MacroOrMessageDataItemNames::MessageDataItemNames(names) => names,
             MacroOrMessageDataItemNames::Macro(kind) => expanded(kind),
@@ -356,15 +356,15 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
         if uid && !names.contains(&MessageDataItemName::Uid) {
             names.insert(0, MessageDataItemName::Uid);
         }
-        let reads = self.selected == Some(Access::ReadWrite) && names.iter().any(sets_seen);
-        if reads && !names.contains(&MessageDataItemName::Flags) {
+        let marks_seen = self.selected == Some(Access::ReadWrite) && names.iter().any(sets_seen);
+        if marks_seen && !names.contains(&MessageDataItemName::Flags) {
             names.push(MessageDataItemName::Flags);
         }
         let mailbox = self.mailbox.clone();
-        for position in self.chosen(set) {
+        for position in self.selected_positions(set) {
             let mut messages = mailbox.messages();
             let Some(message) = messages.get_mut(position.get() as usize - 1) else { continue };
-            if reads {
+            if marks_seen {
                 message.store(StoreType::Add, &[Flag::Seen]);
             }
             let items: Vec<MessageDataItem<'_>> =
@@ -373,7 +373,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
                 self.data(Data::Fetch { seq: position, items });
             }
         }
-        Done::Ok(None, "fetched")
+        TaggedResponse::Ok(None, "fetched")
     }
 
     fn store(
@@ -383,12 +383,12 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
         response: StoreResponse,
         flags: &[Flag<'static>],
         uid: bool,
-    ) -> Done {
+    ) -> TaggedResponse {
         if self.selected != Some(Access::ReadWrite) {
-            return Done::No(None, "the mailbox is read-only");
+            return TaggedResponse::No(None, "the mailbox is read-only");
         }
         let mailbox = self.mailbox.clone();
-        for position in self.chosen(set) {
+        for position in self.selected_positions(set) {
             let mut messages = mailbox.messages();
             let Some(message) = messages.get_mut(position.get() as usize - 1) else { continue };
             message.store(kind, flags);
@@ -404,10 +404,10 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
                 self.data(Data::Fetch { seq: position, items });
             }
         }
-        Done::Ok(None, "stored")
+        TaggedResponse::Ok(None, "stored")
     }
 
-    fn search(&mut self, keys: &Vec1<SearchKey<'_>>) -> Done {
+    fn search(&mut self, keys: &Vec1<SearchKey<'_>>) -> TaggedResponse {
         let messages = self.mailbox.messages();
         let largest = NonZeroU32::new(number(messages.len())).unwrap_or(NonZeroU32::MIN);
         let found = messages.iter().zip(1_u32..).filter_map(|(message, position)| {
@@ -417,11 +417,11 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
         let found: Vec<NonZeroU32> = found.collect();
         drop(messages);
         self.data(Data::Search(found));
-        Done::Ok(None, "searched")
+        TaggedResponse::Ok(None, "searched")
     }
 }
 
-/// A response code of RFC 5530, which the codec has no names for.
+/// Returns a response code of RFC 5530, which the codec does not define.
 fn code(name: &'static str) -> Code<'static> {
     Code::Other(CodeOther::unvalidated(name.as_bytes()))
 }
@@ -451,15 +451,15 @@ mod tests {
         let server = tokio::spawn(Connection::new(server, mailbox).run());
         client.write_all(input.as_bytes()).await.unwrap();
         client.shutdown().await.unwrap();
-        let mut said = String::new();
-        client.read_to_string(&mut said).await.unwrap();
+        let mut output = String::new();
+        client.read_to_string(&mut output).await.unwrap();
         server.await.unwrap().unwrap();
-        said
+        output
     }
 
     #[tokio::test]
-    async fn a_whole_session() {
-        let said = dialogue(
+    async fn session_with_all_commands_succeeds() {
+        let output = dialogue(
             "a LOGIN alice wrong\r\nb LOGIN {5}\r\nalice {6+}\r\nsecret\r\nc LIST \"\" *\r\nd STATUS INBOX (MESSAGES UNSEEN)\r\n\
              e SELECT INBOX\r\nf FETCH 1 (FLAGS BODY[HEADER.FIELDS (X-Served-By)])\r\ng UID STORE 2 +FLAGS (\\Flagged)\r\n\
              h SEARCH UNSEEN\r\ni IDLE\r\nDONE\r\nj FETCH 1:* (UID FLAGS ENVELOPE BODYSTRUCTURE RFC822.SIZE INTERNALDATE)\r\nk NONSENSE\r\nl LOGOUT\r\n",
@@ -481,12 +481,12 @@ mod tests {
             "k BAD",
             "* BYE see you\r\nl OK logged out\r\n",
         ] {
-            assert!(said.contains(part), "{part} is missing in\n{said}");
+            assert!(output.contains(part), "{part} is missing in\n{output}");
         }
     }
 
     #[tokio::test]
-    async fn authenticate_with_and_without_initial_response() {
+    async fn authenticate_accepts_an_optional_initial_response() {
         let with = dialogue("a AUTHENTICATE PLAIN AGFsaWNlAHNlY3JldA==\r\nb LOGOUT\r\n").await;
         assert!(with.contains("\r\na OK "), "{with}");
         let without = dialogue("a AUTHENTICATE PLAIN\r\nAGFsaWNlAHNlY3JldA==\r\nb LOGOUT\r\n").await;

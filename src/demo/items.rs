@@ -1,4 +1,4 @@
-//! What of a message a client can ask for: the items of FETCH and the keys of SEARCH.
+//! The data items of FETCH and the keys of SEARCH.
 
 use std::num::NonZeroU32;
 
@@ -10,7 +10,7 @@ use imap_codec::imap_types::fetch::{Macro, MessageDataItem, MessageDataItemName,
 use imap_codec::imap_types::flag::{Flag, FlagFetch};
 use imap_codec::imap_types::search::SearchKey;
 
-use super::mailbox::Message;
+use super::mailbox::{Message, Selection};
 
 pub(super) fn expanded(kind: Macro) -> Vec<MessageDataItemName<'static>> {
     use MessageDataItemName as Name;
@@ -23,7 +23,7 @@ pub(super) fn expanded(kind: Macro) -> Vec<MessageDataItemName<'static>> {
     names
 }
 
-/// RFC 3501 section 6.4.5: reading a body marks it as read.
+/// Whether fetching the item marks the message as read (RFC 3501 section 6.4.5).
 pub(super) fn sets_seen(name: &MessageDataItemName<'_>) -> bool {
     matches!(
         name,
@@ -56,9 +56,9 @@ pub(super) fn item(
                 None => message.text.clone(),
                 Some(Section::Header(_)) => header.to_owned(),
                 Some(Section::Text(_) | Section::Part(_)) => body.to_owned(),
-                Some(Section::HeaderFields(_, fields)) => message.fields(&texts(fields), true),
-                Some(Section::HeaderFieldsNot(_, fields)) => message.fields(&texts(fields), false),
-                Some(Section::Mime(_)) => message.fields(&["content-type".to_owned()], true),
+                Some(Section::HeaderFields(_, fields)) => message.fields(&texts(fields), Selection::Named),
+                Some(Section::HeaderFieldsNot(_, fields)) => message.fields(&texts(fields), Selection::AllOthers),
+                Some(Section::Mime(_)) => message.fields(&["content-type".to_owned()], Selection::Named),
             };
             let (origin, part) = match partial {
                 None => (None, whole.as_bytes()),
@@ -124,7 +124,7 @@ fn structure(body: &str) -> Option<BodyStructure<'static>> {
     Some(BodyStructure::Single { body: Body { basic, specific }, extension_data: None })
 }
 
-/// All messages came on the day the demo was written for.
+/// All messages have the same date.
 fn internal_date() -> Option<DateTime> {
     let day = chrono::NaiveDate::from_ymd_opt(2026, 11, 23)?.and_hms_opt(12, 0, 0)?;
     let date = day.and_local_timezone(chrono::FixedOffset::east_opt(0)?).single()?;

@@ -1,25 +1,32 @@
-//! A mailbox in memory: a few messages with flags, one INBOX a user.
+//! A mailbox in memory: the messages and flags of one user's INBOX.
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use imap_codec::imap_types::flag::{Flag, StoreType};
 
-/// One message; its UID is its place, from 1.
+/// Which header fields are returned.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Selection {
+    Named,
+    AllOthers,
+}
+
+/// A message, whose UID is its position, counted from 1.
 #[derive(Debug, Clone)]
 pub(super) struct Message {
-    /// Header and body, lines ended by CRLF.
+    /// Header and body, with lines that end with CRLF.
     pub(super) text: String,
     flags: Vec<Flag<'static>>,
 }
 
 impl Message {
-    /// Header with the empty line behind it, and body.
+    /// Splits the text into the header, with the empty line after it, and the body.
     pub(super) fn split(&self) -> (&str, &str) {
         let end = self.text.find("\r\n\r\n").map_or(self.text.len(), |at| at + 4);
         self.text.split_at(end)
     }
 
-    /// The value of a header field, in the first line it has.
+    /// Returns the first line of a header field's value.
     pub(super) fn field(&self, name: &str) -> Option<&str> {
         self.split().0.lines().find_map(|line| {
             let (key, value) = line.split_once(':')?;
@@ -27,22 +34,23 @@ impl Message {
         })
     }
 
-    /// The lines of some header fields, or of all others, with the empty line behind.
-    pub(super) fn fields(&self, names: &[String], among: bool) -> String {
+    /// Returns the header fields in the selection, with an empty line after them.
+    pub(super) fn fields(&self, names: &[String], selection: Selection) -> String {
         let wanted = |line: &&str| {
             let key = line.split(':').next().unwrap_or_default();
-            !line.is_empty() && names.iter().any(|name| name.eq_ignore_ascii_case(key)) == among
+            !line.is_empty()
+                && names.iter().any(|name| name.eq_ignore_ascii_case(key)) == (selection == Selection::Named)
         };
         let lines: String = self.split().0.lines().filter(wanted).map(|line| format!("{line}\r\n")).collect();
         lines + "\r\n"
     }
 
-    /// Each flag once.
+    /// The flags, each of which occurs once.
     pub(super) fn flags(&self) -> &[Flag<'static>] {
         &self.flags
     }
 
-    /// Whether it was read.
+    /// Whether the message was read.
     pub(super) fn is_seen(&self) -> bool {
         self.flags.contains(&Flag::Seen)
     }
@@ -60,20 +68,20 @@ impl Message {
     }
 }
 
-/// A server's only user and mailbox.
+/// The user and mailbox of a server.
 #[derive(Debug)]
 pub(crate) struct Mailbox {
-    /// What the greeting and a header of each message call the server.
+    /// Name of the server in the greeting and in a header field of each message.
     pub server: String,
-    /// Who may log in.
+    /// The only user who may log in.
     pub user: String,
-    /// With this.
+    /// The user's password.
     pub password: String,
     messages: Mutex<Vec<Message>>,
 }
 
 impl Mailbox {
-    /// Three messages for `user`.
+    /// Creates a mailbox with three messages for `user`.
     pub(crate) fn new(server: &str, user: &str, password: &str) -> Self {
         let texts = [
             ("Welcome", format!("This mailbox lives on {server}.\r\n")),
@@ -107,13 +115,13 @@ mod tests {
     use super::*;
 
     #[test]
-    fn parts_and_flags_of_a_message() {
+    fn message_has_parts_and_flags() {
         let mailbox = Mailbox::new("shard-a", "alice", "x");
         let mut messages = mailbox.messages();
         assert_eq!(messages[0].field("x-served-by"), Some("shard-a"));
         assert_eq!(messages[0].split().1, "This mailbox lives on shard-a.\r\n");
-        assert_eq!(messages[0].fields(&["subject".into()], true), "Subject: Welcome\r\n\r\n");
-        assert!(!messages[0].fields(&["subject".into()], false).contains("Welcome"));
+        assert_eq!(messages[0].fields(&["subject".into()], Selection::Named), "Subject: Welcome\r\n\r\n");
+        assert!(!messages[0].fields(&["subject".into()], Selection::AllOthers).contains("Welcome"));
         messages[0].store(StoreType::Add, &[Flag::Seen, Flag::Flagged]);
         messages[0].store(StoreType::Remove, &[Flag::Flagged]);
         assert!(messages[0].is_seen());

@@ -1,7 +1,6 @@
-//! The main job on an embedded default: two tiny mailbox servers, a certificate, a configuration, and the real proxy.
+//! The command `demo`: two small mailbox servers, a certificate, a configuration, and the real proxy.
 //!
-//! Nothing here is a short cut: the configuration is written to a folder and read back, and the proxy is started as the command
-//! `run` does. Called by `main`.
+//! The proxy takes the same path as with the command `run`: the configuration is written to a folder and loaded from there.
 
 pub(crate) mod imap_server;
 mod items;
@@ -33,10 +32,10 @@ use crate::server::Running;
 const MAILBOXES: [(&str, &str, &str); 2] =
     [("shard-a", "alice@example.org", "wonderland"), ("shard-b", "bob@example.net", "builder")];
 
-/// Runs until SIGINT or SIGTERM, or once.
+/// Runs the demo until SIGINT or SIGTERM, or with `--once` until each user has read a message.
 ///
 /// # Errors
-/// The folder cannot be written, or nothing can be bound.
+/// The folder cannot be written, or a port cannot be bound.
 pub(crate) async fn run(options: DemoOptions) -> anyhow::Result<()> {
     let stop = CancellationToken::new();
     let mut servers = Vec::new();
@@ -64,15 +63,15 @@ pub(crate) async fn run(options: DemoOptions) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Where the demo's files are.
+/// The folder that contains the demo's files.
 struct Folder(PathBuf);
 
 impl Folder {
-    fn create(wanted: Option<PathBuf>) -> anyhow::Result<Self> {
+    fn create(requested: Option<PathBuf>) -> anyhow::Result<Self> {
         let path =
-            wanted.unwrap_or_else(|| std::env::temp_dir().join(format!("vestibule-demo-{}", std::process::id())));
-        let made = fs::DirBuilder::new().recursive(true).mode(0o700).create(&path);
-        made.with_context(|| format!("the folder {} cannot be made", path.display()))?;
+            requested.unwrap_or_else(|| std::env::temp_dir().join(format!("vestibule-demo-{}", std::process::id())));
+        let created = fs::DirBuilder::new().recursive(true).mode(0o700).create(&path);
+        created.with_context(|| format!("the folder {} cannot be created", path.display()))?;
         Ok(Self(path))
     }
 
@@ -89,7 +88,7 @@ impl Folder {
         Ok(path)
     }
 
-    /// A certificate authority of the demo's own, and a certificate by it for this machine's loopback names.
+    /// Creates a certificate authority, and a certificate by it for the loopback names of this machine.
     fn write_certificates(&self) -> anyhow::Result<()> {
         let mut authority = CertificateParams::new(Vec::new())?;
         authority.distinguished_name.push(DnType::CommonName, "Vestibule demo authority");
@@ -98,7 +97,7 @@ impl Folder {
         let authority = CertifiedIssuer::self_signed(authority, KeyPair::generate()?)?;
         let names = ["localhost", "127.0.0.1", "::1"].map(str::to_owned);
         let key = KeyPair::generate()?;
-        // OpenSSL takes a certificate with its issuer's own name for a self-signed one.
+        // The name differs from the issuer's, because OpenSSL treats equal names as a self-signed certificate.
         let mut certificate = CertificateParams::new(names.to_vec())?;
         certificate.distinguished_name.push(DnType::CommonName, "localhost");
         let certificate = certificate.signed_by(&key, &authority)?;
@@ -138,9 +137,9 @@ impl Folder {
     }
 }
 
-/// The port, or 0 (any) where it is taken.
-fn free_port(wanted: u16) -> u16 {
-    std::net::TcpListener::bind((Ipv4Addr::LOCALHOST, wanted)).map_or(0, |_| wanted)
+/// Returns the port, or 0 (any port) if it is in use.
+fn free_port(requested: u16) -> u16 {
+    std::net::TcpListener::bind((Ipv4Addr::LOCALHOST, requested)).map_or(0, |_| requested)
 }
 
 fn introduction(folder: &Folder, running: &Running, servers: &[SocketAddr]) -> String {
@@ -148,32 +147,32 @@ fn introduction(folder: &Folder, running: &Running, servers: &[SocketAddr]) -> S
     let admin = running.admin().map_or(0, |address| address.port());
     let ca = folder.path("ca.pem");
     let mut text = String::new();
-    let mut say = |line: std::fmt::Arguments<'_>| {
+    let mut print = |line: std::fmt::Arguments<'_>| {
         // Writing to a String cannot fail.
         let _ = writeln!(text, "{line}");
     };
-    say(format_args!("Vestibule is running in front of two mailbox servers:\n"));
+    print(format_args!("Vestibule is running in front of two mailbox servers:\n"));
     for ((name, user, _), server) in MAILBOXES.iter().zip(servers) {
-        say(format_args!("  {user:<18} -> Vestibule -> {name} ({server})"));
+        print(format_args!("  {user:<18} -> Vestibule -> {name} ({server})"));
     }
-    say(format_args!("\nRead a message of each user; the header X-Served-By says which server it came from:\n"));
+    print(format_args!("\nRead a message of each user; the header X-Served-By says which server it came from:\n"));
     for (_, user, password) in MAILBOXES {
-        say(format_args!("  {}", curl(&ca, tls, user, password)));
+        print(format_args!("  {}", curl(&ca, tls, user, password)));
     }
-    say(format_args!("\nTalk to it by hand (type: a LOGIN alice@example.org wonderland):\n"));
-    say(format_args!(
+    print(format_args!("\nTalk to it by hand (type: a LOGIN alice@example.org wonderland):\n"));
+    print(format_args!(
         "  openssl s_client -quiet -crlf -CAfile {} -starttls imap -connect localhost:{starttls}",
         ca.display()
     ));
-    say(format_args!("\nSee the sessions in the metrics:\n"));
-    say(format_args!(
+    print(format_args!("\nSee the sessions in the metrics:\n"));
+    print(format_args!(
         "  curl -s http://127.0.0.1:{admin}/metrics | grep -E '^vestibule_(logins|connections|backend_sessions|bytes)'"
     ));
-    say(format_args!("\nThe configuration it runs with, and what it makes of a user:\n"));
+    print(format_args!("\nThe configuration it runs with, and what it makes of a user:\n"));
     let configuration = folder.path("vestibule.yaml");
-    say(format_args!("  cat {}", configuration.display()));
-    say(format_args!("  {} route --config {} alice@example.org", program().display(), configuration.display()));
-    say(format_args!("\nCtrl-C ends it."));
+    print(format_args!("  cat {}", configuration.display()));
+    print(format_args!("  {} route --config {} alice@example.org", program().display(), configuration.display()));
+    print(format_args!("\nCtrl-C ends it."));
     text
 }
 

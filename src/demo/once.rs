@@ -1,4 +1,4 @@
-//! What a visitor of the demo would type, done once by the demo itself.
+//! The client of `demo --once`, which does once what a user of the demo would type.
 
 use std::net::Ipv4Addr;
 use std::path::Path;
@@ -14,7 +14,7 @@ use tokio_rustls::rustls::{ClientConfig, RootCertStore};
 use super::MAILBOXES;
 use crate::server::Running;
 
-/// Logs in as each user, reads the first message, and prints where it came from; then the metrics of the logins.
+/// Logs in as each user, reads the first message, and prints which server delivered it; then prints the metrics of the logins.
 pub(super) async fn read_both(running: &Running, ca: &Path) -> anyhow::Result<()> {
     for (name, user, password) in MAILBOXES {
         let served_by = served_by(running.listeners()[0].port(), ca, user, password).await?;

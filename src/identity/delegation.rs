@@ -1,11 +1,11 @@
-//! Delegation: which mailboxes the owner of a client certificate may ask for (an authzid of EXTERNAL).
+//! Delegation: the mailboxes that the owner of a client certificate may request (by the authzid of EXTERNAL).
 //!
-//! No server checks such a request, because the proxy's own credentials open the mailbox. So the configuration has to list it;
-//! without a list a certificate opens its owner's mailbox only. Names are compared as routes see them. Pure.
+//! No server checks such a request, because the proxy's own credentials open the mailbox. So the configuration must list these
+//! mailboxes; without a list a certificate opens only its owner's mailbox. Names are compared in the form in which they are routed.
 
 use super::{Credentials, NamingRules, Proof, UserName};
 
-/// A user name, or all names of a domain.
+/// A pattern of user names.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum NamePattern {
     /// This user.
@@ -17,7 +17,7 @@ pub enum NamePattern {
 }
 
 impl NamePattern {
-    /// Reads a name, `*@domain` or `*`. `None`: none of these.
+    /// Parses a name, `*@domain` or `*`.
     pub fn parse(text: &str) -> Option<Self> {
         if text == "*" {
             return Some(Self::Any);
@@ -30,12 +30,12 @@ impl NamePattern {
         }
     }
 
-    /// Whether the pattern matches a user, by the name that routes see.
+    /// Whether the pattern matches the user with this routing name.
     fn matches(&self, naming: &NamingRules, routing_name: &str) -> bool {
         match self {
             Self::Any => true,
             Self::Exact(name) => naming.names(name).is_ok_and(|names| *names.routing == *routing_name),
-            // With two at signs, servers differ in what the domain is.
+            // Servers differ in the domain of a name with two at signs.
             Self::Domain(domain) => routing_name
                 .split_once('@')
                 .is_some_and(|(local, of)| !local.is_empty() && !of.contains('@') && of.eq_ignore_ascii_case(domain)),
@@ -46,21 +46,21 @@ impl NamePattern {
 /// An entry of `may_act_for`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Delegation {
-    /// Whose certificate.
+    /// The owner of the certificate.
     pub certificate: NamePattern,
-    /// Whose mailboxes it may open.
+    /// The users whose mailboxes it may open.
     pub users: Vec<NamePattern>,
 }
 
-/// The certificate's owner may not open the mailbox asked for.
+/// The certificate's owner may not open the requested mailbox.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct NotDelegated;
 
-/// Checks a login by certificate; other logins pass. An authzid that is another spelling of the owner's own name is left out, so that
+/// Authorises a login by certificate; other logins pass. An authzid that is another spelling of the owner's name is removed, so that
 /// the owner's mailbox is opened under the name in the certificate.
 ///
 /// # Errors
-/// The mailbox is another user's, and no entry allows it.
+/// The mailbox belongs to another user, and no entry allows access.
 pub fn authorise_certificate(
     credentials: &mut Credentials,
     naming: &NamingRules,
@@ -111,7 +111,7 @@ mod tests {
     }
 
     #[test]
-    fn a_certificate_opens_its_owners_mailbox_and_those_that_are_listed() {
+    fn certificate_opens_the_listed_mailboxes() {
         let allows = |owner: &str, mailbox: &str| {
             let mut credentials = external(owner, Some(mailbox));
             authorise_certificate(&mut credentials, &NamingRules::default(), &delegations()).is_ok()
@@ -141,7 +141,7 @@ mod tests {
     }
 
     #[test]
-    fn without_a_list_a_certificate_opens_its_owners_mailbox_only() {
+    fn certificate_without_a_list_opens_only_its_owners_mailbox() {
         let mut credentials = external("alice@a.test", Some("bob@a.test"));
         assert_eq!(authorise_certificate(&mut credentials, &NamingRules::default(), &[]), Err(NotDelegated));
         let mut own = external("alice@a.test", None);
@@ -149,7 +149,7 @@ mod tests {
     }
 
     #[test]
-    fn another_spelling_of_the_owners_name_is_left_out() {
+    fn authzid_that_spells_the_owners_name_differently_is_removed() {
         let naming = NamingRules { detail: Some('+'), ..NamingRules::default() };
         let mut credentials = external("alice@a.test", Some("ALICE+secret@a.test"));
         assert_eq!(authorise_certificate(&mut credentials, &naming, &[]), Ok(()));
@@ -157,7 +157,7 @@ mod tests {
     }
 
     #[test]
-    fn other_logins_are_not_concerned() {
+    fn other_logins_pass_unchanged() {
         let mut credentials = external("alice", Some("bob"));
         credentials.proof = Proof::Password(Secret::new(b"x".to_vec()));
         assert_eq!(authorise_certificate(&mut credentials, &NamingRules::default(), &[]), Ok(()));
@@ -165,7 +165,7 @@ mod tests {
     }
 
     #[test]
-    fn patterns() {
+    fn invalid_patterns_are_refused() {
         for bad in ["", "a*", "*a", "*@", "*@a@b", "*@*", "**", "a b*", "x\0"] {
             assert_eq!(NamePattern::parse(bad), None, "{bad:?}");
         }

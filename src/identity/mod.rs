@@ -1,9 +1,8 @@
-//! Who a client says it is, and the proof it brought.
+//! User names, credentials and secrets.
 //!
-//! Names are checked once, here, and carry no control character afterwards, so that no later sink (a log line, a
-//! table look-up, an IMAP command) has to fear them. Secrets print as `[redacted]` in every build and are wiped when
-//! dropped. This room does not parse IMAP, does not route and does not decide whether a login is right: the
-//! mailbox server does. Called by `imap` (which builds the values), `route` and `backend` (which read them).
+//! User names are validated once, here, and contain no control characters afterwards, so that they are safe in log lines, lookups
+//! and IMAP commands. Secrets print as `[redacted]` in every build and are wiped when dropped. The module does not parse IMAP, does
+//! not route, and does not verify credentials: the mailbox server does.
 
 mod credentials;
 mod delegation;
@@ -22,19 +21,19 @@ pub use self::delegation::{Delegation, NamePattern, NotDelegated, authorise_cert
 pub use self::names::{LogName, NameNotAllowed, NamingRules, UnicodeRule, UserNames};
 pub use self::token::{TokenFault, TokenIssuer, claimed_user};
 
-/// Longest accepted user name, in bytes. RFC 3501 sets no limit; Dovecot's servers refuse names over this anyway.
+/// Maximum size of a user name in bytes. RFC 3501 sets no limit, but Dovecot refuses longer names.
 pub const MAX_USER_NAME: usize = 512;
 
-/// A user name as the client wrote it: UTF-8, 1 to [`MAX_USER_NAME`] bytes, no control character, no white space at its ends
-/// (which some servers trim). A session's names are kept as long as it lives, by several: clones share the text.
+/// A user name as the client sent it: UTF-8, 1 to [`MAX_USER_NAME`] bytes, without control characters, and without white space at
+/// its ends, which some servers trim. Several parts of a session keep its name, so clones share the text.
 #[derive(Clone, PartialEq, Eq, Hash)]
 pub struct UserName(Arc<str>);
 
 impl UserName {
-    /// Checks `bytes`.
+    /// Validates `bytes`.
     ///
     /// # Errors
-    /// [`InvalidName`] says which rule the name breaks; it never repeats the name.
+    /// The rule that the name violates. The error does not contain the name.
     pub fn new(bytes: &[u8]) -> Result<Self, InvalidName> {
         let text = std::str::from_utf8(bytes).map_err(|_| InvalidName::NotUtf8)?;
         if text.is_empty() {
@@ -52,12 +51,12 @@ impl UserName {
         Ok(Self(text.into()))
     }
 
-    /// The name as the client wrote it: what the server is given.
+    /// The name as the client sent it.
     pub fn as_str(&self) -> &str {
         &self.0
     }
 
-    /// `text` where it is another, this name's own where it is the same.
+    /// Returns `text` in an allocation that it shares with this name if both are equal.
     fn share(&self, text: &str) -> Arc<str> {
         if text == &*self.0 { self.0.clone() } else { text.into() }
     }
@@ -78,34 +77,34 @@ impl fmt::Debug for UserName {
 /// Why a user name was refused.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum InvalidName {
-    /// No byte in it.
+    /// The name is empty.
     #[error("the user name is empty")]
     Empty,
-    /// Over [`MAX_USER_NAME`] bytes.
+    /// The name exceeds [`MAX_USER_NAME`] bytes.
     #[error("the user name is too long")]
     TooLong,
-    /// Not UTF-8.
+    /// The name is not UTF-8.
     #[error("the user name is not UTF-8")]
     NotUtf8,
-    /// NUL, CR, LF or another control character in it.
+    /// The name contains NUL, CR, LF or another control character.
     #[error("the user name has a control character")]
     Control,
-    /// White space at the beginning or the end.
+    /// The name begins or ends with white space.
     #[error("the user name begins or ends with white space")]
     WhiteSpace,
 }
 
-/// A password or token: wiped when dropped, never printed.
+/// A password or token, which is wiped when dropped and never printed.
 #[derive(Clone, PartialEq, Eq, Zeroize, ZeroizeOnDrop)]
 pub struct Secret(Vec<u8>);
 
 impl Secret {
-    /// Takes the bytes over; the caller keeps no copy.
+    /// Takes ownership of the bytes, of which the caller must keep no copy.
     pub fn new(bytes: Vec<u8>) -> Self {
         Self(bytes)
     }
 
-    /// The secret itself, for the one place that sends it to the server.
+    /// Returns the secret itself, to be sent or compared.
     pub fn expose(&self) -> &[u8] {
         &self.0
     }
@@ -117,13 +116,13 @@ impl fmt::Debug for Secret {
     }
 }
 
-/// Appends to a buffer that may hold a secret. Memory that is outgrown is wiped, which `Vec` alone would not do.
+/// Appends to a buffer that may contain a secret. If it must grow, the previous allocation is wiped, which `Vec` alone does not do.
 pub fn append_wiped(buffer: &mut Zeroizing<Vec<u8>>, bytes: &[u8]) {
     let needed = buffer.len() + bytes.len();
     if needed > buffer.capacity() {
         let mut larger = Zeroizing::new(Vec::with_capacity(needed.max(2 * buffer.capacity())));
         larger.extend_from_slice(buffer);
-        // The old one is wiped as it drops.
+        // The previous allocation is wiped when it is dropped.
         *buffer = larger;
     }
     buffer.extend_from_slice(bytes);
@@ -134,7 +133,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn names_are_refused_by_rule() {
+    fn invalid_names_are_refused() {
         assert_eq!(UserName::new(b""), Err(InvalidName::Empty));
         assert_eq!(UserName::new(&[b'a'; MAX_USER_NAME + 1]), Err(InvalidName::TooLong));
         assert_eq!(UserName::new(b"a\xffb"), Err(InvalidName::NotUtf8));
@@ -148,7 +147,7 @@ mod tests {
     }
 
     #[test]
-    fn appending_keeps_what_was_there() {
+    fn append_wiped_keeps_the_content() {
         let mut buffer = Zeroizing::new(Vec::with_capacity(2));
         for part in [&b"a"[..], b"bcd", b"", b"efghijklmnop"] {
             append_wiped(&mut buffer, part);
@@ -157,7 +156,7 @@ mod tests {
     }
 
     #[test]
-    fn secrets_never_print() {
+    fn secrets_are_redacted_in_debug_output() {
         let credentials = Credentials {
             user: UserName::new(b"alice").unwrap(),
             authzid: None,

@@ -1,9 +1,9 @@
-//! One user, three names: what routes are asked, what servers are given, what log records say.
+//! The three names of a user: for routing, for servers and for logs.
 //!
-//! Clients write a name as they like; the rules here say which spellings are one user. They are applied in this order: a
-//! master user is split off, Unicode is checked, letters are folded, a name that still contains the separator of master
-//! users is refused, a separator of domains becomes `@`, a domain is added, and for routes the detail is left out. Pure.
-//! Called by `session` for every login and by the command `route`.
+//! Clients spell a user's name differently, and the rules here define which spellings are the same user. They are applied in this
+//! order: a master user is split off, Unicode is checked, letters are converted to lower case, a name that still contains the
+//! separator of master users is refused, a separator of domains is replaced by `@`, the default domain is added, and the detail is
+//! removed from the routing name.
 
 use std::fmt::Write as _;
 use std::sync::Arc;
@@ -15,50 +15,50 @@ use serde::Deserialize;
 
 use super::UserName;
 
-/// The rules, from `users` in the configuration.
+/// The rules of `users` in the configuration.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct NamingRules {
-    /// ASCII letters become lower case. Default: they do.
+    /// Whether ASCII letters are converted to lower case, which is the default.
     pub lower_case: bool,
-    /// What else there may be.
+    /// Which characters beyond ASCII are allowed.
     pub unicode: UnicodeRule,
-    /// Characters that stand for `@` in a name without one: the last of them in it counts.
+    /// Characters of which the last one in a name replaces a missing `@`.
     pub separators: Box<[char]>,
-    /// What a name without a domain gets.
+    /// The domain that is added to names without a domain.
     pub default_domain: Option<Box<str>>,
-    /// What begins a detail in the local part, which routes are not asked for.
+    /// The character that begins the detail in the local part, which is not part of the routing name.
     pub detail: Option<char>,
-    /// Servers are given the normalised name instead of what the client sent.
+    /// Whether servers receive the normalised name instead of the name that the client sent.
     pub server_normalised: bool,
-    /// What log records say.
+    /// The form of the name in logs.
     pub log: LogName,
-    /// What stands between a user and a master user's name: `alice*admin`.
+    /// The separator between a user's and a master user's name, as in `alice*admin`.
     pub master_separator: Option<char>,
 }
 
-/// What a name may hold beyond ASCII.
+/// The rule for characters beyond ASCII.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum UnicodeRule {
-    /// Anything, as it was sent.
+    /// All characters are allowed and unchanged.
     #[default]
     Keep,
-    /// Nothing: the login is refused.
+    /// A login with such characters is refused.
     Refuse,
-    /// What PRECIS's UsernameCaseMapped allows (RFC 8265 section 3.3), in its form.
+    /// The PRECIS profile UsernameCaseMapped (RFC 8265 section 3.3) is enforced.
     Precis,
 }
 
-/// What log records call a user.
+/// The form of user names in logs.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum LogName {
-    /// As the client wrote it.
+    /// As the client sent it.
     #[default]
     AsSent,
-    /// By the rules.
+    /// Normalised by the rules.
     Normalised,
-    /// The first 16 hexadecimal digits of the normalised name's SHA-256: who knows the name finds the records.
+    /// The first 16 hexadecimal digits of the normalised name's SHA-256, so that records can be found by a known name.
     Hashed,
 }
 
@@ -77,42 +77,41 @@ impl Default for NamingRules {
     }
 }
 
-/// A user's three names.
+/// The three names of a user.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct UserNames {
-    /// What routes are asked for.
+    /// The name by which the user is routed.
     pub routing: Arc<str>,
-    /// What servers are given.
+    /// The name for servers.
     pub server: UserName,
-    /// What log records say.
+    /// The name in logs.
     pub log: UserName,
 }
 
-/// The name breaks a rule of the configuration, or of PRECIS.
+/// The name violates a rule of the configuration or of PRECIS.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error("the user name has characters that are not allowed here")]
 pub struct NameNotAllowed;
 
 impl NamingRules {
-    /// A master user's login, taken apart: whose mailbox, and who logs in. `None` where it is none.
+    /// Splits the name in a master user's login into the mailbox's user and the master user. Returns `None` for other names.
     pub fn split_master(&self, sent: &UserName) -> Option<(UserName, UserName)> {
         let (user, master) = sent.as_str().rsplit_once(self.master_separator?)?;
-        // What is empty is no name, and the whole is somebody's own then.
+        // If either part is not a valid name, the whole is an ordinary name.
         Some((UserName::new(user.as_bytes()).ok()?, UserName::new(master.as_bytes()).ok()?))
     }
 
-    /// Whether `name` contains the separator of master users. A server with the same separator would split such a name,
-    /// and could open another mailbox than the one that is routed by, or check another master user's password than the
-    /// one that is counted for.
+    /// Whether `name` contains the separator of master users. A server with the same separator would split such a name: it could
+    /// open a mailbox other than the routed one, or verify the password of a user for whom failed logins are not counted.
     pub fn has_master_separator(&self, name: &str) -> bool {
         self.master_separator.is_some_and(|separator| name.contains(separator))
     }
 
-    /// The name that servers are given of a user who logs in on behalf of another: in normalised form if servers get
-    /// that, but without a default domain, which master users need not have.
+    /// Returns the name for servers of a user who logs in on behalf of another user. It is normalised if servers receive
+    /// normalised names, but without the default domain, which master users need not have.
     ///
     /// # Errors
-    /// See [`NamingRules::names`].
+    /// The name violates a rule, as in [`NamingRules::names`].
     pub fn authcid(&self, sent: &UserName) -> Result<UserName, NameNotAllowed> {
         let folded = self.folded(sent.as_str())?;
         if self.server_normalised {
@@ -122,10 +121,10 @@ impl NamingRules {
         }
     }
 
-    /// The three names of `sent`.
+    /// Returns the three names of a user who sent the name `sent`.
     ///
     /// # Errors
-    /// A character that the rules do not allow, or the separator of master users, in `sent` or in its normalised form.
+    /// `sent` or its normalised form contains a character that the rules do not allow, or the separator of master users.
     pub fn names(&self, sent: &UserName) -> Result<UserNames, NameNotAllowed> {
         let whole = self.normalised(sent.as_str())?;
         let routing = self.without_detail(&whole);
@@ -146,13 +145,13 @@ impl NamingRules {
         let mut name = match self.unicode {
             UnicodeRule::Refuse if !sent.is_ascii() => return Err(NameNotAllowed),
             UnicodeRule::Keep | UnicodeRule::Refuse => sent.to_owned(),
-            // The profile is for the parts before and after `@`; it allows the sign itself too.
+            // The profile is defined for the parts before and after `@`, but it allows `@` too.
             UnicodeRule::Precis => UsernameCaseMapped::new().enforce(sent).map_err(|_| NameNotAllowed)?.into_owned(),
         };
         if self.lower_case {
             name.make_ascii_lowercase();
         }
-        // PRECIS maps a full-width asterisk to `*`.
+        // PRECIS maps a full-width asterisk to `*`, so both forms are checked.
         if self.has_master_separator(sent) || self.has_master_separator(&name) {
             return Err(NameNotAllowed);
         }
@@ -174,7 +173,7 @@ impl NamingRules {
         Ok(name)
     }
 
-    /// `alice+work@example.org` is alice's; a name that is nothing but detail is left as it is.
+    /// Removes the detail, as in `alice+work@example.org`, unless nothing else is left of the local part.
     fn without_detail(&self, name: &str) -> String {
         let Some(detail) = self.detail else { return name.to_owned() };
         let (local, domain) = match name.rfind('@') {
@@ -210,21 +209,21 @@ mod tests {
     }
 
     #[test]
-    fn by_default_letters_fold_for_routes_and_nothing_else_changes() {
+    fn default_rules_only_lower_the_case_of_the_routing_name() {
         let names = NamingRules::default().names(&name("Zo\u{cb}+X@Example.ORG")).unwrap();
         assert_eq!(&*names.routing, "zo\u{cb}+x@example.org");
         assert_eq!((names.server.as_str(), names.log.as_str()), ("Zo\u{cb}+X@Example.ORG", "Zo\u{cb}+X@Example.ORG"));
     }
 
     #[test]
-    fn names_that_are_the_same_are_kept_once() {
+    fn equal_names_share_an_allocation() {
         let names = NamingRules::default().names(&name("alice@example.org")).unwrap();
-        let places = [names.routing.as_ptr(), names.server.as_str().as_ptr(), names.log.as_str().as_ptr()];
-        assert!(places.iter().all(|place| *place == places[0]));
+        let addresses = [names.routing.as_ptr(), names.server.as_str().as_ptr(), names.log.as_str().as_ptr()];
+        assert!(addresses.iter().all(|address| *address == addresses[0]));
     }
 
     #[test]
-    fn every_rule_in_its_order() {
+    fn rules_are_applied_in_order() {
         let naming = NamingRules {
             separators: ['%', '!'].into(),
             default_domain: Some("example.org".into()),
@@ -252,7 +251,7 @@ mod tests {
     }
 
     #[test]
-    fn unicode_by_rule() {
+    fn unicode_rule_is_applied() {
         let rule = |unicode| NamingRules { unicode, ..NamingRules::default() };
         assert_eq!(routing(&rule(UnicodeRule::Refuse), "zo\u{eb}"), None);
         assert_eq!(routing(&rule(UnicodeRule::Refuse), "Zoe"), Some("zoe".into()));
@@ -267,13 +266,13 @@ mod tests {
     }
 
     #[test]
-    fn a_name_too_long_for_its_domain_is_refused() {
+    fn name_that_is_too_long_with_the_default_domain_is_refused() {
         let naming = NamingRules { default_domain: Some("example.org".into()), ..NamingRules::default() };
         assert_eq!(routing(&naming, &"a".repeat(505)), None);
     }
 
     #[test]
-    fn master_users_are_split_off() {
+    fn master_user_is_split_off() {
         let naming = NamingRules { master_separator: Some('*'), ..NamingRules::default() };
         assert_eq!(naming.split_master(&name("a*b*root")), Some((name("a*b"), name("root"))));
         for none in ["alice", "*root", "alice*"] {
@@ -283,7 +282,7 @@ mod tests {
     }
 
     #[test]
-    fn no_name_contains_the_separator_of_master_users_before_or_after_normalisation() {
+    fn name_with_the_master_separator_is_refused_before_and_after_normalisation() {
         let naming = |unicode, server_normalised| NamingRules {
             unicode,
             server_normalised,
@@ -298,14 +297,14 @@ mod tests {
                 assert_eq!(precis.names(&name(refused)), Err(NameNotAllowed), "{refused}");
                 assert_eq!(precis.authcid(&name(refused)), Err(NameNotAllowed), "{refused}");
             }
-            // Servers get these as sent, and none of them splits at a full-width asterisk.
+            // Servers receive these names unchanged, and none of them splits at a full-width asterisk.
             let keep = naming(UnicodeRule::Keep, server_normalised);
             assert!(keep.names(&name("alice\u{ff0a}admin")).is_ok());
         }
     }
 
     #[test]
-    fn full_width_characters_mean_the_same_for_routes_and_for_servers() {
+    fn full_width_characters_are_normalised_for_routing_and_servers() {
         let naming = NamingRules {
             unicode: UnicodeRule::Precis,
             server_normalised: true,
@@ -329,7 +328,7 @@ mod tests {
     }
 
     #[test]
-    fn a_master_user_is_normalised_without_a_domain() {
+    fn master_user_is_normalised_without_the_default_domain() {
         let naming = |server_normalised| NamingRules {
             unicode: UnicodeRule::Precis,
             default_domain: Some("example.org".into()),
@@ -341,7 +340,7 @@ mod tests {
     }
 
     #[test]
-    fn a_hashed_name_tells_nothing() {
+    fn hashed_name_does_not_contain_the_name() {
         let naming = NamingRules { log: LogName::Hashed, ..NamingRules::default() };
         let names = naming.names(&name("Alice")).unwrap();
         // The SHA-256 of "alice".

@@ -1,7 +1,7 @@
-//! The user that an access token claims (RFC 9068, RFC 7519): read without verifying the token, to route by.
+//! Reads the user that an access token claims (RFC 9068, RFC 7519), without verifying the token.
 //!
-//! The claim decides which server is asked, and nothing else: the server verifies the token, and is sent the claimed name as the
-//! authorization identity, so that it refuses a token of another user. Pure; no error repeats a part of the token.
+//! The claim decides only to which server the login is routed. The server verifies the token, and receives the claimed name as the
+//! authorization identity, so that it refuses the token of another user. Errors contain no part of the token.
 
 use std::fmt;
 
@@ -13,41 +13,41 @@ use zeroize::Zeroizing;
 
 use super::UserName;
 
-/// An issuer of tokens, from `oauth` in the configuration.
+/// A token issuer of `oauth` in the configuration.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct TokenIssuer {
-    /// The claim `iss`, compared byte by byte.
+    /// The value of the claim `iss`, compared byte by byte.
     pub issuer: String,
-    /// The claim that has the user's name.
+    /// The name of the claim that contains the user name.
     pub claim: String,
-    /// A value that the claim `aud` must have or contain.
+    /// A value that the claim `aud` must equal or contain.
     pub audience: Option<String>,
 }
 
-/// Why a token names no user.
+/// Why no user can be read from a token.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum TokenFault {
     /// `oauth` is not configured.
     #[error("the message has no authzid, and no token issuer is configured")]
     NoIssuer,
-    /// Not three parts of base64url, or a payload that is not a JSON object.
+    /// The token does not have three parts of base64url, or its payload is not a JSON object.
     #[error("the message has no authzid, and the token is not a JWT")]
     NotJwt,
-    /// The claim `iss` is missing, or of an issuer that is not configured.
+    /// The claim `iss` is missing, or its issuer is not configured.
     #[error("the message has no authzid, and the token's issuer is not configured")]
     UnknownIssuer,
     /// The claim `aud` does not contain the configured audience.
     #[error("the message has no authzid, and the token is for another audience")]
     Audience,
-    /// The claim is missing, occurs twice, or is not a user name.
+    /// The claim is missing, occurs twice, or is not a valid user name.
     #[error("the message has no authzid, and the token has no usable claim with the user's name")]
     NoUser,
 }
 
-/// The name in the claim that is configured for the token's issuer. The token is not verified.
+/// Returns the user name in the claim that is configured for the token's issuer. The token is not verified.
 ///
 /// # Errors
-/// Why the token names no user.
+/// The token does not name a user: see [`TokenFault`].
 pub fn claimed_user(token: &[u8], issuers: &[TokenIssuer]) -> Result<UserName, TokenFault> {
     if issuers.is_empty() {
         return Err(TokenFault::NoIssuer);
@@ -63,20 +63,20 @@ pub fn claimed_user(token: &[u8], issuers: &[TokenIssuer]) -> Result<UserName, T
         return Err(TokenFault::NotJwt);
     }
     let payload = decoded(payload)?;
-    let whole = |claim: &str| read_claim(&payload, claim);
-    let Claim::Text(iss) = whole("iss")? else { return Err(TokenFault::UnknownIssuer) };
+    let claim = |claim: &str| read_claim(&payload, claim);
+    let Claim::Text(iss) = claim("iss")? else { return Err(TokenFault::UnknownIssuer) };
     let issuer = issuers.iter().find(|known| known.issuer == iss).ok_or(TokenFault::UnknownIssuer)?;
     if let Some(audience) = &issuer.audience {
-        let is_for_it = match whole("aud")? {
+        let is_audience = match claim("aud")? {
             Claim::Text(text) => text == *audience,
             Claim::List(texts) => texts.contains(audience),
             Claim::Missing | Claim::Repeated | Claim::Other => false,
         };
-        if !is_for_it {
+        if !is_audience {
             return Err(TokenFault::Audience);
         }
     }
-    match whole(&issuer.claim)? {
+    match claim(&issuer.claim)? {
         Claim::Text(name) => UserName::new(name.as_bytes()).map_err(|_| TokenFault::NoUser),
         _ => Err(TokenFault::NoUser),
     }
@@ -86,25 +86,25 @@ pub fn claimed_user(token: &[u8], issuers: &[TokenIssuer]) -> Result<UserName, T
 #[derive(Debug, PartialEq, Eq)]
 enum Claim {
     Missing,
-    /// Readers differ in which value they take.
+    /// The claim occurs twice. Parsers differ in which value they use.
     Repeated,
     Text(String),
-    /// Texts; what is not a text in the list is left out.
+    /// The texts of an array, whose other elements are ignored.
     List(Vec<String>),
     Other,
 }
 
 fn read_claim(payload: &[u8], name: &str) -> Result<Claim, TokenFault> {
     let mut reader = serde_json::Deserializer::from_slice(payload);
-    let claim = Named(name).deserialize(&mut reader).map_err(|_| TokenFault::NotJwt)?;
+    let claim = NamedClaim(name).deserialize(&mut reader).map_err(|_| TokenFault::NotJwt)?;
     reader.end().map_err(|_| TokenFault::NotJwt)?;
     Ok(claim)
 }
 
-/// Finds one claim in a JSON object.
-struct Named<'a>(&'a str);
+/// Deserializes the claim of this name from a JSON object.
+struct NamedClaim<'a>(&'a str);
 
-impl<'de> DeserializeSeed<'de> for Named<'_> {
+impl<'de> DeserializeSeed<'de> for NamedClaim<'_> {
     type Value = Claim;
 
     fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<Claim, D::Error> {
@@ -112,7 +112,7 @@ impl<'de> DeserializeSeed<'de> for Named<'_> {
     }
 }
 
-impl<'de> Visitor<'de> for Named<'_> {
+impl<'de> Visitor<'de> for NamedClaim<'_> {
     type Value = Claim;
 
     fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -126,17 +126,17 @@ impl<'de> Visitor<'de> for Named<'_> {
                 map.next_value::<IgnoredAny>()?;
                 continue;
             }
-            let value = map.next_value::<Value>()?.0;
+            let value = map.next_value::<ClaimValue>()?.0;
             claim = if claim == Claim::Missing { value } else { Claim::Repeated };
         }
         Ok(claim)
     }
 }
 
-/// A value as far as it can matter.
-struct Value(Claim);
+/// Deserializes the value of a claim.
+struct ClaimValue(Claim);
 
-impl<'de> Deserialize<'de> for Value {
+impl<'de> Deserialize<'de> for ClaimValue {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         deserializer.deserialize_any(ValueVisitor).map(Self)
     }
@@ -157,7 +157,7 @@ impl<'de> Visitor<'de> for ValueVisitor {
 
     fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<Claim, A::Error> {
         let mut texts = Vec::new();
-        while let Some(value) = list.next_element::<Value>()? {
+        while let Some(value) = list.next_element::<ClaimValue>()? {
             if let Claim::Text(text) = value.0 {
                 texts.push(text);
             }
@@ -214,14 +214,14 @@ mod tests {
     }
 
     #[test]
-    fn the_claim_of_a_configured_issuer_names_the_user() {
+    fn claim_of_a_configured_issuer_names_the_user() {
         assert_eq!(user(r#"{"iss":"https://a.test","email":"al\u0069ce@a.test"}"#), Ok("alice@a.test".into()));
         assert_eq!(user(r#"{"sub":"bob","aud":"imap","iss":"https://b.test","x":{"iss":1}}"#), Ok("bob".into()));
         assert_eq!(user(r#"{"sub":"bob","aud":["smtp","imap"],"iss":"https://b.test"}"#), Ok("bob".into()));
     }
 
     #[test]
-    fn tokens_that_name_no_user_are_refused() {
+    fn token_without_a_usable_claim_is_refused() {
         for (payload, fault) in [
             (r#"{"iss":"https://c.test","email":"alice"}"#, TokenFault::UnknownIssuer),
             (r#"{"iss":"https://a.test/","email":"alice"}"#, TokenFault::UnknownIssuer),

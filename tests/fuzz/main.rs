@@ -1,8 +1,8 @@
-//! The fuzz targets without libFuzzer: every run of the tests takes them through the corpus that is kept, and through changes of it.
+//! The fuzz targets without libFuzzer: the tests run them with the committed corpus and with mutations of it.
 //!
-//! Nothing is learnt of which code an input reaches, so this finds less a minute than libFuzzer (see fuzz/README.md); but what libFuzzer
-//! has found interesting is in the corpus, and to change it a little costs seconds and no second build. The changes are the
-//! same in every run; `FUZZ_SEED` makes others and `FUZZ_ROUNDS` more of them.
+//! Without coverage feedback this finds less per minute than libFuzzer (see fuzz/README.md). But the corpus contains the inputs that
+//! libFuzzer has found interesting, and mutating them takes seconds and no second build. The mutations are the same in every run;
+//! `FUZZ_SEED` selects other ones, and `FUZZ_ROUNDS` sets their number.
 
 #![expect(unreachable_pub, clippy::unwrap_used, reason = "a test's panic is its failure; one binary has no outside")]
 
@@ -15,17 +15,16 @@ use std::{env, fs, io};
 #[path = "../../fuzz/src/lib.rs"]
 mod targets;
 
-/// Changed inputs a target, where it is quick.
+/// Number of mutations for a fast target.
 const ROUNDS: u64 = 60_000;
-/// Of these, one input takes long: sealing without optimization, YAML that is read several times, a file that is written, a
-/// pattern that is compiled.
+/// Number of mutations for slow targets, which seal without optimisation, parse YAML several times, write a file or compile a pattern.
 const SLOW: [(&str, u64); 4] = [("records", 20_000), ("configuration", 5_000), ("table", 10_000), ("template", 20_000)];
-/// Longer inputs say nothing new, and take long.
+/// Maximum size of a mutation: longer inputs are slow and find nothing new.
 const MAX_INPUT: usize = 4096;
-/// Fewer files than this are no corpus.
-const LEAST: usize = 20;
+/// Minimum number of files in a corpus.
+const MIN_CORPUS: usize = 20;
 
-/// A test of its own for each target, so that they run beside each other and a filter finds them.
+/// Creates a test for each target, so that targets run in parallel and can be selected.
 macro_rules! tests {
     ($($target:ident)*) => {
         $(#[test] fn $target() { run(stringify!($target)); })*
@@ -69,23 +68,23 @@ fn run(name: &str) {
     let (_, target) = targets::TARGETS.iter().find(|(target, _)| *target == name).expect("a target");
     let corpus: Vec<Vec<u8>> =
         files(&folder().join("corpus").join(name)).iter().map(|path| fs::read(path).unwrap()).collect();
-    assert!(corpus.len() >= LEAST, "{} files in fuzz/corpus/{name}", corpus.len());
+    assert!(corpus.len() >= MIN_CORPUS, "{} files in fuzz/corpus/{name}", corpus.len());
     let rounds = SLOW.iter().find(|(slow, _)| *slow == name).map_or(ROUNDS, |(_, rounds)| *rounds);
     let rounds = setting("FUZZ_ROUNDS", rounds);
     for input in &corpus {
         call(*target, input);
     }
-    let mut change = Change { state: setting("FUZZ_SEED", 1), corpus: &corpus, words: &words(name) };
+    let mut mutations = Mutations { state: setting("FUZZ_SEED", 1), corpus: &corpus, words: &words(name) };
     for _ in 0..rounds {
-        call(*target, &change.next());
+        call(*target, &mutations.next());
     }
-    // Past the capture of a test's output: what was run is told though nothing failed.
-    let told = format!(
-        "fuzz {name}: {} inputs of the corpus and {rounds} changes of them in {:.1} s\n",
+    // Written directly, because the output of a passing test is captured.
+    let summary = format!(
+        "fuzz {name}: {} inputs of the corpus and {rounds} mutations in {:.1} s\n",
         corpus.len(),
         began.elapsed().as_secs_f64()
     );
-    io::stderr().write_all(told.as_bytes()).unwrap();
+    io::stderr().write_all(summary.as_bytes()).unwrap();
 }
 
 fn call(target: fn(&[u8]), input: &[u8]) {
@@ -95,7 +94,7 @@ fn call(target: fn(&[u8]), input: &[u8]) {
     }
 }
 
-/// Words of the target's dictionary, or of IMAP's: lines like `"text\x0d\x0a"`.
+/// Returns the words of the target's dictionary, or of the one of IMAP, which has lines like `"text\x0d\x0a"`.
 fn words(name: &str) -> Vec<Vec<u8>> {
     let own = folder().join(format!("{name}.dict"));
     let path = if own.exists() { own } else { folder().join("imap.dict") };
@@ -124,24 +123,24 @@ fn unquoted(text: &str) -> Vec<u8> {
     word
 }
 
-/// Inputs like those of the corpus, but different: reproducible from the seed.
-struct Change<'a> {
+/// Mutations of the corpus, reproducible from the seed.
+struct Mutations<'a> {
     state: u64,
     corpus: &'a [Vec<u8>],
     words: &'a [Vec<u8>],
 }
 
-impl Change<'_> {
+impl Mutations<'_> {
     fn next(&mut self) -> Vec<u8> {
         let mut input = self.pick(self.corpus).clone();
         for _ in 0..=self.below(4) {
-            self.once(&mut input);
+            self.mutate(&mut input);
         }
         input.truncate(MAX_INPUT);
         input
     }
 
-    fn once(&mut self, input: &mut Vec<u8>) {
+    fn mutate(&mut self, input: &mut Vec<u8>) {
         let at = self.below(input.len() + 1);
         let end = at + self.below(input.len() - at + 1).min(16);
         match self.below(8) {
@@ -157,7 +156,7 @@ impl Change<'_> {
                 let to = self.below(input.len() + 1);
                 input.splice(to..to, copy);
             }
-            // The end of another.
+            // Replaces the end by the end of another input.
             5 => {
                 let other = self.pick(self.corpus);
                 let from = self.below(other.len() + 1);
@@ -168,7 +167,7 @@ impl Change<'_> {
                 let word = self.pick(self.words).clone();
                 input.splice(at..at, word);
             }
-            // In the place of as much.
+            // Overwrites bytes by a word.
             _ => {
                 let word = self.pick(self.words).clone();
                 let end = (at + word.len()).min(input.len());
@@ -181,7 +180,7 @@ impl Change<'_> {
         &of[self.below(of.len())]
     }
 
-    /// Splitmix64, which is random enough to choose by.
+    /// Returns a number below `limit` from the generator Splitmix64.
     fn below(&mut self, limit: usize) -> usize {
         self.state = self.state.wrapping_add(0x9e37_79b9_7f4a_7c15);
         let mut mixed = self.state;

@@ -1,4 +1,4 @@
-//! What a server's answer to a login means for the client, the user's other sessions, other servers and the counters.
+//! Effects of a server's answer to a login on the client, the user's other sessions, other servers and the metrics.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -16,14 +16,14 @@ fn failures(proxy: &Running, reason: &str) -> f64 {
     metric(proxy, "vestibule_failures_total", &[&format!("reason=\"{reason}\"")])
 }
 
-/// A server that accepts a number of logins and answers later ones in another way.
+/// A server that accepts a number of logins, and gives later ones another answer.
 struct Limited {
     address: SocketAddr,
     logins: Arc<AtomicUsize>,
 }
 
 impl Limited {
-    /// `answer` is sent in place of an acceptance; the connection closes after it, or stays if it ends with `...`.
+    /// `answer` is sent to later logins. Then the connection closes, or stays open if `answer` ends with `...`.
     async fn new(accepted: usize, answer: &'static str) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
@@ -57,7 +57,7 @@ impl Limited {
 }
 
 #[tokio::test]
-async fn a_refused_third_login_leaves_the_sessions_of_user_hash_alone() {
+async fn refused_third_login_keeps_the_sessions_of_user_hash() {
     for (answer, expected, reason) in [
         (
             "L NO [UNAVAILABLE] Maximum number of connections from user+IP exceeded\r\n",
@@ -91,7 +91,7 @@ async fn a_refused_third_login_leaves_the_sessions_of_user_hash_alone() {
             assert_eq!(client.command("a LOGIN alice secret").await, "a OK [CAPABILITY IMAP4rev1] in");
         }
         let mut third = Client::connect(proxy.listeners()[0]).await;
-        // No failed login: six of them would end the connection.
+        // These are not failed logins, of which six would close the connection.
         for attempt in 1..=if answer == "..." { 1 } else { 6 } {
             assert_eq!(third.command("a LOGIN alice secret").await, format!("a {expected}"), "{answer:?}");
             assert_eq!(failures(&proxy, reason), f64::from(attempt), "{answer:?}");
@@ -100,17 +100,17 @@ async fn a_refused_third_login_leaves_the_sessions_of_user_hash_alone() {
         for client in [&mut desktop, &mut phone] {
             assert_eq!(client.command("b NOOP").await, "b OK relayed", "{answer:?}");
         }
-        assert!(one.logins() == 0 || other.logins() == 0, "{answer:?}: only the user's server is asked");
+        assert!(one.logins() == 0 || other.logins() == 0, "{answer:?}: only the user's server receives logins");
         assert_eq!(failures(&proxy, "moved"), 0.0);
-        assert_eq!(metric(&proxy, "vestibule_server_up", &[]), 2.0, "{answer:?}: no server is blamed");
+        assert_eq!(metric(&proxy, "vestibule_server_up", &[]), 2.0, "{answer:?}: no server is marked as failed");
         proxy.stop().await;
     }
 }
 
-/// Half of the deadline is kept for another server, which user-hash cannot use once the login was sent. Dovecot delays the
-/// answer to wrong passwords by up to 17 seconds, and these must not look like an outage.
+/// Half of the deadline is reserved for another server, which user-hash does not use after the login was sent. Dovecot delays the
+/// answer to wrong passwords by up to 17 seconds, which must not be treated as an outage.
 #[tokio::test]
-async fn a_slow_answer_has_the_whole_deadline_with_user_hash() {
+async fn slow_answer_may_take_the_whole_deadline_with_user_hash() {
     let one = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let other = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let text = format!(
@@ -131,7 +131,7 @@ async fn a_slow_answer_has_the_whole_deadline_with_user_hash() {
     let mut server = LineStream::new(with_timeout("the proxy", accepted).await.unwrap().0);
     server.send("* OK [CAPABILITY IMAP4rev1] x\r\n").await;
     assert!(server.line().await.starts_with("L LOGIN"));
-    // More than half of the deadline, and much less than all of it.
+    // More than half of the deadline, and much less than the whole.
     tokio::time::sleep(Duration::from_millis(2800)).await;
     server.send("L NO [AUTHENTICATIONFAILED] Wrong.\r\n").await;
     assert_eq!(client.line().await, "a NO [AUTHENTICATIONFAILED] Wrong.");
@@ -139,7 +139,7 @@ async fn a_slow_answer_has_the_whole_deadline_with_user_hash() {
 }
 
 #[tokio::test]
-async fn other_balances_try_another_server_in_an_outage_and_not_at_a_limit() {
+async fn other_balances_try_another_server_after_an_outage_but_not_after_a_limit() {
     for (answer, expected) in [
         ("L NO [UNAVAILABLE] x\r\n", "a OK [CAPABILITY IMAP4rev1] in"),
         ("L NO Server Unavailable. 15\r\n", "a OK [CAPABILITY IMAP4rev1] in"),
@@ -159,12 +159,12 @@ async fn other_balances_try_another_server_in_an_outage_and_not_at_a_limit() {
             answers.push(Client::connect(proxy.listeners()[0]).await.command("a LOGIN alice secret").await);
         }
         assert!(answers.iter().any(|answer| answer == expected), "{answer:?}: {answers:?}");
-        assert_eq!(bad.logins(), 1, "{answer:?}: each server had its turn");
+        assert_eq!(bad.logins(), 1, "{answer:?}: each server received a login");
     }
 }
 
 #[tokio::test]
-async fn a_server_that_lists_sasl_ir_and_does_not_know_it_is_logged_in_to_and_remembered() {
+async fn unsupported_sasl_ir_is_avoided_and_remembered() {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
     let folder = tempfile::tempdir().unwrap();
@@ -198,7 +198,7 @@ async fn a_server_that_lists_sasl_ir_and_does_not_know_it_is_logged_in_to_and_re
 }
 
 #[tokio::test]
-async fn a_server_that_closes_after_bad_is_connected_to_again() {
+async fn server_that_closes_after_bad_is_reconnected() {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
     let proxy = proxy(&format!("backends: {{only: {{servers: ['{address}']}}}}\nroutes: [{{default: only}}]\n")).await;
@@ -219,8 +219,8 @@ async fn a_server_that_closes_after_bad_is_connected_to_again() {
 }
 
 #[tokio::test]
-async fn a_login_command_reaches_the_server_as_one() {
-    // Exchange opens shared mailboxes for LOGIN alone.
+async fn login_command_is_sent_to_the_server_as_login() {
+    // Exchange opens shared mailboxes only for LOGIN.
     let script = "S: * OK [CAPABILITY IMAP4rev1 SASL-IR AUTH=PLAIN] Exchange\nC: L LOGIN \"exch\\\\shared\" \"pw\"\n\
                   S: L OK [CAPABILITY IMAP4rev1] in\n...";
     let server = ScriptedServer::new(script).await;
@@ -243,7 +243,7 @@ async fn a_login_command_reaches_the_server_as_one() {
     }
 }
 
-/// How many logins in a row the client may make with a server that answers so, up to eight.
+/// Returns how many logins a client can make in a row on a server with this answer, up to eight.
 async fn attempts(answer: &str, more: &str) -> (usize, Running) {
     let server = ScriptedServer::new(&format!("S: * OK [CAPABILITY IMAP4rev1] x\nC: *\nS: {answer}")).await;
     let text = format!(
@@ -261,7 +261,7 @@ async fn attempts(answer: &str, more: &str) -> (usize, Running) {
 }
 
 #[tokio::test]
-async fn an_outage_is_not_counted_as_a_guess_and_every_other_refusal_is() {
+async fn every_refusal_except_outages_counts_as_a_failed_login() {
     let own = ", unavailable_texts: [The Store Is On Fire], limit_texts: quota of logins";
     for (answer, more, counted) in [
         ("L NO Server Unavailable. 15", "", false),
@@ -286,7 +286,7 @@ async fn an_outage_is_not_counted_as_a_guess_and_every_other_refusal_is() {
 }
 
 #[tokio::test]
-async fn an_empty_password_is_refused_without_asking_a_server() {
+async fn empty_password_is_refused_without_a_server() {
     let script = "S: * OK [CAPABILITY IMAP4rev1] x\nC: *\nS: L OK [CAPABILITY IMAP4rev1] in\n...";
     let server = ScriptedServer::new(script).await;
     let folder = tempfile::tempdir().unwrap();
@@ -303,7 +303,7 @@ async fn an_empty_password_is_refused_without_asking_a_server() {
     let refused = "NO [AUTHENTICATIONFAILED] Authentication failed.";
     let strict = proxy(&with("")).await;
     let mut client = Client::connect(strict.listeners()[0]).await;
-    for command in ["LOGIN alice \"\"", "LOGIN nobody \"\"", "AUTHENTICATE PLAIN AGFsaWNlAA==", "LOGIN bob \"\""] {
+    for command in ["LOGIN alice \"\"", "LOGIN mallory \"\"", "AUTHENTICATE PLAIN AGFsaWNlAA==", "LOGIN bob \"\""] {
         assert_eq!(client.command(&format!("a {command}")).await, format!("a {refused}"), "{command}");
     }
     client.send("a AUTHENTICATE LOGIN\r\n").await;
@@ -312,20 +312,20 @@ async fn an_empty_password_is_refused_without_asking_a_server() {
         client.send(format!("{said}\r\n")).await;
     }
     assert_eq!(client.line().await, format!("a {refused}"));
-    assert_eq!(client.line().await, "* BYE Too many failed logins.", "they are failed logins");
+    assert_eq!(client.line().await, "* BYE Too many failed logins.", "they count as failed logins");
     assert_eq!((failures(&strict, "empty_password"), failures(&strict, "unknown_user")), (5.0, 0.0));
     assert_eq!(server.connections(), 0);
-    // Where one backend wants them, all users are looked up, and one that has none looks like one that is refused.
+    // If one backend accepts them, all users are looked up, and an unknown user is refused like a known one.
     let lax = proxy(&with(", empty_password: allow")).await;
     let mut client = Client::connect(lax.listeners()[0]).await;
     assert_eq!(client.command("a LOGIN alice \"\"").await, format!("a {refused}"));
-    assert_eq!(client.command("b LOGIN nobody \"\"").await, format!("b {refused}"));
+    assert_eq!(client.command("b LOGIN mallory \"\"").await, format!("b {refused}"));
     assert_eq!(server.connections(), 0);
     assert_eq!(client.command("c LOGIN bob \"\"").await, "c OK [CAPABILITY IMAP4rev1] in");
 }
 
 #[tokio::test]
-async fn the_status_shows_what_a_server_sent_and_no_password() {
+async fn status_shows_the_servers_text_without_passwords() {
     let login = "S: * OK [CAPABILITY IMAP4rev1] x\nC: *\n";
     for (script, expected) in [
         (
@@ -356,7 +356,7 @@ async fn the_status_shows_what_a_server_sent_and_no_password() {
 }
 
 #[tokio::test]
-async fn bye_to_three_logins_opens_no_breaker() {
+async fn bye_in_answer_to_logins_opens_no_breaker() {
     let server = ScriptedServer::new("S: * OK [CAPABILITY IMAP4rev1] x\nC: *\nS: * BYE Go away").await;
     let text = format!("backends: {{only: {{servers: ['{}']}}}}\nroutes: [{{default: only}}]\n", server.address);
     let proxy: server::Running = proxy(&text).await;
@@ -369,9 +369,9 @@ async fn bye_to_three_logins_opens_no_breaker() {
     assert_eq!(metric(&proxy, "vestibule_server_breaker", &[]), 0.0);
 }
 
-/// With `as-client` the client chooses the command, and so cannot take out of service a server that does not have it.
+/// With `as-client` the client chooses the command, so it must not be able to mark a server without the command as failed.
 #[tokio::test]
-async fn a_command_that_a_server_does_not_have_opens_no_breaker() {
+async fn unsupported_command_opens_no_breaker() {
     let server = ScriptedServer::new("S: * OK [CAPABILITY IMAP4rev1 LOGINDISABLED AUTH=PLAIN] x\n...").await;
     let text = format!(
         "backends: {{only: {{servers: ['{}'], login_with: as-client, breaker: {{failures: 1}}}}}}\n\
@@ -385,9 +385,9 @@ async fn a_command_that_a_server_does_not_have_opens_no_breaker() {
     assert_eq!((failures(&proxy, "mechanism_unsupported"), metric(&proxy, "vestibule_server_up", &[])), (1.0, 1.0));
 }
 
-/// Many servers end the connection instead. Taken for an outage, that would show that the user exists.
+/// Many servers close the connection instead of refusing the login. Treating that as an outage would reveal that the user exists.
 #[tokio::test]
-async fn a_password_that_is_too_long_for_a_server_is_a_failed_login() {
+async fn password_that_is_too_long_for_a_server_is_a_failed_login() {
     for (length, answer, counted) in [
         (4097, "", true),
         (4097, "\nS: * BYE Input buffer full, aborting", true),
@@ -402,7 +402,7 @@ async fn a_password_that_is_too_long_for_a_server_is_a_failed_login() {
         ))
         .await;
         let login = |user: &str| format!("a LOGIN {user} {{{length}+}}\r\n{}", "x".repeat(length));
-        let unknown = Client::connect(proxy.listeners()[0]).await.command(&login("nobody@unknown.test")).await;
+        let unknown = Client::connect(proxy.listeners()[0]).await.command(&login("mallory@unknown.test")).await;
         let mut client = Client::connect(proxy.listeners()[0]).await;
         let mut made = 0;
         loop {
@@ -418,9 +418,9 @@ async fn a_password_that_is_too_long_for_a_server_is_a_failed_login() {
     }
 }
 
-/// The server has processes for 16 logins, and greets no other while these wait.
+/// The server has processes for 16 logins, and sends no other greeting while these are pending.
 #[tokio::test]
-async fn a_server_that_is_loaded_with_logins_is_not_blamed_for_a_missing_greeting() {
+async fn missing_greeting_of_a_server_with_many_pending_logins_is_not_its_failure() {
     const LOGINS: usize = 16;
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
@@ -455,7 +455,7 @@ async fn a_server_that_is_loaded_with_logins_is_not_blamed_for_a_missing_greetin
     assert_eq!(failures(&proxy, "overloaded"), 1.0);
     assert_eq!(metric(&proxy, "vestibule_server_up", &[]), 1.0);
     drop(waiting);
-    // When these logins have ended, a missing greeting counts as ever.
+    // When these logins have ended, a missing greeting is a failure of the server again.
     let is_down = async {
         while metric(&proxy, "vestibule_server_up", &[]) == 1.0 {
             client = Client::connect(proxy.listeners()[0]).await;

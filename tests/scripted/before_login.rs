@@ -1,4 +1,4 @@
-//! What connections may hold before their login: places, and memory.
+//! Limits of connections before login: their number and their memory.
 
 use std::time::Duration;
 
@@ -9,7 +9,7 @@ use vestibule::server::Running;
 
 use crate::support::*;
 
-/// The proxy in front of a server that accepts connections and never answers, which keeps logins under way.
+/// Starts a proxy and a server that accepts connections and never answers, so that logins stay pending.
 async fn with_silent_server(limits: &str) -> (Running, TcpListener) {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let text = format!(
@@ -19,7 +19,7 @@ async fn with_silent_server(limits: &str) -> (Running, TcpListener) {
     (proxy(&text).await, listener)
 }
 
-fn places(proxy: &Running) -> f64 {
+fn connections_before_login(proxy: &Running) -> f64 {
     metric(proxy, "vestibule_admission_entries", &["table=\"before_login\""])
 }
 
@@ -28,7 +28,7 @@ fn memory(proxy: &Running) -> f64 {
 }
 
 #[tokio::test]
-async fn logins_under_way_count_and_beyond_the_limit_new_connections_are_refused() {
+async fn pending_logins_count_and_new_connections_beyond_the_limit_are_refused() {
     const LIMIT: u32 = 5;
     let (proxy, _server) = with_silent_server(&format!("before_login: {LIMIT}")).await;
     let mut logins = Vec::new();
@@ -42,8 +42,8 @@ async fn logins_under_way_count_and_beyond_the_limit_new_connections_are_refused
     for _ in 0..20 {
         let mut client = Client::connect_only(proxy.listeners()[0]).await;
         let line = client.line().await;
-        assert!(places(&proxy) <= f64::from(LIMIT));
-        // A login that the proxy has not read yet looks like a silent connection.
+        assert!(connections_before_login(&proxy) <= f64::from(LIMIT));
+        // Until the proxy has read a login, its connection can be shed like a silent one.
         if line.starts_with("* OK") {
             client.send("a LOGIN alice secret\r\n").await;
             logins.push(client);
@@ -56,12 +56,12 @@ async fn logins_under_way_count_and_beyond_the_limit_new_connections_are_refused
     assert!(refused >= 15, "{refused} refused");
     assert_eq!(metric(&proxy, "vestibule_connections_refused_total", &["reason=\"before_login\""]), f64::from(refused));
     eventually("the refused to be gone", || metric(&proxy, "vestibule_connections", &[]) == f64::from(LIMIT)).await;
-    assert_eq!(places(&proxy), f64::from(LIMIT), "the gauge shows all that are open");
+    assert_eq!(connections_before_login(&proxy), f64::from(LIMIT), "the gauge counts all open connections");
     proxy.stop().await;
 }
 
 #[tokio::test]
-async fn a_login_that_was_answered_can_be_shed_again() {
+async fn connection_can_be_shed_after_its_login_was_answered() {
     let server =
         ScriptedServer::new("S: * OK [CAPABILITY IMAP4rev1] x\nC: *\nS: L NO [AUTHENTICATIONFAILED] no\n...").await;
     let text = format!(
@@ -77,7 +77,7 @@ async fn a_login_that_was_answered_can_be_shed_again() {
 }
 
 #[tokio::test]
-async fn a_login_that_waits_for_its_client_is_shed_like_any_other() {
+async fn login_that_waits_for_its_client_is_shed() {
     let server =
         ScriptedServer::new("S: * OK [CAPABILITY IMAP4rev1 SASL-IR AUTH=SCRAM-SHA-256] x\nC: *\nS: + cj14\nC: *\n...")
             .await;
@@ -103,13 +103,13 @@ async fn a_login_that_waits_for_its_client_is_shed_like_any_other() {
     proxy.stop().await;
 }
 
-/// What a client sends ahead of the answer stays in the kernel's buffers, and goes to the server after it.
+/// Bytes that a client sends before the answer stay in the kernel's buffers, and are sent to the server after the answer.
 #[tokio::test]
-async fn while_a_login_is_under_way_the_client_is_not_read() {
+async fn client_is_not_read_during_its_login() {
     let (proxy, listener) = with_silent_server("before_login: 10").await;
     let mut client = Client::connect(proxy.listeners()[0]).await;
     client.send("a LOGIN alice secret\r\n").await;
-    let mut server = LineStream::new(with_timeout("the server's turn", listener.accept()).await.unwrap().0);
+    let mut server = LineStream::new(with_timeout("the connection to the server", listener.accept()).await.unwrap().0);
     let piece = vec![b'x'; 1 << 20];
     let mut written = 0;
     while let Ok(more) = tokio::time::timeout(Duration::from_millis(300), client.stream.write(&piece)).await {
@@ -121,44 +121,45 @@ async fn while_a_login_is_under_way_the_client_is_not_read() {
     server.line().await;
     server.send("L OK [CAPABILITY IMAP4rev1] in\r\n").await;
     let mut got = vec![0; written];
-    with_timeout("all that was sent", server.stream.read_exact(&mut got)).await.unwrap();
+    with_timeout("the client's bytes", server.stream.read_exact(&mut got)).await.unwrap();
     assert!(got.iter().all(|byte| *byte == b'x'));
     proxy.stop().await;
 }
 
-/// Neither a client that takes no reply, nor a balancer that sends no header, holds a place for longer than it is needed.
+/// A client that reads no reply and a balancer that sends no header are shed too.
 #[tokio::test]
-async fn a_connection_is_shed_in_every_wait() {
+async fn connection_is_shed_while_it_waits_for_anything() {
     let text = "listeners: [{address: '127.0.0.1:0', tls: none}, {address: '127.0.0.1:0', tls: none, proxy_protocol: {from: \
                 [127.0.0.1]}}]\nbackends: {a: {servers: ['192.0.2.1:143']}}\nroutes: [{default: a}]\nlimits: {before_login: 1, \
                 login: 1h, proxy_header: 60s}\n";
     let proxy = start(text).await;
     let socket = TcpSocket::new_v4().unwrap();
     socket.set_recv_buffer_size(1024).unwrap();
-    // Small segments keep the proxy's send buffer small too: the kernel must not take all of the replies.
+    // Small segments keep the proxy's send buffer small, so that the kernel does not buffer all replies.
     SockRef::from(&socket).set_tcp_mss(536).unwrap();
-    let mut deaf = LineStream::new(socket.connect(proxy.listeners()[0]).await.unwrap());
-    // It has a place before the next one comes.
-    assert!(deaf.line().await.starts_with("* OK"));
-    deaf.send(b"a CAPABILITY\r\n".repeat(990)).await;
+    let mut unread = LineStream::new(socket.connect(proxy.listeners()[0]).await.unwrap());
+    // It is counted before the next connection arrives.
+    assert!(unread.line().await.starts_with("* OK"));
+    unread.send(b"a CAPABILITY\r\n".repeat(990)).await;
     let mut next = Client::connect(proxy.listeners()[0]).await;
     assert!(next.command("a NOOP").await.starts_with("a OK"));
     let balancer = Client::connect_only(proxy.listeners()[1]).await;
     assert!(next.line().await.starts_with("* BYE "));
     let mut last = Client::connect(proxy.listeners()[0]).await;
     assert!(last.command("a NOOP").await.starts_with("a OK"));
-    eventually("all to be counted", || metric(&proxy, "vestibule_failures_total", &["reason=\"shed\""]) == 3.0).await;
-    drop((deaf, balancer));
+    eventually("three shed connections", || metric(&proxy, "vestibule_failures_total", &["reason=\"shed\""]) == 3.0)
+        .await;
+    drop((unread, balancer));
     proxy.stop().await;
 }
 
-/// A command that is as long as it may be, but for its end.
-fn endless() -> Vec<u8> {
+/// A command of the maximum size without its end.
+fn unfinished_command() -> Vec<u8> {
     [&b"a LOGIN {65000+}\r\n"[..], &[b'u'; 65_000], b" ", &[b'p'; 90_000]].concat()
 }
 
 #[tokio::test]
-async fn the_memory_of_all_is_bounded_and_those_who_need_little_are_served() {
+async fn memory_is_limited_and_small_logins_succeed() {
     const BUDGET: f64 = 8_388_608.0;
     let server =
         ScriptedServer::new("S: * OK [CAPABILITY IMAP4rev1 LITERAL+] x\nC: *\nS: L OK [CAPABILITY IMAP4rev1] in\n...")
@@ -168,16 +169,16 @@ async fn the_memory_of_all_is_bounded_and_those_who_need_little_are_served() {
         server.address
     );
     let proxy = proxy(&text).await;
-    let (endless, mut flood) = (endless(), Vec::new());
+    let (unfinished, mut flood) = (unfinished_command(), Vec::new());
     for round in 0..120 {
         let mut client = Client::connect(proxy.listeners()[0]).await;
-        client.send(&endless).await;
+        client.send(&unfinished).await;
         flood.push(client);
         assert!(memory(&proxy) <= BUDGET, "{} in round {round}", memory(&proxy));
         if round % 20 == 0 {
             let mut client = Client::connect(proxy.listeners()[0]).await;
             assert!(client.command("b LOGIN alice secret").await.starts_with("b OK"), "round {round}");
-            // A token of 40 kB.
+            // A password of 40 kB.
             let mut client = Client::connect(proxy.listeners()[0]).await;
             let password = "t".repeat(40_000);
             assert!(
@@ -187,14 +188,14 @@ async fn the_memory_of_all_is_bounded_and_those_who_need_little_are_served() {
         }
     }
     let shed = || metric(&proxy, "vestibule_failures_total", &["reason=\"shed_for_memory\""]);
-    eventually("the largest to be shed", || shed() > 60.0).await;
+    eventually("shed connections", || shed() > 60.0).await;
     drop(flood);
-    eventually("all memory to be free", || memory(&proxy) == 0.0).await;
+    eventually("the release of all memory", || memory(&proxy) == 0.0).await;
     proxy.stop().await;
 }
 
 #[tokio::test]
-async fn logins_under_way_are_charged_for_the_copies_of_their_credentials() {
+async fn pending_logins_are_charged_for_copies_of_their_credentials() {
     let (proxy, _server) = with_silent_server("before_login_memory: 8MiB").await;
     let login = format!("a LOGIN alice \"{}\"\r\n", "p".repeat(60_000));
     let mut clients = Vec::new();
@@ -205,15 +206,15 @@ async fn logins_under_way_are_charged_for_the_copies_of_their_credentials() {
         assert!(memory(&proxy) <= 8_388_608.0, "{} in round {round}", memory(&proxy));
     }
     let shed = || metric(&proxy, "vestibule_failures_total", &["reason=\"shed_for_memory\""]);
-    eventually("those for whom there is no memory to be told", || shed() >= 20.0).await;
+    eventually("connections shed for memory", || shed() >= 20.0).await;
     assert!(memory(&proxy) > 4_000_000.0, "{}", memory(&proxy));
-    // Of equals the oldest goes.
+    // Among equal connections the oldest is shed.
     assert!(clients[0].line().await.starts_with("* BYE [UNAVAILABLE] "));
     proxy.stop().await;
 }
 
 #[tokio::test]
-async fn the_memory_of_tls_counts_too() {
+async fn memory_of_tls_is_counted() {
     let certificates = Certificates::new();
     let text = format!(
         "listeners: [{{address: '127.0.0.1:0', tls: implicit}}]\n{}backends: {{a: {{servers: ['192.0.2.1:143']}}}}\n\
@@ -221,21 +222,21 @@ async fn the_memory_of_tls_counts_too() {
         certificates.section(),
     );
     let proxy = start(&text).await;
-    // A handshake message that never ends.
+    // A handshake message without an end.
     let mut handshake = Client::connect_only(proxy.listeners()[0]).await;
     for _ in 0..3 {
         handshake.send([&[22, 3, 1, 0x3f, 0xff, 1, 0, 0xff, 0xff][..], &[0; 0x3ffb]].concat()).await;
     }
     eventually("the handshake's memory", || memory(&proxy) > 20_000.0).await;
     drop(handshake);
-    eventually("its end", || memory(&proxy) == 0.0).await;
+    eventually("the release of the memory", || memory(&proxy) == 0.0).await;
     // An ordinary client uses none of the budget.
     let socket = tokio::net::TcpStream::connect(proxy.listeners()[0]).await.unwrap();
     let mut client = LineStream::new(certificates.encrypt(socket).await);
     client.line().await;
     assert!(client.command("a CAPABILITY").await.starts_with("* CAPABILITY"));
     assert_eq!(memory(&proxy), 0.0);
-    // A record of which the end is missing.
+    // A record without its end.
     let (tls, _) = client.into_parts();
     let mut socket = LineStream::new(tls.into_inner().0);
     socket.send([&[23, 3, 3, 0x40, 0][..], &[0; 0x3f00]].concat()).await;
@@ -243,9 +244,9 @@ async fn the_memory_of_tls_counts_too() {
     proxy.stop().await;
 }
 
-/// Before the login TLS is in the hands of rustls, which keeps one answer, and takes 32 requests in a row without data.
+/// Before login rustls handles TLS. It buffers one answer, and accepts 32 requests in a row without data.
 #[tokio::test]
-async fn requests_for_new_keys_before_the_login_are_answered_and_bounded() {
+async fn key_updates_before_login_are_answered_and_limited() {
     let certificates = Certificates::new();
     let text = format!(
         "listeners: [{{address: '127.0.0.1:0', tls: implicit}}]\n{}backends: {{a: {{servers: ['192.0.2.1:143']}}}}\n\
@@ -267,13 +268,13 @@ async fn requests_for_new_keys_before_the_login_are_answered_and_bounded() {
     for _ in 0..40 {
         client.stream.get_mut().1.refresh_traffic_keys().unwrap();
     }
-    // The connection may end in the middle of the write.
+    // The connection may close during the write.
     let _ = client.stream.flush().await;
     client.assert_closed().await;
     proxy.stop().await;
 }
 
-/// Hundreds of commands at once, and nobody who reads the replies.
+/// A client sends hundreds of commands at once and reads no reply.
 #[tokio::test]
 async fn replies_to_a_client_that_does_not_read_are_bounded() {
     use vestibule::identity::Mechanisms;
@@ -301,7 +302,7 @@ async fn replies_to_a_client_that_does_not_read_are_bounded() {
 }
 
 #[tokio::test]
-async fn connections_from_addresses_that_are_not_balancers_displace_no_client() {
+async fn connections_that_are_not_from_balancers_shed_no_client() {
     let text = "listeners: [{address: '127.0.0.1:0', tls: none}, {address: '127.0.0.1:0', tls: none, \
                 proxy_protocol: {from: [10.9.9.9/32]}}]\nbackends: {only: {servers: ['127.0.0.1:1']}}\n\
                 routes: [{default: only}]\nlimits: {before_login: 1}\n";

@@ -1,4 +1,4 @@
-//! Clients that behave badly, or only unusually.
+//! Clients with hostile or unusual behaviour.
 
 use std::time::Duration;
 
@@ -21,7 +21,7 @@ fn failures(proxy: &Running, reason: &str) -> f64 {
     metric(proxy, "vestibule_failures_total", &[&format!("reason=\"{reason}\"")])
 }
 
-/// A STARTTLS listener in front of a good server.
+/// Starts a proxy with a STARTTLS and a TLS listener, and a server that accepts all logins.
 async fn starttls(certificates: &Certificates, more: &str) -> (Running, ScriptedServer) {
     let server = ScriptedServer::new(ACCEPTS_ALICE).await;
     let text = format!(
@@ -34,7 +34,7 @@ async fn starttls(certificates: &Certificates, more: &str) -> (Running, Scripted
 }
 
 #[tokio::test]
-async fn byte_by_byte_and_all_at_once() {
+async fn commands_are_read_byte_by_byte_and_pipelined() {
     let (proxy, _server) = with_good_server("").await;
     let mut client = Client::connect(proxy.listeners()[0]).await;
     client.stream.set_nodelay(true).unwrap();
@@ -50,20 +50,20 @@ async fn byte_by_byte_and_all_at_once() {
 }
 
 #[tokio::test]
-async fn starttls_then_login() {
+async fn login_succeeds_after_starttls() {
     let certificates = Certificates::new();
     let (proxy, _server) = starttls(&certificates, "").await;
     let mut client = Client::connect(proxy.listeners()[0]).await;
     assert!(
         client.command("a LOGIN alice {6}").await.starts_with("a NO [PRIVACYREQUIRED]"),
-        "the literal is not asked for"
+        "the literal is not requested"
     );
     assert!(client.command("b AUTHENTICATE PLAIN").await.starts_with("b NO [PRIVACYREQUIRED]"));
     assert_eq!(client.command("c STARTTLS").await, "c OK Begin TLS negotiation now.");
     let (socket, pending) = client.into_parts();
     assert!(pending.is_empty());
     let mut client = LineStream::new(certificates.encrypt(socket).await);
-    // No greeting, a new list, and the failures before TLS are forgotten.
+    // There is no greeting, the capabilities are new, and failed logins before TLS are not counted.
     assert_eq!(
         client.command("d CAPABILITY").await,
         "* CAPABILITY IMAP4rev1 SASL-IR LITERAL+ ID ENABLE AUTH=PLAIN AUTH=LOGIN"
@@ -75,7 +75,7 @@ async fn starttls_then_login() {
 }
 
 #[tokio::test]
-async fn commands_behind_starttls_are_never_run() {
+async fn commands_after_starttls_are_not_executed() {
     let certificates = Certificates::new();
     let (proxy, server) = starttls(&certificates, "").await;
     let mut client = Client::connect(proxy.listeners()[0]).await;
@@ -89,11 +89,11 @@ async fn commands_behind_starttls_are_never_run() {
 async fn deadlines_before_login() {
     let certificates = Certificates::new();
     let (proxy, _server) = starttls(&certificates, "limits: {login: 1s, handshake: 1s}\n").await;
-    // Says nothing after the greeting.
+    // A client that sends nothing.
     let mut silent = Client::connect(proxy.listeners()[0]).await;
-    // Says a little all the time: the deadline is absolute.
+    // A client that keeps sending commands: the deadline is absolute.
     let mut slow = Client::connect(proxy.listeners()[0]).await;
-    // Begins no handshake.
+    // A client that starts no handshake.
     let mut no_hello = Client::connect_only(proxy.listeners()[1]).await;
     let feeder = async {
         for tag in 0.. {
@@ -116,7 +116,7 @@ async fn deadlines_before_login() {
 }
 
 #[tokio::test]
-async fn other_protocols_and_tls_at_the_wrong_port() {
+async fn other_protocols_and_unexpected_tls_are_refused() {
     let (proxy, _server) = with_good_server("").await;
     for (said, reason) in [
         ("GET / HTTP/1.1\r\nHost: x\r\n\r\n", "foreign_protocol"),
@@ -132,7 +132,7 @@ async fn other_protocols_and_tls_at_the_wrong_port() {
 }
 
 #[tokio::test]
-async fn no_room_left() {
+async fn connections_beyond_the_limit_are_refused() {
     let (proxy, _server) = with_good_server("limits: {sessions: 2}\n").await;
     let first = Client::connect(proxy.listeners()[0]).await;
     let _second = Client::connect(proxy.listeners()[0]).await;
@@ -140,25 +140,25 @@ async fn no_room_left() {
     assert_eq!(third.line().await, "* BYE [UNAVAILABLE] Too many connections, try again later.");
     assert_eq!(metric(&proxy, "vestibule_connections_refused_total", &["reason=\"full\""]), 1.0);
     drop(first);
-    eventually("room", || metric(&proxy, "vestibule_connections", &[]) == 1.0).await;
+    eventually("a closed connection", || metric(&proxy, "vestibule_connections", &[]) == 1.0).await;
     Client::connect(proxy.listeners()[0]).await;
 }
 
 #[tokio::test]
-async fn an_over_long_command_is_answered_before_the_end() {
+async fn overlong_command_is_answered_before_its_end() {
     let (proxy, _server) = with_good_server("").await;
     let mut client = Client::connect(proxy.listeners()[0]).await;
     client.send("a LOGIN alice {65537+}\r\n").await;
     assert_eq!(client.line().await, "a BAD The literal is too long.");
     assert!(client.line().await.starts_with("* BYE"));
-    // 64 KiB are allowed: an OAuth token, or this password, which the server then refuses to know.
+    // 64 KiB are allowed, for example for an OAuth token. The server refuses this password.
     let mut client = Client::connect(proxy.listeners()[0]).await;
     client.send([b"a LOGIN alice {65536+}\r\n", &[b'x'; 65536][..], b"\r\n"].concat()).await;
-    assert!(client.line().await.starts_with("a NO "), "the server was asked");
+    assert!(client.line().await.starts_with("a NO "), "the server has answered");
 }
 
 #[tokio::test]
-async fn a_client_that_resets_at_once_ends_alone() {
+async fn client_that_resets_does_not_affect_others() {
     let (proxy, _server) = with_good_server("").await;
     for _ in 0..20 {
         let client = TcpStream::connect(proxy.listeners()[0]).await.unwrap();
@@ -167,12 +167,12 @@ async fn a_client_that_resets_at_once_ends_alone() {
     }
     let mut neighbour = Client::connect(proxy.listeners()[0]).await;
     assert!(neighbour.command("a LOGIN alice secret").await.starts_with("a OK"));
-    eventually("the others to be gone", || metric(&proxy, "vestibule_connections", &[]) == 1.0).await;
+    eventually("the end of the other connections", || metric(&proxy, "vestibule_connections", &[]) == 1.0).await;
     proxy.stop().await;
 }
 
 #[tokio::test]
-async fn half_close_lets_the_last_words_through() {
+async fn half_close_delivers_the_last_response() {
     let (proxy, _server) = with_good_server("").await;
     let mut client = Client::connect(proxy.listeners()[0]).await;
     client.send("a LOGIN alice secret\r\nb LOGOUT\r\n").await;
@@ -187,7 +187,7 @@ async fn half_close_lets_the_last_words_through() {
 }
 
 #[tokio::test]
-async fn megabytes_both_ways_past_a_slow_reader() {
+async fn megabytes_are_relayed_both_ways_to_a_slow_reader() {
     const SIZE: usize = 8 << 20;
     let (_proxy, client, server) = tls_session("").await;
     let pattern: Vec<u8> = (0..SIZE).map(|index| (index * 31 % 251) as u8).collect();
@@ -207,7 +207,7 @@ async fn megabytes_both_ways_past_a_slow_reader() {
                 server_write.shutdown().await.unwrap();
             },
             async {
-                // Reads a little at a time: the proxy must not buffer the rest, and must lose nothing.
+                // Reads slowly: the proxy must not buffer the rest, and must not lose data.
                 let mut buffer = [0; 1021];
                 while let Ok(read @ 1..) = client_read.read(&mut buffer).await {
                     down.extend_from_slice(&buffer[..read]);
@@ -224,7 +224,7 @@ async fn megabytes_both_ways_past_a_slow_reader() {
 }
 
 #[tokio::test]
-async fn a_stop_says_bye_before_login_and_gives_grace_after_it() {
+async fn shutdown_sends_bye_before_login_and_waits_for_sessions() {
     let (proxy, _server) = with_good_server("limits: {drain: 30s}\n").await;
     let address = proxy.listeners()[0];
     let mut waiting = Client::connect(address).await;
@@ -234,15 +234,15 @@ async fn a_stop_says_bye_before_login_and_gives_grace_after_it() {
     let stopping = tokio::spawn(async move { proxy.drain(std::future::pending()).await });
     assert_eq!(waiting.line().await, "* BYE [UNAVAILABLE] Server shutting down, connect again.");
     waiting.assert_closed().await;
-    assert_eq!(relayed.command("b NOOP").await, "b OK relayed", "within the grace time");
+    assert_eq!(relayed.command("b NOOP").await, "b OK relayed", "within the drain deadline");
     assert!(metrics.render().contains("vestibule_draining 1"));
     eventually("a closed port", || std::net::TcpStream::connect(address).is_err()).await;
     drop(relayed);
-    assert_eq!(with_timeout("the stop", stopping).await.unwrap(), 0, "nothing had to be ended");
+    assert_eq!(with_timeout("the stop", stopping).await.unwrap(), 0, "no session was closed");
 }
 
 #[tokio::test]
-async fn grace_ends() {
+async fn drain_deadline_closes_sessions() {
     let (proxy, _server) = with_good_server("limits: {drain: 100ms}\n").await;
     let mut relayed = Client::connect(proxy.listeners()[0]).await;
     relayed.command("a LOGIN alice secret").await;

@@ -9,10 +9,10 @@ use tokio::io::AsyncReadExt as _;
 use crate::support::{Client, ScriptedServer, metric, start, with_timeout};
 
 const UNAVAILABLE: &str = "a NO [UNAVAILABLE]";
-/// Far less than the timeouts of directories that must not be waited for.
+/// Much less than the configured timeouts.
 const SOON: Duration = Duration::from_secs(20);
 
-/// A service whose connections run in threads of their own, as the test's runtime may be what they block.
+/// Starts a service that runs each connection in a thread, because it may block the test's runtime.
 fn service(serve: impl Fn(TcpStream) -> std::io::Result<()> + Send + Clone + 'static) -> SocketAddr {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let address = listener.local_addr().unwrap();
@@ -25,7 +25,7 @@ fn service(serve: impl Fn(TcpStream) -> std::io::Result<()> + Send + Clone + 'st
     address
 }
 
-/// Sends `bytes` again and again: until the other side closes, or for `limit`.
+/// Sends `bytes` repeatedly until the peer closes the connection, or for `limit`.
 fn flood(mut socket: TcpStream, bytes: &[u8], limit: Duration) -> std::io::Result<()> {
     let (many, started) = (bytes.repeat(64 * 1024 / bytes.len()), Instant::now());
     while started.elapsed() < limit {
@@ -62,13 +62,13 @@ fn ldap(mut socket: TcpStream) -> std::io::Result<()> {
     let mut request = [0; 4096];
     let read = socket.read(&mut request)?;
     assert!(read > 5 && request[2..4] == [2, 1], "a message with a short id");
-    // SearchResultEntry: a name and no attributes.
+    // A SearchResultEntry with a name and without attributes.
     let entry = [0x30, 11, 2, 1, request[4], 0x64, 6, 4, 2, b'o', b'=', 0x30, 0];
     flood(socket, &entry, 6 * SOON)
 }
 
 #[tokio::test]
-async fn a_database_that_floods_its_client_stops_nothing_but_its_lookups() {
+async fn database_that_floods_its_client_fails_only_its_lookups() {
     let database = service(|socket| postgres(socket, SOON / 2));
     let url = format!("postgres://v@{database}/d?sslmode=disable");
     let text = format!(
@@ -94,7 +94,7 @@ async fn a_database_that_floods_its_client_stops_nothing_but_its_lookups() {
 }
 
 #[tokio::test]
-async fn informational_responses_without_end_fail_a_lookup() {
+async fn endless_informational_responses_fail_a_lookup() {
     let url = service(http);
     let text = format!(
         "listeners: [{{address: '127.0.0.1:0', tls: none}}]\nbackends: {{only: {{servers: ['127.0.0.1:1']}}}}\n\
@@ -108,7 +108,7 @@ async fn informational_responses_without_end_fail_a_lookup() {
 }
 
 #[tokio::test]
-async fn informational_responses_without_end_fail_a_policy_request() {
+async fn endless_informational_responses_fail_a_policy_request() {
     let (url, folder) = (service(http), tempfile::tempdir().unwrap());
     let nonce = folder.path().join("nonce");
     std::fs::write(&nonce, "0123456789abcdef").unwrap();
@@ -127,7 +127,7 @@ async fn informational_responses_without_end_fail_a_policy_request() {
 }
 
 #[tokio::test]
-async fn the_second_entry_of_an_ldap_answer_ends_the_lookup() {
+async fn second_entry_of_an_ldap_response_ends_the_lookup() {
     let url = service(ldap);
     let text = format!(
         "listeners: [{{address: '127.0.0.1:0', tls: none}}]\nbackends: {{only: {{servers: ['127.0.0.1:1']}}}}\n\

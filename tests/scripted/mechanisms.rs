@@ -1,5 +1,4 @@
-//! What passes between client and server without being understood: tokens, what servers offer, what they are told of the
-//! client, and where they send it.
+//! Relayed mechanisms, capabilities that servers advertise, the ID for servers, and referrals.
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
@@ -13,7 +12,7 @@ use crate::support::{
 const UNAVAILABLE: &str = "a NO [UNAVAILABLE] The mailbox is temporarily unavailable, try again later.";
 
 #[tokio::test]
-async fn a_token_of_64_kib_arrives_whole() {
+async fn token_of_64_kib_is_relayed_completely() {
     let token = "t0ken.".repeat(11_000)[..65_536].to_owned();
     for (name, message) in [
         ("XOAUTH2", format!("user=alice\x01auth=Bearer {token}\x01\x01")),
@@ -21,7 +20,7 @@ async fn a_token_of_64_kib_arrives_whole() {
     ] {
         let encoded = STANDARD.encode(message);
         for sasl_ir in ["SASL-IR ", ""] {
-            // Longer than a server's command line: it waits to be asked for.
+            // The message exceeds a server's command line, so it is sent after a continuation request.
             let sent = format!("C: L AUTHENTICATE {name}\nS: +\nC: {encoded}");
             let server = ScriptedServer::new(&format!(
                 "S: * OK [CAPABILITY IMAP4rev1 {sasl_ir}AUTH={name}] x\n{sent}\nS: L OK [CAPABILITY IMAP4rev1] in\n..."
@@ -50,7 +49,7 @@ async fn a_token_of_64_kib_arrives_whole() {
 }
 
 #[tokio::test]
-async fn what_servers_offer_and_what_of_it_is_offered() {
+async fn greeting_advertises_what_servers_support() {
     let certificates = Certificates::new();
     let server = ScriptedServer::new(
         "S: * OK [CAPABILITY IMAP4rev1 STARTTLS LOGIN-REFERRALS LITERAL+ SASL-IR IDLE MOVE AUTH=PLAIN AUTH=SCRAM-SHA-1 \
@@ -74,12 +73,12 @@ async fn what_servers_offer_and_what_of_it_is_offered() {
     let inside_tls = LineStream::new(certificates.encrypt(socket).await).line().await;
     assert_eq!(inside_tls, format!("* OK [CAPABILITY {offered}] Vestibule ready."));
     assert!(greeting(2).await.contains("IDLE MOVE STARTTLS LOGINDISABLED]"), "before TLS no way to log in");
-    // Set by hand: what the operator says, whatever servers do.
+    // Mechanisms in the configuration are offered whether servers support them or not.
     assert!(greeting(3).await.contains("IDLE MOVE AUTH=OAUTHBEARER AUTH=SCRAM-SHA-256 LOGINDISABLED]"));
 }
 
 #[tokio::test]
-async fn all_that_dovecot_is_told_and_whether_it_believes_it() {
+async fn id_describes_the_client_and_trust_is_reported() {
     let certificates = Certificates::new();
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let proxy = start(&format!(
@@ -90,7 +89,7 @@ async fn all_that_dovecot_is_told_and_whether_it_believes_it() {
     ))
     .await;
     for (said, ttl, answer, trusted) in [
-        // Dovecot 2.3 answers so whether or not it trusts.
+        // Dovecot 2.3 sends this answer to trusted and untrusted clients.
         ("", 6, "ID completed.", -1.0),
         ("", 6, "Trusted ID completed.", 1.0),
         ("b ID (\"name\" \"a proxy\" \"x-proxy-ttl\" \"3\")\r\n", 2, "ID completed.", 0.0),
@@ -125,7 +124,7 @@ async fn all_that_dovecot_is_told_and_whether_it_believes_it() {
 }
 
 #[tokio::test]
-async fn a_proxy_that_may_have_no_other_behind_it_is_refused() {
+async fn proxy_with_exhausted_ttl_is_refused() {
     let server = ScriptedServer::new(crate::support::ACCEPTS_ALICE).await;
     let text = format!(
         "backends: {{only: {{servers: ['{}']}}}}
@@ -142,13 +141,13 @@ routes: [{{default: only}}]
     assert_eq!(server.connections(), 0);
 }
 
-/// A server that refers everybody to `place`.
-fn referring(place: &str) -> String {
-    format!("S: * OK [CAPABILITY IMAP4rev1] x\nC: *\nS: L NO [REFERRAL imap://alice@{place}/] there\n...")
+/// A server that refers every user to `address`.
+fn referring(address: &str) -> String {
+    format!("S: * OK [CAPABILITY IMAP4rev1] x\nC: *\nS: L NO [REFERRAL imap://alice@{address}/] there\n...")
 }
 
 #[tokio::test]
-async fn referrals_have_an_end() {
+async fn referral_chain_is_limited() {
     let mut listeners = Vec::new();
     for _ in 0..4 {
         listeners.push(TcpListener::bind("127.0.0.1:0").await.unwrap());
@@ -157,7 +156,7 @@ async fn referrals_have_an_end() {
     let backends: Vec<String> =
         places.iter().enumerate().map(|(at, place)| format!("b{at}: {{servers: ['{place}']}}")).collect();
     let text = format!("backends: {{{}}}\nroutes: [{{default: b0}}]\n", backends.join(", "));
-    // In a circle of two; and the third of a chain, which the fourth would end well.
+    // A chain of three referrals, of which the last would lead to a server that accepts the login.
     let mut at = listeners.into_iter();
     let mut next = |script: &str| ScriptedServer::on_listener(at.next().unwrap(), script);
     let servers = [
@@ -170,7 +169,7 @@ async fn referrals_have_an_end() {
     assert_eq!(Client::connect(chain.listeners()[0]).await.command("a LOGIN alice secret").await, UNAVAILABLE);
     assert_eq!(servers.each_ref().map(ScriptedServer::connections), [1, 1, 1, 0]);
     assert_eq!(metric(&chain, "vestibule_failures_total", &["reason=\"referral\""]), 1.0);
-    // From the second on it is two steps.
+    // A chain of two referrals, from the second server.
     let shorter = proxy(&text.replace("default: b0", "default: b1")).await;
     let mut client = Client::connect(shorter.listeners()[0]).await;
     assert_eq!(client.command("a LOGIN alice secret").await, "a OK [CAPABILITY IMAP4rev1 IDLE] in");
@@ -179,7 +178,7 @@ async fn referrals_have_an_end() {
 }
 
 #[tokio::test]
-async fn referrals_in_a_circle() {
+async fn referral_loop_is_detected() {
     let (one, other) =
         (TcpListener::bind("127.0.0.1:0").await.unwrap(), TcpListener::bind("127.0.0.1:0").await.unwrap());
     let (first, second) = (one.local_addr().unwrap().to_string(), other.local_addr().unwrap().to_string());
@@ -193,7 +192,7 @@ async fn referrals_in_a_circle() {
     assert_eq!(metric(&proxy, "vestibule_failures_total", &["reason=\"referral\""]), 1.0);
 }
 
-/// A proxy that relays XOAUTH2 and SCRAM to a server that the test plays.
+/// Starts a proxy that relays XOAUTH2 and SCRAM to a server that the test implements.
 async fn relaying(limits: &str) -> (Running, TcpListener) {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let proxy = start(&format!(
@@ -206,8 +205,8 @@ async fn relaying(limits: &str) -> (Running, TcpListener) {
     (proxy, listener)
 }
 
-/// A client that has sent its first message, and the server that has got it.
-async fn begun(proxy: &Running, listener: &TcpListener, mechanism: &str, message: &str) -> (Client, Client) {
+/// Returns a client that has sent its first message, and the server that has received it.
+async fn start_exchange(proxy: &Running, listener: &TcpListener, mechanism: &str, message: &str) -> (Client, Client) {
     let mut client = Client::connect(proxy.listeners()[0]).await;
     client.send(format!("a AUTHENTICATE {mechanism} {}\r\n", STANDARD.encode(message))).await;
     let mut server = LineStream::new(with_timeout("the proxy", listener.accept()).await.unwrap().0);
@@ -220,22 +219,22 @@ fn logins(proxy: &Running, outcome: &str) -> f64 {
     metric(proxy, "vestibule_logins_total", &[&format!("outcome=\"{outcome}\"")])
 }
 
-async fn all_sessions_ended(proxy: &Running) {
+async fn wait_until_no_connection_is_open(proxy: &Running) {
     eventually("the end of the session", || metric(proxy, "vestibule_connections", &[]) == 0.0).await;
 }
 
 const XOAUTH2: (&str, &str) = ("XOAUTH2", "user=alice\x01auth=Bearer wrong\x01\x01");
 const BEARER: (&str, &str) = ("OAUTHBEARER", "n,a=alice,\x01auth=Bearer wrong\x01\x01");
-/// `{"status":"401"}`
+/// The challenge `{"status":"401"}`.
 const TOKEN_REFUSED: &str = "+ eyJzdGF0dXMiOiI0MDEifQ==";
 
 #[tokio::test]
-async fn a_refused_token_is_a_failed_login_however_the_exchange_ends() {
+async fn refused_token_is_a_failed_login_however_the_exchange_ends() {
     let (proxy, listener) = relaying("").await;
     let mut expected = 0.0;
     for (mechanism, message) in [XOAUTH2, BEARER] {
         for ending in ["the client leaves", "the client cancels", "the client answers", "the server leaves"] {
-            let (mut client, mut server) = begun(&proxy, &listener, mechanism, message).await;
+            let (mut client, mut server) = start_exchange(&proxy, &listener, mechanism, message).await;
             server.send(format!("{TOKEN_REFUSED}\r\n")).await;
             assert_eq!(client.line().await, TOKEN_REFUSED);
             expected += 1.0;
@@ -261,7 +260,7 @@ async fn a_refused_token_is_a_failed_login_however_the_exchange_ends() {
                 }
             }
             drop(client);
-            all_sessions_ended(&proxy).await;
+            wait_until_no_connection_is_open(&proxy).await;
             assert_eq!(logins(&proxy, "refused"), expected, "{mechanism}, once, when {ending}");
         }
     }
@@ -272,14 +271,14 @@ async fn a_refused_token_is_a_failed_login_however_the_exchange_ends() {
 }
 
 #[tokio::test]
-async fn a_client_that_leaves_with_a_refused_token_does_not_avoid_the_delay() {
-    // A fifth less at random.
+async fn disconnecting_after_a_refused_token_does_not_avoid_the_delay() {
+    // The delay is randomly up to a fifth shorter.
     let delay = std::time::Duration::from_millis(240);
     let (proxy, listener) = relaying("failed_login_delay: 300ms").await;
     let (mechanism, message) = XOAUTH2;
     for _ in 0..2 {
         let began = std::time::Instant::now();
-        let (mut client, mut server) = begun(&proxy, &listener, mechanism, message).await;
+        let (mut client, mut server) = start_exchange(&proxy, &listener, mechanism, message).await;
         server.send(format!("{TOKEN_REFUSED}\r\n")).await;
         assert_eq!(client.line().await, TOKEN_REFUSED);
         assert!(began.elapsed() >= delay, "{:?}", began.elapsed());
@@ -288,11 +287,11 @@ async fn a_client_that_leaves_with_a_refused_token_does_not_avoid_the_delay() {
 }
 
 #[tokio::test]
-async fn a_login_that_ends_without_an_answer_is_counted() {
+async fn login_without_an_answer_is_counted_as_abandoned() {
     let (proxy, listener) = relaying("login: 2s").await;
-    // The client leaves, or is silent until limits.login, after the server's first message.
+    // After the server's first message the client disconnects, or is silent until limits.login.
     for (abandoned, is_leaving) in [(1.0, true), (2.0, false)] {
-        let (mut client, mut server) = begun(&proxy, &listener, "SCRAM-SHA-256", "n,,n=alice,r=nonce").await;
+        let (mut client, mut server) = start_exchange(&proxy, &listener, "SCRAM-SHA-256", "n,,n=alice,r=nonce").await;
         server.send("+ cj1ub25jZTEscz1zYWx0LGk9NDA5Ng==\r\n").await;
         assert!(client.line().await.starts_with("+ "));
         if is_leaving {
@@ -301,9 +300,9 @@ async fn a_login_that_ends_without_an_answer_is_counted() {
             assert!(client.line().await.starts_with("* BYE "));
         }
         eventually("the count", || logins(&proxy, "abandoned") == abandoned).await;
-        assert_eq!(logins(&proxy, "refused"), 0.0, "nothing was refused");
+        assert_eq!(logins(&proxy, "refused"), 0.0, "no login was refused");
     }
-    all_sessions_ended(&proxy).await;
+    wait_until_no_connection_is_open(&proxy).await;
     assert_eq!(
         metric(&proxy, "vestibule_logins_total", &["outcome=\"abandoned\"", "backend=\"only\""]),
         2.0,
@@ -313,14 +312,14 @@ async fn a_login_that_ends_without_an_answer_is_counted() {
 }
 
 #[tokio::test]
-async fn a_forged_server_signature_proves_nothing() {
-    // The signature, base64 of "v=Zm9yZ2Vk", comes before any proof of the client, in SCRAM and in a mechanism that has none.
+async fn forged_server_signature_does_not_log_in() {
+    // The signature, base64 of "v=Zm9yZ2Vk", precedes the client's proof in SCRAM, and does not exist in XOAUTH2.
     const FORGED: &str = "+ dj1abTl5WjJWaw==";
     let (proxy, listener) = relaying("").await;
     for (count, (mechanism, message)) in [("SCRAM-SHA-256", "n,,n=alice,r=nonce"), XOAUTH2].into_iter().enumerate() {
-        let (mut client, mut server) = begun(&proxy, &listener, mechanism, message).await;
+        let (mut client, mut server) = start_exchange(&proxy, &listener, mechanism, message).await;
         server.send(format!("{FORGED}\r\n")).await;
-        assert_eq!(client.line().await, FORGED, "the client gets it as it is, and can see that it is forged");
+        assert_eq!(client.line().await, FORGED, "the client receives it unchanged, and can detect the forgery");
         assert_eq!(proxy.snapshot().backends.list()[0].servers()[0].sessions(), 0, "it takes no place: {mechanism}");
         client.send("*\r\n").await;
         assert_eq!(server.line().await, "*");
@@ -329,8 +328,8 @@ async fn a_forged_server_signature_proves_nothing() {
         assert_eq!(client.command("b NOOP").await, "b OK NOOP completed.", "the client is not logged in");
         assert_eq!((logins(&proxy, "accepted"), logins(&proxy, "refused")), (0.0, count as f64 + 1.0));
     }
-    // Every byte of the real one arrives too, whatever it is, and the server's word counts, not its signature.
-    let (mut client, mut server) = begun(&proxy, &listener, "SCRAM-SHA-256", "n,,n=alice,r=nonce").await;
+    // A signature after the client's proof is relayed unchanged too, and only the server's answer decides.
+    let (mut client, mut server) = start_exchange(&proxy, &listener, "SCRAM-SHA-256", "n,,n=alice,r=nonce").await;
     for challenge in ["+ cj1ub25jZTEscz1zYWx0LGk9NDA5Ng==", FORGED] {
         server.send(format!("{challenge}\r\n")).await;
         assert_eq!(client.line().await, challenge);

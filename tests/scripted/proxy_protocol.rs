@@ -1,4 +1,4 @@
-//! Behind a balancer that says whose connections it passes on, and what servers are told of them.
+//! PROXY headers from a load balancer, and those that are sent to servers.
 
 use std::net::SocketAddr;
 
@@ -22,8 +22,8 @@ fn headers() -> [Vec<u8>; 2] {
     [header_v1(address(CLIENT), address(FRONT)), header_v2(address(CLIENT), address(FRONT), None)]
 }
 
-/// Listeners in clear, with STARTTLS and with TLS, that believe 127.0.0.1 and nobody else.
-async fn behind_a_balancer(certificates: &Certificates, server: SocketAddr, more: &str) -> Running {
+/// Starts a proxy with a plaintext, a STARTTLS and a TLS listener, which trust headers only from 127.0.0.1.
+async fn proxy_behind_a_balancer(certificates: &Certificates, server: SocketAddr, more: &str) -> Running {
     let listener = |tls: &str| format!("{{address: '127.0.0.1:0', tls: {tls}, proxy_protocol: {{from: [127.0.0.1]}}}}");
     let listeners = ["none", "starttls", "implicit"].map(listener).join(", ");
     let section = certificates.section();
@@ -38,10 +38,10 @@ fn refused(proxy: &Running) -> f64 {
     metric(proxy, "vestibule_failures_total", &["reason=\"proxy_header\""])
 }
 
-/// A server that shows the header it was sent, then lets alice in.
-struct Shown(TcpListener);
+/// A server that returns the header it receives, and then accepts alice's login.
+struct HeaderServer(TcpListener);
 
-impl Shown {
+impl HeaderServer {
     async fn new() -> Self {
         Self(TcpListener::bind("127.0.0.1:0").await.unwrap())
     }
@@ -50,7 +50,7 @@ impl Shown {
         self.0.local_addr().unwrap()
     }
 
-    /// The header of the next login, and the rest of the dialogue.
+    /// Accepts the next login and returns its header.
     async fn header(&self) -> Vec<u8> {
         let mut socket = with_timeout("a login", self.0.accept()).await.unwrap().0;
         let mut header = vec![0; 16];
@@ -71,8 +71,8 @@ async fn log_in<S: tokio::io::AsyncRead + tokio::io::AsyncWrite + Unpin>(client:
     assert_eq!(client.line().await, "a OK [CAPABILITY IMAP4rev1] in");
 }
 
-/// Connects, and sends the header cut at each of `cuts`, waiting for nothing in between but that it was taken.
-async fn introduced(address: SocketAddr, header: &[u8], cut: usize) -> TcpStream {
+/// Connects, and sends the header in two parts, split at `cut`.
+async fn connect_with_header(address: SocketAddr, header: &[u8], cut: usize) -> TcpStream {
     let mut socket = TcpStream::connect(address).await.unwrap();
     socket.set_nodelay(true).unwrap();
     socket.write_all(&header[..cut]).await.unwrap();
@@ -82,14 +82,14 @@ async fn introduced(address: SocketAddr, header: &[u8], cut: usize) -> TcpStream
 }
 
 #[tokio::test]
-async fn the_client_is_whom_the_header_names() {
+async fn client_address_is_taken_from_the_header() {
     let certificates = Certificates::new();
-    let server = Shown::new().await;
-    let proxy = behind_a_balancer(&certificates, server.address(), "").await;
+    let server = HeaderServer::new().await;
+    let proxy = proxy_behind_a_balancer(&certificates, server.address(), "").await;
     let named = Origin::Client { client: address(CLIENT), listener: address(FRONT) };
     for header in headers() {
         for cut in 0..header.len() {
-            let mut client = Client::new(introduced(proxy.listeners()[0], &header, cut).await);
+            let mut client = Client::new(connect_with_header(proxy.listeners()[0], &header, cut).await);
             client.line().await;
             let (sent, ()) = tokio::join!(server.header(), log_in(&mut client));
             assert_eq!(parse(&sent), Ok(Some(Header { length: sent.len(), origin: named, tls: None })), "cut at {cut}");
@@ -99,14 +99,14 @@ async fn the_client_is_whom_the_header_names() {
 }
 
 #[tokio::test]
-async fn tls_begins_right_behind_the_header() {
+async fn tls_starts_immediately_after_the_header() {
     let certificates = Certificates::new();
-    let server = Shown::new().await;
-    let proxy = behind_a_balancer(&certificates, server.address(), "").await;
+    let server = HeaderServer::new().await;
+    let proxy = proxy_behind_a_balancer(&certificates, server.address(), "").await;
     let named = Origin::Client { client: address(CLIENT), listener: address(FRONT) };
     for header in headers() {
         for (listener, cut) in [(2, 0), (2, 1), (2, 20), (1, 0), (1, 20)] {
-            let mut socket = introduced(proxy.listeners()[listener], &header, cut).await;
+            let mut socket = connect_with_header(proxy.listeners()[listener], &header, cut).await;
             if listener == 1 {
                 let mut plain = LineStream::new(socket);
                 plain.line().await;
@@ -118,40 +118,40 @@ async fn tls_begins_right_behind_the_header() {
                 client.line().await;
             }
             let (sent, ()) = tokio::join!(server.header(), log_in(&mut client));
-            let told = parse(&sent).unwrap().unwrap();
+            let header = parse(&sent).unwrap().unwrap();
             let tls =
                 ClientTlsInfo { version: "TLSv1.3", server_name: Some("localhost"), alpn: false, certificate: false };
-            assert_eq!((told.origin, told.tls), (named, Some(tls)), "in one piece with what the header began");
+            assert_eq!((header.origin, header.tls), (named, Some(tls)), "listener {listener}, cut at {cut}");
         }
     }
 }
 
 #[tokio::test]
-async fn tls_that_ended_at_the_balancer_is_passed_on() {
+async fn tls_of_the_balancer_is_passed_on_to_the_server() {
     let certificates = Certificates::new();
-    let server = Shown::new().await;
-    let proxy = behind_a_balancer(&certificates, server.address(), "").await;
+    let server = HeaderServer::new().await;
+    let proxy = proxy_behind_a_balancer(&certificates, server.address(), "").await;
     let tls = ClientTlsInfo { version: "TLSv1.2", server_name: Some("mail.test"), alpn: true, certificate: false };
     let header = header_v2(address(CLIENT), address(FRONT), Some(&tls));
-    let mut client = Client::new(introduced(proxy.listeners()[0], &header, 0).await);
+    let mut client = Client::new(connect_with_header(proxy.listeners()[0], &header, 0).await);
     client.line().await;
     let (sent, ()) = tokio::join!(server.header(), log_in(&mut client));
-    assert_eq!(sent, header, "word for word");
+    assert_eq!(sent, header, "the header is passed on unchanged");
 }
 
 #[tokio::test]
-async fn no_header_or_a_wrong_one_closes_without_a_word() {
+async fn missing_or_invalid_header_closes_the_connection_silently() {
     let certificates = Certificates::new();
-    let proxy = behind_a_balancer(&certificates, address("127.0.0.1:1"), "limits: {proxy_header: 200ms}\n").await;
+    let proxy = proxy_behind_a_balancer(&certificates, address("127.0.0.1:1"), "limits: {proxy_header: 200ms}\n").await;
     let [line, binary] = headers();
     let mut spoilt = binary.clone();
     spoilt[12] = 0x31;
-    for (number, said) in [
+    for (number, input) in [
         &b"a LOGIN alice secret\r\n"[..],
         b"\x16\x03\x01\x02\x00\x01\x00\x01\x7c\x03\x03",
         b"PROXY TCP4 192.0.2.1 198.51.100.2 4000\r\n",
         &spoilt,
-        // Half a header, and nothing more: the deadline ends it.
+        // An incomplete header, which ends at the deadline.
         &line[..line.len() - 1],
         &binary[..binary.len() - 1],
         b"",
@@ -162,13 +162,13 @@ async fn no_header_or_a_wrong_one_closes_without_a_word() {
         for listener in [0, 1, 2] {
             let before = refused(&proxy);
             let mut client = Client::connect_only(proxy.listeners()[listener]).await;
-            client.send(said).await;
+            client.send(input).await;
             client.assert_closed().await;
             eventually("the count", || refused(&proxy) == before + 1.0).await;
             assert!(proxy.metrics().render().contains("vestibule_connections"), "case {number}");
         }
     }
-    // A peer that leaves in the middle is not waited for.
+    // A peer that disconnects within the header is not waited for.
     let mut client = Client::connect_only(proxy.listeners()[0]).await;
     client.send(&binary[..20]).await;
     drop(client);
@@ -177,22 +177,22 @@ async fn no_header_or_a_wrong_one_closes_without_a_word() {
 }
 
 #[tokio::test]
-async fn from_elsewhere_no_header_is_believed_and_nobody_let_in() {
+async fn header_from_an_untrusted_address_closes_the_connection() {
     let certificates = Certificates::new();
     let server = ScriptedServer::new(ACCEPTS_ALICE).await;
-    let proxy = behind_a_balancer(&certificates, server.address, "").await;
+    let proxy = proxy_behind_a_balancer(&certificates, server.address, "").await;
     for said in [&headers()[1][..], b"a LOGIN alice secret\r\n"] {
         let before = refused(&proxy);
         let socket = tokio::net::TcpSocket::new_v4().unwrap();
         socket.bind(address("127.0.0.2:0")).unwrap();
         let mut client = LineStream::new(socket.connect(proxy.listeners()[0]).await.unwrap());
-        // It may be gone already.
+        // The proxy may have closed the connection already.
         let _ = client.stream.write_all(said).await;
         client.assert_closed().await;
         eventually("the count", || refused(&proxy) == before + 1.0).await;
     }
     assert_eq!(server.connections(), 0);
-    // If the listener has no such setting, a header is not believed either: the connection ends.
+    // A listener without the setting does not trust a header either, and closes the connection.
     let proxy = crate::support::proxy(&format!(
         "backends: {{only: {{servers: ['{}']}}}}\nroutes: [{{default: only}}]\n",
         server.address
@@ -204,16 +204,16 @@ async fn from_elsewhere_no_header_is_believed_and_nobody_let_in() {
 }
 
 #[tokio::test]
-async fn a_balancer_that_looks_whether_we_live_is_no_failure() {
+async fn health_check_by_a_balancer_is_not_a_failure() {
     let certificates = Certificates::new();
     let server = ScriptedServer::new("S: * OK [CAPABILITY IMAP4rev1] x\nC: *\n...").await;
-    let proxy = behind_a_balancer(&certificates, server.address, "").await;
+    let proxy = proxy_behind_a_balancer(&certificates, server.address, "").await;
     let mut check = Client::connect_only(proxy.listeners()[0]).await;
     check.send(local_v2()).await;
-    assert!(check.line().await.starts_with("* OK [CAPABILITY IMAP4rev1 "), "served as everybody is");
+    assert!(check.line().await.starts_with("* OK [CAPABILITY IMAP4rev1 "), "it is served like a client");
     assert!(check.command("a NOOP").await.starts_with("a OK"));
     drop(check);
-    // With TLS, a look is over before the handshake.
+    // On a TLS listener the health check ends before the handshake.
     let mut check = Client::connect_only(proxy.listeners()[2]).await;
     check.send(local_v2()).await;
     drop(check);
@@ -222,7 +222,7 @@ async fn a_balancer_that_looks_whether_we_live_is_no_failure() {
 }
 
 #[tokio::test]
-async fn limits_count_the_client_and_not_the_balancer() {
+async fn limits_apply_to_the_client_and_not_to_the_balancer() {
     let server = ScriptedServer::new(ACCEPTS_ALICE).await;
     let text = format!(
         "listeners: [{{address: '127.0.0.1:0', tls: none, proxy_protocol: {{from: [127.0.0.0/8]}}}}]\n\
@@ -246,11 +246,11 @@ async fn limits_count_the_client_and_not_the_balancer() {
 }
 
 #[tokio::test]
-async fn a_balancer_that_connects_and_says_nothing_is_no_failure() {
+async fn balancer_that_connects_without_sending_is_not_a_failure() {
     let certificates = Certificates::new();
-    let proxy = behind_a_balancer(&certificates, address("127.0.0.1:1"), "").await;
+    let proxy = proxy_behind_a_balancer(&certificates, address("127.0.0.1:1"), "").await;
     for (number, listener) in proxy.listeners().into_iter().enumerate() {
-        // Closed, and reset as HAProxy does it.
+        // One connection is closed, the other one reset, which HAProxy does.
         drop(TcpStream::connect(listener).await.unwrap());
         let reset = TcpStream::connect(listener).await.unwrap();
         socket2::SockRef::from(&reset).set_linger(Some(std::time::Duration::ZERO)).unwrap();
@@ -262,7 +262,7 @@ async fn a_balancer_that_connects_and_says_nothing_is_no_failure() {
     check.send(local_v2()).await;
     check.line().await;
     assert_eq!(metric(&proxy, "vestibule_balancer_checks_total", &["kind=\"local\""]), 1.0);
-    // Half a header is a failure as before.
+    // An incomplete header is a failure.
     let mut broken = Client::connect_only(proxy.listeners()[0]).await;
     broken.send("PROXY TCP4").await;
     drop(broken);
@@ -271,7 +271,7 @@ async fn a_balancer_that_connects_and_says_nothing_is_no_failure() {
 }
 
 #[tokio::test]
-async fn a_header_on_a_listener_that_expects_none_is_named() {
+async fn unexpected_header_has_a_failure_reason() {
     let certificates = Certificates::new();
     let server = ScriptedServer::new(ACCEPTS_ALICE).await;
     let listeners =
@@ -287,7 +287,7 @@ async fn a_header_on_a_listener_that_expects_none_is_named() {
     for (header, cuts) in [(line, &[0, 5, 8][..]), (binary, &[0])] {
         for (number, listener) in proxy.listeners().into_iter().enumerate() {
             for &cut in cuts {
-                let mut client = Client::new(introduced(listener, &header, cut).await);
+                let mut client = Client::new(connect_with_header(listener, &header, cut).await);
                 if number < 2 {
                     assert!(client.line().await.starts_with("* OK"));
                 }
@@ -298,8 +298,8 @@ async fn a_header_on_a_listener_that_expects_none_is_named() {
             }
         }
     }
-    assert_eq!(metric(&proxy, "vestibule_failures_total", &[]), expected, "and by no other name");
-    // A tag may look like the start of a header.
+    assert_eq!(metric(&proxy, "vestibule_failures_total", &[]), expected, "no other reason is counted");
+    // A tag may be equal to the start of a header.
     let mut client = Client::connect(proxy.listeners()[0]).await;
     assert_eq!(client.command("PROXY NOOP").await, "PROXY OK NOOP completed.");
     log_in_good(&mut client).await;

@@ -1,4 +1,4 @@
-//! Capability lists: what the proxy advertises, what a server said, and what of that a logged-in client is told.
+//! Capability lists: what the proxy advertises before login, what a server advertises, and what a client receives after login.
 
 use std::hash::{DefaultHasher, Hash as _, Hasher as _};
 
@@ -7,25 +7,25 @@ use crate::identity::{Mechanism, Mechanisms};
 /// How far the connection can be trusted with a password.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Transport {
-    /// In clear, by the operator's decision: login allowed.
+    /// Plaintext, on which the operator allows logins.
     Plain,
-    /// In clear, TLS to come: login refused.
+    /// Plaintext that must be upgraded by STARTTLS before a login.
     StartTls,
-    /// Encrypted.
+    /// TLS.
     Tls,
 }
 
-/// What a server offers before login.
+/// The part of a server's capabilities that affects what the proxy advertises before login.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct ServerCapabilities {
-    /// Ways to log in that may be offered to clients.
+    /// Mechanisms that may be offered to clients.
     pub mechanisms: Mechanisms,
-    /// Extensions that may be promised to clients.
+    /// Extensions that may be advertised to clients.
     pub extensions: Extensions,
 }
 
-/// The capabilities that a client sees before its login: what the proxy does itself, and the extensions that every server has. After
-/// the login the user's server lists its own (RFC 3501 section 6.1.1).
+/// Returns the capabilities that a client receives before login: those of the proxy, and the extensions that all servers support.
+/// After the login the client receives its server's list (RFC 3501 section 6.1.1).
 pub(super) fn before_login(transport: Transport, mechanisms: Mechanisms, extensions: Extensions) -> String {
     let mut list = "IMAP4rev1 SASL-IR LITERAL+ ID ENABLE".to_owned();
     for extension in extensions.iter() {
@@ -46,12 +46,12 @@ pub(super) fn before_login(transport: Transport, mechanisms: Mechanisms, extensi
     list
 }
 
-/// The extensions that a proxy may promise before it knows the user, if every server lists them: they have no effect before the
-/// login, take no part in it, and mean the same for every user. Left out are those the proxy speaks itself (SASL-IR, LITERAL+, ID,
-/// ENABLE), those about logging in or the connection (AUTH=, STARTTLS, LOGINDISABLED, LOGIN-REFERRALS, UNAUTHENTICATE, COMPRESS=),
-/// another base protocol (IMAP4rev2, UTF8=, LITERAL-), and those that depend on the user or have parameters (ACL, RIGHTS=,
+/// The extensions that the proxy advertises before login if all servers support them: they have no effect before or during the
+/// login, and are the same for every user. It does not contain extensions of the proxy itself (SASL-IR, LITERAL+, ID, ENABLE),
+/// extensions about the login or the connection (AUTH=, STARTTLS, LOGINDISABLED, LOGIN-REFERRALS, UNAUTHENTICATE, COMPRESS=), other
+/// base protocols (IMAP4rev2, UTF8=, LITERAL-), and extensions that depend on the user or have parameters (ACL, RIGHTS=,
 /// APPENDLIMIT=, THREAD=, CONTEXT=, and names that begin with X).
-const PROMISED: [&str; 28] = [
+const ADVERTISED: [&str; 28] = [
     "IDLE",
     "UIDPLUS",
     "MOVE",
@@ -82,15 +82,15 @@ const PROMISED: [&str; 28] = [
     "PREVIEW",
 ];
 
-/// A set of the extensions that may be promised before login.
+/// A set of the extensions that may be advertised before login.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Extensions(u32);
 
 impl Extensions {
     /// No extension.
     pub const NONE: Self = Self(0);
-    /// Every extension that may be promised.
-    pub const ALL: Self = Self((1 << PROMISED.len()) - 1);
+    /// All extensions that may be advertised.
+    pub const ALL: Self = Self((1 << ADVERTISED.len()) - 1);
 
     /// The extensions in both sets.
     #[must_use]
@@ -98,51 +98,51 @@ impl Extensions {
         Self(self.0 & other.0)
     }
 
-    /// The set as a number, for storing it where threads share it.
+    /// The set as a number, which can be stored in an atomic.
     pub fn to_bits(self) -> u32 {
         self.0
     }
 
-    /// The set that [`Extensions::to_bits`] gave.
+    /// The set that [`Extensions::to_bits`] returned as `bits`.
     pub fn from_bits(bits: u32) -> Self {
         Self(bits).and(Self::ALL)
     }
 
     /// The names, in a fixed order.
     pub fn iter(self) -> impl Iterator<Item = &'static str> {
-        PROMISED.into_iter().enumerate().filter(move |(place, _)| self.0 & 1 << place != 0).map(|(_, name)| name)
+        ADVERTISED.into_iter().enumerate().filter(move |(index, _)| self.0 & 1 << index != 0).map(|(_, name)| name)
     }
 }
 
-/// A server's list.
+/// The words of a server's capability list.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(super) struct CapabilityList(Vec<Vec<u8>>);
 
 impl CapabilityList {
-    /// Words separated by spaces.
+    /// Parses words separated by spaces.
     pub(super) fn new(words: &[u8]) -> Self {
         Self(words.split(|byte| *byte == b' ').filter(|word| !word.is_empty()).map(<[u8]>::to_vec).collect())
     }
 
-    /// From the text behind `OK `: the list in `[CAPABILITY …]`, if that is its code.
+    /// Parses the list in the response code `[CAPABILITY …]` at the start of a status text.
     pub(super) fn from_code(text: &[u8]) -> Option<Self> {
         let (code, arguments, _) = code(text)?;
         code.eq_ignore_ascii_case(b"CAPABILITY").then(|| Self::new(arguments))
     }
 
-    /// Whether `word` is in the list, in any letter case.
+    /// Whether the list contains `word`, in any letter case.
     pub(super) fn has(&self, word: &str) -> bool {
         self.0.iter().any(|other| other.eq_ignore_ascii_case(word.as_bytes()))
     }
 
-    /// A number that changes with the list.
+    /// Returns a hash of the list, by which a change is noticed.
     pub(super) fn fingerprint(&self) -> u64 {
         let mut hasher = DefaultHasher::new();
         self.0.hash(&mut hasher);
         hasher.finish()
     }
 
-    /// Mechanisms that the server offers.
+    /// The mechanisms that the server offers.
     pub(super) fn mechanisms(&self) -> Mechanisms {
         let names = self.0.iter().filter_map(|word| {
             let (start, name) = word.split_at_checked(5)?;
@@ -152,31 +152,31 @@ impl CapabilityList {
         if self.has("LOGINDISABLED") { offered } else { offered.with(Mechanism::Login) }
     }
 
-    /// What of the list matters before login.
-    pub(super) fn offer(&self) -> ServerCapabilities {
+    /// The part of the list that affects what the proxy advertises.
+    pub(super) fn server_capabilities(&self) -> ServerCapabilities {
         ServerCapabilities { mechanisms: self.offerable(), extensions: self.extensions() }
     }
 
-    /// Mechanisms of the server that a proxy may offer to clients. A hash whose `-PLUS` form the server offers is left out: a client
-    /// that could bind its channel would see no `-PLUS`, say so (`y,,`), and the server would have to refuse it as an attack (RFC 5802
-    /// section 6).
+    /// The server's mechanisms that the proxy may offer to clients. A SCRAM mechanism whose `-PLUS` variant the server offers is
+    /// excluded: a client that supports channel binding would report that it saw no `-PLUS` (`y,,`), which the server must refuse as
+    /// a downgrade attack (RFC 5802 section 6).
     fn offerable(&self) -> Mechanisms {
         let has_channel_binding =
             |mechanism: Mechanism| mechanism.sasl_name().is_some_and(|name| self.has(&format!("AUTH={name}-PLUS")));
         self.mechanisms().iter().filter(|mechanism| !has_channel_binding(*mechanism)).collect()
     }
 
-    /// The server's extensions among those that may be promised to clients before login.
+    /// The server's extensions among those that may be advertised before login.
     fn extensions(&self) -> Extensions {
-        let listed = PROMISED.into_iter().enumerate().filter(|(_, name)| self.has(name));
-        Extensions(listed.fold(0, |bits, (place, _)| bits | 1 << place))
+        let listed = ADVERTISED.into_iter().enumerate().filter(|(_, name)| self.has(name));
+        Extensions(listed.fold(0, |bits, (index, _)| bits | 1 << index))
     }
 
-    /// The list for a client that has logged in: without what holds only before login, and without UNAUTHENTICATE,
-    /// behind which the client could log in as a user of another backend.
+    /// Returns the list for a client that has logged in: without capabilities that apply only before login, and without
+    /// UNAUTHENTICATE, after which the client could log in as a user of another backend.
     pub(super) fn after_login(&self) -> Vec<u8> {
-        let kept: Vec<&[u8]> = self.0.iter().map(Vec::as_slice).filter(|word| holds_after_login(word)).collect();
-        kept.join(&b' ')
+        let words: Vec<&[u8]> = self.0.iter().map(Vec::as_slice).filter(|word| holds_after_login(word)).collect();
+        words.join(&b' ')
     }
 }
 
@@ -186,7 +186,7 @@ fn holds_after_login(word: &[u8]) -> bool {
     !auth && !only_before.iter().any(|other| word.eq_ignore_ascii_case(other.as_bytes()))
 }
 
-/// Splits `[CODE arguments] text` at the start of a status text.
+/// Splits `[CODE arguments] text` at the start of a status text into code, arguments and text.
 pub(super) fn code(text: &[u8]) -> Option<(&[u8], &[u8], &[u8])> {
     let inner = text.strip_prefix(b"[")?;
     let end = inner.iter().position(|byte| *byte == b']')?;
@@ -201,7 +201,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn codes() {
+    fn response_code_is_split_from_its_arguments_and_text() {
         assert_eq!(code(b"[INUSE] busy"), Some((&b"INUSE"[..], &b""[..], &b"busy"[..])));
         assert_eq!(code(b"[CAPABILITY A B]"), Some((&b"CAPABILITY"[..], &b"A B"[..], &b""[..])));
         for none in [&b"text [A] more"[..], b"[open", b""] {
@@ -210,7 +210,7 @@ mod tests {
     }
 
     #[test]
-    fn a_logged_in_client_is_not_told_how_to_log_in() {
+    fn list_after_login_has_no_login_capabilities() {
         let list =
             CapabilityList::new(b"IMAP4rev1  auth=PLAIN AUTH=LOGIN starttls IDLE LOGINDISABLED UNAUTHENTICATE SASL-IR");
         assert!(list.has("StartTLS") && list.has("AUTH=plain") && !list.has("AUTH"));
@@ -218,7 +218,7 @@ mod tests {
     }
 
     #[test]
-    fn before_tls_there_is_no_way_to_log_in() {
+    fn list_before_tls_offers_no_login() {
         let list = before_login(Transport::StartTls, Mechanisms::PASSWORDS, Extensions::default());
         assert!(list.contains("LOGINDISABLED") && list.contains("STARTTLS") && !list.contains("AUTH="));
         let list = before_login(Transport::Tls, Mechanisms::PASSWORDS, Extensions::default());
@@ -228,7 +228,7 @@ mod tests {
     }
 
     #[test]
-    fn what_a_server_offers() {
+    fn mechanisms_are_read_from_a_servers_list() {
         let list =
             CapabilityList::new(b"IMAP4rev1 AUTH=PLAIN auth=scram-sha-256 AUTH=SCRAM-SHA-256-PLUS LOGINDISABLED");
         let names: Vec<&str> = list.mechanisms().iter().filter_map(Mechanism::sasl_name).collect();
@@ -237,15 +237,15 @@ mod tests {
     }
 
     #[test]
-    fn a_hash_that_the_server_can_bind_to_a_channel_is_not_offered_without() {
+    fn scram_with_channel_binding_at_the_server_is_not_offered() {
         let list = CapabilityList::new(b"AUTH=SCRAM-SHA-1 AUTH=SCRAM-SHA-256 auth=scram-sha-256-plus LOGINDISABLED");
         let names: Vec<&str> = list.offerable().iter().filter_map(Mechanism::sasl_name).collect();
         assert_eq!(names, ["SCRAM-SHA-1"]);
-        assert!(list.mechanisms().has(Mechanism::ScramSha256), "it can be relayed if the operator offers it");
+        assert!(list.mechanisms().has(Mechanism::ScramSha256), "it is relayed if the operator offers it");
     }
 
     #[test]
-    fn extensions_that_every_server_has_are_promised_before_login() {
+    fn extensions_of_all_servers_are_advertised_before_login() {
         let one = CapabilityList::new(
             b"IMAP4rev1 idle MOVE UIDPLUS STARTTLS LOGINDISABLED AUTH=PLAIN COMPRESS=DEFLATE LOGIN-REFERRALS \
               UNAUTHENTICATE LITERAL- IMAP4rev2 UTF8=ACCEPT X-OWN ACL",
@@ -261,7 +261,7 @@ mod tests {
             greeting(Transport::StartTls),
             "IMAP4rev1 SASL-IR LITERAL+ ID ENABLE IDLE UIDPLUS STARTTLS LOGINDISABLED"
         );
-        assert_eq!(Extensions::ALL.iter().count(), PROMISED.len());
+        assert_eq!(Extensions::ALL.iter().count(), ADVERTISED.len());
         assert_eq!(Extensions::from_bits(u32::MAX), Extensions::ALL);
     }
 }

@@ -1,19 +1,19 @@
-//! The client's own ID (RFC 2971): kept for the server, which some servers insist on.
+//! The client's ID (RFC 2971), which is passed on because some servers require one.
 
 use super::framing::LiteralLimits;
 
-/// RFC 2971 section 3.3.
+/// Maximum number of fields (RFC 2971 section 3.3).
 pub(super) const MAX_ID_PAIRS: usize = 30;
 const MAX_KEY: usize = 30;
 const MAX_VALUE: usize = 1024;
-/// LiteralLimits of an ID: new versions of Outlook write every value as one.
+/// Limits of the literals in an ID: new versions of Outlook send every value as a literal.
 pub(super) const LITERALS: LiteralLimits =
     LiteralLimits { count: 2 * MAX_ID_PAIRS as u32, bytes: MAX_ID_PAIRS * (MAX_KEY + MAX_VALUE) };
 
-/// Key and value of one pair; the value may be NIL.
+/// Key and value of a field; the value may be NIL.
 pub type IdPair = (Vec<u8>, Option<Vec<u8>>);
 
-/// Pairs that are safe to send on: within the limits, quotable, and none that a proxy uses to tell about the client.
+/// Fields that are safe to pass on: within the limits, quotable, and not among those with which a proxy describes its client.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct ClientId {
     pairs: Vec<IdPair>,
@@ -21,12 +21,13 @@ pub struct ClientId {
 }
 
 impl ClientId {
-    /// Keeps what may be sent on. Keys that begin with `x-` are left out: servers that trust us would believe them.
+    /// Removes fields that must not be passed on. Keys that begin with `x-` are removed because servers that trust the proxy
+    /// would believe them.
     pub(super) fn new(pairs: impl IntoIterator<Item = IdPair>) -> Self {
         let mut id = Self::empty();
         for (key, value) in pairs {
             if key.eq_ignore_ascii_case(b"x-proxy-ttl") {
-                // Anybody may say it: who does can only bring itself closer to a refusal.
+                // Accepted from any client, because it can only cause the client's own login to be refused.
                 let ttl = value.as_deref().and_then(|value| std::str::from_utf8(value).ok()?.parse().ok());
                 id.ttl = Some(ttl.unwrap_or(0));
             } else if may_pass(&key, value.as_deref()) {
@@ -36,23 +37,23 @@ impl ClientId {
         id
     }
 
-    /// Of a client that has said nothing.
+    /// The ID of a client that has sent none.
     pub(super) const fn empty() -> Self {
         Self { pairs: Vec::new(), ttl: None }
     }
 
-    /// How many more proxies may follow, where the client is one and says so.
+    /// How many more proxies may follow, if the client is a proxy that sends it.
     pub fn ttl(&self) -> Option<u8> {
         self.ttl
     }
 
-    /// Bytes of memory that the pairs take.
+    /// Memory that the fields take, in bytes.
     pub(super) fn size(&self) -> usize {
         let pair = |(key, value): &IdPair| size_of::<IdPair>() + key.len() + value.as_ref().map_or(0, Vec::len);
         self.pairs.iter().map(pair).sum()
     }
 
-    /// What is left of the client's pairs.
+    /// The client's fields that may be passed on.
     pub fn pairs(&self) -> &[IdPair] {
         &self.pairs
     }
@@ -60,9 +61,9 @@ impl ClientId {
 
 fn may_pass(key: &[u8], value: Option<&[u8]>) -> bool {
     let quotable = |bytes: &[u8]| bytes.iter().all(|byte| (b' '..0x7f).contains(byte));
-    let ours = key.get(..2).is_some_and(|start| start.eq_ignore_ascii_case(b"x-"));
+    let is_reserved = key.get(..2).is_some_and(|start| start.eq_ignore_ascii_case(b"x-"));
     !key.is_empty()
-        && !ours
+        && !is_reserved
         && key.len() <= MAX_KEY
         && quotable(key)
         && value.is_none_or(|value| value.len() <= MAX_VALUE && quotable(value))
@@ -73,7 +74,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_the_clients_own_words_pass() {
+    fn client_id_keeps_only_fields_that_may_be_passed_on() {
         let pair = |key: &str, value: &str| (key.as_bytes().to_vec(), Some(value.as_bytes().to_vec()));
         let id = ClientId::new([
             pair("name", "Thunderbird"),
@@ -88,8 +89,8 @@ mod tests {
         ]);
         assert_eq!(id.pairs(), [pair("name", "Thunderbird"), (b"os".to_vec(), None)]);
         assert_eq!(id.ttl(), None);
-        for (said, heard) in [("3", 3), ("0", 0), ("many", 0), ("-1", 0), ("300", 0)] {
-            assert_eq!(ClientId::new([pair("X-Proxy-TTL", said)]).ttl(), Some(heard), "{said}");
+        for (value, ttl) in [("3", 3), ("0", 0), ("many", 0), ("-1", 0), ("300", 0)] {
+            assert_eq!(ClientId::new([pair("X-Proxy-TTL", value)]).ttl(), Some(ttl), "{value}");
         }
     }
 }

@@ -188,8 +188,8 @@ impl Framer {
         &self.buffer[self.start..self.scanned]
     }
 
-    /// Removes the complete command, line end included. No copy of it stays here: who was refused may say nothing more for a
-    /// minute.
+    /// Removes the complete command or line, including its end, and wipes it from the buffer: a client whose login was refused may
+    /// stay connected for a long time.
     pub(super) fn take(&mut self) -> Zeroizing<Vec<u8>> {
         if self.scanned - self.start > LONG {
             return self.take_long();
@@ -200,7 +200,7 @@ impl Framer {
         command
     }
 
-    /// A long command leaves with the buffer that it is in; the few bytes that follow it get a new one.
+    /// Moves a long command out together with its buffer; the few bytes after it are copied to a new buffer.
     fn take_long(&mut self) -> Zeroizing<Vec<u8>> {
         let rest = Zeroizing::new(self.buffer[self.scanned..].to_vec());
         let mut command = std::mem::replace(&mut self.buffer, rest);
@@ -216,12 +216,12 @@ impl Framer {
         self.start < self.buffer.len()
     }
 
-    /// The first byte not yet taken.
+    /// The first byte of the current command, if it has arrived.
     pub(super) fn first_byte(&self) -> Option<u8> {
         self.buffer.get(self.start).copied()
     }
 
-    /// What follows the last command taken.
+    /// The bytes that follow the last command taken.
     pub(super) fn into_leftover(self) -> Vec<u8> {
         self.buffer[self.start..].to_vec()
     }
@@ -232,28 +232,28 @@ impl Framer {
     }
 
     fn discard_consumed(&mut self) {
-        let gone = self.start;
-        if gone == 0 {
+        let consumed = self.start;
+        if consumed == 0 {
             return;
         }
-        let left = self.buffer.len() - gone;
-        self.buffer.copy_within(gone.., 0);
+        let left = self.buffer.len() - consumed;
+        self.buffer.copy_within(consumed.., 0);
         self.buffer[left..].zeroize();
         self.buffer.truncate(left);
-        (self.start, self.scanned, self.line) = (0, self.scanned - gone, self.line - gone);
-        self.literal_end = self.literal_end.map(|end| end - gone);
+        (self.start, self.scanned, self.line) = (0, self.scanned - consumed, self.line - consumed);
+        self.literal_end = self.literal_end.map(|end| end - consumed);
     }
 }
 
-/// A literal announced at the end of a line.
+/// The header of a literal, at the end of a line.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct LiteralHeader {
     pub(super) size: usize,
     pub(super) synchronising: bool,
 }
 
-/// Reads `{n}` or `{n+}` at the end of `line`, which still has its line end. A size beyond `usize` is taken as the
-/// largest, which is over every cap.
+/// Parses `{n}` or `{n+}` at the end of `line`, which includes its line end. A size beyond `usize` is replaced by `usize::MAX`, which
+/// exceeds every limit.
 pub(super) fn literal_header(line: &[u8]) -> Option<LiteralHeader> {
     let inner = without_line_end(line).strip_suffix(b"}")?;
     let (inner, synchronising) = match inner.strip_suffix(b"+") {
@@ -288,7 +288,7 @@ mod tests {
     }
 
     #[test]
-    fn announcements() {
+    fn literal_header_is_parsed() {
         let read = |line: &[u8]| literal_header(line).map(|it| (it.size, it.synchronising));
         assert_eq!(read(b"a LOGIN {5}\r\n"), Some((5, true)));
         assert_eq!(read(b"a LOGIN {0+}\n"), Some((0, false)));
@@ -301,7 +301,7 @@ mod tests {
     }
 
     #[test]
-    fn any_split_gives_the_same_commands() {
+    fn commands_are_the_same_at_every_split() {
         let input = b"a NOOP\r\nb LOGIN {2+}\r\n\r\n {3+}\r\nx\ny\nc X";
         for split in 0..=input.len() {
             let mut framer = framer(&input[..split]);
@@ -318,10 +318,10 @@ mod tests {
     }
 
     #[test]
-    fn a_synchronising_literal_waits_for_leave() {
+    fn synchronising_literal_waits_for_the_continuation_request() {
         let mut framer = framer(b"a LOGIN {3}\r\n");
         assert_eq!(framer.command(), Frame::Literal);
-        assert_eq!(framer.command(), Frame::Literal, "asking again changes nothing");
+        assert_eq!(framer.command(), Frame::Literal, "a second call changes nothing");
         framer.accept_literal();
         assert_eq!(framer.command(), Frame::Incomplete);
         framer.input(b"abc x\r\nb");
@@ -331,7 +331,7 @@ mod tests {
     }
 
     #[test]
-    fn an_abandoned_literal_leaves_what_follows() {
+    fn rejected_literal_keeps_the_following_bytes() {
         let mut framer = framer(b"a LOGIN {3}\r\nb NOOP\r\n");
         assert_eq!(framer.command(), Frame::Literal);
         framer.reject_literal();
@@ -340,10 +340,10 @@ mod tests {
     }
 
     #[test]
-    fn caps_hold_to_the_byte() {
+    fn limits_are_exact_to_the_byte() {
         let line = |length: usize| framer(&[vec![b'x'; length], b"\r\n".to_vec()].concat()).command();
         assert_eq!((line(62), line(63)), (Frame::Complete, Frame::LineTooLong));
-        assert_eq!(framer(&[b'x'; 65]).command(), Frame::LineTooLong, "without waiting for the end");
+        assert_eq!(framer(&[b'x'; 65]).command(), Frame::LineTooLong, "the end of the line is not waited for");
         assert_eq!(framer(b"a {32}\r\n").command(), Frame::Literal);
         assert_eq!(framer(b"a {33}\r\n").command(), Frame::LiteralTooLong);
         assert_eq!(framer(b"a {4294967296+}\r\n").command(), Frame::LiteralTooLong);
@@ -354,7 +354,7 @@ mod tests {
     }
 
     #[test]
-    fn a_long_command_leaves_no_memory_behind() {
+    fn long_command_releases_its_memory() {
         let limits = FrameLimits { line: 96 * 1024, literals: 64 * 1024 };
         let command = [&vec![b'x'; 90_000][..], b"\r\n"].concat();
         let mut framer = Framer::new(limits);
@@ -371,28 +371,28 @@ mod tests {
         assert_eq!(framer.into_leftover(), b"b");
     }
 
-    /// The most that a client can make the buffer take, in pieces of any size.
+    /// The maximum size that a client can cause, with input in pieces of any size.
     #[test]
-    fn the_buffer_is_bounded_by_the_caps() {
+    fn buffer_size_is_limited() {
         let limits = FrameLimits { line: 96 * 1024, literals: 64 * 1024 };
         for piece in [1, 100, 4096] {
             let mut framer = Framer::new(limits);
             let hostile = [&b"a LOGIN {65536+}\r\n"[..], &vec![b'x'; 65536], &vec![b'y'; 1 << 20]].concat();
-            let mut most = 0;
+            let mut max = 0;
             for part in hostile.chunks(piece) {
                 framer.input(part);
-                most = most.max(framer.capacity());
+                max = max.max(framer.capacity());
                 if framer.command() != Frame::Incomplete {
                     break;
                 }
             }
             assert_eq!(framer.command(), Frame::LineTooLong);
-            assert!(most <= limits.line + limits.literals + 4096, "{most} with pieces of {piece}");
+            assert!(max <= limits.line + limits.literals + 4096, "{max} with pieces of {piece}");
         }
     }
 
     #[test]
-    fn a_command_may_have_literals_of_its_own_number_and_size() {
+    fn literal_limits_depend_on_the_command() {
         let allowed = |command: &[u8]| match command {
             [b'i', ..] => LiteralLimits { count: 6, bytes: 30 },
             _ => LiteralLimits::FEW,
@@ -410,16 +410,16 @@ mod tests {
     }
 
     #[test]
-    fn every_byte_is_looked_at_once() {
+    fn every_byte_is_scanned_once() {
         let mut framer = Framer::new(FrameLimits { line: 1 << 20, literals: 0 });
-        let mut looked_at = 0;
+        let mut scanned = 0;
         for _ in 0..(1 << 16) {
             framer.input(b"x");
             let before = framer.scanned;
             assert_eq!(framer.command(), Frame::Incomplete);
-            looked_at += framer.scanned - before;
+            scanned += framer.scanned - before;
         }
-        assert_eq!(looked_at, 1 << 16);
+        assert_eq!(scanned, 1 << 16);
     }
 
     #[test]

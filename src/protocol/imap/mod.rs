@@ -1,11 +1,10 @@
-//! IMAP before the login is answered, decided without a socket and without a clock.
+//! IMAP up to the answer to a login, without sockets and clocks.
 //!
-//! Bytes go in, steps come out: [`prelogin`] talks to the client until it has brought credentials, [`backend_login`] to
-//! the server until it has accepted or refused them. After that nothing is parsed any more, so that extensions nobody
-//! has heard of pass. The room reads with a scanner of its own instead of imap-codec, because it must accept what real
-//! clients and servers send and the grammar does not allow (trailing spaces, bare LF, an OK without text), and because
-//! passwords must stay in memory that is wiped; the codec is the oracle of its tests and the voice of the demo's servers. Called by
-//! `session` and `backend::connect`.
+//! [`prelogin`] is the dialogue with the client until it sends credentials, [`backend_login`] the dialogue with the server until
+//! it accepts or refuses them. Both take bytes and return steps. After the login nothing is parsed, so that unknown extensions
+//! pass. The module has its own scanner instead of using imap-codec, because it must accept what real clients and servers send
+//! against the grammar (trailing spaces, bare LF, an OK without text), and because passwords must stay in memory that is wiped.
+//! The tests compare it with imap-codec, and the demo's servers use imap-codec.
 
 pub mod backend_login;
 pub mod capability;

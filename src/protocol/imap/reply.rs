@@ -1,63 +1,63 @@
-//! Every line the proxy says itself, with the response codes of RFC 3501, RFC 5530 and RFC 9051.
+//! The response lines of the proxy itself, with response codes of RFC 3501, RFC 5530 and RFC 9051.
 //!
-//! Nothing a client or server sent is repeated in them but the tag, which is checked. Called by `prelogin` and `session`.
+//! They contain nothing that a client or server has sent, except the client's tag, which is validated.
 
 use super::tag::Tag;
 
-/// The end of the greeting.
+/// The text of the greeting.
 pub(super) const READY: &str = "Vestibule ready.";
 
-/// `tag OK text`.
+/// Appends `tag OK text`.
 pub(super) fn ok(tag: &Tag, text: &str, out: &mut Vec<u8>) {
     line(out, &[tag.as_str(), " OK ", text]);
 }
 
-/// `tag NO text`.
+/// Appends `tag NO text`.
 pub(super) fn no(tag: &Tag, text: &str, out: &mut Vec<u8>) {
     line(out, &[tag.as_str(), " NO ", text]);
 }
 
-/// `tag BAD text`, or untagged where there is no tag that could be repeated.
+/// Appends `tag BAD text`, or an untagged BAD if the tag is missing or invalid.
 pub(super) fn bad(tag: Option<&Tag>, text: &str, out: &mut Vec<u8>) {
     line(out, &[tag.map_or("*", Tag::as_str), " BAD ", text]);
 }
 
-/// `* text`.
+/// Appends `* text`.
 pub(super) fn untagged(text: &str, out: &mut Vec<u8>) {
     line(out, &["* ", text]);
 }
 
-/// `* BYE text`.
+/// Appends `* BYE text`.
 pub(super) fn bye(text: &str, out: &mut Vec<u8>) {
     line(out, &["* BYE ", text]);
 }
 
-/// The wrong password, the unknown user: one answer for both, unless a route has words of its own.
+/// Refuses a wrong password or an unknown user, with the same reply for both unless a route sets `text`.
 pub fn authentication_failed(tag: &Tag, text: Option<&str>) -> Vec<u8> {
     let mut out = Vec::new();
     line(&mut out, &[tag.as_str(), " NO [AUTHENTICATIONFAILED] ", text.unwrap_or("Authentication failed.")]);
     out
 }
 
-/// What follows the tag and its space in a complete reply line.
+/// Returns the part of a complete reply line after the tag and its space.
 pub fn without_tag(reply: &[u8]) -> Option<&[u8]> {
     let tag = reply.iter().position(|byte| *byte == b' ')?;
     reply[tag + 1..].strip_suffix(b"\r\n").filter(|answer| !answer.contains(&b'\n'))
 }
 
-/// A reply line with this tag: the opposite of [`without_tag`].
+/// Returns a reply line with this tag: the inverse of [`without_tag`].
 pub fn with_tag(tag: &Tag, answer: &[u8]) -> Vec<u8> {
     [tag.as_str().as_bytes(), b" ", answer, b"\r\n"].concat()
 }
 
-/// A refusal, and the connection ends.
+/// Appends a BYE to a refusal, after which the connection is closed.
 pub fn refusal_with_bye(mut refusal: Vec<u8>) -> Vec<u8> {
     bye("Authentication failed.", &mut refusal);
     refusal
 }
 
-/// The login is ended while the client is asked for its next SASL message. The connection ends too: a message that is on
-/// its way would otherwise be read as a command.
+/// Ends a login while the client has to send its next SASL message. The connection closes too, because a message that is already
+/// on its way would be read as a command.
 pub fn exchange_cancelled(tag: &Tag) -> Vec<u8> {
     let mut out = Vec::new();
     unavailable(tag, &mut out);
@@ -65,40 +65,40 @@ pub fn exchange_cancelled(tag: &Tag) -> Vec<u8> {
     out
 }
 
-/// The client asked for another user's mailbox and may not.
+/// Refuses access to another user's mailbox.
 pub fn authorization_failed(tag: &Tag) -> Vec<u8> {
     let mut out = Vec::new();
     no(tag, "[AUTHORIZATIONFAILED] Logging in on behalf of another user is not allowed.", &mut out);
     out
 }
 
-/// The login is refused for good, for the operator's reason.
+/// Refuses a login permanently, with the operator's text.
 pub fn contact_admin(tag: &Tag, text: &str) -> Vec<u8> {
     let mut out = Vec::new();
     line(&mut out, &[tag.as_str(), " NO [CONTACTADMIN] ", text]);
     out
 }
 
-/// The login is refused for now, for the operator's reason.
+/// Refuses a login temporarily, with the operator's text.
 pub fn maintenance(tag: &Tag, text: &str) -> Vec<u8> {
     let mut out = Vec::new();
     line(&mut out, &[tag.as_str(), " NO [UNAVAILABLE] ", text]);
     out
 }
 
-/// Too many, of attempts or of sessions (RFC 5530).
+/// Refuses a login because of a limit of attempts or sessions (RFC 5530).
 pub fn limit(tag: &Tag, text: &str) -> Vec<u8> {
     let mut out = Vec::new();
     line(&mut out, &[tag.as_str(), " NO [LIMIT] ", text]);
     out
 }
 
-/// No server could answer; the client may try again on the same connection.
+/// Reports that no server could verify the login; the client may try again on the same connection.
 pub(super) fn unavailable(tag: &Tag, out: &mut Vec<u8>) {
     no(tag, "[UNAVAILABLE] The mailbox is temporarily unavailable, try again later.", out);
 }
 
-/// A password was about to travel in clear.
+/// Refuses a login on a plaintext connection.
 pub(super) fn privacy_required(tag: &Tag, out: &mut Vec<u8>) {
     no(tag, "[PRIVACYREQUIRED] Login is not allowed without TLS: use STARTTLS first.", out);
 }

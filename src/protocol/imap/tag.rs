@@ -2,15 +2,15 @@
 
 use std::fmt;
 
-/// Longer tags are refused, as Dovecot does: echoing them would help cross-protocol attacks.
+/// Maximum length of a tag, as in Dovecot: echoing longer tags would help cross-protocol attacks.
 const MAX: usize = 126;
 
-/// 1 to 126 characters that RFC 9051 allows in a tag: ASTRING-CHAR without `+`. Safe to send back.
+/// A tag of 1 to 126 characters that RFC 9051 allows (ASTRING-CHAR without `+`), which is safe to echo.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Tag(Box<str>);
 
 impl Tag {
-    /// Checks `bytes`; `None` where they are no tag.
+    /// Validates `bytes`; returns `None` if they are not a tag.
     pub fn new(bytes: &[u8]) -> Option<Self> {
         let allowed = |byte: &u8| byte.is_ascii_graphic() && !br#"(){%*"\+"#.contains(byte);
         if bytes.is_empty() || bytes.len() > MAX || !bytes.iter().all(allowed) {
@@ -19,7 +19,7 @@ impl Tag {
         std::str::from_utf8(bytes).ok().map(|text| Self(text.into()))
     }
 
-    /// As the client sent it.
+    /// The tag as the client sent it.
     pub fn as_str(&self) -> &str {
         &self.0
     }
@@ -36,7 +36,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn tags_of_the_grammar_and_no_others() {
+    fn tag_accepts_exactly_the_grammar() {
         for good in ["a", "A0001", "a:b", "a/b", "a=b", "a]b", "1.2-3_4", &"x".repeat(126)] {
             assert!(Tag::new(good.as_bytes()).is_some(), "{good}");
         }

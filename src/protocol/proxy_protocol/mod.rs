@@ -1,9 +1,8 @@
-//! PROXY protocol headers, versions 1 and 2 (the HAProxy specification, sections 2.1 and 2.2): how a balancer says whose connection it
-//! passes on.
+//! PROXY protocol headers, versions 1 and 2 (HAProxy's specification, sections 2.1 and 2.2), in which a load balancer sends the
+//! addresses of the client.
 //!
-//! Bytes in, bytes out. [`parse`] reads what a balancer in front of us says, [`header_v1`] and [`header_v2`] write what servers
-//! are told. Whether a header may be believed is not known here: `session` asks for one only where the configuration names
-//! the sender's network. Called by `session` and `backend::connect`.
+//! [`parse`] reads the header of a balancer, [`header_v1`] and [`header_v2`] create headers for servers. The module does not decide
+//! whether a header is trusted: `session` reads one only if the configuration lists the sender's network.
 
 mod read;
 #[cfg(test)]
@@ -14,21 +13,21 @@ mod write;
 pub use self::read::{Detection, Header, MalformedHeader, Origin, detect, parse};
 pub use self::write::{LOCAL_V1, header_v1, header_v2, local_v2};
 
-/// First twelve bytes of version 2.
+/// The first twelve bytes of version 2.
 const SIGNATURE: &[u8; 12] = b"\r\n\r\n\0\r\nQUIT\n";
 
-/// Signature, version and command, family, and two bytes of length.
-const FIXED: usize = 16;
+/// Size of the signature, version and command, family, and length.
+const FIXED_SIZE: usize = 16;
 
-/// How a client came over TLS, as TLVs carry it.
+/// The client's TLS connection, as described by the TLVs of a header.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct ClientTlsInfo<'a> {
-    /// As log records write it: `TLSv1.3`; `unknown` where the balancer did not say.
+    /// The TLS version, such as `TLSv1.3`, or `unknown` if the balancer does not send it.
     pub version: &'static str,
-    /// The name that the client asked for (SNI): text without blanks and controls, up to 255 bytes.
+    /// The server name that the client requested (SNI): up to 255 bytes, without white space and control characters.
     pub server_name: Option<&'a str>,
-    /// Whether `imap` was agreed on by ALPN.
+    /// Whether `imap` was negotiated by ALPN.
     pub alpn: bool,
-    /// Whether the client showed a certificate that was verified.
+    /// Whether the client presented a certificate that was verified.
     pub certificate: bool,
 }

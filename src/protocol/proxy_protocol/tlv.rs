@@ -1,30 +1,29 @@
-//! The fields that follow the addresses in version 2 (the HAProxy specification, section 2.2): their numbers, and reading and
-//! writing them one by one.
+//! TLVs that follow the addresses in version 2 (HAProxy's specification, section 2.2).
 
 use crc::{CRC_32_ISCSI, Crc, Digest};
 
-/// Numbers of fields.
+/// Types of TLVs.
 pub(super) mod kind {
     pub(in crate::protocol::proxy_protocol) const ALPN: u8 = 0x01;
     pub(in crate::protocol::proxy_protocol) const AUTHORITY: u8 = 0x02;
     pub(in crate::protocol::proxy_protocol) const CRC32C: u8 = 0x03;
     pub(in crate::protocol::proxy_protocol) const SSL: u8 = 0x20;
-    /// Inside of [`SSL`].
+    /// A TLV within [`SSL`].
     pub(in crate::protocol::proxy_protocol) const SSL_VERSION: u8 = 0x21;
 }
 
-/// The client came over TLS.
+/// The client uses TLS.
 pub(super) const CLIENT_SSL: u8 = 0x01;
-/// The client showed a certificate, in this connection or in the session that it resumed.
+/// The client has presented a certificate, in this connection or in the TLS session that it resumed.
 pub(super) const CLIENT_CERTIFICATE: u8 = 0x02 | 0x04;
-/// The same, of this connection.
+/// The client has presented a certificate in this connection.
 pub(super) const CLIENT_CERTIFICATE_NOW: u8 = 0x02;
 
-/// Names of TLS versions: in log lines, and in headers.
+/// Names of TLS versions: in log records, and in headers.
 pub(super) const VERSIONS: &[(&str, &str)] =
     &[("TLSv1.3", "TLSv1.3"), ("TLSv1.2", "TLSv1.2"), ("TLSv1.1", "TLSv1.1"), ("TLSv1.0", "TLSv1")];
 
-/// Takes the next field off `bytes`: its number and value. `Err`: there is half a one.
+/// Takes the next TLV off `bytes`, and returns its type and value. An error means that it is incomplete.
 pub(super) fn next<'a>(bytes: &mut &'a [u8]) -> Option<Result<(u8, &'a [u8]), ()>> {
     let (&number, rest) = bytes.split_first()?;
     let parts =
@@ -34,14 +33,14 @@ pub(super) fn next<'a>(bytes: &mut &'a [u8]) -> Option<Result<(u8, &'a [u8]), ()
     Some(Ok((number, value)))
 }
 
-/// Adds a field. A value is some hundred bytes at most.
+/// Appends a TLV. Values have at most a few hundred bytes.
 pub(super) fn put(out: &mut Vec<u8>, number: u8, value: &[u8]) {
     out.push(number);
     out.extend(u16::try_from(value.len()).unwrap_or(u16::MAX).to_be_bytes());
     out.extend(value);
 }
 
-/// The sum over a header whose field for it holds zeros.
+/// Returns the CRC-32C of a header in which the checksum itself is zero.
 pub(super) fn checksum(parts: [&[u8]; 3]) -> [u8; 4] {
     const CRC32C: Crc<u32> = Crc::<u32>::new(&CRC_32_ISCSI);
     let mut digest: Digest<'_, u32> = CRC32C.digest();

@@ -1,4 +1,4 @@
-//! What the dialogue with a server is given, and the steps that it returns.
+//! Input of the login dialogue with a server, and the steps that it returns.
 
 use super::command::LoginForms;
 use super::fault::ServerFault;
@@ -9,110 +9,110 @@ use crate::protocol::imap::client_id::IdPair;
 use crate::protocol::imap::refusal::RefusalKind;
 use crate::protocol::imap::tag::Tag;
 
-/// One login to be made on one connection.
+/// A login to be made on one connection.
 #[derive(Debug)]
 pub struct LoginAttempt<'a> {
-    /// What to log in with; none: only to see what the server offers.
+    /// The credentials. `None`: only the server's capabilities are queried.
     pub login: Option<ServerLogin<'a>>,
-    /// What the answer is given under.
+    /// The client's tag, which replaces the tag of the server's answer.
     pub tag: &'a Tag,
-    /// Demand TLS before anything else.
+    /// Whether STARTTLS is required before the login.
     pub starttls: bool,
-    /// Pairs for ID; none: no ID is sent.
+    /// Fields of the ID command, which is not sent if there are none.
     pub id: Vec<IdPair>,
-    /// Bytes of a line.
+    /// Maximum size of a line in bytes.
     pub max_line: usize,
-    /// Untagged lines before the answer.
+    /// Maximum number of untagged lines before the answer.
     pub max_untagged_lines: usize,
-    /// Bytes of them together.
+    /// Maximum total size of the untagged lines before the answer, in bytes.
     pub max_untagged_bytes: usize,
-    /// How the backend wants its servers logged in to, and their answers understood.
+    /// The backend's rules for logins.
     pub rules: DialogueRules<'a>,
 }
 
-/// How a backend's servers are logged in to, and how their answers are understood.
+/// A backend's rules: how the proxy logs in on its servers, and how their answers are interpreted.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct DialogueRules<'a> {
     /// The form in which a password is sent.
     pub login_with: LoginWith,
-    /// The command that the client used; `None`: the login is the proxy's own.
+    /// The command that the client used, or `None` for a login of the proxy itself.
     pub client: Option<Mechanism>,
     /// Whether all sessions of a user must be on one server.
     pub one_server_per_user: bool,
-    /// Texts of a refusal that mean an outage, in lower case, beside those that are built in.
+    /// Parts of refusal texts that mean an outage, in lower case, in addition to the built-in ones.
     pub unavailable_texts: &'a [String],
-    /// Texts of a refusal that mean a limit of the user.
+    /// Parts of refusal texts that mean a limit of the user, likewise.
     pub limit_texts: &'a [String],
-    /// What earlier logins have shown about the server.
+    /// Forms that the server rejected in earlier logins.
     pub unsupported_forms: Option<UnsupportedForms>,
 }
 
-/// LoginForms of the login that a server does not understand although its capabilities list them.
+/// Forms of the login that a server rejects although its capabilities list them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct UnsupportedForms {
-    /// Fingerprint of the capabilities: other ones may mean another server.
+    /// Fingerprint of the capabilities. If they change, the server may be another one.
     pub(super) capabilities: u64,
-    pub(super) rejected: LoginForms,
+    pub(super) forms: LoginForms,
 }
 
-/// What the caller does next; what is in `out` is sent first.
+/// What the caller must do next, after it has sent the bytes in `out`.
 #[derive(Debug)]
 pub enum LoginStep {
-    /// Read more.
+    /// Read from the server, and pass the bytes to `BackendLogin::input`.
     NeedInput,
-    /// Perform the handshake, then call `BackendLogin::tls_established`.
+    /// Perform the TLS handshake, then call `BackendLogin::tls_established`.
     StartTls,
-    /// Logged in: these bytes are the client's.
+    /// The server has accepted the login.
     Accepted {
-        /// Untagged lines, the OK under the client's tag, and what followed it.
+        /// Bytes for the client: untagged lines, the OK under the client's tag, and the bytes that followed it.
         to_client: Vec<u8>,
     },
-    /// The server said no.
+    /// The server has refused the login.
     Refused {
-        /// A complete line under the client's tag.
+        /// A complete line for the client, under its tag.
         reply: Vec<u8>,
         /// Whether it is a failed login.
         kind: RefusalKind,
     },
-    /// The server asks the client something: this is what follows `+ `. The answer goes to `BackendLogin::respond`.
+    /// The server has sent this challenge, which the client must answer: pass the response to `BackendLogin::respond`.
     Challenge(Vec<u8>),
-    /// The server knows where the user is: elsewhere.
+    /// The server refers the user to another server.
     Referred(Referral),
-    /// There was nothing to log in with, and this is what the server offers.
+    /// The server's capabilities, if there were no credentials.
     Probed(ServerCapabilities),
-    /// The server could not answer.
+    /// The server could not verify the login.
     Unavailable(Unavailable),
 }
 
-/// A login that the server could not answer, and what follows from that.
+/// A login that the server could not verify, and the verdict.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Unavailable {
-    /// What went wrong.
+    /// The fault.
     pub fault: ServerFault,
-    /// Whether another server is tried, or this one again, and what its health learns.
+    /// Whether another server or this one again is tried, and the effect on the server's health.
     pub verdict: Verdict,
-    /// The server's own words as a complete line under the client's tag.
+    /// The server's text as a complete line for the client, under its tag.
     pub reply: Option<Vec<u8>>,
-    /// The beginning of the server's line, for logs: escaped, and without anything secret.
+    /// The beginning of the server's line for logs: escaped, and without secrets.
     pub excerpt: Option<String>,
 }
 
-/// Where a server sends a user to (RFC 2221).
+/// The server to which a login is referred (RFC 2221).
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Referral {
     /// An address or a DNS name, in lower case.
     pub host: String,
-    /// 143 where none is given (RFC 5092 section 2).
+    /// The port, 143 by default (RFC 5092 section 2).
     pub port: u16,
-    /// The server's answer for the client, should it not be followed.
+    /// The server's answer for the client, for referrals that are not followed.
     pub reply: Vec<u8>,
 }
 
-/// What the server said to an ID with fields that only trusted proxies may send.
+/// A server's answer to an ID with fields that only trusted proxies may send.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum IdAnswer {
-    /// "Trusted ID completed.", as Dovecot has it since 2.4.
+    /// "Trusted ID completed.", which Dovecot sends since 2.4.
     Trusted,
-    /// Anything else. Dovecot before 2.4 answers the same whether or not it trusts.
+    /// Any other answer. Dovecot before 2.4 sends the same answer to trusted and untrusted clients.
     Ambiguous,
 }

@@ -1,4 +1,4 @@
-//! The commands that log in on a server, in the form that server takes. Called by `backend_login`.
+//! The login commands for a server, in the forms that it supports.
 
 use zeroize::Zeroizing;
 
@@ -8,13 +8,14 @@ use crate::protocol::imap::capability::CapabilityList;
 use crate::protocol::imap::client_id::IdPair;
 use crate::protocol::imap::sasl;
 
-/// A login process of Dovecot reads 1 KiB of command line; a longer initial response waits to be asked for.
+/// Maximum size of an initial response in bytes of base64. Dovecot's login process reads 1 KiB of a command line; a longer
+/// response is sent after a continuation request.
 const MAX_INITIAL_RESPONSE: usize = 900;
-/// The same of LOGIN's two arguments.
+/// Maximum total size of LOGIN's two arguments, for the same reason.
 const MAX_LOGIN_ARGUMENTS: usize = 980;
-/// BAD to a longer response may be due to its length, in bytes of base64.
-const MAX_TELLING_RESPONSE: usize = 256;
-/// RFC 7888 section 5: with LITERAL- only these may go without being asked for.
+/// Up to this size, in bytes of base64, a BAD is not caused by the length of the response.
+const MAX_CONCLUSIVE_RESPONSE: usize = 256;
+/// Maximum size of a non-synchronising literal with LITERAL- (RFC 7888 section 5).
 const MAX_LITERAL_MINUS: usize = 4096;
 
 /// A form of the login command.
@@ -22,13 +23,13 @@ const MAX_LITERAL_MINUS: usize = 4096;
 pub(super) enum LoginForm {
     /// AUTHENTICATE with the response in the command (RFC 4959).
     InitialResponse = 1,
-    /// AUTHENTICATE, and the response when the server asks for it.
+    /// AUTHENTICATE with the response after a continuation request.
     Continuation = 2,
-    /// LOGIN.
+    /// The LOGIN command.
     Command = 4,
 }
 
-/// A set of forms.
+/// A set of login forms.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub(super) struct LoginForms(u8);
 
@@ -50,8 +51,8 @@ impl LoginForms {
     }
 }
 
-/// LoginForms in which `login` can be made on a server with these capabilities, the best one first. `client` is the command
-/// that the client used; `None`: the login is the proxy's own.
+/// Returns the forms in which a server with these capabilities accepts `login`, the preferred one first. `client` is the command
+/// that the client used, or `None` for a login of the proxy itself.
 pub(super) fn forms(
     login: &ServerLogin<'_>,
     capabilities: &CapabilityList,
@@ -61,7 +62,7 @@ pub(super) fn forms(
     use LoginForm::{Command, Continuation, InitialResponse};
     let has_mechanism = capabilities.mechanisms().has(mechanism(login));
     let (order, may_login): (&[LoginForm], bool) = match login {
-        // The rest of the exchange is between client and server: only this mechanism will do.
+        // Client and server continue the exchange, so it must be this mechanism.
         ServerLogin::Relayed { .. } if !has_mechanism => return Err(ServerFault::MechanismUnsupported),
         ServerLogin::Relayed { .. } => (&[InitialResponse, Continuation], false),
         ServerLogin::Password(PasswordLogin { authzid: Some(_), .. }) if !has_mechanism => {
@@ -80,7 +81,7 @@ pub(super) fn forms(
     });
     let available: Vec<LoginForm> = available.collect();
     match available.is_empty() {
-        // The client chose the command: it must not be able to make the server look unhealthy.
+        // The client chose the command, and must not be able to mark the server as failed.
         true if with == LoginWith::AsClient && client.is_some() => Err(ServerFault::MechanismUnsupported),
         true => Err(ServerFault::LoginDisabled),
         false => Ok(available),
@@ -94,7 +95,7 @@ fn password_forms(password: &PasswordLogin<'_>, with: LoginWith, client: Option<
     let is_login = matches!(client, Some(Mechanism::Login | Mechanism::SaslLogin));
     let is_plain = client == Some(Mechanism::SaslPlain);
     match with {
-        // LOGIN cannot carry it.
+        // LOGIN has no authorization identity.
         _ if password.authzid.is_some() => PLAIN,
         LoginWith::Plain => PLAIN,
         LoginWith::Login => &[Command],
@@ -104,12 +105,12 @@ fn password_forms(password: &PasswordLogin<'_>, with: LoginWith, client: Option<
             &[Command, InitialResponse, Continuation]
         }
         LoginWith::Automatic | LoginWith::AsClient if is_login || is_plain => &[InitialResponse, Continuation, Command],
-        // The one round trip is worth more than the form.
+        // Saving a round trip is preferred to keeping the client's command.
         LoginWith::Automatic | LoginWith::AsClient => &[InitialResponse, Command, Continuation],
     }
 }
 
-/// Whether LOGIN takes one line that every server reads, in ASCII as RFC 3501 has it.
+/// Whether the LOGIN command is a single line that every server accepts, in ASCII as in RFC 3501.
 fn fits_login(password: &PasswordLogin<'_>) -> bool {
     let arguments = [password.user.as_str().as_bytes(), password.password.expose()];
     arguments.iter().all(|argument| is_quotable(argument))
@@ -130,25 +131,25 @@ fn sasl_name(login: &ServerLogin<'_>) -> &'static str {
     }
 }
 
-/// Those of the `rejected` forms that the server does not understand. For the others BAD may be due to the credentials: a
-/// long response, or special characters in an argument of LOGIN. A user must not be able to change how others log in.
-pub(super) fn not_understood(login: &ServerLogin<'_>, rejected: LoginForms) -> LoginForms {
+/// Returns the `rejected` forms that the server does not support. BAD to the other ones may be caused by the credentials: a long
+/// response, or special characters in an argument of LOGIN. A user must not be able to change how other users are logged in.
+pub(super) fn unsupported(login: &ServerLogin<'_>, rejected: LoginForms) -> LoginForms {
     let is_plain = |bytes: &[u8]| bytes.iter().all(|byte| byte.is_ascii_alphanumeric() || b".-_@".contains(byte));
     let is_simple = match login {
         ServerLogin::Password(it) => is_plain(it.user.as_str().as_bytes()) && is_plain(it.password.expose()),
         ServerLogin::Relayed { .. } => false,
     };
-    let mut shown = LoginForms::default();
-    if response(login).len() <= MAX_TELLING_RESPONSE {
+    let mut unsupported = LoginForms::default();
+    if response(login).len() <= MAX_CONCLUSIVE_RESPONSE {
         let forms = [LoginForm::InitialResponse, LoginForm::Continuation, LoginForm::Command].into_iter();
         forms
             .filter(|form| rejected.has(*form) && (*form != LoginForm::Command || is_simple))
-            .for_each(|form| shown.insert(form));
+            .for_each(|form| unsupported.insert(form));
     }
-    shown
+    unsupported
 }
 
-/// The response to AUTHENTICATE, in base64.
+/// Returns the response to AUTHENTICATE in base64.
 pub(super) fn response(login: &ServerLogin<'_>) -> Zeroizing<Vec<u8>> {
     match login {
         ServerLogin::Password(password) => sasl::plain_response(password),
@@ -156,7 +157,7 @@ pub(super) fn response(login: &ServerLogin<'_>) -> Zeroizing<Vec<u8>> {
     }
 }
 
-/// The login command in parts: the first is sent at once, each further one when the server asks for it.
+/// Returns the login command in parts: the first is sent at once, each further part after a continuation request.
 pub(super) fn in_form(
     login: &ServerLogin<'_>,
     form: LoginForm,
@@ -189,7 +190,7 @@ fn login_command(credentials: &PasswordLogin<'_>, capabilities: &CapabilityList)
     parts
 }
 
-/// RFC 3501 section 9: quoted strings are 7-bit, without CR, LF and NUL.
+/// Whether `bytes` can be sent as a quoted string: 7-bit, without CR, LF and NUL (RFC 3501 section 9).
 fn is_quotable(bytes: &[u8]) -> bool {
     bytes.iter().all(|byte| byte.is_ascii() && !matches!(byte, 0 | b'\r' | b'\n'))
 }
@@ -207,12 +208,12 @@ fn quoted(bytes: &[u8]) -> Zeroizing<Vec<u8>> {
     quoted
 }
 
-/// One allocation of the right size: nothing is left behind by a growing buffer.
+/// Concatenates in one allocation, because a buffer that grows leaves parts of a secret in memory.
 pub(super) fn joined(parts: &[&[u8]]) -> Zeroizing<Vec<u8>> {
     Zeroizing::new(parts.concat())
 }
 
-/// `I ID (…)`. Pairs that cannot be quoted are left out.
+/// Appends `I ID (…)`. Fields that cannot be quoted are omitted.
 pub(super) fn id(pairs: &[IdPair], out: &mut Zeroizing<Vec<u8>>) {
     out.extend_from_slice(b"I ID (");
     let sendable = pairs.iter().filter(|(key, value)| is_quotable(key) && value.as_deref().is_none_or(is_quotable));

@@ -1,9 +1,9 @@
-//! The server until it has accepted or refused a login: bytes in, bytes and steps out.
+//! The dialogue with a server until it accepts or refuses a login: takes bytes, returns bytes and steps.
 //!
-//! The login takes a form that the server can take (see [`command::forms`]), and the next form if the server answers
-//! BAD. A mechanism that is relayed goes as it came, challenge by challenge. One round trip if the greeting carries
-//! capabilities. What the server sends is untrusted: bounded, matched by exact tag, and forgotten when TLS begins. What
-//! an answer means is decided by [`verdict::decide`] alone. Called by `backend::connect`.
+//! The login is sent in a form that the server supports (see [`command::forms`]), and in the next form if the server answers
+//! BAD. The messages of a relayed mechanism are passed on unchanged. A login takes one round trip if the greeting lists the
+//! capabilities. Input from the server is untrusted: its size is limited, tags must match exactly, and everything received in
+//! plaintext is discarded when TLS starts. Only [`verdict::decide`] decides what an answer means.
 
 mod attempt;
 mod command;
@@ -19,56 +19,56 @@ use zeroize::Zeroizing;
 pub use self::attempt::{DialogueRules, IdAnswer, LoginAttempt, LoginStep, Referral, Unavailable, UnsupportedForms};
 use self::command::{LoginForm, LoginForms};
 pub use self::fault::ServerFault;
-use self::response::{Line, Status, is_word, referred, status};
+use self::response::{Line, Status, referral_target, starts_with_word, status};
 use self::verdict::{Action, LONG_PASSWORD, LoginStage, ServerAnswer, Verdict};
 use super::capability::{self, CapabilityList, ServerCapabilities};
 use super::framing::{FrameLimits, Framer, LineFrame, literal_header, without_line_end};
 use super::refusal::RefusalKind;
 use crate::identity::{ServerLogin, append_wiped};
 
-/// SCRAM has two, a refused token one.
+/// Maximum number of challenges in one login. SCRAM has two, a refused token one.
 const MAX_CHALLENGES: usize = 4;
 
-/// The dialogue so far.
+/// The state of the dialogue.
 #[derive(Debug)]
 pub struct BackendLogin<'a> {
     attempt: LoginAttempt<'a>,
     framer: Framer,
     phase: Phase,
     encrypted: bool,
-    /// As last heard; nothing while unknown.
+    /// The list that the server sent last, or `None` if it has sent none.
     capabilities: Option<CapabilityList>,
-    /// LoginForms of the login that the server offers, the best one first.
+    /// Forms of the login that the server supports, the preferred one first.
     forms: Vec<LoginForm>,
-    /// LoginForms that the server has answered with BAD.
+    /// Forms to which the server has answered BAD.
     rejected: LoginForms,
-    /// The form that was sent last.
+    /// The form that was sent last, if any.
     form: Option<LoginForm>,
-    /// Whether it was sent after BAD to another one on this connection.
+    /// Whether the server has answered BAD to another form on this connection.
     retried: bool,
-    /// Whether the server got the login on an earlier connection.
+    /// Whether the login was sent on an earlier connection.
     reconnected: bool,
-    /// Fingerprint of the capabilities that the forms were chosen by.
+    /// Fingerprint of the capabilities by which the forms were chosen.
     offered: u64,
-    /// Parts of the login that wait to be asked for.
+    /// Parts of the login that are sent after a continuation request each.
     parts: std::vec::IntoIter<Zeroizing<Vec<u8>>>,
-    /// The client's answer to a challenge, to be sent.
+    /// The client's response to a challenge, which the next step sends.
     response: Option<Zeroizing<Vec<u8>>>,
     challenges: usize,
-    /// What the server said to our ID.
+    /// The server's answer to the ID command.
     id_answer: Option<IdAnswer>,
-    /// For the client, ahead of the answer.
+    /// Untagged lines that the client receives before the answer.
     untagged: Vec<u8>,
     untagged_lines: usize,
-    /// Whether a list of capabilities names UNAUTHENTICATE.
+    /// Whether a capability list has contained UNAUTHENTICATE.
     unauthenticate: bool,
-    /// A CAPABILITY line came with the login's answer.
-    told_after_login: bool,
-    /// The server's OK without its tag, while its capabilities are asked for.
+    /// Whether a CAPABILITY line came with the answer to the login.
+    capabilities_after_login: bool,
+    /// The text of the server's OK while its capabilities are queried.
     accepted: Vec<u8>,
 }
 
-/// What the server is expected to answer.
+/// The command or event that the server is expected to answer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Phase {
     Greeting,
@@ -81,7 +81,7 @@ enum Phase {
 }
 
 impl<'a> BackendLogin<'a> {
-    /// For a fresh connection, before its greeting.
+    /// Starts the dialogue of a new connection, before the greeting.
     pub fn new(attempt: LoginAttempt<'a>) -> Self {
         let limits = FrameLimits { line: attempt.max_line, literals: 0 };
         Self {
@@ -103,17 +103,17 @@ impl<'a> BackendLogin<'a> {
             untagged: Vec::new(),
             untagged_lines: 0,
             unauthenticate: false,
-            told_after_login: false,
+            capabilities_after_login: false,
             accepted: Vec::new(),
         }
     }
 
-    /// Bytes from the server.
+    /// Adds bytes received from the server.
     pub fn input(&mut self, bytes: &[u8]) {
         self.framer.input(bytes);
     }
 
-    /// The handshake succeeded: what was heard before it counts for nothing.
+    /// Continues after the TLS handshake, and discards everything that was received in plaintext.
     pub fn tls_established(&mut self) {
         self.encrypted = true;
         self.capabilities = None;
@@ -121,7 +121,7 @@ impl<'a> BackendLogin<'a> {
         self.untagged_lines = 0;
     }
 
-    /// The login goes on over a new connection to the same server, from its greeting.
+    /// Restarts the login on a new connection to the same server.
     pub fn reconnected(&mut self) {
         self.framer = Framer::new(FrameLimits { line: self.attempt.max_line, literals: 0 });
         self.phase = Phase::Greeting;
@@ -131,39 +131,39 @@ impl<'a> BackendLogin<'a> {
         self.id_answer = None;
         self.untagged.clear();
         self.untagged_lines = 0;
-        self.told_after_login = false;
+        self.capabilities_after_login = false;
         self.accepted.clear();
         (self.retried, self.reconnected) = (false, true);
     }
 
-    /// The client's answer to [`LoginStep::Challenge`], as it stands in its line.
+    /// Sends the client's response to [`LoginStep::Challenge`]. `line` is still in base64.
     pub fn respond(&mut self, line: &[u8]) {
         self.response = Some(command::joined(&[line, b"\r\n"]));
     }
 
-    /// What the server said to our ID, if it was sent and answered.
+    /// The server's answer to the ID command, if it was sent and answered.
     pub fn id_answer(&self) -> Option<IdAnswer> {
         self.id_answer
     }
 
-    /// Whether the server has UNAUTHENTICATE (RFC 8437), as far as its capabilities have been seen.
+    /// Whether a capability list of the server has contained UNAUTHENTICATE (RFC 8437).
     pub fn advertises_unauthenticate(&self) -> bool {
         self.unauthenticate
     }
 
-    fn note(&mut self, capabilities: &CapabilityList) {
+    fn note_unauthenticate(&mut self, capabilities: &CapabilityList) {
         self.unauthenticate |= capabilities.has("UNAUTHENTICATE");
     }
 
-    /// What the server offers before login, as far as it is known.
-    pub fn offer(&self) -> Option<ServerCapabilities> {
-        // After the login the list is about other things.
+    /// The server's capabilities before login, if they are known.
+    pub fn server_capabilities(&self) -> Option<ServerCapabilities> {
+        // The list changes at login.
         let is_before = !matches!(self.phase, Phase::CapabilityAfterLogin | Phase::LoggedIn);
         let capabilities = self.capabilities.as_ref().filter(|_| is_before)?;
-        Some(capabilities.offer())
+        Some(capabilities.server_capabilities())
     }
 
-    /// What is waited for, for logs.
+    /// The state of the dialogue, for logs.
     pub fn state(&self) -> &'static str {
         match self.phase {
             Phase::Greeting => "waiting for the greeting",
@@ -176,25 +176,25 @@ impl<'a> BackendLogin<'a> {
         }
     }
 
-    /// LoginForms that the server has shown not to understand, once it has accepted the login in another one.
+    /// Returns the forms to which the server answered BAD, once it has accepted the login in another form.
     pub fn unsupported_forms(&self) -> Option<UnsupportedForms> {
         let login = self.attempt.login.as_ref().filter(|_| self.phase == Phase::LoggedIn)?;
-        let shown = command::not_understood(login, self.rejected);
-        let learned = UnsupportedForms { capabilities: self.offered, rejected: shown.or(self.known_rejected()) };
-        (!shown.is_empty()).then_some(learned)
+        let unsupported = command::unsupported(login, self.rejected);
+        let all = UnsupportedForms { capabilities: self.offered, forms: unsupported.or(self.known_unsupported()) };
+        (!unsupported.is_empty()).then_some(all)
     }
 
-    /// Whether the login was sent and no other server would be tried if this one did not answer.
+    /// Whether the login was sent, and no other server is tried if this one does not answer.
     pub fn is_bound_to_server(&self) -> bool {
         self.login_sent() && self.failed(ServerFault::Timeout).verdict.action == Action::GiveUp
     }
 
-    /// Decides about a fault that the caller has noticed.
+    /// Returns the verdict about a fault that the caller has detected.
     pub fn failed(&self, fault: ServerFault) -> Unavailable {
         Unavailable { fault, verdict: self.verdict(ServerAnswer::Fault(fault)), reply: None, excerpt: None }
     }
 
-    /// Goes on as far as the input allows; what the server is to be sent is appended to `out`.
+    /// Processes the input up to the next step, and appends bytes for the server to `out`.
     pub fn step(&mut self, out: &mut Zeroizing<Vec<u8>>) -> LoginStep {
         if self.phase == Phase::Handshake {
             match self.proceed(out) {
@@ -259,9 +259,9 @@ impl<'a> BackendLogin<'a> {
         }
     }
 
-    fn known_rejected(&self) -> LoginForms {
-        let learned = self.attempt.rules.unsupported_forms.filter(|learned| learned.capabilities == self.offered);
-        learned.map(|learned| learned.rejected).unwrap_or_default()
+    fn known_unsupported(&self) -> LoginForms {
+        let known = self.attempt.rules.unsupported_forms.filter(|known| known.capabilities == self.offered);
+        known.map(|known| known.forms).unwrap_or_default()
     }
 
     fn line(&mut self, line: &[u8], out: &mut Zeroizing<Vec<u8>>) -> Result<Option<LoginStep>, ServerFault> {
@@ -274,7 +274,7 @@ impl<'a> BackendLogin<'a> {
             return self.proceed(out);
         }
         match parsed {
-            Line::Untagged(content) if self.login_sent() && is_word(content, b"BYE") => {
+            Line::Untagged(content) if self.login_sent() && starts_with_word(content, b"BYE") => {
                 Ok(Some(self.bye(line, content.get(b"BYE ".len()..).unwrap_or_default())))
             }
             Line::Untagged(content) => self.untagged(line, content).map(|()| None),
@@ -292,8 +292,9 @@ impl<'a> BackendLogin<'a> {
             append_wiped(out, &part);
             return Ok(None);
         }
-        let asks_again = text.is_empty() && self.form == Some(LoginForm::InitialResponse) && self.challenges == 0;
-        if let Some(login) = self.attempt.login.as_ref().filter(|_| asks_again)
+        let is_repeated_request =
+            text.is_empty() && self.form == Some(LoginForm::InitialResponse) && self.challenges == 0;
+        if let Some(login) = self.attempt.login.as_ref().filter(|_| is_repeated_request)
             && self.verdict(ServerAnswer::EmptyContinuation).action == Action::TryAnotherForm
         {
             self.rejected.insert(LoginForm::InitialResponse);
@@ -320,17 +321,17 @@ impl<'a> BackendLogin<'a> {
         match status(content) {
             Some((Status::Ok, text)) => {
                 let capabilities = CapabilityList::from_code(text);
-                capabilities.iter().for_each(|capabilities| self.note(capabilities));
+                capabilities.iter().for_each(|capabilities| self.note_unauthenticate(capabilities));
                 self.capabilities = capabilities;
                 Ok(())
             }
-            _ if is_word(content, b"BYE") => Err(ServerFault::Bye),
-            // PREAUTH among them: whose mailbox would that be?
+            _ if starts_with_word(content, b"BYE") => Err(ServerFault::Bye),
+            // PREAUTH is refused too, because it would open the mailbox of an unknown user.
             _ => Err(ServerFault::Greeting),
         }
     }
 
-    /// Sends the next command: capabilities where they are unknown, STARTTLS where it is due, else the login.
+    /// Sends the next command: CAPABILITY if the capabilities are unknown, STARTTLS if it is required, otherwise the login.
     fn proceed(&mut self, out: &mut Zeroizing<Vec<u8>>) -> Result<Option<LoginStep>, ServerFault> {
         let Some(capabilities) = &self.capabilities else {
             out.extend_from_slice(b"C CAPABILITY\r\n");
@@ -346,9 +347,9 @@ impl<'a> BackendLogin<'a> {
             return Ok(None);
         }
         let Some(login) = &self.attempt.login else {
-            let offer = capabilities.offer();
+            let seen = capabilities.server_capabilities();
             out.extend_from_slice(b"Q LOGOUT\r\n");
-            return Ok(Some(LoginStep::Probed(offer)));
+            return Ok(Some(LoginStep::Probed(seen)));
         };
         let DialogueRules { login_with, client, .. } = self.attempt.rules;
         let forms = command::forms(login, capabilities, login_with, client)?;
@@ -356,15 +357,15 @@ impl<'a> BackendLogin<'a> {
             command::id(&self.attempt.id, out);
         }
         self.offered = capabilities.fingerprint();
-        let known = self.known_rejected();
+        let known = self.known_unsupported();
         let understood: Vec<LoginForm> = forms.iter().copied().filter(|form| !known.has(*form)).collect();
         self.forms = if understood.is_empty() { forms } else { understood };
         self.phase = Phase::Login;
         self.send_login(out)
     }
 
-    /// Sends the login in the best form that the server has not answered with BAD. The tag stays the same: nothing is
-    /// sent before the answer to the form before.
+    /// Sends the login in the preferred form to which the server has not answered BAD. All forms have the same tag, because each
+    /// is sent after the answer to the previous one.
     fn send_login(&mut self, out: &mut Zeroizing<Vec<u8>>) -> Result<Option<LoginStep>, ServerFault> {
         let form = self.forms.iter().copied().find(|form| !self.rejected.has(*form)).ok_or(ServerFault::LoginBad)?;
         self.form = Some(form);
@@ -379,10 +380,10 @@ impl<'a> BackendLogin<'a> {
     }
 
     fn untagged(&mut self, line: &[u8], content: &[u8]) -> Result<(), ServerFault> {
-        if is_word(content, b"BYE") {
+        if starts_with_word(content, b"BYE") {
             return Err(ServerFault::Bye);
         }
-        // Behind a literal the line would go on, and no server has one to send here.
+        // A literal would continue the line; no server sends one here.
         if status(content).is_none() && literal_header(line).is_some() {
             return Err(ServerFault::Protocol);
         }
@@ -392,24 +393,24 @@ impl<'a> BackendLogin<'a> {
         {
             return Err(ServerFault::TooMuchUntagged);
         }
-        if is_word(content, b"CAPABILITY") {
+        if starts_with_word(content, b"CAPABILITY") {
             let capabilities = CapabilityList::new(&content[b"CAPABILITY".len()..]);
-            self.note(&capabilities);
+            self.note_unauthenticate(&capabilities);
             if self.phase == Phase::Login {
-                self.told_after_login = true;
-                self.pass_on(&[b"* CAPABILITY ", &capabilities.after_login()]);
+                self.capabilities_after_login = true;
+                self.queue_for_client(&[b"* CAPABILITY ", &capabilities.after_login()]);
             }
             self.capabilities = Some(capabilities);
             return Ok(());
         }
         let after_login_began = matches!(self.phase, Phase::Login | Phase::CapabilityAfterLogin);
-        if after_login_began && !is_word(content, b"ID") {
-            self.pass_on(&[line]);
+        if after_login_began && !starts_with_word(content, b"ID") {
+            self.queue_for_client(&[line]);
         }
         Ok(())
     }
 
-    fn pass_on(&mut self, line: &[&[u8]]) {
+    fn queue_for_client(&mut self, line: &[&[u8]]) {
         for part in line {
             self.untagged.extend_from_slice(part);
         }
@@ -425,7 +426,7 @@ impl<'a> BackendLogin<'a> {
     ) -> Result<Option<LoginStep>, ServerFault> {
         match (self.phase, tag, status) {
             (Phase::Capability, b"C", Status::Ok) => {
-                // A server that names none can do what every server can.
+                // A server that lists no capabilities is treated as plain IMAP4rev1.
                 self.capabilities.get_or_insert_default();
                 self.proceed(out)
             }
@@ -435,7 +436,7 @@ impl<'a> BackendLogin<'a> {
                 Ok(Some(LoginStep::StartTls))
             }
             (Phase::StartTls, b"S", _) => Err(ServerFault::StartTlsRefused),
-            // Whether the server likes our ID does not matter.
+            // An error in answer to ID does not affect the login.
             (Phase::Login, b"I", _) => {
                 let trusted = status == Status::Ok
                     && text.get(..10).is_some_and(|start| start.eq_ignore_ascii_case(b"Trusted ID"));
@@ -463,14 +464,14 @@ impl<'a> BackendLogin<'a> {
         }
     }
 
-    /// The client is told the capabilities with the OK. Where the server told none, it is asked.
+    /// The client receives the server's capabilities with the OK. They are queried if the server has not sent them.
     fn logged_in(&mut self, text: &[u8], out: &mut Zeroizing<Vec<u8>>) -> Option<LoginStep> {
         if let Some(capabilities) = CapabilityList::from_code(text) {
-            self.note(&capabilities);
+            self.note_unauthenticate(&capabilities);
             let text = capability::code(text).map_or(text, |(_, _, rest)| rest);
             return Some(self.accept(Some(&capabilities.after_login()), text));
         }
-        if self.told_after_login {
+        if self.capabilities_after_login {
             return Some(self.accept(None, text));
         }
         self.accepted = text.to_vec();
@@ -480,20 +481,20 @@ impl<'a> BackendLogin<'a> {
         None
     }
 
-    /// `text` is what follows OK, without a capability code.
+    /// `text` follows OK, without a capability code.
     fn accept(&mut self, capabilities: Option<&[u8]>, text: &[u8]) -> LoginStep {
         self.phase = Phase::LoggedIn;
         let mut to_client = std::mem::take(&mut self.untagged);
         let code = match capabilities {
             None => Vec::new(),
-            // There is one place for a code, and the server's own stays in it.
+            // A response has one response code, and the server's own is kept.
             Some(list) if capability::code(text).is_some() => {
                 to_client.extend_from_slice(&[b"* CAPABILITY ", list, b"\r\n"].concat());
                 Vec::new()
             }
             Some(list) => [b"[CAPABILITY ", list, b"] "].concat(),
         };
-        // resp-text must not be empty (RFC 3501 section 9), whatever the server thought.
+        // resp-text must not be empty (RFC 3501 section 9), although some servers send none.
         let text = if text.is_empty() { b"Logged in." } else { text };
         to_client.extend_from_slice(&[self.attempt.tag.as_str().as_bytes(), b" OK ", &code, text, b"\r\n"].concat());
         let framer = std::mem::replace(&mut self.framer, Framer::new(FrameLimits { line: 0, literals: 0 }));
@@ -501,13 +502,13 @@ impl<'a> BackendLogin<'a> {
         LoginStep::Accepted { to_client }
     }
 
-    /// The server answered NO.
+    /// Handles NO.
     fn refused(&self, line: &[u8], text: &[u8]) -> LoginStep {
         let DialogueRules { unavailable_texts, limit_texts, .. } = self.attempt.rules;
         self.answered(line, text, refusal_text::classify_no(text, unavailable_texts, limit_texts))
     }
 
-    /// The server sent BYE instead of an answer.
+    /// Handles BYE in place of a tagged answer.
     fn bye(&self, line: &[u8], text: &[u8]) -> LoginStep {
         self.answered(line, text, refusal_text::classify_bye(text, self.attempt.rules.limit_texts))
     }
@@ -517,12 +518,12 @@ impl<'a> BackendLogin<'a> {
         let verdict = self.verdict(meaning.answer);
         match (meaning.answer, verdict.action) {
             (ServerAnswer::Fault(fault), _) => {
-                // The client cannot do anything about the proxy's TLS, and BYE may come without a text.
-                let has_words = fault != ServerFault::TlsRequired && !(fault == ServerFault::Bye && text.is_empty());
-                let reply = has_words.then_some(reply);
+                // The client cannot change the proxy's TLS settings, and BYE may have no text.
+                let has_text = fault != ServerFault::TlsRequired && !(fault == ServerFault::Bye && text.is_empty());
+                let reply = has_text.then_some(reply);
                 LoginStep::Unavailable(Unavailable { fault, verdict, reply, excerpt: Some(self.excerpt(line)) })
             }
-            (_, Action::FollowReferral) => match capability::code(text).and_then(|(_, url, _)| referred(url)) {
+            (_, Action::FollowReferral) => match capability::code(text).and_then(|(_, url, _)| referral_target(url)) {
                 Some((host, port)) => LoginStep::Referred(Referral { host, port, reply }),
                 None => LoginStep::Refused { reply, kind: RefusalKind::NotCounted },
             },

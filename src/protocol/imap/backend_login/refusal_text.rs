@@ -1,9 +1,7 @@
-//! The text of a server's refusal: what its response code or its words mean, what of it the client gets, and what of it
-//! may be logged.
+//! The text of a server's refusal: classifies its response code or text, and prepares it for the client and for logs.
 //!
-//! Many servers report an outage or a limit without a response code. A short list of such texts is built in, and each
-//! backend can add its own. A text is recognised only if there is no code, or only `[ALERT]`, which says nothing about
-//! the cause.
+//! Many servers report an outage or a limit without a response code. A short list of such texts is built in, and each backend
+//! can add its own. Texts are compared only if there is no code, or only `[ALERT]`, which does not state the cause.
 
 use zeroize::Zeroizing;
 
@@ -12,19 +10,19 @@ use super::verdict::ServerAnswer;
 use crate::identity::{ServerLogin, UserName};
 use crate::protocol::imap::{capability, sasl};
 
-/// Longest text of a server that is passed on in an answer, in bytes.
+/// Maximum size of a server's text in a reply to the client, in bytes.
 const MAX_TEXT: usize = 1024;
-/// Bytes of a server's line that are logged.
+/// Maximum size of an excerpt of a server's line in logs, in bytes.
 const MAX_EXCERPT: usize = 80;
-/// Bytes of a line that an excerpt is made of.
+/// Size of the part of a line that is searched for secrets, in bytes.
 const MAX_SEARCHED: usize = 1024;
-/// The texts of servers are not logged at all if the secret is longer than this.
+/// Maximum size of a secret, in bytes, for which a server's text is logged at all.
 const MAX_COMPARED: usize = 4096;
-/// Shortest part of a password whose appearance in a text prevents that the text is logged, in bytes.
+/// Size of the parts of a password that must not occur in a logged text, in bytes.
 const PASSWORD_PART: usize = 4;
-/// The same for base64 and tokens, of which four bytes would match ordinary words too often.
+/// The same for base64 and tokens, because four of their bytes occur too often in ordinary words.
 const TOKEN_PART: usize = 8;
-/// Logged in place of a text.
+/// Logged instead of a text.
 const WITHHELD: &str = "(text withheld: it may repeat what the client sent)";
 
 /// Texts that mean an outage, in lower case.
@@ -36,7 +34,7 @@ const UNAVAILABLE_TEXTS: &[&str] = &[
     "temporary authentication failure",
     "internal error occurred",
     "internal login failure",
-    // Cyrus SASL's words for a password service that does not answer.
+    // Cyrus SASL, if its password service does not answer.
     "authentication server unavailable",
     "cannot connect to saslauthd",
     // Courier, Yahoo and others.
@@ -59,15 +57,15 @@ const LIMIT_TEXTS: &[&str] = &[
     "connection limit exceeded",
 ];
 
-/// What a refusal means, and the response code that the client gets in front of its text.
+/// The meaning of a refusal, and the response code that the client receives before its text.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct ClassifiedRefusal {
     pub(super) answer: ServerAnswer,
-    /// Instead of the server's own code; `None`: the server's text stays as it is.
+    /// Replaces the server's code; `None` leaves the server's text unchanged.
     pub(super) code: Option<&'static str>,
 }
 
-/// What the text of a tagged NO means. `unavailable` and `limit` are the backend's own texts, in lower case.
+/// Classifies the text of a tagged NO. `unavailable` and `limit` are the backend's own texts, in lower case.
 pub(super) fn classify_no(text: &[u8], unavailable: &[String], limit: &[String]) -> ClassifiedRefusal {
     let code = capability::code(text).map(|(code, ..)| code.to_ascii_uppercase());
     let recognised = match code.as_deref() {
@@ -84,7 +82,7 @@ pub(super) fn classify_no(text: &[u8], unavailable: &[String], limit: &[String])
     }
 }
 
-/// What the text of `* BYE` means, sent in place of a tagged answer.
+/// Classifies the text of a `* BYE` in place of a tagged answer.
 pub(super) fn classify_bye(text: &[u8], limit: &[String]) -> ClassifiedRefusal {
     let code = capability::code(text).map(|(code, ..)| code.to_ascii_uppercase());
     match code.as_deref() {
@@ -101,20 +99,20 @@ pub(super) fn classify_bye(text: &[u8], limit: &[String]) -> ClassifiedRefusal {
     }
 }
 
-/// What a response code of a NO means (RFC 5530 section 3). `code` is in upper case.
+/// Returns the meaning of a NO with this response code (RFC 5530 section 3), which is in upper case.
 fn answer_of_code(code: &[u8]) -> ServerAnswer {
     match code {
-        // "Temporary failure because a subsystem is down", "the server encountered a bug"; Yahoo's word for the former.
+        // A temporary failure of a subsystem, a bug in the server, and Yahoo's code for the former.
         b"UNAVAILABLE" | b"SERVERBUG" | b"TEMPFAIL" => ServerAnswer::Fault(ServerFault::Overloaded),
-        // A mailbox that is locked, a limit or quota reached: the password may be right, another server changes nothing.
+        // A locked mailbox, or a limit or quota that is reached: the password may be right, and another server would not help.
         b"INUSE" | b"LIMIT" | b"OVERQUOTA" => ServerAnswer::Fault(ServerFault::UserLimit),
-        // The client has TLS, or is allowed to log in without: it is the proxy that needs TLS towards this server.
+        // The client uses TLS or may log in without it; the proxy's connection to this server needs TLS.
         b"PRIVACYREQUIRED" => ServerAnswer::Fault(ServerFault::TlsRequired),
-        // The account is closed. Phones repeat their login for days, and must not get their network banned for it.
+        // The account is closed. Phones repeat their login for days, which must not ban their network.
         b"CONTACTADMIN" => ServerAnswer::AccountClosed,
         b"REFERRAL" => ServerAnswer::Referral,
-        // AUTHENTICATIONFAILED, AUTHORIZATIONFAILED, EXPIRED (a password that is no longer right), NOPERM, CANNOT, and
-        // codes that are not known: were they not counted, such a server's users could be guessed without limit.
+        // AUTHENTICATIONFAILED, AUTHORIZATIONFAILED, EXPIRED (an expired password), NOPERM, CANNOT and unknown codes. They count
+        // as failed logins, because otherwise passwords could be guessed without limit.
         _ => ServerAnswer::Refusal,
     }
 }
@@ -123,7 +121,7 @@ fn code_of_fault(fault: ServerFault) -> &'static str {
     if fault == ServerFault::UserLimit { "LIMIT" } else { "UNAVAILABLE" }
 }
 
-/// The backend's texts come before those that are built in.
+/// Searches for the backend's texts first, then for the built-in ones.
 fn recognised(text: &[u8], unavailable: &[String], limit: &[String]) -> Option<ServerFault> {
     let text = String::from_utf8_lossy(text).to_lowercase();
     let has = |list: &[String]| list.iter().any(|part| text.contains(part.as_str()));
@@ -141,7 +139,7 @@ fn recognised(text: &[u8], unavailable: &[String], limit: &[String]) -> Option<S
     }
 }
 
-/// `TAG NO text` for the client: without control characters, bounded, and with `code` in place of the server's.
+/// Returns `TAG NO text` for the client, of limited size and without control characters; `code` replaces the server's code.
 pub(super) fn refusal(tag: &str, text: &[u8], code: Option<&str>) -> Vec<u8> {
     let text = match code {
         Some(_) => capability::code(text).map_or(text, |(_, _, rest)| rest),
@@ -156,15 +154,15 @@ pub(super) fn refusal(tag: &str, text: &[u8], code: Option<&str>) -> Vec<u8> {
     reply
 }
 
-/// `TAG BAD text` for the client, likewise.
+/// Returns `TAG BAD text` for the client, likewise.
 pub(super) fn bad(tag: &str, text: &[u8]) -> Vec<u8> {
     [tag.as_bytes(), b" BAD ", &printable(text, "Authentication aborted."), b"\r\n"].concat()
 }
 
-/// At most [`MAX_TEXT`] bytes without control characters; `absent` if there is no text.
+/// Returns at most [`MAX_TEXT`] bytes without control characters, or `absent` if the text is empty.
 fn printable(text: &[u8], absent: &str) -> Vec<u8> {
     let mut end = text.len().min(MAX_TEXT);
-    // A character is not cut in two.
+    // The text is not cut within a character.
     while end < text.len() && end > 0 && text[end] & 0xc0 == 0x80 {
         end -= 1;
     }
@@ -172,23 +170,23 @@ fn printable(text: &[u8], absent: &str) -> Vec<u8> {
     if text.is_empty() { absent.as_bytes().to_vec() } else { text }
 }
 
-/// The first [`MAX_EXCERPT`] bytes of a line in quotes, control characters escaped.
+/// Returns the first [`MAX_EXCERPT`] bytes of a line in quotes, with control characters escaped.
 pub(super) fn excerpt(line: &[u8]) -> String {
     let end = line.len().min(MAX_EXCERPT);
     let more = if line.len() > end { "…" } else { "" };
     format!("{:?}{more}", String::from_utf8_lossy(&line[..end]))
 }
 
-/// The same of a line from a server that has the credentials of `login` and may repeat them: withheld if it contains a
-/// part of the password, of its base64 form, or of a token. The names in `login` become `(user)`, because the
-/// configuration may ask for logs without names.
+/// Returns an excerpt of a line from a server that has received the credentials of `login` and may repeat them. It is withheld if
+/// the line contains a part of the password, of its base64 form, or of a token. The user names in `login` are replaced by
+/// `(user)`, because logs may be configured to contain no names.
 pub(super) fn excerpt_after(line: &[u8], login: &ServerLogin<'_>) -> String {
     let line = &line[..line.len().min(MAX_SEARCHED)];
     let lower = line.to_ascii_lowercase();
     let repeats = |secret: &[u8], part: usize| {
         let secret = Zeroizing::new(secret.to_ascii_lowercase());
         let part = part.min(secret.len());
-        // Comparing a very long secret would take too long.
+        // Searching for the parts of a very long secret would take too long.
         secret.len() > MAX_COMPARED || part > 0 && secret.windows(part).any(|window| position(&lower, window).is_some())
     };
     let (is_repeated, names): (bool, Vec<&str>) = match login {
@@ -207,7 +205,7 @@ pub(super) fn excerpt_after(line: &[u8], login: &ServerLogin<'_>) -> String {
     excerpt(&names.iter().fold(line.to_vec(), |line, name| without_name(&line, name.as_bytes())))
 }
 
-/// `line` with `(user)` for each occurrence of `name`, in any letter case.
+/// Replaces each occurrence of `name` in `line`, in any letter case, by `(user)`.
 fn without_name(line: &[u8], name: &[u8]) -> Vec<u8> {
     let (lower, name) = (line.to_ascii_lowercase(), name.to_ascii_lowercase());
     let mut out = Vec::with_capacity(line.len());
@@ -221,7 +219,7 @@ fn without_name(line: &[u8], name: &[u8]) -> Vec<u8> {
     out
 }
 
-/// Where `part`, which is not empty, first occurs in `text`.
+/// Returns the index of the first occurrence of `part`, which is not empty.
 fn position(text: &[u8], part: &[u8]) -> Option<usize> {
     text.windows(part.len()).position(|window| window == part)
 }
@@ -238,7 +236,7 @@ mod tests {
     }
 
     #[test]
-    fn codes_decide_before_texts() {
+    fn codes_take_precedence_over_texts() {
         let fault = ServerAnswer::Fault;
         for (text, expected) in [
             ("[UNAVAILABLE] x", fault(ServerFault::Overloaded)),
@@ -262,7 +260,7 @@ mod tests {
     }
 
     #[test]
-    fn texts_decide_without_a_code() {
+    fn texts_are_classified_without_a_code() {
         let unavailable = (ServerAnswer::Fault(ServerFault::Overloaded), Some("UNAVAILABLE"));
         let limit = (ServerAnswer::Fault(ServerFault::UserLimit), Some("LIMIT"));
         for (text, expected) in [
@@ -282,7 +280,7 @@ mod tests {
     }
 
     #[test]
-    fn the_documentation_lists_the_texts() {
+    fn documentation_lists_the_texts() {
         let path = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("docs/server-answers.md");
         let documentation = std::fs::read_to_string(path).unwrap();
         for (name, texts) in [("outage", UNAVAILABLE_TEXTS), ("limit of the user", LIMIT_TEXTS)] {
@@ -338,7 +336,7 @@ mod tests {
             assert_eq!(excerpt_after(repeated.as_bytes(), &login), WITHHELD, "{repeated}");
         }
         assert_eq!(excerpt_after(b"NO Too many for ALICE hun", &login), r#""NO Too many for (user) hun""#);
-        // Beyond the excerpt too: replacing a name moves later bytes forward.
+        // Bytes beyond the excerpt are searched too, because replacing a name can move them into it.
         let late = format!("{}hunter2!", "alice ".repeat(20));
         assert_eq!(excerpt_after(late.as_bytes(), &login), WITHHELD);
         let short = Secret::new(b"x".to_vec());
@@ -354,7 +352,7 @@ mod tests {
         };
         assert_eq!(excerpt_after(b"BAD token efghijkl", &login), WITHHELD);
         assert_eq!(excerpt_after(b"BAD no authentication", &login), "\"BAD no authentication\"");
-        // Names are shorter than a part of the message that is searched for.
+        // Names are shorter than the parts of the message that are searched for.
         assert_eq!(excerpt_after(b"NO alice is not Bob", &login), r#""NO (user) is not (user)""#);
     }
 }

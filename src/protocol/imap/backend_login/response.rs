@@ -1,8 +1,9 @@
-//! Lines of a server, taken apart by hand: the codec refuses an OK without text and 8-bit text, which real servers send.
+//! Parses response lines of a server. imap-codec is not used, because it rejects an OK without text and 8-bit text, which real
+//! servers send.
 
-/// A line of the server, taken apart.
+/// A response line.
 pub(super) enum Line<'a> {
-    /// With what follows `+ `.
+    /// A continuation request, with the text after `+ `.
     Continuation(&'a [u8]),
     Untagged(&'a [u8]),
     Tagged {
@@ -22,7 +23,7 @@ pub(super) enum Status {
 impl<'a> Line<'a> {
     pub(super) fn parse(line: &'a [u8]) -> Option<Self> {
         if let Some(text) = line.strip_prefix(b"+") {
-            // Some servers omit the space when nothing follows it.
+            // Some servers omit the space before an empty text.
             return Some(Self::Continuation(text.strip_prefix(b" ").unwrap_or(text)));
         }
         let split = line.iter().position(|byte| *byte == b' ')?;
@@ -35,7 +36,7 @@ impl<'a> Line<'a> {
     }
 }
 
-/// `OK text`, `NO text`, `BAD text`, with or without text.
+/// Parses `OK text`, `NO text` or `BAD text`, with or without a text.
 pub(super) fn status(content: &[u8]) -> Option<(Status, &[u8])> {
     let end = content.iter().position(|byte| *byte == b' ').unwrap_or(content.len());
     let text = content.get(end + 1..).unwrap_or_default();
@@ -45,18 +46,19 @@ pub(super) fn status(content: &[u8]) -> Option<(Status, &[u8])> {
     Some((status, text))
 }
 
-pub(super) fn is_word(content: &[u8], word: &[u8]) -> bool {
+/// Whether `content` begins with `word` in any letter case, followed by a space or the end.
+pub(super) fn starts_with_word(content: &[u8], word: &[u8]) -> bool {
     content.get(..word.len()).is_some_and(|start| start.eq_ignore_ascii_case(word))
         && content.get(word.len()).is_none_or(|byte| *byte == b' ')
 }
 
-/// The place in `imap://user;AUTH=*@host:port/`, RFC 5092 section 11.
-pub(super) fn referred(url: &[u8]) -> Option<(String, u16)> {
+/// Returns host and port of `imap://user;AUTH=*@host:port/` (RFC 5092 section 11).
+pub(super) fn referral_target(url: &[u8]) -> Option<(String, u16)> {
     let rest = std::str::from_utf8(url).ok()?.strip_prefix("imap://")?;
     let authority = rest.split(['/', '?']).next()?;
-    let place = authority.rsplit_once('@').map_or(authority, |(_, place)| place);
-    // An IPv6 address would need brackets, which end a response code.
-    let (host, port) = place.split_once(':').map_or((place, None), |(host, port)| (host, Some(port)));
+    let address = authority.rsplit_once('@').map_or(authority, |(_, address)| address);
+    // IPv6 addresses are not supported: their brackets would end the response code.
+    let (host, port) = address.split_once(':').map_or((address, None), |(host, port)| (host, Some(port)));
     let port = port.map_or(Some(143), |port| port.parse().ok().filter(|port| *port != 0))?;
     (!host.is_empty()).then(|| (host.to_ascii_lowercase(), port))
 }

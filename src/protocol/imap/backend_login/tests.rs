@@ -1,4 +1,4 @@
-//! What a server says until it has answered a login, and what it is told.
+//! Transcripts of the login dialogue with a server, run at every split of the input.
 
 mod login_forms;
 
@@ -13,7 +13,7 @@ use crate::protocol::imap::client_id::IdPair;
 use crate::protocol::imap::refusal::RefusalKind;
 use crate::protocol::imap::tag::Tag;
 
-/// How the server's bytes are cut into reads.
+/// How the server's bytes are split into reads.
 #[derive(Debug, Clone, Copy)]
 enum Cut {
     Whole,
@@ -23,10 +23,10 @@ enum Cut {
 
 pub(super) struct Server {
     starttls: bool,
-    only_looks: bool,
+    is_probe: bool,
     id: Vec<IdPair>,
     pub(super) login_with: LoginWith,
-    pub(super) learned: Option<UnsupportedForms>,
+    pub(super) unsupported_forms: Option<UnsupportedForms>,
     pub(super) credentials: Credentials,
 }
 
@@ -34,10 +34,10 @@ impl Server {
     pub(super) fn new(user: &str, password: &[u8]) -> Self {
         Self {
             starttls: false,
-            only_looks: false,
+            is_probe: false,
             id: Vec::new(),
             login_with: LoginWith::Automatic,
-            learned: None,
+            unsupported_forms: None,
             credentials: Credentials {
                 user: UserName::new(user.as_bytes()).unwrap(),
                 authzid: None,
@@ -47,32 +47,32 @@ impl Server {
         }
     }
 
-    /// Lines of a dialogue: `S: ` is what the server says, `C: ` what must be said to it, `! ` the step that must come.
-    /// The server's bytes between two of our lines arrive whole, byte by byte, and cut in two at every place.
+    /// Runs a dialogue: `S: ` is a line from the server, `C: ` an expected line to the server, `! ` an expected step. The server's
+    /// bytes between two expected lines arrive in one piece, byte by byte, and split in two at every position.
     #[track_caller]
     pub(super) fn check(&self, dialogue: &str) {
         let expected = dialogue.lines().map(str::trim).filter(|line| !line.is_empty()).collect::<Vec<_>>().join("\n");
         let longest = dialogue.len();
         for cut in [Cut::Whole, Cut::Bytes].into_iter().chain((1..longest).map(Cut::At)) {
-            let said = self.run(dialogue, cut);
-            assert_eq!(said, expected, "{cut:?}\n--- said:\n{said}\n--- expected:\n{expected}\n");
+            let output = self.run(dialogue, cut);
+            assert_eq!(output, expected, "{cut:?}\n--- output:\n{output}\n--- expected:\n{expected}\n");
         }
     }
 
     fn run(&self, dialogue: &str, cut: Cut) -> String {
-        self.run_and_learn(dialogue, cut).0
+        self.run_dialogue(dialogue, cut).0
     }
 
-    /// What was sent and decided, and what the login has shown about the server.
-    pub(super) fn learn(&self, dialogue: &str) -> (String, Option<UnsupportedForms>) {
-        self.run_and_learn(dialogue, Cut::Whole)
+    /// Returns the transcript, and the forms that the server rejected.
+    pub(super) fn run_for_rejected_forms(&self, dialogue: &str) -> (String, Option<UnsupportedForms>) {
+        self.run_dialogue(dialogue, Cut::Whole)
     }
 
-    fn run_and_learn(&self, dialogue: &str, cut: Cut) -> (String, Option<UnsupportedForms>) {
+    fn run_dialogue(&self, dialogue: &str, cut: Cut) -> (String, Option<UnsupportedForms>) {
         let tag = Tag::new(b"tag1").unwrap();
         let (unavailable_texts, limit_texts) = (["is on fire".to_owned()], ["quota of logins".to_owned()]);
-        let mut machine = BackendLogin::new(LoginAttempt {
-            login: (!self.only_looks).then_some(match &self.credentials.proof {
+        let mut dialogue_state = BackendLogin::new(LoginAttempt {
+            login: (!self.is_probe).then_some(match &self.credentials.proof {
                 Proof::Message { mechanism, first } => ServerLogin::Relayed {
                     mechanism: *mechanism,
                     first,
@@ -97,14 +97,14 @@ impl Server {
                 one_server_per_user: true,
                 unavailable_texts: &unavailable_texts,
                 limit_texts: &limit_texts,
-                unsupported_forms: self.learned,
+                unsupported_forms: self.unsupported_forms,
             },
         });
         let mut log: Vec<String> = Vec::new();
         let lines: Vec<&str> = dialogue.lines().map(str::trim).filter(|line| !line.is_empty()).collect();
         let mut index = 0;
         while index < lines.len() {
-            // All that the server says in a row arrives together, as packets do.
+            // Consecutive lines of the server arrive together.
             let mut batch = Vec::new();
             while let Some(line) = lines.get(index).and_then(|line| line.strip_prefix("S: ")) {
                 batch.extend_from_slice(&unescape(line));
@@ -121,8 +121,8 @@ impl Server {
             };
             let mut ended = false;
             for chunk in chunks {
-                machine.input(chunk);
-                ended |= Self::steps(&mut machine, &mut log);
+                dialogue_state.input(chunk);
+                ended |= Self::steps(&mut dialogue_state, &mut log);
                 if ended {
                     break;
                 }
@@ -134,13 +134,13 @@ impl Server {
                 index += 1;
             }
         }
-        (log.join("\n"), machine.unsupported_forms())
+        (log.join("\n"), dialogue_state.unsupported_forms())
     }
 
-    fn steps(machine: &mut BackendLogin<'_>, log: &mut Vec<String>) -> bool {
+    fn steps(dialogue_state: &mut BackendLogin<'_>, log: &mut Vec<String>) -> bool {
         loop {
             let mut out = Zeroizing::new(Vec::new());
-            let step = machine.step(&mut out);
+            let step = dialogue_state.step(&mut out);
             if !out.is_empty() {
                 for line in out.split_inclusive(|byte| *byte == b'\n') {
                     log.push(format!("C: {}", escape(line)));
@@ -150,7 +150,7 @@ impl Server {
                 LoginStep::NeedInput => return false,
                 LoginStep::StartTls => {
                     log.push("! start TLS".to_owned());
-                    machine.tls_established();
+                    dialogue_state.tls_established();
                 }
                 LoginStep::Accepted { to_client } => {
                     log.extend(
@@ -173,7 +173,7 @@ impl Server {
                 }
                 LoginStep::Challenge(line) => {
                     log.push(format!("! challenge: {}", line.escape_ascii()));
-                    machine.respond(b"YW5zd2Vy");
+                    dialogue_state.respond(b"YW5zd2Vy");
                 }
                 LoginStep::Referred(referral) => {
                     log.push(format!("! referred to {} {}: {}", referral.host, referral.port, escape(&referral.reply)));
@@ -193,14 +193,14 @@ impl Server {
                 }
                 LoginStep::Unavailable(_) => {
                     log.push("! reconnect".to_owned());
-                    machine.reconnected();
+                    dialogue_state.reconnected();
                 }
             }
         }
     }
 }
 
-/// Lines end with CRLF, which is not written; `\q` ends one with a bare LF.
+/// Adds the CRLF that lines in transcripts do not contain; `\q` stands for a bare LF.
 fn unescape(line: &str) -> Vec<u8> {
     match line.strip_suffix("\\q") {
         Some(bare) => [bare.as_bytes(), b"\n"].concat(),
@@ -227,7 +227,7 @@ pub(super) fn alice_by_plain() -> Server {
 }
 
 #[test]
-fn one_round_trip_with_sasl_ir_and_id() {
+fn login_with_sasl_ir_and_id_takes_one_round_trip() {
     let mut server = alice_by_plain();
     server.id =
         vec![(b"name".to_vec(), Some(b"mu\"tt".to_vec())), (b"os".to_vec(), None), (b"bad".to_vec(), Some(vec![0xff]))];
@@ -250,15 +250,15 @@ fn one_round_trip_with_sasl_ir_and_id() {
 }
 
 #[test]
-fn what_the_server_says_after_its_ok_reaches_the_client() {
+fn bytes_after_the_ok_are_passed_to_the_client() {
     let server = alice();
-    let said = server
+    let output = server
         .run("S: * OK [CAPABILITY IMAP4rev1] hi\nC: x\nS: L OK [CAPABILITY X] in\nS: * 3 EXISTS\nS: half", Cut::Whole);
-    assert!(said.ends_with("! client: tag1 OK [CAPABILITY X] in\n! client: * 3 EXISTS\n! client: half"), "{said}");
+    assert!(output.ends_with("! client: tag1 OK [CAPABILITY X] in\n! client: * 3 EXISTS\n! client: half"), "{output}");
 }
 
 #[test]
-fn login_quoted_where_there_is_no_sasl_ir() {
+fn login_is_quoted_without_sasl_ir() {
     Server::new("al\"ice", b"se\\cret").check(
         r#"
         S: * OK [CAPABILITY IMAP4rev1 AUTH=PLAIN] ready
@@ -270,7 +270,7 @@ fn login_quoted_where_there_is_no_sasl_ir() {
 }
 
 #[test]
-fn what_cannot_be_quoted_goes_as_a_literal() {
+fn unquotable_argument_is_sent_as_a_literal() {
     let eight_bit = Server::new("alice", "pä".as_bytes());
     eight_bit.check(
         "S: * OK [CAPABILITY IMAP4rev1 LITERAL+] ready
@@ -299,7 +299,7 @@ fn what_cannot_be_quoted_goes_as_a_literal() {
          S: D OK done
          ! client: tag1 OK [CAPABILITY IMAP4rev1 IDLE] Logged in.",
     );
-    // A server that refuses the literal never sees the password.
+    // A server that refuses the literal does not receive the password.
     eight_bit.check(
         "S: * OK [CAPABILITY IMAP4rev1] ready
          C: L LOGIN \"alice\" {3}
@@ -309,7 +309,7 @@ fn what_cannot_be_quoted_goes_as_a_literal() {
 }
 
 #[test]
-fn plain_with_a_continuation_where_login_cannot_be() {
+fn plain_with_continuation_is_used_if_login_is_disabled() {
     alice().check(
         "S: * OK [CAPABILITY IMAP4rev1 AUTH=PLAIN LOGINDISABLED] ready
          C: L AUTHENTICATE PLAIN
@@ -321,12 +321,12 @@ fn plain_with_a_continuation_where_login_cannot_be() {
     alice().check("S: * OK [CAPABILITY IMAP4rev1 LOGINDISABLED] ready\n! unavailable: LoginDisabled");
     let mut long = alice_by_plain();
     long.credentials.proof = Proof::Password(Secret::new(vec![b'x'; 900]));
-    let said = long.run("S: * OK [CAPABILITY IMAP4rev1 SASL-IR AUTH=PLAIN] ready\nC: x\nS: +", Cut::Whole);
-    assert!(said.contains("C: L AUTHENTICATE PLAIN\nS: +\nC: AGFsaWNlAHh4"), "{said}");
+    let output = long.run("S: * OK [CAPABILITY IMAP4rev1 SASL-IR AUTH=PLAIN] ready\nC: x\nS: +", Cut::Whole);
+    assert!(output.contains("C: L AUTHENTICATE PLAIN\nS: +\nC: AGFsaWNlAHh4"), "{output}");
 }
 
 #[test]
-fn an_authorization_identity_is_carried_or_nothing_is_sent() {
+fn authorization_identity_is_sent_or_the_login_fails() {
     let mut server = alice();
     server.credentials.authzid = Some(UserName::new(b"bob").unwrap());
     server.check(
@@ -341,7 +341,7 @@ fn an_authorization_identity_is_carried_or_nothing_is_sent() {
 }
 
 #[test]
-fn unknown_capabilities_are_asked_for() {
+fn unknown_capabilities_are_queried() {
     alice().check(
         r#"
         S: * OK old server\q
@@ -359,7 +359,7 @@ fn unknown_capabilities_are_asked_for() {
         ! client: tag1 OK [READ-WRITE] Schön
         "#,
     );
-    // A line with the answer is as good as a code in it.
+    // A CAPABILITY line before the answer is equivalent to a response code.
     alice().check(
         r#"
         S: * OK [CAPABILITY IMAP4rev1] ready
@@ -373,7 +373,7 @@ fn unknown_capabilities_are_asked_for() {
 }
 
 #[test]
-fn starttls_with_a_server() {
+fn starttls_precedes_the_login() {
     let mut server = alice_by_plain();
     server.starttls = true;
     server.check(
@@ -397,7 +397,7 @@ fn starttls_with_a_server() {
 }
 
 #[test]
-fn greetings_that_are_none() {
+fn invalid_greeting_is_a_fault() {
     for greeting in ["* PREAUTH welcome", "* NO", "* BAD x", "220 smtp ready", "", "a OK hi", "+ hi"] {
         alice().check(&format!("S: {greeting}\n! unavailable: Greeting").replace("S: \n", "S: \\q\n"));
     }
@@ -405,7 +405,7 @@ fn greetings_that_are_none() {
 }
 
 #[test]
-fn refusals() {
+fn refusal_is_classified() {
     let refused = |answer: &str, expected: &str| {
         alice().check(&format!(
             "S: * OK [CAPABILITY IMAP4rev1] x\nC: L LOGIN \"alice\" \"secret\"\nS: {answer}\n! {expected}"
@@ -430,7 +430,7 @@ fn refusals() {
 }
 
 #[test]
-fn a_server_that_talks_too_much_is_left() {
+fn excess_untagged_data_is_a_fault() {
     let talk = |line: &str, count: usize| {
         let lines = format!("S: {line}\n").repeat(count);
         alice().run(&format!("S: * OK [CAPABILITY IMAP4rev1] x\nC: y\n{lines}S: L OK [CAPABILITY X] in"), Cut::Whole)
@@ -449,7 +449,7 @@ fn relayed(mechanism: RelayedMechanism, message: &[u8]) -> Server {
 }
 
 #[test]
-fn a_mechanism_is_relayed_challenge_by_challenge() {
+fn mechanism_is_relayed_challenge_by_challenge() {
     relayed(RelayedMechanism::ScramSha256, b"n,,n=alice,r=x").check(
         "S: * OK [CAPABILITY IMAP4rev1 SASL-IR AUTH=PLAIN AUTH=SCRAM-SHA-256] x
          C: L AUTHENTICATE SCRAM-SHA-256 biwsbj1hbGljZSxyPXg=
@@ -462,7 +462,7 @@ fn a_mechanism_is_relayed_challenge_by_challenge() {
          S: L OK [CAPABILITY IMAP4rev1 IDLE] in
          ! client: tag1 OK [CAPABILITY IMAP4rev1 IDLE] in",
     );
-    // Without SASL-IR the first message waits to be asked for; an empty challenge may lack its space.
+    // Without SASL-IR the first message is sent after a continuation request, which may lack its space.
     relayed(RelayedMechanism::XOauth2, b"user=alice\x01auth=Bearer t\x01\x01").check(
         "S: * OK [CAPABILITY IMAP4rev1 AUTH=XOAUTH2] x
          C: L AUTHENTICATE XOAUTH2
@@ -474,7 +474,7 @@ fn a_mechanism_is_relayed_challenge_by_challenge() {
          S: L NO [AUTHENTICATIONFAILED] expired
          ! refused: tag1 NO [AUTHENTICATIONFAILED] expired",
     );
-    // A client that breaks off is no fault of the server.
+    // A client that cancels is not a fault of the server.
     relayed(RelayedMechanism::ScramSha1, b"n,,n=alice,r=x").check(
         "S: * OK [CAPABILITY IMAP4rev1 SASL-IR AUTH=SCRAM-SHA-1] x
          C: L AUTHENTICATE SCRAM-SHA-1 biwsbj1hbGljZSxyPXg=
@@ -487,7 +487,7 @@ fn a_mechanism_is_relayed_challenge_by_challenge() {
 }
 
 #[test]
-fn a_mechanism_the_server_lacks_is_not_tried() {
+fn unsupported_mechanism_is_not_tried() {
     relayed(RelayedMechanism::ScramSha1, b"n,,n=alice,r=x").check(
         "S: * OK [CAPABILITY IMAP4rev1 SASL-IR AUTH=PLAIN AUTH=SCRAM-SHA-1-PLUS] x
          ! unavailable: MechanismUnsupported",
@@ -495,7 +495,7 @@ fn a_mechanism_the_server_lacks_is_not_tried() {
 }
 
 #[test]
-fn challenges_have_an_end_and_their_place() {
+fn challenges_are_limited_and_only_relayed_for_relayed_mechanisms() {
     let endless = "         S: + eA==
          ! challenge: eA==
          C: YW5zd2Vy\n"
@@ -505,7 +505,7 @@ fn challenges_have_an_end_and_their_place() {
          C: L AUTHENTICATE SCRAM-SHA-1 biwsbj1hbGljZSxyPXg=\n{endless}         S: + eA==
          ! unavailable: TooManyChallenges"
     ));
-    // A password has nothing more to say.
+    // PLAIN has no further response.
     alice_by_plain().check(
         "S: * OK [CAPABILITY SASL-IR AUTH=PLAIN] x
          C: L AUTHENTICATE PLAIN AGFsaWNlAHNlY3JldA==
@@ -515,8 +515,8 @@ fn challenges_have_an_end_and_their_place() {
 }
 
 #[test]
-fn referrals_name_a_place() {
-    for (url, place) in [
+fn referral_names_host_and_port() {
+    for (url, target) in [
         ("imap://alice;AUTH=*@mail2.internal:1143/", "mail2.internal 1143"),
         ("imap://Mail2.Internal/", "mail2.internal 143"),
         ("imap://10.0.0.2", "10.0.0.2 143"),
@@ -525,10 +525,10 @@ fn referrals_name_a_place() {
             "S: * OK [CAPABILITY SASL-IR AUTH=PLAIN] x
              C: L AUTHENTICATE PLAIN AGFsaWNlAHNlY3JldA==
              S: L NO [REFERRAL {url}] try there
-             ! referred to {place}: tag1 NO [REFERRAL {url}] try there"
+             ! referred to {target}: tag1 NO [REFERRAL {url}] try there"
         ));
     }
-    // What is no place is an answer like any other.
+    // A referral without a valid host and port is an ordinary refusal.
     for url in ["imap://", "http://x/", "imap://h:0/", "imap://h:x/"] {
         alice_by_plain().check(&format!(
             "S: * OK [CAPABILITY SASL-IR AUTH=PLAIN] x
@@ -540,9 +540,9 @@ fn referrals_name_a_place() {
 }
 
 #[test]
-fn a_look_ends_with_logout() {
+fn probe_ends_with_logout() {
     let mut server = Server::new("alice", b"secret");
-    server.only_looks = true;
+    server.is_probe = true;
     server.check(
         "S: * OK [CAPABILITY IMAP4rev1 AUTH=PLAIN AUTH=XOAUTH2 LOGINDISABLED] x
          C: Q LOGOUT

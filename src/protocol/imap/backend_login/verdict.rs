@@ -1,59 +1,58 @@
-//! What a server's answer to a login means: for the client, for the backend's other servers, and for the server's health.
+//! The meaning of a server's answer to a login: for the client, for the backend's other servers, and for the server's health.
 //!
-//! [`decide`] is the only place that decides this. `backend_login` reports what the server did and at which point of the
-//! dialogue, and carries out the verdict. `docs/server-answers.md` shows the same table to operators; a test compares the
-//! two. The principle: once a server has the client's credentials, the client can cause whatever the server does next,
-//! so nothing after that point makes a server look unhealthy, and nothing moves a user whose sessions must all be on one
-//! server to another one.
+//! Only [`decide`] decides this. `backend_login` reports the server's answer and the stage of the dialogue, and carries out the
+//! verdict. `docs/server-answers.md` shows the same table to operators, and a test compares the two. The principle: once a server
+//! has received a client's credentials, the client can cause everything that the server does. So nothing after that stage marks a
+//! server as failed or moves a user of `balance: user-hash` to another server.
 
 use super::fault::ServerFault;
 use crate::protocol::imap::refusal::RefusalKind;
 
-/// Passwords with more bytes are longer than servers take: many end the connection instead of refusing such a password.
+/// Passwords longer than this, in bytes, exceed the limits of servers, many of which close the connection instead of refusing them.
 pub const LONG_PASSWORD: usize = 4096;
 
-/// What a server did instead of accepting a login.
+/// A server's reaction to a login that it does not accept.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ServerAnswer {
     /// NO without a response code, or with a code that means neither an outage nor a limit.
     Refusal,
-    /// NO `[CONTACTADMIN]`: the account is closed, whatever its password.
+    /// NO `[CONTACTADMIN]`: the account is closed.
     AccountClosed,
     /// NO `[REFERRAL imap://…]` (RFC 2221).
     Referral,
-    /// BAD: the server did not understand the command, or the client's answer to a challenge.
+    /// BAD: the server did not understand the command, or the client's response to a challenge.
     Bad,
-    /// An empty continuation request for the response that the command already carried.
+    /// An empty continuation request although the command contained the response.
     EmptyContinuation,
-    /// The server could not answer.
+    /// The server could not verify the login.
     Fault(ServerFault),
 }
 
-/// How far the dialogue has come.
+/// How far the dialogue has proceeded.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum LoginStage {
-    /// Nothing that the client sent has reached the server.
+    /// The server has received nothing from the client.
     BeforeLogin,
-    /// The login command was sent, in whole or in part.
+    /// The login command was sent, completely or in part.
     LoginSent,
-    /// The login command was sent, in whole or in part, in any form, with a password longer than [`LONG_PASSWORD`].
+    /// The login command was sent, completely or in part, with a password longer than [`LONG_PASSWORD`].
     LongPasswordSent,
-    /// The login was sent in another form after the server had answered BAD on the same connection.
+    /// The login was sent again in another form, after BAD on the same connection.
     Retried,
-    /// The client has seen a challenge of the server.
+    /// The client has received a challenge from the server.
     Challenged,
 }
 
-/// What happens to the login.
+/// How the login proceeds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Action {
-    /// The client gets the server's answer.
+    /// The client receives the server's answer.
     Refuse(RefusalKind),
-    /// The login goes to the server that the answer names, or the client gets the answer.
+    /// The login continues on the server that the answer names, or the client receives the answer.
     FollowReferral,
-    /// The backend's next server is tried; the client gets `NO [UNAVAILABLE]` if there is none.
+    /// The backend's next server is tried. If there is none, the client receives `NO [UNAVAILABLE]`.
     TryAnotherServer,
-    /// The client gets `NO`, with the server's code and text if it gave any. No other server is tried.
+    /// The client receives `NO`, with the server's code and text if it sent any. No other server is tried.
     GiveUp,
     /// The login is sent again in the next form; if there is none, [`ServerFault::LoginBad`] applies.
     TryAnotherForm,
@@ -61,35 +60,35 @@ pub enum Action {
     Reconnect,
 }
 
-/// What the server's health learns.
+/// The effect on the server's health.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum HealthEffect {
-    /// The server works: its breaker closes.
+    /// The server works, which closes its breaker.
     Success,
-    /// Nothing.
+    /// The answer shows nothing about the server's health.
     Unchanged,
-    /// The server is at fault: counts towards its breaker.
+    /// The server has failed, which its breaker counts.
     Failure,
 }
 
 /// The decision about one answer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Verdict {
-    /// What happens to the login.
+    /// How the login proceeds.
     pub action: Action,
-    /// What the server's health learns.
+    /// The effect on the server's health.
     pub health: HealthEffect,
 }
 
-/// Decides what `answer` means at `point`. `one_server_per_user`: all sessions of a user must be on one server
-/// (`balance: user-hash`).
+/// Decides about `answer` at `stage`. With `one_server_per_user` all sessions of a user must be on one server (`balance:
+/// user-hash`).
 pub fn decide(answer: ServerAnswer, stage: LoginStage, one_server_per_user: bool) -> Verdict {
     let verdict = |action, health| Verdict { action, health };
     match answer {
         ServerAnswer::Refusal => verdict(Action::Refuse(RefusalKind::FailedLogin), HealthEffect::Success),
         ServerAnswer::AccountClosed => verdict(Action::Refuse(RefusalKind::NotCounted), HealthEffect::Success),
         ServerAnswer::Referral => verdict(Action::FollowReferral, HealthEffect::Success),
-        // The client cancelled the exchange, or answered the challenge with something invalid.
+        // The client has cancelled the exchange, or its response to the challenge is invalid.
         ServerAnswer::Bad if stage == LoginStage::Challenged => {
             verdict(Action::Refuse(RefusalKind::FailedLogin), HealthEffect::Success)
         }
@@ -99,17 +98,17 @@ pub fn decide(answer: ServerAnswer, stage: LoginStage, one_server_per_user: bool
 }
 
 fn of_fault(fault: ServerFault, stage: LoginStage, one_server_per_user: bool) -> Verdict {
-    let is_bound = match stage {
+    let is_bound_to_server = match stage {
         LoginStage::BeforeLogin => false,
         LoginStage::LoginSent | LoginStage::LongPasswordSent | LoginStage::Retried => one_server_per_user,
         // The exchange with the client cannot be repeated with another server.
         LoginStage::Challenged => true,
     };
-    let another = if is_bound { Action::GiveUp } else { Action::TryAnotherServer };
-    let blamed = if stage == LoginStage::BeforeLogin { HealthEffect::Failure } else { HealthEffect::Unchanged };
+    let another = if is_bound_to_server { Action::GiveUp } else { Action::TryAnotherServer };
+    let counted = if stage == LoginStage::BeforeLogin { HealthEffect::Failure } else { HealthEffect::Unchanged };
     let (action, health) = match fault {
-        // As an outage, it would show that the user exists, and guesses with such passwords would not be counted. That the
-        // client can cause it says nothing about the server.
+        // An outage would reveal that the user exists, and guesses with such passwords would not be counted. It is caused by the
+        // client, so it shows nothing about the server.
         ServerFault::Bye
         | ServerFault::Closed
         | ServerFault::Protocol
@@ -119,11 +118,10 @@ fn of_fault(fault: ServerFault, stage: LoginStage, one_server_per_user: bool) ->
         {
             (Action::Refuse(RefusalKind::FailedLogin), HealthEffect::Unchanged)
         }
-        // The load may be caused by clients that have not logged in, so it is neither evidence against the server nor a
-        // reason to move a user.
+        // Clients that have not logged in can cause the load, so it neither marks the server as failed nor moves a user.
         ServerFault::Crowded if one_server_per_user => (Action::GiveUp, HealthEffect::Unchanged),
         ServerFault::Crowded => (another, HealthEffect::Unchanged),
-        // Some servers close after a command that they did not understand.
+        // Some servers close the connection after a command that they do not understand.
         ServerFault::Bye | ServerFault::Closed if stage == LoginStage::Retried => {
             (Action::Reconnect, HealthEffect::Unchanged)
         }
@@ -137,15 +135,15 @@ fn of_fault(fault: ServerFault, stage: LoginStage, one_server_per_user: bool) ->
         | ServerFault::Protocol
         | ServerFault::TooMuchUntagged
         | ServerFault::Bye
-        | ServerFault::Closed => (another, blamed),
-        // A server that greets but is slow with this login may be waiting for something that only this user needs.
+        | ServerFault::Closed => (another, counted),
+        // A server that greets but does not answer this login may be waiting for something that only this user needs.
         ServerFault::Timeout
         | ServerFault::AuthzidUnsupported
         | ServerFault::MechanismUnsupported
         | ServerFault::Overloaded => (another, HealthEffect::Unchanged),
-        // The server has decided, and evading a limit by way of another server would defeat it.
+        // The server has decided, and trying another server would evade the limit.
         ServerFault::UserLimit => (Action::GiveUp, HealthEffect::Success),
-        // The other servers of the backend are configured alike.
+        // The backend's other servers have the same configuration.
         ServerFault::TlsRequired => (Action::GiveUp, HealthEffect::Unchanged),
         ServerFault::LoginBad | ServerFault::TooManyChallenges => (Action::GiveUp, HealthEffect::Unchanged),
     };

@@ -1,31 +1,31 @@
-//! Reads the arguments of a complete command: astrings, and the list of ID.
+//! Parses the arguments of a complete command: astrings, and the list of ID.
 //!
-//! Liberal where real clients are: an atom may hold any printable character but the specials that end it, and quoted
-//! strings may hold 8-bit characters. Strict where it matters: a quoted string must end, nothing may follow the last
-//! argument but spaces. Values are wiped when dropped, for any of them may be a password. Called by `prelogin`.
+//! It is as liberal as real clients require: an atom may contain any printable character except the specials that end it, and
+//! quoted strings may contain 8-bit characters. It is strict otherwise: a quoted string must be terminated, and only spaces may
+//! follow the last argument. Values are wiped when dropped, because each of them may be a password.
 
 use zeroize::Zeroizing;
 
 use crate::protocol::imap::framing::{literal_header, without_line_end};
 
-/// The command does not fit the grammar.
+/// The arguments do not match the grammar.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct MalformedArguments;
 
-/// An argument's bytes.
+/// The bytes of an argument.
 pub(super) type Value = Zeroizing<Vec<u8>>;
 
-/// What is left of a command.
+/// The rest of a command that is not parsed yet.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Arguments<'a>(&'a [u8]);
 
 impl<'a> Arguments<'a> {
-    /// `bytes` end with the command's line end.
+    /// Starts with `bytes`, which end with the command's line end.
     pub(super) fn new(bytes: &'a [u8]) -> Self {
         Self(without_line_end(bytes))
     }
 
-    /// A word up to the next space; empty at the end.
+    /// Takes the word up to the next space, which is empty at the end.
     pub(super) fn word(&mut self) -> &'a [u8] {
         self.skip_spaces();
         let end = self.0.iter().position(|byte| matches!(byte, b' ' | b'\r' | b'\n')).unwrap_or(self.0.len());
@@ -34,7 +34,7 @@ impl<'a> Arguments<'a> {
         word
     }
 
-    /// An atom, a quoted string or a literal, behind at least one space.
+    /// Takes an atom, a quoted string or a literal, after at least one space.
     pub(super) fn astring(&mut self) -> Result<Value, MalformedArguments> {
         self.space()?;
         match self.0.first().ok_or(MalformedArguments)? {
@@ -44,8 +44,8 @@ impl<'a> Arguments<'a> {
         }
     }
 
-    /// The list of ID: pairs of a string and a string or NIL; NIL or `()` is an empty one (RFC 2971 section 3.1).
-    pub(super) fn pairs(&mut self, most: usize) -> Result<Vec<(Value, Option<Value>)>, MalformedArguments> {
+    /// Takes the list of ID: pairs of a string and a string or NIL. NIL and `()` are empty lists (RFC 2971 section 3.1).
+    pub(super) fn id_fields(&mut self, max: usize) -> Result<Vec<(Value, Option<Value>)>, MalformedArguments> {
         self.space()?;
         if let Some(rest) = strip_prefix_ignoring_case(self.0, b"NIL") {
             self.0 = rest;
@@ -59,7 +59,7 @@ impl<'a> Arguments<'a> {
                 self.0 = rest;
                 return Ok(pairs);
             }
-            if pairs.len() == most {
+            if pairs.len() == max {
                 return Err(MalformedArguments);
             }
             let key = self.string()?;
@@ -75,7 +75,7 @@ impl<'a> Arguments<'a> {
         }
     }
 
-    /// Nothing but spaces is left.
+    /// Checks that only spaces are left.
     pub(super) fn end(mut self) -> Result<(), MalformedArguments> {
         self.skip_spaces();
         if self.0.is_empty() { Ok(()) } else { Err(MalformedArguments) }
@@ -112,7 +112,7 @@ impl<'a> Arguments<'a> {
     }
 
     fn quoted(&mut self) -> Result<Value, MalformedArguments> {
-        // Of the length of the string and not of the command, of which each of many strings would take as much.
+        // Allocated by the length of the string, because each of many strings would otherwise take the size of the command.
         let mut value = Zeroizing::new(Vec::with_capacity(quoted_length(self.0)));
         let mut bytes = self.0.iter().enumerate().skip(1);
         while let Some((index, byte)) = bytes.next() {
@@ -121,7 +121,7 @@ impl<'a> Arguments<'a> {
                     self.0 = &self.0[index + 1..];
                     return self.separated().map(|()| value);
                 }
-                // A backslash hides what follows it. RFC 3501 allows only \" and \\; old clients send others.
+                // A backslash escapes the next byte. RFC 3501 allows only \" and \\; old clients escape others too.
                 b'\\' => value.push(*bytes.next().ok_or(MalformedArguments)?.1),
                 b'\r' | b'\n' | 0 => return Err(MalformedArguments),
                 other => value.push(*other),
@@ -133,7 +133,7 @@ impl<'a> Arguments<'a> {
     fn literal(&mut self) -> Result<Value, MalformedArguments> {
         let line_end = self.0.iter().position(|byte| *byte == b'\n').ok_or(MalformedArguments)? + 1;
         let (line, rest) = self.0.split_at(line_end);
-        // The line must be the announcement and nothing else.
+        // The line must consist of the literal's header.
         let size = literal_header(line)
             .filter(|_| line.iter().filter(|byte| **byte == b'{').count() == 1)
             .ok_or(MalformedArguments)?
@@ -142,7 +142,7 @@ impl<'a> Arguments<'a> {
             return Err(MalformedArguments);
         }
         let (value, rest) = rest.split_at(size);
-        // RFC 9051 section 9: a literal has no NUL, as a quoted string has none.
+        // RFC 9051 section 9 allows no NUL in literals and quoted strings.
         if value.contains(&0) {
             return Err(MalformedArguments);
         }
@@ -150,7 +150,7 @@ impl<'a> Arguments<'a> {
         self.separated().map(|()| Zeroizing::new(value.to_vec()))
     }
 
-    /// A string is followed by a space, the end of its list, or nothing.
+    /// Checks that a space, the end of the list or the end of the command follows a string.
     fn separated(&self) -> Result<(), MalformedArguments> {
         match self.0.first() {
             None | Some(b' ' | b')') => Ok(()),
@@ -159,7 +159,7 @@ impl<'a> Arguments<'a> {
     }
 }
 
-/// Bytes between the quotation marks of a quoted string, at most.
+/// Upper bound of the number of bytes in a quoted string.
 fn quoted_length(string: &[u8]) -> usize {
     let mut escaped = false;
     let ends = |byte: &u8| {
@@ -186,7 +186,7 @@ mod tests {
     }
 
     #[test]
-    fn strings_in_every_form() {
+    fn arguments_are_parsed_in_every_form() {
         for (input, first, second) in [
             (&b" user pass\r\n"[..], &b"user"[..], &b"pass"[..]),
             (b" user  p*s%s]#+  \n", b"user", b"p*s%s]#+"),
@@ -201,7 +201,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_pair_of_strings() {
+    fn invalid_arguments_are_refused() {
         for input in [
             &b"\r\n"[..],
             b" user\r\n",
@@ -229,21 +229,21 @@ mod tests {
     }
 
     #[test]
-    fn a_quoted_string_takes_no_more_memory_than_it_has_bytes() {
+    fn quoted_string_allocates_no_more_than_its_size() {
         let long = [&br#" "a\"b\\" "c" "#[..], &[b'x'; 10_000], b"\r\n"].concat();
         let mut arguments = Arguments::new(&long);
-        for (expected, most) in [(&b"a\"b\\"[..], 6), (b"c", 1)] {
+        for (expected, max) in [(&b"a\"b\\"[..], 6), (b"c", 1)] {
             let value = arguments.astring().unwrap();
             assert_eq!(&value[..], expected);
-            assert!(value.capacity() <= most.max(8), "{}", value.capacity());
+            assert!(value.capacity() <= max.max(8), "{}", value.capacity());
         }
     }
 
     #[test]
-    fn id_lists() {
+    fn id_fields_are_parsed() {
         let read = |bytes: &[u8]| {
             let mut arguments = Arguments::new(bytes);
-            let pairs = arguments.pairs(2)?;
+            let pairs = arguments.id_fields(2)?;
             arguments.end()?;
             Ok(pairs
                 .into_iter()

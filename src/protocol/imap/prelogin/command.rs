@@ -1,10 +1,10 @@
-//! The commands before login, and the first words of other protocols.
+//! The commands before login, and the verbs of other protocols.
 
 use super::arguments::Arguments;
 use crate::protocol::imap::client_id;
 use crate::protocol::imap::framing::LiteralLimits;
 
-/// First words of other protocols' first lines.
+/// Verbs of HTTP and SMTP.
 const FOREIGN_VERBS: [&str; 16] = [
     "GET", "POST", "HEAD", "PUT", "DELETE", "OPTIONS", "CONNECT", "TRACE", "PATCH", "PRI", "EHLO", "HELO", "LHLO",
     "MAIL", "RCPT", "DATA",
@@ -24,7 +24,7 @@ pub(super) enum Command {
 }
 
 impl Command {
-    /// The command of this name, in any letter case.
+    /// Finds the command of this name, in any letter case.
     pub(super) fn named(word: &[u8]) -> Option<Self> {
         let commands = [
             ("AUTHENTICATE", Self::Authenticate),
@@ -40,7 +40,7 @@ impl Command {
     }
 }
 
-/// The literals that a command may have, of which this is the beginning.
+/// Returns the limits of the literals of a command that begins with `command`.
 pub(super) fn literals(command: &[u8]) -> LiteralLimits {
     let mut arguments = Arguments::new(command);
     arguments.word();
@@ -50,7 +50,7 @@ pub(super) fn literals(command: &[u8]) -> LiteralLimits {
     }
 }
 
-/// Whether a line is HTTP or SMTP. A verb of theirs may also be a client's tag: then an IMAP command follows it.
+/// Whether a line with these first two words is HTTP or SMTP. If an IMAP command follows the verb, the verb is a tag.
 pub(super) fn is_foreign(first: &[u8], second: &[u8]) -> bool {
     FOREIGN_VERBS.iter().any(|verb| first.eq_ignore_ascii_case(verb.as_bytes())) && Command::named(second).is_none()
 }

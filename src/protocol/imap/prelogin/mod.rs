@@ -396,7 +396,7 @@ impl Prelogin {
     }
 
     fn id(&mut self, tag: &Tag, mut arguments: Arguments<'_>, out: &mut Vec<u8>) -> Result<(), MalformedArguments> {
-        let pairs = arguments.pairs(client_id::MAX_ID_PAIRS)?;
+        let pairs = arguments.id_fields(client_id::MAX_ID_PAIRS)?;
         arguments.end()?;
         // Only the first ID is used, as in Dovecot.
         self.client_id.get_or_insert_with(|| {

@@ -1,4 +1,4 @@
-//! What a client says before login, and what it is told.
+//! Transcripts of the dialogue with a client, run at every split of the input.
 
 use proptest::prelude::*;
 
@@ -7,7 +7,7 @@ use crate::identity::{Credentials, Mechanism, Proof, TokenIssuer};
 use crate::protocol::imap::capability::{Extensions, Transport};
 use crate::protocol::imap::refusal::RefusalKind;
 
-fn policy(transport: Transport) -> PreloginSettings {
+fn settings(transport: Transport) -> PreloginSettings {
     PreloginSettings {
         transport,
         max_line: 1024,
@@ -21,9 +21,9 @@ fn policy(transport: Transport) -> PreloginSettings {
     }
 }
 
-/// Everything a client session said and did, as text: `S: …` for replies, `! …` for steps.
-fn client(transport: Transport, chunks: &[&[u8]]) -> String {
-    let mut prelogin = Prelogin::new(policy(transport));
+/// Returns the transcript of a dialogue: replies, and lines with `! ` for steps.
+fn transcript(transport: Transport, chunks: &[&[u8]]) -> String {
+    let mut prelogin = Prelogin::new(settings(transport));
     let mut log = String::new();
     for chunk in chunks {
         prelogin.input(chunk);
@@ -70,25 +70,25 @@ fn client(transport: Transport, chunks: &[&[u8]]) -> String {
     log
 }
 
-/// Runs `input` whole, byte by byte, and cut in two at every place.
-fn client_at_every_split(transport: Transport, input: &[u8]) -> String {
-    let whole = client(transport, &[input]);
+/// Runs the dialogue with `input` in one piece, byte by byte, and split in two at every position.
+fn transcript_at_every_split(transport: Transport, input: &[u8]) -> String {
+    let whole = transcript(transport, &[input]);
     let bytes: Vec<&[u8]> = input.chunks(1).collect();
-    assert_eq!(client(transport, &bytes), whole, "byte by byte");
+    assert_eq!(transcript(transport, &bytes), whole, "byte by byte");
     for split in 1..input.len() {
-        assert_eq!(client(transport, &[&input[..split], &input[split..]]), whole, "split at {split}");
+        assert_eq!(transcript(transport, &[&input[..split], &input[split..]]), whole, "split at {split}");
     }
     whole
 }
 
 #[track_caller]
 fn check(transport: Transport, input: &[u8], expected: &str) {
-    let said = client_at_every_split(transport, input);
-    assert_eq!(said, expected, "\n--- said:\n{said}--- expected:\n{expected}");
+    let output = transcript_at_every_split(transport, input);
+    assert_eq!(output, expected, "\n--- output:\n{output}--- expected:\n{expected}");
 }
 
 #[test]
-fn greetings() {
+fn greeting_lists_capabilities() {
     for (transport, expected) in [
         (
             Transport::Tls,
@@ -100,13 +100,13 @@ fn greetings() {
         ),
     ] {
         let mut out = Vec::new();
-        Prelogin::new(policy(transport)).greet(&mut out);
+        Prelogin::new(settings(transport)).greet(&mut out);
         assert_eq!(String::from_utf8(out).unwrap(), expected);
     }
 }
 
 #[test]
-fn commands_before_login() {
+fn commands_before_login_are_answered() {
     check(
         Transport::Tls,
         b"a NOOP\r\nb capability  \r\nc ENABLE QRESYNC\nd ID NIL\r\ne ID (\"name\" \"x\" \"os\" NIL)\r\nf LOGOUT\r\ng NOOP\r\n",
@@ -121,7 +121,7 @@ fn commands_before_login() {
 }
 
 #[test]
-fn the_third_bad_command_ends_it() {
+fn third_invalid_command_closes_the_connection() {
     check(
         Transport::Tls,
         b"a SELECT INBOX\r\n\r\nlogin user pass\r\nz NOOP\r\n",
@@ -133,7 +133,7 @@ fn the_third_bad_command_ends_it() {
 }
 
 #[test]
-fn login_in_every_form() {
+fn login_is_read_in_every_form() {
     for input in [
         &b"a LOGIN alice secret\r\n"[..],
         b"a login \"alice\" \"secret\"  \r\n",
@@ -156,7 +156,7 @@ fn login_in_every_form() {
 }
 
 #[test]
-fn authenticate_in_every_form() {
+fn authenticate_is_read_in_every_form() {
     // \0alice\0secret
     let plain = "! a login of alice with \"secret\" by sasl-plain\na NO refused\n";
     check(Transport::Tls, b"a AUTHENTICATE PLAIN AGFsaWNlAHNlY3JldA==\r\n", plain);
@@ -190,43 +190,46 @@ fn authenticate_in_every_form() {
 }
 
 #[test]
-fn five_failed_logins_end_it() {
-    let said = client_at_every_split(Transport::Tls, &b"a LOGIN alice x\r\n".repeat(6));
-    assert_eq!(said.matches("! a login").count(), 5);
-    assert!(said.ends_with("a NO refused\n* BYE Too many failed logins.\n! close: TooManyFailedLogins\n"), "{said}");
+fn fifth_failed_login_closes_the_connection() {
+    let output = transcript_at_every_split(Transport::Tls, &b"a LOGIN alice x\r\n".repeat(6));
+    assert_eq!(output.matches("! a login").count(), 5);
+    assert!(
+        output.ends_with("a NO refused\n* BYE Too many failed logins.\n! close: TooManyFailedLogins\n"),
+        "{output}"
+    );
 }
 
 #[test]
-fn no_password_in_clear() {
+fn password_is_refused_on_plaintext() {
     let no = "NO [PRIVACYREQUIRED] Login is not allowed without TLS: use STARTTLS first.";
     check(Transport::StartTls, b"a LOGIN alice secret\r\n", &format!("a {no}\n"));
-    // Neither a literal nor a continuation is asked for.
+    // Neither a literal nor a response is requested.
     check(Transport::StartTls, b"a LOGIN alice {6}\r\nb NOOP\r\n", &format!("a {no}\nb OK NOOP completed.\n"));
     check(Transport::StartTls, b"a LOGIN {5}\r\n", &format!("a {no}\n"));
     check(Transport::StartTls, b"a AUTHENTICATE PLAIN\r\n", &format!("a {no}\n"));
-    // A literal that comes unasked is swallowed with its command, not run.
+    // A non-synchronising literal is discarded with its command and not executed.
     check(
         Transport::StartTls,
         b"a LOGIN alice {10+}\r\nx LOGOUT\r\n\r\nb NOOP\r\n",
         &format!("a {no}\nb OK NOOP completed.\n"),
     );
-    let said = client_at_every_split(Transport::StartTls, &b"a LOGIN alice secret\r\n".repeat(6));
-    assert!(said.ends_with("! close: TooManyFailedLogins\n"), "{said}");
+    let output = transcript_at_every_split(Transport::StartTls, &b"a LOGIN alice secret\r\n".repeat(6));
+    assert!(output.ends_with("! close: TooManyFailedLogins\n"), "{output}");
 }
 
 #[test]
-fn starttls_and_what_follows_it() {
+fn starttls_refuses_pipelined_plaintext() {
     check(Transport::StartTls, b"a STARTTLS\r\n", "a OK Begin TLS negotiation now.\n! start TLS\n");
     check(Transport::Tls, b"a STARTTLS\r\n", "a BAD TLS is already active.\n");
     check(Transport::Plain, b"a STARTTLS\r\n", "a BAD TLS is not available on this port.\n");
-    // Not at every split: what arrives after the answer is the handshake's.
+    // Not at every split, because bytes that arrive after the reply belong to the handshake.
     for pipelined in [&b"a STARTTLS\r\nb LOGIN alice secret\r\n"[..], b"a STARTTLS\r\n\x16", b"a STARTTLS\n\n"] {
-        assert_eq!(client(Transport::StartTls, &[pipelined]), "! close: StartTlsInjection\n");
+        assert_eq!(transcript(Transport::StartTls, &[pipelined]), "! close: StartTlsInjection\n");
     }
 }
 
 #[test]
-fn other_protocols_get_no_answer() {
+fn other_protocols_get_no_reply() {
     for input in [
         &b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"[..],
         b"post /x HTTP/1.0\r\n",
@@ -246,15 +249,15 @@ fn other_protocols_get_no_answer() {
 }
 
 #[test]
-fn caps_are_answered_and_then_the_connection_ends() {
+fn exceeded_limits_are_answered_and_close_the_connection() {
     let long = [b"a LOGIN alice ", &[b'x'; 2000][..]].concat();
     let over_line = "The line is too long.";
     assert_eq!(
-        client(Transport::Tls, &[&long]),
+        transcript(Transport::Tls, &[&long]),
         format!("a BAD {over_line}\n* BYE {over_line}\n! close: LineTooLong\n")
     );
     assert_eq!(
-        client(Transport::Tls, &[&[b'x'; 2000]]),
+        transcript(Transport::Tls, &[&[b'x'; 2000]]),
         format!("* BAD {over_line}\n* BYE {over_line}\n! close: LineTooLong\n")
     );
     let over_literal = "a BAD The literal is too long.\n* BYE The literal is too long.\n! close: LiteralTooLong\n";
@@ -268,14 +271,14 @@ fn caps_are_answered_and_then_the_connection_ends() {
     }
     let response = [b"a AUTHENTICATE PLAIN\r\n", &[b'A'; 2000][..]].concat();
     assert_eq!(
-        client(Transport::Tls, &[&response]),
+        transcript(Transport::Tls, &[&response]),
         "+ \na BAD The response is too long.\n* BYE The response is too long.\n! close: LineTooLong\n"
     );
 }
 
-/// RFC 9051 section 6.2.3: BAD is for what does not fit the grammar.
+/// RFC 9051 section 6.2.3: BAD is for syntax errors.
 #[test]
-fn controls_are_refused_where_they_are_read() {
+fn control_characters_are_syntax_errors() {
     for (input, tagged) in [
         (&b"a LOGIN {3+}\r\na\0b x\r\n"[..], true),
         (b"a LOGIN alice {3+}\r\na\0b\r\n", true),
@@ -284,14 +287,14 @@ fn controls_are_refused_where_they_are_read() {
         (b"a\x01 LOGIN alice x\r\n", false),
         (b"a\0 LOGIN alice x\r\n", false),
     ] {
-        let said = client_at_every_split(Transport::Tls, input);
-        assert!(said.starts_with(if tagged { "a BAD" } else { "* BAD" }) && !said.contains("login of"), "{said}");
+        let output = transcript_at_every_split(Transport::Tls, input);
+        assert!(output.starts_with(if tagged { "a BAD" } else { "* BAD" }) && !output.contains("login of"), "{output}");
     }
 }
 
-/// They count as failed logins, not as bad commands: the client may have a typo.
+/// They count as failed logins, not as invalid commands, because the user may have mistyped the name.
 #[test]
-fn well_formed_credentials_that_cannot_be_right_are_refused_as_a_failed_login() {
+fn well_formed_but_invalid_credentials_are_a_failed_login() {
     let base64 = |message: &[u8]| base64::Engine::encode(&base64::engine::general_purpose::STANDARD, message);
     let authenticate =
         |name: &str, message: &[u8]| format!("a AUTHENTICATE {name} {}\r\n", base64(message)).into_bytes();
@@ -316,20 +319,20 @@ fn well_formed_credentials_that_cannot_be_right_are_refused_as_a_failed_login() 
     ] {
         check(Transport::Tls, &input, &format!("! a invalid by {mechanism}: {fault}\na NO refused\n"));
     }
-    let said = client_at_every_split(Transport::Tls, &b"a LOGIN \"\" pw\r\n".repeat(6));
-    assert_eq!(said.matches("! a invalid").count(), 5, "{said}");
-    assert!(said.ends_with("! close: TooManyFailedLogins\n"), "{said}");
+    let output = transcript_at_every_split(Transport::Tls, &b"a LOGIN \"\" pw\r\n".repeat(6));
+    assert_eq!(output.matches("! a invalid").count(), 5, "{output}");
+    assert!(output.ends_with("! close: TooManyFailedLogins\n"), "{output}");
 }
 
 #[test]
-fn a_token_without_an_authzid_logs_in_the_user_it_claims() {
+fn token_without_authzid_logs_in_the_claimed_user() {
     use base64::Engine as _;
     use base64::engine::general_purpose::{STANDARD, URL_SAFE_NO_PAD};
     let part = |text: &str| URL_SAFE_NO_PAD.encode(text);
     let token = format!("{}.{}.{}", part("{}"), part(r#"{"iss":"https://a.test","sub":"alice@a.test"}"#), part("s"));
-    let mut policy = policy(Transport::Tls);
-    policy.issuers = [TokenIssuer { issuer: "https://a.test".into(), claim: "sub".into(), audience: None }].into();
-    let mut prelogin = Prelogin::new(policy);
+    let mut settings = settings(Transport::Tls);
+    settings.issuers = [TokenIssuer { issuer: "https://a.test".into(), claim: "sub".into(), audience: None }].into();
+    let mut prelogin = Prelogin::new(settings);
     let message = STANDARD.encode(format!("n,,\x01auth=Bearer {token}\x01\x01"));
     prelogin.input(format!("a AUTHENTICATE OAUTHBEARER {message}\r\n").as_bytes());
     let PreloginStep::Login(login) = prelogin.step(&mut Vec::new()) else { panic!() };
@@ -338,14 +341,14 @@ fn a_token_without_an_authzid_logs_in_the_user_it_claims() {
     assert!(sent.expose().starts_with(b"n,a=alice@a.test,\x01auth=Bearer "));
 }
 
-/// Thirty pairs, each string a literal (RFC 2971): new versions of Outlook send every value as one.
+/// An ID has up to thirty fields (RFC 2971), and new versions of Outlook send every value as a literal.
 #[test]
-fn an_id_of_literals() {
+fn id_may_consist_of_literals() {
     let outlook = b"A1 ID (\"name\" {1+}\r\nx \"version\" {1+}\r\n1 \"os\" {1+}\r\nw \"os-version\" {1+}\r\n1 \
                     \"vendor\" {1+}\r\nm)\r\n";
     let answer = "* ID (\\\"name\\\" \\\"Vestibule\\\")\nA1 OK ID completed.\n";
     check(Transport::Tls, outlook, answer);
-    let mut prelogin = Prelogin::new(policy(Transport::Tls));
+    let mut prelogin = Prelogin::new(settings(Transport::Tls));
     prelogin.input(outlook);
     prelogin.step(&mut Vec::new());
     assert_eq!(prelogin.client_id().pairs().len(), 5);
@@ -353,7 +356,7 @@ fn an_id_of_literals() {
         let pair = format!("{{3+}}\r\nkey {{{size}+}}\r\n{}", "v".repeat(size));
         format!("A1 ID ({})\r\n", vec![pair; pairs].join(" ")).into_bytes()
     };
-    let mut wide = policy(Transport::Tls);
+    let mut wide = settings(Transport::Tls);
     (wide.max_line, wide.max_literal) = (96 * 1024, 64 * 1024);
     let answered = |input: &[u8]| {
         let mut prelogin = Prelogin::new(wide.clone());
@@ -366,18 +369,19 @@ fn an_id_of_literals() {
     let too_much = "A1 BAD The literal is too long.\r\n* BYE The literal is too long.\r\n";
     assert_eq!(answered(&id(31, 1)), (too_much.into(), 0));
     assert_eq!(answered(&id(2, 31_000)), (too_much.into(), 0));
-    // Synchronising ones are asked for one by one; a login still has few.
-    let asked = client_at_every_split(Transport::Tls, b"A1 ID ({1}\r\nx {1}\r\ny {1}\r\nz {1}\r\nw {1}\r\nv NIL)\r\n");
+    // Synchronising literals are accepted one by one; a login may only have a few literals.
+    let asked =
+        transcript_at_every_split(Transport::Tls, b"A1 ID ({1}\r\nx {1}\r\ny {1}\r\nz {1}\r\nw {1}\r\nv NIL)\r\n");
     assert_eq!(asked, format!("{}{answer}", "+ OK\n".repeat(5)));
-    let said = client(Transport::Tls, &[&[b"A1 LOGIN", &b" {1+}\r\nx".repeat(5)[..]].concat()]);
-    assert!(said.contains("The literal is too long"), "{said}");
+    let output = transcript(Transport::Tls, &[&[b"A1 LOGIN", &b" {1+}\r\nx".repeat(5)[..]].concat()]);
+    assert!(output.contains("The literal is too long"), "{output}");
 }
 
 #[test]
-fn what_follows_the_login_is_the_servers() {
+fn bytes_after_the_login_are_left_over() {
     let input = b"a LOGIN alice secret\r\nb SELECT INBOX\r\nc FETCH 1 FLAGS\r\n";
     for split in 0..input.len() {
-        let mut prelogin = Prelogin::new(policy(Transport::Tls));
+        let mut prelogin = Prelogin::new(settings(Transport::Tls));
         prelogin.input(&input[..split]);
         let mut out = Vec::new();
         let first = prelogin.step(&mut out);
@@ -395,15 +399,15 @@ fn what_follows_the_login_is_the_servers() {
 }
 
 #[test]
-fn the_clients_id_is_kept_and_its_claims_are_not() {
-    let mut prelogin = Prelogin::new(policy(Transport::Tls));
+fn client_id_is_kept_without_reserved_fields() {
+    let mut prelogin = Prelogin::new(settings(Transport::Tls));
     prelogin.input(b"a ID (\"name\" \"mutt\" \"x-originating-ip\" \"192.0.2.9\")\r\nb ID (\"name\" \"other\")\r\n");
     prelogin.step(&mut Vec::new());
     assert_eq!(prelogin.client_id().pairs(), [(b"name".to_vec(), Some(b"mutt".to_vec()))]);
 }
 
 #[test]
-fn nothing_hostile_is_taken_for_a_login() {
+fn malformed_commands_are_not_logins() {
     for input in [
         &b"a LOGIN ((((((((((\r\n"[..],
         b"a LOGIN \"\r\n",
@@ -418,17 +422,17 @@ fn nothing_hostile_is_taken_for_a_login() {
         b"+ LOGIN alice x\r\n",
         b"\xff\xfe LOGIN alice x\r\n",
     ] {
-        let said = client_at_every_split(Transport::Tls, input);
-        assert!(said.contains("BAD ") && !said.contains("login of"), "{}: {said}", input.escape_ascii());
+        let output = transcript_at_every_split(Transport::Tls, input);
+        assert!(output.contains("BAD ") && !output.contains("login of"), "{}: {output}", input.escape_ascii());
     }
     let commands = b"a NOOP\r\n".repeat(1100);
-    assert!(client(Transport::Tls, &[&commands]).ends_with("! close: TooManyBadCommands\n"));
+    assert!(transcript(Transport::Tls, &[&commands]).ends_with("! close: TooManyBadCommands\n"));
 }
 
 proptest! {
-    /// imap-codec writes, we read: the same user and password come out, in whichever form the codec chose.
+    /// A login that imap-codec has encoded is read with the same user and password, in the form that the codec chose.
     #[test]
-    fn what_the_codec_writes_is_read_the_same(user in "[!-~]([ -~]{0,18}[!-~])?", password in "[ -~\u{e4}\u{20ac}]{0,40}") {
+    fn login_by_imap_codec_is_read_the_same(user in "[!-~]([ -~]{0,18}[!-~])?", password in "[ -~\u{e4}\u{20ac}]{0,40}") {
         use imap_codec::CommandCodec;
         use imap_codec::encode::{Encoder, Fragment};
         use imap_codec::imap_types::command::{Command, CommandBody};
@@ -443,7 +447,7 @@ proptest! {
                 Fragment::Line { data } | Fragment::Literal { data, .. } => bytes.extend(data),
             }
         }
-        let mut prelogin = Prelogin::new(policy(Transport::Tls));
+        let mut prelogin = Prelogin::new(settings(Transport::Tls));
         prelogin.input(&bytes);
         let PreloginStep::Login(login) = prelogin.step(&mut Vec::new()) else {
             return Err(TestCaseError::fail(format!("no login in {}", bytes.escape_ascii())));
@@ -453,18 +457,18 @@ proptest! {
     }
 
     #[test]
-    fn no_input_panics_or_differs_by_split(input in proptest::collection::vec(prop_oneof![
+    fn any_input_leads_to_the_same_result_at_every_split(input in proptest::collection::vec(prop_oneof![
         Just(b"a LOGIN ".to_vec()), Just(b"\r\n".to_vec()), Just(b"{3+}\r\n".to_vec()), Just(b"{3}\r\n".to_vec()), Just(b"\"".to_vec()),
         Just(b"a AUTHENTICATE PLAIN ".to_vec()), Just(b"a ID (".to_vec()), proptest::collection::vec(any::<u8>(), 0..6),
     ], 0..12), split in 0_usize..80) {
         let input = input.concat();
         let split = split.min(input.len());
-        prop_assert_eq!(client(Transport::Tls, &[&input]), client(Transport::Tls, &[&input[..split], &input[split..]]));
+        prop_assert_eq!(transcript(Transport::Tls, &[&input]), transcript(Transport::Tls, &[&input[..split], &input[split..]]));
     }
 }
 
 #[test]
-fn mechanisms_that_are_relayed_begin_with_a_name() {
+fn relayed_mechanisms_begin_with_a_user_name() {
     let user = "! a login of alice with \"user=alice^Aauth=Bearer t^A^A\" by xoauth2\na NO refused\n";
     check(Transport::Tls, b"a AUTHENTICATE XOAUTH2 dXNlcj1hbGljZQFhdXRoPUJlYXJlciB0AQE=\r\n", user);
     check(
@@ -485,15 +489,15 @@ fn mechanisms_that_are_relayed_begin_with_a_name() {
 }
 
 #[test]
-fn what_is_not_offered_is_refused() {
+fn mechanism_that_is_not_offered_is_refused() {
     let refused = "a NO [CANNOT] Mechanism not supported. Offered: PLAIN, LOGIN, XOAUTH2, OAUTHBEARER, SCRAM-SHA-1, SCRAM-SHA-256.\n";
     for name in ["SCRAM-SHA-256-PLUS", "EXTERNAL", "CRAM-MD5", "ANONYMOUS"] {
         check(Transport::Tls, format!("a AUTHENTICATE {name} =\r\n").as_bytes(), refused);
     }
-    let mut policy = policy(Transport::Tls);
-    policy.mechanisms = [Mechanism::External].into_iter().collect();
-    policy.certificate = Some(crate::identity::UserName::new(b"alice").unwrap());
-    let mut prelogin = Prelogin::new(policy);
+    let mut settings = settings(Transport::Tls);
+    settings.mechanisms = [Mechanism::External].into_iter().collect();
+    settings.certificate = Some(crate::identity::UserName::new(b"alice").unwrap());
+    let mut prelogin = Prelogin::new(settings);
     let mut out = Vec::new();
     prelogin.greet(&mut out);
     prelogin.input(b"a LOGIN alice secret\r\nb AUTHENTICATE EXTERNAL =\r\n");
@@ -507,8 +511,8 @@ fn what_is_not_offered_is_refused() {
 }
 
 #[test]
-fn a_challenge_is_passed_on_and_its_answer_brought_back() {
-    let mut prelogin = Prelogin::new(policy(Transport::Tls));
+fn challenge_is_sent_and_its_response_returned() {
+    let mut prelogin = Prelogin::new(settings(Transport::Tls));
     let mut out = Vec::new();
     prelogin.input(b"a AUTHENTICATE SCRAM-SHA-1 biwsbj1hbGljZSxyPXg=\r\n");
     let PreloginStep::Login(login) = prelogin.step(&mut out) else { panic!() };

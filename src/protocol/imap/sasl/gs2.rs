@@ -1,39 +1,39 @@
-//! The GS2 header (RFC 5801 section 4), with which messages of OAUTHBEARER and SCRAM begin.
+//! Parser of the GS2 header (RFC 5801 section 4), with which messages of OAUTHBEARER and SCRAM begin.
 
 use super::InvalidCredentials;
 
-/// A header and what follows it.
+/// A header, and the rest of the message.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct Header<'a> {
-    /// Whether the client could bind the channel, but believes that the server cannot (`y`).
-    pub(super) could_bind: bool,
-    /// The authorization identity, unescaped. Not empty.
+    /// Whether the client supports channel binding, but believes that the server does not (`y`).
+    pub(super) supports_channel_binding: bool,
+    /// The unescaped authorization identity.
     pub(super) authzid: Option<Vec<u8>>,
     pub(super) rest: &'a [u8],
 }
 
-/// Reads `n,a=name,` or `y,,`. A client that wants its channel bound (`p=`) is refused: its TLS channel ends here.
+/// Parses `n,a=name,` or `y,,`. Channel binding (`p=`) is refused, because the client's TLS channel ends at the proxy.
 pub(super) fn header(message: &[u8]) -> Result<Header<'_>, InvalidCredentials> {
     let mut parts = message.splitn(3, |byte| *byte == b',');
     let (Some(flag), Some(authzid), Some(rest)) = (parts.next(), parts.next(), parts.next()) else {
         return Err(InvalidCredentials::Grammar);
     };
-    let could_bind = match flag {
+    let supports_channel_binding = match flag {
         b"n" => false,
         b"y" => true,
         _ => return Err(InvalidCredentials::Grammar),
     };
     let authzid = match authzid {
         b"" => None,
-        written => Some(sasl_name(written.strip_prefix(b"a=").ok_or(InvalidCredentials::Grammar)?)?),
+        field => Some(sasl_name(field.strip_prefix(b"a=").ok_or(InvalidCredentials::Grammar)?)?),
     };
-    Ok(Header { could_bind, authzid, rest })
+    Ok(Header { supports_channel_binding, authzid, rest })
 }
 
-/// Unescapes a saslname (RFC 5802 section 5.1): `=2C` is a comma, `=3D` an equals sign, and there is no other `=`.
-pub(super) fn sasl_name(written: &[u8]) -> Result<Vec<u8>, InvalidCredentials> {
-    let mut name = Vec::with_capacity(written.len());
-    let mut rest = written;
+/// Unescapes a saslname (RFC 5802 section 5.1): `=2C` is a comma, `=3D` an equals sign, and any other `=` is invalid.
+pub(super) fn sasl_name(escaped: &[u8]) -> Result<Vec<u8>, InvalidCredentials> {
+    let mut name = Vec::with_capacity(escaped.len());
+    let mut rest = escaped;
     while let Some((first, after)) = rest.split_first() {
         let (byte, after) = match (first, after) {
             (b'=', [b'2', b'C', after @ ..]) => (b',', after),
@@ -47,7 +47,7 @@ pub(super) fn sasl_name(written: &[u8]) -> Result<Vec<u8>, InvalidCredentials> {
     Ok(name)
 }
 
-/// Writes a name as a saslname.
-pub(super) fn escaped(name: &str) -> String {
+/// Escapes a name as a saslname.
+pub(super) fn escape(name: &str) -> String {
     name.replace('=', "=3D").replace(',', "=2C")
 }

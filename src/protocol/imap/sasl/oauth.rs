@@ -1,12 +1,12 @@
-//! XOAUTH2 (Google's) and OAUTHBEARER (RFC 7628): a bearer token and the name of its user.
+//! Parsers of XOAUTH2 (by Google) and OAUTHBEARER (RFC 7628), whose messages contain a bearer token and its user's name.
 
-use super::gs2::{self, escaped};
-use super::{InvalidCredentials, name, relayed};
+use super::gs2::{self, escape};
+use super::{InvalidCredentials, relayed, user_name};
 use crate::identity::{Credentials, RelayedMechanism, Secret, TokenIssuer, UserName, claimed_user};
 
-/// Separates the fields of both mechanisms.
+/// The separator of fields in both mechanisms.
 const SEPARATOR: u8 = 1;
-/// Keys of one message. RFC 7628 defines three, its drafts a few more.
+/// Maximum number of keys in a message. RFC 7628 defines three, its drafts a few more.
 const MAX_KEYS: usize = 16;
 
 /// A message of XOAUTH2.
@@ -15,7 +15,7 @@ pub(super) struct XOauth2<'a> {
     pub(super) user: &'a [u8],
 }
 
-/// Reads `user=NAME ^A auth=Bearer TOKEN ^A ^A`, and nothing else: with a field more, servers differ in which one they use.
+/// Parses `user=NAME ^A auth=Bearer TOKEN ^A ^A`. Further fields are refused, because servers differ in which field they use.
 pub(super) fn xoauth2(message: &[u8]) -> Result<XOauth2<'_>, InvalidCredentials> {
     let mut fields = fields(message)?;
     let (Some(user), Some(auth), None) = (fields.next(), fields.next(), fields.next()) else {
@@ -33,12 +33,12 @@ pub(super) struct Bearer<'a> {
     pub(super) token: &'a [u8],
 }
 
-/// Reads `gs2-header ^A (key=value ^A)… ^A` (RFC 7628 section 3.1). Unknown keys are ignored, as the RFC demands, but for `user`,
-/// a key of its drafts that names a user; a key that occurs twice, in any letter case, is refused.
+/// Parses `gs2-header ^A (key=value ^A)… ^A` (RFC 7628 section 3.1). Unknown keys are ignored, as the RFC requires, except `user`,
+/// with which drafts of the RFC named the user. A key that occurs twice, in any letter case, is refused.
 pub(super) fn bearer(message: &[u8]) -> Result<Bearer<'_>, InvalidCredentials> {
     let header = gs2::header(message)?;
-    // Section 3.1: the flag is "n", because the mechanism binds no channel.
-    if header.could_bind {
+    // Section 3.1: the flag is "n", because the mechanism has no channel binding.
+    if header.supports_channel_binding {
         return Err(InvalidCredentials::Grammar);
     }
     let pairs = header.rest.strip_prefix(&[SEPARATOR]).ok_or(InvalidCredentials::Grammar)?;
@@ -67,19 +67,19 @@ pub(super) fn bearer(message: &[u8]) -> Result<Bearer<'_>, InvalidCredentials> {
     Ok(Bearer { authzid: header.authzid, token: token.ok_or(InvalidCredentials::Grammar)? })
 }
 
-/// The credentials in a message of OAUTHBEARER. Without an authorization identity the user is the one that the token claims, if one
-/// of `issuers` issued it; the message then gets that name, so that the server accepts this user or none.
+/// Returns the credentials in a message of OAUTHBEARER. Without an authorization identity the user is the one that the token
+/// claims, if one of `issuers` issued it; that name is then added to the message, so that the server accepts no other user.
 pub(super) fn bearer_credentials(message: &[u8], issuers: &[TokenIssuer]) -> Result<Credentials, InvalidCredentials> {
     let Bearer { authzid, token } = bearer(message)?;
     if let Some(authzid) = authzid {
-        return Ok(relayed(RelayedMechanism::OauthBearer, name(&authzid)?, None, message));
+        return Ok(relayed(RelayedMechanism::OauthBearer, user_name(&authzid)?, None, message));
     }
     let user = claimed_user(token, issuers).map_err(InvalidCredentials::Token)?;
     let message = with_authzid(message, &user).ok_or(InvalidCredentials::Grammar)?;
     Ok(relayed(RelayedMechanism::OauthBearer, user, None, message.expose()))
 }
 
-/// The message of a token under another name. `None`: the name is part of the proof, as in SCRAM.
+/// Replaces the user name in a message. Returns `None` for SCRAM, in which the name is part of the proof.
 pub fn with_user(mechanism: RelayedMechanism, message: &Secret, user: &UserName) -> Option<Secret> {
     let message = message.expose();
     match mechanism {
@@ -94,17 +94,17 @@ pub fn with_user(mechanism: RelayedMechanism, message: &Secret, user: &UserName)
 
 fn with_authzid(message: &[u8], user: &UserName) -> Option<Secret> {
     let rest = message.iter().position(|byte| *byte == SEPARATOR)?;
-    Some(Secret::new([b"n,a=", escaped(user.as_str()).as_bytes(), b",", &message[rest..]].concat()))
+    Some(Secret::new([b"n,a=", escape(user.as_str()).as_bytes(), b",", &message[rest..]].concat()))
 }
 
-/// The fields of a message, which ends with two separators: one of the last field, one of the message.
+/// Splits a message into its fields. It ends with two separators: one ends the last field, one the message.
 fn fields(message: &[u8]) -> Result<impl Iterator<Item = &[u8]>, InvalidCredentials> {
     let content = message.strip_suffix(&[SEPARATOR, SEPARATOR]).ok_or(InvalidCredentials::Grammar)?;
     Ok(content.split(|byte| *byte == SEPARATOR))
 }
 
-/// Reads `Bearer TOKEN`: the scheme in any letter case, as in HTTP (RFC 9110 section 11.1); one or more VSCHAR (RFC 6749
-/// appendix A.12).
+/// Parses `Bearer TOKEN`. The scheme may have any letter case, as in HTTP (RFC 9110 section 11.1); the token consists of one or more
+/// VSCHAR (RFC 6749 appendix A.12).
 fn bearer_token(value: &[u8]) -> Result<&[u8], InvalidCredentials> {
     let (scheme, token) = value.split_at_checked(b"Bearer ".len()).ok_or(InvalidCredentials::Grammar)?;
     let is_token = !token.is_empty() && token.iter().all(u8::is_ascii_graphic);

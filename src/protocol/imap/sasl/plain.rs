@@ -1,11 +1,11 @@
-//! PLAIN (RFC 4616), and the two steps of LOGIN.
+//! Parsers of PLAIN (RFC 4616) and of LOGIN's two messages.
 
 use zeroize::Zeroizing;
 
-use super::{InvalidCredentials, encode, name};
+use super::{InvalidCredentials, encode, user_name};
 use crate::identity::{Credentials, Mechanism, PasswordLogin, Proof, Secret, UserName};
 
-/// Reads `authzid NUL authcid NUL password`. An authzid that repeats the authcid asks for nothing and is left out.
+/// Parses `authzid NUL authcid NUL password`. An authzid that repeats the authcid is omitted from the credentials.
 pub(in crate::protocol::imap) fn plain(message: &[u8]) -> Result<Credentials, InvalidCredentials> {
     let mut parts = message.split(|byte| *byte == 0);
     let (Some(authzid), Some(authcid), Some(password), None) = (parts.next(), parts.next(), parts.next(), parts.next())
@@ -14,25 +14,25 @@ pub(in crate::protocol::imap) fn plain(message: &[u8]) -> Result<Credentials, In
     };
     let mut credentials = password_login(authcid, password, Mechanism::SaslPlain)?;
     if !authzid.is_empty() && authzid != authcid {
-        credentials.authzid = Some(name(authzid)?);
+        credentials.authzid = Some(user_name(authzid)?);
     }
     Ok(credentials)
 }
 
-/// Checks a user name and a password: those of the command LOGIN, and of both steps of the mechanism LOGIN.
+/// Validates the user name and password of the command LOGIN, or of the two messages of the mechanism LOGIN.
 pub(in crate::protocol::imap) fn password_login(
     user: &[u8],
     password: &[u8],
     mechanism: Mechanism,
 ) -> Result<Credentials, InvalidCredentials> {
-    let user = name(user)?;
+    let user = user_name(user)?;
     if password.iter().any(|byte| matches!(byte, 0 | b'\r' | b'\n')) {
         return Err(InvalidCredentials::Password);
     }
     Ok(Credentials { user, authzid: None, mechanism, proof: Proof::Password(Secret::new(password.to_vec())) })
 }
 
-/// The response of PLAIN in base64, as a server gets it.
+/// Returns the response of PLAIN for a server, in base64.
 pub(in crate::protocol::imap) fn plain_response(credentials: &PasswordLogin<'_>) -> Zeroizing<Vec<u8>> {
     let authzid = credentials.authzid.map_or("", UserName::as_str).as_bytes();
     let password = credentials.password.expose();

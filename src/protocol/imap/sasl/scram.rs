@@ -1,19 +1,19 @@
-//! The first message of SCRAM (RFC 5802 section 7).
+//! Parser of SCRAM's first message (RFC 5802 section 7).
 
 use super::{InvalidCredentials, gs2};
 
-/// Names of attributes with a meaning elsewhere in the exchange: none of them may be an extension of the first message.
+/// Attributes that are defined for other messages of the exchange, and must not be extensions of the first message.
 const RESERVED: &[u8] = b"anmrcspvie";
 
-/// What the first message says.
+/// The names in the first message.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct ClientFirst {
     pub(super) user: Vec<u8>,
     pub(super) authzid: Option<Vec<u8>>,
 }
 
-/// Reads `gs2-header n=user,r=nonce[,extension]…`. `m=`, an extension that a server must not ignore, is refused, and so is an
-/// attribute that occurs twice, in any letter case.
+/// Parses `gs2-header n=user,r=nonce[,extension]…`. Mandatory extensions (`m=`) and attributes that occur twice, in any letter case,
+/// are refused.
 pub(super) fn client_first(message: &[u8]) -> Result<ClientFirst, InvalidCredentials> {
     let header = gs2::header(message)?;
     let mut attributes = header.rest.split(|byte| *byte == b',');
@@ -34,13 +34,13 @@ pub(super) fn client_first(message: &[u8]) -> Result<ClientFirst, InvalidCredent
     Ok(ClientFirst { user: gs2::sasl_name(user)?, authzid: header.authzid })
 }
 
-/// Whether a server's challenge has the form of its final message, with its signature. It says nothing about the client: only the
-/// server's OK means that the client is who it claims to be, and only the client can verify the signature.
+/// Whether a server's challenge looks like its final message, which contains its signature. It does not prove that the client is
+/// authenticated: only the server's OK does, and only the client can verify the signature.
 pub fn is_server_final(challenge: &[u8]) -> bool {
     super::decode(challenge.trim_ascii_end()).is_ok_and(|message| message.starts_with(b"v="))
 }
 
-/// `value`: one or more characters of UTF-8 other than NUL and the comma, at which it was split.
+/// Whether `value` consists of one or more UTF-8 characters except NUL. The message has been split at commas.
 fn is_value(value: &[u8]) -> bool {
     !value.is_empty() && !value.contains(&0) && std::str::from_utf8(value).is_ok()
 }

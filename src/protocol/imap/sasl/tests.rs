@@ -1,20 +1,22 @@
-//! The grammars as a whole, and what two readers of a message must agree on.
+//! Tests of the grammars, and of messages that two parsers could read differently.
 
 use proptest::prelude::*;
 
 use super::*;
 use crate::identity::PasswordLogin;
 
-fn both(credentials: Result<Credentials, InvalidCredentials>) -> Result<(String, Option<String>), InvalidCredentials> {
+fn user_and_authzid(
+    credentials: Result<Credentials, InvalidCredentials>,
+) -> Result<(String, Option<String>), InvalidCredentials> {
     credentials.map(|it| (it.user.to_string(), it.authzid.map(|name| name.to_string())))
 }
 
 fn first(mechanism: RelayedMechanism, message: &[u8]) -> Result<(String, Option<String>), InvalidCredentials> {
-    both(first_message(mechanism, message, &[]))
+    user_and_authzid(first_message(mechanism, message, &[]))
 }
 
 #[test]
-fn plain_messages() {
+fn plain_is_parsed() {
     let read = |message: &[u8]| {
         plain(message).map(|it| {
             let password = it.password().unwrap().expose().to_vec();
@@ -36,7 +38,7 @@ fn plain_messages() {
 }
 
 #[test]
-fn padding_may_be_missing() {
+fn base64_padding_is_optional() {
     assert_eq!(decode(b"AGEAYg==").as_deref().map(Vec::as_slice), Ok(&b"\0a\0b"[..]));
     assert_eq!(decode(b"AGEAYg").as_deref().map(Vec::as_slice), Ok(&b"\0a\0b"[..]));
     for bad in [&b"A"[..], b"AGEA Yg==", b"AGEAYg==x", b"!"] {
@@ -45,7 +47,7 @@ fn padding_may_be_missing() {
 }
 
 #[test]
-fn first_messages_name_their_user() {
+fn first_message_names_the_user() {
     let good = |user: &str| Ok((user.to_owned(), None));
     assert_eq!(first(RelayedMechanism::XOauth2, b"user=a@b\x01auth=Bearer t\x01\x01"), good("a@b"));
     assert_eq!(first(RelayedMechanism::XOauth2, b"user=a=b,c\x01auth=bearer t-._~+/=\x01\x01"), good("a=b,c"));
@@ -80,9 +82,9 @@ fn first_messages_name_their_user() {
     );
 }
 
-/// Readers differ in which of two fields they take: the first, the last, or any letter case of its key.
+/// Parsers differ in which of two fields they use: the first, the last, or one with another letter case of the key.
 #[test]
-fn a_message_that_can_be_read_in_two_ways_is_refused() {
+fn ambiguous_message_is_refused() {
     for (mechanism, wrong) in [
         (RelayedMechanism::XOauth2, &b"user=alice\x01user=bob\x01auth=Bearer t\x01\x01"[..]),
         (RelayedMechanism::XOauth2, b"user=alice\x01auth=Bearer t\x01user=bob\x01\x01"),
@@ -153,7 +155,7 @@ fn a_message_that_can_be_read_in_two_ways_is_refused() {
 }
 
 #[test]
-fn a_token_without_an_authzid_is_relayed_under_the_name_it_claims() {
+fn token_without_authzid_is_relayed_with_the_claimed_name() {
     use base64::engine::general_purpose::URL_SAFE_NO_PAD;
     let part = |text: &str| URL_SAFE_NO_PAD.encode(text);
     let token = format!("{}.{}.{}", part("{}"), part(r#"{"iss":"https://a.test","email":"a=li,ce"}"#), part("s"));
@@ -171,7 +173,7 @@ fn a_token_without_an_authzid_is_relayed_under_the_name_it_claims() {
 }
 
 #[test]
-fn a_token_may_travel_under_another_name() {
+fn token_message_can_be_given_another_user_name() {
     let user = UserName::new(b"c,=d").unwrap();
     let under = |mechanism, message: &[u8]| {
         with_user(mechanism, &Secret::new(message.to_vec()), &user).map(|secret| secret.expose().to_vec())
@@ -188,7 +190,7 @@ fn a_token_may_travel_under_another_name() {
 }
 
 #[test]
-fn a_certificate_may_ask_for_another_mailbox() {
+fn external_may_request_another_mailbox() {
     let owner = UserName::new(b"alice").unwrap();
     let read = |message: &[u8]| external(message, &owner).map(|it| it.authzid.map(|name| name.to_string()));
     assert_eq!(read(b""), Ok(None));
@@ -197,12 +199,12 @@ fn a_certificate_may_ask_for_another_mailbox() {
     assert!(read(b"a\0").is_err());
 }
 
-/// What Dovecot takes for the user of XOAUTH2: the last `user=` among the fields.
+/// The user of XOAUTH2 as Dovecot reads it: the last `user=` field.
 fn last_user_field(message: &[u8]) -> Option<&[u8]> {
     message.split(|byte| *byte == 1).filter_map(|field| field.strip_prefix(b"user=")).next_back()
 }
 
-/// A piece of a message, which together make grammars, half grammars and none.
+/// A part of a message; sequences of parts are valid, almost valid and invalid messages.
 fn piece() -> impl Strategy<Value = Vec<u8>> {
     prop_oneof![
         prop::sample::select(vec![
@@ -234,9 +236,9 @@ fn piece() -> impl Strategy<Value = Vec<u8>> {
 }
 
 proptest! {
-    /// Whatever is accepted names one user for every reader, survives a new name, and is read again as the same.
+    /// An accepted message names one user for every parser, and is parsed to the same credentials after its name was set again.
     #[test]
-    fn what_is_accepted_names_one_user(
+    fn accepted_message_names_one_user(
         pieces in prop::collection::vec(piece(), 0..10),
         mechanism in prop::sample::select(vec![
             RelayedMechanism::XOauth2, RelayedMechanism::OauthBearer, RelayedMechanism::ScramSha1, RelayedMechanism::ScramSha256,
@@ -256,7 +258,7 @@ proptest! {
     }
 
     #[test]
-    fn plain_is_written_as_it_is_read(
+    fn plain_response_is_parsed_to_the_same_credentials(
         authzid in prop::option::of("[ -~\u{e4}]{1,10}"), user in "[ -~\u{e4}]{1,10}", password in "[ -~\u{e4}]{0,10}",
     ) {
         let message = format!("{}\0{user}\0{password}", authzid.as_deref().unwrap_or_default());
@@ -273,10 +275,9 @@ proptest! {
         prop_assert_eq!(again.authzid.as_ref().map(UserName::as_str), read.authzid.as_ref().map(UserName::as_str));
     }
 
-    /// Every name can be written as a saslname, and is read as itself.
     #[test]
-    fn a_name_survives_its_escapes(name in "[ -~\u{e4}\u{20ac}]{1,20}") {
-        let written = gs2::escaped(&name);
+    fn escaped_name_is_unescaped_to_itself(name in "[ -~\u{e4}\u{20ac}]{1,20}") {
+        let written = gs2::escape(&name);
         prop_assert_eq!(gs2::sasl_name(written.as_bytes()), Ok(name.into_bytes()));
     }
 }

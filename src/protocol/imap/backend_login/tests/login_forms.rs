@@ -1,4 +1,4 @@
-//! LoginForms of the login, and answers that lead to another form or mean something other than a wrong password.
+//! Transcripts about the forms of the login, and about answers that are not caused by a wrong password.
 
 use super::{Server, alice, alice_by_plain};
 use crate::identity::{LoginWith, Mechanism, Proof, Secret, UserName};
@@ -7,7 +7,7 @@ const IR: &str = "* OK [CAPABILITY IMAP4rev1 SASL-IR AUTH=PLAIN] x";
 const OK: &str = "S: L OK [CAPABILITY IMAP4rev1] in\n! client: tag1 OK [CAPABILITY IMAP4rev1] in";
 
 #[test]
-fn bad_to_an_initial_response_leads_to_the_next_form() {
+fn bad_leads_to_the_next_form() {
     // Coremail lists SASL-IR and does not understand it.
     alice_by_plain().check(&format!(
         "S: {IR}
@@ -28,7 +28,7 @@ fn bad_to_an_initial_response_leads_to_the_next_form() {
          C: L LOGIN \"alice\" \"secret\"
          {OK}"
     ));
-    // LOGIN first, and each form once.
+    // LOGIN is sent first, and each form once.
     alice().check(&format!(
         "S: {IR}
          C: L LOGIN \"alice\" \"secret\"
@@ -44,16 +44,17 @@ fn bad_to_an_initial_response_leads_to_the_next_form() {
 }
 
 #[test]
-fn a_refused_password_is_not_sent_in_another_form() {
+fn refused_password_is_not_sent_in_another_form() {
     for answer in ["NO x", "NO [ALERT] Unsupported authentication mechanism", "NO [CANNOT] x"] {
-        let (said, learned) = alice_by_plain().learn(&format!("S: {IR}\nC: *\nS: L {answer}\nC: *"));
-        assert!(said.contains("! refused: tag1 NO") && said.matches("C: ").count() == 1, "{said}");
-        assert_eq!(learned, None);
+        let (output, rejected) =
+            alice_by_plain().run_for_rejected_forms(&format!("S: {IR}\nC: *\nS: L {answer}\nC: *"));
+        assert!(output.contains("! refused: tag1 NO") && output.matches("C: ").count() == 1, "{output}");
+        assert_eq!(rejected, None);
     }
 }
 
 #[test]
-fn a_response_that_is_asked_for_again_is_sent_again() {
+fn response_is_sent_again_if_requested() {
     alice_by_plain().check(&format!(
         "S: {IR}
          C: L AUTHENTICATE PLAIN AGFsaWNlAHNlY3JldA==
@@ -72,7 +73,7 @@ fn a_response_that_is_asked_for_again_is_sent_again() {
 }
 
 #[test]
-fn a_server_that_closes_after_bad_is_connected_to_again() {
+fn server_that_closes_after_bad_is_reconnected() {
     alice_by_plain().check(&format!(
         "S: {IR}
          C: L AUTHENTICATE PLAIN AGFsaWNlAHNlY3JldA==
@@ -86,7 +87,7 @@ fn a_server_that_closes_after_bad_is_connected_to_again() {
          C: AGFsaWNlAHNlY3JldA==
          {OK}"
     ));
-    // A second connection that ends in the same way is final.
+    // A second connection that closes in the same way ends the login.
     alice_by_plain().check(&format!(
         "S: {IR}
          C: L AUTHENTICATE PLAIN AGFsaWNlAHNlY3JldA==
@@ -102,47 +103,48 @@ fn a_server_that_closes_after_bad_is_connected_to_again() {
 }
 
 #[test]
-fn what_a_login_has_shown_is_used_until_the_capabilities_change() {
+fn rejected_forms_are_avoided_until_the_capabilities_change() {
     let login = format!("S: {IR}\nC: *\nS: L BAD x\nC: *\nS: +\nC: *\nS: L OK [CAPABILITY IMAP4rev1] in");
-    let (_, learned) = alice_by_plain().learn(&login);
+    let (_, rejected) = alice_by_plain().run_for_rejected_forms(&login);
     let mut next = alice_by_plain();
-    next.learned = learned;
-    assert!(learned.is_some());
+    next.unsupported_forms = rejected;
+    assert!(rejected.is_some());
     next.check(&format!("S: {IR}\nC: L AUTHENTICATE PLAIN\nS: +\nC: AGFsaWNlAHNlY3JldA==\n{OK}"));
     let other = IR.replace("IMAP4rev1", "IMAP4rev2");
     next.check(&format!("S: {other}\nC: L AUTHENTICATE PLAIN AGFsaWNlAHNlY3JldA==\n{OK}"));
-    // The login may be an attacker's, or too long for the server: nothing is learnt from that.
+    // A refused login or a long response may be an attacker's, so the forms are not remembered.
     let refused = login.replace("S: L OK [CAPABILITY IMAP4rev1] in", "S: L NO x");
-    assert_eq!(alice_by_plain().learn(&refused).1, None);
+    assert_eq!(alice_by_plain().run_for_rejected_forms(&refused).1, None);
     let mut long = alice_by_plain();
     long.credentials.proof = Proof::Password(Secret::new(vec![b'x'; 300]));
-    assert_eq!(long.learn(&login).1, None);
+    assert_eq!(long.run_for_rejected_forms(&login).1, None);
 }
 
 #[test]
-fn a_user_with_special_credentials_does_not_change_how_others_log_in() {
-    for (password, is_learnt) in
+fn special_credentials_do_not_change_how_others_log_in() {
+    for (password, is_remembered) in
         [(&b"secret"[..], true), (b"sec\"ret", false), (b"sec ret", false), (&[b'x'; 300], false)]
     {
         let login = format!("S: {IR}\nC: *\nS: L BAD x\nC: *\nS: L OK [CAPABILITY IMAP4rev1] in");
-        let (said, learned) = Server::new("alice", password).learn(&login);
-        assert!(said.contains("C: L LOGIN") && said.contains("C: L AUTHENTICATE PLAIN"), "{said}");
-        assert_eq!(learned.is_some(), is_learnt, "{said}");
-        if is_learnt {
+        let (output, rejected) = Server::new("alice", password).run_for_rejected_forms(&login);
+        assert!(output.contains("C: L LOGIN") && output.contains("C: L AUTHENTICATE PLAIN"), "{output}");
+        assert_eq!(rejected.is_some(), is_remembered, "{output}");
+        if is_remembered {
             let mut next = alice();
-            next.learned = learned;
+            next.unsupported_forms = rejected;
             next.check(&format!("S: {IR}\nC: L AUTHENTICATE PLAIN AGFsaWNlAHNlY3JldA==\n{OK}"));
         }
     }
 }
 
 #[test]
-fn the_clients_command_is_kept_if_the_server_has_it() {
+fn clients_command_is_kept_if_the_server_supports_it() {
     let first = |with: LoginWith, client: Mechanism, capabilities: &str| {
         let mut server = alice();
         (server.login_with, server.credentials.mechanism) = (with, client);
-        let (said, _) = server.learn(&format!("S: * OK [CAPABILITY IMAP4rev1 {capabilities}] x\nC: *"));
-        said.lines().nth(1).unwrap_or_default().replace("AGFsaWNlAHNlY3JldA==", "IR")
+        let (output, _) =
+            server.run_for_rejected_forms(&format!("S: * OK [CAPABILITY IMAP4rev1 {capabilities}] x\nC: *"));
+        output.lines().nth(1).unwrap_or_default().replace("AGFsaWNlAHNlY3JldA==", "IR")
     };
     let (login, initial, continued) =
         ("C: L LOGIN \"alice\" \"secret\"", "C: L AUTHENTICATE PLAIN IR", "C: L AUTHENTICATE PLAIN");
@@ -174,18 +176,18 @@ fn the_clients_command_is_kept_if_the_server_has_it() {
 }
 
 #[test]
-fn login_gives_way_to_plain_for_what_it_cannot_carry() {
+fn plain_replaces_login_for_unsupported_arguments() {
     let first = |user: &str, password: &[u8], authzid: Option<&str>, with: LoginWith| {
         let mut server = Server::new(user, password);
         server.login_with = with;
         server.credentials.authzid = authzid.map(|name| UserName::new(name.as_bytes()).unwrap());
-        let (said, _) = server.learn(&format!("S: {IR}\nC: *"));
-        said.lines().nth(1).unwrap_or_default().chars().take(21).collect::<String>()
+        let (output, _) = server.run_for_rejected_forms(&format!("S: {IR}\nC: *"));
+        output.lines().nth(1).unwrap_or_default().chars().take(21).collect::<String>()
     };
     let (login, plain) = ("C: L LOGIN \"alice\" \"xx", "C: L AUTHENTICATE PLAI");
     let cut = |text: &str| text.chars().take(21).collect::<String>();
     assert_eq!(first("alice", &[b'x'; 900], None, LoginWith::Automatic), cut(login));
-    // Old Dovecots read 1 KiB of a LOGIN command.
+    // Old versions of Dovecot read 1 KiB of a LOGIN command.
     assert_eq!(first("alice", &[b'x'; 1000], None, LoginWith::Automatic), cut(plain));
     assert_eq!(first("alice", &[b'"'; 500], None, LoginWith::Automatic), cut(plain));
     // RFC 6855 section 5: LOGIN is for ASCII.
@@ -194,7 +196,7 @@ fn login_gives_way_to_plain_for_what_it_cannot_carry() {
 }
 
 #[test]
-fn texts_without_a_code_may_mean_an_outage_or_a_limit() {
+fn text_without_a_code_may_mean_an_outage_or_a_limit() {
     let answered = |answer: &str, expected: &str| {
         alice().check(&format!(
             "S: * OK [CAPABILITY IMAP4rev1] x\nC: L LOGIN \"alice\" \"secret\"\nS: {answer}\n! {expected}"
@@ -219,7 +221,7 @@ fn texts_without_a_code_may_mean_an_outage_or_a_limit() {
 }
 
 #[test]
-fn servers_write_words_in_lower_case_and_capabilities_ahead_of_the_answer() {
+fn lower_case_and_capabilities_before_the_answer_are_accepted() {
     alice_by_plain().check(
         "S: * ok [capability imap4rev1 sasl-ir auth=plain] hello
          C: L AUTHENTICATE PLAIN AGFsaWNlAHNlY3JldA==

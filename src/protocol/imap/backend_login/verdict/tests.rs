@@ -23,8 +23,8 @@ fn all_answers() -> impl Iterator<Item = ServerAnswer> {
     ANSWERS.into_iter().chain(ServerFault::ALL.iter().copied().map(ServerAnswer::Fault))
 }
 
-/// Shorthand of the expected table: what happens, and the server's health.
-fn words(verdict: Verdict) -> String {
+/// A verdict in the words of the documentation's table.
+fn describe(verdict: Verdict) -> String {
     let action = match verdict.action {
         Action::Refuse(RefusalKind::FailedLogin) => "refused, counted",
         Action::Refuse(RefusalKind::NotCounted) => "refused, not counted",
@@ -41,31 +41,31 @@ fn words(verdict: Verdict) -> String {
 }
 
 #[test]
-fn every_row_of_the_table() {
+fn verdicts_match_every_row_of_the_table() {
     use ServerFault::*;
     let fault = ServerAnswer::Fault;
-    // Before the login; after it with user-hash; after it with another balance; after a challenge.
-    let blamed = "next server; counts against the server";
+    // Columns: before the login; after it with user-hash; after it with another balance; after a challenge.
+    let counted = "next server; counts against the server";
     let table: &[(ServerAnswer, [&str; 4])] = &[
         (ServerAnswer::Refusal, ["refused, counted"; 4]),
         (ServerAnswer::AccountClosed, ["refused, not counted"; 4]),
         (ServerAnswer::Referral, ["referral"; 4]),
         (ServerAnswer::Bad, ["next form", "next form", "next form", "refused, counted"]),
         (ServerAnswer::EmptyContinuation, ["next form"; 4]),
-        (fault(Unreachable), [blamed, "no other server", "next server", "no other server"]),
-        (fault(Silent), [blamed, "no other server", "next server", "no other server"]),
+        (fault(Unreachable), [counted, "no other server", "next server", "no other server"]),
+        (fault(Silent), [counted, "no other server", "next server", "no other server"]),
         (fault(Crowded), ["no other server", "no other server", "next server", "no other server"]),
-        (fault(Greeting), [blamed, "no other server", "next server", "no other server"]),
-        (fault(StartTlsNotOffered), [blamed, "no other server", "next server", "no other server"]),
-        (fault(StartTlsRefused), [blamed, "no other server", "next server", "no other server"]),
-        (fault(StartTlsResidue), [blamed, "no other server", "next server", "no other server"]),
-        (fault(LoginDisabled), [blamed, "no other server", "next server", "no other server"]),
+        (fault(Greeting), [counted, "no other server", "next server", "no other server"]),
+        (fault(StartTlsNotOffered), [counted, "no other server", "next server", "no other server"]),
+        (fault(StartTlsRefused), [counted, "no other server", "next server", "no other server"]),
+        (fault(StartTlsResidue), [counted, "no other server", "next server", "no other server"]),
+        (fault(LoginDisabled), [counted, "no other server", "next server", "no other server"]),
         (fault(AuthzidUnsupported), ["next server", "no other server", "next server", "no other server"]),
         (fault(MechanismUnsupported), ["next server", "no other server", "next server", "no other server"]),
-        (fault(Protocol), [blamed, "no other server", "next server", "no other server"]),
-        (fault(TooMuchUntagged), [blamed, "no other server", "next server", "no other server"]),
-        (fault(Bye), [blamed, "no other server", "next server", "no other server"]),
-        (fault(Closed), [blamed, "no other server", "next server", "no other server"]),
+        (fault(Protocol), [counted, "no other server", "next server", "no other server"]),
+        (fault(TooMuchUntagged), [counted, "no other server", "next server", "no other server"]),
+        (fault(Bye), [counted, "no other server", "next server", "no other server"]),
+        (fault(Closed), [counted, "no other server", "next server", "no other server"]),
         (fault(Timeout), ["next server", "no other server", "next server", "no other server"]),
         (fault(Overloaded), ["next server", "no other server", "next server", "no other server"]),
         (fault(UserLimit), ["no other server"; 4]),
@@ -81,18 +81,18 @@ fn every_row_of_the_table() {
             decide(*answer, LoginStage::LoginSent, false),
             decide(*answer, LoginStage::Challenged, false),
         ];
-        assert_eq!(columns.map(words), *expected, "{answer:?}");
+        assert_eq!(columns.map(describe), *expected, "{answer:?}");
         assert_eq!(decide(*answer, LoginStage::LongPasswordSent, true), long_password(*answer, true), "{answer:?}");
         assert_eq!(decide(*answer, LoginStage::LongPasswordSent, false), long_password(*answer, false), "{answer:?}");
         let retried = decide(*answer, LoginStage::Retried, true);
         match answer {
-            ServerAnswer::Fault(Bye | Closed) => assert_eq!(words(retried), "same server again"),
+            ServerAnswer::Fault(Bye | Closed) => assert_eq!(describe(retried), "same server again"),
             _ => assert_eq!(retried, decide(*answer, LoginStage::LoginSent, true), "{answer:?}"),
         }
     }
 }
 
-/// What a server does with a password that it cannot take is a refusal of it; anything else means the same as of others.
+/// A server's reaction to an over-long password is a refusal; all other answers have their usual verdict.
 fn long_password(answer: ServerAnswer, one_server_per_user: bool) -> Verdict {
     use ServerFault::*;
     match answer {
@@ -104,13 +104,13 @@ fn long_password(answer: ServerAnswer, one_server_per_user: bool) -> Verdict {
 }
 
 #[test]
-fn overload_that_clients_may_have_caused_blames_no_server_and_moves_no_user_of_user_hash() {
+fn overload_marks_no_server_as_failed_and_moves_no_user_of_user_hash() {
     let crowded = |one_server| decide(ServerAnswer::Fault(ServerFault::Crowded), LoginStage::BeforeLogin, one_server);
-    assert_eq!((words(crowded(true)), words(crowded(false))), ("no other server".into(), "next server".into()));
+    assert_eq!((describe(crowded(true)), describe(crowded(false))), ("no other server".into(), "next server".into()));
 }
 
 #[test]
-fn a_client_can_neither_blame_a_server_nor_move_a_user_once_its_login_was_sent() {
+fn after_the_login_was_sent_no_answer_marks_a_server_as_failed_or_moves_a_user() {
     for answer in all_answers() {
         for stage in STAGES.into_iter().filter(|stage| *stage != LoginStage::BeforeLogin) {
             for one_server_per_user in [true, false] {
@@ -125,11 +125,11 @@ fn a_client_can_neither_blame_a_server_nor_move_a_user_once_its_login_was_sent()
 }
 
 #[test]
-fn a_server_that_refuses_works() {
+fn refusal_shows_that_the_server_works() {
     for answer in all_answers() {
         for stage in STAGES {
             let Verdict { action, health } = decide(answer, stage, false);
-            // A connection that ends after a long password is a refusal for the client, and shows nothing about the server.
+            // A close after a long password is a refusal for the client, but shows nothing about the server.
             let is_answer = stage != LoginStage::LongPasswordSent || !matches!(answer, ServerAnswer::Fault(_));
             if is_answer && matches!(action, Action::Refuse(_) | Action::FollowReferral) {
                 assert_eq!(health, HealthEffect::Success, "{answer:?} {stage:?}");
@@ -138,7 +138,7 @@ fn a_server_that_refuses_works() {
     }
 }
 
-/// When an answer can occur.
+/// The stages at which an answer can occur.
 #[derive(PartialEq)]
 enum When {
     Before,
@@ -146,7 +146,7 @@ enum When {
     Both,
 }
 
-/// The answer in operators' words.
+/// An answer as the documentation describes it, and when it can occur.
 fn row(answer: ServerAnswer) -> (String, When) {
     use ServerFault::*;
     let (text, when) = match answer {
@@ -173,7 +173,7 @@ fn row(answer: ServerAnswer) -> (String, When) {
     (text.to_owned(), when)
 }
 
-fn printed() -> String {
+fn documented_table() -> String {
     let mut table =
         "| the server's answer | before the login was sent | after, `balance: user-hash` | after, other balance \
                      | after a challenge |\n|---|---|---|---|---|\n"
@@ -188,27 +188,27 @@ fn printed() -> String {
         ];
         let cells = columns.map(|(stage, one_server_per_user)| {
             let shown = when == When::Both || (when == When::Before) == (stage == LoginStage::BeforeLogin);
-            if shown { words(decide(answer, stage, one_server_per_user)) } else { "–".to_owned() }
+            if shown { describe(decide(answer, stage, one_server_per_user)) } else { "–".to_owned() }
         });
         writeln!(table, "| {text} | {} |", cells.join(" | ")).unwrap();
     }
     for answer in [ServerAnswer::Fault(ServerFault::Bye), ServerAnswer::Fault(ServerFault::Closed)] {
         let cells =
-            [true, false].map(|one_server_per_user| words(decide(answer, LoginStage::Retried, one_server_per_user)));
+            [true, false].map(|one_server_per_user| describe(decide(answer, LoginStage::Retried, one_server_per_user)));
         let (text, _) = row(answer);
         writeln!(table, "| after `BAD` to another form: {text} | – | {} | – |", cells.join(" | ")).unwrap();
     }
     let cells = [true, false].map(|one_server_per_user| {
-        words(decide(ServerAnswer::Fault(ServerFault::Crowded), LoginStage::BeforeLogin, one_server_per_user))
+        describe(decide(ServerAnswer::Fault(ServerFault::Crowded), LoginStage::BeforeLogin, one_server_per_user))
     });
     let (text, before) = (ServerFault::Crowded.as_str(), format!("`user-hash`: {}; else {}", cells[0], cells[1]));
     writeln!(table, "| {text} | {before} | – | – | – |").unwrap();
-    let of_long_passwords = |answer: &ServerAnswer| decide(*answer, LoginStage::LongPasswordSent, true).action;
+    let action_after_long_password = |answer: &ServerAnswer| decide(*answer, LoginStage::LongPasswordSent, true).action;
     for answer in all_answers().filter(|answer| {
-        matches!(answer, ServerAnswer::Fault(_)) && matches!(of_long_passwords(answer), Action::Refuse(_))
+        matches!(answer, ServerAnswer::Fault(_)) && matches!(action_after_long_password(answer), Action::Refuse(_))
     }) {
         let cells = [true, false]
-            .map(|one_server_per_user| words(decide(answer, LoginStage::LongPasswordSent, one_server_per_user)));
+            .map(|one_server_per_user| describe(decide(answer, LoginStage::LongPasswordSent, one_server_per_user)));
         let (text, _) = row(answer);
         writeln!(
             table,
@@ -221,7 +221,7 @@ fn printed() -> String {
 }
 
 #[test]
-fn the_documentation_shows_this_table() {
+fn documentation_contains_the_table() {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("docs/server-answers.md");
     let text = fs::read_to_string(&path).unwrap();
     let shown: String = text
@@ -229,6 +229,6 @@ fn the_documentation_shows_this_table() {
         .filter(|line| line.starts_with("| ") || line.starts_with("|-"))
         .map(|line| format!("{line}\n"))
         .collect();
-    let expected = printed();
+    let expected = documented_table();
     assert!(shown.contains(&expected), "docs/server-answers.md must contain this table:\n{expected}");
 }
