@@ -1,54 +1,56 @@
 //! Vestibule: an IMAP proxy and load balancer.
 //!
 //! ```text
-//!             ┌─────────────────────────── Vestibule ───────────────────────────┐
-//!   client ──▶│ listener ▶ session ▶ imap::prelogin ▶ route ▶ backend ▶ relay   │──▶ mailbox server
-//!             └─────────────────────────────────────────────────────────────────┘
+//!             ┌───────────────────── Vestibule ──────────────────────┐
+//!   client ──▶│ listener ▶ session ▶ route ▶ backend ▶ relay         │──▶ mailbox server
+//!             └──────────────────────────────────────────────────────┘
 //! ```
 //!
 //! # Words
-//! A *listener* is a port clients connect to. A *backend* is a named set of equivalent *servers*. A *route* is one source
-//! that maps a user to a backend. A *session* is one client connection from accept to close.
+//! A *listener* is a port that clients connect to. A *backend* is a named set of equivalent *servers*. A *route* is one source that
+//! maps users to backends. A *connection* is a client's TCP connection; a *session* is a connection that has logged in. A *snapshot*
+//! is one loaded configuration with everything built from it.
 //!
 //! # The life of a session
-//! | step | where |
+//! | step | modules |
 //! |---|---|
-//! | accepted, one permit, and who may come in | [`listener::Listener::run`], [`guard::Guard::admit`] |
-//! | whose connection a balancer passes on | [`proxy_protocol::parse`] |
-//! | TLS, if it begins at once or by STARTTLS | `session::Session::encrypt`, [`tls::downstream`] |
-//! | commands until a login is complete | [`imap::prelogin::Prelogin::step`] |
-//! | what the user is called | [`identity::NamingRules::names`] |
-//! | whether it may try | [`guard::Guard::may_try`], [`policy::Policy::allow`] |
-//! | which backend | [`route::Router::route`] |
-//! | which server, and which next | [`backend::Backend::candidates`], [`backend::Failover::next`] |
-//! | connect and log in there | [`backend::login::login`], [`imap::backend_login::BackendLogin::step`] |
-//! | rustls lets go of both connections | [`stream::Stream::into_leg`], [`tls::extraction`] |
-//! | bytes both ways | [`relay::Relay::run`], [`record_layer`] |
-//! | silence: two sockets and their keys | [`waiting::IdlePoller`] |
-//! | one record | `session::record::Record`, when it drops |
+//! | accept the connection, apply access lists and limits | `listener`, `admission` |
+//! | read the PROXY header, if one is configured | `session::proxy_header`, [`protocol::proxy_protocol`] |
+//! | TLS handshake, at once or after STARTTLS | `session`, [`tls`] |
+//! | read commands until a login is complete | `session`, [`protocol::imap`] |
+//! | normalize the user name, apply login limits and the policy service | `session::attempt`, [`identity`], `admission`, `auth_policy` |
+//! | look up the backend | [`route`] |
+//! | select a server, and the next one after a failure | [`backend`] |
+//! | connect and log in there | [`backend`], [`protocol::imap`] |
+//! | register the session | [`session_registry`] |
+//! | take over the TLS keys from rustls | `stream`, [`tls`], [`record_layer`] |
+//! | relay bytes both ways; park the session while it is silent | `relay` |
+//! | write one log record | `session::log_record` |
 //!
-//! [`session`] alone knows this order. [`server`] builds everything from a [`config::Config`] and starts it.
+//! `session` alone knows this order. [`server`] builds everything from a [`config::Config`], starts it, reloads and stops it. [`api`]
+//! is the interface for operators, [`cli`] the command line, [`app`] the start-up.
 //!
-//! # What always holds
-//! - Nothing is bound before everything is built; `check` runs the same code.
-//! - Bytes that came with STARTTLS are never looked at, on either side; what was learnt in clear is forgotten.
-//! - Leftover is data: what followed the login goes to the server, what followed its OK to the client, in order.
-//! - After a login nothing is parsed. After a refusal nothing is relayed.
-//! - "Unknown user" and "lookup failed" are different answers, and only the first goes on to the next route.
-//! - A route names a declared backend; what was looked up becomes a network address only within the networks that the
-//!   configuration of that route spells out.
-//! - A login has no effect on the user's other sessions before a server has accepted it ([`sessions`]).
-//! - Credentials that a route or the configuration holds are used only for a client whose identity is verified: by a password
-//!   that the route's service confirmed in the same lookup, or by a certificate.
-//! - A session lives on the worker that accepted it ([`workers`]); nothing of its login stays allocated behind it.
-//! - Secrets are [`identity::Secret`] or wiped buffers; they reach no log, metric or error text.
-//! - What a client can provoke never makes a server look dead.
+//! # Invariants
+//! - Everything is built before anything is bound; the command `check` runs the same code.
+//! - Bytes that arrive between STARTTLS and TLS close the connection, on both sides, and state from before TLS is discarded.
+//! - Bytes after the login belong to the session: those of the client go to the server, and those of the server to the client, in
+//!   order.
+//! - Nothing is parsed after a login, and nothing is relayed after a refusal.
+//! - "User unknown" and "lookup failed" are different results. Only the first continues with the next route.
+//! - A route names a declared backend. A looked-up string becomes a network address only within the networks that the
+//!   configuration of that route allows.
+//! - A login does not affect the user's other sessions until a server has accepted it ([`session_registry`]).
+//! - Credentials of a route or of the configuration are used only for clients with a verified identity: by a password that the
+//!   route's service confirmed in the same lookup, or by a certificate.
+//! - A session stays on the worker thread that accepted it, and keeps no memory of its login.
+//! - Secrets are [`identity::Secret`] or buffers that are wiped. They appear in no log, metric or error text.
+//! - Errors that clients can trigger never mark a server down.
 
 #![forbid(unsafe_code)]
 
 pub mod admin_state;
 mod admission;
-mod api;
+pub mod api;
 pub mod app;
 mod auth_policy;
 pub mod backend;
