@@ -1,4 +1,4 @@
-//! The `vestibule` program.
+//! The program `vestibule`. All of it is in the library, except the allocator.
 
 mod allocator;
 
