@@ -1,7 +1,7 @@
-//! Changes to an unprivileged user (`run_as`) once all ports are bound, for a process that is started as root without systemd.
+//! Drops root privileges: changes to the user of `run_as` after all ports are bound.
 //!
-//! The user is looked up before anything is bound, so that a wrong name is a mistake of the configuration. A process that is
-//! that user already (a successor) has nothing to change. What is bound later is bound without root's rights. Called by `main`.
+//! The user is looked up before anything is bound, so that an unknown name is an error of the configuration. A process that already
+//! runs as that user, such as a successor, changes nothing. Ports that are bound later are bound without root privileges.
 
 use std::ffi::CString;
 
@@ -21,7 +21,7 @@ pub struct Identity {
 /// Looks up the user and the group of `run_as`.
 ///
 /// # Errors
-/// There are no such user or group.
+/// The user or the group does not exist, or the lookup fails.
 pub(crate) fn resolve(config: &Config) -> Result<Option<Identity>, Report> {
     let Some(wanted) = &config.run_as else { return Ok(None) };
     let problem = |message: String| Report::new(vec![wanted.user.location.problem(message)]);
@@ -41,29 +41,29 @@ pub(crate) fn resolve(config: &Config) -> Result<Option<Identity>, Report> {
 }
 
 impl Identity {
-    /// User and group ids, to be given files and sockets.
+    /// Returns the user and group ids, as the owner of files and sockets.
     pub fn owner(&self) -> (u32, u32) {
         (self.uid.as_raw(), self.gid.as_raw())
     }
 
-    /// All groups that the process will have.
+    /// Returns all groups that the process will have.
     ///
     /// # Errors
-    /// The system cannot look them up.
+    /// The groups cannot be looked up.
     pub fn groups(&self) -> anyhow::Result<Vec<u32>> {
         let groups = getgrouplist(&self.c_name()?, self.gid).context("groups cannot be looked up")?;
         Ok(groups.into_iter().map(Gid::as_raw).collect())
     }
 
-    /// Whether the process has another user or group now.
+    /// Whether the process now runs as another user or group.
     pub fn is_change(&self) -> bool {
         geteuid() != self.uid || getegid() != self.gid
     }
 
-    /// Fails if the process has not the right to take this identity, before anything depends on it.
+    /// Checks early that the process may take this identity.
     ///
     /// # Errors
-    /// It is another user's process, and not root's.
+    /// The process runs as another user, and not as root.
     pub fn check(&self) -> anyhow::Result<()> {
         if self.is_change() && !geteuid().is_root() {
             bail!(
@@ -76,10 +76,10 @@ impl Identity {
         Ok(())
     }
 
-    /// Takes the user's rights and no others: groups first, and for good.
+    /// Takes the groups and the user of this identity, and checks that root privileges cannot be regained.
     ///
     /// # Errors
-    /// The process may not become the user.
+    /// The process may not change to the user.
     pub fn assume(&self) -> anyhow::Result<()> {
         if !self.is_change() {
             return Ok(());
@@ -89,11 +89,10 @@ impl Identity {
         initgroups(&self.c_name()?, *gid).with_context(|| format!("cannot take the groups of {name:?} (run_as)"))?;
         setgid(*gid).with_context(|| format!("cannot become group {gid} (run_as)"))?;
         setuid(*uid).with_context(|| format!("cannot become user {name:?} (run_as)"))?;
-        // If root's rights can be regained, something is very wrong.
         if !uid.is_root() && setuid(Uid::from_raw(0)).is_ok() {
-            bail!("root's rights could be taken back after run_as");
+            bail!("root privileges could be regained after run_as");
         }
-        tracing::info!(user = %name, "rights dropped");
+        tracing::info!(user = %name, "privileges dropped");
         Ok(())
     }
 
