@@ -1,11 +1,11 @@
-//! The other end of the control socket: a command to the running process, and its answer. Called by `operate`.
+//! The client of the control socket: sends a command to a running process and reads the response.
 
 use std::fmt::Write as _;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use anyhow::{Context as _, bail};
+use anyhow::Context as _;
 use http_body_util::{BodyExt as _, Full};
 use hyper::body::{Bytes, Incoming};
 use hyper::client::conn::http1;
@@ -15,83 +15,89 @@ use tokio::net::UnixStream;
 use tokio::time::timeout;
 use tokio_util::task::AbortOnDropHandle;
 
-use super::{Answer, Command, Progress};
+use super::message::{Command, Progress, Response, Scope};
 
-/// Timeout of the connection. A process that is stopped has a queue that may be full.
+/// Timeout of connecting. The queue of a process that is stopped may be full.
 const CONNECT_DEADLINE: Duration = Duration::from_secs(5);
-/// Timeout of the state of a process, for which predecessors are asked.
+/// Timeout of `status`, which also queries predecessors.
 const STATUS_DEADLINE: Duration = Duration::from_secs(15);
-/// Timeout of a command about a user or a server, for which directories are asked too.
+/// Timeout of a command about a user or a server, which may also query directories.
 const COMMAND_DEADLINE: Duration = Duration::from_secs(60);
-/// Timeout of a hold, and of a move without the wait for the routes: sessions must end in all processes.
+/// Timeout of a hold, and of a move without its wait for the routes: sessions must end in all processes.
 const MOVE_DEADLINE: Duration = Duration::from_secs(120);
-/// Timeout of the answer to a command that reads tables, which may have millions of lines.
+/// Timeout of a reload, which may read tables of millions of lines.
 const RELOAD_DEADLINE: Duration = Duration::from_secs(10 * 60);
-/// Added to the time that the running process gives a successor before it ends it.
+/// Added to the time after which the running process terminates a successor that does not serve.
 const UPGRADE_MARGIN: Duration = Duration::from_secs(30);
-
-/// The processes that a command is about.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Scope {
-    /// The process that is asked, and its predecessors.
-    All,
-    /// The process that is asked, alone.
-    Process,
-}
-
-impl Scope {
-    /// The request's path.
-    pub(super) fn path(self) -> &'static str {
-        match self {
-            Self::All => "/",
-            Self::Process => "/process",
-        }
-    }
-}
 
 /// The control socket belongs to another user.
 #[derive(Debug, thiserror::Error)]
-#[error("{} may be opened by the user that the process runs as, and by root, only", .0.display())]
+#[error("{} may be opened by root and by the user that the process runs as, only", .0.display())]
 pub(crate) struct NotPermitted(PathBuf);
 
-/// Asks the process at `path`.
+/// Sends `command` to the process at `path`, and returns its response.
 ///
 /// # Errors
-/// Nobody answers there, or something else than a running Vestibule.
-pub(crate) async fn ask(path: &Path, command: &Command) -> anyhow::Result<Answer> {
-    Ok(begin(path, command).await?.answer)
+/// No process answers at `path`, or it is not a Vestibule.
+pub(crate) async fn send(path: &Path, command: &Command) -> anyhow::Result<Response> {
+    Ok(send_and_keep_open(path, command).await?.response)
 }
 
-/// Asks, and leaves the connection open: see [`Command::Hold`].
+/// As [`send`], and leaves the connection open: see [`Command::Hold`].
 ///
 /// # Errors
-/// As [`ask`].
-pub(crate) async fn begin(path: &Path, command: &Command) -> anyhow::Result<Reply> {
+/// As [`send`].
+pub(crate) async fn send_and_keep_open(path: &Path, command: &Command) -> anyhow::Result<OpenResponse> {
     let shown = path.display();
-    let connected = timeout(CONNECT_DEADLINE, Line::connect(path)).await;
-    let connected = connected.unwrap_or_else(|_| bail!("its queue of connections is full"));
+    let connected = timeout(CONNECT_DEADLINE, UnixStream::connect(path)).await;
+    let connected = connected.unwrap_or_else(|_| Err(io::Error::other("its connection queue is full")));
     if let Err(error) = &connected
-        && error.downcast_ref::<io::Error>().is_some_and(|error| error.kind() == io::ErrorKind::PermissionDenied)
+        && error.kind() == io::ErrorKind::PermissionDenied
     {
         return Err(NotPermitted(path.to_owned()).into());
     }
-    let mut line = connected.with_context(|| {
+    let socket = connected.with_context(|| {
         format!("no running process answers at {shown} (admin.control of its configuration, --control of this command)")
     })?;
     let deadline = deadline(command);
-    let answer = timeout(deadline, line.ask(Scope::All, command)).await;
-    let answer = answer.with_context(|| {
-        format!("the process at {shown} does not answer within {}", humantime::format_duration(deadline))
-    })??;
-    Ok(Reply { answer, line })
+    let response = timeout(deadline, send_over(socket, Scope::AllProcesses, command)).await;
+    let response = response.with_context(|| {
+        format!("the process at {shown} does not respond within {}", humantime::format_duration(deadline))
+    })?;
+    response.map_err(|error| match error.downcast::<UnexpectedReply>() {
+        Ok(reply) => anyhow::anyhow!("{shown} is not a Vestibule control socket: {reply}"),
+        Err(error) => error,
+    })
 }
 
-/// Asks over a connection that is open already, and leaves it open.
-pub(super) async fn ask_over(socket: UnixStream, scope: Scope, command: &Command) -> anyhow::Result<Reply> {
-    let mut line = Line::over(socket).await?;
-    let answer = line.ask(scope, command).await?;
-    Ok(Reply { answer, line })
+/// Sends `command` over an open connection, which stays open.
+pub(super) async fn send_over(socket: UnixStream, scope: Scope, command: &Command) -> anyhow::Result<OpenResponse> {
+    let (mut sender, connection) = http1::handshake(TokioIo::new(socket)).await?;
+    // An error of the connection also ends the request.
+    let connection = AbortOnDropHandle::new(tokio::spawn(async move { drop(connection.await) }));
+    let body = Full::new(Bytes::from(serde_json::to_vec(command)?));
+    let request = Request::builder().method(Method::POST).uri(scope.path()).header("host", "vestibule").body(body)?;
+    let mut body = sender.send_request(request).await?.into_body();
+    let mut pending = Vec::new();
+    loop {
+        while let Some(end) = pending.iter().position(|byte| *byte == b'\n') {
+            let line: Vec<u8> = pending.drain(..=end).collect();
+            if let Ok(Progress { progress }) = serde_json::from_slice(&line) {
+                eprintln!("{}", printable(&progress));
+                continue;
+            }
+            let response = serde_json::from_slice(&line).map_err(UnexpectedReply)?;
+            return Ok(OpenResponse { response, connection, _sender: sender, _body: body });
+        }
+        let frame = body.frame().await.context("the process has closed the connection without a response")?;
+        pending.extend_from_slice(frame?.data_ref().map_or(&[], |data| &data[..]));
+    }
 }
+
+/// The reply is not a [`Response`].
+#[derive(Debug, thiserror::Error)]
+#[error("unexpected reply ({0})")]
+struct UnexpectedReply(serde_json::Error);
 
 fn deadline(command: &Command) -> Duration {
     let seconds = |seconds: f64| Duration::try_from_secs_f64(seconds).unwrap_or_default();
@@ -107,77 +113,42 @@ fn deadline(command: &Command) -> Duration {
     }
 }
 
-/// An answer, which may hold as long as the connection does.
-pub(crate) struct Reply {
-    /// What was said.
-    pub answer: Answer,
-    line: Line,
+/// A response whose connection is still open. A hold lasts until the connection is closed.
+pub(crate) struct OpenResponse {
+    /// The response.
+    pub response: Response,
+    connection: AbortOnDropHandle<()>,
+    _sender: http1::SendRequest<Full<Bytes>>,
+    _body: Incoming,
 }
 
-impl Reply {
+impl OpenResponse {
     /// Whether the process at the other end still keeps the connection open.
     pub(crate) fn is_open(&self) -> bool {
-        !self.line.connection.is_finished()
+        !self.connection.is_finished()
+    }
+
+    /// Turns a failure into an error with its text.
+    pub(super) fn into_success(self) -> Result<Self, String> {
+        if self.response.ok { Ok(self) } else { Err(self.response.text) }
     }
 }
 
-/// A connection to a running process.
-struct Line {
-    sender: http1::SendRequest<Full<Bytes>>,
-    /// Of the last answer, as long as more may come.
-    body: Option<Incoming>,
-    connection: AbortOnDropHandle<()>,
-}
-
-impl Line {
-    async fn connect(path: &Path) -> anyhow::Result<Self> {
-        Self::over(UnixStream::connect(path).await?).await
-    }
-
-    async fn over(socket: UnixStream) -> anyhow::Result<Self> {
-        let (sender, connection) = http1::handshake(TokioIo::new(socket)).await?;
-        // How it ends is seen by whoever waits for an answer.
-        let connection = tokio::spawn(async move { drop(connection.await) });
-        Ok(Self { sender, body: None, connection: AbortOnDropHandle::new(connection) })
-    }
-
-    async fn ask(&mut self, scope: Scope, command: &Command) -> anyhow::Result<Answer> {
-        let body = Full::new(Bytes::from(serde_json::to_vec(command)?));
-        let request =
-            Request::builder().method(Method::POST).uri(scope.path()).header("host", "vestibule").body(body)?;
-        let mut body = self.sender.send_request(request).await?.into_body();
-        let mut pending = Vec::new();
-        loop {
-            while let Some(end) = pending.iter().position(|byte| *byte == b'\n') {
-                let line: Vec<u8> = pending.drain(..=end).collect();
-                match serde_json::from_slice::<Progress>(&line) {
-                    Ok(Progress { progress }) => eprintln!("{}", printable(&progress)),
-                    Err(_) => {
-                        self.body = Some(body);
-                        return serde_json::from_slice(&line).context("what answers there is no Vestibule");
-                    }
-                }
-            }
-            let frame = body.frame().await.context("the process has closed the connection without an answer")?;
-            pending.extend_from_slice(frame?.data_ref().map_or(&[], |data| &data[..]));
-        }
-    }
-}
-
-/// `text` without characters that a terminal acts on or that turn the direction of writing, for user names and server texts are
-/// chosen by others. The escapes are JSON's, so that JSON stays the same document.
+/// Escapes the characters in `text` that control a terminal or change the direction of writing, because user names and server
+/// texts are not trusted. The escapes are those of JSON, so that a JSON document keeps its meaning.
 pub(crate) fn printable(text: &str) -> String {
-    let mut shown = String::with_capacity(text.len());
+    let mut escaped = String::with_capacity(text.len());
     for char in text.chars() {
-        let turns = matches!(char, '\u{200e}' | '\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}');
-        if (char.is_control() && char != '\n') || turns {
-            // All of them are below U+10000. Writing to a string cannot fail.
-            let _ = write!(shown, "\\u{:04x}", u32::from(char));
+        let changes_direction =
+            matches!(char, '\u{200e}' | '\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}');
+        if (char.is_control() && char != '\n') || changes_direction {
+            // All of them are below U+10000. Writing to a String cannot fail.
+            let _ = write!(escaped, "\\u{:04x}", u32::from(char));
         } else {
-            shown.push(char);
+            escaped.push(char);
         }
     }
-    shown
+    escaped
 }
 
 #[cfg(test)]
@@ -187,7 +158,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_is_printed_cannot_command_a_terminal() {
+    fn printable_text_has_no_terminal_control_characters() {
         assert_eq!(
             printable("alice\u{1b}[2J\u{7f}\u{9b}31m\u{202e}x\ty\nz"),
             "alice\\u001b[2J\\u007f\\u009b31m\\u202ex\\u0009y\nz"

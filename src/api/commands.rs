@@ -1,187 +1,46 @@
-//! The operators' commands, carried out by this process and, unless a successor asks, by all its predecessors.
+//! Runs the operators' commands in this process and in its predecessors.
+//!
+//! A command that a successor forwards applies to this process alone: the successor asks each of its predecessors itself.
 
 use std::time::Duration;
 
 use anyhow::{Context as _, bail};
+use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use serde_json::json;
 
-use super::client::{Reply, Scope};
-use super::predecessors::{self, AT_ONCE, HOLD};
-use super::report::{self, From};
-use super::succession::Holding;
-use super::{Answer, Command, Context};
+use super::client::OpenResponse;
+use super::context::ControlContext;
+use super::message::{Command, Response, Scope};
+use super::operations::UserHold;
+use super::predecessors::{self, HOLD_DEADLINE, SHORT_DEADLINE};
+use super::report::{self, PredecessorResult};
+use super::succession::state::HoldPermit;
+use super::views::{MoveResult, ProcessStatus};
 use crate::admin_state::AdminState;
-use crate::server::views::ProcessStatus;
-use crate::server::{StateChange, StateChanged, UserHold};
+use crate::server::{StateChange, StateChanged, UnknownServer};
 
-/// How long a move waits for the routes, unless its command says otherwise.
+/// How long a move waits for the routes by default.
 const MOVE_WAIT: Duration = Duration::from_secs(10);
-/// The longest that it may wait.
-const LONGEST_MOVE_WAIT: Duration = Duration::from_secs(3600);
+const MAX_MOVE_WAIT: Duration = Duration::from_secs(3600);
 
 /// The caller of a command.
 #[derive(Debug, Clone)]
 pub(super) struct Caller {
-    /// Whether the command is about this process alone, or its predecessors too.
     pub(super) scope: Scope,
-    /// The user at the other end of the connection.
+    /// The user of the process that sent the command.
     pub(super) user: String,
 }
 
-/// A user's new logins wait in this process and its predecessors until this is dropped.
+/// A hold of a user in this process and its predecessors. New logins of the user wait until it is dropped.
 pub(super) struct HoldEverywhere {
     _own: UserHold,
-    _holding: Option<Holding>,
-    /// A hold ends with its connection.
-    _predecessors: Vec<Reply>,
+    _permit: Option<HoldPermit>,
+    /// The hold in a predecessor ends when its connection is closed.
+    _predecessors: Vec<OpenResponse>,
 }
 
-impl Context {
-    /// Why a process that has been replaced must not carry this out: only what its successor passes on still counts here.
-    /// `Succession` refuses reloads and upgrades.
-    pub(super) fn refusal(&self, command: &Command, caller: &Caller) -> Option<Answer> {
-        let is_change = matches!(
-            command,
-            Command::Kick { .. } | Command::Server { .. } | Command::Move { .. } | Command::Hold { .. }
-        );
-        let refusal = self.succession.replaced().filter(|_| is_change && caller.scope == Scope::All)?;
-        Some(Answer::failed(format!("{refusal} at {}", self.path.display())))
-    }
-
-    pub(super) async fn status(&self, caller: &Caller) -> Answer {
-        report::status(self.running.status(), &self.values(caller, &Command::Status).await)
-    }
-
-    pub(super) async fn sessions(&self, caller: &Caller, user: Option<String>) -> anyhow::Result<Answer> {
-        let own = self.running.list_sessions(user.as_deref()).await?;
-        if caller.scope == Scope::Process {
-            // With the number that was left out, which the predecessor's successor adds up.
-            return Ok(Answer { data: json!(own), ..Answer::done("") });
-        }
-        Ok(report::sessions(own, self.values(caller, &Command::Sessions { user }).await))
-    }
-
-    pub(super) async fn kick(&self, caller: &Caller, user: String) -> anyhow::Result<Answer> {
-        let own = self.running.kick(&user).await?;
-        let others = self.values::<Ended>(caller, &Command::Kick { user: user.clone() }).await;
-        let ended: usize =
-            own + others.iter().filter_map(|other| Some(other.value.as_ref().ok()?.ended)).sum::<usize>();
-        let text = format!("{user}: {ended} sessions ended");
-        Ok(unless(report::problems(&others), Answer { data: json!({"ended": ended}), ..Answer::done(text) }))
-    }
-
-    pub(super) async fn set_server(&self, caller: &Caller, change: ServerCommand) -> anyhow::Result<Answer> {
-        let ServerCommand { name, state, over, reason, sudo_user } = change;
-        let by = match &sudo_user {
-            Some(sudo_user) => format!("{sudo_user} (as {})", caller.user),
-            None => caller.user.clone(),
-        };
-        let server = name.clone();
-        let is_forwarded = caller.scope == Scope::Process;
-        let change = StateChange { server, state, over, by, reason: reason.clone(), is_forwarded };
-        let own = self.running.set_server(change).await;
-        let command = Command::Server { name: name.clone(), state, over, reason, sudo_user };
-        let others = self.values::<Sessions>(caller, &command).await;
-        // A predecessor may not know the server, or know it alone; an unknown server has no sessions there.
-        let known: Vec<usize> = others.iter().filter_map(|other| Some(other.value.as_ref().ok()?.sessions)).collect();
-        let own = match own {
-            Ok(own) => own,
-            Err(error) if known.is_empty() => return Err(error),
-            Err(_) => StateChanged { sessions: 0, saved: Ok(()) },
-        };
-        let unknown = |problem: &String| problem.contains("no server is called");
-        let problems: Vec<String> = report::problems(&others).into_iter().filter(|problem| !unknown(problem)).collect();
-        let sessions = own.sessions + known.iter().sum::<usize>();
-        let state = state.map_or("as configured", AdminState::as_str);
-        let text = format!("{name}: {state}; {sessions} sessions there");
-        let mut answer = Answer { data: json!({"sessions": sessions}), ..Answer::done(text) };
-        if let Err(error) = own.saved {
-            answer.notes.push(format!("the state ends with this process: {error}"));
-        }
-        Ok(unless(problems, answer))
-    }
-
-    /// Keeps a user's new logins waiting and ends the sessions, in all processes.
-    pub(super) async fn hold(&self, caller: &Caller, user: &str) -> anyhow::Result<(HoldEverywhere, usize)> {
-        if caller.scope == Scope::Process {
-            let (own, ended) = self.running.hold_for_successor(user).await?;
-            return Ok((HoldEverywhere { _own: own, _holding: None, _predecessors: Vec::new() }, ended));
-        }
-        let command = Command::Hold { user: user.to_owned() };
-        let holding = self.succession.hold()?;
-        // A predecessor that hangs is noticed before anything is done.
-        if let Some(problem) = report::problems(&self.values::<ProcessStatus>(caller, &Command::Status).await).first() {
-            bail!("{problem}");
-        }
-        // At the same time, so that a client that is sent away here does not log in there.
-        let (own, others) = tokio::join!(self.running.hold(user), predecessors::ask_all(&self.path, &command, HOLD));
-        let (own, mut ended) = own?;
-        let mut held = Vec::new();
-        for other in others {
-            let pid = other.pid;
-            let reply = other.reply.and_then(|reply| if reply.answer.ok { Ok(reply) } else { Err(reply.answer.text) });
-            match reply {
-                Ok(reply) => {
-                    let there: Ended = serde_json::from_value(reply.answer.data.clone()).unwrap_or_default();
-                    ended += there.ended;
-                    held.push(reply);
-                }
-                Err(error) => {
-                    bail!("the predecessor with process id {pid} may still serve sessions of the user: {error}")
-                }
-            }
-        }
-        Ok((HoldEverywhere { _own: own, _holding: Some(holding), _predecessors: held }, ended))
-    }
-
-    pub(super) async fn move_user(
-        &self,
-        caller: &Caller,
-        user: &str,
-        backend: &str,
-        wait: Option<f64>,
-    ) -> anyhow::Result<Answer> {
-        let wait = wait.map(Duration::try_from_secs_f64).transpose().context("invalid timeout")?;
-        let wait = wait.unwrap_or(MOVE_WAIT).min(LONGEST_MOVE_WAIT);
-        self.running.declared(backend)?;
-        let (hold, ended) = self.hold(caller, user).await?;
-        let found = self.running.routes_name(user, backend, wait).await;
-        drop(hold);
-        found.with_context(|| format!("{ended} sessions were ended"))?;
-        let text = format!("{user}: {ended} sessions ended, now at {backend}");
-        Ok(Answer { data: json!({"ended": ended, "backend": backend}), ..Answer::done(text) })
-    }
-
-    /// The values of all predecessors, if the caller asks about them.
-    async fn values<T: DeserializeOwned>(&self, caller: &Caller, command: &Command) -> Vec<From<T>> {
-        if caller.scope == Scope::Process || self.running.is_retired() {
-            return Vec::new();
-        }
-        // A predecessor routes a user to learn the user's names, which takes as long as a directory does.
-        let routing = match command {
-            Command::Sessions { user: Some(_) } | Command::Kick { .. } => self.running.snapshot().limits.lookup,
-            _ => Duration::ZERO,
-        };
-        let answered = predecessors::ask_all(&self.path, command, AT_ONCE + routing).await;
-        let value = |answer: Answer| match answer.ok {
-            true => serde_json::from_value(answer.data).map_err(|error| format!("unexpected answer: {error}")),
-            false => Err(answer.text),
-        };
-        let values = answered.into_iter();
-        values.map(|other| From { pid: other.pid, value: other.reply.and_then(|reply| value(reply.answer)) }).collect()
-    }
-}
-
-/// The answer, or a failure with it and the problems: what was asked for was not done everywhere.
-fn unless(problems: Vec<String>, answer: Answer) -> Answer {
-    if problems.is_empty() {
-        return answer;
-    }
-    Answer { ok: false, text: format!("{}; but {}", answer.text, problems.join("; ")), ..answer }
-}
-
-/// Fields of [`Command::Server`].
+/// The fields of [`Command::Server`].
 pub(super) struct ServerCommand {
     pub(super) name: String,
     pub(super) state: Option<AdminState>,
@@ -190,12 +49,171 @@ pub(super) struct ServerCommand {
     pub(super) sudo_user: Option<String>,
 }
 
-#[derive(Debug, Default, serde::Deserialize)]
-struct Ended {
+/// The data of responses to [`Command::Kick`] and [`Command::Hold`].
+#[derive(Debug, Default, Deserialize)]
+struct EndedSessions {
     ended: usize,
 }
 
-#[derive(Debug, serde::Deserialize)]
-struct Sessions {
+/// The data of a response to [`Command::Server`].
+#[derive(Debug, Deserialize)]
+struct ServerResult {
     sessions: usize,
+    /// Whether the process has the server.
+    #[serde(default = "ServerResult::is_known_by_default")]
+    known: bool,
+}
+
+impl ServerResult {
+    fn is_known_by_default() -> bool {
+        true
+    }
+}
+
+impl ControlContext {
+    /// Returns a refusal if this process has been replaced and the command must go to its successor. Reloads, upgrades and
+    /// handovers are refused by `Succession`.
+    pub(super) fn refusal(&self, command: &Command, caller: &Caller) -> Option<Response> {
+        let is_change = matches!(
+            command,
+            Command::Kick { .. } | Command::Server { .. } | Command::Move { .. } | Command::Hold { .. }
+        );
+        let refusal = self.succession.retired().filter(|_| is_change && caller.scope == Scope::AllProcesses)?;
+        Some(Response::failure(format!("{refusal} at {}", self.path.display())))
+    }
+
+    pub(super) async fn status(&self, caller: &Caller) -> Response {
+        report::status(self.operations().status(), &self.query_predecessors(caller, &Command::Status).await)
+    }
+
+    pub(super) async fn sessions(&self, caller: &Caller, user: Option<String>) -> anyhow::Result<Response> {
+        let own = self.operations().list_sessions(user.as_deref()).await?;
+        if caller.scope == Scope::ThisProcess {
+            // The successor needs the whole list with its counter to merge it with its own.
+            return Ok(Response { data: json!(own), ..Response::success("") });
+        }
+        Ok(report::sessions(own, self.query_predecessors(caller, &Command::Sessions { user }).await))
+    }
+
+    pub(super) async fn kick(&self, caller: &Caller, user: String) -> anyhow::Result<Response> {
+        let own = self.operations().kick(&user).await?;
+        let command = Command::Kick { user: user.clone() };
+        let others = self.query_predecessors::<EndedSessions>(caller, &command).await;
+        let ended = own + others.iter().filter_map(PredecessorResult::value).map(|other| other.ended).sum::<usize>();
+        let response =
+            Response { data: json!({"ended": ended}), ..Response::success(format!("{user}: {ended} sessions ended")) };
+        Ok(with_problems(response, &report::problems(&others)))
+    }
+
+    pub(super) async fn set_server(&self, caller: &Caller, command: ServerCommand) -> anyhow::Result<Response> {
+        let ServerCommand { name, state, over, reason, sudo_user } = command;
+        let by = match &sudo_user {
+            Some(sudo_user) => format!("{sudo_user} (as {})", caller.user),
+            None => caller.user.clone(),
+        };
+        let is_forwarded = caller.scope == Scope::ThisProcess;
+        let change = StateChange { server: name.clone(), state, over, by, reason: reason.clone(), is_forwarded };
+        let own = self.running.set_server(change).await;
+        let command = Command::Server { name: name.clone(), state, over, reason, sudo_user };
+        let others = self.query_predecessors::<ServerResult>(caller, &command).await;
+        // A server may exist only here, or only in a predecessor's configuration.
+        let is_known_elsewhere = others.iter().filter_map(PredecessorResult::value).any(|other| other.known);
+        let (own, known) = match own {
+            Ok(own) => (own, true),
+            Err(error) if error.is::<UnknownServer>() && (is_forwarded || is_known_elsewhere) => {
+                (StateChanged { sessions: 0, saved: Ok(()) }, is_known_elsewhere)
+            }
+            Err(error) => return Err(error),
+        };
+        let elsewhere = others.iter().filter_map(PredecessorResult::value).map(|other| other.sessions);
+        let sessions = own.sessions + elsewhere.sum::<usize>();
+        let state = state.map_or("as configured", AdminState::as_str);
+        let data = json!({"sessions": sessions, "known": known});
+        let mut response =
+            Response { data, ..Response::success(format!("{name}: {state}; {sessions} sessions there")) };
+        if let Err(error) = own.saved {
+            response.notes.push(format!("the state is lost when this process ends: {error}"));
+        }
+        Ok(with_problems(response, &report::problems(&others)))
+    }
+
+    /// Delays a user's new logins and ends the user's sessions, in all processes. Returns the number of sessions ended.
+    pub(super) async fn hold(&self, caller: &Caller, user: &str) -> anyhow::Result<(HoldEverywhere, usize)> {
+        if caller.scope == Scope::ThisProcess {
+            let (own, ended) = self.operations().hold_for_successor(user).await?;
+            return Ok((HoldEverywhere { _own: own, _permit: None, _predecessors: Vec::new() }, ended));
+        }
+        let command = Command::Hold { user: user.to_owned() };
+        let permit = self.succession.hold()?;
+        // Detects a predecessor that hangs before any session is ended.
+        let statuses = self.query_predecessors::<ProcessStatus>(caller, &Command::Status).await;
+        if let Some(problem) = report::problems(&statuses).first() {
+            bail!("{problem}");
+        }
+        // Concurrently, so that a client that is disconnected here does not log in to a predecessor.
+        let (own, others) =
+            tokio::join!(self.operations().hold(user), predecessors::send_all(&self.path, &command, HOLD_DEADLINE));
+        let (own, mut ended) = own?;
+        let mut held = Vec::new();
+        for other in others {
+            match other.result.and_then(OpenResponse::into_success) {
+                Ok(open) => {
+                    let there: EndedSessions = serde_json::from_value(open.response.data.clone()).unwrap_or_default();
+                    ended += there.ended;
+                    held.push(open);
+                }
+                Err(error) => {
+                    bail!("the predecessor with process id {} may still serve sessions of the user: {error}", other.pid)
+                }
+            }
+        }
+        Ok((HoldEverywhere { _own: own, _permit: Some(permit), _predecessors: held }, ended))
+    }
+
+    pub(super) async fn move_user(
+        &self,
+        caller: &Caller,
+        user: &str,
+        backend: &str,
+        wait: Option<f64>,
+    ) -> anyhow::Result<Response> {
+        let wait = wait.map(Duration::try_from_secs_f64).transpose().context("invalid timeout")?;
+        let wait = wait.unwrap_or(MOVE_WAIT).min(MAX_MOVE_WAIT);
+        self.operations().check_backend(backend)?;
+        let (hold, ended) = self.hold(caller, user).await?;
+        let routed = self.operations().wait_for_route(user, backend, wait).await;
+        drop(hold);
+        routed.with_context(|| format!("{ended} sessions were ended"))?;
+        Ok(report::moved(user, &MoveResult { ended, backend: backend.to_owned() }))
+    }
+
+    /// Sends `command` to all predecessors, unless it applies to this process alone, and returns the data of their responses.
+    async fn query_predecessors<T: DeserializeOwned>(
+        &self,
+        caller: &Caller,
+        command: &Command,
+    ) -> Vec<PredecessorResult<T>> {
+        if caller.scope == Scope::ThisProcess || self.running.is_retired() {
+            return Vec::new();
+        }
+        // For these commands a predecessor routes the user to find the user's other names, which may query a directory.
+        let routing = match command {
+            Command::Sessions { user: Some(_) } | Command::Kick { .. } => self.running.snapshot().limits.lookup,
+            _ => Duration::ZERO,
+        };
+        let responses = predecessors::send_all(&self.path, command, SHORT_DEADLINE + routing).await;
+        let parse = |open: OpenResponse| {
+            serde_json::from_value(open.response.data).map_err(|error| format!("unexpected response: {error}"))
+        };
+        let result = |result: Result<OpenResponse, String>| result.and_then(OpenResponse::into_success).and_then(parse);
+        responses.into_iter().map(|other| PredecessorResult { pid: other.pid, result: result(other.result) }).collect()
+    }
+}
+
+/// Adds problems to a response, which then is a failure because the command was not carried out in all processes.
+fn with_problems(response: Response, problems: &[String]) -> Response {
+    if problems.is_empty() {
+        return response;
+    }
+    Response { ok: false, text: format!("{}; but {}", response.text, problems.join("; ")), ..response }
 }

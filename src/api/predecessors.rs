@@ -1,8 +1,8 @@
-//! Processes that this one has replaced and that still serve sessions.
+//! Sends commands to the predecessors: processes that this one has replaced and that still serve sessions.
 //!
-//! Every process answers commands at a socket of its own, `CONTROL.PID`, until it ends; the newest also at `CONTROL`. So the
-//! predecessors are found by their sockets' names, whoever handed over to whom, and are asked one by one what operators ask of all.
-//! A name behind which no process listens any more is removed. Only sockets of the same user, or root's, count.
+//! Every process listens on a socket of its own, `CONTROL.PID`, until it ends; the newest also on `CONTROL`. Predecessors are
+//! found by the names of these sockets, so it does not matter which process handed over to which. Sockets on which no process
+//! listens are removed. Sockets of users other than this process's own and root are ignored.
 
 use std::ffi::OsStr;
 use std::fs;
@@ -16,47 +16,47 @@ use rustix::process::geteuid;
 use tokio::net::UnixStream;
 use tokio::time::timeout;
 
-use super::client::{Reply, Scope, ask_over};
-use super::{Command, place};
+use super::client::{OpenResponse, send_over};
+use super::control_socket;
+use super::message::{Command, Scope};
 
-/// Timeout of a command that a predecessor answers at once.
-pub(super) const AT_ONCE: Duration = Duration::from_secs(5);
-/// Timeout of a hold: sessions that are ended have 30 s to be gone.
-pub(super) const HOLD: Duration = Duration::from_secs(35);
+/// Timeout of a command that a predecessor responds to at once.
+pub(super) const SHORT_DEADLINE: Duration = Duration::from_secs(5);
+/// Timeout of a hold. A predecessor waits up to 30 s for cancelled sessions to end.
+pub(super) const HOLD_DEADLINE: Duration = Duration::from_secs(35);
 
-/// Number of tries when a predecessor closes the connection without an answer, and the pause between two.
-const TRIES: u32 = 20;
+/// Number of attempts when a predecessor closes the connection without a response, and the pause between two.
+const ATTEMPTS: u32 = 20;
 const PAUSE: Duration = Duration::from_millis(50);
 
-/// The reply of one predecessor.
-pub(super) struct Answered {
-    /// Its process id.
+/// What one predecessor responded, or the error of the attempt.
+pub(super) struct PredecessorResponse {
+    /// Process id of the predecessor.
     pub(super) pid: u32,
-    /// What it replied, or why there is no reply.
-    pub(super) reply: Result<Reply, String>,
+    pub(super) result: Result<OpenResponse, String>,
 }
 
-/// Sends `command` to all predecessors of this process at once. One that ends in the meantime is not among the replies.
-pub(super) async fn ask_all(control: &Path, command: &Command, within: Duration) -> Vec<Answered> {
-    let asking = sockets(control).into_iter().map(|(pid, path)| async move {
-        let reply = match timeout(within, ask_one(pid, &path, command)).await {
-            Ok(Ok(reply)) => Ok(reply?),
+/// Sends `command` to all predecessors of this process concurrently. A predecessor that ends in the meantime is left out.
+pub(super) async fn send_all(control: &Path, command: &Command, deadline: Duration) -> Vec<PredecessorResponse> {
+    let requests = sockets(control).into_iter().map(|(pid, path)| async move {
+        let result = match timeout(deadline, send_to(pid, &path, command)).await {
+            Ok(Ok(response)) => Ok(response?),
             Ok(Err(error)) => Err(format!("{error:#}")),
-            Err(_) => Err(format!("no answer within {within:?}")),
+            Err(_) => Err(format!("no response within {deadline:?}")),
         };
-        Some(Answered { pid, reply })
+        Some(PredecessorResponse { pid, result })
     });
-    join_all(asking).await.into_iter().flatten().collect()
+    join_all(requests).await.into_iter().flatten().collect()
 }
 
-/// `Ok(None)`: the process has ended, or ends just now.
-async fn ask_one(pid: u32, path: &Path, command: &Command) -> anyhow::Result<Option<Reply>> {
-    let mut tries = 1;
+/// Returns `None` if the process has ended or is ending.
+async fn send_to(pid: u32, path: &Path, command: &Command) -> anyhow::Result<Option<OpenResponse>> {
+    let mut attempt = 1;
     loop {
         let socket = match UnixStream::connect(path).await {
             Ok(socket) => socket,
             Err(error) if is_gone(pid, &error) => {
-                // Whatever the result: the name is tried again with the next command.
+                // If this fails, the next command tries again.
                 let _ = fs::remove_file(path);
                 return Ok(None);
             }
@@ -64,31 +64,32 @@ async fn ask_one(pid: u32, path: &Path, command: &Command) -> anyhow::Result<Opt
         };
         let owner = socket.peer_cred()?.uid();
         if owner != 0 && owner != geteuid().as_raw() {
-            tracing::warn!(path = %path.display(), owner, "a control socket belongs to another user and is ignored");
+            tracing::warn!(path = %path.display(), owner, "control socket of another user ignored");
             return Ok(None);
         }
-        match ask_over(socket, Scope::Process, command).await {
-            Ok(reply) => return Ok(Some(reply)),
-            // It may be ending with its last session. If so, it soon takes no connections.
-            Err(_) if tries < TRIES => tokio::time::sleep(PAUSE).await,
+        match send_over(socket, Scope::ThisProcess, command).await {
+            Ok(response) => return Ok(Some(response)),
+            // The process may be ending with its last session. Then it refuses one of the next connections.
+            Err(_) if attempt < ATTEMPTS => tokio::time::sleep(PAUSE).await,
             Err(error) => return Err(error),
         }
-        tries += 1;
+        attempt += 1;
     }
 }
 
 fn is_gone(pid: u32, error: &io::Error) -> bool {
-    matches!(error.kind(), io::ErrorKind::ConnectionRefused | io::ErrorKind::NotFound) || !place::is_running(pid)
+    matches!(error.kind(), io::ErrorKind::ConnectionRefused | io::ErrorKind::NotFound)
+        || !control_socket::is_running(pid)
 }
 
-/// Sockets of other processes beside `control`, with their process ids.
+/// Returns the process ids and the sockets of the other processes with the control path `control`.
 fn sockets(control: &Path) -> Vec<(u32, PathBuf)> {
     let Some(name) = control.file_name() else { return Vec::new() };
-    let folder = place::folder(control);
-    let entries = match fs::read_dir(folder) {
+    let directory = control_socket::directory(control);
+    let entries = match fs::read_dir(directory) {
         Ok(entries) => entries,
         Err(error) => {
-            tracing::warn!(folder = %folder.display(), %error, "predecessors cannot be looked for");
+            tracing::warn!(directory = %directory.display(), %error, "the directory of the control socket cannot be read");
             return Vec::new();
         }
     };
@@ -101,7 +102,7 @@ fn sockets(control: &Path) -> Vec<(u32, PathBuf)> {
     found
 }
 
-/// The process id in the name of a process's own socket.
+/// Parses the process id in the name of a process's own socket.
 fn pid_in(control: &OsStr, name: &OsStr) -> Option<u32> {
     let digits = name.as_bytes().strip_prefix(control.as_bytes())?.strip_prefix(b".")?;
     let is_number = digits.iter().all(u8::is_ascii_digit) && digits.first().is_some_and(|first| *first != b'0');
@@ -115,7 +116,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn names_of_sockets_have_a_process_id() {
+    fn socket_names_contain_the_process_id() {
         let pid = |name: &str| pid_in(OsStr::new("control"), OsStr::new(name));
         assert_eq!((pid("control.7"), pid("control.4194304")), (Some(7), Some(4_194_304)));
         for other in
@@ -127,33 +128,33 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn dead_names_are_removed_and_silent_processes_are_reported() {
+    async fn stale_sockets_are_removed_and_hanging_processes_are_reported() {
         let folder = tempfile::tempdir().unwrap();
         let control = folder.path().join("control");
-        let of = |pid: u32| place::own_name(&control, pid);
-        // A socket whose process has ended, one that never answers (process 1 always runs), and a file of another kind.
-        drop(UnixListener::bind(of(4_194_305)).unwrap());
-        let _silent = UnixListener::bind(of(1)).unwrap();
+        let own_path = |pid: u32| control_socket::own_path(&control, pid);
+        // The socket of a process that has ended, one of a process that never responds (process 1 always runs), and a file.
+        drop(UnixListener::bind(own_path(4_194_305)).unwrap());
+        let _hanging = UnixListener::bind(own_path(1)).unwrap();
         fs::write(folder.path().join("control.note"), "").unwrap();
-        let answered = ask_all(&control, &Command::Status, AT_ONCE).await;
-        assert_eq!(answered.iter().map(|answered| answered.pid).collect::<Vec<_>>(), [1]);
-        assert_eq!(answered[0].reply.as_ref().err().unwrap(), "no answer within 5s");
-        assert!(!of(4_194_305).exists() && of(1).exists());
+        let responses = send_all(&control, &Command::Status, SHORT_DEADLINE).await;
+        assert_eq!(responses.iter().map(|response| response.pid).collect::<Vec<_>>(), [1]);
+        assert_eq!(responses[0].result.as_ref().err().unwrap(), "no response within 5s");
+        assert!(!own_path(4_194_305).exists() && own_path(1).exists());
     }
 
     #[tokio::test]
-    async fn one_that_ends_while_it_is_asked_is_gone() {
+    async fn predecessor_that_ends_during_the_request_is_left_out() {
         let folder = tempfile::tempdir().unwrap();
         let control = folder.path().join("control");
-        let path = place::own_name(&control, 1);
+        let path = control_socket::own_path(&control, 1);
         let listener = UnixListener::bind(&path).unwrap();
-        // It takes the connection, and ends before it answers.
+        // The process accepts the connection and ends before it responds.
         let ending = std::thread::spawn(move || {
-            let taken = listener.accept().unwrap();
+            let accepted = listener.accept().unwrap();
             drop(listener);
-            drop(taken);
+            drop(accepted);
         });
-        assert!(ask_all(&control, &Command::Status, AT_ONCE).await.is_empty());
+        assert!(send_all(&control, &Command::Status, SHORT_DEADLINE).await.is_empty());
         ending.join().unwrap();
         assert!(!path.exists());
     }

@@ -1,4 +1,4 @@
-//! What the program does: arguments become a command, a command becomes an exit code.
+//! The program: runs the command of the command line, and turns its result into an exit code.
 
 pub mod preflight;
 mod run;
@@ -12,8 +12,9 @@ use std::process::ExitCode;
 use anyhow::Context as _;
 
 use crate::api::client::NotPermitted;
-use crate::api::place::PlaceError;
-use crate::api::upgrade::{self, REPORT_ON_STDIN, REPORT_VARIABLE};
+use crate::api::control_socket::ControlSocketError;
+use crate::api::succession::launch::{self, REPORT_ON_STDIN, REPORT_VARIABLE};
+use crate::cli::explain::Outcome;
 use crate::cli::{self, Command, explain, operate};
 use crate::config::{self, Report};
 use crate::identity::UserName;
@@ -21,13 +22,13 @@ use crate::process::privileges;
 use crate::snapshot::Snapshot;
 use crate::{demo, logging};
 
-/// sysexits.h: what systemd and scripts can tell apart.
+/// Exit codes of sysexits.h, which systemd and scripts distinguish.
 const EX_USAGE: u8 = 64;
 const EX_SOFTWARE: u8 = 70;
 const EX_NOPERM: u8 = 77;
 const EX_CONFIG: u8 = 78;
 
-/// Runs the command that the arguments name, reports its error, and returns the exit code of the process.
+/// Runs the command of the command line, reports its error, and returns the exit code of the process.
 pub fn run() -> ExitCode {
     let command = cli::parse();
     let is_run = matches!(command, Command::Run { .. });
@@ -37,42 +38,48 @@ pub fn run() -> ExitCode {
             code
         }
         Err(error) => {
-            let is_config = error.downcast_ref::<Report>().is_some();
-            let text = if is_config { format!("{error}") } else { format!("vestibule: {error:#}\n") };
+            let text = if error.is::<Report>() { format!("{error}") } else { format!("vestibule: {error:#}\n") };
             if is_run {
                 report_to_predecessor(&text);
             }
             logging::print_last_error(&text);
-            ExitCode::from(match error.downcast_ref::<PlaceError>() {
-                _ if is_config => EX_CONFIG,
-                Some(place) if place.is_permission() => EX_NOPERM,
-                _ if error.downcast_ref::<NotPermitted>().is_some() => EX_NOPERM,
-                _ => EX_SOFTWARE,
-            })
+            ExitCode::from(exit_code(&error))
         }
     }
 }
 
-/// A process that was started by `vestibule upgrade` also sends its error to the process that started it.
+fn exit_code(error: &anyhow::Error) -> u8 {
+    if error.is::<Report>() {
+        EX_CONFIG
+    } else if error.is::<NotPermitted>()
+        || error.downcast_ref::<ControlSocketError>().is_some_and(ControlSocketError::is_permission)
+    {
+        EX_NOPERM
+    } else {
+        EX_SOFTWARE
+    }
+}
+
+/// Sends the error of a failed start to the predecessor, if `vestibule upgrade` started this process.
 fn report_to_predecessor(text: &str) {
     if std::env::var(REPORT_VARIABLE).is_ok_and(|value| value == REPORT_ON_STDIN)
         && let Ok(stdin) = std::io::stdin().as_fd().try_clone_to_owned()
     {
-        // The log has it too.
+        // The error is also logged, so a failed write is ignored.
         let _ = File::from(stdin).write_all(text.as_bytes());
     }
 }
 
 fn dispatch(command: Command) -> anyhow::Result<ExitCode> {
     match command {
-        Command::Run { .. } if upgrade::is_launcher() => {
-            upgrade::launch().context("the successor could not be started")?;
+        Command::Run { .. } if launch::is_launcher() => {
+            launch::launch().context("the successor could not be started")?;
             Ok(ExitCode::SUCCESS)
         }
         Command::Run { config, replace } => {
             let runtime = runtime()?;
             let result = runtime.block_on(run::run(&config, replace));
-            // A start that was ended by a signal does not wait for the tables it was reading.
+            // A cancelled start does not wait for the tables that it was reading.
             runtime.shutdown_background();
             result
         }
@@ -83,16 +90,15 @@ fn dispatch(command: Command) -> anyhow::Result<ExitCode> {
             runtime()?.block_on(demo::run(options))?;
             Ok(ExitCode::SUCCESS)
         }
-        // What is none of the above asks something of the running process.
-        other => Ok(runtime()?.block_on(operate::operate(other))?.unwrap_or(ExitCode::FAILURE)),
+        Command::Operate(command) => runtime()?.block_on(operate::run(command)),
     }
 }
 
 fn runtime() -> anyhow::Result<tokio::runtime::Runtime> {
-    tokio::runtime::Builder::new_current_thread().enable_all().build().context("no runtime")
+    tokio::runtime::Builder::new_current_thread().enable_all().build().context("the runtime could not be started")
 }
 
-/// Builds everything and binds nothing. Warnings go to standard error and do not change the exit code.
+/// Builds everything and binds nothing. Warnings are printed to standard error and do not change the exit code.
 fn check(file: &Path, offline: bool) -> anyhow::Result<ExitCode> {
     let snapshot = build(file)?;
     let identity = privileges::resolve(&snapshot.config)?;
@@ -123,12 +129,15 @@ fn route(file: &Path, user: &str) -> anyhow::Result<ExitCode> {
             return Ok(ExitCode::from(EX_USAGE));
         }
     };
-    let (text, found) = runtime()?.block_on(explain::explain(&snapshot, &user));
-    print!("{text}");
-    Ok(if found { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+    let explanation = runtime()?.block_on(explain::explain(&snapshot, &user));
+    print!("{}", explanation.text);
+    Ok(match explanation.outcome {
+        Outcome::Routed => ExitCode::SUCCESS,
+        Outcome::Refused => ExitCode::FAILURE,
+    })
 }
 
-/// Who would move.
+/// Lists the users whose routes differ between two configurations.
 fn diff(old: &Path, new: &Path, users: &Path) -> anyhow::Result<ExitCode> {
     let (old, new) = (build(old)?, build(new)?);
     let names = std::fs::read(users).with_context(|| users.display().to_string())?;

@@ -1,8 +1,7 @@
-//! What `check` finds beyond the configuration's text: servers with which TLS would fail, and cache files that could not be
-//! written.
+//! Checks of a configuration against its environment: TLS with the servers, and write access to cache files.
 //!
-//! Connects to the servers of backends with TLS, within a short time and without a login. A server that cannot be
-//! reached is not reported: a configuration may be checked on another machine.
+//! It connects to the servers of backends with TLS, with a short timeout and without a login. A server that cannot be reached is not
+//! reported, because a configuration may be checked on another machine.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -13,16 +12,16 @@ use rustix::io::Errno;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use crate::api::place::may_write;
+use crate::api::control_socket::{directory, may_write};
 use crate::backend::{ListenerAddresses, TlsFault};
 use crate::config::{self, Config, Location, LookupConfig, Problem, Route};
 use crate::process::privileges::Identity;
 use crate::snapshot::Snapshot;
 
-/// Time for one server: DNS, connection and handshake.
+/// Timeout of the check of one server: DNS, connection and TLS handshake.
 const TIMEOUT: Duration = Duration::from_secs(3);
 
-/// A warning for each server with which TLS fails, at its place in the configuration.
+/// Returns a warning for each server with which TLS fails, with its location in the configuration.
 pub async fn server_warnings(snapshot: &Snapshot) -> Vec<Problem> {
     let (tasks, stop) = (TaskTracker::new(), CancellationToken::new());
     snapshot.backends.start_discovery(&ListenerAddresses::default(), &tasks, &stop);
@@ -30,7 +29,7 @@ pub async fn server_warnings(snapshot: &Snapshot) -> Vec<Problem> {
     stop.cancel();
     let warning = |TlsFault { backend, server, detail }: TlsFault| {
         let backend = &snapshot.config.backends[backend.0];
-        let message = format!("TLS with {server} fails, and so would every login there: {detail}");
+        let message = format!("TLS with {server} fails, so that every login there would fail too: {detail}");
         location(backend, &server).problem(message)
     };
     faults.into_iter().map(warning).collect()
@@ -44,7 +43,7 @@ fn location<'a>(backend: &'a config::Backend, server: &str) -> &'a Location {
     declared.unwrap_or(&backend.location)
 }
 
-/// A warning for each cache file that could not be written by the user of `run_as`, or by this process.
+/// Returns a warning for each cache file that the user of `run_as`, or else of this process, could not write.
 ///
 /// # Errors
 /// The groups of that user cannot be looked up.
@@ -55,7 +54,7 @@ pub fn cache_file_warnings(config: &Config, identity: Option<&Identity>) -> anyh
     };
     let files = config.routes.iter().filter_map(|route| lookup(route)?.cache.as_ref()?.file.as_ref());
     let warning =
-        |file: &config::Located<PathBuf>| Some(file.location.problem(unwritable(&file.value, user.as_ref())?));
+        |file: &config::Located<PathBuf>| Some(file.location.problem(write_problem(&file.value, user.as_ref())?));
     Ok(files.filter_map(warning).collect())
 }
 
@@ -70,28 +69,28 @@ fn lookup(route: &Route) -> Option<&LookupConfig> {
     }
 }
 
-/// Why `file` cannot be written by `user` (with all groups), or by the effective user of this process.
-fn unwritable(file: &Path, user: Option<&(u32, Vec<u32>)>) -> Option<String> {
-    let folder = file.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    let shown = folder.display();
-    if folder.exists() && !folder.is_dir() {
-        return Some(format!("{shown} is not a directory: the file cannot be written there"));
+/// Returns the reason why `file` cannot be written by `user` with its groups, or else by the effective user of this process.
+fn write_problem(file: &Path, user: Option<&(u32, Vec<u32>)>) -> Option<String> {
+    let directory = directory(file);
+    let shown = directory.display();
+    if directory.exists() && !directory.is_dir() {
+        return Some(format!("{shown} is not a directory: the cache file cannot be written there"));
     }
-    match accessat(CWD, folder, Access::WRITE_OK | Access::EXEC_OK, AtFlags::EACCESS) {
+    match accessat(CWD, directory, Access::WRITE_OK | Access::EXEC_OK, AtFlags::EACCESS) {
         Err(Errno::NOENT) => Some(format!(
-            "the directory {shown} does not exist, so that no answer is kept over a restart: create it for the \
+            "the directory {shown} does not exist, so that the cache is lost at a restart: create it for the \
              service's user"
         )),
         Err(error) => Some(format!(
-            "this user cannot write in {shown} ({error}): if the service runs as the same user, no answer is kept over a \
+            "this user cannot write in {shown} ({error}): if the service runs as the same user, the cache is lost at a \
              restart; use a directory like /var/lib/vestibule that belongs to the service's user"
         )),
         Ok(()) => {
             let (uid, groups) = user?;
-            let is_writable = may_write(folder, *uid, groups).unwrap_or(false);
+            let is_writable = may_write(directory, *uid, groups).unwrap_or(false);
             (!is_writable).then(|| {
                 format!(
-                    "the user of run_as cannot write in {shown}, so that no answer is kept over a restart: use a directory \
+                    "the user of run_as cannot write in {shown}, so that the cache is lost at a restart: use a directory \
                      like /var/lib/vestibule that belongs to that user"
                 )
             })
@@ -107,12 +106,12 @@ mod tests {
     use super::*;
 
     #[test]
-    fn cache_files_are_judged_by_the_directory_and_the_user_of_run_as() {
+    fn cache_file_needs_a_directory_that_the_user_may_write() {
         let folder = tempfile::tempdir().unwrap();
         let path = |name: &str| folder.path().join(name);
         fs::write(path("file"), "").unwrap();
         let other = (54_321, vec![54_321]);
-        let found = |name: &str, user| unwritable(&path(name), user).unwrap_or_default();
+        let found = |name: &str, user| write_problem(&path(name), user).unwrap_or_default();
         assert_eq!(found("cache.json", None), "");
         assert!(found("absent/cache.json", None).contains("does not exist"));
         assert!(found("file/cache.json", None).contains("is not a directory"));
@@ -123,7 +122,7 @@ mod tests {
     }
 
     #[test]
-    fn a_warning_names_the_place_of_the_cache_file() {
+    fn warning_names_the_location_of_the_cache_file() {
         let text = "listeners: [{address: '127.0.0.1:0', tls: none}]\nbackends: {a: {servers: ['192.0.2.1:143']}}\n\
                     routes: [{redis: {url: 'redis://h', key: 'u:%{user}', cache: {file: absent/cache.json}}}]\n";
         let folder = tempfile::tempdir().unwrap();

@@ -1,15 +1,17 @@
-//! `vestibule run`: the order of start-up, and what the process does from then on until it stops.
+//! The command `run`: starts the proxy, and runs until it is stopped or replaced.
 //!
-//! Everything that can fail comes before the control socket is published, and that before a predecessor retires. Until then
-//! SIGTERM and SIGINT end the start, whatever it waits for, and temporary files are removed.
+//! SIGTERM and SIGINT cancel the start at any point, and its temporary files are removed.
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
+use std::time::Duration;
 
-use crate::api::place::{self, Occupant, PendingSocket};
-use crate::api::predecessor::Predecessor;
-use crate::api::{Control, Retire, Succession};
+use crate::api::context::RetireRequest;
+use crate::api::control_server::ControlServer;
+use crate::api::control_socket::{self, IfListening, PathState, PendingSocket, PublishedSocket};
+use crate::api::succession::state::Succession;
+use crate::api::succession::take_over::Predecessor;
 use crate::app::preflight;
 use crate::config;
 use crate::deadline;
@@ -25,8 +27,8 @@ use sd_notify::NotifyState;
 use tokio::sync::mpsc;
 use tokio::task::spawn_blocking;
 
-/// An answer to a command is waited for this long when the process ends.
-const ANSWERS_DEADLINE: std::time::Duration = std::time::Duration::from_secs(2);
+/// Time for responses to commands to be sent when the process ends.
+const RESPONSES_DEADLINE: Duration = Duration::from_secs(2);
 
 pub(crate) async fn run(file: &Path, replace: bool) -> anyhow::Result<ExitCode> {
     let mut signals = Signals::new().context("signal handlers")?;
@@ -38,7 +40,7 @@ pub(crate) async fn run(file: &Path, replace: bool) -> anyhow::Result<ExitCode> 
         }
     };
     if let Ok(null) = std::fs::File::open("/dev/null") {
-        // A successor's standard input may be a socket of the process before it, which has nothing to read there any more.
+        // A successor's standard input may be a socket on which its predecessor reads the error of a failed start.
         let _ = rustix::stdio::dup2_stdin(null);
     }
     serve(file, started, signals).await
@@ -46,10 +48,10 @@ pub(crate) async fn run(file: &Path, replace: bool) -> anyhow::Result<ExitCode> 
 
 struct Started {
     running: Arc<Running>,
-    control: Option<Control>,
+    control: Option<ControlServer>,
 }
 
-/// What is known of the process before anything is bound.
+/// Everything that is built before anything is bound.
 struct Plan {
     prepared: Prepared,
     control: Option<PathBuf>,
@@ -57,12 +59,12 @@ struct Plan {
 }
 
 impl Plan {
-    /// Reads and builds everything. Blocks: tables of millions of lines take seconds.
+    /// Reads and builds everything. Blocks, because tables of millions of lines take seconds.
     fn build(file: &Path) -> anyhow::Result<Self> {
         let config = config::load(file)?;
         logging::install(&config.log);
         rlimits::prepare(config.limits.sessions);
-        deadline::watch_for_pauses().context("no thread for the pauses of this process")?;
+        deadline::watch_for_pauses().context("the thread that detects pauses of this process could not be started")?;
         let (control, identity) = (config.control.clone(), privileges::resolve(&config)?);
         for warning in preflight::cache_file_warnings(&config, identity.as_ref())? {
             tracing::warn!("{warning}");
@@ -70,39 +72,46 @@ impl Plan {
         Ok(Self { prepared: server::prepare(config)?, control, identity })
     }
 
-    /// Users whose control sockets may be replaced, and whose processes are believed.
-    fn trusted(&self) -> Vec<u32> {
+    /// Returns the users whose control sockets may be replaced, and whose processes are trusted.
+    fn trusted_users(&self) -> Vec<u32> {
         let user = self.identity.as_ref().map(|identity| identity.owner().0);
         [0, rustix::process::geteuid().as_raw()].into_iter().chain(user).collect()
     }
 }
 
+/// Starts the proxy: reads, builds, binds, drops privileges, serves, takes over. The order matters:
+///
+/// 1. Everything is built before anything is bound, so that an invalid configuration changes nothing.
+/// 2. Everything is bound before privileges are dropped.
+/// 3. Everything that can fail precedes the publication of the control socket, and that precedes the predecessor's retirement.
 async fn start(file: &Path, replace: bool) -> anyhow::Result<Started> {
     let path = file.to_owned();
     let plan = spawn_blocking(move || Plan::build(&path)).await.context("the configuration could not be built")??;
-    let trusted = plan.trusted();
-    let is_replacing = is_replacing(plan.control.as_deref(), &trusted, replace)?;
+    let trusted = plan.trusted_users();
+    let replaced = process_to_replace(plan.control.as_deref(), &trusted, replace)?;
     plan.identity.as_ref().map_or(Ok(()), Identity::check)?;
+    let mut sockets = socket_handover::from_systemd();
     let mut predecessor = None;
-    let mut sockets = socket_handover::of_systemd();
-    if is_replacing && let Some(path) = &plan.control {
-        let (found, handed_over) = Predecessor::take_over(path, trusted.clone()).await?;
-        sockets.extend(handed_over);
+    if let Some(path) = replaced {
+        let (found, received) = Predecessor::take_over(path, trusted.clone()).await?;
+        sockets.extend(received);
         predecessor = Some(found);
     }
     let bound = plan.prepared.bind(sockets)?;
-    let changed = plan.identity.as_ref().filter(|identity| identity.is_change());
-    let mut pending = match &plan.control {
-        Some(path) => Some(PendingSocket::bind(path, changed.map(Identity::owner))?),
+    let new_identity = plan.identity.as_ref().filter(|identity| identity.is_change());
+    let control = match &plan.control {
+        Some(path) => {
+            let pending = PendingSocket::bind(path, new_identity.map(Identity::owner))?;
+            Some(ControlSocket::Pending(pending).publish_as_root(
+                path,
+                new_identity,
+                predecessor.is_some(),
+                &trusted,
+            )?)
+        }
         None => None,
     };
-    let mut published = None;
-    if let (Some(identity), Some(path)) = (changed, &plan.control)
-        && must_publish_as_root(identity, path, predecessor.is_some())?
-    {
-        published = pending.take().map(|pending| pending.publish(false, &trusted)).transpose()?;
-    }
-    if let Some(identity) = changed {
+    if let Some(identity) = new_identity {
         bound.give_to(identity.owner()).context("the listening sockets could not be given to the user of run_as")?;
     }
     if let Some(identity) = &plan.identity {
@@ -117,13 +126,9 @@ async fn start(file: &Path, replace: bool) -> anyhow::Result<Started> {
     let running = Arc::new(bound.with_states(states).start()?);
     count_panics(&running.metrics());
     logging::count_dropped_lines(running.metrics().log_lines_dropped());
-    if let Some(pending) = pending {
-        predecessor.as_ref().map_or(Ok(()), Predecessor::check_time)?;
-        published = Some(pending.publish(predecessor.is_some(), &trusted)?);
-    }
-    // Before the predecessor retires: what can fail must fail while it still serves.
-    let control = published.map(Control::new).transpose().context("the control socket cannot be used")?;
-    // Once more, because an operator may have changed states in the meantime. Commands are answered only after that.
+    let published = control.map(|control| control.publish(predecessor.as_ref(), &trusted)).transpose()?;
+    let control = published.map(ControlServer::new).transpose().context("the control socket cannot be used")?;
+    // Operators may have changed states since `ready`. No command is served before they are adopted.
     if let Some(predecessor) = predecessor
         && let Some(states) = predecessor.serving(unused).await?
     {
@@ -132,38 +137,78 @@ async fn start(file: &Path, replace: bool) -> anyhow::Result<Started> {
     Ok(Started { running, control })
 }
 
-/// Whether there is a process whose place is to be taken.
-fn is_replacing(control: Option<&Path>, trusted: &[u32], replace: bool) -> anyhow::Result<bool> {
-    let Some(path) = control else {
-        anyhow::ensure!(
-            !replace,
-            "--replace takes admin.control in the configuration: it is where the running process is asked"
-        );
-        return Ok(false);
-    };
-    let is_there = place::occupant(path, trusted)? == Occupant::Process;
-    anyhow::ensure!(
-        !is_there || replace,
-        "another process answers at {} already: take its place with --replace",
-        path.display()
-    );
-    Ok(is_there)
+/// The control socket during the start.
+enum ControlSocket {
+    Pending(PendingSocket),
+    Published(PublishedSocket),
 }
 
-/// Whether the control socket must get its name before privileges are dropped, because the user has not the right to give it one.
+impl ControlSocket {
+    /// Publishes the socket before privileges are dropped, if the user of `run_as` may not create files in its directory.
+    fn publish_as_root(
+        self,
+        path: &Path,
+        new_identity: Option<&Identity>,
+        is_replacing: bool,
+        trusted: &[u32],
+    ) -> anyhow::Result<Self> {
+        match (self, new_identity) {
+            (Self::Pending(pending), Some(identity)) if must_publish_as_root(identity, path, is_replacing)? => {
+                Ok(Self::Published(pending.publish(IfListening::Fail, trusted)?))
+            }
+            (socket, _) => Ok(socket),
+        }
+    }
+
+    /// Publishes the socket, unless that has happened already.
+    fn publish(self, predecessor: Option<&Predecessor>, trusted: &[u32]) -> anyhow::Result<PublishedSocket> {
+        let pending = match self {
+            Self::Pending(pending) => pending,
+            Self::Published(published) => return Ok(published),
+        };
+        let if_listening = match predecessor {
+            Some(predecessor) => {
+                predecessor.check_time()?;
+                IfListening::Replace
+            }
+            None => IfListening::Fail,
+        };
+        Ok(pending.publish(if_listening, trusted)?)
+    }
+}
+
+/// Returns the control path of a running process, if there is one.
+fn process_to_replace<'a>(
+    control: Option<&'a Path>,
+    trusted: &[u32],
+    replace: bool,
+) -> anyhow::Result<Option<&'a Path>> {
+    let Some(path) = control else {
+        anyhow::ensure!(!replace, "--replace requires admin.control, the path of the running process's control socket");
+        return Ok(None);
+    };
+    if control_socket::path_state(path, trusted)? != PathState::Listening {
+        return Ok(None);
+    }
+    anyhow::ensure!(replace, "another process already answers at {}: replace it with --replace", path.display());
+    Ok(Some(path))
+}
+
+/// Whether the control socket must be published before privileges are dropped, because the user of `run_as` may not create files
+/// in its directory.
 fn must_publish_as_root(identity: &Identity, path: &Path, is_replacing: bool) -> anyhow::Result<bool> {
-    let folder = path.parent().filter(|folder| *folder != Path::new("")).unwrap_or(Path::new("."));
-    let shown = folder.display();
-    let may_write = place::may_write(folder, identity.owner().0, &identity.groups()?);
+    let directory = control_socket::directory(path);
+    let shown = directory.display();
+    let may_write = control_socket::may_write(directory, identity.owner().0, &identity.groups()?);
     if may_write.with_context(|| shown.to_string())? {
         return Ok(false);
     }
     anyhow::ensure!(
         !is_replacing,
-        "{shown}, the folder of admin.control, must be writable by the user of run_as, who takes the socket's name"
+        "{shown}, the directory of admin.control, must be writable by the user of run_as to replace a running process"
     );
     tracing::warn!(
-        "{shown}, the folder of admin.control, is not writable by the user of run_as: this process cannot be upgraded"
+        "{shown}, the directory of admin.control, is not writable by the user of run_as: this process cannot be upgraded"
     );
     Ok(true)
 }
@@ -173,13 +218,13 @@ async fn serve(file: &Path, started: Started, mut signals: Signals) -> anyhow::R
     notify(&running, NotifyState::Ready);
     let succession = Succession::default();
     let (retire, mut retirements) = mpsc::channel(1);
-    let commands = control.as_ref().map(Control::connections).unwrap_or_default();
+    let connections = control.as_ref().map(ControlServer::connections).unwrap_or_default();
     if let Some(control) = control {
         tokio::spawn(control.run(running.clone(), file.to_owned(), succession.clone(), retire.clone()));
     }
     loop {
         tokio::select! {
-            asked = signals.next() => match asked {
+            request = signals.next() => match request {
                 MainRequest::Reload => reload(&running, &succession, file),
                 MainRequest::Stop => {
                     succession.stop();
@@ -189,23 +234,23 @@ async fn serve(file: &Path, started: Started, mut signals: Signals) -> anyhow::R
                     break;
                 }
             },
-            Some(Retire { successor, unused, begun }) = retirements.recv() => {
+            Some(RetireRequest { successor, unused, received }) = retirements.recv() => {
                 tracing::info!(successor, "a successor has taken over");
                 notify(&running, NotifyState::MainPid(successor));
-                // The successor need not wait for it.
-                let _ = begun.send(());
+                // The successor does not wait for the notification.
+                let _ = received.send(());
                 running.retire(&unused, signals.stop()).await;
                 break;
             }
         }
     }
-    // The operator who asked for an upgrade is to read its answer.
-    commands.close();
-    let _ = tokio::time::timeout(ANSWERS_DEADLINE, commands.wait()).await;
+    // The operator who started an upgrade must receive the response.
+    connections.close();
+    let _ = tokio::time::timeout(RESPONSES_DEADLINE, connections.wait()).await;
     Ok(ExitCode::SUCCESS)
 }
 
-/// Reloads in the background, so that signals and commands are answered during the reload. Mistakes are logged, and a gauge shows them.
+/// Reloads in the background, so that signals and commands are handled during the reload. Errors are logged, and set a gauge.
 fn reload(running: &Arc<Running>, succession: &Succession, file: &Path) {
     if let Some(refusal) = succession.reload_refusal() {
         return tracing::error!("the configuration was not loaded: {refusal}");
@@ -214,12 +259,12 @@ fn reload(running: &Arc<Running>, succession: &Succession, file: &Path) {
     tokio::spawn(async move { drop(running.reload(&file).await) });
 }
 
-/// Counts panics, each of which ends one session, and logs where they were.
+/// Installs a panic hook that counts panics and logs their location. A panic ends one session.
 fn count_panics(metrics: &Metrics) {
     let panics = metrics.panics();
     std::panic::set_hook(Box::new(move |info| {
         panics.inc();
-        // The message could hold what a peer sent: the place is enough to find it.
+        // Without the panic's message, because it may contain data from a peer.
         let place = info.location().map(ToString::to_string).unwrap_or_default();
         tracing::error!(%place, "a session ended in a panic: please report this");
         logging::flush_at_panic();

@@ -1,105 +1,164 @@
-//! The command `route`: which route answers for a user, which backend, which server now, and why; and who would move
-//! between two configurations.
+//! The command `route`: shows the routes' decision for a user with the servers in order of preference, and lists the users whose
+//! decision differs between two configurations.
 //!
-//! Uses the same code as a login and connects to no mailbox server. It knows nothing of the running process but
-//! the states in the state file, so a server that the running process takes for dead is still listed where it belongs. Called by `main`.
+//! It runs the code of a login, but connects to no mailbox server. Of the running process it knows only the state file, so that a
+//! server that the running process considers dead is listed as if it were alive.
 
 use std::fmt::Write as _;
+use std::sync::Arc;
+use std::time::Duration;
 
 use tokio::runtime::Handle;
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use crate::backend::ListenerAddresses;
+use crate::backend::{Backend, ListenerAddresses, Server};
 use crate::identity::UserName;
-use crate::route::{LookupOrigin, LookupRequest, LookupResult, RouteDecision, ServerChoice};
+use crate::route::{Destination, LookupOrigin, LookupRequest, LookupResult, RouteDecision, ServerChoice};
 use crate::snapshot::Snapshot;
 
-/// The text for `user`, and whether a server would be asked to log the user in.
-pub async fn explain(snapshot: &Snapshot, user: &UserName) -> (String, bool) {
+/// The result of [`explain`].
+#[derive(Debug)]
+pub struct Explanation {
+    /// The decisions, one line each.
+    pub text: String,
+    /// What happens to a login of the user.
+    pub outcome: Outcome,
+}
+
+/// What happens to a login of a user.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Outcome {
+    /// A server is tried.
+    Routed,
+    /// The login is refused without a server.
+    Refused,
+}
+
+/// Explains how a login of `user` is routed.
+pub async fn explain(snapshot: &Snapshot, user: &UserName) -> Explanation {
     let mut text = format!("user     {user}\n");
+    let outcome = match route(snapshot, user, &mut text).await {
+        Some(login) => {
+            write_login(snapshot, &login, &mut text).await;
+            Outcome::Routed
+        }
+        None => Outcome::Refused,
+    };
+    Explanation { text, outcome }
+}
+
+/// A user for whom the routes name a backend.
+struct RoutedLogin {
+    user: Arc<str>,
+    /// The name for the login on a server.
+    server_user: UserName,
+    destination: Destination,
+}
+
+/// Writes what each route answers. Returns `None` if the login is refused.
+async fn route(snapshot: &Snapshot, user: &UserName, text: &mut String) -> Option<RoutedLogin> {
     let names = match snapshot.config.naming.names(user) {
         Ok(names) => names,
         Err(refused) => {
-            line(&mut text, format_args!("refused  {refused}"));
-            return (text, false);
+            line(text, format_args!("refused  {refused}"));
+            return None;
         }
     };
-    line(&mut text, format_args!("asked as {}", names.routing));
-    let (tasks, stop) = (TaskTracker::new(), CancellationToken::new());
+    line(text, format_args!("routed as {}", names.routing));
     snapshot.router.start_read_only(&Handle::current());
-    let question = LookupRequest { user: names.routing, login_context: None };
-    let mut found = None;
-    for step in snapshot.router.explain(&question).await {
-        let answer = match &step.result {
-            LookupResult::Found(target) => {
-                found = Some(target.clone());
-                format!("found: {}", describe(snapshot, target))
+    let request = LookupRequest { user: names.routing, login_context: None };
+    let mut decision = None;
+    for step in snapshot.router.explain(&request).await {
+        let result = match &step.result {
+            LookupResult::Found(found) => {
+                decision = Some(found.clone());
+                format!("found: {}", describe(snapshot, found))
             }
             LookupResult::Unknown => "does not know the user".to_owned(),
             LookupResult::Failed(reason) => format!("failed: {reason}"),
         };
         let origin = match step.origin {
             LookupOrigin::Memory => String::new(),
-            LookupOrigin::Directory => ", asked now".to_owned(),
-            LookupOrigin::Cache(age) => format!(", kept for {} s", age.as_secs()),
-            LookupOrigin::Stale(age) => format!(", stale: kept for {} s, and its source is down", age.as_secs()),
+            LookupOrigin::Directory => ", queried now".to_owned(),
+            LookupOrigin::Cache(age) => format!(", cached {} s ago", age.as_secs()),
+            LookupOrigin::Stale(age) => format!(", cached {} s ago and stale: its source is down", age.as_secs()),
         };
-        line(&mut text, format_args!("route    {}: {answer} ({} µs{origin})", step.route, step.duration.as_micros()));
+        line(text, format_args!("route    {}: {result} ({} µs{origin})", step.route, step.duration.as_micros()));
     }
-    let Some(target) = found else {
-        text.push_str("backend  none: the login is refused\n");
-        return (text, false);
-    };
-    let RouteDecision::Destination(place) = &*target else {
-        text.push_str("backend  none: the route itself answers the login\n");
-        return (text, false);
-    };
-    line(&mut text, format_args!("login as {}", place.user.as_ref().unwrap_or(&names.server)));
-    let backend = snapshot.backends.backend(place.backend);
-    line(&mut text, format_args!("backend  {}", backend.name));
+    match decision.as_deref() {
+        Some(RouteDecision::Destination(destination)) => {
+            let server_user = destination.user.as_ref().unwrap_or(&names.server).clone();
+            Some(RoutedLogin { user: request.user, server_user, destination: destination.clone() })
+        }
+        Some(_) => {
+            text.push_str("backend  none: the route itself answers the login\n");
+            None
+        }
+        None => {
+            text.push_str("backend  none: the login is refused\n");
+            None
+        }
+    }
+}
+
+/// Writes the backend and its servers.
+async fn write_login(snapshot: &Snapshot, login: &RoutedLogin, text: &mut String) {
+    let destination = &login.destination;
+    line(text, format_args!("login as {}", login.server_user));
+    let backend = snapshot.backends.backend(destination.backend);
+    line(text, format_args!("backend  {}", backend.name));
     if let Err(error) = snapshot.read_states() {
-        line(&mut text, format_args!("states   unknown: {error}"));
+        line(text, format_args!("states   unknown: {error}"));
     }
+    let (tasks, stop) = (TaskTracker::new(), CancellationToken::new());
     let own = ListenerAddresses::new(snapshot.config.listeners.iter().map(|listener| listener.address).collect());
     snapshot.backends.start_discovery(&own, &tasks, &stop);
     let wait = snapshot.config.resolver.timeout * 3;
-    let servers = timeout(wait, snapshot.servers(place, &place.mailbox(&question.user))).await.unwrap_or_default();
-    match place.server {
+    let mailbox = destination.mailbox(&login.user);
+    let servers = timeout(wait, snapshot.servers(destination, &mailbox)).await.unwrap_or_default();
+    match destination.server {
         ServerChoice::Any => {
-            line(&mut text, format_args!("balance  {}: {}", backend.balance.as_str(), backend.balance.decided_by()));
+            line(text, format_args!("balance  {}: {}", backend.balance.as_str(), backend.balance.decided_by()));
         }
         ServerChoice::Server(_) | ServerChoice::Address(_) => {
-            text.push_str("balance  none: the route names the server\n")
+            text.push_str("balance  none: the route names the server\n");
         }
     }
+    write_servers(&servers, wait, text).await;
+    write_unavailable_servers(backend, text);
+    if servers.is_empty() {
+        text.push_str("server   none known: logins get NO [UNAVAILABLE]\n");
+    }
+    stop.cancel();
+}
+
+/// Writes the servers in the order in which a login tries them.
+async fn write_servers(servers: &[Arc<Server>], wait: Duration, text: &mut String) {
     for (rank, server) in servers.iter().enumerate() {
         let addresses = timeout(wait, server.addresses()).await.unwrap_or_default();
         let addresses: Vec<String> = addresses.iter().map(ToString::to_string).collect();
         let resolved = if addresses.is_empty() { "no address known".to_owned() } else { addresses.join(", ") };
         let rank = if rank == 0 { "first" } else { "next" };
         let weight = if server.weight() == 1 { String::new() } else { format!(", weight {}", server.weight()) };
-        let most = server.max_sessions().map(|most| format!(", {most} sessions at most")).unwrap_or_default();
-        line(&mut text, format_args!("server   {rank}: {} ({resolved}){weight}{most}", server.name));
+        let limit = server.max_sessions().map(|limit| format!(", at most {limit} sessions")).unwrap_or_default();
+        line(text, format_args!("server   {rank}: {} ({resolved}){weight}{limit}", server.name));
     }
-    for server in backend.servers().iter().filter(|server| !server.takes_logins()) {
-        let set =
-            server.state_override().map(|set| format!(", set by {} at {}", set.by, set.since())).unwrap_or_default();
-        line(
-            &mut text,
-            format_args!("server   no logins: {} (state {}{set})", server.name, server.admin_state().as_str()),
-        );
-    }
-    if servers.is_empty() {
-        text.push_str("server   none known: logins get NO [UNAVAILABLE]\n");
-    }
-    stop.cancel();
-    (text, true)
 }
 
-/// Writes a line for every user in `users` (the first word of each line) whom the second configuration sends elsewhere, and
-/// a summary. Says how many there are. A user whom either cannot place for now counts as moved: nobody could tell.
+/// Writes the servers whose administrative state excludes logins.
+fn write_unavailable_servers(backend: &Backend, text: &mut String) {
+    for server in backend.servers().iter().filter(|server| !server.takes_logins()) {
+        let (state, set) = (server.admin_state().as_str(), server.state_override());
+        let set = set.map(|set| format!(", set by {} at {}", set.by, set.since())).unwrap_or_default();
+        line(text, format_args!("server   no logins: {} (state {state}{set})", server.name));
+    }
+}
+
+/// Writes a line for each user in `users` (the first word of each line) whom the second configuration routes elsewhere, and a
+/// summary. Returns the number of these users. A user whose lookup fails in only one
+/// of them is included.
 ///
 /// # Errors
 /// `out` cannot be written.
@@ -115,16 +174,16 @@ pub async fn diff(
     let (mut compared, mut moved) = (0, 0);
     for line in users.split(|byte| *byte == b'\n') {
         let word = line.trim_ascii().split(u8::is_ascii_whitespace).next().unwrap_or_default();
-        // Comments of a table, its domains and its rest are no users.
+        // Comments, domains and the default of a table are not users.
         if word.is_empty() || word.starts_with(b"#") || word.starts_with(b"@") || word == b"*" {
             continue;
         }
         let Ok(user) = UserName::new(word) else {
-            writeln!(out, "{}: no user name", word.escape_ascii())?;
+            writeln!(out, "{}: invalid user name", word.escape_ascii())?;
             continue;
         };
         compared += 1;
-        let (before, after) = (place(old, &user).await, place(new, &user).await);
+        let (before, after) = (decision(old, &user).await, decision(new, &user).await);
         if before != after {
             moved += 1;
             writeln!(out, "{user}: {before} -> {after}")?;
@@ -134,33 +193,33 @@ pub async fn diff(
     Ok(moved)
 }
 
-/// Where a user belongs, in the words of `explain`.
-async fn place(snapshot: &Snapshot, user: &UserName) -> String {
+/// Returns the routes' decision for a user as text.
+async fn decision(snapshot: &Snapshot, user: &UserName) -> String {
     let names = match snapshot.config.naming.names(user) {
         Ok(names) => names,
         Err(refused) => return refused.to_string(),
     };
-    let question = LookupRequest { user: names.routing, login_context: None };
-    match timeout(snapshot.limits.lookup, snapshot.router.route(&question, &snapshot.metrics)).await {
+    let request = LookupRequest { user: names.routing, login_context: None };
+    match timeout(snapshot.limits.lookup, snapshot.router.route(&request, &snapshot.metrics)).await {
         Ok(Ok(routed)) => describe(snapshot, &routed.decision),
         Ok(Err(error)) => error.to_string(),
-        Err(_) => "no answer".to_owned(),
+        Err(_) => "no answer within limits.lookup".to_owned(),
     }
 }
 
-fn describe(snapshot: &Snapshot, target: &RouteDecision) -> String {
-    match target {
-        RouteDecision::Destination(place) => {
-            let mut text = snapshot.backends.backend(place.backend).name.to_string();
-            let at = match &place.server {
+fn describe(snapshot: &Snapshot, decision: &RouteDecision) -> String {
+    match decision {
+        RouteDecision::Destination(destination) => {
+            let mut text = snapshot.backends.backend(destination.backend).name.to_string();
+            let server = match &destination.server {
                 ServerChoice::Any => None,
                 ServerChoice::Server(server) => Some(server.to_string()),
                 ServerChoice::Address(address) => Some(address.to_string()),
             };
             for (name, value) in [
-                ("server", at.as_deref()),
-                ("user", place.user.as_ref().map(UserName::as_str)),
-                ("credentials", place.credentials.as_ref().map(|_| "of the route's")),
+                ("server", server.as_deref()),
+                ("user", destination.user.as_ref().map(UserName::as_str)),
+                ("credentials", destination.credentials.as_ref().map(|_| "of the route")),
             ] {
                 if let Some(value) = value {
                     line(&mut text, format_args!(", {name} {value}"));

@@ -1,7 +1,7 @@
-//! The command line: what can be asked for, and the help that says how. Called by `main`.
+//! The command line: its arguments and help texts. The submodules run `route` and the commands to a running process.
 
 pub mod explain;
-pub mod operate;
+pub(crate) mod operate;
 
 use std::path::PathBuf;
 use std::process::exit;
@@ -12,130 +12,143 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use crate::admin_state::AdminState;
 
-/// sysexits.h EX_USAGE.
+/// Exit code for invalid arguments, from sysexits.h.
 const EX_USAGE: i32 = 64;
 
-/// IMAP proxy and load balancer: one TLS front door, the right mailbox server behind it.
+/// IMAP proxy and load balancer: terminates TLS and connects each user to the right mailbox server.
 #[derive(Debug, Parser)]
 #[command(
     name = "vestibule",
     version,
-    after_help = "Example:\n  vestibule demo\n\nExit codes: 0 done, 1 no route knows the user (route) or not done (commands to the running process), 64 usage, 70 internal or not bound, 77 another user's process or file at admin.control, 78 configuration"
+    after_help = "Example:\n  vestibule demo\n\nExit codes:\n 0 success\n 1 no route knows the user (route), or the running process reported a failure\n 64 invalid arguments\n 70 internal error, an address cannot be bound, or no process answers\n 77 admin.control belongs to another user\n 78 invalid configuration"
 )]
 struct Arguments {
     #[command(subcommand)]
     command: Command,
 }
 
-/// What to do.
+/// A command.
 #[derive(Debug, Subcommand)]
 pub enum Command {
     /// Run the proxy until SIGTERM or SIGINT
     #[command(
-        after_help = "Example:\n  vestibule run --config /etc/vestibule/vestibule.yaml\n\nSIGHUP loads the configuration again; SIGTERM and SIGINT stop; a second one skips limits.ready_delay, or limits.drain if that is over or none."
+        after_help = "Example:\n  vestibule run --config /etc/vestibule/vestibule.yaml\n\nSIGHUP reloads the configuration. SIGTERM and SIGINT stop the process; a second signal skips the rest of limits.ready_delay or limits.drain."
     )]
     Run {
         /// The configuration file
         #[arg(short, long, value_name = "FILE")]
         config: PathBuf,
-        /// Take the place of the process that runs with this configuration: its listening sockets first, so that no connection
-        /// is refused; its sessions stay with it until they end, or limits.drain is over
+        /// Replace the running process without refusing connections: inherit its listening sockets. Its sessions continue there
+        /// until they end, or for limits.drain
         #[arg(long)]
         replace: bool,
     },
-    /// Check a configuration: build everything, look up run_as, bind nothing; exit 0 or 78
+    /// Check a configuration without binding anything; exit 0 or 78
     #[command(
-        after_help = "Example:\n  vestibule check --config /etc/vestibule/vestibule.yaml && systemctl reload vestibule\n\nServers that speak TLS are connected to for three seconds at most, to warn of certificates that are not trusted. Warnings do not change the exit code, and a server that cannot be reached is not reported."
+        after_help = "Example:\n  vestibule check --config /etc/vestibule/vestibule.yaml && systemctl reload vestibule\n\nConnects to servers with TLS, for at most three seconds, and warns of certificates that are not trusted. Servers that cannot be reached are not reported, and warnings do not change the exit code."
     )]
     Check {
         /// The configuration file
         #[arg(short, long, value_name = "FILE")]
         config: PathBuf,
-        /// Connect to no server
+        /// Do not connect to servers
         #[arg(long)]
         offline: bool,
     },
-    /// Tell which route answers for a user, which backend, which server now; or who would move with another configuration
+    /// Show the route, backend and server of a user, or list the users whose route differs in another configuration
     #[command(
-        after_help = "Example:\n  vestibule route --config /etc/vestibule/vestibule.yaml alice@example.org\n  vestibule route --config /etc/vestibule/vestibule.yaml --diff new.yaml --users users.txt\n\nExit 0: a backend was found (--diff: nobody moves); 1: none (--diff: somebody moves); 64: that is no user name; 78: a configuration is wrong"
+        after_help = "Example:\n  vestibule route --config /etc/vestibule/vestibule.yaml alice@example.org\n  vestibule route --config /etc/vestibule/vestibule.yaml --diff new.yaml --users users.txt\n\nExit 0: a backend was found (--diff: no route differs); 1: no backend (--diff: routes differ); 64: invalid user name; 78: invalid configuration"
     )]
     Route {
         /// The configuration file
         #[arg(short, long, value_name = "FILE")]
         config: PathBuf,
-        /// The user name as a client would send it
+        /// The user name as sent by a client
         #[arg(required_unless_present = "diff", conflicts_with = "diff")]
         user: Option<String>,
-        /// Another configuration: list the users that it sends elsewhere
+        /// Another configuration file: list the users that it routes elsewhere
         #[arg(long, value_name = "NEW", requires = "users")]
         diff: Option<PathBuf>,
-        /// The users to compare, the first word of each line; a table will do
+        /// A file with the users to compare, as the first word of each line; a table is accepted
         #[arg(long, value_name = "FILE", requires = "diff")]
         users: Option<PathBuf>,
     },
-    /// Load the configuration again, in the running process; exit 0, or 78 and nothing changed
+    /// A command to the running process.
+    #[command(flatten)]
+    Operate(OperatorCommand),
+    /// Demonstrate the proxy with two built-in mailbox servers and a generated certificate
     #[command(
-        after_help = "Example:\n  vestibule reload\n  vestibule reload --control /run/vestibule/control\n\nThe same as SIGHUP, but tells what is wrong."
+        after_help = "Example:\n  vestibule demo\n  vestibule demo --tls-port 0 --starttls-port 0 --admin-port 0 --once"
+    )]
+    Demo(DemoOptions),
+}
+
+/// A command to the running process.
+#[derive(Debug, Subcommand)]
+pub enum OperatorCommand {
+    /// Reload the configuration of the running process; exit 0, or 78 if it is invalid and nothing changed
+    #[command(
+        after_help = "Example:\n  vestibule reload\n  vestibule reload --control /run/vestibule/control\n\nThe same as SIGHUP, but waits for the result and prints the errors."
     )]
     Reload {
         /// The running process.
         #[command(flatten)]
         control: ControlPath,
     },
-    /// Replace the running process by the installed program without refusing connections; exit 0 once it serves
+    /// Replace the running process by the installed binary without refusing connections; exit 0 once the new process serves
     #[command(
-        after_help = "Example:\n  vestibule upgrade\n  vestibule upgrade --timeout 10m\n\nExit 1: the new process did not take over, for the reason that is printed, and the running one goes on. When it has been replaced, the running process ends with its last session, or after limits.drain."
+        after_help = "Example:\n  vestibule upgrade\n  vestibule upgrade --timeout 10m\n\nExit 1: the new process did not take over, for the reason that is printed, and the old one continues. A process that has been replaced ends with its last session, or after limits.drain."
     )]
     Upgrade {
-        /// Time within which the new process must serve, tables read; then it is ended
+        /// Time for the new process to start, including its tables; after it the new process is terminated
         #[arg(long, value_name = "TIME", value_parser = humantime::parse_duration, default_value = "3m")]
         timeout: Duration,
         /// The running process.
         #[command(flatten)]
         control: ControlPath,
     },
-    /// Tell how the running process and its servers are
+    /// Show the state of the running process and its servers
     #[command(after_help = "Example:\n  vestibule status\n  vestibule status --json")]
     Status {
-        /// For programs
+        /// Print JSON
         #[arg(long)]
         json: bool,
         /// The running process.
         #[command(flatten)]
         control: ControlPath,
     },
-    /// List who is logged in where
+    /// List the sessions with their servers
     #[command(after_help = "Example:\n  vestibule sessions alice@example.org\n  vestibule sessions --json")]
     Sessions {
-        /// Only this user
+        /// List only the sessions of this user
         user: Option<String>,
-        /// For programs
+        /// Print JSON
         #[arg(long)]
         json: bool,
         /// The running process.
         #[command(flatten)]
         control: ControlPath,
     },
-    /// End all sessions of a user; the user may come back at once
+    /// End all sessions of a user, who may log in again at once
     #[command(after_help = "Example:\n  vestibule kick alice@example.org")]
     Kick {
-        /// The user name as a client would send it
+        /// The user name as sent by a client
         user: String,
         /// The running process.
         #[command(flatten)]
         control: ControlPath,
     },
-    /// Take a server out of service: no new logins, and with --over its sessions are ended evenly
+    /// Stop new logins on a server; with --over, also end its sessions, spread over a time
     #[command(
-        after_help = "Example:\n  vestibule drain 10.0.0.11:143\n  vestibule drain 10.0.0.11:143 --over 10m\n  vestibule drain shard-a/10.0.0.11:143 --reason new-disks\n\nWith --over it waits until no session is left. vestibule server NAME up brings the server back."
+        after_help = "Example:\n  vestibule drain 10.0.0.11:143\n  vestibule drain 10.0.0.11:143 --over 10m\n  vestibule drain shard-a/10.0.0.11:143 --reason new-disks\n\nWith --over the command waits until no session is left. vestibule server NAME up ends the drain."
     )]
     Drain {
-        /// As configured, or as metrics call it; BACKEND/SERVER: in this backend alone
+        /// The server's name in the configuration or in the metrics; BACKEND/SERVER for one backend only
         server: String,
-        /// End its sessions, spread over this time
+        /// End the server's sessions, spread over this time
         #[arg(long, value_name = "TIME", value_parser = humantime::parse_duration)]
         over: Option<Duration>,
-        /// Shown by status, with who set the state and when
+        /// The reason, which status shows with the operator and the time
         #[arg(long, value_name = "TEXT")]
         reason: Option<String>,
         /// The running process.
@@ -147,47 +160,42 @@ pub enum Command {
         after_help = "Example:\n  vestibule server 10.0.0.11:143 up\n  vestibule server 10.0.0.11:143 as-configured"
     )]
     Server {
-        /// As configured, or as metrics call it; BACKEND/SERVER: in this backend alone
+        /// The server's name in the configuration or in the metrics; BACKEND/SERVER for one backend only
         server: String,
         /// The state to set
         state: StateArgument,
-        /// Shown by status, with who set the state and when
+        /// The reason, which status shows with the operator and the time
         #[arg(long, value_name = "TEXT")]
         reason: Option<String>,
         /// The running process.
         #[command(flatten)]
         control: ControlPath,
     },
-    /// Bring a user to another backend: keep new logins waiting, end the sessions, route afresh, let the user in again
+    /// Move a user to another backend: end the sessions, and delay new logins until the routes name the backend
     #[command(
-        after_help = "Example:\n  vestibule move alice@example.org shard-b\n  vestibule move alice@example.org shard-b --while ./copy-mailbox-and-change-the-table\n\nThe routes must name the new backend: change them before, or in the command given with --while, which runs while the user is kept out. Tables are read again and cached answers forgotten; the move fails if the routes do not name the new backend within --timeout."
+        after_help = "Example:\n  vestibule move alice@example.org shard-b\n  vestibule move alice@example.org shard-b --while ./copy-mailbox-and-change-the-table\n\nThe routes must name the new backend: change them before, or in the command of --while. Tables are read again and cached results discarded. The move fails if the routes do not name the new backend within --timeout."
     )]
     Move {
-        /// The user name as a client would send it
+        /// The user name as sent by a client
         user: String,
-        /// Where the routes send the user from now on
+        /// The new backend
         backend: String,
-        /// Run by sh while no session is open; if it fails, the user is let in again and nothing is claimed
+        /// A command for sh, run while the user's logins are delayed; if it fails, the move is aborted
         #[arg(long = "while", value_name = "COMMAND")]
         command: Option<String>,
-        /// How long to wait until the routes name the new backend
+        /// Time to wait for the routes to name the new backend
         #[arg(long, value_name = "TIME", default_value = "10s", value_parser = humantime::parse_duration)]
         timeout: Duration,
         /// The running process.
         #[command(flatten)]
         control: ControlPath,
     },
-    /// Show the main job on an embedded default: two tiny mailbox servers, a certificate, the proxy in front
-    #[command(
-        after_help = "Example:\n  vestibule demo\n  vestibule demo --tls-port 0 --starttls-port 0 --admin-port 0 --once"
-    )]
-    Demo(DemoOptions),
 }
 
-/// Where the running process is reached.
+/// The control socket of the running process.
 #[derive(Debug, Clone, Args)]
 pub struct ControlPath {
-    /// The running process's admin.control
+    /// The control socket of the running process (admin.control)
     #[arg(long = "control", value_name = "PATH", default_value = "/run/vestibule/control")]
     pub path: PathBuf,
 }
@@ -215,29 +223,29 @@ impl ValueEnum for StateArgument {
 /// Options of the demo.
 #[derive(Debug, Clone, Args)]
 pub struct DemoOptions {
-    /// Port for implicit TLS; a taken port, or 0, is replaced by a free one
+    /// Port for implicit TLS; a port in use, or 0, is replaced by a free one
     #[arg(long, default_value_t = 1993)]
     pub tls_port: u16,
-    /// Port for STARTTLS; likewise
+    /// Port for STARTTLS, chosen in the same way
     #[arg(long, default_value_t = 1143)]
     pub starttls_port: u16,
-    /// Port for metrics and health; likewise
+    /// Port for metrics and health, chosen in the same way
     #[arg(long, default_value_t = 9143)]
     pub admin_port: u16,
-    /// Folder for the configuration and the certificate; a new one under the system's temporary folder otherwise
+    /// Directory for the configuration and the certificate; default: a new temporary directory
     #[arg(long, value_name = "FOLDER")]
     pub folder: Option<PathBuf>,
-    /// Read a message of each user through the proxy, print the metrics it left, and end
+    /// Read a message of each user through the proxy, print the resulting metrics, and exit
     #[arg(long)]
     pub once: bool,
 }
 
-/// Reads the process's arguments; ends the process where they are wrong (64) or ask for help (0).
+/// Parses the arguments of the process. Exits if they are invalid (64) or request help (0).
 pub fn parse() -> Command {
     match Arguments::try_parse() {
         Ok(arguments) => arguments.command,
         Err(error) => {
-            // There is nobody left to tell if standard output or error is closed.
+            // An error means that standard output or standard error is closed, so it cannot be reported.
             let _ = error.print();
             exit(if error.use_stderr() { EX_USAGE } else { 0 });
         }
@@ -267,7 +275,7 @@ mod tests {
     }
 
     #[test]
-    fn mistakes_are_usage_errors() {
+    fn invalid_arguments_are_usage_errors() {
         for wrong in [
             &["vestibule"][..],
             &["vestibule", "run"],

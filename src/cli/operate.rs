@@ -1,5 +1,6 @@
-//! The commands that ask the running process: sent, waited for, printed. Called by `main`.
+//! The commands to a running process: sends them, waits for the response, and prints it.
 
+use std::ops::ControlFlow;
 use std::path::Path;
 use std::process::ExitCode;
 use std::time::Duration;
@@ -8,48 +9,46 @@ use anyhow::Context as _;
 use serde_json::Value;
 use tokio::time;
 
+use super::OperatorCommand;
 use crate::admin_state::AdminState;
-use crate::api::client::{Reply, ask, begin, printable};
-use crate::api::{Answer, Command};
-use crate::cli::Command as Asked;
+use crate::api::client::{OpenResponse, printable, send, send_and_keep_open};
+use crate::api::message::{Command, Response};
 
-/// sysexits.h EX_CONFIG.
+/// Exit code of a failed reload, from sysexits.h.
 const EX_CONFIG: u8 = 78;
-/// Interval at which the sessions of a server that is being drained are counted.
-const LOOK: Duration = Duration::from_millis(500);
+/// Interval at which the sessions of a server are counted during a drain.
+const COUNT_INTERVAL: Duration = Duration::from_millis(500);
 
-/// Carries one out. `None`: it is not for the running process.
+/// Runs a command.
 ///
 /// # Errors
 /// No process answers.
-pub async fn operate(asked: Asked) -> anyhow::Result<Option<ExitCode>> {
-    let code = match asked {
-        Asked::Reload { control } => {
-            let answer = ask(&control.path, &Command::Reload).await?;
-            if answer.ok { printed(&answer) } else { printed_or(&answer, EX_CONFIG) }
+pub(crate) async fn run(command: OperatorCommand) -> anyhow::Result<ExitCode> {
+    Ok(match command {
+        OperatorCommand::Reload { control } => {
+            let response = send(&control.path, &Command::Reload).await?;
+            print_with_exit_code(&response, EX_CONFIG)
         }
-        Asked::Upgrade { timeout, control } => {
-            printed(&ask(&control.path, &Command::Upgrade { timeout: timeout.as_secs_f64() }).await?)
+        OperatorCommand::Upgrade { timeout, control } => {
+            print(&send(&control.path, &Command::Upgrade { timeout: timeout.as_secs_f64() }).await?)
         }
-        Asked::Status { json, control } => shown(&ask(&control.path, &Command::Status).await?, json)?,
-        Asked::Sessions { user, json, control } => {
-            shown(&ask(&control.path, &Command::Sessions { user }).await?, json)?
+        OperatorCommand::Status { json, control } => print_data(send(&control.path, &Command::Status).await?, json)?,
+        OperatorCommand::Sessions { user, json, control } => {
+            print_data(send(&control.path, &Command::Sessions { user }).await?, json)?
         }
-        Asked::Kick { user, control } => printed(&ask(&control.path, &Command::Kick { user }).await?),
-        Asked::Server { server, state, reason, control } => {
-            printed(&ask(&control.path, &set_server(server, state.0, None, reason)).await?)
+        OperatorCommand::Kick { user, control } => print(&send(&control.path, &Command::Kick { user }).await?),
+        OperatorCommand::Server { server, state, reason, control } => {
+            print(&send(&control.path, &set_server(server, state.0, None, reason)).await?)
         }
-        Asked::Drain { server, over, reason, control } => drain(&control.path, server, over, reason).await?,
-        Asked::Move { user, backend, command, timeout, control } => {
+        OperatorCommand::Drain { server, over, reason, control } => drain(&control.path, server, over, reason).await?,
+        OperatorCommand::Move { user, backend, command, timeout, control } => {
             move_user(&control.path, user, backend, command, timeout).await?
         }
-        Asked::Run { .. } | Asked::Check { .. } | Asked::Route { .. } | Asked::Demo(_) => return Ok(None),
-    };
-    Ok(Some(code))
+    })
 }
 
 fn set_server(name: String, state: Option<AdminState>, over: Option<f64>, reason: Option<String>) -> Command {
-    // Only a hint: whoever may open the socket may claim any name.
+    // Only informative: a process that may open the socket can claim any name.
     let sudo_user = std::env::var("SUDO_USER").ok().filter(|user| !user.is_empty());
     Command::Server { name, state, over, reason, sudo_user }
 }
@@ -62,27 +61,27 @@ async fn drain(
 ) -> anyhow::Result<ExitCode> {
     let seconds = over.map(|over| over.as_secs_f64());
     let command = set_server(server.clone(), Some(AdminState::Drain), seconds, reason);
-    let answer = ask(control, &command).await?;
-    let code = printed(&answer);
-    if over.is_none() || !answer.ok {
+    let response = send(control, &command).await?;
+    let code = print(&response);
+    if over.is_none() || !response.ok {
         return Ok(code);
     }
     loop {
-        let status = ask(control, &Command::Status).await?;
+        let status = send(control, &Command::Status).await?;
         if !status.ok || !status.notes.is_empty() {
-            let text = format!("sessions on {server} cannot be counted");
-            return Ok(printed(&Answer { ok: false, text, ..status }));
+            let text = format!("the sessions on {server} cannot be counted");
+            return Ok(print(&Response { ok: false, text, ..status }));
         }
-        if sessions_of(&status.data, &server) == 0 {
+        if count_sessions(&status.data, &server) == 0 {
             println!("{}: no session is left", printable(&server));
             return Ok(code);
         }
-        time::sleep(LOOK).await;
+        time::sleep(COUNT_INTERVAL).await;
     }
 }
 
-/// Sessions in a status of the servers that `SERVER` or `BACKEND/SERVER` names.
-fn sessions_of(status: &Value, given: &str) -> u64 {
+/// Counts the sessions in `status` on the servers that `SERVER` or `BACKEND/SERVER` names.
+fn count_sessions(status: &Value, given: &str) -> u64 {
     let servers = status["servers"].as_array().map(Vec::as_slice).unwrap_or_default();
     let named = |server: &&Value| {
         let (backend, name) = (server["backend"].as_str().unwrap_or_default(), server["server"].as_str());
@@ -98,68 +97,86 @@ async fn move_user(
     command: Option<String>,
     timeout: Duration,
 ) -> anyhow::Result<ExitCode> {
-    let mut held: Option<Reply> = None;
-    if let Some(command) = command {
-        let reply = begin(control, &Command::Hold { user: user.clone() }).await?;
-        if !reply.answer.ok {
-            return Ok(printed(&reply.answer));
-        }
-        eprintln!("{}", printable(&reply.answer.text));
-        eprintln!("running {}", printable(&command));
-        let run = move || std::process::Command::new("sh").arg("-c").arg(command).status();
-        let status = tokio::task::spawn_blocking(run).await?.context("sh cannot be run")?;
-        if !status.success() {
-            eprintln!("vestibule: the command failed ({status}): {} is let in again", printable(&user));
-            return Ok(ExitCode::FAILURE);
-        }
-        if !reply.is_open() {
-            eprintln!(
-                "vestibule: the process ended while the command ran: {} may have logged in meanwhile",
-                printable(&user)
-            );
-            return Ok(ExitCode::FAILURE);
-        }
-        held = Some(reply);
-    }
+    let hold = match command {
+        Some(command) => match hold_while(control, &user, command).await? {
+            ControlFlow::Continue(hold) => Some(hold),
+            ControlFlow::Break(code) => return Ok(code),
+        },
+        None => None,
+    };
     eprintln!("waiting until the routes name {}, at most {}", printable(&backend), humantime::format_duration(timeout));
-    let wait = Some(timeout.as_secs_f64());
-    let moving = Command::Move { user: user.clone(), backend: backend.clone(), wait };
-    let answer = ask(control, &moving).await?;
-    let Some(held) = held else { return Ok(printed(&answer)) };
-    if !answer.ok {
-        return Ok(printed(&answer));
-    }
-    let ended = |answer: &Answer| answer.data["ended"].as_u64().unwrap_or_default();
-    let text = format!("{user}: {} sessions ended, now at {backend}", ended(&held.answer) + ended(&answer));
-    let code = printed(&Answer { text, ..answer });
-    // The user's logins have waited from the first command until here.
-    drop(held);
+    let command = Command::Move { user: user.clone(), backend: backend.clone(), wait: Some(timeout.as_secs_f64()) };
+    let response = send(control, &command).await?;
+    let response = match &hold {
+        Some(hold) if response.ok => {
+            let ended = ended_sessions(&hold.response) + ended_sessions(&response);
+            Response { text: format!("{user}: {ended} sessions ended, now at {backend}"), ..response }
+        }
+        _ => response,
+    };
+    let code = print(&response);
+    // New logins of the user were delayed from the hold until here.
+    drop(hold);
     Ok(code)
 }
 
-fn printed(answer: &Answer) -> ExitCode {
-    printed_or(answer, 1)
+/// Holds the user while `command` runs. Returns the hold, which continues, or the exit code if it failed.
+async fn hold_while(
+    control: &Path,
+    user: &str,
+    command: String,
+) -> anyhow::Result<ControlFlow<ExitCode, OpenResponse>> {
+    let hold = send_and_keep_open(control, &Command::Hold { user: user.to_owned() }).await?;
+    if !hold.response.ok {
+        return Ok(ControlFlow::Break(print(&hold.response)));
+    }
+    eprintln!("{}", printable(&hold.response.text));
+    eprintln!("running {}", printable(&command));
+    let run = move || std::process::Command::new("sh").arg("-c").arg(command).status();
+    let status = tokio::task::spawn_blocking(run).await?.context("sh could not be run")?;
+    if !status.success() {
+        eprintln!("vestibule: the command failed ({status}): new logins of {} are accepted again", printable(user));
+        return Ok(ControlFlow::Break(ExitCode::FAILURE));
+    }
+    if !hold.is_open() {
+        eprintln!(
+            "vestibule: the running process ended during the command: {} may have logged in since",
+            printable(user)
+        );
+        return Ok(ControlFlow::Break(ExitCode::FAILURE));
+    }
+    Ok(ControlFlow::Continue(hold))
 }
 
-fn printed_or(answer: &Answer, failure: u8) -> ExitCode {
-    for note in &answer.notes {
+fn ended_sessions(response: &Response) -> u64 {
+    response.data["ended"].as_u64().unwrap_or_default()
+}
+
+fn print(response: &Response) -> ExitCode {
+    print_with_exit_code(response, 1)
+}
+
+/// Prints a response, and returns `failure` as exit code if the command failed.
+fn print_with_exit_code(response: &Response, failure: u8) -> ExitCode {
+    for note in &response.notes {
         eprintln!("vestibule: {}", printable(note));
     }
-    if answer.ok {
-        println!("{}", printable(&answer.text));
+    if response.ok {
+        println!("{}", printable(&response.text));
         ExitCode::SUCCESS
     } else {
-        eprintln!("vestibule: {}", printable(&answer.text));
+        eprintln!("vestibule: {}", printable(&response.text));
         ExitCode::from(failure)
     }
 }
 
-fn shown(answer: &Answer, json: bool) -> anyhow::Result<ExitCode> {
-    if answer.ok && json {
-        let text = serde_json::to_string_pretty(&answer.data)?;
-        return Ok(printed(&Answer { ok: true, text, data: Value::Null, notes: answer.notes.clone() }));
+/// Prints a response as text, or its data as JSON.
+fn print_data(response: Response, json: bool) -> anyhow::Result<ExitCode> {
+    if response.ok && json {
+        let text = serde_json::to_string_pretty(&response.data)?;
+        return Ok(print(&Response { text, ..response }));
     }
-    Ok(printed(answer))
+    Ok(print(&response))
 }
 
 #[cfg(test)]
@@ -170,10 +187,10 @@ mod tests {
 
     #[test]
     fn sessions_are_counted_by_server_and_by_backend() {
-        let of = |backend: &str, server: &str, sessions: u64| json!({"backend": backend, "server": server, "sessions": sessions});
-        let status = json!({"servers": [of("a", "h:1", 1), of("b", "h:1", 2), of("a", "h:2", 4)]});
-        let counted = ["h:1", "b/h:1", "a/h:2", "b/h:2"].map(|given| sessions_of(&status, given));
+        let server = |backend: &str, server: &str, sessions: u64| json!({"backend": backend, "server": server, "sessions": sessions});
+        let status = json!({"servers": [server("a", "h:1", 1), server("b", "h:1", 2), server("a", "h:2", 4)]});
+        let counted = ["h:1", "b/h:1", "a/h:2", "b/h:2"].map(|given| count_sessions(&status, given));
         assert_eq!(counted, [3, 2, 4, 0]);
-        assert_eq!(sessions_of(&json!({}), "h:1"), 0);
+        assert_eq!(count_sessions(&json!({}), "h:1"), 0);
     }
 }

@@ -1,8 +1,8 @@
-//! Listening sockets that are handed over: by systemd at the start, by a process to its successor while it runs.
+//! Listening sockets from another process: from systemd at the start, or from the predecessor.
 //!
-//! A socket goes on collecting connections whoever holds it, so none is refused while one process takes another's place.
-//! Descriptors travel as SCM_RIGHTS over a Unix socket; the process at the other end must belong to a trusted user. This module
-//! knows sockets only: what they are for, their addresses tell. Called by `main` and `control`.
+//! The kernel queues connections as long as any process has the socket open, so none is refused during a handover. Descriptors
+//! are sent with SCM_RIGHTS over a Unix socket; the process at the other end must run as a trusted user. This module does not know
+//! what a socket is for: the caller matches its address with the configuration.
 
 use std::io::{self, IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
@@ -15,33 +15,33 @@ use rustix::net::{
     recvmsg, sendmsg, sockopt,
 };
 
-/// Descriptors of one message; the kernel takes up to 253.
+/// Number of descriptors in one message. The kernel's limit is 253.
 const BATCH: usize = 64;
-/// More would be no listening sockets of ours: ports times workers.
-const MOST: usize = 65_536;
+/// Maximum number of sockets: a large number of ports times workers.
+const MAX_SOCKETS: usize = 65_536;
 
-/// Sockets that systemd has opened for us (`LISTEN_FDS`, sd_listen_fds(3)); none where it has not.
-pub(crate) fn of_systemd() -> Vec<TcpListener> {
+/// Returns the sockets that systemd has opened for this process (`LISTEN_FDS`, sd_listen_fds(3)).
+pub(crate) fn from_systemd() -> Vec<TcpListener> {
     let mut given = listenfd::ListenFd::from_env();
     let mut sockets = Vec::new();
     for index in 0..given.len() {
         match given.take_tcp_listener(index) {
             Ok(Some(socket)) => {
-                // A process that gave way to its successor may have left a filter that drops new connections.
+                // A retired process may have attached a filter that drops new connections.
                 let _ = socket2::SockRef::from(&socket).detach_filter();
                 sockets.push(socket);
             }
             Ok(None) => {}
-            Err(error) => tracing::warn!(index, %error, "systemd gave a descriptor that is no listening TCP socket"),
+            Err(error) => tracing::warn!(index, %error, "descriptor from systemd ignored: not a listening TCP socket"),
         }
     }
     sockets
 }
 
-/// Sends `sockets` to a successor: their number first, then the descriptors. Blocks.
+/// Sends `sockets`: their number first, then the descriptors. Blocks.
 ///
 /// # Errors
-/// The other end is gone, or belongs to a user that is not in `trusted`.
+/// The connection fails, or the user of the other process is not in `trusted`.
 pub(crate) fn send(stream: &UnixStream, sockets: &[OwnedFd], trusted: &[u32]) -> io::Result<()> {
     check_user(stream, trusted)?;
     let count = u32::try_from(sockets.len()).map_err(io::Error::other)?.to_be_bytes();
@@ -56,22 +56,22 @@ pub(crate) fn send(stream: &UnixStream, sockets: &[OwnedFd], trusted: &[u32]) ->
     Ok(())
 }
 
-/// What [`send`] sends. Blocks.
+/// Receives the sockets that [`send`] sends. Blocks.
 ///
 /// # Errors
-/// The other end is gone, belongs to a user that is not in `trusted`, or sends something else.
+/// The connection fails, the user of the other process is not in `trusted`, or it sends something else.
 pub(crate) fn receive(stream: &UnixStream, trusted: &[u32]) -> io::Result<Vec<TcpListener>> {
     check_user(stream, trusted)?;
-    let strange = || io::Error::new(io::ErrorKind::InvalidData, "that is no hand-over of sockets");
+    let invalid = || io::Error::new(io::ErrorKind::InvalidData, "invalid handover of sockets");
     let mut count = [0; 4];
     let mut sockets = Vec::new();
     let mut none = RecvAncillaryBuffer::default();
     let read = recvmsg(stream, &mut [IoSliceMut::new(&mut count)], &mut none, RecvFlags::CMSG_CLOEXEC)?.bytes;
-    let wanted = u32::from_be_bytes(count) as usize;
-    if read != count.len() || wanted > MOST {
-        return Err(strange());
+    let expected = u32::from_be_bytes(count) as usize;
+    if read != count.len() || expected > MAX_SOCKETS {
+        return Err(invalid());
     }
-    while sockets.len() < wanted {
+    while sockets.len() < expected {
         let mut byte = [0];
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(BATCH))];
         let mut rights = RecvAncillaryBuffer::new(&mut space);
@@ -83,20 +83,20 @@ pub(crate) fn receive(stream: &UnixStream, trusted: &[u32]) -> io::Result<Vec<Tc
             }
         }
         if read == 0 || sockets.len() == before {
-            return Err(strange());
+            return Err(invalid());
         }
     }
     Ok(sockets)
 }
 
-/// Refuses a peer of a user that is not trusted. For the side that connected this is the user that the other side had when it
-/// began to listen.
+/// Checks the user of the process at the other end. For the side that connected, this is the user that the other side had when
+/// it called `listen`.
 fn check_user(stream: &UnixStream, trusted: &[u32]) -> io::Result<()> {
     let other = sockopt::socket_peercred(stream)?.uid.as_raw();
     if trusted.contains(&other) {
         Ok(())
     } else {
-        let text = format!("the other process belongs to another user (uid {other})");
+        let text = format!("the other process runs as another user (uid {other})");
         Err(io::Error::new(io::ErrorKind::PermissionDenied, text))
     }
 }
@@ -113,7 +113,7 @@ mod tests {
     }
 
     #[test]
-    fn sockets_are_neither_given_to_nor_taken_from_a_user_that_is_not_trusted() {
+    fn untrusted_user_neither_receives_nor_sends_sockets() {
         let (one, other) = UnixStream::pair().unwrap();
         let others = [own()[0] + 1];
         assert_eq!(send(&one, &[], &others).unwrap_err().kind(), io::ErrorKind::PermissionDenied);
@@ -121,12 +121,12 @@ mod tests {
     }
 
     #[test]
-    fn sockets_arrive_and_go_on_listening() {
+    fn received_sockets_continue_to_listen() {
         let (one, other) = UnixStream::pair().unwrap();
         // More than one batch.
         let listeners: Vec<TcpListener> = (0..BATCH + 3).map(|_| TcpListener::bind("127.0.0.1:0").unwrap()).collect();
         let addresses: Vec<SocketAddr> = listeners.iter().map(|listener| listener.local_addr().unwrap()).collect();
-        // Connected before, accepted after.
+        // Connected before the transfer, accepted after it.
         let _early = TcpStream::connect(addresses[0]).unwrap();
         let sent: Vec<OwnedFd> = listeners.into_iter().map(OwnedFd::from).collect();
         send(&one, &sent, &own()).unwrap();
@@ -138,7 +138,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_hand_over_is_refused() {
+    fn invalid_messages_are_refused() {
         for junk in [&b"GET /"[..], b"\0\0", b"\xff\xff\xff\xff", b"\0\0\0\x01+"] {
             let (mut one, other) = UnixStream::pair().unwrap();
             one.write_all(junk).unwrap();

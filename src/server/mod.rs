@@ -4,10 +4,8 @@
 //! configuration: the workers, the listening sockets (`listener_set`) and the session registry.
 
 mod listener_set;
-mod operations;
 mod server_state;
 mod state_file;
-pub mod views;
 
 use std::io;
 use std::net::{SocketAddr, TcpListener};
@@ -23,8 +21,8 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use self::listener_set::{BoundListeners, ListenerSet};
-pub use self::operations::{UserHold, UserMoved};
-pub use self::server_state::{BeforeRetirement, StateChange, StateChanged};
+pub use self::server_state::{BeforeRetirement, StateChange, StateChanged, UnknownServer};
+use self::state_file::Loaded;
 use crate::admission::connection_limit::ConnectionLimit;
 use crate::backend::ListenerAddresses;
 use crate::backend::state_override::StoredOverride;
@@ -233,9 +231,16 @@ fn log_warnings(config: &Config) {
 
 /// Restores the administrative states before the first login is routed.
 fn restore_states(snapshot: &Snapshot, handed_over: Option<Vec<StoredOverride>>) {
-    let from_file = || snapshot.config.state_file.as_deref().map(state_file::load);
-    let (states, is_sound) = handed_over.map(|states| (states, true)).or_else(from_file).unwrap_or((Vec::new(), true));
-    snapshot.metrics.state_file_failed(!is_sound);
+    let loaded = match (handed_over, &snapshot.config.state_file) {
+        (Some(states), _) => Loaded::States(states),
+        (None, Some(file)) => state_file::load(file),
+        (None, None) => Loaded::States(Vec::new()),
+    };
+    snapshot.metrics.state_file_failed(loaded == Loaded::Damaged);
+    let states = match loaded {
+        Loaded::States(states) => states,
+        Loaded::Damaged => Vec::new(),
+    };
     for StoredOverride { backend, server, set } in &states {
         let (state, by, since) = (set.state.as_str(), &set.by, set.since());
         tracing::info!(backend, server, state, by, since, reason = set.reason, "server state restored");

@@ -1,4 +1,4 @@
-//! Administrative states of servers: set by operators, kept in the state file, handed to a successor.
+//! Changes of servers' administrative states: set by operators, saved in the state file, handed to a successor.
 
 use std::collections::BTreeSet;
 use std::io;
@@ -7,6 +7,7 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use anyhow::{Context as _, bail};
+use thiserror::Error;
 use tokio::sync::MutexGuard;
 use tokio::time;
 
@@ -16,43 +17,51 @@ use crate::backend::Server;
 use crate::backend::state_override::{StateOverride, StoredOverride};
 use crate::session_registry::CancelReason;
 
-/// Interval at which sessions of a server are ended while it is drained.
-const TICK: Duration = Duration::from_millis(200);
+/// Interval at which sessions of a server are ended during a drain.
+const DRAIN_INTERVAL: Duration = Duration::from_millis(200);
 
 /// A change of a server's administrative state.
 #[derive(Debug, Clone, Default)]
 pub struct StateChange {
-    /// The server's name, for every backend that has it, or `BACKEND/SERVER`.
+    /// The server's name, for all backends that have it, or `BACKEND/SERVER`.
     pub server: String,
     /// The new state; `None` returns to the configured one.
     pub state: Option<AdminState>,
-    /// End the server's sessions, evenly over this number of seconds.
+    /// End the server's sessions, spread evenly over this number of seconds.
     pub over: Option<f64>,
-    /// The operator.
+    /// Name of the operator.
     pub by: String,
     /// The operator's reason.
     pub reason: Option<String>,
-    /// Whether this process's successor passes the change on, in which case it is carried out after retirement too.
+    /// Whether a successor forwards the change. A forwarded change is carried out even if this process has been replaced.
     pub is_forwarded: bool,
 }
 
 /// The result of a [`StateChange`].
 #[derive(Debug, PartialEq, Eq)]
 pub struct StateChanged {
-    /// Sessions on the server, in this process.
+    /// Number of sessions on the server in this process.
     pub sessions: usize,
-    /// Whether the state file could be written, if there is one.
+    /// Whether the state file was written. `Ok` if none is configured.
     pub saved: Result<(), String>,
 }
 
-/// The right to retire a process: see [`Running::before_retirement`].
+/// No server of the running and the previous configurations has this name.
+#[derive(Debug, Error)]
+#[error("unknown server {name:?}: expected one of {known}")]
+pub struct UnknownServer {
+    name: String,
+    known: String,
+}
+
+/// The right to retire this process: see [`Running::before_retirement`]. No administrative state changes while it exists.
 pub struct BeforeRetirement<'a> {
     running: &'a Running,
     _changing: MutexGuard<'a, ()>,
 }
 
 impl BeforeRetirement<'_> {
-    /// Marks the process as retired, and returns its administrative states, which only its successor changes from now on.
+    /// Marks the process as retired, and returns its administrative states. From now on only its successor changes them.
     pub fn retire(self) -> Vec<StoredOverride> {
         self.running.set_retired();
         self.running.states()
@@ -60,10 +69,10 @@ impl BeforeRetirement<'_> {
 }
 
 impl Running {
-    /// Sets or resets a server's administrative state. With `over` its sessions are ended too.
+    /// Sets or resets a server's administrative state. With [`StateChange::over`] the server's sessions are ended too.
     ///
     /// # Errors
-    /// The server is unknown, a text is not a short line, or a successor has taken over.
+    /// The server is unknown ([`UnknownServer`]), a text is not a short line, or a successor has taken over.
     pub async fn set_server(&self, change: StateChange) -> anyhow::Result<StateChanged> {
         let state = change.state;
         let over = change.over.map(Duration::try_from_secs_f64).transpose().context("invalid duration")?;
@@ -74,20 +83,23 @@ impl Running {
         }
         let snapshot = self.snapshot();
         let all: Vec<Arc<Server>> = snapshot.backends.list().iter().flat_map(|backend| backend.servers()).collect();
-        let servers: Vec<Arc<Server>> =
-            all.iter().filter(|server| names(&change.server, &server.backend, &server.name)).cloned().collect();
+        let servers: Vec<Arc<Server>> = all
+            .iter()
+            .filter(|server| matches_server(&change.server, &server.backend, &server.name))
+            .cloned()
+            .collect();
         let states = snapshot.backends.state_overrides();
         let mut targets: BTreeSet<(String, String)> =
             servers.iter().map(|server| (server.backend.to_string(), server.name.to_string())).collect();
         if set.is_none() {
-            // A state may be kept for a server that the configuration does not have any more.
-            let kept = states.all().into_iter().map(|stored| (stored.backend, stored.server));
-            targets.extend(kept.filter(|(backend, server)| names(&change.server, backend, server)));
+            // An override can also be reset while its server is not in the configuration.
+            let stored = states.all().into_iter().map(|stored| (stored.backend, stored.server));
+            targets.extend(stored.filter(|(backend, server)| matches_server(&change.server, backend, server)));
         }
         if targets.is_empty() {
             let known: BTreeSet<&str> = all.iter().map(|server| &*server.name).collect();
             let known = known.into_iter().collect::<Vec<_>>().join(", ");
-            bail!("no server is called {:?}; known: {known}", change.server);
+            return Err(UnknownServer { name: change.server, known }.into());
         }
         for (backend, server) in &targets {
             states.set(backend, server, set.clone())?;
@@ -96,22 +108,22 @@ impl Running {
         }
         snapshot.backends.update_gauges();
         if let Some(AdminState::Drain | AdminState::Down) = state {
-            // They are routed again; a SASL exchange could wait for its client until long after the drain.
-            let is_named = |server: &Server| names(&change.server, &server.backend, &server.name);
+            // These logins are routed again. Without this a SASL exchange could still wait for its client long after the drain.
+            let is_named = |server: &Server| matches_server(&change.server, &server.backend, &server.name);
             self.sessions().cancel_logins(CancelReason::Drained, is_named);
         }
         let saved = self.save_states().await;
         drop(changing);
         if let (Some(over), Some(AdminState::Drain | AdminState::Down)) = (over, state) {
             for server in servers {
-                self.empty(server, over);
+                self.end_sessions(server, over);
             }
         }
-        let sessions = self.sessions().count(|server| names(&change.server, &server.backend, &server.name));
+        let sessions = self.sessions().count(|server| matches_server(&change.server, &server.backend, &server.name));
         Ok(StateChanged { sessions, saved })
     }
 
-    /// The administrative states that are set, for a successor.
+    /// Returns the administrative states that operators have set.
     pub fn states(&self) -> Vec<StoredOverride> {
         self.snapshot().backends.state_overrides().all()
     }
@@ -121,22 +133,22 @@ impl Running {
         self.retired.load(Ordering::Acquire)
     }
 
-    /// A successor takes over: from now on this process serves what it has, and decides nothing for others.
+    /// Marks this process as retired: it finishes its sessions, and its successor decides about server states.
     pub(super) fn set_retired(&self) {
         self.retired.store(true, Ordering::Release);
     }
 
-    /// Waits for a change of administrative states in progress, and allows none until the result is dropped or used.
+    /// Waits for a change of administrative states in progress, and blocks changes until the result is dropped or used.
     ///
     /// # Errors
-    /// The change does not end within `deadline`: the disk of the state file hangs, perhaps.
+    /// The change does not end within `deadline`, for example because the disk of the state file hangs.
     pub async fn before_retirement(&self, deadline: Duration) -> io::Result<BeforeRetirement<'_>> {
         let changing = time::timeout(deadline, self.changing_states.lock()).await;
         let changing = changing.map_err(|_| io::Error::other("a change of a server's state does not end"))?;
         Ok(BeforeRetirement { running: self, _changing: changing })
     }
 
-    /// Replaces the administrative states by a predecessor's, which had them when it retired.
+    /// Replaces the administrative states by those that the predecessor had when it retired.
     pub async fn adopt_states(&self, states: &[StoredOverride]) {
         let _changing = self.changing_states.lock().await;
         let backends = self.snapshot().backends.clone();
@@ -144,17 +156,17 @@ impl Running {
             backends.state_overrides().replace(states);
             backends.update_gauges();
         }
-        // The predecessor may have had no state file, or another.
+        // The predecessor may have had another state file or none.
         let _ = self.save_states().await;
     }
 
-    /// Writes the state file, if there is one. A retired process leaves it to its successor.
+    /// Writes the state file, if one is configured. A retired process does not, because the file belongs to its successor.
     async fn save_states(&self) -> Result<(), String> {
         let Some(path) = self.snapshot().config.state_file.clone().filter(|_| !self.is_retired()) else {
             return Ok(());
         };
         let (states, shown) = (self.states(), path.clone());
-        // Off the thread that serves, because a disk may be slow.
+        // On a blocking thread, because a disk may be slow.
         let saved = tokio::task::spawn_blocking(move || state_file::save(&path, states)).await;
         let saved = saved.map_err(|error| error.to_string()).and_then(|saved| saved.map_err(|error| error.to_string()));
         self.metrics().state_file_failed(saved.is_err());
@@ -164,33 +176,34 @@ impl Running {
         })
     }
 
-    /// Ends all sessions of a server evenly, until the server is up again.
-    fn empty(&self, server: Arc<Server>, over: Duration) {
+    /// Ends all sessions of a server, spread evenly over `over`. Stops if the server is set up again.
+    fn end_sessions(&self, server: Arc<Server>, over: Duration) {
         let (sessions, stop) = (self.sessions().clone(), self.stop_background.clone());
-        let ticks = (over.as_millis() / TICK.as_millis()).max(1);
-        let empty = async move {
-            let is_it = |other: &Server| other.backend == server.backend && other.name == server.name;
-            let all = sessions.count_uncancelled(is_it);
+        let ticks = (over.as_millis() / DRAIN_INTERVAL.as_millis()).max(1);
+        let end = async move {
+            let is_drained = |other: &Server| other.backend == server.backend && other.name == server.name;
+            let all = sessions.count_uncancelled(is_drained);
             for tick in 1..=ticks {
                 if server.admin_state() == AdminState::Up {
                     tracing::info!(server = %server.name, "drain cancelled; remaining sessions kept");
                     return;
                 }
-                let left = sessions.count_uncancelled(is_it);
-                let may_be_left = usize::try_from(all as u128 * (ticks - tick) / ticks).unwrap_or(0);
-                sessions.cancel_up_to(left.saturating_sub(may_be_left), CancelReason::Drained, is_it);
+                let left = sessions.count_uncancelled(is_drained);
+                let target = usize::try_from(all as u128 * (ticks - tick) / ticks).unwrap_or(0);
+                sessions.cancel_up_to(left.saturating_sub(target), CancelReason::Drained, is_drained);
                 if tick < ticks {
-                    time::sleep(TICK).await;
+                    time::sleep(DRAIN_INTERVAL).await;
                 }
             }
-            tracing::info!(server = %server.name, "all sessions of the server were ended");
+            tracing::info!(server = %server.name, "all sessions of the drained server have been ended");
         };
-        self.background.spawn(async move { stop.run_until_cancelled(empty).await });
+        self.background.spawn(async move { stop.run_until_cancelled(end).await });
     }
 }
 
 impl Snapshot {
-    /// Reads the states in the state file, for a command that looks and ends: a file that cannot be read stays where it is.
+    /// Applies the states in the state file, for a command that does not serve. Unlike at the start of the proxy, an invalid file is
+    /// not moved aside.
     ///
     /// # Errors
     /// The file cannot be read, or its content is invalid.
@@ -202,20 +215,22 @@ impl Snapshot {
     }
 }
 
-/// Whether an operator's `SERVER` or `BACKEND/SERVER` names this server. Names of servers have no slash; those of backends may.
-fn names(given: &str, backend: &str, server: &str) -> bool {
+/// Whether `SERVER` or `BACKEND/SERVER` in a command matches this server. Server names contain no slash, but backend names may.
+fn matches_server(given: &str, backend: &str, server: &str) -> bool {
     given == server || given.rsplit_once('/').is_some_and(|given| given == (backend, server))
 }
 
 #[cfg(test)]
 mod tests {
-    use super::names;
+    use super::matches_server;
 
     #[test]
-    fn a_server_is_named_alone_or_with_its_backend() {
-        assert!(names("h:1", "a", "h:1") && names("h:1", "b", "h:1"));
-        assert!(names("a/h:1", "a", "h:1") && !names("a/h:1", "b", "h:1"));
-        assert!(names("a/b/h:1", "a/b", "h:1") && !names("b/h:1", "a/b", "h:1"));
-        assert!(!names("h", "a", "h:1") && !names("/h:1", "a", "h:1") && !names("", "a", "h:1"));
+    fn server_matches_by_name_alone_or_with_its_backend() {
+        assert!(matches_server("h:1", "a", "h:1") && matches_server("h:1", "b", "h:1"));
+        assert!(matches_server("a/h:1", "a", "h:1") && !matches_server("a/h:1", "b", "h:1"));
+        assert!(matches_server("a/b/h:1", "a/b", "h:1") && !matches_server("b/h:1", "a/b", "h:1"));
+        assert!(
+            !matches_server("h", "a", "h:1") && !matches_server("/h:1", "a", "h:1") && !matches_server("", "a", "h:1")
+        );
     }
 }

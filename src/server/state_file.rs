@@ -1,7 +1,7 @@
-//! The file that keeps administrative states over restarts.
+//! The state file, which preserves servers' administrative states across restarts.
 //!
-//! One JSON document, readable by its owner alone, written beside the old file and renamed over it. A file that cannot be read does
-//! not prevent the start, because a proxy that stays down is worse than a server with its configured state: the file is moved aside,
+//! It is one JSON document, readable only by its owner, written to a new file that is renamed over the old one. An invalid file does
+//! not prevent the start, because a proxy that stays down is worse than a server in its configured state: the file is moved aside,
 //! an error is logged, and `vestibule_state_file_failed` is 1.
 
 use std::fs::{self, File, OpenOptions};
@@ -13,9 +13,9 @@ use serde::{Deserialize, Serialize};
 
 use crate::backend::state_override::{MAX_OVERRIDES, StoredOverride};
 
-/// Maximum size of the file: more than [`MAX_OVERRIDES`] of the longest states need.
+/// Maximum size of the file. It is more than [`MAX_OVERRIDES`] of the longest states need.
 const MAX_FILE: u64 = 8 * 1024 * 1024;
-/// Version of the format.
+/// Version of the file's format.
 const VERSION: u32 = 1;
 
 #[derive(Debug, Serialize, Deserialize)]
@@ -24,7 +24,16 @@ struct Document {
     states: Vec<StoredOverride>,
 }
 
-/// Reads the states; none if there is no file.
+/// The result of reading the state file at the start.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum Loaded {
+    /// The states, none if the file does not exist.
+    States(Vec<StoredOverride>),
+    /// The file cannot be read.
+    Damaged,
+}
+
+/// Reads the states. The result is empty if the file does not exist.
 ///
 /// # Errors
 /// The file cannot be read, or its content is invalid.
@@ -50,10 +59,10 @@ pub(super) fn read(path: &Path) -> Result<Vec<StoredOverride>, String> {
     Ok(document.states)
 }
 
-/// Reads the states at the start. A file that cannot be read is moved aside: then the result has no states, and is false.
-pub(super) fn load(path: &Path) -> (Vec<StoredOverride>, bool) {
+/// Reads the states at the start. A file that cannot be read is moved aside.
+pub(super) fn load(path: &Path) -> Loaded {
     match read(path) {
-        Ok(states) => (states, true),
+        Ok(states) => Loaded::States(states),
         Err(error) => {
             let aside = beside(path, ".damaged");
             let moved = fs::rename(path, &aside);
@@ -62,18 +71,18 @@ pub(super) fn load(path: &Path) -> (Vec<StoredOverride>, bool) {
                 file = %path.display(), %error, moved_to,
                 "the state file cannot be read: servers start in their configured states"
             );
-            (Vec::new(), false)
+            Loaded::Damaged
         }
     }
 }
 
-/// Replaces the file.
+/// Replaces the content of the file.
 ///
 /// # Errors
-/// The new file cannot be written: the old one stays as it was.
+/// The new file cannot be written. The old one is unchanged.
 pub(super) fn save(path: &Path, states: Vec<StoredOverride>) -> io::Result<()> {
     let new = beside(path, ".new");
-    // Removed, not truncated: its mode must be ours, and a link must not lead the text elsewhere.
+    // Removed instead of truncated, because the file may have another mode, or be a link to another file.
     match fs::remove_file(&new) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
         _ => {}
@@ -84,10 +93,10 @@ pub(super) fn save(path: &Path, states: Vec<StoredOverride>) -> io::Result<()> {
     file.write_all(&text)?;
     file.sync_all()?;
     fs::rename(&new, path)?;
-    // The rename is on the disk once the folder is; a file system that cannot sync folders needs no more.
-    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    if let Ok(folder) = File::open(folder) {
-        let _ = folder.sync_all();
+    // The rename is durable once the directory is synced. Errors are ignored, because some file systems cannot sync directories.
+    let directory = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    if let Ok(directory) = File::open(directory) {
+        let _ = directory.sync_all();
     }
     Ok(())
 }
@@ -114,22 +123,22 @@ mod tests {
     }
 
     #[test]
-    fn saved_states_are_loaded_and_private() {
+    fn saved_states_are_loaded_and_readable_by_the_owner_only() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("state.json");
-        assert_eq!(load(&path), (Vec::new(), true), "no file is no states");
-        // What an interrupted write left is replaced, whatever its mode.
+        assert_eq!(load(&path), Loaded::States(Vec::new()), "there is no file");
+        // The rest of an interrupted write is replaced, regardless of its mode.
         fs::write(beside(&path, ".new"), "half").unwrap();
         save(&path, states()).unwrap();
         assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
-        assert_eq!(load(&path), (states(), true));
+        assert_eq!(load(&path), Loaded::States(states()));
         save(&path, Vec::new()).unwrap();
-        assert_eq!(load(&path), (Vec::new(), true));
-        assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1, "nothing is left beside it");
+        assert_eq!(load(&path), Loaded::States(Vec::new()));
+        assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1, "no temporary file is left");
     }
 
     #[test]
-    fn a_damaged_file_is_moved_aside() {
+    fn damaged_file_is_moved_aside() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("state.json");
         save(&path, states()).unwrap();
@@ -140,19 +149,19 @@ mod tests {
         texts.extend([half.to_owned(), String::new(), "\u{0}".repeat(9), format!("{good}more")]);
         for text in texts {
             fs::write(&path, &text).unwrap();
-            assert_eq!(load(&path), (Vec::new(), false), "{text}");
+            assert_eq!(load(&path), Loaded::Damaged, "{text}");
             assert!(!path.exists());
             assert_eq!(fs::read_to_string(beside(&path, ".damaged")).unwrap(), text);
         }
     }
 
     #[test]
-    fn a_failed_write_keeps_the_old_file() {
+    fn failed_write_keeps_the_old_file() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("state.json");
         save(&path, states()).unwrap();
         fs::create_dir(beside(&path, ".new")).unwrap();
         assert!(save(&path, Vec::new()).is_err());
-        assert_eq!(load(&path), (states(), true));
+        assert_eq!(load(&path), Loaded::States(states()));
     }
 }

@@ -96,7 +96,7 @@ class OtherUser(HandoverTestCase):
             self.chown(self.control, "daemon", "daemon")
 
         for make, code, expected in [(file, 70, "is a file, not a socket"), (link, 70, "is a symbolic link, not a socket"),
-                                     (self.control.mkdir, 70, "is a folder, not a socket"),
+                                     (self.control.mkdir, 70, "is a directory, not a socket"),
                                      (socket_of_another, 77, "belongs to another user")]:
             with self.subTest(expected):
                 make()
@@ -138,7 +138,7 @@ class ControlPath(HandoverTestCase):
         for process in processes:
             if process is not one:
                 self.assertEqual(process.child.returncode, 70)
-                self.assertIn("take its place with --replace", process.text())
+                self.assertIn("replace it with --replace", process.text())
 
     def test_stale_control_sockets_are_removed(self):
         for name in ("socket", "socket.4194305", "socket.4194305.new", "socket.4194305.sockets"):

@@ -134,7 +134,7 @@ class Commands(OperatorTestCase):
         self.assertEqual(self.servers()[name]["state"], "drain")
         self.command("server", name, "up")
         self.assertTrue(newcomer.command("b", LOGIN[ALICE])[-1].startswith(b"b OK"))
-        self.assertIn("no server is called", self.command("drain", "10.9.9.9:1", code=1))
+        self.assertIn("unknown server", self.command("drain", "10.9.9.9:1", code=1))
 
     def test_server_state_survives_a_reload(self):
         name = f"127.0.0.1:{self.a.port}"
@@ -148,7 +148,7 @@ class Commands(OperatorTestCase):
         before, bob = session(self.port), session(self.port, BOB)
         # The default timeout is longer, for routes that are changed by hand.
         output = self.command("move", ALICE, "shard-b", "--timeout", "1s", code=1)
-        self.assertIn("the routes say shard-a, not shard-b", output)
+        self.assertIn("names backend shard-a, not shard-b", output)
         self.assertIn('route "table" answers', output)
         self.assertEqual(before.line(), b"")
         before = session(self.port)
@@ -221,7 +221,7 @@ class Commands(OperatorTestCase):
         wait_for("the next process", lambda: answers(self.port, b"* OK"))
         self.folder.write("go", "")
         self.assertEqual(mover.child.wait(TIMEOUT), 1, mover.text())
-        self.assertIn(f"the process ended while the command ran: {ALICE} may have logged in meanwhile", mover.text())
+        self.assertIn(f"the running process ended during the command: {ALICE} may have logged in since", mover.text())
 
     def test_command_reports_a_hung_process(self):
         os.kill(self.proxy.process.child.pid, signal.SIGSTOP)
@@ -250,7 +250,7 @@ class Commands(OperatorTestCase):
     def test_server_state_has_reason_user_and_time(self):
         name = f"127.0.0.1:{self.a.port}"
         self.command("drain", f"shard-a/{name}", "--reason", "new disks")
-        self.assertIn("no server is called", self.command("drain", f"shard-b/{name}", code=1))
+        self.assertIn("unknown server", self.command("drain", f"shard-b/{name}", code=1))
         shown = self.servers()[name]
         self.assertEqual((shown["state"], shown["set"]["state"], shown["set"]["reason"]), ("drain", "drain", "new disks"))
         self.assertRegex(shown["set"]["by"], r"^(\S+ \(as )?root\)?$")
@@ -261,7 +261,7 @@ class Commands(OperatorTestCase):
         self.assertNotIn("set", self.servers()[name])
 
     def test_move_with_a_failed_command_readmits_the_user(self):
-        self.assertIn("let in again", self.command("move", ALICE, "shard-a", "--while", "exit 3", code=1))
+        self.assertIn("are accepted again", self.command("move", ALICE, "shard-a", "--while", "exit 3", code=1))
         self.assertTrue(responds(session(self.port)))
 
     def test_control_socket_refuses_other_users(self):
@@ -270,7 +270,7 @@ class Commands(OperatorTestCase):
         command = [program("setpriv"), "--reuid", "nobody", "--clear-groups", VESTIBULE, "status", "--control", control]
         done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT)
         self.assertEqual(done.returncode, 77)
-        self.assertIn("may be opened by the user that the process runs as, and by root, only", done.stderr)
+        self.assertIn("may be opened by root and by the user that the process runs as, only", done.stderr)
         with socket.socket(socket.AF_UNIX) as junk:
             junk.connect(str(control))
             junk.sendall(b"\x00\x01 what\r\n\r\n")
@@ -342,11 +342,11 @@ class Upgrades(OperatorTestCase):
         client = session(self.port)
         done = subprocess.run([VESTIBULE, "run", "--config", self.proxy.file], capture_output=True, text=True, timeout=TIMEOUT)
         self.assertEqual(done.returncode, 70)
-        self.assertIn("take its place with --replace", done.stderr)
+        self.assertIn("replace it with --replace", done.stderr)
         text = self.proxy.file.read_text()
         self.proxy.file.write_text(text + "log: {level: shout}\n")
         self.assertIn("log.level: unknown value: expected", self.command("upgrade", code=1))
-        wait_for("the successor to end", lambda: "the successor has ended; this process goes on" in self.proxy.log())
+        wait_for("the successor to end", lambda: "the successor has ended; this process continues" in self.proxy.log())
         self.assertTrue(responds(client) and responds(session(self.port)))
 
 
@@ -399,7 +399,7 @@ class Predecessors(OperatorTestCase):
         old = session(self.port)
         self.upgrade()
         os.kill(first, signal.SIGSTOP)
-        problem = f"the predecessor with process id {first} could not be asked: no answer within (5|10)s"
+        problem = f"the predecessor with process id {first} could not be queried: no response within (5|10)s"
         self.folder.write("users.txt", f"{ALICE} shard-b\n{BOB} shard-b\n")
         for words, code in ((("status",), 0), (("sessions",), 0), (("kick", ALICE), 1), (("move", ALICE, "shard-b"), 1),
                             (("drain", f"127.0.0.1:{self.a.port}"), 1)):

@@ -40,7 +40,7 @@ class ConcurrentSuccessors(HandoverTestCase):
         # The blocked successor still handles signals.
         os.kill(child, signal.SIGTERM)
         self.assertEqual(wait_for_exit(upgrade), 1)
-        self.assertIn(f"the successor (pid {child}) has ended, this process goes on: without an error", upgrade.text())
+        self.assertIn(f"the successor (pid {child}) has ended, this process continues: without an error", upgrade.text())
         self.assert_unaffected(first)
         self.assertIn("ends when its 0 sessions have ended", self.upgrade())
 
@@ -48,7 +48,7 @@ class ConcurrentSuccessors(HandoverTestCase):
         first = self.start()
         self.block_successor()
         output = self.upgrade(1, "--timeout", "1s")
-        child = int(re.search(r"the successor \(pid (\d+)\) did not take over within 1s: ended", output)[1])
+        child = int(re.search(r"the successor \(pid (\d+)\) did not take over within 1s and was terminated", output)[1])
         wait_for("the successor to end", lambda: has_ended(child))
         self.assert_unaffected(first)
 
@@ -300,7 +300,7 @@ class FailingSuccessor(HandoverTestCase):
         first = self.start()
         self.control.unlink()
         self.assert_unaffected(first)
-        self.assertIn("the control socket was lost, and is restored", first.text())
+        self.assertIn("the control socket was lost and has been restored", first.text())
 
     def test_shutdown_ends_a_handover(self):
         first = self.start()

@@ -12,10 +12,10 @@ const IMPORTS: &[(&str, &str)] = &[
     ("app", "api backend cli config deadline demo identity logging metrics process server snapshot"),
     ("demo", "cli config logging process server"),
     ("cli", "admin_state api backend identity route snapshot"),
-    ("api", "admin_state backend process server"),
+    ("api", "admin_state backend identity process route server session_registry snapshot"),
     (
         "server",
-        "admin_state admission backend config identity listener logging metrics process route session session_registry snapshot",
+        "admin_state admission backend config listener logging metrics process session session_registry snapshot",
     ),
     ("listener", "admission config metrics process session snapshot"),
     (

@@ -110,7 +110,7 @@ async fn client_that_sends_leaves_or_is_kicked_is_disconnected_at_once() {
     sender.send("b NOOP\r\n").await;
     sender.assert_closed().await;
     drop(clients.pop());
-    assert_eq!(proxy.kick("user37").await.unwrap(), 1);
+    assert_eq!(operations(&proxy).kick("user37").await.unwrap(), 1);
     let mut kicked = clients.pop().unwrap();
     kicked.assert_closed().await;
     eventually("three fewer", || pending_disconnects(&proxy) <= before - 3.0).await;

@@ -415,7 +415,7 @@ impl Operator {
         self.world.state().homes.get_mut(&name).unwrap().push(vec![old, new]);
         self.homes[user] = new;
         self.reload().await;
-        let moved = with_timeout("a move", self.proxy.move_user(&name, BACKENDS[new], TIMEOUT / 2)).await;
+        let moved = with_timeout("a move", operations(&self.proxy).move_user(&name, BACKENDS[new], TIMEOUT / 2)).await;
         assert_eq!(moved.unwrap_or_else(|error| panic!("{error:#}")).backend, BACKENDS[new]);
         let mut state = self.world.state();
         state.homes.get_mut(&name).unwrap().push(vec![new]);
@@ -454,7 +454,7 @@ impl Operator {
                 "states"
             }
             6 => {
-                self.proxy.kick(&format!("user{}", dice.below(USERS))).await.unwrap();
+                operations(&self.proxy).kick(&format!("user{}", dice.below(USERS))).await.unwrap();
                 "kicks"
             }
             7 => {

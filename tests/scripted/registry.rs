@@ -12,7 +12,7 @@ use vestibule::backend::Server;
 use vestibule::server::{Running, StateChange};
 use vestibule::session_registry::{SessionHandle, SessionInfo};
 
-use crate::support::{Client, LineStream, TIMEOUT, eventually, metric, proxy, start, with_timeout};
+use crate::support::{Client, LineStream, TIMEOUT, eventually, metric, operations, proxy, start, with_timeout};
 
 pub(super) const UNAVAILABLE: &str = "a NO [UNAVAILABLE] The mailbox is temporarily unavailable, try again later.";
 pub(super) const OK: &str = "a OK [CAPABILITY IMAP4rev1] in";
@@ -129,10 +129,14 @@ async fn login_waiting_before_server_choice_ends_with_a_kick_and_a_stop() {
             // The kick queries the routes for the user's other names, and waits for the directory that hangs.
             "lookup" => tokio::select! {
                 line = client.line() => assert_eq!(line, UNAVAILABLE),
-                _ = proxy.kick("alice") => panic!("the directory has answered"),
+                _ = operations(&proxy).kick("alice") => panic!("the directory has answered"),
             },
             _ => {
-                assert_eq!(with_timeout("the kick", proxy.kick("alice")).await.unwrap(), before + 1, "{wait}");
+                assert_eq!(
+                    with_timeout("the kick", operations(&proxy).kick("alice")).await.unwrap(),
+                    before + 1,
+                    "{wait}"
+                );
                 assert_eq!(client.line().await, UNAVAILABLE);
             }
         }
@@ -250,7 +254,7 @@ async fn waiting_accepted_login_ends_with_a_kick_and_a_stop() {
         (client, server)
     };
     let (mut client, mut server) = waiting().await;
-    assert!(proxy.kick("alice").await.unwrap() >= 1);
+    assert!(operations(&proxy).kick("alice").await.unwrap() >= 1);
     assert_eq!(client.line().await, UNAVAILABLE);
     server.assert_closed().await;
     let (mut client, mut server) = waiting().await;
@@ -364,9 +368,9 @@ async fn pending_exchange_ends_with_a_kick_a_move_and_a_drain_of_its_server() {
     for way in ["kick", "move", "drain over a time", "drain"] {
         let (mut client, mut there) = exchange(&proxy, &server).await;
         match way {
-            "kick" => assert_eq!(proxy.kick("alice").await.unwrap(), 1),
+            "kick" => assert_eq!(operations(&proxy).kick("alice").await.unwrap(), 1),
             "move" => {
-                let (_hold, ended) = with_timeout("the hold", proxy.hold("alice")).await.unwrap();
+                let (_hold, ended) = with_timeout("the hold", operations(&proxy).hold("alice")).await.unwrap();
                 assert_eq!(ended, 1);
                 assert!(proxy.sessions().of_user("alice").is_empty());
             }
@@ -379,7 +383,7 @@ async fn pending_exchange_ends_with_a_kick_a_move_and_a_drain_of_its_server() {
         assert_eq!(client.line().await, "* BYE [UNAVAILABLE] The login was ended, connect again.");
         client.assert_closed().await;
         there.assert_closed().await;
-        assert_eq!(proxy.kick("alice").await.unwrap(), 0, "the login is not registered any more");
+        assert_eq!(operations(&proxy).kick("alice").await.unwrap(), 0, "the login is not registered any more");
         set_state(&proxy, &server, AdminState::Up, None).await;
     }
     proxy.stop().await;
@@ -521,7 +525,7 @@ async fn move_reaches_a_queued_login() {
     let mut alice = scene.login("alice").await;
     eventually("the queue", || metric(&scene.proxy, "vestibule_backend_queue_length", &[]) == 1.0).await;
     scene.table("alice b\nbob a\n").await;
-    with_timeout("the move", scene.proxy.move_user("alice", "b", TIMEOUT / 2)).await.unwrap();
+    with_timeout("the move", operations(&scene.proxy).move_user("alice", "b", TIMEOUT / 2)).await.unwrap();
     let mut there = scene.b.login().await;
     accept(&mut there).await;
     assert_eq!(alice.line().await, OK);
@@ -569,7 +573,7 @@ async fn queued_login_is_routed_again_after_a_reload() {
 #[tokio::test]
 async fn hold_of_a_mailbox_covers_its_aliases_and_blocks_no_other_user() {
     let scene = Scene::new("balance: user-hash", "alice a\nalias a user=alice\nbob a\n").await;
-    let (hold, _) = scene.proxy.hold("alice").await.unwrap();
+    let (hold, _) = operations(&scene.proxy).hold("alice").await.unwrap();
     let mut alias = scene.login("alias").await;
     // There is one worker, so that a busy loop would block this login.
     let mut bob = scene.login("bob").await;
@@ -640,7 +644,7 @@ async fn move_reaches_a_login_during_its_lookup() {
     .await;
     let mut alice = login(&proxy).await;
     with_timeout("the lookup", queried.notified()).await;
-    with_timeout("the move", proxy.move_user("alice", "b", TIMEOUT / 2)).await.unwrap();
+    with_timeout("the move", operations(&proxy).move_user("alice", "b", TIMEOUT / 2)).await.unwrap();
     let mut there = b.login().await;
     // The delayed answer names the old backend and must be ignored.
     release.send(()).unwrap();

@@ -1,6 +1,6 @@
 //! Faults and refusals of servers before a session: the client's answer, the metrics, and TLS and identity towards servers.
 
-use crate::support::{ACCEPTS_ALICE, Certificates, Client, ScriptedServer, eventually, metric, proxy};
+use crate::support::{ACCEPTS_ALICE, Certificates, Client, ScriptedServer, eventually, metric, operations, proxy};
 
 const UNAVAILABLE: &str = "a NO [UNAVAILABLE] The mailbox is temporarily unavailable, try again later.";
 
@@ -321,12 +321,15 @@ async fn server_with_unauthenticate_is_reported_in_the_status() {
         let passed = || metric(&proxy, "vestibule_server_checks_total", &["outcome=\"passed\""]) > 0.0;
         eventually("a check", passed).await;
         // `src/api/report.rs` tests the text that is made from this.
-        assert_eq!(serde_json::to_value(proxy.status()).unwrap()["servers"][0]["unauthenticate"], reported);
+        assert_eq!(
+            serde_json::to_value(operations(&proxy).status()).unwrap()["servers"][0]["unauthenticate"],
+            reported
+        );
     }
     // A server may advertise it only after a login.
     let script = "S: * OK [CAPABILITY IMAP4rev1] x\nC: *\nS: L OK [CAPABILITY IMAP4rev1 UNAUTHENTICATE] in\n...";
     let (proxy, _server) = single_server(script).await;
     let mut client = Client::connect(proxy.listeners()[0]).await;
     assert_eq!(client.command("a LOGIN alice secret").await, "a OK [CAPABILITY IMAP4rev1] in");
-    assert!(proxy.status().servers[0].unauthenticate);
+    assert!(operations(&proxy).status().servers[0].unauthenticate);
 }

@@ -13,6 +13,7 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio_rustls::rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};
 use tokio_rustls::rustls::{ClientConfig, RootCertStore, ServerConfig};
 use tokio_rustls::{TlsAcceptor, TlsConnector};
+use vestibule::api::operations::Operations;
 use vestibule::config;
 use vestibule::server::{self, Running};
 
@@ -42,6 +43,11 @@ pub async fn start(text: &str) -> Running {
         config.admission.failed_login_delay = None;
     }
     server::start(config, Vec::new()).await.unwrap_or_else(|error| panic!("{error:#}"))
+}
+
+/// Returns the operators' operations on the proxy.
+pub fn operations(proxy: &Running) -> Operations<'_> {
+    Operations::new(proxy)
 }
 
 /// The sum of the samples of a metric whose labels contain all of `labels`.

@@ -1,7 +1,7 @@
-//! `vestibule upgrade`: starts the installed program as successor, and reports what becomes of it.
+//! The command `upgrade`: starts the installed binary as successor, and reports its progress and result.
 //!
-//! The successor is `run --replace` with the same configuration file. It asks for the rest by the control socket; its first
-//! error comes back on a socket that is its standard input ([`REPORT_VARIABLE`]), because its log may lead anywhere.
+//! The successor runs `run --replace` with the same configuration file, and requests everything else over the control socket. It
+//! reports a fatal error on a socket that is its standard input ([`REPORT_VARIABLE`]), because its log may go anywhere.
 
 use std::ffi::OsString;
 use std::io::{self, Write as _};
@@ -21,95 +21,97 @@ use tokio::process::Command;
 use tokio::sync::mpsc;
 use tokio::time::{sleep, timeout};
 
-use super::succession::Stage;
-use super::{Answer, Context, Progress, encoded};
+use super::super::context::ControlContext;
+use super::super::message::{Progress, Response, encode};
+use super::state::Phase;
 
 /// Set to [`REPORT_ON_STDIN`] in the environment of a successor.
 pub(crate) const REPORT_VARIABLE: &str = "VESTIBULE_STARTUP_REPORT";
-/// Standard input is a socket on which the process that started this one reads why it has failed.
+/// Value of [`REPORT_VARIABLE`]: standard input is a socket on which the predecessor reads the error of a failed start.
 pub(crate) const REPORT_ON_STDIN: &str = "stdin";
 
-/// Longer reports are cut.
+/// Maximum length of a report; longer ones are cut.
 const MAX_REPORT: u64 = 16 * 1024;
-/// Set in the environment of a launcher.
+/// Set in the environment of a launcher: see [`launch`].
 const LAUNCHER_VARIABLE: &str = "VESTIBULE_LAUNCHER";
-/// Timeout of the launcher, which does nothing but start another process.
-pub(super) const LAUNCH_DEADLINE: Duration = Duration::from_secs(10);
-/// Between SIGTERM and SIGKILL to a successor that took too long.
+/// Timeout of the launcher, which only starts another process.
+pub(in crate::api) const LAUNCH_DEADLINE: Duration = Duration::from_secs(10);
+/// Time between SIGTERM and SIGKILL to a successor that took too long.
 const TERMINATE_DEADLINE: Duration = Duration::from_secs(5);
 
-/// Begins an upgrade, which goes on if the operator goes away. Lines for the operator come on the channel, the answer last.
-pub(super) fn begin(desk: Arc<Context>, deadline: Duration) -> mpsc::Receiver<Bytes> {
+/// Begins an upgrade, which continues if the operator disconnects. Returns a channel of progress messages, and the response
+/// last.
+pub(in crate::api) fn begin(context: Arc<ControlContext>, deadline: Duration) -> mpsc::Receiver<Bytes> {
     let (lines, received) = mpsc::channel(16);
     tokio::spawn(async move {
-        let answer = upgrade(&desk, deadline, &lines).await;
-        // The operator may be gone.
-        let _ = lines.send(encoded(&answer)).await;
+        let response = upgrade(&context, deadline, &lines).await;
+        // The operator may have disconnected.
+        let _ = lines.send(encode(&response)).await;
     });
     received
 }
 
-async fn upgrade(desk: &Context, deadline: Duration, lines: &mpsc::Sender<Bytes>) -> Answer {
+async fn upgrade(context: &ControlContext, deadline: Duration, lines: &mpsc::Sender<Bytes>) -> Response {
     let report_progress = async |progress: String| {
-        let _ = lines.send(encoded(&Progress { progress })).await;
+        let _ = lines.send(encode(&Progress { progress })).await;
     };
-    let start = match desk.succession.start() {
-        Ok(start) => start,
-        Err(refusal) => return Answer::failed(refusal.to_string()),
+    let launch = match context.succession.launch() {
+        Ok(launch) => launch,
+        Err(refusal) => return Response::failure(refusal.to_string()),
     };
-    let mut stages = desk.succession.watch();
-    let mut successor = match Successor::spawn(&desk.file).await {
+    let mut phases = context.succession.subscribe();
+    let mut successor = match Successor::spawn(&context.file).await {
         Ok(successor) => successor,
         Err(error) => {
             tracing::error!(%error, "the successor could not be started");
-            return Answer::failed(format!("the successor could not be started: {error}"));
+            return Response::failure(format!("the successor could not be started: {error}"));
         }
     };
-    start.started(successor.pid);
+    launch.set_pid(successor.pid);
     let pid = successor.pid;
-    report_progress(format!("successor started (pid {pid}): it reads {}", desk.file.display())).await;
+    report_progress(format!("successor started (pid {pid}): it reads {}", context.file.display())).await;
     let mut report = Vec::new();
-    let too_late = sleep(deadline);
-    tokio::pin!(too_late);
+    let expired = sleep(deadline);
+    tokio::pin!(expired);
     loop {
         tokio::select! {
-            // A successor that serves has not ended: the stage is looked at first.
+            // The phase first: after a successful handover the report ends too, because the successor closes it.
             biased;
-            _ = stages.changed() => {
-                let stage = stages.borrow_and_update().clone();
-                match stage {
-                    Stage::HandingOver { .. } => report_progress("it has the listening sockets".to_owned()).await,
-                    Stage::Retired { version, .. } => return succeeded(desk, pid, &version),
-                    Stage::Stopping => return Answer::failed("this process is stopping"),
-                    Stage::Idle | Stage::Starting { .. } => {}
+            _ = phases.changed() => {
+                let phase = phases.borrow_and_update().clone();
+                match phase {
+                    Phase::HandingOver { .. } => report_progress("it has the listening sockets".to_owned()).await,
+                    Phase::Retired { version, .. } => return success(context, pid, &version),
+                    Phase::Stopping => return Response::failure("this process is stopping"),
+                    Phase::Idle | Phase::Launching | Phase::Launched { .. } => {}
                 }
             }
             ended = successor.ended(&mut report) => {
-                tracing::error!(pid, error = %ended, "the successor has ended; this process goes on");
-                return Answer::failed(format!("the successor (pid {pid}) has ended, this process goes on: {ended}"));
+                tracing::error!(pid, error = %ended, "the successor has ended; this process continues");
+                return Response::failure(format!("the successor (pid {pid}) has ended, this process continues: {ended}"));
             }
-            () = &mut too_late => {
+            () = &mut expired => {
                 let ended = successor.terminate(&mut report).await;
                 let shown = humantime::format_duration(deadline);
-                tracing::error!(pid, %ended, "the successor did not take over within {shown}; it was ended, and this process goes on");
-                return Answer::failed(format!("the successor (pid {pid}) did not take over within {shown}: ended"));
+                tracing::error!(pid, %ended, "the successor did not take over within {shown}; it was terminated, and this process continues");
+                return Response::failure(format!("the successor (pid {pid}) did not take over within {shown} and was terminated"));
             }
         }
     }
 }
 
-fn succeeded(desk: &Context, pid: u32, version: &str) -> Answer {
+fn success(context: &ControlContext, pid: u32, version: &str) -> Response {
     let own = std::process::id();
-    let sessions = desk.running.sessions().count(|_| true);
+    let sessions = context.running.sessions().count(|_| true);
     let data = json!({"pid": pid, "version": version, "predecessor": own, "sessions": sessions});
     let text = format!(
         "pid {pid}, version {version}, serves; pid {own}, version {}, ends when its {sessions} sessions have ended",
         env!("CARGO_PKG_VERSION")
     );
-    Answer { data, ..Answer::done(text) }
+    Response { data, ..Response::success(text) }
 }
 
-/// A process started for this one by a launcher, which ends at once: see [`launch`].
+/// A successor that was started by a launcher: see [`launch`].
 struct Successor {
     pid: u32,
     report: tokio::net::UnixStream,
@@ -120,7 +122,7 @@ impl Successor {
         let program = program()?;
         let (report, stdin) = UnixStream::pair()?;
         report.set_nonblocking(true)?;
-        // Sockets that systemd gave are handed over like all others.
+        // Sockets from systemd are handed over like all others.
         let launcher = Command::new(&program)
             .args(["run", "--replace", "--config"])
             .arg(file)
@@ -141,19 +143,19 @@ impl Successor {
         Ok(Self { pid, report: tokio::net::UnixStream::from_std(report)? })
     }
 
-    /// Waits for its end, before it serves; the error it reported. Not to be used again after it was dropped unfinished, except to
-    /// wait.
+    /// Waits until the successor ends without serving, and returns the error that it reported. `report` keeps what was read if the
+    /// future is dropped.
     async fn ended(&mut self, report: &mut Vec<u8>) -> String {
         let mut limited = (&mut self.report).take(MAX_REPORT);
-        // What has come until a failure counts.
+        // After an error the part that was read is used.
         let _ = limited.read_to_end(report).await;
         match String::from_utf8_lossy(report).trim_end() {
-            "" => "without an error: by a signal, perhaps".to_owned(),
+            "" => "without an error message, possibly by a signal".to_owned(),
             report => report.to_owned(),
         }
     }
 
-    /// SIGTERM, and SIGKILL if that does not help.
+    /// Sends SIGTERM, and SIGKILL if the successor does not end.
     async fn terminate(&mut self, report: &mut Vec<u8>) -> String {
         let pid = i32::try_from(self.pid).ok().and_then(Pid::from_raw);
         for signal in [Signal::TERM, Signal::KILL] {
@@ -164,7 +166,7 @@ impl Successor {
                 return ended;
             }
         }
-        "although it was killed, it is there".to_owned()
+        "it still runs after SIGKILL".to_owned()
     }
 }
 
@@ -173,12 +175,11 @@ pub(crate) fn is_launcher() -> bool {
     std::env::var_os(LAUNCHER_VARIABLE).is_some()
 }
 
-/// Starts this program with the same arguments, and prints its process id. The launcher then ends, and the successor becomes a
-/// child of systemd, as a service's main process must be: systemd does not wait for others when it stops a service, but kills
-/// them at once.
+/// Starts this program with the same arguments, and prints the process id. The launcher then ends, so that the successor becomes a
+/// child of systemd, as the main process of a service must be: when systemd stops a service, it kills other processes at once.
 ///
 /// # Errors
-/// The system's reason.
+/// The program cannot be started.
 pub(crate) fn launch() -> io::Result<()> {
     let log = io::stderr().as_fd().try_clone_to_owned()?;
     let successor = std::process::Command::new(std::env::current_exe()?)
@@ -189,13 +190,13 @@ pub(crate) fn launch() -> io::Result<()> {
     writeln!(io::stdout(), "{}", successor.id())
 }
 
-/// The path this program was started from. After an upgrade another file lies there, and the kernel says of this one that it is
-/// deleted.
+/// Returns the path that this program was started from. When another file was installed there, the kernel marks the path of this
+/// one as deleted.
 fn program() -> io::Result<PathBuf> {
     let path = std::env::current_exe()?;
     let bytes = path.as_os_str().as_bytes();
     Ok(match bytes.strip_suffix(b" (deleted)") {
-        Some(before) => OsString::from_vec(before.to_vec()).into(),
+        Some(path) => OsString::from_vec(path.to_vec()).into(),
         None => path,
     })
 }

@@ -1,11 +1,7 @@
-//! The connection between a process and its successor, once HTTP has been left: messages of one line, and descriptors.
+//! The connection of a handover after the HTTP upgrade: messages of one JSON line each, and the listening sockets.
 //!
-//! In order: the successor sends [`FromSuccessor::Send`], and receives the listening sockets; it sends
-//! [`FromSuccessor::Ready`] when nothing is left that could fail but the start, and waits for [`FromPredecessor::Go`]; it
-//! starts, takes the name of the control socket, sends [`FromSuccessor::Serving`], and waits for
-//! [`FromPredecessor::Retiring`]. Both answers carry the administrative states of servers: with the first the successor starts,
-//! and the second has what operators have changed since. Instead of each answer there may be [`FromPredecessor::Refused`]. A
-//! connection that ends earlier is a hand-over that has failed.
+//! The parent module has the order of the messages. [`FromPredecessor::Refused`] may replace each message of the predecessor.
+//! A connection that is closed earlier is a handover that has failed.
 
 use std::io;
 use std::net::{SocketAddr, TcpListener};
@@ -22,25 +18,28 @@ use crate::backend::state_override::StoredOverride;
 use crate::process::socket_handover;
 
 /// The token of the HTTP upgrade, with the version of what follows it.
-pub(super) const PROTOCOL: &str = "vestibule-hand-over/1";
-/// Maximum length of a message: all administrative states that there can be need less.
+pub(in crate::api) const PROTOCOL: &str = "vestibule-hand-over/1";
+/// Maximum length of a message. The maximum number of administrative states needs less.
 const MAX_MESSAGE: u64 = 8 * 1024 * 1024;
-/// Maximum length of a message before the descriptors.
+/// Maximum length of a message before the sockets are transferred.
 const MAX_FIRST_MESSAGE: u64 = 4 * 1024;
-/// Size of the read buffer once no descriptors can follow a message.
+/// Size of the read buffer after the sockets are transferred.
 const BUFFER: usize = 8 * 1024;
-/// Timeout of sending or receiving all descriptors, and of one message that is not waited for.
+/// Timeout of transferring all sockets, and of a message that the other side sends without waiting.
 pub(super) const TRANSFER_DEADLINE: Duration = Duration::from_secs(10);
+/// Timeout from [`FromPredecessor::Go`] to [`FromSuccessor::Serving`].
+pub(super) const SERVING_DEADLINE: Duration = Duration::from_secs(10);
 
 #[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "step", rename_all = "kebab-case")]
 pub(super) enum FromSuccessor {
+    /// Asks for the listening sockets.
     Send,
-    Ready {
-        version: String,
-    },
+    /// Asks for permission to start. Nothing is left that could fail except the start itself.
+    Ready { version: String },
+    /// The successor serves connections.
     Serving {
-        /// Addresses of sockets that the successor was handed and does not use.
+        /// Addresses of transferred sockets that the successor does not use.
         #[serde(default)]
         unused: Vec<SocketAddr>,
     },
@@ -49,32 +48,32 @@ pub(super) enum FromSuccessor {
 #[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "step", rename_all = "kebab-case")]
 pub(super) enum FromPredecessor {
+    /// Permission to start.
     Go {
         /// Administrative states of servers.
         #[serde(default, skip_serializing_if = "Vec::is_empty")]
         states: Vec<StoredOverride>,
     },
+    /// The predecessor retires.
     Retiring {
-        /// Administrative states of servers, which only the successor changes from now on.
+        /// Final administrative states of servers: from now on only the successor changes them.
         #[serde(default, skip_serializing_if = "Vec::is_empty")]
         states: Vec<StoredOverride>,
     },
-    Refused {
-        text: String,
-    },
+    /// The predecessor continues, and the successor must not start.
+    Refused { text: String },
 }
 
-/// One end of the connection.
-pub(super) struct Link {
+/// One end of the connection of a handover.
+pub(super) struct HandOverConnection {
     stream: BufReader<UnixStream>,
-    /// Maximum length of a message.
-    most: u64,
+    max_message: u64,
 }
 
-impl Link {
+impl HandOverConnection {
     pub(super) fn new(stream: UnixStream) -> Self {
-        // Byte by byte, because descriptors may follow a message.
-        Self { stream: BufReader::with_capacity(1, stream), most: MAX_FIRST_MESSAGE }
+        // Reads byte by byte, because the sockets may follow a message and must not be lost in the buffer.
+        Self { stream: BufReader::with_capacity(1, stream), max_message: MAX_FIRST_MESSAGE }
     }
 
     pub(super) async fn write(&mut self, message: &impl Serialize) -> io::Result<()> {
@@ -83,14 +82,14 @@ impl Link {
         in_time(TRANSFER_DEADLINE, self.stream.write_all(&line)).await
     }
 
-    /// The next message. Not to be used again after it was dropped unfinished.
+    /// Reads the next message. Not cancellation-safe: the connection must not be used after the future was dropped.
     pub(super) async fn read<T: DeserializeOwned>(&mut self, deadline: Duration) -> io::Result<T> {
         let read = async {
             let mut line = Vec::new();
-            let length = (&mut self.stream).take(self.most).read_until(b'\n', &mut line).await?;
+            let length = (&mut self.stream).take(self.max_message).read_until(b'\n', &mut line).await?;
             match line.pop() {
                 Some(b'\n') => Ok(serde_json::from_slice(&line)?),
-                Some(_) if length as u64 == self.most => {
+                Some(_) if length as u64 == self.max_message => {
                     Err(io::Error::new(io::ErrorKind::InvalidData, "the message is too long"))
                 }
                 _ => Err(io::ErrorKind::UnexpectedEof.into()),
@@ -100,14 +99,16 @@ impl Link {
     }
 
     pub(super) async fn send_sockets(self, sockets: Vec<OwnedFd>, trusted: Vec<u32>) -> io::Result<Self> {
-        self.transfer(move |stream| socket_handover::send(stream, &sockets, &trusted)).await.map(|(link, ())| link)
+        self.transfer(move |stream| socket_handover::send(stream, &sockets, &trusted))
+            .await
+            .map(|(connection, ())| connection)
     }
 
     pub(super) async fn receive_sockets(self, trusted: Vec<u32>) -> io::Result<(Self, Vec<TcpListener>)> {
         self.transfer(move |stream| socket_handover::receive(stream, &trusted)).await
     }
 
-    /// Runs `transfer`, after which no more descriptors come, on a thread of its own.
+    /// Runs `transfer` on a blocking thread. After it no more sockets follow.
     async fn transfer<T: Send + 'static>(
         self,
         transfer: impl FnOnce(&std::os::unix::net::UnixStream) -> io::Result<T> + Send + 'static,
@@ -123,13 +124,13 @@ impl Link {
         });
         let (stream, result) = transferred.await.map_err(io::Error::other)??;
         let stream = BufReader::with_capacity(BUFFER, UnixStream::from_std(stream)?);
-        Ok((Self { stream, most: MAX_MESSAGE }, result))
+        Ok((Self { stream, max_message: MAX_MESSAGE }, result))
     }
 }
 
 async fn in_time<T>(deadline: Duration, future: impl Future<Output = io::Result<T>>) -> io::Result<T> {
     tokio::time::timeout(deadline, future).await.unwrap_or_else(|_| {
-        let text = format!("no answer within {}", humantime::format_duration(deadline));
+        let text = format!("no response within {}", humantime::format_duration(deadline));
         Err(io::Error::new(io::ErrorKind::TimedOut, text))
     })
 }
@@ -140,14 +141,14 @@ mod tests {
     use crate::admin_state::AdminState;
     use crate::backend::state_override::{MAX_OVERRIDES, StateOverride};
 
-    fn links() -> (Link, Link) {
+    fn connections() -> (HandOverConnection, HandOverConnection) {
         let (one, other) = UnixStream::pair().unwrap();
-        (Link::new(one), Link::new(other))
+        (HandOverConnection::new(one), HandOverConnection::new(other))
     }
 
     #[tokio::test]
-    async fn messages_and_sockets_do_not_mix() {
-        let (mut successor, mut predecessor) = links();
+    async fn messages_and_sockets_are_received_separately() {
+        let (mut successor, mut predecessor) = connections();
         let own = vec![rustix::process::geteuid().as_raw()];
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let address = listener.local_addr().unwrap();
@@ -172,16 +173,16 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_message_that_does_not_come_or_does_not_end_is_an_error() {
-        let (one, mut other) = links();
+    async fn missing_and_oversized_messages_are_errors() {
+        let (one, mut other) = connections();
         let error = other.read::<FromSuccessor>(TRANSFER_DEADLINE).await.unwrap_err();
-        assert_eq!(error.to_string(), "no answer within 10s");
+        assert_eq!(error.to_string(), "no response within 10s");
         drop(one);
-        let (mut one, mut other) = links();
+        let (mut one, mut other) = connections();
         one.stream.write_all(&vec![b'x'; MAX_FIRST_MESSAGE as usize + 1]).await.unwrap();
         let read = other.read::<FromSuccessor>(TRANSFER_DEADLINE).await;
         assert_eq!(read.unwrap_err().to_string(), "the message is too long");
-        let (one, mut other) = links();
+        let (one, mut other) = connections();
         drop(one);
         let error = other.read::<FromSuccessor>(TRANSFER_DEADLINE).await.unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::UnexpectedEof);
