@@ -6,8 +6,9 @@ use prometheus::IntCounter;
 use tokio::time::Instant;
 
 use super::MAX_ROUND;
-use super::leg::{Broken, Finish, Leg, Received, Socket};
+use super::leg::{Broken, Finish, Leg, Received};
 use super::scratch::{self, Scratch};
+use super::socket::Socket;
 use crate::record_layer::{MAX_PLAINTEXT, Violation};
 
 /// Bytes that a session may move before other sessions of the worker run: one long round, or several short ones.

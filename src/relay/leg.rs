@@ -7,18 +7,19 @@
 //! A peer can request TLS replies as fast as it can send. A leg keeps at most one pending reply, and does not read from a peer
 //! that has not accepted it: a peer that never reads costs the proxy one reply and the time of one read.
 
-use std::io::{self, IoSlice, IoSliceMut};
+use std::io::{self, IoSlice};
 use std::net;
 use std::pin::Pin;
 use std::task::{Context, Poll, ready};
 
 use thiserror::Error;
-use tokio::io::{AsyncRead, AsyncWrite, Interest, ReadBuf};
+use tokio::io::ReadBuf;
 use tokio::net::TcpStream;
 
 use super::MAX_ROUND;
 use super::pipe::Pipe;
 use super::scratch::{Scratch, stride};
+use super::socket::Socket;
 use crate::record_layer::{
     AlertCode, Channel, HEADER, Layout, MAX_PLAINTEXT, Opened, StoredChannel, Violation, record_length,
 };
@@ -27,41 +28,6 @@ use crate::record_layer::{
 const MAX_SLICES: usize = 128;
 /// Maximum number of TLS records without data before other sessions of the worker run.
 const MAX_EMPTY_RECORDS: u16 = 64;
-
-/// What a leg needs from a socket beyond reading and writing.
-pub(crate) trait Socket: AsyncRead + AsyncWrite + Unpin {
-    /// Reads bytes that have arrived into several buffers.
-    ///
-    /// # Errors
-    /// `WouldBlock`: no bytes have arrived.
-    fn try_read_vectored(&self, buffers: &mut [IoSliceMut<'_>]) -> io::Result<usize>;
-
-    /// Moves bytes that have arrived into the pipe. Returns 0 at the end of the stream.
-    ///
-    /// # Errors
-    /// `WouldBlock`: no bytes have arrived. Any other error: this socket does not support it.
-    fn try_read_to_pipe(&self, pipe: &Pipe) -> io::Result<usize>;
-
-    /// Sends bytes from the pipe.
-    ///
-    /// # Errors
-    /// `WouldBlock`: the peer accepts none at present.
-    fn try_write_from_pipe(&self, pipe: &Pipe, length: usize) -> io::Result<usize>;
-}
-
-impl Socket for TcpStream {
-    fn try_read_vectored(&self, buffers: &mut [IoSliceMut<'_>]) -> io::Result<usize> {
-        self.try_read_vectored(buffers)
-    }
-
-    fn try_read_to_pipe(&self, pipe: &Pipe) -> io::Result<usize> {
-        self.try_io(Interest::READABLE, || pipe.read_from(self))
-    }
-
-    fn try_write_from_pipe(&self, pipe: &Pipe, length: usize) -> io::Result<usize> {
-        self.try_io(Interest::WRITABLE, || pipe.write_to(self, length))
-    }
-}
 
 /// Why nothing more can be received from a peer, or sent to it.
 #[derive(Debug, Error)]

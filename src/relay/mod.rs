@@ -16,6 +16,7 @@ pub(crate) mod idle_poller;
 mod leg;
 mod pipe;
 mod scratch;
+mod socket;
 
 use std::future::poll_fn;
 use std::io;
@@ -29,7 +30,8 @@ use tokio::time::{Instant, sleep_until};
 
 use self::direction::Direction;
 use self::leg::Finish;
-pub(crate) use self::leg::{Leg, ParkedLeg, Socket};
+pub(crate) use self::leg::{Leg, ParkedLeg};
+use self::socket::Socket;
 use crate::record_layer::Violation;
 
 /// Maximum number of full records that one round moves, 1 MiB of plaintext. This is also the most that a session keeps for a

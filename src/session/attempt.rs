@@ -46,7 +46,6 @@ pub(super) struct Login<'a> {
     pub(super) began: Instant,
 }
 
-/// A registered login.
 struct Registered {
     handle: SessionHandle,
     /// The generation of holds before the routes are queried.

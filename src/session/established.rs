@@ -32,7 +32,7 @@ pub(super) struct RelayedSession {
     state: Box<EstablishedState>,
 }
 
-/// A silent session.
+/// A silent session without a task, which the idle poller watches.
 pub(crate) struct ParkedSession {
     relay: ParkedRelay,
     state: Box<EstablishedState>,

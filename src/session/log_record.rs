@@ -197,7 +197,6 @@ impl Record {
         self.session
     }
 
-    /// The client's address.
     pub(super) fn client(&self) -> IpAddr {
         self.client.ip
     }

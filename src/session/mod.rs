@@ -78,7 +78,6 @@ pub(crate) struct AcceptedConnection {
     /// Index of the listener in the configuration.
     pub listener: usize,
     pub tls: TlsMode,
-    /// The current configuration.
     pub snapshot: Arc<Snapshot>,
     /// Receives the next configuration of the listener.
     pub listener_config: watch::Receiver<ListenerConfig>,

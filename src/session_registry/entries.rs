@@ -153,9 +153,8 @@ impl Entries {
         }
     }
 
-    /// Number of lists.
     #[cfg(test)]
-    pub(super) fn lists(&self) -> usize {
+    pub(super) fn list_count(&self) -> usize {
         self.first.len()
     }
 

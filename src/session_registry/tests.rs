@@ -54,7 +54,7 @@ fn entries_are_removed_in_any_order() {
     drop(other);
     drop(handles);
     assert!(users(&registry).is_empty());
-    assert!(registry.lock().entries.lists() == 0);
+    assert!(registry.lock().entries.list_count() == 0);
 }
 
 #[test]
@@ -63,7 +63,7 @@ fn users_whose_hashes_collide_are_different_users() {
     let (one, two) = (server("a"), server("b"));
     let (alice, bob, carol) =
         (session(&registry, "alice", &one), session(&registry, "bob", &one), login(&registry, "carol", &one));
-    assert_eq!(registry.lock().entries.lists(), 1, "all are in one list");
+    assert_eq!(registry.lock().entries.list_count(), 1, "all are in one list");
     // A login elsewhere moves its own user only, and is alone whatever registry the others have.
     let moved = login(&registry, "bob", &two);
     moved.accept_exclusively();
@@ -92,7 +92,7 @@ fn users_whose_hashes_collide_are_different_users() {
         (1, 0, 1)
     );
     drop((alice, carol));
-    assert!(registry.lock().entries.lists() == 0);
+    assert!(registry.lock().entries.list_count() == 0);
 }
 
 #[test]
@@ -222,7 +222,7 @@ fn login_routed_before_a_hold_is_routed_again() {
     assert_eq!(alias.set_server(&"x".into(), &one, registry.generation()), Ok(()));
     assert_eq!((registry.of_user("alias").len(), registry.of_user("x").len()), (0, 1));
     drop(alias);
-    assert!(registry.lock().entries.lists() == 0 && users(&registry).is_empty());
+    assert!(registry.lock().entries.list_count() == 0 && users(&registry).is_empty());
 }
 
 #[test]
