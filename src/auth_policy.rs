@@ -41,7 +41,7 @@ const NOT_RESPONDING: &str = "no answer within policy.timeout: the thread of the
 /// Longest delay that the service can impose.
 const MAX_DELAY: Duration = Duration::from_secs(30);
 
-/// The configured service.
+/// A client of the configured service.
 #[derive(Debug)]
 pub struct AuthPolicy {
     client: HttpClient,

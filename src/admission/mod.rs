@@ -73,12 +73,12 @@ struct Rules {
 
 impl Rules {
     fn new(config: &config::AdmissionConfig, before: Option<&Self>) -> Self {
-        let same = before.filter(|before| before.config.handshakes == config.handshakes);
+        let unchanged = before.filter(|before| before.config.handshakes == config.handshakes);
         Self {
             access: AccessList::new(&config.access),
             networks: Networks::new(config.networks.iter().copied()),
-            handshakes: same
-                .map_or_else(|| Arc::new(Semaphore::new(config.handshakes)), |same| same.handshakes.clone()),
+            handshakes: unchanged
+                .map_or_else(|| Arc::new(Semaphore::new(config.handshakes)), |before| before.handshakes.clone()),
             config: config.clone(),
         }
     }
@@ -87,28 +87,28 @@ impl Rules {
 /// Limit or list because of which a connection is refused.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ConnectionRefused {
-    /// `access`.
+    /// `access` denies the address.
     Denied,
-    /// `limits.connection_rate`.
+    /// The address exceeds `limits.connection_rate`.
     Rate,
-    /// `limits.sessions_per_address`.
+    /// The address has reached `limits.sessions_per_address`.
     Address,
-    /// `limits.networks`.
+    /// The network has reached its limit in `limits.networks`.
     Network,
-    /// `limits.before_login`: all connections that count are logging in.
+    /// `limits.before_login` is reached, and no connection can be shed.
     BeforeLogin,
 }
 
 /// Limit because of which a login is refused for now.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum LoginThrottled {
-    /// `limits.login_rate_per_address`.
+    /// The address exceeds `limits.login_rate_per_address`.
     AddressRate,
-    /// `limits.login_rate_per_user`.
+    /// The user exceeds `limits.login_rate_per_user`.
     UserRate,
-    /// `limits.sessions_per_user`.
+    /// The user has reached `limits.sessions_per_user`.
     User,
-    /// `limits.sessions_per_user_and_address`.
+    /// The user has reached `limits.sessions_per_user_and_address` at this address.
     UserAndAddress,
 }
 
@@ -131,11 +131,11 @@ pub struct Sizes {
     pub handshakes: usize,
     /// Addresses, networks, users and pairs with sessions that are counted.
     pub sessions: usize,
-    /// Addresses whose connections are timed.
+    /// Addresses with a connection rate.
     pub connections: usize,
-    /// Addresses whose logins are timed.
+    /// Addresses with a login rate.
     pub address_logins: usize,
-    /// Users whose logins are timed.
+    /// Users with a login rate.
     pub user_logins: usize,
     /// Users and addresses of failed logins.
     pub failures: usize,

@@ -29,7 +29,7 @@ struct State {
 #[derive(Debug)]
 struct Entry {
     id: ConnectionId,
-    /// An [`EntryState`].
+    /// An [`EntryState`] as a number.
     state: AtomicU8,
     state_changed: Notify,
     /// Bytes of all memory charges of the connection.
@@ -60,9 +60,9 @@ impl EntryState {
 /// Limit for whose sake a connection is shed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ShedReason {
-    /// `limits.before_login`.
+    /// The connection was shed because of `limits.before_login`.
     Capacity,
-    /// `limits.before_login_memory`.
+    /// The connection was shed because of `limits.before_login_memory`.
     Memory,
 }
 

@@ -171,7 +171,6 @@ impl<C> SharedConnection<C> {
         self.lock().spare.take_if(|spare| Arc::ptr_eq(spare, unused));
     }
 
-    /// Discards all connections.
     pub(crate) fn clear(&self) {
         *self.lock() = Pair { current: None, spare: None };
     }

@@ -61,7 +61,6 @@ pub(crate) enum Repeat {
     /// If the connection fails before a response begins. For requests that count as login attempts: a slow service must
     /// not count an attempt twice.
     IfConnectionFails,
-    /// Never.
     Never,
 }
 

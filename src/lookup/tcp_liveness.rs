@@ -17,7 +17,7 @@ pub(crate) const RETRIES: u32 = 3;
 /// The connection is closed if data is not acknowledged within this time.
 pub(crate) const USER_TIMEOUT: Duration = Duration::from_secs(60);
 
-/// The keepalive option.
+/// The keepalive settings as a socket option.
 pub(crate) fn keepalive() -> TcpKeepalive {
     TcpKeepalive::new().with_time(IDLE).with_interval(INTERVAL).with_retries(RETRIES)
 }

@@ -16,7 +16,7 @@ use super::decision::{LookupResult, RouteDecision};
 use crate::config;
 use crate::generations::{Generation, Generations};
 
-/// A cached result.
+/// The cached result of a lookup.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct CacheEntry {
     /// `None` if the user is unknown.

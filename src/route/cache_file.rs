@@ -121,7 +121,6 @@ pub(super) fn save(path: &Path, cache: &Cache, declared: &DeclaredBackends) -> i
     fs::rename(&new_path, path)
 }
 
-/// Seconds since 1970.
 fn unix_time() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs()
 }

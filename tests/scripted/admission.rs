@@ -289,7 +289,7 @@ async fn client_that_keeps_exceeding_the_rate_is_disconnected() {
 async fn failed_logins_are_delayed_equally() {
     let limits = "limits: {failed_login_delay: 200ms, failed_login_delay_max: 400ms}";
     let (proxy, _server) = proxy_with_server(REFUSES_ALL, limits).await;
-    for user in ["alice@good.test", "nobody@bad.test", "\"\\\\\\\"@\""] {
+    for user in ["alice@good.test", "unknown@bad.test", "\"\\\\\\\"@\""] {
         let mut client = greeted("127.0.0.1", &proxy).await;
         for min in [160, 320, 320] {
             let began = Instant::now();
