@@ -102,7 +102,7 @@ routes: [{domain: {a.test: shard-a}}, {domain: {b.test: shard-b}}]
         self.assertIn("server   no logins: 127.0.0.1:1146 (state drain)\n", done.stdout)
         done = run("route", "--config", file, "bob@b.test")
         self.assertRegex(done.stdout, r"(?s)route    domain: does not know the user.*route    domain-2: found: shard-b")
-        self.assertIn("balance  least-sessions: the running process knows", done.stdout)
+        self.assertIn("balance  least-sessions: of two servers drawn by weight, the running process takes", done.stdout)
         self.assertIn("first: 127.0.0.1:1145 (127.0.0.1:1145), weight 2, 9 sessions at most\n", done.stdout)
         done = run("route", "--config", file, "eve@c.test")
         self.assertEqual(done.returncode, 1)

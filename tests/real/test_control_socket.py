@@ -66,7 +66,7 @@ class OtherUser(HandoverTestCase):
         self.write(listeners=f'[{own}, {{address: "127.0.0.1:2", tls: none}}]', more=self.RUN_AS)
         unprivileged = int(Path("/proc/sys/net/ipv4/ip_unprivileged_port_start").read_text())
         if unprivileged > 2:
-            self.assertIn("takes root or CAP_NET_BIND_SERVICE: restart", self.upgrade(1))
+            self.assertIn("requires root or CAP_NET_BIND_SERVICE: restart", self.upgrade(1))
         self.write(more="run_as: {user: daemon}")
         self.assertIn('only root can change to user "daemon" (run_as)', self.upgrade(1))
         self.assert_unaffected(first)
