@@ -4,7 +4,7 @@ mod login_forms;
 mod transcript;
 
 use self::transcript::{Server, Split, alice, alice_by_plain};
-use crate::identity::{Mechanism, Proof, RelayedMechanism, Secret, UserName};
+use crate::identity::{Proof, RelayedMechanism, Secret, UserName};
 
 #[test]
 fn login_with_sasl_ir_and_id_takes_one_round_trip() {

@@ -84,7 +84,7 @@ fn first_message_names_the_user() {
 
 /// Parsers differ in which of two fields they use: the first, the last, or one with another letter case of the key.
 const AMBIGUOUS: &[(RelayedMechanism, &[u8])] = &[
-    (RelayedMechanism::XOauth2, &b"user=alice\x01user=bob\x01auth=Bearer t\x01\x01"),
+    (RelayedMechanism::XOauth2, b"user=alice\x01user=bob\x01auth=Bearer t\x01\x01"),
     (RelayedMechanism::XOauth2, b"user=alice\x01auth=Bearer t\x01user=bob\x01\x01"),
     (RelayedMechanism::XOauth2, b"user=alice\x01auth=Bearer t\x01USER=bob\x01\x01"),
     (RelayedMechanism::XOauth2, b"user=alice\x01auth=Bearer t\x01\x01user=bob\x01\x01"),
