@@ -1,8 +1,8 @@
-//! Detects values that are older than the event that made them wrong, by name, in constant memory.
+//! Detects lookup results that are out of date because of a later event for the same name, in constant memory.
 //!
-//! A caller takes the current [`Generation`] before a lookup starts. The result may be used while no
-//! event for its name has come since: [`Generations::is_current`]. Names share a fixed number of buckets, so names that
-//! clients choose cannot make it grow, and a collision only discards a value that was still good.
+//! A caller reads the current [`Generation`] before a lookup starts. The result may be used if no event for its name has occurred
+//! since: [`Generations::is_current`]. Names share a fixed number of buckets, so that names chosen by clients do not use memory. A
+//! collision only discards a result that is still valid.
 
 use std::hash::{BuildHasher as _, RandomState};
 
@@ -13,7 +13,7 @@ const BUCKETS: usize = 1024;
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Generation(u64);
 
-/// The last event of each bucket of names, and of all names together.
+/// The last event of each bucket of names, and of all names.
 #[derive(Debug)]
 pub(crate) struct Generations {
     now: u64,
@@ -31,7 +31,7 @@ impl Default for Generations {
 }
 
 impl Generations {
-    /// The current generation, to be taken before a lookup starts.
+    /// The current generation, to be read before a lookup starts.
     pub(crate) fn current(&self) -> Generation {
         Generation(self.now)
     }
@@ -65,7 +65,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_event_outdates_what_began_before_it_and_nothing_later() {
+    fn event_outdates_lookups_that_began_before_it() {
         let mut generations = Generations::default();
         let before = generations.current();
         assert!(generations.is_current("alice", before));
@@ -73,7 +73,7 @@ mod tests {
         assert!(!generations.is_current("alice", before));
         let after = generations.current();
         assert!(generations.is_current("alice", after));
-        // Another name is hit only if it shares the bucket.
+        // Another name is affected only if it shares the bucket.
         let other = (0..).map(|number| format!("user{number}"));
         let other = other.into_iter().find(|name| generations.bucket(name) != generations.bucket("alice")).unwrap();
         assert!(generations.is_current(&other, before));
@@ -83,13 +83,13 @@ mod tests {
     }
 
     #[test]
-    fn names_do_not_make_it_grow() {
+    fn memory_does_not_grow_with_names() {
         let mut generations = Generations::default();
         let before = generations.current();
         for number in 0..100_000 {
             generations.invalidate(&format!("attacker{number}"));
         }
-        assert!(!generations.is_current("alice", before), "a collision errs on the safe side");
+        assert!(!generations.is_current("alice", before), "a collision discards a valid result");
         assert_eq!(size_of_val(&*generations.by_name), 8192);
     }
 }

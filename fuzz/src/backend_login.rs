@@ -62,10 +62,10 @@ fn outcome<'a>(
     };
     let mut dialogue = BackendLogin::new(attempt);
     let mut sent = Zeroizing::new(Vec::new());
-    let mut ended = None;
+    let mut accepted: Option<Vec<u8>> = None;
     let mut after = Vec::new();
     for piece in pieces {
-        if ended.is_some() {
+        if accepted.is_some() {
             // Bytes after the answer are relayed to the client, in order, whether they arrived with the answer or later.
             after.extend_from_slice(piece);
             continue;
@@ -76,44 +76,44 @@ fn outcome<'a>(
                 LoginStep::NeedInput => break,
                 LoginStep::StartTls => dialogue.tls_established(),
                 LoginStep::Accepted { to_client } => {
-                    ended = Some(Ok(to_client));
+                    accepted = Some(to_client);
                     break;
-                }
-                LoginStep::Refused { reply, kind } => {
-                    assert_one_line(&reply);
-                    return format!("refused {kind:?} {reply:?} {:?}", *sent);
                 }
                 LoginStep::Challenge(line) => {
                     assert!(!line.contains(&b'\n'), "{line:?}");
                     dialogue.respond(b"cmVzcG9uc2U=");
                 }
-                LoginStep::Referred(referral) => {
-                    assert!(referral.reply.starts_with(b"a1 NO") && referral.reply.ends_with(b"\r\n"), "{referral:?}");
-                    return format!("{referral:?} {:?}", *sent);
-                }
-                LoginStep::Probed(offer) => return format!("{offer:?} {:?}", *sent),
-                LoginStep::Unavailable(unavailable) => {
-                    unavailable.reply.iter().for_each(|reply| assert_one_line(reply));
-                    let excerpt = unavailable.excerpt.as_deref().unwrap_or_default();
-                    assert!(excerpt.len() < 1000 && !excerpt.chars().any(char::is_control), "{excerpt:?}");
-                    let has_login = sent.split(|byte| *byte == b'\n').any(|line| line.starts_with(b"L "));
-                    assert!(
-                        !is_recognisable || !has_login || !excerpt.contains("pass \\\"word"),
-                        "a secret in {excerpt:?}"
-                    );
-                    return format!("{unavailable:?} {:?}", *sent);
-                }
+                last => return last_step(last, &sent, is_recognisable),
             }
         }
     }
-    match ended {
-        Some(Ok::<Vec<u8>, ()>(mut to_client)) => {
+    match accepted {
+        Some(mut to_client) => {
             assert!(to_client.len() <= MAX_UNTAGGED + 2048 + 65536, "the output for the client has a limited size");
             to_client.extend_from_slice(&after);
             format!("accepted {to_client:?} {:?}", *sent)
         }
-        _ => format!("open {:?}", *sent),
+        None => format!("open {:?}", *sent),
     }
+}
+
+/// Checks the last step of a dialogue that does not accept the login, and returns it as text.
+fn last_step(step: LoginStep, sent: &[u8], is_recognisable: bool) -> String {
+    match &step {
+        LoginStep::Refused { reply, .. } => assert_one_line(reply),
+        LoginStep::Referred(referral) => {
+            assert!(referral.reply.starts_with(b"a1 NO") && referral.reply.ends_with(b"\r\n"), "{referral:?}");
+        }
+        LoginStep::Unavailable(unavailable) => {
+            unavailable.reply.iter().for_each(|reply| assert_one_line(reply));
+            let excerpt = unavailable.excerpt.as_deref().unwrap_or_default();
+            assert!(excerpt.len() < 1000 && !excerpt.chars().any(char::is_control), "{excerpt:?}");
+            let has_login = sent.split(|byte| *byte == b'\n').any(|line| line.starts_with(b"L "));
+            assert!(!is_recognisable || !has_login || !excerpt.contains("pass \\\"word"), "a secret in {excerpt:?}");
+        }
+        _ => {}
+    }
+    format!("{step:?} {sent:?}")
 }
 
 /// Checks that a reply to the client is one line with its tag, without control characters.

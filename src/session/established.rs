@@ -166,7 +166,8 @@ impl Session {
         mut to_server: Vec<u8>,
         accepted: AcceptedLogin,
     ) -> Result<RelayedSession, SessionEnded> {
-        let AcceptedLogin { backend, server_permit, handle, established } = accepted;
+        // The registry entry is bound first, so that it is dropped last.
+        let AcceptedLogin { handle, backend, server_permit, established } = accepted;
         // A session that has logged in is not shed. If the client does not read, the handover from rustls is given up as a close is.
         self.prelogin_ticket = None;
         let leg = timeout(CLOSE_TIMEOUT, stream.into_leg()).await;

@@ -54,7 +54,7 @@ fn entries_are_removed_in_any_order() {
     drop(other);
     drop(handles);
     assert!(users(&registry).is_empty());
-    assert!(registry.lock().entries.list_count() == 0);
+    assert_eq!(registry.lock().entries.list_count(), 0);
 }
 
 #[test]
@@ -64,7 +64,7 @@ fn users_whose_hashes_collide_are_different_users() {
     let (alice, bob, carol) =
         (session(&registry, "alice", &one), session(&registry, "bob", &one), login(&registry, "carol", &one));
     assert_eq!(registry.lock().entries.list_count(), 1, "all are in one list");
-    // A login elsewhere moves its own user only, and is alone whatever registry the others have.
+    // A login on another server ends sessions of its own user only, and does not wait for those of others.
     let moved = login(&registry, "bob", &two);
     moved.accept_exclusively();
     assert!(moved.has_sessions_elsewhere());
@@ -92,7 +92,7 @@ fn users_whose_hashes_collide_are_different_users() {
         (1, 0, 1)
     );
     drop((alice, carol));
-    assert!(registry.lock().entries.list_count() == 0);
+    assert_eq!(registry.lock().entries.list_count(), 0);
 }
 
 #[test]
@@ -100,21 +100,21 @@ fn login_has_no_effect_on_other_sessions_until_a_server_accepts_it() {
     let registry = Arc::new(SessionRegistry::default());
     let (one, two) = (server("a"), server("b"));
     let (first, second) = (session(&registry, "x", &one), session(&registry, "x", &one));
-    let bystander = session(&registry, "y", &one);
-    let attack = login(&registry, "x", &two);
+    let other_user = session(&registry, "y", &one);
+    let unaccepted = login(&registry, "x", &two);
     assert_eq!(
         (first.cancel_signal().reason(), second.cancel_signal().reason()),
         (None, None),
         "no server has accepted the login"
     );
-    drop(attack);
+    drop(unaccepted);
     let moved = login(&registry, "x", &two);
     moved.accept_exclusively();
     assert_eq!(
         (first.cancel_signal().reason(), second.cancel_signal().reason()),
         (Some(CancelReason::Replaced), Some(CancelReason::Replaced))
     );
-    assert_eq!(bystander.cancel_signal().reason(), None);
+    assert_eq!(other_user.cancel_signal().reason(), None);
     drop(first);
     assert!(moved.has_sessions_elsewhere());
     drop(second);
@@ -144,19 +144,19 @@ fn server_that_accepts_a_user_last_keeps_the_user() {
     // In both orders of registration and acceptance.
     for order in [[0, 1], [1, 0]] {
         let logins = [login(&registry, "x", &servers[0]), login(&registry, "x", &servers[1])];
-        let [loser, winner] = order.map(|index| &logins[index]);
-        loser.accept_exclusively();
+        let [replaced, later] = order.map(|index| &logins[index]);
+        replaced.accept_exclusively();
         assert_eq!(
-            (loser.cancel_signal().reason(), !loser.has_sessions_elsewhere()),
-            (None, false),
+            (replaced.cancel_signal().reason(), replaced.has_sessions_elsewhere()),
+            (None, true),
             "it waits for the old session"
         );
-        winner.accept_exclusively();
+        later.accept_exclusively();
         assert_eq!(
-            (loser.cancel_signal().reason(), winner.cancel_signal().reason()),
+            (replaced.cancel_signal().reason(), later.cancel_signal().reason()),
             (Some(CancelReason::Replaced), None)
         );
-        assert!(loser.has_sessions_elsewhere() && winner.has_sessions_elsewhere(), "neither is established");
+        assert!(replaced.has_sessions_elsewhere() && later.has_sessions_elsewhere(), "neither is established");
     }
     drop(old);
     let (first, second) = (login(&registry, "x", &servers[0]), login(&registry, "x", &servers[1]));
@@ -242,7 +242,11 @@ fn cancel_signal_wakes_and_keeps_its_first_reason() {
         "a login without a server is cancelled too"
     );
     let late = registry.register(info("y")).unwrap();
-    assert_eq!(late.cancel_signal().reason(), Some(CancelReason::Stopped), "and so is a login after that");
+    assert_eq!(
+        late.cancel_signal().reason(),
+        Some(CancelReason::Stopped),
+        "a login that registers after the close is cancelled at once"
+    );
 }
 
 #[test]

@@ -401,7 +401,7 @@ admin: {{address: "127.0.0.1:{{admin}}"}}
         self.directory.add_user("guest", Auth_Server="127.0.0.2", Auth_Port=str(self.a.port), password="x")
         proxy = self.proxy()
         self.assertRegex(LoginClient(proxy).login("stray", "x"), r"NO \[UNAVAILABLE\]")
-        self.assertIn(f"127.0.0.1:{port}, which is no declared server", proxy.log())
+        self.assertIn(f"127.0.0.1:{port}, which is neither a declared server", proxy.log())
         # Dovecot listens only on 127.0.0.1, so the failed connection shows that the address was used.
         route = self.route() + ["backend: shard-b", "networks: [127.0.0.2/32]"]
         self.route = lambda: route

@@ -276,7 +276,7 @@ fn function_lengths(text: &str) -> Vec<(String, usize)> {
 fn expand(prefix: &[String], tree: &str, found: &mut Vec<Vec<String>>) {
     let tree = tree.trim_start();
     let name: String = tree.chars().take_while(|letter| letter.is_alphanumeric() || *letter == '_').collect();
-    let path = [prefix, &[name.clone()]].concat();
+    let path = [prefix, std::slice::from_ref(&name)].concat();
     match tree[name.len()..].strip_prefix("::") {
         Some(rest) if rest.starts_with('{') => {
             let (mut depth, mut start) = (0, 1);

@@ -11,7 +11,7 @@ use vestibule::server::Running;
 use vestibule::session_registry::CancelReason;
 
 use crate::registry::{
-    ManualServer, OK, SCRAM, UNAVAILABLE, accept, answer, assert_alive, login, pair, set_state, stuck,
+    ManualServer, OK, SCRAM, UNAVAILABLE, accept, answer, assert_alive, login, set_state, stuck_session, two_servers,
 };
 use crate::routes::{Service, json};
 use crate::support::*;
@@ -285,8 +285,8 @@ async fn server_given_less_than_limits_connect_stays_up() {
 
 #[tokio::test]
 async fn login_accepted_late_gives_other_sessions_time_to_end() {
-    let (proxy, first, other) = pair("limits: {server_login: 1s}\n").await;
-    let handle = stuck(&proxy, &other);
+    let (proxy, first, other) = two_servers("limits: {server_login: 1s}\n").await;
+    let handle = stuck_session(&proxy, &other);
     let mut client = login(&proxy).await;
     let mut server = first.login().await;
     accept(&mut server).await;
@@ -309,7 +309,7 @@ async fn replaced_login_is_not_routed_again() {
         front.address()
     );
     let proxy = proxy(&text).await;
-    let old = stuck(&proxy, &servers[2]);
+    let old = stuck_session(&proxy, &servers[2]);
     let refer = async |to: &ManualServer| {
         let client = login(&proxy).await;
         answer(&mut front.login().await, &format!("NO [REFERRAL imap://alice@{}/] there", to.address())).await;

@@ -150,7 +150,7 @@ async fn login_waiting_before_server_choice_ends_with_a_kick_and_a_stop() {
 }
 
 /// Two servers of a `user-hash` backend. The first is the one that alice is hashed to.
-pub(super) async fn pair(more: &str) -> (Running, ManualServer, ManualServer) {
+pub(super) async fn two_servers(more: &str) -> (Running, ManualServer, ManualServer) {
     let (one, other) = (ManualServer::new().await, ManualServer::new().await);
     let text = format!(
         "backends: {{pair: {{servers: ['{}', '{}']}}}}\nroutes: [{{default: pair}}]\n{more}",
@@ -169,7 +169,7 @@ pub(super) async fn set_state(proxy: &Running, server: &ManualServer, state: Adm
 }
 
 /// A registered session of alice that does not end when it is cancelled.
-pub(super) fn stuck(proxy: &Running, at: &ManualServer) -> SessionHandle {
+pub(super) fn stuck_session(proxy: &Running, at: &ManualServer) -> SessionHandle {
     let sessions = proxy.sessions();
     let since = sessions.generation();
     let info = SessionInfo { user: "alice".into(), client: [127, 0, 0, 1].into(), session: [b'x'; 16] };
@@ -184,7 +184,7 @@ pub(super) fn stuck(proxy: &Running, at: &ManualServer) -> SessionHandle {
 
 #[tokio::test]
 async fn unaccepted_login_ends_no_session() {
-    let (proxy, first, other) = pair("").await;
+    let (proxy, first, other) = two_servers("").await;
     let mut there = session(&proxy, &first).await;
     // The server closes the connection after the password.
     let mut attack = login(&proxy).await;
@@ -214,8 +214,8 @@ async fn unaccepted_login_ends_no_session() {
 
 #[tokio::test]
 async fn accepted_login_waits_for_sessions_elsewhere_or_fails() {
-    let (proxy, first, other) = pair("limits: {server_login: 1s}\n").await;
-    let handle = stuck(&proxy, &other);
+    let (proxy, first, other) = two_servers("limits: {server_login: 1s}\n").await;
+    let handle = stuck_session(&proxy, &other);
     let mut client = login(&proxy).await;
     let mut server = first.login().await;
     accept(&mut server).await;
@@ -236,8 +236,8 @@ async fn accepted_login_waits_for_sessions_elsewhere_or_fails() {
 
 #[tokio::test]
 async fn waiting_accepted_login_ends_with_a_kick_and_a_stop() {
-    let (proxy, first, other) = pair("limits: {server_login: 600s}\n").await;
-    let _handle = stuck(&proxy, &other);
+    let (proxy, first, other) = two_servers("limits: {server_login: 600s}\n").await;
+    let _handle = stuck_session(&proxy, &other);
     let waiting = async || {
         let mut client = login(&proxy).await;
         let mut server = first.login().await;
@@ -330,7 +330,7 @@ async fn referred_login_ends_sessions_only_after_its_acceptance() {
 
 #[tokio::test]
 async fn login_at_a_drained_server_continues_on_another() {
-    let (proxy, first, other) = pair("").await;
+    let (proxy, first, other) = two_servers("").await;
     let mut client = login(&proxy).await;
     let mut server = first.login().await;
     set_state(&proxy, &first, AdminState::Drain, None).await;
@@ -536,7 +536,7 @@ async fn move_reaches_a_queued_login() {
 
 #[tokio::test]
 async fn queued_login_avoids_a_server_drained_in_the_meantime() {
-    let (proxy, first, other) = pair("").await;
+    let (proxy, first, other) = two_servers("").await;
     proxy.stop().await;
     let servers = format!("servers: ['{}', '{}'], max_sessions: 1", first.address(), other.address());
     let text = format!("backends: {{pair: {{{servers}, queue: {{timeout: 60s}}}}}}\nroutes: [{{default: pair}}]\n");

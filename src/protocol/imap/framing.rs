@@ -47,7 +47,7 @@ pub(super) enum LineFrame {
     TooLong,
 }
 
-/// FrameLimits, in bytes.
+/// Maximum sizes in bytes of what a framer accepts.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct FrameLimits {
     /// Maximum size of a command or response without its literals.

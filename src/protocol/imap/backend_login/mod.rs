@@ -49,7 +49,7 @@ pub struct BackendLogin<'a> {
     /// Whether the login was sent on an earlier connection.
     reconnected: bool,
     /// Fingerprint of the capabilities by which the forms were chosen.
-    offered: u64,
+    fingerprint: Option<u64>,
     /// Parts of the login that are sent after a continuation request each.
     parts: std::vec::IntoIter<Zeroizing<Vec<u8>>>,
     /// The client's response to a challenge, which the next step sends.
@@ -95,7 +95,7 @@ impl<'a> BackendLogin<'a> {
             form: None,
             retried: false,
             reconnected: false,
-            offered: 0,
+            fingerprint: None,
             parts: Vec::new().into_iter(),
             response: None,
             challenges: 0,
@@ -180,7 +180,7 @@ impl<'a> BackendLogin<'a> {
     pub fn unsupported_forms(&self) -> Option<UnsupportedForms> {
         let login = self.attempt.login.as_ref().filter(|_| self.phase == Phase::LoggedIn)?;
         let unsupported = command::unsupported(login, self.rejected);
-        let all = UnsupportedForms { capabilities: self.offered, forms: unsupported.or(self.known_unsupported()) };
+        let all = UnsupportedForms { capabilities: self.fingerprint?, forms: unsupported.or(self.known_unsupported()) };
         (!unsupported.is_empty()).then_some(all)
     }
 
@@ -260,7 +260,7 @@ impl<'a> BackendLogin<'a> {
     }
 
     fn known_unsupported(&self) -> LoginForms {
-        let known = self.attempt.rules.unsupported_forms.filter(|known| known.capabilities == self.offered);
+        let known = self.attempt.rules.unsupported_forms.filter(|known| Some(known.capabilities) == self.fingerprint);
         known.map(|known| known.forms).unwrap_or_default()
     }
 
@@ -356,7 +356,7 @@ impl<'a> BackendLogin<'a> {
         if capabilities.has("ID") && !self.attempt.id.is_empty() {
             command::id(&self.attempt.id, out);
         }
-        self.offered = capabilities.fingerprint();
+        self.fingerprint = Some(capabilities.fingerprint());
         let known = self.known_unsupported();
         let understood: Vec<LoginForm> = forms.iter().copied().filter(|form| !known.has(*form)).collect();
         self.forms = if understood.is_empty() { forms } else { understood };

@@ -1,230 +1,10 @@
 //! Transcripts of the login dialogue with a server, run at every split of the input.
 
 mod login_forms;
+mod transcript;
 
-use zeroize::Zeroizing;
-
-use super::verdict::Action;
-use super::{BackendLogin, DialogueRules, LoginAttempt, LoginStep, Unavailable, UnsupportedForms};
-use crate::identity::{
-    Credentials, LoginWith, Mechanism, PasswordLogin, Proof, RelayedMechanism, Secret, ServerLogin, UserName,
-};
-use crate::protocol::imap::client_id::IdPair;
-use crate::protocol::imap::refusal::RefusalKind;
-use crate::protocol::imap::tag::Tag;
-
-/// How the server's bytes are split into reads.
-#[derive(Debug, Clone, Copy)]
-enum Cut {
-    Whole,
-    Bytes,
-    At(usize),
-}
-
-pub(super) struct Server {
-    starttls: bool,
-    is_probe: bool,
-    id: Vec<IdPair>,
-    pub(super) login_with: LoginWith,
-    pub(super) unsupported_forms: Option<UnsupportedForms>,
-    pub(super) credentials: Credentials,
-}
-
-impl Server {
-    pub(super) fn new(user: &str, password: &[u8]) -> Self {
-        Self {
-            starttls: false,
-            is_probe: false,
-            id: Vec::new(),
-            login_with: LoginWith::Automatic,
-            unsupported_forms: None,
-            credentials: Credentials {
-                user: UserName::new(user.as_bytes()).unwrap(),
-                authzid: None,
-                mechanism: Mechanism::Login,
-                proof: Proof::Password(Secret::new(password.to_vec())),
-            },
-        }
-    }
-
-    /// Runs a dialogue: `S: ` is a line from the server, `C: ` an expected line to the server, `! ` an expected step. The server's
-    /// bytes between two expected lines arrive in one piece, byte by byte, and split in two at every position.
-    #[track_caller]
-    pub(super) fn check(&self, dialogue: &str) {
-        let expected = dialogue.lines().map(str::trim).filter(|line| !line.is_empty()).collect::<Vec<_>>().join("\n");
-        let longest = dialogue.len();
-        for cut in [Cut::Whole, Cut::Bytes].into_iter().chain((1..longest).map(Cut::At)) {
-            let output = self.run(dialogue, cut);
-            assert_eq!(output, expected, "{cut:?}\n--- output:\n{output}\n--- expected:\n{expected}\n");
-        }
-    }
-
-    fn run(&self, dialogue: &str, cut: Cut) -> String {
-        self.run_dialogue(dialogue, cut).0
-    }
-
-    /// Returns the transcript, and the forms that the server rejected.
-    pub(super) fn run_for_rejected_forms(&self, dialogue: &str) -> (String, Option<UnsupportedForms>) {
-        self.run_dialogue(dialogue, Cut::Whole)
-    }
-
-    fn run_dialogue(&self, dialogue: &str, cut: Cut) -> (String, Option<UnsupportedForms>) {
-        let tag = Tag::new(b"tag1").unwrap();
-        let (unavailable_texts, limit_texts) = (["is on fire".to_owned()], ["quota of logins".to_owned()]);
-        let mut dialogue_state = BackendLogin::new(LoginAttempt {
-            login: (!self.is_probe).then_some(match &self.credentials.proof {
-                Proof::Message { mechanism, first } => ServerLogin::Relayed {
-                    mechanism: *mechanism,
-                    first,
-                    user: &self.credentials.user,
-                    authzid: self.credentials.authzid.as_ref(),
-                },
-                _ => ServerLogin::Password(PasswordLogin {
-                    user: &self.credentials.user,
-                    authzid: self.credentials.authzid.as_ref(),
-                    password: self.credentials.password().unwrap(),
-                }),
-            }),
-            tag: &tag,
-            starttls: self.starttls,
-            id: self.id.clone(),
-            max_line: 1024,
-            max_untagged_lines: 4,
-            max_untagged_bytes: 512,
-            rules: DialogueRules {
-                login_with: self.login_with,
-                client: Some(self.credentials.mechanism),
-                one_server_per_user: true,
-                unavailable_texts: &unavailable_texts,
-                limit_texts: &limit_texts,
-                unsupported_forms: self.unsupported_forms,
-            },
-        });
-        let mut log: Vec<String> = Vec::new();
-        let lines: Vec<&str> = dialogue.lines().map(str::trim).filter(|line| !line.is_empty()).collect();
-        let mut index = 0;
-        while index < lines.len() {
-            // Consecutive lines of the server arrive together.
-            let mut batch = Vec::new();
-            while let Some(line) = lines.get(index).and_then(|line| line.strip_prefix("S: ")) {
-                batch.extend_from_slice(&unescape(line));
-                log.push(lines[index].to_owned());
-                index += 1;
-            }
-            let chunks: Vec<&[u8]> = match cut {
-                Cut::Whole => vec![&batch],
-                Cut::Bytes => batch.chunks(1).collect(),
-                Cut::At(place) => {
-                    let (first, second) = batch.split_at(place.min(batch.len()));
-                    vec![first, second]
-                }
-            };
-            let mut ended = false;
-            for chunk in chunks {
-                dialogue_state.input(chunk);
-                ended |= Self::steps(&mut dialogue_state, &mut log);
-                if ended {
-                    break;
-                }
-            }
-            if ended {
-                break;
-            }
-            while lines.get(index).is_some_and(|line| !line.starts_with("S: ")) {
-                index += 1;
-            }
-        }
-        (log.join("\n"), dialogue_state.unsupported_forms())
-    }
-
-    fn steps(dialogue_state: &mut BackendLogin<'_>, log: &mut Vec<String>) -> bool {
-        loop {
-            let mut out = Zeroizing::new(Vec::new());
-            let step = dialogue_state.step(&mut out);
-            if !out.is_empty() {
-                for line in out.split_inclusive(|byte| *byte == b'\n') {
-                    log.push(format!("C: {}", escape(line)));
-                }
-            }
-            match step {
-                LoginStep::NeedInput => return false,
-                LoginStep::StartTls => {
-                    log.push("! start TLS".to_owned());
-                    dialogue_state.tls_established();
-                }
-                LoginStep::Accepted { to_client } => {
-                    log.extend(
-                        to_client
-                            .split_inclusive(|byte| *byte == b'\n')
-                            .map(|line| format!("! client: {}", escape(line))),
-                    );
-                    return true;
-                }
-                LoginStep::Refused { reply, kind } => {
-                    log.push(format!(
-                        "! refused{}: {}",
-                        match kind {
-                            RefusalKind::FailedLogin => "",
-                            RefusalKind::NotCounted => " (not counted)",
-                        },
-                        escape(&reply)
-                    ));
-                    return true;
-                }
-                LoginStep::Challenge(line) => {
-                    log.push(format!("! challenge: {}", line.escape_ascii()));
-                    dialogue_state.respond(b"YW5zd2Vy");
-                }
-                LoginStep::Referred(referral) => {
-                    log.push(format!("! referred to {} {}: {}", referral.host, referral.port, escape(&referral.reply)));
-                    return true;
-                }
-                LoginStep::Probed(offer) => {
-                    let names: Vec<&str> = offer.mechanisms.iter().map(Mechanism::as_str).collect();
-                    log.push(format!("! seen: {}", names.join(" ")));
-                    return true;
-                }
-                LoginStep::Unavailable(Unavailable { fault, verdict, reply, .. })
-                    if verdict.action != Action::Reconnect =>
-                {
-                    let reply = reply.map(|reply| format!(" {}", escape(&reply))).unwrap_or_default();
-                    log.push(format!("! unavailable: {fault:?}{reply}"));
-                    return true;
-                }
-                LoginStep::Unavailable(_) => {
-                    log.push("! reconnect".to_owned());
-                    dialogue_state.reconnected();
-                }
-            }
-        }
-    }
-}
-
-/// Adds the CRLF that lines in transcripts do not contain; `\q` stands for a bare LF.
-fn unescape(line: &str) -> Vec<u8> {
-    match line.strip_suffix("\\q") {
-        Some(bare) => [bare.as_bytes(), b"\n"].concat(),
-        None => [line.as_bytes(), b"\r\n"].concat(),
-    }
-}
-
-fn escape(line: &[u8]) -> String {
-    match line.strip_suffix(b"\r\n") {
-        Some(line) => String::from_utf8_lossy(line).into_owned(),
-        None => format!("{}\\", String::from_utf8_lossy(line)),
-    }
-}
-
-pub(super) fn alice() -> Server {
-    Server::new("alice", b"secret")
-}
-
-/// A client that uses AUTHENTICATE PLAIN.
-pub(super) fn alice_by_plain() -> Server {
-    let mut server = alice();
-    server.credentials.mechanism = Mechanism::SaslPlain;
-    server
-}
+use self::transcript::{Server, Split, alice, alice_by_plain};
+use crate::identity::{Proof, RelayedMechanism, Secret, UserName};
 
 #[test]
 fn login_with_sasl_ir_and_id_takes_one_round_trip() {
@@ -252,8 +32,10 @@ fn login_with_sasl_ir_and_id_takes_one_round_trip() {
 #[test]
 fn bytes_after_the_ok_are_passed_to_the_client() {
     let server = alice();
-    let output = server
-        .run("S: * OK [CAPABILITY IMAP4rev1] hi\nC: x\nS: L OK [CAPABILITY X] in\nS: * 3 EXISTS\nS: half", Cut::Whole);
+    let output = server.run(
+        "S: * OK [CAPABILITY IMAP4rev1] hi\nC: x\nS: L OK [CAPABILITY X] in\nS: * 3 EXISTS\nS: half",
+        Split::Whole,
+    );
     assert!(output.ends_with("! client: tag1 OK [CAPABILITY X] in\n! client: * 3 EXISTS\n! client: half"), "{output}");
 }
 
@@ -321,7 +103,7 @@ fn plain_with_continuation_is_used_if_login_is_disabled() {
     alice().check("S: * OK [CAPABILITY IMAP4rev1 LOGINDISABLED] ready\n! unavailable: LoginDisabled");
     let mut long = alice_by_plain();
     long.credentials.proof = Proof::Password(Secret::new(vec![b'x'; 900]));
-    let output = long.run("S: * OK [CAPABILITY IMAP4rev1 SASL-IR AUTH=PLAIN] ready\nC: x\nS: +", Cut::Whole);
+    let output = long.run("S: * OK [CAPABILITY IMAP4rev1 SASL-IR AUTH=PLAIN] ready\nC: x\nS: +", Split::Whole);
     assert!(output.contains("C: L AUTHENTICATE PLAIN\nS: +\nC: AGFsaWNlAHh4"), "{output}");
 }
 
@@ -393,7 +175,7 @@ fn starttls_precedes_the_login() {
         .check("S: * OK [CAPABILITY IMAP4rev1 STARTTLS] ready\nC: S STARTTLS\nS: S NO\n! unavailable: StartTlsRefused");
     let residue =
         "S: * OK [CAPABILITY IMAP4rev1 STARTTLS] ready\nC: S STARTTLS\nS: S OK go\nS: L OK [CAPABILITY X] injected";
-    assert!(server.run(residue, Cut::Whole).ends_with("! unavailable: StartTlsResidue"));
+    assert!(server.run(residue, Split::Whole).ends_with("! unavailable: StartTlsResidue"));
 }
 
 #[test]
@@ -433,7 +215,7 @@ fn refusal_is_classified() {
 fn excess_untagged_data_is_a_fault() {
     let talk = |line: &str, count: usize| {
         let lines = format!("S: {line}\n").repeat(count);
-        alice().run(&format!("S: * OK [CAPABILITY IMAP4rev1] x\nC: y\n{lines}S: L OK [CAPABILITY X] in"), Cut::Whole)
+        alice().run(&format!("S: * OK [CAPABILITY IMAP4rev1] x\nC: y\n{lines}S: L OK [CAPABILITY X] in"), Split::Whole)
     };
     assert!(talk("* OK still here", 4).ends_with("! client: tag1 OK [CAPABILITY X] in"));
     assert!(talk("* OK still here", 5).ends_with("! unavailable: TooMuchUntagged"));

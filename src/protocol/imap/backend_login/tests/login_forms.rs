@@ -1,6 +1,6 @@
 //! Transcripts about the forms of the login, and about answers that are not caused by a wrong password.
 
-use super::{Server, alice, alice_by_plain};
+use super::transcript::{Server, alice, alice_by_plain};
 use crate::identity::{LoginWith, Mechanism, Proof, Secret, UserName};
 
 const IR: &str = "* OK [CAPABILITY IMAP4rev1 SASL-IR AUTH=PLAIN] x";
