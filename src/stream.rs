@@ -77,7 +77,7 @@ impl Stream {
             Self::Tls(encrypted) => {
                 let taken = extract(encrypted.tls, &encrypted.secrets).await?;
                 let leg = Leg::tls(taken.socket, taken.channel, taken.records);
-                let leg = if taken.closed { leg.with_peer_closed() } else { leg };
+                let leg = if taken.peer_closed { leg.with_peer_closed() } else { leg };
                 Ok((leg, taken.plaintext))
             }
         }

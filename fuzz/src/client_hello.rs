@@ -20,7 +20,7 @@ pub fn run(input: &[u8]) {
         Error::DecryptError,
     ] {
         for oldest in [TlsVersion::Tls12, TlsVersion::Tls13] {
-            let words = offer.explains(&error, oldest).unwrap_or_default();
+            let words = offer.explain(&error, oldest).unwrap_or_default();
             assert!(words.len() <= MAX_DESCRIPTION, "{} bytes", words.len());
             assert!(!words.contains(char::is_control), "{words:?}");
         }

@@ -234,7 +234,8 @@ impl Session {
     fn prelogin_settings(&self, transport: Transport, stream: &Stream) -> PreloginSettings {
         let limits = &self.snapshot.limits;
         let tls = self.snapshot.tls.as_ref();
-        let certificate = stream.peer_certificate().and_then(|certificate| tls?.owner(self.listener, certificate));
+        let certificate =
+            stream.peer_certificate().and_then(|certificate| tls?.certificate_user(self.listener, certificate));
         PreloginSettings {
             transport,
             max_line: limits.line,

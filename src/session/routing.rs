@@ -97,7 +97,7 @@ impl Session {
     }
 
     fn lookup_request(&self, names: &UserNames, login: &LoginRequest, stream: &Stream) -> LookupRequest {
-        let asks_certificate = || self.snapshot.tls.as_ref().is_some_and(|tls| tls.asks_certificate(self.listener));
+        let asks_certificate = || self.snapshot.tls.as_ref().is_some_and(|tls| tls.requests_certificate(self.listener));
         let login_context = self.snapshot.router.needs_login_context().then(|| {
             Arc::new(LoginContext {
                 client: self.peer,

@@ -1,8 +1,8 @@
-//! What a client offered in its ClientHello, in words for the log record of a handshake that failed.
+//! Describes what a client offered in its ClientHello, for the log record of a failed handshake.
 //!
-//! rustls reports that nothing was in common, but not what the client offered. [`Offer::read`] reads the bytes that the
-//! client sent first, which are kept until the handshake ends; it is called only if the handshake fails. The bytes are
-//! untrusted: reading stops at the first field that is not complete, and everything shown is escaped and bounded.
+//! rustls reports that the two sides have nothing in common, but not what the client offered. [`Offer::read`] parses the first bytes of the
+//! connection, which are buffered until the handshake ends. It is called only if the handshake fails. The bytes are
+//! untrusted: parsing stops at the first incomplete field, and the description is escaped and limited in length.
 
 use tokio_rustls::rustls::{CipherSuite, Error, PeerIncompatible};
 
@@ -52,7 +52,7 @@ impl Offer {
         reader.take(3)?;
         let legacy_version = reader.number()?;
         let mut offer = Self { versions: vec![legacy_version], ..Self::default() };
-        // What is missing at the end of a message that was cut off stays unknown.
+        // Fields beyond the end of a truncated message stay empty.
         let _ = offer.read_rest(&mut reader);
         Some(offer)
     }
@@ -94,18 +94,18 @@ impl Offer {
         Some(())
     }
 
-    /// Why the handshake failed, in an operator's words. `None` if the offer does not explain `error`.
-    pub fn explains(&self, error: &Error, oldest: TlsVersion) -> Option<String> {
+    /// Explains why the handshake failed. `None` if the offer is not related to `error`.
+    pub fn explain(&self, error: &Error, min_version: TlsVersion) -> Option<String> {
         if matches!(error, Error::NoApplicationProtocol) {
             let protocols = self.protocol_names();
             return Some(format!(
-                "the client offers the application protocols {protocols} (ALPN) and not imap: the listener's key `alpn: any` would let it in"
+                "the client offers the application protocols {protocols} (ALPN), but not imap: to accept it, set `alpn: any` for the listener"
             ));
         }
         if !matches!(error, Error::PeerIncompatible(_)) {
             return None;
         }
-        let required = match oldest {
+        let required = match min_version {
             TlsVersion::Tls12 => TLS_1_2,
             TlsVersion::Tls13 => TLS_1_3,
         };
@@ -113,7 +113,7 @@ impl Offer {
         if newest < required {
             let (newest, required) = (version_name(newest), version_name(required));
             return Some(format!(
-                "the client offers {newest} at most and this listener requires {required}; cipher suites {}",
+                "the client offers at most {newest}, but this listener requires {required}; cipher suites {}",
                 self.suite_names()
             ));
         }
@@ -130,7 +130,7 @@ impl Offer {
                 "no key exchange group in common".to_owned()
             }
             Error::PeerIncompatible(PeerIncompatible::NoSignatureSchemesInCommon) => {
-                "the client cannot check the signatures of this certificate's key".to_owned()
+                "the client does not support the signatures of this certificate's key".to_owned()
             }
             other => other.to_string(),
         };
@@ -138,10 +138,11 @@ impl Offer {
     }
 
     fn protocol_names(&self) -> String {
-        let names = self.protocols.iter().take(MAX_PROTOCOLS).map(|name| {
-            let shown = &name[..name.len().min(MAX_PROTOCOL_NAME)];
-            shown.escape_ascii().to_string()
-        });
+        let names = self
+            .protocols
+            .iter()
+            .take(MAX_PROTOCOLS)
+            .map(|name| name[..name.len().min(MAX_PROTOCOL_NAME)].escape_ascii().to_string());
         listed(names.collect(), self.protocols.len())
     }
 
@@ -158,7 +159,7 @@ impl Offer {
     }
 }
 
-/// The content of the leading handshake records, of the last one as far as it has come.
+/// The contents of the leading handshake records. The last one may be incomplete.
 fn handshake_bytes(bytes: &[u8]) -> Option<Vec<u8>> {
     let mut message = Vec::new();
     let mut rest = bytes;
@@ -174,13 +175,13 @@ fn handshake_bytes(bytes: &[u8]) -> Option<Vec<u8>> {
     (!message.is_empty()).then_some(message)
 }
 
-/// RFC 8701: values that clients send to keep servers tolerant.
+/// Whether `value` is reserved so that clients can test the tolerance of servers (GREASE, RFC 8701).
 fn is_grease(value: u16) -> bool {
     let [high, low] = value.to_be_bytes();
     high == low && low & 0x0f == 0x0a
 }
 
-/// TLS_EMPTY_RENEGOTIATION_INFO_SCSV, TLS_FALLBACK_SCSV and GREASE are not cipher suites.
+/// Whether a value in the list of cipher suites is a signal: TLS_EMPTY_RENEGOTIATION_INFO_SCSV, TLS_FALLBACK_SCSV or GREASE.
 fn is_signalling(suite: u16) -> bool {
     matches!(suite, 0x00ff | 0x5600) || is_grease(suite)
 }
@@ -205,7 +206,7 @@ fn listed(names: Vec<String>, all: usize) -> String {
     }
 }
 
-/// Takes fields off the front.
+/// Reads fields from the front of a slice.
 struct Reader<'a>(&'a [u8]);
 
 impl<'a> Reader<'a> {
@@ -228,7 +229,7 @@ impl<'a> Reader<'a> {
 mod tests {
     use super::*;
 
-    /// A ClientHello in one record.
+    /// Encodes a ClientHello in one record.
     fn hello(legacy: u16, suites: &[u16], extensions: &[(u16, &[u8])]) -> Vec<u8> {
         let mut body = legacy.to_be_bytes().to_vec();
         body.extend([7; 32]);
@@ -253,23 +254,23 @@ mod tests {
     }
 
     #[test]
-    fn old_versions_are_named_with_what_is_required() {
+    fn explanation_contains_the_offered_and_the_required_version() {
         let offer = Offer::read(&hello(0x0302, &[0x002f, 0x0035, 0x00ff], &[])).unwrap();
         assert_eq!(
-            offer.explains(&Error::PeerIncompatible(PeerIncompatible::Tls12NotOffered), TlsVersion::Tls12).unwrap(),
-            "the client offers TLS 1.1 at most and this listener requires TLS 1.2; \
+            offer.explain(&Error::PeerIncompatible(PeerIncompatible::Tls12NotOffered), TlsVersion::Tls12).unwrap(),
+            "the client offers at most TLS 1.1, but this listener requires TLS 1.2; \
              cipher suites TLS_RSA_WITH_AES_128_CBC_SHA, TLS_RSA_WITH_AES_256_CBC_SHA"
         );
         let offer = Offer::read(&hello(0x0303, &[0xc02f], &[])).unwrap();
-        assert!(offer.explains(&incompatible(), TlsVersion::Tls13).unwrap().contains("TLS 1.2 at most"));
+        assert!(offer.explain(&incompatible(), TlsVersion::Tls13).unwrap().contains("at most TLS 1.2"));
     }
 
     #[test]
-    fn suites_without_forward_secrecy_are_named() {
+    fn explanation_lists_suites_without_forward_secrecy() {
         let suites = [0x2a2a, 0x009c, 0xc013, 0xc014, 0x0005, 0x0004];
         let offer = Offer::read(&hello(0x0303, &suites, &[])).unwrap();
         assert_eq!(
-            offer.explains(&incompatible(), TlsVersion::Tls12).unwrap(),
+            offer.explain(&incompatible(), TlsVersion::Tls12).unwrap(),
             "the client offers no cipher suite with forward secrecy and AEAD encryption: \
              TLS_RSA_WITH_AES_128_GCM_SHA256, TLS_ECDHE_RSA_WITH_AES_128_CBC_SHA, \
              TLS_ECDHE_RSA_WITH_AES_256_CBC_SHA, TLS_RSA_WITH_RC4_128_SHA and 1 more (TLS 1.2)"
@@ -288,27 +289,27 @@ mod tests {
         }
         let content = [&(list.len() as u16).to_be_bytes()[..], &list].concat();
         let offer = Offer::read(&hello(0x0303, &[0xc02f], &[(EXTENSION_ALPN, &content)])).unwrap();
-        let words = offer.explains(&Error::NoApplicationProtocol, TlsVersion::Tls12).unwrap();
-        assert!(words.contains(r#"protocols h2, http/1.1, \x1b[31m\n\", "#), "{words}");
-        assert!(words.contains("and 15 more") && words.len() < 1200, "{words}");
-        assert!(!words.contains(char::is_control));
+        let text = offer.explain(&Error::NoApplicationProtocol, TlsVersion::Tls12).unwrap();
+        assert!(text.contains(r#"protocols h2, http/1.1, \x1b[31m\n\", "#), "{text}");
+        assert!(text.contains("and 15 more") && text.len() < 1200, "{text}");
+        assert!(!text.contains(char::is_control));
     }
 
     #[test]
-    fn supported_versions_count_and_grease_does_not() {
+    fn supported_versions_are_read_without_grease() {
         let versions = [4, 0x5a, 0x5a, 3, 4, 3, 3];
         let offer = Offer::read(&hello(0x0303, &[0x1301], &[(EXTENSION_VERSIONS, &versions)])).unwrap();
         assert_eq!(offer.versions, [0x0304, 0x0303]);
         let error = Error::PeerIncompatible(PeerIncompatible::NoKxGroupsInCommon);
         assert_eq!(
-            offer.explains(&error, TlsVersion::Tls12).unwrap(),
+            offer.explain(&error, TlsVersion::Tls12).unwrap(),
             "no key exchange group in common; the client offers TLS 1.3, TLS 1.2 and TLS13_AES_128_GCM_SHA256"
         );
-        assert_eq!(offer.explains(&Error::DecryptError, TlsVersion::Tls12), None);
+        assert_eq!(offer.explain(&Error::DecryptError, TlsVersion::Tls12), None);
     }
 
     #[test]
-    fn hostile_bytes_are_read_as_far_as_they_go() {
+    fn truncated_and_changed_hello_does_not_panic() {
         let alpn = [0, 3, 2, b'h', b'2'];
         let whole = hello(0x0303, &[0xc02f, 0xc030], &[(EXTENSION_ALPN, &alpn)]);
         for end in 0..whole.len() {
@@ -321,7 +322,7 @@ mod tests {
         }
         assert_eq!(Offer::read(b"GET / HTTP/1.1\r\n"), None);
         assert_eq!(Offer::read(b""), None);
-        // A message in two records is put together.
+        // A message may be split over two records.
         let (message, cut) = (&whole[RECORD_HEADER..], 20);
         let record = |part: &[u8]| [&[HANDSHAKE, 3, 1][..], &(part.len() as u16).to_be_bytes(), part].concat();
         let split = [record(&message[..cut]), record(&message[cut..])].concat();

@@ -1,11 +1,12 @@
-//! The side that clients connect to: what each listener asks of TLS, and the handshake.
+//! TLS towards clients: the settings of each listener, and the handshake.
 //!
-//! Certificates are chosen by `certificates`, tickets sealed by `tickets`; both are read again while the process runs
-//! ([`DownstreamTls::start`]). SNI: a listener may be strict, and then refuses a client that asks for no server there is a
-//! certificate for. ALPN: a client that offers protocols without `imap` is refused (CVE-2021-3618, ALPACA), unless the
-//! listener has `alpn: any`; one that offers none is served. A handshake that fails is explained by what the client
-//! offered. Sessions are resumed by tickets alone, so that nothing is stored between them, one ticket is
-//! sent instead of two, and no early data is ever taken (RFC 8446 section 8: it could be replayed).
+//! Certificates come from `certificates` and session tickets from `tickets`; [`DownstreamTls::start`] watches the files of both. A listener
+//! with `sni: strict` refuses clients that send no SNI or a name without a certificate. A client that offers application protocols (ALPN)
+//! without `imap` is refused (CVE-2021-3618, ALPACA) unless the listener has `alpn: any`; a client that offers none is accepted. The error of
+//! a failed handshake says what the client offered.
+//!
+//! Sessions are resumed only with tickets, so no state is stored between connections. One ticket is sent instead of two. Early data is never
+//! accepted, because it could be replayed (RFC 8446 section 8).
 
 use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -30,8 +31,8 @@ use super::certificates::{Certificates, Resolver};
 use super::client_hello::Offer;
 use super::extraction::TrafficSecrets;
 use super::record_stream::RecordStream;
-use super::tickets::{Clients, Scope, Tickets};
-use super::trust::{ClientsByRoots, observed};
+use super::tickets::{ClientAuth, TicketScope, Tickets};
+use super::trust::{CertificatePresence, ClientRootVerifier, with_refusal};
 use super::{provider, read_certificates};
 use crate::admission::MemoryCharge;
 use crate::config::{
@@ -41,42 +42,43 @@ use crate::identity::UserName;
 use crate::metrics::Metrics;
 use crate::process::file_watch::POLL_INTERVAL;
 
-/// The ALPN name of IMAP (RFC 7301 registry).
+/// The ALPN protocol name of IMAP.
 const ALPN: &[u8] = b"imap";
-/// The alert unrecognized_name, fatal, as a record (RFC 6066 section 3). rustls would say access_denied.
+/// A record with the fatal alert unrecognized_name (RFC 6066 section 3). rustls would send access_denied.
 const UNRECOGNIZED_NAME: [u8; 7] = [21, 3, 3, 0, 2, 2, 112];
 
-/// What clients are shown.
+/// TLS towards the clients of all listeners.
 pub struct DownstreamTls {
-    /// One a listener.
-    listeners: Vec<ListenerAcceptor>,
+    /// In the order of the configuration.
+    acceptors: Vec<ListenerAcceptor>,
     certificates: Arc<Certificates>,
     tickets: Arc<Tickets>,
 }
 
-/// What clients of a listener are shown.
+/// The TLS settings of one listener.
 struct ListenerAcceptor {
     config: ServerConfig,
     strict_sni: bool,
     strict_alpn: bool,
-    oldest: TlsVersion,
-    user: Option<CertificateUser>,
+    min_version: TlsVersion,
+    /// The field of client certificates that contains the user name; `None` if the listener requests no certificates.
+    certificate_user: Option<CertificateUser>,
 }
 
 impl DownstreamTls {
-    /// Reads all certificates and keys. Tickets that `previous` gave out stay good where the policy is the same.
+    /// Loads all certificates and keys. Tickets issued by `previous` stay valid at listeners whose policy is unchanged.
     ///
     /// # Errors
-    /// Every certificate and every file of ticket keys that cannot be used, with its place in the configuration.
+    /// A problem for each unusable certificate and each unusable file of ticket keys, with its location in the configuration.
     pub fn build(config: &Config, previous: Option<&Self>) -> Result<Option<Self>, Vec<Problem>> {
         if config.certificates.is_empty() {
             return Ok(None);
         }
         let mut problems = Vec::new();
-        let certificates = Certificates::read(config, now()).map_err(|found| problems.extend(found)).ok();
+        let certificates = Certificates::load(config, now()).map_err(|found| problems.extend(found)).ok();
         let mut policies = Vec::new();
         for listener in &config.listeners {
-            match Policy::build(listener) {
+            match ListenerPolicy::build(listener) {
                 Ok(policy) => policies.push(policy),
                 Err(problem) => problems.push(problem),
             }
@@ -88,29 +90,29 @@ impl DownstreamTls {
             return Err(problems);
         };
         let certificates = Arc::new(certificates);
-        let mut listeners = Vec::new();
+        let mut acceptors = Vec::new();
         for (policy, listener) in policies.into_iter().zip(&config.listeners) {
             let resolver = Resolver { certificates: certificates.clone(), strict: listener.sni == SniPolicy::Strict };
-            let ticketer = tickets.of(&policy.scope);
-            let built =
+            let ticketer = tickets.ticketer(&policy.scope);
+            let config =
                 server_config(policy, resolver, ticketer).map_err(|error| vec![listener.location.problem(error)])?;
-            listeners.push(ListenerAcceptor {
-                config: built,
+            acceptors.push(ListenerAcceptor {
+                config,
                 strict_sni: listener.sni == SniPolicy::Strict,
                 strict_alpn: listener.alpn == AlpnPolicy::Strict,
-                oldest: listener.tls_min,
-                user: listener.client_certificates.as_ref().map(|wanted| wanted.user),
+                min_version: listener.tls_min,
+                certificate_user: listener.client_certificates.as_ref().map(|certificates| certificates.user),
             });
         }
-        Ok(Some(Self { listeners, certificates, tickets: Arc::new(tickets) }))
+        Ok(Some(Self { acceptors, certificates, tickets: Arc::new(tickets) }))
     }
 
-    /// Performs the handshake of a connection to the listener at this place in the configuration. `secrets` receives the
-    /// connection's traffic secrets; `memory` is charged for what the client makes the connection hold.
+    /// Performs the handshake of a connection to the listener with this index in the configuration. `secrets` receives the traffic secrets
+    /// of the connection. `memory` is charged for buffers that the client fills.
     ///
     /// # Errors
-    /// No common version or cipher, no TLS at all, a certificate that is not trusted, or no certificate for the server
-    /// name that the client asked for.
+    /// The handshake failed, for example because there is no common version or cipher, because the client does not use TLS, because its
+    /// certificate is not trusted, or because there is no certificate for the name it sent.
     pub async fn accept(
         &self,
         listener: usize,
@@ -118,101 +120,100 @@ impl DownstreamTls {
         secrets: Arc<TrafficSecrets>,
         memory: Option<MemoryCharge>,
     ) -> Result<TlsStream<RecordStream<TcpStream>>, HandshakeError> {
-        let shown = &self.listeners[listener];
-        // A configuration of its own is what gives a connection a key log of its own; all it holds is shared.
-        let mut config = shown.config.clone();
+        let acceptor = &self.acceptors[listener];
+        // The key log belongs to the configuration, so each connection needs a copy. Copies are cheap: their contents are shared.
+        let mut config = acceptor.config.clone();
         config.key_log = secrets;
-        let records = RecordStream::new(socket).keeping_first_bytes();
+        let records = RecordStream::new(socket).with_first_bytes();
         let records = match memory {
-            Some(charge) => records.charged(charge),
+            Some(charge) => records.with_charge(charge),
             None => records,
         };
         let handshake = async {
-            match shown.strict_sni || !shown.strict_alpn {
-                // In a box: it is larger than what all other listeners need.
-                true => Box::pin(self.accept_by_hello(shown, config, records)).await,
-                false => TlsAcceptor::from(Arc::new(config)).accept(records).into_fallible().await.map_err(broken),
+            if acceptor.strict_sni || !acceptor.strict_alpn {
+                // Boxed because its future is larger than that of the other branch.
+                Box::pin(self.accept_by_hello(acceptor, config, records)).await
+            } else {
+                TlsAcceptor::from(Arc::new(config)).accept(records).into_fallible().await.map_err(FailedHandshake::from)
             }
         };
-        match observed(handshake).await {
+        match with_refusal(handshake).await {
             (Ok(mut accepted), _) => {
                 let (records, connection) = accepted.get_mut();
                 drop(records.take_first_bytes());
                 let certificates = connection.peer_certificates().unwrap_or_default();
-                records.established(certificates.iter().map(|certificate| certificate.len()).sum());
+                records.handshake_completed(certificates.iter().map(|certificate| certificate.len()).sum());
                 Ok(TlsStream::Server(accepted))
             }
-            (Err((error, first_bytes)), refusal) => {
-                Err(HandshakeError::new(&error, first_bytes, refusal, shown.oldest))
-            }
+            (Err(failed), refusal) => Err(HandshakeError::new(failed, refusal, acceptor.min_version)),
         }
     }
 
-    /// Whether the listener asks clients for certificates.
-    pub fn asks_certificate(&self, listener: usize) -> bool {
-        self.listeners[listener].user.is_some()
+    /// Whether the listener requests client certificates.
+    pub fn requests_certificate(&self, listener: usize) -> bool {
+        self.acceptors[listener].certificate_user.is_some()
     }
 
-    /// Reads the client's first message before rustls answers it, for listeners whose answer depends on it.
+    /// Reads the ClientHello before rustls answers it, for listeners whose answer depends on it.
     async fn accept_by_hello(
         &self,
-        shown: &ListenerAcceptor,
+        acceptor: &ListenerAcceptor,
         mut config: ServerConfig,
         socket: RecordStream<TcpStream>,
-    ) -> Result<server::TlsStream<RecordStream<TcpStream>>, Broken> {
-        let mut acceptor = LazyConfigAcceptor::new(Acceptor::default(), socket);
-        let mut start = match (&mut acceptor).await {
+    ) -> Result<server::TlsStream<RecordStream<TcpStream>>, FailedHandshake> {
+        let mut handshake = LazyConfigAcceptor::new(Acceptor::default(), socket);
+        let mut start = match (&mut handshake).await {
             Ok(start) => start,
             Err(error) => {
-                let first_bytes = acceptor.take_io().map(|mut socket| socket.take_first_bytes());
-                return Err((error, first_bytes.unwrap_or_default()));
+                let first_bytes = handshake.take_io().map(|mut socket| socket.take_first_bytes());
+                return Err(FailedHandshake { error, first_bytes: first_bytes.unwrap_or_default() });
             }
         };
         let hello = start.client_hello();
-        let is_known = self.certificates.knows(hello.server_name());
-        if !shown.strict_alpn && hello.alpn().is_some_and(|mut offered| offered.all(|protocol| protocol != ALPN)) {
-            // Without protocols of its own rustls agrees on none and goes on.
+        let is_known = self.certificates.has_name(hello.server_name());
+        if !acceptor.strict_alpn && hello.alpn().is_some_and(|mut offered| offered.all(|protocol| protocol != ALPN)) {
+            // If no protocols are configured, rustls accepts the connection without one.
             config.alpn_protocols = Vec::new();
         }
-        if shown.strict_sni && !is_known {
-            let error = std::io::Error::other("the client asks for no server that there is a certificate for");
+        if acceptor.strict_sni && !is_known {
+            let error = std::io::Error::other("the client sent no SNI, or a name for which there is no certificate");
             let error = start.io.write_all(&UNRECOGNIZED_NAME).await.err().unwrap_or(error);
-            return Err((error, start.io.take_first_bytes()));
+            return Err(FailedHandshake { error, first_bytes: start.io.take_first_bytes() });
         }
-        start.into_stream(Arc::new(config)).into_fallible().await.map_err(broken)
+        start.into_stream(Arc::new(config)).into_fallible().await.map_err(FailedHandshake::from)
     }
 
-    /// Sets the gauges, and begins to watch certificates and ticket keys, on `runtime` until `stop`.
+    /// Sets the gauges, and watches the files of certificates and ticket keys on `runtime` until `stop`.
     pub fn start(&self, metrics: &Arc<Metrics>, runtime: &Handle, tasks: &TaskTracker, stop: &CancellationToken) {
         self.certificates.publish(metrics);
         let (certificates, tickets) = (self.certificates.clone(), self.tickets.clone());
         let (metrics, stop) = (metrics.clone(), stop.clone());
-        let follow = async move {
+        let watch = async move {
             loop {
                 time::sleep(POLL_INTERVAL).await;
                 let (certificates, tickets, metrics) = (certificates.clone(), tickets.clone(), metrics.clone());
-                let look = move || {
-                    certificates.look(&metrics, now());
-                    tickets.look(&metrics);
+                let check = move || {
+                    certificates.check_files(&metrics, now());
+                    tickets.check_files(&metrics);
                 };
-                // Files may be slow: not on a thread that serves.
-                if tokio::task::spawn_blocking(look).await.is_err() {
-                    tracing::error!("certificates could not be looked at");
+                // Reading files may block, so it is not done on a thread that serves clients.
+                if tokio::task::spawn_blocking(check).await.is_err() {
+                    tracing::error!("the check of the certificate files panicked");
                 }
             }
         };
-        tasks.spawn_on(async move { stop.run_until_cancelled(follow).await }, runtime);
+        tasks.spawn_on(async move { stop.run_until_cancelled(watch).await }, runtime);
     }
 
-    /// Whose certificate it is, by the rule of the listener. `None`: it names nobody, or has ended since: a session that
-    /// is resumed has it from the ticket, and rustls does not check it again.
-    pub fn owner(&self, listener: usize, certificate: &[u8]) -> Option<UserName> {
-        let rule = self.listeners[listener].user?;
+    /// The user named by the client's certificate, in the field that the listener's configuration selects. `None` if the field is missing or
+    /// the certificate has expired. A resumed session takes the certificate from the ticket, and rustls does not verify it again.
+    pub fn certificate_user(&self, listener: usize, certificate: &[u8]) -> Option<UserName> {
+        let field = self.acceptors[listener].certificate_user?;
         let (_, parsed) =
             X509Certificate::from_der(certificate).ok().filter(|(_, parsed)| parsed.validity().is_valid())?;
         let alternatives = parsed.subject_alternative_name().ok().flatten();
         let mut alternatives = alternatives.iter().flat_map(|names| &names.value.general_names);
-        let name = match rule {
+        let name = match field {
             CertificateUser::SanEmail => alternatives.find_map(|name| match name {
                 GeneralName::RFC822Name(name) => Some(*name),
                 _ => None,
@@ -227,30 +228,31 @@ impl DownstreamTls {
     }
 }
 
-/// What a listener asks of clients.
-struct Policy {
+/// The TLS requirements of a listener.
+struct ListenerPolicy {
     verifier: Option<Arc<dyn ClientCertVerifier>>,
-    scope: Scope,
+    scope: TicketScope,
 }
 
-impl Policy {
+impl ListenerPolicy {
     fn build(listener: &Listener) -> Result<Self, Problem> {
-        let min = listener.tls_min;
-        let Some(wanted) = &listener.client_certificates else {
-            return Ok(Self { verifier: None, scope: Scope { min, clients: None } });
+        let min_version = listener.tls_min;
+        let Some(config) = &listener.client_certificates else {
+            return Ok(Self { verifier: None, scope: TicketScope { min_version, client_auth: None } });
         };
-        let (verifier, roots) = verifier(wanted)?;
-        let clients = Some(Clients { required: wanted.required, roots });
-        Ok(Self { verifier: Some(verifier), scope: Scope { min, clients } })
+        let presence = if config.required { CertificatePresence::Required } else { CertificatePresence::Optional };
+        let (verifier, roots_digest) = client_verifier(config, presence)?;
+        let client_auth = Some(ClientAuth { presence, roots_digest });
+        Ok(Self { verifier: Some(verifier), scope: TicketScope { min_version, client_auth } })
     }
 }
 
 fn server_config(
-    policy: Policy,
+    policy: ListenerPolicy,
     resolver: Resolver,
     ticketer: Option<Arc<dyn ProducesTickets>>,
 ) -> Result<ServerConfig, String> {
-    let versions = match policy.scope.min {
+    let versions = match policy.scope.min_version {
         TlsVersion::Tls12 => &[&TLS13, &TLS12][..],
         TlsVersion::Tls13 => &[&TLS13],
     };
@@ -273,42 +275,50 @@ fn server_config(
     Ok(config)
 }
 
-/// And the digest of the roots it trusts.
-fn verifier(wanted: &ClientCertificates) -> Result<(Arc<dyn ClientCertVerifier>, [u8; 32]), Problem> {
-    let file = wanted.ca.value.display();
-    let fault = |message: String| wanted.ca.location.problem(format!("{file}: {message}"));
+/// The verifier of client certificates, and the digest of the roots that it trusts.
+fn client_verifier(
+    config: &ClientCertificates,
+    presence: CertificatePresence,
+) -> Result<(Arc<dyn ClientCertVerifier>, [u8; 32]), Problem> {
+    let file = config.ca.value.display();
+    let problem = |message: String| config.ca.location.problem(format!("{file}: {message}"));
     let mut roots = RootCertStore::empty();
     let mut digest = digest::Context::new(&digest::SHA256);
-    let certificates = read_certificates(&wanted.ca.value).map_err(fault)?;
+    let certificates = read_certificates(&config.ca.value).map_err(problem)?;
     for certificate in &certificates {
         digest.update(certificate);
-        roots.add(certificate.clone()).map_err(|error| fault(error.to_string()))?;
+        roots.add(certificate.clone()).map_err(|error| problem(error.to_string()))?;
     }
-    let verifier = ClientsByRoots::new(roots, &certificates, wanted.required).map_err(fault)?;
+    let verifier = ClientRootVerifier::new(roots, &certificates, presence).map_err(problem)?;
     let mut bytes = [0; 32];
     bytes.copy_from_slice(digest.finish().as_ref());
     Ok((verifier, bytes))
 }
 
-/// Why a handshake failed, and what the client sent first.
-type Broken = (std::io::Error, Zeroizing<Vec<u8>>);
-
-fn broken((error, mut socket): (std::io::Error, RecordStream<TcpStream>)) -> Broken {
-    (error, socket.take_first_bytes())
+/// The error of a handshake before it is explained.
+struct FailedHandshake {
+    error: std::io::Error,
+    first_bytes: Zeroizing<Vec<u8>>,
 }
 
-/// A handshake with a client that failed.
+impl From<(std::io::Error, RecordStream<TcpStream>)> for FailedHandshake {
+    fn from((error, mut socket): (std::io::Error, RecordStream<TcpStream>)) -> Self {
+        Self { error, first_bytes: socket.take_first_bytes() }
+    }
+}
+
+/// The error of a handshake with a client.
 #[derive(Debug, thiserror::Error)]
 #[error("{reason}")]
 pub struct HandshakeError {
     reason: String,
     kind: std::io::ErrorKind,
-    /// What the client sent first, up to 4 KiB.
+    /// The first bytes that the client sent, up to 4 KiB.
     pub first_bytes: Zeroizing<Vec<u8>>,
 }
 
 impl HandshakeError {
-    /// The system failed before the handshake began.
+    /// An error of the operating system before the handshake began.
     pub fn of_system(error: &std::io::Error) -> Self {
         Self { reason: error.to_string(), kind: error.kind(), first_bytes: Zeroizing::default() }
     }
@@ -318,20 +328,16 @@ impl HandshakeError {
         self.kind
     }
 
-    fn new(
-        error: &std::io::Error,
-        first_bytes: Zeroizing<Vec<u8>>,
-        refusal: Option<String>,
-        oldest: TlsVersion,
-    ) -> Self {
+    fn new(failed: FailedHandshake, refusal: Option<String>, min_version: TlsVersion) -> Self {
+        let FailedHandshake { error, first_bytes } = failed;
         let cause = error.get_ref().and_then(|cause| cause.downcast_ref::<Error>());
-        let explained = || match cause? {
+        let explanation = || match cause? {
             Error::InvalidMessage(InvalidMessage::InvalidContentType) => {
                 Some("the client does not speak TLS on this port, or not from the first byte".to_owned())
             }
-            cause => Offer::read(&first_bytes)?.explains(cause, oldest),
+            cause => Offer::read(&first_bytes)?.explain(cause, min_version),
         };
-        let reason = refusal.or_else(explained).unwrap_or_else(|| error.to_string());
+        let reason = refusal.or_else(explanation).unwrap_or_else(|| error.to_string());
         Self { reason, kind: error.kind(), first_bytes }
     }
 }

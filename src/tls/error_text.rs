@@ -1,36 +1,37 @@
-//! Explanations of TLS errors that reach us as text, from the libraries that speak to directories.
+//! Explains TLS errors that arrive as text from the client libraries of directories.
 
 use super::certificate_refusal::VERSION_1;
 
-/// Explains that a peer does not speak TLS.
+/// Explanation of a peer that does not speak TLS.
 pub(super) const NOT_TLS: &str = "the server does not speak TLS on this port";
-/// Explains an issuer that is not trusted.
-const UNTRUSTED: &str = "the server's certificate was not issued by an authority that `ca` or the system trusts";
+/// Explanation of an untrusted issuer.
+const UNTRUSTED: &str =
+    "the server's certificate was not issued by an authority in `ca` or in the system's root certificates";
 
-/// What rustls writes, and what it means to the operator of a directory.
+/// Parts of the error texts of rustls, and their explanations.
 const KNOWN: [(&str, &str); 11] = [
     ("UnknownIssuer", UNTRUSTED),
     ("BadSignature", UNTRUSTED),
     (
         "CaUsedAsEndEntity",
-        "the server's certificate is that of an authority (CA:TRUE), not of a server: make one with \
-         `-addext basicConstraints=CA:FALSE`, or have it issued by an authority",
+        "the server's certificate is a CA certificate (CA:TRUE): create a server certificate with \
+         `-addext basicConstraints=CA:FALSE`, or let an authority issue one",
     ),
     ("UnsupportedCertVersion", VERSION_1),
-    ("not valid for name", "the server's certificate does not name the host in the URL"),
-    ("NotValidForName", "the server's certificate does not name the host in the URL"),
+    ("not valid for name", "the server's certificate is not valid for the host in the URL"),
+    ("NotValidForName", "the server's certificate is not valid for the host in the URL"),
     ("expired", "the server's certificate has expired"),
     ("Expired", "the server's certificate has expired"),
-    ("NotValidYet", "the server's certificate is not valid yet: is the clock of this machine right?"),
-    ("not valid yet", "the server's certificate is not valid yet: is the clock of this machine right?"),
+    ("NotValidYet", "the server's certificate is not valid yet: check the clock of this machine"),
+    ("not valid yet", "the server's certificate is not valid yet: check the clock of this machine"),
     ("InvalidContentType", NOT_TLS),
 ];
 
-/// `text` with an explanation in front, if it reports a failed handshake. For the libraries of `sql` and `redis` routes, which
-/// verify certificates on their own; `http`, `ldap` and the policy service use `trust`.
+/// Prepends an explanation to `text` if it reports a failed TLS handshake. For `sql` and `redis` routes, whose libraries verify
+/// certificates themselves; `http` and `ldap` routes and the policy service use `trust`.
 pub fn explain_error(text: String) -> String {
-    let is_of_tls = text.contains("peer certificate") || text.contains("corrupt message");
-    let known = KNOWN.iter().find(|(part, _)| is_of_tls && text.contains(part));
+    let is_tls_error = text.contains("peer certificate") || text.contains("corrupt message");
+    let known = KNOWN.iter().find(|(part, _)| is_tls_error && text.contains(part));
     known.map_or(text.clone(), |(_, explanation)| format!("{explanation} ({text})"))
 }
 
@@ -41,21 +42,21 @@ mod tests {
 
     use super::*;
 
-    /// As rustls wraps errors of webpki that it has no kind for.
-    fn of_webpki(name: &'static str) -> Error {
+    /// An error of webpki that has no variant of its own in rustls.
+    fn webpki_error(name: &'static str) -> Error {
         #[derive(Debug)]
-        struct Named(&'static str);
-        impl std::fmt::Display for Named {
+        struct WebpkiError(&'static str);
+        impl std::fmt::Display for WebpkiError {
             fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
                 f.write_str(self.0)
             }
         }
-        impl std::error::Error for Named {}
-        CertificateError::Other(OtherError(std::sync::Arc::new(Named(name)))).into()
+        impl std::error::Error for WebpkiError {}
+        CertificateError::Other(OtherError(std::sync::Arc::new(WebpkiError(name)))).into()
     }
 
     #[test]
-    fn what_rustls_writes_is_known() {
+    fn errors_of_rustls_are_explained() {
         let time = UnixTime::now();
         for (error, start) in [
             (Error::from(CertificateError::UnknownIssuer), "the server's certificate was not issued"),
@@ -66,18 +67,18 @@ mod tests {
                 CertificateError::NotValidYetContext { time, not_before: time }.into(),
                 "the server's certificate is not valid yet",
             ),
-            (CertificateError::NotValidForName.into(), "the server's certificate does not name"),
+            (CertificateError::NotValidForName.into(), "the server's certificate is not valid for the host"),
             (
                 CertificateError::NotValidForNameContext {
                     expected: ServerName::try_from("localhost").unwrap(),
                     presented: Vec::new(),
                 }
                 .into(),
-                "the server's certificate does not name",
+                "the server's certificate is not valid for the host",
             ),
             (InvalidMessage::InvalidContentType.into(), "the server does not speak TLS"),
-            (of_webpki("UnsupportedCertVersion"), "the certificate is X.509 version 1"),
-            (of_webpki("CaUsedAsEndEntity"), "the server's certificate is that of an authority (CA:TRUE)"),
+            (webpki_error("UnsupportedCertVersion"), "the certificate is X.509 version 1"),
+            (webpki_error("CaUsedAsEndEntity"), "the server's certificate is a CA certificate (CA:TRUE)"),
         ] {
             let text = format!("error communicating with database: {error}");
             let explained = explain_error(text.clone());

@@ -1,13 +1,12 @@
-//! Takes an established connection from rustls: its secrets become a channel of the record layer.
+//! Takes an established connection out of rustls: its secrets become a channel of the record layer.
 //!
-//! rustls hands over keys and sequence numbers; the traffic secrets behind them, which KeyUpdate needs, its key log tells
-//! during the handshake, to a [`TrafficSecrets`] that belongs to the one connection. Everything rustls has read is decrypted and
-//! carried along, and so is what it never saw, so that no byte is lost at the moment of the change. Kernel TLS would begin here
-//! too; `benches/NOTES.md` says what it takes. Called by `stream`.
+//! rustls returns the keys and sequence numbers. KeyUpdate also needs the traffic secrets, which the key log reports during the handshake to
+//! the [`TrafficSecrets`] of the connection. Data that rustls has decrypted and records that it has not seen are returned too, so no byte is
+//! lost. `benches/NOTES.md` describes how kernel TLS could be added here.
 //!
-//! Two states of rustls cannot be extracted and must be empty at that moment: an answer that waits to be sent, which [`extract`] sends
-//! first, and a handshake message of which only some records have arrived. [`poll_read`] therefore reads one record with
-//! data at a time: no such message can be incomplete when data arrives (RFC 8446 section 5.1), and later records stay in [`RecordStream`].
+//! Two states of rustls cannot be extracted, so neither may exist at that moment: an answer that waits to be sent, which [`extract`] sends
+//! first, and a handshake message of which only some records have arrived. [`poll_read`] therefore reads only one record with data at a
+//! time: no handshake message can be incomplete when data arrives (RFC 8446 section 5.1), and later records stay in [`RecordStream`].
 
 use std::io::{self, Read, Write};
 use std::pin::Pin;
@@ -22,31 +21,31 @@ use zeroize::Zeroizing;
 use super::record_stream::RecordStream;
 use crate::record_layer::{Channel, Keys, Role, Version};
 
-/// The traffic secrets of one connection (TLS 1.3), as its handshake told them.
+/// The traffic secrets of one TLS 1.3 connection, reported by the key log of its handshake.
 #[derive(Default)]
-pub struct TrafficSecrets(Mutex<Told>);
+pub struct TrafficSecrets(Mutex<SecretPair>);
 
 #[derive(Default)]
-struct Told {
+struct SecretPair {
     client: Zeroizing<Vec<u8>>,
     server: Zeroizing<Vec<u8>>,
 }
 
-const CLIENT: &str = "CLIENT_TRAFFIC_SECRET_0";
-const SERVER: &str = "SERVER_TRAFFIC_SECRET_0";
+const CLIENT_LABEL: &str = "CLIENT_TRAFFIC_SECRET_0";
+const SERVER_LABEL: &str = "SERVER_TRAFFIC_SECRET_0";
 
 impl KeyLog for TrafficSecrets {
     fn log(&self, label: &str, _client_random: &[u8], secret: &[u8]) {
-        let mut told = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut secrets = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         match label {
-            CLIENT => told.client = Zeroizing::new(secret.to_vec()),
-            SERVER => told.server = Zeroizing::new(secret.to_vec()),
+            CLIENT_LABEL => secrets.client = Zeroizing::new(secret.to_vec()),
+            SERVER_LABEL => secrets.server = Zeroizing::new(secret.to_vec()),
             _ => {}
         }
     }
 
     fn will_log(&self, label: &str) -> bool {
-        matches!(label, CLIENT | SERVER)
+        matches!(label, CLIENT_LABEL | SERVER_LABEL)
     }
 }
 
@@ -56,23 +55,23 @@ impl std::fmt::Debug for TrafficSecrets {
     }
 }
 
-/// A connection without rustls.
+/// A connection that was taken out of rustls.
 #[derive(Debug)]
-pub struct Established<S> {
-    /// The socket, open both ways.
+pub struct ExtractedConnection<S> {
+    /// The socket. Neither direction is closed.
     pub socket: S,
-    /// Seals and opens from here on.
+    /// Seals and opens the next records.
     pub channel: Channel,
-    /// Already decrypted, and read by nobody yet.
+    /// Data that rustls decrypted and that was not read from it.
     pub plaintext: Vec<u8>,
-    /// Already read from the socket, and not yet opened.
+    /// Records that were read from the socket and not yet opened.
     pub records: Vec<u8>,
-    /// The peer has said that it will send no more.
-    pub closed: bool,
+    /// Whether the peer has sent its last record.
+    pub peer_closed: bool,
 }
 
-/// Reads from one record with data, and sends the answer that a record before it asked for (a KeyUpdate, or the alert that declines a
-/// renegotiation): a peer may wait for the answer. An error of that write is also an error of the next read.
+/// Reads from one record with data, and sends the answer that an earlier record requested (a KeyUpdate, or the alert that declines a
+/// renegotiation), because the peer may wait for it. If sending fails, the next read fails too.
 pub fn poll_read<S>(
     stream: &mut TlsStream<RecordStream<S>>,
     context: &mut Context<'_>,
@@ -82,7 +81,7 @@ where
     S: AsyncRead + AsyncWrite + Unpin,
 {
     let read = poll_read_record(stream, context, buffer);
-    // One answer at a time moves out of its slot, so a peer that reads nothing cannot make the buffer behind it grow.
+    // Only one answer at a time is moved to the send buffer, so a peer that reads nothing cannot make the buffer grow.
     let queued = stream.get_ref().1.wants_write() || queue_answer(stream).is_ok();
     if queued && stream.get_ref().1.wants_write() {
         let _ = Pin::new(stream).poll_flush(context);
@@ -90,7 +89,7 @@ where
     read
 }
 
-/// `TlsStream::poll_read` would go on with the next records while `buffer` has space.
+/// Reads from one record with data. `TlsStream::poll_read` would read further records while `buffer` has space.
 fn poll_read_record<S>(
     stream: &mut TlsStream<RecordStream<S>>,
     context: &mut Context<'_>,
@@ -106,21 +105,24 @@ where
     Poll::Ready(Ok(()))
 }
 
-/// Moves the answer to a KeyUpdate to the bytes that are to be sent. rustls does so at the next write, even an empty one.
+/// Moves a pending answer to a KeyUpdate into the send buffer. rustls does so at the next write, even if that is empty.
 fn queue_answer<S>(stream: &mut TlsStream<S>) -> io::Result<()> {
     let mut writer = match stream {
         TlsStream::Server(stream) => stream.get_mut().1.writer(),
         TlsStream::Client(stream) => stream.get_mut().1.writer(),
     };
-    // Not `write_all`, which does nothing if there is nothing to write.
+    // `write_all` would not call `write` for an empty slice.
     writer.write(&[]).map(drop)
 }
 
-/// Takes the connection over. What rustls still had to send is sent first.
+/// Takes the connection out of rustls, after sending what rustls has buffered.
 ///
 /// # Errors
-/// The connection broke, or rustls found something wrong with it.
-pub async fn extract<S>(mut stream: TlsStream<RecordStream<S>>, secrets: &TrafficSecrets) -> io::Result<Established<S>>
+/// The connection failed, or rustls reported a protocol error.
+pub async fn extract<S>(
+    mut stream: TlsStream<RecordStream<S>>,
+    secrets: &TrafficSecrets,
+) -> io::Result<ExtractedConnection<S>>
 where
     S: AsyncRead + AsyncWrite + Unpin,
 {
@@ -137,9 +139,9 @@ where
         }
     };
     debug_assert!(records.is_between_records());
-    let (plaintext, closed, channel) = extract_channel(connection, secrets)?;
+    let (plaintext, peer_closed, channel) = extract_channel(connection, secrets)?;
     let (socket, records) = records.into_parts();
-    Ok(Established { socket, channel, plaintext, records, closed })
+    Ok(ExtractedConnection { socket, channel, plaintext, records, peer_closed })
 }
 
 fn extract_channel(
@@ -147,10 +149,10 @@ fn extract_channel(
     secrets: &TrafficSecrets,
 ) -> io::Result<(Vec<u8>, bool, Channel)> {
     let mut plaintext = Vec::new();
-    let closed = match connection.reader().read_to_end(&mut plaintext) {
+    let peer_closed = match connection.reader().read_to_end(&mut plaintext) {
         Ok(_) => true,
         Err(error) if error.kind() == io::ErrorKind::WouldBlock => false,
-        // The stream ended without close_notify: an end all the same.
+        // The stream ended without close_notify.
         Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => true,
         Err(error) => return Err(error),
     };
@@ -163,15 +165,15 @@ fn extract_channel(
         _ => Version::Tls12,
     };
     let extracted = connection.dangerous_extract_secrets().map_err(io::Error::other)?;
-    let told = secrets.0.lock().unwrap_or_else(PoisonError::into_inner);
+    let secrets = secrets.0.lock().unwrap_or_else(PoisonError::into_inner);
     let (send, receive) = match role {
-        Role::Client => (&told.client, &told.server),
-        Role::Server => (&told.server, &told.client),
+        Role::Client => (&secrets.client, &secrets.server),
+        Role::Server => (&secrets.server, &secrets.client),
     };
-    let unknown = || io::Error::other("a cipher the record layer does not know");
+    let unknown = || io::Error::other("the record layer does not support the cipher");
     let receive = Keys::new(&extracted.rx.1, extracted.rx.0, receive).ok_or_else(unknown)?;
     let send = Keys::new(&extracted.tx.1, extracted.tx.0, send).ok_or_else(unknown)?;
-    Ok((plaintext, closed, Channel::new(version, role, receive, send)))
+    Ok((plaintext, peer_closed, Channel::new(version, role, receive, send)))
 }
 
 #[cfg(test)]

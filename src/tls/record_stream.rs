@@ -1,13 +1,12 @@
-//! A socket that gives rustls whole records, one at a time.
+//! A socket that passes complete TLS records to rustls, one at a time.
 //!
-//! rustls keeps what it has read of a record that is not complete, and gives it to nobody; a connection that shall be
-//! taken from it at any moment must therefore never have handed it half a record. So the reading is done here, into a
-//! buffer of ours: a record goes out when all of it is there, and the next one in a call of its own. What is left when
-//! the connection is handed over, whole records and the beginning of one, is [`RecordStream::into_parts`]. Bytes that are no
-//! record pass as they are: rustls knows what to say of them.
+//! rustls does not return the bytes of an incomplete record that it has read. A connection that may be extracted at any moment must therefore
+//! never pass it a part of a record. This type reads into its own buffer, and passes on a record when it is complete, each in a separate
+//! read. [`RecordStream::into_parts`] returns the remaining bytes: complete records and the beginning of one. Bytes that are not a TLS record
+//! are passed on unchanged, and rustls reports the error.
 //!
-//! A client's connection carries a [`MemoryCharge`] for the bytes that are here or in rustls. When the budget does not allow more of them, the
-//! read fails with [`io::ErrorKind::OutOfMemory`].
+//! The connection of a client has a [`MemoryCharge`] for the bytes in this buffer and in rustls. If the budget does not allow more, the read
+//! fails with [`io::ErrorKind::OutOfMemory`].
 
 use std::io;
 use std::pin::Pin;
@@ -19,134 +18,134 @@ use zeroize::Zeroizing;
 use crate::admission::MemoryCharge;
 use crate::record_layer::record_length;
 
-/// One read of the socket: a handshake message, a login or a reply fits.
-const READ: usize = 4096;
-/// rustls reads this often before other tasks of the worker run: a peer may send records without data.
+/// Size of one read from the socket. A handshake message, a login or a reply usually fits.
+const READ_SIZE: usize = 4096;
+/// Maximum number of reads by rustls before other tasks of the worker run, because a peer may send records without data.
 const MAX_READS: u8 = 64;
-/// Bytes kept from the start of a connection: a ClientHello with a post-quantum key share has about 1.8 KB.
-const MAX_START: usize = 4096;
+/// Maximum number of retained first bytes of a connection. A ClientHello with a post-quantum key share has about 1.8 KB.
+const MAX_FIRST_BYTES: usize = 4096;
 
-/// See the module.
+/// The socket and its read buffer; see the module documentation.
 #[derive(Debug)]
 pub struct RecordStream<S> {
     socket: S,
-    /// Read from the socket, and not yet given to rustls from `start`.
+    /// Bytes read from the socket. Those from `start` have not been passed to rustls.
     buffer: Vec<u8>,
     start: usize,
-    /// So much of the record at `start` is still to be given, known to be there.
+    /// Number of bytes of the current record that have not been passed to rustls; all of them are in the buffer.
     releasing: usize,
-    account: Option<Account>,
-    /// Reads by rustls since a read of the socket had to wait.
+    charged: Option<ChargedBytes>,
+    /// Number of reads by rustls since the socket last had no data.
     reads: u8,
-    /// What the peer sent first, as long as it is wanted: a login in clear, if it speaks no TLS.
+    /// The first bytes of the connection, until they are taken. They contain a plaintext login if the peer does not use TLS.
     first_bytes: Option<Zeroizing<Vec<u8>>>,
 }
 
-/// Bytes of a client's connection that are charged to the budget.
+/// The memory of a client's connection that is charged to the budget.
 #[derive(Debug)]
-struct Account {
+struct ChargedBytes {
     charge: MemoryCharge,
-    /// rustls joins the records of a handshake message, and keeps certificates: all of the handshake may be in it.
-    handshaking: bool,
-    /// Bytes that rustls may hold.
+    /// During the handshake rustls may retain all bytes, because it joins the records of a message and stores certificates.
+    is_handshaking: bool,
+    /// Upper bound of the bytes in rustls.
     in_rustls: usize,
-    /// Bytes of these that it keeps as long as the connection lives.
-    kept: usize,
+    /// Bytes that rustls retains until the connection ends.
+    retained: usize,
 }
 
-impl Account {
-    /// rustls asks for the next record, and has nothing left of the one before.
-    fn asked(&mut self) {
-        if !self.handshaking {
-            self.in_rustls = self.kept;
+impl ChargedBytes {
+    /// rustls reads the next record, so it has consumed the previous one.
+    fn record_consumed(&mut self) {
+        if !self.is_handshaking {
+            self.in_rustls = self.retained;
         }
     }
 
-    /// rustls is given a part of a record. It decrypts data where they lie, and copies what is in them.
-    fn given(&mut self, length: usize) {
-        self.in_rustls += if self.handshaking { length } else { 2 * length };
+    /// `length` bytes of a record were passed to rustls, which decrypts data in place and then copies them.
+    fn record_passed(&mut self, length: usize) {
+        self.in_rustls += if self.is_handshaking { length } else { 2 * length };
     }
 }
 
 impl<S> RecordStream<S> {
-    /// Nothing is read yet.
+    /// Wraps a socket from which nothing has been read.
     pub fn new(socket: S) -> Self {
-        Self { socket, buffer: Vec::new(), start: 0, releasing: 0, account: None, reads: 0, first_bytes: None }
+        Self { socket, buffer: Vec::new(), start: 0, releasing: 0, charged: None, reads: 0, first_bytes: None }
     }
 
-    /// What comes first is kept for [`RecordStream::take_first_bytes`]. Nothing may have been read yet.
+    /// Retains the first bytes for [`RecordStream::take_first_bytes`]. Nothing may have been read yet.
     #[must_use]
-    pub fn keeping_first_bytes(self) -> Self {
+    pub fn with_first_bytes(self) -> Self {
         Self { first_bytes: Some(Zeroizing::default()), ..self }
     }
 
-    /// What is held is charged to a client's connection.
+    /// Charges the buffered bytes to a client's connection.
     #[must_use]
-    pub fn charged(self, charge: MemoryCharge) -> Self {
-        let account = Account { charge, handshaking: true, in_rustls: 0, kept: 0 };
-        Self { account: Some(account), ..self }
+    pub fn with_charge(self, charge: MemoryCharge) -> Self {
+        let charged = ChargedBytes { charge, is_handshaking: true, in_rustls: 0, retained: 0 };
+        Self { charged: Some(charged), ..self }
     }
 
-    /// The handshake is done; of it rustls keeps `kept` bytes.
-    pub fn established(&mut self, kept: usize) {
-        if let Some(account) = &mut self.account {
-            (account.handshaking, account.in_rustls, account.kept) = (false, kept, kept);
+    /// Records that the handshake is complete and that rustls retains `retained` bytes of it.
+    pub fn handshake_completed(&mut self, retained: usize) {
+        if let Some(charged) = &mut self.charged {
+            (charged.is_handshaking, charged.in_rustls, charged.retained) = (false, retained, retained);
         }
-        // Less than before is always allowed, and more would be noticed at the next read.
-        let _ = self.pay(self.buffer.capacity());
+        // A smaller charge is always allowed, and a larger one would fail at the next read.
+        let _ = self.update_charge(self.buffer.capacity());
     }
 
-    /// The start of the connection, up to 4 KiB, which is not kept any longer.
+    /// Takes the first bytes of the connection, up to 4 KiB.
     pub fn take_first_bytes(&mut self) -> Zeroizing<Vec<u8>> {
         self.first_bytes.take().unwrap_or_default()
     }
 
-    /// The socket itself.
+    /// The underlying socket.
     pub fn socket(&self) -> &S {
         &self.socket
     }
 
-    /// The socket, and what was read from it that rustls never saw.
+    /// Returns the socket, and the bytes that were read from it but not passed to rustls.
     pub fn into_parts(mut self) -> (S, Vec<u8>) {
         self.buffer.drain(..self.start);
         (self.socket, self.buffer)
     }
 
-    /// Whether rustls was given all of the records it was given any of.
+    /// Whether no record has been passed to rustls only in part.
     pub fn is_between_records(&self) -> bool {
         self.releasing == 0
     }
 
-    /// Charges `buffer` bytes here, the first bytes that are kept, and what is in rustls.
-    fn pay(&mut self, buffer: usize) -> io::Result<()> {
-        let Some(account) = &mut self.account else { return Ok(()) };
+    /// Updates the charge to `buffer` bytes, the retained first bytes, and the bytes in rustls.
+    fn update_charge(&mut self, buffer: usize) -> io::Result<()> {
+        let Some(charged) = &mut self.charged else { return Ok(()) };
         let first = self.first_bytes.as_ref().map_or(0, |bytes| bytes.capacity());
-        let paid = account.charge.resize(buffer + first + account.in_rustls);
-        paid.map_err(|error| io::Error::new(io::ErrorKind::OutOfMemory, error))
+        let result = charged.charge.resize(buffer + first + charged.in_rustls);
+        result.map_err(|error| io::Error::new(io::ErrorKind::OutOfMemory, error))
     }
 
-    /// Keeps what was read to `from` in the buffer, if it belongs to the start of the connection.
-    fn keep_first_bytes(&mut self, from: usize) -> io::Result<()> {
-        let Some(kept) = &self.first_bytes else { return Ok(()) };
-        let length = MAX_START.min(kept.len() + self.buffer.len() - from);
-        let (wanted, capacity) = (length - kept.len(), kept.capacity());
+    /// Copies the bytes from `from` in the buffer to the first bytes, unless these are complete.
+    fn copy_first_bytes(&mut self, from: usize) -> io::Result<()> {
+        let Some(first_bytes) = &self.first_bytes else { return Ok(()) };
+        let length = MAX_FIRST_BYTES.min(first_bytes.len() + self.buffer.len() - from);
+        let (additional, capacity) = (length - first_bytes.len(), first_bytes.capacity());
         if length > capacity {
             let larger = length.next_power_of_two();
-            self.pay(self.buffer.capacity() + larger)?;
-            // A growing vector would leave a copy behind that is not wiped.
+            self.update_charge(self.buffer.capacity() + larger)?;
+            // A vector that grows by itself would leave a copy that is not wiped.
             let mut copy = Zeroizing::new(Vec::with_capacity(larger));
-            if let Some(kept) = &self.first_bytes {
-                copy.extend_from_slice(kept);
+            if let Some(first_bytes) = &self.first_bytes {
+                copy.extend_from_slice(first_bytes);
             }
             self.first_bytes = Some(copy);
         }
-        if let Some(kept) = &mut self.first_bytes {
-            kept.extend_from_slice(&self.buffer[from..from + wanted]);
+        if let Some(first_bytes) = &mut self.first_bytes {
+            first_bytes.extend_from_slice(&self.buffer[from..from + additional]);
         }
-        self.pay(self.buffer.capacity())
+        self.update_charge(self.buffer.capacity())
     }
 
-    /// Bytes that rustls may have now: up to the end of the first record, if all of it is there.
+    /// Number of bytes that may be passed to rustls: up to the end of the first record if it is complete.
     fn available(&mut self) -> usize {
         if self.releasing == 0 {
             let buffered = &self.buffer[self.start..];
@@ -160,39 +159,39 @@ impl<S> RecordStream<S> {
     }
 
     fn release(&mut self, to: &mut ReadBuf<'_>) -> io::Result<()> {
-        let given = self.releasing.min(to.remaining());
-        if let Some(account) = &mut self.account {
-            account.given(given);
+        let length = self.releasing.min(to.remaining());
+        if let Some(charged) = &mut self.charged {
+            charged.record_passed(length);
         }
-        self.pay(self.buffer.capacity())?;
-        to.put_slice(&self.buffer[self.start..self.start + given]);
-        self.start += given;
-        self.releasing -= given;
+        self.update_charge(self.buffer.capacity())?;
+        to.put_slice(&self.buffer[self.start..self.start + length]);
+        self.start += length;
+        self.releasing -= length;
         if self.start == self.buffer.len() {
             self.start = 0;
             self.buffer.clear();
-            // What a long record needed is not kept.
-            self.buffer.shrink_to(READ);
-            self.pay(self.buffer.capacity())?;
+            // Release the memory of a long record.
+            self.buffer.shrink_to(READ_SIZE);
+            self.update_charge(self.buffer.capacity())?;
         }
         Ok(())
     }
 }
 
 impl<S: AsyncRead + Unpin> RecordStream<S> {
-    /// Reads once. Ready with `false` at the end of the stream.
+    /// Reads once from the socket. Returns `false` at the end of the stream.
     fn poll_fill(&mut self, context: &mut Context<'_>) -> Poll<io::Result<bool>> {
         self.buffer.drain(..self.start);
         self.start = 0;
         let length = self.buffer.len();
-        self.pay(self.buffer.capacity().max(length + READ))?;
-        self.buffer.reserve_exact(READ);
-        self.buffer.resize(length + READ, 0);
+        self.update_charge(self.buffer.capacity().max(length + READ_SIZE))?;
+        self.buffer.reserve_exact(READ_SIZE);
+        self.buffer.resize(length + READ_SIZE, 0);
         let mut space = ReadBuf::new(&mut self.buffer[length..]);
         let result = Pin::new(&mut self.socket).poll_read(context, &mut space);
         let read = space.filled().len();
         self.buffer.truncate(length + read);
-        self.keep_first_bytes(length)?;
+        self.copy_first_bytes(length)?;
         ready!(result)?;
         Poll::Ready(Ok(read > 0))
     }
@@ -201,9 +200,9 @@ impl<S: AsyncRead + Unpin> RecordStream<S> {
 impl<S: AsyncRead + Unpin> AsyncRead for RecordStream<S> {
     fn poll_read(mut self: Pin<&mut Self>, context: &mut Context<'_>, to: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         if self.releasing == 0
-            && let Some(account) = &mut self.account
+            && let Some(charged) = &mut self.charged
         {
-            account.asked();
+            charged.record_consumed();
         }
         if self.reads >= MAX_READS {
             self.reads = 0;
@@ -216,7 +215,7 @@ impl<S: AsyncRead + Unpin> AsyncRead for RecordStream<S> {
                 self.reads = 0;
             }
             if !ready!(filled)? {
-                // An end inside a record: rustls sees the stream end, and the session with it.
+                // If the stream ends inside a record, rustls sees only the end.
                 return Poll::Ready(Ok(()));
             }
         }
@@ -264,7 +263,7 @@ mod tests {
     use crate::config;
 
     #[tokio::test]
-    async fn only_whole_records_pass_and_one_at_a_time() {
+    async fn records_are_passed_complete_and_one_at_a_time() {
         let stream = [&[22, 3, 1, 0, 3][..], b"abc", &[23, 3, 3, 0, 2], b"de", &[23, 3, 3, 0, 9], b"fg"].concat();
         for cut in 0..=stream.len() {
             let (mut peer, socket) = duplex(64);
@@ -275,12 +274,12 @@ mod tests {
                 if got.len() + length > cut {
                     break;
                 }
-                // A reader with little room gets a record in pieces, and never a piece of an incomplete one.
+                // A reader with a small buffer gets a record in pieces, but never a piece of an incomplete record.
                 let mut piece = [0; 5];
                 let mut left = length;
                 while left > 0 {
                     let read = records.read(&mut piece).await.unwrap();
-                    assert!(read <= left, "{read} bytes, of a record with {left} left");
+                    assert!(read <= left, "{read} bytes of a record with {left} bytes left");
                     got.extend_from_slice(&piece[..read]);
                     left -= read;
                 }
@@ -305,57 +304,64 @@ mod tests {
         let mut reads = 0;
         while records.read(&mut got).now_or_never().is_some() {
             reads += 1;
-            assert!(reads <= MAX_READS, "a read must wait in between");
+            assert!(reads <= MAX_READS, "a read must wait after {MAX_READS} reads");
         }
-        assert_eq!(records.read(&mut got).await.unwrap(), 6, "it goes on without another byte from the peer");
+        assert_eq!(records.read(&mut got).await.unwrap(), 6, "reading continues without another byte from the peer");
     }
 
-    /// A guard with a budget of `bytes`, and a charge of its only connection.
-    fn charge(bytes: usize) -> (Arc<AdmissionControl>, PreloginTicket) {
+    /// An admission control with a budget of `bytes`, and the ticket of its only connection.
+    fn admission_with_budget(bytes: usize) -> (Arc<AdmissionControl>, PreloginTicket) {
         let config = config::AdmissionConfig { before_login_memory: bytes, ..Default::default() };
-        let guard = Arc::new(AdmissionControl::new(&config, Instant::now()));
-        let ticket = guard.enter_prelogin_queue(Instant::now()).unwrap();
-        (guard, ticket)
+        let admission = Arc::new(AdmissionControl::new(&config, Instant::now()));
+        let ticket = admission.enter_prelogin_queue(Instant::now()).unwrap();
+        (admission, ticket)
     }
 
-    /// The most that a client can make its connection hold here and in rustls, at each moment of its life.
+    /// Checks the charge at each stage of a connection whose client uses as much memory as it can.
     #[tokio::test]
-    async fn what_a_client_sends_is_charged_until_rustls_has_used_it() {
+    async fn received_bytes_are_charged_until_rustls_has_consumed_them() {
         const ALLOWANCE: usize = 8192;
         let record = [&[23, 3, 3, 0x40, 0][..], &[7; 0x4000]].concat();
-        let (guard, ticket) = charge(1 << 20);
+        let (admission, ticket) = admission_with_budget(1 << 20);
         let (mut peer, socket) = duplex(1 << 16);
-        let mut records = RecordStream::new(socket).charged(ticket.charge());
+        let mut records = RecordStream::new(socket).with_charge(ticket.charge());
         peer.write_all(&record[..12_000]).await.unwrap();
         let mut got = vec![0; 32_768];
         let mut read = |records: &mut RecordStream<_>| records.read(&mut got).now_or_never().map(Result::unwrap);
         assert_eq!(read(&mut records), None);
-        let partial = guard.prelogin_memory();
-        assert!((12_000..=20_480).contains(&(partial + ALLOWANCE)), "{partial}: a record of which the end is missing");
+        let partial = admission.prelogin_memory();
+        assert!((12_000..=20_480).contains(&(partial + ALLOWANCE)), "{partial}: an incomplete record");
         peer.write_all(&record[12_000..]).await.unwrap();
         assert_eq!(read(&mut records), Some(record.len()));
-        let handshake = guard.prelogin_memory() + ALLOWANCE;
+        let handshake = admission.prelogin_memory() + ALLOWANCE;
         assert!(
-            (record.len()..=record.len() + READ).contains(&handshake),
+            (record.len()..=record.len() + READ_SIZE).contains(&handshake),
             "{handshake}: rustls joins handshake messages"
         );
-        records.established(100);
-        assert_eq!(guard.prelogin_memory(), 0, "of the handshake certificates are kept");
+        records.handshake_completed(100);
+        assert_eq!(
+            admission.prelogin_memory(),
+            0,
+            "only the certificates of the handshake are retained, which the allowance covers"
+        );
         peer.write_all(&record).await.unwrap();
         assert_eq!(read(&mut records), Some(record.len()));
-        let data = guard.prelogin_memory() + ALLOWANCE;
-        assert!((2 * record.len()..=2 * record.len() + 2 * READ).contains(&data), "{data}: encrypted and decrypted");
+        let data = admission.prelogin_memory() + ALLOWANCE;
+        assert!(
+            (2 * record.len()..=2 * record.len() + 2 * READ_SIZE).contains(&data),
+            "{data}: encrypted and decrypted"
+        );
         assert_eq!(read(&mut records), None);
-        assert_eq!(guard.prelogin_memory(), 0, "rustls has asked for more, so it has used the record");
+        assert_eq!(admission.prelogin_memory(), 0, "rustls reads again, so it has consumed the record");
         drop(records);
     }
 
     #[tokio::test]
-    async fn the_first_bytes_are_kept_without_an_unwiped_copy_and_charged_as_long_as_they_are_kept() {
+    async fn first_bytes_are_charged_while_retained_and_leave_no_unwiped_copy() {
         const ALLOWANCE: usize = 8192;
-        let (guard, ticket) = charge(1 << 20);
+        let (admission, ticket) = admission_with_budget(1 << 20);
         let (mut peer, socket) = duplex(1 << 16);
-        let mut records = RecordStream::new(socket).charged(ticket.charge()).keeping_first_bytes();
+        let mut records = RecordStream::new(socket).with_charge(ticket.charge()).with_first_bytes();
         let sent = [&[22, 3, 1, 0x40, 0][..], &[7; 8187]].concat();
         let mut capacities = Vec::new();
         for piece in sent.chunks(700) {
@@ -365,25 +371,25 @@ mod tests {
         }
         capacities.dedup();
         assert_eq!(capacities, [1024, 2048, 4096]);
-        let held = records.buffer.capacity() + MAX_START;
-        assert_eq!(guard.prelogin_memory() + ALLOWANCE, held);
-        assert_eq!(records.take_first_bytes()[..], sent[..MAX_START]);
-        records.established(0);
-        assert_eq!(guard.prelogin_memory(), (held - MAX_START).saturating_sub(ALLOWANCE));
+        let charged = records.buffer.capacity() + MAX_FIRST_BYTES;
+        assert_eq!(admission.prelogin_memory() + ALLOWANCE, charged);
+        assert_eq!(records.take_first_bytes()[..], sent[..MAX_FIRST_BYTES]);
+        records.handshake_completed(0);
+        assert_eq!(admission.prelogin_memory(), (charged - MAX_FIRST_BYTES).saturating_sub(ALLOWANCE));
     }
 
     #[tokio::test]
-    async fn without_budget_a_record_is_not_read_to_its_end() {
-        let (_guard, ticket) = charge(4096);
+    async fn long_record_is_not_read_to_its_end_without_budget() {
+        let (_admission, ticket) = admission_with_budget(4096);
         let (mut peer, socket) = duplex(1 << 16);
-        let mut records = RecordStream::new(socket).charged(ticket.charge());
+        let mut records = RecordStream::new(socket).with_charge(ticket.charge());
         peer.write_all(&[&[22, 3, 1, 0x40, 0][..], &[1; 0x4000]].concat()).await.unwrap();
         let error = records.read(&mut [0; 64]).await.unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::OutOfMemory);
     }
 
     #[tokio::test]
-    async fn what_is_no_record_passes_as_it_is() {
+    async fn bytes_that_are_not_a_record_are_passed_unchanged() {
         let (mut peer, socket) = duplex(64);
         peer.write_all(b"a1 LOGIN u p\r\n").await.unwrap();
         drop(peer);

@@ -1,9 +1,8 @@
-//! Verification of peers' certificates: what is trusted, and refusals in an operator's words.
+//! Verification of peers' certificates, with explanations of refusals for the operator.
 //!
-//! Chains are verified by rustls. In addition a certificate that is itself in the trusted file is trusted, as OpenSSL
-//! does it, although it may be that of an authority (plain `openssl req -x509` makes one): its name, dates and purpose
-//! are still checked. The alert that the peer gets is the one rustls chooses; the explanation, which needs the refused
-//! certificate, is passed to [`observed`] beside it.
+//! rustls verifies chains. A certificate that is listed in the trusted file is trusted too, as in OpenSSL, even if it is a CA certificate
+//! (plain `openssl req -x509` creates one); its name, dates and purpose are still verified. rustls chooses the alert that is sent to the
+//! peer. The explanation needs the refused certificate, so the verifier stores it in a task-local variable, which [`with_refusal`] reads.
 
 use std::cell::RefCell;
 use std::collections::HashSet;
@@ -22,16 +21,16 @@ use tokio_rustls::rustls::{
 };
 use x509_parser::prelude::{FromDer as _, X509Certificate};
 
-use super::certificate_refusal::{Role, in_words};
+use super::certificate_refusal::{Peer, explain};
 use super::provider;
 
 tokio::task_local! {
-    /// Why the certificate of the handshake under way was refused.
+    /// Why the certificate of the current handshake was refused.
     static REFUSAL: RefCell<Option<String>>;
 }
 
-/// Runs a handshake; returns its result, and why the peer's certificate was refused if it was.
-pub(super) async fn observed<F: Future>(handshake: F) -> (F::Output, Option<String>) {
+/// Runs a handshake. Returns its result and, if the peer's certificate was refused, the explanation.
+pub(super) async fn with_refusal<F: Future>(handshake: F) -> (F::Output, Option<String>) {
     let handshake = async {
         let output = handshake.await;
         (output, REFUSAL.with(RefCell::take))
@@ -39,18 +38,18 @@ pub(super) async fn observed<F: Future>(handshake: F) -> (F::Output, Option<Stri
     REFUSAL.scope(RefCell::default(), handshake).await
 }
 
-/// Passes the explanation of `error` to [`observed`]; returns the error.
-fn refused(error: Error, certificate: &[u8], role: Role<'_>, now: UnixTime) -> Error {
-    // Outside of `observed` (clients of directories) the error alone must do.
-    let _ = REFUSAL.try_with(|refusal| refusal.replace(Some(in_words(&error, certificate, role, now.as_secs()))));
+/// Stores the explanation of `error` for [`with_refusal`], and returns the error.
+fn store_refusal(error: Error, certificate: &[u8], role: Peer<'_>, now: UnixTime) -> Error {
+    // Clients of directories do not use `with_refusal`; they have only the error.
+    let _ = REFUSAL.try_with(|refusal| refusal.replace(Some(explain(&error, certificate, role, now.as_secs()))));
     error
 }
 
-/// Certificates that are trusted as they are, by their digests.
+/// SHA-256 digests of the certificates that are trusted without a chain.
 #[derive(Debug, Clone, Default)]
-struct Exact(HashSet<[u8; 32]>);
+struct TrustedCertificates(HashSet<[u8; 32]>);
 
-impl Exact {
+impl TrustedCertificates {
     fn new(certificates: &[CertificateDer<'_>]) -> Self {
         Self(certificates.iter().map(|certificate| sha256(certificate)).collect())
     }
@@ -66,26 +65,26 @@ fn sha256(bytes: &[u8]) -> [u8; 32] {
     sum
 }
 
-/// Trusts servers by root certificates, or by their own certificates among these.
+/// Trusts servers whose chain ends at a root certificate, and servers whose certificate is in the trusted file.
 #[derive(Debug)]
-pub(super) struct ByRoots {
+pub(super) struct RootVerifier {
     chains: Arc<WebPkiServerVerifier>,
-    exact: Exact,
+    certificates: TrustedCertificates,
 }
 
-impl ByRoots {
-    /// `roots` are built from `certificates`.
+impl RootVerifier {
+    /// `roots` must contain `certificates`.
     ///
     /// # Errors
     /// There are no roots.
     pub(super) fn new(roots: RootCertStore, certificates: &[CertificateDer<'_>]) -> Result<Arc<Self>, String> {
         let chains = WebPkiServerVerifier::builder_with_provider(Arc::new(roots), provider()).build();
         let chains = chains.map_err(|error| error.to_string())?;
-        Ok(Arc::new(Self { chains, exact: Exact::new(certificates) }))
+        Ok(Arc::new(Self { chains, certificates: TrustedCertificates::new(certificates) }))
     }
 }
 
-impl ServerCertVerifier for ByRoots {
+impl ServerCertVerifier for RootVerifier {
     fn verify_server_cert(
         &self,
         certificate: &CertificateDer<'_>,
@@ -94,14 +93,14 @@ impl ServerCertVerifier for ByRoots {
         ocsp: &[u8],
         now: UnixTime,
     ) -> Result<ServerCertVerified, Error> {
-        let verified = if self.exact.contains(certificate) {
-            is_valid(certificate, now, Purpose::Server)
-                .and_then(|()| is_named(certificate, name))
+        let verified = if self.certificates.contains(certificate) {
+            verify_dates_and_purpose(certificate, now, Purpose::Server)
+                .and_then(|()| verify_name(certificate, name))
                 .map(|()| ServerCertVerified::assertion())
         } else {
             self.chains.verify_server_cert(certificate, intermediates, name, ocsp, now)
         };
-        verified.map_err(|error| refused(error, certificate, Role::Server(name), now))
+        verified.map_err(|error| store_refusal(error, certificate, Peer::Server(name), now))
     }
 
     fn verify_tls12_signature(
@@ -127,30 +126,29 @@ impl ServerCertVerifier for ByRoots {
     }
 }
 
-/// Trusts servers by pins alone, or trusts every server: what `pin` and `insecure` mean. The handshake's signature is
-/// still checked, so that the server has the key of the certificate it shows.
+/// Trusts servers by their public key alone (`pin`), or all servers (`insecure`). The signature of the handshake is verified in both
+/// cases, so the server must have the private key of the certificate it presents.
 #[derive(Debug)]
-pub(super) struct ByPin {
+pub(super) struct KeyVerifier {
     provider: Arc<CryptoProvider>,
-    accepted: Accepted,
+    accepted: AcceptedKeys,
 }
 
-/// Which servers [`ByPin`] trusts.
+/// The public keys that a [`KeyVerifier`] trusts.
 #[derive(Debug)]
-pub(super) enum Accepted {
-    /// Those whose public key has one of these SHA-256 digests.
-    Pins(Vec<[u8; 32]>),
-    /// All servers.
-    Everything,
+pub(super) enum AcceptedKeys {
+    /// The keys with these SHA-256 digests.
+    Pinned(Vec<[u8; 32]>),
+    Any,
 }
 
-impl ByPin {
-    pub(super) fn new(accepted: Accepted) -> Arc<Self> {
+impl KeyVerifier {
+    pub(super) fn new(accepted: AcceptedKeys) -> Arc<Self> {
         Arc::new(Self { provider: provider(), accepted })
     }
 }
 
-impl ServerCertVerifier for ByPin {
+impl ServerCertVerifier for KeyVerifier {
     fn verify_server_cert(
         &self,
         certificate: &CertificateDer<'_>,
@@ -160,8 +158,8 @@ impl ServerCertVerifier for ByPin {
         now: UnixTime,
     ) -> Result<ServerCertVerified, Error> {
         let pins = match &self.accepted {
-            Accepted::Pins(pins) => pins,
-            Accepted::Everything => return Ok(ServerCertVerified::assertion()),
+            AcceptedKeys::Pinned(pins) => pins,
+            AcceptedKeys::Any => return Ok(ServerCertVerified::assertion()),
         };
         let parsed = X509Certificate::from_der(certificate);
         let verified = match parsed {
@@ -169,7 +167,7 @@ impl ServerCertVerifier for ByPin {
             Ok((_, parsed)) if pins.contains(&sha256(parsed.public_key().raw)) => Ok(ServerCertVerified::assertion()),
             Ok(_) => Err(CertificateError::ApplicationVerificationFailure),
         };
-        verified.map_err(|error| refused(error.into(), certificate, Role::Server(name), now))
+        verified.map_err(|error| store_refusal(error.into(), certificate, Peer::Server(name), now))
     }
 
     fn verify_tls12_signature(
@@ -179,7 +177,7 @@ impl ServerCertVerifier for ByPin {
         signed: &DigitallySignedStruct,
     ) -> Result<HandshakeSignatureValid, Error> {
         verify_tls12_signature(message, certificate, signed, &self.provider.signature_verification_algorithms)
-            .map_err(|error| refused(error, certificate, Role::PinnedServer, UnixTime::now()))
+            .map_err(|error| store_refusal(error, certificate, Peer::PinnedServer, UnixTime::now()))
     }
 
     fn verify_tls13_signature(
@@ -189,7 +187,7 @@ impl ServerCertVerifier for ByPin {
         signed: &DigitallySignedStruct,
     ) -> Result<HandshakeSignatureValid, Error> {
         verify_tls13_signature(message, certificate, signed, &self.provider.signature_verification_algorithms)
-            .map_err(|error| refused(error, certificate, Role::PinnedServer, UnixTime::now()))
+            .map_err(|error| store_refusal(error, certificate, Peer::PinnedServer, UnixTime::now()))
     }
 
     fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
@@ -197,31 +195,41 @@ impl ServerCertVerifier for ByPin {
     }
 }
 
-/// Trusts clients by root certificates, or by their own certificates among these.
-#[derive(Debug)]
-pub(super) struct ClientsByRoots {
-    chains: Arc<dyn ClientCertVerifier>,
-    exact: Exact,
+/// Whether a listener requires clients to present a certificate.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(super) enum CertificatePresence {
+    Optional,
+    Required,
 }
 
-impl ClientsByRoots {
-    /// `roots` are built from `certificates`; a client without a certificate is let in unless one is `required`.
+/// Trusts clients whose chain ends at a root certificate, and clients whose certificate is in the trusted file.
+#[derive(Debug)]
+pub(super) struct ClientRootVerifier {
+    chains: Arc<dyn ClientCertVerifier>,
+    certificates: TrustedCertificates,
+}
+
+impl ClientRootVerifier {
+    /// `roots` must contain `certificates`. A client without a certificate is accepted unless `presence` requires one.
     ///
     /// # Errors
     /// There are no roots.
     pub(super) fn new(
         roots: RootCertStore,
         certificates: &[CertificateDer<'_>],
-        required: bool,
+        presence: CertificatePresence,
     ) -> Result<Arc<Self>, String> {
         let builder = WebPkiClientVerifier::builder_with_provider(Arc::new(roots), provider());
-        let builder = if required { builder } else { builder.allow_unauthenticated() };
+        let builder = match presence {
+            CertificatePresence::Required => builder,
+            CertificatePresence::Optional => builder.allow_unauthenticated(),
+        };
         let chains = builder.build().map_err(|error| error.to_string())?;
-        Ok(Arc::new(Self { chains, exact: Exact::new(certificates) }))
+        Ok(Arc::new(Self { chains, certificates: TrustedCertificates::new(certificates) }))
     }
 }
 
-impl ClientCertVerifier for ClientsByRoots {
+impl ClientCertVerifier for ClientRootVerifier {
     fn offer_client_auth(&self) -> bool {
         self.chains.offer_client_auth()
     }
@@ -240,12 +248,12 @@ impl ClientCertVerifier for ClientsByRoots {
         intermediates: &[CertificateDer<'_>],
         now: UnixTime,
     ) -> Result<ClientCertVerified, Error> {
-        let verified = if self.exact.contains(certificate) {
-            is_valid(certificate, now, Purpose::Client).map(|()| ClientCertVerified::assertion())
+        let verified = if self.certificates.contains(certificate) {
+            verify_dates_and_purpose(certificate, now, Purpose::Client).map(|()| ClientCertVerified::assertion())
         } else {
             self.chains.verify_client_cert(certificate, intermediates, now)
         };
-        verified.map_err(|error| refused(error, certificate, Role::Client, now))
+        verified.map_err(|error| store_refusal(error, certificate, Peer::Client, now))
     }
 
     fn verify_tls12_signature(
@@ -271,15 +279,15 @@ impl ClientCertVerifier for ClientsByRoots {
     }
 }
 
-/// What a certificate is used for.
+/// The role of the certificate's owner in the handshake.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Purpose {
     Server,
     Client,
 }
 
-/// Dates and purpose of a certificate that is trusted as it is.
-fn is_valid(certificate: &[u8], now: UnixTime, purpose: Purpose) -> Result<(), Error> {
+/// Verifies the dates and the purpose of a certificate that is in the trusted file.
+fn verify_dates_and_purpose(certificate: &[u8], now: UnixTime, purpose: Purpose) -> Result<(), Error> {
     let (_, parsed) = X509Certificate::from_der(certificate).map_err(|_| CertificateError::BadEncoding)?;
     let seconds = i64::try_from(now.as_secs()).unwrap_or(i64::MAX);
     if seconds > parsed.validity().not_after.timestamp() {
@@ -290,19 +298,19 @@ fn is_valid(certificate: &[u8], now: UnixTime, purpose: Purpose) -> Result<(), E
     }
     // RFC 5280 section 4.2.1.12: without the extension a certificate serves every purpose.
     let purposes = parsed.extended_key_usage().map_err(|_| CertificateError::BadEncoding)?;
-    let is_fit = purposes.is_none_or(|purposes| {
+    let is_allowed = purposes.is_none_or(|purposes| {
         let listed = match purpose {
             Purpose::Server => purposes.value.server_auth,
             Purpose::Client => purposes.value.client_auth,
         };
         listed || purposes.value.any
     });
-    if is_fit { Ok(()) } else { Err(CertificateError::InvalidPurpose.into()) }
+    if is_allowed { Ok(()) } else { Err(CertificateError::InvalidPurpose.into()) }
 }
 
-/// Whether a certificate that is trusted as it is carries `name`. One without alternative names, as `openssl req -x509`
-/// makes it, is known by its common name.
-fn is_named(certificate: &CertificateDer<'_>, name: &ServerName<'_>) -> Result<(), Error> {
+/// Verifies that a certificate that is in the trusted file is valid for `name`. If it has no alternative names, like a certificate of
+/// plain `openssl req -x509`, its common name is used.
+fn verify_name(certificate: &CertificateDer<'_>, name: &ServerName<'_>) -> Result<(), Error> {
     let mismatch = match verify_server_name(&ParsedCertificate::try_from(certificate)?, name) {
         Ok(()) => return Ok(()),
         Err(error) => error,
@@ -311,9 +319,9 @@ fn is_named(certificate: &CertificateDer<'_>, name: &ServerName<'_>) -> Result<(
     if parsed.subject_alternative_name().map_err(|_| CertificateError::BadEncoding)?.is_some() {
         return Err(mismatch);
     }
-    let asked = name.to_str();
+    let expected = name.to_str();
     let mut common = parsed.subject().iter_common_name().filter_map(|common| common.as_str().ok());
-    if common.any(|common| common.eq_ignore_ascii_case(&asked)) { Ok(()) } else { Err(mismatch) }
+    if common.any(|common| common.eq_ignore_ascii_case(&expected)) { Ok(()) } else { Err(mismatch) }
 }
 
 #[cfg(test)]

@@ -77,7 +77,7 @@ routes: [{{table: users.txt}}]
             r"vestibule.yaml:5:\d+: tls.certificates\[0\].key: .*does not fit the certificate",
             r"vestibule.yaml:6:\d+: tls.certificates\[1\].cert: .*absent.pem: No such file",
             r"vestibule.yaml:7:\d+: tls.certificates\[2\].key: .*encrypted",
-            r"vestibule.yaml:8:\d+: tls.certificates\[3\].cert: .*no certificate in it",
+            r"vestibule.yaml:8:\d+: tls.certificates\[3\].cert: .*the file contains no certificate",
             r"vestibule.yaml:10:\d+: backends.shard-a.tls.ca: .*absent-ca.pem: No such file",
             r"vestibule.yaml:11:\d+: routes\[0\].table: .*users.txt:2: no backend is declared as \"shard-z\"; declared: shard-a",
         ):

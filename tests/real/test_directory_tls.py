@@ -76,7 +76,7 @@ class DirectoryTlsTests(DirectoryFixture):
     def test_certificate_for_another_host_is_refused(self):
         relay = Relay(self.tls_port(), "127.0.0.2")
         self.addCleanup(relay.close)
-        self.assert_lookup_fails("does not name the host in the URL", port=relay.port, host="127.0.0.2")
+        self.assert_lookup_fails("is not valid for the host in the URL", port=relay.port, host="127.0.0.2")
 
     def test_expired_certificate_is_refused(self):
         folder = Folder()
@@ -182,7 +182,7 @@ class HttpTls(DirectoryTlsTests, unittest.TestCase):
                           "-out", own.cert)
         service = HttpService(own)
         self.addCleanup(service.close)
-        self.assert_lookup_fails("(is that of an authority|was not issued by an authority)", port=service.port)
+        self.assert_lookup_fails("(is a CA certificate|was not issued by an authority)", port=service.port)
 
 
 if __name__ == "__main__":

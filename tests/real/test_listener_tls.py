@@ -284,7 +284,7 @@ class Tickets(ListenerTlsTestCase):
         bad = folders[1].path / "newer.key"
         replace(bad, self.key_file("bad.key").read_bytes(), 0o644)
         wait_for("the gauge", lambda: two.metric("vestibule_ticket_keys_load_failed") == 1)
-        self.assertIn(f"{bad}: is open to everybody on this machine (mode 644): chmod 600 it; the old ticket keys stay in use", two.log())
+        self.assertIn(f"{bad}: is accessible by all users of this machine (mode 644): run chmod 600; the old ticket keys stay in use", two.log())
         self.assertEqual(resumed(two), [True, True])
         bad.chmod(0o600)
         wait_for("the gauge", lambda: two.metric("vestibule_ticket_keys_load_failed") == 0)

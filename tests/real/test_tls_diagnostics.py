@@ -53,7 +53,7 @@ admin: {{address: "127.0.0.1:{{admin}}"}}
     def test_alpn_mismatch_is_logged(self):
         self.s_client("-alpn", "h2,http/1.1")
         self.wait_for_log('the client offers the application protocols h2, http/1.1 (ALPN) and not imap')
-        self.assertIn("`alpn: any` would let it in", self.proxy.log())
+        self.assertIn("set `alpn: any` for the listener", self.proxy.log())
         output = self.s_client("-alpn", "h2,http/1.1", port="starttls")
         self.assertIn("* BYE", output, "accepted because of alpn: any")
         self.assertIn("No ALPN negotiated", output)
@@ -61,9 +61,9 @@ admin: {{address: "127.0.0.1:{{admin}}"}}
 
     def test_old_tls_version_is_logged(self):
         self.s_client("-tls1_1", "-cipher", "ALL:@SECLEVEL=0")
-        self.wait_for_log("the client offers TLS 1.1 at most and this listener requires TLS 1.2; cipher suites TLS_ECDHE_")
+        self.wait_for_log("the client offers at most TLS 1.1, but this listener requires TLS 1.2; cipher suites TLS_ECDHE_")
         self.s_client("-tls1_2", port="plain")
-        self.wait_for_log("the client offers TLS 1.2 at most and this listener requires TLS 1.3")
+        self.wait_for_log("the client offers at most TLS 1.2, but this listener requires TLS 1.3")
 
     def test_cipher_suite_mismatch_is_logged(self):
         self.s_client("-tls1_2", "-cipher", "AES128-SHA:AES256-SHA:@SECLEVEL=0")
@@ -154,7 +154,7 @@ admin: {{address: "127.0.0.1:{{admin}}"}}
             self.addCleanup(client.close)
             assert client.line(), "closed"
             raise AssertionError("an untrusted certificate was accepted")
-        wait_for("the record", lambda: "the certificate is self-signed and not itself in client_certificates.ca" in proxy.log())
+        wait_for("the record", lambda: "the certificate is self-signed and not listed in client_certificates.ca" in proxy.log())
 
     def test_x509_version_1_is_reported(self):
         """`openssl x509 -req` without extensions creates such a certificate."""

@@ -201,7 +201,7 @@ impl Client {
 
     fn with_certificate(mut self, issuer: &CertifiedIssuer<'_, KeyPair>) -> Self {
         let key = KeyPair::generate().unwrap();
-        let params = CertificateParams::new(["somebody.test".to_owned()]).unwrap();
+        let params = CertificateParams::new(["alice.test".to_owned()]).unwrap();
         let chain = vec![params.signed_by(&key, issuer).unwrap().der().clone()];
         let key = PrivateKeyDer::try_from(key.serialize_der()).unwrap();
         let builder =
@@ -299,7 +299,7 @@ async fn a_renewed_certificate_is_shown_and_a_bad_one_is_not() {
     let tls = folder.build(&["sni: any"], &["a"], "");
     let (metrics, client) = (metrics(), Client::able());
     tls.certificates.publish(&metrics);
-    let look = || (0..2).for_each(|_| tls.certificates.look(&metrics, now()));
+    let look = || (0..2).for_each(|_| tls.certificates.check_files(&metrics, now()));
     let failed = || {
         let label = folder.path("a.pem").display().to_string();
         let text = metrics.render();
@@ -348,7 +348,7 @@ async fn an_ocsp_response_is_shown_while_it_fits() {
     fs::write(folder.path("ocsp.der"), &good).unwrap();
     let tls = folder.build(&["sni: any"], &["a, ocsp: ocsp.der", "b"], "");
     let (metrics, client) = (metrics(), Client::able());
-    let look = |at: i64| (0..2).for_each(|_| tls.certificates.look(&metrics, at));
+    let look = |at: i64| (0..2).for_each(|_| tls.certificates.check_files(&metrics, at));
     let failed = || metrics.render().lines().any(|line| line.contains("load_failed{") && line.ends_with(" 1"));
     assert_eq!(
         client.shown(&tls, "localhost").await,
@@ -400,7 +400,7 @@ fn files_that_cannot_be_used_are_told_with_their_place() {
         [
             format!("tls.certificates[0].ocsp: {}: is not an OCSP response in DER", path("ocsp.der")),
             format!(
-                "tls.ticket_keys[0]: {}: is open to everybody on this machine (mode 644): chmod 600 it",
+                "tls.ticket_keys[0]: {}: is accessible by all users of this machine (mode 644): run chmod 600",
                 path("open")
             ),
             format!("tls.ticket_keys[1]: {}: No such file or directory (os error 2)", path("absent")),

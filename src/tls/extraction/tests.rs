@@ -1,4 +1,4 @@
-//! Connections taken over from rustls while their peer asks TLS for answers: both roles, both versions, every split.
+//! Extraction of connections whose peer requests TLS answers: both roles, both versions, every split of the records.
 
 use std::future::poll_fn;
 use std::sync::{Arc, LazyLock};
@@ -17,19 +17,19 @@ const LOGIN: &[u8] = b"a LOGIN alice secret\r\n";
 const NEXT: &[u8] = b"b NOOP\r\n";
 const REPLY: &[u8] = b"a OK done\r\n";
 
-/// What the peer sends.
+/// One thing that the peer sends.
 #[derive(Debug, Clone, Copy)]
 enum Sent {
     Data(&'static [u8]),
-    /// A KeyUpdate that asks for one, or the request for a new handshake.
+    /// A KeyUpdate that requests an answer in TLS 1.3, or a renegotiation in TLS 1.2.
     Request,
-    /// The same in two records.
+    /// A `Request` in two records.
     SplitRequest,
 }
 
 use Sent::{Data, Request, SplitRequest};
 
-/// A connection after its handshake: rustls here, a channel of the record layer as the peer.
+/// A connection after its handshake: the near end uses rustls, the peer a channel of the record layer.
 struct Pair {
     near: TlsStream<RecordStream<DuplexStream>>,
     secrets: Arc<TrafficSecrets>,
@@ -43,9 +43,9 @@ struct Configs {
 }
 
 fn configs(version: &'static SupportedProtocolVersion) -> Configs {
-    let made = rcgen::generate_simple_self_signed(vec!["localhost".to_owned()]).unwrap();
-    let key = PrivateKeyDer::try_from(made.signing_key.serialize_der()).unwrap();
-    let certificate: CertificateDer<'static> = made.cert.der().clone();
+    let generated = rcgen::generate_simple_self_signed(vec!["localhost".to_owned()]).unwrap();
+    let key = PrivateKeyDer::try_from(generated.signing_key.serialize_der()).unwrap();
+    let certificate: CertificateDer<'static> = generated.cert.der().clone();
     let mut roots = RootCertStore::empty();
     roots.add(certificate.clone()).unwrap();
     let mut server = ServerConfig::builder_with_protocol_versions(&[version])
@@ -73,7 +73,7 @@ impl Pair {
                 .connect(ServerName::try_from("localhost").unwrap(), RecordStream::new(client_end)),
         );
         let (server, mut client) = (TlsStream::Server(server.unwrap()), TlsStream::Client(client.unwrap()));
-        // Tickets of TLS 1.3 that the client has not read would be in the way.
+        // The client reads the session tickets of TLS 1.3, so that they are not in its buffers.
         let drained = poll_fn(|context| {
             let mut space = [0; 16];
             assert!(poll_read(&mut client, context, &mut ReadBuf::new(&mut space)).is_pending());
@@ -112,7 +112,7 @@ impl Pair {
     }
 }
 
-/// The handshake message of a ClientHello.
+/// A ClientHello without the header of its record.
 fn client_hello() -> Vec<u8> {
     let name = ServerName::try_from("localhost").unwrap();
     let mut connection = ClientConnection::new(Arc::new(CONFIGS[1].client.clone()), name).unwrap();
@@ -121,9 +121,9 @@ fn client_hello() -> Vec<u8> {
     records.split_off(5)
 }
 
-/// Sends `flight`, of which only the first `split` bytes arrive before the proxy waits for more or has read [`LOGIN`]. Then the
-/// proxy takes the connection over, reads the rest, and replies. Both ends must understand each other.
-async fn survives(version: Version, role: Role, flight: &[Sent], split: Option<usize>) -> usize {
+/// Sends `flight`. Only its first `split` bytes arrive before the near end waits for more or has read [`LOGIN`]. Then the connection is
+/// extracted, reads the rest, and replies. Returns the length of the records.
+async fn assert_extractable(version: Version, role: Role, flight: &[Sent], split: Option<usize>) -> usize {
     let case = format!("{version:?} {role:?} {flight:?} {split:?}");
     let mut pair = Pair::new(version, role).await;
     let records = pair.records(version, role, flight);
@@ -175,7 +175,7 @@ async fn survives(version: Version, role: Role, flight: &[Sent], split: Option<u
     records.len()
 }
 
-/// Opens the whole records in `received`: the data, and what else happened.
+/// Opens the complete records in `received`, appends their data to `data`, and returns the other events.
 fn open(channel: &mut Channel, received: &mut Vec<u8>, data: &mut Vec<u8>, case: &str) -> Vec<Opened> {
     let mut events = Vec::new();
     while let Some(length) = record_length(received).unwrap().filter(|length| *length <= received.len()) {
@@ -188,38 +188,43 @@ fn open(channel: &mut Channel, received: &mut Vec<u8>, data: &mut Vec<u8>, case:
     events
 }
 
-async fn survives_every_split(version: Version, role: Role, flight: &[Sent]) {
-    let length = survives(version, role, flight, None).await;
+async fn assert_extractable_at_every_split(version: Version, role: Role, flight: &[Sent]) {
+    let length = assert_extractable(version, role, flight, None).await;
     for split in 0..length {
-        survives(version, role, flight, Some(split)).await;
+        assert_extractable(version, role, flight, Some(split)).await;
     }
 }
 
-/// rustls's own answer is written before the connection is taken from it, and later requests are answered by the channel.
+/// rustls sends its pending answer before the extraction, and the channel answers later requests.
 #[tokio::test]
-async fn requests_around_a_login_are_answered_at_every_split() {
+async fn tls_requests_around_a_login_are_answered_at_every_split() {
     for role in [Role::Server, Role::Client] {
         let flight = [Request, Request, Data(&LOGIN[..7]), Request, Data(&LOGIN[7..]), Request, Data(NEXT)];
-        survives_every_split(Version::Tls13, role, &flight).await;
-        // rustls takes one request for a new handshake, and the channel more.
-        survives_every_split(Version::Tls12, role, &[Request, Data(LOGIN), Data(NEXT)]).await;
-        survives_every_split(Version::Tls12, role, &[Data(LOGIN), Request, Data(NEXT), Request, Data(NEXT)]).await;
+        assert_extractable_at_every_split(Version::Tls13, role, &flight).await;
+        // rustls accepts one request for a renegotiation, and the channel several.
+        assert_extractable_at_every_split(Version::Tls12, role, &[Request, Data(LOGIN), Data(NEXT)]).await;
+        assert_extractable_at_every_split(
+            Version::Tls12,
+            role,
+            &[Data(LOGIN), Request, Data(NEXT), Request, Data(NEXT)],
+        )
+        .await;
     }
 }
 
 /// A record that completes a login may be followed by the first part of a handshake message.
 #[tokio::test]
-async fn a_handshake_message_that_begins_with_the_login_is_not_lost() {
+async fn handshake_message_that_begins_with_the_login_is_not_lost() {
     for role in [Role::Server, Role::Client] {
         for version in [Version::Tls13, Version::Tls12] {
-            survives_every_split(version, role, &[Data(LOGIN), SplitRequest, Data(NEXT)]).await;
+            assert_extractable_at_every_split(version, role, &[Data(LOGIN), SplitRequest, Data(NEXT)]).await;
         }
     }
 }
 
-/// A peer may say nothing more before it has the answer.
+/// A peer may wait for the answer before it sends more.
 #[tokio::test]
-async fn a_request_before_the_login_is_answered_at_once() {
+async fn tls_request_before_the_login_is_answered_at_once() {
     for (version, role) in [Version::Tls13, Version::Tls12]
         .into_iter()
         .flat_map(|version| [(version, Role::Server), (version, Role::Client)])
@@ -238,23 +243,23 @@ async fn a_request_before_the_login_is_answered_at_once() {
     }
 }
 
-/// Each request follows data, so that none is one too many: the answers wait in one slot.
+/// Each request follows data, so the limit of records without data is not reached. Only one answer waits at a time.
 #[tokio::test]
-async fn answers_that_are_not_read_do_not_add_up_before_the_login() {
+async fn unread_tls_answers_do_not_accumulate_before_the_login() {
     let mut pair = Pair::new(Version::Tls13, Role::Server).await;
     let (mut written, mut blocked) = (0, 0);
-    // The peer reads nothing, so the socket is full after some answers.
+    // The peer does not read, so the socket is full after some answers.
     while blocked < 3 {
         let records = pair.records(Version::Tls13, Role::Server, &[Request, Data(b"x")]);
         pair.socket.write_all(&records).await.unwrap();
-        // Ready at once, or after the turn that many small records end.
+        // Ready at once, or after a pause that follows many small records.
         poll_fn(|context| poll_read(&mut pair.near, context, &mut ReadBuf::new(&mut [0; 16]))).await.unwrap();
         written += 1;
-        assert!(written < 10_000, "the socket takes everything");
+        assert!(written < 10_000, "the socket buffer never fills");
         blocked = if pair.near.get_ref().1.wants_write() { blocked + 1 } else { 0 };
     }
     let mut answers = Vec::with_capacity(1 << 17);
-    // At most one answer is left in the buffer of rustls, and one in its slot.
+    // At most one answer is in the send buffer of rustls, and one waits to be moved there.
     let taken = pair.socket.read_buf(&mut answers).await.unwrap();
     extract(pair.near, &pair.secrets).await.unwrap();
     pair.socket.read_to_end(&mut answers).await.unwrap();

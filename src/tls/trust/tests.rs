@@ -1,4 +1,4 @@
-//! Certificates that are trusted as they are, and the words for those that are not.
+//! Tests of the verification of certificates, and of the explanations of refusals.
 
 use rcgen::{
     BasicConstraints, CertificateParams, CertifiedIssuer, DnType, ExtendedKeyUsagePurpose, IsCa, KeyPair, date_time_ymd,
@@ -6,12 +6,12 @@ use rcgen::{
 use rustls_pemfile::certs;
 use tokio_rustls::rustls::pki_types::pem::PemObject as _;
 
-use super::super::certificate_refusal::in_words;
+use super::super::certificate_refusal::explain;
 use super::*;
 
 /// 2026-01-01.
 const NOW: u64 = 1_767_225_600;
-/// Made by `openssl x509 -req -signkey` without extensions.
+/// Created by `openssl x509 -req -signkey` without extensions.
 pub(in super::super) const VERSION_1_PEM: &str = "-----BEGIN CERTIFICATE-----
 MIIBJTCBywIUZkcldSCtq316WQqWSnTT/mZylHUwCgYIKoZIzj0EAwIwFDESMBAG
 A1UEAwwJbG9jYWxob3N0MCAXDTI2MTEyNzEwNTgyOFoYDzIxMjYxMTAzMTA1ODI4
@@ -23,7 +23,7 @@ z/VSEpJTCkBM
 -----END CERTIFICATE-----
 ";
 
-/// As plain `openssl req -x509` makes it: an authority's, with or without names.
+/// A CA certificate as plain `openssl req -x509` creates it, with or without names.
 fn self_signed(
     names: &[&str],
     years: [i32; 2],
@@ -38,40 +38,45 @@ fn self_signed(
     params.self_signed(&KeyPair::generate().unwrap()).unwrap().der().clone()
 }
 
-fn verifier(certificates: &[CertificateDer<'static>]) -> Arc<ByRoots> {
+fn verifier(certificates: &[CertificateDer<'static>]) -> Arc<RootVerifier> {
     let mut roots = RootCertStore::empty();
     for certificate in certificates {
         roots.add(certificate.clone()).unwrap();
     }
-    ByRoots::new(roots, certificates).unwrap()
+    RootVerifier::new(roots, certificates).unwrap()
 }
 
-/// Verifies a server's certificate; an error is in an operator's words.
+/// Verifies a server's certificate. The error is the explanation for the operator.
 async fn verify(verifier: &dyn ServerCertVerifier, certificate: &CertificateDer<'_>, name: &str) -> Result<(), String> {
     let now = UnixTime::since_unix_epoch(std::time::Duration::from_secs(NOW));
     let name = ServerName::try_from(name.to_owned()).unwrap();
-    let (result, refusal) = observed(async { verifier.verify_server_cert(certificate, &[], &name, &[], now) }).await;
+    let (result, refusal) =
+        with_refusal(async { verifier.verify_server_cert(certificate, &[], &name, &[], now) }).await;
     assert_eq!(result.is_err(), refusal.is_some());
     result.map(drop).map_err(|_| refusal.unwrap())
 }
 
 #[tokio::test]
-async fn a_certificate_in_the_trusted_file_is_trusted_as_it_is() {
+async fn certificate_in_the_trusted_file_is_trusted_without_a_chain() {
     let named = self_signed(&["mail.test", "127.0.0.1"], [2025, 2030], |_| {});
     let unnamed = self_signed(&[], [2025, 2030], |_| {});
     let both = verifier(&[named.clone(), unnamed.clone()]);
     for name in ["mail.test", "127.0.0.1"] {
         assert_eq!(verify(&*both, &named, name).await, Ok(()), "{name}");
     }
-    assert_eq!(verify(&*both, &unnamed, "MAIL.test").await, Ok(()), "the common name counts without others");
-    // Another certificate with the same names is not the one in the file.
-    let stranger = self_signed(&["mail.test"], [2025, 2030], |_| {});
-    let error = verify(&*both, &stranger, "mail.test").await.unwrap_err();
+    assert_eq!(
+        verify(&*both, &unnamed, "MAIL.test").await,
+        Ok(()),
+        "the common name is used if there are no alternative names"
+    );
+    // Another certificate with the same names is not trusted.
+    let other = self_signed(&["mail.test"], [2025, 2030], |_| {});
+    let error = verify(&*both, &other, "mail.test").await.unwrap_err();
     assert!(error.contains("pin: \"sha256:"), "{error}");
 }
 
 #[tokio::test]
-async fn its_name_dates_and_purpose_are_still_checked() {
+async fn certificate_in_the_trusted_file_needs_a_valid_name_date_and_purpose() {
     let other = self_signed(&["other.test", "*.wild.test"], [2025, 2030], |_| {});
     let expired = self_signed(&["mail.test"], [2020, 2025], |_| {});
     let future = self_signed(&["mail.test"], [2027, 2030], |_| {});
@@ -84,25 +89,25 @@ async fn its_name_dates_and_purpose_are_still_checked() {
         (
             &other,
             "mail.test",
-            "the certificate is for other.test, *.wild.test, and mail.test was asked for: set tls.server_name",
+            "the certificate is valid for other.test, *.wild.test, not for mail.test: set tls.server_name",
         ),
         (&expired, "mail.test", "the certificate expired on 2025-01-01T00:00:00Z, 365 days ago"),
-        (&future, "mail.test", "the certificate is not valid before 2027-01-01T00:00:00Z: is the clock"),
-        (&client, "mail.test", "the certificate is not meant for TLS servers"),
+        (&future, "mail.test", "the certificate is not valid before 2027-01-01T00:00:00Z: check the clock"),
+        (&client, "mail.test", "the extended key usage of the certificate does not allow TLS servers"),
         (
             &unnamed,
             "10.0.0.1",
-            "the certificate is for no name (its common name mail.test does not count), and 10.0.0.1",
+            "the certificate is not valid for 10.0.0.1: it contains no name (its common name mail.test is ignored)",
         ),
     ] {
         let error = verify(&*all, certificate, name).await.unwrap_err();
         assert!(error.starts_with(words), "{error}");
-        assert!(error.contains("to trust this very key"), "{error}");
+        assert!(error.contains("if you have verified that this is the server's key"), "{error}");
     }
 }
 
 #[tokio::test]
-async fn untrusted_certificates_are_explained_with_the_pin_that_would_do() {
+async fn refusal_of_an_untrusted_certificate_contains_its_pin() {
     let mut authority = CertificateParams::new(Vec::new()).unwrap();
     authority.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
     authority.distinguished_name.push(DnType::CommonName, "Evil\n\u{1b}[31m Authority");
@@ -113,57 +118,60 @@ async fn untrusted_certificates_are_explained_with_the_pin_that_would_do() {
     let issued = issued.signed_by(&key, &authority).unwrap().der().clone();
     let lone = self_signed(&["mail.test"], [2025, 2030], |_| {});
     let lone_leaf = self_signed(&["mail.test"], [2025, 2030], |params| params.is_ca = IsCa::NoCa);
-    let strangers = verifier(&[self_signed(&["x.test"], [2025, 2030], |_| {})]);
-    let error = verify(&*strangers, &issued, "mail.test").await.unwrap_err();
+    let unrelated = verifier(&[self_signed(&["x.test"], [2025, 2030], |_| {})]);
+    let error = verify(&*unrelated, &issued, "mail.test").await.unwrap_err();
     assert!(error.contains("was issued by CN=") && error.contains("Authority, which is not trusted"), "{error}");
     assert!(!error.contains(char::is_control), "{error:?}");
     for certificate in [&lone, &lone_leaf] {
-        let error = verify(&*strangers, certificate, "mail.test").await.unwrap_err();
+        let error = verify(&*unrelated, certificate, "mail.test").await.unwrap_err();
         assert!(
-            error.starts_with("the certificate is self-signed and not trusted: name its file as tls.ca"),
+            error.starts_with("the certificate is self-signed and not trusted: to trust it, set tls.ca to its file"),
             "{error}"
         );
-        // The pin in the text is one that is accepted.
+        // The verifier accepts the printed pin.
         let pin = error.split("sha256:").nth(1).unwrap().trim_end_matches('"');
         use base64::Engine as _;
         let pin: [u8; 32] = base64::engine::general_purpose::STANDARD.decode(pin).unwrap().try_into().unwrap();
-        assert_eq!(verify(&*ByPin::new(Accepted::Pins(vec![pin])), certificate, "anything.test").await, Ok(()));
+        assert_eq!(
+            verify(&*KeyVerifier::new(AcceptedKeys::Pinned(vec![pin])), certificate, "anything.test").await,
+            Ok(())
+        );
     }
-    let error = verify(&*ByPin::new(Accepted::Pins(vec![[0; 32]])), &lone, "mail.test").await.unwrap_err();
-    assert!(error.starts_with("the server's key is none of the configured pins; to trust"), "{error}");
-    assert_eq!(verify(&*ByPin::new(Accepted::Everything), &lone, "mail.test").await, Ok(()));
+    let error = verify(&*KeyVerifier::new(AcceptedKeys::Pinned(vec![[0; 32]])), &lone, "mail.test").await.unwrap_err();
+    assert!(error.starts_with("the server's key matches none of the configured pins; if you"), "{error}");
+    assert_eq!(verify(&*KeyVerifier::new(AcceptedKeys::Any), &lone, "mail.test").await, Ok(()));
 }
 
 #[tokio::test]
-async fn version_1_is_named_even_if_it_is_in_the_trusted_file() {
+async fn version_1_certificate_is_explained_even_if_it_is_in_the_trusted_file() {
     let certificate = CertificateDer::from_pem_slice(VERSION_1_PEM.as_bytes()).unwrap();
     assert_eq!(certs(&mut VERSION_1_PEM.as_bytes()).next().unwrap().unwrap(), certificate);
     let error = Error::InvalidCertificate(CertificateError::BadEncoding);
-    let words = in_words(&error, &certificate, Role::Client, NOW);
+    let words = explain(&error, &certificate, Peer::Client, NOW);
     assert!(words.starts_with("the certificate is X.509 version 1, which TLS libraries refuse"), "{words}");
     assert!(words.contains("subjectAltName") && !words.contains("pin"), "{words}");
 }
 
 #[tokio::test]
-async fn clients_are_trusted_by_their_own_certificates_too() {
+async fn client_certificate_in_the_trusted_file_is_trusted() {
     let known = self_signed(&["alice.test"], [2025, 2030], |_| {});
     let expired = self_signed(&["bob.test"], [2020, 2025], |_| {});
     let server = self_signed(&["carol.test"], [2025, 2030], |params| {
         params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth];
     });
-    let stranger = self_signed(&["alice.test"], [2025, 2030], |_| {});
+    let other = self_signed(&["alice.test"], [2025, 2030], |_| {});
     let trusted = [known.clone(), expired.clone(), server.clone()];
     let mut roots = RootCertStore::empty();
     trusted.iter().for_each(|certificate| roots.add(certificate.clone()).unwrap());
-    let clients = ClientsByRoots::new(roots, &trusted, true).unwrap();
+    let clients = ClientRootVerifier::new(roots, &trusted, CertificatePresence::Required).unwrap();
     let now = UnixTime::since_unix_epoch(std::time::Duration::from_secs(NOW));
     for (certificate, words) in [
         (&known, None),
         (&expired, Some("the certificate expired")),
-        (&server, Some("the certificate is not meant for TLS clients")),
-        (&stranger, Some("the certificate is self-signed and not itself in client_certificates.ca")),
+        (&server, Some("the extended key usage of the certificate does not allow TLS clients")),
+        (&other, Some("the certificate is self-signed and not listed in client_certificates.ca")),
     ] {
-        let (result, refusal) = observed(async { clients.verify_client_cert(certificate, &[], now) }).await;
+        let (result, refusal) = with_refusal(async { clients.verify_client_cert(certificate, &[], now) }).await;
         assert_eq!(result.is_ok(), words.is_none(), "{refusal:?}");
         assert!(words.is_none_or(|words| refusal.unwrap().starts_with(words)));
     }

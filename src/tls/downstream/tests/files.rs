@@ -29,7 +29,7 @@ impl Renewal {
 
     /// Two looks: a change is loaded once it rests.
     fn look(&self) {
-        (0..2).for_each(|_| self.tls.certificates.look(&self.metrics, now()));
+        (0..2).for_each(|_| self.tls.certificates.check_files(&self.metrics, now()));
     }
 
     /// What a client is shown, and whether the gauge says that files cannot be used.

@@ -1,9 +1,9 @@
-//! Tickets: where they are good, who shares them, and what they say of a client.
+//! Session tickets: validity for listeners, shared keys, and client certificates.
 
 use super::*;
 
 #[tokio::test]
-async fn a_ticket_is_good_where_the_policy_is_the_same() {
+async fn ticket_is_valid_only_for_the_same_policy() {
     let folder = Folder::new();
     folder.certificate("a", &["localhost"], 1, false);
     folder.secret("secret", 1);
@@ -54,7 +54,7 @@ async fn a_ticket_is_good_where_the_policy_is_the_same() {
 }
 
 #[tokio::test]
-async fn who_showed_a_certificate_is_known_again_and_who_did_not_stays_out() {
+async fn resumed_client_keeps_its_certificate_and_others_are_refused() {
     let folder = Folder::new();
     folder.certificate("a", &["localhost"], 1, false);
     let issuer = authority(&folder.path("ca.pem"));
@@ -63,29 +63,29 @@ async fn who_showed_a_certificate_is_known_again_and_who_did_not_stays_out() {
     let client = Client::able().with_certificate(&issuer);
     assert_eq!(client.connect(&tls, 1, "localhost").await.unwrap(), HandshakeKind::Full);
     assert_eq!(client.connect(&tls, 1, "localhost").await.unwrap(), HandshakeKind::Resumed);
-    let nobody = Client::able();
-    assert_eq!(nobody.connect(&tls, 0, "localhost").await.unwrap(), HandshakeKind::Full);
-    nobody.connect(&tls, 1, "localhost").await.unwrap_err();
+    let anonymous = Client::able();
+    assert_eq!(anonymous.connect(&tls, 0, "localhost").await.unwrap(), HandshakeKind::Full);
+    anonymous.connect(&tls, 1, "localhost").await.unwrap_err();
 }
 
 #[test]
-fn a_certificate_that_has_ended_names_nobody() {
+fn expired_certificate_names_no_user() {
     let folder = Folder::new();
     folder.certificate("a", &["localhost"], 1, false);
     let _ = authority(&folder.path("ca.pem"));
     let tls = folder.build(&["client_certificates: {ca: ca.pem, user: san-dns}"], &["a"], "");
     let of = |year: i32| {
-        let mut params = CertificateParams::new(["somebody.test".to_owned()]).unwrap();
+        let mut params = CertificateParams::new(["alice.test".to_owned()]).unwrap();
         params.not_after = rcgen::date_time_ymd(year, 1, 1);
         let certificate = params.self_signed(&KeyPair::generate().unwrap()).unwrap();
-        tls.owner(0, certificate.der()).map(|owner| owner.as_str().to_owned())
+        tls.certificate_user(0, certificate.der()).map(|owner| owner.as_str().to_owned())
     };
-    assert_eq!(of(2100).as_deref(), Some("somebody.test"));
+    assert_eq!(of(2100).as_deref(), Some("alice.test"));
     assert_eq!(of(2020), None);
 }
 
 #[tokio::test]
-async fn tickets_outlive_a_reload_of_the_configuration() {
+async fn tickets_survive_a_reload() {
     let folder = Folder::new();
     folder.certificate("a", &["localhost"], 1, false);
     let config = folder.config(&["sni: any"], &["a"], "");
@@ -103,7 +103,7 @@ async fn tickets_outlive_a_reload_of_the_configuration() {
 }
 
 #[tokio::test]
-async fn machines_that_share_keys_take_each_others_tickets_and_keys_are_rotated() {
+async fn machines_with_shared_keys_accept_each_others_tickets_and_keys_rotate() {
     let folder = Folder::new();
     // The certificates are not even the same, as long as the name is.
     folder.certificate("a", &["localhost"], 1, false);
@@ -127,7 +127,7 @@ async fn machines_that_share_keys_take_each_others_tickets_and_keys_are_rotated(
     // A new key comes, and the oldest goes.
     let (metrics, client) = (metrics(), Client::new(EVERY, &[&TLS13]));
     client.connect(&first, 0, "localhost").await.unwrap();
-    let look = || (0..2).for_each(|_| first.tickets.look(&metrics));
+    let look = || (0..2).for_each(|_| first.tickets.check_files(&metrics));
     folder.secret("two", 3);
     fs::copy(folder.path("one"), folder.path("two")).unwrap();
     folder.secret("one", 4);
@@ -145,9 +145,9 @@ async fn machines_that_share_keys_take_each_others_tickets_and_keys_are_rotated(
 }
 
 #[test]
-fn early_data_is_never_taken() {
+fn early_data_is_never_accepted() {
     let folder = Folder::new();
     folder.certificate("a", &["localhost"], 1, false);
     let tls = folder.build(&["sni: any"], &["a"], "");
-    assert_eq!(tls.listeners[0].config.max_early_data_size, 0);
+    assert_eq!(tls.acceptors[0].config.max_early_data_size, 0);
 }
