@@ -1,4 +1,4 @@
-//! Keys of one direction as plain data: made from what rustls extracts, advanced by KeyUpdate.
+//! The keys of one direction as plain data: created from the secrets that rustls extracts, and advanced by KeyUpdate.
 
 use aws_lc_rs::aead::{self, LessSafeKey, Nonce, UnboundKey};
 use thiserror::Error;
@@ -7,17 +7,16 @@ use tokio_rustls::rustls::crypto::tls13::{Hkdf, HkdfExpander, OkmBlock};
 use tokio_rustls::rustls::{ConnectionTrafficSecrets, SupportedCipherSuite};
 use zeroize::Zeroizing;
 
-/// How many KeyUpdates may have happened during a login, before the connection was handed over. A peer that sends more
-/// has its connection closed at its next KeyUpdate.
+/// Maximum number of KeyUpdates before the extraction. If a peer sent more, its connection is closed at its next KeyUpdate.
 pub const MAX_ROLL: usize = 1024;
-/// Of the nonce, and so of the static part.
+/// Length of a nonce.
 const IV: usize = 12;
 /// The longest key, in bytes.
 pub(super) const LONGEST_KEY: usize = 32;
 /// The longest traffic secret: SHA-384's output.
 pub(super) const LONGEST_SECRET: usize = 48;
 
-/// The protocol.
+/// The TLS version.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Version {
     /// RFC 5246.
@@ -26,7 +25,7 @@ pub enum Version {
     Tls13,
 }
 
-/// The AEAD.
+/// The AEAD cipher.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[expect(missing_docs, reason = "the names are the standard's")]
 pub enum Cipher {
@@ -59,7 +58,7 @@ impl Cipher {
         }
     }
 
-    /// How many records one key may seal: rustls's own figure for the suite.
+    /// Maximum number of records that one key may seal, from rustls.
     pub(super) fn confidentiality_limit(self) -> u64 {
         match self.tls13_suite() {
             SupportedCipherSuite::Tls13(suite) => suite.common.confidentiality_limit,
@@ -67,7 +66,7 @@ impl Cipher {
         }
     }
 
-    /// rustls's key derivation for the suite.
+    /// The key derivation of rustls for the suite.
     fn hkdf(self) -> Option<&'static dyn Hkdf> {
         match self.tls13_suite() {
             SupportedCipherSuite::Tls13(suite) => Some(suite.hkdf_provider),
@@ -81,24 +80,24 @@ impl Cipher {
 #[error("no traffic secret for the keys in use")]
 pub struct UnknownSecret;
 
-/// What one direction needs, wiped when dropped: with room for a key of `K` bytes and a secret of `S`.
+/// The keys of one direction, wiped when dropped, with space for a key of `K` bytes and a secret of `S` bytes.
 pub struct Keys<const K: usize = LONGEST_KEY, const S: usize = LONGEST_SECRET> {
     cipher: Cipher,
     key: Zeroizing<[u8; K]>,
     iv: [u8; IV],
-    /// TLS 1.3: where the next keys come from. It may be older than `key`: see [`Keys::advance`].
+    /// The secret from which the next keys are derived (TLS 1.3). It may be older than `key`, see [`Keys::advance`].
     secret: Zeroizing<[u8; S]>,
     secret_length: u8,
     sequence: u64,
 }
 
 impl<const K: usize, const S: usize> Keys<K, S> {
-    /// Whether there is no more of them than `L` bytes of key and `T` of secret.
+    /// Whether the key has at most `L` bytes and the secret at most `T` bytes.
     pub(super) fn fit<const L: usize, const T: usize>(&self) -> bool {
         self.cipher.key_length() <= L && usize::from(self.secret_length) <= T
     }
 
-    /// The same with other room, where they fit.
+    /// A copy with space for `L` and `T` bytes, in which the keys must fit.
     pub(super) fn moved<const L: usize, const T: usize>(&self) -> Keys<L, T> {
         let (mut key, mut secret) = (Zeroizing::new([0; L]), Zeroizing::new([0; T]));
         key.iter_mut().zip(&*self.key).for_each(|(to, from)| *to = *from);
@@ -109,8 +108,7 @@ impl<const K: usize, const S: usize> Keys<K, S> {
 }
 
 impl Keys {
-    /// Keys as rustls extracts them. `secret` is the traffic secret that its key log told, empty for TLS 1.2. `None`: a
-    /// cipher that is not known here.
+    /// Keys extracted by rustls. `secret` is the traffic secret from the key log, empty for TLS 1.2. `None` if the cipher is not supported.
     pub fn new(extracted: &ConnectionTrafficSecrets, sequence: u64, secret: &[u8]) -> Option<Self> {
         let (cipher, key, iv) = match extracted {
             ConnectionTrafficSecrets::Aes128Gcm { key, iv } => (Cipher::Aes128Gcm, key, iv),
@@ -135,7 +133,7 @@ impl Keys {
         Some(keys)
     }
 
-    /// Keys of a TLS 1.3 traffic secret, from its first record (RFC 8446 section 7.3).
+    /// The keys of a TLS 1.3 traffic secret for its first record (RFC 8446 section 7.3).
     pub fn from_secret(cipher: Cipher, secret: &[u8]) -> Option<Self> {
         let expander = cipher.hkdf()?.expander_for_okm(&OkmBlock::new(secret));
         let mut key = Zeroizing::new([0; LONGEST_KEY]);
@@ -147,11 +145,11 @@ impl Keys {
 
     /// The keys that follow a KeyUpdate (RFC 8446 section 7.2).
     ///
-    /// rustls's key log tells a connection's first secret only. Where the peer changed keys while rustls still had the
-    /// connection, that secret is behind the keys, and is rolled forward to them first.
+    /// The key log of rustls reports only the first secret of a connection. If the peer changed its keys before the extraction, the secret is
+    /// older than the keys, and is first advanced to them.
     ///
     /// # Errors
-    /// [`UnknownSecret`], where [`MAX_ROLL`] steps do not lead to the keys.
+    /// [`UnknownSecret`] if [`MAX_ROLL`] steps do not lead to the keys.
     pub(super) fn advance(&self) -> Result<Self, UnknownSecret> {
         let mut current = Self::from_secret(self.cipher, self.secret()).ok_or(UnknownSecret)?;
         for _ in 0..MAX_ROLL {
@@ -176,22 +174,22 @@ impl Keys {
         self.cipher
     }
 
-    /// Of the next record.
+    /// The sequence number of the next record.
     pub(super) fn sequence(&self) -> u64 {
         self.sequence
     }
 
-    /// One record is done. `None`: there are no more numbers.
+    /// Counts a record. `None` if no sequence number is left.
     pub(super) fn count(&mut self) -> Option<()> {
         self.sequence = self.sequence.checked_add(1)?;
         Some(())
     }
 
-    /// The ready-made cipher: 0.15 µs, some 600 bytes.
+    /// Initialises the cipher, which takes 0.15 µs and has about 600 bytes.
     pub(super) fn aead(&self) -> LessSafeKey {
         let key = UnboundKey::new(self.cipher.algorithm(), &self.key[..self.cipher.key_length()]);
         // The only error is a key of the wrong length, and the cipher gives the length.
-        LessSafeKey::new(key.expect("the key has its cipher's length"))
+        LessSafeKey::new(key.expect("the key has the length of its cipher"))
     }
 
     /// RFC 8446 section 5.3, RFC 7905 section 2, and rustls's choice for the explicit nonce of TLS 1.2 with AES-GCM.
@@ -203,7 +201,7 @@ impl Keys {
         nonce
     }
 
-    /// TLS 1.2 with AES-GCM: the nonce of a received record (RFC 5288 section 3).
+    /// The nonce of a received record in TLS 1.2 with AES-GCM (RFC 5288 section 3).
     pub(super) fn explicit_nonce(&self, explicit: [u8; 8]) -> [u8; IV] {
         let mut nonce = self.iv;
         nonce[IV - 8..].copy_from_slice(&explicit);
@@ -230,7 +228,7 @@ pub(super) fn nonce(bytes: [u8; IV]) -> Nonce {
     Nonce::assume_unique_for_key(bytes)
 }
 
-/// HKDF-Expand-Label with an empty context (RFC 8446 section 7.1). `None`: more is asked than the hash can give.
+/// HKDF-Expand-Label with an empty context (RFC 8446 section 7.1). `None` if `out` is too long for the hash.
 fn expand(expander: &dyn HkdfExpander, label: &[u8], out: &mut [u8]) -> Option<()> {
     let length = u16::try_from(out.len()).ok()?.to_be_bytes();
     let label_length = [u8::try_from("tls13 ".len() + label.len()).ok()?];

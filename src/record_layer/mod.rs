@@ -1,14 +1,13 @@
-//! TLS records of established connections: sealed and opened with the secrets that rustls hands over.
+//! TLS records of established connections, sealed and opened with the secrets that rustls extracts.
 //!
-//! rustls performs every handshake; once a login is accepted the connection needs no more of TLS than this room: two
-//! traffic keys, two sequence numbers, KeyUpdate, alerts. A [`Channel`] is that, ready for use; a [`StoredChannel`] is the same
-//! as plain data of some hundred and fifty bytes, kept while nothing moves. Bytes in, bytes out: no socket, no clock, no
-//! allocation, and no buffer, for records are sealed and opened in place in the caller's memory.
+//! rustls performs every handshake. After the login a connection needs only what this module provides: two traffic keys, two sequence
+//! numbers, KeyUpdate and alerts. A [`Channel`] is ready for use; a [`StoredChannel`] contains the same state in about 150 bytes while the
+//! session is idle. The module uses no socket, no clock and no buffer: records are sealed and opened in place in the caller's memory.
 //!
-//! What the room refuses: everything a peer may not send after the handshake. A [`Violation`] says what, and which alert
-//! answers it; the channel must not be read from again. Renegotiation (TLS 1.2) is declined with a warning. After 32 records in
-//! a row without data (KeyUpdates, handshakes, tickets, alerts, empty records) the channel is closed. Ciphers, nonces and derivations are those of the provider (aws-lc) and of rustls's own key schedule
-//! interface. Called by `tls` (which makes channels) and `relay` (which uses them).
+//! Everything that a peer may not send after the handshake is refused. A [`Violation`] is the reason and determines the alert; the channel
+//! must not be read again. Renegotiation (TLS 1.2) is declined with a warning. After 32 consecutive records without data (KeyUpdates,
+//! handshakes, tickets, alerts, empty records) the channel is closed. The ciphers are those of aws-lc, and keys are derived with the key
+//! schedule of rustls.
 
 mod keys;
 mod open;
@@ -28,19 +27,19 @@ pub const HEADER: usize = 5;
 pub const MAX_PLAINTEXT: usize = 1 << 14;
 /// The longest record that may arrive: TLS 1.2 allows 2048 bytes beyond the plaintext, TLS 1.3 only 256.
 pub const MAX_RECORD: usize = HEADER + MAX_PLAINTEXT + 2048;
-/// Of every AEAD used here.
+/// Length of the authentication tag, the same for all ciphers.
 const TAG: usize = 16;
 
-/// Which end of the connection we are.
+/// The role of this end in the handshake.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Role {
-    /// We connected.
+    /// This end connected.
     Client,
-    /// We accepted.
+    /// This end accepted the connection.
     Server,
 }
 
-/// What a record carries (RFC 8446 section 5.1).
+/// The content type of a record (RFC 8446 section 5.1).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u8)]
 pub(crate) enum ContentType {
@@ -49,21 +48,21 @@ pub(crate) enum ContentType {
     Data = 23,
 }
 
-/// Room that a record needs around its plaintext.
+/// Space that a record needs before and after its plaintext.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Layout {
-    /// Bytes ahead of the plaintext: header, and the explicit nonce of TLS 1.2 with AES-GCM.
+    /// Bytes before the plaintext: the header, and the explicit nonce of TLS 1.2 with AES-GCM.
     pub prefix: usize,
-    /// Bytes behind it: the inner type of TLS 1.3, and the tag.
+    /// Bytes after the plaintext: the inner content type of TLS 1.3, and the tag.
     pub suffix: usize,
 }
 
 /// Both directions of one established connection.
 #[derive(Debug)]
 pub struct Channel {
-    /// For what arrives.
+    /// Opens received records.
     pub opener: Opener,
-    /// For what is sent.
+    /// Seals records to send.
     pub sealer: Sealer,
 }
 
@@ -73,12 +72,12 @@ impl Channel {
         Self { opener: Opener::new(version, role, receive), sealer: Sealer::new(version, send) }
     }
 
-    /// Whether nothing but keys is needed to go on later: no handshake message is half received, nothing is closed.
+    /// Whether the keys are the whole state of the channel: no handshake message is incomplete, and neither direction is closed.
     pub fn can_suspend(&self) -> bool {
         self.opener.can_suspend() && !self.sealer.is_closed()
     }
 
-    /// Drops the ready-made ciphers and keeps what they are made from.
+    /// Reduces the channel to its keys. The initialised ciphers are dropped.
     pub fn suspend(self) -> StoredChannel {
         let (version, role) = (self.sealer.version(), self.opener.role());
         let (receive, send) = (self.opener.into_keys(), self.sealer.into_keys());
@@ -93,13 +92,13 @@ impl Channel {
 /// A suspended [`Channel`]: plain data, wiped when dropped.
 #[derive(Debug)]
 pub enum StoredChannel {
-    /// AES-128-GCM with SHA-256, which most connections have: 64 bytes less.
+    /// The keys of AES-128-GCM with SHA-256, which most connections use. They need 64 bytes less.
     Short(Box<StoredKeys<16, 32>>),
-    /// What is longer.
+    /// Longer keys.
     Long(Box<StoredKeys>),
 }
 
-/// What both directions of a [`StoredChannel`] channel are made from.
+/// The keys of both directions of a [`StoredChannel`].
 #[derive(Debug)]
 pub struct StoredKeys<const K: usize = LONGEST_KEY, const S: usize = LONGEST_SECRET> {
     version: Version,
@@ -109,7 +108,7 @@ pub struct StoredKeys<const K: usize = LONGEST_KEY, const S: usize = LONGEST_SEC
 }
 
 impl StoredChannel {
-    /// Makes the ciphers again: 0.3 µs.
+    /// Initialises the ciphers again, which takes 0.3 µs.
     pub fn resume(self) -> Channel {
         match self {
             Self::Short(rest) => Channel::new(rest.version, rest.role, rest.receive.moved(), rest.send.moved()),
@@ -118,10 +117,10 @@ impl StoredChannel {
     }
 }
 
-/// The whole length of the record that `bytes` begins with, header included; `None` before all of the header is there.
+/// The length of the first record in `bytes`, including its header. `None` if the header is incomplete.
 ///
 /// # Errors
-/// [`Violation::RecordOverflow`], or [`Violation::NotTls`] for what cannot be a record.
+/// [`Violation::RecordOverflow`], or [`Violation::NotTls`] if the bytes are not a TLS record.
 pub fn record_length(bytes: &[u8]) -> Result<Option<usize>, Violation> {
     let Some(header) = bytes.get(..HEADER) else { return Ok(None) };
     let length = usize::from(u16::from_be_bytes([header[3], header[4]]));

@@ -1,4 +1,4 @@
-//! What arrives: one record at a time, opened where it lies.
+//! Opens received records in place, one at a time.
 
 use std::ops::Range;
 
@@ -9,23 +9,23 @@ use super::post_handshake::{Asked, Messages};
 use super::violation::{AlertCode, Violation};
 use super::{ContentType, HEADER, MAX_PLAINTEXT, Role, TAG};
 
-/// Records in a row that carry nothing: rustls's own limit for KeyUpdates and empty records.
+/// Maximum number of consecutive records without data, as in rustls for KeyUpdates and empty records.
 const MAX_EMPTY: u8 = 32;
-/// Ahead of a TLS 1.2 record's ciphertext, with AES-GCM.
+/// Length of the explicit nonce before the ciphertext of a TLS 1.2 record with AES-GCM.
 const EXPLICIT_NONCE: usize = 8;
 
-/// What a record was.
+/// The content of an opened record.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Opened {
-    /// Plaintext, at this place of the record.
+    /// Plaintext in this range of the record.
     Data(Range<usize>),
-    /// Nothing that concerns the caller.
+    /// The record requires no action.
     Nothing,
-    /// The peer has new keys and wants the same of us: call `Sealer::key_update`.
+    /// The peer has new keys and requests new keys from this end: call `Sealer::key_update`.
     KeyUpdateRequested,
-    /// TLS 1.2: call `Sealer::decline_renegotiation`.
+    /// The peer requests a renegotiation (TLS 1.2): call `Sealer::decline_renegotiation`.
     Renegotiation,
-    /// close_notify: what follows is not to be read.
+    /// The peer sent close_notify. Following bytes must be ignored.
     Closed,
 }
 
@@ -37,7 +37,7 @@ pub struct Opener {
     keys: Keys,
     aead: LessSafeKey,
     messages: Messages,
-    /// Records without data, since the last one with data.
+    /// Number of records without data since the last record with data.
     empty: u8,
     closed: bool,
 }
@@ -65,10 +65,10 @@ impl Opener {
         &mut self.keys
     }
 
-    /// Opens `record`, which is whole, header included, as [`super::record_length`] cut it.
+    /// Opens a complete record, whose length is that of [`super::record_length`].
     ///
     /// # Errors
-    /// What the peer did wrong; the channel must not be read from again.
+    /// The violation by the peer. The channel must not be read again.
     pub fn open(&mut self, record: &mut [u8]) -> Result<Opened, Violation> {
         if self.closed {
             return Ok(Opened::Closed);
@@ -100,10 +100,10 @@ impl Opener {
         }
     }
 
-    /// RFC 8446 section 5.2: type of the content, and where it lies, padding removed.
+    /// Returns the content type and the range of the content without padding (RFC 8446 section 5.2).
     fn decrypt_13(&mut self, record: &mut [u8]) -> Result<(u8, Range<usize>), Violation> {
         let (header, sealed) = record.split_at_mut(HEADER);
-        // Change-cipher-spec has no place after the handshake, and nothing else may come in clear.
+        // After the handshake neither change-cipher-spec nor any unencrypted record is allowed.
         if header[0] != ContentType::Data as u8 {
             return Err(Violation::UnexpectedMessage);
         }
@@ -124,7 +124,7 @@ impl Opener {
         let (header, sealed) = record.split_at_mut(HEADER);
         let explicit = if self.keys.cipher() == Cipher::Chacha20Poly1305 { 0 } else { EXPLICIT_NONCE };
         let length = sealed.len().checked_sub(explicit + TAG).ok_or(Violation::BadRecord)?;
-        // The additional data are built, not taken from the header, so the header must be what they say.
+        // The additional data do not come from the header, so the header must be compared with them.
         if header[1..3] != [3, 3] || usize::from(u16::from_be_bytes([header[3], header[4]])) != sealed.len() {
             return Err(Violation::BadRecord);
         }
@@ -172,7 +172,7 @@ pub(super) fn aad_12(sequence: u64, kind: u8, length: usize) -> [u8; 13] {
     aad[..8].copy_from_slice(&sequence.to_be_bytes());
     aad[8] = kind;
     (aad[9], aad[10]) = (3, 3);
-    // A plaintext fits its length field: MAX_RECORD bounds both directions.
+    // The length fits into two bytes, because MAX_RECORD limits both directions.
     [aad[11], aad[12]] = (length as u16).to_be_bytes();
     aad
 }

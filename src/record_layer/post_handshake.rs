@@ -1,6 +1,6 @@
-//! Messages of the handshake protocol that come after the handshake, at any split over records.
+//! Handshake messages that arrive after the handshake, split over records in any way.
 //!
-//! None but KeyUpdate is of use here, so no message is kept: a ticket, for example, is skipped as it arrives.
+//! Only KeyUpdate has an effect. Other messages, such as session tickets, are skipped as they arrive and not stored.
 
 use super::violation::Violation;
 use super::{Role, Version};
@@ -10,40 +10,40 @@ const CLIENT_HELLO: u8 = 1;
 const NEW_SESSION_TICKET: u8 = 4;
 const KEY_UPDATE: u8 = 24;
 
-/// Type and length.
+/// Length of a message header: type and length.
 const MESSAGE_HEADER: usize = 4;
-/// A longer message is none that may come here: tickets are hundreds of bytes, rustls's own limit is this.
+/// Maximum length of a message, as in rustls. Tickets have some hundred bytes.
 const MAX_MESSAGE: usize = 0xffff;
 
-/// What a record's messages ask for.
+/// The action that the messages of a record require.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Asked {
     Nothing,
-    /// The peer's next record has new keys; whether it wants new ones from us too.
+    /// The next record of the peer uses new keys. `answer`: the peer requests new keys from this end too.
     KeyUpdate {
         answer: bool,
     },
-    /// TLS 1.2: to begin again.
+    /// The peer requests a renegotiation (TLS 1.2).
     Renegotiation,
 }
 
-/// Where in the stream of messages we are.
+/// The position in the stream of messages.
 #[derive(Debug, Default)]
 pub(super) struct Messages {
-    /// Header of the message that has begun, and the one byte that a KeyUpdate has.
+    /// The header of the current message, and the content of a KeyUpdate (one byte).
     head: [u8; MESSAGE_HEADER + 1],
     head_length: u8,
-    /// Bytes of a message still to be skipped.
+    /// Remaining bytes of a message that is skipped.
     skip: usize,
 }
 
 impl Messages {
-    /// Whether a message is only half there: then no other type of record may come (RFC 8446 section 5.1).
+    /// Whether a message is incomplete. Then no record of another type may follow (RFC 8446 section 5.1).
     pub(super) fn is_inside(&self) -> bool {
         self.skip > 0 || self.head_length > 0
     }
 
-    /// Takes the content of one record.
+    /// Reads the content of one record.
     pub(super) fn take(&mut self, version: Version, role: Role, mut content: &[u8]) -> Result<Asked, Violation> {
         if content.is_empty() {
             return Err(Violation::UnexpectedMessage);
@@ -69,7 +69,7 @@ impl Messages {
                 },
                 5 => {
                     self.head_length = 0;
-                    // Keys change at the end of a record, or the rest of it would belong to neither key.
+                    // A KeyUpdate must end its record, because the rest of the record would have been sealed with the old key.
                     if !content.is_empty() {
                         return Err(Violation::UnexpectedMessage);
                     }
@@ -84,7 +84,7 @@ impl Messages {
         }
     }
 
-    /// A message's header is complete.
+    /// Handles a message whose header is complete.
     fn begun(&mut self, version: Version, role: Role) -> Result<Asked, Violation> {
         let length = usize::from(self.head[1]) << 16 | usize::from(self.head[2]) << 8 | usize::from(self.head[3]);
         if length > MAX_MESSAGE {

@@ -1,4 +1,4 @@
-//! What is sent: one record at a time, sealed where it lies.
+//! Seals records to send in place, one at a time.
 
 use aws_lc_rs::aead::{Aad, LessSafeKey};
 use thiserror::Error;
@@ -8,14 +8,14 @@ use super::open::aad_12;
 use super::violation::AlertCode;
 use super::{ContentType, HEADER, Layout, MAX_PLAINTEXT, TAG};
 
-/// Kept of the cipher's limit for alerts, KeyUpdates and the records of one relay round.
+/// Records that are reserved below the cipher's limit for alerts, KeyUpdates and one relay round.
 const RESERVE: u64 = 64;
-/// No number behind this is used: rustls's own limit.
+/// The last sequence number that is used, as in rustls.
 const LAST_SEQUENCE: u64 = 0xffff_ffff_ffff_0000;
-/// The longest thing said that is no data: a KeyUpdate of five bytes.
+/// Maximum length of a control message. The longest is a KeyUpdate of five bytes.
 const SHORT: usize = 8;
 
-/// One key has sealed all it may (TLS 1.2, which has no KeyUpdate), or nothing may be sent any more.
+/// A key has reached its limit (TLS 1.2 has no KeyUpdate), or the channel is closed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Error)]
 #[error("nothing more may be sent under this key")]
 pub struct Exhausted;
@@ -63,7 +63,7 @@ impl Sealer {
         out.extend_from_slice(&record);
     }
 
-    /// Sends a request for new keys in two records, of which the first has `first` bytes of the message.
+    /// Appends a requesting KeyUpdate in two records, the first with `first` bytes of the message.
     #[cfg(test)]
     pub(crate) fn split_key_update_for_test(&mut self, first: usize, out: &mut Vec<u8>) {
         let (start, end) = [24, 0, 0, 1, 1].split_at(first);
@@ -79,7 +79,7 @@ impl Sealer {
         self.change_keys(1, out).unwrap();
     }
 
-    /// Room a record needs.
+    /// The space that a record needs around its plaintext.
     pub fn layout(&self) -> Layout {
         match (self.version, self.keys.cipher()) {
             (Version::Tls13, _) => Layout { prefix: HEADER, suffix: 1 + TAG },
@@ -88,13 +88,13 @@ impl Sealer {
         }
     }
 
-    /// Seals the `length` bytes of data that lie behind the prefix in `record`. Returns the record's length.
+    /// Seals the `length` bytes of data after the prefix in `record`. Returns the length of the record.
     ///
     /// # Errors
     /// [`Exhausted`]: the connection must be closed.
     ///
     /// # Panics
-    /// If `length` exceeds [`MAX_PLAINTEXT`] or `record` has no room for the layout.
+    /// If `length` exceeds [`MAX_PLAINTEXT`] or `record` is too short for the layout.
     pub fn seal(&mut self, record: &mut [u8], length: usize) -> Result<usize, Exhausted> {
         if self.closed || self.keys.sequence() >= self.limit {
             return Err(Exhausted);
@@ -102,12 +102,12 @@ impl Sealer {
         self.seal_as(ContentType::Data, record, length)
     }
 
-    /// Whether new keys are due: call [`Sealer::key_update`] before more than a few records are sealed.
+    /// Whether the keys are almost used up. [`Sealer::key_update`] must be called within the next few records.
     pub fn wants_key_update(&self) -> bool {
         self.version == Version::Tls13 && self.keys.sequence() + RESERVE >= self.limit
     }
 
-    /// Appends a KeyUpdate to `out` and takes the next keys; asks for none of the peer (RFC 8446 section 4.6.3).
+    /// Appends a KeyUpdate to `out` and switches to the next keys. It does not request new keys from the peer (RFC 8446 section 4.6.3).
     ///
     /// # Errors
     /// [`Exhausted`], also for TLS 1.2, which has no such message.
@@ -115,7 +115,7 @@ impl Sealer {
         self.change_keys(0, out)
     }
 
-    /// `request`: the message's one byte, update_not_requested or update_requested.
+    /// `request` is the content of the message: update_not_requested or update_requested.
     fn change_keys(&mut self, request: u8, out: &mut Vec<u8>) -> Result<(), Exhausted> {
         if self.version != Version::Tls13 || self.closed {
             return Err(Exhausted);
@@ -127,10 +127,10 @@ impl Sealer {
         Ok(())
     }
 
-    /// Appends the warning that a new handshake is not wanted (RFC 5246 section 7.2.2).
+    /// Appends the warning that declines a renegotiation (RFC 5246 section 7.2.2).
     ///
     /// # Errors
-    /// [`Exhausted`], also once closed: nothing follows the last alert.
+    /// [`Exhausted`], also after the channel was closed.
     pub fn decline_renegotiation(&mut self, out: &mut Vec<u8>) -> Result<(), Exhausted> {
         if self.closed || self.keys.sequence() >= self.limit {
             return Err(Exhausted);
@@ -138,13 +138,13 @@ impl Sealer {
         self.say(ContentType::Alert, &[1, AlertCode::NO_RENEGOTIATION.0], out)
     }
 
-    /// Appends close_notify, or a fatal alert, to `out`. It is the last record: nothing is sealed behind it.
+    /// Appends close_notify or a fatal alert to `out`. No further record can be sealed.
     pub fn close(&mut self, alert: AlertCode, out: &mut Vec<u8>) {
         if self.closed {
             return;
         }
         let level = if alert == AlertCode::CLOSE_NOTIFY { 1 } else { 2 };
-        // With no number left for a last record the connection ends without one.
+        // If no sequence number is left, the connection ends without an alert.
         let _ = self.say(ContentType::Alert, &[level, alert.0], out);
         self.closed = true;
     }

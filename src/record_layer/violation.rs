@@ -1,4 +1,4 @@
-//! What a peer may not do, and the alert that answers it.
+//! Protocol violations by the peer, and the alerts that report them.
 
 use thiserror::Error;
 
@@ -18,40 +18,40 @@ impl AlertCode {
     pub(super) const NO_RENEGOTIATION: Self = Self(100);
 }
 
-/// Why a connection cannot go on. The text is for logs.
+/// The reason why a connection must be closed. The text is for logs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Error)]
 pub enum Violation {
-    /// The bytes are no record.
+    /// The bytes are not a TLS record.
     #[error("not a TLS record")]
     NotTls,
-    /// A record, or what it carries, is longer than allowed.
+    /// A record or its plaintext is longer than allowed.
     #[error("a TLS record is too long")]
     RecordOverflow,
-    /// Authentication failed: bytes were changed on the way, or lost.
+    /// Authentication failed: bytes were changed or lost.
     #[error("a TLS record does not authenticate")]
     BadRecord,
-    /// A type of record or message that has no place after the handshake.
+    /// A record or message type that is not allowed after the handshake.
     #[error("a TLS message that is not allowed now")]
     UnexpectedMessage,
-    /// Too many records in a row that carry nothing.
+    /// Too many consecutive records without data.
     #[error("too many TLS records without data")]
     TooManyEmpty,
-    /// A message that cannot be read.
+    /// A message that cannot be parsed.
     #[error("a TLS message that cannot be read")]
     Malformed,
     /// A message with a value that is not allowed.
     #[error("a TLS message with a value that is not allowed")]
     IllegalValue,
-    /// So many records were received that the sequence number would wrap.
+    /// The sequence number would overflow.
     #[error("too many TLS records under one key")]
     Exhausted,
-    /// The peer ended the connection itself, with this alert.
+    /// The peer closed the connection with this alert.
     #[error("TLS alert {} received", .0.0)]
     AlertReceived(AlertCode),
 }
 
 impl Violation {
-    /// The alert that tells the peer, where one does.
+    /// The alert to send to the peer; `None` if the peer sent one itself.
     pub fn alert(self) -> Option<AlertCode> {
         match self {
             Self::NotTls | Self::UnexpectedMessage | Self::TooManyEmpty => Some(AlertCode::UNEXPECTED_MESSAGE),

@@ -1,8 +1,7 @@
-//! The operator's HTTP endpoint: `/metrics` for Prometheus, `/health` (the process runs), `/ready` (it takes sessions).
+//! The admin HTTP endpoint: `/metrics` for Prometheus, `/health` (the process runs) and `/ready` (it accepts sessions).
 //!
-//! Plain HTTP without authentication, so it belongs on a loopback or management address; it answers GET and HEAD and
-//! changes nothing. A connection is closed after one answer. Clients that are silent or slow take no place from others
-//! ([`connections`]). Called by `server`.
+//! The endpoint uses plain HTTP without authentication, so it must listen on a loopback or management address. It answers only GET and HEAD,
+//! and cannot change anything. A connection is closed after one answer. Silent or slow clients cannot block others ([`connections`]).
 
 mod connections;
 
@@ -36,7 +35,7 @@ const MAX_HEAD: usize = 16 << 10;
 /// The text format of Prometheus.
 const METRICS_TYPE: &str = "text/plain; version=0.0.4; charset=utf-8";
 
-/// The endpoint.
+/// The admin endpoint on its listening socket.
 #[derive(Debug)]
 pub(crate) struct Admin {
     socket: TcpListener,
@@ -47,12 +46,12 @@ pub(crate) struct Admin {
 #[derive(Debug)]
 struct State {
     metrics: Arc<Metrics>,
-    /// Whether sessions are to be sent elsewhere.
+    /// Cancelled when the process stops accepting sessions.
     stopping: CancellationToken,
 }
 
 impl Admin {
-    /// An endpoint on a socket that listens; it answers once [`Admin::run`] runs, and is not ready from `stopping` on.
+    /// An endpoint on a listening socket. It answers while [`Admin::run`] runs, and `/ready` fails after `stopping` is cancelled.
     ///
     /// # Errors
     /// The system cannot register the socket.
@@ -67,20 +66,20 @@ impl Admin {
         Ok(Self { socket, address, state: Arc::new(State { metrics, stopping }) })
     }
 
-    /// A copy of the socket.
+    /// Duplicates the listening socket.
     ///
     /// # Errors
-    /// The system has no descriptor for it.
+    /// The process has no free descriptor.
     pub(crate) fn copy(&self) -> io::Result<OwnedFd> {
         self.socket.as_fd().try_clone_to_owned()
     }
 
-    /// As bound.
+    /// The bound address.
     pub(crate) fn address(&self) -> SocketAddr {
         self.address
     }
 
-    /// Serves until `stop`.
+    /// Serves requests until `stop` is cancelled.
     pub(crate) async fn run(self, stop: CancellationToken) {
         let connections = Connections::default();
         let accept = async {
@@ -90,7 +89,7 @@ impl Admin {
                         let served = serve(socket, connections.add(peer.ip()), self.state.clone());
                         let stop = stop.clone();
                         tokio::spawn(async move { stop.run_until_cancelled(served).await });
-                        // A request that came with its connection is read before later connections can take its place.
+                        // Yield, so that a request that arrived with its connection is read before later connections can evict it.
                         tokio::task::yield_now().await;
                     }
                     Err(error) => {
