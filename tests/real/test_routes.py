@@ -103,7 +103,7 @@ class Routes(unittest.TestCase):
         self.assertTrue(self.logs_in_at(proxy, ALICE, "shard-b"))
         self.assertIn("NO [UNAVAILABLE]", LoginClient(proxy).login(BOB, "x"))
         explained = vestibule("route", "--config", proxy.file, ALICE).stdout
-        self.assertRegex(explained, r"route    redis: found: shard-b \(\d+ \u00b5s, kept for \d+ s\)")
+        self.assertRegex(explained, r"route    redis: found: shard-b \(\d+ \u00b5s, cached \d+ s ago\)")
         self.assertRegex(vestibule("route", "--config", proxy.file, BOB).stdout, r"route    redis: failed: .*refused.* \(\d+ \u00b5s, queried now\)")
         short = folder.write("short.yaml", proxy.file.read_text().replace("{file: kept}", "{file: kept, ttl: 1s}"))
         wait_for("the answer to become stale", lambda: re.search(r"stale: kept for \d+ s, and its source is down", vestibule("route", "--config", short, ALICE).stdout))
