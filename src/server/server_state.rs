@@ -46,7 +46,7 @@ pub struct StateChanged {
     pub saved: Result<(), String>,
 }
 
-/// No server of the running and the previous configurations has this name.
+/// No server has this name.
 #[derive(Debug, Error)]
 #[error("unknown server {name:?}: expected one of {known}")]
 pub struct UnknownServer {
@@ -72,7 +72,7 @@ impl Running {
     /// Sets or resets a server's administrative state. With [`StateChange::over`] the server's sessions are ended too.
     ///
     /// # Errors
-    /// The server is unknown ([`UnknownServer`]), a text is not a short line, or a successor has taken over.
+    /// The server is unknown ([`UnknownServer`]), the reason or the operator's name is invalid, or a successor has taken over.
     pub async fn set_server(&self, change: StateChange) -> anyhow::Result<StateChanged> {
         let state = change.state;
         let over = change.over.map(Duration::try_from_secs_f64).transpose().context("invalid duration")?;
