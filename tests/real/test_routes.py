@@ -106,7 +106,7 @@ class Routes(unittest.TestCase):
         self.assertRegex(explained, r"route    redis: found: shard-b \(\d+ \u00b5s, cached \d+ s ago\)")
         self.assertRegex(vestibule("route", "--config", proxy.file, BOB).stdout, r"route    redis: failed: .*refused.* \(\d+ \u00b5s, queried now\)")
         short = folder.write("short.yaml", proxy.file.read_text().replace("{file: kept}", "{file: kept, ttl: 1s}"))
-        wait_for("the answer to become stale", lambda: re.search(r"stale: kept for \d+ s, and its source is down", vestibule("route", "--config", short, ALICE).stdout))
+        wait_for("the answer to become stale", lambda: re.search(r"cached \d+ s ago and stale: its source is down", vestibule("route", "--config", short, ALICE).stdout))
 
     def test_director_hash_equals_that_of_dovecot(self):
         """Compares the backend of each user with the lookup of a running director."""
