@@ -1,38 +1,47 @@
-//! Explains TLS errors that arrive as text from the client libraries of directories.
+//! Explains TLS errors of client libraries that report them only as text.
 
 use super::certificate_refusal::VERSION_1;
 
 /// Explanation of a peer that does not speak TLS.
 pub(super) const NOT_TLS: &str = "the server does not speak TLS on this port";
-/// Explanation of an untrusted issuer.
 const UNTRUSTED: &str =
     "the server's certificate was not issued by an authority in `ca` or in the system's root certificates";
+const BAD_SIGNATURE: &str = "the server's certificate names an authority in `ca` or in the system's root certificates, but was signed \
+     with another key";
+const WRONG_NAME: &str = "the server's certificate is not valid for the host in the URL";
+const EXPIRED: &str = "the server's certificate has expired";
+const NOT_VALID_YET: &str = "the server's certificate is not valid yet: check the clock of this machine";
 
-/// Parts of the error texts of rustls, and their explanations.
-const KNOWN: [(&str, &str); 11] = [
+/// Substrings of rustls error texts, and their explanations. rustls writes the name of a variant, or a sentence if the variant has
+/// a context.
+const EXPLANATIONS: [(&str, &str); 11] = [
     ("UnknownIssuer", UNTRUSTED),
-    ("BadSignature", UNTRUSTED),
+    ("BadSignature", BAD_SIGNATURE),
     (
         "CaUsedAsEndEntity",
         "the server's certificate is a CA certificate (CA:TRUE): create a server certificate with \
          `-addext basicConstraints=CA:FALSE`, or let an authority issue one",
     ),
+    // This text is shared with the certificates of listeners, and so does not mention a server.
     ("UnsupportedCertVersion", VERSION_1),
-    ("not valid for name", "the server's certificate is not valid for the host in the URL"),
-    ("NotValidForName", "the server's certificate is not valid for the host in the URL"),
-    ("expired", "the server's certificate has expired"),
-    ("Expired", "the server's certificate has expired"),
-    ("NotValidYet", "the server's certificate is not valid yet: check the clock of this machine"),
-    ("not valid yet", "the server's certificate is not valid yet: check the clock of this machine"),
+    ("NotValidForName", WRONG_NAME),
+    ("not valid for name", WRONG_NAME),
+    ("Expired", EXPIRED),
+    ("expired", EXPIRED),
+    ("NotValidYet", NOT_VALID_YET),
+    ("not valid yet", NOT_VALID_YET),
     ("InvalidContentType", NOT_TLS),
 ];
 
-/// Prepends an explanation to `text` if it reports a failed TLS handshake. For `sql` and `redis` routes, whose libraries verify
-/// certificates themselves; `http` and `ldap` routes and the policy service use `trust`.
+/// Prepends an explanation to `text` if it reports a failed TLS handshake. Other texts are returned unchanged.
 pub fn explain_error(text: String) -> String {
-    let is_tls_error = text.contains("peer certificate") || text.contains("corrupt message");
-    let known = KNOWN.iter().find(|(part, _)| is_tls_error && text.contains(part));
-    known.map_or(text.clone(), |(_, explanation)| format!("{explanation} ({text})"))
+    if !text.contains("peer certificate") && !text.contains("corrupt message") {
+        return text;
+    }
+    match EXPLANATIONS.iter().find(|(part, _)| text.contains(part)) {
+        Some((_, explanation)) => format!("{explanation} ({text})"),
+        None => text,
+    }
 }
 
 #[cfg(test)]
@@ -42,8 +51,8 @@ mod tests {
 
     use super::*;
 
-    /// An error of webpki that has no variant of its own in rustls.
-    fn webpki_error(name: &'static str) -> Error {
+    /// A webpki error without an equivalent in rustls, wrapped as rustls does it.
+    fn unmapped_webpki_error(name: &'static str) -> Error {
         #[derive(Debug)]
         struct WebpkiError(&'static str);
         impl std::fmt::Display for WebpkiError {
@@ -60,7 +69,7 @@ mod tests {
         let time = UnixTime::now();
         for (error, start) in [
             (Error::from(CertificateError::UnknownIssuer), "the server's certificate was not issued"),
-            (CertificateError::BadSignature.into(), "the server's certificate was not issued"),
+            (CertificateError::BadSignature.into(), "the server's certificate names an authority"),
             (CertificateError::Expired.into(), "the server's certificate has expired"),
             (CertificateError::ExpiredContext { time, not_after: time }.into(), "the server's certificate has expired"),
             (
@@ -77,8 +86,8 @@ mod tests {
                 "the server's certificate is not valid for the host",
             ),
             (InvalidMessage::InvalidContentType.into(), "the server does not speak TLS"),
-            (webpki_error("UnsupportedCertVersion"), "the certificate is X.509 version 1"),
-            (webpki_error("CaUsedAsEndEntity"), "the server's certificate is a CA certificate (CA:TRUE)"),
+            (unmapped_webpki_error("UnsupportedCertVersion"), "the certificate is X.509 version 1"),
+            (unmapped_webpki_error("CaUsedAsEndEntity"), "the server's certificate is a CA certificate (CA:TRUE)"),
         ] {
             let text = format!("error communicating with database: {error}");
             let explained = explain_error(text.clone());
