@@ -416,5 +416,5 @@ fn a_version_1_certificate_of_a_listener_is_explained() {
     let problems = DownstreamTls::build(&folder.config(&["tls_min: '1.2'"], &["v1"], ""), None).err().unwrap();
     let message = problems[0].to_string();
     assert!(message.contains("v1.pem: the certificate is X.509 version 1, which TLS libraries refuse"), "{message}");
-    assert!(message.contains("make one of version 3"), "{message}");
+    assert!(message.contains("create a version 3 certificate"), "{message}");
 }
