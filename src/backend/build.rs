@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex};
 
 use tokio_rustls::rustls::pki_types::ServerName;
 
-use super::capacity::LoginQueue;
+use super::capacity::QueueLength;
 use super::credentials::ProxyCredentials;
 use super::discovery::Resolver;
 use super::health_checker::HealthChecker;
@@ -89,7 +89,7 @@ impl Backend {
             forward: config.forward.clone(),
             balance: config.balancing.balance,
             checker: config.balancing.check.as_ref().map(HealthChecker::build).transpose()?,
-            queue: LoginQueue::default(),
+            queue_length: QueueLength::default(),
             queue_limits: config.balancing.queue,
             round_robin_credits: Mutex::default(),
             groups: Vec::new(),

@@ -1,8 +1,9 @@
-//! A limited number of permits, given out first come, first served.
+//! A limited number of permits for logins, granted in the order of requests.
 //!
-//! Each owner has a [`Capacity`]; a [`Permit`] is one unit of it, until it drops. The limit is an argument, because it may
-//! change with the configuration. A permit that is returned goes directly to the login that has waited longest, so that a
-//! newcomer cannot overtake. This module knows nothing about servers.
+//! Each owner has a [`Capacity`]; a [`Permit`] is one unit of it, until it drops. A returned permit goes directly to the login
+//! that has waited longest, so that a newcomer cannot overtake. The limit is an argument, because it may change with the
+//! configuration, and only a request checks it: while logins wait, returned permits are passed on even if a lowered limit is
+//! exceeded, and a raised limit does not wake them.
 
 use std::collections::VecDeque;
 use std::ops::Deref;
@@ -13,43 +14,59 @@ use tokio::sync::oneshot;
 
 use crate::deadline::Deadline;
 
-/// A type whose values have a limited capacity.
-pub(super) trait Limited: Sized {
-    /// The capacity of this value.
+/// Lets a [`Permit`] find the capacity of its owner.
+pub(super) trait HasCapacity: Sized {
     fn capacity(&self) -> &Capacity<Self>;
 }
 
 /// The permits of one owner.
 #[derive(Debug)]
-pub(super) struct Capacity<T: Limited>(Mutex<Inner<T>>);
+pub(super) struct Capacity<T: HasCapacity>(Mutex<Inner<T>>);
 
 #[derive(Debug)]
-struct Inner<T: Limited> {
+struct Inner<T: HasCapacity> {
     taken: u32,
     waiting: VecDeque<Arc<Waiter<T>>>,
 }
 
-/// A login that waits at one or several owners.
+impl<T: HasCapacity> Inner<T> {
+    /// Takes a unit unless `limit` of them are in use; without a limit, always. Returns whether it was taken.
+    fn take(&mut self, limit: Option<u32>) -> bool {
+        let is_free = limit.is_none_or(|limit| self.taken < limit);
+        if is_free {
+            self.taken += 1;
+        }
+        is_free
+    }
+}
+
+/// A login in the queues of one or several owners.
 #[derive(Debug)]
-struct Waiter<T: Limited> {
+struct Waiter<T: HasCapacity> {
     /// `None` once a permit was sent, or the login has stopped waiting.
     sender: Mutex<Option<oneshot::Sender<Permit<T>>>>,
 }
 
-impl<T: Limited> Default for Capacity<T> {
+impl<T: HasCapacity> Waiter<T> {
+    fn take_sender(&self) -> Option<oneshot::Sender<Permit<T>>> {
+        self.sender.lock().unwrap_or_else(PoisonError::into_inner).take()
+    }
+}
+
+impl<T: HasCapacity> Default for Capacity<T> {
     fn default() -> Self {
         Self(Mutex::new(Inner { taken: 0, waiting: VecDeque::new() }))
     }
 }
 
-impl<T: Limited> Capacity<T> {
-    /// Number of permits that exist.
+impl<T: HasCapacity> Capacity<T> {
+    /// Number of permits in use.
     pub(super) fn taken(&self) -> u32 {
         self.lock().taken
     }
 
     fn lock(&self) -> MutexGuard<'_, Inner<T>> {
-        // Nothing in here panics halfway through a change.
+        // No code panics while it holds the lock, so the value of a poisoned one is consistent.
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -61,17 +78,12 @@ impl<T: Limited> Capacity<T> {
 
 /// One unit of the owner's capacity; derefs to the owner.
 #[derive(Debug)]
-pub(super) struct Permit<T: Limited>(Arc<T>);
+pub(super) struct Permit<T: HasCapacity>(Arc<T>);
 
-impl<T: Limited> Permit<T> {
-    /// Takes a permit, unless `limit` of them exist.
+impl<T: HasCapacity> Permit<T> {
+    /// Takes a permit, unless `limit` of them are in use.
     pub(super) fn try_take(owner: &Arc<T>, limit: Option<u32>) -> Option<Self> {
-        let mut inner = owner.capacity().lock();
-        let is_free = limit.is_none_or(|limit| inner.taken < limit);
-        is_free.then(|| {
-            inner.taken += 1;
-            Self(owner.clone())
-        })
+        owner.capacity().lock().take(limit).then(|| Self(owner.clone()))
     }
 
     /// Takes a permit even if that exceeds the limit.
@@ -80,11 +92,10 @@ impl<T: Limited> Permit<T> {
         Self(owner.clone())
     }
 
-    /// Takes a permit, or adds `waiter` to the queue in the same step.
-    fn take_or_wait(owner: &Arc<T>, limit: Option<u32>, waiter: &Arc<Waiter<T>>) -> Option<Self> {
+    /// Takes a permit, or adds `waiter` to the owner's queue in the same step.
+    fn take_or_wait(LimitedOwner { owner, limit }: &LimitedOwner<T>, waiter: &Arc<Waiter<T>>) -> Option<Self> {
         let mut inner = owner.capacity().lock();
-        if limit.is_none_or(|limit| inner.taken < limit) {
-            inner.taken += 1;
+        if inner.take(*limit) {
             return Some(Self(owner.clone()));
         }
         inner.waiting.push_back(waiter.clone());
@@ -97,7 +108,7 @@ impl<T: Limited> Permit<T> {
     }
 }
 
-impl<T: Limited> Deref for Permit<T> {
+impl<T: HasCapacity> Deref for Permit<T> {
     type Target = T;
 
     fn deref(&self) -> &T {
@@ -105,7 +116,7 @@ impl<T: Limited> Deref for Permit<T> {
     }
 }
 
-impl<T: Limited> Drop for Permit<T> {
+impl<T: HasCapacity> Drop for Permit<T> {
     /// Passes the unit to the login that has waited longest, or returns it.
     fn drop(&mut self) {
         loop {
@@ -115,44 +126,48 @@ impl<T: Limited> Drop for Permit<T> {
                 return;
             };
             drop(inner);
-            let sender = waiter.sender.lock().unwrap_or_else(PoisonError::into_inner).take();
-            let Some(sender) = sender else { continue };
-            // If the receiver is gone, the permit in the error drops, which looks for the next waiter.
+            let Some(sender) = waiter.take_sender() else { continue };
+            // If the receiver is gone, dropping the permit in the error passes it to the next waiter.
             drop(sender.send(Self(self.0.clone())));
             return;
         }
     }
 }
 
-/// A bound on the number of logins that wait.
+/// Number of logins that wait for permits, which has an upper limit. Their order is kept by each [`Capacity`].
 #[derive(Debug, Default)]
-pub(super) struct LoginQueue {
-    length: AtomicU32,
-}
+pub(super) struct QueueLength(AtomicU32);
 
-impl LoginQueue {
-    /// Enters the queue, unless it has `max_length` entries.
+impl QueueLength {
+    /// Counts one more login, unless `max_length` of them wait.
     pub(super) fn enter(&self, max_length: u32) -> Option<QueueEntry<'_>> {
         let enter = |length| (length < max_length).then_some(length + 1);
-        self.length.fetch_update(Ordering::Relaxed, Ordering::Relaxed, enter).ok()?;
+        self.0.fetch_update(Ordering::Relaxed, Ordering::Relaxed, enter).ok()?;
         Some(QueueEntry(self))
     }
 }
 
-/// An entry of a queue, until it drops.
-pub(super) struct QueueEntry<'a>(&'a LoginQueue);
+/// A login that [`QueueLength`] counts, until it drops.
+pub(super) struct QueueEntry<'a>(&'a QueueLength);
+
+/// An owner at which a login waits.
+pub(super) struct LimitedOwner<T> {
+    pub(super) owner: Arc<T>,
+    /// Maximum number of permits; `None` if unlimited.
+    pub(super) limit: Option<u32>,
+}
 
 impl QueueEntry<'_> {
-    /// Waits until `deadline` for a permit of any of `owners`, each with its limit.
-    pub(super) async fn wait<T: Limited>(
+    /// Waits until `deadline` for a permit of any of `owners`.
+    pub(super) async fn wait<T: HasCapacity>(
         self,
-        owners: &[(Arc<T>, Option<u32>)],
+        owners: &[LimitedOwner<T>],
         deadline: Deadline,
     ) -> Option<Permit<T>> {
         let (sender, receiver) = oneshot::channel();
-        let waiting = Waiting { waiter: Arc::new(Waiter { sender: Mutex::new(Some(sender)) }), owners };
-        for (owner, limit) in owners {
-            if let Some(permit) = Permit::take_or_wait(owner, *limit, &waiting.waiter) {
+        let guard = WaitGuard { waiter: Arc::new(Waiter { sender: Mutex::new(Some(sender)) }), owners };
+        for owner in owners {
+            if let Some(permit) = Permit::take_or_wait(owner, &guard.waiter) {
                 return Some(permit);
             }
         }
@@ -162,20 +177,20 @@ impl QueueEntry<'_> {
 
 impl Drop for QueueEntry<'_> {
     fn drop(&mut self) {
-        self.0.length.fetch_sub(1, Ordering::Relaxed);
+        self.0.0.fetch_sub(1, Ordering::Relaxed);
     }
 }
 
-/// Removes a waiter from all owners when it drops.
-struct Waiting<'a, T: Limited> {
+/// Removes a waiter from the queues of all owners when it drops.
+struct WaitGuard<'a, T: HasCapacity> {
     waiter: Arc<Waiter<T>>,
-    owners: &'a [(Arc<T>, Option<u32>)],
+    owners: &'a [LimitedOwner<T>],
 }
 
-impl<T: Limited> Drop for Waiting<'_, T> {
+impl<T: HasCapacity> Drop for WaitGuard<'_, T> {
     fn drop(&mut self) {
-        self.waiter.sender.lock().unwrap_or_else(PoisonError::into_inner).take();
-        for (owner, _) in self.owners {
+        drop(self.waiter.take_sender());
+        for LimitedOwner { owner, .. } in self.owners {
             owner.capacity().lock().waiting.retain(|waiter| !Arc::ptr_eq(waiter, &self.waiter));
         }
     }
@@ -192,7 +207,7 @@ mod tests {
     #[derive(Debug, Default)]
     struct Owner(Capacity<Self>);
 
-    impl Limited for Owner {
+    impl HasCapacity for Owner {
         fn capacity(&self) -> &Capacity<Self> {
             &self.0
         }
@@ -204,14 +219,18 @@ mod tests {
         Arc::default()
     }
 
+    fn limited(owner: &Arc<Owner>) -> LimitedOwner<Owner> {
+        LimitedOwner { owner: owner.clone(), limit: LIMIT }
+    }
+
     fn later() -> Deadline {
         Deadline::after(Duration::from_secs(60))
     }
 
     #[tokio::test(start_paused = true)]
     async fn permits_are_passed_on_in_order_of_arrival() {
-        let (owner, queue) = (owner(), LoginQueue::default());
-        let owners = [(owner.clone(), LIMIT)];
+        let (owner, queue) = (owner(), QueueLength::default());
+        let owners = [limited(&owner)];
         let permit = Permit::try_take(&owner, LIMIT).unwrap();
         assert!(Permit::try_take(&owner, LIMIT).is_none());
         let mut first = Box::pin(queue.enter(2).unwrap().wait(&owners, later()));
@@ -233,8 +252,8 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn waiter_that_gives_up_is_skipped() {
-        let (owner, queue) = (owner(), LoginQueue::default());
-        let owners = [(owner.clone(), LIMIT)];
+        let (owner, queue) = (owner(), QueueLength::default());
+        let owners = [limited(&owner)];
         let permit = Permit::try_take(&owner, LIMIT).unwrap();
         let started = Instant::now();
         let deadline = Deadline::after(Duration::from_secs(5));
@@ -254,8 +273,8 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn waiter_at_several_owners_gets_the_first_free_permit() {
-        let (one, other, queue) = (owner(), owner(), LoginQueue::default());
-        let owners = [(one.clone(), LIMIT), (other.clone(), LIMIT)];
+        let (one, other, queue) = (owner(), owner(), QueueLength::default());
+        let owners = [limited(&one), limited(&other)];
         let (_taken, freed) = (Permit::try_take(&one, LIMIT).unwrap(), Permit::try_take(&other, LIMIT).unwrap());
         let mut waiting = Box::pin(queue.enter(9).unwrap().wait(&owners, later()));
         assert!(futures_util::poll!(&mut waiting).is_pending());
@@ -267,8 +286,8 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn permit_sent_to_a_dropped_waiter_is_not_lost() {
-        let (owner, queue) = (owner(), LoginQueue::default());
-        let owners = [(owner.clone(), LIMIT)];
+        let (owner, queue) = (owner(), QueueLength::default());
+        let owners = [limited(&owner)];
         let permit = Permit::try_take(&owner, LIMIT).unwrap();
         let mut waiting = Box::pin(queue.enter(9).unwrap().wait(&owners, later()));
         assert!(futures_util::poll!(&mut waiting).is_pending());

@@ -9,6 +9,7 @@
 use std::collections::VecDeque;
 use std::sync::Arc;
 
+use super::capacity::LimitedOwner;
 use super::server::{PermitKind, PermitResult, ServerPermit};
 use super::{Backend, Server};
 use crate::deadline::Deadline;
@@ -95,12 +96,13 @@ impl<'a> Failover<'a> {
             return NextServer::Try(first.clone(), ServerPermit::exchange(first));
         }
         let until = *self.queue_until.get_or_insert_with(|| Deadline::after(self.backend.queue_limits.timeout));
-        let Some(entry) = self.backend.queue.enter(self.backend.queue_limits.length) else {
+        let Some(entry) = self.backend.queue_length.enter(self.backend.queue_limits.length) else {
             return NextServer::AllFull;
         };
         let _gauge = self.backend.metrics.backend(self.backend.id.0).login_queued();
-        let owners: Vec<_> =
-            servers.iter().map(|server| (server.state.clone(), server.settings.max_sessions)).collect();
+        let limited =
+            |server: &Arc<Server>| LimitedOwner { owner: server.state.clone(), limit: server.settings.max_sessions };
+        let owners: Vec<_> = servers.iter().map(limited).collect();
         let Some(permit) = entry.wait(&owners, until.min(deadline)).await else { return NextServer::AllFull };
         match servers.iter().find(|server| permit.is_of(&server.state)) {
             Some(server) => NextServer::Try(server.clone(), ServerPermit::session(server, permit)),

@@ -38,7 +38,7 @@ use std::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use self::capacity::LoginQueue;
+use self::capacity::QueueLength;
 pub use self::credentials::ProxyCredentials;
 pub use self::discovery::ListenerAddresses;
 use self::discovery::Resolver;
@@ -183,7 +183,7 @@ pub struct Backend {
     /// Which server a login goes to.
     pub balance: Balance,
     checker: Option<HealthChecker>,
-    queue: LoginQueue,
+    queue_length: QueueLength,
     queue_limits: config::Queue,
     /// Credits of each server for `round-robin`, by name.
     round_robin_credits: Mutex<HashMap<Arc<str>, f64>>,

@@ -11,7 +11,7 @@ use tokio::time::Instant;
 
 use super::sasl_exchanges::SaslExchange;
 use super::{Server, ServerState};
-use crate::backend::capacity::{Capacity, Limited, Permit};
+use crate::backend::capacity::{Capacity, HasCapacity, Permit};
 use crate::backend::disconnect_spreader::SpreadDisconnect;
 use crate::backend::health::Trial;
 use crate::metrics::GaugeGuard;
@@ -42,7 +42,7 @@ pub(in crate::backend) enum PermitKind {
     Exchange,
 }
 
-impl Limited for ServerState {
+impl HasCapacity for ServerState {
     fn capacity(&self) -> &Capacity<Self> {
         &self.capacity
     }
@@ -172,7 +172,7 @@ impl Drop for SessionPermit {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::backend::capacity::LoginQueue;
+    use crate::backend::capacity::{LimitedOwner, QueueLength};
     use crate::deadline::Deadline;
 
     fn take(server: &Server) -> Option<ServerPermit> {
@@ -195,13 +195,13 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn exchange_does_not_count_against_max_sessions() {
-        let (server, queue) = (Server::for_tests("a", Some(1)), LoginQueue::default());
+        let (server, queue) = (Server::for_tests("a", Some(1)), QueueLength::default());
         let mut exchanges: Vec<ServerPermit> = (0..20).map(|_| ServerPermit::exchange(&server)).collect();
         assert!(futures_util::poll!(Box::pin(exchanges[18].displaced())).is_ready(), "a newer one displaces it");
         assert!(futures_util::poll!(Box::pin(exchanges[19].displaced())).is_pending());
         assert_eq!(server.sessions(), 0);
         let mut first = take(&server).unwrap();
-        let owners = [(server.state.clone(), Some(1))];
+        let owners = [LimitedOwner { owner: server.state.clone(), limit: Some(1) }];
         let deadline = Deadline::after(Duration::from_secs(60));
         let mut waiting = Box::pin(queue.enter(9).unwrap().wait(&owners, deadline));
         assert!(futures_util::poll!(&mut waiting).is_pending());
