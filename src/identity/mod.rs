@@ -19,7 +19,7 @@ pub use self::credentials::{
 };
 pub use self::delegation::{Delegation, NamePattern, NotDelegated, authorise_certificate};
 pub use self::names::{LogName, NameNotAllowed, NamingRules, UnicodeRule, UserNames};
-pub use self::token::{TokenFault, TokenIssuer, claimed_user};
+pub use self::token::{TokenError, TokenIssuer, claimed_user};
 
 /// Maximum size of a user name in bytes. RFC 3501 sets no limit, but Dovecot refuses longer names.
 pub const MAX_USER_NAME: usize = 512;

@@ -26,60 +26,60 @@ pub struct TokenIssuer {
 
 /// Why no user can be read from a token.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-pub enum TokenFault {
+pub enum TokenError {
     /// `oauth` is not configured.
-    #[error("the message has no authzid, and no token issuer is configured")]
+    #[error("the client sent no authzid, and no token issuer is configured (oauth)")]
     NoIssuer,
     /// The token does not have three parts of base64url, or its payload is not a JSON object.
-    #[error("the message has no authzid, and the token is not a JWT")]
+    #[error("the client sent no authzid, and the token is not a signed JWT")]
     NotJwt,
     /// The claim `iss` is missing, or its issuer is not configured.
-    #[error("the message has no authzid, and the token's issuer is not configured")]
+    #[error("the client sent no authzid, and the token's issuer is not configured")]
     UnknownIssuer,
     /// The claim `aud` does not contain the configured audience.
-    #[error("the message has no authzid, and the token is for another audience")]
-    Audience,
+    #[error("the client sent no authzid, and the token is for another audience")]
+    WrongAudience,
     /// The claim is missing, occurs twice, or is not a valid user name.
-    #[error("the message has no authzid, and the token has no usable claim with the user's name")]
-    NoUser,
+    #[error("the client sent no authzid, and the token has no usable claim with the user's name")]
+    NoUsableClaim,
 }
 
 /// Returns the user name in the claim that is configured for the token's issuer. The token is not verified.
 ///
 /// # Errors
-/// The token does not name a user: see [`TokenFault`].
-pub fn claimed_user(token: &[u8], issuers: &[TokenIssuer]) -> Result<UserName, TokenFault> {
+/// The token does not name a user: see [`TokenError`].
+pub fn claimed_user(token: &[u8], issuers: &[TokenIssuer]) -> Result<UserName, TokenError> {
     if issuers.is_empty() {
-        return Err(TokenFault::NoIssuer);
+        return Err(TokenError::NoIssuer);
     }
+    let payload = decode_payload(token)?;
+    let claim = |name: &str| read_claim(&payload, name);
+    let Claim::Text(iss) = claim("iss")? else { return Err(TokenError::UnknownIssuer) };
+    let issuer = issuers.iter().find(|known| known.issuer == iss).ok_or(TokenError::UnknownIssuer)?;
+    if let Some(audience) = &issuer.audience
+        && !claim("aud")?.contains(audience)
+    {
+        return Err(TokenError::WrongAudience);
+    }
+    match claim(&issuer.claim)? {
+        Claim::Text(name) => UserName::new(name.as_bytes()).map_err(|_| TokenError::NoUsableClaim),
+        _ => Err(TokenError::NoUsableClaim),
+    }
+}
+
+/// Returns the decoded payload of a token that has the form of a signed JWT.
+fn decode_payload(token: &[u8]) -> Result<Zeroizing<Vec<u8>>, TokenError> {
     let mut parts = token.split(|byte| *byte == b'.');
     let (Some(header), Some(payload), Some(signature), None) = (parts.next(), parts.next(), parts.next(), parts.next())
     else {
-        return Err(TokenFault::NotJwt);
+        return Err(TokenError::NotJwt);
     };
-    let decoded = |part: &[u8]| URL_SAFE_NO_PAD.decode(part).map(Zeroizing::new).map_err(|_| TokenFault::NotJwt);
+    let decode = |part: &[u8]| URL_SAFE_NO_PAD.decode(part).map(Zeroizing::new).map_err(|_| TokenError::NotJwt);
     // An unsigned token (alg "none") has an empty signature.
-    if decoded(header)?.is_empty() || decoded(signature)?.is_empty() {
-        return Err(TokenFault::NotJwt);
+    if decode(header)?.is_empty() || decode(signature)?.is_empty() {
+        return Err(TokenError::NotJwt);
     }
-    let payload = decoded(payload)?;
-    let claim = |claim: &str| read_claim(&payload, claim);
-    let Claim::Text(iss) = claim("iss")? else { return Err(TokenFault::UnknownIssuer) };
-    let issuer = issuers.iter().find(|known| known.issuer == iss).ok_or(TokenFault::UnknownIssuer)?;
-    if let Some(audience) = &issuer.audience {
-        let is_audience = match claim("aud")? {
-            Claim::Text(text) => text == *audience,
-            Claim::List(texts) => texts.contains(audience),
-            Claim::Missing | Claim::Repeated | Claim::Other => false,
-        };
-        if !is_audience {
-            return Err(TokenFault::Audience);
-        }
-    }
-    match claim(&issuer.claim)? {
-        Claim::Text(name) => UserName::new(name.as_bytes()).map_err(|_| TokenFault::NoUser),
-        _ => Err(TokenFault::NoUser),
-    }
+    decode(payload)
 }
 
 /// The value of one claim.
@@ -94,10 +94,21 @@ enum Claim {
     Other,
 }
 
-fn read_claim(payload: &[u8], name: &str) -> Result<Claim, TokenFault> {
+impl Claim {
+    /// Whether the value is `text`, or an array that contains it.
+    fn contains(&self, text: &str) -> bool {
+        match self {
+            Self::Text(value) => value == text,
+            Self::List(values) => values.iter().any(|value| value == text),
+            Self::Missing | Self::Repeated | Self::Other => false,
+        }
+    }
+}
+
+fn read_claim(payload: &[u8], name: &str) -> Result<Claim, TokenError> {
     let mut reader = serde_json::Deserializer::from_slice(payload);
-    let claim = NamedClaim(name).deserialize(&mut reader).map_err(|_| TokenFault::NotJwt)?;
-    reader.end().map_err(|_| TokenFault::NotJwt)?;
+    let claim = NamedClaim(name).deserialize(&mut reader).map_err(|_| TokenError::NotJwt)?;
+    reader.end().map_err(|_| TokenError::NotJwt)?;
     Ok(claim)
 }
 
@@ -209,7 +220,7 @@ mod tests {
         vec![issuer("https://a.test", "email", None), issuer("https://b.test", "sub", Some("imap"))]
     }
 
-    fn user(payload: &str) -> Result<String, TokenFault> {
+    fn user(payload: &str) -> Result<String, TokenError> {
         claimed_user(&token(payload), &issuers()).map(|name| name.to_string())
     }
 
@@ -222,31 +233,31 @@ mod tests {
 
     #[test]
     fn token_without_a_usable_claim_is_refused() {
-        for (payload, fault) in [
-            (r#"{"iss":"https://c.test","email":"alice"}"#, TokenFault::UnknownIssuer),
-            (r#"{"iss":"https://a.test/","email":"alice"}"#, TokenFault::UnknownIssuer),
-            (r#"{"iss":["https://a.test"],"email":"alice"}"#, TokenFault::UnknownIssuer),
-            (r#"{"iss":"https://a.test","iss":"https://b.test","email":"alice"}"#, TokenFault::UnknownIssuer),
-            (r#"{"email":"alice"}"#, TokenFault::UnknownIssuer),
-            (r#"{"iss":"https://a.test","sub":"alice"}"#, TokenFault::NoUser),
-            (r#"{"iss":"https://a.test","email":""}"#, TokenFault::NoUser),
-            (r#"{"iss":"https://a.test","email":"a\u0000b"}"#, TokenFault::NoUser),
-            (r#"{"iss":"https://a.test","email":["alice"]}"#, TokenFault::NoUser),
-            (r#"{"iss":"https://a.test","email":7}"#, TokenFault::NoUser),
-            (r#"{"iss":"https://a.test","email":"alice","email":"bob"}"#, TokenFault::NoUser),
-            (r#"{"iss":"https://a.test","email":"alice","em\u0061il":"bob"}"#, TokenFault::NoUser),
-            (r#"{"iss":"https://b.test","sub":"alice"}"#, TokenFault::Audience),
-            (r#"{"iss":"https://b.test","sub":"alice","aud":"smtp"}"#, TokenFault::Audience),
-            (r#"{"iss":"https://b.test","sub":"alice","aud":["smtp"]}"#, TokenFault::Audience),
-            (r#"{"iss":"https://a.test","email":"alice"} x"#, TokenFault::NotJwt),
-            (r#"["iss"]"#, TokenFault::NotJwt),
-            (r#"{"iss":"#, TokenFault::NotJwt),
-            ("", TokenFault::NotJwt),
+        for (payload, error) in [
+            (r#"{"iss":"https://c.test","email":"alice"}"#, TokenError::UnknownIssuer),
+            (r#"{"iss":"https://a.test/","email":"alice"}"#, TokenError::UnknownIssuer),
+            (r#"{"iss":["https://a.test"],"email":"alice"}"#, TokenError::UnknownIssuer),
+            (r#"{"iss":"https://a.test","iss":"https://b.test","email":"alice"}"#, TokenError::UnknownIssuer),
+            (r#"{"email":"alice"}"#, TokenError::UnknownIssuer),
+            (r#"{"iss":"https://a.test","sub":"alice"}"#, TokenError::NoUsableClaim),
+            (r#"{"iss":"https://a.test","email":""}"#, TokenError::NoUsableClaim),
+            (r#"{"iss":"https://a.test","email":"a\u0000b"}"#, TokenError::NoUsableClaim),
+            (r#"{"iss":"https://a.test","email":["alice"]}"#, TokenError::NoUsableClaim),
+            (r#"{"iss":"https://a.test","email":7}"#, TokenError::NoUsableClaim),
+            (r#"{"iss":"https://a.test","email":"alice","email":"bob"}"#, TokenError::NoUsableClaim),
+            (r#"{"iss":"https://a.test","email":"alice","em\u0061il":"bob"}"#, TokenError::NoUsableClaim),
+            (r#"{"iss":"https://b.test","sub":"alice"}"#, TokenError::WrongAudience),
+            (r#"{"iss":"https://b.test","sub":"alice","aud":"smtp"}"#, TokenError::WrongAudience),
+            (r#"{"iss":"https://b.test","sub":"alice","aud":["smtp"]}"#, TokenError::WrongAudience),
+            (r#"{"iss":"https://a.test","email":"alice"} x"#, TokenError::NotJwt),
+            (r#"["iss"]"#, TokenError::NotJwt),
+            (r#"{"iss":"#, TokenError::NotJwt),
+            ("", TokenError::NotJwt),
         ] {
-            assert_eq!(user(payload), Err(fault), "{payload}");
+            assert_eq!(user(payload), Err(error), "{payload}");
         }
         let good = token(r#"{"iss":"https://a.test","email":"alice"}"#);
-        assert_eq!(claimed_user(&good, &[]), Err(TokenFault::NoIssuer));
+        assert_eq!(claimed_user(&good, &[]), Err(TokenError::NoIssuer));
         for bad in [
             &b"opaque"[..],
             b"a.b",
@@ -257,9 +268,9 @@ mod tests {
             b"e30.e3+.e30",
             b"e30.e30.e30.e30.e30",
         ] {
-            assert_eq!(claimed_user(bad, &issuers()), Err(TokenFault::NotJwt), "{}", bad.escape_ascii());
+            assert_eq!(claimed_user(bad, &issuers()), Err(TokenError::NotJwt), "{}", bad.escape_ascii());
         }
         let deep = format!(r#"{{"iss":"https://a.test","email":{}1{}}}"#, "[".repeat(20_000), "]".repeat(20_000));
-        assert_eq!(user(&deep), Err(TokenFault::NotJwt), "depth is bounded");
+        assert_eq!(user(&deep), Err(TokenError::NotJwt), "depth is bounded");
     }
 }

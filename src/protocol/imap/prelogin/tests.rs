@@ -313,7 +313,7 @@ fn well_formed_but_invalid_credentials_are_a_failed_login() {
         (
             authenticate("OAUTHBEARER", b"n,,\x01auth=Bearer t\x01\x01"),
             "oauthbearer",
-            "the message has no authzid, and no token issuer is configured",
+            "the client sent no authzid, and no token issuer is configured (oauth)",
         ),
         (authenticate("SCRAM-SHA-1", b"n,,n=,r=x"), "scram-sha-1", "the user name is empty"),
     ] {

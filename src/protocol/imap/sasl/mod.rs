@@ -22,7 +22,7 @@ pub use self::oauth::with_user;
 pub(super) use self::plain::{password_login, plain, plain_response};
 pub use self::scram::is_server_final as is_scram_signature;
 use crate::identity::{
-    Credentials, InvalidName, Mechanism, Proof, RelayedMechanism, Secret, TokenFault, TokenIssuer, UserName,
+    Credentials, InvalidName, Mechanism, Proof, RelayedMechanism, Secret, TokenError, TokenIssuer, UserName,
 };
 
 const BASE64: GeneralPurpose = GeneralPurpose::new(
@@ -42,7 +42,7 @@ pub enum InvalidCredentials {
     /// The password contains NUL, CR or LF.
     Password,
     /// The message has no authorization identity, and its token does not name the user.
-    Token(TokenFault),
+    Token(TokenError),
 }
 
 impl InvalidCredentials {

@@ -171,7 +171,7 @@ fn token_without_authzid_is_relayed_with_the_claimed_name() {
         format!("n,a=a=3Dli=2Cce,\x01host=h\x01auth=Bearer {token}\x01\x01")
     );
     let unknown = first_message(RelayedMechanism::OauthBearer, message.as_bytes(), &[]);
-    assert_eq!(unknown.map(|it| it.user).unwrap_err(), InvalidCredentials::Token(TokenFault::NoIssuer));
+    assert_eq!(unknown.map(|it| it.user).unwrap_err(), InvalidCredentials::Token(TokenError::NoIssuer));
 }
 
 #[test]
