@@ -271,7 +271,7 @@ impl Session {
             }
             (LoginResponse::Unavailable(fault), placed) if fault.is_refusal() => {
                 self.record.refused(routed.id, placed.as_ref().map(|placed| &placed.server.name));
-                self.record.detail(fault.detail);
+                self.record.set_detail(fault.detail);
                 Err(self.refused_with_delay(&login.request.tag, Some(routed), login.began).into())
             }
             (LoginResponse::Unavailable(fault), _) => Err(self.no_server_answered(fault, routed)),
@@ -288,7 +288,7 @@ impl Session {
         } else {
             self.record.attempt_failed(fault.reason, outcome, Some(routed.id));
         }
-        self.record.detail(fault.detail);
+        self.record.set_detail(fault.detail);
         match fault.reply {
             Some(reply) => Refusal::uncounted(reply).into(),
             None => Interrupt::Unavailable,

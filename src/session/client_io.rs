@@ -98,7 +98,7 @@ impl Session {
         let mut buffer = Zeroizing::new(Vec::with_capacity(READ));
         match self.login_deadline.limit(stream.read_buf(&mut *buffer)).await {
             Ok(Ok(read)) if read > 0 => {
-                if self.first_bytes.is_header(&buffer) {
+                if self.header_detector.observe(&buffer) {
                     return Err(ReadError::ProxyHeader);
                 }
                 self.memory.resize(prelogin.memory_with(read))?;
@@ -145,8 +145,8 @@ impl Session {
 
     /// Records why the session has ended.
     pub(super) fn ended(&mut self, by: EndedBy, reason: Reason) -> SessionEnded {
-        self.record.ended_by(by);
-        self.record.failed(reason);
+        self.record.set_ended_by(by);
+        self.record.record_failure(reason);
         SessionEnded
     }
 
@@ -157,9 +157,9 @@ impl Session {
         stream: &mut Stream,
     ) -> Result<T, SessionEnded> {
         if let Some(reason) = failure(reason) {
-            self.record.failed(reason);
+            self.record.record_failure(reason);
         }
-        self.record.ended_by(EndedBy::Proxy);
+        self.record.set_ended_by(EndedBy::Proxy);
         close(stream).await;
         Err(SessionEnded)
     }

@@ -308,7 +308,7 @@ impl Record {
     }
 
     /// Counts and records the reason of the end of the session.
-    pub(super) fn failed(&mut self, reason: Reason) {
+    pub(super) fn record_failure(&mut self, reason: Reason) {
         if self.is_balancer_check && self.attempts == 0 && matches!(reason, Reason::Disconnected | Reason::Handshake) {
             return;
         }
@@ -317,11 +317,11 @@ impl Record {
     }
 
     /// Sets an explanation for the operator.
-    pub(super) fn detail(&mut self, detail: String) {
+    pub(super) fn set_detail(&mut self, detail: String) {
         self.detail = Some(bounded(detail).into());
     }
 
-    pub(super) fn ended_by(&mut self, side: EndedBy) {
+    pub(super) fn set_ended_by(&mut self, side: EndedBy) {
         self.ended_by = side;
     }
 
@@ -369,7 +369,7 @@ impl Record {
                 "the server closes all sessions; their clients are disconnected one after the other"
             );
         }
-        self.failed(Reason::ServerGone);
+        self.record_failure(Reason::ServerGone);
         Some(disconnect)
     }
 
@@ -379,7 +379,7 @@ impl Record {
             SessionEnd::Relay(end) => end,
             SessionEnd::Cancelled(reason) => {
                 self.ended_by = EndedBy::Cancelled;
-                return self.failed(failure_reason(reason));
+                return self.record_failure(failure_reason(reason));
             }
         };
         self.ended_by = match end {
@@ -392,22 +392,22 @@ impl Record {
             RelayEnd::ClientStalled => Reason::Stalled,
             RelayEnd::ServerStalled => Reason::ServerStalled,
             RelayEnd::ClientTls(violation) => {
-                self.detail(violation.to_string());
+                self.set_detail(violation.to_string());
                 Reason::TlsViolation
             }
             RelayEnd::ServerTls(violation) => {
-                self.detail(violation.to_string());
+                self.set_detail(violation.to_string());
                 Reason::ServerTlsViolation
             }
         };
-        self.failed(reason);
+        self.record_failure(reason);
     }
 
     /// The session ended because it could not be parked or unparked.
     pub(super) fn lost(&mut self, error: &std::io::Error) {
         self.ended_by = EndedBy::Proxy;
-        self.detail(error.to_string());
-        self.failed(Reason::System);
+        self.set_detail(error.to_string());
+        self.record_failure(Reason::System);
     }
 }
 

@@ -46,7 +46,7 @@ pub(crate) use self::established::ParkedSession;
 use self::established::RelayedSession;
 use self::log_record::{EndedBy, Record};
 pub(crate) use self::proxy_header::log_unknown_balancer;
-use self::proxy_header_warning::FirstBytes;
+use self::proxy_header_warning::ProxyHeaderDetector;
 pub(crate) use self::throttling::refuse_connection;
 use crate::admission::connection_limit::ConnectionPermit;
 use crate::admission::{ConnectionCount, MemoryBudgetExceeded, MemoryCharge, PreloginTicket};
@@ -139,7 +139,7 @@ struct Session {
     /// Index of the listener in the configuration.
     listener: usize,
     login_deadline: Deadline,
-    first_bytes: FirstBytes,
+    header_detector: ProxyHeaderDetector,
     record: Record,
 }
 
@@ -165,7 +165,7 @@ impl Session {
             local,
             is_proxied: false,
             listener,
-            first_bytes: FirstBytes::default(),
+            header_detector: ProxyHeaderDetector::default(),
         };
         (session, socket)
     }
@@ -217,7 +217,7 @@ impl Session {
             TlsMode::None => (Stream::Plain(socket), Transport::Plain),
         };
         if transport != Transport::Tls && self.snapshot.config.listeners[self.listener].proxy_protocol.is_none() {
-            self.first_bytes = FirstBytes::expected();
+            self.header_detector = ProxyHeaderDetector::on();
         }
         Ok((stream, transport))
     }
@@ -301,7 +301,7 @@ impl Session {
             }
             Connection::Closes => {
                 self.send(stream, &mut reply).await?;
-                self.record.ended_by(EndedBy::Proxy);
+                self.record.set_ended_by(EndedBy::Proxy);
                 close(stream).await;
                 Err(SessionEnded)
             }

@@ -39,7 +39,7 @@ impl Session {
         let header = tokio::select! {
             header = deadline.limit(read_header(socket)) => header,
             ending = self.termination() => {
-                self.record.failed(ending.reason);
+                self.record.record_failure(ending.reason);
                 return Err(SessionEnded);
             }
         };
@@ -77,8 +77,8 @@ impl Session {
     }
 
     fn invalid_proxy_header(&mut self, fault: String) -> SessionEnded {
-        self.record.detail(fault);
-        self.record.failed(Reason::ProxyHeader);
+        self.record.set_detail(fault);
+        self.record.record_failure(Reason::ProxyHeader);
         SessionEnded
     }
 }
@@ -87,8 +87,8 @@ impl Session {
 pub(crate) fn log_unknown_balancer(socket: &TcpStream, peer: SocketAddr, listener: SocketAddr, snapshot: &Snapshot) {
     let local = socket.local_addr().unwrap_or(listener);
     let mut record = Record::new(id::new(peer), peer, local, snapshot.session_settings.clone());
-    record.detail("the address is not in proxy_protocol.from".to_owned());
-    record.failed(Reason::ProxyHeader);
+    record.set_detail("the address is not in proxy_protocol.from".to_owned());
+    record.record_failure(Reason::ProxyHeader);
 }
 
 /// Reads up to the end of the header and not further. Returns `None` if the balancer closed without sending a byte, which is a

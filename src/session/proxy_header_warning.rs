@@ -1,5 +1,4 @@
-//! Detects a PROXY header on a listener without `proxy_protocol`: the balancer or this proxy is misconfigured. The warning is
-//! rate-limited for each listener.
+//! Warns if a client sends a PROXY header to a listener without `proxy_protocol`, at a limited rate per listener.
 
 use std::time::Instant;
 
@@ -8,49 +7,56 @@ use super::log_record::EndedBy;
 use crate::failure::Reason;
 use crate::protocol::proxy_protocol::{Detection, detect};
 
-/// Number of bytes after which rustls rejects input that is not TLS. The first five bytes of a PROXY header are not TLS.
-const TLS_HEADER: usize = 5;
+/// Length of the header of a TLS record, after which rustls rejects other input.
+const TLS_RECORD_HEADER: usize = 5;
+/// Upper bound of the bytes that are added per read. [`detect`] decides by the first 13.
+const MAX_START: usize = 16;
 
-/// The first bytes of a client without TLS, while they may be the begin of a PROXY header.
+/// Detects a PROXY header at the beginning of a connection without TLS. Bytes are kept only while they may belong to a header.
 #[derive(Debug, Default)]
-pub(super) struct FirstBytes(Option<Vec<u8>>);
+pub(super) enum ProxyHeaderDetector {
+    /// No header is looked for: the connection uses TLS or `proxy_protocol`, or has begun without a header.
+    #[default]
+    Off,
+    Collecting(Vec<u8>),
+}
 
-impl FirstBytes {
-    /// The state before the first read. The default state expects no header.
-    pub(super) fn expected() -> Self {
-        Self(Some(Vec::new()))
+impl ProxyHeaderDetector {
+    pub(super) fn on() -> Self {
+        Self::Collecting(Vec::new())
     }
 
-    /// Whether the connection begins with a PROXY header, after `bytes` were read.
-    pub(super) fn is_header(&mut self, bytes: &[u8]) -> bool {
-        let Some(first_bytes) = &mut self.0 else { return false };
-        first_bytes.extend_from_slice(&bytes[..bytes.len().min(16)]);
-        let detection = detect(first_bytes);
+    /// Adds `bytes`. Returns whether they complete the start of a PROXY header.
+    pub(super) fn observe(&mut self, bytes: &[u8]) -> bool {
+        let Self::Collecting(start) = self else { return false };
+        start.extend_from_slice(&bytes[..bytes.len().min(MAX_START)]);
+        let detection = detect(start);
         if detection != Detection::Undecided {
-            self.0 = None;
+            *self = Self::Off;
         }
         detection == Detection::ProxyHeader
     }
 }
 
-/// Whether the bytes that were received instead of a ClientHello are a PROXY header.
+/// Whether the bytes that were received instead of a ClientHello are the start of a PROXY header.
 pub(super) fn is_header_before_tls(first_bytes: &[u8]) -> bool {
-    first_bytes.len() >= TLS_HEADER && detect(first_bytes) != Detection::Other
+    // The handshake may have ended before there were enough bytes to decide.
+    first_bytes.len() >= TLS_RECORD_HEADER && detect(first_bytes) != Detection::Other
 }
 
 impl Session {
-    /// Ends the session, with a warning.
+    /// Records why the session ends, and logs a warning at a limited rate.
     pub(super) fn record_unexpected_proxy_header(&mut self) {
         if self.snapshot.proxy_header_warnings[self.listener].allows(Instant::now()) {
             tracing::warn!(
                 listener = %self.local,
                 balancer = %self.peer.ip().to_canonical(),
-                "a balancer sends PROXY headers to a listener that has no proxy_protocol: add proxy_protocol to it, or switch the headers off there"
+                "received a PROXY header on a listener without proxy_protocol: set proxy_protocol on this listener, or disable PROXY headers on the load balancer"
             );
         }
-        self.record.detail("a PROXY header on a listener without proxy_protocol".to_owned());
-        self.record.ended_by(EndedBy::Proxy);
-        self.record.failed(Reason::UnexpectedProxyHeader);
+        self.record.set_detail("a PROXY header on a listener without proxy_protocol".to_owned());
+        self.record.set_ended_by(EndedBy::Proxy);
+        self.record.record_failure(Reason::UnexpectedProxyHeader);
     }
 }
 
@@ -62,14 +68,14 @@ mod tests {
     fn header_is_found_at_every_split_and_a_login_is_not_stored() {
         let header = b"PROXY TCP4 192.0.2.1 192.0.2.2 4000 143\r\n";
         for cut in 0..header.len() {
-            let mut first_bytes = FirstBytes::expected();
-            assert!(first_bytes.is_header(&header[..cut]) || first_bytes.is_header(&header[cut..]), "cut at {cut}");
+            let mut detector = ProxyHeaderDetector::on();
+            assert!(detector.observe(&header[..cut]) || detector.observe(&header[cut..]), "cut at {cut}");
         }
-        let mut first_bytes = FirstBytes::expected();
-        assert!(!first_bytes.is_header(b"a LOGIN u secret\r\n"));
-        assert!(first_bytes.0.is_none());
-        assert!(!first_bytes.is_header(header), "a header is expected only at the begin of a connection");
-        assert!(!FirstBytes::default().is_header(header));
+        let mut detector = ProxyHeaderDetector::on();
+        assert!(!detector.observe(b"a LOGIN u secret\r\n"));
+        assert!(matches!(detector, ProxyHeaderDetector::Off));
+        assert!(!detector.observe(header), "a header is expected only at the beginning of a connection");
+        assert!(!ProxyHeaderDetector::default().observe(header));
     }
 
     #[test]

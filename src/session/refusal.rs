@@ -68,7 +68,7 @@ impl Session {
             }
             RouteDecision::PasswordNeeded => {
                 let detail = "the route decides by the client's password, and this mechanism sends none";
-                self.record.detail(detail.to_owned());
+                self.record.set_detail(detail.to_owned());
                 self.record.attempt_failed(Reason::MechanismUnsupported, LoginOutcome::Unavailable, None);
                 Interrupt::Unavailable
             }
@@ -79,7 +79,7 @@ impl Session {
     pub(super) fn lookup_failed(&mut self, error: &str) -> Interrupt {
         let error = bounded(error.to_owned());
         tracing::warn!(session = self.record.session().as_str(), %error, "route lookup failed");
-        self.record.detail(error);
+        self.record.set_detail(error);
         self.record.attempt_failed(Reason::LookupFailed, LoginOutcome::Unavailable, None);
         Interrupt::Unavailable
     }
@@ -92,7 +92,7 @@ impl Session {
         if let Err(refusal) = self.check_rate(&login.tag, &[]) {
             return refusal.reply;
         }
-        self.record.detail(login.fault.to_string());
+        self.record.set_detail(login.fault.to_string());
         self.record.attempt_failed(Reason::InvalidCredentials, LoginOutcome::Refused, None);
         let refusal = self.refused_with_delay(&login.tag, None, began);
         if let FailedLogin::LoggedAndDelayed { not_before } = refusal.failed_login {

@@ -73,8 +73,8 @@ impl Session {
             }
             Err(refused) => {
                 let refusal = refuse_connection(socket, refused, &self.snapshot, self.listener);
-                self.record.ended_by(EndedBy::Proxy);
-                self.record.detail(format!("connection refused: {}", refusal.as_str()));
+                self.record.set_ended_by(EndedBy::Proxy);
+                self.record.set_detail(format!("connection refused: {}", refusal.as_str()));
                 Err(SessionEnded)
             }
         }
@@ -91,7 +91,7 @@ impl Session {
                 }
             }
             () = self.drain.begun().cancelled() => {
-                self.record.failed(Reason::Drain);
+                self.record.record_failure(Reason::Drain);
                 return Err(SessionEnded);
             }
             () = time::sleep(ADMISSION_TIMEOUT) => {}
@@ -156,7 +156,7 @@ impl Session {
                 "Too many connections of this user from your address.",
             ),
         };
-        self.record.detail(format!("limits.{key}"));
+        self.record.set_detail(format!("limits.{key}"));
         self.record.attempt_failed(reason, LoginOutcome::Limited, backend);
         Refusal::counted(reply::limit(tag, text))
     }

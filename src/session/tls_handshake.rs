@@ -33,7 +33,7 @@ impl Session {
                 Err(_) => system_error(io::ErrorKind::TimedOut),
             },
             ending = self.termination() => {
-                self.record.failed(ending.reason);
+                self.record.record_failure(ending.reason);
                 return Err(SessionEnded);
             }
         };
@@ -41,8 +41,8 @@ impl Session {
             self.record_unexpected_proxy_header();
         } else {
             let is_out_of_memory = is_out_of_memory(error.kind());
-            self.record.detail(error.to_string());
-            self.record.failed(if is_out_of_memory { Reason::ShedForMemory } else { Reason::Handshake });
+            self.record.set_detail(error.to_string());
+            self.record.record_failure(if is_out_of_memory { Reason::ShedForMemory } else { Reason::Handshake });
         }
         Err(SessionEnded)
     }

@@ -78,7 +78,7 @@ admin: {{address: "127.0.0.1:{{admin}}"}}
                     pass
             named = number + 1
             wait_for("the reason", lambda named=named: self.proxy.metric("vestibule_failures_total", reason="unexpected_proxy_header") == named)
-        warning = "a balancer sends PROXY headers to a listener that has no proxy_protocol"
+        warning = "received a PROXY header on a listener without proxy_protocol"
         self.assertEqual(self.proxy.log().count(warning), 1)
 
 
