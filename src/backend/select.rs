@@ -1,19 +1,19 @@
-//! Decides in which order a login tries a backend's servers. Pure: counts, random numbers and credits are arguments.
+//! Decides in which order a login tries a backend's servers. No I/O: counts, random numbers and credits are arguments.
 //!
-//! Available servers come before failing ones, and a lower SRV priority before a higher one (RFC 2782). Among equals the
-//! backend's `balance` decides. `user-hash` is the default: a user's sessions are all on one server while it is up, as
-//! storage requires that several servers share (two Dovecot servers on one mailbox damage its index). The other balances
-//! are for storage without that restriction. Servers that are drained or down are not candidates.
+//! Available servers come before failing ones, and a lower SRV priority before a higher one (RFC 2782). Servers that are equal
+//! in both form a tier, in which the backend's `balance` decides. `user-hash`, the default, keeps all sessions of a user on one
+//! server while it is up. Shared storage needs that: two Dovecot servers that open one mailbox damage its index. The other
+//! balances are for storage without that restriction. Servers that are drained or down are not candidates.
 
 use crate::config::Balance;
 use crate::rendezvous;
 
-/// A server as far as the order depends on it.
+/// The properties of a server that determine its position.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Candidate<'a> {
     /// The configured name, which is part of the hash.
     pub name: &'a str,
-    /// Share among servers of the same priority.
+    /// The configured weight, relative to the servers of the same priority.
     pub weight: u32,
     /// The lowest priority is tried first.
     pub priority: u16,
@@ -21,26 +21,26 @@ pub(super) struct Candidate<'a> {
     pub is_available: bool,
     /// Number of sessions, logins in progress included.
     pub sessions: u32,
-    /// Share of its weight that the server gets: less than 1 for a while after a recovery (`slow_start`).
+    /// Factor on the weight, less than 1 for a while after a recovery (`slow_start`).
     pub ramp: f64,
 }
 
 impl Candidate<'_> {
-    fn share(&self) -> f64 {
+    fn effective_weight(&self) -> f64 {
         f64::from(self.weight) * self.ramp
     }
 
-    /// Sessions per weight with one session more.
+    /// Sessions per weight if this login is added. Ignores `ramp`, which `by_sessions` applies to the draw.
     fn load(&self) -> f64 {
         (f64::from(self.sessions) + 1.0) / f64::from(self.weight)
     }
 }
 
-/// Non-deterministic inputs: a source of random numbers and the credits of earlier turns.
+/// Inputs that change from login to login: a source of random numbers, and the credits that earlier logins have left.
 pub(super) struct SelectionState<'a> {
     /// Returns a random number from 0 up to, but not including, 1.
     pub random: &'a mut dyn FnMut() -> f64,
-    /// Credits of each candidate for `round-robin`; empty for other balances.
+    /// Credits of each candidate for `round-robin`, which are updated; empty for other balances.
     pub credits: &'a mut [f64],
 }
 
@@ -54,39 +54,40 @@ pub(super) fn order(
     let rank = |index: &usize| (!candidates[*index].is_available, candidates[*index].priority);
     let mut order: Vec<usize> = (0..candidates.len()).collect();
     order.sort_by_key(rank);
-    for (position, equals) in order.chunk_by_mut(|a, b| rank(a) == rank(b)).enumerate() {
+    for (tier_index, tier) in order.chunk_by_mut(|a, b| rank(a) == rank(b)).enumerate() {
         match balance {
-            Balance::UserHash => by_hash(user, candidates, equals),
-            Balance::BoundedHash { factor } => by_bounded_hash(factor, user, candidates, equals),
-            Balance::LeastSessions => by_sessions(candidates, equals, state.random),
-            Balance::RoundRobin if position == 0 => by_turn(candidates, equals, state.credits),
-            Balance::RoundRobin => by_credits(equals, state.credits),
+            Balance::UserHash => by_hash(user, candidates, tier),
+            Balance::BoundedHash { factor } => by_bounded_hash(factor, user, candidates, tier),
+            Balance::LeastSessions => by_sessions(candidates, tier, state.random),
+            // Only the first tier pays for the turn.
+            Balance::RoundRobin if tier_index == 0 => by_turn(candidates, tier, state.credits),
+            Balance::RoundRobin => by_credits(tier, state.credits),
         }
     }
     order
 }
 
 /// Rendezvous hashing. A slow start is ignored, because it would send the sessions of one user to two servers.
-fn by_hash(user: &str, candidates: &[Candidate<'_>], equals: &mut [usize]) {
+fn by_hash(user: &str, candidates: &[Candidate<'_>], tier: &mut [usize]) {
     let score = |index: &usize| {
         let candidate = &candidates[*index];
         rendezvous::score(user.as_bytes(), candidate.name.as_bytes(), candidate.weight)
     };
-    equals.sort_by(|a, b| score(b).total_cmp(&score(a)));
+    tier.sort_by(|a, b| score(b).total_cmp(&score(a)));
 }
 
 /// Rendezvous hashing in which servers with `factor` times their fair share of sessions come after all others
 /// (Mirrokni, Thorup and Zadimoghaddam, 2016).
-fn by_bounded_hash(factor: f64, user: &str, candidates: &[Candidate<'_>], equals: &mut [usize]) {
-    by_hash(user, candidates, equals);
-    let total: f64 = equals.iter().map(|index| f64::from(candidates[*index].sessions)).sum::<f64>() + 1.0;
-    let shares: f64 = equals.iter().map(|index| candidates[*index].share()).sum();
+fn by_bounded_hash(factor: f64, user: &str, candidates: &[Candidate<'_>], tier: &mut [usize]) {
+    by_hash(user, candidates, tier);
+    let total_sessions: f64 = tier.iter().map(|index| f64::from(candidates[*index].sessions)).sum::<f64>() + 1.0;
+    let total_weight: f64 = tier.iter().map(|index| candidates[*index].effective_weight()).sum();
     let is_full = |index: &usize| {
         let candidate = &candidates[*index];
-        f64::from(candidate.sessions) >= (factor * total * candidate.share() / shares).ceil()
+        f64::from(candidate.sessions) >= (factor * total_sessions * candidate.effective_weight() / total_weight).ceil()
     };
     // The sort is stable: the user's own order is kept among the full ones and among the others.
-    equals.sort_by_key(is_full);
+    tier.sort_by_key(is_full);
 }
 
 /// The less loaded of two servers drawn by weight comes first, then the others by load.
@@ -94,26 +95,26 @@ fn by_bounded_hash(factor: f64, user: &str, candidates: &[Candidate<'_>], equals
 /// If the least loaded server always came first, proxies that do not know of each other's logins would all send them there
 /// (Mitzenmacher, 2001). A server in its slow start is empty and would win whenever it is drawn, so it takes part in a
 /// growing share of the draws only.
-fn by_sessions(candidates: &[Candidate<'_>], equals: &mut [usize], random: &mut dyn FnMut() -> f64) {
-    let mut is_excluded = |ramp: f64| ramp < 1.0 && random() >= ramp;
-    let drawable: Vec<usize> = equals.iter().copied().filter(|index| !is_excluded(candidates[*index].ramp)).collect();
-    let comes_last = |index: &usize| !drawable.is_empty() && !drawable.contains(index);
-    equals.sort_by(|a, b| {
+fn by_sessions(candidates: &[Candidate<'_>], tier: &mut [usize], random: &mut dyn FnMut() -> f64) {
+    let mut draws_exclusion = |ramp: f64| ramp < 1.0 && random() >= ramp;
+    let drawable: Vec<usize> = tier.iter().copied().filter(|index| !draws_exclusion(candidates[*index].ramp)).collect();
+    let is_excluded = |index: &usize| !drawable.is_empty() && !drawable.contains(index);
+    tier.sort_by(|a, b| {
         let load = |index: &usize| candidates[*index].load();
-        comes_last(a).cmp(&comes_last(b)).then(load(a).total_cmp(&load(b)))
+        is_excluded(a).cmp(&is_excluded(b)).then(load(a).total_cmp(&load(b)))
     });
-    let count = if drawable.is_empty() { equals.len() } else { drawable.len() };
-    let first = draw(candidates, &equals[..count], None, random());
-    let second = draw(candidates, &equals[..count], Some(first), random());
-    let load = |position: usize| candidates[equals[position]].load();
+    let drawable_count = if drawable.is_empty() { tier.len() } else { drawable.len() };
+    let first = draw(candidates, &tier[..drawable_count], None, random());
+    let second = draw(candidates, &tier[..drawable_count], Some(first), random());
+    let load = |position: usize| candidates[tier[position]].load();
     let winner = if load(second) < load(first) { second } else { first };
-    equals[..=winner].rotate_right(1);
+    tier[..=winner].rotate_right(1);
 }
 
-/// Draws the position of one of `equals` by weight, other than `excluded` if there is another one.
-fn draw(candidates: &[Candidate<'_>], equals: &[usize], excluded: Option<usize>, random: f64) -> usize {
-    let weight = |position: usize| f64::from(candidates[equals[position]].weight);
-    let positions = || (0..equals.len()).filter(|position| Some(*position) != excluded);
+/// Draws the position of one of `tier` by weight, other than `excluded` if possible.
+fn draw(candidates: &[Candidate<'_>], tier: &[usize], excluded: Option<usize>, random: f64) -> usize {
+    let weight = |position: usize| f64::from(candidates[tier[position]].weight);
+    let positions = || (0..tier.len()).filter(|position| Some(*position) != excluded);
     let mut left = random * positions().map(weight).sum::<f64>();
     let mut last = excluded.unwrap_or(0);
     for position in positions() {
@@ -126,19 +127,20 @@ fn draw(candidates: &[Candidate<'_>], equals: &[usize], excluded: Option<usize>,
     last
 }
 
-/// Smooth weighted round robin: every server earns its weight, and the one with most credits is first and pays the sum.
-fn by_turn(candidates: &[Candidate<'_>], equals: &mut [usize], credits: &mut [f64]) {
-    for index in &*equals {
-        credits[*index] += candidates[*index].share();
+/// Smooth weighted round robin: every server earns its weight; the server with the most credits comes first and pays the total
+/// weight of its tier.
+fn by_turn(candidates: &[Candidate<'_>], tier: &mut [usize], credits: &mut [f64]) {
+    for index in &*tier {
+        credits[*index] += candidates[*index].effective_weight();
     }
-    by_credits(equals, credits);
-    if let Some(first) = equals.first() {
-        credits[*first] -= equals.iter().map(|index| candidates[*index].share()).sum::<f64>();
+    by_credits(tier, credits);
+    if let Some(first) = tier.first() {
+        credits[*first] -= tier.iter().map(|index| candidates[*index].effective_weight()).sum::<f64>();
     }
 }
 
-fn by_credits(equals: &mut [usize], credits: &[f64]) {
-    equals.sort_by(|a, b| credits[*b].total_cmp(&credits[*a]));
+fn by_credits(tier: &mut [usize], credits: &[f64]) {
+    tier.sort_by(|a, b| credits[*b].total_cmp(&credits[*a]));
 }
 
 #[cfg(test)]
