@@ -8,7 +8,7 @@ use tokio_rustls::rustls::pki_types::ServerName;
 use super::capacity::QueueLength;
 use super::credentials::ProxyCredentials;
 use super::discovery::Resolver;
-use super::health_checker::HealthChecker;
+use super::health_checker::CheckSettings;
 use super::server::{ServerSettings, ServerState};
 use super::server_group::ServerGroup;
 use super::source_addresses::SourceAddresses;
@@ -88,7 +88,7 @@ impl Backend {
             login_rules: config.login_rules.clone(),
             forward: config.forward.clone(),
             balance: config.balancing.balance,
-            checker: config.balancing.check.as_ref().map(HealthChecker::build).transpose()?,
+            check_settings: config.balancing.check.as_ref().map(CheckSettings::build).transpose()?.map(Arc::new),
             queue_length: QueueLength::default(),
             queue_limits: config.balancing.queue,
             round_robin_credits: Mutex::default(),

@@ -1,8 +1,8 @@
 //! Checks the servers of a backend at intervals: whether they work, and what they offer before login.
 //!
-//! One task per backend checks each server every `interval`, with a jitter of a tenth, so that neither many servers nor many
-//! proxies are checked at the same moment. One connection serves both purposes. A server whose state is `down` is not
-//! checked. What results mean is decided by `health`.
+//! One task per backend checks each server every `interval`, with a jitter of a tenth, so that checks of many servers, or by
+//! many proxies, do not coincide. A check reads the capabilities over the connection that it tests. A server whose state is
+//! `down` is not checked. `health` decides what the results mean for a server's availability.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -20,20 +20,21 @@ use super::{Backend, Backends, Server};
 use crate::admin_state::AdminState;
 use crate::config::{self, CheckKind, Limits, Problem};
 use crate::identity::Secret;
-use crate::metrics::{BackendMetrics, CheckMetrics};
+use crate::metrics::CheckMetrics;
 
-/// Interval at which the servers of an SRV record and the states of servers are looked at again.
+/// Interval at which the servers of an SRV record are listed again, and at which the state of a server is read again whose check
+/// is due but whose state is `down`.
 const REFRESH_INTERVAL: Duration = Duration::from_secs(1);
 
-/// The checks of a backend.
+/// How the servers of a backend are checked.
 #[derive(Debug)]
-pub(super) struct HealthChecker {
+pub(super) struct CheckSettings {
     check: config::Check,
     probe: Probe,
 }
 
-impl HealthChecker {
-    /// Builds the checks, and reads the password of the account that logs in.
+impl CheckSettings {
+    /// Builds the settings, and reads the password of the account that logs in.
     pub(super) fn build(check: &config::Check) -> Result<Self, Problem> {
         let probe = match &check.kind {
             CheckKind::Tcp => Probe::Tcp,
@@ -80,54 +81,61 @@ impl Drop for CheckSchedule {
 }
 
 /// Checks the backend's servers until it is dropped, which ends the checks that are running too.
-pub(super) async fn run_checks(backends: Arc<Backends>, backend: Arc<Backend>, limits: Arc<Limits>) {
-    let Some(checker) = &backend.checker else { return };
-    let mut checks = Checks { backends, limits, schedules: HashMap::new(), running: JoinSet::new() };
+pub(super) async fn run_checks(
+    backends: Arc<Backends>,
+    backend: Arc<Backend>,
+    settings: Arc<CheckSettings>,
+    limits: Arc<Limits>,
+) {
     let has_srv_records = backend.groups.iter().any(|group| group.srv_name.is_some());
-    let max_pause = if has_srv_records { REFRESH_INTERVAL } else { checker.check.interval };
+    let max_pause = if has_srv_records { REFRESH_INTERVAL } else { settings.check.interval };
+    let (schedules, running) = (HashMap::new(), JoinSet::new());
+    let mut checker = HealthChecker { backends, backend, settings, limits, schedules, running };
     loop {
-        let servers: Vec<Arc<Server>> = backend.groups.iter().flat_map(ServerGroup::current).collect();
-        checks.forget_others(&servers, backend.metrics.backend(backend.id.0));
+        let servers: Vec<Arc<Server>> = checker.backend.groups.iter().flat_map(ServerGroup::current).collect();
+        checker.remove_stale_schedules(&servers);
         let mut next = Instant::now() + max_pause;
         for server in servers {
-            next = next.min(checks.start_if_due(&backend, checker, server));
+            next = next.min(checker.start_if_due(server));
         }
         tokio::select! {
-            Some(_) = checks.running.join_next() => {}
+            Some(_) = checker.running.join_next() => {}
             () = time::sleep_until(next) => {}
         }
     }
 }
 
-/// The checks of a backend's servers, scheduled and running.
-struct Checks {
+/// Runs the checks of one backend.
+struct HealthChecker {
     backends: Arc<Backends>,
+    backend: Arc<Backend>,
+    settings: Arc<CheckSettings>,
     limits: Arc<Limits>,
     schedules: HashMap<Arc<str>, CheckSchedule>,
     running: JoinSet<()>,
 }
 
-impl Checks {
-    /// Removes the schedules of servers that are gone.
-    fn forget_others(&mut self, servers: &[Arc<Server>], metrics: &BackendMetrics) {
+impl HealthChecker {
+    /// Removes the schedules of servers that are gone, and their metrics.
+    fn remove_stale_schedules(&mut self, servers: &[Arc<Server>]) {
         self.schedules.retain(|name, schedule| {
             let remains = servers.iter().any(|server| Arc::ptr_eq(&server.state, &schedule.state));
             if !remains && !servers.iter().any(|server| server.name == *name) {
                 // A check may have ended after the server's series was removed.
-                metrics.forget_server(name);
+                self.backend.metrics.backend(self.backend.id.0).forget_server(name);
             }
             remains
         });
     }
 
     /// Starts a check of `server` if it is due. Returns when the server has to be looked at again.
-    fn start_if_due(&mut self, backend: &Arc<Backend>, checker: &HealthChecker, server: Arc<Server>) -> Instant {
-        let now = Instant::now();
+    fn start_if_due(&mut self, server: Arc<Server>) -> Instant {
+        let (now, check) = (Instant::now(), &self.settings.check);
         let schedule = self.schedules.entry(server.name.clone()).or_insert_with(|| CheckSchedule {
             state: server.state.clone(),
             due: now,
             running: None,
-            metrics: backend.metrics.backend(backend.id.0).checks(&server.name, checker.check.kind.as_str()),
+            metrics: self.backend.metrics.backend(self.backend.id.0).checks(&server.name, check.kind.as_str()),
         });
         if schedule.due > now {
             return schedule.due;
@@ -137,39 +145,46 @@ impl Checks {
         }
         if schedule.is_running() {
             // The end of the check wakes the loop.
-            return now + checker.check.interval;
+            return now + check.interval;
         }
-        schedule.due = now + checker.check.interval.mul_f64(0.9 + 0.2 * random_fraction());
+        schedule.due = now + check.interval.mul_f64(0.9 + 0.2 * random_fraction());
         let metrics = schedule.metrics.clone();
-        let (backends, backend, limits) = (self.backends.clone(), backend.clone(), self.limits.clone());
+        let (backends, backend) = (self.backends.clone(), self.backend.clone());
+        let (settings, limits) = (self.settings.clone(), self.limits.clone());
         schedule.running = Some(self.running.spawn(async move {
-            check(&backend, &server, &limits, &metrics).await;
+            check_and_record(&backend, &server, &settings, &limits, &metrics).await;
             backends.update_offer();
         }));
         schedule.due
     }
 }
 
-async fn check(backend: &Backend, server: &Arc<Server>, limits: &Limits, metrics: &CheckMetrics) {
-    let Some(checker) = &backend.checker else { return };
+async fn check_and_record(
+    backend: &Backend,
+    server: &Arc<Server>,
+    settings: &CheckSettings,
+    limits: &Limits,
+    metrics: &CheckMetrics,
+) {
     let started = Instant::now();
-    let result = probe(backend, server, &checker.probe, limits, checker.check.timeout).await;
+    let result = probe(backend, server, &settings.probe, limits, settings.check.timeout).await;
     if let Err(ProbeFailure { cause: FailureCause::ThisMachine, detail }) = &result {
-        // The result shows nothing about the server, so its health stays as it is.
         let (backend, server) = (&backend.name, &server.name);
-        return tracing::warn!(%backend, %server, %detail, "this machine cannot check the server");
+        // A local failure says nothing about the server, so its health does not change.
+        tracing::warn!(%backend, %server, %detail, "this machine cannot check the server");
+        return;
     }
     metrics.checked(result.is_ok(), started.elapsed());
     match result {
         Ok(observation) => {
-            record_observation(server, &observation, &checker.probe, metrics);
-            server.record_check(Ok(()), checker.depth());
+            record_observation(server, &observation, &settings.probe, metrics);
+            server.record_check(Ok(()), settings.depth());
         }
         Err(ProbeFailure { detail, .. }) => {
             tracing::debug!(backend = %backend.name, server = %server.name, %detail, "check failed");
-            // A server whose offer is unknown does not restrict the common offer.
-            server.set_offer(None);
-            server.record_check(Err(&detail), checker.depth());
+            // Unknown capabilities do not restrict what clients are offered.
+            server.set_capabilities(None);
+            server.record_check(Err(&detail), settings.depth());
         }
     }
 }
@@ -178,7 +193,7 @@ fn record_observation(server: &Server, observation: &Observation, probe: &Probe,
     if let Some(expiry) = observation.certificate_expiry {
         metrics.certificate(expiry);
     }
-    server.set_offer(observation.offer);
+    server.set_capabilities(observation.capabilities);
     // A server may advertise UNAUTHENTICATE only after a login.
     if observation.has_unauthenticate || matches!(probe, Probe::Login { .. }) {
         server.set_unauthenticate(observation.has_unauthenticate);

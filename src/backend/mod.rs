@@ -43,7 +43,7 @@ pub use self::credentials::ProxyCredentials;
 pub use self::discovery::ListenerAddresses;
 use self::discovery::Resolver;
 pub use self::failover::{Failover, NextServer};
-use self::health_checker::HealthChecker;
+use self::health_checker::CheckSettings;
 use self::random::random_fraction;
 use self::select::{Candidate, SelectionState};
 pub use self::server::{DelayedDisconnect, LastError, Server, ServerPermit, SessionPermit};
@@ -70,8 +70,9 @@ pub struct Backends {
 impl Backends {
     /// Starts the checks of servers, which run until `stop`.
     pub fn start_checks(self: &Arc<Self>, limits: &Arc<Limits>, tasks: &TaskTracker, stop: &CancellationToken) {
-        for backend in self.list.iter().filter(|backend| backend.checker.is_some()) {
-            let checks = health_checker::run_checks(self.clone(), backend.clone(), limits.clone());
+        for backend in &self.list {
+            let Some(settings) = backend.check_settings.clone() else { continue };
+            let checks = health_checker::run_checks(self.clone(), backend.clone(), settings, limits.clone());
             let stop = stop.clone();
             tasks.spawn(async move { stop.run_until_cancelled(checks).await });
         }
@@ -104,7 +105,12 @@ impl Backends {
     fn update_offer(&self) {
         let backends = self.list.iter().map(|backend| offer::BackendOffers {
             has_credentials: backend.credentials.is_some(),
-            servers: backend.groups.iter().flat_map(ServerGroup::current).filter_map(|server| server.offer()).collect(),
+            servers: backend
+                .groups
+                .iter()
+                .flat_map(ServerGroup::current)
+                .filter_map(|server| server.capabilities())
+                .collect(),
         });
         self.offer.store(offer::pack(offer::common(backends)), Ordering::Relaxed);
     }
@@ -182,7 +188,7 @@ pub struct Backend {
     forward: BTreeMap<String, String>,
     /// Which server a login goes to.
     pub balance: Balance,
-    checker: Option<HealthChecker>,
+    check_settings: Option<Arc<CheckSettings>>,
     queue_length: QueueLength,
     queue_limits: config::Queue,
     /// Credits of each server for `round-robin`, by name.

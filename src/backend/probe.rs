@@ -1,4 +1,4 @@
-//! Connects to a server to see whether it works and what it offers, without a client.
+//! Connects to a server without a client, to test it and to read its capabilities.
 
 use std::net::{Ipv4Addr, SocketAddr};
 use std::sync::Arc;
@@ -42,8 +42,8 @@ pub(super) enum Probe {
 /// What a probe has found out about a server.
 #[derive(Debug, Default)]
 pub(super) struct Observation {
-    /// What the server offers before login.
-    pub(super) offer: Option<ServerCapabilities>,
+    /// The capabilities before login, if they were read.
+    pub(super) capabilities: Option<ServerCapabilities>,
     /// Expiry of its certificate as Unix time.
     pub(super) certificate_expiry: Option<i64>,
     /// Whether the server lets a session change its user (RFC 8437).
@@ -130,28 +130,34 @@ pub(super) async fn probe(
 }
 
 async fn run(mut dialogue: Dialogue<'_>, probe: &Probe, deadline: Deadline) -> Result<Observation, ProbeFailure> {
-    // What the server offers before login: after it, other capabilities apply.
-    let mut offer = None;
+    // Only the capabilities before login: others apply after it.
+    let mut capabilities = None;
     loop {
         let (step, out) = dialogue.next_step();
         match dialogue.carry_out(step, &out, deadline, Expected::Answer).await {
-            LoginStep::NeedInput => offer = offer.or_else(|| dialogue.machine.server_capabilities()),
+            LoginStep::NeedInput => capabilities = capabilities.or_else(|| dialogue.machine.server_capabilities()),
             LoginStep::StartTls => {
                 dialogue = dialogue.start_tls(deadline).await?;
-                offer = None;
+                capabilities = None;
                 if matches!(probe, Probe::Tls) {
                     return Ok(observe(dialogue.stream, None, deadline).await);
                 }
             }
-            LoginStep::Probed(offer) => {
+            LoginStep::Probed(capabilities) => {
                 let has_unauthenticate = dialogue.machine.advertises_unauthenticate();
-                return Ok(Observation { has_unauthenticate, ..observe(dialogue.stream, Some(offer), deadline).await });
+                return Ok(Observation {
+                    has_unauthenticate,
+                    ..observe(dialogue.stream, Some(capabilities), deadline).await
+                });
             }
             LoginStep::Accepted { .. } => {
                 dialogue.server.set_unsupported_forms(dialogue.machine.unsupported_forms());
                 dialogue.log_out(deadline).await;
                 let has_unauthenticate = dialogue.machine.advertises_unauthenticate();
-                return Ok(Observation { has_unauthenticate, ..observe(dialogue.stream, offer, deadline).await });
+                return Ok(Observation {
+                    has_unauthenticate,
+                    ..observe(dialogue.stream, capabilities, deadline).await
+                });
             }
             LoginStep::Refused { .. } => {
                 dialogue.record_id_answer();
@@ -172,9 +178,9 @@ async fn run(mut dialogue: Dialogue<'_>, probe: &Probe, deadline: Deadline) -> R
 }
 
 /// Closes the connection and returns what it has shown.
-async fn observe(mut stream: Stream, offer: Option<ServerCapabilities>, deadline: Deadline) -> Observation {
+async fn observe(mut stream: Stream, capabilities: Option<ServerCapabilities>, deadline: Deadline) -> Observation {
     let certificate_expiry = stream.peer_certificate().and_then(crate::tls::certificate_expiry);
     // Whether the server notices is not our concern.
     let _ = deadline.limit(stream.shutdown()).await;
-    Observation { offer, certificate_expiry, has_unauthenticate: false }
+    Observation { capabilities, certificate_expiry, has_unauthenticate: false }
 }

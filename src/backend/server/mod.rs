@@ -232,13 +232,13 @@ impl Server {
         }
     }
 
-    /// What the server offered before login in the last check.
-    pub(super) fn offer(&self) -> Option<ServerCapabilities> {
-        *self.state.offer.lock().unwrap_or_else(PoisonError::into_inner)
+    /// The capabilities before login that the last check has read.
+    pub(super) fn capabilities(&self) -> Option<ServerCapabilities> {
+        *self.state.capabilities.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    pub(super) fn set_offer(&self, offer: Option<ServerCapabilities>) {
-        *self.state.offer.lock().unwrap_or_else(PoisonError::into_inner) = offer;
+    pub(super) fn set_capabilities(&self, capabilities: Option<ServerCapabilities>) {
+        *self.state.capabilities.lock().unwrap_or_else(PoisonError::into_inner) = capabilities;
     }
 
     /// Evaluates the answer to an ID with the client's address. Only Dovecot 2.4 and newer confirm that they trust it; 2.3

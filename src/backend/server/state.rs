@@ -33,8 +33,8 @@ pub(in crate::backend) struct ServerState {
     /// `None` until DNS has answered or failed for the first time.
     pub(super) addresses: watch::Sender<Option<Vec<SocketAddr>>>,
     pub(super) health: Mutex<Health>,
-    /// What the server offered before login in the last check.
-    pub(super) offer: Mutex<Option<ServerCapabilities>>,
+    /// The capabilities before login that the last check has read.
+    pub(super) capabilities: Mutex<Option<ServerCapabilities>>,
     /// Whether the server has confirmed that it trusts our ID.
     pub(super) has_trusted_id: AtomicBool,
     /// Whether it was logged that the server no longer trusts our ID.
@@ -67,7 +67,7 @@ impl ServerState {
         Arc::new(Self {
             addresses: watch::Sender::new(addresses),
             health: Mutex::default(),
-            offer: Mutex::default(),
+            capabilities: Mutex::default(),
             has_trusted_id: AtomicBool::new(false),
             distrust_logged: AtomicBool::new(false),
             unauthenticate: AtomicBool::new(false),
