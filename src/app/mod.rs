@@ -11,6 +11,7 @@ use std::process::ExitCode;
 
 use anyhow::Context as _;
 
+use self::run::StartMode;
 use crate::api::client::NotPermitted;
 use crate::api::control_socket::ControlSocketError;
 use crate::api::succession::launch::{self, REPORT_ON_STDIN, REPORT_VARIABLE};
@@ -78,7 +79,8 @@ fn dispatch(command: Command) -> anyhow::Result<ExitCode> {
         }
         Command::Run { config, replace } => {
             let runtime = runtime()?;
-            let result = runtime.block_on(run::run(&config, replace));
+            let mode = if replace { StartMode::ReplaceRunning } else { StartMode::New };
+            let result = runtime.block_on(run::run(&config, mode));
             // A cancelled start does not wait for the tables that it was reading.
             runtime.shutdown_background();
             result

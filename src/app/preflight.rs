@@ -49,7 +49,7 @@ fn location<'a>(backend: &'a config::Backend, server: &str) -> &'a Location {
 /// The groups of that user cannot be looked up.
 pub fn cache_file_warnings(config: &Config, identity: Option<&Identity>) -> anyhow::Result<Vec<Problem>> {
     let user = match identity.filter(|identity| identity.is_change()) {
-        Some(identity) => Some((identity.owner().0, identity.groups()?)),
+        Some(identity) => Some((identity.uid(), identity.groups()?)),
         None => None,
     };
     let files = config.routes.iter().filter_map(|route| lookup(route)?.cache.as_ref()?.file.as_ref());

@@ -30,20 +30,34 @@ use tokio::task::spawn_blocking;
 /// Time for responses to commands to be sent when the process ends.
 const RESPONSES_DEADLINE: Duration = Duration::from_secs(2);
 
-pub(crate) async fn run(file: &Path, replace: bool) -> anyhow::Result<ExitCode> {
-    let mut signals = Signals::new().context("signal handlers")?;
+/// What happens if another process already listens at the control path.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum StartMode {
+    /// The start fails.
+    New,
+    /// This process takes over from it.
+    ReplaceRunning,
+}
+
+pub(crate) async fn run(config_path: &Path, mode: StartMode) -> anyhow::Result<ExitCode> {
+    let mut signals = Signals::new().context("signal handlers could not be installed")?;
     let started = tokio::select! {
-        started = start(file, replace) => started?,
+        started = start(config_path, mode) => started?,
         () = signals.stop() => {
             tracing::info!("stopped before the start was complete");
             return Ok(ExitCode::SUCCESS);
         }
     };
+    detach_stdin();
+    serve(config_path, started, signals).await
+}
+
+/// Replaces standard input by `/dev/null`. If `vestibule upgrade` started this process, standard input is the socket from which the
+/// predecessor reads the error of a failed start; closing it shows that the start has succeeded.
+fn detach_stdin() {
     if let Ok(null) = std::fs::File::open("/dev/null") {
-        // A successor's standard input may be a socket on which its predecessor reads the error of a failed start.
         let _ = rustix::stdio::dup2_stdin(null);
     }
-    serve(file, started, signals).await
 }
 
 struct Started {
@@ -51,30 +65,31 @@ struct Started {
     control: Option<ControlServer>,
 }
 
-/// Everything that is built before anything is bound.
+/// The validated configuration and what was built from it, before any socket is bound.
 struct Plan {
     prepared: Prepared,
-    control: Option<PathBuf>,
+    control_path: Option<PathBuf>,
+    /// The user and group of `run_as`.
     identity: Option<Identity>,
 }
 
 impl Plan {
     /// Reads and builds everything. Blocks, because tables of millions of lines take seconds.
-    fn build(file: &Path) -> anyhow::Result<Self> {
-        let config = config::load(file)?;
+    fn build(config_path: &Path) -> anyhow::Result<Self> {
+        let config = config::load(config_path)?;
         logging::install(&config.log);
         rlimits::prepare(config.limits.sessions);
         deadline::watch_for_pauses().context("the thread that detects pauses of this process could not be started")?;
-        let (control, identity) = (config.control.clone(), privileges::resolve(&config)?);
+        let (control_path, identity) = (config.control.clone(), privileges::resolve(&config)?);
         for warning in preflight::cache_file_warnings(&config, identity.as_ref())? {
             tracing::warn!("{warning}");
         }
-        Ok(Self { prepared: server::prepare(config)?, control, identity })
+        Ok(Self { prepared: server::prepare(config)?, control_path, identity })
     }
 
     /// Returns the users whose control sockets may be replaced, and whose processes are trusted.
     fn trusted_users(&self) -> Vec<u32> {
-        let user = self.identity.as_ref().map(|identity| identity.owner().0);
+        let user = self.identity.as_ref().map(Identity::uid);
         [0, rustix::process::geteuid().as_raw()].into_iter().chain(user).collect()
     }
 }
@@ -83,13 +98,16 @@ impl Plan {
 ///
 /// 1. Everything is built before anything is bound, so that an invalid configuration changes nothing.
 /// 2. Everything is bound before privileges are dropped.
-/// 3. Everything that can fail precedes the publication of the control socket, and that precedes the predecessor's retirement.
-async fn start(file: &Path, replace: bool) -> anyhow::Result<Started> {
-    let path = file.to_owned();
+/// 3. The control socket is published as late as possible (except by [`ControlSocket::publish_as_root`]), and before the predecessor
+///    retires. If a later step fails, the predecessor takes its path back.
+async fn start(config_path: &Path, mode: StartMode) -> anyhow::Result<Started> {
+    let path = config_path.to_owned();
     let plan = spawn_blocking(move || Plan::build(&path)).await.context("the configuration could not be built")??;
     let trusted = plan.trusted_users();
-    let replaced = process_to_replace(plan.control.as_deref(), &trusted, replace)?;
-    plan.identity.as_ref().map_or(Ok(()), Identity::check)?;
+    let replaced = process_to_replace(plan.control_path.as_deref(), &trusted, mode)?;
+    if let Some(identity) = &plan.identity {
+        identity.check()?;
+    }
     let mut sockets = socket_handover::from_systemd();
     let mut predecessor = None;
     if let Some(path) = replaced {
@@ -99,16 +117,8 @@ async fn start(file: &Path, replace: bool) -> anyhow::Result<Started> {
     }
     let bound = plan.prepared.bind(sockets)?;
     let new_identity = plan.identity.as_ref().filter(|identity| identity.is_change());
-    let control = match &plan.control {
-        Some(path) => {
-            let pending = PendingSocket::bind(path, new_identity.map(Identity::owner))?;
-            Some(ControlSocket::Pending(pending).publish_as_root(
-                path,
-                new_identity,
-                predecessor.is_some(),
-                &trusted,
-            )?)
-        }
+    let control = match &plan.control_path {
+        Some(path) => Some(ControlSocket::bind(path, new_identity, predecessor.as_ref(), &trusted)?),
         None => None,
     };
     if let Some(identity) = new_identity {
@@ -119,18 +129,18 @@ async fn start(file: &Path, replace: bool) -> anyhow::Result<Started> {
         rlimits::forbid_core_dumps();
     }
     let states = match &mut predecessor {
-        Some(predecessor) => predecessor.ready().await?,
+        Some(predecessor) => predecessor.request_permission().await?,
         None => None,
     };
-    let unused = bound.unused().to_vec();
+    let unused_addresses = bound.unused().to_vec();
     let running = Arc::new(bound.with_states(states).start()?);
     count_panics(&running.metrics());
     logging::count_dropped_lines(running.metrics().log_lines_dropped());
     let published = control.map(|control| control.publish(predecessor.as_ref(), &trusted)).transpose()?;
     let control = published.map(ControlServer::new).transpose().context("the control socket cannot be used")?;
-    // Operators may have changed states since `ready`. No command is served before they are adopted.
+    // Operators may have changed states since `request_permission`. No command is served before they are adopted.
     if let Some(predecessor) = predecessor
-        && let Some(states) = predecessor.serving(unused).await?
+        && let Some(states) = predecessor.report_serving(unused_addresses).await?
     {
         running.adopt_states(&states).await;
     }
@@ -144,20 +154,39 @@ enum ControlSocket {
 }
 
 impl ControlSocket {
-    /// Publishes the socket before privileges are dropped, if the user of `run_as` may not create files in its directory.
-    fn publish_as_root(
-        self,
+    /// Binds the socket under a temporary name. Publishes it at once if that needs root privileges.
+    fn bind(
         path: &Path,
         new_identity: Option<&Identity>,
-        is_replacing: bool,
+        predecessor: Option<&Predecessor>,
         trusted: &[u32],
     ) -> anyhow::Result<Self> {
-        match (self, new_identity) {
-            (Self::Pending(pending), Some(identity)) if must_publish_as_root(identity, path, is_replacing)? => {
-                Ok(Self::Published(pending.publish(IfListening::Fail, trusted)?))
+        let pending = PendingSocket::bind(path, new_identity.map(Identity::owner))?;
+        match new_identity {
+            Some(identity) if !may_write_directory(identity, path)? => {
+                Self::publish_as_root(pending, path, predecessor, trusted)
             }
-            (socket, _) => Ok(socket),
+            _ => Ok(Self::Pending(pending)),
         }
+    }
+
+    /// Publishes the socket before privileges are dropped, because the user of `run_as` may not create files in its directory.
+    fn publish_as_root(
+        pending: PendingSocket,
+        path: &Path,
+        predecessor: Option<&Predecessor>,
+        trusted: &[u32],
+    ) -> anyhow::Result<Self> {
+        let directory = control_socket::directory(path).display();
+        anyhow::ensure!(
+            predecessor.is_none(),
+            "{directory}, the directory of admin.control, must be writable by the user of run_as to replace a running process"
+        );
+        tracing::warn!(
+            "{directory}, the directory of admin.control, is not writable by the user of run_as: this process cannot be upgraded \
+             or replaced"
+        );
+        Ok(Self::Published(pending.publish(IfListening::Fail, trusted)?))
     }
 
     /// Publishes the socket, unless that has happened already.
@@ -179,56 +208,48 @@ impl ControlSocket {
 
 /// Returns the control path of a running process, if there is one.
 fn process_to_replace<'a>(
-    control: Option<&'a Path>,
+    control_path: Option<&'a Path>,
     trusted: &[u32],
-    replace: bool,
+    mode: StartMode,
 ) -> anyhow::Result<Option<&'a Path>> {
-    let Some(path) = control else {
-        anyhow::ensure!(!replace, "--replace requires admin.control, the path of the running process's control socket");
+    let may_replace = mode == StartMode::ReplaceRunning;
+    let Some(path) = control_path else {
+        anyhow::ensure!(
+            !may_replace,
+            "--replace requires admin.control, the path of the running process's control socket"
+        );
         return Ok(None);
     };
     if control_socket::path_state(path, trusted)? != PathState::Listening {
         return Ok(None);
     }
-    anyhow::ensure!(replace, "another process already answers at {}: replace it with --replace", path.display());
+    anyhow::ensure!(may_replace, "another process already answers at {}: replace it with --replace", path.display());
     Ok(Some(path))
 }
 
-/// Whether the control socket must be published before privileges are dropped, because the user of `run_as` may not create files
-/// in its directory.
-fn must_publish_as_root(identity: &Identity, path: &Path, is_replacing: bool) -> anyhow::Result<bool> {
+/// Whether the user of `run_as` may create files in the directory of the control socket at `path`.
+fn may_write_directory(identity: &Identity, path: &Path) -> anyhow::Result<bool> {
     let directory = control_socket::directory(path);
-    let shown = directory.display();
-    let may_write = control_socket::may_write(directory, identity.owner().0, &identity.groups()?);
-    if may_write.with_context(|| shown.to_string())? {
-        return Ok(false);
-    }
-    anyhow::ensure!(
-        !is_replacing,
-        "{shown}, the directory of admin.control, must be writable by the user of run_as to replace a running process"
-    );
-    tracing::warn!(
-        "{shown}, the directory of admin.control, is not writable by the user of run_as: this process cannot be upgraded"
-    );
-    Ok(true)
+    control_socket::may_write(directory, identity.uid(), &identity.groups()?)
+        .with_context(|| format!("cannot read {}, the directory of admin.control", directory.display()))
 }
 
-async fn serve(file: &Path, started: Started, mut signals: Signals) -> anyhow::Result<ExitCode> {
+async fn serve(config_path: &Path, started: Started, mut signals: Signals) -> anyhow::Result<ExitCode> {
     let Started { running, control } = started;
-    notify(&running, NotifyState::Ready);
+    notify(&[NotifyState::Ready, NotifyState::Status(&format!("{} listeners", running.listeners().len()))]);
     let succession = Succession::default();
     let (retire, mut retirements) = mpsc::channel(1);
     let connections = control.as_ref().map(ControlServer::connections).unwrap_or_default();
     if let Some(control) = control {
-        tokio::spawn(control.run(running.clone(), file.to_owned(), succession.clone(), retire.clone()));
+        tokio::spawn(control.run(running.clone(), config_path.to_owned(), succession.clone(), retire.clone()));
     }
     loop {
         tokio::select! {
             request = signals.next() => match request {
-                MainRequest::Reload => reload(&running, &succession, file),
+                MainRequest::Reload => reload(&running, &succession, config_path),
                 MainRequest::Stop => {
                     succession.stop();
-                    notify(&running, NotifyState::Stopping);
+                    notify(&[NotifyState::Stopping, NotifyState::Status("stopping")]);
                     running.announce_stop(signals.stop()).await;
                     running.drain(signals.stop()).await;
                     break;
@@ -236,7 +257,8 @@ async fn serve(file: &Path, started: Started, mut signals: Signals) -> anyhow::R
             },
             Some(RetireRequest { successor, unused, received }) = retirements.recv() => {
                 tracing::info!(successor, "a successor has taken over");
-                notify(&running, NotifyState::MainPid(successor));
+                // The successor sets the status.
+                notify(&[NotifyState::MainPid(successor)]);
                 // The successor does not wait for the notification.
                 let _ = received.send(());
                 running.retire(&unused, signals.stop()).await;
@@ -250,30 +272,33 @@ async fn serve(file: &Path, started: Started, mut signals: Signals) -> anyhow::R
     Ok(ExitCode::SUCCESS)
 }
 
-/// Reloads in the background, so that signals and commands are handled during the reload. Errors are logged, and set a gauge.
-fn reload(running: &Arc<Running>, succession: &Succession, file: &Path) {
+/// Reloads in the background, so that signals and commands are handled during the reload.
+fn reload(running: &Arc<Running>, succession: &Succession, config_path: &Path) {
     if let Some(refusal) = succession.reload_refusal() {
-        return tracing::error!("the configuration was not loaded: {refusal}");
+        tracing::error!("reload refused: {refusal}");
+        return;
     }
-    let (running, file) = (running.clone(), file.to_owned());
-    tokio::spawn(async move { drop(running.reload(&file).await) });
+    let (running, config_path) = (running.clone(), config_path.to_owned());
+    tokio::spawn(async move {
+        // `Running::reload` logs its errors, and sets a gauge.
+        let _ = running.reload(&config_path).await;
+    });
 }
 
-/// Installs a panic hook that counts panics and logs their location. A panic ends one session.
+/// Installs a panic hook that counts panics and logs their location. A panic ends only its task.
 fn count_panics(metrics: &Metrics) {
     let panics = metrics.panics();
     std::panic::set_hook(Box::new(move |info| {
         panics.inc();
         // Without the panic's message, because it may contain data from a peer.
         let place = info.location().map(ToString::to_string).unwrap_or_default();
-        tracing::error!(%place, "a session ended in a panic: please report this");
+        tracing::error!(%place, "a task panicked: this is a bug in Vestibule, please report it");
         logging::flush_at_panic();
     }));
 }
 
-fn notify(running: &Running, state: NotifyState<'_>) {
-    let text = format!("{} listeners", running.listeners().len());
-    if let Err(error) = sd_notify::notify(&[state, NotifyState::Status(&text)]) {
+fn notify(states: &[NotifyState<'_>]) {
+    if let Err(error) = sd_notify::notify(states) {
         tracing::warn!(%error, "systemd could not be notified");
     }
 }

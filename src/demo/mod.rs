@@ -50,7 +50,7 @@ pub(crate) async fn run(options: DemoOptions) -> anyhow::Result<()> {
     let file = folder.write_configuration(&options, &servers)?;
     let config = config::load(&file)?;
     logging::install(&config.log);
-    let mut signals = Signals::new().context("signal handlers")?;
+    let mut signals = Signals::new().context("signal handlers could not be installed")?;
     let running = server::start(config, Vec::new()).await?;
     println!("{}", introduction(&folder, &running, &servers));
     if options.once {

@@ -41,6 +41,10 @@ pub(crate) fn resolve(config: &Config) -> Result<Option<Identity>, Report> {
 }
 
 impl Identity {
+    pub(crate) fn uid(&self) -> u32 {
+        self.uid.as_raw()
+    }
+
     /// Returns the user and group ids, as the owner of files and sockets.
     pub fn owner(&self) -> (u32, u32) {
         (self.uid.as_raw(), self.gid.as_raw())

@@ -70,7 +70,7 @@ impl Predecessor {
     ///
     /// # Errors
     /// The predecessor refuses or does not answer.
-    pub(crate) async fn ready(&mut self) -> anyhow::Result<Option<Vec<StoredOverride>>> {
+    pub(crate) async fn request_permission(&mut self) -> anyhow::Result<Option<Vec<StoredOverride>>> {
         self.ready_at = Some(Instant::now());
         let message = FromSuccessor::Ready { version: env!("CARGO_PKG_VERSION").to_owned() };
         match self.exchange(message).await? {
@@ -94,14 +94,17 @@ impl Predecessor {
     }
 
     /// Reports that this process serves and has taken over the path of the control socket, and waits until the predecessor
-    /// retires. This process does not use the sockets at the addresses in `unused`. Returns the final administrative states, or
-    /// `None` if those of [`Predecessor::ready`] are final.
+    /// retires. This process does not use the sockets at the addresses in `unused_addresses`. Returns the final administrative states, or
+    /// `None` if those of [`Predecessor::request_permission`] are final.
     ///
     /// # Errors
     /// The predecessor refuses, and so continues.
-    pub(crate) async fn serving(mut self, unused: Vec<SocketAddr>) -> anyhow::Result<Option<Vec<StoredOverride>>> {
+    pub(crate) async fn report_serving(
+        mut self,
+        unused_addresses: Vec<SocketAddr>,
+    ) -> anyhow::Result<Option<Vec<StoredOverride>>> {
         self.is_published = true;
-        match self.exchange(FromSuccessor::Serving { unused }).await? {
+        match self.exchange(FromSuccessor::Serving { unused: unused_addresses }).await? {
             Some(FromPredecessor::Retiring { states }) => {
                 tracing::info!("the predecessor retires");
                 Ok(valid(states))
