@@ -1,7 +1,7 @@
-//! The connection of a handover after the HTTP upgrade: messages of one JSON line each, and the listening sockets.
+//! The handover connection after the HTTP upgrade: JSON messages, one per line, and the transfer of the listening sockets.
 //!
-//! The parent module has the order of the messages. [`FromPredecessor::Refused`] may replace each message of the predecessor.
-//! A connection that is closed earlier is a handover that has failed.
+//! The parent module documents the order of the messages. [`FromPredecessor::Refused`] may be sent instead of any message of the
+//! predecessor. If the connection is closed before the last message, the handover has failed.
 
 use std::io;
 use std::net::{SocketAddr, TcpListener};
@@ -17,25 +17,26 @@ use tokio::task::spawn_blocking;
 use crate::backend::state_override::StoredOverride;
 use crate::process::socket_handover;
 
-/// The token of the HTTP upgrade, with the version of what follows it.
+/// Protocol name and version in the `Upgrade` header.
 pub(in crate::api) const PROTOCOL: &str = "vestibule-hand-over/1";
-/// Maximum length of a message. The maximum number of administrative states needs less.
-const MAX_MESSAGE: u64 = 8 * 1024 * 1024;
+/// Maximum length of a message. More than `MAX_OVERRIDES` administrative states need, which a test checks.
+const MAX_MESSAGE_BYTES: u64 = 8 * 1024 * 1024;
 /// Maximum length of a message before the sockets are transferred.
-const MAX_FIRST_MESSAGE: u64 = 4 * 1024;
+const MAX_FIRST_MESSAGE_BYTES: u64 = 4 * 1024;
 /// Size of the read buffer after the sockets are transferred.
-const BUFFER: usize = 8 * 1024;
-/// Timeout of transferring all sockets, and of a message that the other side sends without waiting.
-pub(super) const TRANSFER_DEADLINE: Duration = Duration::from_secs(10);
+const READ_BUFFER_BYTES: usize = 8 * 1024;
+/// Timeout of the transfer of all sockets, and of a message that the other side sends at once.
+pub(super) const TRANSFER_TIMEOUT: Duration = Duration::from_secs(10);
 /// Timeout from [`FromPredecessor::Go`] to [`FromSuccessor::Serving`].
-pub(super) const SERVING_DEADLINE: Duration = Duration::from_secs(10);
+pub(super) const SERVING_TIMEOUT: Duration = Duration::from_secs(10);
 
 #[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "step", rename_all = "kebab-case")]
 pub(super) enum FromSuccessor {
-    /// Asks for the listening sockets.
-    Send,
-    /// Asks for permission to start. Nothing is left that could fail except the start itself.
+    /// Requests the listening sockets.
+    #[serde(rename = "send")]
+    RequestSockets,
+    /// Requests permission to start, after everything is bound and privileges are dropped.
     Ready { version: String },
     /// The successor serves connections.
     Serving {
@@ -61,89 +62,107 @@ pub(super) enum FromPredecessor {
         states: Vec<StoredOverride>,
     },
     /// The predecessor continues, and the successor must not start.
-    Refused { text: String },
+    Refused {
+        #[serde(rename = "text")]
+        reason: String,
+    },
 }
 
-/// One end of the connection of a handover.
-pub(super) struct HandOverConnection {
+/// One end of a handover connection.
+pub(super) struct HandoverConnection {
     stream: BufReader<UnixStream>,
-    max_message: u64,
+    max_message_bytes: u64,
 }
 
-impl HandOverConnection {
+impl HandoverConnection {
     pub(super) fn new(stream: UnixStream) -> Self {
         // Reads byte by byte, because the sockets may follow a message and must not be lost in the buffer.
-        Self { stream: BufReader::with_capacity(1, stream), max_message: MAX_FIRST_MESSAGE }
+        Self { stream: BufReader::with_capacity(1, stream), max_message_bytes: MAX_FIRST_MESSAGE_BYTES }
     }
 
     pub(super) async fn write(&mut self, message: &impl Serialize) -> io::Result<()> {
         let mut line = serde_json::to_vec(message)?;
         line.push(b'\n');
-        in_time(TRANSFER_DEADLINE, self.stream.write_all(&line)).await
+        with_timeout(TRANSFER_TIMEOUT, self.stream.write_all(&line)).await
     }
 
     /// Reads the next message. Not cancellation-safe: the connection must not be used after the future was dropped.
-    pub(super) async fn read<T: DeserializeOwned>(&mut self, deadline: Duration) -> io::Result<T> {
+    pub(super) async fn read<T: DeserializeOwned>(&mut self, timeout: Duration) -> io::Result<T> {
         let read = async {
             let mut line = Vec::new();
-            let length = (&mut self.stream).take(self.max_message).read_until(b'\n', &mut line).await?;
+            let length = (&mut self.stream).take(self.max_message_bytes).read_until(b'\n', &mut line).await?;
             match line.pop() {
                 Some(b'\n') => Ok(serde_json::from_slice(&line)?),
-                Some(_) if length as u64 == self.max_message => {
-                    Err(io::Error::new(io::ErrorKind::InvalidData, "the message is too long"))
+                Some(_) if length as u64 == self.max_message_bytes => {
+                    let text = format!("the handover message exceeds {} bytes", self.max_message_bytes);
+                    Err(io::Error::new(io::ErrorKind::InvalidData, text))
                 }
-                _ => Err(io::ErrorKind::UnexpectedEof.into()),
+                _ => {
+                    let text = "the other process closed the handover connection";
+                    Err(io::Error::new(io::ErrorKind::UnexpectedEof, text))
+                }
             }
         };
-        in_time(deadline, read).await
+        with_timeout(timeout, read).await
     }
 
     pub(super) async fn send_sockets(self, sockets: Vec<OwnedFd>, trusted: Vec<u32>) -> io::Result<Self> {
-        self.transfer(move |stream| socket_handover::send(stream, &sockets, &trusted))
+        self.with_blocking_socket(move |stream| socket_handover::send(stream, &sockets, &trusted))
             .await
             .map(|(connection, ())| connection)
     }
 
     pub(super) async fn receive_sockets(self, trusted: Vec<u32>) -> io::Result<(Self, Vec<TcpListener>)> {
-        self.transfer(move |stream| socket_handover::receive(stream, &trusted)).await
+        self.with_blocking_socket(move |stream| socket_handover::receive(stream, &trusted)).await
     }
 
-    /// Runs `transfer` on a blocking thread. After it no more sockets follow.
-    async fn transfer<T: Send + 'static>(
+    /// Runs `operation`, which transfers the sockets, on a blocking thread. After it reads are buffered, because only messages
+    /// follow.
+    async fn with_blocking_socket<T: Send + 'static>(
         self,
-        transfer: impl FnOnce(&std::os::unix::net::UnixStream) -> io::Result<T> + Send + 'static,
+        operation: impl FnOnce(&std::os::unix::net::UnixStream) -> io::Result<T> + Send + 'static,
     ) -> io::Result<(Self, T)> {
         let stream = self.stream.into_inner().into_std()?;
         let transferred = spawn_blocking(move || {
             stream.set_nonblocking(false)?;
-            stream.set_read_timeout(Some(TRANSFER_DEADLINE))?;
-            stream.set_write_timeout(Some(TRANSFER_DEADLINE))?;
-            let result = transfer(&stream)?;
+            stream.set_read_timeout(Some(TRANSFER_TIMEOUT))?;
+            stream.set_write_timeout(Some(TRANSFER_TIMEOUT))?;
+            let result = operation(&stream)?;
             stream.set_nonblocking(true)?;
             Ok::<_, io::Error>((stream, result))
         });
         let (stream, result) = transferred.await.map_err(io::Error::other)??;
-        let stream = BufReader::with_capacity(BUFFER, UnixStream::from_std(stream)?);
-        Ok((Self { stream, max_message: MAX_MESSAGE }, result))
+        let stream = BufReader::with_capacity(READ_BUFFER_BYTES, UnixStream::from_std(stream)?);
+        Ok((Self { stream, max_message_bytes: MAX_MESSAGE_BYTES }, result))
     }
 }
 
-async fn in_time<T>(deadline: Duration, future: impl Future<Output = io::Result<T>>) -> io::Result<T> {
-    tokio::time::timeout(deadline, future).await.unwrap_or_else(|_| {
-        let text = format!("no response within {}", humantime::format_duration(deadline));
+async fn with_timeout<T>(timeout: Duration, future: impl Future<Output = io::Result<T>>) -> io::Result<T> {
+    tokio::time::timeout(timeout, future).await.unwrap_or_else(|_| {
+        let text = format!("the handover timed out after {}", humantime::format_duration(timeout));
         Err(io::Error::new(io::ErrorKind::TimedOut, text))
     })
 }
 
 #[cfg(test)]
 mod tests {
+    use serde_json::json;
+
     use super::*;
     use crate::admin_state::AdminState;
     use crate::backend::state_override::{MAX_OVERRIDES, StateOverride};
 
-    fn connections() -> (HandOverConnection, HandOverConnection) {
+    fn connections() -> (HandoverConnection, HandoverConnection) {
         let (one, other) = UnixStream::pair().unwrap();
-        (HandOverConnection::new(one), HandOverConnection::new(other))
+        (HandoverConnection::new(one), HandoverConnection::new(other))
+    }
+
+    #[test]
+    fn messages_keep_their_json() {
+        let request = serde_json::to_value(FromSuccessor::RequestSockets).unwrap();
+        assert_eq!(request, json!({"step": "send"}));
+        let refused = serde_json::to_value(FromPredecessor::Refused { reason: "not now".to_owned() }).unwrap();
+        assert_eq!(refused, json!({"step": "refused", "text": "not now"}));
     }
 
     #[tokio::test]
@@ -152,8 +171,8 @@ mod tests {
         let own = vec![rustix::process::geteuid().as_raw()];
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let address = listener.local_addr().unwrap();
-        successor.write(&FromSuccessor::Send).await.unwrap();
-        assert_eq!(predecessor.read::<FromSuccessor>(TRANSFER_DEADLINE).await.unwrap(), FromSuccessor::Send);
+        successor.write(&FromSuccessor::RequestSockets).await.unwrap();
+        assert_eq!(predecessor.read::<FromSuccessor>(TRANSFER_TIMEOUT).await.unwrap(), FromSuccessor::RequestSockets);
         let mut predecessor = predecessor.send_sockets(vec![listener.into()], own.clone()).await.unwrap();
         let set = StateOverride::new(AdminState::Drain, "root", Some("new disks")).unwrap();
         let drained = StoredOverride { backend: "a".to_owned(), server: "h:1".to_owned(), set };
@@ -166,8 +185,8 @@ mod tests {
             predecessor.write(&retiring).await.unwrap();
         };
         let reading = async {
-            assert_eq!(successor.read::<FromPredecessor>(TRANSFER_DEADLINE).await.unwrap(), go);
-            assert_eq!(successor.read::<FromPredecessor>(TRANSFER_DEADLINE).await.unwrap(), retiring);
+            assert_eq!(successor.read::<FromPredecessor>(TRANSFER_TIMEOUT).await.unwrap(), go);
+            assert_eq!(successor.read::<FromPredecessor>(TRANSFER_TIMEOUT).await.unwrap(), retiring);
         };
         tokio::join!(writing, reading);
     }
@@ -175,16 +194,16 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn missing_and_oversized_messages_are_errors() {
         let (one, mut other) = connections();
-        let error = other.read::<FromSuccessor>(TRANSFER_DEADLINE).await.unwrap_err();
-        assert_eq!(error.to_string(), "no response within 10s");
+        let error = other.read::<FromSuccessor>(TRANSFER_TIMEOUT).await.unwrap_err();
+        assert_eq!(error.to_string(), "the handover timed out after 10s");
         drop(one);
         let (mut one, mut other) = connections();
-        one.stream.write_all(&vec![b'x'; MAX_FIRST_MESSAGE as usize + 1]).await.unwrap();
-        let read = other.read::<FromSuccessor>(TRANSFER_DEADLINE).await;
-        assert_eq!(read.unwrap_err().to_string(), "the message is too long");
+        one.stream.write_all(&vec![b'x'; MAX_FIRST_MESSAGE_BYTES as usize + 1]).await.unwrap();
+        let read = other.read::<FromSuccessor>(TRANSFER_TIMEOUT).await;
+        assert_eq!(read.unwrap_err().to_string(), "the handover message exceeds 4096 bytes");
         let (one, mut other) = connections();
         drop(one);
-        let error = other.read::<FromSuccessor>(TRANSFER_DEADLINE).await.unwrap_err();
+        let error = other.read::<FromSuccessor>(TRANSFER_TIMEOUT).await.unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::UnexpectedEof);
     }
 }

@@ -1,6 +1,6 @@
 //! The predecessor's side of a handover: sends the listening sockets to a successor, and retires when the successor serves.
 //!
-//! Every step has a deadline, and is cancelled when this process stops. Before the retirement this process serves as before.
+//! Every step has a timeout, and is cancelled when this process stops. Before the retirement this process serves as before.
 
 use std::io;
 use std::sync::Arc;
@@ -12,16 +12,16 @@ use tokio::net::UnixStream;
 use tokio::sync::oneshot;
 
 use super::super::context::{ControlContext, RetireRequest};
-use super::connection::{FromPredecessor, FromSuccessor, HandOverConnection, SERVING_DEADLINE, TRANSFER_DEADLINE};
-use super::state::HandOverGrant;
+use super::connection::{FromPredecessor, FromSuccessor, HandoverConnection, SERVING_TIMEOUT, TRANSFER_TIMEOUT};
+use super::state::HandoverGrant;
 
 /// Timeout from the transfer of the sockets to [`FromSuccessor::Ready`]. The successor has built everything before.
-const READY_DEADLINE: Duration = Duration::from_secs(30);
-/// Timeout of a change of administrative states in progress. Shorter than the successor's timeout, [`TRANSFER_DEADLINE`].
-const STATES_DEADLINE: Duration = Duration::from_secs(5);
+const READY_TIMEOUT: Duration = Duration::from_secs(30);
+/// Timeout of a change of administrative states in progress. Shorter than the successor's timeout, [`TRANSFER_TIMEOUT`].
+const STATES_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Hands over on the connection that `upgrade` becomes.
-pub(in crate::api) async fn serve(upgrade: OnUpgrade, grant: HandOverGrant, context: Arc<ControlContext>) {
+pub(in crate::api) async fn serve(upgrade: OnUpgrade, grant: HandoverGrant, context: Arc<ControlContext>) {
     let successor = grant.pid();
     tracing::info!(successor, "handover to a successor begins");
     let stopping = context.succession.stopping().clone();
@@ -36,7 +36,8 @@ pub(in crate::api) async fn serve(upgrade: OnUpgrade, grant: HandOverGrant, cont
     }
     if let Some(connection) = &mut connection {
         // A successor that was only too slow must not start.
-        let _ = connection.write(&FromPredecessor::Refused { text: format!("the handover has failed: {text}") }).await;
+        let _ =
+            connection.write(&FromPredecessor::Refused { reason: format!("the handover has failed: {text}") }).await;
     }
     drop(grant);
     context.path_lost.notify_one();
@@ -46,7 +47,7 @@ pub(in crate::api) async fn serve(upgrade: OnUpgrade, grant: HandOverGrant, cont
 struct Failed {
     error: io::Error,
     /// The connection, unless it is lost.
-    connection: Option<HandOverConnection>,
+    connection: Option<HandoverConnection>,
 }
 
 impl From<io::Error> for Failed {
@@ -55,16 +56,16 @@ impl From<io::Error> for Failed {
     }
 }
 
-async fn hand_over(upgrade: OnUpgrade, grant: &HandOverGrant, context: &ControlContext) -> Result<(), Failed> {
-    let upgraded = tokio::time::timeout(TRANSFER_DEADLINE, upgrade).await.map_err(io::Error::other)?;
+async fn hand_over(upgrade: OnUpgrade, grant: &HandoverGrant, context: &ControlContext) -> Result<(), Failed> {
+    let upgraded = tokio::time::timeout(TRANSFER_TIMEOUT, upgrade).await.map_err(io::Error::other)?;
     let parts = upgraded.map_err(io::Error::other)?.downcast::<TokioIo<UnixStream>>();
     let parts = parts.map_err(|_| io::Error::other("not a Unix socket"))?;
     if !parts.read_buf.is_empty() {
         return Err(io::Error::new(io::ErrorKind::InvalidData, "the successor sent data after its request").into());
     }
-    let mut connection = HandOverConnection::new(parts.io.into_inner());
-    match next(&mut connection, context, TRANSFER_DEADLINE).await {
-        Ok(FromSuccessor::Send) => {}
+    let mut connection = HandoverConnection::new(parts.io.into_inner());
+    match next(&mut connection, context, TRANSFER_TIMEOUT).await {
+        Ok(FromSuccessor::RequestSockets) => {}
         Ok(other) => return Err(Failed { error: unexpected(&other), connection: Some(connection) }),
         Err(error) => return Err(Failed { error, connection: Some(connection) }),
     }
@@ -80,20 +81,20 @@ async fn hand_over(upgrade: OnUpgrade, grant: &HandOverGrant, context: &ControlC
 
 /// The steps after the transfer of the sockets.
 async fn finish(
-    connection: &mut HandOverConnection,
-    grant: &HandOverGrant,
+    connection: &mut HandoverConnection,
+    grant: &HandoverGrant,
     context: &ControlContext,
 ) -> io::Result<()> {
-    let version = match next(connection, context, READY_DEADLINE).await? {
+    let version = match next(connection, context, READY_TIMEOUT).await? {
         FromSuccessor::Ready { version } => version,
         other => return Err(unexpected(&other)),
     };
     connection.write(&FromPredecessor::Go { states: context.running.states() }).await?;
-    let unused = match next(connection, context, SERVING_DEADLINE).await? {
+    let unused = match next(connection, context, SERVING_TIMEOUT).await? {
         FromSuccessor::Serving { unused } => unused,
         other => return Err(unexpected(&other)),
     };
-    let retirement = context.running.before_retirement(STATES_DEADLINE).await?;
+    let retirement = context.running.before_retirement(STATES_TIMEOUT).await?;
     grant.complete(&version).map_err(io::Error::other)?;
     // Before `Retiring` is sent: from then on the successor decides, and a later change must be refused here.
     let states = retirement.retire();
@@ -106,13 +107,13 @@ async fn finish(
 }
 
 async fn next(
-    connection: &mut HandOverConnection,
+    connection: &mut HandoverConnection,
     context: &ControlContext,
-    deadline: Duration,
+    timeout: Duration,
 ) -> io::Result<FromSuccessor> {
     let stopping = context.succession.stopping();
     stopping
-        .run_until_cancelled(connection.read(deadline))
+        .run_until_cancelled(connection.read(timeout))
         .await
         .unwrap_or_else(|| Err(io::Error::other("this process is stopping")))
 }

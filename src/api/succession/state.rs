@@ -1,7 +1,7 @@
 //! The state of a replacement in the predecessor. At most one successor can take over at a time.
 //!
 //! [`Phase`] is the state machine, a pure value; [`Succession`] shares it between the tasks of the process. A phase that belongs
-//! to one successor ends when its guard ([`Launch`], [`HandOverGrant`]) is dropped, so a failed attempt leaves the process
+//! to one successor ends when its guard ([`Launch`], [`HandoverGrant`]) is dropped, so a failed attempt leaves the process
 //! ready for the next one.
 //!
 //! Holds of users and handovers exclude each other, because a successor does not know the holds of its predecessor: no sockets
@@ -205,9 +205,9 @@ impl Succession {
         Ok(Launch(self.clone()))
     }
 
-    pub(in crate::api) fn grant(&self, pid: u32) -> Result<HandOverGrant, Refusal> {
+    pub(in crate::api) fn grant(&self, pid: u32) -> Result<HandoverGrant, Refusal> {
         self.change(|phase| self.without_holds(phase.grant(pid)?))?;
-        Ok(HandOverGrant { succession: self.clone(), pid })
+        Ok(HandoverGrant { succession: self.clone(), pid })
     }
 
     fn change(&self, change: impl FnOnce(&Phase) -> Result<Phase, Refusal>) -> Result<(), Refusal> {
@@ -255,12 +255,12 @@ impl Drop for Launch {
 
 /// The right of one successor to the listening sockets. Dropping it revokes the right, unless the handover was completed.
 #[derive(Debug)]
-pub(in crate::api) struct HandOverGrant {
+pub(in crate::api) struct HandoverGrant {
     succession: Succession,
     pid: u32,
 }
 
-impl HandOverGrant {
+impl HandoverGrant {
     pub(super) fn pid(&self) -> u32 {
         self.pid
     }
@@ -271,7 +271,7 @@ impl HandOverGrant {
     }
 }
 
-impl Drop for HandOverGrant {
+impl Drop for HandoverGrant {
     fn drop(&mut self) {
         self.succession.phase.send_modify(|phase| *phase = phase.revoke(self.pid));
     }

@@ -21,19 +21,19 @@ use tokio_util::task::AbortOnDropHandle;
 use super::super::control_socket::{self, PathState};
 use super::super::message::{Command, Response};
 use super::connection::{
-    FromPredecessor, FromSuccessor, HandOverConnection, PROTOCOL, SERVING_DEADLINE, TRANSFER_DEADLINE,
+    FromPredecessor, FromSuccessor, HandoverConnection, PROTOCOL, SERVING_TIMEOUT, TRANSFER_TIMEOUT,
 };
 use crate::backend::state_override::StoredOverride;
 
 /// Timeout of the request for a handover, to which a running process responds at once.
-const REQUEST_DEADLINE: Duration = Duration::from_secs(10);
+const REQUEST_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// The process that is being replaced.
 pub(crate) struct Predecessor {
     path: PathBuf,
     trusted: Vec<u32>,
     /// `None` if the predecessor has died after the transfer of its sockets.
-    connection: Option<HandOverConnection>,
+    connection: Option<HandoverConnection>,
     /// The time at which this process sent [`FromSuccessor::Ready`].
     ready_at: Option<Instant>,
     /// Whether the control path already leads to this process.
@@ -46,16 +46,16 @@ impl Predecessor {
     /// # Errors
     /// The process refuses, does not answer, or belongs to a user that is not in `trusted`.
     pub(crate) async fn take_over(path: &Path, trusted: Vec<u32>) -> anyhow::Result<(Self, Vec<TcpListener>)> {
-        let connection = timeout(REQUEST_DEADLINE, request(path)).await.with_context(|| {
+        let connection = timeout(REQUEST_TIMEOUT, request(path)).await.with_context(|| {
             format!(
                 "the running process does not answer at {} within {}: stop it, or resume it if it is suspended",
                 path.display(),
-                humantime::format_duration(REQUEST_DEADLINE)
+                humantime::format_duration(REQUEST_TIMEOUT)
             )
         })??;
         let receive = async {
             let mut connection = connection;
-            connection.write(&FromSuccessor::Send).await?;
+            connection.write(&FromSuccessor::RequestSockets).await?;
             connection.receive_sockets(trusted.clone()).await
         };
         let (connection, sockets) = receive.await.context("the listening sockets could not be received")?;
@@ -87,7 +87,7 @@ impl Predecessor {
     /// Too much time has passed.
     pub(crate) fn check_time(&self) -> anyhow::Result<()> {
         let passed = self.ready_at.map(|ready_at| ready_at.elapsed()).unwrap_or_default();
-        if self.connection.is_some() && passed > SERVING_DEADLINE.mul_f64(0.8) {
+        if self.connection.is_some() && passed > SERVING_TIMEOUT.mul_f64(0.8) {
             bail!("the handover took too long: {passed:.0?}");
         }
         Ok(())
@@ -119,10 +119,10 @@ impl Predecessor {
         let Some(connection) = &mut self.connection else { return Ok(None) };
         let answer = async {
             connection.write(&message).await?;
-            connection.read(TRANSFER_DEADLINE).await
+            connection.read(TRANSFER_TIMEOUT).await
         };
         match answer.await {
-            Ok(FromPredecessor::Refused { text }) => bail!("the running process does not hand over: {text}"),
+            Ok(FromPredecessor::Refused { reason }) => bail!("the running process does not hand over: {reason}"),
             Ok(answer) => Ok(Some(answer)),
             Err(error) if is_closed(&error) && self.has_died() => {
                 tracing::warn!("the predecessor has died during the handover; this process continues alone");
@@ -158,7 +158,7 @@ fn is_closed(error: &io::Error) -> bool {
 }
 
 /// Sends the command `hand-over`, and returns the connection after the HTTP upgrade.
-async fn request(path: &Path) -> anyhow::Result<HandOverConnection> {
+async fn request(path: &Path) -> anyhow::Result<HandoverConnection> {
     let socket = UnixStream::connect(path).await.with_context(|| path.display().to_string())?;
     let (mut sender, connection) = http1::handshake(TokioIo::new(socket)).await?;
     let _connection = AbortOnDropHandle::new(tokio::spawn(connection.with_upgrades()));
@@ -179,7 +179,7 @@ async fn request(path: &Path) -> anyhow::Result<HandOverConnection> {
     }
     let upgraded = hyper::upgrade::on(reply).await?;
     match upgraded.downcast::<TokioIo<UnixStream>>() {
-        Ok(parts) if parts.read_buf.is_empty() => Ok(HandOverConnection::new(parts.io.into_inner())),
+        Ok(parts) if parts.read_buf.is_empty() => Ok(HandoverConnection::new(parts.io.into_inner())),
         _ => bail!("the running process sent data before the handover began"),
     }
 }
