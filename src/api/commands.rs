@@ -83,7 +83,7 @@ impl ControlContext {
     }
 
     pub(super) async fn status(&self, caller: &Caller) -> Response {
-        report::status(self.operations().status(), &self.query_predecessors(caller, &Command::Status).await)
+        report::status_response(self.operations().status(), &self.query_predecessors(caller, &Command::Status).await)
     }
 
     pub(super) async fn sessions(&self, caller: &Caller, user: Option<String>) -> anyhow::Result<Response> {
@@ -92,7 +92,7 @@ impl ControlContext {
             // The successor needs the whole list with its counter to merge it with its own.
             return Ok(Response { data: json!(own), ..Response::success("") });
         }
-        Ok(report::sessions(own, self.query_predecessors(caller, &Command::Sessions { user }).await))
+        Ok(report::sessions_response(own, self.query_predecessors(caller, &Command::Sessions { user }).await))
     }
 
     pub(super) async fn kick(&self, caller: &Caller, user: String) -> anyhow::Result<Response> {
@@ -102,7 +102,7 @@ impl ControlContext {
         let ended = own + others.iter().filter_map(PredecessorResult::value).map(|other| other.ended).sum::<usize>();
         let response =
             Response { data: json!({"ended": ended}), ..Response::success(format!("{user}: {ended} sessions ended")) };
-        Ok(with_problems(response, &report::problems(&others)))
+        Ok(with_query_errors(response, &report::query_errors(&others)))
     }
 
     pub(super) async fn set_server(&self, caller: &Caller, command: ServerCommand) -> anyhow::Result<Response> {
@@ -134,7 +134,7 @@ impl ControlContext {
         if let Err(error) = own.saved {
             response.notes.push(format!("the state is lost when this process ends: {error}"));
         }
-        Ok(with_problems(response, &report::problems(&others)))
+        Ok(with_query_errors(response, &report::query_errors(&others)))
     }
 
     /// Delays a user's new logins and ends the user's sessions, in all processes. Returns the number of sessions ended.
@@ -147,8 +147,8 @@ impl ControlContext {
         let permit = self.succession.hold()?;
         // Detects a predecessor that hangs before any session is ended.
         let statuses = self.query_predecessors::<ProcessStatus>(caller, &Command::Status).await;
-        if let Some(problem) = report::problems(&statuses).first() {
-            bail!("{problem}");
+        if let Some(error) = report::query_errors(&statuses).first() {
+            bail!("{error}");
         }
         // Concurrently, so that a client that is disconnected here does not log in to a predecessor.
         let (own, others) =
@@ -184,7 +184,7 @@ impl ControlContext {
         let routed = self.operations().wait_for_route(user, backend, wait).await;
         drop(hold);
         routed.with_context(|| format!("{ended} sessions were ended"))?;
-        Ok(report::moved(user, &MoveResult { ended, backend: backend.to_owned() }))
+        Ok(report::move_response(user, &MoveResult { ended, backend: backend.to_owned() }))
     }
 
     /// Sends `command` to all predecessors, unless it applies to this process alone, and returns the data of their responses.
@@ -210,10 +210,10 @@ impl ControlContext {
     }
 }
 
-/// Adds problems to a response, which then is a failure because the command was not carried out in all processes.
-fn with_problems(response: Response, problems: &[String]) -> Response {
-    if problems.is_empty() {
+/// Adds the errors of predecessors to a response, which then is a failure because the command was not carried out in all processes.
+fn with_query_errors(response: Response, errors: &[String]) -> Response {
+    if errors.is_empty() {
         return response;
     }
-    Response { ok: false, text: format!("{}; but {}", response.text, problems.join("; ")), ..response }
+    Response { ok: false, text: format!("{}; but {}", response.text, errors.join("; ")), ..response }
 }

@@ -1,4 +1,4 @@
-//! Turns the results of a process and its predecessors into text and JSON.
+//! Merges the results of this process and its predecessors into the responses to `status`, `sessions` and `move`.
 
 use std::fmt::Write as _;
 
@@ -20,43 +20,61 @@ impl<T> PredecessorResult<T> {
         self.result.as_ref().ok()
     }
 
-    fn problem(&self) -> Option<String> {
+    fn query_error(&self) -> Option<String> {
         let error = self.result.as_ref().err()?;
         Some(format!("the predecessor with process id {} could not be queried: {error}", self.pid))
     }
 }
 
 /// The errors among `results`, as sentences.
-pub(super) fn problems<T>(results: &[PredecessorResult<T>]) -> Vec<String> {
-    results.iter().filter_map(PredecessorResult::problem).collect()
+pub(super) fn query_errors<T>(results: &[PredecessorResult<T>]) -> Vec<String> {
+    results.iter().filter_map(PredecessorResult::query_error).collect()
 }
 
 /// The response to `status`. Sessions of all processes are counted together.
-pub(super) fn status(mut own: ProcessStatus, others: &[PredecessorResult<ProcessStatus>]) -> Response {
-    let mut predecessors = Vec::new();
-    let mut lines = String::new();
-    for other in others {
-        let Some(status) = other.value() else { continue };
-        add_sessions(&mut own, status);
-        predecessors.push(json!({"pid": other.pid, "version": status.version, "sessions": status.sessions}));
-        let _ = writeln!(lines, "predecessor {} (version {}): {} sessions", other.pid, status.version, status.sessions);
+pub(super) fn status_response(mut own: ProcessStatus, predecessors: &[PredecessorResult<ProcessStatus>]) -> Response {
+    let own_servers = own.servers.len();
+    for predecessor in predecessors.iter().filter_map(PredecessorResult::value) {
+        add_sessions(&mut own, predecessor);
     }
-    let mut text = format!("version   {}\n", own.version);
-    for address in &own.listeners {
-        let _ = writeln!(text, "listener  {address}");
+    let merged = own;
+    let text = status_text(&merged, own_servers, predecessors);
+    Response { data: status_data(&merged, predecessors), notes: query_errors(predecessors), ..Response::success(text) }
+}
+
+/// The text of the response to `status`. The first `own_servers` servers are those of this process.
+fn status_text(
+    merged: &ProcessStatus,
+    own_servers: usize,
+    predecessors: &[PredecessorResult<ProcessStatus>],
+) -> String {
+    let mut rows = vec![("version", merged.version.clone())];
+    rows.extend(merged.listeners.iter().map(|address| ("listener", address.clone())));
+    for (index, server) in merged.servers.iter().enumerate() {
+        let note = if index < own_servers { "" } else { " (predecessors only)" };
+        rows.push(("server", describe_server(server, note)));
     }
-    for server in &own.servers {
-        let _ = writeln!(text, "server    {}", server_line(server));
+    for StoredOverride { backend, server, set: state_override } in &merged.unused_states {
+        let (state, author) = (state_override.state.as_str(), describe_override(state_override));
+        rows.push(("unused", format!("{backend} {server}: {state}, but there is no such server; {author}")));
     }
-    for StoredOverride { backend, server, set } in &own.unused_states {
-        let (state, set_by) = (set.state.as_str(), set_by(set));
-        let _ = writeln!(text, "no server {backend} {server}: {state}, not in the configuration; {set_by}");
+    for predecessor in predecessors {
+        let Some(ProcessStatus { version, sessions, .. }) = predecessor.value() else { continue };
+        rows.push(("predecessor", format!("{} (version {version}): {sessions} sessions", predecessor.pid)));
     }
-    text.push_str(&lines);
-    let _ = write!(text, "sessions  {}", own.sessions);
-    let mut data = json!(own);
-    data["predecessors"] = Value::Array(predecessors);
-    Response { ok: true, text, data, notes: problems(others) }
+    rows.push(("sessions", merged.sessions.to_string()));
+    rows.iter().map(|(label, value)| format!("{label:<13}{value}")).collect::<Vec<_>>().join("\n")
+}
+
+/// The JSON of the response to `status`.
+fn status_data(merged: &ProcessStatus, predecessors: &[PredecessorResult<ProcessStatus>]) -> Value {
+    let predecessor_data = |predecessor: &PredecessorResult<ProcessStatus>| {
+        let ProcessStatus { version, sessions, .. } = predecessor.value()?;
+        Some(json!({"pid": predecessor.pid, "version": version, "sessions": sessions}))
+    };
+    let mut data = json!(merged);
+    data["predecessors"] = predecessors.iter().filter_map(predecessor_data).collect();
+    data
 }
 
 /// Adds the sessions of a predecessor to those of this process. A server that only the predecessor has is added if it has sessions.
@@ -72,13 +90,15 @@ fn add_sessions(own: &mut ProcessStatus, predecessor: &ProcessStatus) {
     }
 }
 
-fn server_line(server: &ServerStatus) -> String {
-    let ServerStatus { backend, server: name, state, up, sessions, unauthenticate, last_error, set } = server;
-    let (state, health) = (state.as_str(), if *up { "answers" } else { "failing" });
-    let warning = if *unauthenticate { ", has UNAUTHENTICATE: disable it there" } else { "" };
-    let mut line = format!("{backend} {name}: {state}, {health}, {sessions} sessions{warning}");
-    if let Some(set) = set {
-        let _ = write!(line, "; {}", set_by(set));
+/// Describes a server in one line, with `note` after its name.
+fn describe_server(server: &ServerStatus, note: &str) -> String {
+    let ServerStatus { backend, server: name, state, up, sessions, unauthenticate, last_error, set: state_override } =
+        server;
+    let (state, health) = (state.as_str(), if *up { "healthy" } else { "failing" });
+    let warning = if *unauthenticate { ", advertises UNAUTHENTICATE: disable it on the server" } else { "" };
+    let mut line = format!("{backend} {name}{note}: {state}, {health}, {sessions} sessions{warning}");
+    if let Some(state_override) = state_override {
+        let _ = write!(line, "; {}", describe_override(state_override));
     }
     if let Some(error) = last_error {
         let _ = write!(line, "; last error {} s ago: {}", error.seconds_ago, error.text);
@@ -86,43 +106,48 @@ fn server_line(server: &ServerStatus) -> String {
     line
 }
 
-fn set_by(set: &StateOverride) -> String {
-    let reason = set.reason.as_deref().map(|reason| format!(": {reason}")).unwrap_or_default();
-    format!("set by {} at {}{reason}", set.by, set.since())
+/// Describes who set a state, when, and why.
+fn describe_override(state_override: &StateOverride) -> String {
+    let reason = state_override.reason.as_deref().map(|reason| format!(": {reason}")).unwrap_or_default();
+    format!("set by {} at {}{reason}", state_override.by, state_override.since())
 }
 
 /// The response to `sessions`. Sessions of predecessors are marked as such.
-pub(super) fn sessions(mut own: SessionList, others: Vec<PredecessorResult<SessionList>>) -> Response {
-    let mut notes = problems(&others);
-    for other in others {
-        let Ok(list) = other.result else { continue };
+pub(super) fn sessions_response(mut own: SessionList, predecessors: Vec<PredecessorResult<SessionList>>) -> Response {
+    let mut notes = query_errors(&predecessors);
+    for predecessor in predecessors {
+        let Ok(list) = predecessor.result else { continue };
         own.left_out += list.left_out;
-        let pid = Some(other.pid);
+        let pid = Some(predecessor.pid);
         own.sessions.extend(list.sessions.into_iter().map(|session| SessionView { predecessor: pid, ..session }));
     }
     if own.left_out > 0 {
         notes.push(format!("{} more sessions are not listed", own.left_out));
     }
-    let text = own.sessions.iter().map(session_line).collect::<Vec<_>>().join("\n");
-    Response { ok: true, text, data: json!(own.sessions), notes }
+    let text = own.sessions.iter().map(describe_session).collect::<Vec<_>>().join("\n");
+    Response { data: json!(own.sessions), notes, ..Response::success(text) }
 }
 
 /// The response to `move`.
-pub(super) fn moved(user: &str, result: &MoveResult) -> Response {
-    let text = format!("{user}: {} sessions ended, now at {}", result.ended, result.backend);
+pub(super) fn move_response(user: &str, result: &MoveResult) -> Response {
+    let text = format!("{user}: {} sessions ended, now routed to {}", result.ended, result.backend);
     Response { data: json!(result), ..Response::success(text) }
 }
 
-fn session_line(view: &SessionView) -> String {
+/// Describes a session in one line, with the field names of the log.
+fn describe_session(view: &SessionView) -> String {
     let state = match view {
-        SessionView { cut_off: true, .. } => " cut off",
-        SessionView { settled: false, .. } => " logging in",
-        _ => "",
+        SessionView { cut_off: true, .. } => "server-closed",
+        SessionView { settled: false, .. } => "logging-in",
+        _ => "established",
     };
     let SessionView { user, client, session, backend, server, seconds, .. } = view;
     let (backend, server) = (backend.as_deref().unwrap_or("-"), server.as_deref().unwrap_or("-"));
     let predecessor = view.predecessor.map(|pid| format!(" (predecessor {pid})")).unwrap_or_default();
-    format!("{user} {client} {backend} {server} {seconds} s{state} {session}{predecessor}")
+    format!(
+        "{user} client={client} backend={backend} server={server} age={seconds}s state={state} \
+         session={session}{predecessor}"
+    )
 }
 
 #[cfg(test)]
@@ -156,7 +181,7 @@ mod tests {
         };
         let first = PredecessorResult { pid: 1, result: Ok(process(1, vec![server("x", 100)])) };
         let silent = PredecessorResult { pid: 9, result: Err("no response within 5s".to_owned()) };
-        let response = status(own, &[first, second, silent]);
+        let response = status_response(own, &[first, second, silent]);
         assert_eq!(response.data["sessions"], 118);
         let servers: Vec<(&str, u64)> = response.data["servers"]
             .as_array()
@@ -168,10 +193,11 @@ mod tests {
         assert_eq!(response.data["predecessors"][1], json!({"pid": 2, "version": "1.0", "sessions": 15}));
         assert_eq!(response.notes, ["the predecessor with process id 9 could not be queried: no response within 5s"]);
         for line in [
-            "server    a x: drain, answers, 111 sessions, has UNAUTHENTICATE: disable it there; set by root at \
-             1970-01-01T00:00:00Z: disks; last error 7 s ago: refused\n",
-            "server    a y: up, answers, 2 sessions\n",
-            "predecessor 2 (version 1.0): 15 sessions\n",
+            "server       a x: drain, healthy, 111 sessions, advertises UNAUTHENTICATE: disable it on the server; set by \
+             root at 1970-01-01T00:00:00Z: disks; last error 7 s ago: refused\n",
+            "server       a y: up, healthy, 2 sessions\n",
+            "server       a gone (predecessors only): up, healthy, 5 sessions\n",
+            "predecessor  2 (version 1.0): 15 sessions\n",
         ] {
             assert!(response.text.contains(line), "{}", response.text);
         }
@@ -191,10 +217,12 @@ mod tests {
             predecessor: None,
         };
         let accepted = SessionView { backend: None, server: None, settled: false, ..view.clone() };
-        assert_eq!(session_line(&accepted), "alice 192.0.2.1 - - 7 s logging in id");
+        let line = "alice client=192.0.2.1 backend=- server=- age=7s state=logging-in session=id";
+        assert_eq!(describe_session(&accepted), line);
         let list = |left_out| SessionList { sessions: vec![view.clone()], left_out };
-        let response = sessions(list(0), vec![PredecessorResult { pid: 5, result: Ok(list(2)) }]);
-        assert_eq!(response.text, "alice 192.0.2.1 a x 7 s id\nalice 192.0.2.1 a x 7 s id (predecessor 5)");
+        let response = sessions_response(list(0), vec![PredecessorResult { pid: 5, result: Ok(list(2)) }]);
+        let line = "alice client=192.0.2.1 backend=a server=x age=7s state=established session=id";
+        assert_eq!(response.text, format!("{line}\n{line} (predecessor 5)"));
         assert_eq!((response.data[0].get("predecessor"), &response.data[1]["predecessor"]), (None, &json!(5)));
         assert_eq!(response.notes, ["2 more sessions are not listed"]);
     }

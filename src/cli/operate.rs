@@ -110,7 +110,7 @@ async fn move_user(
     let response = match &hold {
         Some(hold) if response.ok => {
             let ended = ended_sessions(&hold.response) + ended_sessions(&response);
-            Response { text: format!("{user}: {ended} sessions ended, now at {backend}"), ..response }
+            Response { text: format!("{user}: {ended} sessions ended, now routed to {backend}"), ..response }
         }
         _ => response,
     };

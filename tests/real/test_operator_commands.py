@@ -187,7 +187,7 @@ class Commands(OperatorTestCase):
         new = self.folder.write("users.new", f"{ALICE} shard-b\n{BOB} shard-b\n")
         output = self.command("move", ALICE, "shard-b", "--while", f"cp {new} {self.folder.path}/users.txt")
         self.assertEqual(before.line(), b"")
-        self.assertIn(f"{ALICE}: 1 sessions ended, now at shard-b", output)
+        self.assertIn(f"{ALICE}: 1 sessions ended, now routed to shard-b", output)
         for progress in ("new logins wait", f"running cp {new}", "waiting until the routes name shard-b, at most 10s"):
             self.assertIn(progress, output)
         client = session(self.port)
@@ -255,7 +255,7 @@ class Commands(OperatorTestCase):
         self.assertEqual((shown["state"], shown["set"]["state"], shown["set"]["reason"]), ("drain", "drain", "new disks"))
         self.assertRegex(shown["set"]["by"], r"^(\S+ \(as )?root\)?$")
         self.assertRegex(shown["set"]["since"], r"^20\d\d-\d\d-\d\dT\d\d:\d\d:\d\dZ$")
-        self.assertRegex(self.command("status"), rf"server    shard-a {name}: drain, answers, 0 sessions; set by .*root.* at 20\S*Z: new disks\n")
+        self.assertRegex(self.command("status"), rf"server       shard-a {name}: drain, healthy, 0 sessions; set by .*root.* at 20\S*Z: new disks\n")
         self.assertIn("no control characters", self.command("drain", name, "--reason", "\x1b[2J", code=1))
         self.command("server", name, "as-configured")
         self.assertNotIn("set", self.servers()[name])
@@ -370,7 +370,7 @@ class Predecessors(OperatorTestCase):
         self.assertEqual((status["pid"], status["sessions"]), (third, 4))
         name_a, name_b = f"127.0.0.1:{self.a.port}", f"127.0.0.1:{self.b.port}"
         self.assertEqual((self.servers()[name_a]["sessions"], self.servers()[name_b]["sessions"]), (3, 1))
-        self.assertIn(f"predecessor {first} ", self.command("status"))
+        self.assertIn(f"predecessor  {first} ", self.command("status"))
         self.assertIn("3 sessions ended", self.command("kick", ALICE))
         self.assertEqual([client.line() for client in alice], [b""] * 3)
         self.assertTrue(responds(bob))
@@ -386,7 +386,7 @@ class Predecessors(OperatorTestCase):
         self.upgrade()
         new = session(self.port)
         self.folder.write("users.txt", f"{ALICE} shard-b\n{BOB} shard-b\n")
-        self.assertIn("2 sessions ended, now at shard-b", self.command("move", ALICE, "shard-b"))
+        self.assertIn("2 sessions ended, now routed to shard-b", self.command("move", ALICE, "shard-b"))
         self.assertEqual((old.line(), new.line()), (b"", b""))
         # The predecessor refuses a login of the moved user, even though its own routes are those from before the move.
         self.assertRegex(waiting.command("a", LOGIN[ALICE])[-1], rb"^a NO \[UNAVAILABLE\]")
@@ -405,7 +405,7 @@ class Predecessors(OperatorTestCase):
                             (("drain", f"127.0.0.1:{self.a.port}"), 1)):
             self.assertRegex(self.command(*words, code=code), problem)
         os.kill(first, signal.SIGCONT)
-        self.assertIn("now at shard-b", self.command("move", ALICE, "shard-b"))
+        self.assertIn("now routed to shard-b", self.command("move", ALICE, "shard-b"))
         self.assertEqual(old.line(), b"")
 
     def test_killed_predecessor_is_forgotten(self):
@@ -443,7 +443,7 @@ class Predecessors(OperatorTestCase):
         self.addCleanup(other_user.kill)
         wait_for("the socket of the other user", path.exists)
         self.assertIn("0 sessions ended", self.command("kick", ALICE))
-        self.assertIn("now at shard-a", self.command("move", ALICE, "shard-a"))
+        self.assertIn("now routed to shard-a", self.command("move", ALICE, "shard-a"))
         self.assertIn("a control socket belongs to another user and is ignored", self.proxy.log())
 
     def test_upgrade_is_refused_during_a_move(self):
