@@ -1,9 +1,9 @@
 //! Resolves the names of servers and SRV records in the background.
 //!
 //! One resolver serves the process. Each server with a name and each SRV record has one task that queries DNS, publishes
-//! the answer, and sleeps until its time to live is over. A login waits for DNS only before the first answer. If DNS fails,
-//! the last good answer stays in use. Answers are untrusted: an address of one of our own listeners is left out, and the
-//! number of servers of an SRV record is bounded.
+//! the answer, and sleeps until the answer expires. A login waits for DNS only before the first answer. If DNS fails, the last
+//! good answer stays in use. Answers are untrusted: addresses of our own listeners are ignored, and the number of servers of an
+//! SRV record is bounded.
 
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
@@ -15,20 +15,22 @@ use tokio_rustls::rustls::pki_types::ServerName;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
+use super::listener_addresses::ListenerAddresses;
 use super::server::ServerState;
 use super::server_group::ServerGroup;
 use super::{Backend, Server};
-use crate::config::{self, Host, is_local};
+use crate::config::{self, Host};
 use crate::failure::Reason;
 use crate::lookup::dns;
 
-/// Maximum number of servers of an SRV record; further ones are ignored.
+/// Maximum number of servers of an SRV record. Further ones are ignored without a log entry: those at the end of the answer,
+/// whatever their priorities are.
 const MAX_SRV_SERVERS: usize = 64;
 /// Minimum time between two queries, however short the time to live is.
 const MIN_REFRESH: Duration = Duration::from_secs(1);
 /// Maximum time between two queries, so that a change is noticed within an hour.
 const MAX_REFRESH: Duration = Duration::from_secs(3600);
-/// Time until a failed query is repeated, which doubles up to [`MAX_RETRY`].
+/// Delay before the first retry of a failed query. It doubles with each failure, up to [`MAX_RETRY`].
 const FIRST_RETRY: Duration = Duration::from_secs(1);
 const MAX_RETRY: Duration = Duration::from_secs(30);
 
@@ -50,12 +52,13 @@ impl Resolver {
         dns::resolver(&config.servers, config.timeout).map(Self)
     }
 
-    async fn addresses(&self, name: &str) -> Result<(Vec<IpAddr>, Instant), String> {
+    async fn look_up_addresses(&self, name: &str) -> Result<(Vec<IpAddr>, Instant), String> {
         let answer = self.0.lookup_ip(name).await.map_err(|error| error.to_string())?;
         Ok((answer.iter().collect(), answer.valid_until()))
     }
 
-    async fn srv_targets(&self, name: &str) -> Result<(Vec<SrvTarget>, Instant), String> {
+    /// Returns the servers in the order of the answer. Records that differ only in priority or weight are separate servers.
+    async fn look_up_srv(&self, name: &str) -> Result<(Vec<SrvTarget>, Instant), String> {
         let answer = self.0.srv_lookup(name).await.map_err(|error| error.to_string())?;
         let targets = answer.answers().iter().filter_map(|record| match &record.data {
             // RFC 2782: a target of "." means that the service does not exist.
@@ -71,25 +74,6 @@ impl Resolver {
     }
 }
 
-/// Addresses of our own listeners, to which no server name may resolve.
-#[derive(Debug, Clone, Default)]
-pub struct ListenerAddresses(Arc<Vec<SocketAddr>>);
-
-impl ListenerAddresses {
-    /// The addresses of all listeners, as bound.
-    pub fn new(listeners: Vec<SocketAddr>) -> Self {
-        Self(Arc::new(listeners))
-    }
-
-    /// Whether one of the listeners receives connections to `address`.
-    pub fn contains(&self, address: SocketAddr) -> bool {
-        let ip = address.ip().to_canonical();
-        self.0.iter().any(|own| {
-            own.port() == address.port() && (own.ip().to_canonical() == ip || own.ip().is_unspecified() && is_local(ip))
-        })
-    }
-}
-
 /// Starts the lookups of a backend, which run until `stop`.
 pub(super) fn start(
     resolver: &Resolver,
@@ -98,72 +82,76 @@ pub(super) fn start(
     tasks: &TaskTracker,
     stop: &CancellationToken,
 ) {
-    for index in 0..backend.groups.len() {
-        let lookup = Lookup { resolver: resolver.clone(), backend: backend.clone(), listeners: listeners.clone() };
-        let group = &backend.groups[index];
-        if let Some(name) = group.srv_name.clone() {
-            let stop = stop.clone();
-            tasks.spawn(async move { stop.run_until_cancelled(lookup.refresh_group(index, name)).await });
-            continue;
-        }
-        for server in group.current() {
-            let (lookup, stop) = (lookup.clone(), stop.clone());
-            tasks.spawn(async move { stop.run_until_cancelled(lookup.refresh_server(server)).await });
+    let discovery = Discovery { resolver: resolver.clone(), backend: backend.clone(), listeners: listeners.clone() };
+    for (group_index, group) in backend.groups.iter().enumerate() {
+        if let Some(srv_name) = group.srv_name.clone() {
+            let (discovery, stop) = (discovery.clone(), stop.clone());
+            tasks.spawn(async move { stop.run_until_cancelled(discovery.refresh_group(group_index, srv_name)).await });
+        } else {
+            for server in group.current() {
+                let (discovery, stop) = (discovery.clone(), stop.clone());
+                tasks.spawn(async move { stop.run_until_cancelled(discovery.refresh_server(server)).await });
+            }
         }
     }
 }
 
-/// What every lookup of a backend needs.
+/// The lookups of a backend.
 #[derive(Clone)]
-struct Lookup {
+struct Discovery {
     resolver: Resolver,
     backend: Arc<Backend>,
     listeners: ListenerAddresses,
 }
 
-impl Lookup {
+impl Discovery {
     /// Keeps the addresses of a server with a name up to date.
     async fn refresh_server(self, server: Arc<Server>) {
         let Host::Name(name) = &server.host else { return };
         let mut schedule = RefreshSchedule::default();
         loop {
-            let answer = self.resolver.addresses(name).await;
+            let answer = self.resolver.look_up_addresses(name).await;
             match &answer {
-                Ok((addresses, _)) => server.set_addresses(self.without_listeners(addresses, &server)),
-                Err(_) => server.first_lookup_failed(),
+                Ok((addresses, _)) => server.set_addresses(self.reject_own_listeners(addresses, &server)),
+                Err(_) => server.stop_waiting_for_first_answer(),
             }
-            schedule.wait(name, answer.map(|(_, valid_until)| valid_until)).await;
+            schedule.wait(&self.backend.name, name, answer.map(|(_, valid_until)| valid_until)).await;
         }
     }
 
     /// Keeps the servers of an SRV record up to date.
-    async fn refresh_group(self, group: usize, name: String) {
-        let group = &self.backend.groups[group];
+    async fn refresh_group(self, group_index: usize, srv_name: String) {
+        let group = &self.backend.groups[group_index];
         let mut schedule = RefreshSchedule::default();
         loop {
-            let answer = self.look_up_group(group, &name).await;
+            let answer = self.look_up_group(group, &srv_name).await;
             if answer.is_err() {
-                group.first_lookup_failed();
+                group.stop_waiting_for_first_answer();
             }
-            schedule.wait(&name, answer).await;
+            schedule.wait(&self.backend.name, &srv_name, answer).await;
         }
     }
 
-    /// Looks up an SRV record and the addresses of its servers. Returns how long the answer is valid.
-    async fn look_up_group(&self, group: &ServerGroup, name: &str) -> Result<Instant, String> {
-        let (targets, mut valid_until) = self.resolver.srv_targets(name).await?;
+    /// Looks up an SRV record, and the addresses of its servers one after another. Returns when the answers expire.
+    async fn look_up_group(&self, group: &ServerGroup, srv_name: &str) -> Result<Instant, String> {
+        let (targets, mut valid_until) = self.resolver.look_up_srv(srv_name).await?;
         let known = group.current();
         let mut servers = Vec::with_capacity(targets.len());
         for target in targets {
-            let server = self.server(group, name, &target, &known);
-            match self.resolver.addresses(&target.host).await {
+            let server = self.reuse_or_create(group, srv_name, &target, &known);
+            match self.resolver.look_up_addresses(&target.host).await {
                 Ok((addresses, until)) => {
-                    server.set_addresses(self.without_listeners(&addresses, &server));
+                    server.set_addresses(self.reject_own_listeners(&addresses, &server));
                     valid_until = valid_until.min(until);
                 }
                 Err(error) => {
-                    tracing::warn!(server = %server.name, %error, "no address for a server that an SRV record names");
-                    server.first_lookup_failed();
+                    tracing::warn!(
+                        backend = %self.backend.name,
+                        server = %server.name,
+                        %error,
+                        "cannot resolve a server of an SRV record; its last known addresses stay in use, if any"
+                    );
+                    server.stop_waiting_for_first_answer();
                     valid_until = valid_until.min(Instant::now() + MAX_RETRY);
                 }
             }
@@ -173,21 +161,28 @@ impl Lookup {
         Ok(valid_until)
     }
 
-    /// The server of an SRV target: one of `known` if it has not changed, else a new one with the state of the known one.
-    fn server(&self, group: &ServerGroup, srv_name: &str, target: &SrvTarget, known: &[Arc<Server>]) -> Arc<Server> {
+    /// Returns the server of an SRV target: the known one if it has not changed, or a new one, which takes over the state of a
+    /// known server with the same host and port.
+    fn reuse_or_create(
+        &self,
+        group: &ServerGroup,
+        srv_name: &str,
+        target: &SrvTarget,
+        known: &[Arc<Server>],
+    ) -> Arc<Server> {
         let host = Host::Name(target.host.clone());
-        let same: Vec<_> = known.iter().filter(|server| server.port == target.port && server.host == host).collect();
-        let is_unchanged =
-            |server: &&&Arc<Server>| server.weight == target.weight && server.priority == target.priority;
-        if let Some(server) = same.iter().find(|server| is_unchanged(server)) {
-            return Arc::clone(server);
+        let mut known_state = None;
+        for server in known.iter().filter(|server| server.port == target.port && server.host == host) {
+            if server.weight == target.weight && server.priority == target.priority {
+                return server.clone();
+            }
+            known_state.get_or_insert_with(|| server.state.clone());
         }
         let name = format!("{}:{}", target.host, target.port);
-        let new = || {
+        let state = known_state.unwrap_or_else(|| {
             let (metrics, state_override) = (self.backend.server_metrics(&name), self.backend.state_override(&name));
             ServerState::new(&host, target.port, metrics, state_override)
-        };
-        let state = same.first().map_or_else(new, |server| server.state.clone());
+        });
         Arc::new(Server {
             name: name.into(),
             backend: self.backend.name.clone(),
@@ -205,7 +200,7 @@ impl Lookup {
     fn replace(&self, group: &ServerGroup, servers: Vec<Arc<Server>>) {
         for old in group.current() {
             if !servers.iter().any(|server| server.name == old.name) {
-                tracing::info!(backend = %self.backend.name, server = %old.name, "server is gone from DNS");
+                tracing::info!(backend = %self.backend.name, server = %old.name, "server removed: no longer in the SRV record");
                 self.backend.forget_server(&old.name);
             }
         }
@@ -215,13 +210,14 @@ impl Lookup {
         group.replace(servers);
     }
 
-    fn without_listeners(&self, addresses: &[IpAddr], server: &Server) -> Vec<SocketAddr> {
+    /// Returns `addresses` without those of our own listeners, which are logged and counted as failures.
+    fn reject_own_listeners(&self, addresses: &[IpAddr], server: &Server) -> Vec<SocketAddr> {
         let all = addresses.iter().map(|ip| SocketAddr::new(*ip, server.port));
         let (ours, others): (Vec<_>, Vec<_>) = all.partition(|address| self.listeners.contains(*address));
         if !ours.is_empty() {
             self.backend.metrics.failure(Reason::Loop);
             let ours = ours.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ");
-            tracing::error!(server = %server.name, ours, "DNS points a server at our own listener: address left out");
+            tracing::error!(server = %server.name, ours, "DNS resolves this server to a listener of this proxy; the address is ignored to avoid a loop");
         }
         others
     }
@@ -229,7 +225,7 @@ impl Lookup {
 
 /// The name for which the certificate of an SRV record's server must be valid: see `tls::upstream`.
 fn tls_name(srv_name: &str) -> ServerName<'static> {
-    // The configuration has checked that it is a name. Otherwise no certificate would be valid for this address.
+    // The configuration has validated the name. The fallback 0.0.0.0 matches no certificate, so that TLS would fail.
     ServerName::try_from(service_domain(srv_name).to_owned())
         .unwrap_or_else(|_| ServerName::from(IpAddr::from([0, 0, 0, 0])))
 }
@@ -243,14 +239,14 @@ fn service_domain(service: &str) -> &str {
     rest.trim_end_matches('.')
 }
 
-/// When DNS is queried again: when the answer's time to live is over, or some time after a failure.
+/// When DNS is queried again: when the answer expires, or after a failure with exponential backoff.
 #[derive(Default)]
 struct RefreshSchedule {
     failures: u32,
 }
 
 impl RefreshSchedule {
-    async fn wait(&mut self, name: &str, answer: Result<Instant, String>) {
+    async fn wait(&mut self, backend: &str, name: &str, answer: Result<Instant, String>) {
         let pause = match answer {
             Ok(valid_until) => {
                 self.failures = 0;
@@ -258,8 +254,9 @@ impl RefreshSchedule {
             }
             Err(error) => {
                 if self.failures == 0 {
-                    tracing::warn!(%name, %error, "DNS has no answer; the last good one stays in use");
+                    tracing::warn!(%backend, %name, %error, "DNS lookup failed; the last good answer stays in use, if any; retrying");
                 }
+                // The bound only prevents an overflow of the shift.
                 let pause = FIRST_RETRY.saturating_mul(1 << self.failures.min(10)).min(MAX_RETRY);
                 self.failures += 1;
                 pause
@@ -272,18 +269,6 @@ impl RefreshSchedule {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn listener_addresses_contain_all_addresses_of_a_wildcard() {
-        let own = ListenerAddresses::new(vec!["0.0.0.0:143".parse().unwrap(), "127.0.0.1:993".parse().unwrap()]);
-        for ours in ["127.0.0.1:143", "127.0.0.2:143", "127.0.0.1:993", "[::ffff:127.0.0.1]:993"] {
-            assert!(own.contains(ours.parse().unwrap()), "{ours}");
-        }
-        // 192.0.2.0/24 is reserved for documentation, so no machine has it.
-        for other in ["192.0.2.1:143", "127.0.0.1:144", "127.0.0.2:993"] {
-            assert!(!own.contains(other.parse().unwrap()), "{other}");
-        }
-    }
 
     #[test]
     fn service_domain_is_the_name_without_service_labels() {

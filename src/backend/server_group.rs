@@ -41,8 +41,8 @@ impl ServerGroup {
         first_value(&self.servers).await
     }
 
-    /// Stops logins from waiting for the first DNS answer after the first lookup has failed.
-    pub(super) fn first_lookup_failed(&self) {
+    /// Ends the wait of logins for the first DNS answer, because a lookup has failed. Has no effect after an answer.
+    pub(super) fn stop_waiting_for_first_answer(&self) {
         set_empty_if_unset(&self.servers);
     }
 
