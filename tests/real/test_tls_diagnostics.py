@@ -171,7 +171,7 @@ backends: {{shard: {{servers: ["127.0.0.1:1"]}}}}
 routes: [{{default: shard}}]
 """)
         self.assertEqual(done.returncode, 78)
-        self.assertIn("X.509 version 1, which TLS libraries refuse: make one of version 3", done.stderr)
+        self.assertIn("X.509 version 1, which TLS libraries refuse: create a version 3 certificate", done.stderr)
         server = Dovecot(own)
         self.addCleanup(server.close)
         for tls in (f"ca: {cert}", "pin: 'sha256:" + "A" * 43 + "='", "insecure: true"):
