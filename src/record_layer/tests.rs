@@ -26,27 +26,27 @@ const SUITES: [SupportedCipherSuite; 6] = [
 ];
 
 #[derive(Debug, Default)]
-struct Told(Mutex<(Vec<u8>, Vec<u8>)>);
+struct TrafficSecrets(Mutex<(Vec<u8>, Vec<u8>)>);
 
-impl KeyLog for Told {
+impl KeyLog for TrafficSecrets {
     fn log(&self, label: &str, _random: &[u8], secret: &[u8]) {
-        let mut told = self.0.lock().unwrap();
+        let mut secrets = self.0.lock().unwrap();
         match label {
-            "CLIENT_TRAFFIC_SECRET_0" => told.0 = secret.to_vec(),
-            "SERVER_TRAFFIC_SECRET_0" => told.1 = secret.to_vec(),
+            "CLIENT_TRAFFIC_SECRET_0" => secrets.0 = secret.to_vec(),
+            "SERVER_TRAFFIC_SECRET_0" => secrets.1 = secret.to_vec(),
             _ => {}
         }
     }
 }
 
-/// A handshake in memory, between two rustls, and what their key log told.
-fn pair(suite: SupportedCipherSuite) -> (Connection, Connection, Arc<Told>) {
+/// Connects a client and a server of rustls in memory, and returns them with the traffic secrets from the key log.
+fn pair(suite: SupportedCipherSuite) -> (Connection, Connection, Arc<TrafficSecrets>) {
     let provider = Arc::new(CryptoProvider { cipher_suites: vec![suite], ..aws_lc_rs::default_provider() });
     let made = rcgen::generate_simple_self_signed(vec!["localhost".to_owned()]).unwrap();
     let key = PrivateKeyDer::try_from(made.signing_key.serialize_der()).unwrap();
     let mut roots = RootCertStore::empty();
     roots.add(made.cert.der().clone()).unwrap();
-    let told = Arc::new(Told::default());
+    let secrets = Arc::new(TrafficSecrets::default());
     let version = [suite.version()];
     let mut server = ServerConfig::builder_with_provider(provider.clone())
         .with_protocol_versions(&version)
@@ -55,7 +55,7 @@ fn pair(suite: SupportedCipherSuite) -> (Connection, Connection, Arc<Told>) {
         .with_single_cert(vec![made.cert.der().clone()], key)
         .unwrap();
     server.enable_secret_extraction = true;
-    server.key_log = told.clone();
+    server.key_log = secrets.clone();
     let mut client = ClientConfig::builder_with_provider(provider)
         .with_protocol_versions(&version)
         .unwrap()
@@ -69,7 +69,7 @@ fn pair(suite: SupportedCipherSuite) -> (Connection, Connection, Arc<Told>) {
         transfer(&mut client, &mut server);
         transfer(&mut server, &mut client);
     }
-    (client, server, told)
+    (client, server, secrets)
 }
 
 fn transfer(from: &mut Connection, to: &mut Connection) {
@@ -100,13 +100,13 @@ fn plaintext(of: &mut Connection) -> Vec<u8> {
 }
 
 /// Takes a connection over from rustls.
-fn take_over(connection: Connection, role: Role, told: &Told) -> Channel {
+fn take_over(connection: Connection, role: Role, secrets: &TrafficSecrets) -> Channel {
     let version = match connection.protocol_version() {
         Some(tokio_rustls::rustls::ProtocolVersion::TLSv1_3) => Version::Tls13,
         _ => Version::Tls12,
     };
     let extracted = connection.dangerous_extract_secrets().unwrap();
-    let (client, server) = told.0.lock().unwrap().clone();
+    let (client, server) = secrets.0.lock().unwrap().clone();
     let (send, receive) = if role == Role::Client { (client, server) } else { (server, client) };
     let receive = Keys::new(&extracted.rx.1, extracted.rx.0, &receive).unwrap();
     Channel::new(version, role, receive, Keys::new(&extracted.tx.1, extracted.tx.0, &send).unwrap())
@@ -114,10 +114,10 @@ fn take_over(connection: Connection, role: Role, told: &Told) -> Channel {
 
 /// One end ours, the other rustls.
 fn ends(suite: SupportedCipherSuite, role: Role) -> (Channel, Connection) {
-    let (client, server, told) = pair(suite);
+    let (client, server, secrets) = pair(suite);
     match role {
-        Role::Client => (take_over(client, role, &told), server),
-        Role::Server => (take_over(server, role, &told), client),
+        Role::Client => (take_over(client, role, &secrets), server),
+        Role::Server => (take_over(server, role, &secrets), client),
     }
 }
 
@@ -263,7 +263,7 @@ fn keys_change_on_either_sides_wish() {
 
 #[test]
 fn keys_that_changed_before_the_hand_over_are_found_again() {
-    let (mut client, mut server, told) = pair(SUITES[0]);
+    let (mut client, mut server, secrets) = pair(SUITES[0]);
     for _ in 0..7 {
         client.refresh_traffic_keys().unwrap();
         transfer(&mut client, &mut server);
@@ -271,7 +271,7 @@ fn keys_that_changed_before_the_hand_over_are_found_again() {
         transfer(&mut server, &mut client);
         plaintext(&mut client);
     }
-    let mut channel = take_over(server, Role::Server, &told);
+    let mut channel = take_over(server, Role::Server, &secrets);
     client.refresh_traffic_keys().unwrap();
     client.writer().write_all(b"still here").unwrap();
     assert_eq!(opened(&mut channel, &output(&mut client)).unwrap().0, b"still here");
@@ -284,9 +284,9 @@ fn keys_that_changed_before_the_hand_over_are_found_again() {
 
 #[test]
 fn keys_that_the_chain_never_reaches_end_the_connection() {
-    let (mut client, server, told) = pair(SUITES[0]);
-    told.0.lock().unwrap().0[0] ^= 1;
-    let mut channel = take_over(server, Role::Server, &told);
+    let (mut client, server, secrets) = pair(SUITES[0]);
+    secrets.0.lock().unwrap().0[0] ^= 1;
+    let mut channel = take_over(server, Role::Server, &secrets);
     client.refresh_traffic_keys().unwrap();
     assert_eq!(opened(&mut channel, &output(&mut client)), Err(Violation::UnexpectedMessage));
 }

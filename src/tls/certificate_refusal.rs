@@ -86,15 +86,7 @@ fn reason(refusal: &CertificateError, parsed: &X509Certificate<'_>, peer: Peer<'
         ),
         CertificateError::NotValidForName | CertificateError::NotValidForNameContext { .. } => {
             let Peer::Server(expected) = peer else { return None };
-            let expected = expected.to_str();
-            match names(parsed) {
-                Some(names) => format!(
-                    "the certificate is valid for {names}, not for {expected}: set tls.server_name to a name in the certificate"
-                ),
-                None => {
-                    format!("the certificate is not valid for {expected}: it contains no name{}", common_name(parsed))
-                }
-            }
+            wrong_name(parsed, &expected.to_str())
         }
         CertificateError::UnknownIssuer => format!(
             "the certificate was issued by {}, which is not trusted, or intermediate certificates are missing",
@@ -115,6 +107,15 @@ fn reason(refusal: &CertificateError, parsed: &X509Certificate<'_>, peer: Peer<'
         }
         _ => return None,
     })
+}
+
+fn wrong_name(parsed: &X509Certificate<'_>, expected: &str) -> String {
+    match names(parsed) {
+        Some(names) => format!(
+            "the certificate is valid for {names}, not for {expected}: set tls.server_name to a name in the certificate"
+        ),
+        None => format!("the certificate is not valid for {expected}: it contains no name{}", common_name(parsed)),
+    }
 }
 
 /// The pin of the certificate's key in the form of `tls.pin`.

@@ -43,10 +43,10 @@ fn tests_exist(table: &str, least: usize) {
                 fs::read_to_string(root.join(file)).unwrap_or_else(|error| panic!("{number}: {file}: {error}"));
             let written = if file.ends_with(".py") { format!("    def {test}(self") } else { format!("fn {test}(") };
             let at = source.find(&written).unwrap_or_else(|| panic!("{number}: {name} does not exist"));
-            // A function that is no test shows nothing.
+            // The function must be a test.
             let attribute = source[..at].trim_end_matches("async ").lines().rfind(|line| !line.trim().is_empty());
             let is_test = attribute.is_some_and(|line| line.contains("#[test") || line.contains("#[tokio::test"));
-            assert!(file.ends_with(".py") || is_test, "{number}: {name} is no test");
+            assert!(file.ends_with(".py") || is_test, "{number}: {name} is not a test");
             shown += 1;
         }
         assert!(shown > 0, "{number} has no test");

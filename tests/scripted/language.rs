@@ -14,6 +14,7 @@ const EXCEPTIONS: &[(&str, &str, &str)] = &[
     ("CONTRIBUTING.md", "", "it states the rules"),
     ("tests/scripted/language.rs", "", "it states the words"),
     ("", "user: nobody", "the system account"),
+    ("", "\"nobody\"", "the system account"),
     ("src/demo/imap_server.rs", "status told", "a reply of the demo server on the wire"),
     ("", "mail_uid = nobody", "the system account"),
     ("test_control_socket.py", "NOBODY", "the system account"),

@@ -72,7 +72,7 @@ pub(super) struct Connection {
 }
 
 impl Connection {
-    /// Completes when the connection must be closed to make room for another one.
+    /// Completes when the connection must be closed in favor of a newer one.
     pub(super) async fn evicted(&self) {
         self.close.cancelled().await;
     }

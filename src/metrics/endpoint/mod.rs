@@ -121,7 +121,7 @@ async fn serve(socket: TcpStream, connection: Connection, state: Arc<State>) {
             Ok(Err(error)) => tracing::debug!(%error, "an admin connection failed"),
             Err(_) => tracing::debug!("an admin connection took too long"),
         },
-        () = connection.evicted() => tracing::debug!("an admin connection was closed to make room for another"),
+        () = connection.evicted() => tracing::debug!("an admin connection was closed in favor of a newer one"),
     }
 }
 

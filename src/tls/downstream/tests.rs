@@ -235,7 +235,7 @@ async fn a_client_is_shown_the_certificate_that_it_can_check() {
             ("localhost", &curve, Some(&rsa), &curve),
             ("LOCALHOST", &curve, Some(&rsa), &curve),
             ("a.mail.test", &wild, Some(&rsa), &wild),
-            // An address is no name in SNI: the first certificate, or its sibling.
+            // SNI cannot contain an address: the first certificate is used, or its sibling.
             ("127.0.0.1", &curve, Some(&rsa), &curve),
             ("unknown.test", &curve, Some(&rsa), &curve),
             ("a.b.mail.test", &curve, Some(&rsa), &curve),
