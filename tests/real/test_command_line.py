@@ -74,7 +74,7 @@ routes: [{{table: users.txt}}]
 """))
         self.assertEqual(done.returncode, 78, done.stderr)
         for expected in (
-            r"vestibule.yaml:5:\d+: tls.certificates\[0\].key: .*does not fit the certificate",
+            r"vestibule.yaml:5:\d+: tls.certificates\[0\].key: .*does not match the certificate",
             r"vestibule.yaml:6:\d+: tls.certificates\[1\].cert: .*absent.pem: No such file",
             r"vestibule.yaml:7:\d+: tls.certificates\[2\].key: .*encrypted",
             r"vestibule.yaml:8:\d+: tls.certificates\[3\].cert: .*the file contains no certificate",
@@ -103,7 +103,7 @@ routes: [{domain: {a.test: shard-a}}, {domain: {b.test: shard-b}}]
         done = run("route", "--config", file, "bob@b.test")
         self.assertRegex(done.stdout, r"(?s)route    domain: does not know the user.*route    domain-2: found: shard-b")
         self.assertIn("balance  least-sessions: of two servers drawn by weight, the running process takes", done.stdout)
-        self.assertIn("first: 127.0.0.1:1145 (127.0.0.1:1145), weight 2, 9 sessions at most\n", done.stdout)
+        self.assertIn("first: 127.0.0.1:1145 (127.0.0.1:1145), weight 2, at most 9 sessions\n", done.stdout)
         done = run("route", "--config", file, "eve@c.test")
         self.assertEqual(done.returncode, 1)
         self.assertIn("none", done.stdout)

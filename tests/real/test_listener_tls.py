@@ -362,7 +362,7 @@ class CertificateRenewal(ListenerTlsTestCase):
         proxy = self.proxy(certificates=f"{{cert: {cert}, key: {key}}}")
         before = self.served_certificate(proxy)
         for file, content, reason in (
-            (key, other[1].read_bytes(), f"{key}: does not fit the certificate {cert}"),
+            (key, other[1].read_bytes(), f"{key}: does not match the certificate {cert}"),
             (cert, cert_bytes[:len(cert_bytes) // 2], f"{cert}: "),
             (cert, b"", f"{cert}: "),
             (key, key_bytes[:len(key_bytes) // 2], f"{key}: "),
