@@ -306,7 +306,7 @@ class Tickets(ListenerTlsTestCase):
         done = subprocess.run([proxy.process.child.args[3], "check", "--config", wrong], capture_output=True, text=True, timeout=TIMEOUT)
         self.assertNotEqual(done.returncode, 0, done.stdout + done.stderr)
         self.assertIn("tls.ticket_keys[0]", done.stderr)
-        self.assertIn("32 are needed", done.stderr)
+        self.assertIn("32 are required", done.stderr)
 
 
 class CertificateRenewal(ListenerTlsTestCase):
@@ -402,14 +402,14 @@ class CertificateRenewal(ListenerTlsTestCase):
             self.assertEqual(status(version), "good")
         replace(response, wrong.read_bytes())
         wait_for("the gauge", lambda: self.load_failed(proxy) == 1)
-        self.assertIn(f"{response}: is about another certificate; the certificate is shown without it", proxy.log())
+        self.assertIn(f"{response}: is for another certificate; the certificate is sent without it", proxy.log())
         self.assertEqual(status(), "no response sent")
         replace(response, good)
         wait_for("the gauge", lambda: self.load_failed(proxy) == 0)
         self.assertEqual(status(), "good")
         replace(response, b"nonsense")
         wait_for("the gauge", lambda: self.load_failed(proxy) == 1)
-        self.assertIn(f"{response}: is not an OCSP response in DER; the old response stays in use while it fits", proxy.log())
+        self.assertIn(f"{response}: is not an OCSP response in DER; the old response stays in use while it is valid", proxy.log())
         self.assertEqual(status(), "good")
 
 
