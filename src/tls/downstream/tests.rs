@@ -1,4 +1,4 @@
-//! Handshakes over loopback with a client of rustls that notes what it is shown.
+//! Handshakes over loopback with a rustls client that records the certificate and the OCSP response of the server.
 
 use std::fs;
 use std::io::ErrorKind;
@@ -6,7 +6,10 @@ use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 
-use rcgen::{CertificateParams, CertifiedIssuer, KeyPair, PKCS_ECDSA_P256_SHA256, PKCS_RSA_SHA256, SerialNumber};
+use rcgen::{
+    CertificateParams, CertifiedIssuer, KeyPair, PKCS_ECDSA_P256_SHA256, PKCS_RSA_SHA256, SerialNumber,
+    SignatureAlgorithm,
+};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpListener;
 use tokio_rustls::TlsConnector;
@@ -25,9 +28,9 @@ use crate::metrics::Names;
 mod files;
 mod tickets;
 
-const EVERY: &[SignatureScheme] = &[SignatureScheme::ECDSA_NISTP256_SHA256, SignatureScheme::RSA_PSS_SHA256];
+const ALL_SCHEMES: &[SignatureScheme] = &[SignatureScheme::ECDSA_NISTP256_SHA256, SignatureScheme::RSA_PSS_SHA256];
 
-/// A folder of certificates.
+/// A temporary folder of certificates, OCSP responses and ticket keys.
 struct Folder(tempfile::TempDir);
 
 impl Folder {
@@ -39,9 +42,14 @@ impl Folder {
         self.0.path().join(name)
     }
 
-    /// `name.pem` and `name-key.pem`, signed by itself; the certificate.
-    fn certificate(&self, name: &str, names: &[&str], serial: u64, rsa: bool) -> CertificateDer<'static> {
-        let algorithm = if rsa { &PKCS_RSA_SHA256 } else { &PKCS_ECDSA_P256_SHA256 };
+    /// Writes a self-signed certificate to `name.pem` and its key to `name-key.pem`. Returns the certificate.
+    fn certificate(
+        &self,
+        name: &str,
+        names: &[&str],
+        serial: u64,
+        algorithm: &'static SignatureAlgorithm,
+    ) -> CertificateDer<'static> {
         let key = KeyPair::generate_for(algorithm).unwrap();
         let mut params = CertificateParams::new(names.iter().map(ToString::to_string).collect::<Vec<_>>()).unwrap();
         params.serial_number = Some(SerialNumber::from(serial));
@@ -51,38 +59,40 @@ impl Folder {
         certificate.der().clone()
     }
 
-    fn secret(&self, name: &str, from: u8) {
-        fs::write(self.path(name), (from..from + 32).collect::<Vec<u8>>()).unwrap();
+    /// Writes a file of 32 bytes that start with `first` and increase.
+    fn ticket_key(&self, name: &str, first: u8) {
+        fs::write(self.path(name), (first..first + 32).collect::<Vec<u8>>()).unwrap();
         fs::set_permissions(self.path(name), fs::Permissions::from_mode(0o600)).unwrap();
     }
 
-    fn config(&self, listeners: &[&str], certificates: &[&str], more: &str) -> Config {
+    /// A configuration with the options of each listener, the name and options of each certificate, and options of `tls`.
+    fn config(&self, listeners: &[&str], certificates: &[&str], tls_options: &str) -> Config {
         let listeners: String = listeners
             .iter()
-            .map(|more| format!("  - {{address: '127.0.0.1:0', tls: implicit, {more}}}\n"))
+            .map(|options| format!("  - {{address: '127.0.0.1:0', tls: implicit, {options}}}\n"))
             .collect::<String>();
         let certificates: Vec<String> = certificates
             .iter()
             .map(|certificate| {
-                let (name, more) = certificate.split_once(", ").unwrap_or((certificate, ""));
-                format!("{{cert: {name}.pem, key: {name}-key.pem, {more}}}")
+                let (name, options) = certificate.split_once(", ").unwrap_or((certificate, ""));
+                format!("{{cert: {name}.pem, key: {name}-key.pem, {options}}}")
             })
             .collect();
         let text = format!(
-            "listeners:\n{listeners}tls: {{certificates: [{}], {more}}}\n\
+            "listeners:\n{listeners}tls: {{certificates: [{}], {tls_options}}}\n\
              backends: {{a: {{servers: ['192.0.2.1:143']}}}}\nroutes: [{{default: a}}]\n",
             certificates.join(", "),
         );
         config::parse(&self.path("v.yaml"), &text).unwrap_or_else(|report| panic!("{report}"))
     }
 
-    fn build(&self, listeners: &[&str], certificates: &[&str], more: &str) -> DownstreamTls {
-        built(DownstreamTls::build(&self.config(listeners, certificates, more), None))
+    fn build(&self, listeners: &[&str], certificates: &[&str], tls_options: &str) -> DownstreamTls {
+        expect_built(DownstreamTls::build(&self.config(listeners, certificates, tls_options), None))
     }
 }
 
 #[track_caller]
-fn built(result: Result<Option<DownstreamTls>, Vec<Problem>>) -> DownstreamTls {
+fn expect_built(result: Result<Option<DownstreamTls>, Vec<Problem>>) -> DownstreamTls {
     result.unwrap_or_else(|problems| panic!("{problems:?}")).unwrap()
 }
 
@@ -90,20 +100,20 @@ fn metrics() -> Metrics {
     Metrics::new(&Names::default())
 }
 
-/// Believes everybody, and notes what it was shown.
+/// Accepts every certificate, and records the last one with its OCSP response.
 #[derive(Debug)]
-struct Noting {
+struct RecordingVerifier {
     schemes: Vec<SignatureScheme>,
-    shown: Mutex<Option<ListenerAcceptor>>,
+    presented: Mutex<Option<PresentedCertificate>>,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
-struct ListenerAcceptor {
+struct PresentedCertificate {
     certificate: CertificateDer<'static>,
     response: Vec<u8>,
 }
 
-impl ServerCertVerifier for Noting {
+impl ServerCertVerifier for RecordingVerifier {
     fn verify_server_cert(
         &self,
         certificate: &CertificateDer<'_>,
@@ -113,7 +123,7 @@ impl ServerCertVerifier for Noting {
         _: UnixTime,
     ) -> Result<ServerCertVerified, Error> {
         let certificate = certificate.clone().into_owned();
-        *self.shown.lock().unwrap() = Some(ListenerAcceptor { certificate, response: response.to_vec() });
+        *self.presented.lock().unwrap() = Some(PresentedCertificate { certificate, response: response.to_vec() });
         Ok(ServerCertVerified::assertion())
     }
 
@@ -141,24 +151,24 @@ impl ServerCertVerifier for Noting {
 }
 
 struct Client {
-    noting: Arc<Noting>,
+    verifier: Arc<RecordingVerifier>,
     config: ClientConfig,
 }
 
 impl Client {
     fn new(schemes: &[SignatureScheme], versions: &[&'static SupportedProtocolVersion]) -> Self {
-        let noting = Arc::new(Noting { schemes: schemes.to_vec(), shown: Mutex::new(None) });
+        let verifier = Arc::new(RecordingVerifier { schemes: schemes.to_vec(), presented: Mutex::new(None) });
         let builder = ClientConfig::builder_with_provider(provider()).with_protocol_versions(versions).unwrap();
-        let config = builder.dangerous().with_custom_certificate_verifier(noting.clone()).with_no_client_auth();
-        Self { noting, config }
+        let config = builder.dangerous().with_custom_certificate_verifier(verifier.clone()).with_no_client_auth();
+        Self { verifier, config }
     }
 
-    /// All of TLS that there is.
-    fn able() -> Self {
-        Self::new(EVERY, &[&TLS13, &TLS12])
+    /// A client with both TLS versions and all signature schemes.
+    fn unrestricted() -> Self {
+        Self::new(ALL_SCHEMES, &[&TLS13, &TLS12])
     }
 
-    /// Connects and reads a byte, behind which the ticket has come too. How the handshake went, or how it failed.
+    /// Connects, and reads one byte: the session tickets arrive before it. Returns the kind of handshake, or its error.
     async fn connect(&self, tls: &DownstreamTls, listener: usize, name: &str) -> Result<HandshakeKind, std::io::Error> {
         let socket = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let server = async {
@@ -167,7 +177,7 @@ impl Client {
                 tls.accept(listener, accepted, Arc::default(), None).await.map_err(std::io::Error::other)?;
             stream.write_all(b"*").await?;
             stream.shutdown().await?;
-            // Until the client has gone: its end must not overtake what was sent.
+            // Wait until the client closes: an earlier close by the server could discard bytes in transit.
             let _ = stream.read(&mut [0]).await;
             std::io::Result::Ok(())
         };
@@ -185,20 +195,20 @@ impl Client {
         client
     }
 
-    /// A full handshake; what was shown in it.
-    async fn shown(&self, tls: &DownstreamTls, name: &str) -> ListenerAcceptor {
-        let fresh = Self { noting: self.noting.clone(), config: self.fresh() };
-        fresh.connect(tls, 0, name).await.unwrap();
-        self.noting.shown.lock().unwrap().take().expect("a full handshake")
+    /// Does a full handshake, and returns the certificate that the server presented.
+    async fn presented_certificate(&self, tls: &DownstreamTls, name: &str) -> PresentedCertificate {
+        let client = Self { verifier: self.verifier.clone(), config: self.config_without_resumption() };
+        client.connect(tls, 0, name).await.unwrap();
+        self.verifier.presented.lock().unwrap().take().expect("a full handshake verifies a certificate")
     }
 
-    /// Without tickets.
-    fn fresh(&self) -> ClientConfig {
+    fn config_without_resumption(&self) -> ClientConfig {
         let mut config = self.config.clone();
         config.resumption = tokio_rustls::rustls::client::Resumption::disabled();
         config
     }
 
+    /// Adds a client certificate for alice.test.
     fn with_certificate(mut self, issuer: &CertifiedIssuer<'_, KeyPair>) -> Self {
         let key = KeyPair::generate().unwrap();
         let params = CertificateParams::new(["alice.test".to_owned()]).unwrap();
@@ -206,13 +216,14 @@ impl Client {
         let key = PrivateKeyDer::try_from(key.serialize_der()).unwrap();
         let builder =
             ClientConfig::builder_with_provider(provider()).with_protocol_versions(&[&TLS13, &TLS12]).unwrap();
-        let builder = builder.dangerous().with_custom_certificate_verifier(self.noting.clone());
+        let builder = builder.dangerous().with_custom_certificate_verifier(self.verifier.clone());
         self.config = builder.with_client_auth_cert(chain, key).unwrap();
         self
     }
 }
 
-fn authority(path: &Path) -> CertifiedIssuer<'static, KeyPair> {
+/// Creates a certificate authority, and writes its certificate to `path`.
+fn write_authority(path: &Path) -> CertifiedIssuer<'static, KeyPair> {
     let mut params = CertificateParams::default();
     params.is_ca = rcgen::IsCa::Ca(rcgen::BasicConstraints::Unconstrained);
     let issuer = CertifiedIssuer::self_signed(params, KeyPair::generate().unwrap()).unwrap();
@@ -221,30 +232,32 @@ fn authority(path: &Path) -> CertifiedIssuer<'static, KeyPair> {
 }
 
 #[tokio::test]
-async fn a_client_is_shown_the_certificate_that_it_can_check() {
+async fn presented_certificate_matches_name_and_signature_schemes() {
     let folder = Folder::new();
-    let rsa = folder.certificate("rsa", &["localhost", "*.mail.test"], 1, true);
-    let curve = folder.certificate("curve", &["localhost", "mail.test"], 2, false);
-    let wild = folder.certificate("wild", &["*.mail.test", "only.test"], 3, false);
-    let tls = folder.build(&["sni: any"], &["rsa", "curve", "wild"], "");
+    let rsa = folder.certificate("rsa", &["localhost", "*.mail.test"], 1, &PKCS_RSA_SHA256);
+    let ecdsa = folder.certificate("ecdsa", &["localhost", "mail.test"], 2, &PKCS_ECDSA_P256_SHA256);
+    let wildcard = folder.certificate("wildcard", &["*.mail.test", "only.test"], 3, &PKCS_ECDSA_P256_SHA256);
+    let tls = folder.build(&["sni: any"], &["rsa", "ecdsa", "wildcard"], "");
     for versions in [&[&TLS13][..], &[&TLS12]] {
-        let both = Client::new(EVERY, versions);
+        let both = Client::new(ALL_SCHEMES, versions);
         let only_rsa = Client::new(&[SignatureScheme::RSA_PSS_SHA256], versions);
-        let only_curves = Client::new(&[SignatureScheme::ECDSA_NISTP256_SHA256], versions);
-        for (name, by_both, by_rsa, by_curves) in [
-            ("localhost", &curve, Some(&rsa), &curve),
-            ("LOCALHOST", &curve, Some(&rsa), &curve),
-            ("a.mail.test", &wild, Some(&rsa), &wild),
-            // SNI cannot contain an address: the first certificate is used, or its sibling.
-            ("127.0.0.1", &curve, Some(&rsa), &curve),
-            ("unknown.test", &curve, Some(&rsa), &curve),
-            ("a.b.mail.test", &curve, Some(&rsa), &curve),
-            ("only.test", &wild, None, &wild),
+        let only_ecdsa = Client::new(&[SignatureScheme::ECDSA_NISTP256_SHA256], versions);
+        for (name, by_both, by_rsa, by_ecdsa) in [
+            ("localhost", &ecdsa, Some(&rsa), &ecdsa),
+            ("LOCALHOST", &ecdsa, Some(&rsa), &ecdsa),
+            ("a.mail.test", &wildcard, Some(&rsa), &wildcard),
+            // SNI cannot contain an address: the first certificate is presented, or the other one with the same name.
+            ("127.0.0.1", &ecdsa, Some(&rsa), &ecdsa),
+            ("unknown.test", &ecdsa, Some(&rsa), &ecdsa),
+            ("a.b.mail.test", &ecdsa, Some(&rsa), &ecdsa),
+            ("only.test", &wildcard, None, &wildcard),
         ] {
-            assert_eq!(both.shown(&tls, name).await.certificate, *by_both, "{name}");
-            assert_eq!(only_curves.shown(&tls, name).await.certificate, *by_curves, "{name}");
+            assert_eq!(both.presented_certificate(&tls, name).await.certificate, *by_both, "{name}");
+            assert_eq!(only_ecdsa.presented_certificate(&tls, name).await.certificate, *by_ecdsa, "{name}");
             match by_rsa {
-                Some(expected) => assert_eq!(only_rsa.shown(&tls, name).await.certificate, *expected, "{name}"),
+                Some(expected) => {
+                    assert_eq!(only_rsa.presented_certificate(&tls, name).await.certificate, *expected, "{name}")
+                }
                 None => assert!(only_rsa.connect(&tls, 0, name).await.is_err(), "{name}"),
             }
         }
@@ -252,12 +265,12 @@ async fn a_client_is_shown_the_certificate_that_it_can_check() {
 }
 
 #[tokio::test]
-async fn strict_sni_refuses_who_asks_for_nobody_we_know() {
+async fn strict_sni_refuses_unknown_and_absent_names() {
     let folder = Folder::new();
-    folder.certificate("a", &["localhost", "*.mail.test"], 1, false);
+    folder.certificate("a", &["localhost", "*.mail.test"], 1, &PKCS_ECDSA_P256_SHA256);
     let tls = folder.build(&["sni: strict", "sni: any"], &["a"], "");
     for versions in [&[&TLS13][..], &[&TLS12]] {
-        let client = Client::new(EVERY, versions);
+        let client = Client::new(ALL_SCHEMES, versions);
         for name in ["localhost", "LocalHost", "a.mail.test"] {
             client.connect(&tls, 0, name).await.unwrap();
             assert_eq!(client.connect(&tls, 0, name).await.unwrap(), HandshakeKind::Resumed);
@@ -272,34 +285,34 @@ async fn strict_sni_refuses_who_asks_for_nobody_we_know() {
 }
 
 #[tokio::test]
-async fn alpn_that_offers_other_protocols_only_is_refused() {
+async fn alpn_offer_without_imap_is_refused() {
     let folder = Folder::new();
-    folder.certificate("a", &["localhost"], 1, false);
+    folder.certificate("a", &["localhost"], 1, &PKCS_ECDSA_P256_SHA256);
     let tls = folder.build(&["sni: any", "sni: strict"], &["a"], "");
-    let offering = |names: &[&str]| {
-        let mut client = Client::able();
+    let client_with_alpn = |names: &[&str]| {
+        let mut client = Client::unrestricted();
         client.config.alpn_protocols = names.iter().map(|name| name.as_bytes().to_vec()).collect();
         client
     };
     for listener in [0, 1] {
         for names in [&[][..], &["imap"], &["h2", "imap"]] {
-            offering(names).connect(&tls, listener, "localhost").await.unwrap();
+            client_with_alpn(names).connect(&tls, listener, "localhost").await.unwrap();
         }
         for names in [&["h2", "http/1.1"][..], &["IMAP"], &["pop3"]] {
-            let error = offering(names).connect(&tls, listener, "localhost").await.unwrap_err();
+            let error = client_with_alpn(names).connect(&tls, listener, "localhost").await.unwrap_err();
             assert!(error.to_string().contains("NoApplicationProtocol"), "{error}");
         }
     }
 }
 
 #[tokio::test]
-async fn a_renewed_certificate_is_shown_and_a_bad_one_is_not() {
+async fn renewed_certificate_is_presented_unless_its_files_are_invalid() {
     let folder = Folder::new();
-    let old = folder.certificate("a", &["localhost"], 1, false);
+    let old = folder.certificate("a", &["localhost"], 1, &PKCS_ECDSA_P256_SHA256);
     let tls = folder.build(&["sni: any"], &["a"], "");
-    let (metrics, client) = (metrics(), Client::able());
+    let (metrics, client) = (metrics(), Client::unrestricted());
     tls.certificates.publish(&metrics);
-    let look = || (0..2).for_each(|_| tls.certificates.check_files(&metrics, now()));
+    let check_files = || (0..2).for_each(|_| tls.certificates.check_files(&metrics, now()));
     let failed = || {
         let label = folder.path("a.pem").display().to_string();
         let text = metrics.render();
@@ -310,93 +323,99 @@ async fn a_renewed_certificate_is_shown_and_a_bad_one_is_not() {
     assert!(!failed());
 
     let key = fs::read(folder.path("a-key.pem")).unwrap();
-    let renewed = folder.certificate("a", &["localhost"], 2, false);
+    let renewed = folder.certificate("a", &["localhost"], 2, &PKCS_ECDSA_P256_SHA256);
     let new_key = fs::read(folder.path("a-key.pem")).unwrap();
-    // The certificate is there, its key is not yet.
+    // The new certificate is written before its key.
     fs::write(folder.path("a-key.pem"), &key).unwrap();
-    look();
+    check_files();
     assert!(failed());
-    assert_eq!(client.shown(&tls, "localhost").await.certificate, old);
+    assert_eq!(client.presented_certificate(&tls, "localhost").await.certificate, old);
     fs::write(folder.path("a-key.pem"), &new_key).unwrap();
-    look();
+    check_files();
     assert!(!failed());
-    assert_eq!(client.shown(&tls, "localhost").await.certificate, renewed);
+    assert_eq!(client.presented_certificate(&tls, "localhost").await.certificate, renewed);
 
     for (name, content) in [("a.pem", &b"-----BEGIN CERTIFICATE-----\nMII"[..]), ("a.pem", b""), ("a-key.pem", b"x")] {
         let good = fs::read(folder.path(name)).unwrap();
         fs::write(folder.path(name), content).unwrap();
-        look();
+        check_files();
         assert!(failed(), "{name}");
-        assert_eq!(client.shown(&tls, "localhost").await.certificate, renewed);
+        assert_eq!(client.presented_certificate(&tls, "localhost").await.certificate, renewed);
         fs::write(folder.path(name), good).unwrap();
-        look();
+        check_files();
         assert!(!failed(), "{name}");
     }
     fs::remove_file(folder.path("a.pem")).unwrap();
-    look();
+    check_files();
     assert!(failed());
-    assert_eq!(client.shown(&tls, "localhost").await.certificate, renewed);
+    assert_eq!(client.presented_certificate(&tls, "localhost").await.certificate, renewed);
 }
 
 #[tokio::test]
-async fn an_ocsp_response_is_shown_while_it_fits() {
+async fn ocsp_response_is_stapled_while_it_is_valid_for_the_certificate() {
     let folder = Folder::new();
-    let other = folder.certificate("b", &["b.test"], 9, false);
-    let certificate = folder.certificate("a", &["localhost"], 77, false);
-    let respond = |serial: u8, until: &str| ocsp::tests::response(&[serial], 0, Some(until));
-    let good = respond(77, "20990101000000Z");
+    let other = folder.certificate("b", &["b.test"], 9, &PKCS_ECDSA_P256_SHA256);
+    let certificate = folder.certificate("a", &["localhost"], 77, &PKCS_ECDSA_P256_SHA256);
+    let response_for = |serial: u8, until: &str| ocsp::tests::response(&[serial], 0, Some(until));
+    let good = response_for(77, "20990101000000Z");
     fs::write(folder.path("ocsp.der"), &good).unwrap();
     let tls = folder.build(&["sni: any"], &["a, ocsp: ocsp.der", "b"], "");
-    let (metrics, client) = (metrics(), Client::able());
-    let look = |at: i64| (0..2).for_each(|_| tls.certificates.check_files(&metrics, at));
+    let (metrics, client) = (metrics(), Client::unrestricted());
+    let check_files = |at: i64| (0..2).for_each(|_| tls.certificates.check_files(&metrics, at));
     let failed = || metrics.render().lines().any(|line| line.contains("load_failed{") && line.ends_with(" 1"));
     assert_eq!(
-        client.shown(&tls, "localhost").await,
-        ListenerAcceptor { certificate: certificate.clone(), response: good.clone() }
+        client.presented_certificate(&tls, "localhost").await,
+        PresentedCertificate { certificate: certificate.clone(), response: good.clone() }
     );
-    assert_eq!(client.shown(&tls, "b.test").await, ListenerAcceptor { certificate: other, response: Vec::new() });
+    assert_eq!(
+        client.presented_certificate(&tls, "b.test").await,
+        PresentedCertificate { certificate: other, response: Vec::new() }
+    );
 
-    // About another one, or out of date: not shown, and said.
-    for wrong in [respond(78, "20990101000000Z"), respond(77, "20200101000000Z")] {
+    // A response for another certificate or an expired response is reported and not stapled.
+    for wrong in [response_for(78, "20990101000000Z"), response_for(77, "20200101000000Z")] {
         fs::write(folder.path("ocsp.der"), &wrong).unwrap();
-        look(now());
+        check_files(now());
         assert!(failed());
-        assert_eq!(client.shown(&tls, "localhost").await.response, b"");
+        assert_eq!(client.presented_certificate(&tls, "localhost").await.response, b"");
         fs::write(folder.path("ocsp.der"), &good).unwrap();
-        look(now());
+        check_files(now());
         assert!(!failed());
-        assert_eq!(client.shown(&tls, "localhost").await.response, good);
+        assert_eq!(client.presented_certificate(&tls, "localhost").await.response, good);
     }
-    // No response at all: the old one goes on, until it is out of date.
+    // If the file contains no response, the old response is stapled until it expires.
     fs::write(folder.path("ocsp.der"), "half").unwrap();
-    look(now());
+    check_files(now());
     assert!(failed());
-    assert_eq!(client.shown(&tls, "localhost").await.response, good);
-    look(4_080_000_000);
-    assert_eq!(client.shown(&tls, "localhost").await.response, b"");
+    assert_eq!(client.presented_certificate(&tls, "localhost").await.response, good);
+    check_files(4_080_000_000);
+    assert_eq!(client.presented_certificate(&tls, "localhost").await.response, b"");
 
-    // A certificate is renewed before its response is: shown without one.
+    // A certificate that is renewed before its response is presented without one.
     fs::write(folder.path("ocsp.der"), &good).unwrap();
-    let renewed = folder.certificate("a", &["localhost"], 78, false);
-    look(now());
+    let renewed = folder.certificate("a", &["localhost"], 78, &PKCS_ECDSA_P256_SHA256);
+    check_files(now());
     assert!(failed());
-    assert_eq!(client.shown(&tls, "localhost").await, ListenerAcceptor { certificate: renewed, response: Vec::new() });
+    assert_eq!(
+        client.presented_certificate(&tls, "localhost").await,
+        PresentedCertificate { certificate: renewed, response: Vec::new() }
+    );
 }
 
 #[test]
-fn files_that_cannot_be_used_are_told_with_their_place() {
+fn unusable_files_are_reported_with_their_configuration_key() {
     let folder = Folder::new();
-    folder.certificate("a", &["localhost"], 1, false);
+    folder.certificate("a", &["localhost"], 1, &PKCS_ECDSA_P256_SHA256);
     fs::write(folder.path("ocsp.der"), "no response").unwrap();
-    folder.secret("open", 1);
+    folder.ticket_key("open", 1);
     fs::set_permissions(folder.path("open"), fs::Permissions::from_mode(0o644)).unwrap();
     let config = folder.config(&["sni: any"], &["a, ocsp: ocsp.der"], "ticket_keys: [open, absent]");
     let problems = DownstreamTls::build(&config, None).map(drop).unwrap_err();
-    let said: Vec<String> =
+    let reported: Vec<String> =
         problems.iter().map(|problem| format!("{}: {}", problem.location.key, problem.message)).collect();
     let path = |name| folder.path(name).display().to_string();
     assert_eq!(
-        said,
+        reported,
         [
             format!("tls.certificates[0].ocsp: {}: is not an OCSP response in DER", path("ocsp.der")),
             format!(
@@ -409,7 +428,7 @@ fn files_that_cannot_be_used_are_told_with_their_place() {
 }
 
 #[test]
-fn a_version_1_certificate_of_a_listener_is_explained() {
+fn version_1_certificate_of_a_listener_is_explained() {
     let folder = Folder::new();
     fs::write(folder.path("v1.pem"), crate::tls::trust::tests::VERSION_1_PEM).unwrap();
     fs::write(folder.path("v1-key.pem"), "unused").unwrap();

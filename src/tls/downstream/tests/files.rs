@@ -1,71 +1,74 @@
-//! Every way in which files of a certificate are replaced while clients connect.
+//! Replacement of certificate files while clients connect: in steps, partly written, removed, and through symbolic links.
 
 use std::os::unix::fs::symlink;
 
 use super::*;
 
-/// Two sets of files with one name: `cert` is in use, `next` is what replaces it.
+/// Two certificates for one name: `cert` is in use, `next` replaces it.
 struct Renewal {
     folder: Folder,
     tls: DownstreamTls,
     metrics: Metrics,
     client: Client,
-    before: CertificateDer<'static>,
-    after: CertificateDer<'static>,
+    old: CertificateDer<'static>,
+    new: CertificateDer<'static>,
 }
 
 impl Renewal {
     fn new() -> Self {
         let folder = Folder::new();
-        let before = folder.certificate("cert", &["mail.test"], 1, false);
-        let after = folder.certificate("next", &["mail.test"], 2, false);
+        let old = folder.certificate("cert", &["mail.test"], 1, &PKCS_ECDSA_P256_SHA256);
+        let new = folder.certificate("next", &["mail.test"], 2, &PKCS_ECDSA_P256_SHA256);
         let tls = folder.build(&[""], &["cert"], "");
-        Self { folder, tls, metrics: metrics(), client: Client::able(), before, after }
+        Self { folder, tls, metrics: metrics(), client: Client::unrestricted(), old, new }
     }
 
     fn path(&self, name: &str) -> PathBuf {
         self.folder.path(name)
     }
 
-    /// Two looks: a change is loaded once it rests.
-    fn look(&self) {
+    /// Checks the files twice: a change is loaded when the second check finds the same files as the first.
+    fn check_files(&self) {
         (0..2).for_each(|_| self.tls.certificates.check_files(&self.metrics, now()));
     }
 
-    /// What a client is shown, and whether the gauge says that files cannot be used.
-    async fn shown(&self) -> (CertificateDer<'static>, bool) {
+    /// The certificate that a client receives, and whether the gauge reports unusable files.
+    async fn certificate_and_load_failed(&self) -> (CertificateDer<'static>, bool) {
         let text = self.metrics.render();
         let gauge = text.lines().find(|line| line.starts_with("vestibule_certificate_load_failed{"));
-        (self.client.shown(&self.tls, "mail.test").await.certificate, gauge.is_some_and(|line| line.ends_with(" 1")))
+        (
+            self.client.presented_certificate(&self.tls, "mail.test").await.certificate,
+            gauge.is_some_and(|line| line.ends_with(" 1")),
+        )
     }
 
-    async fn old_in_use(&self) {
-        self.look();
-        assert!(self.shown().await == (self.before.clone(), true));
+    async fn assert_old_certificate_in_use(&self) {
+        self.check_files();
+        assert!(self.certificate_and_load_failed().await == (self.old.clone(), true));
     }
 
-    async fn new_in_use(&self) {
-        self.look();
-        assert!(self.shown().await == (self.after.clone(), false));
+    async fn assert_new_certificate_in_use(&self) {
+        self.check_files();
+        assert!(self.certificate_and_load_failed().await == (self.new.clone(), false));
     }
 }
 
 #[tokio::test]
-async fn a_certificate_and_its_key_may_be_replaced_one_after_the_other() {
+async fn certificate_and_key_can_be_replaced_one_after_the_other() {
     for (first, second) in [("", "-key"), ("-key", "")] {
         let renewal = Renewal::new();
         let rename = |part: &str| {
             fs::rename(renewal.path(&format!("next{part}.pem")), renewal.path(&format!("cert{part}.pem"))).unwrap();
         };
         rename(first);
-        renewal.old_in_use().await;
+        renewal.assert_old_certificate_in_use().await;
         rename(second);
-        renewal.new_in_use().await;
+        renewal.assert_new_certificate_in_use().await;
     }
 }
 
 #[tokio::test]
-async fn half_written_and_unreadable_files_change_nothing() {
+async fn incomplete_and_unreadable_files_leave_the_old_certificate_in_use() {
     for part in ["", "-key"] {
         let renewal = Renewal::new();
         let (file, whole) =
@@ -73,56 +76,56 @@ async fn half_written_and_unreadable_files_change_nothing() {
         let whole = whole.unwrap();
         for length in [0, 10, whole.len() / 2, whole.len() - 10] {
             fs::write(&file, &whole[..length]).unwrap();
-            renewal.old_in_use().await;
+            renewal.assert_old_certificate_in_use().await;
         }
-        // Removed, a folder of that name, and a link that leads nowhere or to itself.
+        // The file is removed, replaced by a folder, and replaced by a link to a missing file and to itself.
         fs::remove_file(&file).unwrap();
-        renewal.old_in_use().await;
+        renewal.assert_old_certificate_in_use().await;
         fs::create_dir(&file).unwrap();
-        renewal.old_in_use().await;
+        renewal.assert_old_certificate_in_use().await;
         fs::remove_dir(&file).unwrap();
-        for target in [PathBuf::from("nowhere"), file.clone()] {
+        for target in [PathBuf::from("missing"), file.clone()] {
             symlink(target, &file).unwrap();
-            renewal.old_in_use().await;
+            renewal.assert_old_certificate_in_use().await;
             fs::remove_file(&file).unwrap();
         }
-        // Created again, and complete with the other file.
+        // Both new files are complete.
         for part in ["", "-key"] {
             fs::copy(renewal.path(&format!("next{part}.pem")), renewal.path(&format!("cert{part}.pem"))).unwrap();
         }
-        renewal.new_in_use().await;
+        renewal.assert_new_certificate_in_use().await;
     }
 }
 
 #[tokio::test]
-async fn a_swapped_link_replaces_both_files_at_once() {
+async fn symbolic_link_that_is_swapped_replaces_both_files_at_once() {
     let folder = Folder::new();
     for version in ["1", "2"] {
         fs::create_dir(folder.path(version)).unwrap();
     }
-    let before = folder.certificate("1/cert", &["mail.test"], 1, false);
-    let after = folder.certificate("2/cert", &["mail.test"], 2, false);
-    symlink("1", folder.path("live")).unwrap();
-    let tls = folder.build(&[""], &["live/cert"], "");
-    let client = Client::able();
-    let renewal = Renewal { folder, tls, metrics: metrics(), client, before, after };
-    // As Kubernetes does: a new link takes the old one's name.
+    let old = folder.certificate("1/cert", &["mail.test"], 1, &PKCS_ECDSA_P256_SHA256);
+    let new = folder.certificate("2/cert", &["mail.test"], 2, &PKCS_ECDSA_P256_SHA256);
+    symlink("1", folder.path("current")).unwrap();
+    let tls = folder.build(&[""], &["current/cert"], "");
+    let client = Client::unrestricted();
+    let renewal = Renewal { folder, tls, metrics: metrics(), client, old, new };
+    // Kubernetes replaces mounted secrets in this way: it renames a new link to the name of the old one.
     symlink("2", renewal.path("new")).unwrap();
-    fs::rename(renewal.path("new"), renewal.path("live")).unwrap();
-    renewal.new_in_use().await;
-    // To a folder that is not there yet.
+    fs::rename(renewal.path("new"), renewal.path("current")).unwrap();
+    renewal.assert_new_certificate_in_use().await;
+    // The new link leads to a folder that does not exist yet.
     symlink("3", renewal.path("new")).unwrap();
-    fs::rename(renewal.path("new"), renewal.path("live")).unwrap();
-    renewal.look();
-    assert!(renewal.shown().await == (renewal.after.clone(), true));
+    fs::rename(renewal.path("new"), renewal.path("current")).unwrap();
+    renewal.check_files();
+    assert!(renewal.certificate_and_load_failed().await == (renewal.new.clone(), true));
 }
 
 #[tokio::test]
-async fn other_permissions_are_not_another_certificate() {
+async fn permission_change_keeps_the_certificate() {
     let renewal = Renewal::new();
     for mode in [0o600, 0o400, 0o644] {
         fs::set_permissions(renewal.path("cert-key.pem"), fs::Permissions::from_mode(mode)).unwrap();
-        renewal.look();
-        assert!(renewal.shown().await == (renewal.before.clone(), false), "{mode:o}");
+        renewal.check_files();
+        assert!(renewal.certificate_and_load_failed().await == (renewal.old.clone(), false), "{mode:o}");
     }
 }
