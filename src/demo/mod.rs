@@ -168,7 +168,7 @@ fn introduction(folder: &Folder, running: &Running, servers: &[SocketAddr]) -> S
     print(format_args!(
         "  curl -s http://127.0.0.1:{admin}/metrics | grep -E '^vestibule_(logins|connections|backend_sessions|bytes)'"
     ));
-    print(format_args!("\nThe configuration it runs with, and what it makes of a user:\n"));
+    print(format_args!("\nShow the configuration, and explain the route of a user:\n"));
     let configuration = folder.path("vestibule.yaml");
     print(format_args!("  cat {}", configuration.display()));
     print(format_args!("  {} route --config {} alice@example.org", program().display(), configuration.display()));
