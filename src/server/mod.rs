@@ -30,7 +30,7 @@ use crate::config::{self, Config};
 use crate::listener::{self, WorkerContext};
 use crate::logging;
 use crate::metrics::Metrics;
-use crate::metrics::endpoint::Admin;
+use crate::metrics::endpoint::AdminEndpoint;
 use crate::process::drain::{Drain, DrainMode};
 use crate::process::workers::Worker;
 use crate::session::SessionPoller;
@@ -100,7 +100,7 @@ pub struct Reloaded {
 pub struct Bound {
     snapshot: Arc<Snapshot>,
     opening: BoundListeners,
-    admin: Option<(Admin, OwnedFd)>,
+    admin: Option<(AdminEndpoint, OwnedFd)>,
     drain: Drain,
     /// Addresses of inherited sockets that the configuration does not use.
     unused: Vec<SocketAddr>,
@@ -256,7 +256,7 @@ fn bind_admin(
     listener_set: &ListenerSet,
     inherited: &mut Vec<TcpListener>,
     others: &[&OwnedFd],
-) -> anyhow::Result<Option<(Admin, OwnedFd)>> {
+) -> anyhow::Result<Option<(AdminEndpoint, OwnedFd)>> {
     let Some(address) = snapshot.config.admin else { return Ok(None) };
     let fits = |socket: &mut TcpListener| socket.local_addr().is_ok_and(|bound| bound == address);
     let socket = inherited.extract_if(.., fits).next();
@@ -267,7 +267,8 @@ fn bind_admin(
         sockets.into_iter().next().ok_or_else(|| io::Error::other("no socket"))
     };
     let bound = socket.map_or_else(bind, Ok);
-    let bound = bound.and_then(|socket| Admin::new(socket, snapshot.metrics.clone(), drain.announced().clone()));
+    let bound =
+        bound.and_then(|socket| AdminEndpoint::new(socket, snapshot.metrics.clone(), drain.announced().clone()));
     let bound = bound.and_then(|admin| admin.copy().map(|copy| (admin, copy)));
     Ok(Some(bound.with_context(|| listener_set::cannot_bind(address, "admin.address"))?))
 }
@@ -412,7 +413,7 @@ impl Running {
         }
     }
 
-    fn run_admin(&self, snapshot: &Snapshot, (admin, copy): (Admin, OwnedFd)) -> Endpoint {
+    fn run_admin(&self, snapshot: &Snapshot, (admin, copy): (AdminEndpoint, OwnedFd)) -> Endpoint {
         let (bound, stop) = (admin.address(), self.stop_background.child_token());
         tracing::info!(address = %bound, "metrics and health");
         self.background.spawn(admin.run(stop.clone()));

@@ -1,7 +1,7 @@
 //! The admin HTTP endpoint: `/metrics` for Prometheus, `/health` (the process runs) and `/ready` (it accepts sessions).
 //!
-//! The endpoint uses plain HTTP without authentication, so it must listen on a loopback or management address. It answers only GET and HEAD,
-//! and cannot change anything. A connection is closed after one answer. Silent or slow clients cannot block others ([`connections`]).
+//! The endpoint uses plain HTTP without authentication, so it must listen on a loopback or management address. It accepts only GET and HEAD,
+//! and cannot change anything. A connection is closed after one response. Silent or slow clients cannot block others ([`connections`]).
 
 mod connections;
 
@@ -23,13 +23,13 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::time;
 use tokio_util::sync::CancellationToken;
 
-use self::connections::{Connection, Connections};
+use self::connections::{ConnectionTable, OpenConnection};
 use crate::metrics::Metrics;
 
-/// Time limit for a request's head.
-const HEAD_DEADLINE: Duration = Duration::from_secs(5);
-/// Time limit for a whole connection: the head, and the client's reading of the answer.
-const CONNECTION_DEADLINE: Duration = Duration::from_secs(20);
+/// Timeout of a request's head.
+const HEAD_TIMEOUT: Duration = Duration::from_secs(5);
+/// Timeout of a whole connection, in which the client must send the head and read the response.
+const CONNECTION_TIMEOUT: Duration = Duration::from_secs(20);
 /// Maximum size of a request's head.
 const MAX_HEAD: usize = 16 << 10;
 /// The text format of Prometheus.
@@ -37,7 +37,7 @@ const METRICS_TYPE: &str = "text/plain; version=0.0.4; charset=utf-8";
 
 /// The admin endpoint on its listening socket.
 #[derive(Debug)]
-pub(crate) struct Admin {
+pub(crate) struct AdminEndpoint {
     socket: TcpListener,
     address: SocketAddr,
     state: Arc<State>,
@@ -50,8 +50,8 @@ struct State {
     stopping: CancellationToken,
 }
 
-impl Admin {
-    /// An endpoint on a listening socket. It answers while [`Admin::run`] runs, and `/ready` fails after `stopping` is cancelled.
+impl AdminEndpoint {
+    /// An endpoint on a listening socket. It responds while [`AdminEndpoint::run`] runs, and `/ready` fails after `stopping` is cancelled.
     ///
     /// # Errors
     /// The system cannot register the socket.
@@ -81,12 +81,12 @@ impl Admin {
 
     /// Serves requests until `stop` is cancelled.
     pub(crate) async fn run(self, stop: CancellationToken) {
-        let connections = Connections::default();
+        let table = ConnectionTable::default();
         let accept = async {
             loop {
                 match self.socket.accept().await {
                     Ok((socket, peer)) => {
-                        let served = serve(socket, connections.add(peer.ip()), self.state.clone());
+                        let served = serve(socket, table.add(peer.ip()), self.state.clone());
                         let stop = stop.clone();
                         tokio::spawn(async move { stop.run_until_cancelled(served).await });
                         // Yield, so that a request that arrived with its connection is read before later connections can evict it.
@@ -103,20 +103,20 @@ impl Admin {
     }
 }
 
-async fn serve(socket: TcpStream, connection: Connection, state: Arc<State>) {
+async fn serve(socket: TcpStream, connection: OpenConnection, state: Arc<State>) {
     let service = service_fn(|request: Request<Incoming>| {
-        connection.is_answered();
-        let response = answer(request.method(), request.uri().path(), &state);
+        connection.mark_request_received();
+        let response = respond(request.method(), request.uri().path(), &state);
         async move { Ok::<_, Infallible>(response) }
     });
     let served = http1::Builder::new()
         .timer(TokioTimer::new())
-        .header_read_timeout(HEAD_DEADLINE)
+        .header_read_timeout(HEAD_TIMEOUT)
         .max_buf_size(MAX_HEAD)
         .keep_alive(false)
         .serve_connection(TokioIo::new(socket), service);
     tokio::select! {
-        served = time::timeout(CONNECTION_DEADLINE, served) => match served {
+        served = time::timeout(CONNECTION_TIMEOUT, served) => match served {
             Ok(Ok(())) => {}
             Ok(Err(error)) => tracing::debug!(%error, "an admin connection failed"),
             Err(_) => tracing::debug!("an admin connection took too long"),
@@ -125,7 +125,7 @@ async fn serve(socket: TcpStream, connection: Connection, state: Arc<State>) {
     }
 }
 
-fn answer(method: &Method, path: &str, state: &State) -> Response<Full<Bytes>> {
+fn respond(method: &Method, path: &str, state: &State) -> Response<Full<Bytes>> {
     if !matches!(*method, Method::GET | Method::HEAD) {
         let mut response = text(StatusCode::METHOD_NOT_ALLOWED, "only GET and HEAD\n");
         response.headers_mut().insert(ALLOW, hyper::header::HeaderValue::from_static("GET, HEAD"));
@@ -159,9 +159,9 @@ mod tests {
     use crate::metrics::Names;
 
     #[test]
-    fn each_path_has_its_answer() {
+    fn status_depends_on_path_method_and_draining() {
         let state = State { metrics: Arc::new(Metrics::new(&Names::default())), stopping: CancellationToken::new() };
-        let status = |method: Method, path: &str| answer(&method, path, &state).status().as_u16();
+        let status = |method: Method, path: &str| respond(&method, path, &state).status().as_u16();
         assert_eq!(status(Method::GET, "/metrics"), 200);
         assert_eq!(status(Method::HEAD, "/health"), 200);
         assert_eq!(status(Method::GET, "/ready"), 200);
@@ -172,11 +172,11 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn silent_and_slow_clients_do_not_delay_an_answer() {
-        const PATIENCE: Duration = Duration::from_secs(10);
+    async fn silent_and_slow_clients_do_not_delay_a_response() {
+        const TIMEOUT: Duration = Duration::from_secs(10);
         let socket = net::TcpListener::bind("127.0.0.1:0").unwrap();
         let metrics = Arc::new(Metrics::new(&Names::default()));
-        let admin = Admin::new(socket, metrics, CancellationToken::new()).unwrap();
+        let admin = AdminEndpoint::new(socket, metrics, CancellationToken::new()).unwrap();
         let (address, stop) = (admin.address(), CancellationToken::new());
         let running = tokio::spawn(admin.run(stop.clone()));
         let mut hostile = Vec::new();
@@ -187,15 +187,15 @@ mod tests {
                 hostile.push(client);
             }
             for path in ["/health", "/ready", "/metrics"] {
-                let answer = async {
+                let exchange = async {
                     let mut client = TcpStream::connect(address).await.unwrap();
                     client.write_all(format!("GET {path} HTTP/1.1\r\nHost: x\r\n\r\n").as_bytes()).await.unwrap();
-                    let mut answer = String::new();
-                    client.read_to_string(&mut answer).await.unwrap();
-                    answer
+                    let mut response = String::new();
+                    client.read_to_string(&mut response).await.unwrap();
+                    response
                 };
-                let answer = time::timeout(PATIENCE, answer).await.unwrap();
-                assert!(answer.starts_with("HTTP/1.1 200 OK\r\n"), "{path} after {sent:?}: {answer}");
+                let response = time::timeout(TIMEOUT, exchange).await.unwrap();
+                assert!(response.starts_with("HTTP/1.1 200 OK\r\n"), "{path} after {sent:?}: {response}");
             }
         }
         stop.cancel();
