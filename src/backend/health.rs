@@ -9,6 +9,8 @@
 
 use std::time::{Duration, Instant};
 
+use crate::metrics::BreakerState;
+
 const FIRST_PAUSE: Duration = Duration::from_secs(1);
 const LONGEST_PAUSE: Duration = Duration::from_secs(30);
 /// Share of its weight with which a server begins its slow start.
@@ -51,14 +53,6 @@ pub(super) enum Availability {
     TrialDue,
     /// The server is used only if there is no other.
     Failing,
-}
-
-/// State of the breaker, with its value in metrics.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum BreakerState {
-    Closed = 0,
-    HalfOpen = 1,
-    Open = 2,
 }
 
 /// Identifies one trial: see [`Health::begin_trial`].

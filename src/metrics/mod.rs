@@ -20,7 +20,7 @@ pub use self::admission::{PolicyAnswer, PolicyCommand};
 use self::families::Families;
 pub use self::route::{LookupOutcome, RouteMetrics};
 use self::server::ServerFamilies;
-pub use self::server::{CheckMetrics, ServerMetrics};
+pub use self::server::{BreakerState, CheckMetrics, ServerMetrics};
 use crate::failure::Reason;
 use crate::identity::Mechanism;
 
@@ -489,7 +489,7 @@ mod tests {
     }
 
     #[test]
-    fn a_forgotten_server_has_no_series() {
+    fn forgotten_server_has_no_series() {
         let metrics = metrics();
         metrics.backend(0).server("mail-1:143").set_up(false);
         assert!(metrics.render().contains(r#"vestibule_server_up{backend="shard-a",server="mail-1:143"} 0"#));

@@ -87,6 +87,17 @@ impl BackendMetrics {
     }
 }
 
+/// The state of a server's breaker. The values are those of the metric.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum BreakerState {
+    /// Logins are sent to the server.
+    Closed = 0,
+    /// One login tries the server.
+    HalfOpen = 1,
+    /// Logins avoid the server.
+    Open = 2,
+}
+
 /// Metrics of one server.
 #[derive(Debug)]
 pub struct ServerMetrics {
@@ -100,7 +111,7 @@ pub struct ServerMetrics {
 
 impl ServerMetrics {
     /// Sets whether the server reports that it trusts the ID command of this proxy.
-    pub fn set_trusts(&self, trusts: bool) {
+    pub fn set_trusts_id(&self, trusts: bool) {
         self.trusts.set(trusts.into());
     }
 
@@ -109,9 +120,9 @@ impl ServerMetrics {
         self.up.set(up.into());
     }
 
-    /// Sets the state of the breaker: 0 closed, 1 half-open, 2 open.
-    pub fn set_breaker(&self, state: i64) {
-        self.breaker.set(state);
+    /// Sets the state of the breaker.
+    pub fn set_breaker(&self, state: BreakerState) {
+        self.breaker.set(state as i64);
     }
 
     /// Sets the administrative state.

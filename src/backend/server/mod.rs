@@ -184,7 +184,7 @@ impl Server {
     pub(super) fn update_gauges(&self) {
         let (health, state) = (self.state.health(), self.admin_state());
         self.state.metrics.set_up(health.is_alive() && state != AdminState::Down);
-        self.state.metrics.set_breaker(health.breaker() as i64);
+        self.state.metrics.set_breaker(health.breaker());
         self.state.metrics.set_admin_state(state);
     }
 
@@ -203,7 +203,7 @@ impl Server {
             return PermitResult::Granted(permit);
         }
         let trial = health.begin_trial(now);
-        self.state.metrics.set_breaker(health.breaker() as i64);
+        self.state.metrics.set_breaker(health.breaker());
         drop(health);
         trial.map_or(PermitResult::Failing, |trial| PermitResult::Granted(permit.with_trial(trial)))
     }
@@ -248,12 +248,12 @@ impl Server {
         if answer == IdAnswer::Trusted {
             state.has_trusted_id.store(true, Ordering::Relaxed);
             state.distrust_logged.store(false, Ordering::Relaxed);
-            return state.metrics.set_trusts(true);
+            return state.metrics.set_trusts_id(true);
         }
         if !state.has_trusted_id.load(Ordering::Relaxed) {
             return;
         }
-        state.metrics.set_trusts(false);
+        state.metrics.set_trusts_id(false);
         if !state.distrust_logged.swap(true, Ordering::Relaxed) {
             tracing::warn!(
                 backend = %self.backend,

@@ -86,7 +86,7 @@ impl ServerState {
     pub(super) fn end_trial(&self, trial: Trial) {
         let mut health = self.health();
         health.end_trial(trial);
-        self.metrics.set_breaker(health.breaker() as i64);
+        self.metrics.set_breaker(health.breaker());
     }
 
     pub(super) fn disconnects(&self) -> MutexGuard<'_, DisconnectSpreader> {
