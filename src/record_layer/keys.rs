@@ -8,20 +8,20 @@ use tokio_rustls::rustls::{ConnectionTrafficSecrets, SupportedCipherSuite};
 use zeroize::Zeroizing;
 
 /// Maximum number of KeyUpdates before the extraction. If a peer sent more, its connection is closed at its next KeyUpdate.
-pub const MAX_ROLL: usize = 1024;
-/// Length of a nonce.
-const IV: usize = 12;
-/// The longest key, in bytes.
-pub(super) const LONGEST_KEY: usize = 32;
-/// The longest traffic secret: SHA-384's output.
-pub(super) const LONGEST_SECRET: usize = 48;
+const MAX_EARLIER_UPDATES: usize = 1024;
+/// Length of a nonce, and of the IV from which it is made.
+const NONCE_LENGTH: usize = 12;
+/// Length of the longest key.
+pub(super) const MAX_KEY_LENGTH: usize = 32;
+/// Length of the longest traffic secret, an output of SHA-384.
+pub(super) const MAX_SECRET_LENGTH: usize = 48;
 
 /// The TLS version.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Version {
-    /// RFC 5246.
+    /// TLS 1.2 (RFC 5246).
     Tls12,
-    /// RFC 8446.
+    /// TLS 1.3 (RFC 8446).
     Tls13,
 }
 
@@ -75,16 +75,16 @@ impl Cipher {
     }
 }
 
-/// The chain of traffic secrets does not lead to the keys in use.
+/// The keys in use do not derive from the traffic secret of the key log.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Error)]
 #[error("no traffic secret for the keys in use")]
-pub struct UnknownSecret;
+pub(super) struct UnknownSecret;
 
 /// The keys of one direction, wiped when dropped, with space for a key of `K` bytes and a secret of `S` bytes.
-pub struct Keys<const K: usize = LONGEST_KEY, const S: usize = LONGEST_SECRET> {
+pub struct Keys<const K: usize = MAX_KEY_LENGTH, const S: usize = MAX_SECRET_LENGTH> {
     cipher: Cipher,
     key: Zeroizing<[u8; K]>,
-    iv: [u8; IV],
+    iv: [u8; NONCE_LENGTH],
     /// The secret from which the next keys are derived (TLS 1.3). It may be older than `key`, see [`Keys::advance`].
     secret: Zeroizing<[u8; S]>,
     secret_length: u8,
@@ -93,12 +93,12 @@ pub struct Keys<const K: usize = LONGEST_KEY, const S: usize = LONGEST_SECRET> {
 
 impl<const K: usize, const S: usize> Keys<K, S> {
     /// Whether the key has at most `L` bytes and the secret at most `T` bytes.
-    pub(super) fn fit<const L: usize, const T: usize>(&self) -> bool {
+    pub(super) fn fits_in<const L: usize, const T: usize>(&self) -> bool {
         self.cipher.key_length() <= L && usize::from(self.secret_length) <= T
     }
 
-    /// A copy with space for `L` and `T` bytes, in which the keys must fit.
-    pub(super) fn moved<const L: usize, const T: usize>(&self) -> Keys<L, T> {
+    /// A copy with space for `L` and `T` bytes, which must suffice: see [`Keys::fits_in`].
+    pub(super) fn resized<const L: usize, const T: usize>(&self) -> Keys<L, T> {
         let (mut key, mut secret) = (Zeroizing::new([0; L]), Zeroizing::new([0; T]));
         key.iter_mut().zip(&*self.key).for_each(|(to, from)| *to = *from);
         secret.iter_mut().zip(&*self.secret).for_each(|(to, from)| *to = *from);
@@ -122,9 +122,9 @@ impl Keys {
     fn from_parts(cipher: Cipher, key: &[u8], iv: &[u8], sequence: u64, secret: &[u8]) -> Option<Self> {
         let mut keys = Self {
             cipher,
-            key: Zeroizing::new([0; LONGEST_KEY]),
+            key: Zeroizing::new([0; MAX_KEY_LENGTH]),
             iv: iv.try_into().ok()?,
-            secret: Zeroizing::new([0; LONGEST_SECRET]),
+            secret: Zeroizing::new([0; MAX_SECRET_LENGTH]),
             secret_length: u8::try_from(secret.len()).ok()?,
             sequence,
         };
@@ -136,9 +136,9 @@ impl Keys {
     /// The keys of a TLS 1.3 traffic secret for its first record (RFC 8446 section 7.3).
     pub fn from_secret(cipher: Cipher, secret: &[u8]) -> Option<Self> {
         let expander = cipher.hkdf()?.expander_for_okm(&OkmBlock::new(secret));
-        let mut key = Zeroizing::new([0; LONGEST_KEY]);
+        let mut key = Zeroizing::new([0; MAX_KEY_LENGTH]);
         expand(&*expander, b"key", &mut key[..cipher.key_length()])?;
-        let mut iv = [0; IV];
+        let mut iv = [0; NONCE_LENGTH];
         expand(&*expander, b"iv", &mut iv)?;
         Self::from_parts(cipher, &*key, &iv, 0, secret)
     }
@@ -149,11 +149,11 @@ impl Keys {
     /// older than the keys, and is first advanced to them.
     ///
     /// # Errors
-    /// [`UnknownSecret`] if [`MAX_ROLL`] steps do not lead to the keys.
+    /// [`UnknownSecret`] if [`MAX_EARLIER_UPDATES`] steps do not lead to the keys.
     pub(super) fn advance(&self) -> Result<Self, UnknownSecret> {
         let mut current = Self::from_secret(self.cipher, self.secret()).ok_or(UnknownSecret)?;
-        for _ in 0..MAX_ROLL {
-            let next = current.next().ok_or(UnknownSecret)?;
+        for _ in 0..MAX_EARLIER_UPDATES {
+            let next = current.next_keys().ok_or(UnknownSecret)?;
             if *current.key == *self.key && current.iv == self.iv {
                 return Ok(next);
             }
@@ -162,9 +162,9 @@ impl Keys {
         Err(UnknownSecret)
     }
 
-    fn next(&self) -> Option<Self> {
+    fn next_keys(&self) -> Option<Self> {
         let expander = self.cipher.hkdf()?.expander_for_okm(&OkmBlock::new(self.secret()));
-        let mut secret = Zeroizing::new([0; LONGEST_SECRET]);
+        let mut secret = Zeroizing::new([0; MAX_SECRET_LENGTH]);
         let length = self.secret().len();
         expand(&*expander, b"traffic upd", &mut secret[..length])?;
         Self::from_secret(self.cipher, &secret[..length])
@@ -179,32 +179,32 @@ impl Keys {
         self.sequence
     }
 
-    /// Counts a record. `None` if no sequence number is left.
-    pub(super) fn count(&mut self) -> Option<()> {
+    /// Increments the sequence number. `None` if no sequence number is left.
+    pub(super) fn count_record(&mut self) -> Option<()> {
         self.sequence = self.sequence.checked_add(1)?;
         Some(())
     }
 
-    /// Initialises the cipher, which takes 0.15 µs and has about 600 bytes.
+    /// Initialises the cipher. This takes 0.15 µs and about 600 bytes.
     pub(super) fn aead(&self) -> LessSafeKey {
         let key = UnboundKey::new(self.cipher.algorithm(), &self.key[..self.cipher.key_length()]);
-        // The only error is a key of the wrong length, and the cipher gives the length.
+        // The only error is a key of the wrong length; the slice has the length that the cipher requires.
         LessSafeKey::new(key.expect("the key has the length of its cipher"))
     }
 
-    /// RFC 8446 section 5.3, RFC 7905 section 2, and rustls's choice for the explicit nonce of TLS 1.2 with AES-GCM.
-    pub(super) fn nonce(&self) -> [u8; IV] {
+    /// The nonce of the next record (RFC 8446 section 5.3, RFC 7905 section 2). Like rustls, TLS 1.2 with AES-GCM uses it as well.
+    pub(super) fn nonce(&self) -> [u8; NONCE_LENGTH] {
         let mut nonce = self.iv;
-        for (byte, sequence) in nonce[IV - 8..].iter_mut().zip(self.sequence.to_be_bytes()) {
+        for (byte, sequence) in nonce[NONCE_LENGTH - 8..].iter_mut().zip(self.sequence.to_be_bytes()) {
             *byte ^= sequence;
         }
         nonce
     }
 
     /// The nonce of a received record in TLS 1.2 with AES-GCM (RFC 5288 section 3).
-    pub(super) fn explicit_nonce(&self, explicit: [u8; 8]) -> [u8; IV] {
+    pub(super) fn explicit_nonce(&self, explicit: [u8; 8]) -> [u8; NONCE_LENGTH] {
         let mut nonce = self.iv;
-        nonce[IV - 8..].copy_from_slice(&explicit);
+        nonce[NONCE_LENGTH - 8..].copy_from_slice(&explicit);
         nonce
     }
 
@@ -213,7 +213,7 @@ impl Keys {
     }
 
     #[cfg(test)]
-    pub(super) fn jump_for_test(&mut self, sequence: u64) {
+    pub(super) fn set_sequence_for_test(&mut self, sequence: u64) {
         self.sequence = sequence;
     }
 }
@@ -224,7 +224,7 @@ impl<const K: usize, const S: usize> std::fmt::Debug for Keys<K, S> {
     }
 }
 
-pub(super) fn nonce(bytes: [u8; IV]) -> Nonce {
+pub(super) fn nonce(bytes: [u8; NONCE_LENGTH]) -> Nonce {
     Nonce::assume_unique_for_key(bytes)
 }
 

@@ -15,20 +15,20 @@ mod post_handshake;
 mod seal;
 mod violation;
 
-pub use self::keys::{Cipher, Keys, MAX_ROLL, UnknownSecret, Version};
-use self::keys::{LONGEST_KEY, LONGEST_SECRET};
+pub use self::keys::{Cipher, Keys, Version};
+use self::keys::{MAX_KEY_LENGTH, MAX_SECRET_LENGTH};
 pub use self::open::{Opened, Opener};
 pub use self::seal::{Exhausted, Sealer};
 pub use self::violation::{AlertCode, Violation};
 
-/// Bytes of a record's header: type, version, length (RFC 8446 section 5.1).
+/// Length of a record's header: type, version, length (RFC 8446 section 5.1).
 pub const HEADER: usize = 5;
-/// The most plaintext a record may carry (RFC 8446 section 5.1, RFC 5246 section 6.2.1).
+/// Maximum length of the plaintext of a record (RFC 8446 section 5.1, RFC 5246 section 6.2.1).
 pub const MAX_PLAINTEXT: usize = 1 << 14;
-/// The longest record that may arrive: TLS 1.2 allows 2048 bytes beyond the plaintext, TLS 1.3 only 256.
+/// Maximum length of a received record, with its header: TLS 1.2 allows 2048 bytes beyond the plaintext, TLS 1.3 only 256.
 pub const MAX_RECORD: usize = HEADER + MAX_PLAINTEXT + 2048;
 /// Length of the authentication tag, the same for all ciphers.
-const TAG: usize = 16;
+const TAG_LENGTH: usize = 16;
 
 /// The role of this end in the handshake.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -81,8 +81,13 @@ impl Channel {
     pub fn suspend(self) -> StoredChannel {
         let (version, role) = (self.sealer.version(), self.opener.role());
         let (receive, send) = (self.opener.into_keys(), self.sealer.into_keys());
-        if receive.fit::<16, 32>() && send.fit::<16, 32>() {
-            StoredChannel::Short(Box::new(StoredKeys { version, role, receive: receive.moved(), send: send.moved() }))
+        if receive.fits_in::<16, 32>() && send.fits_in::<16, 32>() {
+            StoredChannel::Short(Box::new(StoredKeys {
+                version,
+                role,
+                receive: receive.resized(),
+                send: send.resized(),
+            }))
         } else {
             StoredChannel::Long(Box::new(StoredKeys { version, role, receive, send }))
         }
@@ -100,7 +105,7 @@ pub enum StoredChannel {
 
 /// The keys of both directions of a [`StoredChannel`].
 #[derive(Debug)]
-pub struct StoredKeys<const K: usize = LONGEST_KEY, const S: usize = LONGEST_SECRET> {
+pub struct StoredKeys<const K: usize = MAX_KEY_LENGTH, const S: usize = MAX_SECRET_LENGTH> {
     version: Version,
     role: Role,
     receive: Keys<K, S>,
@@ -111,8 +116,10 @@ impl StoredChannel {
     /// Initialises the ciphers again, which takes 0.3 µs.
     pub fn resume(self) -> Channel {
         match self {
-            Self::Short(rest) => Channel::new(rest.version, rest.role, rest.receive.moved(), rest.send.moved()),
-            Self::Long(rest) => Channel::new(rest.version, rest.role, rest.receive, rest.send),
+            Self::Short(stored) => {
+                Channel::new(stored.version, stored.role, stored.receive.resized(), stored.send.resized())
+            }
+            Self::Long(stored) => Channel::new(stored.version, stored.role, stored.receive, stored.send),
         }
     }
 }

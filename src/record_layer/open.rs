@@ -5,12 +5,12 @@ use std::ops::Range;
 use aws_lc_rs::aead::{Aad, LessSafeKey};
 
 use super::keys::{Cipher, Keys, Version, nonce};
-use super::post_handshake::{Asked, Messages};
+use super::post_handshake::{HandshakeEvent, MessageReader, UpdateRequest};
 use super::violation::{AlertCode, Violation};
-use super::{ContentType, HEADER, MAX_PLAINTEXT, Role, TAG};
+use super::{ContentType, HEADER, MAX_PLAINTEXT, Role, TAG_LENGTH};
 
 /// Maximum number of consecutive records without data, as in rustls for KeyUpdates and empty records.
-const MAX_EMPTY: u8 = 32;
+const MAX_WITHOUT_DATA: u8 = 32;
 /// Length of the explicit nonce before the ciphertext of a TLS 1.2 record with AES-GCM.
 const EXPLICIT_NONCE: usize = 8;
 
@@ -36,16 +36,16 @@ pub struct Opener {
     role: Role,
     keys: Keys,
     aead: LessSafeKey,
-    messages: Messages,
+    messages: MessageReader,
     /// Number of records without data since the last record with data.
-    empty: u8,
+    without_data: u8,
     closed: bool,
 }
 
 impl Opener {
     pub(super) fn new(version: Version, role: Role, keys: Keys) -> Self {
         let aead = keys.aead();
-        Self { version, role, keys, aead, messages: Messages::default(), empty: 0, closed: false }
+        Self { version, role, keys, aead, messages: MessageReader::default(), without_data: 0, closed: false }
     }
 
     pub(super) fn role(&self) -> Role {
@@ -53,7 +53,7 @@ impl Opener {
     }
 
     pub(super) fn can_suspend(&self) -> bool {
-        !self.messages.is_inside() && !self.closed
+        !self.messages.is_incomplete() && !self.closed
     }
 
     pub(super) fn into_keys(self) -> Keys {
@@ -65,7 +65,7 @@ impl Opener {
         &mut self.keys
     }
 
-    /// Opens a complete record, whose length is that of [`super::record_length`].
+    /// Opens a complete record, with the length that [`super::record_length`] returned.
     ///
     /// # Errors
     /// The violation by the peer. The channel must not be read again.
@@ -77,20 +77,20 @@ impl Opener {
             Version::Tls13 => self.decrypt_13(record)?,
             Version::Tls12 => self.decrypt_12(record)?,
         };
-        self.keys.count().ok_or(Violation::Exhausted)?;
+        self.keys.count_record().ok_or(Violation::Exhausted)?;
         if plain.len() > MAX_PLAINTEXT {
             return Err(Violation::RecordOverflow);
         }
-        if kind != ContentType::Handshake as u8 && self.messages.is_inside() {
+        if kind != ContentType::Handshake as u8 && self.messages.is_incomplete() {
             return Err(Violation::UnexpectedMessage);
         }
         if kind == ContentType::Data as u8 && !plain.is_empty() {
-            self.empty = 0;
+            self.without_data = 0;
             return Ok(Opened::Data(plain));
         }
-        self.empty += 1;
-        if self.empty > MAX_EMPTY {
-            return Err(Violation::TooManyEmpty);
+        self.without_data += 1;
+        if self.without_data > MAX_WITHOUT_DATA {
+            return Err(Violation::TooManyWithoutData);
         }
         match kind {
             kind if kind == ContentType::Data as u8 => Ok(Opened::Nothing),
@@ -119,22 +119,22 @@ impl Opener {
         Ok((inner[end], HEADER..HEADER + end))
     }
 
-    /// RFC 5246 section 6.2.3.3, RFC 5288 section 3, RFC 7905 section 2.
+    /// Returns the content type and the range of the content (RFC 5246 section 6.2.3.3, RFC 5288 section 3, RFC 7905 section 2).
     fn decrypt_12(&mut self, record: &mut [u8]) -> Result<(u8, Range<usize>), Violation> {
         let (header, sealed) = record.split_at_mut(HEADER);
         let explicit = if self.keys.cipher() == Cipher::Chacha20Poly1305 { 0 } else { EXPLICIT_NONCE };
-        let length = sealed.len().checked_sub(explicit + TAG).ok_or(Violation::BadRecord)?;
-        // The additional data do not come from the header, so the header must be compared with them.
+        let length = sealed.len().checked_sub(explicit + TAG_LENGTH).ok_or(Violation::BadRecord)?;
+        // The additional data contain a fixed version and the computed length, so those of the header must be checked.
         if header[1..3] != [3, 3] || usize::from(u16::from_be_bytes([header[3], header[4]])) != sealed.len() {
             return Err(Violation::BadRecord);
         }
-        let (given, sealed) = sealed.split_at_mut(explicit);
-        let bytes = match <[u8; EXPLICIT_NONCE]>::try_from(&*given) {
-            Ok(given) => self.keys.explicit_nonce(given),
+        let (explicit_nonce, sealed) = sealed.split_at_mut(explicit);
+        let nonce_bytes = match <[u8; EXPLICIT_NONCE]>::try_from(&*explicit_nonce) {
+            Ok(explicit) => self.keys.explicit_nonce(explicit),
             Err(_) => self.keys.nonce(),
         };
-        let aad = Aad::from(aad_12(self.keys.sequence(), header[0], length));
-        self.aead.open_in_place(nonce(bytes), aad, sealed).map_err(|_| Violation::BadRecord)?;
+        let aad = Aad::from(additional_data_12(self.keys.sequence(), header[0], length));
+        self.aead.open_in_place(nonce(nonce_bytes), aad, sealed).map_err(|_| Violation::BadRecord)?;
         Ok((header[0], HEADER + explicit..HEADER + explicit + length))
     }
 
@@ -154,20 +154,23 @@ impl Opener {
     }
 
     fn handshake(&mut self, content: &[u8]) -> Result<Opened, Violation> {
-        match self.messages.take(self.version, self.role, content)? {
-            Asked::Nothing => Ok(Opened::Nothing),
-            Asked::Renegotiation => Ok(Opened::Renegotiation),
-            Asked::KeyUpdate { answer } => {
+        match self.messages.read(self.version, self.role, content)? {
+            HandshakeEvent::Nothing => Ok(Opened::Nothing),
+            HandshakeEvent::Renegotiation => Ok(Opened::Renegotiation),
+            HandshakeEvent::KeyUpdate(request) => {
                 self.keys = self.keys.advance().map_err(|_| Violation::UnexpectedMessage)?;
                 self.aead = self.keys.aead();
-                Ok(if answer { Opened::KeyUpdateRequested } else { Opened::Nothing })
+                Ok(match request {
+                    UpdateRequest::Requested => Opened::KeyUpdateRequested,
+                    UpdateRequest::NotRequested => Opened::Nothing,
+                })
             }
         }
     }
 }
 
-/// Additional data of a TLS 1.2 record (RFC 5246 section 6.2.3.3).
-pub(super) fn aad_12(sequence: u64, kind: u8, length: usize) -> [u8; 13] {
+/// The additional data of a TLS 1.2 record (RFC 5246 section 6.2.3.3).
+pub(super) fn additional_data_12(sequence: u64, kind: u8, length: usize) -> [u8; 13] {
     let mut aad = [0; 13];
     aad[..8].copy_from_slice(&sequence.to_be_bytes());
     aad[8] = kind;

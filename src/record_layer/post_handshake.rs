@@ -12,24 +12,38 @@ const KEY_UPDATE: u8 = 24;
 
 /// Length of a message header: type and length.
 const MESSAGE_HEADER: usize = 4;
-/// Maximum length of a message, as in rustls. Tickets have some hundred bytes.
+/// Maximum length of a message, as in rustls. Tickets have a few hundred bytes.
 const MAX_MESSAGE: usize = 0xffff;
 
-/// The action that the messages of a record require.
+/// The field `request_update` of a KeyUpdate (RFC 8446 section 4.6.3).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Asked {
+#[repr(u8)]
+pub(super) enum UpdateRequest {
+    NotRequested = 0,
+    /// The receiver must update its sending keys too.
+    Requested = 1,
+}
+
+/// The effect of the messages in one record.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum HandshakeEvent {
     Nothing,
-    /// The next record of the peer uses new keys. `answer`: the peer requests new keys from this end too.
-    KeyUpdate {
-        answer: bool,
-    },
+    /// The next record of the peer uses new keys.
+    KeyUpdate(UpdateRequest),
     /// The peer requests a renegotiation (TLS 1.2).
     Renegotiation,
 }
 
-/// The position in the stream of messages.
+/// The kind of a message whose header is complete.
+enum MessageKind {
+    Ticket,
+    KeyUpdate,
+    Renegotiation,
+}
+
+/// Reads the stream of messages, and stores its position between records.
 #[derive(Debug, Default)]
-pub(super) struct Messages {
+pub(super) struct MessageReader {
     /// The header of the current message, and the content of a KeyUpdate (one byte).
     head: [u8; MESSAGE_HEADER + 1],
     head_length: u8,
@@ -37,34 +51,39 @@ pub(super) struct Messages {
     skip: usize,
 }
 
-impl Messages {
+impl MessageReader {
     /// Whether a message is incomplete. Then no record of another type may follow (RFC 8446 section 5.1).
-    pub(super) fn is_inside(&self) -> bool {
+    pub(super) fn is_incomplete(&self) -> bool {
         self.skip > 0 || self.head_length > 0
     }
 
     /// Reads the content of one record.
-    pub(super) fn take(&mut self, version: Version, role: Role, mut content: &[u8]) -> Result<Asked, Violation> {
+    pub(super) fn read(
+        &mut self,
+        version: Version,
+        role: Role,
+        mut content: &[u8],
+    ) -> Result<HandshakeEvent, Violation> {
         if content.is_empty() {
             return Err(Violation::UnexpectedMessage);
         }
-        let mut asked = Asked::Nothing;
+        let mut event = HandshakeEvent::Nothing;
         loop {
             let skipped = self.skip.min(content.len());
             self.skip -= skipped;
             content = &content[skipped..];
-            let Some((&byte, rest)) = content.split_first() else { return Ok(asked) };
+            let Some((&byte, rest)) = content.split_first() else { return Ok(event) };
             content = rest;
             self.head[usize::from(self.head_length)] = byte;
             self.head_length += 1;
             match self.head_length {
-                4 => match self.begun(version, role)? {
-                    Asked::KeyUpdate { .. } => {}
-                    other => {
+                4 => match self.read_header(version, role)? {
+                    // Its content, one byte, follows.
+                    MessageKind::KeyUpdate => {}
+                    MessageKind::Ticket => self.head_length = 0,
+                    MessageKind::Renegotiation => {
                         self.head_length = 0;
-                        if other != Asked::Nothing {
-                            asked = other;
-                        }
+                        event = HandshakeEvent::Renegotiation;
                     }
                 },
                 5 => {
@@ -74,8 +93,8 @@ impl Messages {
                         return Err(Violation::UnexpectedMessage);
                     }
                     return match self.head[MESSAGE_HEADER] {
-                        0 => Ok(Asked::KeyUpdate { answer: false }),
-                        1 => Ok(Asked::KeyUpdate { answer: true }),
+                        0 => Ok(HandshakeEvent::KeyUpdate(UpdateRequest::NotRequested)),
+                        1 => Ok(HandshakeEvent::KeyUpdate(UpdateRequest::Requested)),
                         _ => Err(Violation::IllegalValue),
                     };
                 }
@@ -84,24 +103,24 @@ impl Messages {
         }
     }
 
-    /// Handles a message whose header is complete.
-    fn begun(&mut self, version: Version, role: Role) -> Result<Asked, Violation> {
+    /// Evaluates a complete header. Content that is not needed will be skipped.
+    fn read_header(&mut self, version: Version, role: Role) -> Result<MessageKind, Violation> {
         let length = usize::from(self.head[1]) << 16 | usize::from(self.head[2]) << 8 | usize::from(self.head[3]);
         if length > MAX_MESSAGE {
             return Err(Violation::Malformed);
         }
         match (version, role, self.head[0]) {
-            (Version::Tls13, _, KEY_UPDATE) if length == 1 => Ok(Asked::KeyUpdate { answer: false }),
+            (Version::Tls13, _, KEY_UPDATE) if length == 1 => Ok(MessageKind::KeyUpdate),
             (Version::Tls13, _, KEY_UPDATE) => Err(Violation::Malformed),
             (Version::Tls13, Role::Client, NEW_SESSION_TICKET) => {
                 self.skip = length;
-                Ok(Asked::Nothing)
+                Ok(MessageKind::Ticket)
             }
-            (Version::Tls12, Role::Client, HELLO_REQUEST) if length == 0 => Ok(Asked::Renegotiation),
+            (Version::Tls12, Role::Client, HELLO_REQUEST) if length == 0 => Ok(MessageKind::Renegotiation),
             (Version::Tls12, Role::Client, HELLO_REQUEST) => Err(Violation::Malformed),
             (Version::Tls12, Role::Server, CLIENT_HELLO) => {
                 self.skip = length;
-                Ok(Asked::Renegotiation)
+                Ok(MessageKind::Renegotiation)
             }
             _ => Err(Violation::UnexpectedMessage),
         }

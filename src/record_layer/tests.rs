@@ -1,4 +1,4 @@
-//! RFC 8448's records, and rustls as the peer: every suite, both roles, every split.
+//! Tests of the record layer with the records of RFC 8448, and with rustls as the peer in every suite and both roles.
 
 use std::io::{Read, Write};
 use std::sync::{Arc, Mutex};
@@ -40,19 +40,19 @@ impl KeyLog for TrafficSecrets {
 }
 
 /// Connects a client and a server of rustls in memory, and returns them with the traffic secrets from the key log.
-fn pair(suite: SupportedCipherSuite) -> (Connection, Connection, Arc<TrafficSecrets>) {
+fn rustls_pair(suite: SupportedCipherSuite) -> (Connection, Connection, Arc<TrafficSecrets>) {
     let provider = Arc::new(CryptoProvider { cipher_suites: vec![suite], ..aws_lc_rs::default_provider() });
-    let made = rcgen::generate_simple_self_signed(vec!["localhost".to_owned()]).unwrap();
-    let key = PrivateKeyDer::try_from(made.signing_key.serialize_der()).unwrap();
+    let certificate = rcgen::generate_simple_self_signed(vec!["localhost".to_owned()]).unwrap();
+    let key = PrivateKeyDer::try_from(certificate.signing_key.serialize_der()).unwrap();
     let mut roots = RootCertStore::empty();
-    roots.add(made.cert.der().clone()).unwrap();
+    roots.add(certificate.cert.der().clone()).unwrap();
     let secrets = Arc::new(TrafficSecrets::default());
     let version = [suite.version()];
     let mut server = ServerConfig::builder_with_provider(provider.clone())
         .with_protocol_versions(&version)
         .unwrap()
         .with_no_client_auth()
-        .with_single_cert(vec![made.cert.der().clone()], key)
+        .with_single_cert(vec![certificate.cert.der().clone()], key)
         .unwrap();
     server.enable_secret_extraction = true;
     server.key_log = secrets.clone();
@@ -94,12 +94,12 @@ fn input(to: &mut Connection, mut bytes: &[u8]) {
 
 fn plaintext(of: &mut Connection) -> Vec<u8> {
     let mut bytes = Vec::new();
-    // WouldBlock: that was all.
+    // WouldBlock marks the end of the received plaintext.
     let _ = of.reader().read_to_end(&mut bytes);
     bytes
 }
 
-/// Takes a connection over from rustls.
+/// Extracts the secrets of a connection from rustls and creates its channel.
 fn take_over(connection: Connection, role: Role, secrets: &TrafficSecrets) -> Channel {
     let version = match connection.protocol_version() {
         Some(tokio_rustls::rustls::ProtocolVersion::TLSv1_3) => Version::Tls13,
@@ -112,9 +112,9 @@ fn take_over(connection: Connection, role: Role, secrets: &TrafficSecrets) -> Ch
     Channel::new(version, role, receive, Keys::new(&extracted.tx.1, extracted.tx.0, &send).unwrap())
 }
 
-/// One end ours, the other rustls.
-fn ends(suite: SupportedCipherSuite, role: Role) -> (Channel, Connection) {
-    let (client, server, secrets) = pair(suite);
+/// A channel in `role` and its rustls peer.
+fn connect(suite: SupportedCipherSuite, role: Role) -> (Channel, Connection) {
+    let (client, server, secrets) = rustls_pair(suite);
     match role {
         Role::Client => (take_over(client, role, &secrets), server),
         Role::Server => (take_over(server, role, &secrets), client),
@@ -135,7 +135,7 @@ fn sealed(channel: &mut Channel, data: &[u8]) -> Vec<u8> {
     out
 }
 
-/// Opens all records of `bytes`: the data, and what else happened.
+/// Opens all records of `bytes`. Returns the data and the other events.
 fn opened(channel: &mut Channel, mut bytes: &[u8]) -> Result<(Vec<u8>, Vec<Opened>), Violation> {
     let (mut data, mut events) = (Vec::new(), Vec::new());
     while let Some(length) = record_length(bytes)? {
@@ -155,7 +155,7 @@ fn hex(text: &str) -> Vec<u8> {
     (0..digits.len()).step_by(2).map(|at| u8::from_str_radix(&digits[at..at + 2], 16).unwrap()).collect()
 }
 
-/// RFC 8448 section 3, "Simple 1-RTT Handshake": its application secrets and the records under them.
+/// Application secrets and records of RFC 8448 section 3, "Simple 1-RTT Handshake".
 mod rfc8448 {
     use super::*;
 
@@ -171,12 +171,12 @@ mod rfc8448 {
     fn keys(secret: &str, sequence: u64) -> Keys {
         let mut keys = Keys::from_secret(Cipher::Aes128Gcm, &hex(secret)).unwrap();
         for _ in 0..sequence {
-            keys.count().unwrap();
+            keys.count_record().unwrap();
         }
         keys
     }
 
-    /// The server's first record under these keys is its ticket: data follow as the second.
+    /// The server's first record under these keys is a ticket, so its data have sequence number 1.
     fn channel(role: Role) -> Channel {
         match role {
             Role::Client => Channel::new(Version::Tls13, role, keys(SERVER_SECRET, 1), keys(CLIENT_SECRET, 0)),
@@ -185,7 +185,7 @@ mod rfc8448 {
     }
 
     #[test]
-    fn records_are_sealed_as_written_there() {
+    fn sealed_records_equal_those_of_the_rfc() {
         let data: Vec<u8> = (0..50).collect();
         for (role, record, alert) in
             [(Role::Client, CLIENT_DATA, CLIENT_ALERT), (Role::Server, SERVER_DATA, SERVER_ALERT)]
@@ -199,7 +199,7 @@ mod rfc8448 {
     }
 
     #[test]
-    fn records_are_opened_as_written_there() {
+    fn records_of_the_rfc_are_opened() {
         let data: Vec<u8> = (0..50).collect();
         for (role, record, alert) in
             [(Role::Server, CLIENT_DATA, CLIENT_ALERT), (Role::Client, SERVER_DATA, SERVER_ALERT)]
@@ -211,10 +211,10 @@ mod rfc8448 {
 }
 
 #[test]
-fn both_directions_of_every_suite_carry_what_rustls_says_and_hears() {
+fn every_suite_interoperates_with_rustls_in_both_directions() {
     for suite in SUITES {
         for role in [Role::Client, Role::Server] {
-            let (mut channel, mut peer) = ends(suite, role);
+            let (mut channel, mut peer) = connect(suite, role);
             for round in 0..3_u8 {
                 let data: Vec<u8> = (0..40_000_u32).map(|at| (at % 251) as u8 ^ round).collect();
                 input(&mut peer, &sealed(&mut channel, &data[..12_000]));
@@ -237,24 +237,24 @@ fn both_directions_of_every_suite_carry_what_rustls_says_and_hears() {
 }
 
 #[test]
-fn keys_change_on_either_sides_wish() {
+fn key_updates_of_either_side_change_the_keys() {
     for suite in &SUITES[..3] {
         for role in [Role::Client, Role::Server] {
-            let (mut channel, mut peer) = ends(*suite, role);
+            let (mut channel, mut peer) = connect(*suite, role);
             for _ in 0..5 {
-                // The peer changes its keys and asks us to.
+                // The peer updates its keys and requests an update.
                 peer.refresh_traffic_keys().unwrap();
                 peer.writer().write_all(b"after").unwrap();
                 let (got, events) = opened(&mut channel, &output(&mut peer)).unwrap();
                 assert_eq!((got, events), (b"after".to_vec(), vec![Opened::KeyUpdateRequested]));
                 let mut out = Vec::new();
                 channel.sealer.key_update(&mut out).unwrap();
-                out.extend(sealed(&mut channel, b"answered"));
-                // We change ours unasked.
+                out.extend(sealed(&mut channel, b"updated"));
+                // This end updates its keys without a request.
                 channel.sealer.key_update(&mut out).unwrap();
                 out.extend(sealed(&mut channel, b" twice"));
                 input(&mut peer, &out);
-                assert_eq!(plaintext(&mut peer), b"answered twice");
+                assert_eq!(plaintext(&mut peer), b"updated twice");
                 channel = channel.suspend().resume();
             }
         }
@@ -262,8 +262,8 @@ fn keys_change_on_either_sides_wish() {
 }
 
 #[test]
-fn keys_that_changed_before_the_hand_over_are_found_again() {
-    let (mut client, mut server, secrets) = pair(SUITES[0]);
+fn key_updates_before_the_extraction_are_recovered() {
+    let (mut client, mut server, secrets) = rustls_pair(SUITES[0]);
     for _ in 0..7 {
         client.refresh_traffic_keys().unwrap();
         transfer(&mut client, &mut server);
@@ -273,18 +273,18 @@ fn keys_that_changed_before_the_hand_over_are_found_again() {
     }
     let mut channel = take_over(server, Role::Server, &secrets);
     client.refresh_traffic_keys().unwrap();
-    client.writer().write_all(b"still here").unwrap();
-    assert_eq!(opened(&mut channel, &output(&mut client)).unwrap().0, b"still here");
+    client.writer().write_all(b"client data").unwrap();
+    assert_eq!(opened(&mut channel, &output(&mut client)).unwrap().0, b"client data");
     let mut out = Vec::new();
     channel.sealer.key_update(&mut out).unwrap();
-    out.extend(sealed(&mut channel, b"so are we"));
+    out.extend(sealed(&mut channel, b"server data"));
     input(&mut client, &out);
-    assert_eq!(plaintext(&mut client), b"so are we");
+    assert_eq!(plaintext(&mut client), b"server data");
 }
 
 #[test]
-fn keys_that_the_chain_never_reaches_end_the_connection() {
-    let (mut client, server, secrets) = pair(SUITES[0]);
+fn key_update_with_an_unknown_secret_ends_the_connection() {
+    let (mut client, server, secrets) = rustls_pair(SUITES[0]);
     secrets.0.lock().unwrap().0[0] ^= 1;
     let mut channel = take_over(server, Role::Server, &secrets);
     client.refresh_traffic_keys().unwrap();
@@ -292,23 +292,23 @@ fn keys_that_the_chain_never_reaches_end_the_connection() {
 }
 
 #[test]
-fn no_changed_bit_passes() {
+fn record_with_a_changed_bit_is_refused() {
     for suite in SUITES {
-        let (mut channel, mut peer) = ends(suite, Role::Server);
+        let (mut channel, mut peer) = connect(suite, Role::Server);
         peer.writer().write_all(b"a1 NOOP\r\n").unwrap();
         let record = output(&mut peer);
         for bit in 0..record.len() * 8 {
             let mut changed = record.clone();
             changed[bit / 8] ^= 1 << (bit % 8);
-            // A changed length makes another record, or none yet; the whole of these bytes is tried as one.
+            // A changed length would give other record boundaries, so the bytes are opened as one record.
             assert!(channel.opener.open(&mut changed).is_err(), "{suite:?}: bit {bit}");
         }
         assert_eq!(opened(&mut channel, &record).unwrap().0, b"a1 NOOP\r\n");
     }
 }
 
-/// A channel and one that seals for it, both ours: to say what rustls never says.
-fn twins(version: Version) -> (Channel, Channel) {
+/// A server channel and its client channel, to send records that rustls never sends.
+fn channel_pair(version: Version) -> (Channel, Channel) {
     let keys = |byte: u8| Keys::from_secret(Cipher::Aes128Gcm, &[byte; 32]).unwrap();
     (Channel::new(version, Role::Server, keys(1), keys(2)), Channel::new(version, Role::Client, keys(2), keys(1)))
 }
@@ -317,16 +317,16 @@ fn twins(version: Version) -> (Channel, Channel) {
 fn record_13(from: &mut Channel, inner: &[u8]) -> Vec<u8> {
     let keys = from.sealer.keys_for_test();
     let mut content = inner.to_vec();
-    let length = (inner.len() + TAG) as u16;
+    let length = (inner.len() + TAG_LENGTH) as u16;
     let header = [23, 3, 3, length.to_be_bytes()[0], length.to_be_bytes()[1]];
     let aad = ::aws_lc_rs::aead::Aad::from(header);
     let tag = keys.aead().seal_in_place_separate_tag(super::keys::nonce(keys.nonce()), aad, &mut content).unwrap();
-    keys.count().unwrap();
+    keys.count_record().unwrap();
     [&header[..], &content, tag.as_ref()].concat()
 }
 
 #[test]
-fn what_may_not_come_after_a_tls_13_handshake() {
+fn tls_13_records_not_allowed_after_the_handshake_are_refused() {
     use Violation::{AlertReceived, IllegalValue, Malformed, RecordOverflow, UnexpectedMessage};
     let too_long = [vec![b'x'; MAX_PLAINTEXT + 1], vec![23]].concat();
     let padded_too_long = [vec![b'x', 23], vec![0; MAX_PLAINTEXT]].concat();
@@ -339,7 +339,7 @@ fn what_may_not_come_after_a_tls_13_handshake() {
         (&[13, 0, 0, 1, 0, 22], UnexpectedMessage),     // CertificateRequest
         (&[24, 0, 0, 2, 0, 0, 22], Malformed),          // KeyUpdate of two bytes
         (&[24, 0, 0, 1, 2, 22], IllegalValue),          // KeyUpdate with an unknown request
-        (&[24, 0, 0, 1, 0, 24, 22], UnexpectedMessage), // a message behind a KeyUpdate
+        (&[24, 0, 0, 1, 0, 24, 22], UnexpectedMessage), // a message after a KeyUpdate
         (&[2, 40, 21], AlertReceived(AlertCode(40))),
         (&[1, 40, 21], AlertReceived(AlertCode(40))),
         (&[2, 21], Malformed),
@@ -348,11 +348,11 @@ fn what_may_not_come_after_a_tls_13_handshake() {
         (&padded_too_long, RecordOverflow),
     ];
     for (inner, violation) in cases {
-        let (mut ours, mut theirs) = twins(Version::Tls13);
+        let (mut ours, mut theirs) = channel_pair(Version::Tls13);
         let record = record_13(&mut theirs, inner);
         assert_eq!(opened(&mut ours, &record), Err(*violation), "{:?}", &inner[inner.len().saturating_sub(8)..]);
     }
-    let (mut ours, _) = twins(Version::Tls13);
+    let (mut ours, _) = channel_pair(Version::Tls13);
     assert_eq!(opened(&mut ours, &[20, 3, 3, 0, 1, 1]), Err(UnexpectedMessage));
     assert_eq!(opened(&mut ours, &[21, 3, 3, 0, 2, 1, 0]), Err(UnexpectedMessage));
     assert_eq!(opened(&mut ours, b"a1 LOGOUT\r\n"), Err(Violation::NotTls));
@@ -361,8 +361,8 @@ fn what_may_not_come_after_a_tls_13_handshake() {
 }
 
 #[test]
-fn padding_and_empty_records_are_taken_and_bounded() {
-    let (mut ours, mut theirs) = twins(Version::Tls13);
+fn padding_is_removed_and_empty_records_are_limited() {
+    let (mut ours, mut theirs) = channel_pair(Version::Tls13);
     let padded = record_13(&mut theirs, &[b"hello".as_slice(), &[23], &[0; 999]].concat());
     assert_eq!(opened(&mut ours, &padded).unwrap().0, b"hello");
     for _ in 0..32 {
@@ -372,12 +372,12 @@ fn padding_and_empty_records_are_taken_and_bounded() {
     for _ in 0..32 {
         opened(&mut ours, &record_13(&mut theirs, &[23])).unwrap();
     }
-    assert_eq!(opened(&mut ours, &record_13(&mut theirs, &[23])), Err(Violation::TooManyEmpty));
+    assert_eq!(opened(&mut ours, &record_13(&mut theirs, &[23])), Err(Violation::TooManyWithoutData));
 }
 
-/// Each of them costs the receiver something, and none moves a byte of mail.
+/// Every record costs the receiver time, so those without data must be limited.
 #[test]
-fn every_kind_of_record_without_data_is_bounded() {
+fn records_without_data_of_every_kind_are_limited() {
     let control: [(Version, Role, ContentType, &[u8]); 6] = [
         (Version::Tls13, Role::Client, ContentType::Handshake, &[4, 0, 0, 1, 9]),
         (Version::Tls13, Role::Server, ContentType::Alert, &[1, 90]),
@@ -392,27 +392,31 @@ fn every_kind_of_record_without_data_is_bounded() {
         let mut theirs = Channel::new(version, Role::Server, keys(2), keys(1));
         for round in 0..=32 {
             let mut record = Vec::new();
-            theirs.sealer.say_for_test(kind, content, &mut record);
+            theirs.sealer.seal_for_test(kind, content, &mut record);
             assert_eq!(
                 opened(&mut ours, &record).err(),
-                (round == 32).then_some(Violation::TooManyEmpty),
+                (round == 32).then_some(Violation::TooManyWithoutData),
                 "{content:?}"
             );
         }
     }
-    let (mut ours, mut theirs) = twins(Version::Tls13);
+    let (mut ours, mut theirs) = channel_pair(Version::Tls13);
     for round in 0..=32 {
         let mut record = Vec::new();
         theirs.sealer.request_key_update_for_test(&mut record);
-        assert_eq!(opened(&mut ours, &record).err(), (round == 32).then_some(Violation::TooManyEmpty), "KeyUpdate");
+        assert_eq!(
+            opened(&mut ours, &record).err(),
+            (round == 32).then_some(Violation::TooManyWithoutData),
+            "KeyUpdate"
+        );
     }
 }
 
 #[test]
-fn messages_may_be_split_over_records_and_not_interleaved() {
+fn handshake_messages_may_be_split_but_not_interleaved() {
     let ticket = [&[4, 0, 0, 200][..], &[9; 200]].concat();
     for cut in 1..ticket.len() {
-        let (mut theirs, mut ours) = twins(Version::Tls13);
+        let (mut theirs, mut ours) = channel_pair(Version::Tls13);
         let first = record_13(&mut theirs, &[&ticket[..cut], &[22]].concat());
         let second = record_13(&mut theirs, &[&ticket[cut..], &[24, 0, 0, 1, 1, 22]].concat());
         assert_eq!(opened(&mut ours, &first).unwrap(), (vec![], vec![]));
@@ -420,38 +424,38 @@ fn messages_may_be_split_over_records_and_not_interleaved() {
         assert_eq!(opened(&mut ours, &second).unwrap().1, [Opened::KeyUpdateRequested], "cut at {cut}");
         assert!(ours.can_suspend());
     }
-    let (mut theirs, mut ours) = twins(Version::Tls13);
+    let (mut theirs, mut ours) = channel_pair(Version::Tls13);
     opened(&mut ours, &record_13(&mut theirs, &[&ticket[..50], &[22]].concat())).unwrap();
     let between = record_13(&mut theirs, b"data\x17");
     assert_eq!(opened(&mut ours, &between), Err(Violation::UnexpectedMessage));
 }
 
 #[test]
-fn tls_12_declines_to_begin_again_and_ignores_warnings() {
-    let (mut ours, mut theirs) = twins(Version::Tls12);
+fn tls_12_renegotiation_is_declined_and_warnings_are_ignored() {
+    let (mut ours, mut theirs) = channel_pair(Version::Tls12);
     let mut out = Vec::new();
-    theirs.sealer.say_for_test(ContentType::Handshake, &[1, 0, 0, 1, 0], &mut out);
+    theirs.sealer.seal_for_test(ContentType::Handshake, &[1, 0, 0, 1, 0], &mut out);
     theirs.sealer.decline_renegotiation(&mut out).unwrap();
     assert_eq!(opened(&mut ours, &out).unwrap().1, [Opened::Renegotiation]);
     let mut answer = Vec::new();
     ours.sealer.decline_renegotiation(&mut answer).unwrap();
     assert_eq!(opened(&mut theirs, &answer).unwrap(), (vec![], vec![]));
     answer.clear();
-    ours.sealer.say_for_test(ContentType::Handshake, &[0, 0, 0, 0], &mut answer);
+    ours.sealer.seal_for_test(ContentType::Handshake, &[0, 0, 0, 0], &mut answer);
     assert_eq!(opened(&mut theirs, &answer).unwrap().1, [Opened::Renegotiation]);
     answer.clear();
-    ours.sealer.say_for_test(ContentType::Handshake, &[24, 0, 0, 1, 0], &mut answer);
+    ours.sealer.seal_for_test(ContentType::Handshake, &[24, 0, 0, 1, 0], &mut answer);
     assert_eq!(opened(&mut theirs, &answer), Err(Violation::UnexpectedMessage));
     assert_eq!(ours.sealer.key_update(&mut answer), Err(Exhausted));
 }
 
 #[test]
-fn a_stored_channel_is_small() {
+fn stored_channel_is_small_and_resumes_unchanged() {
     assert!(size_of::<StoredKeys<16, 32>>() <= 160, "{}", size_of::<StoredKeys<16, 32>>());
     assert!(size_of::<StoredKeys>() <= 224, "{}", size_of::<StoredKeys>());
-    // Both kinds come back as they were.
+    // Both variants are resumed unchanged.
     for suite in SUITES {
-        let (mut channel, mut peer) = ends(suite, Role::Server);
+        let (mut channel, mut peer) = connect(suite, Role::Server);
         for _ in 0..2 {
             let stored = channel.suspend();
             let short = suite.tls13().is_some_and(|suite| suite.common.suite == CipherSuite::TLS13_AES_128_GCM_SHA256);
@@ -459,10 +463,10 @@ fn a_stored_channel_is_small() {
                 assert_eq!(matches!(stored, StoredChannel::Short(_)), short, "{suite:?}");
             }
             channel = stored.resume();
-            peer.writer().write_all(b"a byte after sleep").unwrap();
+            peer.writer().write_all(b"data after resuming").unwrap();
             let mut record = output(&mut peer);
-            let Ok(Opened::Data(place)) = channel.opener.open(&mut record) else { panic!("{suite:?}") };
-            assert_eq!(&record[place], b"a byte after sleep");
+            let Ok(Opened::Data(range)) = channel.opener.open(&mut record) else { panic!("{suite:?}") };
+            assert_eq!(&record[range], b"data after resuming");
         }
     }
 }
@@ -470,14 +474,14 @@ fn a_stored_channel_is_small() {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(64))]
 
-    /// Whatever rustls sends, in whatever pieces, with key updates anywhere.
+    /// Data of any length are received, with key updates between any two pieces.
     #[test]
-    fn rustls_is_understood(
+    fn records_of_rustls_are_opened_with_key_updates_anywhere(
         suite in 0..SUITES.len(),
         pieces in prop::collection::vec((0..3_usize, prop::collection::vec(any::<u8>(), 0..40_000)), 1..6),
     ) {
         let suite = SUITES[suite];
-        let (mut channel, mut peer) = ends(suite, Role::Server);
+        let (mut channel, mut peer) = connect(suite, Role::Server);
         let mut sent = Vec::new();
         let mut bytes = Vec::new();
         for (updates, piece) in pieces {
@@ -496,24 +500,24 @@ proptest! {
         prop_assert!(got == sent);
     }
 
-    /// No bytes make the opener panic, and none pass that rustls did not seal.
+    /// Random bytes never authenticate, and never cause a panic.
     #[test]
-    fn noise_is_refused(version in any::<bool>(), bytes in prop::collection::vec(any::<u8>(), 0..600)) {
-        let (mut channel, _) = twins(if version { Version::Tls13 } else { Version::Tls12 });
+    fn random_bytes_are_refused(version in any::<bool>(), bytes in prop::collection::vec(any::<u8>(), 0..600)) {
+        let (mut channel, _) = channel_pair(if version { Version::Tls13 } else { Version::Tls12 });
         let mut record = [&[23, 3, 3, 0, 0][..], &bytes].concat();
         prop_assert!(channel.opener.open(&mut record).is_err());
     }
 
-    /// Messages mean the same at every split over records.
+    /// Messages have the same effect for every split over records.
     #[test]
-    fn splits_of_messages_mean_the_same(cuts in prop::collection::vec(1..64_usize, 0..8)) {
+    fn handshake_messages_do_not_depend_on_the_split(cuts in prop::collection::vec(1..64_usize, 0..8)) {
         let stream = [&[4, 0, 0, 30][..], &[7; 30], &[4, 0, 0, 0], &[24, 0, 0, 1, 1]].concat();
-        let (mut theirs, mut ours) = twins(Version::Tls13);
+        let (mut theirs, mut ours) = channel_pair(Version::Tls13);
         let mut rest = &stream[..];
         let mut events = Vec::new();
         for cut in cuts.into_iter().chain([stream.len()]) {
-            let (part, behind) = rest.split_at(cut.min(rest.len()));
-            rest = behind;
+            let (part, remaining) = rest.split_at(cut.min(rest.len()));
+            rest = remaining;
             if !part.is_empty() {
                 events.extend(opened(&mut ours, &record_13(&mut theirs, &[part, &[22]].concat())).unwrap().1);
             }

@@ -35,7 +35,7 @@ pub enum Violation {
     UnexpectedMessage,
     /// Too many consecutive records without data.
     #[error("too many TLS records without data")]
-    TooManyEmpty,
+    TooManyWithoutData,
     /// A message that cannot be parsed.
     #[error("a TLS message that cannot be read")]
     Malformed,
@@ -54,7 +54,7 @@ impl Violation {
     /// The alert to send to the peer; `None` if the peer sent one itself.
     pub fn alert(self) -> Option<AlertCode> {
         match self {
-            Self::NotTls | Self::UnexpectedMessage | Self::TooManyEmpty => Some(AlertCode::UNEXPECTED_MESSAGE),
+            Self::NotTls | Self::UnexpectedMessage | Self::TooManyWithoutData => Some(AlertCode::UNEXPECTED_MESSAGE),
             Self::RecordOverflow => Some(AlertCode::RECORD_OVERFLOW),
             Self::BadRecord => Some(AlertCode::BAD_RECORD_MAC),
             Self::Malformed => Some(AlertCode::DECODE_ERROR),

@@ -193,11 +193,11 @@ async fn flood(version: crate::record_layer::Version, from_server: bool) {
         match version {
             Version::Tls13 => theirs.sealer.request_key_update_for_test(&mut records),
             Version::Tls12 if from_server => {
-                theirs.sealer.say_for_test(ContentType::Handshake, &[0, 0, 0, 0], &mut records);
+                theirs.sealer.seal_for_test(ContentType::Handshake, &[0, 0, 0, 0], &mut records);
             }
-            Version::Tls12 => theirs.sealer.say_for_test(ContentType::Handshake, &[1, 0, 0, 0], &mut records),
+            Version::Tls12 => theirs.sealer.seal_for_test(ContentType::Handshake, &[1, 0, 0, 0], &mut records),
         }
-        theirs.sealer.say_for_test(ContentType::Data, b"x", &mut records);
+        theirs.sealer.seal_for_test(ContentType::Data, b"x", &mut records);
         records
     };
     let mut taken = 0;
@@ -271,8 +271,8 @@ async fn one_turn(payload: &'static [u8], count: usize) -> usize {
     let (mut server, relay_server) = duplex(1 << 21);
     let mut theirs = Channel::new(Version::Tls13, Role::Client, keys(2), keys(1));
     let mut records = Vec::new();
-    (0..count).for_each(|_| theirs.sealer.say_for_test(ContentType::Data, payload, &mut records));
-    theirs.sealer.say_for_test(ContentType::Data, b"end", &mut records);
+    (0..count).for_each(|_| theirs.sealer.seal_for_test(ContentType::Data, payload, &mut records));
+    theirs.sealer.seal_for_test(ContentType::Data, b"end", &mut records);
     client.write_all(&records).await.unwrap();
     let leg = Leg::tls(relay_client, Channel::new(Version::Tls13, Role::Server, keys(1), keys(2)), Vec::new());
     let mut relay = Relay::new(leg, Leg::plain(relay_server), Buffered::default(), counters(), LIMITS);

@@ -93,7 +93,7 @@ impl Pair {
         let mut out = Vec::new();
         for sent in flight {
             match (sent, version) {
-                (Data(data), _) => self.peer.sealer.say_for_test(ContentType::Data, data, &mut out),
+                (Data(data), _) => self.peer.sealer.seal_for_test(ContentType::Data, data, &mut out),
                 (Request, Version::Tls13) => self.peer.sealer.request_key_update_for_test(&mut out),
                 (SplitRequest, Version::Tls13) => self.peer.sealer.split_key_update_for_test(2, &mut out),
                 (Request | SplitRequest, Version::Tls12) => {
@@ -103,7 +103,7 @@ impl Pair {
                     };
                     let first = if matches!(sent, Request) { message.len() } else { 2 };
                     for part in [&message[..first], &message[first..]].into_iter().filter(|part| !part.is_empty()) {
-                        self.peer.sealer.say_for_test(ContentType::Handshake, part, &mut out);
+                        self.peer.sealer.seal_for_test(ContentType::Handshake, part, &mut out);
                     }
                 }
             }
@@ -163,7 +163,7 @@ async fn assert_extractable(version: Version, role: Role, flight: &[Sent], split
         }
     }
     assert_eq!(data, expected, "{case}");
-    near.channel.sealer.say_for_test(ContentType::Data, REPLY, &mut out);
+    near.channel.sealer.seal_for_test(ContentType::Data, REPLY, &mut out);
     near.socket.write_all(&out).await.unwrap();
     let (mut received, mut reply, mut answers) = (Vec::new(), Vec::new(), 0);
     while reply.len() < REPLY.len() {
