@@ -346,6 +346,9 @@ impl Prelogin {
         out: &mut Vec<u8>,
     ) -> Result<Option<PreloginStep>, MalformedArguments> {
         match command {
+            Command::Login | Command::Authenticate if self.settings.transport == Transport::StartTls => {
+                return Ok(self.refuse_in_clear(tag, out));
+            }
             Command::Login => return self.login(tag, arguments, out),
             Command::Authenticate => return self.authenticate(tag, arguments, out),
             Command::Id => self.id(tag, arguments, out)?,
@@ -413,9 +416,6 @@ impl Prelogin {
         mut arguments: Arguments<'_>,
         out: &mut Vec<u8>,
     ) -> Result<Option<PreloginStep>, MalformedArguments> {
-        if self.settings.transport == Transport::StartTls {
-            return Ok(self.refuse_in_clear(tag, out));
-        }
         let user = arguments.astring()?;
         let password = arguments.astring()?;
         arguments.end()?;
@@ -433,9 +433,6 @@ impl Prelogin {
         mut arguments: Arguments<'_>,
         out: &mut Vec<u8>,
     ) -> Result<Option<PreloginStep>, MalformedArguments> {
-        if self.settings.transport == Transport::StartTls {
-            return Ok(self.refuse_in_clear(tag, out));
-        }
         let mechanism = arguments.astring()?;
         let initial = Zeroizing::new(arguments.word().to_vec());
         arguments.end()?;
