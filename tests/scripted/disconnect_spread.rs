@@ -49,6 +49,18 @@ async fn serve(mut line: LineStream<tokio::net::TcpStream>) {
     }
 }
 
+/// Logs in [`SESSIONS`] users and waits until their sessions are parked.
+async fn park_sessions(proxy: &Running) -> Vec<Client> {
+    let mut clients = Vec::new();
+    for number in 0..SESSIONS {
+        let mut client = Client::connect(proxy.listeners()[0]).await;
+        assert!(client.command(&format!("a LOGIN user{number} secret")).await.starts_with("a OK"));
+        clients.push(client);
+    }
+    eventually("parked sessions", || metric(proxy, "vestibule_parked_sessions", &[]) == SESSIONS as f64).await;
+    clients
+}
+
 /// A proxy, its only server, and sessions that are parked.
 async fn with_parked_sessions(more: &str) -> (Running, MortalServer, Vec<Client>) {
     let server = MortalServer::new().await;
@@ -57,13 +69,7 @@ async fn with_parked_sessions(more: &str) -> (Running, MortalServer, Vec<Client>
         server.address
     );
     let proxy = proxy(&text).await;
-    let mut clients = Vec::new();
-    for number in 0..SESSIONS {
-        let mut client = Client::connect(proxy.listeners()[0]).await;
-        assert!(client.command(&format!("a LOGIN user{number} secret")).await.starts_with("a OK"));
-        clients.push(client);
-    }
-    eventually("parked sessions", || metric(&proxy, "vestibule_parked_sessions", &[]) == SESSIONS as f64).await;
+    let clients = park_sessions(&proxy).await;
     (proxy, server, clients)
 }
 
@@ -158,13 +164,7 @@ async fn user_of_a_delayed_disconnect_may_log_in_at_once() {
         dying.address, other.address
     ))
     .await;
-    let mut clients = Vec::new();
-    for number in 0..SESSIONS {
-        let mut client = Client::connect(proxy.listeners()[0]).await;
-        assert!(client.command(&format!("a LOGIN user{number} secret")).await.starts_with("a OK"));
-        clients.push(client);
-    }
-    eventually("parked sessions", || metric(&proxy, "vestibule_parked_sessions", &[]) == SESSIONS as f64).await;
+    let mut clients = park_sessions(&proxy).await;
     let server = format!("server=\"{}\"", dying.address);
     let on_dying = || metric(&proxy, "vestibule_server_sessions", &[&server]);
     let closed = on_dying() as usize;

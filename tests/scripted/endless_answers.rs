@@ -67,6 +67,15 @@ fn ldap(mut socket: TcpStream) -> std::io::Result<()> {
     flood(socket, &entry, 6 * SOON)
 }
 
+/// Checks that a login at a proxy with this configuration is answered with UNAVAILABLE, long before the timeouts in it.
+async fn assert_login_is_unavailable(configuration: &str) {
+    let proxy = start(configuration).await;
+    let mut client = Client::connect(proxy.listeners()[0]).await;
+    let answer = tokio::time::timeout(SOON, client.command("a LOGIN alice secret")).await.unwrap();
+    assert!(answer.starts_with(UNAVAILABLE), "{answer}");
+    proxy.stop().await;
+}
+
 #[tokio::test]
 async fn database_that_floods_its_client_fails_only_its_lookups() {
     let database = service(|socket| postgres(socket, SOON / 2));
@@ -100,11 +109,7 @@ async fn endless_informational_responses_fail_a_lookup() {
         "listeners: [{{address: '127.0.0.1:0', tls: none}}]\nbackends: {{only: {{servers: ['127.0.0.1:1']}}}}\n\
          routes: [{{http: {{url: 'http://{url}/', timeout: 60s}}}}]\nlimits: {{lookup: 60s}}\n"
     );
-    let proxy = start(&text).await;
-    let mut client = Client::connect(proxy.listeners()[0]).await;
-    let answer = tokio::time::timeout(SOON, client.command("a LOGIN alice secret")).await.unwrap();
-    assert!(answer.starts_with(UNAVAILABLE), "{answer}");
-    proxy.stop().await;
+    assert_login_is_unavailable(&text).await;
 }
 
 #[tokio::test]
@@ -119,11 +124,7 @@ async fn endless_informational_responses_fail_a_policy_request() {
         server.address,
         nonce.display()
     );
-    let proxy = start(&text).await;
-    let mut client = Client::connect(proxy.listeners()[0]).await;
-    let answer = tokio::time::timeout(SOON, client.command("a LOGIN alice secret")).await.unwrap();
-    assert!(answer.starts_with(UNAVAILABLE), "{answer}");
-    proxy.stop().await;
+    assert_login_is_unavailable(&text).await;
 }
 
 #[tokio::test]
@@ -134,9 +135,5 @@ async fn second_entry_of_an_ldap_response_ends_the_lookup() {
          routes: [{{ldap: {{url: 'ldap://{url}', base: 'o=x', filter: '(uid=%{{user}})', \
          attributes: {{backend: b}}, timeout: 60s}}}}]\nlimits: {{lookup: 60s}}\n"
     );
-    let proxy = start(&text).await;
-    let mut client = Client::connect(proxy.listeners()[0]).await;
-    let answer = tokio::time::timeout(SOON, client.command("a LOGIN alice secret")).await.unwrap();
-    assert!(answer.starts_with(UNAVAILABLE), "{answer}");
-    proxy.stop().await;
+    assert_login_is_unavailable(&text).await;
 }
