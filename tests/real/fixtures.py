@@ -200,6 +200,27 @@ class Proxy:
             self.folder.remove()
 
 
+def plain_proxy(server):
+    """A proxy without TLS in front of one server."""
+    return Proxy(f"""
+listeners: [{{address: "127.0.0.1:{{plain}}", tls: none}}]
+backends: {{only: {{servers: ["127.0.0.1:{server.port}"]}}}}
+routes: [{{default: only}}]
+admin: {{address: "127.0.0.1:{{admin}}"}}
+""")
+
+
+def tls_proxy(server, certificates, server_tls):
+    """A proxy with implicit TLS in front of one server, to which `server_tls` applies."""
+    return Proxy(f"""
+listeners: [{{address: "127.0.0.1:{{tls}}", tls: implicit}}]
+tls: {{certificates: [{{cert: {certificates.cert}, key: {certificates.key}}}]}}
+backends: {{only: {{servers: ["localhost:{server.port}"], tls: {server_tls}}}}}
+routes: [{{default: only}}]
+admin: {{address: "127.0.0.1:{{admin}}"}}
+""")
+
+
 class Dovecot:
     """A Dovecot process with its own configuration; its Maildirs are in the folder `mail`."""
 

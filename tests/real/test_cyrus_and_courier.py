@@ -2,18 +2,13 @@
 
 import unittest
 
-from fixtures import PASSWORDS, Courier, Cyrus, Proxy
+from fixtures import PASSWORDS, Courier, Cyrus, plain_proxy
 from imap_client import RawClient, connect, message, subjects
 
 
 class CyrusAndCourier(unittest.TestCase):
     def proxy(self, server):
-        proxy = Proxy(f"""
-listeners: [{{address: "127.0.0.1:{{plain}}", tls: none}}]
-backends: {{only: {{servers: ["127.0.0.1:{server.port}"]}}}}
-routes: [{{default: only}}]
-admin: {{address: "127.0.0.1:{{admin}}"}}
-""")
+        proxy = plain_proxy(server)
         self.addCleanup(proxy.close)
         return proxy
 

@@ -10,7 +10,7 @@ import re
 import unittest
 import zlib
 
-from fixtures import Certificates, Courier, Cyrus, Dovecot, Folder, Proxy
+from fixtures import Certificates, Courier, Cyrus, Dovecot, Folder, tls_proxy
 from imap_client import RawClient, context, message
 
 USER, PASSWORD = "alice@example.org", "wonderland"
@@ -184,13 +184,7 @@ class ImapCompliance(unittest.TestCase):
             self.addCleanup(server.close)
             port, encryption = server.port, None
             if through:
-                proxy = Proxy(f"""
-listeners: [{{address: "127.0.0.1:{{tls}}", tls: implicit}}]
-tls: {{certificates: [{{cert: {self.certificates.cert}, key: {self.certificates.key}}}]}}
-backends: {{only: {{servers: ["localhost:{server.port}"], tls: {tls}}}}}
-routes: [{{default: only}}]
-admin: {{address: "127.0.0.1:{{admin}}"}}
-""")
+                proxy = tls_proxy(server, self.certificates, tls)
                 self.addCleanup(proxy.close)
                 port, encryption = proxy.ports["tls"], context(self.certificates.ca)
             clients = []

@@ -12,7 +12,7 @@ import unittest
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 
-from fixtures import CACHE, PASSWORDS, TIMEOUT, Certificates, Cyrus, Dovecot, Folder, Proxy
+from fixtures import CACHE, PASSWORDS, TIMEOUT, Certificates, Cyrus, Dovecot, Folder, tls_proxy
 
 USER = "alice@example.org"
 LIBRARY = CACHE / "python"
@@ -61,13 +61,7 @@ class ImapClientSuite(unittest.TestCase):
         return server
 
     def proxy(self, server, tls):
-        proxy = Proxy(f"""
-listeners: [{{address: "127.0.0.1:{{tls}}", tls: implicit}}]
-tls: {{certificates: [{{cert: {self.certificates.cert}, key: {self.certificates.key}}}]}}
-backends: {{only: {{servers: ["localhost:{server.port}"], tls: {tls}}}}}
-routes: [{{default: only}}]
-admin: {{address: "127.0.0.1:{{admin}}"}}
-""")
+        proxy = tls_proxy(server, self.certificates, tls)
         self.addCleanup(proxy.close)
         return proxy
 

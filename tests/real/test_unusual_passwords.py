@@ -7,7 +7,7 @@ quoted as literals.
 import base64
 import unittest
 
-from fixtures import Certificates, Courier, Cyrus, Dovecot, Folder, Proxy
+from fixtures import Certificates, Courier, Cyrus, Dovecot, Folder, plain_proxy
 from imap_client import RawClient
 
 PASSWORDS = {
@@ -52,12 +52,7 @@ def send_sasl(client, user, password):
 class UnusualPasswords(unittest.TestCase):
     def log_in_with_every_form(self, server, users):
         self.addCleanup(server.close)
-        proxy = Proxy(f"""
-listeners: [{{address: "127.0.0.1:{{plain}}", tls: none}}]
-backends: {{only: {{servers: ["127.0.0.1:{server.port}"]}}}}
-routes: [{{default: only}}]
-admin: {{address: "127.0.0.1:{{admin}}"}}
-""")
+        proxy = plain_proxy(server)
         self.addCleanup(proxy.close)
         logins = 0
         for send in (send_quoted, send_literals, send_literal_plus, send_sasl):
