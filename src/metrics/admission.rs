@@ -1,34 +1,31 @@
-//! Metrics of admission, which are read when metrics are collected and so cost logins nothing, and labels of the authentication
+//! Metrics of admission, which are read when metrics are rendered and so cost logins nothing, and labels of the authentication
 //! policy service.
 
-use prometheus::core::{Collector, Desc};
-use prometheus::proto::MetricFamily;
-use prometheus::{IntGauge, IntGaugeVec};
+use std::fmt;
 
-/// Gauges that are read from admission whenever metrics are collected.
-pub(super) struct Measured<E, M> {
-    pub(super) entries: IntGaugeVec,
-    pub(super) memory: IntGauge,
-    pub(super) read_entries: E,
-    pub(super) read_memory: M,
+use super::families::Families;
+
+/// Reads the state of admission for its gauges.
+pub(super) struct AdmissionReader {
+    /// Reads the number of entries of each table.
+    pub(super) entries: Box<dyn Fn() -> Vec<(&'static str, usize)> + Send + Sync>,
+    /// Reads the bytes of `limits.before_login_memory` in use.
+    pub(super) memory: Box<dyn Fn() -> usize + Send + Sync>,
 }
 
-impl<E, M> Collector for Measured<E, M>
-where
-    E: Fn() -> Vec<(&'static str, usize)> + Send + Sync,
-    M: Fn() -> usize + Send + Sync,
-{
-    fn desc(&self) -> Vec<&Desc> {
-        self.entries.desc().into_iter().chain(self.memory.desc()).collect()
-    }
-
-    fn collect(&self) -> Vec<MetricFamily> {
-        let number = |entries: usize| i64::try_from(entries).unwrap_or(i64::MAX);
-        for (table, entries) in (self.read_entries)() {
-            self.entries.with_label_values(&[table]).set(number(entries));
+impl AdmissionReader {
+    pub(super) fn update(&self, families: &Families) {
+        let number = |count: usize| i64::try_from(count).unwrap_or(i64::MAX);
+        for (table, entries) in (self.entries)() {
+            families.admission_entries.with_label_values(&[table]).set(number(entries));
         }
-        self.memory.set(number((self.read_memory)()));
-        self.entries.collect().into_iter().chain(self.memory.collect()).collect()
+        families.before_login_memory.set(number((self.memory)()));
+    }
+}
+
+impl fmt::Debug for AdmissionReader {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter.debug_struct("AdmissionReader").finish_non_exhaustive()
     }
 }
 

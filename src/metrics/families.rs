@@ -13,9 +13,6 @@ const PHASE_BUCKETS: &[f64] =
 const SESSION_BUCKETS: &[f64] =
     &[1.0, 5.0, 15.0, 60.0, 300.0, 900.0, 1800.0, 3600.0, 14400.0, 43200.0, 86400.0, 259200.0, 604800.0];
 
-/// Families that are not registered by themselves, because a collector reads their values when metrics are collected.
-const MEASURED: [&str; 2] = ["admission_entries", "before_login_memory"];
-
 /// Declares the metric families: a field and its type, the name, the help text, the labels and, for histograms, the buckets.
 macro_rules! families {
     ($(
@@ -35,9 +32,7 @@ macro_rules! families {
                     let labels: Vec<&str> = [&[] as &[&str] $(, &$labels)?].concat();
                     let buckets: Vec<f64> = [&[] as &[f64] $(, $buckets)?].concat();
                     let $field = valid(<$type as Family>::create($name, $help, &labels, &buckets));
-                    if !MEASURED.contains(&stringify!($field)) {
-                        valid(registry.register(Box::new($field.clone())));
-                    }
+                    valid(registry.register(Box::new($field.clone())));
                 )*
                 valid(registry.register(Box::new(ProcessCollector::for_self())));
                 Self { registry, $($field,)* }

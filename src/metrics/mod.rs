@@ -11,11 +11,12 @@ mod families;
 mod route;
 mod server;
 
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use prometheus::{Histogram, IntCounter, IntGauge, TextEncoder};
 
+use self::admission::AdmissionReader;
 pub use self::admission::{PolicyAnswer, PolicyCommand};
 use self::families::Families;
 pub use self::route::{LookupOutcome, RouteMetrics};
@@ -76,6 +77,8 @@ pub struct Names {
 #[derive(Debug)]
 pub struct Metrics {
     families: Arc<Families>,
+    /// Set when the server starts; shared by the metrics of all configurations.
+    admission: Arc<OnceLock<AdmissionReader>>,
     listeners: Vec<ListenerMetrics>,
     backends: Vec<BackendMetrics>,
     routes: Vec<RouteMetrics>,
@@ -92,20 +95,21 @@ impl Metrics {
         for outcome in [RELOADED, RELOAD_REFUSED] {
             families.reloads.with_label_values(&[outcome]);
         }
-        Self::resolve(Arc::new(families), names)
+        Self::resolve(Arc::new(families), Arc::default(), names)
     }
 
     /// The same metrics, resolved for the names of another configuration.
     pub fn for_names(&self, names: &Names) -> Self {
-        Self::resolve(self.families.clone(), names)
+        Self::resolve(self.families.clone(), self.admission.clone(), names)
     }
 
-    fn resolve(families: Arc<Families>, names: &Names) -> Self {
+    fn resolve(families: Arc<Families>, admission: Arc<OnceLock<AdmissionReader>>, names: &Names) -> Self {
         let failures = Reason::ALL
             .iter()
             .map(|reason| families.failures.with_label_values(&[reason.side().as_str(), reason.as_str()]))
             .collect();
         Self {
+            admission,
             listeners: names.listeners.iter().map(|name| ListenerMetrics::new(&families, name)).collect(),
             backends: names.backends.iter().map(|name| BackendMetrics::new(&families, name)).collect(),
             routes: names.routes.iter().map(|name| RouteMetrics::new(&families, name)).collect(),
@@ -140,6 +144,9 @@ impl Metrics {
 
     /// The metrics in the text format of Prometheus.
     pub fn render(&self) -> String {
+        if let Some(reader) = self.admission.get() {
+            reader.update(&self.families);
+        }
         TextEncoder::new().encode_to_string(&self.families.registry.gather()).unwrap_or_else(|error| {
             tracing::error!(%error, "metrics could not be rendered");
             String::new()
@@ -184,16 +191,15 @@ impl Metrics {
     }
 
     /// Reads the number of entries of each admission table, and the bytes of `limits.before_login_memory` in use, whenever metrics
-    /// are collected. Must be called once per process.
+    /// are rendered. Must be called once per process.
     pub fn measure_admission(
         &self,
         read_entries: impl Fn() -> Vec<(&'static str, usize)> + Send + Sync + 'static,
         read_memory: impl Fn() -> usize + Send + Sync + 'static,
     ) {
-        let (entries, memory) = (self.families.admission_entries.clone(), self.families.before_login_memory.clone());
-        let measured = admission::Measured { entries, memory, read_entries, read_memory };
-        if let Err(error) = self.families.registry.register(Box::new(measured)) {
-            tracing::error!(%error, "admission is measured already");
+        let reader = AdmissionReader { entries: Box::new(read_entries), memory: Box::new(read_memory) };
+        if self.admission.set(reader).is_err() {
+            tracing::error!("admission is measured already");
         }
     }
 
